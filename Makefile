@@ -1,0 +1,33 @@
+# `make serve` and `make test` do all the set-up on a fresh machine with Python 3.11.
+VENV := .venv/bin
+MODEL ?= checkpoints/tiny
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 9000
+
+.PHONY: serve test test-slow lint proto clean
+
+serve: ## Serve $(MODEL) (a random tiny demo model is made if it is not there) on loopback.
+	@scripts/install.sh
+	@[ "$(MODEL)" != checkpoints/tiny ] || [ -f "$(MODEL)/config.json" ] || $(VENV)/cantata make-checkpoint --preset tiny --seed 0 $(MODEL)
+	@$(VENV)/cantata serve --standalone --model $(MODEL) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT)
+
+test: ## Lint, type check and the tests.
+	@scripts/install.sh dev
+	@$(MAKE) --no-print-directory lint
+	@$(VENV)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: ## Tests that take minutes.
+	@scripts/install.sh dev
+	@$(VENV)/python -m pytest -q -m slow
+
+lint:
+	@$(VENV)/ruff check .
+	@$(VENV)/ruff format --check --quiet .
+	@$(VENV)/mypy
+
+proto: ## Regenerate the gRPC stubs.
+	@scripts/install.sh dev
+	@PYTHON=$(VENV)/python PATH="$(CURDIR)/$(VENV):$$PATH" proto/generate.sh
+
+clean:
+	rm -rf .venv checkpoints build *.egg-info

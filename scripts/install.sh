@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the project into it, once per state of pyproject.toml. Usage: install.sh [extra]
+#
+# torch comes first: on a machine with a GPU the index's default build; elsewhere the CPU build where the configured
+# indexes have one, else the default. TORCH_INDEX_URL, if set, is the index torch is taken from.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extra=${1:-}
+python=${PYTHON:-python3}
+torch=torch==2.13.0
+stamp=.venv/.installed${extra:+-$extra}
+
+if [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp"; then exit 0; fi
+if [ ! -x .venv/bin/python ]; then
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "Cantata needs Python 3.11 or newer; set PYTHON to one (found $("$python" --version))" >&2; exit 1; }
+  echo "Making .venv with $("$python" --version)"
+  "$python" -m venv .venv
+fi
+
+pip=(.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -q)
+if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+  if [ -n "${TORCH_INDEX_URL:-}" ]; then
+    echo "Installing torch from TORCH_INDEX_URL"
+    "${pip[@]}" --index-url "$TORCH_INDEX_URL" "$torch"
+  elif [ -e /dev/nvidiactl ] || [ -e /dev/kfd ]; then
+    echo "Installing torch for the GPU"
+    "${pip[@]}" "$torch"
+  else
+    echo "Installing torch (CPU build where the index has one)"
+    "${pip[@]}" "$torch+cpu" 2>/dev/null || "${pip[@]}" "$torch"
+  fi
+fi
+echo "Installing Cantata${extra:+ with the $extra extra}"
+"${pip[@]}" -e ".${extra:+[$extra]}"
+cp pyproject.toml "$stamp"

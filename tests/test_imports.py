@@ -1,0 +1,47 @@
+"""Imports go one way, cluster → workers → kernels, and each library appears only where the design puts it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = ("kernels", "workers", "cluster")
+
+ALLOWED_IN = {
+    "ray": ("cluster/serve/", "cluster/cli.py", "workers/executor/ray_executor.py"),
+    "grpc": ("workers/rpc/", "cluster/rpc/", "workers/engine/server.py", "cluster/frontend/grpc_api.py", "cluster/router/client.py"),
+    "fastapi": ("cluster/frontend/", "cluster/serve/"),
+    "torch": ("kernels/", "workers/"),
+}
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module
+
+
+def sources() -> list[Path]:
+    return [file for layer in LAYERS for file in sorted((ROOT / layer).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_follow_the_design(file: Path) -> None:
+    path = file.relative_to(ROOT).as_posix()
+    layer = LAYERS.index(path.split("/")[0])
+    for module in imports(file):
+        top = module.split(".")[0]
+        if top in LAYERS:
+            assert LAYERS.index(top) <= layer, f"{path} imports {module}: imports go cluster → workers → kernels"
+        if top in ALLOWED_IN:
+            assert path.startswith(ALLOWED_IN[top]), f"{path} imports {module}, which belongs in {', '.join(ALLOWED_IN[top])}"
+
+
+def test_no_relative_imports() -> None:
+    for file in sources():
+        for node in ast.walk(ast.parse(file.read_text())):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file.relative_to(ROOT)} has a relative import"

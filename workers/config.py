@@ -1,0 +1,275 @@
+"""Frozen configuration of one engine. Each field exists in exactly one class; nobody changes a config after it is built.
+
+`ModelConfig` comes from the checkpoint's `config.json` (`load_model_config`), the rest from the operator.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from workers.errors import CheckpointError, ConfigError
+
+Dtype = Literal["bfloat16", "float32"]
+BLOCK_SIZE = 16
+"""KV positions in a block; part of the cache layout's contract with kernels and router."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """YaRN rotary embedding (arXiv 2309.00071), half-split.
+
+    Attributes:
+        truncate: round the correction range to whole dimensions; gpt-oss does not.
+    """
+
+    theta: float = 150000.0
+    factor: float = 32.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_max_position_embeddings: int = 4096
+    truncate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a gpt-oss model.
+
+    Attributes:
+        layer_windows: per layer the number of keys a query sees, itself included; None for all.
+        max_context_len: positions the model was built for.
+        swiglu_limit: clamp of the gate (above) and the up projection (both sides).
+        stop_token_ids: the config's own end tokens; the tokenizer's are added by name.
+        experts_format: `mxfp4` or `bf16`, as stored.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_token: int
+    layer_windows: tuple[int | None, ...]
+    max_context_len: int
+    rms_norm_eps: float = 1e-5
+    swiglu_limit: float = 7.0
+    swiglu_alpha: float = 1.702
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    stop_token_ids: tuple[int, ...] = ()
+    experts_format: Literal["mxfp4", "bf16"] = "mxfp4"
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The window of the sliding layers; None if no layer slides."""
+        windows = {window for window in self.layer_windows if window is not None}
+        return windows.pop() if windows else None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """KV cache.
+
+    Attributes:
+        memory_bytes: for both groups together; None: chosen from the memory that is free (`kv_cache/tensors.py`).
+        prefix_caching: find full blocks again by hash.
+    """
+
+    memory_bytes: int | None = None
+    prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one engine's scheduler.
+
+    Attributes:
+        max_num_seqs: sequences running at once.
+        max_num_batched_tokens: token budget of a step.
+        max_waiting_requests: bound of the inbox; beyond it a request is refused with Overloaded.
+    """
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_waiting_requests: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting_requests"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """How one replica's model is spread over ranks. One rank for now; kept apart so that plans do not change when more come."""
+
+    tensor: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.tensor, self.expert) != (1, 1):
+            raise ConfigError(
+                f"parallel tensor={self.tensor}, expert={self.expert}: this version runs each model on one rank, set both to 1"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """All that an engine needs.
+
+    Attributes:
+        model_path: the checkpoint folder.
+        dtype: of activations, dense weights and KV cache. float32 is the reference numerics; MXFP4 experts stay packed either way.
+        max_model_len: context limit, at most the model's; None: the model's own.
+    """
+
+    model_path: Path
+    dtype: Dtype = "bfloat16"
+    device: str = "cpu"
+    max_model_len: int | None = None
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def load_model_config(path: Path) -> ModelConfig:
+    """Read and check `path/config.json`.
+
+    Raises:
+        CheckpointError: the folder or file is missing, is not a gpt-oss config, or a field is missing, of a wrong type or out of range.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout")
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; {path} is not a Hugging Face checkpoint")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    return parse_model_config(raw, str(file))
+
+
+def parse_model_config(raw: Any, source: str) -> ModelConfig:
+    """Check a decoded config.json; `source` names it in errors.
+
+    Raises:
+        CheckpointError: as in `load_model_config`.
+    """
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{source} must hold a JSON object, found {type(raw).__name__}")
+    if raw.get("model_type") != "gpt_oss":
+        raise CheckpointError(f"{source}: model_type is {raw.get('model_type')!r}; only 'gpt_oss' is served")
+    fields = _Fields(raw, source)
+    num_layers = fields.integer("num_hidden_layers")
+    hidden_size = fields.integer("hidden_size")
+    num_heads = fields.integer("num_attention_heads")
+    num_kv_heads = fields.integer("num_key_value_heads")
+    num_experts = fields.integer("num_local_experts", aliases=("num_experts",))
+    experts_per_token = fields.integer("num_experts_per_tok", aliases=("experts_per_token",), default=4)
+    head_dim = fields.integer("head_dim", default=64)
+    intermediate_size = fields.integer("intermediate_size")
+    if num_heads % num_kv_heads:
+        raise CheckpointError(f"{source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+    if experts_per_token > num_experts:
+        raise CheckpointError(f"{source}: num_experts_per_tok {experts_per_token} is more than num_local_experts {num_experts}")
+    if head_dim % 2:
+        raise CheckpointError(f"{source}: head_dim {head_dim} must be even")
+    quantization = raw.get("quantization_config")
+    if quantization is not None and (not isinstance(quantization, dict) or quantization.get("quant_method") != "mxfp4"):
+        raise CheckpointError(f"{source}: quantization_config.quant_method must be 'mxfp4'; other quantisations cannot be loaded")
+    if quantization is not None:
+        for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+            if size % 32:
+                raise CheckpointError(f"{source}: {name} {size} is not a multiple of 32, the MXFP4 group")
+    if raw.get("tie_word_embeddings", False):
+        raise CheckpointError(f"{source}: tie_word_embeddings is true; gpt-oss has a separate lm_head")
+    return ModelConfig(
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        num_experts=num_experts,
+        num_experts_per_token=experts_per_token,
+        layer_windows=_layer_windows(fields, num_layers),
+        max_context_len=fields.integer("max_position_embeddings", default=131072),
+        rms_norm_eps=fields.number("rms_norm_eps", default=1e-5),
+        swiglu_limit=fields.number("swiglu_limit", default=7.0),
+        swiglu_alpha=fields.number("swiglu_alpha", default=1.702),
+        rope=_rope(fields),
+        stop_token_ids=_stop_token_ids(fields),
+        experts_format="bf16" if quantization is None else "mxfp4",
+    )
+
+
+class _Fields:
+    """Typed access to a JSON object; errors name the source and the field."""
+
+    def __init__(self, raw: dict[str, Any], source: str) -> None:
+        self.raw = raw
+        self.source = source
+
+    def integer(self, name: str, *, aliases: tuple[str, ...] = (), default: int | None = None) -> int:
+        value = next((self.raw[key] for key in (name, *aliases) if self.raw.get(key) is not None), default)
+        if value is None:
+            raise CheckpointError(f"{self.source}: field {name} is missing")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{self.source}: field {name} must be a positive integer, found {value!r}")
+        return value
+
+    def number(self, name: str, *, default: float) -> float:
+        value = self.raw.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+            raise CheckpointError(f"{self.source}: field {name} must be a positive number, found {value!r}")
+        return float(value)
+
+
+def _layer_windows(fields: _Fields, num_layers: int) -> tuple[int | None, ...]:
+    types = fields.raw.get("layer_types")
+    if types is None:
+        types = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(num_layers)]
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise CheckpointError(f"{fields.source}: layer_types must list one entry for each of the {num_layers} layers")
+    unknown = [entry for entry in types if entry not in ("sliding_attention", "full_attention")]
+    if unknown:
+        raise CheckpointError(f"{fields.source}: layer_types has {unknown[0]!r}; known are 'sliding_attention' and 'full_attention'")
+    window = fields.integer("sliding_window", default=128)
+    return tuple(window if entry == "sliding_attention" else None for entry in types)
+
+
+def _rope(fields: _Fields) -> RopeConfig:
+    # transformers 4 writes rope_scaling and rope_theta, transformers 5 rope_parameters.
+    scaling = fields.raw.get("rope_scaling") or fields.raw.get("rope_parameters")
+    source = f"{fields.source}: rope_scaling" if fields.raw.get("rope_scaling") else f"{fields.source}: rope_parameters"
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"{fields.source}: field rope_scaling (or rope_parameters) is missing")
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind != "yarn":
+        raise CheckpointError(f"{source}.rope_type is {kind!r}; only 'yarn' is served")
+    nested = _Fields(scaling, source)
+    theta = nested.number("rope_theta", default=fields.number("rope_theta", default=150000.0))
+    truncate = scaling.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise CheckpointError(f"{source}.truncate must be true or false, found {truncate!r}")
+    return RopeConfig(
+        theta=theta,
+        factor=nested.number("factor", default=32.0),
+        beta_fast=nested.number("beta_fast", default=32.0),
+        beta_slow=nested.number("beta_slow", default=1.0),
+        original_max_position_embeddings=nested.integer("original_max_position_embeddings", default=4096),
+        truncate=truncate,
+    )
+
+
+def _stop_token_ids(fields: _Fields) -> tuple[int, ...]:
+    value = fields.raw.get("eos_token_id")
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0 for entry in values):
+        raise CheckpointError(f"{fields.source}: eos_token_id must be a token id or a list of them, found {value!r}")
+    return tuple(values)

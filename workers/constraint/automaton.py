@@ -1,0 +1,52 @@
+"""A token automaton: which token ids may come next, and where each leads. The engine knows no harmony; the gateway builds these."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AutomatonState:
+    """One state. A token is allowed if `allowed` is None and it is not in `forbidden`, or if it is in `allowed`.
+
+    Attributes:
+        allowed: ids that may come next; None: every id that is not forbidden.
+        forbidden: ids that may not come next; only read when `allowed` is None.
+        transitions: (token id, next state index); any other allowed token stays in this state.
+    """
+
+    allowed: tuple[int, ...] | None = None
+    forbidden: tuple[int, ...] = ()
+    transitions: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAutomaton:
+    """States by index; generation starts in `start`. The state is a function of the output tokens alone, so it survives
+    preemption and resumption: replay the tokens.
+
+    Raises:
+        ValueError: no states, an index outside the states, or a state that allows nothing.
+    """
+
+    states: tuple[AutomatonState, ...]
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.states:
+            raise ValueError("a token automaton needs at least one state")
+        if not 0 <= self.start < len(self.states):
+            raise ValueError(f"start state {self.start} is not one of the {len(self.states)} states")
+        for index, state in enumerate(self.states):
+            if state.allowed is not None and not state.allowed:
+                raise ValueError(f"state {index} allows no token")
+            for token_id, target in state.transitions:
+                if not 0 <= target < len(self.states):
+                    raise ValueError(
+                        f"state {index} leads on token {token_id} to {target}, which is not one of the {len(self.states)} states"
+                    )
+
+    def advance(self, state: int, token_id: int) -> int:
+        """The state after `token_id`."""
+        for transition_id, target in self.states[state].transitions:
+            if transition_id == token_id:
+                return target
+        return state

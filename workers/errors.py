@@ -1,0 +1,84 @@
+"""The errors that cross a process, each with its gRPC status and one sentence for the user.
+
+`cluster.frontend.errors` maps the same classes to HTTP; the edges translate by lookup and never parse a message.
+"""
+
+from typing import ClassVar
+
+
+class CantataError(Exception):
+    """Base of all errors that a client may see; `message` says what to change."""
+
+    status: ClassVar[str] = "INTERNAL"
+    """Name of the gRPC status code."""
+    retry_elsewhere: ClassVar[bool] = False
+    """Whether the router may try the request on another replica."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequest(CantataError):
+    """The request cannot be served as it is; `param` names the field in the client's own spelling."""
+
+    status = "INVALID_ARGUMENT"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt, or prompt plus `max_tokens`, is longer than the model's context."""
+
+
+class ModelNotFound(CantataError):
+    """No such model here."""
+
+    status = "NOT_FOUND"
+
+
+class Overloaded(CantataError):
+    """A queue or the KV cache is full; try again after `retry_after_s`."""
+
+    status = "RESOURCE_EXHAUSTED"
+    retry_elsewhere = True
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(CantataError):
+    """The request's deadline passed before its last token."""
+
+    status = "DEADLINE_EXCEEDED"
+
+
+class Cancelled(CantataError):
+    """The client left."""
+
+    status = "CANCELLED"
+
+
+class EngineDead(CantataError):
+    """The engine, or one of its ranks, is gone or shutting down."""
+
+    status = "UNAVAILABLE"
+    retry_elsewhere = True
+
+
+class NoReplica(CantataError):
+    """No replica is ready to take the request."""
+
+    status = "UNAVAILABLE"
+    retry_elsewhere = True
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be loaded; the message is one sentence that names the file, tensor or field. Seen at start-up only."""
+
+
+class ConfigError(Exception):
+    """The configuration cannot work; the message names the field. Seen at start-up only."""

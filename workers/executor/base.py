@@ -1,0 +1,46 @@
+"""The Executor protocol: who runs a StepPlan on the ranks. One implementation runs in the engine's process, one on Ray actors."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.scheduler.plan import StepPlan, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorInfo:
+    """What was chosen while starting; printed in the start-up summary.
+
+    Attributes:
+        num_full_blocks, num_sliding_blocks: blocks of each KV group, NULL_BLOCK included.
+        kv_cache_bytes, weight_bytes: over all ranks.
+        phases_s: seconds by start-up phase, in order.
+        kernels: operation → implementation.
+    """
+
+    device: str
+    dtype: str
+    num_ranks: int
+    num_full_blocks: int
+    num_sliding_blocks: int
+    kv_cache_bytes: int
+    weight_bytes: int
+    kernels: dict[str, str]
+    phases_s: dict[str, float]
+
+
+class Executor(Protocol):
+    """Runs plans in order. Failure of a step is a StepResult with `error`, never an exception of the future."""
+
+    def start(self) -> ExecutorInfo:
+        """Load the model and size the KV cache; blocks until ready.
+
+        Raises:
+            CheckpointError, ConfigError: with one sentence for the user.
+        """
+
+    def execute(self, plan: StepPlan) -> "Future[StepResult]":
+        """Queue a plan; plans run in the order given. At most two may be in flight."""
+
+    def shutdown(self) -> None:
+        """Release everything; idempotent. Futures still open get an error result."""
