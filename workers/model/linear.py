@@ -1,0 +1,23 @@
+"""Dense projections. A rank's shard of one is the same class with fewer rows (heads) or columns, so sharding stays in the loader."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """`x @ weight.T + bias`.
+
+    Attributes:
+        weight: [out_features, in_features].
+        bias: [out_features], or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, in_features] → [T, out_features], in the weight's dtype."""
+        return functional.linear(x, self.weight, self.bias)
