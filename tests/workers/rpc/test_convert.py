@@ -1,0 +1,249 @@
+"""engine.proto ⇄ dataclasses: nothing is lost on the wire, and what no engine can run is refused with the field's name."""
+
+import math
+from dataclasses import replace
+
+import grpc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers import errors
+from workers.constraint.automaton import AutomatonState, TokenAutomaton
+from workers.errors import InvalidRequest
+from workers.request import EngineOutput, EngineRequest, SamplingParams, TokenLogprobs
+from workers.rpc import convert
+from workers.rpc import engine_pb2 as pb
+from workers.rpc.validate import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, check_request, check_sampling
+
+VOCAB = 1000
+REQUEST = EngineRequest("r1", (1, 2, 3), SamplingParams(seed=7))
+
+token_id = st.integers(0, VOCAB - 1)
+id_list = st.lists(token_id, max_size=6).map(tuple)
+float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def automata(draw: st.DrawFn) -> TokenAutomaton:
+    count = draw(st.integers(1, 4))
+    state = st.builds(
+        AutomatonState,
+        allowed=st.none() | st.lists(token_id, min_size=1, max_size=4).map(tuple),
+        forbidden=id_list,
+        transitions=st.lists(st.tuples(token_id, st.integers(0, count - 1)), max_size=4).map(tuple),
+    )
+    return TokenAutomaton(tuple(draw(st.lists(state, min_size=count, max_size=count))), draw(st.integers(0, count - 1)))
+
+
+samplings = st.builds(
+    SamplingParams,
+    max_tokens=st.none() | st.integers(100, 2**31 - 1),
+    temperature=st.floats(0, 10, width=32),
+    top_p=st.floats(0.0, 1.0, width=32, exclude_min=True),
+    top_k=st.integers(-1, 2**31 - 1),
+    min_p=st.floats(0, 1, width=32),
+    presence_penalty=st.floats(-2, 2, width=32),
+    frequency_penalty=st.floats(-2, 2, width=32),
+    repetition_penalty=st.floats(0, 10, width=32, exclude_min=True),
+    logit_bias=st.dictionaries(token_id, st.floats(-100, 100, width=32), max_size=4).map(lambda bias: tuple(sorted(bias.items()))),
+    seed=st.none() | st.integers(0, 2**64 - 1),
+    logprobs=st.none() | st.integers(0, MAX_LOGPROBS),
+    stop_token_ids=id_list,
+    min_tokens=st.integers(0, 100),
+    ignore_eos=st.booleans(),
+)
+requests = st.builds(
+    EngineRequest,
+    request_id=st.text(min_size=1, max_size=20),
+    prompt_token_ids=st.lists(token_id, min_size=1, max_size=50).map(tuple),
+    sampling=samplings,
+    output_token_ids=id_list,
+    constraint=st.none() | automata(),
+)
+outputs = st.builds(
+    EngineOutput,
+    token_ids=id_list,
+    logprobs=st.lists(st.builds(TokenLogprobs, float32, st.lists(st.tuples(token_id, float32), max_size=3).map(tuple)), max_size=3).map(
+        tuple
+    ),
+    finish_reason=st.sampled_from([None, "stop", "length", "abort", "error"]),
+    stop_token_id=st.none() | token_id,
+    num_cached_tokens=st.integers(0, 2**31),
+    error=st.none() | st.text(min_size=1),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(requests, st.none() | st.floats(0.001, 1e6))
+def test_a_request_survives_the_wire(request_: EngineRequest, deadline_s: float | None) -> None:
+    data = convert.request_to_wire(request_).SerializeToString()
+    back = convert.request_from_wire(pb.GenerateRequest.FromString(data), vocab_size=VOCAB, deadline_s=deadline_s)
+    assert back == replace(request_, deadline_s=deadline_s)
+
+
+@settings(max_examples=150, deadline=None)
+@given(outputs)
+def test_an_output_survives_the_wire(output: EngineOutput) -> None:
+    data = convert.output_to_wire(output).SerializeToString()
+    assert convert.output_from_wire(pb.GenerateResponse.FromString(data)) == output
+
+
+def test_absent_fields_take_the_documented_defaults() -> None:
+    message = pb.GenerateRequest(request_id="r", prompt_token_ids=[1])
+    sampling = convert.request_from_wire(message, vocab_size=VOCAB).sampling
+    assert sampling == SamplingParams(max_tokens=None)
+    zero = pb.GenerateRequest(request_id="r", prompt_token_ids=[1], sampling=pb.SamplingParams(temperature=0.0, logprobs=0, seed=0))
+    sampling = convert.request_from_wire(zero, vocab_size=VOCAB).sampling
+    assert (sampling.temperature, sampling.logprobs, sampling.seed) == (0.0, 0, 0)
+
+
+def test_the_longest_prompt_fits_a_message() -> None:
+    message = convert.request_to_wire(replace(REQUEST, prompt_token_ids=(201_087,) * 131_072))
+    assert len(message.SerializeToString()) < convert.MAX_MESSAGE_BYTES / 16
+
+
+def test_info_and_load_survive_the_wire() -> None:
+    info = convert.EngineInfo("0.1.0", "tiny", "abc", 4096, 512, 16, "cpu", "float32", 10_000, 1)
+    assert convert.info_from_wire(convert.info_to_wire(info)) == info
+    load = convert.EngineLoad(3, 4, 0.25, False)
+    assert convert.load_from_wire(convert.load_to_wire(load)) == load
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": -0.01}, "min_p"),
+        ({"min_p": 1.01}, "min_p"),
+        ({"presence_penalty": 2.01}, "presence_penalty"),
+        ({"presence_penalty": math.nan}, "presence_penalty"),
+        ({"frequency_penalty": -2.01}, "frequency_penalty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty"),
+        ({"logit_bias": ((VOCAB, 1.0),)}, "logit_bias"),
+        ({"logit_bias": ((-1, 1.0),)}, "logit_bias"),
+        ({"logit_bias": ((1, math.nan),)}, "logit_bias"),
+        ({"logit_bias": ((1, 100.5),)}, "logit_bias"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"logprobs": MAX_LOGPROBS + 1}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"stop_token_ids": (VOCAB,)}, "stop_token_ids"),
+        ({"stop_token_ids": tuple(range(MAX_STOP_TOKEN_IDS + 1))}, "stop_token_ids"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 17, "max_tokens": 16}, "min_tokens"),
+        ({"n": 0}, "n"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_sampling_outside_its_range_names_the_field(change: dict[str, object], param: str) -> None:
+    with pytest.raises(InvalidRequest, match=param) as caught:
+        check_sampling(replace(SamplingParams(), **change), VOCAB)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"request_id": ""}, "request_id"),
+        ({"prompt_token_ids": ()}, "prompt"),
+        ({"prompt_token_ids": (1, VOCAB)}, "prompt"),
+        ({"prompt_token_ids": (1, -1)}, "prompt"),
+        ({"output_token_ids": (VOCAB,)}, "output_token_ids"),
+        ({"sampling": SamplingParams(n=2)}, "n"),
+        ({"deadline_s": 0.0}, "deadline_s"),
+        ({"deadline_s": math.nan}, "deadline_s"),
+        ({"constraint": TokenAutomaton((AutomatonState((VOCAB,)),))}, "constraint.states[0].allowed"),
+        ({"constraint": TokenAutomaton((AutomatonState(None, (VOCAB,)),))}, "constraint.states[0].forbidden"),
+        ({"constraint": TokenAutomaton((AutomatonState(None, (), ((VOCAB, 0),)),))}, "constraint.states[0].transitions"),
+        (
+            {"constraint": TokenAutomaton((AutomatonState((1,)), AutomatonState(None, tuple(range(VOCAB)))))},
+            "constraint.states[1].forbidden",
+        ),
+        ({"constraint": TokenAutomaton((AutomatonState(),) * 5000)}, "constraint"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_request_no_engine_can_run_names_the_field(change: dict[str, object], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_request(replace(REQUEST, **change), VOCAB)
+    assert caught.value.param == param
+
+
+def test_the_edges_of_the_ranges_are_allowed() -> None:
+    edges = SamplingParams(
+        max_tokens=1, temperature=0.0, top_p=1.0, top_k=-1, min_p=1.0, presence_penalty=-2.0, frequency_penalty=2.0,
+        logit_bias=((0, -100.0), (VOCAB - 1, 100.0)), seed=2**64 - 1, logprobs=MAX_LOGPROBS, min_tokens=1,
+        stop_token_ids=tuple(range(MAX_STOP_TOKEN_IDS)),
+    )  # fmt: skip
+    check_request(replace(REQUEST, sampling=edges), VOCAB)
+
+
+def test_unknown_states_on_the_wire_are_refused() -> None:
+    message = convert.request_to_wire(REQUEST)
+    message.constraint.states.add().transitions.add(token_id=1, state=3)
+    with pytest.raises(InvalidRequest, match="not one of the 1 states") as caught:
+        convert.request_from_wire(message, vocab_size=VOCAB)
+    assert caught.value.param == "constraint"
+
+
+def test_an_empty_constraint_on_the_wire_is_refused() -> None:
+    message = convert.request_to_wire(REQUEST)
+    message.constraint.SetInParent()
+    with pytest.raises(InvalidRequest, match="at least one state"):
+        convert.request_from_wire(message, vocab_size=VOCAB)
+
+
+def test_a_finish_reason_of_a_newer_engine_is_an_error() -> None:
+    output = convert.output_from_wire(pb.GenerateResponse(finish_reason=17))
+    assert output.finish_reason == "error"
+    assert "17" in (output.error or "")
+
+
+def all_errors() -> list[type[errors.CantataError]]:
+    found = [errors.CantataError]
+    for error_class in found:
+        found.extend(error_class.__subclasses__())
+    return found
+
+
+@pytest.mark.parametrize("error_class", all_errors(), ids=lambda error_class: error_class.__name__)
+def test_every_error_crosses_by_class(error_class: type[errors.CantataError]) -> None:
+    assert hasattr(grpc.StatusCode, error_class.status)
+    back = convert.error_from_status(error_class.status, "why", dict(convert.error_to_metadata(error_class("why"))))
+    assert type(back) is error_class
+    assert back.message == "why"
+
+
+def test_param_and_retry_after_cross_with_the_error() -> None:
+    invalid = convert.error_from_status("INVALID_ARGUMENT", "why", dict(convert.error_to_metadata(InvalidRequest("why", "top_p"))))
+    assert isinstance(invalid, InvalidRequest)
+    assert invalid.param == "top_p"
+    overloaded = convert.error_from_status("RESOURCE_EXHAUSTED", "why", dict(convert.error_to_metadata(errors.Overloaded("why", 2.5))))
+    assert isinstance(overloaded, errors.Overloaded)
+    assert overloaded.retry_after_s == 2.5
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ("UNAVAILABLE", errors.EngineDead),
+        ("INVALID_ARGUMENT", InvalidRequest),
+        ("INTERNAL", errors.CantataError),
+        ("ABORTED", errors.CantataError),
+    ],
+)
+def test_without_metadata_the_status_decides(status: str, expected: type[errors.CantataError]) -> None:
+    assert type(convert.error_from_status(status, "why", {})) is expected
