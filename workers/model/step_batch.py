@@ -1,4 +1,4 @@
-"""StepBatch: the forward context of one step, an argument of every forward. Built by the runner from a StepPlan and its own sequence state."""
+"""StepBatch: the forward context of one step, an argument of every forward; the runner builds it from a StepPlan and its own state."""
 
 from dataclasses import dataclass
 
