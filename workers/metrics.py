@@ -1,0 +1,72 @@
+"""Prometheus metrics of one engine. Each object has its own registry, so two engines in a process do not mix."""
+
+import threading
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+
+from workers.request import FinishReason
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+KV_GROUPS = ("full", "sliding")
+FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
+
+
+class EngineMetrics:
+    """What an engine counts. All series exist from the start, at zero, so that rates work from the first request on."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.requests = Counter("cantata_engine_requests", "Requests that ended, by finish reason.", ("finish_reason",), registry=registry)
+        self.refused = Counter("cantata_engine_refused_requests", "Requests refused because the queue was full.", registry=registry)
+        self.prompt_tokens = Counter("cantata_engine_prompt_tokens", "Prompt tokens of admitted requests.", registry=registry)
+        self.cached_tokens = Counter("cantata_engine_cached_tokens", "Prompt tokens found in the prefix cache.", registry=registry)
+        self.output_tokens = Counter("cantata_engine_output_tokens", "Tokens sampled.", registry=registry)
+        self.preemptions = Counter("cantata_engine_preemptions", "Sequences that lost their KV blocks and wait.", registry=registry)
+        self.waiting = Gauge("cantata_engine_waiting_requests", "Requests accepted but not running.", registry=registry)
+        self.running = Gauge("cantata_engine_running_requests", "Requests running.", registry=registry)
+        self.kv_usage = Gauge("cantata_engine_kv_usage_ratio", "Share of a KV group's blocks in use.", ("group",), registry=registry)
+        self.step_seconds = Histogram(
+            "cantata_engine_step_duration_seconds", "Time of one step, schedule to publish.", buckets=_SECONDS, registry=registry
+        )
+        self.schedule_seconds = Histogram(
+            "cantata_engine_schedule_duration_seconds",
+            "Time of one step outside the executor.",
+            buckets=(0.00005, 0.0001, 0.00025, 0.0005, *_SECONDS),
+            registry=registry,
+        )
+        self.step_tokens = Histogram("cantata_engine_step_tokens", "Tokens computed in a step.", buckets=_TOKENS, registry=registry)
+        self.step_sequences = Histogram("cantata_engine_step_sequences", "Sequences in a step.", buckets=_TOKENS, registry=registry)
+        self.queue_seconds = Histogram(
+            "cantata_engine_queue_duration_seconds", "Time from submission to the first step.", buckets=_SECONDS, registry=registry
+        )
+        for reason in FINISH_REASONS:
+            self.requests.labels(reason)
+        for group in KV_GROUPS:
+            self.kv_usage.labels(group)
+
+    def render(self) -> str:
+        """The text exposition of this registry."""
+        return generate_latest(self.registry).decode()
+
+
+class MetricsServer:
+    """A scrape port, on loopback unless another address is given.
+
+    Raises:
+        OSError: the port is taken.
+    """
+
+    def __init__(self, metrics: EngineMetrics, port: int, host: str = "127.0.0.1") -> None:
+        self._server: WSGIServer
+        self._thread: threading.Thread
+        self._server, self._thread = start_http_server(port, host, metrics.registry)
+        self.address = f"{host}:{self._server.server_port}"
+
+    def close(self) -> None:
+        """Stop serving; returns when the port is free."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
