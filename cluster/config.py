@@ -1,0 +1,309 @@
+"""The operator's configuration: a YAML file, the environment and flags, read once and handed down as frozen objects.
+
+Precedence: flag, then environment, then file, then default. A setting is named by its path, as in `engine.scheduler.max_num_seqs`:
+
+- in the file: nested keys (`engine: {scheduler: {max_num_seqs: 64}}`);
+- in the environment: `CANTATA_` and the path in capitals, parts joined by two underscores (`CANTATA_ENGINE__SCHEDULER__MAX_NUM_SEQS`).
+  Names without two underscores are left alone: Kubernetes sets such ones for a Service named cantata (`CANTATA_PORT`);
+- as a flag: see `cluster/cli.py`.
+
+Sizes (names that end in `_bytes`) are numbers or texts such as `2GiB`, `512MB`. Unknown names are refused.
+"""
+
+import datetime
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from workers.config import EngineConfig
+from workers.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "CANTATA_"
+
+ReasoningEffort = Literal["low", "medium", "high"]
+
+_SIZE_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "k": 2**10,
+    "m": 2**20,
+    "g": 2**30,
+    "t": 2**40,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `2GiB`, `512 MB`, `1.5g` or `4096`; K, M, G and T alone are powers of 1024.
+
+    Raises:
+        ValueError: with one sentence.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _SIZE_UNITS:
+        raise ValueError(f"{text!r} is not a size; write bytes or a number with KiB, MiB, GiB, KB, MB or GB")
+    return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+
+
+def _split_keys(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _check_keys(value: tuple[str, ...]) -> tuple[str, ...]:
+    if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in value):
+        raise ValueError("a key is empty or has characters other than printable ASCII without spaces")
+    return value
+
+
+def _conversation_date(value: object) -> object:
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if isinstance(value, str) and value not in ("auto", "none"):
+        try:
+            datetime.date.fromisoformat(value)
+        except ValueError:
+            raise ValueError(f"{value!r} is not a date; write auto, none or YYYY-MM-DD") from None
+    return value
+
+
+class _Settings(BaseModel):
+    # validate_default is off: the defaults are ours.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ListenConfig(_Settings):
+    """Where the gateway listens.
+
+    Attributes:
+        host: address of both servers; loopback by default.
+        http_port, grpc_port: 0 takes a free port.
+    """
+
+    host: str = "127.0.0.1"
+    http_port: int = Field(default=8000, ge=0, le=65535)
+    grpc_port: int = Field(default=9000, ge=0, le=65535)
+
+
+class GatewayConfig(_Settings):
+    """What a gateway serves and how much of it.
+
+    Attributes:
+        served_model_name: the name clients use; None: the name of the checkpoint's folder.
+        api_keys: if there are any, a request needs one of them (`Authorization: Bearer …`).
+        max_in_flight_requests: beyond it a request is refused with 429.
+        request_timeout_s: a request's deadline, from its arrival to its last token; None: no deadline.
+        max_body_bytes: of a request; more is refused with 413.
+        conversation_date: the date the model is told: `auto` today's in UTC, `none` no date, or a fixed YYYY-MM-DD.
+        reasoning_effort: of requests that do not say.
+    """
+
+    served_model_name: str | None = Field(default=None, min_length=1)
+    api_keys: Annotated[tuple[str, ...], BeforeValidator(_split_keys), AfterValidator(_check_keys)] = Field(default=(), repr=False)
+    max_in_flight_requests: int = Field(default=1024, ge=1)
+    request_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
+    conversation_date: Annotated[str, BeforeValidator(_conversation_date)] = "auto"
+    reasoning_effort: ReasoningEffort = "medium"
+
+
+class AppConfig(_Settings):
+    """One served model: the engine of each replica, how many replicas, the gateways before them: a Serve application's arguments.
+
+    Attributes:
+        replicas: engines.
+        gateways: copies of the gateway (Ray Serve; standalone has one).
+        engine_host: address an engine's gRPC server binds under Ray Serve: `auto` is the node's own, reachable from the other nodes.
+    """
+
+    engine: EngineConfig
+    gateway: GatewayConfig = GatewayConfig()
+    replicas: int = Field(default=1, ge=1, le=1024)
+    gateways: int = Field(default=1, ge=1, le=1024)
+    engine_host: str = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_sizes(cls, values: Any) -> Any:
+        return _sizes_to_bytes(values, ())
+
+    @property
+    def model_name(self) -> str:
+        """The name clients use."""
+        return self.gateway.served_model_name or self.engine.model_path.resolve().name
+
+    @model_validator(mode="after")
+    def _check_model_path(self) -> Self:
+        if str(self.engine.model_path) in ("", "."):
+            raise ValueError("engine.model_path is empty; give the folder of a checkpoint")
+        return self
+
+
+class CantataConfig(AppConfig):
+    """All of `cantata serve`."""
+
+    listen: ListenConfig = ListenConfig()
+
+
+Config = TypeVar("Config", bound=AppConfig)
+
+
+def load_config(
+    file: Path | None = None, environment: Mapping[str, str] | None = None, flags: Mapping[str, object] | None = None
+) -> CantataConfig:
+    """Read the configuration of `cantata serve`.
+
+    Args:
+        file: YAML; None: no file.
+        environment: None: this process's.
+        flags: value by path (`engine.dtype`); texts are converted.
+    Raises:
+        ConfigError: one sentence that names the setting and where it was set.
+    """
+    origins: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    if file is not None:
+        _merge(values, _read_file(file))
+        origins |= dict.fromkeys(_leaves(values), str(file))
+    for path, (name, text) in _read_environment(os.environ if environment is None else environment).items():
+        _set(values, path, text, name)
+        origins[path] = name
+    for path, value in (flags or {}).items():
+        _set(values, path, value, "a flag")
+        origins[path] = "the command line"
+    if not values.get("engine") or "model_path" not in values["engine"]:
+        raise ConfigError("no model is given; name the folder of a checkpoint with --model, or set engine.model_path")
+    return parse_config(CantataConfig, values, origins)
+
+
+def parse_config(kind: type[Config], values: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
+    """Check decoded settings; `origins` says where each path was set.
+
+    Raises:
+        ConfigError: as in `load_config`.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_sentence(kind, error, origins)) from None
+
+
+def setting_paths(kind: type[AppConfig] = CantataConfig) -> list[str]:
+    """Every setting's path, in order; `docs/operations.md` lists them."""
+    return [".".join(path) for path in _paths(kind)]
+
+
+def _paths(kind: object) -> list[tuple[str, ...]]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        members: dict[str, object] = {name: field.annotation for name, field in kind.model_fields.items()}
+    elif is_dataclass(kind):
+        members = {field.name: field.type for field in fields(kind)}
+    else:
+        return [()]
+    return [(name, *rest) for name, member in members.items() for rest in _paths(member)]
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{file} is not YAML{f' (line {mark.line + 1})' if mark else ''}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold settings by name, found a {type(values).__name__}")
+    return values
+
+
+def _read_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Path to (variable, text), in the order of the names."""
+    found = {}
+    known = {path.upper().replace(".", "__"): path for path in setting_paths()}
+    for name in sorted(environment):
+        rest = name.removeprefix(ENVIRONMENT_PREFIX)
+        if rest == name or ("__" not in rest and rest not in known):
+            continue
+        if rest not in known:
+            raise ConfigError(f"{name} in the environment is not a known setting{_suggestion(rest, known, ENVIRONMENT_PREFIX)}")
+        found[known[rest]] = (name, environment[name])
+    return found
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _set(values: dict[str, Any], path: str, value: object, source: str) -> None:
+    *parents, name = path.split(".")
+    for position, parent in enumerate(parents):
+        inner = values.setdefault(parent, {})
+        if inner is None:
+            inner = values[parent] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(parents[: position + 1])} must hold settings by name, so that {source} can set {path}")
+        values = inner
+    values[name] = value
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        found += [path, *(_leaves(value, f"{path}.") if isinstance(value, Mapping) else [])]
+    return found
+
+
+def _sizes_to_bytes(values: Any, path: tuple[str, ...]) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _sizes_to_bytes(value, (*path, str(key))) for key, value in values.items()}
+    if path and path[-1].endswith("_bytes") and isinstance(values, str):
+        try:
+            return parse_size(values)
+        except ValueError as error:
+            raise ValueError(f"{'.'.join(path)}: {error}") from None
+    return values
+
+
+def _sentence(kind: type[AppConfig], error: ValidationError, origins: Mapping[str, str]) -> str:
+    first = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in first["loc"])
+    where = f"{origins[path]}: " if path in origins else ""
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = setting_paths(kind)
+        groups = {name.rsplit(".", 1)[0] for name in known if "." in name}
+        return f"{where}{path} is not a known setting{_suggestion(path, [*known, *sorted(groups)])}"
+    if first["type"] == "missing":
+        return f"{where}{path} is missing"
+    if first["type"] in ("dataclass_type", "model_type"):
+        return f"{where}{path or 'the configuration'} must hold settings by name"
+    if first["type"] == "value_error":
+        reason = str(first["ctx"]["error"])
+        return f"{where}{path}: {reason}" if path else f"{where}{reason}"
+    message = first["msg"].removeprefix("Input should be ")
+    shown = "" if path.endswith("api_keys") or "api_keys." in path else f", found {first['input']!r}"
+    return f"{where}{path} must be {message.split(', unable')[0]}{shown}"
+
+
+def _suggestion(name: str, known: Mapping[str, object] | list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -1,0 +1,184 @@
+"""Configuration: precedence, conversion and the sentences of its errors."""
+
+import re
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from cluster.config import AppConfig, CantataConfig, load_config, parse_size, setting_paths
+from workers.errors import ConfigError
+
+MODEL = {"engine.model_path": "somewhere/tiny"}
+
+
+def refused(sentence: str, environment: dict[str, str] | None = None, file: Path | None = None, **flags: object) -> None:
+    given = MODEL | {name.replace("__", "."): value for name, value in flags.items()}
+    with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
+        load_config(file, environment or {}, given)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_are_loopback_and_the_dataclasses_own() -> None:
+    config = load_config(None, {}, MODEL)
+    assert (config.listen.host, config.listen.http_port, config.listen.grpc_port) == ("127.0.0.1", 8000, 9000)
+    assert config.engine.model_path == Path("somewhere/tiny")
+    assert config.engine.scheduler.max_num_seqs == 256
+    assert config.engine.cache.memory_bytes is None
+    assert config.gateway.api_keys == ()
+
+
+def test_flag_beats_environment_beats_file(tmp_path: Path) -> None:
+    file = tmp_path / "cantata.yaml"
+    file.write_text(
+        "engine: {model_path: from-file, dtype: float32, scheduler: {max_num_seqs: 1, max_num_batched_tokens: 7}}\nreplicas: 3\n"
+    )
+    environment = {
+        "CANTATA_ENGINE__SCHEDULER__MAX_NUM_SEQS": "2",
+        "CANTATA_ENGINE__MODEL_PATH": "from-environment",
+        "CANTATA_REPLICAS": "5",
+    }
+    config = load_config(file, environment, {"engine.model_path": "from-flag"})
+    assert config.engine.model_path == Path("from-flag")
+    assert config.engine.scheduler.max_num_seqs == 2
+    assert config.engine.scheduler.max_num_batched_tokens == 7
+    assert config.engine.dtype == "float32"
+    assert config.replicas == 5
+
+
+def test_every_setting_can_come_from_the_environment() -> None:
+    texts = {
+        "engine.dtype": "float32",
+        "engine.device": "cuda:1",
+        "engine.cache.prefix_caching": "false",
+        "engine.cache.memory_bytes": "1.5GiB",
+        "gateway.api_keys": "one, two",
+        "gateway.served_model_name": "name",
+        "gateway.request_timeout_s": "1.5",
+        "gateway.conversation_date": "2026-02-03",
+        "gateway.reasoning_effort": "high",
+        "listen.host": "::1",
+        "engine_host": "127.0.0.1",
+    }
+    environment = {f"CANTATA_{path.upper().replace('.', '__')}": texts.get(path, "1") for path in setting_paths()}
+    config = load_config(None, environment | {"CANTATA_GATEWAY__MAX_BODY_BYTES": "64KiB"})
+    assert config.engine.model_path == Path("1")
+    assert config.engine.cache.memory_bytes == 1536 * 2**20
+    assert not config.engine.cache.prefix_caching
+    assert config.gateway.api_keys == ("one", "two")
+    assert config.gateway.request_timeout_s == 1.5
+    assert config.gateway.max_body_bytes == 65536
+    assert config.gateway.conversation_date == "2026-02-03"
+    assert config.engine.max_model_len == config.replicas == config.listen.grpc_port == 1
+
+
+def test_kubernetes_service_variables_are_left_alone() -> None:
+    environment = {
+        "CANTATA_PORT": "tcp://10.0.0.1:8000",
+        "CANTATA_SERVICE_HOST": "10.0.0.1",
+        "CANTATA_ENGINE_PORT_9000_TCP": "x",
+        "PATH": "x",
+    }
+    assert load_config(None, environment, MODEL) == load_config(None, {}, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4096", 4096), ("2GiB", 2**31), ("2 gib", 2**31), ("1k", 1024), ("1.5MB", 1_500_000), ("0", 0), ("3TiB", 3 * 2**40), ("7b", 7)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "2XB", "-1", "1e3", "2 G i B", "nan", "0x10"])
+def test_texts_that_are_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size(text)
+
+
+def test_unknown_names_are_refused_and_named(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("engine: {scheduler: {max_num_seq: 3}}")
+    refused("c.yaml: engine.scheduler.max_num_seq is not a known setting; did you mean engine.scheduler.max_num_seqs?", file=file)
+    refused(
+        "CANTATA_ENGINE__DTYP in the environment is not a known setting; did you mean CANTATA_ENGINE__DTYPE?",
+        {"CANTATA_ENGINE__DTYP": "float32"},
+    )
+    file.write_text("engnie: {}")
+    refused("engnie is not a known setting; did you mean engine?", file=file)
+    file.write_text("listen: {prot: 1}")
+    refused("listen.prot is not a known setting", file=file)
+
+
+def test_wrong_values_are_named_with_where_they_were_set(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("listen: {http_port: 99999}")
+    refused(f"{file}: listen.http_port must be less than or equal to 65535, found 99999", file=file)
+    refused("CANTATA_ENGINE__DTYPE: engine.dtype must be 'bfloat16' or 'float32', found 'int8'", {"CANTATA_ENGINE__DTYPE": "int8"})
+    refused("the command line: engine.max_model_len must be a valid integer, found 'long'", engine__max_model_len="long")
+    refused("max_num_seqs must be at least 1, got 0", engine__scheduler__max_num_seqs="0")
+    refused("engine.cache.memory_bytes: '2Gi' is not a size", engine__cache__memory_bytes="2Gi")
+    refused("gateway.conversation_date: 'today' is not a date; write auto, none or YYYY-MM-DD", gateway__conversation_date="today")
+    refused("gateway.request_timeout_s must be a finite number", gateway__request_timeout_s="nan")
+    refused("gateway.request_timeout_s must be greater than 0", gateway__request_timeout_s="0")
+    refused("this version runs each model on one rank", engine__parallel__tensor="2")
+    refused("engine.model_path is empty", engine__model_path="")
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    refused("nowhere.yaml cannot be read: No such file or directory", file=tmp_path / "nowhere.yaml")
+    file = tmp_path / "c.yaml"
+    file.write_text("engine: [unclosed")
+    refused("c.yaml is not YAML (line 1)", file=file)
+    file.write_bytes(b"\xff\xfe\xff")
+    refused("c.yaml is not YAML", file=file)
+    file.write_text("- a list")
+    refused("c.yaml must hold settings by name, found a list", file=file)
+    file.write_text("engine: 3")
+    refused("engine must hold settings by name", file=file)
+    file.write_text("listen: [1]")
+    refused("listen must hold settings by name", file=file)
+
+
+def test_an_empty_file_and_an_empty_section_are_fine(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("")
+    assert load_config(file, {}, MODEL) == load_config(None, {}, MODEL)
+    file.write_text("engine:\n")
+    assert load_config(file, {}, MODEL).engine.model_path == Path("somewhere/tiny")
+
+
+def test_no_model_says_how_to_give_one() -> None:
+    with pytest.raises(ConfigError, match="--model"):
+        load_config(None, {}, {})
+
+
+def test_keys_are_never_shown() -> None:
+    config = load_config(None, {}, MODEL | {"gateway.api_keys": ["secret-key"]})
+    assert "secret-key" not in repr(config)
+    for wrong in (["good", "secret key"], ["sécret"], [""], "a,,b", [{"secret": "key"}]):
+        with pytest.raises(ConfigError, match=r"gateway\.api_keys") as caught:
+            load_config(None, {}, MODEL | {"gateway.api_keys": wrong})
+        assert "cret" not in str(caught.value)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = load_config(None, {}, MODEL)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.replicas = 2  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        config.engine.dtype = "float32"  # type: ignore[misc]
+
+
+def test_the_model_name_is_the_folders() -> None:
+    assert load_config(None, {}, MODEL).model_name == "tiny"
+    assert load_config(None, {}, MODEL | {"gateway.served_model_name": "gpt-oss-20b"}).model_name == "gpt-oss-20b"
+
+
+def test_serve_arguments_take_sizes_and_know_no_listen() -> None:
+    args = AppConfig.model_validate({"engine": {"model_path": "m", "cache": {"memory_bytes": "64MiB"}}})
+    assert args.engine.cache.memory_bytes == 64 * 2**20
+    with pytest.raises(ValidationError, match="listen"):
+        AppConfig.model_validate({"engine": {"model_path": "m"}, "listen": {"http_port": 1}})
+    assert issubclass(CantataConfig, AppConfig)
