@@ -1,0 +1,104 @@
+"""Calls to engines: one channel per address, kept open; failures come back as the classes of `workers.errors`."""
+
+from collections.abc import AsyncGenerator, Iterable
+from typing import NoReturn
+
+import grpc.aio
+
+from cluster.router.table import Replica
+from workers.errors import CantataError, EngineDead
+from workers.request import EngineOutput, EngineRequest
+from workers.rpc import convert, engine_pb2, engine_pb2_grpc
+
+_CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", convert.MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", convert.MAX_MESSAGE_BYTES),
+    # A host that vanishes without closing its connections is noticed within 40 s, while calls are open.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # A dead address fails a call in about a second instead of gRPC's twenty, and is tried again soon.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # The router retries, because it knows other replicas; proxies of the environment are for the internet.
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class EngineClient:
+    """One per gateway. Belongs to the event loop it is used in."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def generate(self, replica: Replica, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        """Run a sequence. Closing the generator, or cancelling the task that reads it, cancels it in the engine at once.
+
+        Raises:
+            CantataError: what the engine answered; EngineDead if it cannot be reached or its stream ends early.
+        """
+        call = self._stub(replica).Generate(convert.request_to_wire(request), timeout=request.deadline_s)
+        try:
+            async for message in call:
+                output = convert.output_from_wire(message)
+                yield output
+                if output.finish_reason is not None:
+                    return
+            raise EngineDead("The replica that served this request ended its stream early; try again.")
+        except grpc.aio.AioRpcError as error:
+            _raise(error)
+        finally:
+            call.cancel()
+
+    async def info(self, replica: Replica, timeout_s: float) -> convert.EngineInfo:
+        """What the replica serves."""
+        try:
+            return convert.info_from_wire(await self._stub(replica).GetInfo(engine_pb2.GetInfoRequest(), timeout=timeout_s))
+        except grpc.aio.AioRpcError as error:
+            _raise(error)
+
+    async def load(self, replica: Replica, timeout_s: float) -> convert.EngineLoad:
+        """How busy the replica is."""
+        try:
+            return convert.load_from_wire(await self._stub(replica).GetLoad(engine_pb2.GetLoadRequest(), timeout=timeout_s))
+        except grpc.aio.AioRpcError as error:
+            _raise(error)
+
+    async def metrics(self, replica: Replica, timeout_s: float) -> str:
+        """The replica's Prometheus text."""
+        try:
+            answer = await self._stub(replica).GetMetrics(engine_pb2.GetMetricsRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            _raise(error)
+        return answer.text
+
+    async def forget(self, replica: Replica) -> None:
+        """Close the channel of a replica that is gone for good."""
+        channel = self._channels.pop(replica.address, None)
+        if channel is not None:
+            await channel.close(None)
+
+    async def close(self) -> None:
+        """Close all channels; open calls end."""
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            await channel.close(None)
+
+    def _stub(self, replica: Replica) -> "engine_pb2_grpc.EngineAsyncStub":
+        channel = self._channels.get(replica.address)
+        if channel is None:
+            channel = self._channels[replica.address] = grpc.aio.insecure_channel(replica.address, options=_CHANNEL_OPTIONS)
+        return engine_pb2_grpc.EngineStub(channel)
+
+
+def _raise(error: grpc.aio.AioRpcError) -> NoReturn:
+    status = error.code().name
+    trailing: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]
+    metadata = {key: value for key, value in trailing if isinstance(value, str)}
+    if status == "UNAVAILABLE" or (status == "CANCELLED" and convert.ERROR_CLASS_KEY not in metadata):
+        # gRPC's own text names addresses; a cancellation that is not ours means the server is going down.
+        raise EngineDead("The replica that served this request is gone or shutting down; try again.") from error
+    if convert.ERROR_CLASS_KEY not in metadata and status not in ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"):
+        raise CantataError(f"The engine answered {status}.") from error
+    raise convert.error_from_status(status, error.details() or f"The engine answered {status}.", metadata) from error

@@ -1,0 +1,123 @@
+"""The replicas a gateway knows, and how busy it keeps each. One interface: a static list here, Ray Serve's in `cluster/serve`."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.router import policy
+from workers.errors import NoReplica
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One engine.
+
+    Attributes:
+        id: stable for the replica's life; a label in metrics.
+        address: `host:port` of its engine gRPC server.
+    """
+
+    id: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingHint:
+    """What the choice of a replica may depend on."""
+
+    request_id: str
+    num_prompt_tokens: int
+
+
+class ReplicaDirectory(Protocol):
+    """Where requests can go. Every `choose` is followed by one `release`."""
+
+    async def choose(self, hint: RoutingHint, excluded: frozenset[str]) -> Replica:
+        """A replica whose id is not excluded; it counts as busier until `release`.
+
+        Raises:
+            NoReplica: none is left.
+        """
+
+    def release(self, replica: Replica) -> None:
+        """The sequence that `choose` was called for has ended there."""
+
+    def failed(self, replica: Replica) -> None:
+        """The replica could not be reached or died: avoid it for a short time. `release` comes as well."""
+
+    def known(self) -> Sequence[Replica]:
+        """All replicas, reachable or not."""
+
+
+class LoadTable:
+    """What this gateway knows about replicas from its own requests: sequences in flight and recent failures.
+
+    Args:
+        clock: monotonic seconds.
+        penalty_s: how long a replica that failed is avoided while there are others.
+        seed: of the draw between equally loaded replicas.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, penalty_s: float = 2.0, seed: int = 0) -> None:
+        self._clock = clock
+        self._penalty_s = penalty_s
+        self._rng = random.Random(seed)
+        self._in_flight: Counter[str] = Counter()
+        self._suspect_until: dict[str, float] = {}
+
+    def pick(self, replicas: Sequence[Replica], excluded: frozenset[str]) -> Replica:
+        """The policy's choice, counted as in flight.
+
+        Raises:
+            NoReplica: all of `replicas` are excluded.
+        """
+        now = self._clock()
+        self._suspect_until = {replica_id: until for replica_id, until in self._suspect_until.items() if until > now}
+        candidates = [policy.Candidate(entry.id, self._in_flight[entry.id], entry.id in self._suspect_until) for entry in replicas]
+        chosen = policy.choose(candidates, excluded, self._rng)
+        for replica in replicas:
+            if replica.id == chosen:
+                self._in_flight[chosen] += 1
+                return replica
+        raise NoReplica("No replica is ready to take the request; try again in a moment.")
+
+    def release(self, replica: Replica) -> None:
+        """One sequence less in flight."""
+        self._in_flight[replica.id] -= 1
+        if self._in_flight[replica.id] <= 0:
+            del self._in_flight[replica.id]
+
+    def failed(self, replica: Replica) -> None:
+        """Avoid the replica for `penalty_s`."""
+        self._suspect_until[replica.id] = self._clock() + self._penalty_s
+
+    def in_flight(self, replica: Replica) -> int:
+        """Sequences open there."""
+        return self._in_flight[replica.id]
+
+
+class StaticReplicas:
+    """A ReplicaDirectory over a list that never changes."""
+
+    def __init__(self, replicas: Sequence[Replica], loads: LoadTable | None = None) -> None:
+        self._replicas = tuple(replicas)
+        self._loads = loads or LoadTable()
+
+    async def choose(self, hint: RoutingHint, excluded: frozenset[str]) -> Replica:
+        """See ReplicaDirectory."""
+        return self._loads.pick(self._replicas, excluded)
+
+    def release(self, replica: Replica) -> None:
+        """See ReplicaDirectory."""
+        self._loads.release(replica)
+
+    def failed(self, replica: Replica) -> None:
+        """See ReplicaDirectory."""
+        self._loads.failed(replica)
+
+    def known(self) -> Sequence[Replica]:
+        """See ReplicaDirectory."""
+        return self._replicas
