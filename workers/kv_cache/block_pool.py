@@ -1,0 +1,109 @@
+"""The blocks of one KV group: who holds them, and in which order free ones are given out again."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+from workers.scheduler.plan import NULL_BLOCK
+
+
+class BlockPool:
+    """A fixed number of blocks with reference counts.
+
+    A free block whose content is in the prefix cache keeps it until the block is handed out again. Free blocks are taken in this order:
+    those without cached content first, then the least recently used (after vLLM's `v1/core/block_pool.py`).
+
+    Args:
+        num_blocks: NULL_BLOCK included, which is never handed out. 0: the group has no layers.
+        on_evict: called with a cached block that is about to be handed out for new content.
+    """
+
+    def __init__(self, num_blocks: int, on_evict: Callable[[int], None]) -> None:
+        self.num_blocks = num_blocks
+        self._on_evict = on_evict
+        self._ref_counts = [0] * num_blocks
+        self._cached = [False] * num_blocks
+        # First entry: next to be handed out.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(NULL_BLOCK + 1, num_blocks))
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that can be in use at once."""
+        return max(self.num_blocks - 1, 0)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can hand out now, cached content or not."""
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody holds."""
+        return self.capacity - len(self._free)
+
+    def is_free(self, block: int) -> bool:
+        """Whether nobody holds `block`."""
+        return block in self._free
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks (at most `num_free`) for new content; each has one reference. Evicts what they cached."""
+        assert count <= len(self._free), f"{count} blocks asked for, {len(self._free)} are free"
+        blocks = []
+        for _ in range(count):
+            block, _unused = self._free.popitem(last=False)
+            self._ref_counts[block] = 1
+            if self._cached[block]:
+                self._cached[block] = False
+                self._on_evict(block)
+            blocks.append(block)
+        return blocks
+
+    def acquire(self, block: int) -> None:
+        """Add a reference to a cached block, free or not."""
+        assert self._cached[block], f"block {block} is not cached"
+        if self._ref_counts[block] == 0:
+            del self._free[block]
+        self._ref_counts[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drop one reference of each block, skipping NULL_BLOCK. Of cached blocks freed here the first are reused first."""
+        for block in blocks:
+            if block == NULL_BLOCK:
+                continue
+            assert self._ref_counts[block] > 0, f"block {block} is released, but nobody holds it"
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                self._free[block] = None
+                if not self._cached[block]:
+                    self._free.move_to_end(block, last=False)
+
+    def mark_cached(self, block: int) -> None:
+        """The content of `block`, which somebody holds, can be found in the prefix cache from now on."""
+        assert self._ref_counts[block] > 0, f"block {block} is cached, but nobody holds it"
+        assert not self._cached[block], f"block {block} is cached already"
+        self._cached[block] = True
+
+    def forget(self, block: int) -> None:
+        """The prefix cache dropped the content of `block`: if free, it is the next to be reused."""
+        assert self._cached[block], f"block {block} is not cached"
+        self._cached[block] = False
+        if block in self._free:
+            self._free.move_to_end(block, last=False)
+
+    def check_integrity(self, expected_ref_counts: dict[int, int], cached: set[int]) -> None:
+        """Assert that counts, free list and cached marks agree with each other and with what the holders say.
+
+        Args:
+            expected_ref_counts: references by block; blocks that nobody holds may be left out.
+            cached: blocks that the prefix cache points at.
+        """
+        assert NULL_BLOCK not in self._free, "NULL_BLOCK is in the free list"
+        assert NULL_BLOCK not in expected_ref_counts, "somebody holds NULL_BLOCK"
+        for block in range(NULL_BLOCK + 1, self.num_blocks):
+            expected = expected_ref_counts.get(block, 0)
+            assert self._ref_counts[block] == expected, f"block {block} has {self._ref_counts[block]} references, {expected} are held"
+            assert (block in self._free) == (expected == 0), f"block {block} with {expected} references: in free list {block in self._free}"
+            assert self._cached[block] == (block in cached), (
+                f"block {block}: marked cached {self._cached[block]}, in cache {block in cached}"
+            )
+        assert len(self._free) <= self.capacity, "the free list holds blocks that do not exist"
+        assert all(0 < block < self.num_blocks for block in expected_ref_counts), "somebody holds a block that does not exist"

@@ -1,0 +1,221 @@
+"""KV blocks of every sequence in both groups: taken as it grows, freed behind the window, found again by prefix.
+
+Both tables of a sequence are indexed by position // BLOCK_SIZE. In the sliding group an entry is NULL_BLOCK where the block was freed
+behind the window or skipped by a prefix hit. A group without layers has no blocks and its tables stay empty.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from workers.config import BLOCK_SIZE
+from workers.errors import ConfigError
+from workers.kv_cache.prefix_cache import CachedPrefix, PrefixCache, extend_hashes, first_visible_block
+from workers.scheduler.plan import NULL_BLOCK
+
+
+def num_blocks_for(num_tokens: int) -> int:
+    """Blocks that hold `num_tokens` positions from 0 on."""
+    return -(-num_tokens // BLOCK_SIZE)
+
+
+def sliding_blocks_per_sequence(window: int, num_tokens: int) -> int:
+    """Sliding blocks that one sequence of `num_tokens` needs at once to advance by at least a block: those that the query at the start of
+    a block sees behind it, and that block."""
+    return min(num_blocks_for(window - 1) + 1, num_blocks_for(num_tokens))
+
+
+class SequenceBlocks:
+    """One sequence's part of the KV cache; changed by the manager only.
+
+    Attributes:
+        full, sliding: block tables.
+        capacity: positions from 0 that have blocks.
+        keys: hashes of the full blocks of tokens so far; kept over preemption.
+    """
+
+    __slots__ = ("capacity", "committable", "first_sliding", "full", "keys", "num_committed", "parent", "sliding", "wanted_free")
+
+    def __init__(self) -> None:
+        self.full: list[int] = []
+        self.sliding: list[int] = []
+        self.capacity = 0
+        self.keys: list[bytes] = []
+        # First index of `sliding` that may hold a block.
+        self.first_sliding = 0
+        # The first num_committed blocks are in the prefix cache, `parent` is the last of these prefixes.
+        self.num_committed = 0
+        self.parent: CachedPrefix | None = None
+        self.committable = True
+        # Free blocks (full, sliding) without which the last `admit` failed; not tried again with fewer.
+        self.wanted_free = (0, 0)
+
+
+class KVCacheManager:
+    """Blocks of both groups and the prefix cache over them.
+
+    Args:
+        num_full_blocks, num_sliding_blocks: NULL_BLOCK included; 0 where no layer belongs to the group.
+        window: keys that a query of the sliding group sees, itself included; None: no layer slides.
+        prefix_caching: find full blocks again by hash.
+    Raises:
+        ConfigError: blocks and window do not fit together.
+    """
+
+    def __init__(self, *, num_full_blocks: int, num_sliding_blocks: int, window: int | None, prefix_caching: bool = True) -> None:
+        if (window is None) != (num_sliding_blocks == 0):
+            raise ConfigError(f"window {window} does not go with num_sliding_blocks {num_sliding_blocks}: a sliding group has both")
+        if num_full_blocks == 0 and num_sliding_blocks == 0:
+            raise ConfigError("num_full_blocks and num_sliding_blocks are both 0: there is no KV cache")
+        self.window = window
+        self.prefix_caching = prefix_caching
+        self._cache = PrefixCache(num_full_blocks, num_sliding_blocks, window)
+        self._full = self._cache.full
+        self._sliding = self._cache.sliding
+        self._has_full = num_full_blocks > 0
+        self._has_sliding = num_sliding_blocks > 0
+        self._live: dict[SequenceBlocks, None] = {}
+
+    @property
+    def usage(self) -> float:
+        """Share of blocks that sequences hold, of the group that is fuller; 0 to 1. Cached blocks that nobody holds count as free."""
+        return max(pool.num_used / pool.capacity for pool in (self._full, self._sliding) if pool.capacity)
+
+    @property
+    def num_free_blocks(self) -> tuple[int, int]:
+        """Free blocks of the full and the sliding group."""
+        return self._full.num_free, self._sliding.num_free
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence can grow to `num_tokens` when it is alone."""
+        return (not self._has_full or num_blocks_for(num_tokens) <= self._full.capacity) and (
+            self.window is None or sliding_blocks_per_sequence(self.window, num_tokens) <= self._sliding.capacity
+        )
+
+    def admit(self, blocks: SequenceBlocks, token_ids: Sequence[int]) -> int | None:
+        """Give a sequence without blocks those of its longest cached prefix, if there is room to go on behind it.
+
+        Room is: the full group could take all of `token_ids` now, and the sliding group what the sequence needs to advance. Nothing beyond
+        the prefix is taken yet: `grow` does.
+
+        Returns:
+            Tokens found, always less than all; None if there is no room, then nothing is taken.
+        """
+        assert blocks not in self._live, "admitted twice"
+        if self._full.num_free < blocks.wanted_free[0] or self._sliding.num_free < blocks.wanted_free[1]:
+            return None
+        chain: list[CachedPrefix] = []
+        if self.prefix_caching:
+            extend_hashes(blocks.keys, token_ids)
+            chain = self._cache.lookup(blocks.keys, token_ids)
+        length = len(chain)
+        first_sliding = first_visible_block(length * BLOCK_SIZE, self.window) if self.window is not None else 0
+        blocks.wanted_free = self._wanted_free(chain, first_sliding, num_blocks_for(len(token_ids)))
+        if self._full.num_free < blocks.wanted_free[0] or self._sliding.num_free < blocks.wanted_free[1]:
+            return None
+        blocks.wanted_free = (0, 0)
+        for index, prefix in enumerate(chain):
+            if self._has_full:
+                self._full.acquire(prefix.full_block)
+                blocks.full.append(prefix.full_block)
+            if self._has_sliding:
+                visible = index >= first_sliding
+                if visible:
+                    self._sliding.acquire(prefix.sliding_block)
+                blocks.sliding.append(prefix.sliding_block if visible else NULL_BLOCK)
+        blocks.first_sliding = first_sliding
+        blocks.capacity = length * BLOCK_SIZE
+        blocks.num_committed = length
+        blocks.parent = chain[-1] if chain else self._cache.root
+        blocks.committable = self.prefix_caching
+        self._live[blocks] = None
+        return length * BLOCK_SIZE
+
+    def _wanted_free(self, chain: list[CachedPrefix], first_sliding: int, num_blocks: int) -> tuple[int, int]:
+        """Free blocks of each group that admission needs: new ones, and those of the chain that nobody holds."""
+        full = sliding = 0
+        if self._has_full:
+            full = num_blocks - len(chain) + sum(self._full.is_free(prefix.full_block) for prefix in chain)
+        if self.window is not None:
+            visible = chain[first_sliding:]
+            enough = sliding_blocks_per_sequence(self.window, num_blocks * BLOCK_SIZE)
+            new = max(min(enough - len(visible), num_blocks - len(chain)), 1)
+            sliding = new + sum(self._sliding.is_free(prefix.sliding_block) for prefix in visible)
+        return full, sliding
+
+    def grow(self, blocks: SequenceBlocks, num_computed_tokens: int, num_wanted: int) -> int:
+        """Take blocks for the next `num_wanted` tokens behind `num_computed_tokens`, or for as many of them as there are blocks for;
+        in both groups alike. Sliding blocks that no further query sees are freed first.
+
+        Returns:
+            The number of tokens that have blocks now, 0 to `num_wanted`.
+        """
+        if self._has_sliding:
+            self._free_behind_window(blocks, num_computed_tokens)
+        missing = num_blocks_for(num_computed_tokens + num_wanted) - blocks.capacity // BLOCK_SIZE
+        if self._has_full:
+            missing = min(missing, self._full.num_free)
+        if self._has_sliding:
+            missing = min(missing, self._sliding.num_free)
+        if missing > 0:
+            if self._has_full:
+                blocks.full += self._full.allocate(missing)
+            if self._has_sliding:
+                blocks.sliding += self._sliding.allocate(missing)
+            blocks.capacity += missing * BLOCK_SIZE
+        return min(num_wanted, blocks.capacity - num_computed_tokens)
+
+    def _free_behind_window(self, blocks: SequenceBlocks, num_computed_tokens: int) -> None:
+        assert self.window is not None
+        first = min(first_visible_block(num_computed_tokens, self.window), len(blocks.sliding))
+        if first > blocks.first_sliding:
+            self._sliding.release(blocks.sliding[blocks.first_sliding : first])
+            blocks.sliding[blocks.first_sliding : first] = [NULL_BLOCK] * (first - blocks.first_sliding)
+            blocks.first_sliding = first
+
+    def commit(self, blocks: SequenceBlocks, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+        """Make the full blocks among the first `num_computed_tokens` findable. Call it before `grow` frees blocks behind the window."""
+        if not blocks.committable:
+            return
+        assert blocks.parent is not None, "committed without being admitted"
+        target = num_computed_tokens // BLOCK_SIZE
+        if len(blocks.keys) < target:
+            extend_hashes(blocks.keys, token_ids)
+        if not blocks.parent.alive:
+            # Another sequence's block stood for our prefix, and was evicted: put our own in its place.
+            blocks.parent, blocks.num_committed = self._cache.root, 0
+        for index in range(blocks.num_committed, target):
+            prefix = self._cache.insert(
+                blocks.parent,
+                blocks.keys[index],
+                tuple(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]),
+                blocks.full[index] if self._has_full else NULL_BLOCK,
+                blocks.sliding[index] if self._has_sliding else NULL_BLOCK,
+            )
+            if prefix is None:
+                blocks.committable = False
+                return
+            blocks.parent = prefix
+            blocks.num_committed = index + 1
+
+    def release(self, blocks: SequenceBlocks) -> None:
+        """Give all blocks back; committed ones stay findable until reused, the end of the sequence being reused first."""
+        del self._live[blocks]
+        self._full.release(reversed(blocks.full))
+        self._sliding.release(reversed(blocks.sliding))
+        blocks.full, blocks.sliding = [], []
+        blocks.capacity = blocks.first_sliding = blocks.num_committed = 0
+        blocks.parent = None
+
+    def check_integrity(self) -> None:
+        """Assert that tables, reference counts, free lists and prefix cache agree."""
+        full: Counter[int] = Counter()
+        sliding: Counter[int] = Counter()
+        for blocks in self._live:
+            assert not self._has_full or len(blocks.full) * BLOCK_SIZE == blocks.capacity, "full table and capacity differ"
+            assert not self._has_sliding or len(blocks.sliding) * BLOCK_SIZE == blocks.capacity, "sliding table and capacity differ"
+            assert NULL_BLOCK not in blocks.full, "NULL_BLOCK in a full table"
+            assert all(block == NULL_BLOCK for block in blocks.sliding[: blocks.first_sliding]), "a block is held behind the window"
+            assert NULL_BLOCK not in blocks.sliding[blocks.first_sliding :], "a block is missing in the window"
+            full.update(blocks.full)
+            sliding.update(blocks.sliding[blocks.first_sliding :])
+        self._cache.check_integrity(dict(full), dict(sliding))

@@ -1,0 +1,182 @@
+"""Full blocks found again by a chained hash of their tokens, with the tokens compared before any block is given away."""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+from workers.config import BLOCK_SIZE
+from workers.kv_cache.block_pool import BlockPool
+from workers.scheduler.plan import NULL_BLOCK
+
+HASH_BYTES = 16
+
+
+def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Hash of a block behind `parent`, the hash of the block before it (b"" for the first): BLAKE2b-128 over the parent and
+    the ids as little-endian int64. The same in every process; router and engines compare these."""
+    return hashlib.blake2b(parent + struct.pack(f"<{len(token_ids)}q", *token_ids), digest_size=HASH_BYTES).digest()
+
+
+def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int = BLOCK_SIZE) -> None:
+    """Append to `hashes`, the chain over the first blocks of `token_ids`, those of the further full blocks."""
+    parent = hashes[-1] if hashes else b""
+    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
+        parent = hash_block(parent, token_ids[start : start + block_size])
+        hashes.append(parent)
+
+
+def block_hashes(token_ids: Sequence[int], block_size: int = BLOCK_SIZE) -> list[bytes]:
+    """The chained hash of each full block: entry i stands for all tokens up to `(i + 1) * block_size`."""
+    hashes: list[bytes] = []
+    extend_hashes(hashes, token_ids, block_size)
+    return hashes
+
+
+class CachedPrefix:
+    """A full block of tokens behind a given parent. Identity counts: a child belongs to exactly this object, not to its hash.
+
+    Attributes:
+        full_block, sliding_block: where its KV is; NULL_BLOCK where the group has no layers or its block was evicted.
+        alive: in the cache. The root, of length 0, always is.
+    """
+
+    __slots__ = ("alive", "full_block", "key", "parent", "sliding_block", "token_ids")
+
+    def __init__(self, parent: "CachedPrefix | None", key: bytes, token_ids: tuple[int, ...]) -> None:
+        self.parent = parent
+        self.key = key
+        self.token_ids = token_ids
+        self.full_block = NULL_BLOCK
+        self.sliding_block = NULL_BLOCK
+        self.alive = True
+
+
+class PrefixCache:
+    """Finds blocks of both groups by the tokens up to and in them. Owns no references, only the pools' `cached` marks.
+
+    A prefix lives as long as its *anchor*: the full block, or the sliding block where no layer is full. Evicting the anchor forgets
+    both. With an anchor in the full group a chain loses its end first (a sequence's last blocks are released first); where all layers
+    slide it loses its start first, so a prefix is found only as long as none of its blocks was reused.
+
+    Args:
+        num_full_blocks, num_sliding_blocks: of each pool, NULL_BLOCK included; 0: the group has no layers.
+        window: keys that a query of the sliding group sees, itself included; None: no layer slides.
+    """
+
+    def __init__(self, num_full_blocks: int, num_sliding_blocks: int, window: int | None) -> None:
+        self.root = CachedPrefix(None, b"", ())
+        self.full = BlockPool(num_full_blocks, self._on_full_evicted)
+        self.sliding = BlockPool(num_sliding_blocks, self._on_sliding_evicted)
+        self._window = window
+        self._by_key: dict[bytes, CachedPrefix] = {}
+        self._by_full_block: dict[int, CachedPrefix] = {}
+        self._by_sliding_block: dict[int, CachedPrefix] = {}
+
+    def __len__(self) -> int:
+        """Prefixes that can be found."""
+        return len(self._by_key)
+
+    def lookup(self, keys: Sequence[bytes], token_ids: Sequence[int]) -> list[CachedPrefix]:
+        """The longest chain of `token_ids` that a sequence can start behind, at least one token short of all.
+
+        A chain of L blocks needs the full blocks of all, and the sliding blocks that the query at position L * BLOCK_SIZE sees
+        (later queries see fewer of them).
+
+        Args:
+            keys: `block_hashes(token_ids)`.
+        """
+        chain: list[CachedPrefix] = []
+        parent = self.root
+        usable = 0
+        run = 0  # sliding blocks present without a gap at the end of the chain
+        for index in range((len(token_ids) - 1) // BLOCK_SIZE):
+            entry = self._by_key.get(keys[index])
+            if entry is None or entry.parent is not parent:
+                break
+            if entry.token_ids != tuple(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]):
+                break
+            chain.append(entry)
+            parent = entry
+            length = index + 1
+            run = run + 1 if entry.sliding_block != NULL_BLOCK else 0
+            if self._window is None or run >= length - first_visible_block(length * BLOCK_SIZE, self._window):
+                usable = length
+        return chain[:usable]
+
+    def insert(
+        self, parent: CachedPrefix, key: bytes, token_ids: tuple[int, ...], full_block: int, sliding_block: int
+    ) -> CachedPrefix | None:
+        """Make a computed block findable behind `parent`, which is alive.
+
+        If the same prefix is there already its blocks stay, and only what it lacks is taken over. Another prefix under the same key (a
+        collision, or behind a parent that is gone) makes way.
+
+        Args:
+            full_block, sliding_block: blocks that the caller holds; NULL_BLOCK where it has none.
+        Returns:
+            The prefix now in the cache; None if it is not there and the caller has no anchor for it.
+        """
+        entry = self._by_key.get(key)
+        if entry is not None and (entry.parent is not parent or entry.token_ids != token_ids):
+            self._remove(entry)
+            entry = None
+        if entry is None:
+            if (full_block if self.full.num_blocks else sliding_block) == NULL_BLOCK:
+                return None
+            entry = CachedPrefix(parent, key, token_ids)
+            self._by_key[key] = entry
+        if entry.full_block == NULL_BLOCK and full_block != NULL_BLOCK:
+            entry.full_block = full_block
+            self._by_full_block[full_block] = entry
+            self.full.mark_cached(full_block)
+        if entry.sliding_block == NULL_BLOCK and sliding_block != NULL_BLOCK:
+            entry.sliding_block = sliding_block
+            self._by_sliding_block[sliding_block] = entry
+            self.sliding.mark_cached(sliding_block)
+        return entry
+
+    def _on_full_evicted(self, block: int) -> None:
+        entry = self._by_full_block.pop(block)
+        entry.full_block = NULL_BLOCK
+        self._remove(entry)
+
+    def _on_sliding_evicted(self, block: int) -> None:
+        entry = self._by_sliding_block.pop(block)
+        entry.sliding_block = NULL_BLOCK
+        if not self.full.num_blocks:
+            self._remove(entry)
+
+    def _remove(self, entry: CachedPrefix) -> None:
+        entry.alive = False
+        entry.parent = None
+        del self._by_key[entry.key]
+        if entry.full_block != NULL_BLOCK:
+            del self._by_full_block[entry.full_block]
+            self.full.forget(entry.full_block)
+            entry.full_block = NULL_BLOCK
+        if entry.sliding_block != NULL_BLOCK:
+            del self._by_sliding_block[entry.sliding_block]
+            self.sliding.forget(entry.sliding_block)
+            entry.sliding_block = NULL_BLOCK
+
+    def check_integrity(self, full_ref_counts: dict[int, int], sliding_ref_counts: dict[int, int]) -> None:
+        """Assert that prefixes and pools agree; references by block as their holders count them."""
+        for key, entry in self._by_key.items():
+            assert entry.alive, "a removed prefix can be found"
+            assert entry.key == key, "a prefix is filed under another key"
+            assert len(entry.token_ids) == BLOCK_SIZE, f"a cached prefix has a block of {len(entry.token_ids)} tokens"
+            anchor = entry.full_block if self.full.num_blocks else entry.sliding_block
+            assert anchor != NULL_BLOCK, "a prefix has lost its anchor"
+        for blocks, name in ((self._by_full_block, "full_block"), (self._by_sliding_block, "sliding_block")):
+            for block, entry in blocks.items():
+                assert getattr(entry, name) == block, f"{name} {block} points at a prefix that is elsewhere"
+                assert self._by_key.get(entry.key) is entry, f"{name} {block} points at a prefix that cannot be found"
+        assert len(self._by_full_block) == sum(entry.full_block != NULL_BLOCK for entry in self._by_key.values())
+        assert len(self._by_sliding_block) == sum(entry.sliding_block != NULL_BLOCK for entry in self._by_key.values())
+        self.full.check_integrity(full_ref_counts, set(self._by_full_block))
+        self.sliding.check_integrity(sliding_ref_counts, set(self._by_sliding_block))
+
+
+def first_visible_block(position: int, window: int) -> int:
+    """Index of the first block with a key that the query at `position`, or a later one, sees: keys are (position - window, position]."""
+    return max(position - window + 1, 0) // BLOCK_SIZE

@@ -1,0 +1,205 @@
+"""How large the KV cache is, and its tensors.
+
+Both groups share the memory. A block of a group is BLOCK_SIZE positions of K and V of all layers of that group.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from workers.config import BLOCK_SIZE, CacheConfig, Dtype, ModelConfig, SchedulerConfig
+from workers.errors import ConfigError
+from workers.kv_cache.manager import num_blocks_for, sliding_blocks_per_sequence
+
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+CPU_MEMORY_SHARE = 0.25
+CPU_MEMORY_BYTES = 4 * 1024**3
+"""On a CPU the cache takes this much at most unless one sequence needs more: the machine is somebody's."""
+DEVICE_MEMORY_SHARE = 0.85
+"""On an accelerator, of what is free once the weights are loaded; the rest is for activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVCachePlan:
+    """Sizes of both groups.
+
+    Attributes:
+        num_full_blocks, num_sliding_blocks: NULL_BLOCK included; 0 where no layer belongs to the group.
+        total_bytes: of all tensors.
+        kv_capacity_tokens: tokens of all sequences together that the full group holds (the sliding group, if no layer is full).
+    """
+
+    num_full_blocks: int
+    num_sliding_blocks: int
+    total_bytes: int
+    kv_capacity_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sizes of one group: bytes of a block, the blocks that one sequence of max_model_len needs, and those that can ever be of use."""
+
+    block_bytes: int
+    minimum: int
+    useful: int
+
+
+def plan_kv_cache(
+    model: ModelConfig, cache: CacheConfig, scheduler: SchedulerConfig, *, dtype: Dtype, device: torch.device, max_model_len: int
+) -> KVCachePlan:
+    """Decide how many blocks each group gets.
+
+    The memory is `cache.memory_bytes`, or chosen here from what is free on `device`. First each group gets what one sequence of
+    max_model_len needs. Half of the rest goes to the sliding group, until it holds the windows of max_num_seqs running sequences, as
+    many again for the prefix cache, and the blocks of one step; everything else goes to the full group.
+
+    Raises:
+        ConfigError: one sequence of max_model_len does not fit.
+    """
+    if cache.memory_bytes is not None:
+        memory_bytes, source = cache.memory_bytes, "cache.memory_bytes"
+    else:
+        full, sliding = _groups(model, scheduler, dtype, max_model_len)
+        minimum = full.minimum * full.block_bytes + sliding.minimum * sliding.block_bytes
+        useful = full.useful * full.block_bytes + sliding.useful * sliding.block_bytes
+        free = free_memory_bytes(device)
+        if device.type == "cpu":
+            memory_bytes = min(int(free * CPU_MEMORY_SHARE), max(CPU_MEMORY_BYTES, minimum), useful)
+        else:
+            memory_bytes = min(int(free * DEVICE_MEMORY_SHARE), useful)
+        source = f"chosen from {_readable(free)} free on {device}; cache.memory_bytes sets it"
+    return split_memory(model, scheduler, dtype=dtype, max_model_len=max_model_len, memory_bytes=memory_bytes, source=source)
+
+
+def split_memory(
+    model: ModelConfig,
+    scheduler: SchedulerConfig,
+    *,
+    dtype: Dtype,
+    max_model_len: int,
+    memory_bytes: int,
+    source: str = "cache.memory_bytes",
+) -> KVCachePlan:
+    """The arithmetic of `plan_kv_cache`; `source` says in errors where memory_bytes comes from.
+
+    Raises:
+        ConfigError: one sequence of max_model_len does not fit.
+    """
+    full, sliding = _groups(model, scheduler, dtype, max_model_len)
+    rest = memory_bytes - full.minimum * full.block_bytes - sliding.minimum * sliding.block_bytes
+    if rest < 0:
+        raise ConfigError(_does_not_fit(model, scheduler, dtype, max_model_len, memory_bytes, source))
+    num_full, num_sliding = full.minimum, sliding.minimum
+    if sliding.block_bytes:
+        share = rest // 2 if full.block_bytes else rest
+        extra = share // sliding.block_bytes
+        if full.block_bytes:
+            extra = min(extra, max(sliding.useful - sliding.minimum, 0))
+        num_sliding += extra
+        rest -= extra * sliding.block_bytes
+    if full.block_bytes:
+        num_full += rest // full.block_bytes
+    return KVCachePlan(
+        num_full_blocks=num_full,
+        num_sliding_blocks=num_sliding,
+        total_bytes=num_full * full.block_bytes + num_sliding * sliding.block_bytes,
+        kv_capacity_tokens=((num_full or num_sliding) - 1) * BLOCK_SIZE,
+    )
+
+
+def allocate_kv_caches(model: ModelConfig, plan: KVCachePlan, *, dtype: Dtype, device: torch.device) -> list[torch.Tensor]:
+    """Each layer's cache, [2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim], zeroed: [0] is K, [1] is V.
+
+    Raises:
+        ConfigError: the device has not enough memory.
+    """
+    caches = []
+    for window in model.layer_windows:
+        num_blocks = plan.num_full_blocks if window is None else plan.num_sliding_blocks
+        try:
+            caches.append(
+                torch.zeros(2, num_blocks, BLOCK_SIZE, model.num_kv_heads, model.head_dim, dtype=TORCH_DTYPES[dtype], device=device)
+            )
+        except RuntimeError as error:
+            caches.clear()
+            raise ConfigError(
+                f"a KV cache of {_readable(plan.total_bytes)} cannot be allocated on {device}: lower cache.memory_bytes"
+            ) from error
+    return caches
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that can be allocated on `device` now; on a CPU, what the system and the process's control group leave."""
+    if device.type != "cpu":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return min(_system_free_bytes(), _cgroup_free_bytes())
+
+
+def _system_free_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        # Not Linux: what is installed, less half for the rest of the system.
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a version 2 control group leaves, as containers see it; the largest integer where there is no limit."""
+    unlimited = 2**63 - 1
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+    except (OSError, ValueError):
+        return unlimited
+    return unlimited if limit == "max" else max(int(limit) - used, 0)
+
+
+def _groups(model: ModelConfig, scheduler: SchedulerConfig, dtype: Dtype, max_model_len: int) -> tuple[_Group, _Group]:
+    """The full and the sliding group; all zeros where no layer belongs to it. Blocks include NULL_BLOCK."""
+    layer_bytes = 2 * BLOCK_SIZE * model.num_kv_heads * model.head_dim * TORCH_DTYPES[dtype].itemsize
+    num_full_layers = sum(window is None for window in model.layer_windows)
+    num_sliding_layers = len(model.layer_windows) - num_full_layers
+    longest = num_blocks_for(max_model_len)
+    full = sliding = _Group(0, 0, 0)
+    if num_full_layers:
+        full = _Group(num_full_layers * layer_bytes, longest + 1, scheduler.max_num_seqs * longest + 1)
+    if num_sliding_layers:
+        window = model.sliding_window
+        assert window is not None
+        sequence = sliding_blocks_per_sequence(window, max_model_len)
+        step = num_blocks_for(min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max_model_len))
+        sliding = _Group(num_sliding_layers * layer_bytes, sequence + 1, 2 * scheduler.max_num_seqs * sequence + step + 1)
+    return full, sliding
+
+
+def _does_not_fit(model: ModelConfig, scheduler: SchedulerConfig, dtype: Dtype, max_model_len: int, memory_bytes: int, source: str) -> str:
+    def needed(length: int) -> int:
+        full, sliding = _groups(model, scheduler, dtype, length)
+        return full.minimum * full.block_bytes + sliding.minimum * sliding.block_bytes
+
+    fits, too_long = 0, num_blocks_for(max_model_len)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if needed(middle * BLOCK_SIZE) <= memory_bytes:
+            fits = middle
+        else:
+            too_long = middle
+    advice = f"set max_model_len to at most {fits * BLOCK_SIZE} or give the cache more memory" if fits else "give the cache more memory"
+    return (
+        f"a KV cache of {_readable(memory_bytes)} ({source}) cannot hold one sequence of max_model_len {max_model_len}, "
+        f"which needs {_readable(needed(max_model_len))}: {advice}"
+    )
+
+
+def _readable(num_bytes: int) -> str:
+    """Bytes for people; exact below 1 MiB."""
+    for unit, size in (("GiB", 1024**3), ("MiB", 1024**2)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} bytes"

@@ -1,0 +1,356 @@
+"""Continuous batching: which sequences compute how many tokens in the next step. No clocks, threads or tensors.
+
+A sequence has no prefill or decode phase: `num_computed_tokens` catches up with its tokens, in chunks where the budget is short, and
+whenever it has caught up the step yields one more token (after vLLM's `v1/core/sched/scheduler.py`).
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from workers.config import BLOCK_SIZE, SchedulerConfig
+from workers.errors import ConfigError, ContextLengthExceeded, InvalidRequest
+from workers.kv_cache.manager import KVCacheManager
+from workers.request import EngineRequest, FinishReason
+from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
+from workers.scheduler.sequence import Sequence, SequenceStatus, SequenceUpdate
+
+NewBlocks = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+class _PlanBuilder:
+    """The step being planned; its lists run in parallel as in StepPlan."""
+
+    __slots__ = ("new_blocks", "num_computed", "num_scheduled", "samples", "seq_ids", "sequences", "starts")
+
+    def __init__(self) -> None:
+        self.starts: list[SequenceStart] = []
+        self.sequences: list[Sequence | None] = []
+        self.seq_ids: list[int] = []
+        self.num_computed: list[int] = []
+        self.num_scheduled: list[int] = []
+        self.samples: list[bool] = []
+        self.new_blocks: list[NewBlocks] = []
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A plan whose result is not back. `sequences` runs parallel to `plan.seq_ids`; None: the result is of no use any more."""
+
+    plan: StepPlan
+    sequences: list[Sequence | None]
+
+
+class Scheduler:
+    """Plans steps and takes in their results. Running sequences come first, then waiting ones in order of arrival; when blocks run
+    out the newest running sequence loses its own and is computed again later.
+
+    `schedule` may be called again before `update`; results must come in the order of the plans.
+
+    Args:
+        max_model_len: tokens of a sequence at most, prompt and output together.
+    Raises:
+        ConfigError: the KV cache cannot hold one sequence of max_model_len.
+    """
+
+    def __init__(self, config: SchedulerConfig, kv: KVCacheManager, *, max_model_len: int) -> None:
+        if not kv.fits(max_model_len):
+            raise ConfigError(f"max_model_len {max_model_len} is more than the KV cache can hold of one sequence")
+        self._max_num_seqs = config.max_num_seqs
+        self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._kv = kv
+        self._step = 0
+        self._sequences: dict[int, Sequence] = {}
+        # Both in order of arrival, and everything running arrived before everything waiting.
+        self._running: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._drops: list[int] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self.num_preemptions = 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold KV blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences not admitted yet, or preempted."""
+        return len(self._waiting)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of KV blocks in use, 0 to 1, of the group that is fuller."""
+        return self._kv.usage
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is not finished."""
+        return bool(self._sequences)
+
+    def check(self, request: EngineRequest) -> None:
+        """Refuse what could never run here. Reads only what does not change, so any thread may call it.
+
+        Raises:
+            ContextLengthExceeded: prompt, or prompt and max_tokens, do not fit into max_model_len.
+            InvalidRequest: there is no prompt, or max_tokens, min_tokens, n or output_token_ids make no sense.
+        """
+        sampling = request.sampling
+        num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
+        limit = self._max_model_len
+        if num_prompt == 0:
+            raise InvalidRequest("the prompt is empty; give at least one token", "prompt_token_ids")
+        if num_prompt >= limit:
+            raise ContextLengthExceeded(
+                f"the prompt has {num_prompt} tokens, which leaves no room for output in the context of {limit}; shorten it",
+                "prompt_token_ids",
+            )
+        if sampling.max_tokens is not None:
+            if sampling.max_tokens < 1:
+                raise InvalidRequest(f"max_tokens must be at least 1, got {sampling.max_tokens}", "max_tokens")
+            if num_prompt + sampling.max_tokens > limit:
+                raise ContextLengthExceeded(
+                    f"the prompt of {num_prompt} tokens and max_tokens {sampling.max_tokens} together exceed the context of {limit}; "
+                    f"shorten the prompt or set max_tokens to at most {limit - num_prompt}",
+                    "max_tokens",
+                )
+        max_output = limit - num_prompt if sampling.max_tokens is None else sampling.max_tokens
+        if not 0 <= sampling.min_tokens <= max_output:
+            raise InvalidRequest(
+                f"min_tokens must be from 0 to the {max_output} tokens that may be generated, got {sampling.min_tokens}", "min_tokens"
+            )
+        if num_output > max_output:
+            raise InvalidRequest(f"output_token_ids has {num_output} tokens, but at most {max_output} may be generated", "output_token_ids")
+        if sampling.n != 1:
+            raise InvalidRequest(f"n must be 1 in the engine, got {sampling.n}; send one request for each choice", "n")
+
+    def add(self, sequence: Sequence) -> SequenceUpdate | None:
+        """Queue a sequence whose request passed `check`.
+
+        Returns:
+            None; or its end, if it resumes with output that is complete already: then it is not queued.
+        """
+        assert sequence.seq_id not in self._sequences, f"sequence {sequence.seq_id} was added twice"
+        max_tokens = sequence.request.sampling.max_tokens
+        sequence.max_len = self._max_model_len
+        if max_tokens is not None:
+            sequence.max_len = min(sequence.max_len, sequence.num_prompt_tokens + max_tokens)
+        reason = sequence.finish_reason()
+        if reason is not None:
+            sequence.status = SequenceStatus.FINISHED
+            return SequenceUpdate(sequence.seq_id, finish_reason=reason, stop_token_id=sequence.token_ids[-1] if reason == "stop" else None)
+        self._sequences[sequence.seq_id] = sequence
+        self._waiting.append(sequence)
+        return None
+
+    def abort(self, seq_id: int, reason: str) -> SequenceUpdate | None:
+        """End a sequence now; a result of it that is still to come is ignored.
+
+        Args:
+            reason: one sentence, which becomes the update's `error`.
+        Returns:
+            Its last update; None if it ended before, or never was.
+        """
+        sequence = self._sequences.get(seq_id)
+        if sequence is None:
+            return None
+        return self._end(sequence, "abort", reason)
+
+    def fail_all(self, error: str) -> list[SequenceUpdate]:
+        """End every sequence because the engine cannot go on; in order of arrival."""
+        return [self._end(sequence, "error", error) for sequence in list(self._sequences.values())]
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step; None if no sequence can compute anything now."""
+        builder = _PlanBuilder()
+        budget = self._max_num_batched_tokens
+        num_preemptions = self.num_preemptions
+        index = 0
+        while index < len(self._running) and budget > 0:
+            sequence = self._running[index]
+            wanted = len(sequence.token_ids) - sequence.num_computed_tokens
+            if wanted > 0:  # 0: its next token is still in flight
+                budget -= self._schedule_running(sequence, min(wanted, budget), builder)
+            index += 1
+        if self.num_preemptions == num_preemptions:
+            self._admit_waiting(budget, builder)
+        if not builder.seq_ids:
+            return None
+        plan = StepPlan(
+            step=self._step,
+            starts=tuple(builder.starts),
+            drops=tuple(self._drops),
+            seq_ids=tuple(builder.seq_ids),
+            num_computed_tokens=tuple(builder.num_computed),
+            num_scheduled_tokens=tuple(builder.num_scheduled),
+            samples=tuple(builder.samples),
+            new_blocks=tuple(builder.new_blocks),
+        )
+        self._step += 1
+        self._drops.clear()
+        self._in_flight.append(_InFlight(plan, builder.sequences))
+        return plan
+
+    def _schedule_running(self, sequence: Sequence, wanted: int, builder: _PlanBuilder) -> int:
+        """Schedule up to `wanted` tokens, taking blocks from the newest sequences if need be; 0 if it had to give up its own."""
+        blocks = sequence.blocks
+        if sequence.num_computed_tokens + wanted > blocks.capacity:
+            num_full, num_sliding = len(blocks.full), len(blocks.sliding)
+            granted = self._kv.grow(blocks, sequence.num_computed_tokens, wanted)
+            while granted == 0:
+                newest = self._running[-1]
+                self._preempt(newest)
+                if newest is sequence:
+                    return 0
+                granted = self._kv.grow(blocks, sequence.num_computed_tokens, wanted)
+            wanted = granted
+            self._note_new_blocks(sequence, num_full, num_sliding, builder)
+        self._schedule_tokens(sequence, wanted, builder)
+        return wanted
+
+    def _admit_waiting(self, budget: int, builder: _PlanBuilder) -> None:
+        while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting[0]
+            num_cached = self._kv.admit(sequence.blocks, sequence.token_ids)
+            if num_cached is None:
+                return
+            self._waiting.popleft()
+            self._running.append(sequence)
+            sequence.status = SequenceStatus.RUNNING
+            sequence.num_computed_tokens = num_cached
+            if sequence.num_cached_tokens is None:
+                sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
+            blocks = sequence.blocks
+            builder.starts.append(
+                SequenceStart(
+                    seq_id=sequence.seq_id,
+                    token_ids=tuple(sequence.token_ids),
+                    num_prompt_tokens=sequence.num_prompt_tokens,
+                    sampling=sequence.request.sampling,
+                    stop_token_ids=sequence.stop_token_ids,
+                    constraint=sequence.request.constraint,
+                    full_blocks=tuple(blocks.full),
+                    sliding_blocks=tuple(blocks.sliding),
+                )
+            )
+            num_full, num_sliding = len(blocks.full), len(blocks.sliding)
+            wanted = min(len(sequence.token_ids) - num_cached, budget)
+            granted = self._kv.grow(blocks, num_cached, wanted)
+            assert granted > 0, "a sequence was admitted without room to advance"
+            self._note_new_blocks(sequence, num_full, num_sliding, builder)
+            self._schedule_tokens(sequence, granted, builder)
+            budget -= granted
+
+    def _note_new_blocks(self, sequence: Sequence, num_full: int, num_sliding: int, builder: _PlanBuilder) -> None:
+        """Tell the ranks of the table entries behind the first `num_full` and `num_sliding`; called before `_schedule_tokens`."""
+        full, sliding = tuple(sequence.blocks.full[num_full:]), tuple(sequence.blocks.sliding[num_sliding:])
+        if full or sliding:
+            builder.new_blocks.append((len(builder.seq_ids), full, sliding))
+
+    def _schedule_tokens(self, sequence: Sequence, num_tokens: int, builder: _PlanBuilder) -> None:
+        num_computed = sequence.num_computed_tokens
+        sequence.num_computed_tokens = num_computed + num_tokens
+        builder.sequences.append(sequence)
+        builder.seq_ids.append(sequence.seq_id)
+        builder.num_computed.append(num_computed)
+        builder.num_scheduled.append(num_tokens)
+        builder.samples.append(num_computed + num_tokens == len(sequence.token_ids))
+
+    def update(self, result: StepResult) -> list[SequenceUpdate]:
+        """Take in the result of the oldest plan that has none yet: new tokens and ends, in batch order.
+
+        Raises:
+            ValueError: the result does not answer that plan, or is an error (after which the engine calls `fail_all`).
+        """
+        if result.error is not None:
+            raise ValueError(f"step {result.step} failed: {result.error}")
+        if not self._in_flight or self._in_flight[0].plan.step != result.step:
+            raise ValueError(f"a result for step {result.step} came, which is not the oldest step in flight")
+        plan = self._in_flight[0].plan
+        expected = tuple(seq_id for seq_id, samples in zip(plan.seq_ids, plan.samples, strict=True) if samples)
+        if tuple(result.seq_ids) != expected or len(result.token_ids) != len(expected):
+            raise ValueError(f"the result of step {result.step} does not have one token for each sequence that was to yield one")
+        sequences = self._in_flight.popleft().sequences
+        logprobs = result.logprobs
+        tokens = iter(result.token_ids)
+        updates: list[SequenceUpdate] = []
+        finished = False
+        for sequence, start, count, samples in zip(
+            sequences, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True
+        ):
+            token_id = next(tokens) if samples else None
+            if sequence is None:
+                continue
+            end = start + count
+            if end // BLOCK_SIZE > sequence.blocks.num_committed:
+                self._kv.commit(sequence.blocks, sequence.token_ids, end)
+            if token_id is None:
+                continue
+            sequence.token_ids.append(token_id)
+            reason = sequence.finish_reason()
+            updates.append(
+                SequenceUpdate(
+                    sequence.seq_id,
+                    token_id,
+                    logprobs.get(sequence.seq_id) if logprobs else None,
+                    reason,
+                    token_id if reason == "stop" else None,
+                    sequence.num_cached_tokens or 0,
+                )
+            )
+            if reason is not None:
+                finished = True
+                self._forget(sequence)
+        if finished:
+            self._running = [sequence for sequence in self._running if sequence.status is SequenceStatus.RUNNING]
+        return updates
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take the blocks of the newest running sequence; it waits in front of all others and starts again with all its tokens."""
+        assert self._running[-1] is sequence
+        self._running.pop()
+        self._release(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.appendleft(sequence)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str) -> SequenceUpdate:
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        self._forget(sequence)
+        return SequenceUpdate(sequence.seq_id, finish_reason=reason, num_cached_tokens=sequence.num_cached_tokens or 0, error=error)
+
+    def _forget(self, sequence: Sequence) -> None:
+        if sequence.status is SequenceStatus.RUNNING:
+            self._release(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        del self._sequences[sequence.seq_id]
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give back the blocks of a running sequence and make the ranks and the steps in flight forget it."""
+        self._kv.release(sequence.blocks)
+        self._drops.append(sequence.seq_id)
+        for step in self._in_flight:
+            step.sequences = [None if entry is sequence else entry for entry in step.sequences]
+
+    def check_integrity(self) -> None:
+        """Assert that queues, sequences and KV blocks agree. For tests, and for the engine when it is idle."""
+        self._kv.check_integrity()
+        assert len(self._running) <= self._max_num_seqs, "more sequences run than may"
+        members = [*self._running, *self._waiting]
+        assert len(members) == len(self._sequences), "a sequence is in no queue, or in two"
+        assert all(self._sequences.get(sequence.seq_id) is sequence for sequence in members), "a queue holds a sequence that ended"
+        for sequence in self._running:
+            assert sequence.status is SequenceStatus.RUNNING, "a sequence runs without that status"
+            assert sequence.num_computed_tokens <= sequence.blocks.capacity, "more tokens are computed than have blocks"
+            assert sequence.num_computed_tokens <= len(sequence.token_ids) < sequence.max_len, "a running sequence is too long"
+            assert sequence.seq_id not in self._drops, "a running sequence is to be dropped"
+        for sequence in self._waiting:
+            assert sequence.status is SequenceStatus.WAITING, "a sequence waits without that status"
+            assert sequence.blocks.capacity == 0, "a waiting sequence holds blocks"
+        if not self._running:
+            assert self._kv.usage == 0.0, "blocks are held, but nothing runs"
