@@ -1,0 +1,154 @@
+"""Engines as child processes of this one: started, watched, restarted when they die, stopped with it."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Sequence
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.5
+LONGEST_BACKOFF_S = 30.0
+STABLE_AFTER_S = 60.0
+"""A child that lived this long had started well: the next restart is quick again."""
+
+
+class EngineFailed(Exception):
+    """The engine's first start failed; the message is one sentence, the reason is on stderr, where the child wrote it."""
+
+
+class EngineProcess:
+    """One engine child. It shares our stderr (its progress and errors) and says on stdout, in a line of JSON, where it serves.
+
+    The child has a session of its own, so that Ctrl-C in a terminal reaches only the parent, which decides the order of the stop.
+
+    Attributes:
+        address: host:port while the child serves; None while there is none, or it is starting.
+        num_restarts: how often a child was replaced.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], *, on_change: Callable[[], None] = lambda: None) -> None:
+        """
+        Args:
+            command: prints {"event": "ready", "address": …} on stdout when it serves; ends with 0 on SIGTERM.
+            on_change: called in the loop after `address` changed.
+        """
+        self.name = name
+        self.address: str | None = None
+        self.num_restarts = 0
+        self._command = list(command)
+        self._on_change = on_change
+        self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._backoff_s = FIRST_BACKOFF_S
+
+    async def start(self, timeout_s: float) -> None:
+        """Start the child, wait until it serves, and watch it from then on.
+
+        Raises:
+            EngineFailed: it ended, or did not serve within timeout_s.
+        """
+        await self._spawn(timeout_s)
+        self._watch = asyncio.create_task(self._keep_alive(timeout_s), name=f"watch {self.name}")
+
+    async def stop(self, grace_s: float) -> None:
+        """Ask the child to drain and end; kill it after grace_s. Idempotent."""
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+            self._watch = None
+        await self._end(grace_s)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child that runs now."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    async def _spawn(self, timeout_s: float) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                address = await self._read_ready(self._process)
+        except TimeoutError:
+            await self._end(0)
+            raise EngineFailed(f"{self.name} did not start within {timeout_s:.0f} s") from None
+        except BaseException:
+            await self._end(0)
+            raise
+        self._set_address(address)
+
+    async def _read_ready(self, process: asyncio.subprocess.Process) -> str:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                return str(json.loads(line)["address"])
+            logger.warning("%s wrote a line that is no message of an engine", self.name)
+        code = await process.wait()
+        raise EngineFailed(f"{self.name} did not start ({_ending(code)}); its message stands above")
+
+    async def _keep_alive(self, timeout_s: float) -> None:
+        while True:
+            process = self._process
+            assert process is not None
+            started = time.monotonic()
+            # Read to the end, so that a child that writes to stdout never blocks.
+            assert process.stdout is not None
+            while await process.stdout.read(65536):
+                pass
+            code = await process.wait()
+            self._set_address(None)
+            logger.error("%s died (%s); it is restarted", self.name, _ending(code))
+            if time.monotonic() - started >= STABLE_AFTER_S:
+                self._backoff_s = FIRST_BACKOFF_S
+            await self._restart(timeout_s)
+
+    async def _restart(self, timeout_s: float) -> None:
+        while True:
+            await asyncio.sleep(self._backoff_s)
+            self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+            try:
+                await self._spawn(timeout_s)
+            except (EngineFailed, OSError) as error:
+                logger.error("%s; next try in %.1f s", error, self._backoff_s)
+                continue
+            self.num_restarts += 1
+            logger.warning("%s serves again", self.name)
+            return
+
+    def _set_address(self, address: str | None) -> None:
+        self.address = address
+        self._on_change()
+
+    async def _end(self, grace_s: float) -> None:
+        self._set_address(None)
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM if grace_s > 0 else signal.SIGKILL)
+        try:
+            async with asyncio.timeout(grace_s if grace_s > 0 else None):
+                await _drained(process)
+        except TimeoutError:
+            logger.warning("%s did not end within %.0f s; it is killed", self.name, grace_s)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await _drained(process)
+
+
+async def _drained(process: asyncio.subprocess.Process) -> int:
+    """Wait for the end; what the child still writes to stdout is dropped, so that a full pipe cannot hold it up."""
+    assert process.stdout is not None
+    while await process.stdout.read(65536):
+        pass
+    return await process.wait()
+
+
+def _ending(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,146 @@
+"""Engine children: started, watched, restarted, stopped. The children are small scripts that speak the engine's start-up protocol."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from cluster import supervisor
+from cluster.supervisor import EngineFailed, EngineProcess
+
+CHILD = """
+import json, os, signal, sys
+print(json.dumps({"event": "ready", "address": f"127.0.0.1:{os.getpid()}"}), flush=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+while True:
+    signal.pause()
+"""
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens in another process
+            await asyncio.sleep(0.01)
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def child(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+@pytest.fixture
+async def engine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineProcess]:
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
+    process = EngineProcess("engine", child(CHILD))
+    yield process
+    await process.stop(5)
+
+
+async def test_a_child_is_started_and_stopped(engine: EngineProcess) -> None:
+    changes: list[str | None] = []
+    engine._on_change = lambda: changes.append(engine.address)
+    await engine.start(20)
+    pid = engine.pid
+    assert pid is not None
+    assert engine.address == f"127.0.0.1:{pid}"
+    await engine.stop(5)
+    assert gone(pid)
+    assert engine.pid is None
+    assert changes == [f"127.0.0.1:{pid}", None]
+
+
+async def test_a_dead_child_has_no_address_and_is_replaced(engine: EngineProcess) -> None:
+    await engine.start(20)
+    addresses: list[str | None] = [engine.address]
+    engine._on_change = lambda: addresses.append(engine.address)
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: engine.num_restarts == 1)
+    assert addresses[1] is None
+    assert addresses[2] == engine.address
+    assert engine.address not in (None, addresses[0])
+
+
+async def test_a_child_that_cannot_start_again_is_tried_with_growing_pauses(engine: EngineProcess, tmp_path: Path) -> None:
+    marker = tmp_path / "broken"
+    engine._command = child(f"import os, sys\nif os.path.exists({str(marker)!r}): sys.exit(3)\n" + CHILD)
+    await engine.start(20)
+    marker.touch()
+    first = engine._backoff_s
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: engine._backoff_s >= 4 * first)
+    assert engine.address is None
+    marker.unlink()
+    await until(lambda: engine.address is not None)
+
+
+async def test_the_pause_is_bounded(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "LONGEST_BACKOFF_S", 0.02)
+    await engine.start(20)
+    for restart in range(3):
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        await until(lambda restart=restart: engine.num_restarts == restart + 1)
+        assert engine._backoff_s <= 0.02
+
+
+async def test_a_first_start_that_fails_is_one_sentence() -> None:
+    process = EngineProcess("engine", child("import sys; sys.exit(1)"))
+    with pytest.raises(EngineFailed, match="engine did not start \\(exit code 1\\); its message stands above"):
+        await process.start(20)
+    assert process.pid is None
+
+
+async def test_a_first_start_that_hangs_is_ended() -> None:
+    process = EngineProcess("engine", child("import signal\nwhile True: signal.pause()"))
+    start = asyncio.create_task(process.start(0.5))
+    await until(lambda: process.pid is not None)
+    pid = process.pid
+    assert pid is not None
+    with pytest.raises(EngineFailed, match="did not start within"):
+        await start
+    assert gone(pid)
+
+
+async def test_a_child_that_does_not_end_is_killed() -> None:
+    deaf = CHILD.replace("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))", "").replace(
+        "print(", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(", 1
+    )
+    process = EngineProcess("engine", child(deaf))
+    await process.start(20)
+    pid = process.pid
+    assert pid is not None
+    await process.stop(0.2)
+    assert gone(pid)
+
+
+async def test_a_cancelled_start_leaves_no_child() -> None:
+    process = EngineProcess("engine", child("import signal\nwhile True: signal.pause()"))
+    start = asyncio.create_task(process.start(60))
+    await until(lambda: process.pid is not None)
+    pid = process.pid
+    assert pid is not None
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert gone(pid)
+
+
+async def test_a_talkative_child_does_not_block(engine: EngineProcess, tmp_path: Path) -> None:
+    marker = tmp_path / "written"
+    talk = f"print('x' * 10_000_000, flush=True)\nopen({str(marker)!r}, 'w').close()\nwhile True:"
+    engine._command = child(CHILD.replace("while True:", talk))
+    await engine.start(20)
+    await until(marker.exists)
