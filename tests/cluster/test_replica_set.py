@@ -1,0 +1,56 @@
+"""The directory whose list changes under running requests."""
+
+import pytest
+
+from cluster.replica_set import ReplicaSet
+from cluster.router.table import Replica, ReplicaDirectory, RoutingHint
+from workers.errors import NoReplica
+
+HINT = RoutingHint("r", 3)
+NONE: frozenset[str] = frozenset()
+
+
+async def test_an_empty_set_has_no_replica() -> None:
+    directory: ReplicaDirectory = ReplicaSet()
+    assert directory.known() == ()
+    with pytest.raises(NoReplica):
+        await directory.choose(HINT, NONE)
+
+
+async def test_a_replaced_list_is_used_at_once_and_keeps_the_counts() -> None:
+    replicas = ReplicaSet()
+    a, b = Replica("a", "127.0.0.1:1"), Replica("b", "127.0.0.1:2")
+    replicas.replace([a])
+    busy = await replicas.choose(HINT, NONE)
+    assert busy == a
+    replicas.replace([a, b])
+    assert await replicas.choose(HINT, NONE) == b  # a has one in flight, from before
+    replicas.release(a)
+    assert await replicas.choose(HINT, NONE) == a
+    replicas.replace([b])
+    assert replicas.known() == (b,)
+    with pytest.raises(NoReplica):
+        await replicas.choose(HINT, frozenset({"b"}))
+
+
+async def test_gone_addresses_are_reported_once() -> None:
+    replicas = ReplicaSet()
+    gone: list[Replica] = []
+    replicas.on_gone(gone.append)
+    first, second = Replica("a", "127.0.0.1:1"), Replica("a", "127.0.0.1:2")
+    replicas.replace([first])
+    replicas.replace([first])
+    assert gone == []
+    replicas.replace([second])  # restarted: the same id at another address
+    replicas.replace([])
+    replicas.replace([])
+    assert gone == [first, second]
+
+
+async def test_a_failed_replica_is_avoided_while_there_is_another() -> None:
+    replicas = ReplicaSet()
+    a, b = Replica("a", "127.0.0.1:1"), Replica("b", "127.0.0.1:2")
+    replicas.replace([a, b])
+    replicas.failed(a)
+    assert [await replicas.choose(HINT, NONE) for _ in range(3)] == [b, b, b]
+    assert await replicas.choose(HINT, frozenset({"b"})) == a
