@@ -1,0 +1,195 @@
+"""Text to token ids and back, over the tokenizer.json of a checkpoint, with the harmony special tokens found by name."""
+
+import codecs
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from workers.errors import CheckpointError
+
+HARMONY_TOKENS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>", "<|endoftext|>")
+
+CHUNK_CHARS = 1 << 17
+"""Longer texts are encoded in pieces of about this size, so that memory follows the piece and not the text."""
+
+# No pre-tokenizer of this family (GPT-2, cl100k, o200k) puts a letter and the blank behind it into one piece: a cut there is harmless.
+_CUT = re.compile(r"[A-Za-z](?=[ \n])")
+_USUAL_SPECIAL = re.compile(r"<\|[^<|>\s]+\|>")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The 256 characters in which a byte-level BPE spells bytes (GPT-2's `bytes_to_unicode`): printable Latin-1 stands for itself, the
+    other bytes for the characters from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+class HarmonyEncoding:
+    """The tokenizer of a checkpoint. Immutable after loading and safe to use from several threads; `encode` releases the GIL.
+
+    Attributes:
+        vocab_size: highest token id + 1.
+        start, end, message, channel, constrain, return_, call, endoftext: ids of the harmony tokens.
+        stop_token_ids: the ids that end a turn.
+        special_ids: ids of all special tokens, reserved ones included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: str = "the tokenizer") -> None:
+        """
+        Args:
+            source: how an error names where the tokenizer came from.
+        Raises:
+            CheckpointError: not a byte-level BPE, or a harmony token is missing.
+        """
+        added = tokenizer.get_added_tokens_decoder()
+        special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        missing = [name for name in HARMONY_TOKENS if name not in special_ids]
+        if missing:
+            raise CheckpointError(f"{source} has no special token {missing[0]}: it is not the tokenizer of a gpt-oss model.")
+        self.start = special_ids["<|start|>"]
+        self.end = special_ids["<|end|>"]
+        self.message = special_ids["<|message|>"]
+        self.channel = special_ids["<|channel|>"]
+        self.constrain = special_ids["<|constrain|>"]
+        self.return_ = special_ids["<|return|>"]
+        self.call = special_ids["<|call|>"]
+        self.endoftext = special_ids["<|endoftext|>"]
+        self.stop_token_ids = (self.return_, self.call, self.endoftext)
+        self.special_ids = frozenset(special_ids.values())
+        self._special_by_name = special_ids
+        self._name_by_special = {token_id: name for name, token_id in special_ids.items()}
+        unusual = sorted((name for name in special_ids if not _USUAL_SPECIAL.fullmatch(name)), key=len, reverse=True)
+        self._special_pattern = re.compile("|".join([_USUAL_SPECIAL.pattern, *map(re.escape, unusual)]))
+        self._bytes_of = _bytes_of_tokens(tokenizer, source)
+        self.vocab_size = len(self._bytes_of)
+        # The last writes; from here on the tokenizer is read only, which makes it safe to share between threads.
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._literals: dict[str, tuple[int, ...]] = {}
+
+    @classmethod
+    def load(cls, path: Path, vocab_size: int | None = None) -> "HarmonyEncoding":
+        """Reads `tokenizer.json` of the checkpoint folder `path`.
+
+        Args:
+            vocab_size: of the model; None: not checked.
+        Raises:
+            CheckpointError: the file is missing or foreign, lacks a harmony token, or has ids that the model does not have.
+        """
+        file = path / "tokenizer.json"
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.") from error
+        try:
+            tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # the binding raises bare Exception for whatever is wrong with the file
+            raise CheckpointError(f"{file} is not a tokenizer: {_one_line(error)}.") from error
+        encoding = cls(tokenizer, str(file))
+        if vocab_size is not None and encoding.vocab_size > vocab_size:
+            raise CheckpointError(
+                f"{file} has token ids up to {encoding.vocab_size - 1}, but the model's vocab_size is {vocab_size}: they do not fit."
+            )
+        return encoding
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; special tokens typed in it are plain text. A lone surrogate counts as U+FFFD."""
+        if _SURROGATE.search(text):
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if len(text) <= CHUNK_CHARS:
+            return self._encode_chunk(text)
+        ids: list[int] = []
+        for chunk in _chunks(text, CHUNK_CHARS):
+            ids += self._encode_chunk(chunk)
+        return ids
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """As `encode`, but names of special tokens in `text` become those tokens: for raw harmony prompts, never for a chat's content."""
+        ids: list[int] = []
+        plain_from = 0
+        for match in self._special_pattern.finditer(text):
+            token_id = self._special_by_name.get(match.group())
+            if token_id is not None:
+                ids += self.encode(text[plain_from : match.start()])
+                ids.append(token_id)
+                plain_from = match.end()
+        return ids + self.encode(text[plain_from:])
+
+    def encode_literal(self, text: str) -> tuple[int, ...]:
+        """As `encode`, remembered for good: for the fixed words of the format only, never for a client's text."""
+        ids = self._literals.get(text)
+        if ids is None:
+            ids = self._literals[text] = tuple(self.encode(text))
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token stands for, possibly a part of a character; b"" for special tokens and for ids without a token."""
+        return self._bytes_of[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Special tokens are left out, or spelled with their names."""
+        names = {} if skip_special_tokens else self._name_by_special
+        return b"".join(names[i].encode() if i in names else self.token_bytes(i) for i in ids).decode("utf-8", "replace")
+
+    def _encode_chunk(self, text: str) -> list[int]:
+        # encode_batch_fast, because it releases the GIL (encode does not) and computes no offsets.
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
+
+
+class IncrementalDecoder:
+    """Turns one message's tokens into text as they come, and keeps an unfinished character back."""
+
+    def __init__(self, encoding: HarmonyEncoding) -> None:
+        self._encoding = encoding
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The characters that this token completes; invalid bytes give U+FFFD, as `bytes.decode(errors="replace")` does."""
+        return self._utf8.decode(self._encoding.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """U+FFFD for an unfinished character, or nothing. The decoder is empty afterwards."""
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
+
+
+def _bytes_of_tokens(tokenizer: Tokenizer, source: str) -> list[bytes]:
+    """By id: the bytes of each token, b"" for special tokens and gaps."""
+    alphabet = byte_alphabet()
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    added = tokenizer.get_added_tokens_decoder()
+    table = [b""] * (max(max(vocab.values(), default=-1), max(added, default=-1)) + 1)
+    for text, token_id in vocab.items():
+        try:
+            table[token_id] = bytes(map(alphabet.__getitem__, text))
+        except KeyError as error:
+            if token_id not in added:
+                raise CheckpointError(
+                    f"{source} is not a byte-level BPE: the token {text!r} has characters that stand for no byte."
+                ) from error
+    for token_id, token in added.items():
+        table[token_id] = b"" if token.special else token.content.encode()
+    return table
+
+
+def _chunks(text: str, size: int) -> Iterator[str]:
+    begin = 0
+    while len(text) - begin > size:
+        cut = _CUT.search(text, begin + size)
+        if cut is None:
+            break
+        yield text[begin : cut.end()]
+        begin = cut.end()
+    yield text[begin:]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")[:200]

@@ -1,0 +1,247 @@
+"""A tool's JSON schema as the TypeScript-like type that gpt-oss was trained to read.
+
+The text equals what openai/harmony's renderer writes (`json_schema_to_typescript` in its src/encoding.rs), oddities included: the models
+know no other form. Among them: `anyOf`, `allOf` and `$ref` become `any`, only `oneOf` lists its variants; the further lines of a
+property's description have no `//`; the first variant of a `oneOf` loses its own description where the property has one.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+
+from workers.errors import InvalidRequest
+
+MAX_NESTING = 128
+"""Objects and arrays inside each other: 64 levels of schemas, each inside its `properties`."""
+
+_LISTS = ("oneOf", "anyOf", "allOf")
+
+
+def check_schema(schema: object, param: str) -> None:
+    """Refuses what cannot be a schema of arguments, naming the broken part.
+
+    Args:
+        param: how the client calls `schema`, such as `tools[0].function.parameters`.
+    Raises:
+        InvalidRequest: not an object, a keyword has the wrong type, a value that JSON does not have, or deeper than MAX_NESTING.
+    """
+    _check_nesting(schema, param)
+    if not isinstance(schema, Mapping):
+        raise InvalidRequest(f"{param} must be a JSON schema of type object, not {_type_name(schema)}.", param)
+    if schema.get("type", "object") != "object":
+        raise InvalidRequest(f'{param}.type must be "object": the arguments of a function are an object.', f"{param}.type")
+    _check_keywords(schema, param)
+
+
+def typescript_type(schema: object, indent: str = "") -> str:
+    """The type of a checked schema. Linear in its size times its depth."""
+    if not isinstance(schema, Mapping):
+        return "any"
+    variants = _sequence(schema.get("oneOf"))
+    if variants is not None:
+        return "".join(f"\n{indent} | {_variant(variant, indent)}" for variant in variants)
+    kind = schema.get("type")
+    union = [("number" if name == "integer" else name) for name in _sequence(kind) or () if isinstance(name, str)]
+    if union:
+        return " | ".join(union)
+    match kind:
+        case "object":
+            return _object_type(schema, indent)
+        case "string":
+            choices = [f'"{value}"' for value in _sequence(schema.get("enum")) or () if isinstance(value, str)]
+            return " | ".join(choices) or "string"
+        case "number" | "integer":
+            return "number"
+        case "boolean":
+            return "boolean"
+        case "array":
+            return f"{typescript_type(schema['items'], indent)}[]" if "items" in schema else "Array<any>"
+    return "any"
+
+
+def _object_type(schema: Mapping[str, object], indent: str) -> str:
+    lines: list[str] = []
+    if isinstance(description := schema.get("description"), str):
+        lines.append(f"{indent}// {description}")
+    lines.append("{")
+    properties = schema.get("properties")
+    required = {name for name in _sequence(schema.get("required")) or () if isinstance(name, str)}
+    for name, value in properties.items() if isinstance(properties, Mapping) else ():
+        lines += _property(name, "" if name in required else "?", value if isinstance(value, Mapping) else {}, indent)
+    lines.append(f"{indent}}}")
+    return "\n".join(lines)
+
+
+def _property(name: str, optional: str, schema: Mapping[str, object], indent: str) -> list[str]:
+    lines: list[str] = []
+    description = schema.get("description")
+    if isinstance(title := schema.get("title"), str):
+        lines += [f"{indent}// {title}", f"{indent}//"]
+    if isinstance(description, str) and "oneOf" not in schema:
+        lines.append(f"{indent}// {description}")
+    if examples := _sequence(schema.get("examples")):
+        lines.append(f"{indent}// Examples:")
+        lines += [f'{indent}// - "{example}"' for example in examples if isinstance(example, str)]
+    variants = _sequence(schema.get("oneOf"))
+    if variants is not None:
+        return lines + _one_of_property(name, optional, schema, variants, indent)
+    comment = f" // {_default(schema)}" if "default" in schema and "oneOf" not in schema else ""
+    lines.append(f"{indent}{name}{optional}: {_nullable_type(schema, f'{indent}    ')},{comment}")
+    return lines
+
+
+def _one_of_property(name: str, optional: str, schema: Mapping[str, object], variants: Sequence[object], indent: str) -> list[str]:
+    lines: list[str] = []
+    description = schema.get("description")
+    described_above = isinstance(description, str) and not (variants and _get(variants[0], "description") == description)
+    if described_above:
+        lines.append(f"{indent}// {description}")
+    if "default" in schema:
+        lines.append(f"{indent}// {_default(schema)}")
+    lines.append(f"{indent}{name}{optional}:")
+    for index, variant in enumerate(variants):
+        comments = []
+        own = _get(variant, "description")
+        if isinstance(own, str) and own != description and not (index == 0 and described_above):
+            comments.append(own)
+        if isinstance(variant, Mapping) and "default" in variant:
+            comments.append(_default(variant))
+        trailing = f" // {' '.join(comments)}" if comments else ""
+        lines.append(f"{indent} | {_nullable_type(variant, f'{indent}   ')}{trailing}")
+    lines.append(f"{indent},")
+    return lines
+
+
+def _variant(variant: object, indent: str) -> str:
+    text = _nullable_type(variant, f"{indent}   ")
+    comments = []
+    if isinstance(variant, Mapping):
+        if isinstance(description := variant.get("description"), str):
+            comments.append(description)
+        if "default" in variant:
+            comments.append(_default(variant, quote_enum=True))
+    return f"{text} // {' '.join(comments)}" if comments else text
+
+
+def _nullable_type(schema: object, indent: str) -> str:
+    text = typescript_type(schema, indent)
+    return f"{text} | null" if _get(schema, "nullable") is True and "null" not in text else text
+
+
+def _default(schema: Mapping[str, object], quote_enum: bool = False) -> str:
+    value = schema["default"]
+    if isinstance(value, str):
+        if not _sequence(schema.get("enum")):
+            return f'default: "{value}"'
+        return f"default: {json_text(value) if quote_enum else value}"
+    return f"default: {json_text(value)}"
+
+
+def json_text(value: object) -> str:
+    """JSON as Rust's serde_json writes it: no blanks, characters unescaped, floats in the shortest form that ryu prints."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{json_text(key)}:{json_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(json_text, value)) + "]"
+    if isinstance(value, float):
+        return _float_text(value)
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**64:
+        return _float_text(float(value))
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _float_text(value: float) -> str:
+    mantissa, _, exponent = repr(value).partition("e")
+    negative, digits = mantissa.startswith("-"), mantissa.lstrip("-")
+    sign = "-" if negative else ""
+    whole, _, fraction = digits.partition(".")
+    significant = (whole + fraction).lstrip("0")
+    # point: where the decimal point stands, counted from the first significant digit.
+    point = len(whole) + int(exponent or 0) - (len(whole + fraction) - len(significant))
+    significant = significant.rstrip("0")
+    if not significant:
+        return f"{sign}0.0"
+    if len(significant) <= point <= 16:
+        return f"{sign}{significant}{'0' * (point - len(significant))}.0"
+    if 0 < point <= 16:
+        return f"{sign}{significant[:point]}.{significant[point:]}"
+    if -5 < point <= 0:
+        return f"{sign}0.{'0' * -point}{significant}"
+    tail = f".{significant[1:]}" if len(significant) > 1 else ""
+    return f"{sign}{significant[0]}{tail}e{point - 1}"
+
+
+def _check_keywords(schema: Mapping[str, object], param: str) -> None:
+    properties = schema.get("properties", {})
+    if not isinstance(properties, Mapping):
+        raise InvalidRequest(f"{param}.properties must be an object, not {_type_name(properties)}.", f"{param}.properties")
+    for name, value in properties.items():
+        _check_subschema(value, f"{param}.properties.{name}")
+    if "items" in schema and not isinstance(schema["items"], (list, tuple)):
+        _check_subschema(schema["items"], f"{param}.items")
+    for keyword in _LISTS:
+        if keyword in schema:
+            variants = _sequence(schema[keyword])
+            if variants is None:
+                raise InvalidRequest(f"{param}.{keyword} must be an array, not {_type_name(schema[keyword])}.", f"{param}.{keyword}")
+            for index, variant in enumerate(variants):
+                _check_subschema(variant, f"{param}.{keyword}[{index}]")
+    for keyword in ("required", "enum"):
+        if keyword in schema and _sequence(schema[keyword]) is None:
+            raise InvalidRequest(f"{param}.{keyword} must be an array, not {_type_name(schema[keyword])}.", f"{param}.{keyword}")
+    kind = schema.get("type", "object")
+    names = [kind] if isinstance(kind, str) else _sequence(kind)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise InvalidRequest(f"{param}.type must be a string or an array of strings.", f"{param}.type")
+
+
+def _check_subschema(schema: object, param: str) -> None:
+    if isinstance(schema, Mapping):
+        _check_keywords(schema, param)
+    elif not isinstance(schema, bool):
+        raise InvalidRequest(f"{param} must be a JSON schema (an object, or true or false), not {_type_name(schema)}.", param)
+
+
+def _check_nesting(value: object, param: str) -> None:
+    """Breadth first, so that no depth can exhaust the stack of the walks that follow."""
+    level: list[object] = [value]
+    for _ in range(MAX_NESTING + 1):
+        following: list[object] = []
+        for item in level:
+            if isinstance(item, Mapping):
+                if not all(isinstance(key, str) for key in item):
+                    raise InvalidRequest(f"{param} has an object with a key that is not a string.", param)
+                following += item.values()
+            elif isinstance(item, (list, tuple)):
+                following += item
+            elif isinstance(item, (int, float)) and not (abs(item) <= sys.float_info.max):
+                raise InvalidRequest(f"{param} has a number that is not finite or too large.", param)
+            elif not isinstance(item, (str, int, float, bool, type(None))):
+                raise InvalidRequest(f"{param} has a value that is not JSON.", param)
+        if not following:
+            return
+        level = following
+    raise InvalidRequest(f"{param} is nested deeper than {MAX_NESTING // 2} levels of schemas.", param)
+
+
+def _sequence(value: object) -> Sequence[object] | None:
+    return value if isinstance(value, (list, tuple)) else None
+
+
+def _get(schema: object, key: str) -> object:
+    return schema.get(key) if isinstance(schema, Mapping) else None
+
+
+def _type_name(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case str():
+            return "a string"
+        case int() | float():
+            return "a number"
+        case list() | tuple():
+            return "an array"
+    return "an object"
