@@ -42,7 +42,7 @@ class Attention:
             cos, sin: [T, head_dim / 2] fp32.
         """
         heads = self.qkv(x).view(x.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.window is None:
             slot_mapping, block_table = batch.slot_mapping_full, batch.block_table_full
         else:
