@@ -1,0 +1,155 @@
+"""How memory is split between the groups, and the tensors that come of it."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from workers.config import CacheConfig, ModelConfig, SchedulerConfig
+from workers.errors import ConfigError
+from workers.kv_cache import tensors
+from workers.kv_cache.manager import KVCacheManager, num_blocks_for, sliding_blocks_per_sequence
+from workers.kv_cache.tensors import allocate_kv_caches, plan_kv_cache, split_memory
+
+GIB = 1024**3
+CPU = torch.device("cpu")
+
+
+def model(num_full: int, num_sliding: int, *, kv_heads: int = 3, head_dim: int = 20, window: int = 40) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=num_full + num_sliding,
+        num_heads=6,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        num_experts=4,
+        num_experts_per_token=2,
+        layer_windows=(window,) * num_sliding + (None,) * num_full,
+        max_context_len=4096,
+    )
+
+
+BIG = model(18, 18, kv_heads=8, head_dim=64, window=128)
+
+
+def test_gpt_oss_120b_in_40_gib() -> None:
+    plan = split_memory(BIG, SchedulerConfig(256, 2048), dtype="bfloat16", max_model_len=131072, memory_bytes=40 * GIB)
+    block = 18 * 2 * 16 * 8 * 64 * 2
+    assert plan.num_sliding_blocks == 2 * 256 * 9 + 128 + 1
+    assert plan.num_full_blocks == (40 * GIB - plan.num_sliding_blocks * block) // block
+    assert plan.total_bytes == (plan.num_full_blocks + plan.num_sliding_blocks) * block
+    assert plan.kv_capacity_tokens == (plan.num_full_blocks - 1) * 16
+
+
+@given(
+    layers=st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any),
+    window=st.sampled_from([1, 16, 17, 40, 128]),
+    max_model_len=st.integers(1, 500),
+    max_num_seqs=st.integers(1, 20),
+    memory_bytes=st.integers(0, 4_000_000),
+)
+def test_a_plan_fits_the_memory_and_a_sequence_or_says_what_would(
+    layers: tuple[int, int], window: int, max_model_len: int, max_num_seqs: int, memory_bytes: int
+) -> None:
+    config = model(*layers, window=window)
+    layer_block = 2 * 16 * 3 * 20 * 4
+
+    def plan(length: int) -> tensors.KVCachePlan:
+        return split_memory(config, SchedulerConfig(max_num_seqs, 64), dtype="float32", max_model_len=length, memory_bytes=memory_bytes)
+
+    minimum = num_blocks_for(max_model_len) + 1
+    num_needed = layers[0] * minimum + layers[1] * (sliding_blocks_per_sequence(window, max_model_len) + 1)
+    if num_needed * layer_block > memory_bytes:
+        with pytest.raises(ConfigError, match=f"max_model_len {max_model_len},") as raised:
+            plan(max_model_len)
+        fitting = re.search(r"set max_model_len to at most (\d+) or", str(raised.value))
+        if fitting is not None:
+            assert 0 < int(fitting[1]) < max_model_len
+            plan(int(fitting[1]))
+        with pytest.raises(ConfigError):
+            plan(min(int(fitting[1]) + 1 if fitting else 1, max_model_len))
+        return
+    result = plan(max_model_len)
+    assert (result.num_full_blocks > 0, result.num_sliding_blocks > 0) == (layers[0] > 0, layers[1] > 0)
+    assert result.total_bytes == layer_block * (layers[0] * result.num_full_blocks + layers[1] * result.num_sliding_blocks)
+    assert memory_bytes - layer_block * sum(layers) < result.total_bytes <= memory_bytes
+    kv = KVCacheManager(
+        num_full_blocks=result.num_full_blocks,
+        num_sliding_blocks=result.num_sliding_blocks,
+        window=config.sliding_window,
+    )
+    assert kv.fits(max_model_len)
+
+
+def test_the_error_has_the_numbers() -> None:
+    with pytest.raises(ConfigError) as raised:
+        plan_kv_cache(BIG, CacheConfig(GIB), SchedulerConfig(), dtype="bfloat16", device=CPU, max_model_len=131072)
+    # 1 GiB = 1820 blocks of 589,824 bytes; 10 for the window, 1 for block 0, so 1809 * 16 tokens.
+    assert str(raised.value) == (
+        "a KV cache of 1.00 GiB (cache.memory_bytes) cannot hold one sequence of max_model_len 131072, which needs 4.51 GiB: "
+        "set max_model_len to at most 28944 or give the cache more memory"
+    )
+
+
+@pytest.mark.parametrize(
+    ("free", "max_model_len", "expected"),
+    [
+        (64 * GIB, 131072, 4.51 * GIB),  # more than 4 GiB, since one sequence needs it
+        (64 * GIB, 4096, 4 * GIB),
+        (8 * GIB, 4096, 2 * GIB),
+    ],
+)
+def test_on_a_cpu_the_choice_is_modest(monkeypatch: pytest.MonkeyPatch, free: int, max_model_len: int, expected: float) -> None:
+    monkeypatch.setattr(tensors, "free_memory_bytes", lambda device: free)
+    plan = plan_kv_cache(BIG, CacheConfig(), SchedulerConfig(), dtype="bfloat16", device=CPU, max_model_len=max_model_len)
+    assert plan.total_bytes == pytest.approx(expected, rel=2e-3)
+
+
+def test_what_was_chosen_is_said_when_it_is_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "free_memory_bytes", lambda device: GIB)
+    with pytest.raises(ConfigError, match=r"256\.00 MiB \(chosen from 1\.00 GiB free on cpu; cache\.memory_bytes sets it\)"):
+        plan_kv_cache(BIG, CacheConfig(), SchedulerConfig(), dtype="bfloat16", device=CPU, max_model_len=131072)
+
+
+def test_no_more_is_chosen_than_all_sequences_could_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "free_memory_bytes", lambda device: 64 * GIB)
+    plan = plan_kv_cache(model(1, 1), CacheConfig(), SchedulerConfig(4, 64), dtype="float32", device=CPU, max_model_len=100)
+    # Four sequences of 7 full blocks; twice four windows of 4 sliding blocks, and the 4 of a step; block 0 in each.
+    assert plan.num_full_blocks + plan.num_sliding_blocks == (4 * 7 + 1) + (2 * 4 * 4 + 4 + 1)
+    assert plan.num_full_blocks > 4 * 7
+    assert plan.num_sliding_blocks > 4 * 4
+
+
+def test_free_memory_is_that_of_the_machine_or_the_control_group(tmp_path: Path) -> None:
+    free = tensors.free_memory_bytes(CPU)
+    assert 0 < free < 2**50
+    assert tensors._cgroup_free_bytes(tmp_path) == 2**63 - 1
+    (tmp_path / "memory.current").write_text("300\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert tensors._cgroup_free_bytes(tmp_path) == 2**63 - 1
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert tensors._cgroup_free_bytes(tmp_path) == 700
+
+
+def test_tensors_have_the_shapes_of_their_layers() -> None:
+    config = replace(model(2, 3), layer_windows=(40, None, 40, None, 40))
+    plan = split_memory(config, SchedulerConfig(2, 64), dtype="bfloat16", max_model_len=100, memory_bytes=1_000_000)
+    caches = allocate_kv_caches(config, plan, dtype="bfloat16", device=CPU)
+    sizes = [plan.num_sliding_blocks, plan.num_full_blocks] * 2 + [plan.num_sliding_blocks]
+    assert plan.num_sliding_blocks != plan.num_full_blocks
+    assert [tuple(cache.shape) for cache in caches] == [(2, size, 16, 3, 20) for size in sizes]
+    assert {cache.dtype for cache in caches} == {torch.bfloat16}
+    assert sum(cache.nbytes for cache in caches) == plan.total_bytes
+    assert not any(cache.any() for cache in caches)
+
+
+def test_too_little_memory_is_a_config_error() -> None:
+    plan = split_memory(BIG, SchedulerConfig(), dtype="bfloat16", max_model_len=1000, memory_bytes=2**55)
+    with pytest.raises(ConfigError, match=r"cannot be allocated on cpu: lower cache\.memory_bytes"):
+        allocate_kv_caches(BIG, plan, dtype="bfloat16", device=CPU)

@@ -1,0 +1,249 @@
+"""Any mix of requests, aborts, preemptions and prefix hits, run against a rank that checks every key it reads."""
+
+import hashlib
+import random
+from collections import Counter
+from contextlib import ExitStack
+from unittest import mock
+
+import hypothesis.strategies as st
+from hypothesis import event, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tests.support.simulated_rank import SimulatedRank
+from workers.config import SchedulerConfig
+from workers.kv_cache.manager import KVCacheManager, num_blocks_for, sliding_blocks_per_sequence
+from workers.request import EngineRequest, SamplingParams
+from workers.scheduler.plan import StepPlan
+from workers.scheduler.scheduler import Scheduler
+from workers.scheduler.sequence import Sequence, SequenceUpdate
+
+VOCAB_SIZE = 40
+MODEL_STOP_TOKEN = 39
+
+
+def sample(token_ids):
+    """A token that depends on every token before it, and is the same in every process."""
+    digest = hashlib.sha256(bytes(token_ids)).digest()
+    return digest[0] % VOCAB_SIZE
+
+
+def generate_alone(request, max_model_len):
+    """What a request must yield whatever else runs: (output tokens, finish_reason, stop_token_id)."""
+    sampling = request.sampling
+    stops = set() if sampling.ignore_eos else {MODEL_STOP_TOKEN, *sampling.stop_token_ids}
+    tokens = list(request.prompt_token_ids)
+    output = []
+    while True:
+        token = sample(tokens)
+        tokens.append(token)
+        output.append(token)
+        if token in stops and len(output) > sampling.min_tokens:
+            return output, "stop", token
+        if len(output) == sampling.max_tokens or len(tokens) == max_model_len:
+            return output, "length", None
+
+
+def weak_hash(parent, token_ids):
+    """Two bits: prompts collide all the time, also behind the same parent."""
+    return bytes([hashlib.sha256(parent + bytes(token_ids)).digest()[0] % 4])
+
+
+def family_prompt(family, length):
+    return [(family * 3 + i * i) % VOCAB_SIZE for i in range(length)]
+
+
+prompts = st.builds(
+    lambda family, length, tail: family_prompt(family, length) + tail,
+    st.integers(0, 2),
+    st.one_of(st.integers(0, 90), st.sampled_from([15, 16, 17, 31, 32, 33, 48, 64])),
+    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=4),
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        has_full=st.booleans(),
+        window=st.sampled_from([None, 1, 2, 15, 16, 17, 18, 33, 50]),
+        spare_blocks=st.tuples(st.integers(0, 12), st.integers(0, 12)),
+        max_model_len=st.integers(20, 130),
+        max_num_seqs=st.integers(1, 5),
+        max_num_batched_tokens=st.one_of(st.integers(1, 20), st.integers(20, 200)),
+        prefix_caching=st.sampled_from([True, True, True, False]),
+        collisions=st.booleans(),
+    )
+    def build(self, has_full, window, spare_blocks, max_model_len, max_num_seqs, max_num_batched_tokens, prefix_caching, collisions):
+        self.patches = ExitStack()
+        if collisions:
+            self.patches.enter_context(mock.patch("workers.kv_cache.prefix_cache.hash_block", weak_hash))
+        has_full = has_full or window is None
+        num_full = 1 + num_blocks_for(max_model_len) + spare_blocks[0] if has_full else 0
+        num_sliding = 1 + sliding_blocks_per_sequence(window, max_model_len) + spare_blocks[1] if window is not None else 0
+        self.kv = KVCacheManager(num_full_blocks=num_full, num_sliding_blocks=num_sliding, window=window, prefix_caching=prefix_caching)
+        self.config = SchedulerConfig(max_num_seqs, max_num_batched_tokens)
+        self.max_model_len = max_model_len
+        self.scheduler = Scheduler(self.config, self.kv, max_model_len=max_model_len)
+        self.rank = SimulatedRank(num_full, num_sliding, window, sample)
+        self.in_flight: list[StepPlan] = []
+        self.expected = {}
+        self.received: dict[int, list[SequenceUpdate]] = {}
+        self.num_resumed: dict[int, int] = {}
+        self.live: list[int] = []
+        self.ended: set[int] = set()
+        self.seen: Counter[str] = Counter()
+
+    @rule(
+        prompt=prompts,
+        max_tokens=st.one_of(st.none(), st.integers(1, 60)),
+        min_tokens=st.integers(0, 3),
+        ignore_eos=st.booleans(),
+        stop_token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2),
+        resume=st.integers(0, 40),
+    )
+    def add(self, prompt, max_tokens, min_tokens, ignore_eos, stop_token_ids, resume):
+        prompt = prompt[: self.max_model_len - 1]
+        room = self.max_model_len - len(prompt)
+        max_tokens = None if max_tokens is None else min(max_tokens, room)
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min(min_tokens, room if max_tokens is None else max_tokens),
+            ignore_eos=ignore_eos,
+            stop_token_ids=tuple(stop_token_ids),
+            seed=0,
+        )
+        seq_id = len(self.expected)
+        request = EngineRequest(f"request {seq_id}", tuple(prompt), sampling)
+        output, reason, stop = generate_alone(request, self.max_model_len)
+        resumed = output[: resume if resume < 20 else 0]
+        request = EngineRequest(request.request_id, request.prompt_token_ids, sampling, tuple(resumed))
+        self.scheduler.check(request)
+        self.expected[seq_id] = (output, reason, stop)
+        self.num_resumed[seq_id] = len(resumed)
+        self.received[seq_id] = []
+        self.live.append(seq_id)
+        update = self.scheduler.add(Sequence(seq_id, request, (MODEL_STOP_TOKEN,)))
+        if update is not None:
+            assert len(resumed) == len(output), "only a complete sequence ends when it is added"
+            self.seen["complete when added"] += 1
+            self.take(update)
+
+    @rule(count=st.integers(1, 12))
+    def steps(self, count):
+        """The engine's turns: plan, run, take in."""
+        for _ in range(count):
+            self.plan()
+            while self.in_flight:
+                self.run_oldest()
+            self.scheduler.check_integrity()
+
+    @rule()
+    def plan(self):
+        """Plan a step while another may still be in flight."""
+        if len(self.in_flight) == 2:
+            self.run_oldest()
+        preemptions = self.scheduler.num_preemptions
+        plan = self.scheduler.schedule()
+        if self.scheduler.num_preemptions > preemptions:
+            self.seen["preempted"] += 1
+        if plan is None:
+            assert self.in_flight or not self.scheduler.has_work, "there is work, but nothing is scheduled"
+            return
+        assert 0 < sum(plan.num_scheduled_tokens) <= self.config.max_num_batched_tokens
+        assert min(plan.num_scheduled_tokens) > 0
+        assert len(plan.seq_ids) <= self.config.max_num_seqs
+        assert list(plan.seq_ids) == sorted(plan.seq_ids), "first come, first served"
+        if any(block for start in plan.starts for block in (*start.full_blocks, *start.sliding_blocks)):
+            self.seen["prefix hit"] += 1
+        self.in_flight.append(plan)
+
+    def run_oldest(self):
+        for update in self.scheduler.update(self.rank.run(self.in_flight.pop(0))):
+            self.take(update)
+
+    @rule(position=st.integers(0, 5))
+    def abort(self, position):
+        if position >= len(self.live):
+            return
+        seq_id = self.live[position]
+        update = self.scheduler.abort(seq_id, "the client left")
+        assert update is not None
+        assert (update.finish_reason, update.error, update.token_id) == ("abort", "the client left", None)
+        self.take(update)
+        assert self.scheduler.abort(seq_id, "the client left") is None
+
+    def take(self, update):
+        assert update.seq_id not in self.ended, "an update after the last one"
+        self.received[update.seq_id].append(update)
+        if update.finish_reason is not None:
+            self.ended.add(update.seq_id)
+            self.live.remove(update.seq_id)
+        output, reason, stop = self.expected[update.seq_id]
+        tokens = [entry.token_id for entry in self.received[update.seq_id] if entry.token_id is not None]
+        start = self.num_resumed[update.seq_id]
+        assert tokens == output[start : start + len(tokens)]
+        if update.finish_reason not in (None, "abort"):
+            assert (update.finish_reason, update.stop_token_id) == (reason, stop)
+            assert start + len(tokens) == len(output)
+
+    @invariant()
+    def everything_agrees(self):
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+            assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.live)
+            assert 0.0 <= self.scheduler.kv_usage <= 1.0
+
+    def teardown(self):
+        if hasattr(self, "scheduler"):
+            self.finish()
+            for name in self.seen:
+                event(name)
+
+    def finish(self):
+        """No new requests: everything ends, once, and nothing is held."""
+        with self.patches:
+            for _ in range(3 * sum(len(output) + 130 for output, _, _ in self.expected.values()) + 1):
+                if not self.scheduler.has_work:
+                    break
+                self.steps(1)
+            assert self.ended == set(self.expected), "a sequence never ended"
+            while self.in_flight:
+                self.run_oldest()
+            self.scheduler.check_integrity()
+            assert self.scheduler.kv_usage == 0.0
+            starts = list(dict.fromkeys(self.rank.start_order))
+            assert starts == sorted(starts), "admitted out of order"
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestSchedulerProperties = SchedulerMachine.TestCase
+
+
+def test_a_long_run_under_tiny_pools_meets_everything() -> None:
+    """The same machine driven at random for long, so that preemption, hits, collisions and resumption surely happen together."""
+    choose = random.Random(4)
+    seen: Counter[str] = Counter()
+    for collisions in (False, True):
+        for has_full, window in ((True, 18), (True, None), (False, 18), (True, 1)):
+            machine = SchedulerMachine()
+            machine.build(has_full, window, (3, 2), 120, 4, 48, True, collisions)
+            with machine.patches:
+                for _ in range(150):
+                    prompt = [*family_prompt(choose.randrange(3), choose.randrange(90)), choose.randrange(VOCAB_SIZE)]
+                    machine.add(
+                        prompt=prompt,
+                        max_tokens=choose.choice([None, 5, 40]),
+                        min_tokens=choose.randrange(3),
+                        ignore_eos=choose.random() < 0.7,
+                        stop_token_ids=[],
+                        resume=choose.randrange(40),
+                    )
+                    machine.steps(count=choose.randrange(8))
+                    machine.plan()
+                    if choose.random() < 0.1:
+                        machine.abort(position=choose.randrange(5))
+                    machine.everything_agrees()
+                machine.finish()
+            seen += machine.seen
+            if has_full and window == 18:
+                assert min(machine.seen[name] for name in ("preempted", "prefix hit", "complete when added")) >= 5, machine.seen
+    assert min(seen[name] for name in ("preempted", "prefix hit", "complete when added")) >= 50, seen
