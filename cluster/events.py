@@ -1,9 +1,9 @@
-"""What a generation produces, independent of transport. The harmony parser makes deltas; `cluster.generation` adds choice, finish and usage."""
+"""What a generation produces, independent of transport. The harmony parser makes deltas, `cluster.generation` the rest."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "tool_calls", "abort"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +41,42 @@ Delta = ReasoningDelta | TextDelta | ToolCallDelta
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """One token as the OpenAI API reports it; `token_bytes` may be part of a character.
+class TokenCandidate:
+    """A token that could have been chosen, as the APIs report it.
 
     Attributes:
-        top: (token id, bytes, logprob), most likely first.
+        text: of a special token its name; `bytes:` and their hex escapes where the bytes are only a part of a character.
+        token_bytes: empty for a special token.
     """
 
     token_id: int
+    text: str
     token_bytes: bytes
     logprob: float
-    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A chosen token with its alternatives.
+
+    Attributes:
+        text_offset: characters of the choice's text before this token.
+        top: most likely first.
+    """
+
+    chosen: TokenCandidate
+    text_offset: int
+    top: tuple[TokenCandidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """A delta of one of the n choices; logprobs cover the content tokens it was made of. `token_ids` are all tokens since the choice's
-    previous event, markup included."""
+    """A delta of one of the n choices.
+
+    Attributes:
+        logprobs: where asked for; chat: of the text tokens it was made of; completions: one per entry of `token_ids`.
+        token_ids: all tokens since the choice's previous event, markup included.
+    """
 
     choice: int
     delta: Delta
@@ -71,7 +90,7 @@ class ChoiceFinish:
 
     Attributes:
         stop_reason: the stop string or stop token id that ended it; None for the model's own end.
-        token_ids: tokens since the choice's previous event, the end token included.
+        logprobs, token_ids: of the tokens since the choice's previous event, the end token included.
     """
 
     choice: int

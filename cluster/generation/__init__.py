@@ -1,0 +1,17 @@
+"""The transport-neutral service under both APIs: requests in, events out."""
+
+from cluster.generation.requests import ChatRequest, CompletionRequest, FieldNames
+from cluster.generation.running import Generation
+from cluster.generation.service import GenerationService
+from cluster.generation.settings import ChatDefaults, Limits, ModelInfo
+
+__all__ = [
+    "ChatDefaults",
+    "ChatRequest",
+    "CompletionRequest",
+    "FieldNames",
+    "Generation",
+    "GenerationService",
+    "Limits",
+    "ModelInfo",
+]

@@ -1,0 +1,181 @@
+"""A generation under way: its choices run at once, their events come out as one stream."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from cluster.events import ChoiceFinish, GenerationEvent, Usage
+from cluster.generation.choices import Choice, ChoiceEvent
+from cluster.generation.dispatch import Dispatcher
+from cluster.metrics import GatewayMetrics
+from workers.errors import CantataError
+from workers.request import EngineRequest
+
+_QUEUE_SIZE = 64
+"""Events made but not read. When it is full a choice stops reading from its engine, which then sends several tokens a message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One choice: what the engine is asked and who reads its answer.
+
+    Attributes:
+        prompt_index: which of the generation's prompts it continues.
+    """
+
+    request: EngineRequest
+    choice: Choice
+    prompt_index: int = 0
+
+
+class Generation:
+    """The answer to one request: an async iterator of ChoiceDelta and ChoiceFinish (exactly one per choice) and, last, one Usage.
+
+    It begins when it is made and must be closed by whoever got it; `aclose` cancels what still runs in engines. An error ends it: it is
+    raised once, by the read that meets it.
+
+    Attributes:
+        id: of the request, as clients see it.
+        model: the name of the model that answers.
+        prompts: token ids of each prompt.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        prompts: Sequence[tuple[int, ...]],
+        jobs: Sequence[Job],
+        dispatcher: Dispatcher,
+        metrics: GatewayMetrics,
+        *,
+        arrived: float,
+        deadline: float | None,
+        on_end: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            arrived, deadline: monotonic seconds.
+            on_end: called once, when the generation is over.
+        """
+        self.id = id
+        self.model = model
+        self.created_unix_s = int(time.time())
+        self.prompts = tuple(prompts)
+        self._jobs = tuple(jobs)
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._arrived = arrived
+        self._deadline = deadline
+        self._on_end = on_end
+        self._events: asyncio.Queue[ChoiceEvent | Exception] = asyncio.Queue(_QUEUE_SIZE)
+        self._first: GenerationEvent | None = None
+        self._num_unfinished = len(self._jobs)
+        self._usage_sent = False
+        self._closing: asyncio.Task[None] | None = None
+        self._tasks = [asyncio.create_task(self._run(job)) for job in self._jobs]
+
+    async def begin(self) -> None:
+        """Wait for the first event, so that a request that cannot be served fails here and not in its stream.
+
+        Raises:
+            CantataError: as iterating does; the generation is closed then.
+        """
+        self._first = await self._next()
+
+    def __aiter__(self) -> "Generation":
+        return self
+
+    async def __anext__(self) -> GenerationEvent:
+        if self._first is not None:
+            event, self._first = self._first, None
+            return event
+        return await self._next()
+
+    async def aclose(self) -> None:
+        """Stop everything that still runs; returns when the engines' calls are cancelled. Harmless when called again."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        # Shielded: a second cancellation of the caller does not leave calls open behind it.
+        await asyncio.shield(self._closing)
+
+    async def _next(self) -> GenerationEvent:
+        if self._num_unfinished:
+            try:
+                event = await self._events.get()
+            except asyncio.CancelledError:
+                self._cancel()
+                raise
+            if isinstance(event, Exception):
+                self._num_unfinished, self._usage_sent = 0, True
+                await self.aclose()
+                raise event
+            if isinstance(event, ChoiceFinish):
+                self._num_unfinished -= 1
+                self._metrics.finished_choices.labels(event.reason).inc()
+            return event
+        if self._usage_sent:
+            raise StopAsyncIteration
+        self._usage_sent = True
+        await self.aclose()
+        return self.usage()
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        cached = {job.prompt_index: job.choice.num_cached_tokens for job in reversed(self._jobs)}
+        return Usage(
+            prompt_tokens=sum(map(len, self.prompts)),
+            cached_tokens=sum(cached.values()),
+            completion_tokens=sum(job.choice.num_tokens for job in self._jobs),
+            reasoning_tokens=sum(job.choice.num_reasoning_tokens for job in self._jobs),
+        )
+
+    async def _run(self, job: Job) -> None:
+        try:
+            async with aclosing(self._dispatcher.stream(job.request, self._deadline)) as outputs:
+                previous: float | None = None
+                async for output in outputs:
+                    previous = self._observe(len(output.token_ids), previous)
+                    for event in job.choice.push(output):
+                        await self._events.put(event)
+                    if job.choice.finished:
+                        return
+            raise CantataError("The engine's answer ended without a finish reason.")
+        except Exception as error:  # handed to the reader, which is the request's edge
+            await self._events.put(error)
+
+    def _observe(self, num_tokens: int, previous: float | None) -> float | None:
+        if not num_tokens:
+            return previous
+        now = time.monotonic()
+        if previous is None:
+            self._metrics.time_to_first_token.observe(now - self._arrived)
+        else:
+            for _ in range(num_tokens):
+                self._metrics.inter_token.observe((now - previous) / num_tokens)
+        return now
+
+    def _cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def _close(self) -> None:
+        self._cancel()
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            self._record()
+            self._on_end()
+
+    def _record(self) -> None:
+        usage = self.usage()
+        self._metrics.prompt_tokens.inc(usage.prompt_tokens)
+        self._metrics.cached_tokens.inc(usage.cached_tokens)
+        self._metrics.output_tokens.inc(usage.completion_tokens)
+        self._metrics.reasoning_tokens.inc(usage.reasoning_tokens)
+        self._metrics.duration.observe(time.monotonic() - self._arrived)
+        for job in self._jobs:
+            for kind, count in job.choice.repairs.items():
+                self._metrics.repairs.labels(kind).inc(count)

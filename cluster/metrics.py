@@ -1,0 +1,120 @@
+"""Prometheus metrics of one gateway, and the page that joins them with those of the engines it knows."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.events import FinishReason
+from cluster.harmony.header import Repair
+
+_LATENCIES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_TOKEN_GAPS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class GatewayMetrics:
+    """What a gateway counts. Labels hold names of our own only, never anything that a client wrote; where they are known beforehand, their
+    series exist from the start, at zero."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.requests = Counter(
+            "cantata_gateway_requests", "Requests answered, by endpoint and final status.", ("endpoint", "status"), registry=registry
+        )
+        self.finished_choices = Counter(
+            "cantata_gateway_finished_choices", "Choices completed, by finish reason.", ("finish_reason",), registry=registry
+        )
+        self.in_flight = Gauge("cantata_gateway_in_flight_requests", "Choices being generated.", registry=registry)
+        self.prompt_tokens = Counter("cantata_gateway_prompt_tokens", "Prompt tokens of generations that began.", registry=registry)
+        self.cached_tokens = Counter("cantata_gateway_cached_tokens", "Prompt tokens found in a prefix cache.", registry=registry)
+        self.output_tokens = Counter("cantata_gateway_output_tokens", "Tokens generated, reasoning included.", registry=registry)
+        self.reasoning_tokens = Counter("cantata_gateway_reasoning_tokens", "Tokens of reasoning.", registry=registry)
+        self.time_to_first_token = Histogram(
+            "cantata_gateway_time_to_first_token_seconds",
+            "Time from a request's arrival to its first token.",
+            buckets=_LATENCIES_S,
+            registry=registry,
+        )
+        self.inter_token = Histogram(
+            "cantata_gateway_inter_token_latency_seconds",
+            "Time between two tokens of a choice; tokens that come together share it.",
+            buckets=_TOKEN_GAPS_S,
+            registry=registry,
+        )
+        self.duration = Histogram(
+            "cantata_gateway_request_duration_seconds",
+            "Time from a request's arrival to its end, however it ended.",
+            buckets=_LATENCIES_S,
+            registry=registry,
+        )
+        self.retries = Counter(
+            "cantata_gateway_retries", "Sequences tried again on another replica, by the refusal.", ("error",), registry=registry
+        )
+        self.repairs = Counter(
+            "cantata_harmony_repairs", "Departures of model output from the harmony format, by kind.", ("kind",), registry=registry
+        )
+        for reason in get_args(FinishReason):
+            self.finished_choices.labels(reason)
+        for kind in get_args(Repair):
+            self.repairs.labels(kind)
+
+    def render(self) -> str:
+        """The text exposition of this registry."""
+        return generate_latest(self.registry).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """One process's metrics.
+
+    Attributes:
+        process: `gateway` or `engine`.
+        replica: the replica's id; empty for a gateway.
+        text: its exposition; None: it did not answer.
+    """
+
+    process: str
+    replica: str
+    text: str | None
+
+
+def merge(scrapes: Sequence[Scrape]) -> str:
+    """One exposition of all processes: each sample gets the labels `process` and `replica`, each family appears once, and
+    `cantata_process_up` says which processes answered. A text that cannot be parsed counts as no answer."""
+    families: dict[str, Metric] = {}
+    up = GaugeMetricFamily(
+        "cantata_process_up", "Whether the process answered this scrape with its metrics.", labels=("process", "replica")
+    )
+    for scrape in scrapes:
+        parsed = _parse(scrape.text)
+        up.add_metric((scrape.process, scrape.replica), 0.0 if parsed is None else 1.0)
+        for family in parsed or ():
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                labels = {**sample.labels, "process": scrape.process, "replica": scrape.replica}
+                merged.add_sample(sample.name, labels, sample.value, sample.timestamp, sample.exemplar)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Families([*families.values(), up]))
+    return generate_latest(registry).decode()
+
+
+class _Families:
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _parse(text: str | None) -> list[Metric] | None:
+    if text is None:
+        return None
+    try:
+        return list(text_string_to_metric_families(text))
+    except ValueError:
+        return None
