@@ -1,0 +1,77 @@
+"""What a person sees while an engine starts: progress of loading, then a table of what was chosen. Written to stderr."""
+
+import sys
+import threading
+import time
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from workers.config import BLOCK_SIZE
+from workers.executor.base import ExecutorInfo
+
+_INTERVAL_S = 1.5
+
+
+class StartUpProgress:
+    """A bar on a terminal, else a line when a phase starts and at least every two seconds while it counts. Called on the loading thread."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._bar: tqdm[NoReturn] | None = None
+        self._printed_s = 0.0
+        self._lock = threading.Lock()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """As `workers.executor.inline.Progress`."""
+        with self._lock:
+            if total == 0:
+                self.close()
+                self._print(f"{phase} ...")
+            elif self._terminal:
+                self._advance_bar(phase, done, total)
+            elif done == total or time.monotonic() - self._printed_s >= _INTERVAL_S:
+                self._print(f"{phase}: {done} of {total} ({100 * done // total} %)")
+
+    def close(self) -> None:
+        """End the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _advance_bar(self, phase: str, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=phase, file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+
+    def _print(self, line: str) -> None:
+        self._printed_s = time.monotonic()
+        print(line, file=sys.stderr, flush=True)
+
+
+def summary(info: ExecutorInfo, *, model: str, max_model_len: int, address: str, metrics_address: str | None) -> str:
+    """The start-up table."""
+    blocks = info.num_full_blocks or info.num_sliding_blocks
+    rows = [
+        ("model", model),
+        ("address", f"grpc {address}" + (f", metrics http://{metrics_address}/metrics" if metrics_address else "")),
+        ("device", f"{info.device}, {info.dtype}"),
+        ("shards", f"{info.num_ranks} rank{'s' if info.num_ranks > 1 else ''}, weights {_readable(info.weight_bytes)}"),
+        *((f"kernel {operation}", implementation) for operation, implementation in info.kernels.items()),
+        ("context", f"{max_model_len} tokens"),
+        (
+            "KV cache",
+            f"{_readable(info.kv_cache_bytes)}, {(blocks - 1) * BLOCK_SIZE} tokens; "
+            f"blocks of {BLOCK_SIZE}: {info.num_full_blocks} full, {info.num_sliding_blocks} sliding",
+        ),
+        ("start-up", ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in info.phases_s.items())),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _readable(num_bytes: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} bytes"

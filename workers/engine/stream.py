@@ -1,0 +1,153 @@
+"""The output side of a request: what the engine's thread has produced and its reader has not yet taken.
+
+A stream's memory is bounded by `max_tokens`; a slow reader gets several tokens at once. Readers are woken once a step, however many
+streams got tokens: the engine hands each `Notifier` the list of its streams that have something new.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from queue import SimpleQueue
+from typing import Protocol
+
+from workers.errors import CantataError
+from workers.request import EngineOutput, FinishReason, TokenLogprobs
+
+
+class Notifier(Protocol):
+    """Wakes the readers of streams; called on the engine's thread, must not block."""
+
+    def notify(self, streams: "Sequence[OutputStream]") -> None:
+        """These streams have something to take."""
+
+
+class OutputStream:
+    """Tokens of one request on their way to its reader.
+
+    Attributes:
+        seq_id: the engine's number of the sequence.
+        failure: why the request ended, where the reason is an error with a status of its own (deadline, dead engine). Set before the
+            terminal output can be taken.
+    """
+
+    def __init__(self, request_id: str, seq_id: int, notifier: Notifier) -> None:
+        self.request_id = request_id
+        self.seq_id = seq_id
+        self.notifier = notifier
+        self.failure: CantataError | None = None
+        self._lock = threading.Lock()
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._num_cached_tokens = 0
+        self._terminal: EngineOutput | None = None
+        self._taken = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come; the reader may still have to take it."""
+        return self._terminal is not None
+
+    def push(self, token_id: int, logprobs: TokenLogprobs | None, num_cached_tokens: int) -> None:
+        """Engine side: one more token; ignored after the end."""
+        with self._lock:
+            if self._terminal is not None:
+                return
+            self._token_ids.append(token_id)
+            self._num_cached_tokens = num_cached_tokens
+            if logprobs is not None:
+                self._logprobs.append(logprobs)
+
+    def end(
+        self,
+        reason: FinishReason,
+        *,
+        stop_token_id: int | None = None,
+        error: str | None = None,
+        failure: CantataError | None = None,
+    ) -> bool:
+        """Engine side: nothing more will come. The first call decides; whether this was it."""
+        with self._lock:
+            if self._terminal is not None:
+                return False
+            self.failure = failure
+            self._terminal = EngineOutput(finish_reason=reason, stop_token_id=stop_token_id, error=error)
+            return True
+
+    def take(self) -> EngineOutput | None:
+        """Reader side: all that came since the last call; None if nothing did. The last output has the finish reason."""
+        with self._lock:
+            terminal = self._terminal
+            if self._taken or (terminal is None and not self._token_ids):
+                return None
+            output = EngineOutput(
+                token_ids=tuple(self._token_ids),
+                logprobs=tuple(self._logprobs),
+                finish_reason=terminal.finish_reason if terminal else None,
+                stop_token_id=terminal.stop_token_id if terminal else None,
+                num_cached_tokens=self._num_cached_tokens,
+                error=terminal.error if terminal else None,
+            )
+            self._token_ids.clear()
+            self._logprobs.clear()
+            self._taken = terminal is not None
+            return output
+
+
+class AsyncReader:
+    """Reads streams in the asyncio loop it was made in: one call into the loop a step."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: dict[int, asyncio.Event] = {}
+
+    def notify(self, streams: Sequence[OutputStream]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._wake, [stream.seq_id for stream in streams])
+        except RuntimeError:
+            # The loop is closed: its readers are gone, and what they would have read is dropped with their streams.
+            if not self._loop.is_closed():
+                raise
+
+    async def read(self, stream: OutputStream) -> AsyncGenerator[EngineOutput]:
+        """Outputs until the one with the finish reason."""
+        event = self._events[stream.seq_id] = asyncio.Event()
+        try:
+            while True:
+                event.clear()  # before take(): what comes after it sets the event again
+                output = stream.take()
+                if output is None:
+                    await event.wait()
+                    continue
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            del self._events[stream.seq_id]
+
+    def _wake(self, seq_ids: list[int]) -> None:
+        for seq_id in seq_ids:
+            event = self._events.get(seq_id)
+            if event is not None:
+                event.set()
+
+
+class ThreadReader:
+    """Reads many streams in one thread, in the order in which they have something new."""
+
+    def __init__(self) -> None:
+        self._ready: SimpleQueue[Sequence[OutputStream]] = SimpleQueue()
+
+    def notify(self, streams: Sequence[OutputStream]) -> None:
+        self._ready.put(streams)
+
+    def read(self, streams: Sequence[OutputStream]) -> Iterator[tuple[OutputStream, EngineOutput]]:
+        """Outputs of all streams until each has ended; blocks while there is none. They must have been submitted with this reader."""
+        unfinished = {stream.seq_id for stream in streams}
+        while unfinished:
+            for stream in self._ready.get():
+                output = stream.take()
+                if output is None or stream.seq_id not in unfinished:
+                    continue
+                if output.finish_reason is not None:
+                    unfinished.remove(stream.seq_id)
+                yield stream, output
