@@ -1,0 +1,60 @@
+"""The scripted checkpoint says what it was told: through transformers, which does not know how it was made."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GptOssForCausalLM, Mxfp4Config
+
+from cluster.harmony.conversation import ChatMessage, Conversation, ToolCall, ToolDefinition
+from tests.support.scripted_checkpoint import MIN_MARGIN, Script, scripted_encoding, write_scripted_checkpoint
+
+WEATHER = ToolDefinition(
+    "get_weather", "Weather now.", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+)
+THOUGHT = "The user wants the weather."
+ASK = ChatMessage("user", "How is the weather in Paris?")
+CALL = ChatMessage("assistant", reasoning=THOUGHT, tool_calls=(ToolCall("call_1", "get_weather", '{"city":"Paris"}'),))
+RESULT = ChatMessage("tool", "sunny", tool_call_id="call_1")
+SCRIPTS = (
+    Script(
+        Conversation((ASK,), tools=(WEATHER,)),
+        f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
+        '<|constrain|>json<|message|>{"city":"Paris"}<|call|>',
+    ),
+    Script(Conversation((ASK, CALL, RESULT), tools=(WEATHER,)), "<|channel|>final<|message|>Sunny — 21 °C 😀.<|return|>"),
+    Script(Conversation((ChatMessage("user", "Hello"),)), "<|channel|>final<|message|>Hello! Hello! Hello!<|return|>"),
+    Script(Conversation((ChatMessage("user", "Hello!"),)), "<|channel|>final<|message|>Hello! Hello! Goodbye.<|return|>"),
+    Script((7, 8, 9), (10, 10, 10, 11)),
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scripted") / "checkpoint"
+    assert write_scripted_checkpoint(path, SCRIPTS) >= MIN_MARGIN
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_greedy_continuations_are_the_scripts(checkpoint: Path, dtype: torch.dtype) -> None:
+    model = GptOssForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=Mxfp4Config(dequantize=True))
+    encoding = scripted_encoding()
+    for script in SCRIPTS:
+        prompt, expected = script.prompt_ids(encoding), script.completion_ids(encoding)
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=len(expected), do_sample=False)
+        assert output[0, len(prompt) :].tolist() == expected
+
+
+def test_contradicting_scripts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"scripts\[0\] and scripts\[1\] want different tokens at position 1"):
+        write_scripted_checkpoint(tmp_path / "checkpoint", [Script((1, 2), (3, 4)), Script((1, 2), (3, 5))])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_positions_than_can_be_told_apart_are_refused(tmp_path: Path) -> None:
+    tokens = torch.randint(0, 256, (8, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    scripts = [Script((number,), tuple(row)) for number, row in enumerate(tokens)]
+    with pytest.raises(ValueError, match="320 positions with hidden_size 128"):
+        write_scripted_checkpoint(tmp_path / "checkpoint", scripts, hidden_size=128)
+    assert list(tmp_path.iterdir()) == []
