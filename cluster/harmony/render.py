@@ -1,6 +1,6 @@
 """A conversation as the token ids of a harmony prompt.
 
-Equal, token for token, to what openai/harmony's own renderer writes (its src/encoding.rs) with three rules on top: system and developer
+Equal, token for token, to what openai/harmony's own renderer writes (oss-harmony 0.0.11) with three rules on top: system and developer
 messages become one developer message, analysis before the last final answer is left out, and results of parallel calls stand in the order
 of the calls. Text of clients and tools is always encoded with special tokens disabled.
 """
@@ -75,15 +75,15 @@ class _Writer:
 
     def tool_call(self, call: ToolCall) -> None:
         encoding = self._encoding
-        self._ids += (encoding.start, *encoding.encode_literal("assistant"), *encoding.encode(f" to=functions.{call.name}"))
-        self._ids += (encoding.channel, *encoding.encode_literal("commentary"), *encoding.encode_literal(" "), encoding.constrain)
+        self._header("assistant", "commentary")
+        self._ids += (*encoding.encode(f" to=functions.{call.name}"), *encoding.encode_literal(" "), encoding.constrain)
         self._ids += encoding.encode_literal("json")
         self._body(call.arguments, encoding.call)
 
     def tool_result(self, name: str, content: str) -> None:
         encoding = self._encoding
-        self._ids += (encoding.start, *encoding.encode(f"functions.{name}"), *encoding.encode_literal(" to=assistant"))
-        self._ids += (encoding.channel, *encoding.encode_literal("commentary"))
+        self._ids += (encoding.start, *encoding.encode(f"functions.{name}"))
+        self._ids += (encoding.channel, *encoding.encode_literal("commentary"), *encoding.encode_literal(" to=assistant"))
         self._body(content, encoding.end)
 
     def finish(self) -> list[int]:

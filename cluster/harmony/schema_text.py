@@ -138,7 +138,7 @@ def _default(schema: Mapping[str, object], quote_enum: bool = False) -> str:
 
 
 def json_text(value: object) -> str:
-    """JSON as Rust's serde_json writes it: no blanks, characters unescaped, floats in the shortest form that ryu prints."""
+    """JSON as Rust's serde_json writes it: no blanks, characters unescaped, floats in their shortest form."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{json_text(key)}:{json_text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
@@ -168,7 +168,7 @@ def _float_text(value: float) -> str:
     if -5 < point <= 0:
         return f"{sign}0.{'0' * -point}{significant}"
     tail = f".{significant[1:]}" if len(significant) > 1 else ""
-    return f"{sign}{significant[0]}{tail}e{point - 1}"
+    return f"{sign}{significant[0]}{tail}e{'+' if point > 0 else ''}{point - 1}"
 
 
 def _check_keywords(schema: Mapping[str, object], param: str) -> None:
