@@ -75,9 +75,11 @@ class GenerationService:
         self._num_in_flight = 0
         self._max_token_bytes = max(len(encoding.token_bytes(token_id)) for token_id in range(encoding.vocab_size))
 
-    async def chat(self, request: ChatRequest) -> Generation:
+    async def chat(self, request: ChatRequest, request_id: str | None = None) -> Generation:
         """Begin a chat; returns with its first event ready. The caller closes the generation.
 
+        Args:
+            request_id: unique, also in the generation's id and the engines' requests; None: drawn here.
         Raises:
             CantataError: the request is wrong, or nobody can serve it now.
         """
@@ -88,7 +90,7 @@ class GenerationService:
         try:
             prompt = tuple(await self.render_chat(request))
             sampling = self._complete_sampling(request.sampling, len(prompt), request.names, "messages", default_max_tokens=None)
-            id = f"chatcmpl-{uuid.uuid4().hex}"
+            id = f"chatcmpl-{request_id or uuid.uuid4().hex}"
             jobs = [
                 Job(
                     _engine_request(f"{id}-{index}", prompt, sampling, index),
@@ -108,7 +110,7 @@ class GenerationService:
             raise
         return await self._begin(id, [prompt], jobs, arrived, release)
 
-    async def complete(self, request: CompletionRequest) -> Generation:
+    async def complete(self, request: CompletionRequest, request_id: str | None = None) -> Generation:
         """Begin completions of one or more prompts; see `chat`."""
         arrived = time.monotonic()
         self.check_model(request.model)
@@ -118,7 +120,7 @@ class GenerationService:
         release = self._admit(request.sampling.n * len(request.prompts))
         try:
             prompts = [await self._prompt_ids(prompt) for prompt in request.prompts]
-            id = f"cmpl-{uuid.uuid4().hex}"
+            id = f"cmpl-{request_id or uuid.uuid4().hex}"
             jobs = []
             for prompt_index, prompt in enumerate(prompts):
                 sampling = self._complete_sampling(

@@ -1,0 +1,191 @@
+"""The HTTP app: OpenAI's API over a GenerationService."""
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+
+from cluster.frontend import answers, body, chat, completions, errors, schema, sse
+from cluster.frontend.edge import Edge
+from cluster.frontend.openapi import describe, document
+from cluster.generation import ChatRequest, GenerationService, ModelInfo
+from cluster.metrics import CONTENT_TYPE
+from workers.errors import InvalidRequest, NoReplica
+
+MAX_BODY_BYTES = 32 * 2**20
+
+
+def build_app(
+    service: GenerationService, *, api_keys: Sequence[str] = (), max_body_bytes: int = MAX_BODY_BYTES, cors_origins: Sequence[str] = ()
+) -> FastAPI:
+    """An ASGI app. It does not own the service: whoever made that closes it.
+
+    Args:
+        api_keys: if there are any, requests need one of them; health, readiness, metrics, version and docs do not.
+        max_body_bytes: larger request bodies are refused with 413.
+        cors_origins: web origins whose pages may call the API; none by default.
+    """
+    app = FastAPI(
+        title="Cantata",
+        description="OpenAI's API for gpt-oss.",
+        version=importlib.metadata.version("cantata"),
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"], expose_headers=["x-request-id"]
+        )
+    app.add_middleware(Edge, metrics=service.metrics, api_keys=api_keys)
+    app.add_exception_handler(HTTPException, _refuse_route)
+    _add_generation(app, service, max_body_bytes)
+    _add_tokens(app, service, max_body_bytes)
+    _add_status(app, service)
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = document(app, answers.ErrorAnswer)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
+
+
+def _add_generation(app: FastAPI, service: GenerationService, max_body_bytes: int) -> None:
+    fingerprint = service.model.fingerprint
+
+    @app.post(
+        "/v1/chat/completions",
+        openapi_extra=describe(schema.ChatCompletionRequest, answers.ChatCompletion, stream=answers.ChatCompletionChunk),
+    )
+    async def chat_completions(request: Request) -> Response:
+        """Answer a chat."""
+        asked = await body.read(request, schema.ChatCompletionRequest, max_body_bytes)
+        request_id: str = request.state.request_id
+        generation = await sse.begin(request, service.chat(chat.chat_request(asked), request_id))
+        if asked.stream:
+            return sse.EventStream(generation, chat.chunks(generation, asked, fingerprint), request_id)
+        try:
+            return _json(await sse.until_gone(request, chat.answer(generation, asked, fingerprint)))
+        finally:
+            await generation.aclose()
+
+    @app.post("/v1/completions", openapi_extra=describe(schema.CompletionRequest, answers.TextCompletion, stream=answers.TextCompletion))
+    async def text_completions(request: Request) -> Response:
+        """Continue raw prompts."""
+        asked = await body.read(request, schema.CompletionRequest, max_body_bytes)
+        request_id: str = request.state.request_id
+        generation = await sse.begin(request, service.complete(completions.completion_request(asked), request_id))
+        if asked.stream:
+            return sse.EventStream(generation, completions.chunks(generation, asked, fingerprint), request_id)
+        try:
+            return _json(await sse.until_gone(request, completions.answer(generation, asked, fingerprint)))
+        finally:
+            await generation.aclose()
+
+
+def _add_tokens(app: FastAPI, service: GenerationService, max_body_bytes: int) -> None:
+    @app.post("/tokenize", openapi_extra=describe(schema.TokenizeRequest, answers.TokenizeAnswer))
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a prompt, or of a chat as the model sees it."""
+        asked = await body.read(request, schema.TokenizeRequest, max_body_bytes)
+        service.check_model(asked.model)
+        ids = await _token_ids(service, asked)
+        answer: answers.TokenizeAnswer = {
+            "count": len(ids),
+            "max_model_len": service.model.max_model_len,
+            "tokens": ids,
+            "token_strs": service.token_texts(ids) if asked.return_token_strs else None,
+        }
+        return _json(answer)
+
+    @app.post("/detokenize", openapi_extra=describe(schema.DetokenizeRequest, answers.DetokenizeAnswer))
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids."""
+        asked = await body.read(request, schema.DetokenizeRequest, max_body_bytes)
+        service.check_model(asked.model)
+        answer: answers.DetokenizeAnswer = {"prompt": await service.detokenize(asked.tokens)}
+        return _json(answer)
+
+
+async def _token_ids(service: GenerationService, asked: schema.TokenizeRequest) -> list[int]:
+    if asked.prompt is not None and asked.messages is None:
+        return await service.tokenize(asked.prompt)
+    if asked.messages is None or asked.prompt is not None:
+        raise InvalidRequest("prompt or messages must be given, one of them.", "prompt")
+    kwargs = asked.chat_template_kwargs or schema.ChatTemplateKwargs()
+    effort = chat.reasoning_effort(asked.reasoning_effort, "reasoning_effort")
+    return await service.render_chat(
+        ChatRequest(
+            messages=chat.chat_messages(asked.messages),
+            tools=chat.tool_definitions(asked.tools or ()),
+            reasoning_effort=effort or chat.reasoning_effort(kwargs.reasoning_effort, "chat_template_kwargs.reasoning_effort"),
+            model_identity=kwargs.model_identity,
+            current_date=kwargs.current_date,
+        )
+    )
+
+
+def _add_status(app: FastAPI, service: GenerationService) -> None:
+    version: answers.VersionAnswer = {"version": app.version}
+
+    @app.get("/v1/models", openapi_extra=describe(None, answers.ModelList))
+    async def list_models() -> Response:
+        """What is served."""
+        models: answers.ModelList = {"object": "list", "data": [_model_body(model) for model in service.models()]}
+        return _json(models)
+
+    @app.get("/v1/models/{model_id:path}", openapi_extra=describe(None, answers.ModelBody))
+    async def get_model(model_id: str) -> Response:
+        """One model."""
+        service.check_model(model_id)
+        return _json(_model_body(service.model))
+
+    @app.get("/health", openapi_extra=describe(None, answers.StatusAnswer))
+    async def health() -> Response:
+        """This process is alive."""
+        alive: answers.StatusAnswer = {"status": "ok"}
+        return _json(alive)
+
+    @app.get("/ready", openapi_extra=describe(None, answers.StatusAnswer))
+    async def ready() -> Response:
+        """Some replica takes requests; 503 until then."""
+        if not await service.ready():
+            raise NoReplica("No replica answers yet.")
+        answer: answers.StatusAnswer = {"status": "ready"}
+        return _json(answer)
+
+    @app.get("/metrics", openapi_extra={"responses": {"200": {"description": "Prometheus text.", "content": {"text/plain": {}}}}})
+    async def metrics() -> Response:
+        """Metrics of this gateway and of the engines it knows."""
+        return Response(await service.metrics_text(), headers={"content-type": CONTENT_TYPE})
+
+    @app.get("/version", openapi_extra=describe(None, answers.VersionAnswer))
+    async def get_version() -> Response:
+        """Cantata's version."""
+        return _json(version)
+
+
+def _model_body(model: ModelInfo) -> answers.ModelBody:
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": model.created_unix_s,
+        "owned_by": "cantata",
+        "max_model_len": model.max_model_len,
+    }
+
+
+def _json(value: object) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    """Routing's own refusals, raised again as ours for the edge to answer."""
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        raise errors.WrongMethod(f"{request.method} is not allowed on this path.")
+    raise errors.UnknownRoute("There is nothing at this path.")

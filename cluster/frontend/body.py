@@ -1,0 +1,126 @@
+"""Request bodies: read with a bound, decoded strictly, checked against a schema; each refusal names the field."""
+
+import json
+import math
+from typing import TypeVar
+
+import orjson
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from starlette.requests import ClientDisconnect
+
+from cluster.frontend.errors import BodyTooLarge, UnsupportedMediaType
+from workers.errors import Cancelled, InvalidRequest
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def read(request: Request, kind: type[Model], max_bytes: int) -> Model:
+    """The body as `kind`.
+
+    Raises:
+        InvalidRequest: no JSON, not an object, an unknown field, a wrong type or value; `param` is a path such as `messages[0].content`.
+        BodyTooLarge: longer than `max_bytes`; the rest is not read.
+        UnsupportedMediaType: not declared as JSON.
+    """
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
+        raise UnsupportedMediaType("The body must be JSON: set the header Content-Type to application/json.")
+    value = decode(await _bytes(request, max_bytes))
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"The body must be a JSON object, got {_kind(value)}.")
+    return check(value, kind)
+
+
+async def _bytes(request: Request, max_bytes: int) -> bytes:
+    too_large = BodyTooLarge(f"The body is larger than the {max_bytes} bytes that this server takes.")
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
+        raise too_large
+    chunks: list[bytes] = []
+    length = 0
+    try:
+        async for chunk in request.stream():
+            length += len(chunk)
+            if length > max_bytes:
+                raise too_large
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise Cancelled("The client left before its body was complete.") from None
+    return b"".join(chunks)
+
+
+def decode(data: bytes) -> object:
+    """JSON as RFC 8259 has it: UTF-8, no NaN or Infinity, nesting within bounds.
+
+    Raises:
+        InvalidRequest: says where; a number that is not finite is named by its field.
+    """
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        path = _not_finite(data)
+        if path is not None:
+            raise InvalidRequest(f"{path or 'The body'} must be a finite number.", path or None) from None
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+
+
+def _not_finite(data: bytes) -> str | None:
+    """The path of the first NaN or infinity, if the body is valid JSON apart from them."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    pending: list[tuple[tuple[str | int, ...], object]] = [((), value)]
+    while pending:
+        path, node = pending.pop()
+        if isinstance(node, float) and not math.isfinite(node):
+            return _path(path)
+        if isinstance(node, dict):
+            pending += [((*path, key), child) for key, child in node.items()]
+        elif isinstance(node, list):
+            pending += [((*path, index), child) for index, child in enumerate(node)]
+    return None
+
+
+def check(value: object, kind: type[Model]) -> Model:
+    """`value` as `kind`.
+
+    Raises:
+        InvalidRequest: see `read`.
+    """
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+    path = _path(first["loc"])
+    raise InvalidRequest(_sentence(path, first), path or None)
+
+
+def _path(loc: tuple[str | int, ...]) -> str:
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not part.startswith("<"):  # the tag of a union's member; see schema.py
+            text += f".{part[:100]}" if text else part[:100]
+    return text
+
+
+def _sentence(path: str, error: ErrorDetails) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            return f"Unknown field {path}: this server has no such parameter."
+        case "missing":
+            return f"{path} is missing."
+        case "value_error":
+            reason = str(error["ctx"]["error"])
+            return f"{path} {reason}." if path else f"{reason}."
+    reason = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{path} must be {reason}."
+
+
+def _kind(value: object) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)

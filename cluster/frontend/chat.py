@@ -1,0 +1,289 @@
+"""`POST /v1/chat/completions`: the body as a ChatRequest, the events of its generation as an answer or as chunks."""
+
+from collections.abc import AsyncGenerator, Sequence
+
+from cluster.events import ChoiceDelta, ChoiceFinish, ReasoningDelta, TextDelta, TokenCandidate, TokenLogprob, ToolCallDelta, Usage
+from cluster.frontend import sse
+from cluster.frontend.answers import (
+    AnswerMessage,
+    ChatChoiceBody,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChunkChoice,
+    ContentLogprob,
+    DeltaBody,
+    FinishReason,
+    FunctionBody,
+    ToolCallBody,
+    ToolCallDeltaBody,
+    TopLogprob,
+    UsageBody,
+)
+from cluster.frontend.sampling import check_stream_options, sampling_params, stop_strings
+from cluster.frontend.schema import ChatCompletionRequest, ChatTemplateKwargs, Message, TextPart, Tool
+from cluster.generation import ChatRequest, FieldNames, Generation
+from cluster.harmony.conversation import ChatMessage, ReasoningEffort, ToolCall, ToolDefinition
+from workers.errors import InvalidRequest
+
+_EFFORTS: dict[str, ReasoningEffort] = {"minimal": "low", "low": "low", "medium": "medium", "high": "high"}
+
+
+def chat_request(body: ChatCompletionRequest) -> ChatRequest:
+    """What the service is asked.
+
+    Raises:
+        InvalidRequest: a field asks for something that is not offered, or contradicts another.
+    """
+    _refuse_what_is_not_offered(body)
+    check_stream_options(body)
+    if body.max_tokens is not None and body.max_completion_tokens is not None and body.max_tokens != body.max_completion_tokens:
+        raise InvalidRequest("max_completion_tokens and max_tokens are the same limit and differ; send one.", "max_completion_tokens")
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
+    kwargs = body.chat_template_kwargs or ChatTemplateKwargs()
+    return ChatRequest(
+        messages=chat_messages(body.messages),
+        sampling=sampling_params(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None),
+        tools=() if body.tool_choice == "none" else tool_definitions(body.tools or ()),
+        stop=stop_strings(body),
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        reasoning_effort=_effort(body, kwargs),
+        model_identity=kwargs.model_identity,
+        current_date=kwargs.current_date,
+        model=body.model,
+        names=FieldNames("max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"),
+    )
+
+
+def chat_messages(messages: Sequence[Message]) -> tuple[ChatMessage, ...]:
+    """Messages with their parts joined and the three spellings of reasoning read.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
+    return tuple(_chat_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+
+
+def _chat_message(message: Message, path: str) -> ChatMessage:
+    calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ())
+    content = message.content
+    if content is None and message.role == "assistant":
+        content = message.refusal or ""
+    if content is None:
+        raise InvalidRequest(f"{path}.content is missing.", f"{path}.content")
+    if not isinstance(content, str):
+        content = "".join(part.text for part in content if isinstance(part, TextPart))
+    reasoning = next((text for text in (message.reasoning, message.reasoning_content, message.thinking) if text is not None), None)
+    return ChatMessage(
+        role=message.role,
+        content=content,
+        reasoning=reasoning if message.role == "assistant" else None,
+        tool_calls=calls,
+        tool_call_id=message.tool_call_id,
+        name=message.name,
+    )
+
+
+def tool_definitions(tools: Sequence[Tool]) -> tuple[ToolDefinition, ...]:
+    """Tools as the prompt needs them."""
+    return tuple(ToolDefinition(tool.function.name, tool.function.description or "", tool.function.parameters) for tool in tools)
+
+
+def reasoning_effort(text: str | None, param: str) -> ReasoningEffort | None:
+    """`minimal` is gpt-oss's lowest effort, low.
+
+    Raises:
+        InvalidRequest: another word.
+    """
+    if text is None:
+        return None
+    if text == "none":
+        raise InvalidRequest(f"{param} cannot be 'none': gpt-oss always reasons; use 'low' for the least of it.", param)
+    if text not in _EFFORTS:
+        raise InvalidRequest(f"{param} must be 'low', 'medium' or 'high'.", param)
+    return _EFFORTS[text]
+
+
+def _effort(body: ChatCompletionRequest, kwargs: ChatTemplateKwargs) -> ReasoningEffort | None:
+    return (
+        reasoning_effort(body.reasoning_effort, "reasoning_effort")
+        or reasoning_effort(body.reasoning.effort if body.reasoning else None, "reasoning.effort")
+        or reasoning_effort(kwargs.reasoning_effort, "chat_template_kwargs.reasoning_effort")
+    )
+
+
+def _refuse_what_is_not_offered(body: ChatCompletionRequest) -> None:
+    if body.functions is not None:
+        raise InvalidRequest("functions was removed from OpenAI's API: use tools.", "functions")
+    if body.function_call is not None:
+        raise InvalidRequest("function_call was removed from OpenAI's API: use tool_choice.", "function_call")
+    if body.tool_choice is not None and body.tool_choice not in ("auto", "none"):
+        raise InvalidRequest("tool_choice must be 'auto' or 'none': forcing a call is not offered yet.", "tool_choice")
+    if body.response_format is not None and body.response_format.type != "text":
+        raise InvalidRequest("response_format.type must be 'text': structured output is not offered yet.", "response_format")
+
+
+async def answer(generation: Generation, body: ChatCompletionRequest, fingerprint: str) -> ChatCompletion:
+    """The whole answer, when the generation is over."""
+    choices = [_ChoiceBuilder(index, body) for index in range(body.n or 1)]
+    usage: UsageBody | None = None
+    async for event in generation:
+        if isinstance(event, Usage):
+            usage = usage_body(event)
+        else:
+            choices[event.choice].add(event)
+    assert usage is not None
+    result: ChatCompletion = {
+        "id": generation.id,
+        "object": "chat.completion",
+        "created": generation.created_unix_s,
+        "model": generation.model,
+        "system_fingerprint": fingerprint or None,
+        "choices": [choice.body() for choice in choices],
+        "usage": usage,
+    }
+    if body.return_token_ids:
+        result["prompt_token_ids"] = list(generation.prompts[0])
+    return result
+
+
+class _ChoiceBuilder:
+    def __init__(self, index: int, request: ChatCompletionRequest) -> None:
+        self._index = index
+        self._request = request
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[ToolCallBody] = []
+        self._logprobs: list[ContentLogprob] = []
+        self._token_ids: list[int] = []
+        self._reason: FinishReason = "stop"
+        self._stop_reason: str | int | None = None
+
+    def add(self, event: ChoiceDelta | ChoiceFinish) -> None:
+        self._token_ids += event.token_ids
+        self._logprobs += map(_content_logprob, event.logprobs)
+        if isinstance(event, ChoiceFinish):
+            self._reason, self._stop_reason = event.reason, event.stop_reason
+            return
+        match event.delta:
+            case TextDelta(text):
+                self._text.append(text)
+            case ReasoningDelta(text):
+                self._reasoning.append(text)
+            case ToolCallDelta() as delta:
+                if delta.name is not None:
+                    self._calls.append({"id": delta.id or "", "type": "function", "function": {"name": delta.name, "arguments": ""}})
+                self._calls[delta.call_index]["function"]["arguments"] += delta.arguments
+
+    def body(self) -> ChatChoiceBody:
+        message: AnswerMessage = {"role": "assistant", "content": "".join(self._text) if self._text else None, "refusal": None}
+        if self._reasoning and self._request.include_reasoning is not False:
+            message["reasoning"] = message["reasoning_content"] = "".join(self._reasoning)
+        if self._calls:
+            message["tool_calls"] = self._calls
+        body: ChatChoiceBody = {
+            "index": self._index,
+            "message": message,
+            "logprobs": {"content": self._logprobs, "refusal": None} if self._request.logprobs else None,
+            "finish_reason": self._reason,
+            "stop_reason": self._stop_reason,
+        }
+        if self._request.return_token_ids:
+            body["token_ids"] = self._token_ids
+        return body
+
+
+async def chunks(generation: Generation, body: ChatCompletionRequest, fingerprint: str) -> AsyncGenerator[bytes, None]:
+    """Server-sent events: the role of each choice, its deltas, its finish reason; usage last, where asked for."""
+    options = body.stream_options
+    include_usage = bool(options and options.include_usage)
+    continuous = include_usage and bool(options and options.continuous_usage_stats)
+    include_reasoning = body.include_reasoning is not False
+    frame = _ChunkFrame(generation, fingerprint, include_usage, continuous)
+    for index in range(body.n or 1):
+        chunk = frame.chunk([_chunk_choice(index, {"role": "assistant", "content": ""})])
+        if body.return_token_ids and index == 0:
+            chunk["prompt_token_ids"] = list(generation.prompts[0])
+        yield sse.event(chunk)
+    async for event in generation:
+        if isinstance(event, Usage):
+            if include_usage:
+                yield sse.event({**frame.chunk([]), "usage": usage_body(event)})
+            continue
+        choice = _event_choice(event, include_reasoning)
+        if choice is None:
+            continue
+        if event.logprobs:
+            choice["logprobs"] = {"content": [_content_logprob(entry) for entry in event.logprobs], "refusal": None}
+        if body.return_token_ids:
+            choice["token_ids"] = list(event.token_ids)
+        yield sse.event(frame.chunk([choice]))
+
+
+class _ChunkFrame:
+    """What all chunks of a generation have in common."""
+
+    def __init__(self, generation: Generation, fingerprint: str, include_usage: bool, continuous: bool) -> None:
+        self._generation = generation
+        self._fingerprint = fingerprint or None
+        self._include_usage = include_usage
+        self._continuous = continuous
+
+    def chunk(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
+        chunk: ChatCompletionChunk = {
+            "id": self._generation.id,
+            "object": "chat.completion.chunk",
+            "created": self._generation.created_unix_s,
+            "model": self._generation.model,
+            "system_fingerprint": self._fingerprint,
+            "choices": choices,
+        }
+        if self._include_usage:
+            chunk["usage"] = usage_body(self._generation.usage()) if self._continuous else None
+        return chunk
+
+
+def _chunk_choice(index: int, delta: DeltaBody) -> ChunkChoice:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _event_choice(event: ChoiceDelta | ChoiceFinish, include_reasoning: bool) -> ChunkChoice | None:
+    if isinstance(event, ChoiceFinish):
+        choice = _chunk_choice(event.choice, {})
+        choice["finish_reason"] = event.reason
+        choice["stop_reason"] = event.stop_reason
+        return choice
+    match event.delta:
+        case TextDelta(text):
+            return _chunk_choice(event.choice, {"content": text})
+        case ReasoningDelta(text):
+            return _chunk_choice(event.choice, {"reasoning": text, "reasoning_content": text}) if include_reasoning else None
+        case ToolCallDelta() as delta:
+            return _chunk_choice(event.choice, {"tool_calls": [_call_delta(delta)]})
+
+
+def _call_delta(delta: ToolCallDelta) -> ToolCallDeltaBody:
+    function: FunctionBody = {"arguments": delta.arguments}
+    if delta.name is None:
+        return {"index": delta.call_index, "function": function}
+    return {"index": delta.call_index, "id": delta.id or "", "type": "function", "function": {"name": delta.name, **function}}
+
+
+def _content_logprob(entry: TokenLogprob) -> ContentLogprob:
+    return {**_top_logprob(entry.chosen), "top_logprobs": [_top_logprob(candidate) for candidate in entry.top]}
+
+
+def _top_logprob(candidate: TokenCandidate) -> TopLogprob:
+    return {"token": candidate.text, "logprob": candidate.logprob, "bytes": list(candidate.token_bytes) or None}
+
+
+def usage_body(usage: Usage) -> UsageBody:
+    """Token counts as OpenAI names them."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }

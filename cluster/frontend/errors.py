@@ -1,0 +1,101 @@
+"""Errors as HTTP answers: one table from class to status, `type` and `code`, in OpenAI's body form."""
+
+import logging
+import math
+import traceback
+from dataclasses import dataclass
+
+import orjson
+
+from workers import errors
+
+_log = logging.getLogger(__name__)
+
+
+class Unauthenticated(errors.CantataError):
+    """The API key is missing or wrong."""
+
+    status = "UNAUTHENTICATED"
+
+
+class BodyTooLarge(errors.InvalidRequest):
+    """The body is over the limit."""
+
+
+class UnsupportedMediaType(errors.InvalidRequest):
+    """The body is not declared as JSON."""
+
+
+class UnknownRoute(errors.CantataError):
+    """No such path."""
+
+    status = "UNIMPLEMENTED"
+
+
+class WrongMethod(errors.CantataError):
+    """The path exists for other methods."""
+
+    status = "UNIMPLEMENTED"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How HTTP tells an error class.
+
+    Attributes:
+        type, code: of OpenAI's error object.
+    """
+
+    http_status: int
+    type: str
+    code: str | None = None
+
+
+TABLE: dict[type[errors.CantataError], Row] = {
+    errors.InvalidRequest: Row(400, "invalid_request_error"),
+    errors.ContextLengthExceeded: Row(400, "invalid_request_error", "context_length_exceeded"),
+    errors.ModelNotFound: Row(404, "invalid_request_error", "model_not_found"),
+    errors.Overloaded: Row(429, "rate_limit_error", "overloaded"),
+    errors.DeadlineExceeded: Row(504, "timeout_error", "deadline_exceeded"),
+    errors.Cancelled: Row(499, "client_closed_request", "cancelled"),
+    errors.EngineDead: Row(503, "server_error", "engine_unavailable"),
+    errors.NoReplica: Row(503, "server_error", "no_replica"),
+    errors.CantataError: Row(500, "server_error", "internal_error"),
+    Unauthenticated: Row(401, "invalid_request_error", "invalid_api_key"),
+    BodyTooLarge: Row(413, "invalid_request_error", "body_too_large"),
+    UnsupportedMediaType: Row(415, "invalid_request_error", "unsupported_media_type"),
+    UnknownRoute: Row(404, "invalid_request_error", "unknown_route"),
+    WrongMethod: Row(405, "invalid_request_error", "method_not_allowed"),
+}
+"""Every class has a row; a test looks for those without."""
+
+
+def row_of(error: errors.CantataError) -> Row:
+    """The row of the error's class."""
+    return TABLE[type(error)]
+
+
+def body(error: errors.CantataError) -> bytes:
+    """OpenAI's error object as JSON."""
+    row = row_of(error)
+    param = error.param if isinstance(error, errors.InvalidRequest) else "model" if isinstance(error, errors.ModelNotFound) else None
+    return orjson.dumps({"error": {"message": error.message, "type": row.type, "param": param, "code": row.code}})
+
+
+def headers(error: errors.CantataError) -> dict[str, str]:
+    """What a status needs besides its body."""
+    if isinstance(error, errors.Overloaded):
+        return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+    if isinstance(error, Unauthenticated):
+        return {"www-authenticate": "Bearer"}
+    return {}
+
+
+def as_cantata_error(error: Exception, request_id: str) -> errors.CantataError:
+    """The error a client may see. Anything that is not ours is logged and becomes a generic one with the request id."""
+    if isinstance(error, errors.CantataError) and type(error) is not errors.CantataError:
+        return error
+    # The frames and the type, never the exception's text: it may quote a prompt.
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    _log.error("request %s failed with %s\n%s", request_id, type(error).__name__, frames)
+    return errors.CantataError(f"The server failed on this request; its log says more under the request id {request_id}.")

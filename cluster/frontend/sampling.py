@@ -1,0 +1,65 @@
+"""The sampling fields of a body as the service takes them."""
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+from cluster.frontend.schema import SamplingFields
+from workers.errors import InvalidRequest
+from workers.request import SamplingParams
+
+T = TypeVar("T")
+
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+def sampling_params(body: SamplingFields, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    """Fields that are absent or null take their defaults; ranges are the service's check.
+
+    Raises:
+        InvalidRequest: a key of logit_bias is no token id.
+    """
+    default = SamplingParams()
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=_or(body.temperature, default.temperature),
+        top_p=_or(body.top_p, default.top_p),
+        top_k=_or(body.top_k, default.top_k),
+        min_p=_or(body.min_p, default.min_p),
+        presence_penalty=_or(body.presence_penalty, default.presence_penalty),
+        frequency_penalty=_or(body.frequency_penalty, default.frequency_penalty),
+        repetition_penalty=_or(body.repetition_penalty, default.repetition_penalty),
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        seed=body.seed,
+        logprobs=logprobs,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        min_tokens=_or(body.min_tokens, default.min_tokens),
+        ignore_eos=_or(body.ignore_eos, default.ignore_eos),
+        n=_or(body.n, default.n),
+    )
+
+
+def stop_strings(body: SamplingFields) -> tuple[str, ...]:
+    """One string or several."""
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+
+
+def check_stream_options(body: SamplingFields) -> None:
+    """Refuse options of a stream where there is none.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream to be true.", "stream_options")
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _logit_bias(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    for key in biases:
+        if not _TOKEN_ID.fullmatch(key):
+            raise InvalidRequest(f"logit_bias has the key {key[:40]!r}, which is no token id.", "logit_bias")
+    return tuple(sorted((int(key), bias) for key, bias in biases.items()))

@@ -1,0 +1,259 @@
+"""The bodies of requests. Types and structure are checked here, ranges in `cluster.generation.requests`, which both APIs share.
+
+Tags of unions begin with `<`, which tells them from field names in error paths.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, StrictStr, Tag, model_validator
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, hide_input_in_errors=True)
+
+
+def _text_or_list(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+class TextPart(_Body):
+    """A piece of text content."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _content_part(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "<other_part>" if isinstance(kind, str) and kind != "text" else "<text_part>"
+
+
+class OtherPart(_Body):
+    """Content that is not text; refused, because the model reads text only."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+
+    @model_validator(mode="after")
+    def _refuse(self) -> "OtherPart":
+        raise ValueError("is not text; this model reads text only, so send parts of type 'text'")
+
+
+ContentPart = Annotated[
+    Annotated[TextPart, Tag("<text_part>")] | Annotated[OtherPart, Tag("<other_part>")],
+    Discriminator(_content_part, custom_error_type="content_part", custom_error_message="an object with type 'text'"),
+]
+Content = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Tag("<list>")],
+    Discriminator(_text_or_list, custom_error_type="content", custom_error_message="a string or an array of text parts"),
+]
+
+
+class FunctionCall(_Body):
+    """The function of a call."""
+
+    name: str
+    arguments: str = ""
+
+
+class AssistantToolCall(_Body):
+    """A call in an assistant message; `index` is what a stream's deltas carry."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class Message(_Body):
+    """One message of a chat. `reasoning`, `reasoning_content` and `thinking` are the same field."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    thinking: str | None = None
+    tool_calls: list[AssistantToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = Field(default=None, description="Read as the message's text where it has no content.")
+    annotations: list[JsonValue] | None = Field(default=None, description="Ignored.")
+    audio: None = None
+    function_call: None = Field(default=None, description="Removed by OpenAI; use tool_calls.")
+
+
+class Function(_Body):
+    """A function the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: bool | None = Field(default=None, description="Accepted; arguments are not yet constrained to the schema.")
+
+
+class Tool(_Body):
+    """A tool; functions are the only kind."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Body):
+    """A function by name."""
+
+    name: str
+
+
+class NamedToolChoice(_Body):
+    """Forces one function; refused, see tool_choice."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def _choice_kind(value: Any) -> str | None:
+    return "<word>" if isinstance(value, str) else "<named>" if isinstance(value, dict | NamedToolChoice) else None
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["auto", "none", "required"], Tag("<word>")] | Annotated[NamedToolChoice, Tag("<named>")],
+    Discriminator(_choice_kind, custom_error_type="tool_choice", custom_error_message="'auto' or 'none'"),
+]
+
+
+class StreamOptions(_Body):
+    """What a stream reports besides its deltas."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = Field(default=None, description="Accepted; nothing is obfuscated.")
+
+
+class ResponseFormat(_Body):
+    """Only text is made."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+
+
+class Reasoning(_Body):
+    """Another spelling of reasoning_effort."""
+
+    effort: str | None = None
+
+
+class ChatTemplateKwargs(_Body):
+    """What a chat template of gpt-oss would read."""
+
+    reasoning_effort: str | None = None
+    model_identity: str | None = None
+    current_date: str | None = Field(default=None, description="YYYY-MM-DD; the deployment's by default.")
+
+
+Stop = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[StrictStr], Tag("<list>")],
+    Discriminator(_text_or_list, custom_error_type="stop", custom_error_message="a string or an array of strings"),
+]
+
+
+class SamplingFields(_Body):
+    """What chat and text completions share."""
+
+    model: str | None = Field(default=None, description="The served model by default.")
+    max_tokens: int | None = None
+    temperature: float | None = Field(default=None, description="0 to 2, default 1.")
+    top_p: float | None = Field(default=None, description="Above 0, at most 1.")
+    top_k: int | None = Field(default=None, description="0 or -1: all.")
+    min_p: float | None = Field(default=None, description="0 to 1.")
+    presence_penalty: float | None = Field(default=None, description="-2 to 2.")
+    frequency_penalty: float | None = Field(default=None, description="-2 to 2.")
+    repetition_penalty: float | None = Field(default=None, description="0.01 to 100.")
+    logit_bias: dict[str, float] | None = Field(default=None, description="Token id to a bias of -100 to 100.")
+    seed: int | None = None
+    stop: Stop | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    user: str | None = Field(default=None, description="Ignored.")
+
+
+class ChatCompletionRequest(SamplingFields):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = Field(default=None, description="'auto' or 'none'; forced calls are not offered yet.")
+    parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, description="0 to 20.")
+    reasoning_effort: str | None = Field(default=None, description="low, medium or high; minimal counts as low.")
+    reasoning: Reasoning | None = None
+    include_reasoning: bool | None = Field(default=None, description="False leaves the reasoning out of the answer.")
+    chat_template_kwargs: ChatTemplateKwargs | None = None
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    functions: JsonValue = Field(default=None, description="Removed by OpenAI; use tools.")
+    function_call: JsonValue = Field(default=None, description="Removed by OpenAI; use tool_choice.")
+    metadata: dict[str, str] | None = Field(default=None, description="Ignored.")
+    store: bool | None = Field(default=None, description="Ignored; nothing is stored.")
+    service_tier: str | None = Field(default=None, description="Ignored.")
+    prediction: JsonValue = Field(default=None, description="Ignored.")
+    prompt_cache_key: str | None = Field(default=None, description="Ignored; prefixes are cached by content.")
+    prompt_cache_retention: str | None = Field(default=None, description="Ignored.")
+    safety_identifier: str | None = Field(default=None, description="Ignored.")
+
+
+def _prompt_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<text>"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    return "<texts>" if isinstance(first, str) else "<ids>" if isinstance(first, int) and not isinstance(first, bool) else "<id_lists>"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[StrictStr], Tag("<texts>")]
+    | Annotated[list[int], Tag("<ids>")]
+    | Annotated[list[list[int]], Tag("<id_lists>")],
+    Discriminator(_prompt_kind, custom_error_type="prompt", custom_error_message="a string, token ids, or an array of either"),
+]
+
+
+class CompletionRequest(SamplingFields):
+    """`POST /v1/completions`. In a text prompt the names of special tokens mean these tokens."""
+
+    prompt: Prompt
+    logprobs: int | None = Field(default=None, description="0 to 20.")
+    echo: bool | None = None
+    add_special_tokens: bool | None = Field(default=None, description="No effect: the gpt-oss tokenizer adds none.")
+    skip_special_tokens: bool | None = Field(default=None, description="True by default.")
+    best_of: int | None = Field(default=None, description="Only as n.")
+    suffix: str | None = Field(default=None, description="Not offered.")
+
+
+class TokenizeRequest(_Body):
+    """`POST /tokenize`: of a prompt, or of a chat's messages as the model would see them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: list[Tool] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: ChatTemplateKwargs | None = None
+    add_special_tokens: bool | None = Field(default=None, description="No effect: the gpt-oss tokenizer adds none.")
+    add_generation_prompt: Literal[True] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(_Body):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
