@@ -1,6 +1,10 @@
 """The text on which the demo tokenizer is trained: English, JSON, code and other scripts, so that chats become words, not bytes."""
 
+# Often enough that every word of the format is one token, at the beginning of a text as well as behind a blank.
+_FORMAT_WORDS = "assistant\nanalysis\ncommentary\nfinal\nuser\nsystem\ndeveloper\nfunctions\njson\n to=functions.x\n to=assistant\n" * 12
+
 CORPUS: tuple[str, ...] = (
+    _FORMAT_WORDS,
     """You are a helpful assistant, a large language model. Answer the question of the user in a short and friendly way.
 Knowledge cutoff: 2024-06
 Current date: 2025-01-31
