@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from workers.config import BLOCK_SIZE
 from workers.errors import ConfigError
-from workers.kv_cache.prefix_cache import CachedPrefix, PrefixCache, extend_hashes, first_visible_block
+from workers.kv_cache.prefix_cache import CachedPrefix, PrefixCache, extend_hashes, first_visible_block, pack_tokens
 from workers.scheduler.plan import NULL_BLOCK
 
 
@@ -187,7 +187,7 @@ class KVCacheManager:
             prefix = self._cache.insert(
                 blocks.parent,
                 blocks.keys[index],
-                tuple(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]),
+                pack_tokens(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]),
                 blocks.full[index] if self._has_full else NULL_BLOCK,
                 blocks.sliding[index] if self._has_sliding else NULL_BLOCK,
             )

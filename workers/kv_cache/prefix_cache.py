@@ -1,7 +1,8 @@
 """Full blocks found again by a chained hash of their tokens, with the tokens compared before any block is given away."""
 
 import hashlib
-import struct
+import sys
+from array import array
 from collections.abc import Sequence
 
 from workers.config import BLOCK_SIZE
@@ -11,17 +12,25 @@ from workers.scheduler.plan import NULL_BLOCK
 HASH_BYTES = 16
 
 
-def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian int64: equal bytes are equal tokens."""
+    packed = array("q", token_ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def hash_block(parent: bytes, packed_tokens: bytes) -> bytes:
     """Hash of a block behind `parent`, the hash of the block before it (b"" for the first): BLAKE2b-128 over the parent and
-    the ids as little-endian int64. The same in every process; router and engines compare these."""
-    return hashlib.blake2b(parent + struct.pack(f"<{len(token_ids)}q", *token_ids), digest_size=HASH_BYTES).digest()
+    `pack_tokens` of the block. The same in every process; router and engines compare these."""
+    return hashlib.blake2b(parent + packed_tokens, digest_size=HASH_BYTES).digest()
 
 
 def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int = BLOCK_SIZE) -> None:
     """Append to `hashes`, the chain over the first blocks of `token_ids`, those of the further full blocks."""
     parent = hashes[-1] if hashes else b""
     for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
-        parent = hash_block(parent, token_ids[start : start + block_size])
+        parent = hash_block(parent, pack_tokens(token_ids[start : start + block_size]))
         hashes.append(parent)
 
 
@@ -36,16 +45,17 @@ class CachedPrefix:
     """A full block of tokens behind a given parent. Identity counts: a child belongs to exactly this object, not to its hash.
 
     Attributes:
+        packed_tokens: the block's tokens.
         full_block, sliding_block: where its KV is; NULL_BLOCK where the group has no layers or its block was evicted.
         alive: in the cache. The root, of length 0, always is.
     """
 
-    __slots__ = ("alive", "full_block", "key", "parent", "sliding_block", "token_ids")
+    __slots__ = ("alive", "full_block", "key", "packed_tokens", "parent", "sliding_block")
 
-    def __init__(self, parent: "CachedPrefix | None", key: bytes, token_ids: tuple[int, ...]) -> None:
+    def __init__(self, parent: "CachedPrefix | None", key: bytes, packed_tokens: bytes) -> None:
         self.parent = parent
         self.key = key
-        self.token_ids = token_ids
+        self.packed_tokens = packed_tokens
         self.full_block = NULL_BLOCK
         self.sliding_block = NULL_BLOCK
         self.alive = True
@@ -64,7 +74,7 @@ class PrefixCache:
     """
 
     def __init__(self, num_full_blocks: int, num_sliding_blocks: int, window: int | None) -> None:
-        self.root = CachedPrefix(None, b"", ())
+        self.root = CachedPrefix(None, b"", b"")
         self.full = BlockPool(num_full_blocks, self._on_full_evicted)
         self.sliding = BlockPool(num_sliding_blocks, self._on_sliding_evicted)
         self._window = window
@@ -93,7 +103,7 @@ class PrefixCache:
             entry = self._by_key.get(keys[index])
             if entry is None or entry.parent is not parent:
                 break
-            if entry.token_ids != tuple(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]):
+            if entry.packed_tokens != pack_tokens(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]):
                 break
             chain.append(entry)
             parent = entry
@@ -103,9 +113,7 @@ class PrefixCache:
                 usable = length
         return chain[:usable]
 
-    def insert(
-        self, parent: CachedPrefix, key: bytes, token_ids: tuple[int, ...], full_block: int, sliding_block: int
-    ) -> CachedPrefix | None:
+    def insert(self, parent: CachedPrefix, key: bytes, packed_tokens: bytes, full_block: int, sliding_block: int) -> CachedPrefix | None:
         """Make a computed block findable behind `parent`, which is alive.
 
         If the same prefix is there already its blocks stay, and only what it lacks is taken over. Another prefix under the same key (a
@@ -117,13 +125,13 @@ class PrefixCache:
             The prefix now in the cache; None if it is not there and the caller has no anchor for it.
         """
         entry = self._by_key.get(key)
-        if entry is not None and (entry.parent is not parent or entry.token_ids != token_ids):
+        if entry is not None and (entry.parent is not parent or entry.packed_tokens != packed_tokens):
             self._remove(entry)
             entry = None
         if entry is None:
             if (full_block if self.full.num_blocks else sliding_block) == NULL_BLOCK:
                 return None
-            entry = CachedPrefix(parent, key, token_ids)
+            entry = CachedPrefix(parent, key, packed_tokens)
             self._by_key[key] = entry
         if entry.full_block == NULL_BLOCK and full_block != NULL_BLOCK:
             entry.full_block = full_block
@@ -164,7 +172,7 @@ class PrefixCache:
         for key, entry in self._by_key.items():
             assert entry.alive, "a removed prefix can be found"
             assert entry.key == key, "a prefix is filed under another key"
-            assert len(entry.token_ids) == BLOCK_SIZE, f"a cached prefix has a block of {len(entry.token_ids)} tokens"
+            assert len(entry.packed_tokens) == 8 * BLOCK_SIZE, "a cached prefix does not hold the tokens of a block"
             anchor = entry.full_block if self.full.num_blocks else entry.sliding_block
             assert anchor != NULL_BLOCK, "a prefix has lost its anchor"
         for blocks, name in ((self._by_full_block, "full_block"), (self._by_sliding_block, "sliding_block")):

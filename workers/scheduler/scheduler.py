@@ -6,6 +6,7 @@ whenever it has caught up the step yields one more token (after vLLM's `v1/core/
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import compress
 
 from workers.config import BLOCK_SIZE, SchedulerConfig
 from workers.errors import ConfigError, ContextLengthExceeded, InvalidRequest
@@ -14,22 +15,25 @@ from workers.request import EngineRequest, FinishReason
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
 from workers.scheduler.sequence import Sequence, SequenceStatus, SequenceUpdate
 
-NewBlocks = tuple[int, tuple[int, ...], tuple[int, ...]]
-
 
 class _PlanBuilder:
-    """The step being planned; its lists run in parallel as in StepPlan."""
+    """The step being planned.
 
-    __slots__ = ("new_blocks", "num_computed", "num_scheduled", "samples", "seq_ids", "sequences", "starts")
+    Attributes:
+        entries: (sequence, its seq_id, num_computed_tokens, num_scheduled_tokens, samples) in batch order.
+    """
+
+    __slots__ = ("entries", "new_blocks", "starts")
 
     def __init__(self) -> None:
         self.starts: list[SequenceStart] = []
-        self.sequences: list[Sequence | None] = []
-        self.seq_ids: list[int] = []
-        self.num_computed: list[int] = []
-        self.num_scheduled: list[int] = []
-        self.samples: list[bool] = []
-        self.new_blocks: list[NewBlocks] = []
+        self.entries: list[tuple[Sequence, int, int, int, bool]] = []
+        self.new_blocks: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+
+    def add_blocks(self, full: tuple[int, ...], sliding: tuple[int, ...]) -> None:
+        """Tell the ranks of blocks at the end of the tables of the sequence that is added next."""
+        if full or sliding:
+            self.new_blocks.append((len(self.entries), full, sliding))
 
 
 @dataclass(slots=True)
@@ -165,48 +169,62 @@ class Scheduler:
         builder = _PlanBuilder()
         budget = self._max_num_batched_tokens
         num_preemptions = self.num_preemptions
-        index = 0
-        while index < len(self._running) and budget > 0:
-            sequence = self._running[index]
-            wanted = len(sequence.token_ids) - sequence.num_computed_tokens
-            if wanted > 0:  # 0: its next token is still in flight
-                budget -= self._schedule_running(sequence, min(wanted, budget), builder)
-            index += 1
+        entries = builder.entries
+        # Preemption, in `_claim_blocks`, takes sequences from the end of this list, behind the one in hand.
+        for sequence in self._running:
+            if budget == 0:
+                break
+            num_computed = sequence.num_computed_tokens
+            num_new = len(sequence.token_ids) - num_computed
+            if num_new == 0:  # its next token is still in flight
+                continue
+            samples = num_new <= budget
+            if not samples:
+                num_new = budget
+            if num_computed + num_new > sequence.blocks.capacity:
+                num_granted = self._claim_blocks(sequence, num_new, builder)
+                if num_granted == 0:  # it was the newest itself
+                    break
+                samples = samples and num_granted == num_new
+                num_new = num_granted
+            sequence.num_computed_tokens = num_computed + num_new
+            entries.append((sequence, sequence.seq_id, num_computed, num_new, samples))
+            budget -= num_new
         if self.num_preemptions == num_preemptions:
             self._admit_waiting(budget, builder)
-        if not builder.seq_ids:
+        if not entries:
             return None
+        sequences, seq_ids, num_computed_tokens, num_scheduled_tokens, sample_flags = zip(*entries, strict=True)
         plan = StepPlan(
             step=self._step,
             starts=tuple(builder.starts),
             drops=tuple(self._drops),
-            seq_ids=tuple(builder.seq_ids),
-            num_computed_tokens=tuple(builder.num_computed),
-            num_scheduled_tokens=tuple(builder.num_scheduled),
-            samples=tuple(builder.samples),
+            seq_ids=seq_ids,
+            num_computed_tokens=num_computed_tokens,
+            num_scheduled_tokens=num_scheduled_tokens,
+            samples=sample_flags,
             new_blocks=tuple(builder.new_blocks),
         )
         self._step += 1
         self._drops.clear()
-        self._in_flight.append(_InFlight(plan, builder.sequences))
+        self._in_flight.append(_InFlight(plan, list(sequences)))
         return plan
 
-    def _schedule_running(self, sequence: Sequence, wanted: int, builder: _PlanBuilder) -> int:
-        """Schedule up to `wanted` tokens, taking blocks from the newest sequences if need be; 0 if it had to give up its own."""
+    def _claim_blocks(self, sequence: Sequence, num_new: int, builder: _PlanBuilder) -> int:
+        """Get blocks for up to `num_new` further tokens of a running sequence, taking them from the newest sequences if need be.
+
+        Returns:
+            Tokens there are blocks for; 0 if the sequence itself was the newest and lost its own.
+        """
         blocks = sequence.blocks
-        if sequence.num_computed_tokens + wanted > blocks.capacity:
-            num_full, num_sliding = len(blocks.full), len(blocks.sliding)
-            granted = self._kv.grow(blocks, sequence.num_computed_tokens, wanted)
-            while granted == 0:
-                newest = self._running[-1]
-                self._preempt(newest)
-                if newest is sequence:
-                    return 0
-                granted = self._kv.grow(blocks, sequence.num_computed_tokens, wanted)
-            wanted = granted
-            self._note_new_blocks(sequence, num_full, num_sliding, builder)
-        self._schedule_tokens(sequence, wanted, builder)
-        return wanted
+        num_full, num_sliding = len(blocks.full), len(blocks.sliding)
+        while (num_granted := self._kv.grow(blocks, sequence.num_computed_tokens, num_new)) == 0:
+            newest = self._running[-1]
+            self._preempt(newest)
+            if newest is sequence:
+                return 0
+        builder.add_blocks(tuple(blocks.full[num_full:]), tuple(blocks.sliding[num_sliding:]))
+        return num_granted
 
     def _admit_waiting(self, budget: int, builder: _PlanBuilder) -> None:
         while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
@@ -218,7 +236,7 @@ class Scheduler:
             self._running.append(sequence)
             sequence.status = SequenceStatus.RUNNING
             sequence.num_computed_tokens = num_cached
-            if sequence.num_cached_tokens is None:
+            if sequence.num_preemptions == 0:
                 sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
             blocks = sequence.blocks
             builder.starts.append(
@@ -233,28 +251,12 @@ class Scheduler:
                     sliding_blocks=tuple(blocks.sliding),
                 )
             )
-            num_full, num_sliding = len(blocks.full), len(blocks.sliding)
-            wanted = min(len(sequence.token_ids) - num_cached, budget)
-            granted = self._kv.grow(blocks, num_cached, wanted)
-            assert granted > 0, "a sequence was admitted without room to advance"
-            self._note_new_blocks(sequence, num_full, num_sliding, builder)
-            self._schedule_tokens(sequence, granted, builder)
-            budget -= granted
-
-    def _note_new_blocks(self, sequence: Sequence, num_full: int, num_sliding: int, builder: _PlanBuilder) -> None:
-        """Tell the ranks of the table entries behind the first `num_full` and `num_sliding`; called before `_schedule_tokens`."""
-        full, sliding = tuple(sequence.blocks.full[num_full:]), tuple(sequence.blocks.sliding[num_sliding:])
-        if full or sliding:
-            builder.new_blocks.append((len(builder.seq_ids), full, sliding))
-
-    def _schedule_tokens(self, sequence: Sequence, num_tokens: int, builder: _PlanBuilder) -> None:
-        num_computed = sequence.num_computed_tokens
-        sequence.num_computed_tokens = num_computed + num_tokens
-        builder.sequences.append(sequence)
-        builder.seq_ids.append(sequence.seq_id)
-        builder.num_computed.append(num_computed)
-        builder.num_scheduled.append(num_tokens)
-        builder.samples.append(num_computed + num_tokens == len(sequence.token_ids))
+            num_missing = len(sequence.token_ids) - num_cached
+            num_new = self._claim_blocks(sequence, min(num_missing, budget), builder)
+            assert num_new > 0, "a sequence was admitted without room to advance"
+            sequence.num_computed_tokens = num_cached + num_new
+            builder.entries.append((sequence, sequence.seq_id, num_cached, num_new, num_new == num_missing))
+            budget -= num_new
 
     def update(self, result: StepResult) -> list[SequenceUpdate]:
         """Take in the result of the oldest plan that has none yet: new tokens and ends, in batch order.
@@ -267,8 +269,7 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0].plan.step != result.step:
             raise ValueError(f"a result for step {result.step} came, which is not the oldest step in flight")
         plan = self._in_flight[0].plan
-        expected = tuple(seq_id for seq_id, samples in zip(plan.seq_ids, plan.samples, strict=True) if samples)
-        if tuple(result.seq_ids) != expected or len(result.token_ids) != len(expected):
+        if result.seq_ids != tuple(compress(plan.seq_ids, plan.samples)) or len(result.token_ids) != len(result.seq_ids):
             raise ValueError(f"the result of step {result.step} does not have one token for each sequence that was to yield one")
         sequences = self._in_flight.popleft().sequences
         logprobs = result.logprobs
@@ -278,27 +279,23 @@ class Scheduler:
         for sequence, start, count, samples in zip(
             sequences, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True
         ):
-            token_id = next(tokens) if samples else None
             if sequence is None:
+                if samples:
+                    next(tokens)
                 continue
-            end = start + count
-            if end // BLOCK_SIZE > sequence.blocks.num_committed:
-                self._kv.commit(sequence.blocks, sequence.token_ids, end)
-            if token_id is None:
+            if start % BLOCK_SIZE + count >= BLOCK_SIZE:
+                self._kv.commit(sequence.blocks, sequence.token_ids, start + count)
+            if not samples:
                 continue
-            sequence.token_ids.append(token_id)
-            reason = sequence.finish_reason()
-            updates.append(
-                SequenceUpdate(
-                    sequence.seq_id,
-                    token_id,
-                    logprobs.get(sequence.seq_id) if logprobs else None,
-                    reason,
-                    token_id if reason == "stop" else None,
-                    sequence.num_cached_tokens or 0,
-                )
-            )
+            token_id = next(tokens)
+            reason = sequence.append(token_id)
+            update = SequenceUpdate(sequence.seq_id, token_id, None, reason, None, sequence.num_cached_tokens)
+            if logprobs:
+                update.logprobs = logprobs.get(sequence.seq_id)
+            updates.append(update)
             if reason is not None:
+                if reason == "stop":
+                    update.stop_token_id = token_id
                 finished = True
                 self._forget(sequence)
         if finished:
@@ -322,7 +319,7 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
         self._forget(sequence)
-        return SequenceUpdate(sequence.seq_id, finish_reason=reason, num_cached_tokens=sequence.num_cached_tokens or 0, error=error)
+        return SequenceUpdate(sequence.seq_id, finish_reason=reason, num_cached_tokens=sequence.num_cached_tokens, error=error)
 
     def _forget(self, sequence: Sequence) -> None:
         if sequence.status is SequenceStatus.RUNNING:

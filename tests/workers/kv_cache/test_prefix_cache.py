@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from workers.config import BLOCK_SIZE
 from workers.kv_cache import prefix_cache
-from workers.kv_cache.prefix_cache import PrefixCache, block_hashes, extend_hashes, first_visible_block
+from workers.kv_cache.prefix_cache import PrefixCache, block_hashes, extend_hashes, first_visible_block, pack_tokens
 from workers.scheduler.plan import NULL_BLOCK
 
 
@@ -24,7 +24,7 @@ def insert_chain(cache: PrefixCache, token_ids: list[int], sliding: bool = True)
     for index, key in enumerate(block_hashes(token_ids)):
         [full] = cache.full.allocate(1) if cache.full.num_blocks else [NULL_BLOCK]
         [slide] = cache.sliding.allocate(1) if cache.sliding.num_blocks and sliding else [NULL_BLOCK]
-        entry = cache.insert(parent, key, tuple(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]), full, slide)
+        entry = cache.insert(parent, key, pack_tokens(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]), full, slide)
         assert entry is not None
         parent = entry
         blocks.append((full, slide))
@@ -93,7 +93,7 @@ def test_a_hit_is_the_longest_whose_window_is_there(present: list[bool], window:
     for index, (key, there) in enumerate(zip(block_hashes(token_ids), present, strict=True)):
         [full] = cache.full.allocate(1)
         [sliding] = cache.sliding.allocate(1) if there else [NULL_BLOCK]
-        entry = cache.insert(parent, key, tuple(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]), full, sliding)
+        entry = cache.insert(parent, key, pack_tokens(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]), full, sliding)
         assert entry is not None
         parent = entry
     query = token_ids + [9] * extra
@@ -114,7 +114,7 @@ def test_first_visible_block(position: int, window: int, block: int) -> None:
 
 
 def test_a_hash_collision_never_yields_another_prompts_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_cache, "hash_block", lambda parent, token_ids: b"same")
+    monkeypatch.setattr(prefix_cache, "hash_block", lambda parent, packed_tokens: b"same")
     cache = PrefixCache(20, 20, 16)
     insert_chain(cache, tokens(1))
     assert hit(cache, [*tokens(1), 7]) == 1
@@ -123,7 +123,7 @@ def test_a_hash_collision_never_yields_another_prompts_blocks(monkeypatch: pytes
 
 def test_a_colliding_parent_does_not_lend_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashes that depend on the block's index alone: every prompt collides with every other, at every block."""
-    monkeypatch.setattr(prefix_cache, "hash_block", lambda parent, token_ids: parent + b"x")
+    monkeypatch.setattr(prefix_cache, "hash_block", lambda parent, packed_tokens: parent + b"x")
     cache = PrefixCache(20, 20, 16)
     mine, other = tokens(2), [*tokens(1, first=100), *tokens(1, first=16)]
     assert mine[16:] == other[16:]
@@ -134,7 +134,7 @@ def test_a_colliding_parent_does_not_lend_its_children(monkeypatch: pytest.Monke
     entry = cache.lookup(block_hashes([*other, 7]), [*other, 7])[0]
     # Its parent's place taken again by the first prompt, the second block must go with it.
     [full], [sliding] = cache.full.allocate(1), cache.sliding.allocate(1)
-    assert cache.insert(cache.root, entry.key, tuple(mine[:16]), full, sliding) is not None
+    assert cache.insert(cache.root, entry.key, pack_tokens(mine[:16]), full, sliding) is not None
     assert hit(cache, [*mine, 7]) == 1
     assert hit(cache, [*other, 7]) == 0
 
@@ -182,4 +182,4 @@ def test_where_all_layers_slide_the_sliding_block_is_the_anchor() -> None:
     assert hit(cache, [*tokens(3), 7]) == 3
     cache.sliding.allocate(3)
     assert hit(cache, [*tokens(3), 7]) == 2
-    assert cache.insert(cache.root, b"unknown", tuple(tokens(1)), NULL_BLOCK, NULL_BLOCK) is None
+    assert cache.insert(cache.root, b"unknown", pack_tokens(tokens(1)), NULL_BLOCK, NULL_BLOCK) is None

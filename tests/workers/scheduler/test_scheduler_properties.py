@@ -44,9 +44,9 @@ def generate_alone(request, max_model_len):
             return output, "length", None
 
 
-def weak_hash(parent, token_ids):
+def weak_hash(parent, packed_tokens):
     """Two bits: prompts collide all the time, also behind the same parent."""
-    return bytes([hashlib.sha256(parent + bytes(token_ids)).digest()[0] % 4])
+    return bytes([hashlib.sha256(parent + packed_tokens).digest()[0] % 4])
 
 
 def family_prompt(family, length):
