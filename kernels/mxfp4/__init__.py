@@ -1,0 +1,27 @@
+"""MXFP4 weights: packing, unpacking and the registry of storage layouts."""
+
+from kernels.mxfp4.layouts import (
+    MX_BLOCK,
+    NATURAL,
+    PackedMXFP4,
+    choose_layout,
+    from_natural,
+    layout_names,
+    register_layout,
+    to_natural,
+)
+from kernels.mxfp4.reference import pack, unpack, unpack_experts
+
+__all__ = [
+    "MX_BLOCK",
+    "NATURAL",
+    "PackedMXFP4",
+    "choose_layout",
+    "from_natural",
+    "layout_names",
+    "pack",
+    "register_layout",
+    "to_natural",
+    "unpack",
+    "unpack_experts",
+]

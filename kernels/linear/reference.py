@@ -1,0 +1,43 @@
+"""Linear layer in torch, independent of the batch it runs in.
+
+A BLAS picks another summation order for matrices of a few rows (matrix-vector kernels, remainder tiles), so the same row times the same
+weight differs in the last bits between a batch of 1 and a batch of 100. With at least `MIN_ROWS` rows each row's result was found
+independent of their number and of its place among them (MKL 2024.2 and oneDNN 3.12 under torch 2.13, outputs of at least two columns);
+tests/kernels/test_linear.py checks it on the machine at hand.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MIN_ROWS = 16
+"""Smaller inputs are padded with zero rows."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`; bit for bit the same for a row whatever the other rows are, as far as the BLAS allows (see the module).
+
+    Args:
+        x: [T, K] float.
+        weight: [N, K], dtype of x.
+        bias: [N], dtype of x.
+    Returns:
+        [T, N], dtype of x.
+    Raises:
+        ValueError: names the argument of a wrong shape or dtype.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"x must be [T, K], got shape {list(x.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight must be [N, {x.shape[1]}], got shape {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got shape {list(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}")
+    num_rows = x.shape[0]
+    if not 0 < num_rows < MIN_ROWS:
+        return functional.linear(x, weight, bias)
+    padded = torch.zeros(MIN_ROWS, x.shape[1], dtype=x.dtype, device=x.device)
+    padded[:num_rows] = x
+    return functional.linear(padded, weight, bias)[:num_rows]

@@ -1,0 +1,108 @@
+"""MXFP4 in torch: a value is e2m1 (1 sign, 2 exponent, 1 mantissa bit), a group of 32 along K shares the scale 2^(s - 127).
+
+Follows: OCP Microscaling Formats (MX) Specification 1.0, sections 5.3.3, 5.4.1 and 6.3.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kernels.mxfp4.layouts import MX_BLOCK, NATURAL, PackedMXFP4, from_natural, to_natural
+
+E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""By code 0 to 7; codes 8 to 15 are their negatives, 8 being -0."""
+
+_LARGEST_EXPONENT = 2
+"""floor(log2(6)): the largest binade of e2m1."""
+
+_BIAS = 127
+
+
+@cache
+def _pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[256, 2]: both values of each byte, low nibble first."""
+    codes = torch.arange(256)
+    values = torch.tensor([*E2M1_MAGNITUDES, *(-magnitude for magnitude in E2M1_MAGNITUDES)], dtype=dtype)
+    return torch.stack((values[codes & 15], values[codes >> 4]), dim=-1).to(device)
+
+
+@cache
+def _scale_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[256]: 2^(s - 127); the last is NaN."""
+    table = torch.tensor([2.0 ** (code - _BIAS) for code in range(255)] + [torch.nan], dtype=torch.float64)
+    return table.to(dtype).to(device)
+
+
+@cache
+def _rounding_boundaries(device: torch.device) -> Tensor:
+    """[7]: a magnitude above the i-th rounds to code i + 1 or more. Midpoints go to the even code, so a midpoint below an even code
+    counts as above its boundary, which therefore lies one fp32 step lower."""
+    boundaries = []
+    for code in range(7):
+        midpoint = torch.tensor((E2M1_MAGNITUDES[code] + E2M1_MAGNITUDES[code + 1]) / 2, dtype=torch.float32)
+        boundaries.append(midpoint if code % 2 == 0 else torch.nextafter(midpoint, torch.zeros(())))
+    return torch.stack(boundaries).to(device)
+
+
+def pack(dense: Tensor, layout: str = NATURAL) -> PackedMXFP4:
+    """Quantise: per group of 32 along K the scale 2^(floor(log2(max|x|)) - 2), values rounded to nearest even, saturating at 6.
+
+    What `unpack` returns packs again to the same values. A group of zeros gets scale 0.
+
+    Args:
+        dense: [E, N, K] fp32, bf16 or fp16, finite.
+    Raises:
+        ValueError: dense is not [E, N, K], K is not a multiple of 32, a wrong dtype, a value that is not finite, or an unknown layout.
+    """
+    if dense.ndim != 3 or dense.shape[2] % MX_BLOCK:
+        raise ValueError(f"dense must be [E, N, K] with K a multiple of {MX_BLOCK}, got shape {list(dense.shape)}")
+    if dense.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dense must be float32, bfloat16 or float16, got {dense.dtype}")
+    num_experts, num_rows, width = dense.shape
+    groups = dense.float().reshape(num_experts, num_rows, width // MX_BLOCK, MX_BLOCK)
+    if not bool(groups.isfinite().all()):
+        raise ValueError("dense must be finite")
+    largest = groups.abs().amax(-1)
+    # frexp's mantissa is in [0.5, 1): its exponent is one more than floor(log2).
+    exponent = torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT
+    scales = (exponent + _BIAS).clamp(0, 254).to(torch.uint8)
+    scales[largest == 0] = 0
+    # 2^(127 - s) is exact, and so is the product, up to the magnitudes that saturate or round to zero anyway.
+    inverse = _scale_table(torch.float32, dense.device)[(2 * _BIAS - scales.int())]
+    codes = torch.bucketize((groups * inverse[..., None]).abs(), _rounding_boundaries(dense.device)).to(torch.uint8)
+    codes |= groups.signbit().to(torch.uint8) << 3
+    blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return from_natural(blocks, scales, layout)
+
+
+def unpack(packed: PackedMXFP4, dtype: torch.dtype) -> Tensor:
+    """Decode all experts, exactly: code value times scale, rounded once to `dtype` (which only overflow or underflow of dtype can need).
+
+    Args:
+        dtype: float32, bfloat16, float16 or float64.
+    Returns:
+        [E, N, K] of `dtype`; NaN where a scale is 255.
+    Raises:
+        ValueError: another dtype, or an unknown layout.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+    blocks, scales = to_natural(packed)
+    # Every scale and product is exact in bf16 as in fp32, or overflows in both; fp16 holds few of the scales.
+    inner = torch.float32 if dtype == torch.float16 else dtype
+    values = _pair_table(inner, blocks.device).index_select(0, blocks.reshape(-1).int())
+    values = values.view(*scales.shape, MX_BLOCK)
+    values.mul_(_scale_table(inner, scales.device)[scales.int()][..., None])
+    return values.view(packed.shape).to(dtype)
+
+
+def unpack_experts(packed: PackedMXFP4, expert_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `unpack`, for the experts at `expert_ids` ([n] integer) only; the others are not decoded.
+
+    Returns:
+        [n, N, K] of `dtype`.
+    """
+    if expert_ids.ndim != 1 or expert_ids.dtype.is_floating_point:
+        raise ValueError(f"expert_ids must be [n] integers, got shape {list(expert_ids.shape)} of {expert_ids.dtype}")
+    return unpack(packed.select(expert_ids), dtype)

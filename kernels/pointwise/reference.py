@@ -1,0 +1,97 @@
+"""RMSNorm and YaRN rotary embedding in torch, fp32 inside."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; multiplied by the weight in fp32, before the cast back.
+
+    Args:
+        x: [..., H] float.
+        weight: [H] float.
+    Returns:
+        Shape and dtype of x.
+    Raises:
+        ValueError: weight is not [H].
+    """
+    if x.ndim == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must have the width of x {list(x.shape[-1:])}, got shape {list(weight.shape)}")
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.float() * normed).to(x.dtype)
+
+
+def yarn_cos_sin(
+    positions: Tensor,
+    head_dim: int,
+    *,
+    theta: float,
+    factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    original_max_position_embeddings: int,
+    truncate: bool,
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of YaRN's rotary angles, both multiplied by the attention concentration `0.1 ln(factor) + 1`.
+
+    Dimensions that turn more than beta_fast times within the original context keep their frequency, those that turn less than beta_slow
+    times have it divided by `factor`, a linear ramp lies between.
+
+    Args:
+        positions: [T] integer.
+        truncate: widen the ramp's ends to whole dimensions; gpt-oss does not.
+    Returns:
+        (cos, sin), each [T, head_dim / 2] fp32.
+    Raises:
+        ValueError: positions is not a vector of integers, or head_dim is odd.
+    Follows: YaRN (arXiv 2309.00071), section 3.2 and appendix A.
+    """
+    if positions.ndim != 1 or positions.dtype.is_floating_point:
+        raise ValueError(f"positions must be [T] integers, got shape {list(positions.shape)} of {positions.dtype}")
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be even and positive, got {head_dim}")
+
+    def dimension_turning(times: float) -> float:
+        """The (fractional) dimension whose angle makes `times` turns over the original context."""
+        return head_dim * math.log(original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_turning(beta_fast), dimension_turning(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    device = positions.device
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    period = theta ** (pair / head_dim)
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    frequency = (1 - kept) / (factor * period) + kept / period
+    angles = positions.float()[:, None] * frequency
+    concentration = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    return angles.cos() * concentration, angles.sin() * concentration
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (first half, second half) of each head by the angle of the token's position.
+
+    Args:
+        x: [T, heads, D] float, D even.
+        cos, sin: [T, D / 2] fp32.
+    Returns:
+        Shape and dtype of x; computed in fp32.
+    Raises:
+        ValueError: names the argument of a wrong shape.
+    """
+    if x.ndim != 3 or x.shape[-1] % 2:
+        raise ValueError(f"x must be [T, heads, D] with D even, got shape {list(x.shape)}")
+    expected = (x.shape[0], x.shape[2] // 2)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if tuple(table.shape) != expected:
+            raise ValueError(f"{name} must be {list(expected)}, got shape {list(table.shape)}")
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos.float()[:, None], sin.float()[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,179 @@
+"""What `sample` needs beside the logits: parameters for S rows over a vocabulary of V tokens.
+
+Every part that no row of a batch uses is None and costs nothing. Parts that few rows use are sparse: parallel vectors with one entry
+for each (row, token) pair. All tensors are on the device of the logits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LogitBias:
+    """Added to the logits.
+
+    Attributes:
+        rows, token_ids: [n] int64; pairs that occur twice are added twice.
+        values: [n] fp32, finite or -inf.
+    """
+
+    rows: Tensor
+    token_ids: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Penalties for tokens seen before. Rows without a penalty have no entries.
+
+    Attributes:
+        rows, token_ids: [n] int64: the distinct (row, token) pairs of a row's output tokens, and of its prompt tokens if its repetition
+            penalty is not 1.
+        output_counts: [n] int32, how often the token is among the row's output tokens; 0 if only in the prompt.
+        presence, frequency, repetition: [S] fp32; 0, 0 and 1 are off.
+    """
+
+    rows: Tensor
+    token_ids: Tensor
+    output_counts: Tensor
+    presence: Tensor
+    frequency: Tensor
+    repetition: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Sets of token ids, for some rows.
+
+    Attributes:
+        rows, token_ids: [n] int64, in any order; repeats are harmless.
+    """
+
+    rows: Tensor
+    token_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedBits:
+    """Bitmasks of the allowed tokens, for some rows.
+
+    Attributes:
+        rows: [n] int64, distinct.
+        bits: [n, num_bytes] uint8; bit i of byte b (value 1 << i) is token 8 * b + i. Tokens past the end are not allowed.
+    """
+
+    rows: Tensor
+    bits: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """Parameters of S rows.
+
+    Attributes:
+        temperature: [S] fp32; 0: greedy. None: every row is greedy.
+        seeds: [S] int64, the bits of the unsigned 64-bit seed. Needed unless temperature is None, as is output_positions.
+        output_positions: [S] int64, index of the token to sample among the sequence's output tokens, from 0.
+        top_k: [S] int64; 0 or less: all.
+        top_p: [S] fp32 in (0, 1].
+        min_p: [S] fp32 in [0, 1].
+        logit_bias, penalties: applied in this order, to greedy rows too.
+        allowed_ids: a row that has entries may only take these tokens.
+        allowed_bits: likewise as bitmasks; a row in both may take what both allow.
+        forbidden_ids: tokens a row may not take: stop tokens before min_tokens, and those of its automaton state. Ignored for a row that
+            would have no token left.
+        logprob_rows: [L] int64, the rows whose log probabilities are wanted.
+        num_top_logprobs: alternatives reported for each of them, at most V.
+    """
+
+    temperature: Tensor | None = None
+    seeds: Tensor | None = None
+    output_positions: Tensor | None = None
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    logit_bias: LogitBias | None = None
+    penalties: Penalties | None = None
+    allowed_ids: TokenIds | None = None
+    allowed_bits: AllowedBits | None = None
+    forbidden_ids: TokenIds | None = None
+    logprob_rows: Tensor | None = None
+    num_top_logprobs: int = 0
+
+    def check(self, num_rows: int, vocab_size: int) -> None:
+        """Check shapes, dtypes and the range of rows and token ids against logits [num_rows, vocab_size].
+
+        Raises:
+            ValueError: names the field.
+        """
+        if self.temperature is not None:
+            for name, tensor in (("seeds", self.seeds), ("output_positions", self.output_positions)):
+                if tensor is None:
+                    raise ValueError(f"{name} must be given when temperature is")
+        vectors = (
+            ("temperature", self.temperature, torch.float32),
+            ("seeds", self.seeds, torch.int64),
+            ("output_positions", self.output_positions, torch.int64),
+            ("top_k", self.top_k, torch.int64),
+            ("top_p", self.top_p, torch.float32),
+            ("min_p", self.min_p, torch.float32),
+        )
+        for name, tensor, dtype in vectors:
+            if tensor is not None:
+                _check_vector(name, tensor, dtype, num_rows)
+        for name, part in (
+            ("logit_bias", self.logit_bias),
+            ("penalties", self.penalties),
+            ("allowed_ids", self.allowed_ids),
+            ("forbidden_ids", self.forbidden_ids),
+        ):
+            if part is not None:
+                _check_indices(f"{name}.rows", part.rows, num_rows)
+                _check_indices(f"{name}.token_ids", part.token_ids, vocab_size, part.rows.numel())
+        if self.logit_bias is not None:
+            _check_vector("logit_bias.values", self.logit_bias.values, torch.float32, self.logit_bias.rows.numel())
+        if self.penalties is not None:
+            _check_vector("penalties.output_counts", self.penalties.output_counts, torch.int32, self.penalties.rows.numel())
+            for name in ("presence", "frequency", "repetition"):
+                _check_vector(f"penalties.{name}", getattr(self.penalties, name), torch.float32, num_rows)
+        if self.allowed_bits is not None:
+            _check_indices("allowed_bits.rows", self.allowed_bits.rows, num_rows)
+            bits, num_masks = self.allowed_bits.bits, self.allowed_bits.rows.numel()
+            if bits.ndim != 2 or bits.shape[0] != num_masks or bits.dtype != torch.uint8:
+                raise ValueError(f"allowed_bits.bits must be [{num_masks}, n] uint8, got shape {list(bits.shape)} of {bits.dtype}")
+        if self.logprob_rows is not None:
+            _check_indices("logprob_rows", self.logprob_rows, num_rows)
+        if not 0 <= self.num_top_logprobs <= vocab_size:
+            raise ValueError(f"num_top_logprobs must be from 0 to the {vocab_size} tokens, got {self.num_top_logprobs}")
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOutput:
+    """The chosen tokens.
+
+    Attributes:
+        token_ids: [S] int64.
+        logprobs: [L] fp32, natural logarithm of the chosen tokens' probabilities, parallel to `logprob_rows`; None without those.
+        top_ids: [L, num_top_logprobs] int64, most likely first, ties by id; None without logprob_rows.
+        top_logprobs: [L, num_top_logprobs] fp32.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+
+def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, length: int) -> None:
+    if tuple(tensor.shape) != (length,) or tensor.dtype != dtype:
+        raise ValueError(f"{name} must be [{length}] {dtype}, got shape {list(tensor.shape)} of {tensor.dtype}")
+
+
+def _check_indices(name: str, tensor: Tensor, bound: int, length: int | None = None) -> None:
+    wanted = tensor.shape[0] if length is None and tensor.ndim == 1 else length
+    if tensor.ndim != 1 or tensor.shape[0] != wanted or tensor.dtype != torch.int64:
+        raise ValueError(f"{name} must be [{'n' if wanted is None else wanted}] int64, got shape {list(tensor.shape)} of {tensor.dtype}")
+    if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < bound:
+        raise ValueError(f"{name} must be from 0 to {bound - 1}, found {int(tensor.min())} to {int(tensor.max())}")

@@ -1,0 +1,221 @@
+"""Sampling in torch; the definition that other implementations match.
+
+For each row, from the fp32 logits x:
+
+1. `x += logit_bias`; then for tokens seen before, in this order: repetition (`x / r` where x > 0, else `x * r`), frequency
+   (`x -= f * output_count`), presence (`x -= p` if output_count > 0); then tokens that are not allowed, or forbidden, become -inf.
+2. Temperature 0: the token of largest x, ties by lowest id. Otherwise the weight of token i is `w_i = exp((x_i - max x) / temperature)`.
+3. Order the tokens by x descending, ties by id ascending. Keep the ones with `w_i >= min_p`; of these the first top_k; of these the
+   shortest beginning whose weights sum to at least `top_p` times the sum of all that step 3 kept so far, but at least one.
+4. With u the row's uniform number and c_i the running sum of the kept weights in ascending order of ids (in float64), the token is the
+   first with `c_i > u * c_last`.
+
+The order of operations is vLLM's. Only exact ties go another way: there `top_k` keeps all tokens equal to the k-th.
+
+Randomness is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123). The key is
+(seed mod 2^32, seed div 2^32); the counter is (position mod 2^32, position div 2^32, 0, 0), position being the token's index among its
+sequence's output tokens. Of the four 32-bit words the first, W, gives `u = (W + 0.5) / 2^32`, exact in float64 and inside (0, 1). A
+row's token is thus a function of its logits, parameters, seed and position, not of the batch.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds
+
+MAX_ELEMENTS = 1 << 24
+"""Bound on the weights that are held in float64 at once."""
+
+FIRST_CANDIDATES = 1024
+"""Tokens that are sorted first to find the end of top_p; more only if these do not reach it."""
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_NUM_ROUNDS = 10
+
+
+def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10.
+
+    Args:
+        counter: [..., 4] int64 holding 32-bit words.
+        key: [..., 2] likewise.
+    Returns:
+        [..., 4] int64 holding 32-bit words.
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key.unbind(-1)
+    for _ in range(_NUM_ROUNDS):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def philox_words(seeds: Tensor, positions: Tensor) -> Tensor:
+    """The four words of each (seed, output position): [n] int64, [n] int64 → [n, 4] int64."""
+    zero = torch.zeros_like(positions)
+    counter = torch.stack((positions & _WORD, (positions >> 32) & _WORD, zero, zero), dim=-1)
+    return philox4x32(counter, torch.stack((seeds & _WORD, (seeds >> 32) & _WORD), dim=-1))
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """One number in (0, 1) for each (seed, output position): [n] int64, [n] int64 → [n] float64."""
+    return (philox_words(seeds, positions)[..., 0].double() + 0.5) / 2.0**32
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
+    """One token for each row of logits, as the module defines it.
+
+    Args:
+        logits: [S, V] float; not changed.
+    Returns:
+        See SampleOutput. Log probabilities are those of `logits` itself, before step 1. A row without any finite logit gets some valid id.
+    Raises:
+        ValueError: names the argument or field of a wrong shape, dtype or range.
+    """
+    if logits.ndim != 2 or not logits.dtype.is_floating_point or logits.shape[1] == 0:
+        raise ValueError(f"logits must be [S, V] float with V > 0, got shape {list(logits.shape)} of {logits.dtype}")
+    batch.check(*logits.shape)
+    raw = logits.float()
+    modified = _modify(raw, batch)
+    token_ids = _choose(modified, batch)
+    if batch.logprob_rows is None:
+        return SampleOutput(token_ids)
+    return _logprobs(raw, token_ids, batch.logprob_rows, batch.num_top_logprobs)
+
+
+def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """(high, low) 32 bits of the product. It overflows int64, which keeps its low 64 bits; the shift copies the sign, the mask drops it."""
+    product = word * multiplier
+    return (product >> 32) & _WORD, product & _WORD
+
+
+def _modify(raw: Tensor, batch: SamplingBatch) -> Tensor:
+    """Step 1. Returns `raw` itself if there is nothing to do, else a changed copy."""
+    parts = (batch.logit_bias, batch.penalties, batch.allowed_ids, batch.allowed_bits, batch.forbidden_ids)
+    if all(part is None for part in parts):
+        return raw
+    logits = raw.clone()
+    if batch.logit_bias is not None:
+        _add_bias(logits, batch.logit_bias)
+    if batch.penalties is not None:
+        _penalise(logits, batch.penalties)
+    if batch.allowed_ids is not None:
+        _allow_ids(logits, batch.allowed_ids)
+    if batch.allowed_bits is not None:
+        _allow_bits(logits, batch.allowed_bits)
+    if batch.forbidden_ids is not None:
+        _forbid_ids(logits, batch.forbidden_ids)
+    return logits
+
+
+def _add_bias(logits: Tensor, bias: LogitBias) -> None:
+    logits.index_put_((bias.rows, bias.token_ids), bias.values, accumulate=True)
+
+
+def _penalise(logits: Tensor, penalties: Penalties) -> None:
+    rows, ids = penalties.rows, penalties.token_ids
+    seen = logits[rows, ids]
+    repetition = penalties.repetition[rows]
+    seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+    seen = seen - penalties.frequency[rows] * penalties.output_counts
+    logits[rows, ids] = seen - penalties.presence[rows] * (penalties.output_counts > 0)
+
+
+def _allow_ids(logits: Tensor, allowed: TokenIds) -> None:
+    kept = logits[allowed.rows, allowed.token_ids]
+    restricted = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    restricted[allowed.rows] = True
+    logits[restricted] = -torch.inf
+    logits[allowed.rows, allowed.token_ids] = kept
+
+
+def _allow_bits(logits: Tensor, allowed: AllowedBits) -> None:
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    bits = ((allowed.bits[:, :, None] >> shifts) & 1).bool().flatten(1)[:, : logits.shape[1]]
+    mask = torch.zeros(len(allowed.rows), logits.shape[1], dtype=torch.bool, device=logits.device)
+    mask[:, : bits.shape[1]] = bits
+    logits[allowed.rows] = logits[allowed.rows].masked_fill(~mask, -torch.inf)
+
+
+def _forbid_ids(logits: Tensor, forbidden: TokenIds) -> None:
+    rows, ids = forbidden.rows, forbidden.token_ids
+    kept = logits[rows, ids]
+    logits[rows, ids] = -torch.inf
+    nothing_left = logits.amax(-1) == -torch.inf
+    logits[rows, ids] = torch.where(nothing_left[rows], kept, -torch.inf)
+
+
+def _choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Steps 2 to 4: [S] int64."""
+    token_ids = logits.argmax(-1)
+    if batch.temperature is None or batch.seeds is None or batch.output_positions is None:
+        return token_ids
+    random_rows = (batch.temperature > 0).nonzero()[:, 0]
+    for rows in torch.split(random_rows, max(1, MAX_ELEMENTS // logits.shape[1])):
+        chosen = logits[rows]
+        scaled = (chosen - chosen.amax(-1, keepdim=True)) / batch.temperature[rows, None]
+        weights = scaled.exp_()
+        _filter(chosen, weights, rows, batch)
+        sums = weights.cumsum(-1, dtype=torch.float64)
+        target = uniform(batch.seeds[rows], batch.output_positions[rows])[:, None] * sums[:, -1:]
+        token_ids[rows] = torch.searchsorted(sums, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return token_ids
+
+
+def _filter(logits: Tensor, weights: Tensor, rows: Tensor, batch: SamplingBatch) -> None:
+    """Step 3: sets the weights of tokens that are not kept to zero, in the rows that have a filter."""
+    vocab_size = logits.shape[1]
+    min_p = [0.0] * len(rows) if batch.min_p is None else batch.min_p[rows].tolist()
+    top_k = [0] * len(rows) if batch.top_k is None else batch.top_k[rows].tolist()
+    top_p = [1.0] * len(rows) if batch.top_p is None else batch.top_p[rows].tolist()
+    for index, (least, most, share) in enumerate(zip(min_p, top_k, top_p, strict=True)):
+        row = weights[index]
+        if least > 0:
+            row[row < least] = 0
+        if 0 < most < vocab_size:
+            _keep(row, _leading(logits[index], most))
+        if share < 1:
+            _keep_top_p(logits[index], row, share)
+
+
+def _keep_top_p(logits: Tensor, weights: Tensor, share: float) -> None:
+    """Zero the weights behind the shortest beginning of the order that holds `share` of their sum; [V] each."""
+    wanted = weights.sum(dtype=torch.float64) * share
+    num_candidates = min(FIRST_CANDIDATES, len(weights))
+    while True:
+        order = _leading(logits, num_candidates)
+        sums = weights[order].cumsum(0, dtype=torch.float64)
+        if sums[-1] >= wanted or num_candidates == len(weights):
+            break
+        num_candidates = min(8 * num_candidates, len(weights))
+    num_kept = int(torch.searchsorted(sums, wanted)) + 1
+    _keep(weights, order[:num_kept])
+
+
+def _keep(weights: Tensor, ids: Tensor) -> None:
+    kept = weights[ids]
+    weights.zero_()
+    weights[ids] = kept
+
+
+def _leading(values: Tensor, count: int) -> Tensor:
+    """Ids of the `count` largest of [V] values, descending, ties by lowest id."""
+    threshold = values.topk(count, sorted=True).values[-1]
+    # Negated, so that NaN logits still leave candidates.
+    candidates = (~(values < threshold)).nonzero()[:, 0]
+    return candidates[values[candidates].argsort(descending=True, stable=True)][:count]
+
+
+def _logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> SampleOutput:
+    wanted = logits[rows]
+    normaliser = wanted.logsumexp(-1)
+    chosen = wanted.gather(1, token_ids[rows, None])[:, 0] - normaliser
+    if num_top == 0 or len(rows) == 0:
+        top_ids = torch.empty(len(rows), num_top, dtype=torch.int64, device=logits.device)
+    else:
+        top_ids = torch.stack([_leading(row, num_top) for row in wanted])
+    return SampleOutput(token_ids, chosen, top_ids, wanted.gather(1, top_ids) - normaliser[:, None])
