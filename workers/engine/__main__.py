@@ -1,0 +1,118 @@
+"""The engine process: `python -m workers.engine --config JSON-or-path --address 127.0.0.1:0`.
+
+Progress, summary and log go to stderr. On stdout comes exactly one line, when it serves: {"event": "ready", "address": …,
+"metrics_address": …}. Exit code 0 after SIGTERM or SIGINT (a second one skips the grace period) or when the parent is gone, 1 if it
+cannot start or the engine has died.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from workers.config import EngineConfig
+from workers.engine.config_json import engine_config_from_json
+from workers.engine.progress import StartUpProgress, summary
+from workers.engine.server import EngineServer
+from workers.errors import CheckpointError, ConfigError
+
+_PARENT_POLL_S = 1.0
+
+
+def main() -> int:
+    """Parse the flags and run; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m workers.engine", description="One engine process of Cantata.")
+    parser.add_argument("--config", required=True, help="EngineConfig as JSON, or the path of a file that holds it")
+    parser.add_argument("--address", default="127.0.0.1:0", help="host:port to serve gRPC on; port 0: any free one")
+    parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics over HTTP on this port of 127.0.0.1; 0: any free one")
+    parser.add_argument("--grace-s", type=float, default=30.0, help="seconds that running requests have to end after SIGTERM")
+    parser.add_argument("--parent-pid", type=int, help="exit when this process is no longer the parent")
+    arguments = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        config = _read_config(arguments.config)
+        return asyncio.run(_serve(config, arguments.address, arguments.metrics_port, arguments.grace_s, arguments.parent_pid))
+    except (CheckpointError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _read_config(argument: str) -> EngineConfig:
+    if argument.lstrip().startswith("{"):
+        return engine_config_from_json(argument)
+    try:
+        return engine_config_from_json(Path(argument).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration file {argument} cannot be read: {error}") from error
+
+
+async def _serve(config: EngineConfig, address: str, metrics_port: int | None, grace_s: float, parent_pid: int | None) -> int:
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    watcher = asyncio.create_task(_watch_parent(parent_pid, stop, hurry)) if parent_pid is not None else None
+
+    progress = StartUpProgress()
+    server = EngineServer(progress=progress)
+    starting = asyncio.create_task(server.start(config, address, metrics_port=metrics_port))
+    await _first(starting, stop)
+    if not starting.done():
+        # A thread is reading weights and cannot be interrupted; there is nothing to lose.
+        sys.stderr.flush()
+        os._exit(0)
+    bound = starting.result()
+    progress.close()
+    start_up = server.start_up
+    table = summary(
+        start_up.executor,
+        model=f"{config.model_path} ({start_up.info.model_fingerprint[:12]})",
+        max_model_len=start_up.info.max_model_len,
+        address=bound,
+        metrics_address=server.metrics_address,
+    )
+    print(f"Cantata engine {start_up.info.version}\n{table}", file=sys.stderr, flush=True)
+    print(json.dumps({"event": "ready", "address": bound, "metrics_address": server.metrics_address}), flush=True)
+
+    await _first(stop, server.died)
+    if not server.died.is_set():
+        await _first(asyncio.create_task(server.drain(grace_s)), hurry, server.died)
+    await server.stop()
+    if watcher is not None:
+        watcher.cancel()
+    if server.engine.error is not None:
+        print(f"error: {server.engine.error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _first(*things: "asyncio.Event | asyncio.Task[object]") -> None:
+    """Wait for the first of these; those that were events are no longer waited for, tasks go on."""
+    waits = [thing if isinstance(thing, asyncio.Task) else asyncio.create_task(thing.wait()) for thing in things]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for thing, wait in zip(things, waits, strict=True):
+        if thing is not wait:
+            wait.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await wait
+
+
+async def _watch_parent(parent_pid: int, *stops: asyncio.Event) -> None:
+    """Nobody reads what an orphan generates, and its port and memory are wanted: stop at once."""
+    while os.getppid() == parent_pid:  # noqa: ASYNC110 - the kernel tells nobody
+        await asyncio.sleep(_PARENT_POLL_S)
+    for stop in stops:
+        stop.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""Offline inference: `LLM(path).generate(prompts, SamplingParams())`, after vLLM's class of that name. Only here do workers know text."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from workers.config import CacheConfig, Dtype, EngineConfig, SchedulerConfig, load_model_config
+from workers.engine.engine import Engine, max_model_len
+from workers.engine.progress import StartUpProgress
+from workers.engine.stream import OutputStream, ThreadReader
+from workers.errors import CheckpointError, EngineDead, InvalidRequest
+from workers.executor.inline import InlineExecutor
+from workers.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+from workers.rpc.validate import MAX_SEED, check_request
+
+Prompt = str | Sequence[int]
+END_TOKENS = ("<|return|>", "<|call|>", "<|endoftext|>")
+"""Names of the tokens that end a turn of gpt-oss; looked up in the checkpoint's tokenizer."""
+_NO_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One of the n answers to a prompt.
+
+    Attributes:
+        text: without special tokens and without the stop token; empty if the checkpoint has no tokenizer.
+        token_ids: with the stop token.
+        logprobs: one for each token, if asked for.
+        stop_reason: the stop token id that the caller asked for and that ended it; None for the model's own end and for length.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: FinishReason
+    stop_reason: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A prompt and its answers; `prompt` is None where token ids were given."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: list[CompletionOutput]
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One sequence on its way."""
+
+    prompt_index: int
+    index: int
+    request: EngineRequest
+    wanted_stops: tuple[int, ...]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class LLM:
+    """A model in this process. Use it as a context manager, or call `shutdown`.
+
+    Args:
+        model: folder of a gpt-oss checkpoint.
+        max_model_len: context limit in tokens; None: the model's own.
+        kv_cache_bytes: memory of the KV cache; None: chosen from what is free.
+    Raises:
+        CheckpointError, ConfigError: one sentence that names what is wrong.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: Dtype = "bfloat16",
+        device: str = "cpu",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        kv_cache_bytes: int | None = None,
+        prefix_caching: bool = True,
+    ) -> None:
+        config = EngineConfig(
+            Path(model),
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            cache=CacheConfig(kv_cache_bytes, prefix_caching),
+            # All prompts are in memory already: a bound on waiting ones would only refuse them.
+            scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting_requests=_NO_LIMIT),
+        )
+        self._start(config)
+
+    def _start(self, config: EngineConfig) -> None:
+        model = load_model_config(config.model_path)
+        self._tokenizer = _load_tokenizer(config.model_path)
+        known = (self._tokenizer.token_to_id(name) for name in END_TOKENS) if self._tokenizer is not None else ()
+        self._end_token_ids = tuple(token_id for token_id in known if token_id is not None and token_id < model.vocab_size)
+        progress = StartUpProgress()
+        self._executor = InlineExecutor(config, model, max_model_len(config, model), progress=progress)
+        self.engine = Engine(config, model, self._executor)
+        self.info = self.engine.start()
+        progress.close()
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer all prompts; returns when the last one is done, in the order of the prompts.
+
+        Args:
+            prompts: texts (special tokens in them are parsed) or token ids; one or many.
+            sampling: for all prompts, or one for each. A missing seed is drawn; choice i gets seed + i.
+            use_tqdm: show a progress bar on stderr.
+        Raises:
+            InvalidRequest: names the field; then nothing was generated.
+            EngineDead: a step failed.
+        """
+        prompt_list = _prompt_list(prompts)
+        texts = [prompt if isinstance(prompt, str) else None for prompt in prompt_list]
+        ids = [self._encode(prompt) for prompt in prompt_list]
+        params = [sampling or SamplingParams()] * len(ids) if not isinstance(sampling, Sequence) else list(sampling)
+        if len(params) != len(ids):
+            raise InvalidRequest(f"{len(ids)} prompts came with {len(params)} sampling parameters", "sampling")
+        first = self._num_requests
+        self._num_requests += len(ids)
+        choices = [choice for index in range(len(ids)) for choice in self._choices(index, f"{first + index}", ids[index], params[index])]
+        finished = self._run(choices, use_tqdm)
+        results = [RequestOutput(f"{first + index}", texts[index], ids[index], []) for index in range(len(ids))]
+        for choice, output in zip(choices, finished, strict=True):
+            results[choice.prompt_index].outputs.append(output)
+        return results
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits after each token of one sequence, computed apart from everything that is being generated.
+
+        Returns:
+            [len(token_ids), vocab_size] fp32.
+        Raises:
+            InvalidRequest: no token, an unknown one, or more than the context.
+        """
+        request = EngineRequest("logits", tuple(token_ids), SamplingParams())
+        check_request(request, self.engine.vocab_size)
+        if len(token_ids) > self.engine.max_model_len:
+            raise InvalidRequest(f"{len(token_ids)} tokens exceed the context of {self.engine.max_model_len}", "token_ids")
+        return self._executor.logits(request.prompt_token_ids)
+
+    def shutdown(self) -> None:
+        """Free the model. Idempotent."""
+        self.engine.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.shutdown()
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in prompt):
+                raise InvalidRequest("a prompt must be a text or a list of token ids", "prompt")
+            return tuple(prompt)
+        if self._tokenizer is None:
+            raise InvalidRequest("the checkpoint has no tokenizer.json; give token ids instead of text", "prompt")
+        return tuple(self._tokenizer.encode(prompt).ids)
+
+    def _choices(self, prompt_index: int, request_id: str, prompt: tuple[int, ...], sampling: SamplingParams) -> list[_Choice]:
+        check_request(EngineRequest(request_id, prompt, replace(sampling, n=1)), self.engine.vocab_size)
+        if not isinstance(sampling.n, int) or sampling.n < 1:
+            raise InvalidRequest(f"n must be at least 1, got {sampling.n}", "n")
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        stops = (*sampling.stop_token_ids, *self._end_token_ids)
+        return [
+            _Choice(
+                prompt_index,
+                index,
+                EngineRequest(
+                    f"{request_id}-{index}", prompt, replace(sampling, n=1, seed=(seed + index) & MAX_SEED, stop_token_ids=stops)
+                ),
+                sampling.stop_token_ids,
+            )
+            for index in range(sampling.n)
+        ]
+
+    def _run(self, choices: Sequence[_Choice], use_tqdm: bool) -> list[CompletionOutput]:
+        reader = ThreadReader()
+        streams: list[OutputStream] = []
+        finished: dict[int, CompletionOutput] = {}
+        bar: tqdm[NoReturn] = tqdm(total=len(choices), desc="Processed prompts", unit="seq", disable=not use_tqdm, dynamic_ncols=True)
+        try:
+            for choice in choices:
+                streams.append(self.engine.submit(choice.request, reader))
+            by_seq_id = {stream.seq_id: choice for stream, choice in zip(streams, choices, strict=True)}
+            num_tokens = 0
+            for stream, output in reader.read(streams):
+                choice = by_seq_id[stream.seq_id]
+                choice.token_ids += output.token_ids
+                choice.logprobs += output.logprobs
+                num_tokens += len(output.token_ids)
+                if output.finish_reason in ("abort", "error"):
+                    raise stream.failure or EngineDead(output.error or "the engine stopped")
+                if output.finish_reason is not None:
+                    finished[stream.seq_id] = self._complete(choice, output.finish_reason, output.stop_token_id)
+                    bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
+                    bar.update()
+        finally:
+            bar.close()
+            for stream in streams:
+                self.engine.abort(stream)
+        return [finished[stream.seq_id] for stream in streams]
+
+    def _complete(self, choice: _Choice, reason: FinishReason, stop_token_id: int | None) -> CompletionOutput:
+        token_ids = tuple(choice.token_ids)
+        shown = token_ids[:-1] if reason == "stop" else token_ids
+        return CompletionOutput(
+            index=choice.index,
+            text=self._tokenizer.decode(shown, skip_special_tokens=True) if self._tokenizer is not None else "",
+            token_ids=token_ids,
+            logprobs=None if choice.request.sampling.logprobs is None else tuple(choice.logprobs),
+            finish_reason=reason,
+            stop_reason=stop_token_id if stop_token_id in choice.wanted_stops else None,
+        )
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    ids = [prompt for prompt in prompts if isinstance(prompt, int)]
+    if not ids:
+        return [prompt for prompt in prompts if not isinstance(prompt, int)]
+    if len(ids) < len(prompts):
+        raise InvalidRequest("prompts mixes token ids with prompts; give one list of ids, or a list of texts and lists of ids", "prompt")
+    return [ids]
+
+
+def _load_tokenizer(path: Path) -> Tokenizer | None:
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}") from error

@@ -1,0 +1,278 @@
+"""How each live sequence is sampled: parameters by slot, and for the sequences that need more (bias, penalties, constraints, stop tokens
+before min_tokens) what their next token depends on. Builds the SamplingBatch of a step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds
+from workers.constraint.automaton import TokenAutomaton
+from workers.request import SamplingParams
+from workers.scheduler.plan import SequenceStart
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class SeenTokens:
+    """Distinct tokens of a sequence and how often each is among its output, kept up to date token by token."""
+
+    def __init__(self, prompt: tuple[int, ...], output: tuple[int, ...]) -> None:
+        self._index: dict[int, int] = {}
+        self._token_ids = np.zeros(256, dtype=np.int64)
+        self._counts = np.zeros(256, dtype=np.int32)
+        for token_id in prompt:
+            self._add(token_id, 0)
+        for token_id in output:
+            self._add(token_id, 1)
+
+    @property
+    def token_ids(self) -> Ints:
+        return self._token_ids[: len(self._index)]
+
+    @property
+    def output_counts(self) -> npt.NDArray[np.int32]:
+        return self._counts[: len(self._index)]
+
+    def push(self, token_id: int) -> None:
+        """One more output token."""
+        self._add(token_id, 1)
+
+    def _add(self, token_id: int, count: int) -> None:
+        index = self._index.setdefault(token_id, len(self._index))
+        if index == len(self._token_ids):
+            self._token_ids = np.concatenate((self._token_ids, np.zeros_like(self._token_ids)))
+            self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+        self._token_ids[index] = token_id
+        self._counts[index] += count
+
+
+class ConstraintState:
+    """Where a sequence stands in its token automaton; replays the output it starts with."""
+
+    def __init__(self, automaton: TokenAutomaton, output: tuple[int, ...]) -> None:
+        self._automaton = automaton
+        self._state = automaton.start
+        # By state, made when first entered.
+        self._allowed: dict[int, Ints | None] = {}
+        self._forbidden: dict[int, Ints] = {}
+        self._next: dict[int, dict[int, int]] = {}
+        for token_id in output:
+            self.push(token_id)
+
+    @property
+    def allowed(self) -> Ints | None:
+        """The only ids that may come next; None: all but the forbidden ones."""
+        if self._state not in self._allowed:
+            allowed = self._automaton.states[self._state].allowed
+            self._allowed[self._state] = None if allowed is None else np.array(allowed, dtype=np.int64)
+        return self._allowed[self._state]
+
+    @property
+    def forbidden(self) -> Ints:
+        """Ids that may not come next; to be read where `allowed` is None."""
+        if self._state not in self._forbidden:
+            self._forbidden[self._state] = np.array(self._automaton.states[self._state].forbidden, dtype=np.int64)
+        return self._forbidden[self._state]
+
+    def push(self, token_id: int) -> None:
+        """Advance by one output token."""
+        if self._state not in self._next:
+            # Reversed, because the first of equal transitions counts.
+            self._next[self._state] = dict(reversed(self._automaton.states[self._state].transitions))
+        self._state = self._next[self._state].get(token_id, self._state)
+
+
+@dataclass(slots=True)
+class _Extras:
+    """What most sequences do not have."""
+
+    bias_ids: Ints | None
+    bias_values: Floats | None
+    seen: SeenTokens | None
+    constraint: ConstraintState | None
+    stop_token_ids: Ints
+    min_tokens: int
+    num_logprobs: int | None
+
+    @classmethod
+    def of(cls, start: SequenceStart) -> "_Extras | None":
+        sampling = start.sampling
+        prompt, output = start.token_ids[: start.num_prompt_tokens], start.token_ids[start.num_prompt_tokens :]
+        penalised = _penalises(sampling)
+        stops = start.stop_token_ids if sampling.min_tokens > 0 else ()
+        if not (sampling.logit_bias or penalised or start.constraint or stops or sampling.logprobs is not None):
+            return None
+        return cls(
+            bias_ids=np.array([token_id for token_id, _ in sampling.logit_bias], dtype=np.int64) if sampling.logit_bias else None,
+            bias_values=np.array([value for _, value in sampling.logit_bias], dtype=np.float32) if sampling.logit_bias else None,
+            seen=SeenTokens(prompt if sampling.repetition_penalty != 1.0 else (), output) if penalised else None,
+            constraint=None if start.constraint is None else ConstraintState(start.constraint, output),
+            stop_token_ids=np.array(stops, dtype=np.int64),
+            min_tokens=sampling.min_tokens,
+            num_logprobs=sampling.logprobs,
+        )
+
+
+class _Pairs:
+    """(row, token id) pairs, with a value each, gathered row by row."""
+
+    def __init__(self) -> None:
+        self._rows: list[Ints] = []
+        self._token_ids: list[Ints] = []
+        self._values: list[npt.NDArray[np.generic]] = []
+
+    def add(self, row: int, token_ids: Ints, values: npt.NDArray[np.generic] | None = None) -> None:
+        self._rows.append(np.full(len(token_ids), row, dtype=np.int64))
+        self._token_ids.append(token_ids)
+        if values is not None:
+            self._values.append(values)
+
+    def __bool__(self) -> bool:
+        return any(len(token_ids) for token_ids in self._token_ids)
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return _tensor(np.concatenate(self._rows), device), _tensor(np.concatenate(self._token_ids), device)
+
+    def values(self, device: torch.device) -> Tensor:
+        return _tensor(np.concatenate(self._values), device)
+
+
+class SamplingState:
+    """Sampling parameters and states by slot.
+
+    Args:
+        max_num_seqs: number of slots.
+    """
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self._temperature = np.zeros(max_num_seqs, dtype=np.float32)
+        self._seed = np.zeros(max_num_seqs, dtype=np.int64)
+        self._top_k = np.zeros(max_num_seqs, dtype=np.int64)
+        self._top_p = np.ones(max_num_seqs, dtype=np.float32)
+        self._min_p = np.zeros(max_num_seqs, dtype=np.float32)
+        self._presence = np.zeros(max_num_seqs, dtype=np.float32)
+        self._frequency = np.zeros(max_num_seqs, dtype=np.float32)
+        self._repetition = np.ones(max_num_seqs, dtype=np.float32)
+        self._extras: dict[int, _Extras] = {}
+
+    def start(self, slot: int, start: SequenceStart) -> None:
+        """Take in a sequence with the output it has so far."""
+        sampling = start.sampling
+        assert sampling.seed is not None, "the engine got a request without a seed"
+        self._temperature[slot] = sampling.temperature
+        # The same 64 bits, as a signed number.
+        self._seed[slot] = sampling.seed - (1 << 64) if sampling.seed >= 1 << 63 else sampling.seed
+        self._top_k[slot] = max(sampling.top_k, 0)
+        self._top_p[slot] = sampling.top_p
+        self._min_p[slot] = sampling.min_p
+        self._presence[slot] = sampling.presence_penalty
+        self._frequency[slot] = sampling.frequency_penalty
+        self._repetition[slot] = sampling.repetition_penalty
+        extras = _Extras.of(start)
+        if extras is not None:
+            self._extras[slot] = extras
+
+    def drop(self, slot: int) -> None:
+        """Forget a sequence."""
+        self._extras.pop(slot, None)
+
+    def num_logprobs(self, slot: int) -> int | None:
+        """Alternatives that the sequence wants with each token; None: no log-probabilities at all."""
+        extras = self._extras.get(slot)
+        return None if extras is None else extras.num_logprobs
+
+    def push(self, slots: Ints, token_ids: Ints) -> None:
+        """One sampled token for each of these slots."""
+        if not self._extras:
+            return
+        for slot, token_id in zip(slots.tolist(), token_ids.tolist(), strict=True):
+            extras = self._extras.get(slot)
+            if extras is None:
+                continue
+            if extras.seen is not None:
+                extras.seen.push(token_id)
+            if extras.constraint is not None:
+                extras.constraint.push(token_id)
+
+    def build(self, slots: Ints, output_positions: Ints, masks: dict[int, bytes], device: torch.device) -> SamplingBatch:
+        """The batch for one row per slot.
+
+        Args:
+            output_positions: [S] index of each slot's next token among its output tokens.
+            masks: slot → bitmask of allowed ids, for sequences in a grammar state.
+        """
+        temperature, top_k, top_p, min_p = self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots]
+        random = bool((temperature > 0).any())
+        bias, allowed, forbidden, seen = _Pairs(), _Pairs(), _Pairs(), _Pairs()
+        logprob_rows: list[int] = []
+        num_top_logprobs = 0
+        for row, slot in enumerate(slots.tolist()) if self._extras else ():
+            extras = self._extras.get(slot)
+            if extras is None:
+                continue
+            if extras.bias_ids is not None:
+                bias.add(row, extras.bias_ids, extras.bias_values)
+            if extras.seen is not None:
+                seen.add(row, extras.seen.token_ids, extras.seen.output_counts)
+            if extras.constraint is not None:
+                if extras.constraint.allowed is not None:
+                    allowed.add(row, extras.constraint.allowed)
+                else:
+                    # As a bias: `forbidden_ids` gives way where nothing is left, which is meant for stop tokens before min_tokens only.
+                    ids = extras.constraint.forbidden
+                    bias.add(row, ids, np.full(len(ids), -np.inf, dtype=np.float32))
+            if len(extras.stop_token_ids) and output_positions[row] < extras.min_tokens:
+                forbidden.add(row, extras.stop_token_ids)
+            if extras.num_logprobs is not None:
+                logprob_rows.append(row)
+                num_top_logprobs = max(num_top_logprobs, extras.num_logprobs)
+        return SamplingBatch(
+            temperature=_tensor(temperature, device) if random else None,
+            seeds=_tensor(self._seed[slots], device) if random else None,
+            output_positions=_tensor(output_positions, device) if random else None,
+            top_k=_tensor(top_k, device) if random and (top_k > 0).any() else None,
+            top_p=_tensor(top_p, device) if random and (top_p < 1).any() else None,
+            min_p=_tensor(min_p, device) if random and (min_p > 0).any() else None,
+            logit_bias=LogitBias(*bias.tensors(device), bias.values(device)) if bias else None,
+            penalties=self._penalties(seen, slots, device) if seen else None,
+            allowed_ids=TokenIds(*allowed.tensors(device)) if allowed else None,
+            allowed_bits=_allowed_bits(slots, masks, device) if masks else None,
+            forbidden_ids=TokenIds(*forbidden.tensors(device)) if forbidden else None,
+            logprob_rows=torch.tensor(logprob_rows, device=device) if logprob_rows else None,
+            num_top_logprobs=num_top_logprobs,
+        )
+
+    def _penalties(self, seen: _Pairs, slots: Ints, device: torch.device) -> Penalties:
+        rows, token_ids = seen.tensors(device)
+        return Penalties(
+            rows=rows,
+            token_ids=token_ids,
+            output_counts=seen.values(device),
+            presence=_tensor(self._presence[slots], device),
+            frequency=_tensor(self._frequency[slots], device),
+            repetition=_tensor(self._repetition[slots], device),
+        )
+
+
+def _penalises(sampling: SamplingParams) -> bool:
+    return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or sampling.repetition_penalty != 1
+
+
+def _allowed_bits(slots: Ints, masks: dict[int, bytes], device: torch.device) -> AllowedBits | None:
+    rows = [row for row, slot in enumerate(slots.tolist()) if slot in masks]
+    if not rows:
+        return None
+    width = max(len(masks[int(slots[row])]) for row in rows)
+    bits = np.zeros((len(rows), width), dtype=np.uint8)
+    for index, row in enumerate(rows):
+        mask = np.frombuffer(masks[int(slots[row])], dtype=np.uint8)
+        bits[index, : len(mask)] = mask
+    return AllowedBits(torch.tensor(rows, device=device), _tensor(bits, device))
+
+
+def _tensor(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
