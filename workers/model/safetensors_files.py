@@ -149,7 +149,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _shard_path(folder: Path, tensor: str, name: str) -> Path:
-    if Path(name).name != name:
+    if not name or Path(name).name != name:
         raise CheckpointError(
             f"{folder / INDEX_FILE}: tensor {tensor} is placed in {name!r}, which is not the name of a file in this folder"
         )
