@@ -115,6 +115,7 @@ def _parse(text: str | None) -> list[Metric] | None:
     if text is None:
         return None
     try:
-        return list(text_string_to_metric_families(text))
+        # prometheus_client adds a gauge with the creation time of each counter and histogram, for OpenMetrics: of no use here.
+        return [family for family in text_string_to_metric_families(text) if not family.name.endswith("_created")]
     except ValueError:
         return None

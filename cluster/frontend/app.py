@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from cluster.frontend import answers, body, chat, completions, errors, schema, sse
 from cluster.frontend.edge import Edge
-from cluster.frontend.openapi import describe, document
+from cluster.frontend.openapi import Schemas
 from cluster.generation import ChatRequest, GenerationService, ModelInfo
 from cluster.metrics import CONTENT_TYPE
 from workers.errors import InvalidRequest, NoReplica
@@ -42,25 +42,26 @@ def build_app(
         )
     app.add_middleware(Edge, metrics=service.metrics, api_keys=api_keys)
     app.add_exception_handler(HTTPException, _refuse_route)
-    _add_generation(app, service, max_body_bytes)
-    _add_tokens(app, service, max_body_bytes)
-    _add_status(app, service)
+    schemas = Schemas()
+    _add_generation(app, service, schemas, max_body_bytes)
+    _add_tokens(app, service, schemas, max_body_bytes)
+    _add_status(app, service, schemas)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = document(app, answers.ErrorAnswer)
+            app.openapi_schema = schemas.document(app)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app
 
 
-def _add_generation(app: FastAPI, service: GenerationService, max_body_bytes: int) -> None:
+def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, max_body_bytes: int) -> None:
     fingerprint = service.model.fingerprint
 
     @app.post(
         "/v1/chat/completions",
-        openapi_extra=describe(schema.ChatCompletionRequest, answers.ChatCompletion, stream=answers.ChatCompletionChunk),
+        openapi_extra=schemas.describe(schema.ChatCompletionRequest, answers.ChatCompletion, stream=answers.ChatCompletionChunk),
     )
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
@@ -74,7 +75,9 @@ def _add_generation(app: FastAPI, service: GenerationService, max_body_bytes: in
         finally:
             await generation.aclose()
 
-    @app.post("/v1/completions", openapi_extra=describe(schema.CompletionRequest, answers.TextCompletion, stream=answers.TextCompletion))
+    @app.post(
+        "/v1/completions", openapi_extra=schemas.describe(schema.CompletionRequest, answers.TextCompletion, stream=answers.TextCompletion)
+    )
     async def text_completions(request: Request) -> Response:
         """Continue raw prompts."""
         asked = await body.read(request, schema.CompletionRequest, max_body_bytes)
@@ -88,8 +91,8 @@ def _add_generation(app: FastAPI, service: GenerationService, max_body_bytes: in
             await generation.aclose()
 
 
-def _add_tokens(app: FastAPI, service: GenerationService, max_body_bytes: int) -> None:
-    @app.post("/tokenize", openapi_extra=describe(schema.TokenizeRequest, answers.TokenizeAnswer))
+def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, max_body_bytes: int) -> None:
+    @app.post("/tokenize", openapi_extra=schemas.describe(schema.TokenizeRequest, answers.TokenizeAnswer))
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt, or of a chat as the model sees it."""
         asked = await body.read(request, schema.TokenizeRequest, max_body_bytes)
@@ -103,7 +106,7 @@ def _add_tokens(app: FastAPI, service: GenerationService, max_body_bytes: int) -
         }
         return _json(answer)
 
-    @app.post("/detokenize", openapi_extra=describe(schema.DetokenizeRequest, answers.DetokenizeAnswer))
+    @app.post("/detokenize", openapi_extra=schemas.describe(schema.DetokenizeRequest, answers.DetokenizeAnswer))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         asked = await body.read(request, schema.DetokenizeRequest, max_body_bytes)
@@ -130,28 +133,28 @@ async def _token_ids(service: GenerationService, asked: schema.TokenizeRequest) 
     )
 
 
-def _add_status(app: FastAPI, service: GenerationService) -> None:
+def _add_status(app: FastAPI, service: GenerationService, schemas: Schemas) -> None:
     version: answers.VersionAnswer = {"version": app.version}
 
-    @app.get("/v1/models", openapi_extra=describe(None, answers.ModelList))
+    @app.get("/v1/models", openapi_extra=schemas.describe(None, answers.ModelList))
     async def list_models() -> Response:
         """What is served."""
         models: answers.ModelList = {"object": "list", "data": [_model_body(model) for model in service.models()]}
         return _json(models)
 
-    @app.get("/v1/models/{model_id:path}", openapi_extra=describe(None, answers.ModelBody))
+    @app.get("/v1/models/{model_id:path}", openapi_extra=schemas.describe(None, answers.ModelBody))
     async def get_model(model_id: str) -> Response:
         """One model."""
         service.check_model(model_id)
         return _json(_model_body(service.model))
 
-    @app.get("/health", openapi_extra=describe(None, answers.StatusAnswer))
+    @app.get("/health", openapi_extra=schemas.describe(None, answers.StatusAnswer))
     async def health() -> Response:
         """This process is alive."""
         alive: answers.StatusAnswer = {"status": "ok"}
         return _json(alive)
 
-    @app.get("/ready", openapi_extra=describe(None, answers.StatusAnswer))
+    @app.get("/ready", openapi_extra=schemas.describe(None, answers.StatusAnswer))
     async def ready() -> Response:
         """Some replica takes requests; 503 until then."""
         if not await service.ready():
@@ -164,7 +167,7 @@ def _add_status(app: FastAPI, service: GenerationService) -> None:
         """Metrics of this gateway and of the engines it knows."""
         return Response(await service.metrics_text(), headers={"content-type": CONTENT_TYPE})
 
-    @app.get("/version", openapi_extra=describe(None, answers.VersionAnswer))
+    @app.get("/version", openapi_extra=schemas.describe(None, answers.VersionAnswer))
     async def get_version() -> Response:
         """Cantata's version."""
         return _json(version)

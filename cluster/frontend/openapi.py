@@ -1,46 +1,51 @@
 """The OpenAPI document: bodies are read by hand (`body.py`), so their schemas are put in here."""
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
+from cluster.frontend.answers import ErrorAnswer
+
 _REF = "#/components/schemas/{model}"
 
 
-def describe(request: type | None, answer: type | None, *, stream: type | None = None) -> dict[str, Any]:
-    """`openapi_extra` of a route: what it reads and what it answers; errors are the same everywhere."""
-    extra: dict[str, Any] = {"x-types": [kind for kind in (request, answer, stream) if kind is not None]}
-    if request is not None:
-        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(request)}}}
-    responses: dict[str, Any] = {
-        "default": {"description": "An error.", "content": {"application/json": {"schema": {"$ref": _REF.format(model="ErrorAnswer")}}}}
-    }
-    if answer is not None:
-        content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}}
+class Schemas:
+    """The types that routes read and answer."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, type] = {}
+
+    def describe(self, request: type | None, answer: type, *, stream: type | None = None) -> dict[str, Any]:
+        """`openapi_extra` of a route; errors are the same everywhere.
+
+        Args:
+            stream: of the events, where the answer can be streamed.
+        """
+        content = {"application/json": {"schema": self._ref(answer)}}
         if stream is not None:
-            content["text/event-stream"] = {"schema": _ref(stream)}
-        responses["200"] = {"description": "The answer; with `stream`, events of the second schema.", "content": content}
-        if stream is None:
-            responses["200"]["description"] = "The answer."
-    extra["responses"] = responses
-    return extra
+            content["text/event-stream"] = {"schema": self._ref(stream)}
+        extra: dict[str, Any] = {
+            "responses": {
+                "200": {"description": "The answer." if stream is None else "The answer; with `stream`, events.", "content": content},
+                "default": {"description": "An error.", "content": {"application/json": {"schema": self._ref(ErrorAnswer)}}},
+            }
+        }
+        if request is not None:
+            extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": self._ref(request)}}}
+        return extra
 
+    def document(self, app: FastAPI) -> dict[str, Any]:
+        """The whole document, with every schema that `describe` referred to."""
+        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        adapters: list[tuple[str, Literal["validation"], TypeAdapter[Any]]] = [
+            (name, "validation", TypeAdapter(kind)) for name, kind in sorted(self._kinds.items())
+        ]
+        _, schemas = TypeAdapter.json_schemas(adapters, ref_template=_REF)
+        found.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+        return found
 
-def _ref(kind: type) -> dict[str, str]:
-    return {"$ref": _REF.format(model=kind.__name__)}
-
-
-def document(app: FastAPI, error: type) -> dict[str, Any]:
-    """The whole document, with the schemas that `describe` refers to."""
-    found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    kinds: dict[str, type] = {error.__name__: error}
-    for path in found["paths"].values():
-        for operation in path.values():
-            kinds |= {kind.__name__: kind for kind in operation.pop("x-types", ())}
-    _, schemas = TypeAdapter.json_schemas(
-        [(name, "validation", TypeAdapter(kind)) for name, kind in sorted(kinds.items())], ref_template=_REF
-    )
-    found.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
-    return found
+    def _ref(self, kind: type) -> dict[str, str]:
+        self._kinds[kind.__name__] = kind
+        return {"$ref": _REF.format(model=kind.__name__)}

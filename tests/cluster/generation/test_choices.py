@@ -1,0 +1,168 @@
+"""One choice: tokens in any grouping give the same answer; stop strings, stop tokens, logprobs and tool calls."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.events import ChoiceDelta, ChoiceFinish, ReasoningDelta, TextDelta, ToolCallDelta
+from cluster.generation.choices import ChatChoice, Choice, CompletionChoice
+from cluster.harmony.encoding import HarmonyEncoding
+from tests.support.gateway import make_encoding, turn
+from workers.request import EngineOutput, FinishReason, TokenLogprobs
+
+
+@pytest.fixture
+def encoding(tmp_path: Path) -> HarmonyEncoding:
+    return make_encoding(tmp_path)
+
+
+def run(
+    choice: Choice, ids: list[int], *, size: int = 1, finish: FinishReason = "stop", stop_token: int | None = None, logprobs: bool = False
+) -> list[ChoiceDelta | ChoiceFinish]:
+    events: list[ChoiceDelta | ChoiceFinish] = []
+    for start in range(0, len(ids), size):
+        if choice.finished:
+            break
+        step = tuple(ids[start : start + size])
+        last = start + size >= len(ids)
+        entries = tuple(TokenLogprobs(-float(token_id), ()) for token_id in step) if logprobs else ()
+        events += choice.push(
+            EngineOutput(step, entries, finish_reason=finish if last else None, stop_token_id=stop_token if last else None)
+        )
+    return events
+
+
+def text_of(events: list[ChoiceDelta | ChoiceFinish]) -> str:
+    return "".join(event.delta.text for event in events if isinstance(event, ChoiceDelta) and isinstance(event.delta, TextDelta))
+
+
+def finish_of(events: list[ChoiceDelta | ChoiceFinish]) -> ChoiceFinish:
+    assert isinstance(events[-1], ChoiceFinish)
+    assert sum(isinstance(event, ChoiceFinish) for event in events) == 1
+    return events[-1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_grouping_of_tokens_changes_nothing(encoding: HarmonyEncoding, size: int) -> None:
+    ids = turn(encoding, reasoning="Let me see.", text="Grüße 🎉 und mehr.")
+    choice = ChatChoice(0, encoding)
+    events = run(choice, ids, size=size, stop_token=ids[-1])
+    assert text_of(events) == "Grüße 🎉 und mehr."
+    reasoning = [event.delta.text for event in events if isinstance(event, ChoiceDelta) and isinstance(event.delta, ReasoningDelta)]
+    assert "".join(reasoning) == "Let me see."
+    assert (finish_of(events).reason, finish_of(events).stop_reason) == ("stop", None)
+    assert [token_id for event in events for token_id in event.token_ids] == ids
+    assert choice.num_tokens == len(ids)
+    assert choice.num_reasoning_tokens == len(encoding.encode("Let me see."))
+    assert not choice.repairs
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_a_stop_string_ends_the_text_before_it_and_is_not_looked_for_in_reasoning(encoding: HarmonyEncoding, size: int) -> None:
+    ids = turn(encoding, reasoning="One STOP two.", text="alpha STOP beta")
+    events = run(ChatChoice(0, encoding, ["STOP", "never"]), ids, size=size, stop_token=ids[-1], logprobs=True)
+    assert text_of(events) == "alpha "
+    assert (finish_of(events).reason, finish_of(events).stop_reason) == ("stop", "STOP")
+    shown = [entry.chosen.text for event in events for entry in event.logprobs]
+    assert "".join(shown).startswith("alpha")
+    assert "beta" not in "".join(shown)
+
+
+def test_text_held_back_for_a_stop_string_is_shown_at_the_end(encoding: HarmonyEncoding) -> None:
+    ids = turn(encoding, text="alpha STO")
+    assert text_of(run(ChatChoice(0, encoding, ["STOP"]), ids, stop_token=ids[-1])) == "alpha STO"
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_logprobs_are_those_of_the_text_tokens(encoding: HarmonyEncoding, size: int) -> None:
+    ids = turn(encoding, reasoning="hm", text="Grüße 🎉!")
+    events = run(ChatChoice(0, encoding), ids, size=size, stop_token=ids[-1], logprobs=True)
+    entries = [entry for event in events for entry in event.logprobs]
+    assert b"".join(entry.chosen.token_bytes for entry in entries).decode() == "Grüße 🎉!"
+    for entry in entries:
+        assert entry.chosen.logprob == -float(entry.chosen.token_id)
+    for event in events:
+        if isinstance(event, ChoiceDelta) and not isinstance(event.delta, TextDelta):
+            assert not event.logprobs
+
+
+def test_a_tool_call_has_an_id_with_its_first_piece_only(encoding: HarmonyEncoding) -> None:
+    ids = turn(encoding, reasoning="call it", text="One moment.", call=("add", '{"a": 1}'))
+    events = run(ChatChoice(3, encoding, tools=["add"]), ids, stop_token=ids[-1])
+    calls = [event.delta for event in events if isinstance(event, ChoiceDelta) and isinstance(event.delta, ToolCallDelta)]
+    assert calls[0].name == "add"
+    assert calls[0].id is not None
+    assert calls[0].id.startswith("call_")
+    assert all(call.id is None and call.name is None for call in calls[1:])
+    assert "".join(call.arguments for call in calls) == '{"a": 1}'
+    assert text_of(events) == "One moment."
+    assert finish_of(events).reason == "tool_calls"
+    assert {event.choice for event in events} == {3}
+
+
+def test_without_parallel_calls_the_turn_ends_before_the_second(encoding: HarmonyEncoding) -> None:
+    first = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|end|>"
+    ids = encoding.encode_with_special(first + "<|start|>assistant" + first)
+    events = run(ChatChoice(0, encoding, tools=["f"], parallel_tool_calls=False), ids)
+    calls = [event.delta for event in events if isinstance(event, ChoiceDelta) and isinstance(event.delta, ToolCallDelta)]
+    assert {call.call_index for call in calls} == {0}
+    assert finish_of(events).reason == "tool_calls"
+    both = run(ChatChoice(0, encoding, tools=["f"]), ids)
+    assert sum(isinstance(event, ChoiceDelta) and isinstance(event.delta, ToolCallDelta) and event.delta.name == "f" for event in both) == 2
+
+
+def test_length_inside_a_call_is_length(encoding: HarmonyEncoding) -> None:
+    ids = turn(encoding, call=("f", '{"a": 1}'))[:-3]
+    events = run(ChatChoice(0, encoding, tools=["f"]), ids, finish="length")
+    assert finish_of(events).reason == "length"
+
+
+def test_length_inside_a_header_shows_nothing_of_it(encoding: HarmonyEncoding) -> None:
+    ids = encoding.encode_with_special("<|channel|>commentary to=functions.f")
+    assert run(ChatChoice(0, encoding), ids, finish="length") == [ChoiceFinish(0, "length", token_ids=tuple(ids))]
+
+
+def test_a_stop_token_of_the_client_is_reported_and_is_no_text(encoding: HarmonyEncoding) -> None:
+    ids = turn(encoding, text="alpha beta")[:-1]
+    events = run(ChatChoice(0, encoding), ids, stop_token=ids[-1])
+    assert text_of(events) == encoding.decode(ids[3:-1])
+    assert finish_of(events).stop_reason == ids[-1]
+
+
+def test_a_turn_ends_when_the_model_speaks_for_the_user_unless_eos_is_ignored(encoding: HarmonyEncoding) -> None:
+    ids = encoding.encode_with_special("<|channel|>final<|message|>Hi.<|end|><|start|>user<|message|>More<|end|>")
+    choice = ChatChoice(0, encoding)
+    assert finish_of(run(choice, ids, finish="length")).reason == "stop"
+    assert choice.num_tokens < len(ids)
+    endless = ChatChoice(0, encoding, ends_with_turn=False)
+    assert finish_of(run(endless, ids, finish="length")).reason == "length"
+    assert endless.num_tokens == len(ids)
+
+
+def test_repairs_are_counted(encoding: HarmonyEncoding) -> None:
+    choice = ChatChoice(0, encoding)
+    run(choice, encoding.encode("Just text without any markup at all, as some models do."), finish="length")
+    assert choice.repairs["no_markup"] == 1
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_completion_text_offsets_point_at_the_tokens(encoding: HarmonyEncoding, size: int) -> None:
+    ids = encoding.encode_with_special("<|channel|>Grüße 🎉!<|end|>")
+    events = run(CompletionChoice(0, encoding, echo="ab", skip_special_tokens=False), ids, size=size, logprobs=True, finish="length")
+    text = text_of(events)
+    assert text == "ab<|channel|>Grüße 🎉!<|end|>"
+    entries = [entry for event in events for entry in event.logprobs]
+    assert [entry.chosen.token_id for entry in entries] == ids
+    for entry in entries:
+        if not entry.chosen.text.startswith("bytes:"):
+            assert text[entry.text_offset :].startswith(entry.chosen.text)
+
+
+def test_completion_leaves_special_tokens_out_and_stops_at_a_string(encoding: HarmonyEncoding) -> None:
+    ids = encoding.encode_with_special("<|channel|>one<|message|> two END three")
+    events = run(CompletionChoice(0, encoding, ["END"]), ids, size=2, logprobs=True)
+    assert text_of(events) == "one two "
+    assert finish_of(events).stop_reason == "END"
+    reported = [token_id for event in events for token_id in event.token_ids]
+    assert reported == ids[: len(reported)]
+    assert [entry.chosen.token_id for event in events for entry in event.logprobs] == reported

@@ -1,0 +1,108 @@
+"""A gateway in the test's own event loop: real HTTP and gRPC servers over fake engines."""
+
+import asyncio
+import datetime
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import uvicorn
+
+from cluster.frontend.app import build_app
+from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
+from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInfo
+from cluster.harmony.encoding import HarmonyEncoding
+from cluster.harmony.make_tokenizer import write_bpe_tokenizer
+from cluster.metrics import GatewayMetrics
+from cluster.router.client import EngineClient
+from cluster.router.table import Replica, StaticReplicas
+from tests.support.fake_engine import FakeEngine
+
+VOCAB_SIZE = 2048
+_ENCODINGS: dict[int, HarmonyEncoding] = {}
+
+
+def make_encoding(folder: Path) -> HarmonyEncoding:
+    """The small tokenizer; made once a process."""
+    if VOCAB_SIZE not in _ENCODINGS:
+        write_bpe_tokenizer(folder, VOCAB_SIZE)
+        _ENCODINGS[VOCAB_SIZE] = HarmonyEncoding.load(folder, VOCAB_SIZE)
+    return _ENCODINGS[VOCAB_SIZE]
+
+
+def turn(encoding: HarmonyEncoding, *, reasoning: str = "", text: str = "", call: tuple[str, str] | None = None) -> list[int]:
+    """What a well-behaved model generates."""
+    messages = []
+    if reasoning:
+        messages.append(f"<|channel|>analysis<|message|>{reasoning}<|end|>")
+    if text:
+        messages.append(
+            f"<|channel|>final<|message|>{text}<|return|>" if call is None else f"<|channel|>commentary<|message|>{text}<|end|>"
+        )
+    if call is not None:
+        messages.append(f"<|channel|>commentary to=functions.{call[0]} <|constrain|>json<|message|>{call[1]}<|call|>")
+    return encoding.encode_with_special("<|start|>assistant".join(messages))
+
+
+@dataclass
+class Gateway:
+    """What a test talks to."""
+
+    service: GenerationService
+    url: str
+    grpc_server: GrpcServer
+    http: httpx.AsyncClient
+    client: openai.AsyncOpenAI
+
+    @property
+    def grpc_address(self) -> str:
+        return self.grpc_server.address
+
+
+@asynccontextmanager
+async def serving(
+    encoding: HarmonyEncoding,
+    engines: Sequence[FakeEngine],
+    *,
+    api_keys: Sequence[str] = (),
+    max_body_bytes: int = 32 * 2**20,
+    limits: Limits | None = None,
+    defaults: ChatDefaults | None = None,
+) -> AsyncIterator[Gateway]:
+    """Engines must have been started."""
+    replicas = StaticReplicas([Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)])
+    model = ModelInfo.from_engine(engines[0].info(), "gpt-oss-test", created_unix_s=1_750_000_000)
+    service = GenerationService(
+        model,
+        encoding,
+        replicas,
+        EngineClient(),
+        GatewayMetrics(),
+        limits=limits,
+        defaults=defaults,
+        today=lambda: datetime.date(2026, 1, 2),
+    )
+    app = build_app(service, api_keys=api_keys, max_body_bytes=max_body_bytes)
+    # It listens from here on, so a client that is early waits instead of being refused.
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    grpc_server = await start_grpc_server(service, "127.0.0.1:0", api_keys=api_keys)
+    headers = {"authorization": f"Bearer {api_keys[0]}"} if api_keys else {}
+    http = httpx.AsyncClient(base_url=url, headers=headers, timeout=30)
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_keys[0] if api_keys else "none", max_retries=0, timeout=30)
+    try:
+        yield Gateway(service, url, grpc_server, http, client)
+    finally:
+        await client.close()
+        await http.aclose()
+        await grpc_server.stop(0)
+        server.should_exit = True
+        server.force_exit = True
+        await running
+        await service.close()
