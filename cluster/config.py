@@ -115,7 +115,7 @@ class GatewayConfig(_Settings):
     api_keys: Annotated[tuple[str, ...], BeforeValidator(_split_keys), AfterValidator(_check_keys)] = Field(default=(), repr=False)
     max_in_flight_requests: int = Field(default=1024, ge=1)
     request_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     conversation_date: Annotated[str, BeforeValidator(_conversation_date)] = "auto"
     reasoning_effort: ReasoningEffort = "medium"
 
@@ -127,6 +127,8 @@ class AppConfig(_Settings):
         replicas: engines.
         gateways: copies of the gateway (Ray Serve; standalone has one).
         engine_host: address an engine's gRPC server binds under Ray Serve: `auto` is the node's own, reachable from the other nodes.
+        engine_cpus: CPUs that an engine has: its compute threads on the device `cpu`, and what Ray reserves for it. None: all that
+            there are, shared among the replicas, standalone and with `cantata serve`; 1 in a Serve YAML.
     """
 
     engine: EngineConfig
@@ -134,6 +136,7 @@ class AppConfig(_Settings):
     replicas: int = Field(default=1, ge=1, le=1024)
     gateways: int = Field(default=1, ge=1, le=1024)
     engine_host: str = "auto"
+    engine_cpus: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod

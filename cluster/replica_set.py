@@ -1,37 +1,46 @@
 """A directory of replicas whose list changes: what standalone serving and Ray Serve have in common."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from cluster.router.table import LoadTable, Replica, RoutingHint
 
 
 class ReplicaSet:
-    """A ReplicaDirectory over a list that is replaced from outside, in the gateway's event loop."""
+    """A ReplicaDirectory over a list that is replaced from outside, in the gateway's event loop.
+
+    A replica that leaves the list may still be serving: one that drains finishes what it has. It is gone when its last sequence is.
+    """
 
     def __init__(self, loads: LoadTable | None = None) -> None:
         self._replicas: tuple[Replica, ...] = ()
         self._loads = loads or LoadTable()
         self._on_gone: Callable[[Replica], None] = lambda replica: None
+        self._num_open: Counter[Replica] = Counter()
 
     def replace(self, replicas: Sequence[Replica]) -> None:
-        """From now on these are all. Sequences in flight on one that is not among them are left to end or fail."""
-        addresses = {replica.address for replica in replicas}
-        gone = [replica for replica in self._replicas if replica.address not in addresses]
-        self._replicas = tuple(replicas)
-        for replica in gone:
-            self._on_gone(replica)
+        """From now on these are all that requests may go to."""
+        before, self._replicas = self._replicas, tuple(replicas)
+        for replica in before:
+            self._report_if_gone(replica)
 
     def on_gone(self, callback: Callable[[Replica], None]) -> None:
-        """Call this with each replica whose address is no longer in use."""
+        """Call this with each replica that has left the list and has no sequence any more."""
         self._on_gone = callback
 
     async def choose(self, hint: RoutingHint, excluded: frozenset[str]) -> Replica:
         """See ReplicaDirectory."""
-        return self._loads.pick(self._replicas, excluded)
+        replica = self._loads.pick(self._replicas, excluded)
+        self._num_open[replica] += 1
+        return replica
 
     def release(self, replica: Replica) -> None:
         """See ReplicaDirectory."""
         self._loads.release(replica)
+        self._num_open[replica] -= 1
+        if not self._num_open[replica]:
+            del self._num_open[replica]
+            self._report_if_gone(replica)
 
     def failed(self, replica: Replica) -> None:
         """See ReplicaDirectory."""
@@ -40,3 +49,7 @@ class ReplicaSet:
     def known(self) -> Sequence[Replica]:
         """See ReplicaDirectory."""
         return self._replicas
+
+    def _report_if_gone(self, replica: Replica) -> None:
+        if replica not in self._num_open and all(replica.address != other.address for other in self._replicas):
+            self._on_gone(replica)

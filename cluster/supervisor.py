@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,15 @@ STABLE_AFTER_S = 60.0
 
 
 class EngineFailed(Exception):
-    """The engine's first start failed; the message is one sentence, the reason is on stderr, where the child wrote it."""
+    """The engine's first start failed.
+
+    Attributes:
+        explained: the child has said why on stderr, in one sentence.
+    """
+
+    def __init__(self, message: str, *, explained: bool = False) -> None:
+        super().__init__(message)
+        self.explained = explained
 
 
 class EngineProcess:
@@ -30,16 +39,25 @@ class EngineProcess:
         num_restarts: how often a child was replaced.
     """
 
-    def __init__(self, name: str, command: Sequence[str], *, on_change: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
             command: prints {"event": "ready", "address": …} on stdout when it serves; ends with 0 on SIGTERM.
+            environment: added to ours.
             on_change: called in the loop after `address` changed.
         """
         self.name = name
         self.address: str | None = None
         self.num_restarts = 0
         self._command = list(command)
+        self._environment = {**os.environ, **(environment or {})}
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -70,7 +88,11 @@ class EngineProcess:
 
     async def _spawn(self, timeout_s: float) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, start_new_session=True
+            *self._command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            env=self._environment,
         )
         try:
             async with asyncio.timeout(timeout_s):
@@ -90,7 +112,7 @@ class EngineProcess:
                 return str(json.loads(line)["address"])
             logger.warning("%s wrote a line that is no message of an engine", self.name)
         code = await process.wait()
-        raise EngineFailed(f"{self.name} did not start ({_ending(code)}); its message stands above")
+        raise EngineFailed(f"{self.name} did not start ({_ending(code)})", explained=code == 1)
 
     async def _keep_alive(self, timeout_s: float) -> None:
         while True:

@@ -18,19 +18,24 @@ if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv
 fi
 
-pip=(.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -q)
+# Installs and shows what is being downloaded: the first time this takes minutes.
+pip_install() {
+  .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "$@" |
+    sed -un -e 's/^ *Downloading \([^ ]*\/\)\{0,1\}/  downloading /p' -e 's/^Installing collected packages:.*/  installing what was downloaded/p'
+}
+
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
   if [ -n "${TORCH_INDEX_URL:-}" ]; then
     echo "Installing torch from TORCH_INDEX_URL"
-    "${pip[@]}" --index-url "$TORCH_INDEX_URL" "$torch"
+    pip_install --index-url "$TORCH_INDEX_URL" "$torch"
   elif [ -e /dev/nvidiactl ] || [ -e /dev/kfd ]; then
     echo "Installing torch for the GPU"
-    "${pip[@]}" "$torch"
+    pip_install "$torch"
   else
-    echo "Installing torch (CPU build where the index has one)"
-    "${pip[@]}" "$torch+cpu" 2>/dev/null || "${pip[@]}" "$torch"
+    echo "Installing torch (the CPU build where the index has one)"
+    pip_install "$torch+cpu" 2>/dev/null || pip_install "$torch"
   fi
 fi
-echo "Installing Cantata${extra:+ with the $extra extra}"
-"${pip[@]}" -e ".${extra:+[$extra]}"
+echo "Installing Cantata${extra:+ with the $extra extra} and what it needs"
+pip_install -e ".${extra:+[$extra]}"
 cp pyproject.toml "$stamp"

@@ -47,6 +47,23 @@ async def test_gone_addresses_are_reported_once() -> None:
     assert gone == [first, second]
 
 
+async def test_a_replica_that_drains_is_gone_with_its_last_sequence() -> None:
+    replicas = ReplicaSet()
+    gone: list[Replica] = []
+    replicas.on_gone(gone.append)
+    draining, other = Replica("a", "127.0.0.1:1"), Replica("a", "127.0.0.1:2")
+    replicas.replace([draining])
+    first, second = [await replicas.choose(HINT, NONE) for _ in range(2)]
+    replicas.replace([other])
+    new = await replicas.choose(HINT, NONE)
+    replicas.release(first)
+    assert gone == []
+    replicas.release(second)
+    assert gone == [draining]
+    replicas.release(new)
+    assert gone == [draining]
+
+
 async def test_a_failed_replica_is_avoided_while_there_is_another() -> None:
     replicas = ReplicaSet()
     a, b = Replica("a", "127.0.0.1:1"), Replica("b", "127.0.0.1:2")

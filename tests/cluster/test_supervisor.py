@@ -98,9 +98,14 @@ async def test_the_pause_is_bounded(engine: EngineProcess, monkeypatch: pytest.M
 
 async def test_a_first_start_that_fails_is_one_sentence() -> None:
     process = EngineProcess("engine", child("import sys; sys.exit(1)"))
-    with pytest.raises(EngineFailed, match="engine did not start \\(exit code 1\\); its message stands above"):
+    with pytest.raises(EngineFailed, match=r"^engine did not start \(exit code 1\)$") as failed:
         await process.start(20)
+    assert failed.value.explained
     assert process.pid is None
+    process = EngineProcess("engine", child("import os; os.abort()"))
+    with pytest.raises(EngineFailed, match=r"^engine did not start \(signal SIGABRT\)$") as failed:
+        await process.start(20)
+    assert not failed.value.explained
 
 
 async def test_a_first_start_that_hangs_is_ended() -> None:

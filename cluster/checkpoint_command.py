@@ -1,0 +1,116 @@
+"""`cantata make-checkpoint`: random weights of a preset's shape, with a tokenizer, in one folder."""
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from cluster.harmony.encoding import HarmonyEncoding
+from cluster.harmony.make_tokenizer import HARMONY_VOCAB_SIZE, write_bpe_tokenizer, write_harmony_tokenizer
+from workers.errors import CheckpointError, ConfigError
+from workers.model.make_checkpoint import DEFAULT_VOCAB, Summary, make_checkpoint
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def run_make_checkpoint(out: Path, preset: str, *, seed: int, vocab: int | None, layers: int | None, tokenizer: str, dry_run: bool) -> int:
+    """Write the checkpoint, or with `dry_run` say what would be written; returns the exit code.
+
+    Args:
+        tokenizer: `bpe`, `harmony`, or the path of a folder with a tokenizer.json.
+    Raises:
+        ConfigError, CheckpointError: one sentence for the user.
+    """
+    if dry_run:
+        planned = vocab or _planned_vocab(preset, tokenizer)
+        summary = make_checkpoint(out, preset, seed=seed, vocab_size=planned, num_layers=layers, dry_run=True)
+        _print_summary(f"{out} would hold", summary)
+        return 0
+    _check_out(out)
+    with tempfile.TemporaryDirectory(prefix="cantata-tokenizer-") as folder:
+        written = _write_tokenizer(Path(folder), tokenizer, preset, vocab)
+        encoding = HarmonyEncoding.load(written, vocab)
+        vocab_size = vocab or (HARMONY_VOCAB_SIZE if tokenizer == "harmony" else encoding.vocab_size)
+
+        def add_tokenizer(target: Path) -> None:
+            for name in TOKENIZER_FILES:
+                if (written / name).is_file():
+                    shutil.copyfile(written / name, target / name)
+
+        with _progress_bar(f"writing {out}") as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            summary = make_checkpoint(
+                out,
+                preset,
+                seed=seed,
+                vocab_size=vocab_size,
+                num_layers=layers,
+                stop_token_ids=encoding.stop_token_ids,
+                add_files=add_tokenizer,
+                progress=progress,
+            )
+    _print_summary(f"{out} holds", summary)
+    return 0
+
+
+def _planned_vocab(preset: str, tokenizer: str) -> int:
+    if tokenizer == "harmony":
+        return HARMONY_VOCAB_SIZE
+    return DEFAULT_VOCAB[preset] if tokenizer == "bpe" else HarmonyEncoding.load(Path(tokenizer)).vocab_size
+
+
+def _check_out(out: Path) -> None:
+    # make_checkpoint checks as well; here it is seen before a tokenizer is made.
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; nothing is overwritten, give another path")
+
+
+def _write_tokenizer(folder: Path, tokenizer: str, preset: str, vocab: int | None) -> Path:
+    """Returns the folder that holds the tokenizer's files."""
+    if tokenizer == "bpe":
+        vocab_size = vocab or DEFAULT_VOCAB[preset]
+        _say(f"making a byte-level BPE tokenizer of {vocab_size:,} tokens")
+        write_bpe_tokenizer(folder, vocab_size)
+    elif tokenizer == "harmony":
+        if vocab is not None and vocab < HARMONY_VOCAB_SIZE:
+            raise ConfigError(f"--vocab {vocab} is too small for --tokenizer harmony, which has {HARMONY_VOCAB_SIZE} ids")
+        write_harmony_tokenizer(folder, progress=_say)
+    else:
+        source = Path(tokenizer)
+        if source.is_file():
+            source = source.parent
+        if not source.is_dir():
+            raise CheckpointError(f"--tokenizer {tokenizer} is neither bpe, nor harmony, nor a folder with a tokenizer.json")
+        return source
+    return folder
+
+
+def _print_summary(what: str, summary: Summary) -> None:
+    size = f"{summary.num_bytes / 1e9:.2f} GB" if summary.num_bytes >= 1e9 else f"{summary.num_bytes / 1e6:.1f} MB"
+    print(
+        f"{what} {_count(summary.parameters_total)} parameters ({_count(summary.parameters_active)} active per token) "
+        f"in {len(summary.files)} files, {size}"
+    )
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _progress_bar(description: str) -> "Iterator[tqdm[NoReturn]]":
+    with tqdm(desc=description, unit="B", unit_scale=True, unit_divisor=1000, file=sys.stderr, total=0) as bar:
+        yield bar

@@ -1,0 +1,160 @@
+"""The `cantata` command. Only argparse is imported until a subcommand runs, so `--help` is quick."""
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from workers.errors import CheckpointError, ConfigError
+
+# vLLM's names where it has them. (flags, setting's path, metavar, help)
+SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
+    (("--model",), "engine.model_path", "PATH", "folder of a gpt-oss checkpoint in Hugging Face layout"),
+    (("--served-model-name",), "gateway.served_model_name", "NAME", "the model's name for clients (default: the folder's name)"),
+    (("--host",), "listen.host", "ADDRESS", "where HTTP and gRPC listen (default: 127.0.0.1)"),
+    (("--http-port", "--port"), "listen.http_port", "PORT", "HTTP port (default: 8000)"),
+    (("--grpc-port",), "listen.grpc_port", "PORT", "gRPC port (default: 9000)"),
+    (("--dtype",), "engine.dtype", "TYPE", "bfloat16 or float32 (default: bfloat16)"),
+    (("--device",), "engine.device", "DEVICE", "torch device of the engine (default: cpu)"),
+    (("--max-model-len",), "engine.max_model_len", "TOKENS", "context limit (default: the model's)"),
+    (("--max-num-seqs",), "engine.scheduler.max_num_seqs", "N", "sequences running at once, per engine (default: 256)"),
+    (
+        ("--max-num-batched-tokens",),
+        "engine.scheduler.max_num_batched_tokens",
+        "TOKENS",
+        "tokens computed in a step at most (default: 2048)",
+    ),
+    (("--max-waiting-requests",), "engine.scheduler.max_waiting_requests", "N", "queue of an engine (default: 1024)"),
+    (
+        ("--kv-cache-memory", "--kv-cache-memory-bytes"),
+        "engine.cache.memory_bytes",
+        "SIZE",
+        "KV cache, such as 2GiB (default: from free memory)",
+    ),
+    (("--tensor-parallel-size",), "engine.parallel.tensor", "N", "ranks per replica (default: 1)"),
+    (("--replicas",), "replicas", "N", "engines (default: 1)"),
+    (("--max-in-flight-requests",), "gateway.max_in_flight_requests", "N", "requests served at once (default: 1024)"),
+    (("--request-timeout",), "gateway.request_timeout_s", "SECONDS", "deadline of a request (default: none)"),
+    (("--max-body",), "gateway.max_body_bytes", "SIZE", "largest request body (default: 32MiB)"),
+    (("--conversation-date",), "gateway.conversation_date", "DATE", "date told to the model: auto, none or YYYY-MM-DD (default: auto)"),
+    (("--reasoning-effort",), "gateway.reasoning_effort", "EFFORT", "low, medium or high, of requests that do not say (default: medium)"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code. An error the user can mend is one sentence on stderr and exit code 1."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ConfigError, CheckpointError) as error:
+        print(f"cantata: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cantata", description="Serve gpt-oss-120b and gpt-oss-20b.", allow_abbrev=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_make_checkpoint(commands)
+    bench = commands.add_parser("bench", help="measure a running server", add_help=False, allow_abbrev=False)
+    bench.add_argument("rest", nargs=argparse.REMAINDER)
+    bench.set_defaults(run=_bench)
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=_version)
+    return parser
+
+
+def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    serve = commands.add_parser(
+        "serve",
+        allow_abbrev=False,
+        help="serve a model over HTTP (OpenAI API) and gRPC",
+        description="Serve a model: on a Ray that this command starts, or with --standalone as plain processes on this machine.",
+        epilog="Every setting can also stand in the file (engine.dtype) or in the environment (CANTATA_ENGINE__DTYPE); flags come first, "
+        "then the environment. docs/operations.md lists them.",
+    )
+    serve.add_argument("--standalone", action="store_true", help="without Ray: one engine process, the gateway in this one")
+    serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    for names, path, metavar, text in SERVE_FLAGS:
+        serve.add_argument(*names, dest=path, metavar=metavar, help=text, default=argparse.SUPPRESS)
+    serve.add_argument(
+        "--api-key",
+        dest="gateway.api_keys",
+        action="append",
+        metavar="KEY",
+        default=argparse.SUPPRESS,
+        help="accept only requests with this key; may be repeated. Other users of this machine can see flags: "
+        "CANTATA_GATEWAY__API_KEYS or the file keep it from them",
+    )
+    serve.add_argument(
+        "--enable-prefix-caching",
+        dest="engine.cache.prefix_caching",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="find shared prompt beginnings in the KV cache (default: yes)",
+    )
+    serve.set_defaults(run=_serve)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from cluster.config import load_config, setting_paths
+
+    known = set(setting_paths())
+    config = load_config(options.config, flags={path: value for path, value in vars(options).items() if path in known})
+    if options.standalone:
+        from cluster.standalone import serve_standalone
+
+        return serve_standalone(config)
+    from cluster.serve.launch import serve_on_ray
+
+    return serve_on_ray(config)
+
+
+def _version(_options: argparse.Namespace) -> int:
+    print(importlib.metadata.version("cantata"))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from cluster.bench.cli import main as bench
+
+    return bench(options.rest)
+
+
+def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    make = commands.add_parser(
+        "make-checkpoint",
+        allow_abbrev=False,
+        help="write a checkpoint of exact shape with random weights, for trying and measuring",
+    )
+    make.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
+    make.add_argument("--preset", required=True, choices=("tiny", "small", "20b", "120b"), help="shape of the model")
+    make.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
+    make.add_argument("--vocab", type=int, help="vocabulary size (default: the tokenizer's)")
+    make.add_argument("--layers", type=int, help="layers, to make a part of a large model (default: the preset's)")
+    make.add_argument(
+        "--tokenizer",
+        default="bpe",
+        metavar="bpe|harmony|PATH",
+        help="bpe: a small byte-level one; harmony: the real vocabulary; or a folder with a tokenizer.json (default: bpe)",
+    )
+    make.add_argument("--dry-run", action="store_true", help="print what would be written")
+    make.set_defaults(run=_make_checkpoint)
+
+
+def _make_checkpoint(options: argparse.Namespace) -> int:
+    from cluster.checkpoint_command import run_make_checkpoint
+
+    return run_make_checkpoint(
+        options.out,
+        options.preset,
+        seed=options.seed,
+        vocab=options.vocab,
+        layers=options.layers,
+        tokenizer=options.tokenizer,
+        dry_run=options.dry_run,
+    )

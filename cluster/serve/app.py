@@ -1,0 +1,64 @@
+"""The Ray Serve application: `import_path: cluster.serve.app:build` in a Serve YAML, with `args` as in `cluster.config.AppConfig`."""
+
+from typing import Any
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
+
+from cluster.config import AppConfig
+from cluster.serve.gateway import GatewayReplica
+from cluster.serve.replica import DRAIN_S, EngineReplica
+
+ENGINE_DEPLOYMENT = "engine"
+GATEWAY_DEPLOYMENT = "gateway"
+GRPC_SERVICERS = (
+    "cluster.rpc.inference_pb2_grpc.add_InferenceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+"""For Serve's `grpc_options.grpc_servicer_functions`; its gRPC server adds reflection itself."""
+
+_NO_LIMIT = 1_000_000
+"""The gateway has its own admission control, which answers in OpenAI's form; Serve's would come first and answer in its own."""
+
+
+def build(args: AppConfig) -> serve.Application:
+    """Engines and the gateways before them.
+
+    Raises:
+        CheckpointError: the model's folder, config or tokenizer is missing or foreign.
+    """
+    from cluster.assembly import load_encoding
+
+    # Relative paths mean the folder Ray was started in; the error should name the full path.
+    load_encoding(args)
+    on_gpu = not args.engine.device.startswith("cpu")
+    engine: Any = serve.deployment(
+        EngineReplica,
+        name=ENGINE_DEPLOYMENT,
+        num_replicas=args.replicas,
+        # Ray gives a process as many compute threads as CPUs, and shows it only the GPUs it has.
+        ray_actor_options={"num_cpus": args.engine_cpus or 1, "num_gpus": 1 if on_gpu else 0},
+        max_ongoing_requests=_NO_LIMIT,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=DRAIN_S + 10,
+        max_constructor_retry_count=3,
+        request_router_config=RequestRouterConfig.model_validate({"request_routing_stats_period_s": 2.0}),
+    )
+    ingress: Any = serve.ingress()(GatewayReplica)
+    gateway: Any = serve.deployment(
+        ingress,
+        name=GATEWAY_DEPLOYMENT,
+        num_replicas=args.gateways,
+        # A gateway takes what CPU is left: on a small machine it must not wait for an engine to give one back.
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_NO_LIMIT,
+        max_queued_requests=-1,
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=DRAIN_S + 10,
+        max_constructor_retry_count=3,
+        logging_config=LoggingConfig(enable_access_log=False),
+    )
+    application: serve.Application = gateway.bind(engine.bind(args.engine, args.engine_host), args)
+    return application

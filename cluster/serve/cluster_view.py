@@ -1,0 +1,77 @@
+"""What Ray Serve tells the processes of an application about each other. All use of Ray's private or alpha interfaces is in this module.
+
+Serve's controller sends every change of a deployment's replicas to whoever listens by long poll; its own routers live on the same
+messages. An entry carries what the replica returned from `record_replica_metadata`: for an engine the address of its gRPC server.
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+from ray.serve._private import constants
+from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import gRPCStatusError
+from ray.serve.handle import DeploymentHandle
+
+from cluster.replica_set import ReplicaSet
+from cluster.router.table import Replica
+
+ADDRESS_KEY = "engine_address"
+SERVE_LOGGER = "ray.serve"
+
+INGRESS_VARIABLES = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+"""Serve's fast ingress (about a quarter of the CPU per token). Read when Ray's processes start, so a Serve YAML cannot set them."""
+
+
+class ServeReplicas(ReplicaSet):
+    """The ready replicas of the engine's deployment, as Serve's controller reports them. Belongs to the loop it is made in."""
+
+    def __init__(self, engine: DeploymentHandle[Any]) -> None:
+        super().__init__()
+        client = _get_global_client()
+        assert client is not None, "made outside a replica"
+        # Ray's annotation of the keys leaves out the ones its own routers use.
+        listeners: Any = {(LongPollNamespace.DEPLOYMENT_TARGETS, engine.deployment_id): self._update}
+        self._poll = LongPollClient(
+            client._controller,
+            listeners,
+            call_in_event_loop=asyncio.get_running_loop(),
+            client_id=f"cantata gateway of {engine.deployment_id}",
+        )
+
+    def stop(self) -> None:
+        """Hear no more."""
+        self._poll.stop()
+
+    def _update(self, targets: Any) -> None:
+        entries = [(info.replica_id.unique_id, info.replica_metadata.get(ADDRESS_KEY)) for info in targets.running_replicas]
+        self.replace([Replica(replica_id, address) for replica_id, address in entries if address])
+
+
+def missing_ingress_variables() -> dict[str, str]:
+    """The variables of INGRESS_VARIABLES that this Ray was started without."""
+    in_force = {
+        "RAY_SERVE_ENABLE_HA_PROXY": constants.RAY_SERVE_ENABLE_HA_PROXY,
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": constants.RAY_SERVE_THROUGHPUT_OPTIMIZED,
+    }
+    return {name: value for name, value in INGRESS_VARIABLES.items() if not in_force[name]}
+
+
+class RefusedCall(Exception):
+    """Ends a gRPC method of a deployment; the status has been set on Serve's context before."""
+
+
+class _RefusalFilter(logging.Filter):
+    """Drops Serve's traceback for a RefusedCall: a client's mistake is no failure of the server."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error.original_exception if isinstance(error, gRPCStatusError) else error, RefusedCall)
+
+
+def quiet_refusals() -> None:
+    """Install the filter in this process, once."""
+    serve_logger = logging.getLogger(SERVE_LOGGER)
+    if not any(isinstance(installed, _RefusalFilter) for installed in serve_logger.filters):
+        serve_logger.addFilter(_RefusalFilter())

@@ -1,0 +1,128 @@
+"""The gateway's deployment, Serve's ingress: HTTP through the FastAPI app, gRPC through methods that Serve calls by their names."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import grpc
+from fastapi import FastAPI
+from grpc_health.v1 import health_pb2
+from ray.serve.grpc_util import RayServegRPCContext
+from ray.serve.handle import DeploymentHandle
+
+from cluster.assembly import build_service, load_encoding
+from cluster.config import AppConfig
+from cluster.frontend.app import build_app
+from cluster.frontend.grpc_api import SERVICE_NAME, InferenceServicer
+from cluster.rpc import inference_pb2 as pb
+from cluster.serve.cluster_view import SERVE_LOGGER, RefusedCall, ServeReplicas, missing_ingress_variables, quiet_refusals
+from workers.rpc.convert import EngineInfo
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[object, object]
+
+logger = logging.getLogger(SERVE_LOGGER)
+
+_HEALTH_PERIOD_S = 1.0
+
+
+class GatewayReplica:
+    """The class behind the deployment `gateway`; `serve.ingress()` makes it an ASGI app.
+
+    Args:
+        engine: the engines' deployment; only its identity is used, requests go to the engines' own servers.
+    """
+
+    async def __init__(self, engine: DeploymentHandle[Any], config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        quiet_refusals()
+        missing = missing_ingress_variables()
+        if missing:
+            logger.warning(
+                "This Ray runs Serve's slower ingress: about four times the CPU per token. Before Ray is started on each node, set %s "
+                "(`cantata serve` does).",
+                " ".join(f"{name}={value}" for name, value in missing.items()),
+            )
+        encoding = load_encoding(config)
+        self._config = config
+        self._replicas = ServeReplicas(engine)
+        self._service, self._info = await build_service(config, encoding, self._replicas)
+        self._servicer = InferenceServicer(self._service, config.gateway.api_keys)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve's hook: the app that HTTP requests go to."""
+        gateway = self._config.gateway
+        return build_app(self._service, api_keys=gateway.api_keys, max_body_bytes=gateway.max_body_bytes)
+
+    async def engine_info(self) -> EngineInfo:
+        """What the engines serve, for the start-up summary."""
+        return self._info
+
+    async def Chat(self, request: pb.ChatRequest, grpc_context: RayServegRPCContext) -> pb.ChatResponse:
+        """cantata.inference.v1.Inference"""
+        return await self._servicer.Chat(request, _as_context(grpc_context))
+
+    async def ChatStream(self, request: pb.ChatRequest, grpc_context: RayServegRPCContext) -> AsyncGenerator[pb.ChatEvent, None]:
+        """cantata.inference.v1.Inference"""
+        events = cast("AsyncGenerator[pb.ChatEvent, None]", self._servicer.ChatStream(request, _as_context(grpc_context)))
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    async def ListModels(self, request: pb.ListModelsRequest, grpc_context: RayServegRPCContext) -> pb.ListModelsResponse:
+        """cantata.inference.v1.Inference"""
+        return await self._servicer.ListModels(request, _as_context(grpc_context))
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> health_pb2.HealthCheckResponse:
+        """grpc.health.v1.Health: the server as a whole is up; the Inference service serves while a replica answers."""
+        if request.service not in ("", SERVICE_NAME):
+            await _Context(grpc_context).abort(grpc.StatusCode.NOT_FOUND, f"There is no service {request.service[:100]!r} here.")
+        return health_pb2.HealthCheckResponse(status=await self._status(request.service))
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
+        """grpc.health.v1.Health: the status now, then every change."""
+        known = request.service in ("", SERVICE_NAME)
+        last = None
+        while True:
+            status = await self._status(request.service) if known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            if status != last:
+                yield health_pb2.HealthCheckResponse(status=status)
+                last = status
+            await asyncio.sleep(_HEALTH_PERIOD_S)
+
+    async def __del__(self) -> None:
+        # Serve's hook for the end of a replica, after its requests have ended; it may run before __init__ got far.
+        service = getattr(self, "_service", None)
+        if service is not None:
+            self._replicas.stop()
+            await service.close()
+
+    async def _status(self, service: str) -> "health_pb2.HealthCheckResponse.ServingStatus":
+        serving = service == "" or await self._service.ready()
+        return health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class _Context:
+    """The part of grpc.aio.ServicerContext that our servicer uses, over Serve's context."""
+
+    def __init__(self, context: RayServegRPCContext) -> None:
+        self._context = context
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str]]:
+        """What the client sent."""
+        return [(str(name), str(value)) for name, value in self._context.invocation_metadata()]
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str]] = ()) -> NoReturn:
+        """Ends the call with a status. Serve sends what its context holds when the method raises."""
+        self._context.set_code(code)
+        self._context.set_details(details)
+        self._context.set_trailing_metadata([*self._context.trailing_metadata(), *trailing_metadata])
+        raise RefusedCall(code.name)
+
+
+def _as_context(context: RayServegRPCContext) -> "Context":
+    return cast("Context", _Context(context))

@@ -1,0 +1,147 @@
+"""`cantata serve` without --standalone: starts a Ray on this machine with Serve's fast ingress, runs the application, and takes all of it
+down again on SIGINT or SIGTERM."""
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from types import FrameType
+
+from cluster.assembly import load_encoding
+from cluster.config import AppConfig, CantataConfig
+from cluster.sockets import check_port_is_free
+from cluster.summary import start_up_summary
+from workers.errors import ConfigError
+from workers.rpc.convert import EngineInfo
+
+logger = logging.getLogger(__name__)
+
+APPLICATION = "cantata"
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Nothing large passes through Ray's object store here."""
+_INFO_TIMEOUT_S = 60.0
+
+# What Ray and Serve read when their processes start. A value that the operator has set stands.
+RAY_ENVIRONMENT = {
+    # Serve's fast ingress; cluster/serve/cluster_view.py names the same for a Ray that somebody else starts.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Whoever reaches Ray's ports can run code: they need the token in ~/.ray/auth_token, which Ray makes.
+    "RAY_AUTH_MODE": "token",
+    # Makes Ray take 127.0.0.1 for this node's address and bind its ports there (named after the systems where that is the default).
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # No load balancer has to notice that this ingress goes away.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def serve_on_ray(config: CantataConfig) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code.
+
+    Raises:
+        ConfigError, CheckpointError: one sentence for the user.
+    """
+    load_encoding(config)
+    check_port_is_free(config.listen.host, config.listen.http_port, "listen.http_port")
+    check_port_is_free(config.listen.host, config.listen.grpc_port, "listen.grpc_port")
+    for name, port in (("listen.http_port", config.listen.http_port), ("listen.grpc_port", config.listen.grpc_port)):
+        if port == 0:
+            raise ConfigError(f"{name} is 0, a free port, which Ray Serve cannot choose; give a number, or serve with --standalone")
+    with tempfile.TemporaryDirectory(prefix="cantata-haproxy-") as folder:
+        for name, value in (RAY_ENVIRONMENT | _haproxy_files(folder)).items():
+            os.environ.setdefault(name, value)
+        return _run(config)
+
+
+def _application(config: CantataConfig) -> AppConfig:
+    """The arguments of the application, with what is known of this machine filled in."""
+    engine = dataclasses.replace(config.engine, model_path=config.engine.model_path.resolve())
+    cpus = config.engine_cpus or max(1, (os.cpu_count() or 1) // config.replicas)
+    return AppConfig(
+        engine=engine,
+        gateway=config.gateway.model_copy(update={"served_model_name": config.model_name}),
+        replicas=config.replicas,
+        gateways=config.gateways,
+        # Everything is on this machine.
+        engine_host="127.0.0.1" if config.engine_host == "auto" else config.engine_host,
+        engine_cpus=cpus,
+    )
+
+
+def _summary(config: CantataConfig, info: EngineInfo) -> str:
+    return start_up_summary(
+        info,
+        model_name=config.model_name,
+        num_replicas=config.replicas,
+        http=(config.listen.host, config.listen.http_port),
+        grpc=(config.listen.host, config.listen.grpc_port),
+        needs_key=bool(config.gateway.api_keys),
+        exposure=[
+            "Ray Serve also opens ports on all interfaces: HAProxy's statistics and metrics (8404, 9101) and the gateways' own "
+            "(30000 and 40000 upwards, 9500); close them to others with a firewall, or serve with --standalone",
+        ],
+    )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _haproxy_files(folder: str) -> dict[str, str]:
+    # Serve's own default is one folder for the machine, where two Rays would meet.
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+    }
+
+
+def _run(config: CantataConfig) -> int:
+    # Only now: Ray and Serve read their variables when they are imported.
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    from cluster.serve.app import GRPC_SERVICERS, build
+
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        print("Starting Ray on this machine", file=sys.stderr, flush=True)
+        ray.init(
+            address="local",
+            namespace="serve",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.WARNING,
+        )
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in place
+        serve.start(
+            http_options=HTTPOptions(host=config.listen.host, port=config.listen.http_port),
+            grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
+        )
+        handle = serve.run(build(_application(config)), name=APPLICATION, route_prefix="/")
+        info = handle.engine_info.remote().result(timeout_s=_INFO_TIMEOUT_S)
+        print(_summary(config, info), flush=True)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("stopping: running requests are given time to end", file=sys.stderr, flush=True)
+    except RuntimeError as error:
+        # serve.run's way to say that the application failed; Serve has logged why.
+        logger.debug("serve.run: %s", error)
+        print("cantata: the application did not start; Serve's log above says why", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if ray.is_initialized():
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
+        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return 0

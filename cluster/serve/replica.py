@@ -1,0 +1,63 @@
+"""The engine's deployment: one replica is one engine with its gRPC server. Serve starts, watches, restarts and drains it; requests do not
+pass through Serve, gateways call the replica's own server."""
+
+import contextlib
+import logging
+
+from ray.util import get_node_ip_address
+
+from cluster.serve.cluster_view import ADDRESS_KEY, SERVE_LOGGER
+from workers.config import EngineConfig
+from workers.engine.server import EngineServer
+from workers.errors import EngineDead
+
+logger = logging.getLogger(SERVE_LOGGER)
+
+DRAIN_S = 20.0
+"""What running requests get to end when Serve stops the replica."""
+
+
+class EngineReplica:
+    """The class behind the deployment `engine`.
+
+    Args:
+        host: address the engine's server binds; `auto`: this node's.
+    """
+
+    async def __init__(self, config: EngineConfig, host: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        # An engine that cannot start raises CheckpointError or ConfigError here; Serve shows it as the application's status.
+        self._server = EngineServer(progress=_log_progress)
+        bind = _node_address() if host == "auto" else host
+        self._address = await self._server.start(config, f"[{bind}]:0" if ":" in bind else f"{bind}:0")
+        info = self._server.start_up
+        logger.info("engine serves %s on %s: %s", config.model_path, self._address, info.executor)
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """Once, when the replica is ready: Serve sends it to every gateway."""
+        return {ADDRESS_KEY: self._address}
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """From time to time: how busy the engine is, for routers and the dashboard."""
+        load = self._server.engine.load()
+        return {"num_running": load.num_running, "num_waiting": load.num_waiting, "kv_usage": load.kv_usage}
+
+    async def check_health(self) -> None:
+        """Raises when the engine has died: Serve replaces the replica."""
+        if self._server.died.is_set():
+            raise EngineDead(f"the engine died: {self._server.engine.error}")
+
+    async def __del__(self) -> None:
+        # Serve's hook for the end of a replica; it may run before __init__ got far.
+        with contextlib.suppress(AttributeError):
+            server = self._server
+            await server.drain(DRAIN_S)
+            await server.stop()
+
+
+def _node_address() -> str:
+    return str(get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def _log_progress(phase: str, done: int, total: int) -> None:
+    if total == 0 or done == total or done * 10 // total != (done - 1) * 10 // total:
+        logger.info("%s", f"{phase} ..." if total == 0 else f"{phase}: {done} of {total}")

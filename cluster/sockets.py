@@ -1,0 +1,35 @@
+"""Listening sockets, checked before anything slow begins."""
+
+import socket
+
+from workers.errors import ConfigError
+
+
+def listening_socket(host: str, port: int, setting: str) -> socket.socket:
+    """A TCP socket bound to host:port, closed by the caller; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the port is taken, or the address is not this machine's; names `setting`.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError:
+        raise ConfigError(f"listen.host {host!r} is not an address of this machine") from None
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(2048)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; set {setting} to another") from None
+    return bound
+
+
+def check_port_is_free(host: str, port: int, setting: str) -> None:
+    """Bind and let go: for ports that somebody else will bind later.
+
+    Raises:
+        ConfigError: as `listening_socket`.
+    """
+    listening_socket(host, port, setting).close()

@@ -1,0 +1,187 @@
+"""`cantata serve --standalone`: engines as child processes, the gateway's HTTP and gRPC servers in this one. No Ray; on loopback."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable
+from contextlib import closing, nullcontext
+
+import uvicorn
+
+from cluster.assembly import build_service, load_encoding
+from cluster.config import CantataConfig, ListenConfig
+from cluster.frontend.app import build_app
+from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
+from cluster.generation import GenerationService
+from cluster.replica_set import ReplicaSet
+from cluster.router.table import Replica
+from cluster.sockets import check_port_is_free, listening_socket
+from cluster.summary import start_up_summary
+from cluster.supervisor import EngineFailed, EngineProcess
+from workers.engine.config_json import engine_config_to_json
+from workers.errors import ConfigError
+from workers.rpc.convert import EngineInfo
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 3600.0
+"""For an engine to load its model: a large checkpoint on a slow disk takes long, and shows how far it is."""
+DRAIN_S = 30.0
+"""What running requests get to end after the first SIGINT or SIGTERM."""
+
+
+def serve_standalone(config: CantataConfig) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code.
+
+    Raises:
+        ConfigError, CheckpointError: one sentence for the user.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    return asyncio.run(_serve(config))
+
+
+class StopSignals:
+    """SIGINT and SIGTERM: the first asks for a stop, the second for haste."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.hurried = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+
+    async def unless_asked(self, work: Awaitable[None]) -> bool:
+        """Do the work, or cancel it when a stop is asked for; whether it was done."""
+        task = asyncio.ensure_future(work)
+        asked = asyncio.create_task(self.asked.wait())
+        try:
+            await asyncio.wait([task, asked], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+            if not task.done():
+                task.cancel()
+        await asyncio.wait([task])
+        if task.cancelled():
+            return False
+        task.result()
+        return True
+
+    def _on_signal(self) -> None:
+        (self.hurried if self.asked.is_set() else self.asked).set()
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without signal handlers of its own."""
+
+    def capture_signals(self) -> "nullcontext[None]":  # type: ignore[override]
+        return nullcontext()
+
+
+async def _serve(config: CantataConfig) -> int:
+    stop = StopSignals()
+    encoding = load_encoding(config)
+    with closing(listening_socket(config.listen.host, config.listen.http_port, "listen.http_port")) as http_socket:
+        check_port_is_free(config.listen.host, config.listen.grpc_port, "listen.grpc_port")
+        replicas = ReplicaSet()
+        engines = _engines(config, replicas)
+        try:
+            if await stop.unless_asked(_start_all(engines)):
+                service, info = await build_service(config, encoding, replicas)
+                try:
+                    await _serve_gateway(config, service, info, http_socket, stop)
+                finally:
+                    await service.close()
+        except EngineFailed as error:
+            if not error.explained:
+                print(f"cantata: {error}", file=sys.stderr)
+            return 1
+        finally:
+            grace_s = 0.0 if stop.hurried.is_set() else DRAIN_S
+            await asyncio.gather(*(engine.stop(grace_s) for engine in engines))
+    return 0
+
+
+async def _serve_gateway(
+    config: CantataConfig, service: GenerationService, info: EngineInfo, http_socket: socket.socket, stop: StopSignals
+) -> None:
+    """Both servers, until a stop is asked for and running requests have ended or have had their time."""
+    keys = config.gateway.api_keys
+    try:
+        grpc_server = await start_grpc_server(service, _address(config.listen.host, config.listen.grpc_port), api_keys=keys)
+    except OSError:
+        raise ConfigError(
+            f"cannot listen on {config.listen.host} port {config.listen.grpc_port}; set listen.grpc_port to another"
+        ) from None
+    app = build_app(service, api_keys=keys, max_body_bytes=config.gateway.max_body_bytes)
+    http_server = _HttpServer(
+        uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=int(DRAIN_S))
+    )
+    serving = asyncio.create_task(http_server.serve([http_socket]))
+    http_host, http_port = http_socket.getsockname()[:2]
+    grpc_port = int(grpc_server.address.rpartition(":")[2])
+    summary = start_up_summary(
+        info,
+        model_name=config.model_name,
+        num_replicas=config.replicas,
+        http=(http_host, http_port),
+        grpc=(config.listen.host, grpc_port),
+        needs_key=bool(keys),
+        exposure=_exposure(config.listen, bool(keys)),
+    )
+    print(summary, flush=True)
+    await stop.asked.wait()
+    logger.info("stopping: running requests have %.0f s to end; a second signal stops at once", DRAIN_S)
+    await _drain(http_server, serving, grpc_server, stop)
+
+
+async def _drain(http_server: uvicorn.Server, serving: "asyncio.Task[None]", grpc_server: GrpcServer, stop: StopSignals) -> None:
+    http_server.should_exit = True
+    stopping = asyncio.create_task(grpc_server.stop(DRAIN_S))
+    hurried = asyncio.create_task(_hurry(http_server, grpc_server, stop))
+    await asyncio.wait([serving, stopping])
+    hurried.cancel()
+
+
+async def _hurry(http_server: uvicorn.Server, grpc_server: GrpcServer, stop: StopSignals) -> None:
+    await stop.hurried.wait()
+    http_server.force_exit = True
+    await grpc_server.stop(0)
+
+
+def _engines(config: CantataConfig, replicas: ReplicaSet) -> list[EngineProcess]:
+    command = [sys.executable, "-m", "workers.engine", "--config", engine_config_to_json(config.engine), "--address", "127.0.0.1:0"]
+    command += ["--grace-s", str(DRAIN_S), "--parent-pid", str(os.getpid())]
+    cpus = config.engine_cpus or max(1, (os.cpu_count() or 1) // config.replicas)
+    engines: list[EngineProcess] = []
+
+    def publish() -> None:
+        replicas.replace([Replica(engine.name, engine.address) for engine in engines if engine.address])
+
+    engines += [
+        EngineProcess(f"engine-{index}", command, environment={"OMP_NUM_THREADS": str(cpus)}, on_change=publish)
+        for index in range(config.replicas)
+    ]
+    return engines
+
+
+async def _start_all(engines: list[EngineProcess]) -> None:
+    starts = [asyncio.create_task(engine.start(START_TIMEOUT_S)) for engine in engines]
+    try:
+        await asyncio.gather(*starts)
+    finally:
+        for start in starts:
+            start.cancel()
+        await asyncio.wait(starts)
+
+
+def _exposure(listen: ListenConfig, has_keys: bool) -> list[str]:
+    if listen.host in ("127.0.0.1", "::1", "localhost"):
+        return []
+    return [f"{listen.host} can be reached from other machines" + ("" if has_keys else "; anyone there can use it: set --api-key")]
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

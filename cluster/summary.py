@@ -1,0 +1,50 @@
+"""What `cantata serve` prints when it serves: the model, where it listens and who can reach it, and a request to paste."""
+
+from collections.abc import Sequence
+
+from workers.rpc.convert import EngineInfo
+
+
+def start_up_summary(
+    info: EngineInfo,
+    *,
+    model_name: str,
+    num_replicas: int,
+    http: tuple[str, int],
+    grpc: tuple[str, int],
+    needs_key: bool,
+    exposure: Sequence[str] = (),
+) -> str:
+    """The text, several lines.
+
+    Args:
+        http, grpc: host and port.
+        exposure: sentences on what can be reached from other machines.
+    """
+    http_address = address(*http)
+    key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
+    rows = [
+        ("model", f"{model_name} (checkpoint {info.model_name}, fingerprint {info.model_fingerprint[:12]})"),
+        ("engine", f"{info.device}, {info.dtype}, {_plural(info.num_ranks, 'rank')} per replica, {_plural(num_replicas, 'replica')}"),
+        ("context", f"{info.max_model_len:,} tokens"),
+        ("KV cache", f"{info.kv_capacity_tokens:,} tokens per replica, blocks of {info.block_size}"),
+        ("HTTP", f"http://{http_address}/v1  (docs: http://{http_address}/docs, metrics: http://{http_address}/metrics)"),
+        ("gRPC", f"{address(*grpc)}  (cantata.inference.v1.Inference, health, reflection)"),
+        *(("note", sentence) for sentence in exposure),
+    ]
+    lines = [f"  {name:<9} {text}" for name, text in rows]
+    request = (
+        f"curl http://{http_address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"model": "{model_name}", "messages": [{{"role": "user", "content": "Hello!"}}], "max_tokens": 50}}\''
+    )
+    return "\n".join(["Cantata serves:", *lines, "", "Try it:", f"  {request}", "", "Ctrl-C stops it."])
+
+
+def address(host: str, port: int) -> str:
+    """host:port as URLs write it; an address that means all interfaces is shown as loopback, which reaches it."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"[{shown}]:{port}" if ":" in shown else f"{shown}:{port}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

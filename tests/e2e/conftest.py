@@ -1,0 +1,26 @@
+"""One model and one server of each kind for all end-to-end tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.scripts import SCRIPTS
+from tests.support.scripted_checkpoint import write_scripted_checkpoint
+from tests.support.served import MODEL_NAME, Served, serve_run, standalone
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints") / MODEL_NAME
+    write_scripted_checkpoint(path, SCRIPTS)
+    return path
+
+
+@pytest.fixture(scope="session", params=["standalone", pytest.param("serve run", marks=pytest.mark.ray)])
+def server(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The same tests run against both ways of serving."""
+    folder = tmp_path_factory.mktemp("server")
+    serving = standalone(folder, model) if request.param == "standalone" else serve_run(folder, model)
+    with serving as served:
+        yield served

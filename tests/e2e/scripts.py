@@ -1,0 +1,41 @@
+"""What the model of the end-to-end tests says, and the chats that make it say it."""
+
+from cluster.harmony.conversation import ChatMessage, Conversation, ToolCall, ToolDefinition
+from tests.support.scripted_checkpoint import Script
+
+GREETING = "Say hello."
+GREETING_REASONING = "The user wants a greeting."
+GREETING_ANSWER = "Hello there! How can I help?"
+
+QUESTION = "What is the weather in Paris?"
+CALL_REASONING = "I need the weather tool."
+CALL_ARGUMENTS = '{"city": "Paris"}'
+TOOL_RESULT = '{"celsius": 21}'
+FINAL_ANSWER = "It is 21 degrees in Paris."
+WEATHER_PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER_DESCRIPTION = "Current weather of a city."
+WEATHER_TOOL = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": WEATHER_DESCRIPTION, "parameters": WEATHER_PARAMETERS},
+}
+
+_TOOLS = (ToolDefinition("get_weather", WEATHER_DESCRIPTION, WEATHER_PARAMETERS),)
+_QUESTION = ChatMessage("user", QUESTION)
+_CALL = ChatMessage("assistant", reasoning=CALL_REASONING, tool_calls=(ToolCall("call_1", "get_weather", CALL_ARGUMENTS),))
+
+SCRIPTS = (
+    Script(
+        Conversation((ChatMessage("user", GREETING),)),
+        f"<|channel|>analysis<|message|>{GREETING_REASONING}<|end|>"
+        f"<|start|>assistant<|channel|>final<|message|>{GREETING_ANSWER}<|return|>",
+    ),
+    Script(
+        Conversation((_QUESTION,), _TOOLS),
+        f"<|channel|>analysis<|message|>{CALL_REASONING}<|end|>"
+        f"<|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{CALL_ARGUMENTS}<|call|>",
+    ),
+    Script(
+        Conversation((_QUESTION, _CALL, ChatMessage("tool", TOOL_RESULT, tool_call_id="call_1")), _TOOLS),
+        f"<|channel|>final<|message|>{FINAL_ANSWER}<|return|>",
+    ),
+)

@@ -1,0 +1,174 @@
+"""Real servers for end-to-end tests: `cantata serve --standalone`, `serve run` and `cantata serve`, started as a user starts them."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from tests.support.netns import Relay, can_isolate, isolated
+from tests.support.processes import marked, new_mark, none_left
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+MODEL_NAME = "scripted"
+_COMMON_FLAGS = ("--served-model-name", MODEL_NAME, "--conversation-date", "none", "--kv-cache-memory", "64MiB")
+
+# Ray is kept on loopback, quiet, small and quick to stop. Its ports need no token: nothing else can reach them.
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+    "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",
+}
+
+
+@dataclass
+class Served:
+    """A running server.
+
+    Attributes:
+        http, grpc: host:port, as the test process reaches them.
+        mark: finds its processes.
+        log: what it printed.
+    """
+
+    name: str
+    http: str
+    grpc: str
+    process: "subprocess.Popen[bytes]"
+    mark: dict[str, str]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.http}"
+
+    def stop(self, number: int = signal.SIGINT, timeout_s: float = 90) -> int:
+        """Signal the process a user would signal, and wait; returns its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+
+@contextmanager
+def standalone(folder: Path, model: Path, *flags: str) -> Iterator[Served]:
+    """`cantata serve --standalone` on free ports."""
+    command = [str(BIN / "cantata"), "serve", "--standalone", "--model", str(model), "--http-port", "0", "--grpc-port", "0"]
+    command += [*_COMMON_FLAGS, *flags]
+    with _started("standalone", command, folder, {}) as served:
+        found = _wait_for(served, r"HTTP +http://([\d.:]+)/v1.*\n +gRPC +([\d.:]+) ")
+        served.http, served.grpc = found[1], found[2]
+        yield served
+
+
+@contextmanager
+def serve_run(folder: Path, model: Path, *, environment: Mapping[str, str] | None = None) -> Iterator[Served]:
+    """`serve run` with a copy of deploy/local.yaml that has our model and ports."""
+    config = yaml.safe_load((ROOT / "deploy/local.yaml").read_text())
+    ports = _ray_ports()
+    config["http_options"]["port"], config["grpc_options"]["port"] = ports
+    arguments = config["applications"][0]["args"]
+    arguments["engine"] = {"model_path": str(model), "cache": {"memory_bytes": "64MiB"}}
+    arguments["gateway"] = {"served_model_name": MODEL_NAME, "conversation_date": "none"}
+    file = folder / "local.yaml"
+    file.write_text(yaml.safe_dump(config))
+    with _ray_started(
+        "serve run", [str(BIN / "serve"), "run", str(file)], folder, ports, RAY_ENVIRONMENT | dict(environment or {})
+    ) as served:
+        yield served
+
+
+@contextmanager
+def cantata_serve(folder: Path, model: Path, *flags: str) -> Iterator[Served]:
+    """`cantata serve` on a Ray that it starts."""
+    ports = _ray_ports()
+    command = [str(BIN / "cantata"), "serve", "--model", str(model), "--http-port", str(ports[0]), "--grpc-port", str(ports[1])]
+    command += [*_COMMON_FLAGS, *flags]
+    with _ray_started("cantata serve", command, folder, ports, {"RAY_AUTH_MODE": "disabled"}) as served:
+        yield served
+
+
+@contextmanager
+def _ray_started(
+    name: str, command: Sequence[str], folder: Path, ports: tuple[int, int], environment: Mapping[str, str]
+) -> Iterator[Served]:
+    with _started(name, isolated(command) if can_isolate() else command, folder, environment) as served, ExitStack() as stack:
+        if can_isolate():
+            _wait_for_namespace(served)
+            reach = [stack.enter_context(Relay(served.process.pid, port)).port for port in ports]
+        else:
+            reach = list(ports)
+        served.http, served.grpc = (f"127.0.0.1:{port}" for port in reach)
+        _wait_until_ready(served)
+        yield served
+
+
+@contextmanager
+def _started(name: str, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Iterator[Served]:
+    mark = new_mark()
+    log = folder / f"{name.replace(' ', '-')}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **environment, **mark, "PYTHONUNBUFFERED": "1"}
+        )
+    served = Served(name, "", "", process, mark, log)
+    try:
+        yield served
+    finally:
+        if process.poll() is None:
+            served.stop()
+        for line in none_left(mark, 0):  # only after a failed test: nothing may outlive the run
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+
+
+def _ray_ports() -> tuple[int, int]:
+    if can_isolate():
+        return 8000, 9000
+    with socket.socket() as first, socket.socket() as second:
+        for one in (first, second):
+            one.bind(("127.0.0.1", 0))
+        return first.getsockname()[1], second.getsockname()[1]
+
+
+def _wait_for(served: Served, pattern: str, timeout_s: float = 120) -> re.Match[str]:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        text = served.log.read_text(errors="replace")
+        if found := re.search(pattern, text):
+            return found
+        assert served.process.poll() is None, f"{served.name} ended with {served.process.returncode}:\n{text[-4000:]}"
+        time.sleep(0.05)
+    raise AssertionError(f"{served.name} did not print {pattern!r}:\n{served.log.read_text(errors='replace')[-4000:]}")
+
+
+def _wait_for_namespace(served: Served, timeout_s: float = 20) -> None:
+    ours = os.readlink("/proc/self/ns/net")
+    deadline = time.monotonic() + timeout_s
+    while os.readlink(f"/proc/{served.process.pid}/ns/net") == ours:
+        assert time.monotonic() < deadline, "no network namespace was made"
+        time.sleep(0.01)
+
+
+def _wait_until_ready(served: Served, timeout_s: float = 180) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{served.url}/ready", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            pass
+        assert served.process.poll() is None, f"{served.name} ended:\n{served.log.read_text(errors='replace')[-4000:]}"
+        time.sleep(0.1)
+    processes = "\n".join(marked(served.mark))
+    raise AssertionError(f"{served.name} is not ready; processes:\n{processes}\nlog:\n{served.log.read_text(errors='replace')[-6000:]}")
