@@ -13,9 +13,11 @@ HARMONY_TOKENS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|const
 
 CHUNK_CHARS = 1 << 17
 """Longer texts are encoded in pieces of about this size, so that memory follows the piece and not the text."""
+MAX_UNBROKEN_CHARS = 1 << 20
+"""A text without any of the cuts below (one word, one script without punctuation) is cut here, though that may change the ids around it."""
 
-# No pre-tokenizer of this family (GPT-2, cl100k, o200k) puts a letter and the blank behind it into one piece: a cut there is harmless.
-_CUT = re.compile(r"[A-Za-z](?=[ \n])")
+# Pre-tokenizers of this family (GPT-2, cl100k, o200k) never put these neighbours into one piece, so a cut between them is harmless.
+_CUT = re.compile(r"[^\W\d_](?=[ \n,.;:。，、])|\n(?=[^\W\d_])")
 _USUAL_SPECIAL = re.compile(r"<\|[^<|>\s]+\|>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -98,15 +100,19 @@ class HarmonyEncoding:
             )
         return encoding
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; special tokens typed in it are plain text. A lone surrogate counts as U+FFFD."""
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        """Token ids of `text`; special tokens typed in it are plain text. A lone surrogate counts as U+FFFD.
+
+        Args:
+            limit: stop soon after this many ids: a longer result says only that the text is too long, and may be incomplete.
+        """
         if _SURROGATE.search(text):
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if len(text) <= CHUNK_CHARS:
-            return self._encode_chunk(text)
         ids: list[int] = []
-        for chunk in _chunks(text, CHUNK_CHARS):
+        for chunk in _chunks(text, CHUNK_CHARS, MAX_UNBROKEN_CHARS):
             ids += self._encode_chunk(chunk)
+            if limit is not None and len(ids) > limit:
+                break
         return ids
 
     def encode_with_special(self, text: str) -> list[int]:
@@ -180,15 +186,15 @@ def _bytes_of_tokens(tokenizer: Tokenizer, source: str) -> list[bytes]:
     return table
 
 
-def _chunks(text: str, size: int) -> Iterator[str]:
+def _chunks(text: str, size: int, max_unbroken: int) -> Iterator[str]:
     begin = 0
     while len(text) - begin > size:
-        cut = _CUT.search(text, begin + size)
-        if cut is None:
-            break
-        yield text[begin : cut.end()]
-        begin = cut.end()
-    yield text[begin:]
+        cut = _CUT.search(text, begin + size, begin + max_unbroken)
+        end = cut.end() if cut else begin + max_unbroken
+        yield text[begin:end]
+        begin = end
+    if begin < len(text):
+        yield text[begin:]
 
 
 def _one_line(error: Exception) -> str:

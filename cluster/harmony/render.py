@@ -13,7 +13,7 @@ from itertools import groupby
 from cluster.harmony.conversation import ChatMessage, Conversation, ToolCall, ToolDefinition
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.schema_text import check_schema, typescript_type
-from workers.errors import InvalidRequest
+from workers.errors import ContextLengthExceeded, InvalidRequest
 
 CHANNELS = ("analysis", "commentary", "final")
 
@@ -23,12 +23,15 @@ _CALLED_NAME = re.compile(r"[^\s<>|]{1,128}")
 _USER_NAME = re.compile(r"[^\s<|\\/>]{1,64}")
 
 
-def render(conversation: Conversation, encoding: HarmonyEncoding) -> list[int]:
+def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: int | None = None) -> list[int]:
     """The prompt, up to and including `<|start|>assistant`.
 
-    Time is linear in the conversation's length.
+    Time is linear in the conversation's length, or in `max_tokens` where that is less.
 
+    Args:
+        max_tokens: refuse a longer prompt as soon as that shows, without encoding the rest; None: any length.
     Raises:
+        ContextLengthExceeded: longer than max_tokens.
         InvalidRequest: no messages; a tool, a schema or a name that cannot be used; a tool result without its call, or a second one.
             `param` names the place as OpenAI's clients spell it, such as `messages[3].tool_call_id`.
     """
@@ -36,7 +39,7 @@ def render(conversation: Conversation, encoding: HarmonyEncoding) -> list[int]:
         raise InvalidRequest("messages must have at least one message.", "messages")
     _check_tools(conversation.tools)
     called = _match_results(conversation.messages)
-    writer = _Writer(encoding)
+    writer = _Writer(encoding, max_tokens)
     writer.message("system", _system_text(conversation))
     developer = _developer_text(conversation)
     if developer:
@@ -65,8 +68,9 @@ class _Call:
 class _Writer:
     """Appends whole messages to the prompt."""
 
-    def __init__(self, encoding: HarmonyEncoding) -> None:
+    def __init__(self, encoding: HarmonyEncoding, max_tokens: int | None) -> None:
         self._encoding = encoding
+        self._max_tokens = max_tokens
         self._ids: list[int] = []
 
     def message(self, role: str, content: str, channel: str | None = None, name: str | None = None) -> None:
@@ -88,6 +92,7 @@ class _Writer:
 
     def finish(self) -> list[int]:
         self._ids += (self._encoding.start, *self._encoding.encode_literal("assistant"))
+        self._check_length()
         return self._ids
 
     def _header(self, role: str, channel: str | None) -> None:
@@ -100,8 +105,13 @@ class _Writer:
 
     def _body(self, content: str, end: int) -> None:
         self._ids.append(self._encoding.message)
-        self._ids += self._encoding.encode(content)
+        self._ids += self._encoding.encode(content, self._max_tokens)
         self._ids.append(end)
+        self._check_length()
+
+    def _check_length(self) -> None:
+        if self._max_tokens is not None and len(self._ids) > self._max_tokens:
+            raise ContextLengthExceeded(f"The prompt has more than {self._max_tokens} tokens, which is all the model can take.", "messages")
 
 
 def _write_assistant(writer: _Writer, message: ChatMessage, keep_reasoning: bool) -> None:

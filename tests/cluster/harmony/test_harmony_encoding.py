@@ -27,8 +27,8 @@ CORPUS = [
     "\x00\x01\x7f\x80\xa0\xad\u2028\u2029\u3000\ufeff\U0010ffff",
     Path(__file__).read_text(encoding="utf-8"),
 ]
-MIXED = st.text(alphabet=st.sampled_from("aAbZ '\n\r\t/-_=.1９ßſéあ中\u0301\u00a0\u200b😀<|>"), max_size=60)
-RELAXED = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MIXED = st.text(alphabet=st.sampled_from("aAbZ '\n\r\t/-_=.,:1９²ßſéあ中。、\u0301\u00a0\u200b😀<|>"), max_size=60)
+RELAXED = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def test_encodes_as_oss_harmony(gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding) -> None:
@@ -103,7 +103,7 @@ def test_a_character_appears_with_its_last_byte(small: HarmonyEncoding) -> None:
     size=st.integers(1, 9),
 )
 def test_pieces_of_a_long_text_encode_as_the_whole(gpt_oss: HarmonyEncoding, text: str, size: int) -> None:
-    pieces = list(encoding_module._chunks(text, size))
+    pieces = list(encoding_module._chunks(text, size, 1000))
     assert "".join(pieces) == text
     assert [i for piece in pieces for i in gpt_oss.encode(piece)] == gpt_oss.encode(text)
 
@@ -111,9 +111,22 @@ def test_pieces_of_a_long_text_encode_as_the_whole(gpt_oss: HarmonyEncoding, tex
 def test_long_texts_are_cut(gpt_oss: HarmonyEncoding, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "Some words, and\nsome more words. " * 100
     whole = gpt_oss.encode(text)
-    assert len(list(encoding_module._chunks(text, 100))) > 20
+    assert len(list(encoding_module._chunks(text, 100, 1000))) > 20
     monkeypatch.setattr(encoding_module, "CHUNK_CHARS", 100)
     assert gpt_oss.encode(text) == whole
+
+
+def test_a_text_without_a_place_to_cut_is_cut_anyway() -> None:
+    pieces = list(encoding_module._chunks("中" * 1050, 10, 100))
+    assert "".join(pieces) == "中" * 1050
+    assert max(map(len, pieces)) == 100
+
+
+def test_encoding_stops_at_its_limit(gpt_oss: HarmonyEncoding) -> None:
+    text = "Some words, and\nsome more words. " * 40_000
+    ids = gpt_oss.encode(text, limit=1000)
+    assert 1000 < len(ids) < 100_000
+    assert gpt_oss.encode(text[:1000], limit=1000) == gpt_oss.encode(text[:1000])
 
 
 def test_threads_may_share_an_encoding(small: HarmonyEncoding) -> None:

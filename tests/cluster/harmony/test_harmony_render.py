@@ -9,7 +9,7 @@ from cluster.harmony.conversation import ChatMessage, Conversation, ToolCall, To
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.render import render
 from tests.cluster.harmony.harmony_conversations import EVERYTHING_SCHEMA, calls, final, generated, hand_written, result, user
-from workers.errors import InvalidRequest
+from workers.errors import ContextLengthExceeded, InvalidRequest
 
 EFFORTS = {"low": oh.ReasoningEffort.LOW, "medium": oh.ReasoningEffort.MEDIUM, "high": oh.ReasoningEffort.HIGH}
 
@@ -161,6 +161,15 @@ def test_ends_where_the_model_goes_on(gpt_oss: HarmonyEncoding) -> None:
     assert render(Conversation((user("x"),)), gpt_oss)[-2:] == [gpt_oss.start, *gpt_oss.encode("assistant")]
 
 
+def test_a_prompt_that_is_too_long_is_refused(gpt_oss: HarmonyEncoding) -> None:
+    conversation = Conversation((user("word " * 1000),))
+    num_tokens = len(render(conversation, gpt_oss))
+    assert len(render(conversation, gpt_oss, max_tokens=num_tokens)) == num_tokens
+    for max_tokens in (num_tokens - 1, 500, 10, 1):
+        with pytest.raises(ContextLengthExceeded, match=f"more than {max_tokens} tokens"):
+            render(conversation, gpt_oss, max_tokens=max_tokens)
+
+
 def nested(levels: int) -> dict[str, object]:
     schema: dict[str, object] = {"type": "object"}
     for _ in range(levels):
@@ -272,7 +281,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(default=JSON)
 def test_any_default_is_written_as_oss_harmony_writes_it(gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding, default: object) -> None:
     schema = {"type": "object", "properties": {"x": {"type": "string", "default": default}}}
