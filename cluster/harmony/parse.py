@@ -107,10 +107,9 @@ class HarmonyParser:
             return []
         deltas: list[Delta] = []
         if self._state in (_State.BODY, _State.BETWEEN):
-            if self._state is _State.BETWEEN:
-                self.repairs["missing_start"] += 1
+            started = self._state is _State.BODY  # there the missing end is what is wrong
             deltas = self._leave()
-            self._open_header(state, started=False)
+            self._open_header(state, started=started)
         elif self._end_header_segment():
             self._state = state
         return deltas
@@ -120,9 +119,8 @@ class HarmonyParser:
             self.repairs["stray_token"] += 1
             return []
         if self._state is _State.BETWEEN:
-            self.repairs["missing_start"] += 1
-            self._segments = []
-        elif not self._end_header_segment():
+            self._open_header(_State.ROLE, started=False)
+        if not self._end_header_segment():
             return []
         header = read_header(self._segments, self._tools, self.repairs)
         if header.channel is None and header.tool is None:
@@ -158,7 +156,7 @@ class HarmonyParser:
         self._text += self._decoder.push(token_id)
         self._num_header_tokens += 1
         if self._state is _State.ROLE and not _may_be_role(self._text, self._started):
-            self.repairs[self._unmarked()] += 1
+            self._count_unmarked()
             text = self._text.lstrip().removeprefix(_ROLE) if self._started else self._text
             return self._header_becomes_body(MessageHeader(leftover=text))
         if self._num_header_tokens > MAX_HEADER_TOKENS:
@@ -166,15 +164,16 @@ class HarmonyParser:
         return []
 
     def _overlong_header(self) -> list[Delta]:
-        kind = self._unmarked()
         if not self._end_segment():
             return []
-        self.repairs[kind] += 1
+        self._count_unmarked()
         return self._header_becomes_body(read_header(self._segments, self._tools, self.repairs))
 
     # Changes of state
 
     def _open_header(self, state: _State, *, started: bool) -> None:
+        if not started:
+            self.repairs["missing_start"] += 1
         self._state = state
         self._segments = []
         self._text = ""
@@ -201,14 +200,12 @@ class HarmonyParser:
         return True
 
     def _end_header_segment(self) -> bool:
-        """As `_end_segment`, at a control token: an unfinished character in front of it stays unfinished."""
+        """As `_end_segment`, at a control token: an unfinished character in front of it will not be finished."""
         self._text += self._decoder.flush()
         return self._end_segment()
 
     def _behind_role(self, text: str) -> str | None:
         stripped = text.lstrip()
-        if not self._started:
-            self.repairs["missing_start"] += 1
         if stripped.startswith(_ROLE):
             rest = stripped.removeprefix(_ROLE)
             if rest.lstrip().startswith(_ROLE):
@@ -279,14 +276,13 @@ class HarmonyParser:
 
     def _close_header(self, called: bool) -> list[Delta]:
         """A header that ended without `<|message|>`: what it does not explain is the body; a recipient and `<|call|>` are a call."""
-        kind = self._unmarked()
         if not self._end_header_segment():
             return []
         header = read_header(self._segments, self._tools, self.repairs)
         if not header.leftover and not (header.tool is not None and called):
             self.repairs["empty_message"] += 1
             return []
-        self.repairs[kind] += 1
+        self._count_unmarked()
         return self._open_body(header) + self._show(header.leftover)
 
     def _header_becomes_body(self, header: MessageHeader) -> list[Delta]:
@@ -297,11 +293,12 @@ class HarmonyParser:
             self.num_reasoning_tokens += 1
         return deltas + self._show(header.leftover)
 
-    def _unmarked(self) -> Repair:
-        """What to call it when the header being read is none."""
-        if self._state is _State.ROLE and self.num_messages == 0 and self._started:
-            return "no_markup"
-        return "missing_message" if self._started else "missing_start"
+    def _count_unmarked(self) -> None:
+        """Counts that what is being read turned out to be no header; a role that never was begun counts as missing_start already."""
+        if self._state is not _State.ROLE:
+            self.repairs["missing_message"] += 1
+        elif self._started:
+            self.repairs["no_markup" if self.num_messages == 0 else "missing_message"] += 1
 
 
 def _may_be_role(text: str, started: bool) -> bool:

@@ -201,6 +201,13 @@ SHAPES: list[tuple[str, list[tuple[str, ...]], dict[str, int]]] = [
     ("<|channel|>final<|message|>x<|return|>more", [("text", "xmore")], {"missing_start": 1, "after_turn": 1}),
     ("<|channel|>final<|message|>x<|endoftext|>", [("text", "x")], {"end_of_text": 1}),
     ("<|return|>", [], {"empty_message": 1}),
+    ("<|channel|>analysis<|message|>t<|end|>to<|return|>", [ANALYSIS, ("text", "to")], {"missing_start": 1}),
+    (
+        "<|channel|>analysis<|message|>t<|end|><|channel|>final x<|return|>",
+        [ANALYSIS, ("text", "x")],
+        {"missing_start": 1, "missing_message": 1},
+    ),
+    ("<|channel|>analysis<|message|>t<|end|><|message|>x<|return|>", [ANALYSIS, ("text", "x")], {"missing_start": 1, "missing_channel": 1}),
     # Cut off by the length limit: nothing of a header is shown, and nothing is wrong with the format.
     ("", [], {}),
     (" to=func", [], {}),
@@ -220,6 +227,14 @@ def test_shapes(small: HarmonyEncoding, gpt_oss: HarmonyEncoding, text: str, ite
         for tokens in (ids, spelled(encoding, ids, random.Random(3))):
             parser, got = parse(encoding, tokens, ["f", "g"])
             assert (got, dict(parser.repairs)) == (items, repairs)
+
+
+def test_control_tokens_spelled_as_text_do_not_reach_a_name(small: HarmonyEncoding) -> None:
+    ids = small.encode_with_special("<|channel|>commentary to=functions.f")
+    ids += small.encode("<|channel|>commentary") + small.encode_with_special("<|message|>{}<|call|>")
+    parser, items = parse(small, ids, ["f"])
+    assert items == [("call", "f", "{}")]
+    assert parser.repairs == {"recipient_cut": 1}
 
 
 def test_turn_over(small: HarmonyEncoding) -> None:
