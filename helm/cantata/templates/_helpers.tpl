@@ -1,0 +1,132 @@
+{{- define "cantata.name" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "cantata.selectorLabels" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "cantata.labels" -}}
+{{ include "cantata.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{/* The arguments of cluster.serve.app:build. */}}
+{{- define "cantata.args" -}}
+{{- $args := deepCopy .Values.config -}}
+{{- $engine := merge (dict "model_path" (printf "/models/%s" .Values.model.path)) (default dict $args.engine) -}}
+{{- $gateway := merge (dict) (default dict $args.gateway) -}}
+{{- if not $gateway.served_model_name -}}
+{{- $_ := set $gateway "served_model_name" (base .Values.model.path) -}}
+{{- end -}}
+{{- toYaml (merge (dict "engine" $engine "gateway" $gateway) $args) -}}
+{{- end -}}
+
+{{- define "cantata.serveConfig" -}}
+http_options:
+  host: 0.0.0.0
+  port: 8000
+grpc_options:
+  port: 9000
+  grpc_servicer_functions:
+    - cluster.rpc.inference_pb2_grpc.add_InferenceServicer_to_server
+    - grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server
+applications:
+  - name: cantata
+    route_prefix: /
+    import_path: cluster.serve.app:build
+    args:
+      {{- include "cantata.args" . | nindent 6 }}
+{{- end -}}
+
+{{/* What the pod templates of head and workers share. Takes (dict "root" $ "node" .Values.head or .Values.worker). */}}
+{{- define "cantata.podSpec" -}}
+automountServiceAccountToken: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: {{ .root.Values.securityContext.runAsUser }}
+  fsGroup: {{ .root.Values.securityContext.fsGroup }}
+  seccompProfile:
+    type: RuntimeDefault
+{{- with .root.Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- with .node.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .node.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+volumes:
+  - name: model
+    persistentVolumeClaim:
+      claimName: {{ .root.Values.model.claimName }}
+      readOnly: true
+  - name: shared-memory
+    emptyDir:
+      medium: Memory
+      sizeLimit: {{ default .root.Values.worker.sharedMemory .node.sharedMemory }}
+{{- end -}}
+
+{{/* What the containers of head and workers share. Takes the same. */}}
+{{- define "cantata.container" -}}
+image: {{ printf "%s:%s" .root.Values.image.repository (default .root.Chart.AppVersion .root.Values.image.tag) | quote }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+env:
+  # Serve's fast ingress: about a quarter of the CPU per token. Read when Ray starts, so the Serve config cannot set it.
+  - name: RAY_SERVE_ENABLE_HA_PROXY
+    value: "1"
+  - name: RAY_SERVE_THROUGHPUT_OPTIMIZED
+    value: "1"
+  # Whoever reaches Ray's ports can run code. With an operator too old for authOptions Ray then refuses to start.
+  - name: RAY_AUTH_MODE
+    value: token
+  - name: RAY_USAGE_STATS_ENABLED
+    value: "0"
+  {{- range $name, $value := .root.Values.env }}
+  - name: {{ $name }}
+    value: {{ $value | quote }}
+  {{- end }}
+{{- $resources := dict "cpu" (toString .node.resources.cpu) "memory" (toString .node.resources.memory) }}
+{{- with .node.gpus }}
+{{- $_ := set $resources "nvidia.com/gpu" (toString .) }}
+{{- end }}
+resources:
+  requests:
+    {{- toYaml $resources | nindent 4 }}
+  limits:
+    {{- toYaml $resources | nindent 4 }}
+securityContext:
+  allowPrivilegeEscalation: false
+  capabilities:
+    drop: [ALL]
+volumeMounts:
+  - name: model
+    mountPath: /models
+    readOnly: true
+  - name: shared-memory
+    mountPath: /dev/shm
+startupProbe:
+  httpGet:
+    path: /api/healthz
+    port: 52365
+  timeoutSeconds: 5
+  {{- toYaml .root.Values.probes.startup | nindent 2 }}
+livenessProbe:
+  httpGet:
+    path: /api/healthz
+    port: 52365
+  {{- toYaml .root.Values.probes.liveness | nindent 2 }}
+{{- end -}}

@@ -1,0 +1,224 @@
+"""The chart, through the real helm: valid manifests, a Serve config that Cantata itself reads, and wrong values refused by name."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.config import AppConfig, setting_paths
+from tests.support.helm_chart import CHART, KUBERNETES_VERSION, ROOT, Helm, check_manifest, pod_templates
+
+CPU = CHART / "ci" / "cpu.yaml"
+GPU = CHART / "ci" / "gpu.yaml"
+
+
+@pytest.fixture(scope="session")
+def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    return Helm(tmp_path_factory.mktemp("helm"))
+
+
+def ray_service(helm: Helm, *arguments: str | Path) -> dict[str, Any]:
+    return next(manifest for manifest in helm.render(*arguments) if manifest["kind"] == "RayService")
+
+
+def serve_config(service: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(service["spec"]["serveConfigV2"])
+    return config
+
+
+@pytest.mark.parametrize("values", [CPU, GPU], ids=lambda path: path.stem)
+def test_lint_finds_nothing(helm: Helm, values: Path) -> None:
+    done = helm.run("lint", "--strict", CHART, "--values", values)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[WARNING]" not in done.stdout
+
+
+@pytest.mark.parametrize("values", [CPU, GPU], ids=lambda path: path.stem)
+def test_manifests_are_valid(helm: Helm, values: Path) -> None:
+    manifests = helm.render("--values", values)
+    assert {manifest["kind"] for manifest in manifests} == ({"RayService"} if values == CPU else {"ServiceMonitor", "RayService"})
+    for manifest in manifests:
+        check_manifest(manifest)
+        assert manifest["metadata"]["namespace"] == "models"
+
+
+@pytest.mark.parametrize("values", [CPU, GPU], ids=lambda path: path.stem)
+def test_pods_and_service_are_valid_core_objects(helm: Helm, values: Path) -> None:
+    # What KubeRay makes of the templates: the schema of the custom resource knows less of pods than that of Pod itself.
+    service = ray_service(helm, "--values", values)
+    for template in pod_templates(service):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", **template["metadata"]}, "spec": template["spec"]}
+        kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
+    made = {"apiVersion": "v1", "kind": "Service", **service["spec"]["serveService"]}
+    kubernetes_validate.validate(made, KUBERNETES_VERSION, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("spec.rayClusterConfig.workerGroupSpecs.0.replicaz", 1),
+        ("spec.rayClusterConfig.workerGroupSpecs.0.replicas", "two"),
+        ("spec.rayClusterConfig.headGroupSpec.template.spec.containers.0.imagePullPolice", "Always"),
+        ("spec.rayClusterConfig.headGroupSpec.template.spec.containers.0.ports.0.containerPort", "x"),
+        ("spec.rayClusterConfig.authOptions.mode", "open"),
+        ("spec.serveConfig", "x"),
+    ],
+)
+def test_the_check_refuses_what_an_api_server_would(helm: Helm, path: str, value: object) -> None:
+    service = ray_service(helm, "--values", CPU)
+    check_manifest(service)
+    target: Any = service
+    *parents, name = path.split(".")
+    for part in parents:
+        target = target[int(part) if part.isdigit() else part]
+    target[name] = value
+    with pytest.raises(jsonschema.ValidationError):
+        check_manifest(service)
+
+
+def test_the_serve_config_is_the_application_of_deploy_local(helm: Helm) -> None:
+    rendered = serve_config(ray_service(helm, "--values", CPU))
+    local = yaml.safe_load((ROOT / "deploy" / "local.yaml").read_text())
+    ServeDeploySchema.model_validate(rendered)
+    for config in (rendered, local):
+        del config["applications"][0]["args"], config["http_options"]["host"]
+    assert rendered == local
+
+
+def test_the_arguments_are_read_by_cantata(helm: Helm) -> None:
+    def arguments(values: Path) -> AppConfig:
+        return AppConfig.model_validate(serve_config(ray_service(helm, "--values", values))["applications"][0]["args"])
+
+    least, full = arguments(CPU), arguments(GPU)
+    assert least.engine.model_path == Path("/models/tiny")
+    assert (least.model_name, least.engine.device, least.engine_cpus, least.replicas) == ("tiny", "cpu", 4, 1)
+    assert full.engine.model_path == Path("/models/openai/gpt-oss-20b")
+    assert full.engine.cache.memory_bytes == 40 * 2**30
+    assert full.engine.scheduler.max_num_batched_tokens == 4096
+    assert full.gateway.max_body_bytes == 16 * 2**20
+    assert (full.gateway.conversation_date, full.gateway.request_timeout_s, full.replicas) == ("2026-01-31", 900, 2)
+
+
+def test_large_numbers_stay_whole(helm: Helm) -> None:
+    flags = ("--set", "config.engine.cache.memory_bytes=42949672960,config.engine.max_model_len=131072")
+    config = AppConfig.model_validate(serve_config(ray_service(helm, "--values", CPU, *flags))["applications"][0]["args"])
+    assert (config.engine.cache.memory_bytes, config.engine.max_model_len) == (42949672960, 131072)
+
+
+def test_the_schema_knows_exactly_the_settings(helm: Helm) -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def leaves(node: dict[str, Any], prefix: str) -> set[str]:
+        if "properties" not in node:
+            return {prefix}
+        return {leaf for name, inner in node["properties"].items() for leaf in leaves(inner, f"{prefix}.{name}" if prefix else name)}
+
+    # The model's path is model.path, keys would stand in the clear, and engines must be reachable from other nodes.
+    elsewhere = {"engine.model_path", "gateway.api_keys", "engine_host"}
+    assert leaves(schema["properties"]["config"], "") == set(setting_paths(AppConfig)) - elsewhere
+
+
+def test_the_schema_is_closed() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    jsonschema.Draft7Validator.check_schema(schema)
+
+    def objects(node: Any) -> list[dict[str, Any]]:
+        if isinstance(node, list):
+            return [found for entry in node for found in objects(entry)]
+        if not isinstance(node, dict):
+            return []
+        return ([node] if "properties" in node and node.get("type") == "object" else []) + objects(list(node.values()))
+
+    found = objects(schema)
+    assert len(found) > 20
+    assert all(node["additionalProperties"] is False for node in found)
+
+
+def test_ray_is_started_as_it_should_be(helm: Helm) -> None:
+    service = ray_service(helm, "--values", GPU)
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "ray-token"}
+    head, worker = pod_templates(service)
+    for template in (head, worker):
+        container = template["spec"]["containers"][0]
+        environment = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert environment == {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_BACKEND_LOG_LEVEL": "warning",
+        }
+        # KubeRay builds the Service from the ports of these names.
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert (ports["serve"], ports["serve-grpc"]) == (8000, 9000)
+        assert {"name": "model", "mountPath": "/models", "readOnly": True} in container["volumeMounts"]
+        assert container["image"] == "registry.example.com/team/cantata:0.1.0-cuda"
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    group = cluster["workerGroupSpecs"][0]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 2)
+    assert worker["spec"]["containers"][0]["resources"]["limits"] == {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "1"}
+    assert "nvidia.com/gpu" not in head["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_the_monitor_finds_the_service(helm: Helm) -> None:
+    monitor, service = sorted(helm.render("--values", GPU), key=lambda manifest: manifest["kind"] == "RayService")
+    wanted = monitor["spec"]["selector"]["matchLabels"]
+    labels = service["spec"]["serveService"]["metadata"]["labels"]
+    assert wanted.items() <= labels.items()
+    assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["serveService"]["spec"]["ports"]}
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_long_release_names_leave_room_for_kuberay(helm: Helm) -> None:
+    # KubeRay appends to the name and Kubernetes allows 63 characters.
+    (service,) = helm.render("--values", CPU, release="a-release-with-a-name-of-fifty-three-characters-in-it")
+    assert re.fullmatch(r"[a-z0-9][-a-z0-9]{0,38}[a-z0-9]", service["metadata"]["name"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("replicaz=2", "'replicaz' not allowed"),
+        ("config.replicaz=2", "'replicaz' not allowed"),
+        ("config.engine.dtypo=x", "'dtypo' not allowed"),
+        ("config.gateway.api_keys={a}", "'api_keys' not allowed"),
+        ("config.engine.model_path=/x", "'model_path' not allowed"),
+        ("config.engine.dtype=float16", "/config/engine/dtype"),
+        ("config.replicas=two", "/config/replicas"),
+        ("config.replicas=0", "/config/replicas"),
+        ("config.engine.parallel.tensor=2", "/config/engine/parallel/tensor"),
+        ("image.repository=", "/image/repository"),
+        ("image.repository=name:tag", "/image/repository"),
+        ("model.claimName=", "/model/claimName"),
+        ("model.path=../secrets", "/model/path"),
+        ("model.path=/tiny", "/model/path"),
+        ("worker.resources.cpu=500m", "/worker/resources/cpu"),
+        ("worker.resources.memory=lots", "/worker/resources/memory"),
+        ("worker.gpus=8", "/worker/gpus"),
+        ("service.type=Open", "/service/type"),
+        ("securityContext.runAsUser=0", "/securityContext/runAsUser"),
+        ("env.RAY_AUTH_MODE=disabled", "RAY_AUTH_MODE"),
+        ("rayVersion=2.9.0", "/rayVersion"),
+        ("worker.gpus=1", "config.engine.device is cpu"),
+        ("config.engine.device=cuda", "worker.gpus is 0"),
+        ("config.engine_cpus=5", "worker.resources.cpu is less than config.engine_cpus"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(helm: Helm, setting: str, said: str) -> None:
+    done = helm.run("template", "chat", CHART, "--values", CPU, "--set", setting)
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+def test_values_that_must_be_given_are_asked_for(helm: Helm) -> None:
+    done = helm.run("template", "chat", CHART)
+    assert done.returncode != 0
+    assert "/image/repository" in done.stderr
+    assert "/model/claimName" in done.stderr
