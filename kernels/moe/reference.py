@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear import linear
-from kernels.mxfp4 import PackedMXFP4, unpack_experts
+from kernels.mxfp4 import PackedMXFP4, unpack
 
 
 def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def _tokens_by_expert(topk_ids: Tensor) -> list[tuple[int, Tensor, Tensor]]:
 def _dense_expert(weights: PackedMXFP4 | Tensor, expert: int) -> Tensor:
     """[N, K] fp32."""
     if isinstance(weights, PackedMXFP4):
-        return unpack_experts(weights, torch.tensor([expert], device=weights.blocks.device), torch.float32)[0]
+        return unpack(weights.expert(expert), torch.float32)[0]
     return weights[expert].float()
 
 

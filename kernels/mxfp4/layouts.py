@@ -43,6 +43,11 @@ class PackedMXFP4:
         """The experts at `expert_ids` ([n] integer), in that order."""
         return PackedMXFP4(self.layout, self.blocks[expert_ids], self.scales[expert_ids], (expert_ids.numel(), *self.shape[1:]))
 
+    def expert(self, index: int) -> "PackedMXFP4":
+        """One expert, as [1, N, K], sharing memory."""
+        part = slice(index, index + 1)
+        return PackedMXFP4(self.layout, self.blocks[part], self.scales[part], (1, *self.shape[1:]))
+
 
 @dataclass(frozen=True, slots=True)
 class _Layout:

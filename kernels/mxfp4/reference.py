@@ -18,13 +18,16 @@ _LARGEST_EXPONENT = 2
 
 _BIAS = 127
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @cache
 def _pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[256, 2]: both values of each byte, low nibble first."""
+    """[256]: both values of each byte, low nibble first, as one integer of twice the width: a single gather fetches both."""
     codes = torch.arange(256)
     values = torch.tensor([*E2M1_MAGNITUDES, *(-magnitude for magnitude in E2M1_MAGNITUDES)], dtype=dtype)
-    return torch.stack((values[codes & 15], values[codes >> 4]), dim=-1).to(device)
+    pairs = torch.stack((values[codes & 15], values[codes >> 4]), dim=-1)
+    return pairs.view(torch.int64 if dtype == torch.float32 else torch.int32)[:, 0].to(device)
 
 
 @cache
@@ -57,7 +60,7 @@ def pack(dense: Tensor, layout: str = NATURAL) -> PackedMXFP4:
     """
     if dense.ndim != 3 or dense.shape[2] % MX_BLOCK:
         raise ValueError(f"dense must be [E, N, K] with K a multiple of {MX_BLOCK}, got shape {list(dense.shape)}")
-    if dense.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dense.dtype not in _DTYPES:
         raise ValueError(f"dense must be float32, bfloat16 or float16, got {dense.dtype}")
     num_experts, num_rows, width = dense.shape
     groups = dense.float().reshape(num_experts, num_rows, width // MX_BLOCK, MX_BLOCK)
@@ -80,20 +83,20 @@ def unpack(packed: PackedMXFP4, dtype: torch.dtype) -> Tensor:
     """Decode all experts, exactly: code value times scale, rounded once to `dtype` (which only overflow or underflow of dtype can need).
 
     Args:
-        dtype: float32, bfloat16, float16 or float64.
+        dtype: float32, bfloat16 or float16.
     Returns:
         [E, N, K] of `dtype`; NaN where a scale is 255.
     Raises:
         ValueError: another dtype, or an unknown layout.
     """
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     blocks, scales = to_natural(packed)
     # Every scale and product is exact in bf16 as in fp32, or overflows in both; fp16 holds few of the scales.
     inner = torch.float32 if dtype == torch.float16 else dtype
-    values = _pair_table(inner, blocks.device).index_select(0, blocks.reshape(-1).int())
-    values = values.view(*scales.shape, MX_BLOCK)
-    values.mul_(_scale_table(inner, scales.device)[scales.int()][..., None])
+    values = _pair_table(inner, blocks.device).index_select(0, blocks.reshape(-1).int()).view(inner)
+    factors = _scale_table(inner, scales.device).index_select(0, scales.reshape(-1).int())
+    values = values.view(-1, MX_BLOCK).mul_(factors[:, None])
     return values.view(packed.shape).to(dtype)
 
 

@@ -69,7 +69,8 @@ def yarn_cos_sin(
     period = theta ** (pair / head_dim)
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
     kept = 1 - ramp
-    frequency = (1 - kept) / (factor * period) + kept / period
+    # As products with reciprocals, in transformers' order: at position 131071 one rounding of a frequency is 1e-4 of an angle.
+    frequency = (1 / (factor * period)) * (1 - kept) + (1 / period) * kept
     angles = positions.float()[:, None] * frequency
     concentration = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     return angles.cos() * concentration, angles.sin() * concentration
