@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(SERVE_LOGGER)
 
 _HEALTH_PERIOD_S = 1.0
+_MAX_UNSENT_EVENTS = 16
 
 
 class GatewayReplica:
@@ -64,12 +65,16 @@ class GatewayReplica:
 
     async def ChatStream(self, request: pb.ChatRequest, grpc_context: RayServegRPCContext) -> AsyncGenerator[pb.ChatEvent, None]:
         """cantata.inference.v1.Inference"""
-        events = cast("AsyncGenerator[pb.ChatEvent, None]", self._servicer.ChatStream(request, _as_context(grpc_context)))
+        context = _Context(grpc_context)
+        call = asyncio.create_task(context.run(self._servicer.ChatStream(request, cast("Context", context))))
         try:
-            async for event in events:
+            while (event := await context.written.get()) is not None:
                 yield event
+            await call
         finally:
-            await events.aclose()
+            # Serve closes this generator when the client leaves.
+            call.cancel()
+            await asyncio.wait([call])
 
     async def ListModels(self, request: pb.ListModelsRequest, grpc_context: RayServegRPCContext) -> pb.ListModelsResponse:
         """cantata.inference.v1.Inference"""
@@ -107,10 +112,28 @@ class GatewayReplica:
 
 
 class _Context:
-    """The part of grpc.aio.ServicerContext that our servicer uses, over Serve's context."""
+    """The part of grpc.aio.ServicerContext that our servicer uses, over Serve's context.
+
+    Attributes:
+        written: what a streaming method has written and Serve has not yet sent; None ends it.
+    """
 
     def __init__(self, context: RayServegRPCContext) -> None:
         self._context = context
+        self.written: asyncio.Queue[pb.ChatEvent | None] = asyncio.Queue(_MAX_UNSENT_EVENTS)
+
+    async def run(self, method: Awaitable[None]) -> None:
+        """A streaming method to its end, then the None behind what it wrote. Cancelled: nobody reads any more."""
+        try:
+            await method
+        except Exception:
+            await self.written.put(None)
+            raise
+        await self.written.put(None)
+
+    async def write(self, event: pb.ChatEvent) -> None:
+        """One message of a streaming method; waits while Serve is behind."""
+        await self.written.put(event)
 
     def invocation_metadata(self) -> Sequence[tuple[str, str]]:
         """What the client sent."""

@@ -21,7 +21,7 @@ from tests.support.processes import marked, new_mark, none_left
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 MODEL_NAME = "scripted"
-_COMMON_FLAGS = ("--served-model-name", MODEL_NAME, "--conversation-date", "none", "--kv-cache-memory", "64MiB")
+_COMMON_FLAGS = ("--served-model-name", MODEL_NAME, "--conversation-date", "none", "--kv-cache-memory", "64MiB", "--max-model-len", "16384")
 
 # Ray is kept on loopback, quiet, small and quick to stop. Its ports need no token: nothing else can reach them.
 RAY_ENVIRONMENT = {
@@ -78,7 +78,7 @@ def serve_run(folder: Path, model: Path, *, environment: Mapping[str, str] | Non
     ports = _ray_ports()
     config["http_options"]["port"], config["grpc_options"]["port"] = ports
     arguments = config["applications"][0]["args"]
-    arguments["engine"] = {"model_path": str(model), "cache": {"memory_bytes": "64MiB"}}
+    arguments["engine"] = {"model_path": str(model), "max_model_len": 16384, "cache": {"memory_bytes": "64MiB"}}
     arguments["gateway"] = {"served_model_name": MODEL_NAME, "conversation_date": "none"}
     file = folder / "local.yaml"
     file.write_text(yaml.safe_dump(config))

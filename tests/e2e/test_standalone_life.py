@@ -1,0 +1,110 @@
+"""`cantata serve --standalone` from start to stop: an engine that dies, a stop under load, a parent that vanishes, keys, bad starts."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e import scripts
+from tests.support.processes import marked, none_left
+from tests.support.served import BIN, MODEL_NAME, Served, standalone
+from tests.support.waiting import until
+
+GREETING = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
+
+
+def engine_pid(served: Served) -> int:
+    (line,) = [line for line in marked(served.mark) if "workers.engine" in line]
+    return int(line.split()[0])
+
+
+def chat(served: Served, **fields: object) -> httpx.Response:
+    return httpx.post(f"{served.url}/v1/chat/completions", json=GREETING | fields, timeout=60, trust_env=False)
+
+
+def test_an_engine_that_dies_is_replaced(model: Path, tmp_path: Path) -> None:
+    with standalone(tmp_path, model) as served:
+        pid = engine_pid(served)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: chat(served).status_code == 503, 10)
+        refused = chat(served)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["message"]
+        assert httpx.get(f"{served.url}/ready", trust_env=False).status_code == 503
+        assert httpx.get(f"{served.url}/health", trust_env=False).status_code == 200
+        until(lambda: chat(served).status_code == 200, 120)
+        assert engine_pid(served) != pid
+        # The parent vanishes without a word: its children see that and end.
+        served.process.kill()
+        served.process.wait(10)
+        assert none_left(served.mark, 20) == []
+
+
+def test_a_stop_lets_running_streams_end(model: Path, tmp_path: Path) -> None:
+    with standalone(tmp_path, model, "--api-key", "right") as served:
+        headers = {"authorization": "Bearer right"}
+        assert chat(served).status_code == 401
+        body = GREETING | {"stream": True}
+        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=60, trust_env=False) as stream:
+            lines = stream.iter_lines()
+            first = next(lines)
+            with ThreadPoolExecutor(1) as pool:
+                stopped = pool.submit(served.stop, signal.SIGTERM)
+                rest = [line for line in lines if line]
+                assert first.startswith("data: ")
+                assert rest[-1] == "data: [DONE]"
+                assert stopped.result() == 0
+        assert none_left(served.mark, 5) == []
+        assert "right" not in served.log.read_text()
+
+
+def test_a_second_signal_does_not_wait(model: Path, tmp_path: Path) -> None:
+    with standalone(tmp_path, model) as served:
+        body = GREETING | {"stream": True, "ignore_eos": True, "max_tokens": 16_000}
+        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=60, trust_env=False) as stream:
+            next(stream.iter_lines())
+            served.process.send_signal(signal.SIGINT)
+            until(lambda: "a second signal stops at once" in served.log.read_text(), 10)
+            assert served.stop(timeout_s=15) == 0
+        assert none_left(served.mark, 5) == []
+
+
+def test_a_half_written_checkpoint_is_one_sentence(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    weights = broken / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    result = _serve(broken)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith(("error: ", "cantata: "))]
+    assert len(errors) == 1
+    assert "model.safetensors" in errors[0]
+
+
+@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port"])
+def test_a_port_that_is_taken_is_found_out_at_once(model: Path, flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = _serve(model, flag, str(port))
+    setting = "listen.http_port" if flag == "--http-port" else "listen.grpc_port"
+    assert result.returncode == 1
+    assert result.stderr == f"cantata: cannot listen on 127.0.0.1 port {port}: Address already in use; set {setting} to another\n"
+
+
+def _serve(model: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
+    ports = [] if "--http-port" in flags else ["--http-port", "0"]
+    ports += [] if "--grpc-port" in flags else ["--grpc-port", "0"]
+    return subprocess.run(
+        [str(BIN / "cantata"), "serve", "--standalone", "--model", str(model), *ports, *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
