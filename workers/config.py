@@ -148,7 +148,7 @@ def load_model_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{file} is missing; {path} is not a Hugging Face checkpoint")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     return parse_model_config(raw, str(file))
 
@@ -257,9 +257,18 @@ def _rope(fields: _Fields) -> RopeConfig:
     truncate = scaling.get("truncate", True)
     if not isinstance(truncate, bool):
         raise CheckpointError(f"{source}.truncate must be true or false, found {truncate!r}")
+    if theta <= 1:
+        raise CheckpointError(f"{source}: rope_theta must be more than 1, found {theta}")
+    factor = nested.number("factor", default=32.0)
+    # These would replace the factor's own attention concentration; gpt-oss sets none of them.
+    concentration = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    for name in ("attention_factor", "mscale", "mscale_all_dim"):
+        value = scaling.get(name)
+        if value is not None and not (name == "attention_factor" and value == concentration):
+            raise CheckpointError(f"{source}.{name} is {value!r}; this is not served, remove it")
     return RopeConfig(
         theta=theta,
-        factor=nested.number("factor", default=32.0),
+        factor=factor,
         beta_fast=nested.number("beta_fast", default=32.0),
         beta_slow=nested.number("beta_slow", default=1.0),
         original_max_position_embeddings=nested.integer("original_max_position_embeddings", default=4096),

@@ -82,7 +82,7 @@ def read_header(file: Path) -> list[StoredTensor]:
     try:
         header = json.loads(header_bytes)
         tensors = sorted(_parse_entries(file, header, start), key=lambda tensor: tensor.offset)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} has a broken safetensors header; fetch the file again") from error
     expected = start
     for tensor in tensors:
@@ -140,7 +140,7 @@ def _parse_entries(file: Path, header: dict[str, dict[str, object]], start: int)
 def _read_weight_map(index: Path) -> dict[str, str]:
     try:
         raw = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read as JSON: {error}") from error
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):

@@ -238,6 +238,7 @@ class TestDamagedFiles:
             b'{"a": {"dtype": "BF16", "shape": [2], "data_offsets": [4, 0]}}',
             b'{"a": {"dtype": "BF16", "shape": [2.0], "data_offsets": [0, 4]}}',
             b"\xff\xfe",
+            b"[" * 100_000,
         ],
     )
     def test_broken_header(self, checkpoint: Path, header: bytes) -> None:
@@ -291,7 +292,9 @@ class TestIndex:
         change_index(sharded, lambda weight_map: weight_map.update({Q_WEIGHT: name}))
         refusal(sharded, INDEX, Q_WEIGHT, "not the name of a file")
 
-    @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}'])
+    @pytest.mark.parametrize(
+        "content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}', "[" * 100_000]
+    )
     def test_is_no_index(self, sharded: Path, content: str) -> None:
         (sharded / INDEX).write_text(content)
         refusal(sharded, INDEX)
