@@ -111,7 +111,9 @@ def split_memory(
 
 
 def allocate_kv_caches(model: ModelConfig, plan: KVCachePlan, *, dtype: Dtype, device: torch.device) -> list[torch.Tensor]:
-    """Each layer's cache, [2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim], zeroed: [0] is K, [1] is V.
+    """Each layer's cache, [2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim], uninitialised: [0] is K, [1] is V.
+
+    On a CPU a page costs memory once it is written, so a cache that is larger than the load needs costs nothing.
 
     Raises:
         ConfigError: the device has not enough memory.
@@ -121,7 +123,7 @@ def allocate_kv_caches(model: ModelConfig, plan: KVCachePlan, *, dtype: Dtype, d
         num_blocks = plan.num_full_blocks if window is None else plan.num_sliding_blocks
         try:
             caches.append(
-                torch.zeros(2, num_blocks, BLOCK_SIZE, model.num_kv_heads, model.head_dim, dtype=TORCH_DTYPES[dtype], device=device)
+                torch.empty(2, num_blocks, BLOCK_SIZE, model.num_kv_heads, model.head_dim, dtype=TORCH_DTYPES[dtype], device=device)
             )
         except RuntimeError as error:
             caches.clear()

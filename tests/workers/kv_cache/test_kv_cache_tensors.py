@@ -1,5 +1,6 @@
 """How memory is split between the groups, and the tensors that come of it."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -146,7 +147,19 @@ def test_tensors_have_the_shapes_of_their_layers() -> None:
     assert [tuple(cache.shape) for cache in caches] == [(2, size, 16, 3, 20) for size in sizes]
     assert {cache.dtype for cache in caches} == {torch.bfloat16}
     assert sum(cache.nbytes for cache in caches) == plan.total_bytes
-    assert not any(cache.any() for cache in caches)
+
+
+def test_a_cache_costs_no_memory_before_it_is_written() -> None:
+    config = replace(model(2, 3), layer_windows=(40, None))
+    plan = split_memory(config, SchedulerConfig(2, 64), dtype="bfloat16", max_model_len=100, memory_bytes=500_000_000)
+    before = _resident_bytes()
+    caches = allocate_kv_caches(config, plan, dtype="bfloat16", device=CPU)
+    assert sum(cache.nbytes for cache in caches) > 400_000_000
+    assert _resident_bytes() - before < 50_000_000
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_too_little_memory_is_a_config_error() -> None:
