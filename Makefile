@@ -1,15 +1,21 @@
-# `make serve` and `make test` do all the set-up on a fresh machine with Python 3.11.
+# `make serve` and `make test` do all the set-up on a fresh machine with Python 3.11 or newer.
 VENV := .venv/bin
 MODEL ?= checkpoints/tiny
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 9000
+# Flags of `cantata serve`. The demo model needs no more than this; for another one the engine looks how much memory is free.
+SERVE_FLAGS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--kv-cache-memory 256MiB)
 
 .PHONY: serve test test-slow lint proto clean
 
 serve: ## Serve $(MODEL) (a random tiny demo model is made if it is not there) on loopback.
 	@scripts/install.sh
-	@[ "$(MODEL)" != checkpoints/tiny ] || [ -f "$(MODEL)/config.json" ] || $(VENV)/cantata make-checkpoint --preset tiny --seed 0 $(MODEL)
-	@$(VENV)/cantata serve --standalone --model $(MODEL) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT)
+	@[ "$(MODEL)" != checkpoints/tiny ] || $(MAKE) --no-print-directory checkpoints/tiny
+	@exec $(VENV)/cantata serve --standalone --model $(MODEL) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) $(SERVE_FLAGS)
+
+checkpoints/tiny: ## The demo model: a tiny one of the right shape, with random weights.
+	@scripts/install.sh
+	@$(VENV)/cantata make-checkpoint --preset tiny --seed 0 $@
 
 test: ## Lint, type check and the tests.
 	@scripts/install.sh dev

@@ -149,3 +149,12 @@ def test_make_checkpoint_says_what_is_wrong(arguments: list[str], part: str, tmp
     assert len(lines) == 1
     assert part in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_operations_page_lists_every_setting_with_its_flags() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs/operations.md").read_text()
+    rows = {line.split("|")[1].strip().strip("`"): line for line in page.splitlines() if line.startswith("| `")}
+    for path in setting_paths():
+        assert path in rows, f"{path} is not in docs/operations.md"
+    for names, path, _, _ in cli.SERVE_FLAGS:
+        assert f"`{names[0]}`" in rows[path]
