@@ -65,7 +65,7 @@ def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, 
     )
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
-        asked = await body.read(request, schema.ChatCompletionRequest, max_body_bytes)
+        asked = await body.read(request, schema.ChatCompletionRequest, max_body_bytes, service.model.max_model_len)
         request_id: str = request.state.request_id
         generation = await sse.begin(request, service.chat(chat.chat_request(asked), request_id))
         if asked.stream:
@@ -80,7 +80,7 @@ def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, 
     )
     async def text_completions(request: Request) -> Response:
         """Continue raw prompts."""
-        asked = await body.read(request, schema.CompletionRequest, max_body_bytes)
+        asked = await body.read(request, schema.CompletionRequest, max_body_bytes, service.model.max_model_len)
         request_id: str = request.state.request_id
         generation = await sse.begin(request, service.complete(completions.completion_request(asked), request_id))
         if asked.stream:
@@ -95,7 +95,7 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, max_
     @app.post("/tokenize", openapi_extra=schemas.describe(schema.TokenizeRequest, answers.TokenizeAnswer))
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt, or of a chat as the model sees it."""
-        asked = await body.read(request, schema.TokenizeRequest, max_body_bytes)
+        asked = await body.read(request, schema.TokenizeRequest, max_body_bytes, service.model.max_model_len)
         service.check_model(asked.model)
         ids = await _token_ids(service, asked)
         answer: answers.TokenizeAnswer = {
@@ -109,7 +109,7 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, max_
     @app.post("/detokenize", openapi_extra=schemas.describe(schema.DetokenizeRequest, answers.DetokenizeAnswer))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        asked = await body.read(request, schema.DetokenizeRequest, max_body_bytes)
+        asked = await body.read(request, schema.DetokenizeRequest, max_body_bytes, service.model.max_model_len)
         service.check_model(asked.model)
         answer: answers.DetokenizeAnswer = {"prompt": await service.detokenize(asked.tokens)}
         return _json(answer)

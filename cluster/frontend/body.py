@@ -1,5 +1,6 @@
 """Request bodies: read with a bound, decoded strictly, checked against a schema; each refusal names the field."""
 
+import asyncio
 import json
 import math
 from typing import TypeVar
@@ -11,14 +12,18 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect
 
 from cluster.frontend.errors import BodyTooLarge, UnsupportedMediaType
-from workers.errors import Cancelled, InvalidRequest
+from workers.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_INLINE_BYTES = 64 * 1024
 
-async def read(request: Request, kind: type[Model], max_bytes: int) -> Model:
-    """The body as `kind`.
 
+async def read(request: Request, kind: type[Model], max_bytes: int, max_items: int) -> Model:
+    """The body as `kind`. Large ones are decoded and checked in a thread, so that other requests go on.
+
+    Args:
+        max_items: entries of an array at most; the context's tokens, since an entry of a message or prompt list takes at least one.
     Raises:
         InvalidRequest: no JSON, not an object, an unknown field, a wrong type or value; `param` is a path such as `messages[0].content`.
         BodyTooLarge: longer than `max_bytes`; the rest is not read.
@@ -27,9 +32,20 @@ async def read(request: Request, kind: type[Model], max_bytes: int) -> Model:
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
         raise UnsupportedMediaType("The body must be JSON: set the header Content-Type to application/json.")
-    value = decode(await _bytes(request, max_bytes))
+    data = await _bytes(request, max_bytes)
+    if len(data) <= _INLINE_BYTES:
+        return _parse(data, kind, max_items)
+    return await asyncio.to_thread(_parse, data, kind, max_items)
+
+
+def _parse(data: bytes, kind: type[Model], max_items: int) -> Model:
+    value = decode(data)
     if not isinstance(value, dict):
         raise InvalidRequest(f"The body must be a JSON object, got {_kind(value)}.")
+    for name, field in value.items():
+        if isinstance(field, list) and len(field) > max_items and name in kind.model_fields:
+            reason = f"{name} has {len(field)} entries, more than the {max_items} tokens of this model's context."
+            raise ContextLengthExceeded(reason, name)
     return check(value, kind)
 
 

@@ -1,11 +1,12 @@
 """The bodies of requests. Types and structure are checked here, ranges in `cluster.generation.requests`, which both APIs share.
 
-Tags of unions begin with `<`, which tells them from field names in error paths.
+Tags of unions begin with `<`, which tells them from field names in error paths. What is free JSON is typed `object`: pydantic does not walk
+into it, so its depth is no matter here.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, StrictStr, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag, model_validator
 
 
 class _Body(BaseModel):
@@ -77,7 +78,7 @@ class Message(_Body):
     tool_calls: list[AssistantToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = Field(default=None, description="Read as the message's text where it has no content.")
-    annotations: list[JsonValue] | None = Field(default=None, description="Ignored.")
+    annotations: list[object] | None = Field(default=None, description="Ignored.")
     audio: None = None
     function_call: None = Field(default=None, description="Removed by OpenAI; use tool_calls.")
 
@@ -87,7 +88,7 @@ class Function(_Body):
 
     name: str
     description: str | None = None
-    parameters: dict[str, JsonValue] | None = None
+    parameters: dict[str, object] | None = None
     strict: bool | None = Field(default=None, description="Accepted; arguments are not yet constrained to the schema.")
 
 
@@ -197,12 +198,12 @@ class ChatCompletionRequest(SamplingFields):
     chat_template_kwargs: ChatTemplateKwargs | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    functions: JsonValue = Field(default=None, description="Removed by OpenAI; use tools.")
-    function_call: JsonValue = Field(default=None, description="Removed by OpenAI; use tool_choice.")
+    functions: object = Field(default=None, description="Removed by OpenAI; use tools.")
+    function_call: object = Field(default=None, description="Removed by OpenAI; use tool_choice.")
     metadata: dict[str, str] | None = Field(default=None, description="Ignored.")
     store: bool | None = Field(default=None, description="Ignored; nothing is stored.")
     service_tier: str | None = Field(default=None, description="Ignored.")
-    prediction: JsonValue = Field(default=None, description="Ignored.")
+    prediction: object = Field(default=None, description="Ignored.")
     prompt_cache_key: str | None = Field(default=None, description="Ignored; prefixes are cached by content.")
     prompt_cache_retention: str | None = Field(default=None, description="Ignored.")
     safety_identifier: str | None = Field(default=None, description="Ignored.")

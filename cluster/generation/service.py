@@ -5,10 +5,12 @@ import datetime
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
+
+import orjson
 
 from cluster.generation.choices import ChatChoice, CompletionChoice, token_text
 from cluster.generation.dispatch import Dispatcher
@@ -145,9 +147,9 @@ class GenerationService:
             InvalidRequest: the messages or tools are wrong.
             ContextLengthExceeded: the prompt fills the context.
         """
-        num_chars = _num_chars(request)
+        num_chars = sum(len(message.content) for message in request.messages)
         self._check_chars(num_chars, "messages")
-        prompt = await self._off_loop(num_chars, lambda: self._render(request))
+        prompt = await self._off_loop(num_chars + _num_other_chars(request), lambda: self._render(request))
         self._check_prompt(len(prompt), "messages")
         return prompt
 
@@ -340,12 +342,17 @@ class GenerationService:
             return Scrape("engine", replica.id, None)
 
 
-def _num_chars(request: ChatRequest) -> int:
-    texts = sum(
-        len(message.content) + len(message.reasoning or "") + sum(len(call.arguments) for call in message.tool_calls)
-        for message in request.messages
-    )
-    return texts + sum(len(tool.description) + len(repr(tool.parameters)) for tool in request.tools)
+def _num_other_chars(request: ChatRequest) -> int:
+    """Of reasoning, calls and tools, which the prompt holds in part or in another form."""
+    messages = sum(len(message.reasoning or "") + sum(len(call.arguments) for call in message.tool_calls) for message in request.messages)
+    return messages + sum(len(tool.description) + _json_chars(tool.parameters) for tool in request.tools)
+
+
+def _json_chars(parameters: Mapping[str, object] | None) -> int:
+    try:
+        return len(orjson.dumps(parameters))
+    except TypeError:  # nested too deeply; refused when it is checked
+        return 0
 
 
 def _engine_request(id: str, prompt: tuple[int, ...], sampling: SamplingParams, offset: int) -> EngineRequest:

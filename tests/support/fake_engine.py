@@ -113,7 +113,7 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
                 yield convert.output_to_wire(output)
         except CantataError as error:
             await context.abort(grpc.StatusCode[error.status], error.message, convert.error_to_metadata(error))
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # the latter when grpc drops the stream while it sends
             engine.cancelled[message.request_id] = time.monotonic()
             engine.cancellations.set()
             raise
