@@ -1,4 +1,4 @@
-"""The scripted checkpoint says what it was told: through transformers, which does not know how it was made."""
+"""The scripted checkpoint says what it was told: through transformers, and through our engine with all scripts in one batch."""
 
 from pathlib import Path
 
@@ -8,6 +8,9 @@ from transformers import GptOssForCausalLM, Mxfp4Config
 
 from cluster.harmony.conversation import ChatMessage, Conversation, ToolCall, ToolDefinition
 from tests.support.scripted_checkpoint import MIN_MARGIN, Script, scripted_encoding, write_scripted_checkpoint
+from workers.config import Dtype
+from workers.engine.llm import LLM
+from workers.request import SamplingParams
 
 WEATHER = ToolDefinition(
     "get_weather", "Weather now.", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -36,14 +39,31 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_greedy_continuations_are_the_scripts(checkpoint: Path, dtype: torch.dtype) -> None:
-    model = GptOssForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=Mxfp4Config(dequantize=True))
+def test_transformers_follows_the_scripts(checkpoint: Path) -> None:
+    model = GptOssForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True))
     encoding = scripted_encoding()
     for script in SCRIPTS:
         prompt, expected = script.prompt_ids(encoding), script.completion_ids(encoding)
         output = model.generate(torch.tensor([prompt]), max_new_tokens=len(expected), do_sample=False)
         assert output[0, len(prompt) :].tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_our_engine_follows_the_scripts(checkpoint: Path, dtype: Dtype) -> None:
+    encoding = scripted_encoding()
+    runs = [(script.prompt_ids(encoding), script.completion_ids(encoding)) for script in SCRIPTS]
+    # The last script has no end token.
+    sampling = [SamplingParams(max_tokens=len(completion), temperature=0.0) for _, completion in runs]
+    sampled = [SamplingParams(max_tokens=len(completion), temperature=1.0, seed=7) for _, completion in runs]
+    with LLM(checkpoint, dtype=dtype, max_model_len=1024, kv_cache_bytes=32 << 20) as llm:
+        for params in (sampling, sampled):
+            outputs = llm.generate([prompt for prompt, _ in runs], params, use_tqdm=False)
+            assert [list(output.outputs[0].token_ids) for output in outputs] == [completion for _, completion in runs]
+        for prompt, completion in runs:
+            logits = llm.logits(prompt + completion[:-1])[len(prompt) - 1 :]
+            right = logits.gather(1, torch.tensor(completion)[:, None])[:, 0]
+            others = logits.scatter(1, torch.tensor(completion)[:, None], -torch.inf).amax(1)
+            assert (right - others).min() >= MIN_MARGIN / 2
 
 
 def test_contradicting_scripts_are_refused(tmp_path: Path) -> None:
