@@ -121,12 +121,12 @@ class _Pairs:
     """(row, token id) pairs, with a value each, gathered row by row."""
 
     def __init__(self) -> None:
-        self._rows: list[Ints] = []
+        self._rows: list[int] = []
         self._token_ids: list[Ints] = []
         self._values: list[npt.NDArray[np.generic]] = []
 
     def add(self, row: int, token_ids: Ints, values: npt.NDArray[np.generic] | None = None) -> None:
-        self._rows.append(np.full(len(token_ids), row, dtype=np.int64))
+        self._rows.append(row)
         self._token_ids.append(token_ids)
         if values is not None:
             self._values.append(values)
@@ -135,7 +135,8 @@ class _Pairs:
         return any(len(token_ids) for token_ids in self._token_ids)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return _tensor(np.concatenate(self._rows), device), _tensor(np.concatenate(self._token_ids), device)
+        rows = np.repeat(np.array(self._rows, dtype=np.int64), [len(token_ids) for token_ids in self._token_ids])
+        return _tensor(rows, device), _tensor(np.concatenate(self._token_ids), device)
 
     def values(self, device: torch.device) -> Tensor:
         return _tensor(np.concatenate(self._values), device)
