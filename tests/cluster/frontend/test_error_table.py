@@ -1,0 +1,63 @@
+"""Every error class has a row; rows are what clients of OpenAI expect."""
+
+import inspect
+
+import grpc
+import orjson
+import pytest
+
+from cluster.frontend import errors as frontend_errors
+from cluster.frontend.errors import TABLE, as_cantata_error, body, headers, row_of
+from workers import errors
+
+CLASSES = [
+    kind
+    for module in (errors, frontend_errors)
+    for _, kind in inspect.getmembers(module, inspect.isclass)
+    if issubclass(kind, errors.CantataError) and kind.__module__ == module.__name__
+]
+STATUSES = {
+    "InvalidRequest": 400,
+    "ContextLengthExceeded": 400,
+    "ModelNotFound": 404,
+    "Overloaded": 429,
+    "DeadlineExceeded": 504,
+    "Cancelled": 499,
+    "EngineDead": 503,
+    "NoReplica": 503,
+    "CantataError": 500,
+    "Unauthenticated": 401,
+    "BodyTooLarge": 413,
+    "UnsupportedMediaType": 415,
+    "UnknownRoute": 404,
+    "WrongMethod": 405,
+}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_class_has_a_row_and_a_grpc_status(kind: type[errors.CantataError]) -> None:
+    assert TABLE[kind].http_status == STATUSES[kind.__name__]
+    assert kind.status in grpc.StatusCode.__members__
+    error = orjson.loads(body(kind("A sentence.")))["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] == "A sentence."
+
+
+def test_the_table_has_no_other_rows() -> None:
+    assert set(TABLE) == set(CLASSES)
+    assert len(CLASSES) == len(STATUSES)
+
+
+def test_retry_after_is_whole_seconds() -> None:
+    assert headers(errors.Overloaded("full", 0.2)) == {"retry-after": "1"}
+    assert headers(errors.Overloaded("full", 2.1)) == {"retry-after": "3"}
+
+
+def test_what_is_not_ours_is_hidden_behind_the_request_id(caplog: pytest.LogCaptureFixture) -> None:
+    shown = as_cantata_error(ValueError("the prompt was: secret"), "id-1")
+    assert row_of(shown).http_status == 500
+    assert "id-1" in shown.message
+    assert "secret" not in shown.message + caplog.text
+    assert "ValueError" in caplog.text
+    ours = errors.NoReplica("none")
+    assert as_cantata_error(ours, "id-2") is ours

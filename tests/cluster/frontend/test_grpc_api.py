@@ -1,0 +1,228 @@
+"""The public gRPC API with generated stubs and through reflection: the same answers, errors as statuses with metadata."""
+
+import asyncio
+
+import grpc.aio
+import pytest
+from google.protobuf import descriptor_pool, json_format, message_factory
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from cluster.frontend.errors import TABLE
+from cluster.harmony.encoding import HarmonyEncoding
+from cluster.rpc import inference_pb2 as pb
+from cluster.rpc import inference_pb2_grpc
+from tests.support.fake_engine import FakeEngine, Script
+from tests.support.gateway import Gateway, serving, turn
+from workers import errors
+
+Stub = inference_pb2_grpc.InferenceStub
+HELLO = pb.Message(role=pb.ROLE_USER, content="Hello")
+SERVICE = "cantata.inference.v1.Inference"
+
+
+async def test_a_whole_answer(stub: Stub, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+    engine.answer = lambda request: Script(turn(encoding, reasoning="Hm.", text="Hello 🎉", call=("f", '{"a":1}')), num_cached_tokens=16)
+    tool = pb.Tool(name="f", description="A tool.")
+    tool.parameters.update({"type": "object", "properties": {"a": {"type": "integer"}}})
+    request = pb.ChatRequest(
+        model="gpt-oss-test",
+        messages=[pb.Message(role=pb.ROLE_SYSTEM, content="Be brief."), HELLO],
+        tools=[tool],
+        reasoning_effort=pb.REASONING_EFFORT_HIGH,
+        temperature=0.0,
+        seed=4,
+        n=2,
+        top_logprobs=2,
+        logit_bias={5: -1.5},
+    )
+    response = await stub.Chat(request)
+    assert response.id.startswith("chatcmpl-")
+    assert [choice.index for choice in response.choices] == [0, 1]
+    for choice in response.choices:
+        assert choice.message.content == "Hello 🎉"
+        assert choice.message.reasoning == "Hm."
+        assert [(call.name, call.arguments) for call in choice.message.tool_calls] == [("f", '{"a":1}')]
+        assert choice.message.tool_calls[0].id.startswith("call_")
+        assert choice.finish_reason == pb.FINISH_REASON_TOOL_CALLS
+        assert b"".join(entry.token for entry in choice.logprobs).decode() == "Hello 🎉"
+        assert all(len(entry.top) == 2 for entry in choice.logprobs)
+    assert response.usage.prompt_tokens == len(engine.requests[0].prompt_token_ids)
+    assert response.usage.cached_tokens == 16
+    assert response.usage.reasoning_tokens == 2 * len(encoding.encode("Hm."))
+    sampling = engine.requests[0].sampling
+    assert (sampling.temperature, sampling.logit_bias) == (0.0, ((5, -1.5),))
+    prompt = encoding.decode(engine.requests[0].prompt_token_ids)
+    assert "Reasoning: high" in prompt
+    assert "Be brief." in prompt
+
+
+async def test_a_stream_ends_with_finish_and_usage(stub: Stub, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+    engine.answer = lambda request: Script(turn(encoding, reasoning="Hm.", text="Hello 🎉", call=("f", '{"a":1}')))
+    events = [event async for event in stub.ChatStream(pb.ChatRequest(messages=[HELLO], tools=[pb.Tool(name="f")]))]
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds[-2:] == ["finish", "usage"]
+    assert kinds.index("reasoning") < kinds.index("text") < kinds.index("tool_call")
+    assert "".join(event.text.text for event in events) == "Hello 🎉"
+    assert "".join(event.reasoning.text for event in events) == "Hm."
+    assert "".join(event.tool_call.arguments for event in events) == '{"a":1}'
+    assert events[-2].finish.reason == pb.FINISH_REASON_TOOL_CALLS
+
+
+async def test_both_apis_make_the_same_prompt(gateway: Gateway, stub: Stub, engine: FakeEngine) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "enum": ["x", "y"]}}}
+    http = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "reasoning": "Hm.", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]},
+            {"role": "tool", "tool_call_id": "c", "content": "3"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "description": "A tool.", "parameters": schema}}],
+        "reasoning_effort": "low",
+    }
+    assert (await gateway.http.post("/v1/chat/completions", json=http)).status_code == 200
+    tool = pb.Tool(name="f", description="A tool.")
+    tool.parameters.update(schema)
+    await stub.Chat(
+        pb.ChatRequest(
+            messages=[
+                pb.Message(role=pb.ROLE_SYSTEM, content="Be brief."),
+                HELLO,
+                pb.Message(role=pb.ROLE_ASSISTANT, reasoning="Hm.", tool_calls=[pb.ToolCall(id="c", name="f", arguments="{}")]),
+                pb.Message(role=pb.ROLE_TOOL, tool_call_id="c", content="3"),
+            ],
+            tools=[tool],
+            reasoning_effort=pb.REASONING_EFFORT_LOW,
+        )
+    )
+    first, second = engine.requests
+    assert first.prompt_token_ids == second.prompt_token_ids
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (pb.ChatRequest(), "messages"),
+        (pb.ChatRequest(messages=[pb.Message(content="x")]), "messages[0].role"),
+        (pb.ChatRequest(messages=[pb.Message(role=99, content="x")]), "messages[0].role"),  # type: ignore[arg-type]
+        (pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_TOOL, content="x")]), "messages[0].tool_call_id"),
+        (pb.ChatRequest(messages=[HELLO], temperature=float("nan")), "temperature"),
+        (pb.ChatRequest(messages=[HELLO], temperature=float("inf")), "temperature"),
+        (pb.ChatRequest(messages=[HELLO], repetition_penalty=float("nan")), "repetition_penalty"),
+        (pb.ChatRequest(messages=[HELLO], logit_bias={5: float("nan")}), "logit_bias"),
+        (pb.ChatRequest(messages=[HELLO], max_tokens=0), "max_tokens"),
+        (pb.ChatRequest(messages=[HELLO], n=0), "n"),
+        (pb.ChatRequest(messages=[HELLO], top_logprobs=21), "top_logprobs"),
+        (pb.ChatRequest(messages=[HELLO], stop=["x"] * 2000), "stop"),
+        (pb.ChatRequest(messages=[HELLO], reasoning_effort=9), "reasoning_effort"),  # type: ignore[arg-type]
+        (pb.ChatRequest(messages=[HELLO], tools=[pb.Tool(name="a b")]), "tools[0].function.name"),
+        (pb.ChatRequest(messages=[HELLO], max_tokens=10**6), "max_tokens"),
+    ],
+)
+async def test_wrong_requests_are_invalid_argument_with_the_field(stub: Stub, request_: pb.ChatRequest, param: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as whole:
+        await stub.Chat(request_)
+    with pytest.raises(grpc.aio.AioRpcError) as streamed:
+        await stub.ChatStream(request_).read()
+    for caught in (whole, streamed):
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.details()
+        assert dict(caught.value.trailing_metadata())["param"] == param
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TABLE if kind.__module__ == "workers.errors" and kind is not errors.Cancelled])
+async def test_every_error_of_an_engine_has_its_status(stub: Stub, engine: FakeEngine, kind: type[errors.CantataError]) -> None:
+    error = kind("A sentence.")
+    engine.answer = lambda request: Script(refusal=error)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Chat(pb.ChatRequest(messages=[HELLO]))
+    assert caught.value.code().name == error.status
+    if isinstance(error, errors.Overloaded):
+        assert float(dict(caught.value.trailing_metadata())["retry-after-s"]) == error.retry_after_s
+
+
+async def test_other_models_are_not_found(stub: Stub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Chat(pb.ChatRequest(model="other", messages=[HELLO]))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    models = await stub.ListModels(pb.ListModelsRequest())
+    assert [(model.id, model.max_model_len) for model in models.models] == [("gpt-oss-test", 1024)]
+
+
+async def test_a_client_that_knows_only_the_address(gateway: Gateway) -> None:
+    """Finds the service by reflection, builds its messages from the descriptors, and calls it."""
+    async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        call = stub.ServerReflectionInfo()
+
+        async def ask(**fields: str) -> reflection_pb2.ServerReflectionResponse:
+            await call.write(reflection_pb2.ServerReflectionRequest(**fields))
+            return await call.read()
+
+        services = {service.name for service in (await ask(list_services="")).list_services_response.service}
+        assert {SERVICE, "grpc.health.v1.Health"} <= services
+        pool = descriptor_pool.DescriptorPool()
+        pending = (await ask(file_containing_symbol=SERVICE)).file_descriptor_response.file_descriptor_proto
+        files = [FileDescriptorProto.FromString(data) for data in pending]
+        for name in sorted({dependency for file in files for dependency in file.dependency}):
+            for data in (await ask(file_by_filename=name)).file_descriptor_response.file_descriptor_proto:
+                pool.AddSerializedFile(data)
+        for file in files:
+            if file.name not in {"google/protobuf/struct.proto"}:
+                pool.Add(file)  # type: ignore[no-untyped-call]
+        await call.done_writing()
+        method = pool.FindServiceByName(SERVICE).FindMethodByName("Chat")
+        request_class = message_factory.GetMessageClass(method.input_type)
+        response_class = message_factory.GetMessageClass(method.output_type)
+        chat = channel.unary_unary(
+            f"/{SERVICE}/Chat",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=response_class.FromString,
+        )
+        answer = await chat(json_format.ParseDict({"messages": [{"role": "ROLE_USER", "content": "Hello"}]}, request_class()))
+        assert json_format.MessageToDict(answer)["choices"][0]["message"]["content"] == "Hello there, wörld 🎉!"
+
+
+async def test_health_follows_the_replicas(gateway: Gateway, engine: FakeEngine) -> None:
+    async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+        async with asyncio.timeout(10):
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+            status = (await watch.read()).status
+            if status != health_pb2.HealthCheckResponse.SERVING:  # before the first look at the replicas
+                status = (await watch.read()).status
+            assert status == health_pb2.HealthCheckResponse.SERVING
+            engine.accepting = False
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            watch.cancel()
+
+
+async def test_thirty_two_streams_at_once(stub: Stub, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+    gate = asyncio.Event()
+    engine.answer = lambda request: Script(turn(encoding, text=f"Answer {request.sampling.seed}."), gate=gate, gate_after=4)
+
+    async def one(seed: int) -> str:
+        return "".join([event.text.text async for event in stub.ChatStream(pb.ChatRequest(messages=[HELLO], seed=seed))])
+
+    streams = [asyncio.create_task(one(seed)) for seed in range(32)]
+    async with asyncio.timeout(20):
+        await engine.arrived(32)
+        gate.set()
+        assert await asyncio.gather(*streams) == [f"Answer {seed}." for seed in range(32)]
+
+
+async def test_api_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
+    async with serving(encoding, [engine], api_keys=["first"]) as gateway, grpc.aio.insecure_channel(gateway.grpc_address) as channel:
+        stub = Stub(channel)
+        request = pb.ChatRequest(messages=[HELLO])
+        assert (await stub.Chat(request, metadata=(("authorization", "Bearer first"),))).choices
+        for metadata in ((), (("authorization", "Bearer other"),), (("authorization", "first"),)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Chat(request, metadata=metadata)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.ChatStream(request, metadata=metadata).read()
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED

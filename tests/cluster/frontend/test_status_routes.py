@@ -1,0 +1,120 @@
+"""Health, readiness, tokens, metrics, version, the OpenAPI document."""
+
+import json
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.harmony.encoding import HarmonyEncoding
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import Gateway, serving
+
+USER = {"role": "user", "content": "Hello <|end|> there"}
+
+
+async def test_health_is_of_the_process_and_readiness_of_the_replicas(gateway: Gateway, engine: FakeEngine) -> None:
+    assert (await gateway.http.get("/ready")).status_code == 200
+    engine.accepting = False
+    refused = await gateway.http.get("/ready")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_replica")
+    engine.accepting = True
+    assert (await gateway.http.get("/ready")).status_code == 200
+    await engine.stop()
+    assert (await gateway.http.get("/ready")).status_code == 503
+    assert (await gateway.http.get("/health")).json() == {"status": "ok"}
+
+
+async def test_tokenize_and_back(gateway: Gateway, encoding: HarmonyEncoding, engine: FakeEngine) -> None:
+    text = "<|start|>user<|message|>Grüße 🎉"
+    answer = (await gateway.http.post("/tokenize", json={"prompt": text, "return_token_strs": True})).json()
+    assert answer["tokens"] == encoding.encode_with_special(text)
+    assert answer["count"] == len(answer["tokens"])
+    assert answer["max_model_len"] == engine.max_model_len
+    assert answer["token_strs"][0] == "<|start|>"
+    back = await gateway.http.post("/detokenize", json={"tokens": answer["tokens"], "model": "gpt-oss-test"})
+    assert back.json() == {"prompt": text}
+    without = (await gateway.http.post("/tokenize", json={"prompt": "", "add_special_tokens": True})).json()
+    assert (without["tokens"], without["token_strs"]) == ([], None)
+
+
+async def test_tokenize_of_a_chat_is_the_prompt_that_the_engine_gets(gateway: Gateway, engine: FakeEngine) -> None:
+    chat = {
+        "messages": [{"role": "developer", "content": "Be brief."}, USER],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "chat_template_kwargs": {"reasoning_effort": "low", "current_date": "2026-02-03"},
+    }
+    tokens = (await gateway.http.post("/tokenize", json=chat)).json()["tokens"]
+    assert (await gateway.http.post("/v1/chat/completions", json=chat)).status_code == 200
+    assert tuple(tokens) == engine.requests[0].prompt_token_ids
+
+
+async def test_tokenize_needs_one_of_prompt_and_messages(gateway: Gateway) -> None:
+    for body in ({}, {"prompt": "x", "messages": [USER]}):
+        refused = await gateway.http.post("/tokenize", json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+    missing = await gateway.http.post("/detokenize", json={"tokens": [99999]})
+    assert (missing.status_code, missing.json()["error"]["param"]) == (400, "tokens")
+
+
+async def test_metrics_of_all_processes_on_one_page(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
+    other = await FakeEngine().start()
+    gone = await FakeEngine().start()
+    await gone.stop()
+    try:
+        async with serving(encoding, [engine, other, gone]) as gateway:
+            body = {"messages": [USER], "stream": True}
+            assert (await gateway.http.post("/v1/chat/completions", json=body)).status_code == 200
+            await gateway.http.post("/v1/chat/completions", json={})
+            page = await gateway.http.get("/metrics")
+    finally:
+        await other.stop()
+    assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = page.text.splitlines()
+    heads = [line.split()[:3] for line in lines if line.startswith("# ")]
+    assert len(heads) == len({tuple(head) for head in heads}), "a family appears twice"
+    samples = {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(page.text)
+        for sample in family.samples
+    }
+
+    def value(name: str, process: str, replica: str, **labels: str) -> float:
+        return samples[(name, *sorted({**labels, "process": process, "replica": replica}.items()))]
+
+    assert value("cantata_process_up", "gateway", "") == 1
+    assert [value("cantata_process_up", "engine", replica) for replica in ("r0", "r1", "r2")] == [1, 1, 0]
+    assert [value("cantata_engine_preemptions_total", "engine", replica) for replica in ("r0", "r1")] == [3, 3]
+    path = "/v1/chat/completions"
+    assert value("cantata_gateway_requests_total", "gateway", "", endpoint=path, status="200") == 1
+    assert value("cantata_gateway_requests_total", "gateway", "", endpoint=path, status="400") == 1
+    assert value("cantata_gateway_finished_choices_total", "gateway", "", finish_reason="stop") == 1
+    tokens = {name: value(f"cantata_gateway_{name}_tokens_total", "gateway", "") for name in ("prompt", "cached", "reasoning", "output")}
+    assert tokens["prompt"] > 0
+    assert tokens["output"] > tokens["reasoning"] > 0
+    assert value("cantata_gateway_time_to_first_token_seconds_count", "gateway", "") == 1
+    assert value("cantata_gateway_inter_token_latency_seconds_count", "gateway", "") == tokens["output"] - 1
+    assert value("cantata_harmony_repairs_total", "gateway", "", kind="no_markup") == 0
+
+
+async def test_version_and_openapi(gateway: Gateway) -> None:
+    version = (await gateway.http.get("/version")).json()["version"]
+    document = (await gateway.http.get("/openapi.json")).json()
+    assert document["info"]["version"] == version
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/ready"} <= set(
+        document["paths"]
+    )
+    schemas = document["components"]["schemas"]
+    text = json.dumps(document)
+    references = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
+    assert references <= set(schemas)
+    assert {"temperature", "messages", "tools"} <= set(schemas["ChatCompletionRequest"]["properties"])
+    assert "usage" in schemas["ChatCompletion"]["properties"]
+    assert (await gateway.http.get("/docs")).status_code == 200
+
+
+async def test_every_field_of_the_bodies_is_documented(gateway: Gateway) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "api.md").read_text()
+    schemas = (await gateway.http.get("/openapi.json")).json()["components"]["schemas"]
+    for name in ("ChatCompletionRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest"):
+        missing = [field for field in schemas[name]["properties"] if f"`{field}`" not in page]
+        assert not missing, f"docs/api.md does not mention {missing} of {name}"
