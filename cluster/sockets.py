@@ -1,12 +1,12 @@
-"""Listening sockets, checked before anything slow begins."""
+"""Sockets to listen on, bound before anything slow begins."""
 
 import socket
 
 from workers.errors import ConfigError
 
 
-def listening_socket(host: str, port: int, setting: str) -> socket.socket:
-    """A TCP socket bound to host:port, closed by the caller; port 0 takes a free one.
+def bound_socket(host: str, port: int, setting: str) -> socket.socket:
+    """A TCP socket bound to host:port that does not listen yet, closed by the caller; port 0 takes a free one.
 
     Raises:
         ConfigError: the port is taken, or the address is not this machine's; names `setting`.
@@ -19,7 +19,6 @@ def listening_socket(host: str, port: int, setting: str) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-        bound.listen(2048)
     except OSError as error:
         bound.close()
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; set {setting} to another") from None
@@ -30,6 +29,6 @@ def check_port_is_free(host: str, port: int, setting: str) -> None:
     """Bind and let go: for ports that somebody else will bind later.
 
     Raises:
-        ConfigError: as `listening_socket`.
+        ConfigError: as `bound_socket`.
     """
-    listening_socket(host, port, setting).close()
+    bound_socket(host, port, setting).close()

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Awaitable
 from contextlib import closing, nullcontext
+from typing import TypeVar
 
 import uvicorn
 
@@ -16,14 +17,17 @@ from cluster.config import CantataConfig, ListenConfig
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
 from cluster.generation import GenerationService
+from cluster.harmony.encoding import HarmonyEncoding
 from cluster.replica_set import ReplicaSet
 from cluster.router.table import Replica
-from cluster.sockets import check_port_is_free, listening_socket
+from cluster.sockets import bound_socket, check_port_is_free
 from cluster.summary import start_up_summary
 from cluster.supervisor import EngineFailed, EngineProcess
 from workers.engine.config_json import engine_config_to_json
 from workers.errors import ConfigError
 from workers.rpc.convert import EngineInfo
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +57,8 @@ class StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
 
-    async def unless_asked(self, work: Awaitable[None]) -> bool:
-        """Do the work, or cancel it when a stop is asked for; whether it was done."""
+    async def unless_asked(self, work: Awaitable[T]) -> T | None:
+        """The work's result, or None if a stop was asked for first: the work is cancelled then."""
         task = asyncio.ensure_future(work)
         asked = asyncio.create_task(self.asked.wait())
         try:
@@ -64,10 +68,7 @@ class StopSignals:
             if not task.done():
                 task.cancel()
         await asyncio.wait([task])
-        if task.cancelled():
-            return False
-        task.result()
-        return True
+        return None if task.cancelled() else task.result()
 
     def _on_signal(self) -> None:
         (self.hurried if self.asked.is_set() else self.asked).set()
@@ -83,13 +84,14 @@ class _HttpServer(uvicorn.Server):
 async def _serve(config: CantataConfig) -> int:
     stop = StopSignals()
     encoding = load_encoding(config)
-    with closing(listening_socket(config.listen.host, config.listen.http_port, "listen.http_port")) as http_socket:
+    with closing(bound_socket(config.listen.host, config.listen.http_port, "listen.http_port")) as http_socket:
         check_port_is_free(config.listen.host, config.listen.grpc_port, "listen.grpc_port")
         replicas = ReplicaSet()
         engines = _engines(config, replicas)
         try:
-            if await stop.unless_asked(_start_all(engines)):
-                service, info = await build_service(config, encoding, replicas)
+            started = await stop.unless_asked(_start(config, encoding, engines, replicas))
+            if started is not None:
+                service, info = started
                 try:
                     await _serve_gateway(config, service, info, http_socket, stop)
                 finally:
@@ -132,7 +134,9 @@ async def _serve_gateway(
         exposure=_exposure(config.listen, bool(keys)),
     )
     print(summary, flush=True)
-    await stop.asked.wait()
+    asked = asyncio.create_task(stop.asked.wait())
+    await asyncio.wait([asked, serving], return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
     logger.info("stopping: running requests have %.0f s to end; a second signal stops at once", DRAIN_S)
     await _drain(http_server, serving, grpc_server, stop)
 
@@ -143,6 +147,7 @@ async def _drain(http_server: uvicorn.Server, serving: "asyncio.Task[None]", grp
     hurried = asyncio.create_task(_hurry(http_server, grpc_server, stop))
     await asyncio.wait([serving, stopping])
     hurried.cancel()
+    serving.result()
 
 
 async def _hurry(http_server: uvicorn.Server, grpc_server: GrpcServer, stop: StopSignals) -> None:
@@ -167,7 +172,9 @@ def _engines(config: CantataConfig, replicas: ReplicaSet) -> list[EngineProcess]
     return engines
 
 
-async def _start_all(engines: list[EngineProcess]) -> None:
+async def _start(
+    config: CantataConfig, encoding: HarmonyEncoding, engines: list[EngineProcess], replicas: ReplicaSet
+) -> tuple[GenerationService, EngineInfo]:
     starts = [asyncio.create_task(engine.start(START_TIMEOUT_S)) for engine in engines]
     try:
         await asyncio.gather(*starts)
@@ -175,6 +182,7 @@ async def _start_all(engines: list[EngineProcess]) -> None:
         for start in starts:
             start.cancel()
         await asyncio.wait(starts)
+    return await build_service(config, encoding, replicas)
 
 
 def _exposure(listen: ListenConfig, has_keys: bool) -> list[str]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(SERVE_LOGGER)
 
-_HEALTH_PERIOD_S = 1.0
 _MAX_UNSENT_EVENTS = 16
 
 
@@ -84,20 +83,16 @@ class GatewayReplica:
         """grpc.health.v1.Health: the server as a whole is up; the Inference service serves while a replica answers."""
         if request.service not in ("", SERVICE_NAME):
             await _Context(grpc_context).abort(grpc.StatusCode.NOT_FOUND, f"There is no service {request.service[:100]!r} here.")
-        return health_pb2.HealthCheckResponse(status=await self._status(request.service))
+        serving = request.service == "" or await self._service.ready()
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
-        """grpc.health.v1.Health: the status now, then every change."""
-        known = request.service in ("", SERVICE_NAME)
-        last = None
-        while True:
-            status = await self._status(request.service) if known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-            if status != last:
-                yield health_pb2.HealthCheckResponse(status=status)
-                last = status
-            await asyncio.sleep(_HEALTH_PERIOD_S)
+        """grpc.health.v1.Health: refused as its definition allows. Serve ends a replica after its last call, and this has no end."""
+        await _Context(grpc_context).abort(grpc.StatusCode.UNIMPLEMENTED, "Watch is not offered here; call Check from time to time.")
+        yield health_pb2.HealthCheckResponse()  # makes this a stream
 
     async def __del__(self) -> None:
         # Serve's hook for the end of a replica, after its requests have ended; it may run before __init__ got far.
@@ -105,10 +100,6 @@ class GatewayReplica:
         if service is not None:
             self._replicas.stop()
             await service.close()
-
-    async def _status(self, service: str) -> "health_pb2.HealthCheckResponse.ServingStatus":
-        serving = service == "" or await self._service.ready()
-        return health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class _Context:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.e2e.scripts import SCRIPTS
 from tests.support.scripted_checkpoint import write_scripted_checkpoint
-from tests.support.served import MODEL_NAME, Served, serve_run, standalone
+from tests.support.served import FAST_INGRESS, MODEL_NAME, Served, serve_run, standalone
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +21,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The same tests run against both ways of serving."""
     folder = tmp_path_factory.mktemp("server")
-    serving = standalone(folder, model) if request.param == "standalone" else serve_run(folder, model)
+    serving = standalone(folder, model) if request.param == "standalone" else serve_run(folder, model, environment=FAST_INGRESS)
     with serving as served:
         yield served

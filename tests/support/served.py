@@ -31,6 +31,7 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
     "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",
 }
+FAST_INGRESS = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 
 
 @dataclass
@@ -94,7 +95,8 @@ def cantata_serve(folder: Path, model: Path, *flags: str) -> Iterator[Served]:
     ports = _ray_ports()
     command = [str(BIN / "cantata"), "serve", "--model", str(model), "--http-port", str(ports[0]), "--grpc-port", str(ports[1])]
     command += [*_COMMON_FLAGS, *flags]
-    with _ray_started("cantata serve", command, folder, ports, {"RAY_AUTH_MODE": "disabled"}) as served:
+    # The home folder: Ray writes its token there.
+    with _ray_started("cantata serve", command, folder, ports, {"HOME": str(folder)}) as served:
         yield served
 
 
@@ -119,7 +121,12 @@ def _started(name: str, command: Sequence[str], folder: Path, environment: Mappi
     log = folder / f"{name.replace(' ', '-')}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **environment, **mark, "PYTHONUNBUFFERED": "1"}
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**os.environ, **environment, **mark, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # a group of its own, for a test that presses Ctrl-C
         )
     served = Served(name, "", "", process, mark, log)
     try:

@@ -1,0 +1,73 @@
+"""The other ways to start on Ray: `cantata serve` with a Ray of its own, and `serve run` on a Ray that nobody prepared."""
+
+import os
+import signal
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+
+from cluster.rpc import inference_pb2 as pb
+from cluster.rpc import inference_pb2_grpc
+from tests.e2e import scripts
+from tests.support.processes import marked, none_left
+from tests.support.served import MODEL_NAME, cantata_serve, serve_run
+
+pytestmark = pytest.mark.ray
+
+
+def test_cantata_serve_from_start_to_ctrl_c(model: Path, tmp_path: Path) -> None:
+    with cantata_serve(tmp_path, model, "--api-key", "right") as served:
+        body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
+        url = f"{served.url}/v1/chat/completions"
+        headers = {"authorization": "Bearer right"}
+        answer = httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False)
+        assert answer.json()["choices"][0]["message"]["content"] == scripts.GREETING_ANSWER
+        assert httpx.post(url, json=body, timeout=60, trust_env=False).status_code == 401
+        with httpx.stream("POST", url, json=body | {"stream": True}, headers=headers, timeout=60, trust_env=False) as stream:
+            assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
+
+        with grpc.insecure_channel(served.grpc, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            request = pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content=scripts.GREETING)])
+            metadata = (("authorization", "Bearer right"),)
+            events = list(stub.ChatStream(request, metadata=metadata, timeout=60))
+            assert "".join(event.text.text for event in events) == scripts.GREETING_ANSWER
+            for wrong in (pb.ChatRequest(), request):
+                with pytest.raises(grpc.RpcError) as refused:
+                    list(stub.ChatStream(wrong, metadata=metadata if wrong is not request else (), timeout=60))
+                expected = grpc.StatusCode.UNAUTHENTICATED if wrong is request else grpc.StatusCode.INVALID_ARGUMENT
+                assert refused.value.code() == expected
+
+        assert any("haproxy" in process for process in marked(served.mark))
+        # Ctrl-C in a terminal goes to the whole process group.
+        os.killpg(served.process.pid, signal.SIGINT)
+        assert served.process.wait(90) == 0
+        assert none_left(served.mark, 15) == []
+        log = served.log.read_text(errors="replace")
+        assert "Cantata serves:" in log
+        assert "slower ingress" not in log
+        assert "Traceback" not in log
+        assert "right" not in log
+        assert scripts.GREETING not in log
+
+
+def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path) -> None:
+    with serve_run(tmp_path, model) as served:
+        body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
+        url = f"{served.url}/v1/chat/completions"
+        answer = httpx.post(url, json=body, timeout=60, trust_env=False)
+        assert answer.json()["choices"][0]["message"]["content"] == scripts.GREETING_ANSWER
+        with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60, trust_env=False) as stream:
+            assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
+        with grpc.insecure_channel(served.grpc, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            answer = stub.Chat(pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content=scripts.GREETING)]), timeout=60)
+            assert answer.choices[0].message.content == scripts.GREETING_ANSWER
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Chat(pb.ChatRequest(), timeout=60)
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "set RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1" in served.log.read_text(errors="replace")
+        assert served.stop() == 0
+        assert none_left(served.mark, 15) == []
