@@ -10,9 +10,11 @@ from pathlib import Path
 import grpc
 import pytest
 import pytest_asyncio
+import torch
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from safetensors.torch import save_file
 
 from tests.support.fake_executor import VOCAB, FakeExecutor
 from workers.config import EngineConfig, SchedulerConfig
@@ -33,6 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "fake-model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG_JSON))
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")  # what the fingerprint reads; the executor reads nothing
     return folder
 
 
