@@ -26,7 +26,7 @@ from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutp
 MAX_ELEMENTS = 1 << 24
 """Bound on the weights that are held in float64 at once."""
 
-FIRST_CANDIDATES = 1024
+FIRST_CANDIDATES = 256
 """Tokens that are sorted first to find the end of top_p; more only if these do not reach it."""
 
 _WORD = 0xFFFFFFFF
@@ -167,55 +167,65 @@ def _choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _filter(logits: Tensor, weights: Tensor, rows: Tensor, batch: SamplingBatch) -> None:
-    """Step 3: sets the weights of tokens that are not kept to zero, in the rows that have a filter."""
+    """Step 3: sets the weights of tokens that are not kept to zero. Row i of logits and weights [R, V] is row rows[i] of the batch."""
     vocab_size = logits.shape[1]
-    min_p = [0.0] * len(rows) if batch.min_p is None else batch.min_p[rows].tolist()
-    top_k = [0] * len(rows) if batch.top_k is None else batch.top_k[rows].tolist()
-    top_p = [1.0] * len(rows) if batch.top_p is None else batch.top_p[rows].tolist()
-    for index, (least, most, share) in enumerate(zip(min_p, top_k, top_p, strict=True)):
-        row = weights[index]
-        if least > 0:
-            row[row < least] = 0
-        if 0 < most < vocab_size:
-            _keep(row, _leading(logits[index], most))
-        if share < 1:
-            _keep_top_p(logits[index], row, share)
+    if batch.min_p is not None:
+        weights.masked_fill_(weights < batch.min_p[rows, None], 0)
+    top_k = torch.full_like(rows, vocab_size) if batch.top_k is None else batch.top_k[rows]
+    top_k = top_k.masked_fill(top_k <= 0, vocab_size).clamp(max=vocab_size)
+    top_p = torch.ones(len(rows), device=rows.device) if batch.top_p is None else batch.top_p[rows]
+    pending = ((top_k < vocab_size) | (top_p < 1)).nonzero()[:, 0]
+    num_candidates = min(FIRST_CANDIDATES, vocab_size)
+    while len(pending):
+        leading = logits[pending].topk(num_candidates)
+        num_kept, found = _count_kept(weights[pending], leading.indices, top_k[pending], top_p[pending].double())
+        done = pending[found]
+        weights[done] = weights[done].masked_fill(~_leading_mask(logits[done], leading.values[found], num_kept[found]), 0)
+        pending = pending[~found]
+        num_candidates = min(8 * num_candidates, vocab_size)
 
 
-def _keep_top_p(logits: Tensor, weights: Tensor, share: float) -> None:
-    """Zero the weights behind the shortest beginning of the order that holds `share` of their sum; [V] each."""
-    wanted = weights.sum(dtype=torch.float64) * share
-    num_candidates = min(FIRST_CANDIDATES, len(weights))
-    while True:
-        order = _leading(logits, num_candidates)
-        sums = weights[order].cumsum(0, dtype=torch.float64)
-        if sums[-1] >= wanted or num_candidates == len(weights):
-            break
-        num_candidates = min(8 * num_candidates, len(weights))
-    num_kept = int(torch.searchsorted(sums, wanted)) + 1
-    _keep(weights, order[:num_kept])
+def _count_kept(weights: Tensor, candidates: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tokens from the front of the order top_k and top_p keep: [R] int64, and [R] bool: whether the candidates could tell.
+
+    Args:
+        weights: [R, V].
+        candidates: [R, c], the front of the order; ties may be in any order, which the sums do not show, as equal logits weigh the same.
+    """
+    vocab_size, num_candidates = weights.shape[1], candidates.shape[1]
+    sums = weights.gather(1, candidates).cumsum(-1, dtype=torch.float64)
+    within = top_k <= num_candidates
+    last = (top_k.clamp(max=num_candidates) - 1)[:, None]
+    wanted = top_p * torch.where(within, sums.gather(1, last)[:, 0], weights.sum(-1, dtype=torch.float64))
+    num_kept = ((sums < wanted[:, None]).sum(-1) + 1).minimum(top_k)
+    found = within | ((top_k == vocab_size) & (sums[:, -1] >= wanted)) | (num_candidates == vocab_size)
+    return torch.where(top_p < 1, num_kept, top_k), found
 
 
-def _keep(weights: Tensor, ids: Tensor) -> None:
-    kept = weights[ids]
-    weights.zero_()
-    weights[ids] = kept
+def _leading_mask(values: Tensor, leading: Tensor, counts: Tensor) -> Tensor:
+    """[R, V] bool: the first counts[i] of each row of values [R, V] in descending order, ties by lowest id.
 
-
-def _leading(values: Tensor, count: int) -> Tensor:
-    """Ids of the `count` largest of [V] values, descending, ties by lowest id."""
-    threshold = values.topk(count, sorted=True).values[-1]
-    # Negated, so that NaN logits still leave candidates.
-    candidates = (~(values < threshold)).nonzero()[:, 0]
-    return candidates[values[candidates].argsort(descending=True, stable=True)][:count]
+    Args:
+        leading: [R, c], the largest values of each row, descending; c is at least every count.
+    """
+    threshold = leading.gather(1, counts[:, None] - 1)
+    ties = values == threshold
+    num_ties_kept = counts - (leading > threshold).sum(-1)
+    mask = values >= threshold
+    crowded = (ties.sum(-1) > num_ties_kept).nonzero()[:, 0]
+    mask[crowded] &= ~ties[crowded] | (ties[crowded].cumsum(-1) <= num_ties_kept[crowded, None])
+    return mask
 
 
 def _logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> SampleOutput:
     wanted = logits[rows]
     normaliser = wanted.logsumexp(-1)
     chosen = wanted.gather(1, token_ids[rows, None])[:, 0] - normaliser
-    if num_top == 0 or len(rows) == 0:
-        top_ids = torch.empty(len(rows), num_top, dtype=torch.int64, device=logits.device)
-    else:
-        top_ids = torch.stack([_leading(row, num_top) for row in wanted])
+    top_ids = torch.empty(len(rows), 0, dtype=torch.int64, device=logits.device)
+    if num_top and len(rows):
+        # Logits may be broken, the number of alternatives may not: NaN counts as least likely.
+        values = wanted.masked_fill(wanted.isnan(), -torch.inf)
+        mask = _leading_mask(values, values.topk(num_top).values, torch.full_like(rows, num_top))
+        top_ids = mask.nonzero()[:, 1].view(len(rows), num_top)  # ascending; a stable sort keeps ties so
+        top_ids = top_ids.gather(1, wanted.gather(1, top_ids).argsort(dim=-1, descending=True, stable=True))
     return SampleOutput(token_ids, chosen, top_ids, wanted.gather(1, top_ids) - normaliser[:, None])
