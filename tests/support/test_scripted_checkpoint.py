@@ -52,13 +52,13 @@ def test_transformers_follows_the_scripts(checkpoint: Path) -> None:
 def test_our_engine_follows_the_scripts(checkpoint: Path, dtype: Dtype) -> None:
     encoding = scripted_encoding()
     runs = [(script.prompt_ids(encoding), script.completion_ids(encoding)) for script in SCRIPTS]
-    # The last script has no end token.
-    sampling = [SamplingParams(max_tokens=len(completion), temperature=0.0) for _, completion in runs]
-    sampled = [SamplingParams(max_tokens=len(completion), temperature=1.0, seed=7) for _, completion in runs]
+    # The last script has no end token. Greedy and sampled sequences share each step.
+    sampling = [
+        SamplingParams(max_tokens=len(completion), temperature=temperature, seed=7) for temperature in (0.0, 1.0) for _, completion in runs
+    ]
     with LLM(checkpoint, dtype=dtype, max_model_len=1024, kv_cache_bytes=32 << 20) as llm:
-        for params in (sampling, sampled):
-            outputs = llm.generate([prompt for prompt, _ in runs], params, use_tqdm=False)
-            assert [list(output.outputs[0].token_ids) for output in outputs] == [completion for _, completion in runs]
+        outputs = llm.generate([prompt for prompt, _ in runs] * 2, sampling, use_tqdm=False)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == [completion for _, completion in runs] * 2
         for prompt, completion in runs:
             logits = llm.logits(prompt + completion[:-1])[len(prompt) - 1 :]
             right = logits.gather(1, torch.tensor(completion)[:, None])[:, 0]
