@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc.aio
-from google.protobuf.json_format import MessageToDict
+from google.protobuf import struct_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -112,7 +112,29 @@ def _message(message: pb.Message, path: str) -> ChatMessage:
 
 
 def _tool(tool: pb.Tool) -> ToolDefinition:
-    return ToolDefinition(tool.name, tool.description, MessageToDict(tool.parameters) if tool.HasField("parameters") else None)
+    return ToolDefinition(tool.name, tool.description, _plain_object(tool.parameters) if tool.HasField("parameters") else None)
+
+
+def _plain_object(struct: struct_pb2.Struct) -> dict[str, object]:
+    # A Struct has no order; sorted, the same tools give the same prompt in every process, and so the same cached prefix.
+    return {name: _plain(struct.fields[name]) for name in sorted(struct.fields)}
+
+
+def _plain(value: struct_pb2.Value) -> object:
+    """As JSON would have been read: a Struct knows only floating-point numbers, and whole ones are integers."""
+    match value.WhichOneof("kind"):
+        case "number_value":
+            return int(value.number_value) if value.number_value.is_integer() else value.number_value
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case "struct_value":
+            return _plain_object(value.struct_value)
+        case "list_value":
+            return [_plain(entry) for entry in value.list_value.values]
+        case _:
+            return None
 
 
 def _sampling(request: pb.ChatRequest) -> SamplingParams:

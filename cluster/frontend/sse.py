@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import orjson
@@ -92,8 +91,7 @@ class EventStream(Response):
         finally:
             # First the engines' calls, then the generator over them.
             await self._generation.aclose()
-            with suppress(RuntimeError):
-                await self._chunks.aclose()
+            await self._chunks.aclose()
         if failure is not None:
             raise failure
 

@@ -6,7 +6,7 @@ from typing import NoReturn
 import grpc.aio
 
 from cluster.router.table import Replica
-from workers.errors import CantataError, EngineDead
+from workers.errors import CantataError, DeadlineExceeded, EngineDead
 from workers.request import EngineOutput, EngineRequest
 from workers.rpc import convert, engine_pb2, engine_pb2_grpc
 
@@ -99,6 +99,8 @@ def _raise(error: grpc.aio.AioRpcError) -> NoReturn:
     if status == "UNAVAILABLE" or (status == "CANCELLED" and convert.ERROR_CLASS_KEY not in metadata):
         # gRPC's own text names addresses; a cancellation that is not ours means the server is going down.
         raise EngineDead("The replica that served this request is gone or shutting down; try again.") from error
-    if convert.ERROR_CLASS_KEY not in metadata and status not in ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"):
+    if status == "DEADLINE_EXCEEDED":
+        raise DeadlineExceeded("The request's deadline passed before its last token.") from error
+    if convert.ERROR_CLASS_KEY not in metadata and status != "RESOURCE_EXHAUSTED":
         raise CantataError(f"The engine answered {status}.") from error
     raise convert.error_from_status(status, error.details() or f"The engine answered {status}.", metadata) from error

@@ -71,7 +71,15 @@ async def test_a_stream_ends_with_finish_and_usage(stub: Stub, engine: FakeEngin
 
 
 async def test_both_apis_make_the_same_prompt(gateway: Gateway, stub: Stub, engine: FakeEngine) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "string", "enum": ["x", "y"]}}}
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": {"type": "string", "enum": ["x", "y"]},
+            "b": {"type": "integer", "default": 3, "description": "A number."},
+            "c": {"type": "array", "items": {"type": "number"}, "default": [1.5, 2, None, True]},
+        },
+        "required": ["a"],
+    }
     http = {
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -141,6 +149,15 @@ async def test_every_error_of_an_engine_has_its_status(stub: Stub, engine: FakeE
     assert caught.value.code().name == error.status
     if isinstance(error, errors.Overloaded):
         assert float(dict(caught.value.trailing_metadata())["retry-after-s"]) == error.retry_after_s
+
+
+async def test_a_schema_with_a_number_that_is_not_finite(stub: Stub) -> None:
+    tool = pb.Tool(name="f")
+    tool.parameters.fields["minProperties"].number_value = float("nan")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Chat(pb.ChatRequest(messages=[HELLO], tools=[tool]))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert dict(caught.value.trailing_metadata())["param"] == "tools[0].function.parameters"
 
 
 async def test_other_models_are_not_found(stub: Stub) -> None:
