@@ -17,8 +17,6 @@ from cluster.summary import start_up_summary
 from workers.errors import ConfigError
 from workers.rpc.convert import EngineInfo
 
-logger = logging.getLogger(__name__)
-
 APPLICATION = "cantata"
 OBJECT_STORE_BYTES = 128 * 2**20
 """Nothing large passes through Ray's object store here."""
@@ -35,6 +33,8 @@ RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # No load balancer has to notice that this ingress goes away.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+    # On a busy machine the proxies take longer to start than the 5 s that Serve gives them.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
@@ -131,10 +131,9 @@ def _run(config: CantataConfig) -> int:
         threading.Event().wait()
     except KeyboardInterrupt:
         print("stopping: running requests are given time to end", file=sys.stderr, flush=True)
-    except RuntimeError as error:
-        # serve.run's way to say that the application failed; Serve has logged why.
-        logger.debug("serve.run: %s", error)
-        print("cantata: the application did not start; Serve's log above says why", file=sys.stderr)
+    except Exception as error:
+        # The process's edge: Ray raises what it likes when it or the application cannot start, with the reason in the text.
+        print(f"{error}\ncantata: serving on Ray did not start; the reason stands above", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
