@@ -71,7 +71,7 @@ class Layer:
     experts: Experts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class GptOss:
     """A loaded model. It keeps no state between steps: what a step needs is in its StepBatch and the KV caches.
 
