@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.sampling import SamplingBatch, sample
 from tests.support.tiny_model import TINY_BLOCK_BYTES, write_tiny_checkpoint
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.engine.llm import LLM
@@ -81,6 +82,20 @@ def test_greedy_tokens_are_the_argmax_of_a_whole_forward(checkpoint: Path, alone
             # The engine's own rounding may decide exact near-ties only: the chosen logit is the largest but for 1e-4 of the range.
             gap = logits.amax(-1) - logits.gather(1, torch.tensor(output)[:, None])[:, 0]
             assert gap.max() <= 1e-4 * logits.abs().max()
+
+
+def test_seeded_tokens_are_what_the_sampler_defines_for_seed_and_position(checkpoint: Path, alone: dict[str, list[Tokens]]) -> None:
+    with LLM(checkpoint, dtype="float32", kv_cache_bytes=4 << 20) as llm:
+        for prompt, output in zip(PROMPTS, alone["seeded"], strict=True):
+            logits = llm.logits(prompt + output[:-1])[len(prompt) - 1 :]
+            batch = SamplingBatch(
+                temperature=torch.full((NUM_TOKENS,), SEEDED.temperature),
+                seeds=torch.full((NUM_TOKENS,), -3),  # the signed number with the bits of 2**64 - 3
+                output_positions=torch.arange(NUM_TOKENS),
+                top_k=torch.full((NUM_TOKENS,), SEEDED.top_k),
+                top_p=torch.full((NUM_TOKENS,), SEEDED.top_p),
+            )
+            assert tuple(sample(logits, batch).token_ids.tolist()) == output
 
 
 def test_the_answers_are_not_all_alike(alone: dict[str, list[Tokens]]) -> None:
