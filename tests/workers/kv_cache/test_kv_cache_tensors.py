@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 from workers.config import CacheConfig, ModelConfig, SchedulerConfig
 from workers.errors import ConfigError
@@ -48,6 +48,7 @@ def test_gpt_oss_120b_in_40_gib() -> None:
     assert plan.kv_capacity_tokens == (plan.num_full_blocks - 1) * 16
 
 
+@settings(deadline=None)
 @given(
     layers=st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any),
     window=st.sampled_from([1, 16, 17, 40, 128]),

@@ -54,6 +54,7 @@ def test_hashes_are_the_same_in_another_process() -> None:
         assert run.stdout.strip() == b"".join(block_hashes(range(100))).hex()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=80), st.lists(st.integers(0, 3), max_size=80), st.sampled_from([1, 4, 16]))
 def test_hashes_agree_exactly_as_far_as_the_full_blocks_do(left: list[int], right: list[int], block_size: int) -> None:
     left_hashes, right_hashes = block_hashes(left, block_size), block_hashes(right, block_size)
@@ -63,6 +64,7 @@ def test_hashes_agree_exactly_as_far_as_the_full_blocks_do(left: list[int], righ
         assert (left_hash == right_hash) == (left[:end] == right[:end])
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=100), st.integers(0, 100))
 def test_hashes_can_be_extended_later(token_ids: list[int], cut: int) -> None:
     hashes = block_hashes(token_ids[:cut])

@@ -151,6 +151,19 @@ def test_prefix_hits_are_reported_and_not_computed() -> None:
     assert [update.num_cached_tokens for update in answer(scheduler, plan)] == [32]
 
 
+def test_output_is_found_again_by_the_next_turn() -> None:
+    """Blocks that decoding fills one token at a time are cached like those of prompts, the last token not yet being computed."""
+    scheduler = build(num_sliding=50, window=20)
+    assert scheduler.add(Sequence(0, request(20, max_tokens=29))) is None
+    while scheduler.has_work:
+        answer(scheduler, scheduler.schedule())
+    longer = request(20, max_tokens=1)
+    for num_output, num_cached in ((27, 32), (28, 32), (29, 48), (40, 48)):
+        turn = replace(longer, prompt_token_ids=(*longer.prompt_token_ids, *(7,) * num_output))
+        assert scheduler.add(Sequence(num_output, turn)) is None
+        assert [update.num_cached_tokens for update in answer(scheduler, scheduler.schedule())] == [num_cached]
+
+
 def test_stop_tokens_end_a_sequence_after_min_tokens() -> None:
     scheduler = build()
     add(scheduler, 0, 3, stop_token_ids=(9,))
