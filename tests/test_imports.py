@@ -11,7 +11,14 @@ LAYERS = ("kernels", "workers", "cluster")
 
 ALLOWED_IN = {
     "ray": ("cluster/serve/", "cluster/cli.py", "workers/executor/ray_executor.py"),
-    "grpc": ("workers/rpc/", "cluster/rpc/", "workers/engine/server.py", "cluster/frontend/grpc_api.py", "cluster/router/client.py"),
+    "grpc": (
+        "workers/rpc/",
+        "cluster/rpc/",
+        "workers/engine/server.py",
+        "cluster/frontend/grpc_api.py",
+        "cluster/router/client.py",
+        "cluster/serve/gateway.py",
+    ),
     "fastapi": ("cluster/frontend/", "cluster/serve/"),
     "torch": ("kernels/", "workers/"),
 }
