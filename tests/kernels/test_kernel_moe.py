@@ -129,6 +129,34 @@ def test_packed_experts_that_nobody_chose_are_not_decoded() -> None:
     assert torch.equal(run(x, ids, expert_weights, w, packed), expected)
 
 
+def test_the_gate_is_not_clamped_below() -> None:
+    """A gate of -30 lets nothing through; clamped at -7 it would let 4e-4 through."""
+    gate_up_bias = torch.tensor([[-30.0, 7.0]])
+    found = fused_experts(
+        torch.zeros(1, 1),
+        torch.zeros(1, 1, dtype=torch.int32),
+        torch.ones(1, 1),
+        torch.zeros(1, 2, 1),
+        gate_up_bias,
+        torch.ones(1, 1, 1),
+        torch.zeros(1, 1),
+        swiglu_limit=LIMIT,
+        swiglu_alpha=ALPHA,
+    )
+    assert abs(float(found)) < 1e-15
+
+
+def test_a_token_is_the_same_in_every_batch_at_an_odd_width() -> None:
+    """Widths that are no multiple of a vector leave remainders, which elementwise loops may compute in another way."""
+    generator = torch.Generator().manual_seed(2)
+    odd = Weights(*(torch.randn(shape, generator=generator) for shape in ((E, 2 * 37, 33), (E, 2 * 37), (E, 33, 37), (E, 33))))
+    x, ids = torch.randn(60, 33, generator=generator), torch.randint(0, E, (60, 1), generator=generator)
+    ones = torch.ones(60, 1)
+    everything = run(x, ids, ones, odd)
+    alone = torch.cat([run(x[i : i + 1], ids[i : i + 1], ones[i : i + 1], odd) for i in range(60)])
+    assert torch.equal(alone, everything)
+
+
 def test_no_tokens() -> None:
     assert run(*inputs(0), weights()).shape == (0, H)
 
