@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 from types import FrameType
 
@@ -51,10 +50,9 @@ def serve_on_ray(config: CantataConfig) -> int:
     for name, port in (("listen.http_port", config.listen.http_port), ("listen.grpc_port", config.listen.grpc_port)):
         if port == 0:
             raise ConfigError(f"{name} is 0, a free port, which Ray Serve cannot choose; give a number, or serve with --standalone")
-    with tempfile.TemporaryDirectory(prefix="cantata-haproxy-") as folder:
-        for name, value in (RAY_ENVIRONMENT | _haproxy_files(folder)).items():
-            os.environ.setdefault(name, value)
-        return _run(config)
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return _run(config)
 
 
 def _application(config: CantataConfig) -> AppConfig:
@@ -81,8 +79,8 @@ def _summary(config: CantataConfig, info: EngineInfo) -> str:
         grpc=(config.listen.host, config.listen.grpc_port),
         needs_key=bool(config.gateway.api_keys),
         exposure=[
-            "Ray Serve also opens ports on all interfaces: HAProxy's statistics and metrics (8404, 9101) and the gateways' own "
-            "(30000 and 40000 upwards, 9500); close them to others with a firewall, or serve with --standalone",
+            "Ray Serve also opens ports on all interfaces: HAProxy's statistics and metrics (8404, 9101) and the gateways' own gRPC "
+            "(40000 upwards, 9500); close them to others with a firewall, or serve with --standalone",
         ],
     )
 
@@ -91,24 +89,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _haproxy_files(folder: str) -> dict[str, str]:
-    # Serve's own default is one folder for the machine, where two Rays would meet.
-    return {
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
-    }
-
-
 def _run(config: CantataConfig) -> int:
-    # Only now: Ray and Serve read their variables when they are imported.
-    import ray
-    from ray import serve
-    from ray.serve.config import HTTPOptions, gRPCOptions
-
-    from cluster.serve.app import GRPC_SERVICERS, build
+    import ray  # only now: Ray reads its variables when it is imported
 
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -121,14 +103,7 @@ def _run(config: CantataConfig) -> int:
             logging_level=logging.WARNING,
         )
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in place
-        serve.start(
-            http_options=HTTPOptions(host=config.listen.host, port=config.listen.http_port),
-            grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
-        )
-        handle = serve.run(build(_application(config)), name=APPLICATION, route_prefix="/")
-        info = handle.engine_info.remote().result(timeout_s=_INFO_TIMEOUT_S)
-        print(_summary(config, info), flush=True)
-        threading.Event().wait()
+        _serve_application(config)
     except KeyboardInterrupt:
         print("stopping: running requests are given time to end", file=sys.stderr, flush=True)
     except Exception as error:
@@ -139,8 +114,34 @@ def _run(config: CantataConfig) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if ray.is_initialized():
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            _shut_serve_down()
             ray.shutdown()
         signal.signal(signal.SIGTERM, previous)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return 0
+
+
+def _serve_application(config: CantataConfig) -> None:
+    """Returns by KeyboardInterrupt."""
+    # For this process alone, now that Ray's have started: RAY_SERVE_THROUGHPUT_OPTIMIZED takes away the event loop that a handle
+    # needs where none runs.
+    os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
+    from ray import serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    from cluster.serve.app import GRPC_SERVICERS, build
+
+    serve.start(
+        http_options=HTTPOptions(host=config.listen.host, port=config.listen.http_port),
+        grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
+    )
+    gateway = serve.run(build(_application(config)), name=APPLICATION, route_prefix="/")
+    info = gateway.engine_info.remote().result(timeout_s=_INFO_TIMEOUT_S)
+    print(_summary(config, info), flush=True)
+    threading.Event().wait()
+
+
+def _shut_serve_down() -> None:
+    from ray import serve
+
+    serve.shutdown()  # type: ignore[no-untyped-call]
