@@ -82,6 +82,21 @@ def test_nothing_is_taken_when_there_is_no_room() -> None:
     assert kv.grow(second, 0, 65) == 65
 
 
+def test_found_blocks_that_nobody_holds_need_room_too() -> None:
+    """Seven free blocks, of which four are the prefix of a sequence that needs eight: taking the four leaves three for the rest."""
+    kv = KVCacheManager(num_full_blocks=12, num_sliding_blocks=0, window=None)
+    prompt = list(range(64))
+    kv.release(compute(kv, prompt))
+    other = compute(kv, list(range(900, 964)))
+    longer = [*prompt, *range(500, 564)]
+    assert kv.num_free_blocks[0] == 7
+    assert kv.admit(SequenceBlocks(), longer) is None
+    assert kv.num_free_blocks[0] == 7
+    assert kv.admit(SequenceBlocks(), longer[:-16]) == 64
+    kv.check_integrity()
+    kv.release(other)
+
+
 def test_grow_gives_as_much_as_there_is_in_both_groups() -> None:
     kv = KVCacheManager(num_full_blocks=20, num_sliding_blocks=5, window=16, prefix_caching=False)
     blocks = SequenceBlocks()

@@ -48,6 +48,13 @@ def test_gpt_oss_120b_in_40_gib() -> None:
     assert plan.kv_capacity_tokens == (plan.num_full_blocks - 1) * 16
 
 
+def test_scarce_memory_is_shared_beyond_one_sequence() -> None:
+    """120 blocks of equal size: 65 and 5 are the least for a sequence of 1024 and its window, half of the other 50 go to each group."""
+    memory_bytes = 120 * 2 * 16 * 3 * 20 * 4
+    plan = split_memory(model(1, 1), SchedulerConfig(64, 512), dtype="float32", max_model_len=1024, memory_bytes=memory_bytes)
+    assert (plan.num_full_blocks, plan.num_sliding_blocks) == (65 + 25, 5 + 25)
+
+
 @settings(deadline=None)
 @given(
     layers=st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any),

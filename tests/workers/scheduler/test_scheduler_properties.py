@@ -214,7 +214,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert starts == sorted(starts), "admitted out of order"
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestSchedulerProperties = SchedulerMachine.TestCase
 
 
