@@ -21,7 +21,8 @@ fi
 # Installs and shows what is being downloaded: the first time this takes minutes.
 pip_install() {
   .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "$@" |
-    sed -un -e 's/^ *Downloading \([^ ]*\/\)\{0,1\}/  downloading /p' -e 's/^Installing collected packages:.*/  installing what was downloaded/p'
+    sed -un -e 's/^ *Downloading \([^ ]*\/\)\{0,1\}/  downloading /p' -e 's/^ *Using cached \([^ ]*\/\)\{0,1\}/  cached /p' \
+      -e 's/^Processing \([^ ]*\/\)\{0,1\}/  unpacking /p' -e 's/^Installing collected packages:.*/  installing all of it/p'
 }
 
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
