@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from workers.config import BLOCK_SIZE
 from workers.errors import ConfigError
-from workers.kv_cache.prefix_cache import CachedPrefix, PrefixCache, extend_hashes, first_visible_block, pack_tokens
+from workers.kv_cache.prefix_cache import CachedPrefix, PrefixCache, append_hash, extend_hashes, first_visible_block, pack_tokens
 from workers.scheduler.plan import NULL_BLOCK
 
 
@@ -178,16 +178,18 @@ class KVCacheManager:
             return
         assert blocks.parent is not None, "committed without being admitted"
         target = num_computed_tokens // BLOCK_SIZE
-        if len(blocks.keys) < target:
-            extend_hashes(blocks.keys, token_ids)
         if not blocks.parent.alive:
             # Another sequence's block stood for our prefix, and was evicted: put our own in its place.
             blocks.parent, blocks.num_committed = self._cache.root, 0
+        keys = blocks.keys
         for index in range(blocks.num_committed, target):
+            packed_tokens = pack_tokens(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
+            if index == len(keys):
+                append_hash(keys, packed_tokens)
             prefix = self._cache.insert(
                 blocks.parent,
-                blocks.keys[index],
-                pack_tokens(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]),
+                keys[index],
+                packed_tokens,
                 blocks.full[index] if self._has_full else NULL_BLOCK,
                 blocks.sliding[index] if self._has_sliding else NULL_BLOCK,
             )

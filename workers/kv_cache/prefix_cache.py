@@ -26,12 +26,15 @@ def hash_block(parent: bytes, packed_tokens: bytes) -> bytes:
     return hashlib.blake2b(parent + packed_tokens, digest_size=HASH_BYTES).digest()
 
 
+def append_hash(hashes: list[bytes], packed_tokens: bytes) -> None:
+    """Append the hash of the next block to a chain."""
+    hashes.append(hash_block(hashes[-1] if hashes else b"", packed_tokens))
+
+
 def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int = BLOCK_SIZE) -> None:
     """Append to `hashes`, the chain over the first blocks of `token_ids`, those of the further full blocks."""
-    parent = hashes[-1] if hashes else b""
     for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
-        parent = hash_block(parent, pack_tokens(token_ids[start : start + block_size]))
-        hashes.append(parent)
+        append_hash(hashes, pack_tokens(token_ids[start : start + block_size]))
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int = BLOCK_SIZE) -> list[bytes]:
