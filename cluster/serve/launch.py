@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 from cluster.assembly import load_encoding
@@ -20,6 +21,7 @@ APPLICATION = "cantata"
 OBJECT_STORE_BYTES = 128 * 2**20
 """Nothing large passes through Ray's object store here."""
 _INFO_TIMEOUT_S = 60.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # What Ray and Serve read when their processes start. A value that the operator has set stands.
 RAY_ENVIRONMENT = {
@@ -85,6 +87,12 @@ def _summary(config: CantataConfig, info: EngineInfo) -> str:
     )
 
 
+def _on_stop_signals(handler: "Callable[[int, FrameType | None], None] | signal.Handlers") -> None:
+    # SIGINT too: a process that a script starts in the background is born with it ignored.
+    for number in _STOP_SIGNALS:
+        signal.signal(number, handler)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -92,7 +100,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _run(config: CantataConfig) -> int:
     import ray  # only now: Ray reads its variables when it is imported
 
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    _on_stop_signals(_interrupt)
     try:
         print("Starting Ray on this machine", file=sys.stderr, flush=True)
         ray.init(
@@ -102,7 +111,7 @@ def _run(config: CantataConfig) -> int:
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.WARNING,
         )
-        signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in place
+        _on_stop_signals(_interrupt)  # Ray has put its own in place
         _serve_application(config)
     except KeyboardInterrupt:
         print("stopping: running requests are given time to end", file=sys.stderr, flush=True)
@@ -111,13 +120,12 @@ def _run(config: CantataConfig) -> int:
         print(f"{error}\ncantata: serving on Ray did not start; the reason stands above", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _on_stop_signals(signal.SIG_IGN)
         if ray.is_initialized():
             _shut_serve_down()
             ray.shutdown()
-        signal.signal(signal.SIGTERM, previous)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Real servers for end-to-end tests: `cantata serve --standalone`, `serve run` and `cantata serve`, started as a user starts them."""
 
+import contextlib
 import os
 import re
 import signal
@@ -127,15 +128,22 @@ def _started(name: str, command: Sequence[str], folder: Path, environment: Mappi
             cwd=ROOT,
             env={**os.environ, **environment, **mark, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # a group of its own, for a test that presses Ctrl-C
+            # Where the tests run in the background of a script, SIGINT is ignored, and a child inherits that; no user's terminal does so.
+            preexec_fn=_heed_sigint,
         )
     served = Served(name, "", "", process, mark, log)
     try:
         yield served
     finally:
         if process.poll() is None:
-            served.stop()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                served.stop()
         for line in none_left(mark, 0):  # only after a failed test: nothing may outlive the run
             os.kill(int(line.split()[0]), signal.SIGKILL)
+
+
+def _heed_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _ray_ports() -> tuple[int, int]:
