@@ -1,6 +1,8 @@
 """Calls to engines: one channel per address, kept open; failures come back as the classes of `workers.errors`."""
 
-from collections.abc import AsyncGenerator, Iterable
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import grpc.aio
@@ -40,38 +42,30 @@ class EngineClient:
         """
         call = self._stub(replica).Generate(convert.request_to_wire(request), timeout=request.deadline_s)
         try:
-            async for message in call:
-                output = convert.output_from_wire(message)
-                yield output
-                if output.finish_reason is not None:
-                    return
+            with _failures():
+                async for message in call:
+                    output = convert.output_from_wire(message)
+                    yield output
+                    if output.finish_reason is not None:
+                        return
             raise EngineDead("The replica that served this request ended its stream early; try again.")
-        except grpc.aio.AioRpcError as error:
-            _raise(error)
         finally:
             call.cancel()
 
     async def info(self, replica: Replica, timeout_s: float) -> convert.EngineInfo:
         """What the replica serves."""
-        try:
+        with _failures():
             return convert.info_from_wire(await self._stub(replica).GetInfo(engine_pb2.GetInfoRequest(), timeout=timeout_s))
-        except grpc.aio.AioRpcError as error:
-            _raise(error)
 
     async def load(self, replica: Replica, timeout_s: float) -> convert.EngineLoad:
         """How busy the replica is."""
-        try:
+        with _failures():
             return convert.load_from_wire(await self._stub(replica).GetLoad(engine_pb2.GetLoadRequest(), timeout=timeout_s))
-        except grpc.aio.AioRpcError as error:
-            _raise(error)
 
     async def metrics(self, replica: Replica, timeout_s: float) -> str:
         """The replica's Prometheus text."""
-        try:
-            answer = await self._stub(replica).GetMetrics(engine_pb2.GetMetricsRequest(), timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            _raise(error)
-        return answer.text
+        with _failures():
+            return (await self._stub(replica).GetMetrics(engine_pb2.GetMetricsRequest(), timeout=timeout_s)).text
 
     async def forget(self, replica: Replica) -> None:
         """Close the channel of a replica that is gone for good."""
@@ -90,6 +84,21 @@ class EngineClient:
         if channel is None:
             channel = self._channels[replica.address] = grpc.aio.insecure_channel(replica.address, options=_CHANNEL_OPTIONS)
         return engine_pb2_grpc.EngineStub(channel)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Failures of a call as the classes of `workers.errors`."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        _raise(error)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Nobody cancelled us: gRPC raises this for calls whose channel is closed under them.
+        raise EngineDead("The replica that served this request is gone; try again.") from None
 
 
 def _raise(error: grpc.aio.AioRpcError) -> NoReturn:

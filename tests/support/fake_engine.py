@@ -49,6 +49,7 @@ class FakeEngine:
     Attributes:
         requests: in order of arrival.
         cancelled: request id → monotonic time at which its call was seen to be cancelled.
+        gate_of_load: waited for before GetLoad is answered.
         arrivals, cancellations: set whenever a call arrives or is cancelled.
     """
 
@@ -56,6 +57,7 @@ class FakeEngine:
     vocab_size: int = 2048
     answer: Callable[[EngineRequest], Script] = lambda request: Script()
     accepting: bool = True
+    gate_of_load: asyncio.Event | None = None
     metrics_text: str = METRICS_TEXT
     requests: list[EngineRequest] = field(default_factory=list)
     cancelled: dict[str, float] = field(default_factory=dict)
@@ -124,6 +126,8 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
         return convert.info_to_wire(self._engine.info())
 
     async def GetLoad(self, request: engine_pb2.GetLoadRequest, context: grpc.aio.ServicerContext) -> engine_pb2.EngineLoad:
+        if self._engine.gate_of_load is not None:
+            await self._engine.gate_of_load.wait()
         return convert.load_to_wire(convert.EngineLoad(self._engine.num_open, 0, 0.0, self._engine.accepting))
 
     async def GetMetrics(self, request: engine_pb2.GetMetricsRequest, context: grpc.aio.ServicerContext) -> engine_pb2.MetricsText:

@@ -87,6 +87,18 @@ async def test_a_stream_cut_by_shutdown_is_engine_dead(client: EngineClient, eng
             await anext(outputs)
 
 
+async def test_calls_whose_channel_is_closed_are_engine_dead(client: EngineClient, engine: FakeEngine) -> None:
+    engine.answer = lambda request: Script([7, 8], gate=asyncio.Event())
+    engine.gate_of_load = asyncio.Event()
+    replica = Replica("r", engine.address)
+    calls = [asyncio.create_task(read(client, engine)), asyncio.create_task(client.load(replica, 30.0))]
+    async with asyncio.timeout(5):
+        await engine.arrived(1)
+        await client.forget(replica)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(result) for result in results] == [errors.EngineDead, errors.EngineDead]
+
+
 async def test_cancelling_the_reader_cancels_the_engine(client: EngineClient, engine: FakeEngine) -> None:
     engine.answer = lambda request: Script([7, 8], gate=asyncio.Event())
     reader = asyncio.create_task(read(client, engine))
