@@ -211,9 +211,12 @@ async def chunks(generation: Generation, body: ChatCompletionRequest, fingerprin
             if include_usage:
                 yield sse.event({**frame.chunk([]), "usage": usage_body(event)})
             continue
-        choice = _event_choice(event, include_reasoning)
-        if choice is None:
-            continue
+        if isinstance(event, ChoiceDelta) and isinstance(event.delta, ReasoningDelta) and not include_reasoning:
+            if not (body.return_token_ids and event.token_ids):
+                continue
+            choice = _chunk_choice(event.choice, {})  # its text is left out, its tokens are not
+        else:
+            choice = _event_choice(event)
         if event.logprobs:
             choice["logprobs"] = {"content": [_content_logprob(entry) for entry in event.logprobs], "refusal": None}
         if body.return_token_ids:
@@ -248,7 +251,7 @@ def _chunk_choice(index: int, delta: DeltaBody) -> ChunkChoice:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def _event_choice(event: ChoiceDelta | ChoiceFinish, include_reasoning: bool) -> ChunkChoice | None:
+def _event_choice(event: ChoiceDelta | ChoiceFinish) -> ChunkChoice:
     if isinstance(event, ChoiceFinish):
         choice = _chunk_choice(event.choice, {})
         choice["finish_reason"] = event.reason
@@ -258,7 +261,7 @@ def _event_choice(event: ChoiceDelta | ChoiceFinish, include_reasoning: bool) ->
         case TextDelta(text):
             return _chunk_choice(event.choice, {"content": text})
         case ReasoningDelta(text):
-            return _chunk_choice(event.choice, {"reasoning": text, "reasoning_content": text}) if include_reasoning else None
+            return _chunk_choice(event.choice, {"reasoning": text, "reasoning_content": text})
         case ToolCallDelta() as delta:
             return _chunk_choice(event.choice, {"tool_calls": [_call_delta(delta)]})
 

@@ -55,6 +55,7 @@ class FunctionCall(_Body):
 
     name: str
     arguments: str = ""
+    parsed_arguments: object = Field(default=None, description="Ignored; openai's `parse` and `stream` helpers add it.")
 
 
 class AssistantToolCall(_Body):
@@ -81,6 +82,7 @@ class Message(_Body):
     annotations: list[object] | None = Field(default=None, description="Ignored.")
     audio: None = None
     function_call: None = Field(default=None, description="Removed by OpenAI; use tool_calls.")
+    parsed: object = Field(default=None, description="Ignored; openai's `parse` and `stream` helpers add it.")
 
 
 class Function(_Body):

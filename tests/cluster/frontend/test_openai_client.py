@@ -121,6 +121,27 @@ async def test_tools_round_trip(gateway: Gateway, engine: FakeEngine, encoding: 
     assert "22 °C" in prompt
 
 
+@pytest.mark.parametrize("helper", ["parse", "stream"])
+async def test_messages_of_the_clients_helpers_can_be_sent_back(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding, helper: str
+) -> None:
+    engine.answer = lambda request: Script(turn(encoding, call=("get_weather", '{"city": "Oslo"}')))
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    if helper == "parse":
+        answer = await gateway.client.chat.completions.parse(model=MODEL, messages=HELLO, tools=[strict])
+    else:
+        async with gateway.client.chat.completions.stream(model=MODEL, messages=HELLO, tools=[strict]) as stream:
+            answer = await stream.get_final_completion()
+    message = answer.choices[0].message
+    assert message.tool_calls
+    assert "parsed_arguments" in message.to_dict()["tool_calls"][0]["function"]
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "Rain"}
+    engine.answer = lambda request: Script(turn(encoding, text="It rains."))
+    for sent_back in (message, {**message.to_dict(), "parsed": None}):
+        last = await gateway.client.chat.completions.create(model=MODEL, messages=[*HELLO, sent_back, result], tools=[strict])
+        assert last.choices[0].message.content == "It rains."
+
+
 async def test_tool_choice_none_hides_the_tools(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
     await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, tools=[WEATHER], tool_choice="none")  # type: ignore[call-overload]
     assert "get_weather" not in encoding.decode(engine.requests[0].prompt_token_ids)
@@ -215,6 +236,15 @@ async def test_reasoning_can_be_left_out(gateway: Gateway) -> None:
     assert "reasoning" not in answer.choices[0].message.model_dump()
     stream = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True, extra_body={"include_reasoning": False})
     assert not [chunk async for chunk in stream if "reasoning" in chunk.choices[0].delta.model_dump()]
+
+
+async def test_reasoning_that_is_left_out_keeps_its_token_ids(gateway: Gateway, encoding: HarmonyEncoding) -> None:
+    body = {"include_reasoning": False, "return_token_ids": True}
+    stream = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True, extra_body=body)
+    choices = [chunk.choices[0].model_dump() async for chunk in stream]
+    assert not [choice for choice in choices if "reasoning" in choice["delta"]]
+    token_ids = [token_id for choice in choices for token_id in choice.get("token_ids", [])]
+    assert token_ids == turn(encoding, reasoning="The user greets me.", text=TEXT)
 
 
 async def test_token_ids_are_returned(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
