@@ -190,5 +190,6 @@ def _json(value: object) -> Response:
 async def _refuse_route(request: Request, error: Exception) -> Response:
     """Routing's own refusals, raised again as ours for the edge to answer."""
     if isinstance(error, HTTPException) and error.status_code == 405:
-        raise errors.WrongMethod(f"{request.method} is not allowed on this path.")
+        allow = (error.headers or {}).get("Allow", "")
+        raise errors.WrongMethod(f"{request.method} is not allowed on this path{f': use {allow}' if allow else ''}.", allow)
     raise errors.UnknownRoute("There is nothing at this path.")

@@ -17,6 +17,17 @@ from workers.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 Model = TypeVar("Model", bound=BaseModel)
 
 _INLINE_BYTES = 64 * 1024
+_JSON_KINDS = {
+    "model_type": "an object",
+    "dict_type": "an object",
+    "list_type": "an array",
+    "string_type": "a string",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "none_required": "null",
+}
+"""What a value should have been, by pydantic's error type: in the words of JSON, not of Python."""
 
 
 async def read(request: Request, kind: type[Model], max_bytes: int, max_items: int) -> Model:
@@ -133,7 +144,9 @@ def _sentence(path: str, error: ErrorDetails) -> str:
         case "value_error":
             reason = str(error["ctx"]["error"])
             return f"{path} {reason}." if path else f"{reason}."
-    reason = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        case "literal_error" if error["ctx"]["expected"] == "True":
+            return f"{path} must be true."
+    reason = _JSON_KINDS.get(error["type"]) or error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{path} must be {reason}."
 
 

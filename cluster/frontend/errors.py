@@ -33,9 +33,13 @@ class UnknownRoute(errors.CantataError):
 
 
 class WrongMethod(errors.CantataError):
-    """The path exists for other methods."""
+    """The path exists for other methods, which `allow` lists as HTTP does."""
 
     status = "UNIMPLEMENTED"
+
+    def __init__(self, message: str, allow: str = "") -> None:
+        super().__init__(message)
+        self.allow = allow
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,8 @@ def headers(error: errors.CantataError) -> dict[str, str]:
         return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     if isinstance(error, Unauthenticated):
         return {"www-authenticate": "Bearer"}
+    if isinstance(error, WrongMethod):
+        return {"allow": error.allow}
     return {}
 
 

@@ -146,7 +146,9 @@ def check_generation(sampling: SamplingParams, stop: Sequence[str], model: Model
         raise InvalidRequest(f"{names.max_tokens} must be at least 1, got {sampling.max_tokens}.", names.max_tokens)
     if sampling.logprobs is not None and not 0 <= sampling.logprobs <= MAX_LOGPROBS:
         raise InvalidRequest(f"{names.logprobs} must be 0 to {MAX_LOGPROBS}, got {sampling.logprobs}.", names.logprobs)
-    if not 1 <= sampling.n * num_prompts <= MAX_CHOICES or sampling.n < 1:
+    if num_prompts > MAX_CHOICES:
+        raise InvalidRequest(f"prompt has {num_prompts} entries, at most {MAX_CHOICES} are allowed; send several requests.", "prompt")
+    if not 1 <= sampling.n * num_prompts <= MAX_CHOICES:
         each = "n" if num_prompts == 1 else f"n times the {num_prompts} prompts"
         raise InvalidRequest(f"{each} must be 1 to {MAX_CHOICES}, got {sampling.n * num_prompts}.", "n")
     if sampling.temperature > MAX_TEMPERATURE:

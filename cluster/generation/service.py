@@ -121,12 +121,14 @@ class GenerationService:
         check_generation(request.sampling, request.stop, self.model, request.names, num_prompts=len(request.prompts))
         release = self._admit(request.sampling.n * len(request.prompts))
         try:
-            prompts = [await self._prompt_ids(prompt) for prompt in request.prompts]
+            several = len(request.prompts) > 1
+            places = [f"prompt[{index}]" if several else "prompt" for index in range(len(request.prompts))]
+            prompts = [await self._prompt_ids(prompt, place) for prompt, place in zip(request.prompts, places, strict=True)]
             id = f"cmpl-{request_id or uuid.uuid4().hex}"
             jobs = []
             for prompt_index, prompt in enumerate(prompts):
                 sampling = self._complete_sampling(
-                    request.sampling, len(prompt), request.names, "prompt", default_max_tokens=DEFAULT_COMPLETION_TOKENS
+                    request.sampling, len(prompt), request.names, places[prompt_index], default_max_tokens=DEFAULT_COMPLETION_TOKENS
                 )
                 echo = self._echo_text(request, prompt_index, prompt)
                 for offset in range(sampling.n):
@@ -153,13 +155,15 @@ class GenerationService:
         self._check_prompt(len(prompt), "messages")
         return prompt
 
-    async def tokenize(self, text: str) -> list[int]:
+    async def tokenize(self, text: str, param: str = "prompt") -> list[int]:
         """Token ids of a text in which the names of special tokens mean these tokens.
 
+        Args:
+            param: how the client spells the text's field.
         Raises:
             ContextLengthExceeded: the text cannot fit into the context, whatever its tokens are.
         """
-        self._check_chars(len(text), "prompt")
+        self._check_chars(len(text), param)
         return await self._off_loop(len(text), lambda: self.encoding.encode_with_special(text))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -261,15 +265,15 @@ class GenerationService:
         date = self._defaults.conversation_date
         return self._today().isoformat() if date == "auto" else None if date == "none" else date
 
-    async def _prompt_ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+    async def _prompt_ids(self, prompt: str | tuple[int, ...], param: str) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            ids = tuple(await self.tokenize(prompt))
+            ids = tuple(await self.tokenize(prompt, param))
         else:
             ids = prompt
-            check_token_ids(ids, self.model, "prompt")
+            check_token_ids(ids, self.model, param)
         if not ids:
-            raise InvalidRequest("prompt must have at least one token.", "prompt")
-        self._check_prompt(len(ids), "prompt")
+            raise InvalidRequest(f"{param} must have at least one token.", param)
+        self._check_prompt(len(ids), param)
         return ids
 
     def _echo_text(self, request: CompletionRequest, prompt_index: int, ids: tuple[int, ...]) -> str:

@@ -148,7 +148,12 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": {"text": "x"}}, "prompt"),
     ({"prompt": [5] * 5000}, "prompt"),
-    ({"prompt": ["x"] * 129}, "n"),
+    ({"prompt": ["x"] * 129}, "prompt"),
+    ({"prompt": ["x"] * 43, "n": 3}, "n"),
+    ({"prompt": ["x", ""]}, "prompt[1]"),
+    ({"prompt": [[5], [6, 99999]]}, "prompt[1]"),
+    ({"prompt": ["x", "word " * 5000]}, "prompt[1]"),
+    ({"prompt": ["x", "word " * 400000]}, "prompt[1]"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"echo": True, "logprobs": 1}, "echo"),
@@ -182,6 +187,26 @@ async def undisturbed(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEnc
     assert lines[-1] == "data: [DONE]"
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "Still here."
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": "Hello"}, "messages must be an array."),
+        ({"messages": ["Hello"]}, "messages[0] must be an object."),
+        ({"messages": [{"role": "user", "content": ["Hello"]}]}, "messages[0].content[0] must be an object."),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio must be null."),
+        ({"response_format": "json"}, "response_format must be an object."),
+        ({"logit_bias": []}, "logit_bias must be an object."),
+        ({"max_tokens": "10"}, "max_tokens must be an integer."),
+        ({"temperature": "hot"}, "temperature must be a number."),
+        ({"stream": "yes"}, "stream must be true or false."),
+        ({"stop": ["a", 5]}, "stop[1] must be a string."),
+    ],
+)
+async def test_refusals_speak_of_json(gateway: Gateway, fields: dict[str, Any], message: str) -> None:
+    _, error = await refusal(gateway, "/v1/chat/completions", orjson.dumps({"messages": [USER], **fields}))
+    assert error["message"] == message
 
 
 @pytest.mark.usefixtures("undisturbed")
@@ -322,6 +347,9 @@ async def test_other_content_types(gateway: Gateway, content_type: str) -> None:
     assert declared.status_code == 200
 
 
+ALLOWED = {"/v1/chat/completions": "POST", "/v1/models": "GET", "/v1/models/": "GET"}
+
+
 async def test_unknown_models_routes_and_methods(gateway: Gateway) -> None:
     status, error = await refusal(gateway, "/v1/chat/completions", orjson.dumps({"messages": [USER], "model": "gpt-9"}))
     assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
@@ -334,6 +362,7 @@ async def test_unknown_models_routes_and_methods(gateway: Gateway) -> None:
     ):
         response = await gateway.http.request(method, path)
         assert (response.status_code, response.json()["error"]["code"]) == (status, code), (method, path)
+        assert response.headers.get("allow") == ALLOWED.get(path), path
 
 
 async def test_errors_and_logs_never_quote_the_prompt(
