@@ -34,6 +34,13 @@ def test_help_is_quick_because_it_loads_nothing_heavy() -> None:
     assert result.stderr.strip() == "[]"
 
 
+def test_bench_has_help_of_its_own() -> None:
+    result = run("bench", "--help")
+    assert result.returncode == 0
+    assert "usage: cantata bench" in result.stdout
+    assert "--concurrency" in run("bench", "serve", "--help").stdout
+
+
 def test_every_flag_sets_a_known_setting() -> None:
     known = set(setting_paths())
     for names, path, _, _ in cli.SERVE_FLAGS:
