@@ -272,28 +272,23 @@ class Scheduler:
         if result.seq_ids != tuple(compress(plan.seq_ids, plan.samples)) or len(result.token_ids) != len(result.seq_ids):
             raise ValueError(f"the result of step {result.step} does not have one token for each sequence that was to yield one")
         sequences = self._in_flight.popleft().sequences
+        for sequence, start, count in zip(sequences, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
+            if start % BLOCK_SIZE + count >= BLOCK_SIZE and sequence is not None:
+                self._kv.commit(sequence.blocks, sequence.token_ids, start + count)
         logprobs = result.logprobs
-        tokens = iter(result.token_ids)
         updates: list[SequenceUpdate] = []
         finished = False
-        for sequence, start, count, samples in zip(
-            sequences, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True
-        ):
+        for sequence, token_id in zip(compress(sequences, plan.samples), result.token_ids, strict=True):
             if sequence is None:
-                if samples:
-                    next(tokens)
                 continue
-            if start % BLOCK_SIZE + count >= BLOCK_SIZE:
-                self._kv.commit(sequence.blocks, sequence.token_ids, start + count)
-            if not samples:
-                continue
-            token_id = next(tokens)
             reason = sequence.append(token_id)
-            update = SequenceUpdate(sequence.seq_id, token_id, None, reason, None, sequence.num_cached_tokens)
+            update = SequenceUpdate(sequence.seq_id, token_id)
+            update.num_cached_tokens = sequence.num_cached_tokens
+            updates.append(update)
             if logprobs:
                 update.logprobs = logprobs.get(sequence.seq_id)
-            updates.append(update)
             if reason is not None:
+                update.finish_reason = reason
                 if reason == "stop":
                     update.stop_token_id = token_id
                 finished = True
