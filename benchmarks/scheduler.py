@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from workers.config import SchedulerConfig
+from workers.engine.collector import spare_collections
 from workers.kv_cache.manager import KVCacheManager
 from workers.request import EngineRequest, SamplingParams
 from workers.scheduler.plan import StepPlan, StepResult, decode_plan, decode_result, encode_plan, encode_result
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="steps measured for each")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     arguments = parser.parse_args()
+    spare_collections()  # as the engine's process does
     costs = [measure(num_seqs, arguments.steps) for num_seqs in arguments.num_seqs]
     print(table(costs))
     if arguments.json is not None:

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from workers.config import EngineConfig
+from workers.engine.collector import spare_collections
 from workers.engine.config_json import engine_config_from_json
 from workers.engine.progress import StartUpProgress, summary
 from workers.engine.server import EngineServer
@@ -71,6 +72,7 @@ async def _serve(config: EngineConfig, address: str, metrics_port: int | None, g
         sys.stderr.flush()
         os._exit(0)
     bound = starting.result()
+    spare_collections()
     progress.close()
     start_up = server.start_up
     table = summary(
