@@ -187,8 +187,8 @@ def load_config(
     for path, value in (flags or {}).items():
         _set(values, path, value, "a flag")
         origins[path] = "the command line"
-    if not values.get("engine") or "model_path" not in values["engine"]:
-        raise ConfigError("no model is given; name the folder of a checkpoint with --model, or set engine.model_path")
+    if values.get("engine", values) is None:  # `engine:` with nothing under it
+        del values["engine"]
     return parse_config(CantataConfig, values, origins)
 
 
@@ -288,13 +288,17 @@ def _sizes_to_bytes(values: Any, path: tuple[str, ...]) -> Any:
 
 
 def _sentence(kind: type[AppConfig], error: ValidationError, origins: Mapping[str, str]) -> str:
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    # What is wrong before what is missing: a misspelt name is the reason why another is.
+    first = next((entry for entry in found if entry["type"] != "missing"), found[0])
     path = ".".join(str(part) for part in first["loc"])
     where = f"{origins[path]}: " if path in origins else ""
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = setting_paths(kind)
         groups = {name.rsplit(".", 1)[0] for name in known if "." in name}
         return f"{where}{path} is not a known setting{_suggestion(path, [*known, *sorted(groups)])}"
+    if first["type"] == "missing" and kind is CantataConfig and path in ("engine", "engine.model_path"):
+        return "no model is given; name the folder of a checkpoint with --model, or set engine.model_path"
     if first["type"] == "missing":
         return f"{where}{path} is missing"
     if first["type"] in ("dataclass_type", "model_type"):
@@ -302,6 +306,8 @@ def _sentence(kind: type[AppConfig], error: ValidationError, origins: Mapping[st
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{where}{path}: {reason}" if path else f"{where}{reason}"
+    if first["type"] == "string_too_short":
+        return f"{where}{path} must not be empty"
     message = first["msg"].removeprefix("Input should be ")
     shown = "" if path.endswith("api_keys") or "api_keys." in path else f", found {first['input']!r}"
     return f"{where}{path} must be {message.split(', unable')[0]}{shown}"

@@ -1,5 +1,6 @@
 """Sockets to listen on, bound before anything slow begins."""
 
+import errno
 import socket
 
 from workers.errors import ConfigError
@@ -21,7 +22,8 @@ def bound_socket(host: str, port: int, setting: str) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         bound.close()
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; set {setting} to another") from None
+        change = "listen.host to an address of this machine" if error.errno == errno.EADDRNOTAVAIL else f"{setting} to another"
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; set {change}") from None
     return bound
 
 

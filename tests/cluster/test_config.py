@@ -124,6 +124,7 @@ def test_wrong_values_are_named_with_where_they_were_set(tmp_path: Path) -> None
     refused("gateway.request_timeout_s must be greater than 0", gateway__request_timeout_s="0")
     refused("this version runs each model on one rank", engine__parallel__tensor="2")
     refused("engine.model_path is empty", engine__model_path="")
+    refused("gateway.served_model_name must not be empty", gateway__served_model_name="")
 
 
 def test_broken_files(tmp_path: Path) -> None:
@@ -152,6 +153,27 @@ def test_an_empty_file_and_an_empty_section_are_fine(tmp_path: Path) -> None:
 def test_no_model_says_how_to_give_one() -> None:
     with pytest.raises(ConfigError, match="--model"):
         load_config(None, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("engine: {}", "no model is given"),
+        ("engine:", "no model is given"),
+        ("replicas: 2", "no model is given"),
+        ("engine: 3", "engine must hold settings by name"),
+        ("engine: model_path", "engine must hold settings by name"),
+        ("engine: {modle_path: m}", "engine.modle_path is not a known setting; did you mean engine.model_path?"),
+        ("engnie: {model_path: m}", "engnie is not a known setting; did you mean engine?"),
+        ("engine: {dtype: int8}", "engine.dtype must be 'bfloat16' or 'float32', found 'int8'"),
+    ],
+)
+def test_a_file_that_gives_no_model(tmp_path: Path, text: str, sentence: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, {}, {})
+    assert sentence in str(caught.value)
 
 
 def test_keys_are_never_shown() -> None:
