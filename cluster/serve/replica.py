@@ -8,6 +8,7 @@ from ray.util import get_node_ip_address
 
 from cluster.serve.cluster_view import ADDRESS_KEY, SERVE_LOGGER
 from workers.config import EngineConfig
+from workers.engine.collector import spare_collections
 from workers.engine.server import EngineServer
 from workers.errors import EngineDead
 
@@ -29,6 +30,7 @@ class EngineReplica:
         self._server = EngineServer(progress=_log_progress)
         bind = _node_address() if host == "auto" else host
         self._address = await self._server.start(config, f"[{bind}]:0" if ":" in bind else f"{bind}:0")
+        spare_collections()
         info = self._server.start_up
         logger.info("engine serves %s on %s: %s", config.model_path, self._address, info.executor)
 
