@@ -74,6 +74,7 @@ class Generation:
         self._first: GenerationEvent | None = None
         self._num_unfinished = len(self._jobs)
         self._usage_sent = False
+        self._refused = False
         self._closing: asyncio.Task[None] | None = None
         self._tasks = [asyncio.create_task(self._run(job)) for job in self._jobs]
 
@@ -110,6 +111,9 @@ class Generation:
                 raise
             if isinstance(event, Exception):
                 self._num_unfinished, self._usage_sent = 0, True
+                # Every replica refused it: no generation, and its waiting time would tell nothing about those that were served.
+                began = any(job.choice.num_tokens for job in self._jobs)
+                self._refused = isinstance(event, CantataError) and event.retry_elsewhere and not began
                 await self.aclose()
                 raise event
             if isinstance(event, ChoiceFinish):
@@ -166,7 +170,8 @@ class Generation:
         try:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
-            self._record()
+            if not self._refused:
+                self._record()
             self._on_end()
 
     def _record(self) -> None:

@@ -215,7 +215,10 @@ class GenerationService:
         await self._client.close()
 
     def _admit(self, num_choices: int) -> Callable[[], None]:
-        if self._num_in_flight + num_choices > self._limits.max_in_flight_requests:
+        limit = self._limits.max_in_flight_requests
+        if num_choices > limit:
+            raise InvalidRequest(f"n asks for {num_choices} choices at once; this server takes on {limit} at most.", "n")
+        if self._num_in_flight + num_choices > limit:
             raise Overloaded("The server has as many requests as it takes on; try again in a moment.")
         self._num_in_flight += num_choices
         self.metrics.in_flight.set(self._num_in_flight)

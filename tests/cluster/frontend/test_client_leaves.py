@@ -100,6 +100,8 @@ async def test_requests_over_the_limit_are_refused_until_others_end(encoding: Ha
         gate.set()
         assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200, 200]
         assert (await gateway.http.post("/v1/chat/completions", json={**body, "n": 2})).status_code == 200
+        never = await gateway.http.post("/v1/chat/completions", json={**body, "n": 4})
+        assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
 
 
 async def test_the_deadline_reaches_the_engine_and_is_504(encoding: HarmonyEncoding, engine: FakeEngine) -> None:

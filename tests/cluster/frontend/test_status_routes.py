@@ -6,8 +6,9 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.harmony.encoding import HarmonyEncoding
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway, serving
+from workers.errors import Overloaded
 
 USER = {"role": "user", "content": "Hello <|end|> there"}
 
@@ -94,6 +95,20 @@ async def test_metrics_of_all_processes_on_one_page(encoding: HarmonyEncoding, e
     assert value("cantata_gateway_time_to_first_token_seconds_count", "gateway", "") == 1
     assert value("cantata_gateway_inter_token_latency_seconds_count", "gateway", "") == tokens["output"] - 1
     assert value("cantata_harmony_repairs_total", "gateway", "", kind="no_markup") == 0
+
+
+async def test_requests_that_every_replica_refuses_are_no_generations(gateway: Gateway, engine: FakeEngine) -> None:
+    served = engine.answer
+    engine.answer = lambda request: Script(refusal=Overloaded("The queue is full."))
+    assert (await gateway.http.post("/v1/chat/completions", json={"messages": [USER]})).status_code == 429
+    lines = (await gateway.http.get("/metrics")).text.splitlines()
+    label = '{process="gateway",replica=""}'
+    assert f"cantata_gateway_prompt_tokens_total{label} 0.0" in lines
+    assert f"cantata_gateway_request_duration_seconds_count{label} 0.0" in lines
+    assert f"cantata_gateway_in_flight_requests{label} 0.0" in lines
+    engine.answer = served
+    assert (await gateway.http.post("/v1/chat/completions", json={"messages": [USER]})).status_code == 200
+    assert f"cantata_gateway_request_duration_seconds_count{label} 1.0" in (await gateway.http.get("/metrics")).text
 
 
 async def test_version_and_openapi(gateway: Gateway) -> None:
