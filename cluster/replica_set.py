@@ -14,13 +14,15 @@ class ReplicaSet:
 
     def __init__(self, loads: LoadTable | None = None) -> None:
         self._replicas: tuple[Replica, ...] = ()
+        self._missing: tuple[str, ...] = ()
         self._loads = loads or LoadTable()
         self._on_gone: Callable[[Replica], None] = lambda replica: None
         self._num_open: Counter[Replica] = Counter()
 
-    def replace(self, replicas: Sequence[Replica]) -> None:
-        """From now on these are all that requests may go to."""
+    def replace(self, replicas: Sequence[Replica], missing: Sequence[str] = ()) -> None:
+        """From now on these are all that requests may go to; `missing` are the ids of those that will be back."""
         before, self._replicas = self._replicas, tuple(replicas)
+        self._missing = tuple(missing)
         for replica in before:
             self._report_if_gone(replica)
 
@@ -49,6 +51,10 @@ class ReplicaSet:
     def known(self) -> Sequence[Replica]:
         """See ReplicaDirectory."""
         return self._replicas
+
+    def missing(self) -> Sequence[str]:
+        """See ReplicaDirectory."""
+        return self._missing
 
     def _report_if_gone(self, replica: Replica) -> None:
         if replica not in self._num_open and all(replica.address != other.address for other in self._replicas):

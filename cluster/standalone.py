@@ -163,7 +163,8 @@ def _engines(config: CantataConfig, replicas: ReplicaSet) -> list[EngineProcess]
     engines: list[EngineProcess] = []
 
     def publish() -> None:
-        replicas.replace([Replica(engine.name, engine.address) for engine in engines if engine.address])
+        serving = [Replica(engine.name, engine.address) for engine in engines if engine.address]
+        replicas.replace(serving, missing=[engine.name for engine in engines if not engine.address])
 
     engines += [
         EngineProcess(f"engine-{index}", command, environment={"OMP_NUM_THREADS": str(cpus)}, on_change=publish)

@@ -207,7 +207,8 @@ class GenerationService:
     async def metrics_text(self) -> str:
         """The metrics of this gateway and of every replica it knows, as one exposition."""
         engines = await asyncio.gather(*(self._scrape(replica) for replica in self._replicas.known()))
-        return merge([Scrape("gateway", "", self.metrics.render()), *engines])
+        missing = [Scrape("engine", replica_id, None) for replica_id in self._replicas.missing()]
+        return merge([Scrape("gateway", "", self.metrics.render()), *engines, *missing])
 
     async def close(self) -> None:
         """Close the connections to engines; what still runs ends with an error."""

@@ -49,7 +49,10 @@ class ReplicaDirectory(Protocol):
         """The replica could not be reached or died: avoid it for a short time. `release` comes as well."""
 
     def known(self) -> Sequence[Replica]:
-        """All replicas, reachable or not."""
+        """All replicas that requests may go to, reachable or not."""
+
+    def missing(self) -> Sequence[str]:
+        """Ids of replicas that should be there and have no address: they died and start again."""
 
 
 class LoadTable:
@@ -121,3 +124,7 @@ class StaticReplicas:
     def known(self) -> Sequence[Replica]:
         """See ReplicaDirectory."""
         return self._replicas
+
+    def missing(self) -> Sequence[str]:
+        """See ReplicaDirectory."""
+        return ()

@@ -33,6 +33,16 @@ async def test_a_replaced_list_is_used_at_once_and_keeps_the_counts() -> None:
         await replicas.choose(HINT, frozenset({"b"}))
 
 
+async def test_replicas_that_are_missing_take_no_requests() -> None:
+    replicas = ReplicaSet()
+    a = Replica("a", "127.0.0.1:1")
+    replicas.replace([a], missing=["b"])
+    assert (replicas.known(), replicas.missing()) == ((a,), ("b",))
+    assert [await replicas.choose(HINT, NONE) for _ in range(3)] == [a, a, a]
+    replicas.replace([a])
+    assert replicas.missing() == ()
+
+
 async def test_gone_addresses_are_reported_once() -> None:
     replicas = ReplicaSet()
     gone: list[Replica] = []
