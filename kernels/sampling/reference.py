@@ -2,8 +2,9 @@
 
 For each row, from the fp32 logits x:
 
-1. `x += logit_bias`; then for tokens seen before, in this order: repetition (`x / r` where x > 0, else `x * r`), frequency
-   (`x -= f * output_count`), presence (`x -= p` if output_count > 0); then tokens that are not allowed, or forbidden, become -inf.
+1. `x += logit_bias`; then for tokens seen before, in this order: repetition (`x / r` where x > 0, else `x * r`; a finite x is then cut to
+   [-1e30, 1e30]), frequency (`x -= f * output_count`), presence (`x -= p` if output_count > 0); then tokens that are not allowed, or
+   forbidden, become -inf.
 2. Temperature 0: the token of largest x, ties by lowest id. Otherwise the weight of token i is `w_i = exp((x_i - max x) / temperature)`.
 3. Order the tokens by x descending, ties by id ascending. Keep the ones with `w_i >= min_p`; of these the first top_k; of these the
    shortest beginning whose weights sum to at least `top_p` times the sum of all that step 3 kept so far, but at least one.
@@ -25,6 +26,9 @@ from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutp
 
 MAX_ELEMENTS = 1 << 24
 """Bound on the weights that are held in float64 at once."""
+
+MAX_PENALISED = 1e30
+"""Bound on a logit after the repetition penalty: extreme penalties must not make it infinite, since weights would be NaN."""
 
 FIRST_CANDIDATES = 256
 """Tokens that are sorted first to find the end of top_p; more only if these do not reach it."""
@@ -120,7 +124,8 @@ def _penalise(logits: Tensor, penalties: Penalties) -> None:
     rows, ids = penalties.rows, penalties.token_ids
     seen = logits[rows, ids]
     repetition = penalties.repetition[rows]
-    seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+    repeated = torch.where(seen > 0, seen / repetition, seen * repetition).clamp(-MAX_PENALISED, MAX_PENALISED)
+    seen = torch.where(seen.isfinite(), repeated, seen)
     seen = seen - penalties.frequency[rows] * penalties.output_counts
     logits[rows, ids] = seen - penalties.presence[rows] * (penalties.output_counts > 0)
 

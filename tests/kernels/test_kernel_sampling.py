@@ -465,3 +465,19 @@ def test_bad_arguments_are_named() -> None:
     for wrong in (torch.zeros(9), torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 0)):
         with pytest.raises(ValueError, match=r"^logits "):
             sample(wrong, SamplingBatch())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("repetition", "wanted"), [(1e-45, {3, 7}), (3e38, {9})])
+def test_extreme_repetition_penalties_leave_a_choice(temperature: float, repetition: float, wanted: set[int]) -> None:
+    logits = random_logits(1, 50).clamp(-5, 5)
+    logits[0, [3, 7, 9]] = vector(20.0, 20.0, -20.0)
+    batch = SamplingBatch(
+        temperature=vector(temperature),
+        seeds=ints(1),
+        output_positions=ints(0),
+        penalties=Penalties(ints(0, 0, 0), ints(3, 7, 9), torch.ones(3, dtype=torch.int32), vector(0.0), vector(0.0), vector(repetition)),
+        # The only token allowed was seen, and its logit is negative.
+        allowed_ids=TokenIds(ints(0), ints(9)) if repetition > 1 else None,
+    )
+    assert int(sample(logits, batch).token_ids) in wanted
