@@ -6,6 +6,7 @@ import logging
 import math
 import secrets
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -70,6 +71,8 @@ class EngineServer:
         self._server: grpc.aio.Server | None = None
         self._health = HealthServicer()
         self._metrics_server: MetricsServer | None = None
+        # For our own drain and stop: callers of Drain may keep all of the loop's threads waiting.
+        self._stoppers = ThreadPoolExecutor(2, thread_name_prefix="cantata-stop")
         self.start_up: StartUp
 
     @property
@@ -129,13 +132,18 @@ class EngineServer:
     async def drain(self, grace_s: float) -> int:
         """Refuse new requests, wait for the live ones, abort those left after `grace_s`. Returns how many were aborted."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        return await asyncio.get_running_loop().run_in_executor(self._stoppers, self.engine.drain, grace_s)
+
+    async def drain_for_caller(self, grace_s: float) -> int:
+        """`drain` as the RPC: however many callers wait, our own drain and stop do not wait for them."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         return await asyncio.to_thread(self.engine.drain, grace_s)
 
     async def stop(self) -> None:
         """End what still runs and close the ports. Idempotent."""
         if self._engine is not None:
             await self._health.enter_graceful_shutdown()
-            await asyncio.to_thread(self._engine.shutdown)
+            await asyncio.get_running_loop().run_in_executor(self._stoppers, self._engine.shutdown)
         if self._server is not None:
             await self._server.stop(grace=5.0)
             self._server = None
@@ -214,7 +222,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         if not (math.isfinite(request.grace_s) and 0 <= request.grace_s <= _MAX_GRACE_S):
             await _abort(context, InvalidRequest(f"grace_s must be 0 to {_MAX_GRACE_S:g}, got {request.grace_s}", "grace_s"))
-        return pb.DrainResponse(num_aborted=await self._server.drain(request.grace_s))
+        return pb.DrainResponse(num_aborted=await self._server.drain_for_caller(request.grace_s))
 
 
 async def _abort(context: Context, error: CantataError) -> None:

@@ -5,6 +5,7 @@ import json
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -235,6 +236,19 @@ async def test_drain_over_rpc(served: Served) -> None:
     last = [response async for response in call][-1]
     assert last.finish_reason == pb.FINISH_REASON_ABORT
     assert "grace period" in last.error
+
+
+async def test_callers_of_drain_do_not_hold_up_a_shutdown(served: Served) -> None:
+    served.executor.before_step = lambda plan: time.sleep(0.005)
+    call = served.stub.Generate(generate(1, max_tokens=100_000, ignore_eos=True))
+    await first(call)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+    drains = [asyncio.ensure_future(served.stub.Drain(pb.DrainRequest(grace_s=3600.0))) for _ in range(4)]
+    await until(lambda: not served.server.engine.load().accepting)
+    async with asyncio.timeout(20):
+        assert await served.server.drain(0.1) == 1
+        await asyncio.gather(*drains)
+    assert [response async for response in call][-1].finish_reason == pb.FINISH_REASON_ABORT
 
 
 async def test_drain_refuses_a_wrong_grace_period(served: Served) -> None:
