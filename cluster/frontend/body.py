@@ -38,11 +38,13 @@ async def read(request: Request, kind: type[Model], max_bytes: int, max_items: i
     Raises:
         InvalidRequest: no JSON, not an object, an unknown field, a wrong type or value; `param` is a path such as `messages[0].content`.
         BodyTooLarge: longer than `max_bytes`; the rest is not read.
-        UnsupportedMediaType: not declared as JSON.
+        UnsupportedMediaType: not declared as JSON, or compressed.
     """
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
         raise UnsupportedMediaType("The body must be JSON: set the header Content-Type to application/json.")
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise UnsupportedMediaType("The body is compressed: send it as it is, without the header Content-Encoding.")
     data = await _bytes(request, max_bytes)
     if len(data) <= _INLINE_BYTES:
         return _parse(data, kind, max_items)

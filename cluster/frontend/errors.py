@@ -23,7 +23,7 @@ class BodyTooLarge(errors.InvalidRequest):
 
 
 class UnsupportedMediaType(errors.InvalidRequest):
-    """The body is not declared as JSON."""
+    """The body is not declared as JSON, or it is compressed."""
 
 
 class UnknownRoute(errors.CantataError):

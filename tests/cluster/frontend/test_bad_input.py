@@ -1,6 +1,7 @@
 """Bodies of every wrong kind: a 4xx that names the field, or plain text; other streams go on."""
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -345,6 +346,15 @@ async def test_other_content_types(gateway: Gateway, content_type: str) -> None:
         "/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "Application/JSON; charset=utf-8"}
     )
     assert declared.status_code == 200
+
+
+async def test_compressed_bodies_are_refused_as_such(gateway: Gateway) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = await gateway.http.post("/v1/completions", content=gzip.compress(b'{"prompt": "x"}'), headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_media_type")
+    assert "Content-Encoding" in response.json()["error"]["message"]
+    plain = await gateway.http.post("/v1/completions", content=b'{"prompt": "x"}', headers={**headers, "content-encoding": "identity"})
+    assert plain.status_code == 200
 
 
 ALLOWED = {"/v1/chat/completions": "POST", "/v1/models": "GET", "/v1/models/": "GET"}
