@@ -33,7 +33,18 @@ class SequenceBlocks:
         keys: hashes of the full blocks of tokens so far; kept over preemption.
     """
 
-    __slots__ = ("capacity", "committable", "first_sliding", "full", "keys", "num_committed", "parent", "sliding", "wanted_free")
+    __slots__ = (
+        "capacity",
+        "committable",
+        "first_sliding",
+        "full",
+        "keys",
+        "num_committed",
+        "parent",
+        "sliding",
+        "wanted_free",
+        "wanted_key",
+    )
 
     def __init__(self) -> None:
         self.full: list[int] = []
@@ -46,8 +57,10 @@ class SequenceBlocks:
         self.num_committed = 0
         self.parent: CachedPrefix | None = None
         self.committable = True
-        # Free blocks (full, sliding) without which the last `admit` failed; not tried again with fewer.
+        # Free blocks (full, sliding) without which the last `admit` failed. Not tried again with fewer, unless the first block that was
+        # not found has been computed since: a sequence with the same beginning runs, and there will be less to compute.
         self.wanted_free = (0, 0)
+        self.wanted_key: bytes | None = None
 
 
 class KVCacheManager:
@@ -101,7 +114,7 @@ class KVCacheManager:
             Tokens found, always less than all; None if there is no room, then nothing is taken.
         """
         assert blocks not in self._live, "admitted twice"
-        if self._full.num_free < blocks.wanted_free[0] or self._sliding.num_free < blocks.wanted_free[1]:
+        if self._lacks(blocks.wanted_free) and (blocks.wanted_key is None or blocks.wanted_key not in self._cache):
             return None
         chain: list[CachedPrefix] = []
         if self.prefix_caching:
@@ -110,9 +123,11 @@ class KVCacheManager:
         length = len(chain)
         first_sliding = first_visible_block(length * BLOCK_SIZE, self.window) if self.window is not None else 0
         blocks.wanted_free = self._wanted_free(chain, first_sliding, num_blocks_for(len(token_ids)))
-        if self._full.num_free < blocks.wanted_free[0] or self._sliding.num_free < blocks.wanted_free[1]:
+        if self._lacks(blocks.wanted_free):
+            next_key = blocks.keys[length] if length < len(blocks.keys) else None
+            blocks.wanted_key = None if next_key is None or next_key in self._cache else next_key
             return None
-        blocks.wanted_free = (0, 0)
+        blocks.wanted_free, blocks.wanted_key = (0, 0), None
         for index, prefix in enumerate(chain):
             if self._has_full:
                 self._full.acquire(prefix.full_block)
@@ -129,6 +144,9 @@ class KVCacheManager:
         blocks.committable = self.prefix_caching
         self._live[blocks] = None
         return length * BLOCK_SIZE
+
+    def _lacks(self, wanted_free: tuple[int, int]) -> bool:
+        return self._full.num_free < wanted_free[0] or self._sliding.num_free < wanted_free[1]
 
     def _wanted_free(self, chain: list[CachedPrefix], first_sliding: int, num_blocks: int) -> tuple[int, int]:
         """Free blocks of each group that admission needs: new ones, and those of the chain that nobody holds."""

@@ -89,6 +89,10 @@ class PrefixCache:
         """Prefixes that can be found."""
         return len(self._by_key)
 
+    def __contains__(self, key: bytes) -> bool:
+        """Whether a block with this chained hash can be found."""
+        return key in self._by_key
+
     def lookup(self, keys: Sequence[bytes], token_ids: Sequence[int]) -> list[CachedPrefix]:
         """The longest chain of `token_ids` that a sequence can start behind, at least one token short of all.
 

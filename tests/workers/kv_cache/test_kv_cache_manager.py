@@ -97,6 +97,20 @@ def test_found_blocks_that_nobody_holds_need_room_too() -> None:
     kv.release(other)
 
 
+def test_room_is_looked_for_again_when_somebody_has_computed_the_prefix() -> None:
+    kv = KVCacheManager(num_full_blocks=11, num_sliding_blocks=0, window=None)
+    prompt = list(range(100))
+    first, second = SequenceBlocks(), SequenceBlocks()
+    assert kv.admit(first, prompt) == 0
+    assert kv.grow(first, 0, 100) == 100
+    assert kv.admit(second, prompt) is None  # 7 of 10 blocks are taken, and nothing is found yet
+    kv.commit(first, prompt, 40)
+    assert kv.admit(second, prompt) is None  # 5 are missing, 3 are free
+    kv.commit(first, prompt, 100)
+    assert kv.admit(second, prompt) == 96
+    kv.check_integrity()
+
+
 def test_grow_gives_as_much_as_there_is_in_both_groups() -> None:
     kv = KVCacheManager(num_full_blocks=20, num_sliding_blocks=5, window=16, prefix_caching=False)
     blocks = SequenceBlocks()
