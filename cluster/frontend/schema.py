@@ -115,7 +115,9 @@ class NamedToolChoice(_Body):
 
 
 def _choice_kind(value: Any) -> str | None:
-    return "<word>" if isinstance(value, str) else "<named>" if isinstance(value, dict | NamedToolChoice) else None
+    if isinstance(value, dict):
+        return "<named>" if value.get("type") == "function" else None
+    return "<named>" if isinstance(value, NamedToolChoice) else "<word>" if value in ("auto", "none", "required") else None
 
 
 ToolChoice = Annotated[

@@ -203,6 +203,9 @@ async def undisturbed(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEnc
         ({"temperature": "hot"}, "temperature must be a number."),
         ({"stream": "yes"}, "stream must be true or false."),
         ({"stop": ["a", 5]}, "stop[1] must be a string."),
+        # Not 'required', which is refused as well.
+        ({"tool_choice": "sometimes"}, "tool_choice must be 'auto' or 'none'."),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice must be 'auto' or 'none'."),
     ],
 )
 async def test_refusals_speak_of_json(gateway: Gateway, fields: dict[str, Any], message: str) -> None:
