@@ -346,7 +346,12 @@ class Engine:
             self._live.clear()
             self._inbox.clear()
             self._num_running = 0
+            self._kv_usage = 0.0
             self._changed.notify_all()
+        self.metrics.running.set(0)
+        self.metrics.waiting.set(0)
+        for group in KV_GROUPS:
+            self.metrics.kv_usage.labels(group).set(0)
         sentence = self._error or "the engine is shutting down"
         for stream in left:
             self._end(stream, "error" if self._error else "abort", error=sentence, failure=EngineDead(sentence))

@@ -204,7 +204,11 @@ def test_an_executor_failure_ends_everything_and_the_engine() -> None:
     assert outputs[0].token_ids, "tokens sampled before the failure are delivered"
     assert died.wait(WAIT_S)
     assert engine.error == "a rank is on fire"
-    assert not engine.load().accepting
+    load = engine.load()
+    assert (load.accepting, load.num_running, load.num_waiting, load.kv_usage) == (False, 0, 0, 0.0)
+    metrics = engine.metrics.render()
+    for gauge in ("running_requests", "waiting_requests", 'kv_usage_ratio{group="full"}'):
+        assert f"cantata_engine_{gauge} 0.0" in metrics
     with pytest.raises(EngineDead, match="on fire"):
         engine.submit(request(1), reader)
     engine.shutdown()
