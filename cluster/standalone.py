@@ -35,6 +35,8 @@ START_TIMEOUT_S = 3600.0
 """For an engine to load its model: a large checkpoint on a slow disk takes long, and shows how far it is."""
 DRAIN_S = 30.0
 """What running requests get to end after the first SIGINT or SIGTERM."""
+CUT_S = 5.0
+"""What the servers get after that to tell the clients of those left that they were cut off."""
 
 
 def serve_standalone(config: CantataConfig) -> int:
@@ -119,7 +121,7 @@ async def _serve_gateway(
         ) from None
     app = build_app(service, api_keys=keys, max_body_bytes=config.gateway.max_body_bytes)
     http_server = _HttpServer(
-        uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=int(DRAIN_S))
+        uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=int(DRAIN_S + CUT_S))
     )
     serving = asyncio.create_task(http_server.serve([http_socket]))
     http_host, http_port = http_socket.getsockname()[:2]
@@ -138,14 +140,19 @@ async def _serve_gateway(
     await asyncio.wait([asked, serving], return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
     logger.info("stopping: running requests have %.0f s to end; a second signal stops at once", DRAIN_S)
-    await _drain(http_server, serving, grpc_server, stop)
+    await _drain(http_server, serving, grpc_server, service, stop)
 
 
-async def _drain(http_server: uvicorn.Server, serving: "asyncio.Task[None]", grpc_server: GrpcServer, stop: StopSignals) -> None:
+async def _drain(
+    http_server: uvicorn.Server, serving: "asyncio.Task[None]", grpc_server: GrpcServer, service: GenerationService, stop: StopSignals
+) -> None:
     http_server.should_exit = True
-    stopping = asyncio.create_task(grpc_server.stop(DRAIN_S))
+    stopping = asyncio.create_task(grpc_server.stop(DRAIN_S + CUT_S))
     hurried = asyncio.create_task(_hurry(http_server, grpc_server, stop))
-    await asyncio.wait([serving, stopping])
+    _, left = await asyncio.wait([serving, stopping], timeout=DRAIN_S)
+    if left:
+        await service.close()
+        await asyncio.wait(left)
     hurried.cancel()
     serving.result()
 
