@@ -213,10 +213,8 @@ def test_a_finish_reason_of_a_newer_engine_is_an_error() -> None:
 
 
 def all_errors() -> list[type[errors.CantataError]]:
-    found = [errors.CantataError]
-    for error_class in found:
-        found.extend(error_class.__subclasses__())
-    return found
+    # By name, not by __subclasses__: the gateway adds classes of its own, which no engine sends.
+    return [entry for entry in vars(errors).values() if isinstance(entry, type) and issubclass(entry, errors.CantataError)]
 
 
 @pytest.mark.parametrize("error_class", all_errors(), ids=lambda error_class: error_class.__name__)
