@@ -20,6 +20,8 @@ from workers.executor.inline import InlineExecutor
 from workers.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from workers.rpc.validate import MAX_SEED, check_request
 
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+
 Prompt = str | Sequence[int]
 END_TOKENS = ("<|return|>", "<|call|>", "<|endoftext|>")
 """Names of the tokens that end a turn of gpt-oss; looked up in the checkpoint's tokenizer."""

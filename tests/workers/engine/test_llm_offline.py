@@ -10,10 +10,9 @@ from tokenizers import Tokenizer
 
 from cluster.harmony.make_tokenizer import write_bpe_tokenizer
 from tests.support.tiny_model import TINY
-from workers.engine.llm import END_TOKENS, LLM
+from workers.engine.llm import END_TOKENS, LLM, SamplingParams
 from workers.errors import CheckpointError, ConfigError, ContextLengthExceeded, InvalidRequest
 from workers.model.make_checkpoint import write_checkpoint
-from workers.request import SamplingParams
 
 VOCAB = 600
 
