@@ -32,7 +32,17 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         "SIZE",
         "KV cache, such as 2GiB (default: from free memory)",
     ),
-    (("--tensor-parallel-size",), "engine.parallel.tensor", "N", "ranks per replica (default: 1)"),
+    (
+        ("--gpu-memory-utilization",),
+        "engine.cache.gpu_memory_utilization",
+        "SHARE",
+        "of a GPU's memory, for weights, activations and KV cache (default: 0.9)",
+    ),
+    (("--quantize",), "engine.quantize", "FORMAT", "mxfp4: pack the experts of a bf16 checkpoint while loading (default: as stored)"),
+    (("--tensor-parallel-size", "-tp"), "engine.parallel.tensor", "N", "ranks per replica (default: 1)"),
+    (("--expert-parallel-size",), "engine.parallel.expert", "N", "groups of experts, a divisor of the ranks (default: the ranks)"),
+    (("--step-timeout",), "engine.parallel.step_timeout_s", "SECONDS", "when a step of several ranks counts as hung (default: 30)"),
+    (("--start-timeout",), "engine.parallel.start_timeout_s", "SECONDS", "for several ranks to be placed and start (default: 300)"),
     (("--replicas",), "replicas", "N", "engines (default: 1)"),
     (("--max-in-flight-requests",), "gateway.max_in_flight_requests", "N", "requests served at once (default: 1024)"),
     (("--request-timeout",), "gateway.request_timeout_s", "SECONDS", "deadline of a request (default: none)"),
@@ -99,6 +109,13 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
         help="find shared prompt beginnings in the KV cache (default: yes)",
+    )
+    serve.add_argument(
+        "--enforce-eager",
+        dest="engine.enforce_eager",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="no CUDA graphs (default: no)",
     )
     serve.set_defaults(run=_serve)
 

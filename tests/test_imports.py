@@ -21,6 +21,7 @@ ALLOWED_IN = {
     ),
     "fastapi": ("cluster/frontend/", "cluster/serve/"),
     "torch": ("kernels/", "workers/"),
+    "zmq": ("workers/executor/",),
 }
 
 

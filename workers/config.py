@@ -14,6 +14,8 @@ from workers.errors import CheckpointError, ConfigError
 Dtype = Literal["bfloat16", "float32"]
 BLOCK_SIZE = 16
 """KV positions in a block; part of the cache layout's contract with kernels and router."""
+MAX_RANKS = 16
+"""Of one replica: two nodes of eight GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,18 @@ class CacheConfig:
     """KV cache.
 
     Attributes:
-        memory_bytes: for both groups together; None: chosen from the memory that is free (`kv_cache/tensors.py`).
+        memory_bytes: of each rank, for both groups together; None: chosen from the memory that is free (`kv_cache/tensors.py`).
+        gpu_memory_utilization: share of a GPU's memory for weights, activations and KV cache together; not used on a CPU.
         prefix_caching: find full blocks again by hash.
     """
 
     memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"cache.gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +112,37 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    """How one replica's model is spread over ranks. One rank for now; kept apart so that plans do not change when more come."""
+    """How one replica's model is spread over ranks. `workers/parallel/shard.py` says which plans a model allows.
+
+    Attributes:
+        tensor: ranks of a replica. Attention and vocabulary are split over all of them.
+        expert: into how many groups the experts are split, a divisor of `tensor`; None: `tensor`. The ranks of a group split each of
+            its experts between them (tensor / expert ranks a group).
+        step_timeout_s: seconds after which a step whose result is not back counts as hung and the replica ends.
+        start_timeout_s: seconds that the ranks have to be placed on devices and to start, before they load.
+    """
 
     tensor: int = 1
-    expert: int = 1
+    expert: int | None = None
+    step_timeout_s: float = 30.0
+    start_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        if (self.tensor, self.expert) != (1, 1):
+        if not 1 <= self.tensor <= MAX_RANKS:
+            raise ConfigError(f"parallel.tensor must be 1 to {MAX_RANKS}, got {self.tensor}")
+        if self.expert is not None and (self.expert < 1 or self.tensor % self.expert):
+            divisors = [str(number) for number in range(1, self.tensor + 1) if self.tensor % number == 0]
             raise ConfigError(
-                f"parallel tensor={self.tensor}, expert={self.expert}: this version runs each model on one rank, set both to 1"
+                f"parallel.expert must divide parallel.tensor, which is {self.tensor}: {', '.join(divisors)}; got {self.expert}"
             )
+        for name in ("step_timeout_s", "start_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"parallel.{name} must be a positive number of seconds, got {getattr(self, name)}")
+
+    @property
+    def expert_size(self) -> int:
+        """Groups that the experts are split into, the default resolved."""
+        return self.tensor if self.expert is None else self.expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +153,16 @@ class EngineConfig:
         model_path: the checkpoint folder.
         dtype: of activations, dense weights and KV cache. float32 is the reference numerics; MXFP4 experts stay packed either way.
         max_model_len: context limit, at most the model's; None: the model's own.
+        quantize: `mxfp4` packs the experts of a bf16 checkpoint while loading; None: kept as stored.
+        enforce_eager: no CUDA graphs; without effect on a CPU.
     """
 
     model_path: Path
     dtype: Dtype = "bfloat16"
     device: str = "cpu"
     max_model_len: int | None = None
+    quantize: Literal["mxfp4"] | None = None
+    enforce_eager: bool = False
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

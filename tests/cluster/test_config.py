@@ -51,6 +51,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
     texts = {
         "engine.dtype": "float32",
         "engine.device": "cuda:1",
+        "engine.quantize": "mxfp4",
         "engine.cache.prefix_caching": "false",
         "engine.cache.memory_bytes": "1.5GiB",
         "gateway.api_keys": "one, two",
@@ -122,7 +123,12 @@ def test_wrong_values_are_named_with_where_they_were_set(tmp_path: Path) -> None
     refused("gateway.conversation_date: 'today' is not a date; write auto, none or YYYY-MM-DD", gateway__conversation_date="today")
     refused("gateway.request_timeout_s must be a finite number", gateway__request_timeout_s="nan")
     refused("gateway.request_timeout_s must be greater than 0", gateway__request_timeout_s="0")
-    refused("this version runs each model on one rank", engine__parallel__tensor="2")
+    refused("parallel.tensor must be 1 to 16, got 17", engine__parallel__tensor="17")
+    refused(
+        "parallel.expert must divide parallel.tensor, which is 6: 1, 2, 3, 6; got 4",
+        engine__parallel__tensor="6",
+        engine__parallel__expert="4",
+    )
     refused("engine.model_path is empty", engine__model_path="")
     refused("gateway.served_model_name must not be empty", gateway__served_model_name="")
 

@@ -193,7 +193,7 @@ def test_long_release_names_leave_room_for_kuberay(helm: Helm) -> None:
         ("config.engine.dtype=float16", "/config/engine/dtype"),
         ("config.replicas=two", "/config/replicas"),
         ("config.replicas=0", "/config/replicas"),
-        ("config.engine.parallel.tensor=2", "/config/engine/parallel/tensor"),
+        ("config.engine.parallel.tensor=17", "/config/engine/parallel/tensor"),
         ("image.repository=", "/image/repository"),
         ("image.repository=name:tag", "/image/repository"),
         ("model.claimName=", "/model/claimName"),

@@ -57,6 +57,8 @@ def _value(hint: Any, value: object, place: str) -> object:
         return value
     if hint is Path and isinstance(value, str):
         return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{place} must be of type {hint.__name__}, got {value!r}")
     return value
