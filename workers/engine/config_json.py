@@ -48,7 +48,7 @@ def _build(cls: type, raw: object, place: str) -> object:
 def _value(hint: Any, value: object, place: str) -> object:
     if isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value, f"{place}.")
-    if typing.get_origin(hint) is types.UnionType:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # Literal | None is the latter
         options = typing.get_args(hint)
         return None if value is None and type(None) in options else _value(options[0], value, place)
     if typing.get_origin(hint) is typing.Literal:

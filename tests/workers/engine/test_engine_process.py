@@ -202,6 +202,7 @@ def test_the_configuration_survives_json() -> None:
         ('{"model_path": "x", "max_model_len": "long"}', "max_model_len must be of type int"),
         ('{"model_path": "x", "max_model_len": true}', "max_model_len must be of type int"),
         ('{"model_path": "x", "cache": {"prefix_caching": 1}}', "cache.prefix_caching must be of type bool"),
+        ('{"model_path": "x", "quantize": "int8"}', "quantize must be one of mxfp4"),
         ('{"model_path": "x", "parallel": {"tensor": 17}}', "parallel.tensor must be 1 to 16"),
     ],
 )
