@@ -77,13 +77,13 @@ class CacheConfig:
 
     Attributes:
         memory_bytes: of each rank, for both groups together; None: chosen from the memory that is free (`kv_cache/tensors.py`).
-        gpu_memory_utilization: share of a GPU's memory for weights, activations and KV cache together; not used on a CPU.
         prefix_caching: find full blocks again by hash.
+        gpu_memory_utilization: share of a GPU's memory for weights, activations and KV cache together; not used on a CPU.
     """
 
     memory_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9
 
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -161,11 +161,11 @@ class EngineConfig:
     dtype: Dtype = "bfloat16"
     device: str = "cpu"
     max_model_len: int | None = None
-    quantize: Literal["mxfp4"] | None = None
-    enforce_eager: bool = False
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    quantize: Literal["mxfp4"] | None = None
+    enforce_eager: bool = False
 
 
 def load_model_config(path: Path) -> ModelConfig:
