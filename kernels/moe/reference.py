@@ -40,29 +40,35 @@ def fused_experts(
     *,
     swiglu_limit: float,
     swiglu_alpha: float,
+    first_expert: int = 0,
+    num_experts: int | None = None,
 ) -> Tensor:
     """Weighted sum of each token's experts: gate_up projection, clamped SwiGLU, down projection, both with bias.
 
     With g the even and u the odd rows of gate_up, `g` clamped above at the limit and `u` to both sides of it, the activation is
     `(u + 1) * g * sigmoid(alpha * g)`. Only experts that some token chose are decoded or computed.
 
+    The weights may be those of a part of the experts, `first_expert` to `first_expert + E - 1` of `num_experts`; choices of the others
+    add nothing here.
+
     Args:
         x: [T, H] float.
-        topk_ids: [T, k] integer, distinct within a row.
+        topk_ids: [T, k] integer, below num_experts, distinct within a row.
         topk_weights: [T, k] fp32.
         gate_up: [E, 2I, H], packed or dense.
         gate_up_bias: [E, 2I] float.
         down: [E, H, I], packed or dense.
         down_bias: [E, H] float.
+        num_experts: None: E.
     Returns:
         [T, H], dtype of x.
     Raises:
         ValueError: names the argument of a wrong shape or dtype.
     """
-    _check_experts(x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias)
+    check_experts(x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, first_expert, num_experts)
     wide = x.float()
     out = torch.zeros_like(wide)
-    for expert, tokens, slots in _tokens_by_expert(topk_ids):
+    for expert, tokens, slots in _tokens_by_expert(topk_ids.long() - first_expert, gate_up.shape[0]):
         hidden = linear(wide[tokens], _dense_expert(gate_up, expert), gate_up_bias[expert].float())
         hidden = _swiglu(hidden, swiglu_limit, swiglu_alpha)
         hidden = linear(hidden, _dense_expert(down, expert), down_bias[expert].float())
@@ -70,11 +76,12 @@ def fused_experts(
     return out.to(x.dtype)
 
 
-def _tokens_by_expert(topk_ids: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-    """(expert, tokens [n] ascending, their slots [n]) of the experts that are hit, in ascending order."""
-    flat = topk_ids.reshape(-1).long()
-    groups = torch.split(flat.argsort(stable=True), flat.bincount().tolist())
-    k = topk_ids.shape[1]
+def _tokens_by_expert(local_ids: Tensor, num_local: int) -> list[tuple[int, Tensor, Tensor]]:
+    """(expert, tokens [n] ascending, their slots [n]) of the experts 0 to num_local - 1 that are hit, in ascending order."""
+    k = local_ids.shape[1]
+    pairs = ((local_ids >= 0) & (local_ids < num_local)).reshape(-1).nonzero()[:, 0]
+    experts = local_ids.reshape(-1)[pairs]
+    groups = torch.split(pairs[experts.argsort(stable=True)], experts.bincount().tolist())
     return [(expert, group // k, group % k) for expert, group in enumerate(groups) if len(group)]
 
 
@@ -93,7 +100,7 @@ def _swiglu(hidden: Tensor, limit: float, alpha: float) -> Tensor:
     return (up + 1) * (gate / (1 + torch.exp(gate * -alpha)))
 
 
-def _check_experts(
+def check_experts(
     x: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
@@ -101,7 +108,14 @@ def _check_experts(
     gate_up_bias: Tensor,
     down: PackedMXFP4 | Tensor,
     down_bias: Tensor,
+    first_expert: int,
+    num_experts: int | None,
 ) -> None:
+    """Refuse what `fused_experts` cannot compute.
+
+    Raises:
+        ValueError: names the argument.
+    """
     if x.ndim != 2:
         raise ValueError(f"x must be [T, H], got shape {list(x.shape)}")
     num_tokens, hidden_size = x.shape
@@ -111,17 +125,20 @@ def _check_experts(
         raise ValueError(f"topk_ids must be integers, got {topk_ids.dtype}")
     if len(gate_up.shape) != 3 or gate_up.shape[2] != hidden_size or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must be [E, 2I, {hidden_size}], got shape {list(gate_up.shape)}")
-    num_experts, double_width, _ = gate_up.shape
+    num_local, double_width, _ = gate_up.shape
+    total = num_local if num_experts is None else num_experts
+    if not 0 <= first_expert <= total - num_local:
+        raise ValueError(f"first_expert must leave room for {num_local} of {total} experts, got {first_expert}")
     expected = {
         "topk_weights": (topk_weights.shape, tuple(topk_ids.shape)),
-        "gate_up_bias": (gate_up_bias.shape, (num_experts, double_width)),
-        "down": (down.shape, (num_experts, hidden_size, double_width // 2)),
-        "down_bias": (down_bias.shape, (num_experts, hidden_size)),
+        "gate_up_bias": (gate_up_bias.shape, (num_local, double_width)),
+        "down": (down.shape, (num_local, hidden_size, double_width // 2)),
+        "down_bias": (down_bias.shape, (num_local, hidden_size)),
     }
     for name, (shape, wanted) in expected.items():
         if tuple(shape) != wanted:
             raise ValueError(f"{name} must be {list(wanted)}, got shape {list(shape)}")
     if topk_weights.dtype != torch.float32:
         raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
-    if topk_ids.numel() and not 0 <= int(topk_ids.min()) <= int(topk_ids.max()) < num_experts:
-        raise ValueError(f"topk_ids must be from 0 to {num_experts - 1}, found {int(topk_ids.min())} to {int(topk_ids.max())}")
+    if topk_ids.numel() and not 0 <= int(topk_ids.min()) <= int(topk_ids.max()) < total:
+        raise ValueError(f"topk_ids must be from 0 to {total - 1}, found {int(topk_ids.min())} to {int(topk_ids.max())}")

@@ -1,8 +1,10 @@
 """MXFP4 weights: packing, unpacking and the registry of storage layouts."""
 
+import kernels.cpu.layout  # noqa: F401 - registers itself
 from kernels.mxfp4.layouts import (
     MX_BLOCK,
     NATURAL,
+    ROWS16,
     PackedMXFP4,
     choose_layout,
     from_natural,
@@ -15,6 +17,7 @@ from kernels.mxfp4.reference import pack, unpack, unpack_experts
 __all__ = [
     "MX_BLOCK",
     "NATURAL",
+    "ROWS16",
     "PackedMXFP4",
     "choose_layout",
     "from_natural",

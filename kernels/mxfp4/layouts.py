@@ -11,10 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.cpu import native
+
 MX_BLOCK = 32
 """Values that share a scale, along the contraction axis K."""
 
 NATURAL = "natural"
+ROWS16 = "rows16"
+"""The CPU kernels' (`kernels/cpu/layout.py`)."""
 SCALE_NAN = 255
 """The e8m0 code that stands for NaN (OCP Microscaling Formats 1.0, section 5.4.1); never a weight's scale."""
 
@@ -83,8 +87,8 @@ def layout_names() -> tuple[str, ...]:
 
 
 def choose_layout(device: torch.device) -> str:
-    """The layout that this device's kernels read. The reference kernels, which run everywhere, read `natural`."""
-    return NATURAL
+    """The layout that this device's kernels read. The reference kernels, which run everywhere, read `natural` fastest."""
+    return ROWS16 if device.type == "cpu" and native.library() is not None else NATURAL
 
 
 def from_natural(blocks: Tensor, scales: Tensor, layout: str = NATURAL) -> PackedMXFP4:

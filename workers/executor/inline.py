@@ -9,7 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kernels.mxfp4 import PackedMXFP4
+from kernels.cpu import linear as cpu_linear
+from kernels.cpu import native
+from kernels.mxfp4 import ROWS16, PackedMXFP4
 from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from workers.errors import ConfigError
 from workers.executor.base import ExecutorInfo
@@ -137,10 +139,22 @@ def _device(name: str) -> torch.device:
 
 
 def _kernel_names(model: GptOss) -> dict[str, str]:
-    """Operation → what runs it; every operation has its torch reference so far."""
+    """Operation → what runs it."""
     projection = model.layers[0].experts.gate_up
-    experts = f"torch reference, MXFP4 layout {projection.layout}" if isinstance(projection, PackedMXFP4) else "torch reference, dense"
-    return {"attention": "torch reference", "experts": experts, "pointwise": "torch reference", "sampling": "torch reference"}
+    packed = isinstance(projection, PackedMXFP4)
+    cpp = f"C++ {native.isa()}"
+    if packed and projection.layout == ROWS16:
+        experts = f"{cpp}, MXFP4 layout {projection.layout}"
+    else:
+        experts = f"torch reference, MXFP4 layout {projection.layout}" if packed else "torch reference, dense"
+    linear = cpp if cpu_linear.can_run(model.embedding) else "torch"
+    return {
+        "attention": "torch reference",
+        "experts": experts,
+        "linear": linear,
+        "pointwise": "torch reference",
+        "sampling": "torch reference",
+    }
 
 
 def _chunk_batch(token_ids: Sequence[int], start: int, end: int, device: torch.device) -> StepBatch:

@@ -1,0 +1,70 @@
+"""The mixture of experts on MXFP4 weights in the layout `rows16`: fp32 activations and sums, weights decoded in registers."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import native
+from kernels.mxfp4 import ROWS16, PackedMXFP4
+
+
+def can_run(x: Tensor, gate_up: PackedMXFP4, down: PackedMXFP4, bias_dtype: torch.dtype) -> bool:
+    """Whether `fused_experts` takes these: CPU tensors, weights in its layout, biases fp32 or bf16."""
+    in_layout = gate_up.layout == down.layout == ROWS16
+    return in_layout and x.device.type == "cpu" and bias_dtype in native.DATA_TYPES and native.library() is not None
+
+
+def fused_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: PackedMXFP4,
+    gate_up_bias: Tensor,
+    down: PackedMXFP4,
+    down_bias: Tensor,
+    *,
+    swiglu_limit: float,
+    swiglu_alpha: float,
+    first_expert: int,
+) -> Tensor:
+    """As `kernels.moe.reference.fused_experts`, which see; arguments have been checked there.
+
+    A token's result is the same, bit for bit, whatever the other tokens and the number of threads.
+    """
+    num_tokens, hidden = x.shape
+    num_experts, double_width, _ = gate_up.shape
+    top_k = topk_ids.shape[1]
+    wide = x.float().contiguous()
+    ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.contiguous()
+    gate_up_bias, down_bias = gate_up_bias.contiguous(), down_bias.contiguous()
+    out = torch.empty(num_tokens, hidden)
+    activations = torch.empty(num_tokens * top_k, double_width // 2)
+    results = torch.empty(num_tokens * top_k, hidden)
+    order = torch.empty(2 * num_tokens * top_k + 2 * num_experts + 1, dtype=torch.int32)
+    arguments = native.ExpertsArgs(
+        x=native.pointer(wide),
+        topk_ids=native.pointer(ids),
+        topk_weights=native.pointer(weights),
+        gate_up_blocks=native.pointer(gate_up.blocks),
+        gate_up_scales=native.pointer(gate_up.scales),
+        down_blocks=native.pointer(down.blocks),
+        down_scales=native.pointer(down.scales),
+        gate_up_bias=native.pointer(gate_up_bias),
+        down_bias=native.pointer(down_bias),
+        out=native.pointer(out),
+        activations=native.pointer(activations),
+        results=native.pointer(results),
+        order=native.pointer(order),
+        num_tokens=num_tokens,
+        top_k=top_k,
+        hidden=hidden,
+        intermediate=double_width // 2,
+        first_expert=first_expert,
+        num_experts=num_experts,
+        limit=swiglu_limit,
+        alpha=swiglu_alpha,
+        bias_type=native.DATA_TYPES[gate_up_bias.dtype],
+    )
+    native.ready().cantata_experts(ctypes.byref(arguments))
+    return out.to(x.dtype)

@@ -1,0 +1,115 @@
+"""The C++ library: found, checked and called. Tensors go in as pointers; the caller has checked shapes and dtypes and keeps them alive."""
+
+import ctypes
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+"""Of the functions and structures; src/dispatch.cpp says the same."""
+DATA_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""src/ops.h `DataType`."""
+
+
+class LinearArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "width", "num_outputs")),
+        ("weight_type", ctypes.c_int32),
+    )
+
+
+class ExpertsArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "topk_ids", "topk_weights")),
+        *((name, ctypes.c_void_p) for name in ("gate_up_blocks", "gate_up_scales", "down_blocks", "down_scales")),
+        *((name, ctypes.c_void_p) for name in ("gate_up_bias", "down_bias", "out", "activations", "results", "order")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "top_k", "hidden", "intermediate", "first_expert", "num_experts")),
+        ("limit", ctypes.c_float),
+        ("alpha", ctypes.c_float),
+        ("bias_type", ctypes.c_int32),
+    )
+
+
+class PackArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("blocks", "scales", "packed_blocks", "packed_scales")),
+        ("num_rows", ctypes.c_int64),
+        ("num_groups", ctypes.c_int64),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library; None where there is none, or one of another version."""
+    files = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not files:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(files[0]))
+        version = loaded.cantata_version()
+    except (OSError, AttributeError) as error:
+        logger.warning("the CPU kernels in %s cannot be loaded, the slow references run instead: %s", files[0].name, error)
+        return None
+    if version != _VERSION:
+        logger.warning(
+            "the CPU kernels in %s are of version %d, not %d: install again; the slow references run", files[0].name, version, _VERSION
+        )
+        return None
+    loaded.cantata_isa.restype = ctypes.c_char_p
+    for name, arguments in (("linear", LinearArgs), ("experts", ExpertsArgs), ("pack_rows16", PackArgs)):
+        function = getattr(loaded, f"cantata_{name}")
+        function.restype, function.argtypes = None, (ctypes.POINTER(arguments),)
+    return loaded
+
+
+def isa() -> str | None:
+    """The instruction set in use: `avx512`, `avx2` or `portable`; None without the library."""
+    loaded = library()
+    return None if loaded is None else str(loaded.cantata_isa().decode())
+
+
+@contextmanager
+def using_isa(name: str) -> Iterator[bool]:
+    """Run on another instruction set, for tests and comparisons; yields False, and changes nothing, where the processor lacks it."""
+    loaded, before = library(), isa()
+    if loaded is None or before is None:
+        yield False
+        return
+    has = bool(loaded.cantata_use_isa(name.encode()))
+    try:
+        yield has
+    finally:
+        loaded.cantata_use_isa(before.encode())
+
+
+def ready() -> ctypes.CDLL:
+    """The library, set to as many threads as torch uses."""
+    loaded = library()
+    assert loaded is not None, "called without the library"
+    threads = torch.get_num_threads()
+    if threads != loaded.cantata_num_threads():
+        loaded.cantata_set_threads(threads)
+    return loaded
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Where a contiguous CPU tensor begins; 0 for None."""
+    if tensor is None:
+        return 0
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return tensor.data_ptr()

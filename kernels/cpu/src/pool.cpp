@@ -1,0 +1,146 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace cantata {
+namespace {
+
+// A worker looks for the next job this often before it sleeps: about 50 microseconds, longer than the gap between two operations of a step.
+constexpr int kSpins = 4000;
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+struct Job {
+  Task task;
+  void* context;
+  long count;
+  long chunk;
+};
+
+class Pool {
+ public:
+  explicit Pool(int num_threads) : num_threads_(num_threads), pid_(getpid()) {
+    for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this] { work(); });
+  }
+
+  ~Pool() {
+    if (!alive()) {  // forked: the threads are the parent's
+      for (auto& worker : workers_) worker.detach();
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      stopping_ = true;
+      generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+
+  bool alive() const { return pid_ == getpid(); }
+  int num_threads() const { return num_threads_; }
+
+  void run(const Job& job) {
+    job_ = job;
+    next_.store(0, std::memory_order_relaxed);
+    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    if (num_asleep_.load() > 0) wake_.notify_all();
+    take_pieces();
+    while (running_.load(std::memory_order_acquire) > 0) pause();
+  }
+
+ private:
+  void take_pieces() {
+    const Job& job = job_;
+    for (;;) {
+      const long begin = next_.fetch_add(job.chunk, std::memory_order_relaxed);
+      if (begin >= job.count) return;
+      const long end = begin + job.chunk < job.count ? begin + job.chunk : job.count;
+      job.task(job.context, begin, end);
+    }
+  }
+
+  void work() {
+    unsigned long seen = 0;
+    for (;;) {
+      seen = wait_for_job(seen);
+      if (stopping_) return;
+      take_pieces();
+      running_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  unsigned long wait_for_job(unsigned long seen) {
+    for (int spin = 0; spin < kSpins; ++spin) {
+      const unsigned long now = generation_.load(std::memory_order_acquire);
+      if (now != seen) return now;
+      pause();
+    }
+    std::unique_lock<std::mutex> lock(sleep_);
+    num_asleep_.fetch_add(1);
+    wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+    num_asleep_.fetch_sub(1);
+    return generation_.load(std::memory_order_acquire);
+  }
+
+  const int num_threads_;
+  const pid_t pid_;
+  std::vector<std::thread> workers_;
+  Job job_{};
+  std::atomic<long> next_{0};
+  std::atomic<int> running_{0};
+  std::atomic<unsigned long> generation_{0};
+  std::atomic<int> num_asleep_{0};
+  std::mutex sleep_;
+  std::condition_variable wake_;
+  bool stopping_ = false;
+};
+
+std::mutex in_use;
+Pool* pool = nullptr;
+int wanted_threads = 1;
+
+}  // namespace
+
+void run(Task task, void* context, long count, long chunk) {
+  if (chunk < 1) chunk = 1;
+  std::unique_lock<std::mutex> lock(in_use, std::try_to_lock);
+  if (!lock.owns_lock() || wanted_threads == 1 || count <= chunk || (pool != nullptr && !pool->alive())) {
+    if (count > 0) task(context, 0, count);
+    return;
+  }
+  if (pool == nullptr) pool = new Pool(wanted_threads);
+  pool->run({task, context, count, chunk});
+}
+
+int num_threads() { return wanted_threads; }
+
+}  // namespace cantata
+
+extern "C" __attribute__((visibility("default"))) void cantata_set_threads(int count) {
+  using namespace cantata;
+  std::lock_guard<std::mutex> lock(in_use);
+  if (count == wanted_threads) return;
+  delete pool;
+  pool = nullptr;
+  wanted_threads = count < 1 ? 1 : count;
+}
+
+extern "C" __attribute__((visibility("default"))) int cantata_num_threads() { return cantata::num_threads(); }

@@ -1,0 +1,293 @@
+"""The C++ kernels on every instruction set that this processor has, against float64, the references and themselves."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels.linear
+import kernels.moe
+from kernels.cpu import experts, linear, native
+from kernels.moe import gate_topk, reference
+from kernels.mxfp4 import NATURAL, ROWS16, PackedMXFP4, choose_layout, from_natural, pack, to_natural, unpack
+
+LIMIT, ALPHA = 7.0, 1.702
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with native.using_isa(request.param) as there:
+        if not there:
+            pytest.skip(f"this processor has no {request.param}")
+        yield request.param
+
+
+@pytest.fixture
+def _restore_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_library_was_built() -> None:
+    assert native.isa() in ("portable", "avx2", "avx512")
+    assert choose_layout(torch.device("cpu")) == ROWS16
+
+
+def test_without_the_library_the_references_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # An install without a compiler: there is no file.
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        assert native.isa() is None
+        assert choose_layout(torch.device("cpu")) == NATURAL
+        x, weight = torch.randn(3, 40).bfloat16(), torch.randn(6, 40).bfloat16()
+        assert torch.equal(kernels.linear.linear(x, weight), kernels.linear.reference.linear(x, weight))
+    finally:
+        native.library.cache_clear()
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(native, "_VERSION", 0)
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        assert "install again" in caplog.text
+    finally:
+        native.library.cache_clear()
+
+
+@pytest.mark.parametrize(("num_experts", "num_rows", "width"), [(1, 16, 32), (3, 48, 96), (2, 160, 64), (5, 16, 320)])
+def test_the_layout_holds_the_same_weights(num_experts: int, num_rows: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    blocks = torch.randint(0, 256, (num_experts, num_rows, width // 32, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(0, 255, (num_experts, num_rows, width // 32), dtype=torch.uint8, generator=generator)
+    packed = from_natural(blocks, scales, ROWS16)
+    assert packed.layout == ROWS16
+    assert packed.shape == (num_experts, num_rows, width)
+    assert all(map(torch.equal, to_natural(packed), (blocks, scales)))
+    one = packed.expert(num_experts - 1)
+    assert torch.equal(unpack(one, torch.float32)[0], unpack(from_natural(blocks, scales), torch.float32)[-1])
+
+
+def test_rows_that_the_layout_cannot_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^blocks must have a multiple of 16 rows"):
+        from_natural(torch.zeros(1, 24, 1, 16, dtype=torch.uint8), torch.zeros(1, 24, 1, dtype=torch.uint8), ROWS16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("num_rows", "width", "num_outputs"), [(1, 64, 5), (2, 67, 33), (3, 31, 1), (7, 96, 70), (40, 2, 9), (33, 130, 100), (0, 8, 4)]
+)
+def test_linear_agrees_with_float64(isa: str, num_rows: int, width: int, num_outputs: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(num_outputs)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((num_rows, width), (num_outputs, width), (num_outputs,))
+    )
+    expected = x.double() @ weight.double().T
+    # fp32 sums of up to 130 products of order 1; then one rounding to bf16.
+    tolerance = {"atol": 1e-4, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-4, "rtol": 2**-8}
+    torch.testing.assert_close(linear.linear(x, weight, bias).double(), expected + bias.double(), **tolerance)
+    torch.testing.assert_close(linear.linear(x, weight, None).double(), expected, **tolerance)
+
+
+@pytest.mark.usefixtures("_restore_threads")
+def test_a_row_of_linear_is_the_same_in_every_batch_and_for_all_threads(isa: str) -> None:
+    x, weight, bias = torch.randn(100, 323).bfloat16(), torch.randn(77, 323).bfloat16(), torch.randn(77).bfloat16()
+    torch.set_num_threads(1)
+    everything = linear.linear(x, weight, bias)
+    for threads, rows, first in itertools.product((1, 2, 3), (1, 2, 3, 4, 5, 32, 33, 63), (0, 1, 37)):
+        torch.set_num_threads(threads)
+        assert torch.equal(linear.linear(x[first : first + rows], weight, bias), everything[first : first + rows]), (threads, rows, first)
+
+
+class Layer:
+    """Random weights; `wide` is what they decode to."""
+
+    def __init__(self, num_experts: int, hidden: int, intermediate: int, bias_dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(hidden)
+        # Large enough that both sides of the clamp are met.
+        self.gate_up = pack(torch.randn(num_experts, 2 * intermediate, hidden, generator=generator) * 0.7, ROWS16)
+        self.down = pack(torch.randn(num_experts, hidden, intermediate, generator=generator) * 0.7, ROWS16)
+        self.gate_up_bias = torch.randn(num_experts, 2 * intermediate, generator=generator).to(bias_dtype)
+        self.down_bias = torch.randn(num_experts, hidden, generator=generator).to(bias_dtype)
+
+    def part(self, first: int, last: int) -> "Layer":
+        layer = object.__new__(Layer)
+        ids = torch.arange(first, last)
+        layer.gate_up, layer.down = self.gate_up.select(ids), self.down.select(ids)
+        layer.gate_up_bias, layer.down_bias = self.gate_up_bias[first:last], self.down_bias[first:last]
+        return layer
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, first_expert: int = 0) -> Tensor:
+        return experts.fused_experts(
+            x,
+            ids,
+            weights,
+            self.gate_up,
+            self.gate_up_bias,
+            self.down,
+            self.down_bias,
+            swiglu_limit=LIMIT,
+            swiglu_alpha=ALPHA,
+            first_expert=first_expert,
+        )
+
+    def reference(self, x: Tensor, ids: Tensor, weights: Tensor, first_expert: int = 0, num_experts: int | None = None) -> Tensor:
+        return reference.fused_experts(
+            x,
+            ids,
+            weights,
+            self.gate_up,
+            self.gate_up_bias,
+            self.down,
+            self.down_bias,
+            swiglu_limit=LIMIT,
+            swiglu_alpha=ALPHA,
+            first_expert=first_expert,
+            num_experts=num_experts,
+        )
+
+
+def choices(num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return gate_topk(torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed)), top_k)
+
+
+# Widths on both sides of the slices that are decoded at a time (256 columns), token counts on both sides of each tile.
+@pytest.mark.parametrize(("num_experts", "hidden", "intermediate", "top_k"), [(5, 96, 160, 3), (3, 288, 32, 1), (7, 64, 544, 4)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 4, 5, 6, 7, 40, 700])
+def test_experts_agree_with_the_reference(isa: str, num_experts: int, hidden: int, intermediate: int, top_k: int, num_tokens: int) -> None:
+    layer = Layer(num_experts, hidden, intermediate)
+    x = torch.randn(num_tokens, hidden, generator=torch.Generator().manual_seed(1))
+    ids, weights = choices(num_tokens, num_experts, top_k)
+    # fp32 sums in another order; values of order 100.
+    torch.testing.assert_close(layer(x, ids, weights), layer.reference(x, ids, weights), atol=2e-3, rtol=1e-5)
+
+
+def test_bf16_activations_and_biases(isa: str) -> None:
+    layer = Layer(4, 96, 64, torch.bfloat16)
+    x = torch.randn(9, 96).bfloat16()
+    ids, weights = choices(9, 4, 2)
+    out = layer(x, ids, weights)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, layer.reference(x, ids, weights), atol=1e-2, rtol=2**-7)
+
+
+def test_parts_of_the_experts_add_up(isa: str) -> None:
+    layer = Layer(7, 64, 96)
+    x = torch.randn(30, 64)
+    ids, weights = choices(30, 7, 3)
+    total = torch.zeros_like(x)
+    for first, last in ((0, 2), (2, 3), (3, 7)):
+        part = layer.part(first, last)
+        mine = part(x, ids, weights, first)
+        torch.testing.assert_close(mine, part.reference(x, ids, weights, first, 7), atol=2e-3, rtol=1e-5)
+        assert not mine[((ids < first) | (ids >= last)).all(dim=1)].any()
+        total += mine
+    torch.testing.assert_close(total, layer(x, ids, weights), atol=2e-3, rtol=1e-5)
+
+
+def test_all_tokens_on_one_expert_and_others_empty(isa: str) -> None:
+    layer = Layer(6, 64, 32)
+    x = torch.randn(300, 64)
+    ids, weights = torch.full((300, 1), 4, dtype=torch.int32), torch.rand(300, 1)
+    torch.testing.assert_close(layer(x, ids, weights), layer.reference(x, ids, weights), atol=2e-3, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("_restore_threads")
+def test_a_token_is_the_same_in_every_batch_and_for_all_threads(isa: str) -> None:
+    layer = Layer(5, 96, 320)
+    x = torch.randn(200, 96)
+    ids, weights = choices(200, 5, 3)
+    torch.set_num_threads(1)
+    everything = layer(x, ids, weights)
+    for threads, count, first in itertools.product((1, 2, 3), (1, 2, 3, 5, 8, 64), (0, 1, 100)):
+        torch.set_num_threads(threads)
+        rows = slice(first, first + count)
+        assert torch.equal(layer(x[rows], ids[rows], weights[rows]), everything[rows]), (threads, count, first)
+
+
+def test_every_code_and_scale_is_decoded_exactly(isa: str) -> None:
+    """One expert whose activations read single weights: limit and gate are such that the activation is up + 1."""
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2)
+    for scale in (0, 1, 100, 127, 140):
+        blocks = torch.zeros(1, 32, 1, 16, dtype=torch.uint8)
+        blocks[0, :, 0] = (codes[0::2] | (codes[1::2] << 4))[None]
+        scales = torch.full((1, 32, 1), scale, dtype=torch.uint8)
+        down = from_natural(blocks, scales, ROWS16)
+        expected = unpack(down, torch.float32)[0]
+        # gate = 20 clamps to the limit, so activation = (up + 1) * limit * sigmoid(alpha * limit); up = -1 except in the read column.
+        gate_up = from_natural(torch.zeros(1, 64, 1, 16, dtype=torch.uint8), torch.zeros(1, 64, 1, dtype=torch.uint8), ROWS16)
+        for column in range(32):
+            bias = torch.full((1, 64), 20.0)
+            bias[0, 1::2] = -1.0
+            bias[0, 2 * column + 1] = 0.0
+            out = experts.fused_experts(
+                torch.zeros(1, 32),
+                torch.zeros(1, 1, dtype=torch.int32),
+                torch.ones(1, 1),
+                gate_up,
+                bias,
+                down,
+                torch.zeros(1, 32),
+                swiglu_limit=1.0,
+                swiglu_alpha=100.0,
+                first_expert=0,
+            )
+            # sigmoid(100) is 1 in fp32.
+            torch.testing.assert_close(out[0], expected[:, column], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("gate", [-1e4, -90.0, -87.5, -30.0, -1.0, -1e-6, 0.0, 1e-6, 1.0, 6.9, 7.1, 1e4])
+def test_the_activation_at_its_extremes(isa: str, gate: float) -> None:
+    layer = Layer(1, 32, 32)
+    layer.gate_up_bias = torch.full((1, 64), gate)
+    ids, weights = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+    x = torch.zeros(1, 32)
+    torch.testing.assert_close(layer(x, ids, weights), layer.reference(x, ids, weights), atol=1e-4, rtol=1e-5)
+
+
+def test_not_a_number_is_not_hidden(isa: str) -> None:
+    layer = Layer(2, 32, 64)
+    x = torch.zeros(2, 32)
+    x[0, 3] = torch.nan
+    out = layer(x, *choices(2, 2, 1))
+    assert out[0].isnan().all()
+    assert not out[1].isnan().any()
+
+
+def test_the_public_functions_take_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "fused_experts", lambda *args, **kwargs: pytest.fail("the reference ran"))
+    layer = Layer(4, 64, 32)
+    x = torch.randn(3, 64)
+    ids, weights = choices(3, 4, 2)
+    arguments = (x, ids, weights, layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias)
+    assert torch.equal(kernels.moe.fused_experts(*arguments, swiglu_limit=LIMIT, swiglu_alpha=ALPHA), layer(x, ids, weights))
+    with pytest.raises(ValueError, match=r"^topk_ids must be from 0 to 3"):
+        kernels.moe.fused_experts(x, ids + 4, *arguments[2:], swiglu_limit=LIMIT, swiglu_alpha=ALPHA)
+
+
+def test_weights_of_another_layout_run_on_the_reference() -> None:
+    layer = Layer(4, 64, 32)
+    x = torch.randn(3, 64)
+    ids, weights = choices(3, 4, 2)
+
+    def natural(packed: PackedMXFP4) -> PackedMXFP4:
+        return from_natural(*to_natural(packed))
+
+    out = kernels.moe.fused_experts(
+        x,
+        ids,
+        weights,
+        natural(layer.gate_up),
+        layer.gate_up_bias,
+        natural(layer.down),
+        layer.down_bias,
+        swiglu_limit=LIMIT,
+        swiglu_alpha=ALPHA,
+    )
+    assert torch.equal(out, layer.reference(x, ids, weights))
