@@ -25,7 +25,7 @@ TIMEOUT_S = 300.0
 ENGINE_CHILD = """
 import time; started = time.time()
 import asyncio, json, sys
-from workers.engine.config_json import engine_config_from_json
+from workers.config_json import engine_config_from_json
 from workers.engine.server import EngineServer
 imported = time.time()
 first_phase = []

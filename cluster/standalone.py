@@ -23,7 +23,7 @@ from cluster.router.table import Replica
 from cluster.sockets import bound_socket, check_port_is_free
 from cluster.summary import start_up_summary
 from cluster.supervisor import EngineFailed, EngineProcess
-from workers.engine.config_json import engine_config_to_json
+from workers.config_json import engine_config_to_json
 from workers.errors import ConfigError
 from workers.rpc.convert import EngineInfo
 

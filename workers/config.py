@@ -5,7 +5,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ class ModelConfig:
         swiglu_limit: clamp of the gate (above) and the up projection (both sides).
         stop_token_ids: the config's own end tokens; the tokenizer's are added by name.
         experts_format: `mxfp4` or `bf16`, as stored.
+        layout: whose names the checkpoint's files use: Hugging Face's, or OpenAI's own (`original`).
     """
 
     vocab_size: int
@@ -63,6 +64,7 @@ class ModelConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     stop_token_ids: tuple[int, ...] = ()
     experts_format: Literal["mxfp4", "bf16"] = "mxfp4"
+    layout: Literal["hf", "original"] = "hf"
 
     @property
     def sliding_window(self) -> int | None:
@@ -168,14 +170,21 @@ class EngineConfig:
     enforce_eager: bool = False
 
 
+def checkpoint_folder(path: Path) -> Path:
+    """Where a checkpoint's config and weights are: the folder itself, or its `original/` if only that is there."""
+    inner = path / "original"
+    return inner if not (path / "config.json").exists() and (inner / "config.json").is_file() else path
+
+
 def load_model_config(path: Path) -> ModelConfig:
-    """Read and check `path/config.json`.
+    """Read and check a checkpoint's `config.json`, Hugging Face's or OpenAI's own.
 
     Raises:
         CheckpointError: the folder or file is missing, is not a gpt-oss config, or a field is missing, of a wrong type or out of range.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout")
+    path = checkpoint_folder(path)
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; {path} is not a Hugging Face checkpoint")
@@ -194,6 +203,8 @@ def parse_model_config(raw: Any, source: str) -> ModelConfig:
     """
     if not isinstance(raw, dict):
         raise CheckpointError(f"{source} must hold a JSON object, found {type(raw).__name__}")
+    if "model_type" not in raw and "rope_ntk_alpha" in raw:
+        return _parse_original_config(raw, source)
     if raw.get("model_type") != "gpt_oss":
         raise CheckpointError(f"{source}: model_type is {raw.get('model_type')!r}; only 'gpt_oss' is served")
     fields = _Fields(raw, source)
@@ -239,6 +250,41 @@ def parse_model_config(raw: Any, source: str) -> ModelConfig:
         stop_token_ids=_stop_token_ids(fields),
         experts_format="bf16" if quantization is None else "mxfp4",
     )
+
+
+def _parse_original_config(raw: dict[str, Any], source: str) -> ModelConfig:
+    """The config.json of OpenAI's `original/` folder: openai/gpt-oss `torch/model.py` ModelConfig, which builds a fixed kind of model."""
+    known = {
+        "num_hidden_layers": "num_hidden_layers",
+        "num_experts": "num_local_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "swiglu_limit": "swiglu_limit",
+        "head_dim": "head_dim",
+        "num_attention_heads": "num_attention_heads",
+        "num_key_value_heads": "num_key_value_heads",
+        "sliding_window": "sliding_window",
+    }
+    fields = _Fields(raw, source)
+    translated: dict[str, Any] = {name: raw[original] for original, name in known.items() if original in raw}
+    initial, factor = fields.integer("initial_context_length", default=4096), fields.number("rope_scaling_factor", default=32.0)
+    translated |= {
+        "model_type": "gpt_oss",
+        "quantization_config": {"quant_method": "mxfp4"},
+        "max_position_embeddings": int(initial * factor),
+        "rope_theta": fields.number("rope_theta", default=150000.0),
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": factor,
+            "beta_fast": fields.number("rope_ntk_beta", default=32.0),
+            "beta_slow": fields.number("rope_ntk_alpha", default=1.0),
+            "original_max_position_embeddings": initial,
+            "truncate": False,
+        },
+    }
+    return replace(parse_model_config(translated, source), layout="original")
 
 
 class _Fields:

@@ -1,8 +1,10 @@
 """An executor without a model: each sequence's next token is its last one plus one. It checks what a rank would check."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+
+from torch import Tensor
 
 from workers.config import ModelConfig
 from workers.executor.base import ExecutorInfo
@@ -35,6 +37,7 @@ class FakeExecutor:
         entered: set when a step has begun.
         fail_at_step: this step's result is an error.
         before_step: called with each plan.
+        fail: tells the engine that the ranks are gone.
     """
 
     def __init__(self, num_full_blocks: int = 200, num_sliding_blocks: int = 200) -> None:
@@ -46,6 +49,7 @@ class FakeExecutor:
         self.before_step: Callable[[StepPlan], None] = lambda plan: None
         self.plans: list[StepPlan] = []
         self.stopped = False
+        self.fail: Callable[[str], None] = lambda sentence: None
         self._tokens: dict[int, list[int]] = {}
         self._logprobs: dict[int, int] = {}
 
@@ -61,6 +65,12 @@ class FakeExecutor:
             kernels={},
             phases_s={},
         )
+
+    def on_failure(self, callback: Callable[[str], None]) -> None:
+        self.fail = callback
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        raise NotImplementedError("there is no model")
 
     def execute(self, plan: StepPlan) -> "Future[StepResult]":
         self.plans.append(plan)

@@ -22,7 +22,7 @@ class PagedSequences:
     def __init__(self, model: GptOss, num_blocks: int, seed: int = 0) -> None:
         self.model = model
         self.config: ModelConfig = model.config
-        shape = (2, num_blocks, BLOCK_SIZE, self.config.num_kv_heads, self.config.head_dim)
+        shape = (2, num_blocks, BLOCK_SIZE, model.num_kv_heads, self.config.head_dim)
         self.kv_caches = [torch.full(shape, float("nan"), dtype=model.dtype) for _ in self.config.layer_windows]
         generator = torch.Generator().manual_seed(seed)
         self._free = {group: (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist() for group in ("full", "sliding")}
@@ -55,6 +55,8 @@ class PagedSequences:
         )
         hidden = self.model.forward(batch, self.kv_caches)
         logits = self.model.compute_logits(hidden[batch.sample_indices])
+        if logits is None:  # not the first rank: it learns the tokens from there
+            logits = torch.zeros(len(positions), self.config.vocab_size)
         assert logits.isfinite().all(), "the model read a slot that it must not read"
         return dict(zip(tokens, logits.split(lengths), strict=True))
 
@@ -64,7 +66,8 @@ class PagedSequences:
         new: dict[int, Sequence[int]] = prompts
         for _ in range(num_tokens):
             logits = self.step(new)
-            new = {seq: [int(rows[-1].argmax())] for seq, rows in logits.items()}
+            chosen = self.model.collectives.broadcast(torch.stack([rows[-1].argmax() for rows in logits.values()]))
+            new = {seq: [token] for seq, token in zip(logits, chosen.tolist(), strict=True)}
             for seq, token in new.items():
                 out[seq].extend(token)
         return out

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from workers.config import EngineConfig
+from workers.config_json import engine_config_from_json
 from workers.engine.collector import spare_collections
-from workers.engine.config_json import engine_config_from_json
 from workers.engine.progress import StartUpProgress, summary
 from workers.engine.server import EngineServer
 from workers.errors import CheckpointError, ConfigError

@@ -95,6 +95,7 @@ class Engine:
         self._kv_usage = 0.0
         self._refusal: str | None = "the engine has not started"
         self._stopping = False
+        self._executor_error: str | None = None
         self._error: str | None = None
 
     def start(self) -> ExecutorInfo:
@@ -103,6 +104,7 @@ class Engine:
         Raises:
             CheckpointError, ConfigError: one sentence for the user.
         """
+        self._executor.on_failure(self._note_executor_failure)
         info = self._executor.start()
         try:
             self._kv = KVCacheManager(
@@ -213,8 +215,17 @@ class Engine:
         if self._check_integrity and not self._scheduler.has_work:
             self._scheduler.check_integrity()
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._inbox or self._aborts or self._scheduler.has_work)
+            self._changed.wait_for(
+                lambda: self._stopping or self._executor_error or self._inbox or self._aborts or self._scheduler.has_work
+            )
+            if self._executor_error is not None and not self._stopping:
+                raise EngineDead(self._executor_error)
             return not self._stopping
+
+    def _note_executor_failure(self, sentence: str) -> None:
+        with self._changed:
+            self._executor_error = sentence
+            self._changed.notify_all()
 
     def _step(self) -> None:
         started_s = time.monotonic()

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Literal, NoReturn, Self
 
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from workers.config import CacheConfig, Dtype, EngineConfig, SchedulerConfig, load_model_config
+from workers.config import CacheConfig, Dtype, EngineConfig, ParallelConfig, SchedulerConfig, load_model_config
 from workers.engine.engine import Engine, max_model_len
 from workers.engine.progress import StartUpProgress
 from workers.engine.stream import OutputStream, ThreadReader
 from workers.errors import CheckpointError, EngineDead, InvalidRequest
-from workers.executor.inline import InlineExecutor
+from workers.executor.local import local_executor
 from workers.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from workers.rpc.validate import MAX_SEED, check_request
 
@@ -70,12 +70,14 @@ class _Choice:
 
 
 class LLM:
-    """A model in this process. Use it as a context manager, or call `shutdown`.
+    """A model in this process, or with several ranks in child processes. Use it as a context manager, or call `shutdown`.
 
     Args:
         model: folder of a gpt-oss checkpoint.
         max_model_len: context limit in tokens; None: the model's own.
-        kv_cache_bytes: memory of the KV cache; None: chosen from what is free.
+        kv_cache_bytes: memory of each rank's KV cache; None: chosen from what is free.
+        tensor_parallel_size, expert_parallel_size: ranks, and groups that the experts are split into (None: one for each rank).
+        quantize: pack the experts of a bf16 checkpoint while loading.
     Raises:
         CheckpointError, ConfigError: one sentence that names what is wrong.
     """
@@ -91,13 +93,21 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         kv_cache_bytes: int | None = None,
         prefix_caching: bool = True,
+        tensor_parallel_size: int = 1,
+        expert_parallel_size: int | None = None,
+        quantize: Literal["mxfp4"] | None = None,
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
     ) -> None:
         config = EngineConfig(
             Path(model),
             dtype=dtype,
             device=device,
             max_model_len=max_model_len,
-            cache=CacheConfig(kv_cache_bytes, prefix_caching),
+            cache=CacheConfig(kv_cache_bytes, prefix_caching, gpu_memory_utilization),
+            parallel=ParallelConfig(tensor_parallel_size, expert_parallel_size),
+            quantize=quantize,
+            enforce_eager=enforce_eager,
             # All prompts are in memory already: a bound on waiting ones would only refuse them.
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting_requests=_NO_LIMIT),
         )
@@ -109,7 +119,7 @@ class LLM:
         known = (self._tokenizer.token_to_id(name) for name in END_TOKENS) if self._tokenizer is not None else ()
         self._end_token_ids = tuple(token_id for token_id in known if token_id is not None and token_id < model.vocab_size)
         progress = StartUpProgress()
-        self._executor = InlineExecutor(config, model, max_model_len(config, model), progress=progress)
+        self._executor = local_executor(config, model, max_model_len(config, model), progress=progress)
         self.engine = Engine(config, model, self._executor)
         self.info = self.engine.start()
         progress.close()

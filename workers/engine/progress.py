@@ -23,7 +23,7 @@ class StartUpProgress:
         self._lock = threading.Lock()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        """As `workers.executor.inline.Progress`."""
+        """As `workers.executor.rank.Progress`."""
         with self._lock:
             if total == 0:
                 self.close()

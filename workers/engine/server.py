@@ -21,7 +21,8 @@ from workers.engine.engine import Engine, max_model_len
 from workers.engine.stream import AsyncReader
 from workers.errors import CantataError, ConfigError, DeadlineExceeded, InvalidRequest
 from workers.executor.base import Executor, ExecutorInfo
-from workers.executor.inline import InlineExecutor, Progress
+from workers.executor.local import local_executor
+from workers.executor.rank import Progress
 from workers.metrics import EngineMetrics, MetricsServer
 from workers.model.checkpoint import fingerprint
 from workers.request import EngineRequest
@@ -60,13 +61,13 @@ class EngineServer:
 
     Args:
         progress: hears of start-up phases, on another thread.
-        executor_factory: (config, model, max_model_len) → executor; None: InlineExecutor.
+        executor_factory: (config, model, max_model_len) → executor; None: the one for this host.
     """
 
     def __init__(self, *, progress: Progress | None = None, executor_factory: ExecutorFactory | None = None) -> None:
         self.metrics = EngineMetrics()
         self.died = asyncio.Event()
-        self._make_executor = executor_factory or (lambda config, model, max_len: InlineExecutor(config, model, max_len, progress=progress))
+        self._make_executor = executor_factory or (lambda config, model, max_len: local_executor(config, model, max_len, progress=progress))
         self._engine: Engine | None = None
         self._server: grpc.aio.Server | None = None
         self._health = HealthServicer()

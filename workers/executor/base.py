@@ -1,8 +1,11 @@
-"""The Executor protocol: who runs a StepPlan on the ranks. One implementation runs in the engine's process, one on Ray actors."""
+"""The Executor protocol: who runs a StepPlan on the ranks. One implementation runs in the engine's process, one drives other processes."""
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
+
+from torch import Tensor
 
 from workers.scheduler.plan import StepPlan, StepResult
 
@@ -41,6 +44,12 @@ class Executor(Protocol):
 
     def execute(self, plan: StepPlan) -> "Future[StepResult]":
         """Queue a plan; plans run in the order given. At most two may be in flight."""
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits after each token of one sequence, apart from the steps: [len(token_ids), vocab_size] fp32."""
+
+    def on_failure(self, callback: Callable[[str], None]) -> None:
+        """Call this, once and from any thread, with a sentence if the ranks fail, also while no plan is in flight."""
 
     def shutdown(self) -> None:
         """Release everything; idempotent. Futures still open get an error result."""

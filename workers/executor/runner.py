@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.sampling import SampleOutput, sample
+from kernels.sampling import SampleOutput, SamplingBatch, sample
 from workers.executor.sampling_state import SamplingState
 from workers.executor.slots import Ints, SequenceSlots
 from workers.model.gpt_oss import GptOss
@@ -46,10 +46,10 @@ class Runner:
             return StepResult(plan.step, elapsed_s=time.perf_counter() - started)
         logits = self._model.compute_logits(hidden[rows.batch.sample_indices])
         slots = rows.slots[rows.sampled]
-        positions = self._slots.num_tokens[slots] - self._slots.num_prompt_tokens[slots]
-        masks = {self._slots.slot(seq_id): mask for seq_id, mask in plan.masks}
-        output = sample(logits, self._sampling.build(slots, positions, masks, self._model.device))
-        token_ids = output.token_ids.cpu().numpy()
+        output = None if logits is None else sample(logits, self._sampling_batch(plan, slots))
+        # Rank 0 samples, all ranks need the ids: they are the next step's inputs.
+        chosen = torch.empty(len(slots), dtype=torch.int64, device=self._model.device) if output is None else output.token_ids
+        token_ids = self._model.collectives.broadcast(chosen).cpu().numpy()
         self._slots.append_tokens(slots, token_ids)
         self._sampling.push(slots, token_ids)
         seq_ids = tuple(plan.seq_ids[index] for index in rows.sampled.tolist())
@@ -57,9 +57,14 @@ class Runner:
             step=plan.step,
             seq_ids=seq_ids,
             token_ids=tuple(token_ids.tolist()),
-            logprobs=self._logprobs(seq_ids, slots, output),
+            logprobs={} if output is None else self._logprobs(seq_ids, slots, output),
             elapsed_s=time.perf_counter() - started,
         )
+
+    def _sampling_batch(self, plan: StepPlan, slots: Ints) -> SamplingBatch:
+        positions = self._slots.num_tokens[slots] - self._slots.num_prompt_tokens[slots]
+        masks = {self._slots.slot(seq_id): mask for seq_id, mask in plan.masks}
+        return self._sampling.build(slots, positions, masks, self._model.device)
 
     def _check_order(self, step: int) -> None:
         if step != self._next_step:

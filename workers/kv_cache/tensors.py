@@ -18,8 +18,6 @@ TORCH_DTYPES: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32":
 CPU_MEMORY_SHARE = 0.25
 CPU_MEMORY_BYTES = 4 * 1024**3
 """On a CPU the cache takes this much at most unless one sequence needs more: the machine is somebody's."""
-DEVICE_MEMORY_SHARE = 0.85
-"""On an accelerator, of what is free once the weights are loaded; the rest is for activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,31 +45,68 @@ class _Group:
     useful: int
 
 
-def plan_kv_cache(
-    model: ModelConfig, cache: CacheConfig, scheduler: SchedulerConfig, *, dtype: Dtype, device: torch.device, max_model_len: int
-) -> KVCachePlan:
-    """Decide how many blocks each group gets.
+@dataclass(frozen=True, slots=True)
+class KVMemory:
+    """What a rank can give its KV cache.
 
-    The memory is `cache.memory_bytes`, or chosen here from what is free on `device`. First each group gets what one sequence of
-    max_model_len needs. Half of the rest goes to the sliding group, until it holds the windows of max_num_seqs running sequences, as
-    many again for the prefix cache, and the blocks of one step; everything else goes to the full group.
+    Attributes:
+        source: where num_bytes comes from, for errors.
+    """
 
-    Raises:
-        ConfigError: one sequence of max_model_len does not fit.
+    num_bytes: int
+    source: str
+
+
+def cpu_kv_memory(
+    model: ModelConfig, cache: CacheConfig, scheduler: SchedulerConfig, *, dtype: Dtype, max_model_len: int, ranks_on_host: int = 1
+) -> KVMemory:
+    """`cache.memory_bytes`, or chosen from what is free on this host, which its ranks share; never more than can be of use.
+
+    Args:
+        model: with the key-value heads of the rank.
     """
     if cache.memory_bytes is not None:
-        memory_bytes, source = cache.memory_bytes, "cache.memory_bytes"
-    else:
-        full, sliding = _groups(model, scheduler, dtype, max_model_len)
-        minimum = full.minimum * full.block_bytes + sliding.minimum * sliding.block_bytes
-        useful = full.useful * full.block_bytes + sliding.useful * sliding.block_bytes
-        free = free_memory_bytes(device)
-        if device.type == "cpu":
-            memory_bytes = min(int(free * CPU_MEMORY_SHARE), max(CPU_MEMORY_BYTES, minimum), useful)
-        else:
-            memory_bytes = min(int(free * DEVICE_MEMORY_SHARE), useful)
-        source = f"chosen from {_readable(free)} free on {device}; cache.memory_bytes sets it"
-    return split_memory(model, scheduler, dtype=dtype, max_model_len=max_model_len, memory_bytes=memory_bytes, source=source)
+        return KVMemory(cache.memory_bytes, "cache.memory_bytes")
+    minimum, useful = _bounds(model, scheduler, dtype, max_model_len)
+    free = host_free_bytes() // ranks_on_host
+    num_bytes = min(int(free * CPU_MEMORY_SHARE), max(CPU_MEMORY_BYTES // ranks_on_host, minimum), useful)
+    return KVMemory(num_bytes, f"chosen from {_readable(free)} free on cpu; cache.memory_bytes sets it")
+
+
+def gpu_kv_memory(
+    model: ModelConfig,
+    cache: CacheConfig,
+    scheduler: SchedulerConfig,
+    *,
+    dtype: Dtype,
+    max_model_len: int,
+    total_bytes: int,
+    used_bytes: int,
+    activation_bytes: int,
+) -> KVMemory:
+    """`cache.memory_bytes`, or what `cache.gpu_memory_utilization` leaves of a GPU; never more than can be of use.
+
+    Args:
+        model: with the key-value heads of the rank.
+        total_bytes: of the GPU.
+        used_bytes: by this rank's weights and by everything else on the GPU.
+        activation_bytes: beyond that, at the peak of the largest step.
+    """
+    if cache.memory_bytes is not None:
+        return KVMemory(cache.memory_bytes, "cache.memory_bytes")
+    _, useful = _bounds(model, scheduler, dtype, max_model_len)
+    left = max(int(total_bytes * cache.gpu_memory_utilization) - used_bytes - activation_bytes, 0)
+    source = (
+        f"{cache.gpu_memory_utilization:.0%} of the GPU's {_readable(total_bytes)} less {_readable(used_bytes)} in use and "
+        f"{_readable(activation_bytes)} for activations; cache.gpu_memory_utilization sets it"
+    )
+    return KVMemory(min(left, useful), source)
+
+
+def _bounds(model: ModelConfig, scheduler: SchedulerConfig, dtype: Dtype, max_model_len: int) -> tuple[int, int]:
+    """Bytes that one sequence of max_model_len needs, and bytes that can ever be of use."""
+    groups = _groups(model, scheduler, dtype, max_model_len)
+    return sum(group.minimum * group.block_bytes for group in groups), sum(group.useful * group.block_bytes for group in groups)
 
 
 def split_memory(
@@ -83,8 +118,15 @@ def split_memory(
     memory_bytes: int,
     source: str = "cache.memory_bytes",
 ) -> KVCachePlan:
-    """The arithmetic of `plan_kv_cache`; `source` says in errors where memory_bytes comes from.
+    """Decide how many blocks each group gets.
 
+    First each group gets what one sequence of max_model_len needs. Half of the rest goes to the sliding group, until it holds the windows
+    of max_num_seqs running sequences, as many again for the prefix cache, and the blocks of one step; everything else goes to the full
+    group.
+
+    Args:
+        model: with the key-value heads of the rank.
+        source: says in errors where memory_bytes comes from.
     Raises:
         ConfigError: one sequence of max_model_len does not fit.
     """
@@ -133,11 +175,8 @@ def allocate_kv_caches(model: ModelConfig, plan: KVCachePlan, *, dtype: Dtype, d
     return caches
 
 
-def free_memory_bytes(device: torch.device) -> int:
-    """Memory that can be allocated on `device` now; on a CPU, what the system and the process's control group leave."""
-    if device.type != "cpu":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+def host_free_bytes() -> int:
+    """Memory that can be allocated on this host now: what the system and the process's control group leave."""
     return min(_system_free_bytes(), _cgroup_free_bytes())
 
 

@@ -1,4 +1,6 @@
-"""The MoE layer: gate, top-k, experts. What a later expert-parallel version splits is `gate_up` and `down` along their first dimension."""
+"""The MoE layer: gate, top-k, and the experts of this rank. Every rank sees every token, computes what its own experts add, and the caller
+adds the ranks up. Attention data-parallelism with the experts spread over all ranks, where tokens travel to their experts, would live here.
+"""
 
 from dataclasses import dataclass
 
@@ -11,15 +13,16 @@ from workers.model.linear import Linear
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Top-k of E experts with a clamped SwiGLU.
+    """Top-k of all experts with a clamped SwiGLU; E of them, or slices of these, are on this rank.
 
     Attributes:
         gate: fp32 whatever the model's dtype: in bf16 the logits of the last chosen and the first rejected expert often round to a
             tie, and which expert wins would then depend on the batch.
-        gate_up: [E, 2 * intermediate, hidden], rows interleaved: even = gate, odd = up.
+        gate_up: [E, 2 * intermediate, hidden], rows interleaved: even = gate, odd = up. `intermediate` is this rank's, padded with zeros.
         gate_up_bias: [E, 2 * intermediate].
         down: [E, hidden, intermediate].
-        down_bias: [E, hidden].
+        down_bias: [E, hidden]; zeros where another rank of the group adds it.
+        first_expert: global id of the first of this rank's experts.
     """
 
     gate: Linear
@@ -27,12 +30,13 @@ class Experts:
     gate_up_bias: Tensor
     down: PackedMXFP4 | Tensor
     down_bias: Tensor
+    first_expert: int
     num_experts_per_token: int
     swiglu_limit: float
     swiglu_alpha: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, hidden] → [T, hidden], the weighted sum of each token's experts."""
+        """[T, hidden] → [T, hidden], the weighted sum of each token's experts on this rank."""
         topk_ids, topk_weights = gate_topk(self.gate(x.float()), self.num_experts_per_token)
         return fused_experts(
             x,
@@ -44,4 +48,6 @@ class Experts:
             self.down_bias,
             swiglu_limit=self.swiglu_limit,
             swiglu_alpha=self.swiglu_alpha,
+            first_expert=self.first_expert,
+            num_experts=self.gate.weight.shape[0],
         )

@@ -1,4 +1,9 @@
-"""gpt-oss: pre-norm layers of sink attention (sliding and full in turn) and MoE. `checkpoint.load_model` builds it."""
+"""gpt-oss: pre-norm layers of sink attention (sliding and full in turn) and MoE. `checkpoint.load_model` builds it.
+
+A rank holds its shard (`workers/parallel/shard.py`): its heads, its rows of the vocabulary, its part of the experts. Attention output and
+experts' output are partial sums, added over the ranks by one all-reduce each; the embedding by one more. One rank is the same code with
+collectives that do nothing.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,15 +19,19 @@ from workers.config import ModelConfig
 from workers.model.experts import Experts
 from workers.model.linear import Linear
 from workers.model.step_batch import StepBatch
+from workers.parallel.collectives import Collectives
+from workers.parallel.shard import RankShard, vocab_lengths
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Grouped-query attention with sinks over this layer's paged KV cache.
+    """Grouped-query attention with sinks over this layer's paged KV cache: the heads of one rank.
 
     Attributes:
         qkv: rows are the query heads, then the key heads, then the value heads.
+        output: its bias is on one rank only.
         sinks: [num_heads], fp32.
+        num_heads, num_kv_heads: of this rank.
         window: keys a query sees, itself included; None for all. Also says which KV group the layer belongs to.
     """
 
@@ -35,7 +44,7 @@ class Attention:
     window: int | None
 
     def __call__(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[T, hidden] → [T, hidden]; stores the new keys and values in `kv_cache` first.
+        """[T, hidden] → [T, hidden], this rank's summand; stores the new keys and values in `kv_cache` first.
 
         Args:
             kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim].
@@ -73,15 +82,17 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class GptOss:
-    """A loaded model. It keeps no state between steps: what a step needs is in its StepBatch and the KV caches.
+    """A loaded model, or one rank's shard of it. It keeps no state between steps: what a step needs is in its StepBatch and the KV caches.
 
     Attributes:
-        embedding: [vocab_size, hidden].
+        embedding: [shard.vocab.length, hidden].
         final_norm: [hidden].
-        lm_head: hidden → vocab_size, not tied to the embedding.
+        lm_head: hidden → shard.vocab.size (rows past the length are padding), not tied to the embedding.
     """
 
     config: ModelConfig
+    shard: RankShard
+    collectives: Collectives
     embedding: Tensor
     layers: tuple[Layer, ...]
     final_norm: Tensor
@@ -97,8 +108,13 @@ class GptOss:
         return self.embedding.device
 
     @property
+    def num_kv_heads(self) -> int:
+        """Of this rank; the size of its KV caches."""
+        return self.shard.kv_heads.length
+
+    @property
     def weight_bytes(self) -> int:
-        """Memory held by the weights, packed experts as packed."""
+        """Memory held by the weights of this rank, packed experts as packed."""
         return sum(tensor.nbytes for tensor in self._weights())
 
     @torch.inference_mode()
@@ -122,16 +138,34 @@ class GptOss:
             original_max_position_embeddings=rope.original_max_position_embeddings,
             truncate=rope.truncate,
         )
-        hidden = functional.embedding(batch.token_ids, self.embedding)
+        add_up = self.collectives.all_reduce
+        hidden = self._embed(batch.token_ids)
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden = hidden + layer.attention(rms_norm(hidden, layer.attention_norm, eps), batch, kv_cache, cos, sin)
-            hidden = hidden + layer.experts(rms_norm(hidden, layer.experts_norm, eps))
+            hidden = hidden + add_up(layer.attention(rms_norm(hidden, layer.attention_norm, eps), batch, kv_cache, cos, sin))
+            hidden = hidden + add_up(layer.experts(rms_norm(hidden, layer.experts_norm, eps)))
         return rms_norm(hidden, self.final_norm, eps)
 
     @torch.inference_mode()
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] as `forward` returned them → [rows, vocab_size] fp32."""
-        return self.lm_head(hidden).float()
+    def compute_logits(self, hidden: Tensor) -> Tensor | None:
+        """[rows, hidden] as `forward` returned them → [rows, vocab_size] fp32 on rank 0, None on the others."""
+        parts = self.collectives.gather(self.lm_head(hidden).float())
+        if parts is None or len(parts) == 1:
+            return None if parts is None else parts[0]
+        lengths = vocab_lengths(self.config, len(parts))
+        return torch.cat([part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """[T] → [T, hidden]. Each token's row is on one rank; the others add zeros."""
+        if self.collectives.size == 1:
+            return functional.embedding(token_ids, self.embedding)
+        vocab = self.shard.vocab
+        elsewhere = (token_ids < vocab.start) | (token_ids >= vocab.stop)
+        if vocab.length == 0:
+            rows = torch.zeros(len(token_ids), self.config.hidden_size, dtype=self.dtype, device=self.device)
+        else:
+            rows = functional.embedding((token_ids - vocab.start).clamp(0, vocab.length - 1), self.embedding)
+            rows.masked_fill_(elsewhere[:, None], 0)
+        return self.collectives.all_reduce(rows)
 
     def _weights(self) -> Iterator[Tensor]:
         yield from (self.embedding, self.final_norm, self.lm_head.weight)

@@ -10,6 +10,8 @@ from workers.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ORIGINAL_FILES = "model--*.safetensors"
+"""OpenAI's own layout has no index."""
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -50,6 +52,9 @@ def weight_files(folder: Path) -> list[Path]:
         return sorted({_shard_path(folder, tensor, name) for tensor, name in _read_weight_map(index).items()})
     if single.is_file():
         return [single]
+    original = sorted(folder.glob(ORIGINAL_FILES))
+    if original:
+        return original
     raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; its weights are missing")
 
 

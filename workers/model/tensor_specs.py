@@ -1,4 +1,9 @@
-"""Names, shapes and dtypes of a gpt-oss checkpoint's tensors, as Hugging Face stores them: the one table that reading and writing share."""
+"""Names, shapes and dtypes of a gpt-oss checkpoint's tensors, as Hugging Face and OpenAI (`original/`) store them: the one table that
+reading and writing share.
+
+OpenAI's layout (openai/gpt-oss `torch/weights.py` and `torch/model.py`) has other names and one fused qkv projection, the rows of q, k and
+v one behind the other; numbers and their order are the same.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,50 +43,147 @@ class TensorSpec:
 
 
 EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
+"""Of Hugging Face's layout, which is what is written."""
 
 
-def layer_prefix(layer: int) -> str:
-    """What the names of a layer's tensors start with."""
-    return f"model.layers.{layer}."
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a stored projection.
+
+    Attributes:
+        first: of weight and bias alike.
+    """
+
+    weight: str
+    bias: str
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """The tensors of one projection of all experts; `dense` where they are not packed."""
+
+    blocks: str
+    scales: str
+    dense: str
+    bias: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNames:
+    """The names of one layer's tensors."""
+
+    attention_norm: str
+    query: Rows
+    key: Rows
+    value: Rows
+    output: Rows
+    sinks: str
+    experts_norm: str
+    gate: Rows
+    gate_up: ExpertNames
+    down: ExpertNames
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The names of a checkpoint's tensors."""
+
+    embedding: str
+    final_norm: str
+    lm_head: str
+    layers: tuple[LayerNames, ...]
+
+
+def tensor_names(config: ModelConfig) -> Names:
+    """What the tensors are called in this checkpoint's layout."""
+    if config.layout == "original":
+        layers = tuple(_original_layer(config, f"block.{layer}.") for layer in range(config.num_layers))
+        return Names("embedding.weight", "norm.scale", "unembedding.weight", layers)
+    layers = tuple(_hf_layer(f"model.layers.{layer}.") for layer in range(config.num_layers))
+    return Names(EMBEDDING, "model.norm.weight", LM_HEAD, layers)
+
+
+def _hf_layer(prefix: str) -> LayerNames:
+    def rows(name: str) -> Rows:
+        return Rows(f"{prefix}{name}.weight", f"{prefix}{name}.bias")
+
+    def experts(name: str) -> ExpertNames:
+        stem = f"{prefix}mlp.experts.{name}"
+        return ExpertNames(f"{stem}_blocks", f"{stem}_scales", stem, f"{stem}_bias")
+
+    return LayerNames(
+        attention_norm=f"{prefix}input_layernorm.weight",
+        query=rows("self_attn.q_proj"),
+        key=rows("self_attn.k_proj"),
+        value=rows("self_attn.v_proj"),
+        output=rows("self_attn.o_proj"),
+        sinks=f"{prefix}self_attn.sinks",
+        experts_norm=f"{prefix}post_attention_layernorm.weight",
+        gate=rows("mlp.router"),
+        gate_up=experts("gate_up_proj"),
+        down=experts("down_proj"),
+    )
+
+
+def _original_layer(config: ModelConfig, prefix: str) -> LayerNames:
+    def qkv(first_head: int) -> Rows:
+        return Rows(f"{prefix}attn.qkv.weight", f"{prefix}attn.qkv.bias", first_head * config.head_dim)
+
+    def experts(name: str) -> ExpertNames:
+        stem = f"{prefix}mlp.{name}"
+        return ExpertNames(f"{stem}_weight.blocks", f"{stem}_weight.scales", f"{stem}_weight", f"{stem}_bias")
+
+    return LayerNames(
+        attention_norm=f"{prefix}attn.norm.scale",
+        query=qkv(0),
+        key=qkv(config.num_heads),
+        value=qkv(config.num_heads + config.num_kv_heads),
+        output=Rows(f"{prefix}attn.out.weight", f"{prefix}attn.out.bias"),
+        sinks=f"{prefix}attn.sinks",
+        experts_norm=f"{prefix}mlp.norm.scale",
+        gate=Rows(f"{prefix}mlp.gate.weight", f"{prefix}mlp.gate.bias"),
+        gate_up=experts("mlp1"),
+        down=experts("mlp2"),
+    )
 
 
 def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
     """All tensors of a checkpoint, in the order of the forward pass."""
-    yield TensorSpec(EMBEDDING, (config.vocab_size, config.hidden_size))
-    for layer in range(config.num_layers):
-        yield from _layer_specs(config, layer_prefix(layer))
-    yield TensorSpec(FINAL_NORM, (config.hidden_size,))
-    yield TensorSpec(LM_HEAD, (config.vocab_size, config.hidden_size), fan_in=config.hidden_size)
+    names = tensor_names(config)
+    yield TensorSpec(names.embedding, (config.vocab_size, config.hidden_size))
+    for layer in names.layers:
+        yield from _layer_specs(config, layer)
+    yield TensorSpec(names.final_norm, (config.hidden_size,))
+    yield TensorSpec(names.lm_head, (config.vocab_size, config.hidden_size), fan_in=config.hidden_size)
 
 
-def _layer_specs(config: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
-    hidden, experts = config.hidden_size, config.num_experts
+def _layer_specs(config: ModelConfig, names: LayerNames) -> Iterator[TensorSpec]:
+    hidden, num_experts = config.hidden_size, config.num_experts
     query_size = config.num_heads * config.head_dim
     kv_size = config.num_kv_heads * config.head_dim
-    yield TensorSpec(f"{prefix}input_layernorm.weight", (hidden,))
-    for name, rows, columns in (
-        ("self_attn.q_proj", query_size, hidden),
-        ("self_attn.k_proj", kv_size, hidden),
-        ("self_attn.v_proj", kv_size, hidden),
-        ("self_attn.o_proj", hidden, query_size),
-    ):
-        yield TensorSpec(f"{prefix}{name}.weight", (rows, columns), fan_in=columns)
-        yield TensorSpec(f"{prefix}{name}.bias", (rows,))
-    yield TensorSpec(f"{prefix}self_attn.sinks", (config.num_heads,))
-    yield TensorSpec(f"{prefix}post_attention_layernorm.weight", (hidden,))
-    yield TensorSpec(f"{prefix}mlp.router.weight", (experts, hidden), fan_in=hidden)
-    yield TensorSpec(f"{prefix}mlp.router.bias", (experts,))
-    for name, rows, columns in (
-        ("mlp.experts.gate_up_proj", 2 * config.intermediate_size, hidden),
-        ("mlp.experts.down_proj", hidden, config.intermediate_size),
-    ):
+    yield TensorSpec(names.attention_norm, (hidden,))
+    if names.query.weight == names.value.weight:
+        yield from _projection(names.query, query_size + 2 * kv_size, hidden)
+    else:
+        for rows, size in ((names.query, query_size), (names.key, kv_size), (names.value, kv_size)):
+            yield from _projection(rows, size, hidden)
+    yield from _projection(names.output, hidden, query_size)
+    yield TensorSpec(names.sinks, (config.num_heads,))
+    yield TensorSpec(names.experts_norm, (hidden,))
+    yield from _projection(names.gate, num_experts, hidden)
+    for experts, size, columns in ((names.gate_up, 2 * config.intermediate_size, hidden), (names.down, hidden, config.intermediate_size)):
         if config.experts_format == "mxfp4":
             groups = columns // MX_BLOCK
-            yield TensorSpec(f"{prefix}{name}_blocks", (experts, rows, groups, PACKED_BYTES), "mxfp4_blocks", columns)
-            yield TensorSpec(f"{prefix}{name}_scales", (experts, rows, groups), "mxfp4_scales", columns)
+            yield TensorSpec(experts.blocks, (num_experts, size, groups, PACKED_BYTES), "mxfp4_blocks", columns)
+            yield TensorSpec(experts.scales, (num_experts, size, groups), "mxfp4_scales", columns)
         else:
             # Unpacked experts are stored input-first.
-            yield TensorSpec(f"{prefix}{name}", (experts, columns, rows), fan_in=columns)
-        yield TensorSpec(f"{prefix}{name}_bias", (experts, rows))
+            yield TensorSpec(experts.dense, (num_experts, columns, size), fan_in=columns)
+        yield TensorSpec(experts.bias, (num_experts, size))
+
+
+def _projection(rows: Rows, size: int, columns: int) -> Iterator[TensorSpec]:
+    yield TensorSpec(rows.weight, (size, columns), fan_in=columns)
+    yield TensorSpec(rows.bias, (size,))

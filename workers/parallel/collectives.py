@@ -1,9 +1,20 @@
 """What ranks say to each other while they compute. The model sees only this interface, so the same code runs alone, over
 torch.distributed, and over threads in tests."""
 
+import fcntl
+import os
+import socket
+import struct
+from datetime import timedelta
 from typing import Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore
+
+_SIOCGIFADDR = 0x8915
+"""Linux: the IPv4 address of an interface."""
 
 
 class Collectives(Protocol):
@@ -44,3 +55,92 @@ class Alone:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """See Collectives."""
         return tensor
+
+
+class TorchDistributed:
+    """Ranks over torch.distributed: NCCL between GPUs, gloo between CPUs. Partial sums travel in the model's dtype.
+
+    A call that some rank does not make raises after the group's timeout.
+    """
+
+    def __init__(self, rank: int, size: int, store: Store, device: torch.device, *, timeout_s: float) -> None:
+        """Meet the other ranks; returns when all are there.
+
+        Args:
+            store: where the ranks find each other, see `serve_store` and `join_store`.
+        Raises:
+            RuntimeError: not all ranks came in time, or they cannot reach each other.
+        """
+        self.rank = rank
+        self.size = size
+        dist.init_process_group(
+            backend="gloo" if device.type == "cpu" else "nccl",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=None if device.type == "cpu" else device,
+        )
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """See Collectives."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        """See Collectives."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(tensor, parts, dst=0)
+        return parts
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """See Collectives."""
+        dist.broadcast(tensor, src=0)
+        return tensor
+
+    def close(self) -> None:
+        """Leave the group."""
+        dist.destroy_process_group()
+
+
+def serve_store(host: str, *, timeout_s: float) -> TCPStore:
+    """Rank 0's: the store that all ranks join, at `host` and a free port (`.port`)."""
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+def join_store(host: str, port: int, *, timeout_s: float) -> TCPStore:
+    """The other ranks'."""
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+def use_interface_of(host: str) -> None:
+    """Let this process's collectives talk over the network interface that has the IPv4 address `host`, before any group is made.
+
+    Left alone, gloo takes the interface that the machine's own name resolves to, which need not reach the other ranks. What the operator
+    has set stands.
+
+    Raises:
+        OSError: no interface has that address.
+    """
+    name = interface_of(host)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, name)
+
+
+def interface_of(host: str) -> str:
+    """The name of the network interface with the IPv4 address `host`.
+
+    Raises:
+        OSError: there is none.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == host:
+                return name
+    if host.startswith("127."):
+        return "lo"
+    raise OSError(f"no network interface of this node has the address {host}")

@@ -73,6 +73,11 @@ def plan_shards(model: ModelConfig, parallel: ParallelConfig) -> tuple[RankShard
     return tuple(_shard(model, parallel, rank) for rank in range(parallel.tensor))
 
 
+def vocab_lengths(model: ModelConfig, tensor: int) -> tuple[int, ...]:
+    """Rows of the vocabulary that each rank holds, without padding."""
+    return tuple(_balanced(model.vocab_size, tensor, rank).length for rank in range(tensor))
+
+
 def allowed_plans(model: ModelConfig) -> list[tuple[int, int]]:
     """All (tensor, expert) that the model allows, in ascending order."""
     sizes = range(1, MAX_RANKS + 1)

@@ -215,6 +215,16 @@ def test_an_executor_failure_ends_everything_and_the_engine() -> None:
     assert executor.stopped
 
 
+def test_ranks_that_fail_while_nothing_runs_end_the_engine_too() -> None:
+    executor = FakeExecutor()
+    with running(executor) as engine:
+        executor.fail("rank 1 ended with signal SIGKILL")
+        assert engine.wait_stopped(10)
+        assert engine.error == "rank 1 ended with signal SIGKILL"
+        with pytest.raises(EngineDead, match="rank 1 ended"):
+            engine.submit(request(1), ThreadReader())
+
+
 def test_a_bug_in_a_step_ends_everything_too() -> None:
     reader = ThreadReader()
     executor = FakeExecutor()

@@ -18,8 +18,8 @@ import pytest
 
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import CacheConfig, EngineConfig, SchedulerConfig
+from workers.config_json import engine_config_from_json, engine_config_to_json
 from workers.engine.__main__ import main
-from workers.engine.config_json import engine_config_from_json, engine_config_to_json
 from workers.errors import ConfigError
 from workers.rpc import engine_pb2 as pb
 from workers.rpc import engine_pb2_grpc

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from workers.config import CacheConfig, ModelConfig, SchedulerConfig
+from workers.config import CacheConfig, Dtype, ModelConfig, SchedulerConfig
 from workers.errors import ConfigError
 from workers.kv_cache import tensors
 from workers.kv_cache.manager import KVCacheManager, num_blocks_for, sliding_blocks_per_sequence
-from workers.kv_cache.tensors import allocate_kv_caches, plan_kv_cache, split_memory
+from workers.kv_cache.tensors import KVCachePlan, allocate_kv_caches, cpu_kv_memory, gpu_kv_memory, split_memory
 
 GIB = 1024**3
 CPU = torch.device("cpu")
@@ -96,9 +96,63 @@ def test_a_plan_fits_the_memory_and_a_sequence_or_says_what_would(
     assert kv.fits(max_model_len)
 
 
+def on_cpu(
+    shape: ModelConfig,
+    cache: CacheConfig | None = None,
+    scheduler: SchedulerConfig | None = None,
+    *,
+    dtype: Dtype = "bfloat16",
+    max_model_len: int,
+    ranks_on_host: int = 1,
+) -> KVCachePlan:
+    cache, scheduler = cache or CacheConfig(), scheduler or SchedulerConfig()
+    memory = cpu_kv_memory(shape, cache, scheduler, dtype=dtype, max_model_len=max_model_len, ranks_on_host=ranks_on_host)
+    return split_memory(shape, scheduler, dtype=dtype, max_model_len=max_model_len, memory_bytes=memory.num_bytes, source=memory.source)
+
+
+def test_the_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "host_free_bytes", lambda: 64 * GIB)
+    assert on_cpu(BIG, max_model_len=4096, ranks_on_host=4).total_bytes == pytest.approx(GIB, rel=5e-3)
+    monkeypatch.setattr(tensors, "host_free_bytes", lambda: 8 * GIB)
+    assert on_cpu(BIG, max_model_len=4096, ranks_on_host=4).total_bytes == pytest.approx(0.5 * GIB, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("utilization", "used", "activations", "expected"),
+    [(0.9, 60 * GIB, 2 * GIB, 10 * GIB), (0.5, 30 * GIB, GIB, 9 * GIB), (0.9, 75 * GIB, 0, 0), (1.0, 79 * GIB, 0, GIB)],
+)
+def test_a_gpu_gives_what_its_share_leaves(utilization: float, used: int, activations: int, expected: int) -> None:
+    memory = gpu_kv_memory(
+        BIG,
+        CacheConfig(gpu_memory_utilization=utilization),
+        SchedulerConfig(),
+        dtype="bfloat16",
+        max_model_len=131072,
+        total_bytes=80 * GIB,
+        used_bytes=used,
+        activation_bytes=activations,
+    )
+    assert memory.num_bytes == pytest.approx(expected, abs=2)
+    assert f"{utilization:.0%} of the GPU's 80.00 GiB" in memory.source
+
+
+def test_the_operator_decides_on_a_gpu_too() -> None:
+    memory = gpu_kv_memory(
+        BIG,
+        CacheConfig(3 * GIB),
+        SchedulerConfig(),
+        dtype="bfloat16",
+        max_model_len=131072,
+        total_bytes=GIB,
+        used_bytes=GIB,
+        activation_bytes=0,
+    )
+    assert memory.num_bytes == 3 * GIB
+
+
 def test_the_error_has_the_numbers() -> None:
     with pytest.raises(ConfigError) as raised:
-        plan_kv_cache(BIG, CacheConfig(GIB), SchedulerConfig(), dtype="bfloat16", device=CPU, max_model_len=131072)
+        on_cpu(BIG, CacheConfig(GIB), max_model_len=131072)
     # 1 GiB = 1820 blocks of 589,824 bytes; 10 for the window, 1 for block 0, so 1809 * 16 tokens.
     assert str(raised.value) == (
         "a KV cache of 1.00 GiB (cache.memory_bytes) cannot hold one sequence of max_model_len 131072, which needs 4.51 GiB: "
@@ -115,20 +169,20 @@ def test_the_error_has_the_numbers() -> None:
     ],
 )
 def test_on_a_cpu_the_choice_is_modest(monkeypatch: pytest.MonkeyPatch, free: int, max_model_len: int, expected: float) -> None:
-    monkeypatch.setattr(tensors, "free_memory_bytes", lambda device: free)
-    plan = plan_kv_cache(BIG, CacheConfig(), SchedulerConfig(), dtype="bfloat16", device=CPU, max_model_len=max_model_len)
+    monkeypatch.setattr(tensors, "host_free_bytes", lambda: free)
+    plan = on_cpu(BIG, max_model_len=max_model_len)
     assert plan.total_bytes == pytest.approx(expected, rel=2e-3)
 
 
 def test_what_was_chosen_is_said_when_it_is_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "free_memory_bytes", lambda device: GIB)
+    monkeypatch.setattr(tensors, "host_free_bytes", lambda: GIB)
     with pytest.raises(ConfigError, match=r"256\.00 MiB \(chosen from 1\.00 GiB free on cpu; cache\.memory_bytes sets it\)"):
-        plan_kv_cache(BIG, CacheConfig(), SchedulerConfig(), dtype="bfloat16", device=CPU, max_model_len=131072)
+        on_cpu(BIG, max_model_len=131072)
 
 
 def test_no_more_is_chosen_than_all_sequences_could_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "free_memory_bytes", lambda device: 64 * GIB)
-    plan = plan_kv_cache(model(1, 1), CacheConfig(), SchedulerConfig(4, 64), dtype="float32", device=CPU, max_model_len=100)
+    monkeypatch.setattr(tensors, "host_free_bytes", lambda: 64 * GIB)
+    plan = on_cpu(model(1, 1), scheduler=SchedulerConfig(4, 64), dtype="float32", max_model_len=100)
     # Four sequences of 7 full blocks; twice four windows of 4 sliding blocks, and the 4 of a step; block 0 in each.
     assert plan.num_full_blocks + plan.num_sliding_blocks == (4 * 7 + 1) + (2 * 4 * 4 + 4 + 1)
     assert plan.num_full_blocks > 4 * 7
@@ -136,7 +190,7 @@ def test_no_more_is_chosen_than_all_sequences_could_use(monkeypatch: pytest.Monk
 
 
 def test_free_memory_is_that_of_the_machine_or_the_control_group(tmp_path: Path) -> None:
-    free = tensors.free_memory_bytes(CPU)
+    free = tensors.host_free_bytes()
     assert 0 < free < 2**50
     assert tensors._cgroup_free_bytes(tmp_path) == 2**63 - 1
     (tmp_path / "memory.current").write_text("300\n")

@@ -1,5 +1,6 @@
 """The same logits however a sequence is cut into steps and whatever else is in the batch; nothing is read outside a sequence's blocks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_greedy_continuation_is_what_the_whole_sequence_says(model: GptOss) -> N
 def test_window_limits_what_is_seen(model: GptOss) -> None:
     """With every layer sliding, a change `num_layers * (window - 1)` positions back is the last one that reaches a token."""
     layers = tuple(layer for layer in model.layers if layer.attention.window == 40)
-    sliding = GptOss(model.config, model.embedding, layers, model.final_norm, model.lm_head)
+    sliding = replace(model, layers=layers)
     reach = len(layers) * 39
     token_ids = random_tokens(CONFIG, reach + 2, seed=9)
 

@@ -1,0 +1,290 @@
+"""Several ranks as real processes: the same answers as one; whatever happens to a rank, all requests end once and nothing stays."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import msgpack
+import pytest
+import torch
+import zmq
+
+from tests.support.processes import marked, new_mark, none_left
+from tests.support.tiny_model import TINY, write_tiny_checkpoint
+from tests.support.waiting import until
+from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, load_model_config
+from workers.config_json import engine_config_from_json, engine_config_to_json
+from workers.engine.engine import Engine
+from workers.engine.llm import LLM
+from workers.engine.stream import OutputStream, ThreadReader
+from workers.errors import CheckpointError, ConfigError, EngineDead
+from workers.executor import channel as wire
+from workers.executor.channel import EngineChannel
+from workers.executor.distributed import DistributedExecutor, Placement
+from workers.executor.process_ranks import ProcessRanks
+from workers.executor.rank_process import RankSpec
+from workers.model.make_checkpoint import write_checkpoint
+from workers.request import EngineOutput, EngineRequest, SamplingParams
+
+WAIT_S = 60.0
+PROMPTS = [[1, 2, 3, 4] * 10, [5, 6], [7] * 33]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("distributed"))
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Everything that is started from here on can be found by this."""
+    mark = new_mark()
+    for name, value in mark.items():
+        monkeypatch.setenv(name, value)
+    return mark
+
+
+@pytest.fixture(autouse=True)
+def _no_socket_folder_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    folder = Path(tempfile.mkdtemp(prefix="sockets-"))  # short: Unix sockets have names of 107 bytes at most
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+
+
+def config_of(
+    path: Path, *, tensor: int = 3, expert: int | None = None, step_timeout_s: float = 30.0, start_timeout_s: float = 60.0
+) -> EngineConfig:
+    return EngineConfig(
+        path,
+        dtype="float32",
+        max_model_len=256,
+        cache=CacheConfig(4 << 20),
+        parallel=ParallelConfig(tensor, None, step_timeout_s, start_timeout_s),
+    )
+
+
+class Serving:
+    """An engine over real ranks."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.ranks = ProcessRanks()
+        model = load_model_config(config.model_path)
+        self.engine = Engine(config, model, DistributedExecutor(config, model, 256, self.ranks), check_integrity=True)
+        self.info = self.engine.start()
+        self.reader = ThreadReader()
+
+    def submit(self, num_tokens: int) -> OutputStream:
+        return self.engine.submit(EngineRequest("r", (1, 2, 3), SamplingParams(temperature=0, seed=0, max_tokens=num_tokens)), self.reader)
+
+
+@contextmanager
+def serving(config: EngineConfig) -> Iterator[Serving]:
+    serving = Serving(config)
+    try:
+        yield serving
+    finally:
+        serving.engine.shutdown()
+
+
+def last_outputs(serving: Serving, streams: Sequence[OutputStream]) -> list[EngineOutput]:
+    """The end of each stream; a stream that has two ends fails."""
+    ends: dict[int, EngineOutput] = {}
+    for stream, output in serving.reader.read(streams):
+        if output.finish_reason is not None:
+            assert stream.seq_id not in ends
+            ends[stream.seq_id] = output
+    return [ends[stream.seq_id] for stream in streams]
+
+
+def test_three_ranks_answer_as_one(checkpoint: Path, mark: dict[str, str]) -> None:
+    sampling = [
+        SamplingParams(temperature=0, max_tokens=20),
+        SamplingParams(seed=7, max_tokens=20, logprobs=2),
+        SamplingParams(seed=3, max_tokens=9),
+    ]
+
+    def answers(tensor: int) -> tuple[list[tuple[int, ...]], torch.Tensor, list[float]]:
+        with LLM(
+            checkpoint, dtype="float32", max_model_len=256, kv_cache_bytes=4 << 20, tensor_parallel_size=tensor, max_num_batched_tokens=32
+        ) as llm:
+            assert llm.info.num_ranks == tensor
+            outputs = llm.generate(PROMPTS, sampling, use_tqdm=False)
+            logprobs = [entry.logprob for entry in outputs[1].outputs[0].logprobs or ()]
+            return [output.outputs[0].token_ids for output in outputs], llm.logits(PROMPTS[0]), logprobs
+
+    alone, together = answers(1), answers(3)
+    assert together[0] == alone[0]
+    # fp32 sums in another order.
+    torch.testing.assert_close(together[1], alone[1], atol=1e-4, rtol=0)
+    assert together[2] == pytest.approx(alone[2], abs=1e-4)
+    assert none_left(mark, 10) == [f for f in marked(mark) if f.startswith(f"{os.getpid()} ")]
+
+
+def ended_by(serving: Serving, harm: Callable[[int], None]) -> tuple[str, float]:
+    """Harm rank 1 in the middle of three streams; the one sentence that ends them all, and how long that took."""
+    streams = [serving.submit(200) for _ in range(3)]
+    for num_seen, _ in enumerate(serving.reader.read(streams), start=1):
+        if num_seen == 6:
+            break
+    begin = time.monotonic()
+    harm(serving.ranks.pids[1])
+    ends = last_outputs(serving, streams)
+    took = time.monotonic() - begin
+    assert {end.finish_reason for end in ends} == {"error"}
+    (sentence,) = {end.error for end in ends}
+    assert sentence is not None
+    assert serving.engine.wait_stopped(10)
+    with pytest.raises(EngineDead):
+        serving.submit(1)
+    for pid in serving.ranks.pids:
+        until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 10)  # type: ignore[misc]
+    return sentence, took
+
+
+def test_a_killed_rank_ends_every_request_at_once(checkpoint: Path) -> None:
+    with serving(config_of(checkpoint)) as replica:
+        sentence, took = ended_by(replica, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert sentence == "rank 1 ended with signal SIGKILL"
+    assert took < 5  # 0.02 s on a quiet machine
+
+
+def test_a_stopped_rank_ends_every_request_at_the_step_timeout(checkpoint: Path) -> None:
+    with serving(config_of(checkpoint, step_timeout_s=1.5)) as replica:
+        sentence, took = ended_by(replica, lambda pid: os.kill(pid, signal.SIGSTOP))
+    assert "has no result after 1.5 s: a rank hangs" in sentence
+    assert 1.4 < took < 10
+
+
+def test_a_rank_that_dies_while_nothing_runs_is_noticed(checkpoint: Path) -> None:
+    with serving(config_of(checkpoint)) as replica:
+        assert last_outputs(replica, [replica.submit(3)])[0].finish_reason == "length"
+        os.kill(replica.ranks.pids[2], signal.SIGKILL)
+        assert replica.engine.wait_stopped(10)
+        assert replica.engine.error == "rank 2 ended with signal SIGKILL"
+
+
+def test_ranks_end_with_their_engine(checkpoint: Path, mark: dict[str, str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workers.engine", "--config", engine_config_to_json(config_of(checkpoint))],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert '"ready"' in process.stdout.readline()
+    ranks = [entry for entry in marked(mark) if "rank_process" in entry]
+    assert len(ranks) == 3
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    until(lambda: not [entry for entry in marked(mark) if "rank_process" in entry], 10)
+    # A killed process cannot tidy up its sockets; the folder is the one thing that stays.
+    for folder in Path(tempfile.gettempdir()).iterdir():
+        assert folder.name.startswith("cantata-")
+        for socket in folder.iterdir():
+            socket.unlink()
+        folder.rmdir()
+
+
+class ChangedSpecs(ProcessRanks):
+    """Rank 1 is told something else, or is not started at all."""
+
+    def __init__(self, change: Callable[[RankSpec], RankSpec | None]) -> None:
+        super().__init__()
+        self._change = change
+
+    def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
+        changed = self._change(spec) if spec.rank == 1 else spec
+        if changed is not None:
+            super().launch(changed, on_exit)
+
+
+def refusal(config: EngineConfig, launcher: ProcessRanks) -> str:
+    executor = DistributedExecutor(config, load_model_config(config.model_path), 256, launcher)
+    with pytest.raises((ConfigError, CheckpointError)) as raised:
+        executor.start()
+    assert all(not Path(f"/proc/{pid}").exists() for pid in launcher.pids)
+    return str(raised.value)
+
+
+def with_model(spec: RankSpec, path: Path) -> RankSpec:
+    return replace(spec, config=engine_config_to_json(replace(engine_config_from_json(spec.config), model_path=path)))
+
+
+def test_ranks_with_different_checkpoints_do_not_start(checkpoint: Path, tmp_path: Path) -> None:
+    other = write_tiny_checkpoint(tmp_path, seed=1)
+    said = refusal(config_of(checkpoint), ChangedSpecs(lambda spec: with_model(spec, other)))
+    assert "rank 1 on 127.0.0.1 has another checkpoint" in said
+
+
+def test_a_rank_that_does_not_come_is_named(checkpoint: Path) -> None:
+    said = refusal(config_of(checkpoint, start_timeout_s=6), ChangedSpecs(lambda spec: None))
+    assert said == "after 6 s these ranks have not started: 1"
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said_once(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "broken", TINY, seed=0)
+    file = tmp_path / "broken/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    said = refusal(config_of(tmp_path / "broken"), ProcessRanks())
+    assert said.startswith(f"{file} is cut off: tensor lm_head.weight")
+
+
+def test_a_rank_that_dies_while_starting_is_told(checkpoint: Path) -> None:
+    class Dying(ProcessRanks):
+        def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
+            super().launch(spec, on_exit)
+            if spec.rank == 1:
+                os.kill(self.pids[1], signal.SIGKILL)
+
+    said = refusal(config_of(checkpoint), Dying())
+    assert said == "rank 1 ended with signal SIGKILL before all ranks were ready; its output stands above"
+
+
+def test_a_plan_that_cannot_work_is_refused_before_anything_starts(checkpoint: Path) -> None:
+    launcher = ProcessRanks()
+    said = refusal(config_of(checkpoint, tensor=4), launcher)
+    assert "6 query heads cannot be split evenly over 4 ranks; the nearest that can: tensor=3, expert=3" in said
+    assert launcher.pids == []
+
+
+def test_more_gpus_than_there_are_are_refused(checkpoint: Path) -> None:
+    config = replace(config_of(checkpoint), device="cuda")
+    if torch.cuda.device_count() >= 3:
+        pytest.skip("this host has three GPUs")
+    assert f"parallel.tensor wants 3 GPUs, and this host has {torch.cuda.device_count()}" in refusal(config, ProcessRanks())
+
+
+def test_strangers_cannot_talk_to_the_channel(caplog: pytest.LogCaptureFixture) -> None:
+    channel = EngineChannel(1, "the secret", host="127.0.0.1")
+    context = zmq.Context()
+    try:
+        with context.socket(zmq.PUSH) as stranger:
+            stranger.connect(channel.endpoints(0).results)
+            for parts in ([b"wrong", wire.RESULT, b""], [b"the secret", wire.RESULT], [b"the secret", wire.HELLO, b"body"]):
+                stranger.send_multipart(parts)
+            assert [channel.receive(5) for _ in range(3)] == [None, None, (wire.HELLO, b"body")]
+        assert "without the replica's secret was dropped" in caplog.text
+        assert channel.receive(0) is None
+    finally:
+        channel.close()
+        context.term()
+
+
+def test_placements_say_who_shares_a_host() -> None:
+    assert ProcessRanks().place(3, "cpu", 1) == [Placement("127.0.0.1", rank, 3) for rank in range(3)]
+
+
+def test_a_spec_survives_its_journey(checkpoint: Path) -> None:
+    spec = RankSpec(engine_config_to_json(config_of(checkpoint)), 256, 1, wire.Endpoints("a", "b", "c"), "127.0.0.1", 1, 2, 3)
+    assert RankSpec.from_json(spec.to_json()) == spec
+    assert msgpack.unpackb(wire.pack(rank=1)) == {"rank": 1}
+    assert isinstance(load_model_config(checkpoint), ModelConfig)

@@ -1,0 +1,350 @@
+"""DistributedExecutor: the engine's side of several ranks, however they are started.
+
+Start: every rank says hello (version, checkpoint), all join, load, allocate one KV plan, and are ready. Then plans go out to all ranks and
+rank 0's results come back. A rank that dies, says that it failed, or lets a step wait longer than the step timeout ends the executor: open
+futures get an error result, the engine is told, and the ranks are killed, since without one the others are of no use.
+"""
+
+import importlib.metadata
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import msgpack
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.config import EngineConfig, ModelConfig
+from workers.config_json import engine_config_to_json
+from workers.errors import CheckpointError, ConfigError, EngineDead
+from workers.executor import channel as wire
+from workers.executor.base import ExecutorInfo
+from workers.executor.channel import EngineChannel
+from workers.executor.rank import Progress, RankLoaded, plan_kv_cache
+from workers.executor.rank_process import RankSpec
+from workers.kv_cache.tensors import KVCachePlan, KVMemory
+from workers.parallel.shard import plan_shards
+from workers.scheduler.plan import PLAN_VERSION, StepPlan, StepResult, decode_result, encode_plan
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_FLIGHT = 2
+LOAD_TIMEOUT_S = 3600.0
+"""For the slowest rank to load its weights: a large checkpoint on a slow disk takes long, and shows how far it is."""
+_STOP_S = 5.0
+"""What ranks get to end by themselves."""
+_CONNECT_S = 10.0
+"""For a rank that said hello to connect its other socket."""
+_EXPLANATION_S = 0.2
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a rank will run.
+
+    Attributes:
+        host: the node's address.
+        local_rank: its number among the ranks of its host.
+    """
+
+    host: str
+    local_rank: int
+    ranks_on_host: int
+
+
+class RankLauncher(Protocol):
+    """Starts and ends the processes of ranks."""
+
+    @property
+    def host(self) -> str:
+        """The engine's own address."""
+
+    def place(self, num_ranks: int, device: str, timeout_s: float) -> Sequence[Placement]:
+        """Find room for all ranks.
+
+        Raises:
+            ConfigError: there is not enough; says what is free and what is wanted.
+        """
+
+    def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
+        """Start a rank; `on_exit` is called once, from any thread, when it has ended, with how."""
+
+    def end(self, grace_s: float) -> None:
+        """Wait for the ranks to end by themselves, then kill those left; idempotent. None is left when it returns."""
+
+
+class DistributedExecutor:
+    """Runs plans on several ranks.
+
+    Args:
+        max_model_len: context limit in tokens, resolved.
+        progress: hears of each phase of each rank, on the starting thread.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model: ModelConfig, max_model_len: int, launcher: RankLauncher, *, progress: Progress | None = None
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._max_model_len = max_model_len
+        self._launcher = launcher
+        self._progress = progress or (lambda phase, done, total: None)
+        self._size = config.parallel.tensor
+        self._channel: EngineChannel | None = None
+        self._receiver = threading.Thread(target=self._receive, name="cantata-results", daemon=True)
+        self._stopping = threading.Event()
+        self._failed = threading.Event()
+        # Guarded by _lock.
+        self._lock = threading.Lock()
+        self._error: str | None = None
+        self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+        self._oldest_since_s = 0.0
+        self._logits: Future[Tensor] | None = None
+        self._on_failure: Callable[[str], None] = lambda sentence: None
+
+    def on_failure(self, callback: Callable[[str], None]) -> None:
+        """See Executor."""
+        self._on_failure = callback
+
+    def start(self) -> ExecutorInfo:
+        """Start the ranks and wait until all are ready.
+
+        Raises:
+            CheckpointError, ConfigError: one sentence for the user.
+        """
+        shards = plan_shards(self._model, self._config.parallel)
+        try:
+            return self._start(shards[0].tp_size)
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def execute(self, plan: StepPlan) -> "Future[StepResult]":
+        """Send the plan to all ranks."""
+        future: Future[StepResult] = Future()
+        with self._lock:
+            if self._error is not None or self._channel is None:
+                future.set_result(StepResult(plan.step, error=self._error or "the executor has shut down"))
+                return future
+            assert len(self._in_flight) < MAX_IN_FLIGHT, "more plans in flight than ranks look ahead"
+            if not self._in_flight:
+                self._oldest_since_s = time.monotonic()
+            self._in_flight.append((plan, future))
+            body = encode_plan(plan)
+            for rank in range(self._size):
+                self._channel.send(rank, wire.PLAN, body)
+        return future
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """See Executor.
+
+        Raises:
+            EngineDead: a rank failed.
+        """
+        future: Future[Tensor] = Future()
+        with self._lock:
+            if self._error is not None or self._channel is None:
+                raise EngineDead(self._error or "the executor has shut down")
+            assert self._logits is None, "one thread at a time asks for logits"
+            self._logits = future
+            for rank in range(self._size):
+                self._channel.send(rank, wire.COMPUTE_LOGITS, msgpack.packb(list(token_ids)))
+        return future.result()
+
+    def shutdown(self) -> None:
+        """End the ranks; idempotent."""
+        self._stopping.set()
+        with self._lock:
+            self._error = self._error or "the executor has shut down"
+            channel, self._channel = self._channel, None
+            if channel is not None:
+                for rank in range(self._size):
+                    channel.send(rank, wire.STOP, b"")
+        self._resolve_all(self._error)
+        self._launcher.end(0.0 if self._failed.is_set() else _STOP_S)
+        if self._receiver.ident is not None:
+            self._receiver.join()
+        if channel is not None:
+            channel.close()
+
+    def _start(self, num_ranks: int) -> ExecutorInfo:
+        parallel = self._config.parallel
+        self._progress("start ranks", 0, 0)
+        started = time.perf_counter()
+        placements = self._launcher.place(num_ranks, self._config.device, parallel.start_timeout_s)
+        one_host = {placement.host for placement in placements} == {self._launcher.host}
+        channel = self._channel = EngineChannel(num_ranks, secrets.token_hex(32), host=None if one_host else self._launcher.host)
+        config = engine_config_to_json(self._config)
+        num_threads = torch.get_num_threads()
+        for number, place in enumerate(placements):
+            spec = RankSpec(
+                config=config,
+                max_model_len=self._max_model_len,
+                rank=number,
+                endpoints=channel.endpoints(number),
+                host=place.host,
+                local_rank=place.local_rank,
+                ranks_on_host=place.ranks_on_host,
+                num_threads=max(1, num_threads // place.ranks_on_host),
+            )
+            self._launcher.launch(spec, lambda how, number=number: self._fail(f"rank {number} {how}"))  # type: ignore[misc]
+        hellos = self._gather(wire.HELLO, parallel.start_timeout_s, "started")
+        self._check_hellos(hellos)
+        phases_s = {"start ranks": time.perf_counter() - started}
+        for number in range(num_ranks):
+            channel.send(number, wire.JOIN, wire.pack(host=hellos[0]["host"], port=hellos[0]["store_port"]), connect_s=_CONNECT_S)
+        loaded = [_rank_loaded(body["loaded"]) for body in self._gather(wire.LOADED, LOAD_TIMEOUT_S, "loaded its weights")]
+        shard = plan_shards(self._model, parallel)[0]
+        plan = plan_kv_cache(self._config, self._model, self._max_model_len, shard, [entry.kv_memory for entry in loaded])
+        for number in range(num_ranks):
+            channel.send(number, wire.ALLOCATE, msgpack.packb(asdict(plan)))
+        ready = self._gather(wire.READY, LOAD_TIMEOUT_S, "warmed up")
+        self._receiver.start()
+        return self._info(loaded, plan, phases_s, ready)
+
+    def _info(
+        self, loaded: Sequence[RankLoaded], plan: KVCachePlan, phases_s: dict[str, float], ready: Sequence[wire.Body]
+    ) -> ExecutorInfo:
+        slowest = [body["phases_s"] for body in ready]
+        for phase in slowest[0] if isinstance(slowest[0], dict) else ():
+            phases_s[phase] = max(float(phases[phase]) for phases in slowest if isinstance(phases, dict))
+        return ExecutorInfo(
+            device=", ".join(sorted({entry.device for entry in loaded})),
+            dtype=self._config.dtype,
+            num_ranks=len(loaded),
+            num_full_blocks=plan.num_full_blocks,
+            num_sliding_blocks=plan.num_sliding_blocks,
+            kv_cache_bytes=plan.total_bytes * len(loaded),
+            weight_bytes=sum(entry.weight_bytes for entry in loaded),
+            kernels=loaded[0].kernels,
+            phases_s=phases_s,
+        )
+
+    def _gather(self, wanted: bytes, timeout_s: float, doing: str) -> list[wire.Body]:
+        """One message of that kind from every rank, by rank.
+
+        Raises:
+            CheckpointError, ConfigError: a rank failed or ended, or not all came in time.
+        """
+        channel = self._channel
+        assert channel is not None
+        found: dict[int, wire.Body] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(found) < self._size:
+            # What a rank said before it ended explains more than how it ended.
+            message = channel.receive(0 if self._error is not None else min(_POLL_S, max(deadline - time.monotonic(), 0)))
+            if message is None:
+                if self._error is not None:
+                    raise ConfigError(f"{self._error} before all ranks were ready; its output stands above")
+                if time.monotonic() >= deadline:
+                    missing = ", ".join(str(rank) for rank in range(self._size) if rank not in found)
+                    raise ConfigError(f"after {timeout_s:g} s these ranks have not {doing}: {missing}")
+                continue
+            kind, body = message
+            fields = wire.unpack(body)
+            rank = int(str(fields["rank"]))
+            if kind == wire.PROGRESS:
+                self._progress(f"{fields['phase']}, rank {rank}", int(str(fields["done"])), int(str(fields["total"])))
+            elif kind == wire.FAILED:
+                error = CheckpointError if fields["kind"] == CheckpointError.__name__ else ConfigError
+                raise error(str(fields["message"]))
+            elif kind == wanted:
+                found[rank] = fields
+            else:
+                raise ConfigError(f"rank {rank} sent {kind.decode()!r} where {wanted.decode()!r} was due: update all nodes together")
+        return [found[rank] for rank in range(self._size)]
+
+    def _check_hellos(self, hellos: Sequence[wire.Body]) -> None:
+        """All ranks, and this engine, must be the same software on the same checkpoint.
+
+        Raises:
+            ConfigError: names the rank, its host and what differs.
+        """
+        own = {"version": importlib.metadata.version("cantata"), "plan_version": PLAN_VERSION, "fingerprint": hellos[0]["fingerprint"]}
+        for hello in hellos:
+            for field, what in (("version", "Cantata"), ("plan_version", "step messages"), ("fingerprint", "checkpoint")):
+                if hello[field] != own[field]:
+                    raise ConfigError(
+                        f"rank {hello['rank']} on {hello['host']} has another {what} ({str(hello[field])[:12]}) than the others "
+                        f"({str(own[field])[:12]}): all nodes need the same"
+                    )
+
+    def _receive(self) -> None:
+        channel = self._channel
+        while not self._stopping.is_set() and self._error is None:
+            assert channel is not None
+            message = channel.receive(_POLL_S if not self._in_flight else min(_POLL_S, self._config.parallel.step_timeout_s / 4))
+            if message is not None:
+                self._take(*message)
+            self._check_time()
+
+    def _take(self, kind: bytes, body: bytes) -> None:
+        if kind == wire.RESULT:
+            result = decode_result(body)
+            if result.error is not None:
+                # A rank that dies makes the others' collectives fail; how it ended is the better explanation.
+                if not self._failed.wait(_EXPLANATION_S):
+                    self._fail(result.error)
+                return
+            with self._lock:
+                if not self._in_flight:  # failed meanwhile
+                    return
+                plan, future = self._in_flight.popleft()
+                self._oldest_since_s = time.monotonic()
+            if result.step != plan.step:
+                self._fail(f"rank 0 answered step {result.step} where step {plan.step} was due", [(plan, future)])
+            else:
+                future.set_result(result)
+        elif kind == wire.LOGITS:
+            fields = msgpack.unpackb(body)
+            with self._lock:
+                waiting, self._logits = self._logits, None
+            if waiting is not None:
+                waiting.set_result(torch.from_numpy(np.frombuffer(fields["values"], dtype=np.float32).reshape(fields["shape"]).copy()))
+        elif kind == wire.FAILED:
+            self._fail(str(wire.unpack(body)["message"]))
+
+    def _check_time(self) -> None:
+        timeout_s = self._config.parallel.step_timeout_s
+        with self._lock:
+            waits = bool(self._in_flight) and time.monotonic() - self._oldest_since_s > timeout_s
+            step = self._in_flight[0][0].step if waits else None
+        if waits:
+            self._fail(f"step {step} has no result after {timeout_s:g} s: a rank hangs, or the network between ranks is cut")
+
+    def _fail(self, sentence: str, more: Sequence[tuple[StepPlan, "Future[StepResult]"]] = ()) -> None:
+        """End everything, once; from any thread."""
+        with self._lock:
+            if self._error is not None:
+                return
+            self._error = sentence
+        self._failed.set()
+        logger.error("the ranks have failed: %s", sentence)
+        for plan, future in more:
+            future.set_result(StepResult(plan.step, error=sentence))
+        self._resolve_all(sentence)
+        self._on_failure(sentence)
+        self._launcher.end(0.0)
+
+    def _resolve_all(self, sentence: str) -> None:
+        with self._lock:
+            left = list(self._in_flight)
+            self._in_flight.clear()
+            logits, self._logits = self._logits, None
+        for plan, future in left:
+            future.set_result(StepResult(plan.step, error=sentence))
+        if logits is not None:
+            logits.set_exception(EngineDead(sentence))
+
+
+def _rank_loaded(fields: object) -> RankLoaded:
+    assert isinstance(fields, dict)
+    return RankLoaded(**{**fields, "kv_memory": KVMemory(**fields["kv_memory"])})

@@ -1,0 +1,15 @@
+"""The executor of an engine that has only this host: one rank in the engine's process, several in processes of their own."""
+
+from workers.config import EngineConfig, ModelConfig
+from workers.executor.base import Executor
+from workers.executor.distributed import DistributedExecutor
+from workers.executor.inline import InlineExecutor
+from workers.executor.process_ranks import ProcessRanks
+from workers.executor.rank import Progress
+
+
+def local_executor(config: EngineConfig, model: ModelConfig, max_model_len: int, *, progress: Progress | None = None) -> Executor:
+    """Not yet started."""
+    if config.parallel.tensor == 1:
+        return InlineExecutor(config, model, max_model_len, progress=progress)
+    return DistributedExecutor(config, model, max_model_len, ProcessRanks(), progress=progress)

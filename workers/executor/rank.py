@@ -1,0 +1,270 @@
+"""Rank: one rank's life, from loading its shard to running steps, whoever sends it the plans."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import linear as cpu_linear
+from kernels.cpu import native
+from kernels.mxfp4 import ROWS16, PackedMXFP4
+from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig
+from workers.errors import ConfigError
+from workers.executor.runner import Runner
+from workers.kv_cache.tensors import (
+    TORCH_DTYPES,
+    KVCachePlan,
+    KVMemory,
+    allocate_kv_caches,
+    cpu_kv_memory,
+    gpu_kv_memory,
+    split_memory,
+)
+from workers.model.checkpoint import load_model
+from workers.model.gpt_oss import GptOss
+from workers.model.step_batch import StepBatch
+from workers.parallel.collectives import Collectives
+from workers.parallel.shard import RankShard
+from workers.scheduler.plan import StepPlan, StepResult
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with (phase, done, total) while starting; total is 0 where a phase has no steps to count."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankLoaded:
+    """What a rank says when its weights are there."""
+
+    device: str
+    weight_bytes: int
+    kv_memory: KVMemory
+    kernels: dict[str, str]
+
+
+class Rank:
+    """One rank: `load`, then `allocate`, then `step` for each plan in order.
+
+    Args:
+        max_model_len: context limit in tokens, resolved.
+        shard: this rank's part of the model.
+        collectives: the other ranks.
+        ranks_on_host: ranks that share this host's memory and, on a CPU, its cores.
+        progress: hears of each phase as it starts, and of tensors loaded.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        max_model_len: int,
+        shard: RankShard,
+        collectives: Collectives,
+        *,
+        device: torch.device,
+        ranks_on_host: int = 1,
+        progress: Progress | None = None,
+    ) -> None:
+        self._config = config
+        self._model_config = model
+        self._max_model_len = max_model_len
+        self._shard = shard
+        self._collectives = collectives
+        self._device = device
+        self._ranks_on_host = ranks_on_host
+        self._progress = progress or (lambda phase, done, total: None)
+        self._model: GptOss | None = None
+        self._runner: Runner | None = None
+        self.phases_s: dict[str, float] = {}
+
+    def load(self) -> RankLoaded:
+        """Read this rank's weights and see how much memory is left for the KV cache.
+
+        Raises:
+            CheckpointError, ConfigError: one sentence for the user.
+        """
+        with self._phase("load weights"):
+            self._model = load_model(
+                self._config.model_path,
+                self._model_config,
+                dtype=TORCH_DTYPES[self._config.dtype],
+                device=self._device,
+                shard=self._shard,
+                collectives=self._collectives,
+                quantize=self._config.quantize,
+                progress=lambda done, total: self._progress("load weights", done, total),
+            )
+        return RankLoaded(str(self._device), self._model.weight_bytes, self._kv_memory(), kernel_names(self._model))
+
+    def allocate(self, plan: KVCachePlan) -> None:
+        """Allocate the KV cache and run one token through the model. All ranks do this at the same time.
+
+        Raises:
+            ConfigError: there is less memory than there was.
+        """
+        with self._phase("allocate KV cache"):
+            kv_caches = allocate_kv_caches(
+                cache_shape(self._model_config, self._shard), plan, dtype=self._config.dtype, device=self._device
+            )
+        with self._phase("warm up"):
+            self.logits([0])
+        assert self._model is not None
+        self._runner = Runner(self._model, kv_caches, max_num_seqs=self._config.scheduler.max_num_seqs, max_model_len=self._max_model_len)
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Run one plan; a failure is a result with `error`."""
+        if self._runner is None:
+            return StepResult(plan.step, error="the executor has shut down")
+        try:
+            return self._runner.step(plan)
+        except Exception:
+            # The edge of the rank: the protocol turns a failure into a result.
+            logger.exception("step %d failed", plan.step)
+            return StepResult(plan.step, error=f"step {plan.step} failed on rank {self._shard.tp_rank}; its log has the details")
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor | None:
+        """Logits after each token of one sequence, in a KV cache of its own: steps in between are not disturbed. All ranks take part.
+
+        Returns:
+            [len(token_ids), vocab_size] fp32 on rank 0, None on the others.
+        """
+        model = self._model
+        assert model is not None, "the rank has not loaded"
+        num_blocks = -(-len(token_ids) // BLOCK_SIZE)
+        shape = (2, num_blocks, BLOCK_SIZE, model.num_kv_heads, model.config.head_dim)
+        kv_caches = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.layers]
+        chunk = self._config.scheduler.max_num_batched_tokens
+        rows = [
+            model.compute_logits(model.forward(_chunk_batch(token_ids, start, min(start + chunk, len(token_ids)), model.device), kv_caches))
+            for start in range(0, len(token_ids), chunk)
+        ]
+        parts = [part for part in rows if part is not None]
+        return torch.cat(parts) if parts else None
+
+    def close(self) -> None:
+        """Let go of weights and caches."""
+        self._runner = None
+        self._model = None
+
+    def _kv_memory(self) -> KVMemory:
+        shape, config = cache_shape(self._model_config, self._shard), self._config
+        if self._device.type == "cpu":
+            return cpu_kv_memory(
+                shape,
+                config.cache,
+                config.scheduler,
+                dtype=config.dtype,
+                max_model_len=self._max_model_len,
+                ranks_on_host=self._ranks_on_host,
+            )
+        with self._phase("profile memory"):
+            activation_bytes = self._peak_of_a_step()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return gpu_kv_memory(
+            shape,
+            config.cache,
+            config.scheduler,
+            dtype=config.dtype,
+            max_model_len=self._max_model_len,
+            total_bytes=total,
+            used_bytes=total - free,
+            activation_bytes=activation_bytes,
+        )
+
+    def _peak_of_a_step(self) -> int:
+        """Bytes that the largest step takes on the GPU beyond the weights."""
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self.logits([0] * min(self._config.scheduler.max_num_batched_tokens, self._max_model_len))
+        peak: int = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.empty_cache()
+        return peak - before
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self._progress(name, 0, 0)
+        started = time.perf_counter()
+        yield
+        self.phases_s[name] = time.perf_counter() - started
+
+
+def cache_shape(model: ModelConfig, shard: RankShard) -> ModelConfig:
+    """The model as a rank's KV cache sees it: with this rank's key-value heads."""
+    return replace(model, num_kv_heads=shard.kv_heads.length)
+
+
+def plan_kv_cache(
+    config: EngineConfig, model: ModelConfig, max_model_len: int, shard: RankShard, memories: Sequence[KVMemory]
+) -> KVCachePlan:
+    """The one plan that all ranks allocate, from the rank that has the least memory.
+
+    Raises:
+        ConfigError: one sequence of max_model_len does not fit.
+    """
+    least = min(memories, key=lambda memory: memory.num_bytes)
+    return split_memory(
+        cache_shape(model, shard),
+        config.scheduler,
+        dtype=config.dtype,
+        max_model_len=max_model_len,
+        memory_bytes=least.num_bytes,
+        source=least.source,
+    )
+
+
+def usable_device(name: str, local_rank: int = 0) -> torch.device:
+    """The torch device of a rank: `cuda` alone is the local_rank-th GPU.
+
+    Raises:
+        ConfigError: it cannot be used here.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def kernel_names(model: GptOss) -> dict[str, str]:
+    """Operation → what runs it."""
+    projection = model.layers[0].experts.gate_up
+    cpp = f"C++ {native.isa()}"
+    if not isinstance(projection, PackedMXFP4):
+        experts = "torch reference, dense"
+    elif projection.layout == ROWS16:
+        experts = f"{cpp}, MXFP4 layout {projection.layout}"
+    else:
+        experts = f"torch reference, MXFP4 layout {projection.layout}"
+    linear = cpp if cpu_linear.can_run(model.embedding) else "torch"
+    return {
+        "attention": "torch reference",
+        "experts": experts,
+        "linear": linear,
+        "pointwise": "torch reference",
+        "sampling": "torch reference",
+    }
+
+
+def _chunk_batch(token_ids: Sequence[int], start: int, end: int, device: torch.device) -> StepBatch:
+    """Tokens start..end of a sequence whose block i lies in slot block i."""
+    positions = torch.arange(start, end, device=device)
+    blocks = torch.arange(-(-end // BLOCK_SIZE), dtype=torch.int32, device=device)[None]
+    return StepBatch(
+        token_ids=torch.tensor(token_ids[start:end], dtype=torch.int64, device=device),
+        positions=positions,
+        slot_mapping_full=positions,
+        slot_mapping_sliding=positions,
+        block_table_full=blocks,
+        block_table_sliding=blocks,
+        context_lens=torch.tensor([end], dtype=torch.int32, device=device),
+        cu_seqlens_q=torch.tensor([0, end - start], dtype=torch.int32, device=device),
+        sample_indices=torch.arange(end - start, device=device),
+    )

@@ -1,0 +1,203 @@
+"""A rank in a process of its own: joins the engine's channel and the other ranks, loads, and runs the plans that come.
+
+`serve_rank` is the whole life, whoever started the process: `python -m workers.executor.rank_process` for child processes (its RankSpec is
+the JSON on stdin), the actor of `ray_executor` under Ray.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import msgpack
+import torch
+
+from workers.config import load_model_config
+from workers.config_json import engine_config_from_json
+from workers.errors import CheckpointError, ConfigError
+from workers.executor import channel as wire
+from workers.executor.channel import Endpoints, RankChannel
+from workers.executor.rank import Rank, usable_device
+from workers.kv_cache.tensors import KVCachePlan
+from workers.model.checkpoint import fingerprint
+from workers.parallel.collectives import TorchDistributed, join_store, serve_store, use_interface_of
+from workers.parallel.shard import plan_shards
+from workers.scheduler.plan import PLAN_VERSION, decode_plan, encode_result
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+_PROGRESS_INTERVAL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpec:
+    """All that a rank is told when it starts.
+
+    Attributes:
+        config: EngineConfig as JSON.
+        host: this node's address, for the collectives.
+        local_rank: its number among the ranks of its host.
+        num_threads: compute threads on a CPU.
+    """
+
+    config: str
+    max_model_len: int
+    rank: int
+    endpoints: Endpoints
+    host: str
+    local_rank: int
+    ranks_on_host: int
+    num_threads: int
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "RankSpec":
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        return RankSpec(**{**fields, "endpoints": Endpoints(**fields["endpoints"])})
+
+
+class _Stopped(Exception):
+    """The engine wants this rank to end, or is gone."""
+
+
+def serve_rank(spec: RankSpec, orphaned: Callable[[], bool]) -> None:
+    """Run until the engine says stop, or `orphaned` says that it is gone. A failure is told to the engine, in one sentence."""
+    channel = RankChannel(spec.endpoints)
+    try:
+        _serve(spec, channel, orphaned)
+    except _Stopped:
+        pass
+    except (CheckpointError, ConfigError) as error:
+        channel.send(wire.FAILED, wire.pack(rank=spec.rank, kind=type(error).__name__, message=str(error)))
+    except Exception as error:
+        # The process's edge.
+        logger.exception("rank %d failed", spec.rank)
+        sentence = f"rank {spec.rank} failed ({type(error).__name__}); its log has the details"
+        channel.send(wire.FAILED, wire.pack(rank=spec.rank, kind="", message=sentence))
+    finally:
+        channel.close()
+
+
+def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -> None:
+    torch.set_num_threads(spec.num_threads)
+    config = engine_config_from_json(spec.config)
+    parallel = config.parallel
+    model = load_model_config(config.model_path)
+    device = usable_device(config.device, spec.local_rank)
+    use_interface_of(spec.host)
+    own_store = serve_store(spec.host, timeout_s=parallel.start_timeout_s) if spec.rank == 0 else None
+    channel.send(
+        wire.HELLO,
+        wire.pack(
+            rank=spec.rank,
+            host=spec.host,
+            version=importlib.metadata.version("cantata"),
+            plan_version=PLAN_VERSION,
+            fingerprint=fingerprint(config.model_path),
+            store_port=0 if own_store is None else own_store.port,
+        ),
+    )
+    join = wire.unpack(_expect(channel, wire.JOIN, orphaned))
+    store = own_store or join_store(str(join["host"]), int(str(join["port"])), timeout_s=parallel.start_timeout_s)
+    # The engine's watchdog is to be first: it can say which step, and it ends all ranks.
+    collectives = TorchDistributed(spec.rank, parallel.tensor, store, device, timeout_s=2 * parallel.step_timeout_s + 10)
+    rank = Rank(
+        config,
+        model,
+        spec.max_model_len,
+        plan_shards(model, parallel)[spec.rank],
+        collectives,
+        device=device,
+        ranks_on_host=spec.ranks_on_host,
+        progress=_Reporter(spec.rank, channel),
+    )
+    try:
+        loaded = rank.load()
+        channel.send(wire.LOADED, wire.pack(rank=spec.rank, loaded=asdict(loaded)))
+        plan: dict[str, int] = msgpack.unpackb(_expect(channel, wire.ALLOCATE, orphaned))
+        rank.allocate(KVCachePlan(**plan))
+        channel.send(wire.READY, wire.pack(rank=spec.rank, phases_s=rank.phases_s))
+        _run_plans(spec.rank, rank, channel, orphaned)
+    finally:
+        rank.close()
+        collectives.close()
+
+
+def _run_plans(number: int, rank: Rank, channel: RankChannel, orphaned: Callable[[], bool]) -> None:
+    while True:
+        kind, body = _receive(channel, orphaned)
+        if kind == wire.PLAN:
+            result = rank.step(decode_plan(body))
+            if number == 0 or result.error is not None:
+                channel.send(wire.RESULT, encode_result(result))
+        elif kind == wire.COMPUTE_LOGITS:
+            logits = rank.logits(msgpack.unpackb(body))
+            if logits is not None:
+                channel.send(wire.LOGITS, wire.pack(shape=list(logits.shape), values=logits.cpu().numpy().tobytes()))
+        else:
+            raise ValueError(f"the engine sent {kind!r} in the middle of serving")
+
+
+def _expect(channel: RankChannel, wanted: bytes, orphaned: Callable[[], bool]) -> bytes:
+    kind, body = _receive(channel, orphaned)
+    if kind != wanted:
+        raise ValueError(f"the engine sent {kind!r} where {wanted!r} was due")
+    return body
+
+
+def _receive(channel: RankChannel, orphaned: Callable[[], bool]) -> tuple[bytes, bytes]:
+    while (message := channel.receive(_POLL_S)) is None:
+        if orphaned():
+            raise _Stopped
+    if message[0] == wire.STOP:
+        raise _Stopped
+    return message
+
+
+class _Reporter:
+    """Sends progress, but not more often than anyone can read it."""
+
+    def __init__(self, rank: int, channel: RankChannel) -> None:
+        self._rank = rank
+        self._channel = channel
+        self._sent_s = 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if total and done < total and now - self._sent_s < _PROGRESS_INTERVAL_S:
+            return
+        self._sent_s = now
+        self._channel.send(wire.PROGRESS, wire.pack(rank=self._rank, phase=phase, done=done, total=total))
+
+
+def main() -> int:
+    """Read the spec from stdin and serve."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Ctrl-C in a terminal reaches the whole group; the engine decides the order of the stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+    threading.Thread(target=_end_with, args=(parent,), name="cantata-parent", daemon=True).start()
+    serve_rank(RankSpec.from_json(sys.stdin.readline()), orphaned=lambda: os.getppid() != parent)
+    return 0
+
+
+def _end_with(parent: int) -> None:
+    """An engine that was killed cannot say stop, and a collective may keep the main thread waiting: leave at once."""
+    while os.getppid() == parent:
+        time.sleep(_POLL_S / 2)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
