@@ -1,17 +1,91 @@
 """The runner: what a rank does with a StepPlan. Every executor runs this one."""
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from kernels.sampling import SampleOutput, SamplingBatch, sample
-from workers.executor.sampling_state import SamplingState
-from workers.executor.slots import Ints, SequenceSlots
+from kernels.sampling import SampleOutput, sample
+from workers.executor.cuda_graph import DecodeGraphs, GraphReport
+from workers.executor.sampling_state import SamplingState, TokenListener
+from workers.executor.slots import DeviceSlots, SequenceSlots, StepRows
+from workers.executor.step_inputs import InputBuffers
 from workers.model.gpt_oss import GptOss
 from workers.request import TokenLogprobs
 from workers.scheduler.plan import StepPlan, StepResult
+
+
+class PendingStep:
+    """A step that was launched. On a CPU it is done; on a GPU its kernels and the copy of its tokens to the host are queued.
+
+    Args:
+        output: what was sampled, on the device; None: the step yields no token.
+        num_logprobs: alternatives that each sequence wants, by seq_id, in the order of `output.logprobs`.
+        listeners: (index into seq_ids, what is told that token).
+    """
+
+    def __init__(
+        self,
+        step: int,
+        started: float,
+        seq_ids: tuple[int, ...] = (),
+        output: SampleOutput | None = None,
+        num_logprobs: Sequence[tuple[int, int]] = (),
+        listeners: Sequence[tuple[int, TokenListener]] = (),
+    ) -> None:
+        self._step = step
+        self._started = started
+        self._seq_ids = seq_ids
+        self._num_logprobs = num_logprobs
+        self._listeners = listeners
+        self._result: StepResult | None = None
+        self._copied: torch.cuda.Event | None = None
+        self._output = output
+        if output is not None and output.token_ids.device.type != "cpu":
+            self._output = SampleOutput(
+                _to_pinned(output.token_ids),
+                *(None if part is None else _to_pinned(part) for part in (output.logprobs, output.top_ids, output.top_logprobs)),
+            )
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` returns at once."""
+        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
+
+    def result(self) -> StepResult:
+        """Wait for the step's tokens; the same result each time.
+
+        Raises:
+            RuntimeError: a kernel of this or an earlier step failed on the GPU.
+        """
+        if self._result is None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            token_ids = [] if self._output is None else self._output.token_ids.tolist()
+            for index, listener in self._listeners:
+                listener.push(token_ids[index])
+            self._result = StepResult(
+                step=self._step,
+                seq_ids=self._seq_ids,
+                token_ids=tuple(token_ids),
+                logprobs=self._logprobs(),
+                elapsed_s=time.perf_counter() - self._started,
+            )
+        return self._result
+
+    def _logprobs(self) -> dict[int, TokenLogprobs]:
+        output = self._output
+        if output is None or output.logprobs is None or output.top_ids is None or output.top_logprobs is None:
+            return {}
+        chosen, ids, values = output.logprobs.tolist(), output.top_ids.tolist(), output.top_logprobs.tolist()
+        return {
+            seq_id: TokenLogprobs(chosen[row], tuple(zip(ids[row][:count], values[row][:count], strict=True)))
+            for row, (seq_id, count) in enumerate(self._num_logprobs)
+        }
 
 
 class Runner:
@@ -27,63 +101,97 @@ class Runner:
         self._model = model
         self._kv_caches = kv_caches
         self._slots = SequenceSlots(max_num_seqs, max_model_len)
+        self._device_slots = DeviceSlots(self._slots, model.device)
+        self._inputs = InputBuffers(model.device)
         self._sampling = SamplingState(max_num_seqs)
+        self._graphs: DecodeGraphs | None = None
         self._next_step = 0
+        # Steps whose tokens some sequence's next token depends on, and which may not have come yet.
+        self._unheard: deque[PendingStep] = deque()
+
+    def capture_graphs(self, progress: Callable[[str, int, int], None]) -> GraphReport:
+        """Record the model's decode step for all padded batch sizes (CUDA only). All ranks do this at the same time, before any step.
+
+        Args:
+            progress: called with ("capture graphs", done, total).
+        """
+        self._graphs = DecodeGraphs(self._slots, self._device_slots, lambda batch: self._model.forward(batch, self._kv_caches))
+        return self._graphs.capture(progress)
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """`launch` and wait for the result."""
+        return self.launch(plan).result()
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> StepResult:
-        """Apply the plan, run the model, sample.
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Apply the plan, run the model, sample. The next plan may be launched before this one's result was taken.
 
         Raises:
             ValueError: a step is missing between the last plan and this one; the rank's state would be wrong from here on.
         """
         started = time.perf_counter()
         self._check_order(plan.step)
-        self._apply(plan)
-        rows = self._slots.build(plan, self._model.device)
-        hidden = self._model.forward(rows.batch, self._kv_caches)
+        for seq_id in plan.drops:
+            self._sampling.drop(self._slots.drop(seq_id))
+        for start in plan.starts:
+            self._sampling.start(self._slots.start(start), start)
+        rows = self._slots.build(plan)
+        hidden, sampled_slots = self._forward(rows)
         if len(rows.sampled) == 0:
-            return StepResult(plan.step, elapsed_s=time.perf_counter() - started)
-        logits = self._model.compute_logits(hidden[rows.batch.sample_indices])
-        slots = rows.slots[rows.sampled]
-        output = None if logits is None else sample(logits, self._sampling_batch(plan, slots))
-        # Rank 0 samples, all ranks need the ids: they are the next step's inputs.
-        chosen = torch.empty(len(slots), dtype=torch.int64, device=self._model.device) if output is None else output.token_ids
-        token_ids = self._model.collectives.broadcast(chosen).cpu().numpy()
-        self._slots.append_tokens(slots, token_ids)
-        self._sampling.push(slots, token_ids)
-        seq_ids = tuple(plan.seq_ids[index] for index in rows.sampled.tolist())
-        return StepResult(
-            step=plan.step,
-            seq_ids=seq_ids,
-            token_ids=tuple(token_ids.tolist()),
-            logprobs={} if output is None else self._logprobs(seq_ids, slots, output),
-            elapsed_s=time.perf_counter() - started,
-        )
+            return PendingStep(plan.step, started)
+        output = self._sample(plan, rows, self._model.compute_logits(hidden))
+        self._device_slots.newest.index_copy_(0, sampled_slots, output.token_ids)
+        return self._pending(plan, started, rows, output)
 
-    def _sampling_batch(self, plan: StepPlan, slots: Ints) -> SamplingBatch:
-        positions = self._slots.num_tokens[slots] - self._slots.num_prompt_tokens[slots]
+    def _forward(self, rows: StepRows) -> tuple[Tensor, Tensor]:
+        """([num_samples, hidden] of the rows to sample, [num_samples] their slots)."""
+        if self._graphs is not None and (size := self._graphs.size_for(rows)) is not None:
+            hidden, sample_indices, sampled_slots = self._graphs.replay(rows, size, self._inputs)
+        else:
+            arrays = rows.batch_arrays()
+            tensors = self._inputs.upload(arrays + rows.other_arrays())
+            sample_indices, sampled_slots, table_at, table_ids = tensors[len(arrays) :]
+            self._device_slots.set_blocks(table_at, table_ids)
+            batch = self._device_slots.batch(tensors[: len(arrays)], sample_indices, rows.num_blocks)
+            hidden = self._model.forward(batch, self._kv_caches)
+        return hidden.index_select(0, sample_indices), sampled_slots
+
+    def _sample(self, plan: StepPlan, rows: StepRows, logits: Tensor | None) -> SampleOutput:
+        """Rank 0 samples; all ranks need the ids, which are the next step's inputs.
+
+        Args:
+            logits: None on the other ranks.
+        """
+        collectives = self._model.collectives
+        if logits is None:
+            return SampleOutput(collectives.broadcast(torch.empty(len(rows.sampled), dtype=torch.int64, device=self._model.device)))
+        slots = rows.slots[rows.sampled]
+        if self._sampling.listeners(slots):
+            while self._unheard:
+                self._unheard.popleft().result()
         masks = {self._slots.slot(seq_id): mask for seq_id, mask in plan.masks}
-        return self._sampling.build(slots, positions, masks, self._model.device)
+        output = sample(logits, self._sampling.build(slots, rows.output_positions, masks, self._inputs))
+        collectives.broadcast(output.token_ids)
+        return output
+
+    def _pending(self, plan: StepPlan, started: float, rows: StepRows, output: SampleOutput) -> PendingStep:
+        slots = rows.slots[rows.sampled]
+        seq_ids = tuple(plan.seq_ids[index] for index in rows.sampled.tolist())
+        is_first = self._model.collectives.rank == 0
+        listeners = self._sampling.listeners(slots) if is_first else []
+        pending = PendingStep(plan.step, started, seq_ids, output, self._sampling.num_logprobs(seq_ids, slots), listeners)
+        if self._model.device.type == "cpu":
+            pending.result()
+        elif listeners:
+            self._unheard.append(pending)
+        return pending
 
     def _check_order(self, step: int) -> None:
         if step != self._next_step:
             raise ValueError(f"step {step} came, but step {self._next_step} is due")
         self._next_step = step + 1
 
-    def _apply(self, plan: StepPlan) -> None:
-        for seq_id in plan.drops:
-            self._sampling.drop(self._slots.drop(seq_id))
-        for start in plan.starts:
-            self._sampling.start(self._slots.start(start), start)
 
-    def _logprobs(self, seq_ids: Sequence[int], slots: Ints, output: SampleOutput) -> dict[int, TokenLogprobs]:
-        if output.logprobs is None or output.top_ids is None or output.top_logprobs is None:
-            return {}
-        chosen, ids, values = output.logprobs.tolist(), output.top_ids.tolist(), output.top_logprobs.tolist()
-        counts = [(seq_id, self._sampling.num_logprobs(slot)) for seq_id, slot in zip(seq_ids, slots.tolist(), strict=True)]
-        wanted = [(seq_id, count) for seq_id, count in counts if count is not None]
-        return {
-            seq_id: TokenLogprobs(chosen[row], tuple(zip(ids[row][:count], values[row][:count], strict=True)))
-            for row, (seq_id, count) in enumerate(wanted)
-        }
+def _to_pinned(tensor: Tensor) -> Tensor:
+    """A copy on the host, queued behind what computes it."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,7 +1,9 @@
 """How each live sequence is sampled: parameters by slot, and for the sequences that need more (bias, penalties, constraints, stop tokens
 before min_tokens) what their next token depends on. Builds the SamplingBatch of a step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +12,19 @@ from torch import Tensor
 
 from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds
 from workers.constraint.automaton import TokenAutomaton
+from workers.executor.step_inputs import Array, InputBuffers
 from workers.request import SamplingParams
 from workers.scheduler.plan import SequenceStart
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+
+
+class TokenListener(Protocol):
+    """What a sequence's next token depends on beside the model, and so must hear of each token before the next is sampled."""
+
+    def push(self, token_id: int) -> None:
+        """One more output token."""
 
 
 class SeenTokens:
@@ -97,6 +107,18 @@ class _Extras:
     stop_token_ids: Ints
     min_tokens: int
     num_logprobs: int | None
+
+    @property
+    def listens(self) -> bool:
+        """Whether the next token depends on the output so far."""
+        return self.seen is not None or self.constraint is not None
+
+    def push(self, token_id: int) -> None:
+        """One more output token."""
+        if self.seen is not None:
+            self.seen.push(token_id)
+        if self.constraint is not None:
+            self.constraint.push(token_id)
 
     @classmethod
     def of(cls, start: SequenceStart) -> "_Extras | None":
@@ -181,31 +203,29 @@ class SamplingState:
         """Forget a sequence."""
         self._extras.pop(slot, None)
 
-    def num_logprobs(self, slot: int) -> int | None:
-        """Alternatives that the sequence wants with each token; None: no log-probabilities at all."""
-        extras = self._extras.get(slot)
-        return None if extras is None else extras.num_logprobs
-
-    def push(self, slots: Ints, token_ids: Ints) -> None:
-        """One sampled token for each of these slots."""
+    def num_logprobs(self, seq_ids: Sequence[int], slots: Ints) -> list[tuple[int, int]]:
+        """(seq_id, alternatives it wants with each token) of those of these sequences that want log-probabilities."""
         if not self._extras:
-            return
-        for slot, token_id in zip(slots.tolist(), token_ids.tolist(), strict=True):
-            extras = self._extras.get(slot)
-            if extras is None:
-                continue
-            if extras.seen is not None:
-                extras.seen.push(token_id)
-            if extras.constraint is not None:
-                extras.constraint.push(token_id)
+            return []
+        extras = [(seq_id, self._extras.get(slot)) for seq_id, slot in zip(seq_ids, slots.tolist(), strict=True)]
+        return [(seq_id, entry.num_logprobs) for seq_id, entry in extras if entry is not None and entry.num_logprobs is not None]
 
-    def build(self, slots: Ints, output_positions: Ints, masks: dict[int, bytes], device: torch.device) -> SamplingBatch:
-        """The batch for one row per slot.
+    def listeners(self, slots: Ints) -> list[tuple[int, TokenListener]]:
+        """(row, what must be told its token) of the slots that need it. They stay those of the present tenants if a slot changes hands."""
+        if not self._extras:
+            return []
+        extras = [(row, self._extras.get(slot)) for row, slot in enumerate(slots.tolist())]
+        return [(row, entry) for row, entry in extras if entry is not None and entry.listens]
+
+    def build(self, slots: Ints, output_positions: Ints, masks: dict[int, bytes], inputs: InputBuffers) -> SamplingBatch:
+        """The batch for one row per slot. The output so far has been pushed to `listeners`.
 
         Args:
             output_positions: [S] index of each slot's next token among its output tokens.
             masks: slot → bitmask of allowed ids, for sequences in a grammar state.
+            inputs: what uploads the parameters that most batches have. Extras, which few have, go to the device one by one.
         """
+        device = inputs.device
         temperature, top_k, top_p, min_p = self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots]
         random = bool((temperature > 0).any())
         bias, allowed, forbidden, seen = _Pairs(), _Pairs(), _Pairs(), _Pairs()
@@ -231,13 +251,23 @@ class SamplingState:
             if extras.num_logprobs is not None:
                 logprob_rows.append(row)
                 num_top_logprobs = max(num_top_logprobs, extras.num_logprobs)
+        arrays: dict[str, Array] = (
+            {"temperature": temperature, "seeds": self._seed[slots], "output_positions": output_positions} if random else {}
+        )
+        if random and (top_k > 0).any():
+            arrays["top_k"] = top_k
+        if random and (top_p < 1).any():
+            arrays["top_p"] = top_p
+        if random and (min_p > 0).any():
+            arrays["min_p"] = min_p
+        tensors = dict(zip(arrays, inputs.upload(list(arrays.values())), strict=True)) if random else {}
         return SamplingBatch(
-            temperature=_tensor(temperature, device) if random else None,
-            seeds=_tensor(self._seed[slots], device) if random else None,
-            output_positions=_tensor(output_positions, device) if random else None,
-            top_k=_tensor(top_k, device) if random and (top_k > 0).any() else None,
-            top_p=_tensor(top_p, device) if random and (top_p < 1).any() else None,
-            min_p=_tensor(min_p, device) if random and (min_p > 0).any() else None,
+            temperature=tensors.get("temperature"),
+            seeds=tensors.get("seeds"),
+            output_positions=tensors.get("output_positions"),
+            top_k=tensors.get("top_k"),
+            top_p=tensors.get("top_p"),
+            min_p=tensors.get("min_p"),
             logit_bias=LogitBias(*bias.tensors(device), bias.values(device)) if bias else None,
             penalties=self._penalties(seen, slots, device) if seen else None,
             allowed_ids=TokenIds(*allowed.tensors(device)) if allowed else None,

@@ -8,16 +8,20 @@ import pytest
 import torch
 
 from kernels.sampling import SamplingBatch, sample
+from tests.support.thread_ranks import on_ranks
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
-from workers.config import BLOCK_SIZE
+from workers.config import BLOCK_SIZE, ParallelConfig
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.executor.runner import Runner
 from workers.executor.sampling_state import SamplingState, SeenTokens
-from workers.executor.slots import SequenceSlots
+from workers.executor.slots import DeviceSlots, SequenceSlots
+from workers.executor.step_inputs import InputBuffers
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
+from workers.parallel.collectives import Alone, Collectives
+from workers.parallel.shard import plan_shards
 from workers.request import SamplingParams
-from workers.scheduler.plan import SequenceStart, StepPlan, decode_plan, encode_plan
+from workers.scheduler.plan import SequenceStart, StepPlan, StepResult, decode_plan, encode_plan
 
 CPU = torch.device("cpu")
 VOCAB = 40
@@ -32,9 +36,11 @@ def test_batches_equal_a_plain_simulation() -> None:
     """Random plans over sequences that come, go and are scheduled in any order; every tensor is computed again token by token."""
     draw = random.Random(3)
     slots = SequenceSlots(max_num_seqs=6, max_model_len=200)
+    device, inputs = DeviceSlots(slots, CPU), InputBuffers(CPU)
     tokens: dict[int, list[int]] = {}
     tables: dict[int, tuple[list[int], list[int]]] = {}
     computed: dict[int, int] = {}
+    num_prompt: dict[int, int] = {}
     next_block, next_id = 1, 0
     for step in range(150):
         for seq_id in [seq_id for seq_id in tokens if draw.random() < 0.05 or len(tokens[seq_id]) > 180]:
@@ -45,6 +51,7 @@ def test_batches_equal_a_plain_simulation() -> None:
             tokens[next_id] = [draw.randrange(1000) for _ in range(cached + draw.randrange(1, 60))]
             tables[next_id] = ([*range(next_block, next_block + cached // 16)], [0] * (cached // 16))
             next_block += cached // 16
+            num_prompt[next_id] = len(tokens[next_id])
             computed[next_id] = cached
             slots.start(
                 start(next_id, tuple(tokens[next_id]), full_blocks=tuple(tables[next_id][0]), sliding_blocks=tuple(tables[next_id][1]))
@@ -68,8 +75,12 @@ def test_batches_equal_a_plain_simulation() -> None:
             step, seq_ids=tuple(seq_ids), num_computed_tokens=tuple(computed[seq_id] for seq_id in seq_ids),
             num_scheduled_tokens=tuple(counts), samples=samples, new_blocks=tuple(new_blocks),
         )  # fmt: skip
-        rows = slots.build(plan, CPU)
-        batch = rows.batch
+        rows = slots.build(plan)
+        arrays = rows.batch_arrays()
+        uploaded = inputs.upload(arrays + rows.other_arrays())
+        sample_indices, sampled_slots, table_at, table_ids = uploaded[len(arrays) :]
+        device.set_blocks(table_at, table_ids)
+        batch = device.batch(uploaded[: len(arrays)], sample_indices, rows.num_blocks)
         where = [
             (seq_id, position)
             for seq_id, count in zip(seq_ids, counts, strict=True)
@@ -93,7 +104,8 @@ def test_batches_equal_a_plain_simulation() -> None:
         assert {batch.block_table_full.dtype, batch.context_lens.dtype, batch.cu_seqlens_q.dtype} == {torch.int32}
         sampled = [seq_ids[index] for index in rows.sampled.tolist()]
         new = [draw.randrange(1000) for _ in sampled]
-        slots.append_tokens(rows.slots[rows.sampled], np.array(new, dtype=np.int64))
+        assert rows.output_positions.tolist() == [len(tokens[seq_id]) - num_prompt[seq_id] for seq_id in sampled]
+        device.newest.index_copy_(0, sampled_slots, torch.tensor(new, dtype=torch.int64))
         for seq_id, count in zip(seq_ids, counts, strict=True):
             computed[seq_id] += count
         for seq_id, token in zip(sampled, new, strict=True):
@@ -101,21 +113,22 @@ def test_batches_equal_a_plain_simulation() -> None:
 
 
 def build(state: SamplingState, slots: list[int], positions: list[int], masks: dict[int, bytes] | None = None) -> SamplingBatch:
-    return state.build(np.array(slots), np.array(positions), masks or {}, CPU)
+    return state.build(np.array(slots), np.array(positions), masks or {}, InputBuffers(CPU))
 
 
 def allowed_tokens(state: SamplingState, slot: int, position: int, masks: dict[int, bytes] | None = None) -> set[int]:
     """All tokens that can be sampled: with flat logits, each seed chooses one of them."""
     batch = build(state, [slot], [position], masks)
     seeds = torch.arange(600)
-    many = state.build(np.full(len(seeds), slot), np.full(len(seeds), position), {slot: masks[slot]} if masks else {}, CPU)
+    many = state.build(np.full(len(seeds), slot), np.full(len(seeds), position), {slot: masks[slot]} if masks else {}, InputBuffers(CPU))
     assert batch.temperature is not None
     object.__setattr__(many, "seeds", seeds)
     return set(sample(torch.zeros(len(seeds), VOCAB), many).token_ids.tolist())
 
 
 def push(state: SamplingState, slot: int, token: int) -> None:
-    state.push(np.array([slot]), np.array([token]))
+    ((_, listener),) = state.listeners(np.array([slot]))
+    listener.push(token)
 
 
 def test_parameters_that_nobody_uses_cost_nothing() -> None:
@@ -145,7 +158,8 @@ def test_a_slot_forgets_its_last_tenant() -> None:
     state.drop(0)
     state.start(0, start(1, (1,), sampling=SamplingParams(temperature=0, seed=1)))
     assert build(state, [0], [0]) == SamplingBatch()
-    assert state.num_logprobs(0) is None
+    assert state.num_logprobs((1,), np.array([0])) == []
+    assert state.listeners(np.array([0])) == []
 
 
 AUTOMATON = TokenAutomaton(
@@ -285,3 +299,51 @@ def test_each_sequence_gets_the_logprobs_it_asked_for(runner: Runner) -> None:
     assert len(entry.top) == 3
     assert entry.top[0] == (result.token_ids[1], entry.logprob)
     assert result.elapsed_s > 0
+
+
+def test_a_finished_sequence_may_be_planned_once_more(model: GptOss) -> None:
+    """The plan after a sequence's last token may be on its way already: it computes one position past the end, and harms nobody."""
+    caches = [torch.zeros(2, 8, BLOCK_SIZE, TINY.num_kv_heads, TINY.head_dim) for _ in TINY.layer_windows]
+    runner = Runner(model, caches, max_num_seqs=1, max_model_len=16)
+    prompt = tuple(range(1, 16))
+    first = runner.step(plan_of(0, start(0, prompt), seq_ids=(0,), computed=(0,), scheduled=(15,), samples=True))
+    second = runner.step(plan_of(1, seq_ids=(0,), computed=(15,), scheduled=(1,), samples=True))
+    wasted = StepPlan(2, (), (), (0,), (16,), (1,), (True,), ((0, (2,), (2,)),))
+    assert len(runner.step(wasted).token_ids) == 1
+    plan = StepPlan(3, (start(1, prompt),), (0,), (1,), (0,), (15,), (True,), ((0, (3,), (3,)),))
+    assert runner.step(plan).token_ids == first.token_ids, "the next tenant of the slot starts afresh"
+    assert runner.step(plan_of(4, seq_ids=(1,), computed=(15,), scheduled=(1,), samples=True)).token_ids == second.token_ids
+
+
+def test_a_plan_that_samples_where_a_token_is_missing_is_refused(runner: Runner) -> None:
+    runner.step(plan_of(0, start(0, (1, 2)), seq_ids=(0,), computed=(0,), scheduled=(2,), samples=True))
+    with pytest.raises(AssertionError, match="tokens are missing"):
+        runner.launch(plan_of(1, seq_ids=(0,), computed=(3,), scheduled=(1,), samples=True))
+
+
+def test_other_ranks_take_the_tokens_of_rank_0(tmp_path: Path) -> None:
+    """Penalties and temperature on rank 0 only: the others never sample, and compute the same next step."""
+    path = write_tiny_checkpoint(tmp_path)
+    shards = plan_shards(TINY, ParallelConfig(tensor=3))
+    sampling = SamplingParams(temperature=1.0, seed=3, repetition_penalty=1.5, logprobs=2)
+    starts = (start(0, (1, 2, 3), sampling=sampling), start(1, (4, 5)))
+    plans = [
+        plan_of(0, *starts, seq_ids=(0, 1), computed=(0, 0), scheduled=(3, 2), samples=True),
+        plan_of(1, seq_ids=(1, 0), computed=(2, 3), scheduled=(1, 1), samples=True),
+        plan_of(2, seq_ids=(0, 1), computed=(4, 3), scheduled=(1, 1), samples=True),
+    ]
+
+    def run(collectives: Collectives) -> list[StepResult]:
+        shard = shards[collectives.rank] if collectives.size > 1 else plan_shards(TINY, ParallelConfig())[0]
+        model = load_model(path, TINY, dtype=torch.float32, device=CPU, shard=shard, collectives=collectives)
+        caches = [torch.zeros(2, 8, BLOCK_SIZE, model.num_kv_heads, TINY.head_dim) for _ in TINY.layer_windows]
+        runner = Runner(model, caches, max_num_seqs=2, max_model_len=64)
+        return [runner.step(plan) for plan in plans]
+
+    first, second, third = on_ranks(3, run)
+    alone = run(Alone())
+    assert [result.token_ids for result in first] == [result.token_ids for result in alone]
+    assert [(result.seq_ids, result.token_ids) for result in second] == [(result.seq_ids, result.token_ids) for result in first]
+    assert all(set(result.logprobs) == {0} for result in first)
+    assert all(result.logprobs == {} for result in (*second, *third))
+    assert [result.token_ids for result in third] == [result.token_ids for result in first]
