@@ -14,6 +14,8 @@ from kernels.cpu import native
 from kernels.mxfp4 import ROWS16, PackedMXFP4
 from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from workers.errors import ConfigError
+from workers.executor.cuda_graph import not_capturable
+from workers.executor.memory_profile import activation_bytes
 from workers.executor.runner import Runner
 from workers.kv_cache.tensors import (
     TORCH_DTYPES,
@@ -114,7 +116,10 @@ class Rank:
         with self._phase("warm up"):
             self.logits([0])
         assert self._model is not None
-        self._runner = Runner(self._model, kv_caches, max_num_seqs=self._config.scheduler.max_num_seqs, max_model_len=self._max_model_len)
+        runner = Runner(self._model, kv_caches, max_num_seqs=self._config.scheduler.max_num_seqs, max_model_len=self._max_model_len)
+        if self._device.type == "cuda" and not self._config.enforce_eager:
+            self._capture_graphs(self._model, runner)
+        self._runner = runner
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run one plan; a failure is a result with `error`."""
@@ -151,6 +156,15 @@ class Rank:
         self._runner = None
         self._model = None
 
+    def _capture_graphs(self, model: GptOss, runner: Runner) -> None:
+        blocking = not_capturable(kernel_names(model))
+        if blocking:
+            logger.warning("no CUDA graphs: the kernels for %s read sizes back to the host", " and ".join(blocking))
+            return
+        with self._phase("capture graphs"):
+            report = runner.capture_graphs(self._progress)
+        logger.info("captured %d CUDA graphs, which keep %.0f MiB", report.num_graphs, report.memory_bytes / 1024**2)
+
     def _kv_memory(self) -> KVMemory:
         shape, config = cache_shape(self._model_config, self._shard), self._config
         if self._device.type == "cpu":
@@ -163,7 +177,8 @@ class Rank:
                 ranks_on_host=self._ranks_on_host,
             )
         with self._phase("profile memory"):
-            activation_bytes = self._peak_of_a_step()
+            assert self._model is not None
+            peak_bytes = activation_bytes(self._model, config.scheduler, self._max_model_len)
         free, total = torch.cuda.mem_get_info(self._device)
         return gpu_kv_memory(
             shape,
@@ -173,17 +188,8 @@ class Rank:
             max_model_len=self._max_model_len,
             total_bytes=total,
             used_bytes=total - free,
-            activation_bytes=activation_bytes,
+            activation_bytes=peak_bytes,
         )
-
-    def _peak_of_a_step(self) -> int:
-        """Bytes that the largest step takes on the GPU beyond the weights."""
-        before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self.logits([0] * min(self._config.scheduler.max_num_batched_tokens, self._max_model_len))
-        peak: int = torch.cuda.max_memory_allocated(self._device)
-        torch.cuda.empty_cache()
-        return peak - before
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -227,6 +233,8 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and events are those of the current device
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,51 @@
+"""What the largest step takes beyond the weights, found by running one before the KV cache is sized."""
+
+import torch
+
+from kernels.sampling import SamplingBatch, sample
+from workers.config import BLOCK_SIZE, SchedulerConfig
+from workers.model.gpt_oss import GptOss
+from workers.model.step_batch import StepBatch
+from workers.scheduler.plan import NULL_BLOCK
+
+
+def largest_batch(scheduler: SchedulerConfig, max_model_len: int, device: torch.device) -> StepBatch:
+    """max_num_batched_tokens tokens of as many sequences as may sample, all keys in NULL_BLOCK, as even as they come."""
+    num_tokens = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max_model_len)
+    num_seqs = min(scheduler.max_num_seqs, num_tokens)
+    base, longer = divmod(num_tokens, num_seqs)
+    lengths = torch.full((num_seqs,), base, dtype=torch.int32)
+    lengths[:longer] += 1
+    ends = lengths.cumsum(0, dtype=torch.int64)
+    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    slots = positions % BLOCK_SIZE + NULL_BLOCK * BLOCK_SIZE
+    table = torch.full((num_seqs, -(-int(lengths[0]) // BLOCK_SIZE)), NULL_BLOCK, dtype=torch.int32)
+    cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(torch.int32)
+    # Different tokens choose different experts, so that all of them take part.
+    token_ids = torch.arange(num_tokens)
+    tensors = (token_ids, positions, slots, slots, table, table, lengths, cu_seqlens, ends - 1)
+    return StepBatch(*(tensor.to(device) for tensor in tensors))
+
+
+@torch.inference_mode()
+def run_largest_step(model: GptOss, scheduler: SchedulerConfig, max_model_len: int) -> None:
+    """Forward, logits and sampling of the largest step; keys and values go to one block that is let go of. All ranks take part."""
+    batch = largest_batch(scheduler, max_model_len, model.device)
+    batch.token_ids.remainder_(model.config.vocab_size)
+    shape = (2, NULL_BLOCK + 1, BLOCK_SIZE, model.num_kv_heads, model.config.head_dim)
+    kv_caches = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.layers]
+    logits = model.compute_logits(model.forward(batch, kv_caches)[batch.sample_indices])
+    if logits is not None:
+        rows = torch.arange(len(logits), device=model.device)
+        sample(logits, SamplingBatch(torch.ones_like(rows, dtype=torch.float32), rows, rows, top_p=torch.full_like(logits[:, 0], 0.9)))
+
+
+def activation_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: int) -> int:
+    """Bytes of GPU memory that the largest step takes at its peak beyond what is allocated now."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    run_largest_step(model, scheduler, max_model_len)
+    peak: int = torch.cuda.max_memory_allocated(model.device)
+    torch.cuda.empty_cache()
+    return peak - before
