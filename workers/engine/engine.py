@@ -1,4 +1,8 @@
-"""The engine: one thread that turns requests into steps. It owns the scheduler; other threads talk to it through a bounded inbox."""
+"""The engine: one thread that turns requests into steps. It owns the scheduler; other threads talk to it through a bounded inbox.
+
+While the ranks compute a step, the engine plans and sends the next one, then waits for the first one's result: the ranks need not wait
+for it. An executor that is done when `execute` returns gets one plan at a time by the same loop.
+"""
 
 import heapq
 import logging
@@ -6,17 +10,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from workers.config import EngineConfig, ModelConfig
 from workers.engine.stream import Notifier, OutputStream
 from workers.errors import CantataError, ConfigError, DeadlineExceeded, EngineDead, Overloaded
-from workers.executor.base import Executor, ExecutorInfo
+from workers.executor.base import MAX_IN_FLIGHT, Executor, ExecutorInfo
 from workers.kv_cache.manager import KVCacheManager
 from workers.metrics import KV_GROUPS, EngineMetrics
 from workers.request import EngineRequest, FinishReason
 from workers.rpc.convert import EngineLoad
-from workers.scheduler.plan import StepPlan
+from workers.scheduler.plan import StepPlan, StepResult
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Sequence, SequenceUpdate
 
@@ -35,6 +40,15 @@ class _Live:
     submitted_s: float
     deadline_s: float | None
     waits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A plan on its way."""
+
+    plan: StepPlan
+    sent_s: float
+    result: "Future[StepResult]"
 
 
 def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
@@ -85,6 +99,8 @@ class Engine:
         self._deadlines: list[tuple[float, int]] = []
         self._num_preemptions = 0
         self._touched: dict[int, OutputStream] = {}
+        self._flights: deque[_Flight] = deque()
+        self._last_result_s = 0.0
         # Guarded by _changed, which is notified on every change that somebody may wait for.
         self._changed = threading.Condition()
         self._inbox: deque[_Live] = deque()
@@ -212,11 +228,11 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         """Sleep while there is nothing to do; False once the engine is to stop."""
-        if self._check_integrity and not self._scheduler.has_work:
+        if self._check_integrity and not self._scheduler.has_work and not self._flights:
             self._scheduler.check_integrity()
         with self._changed:
             self._changed.wait_for(
-                lambda: self._stopping or self._executor_error or self._inbox or self._aborts or self._scheduler.has_work
+                lambda: self._stopping or self._executor_error or self._inbox or self._aborts or self._flights or self._scheduler.has_work
             )
             if self._executor_error is not None and not self._stopping:
                 raise EngineDead(self._executor_error)
@@ -234,20 +250,31 @@ class Engine:
         if self._touched:
             self._publish()  # those that ended do not wait for the step
         plan = self._scheduler.schedule()
-        if plan is None:
+        if plan is not None:
+            self._note_started(plan, started_s)
+            self._flights.append(_Flight(plan, started_s, self._executor.execute(plan)))
+        elif not self._flights:
             # schedule() admits whatever fits an idle cache, and check() refused what does not: waiting on would be for ever.
             if self._scheduler.has_work:
                 raise RuntimeError("requests wait, but none of them can be scheduled")
             self._set_gauges()
             return
-        self._note_started(plan, started_s)
-        result = self._executor.execute(plan).result()
+        if plan is None or len(self._flights) == MAX_IN_FLIGHT or self._flights[0].result.done():
+            self._land(self._flights.popleft())
+
+    def _land(self, flight: _Flight) -> None:
+        """Wait for the oldest step and hand out what it brought."""
+        result = flight.result.result()
         if result.error is not None:
             raise EngineDead(result.error)
         for update in self._scheduler.update(result):
             self._apply(update)
         self._publish()
-        self._measure(plan, len(result.token_ids), time.monotonic() - started_s, result.elapsed_s)
+        now = time.monotonic()
+        # A step begins when it was sent or, if the ranks were busy with the one before, when that one ended.
+        step_s = now - max(flight.sent_s, self._last_result_s)
+        self._last_result_s = now
+        self._measure(flight.plan, len(result.token_ids), step_s, result.elapsed_s)
 
     def _drain_inbox(self) -> None:
         with self._changed:

@@ -32,6 +32,10 @@ class ExecutorInfo:
     phases_s: dict[str, float]
 
 
+MAX_IN_FLIGHT = 2
+"""Plans sent and not answered: while the ranks compute one, the next already waits for them."""
+
+
 class Executor(Protocol):
     """Runs plans in order. Failure of a step is a StepResult with `error`, never an exception of the future."""
 
@@ -43,7 +47,7 @@ class Executor(Protocol):
         """
 
     def execute(self, plan: StepPlan) -> "Future[StepResult]":
-        """Queue a plan; plans run in the order given. At most two may be in flight."""
+        """Queue a plan; plans run in the order given. At most MAX_IN_FLIGHT may be in flight."""
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits after each token of one sequence, apart from the steps: [len(token_ids), vocab_size] fp32."""

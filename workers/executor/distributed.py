@@ -25,7 +25,7 @@ from workers.config import EngineConfig, ModelConfig
 from workers.config_json import engine_config_to_json
 from workers.errors import CheckpointError, ConfigError, EngineDead
 from workers.executor import channel as wire
-from workers.executor.base import ExecutorInfo
+from workers.executor.base import MAX_IN_FLIGHT, ExecutorInfo
 from workers.executor.channel import EngineChannel
 from workers.executor.rank import Progress, RankLoaded, plan_kv_cache
 from workers.executor.rank_process import RankSpec
@@ -35,7 +35,6 @@ from workers.scheduler.plan import PLAN_VERSION, StepPlan, StepResult, decode_re
 
 logger = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 2
 LOAD_TIMEOUT_S = 3600.0
 """For the slowest rank to load its weights: a large checkpoint on a slow disk takes long, and shows how far it is."""
 _STOP_S = 5.0

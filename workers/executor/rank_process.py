@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import msgpack
 import torch
@@ -136,9 +136,11 @@ def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -
 
 def _run_plans(number: int, rank: Rank, channel: RankChannel, orphaned: Callable[[], bool]) -> None:
     while True:
+        free_since = time.perf_counter()
         kind, body = _receive(channel, orphaned)
         if kind == wire.PLAN:
-            result = rank.step(decode_plan(body))
+            idle_s = time.perf_counter() - free_since
+            result = replace(rank.step(decode_plan(body)), idle_s=idle_s)
             if number == 0 or result.error is not None:
                 channel.send(wire.RESULT, encode_result(result))
         elif kind == wire.COMPUTE_LOGITS:

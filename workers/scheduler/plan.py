@@ -13,7 +13,7 @@ import msgpack
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.request import SamplingParams, TokenLogprobs
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 NULL_BLOCK = 0
 """Block 0 of each KV group is never handed out: it stands for freed or skipped blocks, and padding is written to it."""
 
@@ -73,6 +73,7 @@ class StepResult:
     Attributes:
         logprobs: seq_id → logprobs, for the sequences that asked.
         elapsed_s: time in the runner.
+        idle_s: time that the rank had nothing to do before this step's plan came.
         error: a sentence if the step failed; then nothing was sampled and the engine is dead.
     """
 
@@ -82,6 +83,7 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     elapsed_s: float = 0.0
     error: str | None = None
+    idle_s: float = 0.0
 
 
 def encode_plan(plan: StepPlan) -> bytes:
@@ -142,7 +144,7 @@ def decode_plan(data: bytes) -> StepPlan:
 def encode_result(result: StepResult) -> bytes:
     """A result as msgpack."""
     logprobs = [(seq_id, entry.logprob, entry.top) for seq_id, entry in result.logprobs.items()]
-    return _pack((PLAN_VERSION, result.step, result.seq_ids, result.token_ids, logprobs, result.elapsed_s, result.error))
+    return _pack((PLAN_VERSION, result.step, result.seq_ids, result.token_ids, logprobs, result.elapsed_s, result.error, result.idle_s))
 
 
 def decode_result(data: bytes) -> StepResult:
@@ -151,10 +153,10 @@ def decode_result(data: bytes) -> StepResult:
     Raises:
         ValueError: another version of the plan format.
     """
-    version, step, seq_ids, token_ids, logprobs, elapsed_s, error = _unpack(data)
+    version, step, seq_ids, token_ids, logprobs, elapsed_s, error, idle_s = _unpack(data)
     _check_version(version)
     decoded = {seq_id: TokenLogprobs(logprob, top) for seq_id, logprob, top in logprobs}
-    return StepResult(step, seq_ids, token_ids, decoded, elapsed_s, error)
+    return StepResult(step, seq_ids, token_ids, decoded, elapsed_s, error, idle_s)
 
 
 def _check_version(version: int) -> None:

@@ -48,7 +48,11 @@ class Scheduler:
     """Plans steps and takes in their results. Running sequences come first, then waiting ones in order of arrival; when blocks run
     out the newest running sequence loses its own and is computed again later.
 
-    `schedule` may be called again before `update`; results must come in the order of the plans.
+    `schedule` may be called again before `update`: a sequence whose next token is still in flight is planned one token further, for
+    the ranks have that token themselves. If it turns out to end the sequence, this one entry was wasted. The blocks it had are free from
+    then on and may be given away in the plan after the wasted one: ranks run plans in order, so what the wasted entry writes (the key of
+    the last token, in a block not yet committed to the prefix cache) comes before anything that the new owner writes or reads.
+    Results must come in the order of the plans.
 
     Args:
         max_model_len: tokens of a sequence at most, prompt and output together.
@@ -175,8 +179,9 @@ class Scheduler:
             if budget == 0:
                 break
             num_computed = sequence.num_computed_tokens
-            num_new = len(sequence.token_ids) - num_computed
-            if num_new == 0:  # its next token is still in flight
+            num_pending = sequence.num_pending_tokens
+            num_new = len(sequence.token_ids) + num_pending - num_computed
+            if num_pending and (num_new == 0 or num_computed + num_new >= sequence.max_len):  # planned twice, or over with that token
                 continue
             samples = num_new <= budget
             if not samples:
@@ -188,6 +193,7 @@ class Scheduler:
                 samples = samples and num_granted == num_new
                 num_new = num_granted
             sequence.num_computed_tokens = num_computed + num_new
+            sequence.num_pending_tokens = num_pending + samples
             entries.append((sequence, sequence.seq_id, num_computed, num_new, samples))
             budget -= num_new
         if self.num_preemptions == num_preemptions:
@@ -255,6 +261,7 @@ class Scheduler:
             num_new = self._claim_blocks(sequence, min(num_missing, budget), builder)
             assert num_new > 0, "a sequence was admitted without room to advance"
             sequence.num_computed_tokens = num_cached + num_new
+            sequence.num_pending_tokens = int(num_new == num_missing)
             builder.entries.append((sequence, sequence.seq_id, num_cached, num_new, num_new == num_missing))
             budget -= num_new
 
@@ -281,6 +288,7 @@ class Scheduler:
         for sequence, token_id in zip(compress(sequences, plan.samples), result.token_ids, strict=True):
             if sequence is None:
                 continue
+            sequence.num_pending_tokens -= 1
             reason = sequence.append(token_id)
             update = SequenceUpdate(sequence.seq_id, token_id)
             update.num_cached_tokens = sequence.num_cached_tokens
@@ -303,7 +311,7 @@ class Scheduler:
         self._running.pop()
         self._release(sequence)
         sequence.status = SequenceStatus.WAITING
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_pending_tokens = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.appendleft(sequence)
@@ -339,7 +347,9 @@ class Scheduler:
         for sequence in self._running:
             assert sequence.status is SequenceStatus.RUNNING, "a sequence runs without that status"
             assert sequence.num_computed_tokens <= sequence.blocks.capacity, "more tokens are computed than have blocks"
-            assert sequence.num_computed_tokens <= len(sequence.token_ids) < sequence.max_len, "a running sequence is too long"
+            num_known = len(sequence.token_ids) + sequence.num_pending_tokens
+            assert sequence.num_computed_tokens <= num_known <= sequence.max_len, "a running sequence is too long"
+            assert 0 <= sequence.num_pending_tokens <= len(self._in_flight), "more tokens are awaited than plans are in flight"
             assert sequence.seq_id not in self._drops, "a running sequence is to be dropped"
         for sequence in self._waiting:
             assert sequence.status is SequenceStatus.WAITING, "a sequence waits without that status"

@@ -28,6 +28,7 @@ class Sequence:
         token_ids: prompt, then output.
         stop_token_ids: all that end the sequence, in a fixed order; empty with ignore_eos.
         num_computed_tokens: tokens whose KV is in the cache, or will be when the steps planned so far have run.
+        num_pending_tokens: sampled by plans whose results are not back; 0 or 1.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
         num_preemptions: how often it lost its blocks.
     """
@@ -38,6 +39,7 @@ class Sequence:
         "max_len",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "request",
@@ -60,6 +62,7 @@ class Sequence:
         self.max_len = 0
         self.status = SequenceStatus.WAITING
         self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.blocks = SequenceBlocks()

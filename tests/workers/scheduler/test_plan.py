@@ -114,7 +114,7 @@ def test_every_field_is_on_the_wire() -> None:
     sampling = SamplingParams(7, 0.5, 0.9, 5, 0.1, 0.2, 0.3, 1.1, ((3, -1.5),), 2**64 - 1, 4, (8, 9), 2, True, 3)
     start = SequenceStart(1, (1, 2, 3), 2, sampling, (4, 5), TokenAutomaton((AutomatonState((1,)),)), (6,), (0,))
     plan = StepPlan(9, (start,), (2,), (1,), (16,), (1,), (True,), ((0, (7,), (8,)),), ((1, b"\x01"),))
-    result = StepResult(9, (1,), (5,), {1: TokenLogprobs(-0.5, ((5, -0.5),))}, 0.25, "broken")
+    result = StepResult(9, (1,), (5,), {1: TokenLogprobs(-0.5, ((5, -0.5),))}, 0.25, "broken", 0.5)
     for message, default in ((sampling, SamplingParams()), (plan, StepPlan(0)), (result, StepResult(0))):
         for name in type(message).__slots__:
             assert getattr(message, name) != getattr(default, name), f"{name} has its default value: give it another here"

@@ -272,9 +272,57 @@ def test_a_second_plan_may_leave_before_the_first_result() -> None:
     first, second = scheduler.schedule(), scheduler.schedule()
     assert summary(first) == [(0, 0, 10, False)]
     assert summary(second) == [(0, 10, 5, True)]
-    assert scheduler.schedule() is None  # its next token is in flight
     assert answer(scheduler, first) == []
+    third = scheduler.schedule()
+    assert summary(third) == [(0, 15, 1, True)]  # its token is in flight; the ranks have it
     assert [update.token_id for update in answer(scheduler, second)] == [7]
+    assert summary(scheduler.schedule()) == [(0, 16, 1, True)]
+    assert [update.token_id for update in answer(scheduler, third)] == [7]
+
+
+def test_a_stop_token_wastes_one_entry_and_no_block() -> None:
+    scheduler = build(num_full=14)
+    add(scheduler, 0, 20)
+    first = scheduler.schedule()
+    wasted = scheduler.schedule()
+    assert summary(wasted) == [(0, 20, 1, True)]
+    assert [(update.token_id, update.finish_reason) for update in answer(scheduler, first, STOP)] == [(STOP, "stop")]
+    assert not scheduler.has_work
+    assert scheduler.kv_usage == 0
+    add(scheduler, 1, 150)  # needs the freed blocks
+    following = scheduler.schedule()
+    assert following is not None
+    assert (following.drops, following.seq_ids) == ((0,), (1,))
+    assert answer(scheduler, wasted, 9) == []
+    assert [update.seq_id for update in answer(scheduler, following)] == []
+    scheduler.check_integrity()
+
+
+def test_an_end_by_length_wastes_nothing() -> None:
+    scheduler = build()
+    add(scheduler, 0, 5, max_tokens=2)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert summary(second) == [(0, 5, 1, True)]
+    answer(scheduler, first)
+    assert scheduler.schedule() is None  # the token in flight is the last one
+    assert [update.finish_reason for update in answer(scheduler, second)] == ["length"]
+
+
+def test_a_sequence_that_loses_its_blocks_with_a_token_in_flight_computes_it_again() -> None:
+    scheduler = build(num_full=7, budget=100, max_model_len=90)
+    add(scheduler, 0, 47)
+    add(scheduler, 1, 47)
+    first = scheduler.schedule()
+    assert summary(first) == [(0, 0, 47, True), (1, 0, 47, True)]
+    second = scheduler.schedule()
+    assert summary(second) == [(0, 47, 1, True), (1, 47, 1, True)]
+    answer(scheduler, first)
+    third = scheduler.schedule()  # 0 needs a fourth block, and takes it from 1, whose second token is in flight
+    assert summary(third) == [(0, 48, 1, True)]
+    assert [(update.seq_id, update.token_id) for update in answer(scheduler, second)] == [(0, 7)]
+    assert scheduler.num_preemptions == 1
+    assert scheduler.num_waiting == 1
+    answer(scheduler, third)
 
 
 @pytest.mark.parametrize(
