@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kernels.sampling import SamplingBatch, sample
+from tests.support import decode_plans
+from tests.support.model_steps import PagedSequences
 from tests.support.thread_ranks import on_ranks
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, ParallelConfig
@@ -347,3 +349,22 @@ def test_other_ranks_take_the_tokens_of_rank_0(tmp_path: Path) -> None:
     assert all(set(result.logprobs) == {0} for result in first)
     assert all(result.logprobs == {} for result in (*second, *third))
     assert [result.token_ids for result in third] == [result.token_ids for result in first]
+
+
+def test_launched_ahead_is_the_same_as_one_by_one_and_as_no_runner_at_all(model: GptOss) -> None:
+    def new() -> Runner:
+        shape = (2, decode_plans.NUM_BLOCKS, BLOCK_SIZE, TINY.num_kv_heads, TINY.head_dim)
+        caches = [torch.zeros(shape) for _ in TINY.layer_windows]
+        return Runner(model, caches, max_num_seqs=decode_plans.MAX_NUM_SEQS, max_model_len=decode_plans.MAX_MODEL_LEN)
+
+    plans = decode_plans.plans(decode_plans.MIXED)
+    runner = new()
+    one_by_one = [runner.step(plan) for plan in plans]
+    assert decode_plans.tokens(decode_plans.ahead(new(), plans)) == decode_plans.tokens(one_by_one)
+    outputs: dict[int, list[int]] = {}
+    for result in one_by_one:
+        for seq_id, token_id in zip(result.seq_ids, result.token_ids, strict=True):
+            outputs.setdefault(seq_id, []).append(token_id)
+    prompts = {4: tuple(range(1, 9)), 5: (9, 8, 7)}
+    expected = PagedSequences(model, 20).generate(prompts, 20)
+    assert {seq_id: outputs[seq_id] for seq_id in prompts} == {seq_id: expected[seq_id][: len(outputs[seq_id])] for seq_id in prompts}

@@ -1,0 +1,158 @@
+"""A rank on a CUDA device: the same tokens as on a CPU, launched ahead, through graphs, and over two GPUs.
+
+Written on machines without a GPU and not run on one yet. `make gpu-check` runs it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import attention, moe
+from kernels.attention import reference as attention_reference
+from kernels.moe import reference as moe_reference
+from kernels.mxfp4 import choose_layout, from_natural, pack, to_natural
+from tests.support.decode_plans import MAX_MODEL_LEN, MAX_NUM_SEQS, MIXED, NUM_BLOCKS, ahead, plans, tokens
+from tests.support.static_kernels import static_decode_attention, static_experts
+from tests.support.tiny_model import TINY, write_tiny_checkpoint
+from workers.config import BLOCK_SIZE, SchedulerConfig
+from workers.engine.llm import LLM
+from workers.executor.cuda_graph import graph_sizes, not_capturable
+from workers.executor.memory_profile import activation_bytes
+from workers.executor.rank import kernel_names
+from workers.executor.runner import Runner
+from workers.executor.step_inputs import InputBuffers
+from workers.model import experts, gpt_oss
+from workers.model.checkpoint import load_model
+from workers.model.make_checkpoint import write_checkpoint
+from workers.request import SamplingParams
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def new_runner(checkpoint: Path, device: torch.device) -> Runner:
+    model = load_model(checkpoint, TINY, dtype=torch.float32, device=device)
+    shape = (2, NUM_BLOCKS, BLOCK_SIZE, TINY.num_kv_heads, TINY.head_dim)
+    caches = [torch.zeros(shape, device=device) for _ in TINY.layer_windows]
+    return Runner(model, caches, max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN)
+
+
+def test_uploads_are_not_overwritten_while_the_gpu_is_behind(device: torch.device) -> None:
+    inputs = InputBuffers(device)
+    torch.cuda._sleep(200_000_000)
+    uploaded = [inputs.upload([np.full(1000, number, dtype=np.int64)])[0] for number in range(12)]
+    assert [tensor.unique().tolist() for tensor in uploaded] == [[number] for number in range(12)]
+
+
+def test_the_same_tokens_as_on_a_cpu_with_steps_launched_ahead(checkpoint: Path, device: torch.device) -> None:
+    steps = plans(MIXED)
+    on_cpu = new_runner(checkpoint, CPU)
+    expected = [on_cpu.step(plan) for plan in steps]
+    actual = ahead(new_runner(checkpoint, device), steps)
+    assert tokens(actual) == tokens(expected)
+    for left, right in zip(actual, expected, strict=True):
+        for seq_id, entry in right.logprobs.items():
+            assert left.logprobs[seq_id].logprob == pytest.approx(entry.logprob, abs=1e-4)
+
+
+def test_graph_is_eager_with_static_kernels(checkpoint: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefill steps run eagerly with the real attention, the decode steps of both runs with kernels that any graph can hold."""
+    real = gpt_oss.paged_attention
+
+    def attention_of(q: torch.Tensor, *args: torch.Tensor, **options: float) -> torch.Tensor:
+        table = args[1]
+        return static_decode_attention(q, *args, **options) if len(q) == len(table) else real(q, *args, **options)
+
+    monkeypatch.setattr(gpt_oss, "paged_attention", attention_of)
+    monkeypatch.setattr(experts, "fused_experts", static_experts)
+    check_graphs(checkpoint, device)
+
+
+def test_graph_is_eager_with_the_kernels_that_serve(checkpoint: Path, device: torch.device) -> None:
+    blocking = not_capturable(kernel_names(load_model(checkpoint, TINY, dtype=torch.float32, device=device)))
+    if blocking:
+        pytest.skip(f"no graph can hold the kernels for {' and '.join(blocking)}")
+    check_graphs(checkpoint, device)
+
+
+def check_graphs(checkpoint: Path, device: torch.device) -> None:
+    for sampling in (MIXED, MIXED[:3], MIXED[:1]):
+        steps = plans(sampling)
+        eager = ahead(new_runner(checkpoint, device), steps)
+        runner = new_runner(checkpoint, device)
+        seen: list[tuple[str, int, int]] = []
+        report = runner.capture_graphs(lambda *progress, seen=seen: seen.append(progress))
+        sizes = graph_sizes(MAX_NUM_SEQS)
+        assert seen == [("capture graphs", done, len(sizes)) for done in range(len(sizes) + 1)]
+        assert report.num_graphs == len(sizes)
+        assert tokens(ahead(runner, steps)) == tokens(eager)
+
+
+def test_the_profiled_step_takes_memory(checkpoint: Path, device: torch.device) -> None:
+    model = load_model(checkpoint, TINY, dtype=torch.float32, device=device)
+    small = activation_bytes(model, SchedulerConfig(4, 64), 100)
+    assert 0 < small < activation_bytes(model, SchedulerConfig(4, 256), 100)
+
+
+def test_attention_is_the_reference(device: torch.device) -> None:
+    """fp32 sums in another order: 1e-4 on a GPU that may use TF32 for none of them; bf16 2e-2."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, queries = (1, 127, 128, 129, 1000), (1, 5, 128, 1, 40)
+    table = torch.randperm(5 * 63, generator=generator).view(5, 63).to(torch.int32)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        for window in (None, 128):
+            cache = torch.randn(2, 5 * 63, BLOCK_SIZE, 2, 64, generator=generator).to(dtype)
+            q = torch.randn(sum(queries), 6, 64, generator=generator).to(dtype)
+            sinks = torch.randn(6, generator=generator)
+            contexts = torch.tensor([max(pair) for pair in zip(lengths, queries, strict=True)], dtype=torch.int32)
+            cu_seqlens = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
+            args = (q, cache, table, contexts, cu_seqlens, sinks)
+            expected = attention_reference.paged_attention(*args, scale=0.125, window=window)
+            actual = attention.paged_attention(*(arg.to(device) for arg in args), scale=0.125, window=window)
+            torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_experts_are_the_reference(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(1)
+    gate_up, down = torch.randn(5, 192, 64, generator=generator) / 8, torch.randn(5, 64, 96, generator=generator) / 8
+    biases = torch.randn(5, 192, generator=generator), torch.randn(5, 64, generator=generator)
+    packed = pack(gate_up), pack(down)
+    topk_ids, topk_weights = moe.gate_topk(torch.randn(33, 5, generator=generator), 2)
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2)):
+        x = torch.randn(33, 64, generator=generator).to(dtype)
+        options = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
+        expected = moe_reference.fused_experts(x, topk_ids, topk_weights, packed[0], biases[0], packed[1], biases[1], **options)
+        on_gpu = [from_natural(*(part.to(device) for part in to_natural(weights)), choose_layout(device)) for weights in packed]
+        bias_gate_up, bias_down = (bias.to(device) for bias in biases)
+        chosen = topk_ids.to(device), topk_weights.to(device)
+        actual = moe.fused_experts(x.to(device), *chosen, on_gpu[0], bias_gate_up, on_gpu[1], bias_down, **options)
+        torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_two_gpus_answer_as_one(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs, torch finds {torch.cuda.device_count()}")
+    even = replace(TINY, num_kv_heads=2)
+    write_checkpoint(tmp_path / "even", even, seed=2)
+    greedy = SamplingParams(temperature=0, seed=0, max_tokens=24, ignore_eos=True)
+    prompts = [list(range(1, 5 + 9 * index)) for index in range(5)]
+    answers = []
+    for num_ranks in (1, 2):
+        with LLM(
+            tmp_path / "even", dtype="float32", device="cuda", max_num_seqs=4, kv_cache_bytes=8 << 20, tensor_parallel_size=num_ranks
+        ) as llm:
+            answers.append([output.outputs[0].token_ids for output in llm.generate(prompts, greedy, use_tqdm=False)])
+    assert answers[1] == answers[0]

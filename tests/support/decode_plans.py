@@ -1,0 +1,55 @@
+"""Plans of a prefill and many decode steps, for runners of the tiny model, and running them ahead of their results."""
+
+from workers.executor.runner import Runner
+from workers.request import SamplingParams
+from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
+
+MAX_NUM_SEQS = 6
+NUM_STEPS = 20
+GREEDY = SamplingParams(temperature=0, seed=0)
+MIXED = (
+    GREEDY,
+    SamplingParams(temperature=0.8, top_p=0.9, seed=5),
+    SamplingParams(temperature=0, seed=1, repetition_penalty=1.3),
+    SamplingParams(temperature=0, seed=0, logprobs=2),
+    GREEDY,
+)
+NUM_BLOCKS = 32
+MAX_MODEL_LEN = 96
+
+
+def plans(sampling: tuple[SamplingParams, ...]) -> list[StepPlan]:
+    """Prompts of 4, 5, … tokens, then decode steps; half-way a sequence ends and another takes its slot. A sequence has six blocks."""
+    count = len(sampling)
+    starts = tuple(SequenceStart(seq, tuple(range(1, 5 + seq)), 4 + seq, params) for seq, params in enumerate(sampling))
+    blocks = tuple((seq, tuple(range(1 + 6 * seq, 7 + 6 * seq)), tuple(range(1 + 6 * seq, 7 + 6 * seq))) for seq in range(count))
+    lengths = {seq: 4 + seq for seq in range(count)}
+    made = [StepPlan(0, starts, (), tuple(lengths), (0,) * count, tuple(lengths.values()), (True,) * count, blocks)]
+    for step in range(1, NUM_STEPS):
+        if step == NUM_STEPS // 2:
+            replaced = SequenceStart(count, (9, 8, 7), 3, GREEDY)
+            del lengths[0]
+            seq_ids = (*lengths, count)
+            counts = (1,) * len(lengths) + (3,)
+            block = ((len(lengths), blocks[0][1], blocks[0][2]),)
+            made.append(StepPlan(step, (replaced,), (0,), seq_ids, (*lengths.values(), 0), counts, (True,) * count, block))
+            lengths[count] = 2
+        else:
+            made.append(StepPlan(step, (), (), tuple(lengths), tuple(lengths.values()), (1,) * count, (True,) * count))
+        lengths = {seq: length + 1 for seq, length in lengths.items()}
+    return made
+
+
+def ahead(runner: Runner, steps: list[StepPlan]) -> list[StepResult]:
+    """Each step launched before the result of the one before was taken."""
+    results = []
+    pending = runner.launch(steps[0])
+    for plan in steps[1:]:
+        following = runner.launch(plan)
+        results.append(pending.result())
+        pending = following
+    return [*results, pending.result()]
+
+
+def tokens(results: list[StepResult]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [(result.seq_ids, result.token_ids) for result in results]
