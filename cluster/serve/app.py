@@ -9,6 +9,9 @@ from ray.serve.schema import LoggingConfig
 from cluster.config import AppConfig
 from cluster.serve.gateway import GatewayReplica
 from cluster.serve.replica import DRAIN_S, EngineReplica
+from workers.config import load_model_config
+from workers.executor.ray_executor import bundle_strategy, rank_bundles
+from workers.parallel.shard import plan_shards
 
 ENGINE_DEPLOYMENT = "engine"
 GATEWAY_DEPLOYMENT = "gateway"
@@ -27,18 +30,18 @@ def build(args: AppConfig) -> serve.Application:
 
     Raises:
         CheckpointError: the model's folder, config or tokenizer is missing or foreign.
+        ConfigError: the model cannot be split as `engine.parallel` says.
     """
     from cluster.assembly import load_encoding
 
     # Relative paths mean the folder Ray was started in; the error should name the full path.
     load_encoding(args)
-    on_gpu = not args.engine.device.startswith("cpu")
+    plan_shards(load_model_config(args.engine.model_path), args.engine.parallel)
     engine: Any = serve.deployment(
         EngineReplica,
         name=ENGINE_DEPLOYMENT,
         num_replicas=args.replicas,
-        # Ray gives a process as many compute threads as CPUs, and shows it only the GPUs it has.
-        ray_actor_options={"num_cpus": args.engine_cpus or 1, "num_gpus": 1 if on_gpu else 0},
+        **_resources(args),
         max_ongoing_requests=_NO_LIMIT,
         health_check_period_s=2,
         health_check_timeout_s=10,
@@ -62,3 +65,18 @@ def build(args: AppConfig) -> serve.Application:
     )
     application: serve.Application = gateway.bind(engine.bind(args.engine, args.engine_host), args)
     return application
+
+
+def _resources(args: AppConfig) -> dict[str, Any]:
+    """What Ray reserves for a replica. It gives a process as many compute threads as CPUs, and shows it only the GPUs it has."""
+    on_gpu = not args.engine.device.startswith("cpu")
+    cpus, num_ranks = args.engine_cpus or 1, args.engine.parallel.tensor
+    if num_ranks == 1:
+        return {"ray_actor_options": {"num_cpus": cpus, "num_gpus": 1 if on_gpu else 0}}
+    bundles = rank_bundles(num_ranks, cpus_per_rank=max(1, cpus // num_ranks), on_gpu=on_gpu)
+    return {
+        # The engine's process only plans and answers; it runs beside rank 0.
+        "ray_actor_options": {"num_cpus": 0},
+        "placement_group_bundles": bundles,
+        "placement_group_strategy": bundle_strategy(bundles),
+    }

@@ -112,6 +112,7 @@ def _run(config: CantataConfig) -> int:
             logging_level=logging.WARNING,
         )
         _on_stop_signals(_interrupt)  # Ray has put its own in place
+        _check_room(config)
         _serve_application(config)
     except KeyboardInterrupt:
         print("stopping: running requests are given time to end", file=sys.stderr, flush=True)
@@ -147,6 +148,27 @@ def _serve_application(config: CantataConfig) -> None:
     info = gateway.engine_info.remote().result(timeout_s=_INFO_TIMEOUT_S)
     print(_summary(config, info), flush=True)
     threading.Event().wait()
+
+
+def _check_room(config: CantataConfig) -> None:
+    """This Ray is this machine, and grows no further: what does not fit now never will.
+
+    Raises:
+        ConfigError: says what is there and what is wanted.
+    """
+    import ray
+
+    parallel = config.engine.parallel
+    if config.engine.device.startswith("cpu"):
+        resource, per_replica = "CPU", max(parallel.tensor, config.engine_cpus or 1)
+    else:
+        resource, per_replica = "GPU", parallel.tensor
+    there: float = ray.cluster_resources().get(resource, 0)  # type: ignore[no-untyped-call]
+    if parallel.tensor > 1 and per_replica * config.replicas > there:
+        raise ConfigError(
+            f"{config.replicas} replicas of {parallel.tensor} ranks want {per_replica * config.replicas} {resource}s, and this machine has "
+            f"{there:g}: lower engine.parallel.tensor or replicas, or serve on a cluster"
+        )
 
 
 def _shut_serve_down() -> None:

@@ -1,21 +1,29 @@
 """The engine's deployment: one replica is one engine with its gRPC server. Serve starts, watches, restarts and drains it; requests do not
 pass through Serve, gateways call the replica's own server."""
 
+import asyncio
 import contextlib
 import logging
+import os
 
 from ray.util import get_node_ip_address
 
 from cluster.serve.cluster_view import ADDRESS_KEY, SERVE_LOGGER
-from workers.config import EngineConfig
+from workers.config import EngineConfig, ModelConfig
 from workers.engine.collector import spare_collections
 from workers.engine.server import EngineServer
 from workers.errors import EngineDead
+from workers.executor.base import Executor
+from workers.executor.distributed import DistributedExecutor
+from workers.executor.local import local_executor
+from workers.executor.ray_executor import RayRanks
 
 logger = logging.getLogger(SERVE_LOGGER)
 
 DRAIN_S = 20.0
 """What running requests get to end when Serve stops the replica."""
+_LAST_WORDS_S = 0.3
+"""For the streams of a dead engine to reach their clients."""
 
 
 class EngineReplica:
@@ -27,12 +35,13 @@ class EngineReplica:
 
     async def __init__(self, config: EngineConfig, host: str) -> None:  # type: ignore[misc]  # Serve awaits it
         # An engine that cannot start raises CheckpointError or ConfigError here; Serve shows it as the application's status.
-        self._server = EngineServer(progress=_log_progress)
+        self._server = EngineServer(executor_factory=_executor)
         bind = _node_address() if host == "auto" else host
         self._address = await self._server.start(config, f"[{bind}]:0" if ":" in bind else f"{bind}:0")
         spare_collections()
         info = self._server.start_up
         logger.info("engine serves %s on %s: %s", config.model_path, self._address, info.executor)
+        self._leaving = asyncio.create_task(self._leave_when_dead())
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Once, when the replica is ready: Serve sends it to every gateway."""
@@ -48,12 +57,27 @@ class EngineReplica:
         if self._server.died.is_set():
             raise EngineDead(f"the engine died: {self._server.engine.error}")
 
+    async def _leave_when_dead(self) -> None:
+        # Serve would ask for our health three times and then wait for requests to end, and send more of them meanwhile. A process that
+        # is gone is replaced at once.
+        await self._server.died.wait()
+        logger.error("the engine died, this replica ends so that Serve starts another: %s", self._server.engine.error)
+        await asyncio.sleep(_LAST_WORDS_S)
+        await self._server.stop()
+        os._exit(1)
+
     async def __del__(self) -> None:
         # Serve's hook for the end of a replica; it may run before __init__ got far.
         with contextlib.suppress(AttributeError):
             server = self._server
             await server.drain(DRAIN_S)
             await server.stop()
+
+
+def _executor(config: EngineConfig, model: ModelConfig, max_model_len: int) -> Executor:
+    if config.parallel.tensor == 1:
+        return local_executor(config, model, max_model_len, progress=_log_progress)
+    return DistributedExecutor(config, model, max_model_len, RayRanks(), progress=_log_progress)
 
 
 def _node_address() -> str:

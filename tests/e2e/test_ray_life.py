@@ -12,13 +12,15 @@ from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
 from tests.e2e import scripts
 from tests.support.processes import marked, none_left
-from tests.support.served import MODEL_NAME, cantata_serve, serve_run
+from tests.support.served import MODEL_NAME, Served, cantata_serve, serve_run
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.ray
 
 
 def test_cantata_serve_from_start_to_ctrl_c(model: Path, tmp_path: Path) -> None:
-    with cantata_serve(tmp_path, model, "--api-key", "right") as served:
+    # Two ranks, experts split between them.
+    with cantata_serve(tmp_path, model, "--api-key", "right", "--tensor-parallel-size", "2") as served:
         body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
         url = f"{served.url}/v1/chat/completions"
         headers = {"authorization": "Bearer right"}
@@ -54,11 +56,12 @@ def test_cantata_serve_from_start_to_ctrl_c(model: Path, tmp_path: Path) -> None
 
 
 def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path) -> None:
-    with serve_run(tmp_path, model) as served:
+    # Two ranks, each with a part of every expert.
+    with serve_run(tmp_path, model, parallel={"tensor": 2, "expert": 1}) as served:
         body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
         url = f"{served.url}/v1/chat/completions"
-        answer = httpx.post(url, json=body, timeout=60, trust_env=False)
-        assert answer.json()["choices"][0]["message"]["content"] == scripts.GREETING_ANSWER
+        answer_before = answer_of(httpx.post(url, json=body, timeout=60, trust_env=False))
+        assert answer_before == scripts.GREETING_ANSWER
         with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60, trust_env=False) as stream:
             assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
         with grpc.insecure_channel(served.grpc, options=[("grpc.enable_http_proxy", 0)]) as channel:
@@ -68,6 +71,32 @@ def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path
             with pytest.raises(grpc.RpcError) as refused:
                 stub.Chat(pb.ChatRequest(), timeout=60)
             assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        _kill_a_rank_and_wait_for_the_next_replica(served)
+        assert answer_of(httpx.post(url, json=body, timeout=60, trust_env=False)) == answer_before
         assert "set RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1" in served.log.read_text(errors="replace")
         assert served.stop() == 0
         assert none_left(served.mark, 15) == []
+
+
+def answer_of(response: httpx.Response) -> object:
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def ranks_of(served: Served) -> list[int]:
+    return [int(process.split()[0]) for process in marked(served.mark) if "_RankActor" in process]
+
+
+def _kill_a_rank_and_wait_for_the_next_replica(served: Served) -> None:
+    """The whole replica goes with its rank, and Serve starts another one, with ranks of its own."""
+    before = ranks_of(served)
+    assert len(before) == 2
+    os.kill(before[1], signal.SIGKILL)
+    until(lambda: not set(before) & set(ranks_of(served)), 20)
+    until(lambda: len(ranks_of(served)) == 2 and is_ready(served), 90)
+
+
+def is_ready(served: Served) -> bool:
+    try:
+        return httpx.get(f"{served.url}/ready", timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -74,13 +74,17 @@ def standalone(folder: Path, model: Path, *flags: str) -> Iterator[Served]:
 
 
 @contextmanager
-def serve_run(folder: Path, model: Path, *, environment: Mapping[str, str] | None = None) -> Iterator[Served]:
-    """`serve run` with a copy of deploy/local.yaml that has our model and ports."""
+def serve_run(
+    folder: Path, model: Path, *, environment: Mapping[str, str] | None = None, parallel: Mapping[str, int] | None = None
+) -> Iterator[Served]:
+    """`serve run` with a copy of deploy/local.yaml that has our model and ports, and a parallel plan."""
     config = yaml.safe_load((ROOT / "deploy/local.yaml").read_text())
     ports = _ray_ports()
     config["http_options"]["port"], config["grpc_options"]["port"] = ports
     arguments = config["applications"][0]["args"]
     arguments["engine"] = {"model_path": str(model), "max_model_len": 16384, "cache": {"memory_bytes": "64MiB"}}
+    if parallel is not None:
+        arguments["engine"]["parallel"] = dict(parallel)
     arguments["gateway"] = {"served_model_name": MODEL_NAME, "conversation_date": "none"}
     file = folder / "local.yaml"
     file.write_text(yaml.safe_dump(config))

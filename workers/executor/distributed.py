@@ -51,12 +51,14 @@ class Placement:
 
     Attributes:
         host: the node's address.
-        local_rank: its number among the ranks of its host.
+        local_rank: its number among the GPUs that it sees.
+        num_threads: compute threads on a CPU.
     """
 
     host: str
     local_rank: int
     ranks_on_host: int
+    num_threads: int
 
 
 class RankLauncher(Protocol):
@@ -66,9 +68,11 @@ class RankLauncher(Protocol):
     def host(self) -> str:
         """The engine's own address."""
 
-    def place(self, num_ranks: int, device: str, timeout_s: float) -> Sequence[Placement]:
+    def place(self, num_ranks: int, device: str, num_threads: int, timeout_s: float) -> Sequence[Placement]:
         """Find room for all ranks.
 
+        Args:
+            num_threads: compute threads that the engine's own process may use.
         Raises:
             ConfigError: there is not enough; says what is free and what is wanted.
         """
@@ -178,11 +182,10 @@ class DistributedExecutor:
         parallel = self._config.parallel
         self._progress("start ranks", 0, 0)
         started = time.perf_counter()
-        placements = self._launcher.place(num_ranks, self._config.device, parallel.start_timeout_s)
+        placements = self._launcher.place(num_ranks, self._config.device, torch.get_num_threads(), parallel.start_timeout_s)
         one_host = {placement.host for placement in placements} == {self._launcher.host}
         channel = self._channel = EngineChannel(num_ranks, secrets.token_hex(32), host=None if one_host else self._launcher.host)
         config = engine_config_to_json(self._config)
-        num_threads = torch.get_num_threads()
         for number, place in enumerate(placements):
             spec = RankSpec(
                 config=config,
@@ -192,7 +195,7 @@ class DistributedExecutor:
                 host=place.host,
                 local_rank=place.local_rank,
                 ranks_on_host=place.ranks_on_host,
-                num_threads=max(1, num_threads // place.ranks_on_host),
+                num_threads=place.num_threads,
             )
             self._launcher.launch(spec, lambda how, number=number: self._fail(f"rank {number} {how}"))  # type: ignore[misc]
         hellos = self._gather(wire.HELLO, parallel.start_timeout_s, "started")

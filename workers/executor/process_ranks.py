@@ -33,7 +33,7 @@ class ProcessRanks:
         """Of the ranks, by rank."""
         return [process.pid for process in self._processes]
 
-    def place(self, num_ranks: int, device: str, timeout_s: float) -> Sequence[Placement]:
+    def place(self, num_ranks: int, device: str, num_threads: int, timeout_s: float) -> Sequence[Placement]:
         """See RankLauncher."""
         if device.startswith("cuda"):
             if device != "cuda":
@@ -43,7 +43,7 @@ class ProcessRanks:
                 raise ConfigError(
                     f"parallel.tensor wants {num_ranks} GPUs, and this host has {num_gpus}: lower it, or use several hosts with Ray"
                 )
-        return [Placement(self.host, rank, num_ranks) for rank in range(num_ranks)]
+        return [Placement(self.host, rank, num_ranks, max(1, num_threads // num_ranks)) for rank in range(num_ranks)]
 
     def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
         """See RankLauncher."""

@@ -280,7 +280,7 @@ def test_strangers_cannot_talk_to_the_channel(caplog: pytest.LogCaptureFixture) 
 
 
 def test_placements_say_who_shares_a_host() -> None:
-    assert ProcessRanks().place(3, "cpu", 1) == [Placement("127.0.0.1", rank, 3) for rank in range(3)]
+    assert ProcessRanks().place(3, "cpu", 7, 1) == [Placement("127.0.0.1", rank, 3, 2) for rank in range(3)]
 
 
 def test_a_spec_survives_its_journey(checkpoint: Path) -> None:
