@@ -6,7 +6,7 @@ GRPC_PORT ?= 9000
 # Flags of `cantata serve`. The demo model needs no more than this; for another one the engine looks how much memory is free.
 SERVE_FLAGS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--kv-cache-memory 256MiB)
 
-.PHONY: serve test test-slow lint proto clean
+.PHONY: serve test test-slow gpu-check lint proto clean
 
 serve: ## Serve $(MODEL) (a random tiny demo model is made if it is not there) on loopback.
 	@scripts/install.sh
@@ -25,6 +25,11 @@ test: ## Lint, type check and the tests.
 test-slow: ## Tests that take minutes.
 	@scripts/install.sh dev
 	@$(VENV)/python -m pytest -q -m slow
+
+gpu-check: ## On a machine with a GPU: the tests that need one, then a report of decode speed with $(MODEL). Has not run on a GPU yet.
+	@scripts/install.sh dev
+	@[ "$(MODEL)" != checkpoints/tiny ] || $(MAKE) --no-print-directory checkpoints/tiny
+	@PYTHONPATH=. $(VENV)/python benchmarks/gpu_check.py --model $(MODEL)
 
 lint:
 	@$(VENV)/ruff check .
