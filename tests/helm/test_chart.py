@@ -13,9 +13,14 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import AppConfig, setting_paths
 from tests.support.helm_chart import CHART, KUBERNETES_VERSION, ROOT, Helm, check_manifest, pod_templates
+from workers.model.make_checkpoint import preset_config
+from workers.parallel.shard import plan_shards
 
 CPU = CHART / "ci" / "cpu.yaml"
 GPU = CHART / "ci" / "gpu.yaml"
+TP2 = CHART / "ci" / "gpu-tp2.yaml"
+TP8 = CHART / "ci" / "gpu-tp8.yaml"
+ALL = [CPU, GPU, TP2, TP8]
 
 
 @pytest.fixture(scope="session")
@@ -32,23 +37,23 @@ def serve_config(service: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("values", [CPU, GPU], ids=lambda path: path.stem)
+@pytest.mark.parametrize("values", ALL, ids=lambda path: path.stem)
 def test_lint_finds_nothing(helm: Helm, values: Path) -> None:
     done = helm.run("lint", "--strict", CHART, "--values", values)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[WARNING]" not in done.stdout
 
 
-@pytest.mark.parametrize("values", [CPU, GPU], ids=lambda path: path.stem)
+@pytest.mark.parametrize("values", ALL, ids=lambda path: path.stem)
 def test_manifests_are_valid(helm: Helm, values: Path) -> None:
     manifests = helm.render("--values", values)
-    assert {manifest["kind"] for manifest in manifests} == ({"RayService"} if values == CPU else {"ServiceMonitor", "RayService"})
+    assert {manifest["kind"] for manifest in manifests} == ({"ServiceMonitor", "RayService"} if values == GPU else {"RayService"})
     for manifest in manifests:
         check_manifest(manifest)
         assert manifest["metadata"]["namespace"] == "models"
 
 
-@pytest.mark.parametrize("values", [CPU, GPU], ids=lambda path: path.stem)
+@pytest.mark.parametrize("values", ALL, ids=lambda path: path.stem)
 def test_pods_and_service_are_valid_core_objects(helm: Helm, values: Path) -> None:
     # What KubeRay makes of the templates: the schema of the custom resource knows less of pods than that of Pod itself.
     service = ray_service(helm, "--values", values)
@@ -201,7 +206,7 @@ def test_long_release_names_leave_room_for_kuberay(helm: Helm) -> None:
         ("model.path=/tiny", "/model/path"),
         ("worker.resources.cpu=500m", "/worker/resources/cpu"),
         ("worker.resources.memory=lots", "/worker/resources/memory"),
-        ("worker.gpus=8", "/worker/gpus"),
+        ("worker.gpus=9", "/worker/gpus"),
         ("service.type=Open", "/service/type"),
         ("securityContext.runAsUser=0", "/securityContext/runAsUser"),
         ("env.RAY_AUTH_MODE=disabled", "RAY_AUTH_MODE"),
@@ -222,3 +227,35 @@ def test_values_that_must_be_given_are_asked_for(helm: Helm) -> None:
     assert done.returncode != 0
     assert "/image/repository" in done.stderr
     assert "/model/claimName" in done.stderr
+
+
+@pytest.mark.parametrize(("values", "ranks"), [(TP2, 2), (TP8, 8)], ids=["tp2", "tp8"])
+def test_an_engine_of_several_ranks_has_a_pod_with_a_gpu_for_each(helm: Helm, values: Path, ranks: int) -> None:
+    service = ray_service(helm, "--values", values, "--set", "config.replicas=3")
+    config = AppConfig.model_validate(serve_config(service)["applications"][0]["args"])
+    plan_shards(preset_config("120b"), config.engine.parallel)
+    _, worker = pod_templates(service)
+    assert config.engine.parallel.tensor == ranks
+    assert worker["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == str(ranks)
+    assert {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}} in worker["spec"]["volumes"]
+    assert service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["replicas"] == 3
+
+
+def test_sixteen_ranks_are_two_pods(helm: Helm) -> None:
+    flags = ("--set", "config.replicas=3,config.engine.parallel.tensor=16,config.engine.parallel.expert=16")
+    group = ray_service(helm, "--values", TP8, *flags)["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (6, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("worker.gpus=4", "worker.gpus is 4 but config.engine.parallel.tensor is 8"),
+        ("worker.gpus=8,config.engine.parallel.tensor=4", "worker.gpus is 8 but config.engine.parallel.tensor is 4"),
+        ("config.engine_cpus=1,worker.resources.cpu=7", "worker.resources.cpu is less than config.engine.parallel.tensor"),
+    ],
+)
+def test_pods_that_hold_no_engine_are_refused(helm: Helm, setting: str, said: str) -> None:
+    done = helm.run("template", "chat", CHART, "--values", TP8, "--set", setting)
+    assert done.returncode != 0
+    assert said in done.stderr
