@@ -16,7 +16,7 @@ from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from workers.errors import ConfigError
 from workers.executor.cuda_graph import not_capturable
 from workers.executor.memory_profile import activation_bytes
-from workers.executor.runner import Runner
+from workers.executor.runner import PendingStep, Runner
 from workers.kv_cache.tensors import (
     TORCH_DTYPES,
     KVCachePlan,
@@ -49,8 +49,39 @@ class RankLoaded:
     kernels: dict[str, str]
 
 
+class LaunchedStep:
+    """A plan on its way.
+
+    Args:
+        failed: the result if it fails.
+        pending: None: it has failed.
+    """
+
+    def __init__(self, failed: StepResult, pending: PendingStep | None = None) -> None:
+        self._failed = failed
+        self._pending = pending
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` returns at once; also of a step that fails."""
+        try:
+            return self._pending is None or self._pending.done
+        except RuntimeError:  # a kernel failed; `result` says so
+            return True
+
+    def result(self) -> StepResult:
+        """Wait for it."""
+        if self._pending is None:
+            return self._failed
+        try:
+            return self._pending.result()
+        except Exception:
+            logger.exception("step %d failed", self._failed.step)
+            return self._failed
+
+
 class Rank:
-    """One rank: `load`, then `allocate`, then `step` for each plan in order.
+    """One rank: `load`, then `allocate`, then `step` (or `launch`) for each plan in order.
 
     Args:
         max_model_len: context limit in tokens, resolved.
@@ -123,14 +154,19 @@ class Rank:
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run one plan; a failure is a result with `error`."""
+        return self.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> "LaunchedStep":
+        """Start one plan, before the result of the last one is taken if that is still to come; a failure is a result with `error`."""
         if self._runner is None:
-            return StepResult(plan.step, error="the executor has shut down")
+            return LaunchedStep(StepResult(plan.step, error="the executor has shut down"))
+        failed = StepResult(plan.step, error=f"step {plan.step} failed on rank {self._shard.tp_rank}; its log has the details")
         try:
-            return self._runner.step(plan)
+            return LaunchedStep(failed, self._runner.launch(plan))
         except Exception:
             # The edge of the rank: the protocol turns a failure into a result.
             logger.exception("step %d failed", plan.step)
-            return StepResult(plan.step, error=f"step {plan.step} failed on rank {self._shard.tp_rank}; its log has the details")
+            return LaunchedStep(failed)
 
     def logits(self, token_ids: Sequence[int]) -> Tensor | None:
         """Logits after each token of one sequence, in a KV cache of its own: steps in between are not disturbed. All ranks take part.

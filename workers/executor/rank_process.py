@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -23,7 +24,7 @@ from workers.config_json import engine_config_from_json
 from workers.errors import CheckpointError, ConfigError
 from workers.executor import channel as wire
 from workers.executor.channel import Endpoints, RankChannel
-from workers.executor.rank import Rank, usable_device
+from workers.executor.rank import LaunchedStep, Rank, usable_device
 from workers.kv_cache.tensors import KVCachePlan
 from workers.model.checkpoint import fingerprint
 from workers.parallel.collectives import TorchDistributed, join_store, serve_store, use_interface_of
@@ -33,6 +34,8 @@ from workers.scheduler.plan import PLAN_VERSION, decode_plan, encode_result
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
+_GPU_POLL_S = 5e-5
+"""Between looks for a GPU step's end and for the next plan, whichever comes first."""
 _PROGRESS_INTERVAL_S = 0.5
 
 
@@ -135,20 +138,37 @@ def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -
 
 
 def _run_plans(number: int, rank: Rank, channel: RankChannel, orphaned: Callable[[], bool]) -> None:
+    launched: deque[tuple[LaunchedStep, float]] = deque()
     while True:
         free_since = time.perf_counter()
-        kind, body = _receive(channel, orphaned)
+        kind, body = _receive_while(number, launched, channel, orphaned)
         if kind == wire.PLAN:
-            idle_s = time.perf_counter() - free_since
-            result = replace(rank.step(decode_plan(body)), idle_s=idle_s)
-            if number == 0 or result.error is not None:
-                channel.send(wire.RESULT, encode_result(result))
+            idle_s = 0.0 if launched else time.perf_counter() - free_since
+            launched.append((rank.launch(decode_plan(body)), idle_s))
         elif kind == wire.COMPUTE_LOGITS:
             logits = rank.logits(msgpack.unpackb(body))
             if logits is not None:
                 channel.send(wire.LOGITS, wire.pack(shape=list(logits.shape), values=logits.cpu().numpy().tobytes()))
         else:
             raise ValueError(f"the engine sent {kind!r} in the middle of serving")
+
+
+def _receive_while(
+    number: int, launched: deque[tuple[LaunchedStep, float]], channel: RankChannel, orphaned: Callable[[], bool]
+) -> tuple[bytes, bytes]:
+    """The next message. Meanwhile results are sent as they come: on a GPU the next plan is launched while the last one runs."""
+    while launched:
+        step, idle_s = launched[0]
+        if step.done:
+            launched.popleft()
+            result = replace(step.result(), idle_s=idle_s)
+            if number == 0 or result.error is not None:
+                channel.send(wire.RESULT, encode_result(result))
+        elif (message := channel.receive(0)) is not None:
+            return _not_stop(message)
+        else:
+            time.sleep(_GPU_POLL_S)
+    return _receive(channel, orphaned)
 
 
 def _expect(channel: RankChannel, wanted: bytes, orphaned: Callable[[], bool]) -> bytes:
@@ -162,6 +182,10 @@ def _receive(channel: RankChannel, orphaned: Callable[[], bool]) -> tuple[bytes,
     while (message := channel.receive(_POLL_S)) is None:
         if orphaned():
             raise _Stopped
+    return _not_stop(message)
+
+
+def _not_stop(message: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
     if message[0] == wire.STOP:
         raise _Stopped
     return message
