@@ -1,7 +1,7 @@
 """InlineExecutor: one rank, in the engine's own process and thread."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from workers.scheduler.plan import StepPlan, StepResult
 
 
 class InlineExecutor:
-    """Runs each plan before `execute` returns, so that at most one is in flight.
+    """Runs plans in the caller's thread. On a GPU their results come later, so that the next plan can be made meanwhile.
 
     Args:
         config: its parallel plan is one rank.
@@ -29,6 +29,8 @@ class InlineExecutor:
         self._max_model_len = max_model_len
         self._progress = progress
         self._rank: Rank | None = None
+        # Waits for the GPU, one step after the other; its thread starts with the first step that is not done at once.
+        self._waiter = ThreadPoolExecutor(1, "cantata-gpu-steps")
 
     def start(self) -> ExecutorInfo:
         """Load the model, allocate the KV cache, run one token through both.
@@ -56,12 +58,15 @@ class InlineExecutor:
         )
 
     def execute(self, plan: StepPlan) -> "Future[StepResult]":
-        """Run the plan now; the future is done when it is returned."""
+        """On a CPU the plan has run when this returns; on a GPU its kernels are queued."""
         future: Future[StepResult] = Future()
         if self._rank is None:
             future.set_result(StepResult(plan.step, error="the executor has shut down"))
-        else:
-            future.set_result(self._rank.step(plan))
+            return future
+        launched = self._rank.launch(plan)
+        if not launched.done:
+            return self._waiter.submit(launched.result)
+        future.set_result(launched.result())
         return future
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -76,6 +81,7 @@ class InlineExecutor:
 
     def shutdown(self) -> None:
         """Let go of weights and caches."""
+        self._waiter.shutdown()
         if self._rank is not None:
             self._rank.close()
             self._rank = None

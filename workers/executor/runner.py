@@ -1,5 +1,6 @@
 """The runner: what a rank does with a StepPlan. Every executor runs this one."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ class PendingStep:
         self._num_logprobs = num_logprobs
         self._listeners = listeners
         self._result: StepResult | None = None
+        self._lock = threading.Lock()
         self._copied: torch.cuda.Event | None = None
         self._output = output
         if output is not None and output.token_ids.device.type != "cpu":
@@ -62,20 +64,25 @@ class PendingStep:
         Raises:
             RuntimeError: a kernel of this or an earlier step failed on the GPU.
         """
-        if self._result is None:
-            if self._copied is not None:
-                self._copied.synchronize()
-            token_ids = [] if self._output is None else self._output.token_ids.tolist()
-            for index, listener in self._listeners:
-                listener.push(token_ids[index])
-            self._result = StepResult(
-                step=self._step,
-                seq_ids=self._seq_ids,
-                token_ids=tuple(token_ids),
-                logprobs=self._logprobs(),
-                elapsed_s=time.perf_counter() - self._started,
-            )
-        return self._result
+        # The next launch may need the tokens while another thread waits for them: listeners hear each token once.
+        with self._lock:
+            if self._result is None:
+                self._result = self._take()
+            return self._result
+
+    def _take(self) -> StepResult:
+        if self._copied is not None:
+            self._copied.synchronize()
+        token_ids = [] if self._output is None else self._output.token_ids.tolist()
+        for index, listener in self._listeners:
+            listener.push(token_ids[index])
+        return StepResult(
+            step=self._step,
+            seq_ids=self._seq_ids,
+            token_ids=tuple(token_ids),
+            logprobs=self._logprobs(),
+            elapsed_s=time.perf_counter() - self._started,
+        )
 
     def _logprobs(self) -> dict[int, TokenLogprobs]:
         output = self._output
