@@ -55,6 +55,9 @@ class GatewayMetrics:
         self.retries = Counter(
             "cantata_gateway_retries", "Sequences tried again on another replica, by the refusal.", ("error",), registry=registry
         )
+        self.resumptions = Counter(
+            "cantata_gateway_resumptions", "Sequences that went on at another replica after their first token.", registry=registry
+        )
         self.repairs = Counter(
             "cantata_harmony_repairs", "Departures of model output from the harmony format, by kind.", ("kind",), registry=registry
         )

@@ -1,7 +1,7 @@
 """A directory of replicas whose list changes: what standalone serving and Ray Serve have in common."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cluster.router.table import LoadTable, Replica, RoutingHint
 
@@ -26,13 +26,17 @@ class ReplicaSet:
         for replica in before:
             self._report_if_gone(replica)
 
+    def report(self, loads: Mapping[str, int]) -> None:
+        """Sequences that replicas say they have, by id."""
+        self._loads.report(loads)
+
     def on_gone(self, callback: Callable[[Replica], None]) -> None:
         """Call this with each replica that has left the list and has no sequence any more."""
         self._on_gone = callback
 
     async def choose(self, hint: RoutingHint, excluded: frozenset[str]) -> Replica:
         """See ReplicaDirectory."""
-        replica = self._loads.pick(self._replicas, excluded)
+        replica = self._loads.pick(self._replicas, excluded, hint)
         self._num_open[replica] += 1
         return replica
 
@@ -58,4 +62,6 @@ class ReplicaSet:
 
     def _report_if_gone(self, replica: Replica) -> None:
         if replica not in self._num_open and all(replica.address != other.address for other in self._replicas):
+            if all(replica.id != other.id for other in self._replicas):
+                self._loads.gone(replica.id)
             self._on_gone(replica)

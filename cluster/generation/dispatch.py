@@ -9,14 +9,25 @@ from dataclasses import replace
 from cluster.metrics import GatewayMetrics
 from cluster.router.client import EngineClient
 from cluster.router.table import Replica, ReplicaDirectory, RoutingHint
+from workers.config import BLOCK_SIZE
 from workers.errors import CantataError, DeadlineExceeded, EngineDead, NoReplica
+from workers.kv_cache.prefix_cache import block_hashes
 from workers.request import EngineOutput, EngineRequest
 
 _log = logging.getLogger(__name__)
 
 
+MAX_ENGINE_DEATHS = 3
+"""Of replicas that died under one request: it may be the request that kills them."""
+_MAX_HASHED_BLOCKS = 2048
+"""32 thousand tokens, 4 ms: longer prompts that agree so far belong together anyway."""
+
+
 class Dispatcher:
-    """Chooses a replica for each sequence, and another one if the first refuses it before its first token.
+    """Chooses a replica for each sequence, and another one if the first refuses it or dies under it.
+
+    After tokens have come, the sequence is resumed elsewhere with these tokens as its output so far: the engine goes on as if it had made
+    them itself, same seed and positions, so the reader sees one unbroken stream.
 
     Args:
         clock: monotonic seconds, for deadlines.
@@ -36,34 +47,53 @@ class Dispatcher:
         Args:
             deadline: on this object's clock; None: none.
         Raises:
-            CantataError: the last replica's refusal, or what broke the stream after its first token.
+            CantataError: the last replica's refusal or end, when no other is left to go on.
         """
-        hint = RoutingHint(request.request_id, len(request.prompt_token_ids))
+        hint = self._hint(request)
         excluded: frozenset[str] = frozenset()
         refusal: CantataError | None = None
+        num_deaths = num_cached = 0
+        tokens: tuple[int, ...] = ()
         while True:
             try:
                 replica = await self._replicas.choose(hint, excluded)
             except NoReplica as error:
                 raise refusal or error from None
-            started = False
             try:
-                async with aclosing(self._run(replica, request, deadline)) as outputs:
+                attempt = replace(request, output_token_ids=(*request.output_token_ids, *tokens))
+                resumed = bool(tokens)
+                async with aclosing(self._run(replica, attempt, deadline)) as outputs:
                     async for output in outputs:
-                        started = started or bool(output.token_ids)
-                        yield output
+                        tokens += output.token_ids
+                        # What the second replica finds in its cache is no merit of the first prompt's.
+                        num_cached = num_cached or (0 if resumed else output.num_cached_tokens)
+                        yield replace(output, num_cached_tokens=num_cached)
                 return
             except CantataError as error:
                 if isinstance(error, EngineDead):
                     self._replicas.failed(replica)
-                if started or not error.retry_elsewhere:
+                    num_deaths += 1
+                if not error.retry_elsewhere or num_deaths >= MAX_ENGINE_DEATHS:
                     raise
-                _log.info("request %s: replica %s refused it: %s", request.request_id, replica.id, type(error).__name__)
-                self._metrics.retries.labels(type(error).__name__).inc()
                 refusal = error
                 excluded |= {replica.id}
+                self._count(request, replica, error, num_tokens=len(tokens))
             finally:
                 self._replicas.release(replica)
+
+    def _hint(self, request: EngineRequest) -> RoutingHint:
+        if len(self._replicas.known()) < 2:
+            return RoutingHint(request.request_id)
+        return RoutingHint(request.request_id, block_hashes(request.prompt_token_ids[: _MAX_HASHED_BLOCKS * BLOCK_SIZE], BLOCK_SIZE))
+
+    def _count(self, request: EngineRequest, replica: Replica, error: CantataError, *, num_tokens: int) -> None:
+        name = type(error).__name__
+        if num_tokens:
+            _log.warning("request %s: replica %s left it after %d tokens: %s", request.request_id, replica.id, num_tokens, name)
+            self._metrics.resumptions.inc()
+        else:
+            _log.info("request %s: replica %s refused it: %s", request.request_id, replica.id, name)
+            self._metrics.retries.labels(name).inc()
 
     async def _run(self, replica: Replica, request: EngineRequest, deadline: float | None) -> AsyncGenerator[EngineOutput, None]:
         if deadline is not None:

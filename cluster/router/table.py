@@ -3,11 +3,12 @@
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.router import policy
+from cluster.router.prefixes import PrefixIndex
 from workers.errors import NoReplica
 
 
@@ -26,10 +27,14 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class RoutingHint:
-    """What the choice of a replica may depend on."""
+    """What the choice of a replica may depend on.
+
+    Attributes:
+        block_hashes: of the prompt's full KV blocks, from its beginning; may be cut.
+    """
 
     request_id: str
-    num_prompt_tokens: int
+    block_hashes: Sequence[bytes] = ()
 
 
 class ReplicaDirectory(Protocol):
@@ -56,7 +61,8 @@ class ReplicaDirectory(Protocol):
 
 
 class LoadTable:
-    """What this gateway knows about replicas from its own requests: sequences in flight and recent failures.
+    """What this gateway knows about replicas: its own sequences in flight, what was sent where, recent failures, and the loads that they
+    report, in which other gateways' sequences count.
 
     Args:
         clock: monotonic seconds.
@@ -69,21 +75,33 @@ class LoadTable:
         self._penalty_s = penalty_s
         self._rng = random.Random(seed)
         self._in_flight: Counter[str] = Counter()
+        self._prefixes = PrefixIndex()
+        # Reported minus our own in flight at that time: what comes from others.
+        self._from_others: dict[str, int] = {}
         self._suspect_until: dict[str, float] = {}
 
-    def pick(self, replicas: Sequence[Replica], excluded: frozenset[str]) -> Replica:
-        """The policy's choice, counted as in flight.
+    def pick(self, replicas: Sequence[Replica], excluded: frozenset[str], hint: RoutingHint) -> Replica:
+        """The policy's choice, counted as in flight and as having the prompt.
 
         Raises:
             NoReplica: all of `replicas` are excluded.
         """
         now = self._clock()
         self._suspect_until = {replica_id: until for replica_id, until in self._suspect_until.items() if until > now}
-        candidates = [policy.Candidate(entry.id, self._in_flight[entry.id], entry.id in self._suspect_until) for entry in replicas]
+        candidates = [
+            policy.Candidate(
+                entry.id,
+                self._in_flight[entry.id] + self._from_others.get(entry.id, 0),
+                self._prefixes.match(entry.id, hint.block_hashes),
+                entry.id in self._suspect_until,
+            )
+            for entry in replicas
+        ]
         chosen = policy.choose(candidates, excluded, self._rng)
         for replica in replicas:
             if replica.id == chosen:
                 self._in_flight[chosen] += 1
+                self._prefixes.add(chosen, hint.block_hashes)
                 return replica
         raise NoReplica("No replica is ready to take the request; try again in a moment.")
 
@@ -94,8 +112,18 @@ class LoadTable:
             del self._in_flight[replica.id]
 
     def failed(self, replica: Replica) -> None:
-        """Avoid the replica for `penalty_s`."""
+        """Avoid the replica for `penalty_s`, and expect its cache to be lost."""
         self._suspect_until[replica.id] = self._clock() + self._penalty_s
+        self._prefixes.forget(replica.id)
+
+    def report(self, loads: Mapping[str, int]) -> None:
+        """Sequences that each replica says it has, by id; the latest report counts until the next."""
+        self._from_others = {replica_id: max(load - self._in_flight[replica_id], 0) for replica_id, load in loads.items()}
+
+    def gone(self, replica_id: str) -> None:
+        """The replica will not come back."""
+        self._prefixes.forget(replica_id)
+        self._from_others.pop(replica_id, None)
 
     def in_flight(self, replica: Replica) -> int:
         """Sequences open there."""
@@ -111,7 +139,7 @@ class StaticReplicas:
 
     async def choose(self, hint: RoutingHint, excluded: frozenset[str]) -> Replica:
         """See ReplicaDirectory."""
-        return self._loads.pick(self._replicas, excluded)
+        return self._loads.pick(self._replicas, excluded, hint)
 
     def release(self, replica: Replica) -> None:
         """See ReplicaDirectory."""

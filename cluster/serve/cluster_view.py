@@ -1,7 +1,8 @@
 """What Ray Serve tells the processes of an application about each other. All use of Ray's private or alpha interfaces is in this module.
 
 Serve's controller sends every change of a deployment's replicas to whoever listens by long poll; its own routers live on the same
-messages. An entry carries what the replica returned from `record_replica_metadata`: for an engine the address of its gRPC server.
+messages. An entry carries what the replica returned from `record_replica_metadata`, for an engine the address of its gRPC server, and last
+from `record_routing_stats`, how busy it is.
 """
 
 import asyncio
@@ -47,6 +48,12 @@ class ServeReplicas(ReplicaSet):
     def _update(self, targets: Any) -> None:
         entries = [(info.replica_id.unique_id, info.replica_metadata.get(ADDRESS_KEY)) for info in targets.running_replicas]
         self.replace([Replica(replica_id, address) for replica_id, address in entries if address])
+        self.report(
+            {
+                info.replica_id.unique_id: int(info.routing_stats.get("num_running", 0) + info.routing_stats.get("num_waiting", 0))
+                for info in targets.running_replicas
+            }
+        )
 
 
 def missing_ingress_variables() -> dict[str, str]:

@@ -6,7 +6,7 @@ from cluster.replica_set import ReplicaSet
 from cluster.router.table import Replica, ReplicaDirectory, RoutingHint
 from workers.errors import NoReplica
 
-HINT = RoutingHint("r", 3)
+HINT = RoutingHint("r")
 NONE: frozenset[str] = frozenset()
 
 

@@ -1,10 +1,13 @@
 """`cantata serve --standalone` from start to stop: an engine that dies, a stop under load, a parent that vanishes, keys, bad starts."""
 
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,6 +47,50 @@ def test_an_engine_that_dies_is_replaced(model: Path, tmp_path: Path) -> None:
         served.process.kill()
         served.process.wait(10)
         assert none_left(served.mark, 20) == []
+
+
+def test_streams_of_an_engine_that_dies_go_on_at_the_other(model: Path, tmp_path: Path) -> None:
+    """Greedy answers are the same as undisturbed ones, whichever engine made which part of them."""
+
+    def read(served: Served, index: int, began: threading.Semaphore) -> tuple[str, list[str]]:
+        body = {
+            "model": MODEL_NAME,
+            "prompt": f"{index} is a number",
+            "max_tokens": 120,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+        }
+        text, lines = "", []
+        with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=120, trust_env=False) as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    assert "error" not in event, event
+                    text += "".join(choice["text"] for choice in event["choices"])
+                    began.release()
+                lines += [line] if line else []
+        return text, lines
+
+    def read_all(served: Served, then: Callable[[], None] = lambda: None) -> list[str]:
+        began = threading.Semaphore(0)
+        with ThreadPoolExecutor(6) as pool:
+            streams = [pool.submit(read, served, index, began) for index in range(6)]
+            for _ in range(40):  # all of them run, none has ended
+                assert began.acquire(timeout=60)
+            then()
+            ends = [stream.result() for stream in streams]
+        assert {lines[-1] for _, lines in ends} == {"data: [DONE]"}
+        return [text for text, _ in ends]
+
+    with standalone(tmp_path, model, "--replicas", "2") as served:
+        undisturbed = read_all(served)
+        assert len(set(undisturbed)) == 6
+        (victim, *_) = [int(line.split()[0]) for line in marked(served.mark) if "workers.engine" in line]
+        assert read_all(served, lambda: os.kill(victim, signal.SIGKILL)) == undisturbed
+        metrics = httpx.get(f"{served.url}/metrics", timeout=30, trust_env=False).text
+        (resumed,) = [line for line in metrics.splitlines() if line.startswith("cantata_gateway_resumptions_total")]
+        assert float(resumed.split()[-1]) > 0
 
 
 def test_a_stop_lets_running_streams_end(model: Path, tmp_path: Path) -> None:

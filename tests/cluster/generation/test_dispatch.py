@@ -1,11 +1,12 @@
 """Which replica a sequence goes to, and where it goes after a refusal."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
-from cluster.generation.dispatch import Dispatcher
+from cluster.generation.dispatch import MAX_ENGINE_DEATHS, Dispatcher
 from cluster.metrics import GatewayMetrics
 from cluster.router.client import EngineClient
 from cluster.router.table import LoadTable, Replica, StaticReplicas
@@ -33,6 +34,9 @@ class Cluster:
 
     def retries(self, error: str) -> float:
         return self.metrics.registry.get_sample_value("cantata_gateway_retries_total", {"error": error}) or 0.0
+
+    def resumptions(self) -> float:
+        return self.metrics.registry.get_sample_value("cantata_gateway_resumptions_total") or 0.0
 
     def num_requests(self) -> list[int]:
         return [len(engine.requests) for engine in self.engines]
@@ -86,12 +90,99 @@ async def test_what_is_wrong_with_the_request_is_not_tried_again(cluster: Cluste
     assert sum(cluster.num_requests()) == 1
 
 
-async def test_after_the_first_token_nothing_is_tried_again(cluster: Cluster) -> None:
+GONE = errors.EngineDead("gone")
+TOKENS = [31, 32, 33, 34, 35, 36]
+
+
+def goes_on(request: EngineRequest) -> Script:
+    """As an engine does: what is there already is not sent again."""
+    return Script(TOKENS[len(request.output_token_ids) :], num_cached_tokens=1)
+
+
+def breaks_after(count: int, failure: errors.CantataError) -> Callable[[EngineRequest], Script]:
+    return lambda request: replace(goes_on(request), break_after=count, failure=failure, num_cached_tokens=2)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+async def test_a_stream_goes_on_at_another_replica(cluster: Cluster, count: int) -> None:
     for engine in cluster.engines:
-        engine.answer = lambda request: Script([7, 8], break_after=1, failure=errors.EngineDead("gone"))
+        engine.answer = lambda request: goes_on(request) if request.output_token_ids else breaks_after(count, GONE)(request)
+    outputs = await cluster.read()
+    assert [token for output in outputs for token in output.token_ids] == TOKENS
+    assert [output.finish_reason for output in outputs] == [None] * (len(outputs) - 1) + ["stop"]
+    assert {output.num_cached_tokens for output in outputs} == {2}, "the first replica's count stays"
+    first, second = sorted((request for engine in cluster.engines for request in engine.requests), key=lambda r: len(r.output_token_ids))
+    assert cluster.num_requests() == [1, 1]
+    assert second.output_token_ids == tuple(TOKENS[:count])
+    assert (second.prompt_token_ids, second.sampling) == (first.prompt_token_ids, first.sampling)
+    assert cluster.resumptions() == 1
+
+
+async def test_a_resumed_request_is_resumed_behind_all_its_output(cluster: Cluster) -> None:
+    for engine in cluster.engines:
+        engine.answer = lambda request: (goes_on if len(request.output_token_ids) > 2 else breaks_after(2, errors.EngineDead("gone")))(
+            request
+        )
+    request = replace(REQUEST, output_token_ids=(31,))
+    async with aclosing(cluster.dispatcher.stream(request, None)) as outputs:
+        assert [token async for output in outputs for token in output.token_ids] == TOKENS[1:]
+    assert {engine.requests[0].output_token_ids for engine in cluster.engines} == {(31,), (31, 32, 33)}
+
+
+async def test_a_draining_engine_s_abort_in_the_middle_goes_on_elsewhere(cluster: Cluster) -> None:
+    def answer(request: EngineRequest) -> Script:
+        return goes_on(request) if request.output_token_ids else Script(TOKENS[:3], finish="abort")
+
+    for engine in cluster.engines:
+        engine.answer = answer
+    # The tokens that come with the abort are computed again.
+    assert [token for output in await cluster.read() for token in output.token_ids] == TOKENS
+
+
+async def test_without_another_replica_the_stream_ends_with_what_happened(cluster: Cluster) -> None:
+    for engine in cluster.engines:
+        engine.answer = breaks_after(1, errors.EngineDead("gone"))
+    seen: list[int] = []
+
+    async def read() -> None:
+        async with aclosing(cluster.dispatcher.stream(REQUEST, None)) as outputs:
+            async for output in outputs:
+                seen.extend(output.token_ids)
+
+    with pytest.raises(errors.EngineDead):
+        await read()
+    assert seen == TOKENS[:2]
+    assert cluster.num_requests() == [1, 1]
+
+
+async def test_a_request_that_kills_engines_does_not_get_them_all() -> None:
+    engines = [await FakeEngine().start() for _ in range(MAX_ENGINE_DEATHS + 2)]
+    client = EngineClient()
+    cluster = Cluster(engines, client)
+    for engine in engines:
+        engine.answer = lambda request: Script([7], break_after=0, failure=errors.EngineDead("gone"))
     with pytest.raises(errors.EngineDead):
         await cluster.read()
-    assert sum(cluster.num_requests()) == 1
+    assert sum(cluster.num_requests()) == MAX_ENGINE_DEATHS
+    await client.close()
+    for engine in engines:
+        await engine.stop()
+
+
+async def test_conversations_stay_with_their_replica(cluster: Cluster) -> None:
+    for engine in cluster.engines:
+        engine.answer = lambda request: Script([7])
+    turns = {number: tuple(range(300 * number, 300 * number + 100)) for number in range(6)}
+    homes: dict[int, int] = {}
+    for _ in range(4):
+        for number, prompt in turns.items():
+            before = cluster.num_requests()
+            async with aclosing(cluster.dispatcher.stream(replace(REQUEST, prompt_token_ids=prompt), None)) as outputs:
+                assert [output async for output in outputs]
+            (home,) = [index for index in range(2) if cluster.num_requests()[index] > before[index]]
+            assert homes.setdefault(number, home) == home
+            turns[number] = (*prompt, *range(50))
+    assert set(homes.values()) == {0, 1}
 
 
 async def test_an_engine_s_error_is_generic(cluster: Cluster) -> None:

@@ -1,30 +1,44 @@
 """The pure choice of a replica, against its definition."""
 
 import random
+from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.router.policy import Candidate, choose
+from cluster.router.policy import LEAD_FACTOR, MAX_LEAD, MIN_PREFIX_BLOCKS, Candidate, choose
 
 CANDIDATES = st.lists(
-    st.builds(Candidate, id=st.sampled_from("abcdef"), in_flight=st.integers(0, 4), suspect=st.booleans()),
+    st.builds(
+        Candidate,
+        id=st.sampled_from("abcdef"),
+        load=st.integers(0, 30),
+        prefix_blocks=st.sampled_from([0, 1, 3, 4, 9]),
+        suspect=st.booleans(),
+    ),
     max_size=6,
     unique_by=lambda candidate: candidate.id,
 )
 
 
 @given(CANDIDATES, st.frozensets(st.sampled_from("abcdef")), st.integers(0, 3))
-def test_the_least_loaded_of_the_healthy_ones_is_chosen(candidates: list[Candidate], excluded: frozenset[str], seed: int) -> None:
+def test_the_choice_is_the_one_defined(candidates: list[Candidate], excluded: frozenset[str], seed: int) -> None:
     chosen = choose(candidates, excluded, random.Random(seed))
     left = [candidate for candidate in candidates if candidate.id not in excluded]
     if not left:
         assert chosen is None
         return
-    winner = next(candidate for candidate in left if candidate.id == chosen)
-    for other in left:
-        # A healthy replica beats a suspect one, then the load decides.
-        assert (winner.suspect, winner.in_flight) <= (other.suspect, other.in_flight)
+    healthy = [candidate for candidate in left if not candidate.suspect] or left
+    winner = next(candidate for candidate in healthy if candidate.id == chosen)
+    least = min(candidate.load for candidate in healthy)
+    free = [candidate for candidate in healthy if candidate.load <= max(least + MAX_LEAD, LEAD_FACTOR * least)]
+    longest = max(candidate.prefix_blocks for candidate in free)
+    if longest >= MIN_PREFIX_BLOCKS:
+        assert winner in free
+        assert winner.prefix_blocks == longest
+        assert winner.load == min(candidate.load for candidate in free if candidate.prefix_blocks == longest)
+    else:
+        assert winner.load == least
 
 
 def test_ties_are_drawn_from_the_seed_and_reach_every_replica() -> None:
@@ -34,3 +48,14 @@ def test_ties_are_drawn_from_the_seed_and_reach_every_replica() -> None:
     again = random.Random(7)
     assert drawn == [choose(candidates, frozenset(), again) for _ in range(60)]
     assert set(drawn) == {"a", "b", "c"}
+
+
+def test_a_prefix_that_everybody_shares_does_not_pile_up_on_one_replica() -> None:
+    rng = random.Random(1)
+    loads = Counter(dict.fromkeys("abcd", 0))
+    for _ in range(400):
+        candidates = [Candidate(name, load, prefix_blocks=100 if name == "a" else 0) for name, load in loads.items()]
+        chosen = choose(candidates, frozenset(), rng)
+        assert chosen is not None
+        loads[chosen] += 1
+    assert loads["a"] <= LEAD_FACTOR * min(loads.values()) + MAX_LEAD
