@@ -111,11 +111,11 @@ class SequenceSlots:
         self._num_known = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
-        self._tables = np.full((2, max_num_seqs, self.max_blocks), NULL_BLOCK, dtype=np.int32)
+        self._tables = np.full((2, max_num_seqs + 1, self.max_blocks), NULL_BLOCK, dtype=np.int32)
         self._num_blocks = ([0] * max_num_seqs, [0] * max_num_seqs)
         self._slot_of: dict[int, int] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
-        # Table entries that the device does not have yet.
+        # Table entries to be set, here and on the device, with the next step: flat indices and block ids.
         self._new_at: list[range] = []
         self._new_ids: list[int] = []
 
@@ -146,6 +146,7 @@ class SequenceSlots:
         slots = np.fromiter(map(self._slot_of.__getitem__, plan.seq_ids), dtype=np.int64, count=len(plan.seq_ids))
         for index, full, sliding in plan.new_blocks:
             self._append_blocks(int(slots[index]), full, sliding)
+        table_at, table_ids = self._set_new_blocks()
         computed = np.array(plan.num_computed_tokens, dtype=np.int64)
         scheduled = np.array(plan.num_scheduled_tokens, dtype=np.int64)
         samples = np.array(plan.samples, dtype=bool)
@@ -160,16 +161,13 @@ class SequenceSlots:
             positions = np.arange(ends[-1]) + np.repeat(context_lens - ends, scheduled)
         blocks, offsets = positions // BLOCK_SIZE, positions % BLOCK_SIZE
         # A position past the known ones is that of the newest sampled token: the others have been computed.
-        known = positions < self._num_known[rows]
-        token_ids = np.where(known, self._tokens[rows, np.where(known, positions, 0)], -1 - rows)
+        token_ids = -1 - rows
+        known = np.flatnonzero(positions < self._num_known[rows])
+        token_ids[known] = self._tokens[rows[known], positions[known]]
         sampled = np.flatnonzero(samples)
         sampling = slots[sampled]
         output_positions = num_tokens[sampled] - self._num_prompt_tokens[sampling]
         self._num_tokens[sampling] += 1
-        table_at = np.fromiter((at for part in self._new_at for at in part), dtype=np.int64, count=len(self._new_ids))
-        table_ids = np.array(self._new_ids, dtype=np.int32)
-        self._new_at.clear()
-        self._new_ids.clear()
         return StepRows(
             slots=slots,
             sampled=sampled,
@@ -186,11 +184,19 @@ class SequenceSlots:
             num_blocks=-(-int(context_lens.max()) // BLOCK_SIZE),
         )
 
+    def _set_new_blocks(self) -> tuple[Ints, npt.NDArray[np.int32]]:
+        """Set the table entries that are new; returns them, for the device."""
+        table_at = np.fromiter((at for part in self._new_at for at in part), dtype=np.int64, count=len(self._new_ids))
+        table_ids = np.array(self._new_ids, dtype=np.int32)
+        self._new_at.clear()
+        self._new_ids.clear()
+        self._tables.reshape(-1)[table_at] = table_ids
+        return table_at, table_ids
+
     def _append_blocks(self, slot: int, full: tuple[int, ...], sliding: tuple[int, ...]) -> None:
         for group, new in ((FULL, full), (SLIDING, sliding)):
             first = self._num_blocks[group][slot]
             end = self._num_blocks[group][slot] = first + len(new)
-            self._tables[group, slot, first:end] = new
             row = (group * (self.max_num_seqs + 1) + slot) * self.max_blocks
             self._new_at.append(range(row + first, row + end))
             self._new_ids.extend(new)

@@ -33,10 +33,13 @@ def packed_layout(arrays: Sequence[Array]) -> tuple[list[int], int]:
 
 def packed_views(packed: Tensor, arrays: Sequence[Array], offsets: Sequence[int]) -> list[Tensor]:
     """The arrays, by shape and dtype, as parts of a packed [n] uint8 tensor."""
-    return [
-        packed[offset : offset + array.nbytes].view(_TORCH_DTYPES[array.dtype]).view(array.shape)
-        for array, offset in zip(arrays, offsets, strict=True)
-    ]
+    # One view of the whole for each dtype, then one operation an array: this runs for a dozen arrays in every step.
+    typed = {dtype: packed.view(_TORCH_DTYPES[dtype]) for dtype in {array.dtype for array in arrays}}
+    views = []
+    for array, offset in zip(arrays, offsets, strict=True):
+        view = typed[array.dtype].narrow(0, offset // array.itemsize, array.size)
+        views.append(view if array.ndim == 1 else view.view(array.shape))
+    return views
 
 
 @dataclass(slots=True)
@@ -66,7 +69,8 @@ class InputBuffers:
         offsets, num_bytes = packed_layout(arrays)
         buffer = self._next_buffer(num_bytes)
         for array, offset in zip(arrays, offsets, strict=True):
-            buffer.array[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            flat = array if array.ndim == 1 and array.flags.c_contiguous else np.ascontiguousarray(array).reshape(-1)
+            buffer.array[offset : offset + array.nbytes] = flat.view(np.uint8)
         packed = buffer.tensor[:num_bytes]
         if self.device.type != "cpu":
             target = torch.empty(num_bytes, dtype=torch.uint8, device=self.device) if into is None else into[:num_bytes]
