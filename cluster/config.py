@@ -204,6 +204,29 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], origins: Mapping
         raise ConfigError(_sentence(kind, error, origins)) from None
 
 
+API_KEYS_VARIABLE = f"{ENVIRONMENT_PREFIX}GATEWAY__API_KEYS"
+
+
+def with_api_keys(config: AppConfig, environment: Mapping[str, str] | None = None) -> AppConfig:
+    """A Serve application's settings stand in a file that many can read; its keys may be in the environment of its nodes instead.
+
+    Args:
+        environment: None: this process's.
+    Returns:
+        `config`, with the environment's keys if it has none of its own.
+    Raises:
+        ConfigError: the environment's keys are not keys.
+    """
+    text = (os.environ if environment is None else environment).get(API_KEYS_VARIABLE)
+    if not text or config.gateway.api_keys:
+        return config
+    values = config.gateway.model_dump(exclude={"api_keys"}) | {"api_keys": text}
+    try:
+        return config.model_copy(update={"gateway": GatewayConfig.model_validate(values)})
+    except ValidationError as error:
+        raise ConfigError(f"{API_KEYS_VARIABLE}: {error.errors(include_url=False, include_input=False)[0]['ctx']['error']}") from None
+
+
 def setting_paths(kind: type[AppConfig] = CantataConfig) -> list[str]:
     """Every setting's path, in order; `docs/operations.md` lists them."""
     return [".".join(path) for path in _paths(kind)]

@@ -12,7 +12,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from cluster.assembly import build_service, load_encoding
-from cluster.config import AppConfig
+from cluster.config import AppConfig, with_api_keys
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import SERVICE_NAME, InferenceServicer
 from cluster.rpc import inference_pb2 as pb
@@ -43,6 +43,7 @@ class GatewayReplica:
                 "(`cantata serve` does).",
                 " ".join(f"{name}={value}" for name, value in missing.items()),
             )
+        config = with_api_keys(config)
         encoding = load_encoding(config)
         self._config = config
         self._replicas = ServeReplicas(engine)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from cluster.config import AppConfig, CantataConfig, load_config, parse_size, setting_paths
+from cluster.config import AppConfig, CantataConfig, load_config, parse_config, parse_size, setting_paths, with_api_keys
 from workers.errors import ConfigError
 
 MODEL = {"engine.model_path": "somewhere/tiny"}
@@ -210,3 +210,16 @@ def test_serve_arguments_take_sizes_and_know_no_listen() -> None:
     with pytest.raises(ValidationError, match="listen"):
         AppConfig.model_validate({"engine": {"model_path": "m"}, "listen": {"http_port": 1}})
     assert issubclass(CantataConfig, AppConfig)
+
+
+def test_keys_of_a_serve_application_may_come_from_the_environment() -> None:
+    config = parse_config(AppConfig, {"engine": {"model_path": "x"}}, {})
+    assert with_api_keys(config, {}) is config
+    assert with_api_keys(config, {"CANTATA_GATEWAY__API_KEYS": ""}) is config
+    keyed = with_api_keys(config, {"CANTATA_GATEWAY__API_KEYS": "one, two"})
+    assert keyed.gateway.api_keys == ("one", "two")
+    assert keyed.engine == config.engine
+    assert with_api_keys(keyed, {"CANTATA_GATEWAY__API_KEYS": "three"}) is keyed
+    with pytest.raises(ConfigError, match=r"^CANTATA_GATEWAY__API_KEYS: a key is empty") as refusal:
+        with_api_keys(config, {"CANTATA_GATEWAY__API_KEYS": "secret,,"})
+    assert "secret" not in str(refusal.value)

@@ -152,7 +152,9 @@ def test_ray_is_started_as_it_should_be(helm: Helm) -> None:
     head, worker = pod_templates(service)
     for template in (head, worker):
         container = template["spec"]["containers"][0]
-        environment = {entry["name"]: entry["value"] for entry in container["env"]}
+        environment = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+        keys = {"name": "CANTATA_GATEWAY__API_KEYS", "valueFrom": {"secretKeyRef": {"name": "cantata-keys", "key": "api_keys"}}}
+        assert [entry for entry in container["env"] if "value" not in entry] == [keys]
         assert environment == {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",

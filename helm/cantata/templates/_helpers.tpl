@@ -95,6 +95,13 @@ env:
     value: token
   - name: RAY_USAGE_STATS_ENABLED
     value: "0"
+  {{- with .root.Values.auth.apiKeysSecretName }}
+  - name: CANTATA_GATEWAY__API_KEYS
+    valueFrom:
+      secretKeyRef:
+        name: {{ . }}
+        key: api_keys
+  {{- end }}
   {{- range $name, $value := .root.Values.env }}
   - name: {{ $name }}
     value: {{ $value | quote }}
