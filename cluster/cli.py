@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cantata", description="Serve gpt-oss-120b and gpt-oss-20b.", allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
+    _add_inspect(commands)
     _add_make_checkpoint(commands)
     commands.add_parser("bench", help="measure a running server", add_help=False)  # parsed in main
     version = commands.add_parser("version", help="print the version")
@@ -137,6 +138,27 @@ def _serve(options: argparse.Namespace) -> int:
 def _version(_options: argparse.Namespace) -> int:
     print(importlib.metadata.version("cantata"))
     return 0
+
+
+def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        allow_abbrev=False,
+        help="what a checkpoint is and what each rank would hold; loads nothing",
+        description="Print a checkpoint's format, shapes and parameters, each rank's bytes, and the tokens whose KV cache fits.",
+    )
+    inspect.add_argument("path", type=Path, metavar="PATH", help="folder of a gpt-oss checkpoint")
+    inspect.add_argument("--tp", "--tensor-parallel-size", type=int, metavar="N", help="ranks (default: a table of 1, 2, 4 and 8)")
+    inspect.add_argument("--ep", "--expert-parallel-size", type=int, metavar="N", help="groups of experts (default: the ranks)")
+    inspect.add_argument("--gpu", choices=("h100", "h200", "b200", "mi300x", "cpu"), help="device whose memory is to hold it")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from cluster.inspect_command import run_inspect
+
+    return run_inspect(options.path, tensor=options.tp, expert=options.ep, gpu=options.gpu, as_json=options.json)
 
 
 def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -57,22 +57,28 @@ def test_cantata_serve_from_start_to_ctrl_c(model: Path, tmp_path: Path) -> None
 
 def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path) -> None:
     # Two ranks, each with a part of every expert.
-    with serve_run(tmp_path, model, parallel={"tensor": 2, "expert": 1}) as served:
+    keys = {"CANTATA_GATEWAY__API_KEYS": "right, other"}
+    headers = {"authorization": "Bearer right"}
+    with serve_run(tmp_path, model, parallel={"tensor": 2, "expert": 1}, environment=keys) as served:
         body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
         url = f"{served.url}/v1/chat/completions"
-        answer_before = answer_of(httpx.post(url, json=body, timeout=60, trust_env=False))
+        answer_before = answer_of(httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False))
         assert answer_before == scripts.GREETING_ANSWER
-        with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60, trust_env=False) as stream:
+        assert httpx.post(url, json=body, timeout=60, trust_env=False).status_code == 401
+        with httpx.stream("POST", url, json=body | {"stream": True}, headers=headers, timeout=60, trust_env=False) as stream:
             assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
         with grpc.insecure_channel(served.grpc, options=[("grpc.enable_http_proxy", 0)]) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
-            answer = stub.Chat(pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content=scripts.GREETING)]), timeout=60)
+            metadata = (("authorization", "Bearer right"),)
+            answer = stub.Chat(
+                pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content=scripts.GREETING)]), metadata=metadata, timeout=60
+            )
             assert answer.choices[0].message.content == scripts.GREETING_ANSWER
             with pytest.raises(grpc.RpcError) as refused:
-                stub.Chat(pb.ChatRequest(), timeout=60)
+                stub.Chat(pb.ChatRequest(), metadata=metadata, timeout=60)
             assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         _kill_a_rank_and_wait_for_the_next_replica(served)
-        assert answer_of(httpx.post(url, json=body, timeout=60, trust_env=False)) == answer_before
+        assert answer_of(httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False)) == answer_before
         assert "set RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1" in served.log.read_text(errors="replace")
         assert served.stop() == 0
         assert none_left(served.mark, 15) == []

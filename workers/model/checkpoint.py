@@ -63,9 +63,7 @@ def load_model(
             missing, unknown, or of another shape or dtype; an MXFP4 scale is NaN.
         ConfigError: the checkpoint's sizes cannot be quantised.
     """
-    path = checkpoint_folder(path)
-    tensors = stored_tensors(path)
-    _check_tensors(path, config, tensors)
+    tensors = check_tensors(path, config)
     if quantize is not None:
         _check_quantizable(config)
     shard = plan_shards(config, ParallelConfig())[0] if shard is None else shard
@@ -116,7 +114,14 @@ def _add(digest: "hashlib._Hash", *parts: bytes) -> None:
         digest.update(part)
 
 
-def _check_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
+def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint by name, which are exactly those that `config` describes; only headers are read.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    path = checkpoint_folder(path)
+    tensors = stored_tensors(path)
     unknown = dict(tensors)
     for spec in tensor_specs(config):
         if spec.name not in tensors:
@@ -126,6 +131,7 @@ def _check_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, Stored
         raise CheckpointError(
             f"{tensor.file}: tensor {name} of shape {list(tensor.shape)} is not part of the model that config.json describes"
         )
+    return tensors
 
 
 def _check_tensor(spec: TensorSpec, tensor: StoredTensor) -> None:

@@ -1,0 +1,108 @@
+"""`cantata inspect`, as a user runs it: on a checkpoint of the large model's size that takes no disk, and on broken ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from tests.support.checkpoint_formats import write_original
+from tests.support.tiny_model import TINY, write_tiny_checkpoint
+from workers.model.make_checkpoint import plan_checkpoint, preset_config
+from workers.model.safetensors_writer import safetensors_header, stored_bytes
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All files of gpt-oss-120b with their exact headers and sizes, and holes where the weights would be."""
+    folder = tmp_path_factory.mktemp("large") / "gpt-oss-120b"
+    folder.mkdir()
+    plan = plan_checkpoint(preset_config("120b"), seed=0)
+    for name, text in plan.texts:
+        (folder / name).write_text(text)
+    for name, tensors in plan.shards:
+        header = safetensors_header(tensors, plan.metadata)
+        with (folder / name).open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(stored_bytes(spec) for spec in tensors))
+    return folder
+
+
+def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main(["inspect", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:
+    code, out, _ = inspect(capsys, *arguments, "--json")
+    found: dict[str, object] = json.loads(out)
+    return found | {"code": code}
+
+
+def test_the_large_model_is_described_without_reading_it(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    on_disk = sum(file.stat().st_blocks * 512 for file in large.iterdir())
+    assert on_disk < 50 * 2**20 < 60 * 10**9 < sum(file.stat().st_size for file in large.iterdir())
+    code, out, err = inspect(capsys, large, "--gpu", "h100")
+    assert (code, err) == (0, "")
+    assert "116.83 B, 5.13 B active for a token" in out
+    assert "Hugging Face layout, experts in MXFP4" in out
+    assert "64 query heads, 8 key-value heads, dimension 64" in out
+    table = [line.split() for line in out.splitlines() if line.strip() and line.split()[0] in ("1", "2", "4", "8")]
+    assert [row[:2] for row in table] == [[size, size] for size in ("1", "2", "4", "8")]
+    tokens = [int(row[-1].replace(",", "")) for row in table]
+    # One H100 holds about ten thousand million bytes of KV beside the weights: 36 KiB a token.
+    assert 131_072 < tokens[0] < 400_000
+    assert tokens == sorted(tokens)
+
+
+def test_one_plan_as_json(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, large, "--tp", 4, "--ep", 1, "--gpu", "h200")
+    assert found["code"] == 0
+    assert found["parameters"] == 116_829_156_672
+    (plan,) = found["plans"]  # type: ignore[misc]
+    assert (plan["tensor"], plan["expert"], plan["refusal"]) == (4, 1, None)
+    # 90 groups of columns over 4 ranks: 23 each, two of them with one group of zeros.
+    assert plan["rank"]["experts"] > 36 * 128 * 3 * 2880 * 22 * 17
+    assert plan["kv"] == {"per_token": 9 * 1024, "per_sequence": 18 * 512 * 128}
+
+
+def test_what_does_not_fit_is_refused_with_what_does(
+    large: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.inspect_command.GPU_MEMORY_BYTES", {"h100": 40 * 2**30})
+    code, out, err = inspect(capsys, large, "--tp", 1, "--gpu", "h100")
+    assert code == 1
+    assert "does not fit" in out
+    assert err.startswith("cantata: tensor=1 does not fit H100 (40.00 GiB")
+    assert err.endswith("; tensor=2 fits\n")
+
+
+def test_a_plan_that_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path)
+    code, out, err = inspect(capsys, path, "--tp", 4)
+    assert code == 1
+    assert "refused" in out
+    assert "6 query heads cannot be split evenly over 4 ranks; the nearest that can: tensor=3, expert=3" in err
+    # In the table the others stand beside it.
+    code, out, _ = inspect(capsys, path)
+    assert code == 0
+    assert out.count("refused") == 3
+
+
+def test_openais_layout_and_this_machine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = write_original(write_tiny_checkpoint(tmp_path), tmp_path / "download" / "original", TINY)
+    code, out, _ = inspect(capsys, folder.parent, "--gpu", "cpu")
+    assert code == 0
+    assert "OpenAI's own layout" in out
+    assert str(folder) in out
+    assert "on this machine (" in out
+
+
+def test_a_broken_checkpoint_is_the_loaders_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    code, out, err = inspect(capsys, path)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"cantata: {file} is cut off: tensor lm_head.weight")

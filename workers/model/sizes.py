@@ -1,0 +1,111 @@
+"""How large a model is, and each rank's part of it, from its shape alone: arithmetic over `tensor_specs` and shards, nothing is loaded."""
+
+from dataclasses import dataclass
+
+from kernels.mxfp4 import MX_BLOCK
+from workers.config import BLOCK_SIZE, Dtype, ModelConfig
+from workers.kv_cache.tensors import TORCH_DTYPES
+from workers.model.tensor_specs import PACKED_BYTES, tensor_names, tensor_specs
+from workers.parallel.shard import RankShard, Span
+
+_GATE_BYTES = _SINK_BYTES = 4
+"""The gate and the sinks are fp32 whatever the model's dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankBytes:
+    """Memory of one rank's weights by kind.
+
+    Attributes:
+        padding: of these, zeros that make all ranks' shapes equal.
+    """
+
+    attention: int
+    experts: int
+    gate_and_norms: int
+    embedding: int
+    lm_head: int
+    padding: int
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.experts + self.gate_and_norms + self.embedding + self.lm_head
+
+
+@dataclass(frozen=True, slots=True)
+class KVBytes:
+    """Memory of one rank's KV cache.
+
+    Attributes:
+        per_token: of the full layers, for each token of a sequence.
+        per_sequence: of the sliding layers, which keep a window, once a sequence is longer than that.
+    """
+
+    per_token: int
+    per_sequence: int
+
+
+def count_parameters(model: ModelConfig) -> tuple[int, int]:
+    """(all, used for one token) as the gpt-oss model card counts them (arXiv 2508.10925, table 1): an MXFP4 value is one parameter, its
+    scale none; the embedding and the experts that are not chosen are not used."""
+    names = tensor_names(model)
+    of_experts = {
+        name for layer in names.layers for experts in (layer.gate_up, layer.down) for name in (experts.blocks, experts.dense, experts.bias)
+    }
+    total = active = 0
+    for spec in tensor_specs(model):
+        total += spec.num_parameters
+        if spec.name in of_experts:
+            active += spec.num_parameters // model.num_experts * model.num_experts_per_token
+        elif spec.name != names.embedding:
+            active += spec.num_parameters
+    return total, active
+
+
+def rank_bytes(model: ModelConfig, shard: RankShard, dtype: Dtype, *, packed_experts: bool | None = None) -> RankBytes:
+    """The weights that a rank holds once loaded.
+
+    Args:
+        packed_experts: whether the experts are MXFP4 in memory; None: as they are stored.
+    """
+    item = TORCH_DTYPES[dtype].itemsize
+    packed = model.experts_format == "mxfp4" if packed_experts is None else packed_experts
+    hidden, layers = model.hidden_size, model.num_layers
+    query = shard.heads.length * model.head_dim
+    keys = shard.kv_heads.length * model.head_dim
+    attention = (query + 2 * keys) * (hidden + 1) * item + hidden * query * item + shard.heads.length * _SINK_BYTES
+    attention += hidden * item if shard.adds_output_bias else 0
+    width = shard.intermediate.size
+    gate = model.num_experts * (hidden + 1) * _GATE_BYTES
+    return RankBytes(
+        attention=attention * layers,
+        experts=shard.experts.length * _expert_bytes(hidden, width, item, packed) * layers,
+        gate_and_norms=(gate + 2 * hidden * item) * layers + hidden * item,
+        embedding=shard.vocab.length * hidden * item,
+        lm_head=shard.vocab.size * hidden * item,
+        padding=shard.experts.length * _expert_padding(hidden, shard.intermediate, item, packed) * layers
+        + (shard.vocab.size - shard.vocab.length) * hidden * item,
+    )
+
+
+def kv_bytes(model: ModelConfig, shard: RankShard, dtype: Dtype) -> KVBytes:
+    """The KV cache that a rank needs, in whole blocks where that is how it is held."""
+    layer = 2 * shard.kv_heads.length * model.head_dim * TORCH_DTYPES[dtype].itemsize
+    num_full = sum(window is None for window in model.layer_windows)
+    window = model.sliding_window or 0
+    sliding_tokens = -(-window // BLOCK_SIZE) * BLOCK_SIZE
+    return KVBytes(per_token=layer * num_full, per_sequence=layer * (model.num_layers - num_full) * sliding_tokens)
+
+
+def _expert_bytes(hidden: int, width: int, item: int, packed: bool) -> int:
+    """One expert: gate_up [2 * width, hidden], down [hidden, width], and their biases."""
+    if packed:
+        groups = 2 * width * (hidden // MX_BLOCK) + hidden * (width // MX_BLOCK)
+        weights = groups * (PACKED_BYTES + 1)
+    else:
+        weights = 3 * width * hidden * item
+    return weights + (2 * width + hidden) * item
+
+
+def _expert_padding(hidden: int, width: Span, item: int, packed: bool) -> int:
+    return _expert_bytes(hidden, width.size, item, packed) - _expert_bytes(hidden, width.length, item, packed)
