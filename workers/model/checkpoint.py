@@ -332,6 +332,9 @@ class _Loader:
         rows = Span(0, num_rows, num_rows) if rows is None else rows
         groups = Span(0, num_groups, num_groups) if columns is None else _groups(columns)
 
+        if self._device.type == "cpu" and (rows.size, groups.size) == (num_rows, num_groups):
+            return self._packed_at_once(names)
+
         def natural(expert: int) -> tuple[Tensor, Tensor]:
             part = (slice(expert, expert + 1), slice(rows.start, rows.stop), slice(groups.start, groups.stop))
             if bool((scales[part] == _NAN_SCALE).any()):
@@ -345,6 +348,23 @@ class _Loader:
                 self._files.release(name, expert, num_experts)
 
         return self._collect((rows.size, groups.size * MX_BLOCK), natural, release)
+
+    def _packed_at_once(self, names: ExpertNames) -> PackedMXFP4:
+        """Whole experts: straight from the mapped file into the kernels' layout, and the pages given back behind it."""
+        first, last = self.shard.experts.start, self.shard.experts.stop
+        blocks, scales = self._files.view(names.blocks)[first:last], self._files.view(names.scales)[first:last]
+        if bool((scales == _NAN_SCALE).any()):
+            where = (scales == _NAN_SCALE).nonzero()[0].tolist()
+            file = self._tensors[names.scales].file
+            raise CheckpointError(
+                f"{file}: tensor {names.scales} has scale {_NAN_SCALE}, which is NaN, at {[where[0] + first, *where[1:]]}"
+            )
+        packed = from_natural(blocks, scales, self._layout)
+        if self._layout == NATURAL:  # which shares the file's memory
+            packed = PackedMXFP4(NATURAL, packed.blocks.clone(), packed.scales.clone(), packed.shape)
+        for name in (names.blocks, names.scales):
+            self._files.release(name)
+        return packed
 
     def _quantized(self, name: str, shape: tuple[int, int, int], dense: Callable[[int], Tensor]) -> PackedMXFP4:
         num_rows, width = shape[1:]

@@ -4,7 +4,6 @@
 #include <initializer_list>
 
 #include "ops.h"
-#include "pool.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -32,33 +31,6 @@ const Ops* find(const char* name) {
 
 const Ops* chosen = find(nullptr);
 
-// A row's 8 columns, a nibble each from the lowest up → the bytes of `rows16`: column c low, column c + 4 high.
-uint32_t pair_columns(uint32_t nibbles) {
-  const auto spread = [](uint32_t half) {
-    half = (half | half << 8) & 0x00FF00FF;
-    return (half | half << 4) & 0x0F0F0F0F;
-  };
-  return spread(nibbles & 0xFFFF) | spread(nibbles >> 16) << 4;
-}
-
-void pack_group(const PackArgs& args, long group) {
-  const long num_chunks = 4 * args.num_groups;
-  for (long row = 0; row < 16; ++row) {
-    const uint8_t* from = args.blocks + (16 * group + row) * args.num_groups * 16;
-    uint8_t* to = args.packed_blocks + group * num_chunks * 64 + row / 4 * 16 + row % 4 * 2;
-    for (long chunk = 0; chunk < num_chunks; ++chunk, from += 4, to += 64) {
-      const uint32_t bytes = pair_columns(from[0] | from[1] << 8 | from[2] << 16 | (uint32_t)from[3] << 24);
-      to[0] = (uint8_t)bytes;
-      to[1] = (uint8_t)(bytes >> 8);
-      to[8] = (uint8_t)(bytes >> 16);
-      to[9] = (uint8_t)(bytes >> 24);
-    }
-    for (long scale = 0; scale < args.num_groups; ++scale) {
-      args.packed_scales[(group * args.num_groups + scale) * 16 + row] = args.scales[(16 * group + row) * args.num_groups + scale];
-    }
-  }
-}
-
 }  // namespace
 }  // namespace cantata
 
@@ -78,9 +50,4 @@ EXPORT void cantata_linear(const cantata::LinearArgs* args) { cantata::chosen->l
 
 EXPORT void cantata_experts(const cantata::ExpertsArgs* args) { cantata::chosen->experts(*args); }
 
-EXPORT void cantata_pack_rows16(const cantata::PackArgs* args) {
-  auto body = [&](long begin, long end) {
-    for (long group = begin; group < end; ++group) cantata::pack_group(*args, group);
-  };
-  cantata::parallel_for(args->num_rows / 16, 4, body);
-}
+EXPORT void cantata_pack_rows16(const cantata::PackArgs* args) { cantata::chosen->pack(*args); }

@@ -18,8 +18,10 @@ namespace {
 #include "linear.h"
 //
 #include "experts.h"
+//
+#include "pack.h"
 
-const Ops kOps{"avx2", linear, experts};
+const Ops kOps{"avx2", linear, experts, pack};
 }  // namespace
 
 const Ops* avx2_ops() { return &kOps; }

@@ -18,8 +18,10 @@ namespace {
 #include "linear.h"
 //
 #include "experts.h"
+//
+#include "pack.h"
 
-const Ops kOps{"avx512", linear, experts};
+const Ops kOps{"avx512", linear, experts, pack};
 }  // namespace
 
 const Ops* avx512_ops() { return &kOps; }

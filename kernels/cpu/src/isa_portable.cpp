@@ -13,8 +13,10 @@ namespace {
 #include "linear.h"
 //
 #include "experts.h"
+//
+#include "pack.h"
 
-const Ops kOps{"portable", linear, experts};
+const Ops kOps{"portable", linear, experts, pack};
 }  // namespace
 
 const Ops* portable_ops() { return &kOps; }

@@ -50,6 +50,7 @@ struct Ops {
   const char* name;
   void (*linear)(const LinearArgs&);
   void (*experts)(const ExpertsArgs&);
+  void (*pack)(const PackArgs&);
 };
 
 const Ops* portable_ops();
