@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.pointwise.reference import apply_rope
+
 QUERY_TILES = (1, 16, 128)
 """Queries of a sequence that are computed together; a chunk is cut by the largest, its rest padded to the smallest that holds it."""
 
@@ -63,6 +65,28 @@ def store_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> No
         raise ValueError(f"slot_mapping must be [{k.shape[0]}] int64, got shape {list(slot_mapping.shape)} of {slot_mapping.dtype}")
     for part, new in ((0, k), (1, v)):
         kv_cache[part].view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, new)
+
+
+def rope_and_store_kv(qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> Tensor:
+    """Rotate queries and keys by the angles of their positions, and write keys and values into the cache.
+
+    Args:
+        qkv: [T, num_heads + 2 * num_kv_heads, head_dim]: query heads, key heads, value heads. May be overwritten.
+        num_heads: query heads.
+        cos, sin: [T, head_dim / 2] fp32.
+        kv_cache, slot_mapping: as in `store_kv`.
+    Returns:
+        The rotated queries, [T, num_heads, head_dim], dtype of qkv.
+    Raises:
+        ValueError, IndexError: as in `store_kv` and `apply_rope`.
+    """
+    _check_cache(kv_cache)
+    num_kv_heads = kv_cache.shape[3]
+    if qkv.ndim != 3 or qkv.shape[1] != num_heads + 2 * num_kv_heads:
+        raise ValueError(f"qkv must be [T, {num_heads} + 2 * {num_kv_heads}, head_dim], got shape {list(qkv.shape)}")
+    q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    store_kv(apply_rope(k, cos, sin), v, kv_cache, slot_mapping)
+    return apply_rope(q, cos, sin)
 
 
 def paged_attention(

@@ -1,5 +1,5 @@
 """RMSNorm and rotary position embedding."""
 
-from kernels.pointwise.reference import apply_rope, rms_norm, yarn_cos_sin
+from kernels.pointwise.reference import add_rms_norm, apply_rope, rms_norm, yarn_cos_sin
 
-__all__ = ["apply_rope", "rms_norm", "yarn_cos_sin"]
+__all__ = ["add_rms_norm", "apply_rope", "rms_norm", "yarn_cos_sin"]

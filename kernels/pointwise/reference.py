@@ -24,6 +24,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight.float() * normed).to(x.dtype)
 
 
+def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream, then RMSNorm of the sum; the norm sees the sum as it was rounded to the stream's dtype.
+
+    Args:
+        residual, delta: [T, H], same dtype.
+        weight: [H] float.
+    Returns:
+        (residual + delta, its `rms_norm`), both [T, H] of that dtype. `residual` may have been overwritten.
+    Raises:
+        ValueError: names the argument of a wrong shape or dtype.
+    """
+    if delta.shape != residual.shape or delta.dtype != residual.dtype:
+        raise ValueError(f"delta must be {list(residual.shape)} {residual.dtype} as residual is, got {list(delta.shape)} {delta.dtype}")
+    residual = residual + delta
+    return residual, rms_norm(residual, weight, eps)
+
+
 def yarn_cos_sin(
     positions: Tensor,
     head_dim: int,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import paged_attention, store_kv
+from kernels.attention import paged_attention, rope_and_store_kv, store_kv
 from kernels.attention import reference as attention_reference
 
 BLOCK_SIZE = 16
@@ -207,6 +207,26 @@ def test_store_kv_writes_its_slots_and_nothing_else() -> None:
         assert torch.equal(kv_cache[1, block, offset], v[row])
         kv_cache[:, block, offset] = -7.0
     assert bool((kv_cache == -7.0).all())
+
+
+def test_rope_and_store_kv_is_both() -> None:
+    num_heads = 2 * KV_HEADS
+    qkv = torch.randn(3, num_heads + 2 * KV_HEADS, HEAD_DIM)
+    angles = torch.rand(3, HEAD_DIM // 2) * 7
+    slots = torch.tensor([63, 0, 17])
+    kv_cache = torch.full((2, 4, BLOCK_SIZE, KV_HEADS, HEAD_DIM), -7.0)
+    cos, sin = angles.cos(), angles.sin()
+    first, second = qkv.chunk(2, dim=-1)
+    rotated = torch.cat((first * cos[:, None] - second * sin[:, None], second * cos[:, None] + first * sin[:, None]), dim=-1)
+    queries = rope_and_store_kv(qkv.clone(), num_heads, cos, sin, kv_cache, slots)
+    torch.testing.assert_close(queries, rotated[:, :num_heads])
+    stored = kv_cache.view(2, 4 * BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+    torch.testing.assert_close(stored[0, slots], rotated[:, num_heads : num_heads + KV_HEADS])
+    assert torch.equal(stored[1, slots], qkv[:, num_heads + KV_HEADS :])
+    stored[:, slots] = -7.0
+    assert bool((kv_cache == -7.0).all())
+    with pytest.raises(ValueError, match=r"^qkv"):
+        rope_and_store_kv(qkv, num_heads + 1, cos, sin, kv_cache, slots)
 
 
 def test_store_kv_refuses_bad_arguments() -> None:

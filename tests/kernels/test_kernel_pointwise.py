@@ -7,7 +7,7 @@ import torch
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssRotaryEmbedding, _apply_rotary_emb
 
-from kernels.pointwise import apply_rope, rms_norm, yarn_cos_sin
+from kernels.pointwise import add_rms_norm, apply_rope, rms_norm, yarn_cos_sin
 
 GPT_OSS = {"theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
 POSITIONS = [0, 1, 127, 128, 129, 1000, 4095, 4096, 4097, 20000, 131071]
@@ -33,6 +33,22 @@ def test_rms_norm(width: int, dtype: torch.dtype) -> None:
     theirs = GptOssRMSNorm(width, eps=1e-5)
     theirs.weight.data = weight.float()
     assert torch.equal(rms_norm(x, weight, 1e-5), theirs(x).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_rms_norm_rounds_the_sum_before_the_norm(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    residual, delta = (torch.randn(3, 97, generator=generator).to(dtype) * scale for scale in (100, 1))
+    weight = torch.randn(97, generator=generator).to(dtype)
+    expected_sum = (residual.double() + delta.double()).to(dtype)
+    theirs = GptOssRMSNorm(97, eps=1e-5)
+    theirs.weight.data = weight.float()
+    total, normed = add_rms_norm(residual.clone(), delta.clone(), weight, 1e-5)
+    assert torch.equal(total, expected_sum)
+    assert torch.equal(normed, theirs(expected_sum).detach())
+    for bad in (delta[:2], delta.double()):
+        with pytest.raises(ValueError, match=r"^delta"):
+            add_rms_norm(residual, bad, weight, 1e-5)
 
 
 def test_rms_norm_of_zeros_and_of_a_row_alone() -> None:

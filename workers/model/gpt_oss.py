@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.attention import paged_attention, store_kv
+from kernels.attention import paged_attention, rope_and_store_kv
 from kernels.mxfp4 import PackedMXFP4
-from kernels.pointwise import apply_rope, rms_norm, yarn_cos_sin
+from kernels.pointwise import add_rms_norm, rms_norm, yarn_cos_sin
 from workers.config import ModelConfig
 from workers.model.experts import Experts
 from workers.model.linear import Linear
@@ -50,15 +50,13 @@ class Attention:
             kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim].
             cos, sin: [T, head_dim / 2] fp32.
         """
-        heads = self.qkv(x).view(x.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        qkv = self.qkv(x).view(x.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         if self.window is None:
             slot_mapping, block_table = batch.slot_mapping_full, batch.block_table_full
         else:
             slot_mapping, block_table = batch.slot_mapping_sliding, batch.block_table_sliding
-        store_kv(apply_rope(k, cos, sin), v, kv_cache, slot_mapping)
         attended = paged_attention(
-            apply_rope(q, cos, sin),
+            rope_and_store_kv(qkv, self.num_heads, cos, sin, kv_cache, slot_mapping),
             kv_cache,
             block_table,
             batch.context_lens,
@@ -139,11 +137,14 @@ class GptOss:
             truncate=rope.truncate,
         )
         add_up = self.collectives.all_reduce
-        hidden = self._embed(batch.token_ids)
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden = hidden + add_up(layer.attention(rms_norm(hidden, layer.attention_norm, eps), batch, kv_cache, cos, sin))
-            hidden = hidden + add_up(layer.experts(rms_norm(hidden, layer.experts_norm, eps)))
-        return rms_norm(hidden, self.final_norm, eps)
+        residual = self._embed(batch.token_ids)
+        normed = rms_norm(residual, self.layers[0].attention_norm, eps)
+        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
+        for layer, next_norm, kv_cache in zip(self.layers, next_norms, kv_caches, strict=True):
+            attended = add_up(layer.attention(normed, batch, kv_cache, cos, sin))
+            residual, normed = add_rms_norm(residual, attended, layer.experts_norm, eps)
+            residual, normed = add_rms_norm(residual, add_up(layer.experts(normed)), next_norm, eps)
+        return normed
 
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor | None:

@@ -1,0 +1,25 @@
+"""Which implementation of an operation takes a tensor: Triton's, the C++ one, or the reference in torch."""
+
+import importlib.util
+import os
+from functools import cache
+
+from torch import Tensor
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether the Triton kernels take this tensor: it is on a GPU, or on the CPU while Triton's interpreter is on (TRITON_INTERPRET=1)."""
+    return tensor.is_cuda if not _interpreting() else tensor.device.type in ("cuda", "cpu")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it comes with torch's builds for GPUs."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _interpreting() -> bool:
+    # Triton reads the variable as each kernel is decorated, so it is fixed for a process. Not asked of Triton itself, whose import takes a
+    # second that a server on the CPU need not wait for.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes") and has_triton()
