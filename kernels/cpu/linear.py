@@ -1,7 +1,6 @@
-"""Dense layers with bf16 weights: fp32 activations and sums, weights widened in registers."""
+"""Dense layers: fp32 activations and sums, bf16 weights widened in registers."""
 
 import ctypes
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,16 +8,9 @@ from torch import Tensor
 from kernels.cpu import native
 
 
-@cache
-def _torch_is_slow() -> bool:
-    """torch multiplies bf16 matrices quickly only where oneDNN has instructions for it (AVX-512 and up); elsewhere, on an EPYC of the first
-    generation, at 0.2 GFLOP/s instead of 38."""
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def can_run(x: Tensor) -> bool:
-    """Whether `linear` takes x, and is the better choice on this processor."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and native.library() is not None and _torch_is_slow()
+    """Whether `linear` takes x: fp32 or bf16 on the CPU. A BLAS may be faster for many rows, but not the same for any number of them."""
+    return x.device.type == "cpu" and x.dtype in native.DATA_TYPES and native.library() is not None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
