@@ -20,7 +20,9 @@ checkpoints/tiny: ## The demo model: a tiny one of the right shape, with random 
 test: ## Lint, type check and the tests.
 	@scripts/install.sh dev
 	@$(MAKE) --no-print-directory lint
-	@$(VENV)/python -m pytest -q -m "not slow and not gpu"
+	@$(VENV)/python -m pytest -q -m "not slow and not gpu" --ignore=tests/interpreter
+	@echo "Triton kernels, in Triton's interpreter:"
+	@TRITON_INTERPRET=1 $(VENV)/python -m pytest -q -m "not slow and not gpu" tests/interpreter
 
 test-slow: ## Tests that take minutes.
 	@scripts/install.sh dev

@@ -6,6 +6,9 @@ from functools import cache
 
 from torch import Tensor
 
+# Whether a product and a sum are fused where a kernel does not say. Triton 3.10 turns the default around; results must not.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether the Triton kernels take this tensor: it is on a GPU, or on the CPU while Triton's interpreter is on (TRITON_INTERPRET=1)."""

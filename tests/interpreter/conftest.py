@@ -1,0 +1,32 @@
+"""Triton kernels on CPU tensors, in Triton's interpreter. It is on or off for a whole process, so these tests run in one of their own:
+`TRITON_INTERPRET=1 python -m pytest tests/interpreter`, which `make test` does. Elsewhere each module is one skip."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.backend import runs_triton
+
+INTERPRETING = runs_triton(torch.empty(0))
+
+if INTERPRETING:
+    import tests.interpreter.interpreter  # noqa: F401 - repairs the interpreter
+    from tests.interpreter.guards import GuardedAllocations
+
+
+class _SkippedModule(pytest.Module):
+    def collect(self) -> Iterator[pytest.Item]:
+        pytest.skip("needs TRITON_INTERPRET=1 (and Triton) from the start of the process", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return None if INTERPRETING else _SkippedModule.from_parent(parent, path=module_path)
+
+
+@pytest.fixture(autouse=INTERPRETING)
+def guarded_allocations() -> Iterator[None]:
+    """What a kernel's launcher allocates is full of NaN at first, and nothing may be written around it."""
+    with GuardedAllocations():
+        yield

@@ -1,0 +1,197 @@
+"""Triton's interpreter (TRITON_INTERPRET=1), made right for what our kernels use. Importing this module changes the process's interpreter.
+
+As of Triton 3.9 it holds bf16 as uint16 and computes on these bits: sums, products, comparisons and `tl.dot` are garbage without an error,
+and a cast from fp32 truncates. Casts to fp8 round ties up, `tl.dot_scaled` sends bf16 operands through fp16's range, and inline assembly is
+not implemented. `test_interpreter.py` checks each repair, and that it is still needed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter as triton_interpreter
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, _get_np_dtype, _ir
+
+Array = np.ndarray[Any, Any]
+AsmEmulation = Callable[[Sequence[Array], int], Sequence[Array]]
+
+_BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
+_FP8 = {
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
+    tl.float8e5b16: torch.float8_e5m2fnuz,
+}
+_emulations: dict[str, AsmEmulation] = {}
+
+
+def emulates_asm(marker: str) -> Callable[[AsmEmulation], AsmEmulation]:
+    """Register the emulation of the inline assembly whose text contains `marker`, a comment.
+
+    The emulation gets the operands' arrays, as the interpreter holds them (bf16 as uint16, fp8 as uint8), and `pack`: the elements that one
+    invocation processes, consecutive along the last axis. It returns the outputs' arrays in the same form.
+    """
+
+    def register(emulation: AsmEmulation) -> AsmEmulation:
+        assert marker not in _emulations, f"two emulations for {marker}"
+        _emulations[marker] = emulation
+        return emulation
+
+    return register
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[str]]:
+    """Yields a list to which the name of each kernel is appended that is launched inside."""
+    names: list[str] = []
+    run = InterpretedFunction.run
+
+    def recording(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    InterpretedFunction.run = recording
+    try:
+        yield names
+    finally:
+        InterpretedFunction.run = run
+
+
+@contextmanager
+def unrepaired() -> Iterator[None]:
+    """Triton's own interpreter, for a while."""
+    _use(InterpreterBuilder, _own_mxfp_operand)
+    try:
+        yield
+    finally:
+        _use(RepairedBuilder, _mxfp_operand)
+
+
+def widen_bf16(bits: Array) -> Array:
+    """uint16 → float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def round_to_bf16(values: Array) -> Array:
+    """Float → uint16, to nearest, ties to even, rounded once also from float64."""
+    values = np.asarray(values)
+    narrow = np.ascontiguousarray(values, dtype=np.float32).reshape(values.shape)
+    bits = narrow.view(np.uint32)
+    if values.dtype == np.float64:
+        # To odd: the last bit says that something was cut off, so that the second rounding meets no false tie.
+        back = narrow.astype(np.float64)
+        bits = (bits - (np.abs(back) > np.abs(values))) | ((back != values) & ~np.isnan(values))
+        bits = bits.astype(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+class RepairedBuilder(InterpreterBuilder):
+    """Triton's builder; each method falls back to the original where that is right."""
+
+    def binary_op(self, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
+        if not _is_bf16(lhs) or op in _BITWISE:
+            return super().binary_op(lhs, rhs, op)
+        result = op(widen_bf16(lhs.data), widen_bf16(rhs.data))
+        if result.dtype == np.bool_:
+            # As the original does: the semantic layer gives comparisons their type.
+            return TensorHandle(result, tl.bfloat16)
+        return TensorHandle(round_to_bf16(result), tl.bfloat16)
+
+    def unary_op(self, arg: TensorHandle, op: Any) -> TensorHandle:
+        return TensorHandle(round_to_bf16(op(widen_bf16(arg.data))), tl.bfloat16) if _is_bf16(arg) else super().unary_op(arg, op)
+
+    def create_clampf(self, arg: TensorHandle, lo: TensorHandle, hi: TensorHandle, propagate_nans: Any) -> TensorHandle:
+        if not _is_bf16(arg):
+            return super().create_clampf(arg, lo, hi, propagate_nans)
+        wide = (TensorHandle(widen_bf16(handle.data), tl.float32) for handle in (arg, lo, hi))
+        return self.cast_impl(super().create_clampf(*wide, propagate_nans), tl.bfloat16)
+
+    def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        if not _is_bf16(z):
+            return super().create_fma(x, y, z)
+        product = widen_bf16(x.data).astype(np.float64) * widen_bf16(y.data)  # exact
+        return TensorHandle(round_to_bf16(product + widen_bf16(z.data)), tl.bfloat16)
+
+    def cast_impl(self, src: TensorHandle, dst_type: Any) -> TensorHandle:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if tl.bfloat16 not in (source, target) or source == target:
+            return super().cast_impl(src, dst_type)
+        wide = widen_bf16(src.data) if source == tl.bfloat16 else src.data
+        if target == tl.bfloat16:
+            return TensorHandle(round_to_bf16(wide if wide.dtype == np.float64 else wide.astype(np.float32)), target)
+        return TensorHandle(wide.astype(_get_np_dtype(dst_type)), target)
+
+    def create_fp_to_fp(self, src: TensorHandle, dst_type: Any, rounding_mode: Any) -> TensorHandle:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if rounding_mode not in (None, _ir.ROUNDING_MODE.RTNE):
+            return super().create_fp_to_fp(src, dst_type, rounding_mode)
+        if source in _FP8:
+            return self.cast_impl(TensorHandle(_widen_fp8(src), tl.float32), dst_type)
+        if target in _FP8:
+            return TensorHandle(_round_to_fp8(self.cast_impl(src, tl.float32).data, _FP8[target]), target)
+        return self.cast_impl(src, dst_type)
+
+    def create_dot(
+        self, a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision: Any, max_num_imprecise_acc: Any
+    ) -> TensorHandle:
+        a, b = (_widen_operand(handle) for handle in (a, b))
+        return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
+
+    def create_inline_asm(self, asm: str, constraints: str, values: Any, types: Any, pure: bool, pack: int) -> "_AsmResults":
+        for marker, emulation in _emulations.items():
+            if marker in asm:
+                outputs = emulation([value.data for value in values], pack)
+                types = types if isinstance(types, (list, tuple)) else [types]
+                return _AsmResults([TensorHandle(np.asarray(out), ty.scalar) for out, ty in zip(outputs, types, strict=True)])
+        raise NotImplementedError(f"no emulation of this inline assembly is registered (tests/interpreter/interpreter.py): {asm[:100]}")
+
+
+class _AsmResults:
+    def __init__(self, handles: list[TensorHandle]) -> None:
+        self._handles = handles
+
+    def get_result(self, index: int) -> TensorHandle:
+        return self._handles[index]
+
+
+def _is_bf16(handle: TensorHandle) -> bool:
+    return bool(handle.dtype.scalar == tl.bfloat16)
+
+
+def _widen_fp8(handle: TensorHandle) -> Array:
+    bits = torch.from_numpy(np.ascontiguousarray(handle.data))
+    return bits.view(_FP8[handle.dtype.scalar]).float().numpy()
+
+
+def _round_to_fp8(values: Array, dtype: torch.dtype) -> Array:
+    """Saturating, as the instructions that Triton compiles to: no infinity, NaN stays."""
+    limit = torch.finfo(dtype).max
+    return torch.from_numpy(np.ascontiguousarray(values)).clamp(-limit, limit).to(dtype).view(torch.uint8).numpy()
+
+
+def _widen_operand(handle: TensorHandle) -> TensorHandle:
+    """What `tl.dot` multiplies: fp32 for bf16 and fp8, which is exact."""
+    if _is_bf16(handle):
+        return TensorHandle(widen_bf16(handle.data), tl.float32)
+    return TensorHandle(_widen_fp8(handle), tl.float32) if handle.dtype.scalar in _FP8 else handle
+
+
+def _mxfp_operand(handle: TensorHandle) -> Array:
+    """Operand of `tl.dot_scaled` before its scale."""
+    if handle.dtype.scalar == tl.uint8:
+        return _own_mxfp_operand(handle)
+    return _widen_operand(handle).data.astype(np.float32)
+
+
+def _use(builder: type, mxfp_operand: Callable[[TensorHandle], Array]) -> None:
+    # The instance stays: Triton's semantic layer holds it too.
+    triton_interpreter.interpreter_builder.__class__ = builder
+    triton_interpreter._mxfp_value_handle_to_float32 = mxfp_operand
+
+
+_own_mxfp_operand = triton_interpreter._mxfp_value_handle_to_float32
+_use(RepairedBuilder, _mxfp_operand)
