@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-from kernels.mxfp4 import PackedMXFP4
-from workers.config import BLOCK_SIZE, ModelConfig, load_model_config
+from workers.config import BLOCK_SIZE, Dtype, ModelConfig, load_model_config
 from workers.executor.cuda_graph import not_capturable
 from workers.executor.rank import kernel_names, usable_device
 from workers.executor.runner import PendingStep, Runner
 from workers.kv_cache.manager import num_blocks_for
 from workers.model.checkpoint import load_model
-from workers.model.gpt_oss import GptOss
+from workers.model.sizes import expected_experts_hit, rank_bytes, sequence_kv_bytes
+from workers.parallel.shard import RankShard
 from workers.request import SamplingParams
 from workers.scheduler.plan import SequenceStart, StepPlan
 
@@ -35,27 +35,12 @@ PREFILL_TOKENS = 8192
 GREEDY = SamplingParams(temperature=0, seed=0)
 
 
-def decode_step_bytes(model: ModelConfig, dense_bytes: int, expert_bytes: int, batch_size: int, context_len: int, itemsize: int) -> float:
-    """Bytes that a decode step must read.
-
-    Args:
-        dense_bytes: of all weights but the experts and the embedding, of which only a row a token is read.
-        expert_bytes: of all experts of all layers.
-        itemsize: bytes of a cached key or value element.
-    """
-    missed: float = (1 - model.num_experts_per_token / model.num_experts) ** batch_size
-    keys = sum(min(context_len, window or context_len) for window in model.layer_windows)
-    kv_bytes = 2 * keys * model.num_kv_heads * model.head_dim * itemsize
-    return dense_bytes + expert_bytes * (1 - missed) + batch_size * kv_bytes
-
-
-def weight_split(model: GptOss) -> tuple[int, int]:
-    """(dense bytes without the embedding, bytes of all experts)."""
-    expert_bytes = 0
-    for layer in model.layers:
-        for weights in (layer.experts.gate_up, layer.experts.down):
-            expert_bytes += weights.num_bytes if isinstance(weights, PackedMXFP4) else weights.nbytes
-    return model.weight_bytes - expert_bytes - model.embedding.nbytes, expert_bytes
+def decode_step_bytes(model: ModelConfig, shard: RankShard, dtype: Dtype, batch_size: int, context_len: int) -> float:
+    """Bytes that a rank must read in a decode step of batch_size sequences of context_len tokens; of the embedding only a row each."""
+    sizes = rank_bytes(model, shard, dtype)
+    missed = 1 - expected_experts_hit(model, batch_size) / model.num_experts
+    kv = batch_size * sequence_kv_bytes(model, shard, dtype, context_len)
+    return sizes.total - sizes.embedding - sizes.experts * missed + kv
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
@@ -145,13 +130,12 @@ def report(options: argparse.Namespace, device: torch.device, tests: str) -> Non
         print(
             f"graphs      none: {'not on a GPU' if not on_gpu else 'the kernels for ' + ' and '.join(blocking) + ' read back to the host'}"
         )
-    dense_bytes, expert_bytes = weight_split(model)
     decoder = Decoder(runner)
     print("\n batch   ms/step     tok/s   roofline ms   share of roofline")
     for batch_size in options.batch_sizes:
         seconds = decoder.seconds(batch_size, options.context, options.steps)
         middle = options.context + WARM_UP_STEPS + options.steps // 2
-        least = decode_step_bytes(config, dense_bytes, expert_bytes, batch_size, middle, model.dtype.itemsize) / bandwidth
+        least = decode_step_bytes(config, model.shard, "bfloat16", batch_size, middle) / bandwidth
         print(f"{batch_size:6d} {seconds * 1e3:9.2f} {batch_size / seconds:9.0f} {least * 1e3:13.3f} {least / seconds:19.1%}", flush=True)
 
 

@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cluster.gpus import GIB, GPUS, UTILIZATION, left_for_kv
 from workers.config import ModelConfig, ParallelConfig, SchedulerConfig, checkpoint_folder, load_model_config
 from workers.errors import ConfigError
 from workers.executor.rank import cache_shape
@@ -13,12 +14,6 @@ from workers.model.checkpoint import check_tensors
 from workers.model.sizes import KVBytes, RankBytes, count_parameters, kv_bytes, rank_bytes
 from workers.parallel.shard import RankShard, allowed_plans, plan_shards
 
-GIB = 2**30
-GPU_MEMORY_BYTES = {"h100": 80 * GIB, "h200": 141 * 10**9, "b200": 180 * 10**9, "mi300x": 192 * GIB}
-"""By their makers' data sheets; the driver keeps some of it."""
-RESERVE_BYTES = 3 * GIB
-"""For activations, CUDA graphs and libraries on a GPU: an assumption, an engine measures it."""
-UTILIZATION = 0.9
 SHOWN_TENSORS = (1, 2, 4, 8)
 
 
@@ -84,8 +79,8 @@ def _plan(model: ModelConfig, parallel: ParallelConfig, gpu: str | None) -> Plan
 
 def _left_for_kv(weight_bytes: int, gpu: str, num_ranks: int) -> int:
     if gpu == "cpu":
-        return host_free_bytes() // num_ranks - weight_bytes
-    return int(GPU_MEMORY_BYTES[gpu] * UTILIZATION) - weight_bytes - RESERVE_BYTES
+        return max(host_free_bytes() // num_ranks - weight_bytes, 0)
+    return left_for_kv(GPUS[gpu], weight_bytes)
 
 
 def _kv_tokens(model: ModelConfig, shard: RankShard, num_bytes: int) -> int:
@@ -94,7 +89,7 @@ def _kv_tokens(model: ModelConfig, shard: RankShard, num_bytes: int) -> int:
         ConfigError: not even one sequence of the full context fits.
     """
     plan = split_memory(
-        cache_shape(model, shard), SchedulerConfig(), dtype="bfloat16", max_model_len=model.max_context_len, memory_bytes=max(num_bytes, 0)
+        cache_shape(model, shard), SchedulerConfig(), dtype="bfloat16", max_model_len=model.max_context_len, memory_bytes=num_bytes
     )
     return plan.kv_capacity_tokens
 
@@ -148,7 +143,7 @@ def _text(path: Path, model: ModelConfig, plans: list[Plan], gpu: str | None) ->
 def _device(gpu: str) -> str:
     if gpu == "cpu":
         return f"this machine ({_readable(host_free_bytes())} free)"
-    return f"{gpu.upper()} ({_readable(GPU_MEMORY_BYTES[gpu])}, {UTILIZATION:.0%} of it used)"
+    return f"{gpu.upper()} ({_readable(GPUS[gpu].memory_bytes)}, {UTILIZATION:.0%} of it used)"
 
 
 def _readable(num_bytes: int) -> str:

@@ -1,11 +1,13 @@
 """`cantata inspect`, as a user runs it: on a checkpoint of the large model's size that takes no disk, and on broken ones."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.cli import main
+from cluster.gpus import GIB, GPUS
 from tests.support.checkpoint_formats import write_original
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.model.make_checkpoint import plan_checkpoint, preset_config
@@ -70,7 +72,7 @@ def test_one_plan_as_json(large: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_what_does_not_fit_is_refused_with_what_does(
     large: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.inspect_command.GPU_MEMORY_BYTES", {"h100": 40 * 2**30})
+    monkeypatch.setattr("cluster.inspect_command.GPUS", {"h100": replace(GPUS["h100"], memory_bytes=40 * GIB)})
     code, out, err = inspect(capsys, large, "--tp", 1, "--gpu", "h100")
     assert code == 1
     assert "does not fit" in out

@@ -1,5 +1,6 @@
 """The Serve files for the published models: read by Cantata and by Ray Serve, plans that the models allow, and sizes that fit the GPUs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,23 +8,21 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from benchmarks.parallel_model import BATCHES, best, points
 from cluster.config import AppConfig, parse_config
-from workers.config import ModelConfig
+from cluster.gpus import GIB, GPUS, UTILIZATION, left_for_kv
+from workers.config import ModelConfig, ParallelConfig, SchedulerConfig
+from workers.errors import ConfigError
+from workers.executor.rank import cache_shape
+from workers.kv_cache.tensors import split_memory
 from workers.model.make_checkpoint import preset_config
-from workers.model.safetensors_writer import stored_bytes
-from workers.model.tensor_specs import tensor_specs
-from workers.parallel.shard import RankShard, plan_shards
+from workers.model.sizes import rank_bytes
+from workers.parallel.shard import plan_shards
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FILES = sorted(DEPLOY.glob("*20b*.yaml"))
 # (replicas, ranks of each) by the end of the file's name.
-PLANS = {"": (8, 1), "-1gpu": (1, 1), "-tp8": (1, 8), "120b-2gpu": (1, 2), "20b-2gpu": (2, 1)}
-
-GIB = 2**30
-H100_BYTES = 79 * GIB
-"""What PyTorch sees of an H100 of 80 GB, rounded down."""
-RESERVE_BYTES = 3 * GIB
-"""Activations of the largest step, CUDA graphs and what NCCL takes; generous."""
+PLANS = {"120b": (4, 2), "20b": (8, 1), "-1gpu": (1, 1), "-tp8": (1, 8), "120b-2gpu": (1, 2), "20b-2gpu": (2, 1)}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -37,32 +36,6 @@ def app_config(path: Path) -> AppConfig:
 
 def model_of(path: Path) -> ModelConfig:
     return preset_config(path.stem.split("-")[0])
-
-
-def rank_weight_bytes(model: ModelConfig, shard: RankShard) -> int:
-    """Bytes of MXFP4 experts (4 bits, and 8 a group of 32) and bf16 rest, padding included."""
-    hidden, columns = model.hidden_size, shard.intermediate.size
-    expert = 3 * hidden * columns * 17 // 32 + 2 * (2 * columns + hidden)
-    rows = (shard.heads.size + 2 * shard.kv_heads.size) * model.head_dim
-    attention = rows * (hidden + 1) + shard.heads.size * (model.head_dim * hidden + 1) + hidden
-    router_and_norms = model.num_experts * (hidden + 1) + 2 * hidden
-    layer = shard.experts.size * expert + 2 * (attention + router_and_norms)
-    return model.num_layers * layer + 2 * (2 * shard.vocab.size * hidden + hidden)
-
-
-def kv_bytes_of_one_sequence(model: ModelConfig, shard: RankShard, length: int) -> int:
-    tokens = sum(length if window is None else min(length, window) for window in model.layer_windows)
-    return tokens * 2 * shard.kv_heads.size * model.head_dim * 2
-
-
-@pytest.mark.parametrize(("preset", "published"), [("20b", 13_761_264_768), ("120b", 65_248_815_744)])
-def test_the_arithmetic_gives_the_published_size(preset: str, published: int) -> None:
-    # total_size in model.safetensors.index.json of openai/gpt-oss-20b and openai/gpt-oss-120b.
-    from workers.config import ParallelConfig
-
-    model = preset_config(preset)
-    (alone,) = plan_shards(model, ParallelConfig())
-    assert rank_weight_bytes(model, alone) == sum(map(stored_bytes, tensor_specs(model))) == published
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -81,19 +54,39 @@ def test_cantata_and_serve_read_the_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_weights_and_one_full_context_fit_each_gpu(path: Path) -> None:
+def test_weights_and_one_full_context_fit_each_h100(path: Path) -> None:
     config, model = app_config(path), model_of(path)
-    assert config.engine.max_model_len is not None
-    usable = H100_BYTES * config.engine.cache.gpu_memory_utilization - RESERVE_BYTES
-    for shard in plan_shards(model, config.engine.parallel):
-        left = usable - rank_weight_bytes(model, shard)
-        assert left >= kv_bytes_of_one_sequence(model, shard, config.engine.max_model_len)
+    engine = config.engine
+    assert engine.max_model_len is not None
+    assert engine.cache.gpu_memory_utilization == UTILIZATION
+    for shard in plan_shards(model, engine.parallel):
+        left = left_for_kv(GPUS["h100"], rank_bytes(model, shard, engine.dtype).total)
+        plan = split_memory(
+            cache_shape(model, shard), engine.scheduler, dtype=engine.dtype, max_model_len=engine.max_model_len, memory_bytes=left
+        )
+        assert plan.kv_capacity_tokens >= engine.max_model_len
+
+
+@pytest.mark.parametrize("size", ["120b", "20b"])
+def test_the_file_for_eight_gpus_has_the_plan_of_most_tokens(size: str) -> None:
+    # docs/performance.md, of the plans for up to two ranks: prompts of 8192 tokens, answers of 1024, 20 tokens a second for each user.
+    model, gpu = preset_config(size), GPUS["h100"]
+    plans = [ParallelConfig(ranks) for ranks in (1, 2)]
+    every = [point for parallel in plans for point in points(model, parallel, gpu, BATCHES, context=8192, output=1024)]
+    winner = best(every, 20)
+    assert winner is not None
+    config = app_config(DEPLOY / f"{size}.yaml")
+    assert config.engine.parallel.tensor == winner.parallel.tensor
+    assert config.engine.scheduler.max_num_seqs >= winner.batch
 
 
 def test_a_gpu_too_small_would_be_noticed() -> None:
-    path = DEPLOY / "120b.yaml"
-    (shard,) = plan_shards(model_of(path), app_config(path).engine.parallel)
-    assert rank_weight_bytes(model_of(path), shard) > 48 * GIB
+    model = model_of(DEPLOY / "120b.yaml")
+    (shard,) = plan_shards(model, ParallelConfig())
+    weights = rank_bytes(model, shard, "bfloat16").total
+    left = left_for_kv(replace(GPUS["h100"], memory_bytes=74 * GIB), weights)
+    with pytest.raises(ConfigError, match="cannot hold one sequence"):
+        split_memory(cache_shape(model, shard), SchedulerConfig(), dtype="bfloat16", max_model_len=131_072, memory_bytes=left)
 
 
 def test_the_plans_are_there() -> None:

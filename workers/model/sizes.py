@@ -97,6 +97,18 @@ def kv_bytes(model: ModelConfig, shard: RankShard, dtype: Dtype) -> KVBytes:
     return KVBytes(per_token=layer * num_full, per_sequence=layer * (model.num_layers - num_full) * sliding_tokens)
 
 
+def sequence_kv_bytes(model: ModelConfig, shard: RankShard, dtype: Dtype, num_tokens: int) -> int:
+    """Keys and values on a rank that the last of a sequence's num_tokens sees: all in full layers, the window in sliding ones."""
+    layer = 2 * shard.kv_heads.length * model.head_dim * TORCH_DTYPES[dtype].itemsize
+    return layer * sum(num_tokens if window is None else min(num_tokens, window) for window in model.layer_windows)
+
+
+def expected_experts_hit(model: ModelConfig, num_tokens: int) -> float:
+    """Experts of a layer that at least one of num_tokens tokens chooses, if each token's choice is independent and even."""
+    missed: float = (1 - model.num_experts_per_token / model.num_experts) ** num_tokens
+    return model.num_experts * (1 - missed)
+
+
 def _expert_bytes(hidden: int, width: int, item: int, packed: bool) -> int:
     """One expert: gate_up [2 * width, hidden], down [hidden, width], and their biases."""
     if packed:

@@ -13,7 +13,9 @@ from workers.executor.rank import cache_shape
 from workers.kv_cache.tensors import TORCH_DTYPES, allocate_kv_caches, split_memory
 from workers.model.checkpoint import load_model
 from workers.model.make_checkpoint import preset_config, write_checkpoint
+from workers.model.safetensors_writer import stored_bytes
 from workers.model.sizes import count_parameters, kv_bytes, rank_bytes
+from workers.model.tensor_specs import tensor_specs
 from workers.parallel.shard import plan_shards
 
 MODEL = ModelConfig(
@@ -36,6 +38,16 @@ WHOLE = ParallelConfig()
 def test_parameters_are_those_of_the_model_card(preset: str, total: float, active: float) -> None:
     # arXiv 2508.10925, table 1.
     assert [round(count / 1e9, 2) for count in count_parameters(preset_config(preset))] == [total, active]
+
+
+@pytest.mark.parametrize(("preset", "published"), [("20b", 13_761_264_768), ("120b", 65_248_815_744)])
+def test_weights_are_the_published_files(preset: str, published: int) -> None:
+    # total_size in model.safetensors.index.json of openai/gpt-oss-20b and openai/gpt-oss-120b.
+    model = preset_config(preset)
+    (shard,) = plan_shards(model, WHOLE)
+    # A rank holds gates and sinks in fp32, which are stored in bf16.
+    wider = 2 * model.num_layers * (model.num_experts * (model.hidden_size + 1) + model.num_heads)
+    assert rank_bytes(model, shard, "bfloat16").total - wider == sum(map(stored_bytes, tensor_specs(model))) == published
 
 
 def test_kv_of_the_large_model() -> None:
