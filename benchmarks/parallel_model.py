@@ -35,12 +35,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.gpus import GPUS, Gpu, left_for_kv
+from cluster.gpus import GPUS, Gpu, gpu_kv_cache
 from workers.config import Dtype, ModelConfig, ParallelConfig, SchedulerConfig
 from workers.errors import ConfigError
-from workers.executor.rank import cache_shape
 from workers.kv_cache.manager import num_blocks_for, sliding_blocks_per_sequence
-from workers.kv_cache.tensors import TORCH_DTYPES, KVCachePlan, split_memory
+from workers.kv_cache.tensors import TORCH_DTYPES, KVCachePlan
 from workers.model.make_checkpoint import preset_config
 from workers.model.sizes import expected_experts_hit, rank_bytes, sequence_kv_bytes
 from workers.parallel.shard import RankShard, plan_shards
@@ -205,7 +204,7 @@ def busiest_experts(model: ModelConfig, groups: tuple[tuple[int, int], ...], num
 
 def kv_capacity(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu) -> int:
     """Tokens that the KV cache of a replica holds with an engine's default settings; 0 if its weights leave no room for a full context."""
-    plan = _kv_cache_plan(model, parallel, gpu, SchedulerConfig().max_num_seqs)
+    plan = _kv_cache(model, parallel, gpu, SchedulerConfig().max_num_seqs)
     return 0 if plan is None else plan.kv_capacity_tokens
 
 
@@ -237,20 +236,20 @@ def best(points: Sequence[Point], user_rate: float) -> Point | None:
     return max((point for point in points if point.user_rate >= user_rate), key=lambda point: point.gpu_rate, default=None)
 
 
-def _kv_cache_plan(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, max_num_seqs: int) -> KVCachePlan | None:
-    """The KV cache of each rank, as an engine would split the memory that is left; None: not one full context fits."""
+def _kv_cache(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, max_num_seqs: int) -> KVCachePlan | None:
+    """The KV cache of each rank, as an engine would size it; None: not one full context fits."""
     shards = plan_shards(model, parallel)
-    left = min(left_for_kv(gpu, rank_bytes(model, shard, DTYPE).total) for shard in shards)
+    weights = max(rank_bytes(model, shard, DTYPE).total for shard in shards)
     scheduler = SchedulerConfig(max_num_seqs=max_num_seqs)
     try:
-        return split_memory(cache_shape(model, shards[0]), scheduler, dtype=DTYPE, max_model_len=model.max_context_len, memory_bytes=left)
+        return gpu_kv_cache(gpu, model, shards[0], scheduler, weight_bytes=weights, max_model_len=model.max_context_len)
     except ConfigError:
         return None
 
 
 def _fits(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, batch: int, context: int) -> bool:
     """Whether the KV cache of an engine for that batch holds it."""
-    plan = _kv_cache_plan(model, parallel, gpu, batch)
+    plan = _kv_cache(model, parallel, gpu, batch)
     if plan is None:
         return False
     full = plan.num_full_blocks - 1 if plan.num_full_blocks else math.inf

@@ -151,6 +151,7 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     inspect.add_argument("--tp", "--tensor-parallel-size", type=int, metavar="N", help="ranks (default: a table of 1, 2, 4 and 8)")
     inspect.add_argument("--ep", "--expert-parallel-size", type=int, metavar="N", help="groups of experts (default: the ranks)")
     inspect.add_argument("--gpu", choices=("h100", "h200", "b200", "mi300x", "cpu"), help="device whose memory is to hold it")
+    inspect.add_argument("--quantize", choices=("mxfp4",), help="sizes as with this flag of `cantata serve`")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
@@ -158,7 +159,7 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _inspect(options: argparse.Namespace) -> int:
     from cluster.inspect_command import run_inspect
 
-    return run_inspect(options.path, tensor=options.tp, expert=options.ep, gpu=options.gpu, as_json=options.json)
+    return run_inspect(options.path, tensor=options.tp, expert=options.ep, gpu=options.gpu, quantize=options.quantize, as_json=options.json)
 
 
 def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

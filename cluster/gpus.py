@@ -1,16 +1,18 @@
-"""GPUs by name: what their makers say of them, and the memory that a rank's KV cache gets on one, by arithmetic."""
+"""GPUs by name: what their makers say of them, and the KV cache that a rank would have on one, by arithmetic."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from workers.config import CacheConfig
+from workers.config import CacheConfig, ModelConfig, SchedulerConfig
+from workers.executor.rank import cache_shape
+from workers.kv_cache.tensors import KVCachePlan, gpu_kv_memory, split_memory
+from workers.parallel.shard import RankShard
 
 GIB = 2**30
 _MIB = 2**20
 RESERVE_BYTES = 3 * GIB
 """For activations, CUDA graphs and libraries: an assumption, an engine measures it."""
-UTILIZATION = CacheConfig().gpu_memory_utilization
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,27 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
 )
 
 
-def left_for_kv(gpu: Gpu, weight_bytes: int) -> int:
-    """Bytes of one GPU for the KV cache beside a rank's weights; 0 if the weights do not fit."""
-    return max(int(gpu.memory_bytes * UTILIZATION) - weight_bytes - RESERVE_BYTES, 0)
+def gpu_kv_cache(
+    gpu: Gpu, model: ModelConfig, shard: RankShard, scheduler: SchedulerConfig, *, weight_bytes: int, max_model_len: int
+) -> KVCachePlan:
+    """The KV cache in bf16 of a rank on such a GPU, as an engine with default cache settings would size it.
+
+    Args:
+        weight_bytes: of the rank that holds most.
+    Raises:
+        ConfigError: one sequence of max_model_len does not fit beside the weights.
+    """
+    shape = cache_shape(model, shard)
+    memory = gpu_kv_memory(
+        shape,
+        CacheConfig(),
+        scheduler,
+        dtype="bfloat16",
+        max_model_len=max_model_len,
+        total_bytes=gpu.memory_bytes,
+        used_bytes=weight_bytes,
+        activation_bytes=RESERVE_BYTES,
+    )
+    return split_memory(
+        shape, scheduler, dtype="bfloat16", max_model_len=max_model_len, memory_bytes=memory.num_bytes, source=memory.source
+    )

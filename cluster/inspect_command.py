@@ -2,14 +2,16 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
-from cluster.gpus import GIB, GPUS, UTILIZATION, left_for_kv
-from workers.config import ModelConfig, ParallelConfig, SchedulerConfig, checkpoint_folder, load_model_config
+from cluster.gpus import GIB, GPUS, gpu_kv_cache
+from workers.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, checkpoint_folder, load_model_config
 from workers.errors import ConfigError
 from workers.executor.rank import cache_shape
-from workers.kv_cache.tensors import host_free_bytes, split_memory
+from workers.kv_cache.tensors import KVCachePlan, cpu_kv_memory, host_free_bytes, split_memory
 from workers.model.checkpoint import check_tensors
 from workers.model.sizes import KVBytes, RankBytes, count_parameters, kv_bytes, rank_bytes
 from workers.parallel.shard import RankShard, allowed_plans, plan_shards
@@ -35,7 +37,9 @@ class Plan:
     refusal: str | None
 
 
-def run_inspect(path: Path, *, tensor: int | None, expert: int | None, gpu: str | None, as_json: bool) -> int:
+def run_inspect(
+    path: Path, *, tensor: int | None, expert: int | None, gpu: str | None, quantize: Literal["mxfp4"] | None, as_json: bool
+) -> int:
     """Print what the checkpoint at `path` is; returns 1 if the plan asked for would be refused.
 
     Raises:
@@ -44,14 +48,15 @@ def run_inspect(path: Path, *, tensor: int | None, expert: int | None, gpu: str 
     model = load_model_config(path)
     check_tensors(path, model)
     asked = tensor is not None or expert is not None
-    wanted = [ParallelConfig(tensor or 1, expert)] if asked else [ParallelConfig(size) for size in SHOWN_TENSORS]
-    plans = [_plan(model, parallel, gpu) for parallel in wanted]
+    wanted = [ParallelConfig(1 if tensor is None else tensor, expert)] if asked else [ParallelConfig(size) for size in SHOWN_TENSORS]
+    packed = True if quantize == "mxfp4" else None
+    plans = [_plan(model, parallel, gpu, packed) for parallel in wanted]
     if as_json:
         total, active = count_parameters(model)
         found = {"model": asdict(model), "parameters": total, "active_parameters": active, "plans": [asdict(plan) for plan in plans]}
         print(json.dumps(found))
     else:
-        print(_text(path, model, plans, gpu))
+        print(_text(path, model, plans, gpu, quantize))
     refused = [plan for plan in plans if plan.refusal is not None]
     if len(refused) < len(plans):
         return 0
@@ -60,63 +65,65 @@ def run_inspect(path: Path, *, tensor: int | None, expert: int | None, gpu: str 
     return 1
 
 
-def _plan(model: ModelConfig, parallel: ParallelConfig, gpu: str | None) -> Plan:
+def _plan(model: ModelConfig, parallel: ParallelConfig, gpu: str | None, packed: bool | None) -> Plan:
     try:
         shards = plan_shards(model, parallel)
     except ConfigError as error:
         return Plan(parallel.tensor, parallel.expert_size, None, None, None, str(error))
-    shard = max(shards, key=lambda shard: rank_bytes(model, shard, "bfloat16").total)
-    rank, kv = rank_bytes(model, shard, "bfloat16"), kv_bytes(model, shard, "bfloat16")
+    shard, rank = _fullest(model, shards, packed)
     refusal, tokens = None, None
     if gpu is not None:
-        left = _left_for_kv(rank.total, gpu, parallel.tensor)
         try:
-            tokens = _kv_tokens(model, shard, left)
-        except ConfigError:
-            refusal = _does_not_fit(model, parallel, gpu, rank.total)
-    return Plan(parallel.tensor, parallel.expert_size, rank, kv, tokens, refusal)
+            tokens = _kv_cache(model, shard, rank.total, gpu, parallel.tensor).kv_capacity_tokens
+        except ConfigError as error:
+            refusal = f"tensor={parallel.tensor} on {_device(gpu)}, {_readable(rank.total)} of weights on a rank: {error}"
+            larger = _fitting(model, parallel.tensor, gpu, packed)
+            refusal += f"; tensor={larger} fits" if larger else ""
+    return Plan(parallel.tensor, parallel.expert_size, rank, kv_bytes(model, shard, "bfloat16"), tokens, refusal)
 
 
-def _left_for_kv(weight_bytes: int, gpu: str, num_ranks: int) -> int:
-    if gpu == "cpu":
-        return max(host_free_bytes() // num_ranks - weight_bytes, 0)
-    return left_for_kv(GPUS[gpu], weight_bytes)
+def _fullest(model: ModelConfig, shards: Sequence[RankShard], packed: bool | None) -> tuple[RankShard, RankBytes]:
+    sizes = [(shard, rank_bytes(model, shard, "bfloat16", packed_experts=packed)) for shard in shards]
+    return max(sizes, key=lambda pair: pair[1].total)
 
 
-def _kv_tokens(model: ModelConfig, shard: RankShard, num_bytes: int) -> int:
-    """
+def _kv_cache(model: ModelConfig, shard: RankShard, weight_bytes: int, gpu: str, num_ranks: int) -> KVCachePlan:
+    """What an engine with default settings would give each rank.
+
     Raises:
         ConfigError: not even one sequence of the full context fits.
     """
-    plan = split_memory(
-        cache_shape(model, shard), SchedulerConfig(), dtype="bfloat16", max_model_len=model.max_context_len, memory_bytes=num_bytes
+    length, scheduler = model.max_context_len, SchedulerConfig()
+    if gpu != "cpu":
+        return gpu_kv_cache(GPUS[gpu], model, shard, scheduler, weight_bytes=weight_bytes, max_model_len=length)
+    shape = cache_shape(model, shard)
+    memory = cpu_kv_memory(
+        shape, CacheConfig(), scheduler, dtype="bfloat16", max_model_len=length, ranks_on_host=num_ranks, weight_bytes=weight_bytes
     )
-    return plan.kv_capacity_tokens
+    return split_memory(shape, scheduler, dtype="bfloat16", max_model_len=length, memory_bytes=memory.num_bytes, source=memory.source)
 
 
-def _does_not_fit(model: ModelConfig, parallel: ParallelConfig, gpu: str, weight_bytes: int) -> str:
-    sentence = (
-        f"tensor={parallel.tensor} does not fit {_device(gpu)}: {_readable(weight_bytes)} of weights on a rank leave no room for the KV "
-        f"cache of one sequence of {model.max_context_len} tokens"
-    )
-    for tensor, expert in allowed_plans(model):
-        if tensor > parallel.tensor and expert == tensor and gpu != "cpu":
-            shard = plan_shards(model, ParallelConfig(tensor))[0]
+def _fitting(model: ModelConfig, tensor: int, gpu: str, packed: bool | None) -> int | None:
+    """The smallest number of GPUs above `tensor` that holds the model; more ranks on one host are no help."""
+    for size, expert in allowed_plans(model):
+        if gpu != "cpu" and size > tensor and expert == size:
+            shard, rank = _fullest(model, plan_shards(model, ParallelConfig(size)), packed)
             try:
-                _kv_tokens(model, shard, _left_for_kv(rank_bytes(model, shard, "bfloat16").total, gpu, tensor))
+                _kv_cache(model, shard, rank.total, gpu, size)
             except ConfigError:
                 continue
-            return f"{sentence}; tensor={tensor} fits"
-    return f"{sentence}; a smaller max_model_len may fit"
+            return size
+    return None
 
 
-def _text(path: Path, model: ModelConfig, plans: list[Plan], gpu: str | None) -> str:
+def _text(path: Path, model: ModelConfig, plans: list[Plan], gpu: str | None, quantize: str | None) -> str:
     total, active = count_parameters(model)
     sliding = sum(window is not None for window in model.layer_windows)
     layout = "OpenAI's own layout" if model.layout == "original" else "Hugging Face layout"
+    packed_while_loading = ", packed to MXFP4 while loading" if quantize and model.experts_format != "mxfp4" else ""
     rows = [
         ("checkpoint", str(checkpoint_folder(path))),
-        ("format", f"{layout}, experts in {'MXFP4' if model.experts_format == 'mxfp4' else 'bf16'}"),
+        ("format", f"{layout}, experts in {'MXFP4' if model.experts_format == 'mxfp4' else 'bf16'}{packed_while_loading}"),
         ("parameters", f"{total / 1e9:.2f} B, {active / 1e9:.2f} B active for a token"),
         ("layers", f"{model.num_layers}, {sliding} with a window of {model.sliding_window} keys"),
         ("hidden size", f"{model.hidden_size}, intermediate {model.intermediate_size}, vocabulary {model.vocab_size}"),
@@ -126,7 +133,20 @@ def _text(path: Path, model: ModelConfig, plans: list[Plan], gpu: str | None) ->
     ]
     lines = [f"  {name:<12} {value}" for name, value in rows]
     lines += ["", f"Each rank, in bf16{'' if gpu is None else f', on {_device(gpu)}'}:", ""]
-    header = ("tp", "ep", "weights", "attention", "experts", "embedding", "lm_head", "padding", "KV/token", "KV/seq", "tokens that fit")
+    header = (
+        "tp",
+        "ep",
+        "weights",
+        "attention",
+        "experts",
+        "gate, norms",
+        "embedding",
+        "lm_head",
+        "padding",
+        "KV/token",
+        "KV/seq",
+        "tokens that fit",
+    )
     lines.append("".join(f"{cell:>{max(len(cell), 9) + 2}}" for cell in header))
     for plan in plans:
         if plan.rank is None or plan.kv is None:
@@ -134,16 +154,29 @@ def _text(path: Path, model: ModelConfig, plans: list[Plan], gpu: str | None) ->
             continue
         rank, kv = plan.rank, plan.kv
         fits = "-" if gpu is None else "does not fit" if plan.refusal else f"{plan.kv_tokens:,}"
-        sizes = (rank.total, rank.attention, rank.experts, rank.embedding, rank.lm_head, rank.padding, kv.per_token, kv.per_sequence)
+        sizes = (
+            rank.total,
+            rank.attention,
+            rank.experts,
+            rank.gate_and_norms,
+            rank.embedding,
+            rank.lm_head,
+            rank.padding,
+            kv.per_token,
+            kv.per_sequence,
+        )
         cells = (str(plan.tensor), str(plan.expert), *map(_readable, sizes), fits)
         lines.append("".join(f"{cell:>{max(len(name), 9) + 2}}" for cell, name in zip(cells, header, strict=True)))
+    left_out = [plan.refusal for plan in plans if plan.rank is not None and plan.refusal is not None]
+    if len(left_out) < len(plans):  # otherwise the first of them is the error
+        lines += [f"\n{refusal}" for refusal in left_out]
     return "\n".join(lines)
 
 
 def _device(gpu: str) -> str:
     if gpu == "cpu":
         return f"this machine ({_readable(host_free_bytes())} free)"
-    return f"{gpu.upper()} ({_readable(GPUS[gpu].memory_bytes)}, {UTILIZATION:.0%} of it used)"
+    return f"{gpu.upper()} ({_readable(GPUS[gpu].memory_bytes)}, {CacheConfig().gpu_memory_utilization:.0%} of it used)"
 
 
 def _readable(num_bytes: int) -> str:

@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 
 from benchmarks import parallel_model
 from benchmarks.parallel_model import Point, all_reduce, best, busiest_experts, main, model_step, most_sequences, plan_name, points
-from cluster.gpus import GPUS, Gpu, left_for_kv
+from cluster.gpus import GPUS, Gpu, gpu_kv_cache
 from tests.support.thread_ranks import ThreadRank, on_ranks
 from workers.config import ModelConfig, ParallelConfig, SchedulerConfig
-from workers.executor.rank import cache_shape
 from workers.kv_cache.manager import KVCacheManager, SequenceBlocks
-from workers.kv_cache.tensors import split_memory
 from workers.model.checkpoint import load_model
 from workers.model.make_checkpoint import preset_config, write_checkpoint
 from workers.model.sizes import expected_experts_hit, rank_bytes, sequence_kv_bytes
@@ -178,9 +176,8 @@ def test_as_many_sequences_fit_as_the_cache_takes(context: int) -> None:
 
     def admitted(count: int) -> int:
         (shard,) = plan_shards(SMALL, ALONE)
-        left = left_for_kv(gpu, rank_bytes(SMALL, shard, "bfloat16").total)
-        scheduler = SchedulerConfig(max_num_seqs=count)
-        plan = split_memory(cache_shape(SMALL, shard), scheduler, dtype="bfloat16", max_model_len=256, memory_bytes=left)
+        weights = rank_bytes(SMALL, shard, "bfloat16").total
+        plan = gpu_kv_cache(gpu, SMALL, shard, SchedulerConfig(max_num_seqs=count), weight_bytes=weights, max_model_len=256)
         manager = KVCacheManager(
             num_full_blocks=plan.num_full_blocks, num_sliding_blocks=plan.num_sliding_blocks, window=40, prefix_caching=False
         )

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -10,7 +11,9 @@ from cluster.cli import main
 from cluster.gpus import GIB, GPUS
 from tests.support.checkpoint_formats import write_original
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
-from workers.model.make_checkpoint import plan_checkpoint, preset_config
+from workers.config import BLOCK_SIZE, EngineConfig
+from workers.executor.inline import InlineExecutor
+from workers.model.make_checkpoint import plan_checkpoint, preset_config, write_checkpoint
 from workers.model.safetensors_writer import safetensors_header, stored_bytes
 
 
@@ -72,12 +75,41 @@ def test_one_plan_as_json(large: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_what_does_not_fit_is_refused_with_what_does(
     large: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.inspect_command.GPUS", {"h100": replace(GPUS["h100"], memory_bytes=40 * GIB)})
+    monkeypatch.setattr("cluster.inspect_command.GPUS", {"h100": replace(GPUS["h100"], memory_bytes=38 * GIB)})
     code, out, err = inspect(capsys, large, "--tp", 1, "--gpu", "h100")
     assert code == 1
     assert "does not fit" in out
-    assert err.startswith("cantata: tensor=1 does not fit H100 (40.00 GiB")
-    assert err.endswith("; tensor=2 fits\n")
+    assert err.startswith("cantata: tensor=1 on H100 (38.00 GiB, 90% of it used), 60.79 GiB of weights on a rank: a KV cache of 0 bytes")
+    assert err.endswith("; tensor=4 fits\n")
+    # In the table of all plans the reason stands below it.
+    code, out, err = inspect(capsys, large, "--gpu", "h100")
+    assert (code, err) == (0, "")
+    refusals = [line for line in out.splitlines() if line.endswith("; tensor=4 fits")]
+    assert [line.split()[0] for line in refusals] == ["tensor=1", "tensor=2"]
+    assert out.count("does not fit") == 2
+
+
+@pytest.mark.parametrize("quantize", [None, "mxfp4"])
+@pytest.mark.parametrize("experts_format", ["mxfp4", "bf16"])
+def test_an_engine_has_what_was_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, experts_format: Literal["mxfp4", "bf16"], quantize: Literal["mxfp4"] | None
+) -> None:
+    model = replace(TINY, experts_format=experts_format)
+    write_checkpoint(tmp_path / "model", model, seed=0)
+    flags = () if quantize is None else ("--quantize", quantize)
+    (plan,) = as_json(capsys, tmp_path / "model", "--tp", 1, "--gpu", "cpu", *flags)["plans"]  # type: ignore[misc]
+    executor = InlineExecutor(EngineConfig(tmp_path / "model", quantize=quantize), model, model.max_context_len)
+    info = executor.start()
+    executor.shutdown()
+    assert sum(size for kind, size in plan["rank"].items() if kind != "padding") == info.weight_bytes
+    assert plan["kv_tokens"] == (info.num_full_blocks - 1) * BLOCK_SIZE
+
+
+@pytest.mark.parametrize(("flags", "said"), [(("--tp", 0), "parallel.tensor must be 1 to 16, got 0"), (("--ep", 2), "parallel.expert")])
+def test_numbers_of_ranks_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: tuple[object, ...], said: str) -> None:
+    code, out, err = inspect(capsys, write_tiny_checkpoint(tmp_path), *flags)
+    assert (code, out) == (1, "")
+    assert said in err
 
 
 def test_a_plan_that_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

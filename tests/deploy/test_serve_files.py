@@ -10,11 +10,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from benchmarks.parallel_model import BATCHES, best, points
 from cluster.config import AppConfig, parse_config
-from cluster.gpus import GIB, GPUS, UTILIZATION, left_for_kv
-from workers.config import ModelConfig, ParallelConfig, SchedulerConfig
+from cluster.gpus import GIB, GPUS, gpu_kv_cache
+from workers.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from workers.errors import ConfigError
-from workers.executor.rank import cache_shape
-from workers.kv_cache.tensors import split_memory
 from workers.model.make_checkpoint import preset_config
 from workers.model.sizes import rank_bytes
 from workers.parallel.shard import plan_shards
@@ -58,12 +56,10 @@ def test_weights_and_one_full_context_fit_each_h100(path: Path) -> None:
     config, model = app_config(path), model_of(path)
     engine = config.engine
     assert engine.max_model_len is not None
-    assert engine.cache.gpu_memory_utilization == UTILIZATION
+    assert (engine.cache, engine.dtype) == (CacheConfig(), "bfloat16")
     for shard in plan_shards(model, engine.parallel):
-        left = left_for_kv(GPUS["h100"], rank_bytes(model, shard, engine.dtype).total)
-        plan = split_memory(
-            cache_shape(model, shard), engine.scheduler, dtype=engine.dtype, max_model_len=engine.max_model_len, memory_bytes=left
-        )
+        weights = rank_bytes(model, shard, engine.dtype).total
+        plan = gpu_kv_cache(GPUS["h100"], model, shard, engine.scheduler, weight_bytes=weights, max_model_len=engine.max_model_len)
         assert plan.kv_capacity_tokens >= engine.max_model_len
 
 
@@ -84,9 +80,9 @@ def test_a_gpu_too_small_would_be_noticed() -> None:
     model = model_of(DEPLOY / "120b.yaml")
     (shard,) = plan_shards(model, ParallelConfig())
     weights = rank_bytes(model, shard, "bfloat16").total
-    left = left_for_kv(replace(GPUS["h100"], memory_bytes=74 * GIB), weights)
+    gpu = replace(GPUS["h100"], memory_bytes=74 * GIB)
     with pytest.raises(ConfigError, match="cannot hold one sequence"):
-        split_memory(cache_shape(model, shard), SchedulerConfig(), dtype="bfloat16", max_model_len=131_072, memory_bytes=left)
+        gpu_kv_cache(gpu, model, shard, SchedulerConfig(), weight_bytes=weights, max_model_len=131_072)
 
 
 def test_the_plans_are_there() -> None:

@@ -58,17 +58,25 @@ class KVMemory:
 
 
 def cpu_kv_memory(
-    model: ModelConfig, cache: CacheConfig, scheduler: SchedulerConfig, *, dtype: Dtype, max_model_len: int, ranks_on_host: int = 1
+    model: ModelConfig,
+    cache: CacheConfig,
+    scheduler: SchedulerConfig,
+    *,
+    dtype: Dtype,
+    max_model_len: int,
+    ranks_on_host: int = 1,
+    weight_bytes: int = 0,
 ) -> KVMemory:
     """`cache.memory_bytes`, or chosen from what is free on this host, which its ranks share; never more than can be of use.
 
     Args:
         model: with the key-value heads of the rank.
+        weight_bytes: that each rank has still to load.
     """
     if cache.memory_bytes is not None:
         return KVMemory(cache.memory_bytes, "cache.memory_bytes")
     minimum, useful = _bounds(model, scheduler, dtype, max_model_len)
-    free = host_free_bytes() // ranks_on_host
+    free = max(host_free_bytes() // ranks_on_host - weight_bytes, 0)
     num_bytes = min(int(free * CPU_MEMORY_SHARE), max(CPU_MEMORY_BYTES // ranks_on_host, minimum), useful)
     return KVMemory(num_bytes, f"chosen from {_readable(free)} free on cpu; cache.memory_bytes sets it")
 
