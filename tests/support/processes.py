@@ -1,6 +1,8 @@
 """Finding the processes that a test started, however deep: by a variable in their environment, which children inherit."""
 
 import contextlib
+import os
+import signal
 import time
 import uuid
 from pathlib import Path
@@ -32,3 +34,10 @@ def none_left(mark: dict[str, str], timeout_s: float) -> list[str]:
             return left
         time.sleep(0.05)
     return []
+
+
+def kill_marked(mark: dict[str, str]) -> None:
+    """Kill every process that has the mark."""
+    for line in marked(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(line.split()[0]), signal.SIGKILL)

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from tests.support.netns import Relay, can_isolate, isolated
-from tests.support.processes import marked, new_mark, none_left
+from tests.support.processes import kill_marked, marked, new_mark
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -67,31 +68,37 @@ def standalone(folder: Path, model: Path, *flags: str) -> Iterator[Served]:
     """`cantata serve --standalone` on free ports."""
     command = [str(BIN / "cantata"), "serve", "--standalone", "--model", str(model), "--http-port", "0", "--grpc-port", "0"]
     command += [*_COMMON_FLAGS, *flags]
-    with _started("standalone", command, folder, {}) as served:
-        found = _wait_for(served, r"HTTP +http://([\d.:]+)/v1.*\n +gRPC +([\d.:]+) ")
+    with started("standalone", command, folder, {}) as served:
+        found = wait_for(served, r"HTTP +http://([\d.:]+)/v1.*\n +gRPC +([\d.:]+) ")
         served.http, served.grpc = found[1], found[2]
         yield served
 
 
 @contextmanager
 def serve_run(
-    folder: Path, model: Path, *, environment: Mapping[str, str] | None = None, parallel: Mapping[str, int] | None = None
+    folder: Path, model: Path, *, environment: Mapping[str, str] | None = None, parallel: Mapping[str, float] | None = None
 ) -> Iterator[Served]:
     """`serve run` with a copy of deploy/local.yaml that has our model and ports, and a parallel plan."""
-    config = yaml.safe_load((ROOT / "deploy/local.yaml").read_text())
     ports = _ray_ports()
-    config["http_options"]["port"], config["grpc_options"]["port"] = ports
-    arguments = config["applications"][0]["args"]
-    arguments["engine"] = {"model_path": str(model), "max_model_len": 16384, "cache": {"memory_bytes": "64MiB"}}
-    if parallel is not None:
-        arguments["engine"]["parallel"] = dict(parallel)
-    arguments["gateway"] = {"served_model_name": MODEL_NAME, "conversation_date": "none"}
+    config = serve_config(model, ports, parallel=parallel)
     file = folder / "local.yaml"
     file.write_text(yaml.safe_dump(config))
     with _ray_started(
         "serve run", [str(BIN / "serve"), "run", str(file)], folder, ports, RAY_ENVIRONMENT | dict(environment or {})
     ) as served:
         yield served
+
+
+def serve_config(model: Path, ports: tuple[int, int], *, parallel: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """deploy/local.yaml with our model and a parallel plan; HTTP and gRPC on these ports."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/local.yaml").read_text())
+    config["http_options"]["port"], config["grpc_options"]["port"] = ports
+    arguments = config["applications"][0]["args"]
+    arguments["engine"] = {"model_path": str(model), "max_model_len": 16384, "cache": {"memory_bytes": "64MiB"}}
+    if parallel is not None:
+        arguments["engine"]["parallel"] = dict(parallel)
+    arguments["gateway"] = {"served_model_name": MODEL_NAME, "conversation_date": "none"}
+    return config
 
 
 @contextmanager
@@ -109,20 +116,28 @@ def cantata_serve(folder: Path, model: Path, *flags: str) -> Iterator[Served]:
 def _ray_started(
     name: str, command: Sequence[str], folder: Path, ports: tuple[int, int], environment: Mapping[str, str]
 ) -> Iterator[Served]:
-    with _started(name, isolated(command) if can_isolate() else command, folder, environment) as served, ExitStack() as stack:
+    with started(name, isolated(command) if can_isolate() else command, folder, environment) as served, ExitStack() as stack:
         if can_isolate():
             _wait_for_namespace(served)
             reach = [stack.enter_context(Relay(served.process.pid, port)).port for port in ports]
         else:
             reach = list(ports)
         served.http, served.grpc = (f"127.0.0.1:{port}" for port in reach)
-        _wait_until_ready(served)
+        wait_until_ready(served)
         yield served
 
 
 @contextmanager
-def _started(name: str, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Iterator[Served]:
-    mark = new_mark()
+def started(
+    name: str, command: Sequence[str], folder: Path, environment: Mapping[str, str], mark: dict[str, str] | None = None
+) -> Iterator[Served]:
+    """The command, until the block ends; whatever has its mark then is killed.
+
+    Args:
+        mark: None: one of its own. One that was given is the caller's, and what else has it stays.
+    """
+    own = mark is None
+    mark = mark or new_mark()
     log = folder / f"{name.replace(' ', '-')}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -142,8 +157,8 @@ def _started(name: str, command: Sequence[str], folder: Path, environment: Mappi
         if process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 served.stop()
-        for line in none_left(mark, 0):  # only after a failed test: nothing may outlive the run
-            os.kill(int(line.split()[0]), signal.SIGKILL)
+        if own:
+            kill_marked(mark)  # only after a failed test: nothing may outlive the run
 
 
 def _heed_sigint() -> None:
@@ -159,7 +174,7 @@ def _ray_ports() -> tuple[int, int]:
         return first.getsockname()[1], second.getsockname()[1]
 
 
-def _wait_for(served: Served, pattern: str, timeout_s: float = 120) -> re.Match[str]:
+def wait_for(served: Served, pattern: str, timeout_s: float = 120) -> re.Match[str]:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         text = served.log.read_text(errors="replace")
@@ -178,7 +193,8 @@ def _wait_for_namespace(served: Served, timeout_s: float = 20) -> None:
         time.sleep(0.01)
 
 
-def _wait_until_ready(served: Served, timeout_s: float = 180) -> None:
+def wait_until_ready(served: Served, timeout_s: float = 180) -> None:
+    """Wait until some engine takes requests."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
