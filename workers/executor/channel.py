@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # From a rank.
 HELLO, PROGRESS, LOADED, READY, RESULT, LOGITS, FAILED = b"hello", b"progress", b"loaded", b"ready", b"result", b"logits", b"failed"
 # To a rank.
-JOIN, ALLOCATE, PLAN, COMPUTE_LOGITS, STOP = b"join", b"allocate", b"plan", b"compute logits", b"stop"
+JOIN, ALLOCATE, PLAN, COMPUTE_LOGITS, ALIVE, STOP = b"join", b"allocate", b"plan", b"compute logits", b"alive", b"stop"
 
 Body = dict[str, object]
 

@@ -5,13 +5,12 @@ rank 0's results come back. A rank that dies, says that it failed, or lets a ste
 futures get an error result, the engine is told, and the ranks are killed, since without one the others are of no use.
 """
 
-import importlib.metadata
 import logging
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Protocol
@@ -28,10 +27,10 @@ from workers.executor import channel as wire
 from workers.executor.base import MAX_IN_FLIGHT, ExecutorInfo
 from workers.executor.channel import EngineChannel
 from workers.executor.rank import Progress, RankLoaded, plan_kv_cache
-from workers.executor.rank_process import RankSpec
+from workers.executor.rank_process import RankSpec, identity
 from workers.kv_cache.tensors import KVCachePlan, KVMemory
 from workers.parallel.shard import plan_shards
-from workers.scheduler.plan import PLAN_VERSION, StepPlan, StepResult, decode_result, encode_plan
+from workers.scheduler.plan import StepPlan, StepResult, decode_result, encode_plan
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +42,8 @@ _CONNECT_S = 10.0
 """For a rank that said hello to connect its other socket."""
 _EXPLANATION_S = 0.2
 _POLL_S = 0.5
+_ALIVE_S = 1.0
+"""Between two signs of life to ranks that listen; one that hears none for long takes the engine for lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ class DistributedExecutor:
         self._receiver = threading.Thread(target=self._receive, name="cantata-results", daemon=True)
         self._stopping = threading.Event()
         self._failed = threading.Event()
+        self._alive_told_s = 0.0
         # Guarded by _lock.
         self._lock = threading.Lock()
         self._error: str | None = None
@@ -241,6 +243,7 @@ class DistributedExecutor:
         found: dict[int, wire.Body] = {}
         deadline = time.monotonic() + timeout_s
         while len(found) < self._size:
+            self._tell_alive(channel, found)  # these have nothing to do but listen
             # What a rank said before it ended explains more than how it ended.
             message = channel.receive(0 if self._error is not None else min(_POLL_S, max(deadline - time.monotonic(), 0)))
             if message is None:
@@ -265,18 +268,19 @@ class DistributedExecutor:
         return [found[rank] for rank in range(self._size)]
 
     def _check_hellos(self, hellos: Sequence[wire.Body]) -> None:
-        """All ranks, and this engine, must be the same software on the same checkpoint.
+        """All ranks must be the same software on the same checkpoint with the same configuration as this engine.
 
         Raises:
             ConfigError: names the rank, its host and what differs.
         """
-        own = {"version": importlib.metadata.version("cantata"), "plan_version": PLAN_VERSION, "fingerprint": hellos[0]["fingerprint"]}
-        for hello in hellos:
-            for field, what in (("version", "Cantata"), ("plan_version", "step messages"), ("fingerprint", "checkpoint")):
-                if hello[field] != own[field]:
+        for what, own in identity(self._config, self._max_model_len).items():
+            for hello in hellos:
+                theirs = hello["identity"]
+                found = theirs.get(what) if isinstance(theirs, dict) else None
+                if found != own:
                     raise ConfigError(
-                        f"rank {hello['rank']} on {hello['host']} has another {what} ({str(hello[field])[:12]}) than the others "
-                        f"({str(own[field])[:12]}): all nodes need the same"
+                        f"rank {hello['rank']} on {hello['host']} has another {what} ({str(found)[:12]}) than its engine on "
+                        f"{self._launcher.host} ({str(own)[:12]}): all nodes need the same"
                     )
 
     def _receive(self) -> None:
@@ -286,7 +290,15 @@ class DistributedExecutor:
             message = channel.receive(_POLL_S if not self._in_flight else min(_POLL_S, self._config.parallel.step_timeout_s / 4))
             if message is not None:
                 self._take(*message)
+            self._tell_alive(channel, range(self._size))
             self._check_time()
+
+    def _tell_alive(self, channel: EngineChannel, ranks: Iterable[int]) -> None:
+        now = time.monotonic()
+        if now - self._alive_told_s >= _ALIVE_S:
+            self._alive_told_s = now
+            for rank in ranks:
+                channel.send(rank, wire.ALIVE, b"")
 
     def _take(self, kind: bytes, body: bytes) -> None:
         if kind == wire.RESULT:

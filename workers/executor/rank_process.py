@@ -4,6 +4,7 @@
 the JSON on stdin), the actor of `ray_executor` under Ray.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -19,8 +20,8 @@ from dataclasses import asdict, dataclass, replace
 import msgpack
 import torch
 
-from workers.config import load_model_config
-from workers.config_json import engine_config_from_json
+from workers.config import EngineConfig, load_model_config
+from workers.config_json import engine_config_from_json, engine_config_to_json
 from workers.errors import CheckpointError, ConfigError
 from workers.executor import channel as wire
 from workers.executor.channel import Endpoints, RankChannel
@@ -70,17 +71,99 @@ class RankSpec:
         return RankSpec(**{**fields, "endpoints": Endpoints(**fields["endpoints"])})
 
 
-class _Stopped(Exception):
-    """The engine wants this rank to end, or is gone."""
+def identity(config: EngineConfig, max_model_len: int) -> dict[str, object]:
+    """What all ranks and their engine must have in common, by what it is called.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    told = json.dumps([engine_config_to_json(config), max_model_len])
+    return {
+        "Cantata": importlib.metadata.version("cantata"),
+        "torch": torch.__version__,
+        "version of step messages": PLAN_VERSION,
+        "checkpoint": fingerprint(config.model_path),
+        "configuration": hashlib.sha256(told.encode()).hexdigest(),
+    }
+
+
+class Stopped(Exception):
+    """The engine wants this rank to end, or its process is gone."""
+
+
+class EngineLost(Exception):
+    """The engine has been silent for too long: its host is gone or cannot be reached, or it is stopped."""
+
+
+class Engine:
+    """The engine as a rank hears it: what it wants next, or that it is no more.
+
+    It says each second that it is alive, which is heard here and goes no further.
+
+    Args:
+        orphaned: whether the engine's process is known to be gone.
+        silence_s: how long it may say nothing while this rank listens.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, channel: RankChannel, orphaned: Callable[[], bool], silence_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._channel = channel
+        self._orphaned = orphaned
+        self._silence_s = silence_s
+        self._clock = clock
+
+    def wait(self) -> tuple[bytes, bytes]:
+        """(kind, body) of the next message.
+
+        Raises:
+            Stopped, EngineLost: there will be none.
+        """
+        heard_s = self._clock()
+        while True:
+            message = self._channel.receive(_POLL_S)
+            if message is None:
+                if self._orphaned():
+                    raise Stopped
+                if self._clock() - heard_s > self._silence_s:
+                    raise EngineLost
+            elif message[0] == wire.ALIVE:
+                heard_s = self._clock()
+            else:
+                return _not_stop(message)
+
+    def look(self) -> tuple[bytes, bytes] | None:
+        """The next message if it is there.
+
+        Raises:
+            Stopped: it says so.
+        """
+        message = self._channel.receive(0)
+        return None if message is None or message[0] == wire.ALIVE else _not_stop(message)
+
+    def expect(self, wanted: bytes) -> bytes:
+        """The body of the next message, which has to be of that kind."""
+        kind, body = self.wait()
+        if kind != wanted:
+            raise ValueError(f"the engine sent {kind!r} where {wanted!r} was due")
+        return body
 
 
 def serve_rank(spec: RankSpec, orphaned: Callable[[], bool]) -> None:
-    """Run until the engine says stop, or `orphaned` says that it is gone. A failure is told to the engine, in one sentence."""
+    """Run until the engine says stop, or `orphaned` says that it is gone. A failure is told to the engine, in one sentence.
+
+    If the engine is lost, this ends the process: nobody is left who could, and what it holds of a GPU is wanted.
+    """
     channel = RankChannel(spec.endpoints)
     try:
         _serve(spec, channel, orphaned)
-    except _Stopped:
+    except Stopped:
         pass
+    except EngineLost:
+        logger.error("rank %d has lost its engine and ends", spec.rank)
+        logging.shutdown()
+        os._exit(1)
     except (CheckpointError, ConfigError) as error:
         channel.send(wire.FAILED, wire.pack(rank=spec.rank, kind=type(error).__name__, message=str(error)))
     except Exception as error:
@@ -105,16 +188,16 @@ def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -
         wire.pack(
             rank=spec.rank,
             host=spec.host,
-            version=importlib.metadata.version("cantata"),
-            plan_version=PLAN_VERSION,
-            fingerprint=fingerprint(config.model_path),
+            identity=identity(config, spec.max_model_len),
             store_port=0 if own_store is None else own_store.port,
         ),
     )
-    join = wire.unpack(_expect(channel, wire.JOIN, orphaned))
-    store = own_store or join_store(str(join["host"]), int(str(join["port"])), timeout_s=parallel.start_timeout_s)
     # The engine's watchdog is to be first: it can say which step, and it ends all ranks.
-    collectives = TorchDistributed(spec.rank, parallel.tensor, store, device, timeout_s=2 * parallel.step_timeout_s + 10)
+    patience_s = 2 * parallel.step_timeout_s + 10
+    engine = Engine(channel, orphaned, patience_s)
+    join = wire.unpack(engine.expect(wire.JOIN))
+    store = own_store or join_store(str(join["host"]), int(str(join["port"])), timeout_s=parallel.start_timeout_s)
+    collectives = TorchDistributed(spec.rank, parallel.tensor, store, device, timeout_s=patience_s)
     rank = Rank(
         config,
         model,
@@ -128,20 +211,20 @@ def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -
     try:
         loaded = rank.load()
         channel.send(wire.LOADED, wire.pack(rank=spec.rank, loaded=asdict(loaded)))
-        plan: dict[str, int] = msgpack.unpackb(_expect(channel, wire.ALLOCATE, orphaned))
+        plan: dict[str, int] = msgpack.unpackb(engine.expect(wire.ALLOCATE))
         rank.allocate(KVCachePlan(**plan))
         channel.send(wire.READY, wire.pack(rank=spec.rank, phases_s=rank.phases_s))
-        _run_plans(spec.rank, rank, channel, orphaned)
+        _run_plans(spec.rank, rank, channel, engine)
     finally:
         rank.close()
         collectives.close()
 
 
-def _run_plans(number: int, rank: Rank, channel: RankChannel, orphaned: Callable[[], bool]) -> None:
+def _run_plans(number: int, rank: Rank, channel: RankChannel, engine: Engine) -> None:
     launched: deque[tuple[LaunchedStep, float]] = deque()
     while True:
         free_since = time.perf_counter()
-        kind, body = _receive_while(number, launched, channel, orphaned)
+        kind, body = _receive_while(number, launched, channel, engine)
         if kind == wire.PLAN:
             idle_s = 0.0 if launched else time.perf_counter() - free_since
             launched.append((rank.launch(decode_plan(body)), idle_s))
@@ -153,9 +236,7 @@ def _run_plans(number: int, rank: Rank, channel: RankChannel, orphaned: Callable
             raise ValueError(f"the engine sent {kind!r} in the middle of serving")
 
 
-def _receive_while(
-    number: int, launched: deque[tuple[LaunchedStep, float]], channel: RankChannel, orphaned: Callable[[], bool]
-) -> tuple[bytes, bytes]:
+def _receive_while(number: int, launched: deque[tuple[LaunchedStep, float]], channel: RankChannel, engine: Engine) -> tuple[bytes, bytes]:
     """The next message. Meanwhile results are sent as they come: on a GPU the next plan is launched while the last one runs."""
     while launched:
         step, idle_s = launched[0]
@@ -164,30 +245,16 @@ def _receive_while(
             result = replace(step.result(), idle_s=idle_s)
             if number == 0 or result.error is not None:
                 channel.send(wire.RESULT, encode_result(result))
-        elif (message := channel.receive(0)) is not None:
-            return _not_stop(message)
+        elif (message := engine.look()) is not None:
+            return message
         else:
             time.sleep(_GPU_POLL_S)
-    return _receive(channel, orphaned)
-
-
-def _expect(channel: RankChannel, wanted: bytes, orphaned: Callable[[], bool]) -> bytes:
-    kind, body = _receive(channel, orphaned)
-    if kind != wanted:
-        raise ValueError(f"the engine sent {kind!r} where {wanted!r} was due")
-    return body
-
-
-def _receive(channel: RankChannel, orphaned: Callable[[], bool]) -> tuple[bytes, bytes]:
-    while (message := channel.receive(_POLL_S)) is None:
-        if orphaned():
-            raise _Stopped
-    return _not_stop(message)
+    return engine.wait()
 
 
 def _not_stop(message: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
     if message[0] == wire.STOP:
-        raise _Stopped
+        raise Stopped
     return message
 
 

@@ -19,17 +19,17 @@ import zmq
 from tests.support.processes import marked, new_mark, none_left
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from tests.support.waiting import until
-from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, load_model_config
+from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig, load_model_config
 from workers.config_json import engine_config_from_json, engine_config_to_json
 from workers.engine.engine import Engine
 from workers.engine.llm import LLM
 from workers.engine.stream import OutputStream, ThreadReader
 from workers.errors import CheckpointError, ConfigError, EngineDead
 from workers.executor import channel as wire
-from workers.executor.channel import EngineChannel
+from workers.executor.channel import EngineChannel, RankChannel
 from workers.executor.distributed import DistributedExecutor, Placement
 from workers.executor.process_ranks import ProcessRanks
-from workers.executor.rank_process import RankSpec
+from workers.executor.rank_process import RankSpec, identity
 from workers.model.make_checkpoint import write_checkpoint
 from workers.request import EngineOutput, EngineRequest, SamplingParams
 
@@ -195,16 +195,14 @@ def test_ranks_end_with_their_engine(checkpoint: Path, mark: dict[str, str]) -> 
 
 
 class ChangedSpecs(ProcessRanks):
-    """Rank 1 is told something else, or is not started at all."""
+    """Rank 1 is told something else."""
 
-    def __init__(self, change: Callable[[RankSpec], RankSpec | None]) -> None:
+    def __init__(self, change: Callable[[RankSpec], RankSpec]) -> None:
         super().__init__()
         self._change = change
 
     def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
-        changed = self._change(spec) if spec.rank == 1 else spec
-        if changed is not None:
-            super().launch(changed, on_exit)
+        super().launch(self._change(spec) if spec.rank == 1 else spec, on_exit)
 
 
 def refusal(config: EngineConfig, launcher: ProcessRanks) -> str:
@@ -225,9 +223,48 @@ def test_ranks_with_different_checkpoints_do_not_start(checkpoint: Path, tmp_pat
     assert "rank 1 on 127.0.0.1 has another checkpoint" in said
 
 
+class Greeters(ProcessRanks):
+    """Ranks that say hello and no more, without processes; rank 1 says something else, or nothing."""
+
+    def __init__(self, **says: object) -> None:
+        super().__init__()
+        self._says = says
+        self._channels: list[RankChannel] = []
+
+    def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
+        channel = RankChannel(spec.endpoints)
+        self._channels.append(channel)
+        if spec.rank != 1 or self._says:
+            own = identity(engine_config_from_json(spec.config), spec.max_model_len)
+            said = own | (self._says if spec.rank == 1 else {})
+            channel.send(wire.HELLO, wire.pack(rank=spec.rank, host="10.0.0.7", identity=said, store_port=1))
+
+    def end(self, grace_s: float) -> None:
+        for channel in self._channels:
+            channel.close(0)
+        self._channels.clear()
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [("Cantata", "0.0.9"), ("torch", "2.0.0"), ("version of step messages", 0), ("checkpoint", "0" * 64), ("configuration", "0" * 64)],
+)
+def test_ranks_that_are_not_alike_do_not_start(checkpoint: Path, what: str, value: object) -> None:
+    said = refusal(config_of(checkpoint), Greeters(**{what: value}))
+    assert said.startswith(f"rank 1 on 10.0.0.7 has another {what} ({str(value)[:12]}) than its engine on 127.0.0.1 (")
+
+
+def test_each_setting_counts_as_configuration(checkpoint: Path) -> None:
+    config = config_of(checkpoint)
+    changed = replace(config, scheduler=SchedulerConfig(max_num_seqs=7))
+    same, other, longer = identity(config, 256), identity(changed, 256), identity(config, 257)
+    assert [name for name in same if same[name] != other[name]] == ["configuration"]
+    assert [name for name in same if same[name] != longer[name]] == ["configuration"]
+
+
 def test_a_rank_that_does_not_come_is_named(checkpoint: Path) -> None:
-    said = refusal(config_of(checkpoint, start_timeout_s=6), ChangedSpecs(lambda spec: None))
-    assert said == "after 6 s these ranks have not started: 1"
+    said = refusal(config_of(checkpoint, start_timeout_s=2), Greeters())
+    assert said == "after 2 s these ranks have not started: 1"
 
 
 def test_what_is_wrong_with_a_checkpoint_is_said_once(tmp_path: Path) -> None:

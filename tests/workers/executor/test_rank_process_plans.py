@@ -7,6 +7,7 @@ import pytest
 from workers.executor import channel as wire
 from workers.executor import rank_process
 from workers.executor.rank import LaunchedStep
+from workers.executor.rank_process import Engine, EngineLost, Stopped
 from workers.scheduler.plan import StepPlan, StepResult, decode_result, encode_plan
 
 
@@ -62,8 +63,8 @@ def run(script: list[int | str], number: int = 0) -> tuple[list[str], list[int]]
     log: list[str] = []
     rank = Rank(log)
     channel = Channel(rank, script)
-    with pytest.raises(rank_process._Stopped):
-        rank_process._run_plans(number, rank, channel, lambda: False)
+    with pytest.raises(Stopped):
+        rank_process._run_plans(number, rank, channel, Engine(channel, lambda: False, 60))
     return log, channel.sent
 
 
@@ -83,3 +84,36 @@ def test_other_ranks_take_their_results_but_are_silent() -> None:
     log, sent = run([0, 1, "finish", "finish", "stop"], number=1)
     assert log == ["launch 0", "launch 1", "result 0", "result 1"]
     assert sent == []
+
+
+class Silence:
+    """A channel on which an engine says what it is told to, and time that passes while it is listened to."""
+
+    def __init__(self, script: list[bytes | None]) -> None:
+        self._script = deque(script)
+        self.now_s = 0.0
+
+    def receive(self, timeout_s: float) -> tuple[bytes, bytes] | None:
+        said = self._script.popleft()
+        self.now_s += timeout_s if said is None else 0.0
+        return None if said is None else (said, b"")
+
+
+def listen(script: list[bytes | None], *, orphaned: bool = False) -> tuple[tuple[bytes, bytes], float]:
+    channel = Silence(script)
+    # 2.5 s of silence are too much, and a look takes one second.
+    return Engine(channel, lambda: orphaned, 2.5, lambda: channel.now_s).wait(), channel.now_s
+
+
+def test_an_engine_that_says_nothing_for_too_long_is_lost() -> None:
+    with pytest.raises(EngineLost):
+        listen([None, None, None])
+    assert listen([None, None, wire.PLAN]) == ((wire.PLAN, b""), 2.0)
+    assert listen([None, None, wire.ALIVE, None, None, wire.ALIVE, wire.PLAN]) == ((wire.PLAN, b""), 4.0)
+    with pytest.raises(EngineLost):
+        listen([wire.ALIVE, None, None, None])
+
+
+def test_an_engine_whose_process_is_gone_is_not_waited_for() -> None:
+    with pytest.raises(Stopped):
+        listen([None], orphaned=True)
