@@ -9,8 +9,8 @@ from ray.serve.schema import LoggingConfig
 from cluster.config import AppConfig
 from cluster.serve.gateway import GatewayReplica
 from cluster.serve.replica import DRAIN_S, EngineReplica
+from cluster.serve.room import bundle_strategy, replica_bundles
 from workers.config import load_model_config
-from workers.executor.ray_executor import bundle_strategy, rank_bundles
 from workers.parallel.shard import plan_shards
 
 ENGINE_DEPLOYMENT = "engine"
@@ -69,11 +69,9 @@ def build(args: AppConfig) -> serve.Application:
 
 def _resources(args: AppConfig) -> dict[str, Any]:
     """What Ray reserves for a replica. It gives a process as many compute threads as CPUs, and shows it only the GPUs it has."""
-    on_gpu = not args.engine.device.startswith("cpu")
-    cpus, num_ranks = args.engine_cpus or 1, args.engine.parallel.tensor
-    if num_ranks == 1:
-        return {"ray_actor_options": {"num_cpus": cpus, "num_gpus": 1 if on_gpu else 0}}
-    bundles = rank_bundles(num_ranks, cpus_per_rank=max(1, cpus // num_ranks), on_gpu=on_gpu)
+    bundles = replica_bundles(args)
+    if len(bundles) == 1:
+        return {"ray_actor_options": {"num_cpus": bundles[0]["CPU"], "num_gpus": bundles[0].get("GPU", 0)}}
     return {
         # The engine's process only plans and answers; it runs beside rank 0.
         "ray_actor_options": {"num_cpus": 0},

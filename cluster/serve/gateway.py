@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -17,6 +18,8 @@ from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import SERVICE_NAME, InferenceServicer
 from cluster.rpc import inference_pb2 as pb
 from cluster.serve.cluster_view import SERVE_LOGGER, RefusedCall, ServeReplicas, missing_ingress_variables, quiet_refusals
+from cluster.serve.room import replica_bundles, shortage
+from workers.errors import ConfigError
 from workers.rpc.convert import EngineInfo
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(SERVE_LOGGER)
 
 _MAX_UNSENT_EVENTS = 16
+_ROOM_PERIOD_S = 30.0
+"""Between two looks at whether there is room for the engines that have not come."""
 
 
 class GatewayReplica:
@@ -47,7 +52,12 @@ class GatewayReplica:
         encoding = load_encoding(config)
         self._config = config
         self._replicas = ServeReplicas(engine)
-        self._service, self._info = await build_service(config, encoding, self._replicas)
+        building = asyncio.create_task(build_service(config, encoding, self._replicas))
+        try:
+            await _watch_room(building, config)
+            self._service, self._info = await building
+        finally:
+            building.cancel()
         self._servicer = InferenceServicer(self._service, config.gateway.api_keys)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -101,6 +111,25 @@ class GatewayReplica:
         if service is not None:
             self._replicas.stop()
             await service.close()
+
+
+async def _watch_room(starting: "asyncio.Future[Any]", config: AppConfig) -> None:
+    """Until an engine is there, say in the log if the cluster has no room for one: Ray and Serve wait without an end, and say little.
+
+    Raises:
+        ConfigError: there was none for start_timeout_s.
+    """
+    bundles, begin_s, limit_s = replica_bundles(config), time.monotonic(), config.engine.parallel.start_timeout_s
+    while True:
+        waited_s = time.monotonic() - begin_s
+        done, _ = await asyncio.wait([starting], timeout=min(_ROOM_PERIOD_S, max(limit_s - waited_s, _ROOM_PERIOD_S / 10)))
+        if done:
+            return
+        lack, waited_s = await asyncio.to_thread(shortage, bundles), time.monotonic() - begin_s
+        if lack is not None and waited_s >= limit_s:
+            raise ConfigError(f"for {limit_s:g} s there was no room for an engine: {lack}; lower engine.parallel.tensor, or add nodes")
+        if lack is not None:
+            logger.warning("No engine can start yet: %s", lack)
 
 
 class _Context:

@@ -154,21 +154,13 @@ def _check_room(config: CantataConfig) -> None:
     """This Ray is this machine, and grows no further: what does not fit now never will.
 
     Raises:
-        ConfigError: says what is there and what is wanted.
+        ConfigError: says what is free and what is wanted.
     """
-    import ray
+    from cluster.serve.room import replica_bundles, shortage
 
-    parallel = config.engine.parallel
-    if config.engine.device.startswith("cpu"):
-        resource, per_replica = "CPU", max(parallel.tensor, config.engine_cpus or 1)
-    else:
-        resource, per_replica = "GPU", parallel.tensor
-    there: float = ray.cluster_resources().get(resource, 0)  # type: ignore[no-untyped-call]
-    if parallel.tensor > 1 and per_replica * config.replicas > there:
-        raise ConfigError(
-            f"{config.replicas} replicas of {parallel.tensor} ranks want {per_replica * config.replicas} {resource}s, and this machine has "
-            f"{there:g}: lower engine.parallel.tensor or replicas, or serve on a cluster"
-        )
+    lack = shortage(replica_bundles(_application(config)), config.replicas)
+    if lack is not None:
+        raise ConfigError(f"{lack} on this machine: lower engine.parallel.tensor or replicas, or serve on a cluster")
 
 
 def _shut_serve_down() -> None:

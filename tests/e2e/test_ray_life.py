@@ -12,7 +12,7 @@ from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
 from tests.e2e import scripts
 from tests.support.processes import marked, none_left
-from tests.support.served import MODEL_NAME, Served, cantata_serve, serve_run
+from tests.support.served import BIN, MODEL_NAME, Served, cantata_serve, isolated_if_possible, serve_run, started
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.ray
@@ -82,6 +82,17 @@ def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path
         assert "set RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1" in served.log.read_text(errors="replace")
         assert served.stop() == 0
         assert none_left(served.mark, 15) == []
+
+
+def test_more_ranks_than_this_machine_has_room_for(model: Path, tmp_path: Path) -> None:
+    replicas = (os.cpu_count() or 1) + 1
+    flags = ["--model", str(model), "--tensor-parallel-size", "2", "--replicas", str(replicas)]
+    with started("too large", isolated_if_possible([str(BIN / "cantata"), "serve", *flags]), tmp_path, {"HOME": str(tmp_path)}) as served:
+        assert served.process.wait(120) == 1
+        assert none_left(served.mark, 15) == []
+    log = served.log.read_text(errors="replace")
+    assert f"{replicas} replicas of 2 ranks want {2 * replicas} CPUs, free are {os.cpu_count()} of {os.cpu_count()} CPU" in log
+    assert "Traceback" not in log
 
 
 def answer_of(response: httpx.Response) -> object:

@@ -116,7 +116,7 @@ def cantata_serve(folder: Path, model: Path, *flags: str) -> Iterator[Served]:
 def _ray_started(
     name: str, command: Sequence[str], folder: Path, ports: tuple[int, int], environment: Mapping[str, str]
 ) -> Iterator[Served]:
-    with started(name, isolated(command) if can_isolate() else command, folder, environment) as served, ExitStack() as stack:
+    with started(name, isolated_if_possible(command), folder, environment) as served, ExitStack() as stack:
         if can_isolate():
             _wait_for_namespace(served)
             reach = [stack.enter_context(Relay(served.process.pid, port)).port for port in ports]
@@ -125,6 +125,11 @@ def _ray_started(
         served.http, served.grpc = (f"127.0.0.1:{port}" for port in reach)
         wait_until_ready(served)
         yield served
+
+
+def isolated_if_possible(command: Sequence[str]) -> list[str]:
+    """The command, in a network namespace of its own where we may make one."""
+    return isolated(command) if can_isolate() else list(command)
 
 
 @contextmanager

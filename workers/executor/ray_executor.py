@@ -17,25 +17,6 @@ from workers.executor.rank_process import RankSpec, serve_rank
 logger = logging.getLogger(__name__)
 
 
-def rank_bundles(num_ranks: int, *, cpus_per_rank: int, on_gpu: bool) -> list[dict[str, float]]:
-    """The resources of a replica, a bundle for each rank. The engine's own process runs in the first one and claims nothing."""
-    bundle: dict[str, float] = {"CPU": cpus_per_rank}
-    if on_gpu:
-        bundle["GPU"] = 1
-    return [dict(bundle) for _ in range(num_ranks)]
-
-
-def bundle_strategy(bundles: Sequence[dict[str, float]]) -> str:
-    """STRICT_PACK if some node of the running cluster is large enough for all bundles, else PACK: as few nodes as can be."""
-    wanted: dict[str, float] = {}
-    for bundle in bundles:
-        for resource, amount in bundle.items():
-            wanted[resource] = wanted.get(resource, 0) + amount
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    fits = any(all(node.get(resource, 0) >= amount for resource, amount in wanted.items()) for node in nodes)
-    return "STRICT_PACK" if fits else "PACK"
-
-
 class _RankActor:
     """One rank. Its one call lasts as long as the rank."""
 
@@ -46,7 +27,7 @@ class _RankActor:
 
 
 class RayRanks:
-    """A RankLauncher. Made in a process that runs in a placement group with a bundle for each rank, as `rank_bundles` makes them.
+    """A RankLauncher. Made in a process that runs in a placement group with a bundle for each rank.
 
     Args:
         group: None: the one this process runs in.

@@ -1,0 +1,60 @@
+"""What an engine's replica wants of a Ray cluster, and whether there is room for it."""
+
+from collections.abc import Mapping, Sequence
+
+import ray
+from ray.util.placement_group import placement_group_table
+
+from cluster.config import AppConfig
+
+Bundle = Mapping[str, float]
+
+
+def replica_bundles(config: AppConfig) -> list[dict[str, float]]:
+    """The resources of a replica, a bundle for each rank. The engine's own process runs beside rank 0 and claims nothing."""
+    num_ranks = config.engine.parallel.tensor
+    bundle: dict[str, float] = {"CPU": max(1, (config.engine_cpus or 1) // num_ranks)}
+    if not config.engine.device.startswith("cpu"):
+        bundle["GPU"] = 1
+    return [dict(bundle) for _ in range(num_ranks)]
+
+
+def bundle_strategy(bundles: Sequence[Bundle]) -> str:
+    """STRICT_PACK if some node of the running cluster is large enough for all bundles, else PACK: as few nodes as can be."""
+    return "STRICT_PACK" if any(_num_fitting(node, bundles[0]) >= len(bundles) for node in _nodes()) else "PACK"
+
+
+def shortage(bundles: Sequence[Bundle], num_replicas: int = 1) -> str | None:
+    """Why so many replicas cannot be placed, in half a sentence that says what is wanted and what is free; None if they can be.
+
+    Args:
+        bundles: of one replica, all alike.
+    """
+    (bundle, *_), num_bundles = bundles, len(bundles) * num_replicas
+    if sum(_num_fitting(node, bundle) for node in _nodes()) >= num_bundles and not _is_pending(bundles):
+        return None
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    wanted = " and ".join(_amount(name, amount * num_bundles) for name, amount in bundle.items())
+    there = " and ".join(f"{free.get(name, 0):g} of {_amount(name, total.get(name, 0))}" for name in bundle)
+    of = f"of {len(bundles)} rank{'s' * (len(bundles) > 1)}"
+    return f"{num_replicas} replica{'s' * (num_replicas > 1)} {of} want{'s' * (num_replicas == 1)} {wanted}, free are {there}"
+
+
+def _nodes() -> list[dict[str, float]]:
+    """All resources of each node, taken or not."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _num_fitting(node: Bundle, bundle: Bundle) -> int:
+    return min(int(node.get(name, 0) // amount) for name, amount in bundle.items())
+
+
+def _is_pending(bundles: Sequence[Bundle]) -> bool:
+    """Whether Ray looks for room for a placement group of this form."""
+    groups = placement_group_table().values()
+    return any(group["state"] == "PENDING" and list(group["bundles"].values()) == list(bundles) for group in groups)
+
+
+def _amount(name: str, amount: float) -> str:
+    return f"{amount:g} {name}{'s' * (amount != 1)}"

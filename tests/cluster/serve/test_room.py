@@ -1,0 +1,114 @@
+"""Whether a cluster has room for a replica, and what is said where it has none."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from cluster.config import AppConfig
+from cluster.serve import gateway, room
+from workers.config import EngineConfig, ParallelConfig
+from workers.errors import ConfigError
+
+EIGHT_GPUS = {"CPU": 64.0, "GPU": 8.0, "memory": 1e12}
+
+
+def config_of(tensor: int, device: str, *, cpus: int | None = None, start_timeout_s: float = 300.0) -> AppConfig:
+    parallel = ParallelConfig(tensor, start_timeout_s=start_timeout_s)
+    return AppConfig(engine=EngineConfig(Path("somewhere"), device=device, parallel=parallel), engine_cpus=cpus)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> "Cluster":
+    return Cluster(monkeypatch)
+
+
+class Cluster:
+    """What Ray says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+        self.has([])
+
+    def has(
+        self, nodes: Sequence[Mapping[str, float]], *, used: Mapping[str, float] | None = None, pending: Sequence[Mapping[str, float]] = ()
+    ) -> None:
+        total = {name: sum(node.get(name, 0) for node in nodes) for node in nodes for name in node}
+        free = {name: amount - (used or {}).get(name, 0) for name, amount in total.items()}
+        groups = {
+            "ready": {"state": "CREATED", "bundles": {0: {"CPU": 1.0}}},
+            "waits": {"state": "PENDING", "bundles": dict(enumerate(pending))},
+        }
+        dead = {"Alive": False, "Resources": {"CPU": 1000.0, "GPU": 1000.0}}
+        self._patch.setattr(room.ray, "nodes", lambda: [dead, *({"Alive": True, "Resources": dict(node)} for node in nodes)])
+        self._patch.setattr(room.ray, "cluster_resources", lambda: total)
+        self._patch.setattr(room.ray, "available_resources", lambda: {name: amount for name, amount in free.items() if amount})
+        self._patch.setattr(room, "placement_group_table", lambda: groups)
+
+
+def test_bundles_of_a_replica() -> None:
+    assert room.replica_bundles(config_of(1, "cpu", cpus=6)) == [{"CPU": 6}]
+    assert room.replica_bundles(config_of(3, "cpu", cpus=8)) == [{"CPU": 2}] * 3
+    assert room.replica_bundles(config_of(2, "cuda")) == [{"CPU": 1, "GPU": 1}] * 2
+
+
+@pytest.mark.parametrize(
+    ("tensor", "replicas", "nodes", "strategy", "said"),
+    [
+        (8, 1, [EIGHT_GPUS], "STRICT_PACK", None),
+        (8, 2, [EIGHT_GPUS], "STRICT_PACK", "2 replicas of 8 ranks want 16 CPUs and 16 GPUs, free are 64 of 64 CPUs and 8 of 8 GPUs"),
+        (16, 1, [EIGHT_GPUS, EIGHT_GPUS], "PACK", None),
+        (9, 1, [EIGHT_GPUS], "PACK", "1 replica of 9 ranks wants 9 CPUs and 9 GPUs, free are 64 of 64 CPUs and 8 of 8 GPUs"),
+        # Enough of each, but not on the same nodes.
+        (
+            2,
+            1,
+            [{"CPU": 64.0}, {"GPU": 8.0}],
+            "PACK",
+            "1 replica of 2 ranks wants 2 CPUs and 2 GPUs, free are 64 of 64 CPUs and 8 of 8 GPUs",
+        ),
+        (1, 1, [{"CPU": 1.0}], "PACK", "1 replica of 1 rank wants 1 CPU and 1 GPU, free are 1 of 1 CPU and 0 of 0 GPUs"),
+        (1, 1, [], "PACK", "1 replica of 1 rank wants 1 CPU and 1 GPU, free are 0 of 0 CPUs and 0 of 0 GPUs"),
+    ],
+)
+def test_what_fits_and_what_does_not(
+    cluster: Cluster, tensor: int, replicas: int, nodes: list[dict[str, float]], strategy: str, said: str | None
+) -> None:
+    cluster.has(nodes)
+    bundles = room.replica_bundles(config_of(tensor, "cuda"))
+    assert room.bundle_strategy(bundles) == strategy
+    assert room.shortage(bundles, replicas) == said
+
+
+def test_what_others_use_is_not_free(cluster: Cluster) -> None:
+    bundles = room.replica_bundles(config_of(4, "cuda"))
+    cluster.has([EIGHT_GPUS], used={"GPU": 6}, pending=[{"CPU": 1.0, "GPU": 1.0}] * 4)
+    assert room.shortage(bundles) == "1 replica of 4 ranks wants 4 CPUs and 4 GPUs, free are 64 of 64 CPUs and 2 of 8 GPUs"
+    # Our engines have theirs and load; somebody else waits for something else.
+    cluster.has([EIGHT_GPUS], used={"GPU": 6}, pending=[{"CPU": 1.0, "GPU": 1.0}] * 5)
+    assert room.shortage(bundles) is None
+
+
+async def test_a_gateway_without_engines_says_why_and_gives_up(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.has([{"CPU": 4.0}])
+    monkeypatch.setattr(gateway, "_ROOM_PERIOD_S", 0.05)
+    never = asyncio.get_running_loop().create_future()
+    with pytest.raises(
+        ConfigError, match=r"^for 0.2 s there was no room for an engine: 1 replica of 5 ranks wants 5 CPUs, free are 4 of 4 CPUs;"
+    ):
+        await gateway._watch_room(never, config_of(5, "cpu", start_timeout_s=0.2))
+    assert "No engine can start yet: 1 replica of 5 ranks wants 5 CPUs, free are 4 of 4 CPUs" in caplog.text
+
+
+async def test_a_gateway_waits_for_engines_that_load(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.has([{"CPU": 4.0}], used={"CPU": 4})
+    monkeypatch.setattr(gateway, "_ROOM_PERIOD_S", 0.01)
+    starting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    watch = asyncio.create_task(gateway._watch_room(starting, config_of(4, "cpu", start_timeout_s=0.02)))
+    await asyncio.wait([watch], timeout=0.2)
+    assert not watch.done()
+    starting.set_result(None)
+    await watch
