@@ -80,10 +80,8 @@ def rope_and_store_kv(qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor, kv_
     Raises:
         ValueError, IndexError: as in `store_kv` and `apply_rope`.
     """
-    _check_cache(kv_cache)
+    check_rope_and_store(qkv, num_heads, cos, sin, kv_cache, slot_mapping)
     num_kv_heads = kv_cache.shape[3]
-    if qkv.ndim != 3 or qkv.shape[1] != num_heads + 2 * num_kv_heads:
-        raise ValueError(f"qkv must be [T, {num_heads} + 2 * {num_kv_heads}, head_dim], got shape {list(qkv.shape)}")
     q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     store_kv(apply_rope(k, cos, sin), v, kv_cache, slot_mapping)
     return apply_rope(q, cos, sin)
@@ -120,10 +118,12 @@ def paged_attention(
         ValueError: names the argument of a wrong shape, dtype or value; num_heads is not a multiple of num_kv_heads.
     Follows: FlashAttention-2 (arXiv 2307.08691); sinks as in openai/gpt-oss torch/model.py `sdpa`.
     """
-    _check_attention(q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window)
+    check_attention(q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window)
     block_size = kv_cache.shape[2]
+    lengths, first_rows = context_lens.tolist(), cu_seqlens_q.tolist()
+    check_lengths(lengths, first_rows, q.shape[0], block_table.shape[1] * block_size)
     key_tile = _round_up(KEY_TILE if window is None else min(KEY_TILE, window), block_size)
-    tiles = _query_tiles(context_lens.tolist(), cu_seqlens_q.tolist(), block_table.shape[1] * block_size, key_tile, window)
+    tiles = _query_tiles(lengths, first_rows, key_tile, window)
     num_kv_heads, head_dim = kv_cache.shape[3:]
     group = q.shape[1] // num_kv_heads
     out = torch.empty_like(q)
@@ -141,16 +141,10 @@ def _padded(tile: _QueryTile) -> int:
     return next(size for size in QUERY_TILES if size >= tile.num_queries)
 
 
-def _query_tiles(
-    context_lens: list[int], cu_seqlens_q: list[int], max_context_len: int, key_tile: int, window: int | None
-) -> list[_QueryTile]:
+def _query_tiles(context_lens: list[int], cu_seqlens_q: list[int], key_tile: int, window: int | None) -> list[_QueryTile]:
     tiles = []
     for seq, context_len in enumerate(context_lens):
         first_row, end_row = cu_seqlens_q[seq], cu_seqlens_q[seq + 1]
-        if not 0 <= end_row - first_row <= context_len:
-            raise ValueError(f"cu_seqlens_q gives sequence {seq} {end_row - first_row} queries, its context_lens is {context_len}")
-        if end_row > first_row and context_len > max_context_len:
-            raise ValueError(f"block_table holds {max_context_len} positions a sequence, context_lens of sequence {seq} is {context_len}")
         for row in range(first_row, end_row, QUERY_TILES[-1]):
             num_queries = min(QUERY_TILES[-1], end_row - row)
             position = context_len - (end_row - row)
@@ -261,7 +255,7 @@ def _check_cache(kv_cache: Tensor) -> None:
         raise ValueError("kv_cache must be contiguous in each of its halves")
 
 
-def _check_attention(
+def check_attention(
     q: Tensor,
     kv_cache: Tensor,
     block_table: Tensor,
@@ -270,6 +264,11 @@ def _check_attention(
     sinks: Tensor,
     window: int | None,
 ) -> None:
+    """Refuse shapes and dtypes that `paged_attention` cannot take; what the tensors hold is for `check_lengths`.
+
+    Raises:
+        ValueError: names the argument.
+    """
     _check_cache(kv_cache)
     num_kv_heads, head_dim = kv_cache.shape[3:]
     if q.ndim != 3 or q.shape[2] != head_dim:
@@ -281,14 +280,51 @@ def _check_attention(
     if block_table.ndim != 2 or block_table.dtype != torch.int32:
         raise ValueError(f"block_table must be [num_seqs, max_blocks] int32, got shape {list(block_table.shape)} of {block_table.dtype}")
     num_seqs = block_table.shape[0]
-    for name, tensor, length in (("context_lens", context_lens, num_seqs), ("cu_seqlens_q", cu_seqlens_q, num_seqs + 1)):
-        if tuple(tensor.shape) != (length,) or tensor.dtype != torch.int32:
-            raise ValueError(f"{name} must be [{length}] int32, got shape {list(tensor.shape)} of {tensor.dtype}")
-    if int(cu_seqlens_q[0]) != 0 or int(cu_seqlens_q[-1]) != q.shape[0]:
-        raise ValueError(
-            f"cu_seqlens_q must run from 0 to the {q.shape[0]} rows of q, got {int(cu_seqlens_q[0])} to {int(cu_seqlens_q[-1])}"
-        )
-    if tuple(sinks.shape) != (q.shape[1],):
+    if context_lens.shape != (num_seqs,) or context_lens.dtype != torch.int32:
+        raise ValueError(f"context_lens must be [{num_seqs}] int32, got shape {list(context_lens.shape)} of {context_lens.dtype}")
+    if cu_seqlens_q.shape != (num_seqs + 1,) or cu_seqlens_q.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens_q must be [{num_seqs + 1}] int32, got shape {list(cu_seqlens_q.shape)} of {cu_seqlens_q.dtype}")
+    if sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks must be [{q.shape[1]}], got shape {list(sinks.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+
+
+def check_lengths(context_lens: list[int], cu_seqlens_q: list[int], num_rows: int, max_context_len: int) -> None:
+    """Refuse lengths that do not fit together.
+
+    Args:
+        num_rows: of q.
+        max_context_len: positions that a row of the block table holds.
+    Raises:
+        ValueError: names the argument.
+    """
+    if cu_seqlens_q[0] != 0 or cu_seqlens_q[-1] != num_rows:
+        raise ValueError(f"cu_seqlens_q must run from 0 to the {num_rows} rows of q, got {cu_seqlens_q[0]} to {cu_seqlens_q[-1]}")
+    for seq, context_len in enumerate(context_lens):
+        num_queries = cu_seqlens_q[seq + 1] - cu_seqlens_q[seq]
+        if not 0 <= num_queries <= context_len:
+            raise ValueError(f"cu_seqlens_q gives sequence {seq} {num_queries} queries, its context_lens is {context_len}")
+        if num_queries and context_len > max_context_len:
+            raise ValueError(f"block_table holds {max_context_len} positions a sequence, context_lens of sequence {seq} is {context_len}")
+
+
+def check_rope_and_store(qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Refuse shapes and dtypes that `rope_and_store_kv` cannot take.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    _check_cache(kv_cache)
+    num_kv_heads, head_dim = kv_cache.shape[3:]
+    if qkv.ndim != 3 or qkv.shape[1:] != (num_heads + 2 * num_kv_heads, head_dim):
+        raise ValueError(f"qkv must be [T, {num_heads} + 2 * {num_kv_heads}, {head_dim}], got shape {list(qkv.shape)}")
+    if qkv.dtype != kv_cache.dtype:
+        raise ValueError(f"qkv must be {kv_cache.dtype} as kv_cache is, got {qkv.dtype}")
+    if head_dim % 2:
+        raise ValueError(f"qkv must have an even head_dim, got {head_dim}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.shape != (qkv.shape[0], head_dim // 2):
+            raise ValueError(f"{name} must be [{qkv.shape[0]}, {head_dim // 2}], got shape {list(table.shape)}")
+    if slot_mapping.shape != qkv.shape[:1] or slot_mapping.dtype != torch.int64:
+        raise ValueError(f"slot_mapping must be [{qkv.shape[0]}] int64, got shape {list(slot_mapping.shape)} of {slot_mapping.dtype}")

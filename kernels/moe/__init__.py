@@ -3,11 +3,19 @@
 from torch import Tensor
 
 from kernels.cpu import experts as cpu
+from kernels.cpu import gate as cpu_gate
 from kernels.moe import reference
-from kernels.moe.reference import gate_topk
 from kernels.mxfp4 import PackedMXFP4
 
 __all__ = ["fused_experts", "gate_topk"]
+
+
+def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`kernels.moe.reference.gate_topk`, which defines it, by the kernel for this device."""
+    if not cpu_gate.can_run(gate_logits):
+        return reference.gate_topk(gate_logits, k)
+    reference.check_gate(gate_logits, k)
+    return cpu_gate.gate_topk(gate_logits, k)
 
 
 def fused_experts(

@@ -21,10 +21,7 @@ def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: gate_logits is not a matrix, or k is not in 1 to E.
     """
-    if gate_logits.ndim != 2:
-        raise ValueError(f"gate_logits must be [T, E], got shape {list(gate_logits.shape)}")
-    if not 1 <= k <= gate_logits.shape[1]:
-        raise ValueError(f"k must be from 1 to the {gate_logits.shape[1]} experts, got {k}")
+    check_gate(gate_logits, k)
     values, ids = gate_logits.float().sort(dim=-1, descending=True, stable=True)
     return ids[:, :k].to(torch.int32), values[:, :k].softmax(dim=-1)
 
@@ -98,6 +95,18 @@ def _swiglu(hidden: Tensor, limit: float, alpha: float) -> Tensor:
     up = hidden[:, 1::2].clamp(min=-limit, max=limit)
     # Not torch.sigmoid: its vectorised loop and its remainder loop round differently, so a row's result would depend on its place.
     return (up + 1) * (gate / (1 + torch.exp(gate * -alpha)))
+
+
+def check_gate(gate_logits: Tensor, k: int) -> None:
+    """Refuse what `gate_topk` cannot choose from.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if gate_logits.ndim != 2:
+        raise ValueError(f"gate_logits must be [T, E], got shape {list(gate_logits.shape)}")
+    if not 1 <= k <= gate_logits.shape[1]:
+        raise ValueError(f"k must be from 1 to the {gate_logits.shape[1]} experts, got {k}")
 
 
 def check_experts(

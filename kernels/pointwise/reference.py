@@ -17,8 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         ValueError: weight is not [H].
     """
-    if x.ndim == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight must have the width of x {list(x.shape[-1:])}, got shape {list(weight.shape)}")
+    check_rms_norm(x, weight)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (weight.float() * normed).to(x.dtype)
@@ -35,8 +34,7 @@ def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) ->
     Raises:
         ValueError: names the argument of a wrong shape or dtype.
     """
-    if delta.shape != residual.shape or delta.dtype != residual.dtype:
-        raise ValueError(f"delta must be {list(residual.shape)} {residual.dtype} as residual is, got {list(delta.shape)} {delta.dtype}")
+    check_add_rms_norm(residual, delta, weight)
     residual = residual + delta
     return residual, rms_norm(residual, weight, eps)
 
@@ -113,3 +111,24 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos.float()[:, None], sin.float()[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def check_rms_norm(x: Tensor, weight: Tensor) -> None:
+    """Refuse what `rms_norm` cannot compute.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if x.ndim == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must have the width of x {list(x.shape[-1:])}, got shape {list(weight.shape)}")
+
+
+def check_add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor) -> None:
+    """Refuse what `add_rms_norm` cannot compute.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if delta.shape != residual.shape or delta.dtype != residual.dtype:
+        raise ValueError(f"delta must be {list(residual.shape)} {residual.dtype} as residual is, got {list(delta.shape)} {delta.dtype}")
+    check_rms_norm(residual, weight)

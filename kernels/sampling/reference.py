@@ -80,15 +80,23 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     Raises:
         ValueError: names the argument or field of a wrong shape, dtype or range.
     """
+    check(logits, batch)
+    raw = logits.float()
+    token_ids = _choose(modify(raw, batch), batch)
+    if batch.logprob_rows is None:
+        return SampleOutput(token_ids)
+    return logprobs(raw, token_ids, batch.logprob_rows, batch.num_top_logprobs)
+
+
+def check(logits: Tensor, batch: SamplingBatch) -> None:
+    """Refuse what `sample` cannot sample from.
+
+    Raises:
+        ValueError: names the argument or field.
+    """
     if logits.ndim != 2 or not logits.dtype.is_floating_point or logits.shape[1] == 0:
         raise ValueError(f"logits must be [S, V] float with V > 0, got shape {list(logits.shape)} of {logits.dtype}")
     batch.check(*logits.shape)
-    raw = logits.float()
-    modified = _modify(raw, batch)
-    token_ids = _choose(modified, batch)
-    if batch.logprob_rows is None:
-        return SampleOutput(token_ids)
-    return _logprobs(raw, token_ids, batch.logprob_rows, batch.num_top_logprobs)
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +105,7 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _WORD, product & _WORD
 
 
-def _modify(raw: Tensor, batch: SamplingBatch) -> Tensor:
+def modify(raw: Tensor, batch: SamplingBatch) -> Tensor:
     """Step 1. Returns `raw` itself if there is nothing to do, else a changed copy."""
     parts = (batch.logit_bias, batch.penalties, batch.allowed_ids, batch.allowed_bits, batch.forbidden_ids)
     if all(part is None for part in parts):
@@ -222,7 +230,8 @@ def _leading_mask(values: Tensor, leading: Tensor, counts: Tensor) -> Tensor:
     return mask
 
 
-def _logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> SampleOutput:
+def logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> SampleOutput:
+    """Log probabilities of the chosen tokens and of the num_top most likely ones in the given rows of logits."""
     wanted = logits[rows]
     normaliser = wanted.logsumexp(-1)
     chosen = wanted.gather(1, token_ids[rows, None])[:, 0] - normaliser

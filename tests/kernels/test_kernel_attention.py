@@ -1,4 +1,4 @@
-"""Paged attention against a float64 formulation over plain, unpaged keys and values."""
+"""Paged attention, the reference's and the C++ one, against a float64 formulation over plain, unpaged keys and values."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kernels.attention import paged_attention, rope_and_store_kv, store_kv
 from kernels.attention import reference as attention_reference
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 BLOCK_SIZE = 16
 HEADS, KV_HEADS, HEAD_DIM = 6, 3, 10
@@ -44,23 +46,25 @@ class Case:
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None) -> Tensor:
-    """Query by query over exactly the keys it may see, with the sink as one more column; float64."""
-    out = torch.empty(q.shape, dtype=torch.float64)
+    """All queries at once over plain keys, masked, with the sink as one more column; float64."""
     group = q.shape[1] // k.shape[1]
-    offset = len(k) - len(q)
-    for i in range(len(q)):
-        position = offset + i
-        first = 0 if window is None else max(0, position - window + 1)
-        for head in range(q.shape[1]):
-            seen = k[first : position + 1, head // group].double()
-            logits = torch.cat((seen @ q[i, head].double() * SCALE, sinks[head].double()[None]))
-            weights = torch.softmax(logits, 0)[:-1]
-            out[i, head] = weights @ v[first : position + 1, head // group].double()
-    return out
+    keys, values = (tensor.double().repeat_interleave(group, dim=1).transpose(0, 1) for tensor in (k, v))
+    logits = q.double().transpose(0, 1) @ keys.transpose(1, 2) * SCALE  # [heads, queries, keys]
+    position, key = torch.arange(len(k) - len(q), len(k))[:, None], torch.arange(len(k))
+    visible = (key <= position) & (key > position - (len(k) if window is None else window))
+    logits = logits.masked_fill(~visible, -torch.inf)
+    weights = torch.cat((logits, sinks.double()[:, None, None].expand(-1, len(q), 1)), dim=2).softmax(-1)[:, :, :-1]
+    return (weights @ values).transpose(0, 1)
 
 
 def make_case(
-    lengths: list[tuple[int, int]], *, window: int | None = None, seed: int = 0, dtype: torch.dtype = torch.float32, heads: int = HEADS
+    lengths: list[tuple[int, int]],
+    *,
+    window: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    heads: int = HEADS,
+    head_dim: int = HEAD_DIM,
 ) -> Case:
     """`lengths` are (query_len, context_len). All that may not be read is NaN or out of range: unwritten slots, other blocks, the null
     block, table entries past the last block; blocks wholly behind the window are the null block."""
@@ -68,13 +72,13 @@ def make_case(
     max_blocks = max(-(-context // BLOCK_SIZE) for _, context in lengths) + 2
     num_blocks = 1 + sum(-(-context // BLOCK_SIZE) for _, context in lengths) + 5
     free = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
-    kv_cache = torch.full((2, num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM), torch.nan, dtype=dtype)
+    kv_cache = torch.full((2, num_blocks, BLOCK_SIZE, KV_HEADS, head_dim), torch.nan, dtype=dtype)
     block_table = torch.full((len(lengths), max_blocks), 2**31 - 1, dtype=torch.int32)
     queries, keys, values = [], [], []
     for seq, (query_len, context_len) in enumerate(lengths):
-        queries.append(torch.randn(query_len, heads, HEAD_DIM, generator=generator).to(dtype))
-        keys.append(torch.randn(context_len, KV_HEADS, HEAD_DIM, generator=generator).to(dtype))
-        values.append(torch.randn(context_len, KV_HEADS, HEAD_DIM, generator=generator).to(dtype))
+        queries.append(torch.randn(query_len, heads, head_dim, generator=generator).to(dtype))
+        keys.append(torch.randn(context_len, KV_HEADS, head_dim, generator=generator).to(dtype))
+        values.append(torch.randn(context_len, KV_HEADS, head_dim, generator=generator).to(dtype))
         oldest = 0 if window is None else context_len - query_len - window + 1
         for logical in range(-(-context_len // BLOCK_SIZE)):
             first, end = logical * BLOCK_SIZE, min((logical + 1) * BLOCK_SIZE, context_len)
@@ -93,8 +97,9 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> Non
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+# 256 keys are a tile of the C++ kernel.
 @pytest.mark.parametrize("window", [None, 1, 20, 128])
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 257, 600])
 def test_whole_prefill(length: int, window: int | None) -> None:
     case = make_case([(length, length)], window=window)
     assert_near(case.run(window), case.expected(window))
@@ -132,6 +137,13 @@ def test_group_sizes(heads: int) -> None:
     assert_near(case.run(None), case.expected(None))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [2, 16, 32, 48, 64, 80, 128])
+def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
+    case = make_case([(20, 300), (1, 33)], head_dim=head_dim, dtype=dtype)
+    assert_near(case.run(None), case.expected(None), 1e-5 if dtype == torch.float32 else 2**-8)
+
+
 @pytest.mark.parametrize("window", [None, 20])
 def test_bf16_is_rounded_once(window: int | None) -> None:
     case = make_case([(40, 140), (1, 33)], window=window, dtype=torch.bfloat16)
@@ -157,7 +169,50 @@ def test_a_large_sink_takes_all_weight_and_a_small_one_none() -> None:
     torch.testing.assert_close(case.run(None), torch.full((3, HEADS, HEAD_DIM), 2.5))
 
 
-def test_large_batches_are_cut_by_memory_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_a_number_is_not_hidden() -> None:
+    case = make_case([(2, 40), (1, 300)])
+    case.queries[0][1, 2] = torch.nan
+    found = case.run(None)
+    assert found[1, 2].isnan().all()
+    found[1, 2] = 0
+    assert not found.isnan().any()
+
+
+def test_queries_may_be_a_part_of_a_wider_tensor() -> None:
+    case = make_case([(5, 300), (1, 40)])
+    whole = case.run(None)
+    case.queries = [torch.cat((query, torch.full_like(query, torch.nan)), dim=1)[:, :HEADS] for query in case.queries]
+    assert not case.queries[0].is_contiguous()
+    assert torch.equal(case.run(None), whole)
+
+
+@pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("window", [None, 300])
+def test_threads_make_no_difference(window: int | None) -> None:
+    # From one task for many threads, whose key tiles are then reduced apart, to many tasks for each.
+    lengths = [(1, 900), (2, 515), (1, 256), (1, 257), (40, 600), (1, 1)]
+    for chosen in (lengths[:1], lengths[:4], lengths):
+        case = make_case(chosen, window=window)
+        torch.set_num_threads(1)
+        alone = case.run(window)
+        assert_near(alone, case.expected(window))
+        for threads in (2, 3, 13):
+            torch.set_num_threads(threads)
+            assert torch.equal(case.run(window), alone), (len(chosen), threads)
+
+
+def test_blocks_outside_the_cache_are_refused() -> None:
+    for block in (-1, 9, 2**31 - 1):
+        case = make_case([(1, 40)])
+        assert case.kv_cache.shape[1] == 9
+        case.block_table[0, 1] = block
+        with pytest.raises((IndexError, RuntimeError)):
+            case.run(None)
+
+
+def test_large_batches_are_cut_by_memory_without_a_difference(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if implementation != "reference":
+        pytest.skip("only the reference gathers keys")
     case = make_case([(1, 100 + i) for i in range(20)] + [(300, 700)])
     whole = case.run(None)
     monkeypatch.setattr(attention_reference, "MAX_ELEMENTS", 1)
@@ -192,7 +247,7 @@ def test_a_query_is_the_same_however_its_sequence_is_cut(window: int | None, hea
         return list(out.split(sizes))
 
     whole = run([(0, length)])[0]
-    spans = [(699, 700), (0, 1), (5, 6), (127, 130), (600, 700), (13, 300), (511, 514), (128, 129), (0, 129)]
+    spans = [(699, 700), (0, 1), (5, 6), (127, 130), (600, 700), (13, 300), (255, 258), (511, 514), (128, 129), (0, 129)]
     for (first, end), together in zip(spans, run(spans), strict=True):
         assert torch.equal(run([(first, end)])[0], together), (first, end)
         assert torch.equal(together, whole[first:end]), (first, end)
@@ -225,8 +280,41 @@ def test_rope_and_store_kv_is_both() -> None:
     assert torch.equal(stored[1, slots], qkv[:, num_heads + KV_HEADS :])
     stored[:, slots] = -7.0
     assert bool((kv_cache == -7.0).all())
-    with pytest.raises(ValueError, match=r"^qkv"):
-        rope_and_store_kv(qkv, num_heads + 1, cos, sin, kv_cache, slots)
+    good = {"qkv": qkv, "cos": cos, "sin": sin, "kv_cache": kv_cache, "slot_mapping": slots}
+    bad: dict[str, list[Tensor]] = {
+        "qkv": [qkv[:, 1:], qkv[..., :4], qkv.bfloat16()],
+        "cos": [cos[:2]],
+        "sin": [sin[:, :2]],
+        "slot_mapping": [slots[:2], slots.int()],
+    }
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"^{name} "):
+                rope_and_store_kv(**{**good, name: value}, num_heads=num_heads)
+    for slot in (-1, 4 * BLOCK_SIZE):
+        with pytest.raises((IndexError, RuntimeError)):
+            rope_and_store_kv(**{**good, "slot_mapping": torch.tensor([0, 1, slot])}, num_heads=num_heads)
+
+
+@pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("head_dim", [2, 10, 32, 64])
+def test_rope_and_store_in_bf16_rounds_once(head_dim: int) -> None:
+    num_tokens, num_heads = 40, 6
+    generator = torch.Generator().manual_seed(head_dim)
+    qkv = torch.randn(num_tokens, num_heads + 2 * KV_HEADS, head_dim, generator=generator).bfloat16()
+    angles = torch.rand(num_tokens, head_dim // 2, generator=generator) * 7
+    slots = torch.randperm(4 * BLOCK_SIZE, generator=generator)[:num_tokens]
+    turned = torch.complex(*qkv.double().chunk(2, dim=-1)) * torch.complex(angles.cos().double(), angles.sin().double())[:, None]
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        kv_cache = torch.zeros(2, 4, BLOCK_SIZE, KV_HEADS, head_dim, dtype=torch.bfloat16)
+        queries = rope_and_store_kv(qkv.clone(), num_heads, angles.cos(), angles.sin(), kv_cache, slots)
+        stored = kv_cache.view(2, -1, KV_HEADS, head_dim)[:, slots]
+        tolerance = {"atol": 1e-6, "rtol": 2**-8}
+        torch.testing.assert_close(queries.double(), expected[:, :num_heads], **tolerance)
+        torch.testing.assert_close(stored[0].double(), expected[:, num_heads : num_heads + KV_HEADS], **tolerance)
+        assert torch.equal(stored[1], qkv[:, num_heads + KV_HEADS :])
 
 
 def test_store_kv_refuses_bad_arguments() -> None:
@@ -279,8 +367,10 @@ def test_paged_attention_refuses_bad_arguments() -> None:
         paged_attention(**good, scale=SCALE, window=0)
 
 
-def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
+def test_memory_does_not_grow_with_the_square_of_the_length(implementation: str) -> None:
     """The largest tensor that a prefill makes, as seen by the operations themselves."""
+    if implementation not in ("reference", "portable"):
+        pytest.skip("as portable")
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         elements = 0

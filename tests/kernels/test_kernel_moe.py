@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from kernels.moe import fused_experts, gate_topk
+from kernels.moe import fused_experts, gate_topk, reference
 from kernels.mxfp4 import PackedMXFP4, from_natural, pack, unpack
 
 E, H, WIDTH, T, K = 5, 96, 64, 7, 3
@@ -175,6 +175,7 @@ def test_a_token_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
     assert torch.equal(run(x[order], ids[order], expert_weights[order], w, packed), everything[order])
 
 
+@pytest.mark.usefixtures("implementation")
 def test_gate_takes_the_softmax_over_the_chosen() -> None:
     logits = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     ids, chosen_weights = gate_topk(logits, 4)
@@ -187,6 +188,7 @@ def test_gate_takes_the_softmax_over_the_chosen() -> None:
         assert found_weights == pytest.approx([power / sum(powers) for power in powers], rel=1e-6)
 
 
+@pytest.mark.usefixtures("implementation")
 def test_gate_ties_go_to_the_lower_expert_in_every_batch() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 3, (64, 128), generator=generator).float()
@@ -196,6 +198,19 @@ def test_gate_ties_go_to_the_lower_expert_in_every_batch() -> None:
     alone = [gate_topk(logits[i : i + 1], 4) for i in range(64)]
     assert torch.equal(torch.cat([found for found, _ in alone]), ids)
     assert torch.equal(torch.cat([found for _, found in alone]), chosen_weights)
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (5, 5), (7, 1), (128, 4)])
+def test_gate_agrees_with_the_reference(num_experts: int, k: int) -> None:
+    logits = torch.randn(40, num_experts, generator=torch.Generator().manual_seed(k)) * 20
+    logits[1, 0] = torch.nan
+    logits[2] = -torch.inf
+    logits[3, num_experts // 2] = torch.inf
+    found, expected = gate_topk(logits, k), reference.gate_topk(logits, k)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-5, equal_nan=True)
+    assert torch.equal(gate_topk(logits.bfloat16(), k)[0], reference.gate_topk(logits.bfloat16(), k)[0])
 
 
 def test_bad_arguments_are_named() -> None:

@@ -7,12 +7,13 @@ import torch
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssRotaryEmbedding, _apply_rotary_emb
 
-from kernels.pointwise import add_rms_norm, apply_rope, rms_norm, yarn_cos_sin
+from kernels.pointwise import add_rms_norm, apply_rope, reference, rms_norm, yarn_cos_sin
 
 GPT_OSS = {"theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
 POSITIONS = [0, 1, 127, 128, 129, 1000, 4095, 4096, 4097, 20000, 131071]
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 96, 257])
 def test_rms_norm(width: int, dtype: torch.dtype) -> None:
@@ -32,9 +33,10 @@ def test_rms_norm(width: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), expected, atol=tolerance, rtol=tolerance)
     theirs = GptOssRMSNorm(width, eps=1e-5)
     theirs.weight.data = weight.float()
-    assert torch.equal(rms_norm(x, weight, 1e-5), theirs(x).detach())
+    assert torch.equal(reference.rms_norm(x, weight, 1e-5), theirs(x).detach())
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_add_rms_norm_rounds_the_sum_before_the_norm(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
@@ -45,18 +47,40 @@ def test_add_rms_norm_rounds_the_sum_before_the_norm(dtype: torch.dtype) -> None
     theirs.weight.data = weight.float()
     total, normed = add_rms_norm(residual.clone(), delta.clone(), weight, 1e-5)
     assert torch.equal(total, expected_sum)
-    assert torch.equal(normed, theirs(expected_sum).detach())
+    assert torch.equal(reference.rms_norm(expected_sum, weight, 1e-5), theirs(expected_sum).detach())
+    assert torch.equal(normed, rms_norm(expected_sum, weight, 1e-5))
     for bad in (delta[:2], delta.double()):
         with pytest.raises(ValueError, match=r"^delta"):
             add_rms_norm(residual, bad, weight, 1e-5)
 
 
+@pytest.mark.usefixtures("implementation", "_restore_threads")
 def test_rms_norm_of_zeros_and_of_a_row_alone() -> None:
-    weight = torch.ones(96)
-    assert torch.equal(rms_norm(torch.zeros(2, 96), weight, 1e-5), torch.zeros(2, 96))
-    x = torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
+    weight = torch.ones(967)
+    assert torch.equal(rms_norm(torch.zeros(2, 967), weight, 1e-5), torch.zeros(2, 967))
+    x = torch.randn(150, 967, generator=torch.Generator().manual_seed(0))
+    torch.set_num_threads(1)
     everything = rms_norm(x, weight, 1e-5)
-    assert all(torch.equal(rms_norm(x[i : i + 1], weight, 1e-5), everything[i : i + 1]) for i in range(50))
+    assert all(torch.equal(rms_norm(x[i : i + 1], weight, 1e-5), everything[i : i + 1]) for i in range(150))
+    torch.set_num_threads(3)
+    assert torch.equal(rms_norm(x, weight, 1e-5), everything)
+    assert torch.equal(rms_norm(x.view(3, 50, 967), weight, 1e-5), everything.view(3, 50, 967))
+
+
+@pytest.mark.usefixtures("implementation")
+def test_norms_of_other_values() -> None:
+    weight = torch.ones(40, dtype=torch.bfloat16)
+    x = torch.randn(3, 40).bfloat16()
+    x[1, 7] = torch.nan
+    out = rms_norm(x, weight.float(), 1e-5)
+    assert out[1].isnan().all()
+    assert not out[[0, 2]].isnan().any()
+    assert torch.equal(rms_norm(x[[0]], weight, 1e-5), out[[0]])
+    assert rms_norm(x[:0], weight, 1e-5).shape == (0, 40)
+    large = torch.full((1, 40), 3e38).bfloat16()
+    total, normed = add_rms_norm(large.clone(), large, weight, 1e-5)
+    assert total.isinf().all()
+    assert normed.isnan().all()
 
 
 def yarn_frequency(dimension: int, head_dim: int, truncate: bool, **rope: float) -> float:

@@ -1,4 +1,4 @@
-"""Sampling against a float64 formulation of its definition, one row at a time."""
+"""Sampling, the reference's and the C++ one, against a float64 formulation of its definition, one row at a time."""
 
 import math
 from dataclasses import replace
@@ -6,12 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds, philox4x32, philox_words, sample, uniform
 from kernels.sampling import reference as sampling_reference
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 def vector(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -78,7 +80,7 @@ def as_signed(seed: int) -> int:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**40)), min_size=1, max_size=8))
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_words_of_seed_and_position(pairs: list[tuple[int, int]]) -> None:
     seeds, positions = ints(*(as_signed(seed) for seed, _ in pairs)), ints(*(position for _, position in pairs))
     expected = [python_philox(seed, position) for seed, position in pairs]
@@ -143,7 +145,8 @@ def test_frequencies_follow_the_filtered_distribution(filters: dict[str, float])
     assert chi_square <= degrees + 5 * math.sqrt(2 * degrees)
 
 
-@settings(max_examples=150, deadline=None)
+# The implementation is the same for all examples.
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**62),
     position=st.integers(0, 10**6),
@@ -481,3 +484,58 @@ def test_extreme_repetition_penalties_leave_a_choice(temperature: float, repetit
         allowed_ids=TokenIds(ints(0), ints(9)) if repetition > 1 else None,
     )
     assert int(sample(logits, batch).token_ids) in wanted
+
+
+@pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("filters", [*FILTERS, {"top_k": 5000}, {"top_k": 700, "top_p": 0.9}, {"top_p": 0.999}, {"min_p": 1e-3}], ids=str)
+def test_the_whole_vocabulary_against_the_reference(implementation: str, filters: dict[str, float]) -> None:
+    """Over gpt-oss's vocabulary, with logits that were rounded to bf16, as the model's are: many are equal."""
+    if implementation == "reference":
+        pytest.skip("nothing to compare")
+    rows = 6
+    logits = random_logits(rows, 201_088, seed=11, spread=1.5).bfloat16().float()
+    logits[:2] *= 4  # some peaked distributions
+    batch = replace(batch_of(rows, 17, **filters), logprob_rows=ints(5, 1), num_top_logprobs=20)
+    found, expected = sample(logits, batch), sampling_reference.sample(logits, batch)
+    assert torch.equal(found.token_ids, expected.token_ids)
+    assert torch.equal(found.top_ids, expected.top_ids)  # type: ignore[arg-type]
+    for name in ("logprobs", "top_logprobs"):
+        # Two fp32 sums of 201,088 terms, and logits up to 30.
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=2e-5, rtol=0)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        again = sample(logits, batch)
+        assert torch.equal(again.token_ids, found.token_ids)
+        assert torch.equal(again.logprobs, found.logprobs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("vocab", [1, 15, 511, 512, 513, 1040])
+def test_rows_that_are_not_side_by_side(vocab: int) -> None:
+    wide = random_logits(4, 2 * vocab + 3, seed=2)
+    wide[:, vocab:] = torch.inf  # what may not be read
+    batch = replace(batch_of(4, 3, top_k=7, top_p=0.9), logprob_rows=ints(2), num_top_logprobs=min(vocab, 3))
+    whole, part = sample(wide[:, :vocab].contiguous(), batch), sample(wide[:, :vocab], batch)
+    across = sample(wide[:, :vocab].T.contiguous().T, batch)
+    for other in (part, across):
+        assert torch.equal(other.token_ids, whole.token_ids)
+        assert torch.equal(other.logprobs, whole.logprobs)  # type: ignore[arg-type]
+        assert torch.equal(other.top_ids, whole.top_ids)  # type: ignore[arg-type]
+
+
+def test_both_zeros_are_equal() -> None:
+    logits = torch.full((1, 600), -1.0)
+    logits[0, 530], logits[0, 3], logits[0, 599] = 0.0, -0.0, 0.0
+    assert sample(logits, SamplingBatch()).token_ids.tolist() == [3]
+    draws = sample(logits.expand(300, -1), batch_of(300, 1, top_k=2)).token_ids
+    assert set(draws.tolist()) == {3, 530}
+    top = sample(logits, SamplingBatch(logprob_rows=ints(0), num_top_logprobs=3)).top_ids
+    assert top is not None
+    assert top.tolist() == [[3, 530, 599]]
+
+
+def test_many_alternatives() -> None:
+    logits = random_logits(2, 1500).round()
+    for count in (512, 513, 1500):
+        top = sample(logits, SamplingBatch(logprob_rows=ints(0, 1), num_top_logprobs=count)).top_ids
+        assert top is not None
+        assert torch.equal(top, logits.sort(dim=-1, descending=True, stable=True).indices[:, :count])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.cpu import attention as cpu_attention
 from kernels.cpu import linear as cpu_linear
 from kernels.cpu import native
 from kernels.mxfp4 import ROWS16, PackedMXFP4
@@ -288,13 +289,8 @@ def kernel_names(model: GptOss) -> dict[str, str]:
     else:
         experts = f"torch reference, MXFP4 layout {projection.layout}"
     linear = cpp if cpu_linear.can_run(model.embedding) else "torch"
-    return {
-        "attention": "torch reference",
-        "experts": experts,
-        "linear": linear,
-        "pointwise": "torch reference",
-        "sampling": "torch reference",
-    }
+    rest = cpp if cpu_attention.can_run(model.embedding) else "torch reference"
+    return {"attention": rest, "experts": experts, "linear": linear, "pointwise": rest, "sampling": rest}
 
 
 def _chunk_batch(token_ids: Sequence[int], start: int, end: int, device: torch.device) -> StepBatch:

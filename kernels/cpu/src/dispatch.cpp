@@ -34,7 +34,7 @@ const Ops* chosen = find(nullptr);
 }  // namespace
 }  // namespace cantata
 
-EXPORT int cantata_version() { return 1; }
+EXPORT int cantata_version() { return 2; }
 
 EXPORT const char* cantata_isa() { return cantata::chosen->name; }
 
@@ -51,3 +51,15 @@ EXPORT void cantata_linear(const cantata::LinearArgs* args) { cantata::chosen->l
 EXPORT void cantata_experts(const cantata::ExpertsArgs* args) { cantata::chosen->experts(*args); }
 
 EXPORT void cantata_pack_rows16(const cantata::PackArgs* args) { cantata::chosen->pack(*args); }
+
+EXPORT int cantata_attention(const cantata::AttentionArgs* args) { return cantata::chosen->step.attention(*args); }
+
+EXPORT void cantata_norm(const cantata::NormArgs* args) { cantata::chosen->step.norm(*args); }
+
+EXPORT int cantata_rope_and_store(const cantata::RopeStoreArgs* args) { return cantata::chosen->step.rope_and_store(*args); }
+
+EXPORT void cantata_gate_topk(const cantata::GateTopkArgs* args) { cantata::chosen->step.gate_topk(*args); }
+
+EXPORT void cantata_sample(const cantata::SampleArgs* args) { cantata::chosen->step.sample(*args); }
+
+EXPORT void cantata_logprobs(const cantata::LogprobArgs* args) { cantata::chosen->step.logprobs(*args); }

@@ -7,6 +7,7 @@
 
 #include "ops.h"
 #include "pool.h"
+#include "scratch.h"
 
 #if defined(__x86_64__)
 #define CANTATA_ISA 1
@@ -20,8 +21,10 @@ namespace {
 #include "experts.h"
 //
 #include "pack.h"
+//
+#include "step_ops.h"
 
-const Ops kOps{"avx2", linear, experts, pack};
+const Ops kOps{"avx2", linear, experts, pack, kStepOps};
 }  // namespace
 
 const Ops* avx2_ops() { return &kOps; }

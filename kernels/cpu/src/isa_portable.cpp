@@ -3,6 +3,7 @@
 
 #include "ops.h"
 #include "pool.h"
+#include "scratch.h"
 
 #define CANTATA_ISA 0
 
@@ -15,8 +16,10 @@ namespace {
 #include "experts.h"
 //
 #include "pack.h"
+//
+#include "step_ops.h"
 
-const Ops kOps{"portable", linear, experts, pack};
+const Ops kOps{"portable", linear, experts, pack, kStepOps};
 }  // namespace
 
 const Ops* portable_ops() { return &kOps; }

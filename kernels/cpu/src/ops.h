@@ -46,11 +46,94 @@ struct PackArgs {
   int64_t num_rows, num_groups;
 };
 
+// What an operation that reads indices found wrong with them; it has written nothing then.
+enum Status : int { kDone = 0, kBadLengths = 1, kBadSlot = 2 };
+
+struct AttentionArgs {
+  const void* q;                // [num_tokens, num_heads, head_dim] of type, its tokens q_stride elements apart
+  const void* keys;             // [num_blocks, block_size, num_kv_heads, head_dim] of type
+  const void* values;           // likewise
+  const int32_t* block_table;   // [num_seqs, max_blocks]
+  const int32_t* context_lens;  // [num_seqs]
+  const int32_t* cu_seqlens_q;  // [num_seqs + 1]
+  const float* sinks;           // [num_heads]
+  void* out;                    // [num_tokens, num_heads, head_dim] of type
+  int64_t num_tokens, q_stride, num_seqs, max_blocks, num_blocks, block_size, num_heads, num_kv_heads, head_dim;
+  int64_t window;  // 0: all
+  float scale;
+  int32_t type;
+};
+
+struct NormArgs {
+  void* x;             // [num_rows, width] of type; delta is added to it
+  const void* delta;   // likewise, or null
+  const void* weight;  // [width] of weight_type
+  void* out;           // [num_rows, width] of type
+  int64_t num_rows, width;
+  float eps;
+  int32_t type, weight_type;
+};
+
+struct RopeStoreArgs {
+  void* qkv;         // [num_tokens, num_heads + 2 * num_kv_heads, head_dim] of type; the query heads are rotated in place
+  const float* cos;  // [num_tokens, head_dim / 2]
+  const float* sin;
+  void* keys;                   // [num_slots, num_kv_heads, head_dim] of type
+  void* values;                 // likewise
+  const int64_t* slot_mapping;  // [num_tokens]
+  int64_t num_tokens, num_heads, num_kv_heads, head_dim, num_slots;
+  int32_t type;
+};
+
+struct GateTopkArgs {
+  const float* logits;  // [num_tokens, num_experts]
+  int32_t* topk_ids;    // [num_tokens, k]
+  float* topk_weights;  // [num_tokens, k]
+  int64_t num_tokens, num_experts, k;
+};
+
+// For null pointers see kernels/sampling/batch.py. A row's logits are row_stride elements after the last one's.
+struct SampleArgs {
+  const float* logits;       // [num_rows, vocab]
+  const float* temperature;  // [num_rows], as the next five; null: all greedy
+  const int64_t* seeds;
+  const int64_t* output_positions;
+  const int64_t* top_k;
+  const float* top_p;
+  const float* min_p;
+  int64_t* token_ids;   // [num_rows]
+  float* block_maxima;  // scratch [num_rows, blocks of 512 tokens]
+  double* block_sums;   // scratch, likewise
+  int64_t num_rows, vocab, row_stride;
+};
+
+struct LogprobArgs {
+  const float* logits;
+  const int64_t* rows;       // [num_rows], of logits and token_ids
+  const int64_t* token_ids;  // of all rows of logits
+  float* logprobs;           // [num_rows]
+  int64_t* top_ids;          // [num_rows, num_top]
+  float* top_logprobs;       // [num_rows, num_top]
+  float* block_maxima;       // scratch, as above
+  double* block_sums;
+  int64_t num_rows, vocab, row_stride, num_top;
+};
+
+struct StepOps {
+  int (*attention)(const AttentionArgs&);
+  void (*norm)(const NormArgs&);
+  int (*rope_and_store)(const RopeStoreArgs&);
+  void (*gate_topk)(const GateTopkArgs&);
+  void (*sample)(const SampleArgs&);
+  void (*logprobs)(const LogprobArgs&);
+};
+
 struct Ops {
   const char* name;
   void (*linear)(const LinearArgs&);
   void (*experts)(const ExpertsArgs&);
   void (*pack)(const PackArgs&);
+  StepOps step;
 };
 
 const Ops* portable_ops();

@@ -1,0 +1,116 @@
+"""Sink attention over the paged cache, which is read where it lies, and RoPE with the KV store."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from kernels.attention import reference
+from kernels.cpu import native
+
+
+class _AttentionArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "block_table", "context_lens", "cu_seqlens_q", "sinks", "out")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "q_stride", "num_seqs", "max_blocks", "num_blocks", "block_size")),
+        *((name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "window")),
+        ("scale", ctypes.c_float),
+        ("type", ctypes.c_int32),
+    )
+
+
+class _RopeStoreArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "keys", "values", "slot_mapping")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "num_slots")),
+        ("type", ctypes.c_int32),
+    )
+
+
+def can_run(tensor: Tensor) -> bool:
+    """Whether this module takes activations like these: fp32 or bf16 on a CPU."""
+    return tensor.device.type == "cpu" and tensor.dtype in native.DATA_TYPES and native.library() is not None
+
+
+def paged_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    sinks: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """As `kernels.attention.reference.paged_attention`, which see; a block outside the cache is an IndexError.
+
+    A query's result is the same, bit for bit, however its sequence is cut into chunks and whatever the batch and the number of threads.
+    """
+    reference.check_attention(q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window)
+    num_tokens, num_heads, head_dim = q.shape
+    num_blocks, block_size, num_kv_heads = kv_cache.shape[1:4]
+    if q.stride(2) != 1 or q.stride(1) != head_dim:
+        q = q.contiguous()
+    block_table, context_lens, cu_seqlens_q = block_table.contiguous(), context_lens.contiguous(), cu_seqlens_q.contiguous()
+    wide_sinks = sinks.float().contiguous()
+    out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype)
+    keys, values = kv_cache.unbind(0)
+    arguments = _AttentionArgs(
+        q.data_ptr(),  # not contiguous where it is a part of the projection's output
+        native.pointer(keys),
+        native.pointer(values),
+        native.pointer(block_table),
+        native.pointer(context_lens),
+        native.pointer(cu_seqlens_q),
+        native.pointer(wide_sinks),
+        native.pointer(out),
+        num_tokens,
+        q.stride(0),
+        len(context_lens),
+        block_table.shape[1],
+        num_blocks,
+        block_size,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        window or 0,
+        scale,
+        native.DATA_TYPES[q.dtype],
+    )
+    status = native.ready().cantata_attention(ctypes.byref(arguments))
+    if status:
+        reference.check_lengths(context_lens.tolist(), cu_seqlens_q.tolist(), num_tokens, block_table.shape[1] * block_size)
+        raise IndexError(f"block_table names a block outside the {num_blocks} of kv_cache")
+    return out
+
+
+def rope_and_store_kv(qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> Tensor:
+    """As `kernels.attention.reference.rope_and_store_kv`, which see. The queries returned are a part of `qkv`, rotated in place."""
+    reference.check_rope_and_store(qkv, num_heads, cos, sin, kv_cache, slot_mapping)
+    num_tokens, _, head_dim = qkv.shape
+    num_blocks, block_size, num_kv_heads = kv_cache.shape[1:4]
+    qkv, slot_mapping = qkv.contiguous(), slot_mapping.contiguous()
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    keys, values = kv_cache.unbind(0)
+    arguments = _RopeStoreArgs(
+        native.pointer(qkv),
+        native.pointer(cos),
+        native.pointer(sin),
+        native.pointer(keys),
+        native.pointer(values),
+        native.pointer(slot_mapping),
+        num_tokens,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        num_blocks * block_size,
+        native.DATA_TYPES[qkv.dtype],
+    )
+    if native.ready().cantata_rope_and_store(ctypes.byref(arguments)):
+        raise IndexError(f"slot_mapping names a slot outside the {num_blocks * block_size} of kv_cache")
+    return qkv[:, :num_heads]

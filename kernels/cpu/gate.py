@@ -1,0 +1,32 @@
+"""The choice of experts."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import native
+
+
+class _GateTopkArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "topk_ids", "topk_weights")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_experts", "k")),
+    )
+
+
+def can_run(gate_logits: Tensor) -> bool:
+    """Whether `gate_topk` takes these logits: on a CPU."""
+    return gate_logits.device.type == "cpu" and native.library() is not None
+
+
+def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `kernels.moe.reference.gate_topk`, which see; arguments have been checked there."""
+    num_tokens, num_experts = gate_logits.shape
+    logits = gate_logits.float().contiguous()
+    ids, weights = torch.empty(num_tokens, k, dtype=torch.int32), torch.empty(num_tokens, k)
+    arguments = _GateTopkArgs(native.pointer(logits), native.pointer(ids), native.pointer(weights), num_tokens, num_experts, k)
+    native.ready().cantata_gate_topk(ctypes.byref(arguments))
+    return ids, weights

@@ -1,0 +1,106 @@
+"""Sampling and log probabilities. Penalties, biases and masks, which touch few logits, are the reference's."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import native
+from kernels.sampling import reference
+from kernels.sampling.batch import SampleOutput, SamplingBatch
+
+TOKEN_BLOCK = 512
+"""src/sampling.h `kTokenBlock`"""
+MAX_TOP_LOGPROBS = 512
+"""Beyond these alternatives, sorted by insertion, the reference is quicker."""
+
+
+class _SampleArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "temperature", "seeds", "output_positions", "top_k", "top_p", "min_p")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "block_maxima", "block_sums")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "vocab", "row_stride")),
+    )
+
+
+class _LogprobArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "rows", "token_ids", "logprobs", "top_ids", "top_logprobs")),
+        *((name, ctypes.c_void_p) for name in ("block_maxima", "block_sums")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "vocab", "row_stride", "num_top")),
+    )
+
+
+def can_run(logits: Tensor) -> bool:
+    """Whether `sample` takes these logits: on a CPU."""
+    return logits.device.type == "cpu" and native.library() is not None
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
+    """As `kernels.sampling.reference.sample`, which see. Weights differ from those in the last bits of fp32, so a token differs where the
+    row's random number falls within that of a boundary. A row's token is the same whatever the other rows and the number of threads."""
+    reference.check(logits, batch)
+    raw = logits.float()
+    token_ids = _choose(_with_rows(reference.modify(raw, batch)), batch)
+    if batch.logprob_rows is None:
+        return SampleOutput(token_ids)
+    if batch.num_top_logprobs > MAX_TOP_LOGPROBS:
+        return reference.logprobs(raw, token_ids, batch.logprob_rows, batch.num_top_logprobs)
+    return _logprobs(_with_rows(raw), token_ids, batch.logprob_rows, batch.num_top_logprobs)
+
+
+def _with_rows(logits: Tensor) -> Tensor:
+    """With the tokens of a row side by side."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    num_rows, vocab = logits.shape
+    parameters = (batch.temperature, batch.seeds, batch.output_positions, batch.top_k, batch.top_p, batch.min_p)
+    vectors = [None if vector is None else vector.contiguous() for vector in parameters]
+    token_ids = torch.empty(num_rows, dtype=torch.int64)
+    maxima, sums = _scratch(num_rows, vocab)
+    arguments = _SampleArgs(
+        logits.data_ptr(),
+        *map(native.pointer, vectors),
+        native.pointer(token_ids),
+        native.pointer(maxima),
+        native.pointer(sums),
+        num_rows,
+        vocab,
+        logits.stride(0),
+    )
+    native.ready().cantata_sample(ctypes.byref(arguments))
+    return token_ids
+
+
+def _logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> SampleOutput:
+    vocab, rows = logits.shape[1], rows.contiguous()
+    chosen = torch.empty(len(rows))
+    top_ids, top_logprobs = torch.empty(len(rows), num_top, dtype=torch.int64), torch.empty(len(rows), num_top)
+    maxima, sums = _scratch(len(rows), vocab)
+    arguments = _LogprobArgs(
+        logits.data_ptr(),
+        native.pointer(rows),
+        native.pointer(token_ids),
+        native.pointer(chosen),
+        native.pointer(top_ids),
+        native.pointer(top_logprobs),
+        native.pointer(maxima),
+        native.pointer(sums),
+        len(rows),
+        vocab,
+        logits.stride(0),
+        num_top,
+    )
+    native.ready().cantata_logprobs(ctypes.byref(arguments))
+    return SampleOutput(token_ids, chosen, top_ids, top_logprobs)
+
+
+def _scratch(num_rows: int, vocab: int) -> tuple[Tensor, Tensor]:
+    blocks = num_rows * -(-vocab // TOKEN_BLOCK)
+    return torch.empty(blocks), torch.empty(blocks, dtype=torch.float64)

@@ -1,0 +1,11 @@
+// All of a step but the multiplications with weights.
+
+#include "activations.h"
+//
+#include "attention.h"
+//
+#include "pointwise.h"
+//
+#include "sampling.h"
+
+constexpr StepOps kStepOps{attention, norm, rope_and_store, gate_topk, sample, logprobs};
