@@ -248,6 +248,7 @@ struct Sampler {
     long count = 0;
     for (long b = 0; b < num_blocks; ++b) {
       if (maxima(row)[b] < least_logit) continue;
+      if (exponential_or_zero((maxima(row)[b] - maximum) / args.temperature[row]) < least_weight) continue;
       TokenBlock block(logits(row), args.vocab, b);
       to_weights(block, maximum, args.temperature[row], min_p(row));
       const float* values = logits(row) + block.first;
@@ -315,9 +316,12 @@ void logprobs(const LogprobArgs& args) {
       Candidate* candidates = static_cast<Candidate*>(thread_scratch(sizeof(Candidate) * (args.vocab + 1) + sizeof(float) * num_blocks));
       const float least = kth_largest_bound(maxima, num_blocks, num_top, reinterpret_cast<float*>(candidates + args.vocab + 1));
       long count = 0;
-      for (long id = 0; id < args.vocab; ++id) {
-        candidates[count] = {ordered_or_least(row[id]), (int32_t)id, 0.0f};
-        count += candidates[count].key >= ordered(least);
+      for (long block = 0; block < num_blocks; ++block) {
+        if (maxima[block] < least) continue;
+        for (long id = block * kTokenBlock; id < (block + 1) * kTokenBlock && id < args.vocab; ++id) {
+          candidates[count] = {ordered_or_least(row[id]), (int32_t)id, 0.0f};
+          count += candidates[count].key >= ordered(least);
+        }
       }
       if (num_top < count) count = cut(candidates, count, find_threshold<false>(candidates, count, (double)num_top));
       for (long j = 0; j < count; ++j) {
