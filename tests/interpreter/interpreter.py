@@ -1,12 +1,14 @@
 """Triton's interpreter (TRITON_INTERPRET=1), made right for what our kernels use. Importing this module changes the process's interpreter.
 
 As of Triton 3.9 it holds bf16 as uint16 and computes on these bits: sums, products, comparisons and `tl.dot` are garbage without an error,
-and a cast from fp32 truncates. Casts to fp8 round ties up, `tl.dot_scaled` sends bf16 operands through fp16's range, and inline assembly is
-not implemented. `test_interpreter.py` checks each repair, and that it is still needed.
+and a cast from fp32 truncates. Casts to fp8 round ties up, `tl.dot_scaled` sends bf16 operands through fp16's range, a comparison of
+scalars is no mask any more once it is a block, and inline assembly is not implemented. `test_interpreter.py` checks each repair, and that
+it is still needed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -93,13 +95,12 @@ class RepairedBuilder(InterpreterBuilder):
     """Triton's builder; each method falls back to the original where that is right."""
 
     def binary_op(self, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
-        if not _is_bf16(lhs) or op in _BITWISE:
-            return super().binary_op(lhs, rhs, op)
-        result = op(widen_bf16(lhs.data), widen_bf16(rhs.data))
-        if result.dtype == np.bool_:
-            # As the original does: the semantic layer gives comparisons their type.
-            return TensorHandle(result, tl.bfloat16)
-        return TensorHandle(round_to_bf16(result), tl.bfloat16)
+        if _is_bf16(lhs) and op not in _BITWISE:
+            result = op(widen_bf16(lhs.data), widen_bf16(rhs.data))
+            return TensorHandle(result, tl.int1) if result.dtype == np.bool_ else TensorHandle(round_to_bf16(result), tl.bfloat16)
+        handle = super().binary_op(lhs, rhs, op)
+        # A comparison keeps the operands' type in the original, and is an integer once it is broadcast from a scalar to a block.
+        return TensorHandle(handle.data, tl.int1) if handle.data.dtype == np.bool_ else handle
 
     def unary_op(self, arg: TensorHandle, op: Any) -> TensorHandle:
         return TensorHandle(round_to_bf16(op(widen_bf16(arg.data))), tl.bfloat16) if _is_bf16(arg) else super().unary_op(arg, op)
@@ -187,6 +188,22 @@ def _mxfp_operand(handle: TensorHandle) -> Array:
     return _widen_operand(handle).data.astype(np.float32)
 
 
+@cache
+def _languages(function: Callable[..., Any]) -> tuple[Any, ...]:
+    """The modules that `_patch_lang` patches for a function."""
+    return tuple(value for value in function.__globals__.values() if value is tl or value is tl.core)
+
+
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call from inside a kernel. Triton looks through the whole language for what to patch at each, half the time of many a kernel."""
+    if any(tl.core.is_builtin(language.arange) for language in _languages(self.fn)):
+        triton_interpreter._patch_lang(self.fn)
+    try:
+        return self.rewrite()(*args, **kwargs)
+    except Exception as error:
+        raise triton_interpreter.InterpreterError(repr(error)) from error
+
+
 def _use(builder: type, mxfp_operand: Callable[[TensorHandle], Array]) -> None:
     # The instance stays: Triton's semantic layer holds it too.
     triton_interpreter.interpreter_builder.__class__ = builder
@@ -195,3 +212,4 @@ def _use(builder: type, mxfp_operand: Callable[[TensorHandle], Array]) -> None:
 
 _own_mxfp_operand = triton_interpreter._mxfp_value_handle_to_float32
 _use(RepairedBuilder, _mxfp_operand)
+InterpretedFunction.__call__ = _call

@@ -91,6 +91,13 @@ def overrunning_kernel(x_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + at, tl.load(x_ptr + at))
 
 
+@triton.jit
+def scalar_mask_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    first = tl.load(x_ptr)
+    tl.store(out_ptr + at, tl.load(x_ptr + at, mask=(at < N) & (first > 0), other=7))
+
+
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add,
     "sub": torch.sub,
@@ -197,6 +204,13 @@ def test_inline_assembly_runs_its_emulation() -> None:
     assert torch.equal(high, x >> 4)
 
 
+def test_a_comparison_of_scalars_masks_a_block() -> None:
+    for first, expected in ((1, [1, 5, 5, 5]), (0, [7, 7, 7, 7])):
+        out = torch.empty(4, dtype=torch.int64)
+        scalar_mask_kernel[(1,)](torch.tensor([first, 5, 5, 5]), out, N=4)
+        assert out.tolist() == expected
+
+
 def test_launches_are_recorded() -> None:
     with recorded_launches() as names:
         casted(HALVES, torch.bfloat16)
@@ -239,6 +253,11 @@ class TestWithoutTheRepairs:
             large, expected_large = dot_scaled(1e8)
         assert not torch.allclose(out, expected, atol=1, rtol=1)
         assert not torch.allclose(large, expected_large, rtol=0.1)
+
+    def test_comparisons_of_scalars_are_no_masks(self) -> None:
+        x = torch.ones(4, dtype=torch.int64)
+        with unrepaired(), pytest.raises(Exception, match="mask has unsupported dtype"):
+            scalar_mask_kernel[(1,)](x, x.clone(), N=4)
 
     def test_inline_assembly_is_missing(self) -> None:
         x = torch.arange(256, dtype=torch.int32)
