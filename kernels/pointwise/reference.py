@@ -64,10 +64,27 @@ def yarn_cos_sin(
         ValueError: positions is not a vector of integers, or head_dim is odd.
     Follows: YaRN (arXiv 2309.00071), section 3.2 and appendix A.
     """
-    if positions.ndim != 1 or positions.dtype.is_floating_point:
-        raise ValueError(f"positions must be [T] integers, got shape {list(positions.shape)} of {positions.dtype}")
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim must be even and positive, got {head_dim}")
+    check_positions(positions, head_dim)
+    frequency = yarn_frequencies(
+        head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate, device=positions.device
+    )
+    angles = positions.float()[:, None] * frequency
+    concentration = yarn_concentration(factor)
+    return angles.cos() * concentration, angles.sin() * concentration
+
+
+def yarn_frequencies(
+    head_dim: int,
+    theta: float,
+    factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    original_max_position_embeddings: int,
+    truncate: bool,
+    *,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Radians a position of each pair of dimensions, [head_dim / 2] fp32."""
 
     def dimension_turning(times: float) -> float:
         """The (fractional) dimension whose angle makes `times` turns over the original context."""
@@ -79,16 +96,29 @@ def yarn_cos_sin(
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001
-    device = positions.device
     pair = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
     period = theta ** (pair / head_dim)
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
     kept = 1 - ramp
     # As products with reciprocals, in transformers' order: at position 131071 one rounding of a frequency is 1e-4 of an angle.
-    frequency = (1 / (factor * period)) * (1 - kept) + (1 / period) * kept
-    angles = positions.float()[:, None] * frequency
-    concentration = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    return angles.cos() * concentration, angles.sin() * concentration
+    return (1 / (factor * period)) * (1 - kept) + (1 / period) * kept
+
+
+def yarn_concentration(factor: float) -> float:
+    """What cosine and sine are multiplied by."""
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def check_positions(positions: Tensor, head_dim: int) -> None:
+    """Refuse what `yarn_cos_sin` cannot compute.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if positions.ndim != 1 or positions.dtype.is_floating_point:
+        raise ValueError(f"positions must be [T] integers, got shape {list(positions.shape)} of {positions.dtype}")
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be even and positive, got {head_dim}")
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

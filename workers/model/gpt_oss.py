@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kernels.attention import paged_attention, rope_and_store_kv
+from kernels.embedding import embed
 from kernels.mxfp4 import PackedMXFP4
 from kernels.pointwise import add_rms_norm, rms_norm, yarn_cos_sin
 from workers.config import ModelConfig
@@ -157,16 +157,8 @@ class GptOss:
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         """[T] → [T, hidden]. Each token's row is on one rank; the others add zeros."""
-        if self.collectives.size == 1:
-            return functional.embedding(token_ids, self.embedding)
-        vocab = self.shard.vocab
-        elsewhere = (token_ids < vocab.start) | (token_ids >= vocab.stop)
-        if vocab.length == 0:
-            rows = torch.zeros(len(token_ids), self.config.hidden_size, dtype=self.dtype, device=self.device)
-        else:
-            rows = functional.embedding((token_ids - vocab.start).clamp(0, vocab.length - 1), self.embedding)
-            rows.masked_fill_(elsewhere[:, None], 0)
-        return self.collectives.all_reduce(rows)
+        rows = embed(token_ids, self.embedding, self.shard.vocab.start)
+        return rows if self.collectives.size == 1 else self.collectives.all_reduce(rows)
 
     def _weights(self) -> Iterator[Tensor]:
         yield from (self.embedding, self.final_norm, self.lm_head.weight)
