@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from kernels.backend import runs_triton
 from kernels.cpu import sampling as cpu
 from kernels.sampling import reference
 from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds
@@ -22,6 +23,15 @@ __all__ = [
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
-    """`kernels.sampling.reference.sample`, which defines it, by the kernel for this device."""
+    """`kernels.sampling.reference.sample`, which defines it, by the kernels for this device.
+
+    On a GPU rows and token ids are not checked, as that would wait for it; entries outside the logits are passed over.
+    """
+    if runs_triton(logits):
+        from kernels.sampling import device
+
+        reference.check_logits(logits)
+        batch.check_shapes(*logits.shape)
+        return device.sample(logits, batch)
     run = cpu.sample if cpu.can_run(logits) else reference.sample
     return run(logits, batch)

@@ -94,9 +94,18 @@ def check(logits: Tensor, batch: SamplingBatch) -> None:
     Raises:
         ValueError: names the argument or field.
     """
+    check_logits(logits)
+    batch.check(*logits.shape)
+
+
+def check_logits(logits: Tensor) -> None:
+    """Refuse what `sample` cannot read.
+
+    Raises:
+        ValueError: names the argument.
+    """
     if logits.ndim != 2 or not logits.dtype.is_floating_point or logits.shape[1] == 0:
         raise ValueError(f"logits must be [S, V] float with V > 0, got shape {list(logits.shape)} of {logits.dtype}")
-    batch.check(*logits.shape)
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:

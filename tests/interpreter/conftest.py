@@ -21,6 +21,11 @@ class _SkippedModule(pytest.Module):
         pytest.skip("needs TRITON_INTERPRET=1 (and Triton) from the start of the process", allow_module_level=True)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # numpy warns where a GPU gives infinity or NaN in silence.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
+
+
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     return None if INTERPRETING else _SkippedModule.from_parent(parent, path=module_path)
 

@@ -1,0 +1,199 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Step 1 of `kernels/sampling/reference.py` on the device: logit bias, penalties, allowed and forbidden tokens, on a copy of the logits.
+
+Sparse parts are applied entry by entry; entries outside the logits, which the reference refuses, are passed over, since looking for them
+would need the host. Sets of tokens become bitmasks, and one pass over the rows that have one applies them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds
+from kernels.sampling.reference import MAX_PENALISED
+
+ENTRIES = 256
+"""Entries of a program."""
+CHUNK = 4096
+"""Tokens of a program of the passes over rows; a multiple of 32."""
+
+
+@triton.jit
+def _entries(rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, ENTRIES: tl.constexpr):
+    """(index, row, token, whether it is one) of this program's entries."""
+    entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+    row = tl.load(rows_ptr + entry, mask=entry < num_entries, other=-1)
+    token = tl.load(token_ids_ptr + entry, mask=entry < num_entries, other=-1)
+    return entry, row, token, (row >= 0) & (row < num_rows) & (token >= 0) & (token < vocab_size)
+
+
+@triton.jit
+def bias_kernel(logits_ptr, rows_ptr, token_ids_ptr, values_ptr, num_entries, num_rows, vocab_size, ENTRIES: tl.constexpr):
+    entry, row, token, valid = _entries(rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, ENTRIES)
+    value = tl.load(values_ptr + entry, mask=valid, other=0.0)
+    tl.atomic_add(logits_ptr + row * vocab_size + token, value, mask=valid)
+
+
+@triton.jit
+def penalties_kernel(
+    logits_ptr,
+    rows_ptr,
+    token_ids_ptr,
+    counts_ptr,
+    presence_ptr,
+    frequency_ptr,
+    repetition_ptr,
+    num_entries,
+    num_rows,
+    vocab_size,
+    limit,
+    ENTRIES: tl.constexpr,
+):
+    entry, row, token, valid = _entries(rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, ENTRIES)
+    at = logits_ptr + row * vocab_size + token
+    seen = tl.load(at, mask=valid, other=0.0)
+    repetition = tl.load(repetition_ptr + row, mask=valid, other=1.0)
+    frequency = tl.load(frequency_ptr + row, mask=valid, other=0.0)
+    presence = tl.load(presence_ptr + row, mask=valid, other=0.0)
+    count = tl.load(counts_ptr + entry, mask=valid, other=0)
+    repeated = tl.where(seen > 0, tl.div_rn(seen, repetition), seen * repetition)
+    repeated = tl.minimum(tl.maximum(repeated, -limit), limit)
+    # Not NaN and not infinite.
+    seen = tl.where(seen - seen == 0, repeated, seen)
+    seen = seen - frequency * count.to(tl.float32)
+    tl.store(at, seen - tl.where(count > 0, presence, 0.0), mask=valid)
+
+
+@triton.jit
+def mark_kernel(bits_ptr, rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, num_words, ENTRIES: tl.constexpr):
+    """Sets the bit of each entry, and the first one of the word behind a row's last."""
+    _, row, token, valid = _entries(rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, ENTRIES)
+    words = bits_ptr + row * (num_words + 1)
+    one = tl.full((ENTRIES,), 1, tl.int32)
+    tl.atomic_or(words + (token >> 5), one << (token & 31).to(tl.int32), mask=valid)
+    tl.atomic_or(words + num_words, one, mask=valid)
+
+
+@triton.jit
+def _bit(bits_ptr, row, at, inside, num_words):
+    word = tl.load(bits_ptr + row * (num_words + 1) + (at >> 5), mask=inside, other=0)
+    return ((word >> (at & 31)) & 1) != 0
+
+
+@triton.jit
+def restrict_kernel(logits_ptr, allowed_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CHUNK: tl.constexpr):
+    """Applies the allowed tokens, and says of a row with forbidden ones whether something would be left without them."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    inside = at < vocab_size
+    restricted = False
+    forbids = False
+    if allowed_ptr is not None:
+        restricted = tl.load(allowed_ptr + row * (num_words + 1) + num_words) != 0
+    if forbidden_ptr is not None:
+        forbids = tl.load(forbidden_ptr + row * (num_words + 1) + num_words) != 0
+    if restricted | forbids:
+        x = tl.load(logits_ptr + row * vocab_size + at, mask=inside, other=float("-inf"))  # [CHUNK]
+        if allowed_ptr is not None:
+            x = tl.where(restricted & (_bit(allowed_ptr, row, at, inside, num_words) == 0), float("-inf"), x)
+            tl.store(logits_ptr + row * vocab_size + at, x, mask=inside)
+        if forbidden_ptr is not None:
+            left = (x > float("-inf")) & (_bit(forbidden_ptr, row, at, inside, num_words) == 0)
+            if tl.max(left.to(tl.int32), axis=0) > 0:
+                tl.store(left_ptr + row, 1)
+
+
+@triton.jit
+def forbid_kernel(logits_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CHUNK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    inside = at < vocab_size
+    if (tl.load(forbidden_ptr + row * (num_words + 1) + num_words) != 0) & (tl.load(left_ptr + row) != 0):
+        forbidden = inside & _bit(forbidden_ptr, row, at, inside, num_words)
+        tl.store(logits_ptr + row * vocab_size + at, tl.full((CHUNK,), float("-inf"), tl.float32), mask=forbidden)
+
+
+@triton.jit
+def allow_bits_kernel(logits_ptr, rows_ptr, bits_ptr, num_rows, vocab_size, num_bytes, bits_stride, CHUNK: tl.constexpr):
+    mask_index = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    row = tl.load(rows_ptr + mask_index)
+    byte = tl.load(bits_ptr + mask_index * bits_stride + (at >> 3), mask=(at >> 3) < num_bytes, other=0).to(tl.int32)
+    banned = (at < vocab_size) & (row >= 0) & (row < num_rows) & (((byte >> (at & 7)) & 1) == 0)
+    tl.store(logits_ptr + row * vocab_size + at, tl.full((CHUNK,), float("-inf"), tl.float32), mask=banned)
+
+
+def modify(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """The logits after step 1: themselves if the batch has no part that changes them, else a changed fp32 copy."""
+    parts = (batch.logit_bias, batch.penalties, batch.allowed_ids, batch.allowed_bits, batch.forbidden_ids)
+    if all(part is None for part in parts) or logits.shape[0] == 0:
+        return logits
+    modified = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).copy_(logits)
+    if batch.logit_bias is not None:
+        _add_bias(modified, batch.logit_bias)
+    if batch.penalties is not None:
+        _penalise(modified, batch.penalties)
+    if batch.allowed_bits is not None:
+        _allow_bits(modified, batch.allowed_bits)
+    if batch.allowed_ids is not None or batch.forbidden_ids is not None:
+        _restrict(modified, batch.allowed_ids, batch.forbidden_ids)
+    return modified
+
+
+def _add_bias(logits: Tensor, bias: LogitBias) -> None:
+    num_entries = len(bias.rows)
+    if num_entries:
+        bias_kernel[(triton.cdiv(num_entries, ENTRIES),)](
+            logits, bias.rows, bias.token_ids, bias.values, num_entries, *logits.shape, ENTRIES=ENTRIES
+        )
+
+
+def _penalise(logits: Tensor, penalties: Penalties) -> None:
+    num_entries = len(penalties.rows)
+    if num_entries:
+        penalties_kernel[(triton.cdiv(num_entries, ENTRIES),)](
+            logits,
+            penalties.rows,
+            penalties.token_ids,
+            penalties.output_counts,
+            penalties.presence,
+            penalties.frequency,
+            penalties.repetition,
+            num_entries,
+            *logits.shape,
+            MAX_PENALISED,
+            ENTRIES=ENTRIES,
+            # Product and difference are rounded one by one, as in the reference: a token's rank may depend on it.
+            enable_fp_fusion=False,
+        )
+
+
+def _allow_bits(logits: Tensor, allowed: AllowedBits) -> None:
+    num_masks, num_bytes = allowed.bits.shape
+    if num_masks:
+        grid = (num_masks, triton.cdiv(logits.shape[1], CHUNK))
+        allow_bits_kernel[grid](logits, allowed.rows, allowed.bits, *logits.shape, num_bytes, num_bytes, CHUNK=CHUNK)
+
+
+def _restrict(logits: Tensor, allowed: TokenIds | None, forbidden: TokenIds | None) -> None:
+    num_rows, vocab_size = logits.shape
+    num_words = triton.cdiv(vocab_size, 32)
+    sets = [tokens for tokens in (allowed, forbidden) if tokens is not None]
+    # For each set the rows' bitmasks and a word behind each that says whether there is one; behind all, what is left of each row.
+    size = num_rows * (num_words + 1)
+    scratch = torch.zeros(len(sets) * size + num_rows, dtype=torch.int32, device=logits.device)
+    masks = [scratch[index * size : (index + 1) * size] for index in range(len(sets))]
+    left = scratch[len(sets) * size :]
+    for mask, tokens in zip(masks, sets, strict=True):
+        num_entries = len(tokens.rows)
+        if num_entries:
+            mark_kernel[(triton.cdiv(num_entries, ENTRIES),)](
+                mask, tokens.rows, tokens.token_ids, num_entries, num_rows, vocab_size, num_words, ENTRIES=ENTRIES
+            )
+    grid = (num_rows, triton.cdiv(vocab_size, CHUNK))
+    allowed_mask = masks[0] if allowed is not None else None
+    forbidden_mask = masks[-1] if forbidden is not None else None
+    restrict_kernel[grid](logits, allowed_mask, forbidden_mask, left, vocab_size, num_words, CHUNK=CHUNK)
+    if forbidden_mask is not None:
+        forbid_kernel[grid](logits, forbidden_mask, left, vocab_size, num_words, CHUNK=CHUNK)
