@@ -1,10 +1,12 @@
 """MXFP4 weights: packing, unpacking and the registry of storage layouts."""
 
-import kernels.cpu.layout  # noqa: F401 - registers itself
+import kernels.cpu.layout
+import kernels.mxfp4.wgmma  # noqa: F401 - layouts register themselves
 from kernels.mxfp4.layouts import (
     MX_BLOCK,
     NATURAL,
     ROWS16,
+    WGMMA,
     PackedMXFP4,
     choose_layout,
     from_natural,
@@ -18,6 +20,7 @@ __all__ = [
     "MX_BLOCK",
     "NATURAL",
     "ROWS16",
+    "WGMMA",
     "PackedMXFP4",
     "choose_layout",
     "from_natural",

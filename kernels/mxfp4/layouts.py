@@ -19,6 +19,8 @@ MX_BLOCK = 32
 NATURAL = "natural"
 ROWS16 = "rows16"
 """The CPU kernels' (`kernels/cpu/layout.py`)."""
+WGMMA = "wgmma.v1"
+"""The Triton kernels' on sm_90 (`kernels/mxfp4/wgmma.py`)."""
 SCALE_NAN = 255
 """The e8m0 code that stands for NaN (OCP Microscaling Formats 1.0, section 5.4.1); never a weight's scale."""
 

@@ -1,0 +1,117 @@
+"""Grouped product of tokens with MXFP4 experts in the layout `wgmma.v1` (`kernels/mxfp4/wgmma.py`): weights are the left operand, which
+wgmma takes from registers, so they go from memory over shared memory into registers, are decoded there and used.
+
+    out[row] = SwiGLU(W[e] x[token] + bias[e])              for the gate_up product
+    out[pair] = gate weight * (W[e] x[row] + bias[e])       for the down product
+
+A thread's 16 bytes, one load, are its fragments of four matrix instructions.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.moe.tiles import swiglu, tile_rows
+
+DECODE = tl.constexpr("""{ // mxfp4x8_bf16
+    .reg .b32 r, s;
+    and.b32 $0, $4, 0x81C081C0;
+    mul.bf16x2 $0, $0, $5;
+    shl.b32 r, $4, 4;
+    and.b32 $1, r, 0x81C081C0;
+    mul.bf16x2 $1, $1, $6;
+    shf.l.wrap.b32 r, $4, $4, 10;
+    and.b32 $2, r, 0x81C081C0;
+    mul.bf16x2 $2, $2, $5;
+    shl.b32 r, $4, 6;
+    and.b32 r, r, 0x80C080C0;
+    shf.l.wrap.b32 s, $4, $4, 14;
+    and.b32 s, s, 0x01000100;
+    or.b32 $3, r, s;
+    mul.bf16x2 $3, $3, $6;
+}""")
+"""A word of 8 values ($4) and the scales of its even ($5) and odd ($6) rows, twice each → registers $0 to $3 of a fragment."""
+
+
+@triton.jit
+def decode(words, scales):
+    """uint8 words, 4 bytes each, and bf16 scales of the same shape → two bf16 tensors of the same shape.
+
+    Of each 4 bytes, 0 and 1 give registers 0 and 1, values first and second, in the first result and registers 2 and 3 in the second.
+    """
+    return tl.inline_asm_elementwise(
+        DECODE, "=r,=r,=r,=r,r,r,r", [words, scales], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+    )
+
+
+@triton.jit
+def expert_matmul_wgmma(
+    x_ptr,
+    blocks_ptr,
+    scales_ptr,
+    bias_ptr,
+    out_ptr,
+    tiles_ptr,
+    pairs_ptr,
+    row_weights_ptr,
+    N,
+    K,
+    x_stride,
+    out_stride,
+    top_k,
+    alpha,
+    limit,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GATE_UP: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    STRIPS: tl.constexpr = BLOCK_N // 16
+    CHUNKS: tl.constexpr = BLOCK_K // 64
+    expert, x_rows, out_rows, pairs, exists = tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M, GATE_UP)
+    if tl.max(exists.to(tl.int32), 0) == 0:
+        return
+    num_strips = tl.cdiv(N, 16)
+    num_chunks = tl.cdiv(K, 64)
+    # Past the last strip it is read again, and nothing of that is stored.
+    strip = tl.minimum(tl.program_id(0) * STRIPS + tl.arange(0, STRIPS), num_strips - 1)
+    k = tl.arange(0, BLOCK_K)
+    expert_strip = (expert * num_strips + strip)[:, None] * num_chunks
+    in_blocks, in_scales = tl.arange(0, CHUNKS * 512), tl.arange(0, CHUNKS * 32)
+    block_ptrs = blocks_ptr + expert_strip * 512 + in_blocks[None, :]  # [STRIPS, CHUNKS * 512]
+    scale_ptrs = scales_ptr + expert_strip * 32 + in_scales[None, :]  # [STRIPS, CHUNKS * 32]
+    x_ptrs = x_ptr + x_rows[None, :] * x_stride + k[:, None]  # [BLOCK_K, BLOCK_M]
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for chunk in tl.range(0, num_chunks, CHUNKS, num_stages=NUM_STAGES):
+        left = num_chunks - chunk
+        words = tl.load(block_ptrs + chunk * 512, mask=(in_blocks < left * 512)[None, :], other=0)
+        exponents = tl.load(scale_ptrs + chunk * 32, mask=(in_scales < left * 32)[None, :], other=0)
+        x = tl.load(x_ptrs + chunk * 64, mask=exists[None, :] & (k < K - chunk * 64)[:, None], other=0.0)
+        scales = (exponents.to(tl.uint16) << 7).to(tl.bfloat16, bitcast=True)
+        scales = scales.reshape(STRIPS, CHUNKS, 8, 1, 2, 1, 2, 1).trans(0, 1, 2, 3, 6, 5, 4, 7)  # strip, chunk, g, 1, group, 1, parity, 1
+        scales = tl.broadcast_to(scales, (STRIPS, CHUNKS, 8, 4, 2, 2, 2, 2)).reshape(STRIPS, CHUNKS * 512)
+        first, second = decode(words, scales)
+        # strip, chunk, g, t, fragment, parity, value, column half → rows (strip, parity, g), columns (chunk, fragment, half, t, value)
+        weights = tl.join(first, second).reshape(STRIPS, CHUNKS, 8, 4, 4, 2, 2, 2)
+        weights = weights.trans(0, 5, 2, 1, 4, 7, 3, 6).reshape(BLOCK_N, BLOCK_K)
+        if x.dtype == tl.float32:
+            total = tl.dot(weights.to(tl.float32), x, total, input_precision="ieee")
+        else:
+            total = tl.dot(weights, x, total)
+    # Row 2i of an expert and its row 2i + 1 are in one thread.
+    even, odd = total.reshape(STRIPS, 2, 8, BLOCK_M).trans(0, 2, 3, 1).split()
+    even, odd = even.reshape(BLOCK_N // 2, BLOCK_M), odd.reshape(BLOCK_N // 2, BLOCK_M)
+    half = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    bias_ptrs = bias_ptr + expert * N + half * 2
+    even += tl.load(bias_ptrs, mask=half * 2 < N, other=0.0).to(tl.float32)[:, None]
+    odd += tl.load(bias_ptrs + 1, mask=half * 2 + 1 < N, other=0.0).to(tl.float32)[:, None]
+    if GATE_UP:
+        out = swiglu(even, odd, alpha, limit)  # [BLOCK_N / 2, BLOCK_M]
+        out_ptrs = out_ptr + out_rows[None, :] * out_stride + half[:, None]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=exists[None, :] & (half * 2 < N)[:, None])
+    else:
+        row_weights = tl.load(row_weights_ptr + pairs, mask=exists, other=0.0)
+        out = tl.join(even, odd).trans(0, 2, 1).reshape(BLOCK_N, BLOCK_M) * row_weights[None, :]
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        out_ptrs = out_ptr + out_rows[None, :] * out_stride + n[:, None]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=exists[None, :] & (n < N)[:, None])
