@@ -4,6 +4,7 @@ import importlib.util
 import os
 from functools import cache
 
+import torch
 from torch import Tensor
 
 # Whether a product and a sum are fused where a kernel does not say. Triton 3.10 turns the default around; results must not.
@@ -26,3 +27,20 @@ def _interpreting() -> bool:
     # Triton reads the variable as each kernel is decorated, so it is fixed for a process. Not asked of Triton itself, whose import takes a
     # second that a server on the CPU need not wait for.
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes") and has_triton()
+
+
+def checks_indices() -> bool:
+    """Whether launchers read indices (expert ids, block tables) back to check their range, which stops the host until the device is there: in
+    the interpreter, and where CANTATA_CHECK_INDICES=1 says so."""
+    return _interpreting() or os.environ.get("CANTATA_CHECK_INDICES", "") == "1"
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The target that Triton compiles for: sm_90, gfx950 and so on; "cpu" for its interpreter."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

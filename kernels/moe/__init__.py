@@ -2,12 +2,23 @@
 
 from torch import Tensor
 
+from kernels.backend import checks_indices, runs_triton
 from kernels.cpu import experts as cpu
 from kernels.cpu import gate as cpu_gate
 from kernels.moe import reference
 from kernels.mxfp4 import PackedMXFP4
 
-__all__ = ["fused_experts", "gate_topk"]
+__all__ = ["fused_experts", "gate_topk", "gated_experts"]
+
+
+def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`kernels.moe.reference.gate_topk`, which defines it."""
+    if not runs_triton(gate_logits):
+        return reference.gate_topk(gate_logits, k)
+    from kernels.moe import routing
+
+    reference.check_gate(gate_logits, k)
+    return routing.choose(gate_logits.contiguous(), k)
 
 
 def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -32,14 +43,29 @@ def fused_experts(
     first_expert: int = 0,
     num_experts: int | None = None,
 ) -> Tensor:
-    """`kernels.moe.reference.fused_experts`, which defines it, by the kernel for these weights and this device."""
-    if not (
+    """`kernels.moe.reference.fused_experts`, which defines it, by the kernel for these weights and this device.
+
+    On a GPU, expert ids are taken as they are (`kernels.backend.checks_indices`).
+    """
+    arguments = (x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias)
+    reference.check_experts(*arguments, first_expert, num_experts)
+    total = gate_up.shape[0] if num_experts is None else num_experts
+    if _triton_takes(x, gate_up, down):
+        from kernels.moe import grouped
+
+        if checks_indices():
+            reference.check_ids(topk_ids, total)
+        return grouped.fused_experts(
+            *arguments, swiglu_limit=swiglu_limit, swiglu_alpha=swiglu_alpha, first_expert=first_expert, num_experts=total
+        )
+    if (
         isinstance(gate_up, PackedMXFP4)
         and isinstance(down, PackedMXFP4)
         and gate_up_bias.dtype == down_bias.dtype
         and cpu.can_run(x, gate_up, down, gate_up_bias.dtype)
     ):
-        return reference.fused_experts(
+        reference.check_ids(topk_ids, total)
+        return cpu.fused_experts(
             x,
             topk_ids,
             topk_weights,
@@ -50,18 +76,49 @@ def fused_experts(
             swiglu_limit=swiglu_limit,
             swiglu_alpha=swiglu_alpha,
             first_expert=first_expert,
-            num_experts=num_experts,
         )
-    reference.check_experts(x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, first_expert, num_experts)
-    return cpu.fused_experts(
-        x,
-        topk_ids,
-        topk_weights,
-        gate_up,
-        gate_up_bias,
-        down,
-        down_bias,
-        swiglu_limit=swiglu_limit,
-        swiglu_alpha=swiglu_alpha,
-        first_expert=first_expert,
+    return reference.fused_experts(
+        *arguments, swiglu_limit=swiglu_limit, swiglu_alpha=swiglu_alpha, first_expert=first_expert, num_experts=num_experts
     )
+
+
+def gated_experts(
+    x: Tensor,
+    gate_logits: Tensor,
+    k: int,
+    gate_up: PackedMXFP4 | Tensor,
+    gate_up_bias: Tensor,
+    down: PackedMXFP4 | Tensor,
+    down_bias: Tensor,
+    *,
+    swiglu_limit: float,
+    swiglu_alpha: float,
+    first_expert: int = 0,
+) -> Tensor:
+    """`fused_experts` of the choice that `gate_topk` makes; on a GPU choice and routing are one launch.
+
+    Args:
+        gate_logits: [T, num_experts] float.
+    """
+    options = {"swiglu_limit": swiglu_limit, "swiglu_alpha": swiglu_alpha}
+    if not _triton_takes(x, gate_up, down):
+        chosen = gate_topk(gate_logits, k)
+        weights = (gate_up, gate_up_bias, down, down_bias)
+        return fused_experts(x, *chosen, *weights, **options, first_expert=first_expert, num_experts=gate_logits.shape[1])
+    from kernels.moe import grouped
+
+    reference.check_gate(gate_logits, k)
+    if x.shape[:1] != gate_logits.shape[:1]:
+        raise ValueError(f"gate_logits must have a row for each of {x.shape[0]} tokens, got shape {list(gate_logits.shape)}")
+    reference.check_weights(x, gate_up, gate_up_bias, down, down_bias, first_expert, gate_logits.shape[1])
+    return grouped.gated_experts(
+        x, gate_logits.contiguous(), k, gate_up, gate_up_bias, down, down_bias, **options, first_expert=first_expert
+    )
+
+
+def _triton_takes(x: Tensor, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor) -> bool:
+    if not runs_triton(x):
+        return False
+    from kernels.moe import grouped
+
+    return grouped.can_run(x, gate_up, down)

@@ -9,17 +9,15 @@ _BLOCK_H = 1024
 
 
 @triton.jit
-def add_slots(
-    results_ptr, ids_ptr, out_ptr, hidden_size, first_expert, num_local, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr
-):
+def add_slots(results_ptr, ids_ptr, out_ptr, hidden_size, first_expert, num_local, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros((BLOCK_H,), tl.float32)
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
         local = tl.load(ids_ptr + pair) - first_expert
-        here = (local >= 0) & (local < num_local)
-        total += tl.load(results_ptr + pair * hidden_size + h, mask=here & (h < hidden_size), other=0.0).to(tl.float32)
+        end = tl.where((local >= 0) & (local < num_local), hidden_size, 0)
+        total += tl.load(results_ptr + pair * hidden_size + h, mask=h < end, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * hidden_size + h, total.to(out_ptr.dtype.element_ty), mask=h < hidden_size)
 
 

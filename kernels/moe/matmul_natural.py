@@ -47,27 +47,23 @@ def expert_matmul_natural(
     BLOCK_K: tl.constexpr,
     GATE_UP: tl.constexpr,
     PACKED: tl.constexpr,
-    WEIGHTS_LEFT: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     expert, x_rows, out_rows, pairs, exists = tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M, GATE_UP)
     if tl.max(exists.to(tl.int32), 0) == 0:
         return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Past the last row it is read again, and nothing of that is stored.
-    weight_rows = expert * N + tl.minimum(n, N - 1)
+    # Past the last row it is read again, and nothing of that is stored. Offsets within an expert fit in 32 bits.
+    row = tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K)
+    in_row, in_scales = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 32)
     if PACKED:
-        in_row, in_scales = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 32)
-        block_ptrs = blocks_ptr + weight_rows[:, None] * (K // 2) + in_row[None, :]  # [BLOCK_N, BLOCK_K / 2]
-        scale_ptrs = scales_ptr + weight_rows[:, None] * (K // 32) + in_scales[None, :]  # [BLOCK_N, BLOCK_K / 32]
+        block_ptrs = blocks_ptr + expert * N * (K // 2) + (row[:, None] * (K // 2) + in_row[None, :])  # [BLOCK_N, BLOCK_K / 2]
+        scale_ptrs = scales_ptr + expert * N * (K // 32) + (row[:, None] * (K // 32) + in_scales[None, :])  # [BLOCK_N, BLOCK_K / 32]
     else:
-        block_ptrs = blocks_ptr + weight_rows[:, None] * K + k[None, :]  # [BLOCK_N, BLOCK_K]
+        block_ptrs = blocks_ptr + expert * N * K + (row[:, None] * K + k[None, :])  # [BLOCK_N, BLOCK_K]
     x_ptrs = x_ptr + x_rows[:, None] * x_stride + k[None, :]  # [BLOCK_M, BLOCK_K]
-    if WEIGHTS_LEFT:
-        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
         left = K - start
         x = tl.load(x_ptrs + start, mask=exists[:, None] & (k < left)[None, :], other=0.0)
@@ -78,19 +74,11 @@ def expert_matmul_natural(
             weights = tl.load(block_ptrs + start, mask=(k < left)[None, :], other=0.0)
         if PACKED and x.dtype != tl.float32:
             kind: tl.constexpr = "bf16" if x.dtype == tl.bfloat16 else "fp16"
-            if WEIGHTS_LEFT:
-                total = tl.dot_scaled(weights, exponents, "e2m1", x.T, None, kind, acc=total, fast_math=True)
-            else:
-                total = tl.dot_scaled(x, None, kind, weights.T, exponents, "e2m1", acc=total, fast_math=True)
+            total = tl.dot_scaled(x, None, kind, weights.T, exponents, "e2m1", acc=total, fast_math=True)
         else:
             if PACKED:
                 weights = decode_e2m1(weights, exponents, BLOCK_N, BLOCK_K)
-            if WEIGHTS_LEFT:
-                total = tl.dot(weights, x.T, total, input_precision="ieee")
-            else:
-                total = tl.dot(x, weights.T, total, input_precision="ieee")
-    if WEIGHTS_LEFT:
-        total = total.T
+            total = tl.dot(x, weights.T, total, input_precision="ieee")
     total += tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GATE_UP:
         gate, up = total.reshape(BLOCK_M, BLOCK_N // 2, 2).split()

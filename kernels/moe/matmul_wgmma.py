@@ -38,9 +38,7 @@ def decode(words, scales):
 
     Of each 4 bytes, 0 and 1 give registers 0 and 1, values first and second, in the first result and registers 2 and 3 in the second.
     """
-    return tl.inline_asm_elementwise(
-        DECODE, "=r,=r,=r,=r,r,r,r", [words, scales], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-    )
+    return tl.inline_asm_elementwise(DECODE, "=r,=r,=r,=r,r,r,r", [words, scales], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
 
 
 @triton.jit
@@ -73,13 +71,13 @@ def expert_matmul_wgmma(
         return
     num_strips = tl.cdiv(N, 16)
     num_chunks = tl.cdiv(K, 64)
-    # Past the last strip it is read again, and nothing of that is stored.
+    # Past the last strip it is read again, and nothing of that is stored. Offsets within an expert fit in 32 bits.
     strip = tl.minimum(tl.program_id(0) * STRIPS + tl.arange(0, STRIPS), num_strips - 1)
     k = tl.arange(0, BLOCK_K)
-    expert_strip = (expert * num_strips + strip)[:, None] * num_chunks
     in_blocks, in_scales = tl.arange(0, CHUNKS * 512), tl.arange(0, CHUNKS * 32)
-    block_ptrs = blocks_ptr + expert_strip * 512 + in_blocks[None, :]  # [STRIPS, CHUNKS * 512]
-    scale_ptrs = scales_ptr + expert_strip * 32 + in_scales[None, :]  # [STRIPS, CHUNKS * 32]
+    first_chunk = strip[:, None] * num_chunks
+    block_ptrs = blocks_ptr + expert * num_strips * num_chunks * 512 + (first_chunk * 512 + in_blocks[None, :])  # [STRIPS, CHUNKS * 512]
+    scale_ptrs = scales_ptr + expert * num_strips * num_chunks * 32 + (first_chunk * 32 + in_scales[None, :])  # [STRIPS, CHUNKS * 32]
     x_ptrs = x_ptr + x_rows[None, :] * x_stride + k[:, None]  # [BLOCK_K, BLOCK_M]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for chunk in tl.range(0, num_chunks, CHUNKS, num_stages=NUM_STAGES):

@@ -63,6 +63,7 @@ def fused_experts(
         ValueError: names the argument of a wrong shape or dtype.
     """
     check_experts(x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, first_expert, num_experts)
+    check_ids(topk_ids, gate_up.shape[0] if num_experts is None else num_experts)
     wide = x.float()
     out = torch.zeros_like(wide)
     for expert, tokens, slots in _tokens_by_expert(topk_ids.long() - first_expert, gate_up.shape[0]):
@@ -120,26 +121,45 @@ def check_experts(
     first_expert: int,
     num_experts: int | None,
 ) -> None:
-    """Refuse what `fused_experts` cannot compute.
+    """Refuse what `fused_experts` cannot compute, but for ids out of range (`check_ids`).
+
+    Raises:
+        ValueError: names the argument.
+    """
+    check_weights(x, gate_up, gate_up_bias, down, down_bias, first_expert, gate_up.shape[0] if num_experts is None else num_experts)
+    if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0]:
+        raise ValueError(f"topk_ids must be [{x.shape[0]}, k], got shape {list(topk_ids.shape)}")
+    if topk_ids.dtype.is_floating_point:
+        raise ValueError(f"topk_ids must be integers, got {topk_ids.dtype}")
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(f"topk_weights must be {list(topk_ids.shape)}, got shape {list(topk_weights.shape)}")
+    if topk_weights.dtype != torch.float32:
+        raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
+
+
+def check_weights(
+    x: Tensor,
+    gate_up: PackedMXFP4 | Tensor,
+    gate_up_bias: Tensor,
+    down: PackedMXFP4 | Tensor,
+    down_bias: Tensor,
+    first_expert: int,
+    num_experts: int,
+) -> None:
+    """Refuse activations and experts that do not fit together.
 
     Raises:
         ValueError: names the argument.
     """
     if x.ndim != 2:
         raise ValueError(f"x must be [T, H], got shape {list(x.shape)}")
-    num_tokens, hidden_size = x.shape
-    if topk_ids.ndim != 2 or topk_ids.shape[0] != num_tokens:
-        raise ValueError(f"topk_ids must be [{num_tokens}, k], got shape {list(topk_ids.shape)}")
-    if topk_ids.dtype.is_floating_point:
-        raise ValueError(f"topk_ids must be integers, got {topk_ids.dtype}")
+    hidden_size = x.shape[1]
     if len(gate_up.shape) != 3 or gate_up.shape[2] != hidden_size or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must be [E, 2I, {hidden_size}], got shape {list(gate_up.shape)}")
     num_local, double_width, _ = gate_up.shape
-    total = num_local if num_experts is None else num_experts
-    if not 0 <= first_expert <= total - num_local:
-        raise ValueError(f"first_expert must leave room for {num_local} of {total} experts, got {first_expert}")
+    if not 0 <= first_expert <= num_experts - num_local:
+        raise ValueError(f"first_expert must leave room for {num_local} of {num_experts} experts, got {first_expert}")
     expected = {
-        "topk_weights": (topk_weights.shape, tuple(topk_ids.shape)),
         "gate_up_bias": (gate_up_bias.shape, (num_local, double_width)),
         "down": (down.shape, (num_local, hidden_size, double_width // 2)),
         "down_bias": (down_bias.shape, (num_local, hidden_size)),
@@ -147,7 +167,13 @@ def check_experts(
     for name, (shape, wanted) in expected.items():
         if tuple(shape) != wanted:
             raise ValueError(f"{name} must be {list(wanted)}, got shape {list(shape)}")
-    if topk_weights.dtype != torch.float32:
-        raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
-    if topk_ids.numel() and not 0 <= int(topk_ids.min()) <= int(topk_ids.max()) < total:
-        raise ValueError(f"topk_ids must be from 0 to {total - 1}, found {int(topk_ids.min())} to {int(topk_ids.max())}")
+
+
+def check_ids(topk_ids: Tensor, num_experts: int) -> None:
+    """Refuse ids that are no experts; reads them back.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if topk_ids.numel() and not 0 <= int(topk_ids.min()) <= int(topk_ids.max()) < num_experts:
+        raise ValueError(f"topk_ids must be from 0 to {num_experts - 1}, found {int(topk_ids.min())} to {int(topk_ids.max())}")

@@ -1,0 +1,159 @@
+"""Shapes that break mixture-of-experts kernels, for the interpreter and for GPUs."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.moe import reference
+from kernels.mxfp4 import PackedMXFP4, from_natural, pack, to_natural, unpack
+
+LIMIT, ALPHA = 7.0, 1.702
+
+
+@dataclass(frozen=True, slots=True)
+class MoeCase:
+    """Attributes:
+    chosen: "random", "one" (all tokens choose expert `first_expert` first), "elsewhere" (none of this rank's), "few" (of the first k + 1).
+    num_local: None: all from first_expert on.
+    """
+
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    hidden: int
+    width: int
+    first_expert: int = 0
+    num_local: int | None = None
+    chosen: str = "random"
+
+    def __str__(self) -> str:
+        part = "" if self.num_local is None else f"-{self.first_expert}to{self.first_expert + self.num_local}"
+        return f"{self.num_tokens}x{self.top_k}of{self.num_experts}{part}-{self.hidden}-{self.width}-{self.chosen}"
+
+
+PACKED_CASES = [
+    MoeCase(0, 2, 5, 96, 64),
+    MoeCase(1, 1, 1, 32, 32),
+    MoeCase(1, 4, 7, 96, 64),
+    MoeCase(2, 3, 5, 64, 96),
+    MoeCase(3, 2, 12, 160, 32),
+    MoeCase(7, 4, 9, 224, 96),
+    MoeCase(8, 1, 2, 128, 64, chosen="one"),
+    MoeCase(9, 1, 3, 256, 32, chosen="one"),
+    MoeCase(8, 4, 128, 32, 64),
+    MoeCase(15, 2, 4, 96, 32, chosen="one"),
+    MoeCase(16, 2, 3, 64, 32, chosen="one"),
+    MoeCase(17, 2, 3, 96, 64, chosen="one"),
+    MoeCase(17, 5, 17, 32, 96, chosen="few"),
+    MoeCase(33, 3, 4, 288, 32),
+    MoeCase(6, 3, 11, 64, 32, first_expert=3, num_local=4),
+    MoeCase(21, 4, 16, 96, 64, first_expert=12, num_local=4),
+    MoeCase(5, 2, 9, 64, 96, first_expert=4, num_local=1),
+    MoeCase(6, 2, 10, 96, 32, first_expert=0, num_local=3, chosen="elsewhere"),
+    MoeCase(63, 2, 3, 32, 64),
+    MoeCase(64, 3, 6, 64, 32),
+    MoeCase(65, 3, 6, 32, 32),
+    MoeCase(97, 4, 33, 64, 32, first_expert=8, num_local=9),
+    MoeCase(130, 1, 2, 32, 64, chosen="one"),
+]
+
+DENSE_CASES = [
+    MoeCase(0, 1, 2, 40, 24),
+    MoeCase(1, 4, 5, 33, 37),
+    MoeCase(2, 1, 3, 65, 31),
+    MoeCase(3, 2, 4, 31, 65),
+    MoeCase(9, 2, 6, 64, 32),
+    MoeCase(16, 1, 2, 63, 33, chosen="one"),
+    MoeCase(17, 3, 5, 129, 17, first_expert=1, num_local=3),
+    MoeCase(66, 2, 3, 20, 12),
+]
+
+
+class Inputs(NamedTuple):
+    """The first arguments of `fused_experts`."""
+
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    gate_up: PackedMXFP4 | Tensor
+    gate_up_bias: Tensor
+    down: PackedMXFP4 | Tensor
+    down_bias: Tensor
+
+
+def gate_logits(case: MoeCase, seed: int = 0) -> Tensor:
+    """[T, E] fp32, by which the case's choice is made."""
+    logits = torch.randn(case.num_tokens, case.num_experts, generator=torch.Generator().manual_seed(seed))
+    local = slice(case.first_expert, case.first_expert + num_local(case))
+    if case.chosen == "one":
+        logits[:, case.first_expert] += 100
+    elif case.chosen == "elsewhere":
+        logits[:, local] -= 100
+    elif case.chosen == "few":
+        logits[:, : case.top_k + 1] += 100
+    return logits
+
+
+def inputs(case: MoeCase, *, layout: str | None, dtype: torch.dtype, seed: int = 1) -> Inputs:
+    """Random ones on the CPU; layout None: dense weights of `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    local, width, hidden = num_local(case), case.width, case.hidden
+    # Large enough that both sides of the clamp are met.
+    gate_up, down = (torch.randn(shape, generator=generator) * 0.7 for shape in ((local, 2 * width, hidden), (local, hidden, width)))
+    biases = (torch.randn(shape, generator=generator).to(dtype) for shape in ((local, 2 * width), (local, hidden)))
+    gate_up_bias, down_bias = biases
+    x = torch.randn(case.num_tokens, hidden, generator=generator).to(dtype)
+    chosen = reference.gate_topk(gate_logits(case), case.top_k)
+    weights = [dense.to(dtype) if layout is None else pack(dense, layout) for dense in (gate_up, down)]
+    return Inputs(x, *chosen, weights[0], gate_up_bias, weights[1], down_bias)
+
+
+def num_local(case: MoeCase) -> int:
+    return case.num_experts - case.first_expert if case.num_local is None else case.num_local
+
+
+def options(case: MoeCase) -> dict[str, float]:
+    """The keyword arguments of `fused_experts`."""
+    return {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA, "first_expert": case.first_expert, "num_experts": case.num_experts}
+
+
+def float64(case: MoeCase, given: Inputs) -> Tensor:
+    """[T, H] float64: the definition, without any of the references' operations."""
+    gate_up, down = (_dense(weights).double() for weights in (given.gate_up, given.down))
+    x = given.x.double()
+    out = torch.zeros_like(x)
+    for token in range(case.num_tokens):
+        for slot in range(case.top_k):
+            expert = int(given.topk_ids[token, slot]) - case.first_expert
+            if not 0 <= expert < num_local(case):
+                continue
+            hidden = gate_up[expert] @ x[token] + given.gate_up_bias[expert].double()
+            gate, up = hidden[0::2].clamp(max=LIMIT), hidden[1::2].clamp(-LIMIT, LIMIT)
+            active = (up + 1) * gate * torch.sigmoid(ALPHA * gate)
+            out[token] += float(given.topk_weights[token, slot]) * (down[expert] @ active + given.down_bias[expert].double())
+    return out
+
+
+def on_device(given: Inputs, device: torch.device) -> Inputs:
+    """A copy there, weights in the same layout."""
+
+    def moved(value: PackedMXFP4 | Tensor) -> PackedMXFP4 | Tensor:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        return PackedMXFP4(value.layout, value.blocks.to(device), value.scales.to(device), value.shape)
+
+    return Inputs(*(moved(value) for value in given))
+
+
+def natural(given: Inputs) -> Inputs:
+    """With the weights in the layout that the reference reads."""
+    converted = {
+        name: from_natural(*to_natural(value)) for name, value in given._asdict().items() if isinstance(value, PackedMXFP4)
+    }
+    return given._replace(**converted)
+
+
+def _dense(weights: PackedMXFP4 | Tensor) -> Tensor:
+    return unpack(weights, torch.float32) if isinstance(weights, PackedMXFP4) else weights
