@@ -13,7 +13,12 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether the Triton kernels take this tensor: it is on a GPU, or on the CPU while Triton's interpreter is on (TRITON_INTERPRET=1)."""
-    return tensor.is_cuda if not _interpreting() else tensor.device.type in ("cuda", "cpu")
+    return triton_runs_on(tensor.device)
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """`runs_triton` for the tensors of a device."""
+    return device.type == "cuda" or (device.type == "cpu" and _interpreting())
 
 
 @cache

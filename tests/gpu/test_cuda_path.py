@@ -77,7 +77,7 @@ def test_graph_is_eager_with_static_kernels(checkpoint: Path, device: torch.devi
         return static_decode_attention(q, *args, **options) if len(q) == len(table) else real(q, *args, **options)
 
     monkeypatch.setattr(gpt_oss, "paged_attention", attention_of)
-    monkeypatch.setattr(experts, "fused_experts", static_experts)
+    monkeypatch.setattr(experts, "gated_experts", static_experts)
     check_graphs(checkpoint, device)
 
 

@@ -4,6 +4,7 @@ before all its kernels can. They compute far more than they need."""
 import torch
 from torch import Tensor
 
+from kernels.moe.reference import gate_topk
 from kernels.mxfp4 import PackedMXFP4, unpack
 
 
@@ -36,8 +37,8 @@ def static_decode_attention(
 
 def static_experts(
     x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
+    gate_logits: Tensor,
+    k: int,
     gate_up: PackedMXFP4 | Tensor,
     gate_up_bias: Tensor,
     down: PackedMXFP4 | Tensor,
@@ -46,9 +47,9 @@ def static_experts(
     swiglu_limit: float,
     swiglu_alpha: float,
     first_expert: int = 0,
-    num_experts: int | None = None,
 ) -> Tensor:
-    """`kernels.moe.fused_experts`: every expert for every token, weighted by 0 where it was not chosen."""
+    """`kernels.moe.gated_experts`: every expert for every token, weighted by 0 where it was not chosen."""
+    topk_ids, topk_weights = gate_topk(gate_logits, k)
     wide = x.float()
     hidden = torch.einsum("th,enh->etn", wide, _dense(gate_up)) + gate_up_bias.float()[:, None]
     gate, up = hidden[..., 0::2].clamp(max=swiglu_limit), hidden[..., 1::2].clamp(-swiglu_limit, swiglu_limit)

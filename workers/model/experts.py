@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels.moe import fused_experts, gate_topk
+from kernels.moe import gated_experts
 from kernels.mxfp4 import PackedMXFP4
 from workers.model.linear import Linear
 
@@ -37,11 +37,10 @@ class Experts:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, hidden] → [T, hidden], the weighted sum of each token's experts on this rank."""
-        topk_ids, topk_weights = gate_topk(self.gate(x.float()), self.num_experts_per_token)
-        return fused_experts(
+        return gated_experts(
             x,
-            topk_ids,
-            topk_weights,
+            self.gate(x.float()),
+            self.num_experts_per_token,
             self.gate_up,
             self.gate_up_bias,
             self.down,
@@ -49,5 +48,4 @@ class Experts:
             swiglu_limit=self.swiglu_limit,
             swiglu_alpha=self.swiglu_alpha,
             first_expert=self.first_expert,
-            num_experts=self.gate.weight.shape[0],
         )

@@ -27,7 +27,7 @@ def test_decode_steps_are_those_of_the_real_kernels(tmp_path: Path, monkeypatch:
         real = expected.step(tokens)
         with monkeypatch.context() as patched:
             patched.setattr(gpt_oss, "paged_attention", static_decode_attention)
-            patched.setattr(experts, "fused_experts", static_experts)
+            patched.setattr(experts, "gated_experts", static_experts)
             static = actual.step(tokens)
         for seq in prompts:
             torch.testing.assert_close(static[seq], real[seq], atol=1e-5, rtol=1e-5)
