@@ -3,7 +3,7 @@
 Triton's wheel has all that this takes: ptxas, nvdisasm and cuobjdump for NVIDIA, LLVM for AMD. No GPU, driver or toolkit.
 
 The main loop is the innermost loop with most matrix instructions; in a kernel without these, the longest innermost loop; in a kernel
-without loops, everything.
+without loops, everything. A loop is what lies on some path from its head back to it, wherever the compiler put that.
 """
 
 import os
@@ -55,7 +55,7 @@ GPUS = {
     "sm_90": Gpu("H100 SXM", 132, 1.755, 3.35, 128),
     "sm_100": Gpu("B200", 148, 1.85, 8.0, 128),
     "sm_120": Gpu("RTX PRO 6000", 188, 2.6, 1.79, 128),
-    # Four SIMD units of 16 lanes, and scalar instructions beside them, which count as if they took lanes.
+    # Four SIMD units of 16 lanes. Scalar instructions have a unit of their own and are not counted.
     "gfx942": Gpu("MI300X", 304, 2.1, 5.3, 64),
     "gfx950": Gpu("MI355X", 256, 2.4, 8.0, 64),
 }
@@ -75,8 +75,8 @@ class MachineCode:
         matrix: matrix instructions in the main loop, by mnemonic.
         loads: loads from memory in the main loop, by bits a thread.
         stores_to_shared: instructions of the main loop.
-        instructions: of the main loop.
-        size: instructions of the kernel.
+        instructions: of the main loop; on AMD without scalar ones, which have a unit of their own.
+        size: instructions of the kernel, counted alike.
         layout_changes: conversions between register layouts that Triton's GPU dialect has; some cost nothing.
         listing: the assembly.
     """
@@ -111,7 +111,7 @@ class MachineCode:
 
     def traffic(self, spec: KernelSpec) -> float | None:
         """Bytes loaded in a pass over the least that it must read; None where that was not given or comes by TMA."""
-        return self.loaded_bytes / spec.work.bytes if spec.work and self.loads else None
+        return self.loaded_bytes / (spec.work.bytes + spec.work.cached_bytes) if spec.work and self.loads else None
 
     def issue_share(self, spec: KernelSpec, target: str) -> float | None:
         """Share of all issue slots that a pass takes while memory delivers its bytes at full bandwidth; above 1 it cannot."""
@@ -156,13 +156,16 @@ def compile_kernel(spec: KernelSpec, target: str) -> MachineCode:
     if wrong:
         raise ValueError(f"{spec.name}: signature and constexprs do not match the kernel's arguments at {sorted(wrong)}")
     signature = {name: "constexpr" if name in spec.constexprs else spec.signature[name] for name in arguments}
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(arguments)
-        if name not in spec.unaligned and (signature[name].startswith("*") or signature[name] in ("i32", "i64"))
-    }
-    source = ASTSource(fn=spec.kernel, signature=signature, constexprs=dict(spec.constexprs), attrs=aligned)
     nvidia = target.startswith("sm_")
+    # As the launcher would say it of what it is given; on AMD also that tensors are under 2 GiB.
+    known: dict[tuple[int], list[list[object]]] = {}
+    for place, name in enumerate(arguments):
+        pointer = signature[name].startswith("*")
+        if name not in spec.unaligned and (pointer or signature[name] in ("i32", "i64")):
+            known[place,] = [["tt.divisibility", 16]]
+        if pointer and not nvidia and name not in spec.large:
+            known.setdefault((place,), []).append(["tt.pointer_range", 32])
+    source = ASTSource(fn=spec.kernel, signature=signature, constexprs=dict(spec.constexprs), attrs=known)
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     with _no_cache(), _quiet():
         kernel = triton.compile(source, target=gpu, options={"enable_fp_fusion": True, **spec.options})
@@ -195,8 +198,9 @@ def _quiet() -> Iterator[None]:
 
 # NVIDIA: SASS as nvdisasm prints it.
 
-_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", re.MULTILINE)
-_SASS_LINE = re.compile(rf"(?P<label>^\.L_\w+):|{_SASS.pattern}", re.MULTILINE)
+_SASS_LINE = re.compile(
+    r"^(?P<label>\.L_\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)(?P<operands>.*?);", re.MULTILINE
+)
 _SASS_MATRIX = re.compile(r"(H|Q|I|O|D)G?MMA|UTC\w*MMA|BMMA")
 _SASS_WIDTHS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 
@@ -208,8 +212,8 @@ def _nvidia(kernel: CompiledKernel) -> MachineCode:
         file.flush()
         usage = _run(tools / "cuobjdump", "-res-usage", file.name)
         listing = _run(tools / "nvdisasm", "-c", file.name)
-    instructions, loops = parse_sass(listing)
-    main = _main_loop(instructions, loops, _SASS_MATRIX)
+    program = parse_sass(listing)
+    instructions, main = program.names, program.main_loop(_SASS_MATRIX)
     return MachineCode(
         registers=_number(r"\bREG:(\d+)", usage),
         spilled_bytes=_spill_bytes(instructions),
@@ -227,21 +231,18 @@ def _nvidia(kernel: CompiledKernel) -> MachineCode:
     )
 
 
-def parse_sass(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """(mnemonics with modifiers, loops as (first, last) index) of a disassembly."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    loops = []
+def parse_sass(listing: str) -> "Program":
+    """A disassembly."""
+    program = Program()
     for line in _SASS_LINE.finditer(listing):
         if line["label"]:
-            labels[line["label"]] = len(instructions)
+            program.label(line["label"])
             continue
-        name, operands = line[2], line[3]
+        name, operands = line["name"], line["operands"]
         target = re.search(r"\.L_\w+", operands) if name.startswith("BRA") else None
-        if target and labels.get(target[0], len(instructions)) < len(instructions):
-            loops.append((labels[target[0]], len(instructions)))
-        instructions.append(name)
-    return instructions, loops
+        ends = not line["guard"] and "P" not in operands.split("`")[0] and name.split(".")[0] in ("BRA", "EXIT", "RET")
+        program.add(name, target[0] if target else None, ends)
+    return program
 
 
 def _sass_bits(name: str) -> int:
@@ -262,8 +263,9 @@ _GCN_WIDTHS = {"x4": 128, "x3": 96, "x2": 64, "short": 16, "d16": 16, "byte": 8}
 
 def _amd(kernel: CompiledKernel) -> MachineCode:
     listing = kernel.asm["amdgcn"]
-    instructions, loops = parse_gcn(listing)
-    main = _main_loop(instructions, loops, _GCN_MATRIX)
+    program = parse_gcn(listing)
+    instructions = [name for name in program.names if not name.startswith("s_")]
+    main = [name for name in program.main_loop(_GCN_MATRIX) if not name.startswith("s_")]
     spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", listing)
     return MachineCode(
         registers=_number(r"\.vgpr_count:\s+(\d+)", listing),
@@ -282,38 +284,85 @@ def _amd(kernel: CompiledKernel) -> MachineCode:
     )
 
 
-def parse_gcn(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """(mnemonics, loops as (first, last) index) of an assembly."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    loops = []
+def parse_gcn(listing: str) -> "Program":
+    """An assembly."""
+    program = Program()
     for line in _GCN_LINE.finditer(listing):
         if line["label"]:
-            labels[line["label"]] = len(instructions)
+            program.label(line["label"])
             continue
-        if line["name"].startswith(("s_cbranch", "s_branch")):
-            target = line["operands"].split()[0]
-            if labels.get(target, len(instructions)) < len(instructions):
-                loops.append((labels[target], len(instructions)))
-        instructions.append(line["name"])
-    return instructions, loops
+        name = line["name"]
+        target = line["operands"].split()[0] if name.startswith(("s_cbranch", "s_branch")) else None
+        program.add(name, target, name in ("s_branch", "s_endpgm", "s_setpc_b64"))
+    return program
 
 
 def _gcn_bits(name: str) -> int:
     return next((bits for part, bits in _GCN_WIDTHS.items() if part in name), 32)
 
 
-def _main_loop(instructions: Sequence[str], loops: Sequence[tuple[int, int]], matrix: re.Pattern[str]) -> Sequence[str]:
-    def num_matrix(loop: tuple[int, int]) -> int:
-        return sum(bool(matrix.match(name)) for name in instructions[loop[0] : loop[1] + 1])
+class Program:
+    """Instructions in the order of their addresses, and where control can go from each."""
 
-    with_matrix = [loop for loop in loops if num_matrix(loop)]
-    candidates = with_matrix or [loop for loop in loops if loop[1] - loop[0] >= _SHORTEST_LOOP]
-    inner = [loop for loop in candidates if not any(loop != other and loop[0] <= other[0] and other[1] <= loop[1] for other in candidates)]
-    if not inner:
-        return instructions
-    first, last = max(inner, key=lambda loop: (num_matrix(loop), loop[1] - loop[0]))
-    return instructions[first : last + 1]
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._labels: dict[str, int] = {}
+        self._targets: dict[int, str] = {}
+        self._ends: set[int] = set()
+
+    def label(self, name: str) -> None:
+        """The next instruction has this label."""
+        self._labels[name] = len(self.names)
+
+    def add(self, name: str, target: str | None, ends: bool) -> None:
+        """Append an instruction.
+
+        Args:
+            target: label that it may jump to.
+            ends: control never goes on to the next instruction.
+        """
+        if target is not None:
+            self._targets[len(self.names)] = target
+        if ends:
+            self._ends.add(len(self.names))
+        self.names.append(name)
+
+    def loops(self) -> list[frozenset[int]]:
+        """The instructions of each loop. Loops with one head are one."""
+        before: list[list[int]] = [[] for _ in self.names]
+        backward: dict[int, list[int]] = {}
+        for at in range(len(self.names)):
+            if at + 1 < len(self.names) and at not in self._ends:
+                before[at + 1].append(at)
+            target = self._labels.get(self._targets.get(at, ""))
+            if target is not None and target < len(self.names):
+                before[target].append(at)
+                if target <= at:
+                    backward.setdefault(target, []).append(at)
+        return [body for head, tails in backward.items() if (body := self._between(head, tails, before))]
+
+    def _between(self, head: int, tails: list[int], before: list[list[int]]) -> frozenset[int] | None:
+        """What leads to the tails without passing the head; None if the program's beginning does: this is a jump back out of line."""
+        body, open_ends = {head}, list(tails)
+        while open_ends:
+            at = open_ends.pop()
+            if at not in body:
+                body.add(at)
+                open_ends += before[at]
+        return None if 0 in body and head != 0 else frozenset(body)
+
+    def main_loop(self, matrix: re.Pattern[str]) -> list[str]:
+        """Mnemonics of the main loop; all, if there is no loop."""
+
+        def num_matrix(loop: frozenset[int]) -> int:
+            return sum(bool(matrix.match(self.names[at])) for at in loop)
+
+        loops = self.loops()
+        candidates = [loop for loop in loops if num_matrix(loop)] or [loop for loop in loops if len(loop) >= _SHORTEST_LOOP]
+        inner = [loop for loop in candidates if not any(other < loop for other in candidates)]
+        if not inner:
+            return self.names
+        return [self.names[at] for at in sorted(max(inner, key=lambda loop: (num_matrix(loop), len(loop))))]
 
 
 def _run(*command: str | Path) -> str:

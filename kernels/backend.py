@@ -35,8 +35,8 @@ def _interpreting() -> bool:
 
 
 def checks_indices() -> bool:
-    """Whether launchers read indices (expert ids, block tables) back to check their range, which stops the host until the device is there: in
-    the interpreter, and where CANTATA_CHECK_INDICES=1 says so."""
+    """Whether launchers read indices (expert ids, block tables) back to check their range, which stops the host until the device is there:
+    in the interpreter, and where CANTATA_CHECK_INDICES=1 says so."""
     return _interpreting() or os.environ.get("CANTATA_CHECK_INDICES", "") == "1"
 
 

@@ -1,9 +1,13 @@
-"""Mixture of experts."""
+"""Mixture of experts, with every tile that the launchers choose from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from benchmarks.kernel_specs.spec import KernelSpec, Limits, Pass
+from benchmarks.kernel_specs.spec import TARGETS, KernelSpec, Limits, Pass
+from kernels.moe.combine import add_slots
+from kernels.moe.matmul_natural import expert_matmul_natural
 from kernels.moe.matmul_wgmma import expert_matmul_wgmma
+from kernels.moe.routing import choose_experts, place_tokens
+from kernels.moe.tile_choice import DENSE, MXFP4, MXFP4_WGMMA, Tile, tiles
 
 _MATMUL = {
     "x_ptr": "*bf16",
@@ -22,38 +26,108 @@ _MATMUL = {
     "alpha": "fp32",
     "limit": "fp32",
 }
+_MATRIX = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx950": "v_mfma"}
 
 
-def _wgmma() -> Iterator[KernelSpec]:
-    for block_m, block_n, block_k, warps, stages in [
-        (8, 64, 128, 4, 4),
-        (8, 64, 256, 4, 4),
-        (8, 128, 128, 4, 4),
-        (16, 64, 256, 4, 4),
-        (16, 128, 128, 4, 4),
-        (32, 128, 128, 4, 4),
-        (64, 128, 128, 4, 3),
-        (64, 256, 128, 8, 3),
-        (128, 128, 128, 8, 3),
-    ]:
-        for gate_up in (True, False):
+def _matmuls(weights: str, target: str) -> Iterator[KernelSpec]:
+    for tile in tiles(weights, target):
+        for product in ("gate_up", "down"):
+            num_weights = tile.block_n * tile.block_k
+            read = 2 * num_weights if weights == DENSE else num_weights * 17 // 32
+            constexprs = {
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_K": tile.block_k,
+                "GATE_UP": product == "gate_up",
+                "NUM_STAGES": tile.num_stages,
+            }
             yield KernelSpec(
-                name=f"moe/wgmma {'gate_up' if gate_up else 'down'} {block_m}x{block_n}x{block_k}",
-                kernel=expert_matmul_wgmma,
-                signature=_MATMUL,
-                constexprs={
-                    "BLOCK_M": block_m,
-                    "BLOCK_N": block_n,
-                    "BLOCK_K": block_k,
-                    "GATE_UP": gate_up,
-                    "NUM_STAGES": stages,
-                },
-                options={"num_warps": warps},
-                targets=("sm_90",),
+                name=f"moe/{weights} {product} {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} ({target})",
+                kernel=expert_matmul_wgmma if weights == MXFP4_WGMMA else expert_matmul_natural,
+                signature={**_MATMUL, "blocks_ptr": "*bf16"} if weights == DENSE else _MATMUL,
+                constexprs=constexprs if weights == MXFP4_WGMMA else {**constexprs, "PACKED": weights == MXFP4},
+                options={"num_warps": tile.num_warps},
+                targets=(target,),
                 unaligned=("top_k",),
-                work=Pass(block_n * block_k * 17 // 32 + 2 * block_m * block_k, block_n * block_k),
-                limits={"sm_90": Limits(matrix="HGMMA", load_bits=128, instructions=28 if block_m <= 32 else 38, traffic=1.02)},
+                # All experts of gpt-oss-120b in bf16 are 4 GB a layer.
+                large=("blocks_ptr",) if weights == DENSE else (),
+                work=Pass(read, num_weights, 2 * tile.block_m * tile.block_k),
+                limits={target: _limits(weights, target, tile)},
             )
 
 
-SPECS: tuple[KernelSpec, ...] = (*_wgmma(),)
+def _limits(weights: str, target: str, tile: Tile) -> Limits:
+    if weights == MXFP4_WGMMA:
+        return Limits(matrix="HGMMA", load_bits=128, instructions=28 if tile.block_m <= 32 else 38, traffic=1.02)
+    if weights == DENSE:
+        # Under 64 rows wgmma and tcgen05 have nothing to put on their 64 or 128 rows.
+        matrix = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(target) if tile.block_m >= 64 else None
+        return Limits(matrix=matrix, load_bits=128, instructions=24, traffic=1.02)
+    # AMD's loads into LDS take 32 bits of a packed row at a time.
+    bits = {"sm_100": 64}.get(target)
+    return Limits(matrix=_MATRIX.get(target), load_bits=bits, instructions={"sm_100": 42, "gfx950": 34}.get(target), traffic=1.06)
+
+
+_ROUTING = {
+    "logits_ptr": "*fp32",
+    "ids_ptr": "*i32",
+    "weights_ptr": "*fp32",
+    "counts_ptr": "*i32",
+    "tiles_ptr": "*i32",
+    "pairs_ptr": "*i32",
+    "num_tokens": "i32",
+    "num_experts": "i32",
+    "first_expert": "i32",
+    "num_local": "i32",
+    "max_tiles": "i32",
+}
+
+
+def _routing() -> Iterator[KernelSpec]:
+    def spec(name: str, num_tokens: int, num_warps: int, **constexprs: object) -> KernelSpec:
+        common = {"TOP_K": 4, "SLOTS": 4, "LOCAL": 128, "BLOCK_T": num_tokens, "BLOCK_M": 16, "BLOCK_TILES": 32}
+        kernel = choose_experts if constexprs else place_tokens
+        signature: Mapping[str, str] = {name: kind for name, kind in _ROUTING.items() if name in kernel.arg_names}
+        return KernelSpec(
+            name=f"moe/{name}",
+            kernel=kernel,
+            signature=signature,
+            constexprs={**common, **constexprs},
+            options={"num_warps": num_warps},
+            unaligned=("num_tokens", "first_expert", "max_tiles"),
+        )
+
+    everything = {"EXPERTS": 128, "FROM_LOGITS": True, "ROUTES": "all"}
+    yield spec("choose and route 1 token", 2, 4, **everything)
+    yield spec("choose and route 64 tokens", 64, 8, **everything)
+    yield spec("choose and count 32 of many tokens", 32, 8, **{**everything, "ROUTES": "counts"})
+    yield spec("place 32 of many tokens", 32, 8)
+
+
+def _combine() -> Iterator[KernelSpec]:
+    yield KernelSpec(
+        name="moe/combine",
+        kernel=add_slots,
+        signature={
+            "results_ptr": "*bf16",
+            "ids_ptr": "*i32",
+            "out_ptr": "*bf16",
+            "hidden_size": "i32",
+            "first_expert": "i32",
+            "num_local": "i32",
+        },
+        constexprs={"TOP_K": 4, "BLOCK_H": 1024},
+        options={"num_warps": 4},
+        unaligned=("first_expert",),
+        work=Pass(4 * 1024 * 2),
+        limits={target: Limits(load_bits=128) for target in TARGETS},
+    )
+
+
+SPECS = (
+    *_matmuls(MXFP4_WGMMA, "sm_90"),
+    *(spec for target in TARGETS for spec in _matmuls(MXFP4, target)),
+    *(spec for target in TARGETS for spec in _matmuls(DENSE, target)),
+    *_routing(),
+    *_combine(),
+)

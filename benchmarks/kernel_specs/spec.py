@@ -25,7 +25,7 @@ class Limits:
         instructions: thread-instructions of the main loop for 8 weights.
         registers: of a thread.
         spilled_bytes: of stack that registers were spilled to; 0 unless a kernel is known to be best with some.
-        traffic: bytes that loads of the main loop fetch, as a multiple of `Pass.bytes`.
+        traffic: bytes that loads of the main loop fetch, as a multiple of what `Pass` says.
     """
 
     matrix: str | None = None
@@ -44,10 +44,12 @@ class Pass:
     Attributes:
         bytes: from memory, each byte once.
         weights: number of weights among these; 0 where it reads none.
+        cached_bytes: what it reads besides that other programs read too, so that most of it comes from a cache.
     """
 
     bytes: int
     weights: int = 0
+    cached_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class KernelSpec:
         options: num_warps, num_stages, maxnreg and other options of the launch.
         targets: what it is meant for.
         unaligned: pointers and integers that are not multiples of 16.
+        large: pointers to tensors of 2 GiB or more.
         work: the minimum that one pass reads; None leaves the columns for it empty.
         limits: target → limits; the gate checks all specs on the GATED_TARGETS among their targets, with `Limits()` where none are given.
     """
@@ -73,5 +76,6 @@ class KernelSpec:
     options: Mapping[str, int] = field(default_factory=dict)
     targets: tuple[str, ...] = TARGETS
     unaligned: tuple[str, ...] = ()
+    large: tuple[str, ...] = ()
     work: Pass | None = None
     limits: Mapping[str, Limits] = field(default_factory=dict)

@@ -1,5 +1,5 @@
-"""A token's experts added up: `out[t] = results[t * k] + ... + results[t * k + k - 1]` over the slots whose expert is here, in fp32, in the order
-of the slots, so that a token's sum is the same in every batch and every run."""
+"""A token's experts added up: `out[t] = results[t * k] + ... + results[t * k + k - 1]` over the slots whose expert is here, in fp32, in the
+order of the slots, so that a token's sum is the same in every batch and every run."""
 
 import triton
 import triton.language as tl

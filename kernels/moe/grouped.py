@@ -88,6 +88,7 @@ def _routed(
     limit: float,
     alpha: float,
 ) -> Tensor:
+    _check_strides(x, gate_up, gate_up_bias, down, down_bias)
     num_pairs = routing.topk_ids.numel()
     hidden_size, width = down.shape[1:]
     activations = x.new_empty((num_pairs, width))
@@ -96,6 +97,22 @@ def _routed(
         _matmul(x, gate_up, gate_up_bias, activations, routing, tile, gate_up_product=True, limit=limit, alpha=alpha)
         _matmul(activations, down, down_bias, results, routing, tile, gate_up_product=False, limit=limit, alpha=alpha)
     return combine(results, routing.topk_ids, first_expert=routing.first_expert, num_local=routing.num_local)
+
+
+def _check_strides(x: Tensor, gate_up: PackedMXFP4 | Tensor, gate_up_bias: Tensor, down: PackedMXFP4 | Tensor, down_bias: Tensor) -> None:
+    if x.numel() and x.stride(1) != 1:
+        raise ValueError(f"x must have contiguous rows, got strides {x.stride()}")
+    parts = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    for name, weights in (("gate_up", gate_up), ("down", down)):
+        if isinstance(weights, PackedMXFP4):
+            parts |= {f"{name}.blocks": weights.blocks, f"{name}.scales": weights.scales}
+        else:
+            parts[name] = weights
+    for name, part in parts.items():
+        if not part.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {part.stride()}")
+        if part.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as x is, got {part.device}")
 
 
 def _matmul(

@@ -1,9 +1,8 @@
 """From gate logits or chosen experts to the tiles of the grouped products (`kernels/moe/tiles.py`), without a shape that depends on data.
 
 The (token, slot) pairs of this rank's experts are counted and sorted by expert, tokens ascending, by prefix sums over a [tokens, experts]
-matrix of who chose whom. Up to SINGLE_TOKENS tokens one program does all of it, with the choice itself: one launch. More tokens go by blocks:
-the first launch chooses and counts, the second adds up the counts of the blocks before, and places.
-"""
+matrix of who chose whom. Up to SINGLE_TOKENS tokens one program does all of it, with the choice itself: one launch. More tokens go by
+blocks: the first launch chooses and counts, the second adds up the counts of the blocks before, and places."""
 
 from dataclasses import dataclass
 
@@ -42,7 +41,8 @@ class Routing:
 
 @triton.jit
 def top_k(logits, num_experts, TOP_K: tl.constexpr, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """[BLOCK_T, EXPERTS] fp32 → ids int32 and softmax over the chosen, both [BLOCK_T, SLOTS]. Ties: the lower id. Slots past TOP_K: -1, 0."""
+    """[BLOCK_T, EXPERTS] fp32 → ids int32 and softmax over the chosen, both [BLOCK_T, SLOTS]. Ties: the lower id. Slots past TOP_K: -1,
+    0."""
     LEAST: tl.constexpr = -(2**31)
     expert, slots = tl.arange(0, EXPERTS), tl.arange(0, SLOTS)
     bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 is 0
@@ -176,7 +176,8 @@ def place_tokens(
     BLOCK_M: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
-    """Places of the tokens of one block, and this program's share of the tiles, from the counts of all blocks [cdiv(T, BLOCK_T), num_local]."""
+    """Places of the tokens of one block, and this program's share of the tiles, from the counts of all blocks [cdiv(T, BLOCK_T),
+    num_local]."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     local = tl.arange(0, LOCAL)
     counts = tl.zeros((LOCAL,), tl.int32)

@@ -1,8 +1,14 @@
-"""Which tile the grouped products take, by weights, architecture and how many rows an expert has."""
+"""Which tile the grouped products take, by weights, architecture and how many rows an expert has.
 
+Chosen by what compilers make of them (`python -m benchmarks.kernel_report`, table in docs/kernels.md), never timed: no spills; few
+instructions a weight, so that memory and not the processor limits small batches; and with one row an expert narrow tiles, because four
+experts of 5760 rows are only 180 tiles of 128 rows for 132 processors."""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MXFP4 = "mxfp4"
+"""In the layout `natural`."""
 MXFP4_WGMMA = "mxfp4 wgmma"
 DENSE = "dense"
 
@@ -24,29 +30,43 @@ class Tile:
     num_stages: int
 
 
-_WGMMA = {
-    8: Tile(8, 64, 256, 4, 4),
-    16: Tile(16, 128, 128, 4, 4),
-    32: Tile(32, 128, 128, 4, 4),
-    64: Tile(64, 128, 128, 4, 3),
-    128: Tile(128, 128, 128, 8, 3),
+# By ascending block_m.
+_WGMMA = (Tile(8, 64, 256, 4, 4), Tile(16, 128, 128, 4, 4), Tile(32, 128, 128, 4, 4), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3))
+_DENSE = (Tile(16, 64, 128, 4, 3), Tile(32, 128, 64, 4, 4), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3))
+_AMPERE = (Tile(16, 64, 128, 4, 3), Tile(32, 128, 128, 4, 2), Tile(64, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3))
+_NATURAL = {
+    "sm_80": _AMPERE,
+    "sm_89": _AMPERE,
+    # Where the checkpoint's layout is kept on sm_90; `wgmma.v1` is better.
+    "sm_90": (Tile(16, 128, 128, 4, 3), Tile(64, 64, 128, 4, 3)),
+    "sm_100": (Tile(16, 64, 256, 4, 3), Tile(32, 128, 128, 4, 3), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 2)),
+    "sm_120": (Tile(16, 128, 128, 4, 3), Tile(32, 128, 128, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
+    "gfx942": (Tile(16, 128, 128, 4, 2), Tile(32, 128, 128, 4, 2), Tile(64, 128, 128, 4, 2)),
+    "gfx950": (Tile(16, 64, 256, 4, 2), Tile(32, 128, 128, 4, 2), Tile(64, 128, 128, 4, 2), Tile(128, 128, 128, 8, 2)),
 }
-_NATURAL = {16: Tile(16, 64, 128, 4, 3), 64: Tile(64, 128, 64, 8, 3)}
-_DENSE = {16: Tile(16, 64, 64, 4, 3), 64: Tile(64, 128, 64, 8, 3)}
-# fp32 is for tests and comparisons: no tensor cores.
-_FP32 = {16: Tile(16, 64, 64, 4, 2)}
+_FP32 = (Tile(16, 64, 64, 4, 2),)
+"""Tests and comparisons; without matrix instructions."""
 
 
-def choose_tile(weights: str, architecture: str, num_pairs: int, num_experts: int, *, fp32: bool) -> Tile:
-    """The tile for `num_pairs` (token, slot) pairs that fall on `num_experts` experts.
+def tiles(weights: str, architecture: str) -> Sequence[Tile]:
+    """Those that `choose_tile` has for bf16 and fp16 activations, by ascending block_m.
 
     Args:
         weights: MXFP4, MXFP4_WGMMA or DENSE.
-        architecture: as `kernels.backend.architecture` names it.
+        architecture: as `kernels.backend.architecture` names it. One that has no tiles gets those of its family.
     """
-    if fp32:
-        return _FP32[16]
-    tiles = {MXFP4_WGMMA: _WGMMA, MXFP4: _NATURAL, DENSE: _DENSE}[weights]
+    if weights != MXFP4:
+        return {MXFP4_WGMMA: _WGMMA, DENSE: _DENSE}[weights]
+    if architecture.startswith("sm_"):
+        family = {"10": "sm_100", "11": "sm_100", "12": "sm_120", "9": "sm_90"}.get(architecture[3:-1], "sm_80")
+    else:
+        family = "gfx942"
+    return _NATURAL.get(architecture, _NATURAL[family])
+
+
+def choose_tile(weights: str, architecture: str, num_pairs: int, num_experts: int, *, fp32: bool) -> Tile:
+    """The tile for `num_pairs` (token, slot) pairs that fall on `num_experts` experts."""
+    choice = _FP32 if fp32 else tiles(weights, architecture)
     # Twice the mean: a popular expert should not need a second pass over its weights.
     wanted = 2 * num_pairs / num_experts
-    return next((tile for tile in tiles.values() if tile.block_m >= wanted), list(tiles.values())[-1])
+    return next((tile for tile in choice if tile.block_m >= wanted), choice[-1])

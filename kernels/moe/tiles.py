@@ -4,10 +4,9 @@ A tile is BLOCK_M tokens of one expert by BLOCK_N of its output rows. `tiles` in
 first row, number of rows, 0), rows counted in the order of `pairs` int32 [T * k], the (token, slot) pairs sorted by expert; a pair is
 token * k + slot. Tiles that are not needed have no rows.
 
-The gate_up product gathers: row `place` of its output is token `pairs[place] // k` of its input. The down product scatters: row `place` of its
-input goes to row `pairs[place]` of its output, times the pair's gate weight. So each pair's result has a place of its own, and adding a
-token's k results up in a fixed order needs no atomics.
-"""
+The gate_up product gathers: row `place` of its output is token `pairs[place] // k` of its input. The down product scatters: row `place` of
+its input goes to row `pairs[place]` of its output, times the pair's gate weight. So each pair's result has a place of its own, and adding a
+token's k results up in a fixed order needs no atomics."""
 
 import triton
 import triton.language as tl
@@ -25,8 +24,7 @@ def tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M: tl.constexpr, GATHER: tl.con
     pairs = tl.load(pairs_ptr + places, mask=exists, other=0)  # [BLOCK_M]
     if GATHER:
         return expert.to(tl.int64), (pairs // top_k).to(tl.int64), places.to(tl.int64), pairs, exists
-    else:
-        return expert.to(tl.int64), places.to(tl.int64), pairs.to(tl.int64), pairs, exists
+    return expert.to(tl.int64), places.to(tl.int64), pairs.to(tl.int64), pairs, exists
 
 
 @triton.jit

@@ -5,11 +5,11 @@ and 2t + 9. Rows go by strips of 16, of which row 2g is the fragment's row g and
 are neighbours in gpt-oss, meet in one thread. Columns go by chunks of 64, four fragments.
 
 blocks uint8 [E, N/16, K/64, 32 lanes, 4 fragments, 4 bytes]: a thread's bytes of a chunk are one 128-bit load. The 4 bytes are a
-little-endian word of the 8 values of a lane's fragment, two to a register: (row g; 2t, 2t + 1), (g + 8; the same), (g; 2t + 8, 2t + 9), (g + 8;
-the same). A register with its first value in the low half and its second in the high half, each as a bf16 that is too small by 2^126 (sign in
-bit 15, exponent in 8 and 7, mantissa in 6), is rotated right before it joins the word: register 0 by 0, 1 by 4, 2 by 10, and 3 by 6 but for
-its bits 8, by 14. That tiles the word: four rotations alone cannot, three and a split one can, so the kernel decodes 8 values with nine
-shifts and masks. (That interleaved bits decode by shifts and masks is the idea of Marlin and of Triton's `triton_kernels`.)
+little-endian word of the 8 values of a lane's fragment, two to a register: (row g; 2t, 2t + 1), (g + 8; the same), (g; 2t + 8, 2t + 9), (g
++ 8; the same). A register with its first value in the low half and its second in the high half, each as a bf16 that is too small by 2^126
+(sign in bit 15, exponent in 8 and 7, mantissa in 6), is rotated right before it joins the word: register 0 by 0, 1 by 4, 2 by 10, and 3 by
+6 but for its bits 8, by 14. That tiles the word: four rotations alone cannot, three and a split one can, so the kernel decodes 8 values
+with nine shifts and masks. (That interleaved bits decode by shifts and masks is the idea of Marlin and of Triton's `triton_kernels`.)
 
 scales uint8 [E, N/16, K/64, 8 (g), 2 (row 2g or 2g + 1), 2 (column group)], e8m0 plus 126, which is the missing factor: one product
 scales a value, exactly.

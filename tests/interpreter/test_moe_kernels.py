@@ -2,21 +2,31 @@
 
 from collections.abc import Sequence
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.moe import fused_experts, gate_topk, gated_experts, reference, routing
-from kernels.moe.matmul_wgmma import DECODE, decode
-from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4, from_natural, unpack
+from kernels.moe.matmul_wgmma import DECODE
+from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4, choose_layout, from_natural, unpack
 from tests.interpreter.guards import guarded
 from tests.interpreter.interpreter import Array, emulates_asm, recorded_launches
-from tests.support.moe_cases import ALPHA, DENSE_CASES, LIMIT, PACKED_CASES, Inputs, MoeCase, float64, gate_logits, inputs, natural, options
+from tests.support.moe_cases import (
+    ALPHA,
+    DENSE_CASES,
+    LIMIT,
+    PACKED_CASES,
+    Inputs,
+    MoeCase,
+    float64,
+    gate_logits,
+    inputs,
+    natural,
+    options,
+)
 from tests.support.ptx import run_ptx
 
 
@@ -31,13 +41,13 @@ def run_decode(operands: Sequence[Array], pack: int) -> Sequence[Array]:
     return [np.stack(pair, axis=-1).view(np.uint16).reshape(words.shape) for pair in (registers[:2], registers[2:])]
 
 
-def guarded_inputs(given: Inputs) -> Inputs:
+def guarded_inputs(values: Inputs) -> Inputs:
     def copy(value: PackedMXFP4 | Tensor) -> PackedMXFP4 | Tensor:
         if isinstance(value, Tensor):
             return guarded(value)
         return PackedMXFP4(value.layout, guarded(value.blocks), guarded(value.scales), value.shape)
 
-    return Inputs(*(copy(value) for value in given))
+    return Inputs(*(copy(value) for value in values))
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -75,3 +85,167 @@ def test_packed_experts_in_fp32_are_the_reference(case: MoeCase, layout: str) ->
 def test_dense_experts(case: MoeCase, dtype: torch.dtype, tolerance: float) -> None:
     values = inputs(case, layout=None, dtype=dtype)
     assert_near(run(case, values), float64(case, values), tolerance)
+
+
+def test_every_code_and_scale_in_fragment_order_decodes_exactly() -> None:
+    """Words of the layout through the assembly: register r of lane 4g + t in fragment f is row 2g + r % 2, columns 16f + 2t + 8 (r // 2)
+    and the next."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.arange(129).repeat(2)[:256].view(1, 64, 4).to(torch.uint8)
+    blocks = torch.randint(0, 256, (1, 64, 4, 16), dtype=torch.uint8, generator=generator)
+    blocks[0, :16, 0] = torch.arange(256).view(16, 16)
+    packed = from_natural(blocks, scales, WGMMA)
+    exact = unpack(from_natural(blocks, scales), torch.bfloat16)[0]
+    words = packed.blocks.numpy().view(np.uint32)[..., 0].astype(np.uint32)  # [1, strip, chunk, lane, fragment]
+    factors = packed.scales.numpy().astype(np.uint32) << 7  # [1, strip, chunk, g, parity, group]
+    doubled = factors | (factors << 16)
+    for strip, chunk, lane, fragment in np.ndindex(words.shape[1:]):
+        g, t = divmod(lane, 4)
+        even, odd = (doubled[0, strip, chunk, g, parity, fragment // 2] for parity in range(2))
+        registers = run_ptx(DECODE.value, 4, [np.asarray(value) for value in (words[0, strip, chunk, lane, fragment], even, odd)])
+        for register, value in enumerate(registers):
+            row, column = 16 * strip + 2 * g + register % 2, 64 * chunk + 16 * fragment + 2 * t + 8 * (register // 2)
+            wanted = exact[row, column : column + 2].contiguous().view(torch.int16).numpy().view(np.uint32)[0]
+            assert value == wanted, (strip, chunk, lane, fragment, register)
+
+
+def test_the_interpreter_reads_the_natural_layout() -> None:
+    assert choose_layout(torch.device("cpu")) == NATURAL
+
+
+@pytest.mark.parametrize("layout", [NATURAL, WGMMA])
+def test_a_token_is_the_same_at_every_place_of_a_batch(layout: str) -> None:
+    case = MoeCase(19, 3, 5, 96, 64)
+    values = inputs(case, layout=layout, dtype=torch.bfloat16)
+    expected = run(case, values)
+    assert torch.equal(run(case, values), expected), "from run to run"
+    order = torch.randperm(19, generator=torch.Generator().manual_seed(0))
+    x, ids, weights = (values[index][order] for index in range(3))
+    assert torch.equal(run(case, values._replace(x=x, topk_ids=ids, topk_weights=weights)), expected[order])
+
+
+@pytest.mark.parametrize("layout", [NATURAL, WGMMA, None])
+def test_experts_that_nobody_chose_are_not_read(layout: str | None) -> None:
+    case = MoeCase(6, 2, 5, 64, 32)
+    values = inputs(case, layout=layout, dtype=torch.bfloat16)
+    ids = torch.tensor([[1, 3]] * 6, dtype=torch.int32)
+    expected = run(case, values._replace(topk_ids=ids))
+    for value in values[3:]:
+        (value.scales if isinstance(value, PackedMXFP4) else value)[[0, 2, 4]] = 255 if isinstance(value, PackedMXFP4) else torch.nan
+    assert torch.equal(run(case, values._replace(topk_ids=ids)), expected)
+
+
+def test_ranks_with_a_part_of_the_experts_add_up() -> None:
+    whole = MoeCase(11, 4, 9, 96, 32)
+    values = inputs(whole, layout=NATURAL, dtype=torch.float32)
+    total = torch.zeros(11, 96)
+    for first, last in ((0, 2), (2, 3), (3, 9)):
+        part = torch.arange(first, last)
+        mine = [value.select(part) if isinstance(value, PackedMXFP4) else value[part] for value in values[3:]]
+        total += run(MoeCase(11, 4, 9, 96, 32, first, last - first), Inputs(*values[:3], *mine))
+    assert_near(total, float64(whole, values), 1e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 65])
+def test_gated_experts_is_choice_and_experts_in_few_launches(num_tokens: int) -> None:
+    case = MoeCase(num_tokens, 4, 6, 32, 32, first_expert=1, num_local=4)
+    values = inputs(case, layout=NATURAL, dtype=torch.bfloat16)
+    logits = gate_logits(case)
+    arguments = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA, "first_expert": 1}
+    with recorded_launches() as launches:
+        found = gated_experts(values.x, guarded(logits), 4, *values[3:], **arguments)
+    place = [] if num_tokens <= routing.SINGLE_TOKENS else ["place_tokens"]
+    assert launches == ["choose_experts", *place, "expert_matmul_natural", "expert_matmul_natural", "add_slots"]
+    # The softmax is computed in another way; weights differ in the last bits.
+    torch.testing.assert_close(found, fused_experts(*values, **options(case)), atol=2**-6, rtol=2**-7)
+
+
+def test_rows_of_activations_may_be_apart() -> None:
+    case = MoeCase(5, 2, 3, 64, 32)
+    values = inputs(case, layout=NATURAL, dtype=torch.bfloat16)
+    wide = torch.full((5, 100), torch.nan, dtype=torch.bfloat16)
+    wide[:, 20:84] = values.x
+    assert torch.equal(fused_experts(wide[:, 20:84], *values[1:], **options(case)), run(case, values))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "k"), [(1, 1, 1), (1, 128, 4), (3, 5, 5), (40, 33, 3), (64, 7, 2), (65, 6, 4), (100, 32, 4)]
+)
+def test_choice_is_the_reference(num_tokens: int, num_experts: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    for logits in (
+        torch.randn(num_tokens, num_experts, generator=generator),
+        torch.randint(-2, 2, (num_tokens, num_experts), generator=generator).float(),
+    ):
+        expected = reference.gate_topk(logits, k)
+        found = gate_topk(guarded(logits), k)
+        assert torch.equal(found[0], expected[0]), "ties too"
+        torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-6)
+
+
+def test_choice_among_zeros_infinities_and_nan() -> None:
+    inf, nan = torch.inf, torch.nan
+    logits = torch.tensor([[0.0, -0.0, 0.0], [-0.0, 0.0, -1.0], [-inf, -inf, -inf], [-inf, 1.0, -inf], [inf, 0.0, inf], [nan, nan, nan]])
+    assert gate_topk(logits, 2)[0].tolist() == [[0, 1], [0, 1], [0, 1], [1, 0], [0, 2], [0, 1]]
+    assert gate_topk(logits, 3)[0].sort(dim=1).values.tolist() == [[0, 1, 2]] * 6
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(st.data())
+def test_every_pair_has_one_place(data: st.DataObject) -> None:
+    num_experts = data.draw(st.integers(1, 20))
+    k = data.draw(st.integers(1, min(4, num_experts)))
+    num_tokens = data.draw(st.integers(1, 100))
+    first = data.draw(st.integers(0, num_experts - 1))
+    num_local = data.draw(st.integers(1, num_experts - first))
+    block_m = data.draw(st.sampled_from([8, 16, 64]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    favour = torch.randn(num_experts, generator=generator) * data.draw(st.sampled_from([0.0, 3.0]))
+    ids, weights = reference.gate_topk(torch.randn(num_tokens, num_experts, generator=generator) + favour, k)
+    found = routing.route(ids, weights, first_expert=first, num_local=num_local, block_m=block_m)
+    chosen: dict[int, list[int]] = {expert: [] for expert in range(num_local)}
+    for pair, expert in enumerate(ids.flatten().tolist()):
+        if first <= expert < first + num_local:
+            chosen[expert - first].append(pair)
+    placed: dict[int, list[int]] = {expert: [] for expert in range(num_local)}
+    tiles = found.tiles.tolist()
+    for expert, place, num_rows, _ in tiles:
+        assert 0 <= num_rows <= block_m
+        if num_rows:
+            assert len(placed[expert]) % block_m == 0, "only an expert's last tile is not full"
+            placed[expert] += found.pairs[place : place + num_rows].tolist()
+    assert placed == chosen, "tokens in ascending order"
+    assert [rows > 0 for _, _, rows, _ in tiles] == sorted((rows > 0 for _, _, rows, _ in tiles), reverse=True)
+
+
+def test_the_bound_on_tiles_is_reached_and_not_exceeded() -> None:
+    for num_pairs, num_experts, block_m in [(1, 1, 8), (8, 1, 8), (9, 1, 8), (40, 3, 16), (2, 128, 16), (500, 7, 8)]:
+        started = min(num_pairs, num_experts)
+        worst = [1 + (num_pairs - started) // block_m * block_m] + [1] * (started - 1)
+        rest = num_pairs - sum(worst)
+        assert 0 <= rest < block_m
+        assert sum(-(-rows // block_m) for rows in worst) == routing.max_tiles(num_pairs, num_experts, block_m)
+
+
+def test_bad_arguments_are_named() -> None:
+    case = MoeCase(4, 2, 5, 64, 32)
+    values = inputs(case, layout=None, dtype=torch.bfloat16)
+    turned = values.down.transpose(1, 2).contiguous().transpose(1, 2)
+    bad = {
+        "x": [values.x.T.contiguous().T, values.x[0]],
+        "topk_ids": [values.topk_ids + 5, values.topk_ids - 6, values.topk_ids[:2]],
+        "topk_weights": [values.topk_weights.double()],
+        "gate_up_bias": [torch.stack((values.gate_up_bias,) * 2, dim=-1)[..., 0], values.gate_up_bias[:, 1:]],
+        "down": [turned, values.down[1:]],
+    }
+    for name, replacements in bad.items():
+        for value in replacements:
+            with pytest.raises(ValueError, match=rf"^{name} "):
+                fused_experts(*values._replace(**{name: value}), **options(case))
+    arguments = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA}
+    with pytest.raises(ValueError, match=r"^gate_logits "):
+        gated_experts(values.x, torch.zeros(3, 5), 2, *values[3:], **arguments)
+    with pytest.raises(ValueError, match=r"^k "):
+        gated_experts(values.x, torch.zeros(4, 5), 6, *values[3:], **arguments)
+    with pytest.raises(ValueError, match=r"^first_expert "):
+        gated_experts(values.x, torch.zeros(4, 5), 2, *values[3:], **arguments, first_expert=1)

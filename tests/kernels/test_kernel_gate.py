@@ -1,5 +1,6 @@
 """The machine code of every Triton kernel, compiled for the gated targets: no spills, and each spec's own limits. And the gate itself."""
 
+import re
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -109,14 +110,30 @@ def test_loops_of_nvidia_assembly() -> None:
     listing, address = "", 0
     for line in lines:
         listing += ".L_x_1:\n" if line is None else f"        /*{(address := address + 16):04x}*/                   {line} ;\n"
-    instructions, loops = parse_sass(listing + ".L_x_2:\n")
-    assert instructions == ["MOV", "BRA", "LDG.E.128", "BRA", "EXIT"]
-    assert loops == [(2, 3)]
+    program = parse_sass(listing + ".L_x_2:\n")
+    assert program.names == ["MOV", "BRA", "LDG.E.128", "BRA", "EXIT"]
+    assert program.loops() == [{2, 3}]
 
 
 def test_loops_of_amd_assembly() -> None:
     lines = ["s_mov_b32 s0, 0", None, "global_load_dwordx4 v[0:3], v4, s[2:3]", "s_cbranch_scc1 .LBB0_1", "s_cbranch_scc0 .LBB0_2"]
     listing = "".join(".LBB0_1:\n" if line is None else f"\t{line}\n" for line in lines)
-    instructions, loops = parse_gcn(listing + ".LBB0_2:\n")
-    assert instructions == ["s_mov_b32", "global_load_dwordx4", "s_cbranch_scc1", "s_cbranch_scc0"]
-    assert loops == [(1, 2)]
+    program = parse_gcn(listing + ".LBB0_2:\n")
+    assert program.names == ["s_mov_b32", "global_load_dwordx4", "s_cbranch_scc1", "s_cbranch_scc0"]
+    assert program.loops() == [{1, 2}]
+
+
+def test_a_part_of_a_loop_that_lies_elsewhere_belongs_to_it() -> None:
+    """As LLVM places what a mask skips: behind the loop, with a jump back into it, which is no loop of its own."""
+    lines = ["s_mov_b32", "head:", "v_mfma_f32", "s_cbranch_execnz aside", "back:", "s_cbranch_scc1 head", "s_endpgm"]
+    lines += ["aside:", "global_load_dwordx4 v[0:3]", "s_branch back"]
+    listing = "".join(f".L{line}\n" if line.endswith(":") else f"\t{line.replace(' ', ' .L')}\n" for line in lines)
+    program = parse_gcn(listing)
+    assert program.loops() == [{1, 2, 3, 5, 6}]
+    assert program.main_loop(re.compile("v_mfma")) == [
+        "v_mfma_f32",
+        "s_cbranch_execnz",
+        "s_cbranch_scc1",
+        "global_load_dwordx4",
+        "s_branch",
+    ]

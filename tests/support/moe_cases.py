@@ -149,9 +149,7 @@ def on_device(given: Inputs, device: torch.device) -> Inputs:
 
 def natural(given: Inputs) -> Inputs:
     """With the weights in the layout that the reference reads."""
-    converted = {
-        name: from_natural(*to_natural(value)) for name, value in given._asdict().items() if isinstance(value, PackedMXFP4)
-    }
+    converted = {name: from_natural(*to_natural(value)) for name, value in given._asdict().items() if isinstance(value, PackedMXFP4)}
     return given._replace(**converted)
 
 
