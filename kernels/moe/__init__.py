@@ -12,21 +12,13 @@ __all__ = ["fused_experts", "gate_topk", "gated_experts"]
 
 
 def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`kernels.moe.reference.gate_topk`, which defines it."""
-    if not runs_triton(gate_logits):
-        return reference.gate_topk(gate_logits, k)
-    from kernels.moe import routing
-
-    reference.check_gate(gate_logits, k)
-    return routing.choose(gate_logits.contiguous(), k)
-
-
-def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`kernels.moe.reference.gate_topk`, which defines it, by the kernel for this device."""
-    if not cpu_gate.can_run(gate_logits):
-        return reference.gate_topk(gate_logits, k)
     reference.check_gate(gate_logits, k)
-    return cpu_gate.gate_topk(gate_logits, k)
+    if runs_triton(gate_logits):
+        from kernels.moe import routing
+
+        return routing.choose(gate_logits.contiguous(), k)
+    return cpu_gate.gate_topk(gate_logits, k) if cpu_gate.can_run(gate_logits) else reference.gate_topk(gate_logits, k)
 
 
 def fused_experts(
@@ -100,11 +92,19 @@ def gated_experts(
     Args:
         gate_logits: [T, num_experts] float.
     """
-    options = {"swiglu_limit": swiglu_limit, "swiglu_alpha": swiglu_alpha}
     if not _triton_takes(x, gate_up, down):
-        chosen = gate_topk(gate_logits, k)
-        weights = (gate_up, gate_up_bias, down, down_bias)
-        return fused_experts(x, *chosen, *weights, **options, first_expert=first_expert, num_experts=gate_logits.shape[1])
+        return fused_experts(
+            x,
+            *gate_topk(gate_logits, k),
+            gate_up,
+            gate_up_bias,
+            down,
+            down_bias,
+            swiglu_limit=swiglu_limit,
+            swiglu_alpha=swiglu_alpha,
+            first_expert=first_expert,
+            num_experts=gate_logits.shape[1],
+        )
     from kernels.moe import grouped
 
     reference.check_gate(gate_logits, k)
@@ -112,7 +112,16 @@ def gated_experts(
         raise ValueError(f"gate_logits must have a row for each of {x.shape[0]} tokens, got shape {list(gate_logits.shape)}")
     reference.check_weights(x, gate_up, gate_up_bias, down, down_bias, first_expert, gate_logits.shape[1])
     return grouped.gated_experts(
-        x, gate_logits.contiguous(), k, gate_up, gate_up_bias, down, down_bias, **options, first_expert=first_expert
+        x,
+        gate_logits.contiguous(),
+        k,
+        gate_up,
+        gate_up_bias,
+        down,
+        down_bias,
+        swiglu_limit=swiglu_limit,
+        swiglu_alpha=swiglu_alpha,
+        first_expert=first_expert,
     )
 
 
