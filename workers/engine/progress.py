@@ -14,11 +14,12 @@ _INTERVAL_S = 1.5
 
 
 class StartUpProgress:
-    """A bar on a terminal, else a line when a phase starts and at least every two seconds while it counts. Called on the loading thread."""
+    """On a terminal a bar for each phase that counts, of several ranks below each other; else a line when a phase starts and at least every
+    two seconds while it counts. Called on the loading thread."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
-        self._bar: tqdm[NoReturn] | None = None
+        self._bars: dict[str, tqdm[NoReturn]] = {}
         self._printed_s = 0.0
         self._lock = threading.Lock()
 
@@ -26,7 +27,6 @@ class StartUpProgress:
         """As `workers.executor.rank.Progress`."""
         with self._lock:
             if total == 0:
-                self.close()
                 self._print(f"{phase} ...")
             elif self._terminal:
                 self._advance_bar(phase, done, total)
@@ -34,19 +34,24 @@ class StartUpProgress:
                 self._print(f"{phase}: {done} of {total} ({100 * done // total} %)")
 
     def close(self) -> None:
-        """End the bar, if there is one."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        """End what bars there are."""
+        for bar in self._bars.values():
+            bar.close()
+        self._bars.clear()
 
     def _advance_bar(self, phase: str, done: int, total: int) -> None:
-        if self._bar is None:
-            self._bar = tqdm(total=total, desc=phase, file=sys.stderr)
-        self._bar.update(done - self._bar.n)
+        bar = self._bars.get(phase)
+        if bar is None:
+            bar = self._bars[phase] = tqdm(total=total, desc=phase, file=sys.stderr)
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+            del self._bars[phase]
 
     def _print(self, line: str) -> None:
         self._printed_s = time.monotonic()
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)  # above the bars
+        sys.stderr.flush()
 
 
 def summary(info: ExecutorInfo, *, model: str, max_model_len: int, address: str, metrics_address: str | None) -> str:

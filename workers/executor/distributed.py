@@ -182,7 +182,6 @@ class DistributedExecutor:
 
     def _start(self, num_ranks: int) -> ExecutorInfo:
         parallel = self._config.parallel
-        self._progress("start ranks", 0, 0)
         started = time.perf_counter()
         placements = self._launcher.place(num_ranks, self._config.device, torch.get_num_threads(), parallel.start_timeout_s)
         one_host = {placement.host for placement in placements} == {self._launcher.host}
@@ -199,6 +198,7 @@ class DistributedExecutor:
                 ranks_on_host=place.ranks_on_host,
                 num_threads=place.num_threads,
             )
+            self._progress(f"start rank {number} on {place.host}", 0, 0)
             self._launcher.launch(spec, lambda how, number=number: self._fail(f"rank {number} {how}"))  # type: ignore[misc]
         hellos = self._gather(wire.HELLO, parallel.start_timeout_s, "started")
         self._check_hellos(hellos)
@@ -263,6 +263,8 @@ class DistributedExecutor:
                 raise error(str(fields["message"]))
             elif kind == wanted:
                 found[rank] = fields
+                if kind == wire.HELLO:
+                    self._progress("start ranks", len(found), self._size)
             else:
                 raise ConfigError(f"rank {rank} sent {kind.decode()!r} where {wanted.decode()!r} was due: update all nodes together")
         return [found[rank] for rank in range(self._size)]
