@@ -11,6 +11,7 @@ import pytest
 from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
 from tests.e2e import scripts
+from tests.e2e.one_rank import answers_of_one_rank, check_answers
 from tests.support.processes import marked, none_left
 from tests.support.served import BIN, MODEL_NAME, Served, cantata_serve, isolated_if_possible, serve_run, started
 from tests.support.waiting import until
@@ -59,11 +60,13 @@ def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path
     # Two ranks, each with a part of every expert.
     keys = {"CANTATA_GATEWAY__API_KEYS": "right, other"}
     headers = {"authorization": "Bearer right"}
-    with serve_run(tmp_path, model, parallel={"tensor": 2, "expert": 1}, environment=keys) as served:
+    engine = {"dtype": "float32", "parallel": {"tensor": 2, "expert": 1}}
+    with serve_run(tmp_path, model, engine=engine, environment=keys) as served:
         body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
         url = f"{served.url}/v1/chat/completions"
         answer_before = answer_of(httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False))
         assert answer_before == scripts.GREETING_ANSWER
+        check_answers(served, answers_of_one_rank(model), headers)
         assert httpx.post(url, json=body, timeout=60, trust_env=False).status_code == 401
         with httpx.stream("POST", url, json=body | {"stream": True}, headers=headers, timeout=60, trust_env=False) as stream:
             assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"

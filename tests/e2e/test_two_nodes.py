@@ -19,19 +19,16 @@ import httpx
 import pytest
 
 from tests.e2e import scripts
+from tests.e2e.one_rank import PROMPTS, Answer, answers_of_one_rank, check_answers, completion
 from tests.support.hosts import DISK, SHARED_MEMORY, Host, Network, network, reason_for_no_hosts
 from tests.support.processes import marked, new_mark
 from tests.support.ray_nodes import engine_log, ray_nodes, serve_run_on
 from tests.support.served import MODEL_NAME, Served
 from tests.support.waiting import until
-from workers.engine.llm import LLM
-from workers.request import SamplingParams
 
 pytestmark = [pytest.mark.netns, pytest.mark.ray]
 
 STEP_TIMEOUT_S = 3.0
-PROMPTS = [[300 + 7 * position + number for position in range(40)] for number in range(3)]
-NUM_TOKENS = 48
 NUM_STREAMS = 4
 PLACEMENT = [{"engine": 1, "rank": 1}, {"engine": 0, "rank": 1}]
 """On the head and on the other node."""
@@ -83,20 +80,18 @@ def two_nodes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path) -> list[tuple[int, ...]]:
-    """What one rank answers to PROMPTS."""
-    with LLM(model, dtype="float32", max_model_len=16384, kv_cache_bytes=64 << 20) as llm:
-        sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-        return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, sampling, use_tqdm=False)]
+def expected(model: Path) -> list[Answer]:
+    return answers_of_one_rank(model)
 
 
-def test_ranks_on_two_nodes_answer_as_one(two_nodes: TwoNodes, expected: list[tuple[int, ...]]) -> None:
+def test_ranks_on_two_nodes_answer_as_one(two_nodes: TwoNodes, expected: list[Answer]) -> None:
     # The engine runs beside rank 0, the one that answers.
     assert [{kind: len(pids) for kind, pids in two_nodes.replica(host).items()} for host in two_nodes.network.hosts] == PLACEMENT
-    assert answers(two_nodes.served) == (scripts.GREETING_ANSWER, expected)
+    assert greeting(two_nodes.served) == scripts.GREETING_ANSWER
+    check_answers(two_nodes.served, expected)
 
 
-def test_a_cut_link_ends_every_request_once_and_the_replica_comes_back(two_nodes: TwoNodes, expected: list[tuple[int, ...]]) -> None:
+def test_a_cut_link_ends_every_request_once_and_the_replica_comes_back(two_nodes: TwoNodes, expected: list[Answer]) -> None:
     served, head, worker = two_nodes.served, two_nodes.head, two_nodes.worker
     near, far = two_nodes.pids(head), two_nodes.pids(worker)
     began = Semaphore(0)
@@ -118,7 +113,8 @@ def test_a_cut_link_ends_every_request_once_and_the_replica_comes_back(two_nodes
     until(lambda: is_ready(served), 120)
     assert not (near | far) & two_nodes.pids()
     assert [{kind: len(pids) for kind, pids in two_nodes.replica(host).items()} for host in two_nodes.network.hosts] == PLACEMENT
-    assert answers(served) == (scripts.GREETING_ANSWER, expected)
+    assert greeting(served) == scripts.GREETING_ANSWER
+    check_answers(served, expected)
     for host in two_nodes.network.hosts:
         assert [file for file in host.files(DISK) if "ray" not in file.parts] == []
         assert host.files(SHARED_MEMORY) == []
@@ -140,17 +136,11 @@ def check_cut_off(events: list[dict[str, Any]]) -> None:
     assert {choice["finish_reason"] for event in tokens for choice in event["choices"]} == {None}
 
 
-def completion(prompt: list[int] | list[list[int]], **fields: object) -> dict[str, object]:
-    return {"model": MODEL_NAME, "prompt": prompt, "temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True} | fields
-
-
-def answers(served: Served) -> tuple[str, list[tuple[int, ...]]]:
-    """A chat's answer, and the tokens that follow each of PROMPTS."""
-    with httpx.Client(base_url=served.url, timeout=60, trust_env=False) as client:
-        chat = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
-        answer = client.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]["content"]
-        choices = client.post("/v1/completions", json=completion(PROMPTS, return_token_ids=True)).json()["choices"]
-        return answer, [tuple(choice["token_ids"]) for choice in choices]
+def greeting(served: Served) -> str:
+    """What the model was made to answer, if it is whole."""
+    body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60, trust_env=False)
+    return str(answer.json()["choices"][0]["message"]["content"])
 
 
 def read_stream(served: Served, number: int, began: Semaphore) -> list[dict[str, Any]]:

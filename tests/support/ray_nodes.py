@@ -55,9 +55,8 @@ def serve_run_on(host: Host, folder: Path, model: Path, mark: dict[str, str], *,
     A rank wants all CPUs of a node, so that no two can share one. The gateway, the engine and its rank 0 stay on the head.
     """
     ports = 8000, 9000
-    config = serve_config(model, ports, parallel=parallel) | {"proxy_location": "HeadOnly"}
+    config = serve_config(model, ports, {"dtype": "float32", "parallel": dict(parallel)}) | {"proxy_location": "HeadOnly"}
     (application,) = config["applications"]
-    application["args"]["engine"]["dtype"] = "float32"
     del application["args"]["engine_host"]
     bundles = [{"CPU": CPUS_PER_NODE} for _ in range(int(parallel["tensor"]))]
     application["deployments"] = [

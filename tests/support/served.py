@@ -23,7 +23,9 @@ from tests.support.processes import kill_marked, marked, new_mark
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 MODEL_NAME = "scripted"
-_COMMON_FLAGS = ("--served-model-name", MODEL_NAME, "--conversation-date", "none", "--kv-cache-memory", "64MiB", "--max-model-len", "16384")
+MAX_MODEL_LEN = 16384
+_COMMON_FLAGS = ("--served-model-name", MODEL_NAME, "--conversation-date", "none", "--kv-cache-memory", "64MiB")
+_COMMON_FLAGS += ("--max-model-len", str(MAX_MODEL_LEN))
 
 # Ray is kept on loopback, quiet, small and quick to stop. Its ports need no token: nothing else can reach them.
 RAY_ENVIRONMENT = {
@@ -76,11 +78,11 @@ def standalone(folder: Path, model: Path, *flags: str) -> Iterator[Served]:
 
 @contextmanager
 def serve_run(
-    folder: Path, model: Path, *, environment: Mapping[str, str] | None = None, parallel: Mapping[str, float] | None = None
+    folder: Path, model: Path, *, environment: Mapping[str, str] | None = None, engine: Mapping[str, object] | None = None
 ) -> Iterator[Served]:
-    """`serve run` with a copy of deploy/local.yaml that has our model and ports, and a parallel plan."""
+    """`serve run` with a copy of deploy/local.yaml that has our model and ports, and settings of the engine."""
     ports = _ray_ports()
-    config = serve_config(model, ports, parallel=parallel)
+    config = serve_config(model, ports, engine or {})
     file = folder / "local.yaml"
     file.write_text(yaml.safe_dump(config))
     with _ray_started(
@@ -89,14 +91,12 @@ def serve_run(
         yield served
 
 
-def serve_config(model: Path, ports: tuple[int, int], *, parallel: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """deploy/local.yaml with our model and a parallel plan; HTTP and gRPC on these ports."""
+def serve_config(model: Path, ports: tuple[int, int], engine: Mapping[str, object]) -> dict[str, Any]:
+    """deploy/local.yaml with our model and settings of the engine; HTTP and gRPC on these ports."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/local.yaml").read_text())
     config["http_options"]["port"], config["grpc_options"]["port"] = ports
     arguments = config["applications"][0]["args"]
-    arguments["engine"] = {"model_path": str(model), "max_model_len": 16384, "cache": {"memory_bytes": "64MiB"}}
-    if parallel is not None:
-        arguments["engine"]["parallel"] = dict(parallel)
+    arguments["engine"] = {"model_path": str(model), "max_model_len": MAX_MODEL_LEN, "cache": {"memory_bytes": "64MiB"}} | dict(engine)
     arguments["gateway"] = {"served_model_name": MODEL_NAME, "conversation_date": "none"}
     return config
 

@@ -194,6 +194,30 @@ def test_ranks_end_with_their_engine(checkpoint: Path, mark: dict[str, str]) -> 
         folder.rmdir()
 
 
+def held(pid: int) -> set[str]:
+    """Sockets that a process has open, and files that it has mapped to be written by all."""
+    sockets = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.exists()}
+    maps = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return {name for name in sockets if name.startswith("socket:")} | {
+        " ".join(entry[3:]) for entry in maps if entry[1] in ("rw-s", "-w-s")
+    }
+
+
+def test_two_engines_on_one_checkpoint_share_nothing_that_one_could_break(checkpoint: Path) -> None:
+    config = config_of(checkpoint, tensor=1)
+    with serving(config) as first, serving(config) as second:
+        answers = [last_outputs(replica, [replica.submit(5)]) for replica in (first, second)]
+        assert [[end.finish_reason for end in ends] for ends in answers] == [["length"]] * 2
+        assert answers[0] == answers[1]
+        assert held(first.ranks.pids[0])
+        assert not held(first.ranks.pids[0]) & held(second.ranks.pids[0])
+        running = second.submit(200)
+        os.kill(first.ranks.pids[0], signal.SIGKILL)
+        assert first.engine.wait_stopped(10)
+        assert last_outputs(second, [running])[0].finish_reason in ("length", "stop")
+        assert second.engine.error is None
+
+
 class ChangedSpecs(ProcessRanks):
     """Rank 1 is told something else."""
 

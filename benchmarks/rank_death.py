@@ -1,0 +1,122 @@
+"""How soon the requests of a replica end when one of its ranks dies or hangs.
+
+    python -m benchmarks.rank_death [--ranks 2] [--turns 5] [--launcher process ray] [--step-timeout 2]
+
+Real ranks run a tiny random model. In the middle of four streams rank 1 is killed (SIGKILL) or stopped (SIGSTOP); printed is the time from
+the signal to the end of the last stream, and what the streams were told. With `ray` the ranks are actors of a Ray that is started here, on
+loopback.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, load_model_config
+from workers.engine.engine import Engine
+from workers.engine.stream import ThreadReader
+from workers.executor.distributed import DistributedExecutor, RankLauncher
+from workers.executor.process_ranks import ProcessRanks
+from workers.model.make_checkpoint import make_checkpoint
+from workers.request import EngineRequest, SamplingParams
+
+MARK = ("CANTATA_BENCHMARK", str(os.getpid()))
+NUM_STREAMS = 4
+MAX_MODEL_LEN = 1024
+
+
+def launcher_of(kind: str, num_ranks: int) -> RankLauncher:
+    """New ranks of that kind; of Ray's, in a placement group of their own."""
+    if kind == "process":
+        return ProcessRanks()
+    from ray.util.placement_group import placement_group
+
+    from workers.executor.ray_executor import RayRanks
+
+    return RayRanks(placement_group([{"CPU": 1}] * num_ranks, strategy="PACK"))
+
+
+def rank_pids() -> list[int]:
+    """Of this benchmark's ranks, oldest first: what is started from here on inherits the mark."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # gone, or another user's
+            if entry.name.isdigit() and "=".join(MARK).encode() in (entry / "environ").read_bytes().split(b"\0"):
+                command = (entry / "cmdline").read_bytes()
+                if b"_RankActor" in command or b"workers.executor.rank_process" in command:
+                    found.append(int(entry.name))
+    return sorted(found)
+
+
+def turn(config: EngineConfig, model: ModelConfig, kind: str, number: signal.Signals) -> tuple[float, str]:
+    """(seconds from the signal to the last end, what the streams were told)."""
+    before = set(rank_pids())
+    engine = Engine(config, model, DistributedExecutor(config, model, MAX_MODEL_LEN, launcher_of(kind, config.parallel.tensor)))
+    engine.start()
+    try:
+        reader = ThreadReader()
+        sampling = SamplingParams(temperature=0, seed=0, max_tokens=MAX_MODEL_LEN - 8, ignore_eos=True)
+        streams = [engine.submit(EngineRequest(f"r{index}", (index + 1, 2, 3), sampling), reader) for index in range(NUM_STREAMS)]
+        victim = [pid for pid in rank_pids() if pid not in before][-1]
+        begin_s, said = 0.0, set()
+        for num_seen, (_, output) in enumerate(reader.read(streams)):
+            if num_seen == 5 * NUM_STREAMS:
+                begin_s = time.perf_counter()
+                os.kill(victim, number)
+            if output.finish_reason is not None:
+                said.add(str(output.error))
+        assert begin_s, "the streams ended before the signal"
+        return time.perf_counter() - begin_s, ", ".join(said)
+    finally:
+        engine.shutdown()
+
+
+def start_ray(num_cpus: int) -> Any:
+    """A Ray on loopback."""
+    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    import ray
+
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=128 << 20, logging_level="ERROR")
+    return ray
+
+
+def main() -> None:
+    """Parse the flags and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--launcher", choices=("process", "ray"), nargs="+", default=["process", "ray"])
+    parser.add_argument("--step-timeout", type=float, default=2.0)
+    options = parser.parse_args()
+    os.environ |= [MARK]
+    ray = start_ray(options.ranks) if "ray" in options.launcher else None
+    print(f"{time.strftime('%Y-%m-%d')}, {options.ranks} ranks, step timeout {options.step_timeout:g} s\n")
+    print("| ranks are | rank 1 gets | median | longest | turns | told |\n| --- | --- | ---: | ---: | ---: | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiny"
+        make_checkpoint(path, "tiny")
+        config = EngineConfig(
+            path,
+            dtype="float32",
+            max_model_len=MAX_MODEL_LEN,
+            cache=CacheConfig(64 << 20),
+            parallel=ParallelConfig(options.ranks, step_timeout_s=options.step_timeout),
+        )
+        for kind in options.launcher:
+            for number in (signal.SIGKILL, signal.SIGSTOP):
+                turns = [turn(config, load_model_config(path), kind, number) for _ in range(options.turns)]
+                times, told = [seconds for seconds, _ in turns], sorted({sentence for _, sentence in turns})
+                name = {"process": "child processes", "ray": "Ray actors"}[kind]
+                row = f"{statistics.median(times) * 1e3:.0f} ms | {max(times) * 1e3:.0f} ms | {len(turns)} | {'; '.join(told)}"
+                print(f"| {name} | {number.name} | {row} |", flush=True)
+    if ray is not None:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
