@@ -8,12 +8,13 @@ loopback.
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,28 @@ NUM_STREAMS = 4
 MAX_MODEL_LEN = 1024
 
 
-def launcher_of(kind: str, num_ranks: int) -> RankLauncher:
+@contextmanager
+def launcher_of(kind: str, num_ranks: int) -> Iterator[RankLauncher]:
     """New ranks of that kind; of Ray's, in a placement group of their own."""
     if kind == "process":
-        return ProcessRanks()
-    from ray.util.placement_group import placement_group
+        yield ProcessRanks()
+        return
+    from ray.util.placement_group import placement_group, remove_placement_group
 
     from workers.executor.ray_executor import RayRanks
 
-    return RayRanks(placement_group([{"CPU": 1}] * num_ranks, strategy="PACK"))
+    group = placement_group([{"CPU": 1}] * num_ranks, strategy="PACK")
+    try:
+        yield RayRanks(group)
+    finally:
+        remove_placement_group(group)
 
 
 def rank_pids() -> list[int]:
     """Of this benchmark's ranks, oldest first: what is started from here on inherits the mark."""
     found = []
     for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):  # gone, or another user's
+        with suppress(OSError):  # gone, or another user's
             if entry.name.isdigit() and "=".join(MARK).encode() in (entry / "environ").read_bytes().split(b"\0"):
                 command = (entry / "cmdline").read_bytes()
                 if b"_RankActor" in command or b"workers.executor.rank_process" in command:
@@ -53,10 +60,10 @@ def rank_pids() -> list[int]:
     return sorted(found)
 
 
-def turn(config: EngineConfig, model: ModelConfig, kind: str, number: signal.Signals) -> tuple[float, str]:
+def turn(config: EngineConfig, model: ModelConfig, launcher: RankLauncher, number: signal.Signals) -> tuple[float, str]:
     """(seconds from the signal to the last end, what the streams were told)."""
     before = set(rank_pids())
-    engine = Engine(config, model, DistributedExecutor(config, model, MAX_MODEL_LEN, launcher_of(kind, config.parallel.tensor)))
+    engine = Engine(config, model, DistributedExecutor(config, model, MAX_MODEL_LEN, launcher))
     engine.start()
     try:
         reader = ThreadReader()
@@ -109,7 +116,10 @@ def main() -> None:
         )
         for kind in options.launcher:
             for number in (signal.SIGKILL, signal.SIGSTOP):
-                turns = [turn(config, load_model_config(path), kind, number) for _ in range(options.turns)]
+                turns = []
+                for _ in range(options.turns):
+                    with launcher_of(kind, options.ranks) as launcher:
+                        turns.append(turn(config, load_model_config(path), launcher, number))
                 times, told = [seconds for seconds, _ in turns], sorted({sentence for _, sentence in turns})
                 name = {"process": "child processes", "ray": "Ray actors"}[kind]
                 row = f"{statistics.median(times) * 1e3:.0f} ms | {max(times) * 1e3:.0f} ms | {len(turns)} | {'; '.join(told)}"

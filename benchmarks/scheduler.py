@@ -10,7 +10,8 @@ import itertools
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from workers.config import SchedulerConfig
@@ -42,8 +43,19 @@ class StepCost:
     plan_bytes: int
 
 
-def build(num_seqs: int) -> Scheduler:
-    """A scheduler whose sequences have all computed their prompts."""
+def null_result(plan: StepPlan) -> StepResult:
+    """What an executor without a model answers."""
+    seq_ids = tuple(seq_id for seq_id, samples in zip(plan.seq_ids, plan.samples, strict=True) if samples)
+    return StepResult(plan.step, seq_ids, (7,) * len(seq_ids))
+
+
+def build(num_seqs: int, *, sampling: SamplingParams | None = None, execute: Callable[[StepPlan], StepResult] = null_result) -> Scheduler:
+    """A scheduler whose sequences have all computed their prompts.
+
+    Args:
+        sampling: of all sequences; each has a seed of its own and no limit.
+        execute: who runs the plans.
+    """
     blocks_per_sequence = (2 * NUM_PROMPT_TOKENS) // 16 + 64
     kv = KVCacheManager(
         num_full_blocks=1 + max(num_seqs * blocks_per_sequence, MAX_MODEL_LEN // 16),
@@ -54,19 +66,14 @@ def build(num_seqs: int) -> Scheduler:
     for seq_id in range(num_seqs):
         first = 10_000 + seq_id * 7
         prompt = tuple(range(first, first + NUM_PROMPT_TOKENS + seq_id % 61))
-        scheduler.add(Sequence(seq_id, EngineRequest(f"request-{seq_id}", prompt, SamplingParams(max_tokens=None, seed=seq_id)), (2,)))
+        own = replace(sampling or SamplingParams(), max_tokens=None, seed=seq_id)
+        scheduler.add(Sequence(seq_id, EngineRequest(f"request-{seq_id}", prompt, own), (2,)))
     while True:
         plan = scheduler.schedule()
         assert plan is not None
-        scheduler.update(null_result(plan))
+        scheduler.update(execute(plan))
         if len(plan.seq_ids) == num_seqs and all(plan.samples):
             return scheduler
-
-
-def null_result(plan: StepPlan) -> StepResult:
-    """What an executor without a model answers."""
-    seq_ids = tuple(seq_id for seq_id, samples in zip(plan.seq_ids, plan.samples, strict=True) if samples)
-    return StepResult(plan.step, seq_ids, (7,) * len(seq_ids))
 
 
 def measure(num_seqs: int, num_steps: int) -> StepCost:
