@@ -24,6 +24,9 @@ class ReplicaSet:
         before, self._replicas = self._replicas, tuple(replicas)
         self._missing = tuple(missing)
         for replica in before:
+            if replica not in self._replicas:
+                # It takes no more requests. Whoever comes under this id again is a new process with an empty cache.
+                self._loads.gone(replica.id)
             self._report_if_gone(replica)
 
     def report(self, loads: Mapping[str, int]) -> None:
@@ -62,6 +65,4 @@ class ReplicaSet:
 
     def _report_if_gone(self, replica: Replica) -> None:
         if replica not in self._num_open and all(replica.address != other.address for other in self._replicas):
-            if all(replica.id != other.id for other in self._replicas):
-                self._loads.gone(replica.id)
             self._on_gone(replica)

@@ -1,14 +1,18 @@
 """What replicas probably have in their prefix caches, guessed from what was sent to them: an engine does not tell, and need not."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 MAX_BLOCKS_PER_REPLICA = 65_536
-"""A million tokens, more than a replica's cache holds; 10 MB."""
+"""A million tokens, 9 MB for each replica. A replica of several GPUs may hold more; what is forgotten here costs a hit there, no more."""
 
 
 class PrefixIndex:
-    """Block hashes (`workers.kv_cache.prefix_cache.block_hashes`) by replica, the least recently sent forgotten first."""
+    """Block hashes (`workers.kv_cache.prefix_cache.block_hashes`) by replica, the least recently sent forgotten first.
+
+    Args:
+        max_blocks: of each replica.
+    """
 
     def __init__(self, max_blocks: int = MAX_BLOCKS_PER_REPLICA) -> None:
         self._max_blocks = max_blocks
@@ -33,6 +37,11 @@ class PrefixIndex:
             sent.move_to_end(block)
         while len(sent) > self._max_blocks:
             sent.popitem(last=False)
+
+    @property
+    def num_blocks(self) -> Mapping[str, int]:
+        """How many blocks are remembered, by replica."""
+        return {replica_id: len(sent) for replica_id, sent in self._sent.items()}
 
     def forget(self, replica_id: str) -> None:
         """The replica died, or is gone: its cache with it."""

@@ -68,14 +68,22 @@ class LoadTable:
         clock: monotonic seconds.
         penalty_s: how long a replica that failed is avoided while there are others.
         seed: of the draw between equally loaded replicas.
+        prefixes: what was sent where; None: a new one.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic, penalty_s: float = 2.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        penalty_s: float = 2.0,
+        seed: int = 0,
+        prefixes: PrefixIndex | None = None,
+    ) -> None:
         self._clock = clock
         self._penalty_s = penalty_s
         self._rng = random.Random(seed)
         self._in_flight: Counter[str] = Counter()
-        self._prefixes = PrefixIndex()
+        self._prefixes = PrefixIndex() if prefixes is None else prefixes
         # Reported minus our own in flight at that time: what comes from others.
         self._from_others: dict[str, int] = {}
         self._suspect_until: dict[str, float] = {}
@@ -121,7 +129,7 @@ class LoadTable:
         self._from_others = {replica_id: max(load - self._in_flight[replica_id], 0) for replica_id, load in loads.items()}
 
     def gone(self, replica_id: str) -> None:
-        """The replica will not come back."""
+        """The replica takes no more requests; what it had cached is of no use. Sequences that still run there are released as ever."""
         self._prefixes.forget(replica_id)
         self._from_others.pop(replica_id, None)
 

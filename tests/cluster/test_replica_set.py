@@ -74,6 +74,19 @@ async def test_a_replica_that_drains_is_gone_with_its_last_sequence() -> None:
     assert gone == [draining]
 
 
+async def test_a_replica_that_starts_again_has_lost_its_cache() -> None:
+    replicas = ReplicaSet()
+    a, b, again = Replica("a", "127.0.0.1:1"), Replica("b", "127.0.0.1:2"), Replica("a", "127.0.0.1:3")
+    prompt = RoutingHint("r", [bytes([number]) for number in range(20)])
+    replicas.replace([a])
+    replicas.release(await replicas.choose(prompt, NONE))
+    replicas.replace([a, b])
+    busy = await replicas.choose(prompt, NONE)
+    assert busy == a, "it has the prompt"
+    replicas.replace([again, b])
+    assert await replicas.choose(prompt, NONE) == b, "a has one in flight, and no cache any more"
+
+
 async def test_a_failed_replica_is_avoided_while_there_is_another() -> None:
     replicas = ReplicaSet()
     a, b = Replica("a", "127.0.0.1:1"), Replica("b", "127.0.0.1:2")

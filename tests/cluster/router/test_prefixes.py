@@ -42,6 +42,7 @@ def test_it_never_holds_more_than_it_may_and_never_a_block_without_its_beginning
     for _ in range(300):
         index.add("a", blocks("".join(rng.choices("ab", k=rng.randrange(20)))))
         held = index._sent["a"]
+        assert index.num_blocks == {"a": len(held)}
         assert len(held) <= 50
         assert all(block[:-1] in held for block in held if len(block) > 1)
 
