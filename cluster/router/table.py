@@ -60,6 +60,10 @@ class ReplicaDirectory(Protocol):
         """Ids of replicas that should be there and have no address: they died and start again."""
 
 
+REPORT_AGE_S = 4.0
+"""A report may be this old when it comes: Serve asks engines every 2 s and passes on what it heard."""
+
+
 class LoadTable:
     """What this gateway knows about replicas: its own sequences in flight, what was sent where, recent failures, and the loads that they
     report, in which other gateways' sequences count.
@@ -84,7 +88,10 @@ class LoadTable:
         self._rng = random.Random(seed)
         self._in_flight: Counter[str] = Counter()
         self._prefixes = PrefixIndex() if prefixes is None else prefixes
-        # Reported minus our own in flight at that time: what comes from others.
+        # Most of our own at once in this period of REPORT_AGE_S and in the one before.
+        self._peaks: tuple[Counter[str], Counter[str]] = Counter(), Counter()
+        self._period_began = clock()
+        # Reported minus the most that may have been our own at that time: what comes from others.
         self._from_others: dict[str, int] = {}
         self._suspect_until: dict[str, float] = {}
 
@@ -109,12 +116,14 @@ class LoadTable:
         for replica in replicas:
             if replica.id == chosen:
                 self._in_flight[chosen] += 1
+                self._note_peaks(now)
                 self._prefixes.add(chosen, hint.block_hashes)
                 return replica
         raise NoReplica("No replica is ready to take the request; try again in a moment.")
 
     def release(self, replica: Replica) -> None:
         """One sequence less in flight."""
+        self._note_peaks(self._clock())
         self._in_flight[replica.id] -= 1
         if self._in_flight[replica.id] <= 0:
             del self._in_flight[replica.id]
@@ -125,8 +134,22 @@ class LoadTable:
         self._prefixes.forget(replica.id)
 
     def report(self, loads: Mapping[str, int]) -> None:
-        """Sequences that each replica says it has, by id; the latest report counts until the next."""
-        self._from_others = {replica_id: max(load - self._in_flight[replica_id], 0) for replica_id, load in loads.items()}
+        """Sequences that each replica says it has, by id; the latest report counts until the next.
+
+        It tells of a moment up to REPORT_AGE_S ago: sequences of ours that have ended since are not taken for somebody else's.
+        """
+        self._note_peaks(self._clock())
+        newer, older = self._peaks
+        self._from_others = {replica_id: max(load - max(newer[replica_id], older[replica_id]), 0) for replica_id, load in loads.items()}
+
+    def _note_peaks(self, now: float) -> None:
+        num_periods = int((now - self._period_began) / REPORT_AGE_S)
+        if num_periods:
+            # Every change is noted, so in a whole period without a note the numbers were those of now.
+            self._peaks = Counter(), self._peaks[0] if num_periods == 1 else Counter(self._in_flight)
+            self._period_began = now
+        for replica_id, count in self._in_flight.items():
+            self._peaks[0][replica_id] = max(self._peaks[0][replica_id], count)
 
     def gone(self, replica_id: str) -> None:
         """The replica takes no more requests; what it had cached is of no use. Sequences that still run there are released as ever."""

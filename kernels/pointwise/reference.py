@@ -159,6 +159,8 @@ def check_add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor) -> None:
     Raises:
         ValueError: names the argument.
     """
+    if residual.ndim != 2:
+        raise ValueError(f"residual must be [T, H], got shape {list(residual.shape)}")
     if delta.shape != residual.shape or delta.dtype != residual.dtype:
         raise ValueError(f"delta must be {list(residual.shape)} {residual.dtype} as residual is, got {list(delta.shape)} {delta.dtype}")
     check_rms_norm(residual, weight)

@@ -12,8 +12,9 @@ from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
 from tests.e2e import scripts
 from tests.e2e.one_rank import answers_of_one_rank, check_answers
+from tests.support.many_streams import counted, read_many
 from tests.support.processes import marked, none_left
-from tests.support.served import BIN, MODEL_NAME, Served, cantata_serve, isolated_if_possible, serve_run, started
+from tests.support.served import BIN, FAST_INGRESS, MODEL_NAME, Served, cantata_serve, isolated_if_possible, serve_run, started
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.ray
@@ -96,6 +97,30 @@ def test_more_ranks_than_this_machine_has_room_for(model: Path, tmp_path: Path) 
     log = served.log.read_text(errors="replace")
     assert f"{replicas} replicas of 2 ranks want {2 * replicas} CPUs, free are {os.cpu_count()} of {os.cpu_count()} CPU" in log
     assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_streams_of_a_killed_replica_go_on_at_the_other(model: Path, tmp_path: Path) -> None:
+    """As without Ray (test_standalone_life): twelve streams, four run on each of two replicas, one of which is killed."""
+    with serve_run(tmp_path, model, environment=FAST_INGRESS, replicas=2, engine={"scheduler": {"max_num_seqs": 4}}) as served:
+        until(lambda: num_up(served) == 2, 60)
+        undisturbed = read_many(served, 12, 8)
+        (victim, *_) = [int(line.split()[0]) for line in marked(served.mark) if "ServeReplica:cantata:engine" in line]
+        assert read_many(served, 12, 8, lambda: os.kill(victim, signal.SIGKILL)) == undisturbed
+        resumed = counted(served, "cantata_gateway_resumptions_total")
+        retried = counted(served, 'cantata_gateway_retries_total{error="EngineDead",')
+        assert resumed >= 1
+        assert retried >= 1
+        assert resumed + retried <= 6, "the other replica's streams were not touched"
+        until(lambda: num_up(served) == 2, 90)
+        assert read_many(served, 12, 8) == undisturbed
+        assert served.stop() == 0
+        assert none_left(served.mark, 15) == []
+
+
+def num_up(served: Served) -> float:
+    """Engines that answer the metrics page."""
+    return counted(served, 'cantata_process_up{process="engine"')
 
 
 def answer_of(response: httpx.Response) -> object:

@@ -1,14 +1,10 @@
 """`cantata serve --standalone` from start to stop: an engine that dies, a stop under load, a parent that vanishes, keys, bad starts."""
 
-import asyncio
-import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +12,7 @@ import httpx
 import pytest
 
 from tests.e2e import scripts
+from tests.support.many_streams import counted, read_many
 from tests.support.processes import marked, none_left
 from tests.support.served import BIN, MODEL_NAME, Served, standalone
 from tests.support.waiting import until
@@ -54,45 +51,11 @@ def test_streams_of_an_engine_that_dies_go_on_at_the_other(model: Path, tmp_path
     """Greedy answers are the same as undisturbed ones, whichever engine made which part of them: of twelve streams four run on each engine
     when one is killed and the others wait for their turn, so that some are cut in the middle and some have not begun."""
     num_streams, num_running = 12, 4
-
-    async def read(client: httpx.AsyncClient, index: int, began: Counter[int], came: asyncio.Event) -> str:
-        body = {"model": MODEL_NAME, "prompt": f"{index} is a number", "max_tokens": 80, "ignore_eos": True, "temperature": 0}
-        text, last = "", ""
-        async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
-            assert stream.status_code == 200
-            async for line in stream.aiter_lines():
-                if line.startswith("data: {"):
-                    event = json.loads(line.removeprefix("data: "))
-                    assert "error" not in event, event
-                    text += "".join(choice["text"] for choice in event["choices"])
-                    began[index] += 1
-                    came.set()
-                last = line or last
-        assert last == "data: [DONE]"
-        return text
-
-    async def read_all(served: Served, then: Callable[[], None] = lambda: None) -> list[str]:
-        began: Counter[int] = Counter()
-        came = asyncio.Event()
-        async with httpx.AsyncClient(base_url=served.url, timeout=120, trust_env=False, limits=httpx.Limits()) as client:
-            streams = [asyncio.create_task(read(client, index, began, came)) for index in range(num_streams)]
-            async with asyncio.timeout(60):
-                while sum(count >= 3 for count in began.values()) < 2 * num_running:
-                    came.clear()
-                    await came.wait()
-            then()
-            return await asyncio.gather(*streams)
-
-    def counted(served: Served, name: str) -> float:
-        metrics = httpx.get(f"{served.url}/metrics", timeout=30, trust_env=False).text
-        (line,) = [line for line in metrics.splitlines() if line.startswith(name)]
-        return float(line.split()[-1])
-
     with standalone(tmp_path, model, "--replicas", "2", "--max-num-seqs", str(num_running)) as served:
-        undisturbed = asyncio.run(read_all(served))
+        undisturbed = read_many(served, num_streams, 2 * num_running)
         assert len(set(undisturbed)) > num_streams / 2
         (victim, *_) = [int(line.split()[0]) for line in marked(served.mark) if "workers.engine" in line]
-        assert asyncio.run(read_all(served, lambda: os.kill(victim, signal.SIGKILL))) == undisturbed
+        assert read_many(served, num_streams, 2 * num_running, lambda: os.kill(victim, signal.SIGKILL)) == undisturbed
         resumed = counted(served, "cantata_gateway_resumptions_total")
         retried = counted(served, 'cantata_gateway_retries_total{error="EngineDead",')
         assert resumed >= 1

@@ -78,11 +78,17 @@ def standalone(folder: Path, model: Path, *flags: str) -> Iterator[Served]:
 
 @contextmanager
 def serve_run(
-    folder: Path, model: Path, *, environment: Mapping[str, str] | None = None, engine: Mapping[str, object] | None = None
+    folder: Path,
+    model: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    engine: Mapping[str, object] | None = None,
+    replicas: int = 1,
 ) -> Iterator[Served]:
     """`serve run` with a copy of deploy/local.yaml that has our model and ports, and settings of the engine."""
     ports = _ray_ports()
     config = serve_config(model, ports, engine or {})
+    config["applications"][0]["args"]["replicas"] = replicas
     file = folder / "local.yaml"
     file.write_text(yaml.safe_dump(config))
     with _ray_started(
