@@ -1,5 +1,7 @@
 """The files for `ray up`: accepted by Ray's own check, and every node starts Ray with what Cantata needs."""
 
+import argparse
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,16 @@ def exported(command: str) -> dict[str, str]:
             found |= dict(word.split("=", 1) for word in words[1:])
     found.pop("PATH")
     return found
+
+
+def downloads(text: str) -> list[argparse.Namespace]:
+    """The `hf download` commands in it, read as that command reads them: a flag takes one value."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("repository")
+    parser.add_argument("--exclude", action="append")
+    parser.add_argument("--local-dir")
+    found = re.findall(r"/hf download ([^&`]*)", " ".join(text.split()))
+    return [parser.parse_args(shlex.split(command)) for command in found]
 
 
 def test_all_files_are_checked() -> None:
@@ -63,3 +75,12 @@ def test_the_token_reaches_every_node_and_the_dashboard_stays_private(path: Path
     assert content["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert "--dashboard-host=127.0.0.1" in content["head_start_ray_commands"][-1]
     assert any(command.endswith("~/cantata") and "pip install" in command for command in content["setup_commands"])
+
+
+def test_the_checkpoint_is_downloaded_without_its_other_formats() -> None:
+    texts = [(FOLDER / f"{name}.yaml").read_text() for name in ("aws", "gcp")]
+    texts.append((FOLDER.parents[1] / "docs" / "operations.md").read_text())
+    for text in texts:
+        (download,) = downloads(text)
+        assert (download.repository, download.local_dir) == ("openai/gpt-oss-120b", "/models/gpt-oss-120b")
+        assert download.exclude == ["original/*", "metal/*"]

@@ -261,3 +261,14 @@ def test_pods_that_hold_no_engine_are_refused(helm: Helm, setting: str, said: st
     done = helm.run("template", "chat", CHART, "--values", TP8, "--set", setting)
     assert done.returncode != 0
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("document", ["docs/operations.md", "helm/cantata/README.md"])
+def test_the_documented_command_renders(helm: Helm, document: str) -> None:
+    (command,) = re.findall(r"helm install ([^`\n]*)", (ROOT / document).read_text())
+    release, chart, *flags = [str(ROOT / word) if word.startswith("helm/") else word for word in command.split()]
+    assert Path(chart) == CHART
+    (service,) = helm.render(*flags, release=release)
+    check_manifest(service)
+    AppConfig.model_validate(serve_config(service)["applications"][0]["args"])
+    assert service["metadata"]["name"] == "chat-cantata"
