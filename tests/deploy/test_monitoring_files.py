@@ -10,7 +10,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "cantata.json").read_text())
 RULES: list[dict[str, Any]] = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yml").read_text())["groups"][0]["rules"]
-DOCUMENTED = set(re.findall(r"^\| `(cantata_\w+)`", (ROOT / "docs" / "metrics.md").read_text(), flags=re.MULTILINE))
+METRICS_PAGE = (ROOT / "docs" / "metrics.md").read_text()
+DOCUMENTED = set(re.findall(r"^\| `(cantata_\w+)`", METRICS_PAGE, flags=re.MULTILINE))
 
 
 def metrics(expression: str) -> set[str]:
@@ -24,6 +25,31 @@ def shown() -> set[str]:
 def test_panels_show_every_documented_metric_and_no_other() -> None:
     assert len(DOCUMENTED) > 20
     assert shown() == DOCUMENTED
+
+
+def labels_of(metric: str) -> set[str]:
+    """As docs/metrics.md lists them, which has its own test against the registries, and those of the joined page and of histograms."""
+    rows = [line.split("|") for line in METRICS_PAGE.splitlines() if line.startswith(f"| `{metric}`")]
+    return {*re.findall(r"`(\w+)`", rows[0][2]), "process", "replica", "le"}
+
+
+def used_labels(expression: str) -> set[str]:
+    grouped = re.findall(r"\bby \(([\w, ]+)\)", expression)
+    selected = re.findall(r"[{,](\w+)(?:=~|!~|!=|=)", expression)
+    return {name.strip() for names in grouped for name in names.split(",")} | set(selected)
+
+
+def test_labels_exist() -> None:
+    panels = [(target["expr"], target.get("legendFormat", "")) for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    variables = [(variable["query"], "") for variable in DASHBOARD["templating"]["list"] if variable["type"] == "query"]
+    rules = [(rule["expr"], "") for rule in RULES]
+    found = 0
+    for expression, legend in panels + variables + rules:
+        wanted = used_labels(expression) | set(re.findall(r"{{(\w+)}}", legend))
+        known = set.union(*(labels_of(metric) for metric in metrics(expression)), set())
+        assert wanted <= known, expression
+        found += len(wanted - {"le", "process", "replica"})
+    assert found >= 5
 
 
 def test_the_dashboard_is_whole() -> None:
