@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_inspect(commands)
     _add_make_checkpoint(commands)
-    commands.add_parser("bench", help="measure a running server", add_help=False)  # parsed in main
+    commands.add_parser("bench", help="measure a running server or an engine", add_help=False)  # parsed in main
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from cluster.bench import serve
+from cluster.bench import engine, serve
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -12,10 +12,15 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: the benchmark cannot be run as asked.
     """
-    parser = argparse.ArgumentParser(prog="cantata bench", description="Measure a running server.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="cantata bench", description="Measure a running server, or an engine in this process.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     serving = commands.add_parser("serve", allow_abbrev=False, help="load over HTTP streaming: latencies, throughput, errors")
     serve.add_arguments(serving)
     serving.set_defaults(run=serve.run)
+    offline = commands.add_parser("engine", allow_abbrev=False, help="an engine in this process: throughput, latency, profile of a step")
+    engine.add_arguments(offline)
+    offline.set_defaults(run=engine.run)
     options = parser.parse_args(arguments)
     return int(options.run(options))

@@ -133,10 +133,10 @@ def summarise(records: Sequence[RequestRecord], settings: Settings, started_at: 
         requests_per_s=_rate(len(completed), duration),
         output_tokens_per_s=_rate(output_tokens, duration),
         total_tokens_per_s=_rate(prompt_tokens + output_tokens, duration),
-        ttft_s=_distribution(record.chunk_times[0] - record.started for record in completed if record.chunk_times),
-        itl_s=_distribution(gap for record in completed for gap in np.diff(record.chunk_times)),
-        tpot_s=_distribution(_times_per_output_token(completed)),
-        latency_s=_distribution(record.ended - record.started for record in completed),
+        ttft_s=distribution(record.chunk_times[0] - record.started for record in completed if record.chunk_times),
+        itl_s=distribution(gap for record in completed for gap in np.diff(record.chunk_times)),
+        tpot_s=distribution(_times_per_output_token(completed)),
+        latency_s=distribution(record.ended - record.started for record in completed),
     )
 
 
@@ -180,7 +180,8 @@ def _times_per_output_token(records: Iterable[RequestRecord]) -> Iterable[float]
             yield (record.ended - record.chunk_times[0]) / (tokens - 1)
 
 
-def _distribution(values: Iterable[float]) -> Distribution | None:
+def distribution(values: Iterable[float]) -> Distribution | None:
+    """None without a value."""
     array = np.fromiter(values, dtype=np.float64)
     if not len(array):
         return None

@@ -8,7 +8,6 @@ seconds.
 import argparse
 import asyncio
 import datetime
-import math
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from cluster.bench.arguments import at_least, positive_float, positive_int, temperature
 from cluster.bench.client import BenchClient, RequestOptions, RequestRecord
 from cluster.bench.report import Report, Settings, summarise, table
 from cluster.bench.workload import SAMPLE_TEXT, WORDS, Prompt, arrival_times, random_ids, random_text, read_dataset
@@ -33,21 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="NAME", help="model to ask for (default: the first that the server lists)")
     add("--api-key-file", type=Path, metavar="FILE", help="file whose content is the key to send (default: no key)")
     add("--endpoint", choices=("chat", "completions"), default="chat", help="default: chat")
-    add("--num-prompts", type=_positive_int, default=100, metavar="N", help="requests to send (default: 100)")
+    add("--num-prompts", type=positive_int, default=100, metavar="N", help="requests to send (default: 100)")
     load = parser.add_mutually_exclusive_group()
-    load.add_argument("--concurrency", type=_positive_int, metavar="N", help=f"requests in flight (default: {DEFAULT_CONCURRENCY})")
-    load.add_argument("--request-rate", type=_positive_float, metavar="R", help="requests a second on average, at random times")
+    load.add_argument("--concurrency", type=positive_int, metavar="N", help=f"requests in flight (default: {DEFAULT_CONCURRENCY})")
+    load.add_argument("--request-rate", type=positive_float, metavar="R", help="requests a second on average, at random times")
     add("--dataset", default="random", metavar="random|FILE", help="random prompts, or JSONL: see docs/performance.md (default: random)")
-    add(
-        "--input-len", type=_positive_int, default=128, metavar="TOKENS", help="of a random prompt (default: 128; about that many for chat)"
-    )
-    add("--output-len", type=_positive_int, default=64, metavar="TOKENS", help="most output tokens of a request (default: 64)")
+    add("--input-len", type=positive_int, default=128, metavar="TOKENS", help="of a random prompt (default: 128; about that many for chat)")
+    add("--output-len", type=positive_int, default=64, metavar="TOKENS", help="most output tokens of a request (default: 64)")
     add("--ignore-eos", action="store_true", help="answers do not end before --output-len (an extension: vLLM and Cantata know it)")
-    add("--temperature", type=_temperature, metavar="T", help="default: the server's")
+    add("--temperature", type=temperature, metavar="T", help="default: the server's")
     add("--seed", type=int, default=0, metavar="N", help="of random prompts and arrival times (default: 0)")
-    add("--warmup", type=_count, default=1, metavar="N", help="requests sent before, one by one, that do not count (default: 1)")
-    add("--timeout", type=_positive_float, default=300.0, metavar="SECONDS", help="of one request (default: 300)")
-    add("--max-time", type=_positive_float, default=1800.0, metavar="SECONDS", help="of the whole run; then it is cut off (default: 1800)")
+    add("--warmup", type=at_least(0), default=1, metavar="N", help="requests sent before, one by one, that do not count (default: 1)")
+    add("--timeout", type=positive_float, default=300.0, metavar="SECONDS", help="of one request (default: 300)")
+    add("--max-time", type=positive_float, default=1800.0, metavar="SECONDS", help="of the whole run; then it is cut off (default: 1800)")
     add("--json", type=Path, metavar="FILE", help="write the report there as JSON")
 
 
@@ -189,31 +187,3 @@ def _read_key(file: Path | None) -> str | None:
     if not key or not key.isprintable() or " " in key:
         raise ConfigError(f"--api-key-file {file} must hold one key of printable ASCII characters")
     return key
-
-
-def _positive_int(text: str) -> int:
-    return _at_least(int(text), 1)
-
-
-def _count(text: str) -> int:
-    return _at_least(int(text), 0)
-
-
-def _at_least(value: int, least: int) -> int:
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value) or value <= 0:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
-
-
-def _temperature(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or a positive number, got {text}")
-    return value

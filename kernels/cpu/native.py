@@ -2,10 +2,12 @@
 
 import ctypes
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,14 +98,54 @@ def using_isa(name: str) -> Iterator[bool]:
         loaded.cantata_use_isa(before.encode())
 
 
-def ready() -> ctypes.CDLL:
-    """The library, set to as many threads as torch uses."""
+Observer = Callable[[str, Any, float], None]
+"""Called after each operation with its name, its arguments (a structure of src/ops.h) and the seconds it took."""
+
+
+class _Observed:
+    """The library with an observer of its operations."""
+
+    def __init__(self, loaded: ctypes.CDLL, observer: Observer) -> None:
+        self._loaded = loaded
+        self._observer = observer
+
+    def __getattr__(self, name: str) -> Callable[[Any], Any]:
+        function = getattr(self._loaded, name)
+
+        def observed(reference: Any) -> Any:
+            started = time.perf_counter()
+            result = function(reference)
+            self._observer(name.removeprefix("cantata_"), reference._obj, time.perf_counter() - started)
+            return result
+
+        setattr(self, name, observed)
+        return observed
+
+
+_observed: list[_Observed] = []
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Report every operation of this process to `observer`, on the thread that runs it, until the context ends. Not to be nested."""
+    loaded = library()
+    assert not _observed, "operations are observed already"
+    if loaded is not None:
+        _observed.append(_Observed(loaded, observer))
+    try:
+        yield
+    finally:
+        _observed.clear()
+
+
+def ready() -> Any:
+    """The library, set to as many threads as torch uses. Its operations are `cantata_NAME(byref(arguments))`."""
     loaded = library()
     assert loaded is not None, "called without the library"
     threads = torch.get_num_threads()
     if threads != loaded.cantata_num_threads():
         loaded.cantata_set_threads(threads)
-    return loaded
+    return _observed[0] if _observed else loaded
 
 
 def pointer(tensor: Tensor | None) -> int:

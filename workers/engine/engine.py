@@ -101,6 +101,7 @@ class Engine:
         self._touched: dict[int, OutputStream] = {}
         self._flights: deque[_Flight] = deque()
         self._last_result_s = 0.0
+        self._num_steps = 0
         # Guarded by _changed, which is notified on every change that somebody may wait for.
         self._changed = threading.Condition()
         self._inbox: deque[_Live] = deque()
@@ -179,6 +180,11 @@ class Engine:
                 kv_usage=self._kv_usage,
                 accepting=self._refusal is None,
             )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps done so far."""
+        return self._num_steps
 
     @property
     def error(self) -> str | None:
@@ -267,6 +273,7 @@ class Engine:
         result = flight.result.result()
         if result.error is not None:
             raise EngineDead(result.error)
+        self._num_steps += 1
         for update in self._scheduler.update(result):
             self._apply(update)
         self._publish()

@@ -1,0 +1,42 @@
+"""What this machine can do: the speed of reading memory and of multiplying matrices, measured with as many threads as torch uses."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_READ_BYTES = 1 << 29
+"""Well beyond every cache."""
+_GEMM_SIZE = 1536
+_REPEATS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """Best of a few tries each.
+
+    Attributes:
+        read_bytes_per_s: a sum over memory.
+        gemm_flops_per_s: torch's product of square bf16 matrices.
+    """
+
+    read_bytes_per_s: float
+    gemm_flops_per_s: float
+
+
+def measure() -> Roofline:
+    """Takes about a second."""
+    memory = torch.ones(_READ_BYTES // 4)
+    left, right = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).bfloat16() for _ in range(2))
+    return Roofline(_READ_BYTES / _best_seconds(memory.sum), 2 * _GEMM_SIZE**3 / _best_seconds(lambda: left @ right))
+
+
+def _best_seconds(operation: Callable[[], object]) -> float:
+    operation()
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        operation()
+        times.append(time.perf_counter() - started)
+    return min(times)
