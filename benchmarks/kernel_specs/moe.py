@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 
 from benchmarks.kernel_specs.spec import TARGETS, KernelSpec, Limits, Pass
 from kernels.moe.combine import add_slots
+from kernels.moe.matmul_mxfp8 import expert_matmul_mxfp8, quantize_rows
 from kernels.moe.matmul_natural import expert_matmul_natural
 from kernels.moe.matmul_wgmma import expert_matmul_wgmma
 from kernels.moe.routing import choose_experts, place_tokens
-from kernels.moe.tile_choice import DENSE, MXFP4, MXFP4_WGMMA, Tile, tiles
+from kernels.moe.tile_choice import DENSE, MXFP4, MXFP4_MXFP8, MXFP4_WGMMA, Tile, tiles
 
 _MATMUL = {
     "x_ptr": "*bf16",
@@ -45,7 +46,7 @@ def _matmuls(weights: str, target: str) -> Iterator[KernelSpec]:
                 name=f"moe/{weights} {product} {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} ({target})",
                 kernel=expert_matmul_wgmma if weights == MXFP4_WGMMA else expert_matmul_natural,
                 signature={**_MATMUL, "blocks_ptr": "*bf16"} if weights == DENSE else _MATMUL,
-                constexprs=constexprs if weights == MXFP4_WGMMA else {**constexprs, "PACKED": weights == MXFP4},
+                constexprs=constexprs if weights == MXFP4_WGMMA else {**constexprs, "PACKED": weights == MXFP4, "EVEN_K": weights == DENSE},
                 options={"num_warps": tile.num_warps},
                 targets=(target,),
                 unaligned=("top_k",),
@@ -56,16 +57,49 @@ def _matmuls(weights: str, target: str) -> Iterator[KernelSpec]:
             )
 
 
+def _mxfp8(target: str) -> Iterator[KernelSpec]:
+    for tile in tiles(MXFP4_MXFP8, target):
+        for product in ("gate_up", "down"):
+            num_weights = tile.block_n * tile.block_k
+            signature = {**_MATMUL, "x_ptr": "*fp8e4nv", "x_scales_ptr": "*u8", "out_scales_ptr": "*u8"}
+            if product == "gate_up":
+                signature["out_ptr"] = "*fp8e4nv"
+            yield KernelSpec(
+                name=f"moe/{MXFP4_MXFP8} {product} {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} ({target})",
+                kernel=expert_matmul_mxfp8,
+                signature={name: kind for name, kind in signature.items() if name in expert_matmul_mxfp8.arg_names},
+                constexprs={
+                    "BLOCK_M": tile.block_m,
+                    "BLOCK_N": tile.block_n,
+                    "BLOCK_K": tile.block_k,
+                    "GATE_UP": product == "gate_up",
+                    "NUM_STAGES": tile.num_stages,
+                },
+                options={"num_warps": tile.num_warps},
+                targets=(target,),
+                unaligned=("top_k",),
+                work=Pass(num_weights * 17 // 32, num_weights, tile.block_m * tile.block_k * 33 // 32),
+                limits={
+                    target: Limits(
+                        matrix={"sm_100": "UTCQMMA", "gfx950": "v_mfma_scale"}[target],
+                        load_bits={"sm_100": 64}.get(target),
+                        instructions=14 if tile.block_m <= 64 else 30,
+                        traffic=1.06,
+                    )
+                },
+            )
+
+
 def _limits(weights: str, target: str, tile: Tile) -> Limits:
     if weights == MXFP4_WGMMA:
         return Limits(matrix="HGMMA", load_bits=128, instructions=28 if tile.block_m <= 32 else 38, traffic=1.02)
     if weights == DENSE:
         # Under 64 rows wgmma and tcgen05 have nothing to put on their 64 or 128 rows.
         matrix = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(target) if tile.block_m >= 64 else None
-        return Limits(matrix=matrix, load_bits=128, instructions=24, traffic=1.02)
+        return Limits(matrix=matrix, load_bits=128, instructions=32, traffic=1.02)
     # AMD's loads into LDS take 32 bits of a packed row at a time.
     bits = {"sm_100": 64}.get(target)
-    return Limits(matrix=_MATRIX.get(target), load_bits=bits, instructions={"sm_100": 42, "gfx950": 34}.get(target), traffic=1.06)
+    return Limits(matrix=_MATRIX.get(target), load_bits=bits, instructions={"sm_100": 44, "gfx950": 34}.get(target), traffic=1.06)
 
 
 _ROUTING = {
@@ -104,7 +138,16 @@ def _routing() -> Iterator[KernelSpec]:
     yield spec("place 32 of many tokens", 32, 8)
 
 
-def _combine() -> Iterator[KernelSpec]:
+def _rows() -> Iterator[KernelSpec]:
+    yield KernelSpec(
+        name="moe/round to mxfp8",
+        kernel=quantize_rows,
+        signature={"x_ptr": "*bf16", "values_ptr": "*fp8e4nv", "scales_ptr": "*u8", "width": "i32", "x_stride": "i32"},
+        constexprs={"BLOCK": 1024},
+        options={"num_warps": 4},
+        targets=("sm_100", "gfx950"),
+        work=Pass(2 * 1024),
+    )
     yield KernelSpec(
         name="moe/combine",
         kernel=add_slots,
@@ -120,7 +163,8 @@ def _combine() -> Iterator[KernelSpec]:
         options={"num_warps": 4},
         unaligned=("first_expert",),
         work=Pass(4 * 1024 * 2),
-        limits={target: Limits(load_bits=128) for target in TARGETS},
+        # Expert ids are read one by one, and AMD has twice the threads for as many columns.
+        limits={target: Limits(load_bits=64, narrow_share=0.25) for target in TARGETS},
     )
 
 
@@ -128,6 +172,7 @@ SPECS = (
     *_matmuls(MXFP4_WGMMA, "sm_90"),
     *(spec for target in TARGETS for spec in _matmuls(MXFP4, target)),
     *(spec for target in TARGETS for spec in _matmuls(DENSE, target)),
+    *(spec for target in ("sm_100", "gfx950") for spec in _mxfp8(target)),
     *_routing(),
-    *_combine(),
+    *_rows(),
 )

@@ -34,6 +34,7 @@ def fused_experts(
     swiglu_alpha: float,
     first_expert: int = 0,
     num_experts: int | None = None,
+    mxfp8_activations: bool = False,
 ) -> Tensor:
     """`kernels.moe.reference.fused_experts`, which defines it, by the kernel for these weights and this device.
 
@@ -41,20 +42,27 @@ def fused_experts(
     """
     arguments = (x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias)
     reference.check_experts(*arguments, first_expert, num_experts)
+    reference.check_mxfp8(mxfp8_activations, gate_up, down)
     total = gate_up.shape[0] if num_experts is None else num_experts
-    if _triton_takes(x, gate_up, down):
+    if _triton_takes(x, gate_up, down, mxfp8_activations):
         from kernels.moe import grouped
 
         if checks_indices():
             reference.check_ids(topk_ids, total)
         return grouped.fused_experts(
-            *arguments, swiglu_limit=swiglu_limit, swiglu_alpha=swiglu_alpha, first_expert=first_expert, num_experts=total
+            *arguments,
+            swiglu_limit=swiglu_limit,
+            swiglu_alpha=swiglu_alpha,
+            first_expert=first_expert,
+            num_experts=total,
+            mxfp8_activations=mxfp8_activations,
         )
     if (
         isinstance(gate_up, PackedMXFP4)
         and isinstance(down, PackedMXFP4)
         and gate_up_bias.dtype == down_bias.dtype
         and cpu.can_run(x, gate_up, down, gate_up_bias.dtype)
+        and not mxfp8_activations
     ):
         reference.check_ids(topk_ids, total)
         return cpu.fused_experts(
@@ -70,7 +78,12 @@ def fused_experts(
             first_expert=first_expert,
         )
     return reference.fused_experts(
-        *arguments, swiglu_limit=swiglu_limit, swiglu_alpha=swiglu_alpha, first_expert=first_expert, num_experts=num_experts
+        *arguments,
+        swiglu_limit=swiglu_limit,
+        swiglu_alpha=swiglu_alpha,
+        first_expert=first_expert,
+        num_experts=num_experts,
+        mxfp8_activations=mxfp8_activations,
     )
 
 
@@ -86,48 +99,47 @@ def gated_experts(
     swiglu_limit: float,
     swiglu_alpha: float,
     first_expert: int = 0,
+    mxfp8_activations: bool = False,
 ) -> Tensor:
     """`fused_experts` of the choice that `gate_topk` makes; on a GPU choice and routing are one launch.
 
     Args:
         gate_logits: [T, num_experts] float.
     """
-    if not _triton_takes(x, gate_up, down):
+    weights = (gate_up, gate_up_bias, down, down_bias)
+    if not _triton_takes(x, gate_up, down, mxfp8_activations):
         return fused_experts(
             x,
             *gate_topk(gate_logits, k),
-            gate_up,
-            gate_up_bias,
-            down,
-            down_bias,
+            *weights,
             swiglu_limit=swiglu_limit,
             swiglu_alpha=swiglu_alpha,
             first_expert=first_expert,
             num_experts=gate_logits.shape[1],
+            mxfp8_activations=mxfp8_activations,
         )
     from kernels.moe import grouped
 
     reference.check_gate(gate_logits, k)
     if x.shape[:1] != gate_logits.shape[:1]:
         raise ValueError(f"gate_logits must have a row for each of {x.shape[0]} tokens, got shape {list(gate_logits.shape)}")
-    reference.check_weights(x, gate_up, gate_up_bias, down, down_bias, first_expert, gate_logits.shape[1])
+    reference.check_weights(x, *weights, first_expert, gate_logits.shape[1])
+    reference.check_mxfp8(mxfp8_activations, gate_up, down)
     return grouped.gated_experts(
         x,
         gate_logits.contiguous(),
         k,
-        gate_up,
-        gate_up_bias,
-        down,
-        down_bias,
+        *weights,
         swiglu_limit=swiglu_limit,
         swiglu_alpha=swiglu_alpha,
         first_expert=first_expert,
+        mxfp8_activations=mxfp8_activations,
     )
 
 
-def _triton_takes(x: Tensor, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor) -> bool:
+def _triton_takes(x: Tensor, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor, mxfp8_activations: bool) -> bool:
     if not runs_triton(x):
         return False
     from kernels.moe import grouped
 
-    return grouped.can_run(x, gate_up, down)
+    return grouped.can_run(x, gate_up, down, mxfp8_activations)

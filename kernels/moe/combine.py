@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """A token's experts added up: `out[t] = results[t * k] + ... + results[t * k + k - 1]` over the slots whose expert is here, in fp32, in the
 order of the slots, so that a token's sum is the same in every batch and every run."""
 

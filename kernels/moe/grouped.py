@@ -1,25 +1,48 @@
 """The mixture of experts by Triton kernels: route, two grouped products, add up."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
 
 from kernels.backend import architecture
 from kernels.moe.combine import combine
+from kernels.moe.matmul_mxfp8 import expert_matmul_mxfp8, quantize_rows
 from kernels.moe.matmul_natural import expert_matmul_natural
 from kernels.moe.matmul_wgmma import expert_matmul_wgmma
 from kernels.moe.routing import Routing, choose_and_route, route
-from kernels.moe.tile_choice import DENSE, MXFP4, MXFP4_WGMMA, Tile, choose_tile
-from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4
+from kernels.moe.tile_choice import DENSE, MXFP4, MXFP4_MXFP8, MXFP4_WGMMA, Tile, choose_tile
+from kernels.mxfp4 import MX_BLOCK, NATURAL, WGMMA, PackedMXFP4
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_KINDS = {NATURAL: MXFP4, WGMMA: MXFP4_WGMMA}
+_QUANTIZED_COLUMNS = 1024
 
 
-def can_run(x: Tensor, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor) -> bool:
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What both products need to know."""
+
+    routing: Routing
+    tile: Tile
+    kind: str
+    limit: float
+    alpha: float
+
+
+def can_run(x: Tensor, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor, mxfp8_activations: bool) -> bool:
     """Whether there are kernels for these weights: MXFP4 in a layout for GPUs, or dense ones of x's dtype."""
-    kinds = {_kind(weights) if isinstance(weights, PackedMXFP4) or weights.dtype == x.dtype else None for weights in (gate_up, down)}
-    return x.dtype in _DTYPES and len(kinds) == 1 and None not in kinds and not (x.dtype == torch.float16 and MXFP4_WGMMA in kinds)
+    kinds = {_kind(x, weights, mxfp8_activations) for weights in (gate_up, down)}
+    return x.dtype in _DTYPES and len(kinds) == 1 and None not in kinds
+
+
+def _kind(x: Tensor, weights: PackedMXFP4 | Tensor, mxfp8_activations: bool) -> str | None:
+    """As `tile_choice` names it."""
+    if not isinstance(weights, PackedMXFP4):
+        return DENSE if weights.dtype == x.dtype and not mxfp8_activations else None
+    if weights.layout == NATURAL:
+        return MXFP4_MXFP8 if mxfp8_activations else MXFP4
+    return MXFP4_WGMMA if weights.layout == WGMMA and x.dtype != torch.float16 and not mxfp8_activations else None
 
 
 def fused_experts(
@@ -35,9 +58,10 @@ def fused_experts(
     swiglu_alpha: float,
     first_expert: int,
     num_experts: int,
+    mxfp8_activations: bool,
 ) -> Tensor:
     """As `kernels.moe.reference.fused_experts`, which see; arguments have been checked there, and `can_run` holds."""
-    tile = _tile(x, topk_ids.shape[1], gate_up, num_experts)
+    kind, tile = _kind_and_tile(x, topk_ids.shape[1], gate_up, num_experts, mxfp8_activations)
     routing = route(
         topk_ids.to(torch.int32).contiguous(),
         topk_weights.contiguous(),
@@ -45,7 +69,7 @@ def fused_experts(
         num_local=gate_up.shape[0],
         block_m=tile.block_m,
     )
-    return _routed(x, routing, tile, gate_up, gate_up_bias, down, down_bias, swiglu_limit, swiglu_alpha)
+    return _compute(x, gate_up, gate_up_bias, down, down_bias, _Layer(routing, tile, kind, swiglu_limit, swiglu_alpha))
 
 
 def gated_experts(
@@ -60,46 +84,48 @@ def gated_experts(
     swiglu_limit: float,
     swiglu_alpha: float,
     first_expert: int,
+    mxfp8_activations: bool,
 ) -> Tensor:
     """`fused_experts` of the choice that `gate_topk` makes, in one launch less."""
-    tile = _tile(x, k, gate_up, gate_logits.shape[1])
+    kind, tile = _kind_and_tile(x, k, gate_up, gate_logits.shape[1], mxfp8_activations)
     routing = choose_and_route(gate_logits, k, first_expert=first_expert, num_local=gate_up.shape[0], block_m=tile.block_m)
-    return _routed(x, routing, tile, gate_up, gate_up_bias, down, down_bias, swiglu_limit, swiglu_alpha)
+    return _compute(x, gate_up, gate_up_bias, down, down_bias, _Layer(routing, tile, kind, swiglu_limit, swiglu_alpha))
 
 
-def _kind(weights: PackedMXFP4 | Tensor) -> str | None:
-    return _KINDS.get(weights.layout) if isinstance(weights, PackedMXFP4) else DENSE
-
-
-def _tile(x: Tensor, k: int, gate_up: PackedMXFP4 | Tensor, num_experts: int) -> Tile:
-    kind = _kind(gate_up)
+def _kind_and_tile(x: Tensor, k: int, gate_up: PackedMXFP4 | Tensor, num_experts: int, mxfp8_activations: bool) -> tuple[str, Tile]:
+    kind = _kind(x, gate_up, mxfp8_activations)
     assert kind is not None
-    return choose_tile(kind, architecture(x.device), x.shape[0] * k, num_experts, fp32=x.dtype == torch.float32)
+    fp32 = x.dtype == torch.float32 and not mxfp8_activations
+    return kind, choose_tile(kind, architecture(x.device), x.shape[0] * k, num_experts, fp32=fp32)
 
 
-def _routed(
-    x: Tensor,
-    routing: Routing,
-    tile: Tile,
-    gate_up: PackedMXFP4 | Tensor,
-    gate_up_bias: Tensor,
-    down: PackedMXFP4 | Tensor,
-    down_bias: Tensor,
-    limit: float,
-    alpha: float,
+def _compute(
+    x: Tensor, gate_up: PackedMXFP4 | Tensor, gate_up_bias: Tensor, down: PackedMXFP4 | Tensor, down_bias: Tensor, layer: _Layer
 ) -> Tensor:
-    _check_strides(x, gate_up, gate_up_bias, down, down_bias)
+    _check_memory(x, gate_up, gate_up_bias, down, down_bias)
+    routing = layer.routing
     num_pairs = routing.topk_ids.numel()
     hidden_size, width = down.shape[1:]
-    activations = x.new_empty((num_pairs, width))
     results = x.new_empty((num_pairs, hidden_size))
-    if num_pairs:
-        _matmul(x, gate_up, gate_up_bias, activations, routing, tile, gate_up_product=True, limit=limit, alpha=alpha)
-        _matmul(activations, down, down_bias, results, routing, tile, gate_up_product=False, limit=limit, alpha=alpha)
+    if num_pairs and layer.kind == MXFP4_MXFP8:
+        assert isinstance(gate_up, PackedMXFP4)
+        assert isinstance(down, PackedMXFP4)
+        activations = _empty_mxfp8(num_pairs, width, x.device)
+        _mxfp8_matmul(_quantized(x), gate_up, gate_up_bias, activations, layer)
+        _mxfp8_matmul(activations, down, down_bias, (results, None), layer)
+    elif num_pairs:
+        unscaled = x.new_empty((num_pairs, width))
+        _matmul(x, gate_up, gate_up_bias, unscaled, layer, gate_up_product=True)
+        _matmul(unscaled, down, down_bias, results, layer, gate_up_product=False)
     return combine(results, routing.topk_ids, first_expert=routing.first_expert, num_local=routing.num_local)
 
 
-def _check_strides(x: Tensor, gate_up: PackedMXFP4 | Tensor, gate_up_bias: Tensor, down: PackedMXFP4 | Tensor, down_bias: Tensor) -> None:
+def _check_memory(x: Tensor, gate_up: PackedMXFP4 | Tensor, gate_up_bias: Tensor, down: PackedMXFP4 | Tensor, down_bias: Tensor) -> None:
+    """Refuse what the kernels would read wrongly.
+
+    Raises:
+        ValueError: names the argument.
+    """
     if x.numel() and x.stride(1) != 1:
         raise ValueError(f"x must have contiguous rows, got strides {x.stride()}")
     parts = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
@@ -115,20 +141,13 @@ def _check_strides(x: Tensor, gate_up: PackedMXFP4 | Tensor, gate_up_bias: Tenso
             raise ValueError(f"{name} must be on {x.device} as x is, got {part.device}")
 
 
-def _matmul(
-    x: Tensor,
-    weights: PackedMXFP4 | Tensor,
-    bias: Tensor,
-    out: Tensor,
-    routing: Routing,
-    tile: Tile,
-    *,
-    gate_up_product: bool,
-    limit: float,
-    alpha: float,
-) -> None:
+def _grid(num_rows: int, layer: _Layer) -> tuple[int, int]:
+    return triton.cdiv(num_rows, layer.tile.block_n), len(layer.routing.tiles)
+
+
+def _matmul(x: Tensor, weights: PackedMXFP4 | Tensor, bias: Tensor, out: Tensor, layer: _Layer, *, gate_up_product: bool) -> None:
     _, num_rows, width = weights.shape
-    packed = isinstance(weights, PackedMXFP4)
+    routing, tile = layer.routing, layer.tile
     arguments = {
         "x_ptr": x,
         "blocks_ptr": weights.blocks if isinstance(weights, PackedMXFP4) else weights,
@@ -143,8 +162,8 @@ def _matmul(
         "x_stride": x.stride(0),
         "out_stride": out.stride(0),
         "top_k": routing.topk_ids.shape[1],
-        "alpha": alpha,
-        "limit": limit,
+        "alpha": layer.alpha,
+        "limit": layer.limit,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
@@ -152,8 +171,53 @@ def _matmul(
         "NUM_STAGES": tile.num_stages,
         "num_warps": tile.num_warps,
     }
-    grid = (triton.cdiv(num_rows, tile.block_n), len(routing.tiles))
-    if isinstance(weights, PackedMXFP4) and weights.layout == WGMMA:
-        expert_matmul_wgmma[grid](**arguments)
+    if layer.kind == MXFP4_WGMMA:
+        expert_matmul_wgmma[_grid(num_rows, layer)](**arguments)
     else:
-        expert_matmul_natural[grid](**arguments, PACKED=packed)
+        even = width % tile.block_k == 0
+        expert_matmul_natural[_grid(num_rows, layer)](**arguments, PACKED=layer.kind == MXFP4, EVEN_K=even)
+
+
+def _empty_mxfp8(num_rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(values [num_rows, width] e4m3, scales [num_rows, width / 32] e8m0 as uint8)."""
+    return (
+        torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=device),
+        torch.empty(num_rows, width // MX_BLOCK, dtype=torch.uint8, device=device),
+    )
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`round_to_mxfp8` as values and scales."""
+    num_tokens, width = x.shape
+    values, scales = _empty_mxfp8(num_tokens, width, x.device)
+    grid = (num_tokens, triton.cdiv(width, _QUANTIZED_COLUMNS))
+    quantize_rows[grid](x, values, scales, width, x.stride(0), BLOCK=_QUANTIZED_COLUMNS, num_warps=4)
+    return values, scales
+
+
+def _mxfp8_matmul(x: tuple[Tensor, Tensor], weights: PackedMXFP4, bias: Tensor, out: tuple[Tensor, Tensor | None], layer: _Layer) -> None:
+    """The gate_up product where `out` has scales, else the down product."""
+    _, num_rows, width = weights.shape
+    routing, tile = layer.routing, layer.tile
+    expert_matmul_mxfp8[_grid(num_rows, layer)](
+        *x,
+        weights.blocks,
+        weights.scales,
+        bias,
+        *out,
+        routing.tiles,
+        routing.pairs,
+        routing.topk_weights,
+        num_rows,
+        width,
+        out[0].stride(0),
+        routing.topk_ids.shape[1],
+        layer.alpha,
+        layer.limit,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GATE_UP=out[1] is not None,
+        NUM_STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Grouped product of tokens with experts whose rows lie as in checkpoints: MXFP4 in the layout `natural`, or dense.
 
     out[row] = SwiGLU(W[e] x[token] + bias[e])              for the gate_up product
@@ -47,6 +48,7 @@ def expert_matmul_natural(
     BLOCK_K: tl.constexpr,
     GATE_UP: tl.constexpr,
     PACKED: tl.constexpr,
+    EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     expert, x_rows, out_rows, pairs, exists = tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M, GATE_UP)
@@ -66,10 +68,15 @@ def expert_matmul_natural(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
         left = K - start
-        x = tl.load(x_ptrs + start, mask=exists[:, None] & (k < left)[None, :], other=0.0)
+        if EVEN_K:
+            x = tl.load(x_ptrs + start, mask=exists[:, None], other=0.0)
+        else:
+            x = tl.load(x_ptrs + start, mask=exists[:, None] & (k < left)[None, :], other=0.0)
         if PACKED:
             weights = tl.load(block_ptrs + start // 2, mask=(in_row < left // 2)[None, :], other=0)
             exponents = tl.load(scale_ptrs + start // 32, mask=(in_scales < left // 32)[None, :], other=0)
+        elif EVEN_K:
+            weights = tl.load(block_ptrs + start)
         else:
             weights = tl.load(block_ptrs + start, mask=(k < left)[None, :], other=0.0)
         if PACKED and x.dtype != tl.float32:

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Grouped product of tokens with MXFP4 experts in the layout `wgmma.v1` (`kernels/mxfp4/wgmma.py`): weights are the left operand, which
 wgmma takes from registers, so they go from memory over shared memory into registers, are decoded there and used.
 

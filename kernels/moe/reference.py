@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from kernels.linear import linear
-from kernels.mxfp4 import PackedMXFP4, unpack
+from kernels.mxfp4 import MX_BLOCK, PackedMXFP4, unpack
+
+_E4M3_EXPONENT, _E4M3_LARGEST = 8, 448.0
 
 
 def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -39,6 +41,7 @@ def fused_experts(
     swiglu_alpha: float,
     first_expert: int = 0,
     num_experts: int | None = None,
+    mxfp8_activations: bool = False,
 ) -> Tensor:
     """Weighted sum of each token's experts: gate_up projection, clamped SwiGLU, down projection, both with bias.
 
@@ -57,6 +60,8 @@ def fused_experts(
         down: [E, H, I], packed or dense.
         down_bias: [E, H] float.
         num_experts: None: E.
+        mxfp8_activations: changes the numerics: what enters a projection is rounded to MXFP8 first (`round_to_mxfp8`), so that hardware
+            which multiplies MXFP8 with MXFP4 can do that. H and I are multiples of 32 then.
     Returns:
         [T, H], dtype of x.
     Raises:
@@ -64,11 +69,14 @@ def fused_experts(
     """
     check_experts(x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, first_expert, num_experts)
     check_ids(topk_ids, gate_up.shape[0] if num_experts is None else num_experts)
-    wide = x.float()
+    check_mxfp8(mxfp8_activations, gate_up, down)
+    wide = round_to_mxfp8(x) if mxfp8_activations else x.float()
     out = torch.zeros_like(wide)
     for expert, tokens, slots in _tokens_by_expert(topk_ids.long() - first_expert, gate_up.shape[0]):
         hidden = linear(wide[tokens], _dense_expert(gate_up, expert), gate_up_bias[expert].float())
         hidden = _swiglu(hidden, swiglu_limit, swiglu_alpha)
+        if mxfp8_activations:
+            hidden = round_to_mxfp8(hidden)
         hidden = linear(hidden, _dense_expert(down, expert), down_bias[expert].float())
         out.index_add_(0, tokens, hidden * topk_weights[tokens, slots, None])
     return out.to(x.dtype)
@@ -96,6 +104,30 @@ def _swiglu(hidden: Tensor, limit: float, alpha: float) -> Tensor:
     up = hidden[:, 1::2].clamp(min=-limit, max=limit)
     # Not torch.sigmoid: its vectorised loop and its remainder loop round differently, so a row's result would depend on its place.
     return (up + 1) * (gate / (1 + torch.exp(gate * -alpha)))
+
+
+def round_to_mxfp8(x: Tensor) -> Tensor:
+    """The values of MXFP8 (e4m3) for [..., K], K a multiple of 32, in fp32: groups of 32 share the scale 2^(floor(log2(max|x|)) - 8), but
+    at least 2^-126; to nearest even, saturating at 448.
+
+    Follows: OCP Microscaling Formats (MX) Specification 1.0, section 6.3.
+    """
+    groups = x.float().reshape(*x.shape[:-1], x.shape[-1] // MX_BLOCK, MX_BLOCK)
+    exponent = (torch.frexp(groups.abs().amax(-1, keepdim=True)).exponent - 1 - _E4M3_EXPONENT).clamp(min=-126)
+    values = torch.ldexp(groups, -exponent).clamp(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn)
+    return torch.ldexp(values.float(), exponent).view(x.shape)
+
+
+def check_mxfp8(wanted: bool, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor) -> None:
+    """Refuse MXFP8 activations for what is no whole number of groups.
+
+    Raises:
+        ValueError: mxfp8_activations is wanted for it.
+    """
+    if wanted and (gate_up.shape[2] % MX_BLOCK or down.shape[2] % MX_BLOCK):
+        raise ValueError(
+            f"mxfp8_activations needs widths that are multiples of {MX_BLOCK}, got {gate_up.shape[2]} of gate_up, {down.shape[2]} of down"
+        )
 
 
 def check_gate(gate_logits: Tensor, k: int) -> None:

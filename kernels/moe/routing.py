@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """From gate logits or chosen experts to the tiles of the grouped products (`kernels/moe/tiles.py`), without a shape that depends on data.
 
 The (token, slot) pairs of this rank's experts are counted and sorted by expert, tokens ascending, by prefix sums over a [tokens, experts]

@@ -11,6 +11,8 @@ MXFP4 = "mxfp4"
 """In the layout `natural`."""
 MXFP4_WGMMA = "mxfp4 wgmma"
 DENSE = "dense"
+MXFP4_MXFP8 = "mxfp4 x mxfp8"
+"""In the layout `natural`, with activations in MXFP8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,9 @@ class Tile:
 
 # By ascending block_m.
 _WGMMA = (Tile(8, 64, 256, 4, 4), Tile(16, 128, 128, 4, 4), Tile(32, 128, 128, 4, 4), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3))
-_DENSE = (Tile(16, 64, 128, 4, 3), Tile(32, 128, 64, 4, 4), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3))
+_MXFP8 = (Tile(16, 128, 256, 4, 3), Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 3), Tile(128, 128, 128, 8, 3))
+# gpt-oss's widths are multiples of 64, so that the kernel needs no masks along K.
+_DENSE = (Tile(16, 64, 64, 4, 4), Tile(32, 128, 64, 4, 4), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3))
 _AMPERE = (Tile(16, 64, 128, 4, 3), Tile(32, 128, 128, 4, 2), Tile(64, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3))
 _NATURAL = {
     "sm_80": _AMPERE,
@@ -52,11 +56,11 @@ def tiles(weights: str, architecture: str) -> Sequence[Tile]:
     """Those that `choose_tile` has for bf16 and fp16 activations, by ascending block_m.
 
     Args:
-        weights: MXFP4, MXFP4_WGMMA or DENSE.
+        weights: MXFP4, MXFP4_WGMMA, MXFP4_MXFP8 or DENSE.
         architecture: as `kernels.backend.architecture` names it. One that has no tiles gets those of its family.
     """
     if weights != MXFP4:
-        return {MXFP4_WGMMA: _WGMMA, DENSE: _DENSE}[weights]
+        return {MXFP4_WGMMA: _WGMMA, MXFP4_MXFP8: _MXFP8, DENSE: _DENSE}[weights]
     if architecture.startswith("sm_"):
         family = {"10": "sm_100", "11": "sm_100", "12": "sm_120", "9": "sm_90"}.get(architecture[3:-1], "sm_80")
     else:

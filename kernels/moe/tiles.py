@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """What the grouped matrix products of the experts share: their tiles' rows, and what is done to a finished tile.
 
 A tile is BLOCK_M tokens of one expert by BLOCK_N of its output rows. `tiles` int32 [max_tiles, 4] has for each (local expert, place of the

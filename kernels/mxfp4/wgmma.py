@@ -64,8 +64,12 @@ def to_natural(packed: PackedMXFP4) -> tuple[Tensor, Tensor]:
     num_experts, num_rows, width = packed.shape
     _, strips, chunks = packed.scales.shape[:3]
     words = packed.blocks.view(torch.int32).view(num_experts, strips, chunks, 8, 4, 4)
-    registers = [sum(_rotate_left(words, rotation) & _int32(mask) for mask, rotation in parts) for parts in ROTATIONS]
-    pairs = torch.stack([_gather(register).to(torch.uint8) for register in registers], dim=-1).unflatten(-1, (2, 2))
+    pairs = torch.empty((*words.shape, 2, 2), dtype=torch.uint8, device=words.device)
+    for register, parts in enumerate(ROTATIONS):
+        bits = torch.zeros_like(words)
+        for mask, rotation in parts:
+            bits |= _rotate_left(words, rotation) & _int32(mask)
+        pairs[..., register // 2, register % 2] = _gather(bits)
     blocks = pairs.permute(0, 1, 3, 7, 2, 5, 6, 4).reshape(num_experts, strips * STRIP, chunks * CHUNK // MX_BLOCK, MX_BLOCK // 2)
     scales = packed.scales.permute(0, 1, 3, 4, 2, 5).reshape(num_experts, strips * STRIP, chunks * CHUNK // MX_BLOCK) - FOLDED_EXPONENT
     groups = width // MX_BLOCK

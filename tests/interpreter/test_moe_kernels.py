@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.moe import fused_experts, gate_topk, gated_experts, reference, routing
+from kernels.moe import fused_experts, gate_topk, gated_experts, grouped, reference, routing
 from kernels.moe.matmul_wgmma import DECODE
 from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4, choose_layout, from_natural, unpack
 from tests.interpreter.guards import guarded
@@ -249,3 +249,23 @@ def test_bad_arguments_are_named() -> None:
         gated_experts(values.x, torch.zeros(4, 5), 6, *values[3:], **arguments)
     with pytest.raises(ValueError, match=r"^first_expert "):
         gated_experts(values.x, torch.zeros(4, 5), 2, *values[3:], **arguments, first_expert=1)
+
+
+@pytest.mark.parametrize("case", PACKED_CASES[2::3], ids=str)
+def test_mxfp8_activations_are_the_reference(case: MoeCase) -> None:
+    """Sums in another order round some activations to another e4m3 value, 1/16 away at most; several of 32 to 96 in a sum."""
+    values = inputs(case, layout=NATURAL, dtype=torch.bfloat16)
+    found = fused_experts(*guarded_inputs(values), **options(case), mxfp8_activations=True)
+    expected = reference.fused_experts(*values, **options(case), mxfp8_activations=True)
+    assert_near(found, expected.double(), 2**-6)
+    exact = reference.fused_experts(*values, **options(case))
+    assert (found - exact).abs().max() > (found - expected).abs().max() or not exact.any(), "it does change the numerics"
+
+
+def test_rounding_to_mxfp8_is_the_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 1088, generator=generator) * torch.logspace(-40, 37, 9 * 34).view(9, 34).repeat_interleave(32, dim=1)
+    x[0, :32], x[1, :32] = 0, torch.arange(417, 449).float()
+    values, scales = grouped._quantized(guarded(x))
+    found = torch.ldexp(values.float().view(9, 34, 32), scales.int()[..., None] - 127).view(9, 1088)
+    assert torch.equal(found, reference.round_to_mxfp8(x))
