@@ -19,14 +19,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [T, K] float.
-        weight: [N, K], dtype of x.
-        bias: [N], dtype of x.
+        weight: [N, K], dtype of x, or fp32, to which x is widened then.
+        bias: [N], dtype of weight.
     Returns:
-        [T, N], dtype of x.
+        [T, N], dtype of weight.
     Raises:
         ValueError: names the argument of a wrong shape or dtype.
     """
     check_linear(x, weight, bias)
+    x = x.to(weight.dtype)
     num_rows = x.shape[0]
     if not 0 < num_rows < MIN_ROWS:
         return functional.linear(x, weight, bias)
@@ -47,6 +48,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"weight must be [N, {x.shape[1]}], got shape {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], got shape {list(bias.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}")
+    if not x.dtype.is_floating_point or weight.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"weight must be {x.dtype} as x is, or torch.float32, got {weight.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"bias must be {weight.dtype} as weight is, got {bias.dtype}")

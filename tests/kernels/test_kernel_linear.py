@@ -35,6 +35,13 @@ def test_a_row_is_the_same_in_every_batch(outputs: int, width: int, dtype: torch
             assert torch.equal(linear(x[first : first + rows], weight, bias), everything[first : first + rows]), (rows, first)
 
 
+def test_fp32_weights_widen_the_input() -> None:
+    x, weight, bias = torch.randn(3, 40).bfloat16(), torch.randn(5, 40), torch.randn(5)
+    found = linear(x, weight, bias)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, linear(x.float(), weight, bias))
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "bias", "named"),
     [

@@ -39,7 +39,7 @@ class Experts:
         """[T, hidden] → [T, hidden], the weighted sum of each token's experts on this rank."""
         return gated_experts(
             x,
-            self.gate(x.float()),
+            self.gate(x),
             self.num_experts_per_token,
             self.gate_up,
             self.gate_up_bias,
