@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from workers.config import BLOCK_SIZE, Dtype, ModelConfig, load_model_config
-from workers.executor.cuda_graph import not_capturable
-from workers.executor.rank import kernel_names, usable_device
+from workers.executor.kernel_choice import kernel_choices, not_capturable
+from workers.executor.rank import usable_device
 from workers.executor.runner import PendingStep, Runner
 from workers.kv_cache.manager import num_blocks_for
 from workers.model.checkpoint import load_model
@@ -109,7 +109,7 @@ def report(options: argparse.Namespace, device: torch.device, tests: str) -> Non
     config = load_model_config(options.model)
     on_gpu = device.type == "cuda"
     model = load_model(options.model, config, dtype=torch.bfloat16, device=device)
-    kernels = kernel_names(model)
+    kernels = kernel_choices(model)
     bandwidth = copy_bandwidth(device, (1 << 30) if on_gpu else (1 << 27))
     print(f"tests/gpu   {tests}")
     print(f"device      {torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()}")

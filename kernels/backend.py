@@ -12,13 +12,14 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether the Triton kernels take this tensor: it is on a GPU, or on the CPU while Triton's interpreter is on (TRITON_INTERPRET=1)."""
+    """Whether the Triton kernels take this tensor: it is on a GPU and Triton is installed, or on the CPU while Triton's interpreter is on
+    (TRITON_INTERPRET=1)."""
     return triton_runs_on(tensor.device)
 
 
 def triton_runs_on(device: torch.device) -> bool:
     """`runs_triton` for the tensors of a device."""
-    return device.type == "cuda" or (device.type == "cpu" and _interpreting())
+    return (device.type == "cuda" and has_triton()) or (device.type == "cpu" and _interpreting())
 
 
 @cache

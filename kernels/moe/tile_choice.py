@@ -48,6 +48,8 @@ _NATURAL = {
     "gfx942": (Tile(16, 128, 128, 4, 2), Tile(32, 128, 128, 4, 2), Tile(64, 128, 128, 4, 2)),
     "gfx950": (Tile(16, 64, 256, 4, 2), Tile(32, 128, 128, 4, 2), Tile(64, 128, 128, 4, 2), Tile(128, 128, 128, 8, 2)),
 }
+ARCHITECTURES = tuple(_NATURAL)
+"""Those with tiles of their own."""
 _FP32 = (Tile(16, 64, 64, 4, 2),)
 """Tests and comparisons; without matrix instructions."""
 

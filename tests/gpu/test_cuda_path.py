@@ -19,9 +19,9 @@ from tests.support.static_kernels import static_decode_attention, static_experts
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, SchedulerConfig
 from workers.engine.llm import LLM
-from workers.executor.cuda_graph import graph_sizes, not_capturable
+from workers.executor.cuda_graph import graph_sizes
+from workers.executor.kernel_choice import kernel_choices, not_capturable
 from workers.executor.memory_profile import activation_bytes
-from workers.executor.rank import kernel_names
 from workers.executor.runner import Runner
 from workers.executor.step_inputs import InputBuffers
 from workers.model import experts, gpt_oss
@@ -82,7 +82,7 @@ def test_graph_is_eager_with_static_kernels(checkpoint: Path, device: torch.devi
 
 
 def test_graph_is_eager_with_the_kernels_that_serve(checkpoint: Path, device: torch.device) -> None:
-    blocking = not_capturable(kernel_names(load_model(checkpoint, TINY, dtype=torch.float32, device=device)))
+    blocking = not_capturable(kernel_choices(load_model(checkpoint, TINY, dtype=torch.float32, device=device)))
     if blocking:
         pytest.skip(f"no graph can hold the kernels for {' and '.join(blocking)}")
     check_graphs(checkpoint, device)

@@ -5,7 +5,7 @@ after it. Sizes follow vLLM's (`vllm/config`, cudagraph_capture_sizes).
 """
 
 import bisect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,15 +33,6 @@ def graph_size(sizes: tuple[int, ...], num_seqs: int) -> int | None:
     """The smallest size that holds the batch; None if none does."""
     index = bisect.bisect_left(sizes, num_seqs)
     return sizes[index] if index < len(sizes) else None
-
-
-def not_capturable(kernels: Mapping[str, str]) -> list[str]:
-    """Operations whose kernel reads sizes back to the host, which no graph can hold.
-
-    Args:
-        kernels: operation → implementation, as `ExecutorInfo` has them.
-    """
-    return [name for name in ("attention", "experts") if kernels[name].startswith("torch reference")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.cpu import attention as cpu_attention
-from kernels.cpu import linear as cpu_linear
-from kernels.cpu import native
-from kernels.mxfp4 import ROWS16, PackedMXFP4
 from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from workers.errors import ConfigError
-from workers.executor.cuda_graph import not_capturable
+from workers.executor.kernel_choice import describe_device, kernel_choices, not_capturable, slow_on_gpu
 from workers.executor.memory_profile import activation_bytes
 from workers.executor.runner import PendingStep, Runner
 from workers.kv_cache.tensors import (
@@ -133,7 +129,11 @@ class Rank:
                 quantize=self._config.quantize,
                 progress=lambda done, total: self._progress("load weights", done, total),
             )
-        return RankLoaded(str(self._device), self._model.weight_bytes, self._kv_memory(), kernel_names(self._model))
+        choices = kernel_choices(self._model)
+        for sentence in slow_on_gpu(choices, self._device):
+            logger.warning("%s", sentence)
+        kernels = {operation: str(choice) for operation, choice in choices.items()}
+        return RankLoaded(describe_device(self._device), self._model.weight_bytes, self._kv_memory(), kernels)
 
     def allocate(self, plan: KVCachePlan) -> None:
         """Allocate the KV cache and run one token through the model. All ranks do this at the same time.
@@ -194,7 +194,7 @@ class Rank:
         self._model = None
 
     def _capture_graphs(self, model: GptOss, runner: Runner) -> None:
-        blocking = not_capturable(kernel_names(model))
+        blocking = not_capturable(kernel_choices(model))
         if blocking:
             logger.warning("no CUDA graphs: the kernels for %s read sizes back to the host", " and ".join(blocking))
             return
@@ -276,21 +276,6 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
-
-
-def kernel_names(model: GptOss) -> dict[str, str]:
-    """Operation → what runs it."""
-    projection = model.layers[0].experts.gate_up
-    cpp = f"C++ {native.isa()}"
-    if not isinstance(projection, PackedMXFP4):
-        experts = "torch reference, dense"
-    elif projection.layout == ROWS16:
-        experts = f"{cpp}, MXFP4 layout {projection.layout}"
-    else:
-        experts = f"torch reference, MXFP4 layout {projection.layout}"
-    linear = cpp if cpu_linear.can_run(model.embedding) else "torch"
-    rest = cpp if cpu_attention.can_run(model.embedding) else "torch reference"
-    return {"attention": rest, "experts": experts, "linear": linear, "pointwise": rest, "sampling": rest}
 
 
 def _chunk_batch(token_ids: Sequence[int], start: int, end: int, device: torch.device) -> StepBatch:

@@ -8,7 +8,7 @@ import torch
 
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE
-from workers.executor.cuda_graph import graph_size, graph_sizes, not_capturable, padding_rows
+from workers.executor.cuda_graph import graph_size, graph_sizes, padding_rows
 from workers.executor.slots import DeviceSlots, SequenceSlots
 from workers.executor.step_inputs import ALIGNMENT, NUM_BUFFERS, InputBuffers, packed_layout
 from workers.model.checkpoint import load_model
@@ -70,12 +70,6 @@ def test_the_smallest_graph_that_holds_the_batch() -> None:
     sizes = graph_sizes(300)
     assert [graph_size(sizes, number) for number in (1, 3, 5, 9, 248, 249, 257, 289, 300)] == [1, 4, 8, 16, 248, 256, 272, 300, 300]
     assert graph_size(sizes, 301) is None
-
-
-def test_kernels_that_no_graph_can_hold() -> None:
-    kernels = {"attention": "torch reference", "experts": "torch reference, MXFP4 layout linear", "linear": "torch"}
-    assert not_capturable(kernels) == ["attention", "experts"]
-    assert not_capturable(kernels | {"attention": "Triton", "experts": "Triton"}) == []
 
 
 def test_padding_writes_and_reads_the_null_block_only() -> None:

@@ -1,0 +1,129 @@
+"""Which kernels a loaded model runs on, and why: what the start-up table shows and what decides whether steps can be captured.
+
+The choice itself is made where it applies, by the public function of each operation (`kernels/*/__init__.py`) and by the layout that the
+weights were loaded in (`kernels.mxfp4.choose_layout`); here the same questions are asked once, for a table.
+"""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from kernels.backend import architecture, has_triton, triton_runs_on
+from kernels.cpu import attention as cpu_attention
+from kernels.cpu import experts as cpu_experts
+from kernels.cpu import linear as cpu_linear
+from kernels.cpu import native
+from kernels.mxfp4 import WGMMA, PackedMXFP4
+from workers.model.gpt_oss import GptOss
+
+REFERENCE = "torch reference"
+"""Right everywhere and slow; experts and attention read sizes back to the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """What runs an operation.
+
+    Attributes:
+        implementation: `Triton sm_90`, `C++ avx512`, `cuBLAS`, REFERENCE.
+        why: a clause for the user.
+        layout: of the weights; empty where there is nothing to choose.
+    """
+
+    implementation: str
+    why: str
+    layout: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.implementation}{', ' + self.layout if self.layout else ''} ({self.why})"
+
+
+def kernel_choices(model: GptOss) -> dict[str, KernelChoice]:
+    """By operation."""
+    device = model.device
+    if triton_runs_on(device):
+        where = "in Triton's interpreter" if device.type == "cpu" else "on a GPU"
+        rest = KernelChoice(f"Triton {architecture(device)}", where)
+    elif device.type == "cuda":
+        rest = KernelChoice(REFERENCE, "Triton is not installed")
+    elif cpu_attention.can_run(model.embedding):
+        rest = KernelChoice(f"C++ {native.isa()}", "the widest instructions of this processor")
+    else:
+        rest = KernelChoice(REFERENCE, _why_not_cpp(model.dtype))
+    return {
+        "attention": rest,
+        "experts": _experts(model),
+        "dense layers": _linear(model),
+        "norms, RoPE": rest,
+        "embedding": rest if triton_runs_on(device) else KernelChoice("torch", "a copy of rows"),
+        "sampling": rest,
+    }
+
+
+def not_capturable(choices: Mapping[str, KernelChoice]) -> list[str]:
+    """Operations of the model whose kernel reads sizes back to the host, which no CUDA graph can hold."""
+    return [operation for operation in ("attention", "experts") if choices[operation].implementation == REFERENCE]
+
+
+def slow_on_gpu(choices: Mapping[str, KernelChoice], device: torch.device) -> list[str]:
+    """A sentence for each operation that a GPU runs on the reference, which nobody wants without knowing."""
+    if device.type != "cuda":
+        return []
+    slow = ((operation, choice) for operation, choice in choices.items() if choice.implementation == REFERENCE)
+    return [f"{operation} will be slow, the torch reference runs it: {choice.why}" for operation, choice in slow]
+
+
+def describe_device(device: torch.device) -> str:
+    """Its name and architecture."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)}, {architecture(device)})"
+    return f"{device} ({platform.machine()})"
+
+
+def _experts(model: GptOss) -> KernelChoice:
+    experts = model.layers[0].experts
+    gate_up, down = experts.gate_up, experts.down
+    packed = isinstance(gate_up, PackedMXFP4)
+    layout = f"MXFP4 layout {gate_up.layout}" if isinstance(gate_up, PackedMXFP4) else f"dense {gate_up.dtype}".replace("torch.", "")
+    if triton_runs_on(model.device):
+        from kernels.moe import grouped, tile_choice
+
+        name = architecture(model.device)
+        if not grouped.can_run(model.embedding, gate_up, down):
+            return KernelChoice(REFERENCE, f"no Triton kernel takes these weights with {model.dtype} activations", layout)
+        if not packed:
+            why = "the checkpoint's weights are not quantised"
+        elif isinstance(gate_up, PackedMXFP4) and gate_up.layout == WGMMA:
+            why = "decoded in registers in front of wgmma"
+        elif name in tile_choice.ARCHITECTURES or name == "cpu":
+            why = "decoded by tl.dot_scaled"
+        else:
+            why = f"{name} is not known to this version: the checkpoint's layout and tiles of its family"
+        return KernelChoice(f"Triton {name}", why, layout)
+    if model.device.type == "cuda":
+        return KernelChoice(REFERENCE, "Triton is not installed", layout)
+    if (
+        isinstance(gate_up, PackedMXFP4)
+        and isinstance(down, PackedMXFP4)
+        and cpu_experts.can_run(model.embedding, gate_up, down, experts.gate_up_bias.dtype)
+    ):
+        return KernelChoice(f"C++ {native.isa()}", "decoded in registers", layout)
+    return KernelChoice(REFERENCE, _why_not_cpp(model.dtype) if packed else "the C++ kernels take MXFP4 only", layout)
+
+
+def _linear(model: GptOss) -> KernelChoice:
+    if model.device.type == "cuda":
+        return KernelChoice(
+            "hipBLASLt" if torch.version.hip else "cuBLAS", "through torch; the gate by Triton" if has_triton() else "through torch"
+        )
+    if cpu_linear.can_run(model.embedding):
+        return KernelChoice(f"C++ {native.isa()}", "a row's result does not depend on its batch")
+    return KernelChoice("torch", _why_not_cpp(model.dtype))
+
+
+def _why_not_cpp(dtype: torch.dtype) -> str:
+    if native.library() is None:
+        return "the C++ library was not built"
+    return f"the C++ kernels do not take {dtype} or these weights"
