@@ -7,7 +7,6 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds
@@ -156,12 +155,13 @@ class _Pairs:
     def __bool__(self) -> bool:
         return any(len(token_ids) for token_ids in self._token_ids)
 
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def arrays(self) -> tuple[Ints, Ints]:
+        """(rows, token ids)."""
         rows = np.repeat(np.array(self._rows, dtype=np.int64), [len(token_ids) for token_ids in self._token_ids])
-        return _tensor(rows, device), _tensor(np.concatenate(self._token_ids), device)
+        return rows, np.concatenate(self._token_ids)
 
-    def values(self, device: torch.device) -> Tensor:
-        return _tensor(np.concatenate(self._values), device)
+    def values(self) -> npt.NDArray[np.generic]:
+        return np.concatenate(self._values)
 
 
 class SamplingState:
@@ -223,9 +223,8 @@ class SamplingState:
         Args:
             output_positions: [S] index of each slot's next token among its output tokens.
             masks: slot → bitmask of allowed ids, for sequences in a grammar state.
-            inputs: what uploads the parameters that most batches have. Extras, which few have, go to the device one by one.
+            inputs: uploads all of it at once; the host does not wait for the device.
         """
-        device = inputs.device
         temperature, top_k, top_p, min_p = self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots]
         random = bool((temperature > 0).any())
         bias, allowed, forbidden, seen = _Pairs(), _Pairs(), _Pairs(), _Pairs()
@@ -251,49 +250,56 @@ class SamplingState:
             if extras.num_logprobs is not None:
                 logprob_rows.append(row)
                 num_top_logprobs = max(num_top_logprobs, extras.num_logprobs)
-        arrays: dict[str, Array] = (
-            {"temperature": temperature, "seeds": self._seed[slots], "output_positions": output_positions} if random else {}
-        )
-        if random and (top_k > 0).any():
-            arrays["top_k"] = top_k
-        if random and (top_p < 1).any():
-            arrays["top_p"] = top_p
-        if random and (min_p > 0).any():
-            arrays["min_p"] = min_p
-        tensors = dict(zip(arrays, inputs.upload(list(arrays.values())), strict=True)) if random else {}
+        parts: dict[str, tuple[Array, ...]] = {}
+        if random:
+            parts |= {"temperature": (temperature,), "seeds": (self._seed[slots],), "output_positions": (output_positions,)}
+            filters: tuple[tuple[str, Array, bool], ...] = (
+                ("top_k", top_k, bool((top_k > 0).any())),
+                ("top_p", top_p, bool((top_p < 1).any())),
+                ("min_p", min_p, bool((min_p > 0).any())),
+            )
+            parts |= {name: (values,) for name, values, used in filters if used}
+        vectors = tuple(parts)
+        if bias:
+            parts["logit_bias"] = (*bias.arrays(), bias.values())
+        if seen:
+            limits = (self._presence[slots], self._frequency[slots], self._repetition[slots])
+            parts["penalties"] = (*seen.arrays(), seen.values(), *limits)
+        if allowed:
+            parts["allowed_ids"] = allowed.arrays()
+        if forbidden:
+            parts["forbidden_ids"] = forbidden.arrays()
+        if (bits := _allowed_bits(slots, masks)) is not None:
+            parts["allowed_bits"] = bits
+        if logprob_rows:
+            parts["logprob_rows"] = (np.array(logprob_rows, dtype=np.int64),)
+        tensors = _upload(parts, inputs)
         return SamplingBatch(
-            temperature=tensors.get("temperature"),
-            seeds=tensors.get("seeds"),
-            output_positions=tensors.get("output_positions"),
-            top_k=tensors.get("top_k"),
-            top_p=tensors.get("top_p"),
-            min_p=tensors.get("min_p"),
-            logit_bias=LogitBias(*bias.tensors(device), bias.values(device)) if bias else None,
-            penalties=self._penalties(seen, slots, device) if seen else None,
-            allowed_ids=TokenIds(*allowed.tensors(device)) if allowed else None,
-            allowed_bits=_allowed_bits(slots, masks, device) if masks else None,
-            forbidden_ids=TokenIds(*forbidden.tensors(device)) if forbidden else None,
-            logprob_rows=torch.tensor(logprob_rows, device=device) if logprob_rows else None,
+            **{name: tensors[name][0] for name in vectors},
+            logit_bias=LogitBias(*tensors["logit_bias"]) if "logit_bias" in tensors else None,
+            penalties=Penalties(*tensors["penalties"]) if "penalties" in tensors else None,
+            allowed_ids=TokenIds(*tensors["allowed_ids"]) if "allowed_ids" in tensors else None,
+            allowed_bits=AllowedBits(*tensors["allowed_bits"]) if "allowed_bits" in tensors else None,
+            forbidden_ids=TokenIds(*tensors["forbidden_ids"]) if "forbidden_ids" in tensors else None,
+            logprob_rows=tensors["logprob_rows"][0] if logprob_rows else None,
             num_top_logprobs=num_top_logprobs,
         )
 
-    def _penalties(self, seen: _Pairs, slots: Ints, device: torch.device) -> Penalties:
-        rows, token_ids = seen.tensors(device)
-        return Penalties(
-            rows=rows,
-            token_ids=token_ids,
-            output_counts=seen.values(device),
-            presence=_tensor(self._presence[slots], device),
-            frequency=_tensor(self._frequency[slots], device),
-            repetition=_tensor(self._repetition[slots], device),
-        )
+
+def _upload(parts: dict[str, tuple[Array, ...]], inputs: InputBuffers) -> dict[str, list[Tensor]]:
+    """All arrays in one copy, which the host does not wait for."""
+    if not parts:
+        return {}
+    tensors = iter(inputs.upload([array for arrays in parts.values() for array in arrays]))
+    return {name: [next(tensors) for _ in arrays] for name, arrays in parts.items()}
 
 
 def _penalises(sampling: SamplingParams) -> bool:
     return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or sampling.repetition_penalty != 1
 
 
-def _allowed_bits(slots: Ints, masks: dict[int, bytes], device: torch.device) -> AllowedBits | None:
+def _allowed_bits(slots: Ints, masks: dict[int, bytes]) -> tuple[Ints, npt.NDArray[np.uint8]] | None:
+    """(rows, bits) of AllowedBits; None: no row has a mask."""
     rows = [row for row, slot in enumerate(slots.tolist()) if slot in masks]
     if not rows:
         return None
@@ -302,8 +308,4 @@ def _allowed_bits(slots: Ints, masks: dict[int, bytes], device: torch.device) ->
     for index, row in enumerate(rows):
         mask = np.frombuffer(masks[int(slots[row])], dtype=np.uint8)
         bits[index, : len(mask)] = mask
-    return AllowedBits(torch.tensor(rows, device=device), _tensor(bits, device))
-
-
-def _tensor(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    return np.array(rows, dtype=np.int64), bits
