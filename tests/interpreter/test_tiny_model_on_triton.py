@@ -1,0 +1,120 @@
+"""The tiny model served through Triton kernels: tokens, log probabilities and launches against the torch references."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from kernels import backend
+from kernels.cpu import linear as cpu_linear
+from kernels.cpu import native
+from kernels.linear import reference as linear_reference
+from kernels.sampling import choose
+from tests.interpreter.interpreter import recorded_launches
+from tests.interpreter.launches import LaunchCounter
+from tests.support.model_steps import PagedSequences
+from tests.support.tiny_model import TINY, write_tiny_checkpoint
+from workers.config import Dtype
+from workers.engine.llm import LLM, RequestOutput
+from workers.model.checkpoint import load_model
+from workers.request import SamplingParams
+
+PROMPTS = [[5, 6, 7], list(range(10, 43)), [9] * 17, [3, 1, 4, 1, 5], [2]]
+"""One is longer than the window of the sliding layer and than a chunk of the prefill."""
+SAMPLING = [
+    SamplingParams(max_tokens=5, temperature=0, ignore_eos=True),
+    SamplingParams(max_tokens=4, temperature=0, seed=1, logprobs=3, ignore_eos=True),
+    SamplingParams(max_tokens=5, temperature=1.3, seed=2**63 + 5, ignore_eos=True),
+    SamplingParams(max_tokens=4, temperature=0.9, top_p=0.8, min_p=0.01, seed=7, ignore_eos=True),
+    SamplingParams(max_tokens=4, temperature=0.7, top_k=9, seed=8, repetition_penalty=1.3, logit_bias=((11, 2.5),), min_tokens=2),
+]
+
+
+@contextmanager
+def on_references() -> Iterator[None]:
+    """Torch alone: neither Triton nor the C++ library."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(backend, "_interpreting", lambda: False)
+        patched.setattr(native, "library", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def one_pass_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "TILE", choose.SKIP)
+
+
+def loaded(checkpoint: Path, dtype: Dtype) -> LLM:
+    return LLM(checkpoint, dtype=dtype, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32, kv_cache_bytes=1 << 20)
+
+
+def generate(checkpoint: Path, dtype: Dtype) -> list[RequestOutput]:
+    with loaded(checkpoint, dtype) as llm:
+        return llm.generate(PROMPTS, SAMPLING, use_tqdm=False)
+
+
+def test_the_same_tokens(checkpoint: Path) -> None:
+    """fp32: sums in another order, so log probabilities agree to 1e-4, and the tokens of these seeds are the same."""
+    with on_references():
+        expected = generate(checkpoint, "float32")
+    with recorded_launches() as names:
+        found = generate(checkpoint, "float32")
+    assert [output.outputs[0].token_ids for output in found] == [output.outputs[0].token_ids for output in expected]
+    assert len({output.outputs[0].token_ids for output in found}) == len(PROMPTS)
+    for ours, theirs in zip(found[1].outputs[0].logprobs or (), expected[1].outputs[0].logprobs or (), strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+    print(sorted(set(names)), len(names))
+
+
+def test_logits_in_bf16(checkpoint: Path) -> None:
+    """Two layers, each rounded to 8 bits of mantissa at a dozen places: 2 % of the largest logit."""
+    with on_references(), loaded(checkpoint, "bfloat16") as llm:
+        expected = llm.logits(PROMPTS[1])
+    with loaded(checkpoint, "bfloat16") as llm:
+        found = llm.logits(PROMPTS[1])
+    torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+
+
+def test_launches_of_a_decode_layer(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense layers as a GPU runs them, one call of a BLAS each. The other launches of a step are few, and none in a layer."""
+    monkeypatch.setattr(cpu_linear, "can_run", lambda x: False)
+    monkeypatch.setattr(linear_reference, "linear", functional.linear)
+    model = load_model(checkpoint, TINY, dtype=torch.bfloat16, device=torch.device("cpu"))
+    one_layer = replace(model, layers=model.layers[:1])
+    launches = []
+    for part in (one_layer, model):
+        sequences = PagedSequences(part, 20)
+        sequences.step({0: [1, 2, 3], 1: list(range(40))})
+        with LaunchCounter() as counter:
+            sequences.step({0: [4], 1: [5]})
+        launches.append(counter.launches)
+    first, both = launches
+    layer = [
+        "addmm",
+        "rope_and_store_kernel",
+        "decode_kernel",
+        "reduce_kernel",
+        "addmm",
+        "add_rms_norm_kernel",
+        "narrow_linear_kernel",
+        "choose_experts",
+        "expert_matmul_natural",
+        "expert_matmul_natural",
+        "add_slots",
+        "add_rms_norm_kernel",
+    ]
+    print(first, both)
+    assert len(layer) <= 12
+    start = both.index("addmm")
+    assert both[start : start + 2 * len(layer)] == 2 * layer
+    assert len(both) - len(first) == len(layer)
