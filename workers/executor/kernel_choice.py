@@ -91,7 +91,7 @@ def _experts(model: GptOss) -> KernelChoice:
         from kernels.moe import grouped, tile_choice
 
         name = architecture(model.device)
-        if not grouped.can_run(model.embedding, gate_up, down):
+        if not grouped.can_run(model.embedding, gate_up, down, mxfp8_activations=False):
             return KernelChoice(REFERENCE, f"no Triton kernel takes these weights with {model.dtype} activations", layout)
         if not packed:
             why = "the checkpoint's weights are not quantised"
