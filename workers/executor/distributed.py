@@ -40,7 +40,8 @@ _STOP_S = 5.0
 """What ranks get to end by themselves."""
 _CONNECT_S = 10.0
 """For a rank that said hello to connect its other socket."""
-_EXPLANATION_S = 0.2
+_EXPLANATION_S = 0.05
+"""For whoever watches a rank's process to say how it ended, once the others have felt it; requests are to end within 0.1 s."""
 _POLL_S = 0.5
 _ALIVE_S = 1.0
 """Between two signs of life to ranks that listen; one that hears none for long takes the engine for lost."""

@@ -1,6 +1,7 @@
 """Several ranks as real processes: the same answers as one; whatever happens to a rank, all requests end once and nothing stays."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,7 +154,10 @@ def ended_by(serving: Serving, harm: Callable[[int], None]) -> tuple[str, float]
 def test_a_killed_rank_ends_every_request_at_once(checkpoint: Path) -> None:
     with serving(config_of(checkpoint)) as replica:
         sentence, took = ended_by(replica, lambda pid: os.kill(pid, signal.SIGKILL))
-    assert sentence == "rank 1 ended with signal SIGKILL"
+    # On a busy machine another rank may be first, which only knows that its step failed.
+    assert sentence == "rank 1 ended with signal SIGKILL" or re.fullmatch(
+        r"step \d+ failed on rank [02]; its log has the details", sentence
+    )
     assert took < 5  # 0.02 s on a quiet machine
 
 
