@@ -24,6 +24,8 @@ _STOP_S = 20.0
 
 # Nodes have addresses of their own here, and are not kept on loopback.
 _ENVIRONMENT = {name: value for name, value in RAY_ENVIRONMENT.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"} | {
+    # On a slow machine a link may stay cut for longer than Ray would wait for a node.
+    "RAY_health_check_failure_threshold": "50",
     "RAY_TMPDIR": DISK,
     "TMPDIR": DISK,
     "PYTHONPATH": str(ROOT),
