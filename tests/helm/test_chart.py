@@ -12,6 +12,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import AppConfig, setting_paths
+from cluster.serve.launch import RAY_ENVIRONMENT
 from tests.support.helm_chart import CHART, KUBERNETES_VERSION, ROOT, Helm, check_manifest, pod_templates
 from workers.model.make_checkpoint import preset_config
 from workers.parallel.shard import plan_shards
@@ -155,13 +156,10 @@ def test_ray_is_started_as_it_should_be(helm: Helm) -> None:
         environment = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
         keys = {"name": "CANTATA_GATEWAY__API_KEYS", "valueFrom": {"secretKeyRef": {"name": "cantata-keys", "key": "api_keys"}}}
         assert [entry for entry in container["env"] if "value" not in entry] == [keys]
-        assert environment == {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_AUTH_MODE": "token",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_BACKEND_LOG_LEVEL": "warning",
-        }
+        # What `cantata serve` sets, but for what holds for one machine without a load balancer; and what the values add.
+        one_machine = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"}
+        wanted = {name: value for name, value in RAY_ENVIRONMENT.items() if name not in one_machine}
+        assert environment == wanted | {"RAY_BACKEND_LOG_LEVEL": "warning"}
         # KubeRay builds the Service from the ports of these names.
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         assert (ports["serve"], ports["serve-grpc"]) == (8000, 9000)
@@ -172,6 +170,14 @@ def test_ray_is_started_as_it_should_be(helm: Helm) -> None:
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 2)
     assert worker["spec"]["containers"][0]["resources"]["limits"] == {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "1"}
     assert "nvidia.com/gpu" not in head["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_no_variable_is_set_twice(helm: Helm) -> None:
+    flags = ("--set-string", "env.RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=90")
+    for template in pod_templates(ray_service(helm, "--values", GPU, *flags)):
+        names = [entry["name"] for entry in template["spec"]["containers"][0]["env"]]
+        assert len(set(names)) == len(names)
+        assert {"name": "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "value": "90"} in template["spec"]["containers"][0]["env"]
 
 
 def test_the_monitor_finds_the_service(helm: Helm) -> None:

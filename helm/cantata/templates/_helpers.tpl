@@ -93,6 +93,11 @@ env:
   # Whoever reaches Ray's ports can run code. With an operator too old for authOptions Ray then refuses to start.
   - name: RAY_AUTH_MODE
     value: token
+  {{- if not (hasKey .root.Values.env "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S") }}
+  # With few CPUs the proxies take longer to start than the 5 s that Serve gives them.
+  - name: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S
+    value: "60"
+  {{- end }}
   - name: RAY_USAGE_STATS_ENABLED
     value: "0"
   {{- with .root.Values.auth.apiKeysSecretName }}
