@@ -96,7 +96,8 @@ def _limits(weights: str, target: str, tile: Tile) -> Limits:
     if weights == DENSE:
         # Under 64 rows wgmma and tcgen05 have nothing to put on their 64 or 128 rows.
         matrix = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(target) if tile.block_m >= 64 else None
-        return Limits(matrix=matrix, load_bits=128, instructions=32, traffic=1.02)
+        # On AMD a tile of 16 tokens by 64 columns is less than 128 bits a thread.
+        return Limits(matrix=matrix, load_bits=128, narrow_share=0.25, instructions=32, traffic=1.02)
     # AMD's loads into LDS take 32 bits of a packed row at a time.
     bits = {"sm_100": 64}.get(target)
     return Limits(matrix=_MATRIX.get(target), load_bits=bits, instructions={"sm_100": 44, "gfx950": 34}.get(target), traffic=1.06)
