@@ -1,0 +1,135 @@
+"""The mixture of experts by compiled Triton kernels: the interpreter's cases, CUDA graphs, and gpt-oss's shapes.
+
+Written on machines without a GPU and not run on one yet. `make gpu-check` runs it.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.moe import fused_experts, gate_topk, gated_experts, reference
+from kernels.mxfp4 import NATURAL, WGMMA, choose_layout
+from tests.support.moe_cases import (
+    ALPHA,
+    DENSE_CASES,
+    LIMIT,
+    PACKED_CASES,
+    Inputs,
+    MoeCase,
+    float64,
+    gate_logits,
+    inputs,
+    natural,
+    on_device,
+    options,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
+
+LARGE_CASES = [
+    MoeCase(1, 4, 8, 2880, 2880),
+    MoeCase(7, 4, 8, 2880, 2880),
+    MoeCase(37, 4, 8, 2880, 2880),
+    MoeCase(300, 4, 8, 2880, 2880, first_expert=4, num_local=4),
+    MoeCase(1000, 4, 6, 2880, 1440),
+]
+"""gpt-oss's width, fewer experts, so that each of the tiles is met."""
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def layouts_here(device: torch.device) -> list[str]:
+    return sorted({NATURAL, choose_layout(device)})
+
+
+def run(case: MoeCase, values: Inputs, device: torch.device, **more: bool) -> Tensor:
+    return fused_experts(*on_device(values, device), **options(case), **more).cpu()
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Relative to the largest entry: sums of hundreds of terms cancel."""
+    assert found.isfinite().all()
+    largest = float(expected.abs().max()) if expected.numel() else 1.0
+    torch.testing.assert_close(found.double(), expected.double(), atol=tolerance * largest, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", PACKED_CASES, ids=str)
+def test_packed_experts(case: MoeCase, dtype: torch.dtype, device: torch.device) -> None:
+    for layout in layouts_here(device):
+        values = inputs(case, layout=layout, dtype=dtype)
+        assert_near(run(case, values, device), float64(case, values), 2**-7 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", DENSE_CASES, ids=str)
+def test_dense_experts(case: MoeCase, dtype: torch.dtype, device: torch.device) -> None:
+    values = inputs(case, layout=None, dtype=dtype)
+    assert_near(run(case, values, device), float64(case, values), 2**-7 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("case", PACKED_CASES[2::3], ids=str)
+def test_mxfp8_activations(case: MoeCase, device: torch.device) -> None:
+    values = inputs(case, layout=NATURAL, dtype=torch.bfloat16)
+    expected = reference.fused_experts(*values, **options(case), mxfp8_activations=True)
+    assert_near(run(case, values, device, mxfp8_activations=True), expected, 2**-6)
+
+
+@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+def test_widths_of_gpt_oss(case: MoeCase, device: torch.device) -> None:
+    for layout in [*layouts_here(device), None]:
+        values = inputs(case, layout=layout, dtype=torch.bfloat16)
+        expected = reference.fused_experts(*natural(values), **options(case))
+        assert_near(run(case, values, device), expected, 2**-6)
+
+
+def test_a_token_is_the_same_at_every_place_and_in_every_run(device: torch.device) -> None:
+    case = MoeCase(200, 4, 16, 288, 96)
+    for layout in layouts_here(device):
+        values = inputs(case, layout=layout, dtype=torch.bfloat16)
+        expected = run(case, values, device)
+        for seed in range(5):
+            order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))
+            x, ids, weights = (values[index][order] for index in range(3))
+            assert torch.equal(run(case, values._replace(x=x, topk_ids=ids, topk_weights=weights), device), expected[order])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 65, 500])
+def test_a_graph_holds_choice_and_experts(num_tokens: int, device: torch.device) -> None:
+    """Captured with one choice of experts, replayed with another."""
+    case = MoeCase(num_tokens, 4, 12, 96, 64)
+    values = on_device(inputs(case, layout=choose_layout(device), dtype=torch.bfloat16), device)
+    logits, x = gate_logits(case, seed=0).to(device), values.x.clone()
+
+    def step() -> Tensor:
+        return gated_experts(x, logits, 4, *values[3:], swiglu_limit=LIMIT, swiglu_alpha=ALPHA)
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for seed in (0, 1, 2):
+        logits.copy_(gate_logits(case, seed=seed))
+        x.copy_(values.x.roll(seed, 0))
+        graph.replay()
+        assert torch.equal(out, step())
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "k"), [(1, 128, 4), (64, 128, 4), (65, 32, 4), (1000, 128, 4), (3, 5, 5)])
+def test_choice_is_the_reference(num_tokens: int, num_experts: int, k: int, device: torch.device) -> None:
+    logits = torch.randint(-3, 3, (num_tokens, num_experts), generator=torch.Generator().manual_seed(0)).float()
+    expected = reference.gate_topk(logits, k)
+    found = gate_topk(logits.to(device), k)
+    assert torch.equal(found[0].cpu(), expected[0])
+    torch.testing.assert_close(found[1].cpu(), expected[1], atol=1e-6, rtol=1e-6)
+
+
+def test_both_layouts_of_sm_90_agree(device: torch.device) -> None:
+    if choose_layout(device) != WGMMA:
+        pytest.skip("not an sm_90")
+    case = MoeCase(40, 4, 8, 2880, 2880)
+    natural_values, shuffled = (inputs(case, layout=layout, dtype=torch.bfloat16) for layout in (NATURAL, WGMMA))
+    assert_near(run(case, shuffled, device), run(case, natural_values, device), 2**-7)
