@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 GUARD_BYTES = 4096
 """On each side; NaN in every float type, -1 or the largest value in the integers."""
@@ -29,7 +30,7 @@ class GuardedAllocations(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func not in _ALLOCATING or result.device.type != "cpu" or result.numel() == 0:
             return result
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
             buffer, inner = _inside_guards(result)
         self._buffers.append((buffer, buffer.numel() - 2 * GUARD_BYTES))
         return inner

@@ -1,8 +1,8 @@
 """The tiny model served through Triton kernels: tokens, log probabilities and launches against the torch references."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,12 @@ from kernels.cpu import native
 from kernels.linear import reference as linear_reference
 from kernels.sampling import choose
 from tests.interpreter.interpreter import recorded_launches
-from tests.interpreter.launches import LaunchCounter
-from tests.support.model_steps import PagedSequences
+from tests.interpreter.launches import LaunchCounter, NoHostReads
+from tests.support.decode_plans import GREEDY, MAX_MODEL_LEN, MAX_NUM_SEQS, MIXED, NUM_BLOCKS, plans
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
-from workers.config import Dtype
+from workers.config import BLOCK_SIZE, Dtype
 from workers.engine.llm import LLM, RequestOutput
+from workers.executor.runner import Runner
 from workers.model.checkpoint import load_model
 from workers.request import SamplingParams
 
@@ -73,7 +74,7 @@ def test_the_same_tokens(checkpoint: Path) -> None:
     for ours, theirs in zip(found[1].outputs[0].logprobs or (), expected[1].outputs[0].logprobs or (), strict=True):
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
         assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
-    print(sorted(set(names)), len(names))
+    assert {"add_rms_norm_kernel", "expert_matmul_natural", "search_kernel", "pick_kernel", "logprobs_kernel"} <= set(names)
 
 
 def test_logits_in_bf16(checkpoint: Path) -> None:
@@ -85,36 +86,53 @@ def test_logits_in_bf16(checkpoint: Path) -> None:
     torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
 
 
-def test_launches_of_a_decode_layer(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dense layers as a GPU runs them, one call of a BLAS each. The other launches of a step are few, and none in a layer."""
+MATMULS = ["expert_matmul_natural", "expert_matmul_natural"]
+AROUND_ATTENTION = [
+    ["linear"],
+    ["linear", "add_rms_norm_kernel", "narrow_linear_kernel", "choose_experts", *MATMULS, "add_slots", "add_rms_norm_kernel"],
+]
+"""Of a layer that decodes. RoPE with the KV store and attention are between the dense layers."""
+STEP_INPUTS = ["rsub", "clamp_", "index_select", "lt", "where", "index_select", "index_select"]
+"""Newest tokens and block tables, by slot."""
+
+
+@pytest.fixture
+def runner(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """Of a bf16 model, as on a GPU: dense layers are one call of a BLAS each, indices go unchecked, and results are not waited for."""
     monkeypatch.setattr(cpu_linear, "can_run", lambda x: False)
     monkeypatch.setattr(linear_reference, "linear", functional.linear)
     model = load_model(checkpoint, TINY, dtype=torch.bfloat16, device=torch.device("cpu"))
-    one_layer = replace(model, layers=model.layers[:1])
-    launches = []
-    for part in (one_layer, model):
-        sequences = PagedSequences(part, 20)
-        sequences.step({0: [1, 2, 3], 1: list(range(40))})
-        with LaunchCounter() as counter:
-            sequences.step({0: [4], 1: [5]})
-        launches.append(counter.launches)
-    first, both = launches
-    layer = [
-        "addmm",
-        "rope_and_store_kernel",
-        "decode_kernel",
-        "reduce_kernel",
-        "addmm",
-        "add_rms_norm_kernel",
-        "narrow_linear_kernel",
-        "choose_experts",
-        "expert_matmul_natural",
-        "expert_matmul_natural",
-        "add_slots",
-        "add_rms_norm_kernel",
-    ]
-    print(first, both)
-    assert len(layer) <= 12
-    start = both.index("addmm")
-    assert both[start : start + 2 * len(layer)] == 2 * layer
-    assert len(both) - len(first) == len(layer)
+    shape = (2, NUM_BLOCKS, BLOCK_SIZE, TINY.num_kv_heads, TINY.head_dim)
+    caches = [torch.zeros(shape, dtype=torch.bfloat16) for _ in model.layers]
+    runner = Runner(model, caches, max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN)
+    monkeypatch.setattr(runner, "_pending", lambda *args: None)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("kernels.") and hasattr(module, "checks_indices"):
+            monkeypatch.setattr(module, "checks_indices", lambda: False)
+    return runner
+
+
+def test_launches_of_a_decode_step(runner: Runner) -> None:
+    prefill, decode = plans((GREEDY, GREEDY))[:2]
+    runner.launch(prefill)
+    with LaunchCounter() as counter:
+        runner.launch(decode)
+    launches = counter.launches
+    before, after = AROUND_ATTENTION
+    first = launches.index("linear")
+    per_layer = launches.index("add_slots", launches.index("add_slots") + 1) - launches.index("add_slots")
+    assert launches[:first] == [*STEP_INPUTS, "yarn_kernel", "embed_kernel", "rms_norm_kernel"]
+    assert per_layer <= 12
+    for index in range(TINY.num_layers):
+        layer = launches[first + index * per_layer : first + (index + 1) * per_layer]
+        assert layer[: len(before)] == before
+        assert layer[-len(after) :] == after
+    ends = launches[first + TINY.num_layers * per_layer :]
+    assert ends == ["index_select", "linear", "to", "chunk_best_kernel", "greedy_kernel", "index_copy_"]
+
+
+def test_a_step_reads_nothing_back(runner: Runner) -> None:
+    sampling = (*MIXED[:2], SamplingParams(temperature=0.7, top_k=5, min_p=0.02, seed=3, logit_bias=((4, 2.0),), logprobs=2))
+    for plan in plans(sampling)[:3]:
+        with NoHostReads():
+            runner.launch(plan)

@@ -3,19 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from kernels.sampling import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds, choose, logprobs, modify, sample
 from kernels.sampling import reference as sampling_reference
 from tests.interpreter.guards import guarded
 from tests.interpreter.interpreter import recorded_launches
+from tests.interpreter.launches import NoHostReads
 
 SMALL = {"CHUNK": 64, "SKIP": 32, "TILE": 16}
 """So that rows of a few hundred tokens have several chunks, and chunks several passes."""
@@ -267,24 +266,11 @@ def test_launches(parts: str, launches: list[str]) -> None:
     assert names == launches
 
 
-class _NoHostReads(TorchFunctionMode):
-    """Fails where torch would wait for the device."""
-
-    READS = (Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.nonzero, torch.nonzero, Tensor.numpy)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in self.READS, f"{func} waits for the device"
-        if func in (Tensor.__getitem__, Tensor.__setitem__):
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            assert not any(isinstance(part, Tensor) and part.dtype == torch.bool for part in index), "a boolean index waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 def test_nothing_is_read_back() -> None:
     logits, batch = random_logits(5, 60), random_batch(5, 60)
-    with _NoHostReads():
+    with NoHostReads():
         sample(logits, batch)
-    with pytest.raises(AssertionError, match="waits for the device"), _NoHostReads():
+    with pytest.raises(AssertionError, match="waits for the device"), NoHostReads():
         sampling_reference.sample(logits, batch)
 
 
