@@ -38,6 +38,7 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         "SHARE",
         "of a GPU's memory, for weights, activations and KV cache (default: 0.9)",
     ),
+    (("--kv-cache-dtype",), "engine.cache.dtype", "TYPE", "auto, fp8 or fp8_e4m3: of cached keys and values (default: auto, the model's)"),
     (("--quantize",), "engine.quantize", "FORMAT", "mxfp4: pack the experts of a bf16 checkpoint while loading (default: as stored)"),
     (("--tensor-parallel-size", "-tp"), "engine.parallel.tensor", "N", "ranks per replica (default: 1)"),
     (("--expert-parallel-size",), "engine.parallel.expert", "N", "groups of experts, a divisor of the ranks (default: the ranks)"),
@@ -152,6 +153,9 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     inspect.add_argument("--ep", "--expert-parallel-size", type=int, metavar="N", help="groups of experts (default: the ranks)")
     inspect.add_argument("--gpu", choices=("h100", "h200", "b200", "mi300x", "cpu"), help="device whose memory is to hold it")
     inspect.add_argument("--quantize", choices=("mxfp4",), help="sizes as with this flag of `cantata serve`")
+    inspect.add_argument(
+        "--kv-cache-dtype", choices=("auto", "fp8", "fp8_e4m3"), default="auto", help="sizes as with this flag of `cantata serve`"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
@@ -159,7 +163,15 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _inspect(options: argparse.Namespace) -> int:
     from cluster.inspect_command import run_inspect
 
-    return run_inspect(options.path, tensor=options.tp, expert=options.ep, gpu=options.gpu, quantize=options.quantize, as_json=options.json)
+    return run_inspect(
+        options.path,
+        tensor=options.tp,
+        expert=options.ep,
+        gpu=options.gpu,
+        quantize=options.quantize,
+        kv_cache_dtype=options.kv_cache_dtype,
+        as_json=options.json,
+    )
 
 
 def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from workers.config import CacheConfig, ModelConfig, SchedulerConfig
+from workers.config import CacheConfig, KVDtype, ModelConfig, SchedulerConfig
 from workers.executor.rank import cache_shape
-from workers.kv_cache.tensors import KVCachePlan, gpu_kv_memory, split_memory
+from workers.kv_cache.tensors import KVCachePlan, check_kv_dtype, gpu_kv_memory, split_memory
 from workers.parallel.shard import RankShard
 
 GIB = 2**30
@@ -24,45 +24,53 @@ class Gpu:
         memory_bandwidth: bytes a second.
         bf16_flops: dense matrix products, a second.
         link_bandwidth: bytes a second to the other GPUs of its server, in one direction (NVLink, Infinity Fabric).
+        target: its architecture, as compilers name it.
     """
 
     memory_bytes: int
     memory_bandwidth: float
     bf16_flops: float
     link_bandwidth: float
+    target: str
 
 
 GPUS: Mapping[str, Gpu] = MappingProxyType(
     {
-        "h100": Gpu(81_559 * _MIB, 3.35e12, 989e12, 450e9),
-        "h200": Gpu(143_771 * _MIB, 4.8e12, 989e12, 450e9),
-        "b200": Gpu(183_359 * _MIB, 8.0e12, 2250e12, 900e9),
-        "mi300x": Gpu(192 * GIB, 5.3e12, 1307e12, 448e9),
+        "h100": Gpu(81_559 * _MIB, 3.35e12, 989e12, 450e9, "sm_90"),
+        "h200": Gpu(143_771 * _MIB, 4.8e12, 989e12, 450e9, "sm_90"),
+        "b200": Gpu(183_359 * _MIB, 8.0e12, 2250e12, 900e9, "sm_100"),
+        "mi300x": Gpu(192 * GIB, 5.3e12, 1307e12, 448e9, "gfx942"),
     }
 )
 
 
 def gpu_kv_cache(
-    gpu: Gpu, model: ModelConfig, shard: RankShard, scheduler: SchedulerConfig, *, weight_bytes: int, max_model_len: int
+    gpu: Gpu,
+    model: ModelConfig,
+    shard: RankShard,
+    scheduler: SchedulerConfig,
+    *,
+    weight_bytes: int,
+    max_model_len: int,
+    kv_dtype: KVDtype = "bfloat16",
 ) -> KVCachePlan:
-    """The KV cache in bf16 of a rank on such a GPU, as an engine with default cache settings would size it.
+    """The KV cache of a rank on such a GPU, as an engine with default cache settings otherwise would size it.
 
     Args:
         weight_bytes: of the rank that holds most.
     Raises:
-        ConfigError: one sequence of max_model_len does not fit beside the weights.
+        ConfigError: one sequence of max_model_len does not fit beside the weights, or the GPU has no fp8.
     """
+    check_kv_dtype(kv_dtype, gpu.target)
     shape = cache_shape(model, shard)
     memory = gpu_kv_memory(
         shape,
         CacheConfig(),
         scheduler,
-        dtype="bfloat16",
+        dtype=kv_dtype,
         max_model_len=max_model_len,
         total_bytes=gpu.memory_bytes,
         used_bytes=weight_bytes,
         activation_bytes=RESERVE_BYTES,
     )
-    return split_memory(
-        shape, scheduler, dtype="bfloat16", max_model_len=max_model_len, memory_bytes=memory.num_bytes, source=memory.source
-    )
+    return split_memory(shape, scheduler, dtype=kv_dtype, max_model_len=max_model_len, memory_bytes=memory.num_bytes, source=memory.source)

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.gpus import GIB, GPUS, gpu_kv_cache
-from workers.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, checkpoint_folder, load_model_config
+from workers.config import (
+    CacheConfig,
+    EngineConfig,
+    KVDtype,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    checkpoint_folder,
+    load_model_config,
+)
 from workers.errors import ConfigError
 from workers.executor.rank import cache_shape
 from workers.kv_cache.tensors import KVCachePlan, cpu_kv_memory, host_free_bytes, split_memory
@@ -38,7 +47,14 @@ class Plan:
 
 
 def run_inspect(
-    path: Path, *, tensor: int | None, expert: int | None, gpu: str | None, quantize: Literal["mxfp4"] | None, as_json: bool
+    path: Path,
+    *,
+    tensor: int | None,
+    expert: int | None,
+    gpu: str | None,
+    quantize: Literal["mxfp4"] | None,
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"],
+    as_json: bool,
 ) -> int:
     """Print what the checkpoint at `path` is; returns 1 if the plan asked for would be refused.
 
@@ -50,13 +66,14 @@ def run_inspect(
     asked = tensor is not None or expert is not None
     wanted = [ParallelConfig(1 if tensor is None else tensor, expert)] if asked else [ParallelConfig(size) for size in SHOWN_TENSORS]
     packed = True if quantize == "mxfp4" else None
-    plans = [_plan(model, parallel, gpu, packed) for parallel in wanted]
+    kv_dtype = EngineConfig(path, cache=CacheConfig(dtype=kv_cache_dtype)).kv_dtype
+    plans = [_plan(model, parallel, gpu, packed, kv_dtype) for parallel in wanted]
     if as_json:
         total, active = count_parameters(model)
         found = {"model": asdict(model), "parameters": total, "active_parameters": active, "plans": [asdict(plan) for plan in plans]}
         print(json.dumps(found))
     else:
-        print(_text(path, model, plans, gpu, quantize))
+        print(_text(path, model, plans, gpu, quantize, kv_dtype))
     refused = [plan for plan in plans if plan.refusal is not None]
     if len(refused) < len(plans):
         return 0
@@ -65,7 +82,7 @@ def run_inspect(
     return 1
 
 
-def _plan(model: ModelConfig, parallel: ParallelConfig, gpu: str | None, packed: bool | None) -> Plan:
+def _plan(model: ModelConfig, parallel: ParallelConfig, gpu: str | None, packed: bool | None, kv_dtype: KVDtype) -> Plan:
     try:
         shards = plan_shards(model, parallel)
     except ConfigError as error:
@@ -74,12 +91,12 @@ def _plan(model: ModelConfig, parallel: ParallelConfig, gpu: str | None, packed:
     refusal, tokens = None, None
     if gpu is not None:
         try:
-            tokens = _kv_cache(model, shard, rank.total, gpu, parallel.tensor).kv_capacity_tokens
+            tokens = _kv_cache(model, shard, rank.total, gpu, parallel.tensor, kv_dtype).kv_capacity_tokens
         except ConfigError as error:
             refusal = f"tensor={parallel.tensor} on {_device(gpu)}, {_readable(rank.total)} of weights on a rank: {error}"
-            larger = _fitting(model, parallel.tensor, gpu, packed)
+            larger = _fitting(model, parallel.tensor, gpu, packed, kv_dtype)
             refusal += f"; tensor={larger} fits" if larger else ""
-    return Plan(parallel.tensor, parallel.expert_size, rank, kv_bytes(model, shard, "bfloat16"), tokens, refusal)
+    return Plan(parallel.tensor, parallel.expert_size, rank, kv_bytes(model, shard, kv_dtype), tokens, refusal)
 
 
 def _fullest(model: ModelConfig, shards: Sequence[RankShard], packed: bool | None) -> tuple[RankShard, RankBytes]:
@@ -87,7 +104,7 @@ def _fullest(model: ModelConfig, shards: Sequence[RankShard], packed: bool | Non
     return max(sizes, key=lambda pair: pair[1].total)
 
 
-def _kv_cache(model: ModelConfig, shard: RankShard, weight_bytes: int, gpu: str, num_ranks: int) -> KVCachePlan:
+def _kv_cache(model: ModelConfig, shard: RankShard, weight_bytes: int, gpu: str, num_ranks: int, kv_dtype: KVDtype) -> KVCachePlan:
     """What an engine with default settings would give each rank.
 
     Raises:
@@ -95,28 +112,28 @@ def _kv_cache(model: ModelConfig, shard: RankShard, weight_bytes: int, gpu: str,
     """
     length, scheduler = model.max_context_len, SchedulerConfig()
     if gpu != "cpu":
-        return gpu_kv_cache(GPUS[gpu], model, shard, scheduler, weight_bytes=weight_bytes, max_model_len=length)
+        return gpu_kv_cache(GPUS[gpu], model, shard, scheduler, weight_bytes=weight_bytes, max_model_len=length, kv_dtype=kv_dtype)
     shape = cache_shape(model, shard)
     memory = cpu_kv_memory(
-        shape, CacheConfig(), scheduler, dtype="bfloat16", max_model_len=length, ranks_on_host=num_ranks, weight_bytes=weight_bytes
+        shape, CacheConfig(), scheduler, dtype=kv_dtype, max_model_len=length, ranks_on_host=num_ranks, weight_bytes=weight_bytes
     )
-    return split_memory(shape, scheduler, dtype="bfloat16", max_model_len=length, memory_bytes=memory.num_bytes, source=memory.source)
+    return split_memory(shape, scheduler, dtype=kv_dtype, max_model_len=length, memory_bytes=memory.num_bytes, source=memory.source)
 
 
-def _fitting(model: ModelConfig, tensor: int, gpu: str, packed: bool | None) -> int | None:
+def _fitting(model: ModelConfig, tensor: int, gpu: str, packed: bool | None, kv_dtype: KVDtype) -> int | None:
     """The smallest number of GPUs above `tensor` that holds the model; more ranks on one host are no help."""
     for size, expert in allowed_plans(model):
         if gpu != "cpu" and size > tensor and expert == size:
             shard, rank = _fullest(model, plan_shards(model, ParallelConfig(size)), packed)
             try:
-                _kv_cache(model, shard, rank.total, gpu, size)
+                _kv_cache(model, shard, rank.total, gpu, size, kv_dtype)
             except ConfigError:
                 continue
             return size
     return None
 
 
-def _text(path: Path, model: ModelConfig, plans: list[Plan], gpu: str | None, quantize: str | None) -> str:
+def _text(path: Path, model: ModelConfig, plans: list[Plan], gpu: str | None, quantize: str | None, kv_dtype: KVDtype) -> str:
     total, active = count_parameters(model)
     sliding = sum(window is not None for window in model.layer_windows)
     layout = "OpenAI's own layout" if model.layout == "original" else "Hugging Face layout"
@@ -132,7 +149,11 @@ def _text(path: Path, model: ModelConfig, plans: list[Plan], gpu: str | None, qu
         ("context", f"{model.max_context_len} tokens"),
     ]
     lines = [f"  {name:<12} {value}" for name, value in rows]
-    lines += ["", f"Each rank, in bf16{'' if gpu is None else f', on {_device(gpu)}'}:", ""]
+    lines += [
+        "",
+        f"Each rank, in bf16{', the KV cache in fp8' if kv_dtype == 'fp8_e4m3' else ''}{'' if gpu is None else f', on {_device(gpu)}'}:",
+        "",
+    ]
     header = (
         "tp",
         "ep",

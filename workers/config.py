@@ -12,6 +12,8 @@ from typing import Any, Literal
 from workers.errors import CheckpointError, ConfigError
 
 Dtype = Literal["bfloat16", "float32"]
+KVDtype = Dtype | Literal["fp8_e4m3"]
+"""Of cached keys and values."""
 BLOCK_SIZE = 16
 """KV positions in a block; part of the cache layout's contract with kernels and router."""
 MAX_RANKS = 16
@@ -81,11 +83,14 @@ class CacheConfig:
         memory_bytes: of each rank, for both groups together; None: chosen from the memory that is free (`kv_cache/tensors.py`).
         prefix_caching: find full blocks again by hash.
         gpu_memory_utilization: share of a GPU's memory for weights, activations and KV cache together; not used on a CPU.
+        dtype: `auto`: the model's; `fp8_e4m3`, or `fp8` for short: half of bf16's memory and reads, and other numerics. Each KV head's
+            scales are the checkpoint's `k_scale` and `v_scale` where it has them, else 1.
     """
 
     memory_bytes: int | None = None
     prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9
+    dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
 
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -153,7 +158,8 @@ class EngineConfig:
 
     Attributes:
         model_path: the checkpoint folder.
-        dtype: of activations, dense weights and KV cache. float32 is the reference numerics; MXFP4 experts stay packed either way.
+        dtype: of activations and dense weights, and of the KV cache unless cache.dtype says otherwise. float32 is the reference numerics;
+            MXFP4 experts stay packed either way.
         max_model_len: context limit, at most the model's; None: the model's own.
         quantize: `mxfp4` packs the experts of a bf16 checkpoint while loading; None: kept as stored.
         enforce_eager: no CUDA graphs; without effect on a CPU.
@@ -168,6 +174,11 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     quantize: Literal["mxfp4"] | None = None
     enforce_eager: bool = False
+
+    @property
+    def kv_dtype(self) -> KVDtype:
+        """Of cached keys and values, `auto` resolved."""
+        return self.dtype if self.cache.dtype == "auto" else "fp8_e4m3"
 
 
 def checkpoint_folder(path: Path) -> Path:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.attention.fp8 import FP8, FP8_MAX
 from kernels.pointwise.reference import apply_rope
 
 QUERY_TILES = (1, 16, 128)
@@ -41,49 +42,63 @@ class _QueryTile:
     num_key_tiles: int
 
 
-def store_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor, kv_scales: Tensor | None = None) -> None:
     """Write new keys and values into the cache, in place.
 
     Args:
-        k, v: [T, num_kv_heads, head_dim], dtype of kv_cache.
-        kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], this layer's.
+        k, v: [T, num_kv_heads, head_dim], dtype of kv_cache; any float where that is fp8.
+        kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], this layer's. float8_e4m3fn holds `value / scale` to the nearest
+            even, at most ±448.
         slot_mapping: [T] int64, block * block_size + offset for each token; distinct but for those of the null block.
+        kv_scales: [2, num_kv_heads] fp32, positive, of K and of V; only for an fp8 cache. None: all 1.
     Raises:
         ValueError: names the argument of a wrong shape or dtype.
         IndexError: a slot is outside the cache.
     """
-    _check_cache(kv_cache)
+    check_cache(kv_cache, kv_scales)
     num_kv_heads, head_dim = kv_cache.shape[3:]
     for name, tensor in (("k", k), ("v", v)):
         if tensor.ndim != 3 or tensor.shape[1:] != kv_cache.shape[3:]:
             raise ValueError(f"{name} must be [T, {num_kv_heads}, {head_dim}], got shape {list(tensor.shape)}")
-        if tensor.dtype != kv_cache.dtype:
-            raise ValueError(f"{name} must be {kv_cache.dtype} as kv_cache is, got {tensor.dtype}")
+        _check_dtype(name, tensor, kv_cache)
     if v.shape[0] != k.shape[0]:
         raise ValueError(f"v must have the {k.shape[0]} tokens of k, got {v.shape[0]}")
-    if slot_mapping.shape != k.shape[:1] or slot_mapping.dtype != torch.int64:
-        raise ValueError(f"slot_mapping must be [{k.shape[0]}] int64, got shape {list(slot_mapping.shape)} of {slot_mapping.dtype}")
+    check_slots(slot_mapping, k.shape[0])
     for part, new in ((0, k), (1, v)):
-        kv_cache[part].view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, new)
+        slots = kv_cache[part].view(-1, num_kv_heads, head_dim)
+        if kv_cache.dtype == FP8:
+            wide = new.float() if kv_scales is None else new.float() / kv_scales[part][:, None]
+            # As bytes: torch copies no fp8 by index.
+            slots, new = slots.view(torch.uint8), wide.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
+        slots.index_copy_(0, slot_mapping, new)
 
 
-def rope_and_store_kv(qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> Tensor:
+def rope_and_store_kv(
+    qkv: Tensor,
+    num_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    kv_scales: Tensor | None = None,
+) -> Tensor:
     """Rotate queries and keys by the angles of their positions, and write keys and values into the cache.
 
     Args:
         qkv: [T, num_heads + 2 * num_kv_heads, head_dim]: query heads, key heads, value heads. May be overwritten.
         num_heads: query heads.
         cos, sin: [T, head_dim / 2] fp32.
-        kv_cache, slot_mapping: as in `store_kv`.
+        kv_cache, slot_mapping, kv_scales: as in `store_kv`; keys are rounded to qkv's dtype first.
     Returns:
         The rotated queries, [T, num_heads, head_dim], dtype of qkv.
     Raises:
         ValueError, IndexError: as in `store_kv` and `apply_rope`.
     """
-    check_rope_and_store(qkv, num_heads, cos, sin, kv_cache, slot_mapping)
+    check_rope_and_store(qkv, num_heads, cos, sin, kv_cache, slot_mapping, kv_scales)
     num_kv_heads = kv_cache.shape[3]
     q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
-    store_kv(apply_rope(k, cos, sin), v, kv_cache, slot_mapping)
+    store_kv(apply_rope(k, cos, sin), v, kv_cache, slot_mapping, kv_scales)
     return apply_rope(q, cos, sin)
 
 
@@ -97,6 +112,8 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    kv_scales: Tensor | None = None,
+    max_query_len: int | None = None,
 ) -> Tensor:
     """Causal attention with learned sinks over a paged KV cache, for prefill chunks and decodes in one batch.
 
@@ -104,24 +121,29 @@ def paged_attention(
 
     Args:
         q: [T, num_heads, head_dim] float.
-        kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], dtype of q, this layer's; K and V of q already stored.
+        kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], dtype of q or float8_e4m3fn, this layer's; K and V of q already
+            stored.
         block_table: [num_seqs, max_blocks] int32 by position // block_size; entries past a sequence's last block, and those wholly behind
             the window of its every query, are not read.
         context_lens: [num_seqs] int32, the tokens of q included.
         cu_seqlens_q: [num_seqs + 1] int32, the first row of each sequence in q, then T.
         sinks: [num_heads] float, finite: a logit in the softmax denominator, without a value.
-        scale: multiplies q·k; the sink is not scaled.
+        scale: multiplies q·k, positive; the sink is not scaled.
         window: keys visible to a query, itself included; None for all.
+        kv_scales: as in `store_kv`.
+        max_query_len: queries of a sequence at most, where the host knows it: spares the GPU programs that find nothing to do.
     Returns:
         [T, num_heads, head_dim], dtype of q.
     Raises:
         ValueError: names the argument of a wrong shape, dtype or value; num_heads is not a multiple of num_kv_heads.
     Follows: FlashAttention-2 (arXiv 2307.08691); sinks as in openai/gpt-oss torch/model.py `sdpa`.
     """
-    check_attention(q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window)
+    check_attention(
+        q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window, scale=scale, kv_scales=kv_scales, max_query_len=max_query_len
+    )
     block_size = kv_cache.shape[2]
     lengths, first_rows = context_lens.tolist(), cu_seqlens_q.tolist()
-    check_lengths(lengths, first_rows, q.shape[0], block_table.shape[1] * block_size)
+    check_lengths(lengths, first_rows, q.shape[0], block_table.shape[1] * block_size, max_query_len)
     key_tile = _round_up(KEY_TILE if window is None else min(KEY_TILE, window), block_size)
     tiles = _query_tiles(lengths, first_rows, key_tile, window)
     num_kv_heads, head_dim = kv_cache.shape[3:]
@@ -133,7 +155,7 @@ def paged_attention(
         elements = key_tile * num_kv_heads * max(_round_up(num_queries * group, MIN_ROWS), head_dim)
         size = max(1, MAX_ELEMENTS // elements)
         for start in range(0, len(batch), size):
-            _attend(q, kv_cache, block_table, sinks, batch[start : start + size], num_queries, key_tile, scale, window, out)
+            _attend(q, kv_cache, kv_scales, block_table, sinks, batch[start : start + size], num_queries, key_tile, scale, window, out)
     return out
 
 
@@ -158,6 +180,7 @@ def _query_tiles(context_lens: list[int], cu_seqlens_q: list[int], key_tile: int
 def _attend(
     q: Tensor,
     kv_cache: Tensor,
+    kv_scales: Tensor | None,
     block_table: Tensor,
     sinks: Tensor,
     batch: list[_QueryTile],
@@ -197,7 +220,7 @@ def _attend(
     for step in range(batch[0].num_key_tiles):
         n = sum(tile.num_key_tiles > step for tile in batch)
         keys, values, key_position = _gather(
-            kv_cache, block_table[seqs[:n]], first_key_tile[:n] + step, key_tile, oldest_key[:n], newest_key[:n]
+            kv_cache, kv_scales, block_table[seqs[:n]], first_key_tile[:n] + step, key_tile, oldest_key[:n], newest_key[:n]
         )
         scores = queries[:n] @ keys.transpose(2, 3)  # [n, KV, R, key_tile]
         all_visible = window is None and all(tile.position >= (step + 1) * key_tile for tile in batch[:n])
@@ -219,7 +242,13 @@ def _attend(
 
 
 def _gather(
-    kv_cache: Tensor, block_table: Tensor, key_tiles: Tensor, key_tile: int, oldest_key: Tensor, newest_key: Tensor
+    kv_cache: Tensor,
+    kv_scales: Tensor | None,
+    block_table: Tensor,
+    key_tiles: Tensor,
+    key_tile: int,
+    oldest_key: Tensor,
+    newest_key: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One tile of keys for each of n query tiles.
 
@@ -237,10 +266,16 @@ def _gather(
     column = (first_positions // block_size).clamp(max=block_table.shape[1] - 1)
     blocks = block_table.gather(1, column).long().masked_fill(~needed, 0).flatten()
     shape = (len(key_tiles), key_tile, num_kv_heads, head_dim)
-    keys = kv_cache[0].index_select(0, blocks).view(shape).transpose(1, 2).float()
-    values = kv_cache[1].index_select(0, blocks).view(shape)
+    as_bytes = kv_cache.dtype == FP8  # torch takes no fp8 by index
+    keys, values = (part.index_select(0, blocks).view(shape) for part in (kv_cache.view(torch.uint8) if as_bytes else kv_cache))
     outside = (key_position < oldest_key[:, None]) | (key_position > newest_key[:, None])
-    values = values.masked_fill_(outside[:, :, None, None], 0).transpose(1, 2).float()
+    values = values.masked_fill_(outside[:, :, None, None], 0).transpose(1, 2)
+    keys = keys.transpose(1, 2)
+    if as_bytes:
+        keys, values = keys.view(FP8), values.view(FP8)
+    keys, values = keys.float(), values.float()
+    if kv_scales is not None:
+        keys, values = (part.mul_(scales[:, None, None]) for part, scales in zip((keys, values), kv_scales, strict=True))
     return keys, functional.pad(values, (0, -head_dim % MIN_ROWS)), key_position
 
 
@@ -248,11 +283,51 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _check_cache(kv_cache: Tensor) -> None:
+def check_cache(kv_cache: Tensor, kv_scales: Tensor | None) -> None:
+    """Refuse shapes, dtypes and strides of a cache and its scales.
+
+    Raises:
+        ValueError: names the argument.
+    """
     if kv_cache.ndim != 5 or kv_cache.shape[0] != 2:
         raise ValueError(f"kv_cache must be [2, num_blocks, block_size, num_kv_heads, head_dim], got shape {list(kv_cache.shape)}")
     if not kv_cache[0].is_contiguous():
         raise ValueError("kv_cache must be contiguous in each of its halves")
+    if kv_scales is None:
+        return
+    expected = (2, kv_cache.shape[3])
+    if kv_cache.dtype != FP8:
+        raise ValueError(f"kv_scales is for a kv_cache of {FP8}, which is {kv_cache.dtype}")
+    if tuple(kv_scales.shape) != expected or kv_scales.dtype != torch.float32 or not kv_scales.is_contiguous():
+        raise ValueError(f"kv_scales must be {list(expected)} float32, contiguous, got shape {list(kv_scales.shape)} of {kv_scales.dtype}")
+
+
+def check_slots(slot_mapping: Tensor, num_tokens: int) -> None:
+    """
+    Raises:
+        ValueError: slot_mapping is not [num_tokens] int64.
+    """
+    if slot_mapping.shape != (num_tokens,) or slot_mapping.dtype != torch.int64:
+        raise ValueError(f"slot_mapping must be [{num_tokens}] int64, got shape {list(slot_mapping.shape)} of {slot_mapping.dtype}")
+
+
+def check_rope_and_store(
+    qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor, kv_scales: Tensor | None = None
+) -> None:
+    """Refuse shapes and dtypes that `rope_and_store_kv` cannot take.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    check_cache(kv_cache, kv_scales)
+    num_kv_heads, head_dim = kv_cache.shape[3:]
+    if qkv.ndim != 3 or tuple(qkv.shape[1:]) != (num_heads + 2 * num_kv_heads, head_dim) or head_dim % 2:
+        raise ValueError(f"qkv must be [T, {num_heads} + 2 * {num_kv_heads}, {head_dim}], the last even, got shape {list(qkv.shape)}")
+    _check_dtype("qkv", qkv, kv_cache)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if tuple(table.shape) != (qkv.shape[0], head_dim // 2):
+            raise ValueError(f"{name} must be [{qkv.shape[0]}, {head_dim // 2}], got shape {list(table.shape)}")
+    check_slots(slot_mapping, qkv.shape[0])
 
 
 def check_attention(
@@ -263,39 +338,48 @@ def check_attention(
     cu_seqlens_q: Tensor,
     sinks: Tensor,
     window: int | None,
+    *,
+    scale: float,
+    kv_scales: Tensor | None = None,
+    max_query_len: int | None = None,
 ) -> None:
-    """Refuse shapes and dtypes that `paged_attention` cannot take; what the tensors hold is for `check_lengths`.
+    """Refuse shapes, dtypes and numbers that `paged_attention` cannot take; what the tensors hold is for `check_lengths`.
 
     Raises:
         ValueError: names the argument.
     """
-    _check_cache(kv_cache)
+    check_cache(kv_cache, kv_scales)
     num_kv_heads, head_dim = kv_cache.shape[3:]
     if q.ndim != 3 or q.shape[2] != head_dim:
         raise ValueError(f"q must be [T, num_heads, {head_dim}], got shape {list(q.shape)}")
     if q.shape[1] % num_kv_heads:
         raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the {num_kv_heads} KV heads of kv_cache")
-    if q.dtype != kv_cache.dtype:
-        raise ValueError(f"q must be {kv_cache.dtype} as kv_cache is, got {q.dtype}")
+    _check_dtype("q", q, kv_cache)
     if block_table.ndim != 2 or block_table.dtype != torch.int32:
         raise ValueError(f"block_table must be [num_seqs, max_blocks] int32, got shape {list(block_table.shape)} of {block_table.dtype}")
     num_seqs = block_table.shape[0]
-    if context_lens.shape != (num_seqs,) or context_lens.dtype != torch.int32:
-        raise ValueError(f"context_lens must be [{num_seqs}] int32, got shape {list(context_lens.shape)} of {context_lens.dtype}")
-    if cu_seqlens_q.shape != (num_seqs + 1,) or cu_seqlens_q.dtype != torch.int32:
-        raise ValueError(f"cu_seqlens_q must be [{num_seqs + 1}] int32, got shape {list(cu_seqlens_q.shape)} of {cu_seqlens_q.dtype}")
-    if sinks.shape != (q.shape[1],):
+    for name, tensor, length in (("context_lens", context_lens, num_seqs), ("cu_seqlens_q", cu_seqlens_q, num_seqs + 1)):
+        if tuple(tensor.shape) != (length,) or tensor.dtype != torch.int32:
+            raise ValueError(f"{name} must be [{length}] int32, got shape {list(tensor.shape)} of {tensor.dtype}")
+    if tuple(sinks.shape) != (q.shape[1],):
         raise ValueError(f"sinks must be [{q.shape[1]}], got shape {list(sinks.shape)}")
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    if max_query_len is not None and max_query_len < 1:
+        raise ValueError(f"max_query_len must be at least 1, got {max_query_len}")
 
 
-def check_lengths(context_lens: list[int], cu_seqlens_q: list[int], num_rows: int, max_context_len: int) -> None:
+def check_lengths(
+    context_lens: list[int], cu_seqlens_q: list[int], num_rows: int, max_context_len: int, max_query_len: int | None = None
+) -> None:
     """Refuse lengths that do not fit together.
 
     Args:
         num_rows: of q.
         max_context_len: positions that a row of the block table holds.
+        max_query_len: as in `paged_attention`.
     Raises:
         ValueError: names the argument.
     """
@@ -305,26 +389,15 @@ def check_lengths(context_lens: list[int], cu_seqlens_q: list[int], num_rows: in
         num_queries = cu_seqlens_q[seq + 1] - cu_seqlens_q[seq]
         if not 0 <= num_queries <= context_len:
             raise ValueError(f"cu_seqlens_q gives sequence {seq} {num_queries} queries, its context_lens is {context_len}")
+        if max_query_len is not None and num_queries > max_query_len:
+            raise ValueError(f"max_query_len is {max_query_len}, cu_seqlens_q gives sequence {seq} {num_queries} queries")
         if num_queries and context_len > max_context_len:
             raise ValueError(f"block_table holds {max_context_len} positions a sequence, context_lens of sequence {seq} is {context_len}")
 
 
-def check_rope_and_store(qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Refuse shapes and dtypes that `rope_and_store_kv` cannot take.
-
-    Raises:
-        ValueError: names the argument.
-    """
-    _check_cache(kv_cache)
-    num_kv_heads, head_dim = kv_cache.shape[3:]
-    if qkv.ndim != 3 or qkv.shape[1:] != (num_heads + 2 * num_kv_heads, head_dim):
-        raise ValueError(f"qkv must be [T, {num_heads} + 2 * {num_kv_heads}, {head_dim}], got shape {list(qkv.shape)}")
-    if qkv.dtype != kv_cache.dtype:
-        raise ValueError(f"qkv must be {kv_cache.dtype} as kv_cache is, got {qkv.dtype}")
-    if head_dim % 2:
-        raise ValueError(f"qkv must have an even head_dim, got {head_dim}")
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.shape != (qkv.shape[0], head_dim // 2):
-            raise ValueError(f"{name} must be [{qkv.shape[0]}, {head_dim // 2}], got shape {list(table.shape)}")
-    if slot_mapping.shape != qkv.shape[:1] or slot_mapping.dtype != torch.int64:
-        raise ValueError(f"slot_mapping must be [{qkv.shape[0]}] int64, got shape {list(slot_mapping.shape)} of {slot_mapping.dtype}")
+def _check_dtype(name: str, tensor: Tensor, kv_cache: Tensor) -> None:
+    if kv_cache.dtype == FP8:
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise ValueError(f"{name} must be of 16 or 32-bit floats over an fp8 kv_cache, got {tensor.dtype}")
+    elif tensor.dtype != kv_cache.dtype:
+        raise ValueError(f"{name} must be {kv_cache.dtype} as kv_cache is, got {tensor.dtype}")

@@ -51,7 +51,7 @@ def paged_attention(
 
     A query's result is the same, bit for bit, however its sequence is cut into chunks and whatever the batch and the number of threads.
     """
-    reference.check_attention(q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window)
+    reference.check_attention(q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window, scale=scale)
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads = kv_cache.shape[1:4]
     if q.stride(2) != 1 or q.stride(1) != head_dim:

@@ -105,6 +105,17 @@ def test_an_engine_has_what_was_said(
     assert plan["kv_tokens"] == (info.num_full_blocks - 1) * BLOCK_SIZE
 
 
+def test_an_fp8_cache_holds_twice_the_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path)
+    (bf16,), (fp8,) = (as_json(capsys, path, "--tp", 1, "--gpu", "h100", *flags)["plans"] for flags in ((), ("--kv-cache-dtype", "fp8")))
+    for kind, num_bytes in bf16["kv"].items():
+        assert num_bytes == 2 * fp8["kv"][kind] > 0
+    assert "Each rank, in bf16, the KV cache in fp8, on H100" in inspect(capsys, path, "--gpu", "h100", "--kv-cache-dtype", "fp8")[1]
+    code, _, err = inspect(capsys, path, "--tp", 1, "--gpu", "mi300x", "--kv-cache-dtype", "fp8")
+    assert code == 1
+    assert "gfx942 has no instructions for float8_e4m3fn" in err
+
+
 @pytest.mark.parametrize(("flags", "said"), [(("--tp", 0), "parallel.tensor must be 1 to 16, got 0"), (("--ep", 2), "parallel.expert")])
 def test_numbers_of_ranks_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: tuple[object, ...], said: str) -> None:
     code, out, err = inspect(capsys, write_tiny_checkpoint(tmp_path), *flags)

@@ -103,8 +103,8 @@ def check_graphs(checkpoint: Path, device: torch.device) -> None:
 
 def test_the_profiled_step_takes_memory(checkpoint: Path, device: torch.device) -> None:
     model = load_model(checkpoint, TINY, dtype=torch.float32, device=device)
-    small = activation_bytes(model, SchedulerConfig(4, 64), 100)
-    assert 0 < small < activation_bytes(model, SchedulerConfig(4, 256), 100)
+    small = activation_bytes(model, SchedulerConfig(4, 64), 100, "float32")
+    assert 0 < small < activation_bytes(model, SchedulerConfig(4, 256), 100, "float32")
 
 
 def test_attention_is_the_reference(device: torch.device) -> None:

@@ -52,6 +52,7 @@ class PagedSequences:
             context_lens=torch.tensor([self._num_computed[seq] for seq in tokens], dtype=torch.int32),
             cu_seqlens_q=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
             sample_indices=torch.arange(sum(lengths)),
+            max_query_len=max(lengths),
         )
         hidden = self.model.forward(batch, self.kv_caches)
         logits = self.model.compute_logits(hidden[batch.sample_indices])

@@ -78,6 +78,7 @@ class LLM:
         kv_cache_bytes: memory of each rank's KV cache; None: chosen from what is free.
         tensor_parallel_size, expert_parallel_size: ranks, and groups that the experts are split into (None: one for each rank).
         quantize: pack the experts of a bf16 checkpoint while loading.
+        kv_cache_dtype: as `CacheConfig.dtype`.
     Raises:
         CheckpointError, ConfigError: one sentence that names what is wrong.
     """
@@ -98,13 +99,14 @@ class LLM:
         quantize: Literal["mxfp4"] | None = None,
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
+        kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto",
     ) -> None:
         config = EngineConfig(
             Path(model),
             dtype=dtype,
             device=device,
             max_model_len=max_model_len,
-            cache=CacheConfig(kv_cache_bytes, prefix_caching, gpu_memory_utilization),
+            cache=CacheConfig(kv_cache_bytes, prefix_caching, gpu_memory_utilization, kv_cache_dtype),
             parallel=ParallelConfig(tensor_parallel_size, expert_parallel_size),
             quantize=quantize,
             enforce_eager=enforce_eager,

@@ -114,7 +114,7 @@ class DecodeGraphs:
 
     def _run(self, tensors: list[Tensor]) -> Tensor:
         # The sampled rows are taken outside; any tensor stands for them here.
-        return self._forward(self._device_slots.batch(tensors, tensors[0], self._max_blocks))
+        return self._forward(self._device_slots.batch(tensors, tensors[0], self._max_blocks, 1))
 
 
 def padding_rows(size: int, padding_slot: int) -> StepRows:

@@ -3,7 +3,8 @@
 import torch
 
 from kernels.sampling import SamplingBatch, sample
-from workers.config import BLOCK_SIZE, SchedulerConfig
+from workers.config import BLOCK_SIZE, KVDtype, SchedulerConfig
+from workers.kv_cache.tensors import KV_TORCH_DTYPES
 from workers.model.gpt_oss import GptOss
 from workers.model.step_batch import StepBatch
 from workers.scheduler.plan import NULL_BLOCK
@@ -19,33 +20,45 @@ def largest_batch(scheduler: SchedulerConfig, max_model_len: int, device: torch.
     ends = lengths.cumsum(0, dtype=torch.int64)
     positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
     slots = positions % BLOCK_SIZE + NULL_BLOCK * BLOCK_SIZE
-    table = torch.full((num_seqs, -(-int(lengths[0]) // BLOCK_SIZE)), NULL_BLOCK, dtype=torch.int32)
+    # As wide as a captured graph's, since attention's scratch grows with it.
+    table = torch.full((num_seqs, max_model_len // BLOCK_SIZE + 1), NULL_BLOCK, dtype=torch.int32)
     cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(torch.int32)
     # Different tokens choose different experts, so that all of them take part.
     token_ids = torch.arange(num_tokens)
-    tensors = (token_ids, positions, slots, slots, table, table, lengths, cu_seqlens, ends - 1)
-    return StepBatch(*(tensor.to(device) for tensor in tensors))
+    slots, table = slots.to(device), table.to(device)
+    return StepBatch(
+        token_ids=token_ids.to(device),
+        positions=positions.to(device),
+        slot_mapping_full=slots,
+        slot_mapping_sliding=slots,
+        block_table_full=table,
+        block_table_sliding=table,
+        context_lens=lengths.to(device),
+        cu_seqlens_q=cu_seqlens.to(device),
+        sample_indices=(ends - 1).to(device),
+        max_query_len=int(lengths[0]),
+    )
 
 
 @torch.inference_mode()
-def run_largest_step(model: GptOss, scheduler: SchedulerConfig, max_model_len: int) -> None:
+def run_largest_step(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> None:
     """Forward, logits and sampling of the largest step; keys and values go to one block that is let go of. All ranks take part."""
     batch = largest_batch(scheduler, max_model_len, model.device)
     batch.token_ids.remainder_(model.config.vocab_size)
     shape = (2, NULL_BLOCK + 1, BLOCK_SIZE, model.num_kv_heads, model.config.head_dim)
-    kv_caches = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.layers]
+    kv_caches = [torch.zeros(shape, dtype=KV_TORCH_DTYPES[kv_dtype], device=model.device) for _ in model.layers]
     logits = model.compute_logits(model.forward(batch, kv_caches)[batch.sample_indices])
     if logits is not None:
         rows = torch.arange(len(logits), device=model.device)
         sample(logits, SamplingBatch(torch.ones_like(rows, dtype=torch.float32), rows, rows, top_p=torch.full_like(logits[:, 0], 0.9)))
 
 
-def activation_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: int) -> int:
+def activation_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> int:
     """Bytes of GPU memory that the largest step takes at its peak beyond what is allocated now."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
-    run_largest_step(model, scheduler, max_model_len)
+    run_largest_step(model, scheduler, max_model_len, kv_dtype)
     peak: int = torch.cuda.max_memory_allocated(model.device)
     torch.cuda.empty_cache()
     return peak - before

@@ -9,16 +9,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.backend import architecture
 from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from workers.errors import ConfigError
 from workers.executor.kernel_choice import describe_device, kernel_choices, not_capturable, slow_on_gpu
 from workers.executor.memory_profile import activation_bytes
 from workers.executor.runner import PendingStep, Runner
 from workers.kv_cache.tensors import (
+    KV_TORCH_DTYPES,
     TORCH_DTYPES,
     KVCachePlan,
     KVMemory,
     allocate_kv_caches,
+    check_kv_dtype,
     cpu_kv_memory,
     gpu_kv_memory,
     split_memory,
@@ -118,6 +121,7 @@ class Rank:
         Raises:
             CheckpointError, ConfigError: one sentence for the user.
         """
+        check_kv_dtype(self._config.kv_dtype, architecture(self._device))
         with self._phase("load weights"):
             self._model = load_model(
                 self._config.model_path,
@@ -143,7 +147,7 @@ class Rank:
         """
         with self._phase("allocate KV cache"):
             kv_caches = allocate_kv_caches(
-                cache_shape(self._model_config, self._shard), plan, dtype=self._config.dtype, device=self._device
+                cache_shape(self._model_config, self._shard), plan, dtype=self._config.kv_dtype, device=self._device
             )
         with self._phase("warm up"):
             self.logits([0])
@@ -179,7 +183,8 @@ class Rank:
         assert model is not None, "the rank has not loaded"
         num_blocks = -(-len(token_ids) // BLOCK_SIZE)
         shape = (2, num_blocks, BLOCK_SIZE, model.num_kv_heads, model.config.head_dim)
-        kv_caches = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.layers]
+        dtype = KV_TORCH_DTYPES[self._config.kv_dtype]
+        kv_caches = [torch.zeros(shape, dtype=dtype, device=model.device) for _ in model.layers]
         chunk = self._config.scheduler.max_num_batched_tokens
         rows = [
             model.compute_logits(model.forward(_chunk_batch(token_ids, start, min(start + chunk, len(token_ids)), model.device), kv_caches))
@@ -209,19 +214,19 @@ class Rank:
                 shape,
                 config.cache,
                 config.scheduler,
-                dtype=config.dtype,
+                dtype=config.kv_dtype,
                 max_model_len=self._max_model_len,
                 ranks_on_host=self._ranks_on_host,
             )
         with self._phase("profile memory"):
             assert self._model is not None
-            peak_bytes = activation_bytes(self._model, config.scheduler, self._max_model_len)
+            peak_bytes = activation_bytes(self._model, config.scheduler, self._max_model_len, config.kv_dtype)
         free, total = torch.cuda.mem_get_info(self._device)
         return gpu_kv_memory(
             shape,
             config.cache,
             config.scheduler,
-            dtype=config.dtype,
+            dtype=config.kv_dtype,
             max_model_len=self._max_model_len,
             total_bytes=total,
             used_bytes=total - free,
@@ -253,7 +258,7 @@ def plan_kv_cache(
     return split_memory(
         cache_shape(model, shard),
         config.scheduler,
-        dtype=config.dtype,
+        dtype=config.kv_dtype,
         max_model_len=max_model_len,
         memory_bytes=least.num_bytes,
         source=least.source,
@@ -292,4 +297,5 @@ def _chunk_batch(token_ids: Sequence[int], start: int, end: int, device: torch.d
         context_lens=torch.tensor([end], dtype=torch.int32, device=device),
         cu_seqlens_q=torch.tensor([0, end - start], dtype=torch.int32, device=device),
         sample_indices=torch.arange(end - start, device=device),
+        max_query_len=end - start,
     )

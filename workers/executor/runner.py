@@ -159,7 +159,7 @@ class Runner:
             tensors = self._inputs.upload(arrays + rows.other_arrays())
             sample_indices, sampled_slots, table_at, table_ids = tensors[len(arrays) :]
             self._device_slots.set_blocks(table_at, table_ids)
-            batch = self._device_slots.batch(tensors[: len(arrays)], sample_indices, rows.num_blocks)
+            batch = self._device_slots.batch(tensors[: len(arrays)], sample_indices, rows.num_blocks, rows.max_query_len)
             hidden = self._model.forward(batch, self._kv_caches)
         return hidden.index_select(0, sample_indices), sampled_slots
 

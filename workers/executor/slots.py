@@ -52,6 +52,11 @@ class StepRows:
         """Whether each sequence computes one token."""
         return len(self.token_ids) == len(self.slots)
 
+    @property
+    def max_query_len(self) -> int:
+        """Tokens that one sequence computes at most."""
+        return 1 if self.is_decode else int(np.diff(self.cu_seqlens_q).max())
+
     def batch_arrays(self) -> list[Array]:
         """What StepBatch is made of on the device; their shapes depend on T and S only."""
         return [
@@ -220,11 +225,12 @@ class DeviceSlots:
         if len(table_ids):
             self.tables.view(-1).index_copy_(0, table_at, table_ids)
 
-    def batch(self, arrays: list[Tensor], sample_indices: Tensor, num_blocks: int) -> StepBatch:
+    def batch(self, arrays: list[Tensor], sample_indices: Tensor, num_blocks: int, max_query_len: int) -> StepBatch:
         """The model's input from `StepRows.batch_arrays` on the device; reads nothing back, so that a CUDA graph can hold it.
 
         Args:
             num_blocks: width of the block tables.
+            max_query_len: as in StepBatch.
         """
         token_ids, positions, slot_mapping_full, slot_mapping_sliding, slots, context_lens, cu_seqlens_q = arrays
         newest = self.newest.index_select(0, (-1 - token_ids).clamp_(min=0))
@@ -238,4 +244,5 @@ class DeviceSlots:
             context_lens=context_lens,
             cu_seqlens_q=cu_seqlens_q,
             sample_indices=sample_indices,
+            max_query_len=max_query_len,
         )

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from workers.config import BLOCK_SIZE, CacheConfig, Dtype, ModelConfig, SchedulerConfig
+from kernels.attention.fp8 import FP8, fp8_refusal
+from workers.config import BLOCK_SIZE, CacheConfig, Dtype, KVDtype, ModelConfig, SchedulerConfig
 from workers.errors import ConfigError
 from workers.kv_cache.manager import num_blocks_for, sliding_blocks_per_sequence
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+KV_TORCH_DTYPES: dict[KVDtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8_e4m3": FP8}
 
 CPU_MEMORY_SHARE = 0.25
 CPU_MEMORY_BYTES = 4 * 1024**3
@@ -57,12 +59,23 @@ class KVMemory:
     source: str
 
 
+def check_kv_dtype(dtype: KVDtype, target: str) -> None:
+    """
+    Args:
+        target: the device's architecture, as `kernels.backend.architecture` names it.
+    Raises:
+        ConfigError: it has no kernel for such a cache.
+    """
+    if dtype == "fp8_e4m3" and (reason := fp8_refusal(target)) is not None:
+        raise ConfigError(f"{reason}; set cache.dtype to auto")
+
+
 def cpu_kv_memory(
     model: ModelConfig,
     cache: CacheConfig,
     scheduler: SchedulerConfig,
     *,
-    dtype: Dtype,
+    dtype: KVDtype,
     max_model_len: int,
     ranks_on_host: int = 1,
     weight_bytes: int = 0,
@@ -86,7 +99,7 @@ def gpu_kv_memory(
     cache: CacheConfig,
     scheduler: SchedulerConfig,
     *,
-    dtype: Dtype,
+    dtype: KVDtype,
     max_model_len: int,
     total_bytes: int,
     used_bytes: int,
@@ -111,7 +124,7 @@ def gpu_kv_memory(
     return KVMemory(min(left, useful), source)
 
 
-def _bounds(model: ModelConfig, scheduler: SchedulerConfig, dtype: Dtype, max_model_len: int) -> tuple[int, int]:
+def _bounds(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int) -> tuple[int, int]:
     """Bytes that one sequence of max_model_len needs, and bytes that can ever be of use."""
     groups = _groups(model, scheduler, dtype, max_model_len)
     return sum(group.minimum * group.block_bytes for group in groups), sum(group.useful * group.block_bytes for group in groups)
@@ -121,7 +134,7 @@ def split_memory(
     model: ModelConfig,
     scheduler: SchedulerConfig,
     *,
-    dtype: Dtype,
+    dtype: KVDtype,
     max_model_len: int,
     memory_bytes: int,
     source: str = "cache.memory_bytes",
@@ -160,7 +173,7 @@ def split_memory(
     )
 
 
-def allocate_kv_caches(model: ModelConfig, plan: KVCachePlan, *, dtype: Dtype, device: torch.device) -> list[torch.Tensor]:
+def allocate_kv_caches(model: ModelConfig, plan: KVCachePlan, *, dtype: KVDtype, device: torch.device) -> list[torch.Tensor]:
     """Each layer's cache, [2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim], uninitialised: [0] is K, [1] is V.
 
     On a CPU a page costs memory once it is written, so a cache that is larger than the load needs costs nothing.
@@ -173,7 +186,7 @@ def allocate_kv_caches(model: ModelConfig, plan: KVCachePlan, *, dtype: Dtype, d
         num_blocks = plan.num_full_blocks if window is None else plan.num_sliding_blocks
         try:
             caches.append(
-                torch.empty(2, num_blocks, BLOCK_SIZE, model.num_kv_heads, model.head_dim, dtype=TORCH_DTYPES[dtype], device=device)
+                torch.empty(2, num_blocks, BLOCK_SIZE, model.num_kv_heads, model.head_dim, dtype=KV_TORCH_DTYPES[dtype], device=device)
             )
         except RuntimeError as error:
             caches.clear()
@@ -209,9 +222,9 @@ def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
     return unlimited if limit == "max" else max(int(limit) - used, 0)
 
 
-def _groups(model: ModelConfig, scheduler: SchedulerConfig, dtype: Dtype, max_model_len: int) -> tuple[_Group, _Group]:
+def _groups(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int) -> tuple[_Group, _Group]:
     """The full and the sliding group; all zeros where no layer belongs to it. Blocks include NULL_BLOCK."""
-    layer_bytes = 2 * BLOCK_SIZE * model.num_kv_heads * model.head_dim * TORCH_DTYPES[dtype].itemsize
+    layer_bytes = 2 * BLOCK_SIZE * model.num_kv_heads * model.head_dim * KV_TORCH_DTYPES[dtype].itemsize
     num_full_layers = sum(window is None for window in model.layer_windows)
     num_sliding_layers = len(model.layer_windows) - num_full_layers
     longest = num_blocks_for(max_model_len)
@@ -227,7 +240,9 @@ def _groups(model: ModelConfig, scheduler: SchedulerConfig, dtype: Dtype, max_mo
     return full, sliding
 
 
-def _does_not_fit(model: ModelConfig, scheduler: SchedulerConfig, dtype: Dtype, max_model_len: int, memory_bytes: int, source: str) -> str:
+def _does_not_fit(
+    model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int, memory_bytes: int, source: str
+) -> str:
     def needed(length: int) -> int:
         full, sliding = _groups(model, scheduler, dtype, length)
         return full.minimum * full.block_bytes + sliding.minimum * sliding.block_bytes

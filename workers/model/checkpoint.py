@@ -20,6 +20,7 @@ from workers.config import ModelConfig, ParallelConfig, checkpoint_folder
 from workers.errors import CheckpointError, ConfigError
 from workers.model.experts import Experts
 from workers.model.gpt_oss import Attention, GptOss, Layer
+from workers.model.kv_scales import check_kv_scales, read_kv_scales
 from workers.model.linear import Linear
 from workers.model.mapped_files import MappedTensors
 from workers.model.safetensors_files import INDEX_FILE, StoredTensor, read_header, read_header_bytes, stored_tensors, weight_files
@@ -75,12 +76,13 @@ def load_model(
         final_norm = loader.whole(names.final_norm)
         lm_head = loader.rows(names.lm_head, shard.vocab)
         loader.report(progress)
+        kv_scales = read_kv_scales(tensors, config, shard.kv_heads, device)
         return GptOss(
             config=config,
             shard=shard,
             collectives=Alone() if collectives is None else collectives,
             embedding=embedding.result(),
-            layers=tuple(layer.result(config, shard, index) for index, layer in enumerate(layers)),
+            layers=tuple(layer.result(config, shard, index, kv_scales[index]) for index, layer in enumerate(layers)),
             final_norm=final_norm.result(),
             lm_head=Linear(lm_head.result()),
         )
@@ -115,7 +117,8 @@ def _add(digest: "hashlib._Hash", *parts: bytes) -> None:
 
 
 def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint by name, which are exactly those that `config` describes; only headers are read.
+    """The tensors of a checkpoint by name, which are exactly those that `config` describes, and scales of an fp8 KV cache if it brings
+    them; only headers are read.
 
     Raises:
         CheckpointError: as `load_model`.
@@ -127,6 +130,8 @@ def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
         if spec.name not in tensors:
             raise CheckpointError(f"{path}: tensor {spec.name} of shape {list(spec.shape)} is missing")
         _check_tensor(spec, unknown.pop(spec.name))
+    for name in check_kv_scales(tensors, config, path):
+        del unknown[name]
     for name, tensor in unknown.items():
         raise CheckpointError(
             f"{tensor.file}: tensor {name} of shape {list(tensor.shape)} is not part of the model that config.json describes"
@@ -182,7 +187,7 @@ class _PendingLayer:
         self._down = loader.experts(names.down, rows=None, columns=columns)
         self._down_bias = loader.expert_bias(names.down.bias, Span(0, config.hidden_size, config.hidden_size), here=shard.adds_down_bias)
 
-    def result(self, config: ModelConfig, shard: RankShard, index: int) -> Layer:
+    def result(self, config: ModelConfig, shard: RankShard, index: int, kv_scales: Tensor | None) -> Layer:
         """The layer, once all of it is there."""
         return Layer(
             attention_norm=self._attention_norm.result(),
@@ -194,6 +199,7 @@ class _PendingLayer:
                 num_kv_heads=shard.kv_heads.length,
                 head_dim=config.head_dim,
                 window=config.layer_windows[index],
+                kv_scales=kv_scales,
             ),
             experts_norm=self._experts_norm.result(),
             experts=Experts(

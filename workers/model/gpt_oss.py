@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import paged_attention, rope_and_store_kv
+from kernels.attention.fp8 import FP8
 from kernels.embedding import embed
 from kernels.mxfp4 import PackedMXFP4
 from kernels.pointwise import add_rms_norm, rms_norm, yarn_cos_sin
@@ -33,6 +34,7 @@ class Attention:
         sinks: [num_heads], fp32.
         num_heads, num_kv_heads: of this rank.
         window: keys a query sees, itself included; None for all. Also says which KV group the layer belongs to.
+        kv_scales: [2, num_kv_heads] fp32 of an fp8 KV cache; without effect on others. None: all 1.
     """
 
     qkv: Linear
@@ -42,6 +44,7 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     window: int | None
+    kv_scales: Tensor | None = None
 
     def __call__(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[T, hidden] → [T, hidden], this rank's summand; stores the new keys and values in `kv_cache` first.
@@ -55,8 +58,9 @@ class Attention:
             slot_mapping, block_table = batch.slot_mapping_full, batch.block_table_full
         else:
             slot_mapping, block_table = batch.slot_mapping_sliding, batch.block_table_sliding
+        kv_scales = self.kv_scales if kv_cache.dtype == FP8 else None
         attended = paged_attention(
-            rope_and_store_kv(qkv, self.num_heads, cos, sin, kv_cache, slot_mapping),
+            rope_and_store_kv(qkv, self.num_heads, cos, sin, kv_cache, slot_mapping, kv_scales=kv_scales),
             kv_cache,
             block_table,
             batch.context_lens,
@@ -64,6 +68,8 @@ class Attention:
             self.sinks,
             scale=self.head_dim**-0.5,
             window=self.window,
+            kv_scales=kv_scales,
+            max_query_len=batch.max_query_len,
         )
         return self.output(attended.reshape(x.shape[0], self.num_heads * self.head_dim))
 
@@ -98,7 +104,7 @@ class GptOss:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations, dense weights and KV caches."""
+        """Of activations and dense weights."""
         return self.embedding.dtype
 
     @property
@@ -120,7 +126,8 @@ class GptOss:
         """Run all layers over one step's tokens and store their keys and values.
 
         Args:
-            kv_caches: one for each layer, [2, num_blocks, block_size, num_kv_heads, head_dim] of the model's dtype; written to.
+            kv_caches: one for each layer, [2, num_blocks, block_size, num_kv_heads, head_dim] of the model's dtype or float8_e4m3fn;
+                written to.
         Returns:
             [T, hidden], after the final norm; `compute_logits` takes the rows of it that are wanted.
         """

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from kernels.mxfp4 import MX_BLOCK
-from workers.config import BLOCK_SIZE, Dtype, ModelConfig
-from workers.kv_cache.tensors import TORCH_DTYPES
+from workers.config import BLOCK_SIZE, Dtype, KVDtype, ModelConfig
+from workers.kv_cache.tensors import KV_TORCH_DTYPES, TORCH_DTYPES
 from workers.model.tensor_specs import PACKED_BYTES, tensor_names, tensor_specs
 from workers.parallel.shard import RankShard, Span
 
@@ -89,18 +89,18 @@ def rank_bytes(model: ModelConfig, shard: RankShard, dtype: Dtype, *, packed_exp
     )
 
 
-def kv_bytes(model: ModelConfig, shard: RankShard, dtype: Dtype) -> KVBytes:
+def kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype) -> KVBytes:
     """The KV cache that a rank needs, in whole blocks where that is how it is held."""
-    layer = 2 * shard.kv_heads.length * model.head_dim * TORCH_DTYPES[dtype].itemsize
+    layer = 2 * shard.kv_heads.length * model.head_dim * KV_TORCH_DTYPES[dtype].itemsize
     num_full = sum(window is None for window in model.layer_windows)
     window = model.sliding_window or 0
     sliding_tokens = -(-window // BLOCK_SIZE) * BLOCK_SIZE
     return KVBytes(per_token=layer * num_full, per_sequence=layer * (model.num_layers - num_full) * sliding_tokens)
 
 
-def sequence_kv_bytes(model: ModelConfig, shard: RankShard, dtype: Dtype, num_tokens: int) -> int:
+def sequence_kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype, num_tokens: int) -> int:
     """Keys and values on a rank that the last of a sequence's num_tokens sees: all in full layers, the window in sliding ones."""
-    layer = 2 * shard.kv_heads.length * model.head_dim * TORCH_DTYPES[dtype].itemsize
+    layer = 2 * shard.kv_heads.length * model.head_dim * KV_TORCH_DTYPES[dtype].itemsize
     return layer * sum(num_tokens if window is None else min(num_tokens, window) for window in model.layer_windows)
 
 

@@ -21,6 +21,7 @@ class StepBatch:
         context_lens: [S] int32, tokens in the cache once this step's are stored (computed + scheduled).
         cu_seqlens_q: [S + 1] int32, from 0 to T.
         sample_indices: [num_samples] int64, rows whose logits are wanted.
+        max_query_len: new tokens of a sequence at most, on the host: 1 where all decode.
     """
 
     token_ids: Tensor
@@ -32,3 +33,4 @@ class StepBatch:
     context_lens: Tensor
     cu_seqlens_q: Tensor
     sample_indices: Tensor
+    max_query_len: int

@@ -149,6 +149,14 @@ def _original_layer(config: ModelConfig, prefix: str) -> LayerNames:
     )
 
 
+def kv_scale_names(config: ModelConfig) -> list[tuple[str, str]]:
+    """(K's, V's) of each layer: tensors that a checkpoint may have beside those of `tensor_specs`; only in Hugging Face's layout."""
+    if config.layout == "original":
+        return []
+    stems = [f"model.layers.{layer}.self_attn" for layer in range(config.num_layers)]
+    return [(f"{stem}.k_scale", f"{stem}.v_scale") for stem in stems]
+
+
 def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
     """All tensors of a checkpoint, in the order of the forward pass."""
     names = tensor_names(config)

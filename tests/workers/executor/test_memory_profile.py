@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
-from workers.config import SchedulerConfig
+from workers.config import BLOCK_SIZE, KVDtype, SchedulerConfig
 from workers.executor import memory_profile
 from workers.executor.memory_profile import largest_batch, run_largest_step
 from workers.model.checkpoint import load_model
@@ -25,12 +25,15 @@ def test_the_largest_batch(max_num_seqs: int, max_num_batched_tokens: int, max_m
     assert batch.context_lens.max() <= max_model_len
     assert batch.cu_seqlens_q.tolist() == [0, *batch.context_lens.cumsum(0).tolist()]
     assert (batch.positions[batch.sample_indices] == batch.context_lens - 1).all()
+    assert batch.max_query_len == batch.context_lens.max()
+    assert batch.block_table_full.shape[1] * BLOCK_SIZE > max_model_len
 
 
-def test_the_model_runs_it_and_samples_every_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kv_dtype", ["float32", "fp8_e4m3"])
+def test_the_model_runs_it_and_samples_every_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_dtype: KVDtype) -> None:
     model = load_model(write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=CPU)
     sampled = []
     real = memory_profile.sample
     monkeypatch.setattr(memory_profile, "sample", lambda logits, batch: sampled.append(real(logits, batch).token_ids))
-    run_largest_step(model, SchedulerConfig(7, 300), 100)
+    run_largest_step(model, SchedulerConfig(7, 300), 100, kv_dtype)
     assert [len(token_ids) for token_ids in sampled] == [7]

@@ -82,7 +82,7 @@ def test_batches_equal_a_plain_simulation() -> None:
         uploaded = inputs.upload(arrays + rows.other_arrays())
         sample_indices, sampled_slots, table_at, table_ids = uploaded[len(arrays) :]
         device.set_blocks(table_at, table_ids)
-        batch = device.batch(uploaded[: len(arrays)], sample_indices, rows.num_blocks)
+        batch = device.batch(uploaded[: len(arrays)], sample_indices, rows.num_blocks, rows.max_query_len)
         where = [
             (seq_id, position)
             for seq_id, count in zip(seq_ids, counts, strict=True)

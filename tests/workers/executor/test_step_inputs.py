@@ -81,7 +81,7 @@ def test_padding_writes_and_reads_the_null_block_only() -> None:
     slots = SequenceSlots(max_num_seqs=9, max_model_len=33)
     device, inputs = DeviceSlots(slots, CPU), InputBuffers(CPU)
     assert device.padding_slot == 9
-    batch = device.batch(inputs.upload(rows.batch_arrays()), torch.zeros(0, dtype=torch.int64), slots.max_blocks)
+    batch = device.batch(inputs.upload(rows.batch_arrays()), torch.zeros(0, dtype=torch.int64), slots.max_blocks, 1)
     assert batch.block_table_full.unique().tolist() == batch.block_table_sliding.unique().tolist() == [NULL_BLOCK]
 
 
@@ -113,7 +113,7 @@ def test_a_padded_batch_computes_what_an_unpadded_one_does(tmp_path: Path) -> No
             sample_indices, sampled_slots, table_at, table_ids = uploaded[len(arrays) :]
             device.set_blocks(table_at, table_ids)
             width = rows.num_blocks if size is None else slots.max_blocks
-            hidden = model.forward(device.batch(uploaded[: len(arrays)], sample_indices, width), caches)[sample_indices]
+            hidden = model.forward(device.batch(uploaded[: len(arrays)], sample_indices, width, 1), caches)[sample_indices]
             device.newest.index_copy_(0, sampled_slots, torch.tensor([7, 8, 9]))
         return hidden
 
@@ -133,5 +133,5 @@ def test_a_token_that_only_the_device_knows_is_read_there() -> None:
     rows = slots.build(StepPlan(1, (), (), (1, 0), (1, 2), (1, 1), (True, True)))
     assert (rows.token_ids < 0).all()
     device.newest.index_copy_(0, torch.tensor([slots.slot(0), slots.slot(1)]), torch.tensor([50, 70]))
-    batch = device.batch(inputs.upload(rows.batch_arrays()), torch.zeros(0, dtype=torch.int64), 1)
+    batch = device.batch(inputs.upload(rows.batch_arrays()), torch.zeros(0, dtype=torch.int64), 1, 1)
     assert batch.token_ids.tolist() == [70, 50]

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kernels.mxfp4 import to_natural
-from workers.config import ModelConfig
+from workers.config import ModelConfig, ParallelConfig
 from workers.errors import CheckpointError
 from workers.model.checkpoint import fingerprint, load_model
 from workers.model.gpt_oss import GptOss
 from workers.model.make_checkpoint import write_checkpoint
+from workers.parallel.shard import plan_shards
 
 CONFIG = ModelConfig(
     vocab_size=70,
@@ -328,3 +329,41 @@ class TestFingerprint:
         (checkpoint / "model.safetensors").write_bytes(b"xx")
         with pytest.raises(CheckpointError, match="cut off"):
             fingerprint(checkpoint)
+
+
+class TestKVScales:
+    """Scales of an fp8 KV cache, which a checkpoint may bring."""
+
+    K, V = "model.layers.1.self_attn.k_scale", "model.layers.1.self_attn.v_scale"
+
+    def test_one_for_all_heads_or_one_for_each(self, checkpoint: Path) -> None:
+        change(checkpoint, lambda tensors: tensors.update({self.K: torch.tensor(0.25), self.V: torch.tensor([0.5, 3.0]).bfloat16()}))
+        layers = load(checkpoint).layers
+        assert layers[0].attention.kv_scales is None
+        scales = layers[1].attention.kv_scales
+        assert scales is not None
+        assert scales.dtype == torch.float32
+        assert scales.tolist() == [[0.25, 0.25], [0.5, 3.0]]
+
+    def test_a_rank_has_those_of_its_heads(self, checkpoint: Path) -> None:
+        change(checkpoint, lambda tensors: tensors.update({self.K: torch.tensor([0.5, 2.0]), self.V: torch.tensor([1.0, 4.0])}))
+        found = []
+        for shard in plan_shards(CONFIG, ParallelConfig(2, 1)):
+            scales = load_model(checkpoint, CONFIG, dtype=torch.float32, device=CPU, shard=shard).layers[1].attention.kv_scales
+            assert scales is not None
+            found.append(scales.tolist())
+        assert found == [[[0.5], [1.0]], [[2.0], [4.0]]]
+
+    @pytest.mark.parametrize(
+        ("k", "v", "named"),
+        [
+            (torch.tensor(1.0), None, "v_scale is missing"),
+            (torch.ones(3), torch.ones(3), "wanted floats of shape [], [1] or [2]"),
+            (torch.tensor(1), torch.tensor(1), "I64"),
+            (torch.tensor(0.0), torch.tensor(1.0), "positive"),
+            (torch.tensor(1.0), torch.tensor(torch.inf), "positive"),
+        ],
+    )
+    def test_bad_ones(self, checkpoint: Path, k: Tensor, v: Tensor | None, named: str) -> None:
+        change(checkpoint, lambda tensors: tensors.update({self.K: k} if v is None else {self.K: k, self.V: v}))
+        refusal(checkpoint, named)
