@@ -10,32 +10,61 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import native
-from kernels.mxfp4.layouts import MX_BLOCK, ROWS16, PackedMXFP4, register_layout
+from kernels.cpu.memory import zeros
+from kernels.mxfp4.layouts import MX_BLOCK, ROWS16, SCALE_NAN, InPlace, PackedMXFP4, register_layout
 
 ROWS = 16
+
+
+def shapes(num_rows: int, num_groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of an expert's blocks and scales.
+
+    Raises:
+        ValueError: N is not a multiple of 16.
+    """
+    if num_rows % ROWS:
+        raise ValueError(f"blocks must have a multiple of {ROWS} rows for the layout {ROWS16}, got {num_rows}")
+    return (num_rows // ROWS, 4 * num_groups, 64), (num_rows // ROWS, num_groups, ROWS)
+
+
+def write(packed_blocks: Tensor, packed_scales: Tensor, blocks: Tensor, scales: Tensor) -> None:
+    """One expert, on the caller's thread: [N, K/32, 16] and [N, K/32] natural, rows any distance apart, to the layout's; where it has more
+    rows or groups, these are left as they are.
+
+    Raises:
+        ValueError: N is not a multiple of 16; a scale is NaN.
+    """
+    num_rows, num_groups = scales.shape
+    shapes(num_rows, num_groups)
+    if blocks.stride()[1:] != (MX_BLOCK // 2, 1) or scales.stride(1) != 1:
+        blocks, scales = blocks.contiguous(), scales.contiguous()
+    arguments = native.PackArgs(
+        blocks=blocks.data_ptr(),
+        scales=scales.data_ptr(),
+        packed_blocks=native.pointer(packed_blocks),
+        packed_scales=native.pointer(packed_scales),
+        num_rows=num_rows,
+        num_groups=num_groups,
+        blocks_stride=blocks.stride(0),
+        scales_stride=scales.stride(0),
+        packed_groups=packed_scales.shape[1],
+    )
+    library = native.library()
+    assert library is not None, "called without the library"
+    if library.cantata_pack_rows16(ctypes.byref(arguments)):
+        raise ValueError(f"scales must not hold {SCALE_NAN}, which is NaN: the weights are damaged")
 
 
 def from_natural(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """[E, N, K/32, 16] and [E, N, K/32] → the layout's.
 
     Raises:
-        ValueError: N is not a multiple of 16.
+        ValueError: as `write`.
     """
     num_experts, num_rows, num_groups = scales.shape
-    if num_rows % ROWS:
-        raise ValueError(f"blocks must have a multiple of {ROWS} rows for the layout {ROWS16}, got {num_rows}")
-    packed_blocks = torch.empty(num_experts, num_rows // ROWS, 4 * num_groups, 64, dtype=torch.uint8)
-    packed_scales = torch.empty(num_experts, num_rows // ROWS, num_groups, ROWS, dtype=torch.uint8)
-    blocks, scales = blocks.contiguous(), scales.contiguous()
-    arguments = native.PackArgs(
-        blocks=native.pointer(blocks),
-        scales=native.pointer(scales),
-        packed_blocks=native.pointer(packed_blocks),
-        packed_scales=native.pointer(packed_scales),
-        num_rows=num_experts * num_rows,
-        num_groups=num_groups,
-    )
-    native.ready().cantata_pack_rows16(ctypes.byref(arguments))
+    packed_blocks, packed_scales = (zeros((num_experts, *shape), torch.uint8) for shape in shapes(num_rows, num_groups))
+    for expert in range(num_experts):
+        write(packed_blocks[expert], packed_scales[expert], blocks[expert], scales[expert])
     return packed_blocks, packed_scales
 
 
@@ -52,4 +81,4 @@ def to_natural(packed: PackedMXFP4) -> tuple[Tensor, Tensor]:
     return blocks, scales.contiguous()
 
 
-register_layout(ROWS16, from_natural=from_natural, to_natural=to_natural)
+register_layout(ROWS16, from_natural=from_natural, to_natural=to_natural, in_place=InPlace(shapes, write))

@@ -49,8 +49,7 @@ class PackArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("blocks", "scales", "packed_blocks", "packed_scales")),
-        ("num_rows", ctypes.c_int64),
-        ("num_groups", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_groups", "blocks_stride", "scales_stride", "packed_groups")),
     )
 
 
@@ -72,9 +71,13 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     loaded.cantata_isa.restype = ctypes.c_char_p
-    for name, arguments in (("linear", LinearArgs), ("experts", ExpertsArgs), ("pack_rows16", PackArgs)):
+    for name, arguments, result in (
+        ("linear", LinearArgs, None),
+        ("experts", ExpertsArgs, None),
+        ("pack_rows16", PackArgs, ctypes.c_int),
+    ):
         function = getattr(loaded, f"cantata_{name}")
-        function.restype, function.argtypes = None, (ctypes.POINTER(arguments),)
+        function.restype, function.argtypes = result, (ctypes.POINTER(arguments),)
     return loaded
 
 

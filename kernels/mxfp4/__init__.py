@@ -7,12 +7,15 @@ from kernels.mxfp4.layouts import (
     NATURAL,
     ROWS16,
     WGMMA,
+    InPlace,
     PackedMXFP4,
+    allocate,
     choose_layout,
     from_natural,
     layout_names,
     register_layout,
     to_natural,
+    write_expert,
 )
 from kernels.mxfp4.reference import pack, unpack, unpack_experts
 
@@ -21,7 +24,9 @@ __all__ = [
     "NATURAL",
     "ROWS16",
     "WGMMA",
+    "InPlace",
     "PackedMXFP4",
+    "allocate",
     "choose_layout",
     "from_natural",
     "layout_names",
@@ -30,4 +35,5 @@ __all__ = [
     "to_natural",
     "unpack",
     "unpack_experts",
+    "write_expert",
 ]

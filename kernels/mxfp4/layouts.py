@@ -7,12 +7,14 @@ layout keeps the expert as first axis of blocks and scales, so that single exper
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from kernels.backend import architecture, has_triton, triton_runs_on
 from kernels.cpu import native
+from kernels.cpu.memory import zeros
 
 MX_BLOCK = 32
 """Values that share a scale, along the contraction axis K."""
@@ -57,9 +59,24 @@ class PackedMXFP4:
 
 
 @dataclass(frozen=True, slots=True)
+class InPlace:
+    """How a layout is written expert by expert, without a tensor in between.
+
+    Attributes:
+        shapes: (N, K/32) → the shapes of one expert's blocks and scales.
+        write: (blocks, scales) of one expert in the layout, in memory of zeros, then natural [N, K/32, 16] and [N, K/32], of any distance
+            between rows and at most as many rows and groups: writes the former; a ValueError says that a scale is NaN.
+    """
+
+    shapes: Callable[[int, int], tuple[tuple[int, ...], tuple[int, ...]]]
+    write: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
 class _Layout:
     from_natural: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     to_natural: Callable[[PackedMXFP4], tuple[Tensor, Tensor]]
+    in_place: InPlace | None
 
 
 _LAYOUTS: dict[str, _Layout] = {}
@@ -70,18 +87,20 @@ def register_layout(
     *,
     from_natural: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     to_natural: Callable[[PackedMXFP4], tuple[Tensor, Tensor]],
+    in_place: InPlace | None = None,
 ) -> None:
     """Make a layout known, once, at import of the module that defines it.
 
     Args:
         from_natural: (blocks, scales) natural → (blocks, scales) of the layout.
         to_natural: the exact inverse, from a PackedMXFP4 of the layout.
+        in_place: a faster way for single experts; by default they are converted and copied.
     Raises:
         ValueError: the name is taken.
     """
     if name in _LAYOUTS:
         raise ValueError(f"name: layout {name!r} is already registered")
-    _LAYOUTS[name] = _Layout(from_natural, to_natural)
+    _LAYOUTS[name] = _Layout(from_natural, to_natural, in_place)
 
 
 def layout_names() -> tuple[str, ...]:
@@ -119,6 +138,60 @@ def from_natural(blocks: Tensor, scales: Tensor, layout: str = NATURAL) -> Packe
     num_experts, num_rows, num_groups = scales.shape
     converted = _lookup(layout).from_natural(blocks, scales)
     return PackedMXFP4(layout, *converted, (num_experts, num_rows, num_groups * MX_BLOCK))
+
+
+def allocate(shape: tuple[int, int, int], layout: str, device: torch.device) -> PackedMXFP4:
+    """Weights [E, N, K], all zero, for `write_expert`.
+
+    Raises:
+        ValueError: layout is unknown, or cannot hold the shape.
+    """
+    num_experts, num_rows, width = shape
+    parts = _expert_shapes(layout, num_rows, width // MX_BLOCK)
+    blocks, scales = (_zeros((num_experts, *part), device) for part in parts)
+    return PackedMXFP4(layout, blocks, scales, shape)
+
+
+def write_expert(packed: PackedMXFP4, index: int, blocks: Tensor, scales: Tensor) -> None:
+    """Write an expert of weights from `allocate`, once; other threads may write others.
+
+    Args:
+        blocks: [N, K/32, 16] uint8 natural, or fewer rows or groups: the others stay zero.
+        scales: [N, K/32] uint8.
+    Raises:
+        ValueError: a scale is NaN.
+    """
+    in_place = _lookup(packed.layout).in_place
+    if in_place is not None:
+        in_place.write(packed.blocks[index], packed.scales[index], blocks, scales)
+        return
+    num_rows, num_groups = packed.shape[1], packed.shape[2] // MX_BLOCK
+    one = from_natural(_padded(blocks, num_rows, num_groups), _padded(scales, num_rows, num_groups), packed.layout)
+    packed.blocks[index].copy_(one.blocks[0])
+    packed.scales[index].copy_(one.scales[0])
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return zeros(shape, torch.uint8) if device.type == "cpu" else torch.zeros(shape, dtype=torch.uint8, device=device)
+
+
+def _padded(part: Tensor, num_rows: int, num_groups: int) -> Tensor:
+    """[1, num_rows, num_groups, …]; code 0 is the value 0 whatever the scale."""
+    if part.shape[:2] == (num_rows, num_groups):
+        return part[None]
+    whole = part.new_zeros(1, num_rows, num_groups, *part.shape[2:])
+    whole[0, : part.shape[0], : part.shape[1]] = part
+    return whole
+
+
+@cache
+def _expert_shapes(layout: str, num_rows: int, num_groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    in_place = _lookup(layout).in_place
+    if in_place is not None:
+        return in_place.shapes(num_rows, num_groups)
+    scales = torch.zeros(1, num_rows, num_groups, dtype=torch.uint8)
+    one = from_natural(scales[..., None].expand(*scales.shape, MX_BLOCK // 2), scales, layout)
+    return one.blocks.shape[1:], one.scales.shape[1:]
 
 
 def to_natural(packed: PackedMXFP4) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,12 @@
-"""Tensors of checkpoint files without reading them: each file is mapped, a tensor is a view, and pages that were used are given back."""
+"""Tensors of checkpoint files without copying them: each file is mapped, a tensor is a view, and the kernel is told what is needed next and
+what no more."""
 
+import ctypes
+import errno
 import mmap
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +17,26 @@ from workers.model.safetensors_files import StoredTensor
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 _PAGE = mmap.PAGESIZE
+_POPULATE_READ = 22
+"""Linux 5.14; `mmap` has no name for it."""
+_ADVICE_BYTES = 256 << 10
+"""The kernel reads no more ahead at a time than its device's own limit, whatever it is asked for, and some have 128 or 256 KiB."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Consecutive bytes of a stored tensor, counted from the file's first."""
+
+    tensor: StoredTensor
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
 
 
 class MappedTensors:
@@ -20,45 +44,75 @@ class MappedTensors:
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
         self._tensors = tensors
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._files: dict[Path, Tensor] = {}
         self._lock = threading.Lock()
 
-    def view(self, name: str) -> Tensor:
-        """The whole tensor as stored. Only what is read of it is fetched; nobody may write to it.
+    def extent(self, name: str, first: int, last: int, dims: int = 1) -> Extent:
+        """Where the rows first:last are, the first `dims` dimensions taken as one."""
+        stored = self._tensors[name]
+        num_rows = 1
+        for size in stored.shape[:dims]:
+            num_rows *= size
+        row_bytes = stored.num_bytes // max(num_rows, 1)
+        return Extent(stored, stored.offset + first * row_bytes, stored.offset + last * row_bytes)
+
+    def view(self, name: str, first: int, last: int) -> Tensor:
+        """[last - first, …]: rows of the tensor as stored. Only what is read of them is fetched; nobody may write to them.
 
         Raises:
             CheckpointError: the file cannot be mapped.
         """
-        stored = self._tensors[name]
-        if stored.num_bytes == 0:
-            return torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
-        raw = torch.frombuffer(self._map(stored), dtype=torch.uint8, count=stored.num_bytes, offset=stored.offset)
-        if raw.data_ptr() % _DTYPES[stored.dtype].itemsize:
+        extent = self.extent(name, first, last)
+        dtype = _DTYPES[extent.tensor.dtype]
+        shape = (last - first, *extent.tensor.shape[1:])
+        if extent.num_bytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        raw = self._file(extent.tensor)[extent.start : extent.stop]
+        if raw.data_ptr() % dtype.itemsize:
             # The format leaves alignment to the writer; what is misaligned is copied.
             raw = raw.clone()
-        return raw.view(_DTYPES[stored.dtype]).view(stored.shape)
+        return raw.view(dtype).view(shape)
 
-    def release(self, name: str, part: int = 0, num_parts: int = 1) -> None:
-        """Give back the pages of a tensor, or of one of `num_parts` equal pieces along its first dimension; they stay in the file cache."""
-        stored = self._tensors[name]
-        with self._lock:
-            mapped = self._maps.get(stored.file)
-        if mapped is None:
-            return
-        piece = stored.num_bytes // num_parts
-        begin = stored.offset + part * piece
-        # Pages shared with a neighbour stay, unless the neighbour gives them back too.
-        first, last = -(-begin // _PAGE) * _PAGE, (begin + piece) // _PAGE * _PAGE
+    def read_ahead(self, extent: Extent) -> None:
+        """Begin to read the pages into the file cache; returns before they are there."""
+        for start in range(extent.start, extent.stop, _ADVICE_BYTES):
+            self._advise(extent.tensor, start, min(start + _ADVICE_BYTES, extent.stop), mmap.MADV_WILLNEED)
+
+    def fetch(self, extent: Extent) -> None:
+        """Wait for the pages and map them, which costs a fraction of a fault for each of them.
+
+        Raises:
+            CheckpointError: they cannot be read; touching them would have killed the process.
+        """
+        error = self._advise(extent.tensor, extent.start, extent.stop, _POPULATE_READ)
+        if error in (errno.EFAULT, errno.EIO):
+            reason = "its disk failed, or it was cut off while it was being loaded"
+            raise CheckpointError(f"{extent.tensor.file}: tensor {extent.tensor.name} cannot be read: {reason}")
+
+    def release(self, extent: Extent) -> None:
+        """Give back the pages, but for those shared with a neighbour; they stay in the file cache."""
+        first, last = -(-extent.start // _PAGE) * _PAGE, extent.stop // _PAGE * _PAGE
         if last > first:
-            mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+            self._advise(extent.tensor, first, last, mmap.MADV_DONTNEED)
 
-    def _map(self, stored: StoredTensor) -> mmap.mmap:
+    def _advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> int:
+        """The error number, 0 for none."""
+        first = start // _PAGE * _PAGE
+        if stop <= first:
+            return 0
+        ctypes.set_errno(0)
+        _libc.madvise(self._file(tensor).data_ptr() + first, stop - first, advice)
+        return ctypes.get_errno()
+
+    def _file(self, stored: StoredTensor) -> Tensor:
+        """All bytes of a tensor's file."""
         with self._lock:
-            if stored.file not in self._maps:
+            if stored.file not in self._files:
                 try:
                     with stored.file.open("rb") as file:
                         # Private and writable, because torch warns of buffers that are not; it is never written to.
-                        self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-                except OSError as error:
+                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                except (OSError, ValueError) as error:
                     raise CheckpointError(f"{stored.file}: tensor {stored.name} cannot be read: {error}") from error
-            return self._maps[stored.file]
+                self._files[stored.file] = torch.frombuffer(mapped, dtype=torch.uint8)
+            return self._files[stored.file]

@@ -50,7 +50,7 @@ EXPORT void cantata_linear(const cantata::LinearArgs* args) { cantata::chosen->l
 
 EXPORT void cantata_experts(const cantata::ExpertsArgs* args) { cantata::chosen->experts(*args); }
 
-EXPORT void cantata_pack_rows16(const cantata::PackArgs* args) { cantata::chosen->pack(*args); }
+EXPORT int cantata_pack_rows16(const cantata::PackArgs* args) { return cantata::chosen->pack(*args); }
 
 EXPORT int cantata_attention(const cantata::AttentionArgs* args) { return cantata::chosen->step.attention(*args); }
 

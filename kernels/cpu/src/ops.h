@@ -39,11 +39,11 @@ struct ExpertsArgs {
 };
 
 struct PackArgs {
-  const uint8_t* blocks;   // [num_rows, num_groups, 16], a checkpoint's
-  const uint8_t* scales;   // [num_rows, num_groups]
-  uint8_t* packed_blocks;  // [num_rows / 16, 4 * num_groups, 64]
-  uint8_t* packed_scales;  // [num_rows / 16, num_groups, 16]
-  int64_t num_rows, num_groups;
+  const uint8_t* blocks;   // [num_rows, num_groups, 16], a checkpoint's; rows blocks_stride bytes apart
+  const uint8_t* scales;   // [num_rows, num_groups], rows scales_stride bytes apart
+  uint8_t* packed_blocks;  // [num_rows / 16, 4 * packed_groups, 64], of which the first num_groups are written
+  uint8_t* packed_scales;  // [num_rows / 16, packed_groups, 16]
+  int64_t num_rows, num_groups, blocks_stride, scales_stride, packed_groups;
 };
 
 // What an operation that reads indices found wrong with them; it has written nothing then.
@@ -132,7 +132,7 @@ struct Ops {
   const char* name;
   void (*linear)(const LinearArgs&);
   void (*experts)(const ExpertsArgs&);
-  void (*pack)(const PackArgs&);
+  bool (*pack)(const PackArgs&);  // on the caller's thread; whether a scale is NaN
   StepOps step;
 };
 

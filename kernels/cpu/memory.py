@@ -1,0 +1,26 @@
+"""Memory for weights: on huge pages, which are filled twice as fast as small ones and read half as fast again."""
+
+import mmap
+from contextlib import suppress
+from math import prod
+
+import torch
+from torch import Tensor
+
+_HUGE_PAGE = 2 << 20
+"""Of x86 and of ARM with pages of 4 KiB."""
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A CPU tensor of zeros that takes no memory before it is written to; a large one is on huge pages where the system has them."""
+    num_bytes = prod(shape) * dtype.itemsize
+    if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
+    area = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    raw = torch.frombuffer(area, dtype=torch.uint8)
+    begin = -raw.data_ptr() % _HUGE_PAGE
+    # Not to the end of the area: the last page would be a huge one too, and mostly empty.
+    small = mmap.PAGESIZE
+    with suppress(OSError):  # a kernel without huge pages
+        area.madvise(mmap.MADV_HUGEPAGE, begin, -(-num_bytes // small) * small)
+    return raw[begin : begin + num_bytes].view(dtype).view(shape)

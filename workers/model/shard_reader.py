@@ -1,0 +1,130 @@
+"""Reads a shard: what is wanted is planned piece by piece, then done in the order of the files by several threads, the disk kept busy
+ahead of them."""
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.model.mapped_files import Extent, MappedTensors
+from workers.model.safetensors_files import StoredTensor
+
+_PIECE_BYTES = 8 << 20
+"""Of dense tensors; about an expert's. Small enough to spread over the threads, large enough that Python does not count."""
+_AHEAD_BYTES = 64 << 20
+"""Read ahead of the threads: keeps a fast disk busy and is a small part of any memory."""
+_MAX_THREADS = 16
+"""More do not copy faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    extents: tuple[Extent, ...]
+    move: Callable[[], None]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(extent.num_bytes for extent in self.extents)
+
+
+class ShardReader:
+    """Plans and carries out the reading of a rank's slices; whoever plans a piece owns the memory it goes to."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self.files = MappedTensors(tensors)
+        self._tensors = tensors
+        self._pieces: list[_Piece] = []
+
+    @property
+    def extents(self) -> list[Extent]:
+        """What will be read, in the order of the files."""
+        return sorted((extent for piece in self._pieces for extent in piece.extents), key=lambda extent: (extent.tensor.file, extent.start))
+
+    def add(self, extents: Sequence[Extent], move: Callable[[], None]) -> None:
+        """Plan a piece: `move` runs on any thread when the extents are in memory, and takes what it wants of them from `files`."""
+        self._pieces.append(_Piece(tuple(extents), move))
+
+    def copy(self, to: Tensor, name: str, first: int = 0, *, columns: slice | None = None) -> None:
+        """Plan copying a tensor's rows from `first` on, as many as `to` has, into it; of each row `columns`."""
+        row_bytes = self.files.extent(name, 0, 1).num_bytes
+        step = max(1, _PIECE_BYTES // max(row_bytes, 1))
+        for start in range(0, to.shape[0], step):
+            part = to[start : start + step]
+            self._add_copy(part, name, first + start, columns)
+
+    def _add_copy(self, to: Tensor, name: str, first: int, columns: slice | None) -> None:
+        last = first + to.shape[0]
+
+        def move() -> None:
+            stored = self.files.view(name, first, last)
+            copy_values(to, stored if columns is None else stored[:, columns])
+
+        self.add([self.files.extent(name, first, last)], move)
+
+    def run(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Do all that is planned.
+
+        Args:
+            progress: called with (pieces done, pieces in all) after each one, on this thread.
+        Raises:
+            CheckpointError: the first thing that was wrong; what is still to do is left.
+        """
+        self._pieces.sort(key=lambda piece: (piece.extents[0].tensor.file, piece.extents[0].start))
+        ahead = _ReadAhead(self.files, self._pieces)
+
+        def do(index: int) -> None:
+            piece = self._pieces[index]
+            ahead.reach(index)
+            for extent in piece.extents:
+                self.files.fetch(extent)
+            piece.move()
+            for extent in piece.extents:
+                self.files.release(extent)
+
+        pool = ThreadPoolExecutor(min(_MAX_THREADS, torch.get_num_threads()), thread_name_prefix="cantata-load")
+        try:
+            jobs = [pool.submit(do, index) for index in range(len(self._pieces))]
+            for done, job in enumerate(jobs, start=1):
+                job.result()
+                if progress is not None:
+                    progress(done, len(jobs))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _ReadAhead:
+    """Asks the kernel for pieces a bounded number of bytes before they are worked on."""
+
+    def __init__(self, files: MappedTensors, pieces: Sequence[_Piece]) -> None:
+        self._files = files
+        self._pieces = pieces
+        self._ends = list(accumulate(piece.num_bytes for piece in pieces))
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def reach(self, index: int) -> None:
+        """Piece `index` is being worked on; asks for those that follow it."""
+        if not self._lock.acquire(blocking=False):
+            return  # another thread is asking
+        try:
+            last = bisect_left(self._ends, self._ends[index] + _AHEAD_BYTES)
+            for piece in self._pieces[max(self._next, index + 1) : last]:
+                for extent in piece.extents:
+                    self._files.read_ahead(extent)
+            self._next = max(self._next, last)
+        finally:
+            self._lock.release()
+
+
+def copy_values(to: Tensor, stored: Tensor) -> None:
+    """Copy, converting the dtype where it differs; without that, on this thread alone, for the caller is one of several."""
+    if to.device.type == "cpu" and to.dtype == stored.dtype and to.stride(-1) == stored.stride(-1) == 1:
+        np.copyto(to.view(torch.uint8).numpy(), stored.view(torch.uint8).numpy())
+    else:
+        to.copy_(stored)
