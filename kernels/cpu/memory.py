@@ -4,6 +4,7 @@ import mmap
 from contextlib import suppress
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +15,11 @@ _HUGE_PAGE = 2 << 20
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A CPU tensor of zeros that takes no memory before it is written to; a large one is on huge pages where the system has them."""
     num_bytes = prod(shape) * dtype.itemsize
-    if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if num_bytes == 0:
         return torch.zeros(shape, dtype=dtype)
+    if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        # numpy's come from calloc; torch's are written to, by threads.
+        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
     area = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     raw = torch.frombuffer(area, dtype=torch.uint8)
     begin = -raw.data_ptr() % _HUGE_PAGE

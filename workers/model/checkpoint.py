@@ -72,7 +72,7 @@ def load_model(
 
 
 def touched_extents(path: Path, config: ModelConfig, shard: RankShard) -> list[Extent]:
-    """The bytes of the files that loading a shard reads, in their order, for a benchmark to read them plainly.
+    """What loading a shard reads of the files, in their order: whole rows where the rank takes a part of each.
 
     Raises:
         CheckpointError: as `load_model`.

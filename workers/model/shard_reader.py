@@ -21,6 +21,8 @@ _AHEAD_BYTES = 64 << 20
 """Read ahead of the threads: keeps a fast disk busy and is a small part of any memory."""
 _MAX_THREADS = 16
 """More do not copy faster."""
+_TORCH_GRAIN = 32768
+"""Elements from which on torch brings in threads of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +125,12 @@ class _ReadAhead:
 
 
 def copy_values(to: Tensor, stored: Tensor) -> None:
-    """Copy, converting the dtype where it differs; without that, on this thread alone, for the caller is one of several."""
-    if to.device.type == "cpu" and to.dtype == stored.dtype and to.stride(-1) == stored.stride(-1) == 1:
+    """Copy, converting the dtype where it differs, on this thread alone: the caller is one of several."""
+    if to.device.type != "cpu" or stored.stride(-1) != 1:
+        to.copy_(stored)  # a transposed matrix as a whole: torch goes by tiles then, on this thread
+    elif to.dtype == stored.dtype and to.stride(-1) == 1:
         np.copyto(to.view(torch.uint8).numpy(), stored.view(torch.uint8).numpy())
     else:
-        to.copy_(stored)
+        num_rows = max(1, (_TORCH_GRAIN - 1) // max(1, to[:1].numel()))
+        for start in range(0, to.shape[0], num_rows):
+            to[start : start + num_rows].copy_(stored[start : start + num_rows])
