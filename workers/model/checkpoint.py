@@ -123,7 +123,8 @@ def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     unknown = dict(tensors)
     for spec in tensor_specs(config):
         if spec.name not in tensors:
-            raise CheckpointError(f"{path}: tensor {spec.name} of shape {list(spec.shape)} is missing")
+            files = weight_files(path)
+            raise CheckpointError(f"{files[0] if len(files) == 1 else path}: tensor {spec.name} of shape {list(spec.shape)} is missing")
         _check_tensor(spec, unknown.pop(spec.name))
     for name in check_kv_scales(tensors, config, path):
         del unknown[name]

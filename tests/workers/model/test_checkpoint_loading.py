@@ -157,7 +157,7 @@ class TestLoaded:
 class TestWrongTensors:
     def test_missing(self, checkpoint: Path) -> None:
         change(checkpoint, lambda tensors: tensors.pop(Q_WEIGHT))
-        refusal(checkpoint, Q_WEIGHT, "[48, 64]", "missing")
+        refusal(checkpoint, "model.safetensors", Q_WEIGHT, "[48, 64]", "missing")
 
     def test_unknown(self, checkpoint: Path) -> None:
         change(checkpoint, lambda tensors: tensors.update(extra_bias=torch.zeros(3)))
