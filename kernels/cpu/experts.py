@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import native
+from kernels.cpu.pointwise import converted
 from kernels.mxfp4 import ROWS16, PackedMXFP4
 
 
 def can_run(x: Tensor, gate_up: PackedMXFP4, down: PackedMXFP4, bias_dtype: torch.dtype) -> bool:
     """Whether `fused_experts` takes these: CPU tensors, weights in its layout, biases fp32 or bf16."""
     in_layout = gate_up.layout == down.layout == ROWS16
-    return in_layout and x.device.type == "cpu" and bias_dtype in native.DATA_TYPES and native.library() is not None
+    return in_layout and x.is_cpu and bias_dtype in native.DATA_TYPES and native.library() is not None
 
 
 def fused_experts(
@@ -35,7 +36,7 @@ def fused_experts(
     num_tokens, hidden = x.shape
     num_experts, double_width, _ = gate_up.shape
     top_k = topk_ids.shape[1]
-    wide = x.float().contiguous()
+    wide = converted(x, torch.float32).contiguous()
     ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.contiguous()
     gate_up_bias, down_bias = gate_up_bias.contiguous(), down_bias.contiguous()
     out = torch.empty(num_tokens, hidden)
@@ -67,4 +68,4 @@ def fused_experts(
         bias_type=native.DATA_TYPES[gate_up_bias.dtype],
     )
     native.ready().cantata_experts(ctypes.byref(arguments))
-    return out.to(x.dtype)
+    return converted(out, x.dtype)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import native
+from kernels.cpu.pointwise import converted
 
 
 def can_run(x: Tensor) -> bool:
     """Whether `linear` takes x: fp32 or bf16 on the CPU. A BLAS may be faster for many rows, but not the same for any number of them."""
-    return x.device.type == "cpu" and x.dtype in native.DATA_TYPES and native.library() is not None
+    return x.is_cpu and x.dtype in native.DATA_TYPES and native.library() is not None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -18,7 +19,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     A row's result is the same, bit for bit, whatever the other rows and the number of threads.
     """
-    wide = x.float().contiguous()
+    wide = converted(x, torch.float32).contiguous()
     weight = weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
     out = torch.empty(x.shape[0], weight.shape[0])
@@ -33,4 +34,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight_type=native.DATA_TYPES[weight.dtype],
     )
     native.ready().cantata_linear(ctypes.byref(arguments))
-    return out.to(x.dtype)
+    return converted(out, x.dtype)

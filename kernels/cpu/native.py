@@ -14,7 +14,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 4
 """Of the functions and structures; src/dispatch.cpp says the same."""
 DATA_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """src/ops.h `DataType`."""
@@ -71,6 +71,7 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     loaded.cantata_isa.restype = ctypes.c_char_p
+    loaded.cantata_run_program.restype = ctypes.c_int64
     for name, arguments, result in (
         ("linear", LinearArgs, None),
         ("experts", ExpertsArgs, None),
@@ -106,11 +107,10 @@ Observer = Callable[[str, Any, float], None]
 
 
 class _Observed:
-    """The library with an observer of its operations."""
+    """The library with observers of its operations."""
 
-    def __init__(self, loaded: ctypes.CDLL, observer: Observer) -> None:
+    def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
-        self._observer = observer
 
     def __getattr__(self, name: str) -> Callable[[Any], Any]:
         function = getattr(self._loaded, name)
@@ -118,27 +118,42 @@ class _Observed:
         def observed(reference: Any) -> Any:
             started = time.perf_counter()
             result = function(reference)
-            self._observer(name.removeprefix("cantata_"), reference._obj, time.perf_counter() - started)
+            report(name.removeprefix("cantata_"), reference._obj, time.perf_counter() - started)
             return result
 
         setattr(self, name, observed)
         return observed
 
 
-_observed: list[_Observed] = []
+_observers: list[Observer] = []
 
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Report every operation of this process to `observer`, on the thread that runs it, until the context ends. Not to be nested."""
-    loaded = library()
-    assert not _observed, "operations are observed already"
-    if loaded is not None:
-        _observed.append(_Observed(loaded, observer))
+    """Report every operation of this process to `observer`, on the thread that runs it, until the context ends."""
+    _observers.append(observer)
     try:
         yield
     finally:
-        _observed.clear()
+        _observers.remove(observer)
+
+
+def observed() -> bool:
+    """Whether anybody observes."""
+    return bool(_observers)
+
+
+def report(name: str, arguments: Any, seconds: float) -> None:
+    """Tell the observers of an operation."""
+    for observer in list(_observers):
+        observer(name, arguments, seconds)
+
+
+@cache
+def _observed_library() -> _Observed:
+    loaded = library()
+    assert loaded is not None
+    return _Observed(loaded)
 
 
 def ready() -> Any:
@@ -148,7 +163,7 @@ def ready() -> Any:
     threads = torch.get_num_threads()
     if threads != loaded.cantata_num_threads():
         loaded.cantata_set_threads(threads)
-    return _observed[0] if _observed else loaded
+    return _observed_library() if _observers else loaded
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -156,5 +171,22 @@ def pointer(tensor: Tensor | None) -> int:
     if tensor is None:
         return 0
     assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
+    assert tensor.is_cpu
     return tensor.data_ptr()
+
+
+def address_of(name: str) -> int:
+    """Of the function of an operation."""
+    loaded = library()
+    assert loaded is not None
+    address = ctypes.cast(getattr(loaded, f"cantata_{name}"), ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+def run_program(calls: int, count: int) -> int:
+    """Run `count` calls at that address (src/ops.h `Call`); returns how many were done before one refused its arguments."""
+    ready()
+    loaded = library()
+    assert loaded is not None
+    return int(loaded.cantata_run_program(ctypes.c_void_p(calls), ctypes.c_int64(count)))

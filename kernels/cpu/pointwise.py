@@ -1,6 +1,7 @@
-"""RMSNorm, alone and with the residual add before it."""
+"""Embedding, RMSNorm, alone and with the residual add before it, rotary angles, and conversions between fp32 and bf16."""
 
 import ctypes
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,9 +23,35 @@ class _NormArgs(ctypes.Structure):
     )
 
 
+class _EmbedArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("token_ids", "weight", "out")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_rows", "width", "first_id")),
+        ("type", ctypes.c_int32),
+    )
+
+
+class _YarnArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("positions", "frequencies", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "half")),
+        ("concentration", ctypes.c_float),
+    )
+
+
+class _ConvertArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (("from", ctypes.c_void_p), ("to", ctypes.c_void_p), ("count", ctypes.c_int64), ("to_type", ctypes.c_int32))
+
+
 def can_run(x: Tensor, weight: Tensor) -> bool:
     """Whether the norms take these: fp32 or bf16 on a CPU."""
-    return x.device.type == "cpu" and x.dtype in native.DATA_TYPES and weight.dtype in native.DATA_TYPES and native.library() is not None
+    return x.is_cpu and x.dtype in native.DATA_TYPES and weight.dtype in native.DATA_TYPES and native.library() is not None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,4 +84,72 @@ def _run(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         native.DATA_TYPES[weight.dtype],
     )
     native.ready().cantata_norm(ctypes.byref(arguments))
+    return out
+
+
+def embed(token_ids: Tensor, weight: Tensor, first_id: int) -> Tensor:
+    """As `kernels.embedding.reference.embed`, which see; arguments have been checked there."""
+    token_ids, weight = token_ids.contiguous(), weight.contiguous()
+    num_rows, width = weight.shape
+    out = torch.empty(len(token_ids), width, dtype=weight.dtype)
+    arguments = _EmbedArgs(
+        native.pointer(token_ids),
+        native.pointer(weight),
+        native.pointer(out),
+        len(token_ids),
+        num_rows,
+        width,
+        first_id,
+        native.DATA_TYPES[weight.dtype],
+    )
+    native.ready().cantata_embed(ctypes.byref(arguments))
+    return out
+
+
+def can_rotate(positions: Tensor) -> bool:
+    """Whether `yarn_cos_sin` takes these positions: on a CPU."""
+    return positions.is_cpu and native.library() is not None
+
+
+@cache
+def frequencies(
+    head_dim: int,
+    theta: float,
+    factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    original_max_position_embeddings: int,
+    truncate: bool,
+) -> Tensor:
+    """`reference.yarn_frequencies`, computed once."""
+    return reference.yarn_frequencies(head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate)
+
+
+def yarn_cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of `positions * frequencies`, times the concentration.
+
+    Args:
+        positions: [T] integer.
+        frequencies: [half] fp32.
+    Returns:
+        (cos, sin), each [T, half] fp32.
+    """
+    positions, frequencies = positions.long().contiguous(), frequencies.contiguous()
+    shape = (len(positions), len(frequencies))
+    cos, sin = torch.empty(shape), torch.empty(shape)
+    arguments = _YarnArgs(
+        native.pointer(positions), native.pointer(frequencies), native.pointer(cos), native.pointer(sin), *shape, concentration
+    )
+    native.ready().cantata_yarn(ctypes.byref(arguments))
+    return cos, sin
+
+
+def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)` for fp32 and bf16 on a CPU; x itself if it is of that dtype."""
+    if x.dtype == dtype:
+        return x
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=dtype)
+    arguments = _ConvertArgs(native.pointer(x), native.pointer(out), x.numel(), native.DATA_TYPES[dtype])
+    native.ready().cantata_convert(ctypes.byref(arguments))
     return out

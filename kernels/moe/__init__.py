@@ -57,32 +57,13 @@ def fused_experts(
             num_experts=total,
             mxfp8_activations=mxfp8_activations,
         )
-    if (
-        isinstance(gate_up, PackedMXFP4)
-        and isinstance(down, PackedMXFP4)
-        and gate_up_bias.dtype == down_bias.dtype
-        and cpu.can_run(x, gate_up, down, gate_up_bias.dtype)
-        and not mxfp8_activations
-    ):
-        reference.check_ids(topk_ids, total)
-        return cpu.fused_experts(
-            x,
-            topk_ids,
-            topk_weights,
-            gate_up,
-            gate_up_bias,
-            down,
-            down_bias,
-            swiglu_limit=swiglu_limit,
-            swiglu_alpha=swiglu_alpha,
-            first_expert=first_expert,
-        )
-    return reference.fused_experts(
+    reference.check_ids(topk_ids, total)
+    return _without_triton(
         *arguments,
         swiglu_limit=swiglu_limit,
         swiglu_alpha=swiglu_alpha,
         first_expert=first_expert,
-        num_experts=num_experts,
+        num_experts=total,
         mxfp8_activations=mxfp8_activations,
     )
 
@@ -108,10 +89,11 @@ def gated_experts(
     """
     weights = (gate_up, gate_up_bias, down, down_bias)
     if not _triton_takes(x, gate_up, down, mxfp8_activations):
-        return fused_experts(
-            x,
-            *gate_topk(gate_logits, k),
-            *weights,
+        arguments = (x, *gate_topk(gate_logits, k), *weights)
+        reference.check_experts(*arguments, first_expert, gate_logits.shape[1])
+        reference.check_mxfp8(mxfp8_activations, gate_up, down)
+        return _without_triton(
+            *arguments,
             swiglu_limit=swiglu_limit,
             swiglu_alpha=swiglu_alpha,
             first_expert=first_expert,
@@ -143,3 +125,54 @@ def _triton_takes(x: Tensor, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | 
     from kernels.moe import grouped
 
     return grouped.can_run(x, gate_up, down, mxfp8_activations)
+
+
+def _without_triton(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: PackedMXFP4 | Tensor,
+    gate_up_bias: Tensor,
+    down: PackedMXFP4 | Tensor,
+    down_bias: Tensor,
+    *,
+    swiglu_limit: float,
+    swiglu_alpha: float,
+    first_expert: int,
+    num_experts: int,
+    mxfp8_activations: bool,
+) -> Tensor:
+    """By the C++ kernel or the reference; arguments, ids among them, have been checked."""
+    if (
+        isinstance(gate_up, PackedMXFP4)
+        and isinstance(down, PackedMXFP4)
+        and gate_up_bias.dtype == down_bias.dtype
+        and cpu.can_run(x, gate_up, down, gate_up_bias.dtype)
+        and not mxfp8_activations
+    ):
+        return cpu.fused_experts(
+            x,
+            topk_ids,
+            topk_weights,
+            gate_up,
+            gate_up_bias,
+            down,
+            down_bias,
+            swiglu_limit=swiglu_limit,
+            swiglu_alpha=swiglu_alpha,
+            first_expert=first_expert,
+        )
+    return reference.fused_experts(
+        x,
+        topk_ids,
+        topk_weights,
+        gate_up,
+        gate_up_bias,
+        down,
+        down_bias,
+        swiglu_limit=swiglu_limit,
+        swiglu_alpha=swiglu_alpha,
+        first_expert=first_expert,
+        num_experts=num_experts,
+        mxfp8_activations=mxfp8_activations,
+    )

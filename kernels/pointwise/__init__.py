@@ -44,21 +44,22 @@ def yarn_cos_sin(
     truncate: bool,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.pointwise.reference.yarn_cos_sin`, which defines it, by the kernel for this device."""
-    if not runs_triton(positions):
-        return reference.yarn_cos_sin(
-            positions,
-            head_dim,
-            theta=theta,
-            factor=factor,
-            beta_fast=beta_fast,
-            beta_slow=beta_slow,
-            original_max_position_embeddings=original_max_position_embeddings,
-            truncate=truncate,
-        )
-    from kernels.pointwise import yarn
-
     reference.check_positions(positions, head_dim)
-    frequencies = yarn.frequencies(
-        positions.device, head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate
+    shape = (head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate)
+    concentration = reference.yarn_concentration(factor)
+    if runs_triton(positions):
+        from kernels.pointwise import yarn
+
+        return yarn.yarn_cos_sin(positions, yarn.frequencies(positions.device, *shape), concentration)
+    if cpu.can_rotate(positions):
+        return cpu.yarn_cos_sin(positions, cpu.frequencies(*shape), concentration)
+    return reference.yarn_cos_sin(
+        positions,
+        head_dim,
+        theta=theta,
+        factor=factor,
+        beta_fast=beta_fast,
+        beta_slow=beta_slow,
+        original_max_position_embeddings=original_max_position_embeddings,
+        truncate=truncate,
     )
-    return yarn.yarn_cos_sin(positions, frequencies, reference.yarn_concentration(factor))

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.backend import architecture
 from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from workers.errors import ConfigError
+from workers.executor.cpu_program import programs_run
 from workers.executor.kernel_choice import describe_device, kernel_choices, not_capturable, slow_on_gpu
 from workers.executor.memory_profile import activation_bytes
 from workers.executor.runner import PendingStep, Runner
@@ -155,6 +156,8 @@ class Rank:
         runner = Runner(self._model, kv_caches, max_num_seqs=self._config.scheduler.max_num_seqs, max_model_len=self._max_model_len)
         if self._device.type == "cuda" and not self._config.enforce_eager:
             self._capture_graphs(self._model, runner)
+        if self._device.type == "cpu" and self._collectives.size == 1 and programs_run() and not self._config.enforce_eager:
+            runner.record_programs()
         self._runner = runner
 
     def step(self, plan: StepPlan) -> StepResult:

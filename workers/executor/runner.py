@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.sampling import SampleOutput, sample
+from workers.executor.cpu_program import DecodePrograms
 from workers.executor.cuda_graph import DecodeGraphs, GraphReport
 from workers.executor.sampling_state import SamplingState, TokenListener
 from workers.executor.slots import DeviceSlots, SequenceSlots, StepRows
@@ -111,7 +112,7 @@ class Runner:
         self._device_slots = DeviceSlots(self._slots, model.device)
         self._inputs = InputBuffers(model.device)
         self._sampling = SamplingState(max_num_seqs)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: DecodeGraphs | DecodePrograms | None = None
         self._next_step = 0
         # Steps whose tokens some sequence's next token depends on, and which may not have come yet.
         self._unheard: deque[PendingStep] = deque()
@@ -122,8 +123,13 @@ class Runner:
         Args:
             progress: called with ("capture graphs", done, total).
         """
-        self._graphs = DecodeGraphs(self._slots, self._device_slots, lambda batch: self._model.forward(batch, self._kv_caches))
-        return self._graphs.capture(progress)
+        graphs = DecodeGraphs(self._slots, self._device_slots, lambda batch: self._model.forward(batch, self._kv_caches))
+        self._graphs = graphs
+        return graphs.capture(progress)
+
+    def record_programs(self) -> None:
+        """Run decode steps as programs of C++ operations (CPU only, one rank)."""
+        self._graphs = DecodePrograms(self._slots, self._device_slots, lambda batch: self._model.forward(batch, self._kv_caches))
 
     def step(self, plan: StepPlan) -> StepResult:
         """`launch` and wait for the result."""

@@ -1,5 +1,6 @@
 // What Python calls. The instruction set is chosen once, from what the processor and the operating system offer.
 #include <string.h>
+#include <time.h>
 
 #include <initializer_list>
 
@@ -34,7 +35,7 @@ const Ops* chosen = find(nullptr);
 }  // namespace
 }  // namespace cantata
 
-EXPORT int cantata_version() { return 2; }
+EXPORT int cantata_version() { return 4; }
 
 EXPORT const char* cantata_isa() { return cantata::chosen->name; }
 
@@ -63,3 +64,30 @@ EXPORT void cantata_gate_topk(const cantata::GateTopkArgs* args) { cantata::chos
 EXPORT void cantata_sample(const cantata::SampleArgs* args) { cantata::chosen->step.sample(*args); }
 
 EXPORT void cantata_logprobs(const cantata::LogprobArgs* args) { cantata::chosen->step.logprobs(*args); }
+
+EXPORT void cantata_embed(const cantata::EmbedArgs* args) { cantata::chosen->step.embed(*args); }
+
+EXPORT void cantata_yarn(const cantata::YarnArgs* args) { cantata::chosen->step.yarn(*args); }
+
+EXPORT void cantata_convert(const cantata::ConvertArgs* args) { cantata::chosen->step.convert(*args); }
+
+// Calls the operations one after the other; stops at the first that returns another status than kDone. Returns its index, or the count.
+EXPORT int64_t cantata_run_program(const cantata::Call* calls, int64_t count) {
+  const auto now = [] {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    const double started = calls[i].seconds == nullptr ? 0.0 : now();
+    int status = cantata::kDone;
+    if (calls[i].returns_status) {
+      status = reinterpret_cast<int (*)(const void*)>(calls[i].function)(calls[i].arguments);
+    } else {
+      reinterpret_cast<void (*)(const void*)>(calls[i].function)(calls[i].arguments);
+    }
+    if (calls[i].seconds != nullptr) *calls[i].seconds = now() - started;
+    if (status != cantata::kDone) return i;
+  }
+  return count;
+}

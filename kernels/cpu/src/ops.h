@@ -119,6 +119,38 @@ struct LogprobArgs {
   int64_t num_rows, vocab, row_stride, num_top;
 };
 
+struct EmbedArgs {
+  const int64_t* token_ids;  // [num_tokens]
+  const void* weight;        // [num_rows, width] of type, tokens first_id to first_id + num_rows - 1
+  void* out;                 // [num_tokens, width] of type
+  int64_t num_tokens, num_rows, width, first_id;
+  int32_t type;
+};
+
+struct YarnArgs {
+  const int64_t* positions;  // [num_tokens]
+  const float* frequencies;  // [half]
+  float* cos;                // [num_tokens, half]
+  float* sin;
+  int64_t num_tokens, half;
+  float concentration;
+};
+
+struct ConvertArgs {
+  const void* from;  // [count] of one type
+  void* to;          // [count] of the other
+  int64_t count;
+  int32_t to_type;
+};
+
+// One operation of a recorded program (kernels/cpu/program.py): one of the functions that Python calls.
+struct Call {
+  void (*function)();
+  const void* arguments;
+  double* seconds;  // where to write how long it took, or null
+  int32_t returns_status;
+};
+
 struct StepOps {
   int (*attention)(const AttentionArgs&);
   void (*norm)(const NormArgs&);
@@ -126,6 +158,9 @@ struct StepOps {
   void (*gate_topk)(const GateTopkArgs&);
   void (*sample)(const SampleArgs&);
   void (*logprobs)(const LogprobArgs&);
+  void (*embed)(const EmbedArgs&);
+  void (*yarn)(const YarnArgs&);
+  void (*convert)(const ConvertArgs&);
 };
 
 struct Ops {

@@ -1,4 +1,4 @@
-// RMSNorm, rotary embedding with the KV store, and the choice of experts. A row's result does not depend on the other rows.
+// Embedding, RMSNorm, rotary embedding with the KV store, the choice of experts, and conversions between fp32 and bf16. A row's result does not depend on the other rows.
 
 // Adds delta to a row of the residual stream, rounded to its type, and returns the sum of its squares: kLanes sums over the row, then the rest.
 template <typename Element>
@@ -112,4 +112,52 @@ void gate_topk(const GateTopkArgs& args) {
     }
   };
   parallel_for(args.num_tokens, 64, body);
+}
+
+// Rows of tokens that the table does not hold are zeros.
+void embed(const EmbedArgs& args) {
+  const long row_bytes = args.width * (args.type == kBfloat16 ? 2 : 4);
+  auto body = [&](long begin, long end) {
+    for (long token = begin; token < end; ++token) {
+      const long row = args.token_ids[token] - args.first_id;
+      char* to = static_cast<char*>(args.out) + token * row_bytes;
+      if (row >= 0 && row < args.num_rows) {
+        __builtin_memcpy(to, static_cast<const char*>(args.weight) + row * row_bytes, row_bytes);
+      } else {
+        __builtin_memset(to, 0, row_bytes);
+      }
+    }
+  };
+  parallel_for(args.num_tokens, 16, body);
+}
+
+void yarn(const YarnArgs& args) {
+  auto body = [&](long begin, long end) {
+    for (long i = begin * args.half; i < end * args.half; ++i) {
+      const float angle = (float)args.positions[i / args.half] * args.frequencies[i % args.half];
+      args.cos[i] = __builtin_cosf(angle) * args.concentration;
+      args.sin[i] = __builtin_sinf(angle) * args.concentration;
+    }
+  };
+  parallel_for(args.num_tokens, 32, body);
+}
+
+template <typename From, typename To>
+void convert_values(const ConvertArgs& args) {
+  const From* from = static_cast<const From*>(args.from);
+  To* to = static_cast<To*>(args.to);
+  auto body = [&](long begin, long end) {
+    long i = begin;
+    for (; i + kLanes <= end; i += kLanes) store_rounded(to + i, load_wide(from + i));
+    for (; i < end; ++i) store_rounded(to + i, widen(from[i]));
+  };
+  parallel_for(args.count, 65536, body);
+}
+
+void convert(const ConvertArgs& args) {
+  if (args.to_type == kBfloat16) {
+    convert_values<float, uint16_t>(args);
+  } else {
+    convert_values<uint16_t, float>(args);
+  }
 }

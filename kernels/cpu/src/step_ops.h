@@ -8,4 +8,4 @@
 //
 #include "sampling.h"
 
-constexpr StepOps kStepOps{attention, norm, rope_and_store, gate_topk, sample, logprobs};
+constexpr StepOps kStepOps{attention, norm, rope_and_store, gate_topk, sample, logprobs, embed, yarn, convert};

@@ -1,0 +1,158 @@
+"""A sequence of C++ operations that was recorded once and is run by one call.
+
+A decode step is some two hundred operations, each of which costs Python more than it computes for a small model. They, and the addresses
+they read and write, are the same in every step with as many sequences; only what lies at these addresses differs. As with CUDA graphs, the
+first such step runs as always and is written down, and later ones run what was written.
+"""
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.cpu import native
+
+_CHUNK_BYTES = 1 << 24
+_ALIGNMENT = 64
+_RETURN_STATUS = ("attention", "rope_and_store")
+"""Operations that check indices, and so can refuse their arguments."""
+
+
+class ProgramMemory:
+    """What programs take their tensors from. All begin at its start: only one runs at a time, and its results last until the next one."""
+
+    def __init__(self) -> None:
+        self._chunks: list[Tensor] = []
+        self._chunk = 0
+        self._used = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(chunk.nbytes for chunk in self._chunks)
+
+    def rewind(self) -> None:
+        """The next tensor comes from the start."""
+        self._chunk = self._used = 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for a contiguous tensor; nothing is written to it."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        while self._chunk < len(self._chunks) and self._used + num_bytes > self._chunks[self._chunk].nbytes:
+            self._chunk, self._used = self._chunk + 1, 0
+        if self._chunk == len(self._chunks):
+            self._chunks.append(torch.empty(max(_CHUNK_BYTES, num_bytes), dtype=torch.uint8))
+        part = self._chunks[self._chunk][self._used : self._used + num_bytes]
+        self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return part.view(dtype).view(shape)
+
+
+class _Call(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("arguments", ctypes.c_void_p),
+        ("seconds", ctypes.c_void_p),
+        ("returns_status", ctypes.c_int32),
+    )
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Takes the room for new tensors from the program's memory, and notes what torch computes itself, which no program repeats."""
+
+    def __init__(self, memory: ProgramMemory) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._memory = memory
+        self.computed: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.empty.memory_format and kwargs.get("device") in (None, torch.device("cpu")):
+            return self._memory.take(tuple(args[0]), kwargs.get("dtype") or torch.get_default_dtype())
+        if func is torch.ops.aten.empty_like.default and args[0].is_contiguous() and args[0].is_cpu:
+            return self._memory.take(tuple(args[0].shape), kwargs.get("dtype") or args[0].dtype)
+        if not func.is_view:
+            self.computed.append(str(func))
+        return func(*args, **kwargs)
+
+
+class Program:
+    """Operations, in order, with the addresses of what they read and write. What was there when it was recorded must stay there: weights,
+    caches and inputs; their values may change."""
+
+    def __init__(self, memory: ProgramMemory) -> None:
+        self._memory = memory
+        self._names: list[str] = []
+        self._arguments: list[Any] = []
+        self._calls: ctypes.Array[_Call] | None = None
+        self._seconds: ctypes.Array[ctypes.c_double] | None = None
+        self.computed_elsewhere: tuple[str, ...] = ()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the operations that this thread runs. Afterwards `computed_elsewhere` names what torch computed among them: a program that
+        has any of it must not be run."""
+        self._memory.rewind()
+        watch = _Watch(self._memory)
+        with native.observing(self._note), watch:
+            yield
+        self.computed_elsewhere = tuple(dict.fromkeys(watch.computed))
+        self._build()
+
+    def run(self) -> None:
+        """Run all operations again.
+
+        Raises:
+            IndexError: one of them found a slot or block outside its cache.
+        """
+        assert self._calls is not None, "nothing was recorded"
+        assert not self.computed_elsewhere, f"a program without {self.computed_elsewhere}"
+        observed = native.observed()
+        calls = self._timed_calls() if observed else self._calls
+        done = native.run_program(ctypes.addressof(calls), len(calls))
+        if observed:
+            self._report(done)
+        if done < len(calls):
+            raise IndexError(f"{self._names[done]}, operation {done} of a program, found an index outside its cache")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _note(self, name: str, arguments: Any, seconds: float) -> None:
+        self._names.append(name)
+        self._arguments.append(arguments)
+
+    def _build(self) -> None:
+        self._calls = (_Call * len(self._names))(
+            *(
+                _Call(native.address_of(name), ctypes.addressof(arguments), None, name in _RETURN_STATUS)
+                for name, arguments in zip(self._names, self._arguments, strict=True)
+            )
+        )
+
+    def _timed_calls(self) -> "ctypes.Array[_Call]":
+        assert self._calls is not None
+        self._seconds = (ctypes.c_double * len(self._calls))()
+        start = ctypes.addressof(self._seconds)
+        timed = type(self._calls).from_buffer_copy(self._calls)
+        for index, call in enumerate(timed):
+            call.seconds = start + index * ctypes.sizeof(ctypes.c_double)
+        return timed
+
+    def _report(self, count: int) -> None:
+        assert self._seconds is not None
+        for name, arguments, seconds in zip(self._names[:count], self._arguments, self._seconds, strict=False):
+            native.report(name, arguments, seconds)
+
+
+def record(memory: ProgramMemory, forward: Callable[[], Tensor]) -> tuple[Program, Tensor]:
+    """Run `forward` and record it; returns the program and the result, which each `run` of the program writes anew."""
+    program = Program(memory)
+    with program.recording():
+        result = forward()
+    return program, result
