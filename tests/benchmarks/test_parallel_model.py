@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks import parallel_model
 from benchmarks.parallel_model import Point, all_reduce, best, busiest_experts, main, model_step, most_sequences, plan_name, points
-from cluster.gpus import GPUS, Gpu, gpu_kv_cache
+from cluster.gpus import GPUS, gpu_kv_cache
 from tests.support.thread_ranks import ThreadRank, on_ranks
 from workers.config import ModelConfig, ParallelConfig, SchedulerConfig
 from workers.kv_cache.manager import KVCacheManager, SequenceBlocks
@@ -170,7 +170,7 @@ def test_a_prompt_costs_as_many_operations_as_its_tokens() -> None:
 
 @pytest.mark.parametrize("context", [1, 39, 40, 41, 100, 256])
 def test_as_many_sequences_fit_as_the_cache_takes(context: int) -> None:
-    gpu = Gpu(int((3 * 2**30 + 4_000_000) / 0.9), 1e12, 1e12, 1e12)
+    gpu = replace(H100, memory_bytes=int((3 * 2**30 + 4_000_000) / 0.9))
     most = most_sequences(SMALL, ALONE, gpu, context)
     assert 1 < most < parallel_model.MAX_BATCH
 
