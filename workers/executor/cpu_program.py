@@ -104,6 +104,7 @@ class DecodePrograms:
             block_table_sliding=first(self._tables[SLIDING]),
             context_lens=first(self._context_lens),
             cu_seqlens_q=self._cu_seqlens_q[: size + 1],
+            max_query_len=1,
             # The sampled rows are taken outside.
             sample_indices=first(self._positions),
         )
