@@ -12,6 +12,7 @@ from kernels.backend import runs_triton
 INTERPRETING = runs_triton(torch.empty(0))
 
 if INTERPRETING:
+    import tests.interpreter.emulations
     import tests.interpreter.interpreter  # noqa: F401 - repairs the interpreter
     from tests.interpreter.guards import GuardedAllocations
 

@@ -1,7 +1,5 @@
 """The mixture of experts by Triton kernels, in the interpreter, against float64 and the reference."""
 
-from collections.abc import Sequence
-
 import hypothesis
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from kernels.moe import fused_experts, gate_topk, gated_experts, grouped, refere
 from kernels.moe.matmul_wgmma import DECODE
 from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4, choose_layout, from_natural, unpack
 from tests.interpreter.guards import guarded
-from tests.interpreter.interpreter import Array, emulates_asm, recorded_launches
+from tests.interpreter.interpreter import recorded_launches
 from tests.support.moe_cases import (
     ALPHA,
     DENSE_CASES,
@@ -28,17 +26,6 @@ from tests.support.moe_cases import (
     options,
 )
 from tests.support.ptx import run_ptx
-
-
-@emulates_asm("mxfp4x8_bf16")
-def run_decode(operands: Sequence[Array], pack: int) -> Sequence[Array]:
-    """The assembly itself, on numpy arrays."""
-    words, scales = operands
-    assert pack == 4
-    word = np.ascontiguousarray(words).view(np.uint32)
-    even, odd = np.moveaxis(np.ascontiguousarray(scales).view(np.uint32).reshape(*word.shape, 2), -1, 0)
-    registers = run_ptx(DECODE.value, 4, (word, even, odd))
-    return [np.stack(pair, axis=-1).view(np.uint16).reshape(words.shape) for pair in (registers[:2], registers[2:])]
 
 
 def guarded_inputs(values: Inputs) -> Inputs:

@@ -13,6 +13,7 @@ from kernels import backend
 from kernels.cpu import linear as cpu_linear
 from kernels.cpu import native
 from kernels.linear import reference as linear_reference
+from kernels.mxfp4 import NATURAL, WGMMA
 from kernels.sampling import choose
 from tests.interpreter.interpreter import recorded_launches
 from tests.interpreter.launches import LaunchCounter, NoHostReads
@@ -21,6 +22,7 @@ from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, Dtype
 from workers.engine.llm import LLM, RequestOutput
 from workers.executor.runner import Runner
+from workers.model import checkpoint as model_checkpoint
 from workers.model.checkpoint import load_model
 from workers.request import SamplingParams
 
@@ -77,12 +79,15 @@ def test_the_same_tokens(checkpoint: Path) -> None:
     assert {"add_rms_norm_kernel", "expert_matmul_natural", "search_kernel", "pick_kernel", "logprobs_kernel"} <= set(names)
 
 
-def test_logits_in_bf16(checkpoint: Path) -> None:
+@pytest.mark.parametrize("layout", [NATURAL, WGMMA])
+def test_logits_in_bf16(checkpoint: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers, each rounded to 8 bits of mantissa at a dozen places: 2 % of the largest logit."""
     with on_references(), loaded(checkpoint, "bfloat16") as llm:
         expected = llm.logits(PROMPTS[1])
-    with loaded(checkpoint, "bfloat16") as llm:
+    monkeypatch.setattr(model_checkpoint, "choose_layout", lambda device: layout)
+    with recorded_launches() as names, loaded(checkpoint, "bfloat16") as llm:
         found = llm.logits(PROMPTS[1])
+    assert {NATURAL: "expert_matmul_natural", WGMMA: "expert_matmul_wgmma"}[layout] in names
     torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
 
 
