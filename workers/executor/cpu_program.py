@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.backend import triton_runs_on
 from kernels.cpu import native
 from kernels.cpu.program import Program, ProgramMemory, record
 from workers.executor.slots import FULL, SLIDING, DeviceSlots, SequenceSlots, StepRows
@@ -23,8 +24,8 @@ MAX_PROGRAM_SIZE = 32
 
 
 def programs_run() -> bool:
-    """Whether this installation has what runs programs."""
-    return native.library() is not None
+    """Whether this installation has what runs programs, and CPU tensors go to it."""
+    return native.library() is not None and not triton_runs_on(torch.device("cpu"))
 
 
 class DecodePrograms:
@@ -107,4 +108,5 @@ class DecodePrograms:
             max_query_len=1,
             # The sampled rows are taken outside.
             sample_indices=first(self._positions),
+            max_query_len=1,
         )
