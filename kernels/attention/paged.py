@@ -37,6 +37,8 @@ MIN_SPLIT = 256
 """Keys in a split at the least: 64 KiB of K and V in bf16, beside which the sums that a split leaves are 6 %."""
 PROGRAMS_OF_A_DECODE = 256
 """Over all splits and KV heads, at most: two for each processor of an H100."""
+MAX_GROUP = 128
+"""Query heads of a KV head; each query is that many rows of a tile."""
 MIN_PROGRAMS = 4
 """For a decode and KV head in a batch that fills the GPU without: one long context among short ones does not wait for a single program."""
 
@@ -60,7 +62,9 @@ class Tiles:
 
 
 _SAFE = Tiles(64, 32, 32, num_warps=4, num_stages=2)
-"""At most 24 KiB of shared memory at a head_dim of 64, no spills on any target, and so for all that is not known."""
+"""At most 24 KiB of shared memory at a head_dim of 64 in 16 bits, no spills on any target, and so for all that is not known."""
+_SMALL = Tiles(32, 16, 16, num_warps=4, num_stages=2)
+"""For heads so large that few of them fit into shared memory."""
 _FULL = Tiles(128, 64, 128, num_warps=8, num_stages=3, max_registers=128)
 _WINDOWED = Tiles(64, 64, 64, num_warps=8, num_stages=3)
 _AMD = Tiles(64, 64, 64, num_warps=4, num_stages=2)
@@ -81,8 +85,8 @@ def choose_tiles(target: str, dtype: torch.dtype, head_dim: int, window: int | N
         target: as `kernels.backend.architecture` names it.
         dtype: of the queries.
     """
-    if dtype.itemsize > 2 or head_dim > 64:
-        return _SAFE  # made for tests and for models that are not gpt-oss
+    if dtype.itemsize > 2 or head_dim > 64:  # of tests, and of models that are not gpt-oss
+        return _SAFE if head_dim * dtype.itemsize <= 256 else _SMALL
     return _TILES.get(target, (_SAFE, _SAFE))[window is not None]
 
 
@@ -438,7 +442,7 @@ def paged_attention(
     block_table, context_lens and cu_seqlens_q is checked where `checks_indices` says so.
 
     Raises:
-        ValueError: as there; also a q that is not contiguous in each row, more than 64 queries heads to a KV head, or an fp8 cache on a GPU
+        ValueError: as there; also a q that is not contiguous in each row, more than MAX_GROUP query heads to a KV head, or an fp8 cache on a GPU
             whose instructions do not convert it.
     """
     check_attention(
@@ -466,14 +470,15 @@ def paged_attention(
     if num_tokens == 0:
         return out
     tiles = choose_tiles(target, q.dtype, head_dim, window)
-    if group > tiles.block_m:
-        raise ValueError(f"q has {group} heads to a KV head of kv_cache, the kernel takes {tiles.block_m}")
+    if group > MAX_GROUP:
+        raise ValueError(f"q has {group} heads to a KV head of kv_cache, the kernel takes {MAX_GROUP}")
+    block_m = max(tiles.block_m, triton.next_power_of_2(group))
     most_splits = _split_limit(num_kv_heads)
     longest = max_blocks * block_size if window is None else min(max_blocks * block_size, window + tiles.decode_n)
     max_splits = min(most_splits, triton.cdiv(longest, MIN_SPLIT))
     programs = triton.cdiv(4 * _num_processors(q.device), num_seqs * num_kv_heads)
     num_programs = min(max(programs, MIN_PROGRAMS), max_splits)
-    num_tiles = 0 if max_query_len == 1 else num_tokens // (tiles.block_m // group) + num_seqs
+    num_tiles = 0 if max_query_len == 1 else num_tokens // (block_m // group) + num_seqs
     partial = torch.empty(num_seqs if max_splits > 1 else 0, num_heads, max_splits, head_dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(2, *partial.shape[:3], dtype=torch.float32, device=q.device)
     shape = {
@@ -507,7 +512,7 @@ def paged_attention(
         KV=num_kv_heads,
         GROUP=group,
         PAGE=block_size,
-        BLOCK_M=tiles.block_m,
+        BLOCK_M=block_m,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
         BLOCK_N=tiles.block_n,
         num_warps=tiles.num_warps,

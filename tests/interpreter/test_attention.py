@@ -58,10 +58,16 @@ def test_chunks_and_decodes_in_one_batch(dtype: torch.dtype, window: int | None)
 
 
 @pytest.mark.parametrize(
-    ("heads", "head_dim"), [((3, 3), 2), ((5, 1), 18), ((8, 2), 64), ((16, 2), 32), ((34, 2), 16), ((64, 1), 16), ((2, 2), 130)]
+    ("heads", "head_dim"),
+    [((3, 3), 2), ((5, 1), 18), ((8, 2), 64), ((16, 2), 32), ((34, 2), 16), ((64, 1), 16), ((2, 2), 130), ((70, 1), 66)],
 )
 def test_heads(heads: tuple[int, int], head_dim: int) -> None:
     check(attention_case([(19, 40), (1, 270), (1, 3), (2, 2)], heads=heads, head_dim=head_dim))
+
+
+def test_too_many_heads_for_a_tile() -> None:
+    with pytest.raises(ValueError, match=r"^q has 129 heads to a KV head of kv_cache, the kernel takes 128"):
+        run(attention_case([(1, 3)], heads=(129, 1)))
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx950"])

@@ -16,6 +16,7 @@ from kernels.cpu import experts as cpu_experts
 from kernels.cpu import linear as cpu_linear
 from kernels.cpu import native
 from kernels.mxfp4 import WGMMA, PackedMXFP4
+from workers.config import KVDtype
 from workers.model.gpt_oss import GptOss
 
 REFERENCE = "torch reference"
@@ -40,8 +41,12 @@ class KernelChoice:
         return f"{self.implementation}{', ' + self.layout if self.layout else ''} ({self.why})"
 
 
-def kernel_choices(model: GptOss) -> dict[str, KernelChoice]:
-    """By operation."""
+def kernel_choices(model: GptOss, kv_dtype: KVDtype | None = None) -> dict[str, KernelChoice]:
+    """By operation.
+
+    Args:
+        kv_dtype: of the KV cache; None: the model's.
+    """
     device = model.device
     if triton_runs_on(device):
         where = "in Triton's interpreter" if device.type == "cpu" else "on a GPU"
@@ -52,8 +57,11 @@ def kernel_choices(model: GptOss) -> dict[str, KernelChoice]:
         rest = KernelChoice(f"C++ {native.isa()}", "the widest instructions of this processor")
     else:
         rest = KernelChoice(REFERENCE, _why_not_cpp(model.dtype))
+    attention = rest
+    if kv_dtype == "fp8_e4m3" and not triton_runs_on(device):
+        attention = KernelChoice(REFERENCE, "of an fp8 KV cache, which only Triton's kernel takes")
     return {
-        "attention": rest,
+        "attention": attention,
         "experts": _experts(model),
         "dense layers": _linear(model),
         "norms, RoPE": rest,

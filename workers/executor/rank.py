@@ -134,7 +134,7 @@ class Rank:
                 quantize=self._config.quantize,
                 progress=lambda done, total: self._progress("load weights", done, total),
             )
-        choices = kernel_choices(self._model)
+        choices = kernel_choices(self._model, self._config.kv_dtype)
         for sentence in slow_on_gpu(choices, self._device):
             logger.warning("%s", sentence)
         kernels = {operation: str(choice) for operation, choice in choices.items()}
@@ -202,7 +202,7 @@ class Rank:
         self._model = None
 
     def _capture_graphs(self, model: GptOss, runner: Runner) -> None:
-        blocking = not_capturable(kernel_choices(model))
+        blocking = not_capturable(kernel_choices(model, self._config.kv_dtype))
         if blocking:
             logger.warning("no CUDA graphs: the kernels for %s read sizes back to the host", " and ".join(blocking))
             return

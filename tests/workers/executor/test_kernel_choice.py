@@ -35,6 +35,9 @@ def test_on_a_cpu_the_cpp_kernels(path: Path) -> None:
     assert {choice.implementation for operation, choice in choices.items() if operation != "embedding"} == {f"C++ {native.isa()}"}
     assert choices["experts"].layout == "MXFP4 layout rows16"
     assert not not_capturable(choices)
+    fp8 = kernel_choices(loaded(path), "fp8_e4m3")
+    assert str(fp8.pop("attention")) == "torch reference (of an fp8 KV cache, which only Triton's kernel takes)"
+    assert choices.items() >= fp8.items()
 
 
 def test_without_the_library_the_references_and_why(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
