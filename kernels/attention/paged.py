@@ -442,8 +442,8 @@ def paged_attention(
     block_table, context_lens and cu_seqlens_q is checked where `checks_indices` says so.
 
     Raises:
-        ValueError: as there; also a q that is not contiguous in each row, more than MAX_GROUP query heads to a KV head, or an fp8 cache on a GPU
-            whose instructions do not convert it.
+        ValueError: as there; also a q that is not contiguous in each row, more than MAX_GROUP query heads to a KV head, or an fp8 cache on
+            a GPU whose instructions do not convert it.
     """
     check_attention(
         q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window, scale=scale, kv_scales=kv_scales, max_query_len=max_query_len
