@@ -40,6 +40,12 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
     ),
     (("--kv-cache-dtype",), "engine.cache.dtype", "TYPE", "auto, fp8 or fp8_e4m3: of cached keys and values (default: auto, the model's)"),
     (("--quantize",), "engine.quantize", "FORMAT", "mxfp4: pack the experts of a bf16 checkpoint while loading (default: as stored)"),
+    (
+        ("--cpu-dense-dtype",),
+        "engine.cpu_dense_dtype",
+        "FORMAT",
+        "bf16 or int8: attention projections and lm_head in memory, on a CPU (default: bf16)",
+    ),
     (("--tensor-parallel-size", "-tp"), "engine.parallel.tensor", "N", "ranks per replica (default: 1)"),
     (("--expert-parallel-size",), "engine.parallel.expert", "N", "groups of experts, a divisor of the ranks (default: the ranks)"),
     (("--step-timeout",), "engine.parallel.step_timeout_s", "SECONDS", "when a step of several ranks counts as hung (default: 30)"),

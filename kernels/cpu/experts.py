@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import native
-from kernels.cpu.pointwise import converted
 from kernels.mxfp4 import ROWS16, PackedMXFP4
 
 
 def can_run(x: Tensor, gate_up: PackedMXFP4, down: PackedMXFP4, bias_dtype: torch.dtype) -> bool:
-    """Whether `fused_experts` takes these: CPU tensors, weights in its layout, biases fp32 or bf16."""
+    """Whether `fused_experts` takes these: CPU tensors in fp32 or bf16, weights in its layout, biases fp32 or bf16."""
     in_layout = gate_up.layout == down.layout == ROWS16
-    return in_layout and x.is_cpu and bias_dtype in native.DATA_TYPES and native.library() is not None
+    known = x.dtype in native.DATA_TYPES and bias_dtype in native.DATA_TYPES
+    return in_layout and known and x.is_cpu and native.library() is not None
 
 
 def fused_experts(
@@ -35,16 +35,16 @@ def fused_experts(
     """
     num_tokens, hidden = x.shape
     num_experts, double_width, _ = gate_up.shape
-    top_k = topk_ids.shape[1]
-    wide = converted(x, torch.float32).contiguous()
+    num_pairs = topk_ids.numel()
+    x = x.contiguous()
     ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.contiguous()
     gate_up_bias, down_bias = gate_up_bias.contiguous(), down_bias.contiguous()
-    out = torch.empty(num_tokens, hidden)
-    activations = torch.empty(num_tokens * top_k, double_width // 2)
-    results = torch.empty(num_tokens * top_k, hidden)
-    order = torch.empty(2 * num_tokens * top_k + 2 * num_experts + 1, dtype=torch.int32)
+    out = torch.empty_like(x)
+    rows = torch.empty(num_pairs * (hidden + double_width // 2))
+    sums = torch.empty(num_tokens, hidden) if x.dtype == torch.bfloat16 else None
+    order = torch.empty(num_pairs + 2 * num_experts + 1, dtype=torch.int32)
     arguments = native.ExpertsArgs(
-        x=native.pointer(wide),
+        x=native.pointer(x),
         topk_ids=native.pointer(ids),
         topk_weights=native.pointer(weights),
         gate_up_blocks=native.pointer(gate_up.blocks),
@@ -54,18 +54,19 @@ def fused_experts(
         gate_up_bias=native.pointer(gate_up_bias),
         down_bias=native.pointer(down_bias),
         out=native.pointer(out),
-        activations=native.pointer(activations),
-        results=native.pointer(results),
+        rows=native.pointer(rows),
+        sums=native.pointer(sums),
         order=native.pointer(order),
         num_tokens=num_tokens,
-        top_k=top_k,
+        top_k=topk_ids.shape[1],
         hidden=hidden,
         intermediate=double_width // 2,
         first_expert=first_expert,
         num_experts=num_experts,
         limit=swiglu_limit,
         alpha=swiglu_alpha,
+        type=native.DATA_TYPES[x.dtype],
         bias_type=native.DATA_TYPES[gate_up_bias.dtype],
     )
     native.ready().cantata_experts(ctypes.byref(arguments))
-    return converted(out, x.dtype)
+    return out

@@ -1,7 +1,8 @@
 """The layout `rows16`: MXFP4 weights in groups of 16 rows, so that a column of a group is a vector.
 
-blocks uint8 [E, N/16, K/8, 64]: the 64 bytes are four units of 4 rows and 8 columns; in a unit, the low nibble of byte 8h + 2r + j is
-column 2h + j of row r, the high nibble column 4 + 2h + j. scales uint8 [E, N/16, K/32, 16], by row. N must be a multiple of 16.
+blocks uint8 [E, N/16, K/8, 64]: 8 columns of a group as 16 little-endian words of 32 bits, a row each. Bits 4j to 4j + 3 of it are column
+2j and bits 16 + 4j to 19 + 4j column 2j + 1, so that shifting a vector of words by 4j brings a pair of neighbouring columns to where a
+lookup by 16-bit halves (vpermw) makes bf16 pairs of it. scales uint8 [E, N/16, K/32, 16], by row. N must be a multiple of 16.
 """
 
 import ctypes
@@ -71,11 +72,10 @@ def from_natural(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 def to_natural(packed: PackedMXFP4) -> tuple[Tensor, Tensor]:
     """The inverse."""
     num_experts, num_rows, width = packed.shape
-    num_chunks = width // 8
-    # [expert, group, chunk, unit, h, r, j] with the two nibbles last: column 4 * nibble + 2h + j.
-    units = packed.blocks.view(num_experts, num_rows // ROWS, num_chunks, 4, 2, 4, 2)
-    nibbles = torch.stack((units & 15, units >> 4), dim=-1)
-    columns = nibbles.permute(0, 1, 3, 5, 2, 7, 4, 6).reshape(num_experts, num_rows, width)
+    # [expert, group, chunk, row, odd, byte] with the two nibbles last: column 4 * byte + 2 * nibble + odd of the chunk.
+    words = packed.blocks.view(num_experts, num_rows // ROWS, width // 8, ROWS, 2, 2)
+    nibbles = torch.stack((words & 15, words >> 4), dim=-1)
+    columns = nibbles.permute(0, 1, 3, 2, 5, 6, 4).reshape(num_experts, num_rows, width)
     blocks = (columns[..., 0::2] | (columns[..., 1::2] << 4)).view(num_experts, num_rows, width // MX_BLOCK, MX_BLOCK // 2)
     scales = packed.scales.transpose(2, 3).reshape(num_experts, num_rows, width // MX_BLOCK)
     return blocks, scales.contiguous()

@@ -14,10 +14,13 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 4
+_VERSION = 5
 """Of the functions and structures; src/dispatch.cpp says the same."""
 DATA_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """src/ops.h `DataType`."""
+
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+"""Instruction sets, the best first."""
 
 
 class LinearArgs(ctypes.Structure):
@@ -30,16 +33,41 @@ class LinearArgs(ctypes.Structure):
     )
 
 
+class DenseArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "scales", "bias", "out", "wide")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "width", "num_outputs")),
+    )
+
+
+class PackDenseArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "packed", "scales")),
+        *((name, ctypes.c_int64) for name in ("first_row", "num_rows", "width", "packed_width")),
+    )
+
+
+class ReadArgs(ctypes.Structure):
+    """src/ops.h"""
+
+    _fields_ = (("memory", ctypes.c_void_p), ("num_bytes", ctypes.c_int64))
+
+
 class ExpertsArgs(ctypes.Structure):
     """src/ops.h"""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "topk_ids", "topk_weights")),
         *((name, ctypes.c_void_p) for name in ("gate_up_blocks", "gate_up_scales", "down_blocks", "down_scales")),
-        *((name, ctypes.c_void_p) for name in ("gate_up_bias", "down_bias", "out", "activations", "results", "order")),
+        *((name, ctypes.c_void_p) for name in ("gate_up_bias", "down_bias", "out", "rows", "sums", "order")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "top_k", "hidden", "intermediate", "first_expert", "num_experts")),
         ("limit", ctypes.c_float),
         ("alpha", ctypes.c_float),
+        ("type", ctypes.c_int32),
         ("bias_type", ctypes.c_int32),
     )
 
@@ -74,8 +102,11 @@ def library() -> ctypes.CDLL | None:
     loaded.cantata_run_program.restype = ctypes.c_int64
     for name, arguments, result in (
         ("linear", LinearArgs, None),
+        ("dense", DenseArgs, None),
         ("experts", ExpertsArgs, None),
         ("pack_rows16", PackArgs, ctypes.c_int),
+        ("pack_dense", PackDenseArgs, None),
+        ("read_through", ReadArgs, ctypes.c_uint64),
     ):
         function = getattr(loaded, f"cantata_{name}")
         function.restype, function.argtypes = result, (ctypes.POINTER(arguments),)
@@ -83,7 +114,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def isa() -> str | None:
-    """The instruction set in use: `avx512`, `avx2` or `portable`; None without the library."""
+    """The instruction set in use, one of ISAS; None without the library."""
     loaded = library()
     return None if loaded is None else str(loaded.cantata_isa().decode())
 
@@ -190,3 +221,9 @@ def run_program(calls: int, count: int) -> int:
     loaded = library()
     assert loaded is not None
     return int(loaded.cantata_run_program(ctypes.c_void_p(calls), ctypes.c_int64(count)))
+
+
+def read_through(memory: Tensor) -> int:
+    """Read a tensor's bytes once with all threads; the XOR of its 32-bit words, of whole vectors. For measuring memory."""
+    arguments = ReadArgs(pointer(memory), memory.nbytes)
+    return int(ready().cantata_read_through(ctypes.byref(arguments)))

@@ -5,17 +5,25 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.backend import runs_triton
+from kernels.cpu import dense
 from kernels.cpu import linear as cpu
+from kernels.cpu.dense import PackedWeight
 from kernels.linear import reference
 
-__all__ = ["linear"]
+__all__ = ["PackedWeight", "linear"]
 
 MAX_NARROW_TOKENS = 256
 """Beyond it a matrix product by tiles is better for the gate, too, and its launches do not matter."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`kernels.linear.reference.linear`, which defines it, by the faster kernel for these tensors and this device."""
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`kernels.linear.reference.linear`, which defines it, by the faster kernel for these tensors and this device.
+
+    Args:
+        weight: as there, or packed by `kernels.cpu.dense` for bf16 activations on a CPU.
+    """
+    if isinstance(weight, PackedWeight):
+        return dense.linear(x, weight, bias)
     reference.check_linear(x, weight, bias)
     if x.dtype != weight.dtype:
         if runs_triton(x) and weight.dtype == torch.float32 and x.shape[0] <= MAX_NARROW_TOKENS:

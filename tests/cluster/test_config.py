@@ -52,6 +52,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "engine.dtype": "float32",
         "engine.device": "cuda:1",
         "engine.quantize": "mxfp4",
+        "engine.cpu_dense_dtype": "bf16",
         "engine.cache.prefix_caching": "false",
         "engine.cache.memory_bytes": "1.5GiB",
         "engine.cache.dtype": "fp8",

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from workers.config import CacheConfig, Dtype, EngineConfig, ParallelConfig, SchedulerConfig, load_model_config
+from workers.config import CacheConfig, DenseDtype, Dtype, EngineConfig, ParallelConfig, SchedulerConfig, load_model_config
 from workers.engine.engine import Engine, max_model_len
 from workers.engine.progress import StartUpProgress
 from workers.engine.stream import OutputStream, ThreadReader
@@ -79,6 +79,7 @@ class LLM:
         tensor_parallel_size, expert_parallel_size: ranks, and groups that the experts are split into (None: one for each rank).
         quantize: pack the experts of a bf16 checkpoint while loading.
         kv_cache_dtype: as `CacheConfig.dtype`.
+        cpu_dense_dtype: int8 quantises attention projections and lm_head, on a CPU.
     Raises:
         CheckpointError, ConfigError: one sentence that names what is wrong.
     """
@@ -100,6 +101,7 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
         kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto",
+        cpu_dense_dtype: DenseDtype = "bf16",
     ) -> None:
         config = EngineConfig(
             Path(model),
@@ -110,6 +112,7 @@ class LLM:
             parallel=ParallelConfig(tensor_parallel_size, expert_parallel_size),
             quantize=quantize,
             enforce_eager=enforce_eager,
+            cpu_dense_dtype=cpu_dense_dtype,
             # All prompts are in memory already: a bound on waiting ones would only refuse them.
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting_requests=_NO_LIMIT),
         )

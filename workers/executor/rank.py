@@ -132,6 +132,7 @@ class Rank:
                 shard=self._shard,
                 collectives=self._collectives,
                 quantize=self._config.quantize,
+                cpu_dense_dtype=self._config.cpu_dense_dtype,
                 progress=lambda done, total: self._progress("load weights", done, total),
             )
         choices = kernel_choices(self._model, self._config.kv_dtype)

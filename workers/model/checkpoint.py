@@ -11,10 +11,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from kernels.cpu import dense as packed_dense
+from kernels.cpu import native
 from kernels.cpu.memory import zeros
+from kernels.linear import PackedWeight
 from kernels.mxfp4 import MX_BLOCK, NATURAL, PackedMXFP4, allocate, choose_layout, pack, write_expert
-from workers.config import ModelConfig, ParallelConfig, checkpoint_folder
+from workers.config import DenseDtype, ModelConfig, ParallelConfig, checkpoint_folder
 from workers.errors import CheckpointError, ConfigError
 from workers.model.experts import Experts
 from workers.model.gpt_oss import Attention, GptOss, Layer
@@ -31,6 +35,8 @@ _STORED_DTYPES = {"dense": ("BF16", "F16", "F32"), "mxfp4_blocks": ("U8",), "mxf
 _NAN_SCALE = 255
 """NaN by the OCP Microscaling specification."""
 _SAMPLE_BYTES = 4096
+_PACK_ROWS = 64
+"""Dense rows that are converted at a time where they are not stored as they are wanted."""
 _QUANTIZE_ROWS = 256
 """Rows of an expert that are quantised at a time, which bounds the memory for it."""
 
@@ -44,6 +50,7 @@ def load_model(
     shard: RankShard | None = None,
     collectives: Collectives | None = None,
     quantize: Literal["mxfp4"] | None = None,
+    cpu_dense_dtype: DenseDtype = "bf16",
     progress: Callable[[int, int], None] | None = None,
 ) -> GptOss:
     """Load the weights in `path`, which must be exactly those that `config` describes.
@@ -53,20 +60,25 @@ def load_model(
         shard: the rank's part; None: all of it.
         collectives: how the rank meets the others while it computes; None: alone.
         quantize: pack the experts of a bf16 checkpoint; no effect on one that is packed.
+        cpu_dense_dtype: int8 quantises attention projections and lm_head; bfloat16 on a CPU with the C++ kernels only.
         progress: called with (pieces loaded, pieces in all) after each one, a few megabytes.
     Raises:
         CheckpointError: one sentence naming file and tensor: a file is missing, cut off or disagrees with the index; a tensor is
             missing, unknown, or of another shape or dtype; an MXFP4 scale is NaN.
-        ConfigError: the checkpoint's sizes cannot be quantised.
+        ConfigError: the checkpoint's sizes cannot be quantised; cpu_dense_dtype cannot be had here.
     """
     tensors = check_tensors(path, config)
+    if cpu_dense_dtype == "int8" and not packed_dense.can_run(device, dtype):
+        kernels = "the kernels" if native.library() is not None else "no kernels: install with a C++ compiler"
+        raise ConfigError(
+            f"cpu_dense_dtype int8 needs dtype bfloat16, the device cpu and the C++ kernels; here are {dtype}, {device} and {kernels}"
+        )
     if quantize is not None:
         _check_quantizable(config)
     shard = plan_shards(config, ParallelConfig())[0] if shard is None else shard
     reader = ShardReader(tensors)
-    model = _Weights(reader, tensors, config, shard, dtype, device, quantize is not None).model(
-        tensor_names(config), Alone() if collectives is None else collectives
-    )
+    weights = _Weights(reader, tensors, config, shard, dtype, device, quantize is not None, cpu_dense_dtype)
+    model = weights.model(tensor_names(config), Alone() if collectives is None else collectives)
     reader.run(progress)
     return model
 
@@ -79,7 +91,7 @@ def touched_extents(path: Path, config: ModelConfig, shard: RankShard) -> list[E
     """
     tensors = check_tensors(path, config)
     reader = ShardReader(tensors)
-    _Weights(reader, tensors, config, shard, torch.bfloat16, torch.device("cpu"), False).model(tensor_names(config), Alone())
+    _Weights(reader, tensors, config, shard, torch.bfloat16, torch.device("cpu"), False, "bf16").model(tensor_names(config), Alone())
     return reader.extents
 
 
@@ -169,6 +181,7 @@ class _Weights:
         dtype: torch.dtype,
         device: torch.device,
         quantize: bool,
+        cpu_dense_dtype: DenseDtype,
     ) -> None:
         self._reader = reader
         self._tensors = tensors
@@ -178,6 +191,8 @@ class _Weights:
         self._device = device
         self._quantize = quantize
         self._layout = choose_layout(device)
+        self._packs_dense = packed_dense.can_run(device, dtype)
+        self._dense_dtype = torch.int8 if cpu_dense_dtype == "int8" else torch.bfloat16
 
     def model(self, names: Names, collectives: Collectives) -> GptOss:
         """All of it."""
@@ -191,7 +206,7 @@ class _Weights:
             embedding=self._rows(names.embedding, Span(vocab.start, vocab.stop, vocab.length)),
             layers=tuple(self._layer(*layer) for layer in layers),
             final_norm=self._vector(names.final_norm),
-            lm_head=Linear(self._rows(names.lm_head, vocab)),
+            lm_head=Linear(self._dense(vocab.size, self._config.hidden_size, [(names.lm_head, vocab.start, vocab)])),
         )
 
     def _layer(self, names: LayerNames, window: int | None, kv_scales: Tensor | None) -> Layer:
@@ -220,8 +235,8 @@ class _Weights:
     def _attention(self, names: LayerNames, window: int | None, kv_scales: Tensor | None) -> Attention:
         shard, config = self._shard, self._config
         query, keys = _scaled(shard.heads, config.head_dim), _scaled(shard.kv_heads, config.head_dim)
-        output = self._empty((config.hidden_size, query.size))
-        self._reader.copy(output[:, : query.length], names.output.weight, columns=slice(query.start, query.stop))
+        rows = _whole(config.hidden_size)
+        output = self._dense(rows.size, query.size, [(names.output.weight, 0, rows)], columns=slice(query.start, query.stop))
         return Attention(
             qkv=self._joined([(names.query, query), (names.key, keys), (names.value, keys)]),
             output=Linear(output, self._vector(names.output.bias) if shard.adds_output_bias else None),
@@ -246,13 +261,40 @@ class _Weights:
     def _joined(self, parts: list[tuple[Rows, Span]]) -> Linear:
         """Several projections, one behind the other."""
         size = sum(span.size for _, span in parts)
-        weight, bias = self._empty((size, self._config.hidden_size)), self._empty((size,))
+        weight = self._dense(size, self._config.hidden_size, [(rows.weight, rows.first + span.start, span) for rows, span in parts])
+        bias = self._empty((size,))
         start = 0
         for rows, span in parts:
-            for to, name in ((weight, rows.weight), (bias, rows.bias)):
-                self._reader.copy(to[start : start + span.length], name, rows.first + span.start)
+            self._reader.copy(bias[start : start + span.length], rows.bias, rows.first + span.start)
             start += span.size
         return Linear(weight, bias)
+
+    def _dense(
+        self, num_rows: int, width: int, parts: list[tuple[str, int, Span]], *, columns: slice | None = None
+    ) -> Tensor | PackedWeight:
+        """[num_rows, width] of the parts (tensor, its first row, how many) one behind the other; of each row `columns`."""
+        to = packed_dense.allocate(num_rows, width, self._dense_dtype) if self._packs_dense else self._empty((num_rows, width))
+        start = 0
+        for name, first, span in parts:
+            if isinstance(to, PackedWeight):
+                self._pack(to, start, name, first, span.length, columns)
+            else:
+                # Fewer columns than `width` where the shard is padded.
+                length = width if columns is None else columns.stop - columns.start
+                self._reader.copy(to[start : start + span.length, :length], name, first, columns=columns)
+            start += span.size
+        return to
+
+    def _pack(self, to: PackedWeight, start: int, name: str, first: int, num_rows: int, columns: slice | None) -> None:
+        def take(offset: int, stored: Tensor) -> None:
+            part = stored if columns is None else stored[:, columns]
+            for row in range(0, len(part), _PACK_ROWS):
+                rows = part[row : row + _PACK_ROWS].to(torch.bfloat16)
+                if rows.shape[1] < to.shape[1]:
+                    rows = functional.pad(rows, (0, to.shape[1] - rows.shape[1]))
+                packed_dense.write_rows(to, start + offset + row, rows)
+
+        self._reader.read(name, first, num_rows, take)
 
     def _expert_bias(self, name: str, span: Span, *, here: bool = True) -> Tensor:
         """[this rank's experts, span.size]; zeros if another rank adds it."""

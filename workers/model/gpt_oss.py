@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.attention import paged_attention, rope_and_store_kv
 from kernels.attention.fp8 import FP8
 from kernels.embedding import embed
+from kernels.linear import PackedWeight
 from kernels.mxfp4 import PackedMXFP4
 from kernels.pointwise import add_rms_norm, rms_norm, yarn_cos_sin
 from workers.config import ModelConfig
@@ -167,7 +168,7 @@ class GptOss:
         rows = embed(token_ids, self.embedding, self.shard.vocab.start)
         return rows if self.collectives.size == 1 else self.collectives.all_reduce(rows)
 
-    def _weights(self) -> Iterator[Tensor]:
+    def _weights(self) -> Iterator[Tensor | PackedWeight]:
         yield from (self.embedding, self.final_norm, self.lm_head.weight)
         for layer in self.layers:
             attention, experts = layer.attention, layer.experts

@@ -54,20 +54,23 @@ class ShardReader:
 
     def copy(self, to: Tensor, name: str, first: int = 0, *, columns: slice | None = None) -> None:
         """Plan copying a tensor's rows from `first` on, as many as `to` has, into it; of each row `columns`."""
+
+        def take(start: int, stored: Tensor) -> None:
+            copy_values(to[start : start + len(stored)], stored if columns is None else stored[:, columns])
+
+        self.read(name, first, to.shape[0], take)
+
+    def read(self, name: str, first: int, num_rows: int, take: Callable[[int, Tensor], None]) -> None:
+        """Plan reading a tensor's rows from `first` on; `take` gets them piece by piece, with the number of rows before each."""
         row_bytes = self.files.extent(name, 0, 1).num_bytes
         step = max(1, _PIECE_BYTES // max(row_bytes, 1))
-        for start in range(0, to.shape[0], step):
-            part = to[start : start + step]
-            self._add_copy(part, name, first + start, columns)
+        for start in range(0, num_rows, step):
+            self._add_rows(name, first, start, min(start + step, num_rows), take)
 
-    def _add_copy(self, to: Tensor, name: str, first: int, columns: slice | None) -> None:
-        last = first + to.shape[0]
-
-        def move() -> None:
-            stored = self.files.view(name, first, last)
-            copy_values(to, stored if columns is None else stored[:, columns])
-
-        self.add([self.files.extent(name, first, last)], move)
+    def _add_rows(self, name: str, first: int, start: int, end: int, take: Callable[[int, Tensor], None]) -> None:
+        self.add(
+            [self.files.extent(name, first + start, first + end)], lambda: take(start, self.files.view(name, first + start, first + end))
+        )
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Do all that is planned.

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 
 from kernels.mxfp4 import MX_BLOCK
-from workers.config import BLOCK_SIZE, Dtype, KVDtype, ModelConfig
+from workers.config import BLOCK_SIZE, DenseDtype, Dtype, KVDtype, ModelConfig
 from workers.kv_cache.tensors import KV_TORCH_DTYPES, TORCH_DTYPES
 from workers.model.tensor_specs import PACKED_BYTES, tensor_names, tensor_specs
 from workers.parallel.shard import RankShard, Span
 
 _GATE_BYTES = _SINK_BYTES = 4
 """The gate and the sinks are fp32 whatever the model's dtype."""
+_ROW_SCALE_BYTES = 4
+"""Of an int8 weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +64,26 @@ def count_parameters(model: ModelConfig) -> tuple[int, int]:
     return total, active
 
 
-def rank_bytes(model: ModelConfig, shard: RankShard, dtype: Dtype, *, packed_experts: bool | None = None) -> RankBytes:
+def rank_bytes(
+    model: ModelConfig, shard: RankShard, dtype: Dtype, *, packed_experts: bool | None = None, cpu_dense_dtype: DenseDtype = "bf16"
+) -> RankBytes:
     """The weights that a rank holds once loaded; without what a layout of the experts pads, which for gpt-oss is nothing while the ranks do
     not split experts, and under 2 % else (`wgmma.v1` pads the intermediate columns of down to 64).
 
     Args:
         packed_experts: whether the experts are MXFP4 in memory; None: as they are stored.
+        cpu_dense_dtype: of attention projections and lm_head.
     """
+
+    def dense(rows: int, width: int) -> int:
+        return rows * (width + _ROW_SCALE_BYTES) if cpu_dense_dtype == "int8" else rows * width * item
+
     item = TORCH_DTYPES[dtype].itemsize
     packed = model.experts_format == "mxfp4" if packed_experts is None else packed_experts
     hidden, layers = model.hidden_size, model.num_layers
     query = shard.heads.length * model.head_dim
     keys = shard.kv_heads.length * model.head_dim
-    attention = (query + 2 * keys) * (hidden + 1) * item + hidden * query * item + shard.heads.length * _SINK_BYTES
+    attention = dense(query + 2 * keys, hidden) + (query + 2 * keys) * item + dense(hidden, query) + shard.heads.length * _SINK_BYTES
     attention += hidden * item if shard.adds_output_bias else 0
     width = shard.intermediate.size
     gate = model.num_experts * (hidden + 1) * _GATE_BYTES
@@ -83,9 +92,9 @@ def rank_bytes(model: ModelConfig, shard: RankShard, dtype: Dtype, *, packed_exp
         experts=shard.experts.length * _expert_bytes(hidden, width, item, packed) * layers,
         gate_and_norms=(gate + 2 * hidden * item) * layers + hidden * item,
         embedding=shard.vocab.length * hidden * item,
-        lm_head=shard.vocab.size * hidden * item,
+        lm_head=dense(shard.vocab.size, hidden),
         padding=shard.experts.length * _expert_padding(hidden, shard.intermediate, item, packed) * layers
-        + (shard.vocab.size - shard.vocab.length) * hidden * item,
+        + dense(shard.vocab.size - shard.vocab.length, hidden),
     )
 
 

@@ -23,6 +23,13 @@ inline void store_rounded(uint16_t* to, Vec value) {
   __builtin_memcpy(to, &halves, sizeof halves);
 }
 
+inline void store_values(float* to, const float* values, long count) { __builtin_memcpy(to, values, count * sizeof(float)); }
+inline void store_values(uint16_t* to, const float* values, long count) {
+  long i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_rounded(to + i, load(values + i));
+  for (; i < count; ++i) to[i] = to_bfloat16(values[i]);
+}
+
 // `exponential`, but 0 where e^x is below 1.2e-38, and so for minus infinity.
 inline Vec exponential_or_zero(Vec x) { return x < -87.0f ? Vec{} : exponential(x); }
 inline float exponential_or_zero(float x) { return exponential_or_zero(broadcast(x))[0]; }

@@ -4,6 +4,14 @@
 
 #include <initializer_list>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "ops.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -11,20 +19,42 @@
 namespace cantata {
 namespace {
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"); }
+
+// The tiles' registers are large: Linux gives them to a process that asks, before its first use of them.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 bool supported(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (strcmp(name, "avx512") == 0) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  }
+  if (strcmp(name, "amx") == 0) return has_avx512_bf16() && has_amx();
+  if (strcmp(name, "avx512_bf16") == 0) return has_avx512_bf16();
+  if (strcmp(name, "avx512") == 0) return has_avx512();
   if (strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return strcmp(name, "portable") == 0;
 }
 
 const Ops* find(const char* name) {
-  for (const Ops* ops : {avx512_ops(), avx2_ops(), portable_ops()}) {
+  for (const Ops* ops : {amx_ops(), avx512_bf16_ops(), avx512_ops(), avx2_ops(), portable_ops()}) {
     if (ops != nullptr && supported(ops->name) && (name == nullptr || strcmp(ops->name, name) == 0)) return ops;
   }
   return nullptr;
@@ -35,7 +65,7 @@ const Ops* chosen = find(nullptr);
 }  // namespace
 }  // namespace cantata
 
-EXPORT int cantata_version() { return 4; }
+EXPORT int cantata_version() { return 5; }
 
 EXPORT const char* cantata_isa() { return cantata::chosen->name; }
 
@@ -50,6 +80,12 @@ EXPORT int cantata_use_isa(const char* name) {
 EXPORT void cantata_linear(const cantata::LinearArgs* args) { cantata::chosen->linear(*args); }
 
 EXPORT void cantata_experts(const cantata::ExpertsArgs* args) { cantata::chosen->experts(*args); }
+
+EXPORT void cantata_dense(const cantata::DenseArgs* args) { cantata::chosen->dense(*args); }
+
+EXPORT void cantata_pack_dense(const cantata::PackDenseArgs* args) { cantata::chosen->pack_dense(*args); }
+
+EXPORT uint64_t cantata_read_through(const cantata::ReadArgs* args) { return cantata::chosen->read_through(*args); }
 
 EXPORT int cantata_pack_rows16(const cantata::PackArgs* args) { return cantata::chosen->pack(*args); }
 

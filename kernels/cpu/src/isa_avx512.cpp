@@ -5,6 +5,8 @@
 #endif
 #include <stdint.h>
 
+#include <atomic>
+
 #include "ops.h"
 #include "pool.h"
 #include "scratch.h"
@@ -16,15 +18,27 @@ namespace cantata {
 namespace {
 #include "simd.h"
 //
+#include "activations.h"
+//
 #include "linear.h"
+//
+#include "weights.h"
+//
+#include "fp32.h"
 //
 #include "experts.h"
 //
+#include "dense.h"
+//
+#include "fp32_ops.h"
+//
 #include "pack.h"
+//
+#include "stream.h"
 //
 #include "step_ops.h"
 
-const Ops kOps{"avx512", linear, experts, pack, kStepOps};
+const Ops kOps{"avx512", linear, experts, dense, pack, pack_dense, read_through, kStepOps};
 }  // namespace
 
 const Ops* avx512_ops() { return &kOps; }

@@ -16,6 +16,17 @@ struct LinearArgs {
   int32_t weight_type;
 };
 
+// A layer on packed weights (kernels/cpu/dense.py); bf16 without scales, int8 with.
+struct DenseArgs {
+  const uint16_t* x;    // [num_rows, width] bf16, width a multiple of 32
+  const void* weight;   // rows padded to a multiple of 16
+  const float* scales;  // [num_outputs], or null
+  const uint16_t* bias;  // [num_outputs] bf16, or null
+  uint16_t* out;        // [num_rows, num_outputs] bf16
+  float* wide;          // scratch [num_rows, width]
+  int64_t num_rows, width, num_outputs;
+};
+
 // Weights in the layout `rows16` (kernels/cpu/layout.py).
 struct Mxfp4 {
   const uint8_t* blocks;  // [experts, rows / 16, width / 8, 64]
@@ -23,19 +34,19 @@ struct Mxfp4 {
 };
 
 struct ExpertsArgs {
-  const float* x;             // [num_tokens, hidden]
+  const void* x;              // [num_tokens, hidden] of type
   const int32_t* topk_ids;    // [num_tokens, top_k], global expert ids
   const float* topk_weights;  // [num_tokens, top_k]
   Mxfp4 gate_up, down;        // rows 2 * intermediate and hidden
   const void* gate_up_bias;   // [experts, 2 * intermediate] of bias_type
   const void* down_bias;      // [experts, hidden] of bias_type
-  float* out;                 // [num_tokens, hidden]
-  float* activations;         // scratch [num_tokens * top_k, intermediate]
-  float* results;             // scratch [num_tokens * top_k, hidden]
-  int32_t* order;             // scratch [2 * num_tokens * top_k + 2 * experts + 1]
+  void* out;                  // [num_tokens, hidden] of type
+  void* rows;                 // scratch for num_tokens * top_k * (hidden + intermediate) floats
+  float* sums;                // scratch [num_tokens, hidden]; not used for fp32
+  int32_t* order;             // scratch [num_tokens * top_k + 2 * experts + 1]
   int64_t num_tokens, top_k, hidden, intermediate, first_expert, num_experts;
   float limit, alpha;
-  int32_t bias_type;
+  int32_t type, bias_type;
 };
 
 struct PackArgs {
@@ -44,6 +55,18 @@ struct PackArgs {
   uint8_t* packed_blocks;  // [num_rows / 16, 4 * packed_groups, 64], of which the first num_groups are written
   uint8_t* packed_scales;  // [num_rows / 16, packed_groups, 16]
   int64_t num_rows, num_groups, blocks_stride, scales_stride, packed_groups;
+};
+
+struct PackDenseArgs {
+  const uint16_t* weight;  // [num_rows, width] bf16
+  void* packed;            // all of it
+  float* scales;           // for int8, or null; all of them
+  int64_t first_row, num_rows, width, packed_width;
+};
+
+struct ReadArgs {
+  const uint8_t* memory;
+  int64_t num_bytes;
 };
 
 // What an operation that reads indices found wrong with them; it has written nothing then.
@@ -167,12 +190,17 @@ struct Ops {
   const char* name;
   void (*linear)(const LinearArgs&);
   void (*experts)(const ExpertsArgs&);
+  void (*dense)(const DenseArgs&);
   bool (*pack)(const PackArgs&);  // on the caller's thread; whether a scale is NaN
+  void (*pack_dense)(const PackDenseArgs&);  // on the caller's thread
+  uint64_t (*read_through)(const ReadArgs&);
   StepOps step;
 };
 
 const Ops* portable_ops();
 const Ops* avx2_ops();    // null where it was not compiled in
-const Ops* avx512_ops();  // null where it was not compiled in
+const Ops* avx512_ops();       // null where it was not compiled in
+const Ops* avx512_bf16_ops();  // null where it was not compiled in
+const Ops* amx_ops();          // null where it was not compiled in
 
 }  // namespace cantata

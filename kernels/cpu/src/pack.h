@@ -16,15 +16,13 @@ inline void store_vector(uint8_t* to, Vector value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-// Lane r holds 8 columns of row r, a nibble each from the lowest up → the unit's 16 bytes: byte 2r + j the columns j (low) and j + 4,
-// byte 8 + 2r + j the columns 2 + j and 6 + j.
+// Lane r holds 8 columns of row r, a nibble each from the lowest up → the even columns in its lower half, the odd ones in its upper half.
 inline Words4 pack_unit(Words4 columns) {
-  const Words4 nibble = Words4{} + 0x0F0F0F0F;
-  const Words4 even = columns & nibble, odd = columns >> 4 & nibble;
-  // Bytes 0 and 1: columns (0, 4) and (2, 6); (1, 5) and (3, 7).
-  const Words4 pairs = ((even | even >> 12) & 0xFFFF) | (odd | odd >> 12) << 16;
-  const Bytes16 order = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
-  return (Words4)__builtin_shuffle((Bytes16)pairs, order);
+  const Words4 nibble = Words4{} + 0x0F0F0F0F, byte = Words4{} + 0x00FF00FF;
+  Words4 even = columns & nibble, odd = columns >> 4 & nibble;
+  even = (even | even >> 4) & byte;
+  odd = (odd | odd >> 4) & byte;
+  return ((even | even >> 8) & 0xFFFF) | (odd | odd >> 8) << 16;
 }
 
 // 4 rows of 32 columns → four units of 8 columns, one in each of the group's four chunks of 64 bytes.
@@ -100,4 +98,56 @@ bool pack(const PackArgs& args) {
                        args.num_groups);
   }
   return nan;
+}
+
+// Dense bf16 rows into the layouts of kernels/cpu/dense.py, 16 pairs of columns of a group's rows at a time. Nothing is written where the
+// layout has more rows or columns.
+inline void pack_bf16_rows(const PackDenseArgs& args, long row, long rows) {
+  uint16_t* to = static_cast<uint16_t*>(args.packed) + (args.first_row + row) / 16 * args.packed_width * 16;
+  const uint16_t* from = args.weight + row * args.width;
+  const long lane = (args.first_row + row) % 16;
+  for (long column = 0; column < args.width; column += 32) {
+    const long columns = args.width - column < 32 ? args.width - column : 32;
+    for (long r = 0; r < rows; ++r) {
+      uint16_t* pairs = to + column * 16 + (lane + r) * 2;
+      const uint16_t* values = from + r * args.width + column;
+      for (long pair = 0; pair < columns / 2; ++pair) __builtin_memcpy(pairs + 32 * pair, values + 2 * pair, 4);
+      if (columns % 2) pairs[32 * (columns / 2)] = values[columns - 1];
+    }
+  }
+}
+
+// A row by its largest magnitude over 127.
+inline void pack_int8_row(const PackDenseArgs& args, long row) {
+  const long to_row = args.first_row + row;
+  int8_t* to = static_cast<int8_t*>(args.packed) + to_row / 16 * args.packed_width * 16 + to_row % 16 / 4 * 16 + to_row % 4 * 2;
+  const uint16_t* from = args.weight + row * args.width;
+  uint16_t largest = 0;  // magnitudes compare as their bits do
+  for (long column = 0; column < args.width; ++column) {
+    const uint16_t magnitude = from[column] & 0x7FFF;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const float inverse = largest == 0 ? 0.0f : 127.0f / widen(largest);
+  args.scales[to_row] = widen(largest) / 127.0f;
+  for (long column = 0; column < args.width; column += 32) {
+    const long columns = args.width - column < 32 ? args.width - column : 32;
+    int8_t values[32] = {};
+    for (long i = 0; i < columns; ++i) {
+      const float value = widen(from[column + i]) * inverse;
+      values[i] = (int8_t)(int32_t)(value < 0 ? value - 0.5f : value + 0.5f);
+    }
+    for (long pair = 0; pair < 16; ++pair) __builtin_memcpy(to + (column / 4 + pair / 2) * 64 + pair % 2 * 8, values + 2 * pair, 2);
+  }
+}
+
+void pack_dense(const PackDenseArgs& args) {
+  for (long row = 0; row < args.num_rows;) {
+    const long in_group = 16 - (args.first_row + row) % 16, left = args.num_rows - row, rows = left < in_group ? left : in_group;
+    if (args.scales == nullptr) {
+      pack_bf16_rows(args, row, rows);
+    } else {
+      for (long r = row; r < row + rows; ++r) pack_int8_row(args, r);
+    }
+    row += rows;
+  }
 }

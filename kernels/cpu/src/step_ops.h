@@ -1,7 +1,5 @@
 // All of a step but the multiplications with weights.
 
-#include "activations.h"
-//
 #include "attention.h"
 //
 #include "pointwise.h"

@@ -72,8 +72,12 @@ def test_the_folder_around_openais_layout_will_do(folders: dict[str, Path]) -> N
 
 def test_bf16_experts_are_the_same_model(folders: dict[str, Path]) -> None:
     # Every MXFP4 value is a bf16 value; the sums run in another order.
-    torch.testing.assert_close(logits(folders["bf16"]), logits(folders["mxfp4"]), atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits(folders["bf16"], torch.bfloat16), logits(folders["mxfp4"], torch.bfloat16), atol=0.15, rtol=0.05)
+    exact = logits(folders["mxfp4"])
+    torch.testing.assert_close(logits(folders["bf16"]), exact, atol=1e-4, rtol=0)
+    # In bf16 the MXFP4 kernels may round between the projections too, and a near-tie of the gate may go either way; each is as far from fp32
+    # as eight bits make it.
+    for name in ("bf16", "mxfp4"):
+        assert (logits(folders[name], torch.bfloat16) - exact).norm() < 0.05 * exact.norm()
 
 
 def test_quantising_what_was_unpacked_gives_it_back(folders: dict[str, Path]) -> None:

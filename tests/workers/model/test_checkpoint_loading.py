@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kernels.cpu.dense import unpack
+from kernels.linear import PackedWeight
 from kernels.mxfp4 import to_natural
 from workers.config import ModelConfig, ParallelConfig
 from workers.errors import CheckpointError
 from workers.model.checkpoint import fingerprint, load_model
 from workers.model.gpt_oss import GptOss
+from workers.model.linear import Linear
 from workers.model.make_checkpoint import write_checkpoint
 from workers.parallel.shard import plan_shards
 
@@ -87,21 +90,26 @@ def refusal(path: Path, *named: str, config: ModelConfig = CONFIG) -> str:
     return message
 
 
+def values(linear: Linear) -> Tensor:
+    """A layer's weight, unpacked where it is packed."""
+    return unpack(linear.weight).bfloat16() if isinstance(linear.weight, PackedWeight) else linear.weight
+
+
 class TestLoaded:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_dense_weights_in_the_model_dtype(self, checkpoint: Path, dtype: torch.dtype) -> None:
         stored = weights(checkpoint)
         model = load(checkpoint, dtype=dtype)
         assert torch.equal(model.embedding, stored["model.embed_tokens.weight"].to(dtype))
-        assert torch.equal(model.lm_head.weight, stored["lm_head.weight"].to(dtype))
+        assert torch.equal(values(model.lm_head), stored["lm_head.weight"].to(dtype))
         assert torch.equal(model.final_norm, stored["model.norm.weight"].to(dtype))
         for number, layer in enumerate(model.layers):
             prefix = f"model.layers.{number}."
             qkv = [stored[f"{prefix}self_attn.{name}_proj.weight"] for name in "qkv"]
-            assert torch.equal(layer.attention.qkv.weight, torch.cat(qkv).to(dtype))
+            assert torch.equal(values(layer.attention.qkv), torch.cat(qkv).to(dtype))
             biases = [stored[f"{prefix}self_attn.{name}_proj.bias"] for name in "qkv"]
             assert torch.equal(layer.attention.qkv.bias, torch.cat(biases).to(dtype))
-            assert torch.equal(layer.attention.output.weight, stored[f"{prefix}self_attn.o_proj.weight"].to(dtype))
+            assert torch.equal(values(layer.attention.output), stored[f"{prefix}self_attn.o_proj.weight"].to(dtype))
             assert torch.equal(layer.attention.sinks, stored[f"{prefix}self_attn.sinks"].float())
             assert torch.equal(layer.attention_norm, stored[f"{prefix}input_layernorm.weight"].to(dtype))
             assert torch.equal(layer.experts_norm, stored[f"{prefix}post_attention_layernorm.weight"].to(dtype))

@@ -1,0 +1,260 @@
+"""The CPU kernels against what this machine can do: `python -m benchmarks.cpu`.
+
+Every figure is a ratio to something measured in the same process, in turn with it: memory-bound ones to the read bandwidth of all threads
+(a sum over memory on huge pages that is larger than the caches), compute-bound ones to torch's bf16 matrix product. Each is the best of
+many runs, since others may use the machine; the load printed beside says how much they did.
+"""
+
+import argparse
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.cpu import dense, experts, native
+from kernels.cpu.dense import PackedWeight
+from kernels.mxfp4 import ROWS16, PackedMXFP4
+
+HIDDEN = INTERMEDIATE = 2880
+"""Of gpt-oss."""
+NUM_EXPERTS = 32
+TOP_K = 4
+_HUGE_PAGE = 2 << 20
+_LEAST_CALLS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is measured.
+
+    Attributes:
+        run: called with 0, 1, 2, …: which weights to take, so that they come from memory.
+        num_bytes, num_operations: of one call; 0: not told.
+    """
+
+    name: str
+    run: Callable[[int], object]
+    num_bytes: float = 0
+    num_operations: float = 0
+
+
+def main() -> None:
+    """Parse the flags, measure and print tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--isa", choices=native.ISAS, action="append", help="instruction set, again for another; default: the best")
+    parser.add_argument(
+        "--memory", type=float, default=1.0, help="GiB of weights of each kind, more than the caches hold; default: %(default)s"
+    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each figure; default: %(default)s")
+    parser.add_argument("--only", choices=("matrix-vector", "experts", "dense"), help="one table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    best = native.isa()
+    if best is None:
+        parser.error("the CPU kernels are not built: install with a C++ compiler")
+    print(f"{arguments.threads} threads of {os.cpu_count()}, {cache_text()}, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    size = int(arguments.memory * 2**30)
+    yardsticks = [bandwidth_task(size), gemm_task()]
+    tables = {"matrix-vector": lambda: matrix_vector_tasks(size), "experts": lambda: expert_tasks(size), "dense": lambda: dense_tasks(size)}
+    for title, tasks in tables.items():
+        if arguments.only not in (None, title):
+            continue
+        made = tasks()
+        for isa in arguments.isa or [best]:
+            with native.using_isa(isa) as there:
+                if there:
+                    print_table(f"{title}, {isa}", measure([*yardsticks, *made], arguments.seconds))
+                else:
+                    print(f"this processor has no {isa}")
+        del made
+
+
+def measure(tasks: Sequence[Task], seconds_each: float) -> list[tuple[Task, float]]:
+    """The best time of each, their runs taken in turn."""
+    # One thread's own time is not longer when others have the processor in between.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    best = [float("inf")] * len(tasks)
+    spent = [0.0] * len(tasks)
+    for call in range(1_000_000):
+        waiting = [index for index, used in enumerate(spent) if used < seconds_each or call < _LEAST_CALLS]
+        if not waiting:
+            break
+        for index in waiting:
+            start = clock()
+            tasks[index].run(call)
+            elapsed = clock() - start
+            spent[index] += elapsed
+            if call > 0:  # the first run warms up
+                best[index] = min(best[index], elapsed)
+    return list(zip(tasks, best, strict=True))
+
+
+def print_table(title: str, results: Sequence[tuple[Task, float]]) -> None:
+    """The first two are the yardsticks."""
+    (memory, memory_s), (product, product_s), *others = results
+    bandwidth, rate = memory.num_bytes / memory_s, product.num_operations / product_s
+    print(
+        f"\n{title}: read bandwidth {bandwidth / 1e9:.1f} GB/s, torch bf16 GEMM {rate / 1e9:.0f} GFLOP/s, load {os.getloadavg()[0]:.1f}\n"
+    )
+    print("| | ms | GB/s | of bandwidth | GFLOP/s | of GEMM |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for task, best_s in others:
+        speed, operations = task.num_bytes / best_s, task.num_operations / best_s
+        share = f"{speed / bandwidth:.0%}" if speed else "-"
+        print(f"| {task.name} | {best_s * 1e3:.2f} | {speed / 1e9:.1f} | {share} | {operations / 1e9:.0f} | {operations / rate:.0%} |")
+
+
+def bandwidth_task(size: int) -> Task:
+    """Read 64 MiB at a time of a larger memory."""
+    piece = 64 << 20
+    pieces = torch.split(huge((size,), torch.uint8).fill_(1), piece)
+    return Task("read", lambda call: native.read_through(pieces[call % len(pieces)]), num_bytes=piece)
+
+
+def gemm_task() -> Task:
+    """torch's bf16 product of 1024 tokens with a gate_up projection."""
+    x, weight = torch.randn(1024, HIDDEN).bfloat16(), torch.randn(2 * INTERMEDIATE, HIDDEN).bfloat16()
+    return Task("GEMM", lambda call: functional.linear(x, weight), num_operations=2 * 1024 * weight.numel())
+
+
+def matrix_vector_tasks(size: int) -> Iterator[Task] | list[Task]:
+    """One token times dense layers and single experts."""
+    tasks = []
+    for rows, width in ((5120, HIDDEN), (HIDDEN, 4096), (HIDDEN, 2 * INTERMEDIATE)):
+        x = torch.randn(1, width).bfloat16()
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.int8, "int8")):
+            weights = dense_weights(rows, width, dtype, size // 2)
+            tasks.append(Task(f"{name} [{rows}, {width}]", run_dense(x, weights), weights[0].nbytes, 2 * rows * width))
+    for width in (HIDDEN, 2 * INTERMEDIATE):
+        layer = ExpertLayer(width, width, size // 2)
+        tasks.append(layer.task(f"MXFP4 expert {width} wide, SwiGLU", 1, 1))
+    return tasks
+
+
+def expert_tasks(size: int) -> list[Task]:
+    """A layer of the 20b: 32 experts, 4 for each token."""
+    layer = ExpertLayer(HIDDEN, INTERMEDIATE, size)
+    return [layer.task(f"experts, {num_tokens} tokens", num_tokens, TOP_K) for num_tokens in (1, 4, 16, 64, 512, 2048)]
+
+
+def dense_tasks(size: int) -> list[Task]:
+    """Dense layers at batch sizes, ours and torch's."""
+    tasks = []
+    rows, width = 5120, HIDDEN
+    plain = [torch.randn(rows, width).bfloat16() for _ in range(max(2, size // (2 * rows * width) // 2))]
+    weights = {name: dense_weights(rows, width, dtype, size // 2) for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8))}
+    for num_tokens in (1, 2, 4, 8, 16, 32, 64, 512):
+        x = torch.randn(num_tokens, width).bfloat16()
+        operations = 2 * num_tokens * rows * width
+        for name, packed in weights.items():
+            tasks.append(Task(f"{name} [{rows}, {width}], {num_tokens} tokens", run_dense(x, packed), packed[0].nbytes, operations))
+        tasks.append(
+            Task(
+                f"torch bf16 [{rows}, {width}], {num_tokens} tokens",
+                lambda call, x=x: functional.linear(x, plain[call % len(plain)]),  # type: ignore[misc]
+                plain[0].nbytes,
+                operations,
+            )
+        )
+    return tasks
+
+
+def run_dense(x: Tensor, weights: Sequence[PackedWeight]) -> Callable[[int], object]:
+    """Each call with the next weight."""
+    return lambda call: dense.linear(x, weights[call % len(weights)], None)
+
+
+def dense_weights(rows: int, width: int, dtype: torch.dtype, size: int) -> list[PackedWeight]:
+    """Several of one shape, `size` bytes together: any bytes are int8 weights, and small ones bf16 weights."""
+    made = []
+    for _ in range(max(2, size // (rows * width * dtype.itemsize))):
+        like = dense.empty(rows, width, dtype)
+        values = huge(tuple(like.values.shape), dtype)
+        values.copy_(torch.randint(-127, 128, values.shape, dtype=torch.int8))
+        made.append(PackedWeight(values, None if like.scales is None else torch.full((rows,), 0.01), like.shape))
+    return made
+
+
+class ExpertLayer:
+    """As many random experts as fill `size` bytes, used in turn.
+
+    Args:
+        hidden, intermediate: of an expert.
+    """
+
+    def __init__(self, hidden: int, intermediate: int, size: int) -> None:
+        self.expert_bytes = 3 * hidden * intermediate * 17 // 32
+        self.num_sets = max(1, size // (self.expert_bytes * NUM_EXPERTS))
+        self.num_experts = self.num_sets * NUM_EXPERTS
+        self.hidden, self.intermediate = hidden, intermediate
+        self.gate_up = self._random(2 * intermediate, hidden)
+        self.down = self._random(hidden, intermediate)
+        self.gate_up_bias = torch.zeros(self.num_experts, 2 * intermediate, dtype=torch.bfloat16)
+        self.down_bias = torch.zeros(self.num_experts, hidden, dtype=torch.bfloat16)
+
+    def _random(self, rows: int, width: int) -> PackedMXFP4:
+        blocks = huge((self.num_experts, rows // 16, width // 8, 64), torch.uint8)
+        scales = huge((self.num_experts, rows // 16, width // 32, 16), torch.uint8)
+        for expert in range(self.num_experts):
+            blocks[expert].random_(0, 256)
+            scales[expert].random_(116, 122)
+        return PackedMXFP4(ROWS16, blocks, scales, (self.num_experts, rows, width))
+
+    def task(self, name: str, num_tokens: int, top_k: int) -> Task:
+        """Tokens that choose among 32 experts at random, other experts with every call."""
+        generator = torch.Generator().manual_seed(num_tokens)
+        x = torch.randn(num_tokens, self.hidden, generator=generator).bfloat16()
+        choices = []
+        for _ in range(16):
+            ids = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
+            choices += [ids + NUM_EXPERTS * number for number in range(self.num_sets)]
+        weights = torch.full((num_tokens, top_k), 1 / top_k)
+        num_hit = sum(len(ids.unique()) for ids in choices) / len(choices)
+
+        def run(call: int) -> Tensor:
+            return experts.fused_experts(
+                x,
+                choices[call % len(choices)],
+                weights,
+                self.gate_up,
+                self.gate_up_bias,
+                self.down,
+                self.down_bias,
+                swiglu_limit=7.0,
+                swiglu_alpha=1.702,
+                first_expert=0,
+            )
+
+        operations = 2 * num_tokens * top_k * 3 * self.hidden * self.intermediate
+        return Task(name, run, num_hit * self.expert_bytes, operations)
+
+
+def huge(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory on huge pages, where the system gives them."""
+    num_bytes = prod(shape) * dtype.itemsize
+    area = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        area.madvise(mmap.MADV_HUGEPAGE)
+    raw = torch.frombuffer(area, dtype=torch.uint8)
+    begin = -raw.data_ptr() % _HUGE_PAGE
+    return raw[begin : begin + num_bytes].view(dtype).view(shape)
+
+
+def cache_text() -> str:
+    """The size of the last-level cache, as Linux tells it."""
+    try:
+        with open("/sys/devices/system/cpu/cpu0/cache/index3/size", encoding="ascii") as file:
+            return f"last-level cache {file.read().strip()}"
+    except OSError:
+        return "last-level cache unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,413 @@
+// Weights in row groups times rows of bf16 activations, summed in fp32, by the processor's bf16 instructions: vdpbf16ps, or AMX tiles.
+// Decoding to bf16 is exact. Each form sums in an order of its own, which does not depend on the number of tokens and threads: an
+// instruction set uses one of the two for everything.
+
+// 8 columns of a row group → 4 vectors of pairs, the even column in the lower half of a row's lane.
+inline void decode_pairs(const Mxfp4Weights&, const uint8_t* from, __m512i pairs[4]) {
+  const __m512i packed = _mm512_loadu_si512(from);
+  pairs[0] = e2m1_pairs(packed);
+  pairs[1] = e2m1_pairs(_mm512_srli_epi32(packed, 4));
+  pairs[2] = e2m1_pairs(_mm512_srli_epi32(packed, 8));
+  pairs[3] = e2m1_pairs(_mm512_srli_epi32(packed, 12));
+}
+
+inline void decode_pairs(const Bf16Weights&, const uint8_t* from, __m512i pairs[4]) {
+  for (int pair = 0; pair < 4; ++pair) pairs[pair] = _mm512_loadu_si512(from + 64 * pair);
+}
+
+// The bf16 of 0 … 127, by byte.
+struct MagnitudeBytes {
+  alignas(64) uint8_t upper[128], lower[128];
+
+  constexpr MagnitudeBytes() : upper(), lower() {
+    for (int value = 1; value < 128; ++value) {
+      int exponent = 6;
+      while (value >> exponent == 0) --exponent;
+      const int bits = (127 + exponent) << 7 | (value << (7 - exponent) & 127);
+      upper[value] = (uint8_t)(bits >> 8);
+      lower[value] = (uint8_t)(bits & 255);
+    }
+  }
+};
+
+constexpr MagnitudeBytes kMagnitudes;
+
+inline void decode_pairs(const Int8Weights&, const uint8_t* from, __m512i pairs[4]) {
+  const __m512i upper[2] = {_mm512_load_si512(kMagnitudes.upper), _mm512_load_si512(kMagnitudes.upper + 64)};
+  const __m512i lower[2] = {_mm512_load_si512(kMagnitudes.lower), _mm512_load_si512(kMagnitudes.lower + 64)};
+  const __m512i sign = _mm512_set1_epi8((char)0x80);
+  for (int quad = 0; quad < 2; ++quad) {
+    const __m512i packed = _mm512_loadu_si512(from + 64 * quad), magnitude = _mm512_abs_epi8(packed);
+    const __m512i low = _mm512_permutex2var_epi8(lower[0], magnitude, lower[1]);
+    const __m512i high = _mm512_permutex2var_epi8(upper[0], magnitude, upper[1]);
+    const __m512i with_sign = _mm512_ternarylogic_epi64(high, packed, sign, 0xF8);  // high | (packed & sign)
+    pairs[2 * quad] = _mm512_unpacklo_epi8(low, with_sign);
+    pairs[2 * quad + 1] = _mm512_unpackhi_epi8(low, with_sign);
+  }
+}
+
+// Weights come from memory once and are not needed again soon; the processor's own prefetching stops at every page of 4 KiB.
+constexpr long kPrefetchBytes = 4096;
+
+template <typename Weights>
+inline void prefetch_chunk(const uint8_t* from) {
+#pragma GCC unroll 4
+  for (long line = 0; line < Weights::kChunkBytes; line += 64) _mm_prefetch((const char*)from + kPrefetchBytes + line, _MM_HINT_T0);
+}
+
+#if CANTATA_BF16 == 1
+
+// For each 32 columns two sums are made, of every other pair, then scaled and added to the total.
+
+inline __m512bh broadcast_pair(const uint16_t* from) {
+  int32_t both;
+  __builtin_memcpy(&both, from, sizeof both);
+  return (__m512bh)_mm512_set1_epi32(both);
+}
+
+template <typename Weights>
+inline __m512 add_scaled(__m512 total, __m512 even, __m512 odd, const uint8_t* codes) {
+  const __m512 sum = _mm512_add_ps(even, odd);
+  if constexpr (Weights::kScaled) {
+    return _mm512_fmadd_ps(sum, (__m512)scales(codes), total);
+  } else {
+    return _mm512_add_ps(total, sum);
+  }
+}
+
+template <typename Weights, int kTokens, int kGroups>
+void few_pairs(const Weights& weights, long group, const uint16_t* x, Outputs* y) {
+  const uint8_t *blocks[kGroups], *codes[kGroups];
+  for (int g = 0; g < kGroups; ++g) blocks[g] = weights.group(group + g), codes[g] = weights.scale_codes(group + g);
+  __m512 total[kGroups][kTokens] = {};
+  for (long k = 0; k < weights.width; k += 32) {
+    __m512 part[kGroups][kTokens][2] = {};
+#pragma GCC unroll 4
+    for (int chunk = 0; chunk < 4; ++chunk) {
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) {
+        __m512i pairs[4];
+        prefetch_chunk<Weights>(blocks[g] + chunk * Weights::kChunkBytes);
+        decode_pairs(weights, blocks[g] + chunk * Weights::kChunkBytes, pairs);
+#pragma GCC unroll 4
+        for (int pair = 0; pair < 4; ++pair) {
+#pragma GCC unroll 8
+          for (int t = 0; t < kTokens; ++t) {
+            part[g][t][pair % 2] = _mm512_dpbf16_ps(part[g][t][pair % 2], (__m512bh)pairs[pair],
+                                                    broadcast_pair(x + t * weights.width + k + 8 * chunk + 2 * pair));
+          }
+        }
+      }
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      for (int t = 0; t < kTokens; ++t) total[g][t] = add_scaled<Weights>(total[g][t], part[g][t][0], part[g][t][1], codes[g]);
+      blocks[g] += 4 * Weights::kChunkBytes;
+      codes[g] += kRows;
+    }
+  }
+  for (int g = 0; g < kGroups; ++g) {
+    for (int t = 0; t < kTokens; ++t) _mm512_storeu_ps(y[t] + kRows * g, total[g][t]);
+  }
+}
+
+constexpr long kPairSlice = 512;  // columns decoded at a time for many tokens: 16 KiB
+constexpr int kPairTile = 8;      // tokens
+
+template <typename Weights, int kTokens>
+void pairs_tile(const __m512i* panel, const uint8_t* codes, const uint16_t* x, long stride, long width, float* y) {
+  __m512 total[kTokens];
+  for (int t = 0; t < kTokens; ++t) total[t] = _mm512_loadu_ps(y + t * 2 * kRows);
+  for (long k = 0; k < width; k += 32, panel += 16, codes += kRows) {
+    __m512 part[kTokens][2] = {};
+#pragma GCC unroll 16
+    for (int pair = 0; pair < 16; ++pair) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        part[t][pair % 2] = _mm512_dpbf16_ps(part[t][pair % 2], (__m512bh)panel[pair], broadcast_pair(x + t * stride + k + 2 * pair));
+      }
+    }
+    for (int t = 0; t < kTokens; ++t) total[t] = add_scaled<Weights>(total[t], part[t][0], part[t][1], codes);
+  }
+  for (int t = 0; t < kTokens; ++t) _mm512_storeu_ps(y + t * 2 * kRows, total[t]);
+}
+
+template <typename Weights, int kTokens>
+void pairs_rest(long left, const __m512i* panel, const uint8_t* codes, const uint16_t* x, long stride, long width, float* y) {
+  if constexpr (kTokens > 0) {
+    if (left == kTokens) {
+      pairs_tile<Weights, kTokens>(panel, codes, x, stride, width, y);
+    } else {
+      pairs_rest<Weights, kTokens - 1>(left, panel, codes, x, stride, width, y);
+    }
+  }
+}
+
+template <typename Weights>
+void many_pairs(const Weights& weights, long group, const uint16_t* x, long num_tokens, float* y) {
+  __m512i panel[kPairSlice / 2];
+  for (long t = 0; t < num_tokens; ++t) __builtin_memset(y + t * 2 * kRows, 0, sizeof(RowGroup));
+  for (long first = 0; first < weights.width; first += kPairSlice) {
+    const long width = weights.width - first < kPairSlice ? weights.width - first : kPairSlice;
+    const uint8_t* blocks = weights.group(group) + first / 8 * Weights::kChunkBytes;
+    for (long chunk = 0; chunk < width / 8; ++chunk, blocks += Weights::kChunkBytes) {
+      prefetch_chunk<Weights>(blocks);
+      decode_pairs(weights, blocks, panel + 4 * chunk);
+    }
+    const uint8_t* codes = weights.scale_codes(group) + first / 32 * kRows;
+    long t = 0;
+    for (; t + kPairTile <= num_tokens; t += kPairTile) {
+      pairs_tile<Weights, kPairTile>(panel, codes, x + t * weights.width + first, weights.width, width, y + t * 2 * kRows);
+    }
+    pairs_rest<Weights, kPairTile - 1>(num_tokens - t, panel, codes, x + t * weights.width + first, weights.width, width, y + t * 2 * kRows);
+  }
+}
+
+template <typename Weights, int kTokens>
+void few_rest(const Weights& weights, long group, const uint16_t* x, long num_tokens, Outputs* y) {
+  if constexpr (kTokens > 0) {
+    if (num_tokens == kTokens) {
+      few_pairs<Weights, kTokens, 1>(weights, group, x, y);
+    } else {
+      few_rest<Weights, kTokens - 1>(weights, group, x, num_tokens, y);
+    }
+  }
+}
+
+struct Bf16 {
+  typedef uint16_t Activation;
+
+  // As Fp32::multiply.
+  template <typename Weights>
+  static void multiply(const Weights& weights, long group, int num_groups, const uint16_t* x, long num_tokens, Outputs* y) {
+    if (num_tokens == 1 && num_groups == 2) return few_pairs<Weights, 1, 2>(weights, group, x, y);
+    if (num_tokens == 2 && num_groups == 2) return few_pairs<Weights, 2, 2>(weights, group, x, y);
+    for (int g = 0; g < num_groups; ++g) {
+      float* to = &y[0][kRows * g];
+      if (num_tokens <= kPairTile) {
+        few_rest<Weights, kPairTile>(weights, group + g, x, num_tokens, (Outputs*)to);
+      } else {
+        many_pairs(weights, group + g, x, num_tokens, to);
+      }
+    }
+  }
+};
+
+#else
+
+// A tile of weights is 32 columns of a row group as 16 rows of pairs, scaled: the sums of the even and of the odd columns are made apart, in
+// order, and their sum is added to the total (Intel SDM, TDPBF16PS).
+
+constexpr long kTileBytes = 1024;
+
+// What is not a normal number as bf16, slowly: infinite, or so small that the multiplication takes it for zero.
+inline __m512i scaled_slowly(__m512i pairs, Vec factors) {
+  Vec columns[2];
+  widen_pairs(pairs, columns);
+  const __m512i even = (__m512i)(columns[0] * factors), odd = (__m512i)(columns[1] * factors);
+  return _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_and_si512(odd, _mm512_set1_epi32((int)0xFFFF0000)));
+}
+
+// kE2m1 times 2^126, but 0x8000 for both zeros.
+constexpr uint16_t kRaisedE2m1[16] = {0x8000, 0x7E00, 0x7E80, 0x7EC0, 0x7F00, 0x7F40, 0x7F80, 0x7FC0,
+                                      0x8000, 0xFE00, 0xFE80, 0xFEC0, 0xFF00, 0xFF40, 0xFF80, 0xFFC0};
+
+inline const uint8_t* weight_tile(const Mxfp4Weights& weights, const uint8_t* from, const uint8_t* codes, uint8_t* to) {
+  const __m128i scale_codes = _mm_loadu_si128((const __m128i*)codes);
+  const __m128i odd_ones = _mm_subs_epu8(_mm_sub_epi8(scale_codes, _mm_set1_epi8(2)), _mm_set1_epi8((char)250));
+  if (__builtin_expect(!_mm_testz_si128(odd_ones, odd_ones), 0)) {  // codes below 2 or above 252
+    const Vec factors = scales(codes);
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      __m512i pairs[4];
+      decode_pairs(weights, from + 64 * chunk, pairs);
+      for (int pair = 0; pair < 4; ++pair) _mm512_store_si512(to + 64 * (4 * chunk + pair), scaled_slowly(pairs[pair], factors));
+    }
+    return to;
+  }
+  // What a scale lacks to 2^126 is taken from the exponents, which the table has 126 higher; its zeros are the least number, so that the
+  // saturating addition leaves them what they are, -0.
+  const __m512i missing = _mm512_sub_epi32(_mm512_cvtepu8_epi32(scale_codes), _mm512_set1_epi32(253));
+  const __m512i low = _mm512_slli_epi32(missing, 7), both = _mm512_mask_blend_epi16(0x55555555, _mm512_slli_epi32(missing, 23), low);
+  const __m512i raised = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)kRaisedE2m1));
+#pragma GCC unroll 4
+  for (int chunk = 0; chunk < 4; ++chunk) {
+    const __m512i packed = _mm512_loadu_si512(from + 64 * chunk);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; ++pair) {
+      const __m512i values = _mm512_permutexvar_epi16(_mm512_srli_epi32(packed, 4 * pair), raised);
+      _mm512_store_si512(to + 64 * (4 * chunk + pair), _mm512_adds_epi16(values, both));
+    }
+  }
+  return to;
+}
+
+inline const uint8_t* weight_tile(const Bf16Weights&, const uint8_t* from, const uint8_t*, uint8_t*) { return from; }
+
+inline const uint8_t* weight_tile(const Int8Weights& weights, const uint8_t* from, const uint8_t*, uint8_t* to) {
+#pragma GCC unroll 4
+  for (int chunk = 0; chunk < 4; ++chunk) {
+    __m512i pairs[4];
+    decode_pairs(weights, from + chunk * Int8Weights::kChunkBytes, pairs);
+    for (int pair = 0; pair < 4; ++pair) _mm512_store_si512(to + 64 * (4 * chunk + pair), pairs[pair]);
+  }
+  return to;
+}
+
+// Tiles 0 to 3: sums, [first or second 16 tokens][row group]; 4 and 5: activations; 6 and 7: weights.
+inline void configure_tiles(long num_tokens) {
+  struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+  } config;
+  const uint8_t first = num_tokens < 16 ? num_tokens : 16, second = num_tokens > 16 ? num_tokens - 16 : 1;
+  const uint8_t rows[8] = {first, first, second, second, first, second, 16, 16};
+  __builtin_memcpy(config.rows, rows, sizeof rows);
+  _tile_loadconfig(&config);
+}
+
+// The intrinsics do not say that they read and write memory.
+inline void memory_fence() { asm volatile("" ::: "memory"); }
+
+template <int kTokenTiles, int kGroups>
+struct Tiles {
+  static inline void zero() {
+    _tile_zero(0);
+    if constexpr (kGroups > 1) _tile_zero(1);
+    if constexpr (kTokenTiles > 1) _tile_zero(2);
+    if constexpr (kTokenTiles > 1 && kGroups > 1) _tile_zero(3);
+  }
+
+  static inline void load(const Outputs* y) {
+    memory_fence();
+    _tile_loadd(0, y[0], sizeof(Outputs));
+    if constexpr (kGroups > 1) _tile_loadd(1, y[0] + kRows, sizeof(Outputs));
+    if constexpr (kTokenTiles > 1) _tile_loadd(2, y[16], sizeof(Outputs));
+    if constexpr (kTokenTiles > 1 && kGroups > 1) _tile_loadd(3, y[16] + kRows, sizeof(Outputs));
+  }
+
+  static inline void store(Outputs* y) {
+    _tile_stored(0, y[0], sizeof(Outputs));
+    if constexpr (kGroups > 1) _tile_stored(1, y[0] + kRows, sizeof(Outputs));
+    if constexpr (kTokenTiles > 1) _tile_stored(2, y[16], sizeof(Outputs));
+    if constexpr (kTokenTiles > 1 && kGroups > 1) _tile_stored(3, y[16] + kRows, sizeof(Outputs));
+    memory_fence();
+  }
+
+  // 32 columns of x and of the weights; rows of x are `stride` bytes apart.
+  static inline void multiply(const uint16_t* x, long stride, const uint8_t* first, const uint8_t* second) {
+    memory_fence();
+    _tile_loadd(4, x, stride);
+    _tile_loadd(6, first, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kTokenTiles > 1) {
+      _tile_loadd(5, x + 8 * stride, stride);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (kGroups > 1) {
+      _tile_loadd(7, second, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (kTokenTiles > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+};
+
+// At most 32 tokens: weights are decoded some steps before they are multiplied, so that their stores have reached the cache, and the sums stay
+// in tiles.
+constexpr long kStepsAhead = 1;
+
+template <typename Weights, int kTokenTiles, int kGroups>
+void few_tiles(const Weights& weights, long group, const uint16_t* x, long num_tokens, Outputs* y) {
+  alignas(64) uint8_t decoded[kStepsAhead][kGroups][kTileBytes];
+  const uint8_t *blocks[kGroups], *codes[kGroups], *tiles[kStepsAhead][2];
+  for (int g = 0; g < kGroups; ++g) blocks[g] = weights.group(group + g), codes[g] = weights.scale_codes(group + g);
+  typedef Tiles<kTokenTiles, kGroups> Sums;
+  const long num_steps = weights.width / 32, stride = weights.width * 2;
+  configure_tiles(num_tokens);
+  Sums::zero();
+  for (long step = 0; step < num_steps + kStepsAhead; ++step) {
+    const uint8_t** slot = tiles[step % kStepsAhead];
+    if (step >= kStepsAhead) Sums::multiply(x + 32 * (step - kStepsAhead), stride, slot[0], slot[kGroups - 1]);
+    if (step >= num_steps) continue;
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 4
+      for (int chunk = 0; chunk < 4; ++chunk) prefetch_chunk<Weights>(blocks[g] + chunk * Weights::kChunkBytes);
+      slot[g] = weight_tile(weights, blocks[g], codes[g], decoded[step % kStepsAhead][g]);
+      blocks[g] += 4 * Weights::kChunkBytes;
+      codes[g] += kRows;
+    }
+  }
+  Sums::store(y);
+  _tile_release();
+}
+
+constexpr long kTileSlice = 8;  // steps of 32 columns decoded at a time for many tokens: 16 KiB for two row groups
+
+template <typename Weights, int kTokenTiles, int kGroups>
+inline void add_slice(bool is_first, long num_steps, const uint16_t* x, long stride, const uint8_t* const (*tiles)[kTileSlice], Outputs* y) {
+  typedef Tiles<kTokenTiles, kGroups> Sums;
+  if (is_first) {
+    Sums::zero();
+  } else {
+    Sums::load(y);
+  }
+  for (long step = 0; step < num_steps; ++step) Sums::multiply(x + 32 * step, stride, tiles[0][step], tiles[kGroups - 1][step]);
+  Sums::store(y);
+}
+
+template <typename Weights, int kGroups>
+void many_tiles(const Weights& weights, long group, const uint16_t* x, long num_tokens, Outputs* y) {
+  alignas(64) uint8_t decoded[2][kTileSlice][kTileBytes];
+  const uint8_t* tiles[2][kTileSlice];
+  const long stride = weights.width * 2;
+  long configured = 0;
+  for (long first = 0; first < weights.width / 32; first += kTileSlice) {
+    const long num_steps = weights.width / 32 - first < kTileSlice ? weights.width / 32 - first : kTileSlice;
+    for (int g = 0; g < kGroups; ++g) {
+      const uint8_t* blocks = weights.group(group + g) + first * 4 * Weights::kChunkBytes;
+      const uint8_t* codes = weights.scale_codes(group + g) + first * kRows;
+      for (long step = 0; step < num_steps; ++step) {
+        for (int chunk = 0; chunk < 4; ++chunk) prefetch_chunk<Weights>(blocks + (4 * step + chunk) * Weights::kChunkBytes);
+        tiles[g][step] = weight_tile(weights, blocks + 4 * step * Weights::kChunkBytes, codes + step * kRows, decoded[g][step]);
+      }
+    }
+    for (long t = 0; t < num_tokens; t += 32) {
+      const long count = num_tokens - t < 32 ? num_tokens - t : 32;
+      if (count != configured) configure_tiles(configured = count);
+      const uint16_t* rows = x + t * weights.width + 32 * first;
+      if (count > 16) {
+        add_slice<Weights, 2, kGroups>(first == 0, num_steps, rows, stride, tiles, y + t);
+      } else {
+        add_slice<Weights, 1, kGroups>(first == 0, num_steps, rows, stride, tiles, y + t);
+      }
+    }
+  }
+  _tile_release();
+}
+
+struct Bf16 {
+  typedef uint16_t Activation;
+
+  // As Fp32::multiply.
+  template <typename Weights>
+  static void multiply(const Weights& weights, long group, int num_groups, const uint16_t* x, long num_tokens, Outputs* y) {
+    if (num_groups == 2) {
+      multiply_groups<Weights, 2>(weights, group, x, num_tokens, y);
+    } else {
+      multiply_groups<Weights, 1>(weights, group, x, num_tokens, y);
+    }
+  }
+
+  template <typename Weights, int kGroups>
+  static void multiply_groups(const Weights& weights, long group, const uint16_t* x, long num_tokens, Outputs* y) {
+    if (num_tokens <= 16) {
+      few_tiles<Weights, 1, kGroups>(weights, group, x, num_tokens, y);
+    } else if (num_tokens <= 32) {
+      few_tiles<Weights, 2, kGroups>(weights, group, x, num_tokens, y);
+    } else {
+      many_tiles<Weights, kGroups>(weights, group, x, num_tokens, y);
+    }
+  }
+};
+
+#endif

@@ -1,0 +1,19 @@
+// The operations on bf16 activations; those in fp32, and all others, are AVX-512's.
+
+void experts(const ExpertsArgs& args) {
+  if (args.type == kBfloat16) {
+    run_experts<Bf16>(args);
+  } else {
+    avx512_ops()->experts(args);
+  }
+}
+
+void dense(const DenseArgs& args) { run_dense<Bf16>(args, args.x); }
+
+Ops bf16_ops(const char* name) {
+  Ops ops = *avx512_ops();
+  ops.name = name;
+  ops.experts = experts;
+  ops.dense = dense;
+  return ops;
+}

@@ -1,0 +1,41 @@
+// The operations for processors with AVX-512 and its bf16 instructions.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 10
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")
+#include <immintrin.h>
+#endif
+#include <stdint.h>
+
+#include "ops.h"
+#include "pool.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 10
+#define CANTATA_ISA 2
+#define CANTATA_BF16 1
+
+namespace cantata {
+namespace {
+#include "simd.h"
+//
+#include "activations.h"
+//
+#include "weights.h"
+//
+#include "bf16.h"
+//
+#include "experts.h"
+//
+#include "dense.h"
+//
+#include "bf16_ops.h"
+}  // namespace
+
+const Ops* avx512_bf16_ops() {
+  static const Ops ops = bf16_ops("avx512_bf16");
+  return &ops;
+}
+}  // namespace cantata
+#else
+namespace cantata {
+const Ops* avx512_bf16_ops() { return nullptr; }
+}
+#endif

@@ -1,0 +1,165 @@
+// Weights in groups of 16 rows (kernels/cpu/layout.py), and how 8 columns of a group become vectors of floats: kLanes rows at a time, the
+// v-th of the group. A format says in how many parts a row's sum comes (kParts) and which activations belong to a decoded vector; `fold`
+// turns the parts into one sum for each row.
+
+constexpr int kRows = 16;                // of a row group
+constexpr int kVectors = kRows / kLanes;  // a column of a row group
+
+typedef float RowGroup[kRows];
+
+// A token's results for one or two row groups.
+typedef float Outputs[2 * kRows];
+
+constexpr long kMaxTokens = 192;  // that an engine multiplies at a time: bounds what lies on the stack
+
+// Column by column: a lane is a row.
+struct ByColumn {
+  static constexpr int kParts = 1;
+  static inline Vec activation(const float* x, int column) { return broadcast(x[column]); }
+  static inline Vec fold(const Vec* parts) { return parts[0]; }
+};
+
+// e2m1 values as bf16 by code, whole and in bytes.
+constexpr uint16_t kE2m1[16] = {0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
+                                0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
+constexpr uint8_t kE2m1Upper[16] = {0x00, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, 0x80, 0xBF, 0xBF, 0xBF, 0xC0, 0xC0, 0xC0, 0xC0};
+constexpr uint8_t kE2m1Lower[16] = {0x00, 0x00, 0x80, 0xC0, 0x00, 0x40, 0x80, 0xC0, 0x00, 0x00, 0x80, 0xC0, 0x00, 0x40, 0x80, 0xC0};
+
+#if CANTATA_ISA == 2
+// bf16 pairs (even column in the lower half of a row's lane) → 2 columns.
+inline void widen_pairs(__m512i pairs, Vec* columns) {
+  columns[0] = (Vec)_mm512_slli_epi32(pairs, 16);
+  columns[1] = (Vec)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000));
+}
+
+// A row's lane has 8 codes, even columns in the lower half. A lookup takes the lowest 5 bits of each half, of which the fifth is a bit of
+// the next code: the table has every value twice.
+inline __m512i e2m1_pairs(__m512i codes) {
+  const __m256i values = _mm256_loadu_si256((const __m256i*)kE2m1);
+  return _mm512_permutexvar_epi16(codes, _mm512_broadcast_i64x4(values));
+}
+#endif
+
+struct Mxfp4Weights {
+  static constexpr bool kScaled = true;  // by a power of two for each row and 32 columns
+  static constexpr long kChunkBytes = 64;  // 8 columns of 16 rows
+  const uint8_t* blocks;
+  const uint8_t* codes;
+  long width;
+
+  const uint8_t* group(long index) const { return blocks + index * (width / 8) * kChunkBytes; }
+  const uint8_t* scale_codes(long index) const { return codes + index * (width / 32) * kRows; }
+
+#if CANTATA_ISA == 2
+  static constexpr int kParts = 1;
+  static inline Vec activation(const float* x, int column) { return ByColumn::activation(x, column); }
+  static inline Vec fold(const Vec* parts) { return ByColumn::fold(parts); }
+
+  static inline void decode(const uint8_t* from, int, Vec columns[8]) {
+    const __m512i packed = _mm512_loadu_si512(from);
+    widen_pairs(e2m1_pairs(packed), columns);
+    widen_pairs(e2m1_pairs(_mm512_srli_epi32(packed, 4)), columns + 2);
+    widen_pairs(e2m1_pairs(_mm512_srli_epi32(packed, 8)), columns + 4);
+    widen_pairs(e2m1_pairs(_mm512_srli_epi32(packed, 12)), columns + 6);
+  }
+#elif CANTATA_ISA == 1
+  // Two byte lookups and an interleave give bf16 in the order of the bytes: in every 128-bit lane, 2 rows of 2 columns. So a row's sum has
+  // a part for the even and one for the odd columns, in neighbouring lanes; vectors 2q and 2q + 1 hold columns 2q and 2q + 1, of the lower
+  // and the upper two rows of each 128-bit lane.
+  static constexpr int kParts = 2;
+
+  static inline Vec activation(const float* x, int vector) { return (Vec)_mm256_castpd_ps(_mm256_broadcast_sd((const double*)(x + vector / 2 * 2))); }
+
+  static inline Vec fold(const Vec* parts) {
+    return (Vec)_mm256_shuffle_ps((__m256)parts[0], (__m256)parts[1], 0x88) + (Vec)_mm256_shuffle_ps((__m256)parts[0], (__m256)parts[1], 0xDD);
+  }
+
+  static inline void decode(const uint8_t* from, int v, Vec vectors[8]) {
+    const __m256i upper = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)kE2m1Upper));
+    const __m256i lower = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)kE2m1Lower));
+    const __m256i nibble = _mm256_set1_epi8(15), odd = _mm256_set1_epi32((int)0xFFFF0000);
+    const __m256i packed = _mm256_loadu_si256((const __m256i*)(from + 32 * v));
+    const __m256i halves[2] = {_mm256_and_si256(packed, nibble), _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble)};
+    for (int half = 0; half < 2; ++half) {
+      const __m256i high = _mm256_shuffle_epi8(upper, halves[half]), low = _mm256_shuffle_epi8(lower, halves[half]);
+      const __m256i rows[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+      for (int part = 0; part < 2; ++part) {
+        vectors[2 * half + part] = (Vec)_mm256_slli_epi32(rows[part], 16);
+        vectors[2 * half + 4 + part] = (Vec)_mm256_and_si256(rows[part], odd);
+      }
+    }
+  }
+#else
+  static constexpr int kParts = 1;
+  static inline Vec activation(const float* x, int column) { return ByColumn::activation(x, column); }
+  static inline Vec fold(const Vec* parts) { return ByColumn::fold(parts); }
+
+  static inline void decode(const uint8_t* from, int v, Vec columns[8]) {
+    for (int row = 0; row < kLanes; ++row) {
+      const uint8_t* bytes = from + 4 * (kLanes * v + row);
+      for (int column = 0; column < 8; ++column) {
+        const int byte = column % 2 * 2 + column / 4, code = bytes[byte] >> (column / 2 % 2 * 4) & 15;
+        columns[column][row] = widen(kE2m1[code]);
+      }
+    }
+  }
+#endif
+};
+
+// Dense bf16 [rows / 16, width / 2, 16, 2]: pairs of neighbouring columns, row by row.
+struct Bf16Weights : ByColumn {
+  static constexpr bool kScaled = false;
+  static constexpr long kChunkBytes = 256;
+  const uint8_t* values;
+  long width;
+
+  Bf16Weights(const void* values, long width) : values(static_cast<const uint8_t*>(values)), width(width) {}
+  const uint8_t* group(long index) const { return values + index * (width / 8) * kChunkBytes; }
+  const uint8_t* scale_codes(long) const { return values; }  // never read
+
+  static inline void decode(const uint8_t* from, int v, Vec columns[8]) {
+    for (int pair = 0; pair < 4; ++pair) {
+      IntVec both;
+      __builtin_memcpy(&both, from + 64 * pair + 4 * kLanes * v, sizeof both);
+      columns[2 * pair] = (Vec)(both << 16);
+      columns[2 * pair + 1] = (Vec)(both & (int32_t)0xFFFF0000);
+    }
+  }
+};
+
+// Dense int8 [rows / 16, width / 4, 64]: 4 columns of a group; in the 16 bytes of rows 4u to 4u + 3, byte 8h + 2r + j is column 2h + j of row
+// 4u + r. A row's scale is applied to its whole sum.
+struct Int8Weights : ByColumn {
+  static constexpr bool kScaled = false;
+  static constexpr long kChunkBytes = 128;
+  const uint8_t* values;
+  long width;
+
+  Int8Weights(const void* values, long width) : values(static_cast<const uint8_t*>(values)), width(width) {}
+  const uint8_t* group(long index) const { return values + index * (width / 8) * kChunkBytes; }
+  const uint8_t* scale_codes(long) const { return values; }  // never read
+
+  static inline void decode(const uint8_t* from, int v, Vec columns[8]) {
+    for (int quad = 0; quad < 2; ++quad) {
+#if CANTATA_ISA == 2
+      const __m512i packed = _mm512_loadu_si512(from + 64 * quad), zero = _mm512_setzero_si512();
+      const __m512i pairs[2] = {_mm512_unpacklo_epi8(zero, packed), _mm512_unpackhi_epi8(zero, packed)};
+      for (int half = 0; half < 2; ++half) {
+        columns[4 * quad + 2 * half] = (Vec)_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs[half], 16), 24));
+        columns[4 * quad + 2 * half + 1] = (Vec)_mm512_cvtepi32_ps(_mm512_srai_epi32(pairs[half], 24));
+      }
+#elif CANTATA_ISA == 1
+      const __m256i packed = _mm256_loadu_si256((const __m256i*)(from + 64 * quad + 32 * v)), zero = _mm256_setzero_si256();
+      const __m256i pairs[2] = {_mm256_unpacklo_epi8(zero, packed), _mm256_unpackhi_epi8(zero, packed)};
+      for (int half = 0; half < 2; ++half) {
+        columns[4 * quad + 2 * half] = (Vec)_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs[half], 16), 24));
+        columns[4 * quad + 2 * half + 1] = (Vec)_mm256_cvtepi32_ps(_mm256_srai_epi32(pairs[half], 24));
+      }
+#else
+      static_assert(kLanes == 4, "a unit of 4 rows");
+      const int8_t* unit = (const int8_t*)from + 64 * quad + 16 * v;
+      for (int byte = 0; byte < 16; ++byte) columns[4 * quad + 2 * (byte / 8) + byte % 2][byte % 8 / 2] = unit[byte];
+#endif
+    }
+  }
+};
