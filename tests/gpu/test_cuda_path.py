@@ -15,7 +15,6 @@ from kernels.attention import reference as attention_reference
 from kernels.moe import reference as moe_reference
 from kernels.mxfp4 import choose_layout, from_natural, pack, to_natural
 from tests.support.decode_plans import MAX_MODEL_LEN, MAX_NUM_SEQS, MIXED, NUM_BLOCKS, ahead, plans, tokens
-from tests.support.static_kernels import static_decode_attention, static_experts
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, SchedulerConfig
 from workers.engine.llm import LLM
@@ -24,7 +23,6 @@ from workers.executor.kernel_choice import kernel_choices, not_capturable
 from workers.executor.memory_profile import activation_bytes
 from workers.executor.runner import Runner
 from workers.executor.step_inputs import InputBuffers
-from workers.model import experts, gpt_oss
 from workers.model.checkpoint import load_model
 from workers.model.make_checkpoint import write_checkpoint
 from workers.request import SamplingParams
@@ -66,19 +64,6 @@ def test_the_same_tokens_as_on_a_cpu_with_steps_launched_ahead(checkpoint: Path,
     for left, right in zip(actual, expected, strict=True):
         for seq_id, entry in right.logprobs.items():
             assert left.logprobs[seq_id].logprob == pytest.approx(entry.logprob, abs=1e-4)
-
-
-def test_graph_is_eager_with_static_kernels(checkpoint: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prefill steps run eagerly with the real attention, the decode steps of both runs with kernels that any graph can hold."""
-    real = gpt_oss.paged_attention
-
-    def attention_of(q: torch.Tensor, *args: torch.Tensor, **options: float) -> torch.Tensor:
-        table = args[1]
-        return static_decode_attention(q, *args, **options) if len(q) == len(table) else real(q, *args, **options)
-
-    monkeypatch.setattr(gpt_oss, "paged_attention", attention_of)
-    monkeypatch.setattr(experts, "gated_experts", static_experts)
-    check_graphs(checkpoint, device)
 
 
 def test_graph_is_eager_with_the_kernels_that_serve(checkpoint: Path, device: torch.device) -> None:

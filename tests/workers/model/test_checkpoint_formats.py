@@ -74,8 +74,8 @@ def test_bf16_experts_are_the_same_model(folders: dict[str, Path]) -> None:
     # Every MXFP4 value is a bf16 value; the sums run in another order.
     exact = logits(folders["mxfp4"])
     torch.testing.assert_close(logits(folders["bf16"]), exact, atol=1e-4, rtol=0)
-    # In bf16 the MXFP4 kernels may round between the projections too, and a near-tie of the gate may go either way; each is as far from fp32
-    # as eight bits make it.
+    # In bf16 the MXFP4 kernels may round between the projections too, and a near-tie of the gate may go either way; each is as far from
+    # fp32 as eight bits make it.
     for name in ("bf16", "mxfp4"):
         assert (logits(folders[name], torch.bfloat16) - exact).norm() < 0.05 * exact.norm()
 
