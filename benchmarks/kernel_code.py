@@ -77,6 +77,8 @@ class MachineCode:
         stores_to_shared: instructions of the main loop.
         instructions: of the main loop; on AMD without scalar ones, which have a unit of their own.
         size: instructions of the kernel, counted alike.
+        grouped_assembly: inline assembly that gets several elements at once. Triton leaves open which, and they are no neighbours in some
+            register layouts.
         layout_changes: conversions between register layouts that Triton's GPU dialect has; some cost nothing.
         listing: the assembly.
     """
@@ -92,6 +94,7 @@ class MachineCode:
     stores_to_shared: int
     instructions: int
     size: int
+    grouped_assembly: int
     layout_changes: int
     listing: str
 
@@ -127,6 +130,8 @@ def violations(code: MachineCode, spec: KernelSpec, target: str) -> list[str]:
     found = []
     if code.spilled_bytes > limits.spilled_bytes or (code.spills and not limits.spilled_bytes):
         found.append(f"{code.spills} spilling instructions, {code.spilled_bytes} bytes of registers on the stack")
+    if code.grouped_assembly:
+        found.append(f"{code.grouped_assembly} pieces of inline assembly get several elements at once (pack), and which is not defined")
     if limits.matrix and not any(name.startswith(limits.matrix) for name in code.matrix):
         found.append(f"no {limits.matrix} in the main loop, which has {sorted(code.matrix) or 'no matrix instructions'}")
     if limits.load_bits is not None:
@@ -196,6 +201,10 @@ def _quiet() -> Iterator[None]:
             os.close(descriptor)
 
 
+def _grouped_assembly(kernel: CompiledKernel) -> int:
+    return sum(int(pack) > 1 for pack in re.findall(r"elementwise_inline_asm .*packed_element = (\d+)", kernel.asm["ttgir"]))
+
+
 # NVIDIA: SASS as nvdisasm prints it.
 
 _SASS_LINE = re.compile(
@@ -226,6 +235,7 @@ def _nvidia(kernel: CompiledKernel) -> MachineCode:
         stores_to_shared=sum(name.split(".")[0] in ("STS", "STSM") for name in main),
         instructions=len(main),
         size=len(instructions),
+        grouped_assembly=_grouped_assembly(kernel),
         layout_changes=kernel.asm["ttgir"].count("ttg.convert_layout"),
         listing=listing,
     )
@@ -279,6 +289,7 @@ def _amd(kernel: CompiledKernel) -> MachineCode:
         stores_to_shared=sum(name.startswith("ds_write") for name in main),
         instructions=len(main),
         size=len(instructions),
+        grouped_assembly=_grouped_assembly(kernel),
         layout_changes=kernel.asm["ttgir"].count("ttg.convert_layout"),
         listing=listing,
     )

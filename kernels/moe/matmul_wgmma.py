@@ -30,16 +30,39 @@ DECODE = tl.constexpr("""{ // mxfp4x8_bf16
     or.b32 $3, r, s;
     mul.bf16x2 $3, $3, $6;
 }""")
-"""A word of 8 values ($4) and the scales of its even ($5) and odd ($6) rows, twice each → registers $0 to $3 of a fragment."""
+"""A word of 8 values ($4) and, twice in a register each, the scales of its even ($5) and odd row ($6) → a fragment's registers."""
 
 
 @triton.jit
-def decode(words, scales):
-    """uint8 words, 4 bytes each, and bf16 scales of the same shape → two bf16 tensors of the same shape.
+def bf16_pair(register):
+    """uint32 → [..., 2] bf16, the low half first. The compiler makes nothing of it: both are where they were."""
+    low = register.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    high = (register >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return tl.join(low, high)
 
-    Of each 4 bytes, 0 and 1 give registers 0 and 1, values first and second, in the first result and registers 2 and 3 in the second.
-    """
-    return tl.inline_asm_elementwise(DECODE, "=r,=r,=r,=r,r,r,r", [words, scales], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
+
+@triton.jit
+def decode(words, exponents, STRIPS: tl.constexpr, CHUNKS: tl.constexpr):
+    """uint32 [STRIPS, CHUNKS * 128] and uint8 [STRIPS, CHUNKS * 32] → bf16 [STRIPS * 16, CHUNKS * 64]. Within a strip the even rows come
+    first, as the layout's fragments have them."""
+    scales = exponents.to(tl.uint32) << 7  # bf16
+    scales = (scales | (scales << 16)).reshape(STRIPS, CHUNKS, 8, 2, 2).trans(0, 1, 2, 4, 3)  # strip, chunk, g, group, parity
+    even, odd = scales.reshape(STRIPS, CHUNKS, 8, 1, 2, 1, 2).split()
+    even = tl.broadcast_to(even, (STRIPS, CHUNKS, 8, 4, 2, 2)).reshape(STRIPS, CHUNKS * 128)
+    odd = tl.broadcast_to(odd, (STRIPS, CHUNKS, 8, 4, 2, 2)).reshape(STRIPS, CHUNKS * 128)
+    # One word at a time: which elements of a tensor Triton gives to one piece of assembly that takes several is not defined.
+    r0, r1, r2, r3 = tl.inline_asm_elementwise(
+        DECODE,
+        "=r,=r,=r,=r,r,r,r",
+        [words, even, odd],
+        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+        is_pure=True,
+        pack=1,
+    )
+    left, right = tl.join(bf16_pair(r0), bf16_pair(r1)), tl.join(bf16_pair(r2), bf16_pair(r3))
+    # strip, chunk, g, t, fragment, value, parity, column half → rows (strip, parity, g), columns (chunk, fragment, half, t, value)
+    weights = tl.join(left, right).reshape(STRIPS, CHUNKS, 8, 4, 4, 2, 2, 2)
+    return weights.trans(0, 6, 2, 1, 4, 7, 3, 5).reshape(STRIPS * 16, CHUNKS * 64)
 
 
 @triton.jit
@@ -75,24 +98,19 @@ def expert_matmul_wgmma(
     # Past the last strip it is read again, and nothing of that is stored. Offsets within an expert fit in 32 bits.
     strip = tl.minimum(tl.program_id(0) * STRIPS + tl.arange(0, STRIPS), num_strips - 1)
     k = tl.arange(0, BLOCK_K)
-    in_blocks, in_scales = tl.arange(0, CHUNKS * 512), tl.arange(0, CHUNKS * 32)
+    in_words, in_scales = tl.arange(0, CHUNKS * 128), tl.arange(0, CHUNKS * 32)
     first_chunk = strip[:, None] * num_chunks
-    block_ptrs = blocks_ptr + expert * num_strips * num_chunks * 512 + (first_chunk * 512 + in_blocks[None, :])  # [STRIPS, CHUNKS * 512]
+    words_ptr = blocks_ptr.to(tl.pointer_type(tl.uint32)) + expert * num_strips * num_chunks * 128
+    word_ptrs = words_ptr + (first_chunk * 128 + in_words[None, :])  # [STRIPS, CHUNKS * 128]
     scale_ptrs = scales_ptr + expert * num_strips * num_chunks * 32 + (first_chunk * 32 + in_scales[None, :])  # [STRIPS, CHUNKS * 32]
     x_ptrs = x_ptr + x_rows[None, :] * x_stride + k[:, None]  # [BLOCK_K, BLOCK_M]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for chunk in tl.range(0, num_chunks, CHUNKS, num_stages=NUM_STAGES):
         left = num_chunks - chunk
-        words = tl.load(block_ptrs + chunk * 512, mask=(in_blocks < left * 512)[None, :], other=0)
+        words = tl.load(word_ptrs + chunk * 128, mask=(in_words < left * 128)[None, :], other=0)
         exponents = tl.load(scale_ptrs + chunk * 32, mask=(in_scales < left * 32)[None, :], other=0)
         x = tl.load(x_ptrs + chunk * 64, mask=exists[None, :] & (k < K - chunk * 64)[:, None], other=0.0)
-        scales = (exponents.to(tl.uint16) << 7).to(tl.bfloat16, bitcast=True)
-        scales = scales.reshape(STRIPS, CHUNKS, 8, 1, 2, 1, 2, 1).trans(0, 1, 2, 3, 6, 5, 4, 7)  # strip, chunk, g, 1, group, 1, parity, 1
-        scales = tl.broadcast_to(scales, (STRIPS, CHUNKS, 8, 4, 2, 2, 2, 2)).reshape(STRIPS, CHUNKS * 512)
-        first, second = decode(words, scales)
-        # strip, chunk, g, t, fragment, parity, value, column half → rows (strip, parity, g), columns (chunk, fragment, half, t, value)
-        weights = tl.join(first, second).reshape(STRIPS, CHUNKS, 8, 4, 4, 2, 2, 2)
-        weights = weights.trans(0, 5, 2, 1, 4, 7, 3, 6).reshape(BLOCK_N, BLOCK_K)
+        weights = decode(words, exponents, STRIPS, CHUNKS)
         if x.dtype == tl.float32:
             total = tl.dot(weights.to(tl.float32), x, total, input_precision="ieee")
         else:

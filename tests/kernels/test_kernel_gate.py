@@ -105,6 +105,20 @@ def test_a_signature_that_does_not_match_is_named() -> None:
         compile_kernel(spec_of(16, 16, 16, constexprs={"BLOCK_M": 16, "BLOCK_N": 16}), "sm_80")
 
 
+@triton.jit
+def double(x, PACK: tl.constexpr):
+    at = x + tl.arange(0, 128)
+    value = tl.load(at)
+    tl.store(at, tl.inline_asm_elementwise("add.u32 $0, $1, $1;", "=r,r", [value], dtype=value.dtype, is_pure=True, pack=PACK))
+
+
+@pytest.mark.parametrize(("kind", "pack"), [("*u32", 1), ("*u8", 4)])
+def test_inline_assembly_of_several_elements_is_refused(kind: str, pack: int) -> None:
+    spec = KernelSpec("test/double", double, {"x": kind}, {"PACK": pack}, {"num_warps": 1})
+    found = violations(compile_kernel(spec, "sm_80"), spec, "sm_80")
+    assert ["inline assembly" in sentence for sentence in found] == [True] * (pack > 1)
+
+
 def test_loops_of_nvidia_assembly() -> None:
     lines = ["MOV R1, c[0x0][0x28]", "@P0 BRA `(.L_x_2)", None, "LDG.E.128 R4, desc[UR6][R2.64]", "@!P1 BRA `(.L_x_1)", "EXIT"]
     listing, address = "", 0
