@@ -9,7 +9,7 @@ from torch import Tensor
 _BLOCK_H = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "num_local"])
 def add_slots(results_ptr, ids_ptr, out_ptr, hidden_size, first_expert, num_local, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)

@@ -107,7 +107,8 @@ def write_tiles(tiles_ptr, first, last, counts, LOCAL: tl.constexpr, BLOCK_M: tl
         tl.store(at + 3, tl.zeros((BLOCK_TILES,), tl.int32), mask=tile < last)
 
 
-@triton.jit
+# What changes from step to step must not mean another compilation.
+@triton.jit(do_not_specialize=["num_tokens", "first_expert", "max_tiles"])
 def choose_experts(
     logits_ptr,
     ids_ptr,
@@ -160,7 +161,7 @@ def choose_experts(
             write_tiles(tiles_ptr, 0, max_tiles, counts, LOCAL, BLOCK_M, BLOCK_TILES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "first_expert", "max_tiles"])
 def place_tokens(
     ids_ptr,
     counts_ptr,
