@@ -1,5 +1,7 @@
 """Attention over the paged KV cache, for gpt-oss's heads on one GPU, and what prepares it."""
 
+from dataclasses import replace
+
 import torch
 
 from benchmarks.kernel_specs.spec import TARGETS, KernelSpec, Limits, Pass
@@ -7,6 +9,9 @@ from kernels.attention import paged, rope_store
 from kernels.attention.fp8 import fp8_refusal
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
+
+_PREFILL_MATRIX = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+"""Of prefill tiles, 64 or 128 rows; those of decodes, 16 rows, are HMMA's on both."""
 
 _SIGNATURE = {
     "q_ptr": "*bf16",
@@ -51,8 +56,10 @@ def _attend_specs(window: int | None, fp8: bool) -> list[KernelSpec]:
 
 def _attend_spec(window: int | None, fp8: bool, tiles: paged.Tiles, targets: tuple[str, ...]) -> KernelSpec:
     name = f"attention/attend {'fp8' if fp8 else 'bf16'} {'full' if window is None else f'window {window}'}"
-    # The block ids come to 4 bytes a thread beside the tile.
-    kept = Limits(load_bits=64 if fp8 and window is None else 128, traffic=1.15, registers=128)
+    # The main loop is the one with most matrix instructions: of these it is that of decodes, a tile of keys and values in each pass.
+    is_decode = window is None and tiles.num_warps == 8
+    # Block ids come to 4 bytes a thread beside the tile.
+    kept = Limits(load_bits=64 if fp8 and is_decode else 128, narrow_share=0.15, traffic=1.1 if is_decode else None, registers=128)
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     if tiles.max_registers is not None:
         options["maxnreg"] = tiles.max_registers
@@ -78,9 +85,8 @@ def _attend_spec(window: int | None, fp8: bool, tiles: paged.Tiles, targets: tup
         options=options,
         targets=targets,
         unaligned=_UNALIGNED,
-        # Of the loop with most matrix instructions, which is that of decodes: a tile of keys and values.
-        work=Pass(bytes=2 * tiles.decode_n * HEAD_DIM * (1 if fp8 else 2)),
-        limits={target: kept for target in targets if target.startswith(("sm_9", "sm_10"))},
+        work=Pass(bytes=2 * tiles.decode_n * HEAD_DIM * (1 if fp8 else 2)) if is_decode else None,
+        limits={target: replace(kept, anywhere=(matrix, "HMMA")) for target, matrix in _PREFILL_MATRIX.items() if target in targets},
     )
 
 

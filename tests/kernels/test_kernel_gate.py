@@ -79,10 +79,18 @@ def test_what_the_figures_are_of_a_matrix_product(target: str, matrix: str) -> N
 
 
 def test_the_gate_names_each_fault() -> None:
-    strict = Limits(matrix="HGMMA", load_bits=128, instructions=1, registers=8, traffic=0.5)
+    strict = Limits(matrix="HGMMA", anywhere=("HMMA", "UTCHMMA"), load_bits=128, instructions=1, registers=8, traffic=0.5)
     spec = spec_of(16, 64, 64, unaligned=("b",), limits={"sm_90": strict})
     found = violations(compile_kernel(spec, "sm_90"), spec, "sm_90")
-    for word in ("no HGMMA", "loads under 128 bits", "thread-instructions", "registers, 8", "least bytes"):
+    assert "no HMMA in the kernel" not in found
+    for word in (
+        "no HGMMA in the main loop",
+        "no UTCHMMA in the kernel",
+        "loads under 128 bits",
+        "thread-instructions",
+        "registers, 8",
+        "least bytes",
+    ):
         assert any(word in sentence for sentence in found), (word, found)
 
 
