@@ -1,0 +1,273 @@
+"""What a layer of gpt-oss launches on a GPU to decode, and the memory traffic of each launch. Counted, not measured: nothing is computed.
+
+    python -m benchmarks.decode_traffic [--model 120b] [--target sm_90] [--batch 1 8 64 256] [--context 8192] [--markdown]
+
+The model's own code runs on tensors without memory; each launch is recorded with the tensors that it is given. Traffic is an upper bound:
+each of these is counted once, what is overwritten in place twice, scratch as if all of it were used. Of the experts those count that some
+token is expected to have chosen if all are equally likely, of a KV cache the keys and values that the layer's queries see and the new ones,
+of block tables what is in use. `least` is the layer's weights and these keys and values, once each.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+from kernels import backend
+from kernels.linear import reference as linear_reference
+from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4
+from kernels.mxfp4 import from_natural as packed_from_natural
+from workers.config import BLOCK_SIZE, ModelConfig, ParallelConfig
+from workers.model.experts import Experts
+from workers.model.gpt_oss import Attention, GptOss, Layer
+from workers.model.linear import Linear
+from workers.model.make_checkpoint import preset_config
+from workers.model.step_batch import StepBatch
+from workers.parallel.collectives import Alone
+from workers.parallel.shard import plan_shards
+
+META = torch.device("meta")
+DTYPE = torch.bfloat16
+_FREE = {
+    *("empty", "empty_like", "new_empty"),
+    *("as_strided", "detach", "expand", "narrow", "select", "slice", "split", "t", "transpose", "unbind", "view"),
+}
+"""Operations that only allocate, or look at memory in another way."""
+_IN_PLACE = {"add_rms_norm_kernel": 1}
+"""Arguments that are both read and overwritten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch and its bytes, split into weights, KV cache and everything else."""
+
+    name: str
+    weight_bytes: float
+    kv_bytes: float
+    other_bytes: float
+
+    @property
+    def total_bytes(self) -> float:
+        return self.weight_bytes + self.kv_bytes + self.other_bytes
+
+
+def layer_launches(config: ModelConfig, window: int | None, target: str, batch_size: int, context: int) -> list[Launch]:
+    """Those of one layer of that window."""
+    with _recording(target) as recorded:
+        counts = []
+        # What the first run makes once, and keeps, is none of a layer's.
+        for num_layers in (1, 1, 2):
+            model = _model(replace(config, num_layers=num_layers, layer_windows=(window,) * num_layers), target)
+            shape = (2, 1 + -(-context // BLOCK_SIZE), BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+            caches = [torch.empty(shape, dtype=DTYPE, device=META) for _ in model.layers]
+            recorded.clear()
+            model.forward(_decode_batch(batch_size, context), caches)
+            counts.append(len(recorded))
+        length = counts[2] - counts[1]
+        first = next(index for index, (name, _) in enumerate(recorded) if name == "linear")
+        bytes_of = _ByteCounter(config, model, caches, window, batch_size, context)
+        return [bytes_of(name, tensors) for name, tensors in recorded[first : first + length]]
+
+
+class _ByteCounter:
+    """Bytes of a launch's tensors by what they are."""
+
+    def __init__(self, config: ModelConfig, model: GptOss, caches: list[Tensor], window: int | None, batch_size: int, context: int) -> None:
+        chance = config.num_experts_per_token / config.num_experts
+        share = 1 - (1 - chance) ** batch_size
+        experts = [layer.experts for layer in model.layers]
+        packed = [part for expert in experts for part in (expert.gate_up, expert.down) if isinstance(part, PackedMXFP4)]
+        biases = [bias for expert in experts for bias in (expert.gate_up_bias, expert.down_bias)]
+        self._share = dict.fromkeys(map(_storage, model._weights()), 1.0)
+        self._share |= {_storage(tensor): share for part in packed for tensor in (part.blocks, part.scales)}
+        self._share |= {_storage(bias): share for bias in biases}
+        self._caches = set(map(_storage, caches))
+        token_bytes = 2 * config.num_kv_heads * config.head_dim * DTYPE.itemsize
+        self._new_bytes = batch_size * token_bytes
+        self._seen_bytes = batch_size * token_bytes * (context if window is None else min(window, context))
+
+    def __call__(self, name: str, tensors: list[Tensor]) -> Launch:
+        weights = kv = other = 0.0
+        for tensor in {_storage(tensor): tensor for tensor in tensors}.values():
+            if _storage(tensor) in self._share:
+                # A weight that a second launch reads is none of the least.
+                weights += tensor.nbytes * self._share.pop(_storage(tensor))
+            elif _storage(tensor) in self._caches:
+                kv += self._new_bytes if "store" in name else self._seen_bytes
+            else:
+                other += tensor.nbytes
+        other += sum(tensor.nbytes for tensor in tensors[: _IN_PLACE.get(name, 0)])
+        return Launch(name, weights, kv, other)
+
+
+def _storage(tensor: Tensor) -> int:
+    """What two views of the same memory have in common."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _TorchOperations(TorchDispatchMode):
+    """Records torch operations that compute or copy, with the tensors they read and write."""
+
+    def __init__(self, recorded: list[tuple[str, list[Tensor]]]) -> None:
+        super().__init__()
+        self._recorded = recorded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        result = func(*args, **(kwargs or {}))
+        if name not in _FREE and not (name == "reshape" and _storage(result) == _storage(args[0])):
+            self._recorded.append((name, [value for value in (*args, result) if isinstance(value, Tensor)]))
+        return result
+
+
+@contextmanager
+def _recording(target: str) -> Iterator[list[tuple[str, list[Tensor]]]]:
+    """Yields (name, tensors) of each launch inside, which do nothing; tensors without memory count as those of a GPU of that target."""
+    recorded: list[tuple[str, list[Tensor]]] = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.numel()]
+        recorded.append((kernel.fn.__name__, tensors))
+
+    for module in ("attention.paged", "attention.rope_store", "moe.grouped", "linear.narrow", "pointwise.norm", "pointwise.yarn"):
+        importlib.import_module(f"kernels.{module}")
+    importlib.import_module("kernels.embedding.lookup")
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        stack.enter_context(mock.patch.object(linear_reference, "linear", functional.linear))
+        everywhere: dict[str, Callable[..., object]] = {"triton_runs_on": lambda device: True, "architecture": lambda device: target}
+        everywhere |= {"_num_processors": lambda device: 132, "runs_triton": lambda tensor: True}
+        for name, module in list(sys.modules.items()):
+            for function, replacement in everywhere.items():
+                if (name.startswith("kernels.") or module is backend) and hasattr(module, function):
+                    stack.enter_context(mock.patch.object(module, function, replacement))
+        stack.enter_context(_TorchOperations(recorded))
+        yield recorded
+
+
+def _model(config: ModelConfig, target: str) -> GptOss:
+    """The whole model in the shapes that the loader makes for the target, without memory."""
+    (shard,) = plan_shards(config, ParallelConfig())
+
+    def empty(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    def packed(rows: int, width: int) -> PackedMXFP4:
+        layout = WGMMA if target == "sm_90" else NATURAL
+        blocks, scales = (empty(config.num_experts, *shape[1:], dtype=torch.uint8) for shape in _packed_shapes(rows, width, layout))
+        return PackedMXFP4(layout, blocks, scales, (config.num_experts, rows, width))
+
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    layers = tuple(
+        Layer(
+            attention_norm=empty(hidden),
+            attention=Attention(
+                qkv=Linear(empty(qkv, hidden), empty(qkv)),
+                output=Linear(empty(hidden, heads), empty(hidden)),
+                sinks=empty(config.num_heads, dtype=torch.float32),
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                window=window,
+            ),
+            experts_norm=empty(hidden),
+            experts=Experts(
+                gate=Linear(empty(config.num_experts, hidden, dtype=torch.float32), empty(config.num_experts, dtype=torch.float32)),
+                gate_up=packed(2 * inner, hidden),
+                gate_up_bias=empty(config.num_experts, 2 * inner),
+                down=packed(hidden, inner),
+                down_bias=empty(config.num_experts, hidden),
+                first_expert=0,
+                num_experts_per_token=config.num_experts_per_token,
+                swiglu_limit=config.swiglu_limit,
+                swiglu_alpha=config.swiglu_alpha,
+            ),
+        )
+        for window in config.layer_windows
+    )
+    return GptOss(config, shard, Alone(), empty(config.vocab_size, hidden), layers, empty(hidden), Linear(empty(config.vocab_size, hidden)))
+
+
+@cache
+def _packed_shapes(rows: int, width: int, layout: str) -> tuple[torch.Size, torch.Size]:
+    """Of one expert, by packing one of zeros."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        blocks, scales = torch.zeros(1, rows, width // 32, 16, dtype=torch.uint8), torch.zeros(1, rows, width // 32, dtype=torch.uint8)
+        one = packed_from_natural(blocks, scales, layout)
+    return one.blocks.shape, one.scales.shape
+
+
+def _decode_batch(batch_size: int, context: int) -> StepBatch:
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    table = empty(batch_size, -(-context // BLOCK_SIZE), dtype=torch.int32)
+    return StepBatch(
+        token_ids=empty(batch_size),
+        positions=empty(batch_size),
+        slot_mapping_full=empty(batch_size),
+        slot_mapping_sliding=empty(batch_size),
+        block_table_full=table,
+        block_table_sliding=table,
+        context_lens=empty(batch_size, dtype=torch.int32),
+        cu_seqlens_q=empty(batch_size + 1, dtype=torch.int32),
+        sample_indices=empty(batch_size),
+        max_query_len=1,
+    )
+
+
+def least_bytes(launches: list[Launch]) -> float:
+    """Weights and KV cache of a layer, once each."""
+    return sum(launch.weight_bytes + launch.kv_bytes for launch in launches)
+
+
+def _labels(launches: list[Launch]) -> list[tuple[str, int]]:
+    """(name, how many of that name come before)."""
+    names = [launch.name for launch in launches]
+    return [(name, names[:index].count(name)) for index, name in enumerate(names)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="120b", help="a preset of cantata make-checkpoint")
+    parser.add_argument("--target", default="sm_90")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256], help="sequences")
+    parser.add_argument("--context", type=int, default=8192, help="tokens of each")
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
+    config = preset_config(args.model)
+    left, bar, right = ("| ", " | ", " |") if args.markdown else ("", "  ", "")
+    for window in sorted(set(config.layer_windows), key=lambda window: window or 0, reverse=True):
+        columns = [layer_launches(config, window, args.target, size, args.context) for size in args.batch]
+        print(f"\n{args.model} on {args.target}, context {args.context}, {'full' if window is None else f'window {window}'}; MB by batch\n")
+        by_label = [dict(zip(_labels(column), column, strict=True)) for column in columns]
+        rows = [
+            [label[0], *(f"{column[label].total_bytes / 1e6:.2f}" if label in column else "" for column in by_label)]
+            for label in max(by_label, key=len)
+        ]
+        rows.append(["launches", *(str(len(column)) for column in columns)])
+        rows.append(["together", *(f"{sum(launch.total_bytes for launch in column) / 1e6:.2f}" for column in columns)])
+        rows.append(["least", *(f"{least_bytes(column) / 1e6:.2f}" for column in columns)])
+        rows.append(["ratio", *(f"{sum(launch.total_bytes for launch in column) / least_bytes(column):.3f}" for column in columns)])
+        header = ["launch", *map(str, args.batch)]
+        separator = [["---", *["---:"] * len(columns)]] if args.markdown else []
+        width = max(len(row[0]) for row in rows)
+        for row in [header, *separator, *rows]:
+            print(left + bar.join([row[0].ljust(width), *(cell.rjust(9) for cell in row[1:])]) + right)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
