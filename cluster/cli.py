@@ -50,6 +50,7 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
     (("--expert-parallel-size",), "engine.parallel.expert", "N", "groups of experts, a divisor of the ranks (default: the ranks)"),
     (("--step-timeout",), "engine.parallel.step_timeout_s", "SECONDS", "when a step of several ranks counts as hung (default: 30)"),
     (("--start-timeout",), "engine.parallel.start_timeout_s", "SECONDS", "for several ranks to be placed and start (default: 300)"),
+    (("--threads",), "engine_cpus", "N", "compute threads of each engine on a CPU (default: the cores, shared among the replicas)"),
     (("--replicas",), "replicas", "N", "engines (default: 1)"),
     (("--max-in-flight-requests",), "gateway.max_in_flight_requests", "N", "requests served at once (default: 1024)"),
     (("--request-timeout",), "gateway.request_timeout_s", "SECONDS", "deadline of a request (default: none)"),

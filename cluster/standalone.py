@@ -24,6 +24,7 @@ from cluster.sockets import bound_socket, check_port_is_free
 from cluster.summary import start_up_summary
 from cluster.supervisor import EngineFailed, EngineProcess
 from workers.config_json import engine_config_to_json
+from workers.cores import engine_threads, thread_environment
 from workers.errors import ConfigError
 from workers.rpc.convert import EngineInfo
 
@@ -166,7 +167,9 @@ async def _hurry(http_server: uvicorn.Server, grpc_server: GrpcServer, stop: Sto
 def _engines(config: CantataConfig, replicas: ReplicaSet) -> list[EngineProcess]:
     command = [sys.executable, "-m", "workers.engine", "--config", engine_config_to_json(config.engine), "--address", "127.0.0.1:0"]
     command += ["--grace-s", str(DRAIN_S), "--parent-pid", str(os.getpid())]
-    cpus = config.engine_cpus or max(1, (os.cpu_count() or 1) // config.replicas)
+    threads = config.engine_cpus
+    if threads is None or config.engine.device.startswith("cpu"):
+        threads = engine_threads(threads, config.replicas, setting="engine_cpus (--threads)")
     engines: list[EngineProcess] = []
 
     def publish() -> None:
@@ -174,7 +177,7 @@ def _engines(config: CantataConfig, replicas: ReplicaSet) -> list[EngineProcess]
         replicas.replace(serving, missing=[engine.name for engine in engines if not engine.address])
 
     engines += [
-        EngineProcess(f"engine-{index}", command, environment={"OMP_NUM_THREADS": str(cpus)}, on_change=publish)
+        EngineProcess(f"engine-{index}", command, environment=thread_environment(threads), on_change=publish)
         for index in range(config.replicas)
     ]
     return engines

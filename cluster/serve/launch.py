@@ -14,6 +14,7 @@ from cluster.assembly import load_encoding
 from cluster.config import AppConfig, CantataConfig
 from cluster.sockets import check_port_is_free
 from cluster.summary import start_up_summary
+from workers.cores import engine_threads
 from workers.errors import ConfigError
 from workers.rpc.convert import EngineInfo
 
@@ -60,7 +61,9 @@ def serve_on_ray(config: CantataConfig) -> int:
 def _application(config: CantataConfig) -> AppConfig:
     """The arguments of the application, with what is known of this machine filled in."""
     engine = dataclasses.replace(config.engine, model_path=config.engine.model_path.resolve())
-    cpus = config.engine_cpus or max(1, (os.cpu_count() or 1) // config.replicas)
+    cpus = config.engine_cpus
+    if cpus is None or engine.device.startswith("cpu"):
+        cpus = engine_threads(cpus, config.replicas, setting="engine_cpus (--threads)")
     return AppConfig(
         engine=engine,
         gateway=config.gateway.model_copy(update={"served_model_name": config.model_name}),

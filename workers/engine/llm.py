@@ -7,11 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NoReturn, Self
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
 from workers.config import CacheConfig, DenseDtype, Dtype, EngineConfig, ParallelConfig, SchedulerConfig, load_model_config
+from workers.cores import engine_threads
 from workers.engine.engine import Engine, max_model_len
 from workers.engine.progress import StartUpProgress
 from workers.engine.stream import OutputStream, ThreadReader
@@ -80,6 +82,7 @@ class LLM:
         quantize: pack the experts of a bf16 checkpoint while loading.
         kv_cache_dtype: as `CacheConfig.dtype`.
         cpu_dense_dtype: int8 quantises attention projections and lm_head, on a CPU.
+        threads: compute threads on a CPU, of this whole process and all ranks together; None: as many as torch uses.
     Raises:
         CheckpointError, ConfigError: one sentence that names what is wrong.
     """
@@ -102,7 +105,10 @@ class LLM:
         enforce_eager: bool = False,
         kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto",
         cpu_dense_dtype: DenseDtype = "bf16",
+        threads: int | None = None,
     ) -> None:
+        if threads is not None:
+            torch.set_num_threads(engine_threads(threads, setting="threads"))
         config = EngineConfig(
             Path(model),
             dtype=dtype,

@@ -15,6 +15,7 @@ from kernels.cpu import attention as cpu_attention
 from kernels.cpu import experts as cpu_experts
 from kernels.cpu import linear as cpu_linear
 from kernels.cpu import native
+from kernels.linear import PackedWeight
 from kernels.mxfp4 import WGMMA, PackedMXFP4
 from workers.config import KVDtype
 from workers.model.gpt_oss import GptOss
@@ -127,7 +128,9 @@ def _linear(model: GptOss) -> KernelChoice:
             "hipBLASLt" if torch.version.hip else "cuBLAS", "through torch; the gate by Triton" if has_triton() else "through torch"
         )
     if cpu_linear.can_run(model.embedding):
-        return KernelChoice(f"C++ {native.isa()}", "a row's result does not depend on its batch")
+        weight = model.lm_head.weight
+        layout = f"packed {str(weight.values.dtype).removeprefix('torch.')}" if isinstance(weight, PackedWeight) else ""
+        return KernelChoice(f"C++ {native.isa()}", "a row's result does not depend on its batch", layout)
     return KernelChoice("torch", _why_not_cpp(model.dtype))
 
 

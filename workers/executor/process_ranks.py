@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from workers.cores import thread_environment
 from workers.errors import ConfigError
 from workers.executor.distributed import Placement
 from workers.executor.rank_process import RankSpec
@@ -51,7 +52,7 @@ class ProcessRanks:
             [sys.executable, "-m", "workers.executor.rank_process"],
             stdin=subprocess.PIPE,
             stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,  # the engine's stdout has one line, not ours
-            env={**os.environ, "OMP_NUM_THREADS": str(spec.num_threads)},
+            env={**os.environ, **thread_environment(spec.num_threads)},
             text=True,
         )
         self._processes.append(process)

@@ -10,6 +10,7 @@ from kernels.linear import PackedWeight
 from tests.support.model_steps import random_tokens, whole_prompt_logits
 from workers.config import DenseDtype, EngineConfig, ModelConfig, ParallelConfig
 from workers.errors import ConfigError
+from workers.executor.kernel_choice import kernel_choices
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.model.make_checkpoint import write_checkpoint
@@ -52,6 +53,7 @@ def test_the_large_dense_weights_are_int8(folder: Path) -> None:
     (shard,) = plan_shards(CONFIG, ParallelConfig())
     assert model.weight_bytes == rank_bytes(CONFIG, shard, "bfloat16", cpu_dense_dtype="int8").total
     assert model.weight_bytes < load(folder, "bf16").weight_bytes
+    assert kernel_choices(model)["dense layers"].layout == "packed int8"
 
 
 def test_logits_stay_close(folder: Path) -> None:

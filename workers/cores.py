@@ -1,0 +1,44 @@
+"""How many cores this process may use, and how many compute threads an engine gets of them."""
+
+import os
+from pathlib import Path
+
+from workers.errors import ConfigError
+
+_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
+
+
+def usable_cores(quota_file: Path = _QUOTA_FILE) -> int:
+    """Cores in this process's affinity mask, or fewer where its container has a quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = quota_file.read_text(encoding="ascii").split()
+        return min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup of version 2, or "max"
+        return cores
+
+
+def engine_threads(wanted: int | None, num_engines: int = 1, *, setting: str) -> int:
+    """Compute threads of each of several engines on this machine.
+
+    Args:
+        wanted: None: an equal share of the cores.
+        setting: what the user calls it.
+    Raises:
+        ConfigError: there are not so many cores; more threads than cores only wait for each other.
+    """
+    cores = usable_cores()
+    if wanted is None:
+        return max(1, cores // num_engines)
+    if wanted < 1:
+        raise ConfigError(f"{setting} must be at least 1, got {wanted}")
+    if wanted * num_engines > cores:
+        engines = "" if num_engines == 1 else f" for each of {num_engines} engines, {wanted * num_engines} together"
+        raise ConfigError(f"{setting} is {wanted}{engines}, and this process may use {cores} cores: at most {max(1, cores // num_engines)}")
+    return wanted
+
+
+def thread_environment(num_threads: int) -> dict[str, str]:
+    """The environment of a process with so many compute threads. torch's own, which are idle nearly always, sleep when they have nothing to
+    do, instead of keeping the cores from the threads of the C++ kernels for milliseconds."""
+    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
