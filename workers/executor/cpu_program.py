@@ -108,5 +108,4 @@ class DecodePrograms:
             max_query_len=1,
             # The sampled rows are taken outside.
             sample_indices=first(self._positions),
-            max_query_len=1,
         )
