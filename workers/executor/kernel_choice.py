@@ -66,7 +66,7 @@ def kernel_choices(model: GptOss, kv_dtype: KVDtype | None = None) -> dict[str, 
         "experts": _experts(model),
         "dense layers": _linear(model),
         "norms, RoPE": rest,
-        "embedding": rest if triton_runs_on(device) else KernelChoice("torch", "a copy of rows"),
+        "embedding": rest,
         "sampling": rest,
     }
 
