@@ -144,6 +144,8 @@ def violations(code: MachineCode, spec: KernelSpec, target: str) -> list[str]:
         found.append(f"{per_weights} thread-instructions for 8 weights, {limits.instructions} are allowed")
     if limits.registers is not None and code.registers > limits.registers:
         found.append(f"{code.registers} registers, {limits.registers} are allowed")
+    if limits.shared_stores is not None and code.stores_to_shared > limits.shared_stores:
+        found.append(f"{code.stores_to_shared} stores to shared memory in the main loop, {limits.shared_stores} are allowed")
     traffic = code.traffic(spec)
     if limits.traffic is not None and (traffic is None or traffic > limits.traffic):
         found.append(f"{traffic} times the least bytes are loaded, {limits.traffic} are allowed")

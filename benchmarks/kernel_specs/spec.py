@@ -26,6 +26,7 @@ class Limits:
         instructions: thread-instructions of the main loop for 8 weights.
         registers: of a thread.
         spilled_bytes: of stack that registers were spilled to; 0 unless a kernel is known to be best with some.
+        shared_stores: instructions of the main loop that store to shared memory.
         traffic: bytes that loads of the main loop fetch, as a multiple of what `Pass` says.
     """
 
@@ -36,6 +37,7 @@ class Limits:
     instructions: float | None = None
     registers: int | None = None
     spilled_bytes: int = 0
+    shared_stores: int | None = None
     traffic: float | None = None
 
 

@@ -15,7 +15,7 @@ from kernels.moe.routing import Routing, choose_and_route, route
 from kernels.moe.tile_choice import DENSE, MXFP4, MXFP4_MXFP8, MXFP4_WGMMA, Tile, choose_tile
 from kernels.mxfp4 import MX_BLOCK, NATURAL, WGMMA, PackedMXFP4
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = (torch.bfloat16, torch.float32)
 _QUANTIZED_COLUMNS = 1024
 
 
@@ -42,7 +42,7 @@ def _kind(x: Tensor, weights: PackedMXFP4 | Tensor, mxfp8_activations: bool) -> 
         return DENSE if weights.dtype == x.dtype and not mxfp8_activations else None
     if weights.layout == NATURAL:
         return MXFP4_MXFP8 if mxfp8_activations else MXFP4
-    return MXFP4_WGMMA if weights.layout == WGMMA and x.dtype != torch.float16 and not mxfp8_activations else None
+    return MXFP4_WGMMA if weights.layout == WGMMA and not mxfp8_activations else None
 
 
 def fused_experts(

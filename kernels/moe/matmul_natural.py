@@ -80,8 +80,7 @@ def expert_matmul_natural(
         else:
             weights = tl.load(block_ptrs + start, mask=(k < left)[None, :], other=0.0)
         if PACKED and x.dtype != tl.float32:
-            kind: tl.constexpr = "bf16" if x.dtype == tl.bfloat16 else "fp16"
-            total = tl.dot_scaled(x, None, kind, weights.T, exponents, "e2m1", acc=total, fast_math=True)
+            total = tl.dot_scaled(x, None, "bf16", weights.T, exponents, "e2m1", acc=total, fast_math=True)
         else:
             if PACKED:
                 weights = decode_e2m1(weights, exponents, BLOCK_N, BLOCK_K)

@@ -15,7 +15,7 @@ from torch import Tensor
 SINGLE_TOKENS = 64
 """More, and the matrix of one program does not fit in registers (64 x 128 experts are 64 of them in 128 threads)."""
 _BLOCK_TOKENS = 32
-_BLOCK_TILES = 32
+_BLOCK_TILES = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ _FP32 = (Tile(16, 64, 64, 4, 2),)
 
 
 def tiles(weights: str, architecture: str) -> Sequence[Tile]:
-    """Those that `choose_tile` has for bf16 and fp16 activations, by ascending block_m.
+    """Those that `choose_tile` has for bf16 activations, by ascending block_m.
 
     Args:
         weights: MXFP4, MXFP4_WGMMA, MXFP4_MXFP8 or DENSE.
