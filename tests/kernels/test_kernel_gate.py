@@ -20,9 +20,11 @@ NUM_PROCESSES = 2
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[tuple[str, str], "Future[MachineCode]"]:
-    """All of it, by (spec, target): one pool for the module."""
-    return {(name, target): future for name, target, future in compile_all(GATED, NUM_PROCESSES)}
+def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str], "Future[MachineCode]"]:
+    """All that the selected tests want, by (spec, target): one pool for the module."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and "compiled" in item.fixturenames]
+    wanted = {(item.callspec.params["name"], item.callspec.params["target"]) for item in items}
+    return {(name, target): future for name, target, future in compile_all([job for job in GATED if job in wanted], NUM_PROCESSES)}
 
 
 @pytest.mark.timeout(600)
