@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from kernels import backend
+from kernels.cpu import dense as cpu_dense
 from kernels.cpu import linear as cpu_linear
 from kernels.cpu import native
 from kernels.linear import reference as linear_reference
@@ -104,6 +105,7 @@ STEP_INPUTS = ["rsub", "clamp_", "index_select", "lt", "where", "index_select", 
 @pytest.fixture
 def runner(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
     """Of a bf16 model, as on a GPU: dense layers are one call of a BLAS each, indices go unchecked, and results are not waited for."""
+    monkeypatch.setattr(cpu_dense, "can_run", lambda device, dtype: False)
     monkeypatch.setattr(cpu_linear, "can_run", lambda x: False)
     monkeypatch.setattr(linear_reference, "linear", functional.linear)
     model = load_model(checkpoint, TINY, dtype=torch.bfloat16, device=torch.device("cpu"))

@@ -198,7 +198,7 @@ def test_changed_logits_are_the_reference_s_bit_for_bit() -> None:
     for seed, parts in enumerate(("bias", "penalties", "bias penalties", "allowed bits", "bias penalties allowed bits forbidden")):
         logits, batch = random_logits(4, 77, seed=seed), random_batch(4, 77, seed=seed, parts=parts)
         logits[0, :40] = -torch.inf
-        assert torch.equal(modify.modify(logits, batch), sampling_reference._modify(logits, batch)), parts
+        assert torch.equal(modify.modify(logits, batch), sampling_reference.modify(logits, batch)), parts
     assert modify.modify(logits, SamplingBatch()) is logits
 
 
@@ -211,7 +211,7 @@ def test_extreme_penalties() -> None:
     counts = torch.ones(120, dtype=torch.int32)
     penalties = Penalties(rows, ids, counts, torch.zeros(3), torch.zeros(3), torch.tensor([1e-45, 3e38, 1.0]))
     batch = SamplingBatch(penalties=penalties)
-    assert torch.equal(modify.modify(logits, batch), sampling_reference._modify(logits, batch))
+    assert torch.equal(modify.modify(logits, batch), sampling_reference.modify(logits, batch))
 
 
 @pytest.mark.usefixtures("small_chunks")
