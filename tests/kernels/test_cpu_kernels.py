@@ -1,6 +1,10 @@
 """The C++ kernels on every instruction set that this processor has, against float64, the references and themselves."""
 
+import ast
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -442,3 +446,32 @@ def test_weights_of_another_layout_run_on_the_reference() -> None:
         swiglu_alpha=ALPHA,
     )
     assert torch.equal(out, layer.reference(x, ids, weights))
+
+
+_THREADS = """
+import os, sys
+import torch
+from kernels.cpu import dense
+x, packed = torch.ones(4, 64).bfloat16(), dense.pack(torch.ones(256, 64).bfloat16())
+torch.set_num_threads(int(sys.argv[1]))  # has threads of its own
+before = set(os.listdir("/proc/self/task"))
+dense.linear(x, packed, None)
+print([sorted(os.sched_getaffinity(int(thread))) for thread in sorted(set(os.listdir("/proc/self/task")) - before, key=int)])
+"""
+CORES = sorted(os.sched_getaffinity(0))
+
+
+def pool_affinities(num_threads: int) -> list[list[int]]:
+    """Of the pool's threads beside the caller's, in a process of its own."""
+    command = [sys.executable, "-c", _THREADS, str(num_threads)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    affinities: list[list[int]] = ast.literal_eval(out)
+    return affinities
+
+
+def test_one_thread_a_core_is_pinned_to_it() -> None:
+    assert pool_affinities(len(CORES)) == [[core] for core in CORES[1:]]
+
+
+def test_more_or_fewer_threads_than_cores_are_not_pinned() -> None:
+    assert pool_affinities(len(CORES) + 2) == [CORES] * (len(CORES) + 1)

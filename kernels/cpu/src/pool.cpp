@@ -1,9 +1,11 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -12,14 +14,40 @@
 namespace cantata {
 namespace {
 
-// A worker looks for the next job this often before it sleeps: about 50 microseconds, longer than the gap between two operations of a step.
-constexpr int kSpins = 4000;
+// A worker looks for the next job so long before it sleeps: longer than the gap between two operations of a step, and nothing when idle.
+constexpr std::chrono::microseconds kSpinTime(100);
+// Looks between two of the clock, and before a waiting thread gives its core to another: one may have been taken from a worker.
+constexpr int kSpins = 64;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
+#endif
+}
+
+// The cores that this process may use, if there is one for each thread; empty if there are more, for then others may have been told to use
+// the same ones, and the system spreads them better.
+std::vector<int> cores_of_all(int num_threads) {
+  std::vector<int> cores;
+#if defined(__linux__)
+  cpu_set_t mask;
+  if (sched_getaffinity(0, sizeof mask, &mask) != 0) return cores;
+  for (int core = 0; core < CPU_SETSIZE; ++core) {
+    if (CPU_ISSET(core, &mask)) cores.push_back(core);
+  }
+  if ((int)cores.size() != num_threads) cores.clear();
+#endif
+  return cores;
+}
+
+void pin(std::thread& thread, int core) {
+#if defined(__linux__)
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  CPU_SET(core, &mask);
+  pthread_setaffinity_np(thread.native_handle(), sizeof mask, &mask);
 #endif
 }
 
@@ -33,7 +61,11 @@ struct Job {
 class Pool {
  public:
   explicit Pool(int num_threads) : num_threads_(num_threads), pid_(getpid()) {
-    for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this] { work(); });
+    const std::vector<int> cores = cores_of_all(num_threads);
+    for (int i = 1; i < num_threads; ++i) {
+      workers_.emplace_back([this] { work(); });
+      if (!cores.empty()) pin(workers_.back(), cores[i]);
+    }
   }
 
   ~Pool() {
@@ -63,7 +95,13 @@ class Pool {
     }
     if (num_asleep_.load() > 0) wake_.notify_all();
     take_pieces();
-    while (running_.load(std::memory_order_acquire) > 0) pause();
+    for (int spin = 0; running_.load(std::memory_order_acquire) > 0; ++spin) {
+      if (spin < 16 * kSpins) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
   }
 
  private:
@@ -88,11 +126,14 @@ class Pool {
   }
 
   unsigned long wait_for_job(unsigned long seen) {
-    for (int spin = 0; spin < kSpins; ++spin) {
-      const unsigned long now = generation_.load(std::memory_order_acquire);
-      if (now != seen) return now;
-      pause();
-    }
+    const auto last = std::chrono::steady_clock::now() + kSpinTime;
+    do {
+      for (int spin = 0; spin < kSpins; ++spin) {
+        const unsigned long now = generation_.load(std::memory_order_acquire);
+        if (now != seen) return now;
+        pause();
+      }
+    } while (std::chrono::steady_clock::now() < last);
     std::unique_lock<std::mutex> lock(sleep_);
     num_asleep_.fetch_add(1);
     wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
