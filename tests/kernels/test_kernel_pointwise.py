@@ -99,6 +99,7 @@ def yarn_frequency(dimension: int, head_dim: int, truncate: bool, **rope: float)
     return plain / rope["factor"] * interpolated + plain * (1 - interpolated)
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("truncate", [False, True])
 @pytest.mark.parametrize("head_dim", [10, 64])
 def test_yarn_against_float64(head_dim: int, truncate: bool) -> None:
@@ -139,9 +140,12 @@ def test_yarn_equals_transformers(truncate: bool, changes: dict[str, float]) -> 
     )
     positions = torch.tensor(POSITIONS)
     their_cos, their_sin = GptOssRotaryEmbedding(config)(torch.zeros(1), positions[None])
-    cos, sin = yarn_cos_sin(positions, head_dim, truncate=truncate, **rope)
+    cos, sin = reference.yarn_cos_sin(positions, head_dim, truncate=truncate, **rope)
     assert torch.equal(cos, their_cos[0])
     assert torch.equal(sin, their_sin[0])
+    # The same angles, and another library's sine of them.
+    for found, expected in zip(yarn_cos_sin(positions, head_dim, truncate=truncate, **rope), (cos, sin), strict=True):
+        torch.testing.assert_close(found, expected, atol=3e-7, rtol=0)
 
 
 def test_truncating_matters() -> None:
