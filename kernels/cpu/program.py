@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels.cpu import native
 
@@ -76,9 +77,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._memory.take(tuple(args[0]), kwargs.get("dtype") or torch.get_default_dtype())
         if func is torch.ops.aten.empty_like.default and args[0].is_contiguous() and args[0].is_cpu:
             return self._memory.take(tuple(args[0].shape), kwargs.get("dtype") or args[0].dtype)
-        if not func.is_view:
+        result = func(*args, **kwargs)
+        # Not every operation that is called a view makes one: `to` and `contiguous` copy where they must.
+        if not func.is_view or not _memory_of(result) <= _memory_of((args, kwargs)):
             self.computed.append(str(func))
-        return func(*args, **kwargs)
+        return result
+
+
+def _memory_of(values: Any) -> set[int]:
+    """Where the tensors among these keep their elements."""
+    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.numel()}
 
 
 class Program:

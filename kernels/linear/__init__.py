@@ -8,6 +8,7 @@ from kernels.backend import runs_triton
 from kernels.cpu import dense
 from kernels.cpu import linear as cpu
 from kernels.cpu.dense import PackedWeight
+from kernels.cpu.pointwise import converted
 from kernels.linear import reference
 
 __all__ = ["PackedWeight", "linear"]
@@ -30,7 +31,7 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
             from kernels.linear import narrow
 
             return narrow.linear(x, weight, bias)
-        x = x.to(weight.dtype)
+        x = converted(x, weight.dtype) if cpu.can_run(x) and cpu.can_run(weight) else x.to(weight.dtype)
     if x.is_cuda:
         # One launch, the bias in its epilogue. Its order of summation depends on the number of rows.
         return functional.linear(x, weight, bias)

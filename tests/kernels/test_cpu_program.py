@@ -131,3 +131,14 @@ def test_a_gate_is_recorded() -> None:
     logits.copy_(torch.randn(4, 8))
     program.run()
     assert torch.equal(ids, gate_topk(logits, 2)[0])
+
+
+def test_copies_that_torch_makes_are_noticed_whatever_they_are_called() -> None:
+    x = torch.randn(4, 8)
+    for copy in (lambda: x.to(torch.bfloat16), lambda: x.T.contiguous(), lambda: x.T.reshape(-1), lambda: x + 1):
+        with torch.inference_mode():
+            program, _ = record(ProgramMemory(), copy)
+        assert program.computed_elsewhere
+    with torch.inference_mode():
+        program, _ = record(ProgramMemory(), lambda: x.to(torch.float32).contiguous().reshape(-1)[3:])
+    assert not program.computed_elsewhere
