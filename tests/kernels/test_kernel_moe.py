@@ -1,10 +1,13 @@
 """Mixture of experts against float64 loops and transformers' module."""
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -243,3 +246,47 @@ def test_bad_arguments_are_named() -> None:
     for k in (0, E + 1):
         with pytest.raises(ValueError, match=r"^k "):
             gate_topk(torch.zeros(3, E), k)
+
+
+def e4m3(code: int) -> Fraction:
+    """The value of a positive code from its fields: four exponent bits of bias 7, three mantissa bits; exponent 0 is subnormal."""
+    exponent, mantissa = code >> 3, code & 7
+    return Fraction(mantissa, 8) * Fraction(2) ** -6 if exponent == 0 else Fraction(8 + mantissa, 8) * Fraction(2) ** (exponent - 7)
+
+
+E4M3 = [e4m3(code) for code in range(127)]
+"""Code 127 is NaN; 126 is 448."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32), st.integers(-20, 20))
+def test_rounding_to_mxfp8_is_to_the_nearest_of_the_groups_values(group: list[float], power: int) -> None:
+    x = torch.ldexp(torch.tensor(group), torch.tensor(power))
+    x = torch.where(x.isfinite(), x, 0).view(1, 32)
+    largest = float(x.abs().max())
+    exponent = max(math.frexp(largest)[1] - 1 - 8, -126) if largest else -126
+    for value, found in zip(x[0].tolist(), reference.round_to_mxfp8(x)[0].tolist(), strict=True):
+        scaled = abs(Fraction(value)) / Fraction(2) ** exponent
+        distance = min(abs(candidate - scaled) for candidate in E4M3)
+        nearest = [code for code, candidate in enumerate(E4M3) if abs(candidate - scaled) == distance]
+        wanted = float(E4M3[min(nearest, key=lambda code: code & 1)] * Fraction(2) ** exponent)
+        assert found == math.copysign(wanted, value)
+
+
+def test_mxfp8_activations_round_what_enters_each_projection() -> None:
+    w = weights()
+    x, ids, expert_weights = inputs()
+    options = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA}
+    rounded = reference.round_to_mxfp8(x)
+    assert not torch.equal(rounded, x)
+    found = fused_experts(x, ids, expert_weights, w.gate_up, w.gate_up_bias, w.down, w.down_bias, **options, mxfp8_activations=True)
+    again = fused_experts(rounded, ids, expert_weights, w.gate_up, w.gate_up_bias, w.down, w.down_bias, **options, mxfp8_activations=True)
+    assert torch.equal(found, again)
+    # Of e4m3's three mantissa bits; the second rounding is why this is not that of `rounded` without the argument.
+    assert_near(found, oracle(x, ids, expert_weights, w), 2**-4)
+    assert not torch.equal(found, run(rounded, ids, expert_weights, w))
+    with pytest.raises(ValueError, match=r"^mxfp8_activations needs widths"):
+        fused_experts(
+            x[:, :40], ids, expert_weights, w.gate_up[..., :40], w.gate_up_bias, w.down[:, :40], w.down_bias[:, :40], **options,
+            mxfp8_activations=True,
+        )  # fmt: skip
