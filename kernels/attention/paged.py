@@ -62,19 +62,24 @@ class Tiles:
 
 
 _SAFE = Tiles(64, 32, 32, num_warps=4, num_stages=2)
-"""At most 24 KiB of shared memory at a head_dim of 64 in 16 bits, no spills on any target, and so for all that is not known."""
+"""At most 24 KiB of shared memory at a head_dim of 64 in 16 bits, no spills on any target: for all that is not known. Not pipelined."""
 _SMALL = Tiles(32, 16, 16, num_warps=4, num_stages=2)
 """For heads so large that few of them fit into shared memory."""
 _FULL = Tiles(128, 64, 128, num_warps=8, num_stages=3, max_registers=128)
 _WINDOWED = Tiles(128, 64, 64, num_warps=8, num_stages=3, max_registers=128)
 _WINDOWED_BLACKWELL = Tiles(64, 64, 64, num_warps=8, num_stages=3)
+_AMPERE = Tiles(64, 32, 64, num_warps=4, num_stages=3)
 _AMD = Tiles(64, 64, 64, num_warps=4, num_stages=2)
 _TILES = {
     # (without, with a window), from the kernel report. Two programs of 8 warps and 128 registers fit a processor of NVIDIA's. With a window
     # 128 rows spill on sm_100; on sm_90 8 warps on 64 rows compute every weight twice.
+    "sm_80": (_AMPERE, _AMPERE),
+    "sm_86": (_AMPERE, _AMPERE),
+    "sm_89": (_AMPERE, _AMPERE),
     "sm_90": (_FULL, _WINDOWED),
     "sm_100": (_FULL, _WINDOWED_BLACKWELL),
     "sm_103": (_FULL, _WINDOWED_BLACKWELL),
+    "sm_120": (_AMPERE, _AMPERE),
     "gfx942": (_AMD, _AMD),
     "gfx950": (_AMD, _AMD),
 }
