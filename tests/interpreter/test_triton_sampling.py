@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.sampling import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds, choose, logprobs, modify, sample
+from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds, choose, logprobs, modify, sample
 from kernels.sampling import reference as sampling_reference
 from tests.interpreter.guards import guarded
 from tests.interpreter.interpreter import recorded_launches
 from tests.interpreter.launches import NoHostReads
+from tests.support.sampling_cases import assert_same, ints, random_batch, random_logits
 
 SMALL = {"CHUNK": 64, "SKIP": 32, "TILE": 16}
 """So that rows of a few hundred tokens have several chunks, and chunks several passes."""
@@ -34,78 +35,6 @@ def one_pass_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes as long for a tile of 16 tokens as for one of 8192."""
     monkeypatch.setattr(choose, "TILE", choose.CHUNK)
     monkeypatch.setattr(choose, "SKIP", choose.CHUNK)
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def random_logits(rows: int, vocab: int, seed: int = 0, levels: int = 0) -> Tensor:
-    """Normal; `levels`: rounded to so few distinct ones, which makes ties."""
-    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
-    return (logits * levels / 8).round() * 8 / levels if levels else logits
-
-
-def random_batch(
-    rows: int, vocab: int, seed: int = 0, parts: str = "k p m bias penalties allowed bits forbidden logprobs"
-) -> SamplingBatch:
-    """A batch in which rows differ in every parameter, with the named parts; every third row is greedy."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform_in(low: float, high: float) -> Tensor:
-        return torch.rand(rows, generator=generator) * (high - low) + low
-
-    def pairs(count: int) -> tuple[Tensor, Tensor]:
-        flat = torch.randperm(rows * vocab, generator=generator)[:count]
-        return flat // vocab, flat % vocab
-
-    has = set(parts.split())
-    temperature = uniform_in(0.3, 2)
-    temperature[2::3] = 0
-    some = min(5 * rows, rows * vocab)
-    # Half of the tokens of the first row, and one of the last: others are not restricted. Token 0 is always among them.
-    allowed_tokens = torch.cat((ints(0), torch.randperm(vocab, generator=generator)[: vocab // 2]))
-    allowed_rows = torch.cat((torch.zeros_like(allowed_tokens), ints(rows - 1)))
-    masked_rows = torch.randperm(rows, generator=generator)[: (rows + 1) // 2]
-    bits = torch.randint(0, 256, (len(masked_rows), max(-(-vocab // 8) - 1, 1)), generator=generator, dtype=torch.uint8)
-    bits[:, 0] |= 1
-    forbidden = pairs(some)
-    return SamplingBatch(
-        temperature,
-        torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator),
-        torch.randint(0, 10_000, (rows,), generator=generator),
-        top_k=torch.randint(-1, vocab + 2, (rows,), generator=generator) if "k" in has else None,
-        top_p=uniform_in(0.3, 1.3).clamp(max=1) if "p" in has else None,
-        min_p=uniform_in(-0.1, 0.2).clamp(min=0) if "m" in has else None,
-        logit_bias=LogitBias(*pairs(some), torch.randn(some, generator=generator) * 5) if "bias" in has else None,
-        penalties=Penalties(
-            *pairs(some),
-            torch.randint(0, 4, (some,), generator=generator, dtype=torch.int32),
-            uniform_in(-2, 2),
-            uniform_in(-2, 2),
-            uniform_in(0.5, 2),
-        )
-        if "penalties" in has
-        else None,
-        allowed_ids=TokenIds(allowed_rows, torch.cat((allowed_tokens, allowed_tokens[:1]))) if "allowed" in has else None,
-        allowed_bits=AllowedBits(masked_rows, bits) if "bits" in has else None,
-        # Every token of the last row: ignored there.
-        forbidden_ids=TokenIds(torch.cat((forbidden[0], torch.full((vocab,), rows - 1))), torch.cat((forbidden[1], torch.arange(vocab))))
-        if "forbidden" in has
-        else None,
-        logprob_rows=torch.randperm(rows, generator=generator)[: max(rows - 1, 1)] if "logprobs" in has else None,
-        num_top_logprobs=min(3, vocab) if "logprobs" in has else 0,
-    )
-
-
-def assert_same(found: SampleOutput, expected: SampleOutput) -> None:
-    """Log probabilities: sums of some hundred fp32 exponentials in another order, 1e-5."""
-    assert torch.equal(found.token_ids, expected.token_ids)
-    assert (found.logprobs is None) == (expected.logprobs is None)
-    if found.logprobs is not None:
-        torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
-        assert torch.equal(found.top_ids, expected.top_ids)
-        torch.testing.assert_close(found.top_logprobs, expected.top_logprobs, atol=1e-5, rtol=1e-5)
 
 
 def check(logits: Tensor, batch: SamplingBatch) -> None:
