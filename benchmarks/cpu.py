@@ -6,12 +6,10 @@ many runs, since others may use the machine; the load printed beside says how mu
 """
 
 import argparse
-import mmap
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -19,13 +17,13 @@ from torch.nn import functional
 
 from kernels.cpu import dense, experts, native
 from kernels.cpu.dense import PackedWeight
+from kernels.cpu.memory import zeros
 from kernels.mxfp4 import ROWS16, PackedMXFP4
 
 HIDDEN = INTERMEDIATE = 2880
 """Of gpt-oss."""
 NUM_EXPERTS = 32
 TOP_K = 4
-_HUGE_PAGE = 2 << 20
 _LEAST_CALLS = 4
 
 
@@ -112,9 +110,9 @@ def print_table(title: str, results: Sequence[tuple[Task, float]]) -> None:
 
 
 def bandwidth_task(size: int) -> Task:
-    """Read 64 MiB at a time of a larger memory."""
-    piece = 64 << 20
-    pieces = torch.split(huge((size,), torch.uint8).fill_(1), piece)
+    """Read 16 MiB at a time, as much as a layer or an expert has, of a larger memory."""
+    piece = 16 << 20
+    pieces = torch.split(zeros((size,), torch.uint8).fill_(1), piece)
     return Task("read", lambda call: native.read_through(pieces[call % len(pieces)]), num_bytes=piece)
 
 
@@ -124,16 +122,16 @@ def gemm_task() -> Task:
     return Task("GEMM", lambda call: functional.linear(x, weight), num_operations=2 * 1024 * weight.numel())
 
 
-def matrix_vector_tasks(size: int) -> Iterator[Task] | list[Task]:
+def matrix_vector_tasks(size: int) -> list[Task]:
     """One token times dense layers and single experts."""
     tasks = []
     for rows, width in ((5120, HIDDEN), (HIDDEN, 4096), (HIDDEN, 2 * INTERMEDIATE)):
         x = torch.randn(1, width).bfloat16()
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.int8, "int8")):
-            weights = dense_weights(rows, width, dtype, size // 2)
+            weights = dense_weights(rows, width, dtype, size)
             tasks.append(Task(f"{name} [{rows}, {width}]", run_dense(x, weights), weights[0].nbytes, 2 * rows * width))
     for width in (HIDDEN, 2 * INTERMEDIATE):
-        layer = ExpertLayer(width, width, size // 2)
+        layer = ExpertLayer(width, width, size)
         tasks.append(layer.task(f"MXFP4 expert {width} wide, SwiGLU", 1, 1))
     return tasks
 
@@ -149,7 +147,7 @@ def dense_tasks(size: int) -> list[Task]:
     tasks = []
     rows, width = 5120, HIDDEN
     plain = [torch.randn(rows, width).bfloat16() for _ in range(max(2, size // (2 * rows * width) // 2))]
-    weights = {name: dense_weights(rows, width, dtype, size // 2) for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8))}
+    weights = {name: dense_weights(rows, width, dtype, size) for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8))}
     for num_tokens in (1, 2, 4, 8, 16, 32, 64, 512):
         x = torch.randn(num_tokens, width).bfloat16()
         operations = 2 * num_tokens * rows * width
@@ -175,10 +173,11 @@ def dense_weights(rows: int, width: int, dtype: torch.dtype, size: int) -> list[
     """Several of one shape, `size` bytes together: any bytes are int8 weights, and small ones bf16 weights."""
     made = []
     for _ in range(max(2, size // (rows * width * dtype.itemsize))):
-        like = dense.empty(rows, width, dtype)
-        values = huge(tuple(like.values.shape), dtype)
-        values.copy_(torch.randint(-127, 128, values.shape, dtype=torch.int8))
-        made.append(PackedWeight(values, None if like.scales is None else torch.full((rows,), 0.01), like.shape))
+        packed = dense.allocate(rows, width, dtype)
+        packed.values.copy_(torch.randint(-127, 128, packed.values.shape, dtype=torch.int8))
+        if packed.scales is not None:
+            packed.scales.fill_(0.01)
+        made.append(packed)
     return made
 
 
@@ -200,8 +199,8 @@ class ExpertLayer:
         self.down_bias = torch.zeros(self.num_experts, hidden, dtype=torch.bfloat16)
 
     def _random(self, rows: int, width: int) -> PackedMXFP4:
-        blocks = huge((self.num_experts, rows // 16, width // 8, 64), torch.uint8)
-        scales = huge((self.num_experts, rows // 16, width // 32, 16), torch.uint8)
+        blocks = zeros((self.num_experts, rows // 16, width // 8, 64), torch.uint8)
+        scales = zeros((self.num_experts, rows // 16, width // 32, 16), torch.uint8)
         for expert in range(self.num_experts):
             blocks[expert].random_(0, 256)
             scales[expert].random_(116, 122)
@@ -234,17 +233,6 @@ class ExpertLayer:
 
         operations = 2 * num_tokens * top_k * 3 * self.hidden * self.intermediate
         return Task(name, run, num_hit * self.expert_bytes, operations)
-
-
-def huge(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory on huge pages, where the system gives them."""
-    num_bytes = prod(shape) * dtype.itemsize
-    area = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        area.madvise(mmap.MADV_HUGEPAGE)
-    raw = torch.frombuffer(area, dtype=torch.uint8)
-    begin = -raw.data_ptr() % _HUGE_PAGE
-    return raw[begin : begin + num_bytes].view(dtype).view(shape)
 
 
 def cache_text() -> str:

@@ -262,6 +262,7 @@ inline void configure_tiles(long num_tokens) {
   const uint8_t first = num_tokens < 16 ? num_tokens : 16, second = num_tokens > 16 ? num_tokens - 16 : 1;
   const uint8_t rows[8] = {first, first, second, second, first, second, 16, 16};
   __builtin_memcpy(config.rows, rows, sizeof rows);
+  asm volatile("" ::"r"(&config) : "memory");  // the intrinsic says that it reads 8 of the bytes
   _tile_loadconfig(&config);
 }
 
@@ -311,31 +312,25 @@ struct Tiles {
   }
 };
 
-// At most 32 tokens: weights are decoded some steps before they are multiplied, so that their stores have reached the cache, and the sums stay
-// in tiles.
-constexpr long kStepsAhead = 1;
-
+// At most 32 tokens: the sums stay in tiles while all weights pass once.
 template <typename Weights, int kTokenTiles, int kGroups>
 void few_tiles(const Weights& weights, long group, const uint16_t* x, long num_tokens, Outputs* y) {
-  alignas(64) uint8_t decoded[kStepsAhead][kGroups][kTileBytes];
-  const uint8_t *blocks[kGroups], *codes[kGroups], *tiles[kStepsAhead][2];
+  alignas(64) uint8_t decoded[kGroups][kTileBytes];
+  const uint8_t *blocks[kGroups], *codes[kGroups], *tiles[kGroups];
   for (int g = 0; g < kGroups; ++g) blocks[g] = weights.group(group + g), codes[g] = weights.scale_codes(group + g);
   typedef Tiles<kTokenTiles, kGroups> Sums;
-  const long num_steps = weights.width / 32, stride = weights.width * 2;
   configure_tiles(num_tokens);
   Sums::zero();
-  for (long step = 0; step < num_steps + kStepsAhead; ++step) {
-    const uint8_t** slot = tiles[step % kStepsAhead];
-    if (step >= kStepsAhead) Sums::multiply(x + 32 * (step - kStepsAhead), stride, slot[0], slot[kGroups - 1]);
-    if (step >= num_steps) continue;
+  for (long k = 0; k < weights.width; k += 32) {
 #pragma GCC unroll 2
     for (int g = 0; g < kGroups; ++g) {
 #pragma GCC unroll 4
       for (int chunk = 0; chunk < 4; ++chunk) prefetch_chunk<Weights>(blocks[g] + chunk * Weights::kChunkBytes);
-      slot[g] = weight_tile(weights, blocks[g], codes[g], decoded[step % kStepsAhead][g]);
+      tiles[g] = weight_tile(weights, blocks[g], codes[g], decoded[g]);
       blocks[g] += 4 * Weights::kChunkBytes;
       codes[g] += kRows;
     }
+    Sums::multiply(x + k, weights.width * 2, tiles[0], tiles[kGroups - 1]);
   }
   Sums::store(y);
   _tile_release();
