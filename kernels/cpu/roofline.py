@@ -32,9 +32,7 @@ def measure() -> Roofline:
     area = memory.zeros((_READ_BYTES,), torch.uint8)
     area.fill_(1)  # pages that were never written to are all the same one
     left, right = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).bfloat16() for _ in range(2))
-    return Roofline(
-        _READ_BYTES / _best_seconds(lambda: native.read_through(area)), 2 * _GEMM_SIZE**3 / _best_seconds(lambda: left @ right)
-    )
+    return Roofline(_READ_BYTES / _best_seconds(lambda: native.read_through(area)), 2 * _GEMM_SIZE**3 / _best_seconds(lambda: left @ right))
 
 
 def _best_seconds(operation: Callable[[], object]) -> float:
