@@ -8,7 +8,7 @@ from kernels.moe.matmul_mxfp8 import expert_matmul_mxfp8, quantize_rows
 from kernels.moe.matmul_natural import expert_matmul_natural
 from kernels.moe.matmul_wgmma import expert_matmul_wgmma
 from kernels.moe.routing import choose_experts, place_tokens
-from kernels.moe.tile_choice import DENSE, MXFP4, MXFP4_MXFP8, MXFP4_WGMMA, Tile, tiles
+from kernels.moe.tile_choice import DENSE, MXFP4, MXFP4_MXFP8, MXFP4_WGMMA, Tile, choose_tile, tiles
 
 _MATMUL = {
     "x_ptr": "*bf16",
@@ -55,6 +55,29 @@ def _matmuls(weights: str, target: str) -> Iterator[KernelSpec]:
                 work=Pass(read, num_weights, 2 * tile.block_m * tile.block_k),
                 limits={target: _limits(weights, target, tile)},
             )
+
+
+def _fp32() -> Iterator[KernelSpec]:
+    """For comparisons, so without limits but on spills."""
+    tile = choose_tile(MXFP4, "cpu", 1, 1, fp32=True)
+    signature = {name: "*fp32" if kind == "*bf16" else kind for name, kind in _MATMUL.items()}
+    constexprs = {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GATE_UP": True,
+        "NUM_STAGES": tile.num_stages,
+    }
+    for weights, targets in ((MXFP4_WGMMA, ("sm_90",)), (MXFP4, TARGETS), (DENSE, TARGETS)):
+        yield KernelSpec(
+            name=f"moe/fp32 {weights} gate_up {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps}",
+            kernel=expert_matmul_wgmma if weights == MXFP4_WGMMA else expert_matmul_natural,
+            signature={**signature, "blocks_ptr": "*fp32"} if weights == DENSE else signature,
+            constexprs=constexprs if weights == MXFP4_WGMMA else {**constexprs, "PACKED": weights == MXFP4, "EVEN_K": False},
+            options={"num_warps": tile.num_warps},
+            targets=targets,
+            unaligned=("top_k",),
+        )
 
 
 def _mxfp8(target: str) -> Iterator[KernelSpec]:
@@ -176,6 +199,7 @@ SPECS = (
     *(spec for target in TARGETS for spec in _matmuls(MXFP4, target)),
     *(spec for target in TARGETS for spec in _matmuls(DENSE, target)),
     *(spec for target in ("sm_100", "gfx950") for spec in _mxfp8(target)),
+    *_fp32(),
     *_routing(),
     *_rows(),
 )

@@ -50,8 +50,8 @@ _NATURAL = {
 }
 ARCHITECTURES = tuple(_NATURAL)
 """Those with tiles of their own."""
-_FP32 = (Tile(16, 64, 64, 4, 2),)
-"""Tests and comparisons; without matrix instructions."""
+_FP32 = (Tile(16, 64, 64, 8, 2),)
+"""Tests and comparisons."""
 
 
 def tiles(weights: str, architecture: str) -> Sequence[Tile]:
