@@ -159,14 +159,17 @@ def write_expert(packed: PackedMXFP4, index: int, blocks: Tensor, scales: Tensor
         blocks: [N, K/32, 16] uint8 natural, or fewer rows or groups: the others stay zero.
         scales: [N, K/32] uint8.
     Raises:
-        ValueError: a scale is NaN.
+        ValueError: a scale is NaN, or one that the layout cannot hold.
     """
     in_place = _lookup(packed.layout).in_place
     if in_place is not None:
         in_place.write(packed.blocks[index], packed.scales[index], blocks, scales)
         return
     num_rows, num_groups = packed.shape[1], packed.shape[2] // MX_BLOCK
-    one = from_natural(_padded(blocks, num_rows, num_groups), _padded(scales, num_rows, num_groups), packed.layout)
+    # Converted where it will be: a GPU's layout leaves the host's cores to the reading.
+    device = packed.blocks.device
+    whole_blocks, whole_scales = (_padded(part, num_rows, num_groups).to(device) for part in (blocks, scales))
+    one = from_natural(whole_blocks, whole_scales, packed.layout)
     packed.blocks[index].copy_(one.blocks[0])
     packed.scales[index].copy_(one.scales[0])
 

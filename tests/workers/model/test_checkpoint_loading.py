@@ -14,9 +14,10 @@ from torch import Tensor
 
 from kernels.cpu.dense import unpack
 from kernels.linear import PackedWeight
-from kernels.mxfp4 import to_natural
+from kernels.mxfp4 import WGMMA, to_natural
 from workers.config import ModelConfig, ParallelConfig
 from workers.errors import CheckpointError
+from workers.model import checkpoint as model_checkpoint
 from workers.model.checkpoint import fingerprint, load_model
 from workers.model.gpt_oss import GptOss
 from workers.model.linear import Linear
@@ -206,6 +207,13 @@ class TestWrongTensors:
     def test_nan_scale(self, checkpoint: Path) -> None:
         change(checkpoint, lambda tensors: tensors[SCALES][3, 7].fill_(255))
         refusal(checkpoint, "model.safetensors", SCALES, "255", "[3, 7, 0]")
+
+    def test_scale_that_the_layout_cannot_hold(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(model_checkpoint, "choose_layout", lambda device: WGMMA)
+        change(checkpoint, lambda tensors: tensors[SCALES][3, 7].fill_(128))
+        load(checkpoint)
+        change(checkpoint, lambda tensors: tensors[SCALES][3, 7].fill_(129))
+        refusal(checkpoint, "model.safetensors", BLOCKS, "scales must be at most 128", WGMMA, "found 129")
 
     def test_largest_scale_is_a_number(self, checkpoint: Path) -> None:
         change(checkpoint, lambda tensors: tensors[SCALES][3, 7].fill_(254))
