@@ -11,8 +11,8 @@ _LOGPROB_CHUNKS = triton.cdiv(_VOCAB_SIZE, logprobs.CHUNK)
 _MAX_TOP_LOGPROBS = 20
 _WIDE = {target: Limits(load_bits=128) for target in ("sm_90", "sm_100", "gfx950")}
 _LOGITS = {"logits_ptr": "*fp32"}
-_BATCH = {"temperature_ptr": "*fp32", "min_p_ptr": "*fp32"}
-_FILTERS = {"temperature_ptr": "*fp32", "top_k_ptr": "*i64", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
+_BATCH = {"temperature_ptr": "*fp32", "min_p_ptr": "*fp32", "has_min_p": "i32"}
+_TOP_K, _TOP_P = {"top_k_ptr": "*i64"}, {"top_p_ptr": "*fp32"}
 _SIZES = {"stride": "i32", "vocab_size": "i32", "num_chunks": "i32"}
 _END = {"end_ptr": "*i64", "end_ties_ptr": "*i64"}
 _ENTRIES = {"rows_ptr": "*i64", "token_ids_ptr": "*i64"}
@@ -20,24 +20,25 @@ _COUNTS = {"num_entries": "i32", "num_rows": "i32", "vocab_size": "i32"}
 _UNALIGNED = ("num_chunks",)
 
 
-def _search(level: int, *, mass: bool) -> KernelSpec:
+def _search(*, mass: bool) -> KernelSpec:
     floors = {"floor_ptr": "*i64", "excess_ptr": "*fp64"}
     old = {"old_bins_ptr": "*fp64", "old_prefix_ptr": "*i64", "old_amounts_ptr": "*fp64"}
     return KernelSpec(
-        name=f"sampling/search {'top_p' if mass else 'top_k'} level {level}",
+        name=f"sampling/search {'top_p' if mass else 'top_k'}",
         kernel=choose.search_kernel,
         signature=_LOGITS
         | {"best_ptr": "*i64"}
-        | _FILTERS
-        | (floors if mass else {})
+        | _BATCH
+        | (_TOP_P | floors if mass else _TOP_K)
         | old
         | {"bins_ptr": "*fp64", "prefix_ptr": "*i64", "amounts_ptr": "*fp64"}
-        | _SIZES,
-        constexprs={"LEVEL": level, "MASS": mass, "BITS": choose.BITS, "CHUNK": choose.CHUNK, "SKIP": choose.SKIP, "TILE": choose.TILE}
+        | _SIZES
+        | {"level": "i32"},
+        constexprs={"MASS": mass, "BITS": choose.BITS, "CHUNK": choose.CHUNK, "SKIP": choose.SKIP, "TILE": choose.TILE}
         | {"BLOCK_CHUNKS": _BLOCK_CHUNKS}
-        | ({} if mass else dict.fromkeys(floors)),
+        | dict.fromkeys(_TOP_K if mass else _TOP_P | floors),
         options={"num_warps": 8},
-        unaligned=_UNALIGNED,
+        unaligned=(*_UNALIGNED, "has_min_p", "level"),
     )
 
 
@@ -59,20 +60,20 @@ SPECS = (
         options={"num_warps": 1},
         unaligned=_UNALIGNED,
     ),
-    _search(0, mass=False),
-    _search(1, mass=True),
-    _search(choose.NUM_LEVELS - 1, mass=True),
+    _search(mass=False),
+    _search(mass=True),
     KernelSpec(
         name="sampling/finish_search",
         kernel=choose.finish_search_kernel,
         signature={"best_ptr": "*i64"}
-        | _FILTERS
+        | _BATCH
+        | _TOP_P
         | {"floor_ptr": "*i64", "excess_ptr": "*fp64", "bins_ptr": "*fp64", "prefix_ptr": "*i64", "amounts_ptr": "*fp64"}
         | {"floor_ties_ptr": "*i64"}
         | _END
         | {"vocab_size": "i32", "num_chunks": "i32"},
         constexprs={"NUM_LEVELS": choose.NUM_LEVELS, "MASS": True, "NUM_BINS": choose.NUM_BINS, "BLOCK_CHUNKS": _BLOCK_CHUNKS}
-        | {"end_excess_ptr": None},
+        | {"end_excess_ptr": None, "top_k_ptr": None},
         options={"num_warps": 1},
         unaligned=_UNALIGNED,
     ),
@@ -123,7 +124,7 @@ SPECS = (
         kernel=modify.mark_kernel,
         signature={"bits_ptr": "*i32"} | _ENTRIES | _COUNTS | {"num_words": "i32"},
         constexprs={"ENTRIES": modify.ENTRIES},
-        unaligned=("num_entries", "num_rows", "num_words"),
+        unaligned=("bits_ptr", "num_entries", "num_rows", "num_words"),
     ),
     KernelSpec(
         name="sampling/restrict",

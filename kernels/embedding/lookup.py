@@ -10,7 +10,7 @@ BLOCK = 1024
 """Elements of a program: one 128-bit load a thread of 4 warps in bf16."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_id", "num_rows"])
 def embed_kernel(token_ids_ptr, weight_ptr, out_ptr, weight_stride, first_id, num_rows, width, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -17,7 +17,7 @@ _MANY = {"BLOCK_M": 8, "BLOCK_K": 256, "num_warps": 4}
 """From 8 tokens on: weights come from the L2 cache once for 8 of them."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def narrow_linear_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, x_stride, num_tokens, num_outputs, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,

@@ -18,7 +18,7 @@ from kernels.pointwise import reference
 BLOCK_TOKENS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def yarn_kernel(
     positions_ptr, frequencies_ptr, cos_ptr, sin_ptr, num_tokens, half, concentration, BLOCK_TOKENS: tl.constexpr, BLOCK_HALF: tl.constexpr
 ):

@@ -1,8 +1,9 @@
 """Choosing the next token of each sequence."""
 
+import torch
 from torch import Tensor
 
-from kernels.backend import runs_triton
+from kernels.backend import runs_triton, triton_runs_on
 from kernels.cpu import sampling as cpu
 from kernels.sampling import reference
 from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds
@@ -19,6 +20,7 @@ __all__ = [
     "philox_words",
     "sample",
     "uniform",
+    "warm_up",
 ]
 
 
@@ -35,3 +37,11 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
         return device.sample(logits, batch)
     run = cpu.sample if cpu.can_run(logits) else reference.sample
     return run(logits, batch)
+
+
+def warm_up(vocab_size: int, device: torch.device) -> None:
+    """Have each kernel of `sample` for this device compiled."""
+    if triton_runs_on(device):
+        from kernels.sampling import device as on_device
+
+        on_device.warm_up(vocab_size, device)

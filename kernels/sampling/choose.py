@@ -52,13 +52,11 @@ def greedy_kernel(best_ptr, token_ids_ptr, num_chunks, BLOCK_CHUNKS: tl.constexp
 
 
 @triton.jit
-def _weights(x, top, temperature, min_p_ptr, row):
-    """fp32, 1 for the largest logit; those below min_p are 0."""
+def _weights(x, top, temperature, min_p_ptr, has_min_p, row):
+    """fp32, 1 for the largest logit; those below min_p, where it holds one, are 0."""
     # Not left to exp: 0 / temperature is NaN where a tiny temperature's reciprocal is infinite, and so is inf - inf.
     weight = tl.where(x >= top, 1.0, tl.exp((x - top) / temperature))
-    if min_p_ptr is not None:
-        weight = tl.where(weight < tl.load(min_p_ptr + row), 0.0, weight)
-    return weight
+    return tl.where((has_min_p != 0) & (weight < tl.load(min_p_ptr + row)), 0.0, weight)
 
 
 @triton.jit
@@ -89,6 +87,12 @@ def _load_bins(bins_ptr, row, num_chunks, BLOCK_CHUNKS: tl.constexpr, NUM_BINS: 
 
 
 @triton.jit
+def _leading_bits(key, levels, BITS: tl.constexpr):
+    """The bits of so many levels, uint32."""
+    return (key.to(tl.uint64) >> (32 - BITS * levels).to(tl.uint64)).to(tl.uint32)
+
+
+@triton.jit
 def _searches(row, temperature_ptr, top_k_ptr, top_p_ptr, vocab_size, MASS: tl.constexpr):
     """Whether this row has an end to be found."""
     if MASS:
@@ -100,25 +104,25 @@ def _searches(row, temperature_ptr, top_k_ptr, top_p_ptr, vocab_size, MASS: tl.c
 
 
 @triton.jit
-def _state(level_bins, row, prefix_ptr, amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, LEVEL: tl.constexpr, MASS: tl.constexpr):
-    """(prefix, above, wanted) after LEVEL levels but the last one's bins, which are `level_bins`."""
-    if LEVEL > 1:
-        prefix = tl.load(prefix_ptr + row).to(tl.uint32)
-        above, wanted = tl.load(amounts_ptr + 2 * row), tl.load(amounts_ptr + 2 * row + 1)
+def _state(level_bins, level, row, prefix_ptr, amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, MASS: tl.constexpr):
+    """(prefix, above, wanted) after so many levels but the last one's bins, which are `level_bins`. The first leaves nothing else."""
+    if MASS:
+        total = tl.sum(level_bins, axis=0)
+        if excess_ptr is not None:
+            total -= tl.load(excess_ptr + row)
+        wanted = tl.load(top_p_ptr + row).to(tl.float64) * total
     else:
-        prefix = tl.full((), 0, tl.uint32)
-        above = tl.full((), 0.0, tl.float64)
-        if MASS:
-            total = tl.sum(level_bins, axis=0)
-            if excess_ptr is not None:
-                total -= tl.load(excess_ptr + row)
-            wanted = tl.load(top_p_ptr + row).to(tl.float64) * total
-        else:
-            wanted = tl.load(top_k_ptr + row).to(tl.float64)
-    return prefix, above, wanted
+        wanted = tl.load(top_k_ptr + row).to(tl.float64)
+    first = level == 1
+    prefix = tl.where(first, 0, tl.load(prefix_ptr + row)).to(tl.uint32)
+    above = tl.where(first, 0.0, tl.load(amounts_ptr + 2 * row))
+    return prefix, above, tl.where(first, wanted, tl.load(amounts_ptr + 2 * row + 1))
 
 
-@triton.jit
+_SCRATCH = ["old_bins_ptr", "old_prefix_ptr", "old_amounts_ptr", "bins_ptr", "prefix_ptr", "amounts_ptr"]
+
+
+@triton.jit(do_not_specialize=["level", "has_min_p"], do_not_specialize_on_alignment=_SCRATCH)
 def search_kernel(
     logits_ptr,
     best_ptr,
@@ -126,6 +130,7 @@ def search_kernel(
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
+    has_min_p,
     floor_ptr,
     excess_ptr,
     old_bins_ptr,
@@ -137,7 +142,7 @@ def search_kernel(
     stride,
     vocab_size,
     num_chunks,
-    LEVEL: tl.constexpr,
+    level,
     MASS: tl.constexpr,
     BITS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -150,9 +155,9 @@ def search_kernel(
     if not _searches(row, temperature_ptr, top_k_ptr, top_p_ptr, vocab_size, MASS):
         return
     prefix = tl.full((), 0, tl.uint32)
-    if LEVEL > 0:
+    if level > 0:
         old = _load_bins(old_bins_ptr, row, num_chunks, BLOCK_CHUNKS, NUM_BINS)
-        prefix, above, wanted = _state(old, row, old_prefix_ptr, old_amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, LEVEL, MASS)
+        prefix, above, wanted = _state(old, level, row, old_prefix_ptr, old_amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, MASS)
         prefix, above, _ = _narrowed(old, prefix, above, wanted, NUM_BINS)
         if chunk == 0:
             tl.store(prefix_ptr + row, prefix.to(tl.int64))
@@ -166,36 +171,32 @@ def search_kernel(
     index = tl.arange(0, NUM_BINS)[:, None]
     totals = tl.zeros((NUM_BINS, TILE), tl.float64)
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, vocab_size), SKIP):
-        present = True
-        if LEVEL > 0:
-            wide = first + tl.arange(0, SKIP)
-            keys = key_of(load_logits(logits_ptr + row * stride, wide, vocab_size))
-            present = tl.max(((keys >> (32 - BITS * LEVEL)) == prefix).to(tl.int32), axis=0) > 0
-        if present:
+        wide = first + tl.arange(0, SKIP)
+        keys = key_of(load_logits(logits_ptr + row * stride, wide, vocab_size))
+        if tl.max((_leading_bits(keys, level, BITS) == prefix).to(tl.int32), axis=0) > 0:
             for start in range(first, tl.minimum(first + SKIP, vocab_size), TILE):
                 at = start + tl.arange(0, TILE)
                 x = load_logits(logits_ptr + row * stride, at, vocab_size)  # [TILE]
                 key = key_of(x)
-                counted = (at < vocab_size) & (key >= floor)
-                if LEVEL > 0:
-                    counted = counted & ((key >> (32 - BITS * LEVEL)) == prefix)
+                counted = (at < vocab_size) & (key >= floor) & (_leading_bits(key, level, BITS) == prefix)
                 if MASS:
-                    measure = tl.where(counted, _weights(x, top, temperature, min_p_ptr, row), 0.0).to(tl.float64)
+                    measure = tl.where(counted, _weights(x, top, temperature, min_p_ptr, has_min_p, row), 0.0).to(tl.float64)
                 else:
                     measure = counted.to(tl.float64)
-                in_bin = ((key >> (32 - BITS - BITS * LEVEL)) & (NUM_BINS - 1)).to(tl.int32)
+                in_bin = (_leading_bits(key, level + 1, BITS) & (NUM_BINS - 1)).to(tl.int32)
                 totals += tl.where(in_bin[None, :] == index, measure[None, :], 0.0)
     at_bins = (row * num_chunks + chunk) * NUM_BINS + tl.arange(0, NUM_BINS)
     tl.store(bins_ptr + at_bins, tl.sum(totals, axis=1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["has_min_p"], do_not_specialize_on_alignment=_SCRATCH[3:])
 def finish_search_kernel(
     best_ptr,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
+    has_min_p,
     floor_ptr,
     excess_ptr,
     bins_ptr,
@@ -225,10 +226,10 @@ def finish_search_kernel(
         ties = tl.load(floor_ties_ptr + row)
     if _searches(row, temperature_ptr, top_k_ptr, top_p_ptr, vocab_size, MASS):
         bins = _load_bins(bins_ptr, row, num_chunks, BLOCK_CHUNKS, NUM_BINS)
-        prefix, above, wanted = _state(bins, row, prefix_ptr, amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, NUM_LEVELS, MASS)
+        prefix, above, wanted = _state(bins, NUM_LEVELS, row, prefix_ptr, amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, MASS)
         key, above, inside = _narrowed(bins, prefix, above, wanted, NUM_BINS)
         top = candidate_value(_best_of_row(best_ptr, row, num_chunks, BLOCK_CHUNKS))
-        weight = _weights(value_of(key), top, tl.load(temperature_ptr + row), min_p_ptr, row).to(tl.float64)
+        weight = _weights(value_of(key), top, tl.load(temperature_ptr + row), min_p_ptr, has_min_p, row).to(tl.float64)
         if MASS:
             missing = tl.maximum(tl.ceil((wanted - above) / weight), 1.0)
             missing = tl.where(weight > 0, tl.minimum(missing, 2147483647.0), 1.0).to(tl.int64)
@@ -243,9 +244,9 @@ def finish_search_kernel(
         tl.store(end_excess_ptr + row, excess)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["has_min_p"])
 def chunk_sum_kernel(
-    logits_ptr, best_ptr, temperature_ptr, min_p_ptr, end_ptr, sums_ptr, ties_ptr, stride, vocab_size, CHUNK: tl.constexpr,
+    logits_ptr, best_ptr, temperature_ptr, min_p_ptr, has_min_p, end_ptr, sums_ptr, ties_ptr, stride, vocab_size, CHUNK: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The weight of each chunk's tokens, of those above the end if there is one, and how many are at it."""
@@ -262,16 +263,17 @@ def chunk_sum_kernel(
         end, key = tl.load(end_ptr + row).to(tl.uint32), key_of(x)
         tl.store(ties_ptr + row * num_chunks + chunk, tl.sum((counted & (key == end)).to(tl.int32), axis=0))
         counted = counted & (key > end)
-    weights = tl.where(counted, _weights(x, top, temperature, min_p_ptr, row), 0.0)
+    weights = tl.where(counted, _weights(x, top, temperature, min_p_ptr, has_min_p, row), 0.0)
     tl.store(sums_ptr + row * num_chunks + chunk, tl.sum(weights.to(tl.float64), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["has_min_p"])
 def pick_kernel(
     logits_ptr,
     best_ptr,
     temperature_ptr,
     min_p_ptr,
+    has_min_p,
     seeds_ptr,
     positions_ptr,
     end_ptr,
@@ -303,7 +305,7 @@ def pick_kernel(
         ties = tl.load(ties_ptr + at_chunks, mask=in_row, other=0).to(tl.int64)
         ties_before = tl.cumsum(ties, axis=0) - ties
         kept_here = tl.minimum(tl.maximum(kept_ties - ties_before, 0), ties)
-        weight = _weights(value_of(end), top, temperature, min_p_ptr, row).to(tl.float64)
+        weight = _weights(value_of(end), top, temperature, min_p_ptr, has_min_p, row).to(tl.float64)
         sums += tl.where(kept_here > 0, kept_here.to(tl.float64) * weight, 0.0)
     running = tl.cumsum(sums, axis=0)
     # The first word of Philox4x32-10 for this seed and position, as (word + 0.5) / 2^32.
@@ -321,7 +323,7 @@ def pick_kernel(
         tied = kept & (key == end)
         rank = tl.cumsum(tied.to(tl.int32), axis=0) + tl.sum(tl.where(chunks == chunk, ties_before, 0), axis=0)
         kept = kept & ((key > end) | (tied & (rank <= kept_ties)))
-    weights = tl.where(kept, _weights(x, top, temperature, min_p_ptr, row), 0.0).to(tl.float64)
+    weights = tl.where(kept, _weights(x, top, temperature, min_p_ptr, has_min_p, row), 0.0).to(tl.float64)
     passed = before + tl.cumsum(weights, axis=0) > target
     first = tl.min(tl.where(passed & (weights > 0), at, vocab_size), axis=0)
     # Rounding alone may let the sum end at the target: then it is the last one kept.
@@ -354,7 +356,7 @@ def choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
     end, end_ties = _end_of_order(logits, best, batch)
     sums = torch.empty(grid, dtype=torch.float64, device=device)
     ties = None if end is None else torch.empty(grid, dtype=torch.int32, device=device)
-    parameters = (batch.temperature, batch.min_p)
+    parameters = (batch.temperature, *_min_p(batch))
     chunk_sum_kernel[grid](logits, best, *parameters, end, sums, ties, logits.stride(0), vocab_size, **block, **sizes)
     pick_kernel[(num_rows,)](
         logits,
@@ -410,7 +412,7 @@ def _search(
     bins = torch.empty(2, num_rows, num_chunks, NUM_BINS, dtype=torch.float64, device=logits.device)
     prefixes = torch.empty(2, num_rows, dtype=torch.int64, device=logits.device)
     amounts = torch.empty(2, num_rows, 2, dtype=torch.float64, device=logits.device)
-    parameters = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, floor, floor_excess)
+    parameters = (batch.temperature, None if mass else batch.top_k, batch.top_p if mass else None, *_min_p(batch), floor, floor_excess)
     for level in range(NUM_LEVELS):
         old, new = (level + 1) % 2, level % 2
         search_kernel[(num_rows, num_chunks)](
@@ -422,7 +424,7 @@ def _search(
             logits.stride(0),
             vocab_size,
             num_chunks,
-            LEVEL=level,
+            level,
             MASS=mass,
             BITS=BITS,
             CHUNK=CHUNK,
@@ -451,3 +453,8 @@ def _search(
         num_warps=1,
     )
     return end, ties
+
+
+def _min_p(batch: SamplingBatch) -> tuple[Tensor | None, int]:
+    """(a vector, whether it is min_p): no kernel of its own for batches without it."""
+    return (batch.temperature, 0) if batch.min_p is None else (batch.min_p, 1)

@@ -1,8 +1,11 @@
 """Sampling by Triton kernels: nothing comes back to the host and no shape depends on data, so a CUDA graph can hold it."""
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
-from kernels.sampling.batch import SampleOutput, SamplingBatch
+from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds
 from kernels.sampling.choose import choose
 from kernels.sampling.logprobs import logprobs
 from kernels.sampling.modify import modify
@@ -20,3 +23,31 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     if batch.logprob_rows is None:
         return SampleOutput(token_ids)
     return logprobs(logits, token_ids, batch.logprob_rows, batch.num_top_logprobs)
+
+
+def warm_up(vocab_size: int, device: torch.device) -> None:
+    """Sample once in each way that has a kernel, or a variant of one, of its own."""
+    logits = torch.zeros(1, vocab_size, device=device)
+    zero, one = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, device=device)
+    count = zero.to(torch.int32)
+    plain = SamplingBatch(one, zero, zero)
+    tokens = TokenIds(zero, zero)
+    everything_else = replace(
+        plain,
+        logit_bias=LogitBias(zero, zero, one),
+        penalties=Penalties(zero, zero, count, one, one, one),
+        allowed_bits=AllowedBits(zero, torch.ones(1, 1, dtype=torch.uint8, device=device)),
+        logprob_rows=zero,
+        num_top_logprobs=1,
+    )
+    for batch in (
+        SamplingBatch(),
+        everything_else,
+        replace(plain, top_k=zero + 1),
+        replace(plain, top_p=one / 2),
+        replace(plain, top_k=zero + 1, top_p=one / 2),
+        SamplingBatch(allowed_ids=tokens),
+        SamplingBatch(forbidden_ids=tokens),
+        SamplingBatch(allowed_ids=tokens, forbidden_ids=tokens),
+    ):
+        sample(logits, batch)

@@ -12,9 +12,11 @@ from kernels.sampling.keys import LEAST, candidate_id, candidate_value, candidat
 
 CHUNK = 4096
 """Tokens of a program."""
+USUAL_TOP = 20
+"""Alternatives that a request may ask for; up to here all numbers share a compiled kernel."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_top"], do_not_specialize_on_alignment=["maxima_ptr", "sums_ptr"])
 def chunk_logprobs_kernel(logits_ptr, rows_ptr, maxima_ptr, sums_ptr, best_ptr, stride, num_rows, vocab_size, num_top, CHUNK: tl.constexpr):
     index, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.load(rows_ptr + index)
@@ -33,7 +35,7 @@ def chunk_logprobs_kernel(logits_ptr, rows_ptr, maxima_ptr, sums_ptr, best_ptr, 
         packed = tl.where(packed == best, LEAST, packed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_top"], do_not_specialize_on_alignment=["maxima_ptr", "sums_ptr"])
 def logprobs_kernel(
     logits_ptr,
     rows_ptr,
@@ -106,7 +108,7 @@ def logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> S
             num_chunks,
             num_top,
             BLOCK_CHUNKS=triton.next_power_of_2(num_chunks),
-            BLOCK_BEST=triton.next_power_of_2(max(num_chunks * num_top, 1)),
+            BLOCK_BEST=triton.next_power_of_2(num_chunks * max(num_top, USUAL_TOP)),
             num_warps=4,
         )
     return SampleOutput(token_ids, chosen, top_ids, top_logprobs)

@@ -2,7 +2,8 @@
 """Step 1 of `kernels/sampling/reference.py` on the device: logit bias, penalties, allowed and forbidden tokens, on a copy of the logits.
 
 Sparse parts are applied entry by entry; entries outside the logits, which the reference refuses, are passed over, since looking for them
-would need the host. Sets of tokens become bitmasks, and one pass over the rows that have one applies them.
+would need the host. Sets of tokens become bitmasks, and one pass over the rows that have one applies them. Sizes that change from step to
+step do not specialise a kernel: each new one would be compiled while requests wait.
 """
 
 import torch
@@ -28,14 +29,14 @@ def _entries(rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, ENTRIES
     return entry, row, token, (row >= 0) & (row < num_rows) & (token >= 0) & (token < vocab_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries", "num_rows"])
 def bias_kernel(logits_ptr, rows_ptr, token_ids_ptr, values_ptr, num_entries, num_rows, vocab_size, ENTRIES: tl.constexpr):
     entry, row, token, valid = _entries(rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, ENTRIES)
     value = tl.load(values_ptr + entry, mask=valid, other=0.0)
     tl.atomic_add(logits_ptr + row * vocab_size + token, value, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries", "num_rows"])
 def penalties_kernel(
     logits_ptr,
     rows_ptr,
@@ -65,7 +66,7 @@ def penalties_kernel(
     tl.store(at, seen - tl.where(count > 0, presence, 0.0), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries", "num_rows"], do_not_specialize_on_alignment=["bits_ptr"])
 def mark_kernel(bits_ptr, rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, num_words, ENTRIES: tl.constexpr):
     """Sets the bit of each entry, and the first one of the word behind a row's last."""
     _, row, token, valid = _entries(rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, ENTRIES)
@@ -81,7 +82,7 @@ def _bit(bits_ptr, row, at, inside, num_words):
     return ((word >> (at & 31)) & 1) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["allowed_ptr", "forbidden_ptr", "left_ptr"])
 def restrict_kernel(logits_ptr, allowed_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CHUNK: tl.constexpr):
     """Applies the allowed tokens, and says of a row with forbidden ones whether something would be left without them."""
     row = tl.program_id(0).to(tl.int64)
@@ -104,7 +105,7 @@ def restrict_kernel(logits_ptr, allowed_ptr, forbidden_ptr, left_ptr, vocab_size
                 tl.store(left_ptr + row, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["forbidden_ptr", "left_ptr"])
 def forbid_kernel(logits_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -114,7 +115,7 @@ def forbid_kernel(logits_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CH
         tl.store(logits_ptr + row * vocab_size + at, tl.full((CHUNK,), float("-inf"), tl.float32), mask=forbidden)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_bytes", "bits_stride"], do_not_specialize_on_alignment=["bits_ptr"])
 def allow_bits_kernel(logits_ptr, rows_ptr, bits_ptr, num_rows, vocab_size, num_bytes, bits_stride, CHUNK: tl.constexpr):
     mask_index = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)

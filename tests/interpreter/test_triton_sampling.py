@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
-from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds, choose, logprobs, modify, sample
+from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds, choose, logprobs, modify, sample, warm_up
 from kernels.sampling import reference as sampling_reference
 from tests.interpreter.guards import guarded
 from tests.interpreter.interpreter import recorded_launches
@@ -193,6 +194,19 @@ def test_launches(parts: str, launches: list[str]) -> None:
     with recorded_launches() as names:
         sample(random_logits(2, 40), batch)
     assert names == launches
+
+
+def test_warm_up_meets_every_kernel() -> None:
+    kernels = {
+        name
+        for module in (choose, logprobs, modify)
+        for name, value in vars(module).items()
+        if isinstance(value, InterpretedFunction) and name.endswith("_kernel")
+    }
+    with recorded_launches() as names:
+        warm_up(40, torch.device("cpu"))
+    assert set(names) == kernels
+    assert len(kernels) > 12
 
 
 def test_nothing_is_read_back() -> None:

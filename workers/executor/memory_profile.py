@@ -1,8 +1,12 @@
-"""What the largest step takes beyond the weights, found by running one before the KV cache is sized."""
+"""Steps that are run before there are requests: the largest, to see what it takes beyond the weights before the KV cache is sized, and
+smaller ones, so that their kernels are compiled."""
+
+from dataclasses import replace
 
 import torch
 
 from kernels.sampling import SamplingBatch, sample
+from kernels.sampling import warm_up as warm_up_sampling
 from workers.config import BLOCK_SIZE, KVDtype, SchedulerConfig
 from workers.kv_cache.tensors import KV_TORCH_DTYPES
 from workers.model.gpt_oss import GptOss
@@ -62,3 +66,16 @@ def activation_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: i
     peak: int = torch.cuda.max_memory_allocated(model.device)
     torch.cuda.empty_cache()
     return peak - before
+
+
+def warm_up(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> None:
+    """Prompts of 1, 2, 4, … tokens up to the budget of a step, then each way to sample. All ranks take part.
+
+    Triton compiles a kernel when it first meets a kind of step, which takes seconds and must not happen while requests wait.
+    """
+    num_tokens = 1
+    while num_tokens < scheduler.max_num_batched_tokens:
+        run_largest_step(model, replace(scheduler, max_num_seqs=1, max_num_batched_tokens=num_tokens), max_model_len, kv_dtype)
+        num_tokens *= 2
+    if model.collectives.rank == 0:
+        warm_up_sampling(model.config.vocab_size, model.device)

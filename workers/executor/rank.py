@@ -14,7 +14,7 @@ from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from workers.errors import ConfigError
 from workers.executor.cpu_program import programs_run
 from workers.executor.kernel_choice import describe_device, kernel_choices, not_capturable, slow_on_gpu
-from workers.executor.memory_profile import activation_bytes
+from workers.executor.memory_profile import activation_bytes, warm_up
 from workers.executor.runner import PendingStep, Runner
 from workers.kv_cache.tensors import (
     KV_TORCH_DTYPES,
@@ -154,6 +154,9 @@ class Rank:
         with self._phase("warm up"):
             self.logits([0])
         assert self._model is not None
+        if self._device.type == "cuda":
+            with self._phase("compile kernels"):
+                warm_up(self._model, self._config.scheduler, self._max_model_len, self._config.kv_dtype)
         runner = Runner(self._model, kv_caches, max_num_seqs=self._config.scheduler.max_num_seqs, max_model_len=self._max_model_len)
         if self._device.type == "cuda" and not self._config.enforce_eager:
             self._capture_graphs(self._model, runner)

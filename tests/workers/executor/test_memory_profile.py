@@ -8,8 +8,9 @@ import torch
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, KVDtype, SchedulerConfig
 from workers.executor import memory_profile
-from workers.executor.memory_profile import largest_batch, run_largest_step
+from workers.executor.memory_profile import largest_batch, run_largest_step, warm_up
 from workers.model.checkpoint import load_model
+from workers.model.gpt_oss import GptOss
 
 CPU = torch.device("cpu")
 
@@ -37,3 +38,15 @@ def test_the_model_runs_it_and_samples_every_sequence(tmp_path: Path, monkeypatc
     monkeypatch.setattr(memory_profile, "sample", lambda logits, batch: sampled.append(real(logits, batch).token_ids))
     run_largest_step(model, SchedulerConfig(7, 300), 100, kv_dtype)
     assert [len(token_ids) for token_ids in sampled] == [7]
+
+
+def test_warming_up_runs_steps_of_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=CPU)
+    sizes = []
+    real = GptOss.forward
+    monkeypatch.setattr(GptOss, "forward", lambda self, batch, caches: sizes.append(len(batch.token_ids)) or real(self, batch, caches))
+    warmed = []
+    monkeypatch.setattr(memory_profile, "warm_up_sampling", lambda vocab_size, device: warmed.append(vocab_size))
+    warm_up(model, SchedulerConfig(7, 33), 100, "float32")
+    assert sizes == [1, 2, 4, 8, 16, 32]
+    assert warmed == [TINY.vocab_size]
