@@ -1,0 +1,40 @@
+"""The CPU benchmark measures what it says: operations and bytes of its tasks, the best of runs taken in turn, ratios to the yardsticks."""
+
+import pytest
+import torch
+
+from benchmarks.cpu import ExpertLayer, Task, bandwidth_task, dense_weights, measure, print_table, run_dense
+from kernels.cpu import native
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the C++ library was not built")
+
+
+def test_tasks_take_turns_and_the_first_run_does_not_count() -> None:
+    calls: list[tuple[str, int]] = []
+    tasks = [Task(name, lambda call, name=name: calls.append((name, call))) for name in "ab"]  # type: ignore[misc]
+    results = measure(tasks, 0.0)
+    assert calls[:4] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert [task.name for task, _ in results] == ["a", "b"]
+    assert all(0 <= best < 1 for _, best in results)
+
+
+def test_ratios_are_to_the_yardsticks(capsys: pytest.CaptureFixture[str]) -> None:
+    yardsticks = [(Task("read", print, num_bytes=20e9), 2.0), (Task("GEMM", print, num_operations=3e12), 1.0)]
+    print_table("title", [*yardsticks, (Task("x", print, num_bytes=1e9, num_operations=3e11), 0.2)])
+    out = capsys.readouterr().out
+    assert "read bandwidth 10.0 GB/s, torch bf16 GEMM 3000 GFLOP/s" in out
+    assert "| x | 200.00 | 5.0 | 50% | 1500 | 50% |" in out
+
+
+def test_weights_and_experts_are_what_is_counted() -> None:
+    read = bandwidth_task(32 << 20)
+    assert read.run(0) == read.run(1) == 0  # an even number of equal words
+    weights = dense_weights(48, 64, torch.int8, 1)
+    assert len(weights) == 2
+    assert run_dense(torch.ones(3, 64).bfloat16(), weights)(1).shape == (3, 48)  # type: ignore[attr-defined]
+    layer = ExpertLayer(64, 32, 1)
+    task = layer.task("experts", 5, 4)
+    assert task.num_operations == 2 * 5 * 4 * 3 * 64 * 32
+    assert 4 * layer.expert_bytes <= task.num_bytes <= 20 * layer.expert_bytes
+    assert layer.expert_bytes == layer.gate_up.num_bytes // 32 + layer.down.num_bytes // 32
+    assert task.run(3).isfinite().all()  # type: ignore[attr-defined]
