@@ -25,18 +25,25 @@ inline Words4 pack_unit(Words4 columns) {
   return ((even | even >> 8) & 0xFFFF) | (odd | odd >> 8) << 16;
 }
 
-// 4 rows of 32 columns → four units of 8 columns, one in each of the group's four chunks of 64 bytes.
-inline void pack_four_rows(const uint8_t* from, long row_stride, uint8_t* to) {
+// 4 rows of 4 words → 4 columns of them.
+inline void transpose_words(const uint8_t* from, long row_stride, Words4 columns[4]) {
   const Words4 rows[4] = {load_vector<Words4>(from), load_vector<Words4>(from + row_stride), load_vector<Words4>(from + 2 * row_stride),
                           load_vector<Words4>(from + 3 * row_stride)};
   const Words4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
   const Words4 a = __builtin_shuffle(rows[0], rows[1], low), b = __builtin_shuffle(rows[2], rows[3], low);
   const Words4 c = __builtin_shuffle(rows[0], rows[1], high), d = __builtin_shuffle(rows[2], rows[3], high);
   const Words4 front = {0, 1, 4, 5}, back = {2, 3, 6, 7};
-  store_vector(to, pack_unit(__builtin_shuffle(a, b, front)));
-  store_vector(to + 64, pack_unit(__builtin_shuffle(a, b, back)));
-  store_vector(to + 128, pack_unit(__builtin_shuffle(c, d, front)));
-  store_vector(to + 192, pack_unit(__builtin_shuffle(c, d, back)));
+  columns[0] = __builtin_shuffle(a, b, front);
+  columns[1] = __builtin_shuffle(a, b, back);
+  columns[2] = __builtin_shuffle(c, d, front);
+  columns[3] = __builtin_shuffle(c, d, back);
+}
+
+// 4 rows of 32 columns → four units of 8 columns, one in each of the group's four chunks of 64 bytes.
+inline void pack_four_rows(const uint8_t* from, long row_stride, uint8_t* to) {
+  Words4 units[4];
+  transpose_words(from, row_stride, units);
+  for (long unit = 0; unit < 4; ++unit) store_vector(to + 64 * unit, pack_unit(units[unit]));
 }
 
 // 16 rows of 16 scales → 16 columns; returns lanes that are not 0 where a scale is NaN.
@@ -108,6 +115,16 @@ inline void pack_bf16_rows(const PackDenseArgs& args, long row, long rows) {
   const long lane = (args.first_row + row) % 16;
   for (long column = 0; column < args.width; column += 32) {
     const long columns = args.width - column < 32 ? args.width - column : 32;
+    if (rows == 16 && columns == 32) {
+      for (long r = 0; r < 16; r += 4) {
+        for (long pair = 0; pair < 16; pair += 4) {
+          Words4 pairs[4];
+          transpose_words((const uint8_t*)(from + r * args.width + column + 2 * pair), 2 * args.width, pairs);
+          for (long i = 0; i < 4; ++i) store_vector((uint8_t*)(to + column * 16 + 32 * (pair + i) + 2 * r), pairs[i]);
+        }
+      }
+      continue;
+    }
     for (long r = 0; r < rows; ++r) {
       uint16_t* pairs = to + column * 16 + (lane + r) * 2;
       const uint16_t* values = from + r * args.width + column;
