@@ -1,5 +1,7 @@
 """Programs: what was recorded runs again on what then lies at its addresses, and what could not be repeated is refused."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,6 +59,34 @@ def test_what_torch_computes_is_named_and_such_a_program_does_not_run() -> None:
     assert torch.equal(result, rms_norm(x * 2, NORM, 1e-5)), "the recording itself is a valid run"
     with pytest.raises(AssertionError, match=r"aten\.mul"):
         program.run()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    ("copies", "views"),
+    [
+        (lambda x: x.to(torch.bfloat16), lambda x: x.to(torch.float32)),
+        (lambda x: x.t().contiguous(), lambda x: x.contiguous()),
+        (lambda x: x.t().reshape(-1), lambda x: x.reshape(-1)),
+        (lambda x: x.t().flatten(), lambda x: x.flatten()),
+        (lambda x: x.clone(), lambda x: x[1:].view(-1)),
+        (lambda x: x.float() + 0, lambda x: x.unbind(0)[0]),
+    ],
+)
+def test_a_view_that_copies_is_no_view(copies: Callable[[Tensor], Tensor], views: Callable[[Tensor], Tensor], inference: bool) -> None:
+    x = torch.randn(3, 4)
+    with torch.inference_mode(inference):
+        assert record(ProgramMemory(), lambda: copies(x))[0].computed_elsewhere != ()
+        assert record(ProgramMemory(), lambda: views(x))[0].computed_elsewhere == ()
+
+
+def test_a_layer_of_another_dtype_converts_within_the_program() -> None:
+    x, weight = torch.randn(3, 24).bfloat16(), torch.randn(7, 24)
+    program, out = record(ProgramMemory(), lambda: linear(x, weight))
+    assert program.computed_elsewhere == ()
+    x.copy_(torch.randn(3, 24))
+    program.run()
+    assert torch.equal(out, linear(x, weight))
 
 
 def test_an_index_that_became_bad_is_refused_with_the_operation() -> None:
