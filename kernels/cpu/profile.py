@@ -136,6 +136,18 @@ def _logprobs(args: Any) -> Description:
     return "log probabilities", args.num_rows * args.vocab * 8, 0.0
 
 
+def _embed(args: Any) -> Description:
+    return "embedding", 2 * args.num_tokens * args.width * _ITEM_BYTES[args.type], 0.0
+
+
+def _yarn(args: Any) -> Description:
+    return "rotary angles", args.num_tokens * (8 + 8 * args.half), 0.0
+
+
+def _convert(args: Any) -> Description:
+    return "conversions", 6 * args.count, 0.0
+
+
 _OPERATIONS: dict[str, Callable[[Any], Description]] = {
     "linear": _linear,
     "dense": _dense,
@@ -146,4 +158,7 @@ _OPERATIONS: dict[str, Callable[[Any], Description]] = {
     "gate_topk": _gate_topk,
     "sample": _sample,
     "logprobs": _logprobs,
+    "embed": _embed,
+    "yarn": _yarn,
+    "convert": _convert,
 }

@@ -5,11 +5,15 @@ import torch
 
 from kernels.attention import paged_attention, rope_and_store_kv
 from kernels.cpu import native
+from kernels.cpu.pointwise import converted
 from kernels.cpu.profile import Profile, Work, difference
+from kernels.embedding import embed
 from kernels.moe import fused_experts, gate_topk
 from kernels.mxfp4 import ROWS16, pack
-from kernels.pointwise import add_rms_norm, rms_norm
+from kernels.pointwise import add_rms_norm, rms_norm, yarn_cos_sin
 from kernels.sampling import SamplingBatch, sample
+
+ROPE = {"theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096, "truncate": False}
 
 
 def recorded(*operations: object) -> dict[str, Work]:
@@ -61,8 +65,14 @@ def test_operations_of_a_layer() -> None:
         lambda: rope_and_store_kv(qkv, 4, angles, angles, kv_cache, torch.arange(5)),
         lambda: gate_topk(torch.randn(5, 7), 2),
         lambda: sample(torch.randn(2, 30), SamplingBatch()),
+        lambda: embed(torch.arange(3), torch.randn(7, 12).bfloat16()),
+        lambda: yarn_cos_sin(torch.arange(5), 10, **ROPE),
+        lambda: converted(torch.randn(3, 4), torch.bfloat16),
     )
-    assert list(work) == ["norms", "RoPE and KV store", "gate top-k", "sampling"]
+    assert list(work) == ["norms", "RoPE and KV store", "gate top-k", "sampling", "embedding", "rotary angles", "conversions"]
+    assert work["embedding"].num_bytes == 2 * 3 * 12 * 2
+    assert work["rotary angles"].num_bytes == 5 * 8 + 2 * 5 * 5 * 4
+    assert work["conversions"].num_bytes == 12 * (4 + 2)
     assert work["norms"].calls == 2
     assert work["norms"].num_bytes == 5 * 40 * 2 * (2 + 4)
     assert work["RoPE and KV store"].num_bytes == 5 * (2 * 4 + 2 * 4) * 4 * 4
