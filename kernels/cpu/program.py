@@ -71,6 +71,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._memory = memory
         self.computed: list[str] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler with the first operation, which takes two seconds, and nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.empty.memory_format and kwargs.get("device") in (None, torch.device("cpu")):
