@@ -16,6 +16,9 @@ if INTERPRETING:
     import tests.interpreter.interpreter  # noqa: F401 - repairs the interpreter
     from tests.interpreter.guards import GuardedAllocations
 
+    # The interpreter's tensors are small: threads cost more than they bring.
+    torch.set_num_threads(1)
+
 
 class _SkippedModule(pytest.Module):
     def collect(self) -> Iterator[pytest.Item]:

@@ -1,7 +1,5 @@
 """Triton's attention in the interpreter, against float64 over plain keys and values."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,15 +15,6 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 weights before they meet the values."""
 
 RAGGED = [(1, 1), (129, 129), (1, 1000), (16, 600), (0, 30), (17, 17), (1, 128), (3, 513), (1, 129), (15, 31)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The interpreter is one, and the tensors are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(case: AttentionCase, max_query_len: int | None = None) -> Tensor:
