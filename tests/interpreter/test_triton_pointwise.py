@@ -58,6 +58,13 @@ def test_norms_of_rows_in_a_wider_tensor_and_of_more_axes() -> None:
     torch.testing.assert_close(rms_norm(cube, weight, 1e-6), pointwise_reference.rms_norm(cube, weight, 1e-6))
 
 
+def test_the_norm_sees_the_sum_as_it_was_rounded() -> None:
+    """Of the unrounded sum, about a fifth of the results would differ in their last bit."""
+    x, delta, weight = (random(4, 1000, dtype=torch.bfloat16, seed=seed) for seed in range(3))
+    expected = pointwise_reference.add_rms_norm(x, delta, weight, 1e-5)[1]
+    assert float((add_rms_norm(x, delta, weight, 1e-5)[1] == expected).float().mean()) > 0.99
+
+
 def test_a_norm_of_large_and_of_tiny_values() -> None:
     for scale in (1e-12, 1e12):
         x, weight = random(2, 33) * scale, random(33, seed=1)

@@ -80,6 +80,13 @@ def small() -> Iterator[None]:
         yield
 
 
+def test_top_p_is_of_what_top_k_keeps_among_ties() -> None:
+    """Weights 1 and four of 0.5; top_k keeps 1.5 of 3, of which 0.6 is the first token alone."""
+    logits = torch.tensor([0.5, 1.0, 0.5, 0.5, 0.5]).log().expand(24, -1).contiguous()
+    batch = SamplingBatch(torch.ones(24), torch.arange(24), torch.arange(24), top_k=torch.full((24,), 2), top_p=torch.full((24,), 0.6))
+    assert sample(logits, batch).token_ids.tolist() == [1] * 24
+
+
 def test_a_row_of_gpt_oss() -> None:
     vocab = 201_088
     logits = random_logits(2, vocab, seed=4)
