@@ -10,27 +10,17 @@ import pytest
 from cluster.cli import main
 from cluster.gpus import GIB, GPUS
 from tests.support.checkpoint_formats import write_original
+from tests.support.hollow_checkpoint import write_hollow_checkpoint
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, EngineConfig
 from workers.executor.inline import InlineExecutor
-from workers.model.make_checkpoint import plan_checkpoint, preset_config, write_checkpoint
-from workers.model.safetensors_writer import safetensors_header, stored_bytes
+from workers.model.make_checkpoint import preset_config, write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All files of gpt-oss-120b with their exact headers and sizes, and holes where the weights would be."""
-    folder = tmp_path_factory.mktemp("large") / "gpt-oss-120b"
-    folder.mkdir()
-    plan = plan_checkpoint(preset_config("120b"), seed=0)
-    for name, text in plan.texts:
-        (folder / name).write_text(text)
-    for name, tensors in plan.shards:
-        header = safetensors_header(tensors, plan.metadata)
-        with (folder / name).open("wb") as file:
-            file.write(header)
-            file.truncate(len(header) + sum(stored_bytes(spec) for spec in tensors))
-    return folder
+    return write_hollow_checkpoint(tmp_path_factory.mktemp("large") / "gpt-oss-120b", preset_config("120b"))
 
 
 def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from workers.config import EngineConfig, ModelConfig
 from workers.executor.base import ExecutorInfo
-from workers.executor.rank import Progress, Rank, plan_kv_cache, usable_device
+from workers.executor.rank import Progress, Rank, check_memory, plan_kv_cache, usable_device
 from workers.parallel.collectives import Alone
 from workers.parallel.shard import plan_shards
 from workers.scheduler.plan import StepPlan, StepResult
@@ -40,6 +40,7 @@ class InlineExecutor:
         """
         (shard,) = plan_shards(self._model, self._config.parallel)
         device = usable_device(self._config.device)
+        check_memory(self._config, self._model, shard, device)
         rank = Rank(self._config, self._model, self._max_model_len, shard, Alone(), device=device, progress=self._progress)
         loaded = rank.load()
         plan = plan_kv_cache(self._config, self._model, self._max_model_len, shard, [loaded.kv_memory])

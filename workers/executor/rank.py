@@ -25,10 +25,12 @@ from workers.kv_cache.tensors import (
     check_kv_dtype,
     cpu_kv_memory,
     gpu_kv_memory,
+    host_free_bytes,
     split_memory,
 )
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
+from workers.model.sizes import rank_bytes
 from workers.model.step_batch import StepBatch
 from workers.parallel.collectives import Collectives
 from workers.parallel.shard import RankShard
@@ -270,6 +272,26 @@ def plan_kv_cache(
         memory_bytes=least.num_bytes,
         source=least.source,
     )
+
+
+def check_memory(config: EngineConfig, model: ModelConfig, shard: RankShard, device: torch.device, *, ranks_on_host: int = 1) -> None:
+    """Refuse weights for which there is no room. On a CPU all ranks of a host ask before any of them loads.
+
+    Raises:
+        ConfigError: with what is wanted and what is free.
+    """
+    packed = True if config.quantize == "mxfp4" else None
+    wanted = rank_bytes(model, shard, config.dtype, packed_experts=packed, cpu_dense_dtype=config.cpu_dense_dtype).total
+    if device.type == "cpu":
+        free = host_free_bytes() // ranks_on_host
+        where = "on this host" if ranks_on_host == 1 else f"for each of {ranks_on_host} ranks on this host"
+    else:
+        free, where = torch.cuda.mem_get_info(device)[0], f"on {device}"
+    if wanted > free:
+        raise ConfigError(
+            f"the weights of rank {shard.tp_rank} take {wanted / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB of memory are free {where}: "
+            "end what else uses it, or split the model over more of them (parallel.tensor; `cantata inspect` says what fits)"
+        )
 
 
 def usable_device(name: str, local_rank: int = 0) -> torch.device:

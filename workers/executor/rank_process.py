@@ -25,7 +25,7 @@ from workers.config_json import engine_config_from_json, engine_config_to_json
 from workers.errors import CheckpointError, ConfigError
 from workers.executor import channel as wire
 from workers.executor.channel import Endpoints, RankChannel
-from workers.executor.rank import LaunchedStep, Rank, usable_device
+from workers.executor.rank import LaunchedStep, Rank, check_memory, usable_device
 from workers.kv_cache.tensors import KVCachePlan
 from workers.model.checkpoint import fingerprint
 from workers.parallel.collectives import TorchDistributed, join_store, serve_store, use_interface_of
@@ -180,7 +180,9 @@ def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -
     config = engine_config_from_json(spec.config)
     parallel = config.parallel
     model = load_model_config(config.model_path)
+    shard = plan_shards(model, parallel)[spec.rank]
     device = usable_device(config.device, spec.local_rank)
+    check_memory(config, model, shard, device, ranks_on_host=spec.ranks_on_host)
     use_interface_of(spec.host)
     own_store = serve_store(spec.host, timeout_s=parallel.start_timeout_s) if spec.rank == 0 else None
     channel.send(
@@ -202,7 +204,7 @@ def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -
         config,
         model,
         spec.max_model_len,
-        plan_shards(model, parallel)[spec.rank],
+        shard,
         collectives,
         device=device,
         ranks_on_host=spec.ranks_on_host,
