@@ -46,6 +46,12 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         "FORMAT",
         "bf16 or int8: attention projections and lm_head in memory, on a CPU (default: bf16)",
     ),
+    (
+        ("--moe-activation-dtype",),
+        "engine.moe_activation_dtype",
+        "TYPE",
+        "auto or mxfp8: what MXFP4 experts multiply; mxfp8 changes results, on sm_100 and gfx950 (default: auto, as they are)",
+    ),
     (("--tensor-parallel-size", "-tp"), "engine.parallel.tensor", "N", "ranks per replica (default: 1)"),
     (("--expert-parallel-size",), "engine.parallel.expert", "N", "groups of experts, a divisor of the ranks (default: the ranks)"),
     (("--step-timeout",), "engine.parallel.step_timeout_s", "SECONDS", "when a step of several ranks counts as hung (default: 30)"),

@@ -167,6 +167,8 @@ class EngineConfig:
         enforce_eager: no CUDA graphs; without effect on a CPU.
         cpu_dense_dtype: of attention projections and lm_head in memory. int8, with a scale a row, halves what a token reads of them, for
             bfloat16 on a CPU only; `docs/performance.md` has its error.
+        moe_activation_dtype: what MXFP4 experts multiply. `mxfp8` rounds activations to 8 bits, which changes results, for hardware that
+            multiplies scaled blocks itself; auto: the activations as they are.
     """
 
     model_path: Path
@@ -179,6 +181,7 @@ class EngineConfig:
     quantize: Literal["mxfp4"] | None = None
     enforce_eager: bool = False
     cpu_dense_dtype: DenseDtype = "bf16"
+    moe_activation_dtype: Literal["auto", "mxfp8"] = "auto"
 
     def __post_init__(self) -> None:
         if self.cpu_dense_dtype == "int8" and (self.dtype != "bfloat16" or not self.device.startswith("cpu")):

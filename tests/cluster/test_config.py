@@ -53,6 +53,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "engine.device": "cuda:1",
         "engine.quantize": "mxfp4",
         "engine.cpu_dense_dtype": "bf16",
+        "engine.moe_activation_dtype": "auto",
         "engine.cache.prefix_caching": "false",
         "engine.cache.memory_bytes": "1.5GiB",
         "engine.cache.dtype": "fp8",

@@ -82,6 +82,7 @@ class LLM:
         quantize: pack the experts of a bf16 checkpoint while loading.
         kv_cache_dtype: as `CacheConfig.dtype`.
         cpu_dense_dtype: int8 quantises attention projections and lm_head, on a CPU.
+        moe_activation_dtype: mxfp8 rounds what MXFP4 experts multiply to 8 bits, where the hardware multiplies scaled blocks itself.
         threads: compute threads on a CPU, of this whole process and all ranks together; None: as many as torch uses.
     Raises:
         CheckpointError, ConfigError: one sentence that names what is wrong.
@@ -105,6 +106,7 @@ class LLM:
         enforce_eager: bool = False,
         kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto",
         cpu_dense_dtype: DenseDtype = "bf16",
+        moe_activation_dtype: Literal["auto", "mxfp8"] = "auto",
         threads: int | None = None,
     ) -> None:
         if threads is not None:
@@ -119,6 +121,7 @@ class LLM:
             quantize=quantize,
             enforce_eager=enforce_eager,
             cpu_dense_dtype=cpu_dense_dtype,
+            moe_activation_dtype=moe_activation_dtype,
             # All prompts are in memory already: a bound on waiting ones would only refuse them.
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting_requests=_NO_LIMIT),
         )

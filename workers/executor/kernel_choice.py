@@ -100,10 +100,12 @@ def _experts(model: GptOss) -> KernelChoice:
         from kernels.moe import grouped, tile_choice
 
         name = architecture(model.device)
-        if not grouped.can_run(model.embedding, gate_up, down, mxfp8_activations=False):
+        if not grouped.can_run(model.embedding, gate_up, down, experts.mxfp8_activations):
             return KernelChoice(REFERENCE, f"no Triton kernel takes these weights with {model.dtype} activations", layout)
         if not packed:
             why = "the checkpoint's weights are not quantised"
+        elif experts.mxfp8_activations:
+            why = "activations rounded to MXFP8, scaled blocks are multiplied as they are"
         elif isinstance(gate_up, PackedMXFP4) and gate_up.layout == WGMMA:
             why = "decoded in registers in front of wgmma"
         elif name in tile_choice.ARCHITECTURES or name == "cpu":
@@ -113,6 +115,8 @@ def _experts(model: GptOss) -> KernelChoice:
         return KernelChoice(f"Triton {name}", why, layout)
     if model.device.type == "cuda":
         return KernelChoice(REFERENCE, "Triton is not installed", layout)
+    if experts.mxfp8_activations:
+        return KernelChoice(REFERENCE, "activations rounded to MXFP8, which only Triton's kernel takes", layout)
     if (
         isinstance(gate_up, PackedMXFP4)
         and isinstance(down, PackedMXFP4)

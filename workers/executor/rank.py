@@ -125,6 +125,9 @@ class Rank:
             CheckpointError, ConfigError: one sentence for the user.
         """
         check_kv_dtype(self._config.kv_dtype, architecture(self._device))
+        mxfp8_activations = self._config.moe_activation_dtype == "mxfp8"
+        if mxfp8_activations:
+            _check_mxfp8(architecture(self._device), self._config.quantize or self._model_config.experts_format)
         with self._phase("load weights"):
             self._model = load_model(
                 self._config.model_path,
@@ -135,6 +138,7 @@ class Rank:
                 collectives=self._collectives,
                 quantize=self._config.quantize,
                 cpu_dense_dtype=self._config.cpu_dense_dtype,
+                mxfp8_activations=mxfp8_activations,
                 progress=lambda done, total: self._progress("load weights", done, total),
             )
         choices = kernel_choices(self._model, self._config.kv_dtype)
@@ -292,6 +296,20 @@ def check_memory(config: EngineConfig, model: ModelConfig, shard: RankShard, dev
             f"the weights of rank {shard.tp_rank} take {wanted / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB of memory are free {where}: "
             "end what else uses it, or split the model over more of them (parallel.tensor; `cantata inspect` says what fits)"
         )
+
+
+def _check_mxfp8(target: str, experts_format: str) -> None:
+    """Refuse MXFP8 activations where they would lose precision and win nothing; a CPU runs the reference, to try what they do.
+
+    Raises:
+        ConfigError: the experts are not in MXFP4, or the architecture does not multiply scaled blocks itself.
+    """
+    if experts_format != "mxfp4":
+        raise ConfigError(
+            "moe_activation_dtype mxfp8 needs experts in MXFP4, and the checkpoint's are in bf16: set it to auto, or quantize to mxfp4"
+        )
+    if target not in ("cpu", "gfx950") and not target.startswith("sm_10"):
+        raise ConfigError(f"moe_activation_dtype mxfp8 needs sm_100 (B200) or gfx950 (MI355X), and this GPU is {target}: set it to auto")
 
 
 def usable_device(name: str, local_rank: int = 0) -> torch.device:

@@ -51,6 +51,7 @@ def load_model(
     collectives: Collectives | None = None,
     quantize: Literal["mxfp4"] | None = None,
     cpu_dense_dtype: DenseDtype = "bf16",
+    mxfp8_activations: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> GptOss:
     """Load the weights in `path`, which must be exactly those that `config` describes.
@@ -61,6 +62,7 @@ def load_model(
         collectives: how the rank meets the others while it computes; None: alone.
         quantize: pack the experts of a bf16 checkpoint; no effect on one that is packed.
         cpu_dense_dtype: int8 quantises attention projections and lm_head; bfloat16 on a CPU with the C++ kernels only.
+        mxfp8_activations: of the experts, see Experts.
         progress: called with (pieces loaded, pieces in all) after each one, a few megabytes.
     Raises:
         CheckpointError: one sentence naming file and tensor: a file is missing, cut off or disagrees with the index; a tensor is
@@ -77,7 +79,7 @@ def load_model(
         _check_quantizable(config)
     shard = plan_shards(config, ParallelConfig())[0] if shard is None else shard
     reader = ShardReader(tensors)
-    weights = _Weights(reader, tensors, config, shard, dtype, device, quantize is not None, cpu_dense_dtype)
+    weights = _Weights(reader, tensors, config, shard, dtype, device, quantize is not None, cpu_dense_dtype, mxfp8_activations)
     model = weights.model(tensor_names(config), Alone() if collectives is None else collectives)
     reader.run(progress)
     return model
@@ -91,7 +93,7 @@ def touched_extents(path: Path, config: ModelConfig, shard: RankShard) -> list[E
     """
     tensors = check_tensors(path, config)
     reader = ShardReader(tensors)
-    _Weights(reader, tensors, config, shard, torch.bfloat16, torch.device("cpu"), False, "bf16").model(tensor_names(config), Alone())
+    _Weights(reader, tensors, config, shard, torch.bfloat16, torch.device("cpu"), False, "bf16", False).model(tensor_names(config), Alone())
     return reader.extents
 
 
@@ -182,6 +184,7 @@ class _Weights:
         device: torch.device,
         quantize: bool,
         cpu_dense_dtype: DenseDtype,
+        mxfp8_activations: bool,
     ) -> None:
         self._reader = reader
         self._tensors = tensors
@@ -192,6 +195,7 @@ class _Weights:
         self._quantize = quantize
         self._layout = choose_layout(device)
         self._packs_dense = packed_dense.can_run(device, dtype)
+        self._mxfp8_activations = mxfp8_activations
         self._dense_dtype = torch.int8 if cpu_dense_dtype == "int8" else torch.bfloat16
 
     def model(self, names: Names, collectives: Collectives) -> GptOss:
@@ -229,6 +233,7 @@ class _Weights:
                 num_experts_per_token=config.num_experts_per_token,
                 swiglu_limit=config.swiglu_limit,
                 swiglu_alpha=config.swiglu_alpha,
+                mxfp8_activations=self._mxfp8_activations,
             ),
         )
 

@@ -23,6 +23,7 @@ class Experts:
         down: [E, hidden, intermediate].
         down_bias: [E, hidden]; zeros where another rank of the group adds it.
         first_expert: global id of the first of this rank's experts.
+        mxfp8_activations: round what MXFP4 experts multiply to MXFP8 (`kernels.moe.reference.round_to_mxfp8`).
     """
 
     gate: Linear
@@ -34,6 +35,7 @@ class Experts:
     num_experts_per_token: int
     swiglu_limit: float
     swiglu_alpha: float
+    mxfp8_activations: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, hidden] → [T, hidden], the weighted sum of each token's experts on this rank."""
@@ -48,4 +50,5 @@ class Experts:
             swiglu_limit=self.swiglu_limit,
             swiglu_alpha=self.swiglu_alpha,
             first_expert=self.first_expert,
+            mxfp8_activations=self.mxfp8_activations,
         )
