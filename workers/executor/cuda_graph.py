@@ -94,7 +94,7 @@ class DecodeGraphs:
         """Queue a decode batch.
 
         Returns:
-            ([size, hidden], valid until the next replay of this size; sample_indices and slots of the sampled rows.)
+            ([size, hidden], valid until the next replay, as graphs share memory; sample_indices and slots of the sampled rows.)
         """
         arrays = rows.padded(size, self._device_slots.padding_slot).batch_arrays()
         tensors = buffers.upload(arrays + rows.other_arrays(), self._inputs)

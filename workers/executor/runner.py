@@ -15,6 +15,7 @@ from workers.executor.sampling_state import SamplingState, TokenListener
 from workers.executor.slots import DeviceSlots, SequenceSlots, StepRows
 from workers.executor.step_inputs import InputBuffers
 from workers.model.gpt_oss import GptOss
+from workers.model.step_batch import StepBatch
 from workers.request import TokenLogprobs
 from workers.scheduler.plan import StepPlan, StepResult
 
@@ -23,6 +24,7 @@ class PendingStep:
     """A step that was launched. On a CPU it is done; on a GPU its kernels and the copy of its tokens to the host are queued.
 
     Args:
+        device: where it runs.
         output: what was sampled, on the device; None: the step yields no token.
         num_logprobs: alternatives that each sequence wants, by seq_id, in the order of `output.logprobs`.
         listeners: (index into seq_ids, what is told that token).
@@ -32,6 +34,7 @@ class PendingStep:
         self,
         step: int,
         started: float,
+        device: torch.device,
         seq_ids: tuple[int, ...] = (),
         output: SampleOutput | None = None,
         num_logprobs: Sequence[tuple[int, int]] = (),
@@ -46,11 +49,11 @@ class PendingStep:
         self._lock = threading.Lock()
         self._copied: torch.cuda.Event | None = None
         self._output = output
-        if output is not None and output.token_ids.device.type != "cpu":
-            self._output = SampleOutput(
-                _to_pinned(output.token_ids),
-                *(None if part is None else _to_pinned(part) for part in (output.logprobs, output.top_ids, output.top_logprobs)),
-            )
+        if device.type != "cpu":
+            if output is not None:
+                parts = (output.logprobs, output.top_ids, output.top_logprobs)
+                self._output = SampleOutput(_to_pinned(output.token_ids), *(None if part is None else _to_pinned(part) for part in parts))
+            # Also of a step that yields no token: it is not done before, and only so many may be in flight.
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
@@ -123,13 +126,13 @@ class Runner:
         Args:
             progress: called with ("capture graphs", done, total).
         """
-        graphs = DecodeGraphs(self._slots, self._device_slots, lambda batch: self._model.forward(batch, self._kv_caches))
+        graphs = DecodeGraphs(self._slots, self._device_slots, self._forward_alone())
         self._graphs = graphs
         return graphs.capture(progress)
 
     def record_programs(self) -> None:
         """Run decode steps as programs of C++ operations (CPU only, one rank)."""
-        self._graphs = DecodePrograms(self._slots, self._device_slots, lambda batch: self._model.forward(batch, self._kv_caches))
+        self._graphs = DecodePrograms(self._slots, self._device_slots, self._forward_alone())
 
     def step(self, plan: StepPlan) -> StepResult:
         """`launch` and wait for the result."""
@@ -151,10 +154,16 @@ class Runner:
         rows = self._slots.build(plan)
         hidden, sampled_slots = self._forward(rows)
         if len(rows.sampled) == 0:
-            return PendingStep(plan.step, started)
+            return PendingStep(plan.step, started, self._model.device)
         output = self._sample(plan, rows, self._model.compute_logits(hidden))
         self._device_slots.newest.index_copy_(0, sampled_slots, output.token_ids)
         return self._pending(plan, started, rows, output)
+
+    def _forward_alone(self) -> Callable[[StepBatch], Tensor]:
+        """The model over these caches, without this object: graphs are to end with it, at once, since NCCL waits for those that hold its
+        calls before it lets a group be left."""
+        model, kv_caches = self._model, self._kv_caches
+        return lambda batch: model.forward(batch, kv_caches)
 
     def _forward(self, rows: StepRows) -> tuple[Tensor, Tensor]:
         """([num_samples, hidden] of the rows to sample, [num_samples] their slots)."""
@@ -192,7 +201,8 @@ class Runner:
         seq_ids = tuple(plan.seq_ids[index] for index in rows.sampled.tolist())
         is_first = self._model.collectives.rank == 0
         listeners = self._sampling.listeners(slots) if is_first else []
-        pending = PendingStep(plan.step, started, seq_ids, output, self._sampling.num_logprobs(seq_ids, slots), listeners)
+        num_logprobs = self._sampling.num_logprobs(seq_ids, slots)
+        pending = PendingStep(plan.step, started, self._model.device, seq_ids, output, num_logprobs, listeners)
         if self._model.device.type == "cpu":
             pending.result()
         elif listeners:

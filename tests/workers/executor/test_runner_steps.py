@@ -1,6 +1,9 @@
 """The runner against plain Python: the batch it builds from plans, and what reaches the sampler from each sequence."""
 
+import gc
 import random
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from tests.support.thread_ranks import on_ranks
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, ParallelConfig
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
+from workers.executor.cuda_graph import DecodeGraphs, GraphReport
 from workers.executor.runner import Runner
 from workers.executor.sampling_state import SamplingState, SeenTokens
 from workers.executor.slots import DeviceSlots, SequenceSlots
@@ -275,6 +279,21 @@ def test_a_missing_step_is_refused(runner: Runner) -> None:
     runner.step(plan_of(0, start(0, (1, 2)), seq_ids=(0,), computed=(0,), scheduled=(2,), samples=True))
     with pytest.raises(ValueError, match="step 2 came, but step 1 is due"):
         runner.step(plan_of(2, seq_ids=(0,), computed=(2,), scheduled=(1,), samples=True))
+
+
+@pytest.mark.parametrize("record", [Runner.record_programs, lambda runner: runner.capture_graphs(lambda phase, done, total: None)])
+def test_recorded_steps_end_with_their_runner(model: GptOss, monkeypatch: pytest.MonkeyPatch, record: Callable[[Runner], object]) -> None:
+    """At once, not when cycles are collected: leaving a group of NCCL waits for graphs that hold its calls."""
+    monkeypatch.setattr(DecodeGraphs, "capture", lambda self, progress: GraphReport(0, 0))
+    runner = Runner(model, PagedSequences(model, 8).kv_caches, max_num_seqs=2, max_model_len=64)
+    record(runner)
+    recorded = weakref.ref(runner._graphs)
+    gc.disable()
+    try:
+        del runner
+        assert recorded() is None
+    finally:
+        gc.enable()
 
 
 def test_a_step_that_samples_nothing_returns_nothing(runner: Runner) -> None:
