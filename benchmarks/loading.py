@@ -63,6 +63,9 @@ class _Rank:
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
+    def meet(self, place: str, timeout_s: float) -> None:
+        pass
+
 
 def private_bytes() -> int:
     """Anonymous and shared pages of this process."""

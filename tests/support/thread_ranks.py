@@ -53,6 +53,9 @@ class ThreadRank:
     def broadcast(self, tensor: Tensor) -> Tensor:
         return tensor.copy_(self._meeting.exchange(self.rank, tensor)[0])
 
+    def meet(self, place: str, timeout_s: float) -> None:
+        self._meeting.exchange(self.rank, torch.zeros(0))
+
 
 def on_ranks(size: int, work: Callable[[ThreadRank], T]) -> list[T]:
     """Run `work` on every rank at once; their results, by rank. Raises what the first rank to fail raised."""

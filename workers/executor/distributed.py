@@ -26,7 +26,7 @@ from workers.errors import CheckpointError, ConfigError, EngineDead
 from workers.executor import channel as wire
 from workers.executor.base import MAX_IN_FLIGHT, ExecutorInfo
 from workers.executor.channel import EngineChannel
-from workers.executor.rank import Progress, RankLoaded, plan_kv_cache
+from workers.executor.rank import LOAD_TIMEOUT_S, Progress, RankLoaded, plan_kv_cache
 from workers.executor.rank_process import RankSpec, identity
 from workers.kv_cache.tensors import KVCachePlan, KVMemory
 from workers.parallel.shard import plan_shards
@@ -34,8 +34,6 @@ from workers.scheduler.plan import StepPlan, StepResult, decode_result, encode_p
 
 logger = logging.getLogger(__name__)
 
-LOAD_TIMEOUT_S = 3600.0
-"""For the slowest rank to load its weights: a large checkpoint on a slow disk takes long, and shows how far it is."""
 _STOP_S = 5.0
 """What ranks get to end by themselves."""
 _CONNECT_S = 10.0

@@ -38,6 +38,9 @@ from workers.scheduler.plan import StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
+LOAD_TIMEOUT_S = 3600.0
+"""For the slowest rank to load its weights: a large checkpoint on a slow disk takes long, and shows how far it is."""
+
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while starting; total is 0 where a phase has no steps to count."""
 
@@ -163,6 +166,7 @@ class Rank:
         if self._device.type == "cuda":
             with self._phase("compile kernels"):
                 warm_up(self._model, self._config.scheduler, self._max_model_len, self._config.kv_dtype)
+                self._collectives.meet("compile kernels", LOAD_TIMEOUT_S)  # rank 0 has more of them
         runner = Runner(self._model, kv_caches, max_num_seqs=self._config.scheduler.max_num_seqs, max_model_len=self._max_model_len)
         if self._device.type == "cuda" and not self._config.enforce_eager:
             self._capture_graphs(self._model, runner)
@@ -180,6 +184,7 @@ class Rank:
             return LaunchedStep(StepResult(plan.step, error="the executor has shut down"))
         failed = StepResult(plan.step, error=f"step {plan.step} failed on rank {self._shard.tp_rank}; its log has the details")
         try:
+            self._enter_device()
             return LaunchedStep(failed, self._runner.launch(plan))
         except Exception:
             # The edge of the rank: the protocol turns a failure into a result.
@@ -194,6 +199,7 @@ class Rank:
         """
         model = self._model
         assert model is not None, "the rank has not loaded"
+        self._enter_device()
         num_blocks = -(-len(token_ids) // BLOCK_SIZE)
         shape = (2, num_blocks, BLOCK_SIZE, model.num_kv_heads, model.config.head_dim)
         dtype = KV_TORCH_DTYPES[self._config.kv_dtype]
@@ -210,6 +216,11 @@ class Rank:
         """Let go of weights and caches."""
         self._runner = None
         self._model = None
+
+    def _enter_device(self) -> None:
+        """Each thread has a current device of its own, at first GPU 0; Triton launches there, and events are recorded there."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def _capture_graphs(self, model: GptOss, runner: Runner) -> None:
         blocking = not_capturable(kernel_choices(model, self._config.kv_dtype))
@@ -231,6 +242,7 @@ class Rank:
                 max_model_len=self._max_model_len,
                 ranks_on_host=self._ranks_on_host,
             )
+        self._collectives.meet("load weights", LOAD_TIMEOUT_S)
         with self._phase("profile memory"):
             assert self._model is not None
             peak_bytes = activation_bytes(self._model, config.scheduler, self._max_model_len, config.kv_dtype)

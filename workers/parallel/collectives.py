@@ -5,6 +5,7 @@ import fcntl
 import os
 import socket
 import struct
+import time
 from datetime import timedelta
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 _SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of an interface."""
+_MEET_POLL_S = 0.02
 
 
 class Collectives(Protocol):
@@ -37,6 +39,14 @@ class Collectives(Protocol):
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's values, written into every rank's `tensor`; returns it."""
 
+    def meet(self, place: str, timeout_s: float) -> None:
+        """Wait on the host until every rank has come to this place; each place is for once. The other calls give up after the timeout of
+        a step, which is too short where one rank loads or compiles for longer than another.
+
+        Raises:
+            RuntimeError: not all ranks came in time.
+        """
+
 
 class Alone:
     """One rank: nothing to exchange."""
@@ -56,6 +66,9 @@ class Alone:
         """See Collectives."""
         return tensor
 
+    def meet(self, place: str, timeout_s: float) -> None:
+        """See Collectives."""
+
 
 class TorchDistributed:
     """Ranks over torch.distributed: NCCL between GPUs, gloo between CPUs. Partial sums travel in the model's dtype.
@@ -73,6 +86,7 @@ class TorchDistributed:
         """
         self.rank = rank
         self.size = size
+        self._store = store
         dist.init_process_group(
             backend="gloo" if device.type == "cpu" else "nccl",
             store=store,
@@ -98,9 +112,25 @@ class TorchDistributed:
         dist.broadcast(tensor, src=0)
         return tensor
 
+    def meet(self, place: str, timeout_s: float) -> None:
+        """See Collectives."""
+        meet_at(self._store, place, self.size, timeout_s)
+
     def close(self) -> None:
         """Leave the group."""
         dist.destroy_process_group()
+
+
+def meet_at(store: Store, place: str, size: int, timeout_s: float) -> None:
+    """`Collectives.meet` of `size` ranks that share a store."""
+    key, deadline = f"cantata/{place}", time.monotonic() + timeout_s
+    here = store.add(key, 1)
+    # Looked at from time to time: a waiting call would keep the store from the group's own threads.
+    while here < size:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"after {timeout_s:g} s only {here} of {size} ranks have come to: {place}")
+        time.sleep(_MEET_POLL_S)
+        here = store.add(key, 0)
 
 
 def serve_store(host: str, *, timeout_s: float) -> TCPStore:
