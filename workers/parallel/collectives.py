@@ -153,8 +153,8 @@ def use_interface_of(host: str) -> None:
         OSError: no interface has that address.
     """
     name = interface_of(host)
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(variable, name)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without the sign eth1 is eth10, too
 
 
 def interface_of(host: str) -> str:

@@ -1,10 +1,11 @@
-"""Ranks wait for the slowest at a meeting place, and not for ever."""
+"""Ranks wait for the slowest at a meeting place, and not for ever; and over which interface they talk."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from workers.parallel.collectives import join_store, meet_at, serve_store
+from workers.parallel.collectives import join_store, meet_at, serve_store, use_interface_of
 
 TIMEOUT_S = 30.0
 
@@ -20,3 +21,12 @@ def test_nobody_goes_on_before_the_last_has_come() -> None:
         meet_at(stores[2], "weights", 3, TIMEOUT_S)
         for future in waiting:
             future.result(TIMEOUT_S)
+
+
+def test_collectives_take_exactly_the_interface_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    use_interface_of("127.0.0.1")
+    assert os.environ == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
+    monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "ib"})
+    use_interface_of("127.0.0.1")
+    assert os.environ == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "ib"}
