@@ -475,3 +475,26 @@ def test_one_thread_a_core_is_pinned_to_it() -> None:
 
 def test_more_or_fewer_threads_than_cores_are_not_pinned() -> None:
     assert pool_affinities(len(CORES) + 2) == [CORES] * (len(CORES) + 1)
+
+
+_FORK = """
+import os, torch
+from kernels.cpu import dense
+x, packed = torch.ones(4, 64).bfloat16(), dense.pack(torch.ones(256, 64).bfloat16())
+expected = torch.full((4, 256), 64.0).bfloat16()
+torch.set_num_threads(4)
+assert torch.equal(dense.linear(x, packed, None), expected)
+child = os.fork()
+if child == 0:
+    for threads in (4, 2):
+        torch.set_num_threads(threads)
+        assert torch.equal(dense.linear(x, packed, None), expected)
+        print(threads, flush=True)
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_computes_with_as_many_and_with_fewer_threads() -> None:
+    run = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, check=False, timeout=120)
+    assert (run.returncode, run.stdout) == (0, "4\n2\n"), run.stderr

@@ -2,12 +2,12 @@
 
 #include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -60,7 +60,7 @@ struct Job {
 
 class Pool {
  public:
-  explicit Pool(int num_threads) : num_threads_(num_threads), pid_(getpid()) {
+  explicit Pool(int num_threads) {
     const std::vector<int> cores = cores_of_all(num_threads);
     for (int i = 1; i < num_threads; ++i) {
       workers_.emplace_back([this] { work(); });
@@ -69,10 +69,6 @@ class Pool {
   }
 
   ~Pool() {
-    if (!alive()) {  // forked: the threads are the parent's
-      for (auto& worker : workers_) worker.detach();
-      return;
-    }
     {
       std::lock_guard<std::mutex> lock(sleep_);
       stopping_ = true;
@@ -81,9 +77,6 @@ class Pool {
     wake_.notify_all();
     for (auto& worker : workers_) worker.join();
   }
-
-  bool alive() const { return pid_ == getpid(); }
-  int num_threads() const { return num_threads_; }
 
   void run(const Job& job) {
     job_ = job;
@@ -141,8 +134,6 @@ class Pool {
     return generation_.load(std::memory_order_acquire);
   }
 
-  const int num_threads_;
-  const pid_t pid_;
   std::vector<std::thread> workers_;
   Job job_{};
   std::atomic<long> next_{0};
@@ -158,12 +149,21 @@ std::mutex in_use;
 Pool* pool = nullptr;
 int wanted_threads = 1;
 
+// In a child that was forked: the pool's threads are the parent's, and whoever held the lock may not be here. The pool is left as it is, for
+// a condition that others wait for cannot be destroyed.
+void forget_pool() {
+  pool = nullptr;
+  new (&in_use) std::mutex;
+}
+
+const int fork_handler = pthread_atfork(nullptr, nullptr, forget_pool);
+
 }  // namespace
 
 void run(Task task, void* context, long count, long chunk) {
   if (chunk < 1) chunk = 1;
   std::unique_lock<std::mutex> lock(in_use, std::try_to_lock);
-  if (!lock.owns_lock() || wanted_threads == 1 || count <= chunk || (pool != nullptr && !pool->alive())) {
+  if (!lock.owns_lock() || wanted_threads == 1 || count <= chunk) {
     if (count > 0) task(context, 0, count);
     return;
   }

@@ -6,7 +6,7 @@ namespace cantata {
 using Task = void (*)(void* context, long begin, long end);
 
 // Calls task over [0, count) in pieces of `chunk`, handed out as threads get free; returns when all are done. Which thread runs a piece
-// never shows in a result. A call while another thread uses the pool, or from a forked child, runs on the caller's thread alone.
+// never shows in a result. A call while another thread uses the pool runs on the caller's thread alone. A forked child has a pool of its own.
 void run(Task task, void* context, long count, long chunk);
 
 template <typename Body>
