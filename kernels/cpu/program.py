@@ -7,6 +7,7 @@ first such step runs as always and is written down, and later ones run what was 
 
 import ctypes
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -102,6 +103,7 @@ class Program:
         self._memory = memory
         self._names: list[str] = []
         self._arguments: list[Any] = []
+        self._recorder = 0
         self._calls: ctypes.Array[_Call] | None = None
         self._seconds: ctypes.Array[ctypes.c_double] | None = None
         self.computed_elsewhere: tuple[str, ...] = ()
@@ -112,6 +114,7 @@ class Program:
         has any of it must not be run."""
         self._memory.rewind()
         watch = _Watch(self._memory)
+        self._recorder = threading.get_ident()
         with native.observing(self._note), watch:
             yield
         self.computed_elsewhere = tuple(dict.fromkeys(watch.computed))
@@ -137,6 +140,8 @@ class Program:
         return len(self._names)
 
     def _note(self, name: str, arguments: Any, seconds: float) -> None:
+        if threading.get_ident() != self._recorder:  # another engine of this process
+            return
         self._names.append(name)
         self._arguments.append(arguments)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -52,6 +53,20 @@ def test_programs_share_their_memory_and_run_in_any_order() -> None:
         program.run()
         assert torch.equal(result, model(parts[index]))
     assert memory.num_bytes == size
+
+
+def test_what_another_thread_runs_meanwhile_is_not_recorded() -> None:
+    inputs, others = torch.tensor([3, 7]), torch.tensor([1, 2, 4])
+
+    def forward() -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(model, others).result()
+        return model(inputs)
+
+    program, result = record(ProgramMemory(), forward)
+    assert len(program) == 4
+    program.run()
+    assert torch.equal(result, model(inputs))
 
 
 def test_what_torch_computes_is_named_and_such_a_program_does_not_run() -> None:
