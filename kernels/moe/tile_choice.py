@@ -23,6 +23,7 @@ class Tile:
         block_m: tokens; the same for both products of a layer, which share their tiles.
         block_n: rows of the weights.
         block_k: columns of these in one pass.
+        max_rows: twice the mean rows of an expert up to which the tile is taken; None: block_m.
     """
 
     block_m: int
@@ -30,10 +31,17 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
+    max_rows: int | None = None
 
 
-# By ascending block_m.
-_WGMMA = (Tile(8, 64, 256, 4, 4), Tile(16, 128, 128, 4, 4), Tile(32, 128, 128, 4, 4), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3))
+# By ascending block_m. Never 8 rows: Triton 3.7, which comes with torch 2.13, makes no wgmma of those and decodes by way of shared memory.
+_WGMMA = (
+    Tile(16, 64, 256, 4, 4, max_rows=8),
+    Tile(16, 128, 128, 4, 4),
+    Tile(32, 128, 128, 4, 4),
+    Tile(64, 128, 128, 4, 3),
+    Tile(128, 128, 128, 8, 3),
+)
 _MXFP8 = (Tile(16, 128, 256, 4, 3), Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 3), Tile(128, 128, 128, 8, 3))
 # gpt-oss's widths are multiples of 64, so that the kernel needs no masks along K.
 _DENSE = (Tile(16, 64, 64, 4, 4), Tile(32, 128, 64, 4, 4), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3))
@@ -75,4 +83,4 @@ def choose_tile(weights: str, architecture: str, num_pairs: int, num_experts: in
     choice = _FP32 if fp32 else tiles(weights, architecture)
     # Twice the mean: a popular expert should not need a second pass over its weights.
     wanted = 2 * num_pairs / num_experts
-    return next((tile for tile in choice if tile.block_m >= wanted), choice[-1])
+    return next((tile for tile in choice if (tile.max_rows or tile.block_m) >= wanted), choice[-1])

@@ -102,7 +102,9 @@ def test_without_triton_a_gpu_gets_the_layout_of_the_reference(monkeypatch: pyte
 def test_every_architecture_has_tiles(architecture: str, weights: str) -> None:
     """Also those that nobody knew; larger for more rows, and the smallest for a single token."""
     choice = tiles(weights, architecture)
-    assert [tile.block_m for tile in choice] == sorted({tile.block_m for tile in choice})
+    limits = [tile.max_rows or tile.block_m for tile in choice]
+    assert limits == sorted(set(limits))
+    assert all(limit <= tile.block_m for limit, tile in zip(limits, choice, strict=True))
     chosen = [choose_tile(weights, architecture, num_pairs, 128, fp32=False).block_m for num_pairs in (4, 32, 1 << 10, 1 << 12, 1 << 18)]
     assert chosen[0] == choice[0].block_m
     assert chosen[-1] == choice[-1].block_m
@@ -110,6 +112,12 @@ def test_every_architecture_has_tiles(architecture: str, weights: str) -> None:
     for tile in choice:
         assert tile.block_n % 64 == 0, "a strip of MXFP8 groups of both gates and ups"
         assert tile.block_k % 64 == 0
+
+
+def test_a_few_tokens_take_the_narrow_tile_of_wgmma() -> None:
+    """Of 64 rows of the weights while an expert has 8 tokens by twice the mean, and of at least 16 tokens, which all of Triton knows."""
+    shapes = [(tile.block_m, tile.block_n) for tile in (choose_tile(MXFP4_WGMMA, "sm_90", n, 128, fp32=False) for n in (4, 512, 513, 1024))]
+    assert shapes == [(16, 64), (16, 64), (16, 128), (16, 128)]
 
 
 def test_unknown_architectures_have_the_tiles_of_their_family() -> None:
