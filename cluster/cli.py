@@ -166,6 +166,7 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     inspect.add_argument("--ep", "--expert-parallel-size", type=int, metavar="N", help="groups of experts (default: the ranks)")
     inspect.add_argument("--gpu", choices=("h100", "h200", "b200", "mi300x", "cpu"), help="device whose memory is to hold it")
     inspect.add_argument("--quantize", choices=("mxfp4",), help="sizes as with this flag of `cantata serve`")
+    inspect.add_argument("--cpu-dense-dtype", choices=("bf16", "int8"), default="bf16", help="likewise; int8 with --gpu cpu only")
     inspect.add_argument(
         "--kv-cache-dtype", choices=("auto", "fp8", "fp8_e4m3"), default="auto", help="sizes as with this flag of `cantata serve`"
     )
@@ -182,6 +183,7 @@ def _inspect(options: argparse.Namespace) -> int:
         expert=options.ep,
         gpu=options.gpu,
         quantize=options.quantize,
+        cpu_dense_dtype=options.cpu_dense_dtype,
         kv_cache_dtype=options.kv_cache_dtype,
         as_json=options.json,
     )

@@ -10,6 +10,7 @@ from typing import Literal
 from cluster.gpus import GIB, GPUS, gpu_kv_cache
 from workers.config import (
     CacheConfig,
+    DenseDtype,
     EngineConfig,
     KVDtype,
     ModelConfig,
@@ -26,6 +27,14 @@ from workers.model.sizes import KVBytes, RankBytes, count_parameters, kv_bytes, 
 from workers.parallel.shard import RankShard, allowed_plans, plan_shards
 
 SHOWN_TENSORS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """How they are held: arguments of `rank_bytes`."""
+
+    packed_experts: bool | None
+    cpu_dense_dtype: DenseDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,7 @@ def run_inspect(
     expert: int | None,
     gpu: str | None,
     quantize: Literal["mxfp4"] | None,
+    cpu_dense_dtype: DenseDtype,
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"],
     as_json: bool,
 ) -> int:
@@ -61,19 +71,21 @@ def run_inspect(
     Raises:
         CheckpointError, ConfigError: one sentence.
     """
+    if cpu_dense_dtype == "int8" and gpu != "cpu":
+        raise ConfigError("--cpu-dense-dtype int8 needs --gpu cpu")
     model = load_model_config(path)
     check_tensors(path, model)
     asked = tensor is not None or expert is not None
     wanted = [ParallelConfig(1 if tensor is None else tensor, expert)] if asked else [ParallelConfig(size) for size in SHOWN_TENSORS]
-    packed = True if quantize == "mxfp4" else None
+    weights = Weights(True if quantize == "mxfp4" else None, cpu_dense_dtype)
     kv_dtype = EngineConfig(path, cache=CacheConfig(dtype=kv_cache_dtype)).kv_dtype
-    plans = [_plan(model, parallel, gpu, packed, kv_dtype) for parallel in wanted]
+    plans = [_plan(model, parallel, gpu, weights, kv_dtype) for parallel in wanted]
     if as_json:
         total, active = count_parameters(model)
         found = {"model": asdict(model), "parameters": total, "active_parameters": active, "plans": [asdict(plan) for plan in plans]}
         print(json.dumps(found))
     else:
-        print(_text(path, model, plans, gpu, quantize, kv_dtype))
+        print(_text(path, model, plans, gpu, quantize, cpu_dense_dtype, kv_dtype))
     refused = [plan for plan in plans if plan.refusal is not None]
     if len(refused) < len(plans):
         return 0
@@ -82,25 +94,26 @@ def run_inspect(
     return 1
 
 
-def _plan(model: ModelConfig, parallel: ParallelConfig, gpu: str | None, packed: bool | None, kv_dtype: KVDtype) -> Plan:
+def _plan(model: ModelConfig, parallel: ParallelConfig, gpu: str | None, weights: Weights, kv_dtype: KVDtype) -> Plan:
     try:
         shards = plan_shards(model, parallel)
     except ConfigError as error:
         return Plan(parallel.tensor, parallel.expert_size, None, None, None, str(error))
-    shard, rank = _fullest(model, shards, packed)
+    shard, rank = _fullest(model, shards, weights)
     refusal, tokens = None, None
     if gpu is not None:
         try:
             tokens = _kv_cache(model, shard, rank.total, gpu, parallel.tensor, kv_dtype).kv_capacity_tokens
         except ConfigError as error:
             refusal = f"tensor={parallel.tensor} on {_device(gpu)}, {_readable(rank.total)} of weights on a rank: {error}"
-            larger = _fitting(model, parallel.tensor, gpu, packed, kv_dtype)
+            larger = _fitting(model, parallel.tensor, gpu, weights, kv_dtype)
             refusal += f"; tensor={larger} fits" if larger else ""
     return Plan(parallel.tensor, parallel.expert_size, rank, kv_bytes(model, shard, kv_dtype), tokens, refusal)
 
 
-def _fullest(model: ModelConfig, shards: Sequence[RankShard], packed: bool | None) -> tuple[RankShard, RankBytes]:
-    sizes = [(shard, rank_bytes(model, shard, "bfloat16", packed_experts=packed)) for shard in shards]
+def _fullest(model: ModelConfig, shards: Sequence[RankShard], weights: Weights) -> tuple[RankShard, RankBytes]:
+    experts, dense = weights.packed_experts, weights.cpu_dense_dtype
+    sizes = [(shard, rank_bytes(model, shard, "bfloat16", packed_experts=experts, cpu_dense_dtype=dense)) for shard in shards]
     return max(sizes, key=lambda pair: pair[1].total)
 
 
@@ -120,11 +133,11 @@ def _kv_cache(model: ModelConfig, shard: RankShard, weight_bytes: int, gpu: str,
     return split_memory(shape, scheduler, dtype=kv_dtype, max_model_len=length, memory_bytes=memory.num_bytes, source=memory.source)
 
 
-def _fitting(model: ModelConfig, tensor: int, gpu: str, packed: bool | None, kv_dtype: KVDtype) -> int | None:
+def _fitting(model: ModelConfig, tensor: int, gpu: str, weights: Weights, kv_dtype: KVDtype) -> int | None:
     """The smallest number of GPUs above `tensor` that holds the model; more ranks on one host are no help."""
     for size, expert in allowed_plans(model):
         if gpu != "cpu" and size > tensor and expert == size:
-            shard, rank = _fullest(model, plan_shards(model, ParallelConfig(size)), packed)
+            shard, rank = _fullest(model, plan_shards(model, ParallelConfig(size)), weights)
             try:
                 _kv_cache(model, shard, rank.total, gpu, size, kv_dtype)
             except ConfigError:
@@ -133,7 +146,15 @@ def _fitting(model: ModelConfig, tensor: int, gpu: str, packed: bool | None, kv_
     return None
 
 
-def _text(path: Path, model: ModelConfig, plans: list[Plan], gpu: str | None, quantize: str | None, kv_dtype: KVDtype) -> str:
+def _text(
+    path: Path,
+    model: ModelConfig,
+    plans: list[Plan],
+    gpu: str | None,
+    quantize: str | None,
+    cpu_dense_dtype: DenseDtype,
+    kv_dtype: KVDtype,
+) -> str:
     total, active = count_parameters(model)
     sliding = sum(window is not None for window in model.layer_windows)
     layout = "OpenAI's own layout" if model.layout == "original" else "Hugging Face layout"
@@ -149,9 +170,13 @@ def _text(path: Path, model: ModelConfig, plans: list[Plan], gpu: str | None, qu
         ("context", f"{model.max_context_len} tokens"),
     ]
     lines = [f"  {name:<12} {value}" for name, value in rows]
+    kept = ["in bf16"]
+    kept += ["attention and lm_head in int8"] * (cpu_dense_dtype == "int8")
+    kept += ["the KV cache in fp8"] * (kv_dtype == "fp8_e4m3")
+    kept += [] if gpu is None else [f"on {_device(gpu)}"]
     lines += [
         "",
-        f"Each rank, in bf16{', the KV cache in fp8' if kv_dtype == 'fp8_e4m3' else ''}{'' if gpu is None else f', on {_device(gpu)}'}:",
+        f"Each rank, {', '.join(kept)}:",
         "",
     ]
     header = (

@@ -12,7 +12,7 @@ from cluster.gpus import GIB, GPUS
 from tests.support.checkpoint_formats import write_original
 from tests.support.hollow_checkpoint import write_hollow_checkpoint
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
-from workers.config import BLOCK_SIZE, EngineConfig
+from workers.config import BLOCK_SIZE, DenseDtype, EngineConfig
 from workers.executor.inline import InlineExecutor
 from workers.model.make_checkpoint import preset_config, write_checkpoint
 
@@ -79,20 +79,34 @@ def test_what_does_not_fit_is_refused_with_what_does(
     assert out.count("does not fit") == 2
 
 
+@pytest.mark.parametrize("cpu_dense_dtype", ["bf16", "int8"])
 @pytest.mark.parametrize("quantize", [None, "mxfp4"])
 @pytest.mark.parametrize("experts_format", ["mxfp4", "bf16"])
 def test_an_engine_has_what_was_said(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, experts_format: Literal["mxfp4", "bf16"], quantize: Literal["mxfp4"] | None
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    experts_format: Literal["mxfp4", "bf16"],
+    quantize: Literal["mxfp4"] | None,
+    cpu_dense_dtype: DenseDtype,
 ) -> None:
     model = replace(TINY, experts_format=experts_format)
     write_checkpoint(tmp_path / "model", model, seed=0)
-    flags = () if quantize is None else ("--quantize", quantize)
+    flags = ("--cpu-dense-dtype", cpu_dense_dtype, *(() if quantize is None else ("--quantize", quantize)))
     (plan,) = as_json(capsys, tmp_path / "model", "--tp", 1, "--gpu", "cpu", *flags)["plans"]  # type: ignore[misc]
-    executor = InlineExecutor(EngineConfig(tmp_path / "model", quantize=quantize), model, model.max_context_len)
+    config = EngineConfig(tmp_path / "model", quantize=quantize, cpu_dense_dtype=cpu_dense_dtype)
+    executor = InlineExecutor(config, model, model.max_context_len)
     info = executor.start()
     executor.shutdown()
     assert sum(size for kind, size in plan["rank"].items() if kind != "padding") == info.weight_bytes
     assert plan["kv_tokens"] == (info.num_full_blocks - 1) * BLOCK_SIZE
+
+
+def test_int8_layers_are_of_a_cpu(capsys: pytest.CaptureFixture[str], large: Path) -> None:
+    for device in ((), ("--gpu", "h100")):
+        code, out, err = inspect(capsys, large, "--cpu-dense-dtype", "int8", *device)
+        assert (code, out, err) == (1, "", "cantata: --cpu-dense-dtype int8 needs --gpu cpu\n")
+    _, out, _ = inspect(capsys, large, "--cpu-dense-dtype", "int8", "--gpu", "cpu")
+    assert "\nEach rank, in bf16, attention and lm_head in int8, on " in out
 
 
 def test_an_fp8_cache_holds_twice_the_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
