@@ -147,7 +147,7 @@ class Pool {
 
 std::mutex in_use;
 Pool* pool = nullptr;
-int wanted_threads = 1;
+std::atomic<int> wanted_threads{1};
 
 // In a child that was forked: the pool's threads are the parent's, and whoever held the lock may not be here. The pool is left as it is, for
 // a condition that others wait for cannot be destroyed.
