@@ -21,6 +21,7 @@ from workers.engine.llm import LLM
 from workers.executor.cuda_graph import graph_sizes
 from workers.executor.kernel_choice import kernel_choices, not_capturable
 from workers.executor.memory_profile import activation_bytes
+from workers.executor.rank import usable_device
 from workers.executor.runner import Runner
 from workers.executor.step_inputs import InputBuffers
 from workers.model.checkpoint import load_model
@@ -46,6 +47,13 @@ def new_runner(checkpoint: Path, device: torch.device) -> Runner:
     shape = (2, NUM_BLOCKS, BLOCK_SIZE, TINY.num_kv_heads, TINY.head_dim)
     caches = [torch.zeros(shape, device=device) for _ in TINY.layer_windows]
     return Runner(model, caches, max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN)
+
+
+def test_products_are_exact_once_a_device_is_in_use() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    usable_device("cuda")
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
 def test_uploads_are_not_overwritten_while_the_gpu_is_behind(device: torch.device) -> None:

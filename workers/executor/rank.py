@@ -310,6 +310,12 @@ def check_memory(config: EngineConfig, model: ModelConfig, shard: RankShard, dev
         )
 
 
+def _exact_matmuls() -> None:
+    """cuBLAS adds up in fp32 and multiplies fp32 as such: the gate decides by it. Images for GPUs come with other defaults."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def _check_mxfp8(target: str, experts_format: str) -> None:
     """Refuse MXFP8 activations where they would lose precision and win nothing; a CPU runs the reference, to try what they do.
 
@@ -336,6 +342,7 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
             device = torch.device("cuda", local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # streams and events are those of the current device
+            _exact_matmuls()
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
