@@ -33,7 +33,7 @@ class _RopeStoreArgs(ctypes.Structure):
 
 def can_run(tensor: Tensor) -> bool:
     """Whether this module takes activations like these: fp32 or bf16 on a CPU."""
-    return tensor.is_cpu and tensor.dtype in native.DATA_TYPES and native.library() is not None
+    return tensor.is_cpu and tensor.dtype in native.DATA_TYPES and native.shared_library() is not None
 
 
 def paged_attention(

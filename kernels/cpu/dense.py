@@ -42,7 +42,7 @@ class PackedWeight:
 
 def can_run(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights of activations of this dtype are packed here: bf16 on a CPU, with the library."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and native.library() is not None
+    return device.type == "cpu" and dtype == torch.bfloat16 and native.shared_library() is not None
 
 
 def allocate(num_rows: int, width: int, dtype: torch.dtype) -> PackedWeight:
@@ -84,7 +84,7 @@ def write_rows(packed: PackedWeight, first: int, rows: Tensor) -> None:
         width=width,
         packed_width=_padded(width),
     )
-    library = native.library()
+    library = native.shared_library()
     assert library is not None, "called without the library"
     library.cantata_pack_dense(ctypes.byref(arguments))
 

@@ -13,7 +13,7 @@ def can_run(x: Tensor, gate_up: PackedMXFP4, down: PackedMXFP4, bias_dtype: torc
     """Whether `fused_experts` takes these: CPU tensors in fp32 or bf16, weights in its layout, biases fp32 or bf16."""
     in_layout = gate_up.layout == down.layout == ROWS16
     known = x.dtype in native.DATA_TYPES and bias_dtype in native.DATA_TYPES
-    return in_layout and known and x.is_cpu and native.library() is not None
+    return in_layout and known and x.is_cpu and native.shared_library() is not None
 
 
 def fused_experts(

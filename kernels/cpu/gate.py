@@ -19,7 +19,7 @@ class _GateTopkArgs(ctypes.Structure):
 
 def can_run(gate_logits: Tensor) -> bool:
     """Whether `gate_topk` takes these logits: on a CPU."""
-    return gate_logits.is_cpu and native.library() is not None
+    return gate_logits.is_cpu and native.shared_library() is not None
 
 
 def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

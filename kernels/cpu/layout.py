@@ -50,7 +50,7 @@ def write(packed_blocks: Tensor, packed_scales: Tensor, blocks: Tensor, scales: 
         scales_stride=scales.stride(0),
         packed_groups=packed_scales.shape[1],
     )
-    library = native.library()
+    library = native.shared_library()
     assert library is not None, "called without the library"
     if library.cantata_pack_rows16(ctypes.byref(arguments)):
         raise ValueError(f"scales must not hold {SCALE_NAN}, which is NaN: the weights are damaged")

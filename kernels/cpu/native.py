@@ -82,7 +82,7 @@ class PackArgs(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def shared_library() -> ctypes.CDLL | None:
     """The library; None where there is none, or one of another version."""
     files = sorted(Path(__file__).parent.glob("_native*.so"))
     if not files:
@@ -115,14 +115,14 @@ def library() -> ctypes.CDLL | None:
 
 def isa() -> str | None:
     """The instruction set in use, one of ISAS; None without the library."""
-    loaded = library()
+    loaded = shared_library()
     return None if loaded is None else str(loaded.cantata_isa().decode())
 
 
 @contextmanager
 def using_isa(name: str) -> Iterator[bool]:
     """Run on another instruction set, for tests and comparisons; yields False, and changes nothing, where the processor lacks it."""
-    loaded, before = library(), isa()
+    loaded, before = shared_library(), isa()
     if loaded is None or before is None:
         yield False
         return
@@ -182,14 +182,14 @@ def report(name: str, arguments: Any, seconds: float) -> None:
 
 @cache
 def _observed_library() -> _Observed:
-    loaded = library()
+    loaded = shared_library()
     assert loaded is not None
     return _Observed(loaded)
 
 
 def ready() -> Any:
     """The library, set to as many threads as torch uses. Its operations are `cantata_NAME(byref(arguments))`."""
-    loaded = library()
+    loaded = shared_library()
     assert loaded is not None, "called without the library"
     threads = torch.get_num_threads()
     if threads != loaded.cantata_num_threads():
@@ -208,7 +208,7 @@ def pointer(tensor: Tensor | None) -> int:
 
 def address_of(name: str) -> int:
     """Of the function of an operation."""
-    loaded = library()
+    loaded = shared_library()
     assert loaded is not None
     address = ctypes.cast(getattr(loaded, f"cantata_{name}"), ctypes.c_void_p).value
     assert address is not None
@@ -218,7 +218,7 @@ def address_of(name: str) -> int:
 def run_program(calls: int, count: int) -> int:
     """Run `count` calls at that address (src/ops.h `Call`); returns how many were done before one refused its arguments."""
     ready()
-    loaded = library()
+    loaded = shared_library()
     assert loaded is not None
     return int(loaded.cantata_run_program(ctypes.c_void_p(calls), ctypes.c_int64(count)))
 

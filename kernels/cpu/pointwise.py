@@ -51,7 +51,7 @@ class _ConvertArgs(ctypes.Structure):
 
 def can_run(x: Tensor, weight: Tensor) -> bool:
     """Whether the norms take these: fp32 or bf16 on a CPU."""
-    return x.is_cpu and x.dtype in native.DATA_TYPES and weight.dtype in native.DATA_TYPES and native.library() is not None
+    return x.is_cpu and x.dtype in native.DATA_TYPES and weight.dtype in native.DATA_TYPES and native.shared_library() is not None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -108,7 +108,7 @@ def embed(token_ids: Tensor, weight: Tensor, first_id: int) -> Tensor:
 
 def can_rotate(positions: Tensor) -> bool:
     """Whether `yarn_cos_sin` takes these positions: on a CPU."""
-    return positions.is_cpu and native.library() is not None
+    return positions.is_cpu and native.shared_library() is not None
 
 
 @cache

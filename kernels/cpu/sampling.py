@@ -37,7 +37,7 @@ class _LogprobArgs(ctypes.Structure):
 
 def can_run(logits: Tensor) -> bool:
     """Whether `sample` takes these logits: on a CPU."""
-    return logits.is_cpu and native.library() is not None
+    return logits.is_cpu and native.shared_library() is not None
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:

@@ -113,7 +113,7 @@ def choose_layout(device: torch.device) -> str:
     everywhere but on sm_90, also on architectures that nobody knew when this was written."""
     if triton_runs_on(device):
         return WGMMA if architecture(device) == "sm_90" and has_triton() else NATURAL
-    return ROWS16 if device.type == "cpu" and native.library() is not None else NATURAL
+    return ROWS16 if device.type == "cpu" and native.shared_library() is not None else NATURAL
 
 
 def from_natural(blocks: Tensor, scales: Tensor, layout: str = NATURAL) -> PackedMXFP4:

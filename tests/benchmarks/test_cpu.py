@@ -6,7 +6,7 @@ import torch
 from benchmarks.cpu import ExpertLayer, Task, bandwidth_task, dense_weights, measure, print_table, run_dense
 from kernels.cpu import native
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the C++ library was not built")
+pytestmark = pytest.mark.skipif(native.shared_library() is None, reason="the C++ library was not built")
 
 
 def test_tasks_take_turns_and_the_first_run_does_not_count() -> None:

@@ -43,7 +43,7 @@ def on_references() -> Iterator[None]:
     """Torch alone: neither Triton nor the C++ library."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(backend, "_interpreting", lambda: False)
-        patched.setattr(native, "library", lambda: None)
+        patched.setattr(native, "shared_library", lambda: None)
         yield
 
 

@@ -12,7 +12,7 @@ from kernels.cpu import native
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The public functions run the reference in torch, then the C++ kernels on each instruction set of this processor."""
     if request.param == "reference":
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native, "shared_library", lambda: None)
         yield request.param
         return
     with native.using_isa(request.param) as there:

@@ -53,25 +53,25 @@ def test_the_library_was_built() -> None:
 def test_without_the_library_the_references_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # An install without a compiler: there is no file.
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    native.library.cache_clear()
+    native.shared_library.cache_clear()
     try:
-        assert native.library() is None
+        assert native.shared_library() is None
         assert native.isa() is None
         assert choose_layout(torch.device("cpu")) == NATURAL
         x, weight = torch.randn(3, 40).bfloat16(), torch.randn(6, 40).bfloat16()
         assert torch.equal(kernels.linear.linear(x, weight), kernels.linear.reference.linear(x, weight))
     finally:
-        native.library.cache_clear()
+        native.shared_library.cache_clear()
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(native, "_VERSION", 0)
-    native.library.cache_clear()
+    native.shared_library.cache_clear()
     try:
-        assert native.library() is None
+        assert native.shared_library() is None
         assert "install again" in caplog.text
     finally:
-        native.library.cache_clear()
+        native.shared_library.cache_clear()
 
 
 @pytest.mark.parametrize(("num_experts", "num_rows", "width"), [(1, 16, 32), (3, 48, 96), (2, 160, 64), (5, 16, 320)])

@@ -25,7 +25,7 @@ MAX_PROGRAM_SIZE = 32
 
 def programs_run() -> bool:
     """Whether this installation has what runs programs, and CPU tensors go to it."""
-    return native.library() is not None and not triton_runs_on(torch.device("cpu"))
+    return native.shared_library() is not None and not triton_runs_on(torch.device("cpu"))
 
 
 class DecodePrograms:

@@ -139,6 +139,6 @@ def _linear(model: GptOss) -> KernelChoice:
 
 
 def _why_not_cpp(dtype: torch.dtype) -> str:
-    if native.library() is None:
+    if native.shared_library() is None:
         return "the C++ library was not built"
     return f"the C++ kernels do not take {dtype} or these weights"

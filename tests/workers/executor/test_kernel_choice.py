@@ -28,7 +28,7 @@ def loaded(path: Path, dtype: torch.dtype = torch.float32) -> GptOss:
     return load_model(path, TINY, dtype=dtype, device=CPU)
 
 
-@pytest.mark.skipif(native.library() is None, reason="the C++ library was not built")
+@pytest.mark.skipif(native.shared_library() is None, reason="the C++ library was not built")
 def test_on_a_cpu_the_cpp_kernels(path: Path) -> None:
     choices = kernel_choices(loaded(path))
     assert choices.keys() == OPERATIONS
@@ -41,7 +41,7 @@ def test_on_a_cpu_the_cpp_kernels(path: Path) -> None:
 
 
 def test_without_the_library_the_references_and_why(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "shared_library", lambda: None)
     choices = kernel_choices(loaded(path))
     assert not_capturable(choices) == ["attention", "experts"]
     assert str(choices["attention"]) == "torch reference (the C++ library was not built)"
