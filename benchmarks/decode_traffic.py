@@ -11,39 +11,27 @@ of block tables what is in use. `least` is the layer's weights and these keys an
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.jit import JITFunction
 
+from benchmarks.launch_recorder import RecordedLaunch, recording_launches, storage_of
+from benchmarks.random_model import random_model
 from kernels import backend
 from kernels.linear import reference as linear_reference
 from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4
-from kernels.mxfp4 import from_natural as packed_from_natural
-from workers.config import BLOCK_SIZE, ModelConfig, ParallelConfig
-from workers.model.experts import Experts
-from workers.model.gpt_oss import Attention, GptOss, Layer
-from workers.model.linear import Linear
+from workers.config import BLOCK_SIZE, ModelConfig
+from workers.model.gpt_oss import GptOss
 from workers.model.make_checkpoint import preset_config
 from workers.model.step_batch import StepBatch
-from workers.parallel.collectives import Alone
-from workers.parallel.shard import plan_shards
 
 META = torch.device("meta")
 DTYPE = torch.bfloat16
-_FREE = {
-    *("empty", "empty_like", "new_empty"),
-    *("as_strided", "detach", "expand", "narrow", "select", "slice", "split", "t", "transpose", "unbind", "view"),
-}
-"""Operations that only allocate, or look at memory in another way."""
 _IN_PLACE = {"add_rms_norm_kernel": 1}
 """Arguments that are both read and overwritten."""
 
@@ -68,42 +56,50 @@ def layer_launches(config: ModelConfig, window: int | None, target: str, batch_s
         counts = []
         # What the first run makes once, and keeps, is none of a layer's.
         for num_layers in (1, 1, 2):
-            model = _model(replace(config, num_layers=num_layers, layer_windows=(window,) * num_layers), target)
+            layers = replace(config, num_layers=num_layers, layer_windows=(window,) * num_layers)
+            model = random_model(layers, META, WGMMA if target == "sm_90" else NATURAL, dtype=DTYPE)
             shape = (2, 1 + -(-context // BLOCK_SIZE), BLOCK_SIZE, config.num_kv_heads, config.head_dim)
             caches = [torch.empty(shape, dtype=DTYPE, device=META) for _ in model.layers]
             recorded.clear()
             model.forward(_decode_batch(batch_size, context), caches)
             counts.append(len(recorded))
         length = counts[2] - counts[1]
-        first = next(index for index, (name, _) in enumerate(recorded) if name == "linear")
-        bytes_of = _ByteCounter(config, model, caches, window, batch_size, context)
-        return [bytes_of(name, tensors) for name, tensors in recorded[first : first + length]]
+        first = next(index for index, launch in enumerate(recorded) if launch.name == "linear")
+        bytes_of = ByteCounter(model, caches, window, batch_size, context)
+        return [bytes_of(launch) for launch in recorded[first : first + length]]
 
 
-class _ByteCounter:
-    """Bytes of a launch's tensors by what they are."""
+class ByteCounter:
+    """Bytes of a launch's tensors by what they are, for the launches of one layer in their order.
 
-    def __init__(self, config: ModelConfig, model: GptOss, caches: list[Tensor], window: int | None, batch_size: int, context: int) -> None:
+    Args:
+        window: of the layer.
+        context: tokens of each of the batch's sequences.
+    """
+
+    def __init__(self, model: GptOss, caches: Sequence[Tensor], window: int | None, batch_size: int, context: int) -> None:
+        config = model.config
         chance = config.num_experts_per_token / config.num_experts
         share = 1 - (1 - chance) ** batch_size
         experts = [layer.experts for layer in model.layers]
         packed = [part for expert in experts for part in (expert.gate_up, expert.down) if isinstance(part, PackedMXFP4)]
         biases = [bias for expert in experts for bias in (expert.gate_up_bias, expert.down_bias)]
-        self._share = dict.fromkeys(map(_storage, model._weights()), 1.0)
-        self._share |= {_storage(tensor): share for part in packed for tensor in (part.blocks, part.scales)}
-        self._share |= {_storage(bias): share for bias in biases}
-        self._caches = set(map(_storage, caches))
-        token_bytes = 2 * config.num_kv_heads * config.head_dim * DTYPE.itemsize
+        self._share = dict.fromkeys(map(storage_of, model._weights()), 1.0)
+        self._share |= {storage_of(tensor): share for part in packed for tensor in (part.blocks, part.scales)}
+        self._share |= {storage_of(bias): share for bias in biases}
+        self._caches = set(map(storage_of, caches))
+        token_bytes = 2 * config.num_kv_heads * config.head_dim * caches[0].dtype.itemsize
         self._new_bytes = batch_size * token_bytes
         self._seen_bytes = batch_size * token_bytes * (context if window is None else min(window, context))
 
-    def __call__(self, name: str, tensors: list[Tensor]) -> Launch:
+    def __call__(self, launch: RecordedLaunch) -> Launch:
+        name, tensors = launch.name, launch.tensors
         weights = kv = other = 0.0
-        for tensor in {_storage(tensor): tensor for tensor in tensors}.values():
-            if _storage(tensor) in self._share:
+        for tensor in {storage_of(tensor): tensor for tensor in tensors}.values():
+            if storage_of(tensor) in self._share:
                 # A weight that a second launch reads is none of the least.
-                weights += tensor.nbytes * self._share.pop(_storage(tensor))
-            elif _storage(tensor) in self._caches:
+                weights += tensor.nbytes * self._share.pop(storage_of(tensor))
+            elif storage_of(tensor) in self._caches:
                 kv += self._new_bytes if "store" in name else self._seen_bytes
             else:
                 other += tensor.nbytes
@@ -111,40 +107,13 @@ class _ByteCounter:
         return Launch(name, weights, kv, other)
 
 
-def _storage(tensor: Tensor) -> int:
-    """What two views of the same memory have in common."""
-    return int(tensor.untyped_storage()._cdata)
-
-
-class _TorchOperations(TorchDispatchMode):
-    """Records torch operations that compute or copy, with the tensors they read and write."""
-
-    def __init__(self, recorded: list[tuple[str, list[Tensor]]]) -> None:
-        super().__init__()
-        self._recorded = recorded
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        result = func(*args, **(kwargs or {}))
-        if name not in _FREE and not (name == "reshape" and _storage(result) == _storage(args[0])):
-            self._recorded.append((name, [value for value in (*args, result) if isinstance(value, Tensor)]))
-        return result
-
-
 @contextmanager
-def _recording(target: str) -> Iterator[list[tuple[str, list[Tensor]]]]:
-    """Yields (name, tensors) of each launch inside, which do nothing; tensors without memory count as those of a GPU of that target."""
-    recorded: list[tuple[str, list[Tensor]]] = []
-
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.numel()]
-        recorded.append((kernel.fn.__name__, tensors))
-
+def _recording(target: str) -> Iterator[list[RecordedLaunch]]:
+    """Yields what is launched inside, which does nothing; tensors without memory count as those of a GPU of that target."""
     for module in ("attention.paged", "attention.rope_store", "moe.grouped", "linear.narrow", "pointwise.norm", "pointwise.yarn"):
         importlib.import_module(f"kernels.{module}")
     importlib.import_module("kernels.embedding.lookup")
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(JITFunction, "run", run))
         stack.enter_context(mock.patch.object(linear_reference, "linear", functional.linear))
         everywhere: dict[str, Callable[..., object]] = {"triton_runs_on": lambda device: True, "architecture": lambda device: target}
         everywhere |= {"_num_processors": lambda device: 132, "runs_triton": lambda tensor: True}
@@ -152,61 +121,7 @@ def _recording(target: str) -> Iterator[list[tuple[str, list[Tensor]]]]:
             for function, replacement in everywhere.items():
                 if (name.startswith("kernels.") or module is backend) and hasattr(module, function):
                     stack.enter_context(mock.patch.object(module, function, replacement))
-        stack.enter_context(_TorchOperations(recorded))
-        yield recorded
-
-
-def _model(config: ModelConfig, target: str) -> GptOss:
-    """The whole model in the shapes that the loader makes for the target, without memory."""
-    (shard,) = plan_shards(config, ParallelConfig())
-
-    def empty(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=META)
-
-    def packed(rows: int, width: int) -> PackedMXFP4:
-        layout = WGMMA if target == "sm_90" else NATURAL
-        blocks, scales = (empty(config.num_experts, *shape[1:], dtype=torch.uint8) for shape in _packed_shapes(rows, width, layout))
-        return PackedMXFP4(layout, blocks, scales, (config.num_experts, rows, width))
-
-    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
-    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    layers = tuple(
-        Layer(
-            attention_norm=empty(hidden),
-            attention=Attention(
-                qkv=Linear(empty(qkv, hidden), empty(qkv)),
-                output=Linear(empty(hidden, heads), empty(hidden)),
-                sinks=empty(config.num_heads, dtype=torch.float32),
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                window=window,
-            ),
-            experts_norm=empty(hidden),
-            experts=Experts(
-                gate=Linear(empty(config.num_experts, hidden, dtype=torch.float32), empty(config.num_experts, dtype=torch.float32)),
-                gate_up=packed(2 * inner, hidden),
-                gate_up_bias=empty(config.num_experts, 2 * inner),
-                down=packed(hidden, inner),
-                down_bias=empty(config.num_experts, hidden),
-                first_expert=0,
-                num_experts_per_token=config.num_experts_per_token,
-                swiglu_limit=config.swiglu_limit,
-                swiglu_alpha=config.swiglu_alpha,
-            ),
-        )
-        for window in config.layer_windows
-    )
-    return GptOss(config, shard, Alone(), empty(config.vocab_size, hidden), layers, empty(hidden), Linear(empty(config.vocab_size, hidden)))
-
-
-@cache
-def _packed_shapes(rows: int, width: int, layout: str) -> tuple[torch.Size, torch.Size]:
-    """Of one expert, by packing one of zeros."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        blocks, scales = torch.zeros(1, rows, width // 32, 16, dtype=torch.uint8), torch.zeros(1, rows, width // 32, dtype=torch.uint8)
-        one = packed_from_natural(blocks, scales, layout)
-    return one.blocks.shape, one.scales.shape
+        yield stack.enter_context(recording_launches(compute=False))
 
 
 def _decode_batch(batch_size: int, context: int) -> StepBatch:

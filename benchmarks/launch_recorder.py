@@ -1,0 +1,81 @@
+"""Records what a piece of the model launches on a GPU: Triton kernels, and torch operations that compute or copy."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+_FREE = {
+    *("empty", "empty_like", "new_empty"),
+    *("as_strided", "detach", "expand", "narrow", "select", "slice", "split", "t", "transpose", "unbind", "view"),
+}
+"""Operations that only allocate, or look at memory in another way."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedLaunch:
+    """One launch.
+
+    Attributes:
+        tensors: those it was given, and those an operation of torch returned; not empty ones.
+        again: launches it again, on the same tensors.
+    """
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    again: Callable[[], object]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What two views of the same memory have in common."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def recording_launches(*, compute: bool) -> Iterator[list[RecordedLaunch]]:
+    """Yields a list that grows by each launch inside.
+
+    Args:
+        compute: whether Triton kernels run; without, on tensors that have no memory, they do nothing.
+    """
+    recorded: list[RecordedLaunch] = []
+    with ExitStack() as stack:
+        for kind in (JITFunction, InterpretedFunction):
+            stack.enter_context(mock.patch.object(kind, "run", _recording_run(kind.run, recorded, compute)))
+        stack.enter_context(_TorchOperations(recorded))
+        yield recorded
+
+
+def _recording_run(run: Callable[..., Any], recorded: list[RecordedLaunch], compute: bool) -> Callable[..., Any]:
+    def recording(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.numel())
+        recorded.append(RecordedLaunch(kernel.fn.__name__, tensors, lambda: run(kernel, *args, **kwargs)))
+        if not compute:
+            return None
+        # What the interpreter itself does with torch is none of the model's.
+        with _disable_current_modes():
+            return run(kernel, *args, **kwargs)
+
+    return recording
+
+
+class _TorchOperations(TorchDispatchMode):
+    """Records torch operations with the tensors they read and write."""
+
+    def __init__(self, recorded: list[RecordedLaunch]) -> None:
+        super().__init__()
+        self._recorded = recorded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, options = func.overloadpacket.__name__, kwargs or {}
+        result = func(*args, **options)
+        if name not in _FREE and not (name == "reshape" and storage_of(result) == storage_of(args[0])):
+            tensors = tuple(value for value in (*args, result) if isinstance(value, Tensor))
+            self._recorded.append(RecordedLaunch(name, tensors, lambda: func(*args, **options)))
+        return result
