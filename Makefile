@@ -5,6 +5,8 @@ HTTP_PORT ?= 8000
 GRPC_PORT ?= 9000
 # Flags of `cantata serve`. The demo model needs no more than this; for another one the engine looks how much memory is free.
 SERVE_FLAGS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--kv-cache-memory 256MiB)
+# Flags of `make gpu-check`, such as --model checkpoints/gpt-oss-20b or --only tests,step.
+GPU_CHECK_FLAGS ?=
 
 .PHONY: serve test test-slow gpu-check lint proto clean
 
@@ -28,10 +30,9 @@ test-slow: ## Tests that take minutes.
 	@scripts/install.sh dev
 	@$(VENV)/python -m pytest -q -m slow
 
-gpu-check: ## On a machine with a GPU: the tests that need one, then a report of decode speed with $(MODEL). Has not run on a GPU yet.
+gpu-check: ## On a machine with a GPU: the tests that need one, and the time of everything against the hardware. Has not run on a GPU yet.
 	@scripts/install.sh dev
-	@[ "$(MODEL)" != checkpoints/tiny ] || $(MAKE) --no-print-directory checkpoints/tiny
-	@PYTHONPATH=. $(VENV)/python benchmarks/gpu_check.py --model $(MODEL)
+	@PYTHONPATH=. $(VENV)/python -m benchmarks.gpu_check $(GPU_CHECK_FLAGS)
 
 lint:
 	@$(VENV)/ruff check .

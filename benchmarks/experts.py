@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check import copy_bandwidth
+from benchmarks.gpu_timing import copy_bandwidth, replayed, wait
 from kernels.moe import gate_topk, gated_experts
 from kernels.mxfp4 import MX_BLOCK, PackedMXFP4, choose_layout, from_natural
 
@@ -48,24 +48,11 @@ def bytes_of(weights: PackedMXFP4 | Tensor) -> int:
     return weights.num_bytes if isinstance(weights, PackedMXFP4) else weights.nbytes
 
 
-def replayed(step: Callable[[], Tensor], device: torch.device) -> Callable[[], object]:
-    """The step as a CUDA graph, or itself on a CPU."""
-    step()
-    if device.type != "cuda":
-        return step
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     started = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     return time.perf_counter() - started
 
 

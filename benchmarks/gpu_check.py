@@ -1,179 +1,143 @@
-"""Check a GPU machine and print a report: the tests of tests/gpu, then decode speed against the memory roofline.
+"""Check a GPU machine and time what runs on it: the tests of tests/gpu, and every kernel, decode step and prefill against the hardware.
 
-    make gpu-check                                # random weights of the tiny shape, or MODEL=checkpoints/gpt-oss-20b
+    make gpu-check                                      # or GPU_CHECK_FLAGS="--preset 20b --only step,kernels"
+    python -m benchmarks.gpu_check [--model FOLDER | --preset 120b] [--only tests,step] [--time-limit 570] [--out FOLDER]
+
+Needs torch, Triton, numpy and pytest, no checkpoint and no network: weights are random, of the largest of 120b, 20b and small that fits.
+Parts run one after the other in processes of their own, so that one which fails or takes too long leaves the others their figures; what is
+found is written to OUT/gpu_check.json and, as tables, to OUT/gpu_check.md after each part, and printed.
 
 This was written on machines without a GPU. It has run with `--device cpu`, which proves the script but says nothing of a GPU.
-
-The roofline of a decode step is the time to read its weights and keys once, at the bandwidth that a large copy on the device reaches: all
-dense weights, the experts that are hit (E * (1 - (1 - k/E)^B) of them for B tokens whose choices are independent), and the keys and values
-of B contexts.
 """
 
 import argparse
-import platform
+import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from workers.config import BLOCK_SIZE, Dtype, ModelConfig, load_model_config
-from workers.executor.kernel_choice import kernel_choices, not_capturable
+from benchmarks.gpu_parts import PARTS, Options
+from benchmarks.gpu_report import report
+from benchmarks.gpu_tests import run_tests
 from workers.executor.rank import usable_device
-from workers.executor.runner import PendingStep, Runner
-from workers.kv_cache.manager import num_blocks_for
-from workers.model.checkpoint import load_model
-from workers.model.sizes import expected_experts_hit, rank_bytes, sequence_kv_bytes
-from workers.parallel.shard import RankShard
-from workers.request import SamplingParams
-from workers.scheduler.plan import SequenceStart, StepPlan
 
-WARM_UP_STEPS = 5
-PREFILL_TOKENS = 8192
-GREEDY = SamplingParams(temperature=0, seed=0)
-
-
-def decode_step_bytes(model: ModelConfig, shard: RankShard, dtype: Dtype, batch_size: int, context_len: int) -> float:
-    """Bytes that a rank must read in a decode step of batch_size sequences of context_len tokens; of the embedding only a row each."""
-    sizes = rank_bytes(model, shard, dtype)
-    missed = 1 - expected_experts_hit(model, batch_size) / model.num_experts
-    kv = batch_size * sequence_kv_bytes(model, shard, dtype, context_len)
-    return sizes.total - sizes.embedding - sizes.experts * missed + kv
+TESTS = "tests"
+ORDER = ("device", TESTS, "step", "kernels", "prefill", "sampling")
+TESTS_SHARE = 0.5
+"""Of the time that is left, at most."""
+LEAST_S = 20.0
+"""Under which no part is begun."""
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "benchmarks.gpu_check"]
+"""Of a part's process."""
 
 
-def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
-    """Bytes a second read and written by a copy of `num_bytes`, the best of five."""
-    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(6):
-        _wait(device)
-        started = time.perf_counter()
-        target.copy_(source)
-        _wait(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * num_bytes / best
-
-
-class Decoder:
-    """Batches of equal sequences on one runner. A batch's sequences are dropped when the next one starts."""
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self._step = 0
-        self._num_sequences = 0
-        self._live: tuple[int, ...] = ()
-
-    def seconds(self, batch_size: int, context_len: int, num_steps: int) -> float:
-        """Mean of a decode step, each launched before the result of the one before was taken."""
-        seq_ids = self._prefill(batch_size, context_len, num_blocks_for(context_len + WARM_UP_STEPS + num_steps))
-        self._decode(seq_ids, context_len, WARM_UP_STEPS)
-        started = time.perf_counter()
-        self._decode(seq_ids, context_len + WARM_UP_STEPS, num_steps)
-        return (time.perf_counter() - started) / num_steps
-
-    def _prefill(self, batch_size: int, context_len: int, num_blocks: int) -> tuple[int, ...]:
-        seq_ids = tuple(range(self._num_sequences, self._num_sequences + batch_size))
-        self._num_sequences += batch_size
-        at_once = max(1, PREFILL_TOKENS // context_len)
-        for begin in range(0, batch_size, at_once):
-            chunk = seq_ids[begin : begin + at_once]
-            starts = tuple(
-                SequenceStart(seq_id, tuple((7 * seq_id + at) % 1000 for at in range(context_len)), context_len, GREEDY) for seq_id in chunk
-            )
-            tables = [tuple(range(1 + (begin + index) * num_blocks, 1 + (begin + index + 1) * num_blocks)) for index in range(len(chunk))]
-            blocks = tuple((index, table, table) for index, table in enumerate(tables))
-            size = len(chunk)
-            drops, self._live = self._live, ()
-            self._runner.step(StepPlan(self._step, starts, drops, chunk, (0,) * size, (context_len,) * size, (True,) * size, blocks))
-            self._step += 1
-        self._live = seq_ids
-        return seq_ids
-
-    def _decode(self, seq_ids: tuple[int, ...], context_len: int, num_steps: int) -> None:
-        size = len(seq_ids)
-        in_flight: deque[PendingStep] = deque()
-        for length in range(context_len, context_len + num_steps):
-            in_flight.append(self._runner.launch(StepPlan(self._step, (), (), seq_ids, (length,) * size, (1,) * size, (True,) * size)))
-            self._step += 1
-            if len(in_flight) == 2:
-                in_flight.popleft().result()
-        while in_flight:
-            in_flight.popleft().result()
-
-
-def report(options: argparse.Namespace, device: torch.device, tests: str) -> None:
-    """Print the machine, the kernels and the speed of decode steps."""
-    config = load_model_config(options.model)
-    on_gpu = device.type == "cuda"
-    model = load_model(options.model, config, dtype=torch.bfloat16, device=device)
-    kernels = kernel_choices(model)
-    bandwidth = copy_bandwidth(device, (1 << 30) if on_gpu else (1 << 27))
-    print(f"tests/gpu   {tests}")
-    print(f"device      {torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()}")
-    print(f"driver      {_driver() if on_gpu else 'none'}; torch {torch.__version__}, CUDA {torch.version.cuda}")
-    print(f"bandwidth   {bandwidth / 1e9:.0f} GB/s, by a copy")
-    print(f"model       {options.model}, {model.weight_bytes / 1e9:.2f} GB of weights; context {options.context}, {options.steps} steps")
-    for operation, implementation in kernels.items():
-        print(f"kernel      {operation}: {implementation}")
-    max_num_seqs, max_len = max(options.batch_sizes), options.context + WARM_UP_STEPS + options.steps + 1
-    shape = (2, 1 + max_num_seqs * num_blocks_for(max_len), BLOCK_SIZE, model.num_kv_heads, config.head_dim)
-    kv_caches = [torch.zeros(shape, dtype=model.dtype, device=device) for _ in model.layers]
-    runner = Runner(model, kv_caches, max_num_seqs=max_num_seqs, max_model_len=max_len)
-    blocking = not_capturable(kernels)
-    if on_gpu and not blocking:
-        graphs = runner.capture_graphs(lambda phase, done, total: None)
-        print(f"graphs      {graphs.num_graphs}, {graphs.memory_bytes / 1e6:.0f} MB")
-    else:
-        print(
-            f"graphs      none: {'not on a GPU' if not on_gpu else 'the kernels for ' + ' and '.join(blocking) + ' read back to the host'}"
-        )
-    decoder = Decoder(runner)
-    print("\n batch   ms/step     tok/s   roofline ms   share of roofline")
-    for batch_size in options.batch_sizes:
-        seconds = decoder.seconds(batch_size, options.context, options.steps)
-        middle = options.context + WARM_UP_STEPS + options.steps // 2
-        least = decode_step_bytes(config, model.shard, "bfloat16", batch_size, middle) / bandwidth
-        print(f"{batch_size:6d} {seconds * 1e3:9.2f} {batch_size / seconds:9.0f} {least * 1e3:13.3f} {least / seconds:19.1%}", flush=True)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _driver() -> str:
-    """As nvidia-smi names it."""
-    try:
-        said = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown (no nvidia-smi)"
-    return said.stdout.split("\n")[0].strip() or "unknown"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch-sizes", default="1,8,64,256", type=lambda text: [int(part) for part in text.split(",")])
-    parser.add_argument("--context", default=1024, type=int, help="tokens of each sequence before decoding")
-    parser.add_argument("--steps", default=50, type=int)
-    parser.add_argument("--skip-tests", action="store_true")
-    options = parser.parse_args()
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
         print("gpu-check: torch finds no CUDA device here, so nothing was checked", file=sys.stderr)
         return 2
-    device = usable_device(options.device)
-    tests = "skipped by --skip-tests"
-    if not options.skip_tests:
-        ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "tests/gpu"], check=False)
-        tests = "FAILED" if ran.returncode else "passed; skipped ones and why are above"
-    report(options, device, tests)
-    return int(tests == "FAILED")
+    if args.part:
+        return _run_part(args)
+    return _run_all(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a checkpoint; default: random weights of --preset")
+    parser.add_argument("--preset", help="as of `cantata make-checkpoint`; default: the largest of 120b, 20b and small that fits")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", type=_parts, default=ORDER, help=f"of {','.join(ORDER)}")
+    parser.add_argument("--batch-sizes", type=_numbers, default=(1, 8, 64, 256), help="those without room are left out")
+    parser.add_argument("--contexts", type=_numbers, default=(1024, 8192), help="tokens of each sequence before decoding")
+    parser.add_argument("--prompts", type=_numbers, default=(2048, 8192), help="tokens of each prefill")
+    parser.add_argument("--steps", type=int, default=50, help="of decode that are timed")
+    parser.add_argument("--time-limit", type=float, default=570.0, help="seconds for all parts")
+    parser.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="for the tests")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"))
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    numbers = tuple(int(part) for part in text.split(","))
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"numbers above 0, got {text}")
+    return numbers
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    names = text.split(",")
+    if unknown := set(names) - set(ORDER):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} not among {', '.join(ORDER)}")
+    return tuple(name for name in ORDER if name in names)
+
+
+def _run_part(args: argparse.Namespace) -> int:
+    """In the part's own process."""
+    options = Options(usable_device(args.device), args.model, args.preset, args.batch_sizes, args.contexts, args.steps, args.prompts)
+
+    def keep(result: dict[str, Any]) -> None:
+        args.result.write_text(json.dumps(result))
+
+    keep(PARTS[args.part](options, keep))
+    return 0
+
+
+def _run_all(args: argparse.Namespace) -> int:
+    args.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + args.time_limit
+    found: dict[str, dict[str, Any]] = {}
+    for name in args.only:
+        left = deadline - time.monotonic()
+        if left < LEAST_S:
+            found[name] = {"failed": f"not begun, no time was left of {args.time_limit:.0f} s"}
+        elif name == TESTS:
+            found[name] = run_tests(ROOT, args.processes, left * TESTS_SHARE if len(args.only) > 1 else left)
+        else:
+            found[name] = _child(name, args, left)
+        (args.out / "gpu_check.json").write_text(json.dumps(found, indent=1))
+        (args.out / "gpu_check.md").write_text(report(found))
+        print(report({name: found[name]}), flush=True)
+    return int(any("failed" in result for result in found.values()))
+
+
+def _child(name: str, args: argparse.Namespace, timeout_s: float) -> dict[str, Any]:
+    """What the part has found, also where it failed."""
+    numbers: dict[str, Callable[[], str]] = {
+        "--batch-sizes": lambda: ",".join(map(str, args.batch_sizes)),
+        "--contexts": lambda: ",".join(map(str, args.contexts)),
+        "--prompts": lambda: ",".join(map(str, args.prompts)),
+        "--steps": lambda: str(args.steps),
+        "--device": lambda: args.device,
+    }
+    flags = [word for flag, value in numbers.items() for word in (flag, value())]
+    flags += [word for flag, value in (("--model", args.model), ("--preset", args.preset)) if value for word in (flag, str(value))]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [*COMMAND, "--part", name, "--result", str(result), *flags]
+        failed = None
+        try:
+            ran = subprocess.run(command, timeout=timeout_s, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+            if ran.returncode:
+                failed = f"ended with {ran.returncode}: {_last_lines(ran.stderr)}"
+        except subprocess.TimeoutExpired:
+            failed = f"not done after {timeout_s:.0f} s"
+        found: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
+        return found if failed is None else found | {"failed": failed}
+
+
+def _last_lines(text: str) -> str:
+    return " | ".join(line.strip() for line in text.strip().splitlines()[-4:])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Records what a piece of the model launches on a GPU: Triton kernels, and torch operations that compute or copy."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +50,15 @@ def recording_launches(*, compute: bool) -> Iterator[list[RecordedLaunch]]:
             stack.enter_context(mock.patch.object(kind, "run", _recording_run(kind.run, recorded, compute)))
         stack.enter_context(_TorchOperations(recorded))
         yield recorded
+
+
+def split_layers(recorded: Sequence[RecordedLaunch]) -> tuple[list[RecordedLaunch], list[list[RecordedLaunch]], list[RecordedLaunch]]:
+    """(what comes before the first layer, each layer's launches, what comes after the last) of a step of the model. A layer begins with its
+    QKV projection, the launch before RoPE's, and ends with the norm of the next one."""
+    starts = [index - 1 for index, launch in enumerate(recorded) if launch.name == "_rope_and_store"]
+    end = 1 + max(index for index, launch in enumerate(recorded) if launch.name == "add_rms_norm_kernel")
+    layers = [list(recorded[start:stop]) for start, stop in zip(starts, [*starts[1:], end], strict=True)]
+    return list(recorded[: starts[0]]), layers, list(recorded[end:])
 
 
 def _recording_run(run: Callable[..., Any], recorded: list[RecordedLaunch], compute: bool) -> Callable[..., Any]:

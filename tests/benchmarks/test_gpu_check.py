@@ -1,18 +1,29 @@
-"""The arithmetic of the GPU report."""
+"""The report of a GPU machine: its arithmetic, its tables, and that a part which fails or hangs leaves the others their figures."""
 
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu_check import Decoder, decode_step_bytes
-from tests.support.tiny_model import TINY, write_tiny_checkpoint
-from workers.config import BLOCK_SIZE, ParallelConfig
+from benchmarks import gpu_check, gpu_parts
+from benchmarks.decode_batches import Batch, Decoder, batches_bytes, block_tables, decode_step_bytes, random_caches, what_fits
+from benchmarks.gpu_parts import Options, measure_prefill, measure_sampling, measure_step, prefill_flops
+from benchmarks.gpu_report import report
+from benchmarks.gpu_tests import run_tests, split
+from benchmarks.random_model import random_model
+from kernels.mxfp4 import choose_layout
+from tests.support.tiny_model import TINY
+from workers.config import ParallelConfig
 from workers.executor.runner import Runner
-from workers.model.checkpoint import load_model
-from workers.model.sizes import rank_bytes
+from workers.model.make_checkpoint import preset_config
+from workers.model.sizes import count_parameters, rank_bytes
 from workers.parallel.shard import plan_shards
+
+CPU = torch.device("cpu")
+OPTIONS = Options(CPU, None, "tiny", batch_sizes=(1, 3), contexts=(40,), steps=2, prompts=(20,))
 
 
 def test_bytes_of_a_decode_step() -> None:
@@ -26,11 +37,123 @@ def test_bytes_of_a_decode_step() -> None:
     assert decode_step_bytes(model, shard, "bfloat16", 1, 10) == pytest.approx(dense + 0.2 * sizes.experts + 2 * 3 * 10 * 3 * 8 * 2)
 
 
-def test_batches_of_a_real_model(tmp_path: Path) -> None:
-    model = load_model(write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=torch.device("cpu"))
+def test_products_of_a_prompt() -> None:
+    """One token uses the active parameters and sees one key a layer; of 30, the last of a window of 24 sees 24."""
+    active = count_parameters(TINY)[1]
+    assert prefill_flops(TINY, 1) == 2 * active + 4 * 6 * 8 * 2
+    pairs = 30 * 31 // 2 + sum(min(position + 1, 24) for position in range(30))
+    lm_head = TINY.vocab_size * TINY.hidden_size
+    assert prefill_flops(TINY, 30) == 2 * 30 * (active - lm_head) + 2 * lm_head + 4 * 6 * 8 * pairs
+
+
+def test_a_gpu_of_80_gb_has_room_for_these_batches_beside_120b() -> None:
+    config, mib = preset_config("120b"), 2**20
+    (shard,) = plan_shards(config, ParallelConfig())
+    free = 79_000 * mib - rank_bytes(config, shard, "bfloat16").total
+    asked = [Batch(size, context) for context in (1024, 8192) for size in (1, 8, 64, 256)]
+    fits = what_fits(config, asked, 56, 2, free)
+    assert [(batch.size, batch.context) for batch in fits] == [(1, 1024), (8, 1024), (64, 1024), (256, 1024), (1, 8192), (8, 8192)]
+    assert not what_fits(config, asked, 56, 2, 4 << 30)
+
+
+def test_a_cache_is_as_large_as_was_counted_and_no_two_sequences_share_a_block() -> None:
+    config = replace(TINY, layer_windows=(24, None, 24), num_layers=3)
+    model = random_model(config, CPU, choose_layout(CPU), dtype=torch.bfloat16)
+    batches = [Batch(3, 100), Batch(5, 30)]
+    caches = random_caches(model, batches, 10)
+    most = max(batch.size for batch in batches)
+    beside = 3 * most * config.vocab_size * 4 + 2 * most * config.num_heads * 64 * config.head_dim * 4
+    assert batches_bytes(config, batches, 10, 2) == sum(cache.nbytes for cache in caches) + beside
+    for batch in batches:
+        for tables, cache in zip(block_tables(config, batch, 10), (caches[1], caches[0]), strict=True):
+            used = [set(table) for table in tables]
+            assert sum(map(len, used)) == len(set().union(*used))
+            assert min(map(min, used)) == 1
+            assert max(map(max, used)) < cache.shape[1]
+    (sliding,) = block_tables(config, Batch(1, 100), 0)[1]
+    assert all(len(set(sliding[at : at + 3])) == 3 for at in range(len(sliding) - 2)), "a window of 24 touches three blocks"
+
+
+def test_batches_decode_one_after_the_other() -> None:
+    model = random_model(TINY, CPU, choose_layout(CPU), dtype=torch.float32)
+    batches = [Batch(4, 100), Batch(3, 90)]
+    decoder = Decoder(Runner(model, random_caches(model, batches, 10), max_num_seqs=4, max_model_len=120), TINY, 3)
+    for batch in batches:
+        took = decoder.time(batch)
+        assert took.seconds > took.launch_s > 0
+
+
+def test_a_random_model_has_the_sizes_that_were_counted_and_finite_logits() -> None:
+    model = random_model(TINY, CPU, choose_layout(CPU), dtype=torch.float32)
     every_expert = decode_step_bytes(TINY, model.shard, "float32", 10**6, 0)
     assert every_expert == pytest.approx(model.weight_bytes - model.embedding.nbytes)
-    caches = [torch.zeros(2, 40, BLOCK_SIZE, TINY.num_kv_heads, TINY.head_dim) for _ in TINY.layer_windows]
-    decoder = Decoder(Runner(model, caches, max_num_seqs=4, max_model_len=120))
-    assert decoder.seconds(4, 100, 3) > 0
-    assert decoder.seconds(3, 90, 2) > 0, "the first batch has left its slots"
+    logits = model.compute_logits(torch.randn(3, TINY.hidden_size))
+    assert logits is not None
+    assert logits.isfinite().all()
+    assert 0.2 < logits.std() < 5
+
+
+def test_parts_make_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_parts, "_bandwidth", lambda device: 1e9)
+    kept: list[dict[str, object]] = []
+    found = {
+        "step": measure_step(OPTIONS, lambda result: kept.append(json.loads(json.dumps(result)))),
+        "prefill": measure_prefill(OPTIONS, lambda result: None),
+        "sampling": measure_sampling(OPTIONS, lambda result: None),
+        "kernels": {"skipped": "no Triton kernels run here"},
+        "tests": {"summary": "3 passed of 3", "problems": ["skipped 1: needs 2 GPUs"], "printed": ["a line"]},
+    }
+    assert [len(result["steps"]) for result in kept] == [1, 2], "written down batch by batch"  # type: ignore[arg-type]
+    text = report(json.loads(json.dumps(found)))
+    assert "| 3 | 40 |" in text
+    assert "No room for" not in text
+    assert "| 20 |" in text
+    assert "| way | 1 | 3 |" in text
+    assert "**kernels: no Triton kernels run here**" in text
+    assert "- skipped 1: needs 2 GPUs" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith(("| 1 |", "| 3 |"))}) == 1
+
+
+def test_parts_that_fail_or_hang_leave_the_others_their_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children are this test's own: one writes half a result and fails, one does not end."""
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import json, pathlib, sys, time\n"
+        "part, path = sys.argv[sys.argv.index('--part') + 1], sys.argv[sys.argv.index('--result') + 1]\n"
+        "pathlib.Path(path).write_text(json.dumps({'skipped' if part == 'device' else 'half': part}))\n"
+        "if part == 'step': print('the reason', file=sys.stderr), sys.exit(3)\n"
+        "if part == 'kernels': time.sleep(600)\n"
+    )
+    monkeypatch.setattr(gpu_check, "COMMAND", [sys.executable, str(child)])
+    monkeypatch.setattr(gpu_check, "LEAST_S", 0.0)
+    monkeypatch.setattr(gpu_check, "run_tests", lambda *args: {"summary": "1 passed of 1", "problems": [], "printed": []})
+    out = tmp_path / "out"
+    flags = ["--device", "cpu", "--out", str(out), "--time-limit", "12", "--only"]
+    assert gpu_check.main([*flags, "device,tests,step,kernels,prefill"]) == 1
+    found = json.loads((out / "gpu_check.json").read_text())
+    assert found["device"] == {"skipped": "device"}
+    assert found["tests"]["summary"] == "1 passed of 1"
+    assert found["step"] == {"half": "step", "failed": "ended with 3: the reason"}
+    assert found["kernels"]["half"] == "kernels"
+    assert found["kernels"]["failed"].startswith("not done after ")
+    assert found["prefill"] == {"failed": "not begun, no time was left of 12 s"}
+    assert "**step: ended with 3: the reason**" in (out / "gpu_check.md").read_text()
+
+
+def test_tests_run_in_parts_and_each_fault_has_a_line(tmp_path: Path) -> None:
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    (folder / "test_some.py").write_text(
+        "import pytest, os\n"
+        "@pytest.mark.parametrize('number', range(5))\ndef test_number(number): assert number != 3, 'three'\n"
+        "@pytest.mark.skip(reason='needs 2 GPUs')\ndef test_two(): pass\n"
+        "def test_roofline_of_it(): print('12 us')\n"
+        "def test_dies(): os._exit(7)\n"
+    )
+    found = run_tests(tmp_path, 4, 60.0, "gpu")
+    assert found["failed"] == "2 problems"
+    assert found["summary"].endswith(" of 7")
+    assert any("test_number[3]" in line and "three" in line for line in found["problems"])
+    assert any(line.startswith("a process ended with 7: ") for line in found["problems"])
+    assert found["printed"][-1].startswith("1 passed")
+    assert split(list("abcde"), 2) == [list("abc"), list("de")]

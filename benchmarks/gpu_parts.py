@@ -1,0 +1,329 @@
+"""What `benchmarks/gpu_check.py` measures, part by part. Each part returns what is written as JSON, numbers in SI units and the words
+around them; `gpu_report.py` makes tables of it."""
+
+import platform
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.decode_batches import (
+    WARM_UP_STEPS,
+    Batch,
+    Decoder,
+    decode_batch,
+    decode_step_bytes,
+    random_caches,
+    what_fits,
+)
+from benchmarks.gpu_timing import copy_bandwidth, matmul_rate, seconds
+from benchmarks.random_model import random_model
+from kernels.backend import architecture, has_triton, triton_runs_on
+from kernels.mxfp4 import choose_layout
+from kernels.sampling import LogitBias, Penalties, SamplingBatch, sample
+from workers.config import BLOCK_SIZE, Dtype, ModelConfig, ParallelConfig, SchedulerConfig, load_model_config
+from workers.executor.kernel_choice import kernel_choices, not_capturable
+from workers.executor.memory_profile import largest_batch
+from workers.executor.runner import Runner
+from workers.kv_cache.tensors import TORCH_DTYPES, host_free_bytes
+from workers.model.checkpoint import load_model
+from workers.model.gpt_oss import GptOss
+from workers.model.make_checkpoint import preset_config
+from workers.model.sizes import count_parameters, rank_bytes
+from workers.parallel.shard import plan_shards
+
+DTYPE: Dtype = "bfloat16"
+PRESETS = ("120b", "20b", "small")
+"""From the largest; the first that fits is the default on a GPU."""
+TIMED_LAYERS = 8
+"""Whose launches are kept with all that they read and write, for batches above SMALL_BATCH; of a smaller batch, all layers': together their
+weights then are more than an L2 cache holds."""
+SMALL_BATCH = 8
+
+Result = dict[str, Any]
+Keep = Callable[[Result], None]
+"""Writes down what a part has found so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        model: a checkpoint's folder; None: random weights of `preset`.
+        preset: as of `cantata make-checkpoint`; None: the largest of PRESETS that fits, on a CPU `tiny`.
+        batch_sizes, contexts: each with each; those for which there is no room are left out.
+        steps: of decode that are timed.
+        prompts: tokens of each prefill that is timed.
+    """
+
+    device: torch.device
+    model: Path | None
+    preset: str | None
+    batch_sizes: tuple[int, ...]
+    contexts: tuple[int, ...]
+    steps: int
+    prompts: tuple[int, ...]
+
+    @property
+    def batches(self) -> list[Batch]:
+        return [Batch(size, context) for context in self.contexts for size in self.batch_sizes]
+
+    @property
+    def num_steps(self) -> int:
+        """Of a batch's life."""
+        return WARM_UP_STEPS + self.steps + 1
+
+
+def measure_device(options: Options, keep: Keep) -> Result:
+    """The machine and what it reaches at best."""
+    device = options.device
+    on_gpu = device.type == "cuda"
+    return {
+        "name": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "architecture": architecture(device),
+        "memory_bytes": torch.cuda.mem_get_info(device)[1] if on_gpu else host_free_bytes(),
+        "driver": _driver() if on_gpu else "none",
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "bandwidth": _bandwidth(device),
+        "matmul_flops": matmul_rate(device, 8192 if on_gpu else 512),
+    }
+
+
+def measure_step(options: Options, keep: Keep) -> Result:
+    """Whole decode steps, sampling among it, against the bytes that they must read."""
+    found = _Model(options)
+    model, config, batches = found.model, found.model.config, found.batches
+    kernels = kernel_choices(model)
+    result: Result = found.about | {"kernels": {operation: str(choice) for operation, choice in kernels.items()}, "steps": []}
+    longest = max(batch.context for batch in batches) + options.num_steps
+    caches = random_caches(model, batches, options.num_steps)
+    runner = Runner(model, caches, max_num_seqs=max(batch.size for batch in batches), max_model_len=longest)
+    blocking = not_capturable(kernels)
+    if options.device.type == "cuda" and not blocking:
+        graphs = runner.capture_graphs(lambda phase, done, total: None)
+        result["graphs"] = f"{graphs.num_graphs}, which keep {graphs.memory_bytes / 1e6:.0f} MB"
+    else:
+        result["graphs"] = f"none: the kernels for {' and '.join(blocking)} read back to the host" if blocking else "none: not on a GPU"
+    decoder = Decoder(runner, config, options.steps)
+    bandwidth = _bandwidth(options.device)
+    result["bandwidth"] = bandwidth
+    for batch in batches:
+        took = decoder.time(batch)
+        middle = batch.context + WARM_UP_STEPS + options.steps // 2
+        least = decode_step_bytes(config, model.shard, DTYPE, batch.size, middle)
+        result["steps"].append(asdict(batch) | asdict(took) | {"least_bytes": least, "share": least / bandwidth / took.seconds})
+        keep(result)
+    return result
+
+
+def measure_kernels(options: Options, keep: Keep) -> Result:
+    """Each launch of a decode step by itself, replayed layer after layer, against the bytes that it reads and writes."""
+    if not triton_runs_on(options.device):
+        return {"skipped": "no Triton kernels run here"}
+    found = _Model(options)
+    bandwidth = _bandwidth(options.device)
+    result: Result = found.about | {"bandwidth": bandwidth, "batches": []}
+    for batch in found.batches:
+        result["batches"].append(asdict(batch) | _launches(found.model, batch, bandwidth))
+        keep(result)
+    return result
+
+
+@torch.inference_mode()
+def _launches(model: GptOss, batch: Batch, bandwidth: float) -> Result:
+    from benchmarks.decode_traffic import ByteCounter
+    from benchmarks.launch_recorder import recording_launches, split_layers
+
+    num_layers = len(model.layers) if batch.size <= SMALL_BATCH else min(TIMED_LAYERS, len(model.layers))
+    config = replace(model.config, num_layers=num_layers, layer_windows=model.config.layer_windows[:num_layers])
+    part = replace(model, config=config, layers=model.layers[:num_layers])
+    caches, inputs = random_caches(part, [batch], 0), decode_batch(part, batch)
+
+    def step() -> None:
+        logits = part.compute_logits(part.forward(inputs, caches))
+        assert logits is not None
+        sample(logits, SamplingBatch())
+
+    step()
+    with recording_launches(compute=True) as recorded:
+        step()
+    before, layers, after = split_layers(recorded)
+    rows = []
+    for window in sorted(set(config.layer_windows), key=lambda window: window or 0):
+        alike = [layer for layer, of in zip(layers, config.layer_windows, strict=True) if of == window]
+        count = ByteCounter(part, caches, window, batch.size, batch.context)
+        for index, first in enumerate(alike[0]):
+            took = seconds(_all(layer[index].again for layer in alike), model.device) / len(alike)
+            num_bytes = count(first).total_bytes
+            label = [launch.name for launch in alike[0][:index]].count(first.name)
+            row = {"window": window, "name": first.name, "occurrence": label, "seconds": took, "bytes": num_bytes}
+            rows.append(row | {"share": num_bytes / bandwidth / took})
+    around = [{"name": launch.name, "seconds": seconds(launch.again, model.device)} for launch in (*before, *after)]
+    return {"layers_timed": num_layers, "launches": rows, "around": around}
+
+
+def _all(works: Iterable[Callable[[], object]]) -> Callable[[], None]:
+    works = list(works)
+
+    def run() -> None:
+        for work in works:
+            work()
+
+    return run
+
+
+def measure_prefill(options: Options, keep: Keep) -> Result:
+    """One step of prompts of one sequence, against the products that it needs."""
+    found = _Model(options)
+    model, config = found.model, found.model.config
+    peak = matmul_rate(options.device, 8192 if options.device.type == "cuda" else 512)
+    result: Result = found.about | {"matmul_flops": peak, "prompts": []}
+    for num_tokens in options.prompts:
+        batch = largest_batch(SchedulerConfig(1, num_tokens), num_tokens, options.device)
+        batch.token_ids.remainder_(config.vocab_size)
+        blocks = torch.arange(1, 2 + num_tokens // BLOCK_SIZE, dtype=torch.int32, device=options.device)[None]
+        slots = batch.positions + BLOCK_SIZE
+        batch = replace(batch, block_table_full=blocks, block_table_sliding=blocks, slot_mapping_full=slots, slot_mapping_sliding=slots)
+        shape = (2, 2 + num_tokens // BLOCK_SIZE, BLOCK_SIZE, model.num_kv_heads, config.head_dim)
+        # All layers share a cache: none of them reads what another wrote, since each writes all of it first.
+        caches = [torch.zeros(shape, dtype=model.dtype, device=options.device)] * len(model.layers)
+
+        @torch.inference_mode()
+        def prefill(batch: Any = batch, caches: Any = caches) -> Tensor | None:
+            return model.compute_logits(model.forward(batch, caches)[batch.sample_indices])
+
+        took = seconds(prefill, options.device, calls=2, graph=False)
+        flops = prefill_flops(config, num_tokens)
+        result["prompts"].append({"tokens": num_tokens, "seconds": took, "flops": flops, "share": flops / peak / took})
+        keep(result)
+    return result
+
+
+def prefill_flops(config: ModelConfig, num_tokens: int) -> float:
+    """Of the matrix products of one prompt: weights that a token uses, and the keys that it sees; logits of the last token alone."""
+    active = count_parameters(config)[1] - config.vocab_size * config.hidden_size
+    keys = sum(_keys_seen(num_tokens, window) for window in config.layer_windows)
+    return 2 * active * num_tokens + 2 * config.vocab_size * config.hidden_size + 4 * config.num_heads * config.head_dim * keys
+
+
+def _keys_seen(num_tokens: int, window: int | None) -> int:
+    """By all queries of a prompt together."""
+    seen = num_tokens if window is None else min(window, num_tokens)
+    return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
+
+
+def measure_sampling(options: Options, keep: Keep) -> Result:
+    """Each way to sample, against one pass over the logits."""
+    vocab = (
+        load_model_config(options.model)
+        if options.model
+        else preset_config(options.preset or ("small" if options.device.type == "cuda" else "tiny"))
+    ).vocab_size
+    bandwidth = _bandwidth(options.device)
+    result: Result = {"vocab": vocab, "bandwidth": bandwidth, "ways": []}
+    for rows in options.batch_sizes:
+        logits = torch.randn(rows, vocab, device=options.device) * 2
+        one_pass = logits.nbytes / bandwidth
+        for name, batch in sampling_ways(rows, vocab, options.device).items():
+            took = seconds(lambda logits=logits, batch=batch: sample(logits, batch), options.device)  # type: ignore[misc]
+            result["ways"].append({"rows": rows, "way": name, "seconds": took, "passes": took / one_pass})
+        keep(result)
+    return result
+
+
+def sampling_ways(rows: int, vocab: int, device: torch.device) -> dict[str, SamplingBatch]:
+    """The same for all rows."""
+    index = torch.arange(rows, device=device)
+    ones, counts = torch.ones(rows, device=device), torch.ones(rows, dtype=torch.int32, device=device)
+    tokens = index * 31 % vocab
+    random = SamplingBatch(ones, index, index)
+    return {
+        "greedy": SamplingBatch(),
+        "temperature": random,
+        "top-p 0.9": replace(random, top_p=ones * 0.9),
+        "top-k 40": replace(random, top_k=torch.full_like(index, 40)),
+        "top-k 40, top-p 0.9": replace(random, top_k=torch.full_like(index, 40), top_p=ones * 0.9),
+        "greedy, 5 log probabilities": SamplingBatch(logprob_rows=index, num_top_logprobs=5),
+        "greedy, bias and penalties": SamplingBatch(
+            logit_bias=LogitBias(index, tokens, ones), penalties=Penalties(index, tokens, counts, ones, ones, ones * 1.1)
+        ),
+    }
+
+
+PARTS: dict[str, Callable[[Options, Keep], Result]] = {
+    "device": measure_device,
+    "step": measure_step,
+    "kernels": measure_kernels,
+    "prefill": measure_prefill,
+    "sampling": measure_sampling,
+}
+
+
+class _Model:
+    """The model that is measured, and the batches that there is room for beside it."""
+
+    def __init__(self, options: Options) -> None:
+        device = options.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()
+        config, name = self._choose(options, free)
+        left = free - _weight_bytes(config)
+        self.batches = what_fits(config, options.batches, options.num_steps, TORCH_DTYPES[DTYPE].itemsize, left)
+        if not self.batches:
+            raise SystemExit(
+                f"--batch-sizes, --contexts: beside {name} {left / 2**30:.1f} GiB are free, too little for any of "
+                + ", ".join(f"{batch.size} x {batch.context}" for batch in options.batches)
+            )
+        if options.model is None:
+            self.model = random_model(config, device, choose_layout(device))
+        else:
+            self.model = load_model(options.model, config, dtype=TORCH_DTYPES[DTYPE], device=device)
+        self.about: Result = {
+            "model": name,
+            "weight_bytes": self.model.weight_bytes,
+            "left_out": [asdict(batch) for batch in options.batches if batch not in self.batches],
+        }
+
+    def _choose(self, options: Options, free: int) -> tuple[ModelConfig, str]:
+        if options.model is not None:
+            return load_model_config(options.model), str(options.model)
+        names = [options.preset] if options.preset else [*PRESETS] if options.device.type == "cuda" else ["tiny"]
+        item = TORCH_DTYPES[DTYPE].itemsize
+        for name in names:
+            config = preset_config(name)
+            if what_fits(config, options.batches, options.num_steps, item, free - _weight_bytes(config)):
+                return config, f"{name}, random weights"
+        raise SystemExit(f"{', '.join(names)}: none of these fits into {free / 2**30:.1f} GiB with a batch of the given sizes")
+
+
+def _weight_bytes(config: ModelConfig) -> int:
+    (shard,) = plan_shards(config, ParallelConfig())
+    return rank_bytes(config, shard, DTYPE).total
+
+
+def _bandwidth(device: torch.device) -> float:
+    return copy_bandwidth(device, (1 << 30) if device.type == "cuda" else (1 << 27))
+
+
+def _triton_version() -> str:
+    if not has_triton():
+        return "none"
+    import triton
+
+    return str(triton.__version__)
+
+
+def _driver() -> str:
+    """As nvidia-smi names it."""
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown (no nvidia-smi)"
+    return said.stdout.split("\n")[0].strip() or "unknown"

@@ -1,0 +1,165 @@
+"""Tables of what `benchmarks/gpu_check.py` has found, in Markdown, as `docs/performance.md` has them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Result = Mapping[str, Any]
+
+_LAUNCHES = {
+    ("linear", 0): "QKV projection",
+    ("linear", 1): "output projection",
+    ("_rope_and_store", 0): "RoPE, KV store",
+    ("_attend", 0): "attention",
+    ("_merge_splits", 0): "attention, splits together",
+    ("add_rms_norm_kernel", 0): "residual, norm",
+    ("add_rms_norm_kernel", 1): "residual, norm",
+    ("narrow_linear_kernel", 0): "gate",
+    ("choose_experts", 0): "choice, routing",
+    ("place_tokens", 0): "routing, places",
+    ("expert_matmul_wgmma", 0): "experts, gate_up",
+    ("expert_matmul_wgmma", 1): "experts, down",
+    ("expert_matmul_natural", 0): "experts, gate_up",
+    ("expert_matmul_natural", 1): "experts, down",
+    ("add_slots", 0): "combine",
+}
+"""What a launch is for, by its name and how many of that name come before it in a layer."""
+
+
+def report(found: Mapping[str, Result]) -> str:
+    """All parts that are there.
+
+    Args:
+        found: by name, as `gpu_parts.PARTS` and the tests have them; a part that did not end has `failed`.
+    """
+    sections = {
+        "device": _device,
+        "tests": _tests,
+        "step": _step,
+        "kernels": _kernels,
+        "prefill": _prefill,
+        "sampling": _sampling,
+    }
+    parts = []
+    for name, section in sections.items():
+        if name in found:
+            body = [] if "skipped" in found[name] else section(found[name])
+            parts.append("\n".join(body + [f"**{name}: {found[name][word]}**" for word in ("skipped", "failed") if word in found[name]]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _device(result: Result) -> list[str]:
+    if "name" not in result:
+        return []
+    return [
+        f"{result['name']} ({result['architecture']}, {result['memory_bytes'] / 2**30:.1f} GiB), driver {result['driver']}, "
+        f"torch {result['torch']}, Triton {result['triton']}. A copy reads and writes {result['bandwidth'] / 1e9:.0f} GB/s, a bf16 product "
+        f"reaches {result['matmul_flops'] / 1e12:.0f} TFLOP/s."
+    ]
+
+
+def _tests(result: Result) -> list[str]:
+    lines = [f"Tests: {result['summary']}"] if "summary" in result else []
+    lines += [f"- {line}" for line in result.get("problems", ())]
+    if result.get("printed"):
+        lines += ["", "```", *result["printed"], "```"]
+    return lines
+
+
+def _step(result: Result) -> list[str]:
+    rows = [
+        (
+            f"{step['size']}",
+            f"{step['context']}",
+            f"{step['seconds'] * 1e3:.2f}",
+            f"{step['launch_s'] * 1e3:.2f}",
+            f"{step['size'] / step['seconds']:.0f}",
+            f"{step['least_bytes'] / 1e9:.2f}",
+            f"{step['share']:.0%}",
+        )
+        for step in result.get("steps", ())
+    ]
+    if not rows:
+        return []
+    return [
+        f"Decode steps of {result['model']} ({result['weight_bytes'] / 1e9:.1f} GB), greedy, each launched before the tokens of the one "
+        f"before were taken. Graphs: {result['graphs']}. `share` is the time to read the weights and keys that a step must read, at the "
+        f"bandwidth of a copy ({result['bandwidth'] / 1e9:.0f} GB/s), over the time of the step.{_left_out(result)}",
+        "",
+        *_table(("sequences", "context", "ms a step", "ms to launch", "tok/s", "GB to read", "share"), rows),
+        "",
+        *(f"- {operation}: {kernel}" for operation, kernel in result["kernels"].items()),
+    ]
+
+
+def _kernels(result: Result) -> list[str]:
+    lines: list[str] = []
+    for batch in result.get("batches", ()):
+        rows = [
+            (
+                "all" if row["window"] is None else str(row["window"]),
+                _LAUNCHES.get((row["name"], row["occurrence"]), row["name"]),
+                f"{row['seconds'] * 1e6:.1f}",
+                f"{row['bytes'] / 1e6:.2f}",
+                f"{row['share']:.0%}",
+            )
+            for row in batch["launches"]
+        ]
+        for window in dict.fromkeys(row["window"] for row in batch["launches"]):
+            layer = [row for row in batch["launches"] if row["window"] == window]
+            total_s, total_bytes = (sum(row[name] for row in layer) for name in ("seconds", "bytes"))
+            share = total_bytes / result["bandwidth"] / total_s
+            cells = (f"{total_s * 1e6:.1f}", f"{total_bytes / 1e6:.2f}", f"{share:.0%}")
+            rows.append(("all" if window is None else str(window), f"**layer, {len(layer)} launches**", *cells))
+        around = ", ".join(f"{row['name']} {row['seconds'] * 1e6:.1f}" for row in batch["around"])
+        lines += [
+            f"A decode layer, {batch['size']} sequences of {batch['context']} tokens: each launch alone, replayed over the weights and "
+            f"caches of {batch['layers_timed']} layers. Bytes as `benchmarks/decode_traffic.py` counts them.",
+            "",
+            *_table(("window", "launch", "us", "MB", "share of a copy's bandwidth"), rows),
+            "",
+            f"Around the layers, us: {around}.",
+            "",
+        ]
+    return lines[:-1]
+
+
+def _prefill(result: Result) -> list[str]:
+    rows = [
+        (
+            f"{row['tokens']}",
+            f"{row['seconds'] * 1e3:.1f}",
+            f"{row['tokens'] / row['seconds']:.0f}",
+            f"{row['flops'] / row['seconds'] / 1e12:.0f}",
+            f"{row['share']:.0%}",
+        )
+        for row in result.get("prompts", ())
+    ]
+    if not rows:
+        return []
+    intro = (
+        f"Prompts of one sequence in one step, {result['model']}, against {result['matmul_flops'] / 1e12:.0f} TFLOP/s of a bf16 product."
+    )
+    return [intro, "", *_table(("tokens", "ms", "tok/s", "TFLOP/s", "share"), rows)]
+
+
+def _sampling(result: Result) -> list[str]:
+    ways = result.get("ways", ())
+    if not ways:
+        return []
+    columns = list(dict.fromkeys(row["rows"] for row in ways))
+    cells = {(row["way"], row["rows"]): f"{row['seconds'] * 1e6:.0f} ({row['passes']:.1f})" for row in ways}
+    rows = [(way, *(cells.get((way, size), "") for size in columns)) for way in dict.fromkeys(row["way"] for row in ways)]
+    intro = f"Sampling from {result['vocab']} logits, us by rows; in brackets, in passes over the logits at a copy's bandwidth."
+    return [intro, "", *_table(("way", *map(str, columns)), rows)]
+
+
+def _left_out(result: Result) -> str:
+    left_out = ", ".join(f"{batch['size']} x {batch['context']}" for batch in result["left_out"])
+    return f" No room for {left_out}." if left_out else ""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells that look like numbers to the right."""
+    numeric = [all(row[column][:1].isdigit() for row in rows) for column in range(len(header))]
+    separator = ["---:" if right else "---" for right in numeric]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, separator, *rows)]

@@ -1,0 +1,72 @@
+"""The part of `benchmarks/gpu_check.py` that times each launch alone, in the interpreter: which launches, and their bytes."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch.nn import functional
+
+from benchmarks import gpu_parts
+from benchmarks.decode_batches import Batch, decode_batch, random_caches
+from benchmarks.gpu_parts import Options, measure_kernels
+from benchmarks.gpu_report import report
+from benchmarks.launch_recorder import recording_launches
+from benchmarks.random_model import random_model
+from kernels.cpu import linear as cpu_linear
+from kernels.linear import reference as linear_reference
+from kernels.mxfp4 import NATURAL
+from tests.support.tiny_model import TINY
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense layers are one call of a BLAS each, and indices go unchecked."""
+    monkeypatch.setattr(cpu_linear, "can_run", lambda x: False)
+    monkeypatch.setattr(linear_reference, "linear", functional.linear)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("kernels.") and hasattr(module, "checks_indices"):
+            monkeypatch.setattr(module, "checks_indices", lambda: False)
+
+
+def test_every_launch_of_a_layer_has_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_parts, "preset_config", lambda name: TINY)
+    monkeypatch.setattr(gpu_parts, "_bandwidth", lambda device: 1e9)
+    calls = []
+    monkeypatch.setattr(gpu_parts, "seconds", lambda work, device: calls.append(work()) or 0.001)
+    options = Options(CPU, None, "tiny", batch_sizes=(3,), contexts=(40,), steps=2, prompts=())
+    found = json.loads(json.dumps(measure_kernels(options, lambda result: None)))
+    (batch,) = found["batches"]
+    by_window = {window: [row for row in batch["launches"] if row["window"] == window] for window in (24, None)}
+    matmuls = [("expert_matmul_natural", 0), ("expert_matmul_natural", 1)]
+    expected = [("linear", 0), ("_rope_and_store", 0), ("_attend", 0), ("linear", 1), ("add_rms_norm_kernel", 0)]
+    expected += [("narrow_linear_kernel", 0), ("choose_experts", 0), *matmuls, ("add_slots", 0), ("add_rms_norm_kernel", 1)]
+    for rows in by_window.values():
+        assert [(row["name"], row["occurrence"]) for row in rows] == expected
+    assert len(calls) == 2 * len(expected) + len(batch["around"])
+    qkv = by_window[None][0]
+    assert qkv["bytes"] == 2 * ((3 * 96) + 96 * (6 + 6) * 8 + (6 + 6) * 8 + 3 * (6 + 6) * 8)
+    assert qkv["share"] == pytest.approx(qkv["bytes"] / 1e9 / 0.001)
+    assert [row["name"] for row in batch["around"]][:3] == ["yarn_kernel", "embed_kernel", "rms_norm_kernel"]
+    text = report({"kernels": found})
+    assert "| all | **layer, 11 launches** |" in text
+    assert "| 24 | experts, gate_up |" in text
+
+
+def test_a_recorded_launch_does_the_same_again() -> None:
+    model = random_model(TINY, CPU, NATURAL, dtype=torch.float32)
+    batch = Batch(2, 30)
+    caches, inputs = random_caches(model, [batch], 0), decode_batch(model, batch)
+    with torch.inference_mode(), recording_launches(compute=True) as recorded:
+        hidden = model.forward(inputs, caches)
+    launch = [launch for launch in recorded if launch.name == "add_rms_norm_kernel"][-1]
+    residual, normed = launch.tensors[0], launch.tensors[3]
+    assert normed.data_ptr() == hidden.data_ptr()
+    before = residual.clone()
+    with torch.inference_mode():
+        normed.fill_(torch.nan)
+        launch.again()
+    assert normed.isfinite().all()
+    assert not torch.equal(residual, before), "the residual takes the sum again"
