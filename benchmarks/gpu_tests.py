@@ -1,5 +1,5 @@
 """Runs tests/gpu in several processes on one GPU, since compiling kernels takes a processor core longer than running them takes the GPU.
-The tests that print times run alone, after the others."""
+Those that print times or read how much memory the GPU has free run alone, after the others."""
 
 import os
 import subprocess
@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "tests/gpu"
-TIMES = "roofline"
-"""In the names of the tests that print times."""
+ALONE = "roofline or graphs_keep"
+"""In the names of the tests that no other process may disturb."""
 _SKIPPED = "skipped"
 # Without the project's own options, which need plugins that a GPU machine may lack.
 _PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider"]
 
 
 def run_tests(root: Path, num_processes: int, timeout_s: float, folder: str = FOLDER) -> dict[str, Any]:
-    """{"summary", "problems": a line each, "printed": lines of the tests that print times, "failed" if something did}."""
+    """{"summary", "problems": a line each, "printed": what the tests that run alone print, "failed" if something did}."""
     deadline = time.monotonic() + timeout_s
-    listed = subprocess.run([*_PYTEST, "--collect-only", folder], cwd=root, capture_output=True, text=True, timeout=timeout_s, check=False)
-    ids = [line for line in listed.stdout.splitlines() if "::" in line and TIMES not in line]
+    command = [*_PYTEST, "--collect-only", "-k", f"not ({ALONE})", folder]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=timeout_s, check=False)
+    ids = [line for line in listed.stdout.splitlines() if "::" in line]
     if not ids:
         return {"failed": f"no tests were found: {listed.stdout[-500:]}{listed.stderr[-500:]}"}
     counts: Counter[str] = Counter()
@@ -42,9 +43,9 @@ def run_tests(root: Path, num_processes: int, timeout_s: float, folder: str = FO
                 problems.append(f"not done in time: a process with {len(part)} tests from {part[0]} on; {_last_line(xml)}")
                 continue
             _count(xml, process.returncode, counts, problems)
-        printed, code = _times(root, folder, deadline)
+        printed, code = _alone(root, folder, deadline)
     if code:
-        problems.append(f"the tests that print times ended with {code}")
+        problems.append(f"the tests that run alone ended with {code}")
     result: dict[str, Any] = {
         "summary": ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items())) + f" of {len(ids)}",
         "problems": problems,
@@ -81,11 +82,11 @@ def _count(xml: Path, code: int, counts: Counter[str], problems: list[str]) -> N
     problems += [f"{_SKIPPED} {number}: {reason}" for reason, number in reasons.items()]
 
 
-def _times(root: Path, folder: str, deadline: float) -> tuple[list[str], int]:
+def _alone(root: Path, folder: str, deadline: float) -> tuple[list[str], int]:
     """(what is printed, exit code; 0 where there are none)."""
     try:
         ran = subprocess.run(
-            [*_PYTEST, "-k", TIMES, folder],
+            [*_PYTEST, "-k", ALONE, folder],
             cwd=root,
             capture_output=True,
             text=True,

@@ -72,5 +72,6 @@ def gpu_kv_cache(
         total_bytes=gpu.memory_bytes,
         used_bytes=weight_bytes,
         activation_bytes=RESERVE_BYTES,
+        graph_bytes=0,
     )
     return split_memory(shape, scheduler, dtype=kv_dtype, max_model_len=max_model_len, memory_bytes=memory.num_bytes, source=memory.source)

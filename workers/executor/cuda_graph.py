@@ -37,10 +37,17 @@ def graph_size(sizes: tuple[int, ...], num_seqs: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class GraphReport:
-    """What capturing took: graphs, and bytes of GPU memory they keep."""
+    """What capturing took: bytes of GPU memory that each graph keeps, in the order of capture, the largest graph first."""
 
-    num_graphs: int
-    memory_bytes: int
+    graph_bytes: tuple[int, ...]
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self.graph_bytes)
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(self.graph_bytes)
 
 
 class DecodeGraphs:
@@ -63,26 +70,30 @@ class DecodeGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.inference_mode()
-    def capture(self, progress: Callable[[str, int, int], None]) -> GraphReport:
-        """Record all sizes, the largest first: the smaller ones then fit into its memory, which they share."""
+    def capture(self, progress: Callable[[str, int, int], None], *, limit: int | None = None) -> GraphReport:
+        """Record all sizes, or so many, the largest first: the smaller ones then fit into its memory, which they share."""
         device = self._inputs.device
         buffers = InputBuffers(device)
-        torch.cuda.synchronize(device)
-        before = torch.cuda.mem_get_info(device)[0]
+        # One for all: cuBLAS keeps a workspace, 32 MiB on sm_90, for each stream that it has seen.
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         pool = torch.cuda.graph_pool_handle()
-        for done, size in enumerate(reversed(self.sizes)):
-            progress("capture graphs", done, len(self.sizes))
+        sizes = self.sizes[::-1][:limit]
+        free = _free_bytes(device)
+        graph_bytes = []
+        for done, size in enumerate(sizes):
+            progress("capture graphs", done, len(sizes))
             arrays = padding_rows(size, self._device_slots.padding_slot).batch_arrays()
             tensors = buffers.upload(arrays, self._inputs)
-            self._warm_up(tensors)
+            self._warm_up(tensors, stream)
             graph = torch.cuda.CUDAGraph()
             # thread_local: other threads of the process (NCCL's watchdog, the plan channel) may call CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 hidden = self._run(tensors)
             self._graphs[size] = graph, hidden
-        progress("capture graphs", len(self.sizes), len(self.sizes))
-        torch.cuda.synchronize(device)
-        return GraphReport(len(self._graphs), before - torch.cuda.mem_get_info(device)[0])
+            before, free = free, _free_bytes(device)
+            graph_bytes.append(before - free)
+        progress("capture graphs", len(sizes), len(sizes))
+        return GraphReport(tuple(graph_bytes))
 
     def size_for(self, rows: StepRows) -> int | None:
         """The graph that can run this batch; None: it is no decode batch, too large, or brings too many new blocks."""
@@ -104,9 +115,8 @@ class DecodeGraphs:
         graph.replay()
         return hidden, sample_indices, sampled_slots
 
-    def _warm_up(self, tensors: list[Tensor]) -> None:
+    def _warm_up(self, tensors: list[Tensor], stream: torch.cuda.Stream) -> None:
         """Run once outside the graph: kernels are compiled, libraries allocate their workspaces."""
-        stream = torch.cuda.Stream(self._inputs.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._inputs.device))
         with torch.cuda.stream(stream):
             self._run(tensors)
@@ -115,6 +125,12 @@ class DecodeGraphs:
     def _run(self, tensors: list[Tensor]) -> Tensor:
         # The sampled rows are taken outside; any tensor stands for them here.
         return self._forward(self._device_slots.batch(tensors, tensors[0], self._max_blocks, 1))
+
+
+def _free_bytes(device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free
 
 
 def padding_rows(size: int, padding_slot: int) -> StepRows:

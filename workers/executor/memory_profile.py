@@ -1,17 +1,33 @@
-"""Steps that are run before there are requests: the largest, to see what it takes beyond the weights before the KV cache is sized, and
-smaller ones, so that their kernels are compiled."""
+"""Steps that are run before there are requests: smaller ones, so that their kernels are compiled, and the largest and CUDA graphs, to see
+what they take beyond the weights before the KV cache is sized.
 
-from dataclasses import replace
+Counted is what a rank takes while it serves: weights, CUDA's context, compiled kernels, NCCL's buffers and cuBLAS's workspaces, as they are
+in use when this is done; the peak of the largest step with the most expensive sampling; graphs. Not counted, and left to what
+`cache.gpu_memory_utilization` leaves: entries of penalties and biases beyond one a row (20 bytes each), block tables, and processes that
+come later.
+"""
+
+import threading
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from kernels.sampling import SamplingBatch, sample
+from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds, sample
 from kernels.sampling import warm_up as warm_up_sampling
 from workers.config import BLOCK_SIZE, KVDtype, SchedulerConfig
+from workers.executor.cuda_graph import DecodeGraphs, GraphReport
+from workers.executor.slots import DeviceSlots, SequenceSlots
 from workers.kv_cache.tensors import KV_TORCH_DTYPES
 from workers.model.gpt_oss import GptOss
 from workers.model.step_batch import StepBatch
 from workers.scheduler.plan import NULL_BLOCK
+
+MAX_TOP_LOGPROBS = 20
+"""That a request may ask for."""
+SAMPLED_GRAPHS = 2
+MIN_GRAPH_BYTES = 1 << 20
 
 
 def largest_batch(scheduler: SchedulerConfig, max_model_len: int, device: torch.device) -> StepBatch:
@@ -49,23 +65,104 @@ def run_largest_step(model: GptOss, scheduler: SchedulerConfig, max_model_len: i
     """Forward, logits and sampling of the largest step; keys and values go to one block that is let go of. All ranks take part."""
     batch = largest_batch(scheduler, max_model_len, model.device)
     batch.token_ids.remainder_(model.config.vocab_size)
-    shape = (2, NULL_BLOCK + 1, BLOCK_SIZE, model.num_kv_heads, model.config.head_dim)
-    kv_caches = [torch.zeros(shape, dtype=KV_TORCH_DTYPES[kv_dtype], device=model.device) for _ in model.layers]
-    logits = model.compute_logits(model.forward(batch, kv_caches)[batch.sample_indices])
+    logits = model.compute_logits(model.forward(batch, _null_caches(model, kv_dtype))[batch.sample_indices])
     if logits is not None:
-        rows = torch.arange(len(logits), device=model.device)
-        sample(logits, SamplingBatch(torch.ones_like(rows, dtype=torch.float32), rows, rows, top_p=torch.full_like(logits[:, 0], 0.9)))
+        sample(logits, everything_wanted(logits.shape[0], logits.shape[1], model.device))
+
+
+def everything_wanted(num_rows: int, vocab_size: int, device: torch.device) -> SamplingBatch:
+    """The sampling that takes most memory: a second copy of the logits, which biases and masks change, and all searches over it."""
+    rows = torch.arange(num_rows, device=device)
+    tokens = rows % vocab_size
+    ones, counts = torch.ones(num_rows, device=device), torch.ones(num_rows, dtype=torch.int32, device=device)
+    some = TokenIds(rows, tokens)
+    return SamplingBatch(
+        temperature=ones,
+        seeds=rows,
+        output_positions=rows,
+        top_k=torch.full_like(rows, min(50, vocab_size)),
+        top_p=ones * 0.9,
+        min_p=ones * 0.01,
+        logit_bias=LogitBias(rows, tokens, ones),
+        penalties=Penalties(rows, tokens, counts, ones, ones, ones * 1.1),
+        allowed_ids=some,
+        allowed_bits=AllowedBits(rows, torch.full((num_rows, -(-vocab_size // 8)), 255, dtype=torch.uint8, device=device)),
+        forbidden_ids=some,
+        logprob_rows=rows,
+        num_top_logprobs=min(MAX_TOP_LOGPROBS, vocab_size),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Bytes of GPU memory beyond what is in use now: the largest step's peak, and CUDA graphs."""
+
+    activation_bytes: int
+    graph_bytes: int
+
+
+def profile_step(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype, *, graphs: bool) -> StepMemory:
+    """Run what is largest and see (CUDA only). What stays allocated afterwards, such as libraries' workspaces, is in use and not counted.
+    All ranks take part.
+
+    Args:
+        graphs: whether decode steps will be captured.
+    """
+    device = model.device
+    _run_in_another_thread(device)
+    activations = activation_bytes(model, scheduler, max_model_len, kv_dtype)
+    captured = _captured_bytes(model, scheduler, max_model_len, kv_dtype) if graphs else 0
+    torch.cuda.empty_cache()
+    return StepMemory(activations, captured)
 
 
 def activation_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> int:
-    """Bytes of GPU memory that the largest step takes at its peak beyond what is allocated now."""
+    """Bytes of GPU memory that the largest step takes at its peak beyond what is in use now (CUDA only), as torch takes it from the
+    driver: in whole segments."""
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(model.device)
+    before = torch.cuda.memory_reserved(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
     run_largest_step(model, scheduler, max_model_len, kv_dtype)
-    peak: int = torch.cuda.max_memory_allocated(model.device)
+    peak: int = torch.cuda.max_memory_reserved(model.device)
     torch.cuda.empty_cache()
     return peak - before
+
+
+def _captured_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> int:
+    """What the graphs of all sizes will keep: the two largest are captured, and let go of."""
+    slots = SequenceSlots(scheduler.max_num_seqs, max_model_len)
+    kv_caches = _null_caches(model, kv_dtype)
+    graphs = DecodeGraphs(slots, DeviceSlots(slots, model.device), lambda batch: model.forward(batch, kv_caches))
+    report = graphs.capture(lambda phase, done, total: None, limit=SAMPLED_GRAPHS)
+    return expected_graph_bytes(report, len(graphs.sizes))
+
+
+def expected_graph_bytes(sampled: GraphReport, num_graphs: int) -> int:
+    """The first graph's memory is shared by those that are smaller; what each of these takes beside it is taken to be what the last sampled
+    one did, and at least MIN_GRAPH_BYTES for the driver's part. As vLLM estimates it (`profile_cudagraph_memory`)."""
+    taken = [max(num_bytes, MIN_GRAPH_BYTES) for num_bytes in sampled.graph_bytes]
+    return sum(taken) + (num_graphs - len(taken)) * (taken[-1] if len(taken) > 1 else MIN_GRAPH_BYTES)
+
+
+def _run_in_another_thread(device: torch.device) -> None:
+    """A matrix product on a thread that ends: cuBLAS has a handle for each thread, with a workspace for each stream. The thread that will
+    run the steps takes over this one's."""
+
+    def multiply() -> None:
+        torch.cuda.set_device(device)
+        square = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+        functional.linear(square, square, square[0])
+        square @ square
+
+    thread = threading.Thread(target=multiply, name="cantata-cublas")
+    thread.start()
+    thread.join()
+
+
+def _null_caches(model: GptOss, kv_dtype: KVDtype) -> list[Tensor]:
+    """A layer's each, of one block."""
+    shape = (2, NULL_BLOCK + 1, BLOCK_SIZE, model.num_kv_heads, model.config.head_dim)
+    return [torch.zeros(shape, dtype=KV_TORCH_DTYPES[kv_dtype], device=model.device) for _ in model.layers]
 
 
 def warm_up(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> None:

@@ -14,7 +14,7 @@ from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from workers.errors import ConfigError
 from workers.executor.cpu_program import programs_run
 from workers.executor.kernel_choice import describe_device, kernel_choices, not_capturable, slow_on_gpu
-from workers.executor.memory_profile import activation_bytes, warm_up
+from workers.executor.memory_profile import profile_step, warm_up
 from workers.executor.runner import PendingStep, Runner
 from workers.kv_cache.tensors import (
     KV_TORCH_DTYPES,
@@ -147,6 +147,8 @@ class Rank:
         choices = kernel_choices(self._model, self._config.kv_dtype)
         for sentence in slow_on_gpu(choices, self._device):
             logger.warning("%s", sentence)
+        if self._device.type == "cuda" and (blocking := not_capturable(choices)):
+            logger.warning("no CUDA graphs: the kernels for %s read sizes back to the host", " and ".join(blocking))
         kernels = {operation: str(choice) for operation, choice in choices.items()}
         return RankLoaded(describe_device(self._device), self._model.weight_bytes, self._kv_memory(), kernels)
 
@@ -163,13 +165,11 @@ class Rank:
         with self._phase("warm up"):
             self.logits([0])
         assert self._model is not None
-        if self._device.type == "cuda":
-            with self._phase("compile kernels"):
-                warm_up(self._model, self._config.scheduler, self._max_model_len, self._config.kv_dtype)
-                self._collectives.meet("compile kernels", LOAD_TIMEOUT_S)  # rank 0 has more of them
         runner = Runner(self._model, kv_caches, max_num_seqs=self._config.scheduler.max_num_seqs, max_model_len=self._max_model_len)
-        if self._device.type == "cuda" and not self._config.enforce_eager:
-            self._capture_graphs(self._model, runner)
+        if self._captures_graphs(self._model):
+            with self._phase("capture graphs"):
+                report = runner.capture_graphs(self._progress)
+            logger.info("captured %d CUDA graphs, which keep %.0f MiB", report.num_graphs, report.memory_bytes / 1024**2)
         if self._device.type == "cpu" and self._collectives.size == 1 and programs_run() and not self._config.enforce_eager:
             runner.record_programs()
         self._runner = runner
@@ -222,14 +222,12 @@ class Rank:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
-    def _capture_graphs(self, model: GptOss, runner: Runner) -> None:
-        blocking = not_capturable(kernel_choices(model, self._config.kv_dtype))
-        if blocking:
-            logger.warning("no CUDA graphs: the kernels for %s read sizes back to the host", " and ".join(blocking))
-            return
-        with self._phase("capture graphs"):
-            report = runner.capture_graphs(self._progress)
-        logger.info("captured %d CUDA graphs, which keep %.0f MiB", report.num_graphs, report.memory_bytes / 1024**2)
+    def _captures_graphs(self, model: GptOss) -> bool:
+        return (
+            self._device.type == "cuda"
+            and not self._config.enforce_eager
+            and not not_capturable(kernel_choices(model, self._config.kv_dtype))
+        )
 
     def _kv_memory(self) -> KVMemory:
         shape, config = cache_shape(self._model_config, self._shard), self._config
@@ -242,10 +240,15 @@ class Rank:
                 max_model_len=self._max_model_len,
                 ranks_on_host=self._ranks_on_host,
             )
+        model, limits = self._model, (config.scheduler, self._max_model_len, config.kv_dtype)
+        assert model is not None
         self._collectives.meet("load weights", LOAD_TIMEOUT_S)
+        # Before the profile, since compiled kernels take memory, too.
+        with self._phase("compile kernels"):
+            warm_up(model, *limits)
+            self._collectives.meet("compile kernels", LOAD_TIMEOUT_S)  # rank 0 has more of them
         with self._phase("profile memory"):
-            assert self._model is not None
-            peak_bytes = activation_bytes(self._model, config.scheduler, self._max_model_len, config.kv_dtype)
+            taken = profile_step(model, *limits, graphs=self._captures_graphs(model))
         free, total = torch.cuda.mem_get_info(self._device)
         return gpu_kv_memory(
             shape,
@@ -255,7 +258,8 @@ class Rank:
             max_model_len=self._max_model_len,
             total_bytes=total,
             used_bytes=total - free,
-            activation_bytes=peak_bytes,
+            activation_bytes=taken.activation_bytes,
+            graph_bytes=taken.graph_bytes,
         )
 
     @contextmanager

@@ -104,6 +104,7 @@ def gpu_kv_memory(
     total_bytes: int,
     used_bytes: int,
     activation_bytes: int,
+    graph_bytes: int,
 ) -> KVMemory:
     """`cache.memory_bytes`, or what `cache.gpu_memory_utilization` leaves of a GPU; never more than can be of use.
 
@@ -112,14 +113,15 @@ def gpu_kv_memory(
         total_bytes: of the GPU.
         used_bytes: by this rank's weights and by everything else on the GPU.
         activation_bytes: beyond that, at the peak of the largest step.
+        graph_bytes: of CUDA graphs that are still to be captured.
     """
     if cache.memory_bytes is not None:
         return KVMemory(cache.memory_bytes, "cache.memory_bytes")
     _, useful = _bounds(model, scheduler, dtype, max_model_len)
-    left = max(int(total_bytes * cache.gpu_memory_utilization) - used_bytes - activation_bytes, 0)
+    left = max(int(total_bytes * cache.gpu_memory_utilization) - used_bytes - activation_bytes - graph_bytes, 0)
     source = (
-        f"{cache.gpu_memory_utilization:.0%} of the GPU's {_readable(total_bytes)} less {_readable(used_bytes)} in use and "
-        f"{_readable(activation_bytes)} for activations; cache.gpu_memory_utilization sets it"
+        f"{cache.gpu_memory_utilization:.0%} of the GPU's {_readable(total_bytes)} less {_readable(used_bytes)} in use, "
+        f"{_readable(activation_bytes)} for activations and {_readable(graph_bytes)} for graphs; cache.gpu_memory_utilization sets it"
     )
     return KVMemory(min(left, useful), source)
 

@@ -1,6 +1,10 @@
 """The step that memory is profiled with is as large as any that the scheduler may plan, and the model can run it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +12,14 @@ import torch
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, KVDtype, SchedulerConfig
 from workers.executor import memory_profile
-from workers.executor.memory_profile import largest_batch, run_largest_step, warm_up
+from workers.executor.cuda_graph import DecodeGraphs, GraphReport
+from workers.executor.memory_profile import expected_graph_bytes, largest_batch, run_largest_step, warm_up
+from workers.executor.slots import DeviceSlots, SequenceSlots
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 
 CPU = torch.device("cpu")
+MIB = 1 << 20
 
 
 @pytest.mark.parametrize(
@@ -35,9 +42,83 @@ def test_the_model_runs_it_and_samples_every_sequence(tmp_path: Path, monkeypatc
     model = load_model(write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=CPU)
     sampled = []
     real = memory_profile.sample
-    monkeypatch.setattr(memory_profile, "sample", lambda logits, batch: sampled.append(real(logits, batch).token_ids))
+    monkeypatch.setattr(memory_profile, "sample", lambda logits, batch: sampled.append((batch, real(logits, batch).token_ids)))
     run_largest_step(model, SchedulerConfig(7, 300), 100, kv_dtype)
-    assert [len(token_ids) for token_ids in sampled] == [7]
+    ((batch, token_ids),) = sampled
+    assert len(token_ids) == 7
+    for part in fields(batch):
+        assert getattr(batch, part.name) is not None, f"{part.name}: the worst is all at once"
+    assert batch.num_top_logprobs > 0
+    batch.check(7, TINY.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("taken", "num_graphs", "expected"),
+    [
+        ((100 * MIB, 3 * MIB), 10, 100 * MIB + 9 * 3 * MIB),
+        ((100 * MIB, 0), 10, 109 * MIB),
+        ((100 * MIB, -2 * MIB), 3, 102 * MIB),
+        ((100 * MIB,), 1, 100 * MIB),
+        ((0, 0), 2, 2 * MIB),
+    ],
+)
+def test_the_memory_of_all_graphs_from_the_largest_two(taken: tuple[int, ...], num_graphs: int, expected: int) -> None:
+    assert expected_graph_bytes(GraphReport(taken), num_graphs) == expected
+
+
+class FakeCuda:
+    """A GPU that does the work at once, on one stream at a time, and has less memory after each capture."""
+
+    def __init__(self, taken: list[int]) -> None:
+        self.free = [sum(taken) - sum(taken[:count]) for count in range(len(taken) + 1)]
+        self.streams: list[object] = []
+        self.captured_on: list[object] = []
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        @contextmanager
+        def graph(captured: object, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+            assert capture_error_mode == "thread_local"
+            self.captured_on.append(stream)
+            yield
+
+        def new_stream(device: torch.device) -> SimpleNamespace:
+            self.streams.append(SimpleNamespace(wait_stream=lambda other: None))
+            return self.streams[-1]
+
+        for name, value in {
+            "Stream": new_stream,
+            "current_stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+            "stream": lambda stream: nullcontext(),
+            "synchronize": lambda device: None,
+            "mem_get_info": lambda device: (self.free.pop(0), 0),
+            "graph_pool_handle": object,
+            "CUDAGraph": object,
+            "graph": graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_graphs_are_captured_from_the_largest_on_one_stream_and_their_memory_is_counted(
+    monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """A stream for each graph would leave a cuBLAS workspace for each."""
+    taken = [70, 5, 3, 2, 1][: limit or 5]
+    cuda = FakeCuda(taken)
+    cuda.install(monkeypatch)
+    slots = SequenceSlots(9, 40)
+    batches = []
+    graphs = DecodeGraphs(slots, DeviceSlots(slots, CPU), lambda batch: batches.append(batch) or batch.positions)
+    assert graphs.sizes == (1, 2, 4, 8, 9)
+    seen = []
+    report = graphs.capture(lambda *progress: seen.append(progress), limit=limit)
+    assert report.graph_bytes == tuple(taken)
+    assert (report.num_graphs, report.memory_bytes) == (len(taken), sum(taken))
+    assert [len(batch.token_ids) for batch in batches[::2]] == [9, 8, 4, 2, 1][: limit or 5], "each once to warm up and once captured"
+    assert len(batches) == 2 * len(taken)
+    assert len(cuda.streams) == 1
+    assert cuda.captured_on == cuda.streams * len(taken)
+    assert seen == [("capture graphs", done, len(taken)) for done in range(len(taken) + 1)]
 
 
 def test_warming_up_runs_steps_of_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,10 +118,16 @@ def test_the_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("utilization", "used", "activations", "expected"),
-    [(0.9, 60 * GIB, 2 * GIB, 10 * GIB), (0.5, 30 * GIB, GIB, 9 * GIB), (0.9, 75 * GIB, 0, 0), (1.0, 79 * GIB, 0, GIB)],
+    ("utilization", "used", "activations", "graphs", "expected"),
+    [
+        (0.9, 60 * GIB, 2 * GIB, 0, 10 * GIB),
+        (0.9, 60 * GIB, 2 * GIB, 3 * GIB, 7 * GIB),
+        (0.5, 30 * GIB, GIB, 0, 9 * GIB),
+        (0.9, 75 * GIB, 0, 0, 0),
+        (1.0, 79 * GIB, 0, 0, GIB),
+    ],
 )
-def test_a_gpu_gives_what_its_share_leaves(utilization: float, used: int, activations: int, expected: int) -> None:
+def test_a_gpu_gives_what_its_share_leaves(utilization: float, used: int, activations: int, graphs: int, expected: int) -> None:
     memory = gpu_kv_memory(
         BIG,
         CacheConfig(gpu_memory_utilization=utilization),
@@ -131,6 +137,7 @@ def test_a_gpu_gives_what_its_share_leaves(utilization: float, used: int, activa
         total_bytes=80 * GIB,
         used_bytes=used,
         activation_bytes=activations,
+        graph_bytes=graphs,
     )
     assert memory.num_bytes == pytest.approx(expected, abs=2)
     assert f"{utilization:.0%} of the GPU's 80.00 GiB" in memory.source
@@ -146,6 +153,7 @@ def test_the_operator_decides_on_a_gpu_too() -> None:
         total_bytes=GIB,
         used_bytes=GIB,
         activation_bytes=0,
+        graph_bytes=0,
     )
     assert memory.num_bytes == 3 * GIB
 
