@@ -86,7 +86,7 @@ class CacheConfig:
         prefix_caching: find full blocks again by hash.
         gpu_memory_utilization: share of a GPU's memory for weights, activations and KV cache together; not used on a CPU.
         dtype: `auto`: the model's; `fp8_e4m3`, or `fp8` for short: half of bf16's memory and reads, and other numerics. Each KV head's
-            scales are the checkpoint's `k_scale` and `v_scale` where it has them, else 1.
+            scales are the checkpoint's where it has them (`workers/model/kv_scales.py`), else 1.
     """
 
     memory_bytes: int | None = None
@@ -245,10 +245,8 @@ def parse_model_config(raw: Any, source: str) -> ModelConfig:
         raise CheckpointError(f"{source}: num_experts_per_tok {experts_per_token} is more than num_local_experts {num_experts}")
     if head_dim % 2:
         raise CheckpointError(f"{source}: head_dim {head_dim} must be even")
-    quantization = raw.get("quantization_config")
-    if quantization is not None and (not isinstance(quantization, dict) or quantization.get("quant_method") != "mxfp4"):
-        raise CheckpointError(f"{source}: quantization_config.quant_method must be 'mxfp4'; other quantisations cannot be loaded")
-    if quantization is not None:
+    experts_format = _experts_format(raw.get("quantization_config"), source)
+    if experts_format == "mxfp4":
         for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             if size % 32:
                 raise CheckpointError(f"{source}: {name} {size} is not a multiple of 32, the MXFP4 group")
@@ -271,7 +269,36 @@ def parse_model_config(raw: Any, source: str) -> ModelConfig:
         swiglu_alpha=fields.number("swiglu_alpha", default=1.702),
         rope=_rope(fields),
         stop_token_ids=_stop_token_ids(fields),
-        experts_format="bf16" if quantization is None else "mxfp4",
+        experts_format=experts_format,
+    )
+
+
+def _experts_format(quantization: Any, source: str) -> Literal["mxfp4", "bf16"]:
+    """What is stored: MXFP4 experts, or nothing that is quantised. A checkpoint of the second kind may still name a quantiser that has
+    found scales for an fp8 KV cache and nothing else (llm-compressor with a `kv_cache_scheme` alone, ModelOpt likewise)."""
+    if quantization is None:
+        return "bf16"
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if not isinstance(quantization, dict) or (method != "mxfp4" and not _leaves_weights(quantization)):
+        raise CheckpointError(
+            f"{source}: quantization_config.quant_method must be 'mxfp4', found {method!r}: weights are read as MXFP4 experts with the rest "
+            "in bf16, or all in bf16, either with scales of an fp8 KV cache or without; start from such a checkpoint (engine.quantize mxfp4 "
+            "packs the experts of one in bf16)"
+        )
+    return "mxfp4" if method == "mxfp4" else "bf16"
+
+
+def _leaves_weights(quantization: dict[str, Any]) -> bool:
+    """Whether a config of compressed-tensors or ModelOpt is of an fp8 KV cache alone."""
+    groups, scheme = quantization.get("config_groups") or {}, quantization.get("kv_cache_scheme")
+    return (
+        quantization.get("quant_method") in ("compressed-tensors", "modelopt")
+        and quantization.get("quant_algo") is None
+        and isinstance(groups, dict)
+        and all(isinstance(group, dict) and group.get("weights") is None for group in groups.values())
+        and isinstance(scheme, dict)
+        and scheme.get("type") == "float"
+        and scheme.get("num_bits") == 8
     )
 
 

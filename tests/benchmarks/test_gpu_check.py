@@ -128,7 +128,7 @@ def test_parts_that_fail_or_hang_leave_the_others_their_figures(tmp_path: Path, 
     monkeypatch.setattr(gpu_check, "LEAST_S", 0.0)
     monkeypatch.setattr(gpu_check, "run_tests", lambda *args: {"summary": "1 passed of 1", "problems": [], "printed": []})
     out = tmp_path / "out"
-    flags = ["--device", "cpu", "--out", str(out), "--time-limit", "12", "--only"]
+    flags = ["--device", "cpu", "--out", str(out), "--time-limit", "6", "--only"]
     assert gpu_check.main([*flags, "device,tests,step,kernels,prefill"]) == 1
     found = json.loads((out / "gpu_check.json").read_text())
     assert found["device"] == {"skipped": "device"}
@@ -136,7 +136,7 @@ def test_parts_that_fail_or_hang_leave_the_others_their_figures(tmp_path: Path, 
     assert found["step"] == {"half": "step", "failed": "ended with 3: the reason"}
     assert found["kernels"]["half"] == "kernels"
     assert found["kernels"]["failed"].startswith("not done after ")
-    assert found["prefill"] == {"failed": "not begun, no time was left of 12 s"}
+    assert found["prefill"] == {"failed": "not begun, no time was left of 6 s"}
     assert "**step: ended with 3: the reason**" in (out / "gpu_check.md").read_text()
 
 

@@ -149,12 +149,22 @@ def _original_layer(config: ModelConfig, prefix: str) -> LayerNames:
     )
 
 
-def kv_scale_names(config: ModelConfig) -> list[tuple[str, str]]:
-    """(K's, V's) of each layer: tensors that a checkpoint may have beside those of `tensor_specs`; only in Hugging Face's layout."""
+_KV_SCALES = (
+    ("k_scale", "v_scale"),
+    ("k_proj.k_scale", "v_proj.v_scale"),
+    ("k_proj.output_scale", "v_proj.output_scale"),
+    ("attn.k_scale", "attn.v_scale"),
+)
+"""As compressed-tensors, ModelOpt, Quark and vLLM call a layer's."""
+
+
+def kv_scale_names(config: ModelConfig) -> list[list[tuple[str, str]]]:
+    """For each layer, (K's, V's) in each spelling: tensors that a checkpoint may have beside those of `tensor_specs`; only in Hugging
+    Face's layout."""
     if config.layout == "original":
         return []
     stems = [f"model.layers.{layer}.self_attn" for layer in range(config.num_layers)]
-    return [(f"{stem}.k_scale", f"{stem}.v_scale") for stem in stems]
+    return [[(f"{stem}.{k}", f"{stem}.{v}") for k, v in _KV_SCALES] for stem in stems]
 
 
 def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:

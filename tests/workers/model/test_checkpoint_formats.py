@@ -1,6 +1,7 @@
 """The same model as Hugging Face MXFP4, bf16 and OpenAI's own layout: the same logits, on one rank and on several."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,21 @@ def test_bf16_experts_are_the_same_model(folders: dict[str, Path]) -> None:
     # fp32 as eight bits make it.
     for name in ("bf16", "mxfp4"):
         assert (logits(folders[name], torch.bfloat16) - exact).norm() < 0.05 * exact.norm()
+
+
+def test_scales_of_a_kv_cache_beside_bf16_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As llm-compressor writes them: the config names a quantiser, no weight is quantised."""
+    folder = shutil.copytree(folders["bf16"], tmp_path / "calibrated")
+    fields = json.loads((folder / "config.json").read_text())
+    scheme = {"dynamic": False, "num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"}
+    fields["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme}
+    (folder / "config.json").write_text(json.dumps(fields))
+    (file,) = folder.glob("*.safetensors")
+    scales = {f"model.layers.{layer}.self_attn.{kind}_scale": torch.tensor([0.5 + layer]) for layer in (0, 1) for kind in "kv"}
+    save_file(load_file(file) | scales, file)
+    found = [layer.attention.kv_scales for layer in load(folder).layers]
+    assert [None if scales is None else scales.tolist() for scales in found] == [[[0.5] * 4] * 2, [[1.5] * 4] * 2]
+    assert torch.equal(logits(folder), logits(folders["bf16"])), "without effect on a cache that is not fp8"
 
 
 def test_quantising_what_was_unpacked_gives_it_back(folders: dict[str, Path]) -> None:

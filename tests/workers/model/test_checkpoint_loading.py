@@ -361,6 +361,23 @@ class TestKVScales:
         assert scales.dtype == torch.float32
         assert scales.tolist() == [[0.25, 0.25], [0.5, 3.0]]
 
+    @pytest.mark.parametrize(
+        "names", [("k_proj.k_scale", "v_proj.v_scale"), ("k_proj.output_scale", "v_proj.output_scale"), ("attn.k_scale", "attn.v_scale")]
+    )
+    def test_by_the_names_that_other_quantisers_give_them(self, checkpoint: Path, names: tuple[str, str]) -> None:
+        k, v = (f"model.layers.0.self_attn.{name}" for name in names)
+        change(checkpoint, lambda tensors: tensors.update({k: torch.tensor([[0.25]]), v: torch.tensor([0.5, 3.0]).view(2, 1, 1)}))
+        layers = load(checkpoint).layers
+        scales = layers[0].attention.kv_scales
+        assert scales is not None
+        assert scales.tolist() == [[0.25, 0.25], [0.5, 3.0]]
+        assert layers[1].attention.kv_scales is None
+
+    def test_under_two_names_they_are_refused(self, checkpoint: Path) -> None:
+        other = {"model.layers.1.self_attn.k_proj.k_scale": torch.tensor(1.0), "model.layers.1.self_attn.v_proj.v_scale": torch.tensor(1.0)}
+        change(checkpoint, lambda tensors: tensors.update({self.K: torch.tensor(1.0), self.V: torch.tensor(1.0)} | other))
+        refusal(checkpoint, "both give a layer's scales")
+
     def test_a_rank_has_those_of_its_heads(self, checkpoint: Path) -> None:
         change(checkpoint, lambda tensors: tensors.update({self.K: torch.tensor([0.5, 2.0]), self.V: torch.tensor([1.0, 4.0])}))
         found = []
