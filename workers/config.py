@@ -281,9 +281,9 @@ def _experts_format(quantization: Any, source: str) -> Literal["mxfp4", "bf16"]:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if not isinstance(quantization, dict) or (method != "mxfp4" and not _leaves_weights(quantization)):
         raise CheckpointError(
-            f"{source}: quantization_config.quant_method must be 'mxfp4', found {method!r}: weights are read as MXFP4 experts with the rest "
-            "in bf16, or all in bf16, either with scales of an fp8 KV cache or without; start from such a checkpoint (engine.quantize mxfp4 "
-            "packs the experts of one in bf16)"
+            f"{source}: quantization_config.quant_method must be 'mxfp4', found {method!r}: weights are read as MXFP4 experts with the "
+            "rest in bf16, or all in bf16, either with scales of an fp8 KV cache or without; start from such a checkpoint (engine.quantize "
+            "mxfp4 packs the experts of one in bf16)"
         )
     return "mxfp4" if method == "mxfp4" else "bf16"
 

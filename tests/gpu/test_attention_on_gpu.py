@@ -4,6 +4,7 @@ Written on machines without a GPU and not run on one yet. `make gpu-check` runs 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,37 @@ def test_rope_and_store(device: torch.device, dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     torch.testing.assert_close(out.cpu(), expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(cache.cpu(), expected_cache, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_rope_and_store_in_fp8(fp8_device: torch.device, scales: bool) -> None:
+    """What is divided by a scale may round to a neighbour in fp8, 1/8 away at most, where it lies half-way between two."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(37, 10 + 2 * 3, 64, generator=generator).bfloat16()
+    qkv[1] *= 1e4  # saturates
+    angles, slots = torch.rand(37, 32, generator=generator) * 7, torch.randperm(40 * BLOCK_SIZE, generator=generator)[:37]
+    kv_scales = torch.tensor([[0.5, 0.3, 2], [0.1, 7, 1]]) if scales else None
+    expected_cache = torch.zeros(2, 40, BLOCK_SIZE, 3, 64).to(FP8)
+    cache = expected_cache.to(fp8_device)
+    reference.rope_and_store_kv(qkv.clone(), 10, angles.cos(), angles.sin(), expected_cache, slots, kv_scales=kv_scales)
+    arguments = (qkv.to(fp8_device), 10, angles.cos().to(fp8_device), angles.sin().to(fp8_device), cache, slots.to(fp8_device))
+    rope_and_store_kv(*arguments, kv_scales=None if kv_scales is None else kv_scales.to(fp8_device))
+    found, wanted = cache.cpu().float(), expected_cache.float()
+    torch.testing.assert_close(found, wanted, atol=2**-9, rtol=1 / 8)
+    assert (found == wanted).float().mean() > 0.99
+
+
+def test_bad_arguments_are_named(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block tables are looked at where the environment says so; a tensor that was left on the host is refused."""
+    case = attention_case([(1, 40), (3, 20)], heads=(8, 1), head_dim=64, dtype=torch.bfloat16).to(device)
+    with pytest.raises(ValueError, match=r"^context_lens must be contiguous and on cuda"):
+        run(replace(case, context_lens=case.context_lens.cpu()))
+    monkeypatch.setenv("CANTATA_CHECK_INDICES", "1")
+    run(case)
+    table = case.block_table.clone()
+    table[0, 1] = case.kv_cache.shape[1]
+    with pytest.raises(ValueError, match=r"^block_table\[0, 1\] is "):
+        run(replace(case, block_table=table))
 
 
 def seconds(work: Callable[[], object]) -> float:

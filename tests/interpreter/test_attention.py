@@ -226,7 +226,19 @@ def rope_arguments(heads: tuple[int, int], head_dim: int, dtype: torch.dtype, sl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("heads", "head_dim", "slots"),
-    [((6, 3), 10, [63, 0, 17]), ((64, 8), 64, [5]), ((7, 7), 2, list(range(40, 3, -1))), ((16, 16), 34, [1, 2]), ((3, 1), 64, [])],
+    [
+        *(((6, 3), 10, [63, 0, 17]), ((64, 8), 64, [5]), ((7, 7), 2, list(range(40, 3, -1))), ((16, 16), 34, [1, 2]), ((3, 1), 64, [])),
+        *(
+            ((1, 1), 2, [0]),
+            ((14, 1), 4, [63]),
+            ((13, 1), 6, [15, 16]),
+            ((15, 1), 6, [16, 15]),
+            ((12, 2), 30, [1]),
+            ((11, 2), 32, [2, 3, 4]),
+        ),
+        *(((13, 2), 34, [9]), ((28, 2), 62, [8, 7]), ((29, 2), 64, [6]), ((27, 2), 66, [5, 4]), ((40, 5), 126, [3]), ((5, 5), 128, [2, 1])),
+        *(((4, 2), 130, [0, 62]), ((30, 1), 16, list(range(0, 64, 2))), ((8, 4), 14, list(range(64)))),
+    ],
 )
 def test_rope_and_store(heads: tuple[int, int], head_dim: int, slots: list[int], dtype: torch.dtype) -> None:
     """Bit for bit: products and sums are rounded one by one in the interpreter, as the reference does it."""

@@ -68,6 +68,18 @@ DENSE_CASES = [
     MoeCase(16, 1, 2, 63, 33, chosen="one"),
     MoeCase(17, 3, 5, 129, 17, first_expert=1, num_local=3),
     MoeCase(66, 2, 3, 20, 12),
+    MoeCase(1, 1, 1, 1, 1),
+    MoeCase(4, 3, 7, 127, 5),
+    MoeCase(5, 4, 9, 128, 6),
+    MoeCase(7, 2, 2, 129, 7),
+    MoeCase(8, 1, 3, 15, 63, chosen="one"),
+    MoeCase(15, 4, 33, 16, 64),
+    MoeCase(18, 2, 5, 17, 66, chosen="few"),
+    MoeCase(6, 3, 11, 96, 50, first_expert=3, num_local=4),
+    MoeCase(5, 2, 10, 40, 22, first_expert=0, num_local=3, chosen="elsewhere"),
+    MoeCase(33, 1, 2, 48, 33, chosen="one"),
+    MoeCase(64, 3, 6, 34, 18),
+    MoeCase(65, 3, 6, 35, 19, first_expert=5, num_local=1),
 ]
 
 
