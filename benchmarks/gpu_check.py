@@ -5,7 +5,7 @@
 
 Needs torch, Triton, numpy and pytest, no checkpoint and no network: weights are random, of the largest of 120b, 20b and small that fits.
 Parts run one after the other in processes of their own, so that one which fails or takes too long leaves the others their figures; what is
-found is written to OUT/gpu_check.json and, as tables, to OUT/gpu_check.md after each part, and printed.
+found is written to OUT/gpu_check.json and, as tables, to OUT/gpu_check.md after each part, and printed; OUT/tests.txt has what pytest said.
 
 This was written on machines without a GPU. It has run with `--device cpu`, which proves the script but says nothing of a GPU.
 """
@@ -102,7 +102,7 @@ def _run_all(args: argparse.Namespace) -> int:
         if left < LEAST_S:
             found[name] = {"failed": f"not begun, no time was left of {args.time_limit:.0f} s"}
         elif name == TESTS:
-            found[name] = run_tests(ROOT, args.processes, left * TESTS_SHARE if len(args.only) > 1 else left)
+            found[name] = run_tests(ROOT, args.processes, left * (TESTS_SHARE if len(args.only) > 1 else 1), args.out / "tests.txt")
         else:
             found[name] = _child(name, args, left)
         (args.out / "gpu_check.json").write_text(json.dumps(found, indent=1))

@@ -15,13 +15,16 @@ from typing import Any
 FOLDER = "tests/gpu"
 ALONE = "roofline or graphs_keep"
 """In the names of the tests that no other process may disturb."""
-_SKIPPED = "skipped"
 # Without the project's own options, which need plugins that a GPU machine may lack.
-_PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider"]
+_PYTEST = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "--disable-warnings"]
 
 
-def run_tests(root: Path, num_processes: int, timeout_s: float, folder: str = FOLDER) -> dict[str, Any]:
-    """{"summary", "problems": a line each, "printed": what the tests that run alone print, "failed" if something did}."""
+def run_tests(root: Path, num_processes: int, timeout_s: float, log: Path, folder: str = FOLDER) -> dict[str, Any]:
+    """{"summary", "problems": a line each, "printed": what the tests that run alone print, "failed" if something did}.
+
+    Args:
+        log: gets all that pytest prints.
+    """
     deadline = time.monotonic() + timeout_s
     command = [*_PYTEST, "--collect-only", "-k", f"not ({ALONE})", folder]
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=timeout_s, check=False)
@@ -29,6 +32,7 @@ def run_tests(root: Path, num_processes: int, timeout_s: float, folder: str = FO
     if not ids:
         return {"failed": f"no tests were found: {listed.stdout[-500:]}{listed.stderr[-500:]}"}
     counts: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         shards = [(Path(scratch) / f"{index}.xml", part) for index, part in enumerate(split(ids, num_processes))]
@@ -42,17 +46,17 @@ def run_tests(root: Path, num_processes: int, timeout_s: float, folder: str = FO
                 process.wait()
                 problems.append(f"not done in time: a process with {len(part)} tests from {part[0]} on; {_last_line(xml)}")
                 continue
-            _count(xml, process.returncode, counts, problems)
+            _count(xml, process.returncode, counts, skipped, problems)
         printed, code = _alone(root, folder, deadline)
+        log.write_text("\n".join([*(xml.with_suffix(".txt").read_text() for xml, _ in shards), *printed]))
     if code:
         problems.append(f"the tests that run alone ended with {code}")
     result: dict[str, Any] = {
         "summary": ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items())) + f" of {len(ids)}",
-        "problems": problems,
+        "problems": problems + [f"skipped {number}: {reason}" for reason, number in skipped.items()],
         "printed": printed,
     }
-    faults = [line for line in problems if not line.startswith(_SKIPPED)]
-    return result | ({"failed": f"{len(faults)} problems"} if faults else {})
+    return result | ({"failed": f"{len(problems)} problems"} if problems else {})
 
 
 def split(ids: Sequence[str], num_parts: int) -> list[list[str]]:
@@ -66,20 +70,18 @@ def _start(root: Path, xml: Path, ids: Sequence[str]) -> "subprocess.Popen[str]"
         return subprocess.Popen([*_PYTEST, f"--junitxml={xml}", *ids], cwd=root, stdout=output, stderr=subprocess.STDOUT, text=True)
 
 
-def _count(xml: Path, code: int, counts: Counter[str], problems: list[str]) -> None:
+def _count(xml: Path, code: int, counts: Counter[str], skipped: Counter[str], problems: list[str]) -> None:
     if not xml.exists():
         problems.append(f"a process ended with {code}: {_last_line(xml)}")
         return
-    reasons: Counter[str] = Counter()
     for case in ElementTree.parse(xml).getroot().iter("testcase"):
         outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         counts["passed" if outcome is None else "skipped" if outcome.tag == "skipped" else "failed"] += 1
         if outcome is not None and outcome.tag == "skipped":
-            reasons[outcome.get("message", "")] += 1
+            skipped[outcome.get("message", "")] += 1
         elif outcome is not None:
             lines = (outcome.get("message") or "no message").splitlines()
             problems.append(f"{case.get('classname')}::{case.get('name')}: {lines[0][:300]}")
-    problems += [f"{_SKIPPED} {number}: {reason}" for reason, number in reasons.items()]
 
 
 def _alone(root: Path, folder: str, deadline: float) -> tuple[list[str], int]:

@@ -150,10 +150,12 @@ def test_tests_run_in_parts_and_each_fault_has_a_line(tmp_path: Path) -> None:
         "def test_roofline_of_it(): print('12 us')\n"
         "def test_dies(): os._exit(7)\n"
     )
-    found = run_tests(tmp_path, 4, 60.0, "gpu")
+    found = run_tests(tmp_path, 4, 60.0, tmp_path / "tests.txt", "gpu")
     assert found["failed"] == "2 problems"
     assert found["summary"].endswith(" of 7")
     assert any("test_number[3]" in line and "three" in line for line in found["problems"])
     assert any(line.startswith("a process ended with 7: ") for line in found["problems"])
+    assert found["problems"][-1] == "skipped 1: needs 2 GPUs"
+    assert "assert 3 != 3" in (tmp_path / "tests.txt").read_text()
     assert found["printed"][-1].startswith("1 passed")
     assert split(list("abcde"), 2) == [list("abc"), list("de")]
