@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
-from workers.config import BLOCK_SIZE, KVDtype, SchedulerConfig
-from workers.executor import memory_profile
+from workers.config import BLOCK_SIZE, EngineConfig, KVDtype, ParallelConfig, SchedulerConfig
+from workers.executor import memory_profile, rank
 from workers.executor.cuda_graph import DecodeGraphs, GraphReport
-from workers.executor.memory_profile import expected_graph_bytes, largest_batch, run_largest_step, warm_up
+from workers.executor.memory_profile import StepMemory, expected_graph_bytes, largest_batch, run_largest_step, warm_up
 from workers.executor.slots import DeviceSlots, SequenceSlots
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
+from workers.parallel.collectives import Alone
+from workers.parallel.shard import plan_shards
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -64,6 +66,40 @@ def test_the_model_runs_it_and_samples_every_sequence(tmp_path: Path, monkeypatc
 )
 def test_the_memory_of_all_graphs_from_the_largest_two(taken: tuple[int, ...], num_graphs: int, expected: int) -> None:
     assert expected_graph_bytes(GraphReport(taken), num_graphs) == expected
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_gpu_s_cache_is_sized_after_kernels_are_compiled_by_what_the_profile_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: bool
+) -> None:
+    path = write_tiny_checkpoint(tmp_path)
+    model = load_model(path, TINY, dtype=torch.float32, device=CPU)
+    order: list[str] = []
+
+    def profile(*args: object, graphs: bool) -> StepMemory:
+        order.append(f"profile with graphs {graphs}")
+        return StepMemory(activation_bytes=30 * MIB, graph_bytes=20 * MIB if graphs else 0)
+
+    def free_and_total(device: torch.device) -> tuple[int, int]:
+        order.append("what is in use")
+        return 900 * MIB, 1000 * MIB
+
+    for name, value in {
+        "architecture": lambda device: "sm_90",
+        "describe_device": str,
+        "load_model": lambda *args, **kwargs: model,
+        "warm_up": lambda *args: order.append("compile"),
+        "profile_step": profile,
+    }.items():
+        monkeypatch.setattr(rank, name, value)
+    monkeypatch.setattr(rank, "not_capturable", lambda choices: [])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_total)
+    config = EngineConfig(path, dtype="float32", scheduler=SchedulerConfig(10_000), enforce_eager=eager)
+    (shard,) = plan_shards(TINY, ParallelConfig())
+    loaded = rank.Rank(config, TINY, 512, shard, Alone(), device=torch.device("cuda", 0)).load()
+    assert order == ["compile", f"profile with graphs {not eager}", "what is in use"]
+    assert loaded.kv_memory.num_bytes == (900 - 100 - 30 - (0 if eager else 20)) * MIB
+    assert "100.00 MiB in use, 30.00 MiB for activations and " in loaded.kv_memory.source
 
 
 class FakeCuda:
