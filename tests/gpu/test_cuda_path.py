@@ -16,8 +16,9 @@ from kernels.moe import reference as moe_reference
 from kernels.mxfp4 import choose_layout, from_natural, pack, to_natural
 from tests.support.decode_plans import MAX_MODEL_LEN, MAX_NUM_SEQS, MIXED, NUM_BLOCKS, ahead, plans, tokens
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
-from workers.config import BLOCK_SIZE, SchedulerConfig
+from workers.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
 from workers.executor.cuda_graph import graph_sizes
+from workers.executor.inline import InlineExecutor
 from workers.executor.kernel_choice import kernel_choices, not_capturable
 from workers.executor.memory_profile import activation_bytes, profile_step
 from workers.executor.rank import usable_device
@@ -71,6 +72,27 @@ def test_the_same_tokens_as_on_a_cpu_with_steps_launched_ahead(checkpoint: Path,
     for left, right in zip(actual, expected, strict=True):
         for seq_id, entry in right.logprobs.items():
             assert left.logprobs[seq_id].logprob == pytest.approx(entry.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_executor_from_start_to_answer(checkpoint: Path, eager: bool) -> None:
+    """What an engine starts: kernels compiled, memory profiled, the cache sized by it, graphs captured; the tokens are a CPU's."""
+    steps = plans(MIXED)
+    config = EngineConfig(checkpoint, dtype="float32", device="cuda", scheduler=SchedulerConfig(MAX_NUM_SEQS, 64), enforce_eager=eager)
+    on_cpu = new_runner(checkpoint, CPU)
+    expected = [on_cpu.step(plan) for plan in steps]
+    executor = InlineExecutor(config, TINY, MAX_MODEL_LEN)
+    info = executor.start()
+    try:
+        phases = [*info.phases_s]
+        captured = [] if eager else ["capture graphs"]
+        assert phases == ["load weights", "compile kernels", "profile memory", "allocate KV cache", "warm up", *captured]
+        assert min(info.num_full_blocks, info.num_sliding_blocks) >= NUM_BLOCKS
+        assert all(kernel.startswith(("Triton", "cuBLAS", "hipBLASLt")) for kernel in info.kernels.values())
+        futures = [executor.execute(plan) for plan in steps]
+        assert tokens([future.result(60) for future in futures]) == tokens(expected)
+    finally:
+        executor.shutdown()
 
 
 def test_graph_is_eager_with_the_kernels_that_serve(checkpoint: Path, device: torch.device) -> None:
