@@ -77,11 +77,22 @@ def not_capturable(choices: Mapping[str, KernelChoice]) -> list[str]:
 
 
 def slow_on_gpu(choices: Mapping[str, KernelChoice], device: torch.device) -> list[str]:
-    """A sentence for each operation that a GPU runs on the reference, which nobody wants without knowing."""
+    """A sentence for each operation that a GPU runs in a way that nobody wants without knowing."""
     if device.type != "cuda":
         return []
     slow = ((operation, choice) for operation, choice in choices.items() if choice.implementation == REFERENCE)
-    return [f"{operation} will be slow, the torch reference runs it: {choice.why}" for operation, choice in slow]
+    sentences = [f"{operation} will be slow, the torch reference runs it: {choice.why}" for operation, choice in slow]
+    name = architecture(device)
+    if _has_no_bf16_matrices(name):
+        sentences.append(f"attention and experts will be slow: {name} has no instructions for products of bf16 matrices")
+    return sentences
+
+
+def _has_no_bf16_matrices(name: str) -> bool:
+    """Turing and older, and AMD's without MFMA or WMMA: kernels compile for them, to one product at a time."""
+    if name.startswith("sm_"):
+        return int(name.removeprefix("sm_")) < 80
+    return name.startswith(("gfx8", "gfx900", "gfx906", "gfx10"))
 
 
 def describe_device(device: torch.device) -> str:

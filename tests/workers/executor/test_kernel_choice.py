@@ -83,6 +83,18 @@ def test_on_a_gpu_triton(path: Path, monkeypatch: pytest.MonkeyPatch, architectu
     assert not slow_on_gpu(choices, GPU)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "slow"),
+    [("sm_75", True), ("gfx906", True), ("gfx1030", True), ("sm_80", False), ("sm_137", False), ("gfx90a", False), ("gfx1201", False)],
+)
+def test_a_gpu_without_matrix_instructions_is_said(path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, slow: bool) -> None:
+    """Triton compiles for these, too, to one product at a time."""
+    pytest.importorskip("triton")
+    model = on_gpu(path, monkeypatch, architecture)
+    sentence = f"attention and experts will be slow: {architecture} has no instructions for products of bf16 matrices"
+    assert slow_on_gpu(kernel_choices(model), GPU) == [sentence] * slow
+
+
 def test_a_slow_path_on_a_gpu_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     choices = kernel_choices(on_gpu(path, monkeypatch, "sm_100", layout="rows16"))
