@@ -94,22 +94,15 @@ def _step(result: Result) -> list[str]:
 def _kernels(result: Result) -> list[str]:
     lines: list[str] = []
     for batch in result.get("batches", ()):
-        rows = [
-            (
-                "all" if row["window"] is None else str(row["window"]),
-                _LAUNCHES.get((row["name"], row["occurrence"]), row["name"]),
-                f"{row['seconds'] * 1e6:.1f}",
-                f"{row['bytes'] / 1e6:.2f}",
-                f"{row['share']:.0%}",
-            )
-            for row in batch["launches"]
-        ]
+        rows = []
         for window in dict.fromkeys(row["window"] for row in batch["launches"]):
             layer = [row for row in batch["launches"] if row["window"] == window]
-            total_s, total_bytes = (sum(row[name] for row in layer) for name in ("seconds", "bytes"))
-            share = total_bytes / result["bandwidth"] / total_s
-            cells = (f"{total_s * 1e6:.1f}", f"{total_bytes / 1e6:.2f}", f"{share:.0%}")
-            rows.append(("all" if window is None else str(window), f"**layer, {len(layer)} launches**", *cells))
+            total = {name: sum(row[name] for row in layer) for name in ("seconds", "bytes")}
+            total["share"] = total["bytes"] / result["bandwidth"] / total["seconds"]
+            named = [(_LAUNCHES.get((row["name"], row["occurrence"]), row["name"]), row) for row in layer]
+            for name, row in [*named, (f"**layer, {len(layer)} launches**", total)]:
+                cells = (f"{row['seconds'] * 1e6:.1f}", f"{row['bytes'] / 1e6:.2f}", f"{row['share']:.0%}")
+                rows.append(("all" if window is None else str(window), name, *cells))
         around = ", ".join(f"{row['name']} {row['seconds'] * 1e6:.1f}" for row in batch["around"])
         lines += [
             f"A decode layer, {batch['size']} sequences of {batch['context']} tokens: each launch alone, replayed over the weights and "

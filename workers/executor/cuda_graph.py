@@ -7,6 +7,7 @@ after it. Sizes follow vLLM's (`vllm/config`, cudagraph_capture_sizes).
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -74,8 +75,7 @@ class DecodeGraphs:
         """Record all sizes, or so many, the largest first: the smaller ones then fit into its memory, which they share."""
         device = self._inputs.device
         buffers = InputBuffers(device)
-        # One for all: cuBLAS keeps a workspace, 32 MiB on sm_90, for each stream that it has seen.
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = _capture_stream(device)
         pool = torch.cuda.graph_pool_handle()
         sizes = self.sizes[::-1][:limit]
         free = _free_bytes(device)
@@ -125,6 +125,12 @@ class DecodeGraphs:
     def _run(self, tensors: list[Tensor]) -> Tensor:
         # The sampled rows are taken outside; any tensor stands for them here.
         return self._forward(self._device_slots.batch(tensors, tensors[0], self._max_blocks, 1))
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a process: cuBLAS keeps a workspace, 32 MiB on sm_90, for each stream that it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, EngineConfig, KVDtype, ParallelConfig, SchedulerConfig
-from workers.executor import memory_profile, rank
+from workers.executor import cuda_graph, memory_profile, rank
 from workers.executor.cuda_graph import DecodeGraphs, GraphReport
 from workers.executor.memory_profile import StepMemory, expected_graph_bytes, largest_batch, run_largest_step, warm_up
 from workers.executor.slots import DeviceSlots, SequenceSlots
@@ -143,12 +144,14 @@ def test_graphs_are_captured_from_the_largest_on_one_stream_and_their_memory_is_
     taken = [70, 5, 3, 2, 1][: limit or 5]
     cuda = FakeCuda(taken)
     cuda.install(monkeypatch)
+    monkeypatch.setattr(cuda_graph, "_capture_stream", cache(cuda_graph._capture_stream.__wrapped__))
     slots = SequenceSlots(9, 40)
     batches = []
     graphs = DecodeGraphs(slots, DeviceSlots(slots, CPU), lambda batch: batches.append(batch) or batch.positions)
     assert graphs.sizes == (1, 2, 4, 8, 9)
     seen = []
     report = graphs.capture(lambda *progress: seen.append(progress), limit=limit)
+    assert cuda_graph._capture_stream(CPU) is cuda.streams[0], "and for each capture"
     assert report.graph_bytes == tuple(taken)
     assert (report.num_graphs, report.memory_bytes) == (len(taken), sum(taken))
     assert [len(batch.token_ids) for batch in batches[::2]] == [9, 8, 4, 2, 1][: limit or 5], "each once to warm up and once captured"
