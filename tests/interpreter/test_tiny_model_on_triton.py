@@ -18,6 +18,7 @@ from kernels.mxfp4 import NATURAL, WGMMA
 from kernels.sampling import choose
 from tests.interpreter.interpreter import recorded_launches
 from tests.interpreter.launches import LaunchCounter, NoHostReads
+from tests.support.checkpoint_formats import write_bf16
 from tests.support.decode_plans import GREEDY, MAX_MODEL_LEN, MAX_NUM_SEQS, MIXED, NUM_BLOCKS, plans
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, Dtype
@@ -89,6 +90,18 @@ def test_logits_in_bf16(checkpoint: Path, layout: str, monkeypatch: pytest.Monke
     with recorded_launches() as names, loaded(checkpoint, "bfloat16") as llm:
         found = llm.logits(PROMPTS[1])
     assert {NATURAL: "expert_matmul_natural", WGMMA: "expert_matmul_wgmma"}[layout] in names
+    torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+
+
+def test_logits_of_experts_in_bf16(checkpoint: Path, tmp_path: Path) -> None:
+    """As of a fine-tune that was not quantised; the same allowance."""
+    dense = write_bf16(checkpoint, tmp_path / "bf16", TINY)
+    with on_references(), loaded(dense, "bfloat16") as llm:
+        expected = llm.logits(PROMPTS[1])
+    with recorded_launches() as names, loaded(dense, "bfloat16") as llm:
+        assert "dense bfloat16" in llm.info.kernels["experts"]
+        found = llm.logits(PROMPTS[1])
+    assert names.count("expert_matmul_natural") >= 4
     torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
 
 
