@@ -1,5 +1,6 @@
 """The step that memory is profiled with is as large as any that the scheduler may plan, and the model can run it."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
@@ -14,7 +15,7 @@ from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, EngineConfig, KVDtype, ParallelConfig, SchedulerConfig
 from workers.executor import cuda_graph, memory_profile, rank
 from workers.executor.cuda_graph import DecodeGraphs, GraphReport
-from workers.executor.memory_profile import StepMemory, expected_graph_bytes, largest_batch, run_largest_step, warm_up
+from workers.executor.memory_profile import StepMemory, expected_graph_bytes, largest_batch, profile_step, run_largest_step, warm_up
 from workers.executor.slots import DeviceSlots, SequenceSlots
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
@@ -134,6 +135,33 @@ class FakeCuda:
             "graph": graph,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_profile_is_the_largest_step_s_peak_and_what_graphs_will_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    """After cuBLAS was used on another thread, as the one that serves will use it."""
+    model = load_model(write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=CPU)
+    cuda = FakeCuda([70 * MIB, 5 * MIB])
+    cuda.install(monkeypatch)
+    monkeypatch.setattr(cuda_graph, "_capture_stream", cache(cuda_graph._capture_stream.__wrapped__))
+    threads: list[threading.Thread] = []
+    for name, value in {
+        "set_device": lambda device: threads.append(threading.current_thread()),
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda device: 100 * MIB,
+        "reset_peak_memory_stats": lambda device: None,
+        "max_memory_reserved": lambda device: 130 * MIB,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    found = profile_step(model, SchedulerConfig(9, 64), 40, "float32", graphs=graphs)
+    num_graphs = len(cuda_graph.graph_sizes(9))
+    assert found == StepMemory(30 * MIB, (70 + (num_graphs - 1) * 5) * MIB if graphs else 0)
+    assert len(cuda.captured_on) == (2 if graphs else 0)
+    (thread,) = threads
+    assert thread is not threading.current_thread()
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("limit", [None, 2])
