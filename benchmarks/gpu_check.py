@@ -35,8 +35,6 @@ TESTS_SHARE = 0.5
 LEAST_S = 20.0
 """Under which no part is begun."""
 ROOT = Path(__file__).parent.parent
-COMMAND = [sys.executable, "-m", "benchmarks.gpu_check"]
-"""Of a part's process."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,7 +122,7 @@ def _child(name: str, args: argparse.Namespace, timeout_s: float) -> dict[str, A
     flags += [word for flag, value in (("--model", args.model), ("--preset", args.preset)) if value for word in (flag, str(value))]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [*COMMAND, "--part", name, "--result", str(result), *flags]
+        command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name, "--result", str(result), *flags]
         failed = None
         try:
             ran = subprocess.run(command, timeout=timeout_s, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)

@@ -105,15 +105,16 @@ def _kernels(result: Result) -> list[str]:
                 rows.append(("all" if window is None else str(window), name, *cells))
         around = ", ".join(f"{row['name']} {row['seconds'] * 1e6:.1f}" for row in batch["around"])
         lines += [
-            f"A decode layer, {batch['size']} sequences of {batch['context']} tokens: each launch alone, replayed over the weights and "
-            f"caches of {batch['layers_timed']} layers. Bytes as `benchmarks/decode_traffic.py` counts them.",
+            f"A decode layer of {result['model']}, {batch['size']} sequences of {batch['context']} tokens: each launch alone, replayed "
+            f"over the weights and caches of {batch['layers_timed']} layers. Bytes as `benchmarks/decode_traffic.py` counts them.",
             "",
             *_table(("window", "launch", "us", "MB", "share of a copy's bandwidth"), rows),
             "",
             f"Around the layers, us: {around}.",
             "",
         ]
-    return lines[:-1]
+    left_out = _left_out(result).strip()
+    return [*lines, left_out] if left_out else lines[:-1]
 
 
 def _prefill(result: Result) -> list[str]:
@@ -147,7 +148,7 @@ def _sampling(result: Result) -> list[str]:
 
 
 def _left_out(result: Result) -> str:
-    left_out = ", ".join(f"{batch['size']} x {batch['context']}" for batch in result["left_out"])
+    left_out = ", ".join(f"{batch['size']} x {batch['context']}" for batch in result.get("left_out", ()))
     return f" No room for {left_out}." if left_out else ""
 
 

@@ -1,15 +1,25 @@
 """The report of a GPU machine: its arithmetic, its tables, and that a part which fails or hangs leaves the others their figures."""
 
 import json
-import sys
+import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import gpu_check, gpu_parts
-from benchmarks.decode_batches import Batch, Decoder, batches_bytes, block_tables, decode_step_bytes, random_caches, what_fits
+from benchmarks.decode_batches import (
+    RESERVE_BYTES,
+    Batch,
+    Decoder,
+    batches_bytes,
+    block_tables,
+    decode_step_bytes,
+    random_caches,
+    what_fits,
+)
 from benchmarks.gpu_parts import Options, measure_prefill, measure_sampling, measure_step, prefill_flops
 from benchmarks.gpu_report import report
 from benchmarks.gpu_tests import run_tests, split
@@ -114,30 +124,54 @@ def test_parts_make_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({line.count("|") for line in text.splitlines() if line.startswith(("| 1 |", "| 3 |"))}) == 1
 
 
+def test_batches_without_room_are_named_and_none_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = preset_config("tiny")
+    (shard,) = plan_shards(config, ParallelConfig())
+    weights = rank_bytes(config, shard, "bfloat16").total
+    options = replace(OPTIONS, batch_sizes=(1, 1000))
+    for large, fits in ((False, 1), (True, 2)):
+        room = batches_bytes(config, [Batch(1000 if large else 999, 40)], options.num_steps, 2)
+        monkeypatch.setattr(gpu_parts, "host_free_bytes", lambda room=room: weights + RESERVE_BYTES + room)
+        found = gpu_parts._Model(options)
+        assert len(found.batches) == fits
+        left_out = [{"size": 1000, "context": 40}] if fits == 1 else []
+        assert found.about["left_out"] == left_out
+        text = report({"kernels": found.about | {"batches": []}})
+        assert ("No room for 1000 x 40." in text) == (fits == 1)
+    monkeypatch.setattr(gpu_parts, "host_free_bytes", lambda: weights + RESERVE_BYTES)
+    with pytest.raises(SystemExit, match=r"tiny: none of these fits into 4\.0 GiB with a batch of the given sizes"):
+        gpu_parts._Model(options)
+
+
 def test_parts_that_fail_or_hang_leave_the_others_their_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children are this test's own: one writes half a result and fails, one does not end."""
-    child = tmp_path / "child.py"
-    child.write_text(
-        "import json, pathlib, sys, time\n"
-        "part, path = sys.argv[sys.argv.index('--part') + 1], sys.argv[sys.argv.index('--result') + 1]\n"
-        "pathlib.Path(path).write_text(json.dumps({'skipped' if part == 'device' else 'half': part}))\n"
-        "if part == 'step': print('the reason', file=sys.stderr), sys.exit(3)\n"
-        "if part == 'kernels': time.sleep(600)\n"
-    )
-    monkeypatch.setattr(gpu_check, "COMMAND", [sys.executable, str(child)])
-    monkeypatch.setattr(gpu_check, "LEAST_S", 0.0)
-    monkeypatch.setattr(gpu_check, "run_tests", lambda *args: {"summary": "1 passed of 1", "problems": [], "printed": []})
+    """Processes and the clock are this test's: one writes half a result and fails, one does not end."""
+    now = [100.0]
+
+    def run(command: list[str], *, timeout: float, **options: object) -> SimpleNamespace:
+        part, path = (command[command.index(flag) + 1] for flag in ("--part", "--result"))
+        assert command[command.index("--batch-sizes") + 1] == "1,2"
+        Path(path).write_text(json.dumps({"skipped" if part == "device" else "half": part}))
+        if part == "kernels":
+            now[0] += timeout
+            raise subprocess.TimeoutExpired(command, timeout)
+        now[0] += 10
+        return SimpleNamespace(returncode=3 if part == "step" else 0, stderr="a line\nthe reason\n")
+
+    monkeypatch.setattr(gpu_check, "subprocess", SimpleNamespace(run=run, PIPE=None, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(gpu_check, "run_tests", lambda *args: {"summary": f"1 passed in {args[2]} s", "problems": [], "printed": []})
     out = tmp_path / "out"
-    flags = ["--device", "cpu", "--out", str(out), "--time-limit", "6", "--only"]
+    flags = ["--device", "cpu", "--batch-sizes", "1,2", "--out", str(out), "--time-limit", "60", "--only"]
     assert gpu_check.main([*flags, "device,tests,step,kernels,prefill"]) == 1
     found = json.loads((out / "gpu_check.json").read_text())
     assert found["device"] == {"skipped": "device"}
-    assert found["tests"]["summary"] == "1 passed of 1"
-    assert found["step"] == {"half": "step", "failed": "ended with 3: the reason"}
-    assert found["kernels"]["half"] == "kernels"
-    assert found["kernels"]["failed"].startswith("not done after ")
-    assert found["prefill"] == {"failed": "not begun, no time was left of 6 s"}
-    assert "**step: ended with 3: the reason**" in (out / "gpu_check.md").read_text()
+    assert found["tests"]["summary"] == "1 passed in 25.0 s", "half of what is left"
+    assert found["step"] == {"half": "step", "failed": "ended with 3: a line | the reason"}
+    assert found["kernels"] == {"half": "kernels", "failed": "not done after 40 s"}
+    assert found["prefill"] == {"failed": "not begun, no time was left of 60 s"}
+    assert "**step: ended with 3: a line | the reason**" in (out / "gpu_check.md").read_text()
+    assert gpu_check.main([*flags, "tests"]) == 0
+    assert "60.0 s" in (out / "gpu_check.md").read_text(), "all of it where nothing else is to be done"
 
 
 def test_tests_run_in_parts_and_each_fault_has_a_line(tmp_path: Path) -> None:
