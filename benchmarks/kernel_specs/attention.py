@@ -58,8 +58,13 @@ def _attend_spec(window: int | None, fp8: bool, tiles: paged.Tiles, targets: tup
     name = f"attention/attend {'fp8' if fp8 else 'bf16'} {'full' if window is None else f'window {window}'}"
     # The main loop is the one with most matrix instructions: of these it is that of decodes, a tile of keys and values in each pass.
     is_decode = window is None and tiles.num_warps == 8
-    # Block ids come to 4 bytes a thread beside the tile.
-    kept = Limits(load_bits=64 if fp8 and is_decode else 128, narrow_share=0.15, traffic=1.1 if is_decode else None, registers=128)
+    # Keys and values come 128 bits a thread, and nothing else but block ids: 4 bytes a thread, on AMD up to four times.
+    limits = {target: Limits(load_bits=128, narrow_share=0.15 if target.startswith("sm_") else 0.25) for target in targets}
+    limits |= {
+        target: replace(limits[target], anywhere=(matrix, "HMMA"), traffic=1.1 if is_decode else None, registers=128)
+        for target, matrix in _PREFILL_MATRIX.items()
+        if target in targets
+    }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     if tiles.max_registers is not None:
         options["maxnreg"] = tiles.max_registers
@@ -86,7 +91,7 @@ def _attend_spec(window: int | None, fp8: bool, tiles: paged.Tiles, targets: tup
         targets=targets,
         unaligned=_UNALIGNED,
         work=Pass(bytes=2 * tiles.decode_n * HEAD_DIM * (1 if fp8 else 2)) if is_decode else None,
-        limits={target: replace(kept, anywhere=(matrix, "HMMA")) for target, matrix in _PREFILL_MATRIX.items() if target in targets},
+        limits=limits,
     )
 
 

@@ -125,6 +125,18 @@ def _first_key(position, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _convert(x, dtype: tl.constexpr):
+    """Keys or values [BLOCK_N, BLOCK_D] as the matrix product takes them.
+
+    The sum over an axis of length 1 is no instruction. Over it the compiler does not carry the product's register layout back to the load:
+    fp8 would come 8 or 4 bytes a thread, values byte by byte from shared memory, and each warp would convert what all of them need.
+    """
+    if x.dtype == tl.float8e4nv:
+        return tl.sum(tl.reshape(x.to(dtype), (x.shape[0], 1, x.shape[1])), 1)
+    return x.to(dtype)
+
+
+@triton.jit
 def _key_tile(
     q,  # [ROWS, BLOCK_D]
     sums,  # [ROWS, BLOCK_D] fp32
@@ -166,8 +178,8 @@ def _key_tile(
     else:
         k = tl.load(k_ptr + offset)
         v = tl.load(v_ptr + offset)
-    k = k.to(q.dtype)
-    v = v.to(q.dtype)
+    k = _convert(k, q.dtype)
+    v = _convert(v, q.dtype)
     scores = tl.dot(q, k.T, input_precision="ieee")  # [ROWS, BLOCK_N]
     if MASKED:
         visible = (key[None, :] <= position[:, None]) & stored[None, :]
@@ -291,10 +303,8 @@ def _attend(
     k_ptr = kv_ptr + kv_head * HEAD_DIM
     v_ptr = k_ptr + v_offset
     log2_scale = scale * LOG2E
-    v_scale = 1.0
     if scales_ptr is not None:
         log2_scale *= tl.load(scales_ptr + kv_head)
-        v_scale = tl.load(scales_ptr + KV + kv_head)
     dim = tl.arange(0, BLOCK_D)
     if work < num_tiles:
         # The last tile of a sequence sees most keys: it starts first.
@@ -313,6 +323,7 @@ def _attend(
             first_position = context_len - num_queries + first_query
             position = first_position + r // GROUP
             oldest_key = tl.maximum(first_position - WINDOW + 1, 0) if WINDOW > 0 else 0
+            v_scale = 1.0 if scales_ptr is None else tl.load(scales_ptr + KV + kv_head)
             q = _load_queries(q_ptr, first_row + query, q_stride, head, real, HEAD_DIM, BLOCK_D, FROM_FP8)
             sums, _, total = _attend_keys(
                 q,
@@ -376,6 +387,7 @@ def _attend(
                     WINDOW,
                     True,
                 )
+                v_scale = 1.0 if scales_ptr is None else tl.load(scales_ptr + KV + kv_head)
                 mask = real[:, None] & (dim < HEAD_DIM)[None, :]
                 if num_splits == 1:
                     out = sums * (v_scale / total)[:, None]
