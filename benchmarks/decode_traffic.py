@@ -32,7 +32,7 @@ from workers.model.step_batch import StepBatch
 
 META = torch.device("meta")
 DTYPE = torch.bfloat16
-_IN_PLACE = {"add_rms_norm_kernel": 1}
+_IN_PLACE = {"add_rms_norm_kernel": 1, "add_slots_rms_norm": 1}
 """Arguments that are both read and overwritten."""
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping
 
 from benchmarks.kernel_specs.spec import TARGETS, KernelSpec, Limits, Pass
-from kernels.moe.combine import add_slots
+from kernels.moe.combine import add_slots, add_slots_rms_norm
 from kernels.moe.matmul_mxfp8 import expert_matmul_mxfp8, quantize_rows
 from kernels.moe.matmul_natural import expert_matmul_natural
 from kernels.moe.matmul_wgmma import expert_matmul_wgmma
 from kernels.moe.routing import choose_experts, place_tokens
 from kernels.moe.tile_choice import DENSE, MXFP4, MXFP4_MXFP8, MXFP4_WGMMA, Tile, choose_tile, tiles
+from kernels.pointwise.norm import tile as row_tile
 
 _MATMUL = {
     "x_ptr": "*bf16",
@@ -191,6 +192,28 @@ def _rows() -> Iterator[KernelSpec]:
         work=Pass(4 * 1024 * 2),
         # Expert ids are read one by one, and AMD has twice the threads for as many columns.
         limits={target: Limits(load_bits=64, narrow_share=0.25) for target in TARGETS},
+    )
+    row = row_tile(2880)
+    yield KernelSpec(
+        name="moe/combine, add, norm",
+        kernel=add_slots_rms_norm,
+        signature={
+            "residual_ptr": "*bf16",
+            "results_ptr": "*bf16",
+            "ids_ptr": "*i32",
+            "weight_ptr": "*bf16",
+            "out_ptr": "*bf16",
+            "residual_stride": "i32",
+            "hidden_size": "i32",
+            "first_expert": "i32",
+            "num_local": "i32",
+            "eps": "fp32",
+        },
+        constexprs={"TOP_K": 4, "BLOCK": row["BLOCK"]},
+        options={"num_warps": row["num_warps"]},
+        unaligned=("first_expert",),
+        work=Pass(6 * row["BLOCK"] * 2),
+        limits={target: Limits(load_bits=128, narrow_share=0.25) for target in TARGETS},
     )
 
 

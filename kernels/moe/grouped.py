@@ -1,4 +1,4 @@
-"""The mixture of experts by Triton kernels: route, two grouped products, add up."""
+"""The mixture of experts by Triton kernels: route and two grouped products. Adding up is `combine.py`'s."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,6 @@ import triton
 from torch import Tensor
 
 from kernels.backend import architecture
-from kernels.moe.combine import combine
 from kernels.moe.matmul_mxfp8 import expert_matmul_mxfp8, quantize_rows
 from kernels.moe.matmul_natural import expert_matmul_natural
 from kernels.moe.matmul_wgmma import expert_matmul_wgmma
@@ -59,8 +58,12 @@ def fused_experts(
     first_expert: int,
     num_experts: int,
     mxfp8_activations: bool,
-) -> Tensor:
-    """As `kernels.moe.reference.fused_experts`, which see; arguments have been checked there, and `can_run` holds."""
+) -> tuple[Tensor, Routing]:
+    """The summands of `kernels.moe.reference.fused_experts`, which see; arguments have been checked there, and `can_run` holds.
+
+    Returns:
+        ([T * k, H] for each token and slot, undefined where the slot's expert is not here; routing): for `kernels.moe.combine`.
+    """
     kind, tile = _kind_and_tile(x, topk_ids.shape[1], gate_up, num_experts, mxfp8_activations)
     routing = route(
         topk_ids.to(torch.int32).contiguous(),
@@ -85,7 +88,7 @@ def gated_experts(
     swiglu_alpha: float,
     first_expert: int,
     mxfp8_activations: bool,
-) -> Tensor:
+) -> tuple[Tensor, Routing]:
     """`fused_experts` of the choice that `gate_topk` makes, in one launch less."""
     kind, tile = _kind_and_tile(x, k, gate_up, gate_logits.shape[1], mxfp8_activations)
     routing = choose_and_route(gate_logits, k, first_expert=first_expert, num_local=gate_up.shape[0], block_m=tile.block_m)
@@ -101,7 +104,7 @@ def _kind_and_tile(x: Tensor, k: int, gate_up: PackedMXFP4 | Tensor, num_experts
 
 def _compute(
     x: Tensor, gate_up: PackedMXFP4 | Tensor, gate_up_bias: Tensor, down: PackedMXFP4 | Tensor, down_bias: Tensor, layer: _Layer
-) -> Tensor:
+) -> tuple[Tensor, Routing]:
     _check_memory(x, gate_up, gate_up_bias, down, down_bias)
     routing = layer.routing
     num_pairs = routing.topk_ids.numel()
@@ -117,7 +120,7 @@ def _compute(
         unscaled = x.new_empty((num_pairs, width))
         _matmul(x, gate_up, gate_up_bias, unscaled, layer, gate_up_product=True)
         _matmul(unscaled, down, down_bias, results, layer, gate_up_product=False)
-    return combine(results, routing.topk_ids, first_expert=routing.first_expert, num_local=routing.num_local)
+    return results, routing
 
 
 def _check_memory(x: Tensor, gate_up: PackedMXFP4 | Tensor, gate_up_bias: Tensor, down: PackedMXFP4 | Tensor, down_bias: Tensor) -> None:

@@ -15,7 +15,7 @@ MAX_WIDTH = 16384
 
 
 @triton.jit
-def _norm_row(x, weight_ptr, at, in_row, width, eps):
+def norm_row(x, weight_ptr, at, in_row, width, eps):
     """[BLOCK] fp32 → fp32; elements outside the row are 0."""
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
     return tl.load(weight_ptr + at, mask=in_row, other=0.0).to(tl.float32) * (x * scale)
@@ -27,7 +27,7 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, out_stride, width, eps
     at = tl.arange(0, BLOCK)
     in_row = at < width
     x = tl.load(x_ptr + row * x_stride + at, mask=in_row, other=0.0).to(tl.float32)  # [BLOCK]
-    normed = _norm_row(x, weight_ptr, at, in_row, width, eps)
+    normed = norm_row(x, weight_ptr, at, in_row, width, eps)
     tl.store(out_ptr + row * out_stride + at, normed.to(out_ptr.dtype.element_ty), mask=in_row)
 
 
@@ -42,7 +42,7 @@ def add_rms_norm_kernel(
     delta = tl.load(delta_ptr + row * delta_stride + at, mask=in_row, other=0.0).to(tl.float32)
     total = (residual + delta).to(residual_ptr.dtype.element_ty)
     tl.store(residual_ptr + row * residual_stride + at, total, mask=in_row)
-    normed = _norm_row(total.to(tl.float32), weight_ptr, at, in_row, width, eps)
+    normed = norm_row(total.to(tl.float32), weight_ptr, at, in_row, width, eps)
     tl.store(out_ptr + row * out_stride + at, normed.to(out_ptr.dtype.element_ty), mask=in_row)
 
 
@@ -54,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     width = x.shape[-1]
     rows = x.reshape(-1, width)
-    _check_layout(x=rows, weight=weight)
+    check_layout(x=rows, weight=weight)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows.numel():
         rms_norm_kernel[(rows.shape[0],)](rows, weight, out, rows.stride(0), width, width, eps, **tile(width))
@@ -67,7 +67,7 @@ def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) ->
     Raises:
         ValueError: as in `rms_norm`.
     """
-    _check_layout(residual=residual, delta=delta, weight=weight)
+    check_layout(residual=residual, delta=delta, weight=weight)
     num_rows, width = residual.shape
     normed = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     if residual.numel():
@@ -83,7 +83,12 @@ def tile(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
 
 
-def _check_layout(**tensors: Tensor) -> None:
+def check_layout(**tensors: Tensor) -> None:
+    """Refuse rows that a program cannot hold or read.
+
+    Raises:
+        ValueError: names the argument.
+    """
     for name, tensor in tensors.items():
         if tensor.shape[-1] > MAX_WIDTH:
             raise ValueError(f"{name} must be at most {MAX_WIDTH} wide, got {tensor.shape[-1]}")

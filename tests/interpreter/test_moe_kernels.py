@@ -7,9 +7,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.moe import fused_experts, gate_topk, gated_experts, grouped, reference, routing
+from kernels.moe import fused_experts, gate_topk, gated_experts, gated_experts_add_rms_norm, grouped, reference, routing
 from kernels.moe.matmul_wgmma import DECODE
 from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4, choose_layout, from_natural, unpack
+from kernels.pointwise import add_rms_norm
 from tests.interpreter.guards import guarded
 from tests.interpreter.interpreter import recorded_launches
 from tests.support.moe_cases import (
@@ -145,6 +146,42 @@ def test_gated_experts_is_choice_and_experts_in_few_launches(num_tokens: int) ->
     assert launches == ["choose_experts", *place, "expert_matmul_natural", "expert_matmul_natural", "add_slots"]
     # The softmax is computed in another way; weights differ in the last bits.
     torch.testing.assert_close(found, fused_experts(*values, **options(case)), atol=2**-6, rtol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("num_tokens", "k", "hidden"), [(0, 2, 64), (1, 1, 32), (3, 4, 96), (9, 3, 1056), (65, 2, 64)])
+def test_experts_and_the_norm_behind_them_in_one_launch(num_tokens: int, k: int, hidden: int, dtype: torch.dtype) -> None:
+    """With the bits of two; some tokens have none of their experts here."""
+    case = MoeCase(num_tokens, k, 7, hidden, 32, first_expert=2, num_local=3)
+    values = inputs(case, layout=NATURAL, dtype=dtype)
+    arguments = (values.x, gate_logits(case), k, *values[3:])
+    options = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA, "first_expert": 2}
+    generator = torch.Generator().manual_seed(1)
+    wide, weight = torch.randn(num_tokens, hidden + 8, generator=generator).to(dtype), torch.randn(hidden, generator=generator).to(dtype)
+    residual = wide[:, :hidden]
+    expected = add_rms_norm(residual.clone(), gated_experts(*arguments, **options), weight, 1e-5)
+    with recorded_launches() as launches:
+        found = gated_experts_add_rms_norm(guarded(residual), guarded(weight), 1e-5, *arguments, **options)
+    assert num_tokens == 0 or launches[-2:] == ["expert_matmul_natural", "add_slots_rms_norm"]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_experts_and_norm_name_the_argument_they_refuse() -> None:
+    case = MoeCase(3, 2, 4, 64, 32)
+    values = inputs(case, layout=NATURAL, dtype=torch.bfloat16)
+    x, weight = values.x, torch.ones(64)
+    for residual, norm_weight, name in (
+        (x[:2], weight, "residual"),
+        (x.float(), weight, "residual"),
+        (x.T.contiguous().T, weight, "residual"),
+        (x.clone(), weight[:63], "norm_weight"),
+        (x.clone(), torch.ones(128)[::2], "weight"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} "):
+            gated_experts_add_rms_norm(
+                residual, norm_weight, 1e-5, x, gate_logits(case), 2, *values[3:], swiglu_limit=LIMIT, swiglu_alpha=ALPHA
+            )
 
 
 def test_rows_of_activations_may_be_apart() -> None:

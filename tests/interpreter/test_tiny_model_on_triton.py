@@ -108,7 +108,7 @@ def test_logits_of_experts_in_bf16(checkpoint: Path, tmp_path: Path) -> None:
 MATMULS = ["expert_matmul_natural", "expert_matmul_natural"]
 AROUND_ATTENTION = [
     ["linear"],
-    ["linear", "add_rms_norm_kernel", "narrow_linear_kernel", "choose_experts", *MATMULS, "add_slots", "add_rms_norm_kernel"],
+    ["linear", "add_rms_norm_kernel", "narrow_linear_kernel", "choose_experts", *MATMULS, "add_slots_rms_norm"],
 ]
 """Of a layer that decodes. RoPE with the KV store and attention are between the dense layers."""
 STEP_INPUTS = ["rsub", "clamp_", "index_select", "lt", "where", "index_select", "index_select"]
@@ -140,7 +140,7 @@ def test_launches_of_a_decode_step(runner: Runner) -> None:
     launches = counter.launches
     before, after = AROUND_ATTENTION
     first = launches.index("linear")
-    per_layer = launches.index("add_slots", launches.index("add_slots") + 1) - launches.index("add_slots")
+    per_layer = launches.index("add_slots_rms_norm", launches.index("add_slots_rms_norm") + 1) - launches.index("add_slots_rms_norm")
     assert launches[:first] == [*STEP_INPUTS, "yarn_kernel", "embed_kernel", "rms_norm_kernel"]
     assert per_layer <= 12
     for index in range(TINY.num_layers):

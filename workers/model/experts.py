@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels.moe import gated_experts
+from kernels.moe import gated_experts, gated_experts_add_rms_norm
 from kernels.mxfp4 import PackedMXFP4
 from workers.model.linear import Linear
 
@@ -40,6 +40,26 @@ class Experts:
     def __call__(self, x: Tensor) -> Tensor:
         """[T, hidden] → [T, hidden], the weighted sum of each token's experts on this rank."""
         return gated_experts(
+            x,
+            self.gate(x),
+            self.num_experts_per_token,
+            self.gate_up,
+            self.gate_up_bias,
+            self.down,
+            self.down_bias,
+            swiglu_limit=self.swiglu_limit,
+            swiglu_alpha=self.swiglu_alpha,
+            first_expert=self.first_expert,
+            mxfp8_activations=self.mxfp8_activations,
+        )
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`kernels.pointwise.add_rms_norm` of a residual stream and what these experts make of x, for a rank alone: no other's part is to
+        be added before."""
+        return gated_experts_add_rms_norm(
+            residual,
+            norm_weight,
+            eps,
             x,
             self.gate(x),
             self.num_experts_per_token,

@@ -151,7 +151,10 @@ class GptOss:
         for layer, next_norm, kv_cache in zip(self.layers, next_norms, kv_caches, strict=True):
             attended = add_up(layer.attention(normed, batch, kv_cache, cos, sin))
             residual, normed = add_rms_norm(residual, attended, layer.experts_norm, eps)
-            residual, normed = add_rms_norm(residual, add_up(layer.experts(normed)), next_norm, eps)
+            if self.collectives.size == 1:
+                residual, normed = layer.experts.add_rms_norm(normed, residual, next_norm, eps)
+            else:
+                residual, normed = add_rms_norm(residual, add_up(layer.experts(normed)), next_norm, eps)
         return normed
 
     @torch.inference_mode()
