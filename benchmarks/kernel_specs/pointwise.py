@@ -1,10 +1,12 @@
-"""RMSNorm, YaRN tables and embedding lookup, at the widths of gpt-oss."""
+"""What is around the layers: RMSNorm, YaRN tables, embedding lookup and reads by slot, at the widths of gpt-oss."""
 
 from benchmarks.kernel_specs.spec import KernelSpec, Limits, Pass
 from kernels.embedding.lookup import BLOCK as EMBED_BLOCK
 from kernels.embedding.lookup import embed_kernel
 from kernels.pointwise.norm import add_rms_norm_kernel, rms_norm_kernel, tile
 from kernels.pointwise.yarn import BLOCK_TOKENS, yarn_kernel
+from kernels.slots.read import BLOCK as SLOTS_BLOCK
+from kernels.slots.read import read_slots_kernel
 
 _HIDDEN = 2880
 _BLOCK = tile(_HIDDEN)
@@ -47,5 +49,21 @@ SPECS = (
         constexprs={"BLOCK": EMBED_BLOCK},
         unaligned=("first_id", "num_rows"),
         work=Pass(bytes=2 * EMBED_BLOCK + 8),
+    ),
+    KernelSpec(
+        name="slots/read",
+        kernel=read_slots_kernel,
+        signature={"token_ids_ptr": "*i64", "slots_ptr": "*i64", "newest_ptr": "*i64", "tables_ptr": "*i32", "ids_out_ptr": "*i64"}
+        | {
+            "tables_out_ptr": "*i32",
+            "num_tokens": "i32",
+            "num_seqs": "i32",
+            "num_blocks": "i32",
+            "slot_stride": "i32",
+            "group_stride": "i32",
+        },
+        constexprs={"BLOCK": SLOTS_BLOCK},
+        options={"num_warps": 4},
+        unaligned=("token_ids_ptr", "slots_ptr", "num_tokens", "num_seqs", "num_blocks", "slot_stride", "group_stride"),
     ),
 )

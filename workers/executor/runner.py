@@ -176,7 +176,7 @@ class Runner:
             self._device_slots.set_blocks(table_at, table_ids)
             batch = self._device_slots.batch(tensors[: len(arrays)], sample_indices, rows.num_blocks, rows.max_query_len)
             hidden = self._model.forward(batch, self._kv_caches)
-        return hidden.index_select(0, sample_indices), sampled_slots
+        return hidden[: len(rows.sampled)] if rows.samples_all else hidden.index_select(0, sample_indices), sampled_slots
 
     def _sample(self, plan: StepPlan, rows: StepRows, logits: Tensor | None) -> SampleOutput:
         """Rank 0 samples; all ranks need the ids, which are the next step's inputs.

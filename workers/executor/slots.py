@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernels.slots import read_slots
 from workers.config import BLOCK_SIZE
 from workers.executor.step_inputs import Array
 from workers.model.step_batch import StepBatch
@@ -51,6 +52,11 @@ class StepRows:
     def is_decode(self) -> bool:
         """Whether each sequence computes one token."""
         return len(self.token_ids) == len(self.slots)
+
+    @property
+    def samples_all(self) -> bool:
+        """Whether each row of a decode yields a token, so that `sample_indices` are the first rows in order."""
+        return self.is_decode and len(self.sampled) == len(self.slots)
 
     @property
     def max_query_len(self) -> int:
@@ -233,14 +239,14 @@ class DeviceSlots:
             max_query_len: as in StepBatch.
         """
         token_ids, positions, slot_mapping_full, slot_mapping_sliding, slots, context_lens, cu_seqlens_q = arrays
-        newest = self.newest.index_select(0, (-1 - token_ids).clamp_(min=0))
+        token_ids, tables = read_slots(token_ids, slots, self.newest, self.tables, num_blocks)
         return StepBatch(
-            token_ids=torch.where(token_ids < 0, newest, token_ids),
+            token_ids=token_ids,
             positions=positions,
             slot_mapping_full=slot_mapping_full,
             slot_mapping_sliding=slot_mapping_sliding,
-            block_table_full=self.tables[FULL, :, :num_blocks].index_select(0, slots),
-            block_table_sliding=self.tables[SLIDING, :, :num_blocks].index_select(0, slots),
+            block_table_full=tables[FULL],
+            block_table_sliding=tables[SLIDING],
             context_lens=context_lens,
             cu_seqlens_q=cu_seqlens_q,
             sample_indices=sample_indices,

@@ -160,11 +160,11 @@ class GptOss:
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor | None:
         """[rows, hidden] as `forward` returned them → [rows, vocab_size] fp32 on rank 0, None on the others."""
-        parts = self.collectives.gather(self.lm_head(hidden).float())
+        parts = self.collectives.gather(self.lm_head(hidden))
         if parts is None or len(parts) == 1:
-            return None if parts is None else parts[0]
+            return None if parts is None else parts[0].float()
         lengths = vocab_lengths(self.config, len(parts))
-        return torch.cat([part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1)
+        return torch.cat([part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1).float()
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         """[T] → [T, hidden]. Each token's row is on one rank; the others add zeros."""

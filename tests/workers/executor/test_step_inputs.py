@@ -113,7 +113,7 @@ def test_a_padded_batch_computes_what_an_unpadded_one_does(tmp_path: Path) -> No
             sample_indices, sampled_slots, table_at, table_ids = uploaded[len(arrays) :]
             device.set_blocks(table_at, table_ids)
             width = rows.num_blocks if size is None else slots.max_blocks
-            hidden = model.forward(device.batch(uploaded[: len(arrays)], sample_indices, width, 1), caches)[sample_indices]
+            hidden = model.forward(device.batch(uploaded[: len(arrays)], sample_indices, width, rows.max_query_len), caches)[sample_indices]
             device.newest.index_copy_(0, sampled_slots, torch.tensor([7, 8, 9]))
         return hidden
 
