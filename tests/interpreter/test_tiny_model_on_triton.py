@@ -20,12 +20,14 @@ from tests.interpreter.interpreter import recorded_launches
 from tests.interpreter.launches import LaunchCounter, NoHostReads
 from tests.support.checkpoint_formats import write_bf16
 from tests.support.decode_plans import GREEDY, MAX_MODEL_LEN, MAX_NUM_SEQS, MIXED, NUM_BLOCKS, plans
+from tests.support.model_steps import PagedSequences
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, Dtype
 from workers.engine.llm import LLM, RequestOutput
 from workers.executor.runner import Runner
 from workers.model import checkpoint as model_checkpoint
 from workers.model.checkpoint import load_model
+from workers.parallel.collectives import Alone
 from workers.request import SamplingParams
 
 PROMPTS = [[5, 6, 7], list(range(10, 43)), [9] * 17, [3, 1, 4, 1, 5], [2]]
@@ -147,6 +149,23 @@ def test_launches_of_a_decode_step(runner: Runner) -> None:
         assert layer[-len(after) :] == after
     ends = launches[first + TINY.num_layers * per_layer :]
     assert ends == ["linear", "to", "chunk_best_kernel", "greedy_kernel", "index_copy_"]
+
+
+class OneOfTwo(Alone):
+    """Of two ranks, whose other adds nothing."""
+
+    size = 2
+
+
+def test_a_rank_alone_has_the_bits_of_one_that_adds_up_first(checkpoint: Path) -> None:
+    """Alone, the experts' sum and the norm behind it are one launch; with others an all-reduce stands between."""
+    hidden = []
+    for collectives, launches in ((Alone(), {"add_slots_rms_norm"}), (OneOfTwo(), {"add_slots"})):
+        model = load_model(checkpoint, TINY, dtype=torch.bfloat16, device=torch.device("cpu"), collectives=collectives)
+        with recorded_launches() as names:
+            hidden.append(torch.cat(list(PagedSequences(model, 20).step({0: range(5, 38), 1: [7]}).values())))
+        assert {name for name in names if name.startswith("add_slots")} == launches
+    assert torch.equal(*hidden)
 
 
 def test_a_step_reads_nothing_back(runner: Runner) -> None:
