@@ -135,6 +135,7 @@ def violations(code: MachineCode, spec: KernelSpec, target: str) -> list[str]:
     if limits.matrix and not any(name.startswith(limits.matrix) for name in code.matrix):
         found.append(f"no {limits.matrix} in the main loop, which has {sorted(code.matrix) or 'no matrix instructions'}")
     found += [f"no {start} in the kernel" for start in limits.anywhere if not re.search(rf"\b{start}", code.listing)]
+    found += [f"{pattern} in the kernel" for pattern in limits.nowhere if re.search(rf"\b(?:{pattern})", code.listing)]
     if limits.load_bits is not None:
         narrow = code.narrow_share(limits.load_bits)
         if not code.loads or narrow > limits.narrow_share:

@@ -60,8 +60,11 @@ def _attend_spec(window: int | None, fp8: bool, tiles: paged.Tiles, targets: tup
     is_decode = window is None and tiles.num_warps == 8
     # Keys and values come 128 bits a thread, and nothing else but block ids: 4 bytes a thread, on AMD up to four times.
     limits = {target: Limits(load_bits=128, narrow_share=0.15 if target.startswith("sm_") else 0.25) for target in targets}
+    # Asynchronous copies are of keys, values and block ids, in the loops of both kinds of program.
     limits |= {
-        target: replace(limits[target], anywhere=(matrix, "HMMA"), traffic=1.1 if is_decode else None, registers=128)
+        target: replace(
+            limits[target], anywhere=(matrix, "HMMA"), nowhere=(r"LDGSTS\S*\.64",), traffic=1.1 if is_decode else None, registers=128
+        )
         for target, matrix in _PREFILL_MATRIX.items()
         if target in targets
     }

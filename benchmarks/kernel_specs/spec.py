@@ -21,6 +21,7 @@ class Limits:
     Attributes:
         matrix: start of the matrix instruction that the main loop must hold: HGMMA, UTCHMMA, v_mfma.
         anywhere: starts of matrix instructions that the kernel must hold somewhere, where it has several loops that matter.
+        nowhere: regular expressions of instructions that the kernel must not hold, in whatever loop.
         load_bits: at least this wide must be the loads that bring most of what the main loop reads: all but `narrow_share` of its bytes.
         narrow_share: see `load_bits`.
         instructions: thread-instructions of the main loop for 8 weights.
@@ -32,6 +33,7 @@ class Limits:
 
     matrix: str | None = None
     anywhere: tuple[str, ...] = ()
+    nowhere: tuple[str, ...] = ()
     load_bits: int | None = None
     narrow_share: float = 0.1
     instructions: float | None = None

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.moe import fused_experts, gate_topk, gated_experts, reference
+from kernels.moe import fused_experts, gate_topk, gated_experts, gated_experts_add_rms_norm, reference
 from kernels.mxfp4 import NATURAL, WGMMA, choose_layout
+from kernels.pointwise import add_rms_norm
 from tests.support.moe_cases import (
     ALPHA,
     DENSE_CASES,
@@ -116,6 +117,18 @@ def test_a_graph_holds_choice_and_experts(num_tokens: int, device: torch.device)
         x.copy_(values.x.roll(seed, 0))
         graph.replay()
         assert torch.equal(out, step())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 300])
+def test_the_norm_behind_the_experts_has_the_same_bits_in_their_launch(num_tokens: int, device: torch.device) -> None:
+    case = MoeCase(num_tokens, 4, 12, 2880, 64)
+    values = on_device(inputs(case, layout=choose_layout(device), dtype=torch.bfloat16), device)
+    arguments = (values.x, gate_logits(case).to(device), 4, *values[3:])
+    limits = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA}
+    residual, weight = values.x.flip(0), values.x[0].clone()
+    expected = add_rms_norm(residual.clone(), gated_experts(*arguments, **limits), weight, 1e-5)
+    for ours, theirs in zip(gated_experts_add_rms_norm(residual, weight, 1e-5, *arguments, **limits), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "k"), [(1, 128, 4), (64, 128, 4), (65, 32, 4), (1000, 128, 4), (3, 5, 5)])

@@ -16,7 +16,10 @@ from kernels.pointwise import add_rms_norm, rms_norm, yarn_cos_sin
 from kernels.pointwise import reference as pointwise_reference
 from kernels.sampling import SampleOutput, SamplingBatch, sample
 from kernels.sampling import reference as sampling_reference
+from kernels.slots import read_slots
+from kernels.slots import reference as slots_reference
 from tests.support.sampling_cases import assert_same, on_device, random_batch, random_logits
+from tests.support.slot_cases import SLOT_CASES, SlotCase
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
 
@@ -64,6 +67,14 @@ def test_embedding(device: torch.device) -> None:
     local = ids - 100
     here = (local >= 0) & (local < 500)
     assert torch.equal(found, torch.where(here[:, None], weight[local.clamp(0, 499)], 0))
+
+
+@pytest.mark.parametrize("case", [*SLOT_CASES, SlotCase(300, 256, 257, 8193, 8193)], ids=str)
+def test_reads_by_slot(device: torch.device, case: SlotCase) -> None:
+    arguments = case.inputs()
+    found = read_slots(*(tensor.to(device) for tensor in arguments), case.num_blocks)
+    for ours, theirs in zip(found, slots_reference.read_slots(*arguments, case.num_blocks), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 64, 257])
