@@ -12,7 +12,6 @@ _LAUNCHES = {
     ("_attend", 0): "attention",
     ("_merge_splits", 0): "attention, splits together",
     ("add_rms_norm_kernel", 0): "residual, norm",
-    ("add_rms_norm_kernel", 1): "residual, norm",
     ("narrow_linear_kernel", 0): "gate",
     ("choose_experts", 0): "choice, routing",
     ("place_tokens", 0): "routing, places",
@@ -20,7 +19,7 @@ _LAUNCHES = {
     ("expert_matmul_wgmma", 1): "experts, down",
     ("expert_matmul_natural", 0): "experts, gate_up",
     ("expert_matmul_natural", 1): "experts, down",
-    ("add_slots", 0): "combine",
+    ("add_slots_rms_norm", 0): "combine, residual, norm",
 }
 """What a launch is for, by its name and how many of that name come before it in a layer."""
 

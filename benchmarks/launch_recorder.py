@@ -54,9 +54,9 @@ def recording_launches(*, compute: bool) -> Iterator[list[RecordedLaunch]]:
 
 def split_layers(recorded: Sequence[RecordedLaunch]) -> tuple[list[RecordedLaunch], list[list[RecordedLaunch]], list[RecordedLaunch]]:
     """(what comes before the first layer, each layer's launches, what comes after the last) of a step of the model. A layer begins with its
-    QKV projection, the launch before RoPE's, and ends with the norm of the next one."""
+    QKV projection, the launch before RoPE's, and ends with its experts' sum and the norm of the next one. For a rank alone."""
     starts = [index - 1 for index, launch in enumerate(recorded) if launch.name == "_rope_and_store"]
-    end = 1 + max(index for index, launch in enumerate(recorded) if launch.name == "add_rms_norm_kernel")
+    end = 1 + max(index for index, launch in enumerate(recorded) if launch.name == "add_slots_rms_norm")
     layers = [list(recorded[start:stop]) for start, stop in zip(starts, [*starts[1:], end], strict=True)]
     return list(recorded[: starts[0]]), layers, list(recorded[end:])
 

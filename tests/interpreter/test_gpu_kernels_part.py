@@ -42,7 +42,7 @@ def test_every_launch_of_a_layer_has_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     by_window = {window: [row for row in batch["launches"] if row["window"] == window] for window in (24, None)}
     matmuls = [("expert_matmul_natural", 0), ("expert_matmul_natural", 1)]
     expected = [("linear", 0), ("_rope_and_store", 0), ("_attend", 0), ("linear", 1), ("add_rms_norm_kernel", 0)]
-    expected += [("narrow_linear_kernel", 0), ("choose_experts", 0), *matmuls, ("add_slots", 0), ("add_rms_norm_kernel", 1)]
+    expected += [("narrow_linear_kernel", 0), ("choose_experts", 0), *matmuls, ("add_slots_rms_norm", 0)]
     for rows in by_window.values():
         assert [(row["name"], row["occurrence"]) for row in rows] == expected
     assert len(calls) == 2 * len(expected) + len(batch["around"])
@@ -51,7 +51,7 @@ def test_every_launch_of_a_layer_has_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert qkv["share"] == pytest.approx(qkv["bytes"] / 1e9 / 0.001)
     assert [row["name"] for row in batch["around"]][:3] == ["yarn_kernel", "embed_kernel", "rms_norm_kernel"]
     text = report({"kernels": found})
-    assert "| all | **layer, 11 launches** |" in text
+    assert "| all | **layer, 10 launches** |" in text
     assert "| 24 | experts, gate_up |" in text
 
 
@@ -61,8 +61,8 @@ def test_a_recorded_launch_does_the_same_again() -> None:
     caches, inputs = random_caches(model, [batch], 0), decode_batch(model, batch)
     with torch.inference_mode(), recording_launches(compute=True) as recorded:
         hidden = model.forward(inputs, caches)
-    launch = [launch for launch in recorded if launch.name == "add_rms_norm_kernel"][-1]
-    residual, normed = launch.tensors[0], launch.tensors[3]
+    launch = [launch for launch in recorded if launch.name == "add_slots_rms_norm"][-1]
+    residual, normed = launch.tensors[0], launch.tensors[4]
     assert normed.data_ptr() == hidden.data_ptr()
     before = residual.clone()
     with torch.inference_mode():
