@@ -126,7 +126,9 @@ def _limits(weights: str, target: str, tile: Tile) -> Limits:
         return Limits(matrix=matrix, load_bits=128, narrow_share=0.25, instructions=36, traffic=1.02)
     # AMD's loads into LDS take 32 bits of a packed row at a time.
     bits = {"sm_100": 64}.get(target)
-    return Limits(matrix=_MATRIX.get(target), load_bits=bits, instructions={"sm_100": 44, "gfx950": 34}.get(target), traffic=1.06)
+    # Where up to 64 rows share a weight, decoding must not be slower than need be; with more the matrix product has its share too.
+    instructions = {"sm_100": 44 if tile.block_m <= 64 else 68, "gfx950": 34}.get(target)
+    return Limits(matrix=_MATRIX.get(target), load_bits=bits, instructions=instructions, traffic=1.06)
 
 
 _ROUTING = {

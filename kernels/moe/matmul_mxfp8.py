@@ -11,7 +11,7 @@ Follows: OCP Microscaling Formats (MX) Specification 1.0, section 6.3.
 import triton
 import triton.language as tl
 
-from kernels.moe.tiles import swiglu, tile_rows
+from kernels.moe.tiles import rows_to_write, swiglu, tile_rows
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def expert_matmul_mxfp8(
     GATE_UP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    expert, x_rows, out_rows, pairs, exists = tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M, GATE_UP)
+    expert, x_rows, exists = tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M, GATE_UP)
     if tl.max(exists.to(tl.int32), 0) == 0:
         return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -81,6 +81,7 @@ def expert_matmul_mxfp8(
         weights = tl.load(block_ptrs + start // 2, mask=(in_row < left // 2)[None, :], other=0)
         scales = tl.load(scale_ptrs + start // 32, mask=(in_scales < left // 32)[None, :], other=0)
         total = tl.dot_scaled(weights, scales, "e2m1", x, x_scales, "e4m3", acc=total)
+    out_rows, pairs, exists = rows_to_write(tiles_ptr, pairs_ptr, BLOCK_M, GATE_UP)
     total = total.T + tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GATE_UP:
         gate, up = total.reshape(BLOCK_M, BLOCK_N // 2, 2).split()

@@ -11,7 +11,7 @@ activations it is decoded here, exactly, and multiplied in fp32.
 import triton
 import triton.language as tl
 
-from kernels.moe.tiles import swiglu, tile_rows
+from kernels.moe.tiles import rows_to_write, swiglu, tile_rows
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def expert_matmul_natural(
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    expert, x_rows, out_rows, pairs, exists = tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M, GATE_UP)
+    expert, x_rows, exists = tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M, GATE_UP)
     if tl.max(exists.to(tl.int32), 0) == 0:
         return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -85,6 +85,7 @@ def expert_matmul_natural(
             if PACKED:
                 weights = decode_e2m1(weights, exponents, BLOCK_N, BLOCK_K)
             total = tl.dot(x, weights.T, total, input_precision="ieee")
+    out_rows, pairs, exists = rows_to_write(tiles_ptr, pairs_ptr, BLOCK_M, GATE_UP)
     total += tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GATE_UP:
         gate, up = total.reshape(BLOCK_M, BLOCK_N // 2, 2).split()

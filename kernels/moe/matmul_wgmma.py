@@ -11,7 +11,7 @@ A thread's 16 bytes, one load, are its fragments of four matrix instructions.
 import triton
 import triton.language as tl
 
-from kernels.moe.tiles import swiglu, tile_rows
+from kernels.moe.tiles import rows_to_write, swiglu, tile_rows
 
 DECODE = tl.constexpr("""{ // mxfp4x8_bf16
     .reg .b32 r, s;
@@ -90,7 +90,7 @@ def expert_matmul_wgmma(
 ):
     STRIPS: tl.constexpr = BLOCK_N // 16
     CHUNKS: tl.constexpr = BLOCK_K // 64
-    expert, x_rows, out_rows, pairs, exists = tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M, GATE_UP)
+    expert, x_rows, exists = tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M, GATE_UP)
     if tl.max(exists.to(tl.int32), 0) == 0:
         return
     num_strips = tl.cdiv(N, 16)
@@ -115,6 +115,7 @@ def expert_matmul_wgmma(
             total = tl.dot(weights.to(tl.float32), x, total, input_precision="ieee")
         else:
             total = tl.dot(weights, x, total)
+    out_rows, pairs, exists = rows_to_write(tiles_ptr, pairs_ptr, BLOCK_M, GATE_UP)
     # Row 2i of an expert and its row 2i + 1 are in one thread.
     even, odd = total.reshape(STRIPS, 2, 8, BLOCK_M).trans(0, 2, 3, 1).split()
     even, odd = even.reshape(BLOCK_N // 2, BLOCK_M), odd.reshape(BLOCK_N // 2, BLOCK_M)

@@ -15,17 +15,33 @@ import triton.language as tl
 
 @triton.jit
 def tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M: tl.constexpr, GATHER: tl.constexpr):
-    """The tile of this program, by axis 1 of the grid: (local expert, rows to read, rows to write, pairs, which of them exist)."""
+    """The tile of this program, by axis 1 of the grid: (local expert, rows to read, which of them exist)."""
     tile = tiles_ptr + tl.program_id(1) * 4
     expert = tl.load(tile)
     first = tl.load(tile + 1)
     row = tl.arange(0, BLOCK_M)
     exists = row < tl.load(tile + 2)
     places = first + row
-    pairs = tl.load(pairs_ptr + places, mask=exists, other=0)  # [BLOCK_M]
     if GATHER:
-        return expert.to(tl.int64), (pairs // top_k).to(tl.int64), places.to(tl.int64), pairs, exists
-    return expert.to(tl.int64), places.to(tl.int64), pairs.to(tl.int64), pairs, exists
+        pairs = tl.load(pairs_ptr + places, mask=exists, other=0)  # [BLOCK_M]
+        return expert.to(tl.int64), (pairs // top_k).to(tl.int64), exists
+    return expert.to(tl.int64), places.to(tl.int64), exists
+
+
+@triton.jit
+def rows_to_write(tiles_ptr, pairs_ptr, BLOCK_M: tl.constexpr, GATHER: tl.constexpr):
+    """For after the loop: (rows to write, their pairs, which of them exist).
+
+    They are loaded anew, and in a way (`.ca`, which is how loads are cached anyhow) that the compiler does not take for the loads of
+    `tile_rows`: a thread that kept them would hold a register or more for every row of the tile throughout the loop."""
+    tile = tiles_ptr + tl.program_id(1) * 4
+    row = tl.arange(0, BLOCK_M)
+    places = tl.load(tile + 1, cache_modifier=".ca") + row
+    exists = row < tl.load(tile + 2, cache_modifier=".ca")
+    pairs = tl.load(pairs_ptr + places, mask=exists, other=0, cache_modifier=".ca")  # [BLOCK_M]
+    if GATHER:
+        return places.to(tl.int64), pairs, exists
+    return pairs.to(tl.int64), pairs, exists
 
 
 @triton.jit
