@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
+import triton
+
 from benchmarks.kernel_code import MachineCode, compile_kernel, violations
 from benchmarks.kernel_specs import all_specs
 from benchmarks.kernel_specs.spec import TARGETS, KernelSpec
@@ -118,6 +120,7 @@ def main() -> int:
         if args.dump:
             args.dump.mkdir(parents=True, exist_ok=True)
             (args.dump / f"{name.replace('/', '.').replace(' ', '-')}.{target}.s").write_text(code.listing)
+    print(f"Triton {triton.__version__}\n")
     print(markdown(rows) if args.markdown else plain(rows))
     if args.csv:
         with args.csv.open("w", newline="") as file:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the project into it, once per state of pyproject.toml and of what is compiled. Usage: install.sh [extra]
+# Makes .venv and installs the project into it, once per state of this file, of pyproject.toml and of what is compiled. Usage: install.sh [extra]
 #
 # torch comes first: on a machine with a GPU the index's default build; elsewhere the CPU build where the configured
 # indexes have one, else the default. TORCH_INDEX_URL, if set, is the index torch is taken from.
@@ -8,9 +8,11 @@ cd "$(dirname "$0")/.."
 extra=${1:-}
 python=${PYTHON:-python3}
 torch=torch==2.13.0
+# What that torch's build for CUDA brings.
+torchs_triton=triton==3.7.1
 stamp=.venv/.installed${extra:+-$extra}
 
-state() { cat pyproject.toml setup.py kernels/cpu/src/*; }
+state() { cat scripts/install.sh pyproject.toml setup.py kernels/cpu/src/*; }
 
 if [ -f "$stamp" ] && state | cmp -s - "$stamp"; then exit 0; fi
 if [ ! -x .venv/bin/python ]; then
@@ -45,6 +47,8 @@ pip_install -e ".${extra:+[$extra]}"
 [ "$extra" != dev ] || pip_install --no-deps -r tests/helm/requirements.txt
 # torch's builds for GPUs bring the Triton they want. Beside the CPU build the tests want one, to interpret and to compile the kernels.
 [ "$extra" != dev ] || .venv/bin/python -c 'import triton' 2>/dev/null || pip_install 'triton==3.9.*'
+# The gate of the kernels' machine code compiles with what GPUs run: torch's own, which cannot interpret the kernels.
+[ "$extra" != dev ] || pip_install --no-deps --upgrade --target .venv/torchs-triton "$torchs_triton"
 [ -n "$(find kernels/cpu -name '_native*.so')" ] ||
   echo "The CPU kernels were not built (is there a C++ compiler?): a model on the CPU runs, slowly, on the reference kernels" >&2
 state >"$stamp"

@@ -1,8 +1,17 @@
-"""The machine code of every Triton kernel, compiled for the gated targets: no spills, and each spec's own limits. And the gate itself."""
+"""The machine code of every Triton kernel, compiled for the gated targets: no spills, and each spec's own limits. And the gate itself.
 
+GPUs run the Triton that torch brings, so everything is compiled with that one. The one that is installed for the interpreter's tests is
+newer, as a later torch may bring it: with it the kernels that have limits of their own are compiled too.
+"""
+
+import os
 import re
+import subprocess
+import sys
 from concurrent.futures import Future
 from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -15,8 +24,37 @@ from benchmarks.kernel_report import COLUMNS, compile_all, markdown, row  # noqa
 from benchmarks.kernel_specs import all_specs  # noqa: E402
 from benchmarks.kernel_specs.spec import GATED_TARGETS, KernelSpec, Limits, Pass  # noqa: E402
 
-GATED = [(name, target) for name, spec in all_specs().items() for target in GATED_TARGETS if target in spec.targets]
+ROOT = Path(__file__).parents[2]
+TORCHS_TRITON = Path(sys.prefix) / "torchs-triton"
 NUM_PROCESSES = 2
+LIMITED = [(name, target) for name, spec in all_specs().items() for target in GATED_TARGETS if target in spec.limits]
+
+
+def torchs_triton() -> str:
+    """Its version."""
+    versions = [found.version for found in metadata.distributions(path=[str(TORCHS_TRITON)]) if found.name == "triton"]
+    assert len(versions) == 1, f"the Triton of torch's build for CUDA is not in {TORCHS_TRITON}: run scripts/install.sh dev"
+    return versions[0]
+
+
+def test_the_triton_of_torch_is_the_one_that_torch_asks_for() -> None:
+    asked = [requirement for requirement in metadata.requires("torch") or () if requirement.startswith("triton")]
+    if not asked:
+        pytest.skip("only torch's build for CUDA asks for a Triton")
+    assert [re.match(r"triton *==([\w.]+)", requirement)[1] for requirement in asked] == [torchs_triton()]
+
+
+@pytest.mark.timeout(900)
+def test_machine_code_keeps_to_its_limits_with_the_triton_of_torch() -> None:
+    version = torchs_triton()
+    command = [sys.executable, "-m", "benchmarks.kernel_report", "--targets", ",".join(GATED_TARGETS), "--jobs", str(NUM_PROCESSES)]
+    path = os.pathsep.join(map(str, (TORCHS_TRITON, ROOT)))
+    report = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert report.returncode == 0, report.stderr
+    lines = report.stdout.splitlines()
+    assert lines[0] == f"Triton {version}"
+    compiled = sum(target in GATED_TARGETS for spec in all_specs().values() for target in spec.targets)
+    assert len(lines) == 3 + compiled
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +62,11 @@ def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str], "Future[Ma
     """All that the selected tests want, by (spec, target): one pool for the module."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function) and "compiled" in item.fixturenames]
     wanted = {(item.callspec.params["name"], item.callspec.params["target"]) for item in items}
-    return {(name, target): future for name, target, future in compile_all([job for job in GATED if job in wanted], NUM_PROCESSES)}
+    return {(name, target): future for name, target, future in compile_all([job for job in LIMITED if job in wanted], NUM_PROCESSES)}
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("name", "target"), GATED)
+@pytest.mark.parametrize(("name", "target"), LIMITED)
 def test_machine_code_keeps_to_its_limits(compiled: dict[tuple[str, str], "Future[MachineCode]"], name: str, target: str) -> None:
     code = compiled[name, target].result()
     assert not violations(code, all_specs()[name], target)
