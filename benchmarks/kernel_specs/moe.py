@@ -124,7 +124,7 @@ def _limits(weights: str, target: str, tile: Tile) -> Limits:
         matrix = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(target) if tile.block_m >= 64 else None
         # On AMD a tile of 16 tokens by 64 columns is less than 128 bits a thread.
         return Limits(matrix=matrix, load_bits=128, narrow_share=0.25, instructions=36, traffic=1.02)
-    # AMD's loads into LDS take 32 bits of a packed row at a time.
+    # From Triton 3.8 on AMD's loads go straight into LDS, 32 bits of a packed row at a time.
     bits = {"sm_100": 64}.get(target)
     # Where up to 64 rows share a weight, decoding must not be slower than need be; with more the matrix product has its share too.
     instructions = {"sm_100": 44 if tile.block_m <= 64 else 68, "gfx950": 34}.get(target)
