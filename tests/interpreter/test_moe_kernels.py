@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.moe import fused_experts, gate_topk, gated_experts, gated_experts_add_rms_norm, grouped, reference, routing
 from kernels.moe.matmul_wgmma import DECODE
+from kernels.moe.tile_choice import ARCHITECTURES, DENSE, MXFP4, MXFP4_WGMMA, Tile, tiles
 from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4, choose_layout, from_natural, unpack
 from kernels.pointwise import add_rms_norm
 from tests.interpreter.guards import guarded
@@ -73,6 +74,21 @@ def test_packed_experts_in_fp32_are_the_reference(case: MoeCase, layout: str) ->
 def test_dense_experts(case: MoeCase, dtype: torch.dtype, tolerance: float) -> None:
     values = inputs(case, layout=None, dtype=dtype)
     assert_near(run(case, values), float64(case, values), tolerance)
+
+
+EVERY_TILE = sorted(
+    {(weights, tile) for weights in (MXFP4, MXFP4_WGMMA, DENSE) for architecture in ARCHITECTURES for tile in tiles(weights, architecture)},
+    key=str,
+)
+
+
+@pytest.mark.parametrize(("weights", "tile"), EVERY_TILE, ids=str)
+def test_every_tile_of_every_architecture(weights: str, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each expert has a row more than a tile, and widths are no multiples of the tile's."""
+    case = MoeCase(tile.block_m + 1, 2, 2, 160, 96)
+    values = inputs(case, layout={MXFP4: NATURAL, MXFP4_WGMMA: WGMMA, DENSE: None}[weights], dtype=torch.bfloat16)
+    monkeypatch.setattr(grouped, "choose_tile", lambda *args, **kwargs: tile)
+    assert_near(run(case, values), float64(case, values), 2**-7)
 
 
 def test_every_code_and_scale_in_fragment_order_decodes_exactly() -> None:
