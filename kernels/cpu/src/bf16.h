@@ -49,10 +49,16 @@ inline void decode_pairs(const Int8Weights&, const uint8_t* from, __m512i pairs[
 // Weights come from memory once and are not needed again soon; the processor's own prefetching stops at every page of 4 KiB.
 constexpr long kPrefetchBytes = 4096;
 
-template <typename Weights>
-inline void prefetch_chunk(const uint8_t* from) {
-#pragma GCC unroll 4
-  for (long line = 0; line < Weights::kChunkBytes; line += 64) _mm_prefetch((const char*)from + kPrefetchBytes + line, _MM_HINT_T0);
+// How far ahead of byte `at` of a row group to fetch, where num_groups are read side by side: behind a group comes one that is being read, then
+// the one that is read next.
+inline long prefetch_distance(long at, long group_bytes, int num_groups) {
+  return at + kPrefetchBytes < group_bytes ? kPrefetchBytes : kPrefetchBytes + (num_groups - 1) * group_bytes;
+}
+
+template <long kBytes>
+inline void prefetch(const uint8_t* from) {
+#pragma GCC unroll 16
+  for (long line = 0; line < kBytes; line += 64) _mm_prefetch((const char*)from + line, _MM_HINT_T0);
 }
 
 #if CANTATA_BF16 == 1
@@ -79,15 +85,18 @@ template <typename Weights, int kTokens, int kGroups>
 void few_pairs(const Weights& weights, long group, const uint16_t* x, Outputs* y) {
   const uint8_t *blocks[kGroups], *codes[kGroups];
   for (int g = 0; g < kGroups; ++g) blocks[g] = weights.group(group + g), codes[g] = weights.scale_codes(group + g);
+  constexpr long kStepBytes = 4 * Weights::kChunkBytes;
+  const long group_bytes = weights.width / 32 * kStepBytes;
   __m512 total[kGroups][kTokens] = {};
   for (long k = 0; k < weights.width; k += 32) {
+    const long ahead = prefetch_distance(k / 32 * kStepBytes, group_bytes, kGroups);
     __m512 part[kGroups][kTokens][2] = {};
 #pragma GCC unroll 4
     for (int chunk = 0; chunk < 4; ++chunk) {
 #pragma GCC unroll 2
       for (int g = 0; g < kGroups; ++g) {
         __m512i pairs[4];
-        prefetch_chunk<Weights>(blocks[g] + chunk * Weights::kChunkBytes);
+        prefetch<Weights::kChunkBytes>(blocks[g] + chunk * Weights::kChunkBytes + ahead);
         decode_pairs(weights, blocks[g] + chunk * Weights::kChunkBytes, pairs);
 #pragma GCC unroll 4
         for (int pair = 0; pair < 4; ++pair) {
@@ -150,7 +159,7 @@ void many_pairs(const Weights& weights, long group, const uint16_t* x, long num_
     const long width = weights.width - first < kPairSlice ? weights.width - first : kPairSlice;
     const uint8_t* blocks = weights.group(group) + first / 8 * Weights::kChunkBytes;
     for (long chunk = 0; chunk < width / 8; ++chunk, blocks += Weights::kChunkBytes) {
-      prefetch_chunk<Weights>(blocks);
+      prefetch<Weights::kChunkBytes>(blocks + kPrefetchBytes);
       decode_pairs(weights, blocks, panel + 4 * chunk);
     }
     const uint8_t* codes = weights.scale_codes(group) + first / 32 * kRows;
@@ -207,68 +216,74 @@ inline __m512i scaled_slowly(__m512i pairs, Vec factors) {
   return _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_and_si512(odd, _mm512_set1_epi32((int)0xFFFF0000)));
 }
 
-// kE2m1 times 2^126, but 0x8000 for both zeros.
-constexpr uint16_t kRaisedE2m1[16] = {0x8000, 0x7E00, 0x7E80, 0x7EC0, 0x7F00, 0x7F40, 0x7F80, 0x7FC0,
-                                      0x8000, 0xFE00, 0xFE80, 0xFEC0, 0xFF00, 0xFF40, 0xFF80, 0xFFC0};
+struct TileTables {
+  alignas(64) uint8_t upper[64], lower[64];  // of kE2m1 times 2^125, but 0x8000 for both zeros; each code four times
+  alignas(64) uint8_t rows[64];              // a byte's row where it is the upper one of a bf16, else none
+  alignas(64) uint8_t largest[64], span[64];  // scale code, and how much lower others may be
 
-inline const uint8_t* weight_tile(const Mxfp4Weights& weights, const uint8_t* from, const uint8_t* codes, uint8_t* to) {
-  const __m128i scale_codes = _mm_loadu_si128((const __m128i*)codes);
-  const __m128i odd_ones = _mm_subs_epu8(_mm_sub_epi8(scale_codes, _mm_set1_epi8(2)), _mm_set1_epi8((char)250));
-  if (__builtin_expect(!_mm_testz_si128(odd_ones, odd_ones), 0)) {  // codes below 2 or above 252
-    const Vec factors = scales(codes);
-    for (int chunk = 0; chunk < 4; ++chunk) {
-      __m512i pairs[4];
-      decode_pairs(weights, from + 64 * chunk, pairs);
-      for (int pair = 0; pair < 4; ++pair) _mm512_store_si512(to + 64 * (4 * chunk + pair), scaled_slowly(pairs[pair], factors));
+  constexpr TileTables() : upper(), lower(), rows(), largest(), span() {
+    for (int byte = 0; byte < 64; ++byte) {
+      const int code = byte % 16, raised = code % 8 == 0 ? 0x8000 : kE2m1[code] + (125 << 7);
+      upper[byte] = (uint8_t)(raised >> 8);
+      lower[byte] = (uint8_t)(raised & 255);
+      rows[byte] = byte % 2 == 0 ? 0x80 : (uint8_t)(byte / 4);
+      largest[byte] = 252;
+      span[byte] = 250;
     }
-    return to;
   }
-  // What a scale lacks to 2^126 is taken from the exponents, which the table has 126 higher; its zeros are the least number, so that the
-  // saturating addition leaves them what they are, -0.
-  const __m512i missing = _mm512_sub_epi32(_mm512_cvtepu8_epi32(scale_codes), _mm512_set1_epi32(253));
-  const __m512i low = _mm512_slli_epi32(missing, 7), both = _mm512_mask_blend_epi16(0x55555555, _mm512_slli_epi32(missing, 23), low);
-  const __m512i raised = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)kRaisedE2m1));
-#pragma GCC unroll 4
+};
+
+constexpr TileTables kTables;
+
+__attribute__((noinline, cold)) void weight_tile_slowly(const Mxfp4Weights& weights, const uint8_t* from, const uint8_t* codes, uint8_t* to) {
+  const Vec factors = scales(codes);
   for (int chunk = 0; chunk < 4; ++chunk) {
-    const __m512i packed = _mm512_loadu_si512(from + 64 * chunk);
-#pragma GCC unroll 4
-    for (int pair = 0; pair < 4; ++pair) {
-      const __m512i values = _mm512_permutexvar_epi16(_mm512_srli_epi32(packed, 4 * pair), raised);
-      _mm512_store_si512(to + 64 * (4 * chunk + pair), _mm512_adds_epi16(values, both));
-    }
+    __m512i pairs[4];
+    decode_pairs(weights, from + 64 * chunk, pairs);
+    for (int pair = 0; pair < 4; ++pair) _mm512_store_si512(to + 64 * (4 * chunk + pair), scaled_slowly(pairs[pair], factors));
   }
-  return to;
 }
 
-inline const uint8_t* weight_tile(const Bf16Weights&, const uint8_t* from, const uint8_t*, uint8_t*) { return from; }
+inline void weight_tile(const Mxfp4Weights& weights, const uint8_t* from, const uint8_t* codes, uint8_t* to) {
+  // What a scale lacks to 2^125 is taken from the exponents, which the tables have 125 higher; their zeros are the least number, so that the
+  // saturating subtraction leaves them what they are, -0.
+  const __m512i missing = _mm512_sub_epi8(_mm512_load_si512(kTables.largest), _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)codes)));
+  if (__builtin_expect(_mm512_cmpgt_epu8_mask(missing, _mm512_load_si512(kTables.span)) != 0, 0)) {
+    return weight_tile_slowly(weights, from, codes, to);
+  }
+  const __m512i exponents = _mm512_srli_epi16(_mm512_shuffle_epi8(missing, _mm512_load_si512(kTables.rows)), 1);
+  const __m512i upper = _mm512_load_si512(kTables.upper), lower = _mm512_load_si512(kTables.lower);
+  constexpr __mmask64 kUpper = 0xAAAAAAAAAAAAAAAA;
+#pragma GCC unroll 4
+  for (int chunk = 0; chunk < 4; ++chunk) {
+    // Halves of the words turned to the left by 4 times the index; the lookups take the lower 4 bits of a byte. One of 16 bits (vpermw) would
+    // do for two of bytes, but needs the port of the shifts and subtractions.
+    __m512i turned[4] = {_mm512_loadu_si512(from + 64 * chunk)};
+    turned[1] = _mm512_shldi_epi16(turned[0], turned[0], 4);
+    turned[2] = _mm512_shldi_epi16(turned[0], turned[0], 8);
+    turned[3] = _mm512_shldi_epi16(turned[0], turned[0], 12);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; ++pair) {
+      const __m512i low = _mm512_permutexvar_epi8(turned[(4 - pair) % 4], lower);
+      const __m512i values = _mm512_mask_permutexvar_epi8(low, kUpper, turned[(6 - pair) % 4], upper);
+      _mm512_store_si512(to + 64 * (4 * chunk + pair), _mm512_subs_epi16(values, exponents));
+    }
+  }
+}
 
-inline const uint8_t* weight_tile(const Int8Weights& weights, const uint8_t* from, const uint8_t*, uint8_t* to) {
+inline void weight_tile(const Int8Weights& weights, const uint8_t* from, const uint8_t*, uint8_t* to) {
 #pragma GCC unroll 4
   for (int chunk = 0; chunk < 4; ++chunk) {
     __m512i pairs[4];
     decode_pairs(weights, from + chunk * Int8Weights::kChunkBytes, pairs);
     for (int pair = 0; pair < 4; ++pair) _mm512_store_si512(to + 64 * (4 * chunk + pair), pairs[pair]);
   }
-  return to;
-}
-
-// Tiles 0 to 3: sums, [first or second 16 tokens][row group]; 4 and 5: activations; 6 and 7: weights.
-inline void configure_tiles(long num_tokens) {
-  struct {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
-  } config;
-  const uint8_t first = num_tokens < 16 ? num_tokens : 16, second = num_tokens > 16 ? num_tokens - 16 : 1;
-  const uint8_t rows[8] = {first, first, second, second, first, second, 16, 16};
-  __builtin_memcpy(config.rows, rows, sizeof rows);
-  asm volatile("" ::"r"(&config) : "memory");  // the intrinsic says that it reads 8 of the bytes
-  _tile_loadconfig(&config);
 }
 
 // The intrinsics do not say that they read and write memory.
 inline void memory_fence() { asm volatile("" ::: "memory"); }
 
+// Tiles 0 to 3: sums, [first or second 16 tokens][row group]; 4 and 5: activations; 6 and 7: weights.
 template <int kTokenTiles, int kGroups>
 struct Tiles {
   static inline void zero() {
@@ -276,14 +291,6 @@ struct Tiles {
     if constexpr (kGroups > 1) _tile_zero(1);
     if constexpr (kTokenTiles > 1) _tile_zero(2);
     if constexpr (kTokenTiles > 1 && kGroups > 1) _tile_zero(3);
-  }
-
-  static inline void load(const Outputs* y) {
-    memory_fence();
-    _tile_loadd(0, y[0], sizeof(Outputs));
-    if constexpr (kGroups > 1) _tile_loadd(1, y[0] + kRows, sizeof(Outputs));
-    if constexpr (kTokenTiles > 1) _tile_loadd(2, y[16], sizeof(Outputs));
-    if constexpr (kTokenTiles > 1 && kGroups > 1) _tile_loadd(3, y[16] + kRows, sizeof(Outputs));
   }
 
   static inline void store(Outputs* y) {
@@ -312,80 +319,60 @@ struct Tiles {
   }
 };
 
-// At most 32 tokens: the sums stay in tiles while all weights pass once.
+// Steps of 32 columns that weights are decoded before they are multiplied: what was just stored cannot be loaded as a tile until it is in the
+// cache, and decoding goes on meanwhile.
+constexpr long kStepsAhead = 2;
+
+// At most 32 tokens. The sums stay in tiles while all weights pass once.
 template <typename Weights, int kTokenTiles, int kGroups>
-void few_tiles(const Weights& weights, long group, const uint16_t* x, long num_tokens, Outputs* y) {
-  alignas(64) uint8_t decoded[kGroups][kTileBytes];
-  const uint8_t *blocks[kGroups], *codes[kGroups], *tiles[kGroups];
-  for (int g = 0; g < kGroups; ++g) blocks[g] = weights.group(group + g), codes[g] = weights.scale_codes(group + g);
+void multiply_tiles(const Weights& weights, long group, const uint16_t* x, Outputs* y) {
+  constexpr bool kDecodes = !std::is_same_v<Weights, Bf16Weights>;
+  constexpr long kStepBytes = 4 * Weights::kChunkBytes, kRingSteps = 2 * kStepsAhead;
   typedef Tiles<kTokenTiles, kGroups> Sums;
-  configure_tiles(num_tokens);
-  Sums::zero();
-  for (long k = 0; k < weights.width; k += 32) {
+  alignas(64) uint8_t decoded[kDecodes ? kRingSteps : 1][kGroups][kTileBytes];
+  const long num_steps = weights.width / 32, group_bytes = num_steps * kStepBytes, codes_bytes = num_steps * kRows, stride = weights.width * 2;
+  const uint8_t *blocks = weights.group(group), *codes = weights.scale_codes(group);
+
+  const auto prepare = [&](long step) __attribute__((always_inline)) {
+    const uint8_t* from = blocks + step * kStepBytes;
+    const long ahead = prefetch_distance(step * kStepBytes, group_bytes, kGroups);
 #pragma GCC unroll 2
     for (int g = 0; g < kGroups; ++g) {
-#pragma GCC unroll 4
-      for (int chunk = 0; chunk < 4; ++chunk) prefetch_chunk<Weights>(blocks[g] + chunk * Weights::kChunkBytes);
-      tiles[g] = weight_tile(weights, blocks[g], codes[g], decoded[g]);
-      blocks[g] += 4 * Weights::kChunkBytes;
-      codes[g] += kRows;
+      prefetch<kStepBytes>(from + g * group_bytes + ahead);
+      if constexpr (kDecodes) weight_tile(weights, from + g * group_bytes, codes + g * codes_bytes + step * kRows, decoded[step % kRingSteps][g]);
     }
-    Sums::multiply(x + k, weights.width * 2, tiles[0], tiles[kGroups - 1]);
-  }
-  Sums::store(y);
-  _tile_release();
-}
+  };
 
-constexpr long kTileSlice = 8;  // steps of 32 columns decoded at a time for many tokens: 16 KiB for two row groups
-
-template <typename Weights, int kTokenTiles, int kGroups>
-inline void add_slice(bool is_first, long num_steps, const uint16_t* x, long stride, const uint8_t* const (*tiles)[kTileSlice], Outputs* y) {
-  typedef Tiles<kTokenTiles, kGroups> Sums;
-  if (is_first) {
-    Sums::zero();
-  } else {
-    Sums::load(y);
+  Sums::zero();
+  if constexpr (kDecodes) {
+    for (long step = 0; step < kStepsAhead && step < num_steps; ++step) prepare(step);
   }
-  for (long step = 0; step < num_steps; ++step) Sums::multiply(x + 32 * step, stride, tiles[0][step], tiles[kGroups - 1][step]);
+  for (long step = 0; step < num_steps; ++step, x += 32) {
+    if constexpr (kDecodes) {
+      const auto& tiles = decoded[step % kRingSteps];
+      Sums::multiply(x, stride, tiles[0], tiles[kGroups - 1]);
+      if (step + kStepsAhead < num_steps) prepare(step + kStepsAhead);
+    } else {
+      const uint8_t* tile = blocks + step * kStepBytes;
+      Sums::multiply(x, stride, tile, tile + (kGroups - 1) * group_bytes);
+      prepare(step);
+    }
+  }
   Sums::store(y);
 }
 
-template <typename Weights, int kGroups>
-void many_tiles(const Weights& weights, long group, const uint16_t* x, long num_tokens, Outputs* y) {
-  alignas(64) uint8_t decoded[2][kTileSlice][kTileBytes];
-  const uint8_t* tiles[2][kTileSlice];
-  const long stride = weights.width * 2;
-  long configured = 0;
-  for (long first = 0; first < weights.width / 32; first += kTileSlice) {
-    const long num_steps = weights.width / 32 - first < kTileSlice ? weights.width / 32 - first : kTileSlice;
-    for (int g = 0; g < kGroups; ++g) {
-      const uint8_t* blocks = weights.group(group + g) + first * 4 * Weights::kChunkBytes;
-      const uint8_t* codes = weights.scale_codes(group + g) + first * kRows;
-      for (long step = 0; step < num_steps; ++step) {
-        for (int chunk = 0; chunk < 4; ++chunk) prefetch_chunk<Weights>(blocks + (4 * step + chunk) * Weights::kChunkBytes);
-        tiles[g][step] = weight_tile(weights, blocks + 4 * step * Weights::kChunkBytes, codes + step * kRows, decoded[g][step]);
-      }
-    }
-    for (long t = 0; t < num_tokens; t += 32) {
-      const long count = num_tokens - t < 32 ? num_tokens - t : 32;
-      if (count != configured) configure_tiles(configured = count);
-      const uint16_t* rows = x + t * weights.width + 32 * first;
-      if (count > 16) {
-        add_slice<Weights, 2, kGroups>(first == 0, num_steps, rows, stride, tiles, y + t);
-      } else {
-        add_slice<Weights, 1, kGroups>(first == 0, num_steps, rows, stride, tiles, y + t);
-      }
-    }
-  }
-  _tile_release();
-}
-
-struct Bf16 {
+// The tiles' shape depends on the number of tokens. It stays until another is needed: to set or to release it costs as much as 30 tiles.
+class Bf16 {
+ public:
   typedef uint16_t Activation;
+
+  ~Bf16() {
+    if (configured_ > 0) _tile_release();
+  }
 
   // As Fp32::multiply.
   template <typename Weights>
-  static void multiply(const Weights& weights, long group, int num_groups, const uint16_t* x, long num_tokens, Outputs* y) {
+  void multiply(const Weights& weights, long group, int num_groups, const uint16_t* x, long num_tokens, Outputs* y) {
     if (num_groups == 2) {
       multiply_groups<Weights, 2>(weights, group, x, num_tokens, y);
     } else {
@@ -393,16 +380,36 @@ struct Bf16 {
     }
   }
 
+ private:
   template <typename Weights, int kGroups>
-  static void multiply_groups(const Weights& weights, long group, const uint16_t* x, long num_tokens, Outputs* y) {
-    if (num_tokens <= 16) {
-      few_tiles<Weights, 1, kGroups>(weights, group, x, num_tokens, y);
-    } else if (num_tokens <= 32) {
-      few_tiles<Weights, 2, kGroups>(weights, group, x, num_tokens, y);
-    } else {
-      many_tiles<Weights, kGroups>(weights, group, x, num_tokens, y);
+  void multiply_groups(const Weights& weights, long group, const uint16_t* x, long num_tokens, Outputs* y) {
+    for (long t = 0; t < num_tokens; t += 32) {
+      const long count = num_tokens - t < 32 ? num_tokens - t : 32;
+      configure(count);
+      if (count > 16) {
+        multiply_tiles<Weights, 2, kGroups>(weights, group, x + t * weights.width, y + t);
+      } else {
+        multiply_tiles<Weights, 1, kGroups>(weights, group, x + t * weights.width, y + t);
+      }
     }
   }
+
+  inline void configure(long num_tokens) {
+    if (num_tokens == configured_) return;
+    configured_ = num_tokens;
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {};
+    } config;
+    const uint8_t first = num_tokens < 16 ? num_tokens : 16, second = num_tokens > 16 ? num_tokens - 16 : 1;
+    const uint8_t rows[8] = {first, first, second, second, first, second, 16, 16};
+    __builtin_memcpy(config.rows, rows, sizeof rows);
+    asm volatile("" ::"r"(&config) : "memory");  // the intrinsic says that it reads 8 of the bytes
+    _tile_loadconfig(&config);
+  }
+
+  long configured_ = 0;  // for so many tokens, or 0
 };
 
 #endif

@@ -45,7 +45,7 @@ bool has_amx() {
 bool supported(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (strcmp(name, "amx") == 0) return has_avx512_bf16() && has_amx();
+  if (strcmp(name, "amx") == 0) return has_avx512_bf16() && __builtin_cpu_supports("avx512vbmi2") && has_amx();
   if (strcmp(name, "avx512_bf16") == 0) return has_avx512_bf16();
   if (strcmp(name, "avx512") == 0) return has_avx512();
   if (strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

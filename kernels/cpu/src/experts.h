@@ -70,16 +70,17 @@ inline Assignment assign(const ExpertsArgs& args) {
   return result;
 }
 
-// Row groups [first, last) of one expert times its rows of x, two groups at a time; `finish(group, number of rows, token, values)` with the
+// Row groups [first, last) of one expert times its rows of x, two groups at a time; `finish(group, number of groups, token, count, values)` with the
 // token's place among the expert's.
 template <typename Engine, typename Weights, typename Finish>
-void project(const Weights& weights, long first, long last, const typename Engine::Activation* x, long num_tokens, Finish&& finish) {
+void project(Engine& engine, const Weights& weights, long first, long last, const typename Engine::Activation* x, long num_tokens,
+             Finish&& finish) {
   alignas(64) Outputs y[kMaxTokens];
   for (long from = 0; from < num_tokens; from += kMaxTokens) {
     const long count = num_tokens - from < kMaxTokens ? num_tokens - from : kMaxTokens;
     for (long group = first; group < last; group += 2) {
       const int num_groups = group + 2 <= last ? 2 : 1;
-      Engine::multiply(weights, group, num_groups, x + from * weights.width, count, y);
+      engine.multiply(weights, group, num_groups, x + from * weights.width, count, y);
       finish(group, num_groups, from, count, y);
     }
   }
@@ -104,19 +105,21 @@ void run_experts(const ExpertsArgs& args) {
 
   const long pairs = (2 * width / kRows + 1) / 2;  // of row groups
   auto gate_up = [&](long begin, long end) {
+    Engine engine;
     for (long task = begin; task < end;) {
       const long expert = assignment.hit[task / pairs], first = task % pairs;
       const long last = first + (end - task) < pairs ? first + (end - task) : pairs;
       const long start = assignment.starts[expert], num_tokens = assignment.starts[expert + 1] - start;
-      project<Engine>(expert_weights(args.gate_up, expert, 2 * width, hidden), 2 * first, 2 * last < 2 * width / kRows ? 2 * last : 2 * width / kRows,
-                      rows + start * hidden, num_tokens, [&](long group, int num_groups, long from, long count, const Outputs* y) {
-                        float bias[2 * kRows];
-                        widen_values(args.gate_up_bias, args.bias_type, expert * 2 * width + group * kRows, num_groups * kRows, bias);
-                        for (long t = 0; t < count; ++t) {
-                          swiglu(y[t], bias, num_groups * kRows / 2, args.limit, args.alpha,
-                                 activations + (start + from + t) * width + group * kRows / 2);
-                        }
-                      });
+      project(engine, expert_weights(args.gate_up, expert, 2 * width, hidden), 2 * first,
+              2 * last < 2 * width / kRows ? 2 * last : 2 * width / kRows, rows + start * hidden, num_tokens,
+              [&](long group, int num_groups, long from, long count, const Outputs* y) {
+                float bias[2 * kRows];
+                widen_values(args.gate_up_bias, args.bias_type, expert * 2 * width + group * kRows, num_groups * kRows, bias);
+                for (long t = 0; t < count; ++t) {
+                  swiglu(y[t], bias, num_groups * kRows / 2, args.limit, args.alpha,
+                         activations + (start + from + t) * width + group * kRows / 2);
+                }
+              });
       task += last - first;
     }
   };
@@ -126,24 +129,25 @@ void run_experts(const ExpertsArgs& args) {
   const long out_pairs = (hidden / kRows + 1) / 2;
   float* sums = args.type == kFloat32 ? static_cast<float*>(args.out) : args.sums;
   auto down = [&](long begin, long end) {
+    Engine engine;
     const long first = 2 * begin * kRows, last = 2 * end * kRows < hidden ? 2 * end * kRows : hidden;
     for (long token = 0; token < args.num_tokens; ++token) __builtin_memset(sums + token * hidden + first, 0, (last - first) * sizeof(float));
     for (long index = 0; index < assignment.num_hit; ++index) {
       const long expert = assignment.hit[index], start = assignment.starts[expert], num_tokens = assignment.starts[expert + 1] - start;
-      project<Engine>(expert_weights(args.down, expert, hidden, width), first / kRows, last / kRows, activations + start * width, num_tokens,
-                      [&](long group, int num_groups, long from, long count, const Outputs* y) {
-                        float bias[2 * kRows];
-                        widen_values(args.down_bias, args.bias_type, expert * hidden + group * kRows, num_groups * kRows, bias);
-                        for (long t = 0; t < count; ++t) {
-                          const long pair = assignment.entries[start + from + t];
-                          const Vec weight = broadcast(args.topk_weights[pair]);
-                          float* sum = sums + pair / args.top_k * hidden + group * kRows;
-                          for (int i = 0; i < num_groups * kRows; i += kLanes) {
-                            const Vec value = load(y[t] + i) + load(bias + i);
-                            store(sum + i, load(sum + i) + value * weight);
-                          }
-                        }
-                      });
+      project(engine, expert_weights(args.down, expert, hidden, width), first / kRows, last / kRows, activations + start * width, num_tokens,
+              [&](long group, int num_groups, long from, long count, const Outputs* y) {
+                float bias[2 * kRows];
+                widen_values(args.down_bias, args.bias_type, expert * hidden + group * kRows, num_groups * kRows, bias);
+                for (long t = 0; t < count; ++t) {
+                  const long pair = assignment.entries[start + from + t];
+                  const Vec weight = broadcast(args.topk_weights[pair]);
+                  float* sum = sums + pair / args.top_k * hidden + group * kRows;
+                  for (int i = 0; i < num_groups * kRows; i += kLanes) {
+                    const Vec value = load(y[t] + i) + load(bias + i);
+                    store(sum + i, load(sum + i) + value * weight);
+                  }
+                }
+              });
     }
     if (args.type == kBfloat16) {
       for (long token = 0; token < args.num_tokens; ++token) {

@@ -1,9 +1,11 @@
 // The operations for processors with AMX.
 #if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 11
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,amx-tile,amx-bf16")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2,amx-tile,amx-bf16")
 #include <immintrin.h>
 #endif
 #include <stdint.h>
+
+#include <type_traits>
 
 #include "ops.h"
 #include "pool.h"
