@@ -290,12 +290,13 @@ def test_experts_on_bf16_are_as_exact_as_bf16(isa: str, num_experts: int, hidden
         assert torch.equal(layer(x[rows], ids[rows], weights[rows]), everything[rows]), (first, count)
 
 
-@pytest.mark.parametrize("scale", [0, 1, 2, 127, 252, 253, 254])
-def test_extreme_scales_in_bf16(isa: str, scale: int) -> None:
+@pytest.mark.parametrize("row_scales", [[0], [1], [2], [127], [252], [253], [254], [2, 3, 100, 127, 130, 251, 252], [127, 1]])
+def test_extreme_scales_in_bf16(isa: str, row_scales: list[int]) -> None:
     """One of 32 columns is read at a time; what is too large or too small for bf16 must be infinite or zero, and nothing else changes."""
     codes = torch.arange(16, dtype=torch.uint8).repeat(2)
     blocks = (codes[0::2] | (codes[1::2] << 4))[None, None, None].expand(1, 32, 1, 16).contiguous()
-    down = from_natural(blocks, torch.full((1, 32, 1), scale, dtype=torch.uint8), ROWS16)
+    scales = torch.tensor(row_scales * 32, dtype=torch.uint8)[:32]
+    down = from_natural(blocks, scales[None, :, None].contiguous(), ROWS16)
     expected = unpack(down, torch.float32)[0]
     gate_up = from_natural(torch.zeros(1, 64, 1, 16, dtype=torch.uint8), torch.zeros(1, 64, 1, dtype=torch.uint8), ROWS16)
     for tokens in (1, 40):

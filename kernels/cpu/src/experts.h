@@ -70,8 +70,8 @@ inline Assignment assign(const ExpertsArgs& args) {
   return result;
 }
 
-// Row groups [first, last) of one expert times its rows of x, two groups at a time; `finish(group, number of groups, token, count, values)` with the
-// token's place among the expert's.
+// Row groups [first, last) of one expert times its rows of x, two groups at a time; `finish(group, number of groups, first token, number of
+// tokens, values)` with the token's place among the expert's.
 template <typename Engine, typename Weights, typename Finish>
 void project(Engine& engine, const Weights& weights, long first, long last, const typename Engine::Activation* x, long num_tokens,
              Finish&& finish) {
@@ -134,8 +134,8 @@ void run_experts(const ExpertsArgs& args) {
     for (long token = 0; token < args.num_tokens; ++token) __builtin_memset(sums + token * hidden + first, 0, (last - first) * sizeof(float));
     for (long index = 0; index < assignment.num_hit; ++index) {
       const long expert = assignment.hit[index], start = assignment.starts[expert], num_tokens = assignment.starts[expert + 1] - start;
-      project(engine, expert_weights(args.down, expert, hidden, width), first / kRows, last / kRows, activations + start * width, num_tokens,
-              [&](long group, int num_groups, long from, long count, const Outputs* y) {
+      project(engine, expert_weights(args.down, expert, hidden, width), first / kRows, last / kRows, activations + start * width,
+              num_tokens, [&](long group, int num_groups, long from, long count, const Outputs* y) {
                 float bias[2 * kRows];
                 widen_values(args.down_bias, args.bias_type, expert * hidden + group * kRows, num_groups * kRows, bias);
                 for (long t = 0; t < count; ++t) {
