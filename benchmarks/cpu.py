@@ -10,12 +10,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.cpu import dense, experts, native
+from kernels.cpu import attention, dense, experts, native
 from kernels.cpu.dense import PackedWeight
 from kernels.cpu.memory import zeros
 from kernels.mxfp4 import ROWS16, PackedMXFP4
@@ -24,6 +25,9 @@ HIDDEN = INTERMEDIATE = 2880
 """Of gpt-oss."""
 NUM_EXPERTS = 32
 TOP_K = 4
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 64, 8, 64
+WINDOW = 128
+BLOCK_SIZE = 16
 _LEAST_CALLS = 4
 
 
@@ -51,7 +55,7 @@ def main() -> None:
         "--memory", type=float, default=1.0, help="GiB of weights of each kind, more than the caches hold; default: %(default)s"
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="for each figure; default: %(default)s")
-    parser.add_argument("--only", choices=("matrix-vector", "experts", "dense"), help="one table")
+    parser.add_argument("--only", choices=("matrix-vector", "experts", "dense", "attention"), help="one table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     best = native.isa()
@@ -60,7 +64,12 @@ def main() -> None:
     print(f"{arguments.threads} threads of {os.cpu_count()}, {cache_text()}, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     size = int(arguments.memory * 2**30)
     yardsticks = [bandwidth_task(size), gemm_task()]
-    tables = {"matrix-vector": lambda: matrix_vector_tasks(size), "experts": lambda: expert_tasks(size), "dense": lambda: dense_tasks(size)}
+    tables = {
+        "matrix-vector": lambda: matrix_vector_tasks(size),
+        "experts": lambda: expert_tasks(size),
+        "dense": lambda: dense_tasks(size),
+        "attention": lambda: attention_tasks(size),
+    }
     for title, tasks in tables.items():
         if arguments.only not in (None, title):
             continue
@@ -162,6 +171,57 @@ def dense_tasks(size: int) -> list[Task]:
             )
         )
     return tasks
+
+
+def attention_tasks(size: int) -> list[Task]:
+    """Prompts, chunks behind a context, and decodes of one and of many sequences."""
+    caches = attention_caches(size)
+    tasks = []
+    for num_seqs, query_len, context_len, window in (
+        (1, 512, 512, None),
+        (1, 2048, 2048, None),
+        (1, 512, 8192, None),
+        (1, 512, 512, WINDOW),
+        (1, 2048, 2048, WINDOW),
+        (1, 1, 1024, None),
+        (1, 1, 8192, None),
+        (1, 1, 8192, WINDOW),
+        (16, 1, 1024, None),
+        (16, 1, 8192, None),
+    ):
+        tasks.append(attention_task(caches, num_seqs, query_len, context_len, window))
+    return tasks
+
+
+def attention_caches(size: int) -> Tensor:
+    """[num_layers, 2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM] bf16, at least `size` bytes: each layer holds 16 sequences of 8192."""
+    num_blocks = 16 * 8192 // BLOCK_SIZE
+    shape = (2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    layers = zeros((-(-size // (2 * prod(shape))), *shape), torch.bfloat16)
+    layers.view(-1, prod(shape[2:])).copy_(torch.randn(prod(shape[2:])))
+    return layers
+
+
+def attention_task(layers: Tensor, num_seqs: int, query_len: int, context_len: int, window: int | None) -> Task:
+    """The last `query_len` tokens of each of `num_seqs` sequences, which lie elsewhere with every call; blocks in no order."""
+    num_blocks, blocks_per_seq = layers.shape[2], -(-context_len // BLOCK_SIZE)
+    generator = torch.Generator().manual_seed(context_len)
+    free = torch.randperm(num_blocks, generator=generator).to(torch.int32)
+    tables = [table.view(num_seqs, blocks_per_seq) for table in free.split(num_seqs * blocks_per_seq) if len(table) == num_seqs * blocks_per_seq]
+    q = torch.randn(num_seqs * query_len, NUM_HEADS, HEAD_DIM, generator=generator).bfloat16()
+    context_lens = torch.full((num_seqs,), context_len, dtype=torch.int32)
+    cu_seqlens_q = torch.arange(num_seqs + 1, dtype=torch.int32) * query_len
+    sinks = torch.zeros(NUM_HEADS)
+
+    def run(call: int) -> Tensor:
+        layer, table = layers[call % len(layers)], tables[call // len(layers) % len(tables)]
+        return attention.paged_attention(q, layer, table, context_lens, cu_seqlens_q, sinks, scale=HEAD_DIM**-0.5, window=window)
+
+    seen = [min(position + 1, window or context_len) for position in range(context_len - query_len, context_len)]
+    read = min(context_len, query_len + (window or context_len) - 1)
+    name = f"{num_seqs} x {query_len} of {context_len} tokens, " + (f"window {window}" if window else "all keys")
+    num_bytes = num_seqs * read * 2 * NUM_KV_HEADS * HEAD_DIM * layers.itemsize
+    return Task(name, run, num_bytes if query_len == 1 else 0, 4 * num_seqs * sum(seen) * NUM_HEADS * HEAD_DIM)
 
 
 def run_dense(x: Tensor, weights: Sequence[PackedWeight]) -> Callable[[int], object]:

@@ -2,6 +2,8 @@
 
 #include "attention.h"
 //
+#include "attention_fp32.h"
+//
 #include "pointwise.h"
 //
 #include "sampling.h"
