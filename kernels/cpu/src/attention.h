@@ -122,7 +122,7 @@ class OddKeys {
   bool any() const { return (bits_[0] | bits_[1] | bits_[2] | bits_[3]) != 0; }
   void add(long key) { bits_[key / 64] |= 1ull << key % 64; }
 
-  // Adds what was left out. `weights` has rows first_row to end_row of the task, kKeyTile apart; `sums` all rows of it.
+  // Adds what was left out. `weights` has rows first_row to end_row of the task, kKeyTile apart; so has `sums`, `width` apart.
   template <typename Element, typename Weight>
   void add_values(const Sequences<Element>& of, const QueryTile& tile, long head, long key_tile, const Weight* weights, long first_row,
                   long end_row, float* sums, long width) const {
@@ -135,7 +135,7 @@ class OddKeys {
         const float weight = widen(weights[(row - first_row) * kKeyTile + key]);
         for (long d = 0; d < of.args.head_dim; ++d) {
           const float value = widen(values[d]);
-          if (!__builtin_isfinite(value)) sums[row * width + d] += weight * value;
+          if (!__builtin_isfinite(value)) sums[(row - first_row) * width + d] += weight * value;
         }
       }
     }

@@ -1,4 +1,4 @@
-// The operations on bf16 activations; those in fp32, and all others, are AVX-512's.
+// The operations on bf16 activations; those in fp32, of other shapes, and all others, are AVX-512's.
 
 void experts(const ExpertsArgs& args) {
   if (args.type == kBfloat16) {
@@ -10,10 +10,15 @@ void experts(const ExpertsArgs& args) {
 
 void dense(const DenseArgs& args) { run_dense<Bf16>(args, args.x); }
 
+int attention(const AttentionArgs& args) {
+  return Bf16Reducer::can_reduce(args) ? Attention<Bf16Reducer>(args).run() : avx512_ops()->step.attention(args);
+}
+
 Ops bf16_ops(const char* name) {
   Ops ops = *avx512_ops();
   ops.name = name;
   ops.experts = experts;
   ops.dense = dense;
+  ops.step.attention = attention;
   return ops;
 }

@@ -7,6 +7,7 @@
 
 #include "ops.h"
 #include "pool.h"
+#include "scratch.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 10
 #define CANTATA_ISA 2
@@ -25,6 +26,10 @@ namespace {
 #include "experts.h"
 //
 #include "dense.h"
+//
+#include "attention.h"
+//
+#include "attention_bf16.h"
 //
 #include "bf16_ops.h"
 }  // namespace

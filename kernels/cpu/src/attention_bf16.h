@@ -1,0 +1,269 @@
+// Attention in bf16 by the processor's bf16 instructions, summed in fp32: for heads of a multiple of 32 dimensions. Scores are exact products
+// of queries and keys, the scale is applied to their sums. Weights are added up in fp32 and rounded to bf16 for their product with the
+// values, as flash attention does on GPUs.
+
+constexpr long kRowBlock = 32;  // rows whose scores and weights are in the first-level cache together
+constexpr long kStep = 32;      // elements of a row that one tile multiplies
+constexpr long kStepPairs = kStep / 2 * 16;  // 32-bit pairs of a tile: [16 pairs of elements, 16 columns]
+
+#if CANTATA_BF16 == 1
+
+inline void configure_for(long) {}
+inline void release_tiles() {}
+
+// c[rows, 32] = a[rows, steps * kStep] times two columns of tiles, whose tiles for a step are `stride` pairs apart. Rows of c beyond the last
+// up to a multiple of 8 are written too. Strides of a and c in elements.
+inline void multiply(long rows, long steps, const uint16_t* a, long a_stride, const int32_t* first, const int32_t* second, long stride, float* c,
+                     long c_stride) {
+  constexpr int kRowsAtOnce = 8;
+  for (long row = 0; row < rows; row += kRowsAtOnce) {
+    __m512 total[kRowsAtOnce][2] = {};
+    for (long step = 0; step < steps; ++step) {
+#pragma GCC unroll 4
+      for (int pair = 0; pair < kStep / 2; ++pair) {
+        const __m512bh left = (__m512bh)_mm512_loadu_si512(first + step * stride + 16 * pair);
+        const __m512bh right = (__m512bh)_mm512_loadu_si512(second + step * stride + 16 * pair);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+          const __m512bh both = broadcast_pair(a + (row + r) * a_stride + kStep * step + 2 * pair);
+          total[r][0] = _mm512_dpbf16_ps(total[r][0], left, both);
+          total[r][1] = _mm512_dpbf16_ps(total[r][1], right, both);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      _mm512_storeu_ps(c + (row + r) * c_stride, total[r][0]);
+      _mm512_storeu_ps(c + (row + r) * c_stride + 16, total[r][1]);
+    }
+  }
+}
+
+#else
+
+inline void configure_for(long rows) { configure_tiles(rows); }
+inline void release_tiles() { _tile_release(); }
+
+template <bool kTwoTilesOfRows>
+inline void multiply_tiles(long steps, const uint16_t* a, long a_stride, const int32_t* first, const int32_t* second, long stride, float* c,
+                           long c_stride) {
+  memory_fence();
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kTwoTilesOfRows) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (long step = 0; step < steps; ++step) {
+    _tile_loadd(4, a + kStep * step, a_stride * 2);
+    _tile_loadd(6, first + step * stride, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, second + step * stride, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kTwoTilesOfRows) {
+      _tile_loadd(5, a + 16 * a_stride + kStep * step, a_stride * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_stride * 4);
+  _tile_stored(1, c + 16, c_stride * 4);
+  if constexpr (kTwoTilesOfRows) {
+    _tile_stored(2, c + 16 * c_stride, c_stride * 4);
+    _tile_stored(3, c + 16 * c_stride + 16, c_stride * 4);
+  }
+  memory_fence();
+}
+
+// c[rows, 32] = a[rows, steps * kStep] times two columns of tiles, whose tiles for a step are `stride` pairs apart; configured for as many
+// rows, at most 32. Strides of a and c in elements.
+inline void multiply(long rows, long steps, const uint16_t* a, long a_stride, const int32_t* first, const int32_t* second, long stride, float* c,
+                     long c_stride) {
+  if (rows > 16) {
+    multiply_tiles<true>(steps, a, a_stride, first, second, stride, c, c_stride);
+  } else {
+    multiply_tiles<false>(steps, a, a_stride, first, second, stride, c, c_stride);
+  }
+}
+
+#endif
+
+// Of the 16 keys from k on, those in the span.
+inline __mmask16 lanes_within(Span span, long k) {
+  const auto below = [k](long end) { return end <= k ? 0u : end >= k + 16 ? 0xFFFFu : (1u << (end - k)) - 1; };
+  return (__mmask16)(below(span.last) & ~below(span.first));
+}
+
+// 2^x for the lanes of the mask, 0 for the others; relative error below 9e-5, a twentieth of what rounding to bf16 may change.
+inline __m512 power_of_two(__mmask16 mask, __m512 x) {
+  const __m512 fraction = _mm512_reduce_ps(x, 1);  // x - floor(x)
+  __m512 value = _mm512_set1_ps(0.07706699f);
+  value = _mm512_fmadd_ps(value, fraction, _mm512_set1_ps(0.22764505f));
+  value = _mm512_fmadd_ps(value, fraction, _mm512_set1_ps(0.69511677f));
+  value = _mm512_fmadd_ps(value, fraction, _mm512_set1_ps(1.0f));
+  return _mm512_maskz_scalef_ps(mask, value, x);
+}
+
+// A row of scores → bf16 weights relative to the maximum of the row's span; zeros in the rest of `all`, multiples of 32. Scores are multiplied
+// by `scale` first.
+inline Reduced soften(const float* scores, Span span, Span all, float scale, uint16_t* weights) {
+  __m512 highest = _mm512_set1_ps(kNothing);
+  for (long k = span.first / 16 * 16; k < span.last; k += 16) {
+    highest = _mm512_mask_max_ps(highest, lanes_within(span, k), _mm512_loadu_ps(scores + k), highest);  // of a NaN and a number the second
+  }
+  const float maximum = _mm512_reduce_max_ps(highest), to_power = scale * 1.44269504088896341f;
+  // Without a number among them there is no maximum; NaN must come through, minus infinity as zero.
+  const __m512 factor = _mm512_set1_ps(to_power), shift = _mm512_set1_ps(maximum == kNothing ? 0.0f : maximum * to_power);
+  __m512 total[2] = {};
+  for (long k = all.first; k < all.last; k += 32) {
+    __m512 weight[2];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m512 power = _mm512_fmsub_ps(_mm512_loadu_ps(scores + k + 16 * half), factor, shift);
+      weight[half] = power_of_two(lanes_within(span, k + 16 * half), power);
+      total[half] = _mm512_add_ps(total[half], weight[half]);
+    }
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(weight[1], weight[0]);
+    __builtin_memcpy(weights + k, &rounded, sizeof rounded);
+  }
+  return {maximum * scale, _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1]))};
+}
+
+class Bf16Reducer {
+ public:
+  typedef uint16_t Element;
+
+  static bool can_reduce(const AttentionArgs& args) { return args.type == kBfloat16 && args.head_dim % kStep == 0; }
+  static long width(long head_dim) { return head_dim; }
+
+  struct Workspace {
+    uint16_t* queries;  // [rows, head_dim]
+    int32_t* keys;      // [kKeyTile / 16, head_dim / 2, 16 keys], pairs of dimensions
+    int32_t* values;    // [kKeyTile / kStep, head_dim / 16, kStep / 2, 16 dimensions], pairs of keys
+    float* scores;      // [kRowBlock, kKeyTile]
+    uint16_t* weights;  // [kRowBlock, kKeyTile]
+    uint16_t* nothing;  // [head_dim] zeros
+
+    Workspace(Layout& layout, long rows, long head_dim)
+        : queries(layout.take<uint16_t>(rows * head_dim)),
+          keys(layout.take<int32_t>(kKeyTile * head_dim / 2)),
+          values(layout.take<int32_t>(kKeyTile * head_dim / 2)),
+          scores(layout.take<float>(kRowBlock * kKeyTile)),
+          weights(layout.take<uint16_t>(kRowBlock * kKeyTile)),
+          nothing(layout.take<uint16_t>(head_dim)) {}
+  };
+
+  Bf16Reducer(const Sequences<uint16_t>& of, const QueryTile& tile, long head, const Workspace& work)
+      : of_(of), args_(of.args), tile_(tile), head_(head), real_rows_(tile.num_queries * of.group), work_(work) {
+    const long head_dim = args_.head_dim, query_bytes = of.group * head_dim * 2;
+    __builtin_memset(work.nothing, 0, head_dim * 2);
+    for (long query = 0; query < tile.num_queries; ++query) {
+      __builtin_memcpy(work.queries + query * of.group * head_dim, of.queries(tile.row + query, head), query_bytes);
+    }
+    const long padded_rows = round_up(real_rows_, 16);
+    __builtin_memset(work.queries + real_rows_ * head_dim, 0, (padded_rows - real_rows_) * head_dim * 2);
+  }
+
+  // One key tile, for all rows of the task.
+  void reduce(long key_tile, const Softmax& out) const {
+    const Span all = of_.visible(tile_, key_tile);
+    OddKeys odd;
+    pack_keys(key_tile, all);
+    pack_values(key_tile, all, odd);
+    long configured = 0;
+    for (long row = 0; row < real_rows_; row += kRowBlock) {
+      const long end_row = row + kRowBlock < real_rows_ ? row + kRowBlock : real_rows_, rows = round_up(end_row - row, 8);
+      if (rows != configured) configure_for(configured = rows);
+      reduce_rows(key_tile, row, end_row, rows, odd, out);
+    }
+    release_tiles();
+    for (long row = real_rows_; row < round_up(real_rows_, 16); ++row) out.maxima[row] = out.totals[row] = 0.0f;
+  }
+
+ private:
+  const uint16_t* slot_or_nothing(const void* half, long key_tile, long key, Span all) const {
+    if (key < all.first || key >= all.last) return work_.nothing;
+    return of_.slot(half, tile_.seq, head_, key_tile * kKeyTile + key);
+  }
+
+  void pack_keys(long key_tile, Span all) const {
+    const long pairs = args_.head_dim / 2;
+    for (long k = all.first / kStep * kStep; k < round_up(all.last, kStep); k += 16) {
+      const uint16_t* keys[16];
+      for (long lane = 0; lane < 16; ++lane) keys[lane] = slot_or_nothing(args_.keys, key_tile, k + lane, all);
+      int32_t* to = work_.keys + k * pairs;
+      for (long pair = 0; pair < pairs; pair += 16) {
+        IntVec rows[kLanes];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < 16; ++lane) __builtin_memcpy(&rows[lane], keys[lane] + 2 * pair, sizeof rows[lane]);
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) __builtin_memcpy(to + (pair + i) * 16, &rows[i], sizeof rows[i]);
+      }
+    }
+  }
+
+  void pack_values(long key_tile, Span all, OddKeys& odd) const {
+    const __m512i exponent = _mm512_set1_epi16(0x7F80);
+    alignas(64) int16_t order[2][32];  // of two rows' elements: the pairs of the lower and of the upper 16
+    for (int i = 0; i < 32; ++i) {
+      order[0][i] = (int16_t)(i / 2 + i % 2 * 32);
+      order[1][i] = (int16_t)(16 + i / 2 + i % 2 * 32);
+    }
+    const __m512i lower = _mm512_load_si512(order[0]), upper = _mm512_load_si512(order[1]);
+    for (long k = all.first / kStep * kStep; k < round_up(all.last, kStep); k += 2) {
+      const uint16_t* values[2];
+      for (long i = 0; i < 2; ++i) values[i] = slot_or_nothing(args_.values, key_tile, k + i, all);
+      int32_t* to = work_.values + k / kStep * kStep * args_.head_dim / 2 + k % kStep / 2 * 16;
+      for (long d = 0; d < args_.head_dim; d += 32) {
+        __m512i both[2];
+#pragma GCC unroll 2
+        for (long i = 0; i < 2; ++i) {
+          both[i] = _mm512_loadu_si512(values[i] + d);
+          const __mmask32 not_finite = _mm512_cmpeq_epi16_mask(_mm512_and_si512(both[i], exponent), exponent);
+          if (__builtin_expect(not_finite != 0, 0)) {
+            both[i] = _mm512_maskz_mov_epi16((__mmask32)~not_finite, both[i]);
+            odd.add(k + i);
+          }
+        }
+        _mm512_storeu_si512(to + d / 16 * kStepPairs, _mm512_permutex2var_epi16(both[0], lower, both[1]));
+        _mm512_storeu_si512(to + (d / 16 + 1) * kStepPairs, _mm512_permutex2var_epi16(both[0], upper, both[1]));
+      }
+    }
+  }
+
+  // Rows [row, end_row), padded to `rows`.
+  void reduce_rows(long key_tile, long row, long end_row, long rows, const OddKeys& odd, const Softmax& out) const {
+    const long head_dim = args_.head_dim;
+    const auto span_of = [&](long row) { return of_.visible(tile_.position + row / of_.group, key_tile); };
+    const Span seen{span_of(row).first / kStep * kStep, round_up(span_of(end_row - 1).last, kStep)};
+    float* sums = out.sums + row * head_dim;
+    if (seen.empty()) {
+      for (long r = row; r < end_row; ++r) out.maxima[r] = kNothing, out.totals[r] = 0.0f;
+      __builtin_memset(sums, 0, sizeof(float) * (end_row - row) * head_dim);
+      return;
+    }
+    for (long k = seen.first; k < seen.last; k += kStep) {
+      const int32_t* keys = work_.keys + k * head_dim / 2;
+      multiply(rows, head_dim / kStep, work_.queries + row * head_dim, head_dim, keys, keys + 8 * head_dim, kStepPairs, work_.scores + k, kKeyTile);
+    }
+    for (long r = row; r < row + rows; ++r) {
+      const Span span = r < end_row ? span_of(r) : Span{0, 0};
+      const Reduced reduced = soften(work_.scores + (r - row) * kKeyTile, span, seen, args_.scale, work_.weights + (r - row) * kKeyTile);
+      if (r < end_row) out.maxima[r] = reduced.maximum, out.totals[r] = reduced.total;
+    }
+    const int32_t* values = work_.values + seen.first * head_dim / 2;
+    for (long d = 0; d < head_dim; d += kStep) {
+      const int32_t* column = values + d / 16 * kStepPairs;
+      multiply(rows, (seen.last - seen.first) / kStep, work_.weights + seen.first, kKeyTile, column, column + kStepPairs, head_dim / 16 * kStepPairs,
+               sums + d, head_dim);
+    }
+    if (odd.any()) odd.add_values(of_, tile_, head_, key_tile, work_.weights, row, end_row, sums, head_dim);
+  }
+
+  const Sequences<uint16_t>& of_;
+  const AttentionArgs& args_;
+  const QueryTile& tile_;
+  const long head_, real_rows_;
+  const Workspace& work_;
+};
