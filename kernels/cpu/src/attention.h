@@ -103,11 +103,15 @@ struct Sequences {
     return {visible(tile.position, key_tile).first, visible(tile.position + tile.num_queries - 1, key_tile).last};
   }
 
-  // Where the cache has a key or a value of a sequence.
-  const Element* slot(const void* half, long seq, long head, long position) const {
-    const long block = args.block_table[seq * args.max_blocks + position / args.block_size];
-    const long token = block * args.block_size + position % args.block_size;
-    return static_cast<const Element*>(half) + (token * args.num_kv_heads + head) * args.head_dim;
+  // Where the cache has the keys of a span and their values: elements from the start of its halves.
+  void find(const QueryTile& tile, long head, long key_tile, Span span, long* offsets) const {
+    const long position = key_tile * kKeyTile + span.first, stride = args.num_kv_heads * args.head_dim;
+    const int32_t* block = args.block_table + tile.seq * args.max_blocks + position / args.block_size;
+    long token = position % args.block_size;
+    for (long key = span.first; key < span.last; ++key, ++token) {
+      if (token == args.block_size) token = 0, ++block;
+      offsets[key] = (*block * args.block_size + token) * stride + head * args.head_dim;
+    }
   }
 
   // The group's queries of a row of q.
@@ -122,13 +126,13 @@ class OddKeys {
   bool any() const { return (bits_[0] | bits_[1] | bits_[2] | bits_[3]) != 0; }
   void add(long key) { bits_[key / 64] |= 1ull << key % 64; }
 
-  // Adds what was left out. `weights` has rows first_row to end_row of the task, kKeyTile apart; so has `sums`, `width` apart.
+  // Adds what was left out. `offsets` are those of the tile's keys; `weights` has rows first_row to end_row of the task, kKeyTile apart; so has `sums`, `width` apart.
   template <typename Element, typename Weight>
-  void add_values(const Sequences<Element>& of, const QueryTile& tile, long head, long key_tile, const Weight* weights, long first_row,
+  void add_values(const Sequences<Element>& of, const QueryTile& tile, long key_tile, const long* offsets, const Weight* weights, long first_row,
                   long end_row, float* sums, long width) const {
     for (long key = 0; key < kKeyTile; ++key) {
       if ((bits_[key / 64] >> key % 64 & 1) == 0) continue;
-      const Element* values = of.slot(of.args.values, tile.seq, head, key_tile * kKeyTile + key);
+      const Element* values = static_cast<const Element*>(of.args.values) + offsets[key];
       for (long row = first_row; row < end_row; ++row) {
         const Span span = of.visible(tile.position + row / of.group, key_tile);
         if (key < span.first || key >= span.last) continue;

@@ -129,6 +129,20 @@ inline Reduced soften(const float* scores, Span span, Span all, float scale, uin
   return {maximum * scale, _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1]))};
 }
 
+// Of the elements of two vectors, those that make the pairs of the lower and of the upper half.
+struct PairOrder {
+  alignas(64) int16_t lower[32], upper[32];
+
+  constexpr PairOrder() : lower(), upper() {
+    for (int i = 0; i < 32; ++i) {
+      lower[i] = (int16_t)(i / 2 + i % 2 * 32);
+      upper[i] = (int16_t)(lower[i] + 16);
+    }
+  }
+};
+
+constexpr PairOrder kPairs;
+
 class Bf16Reducer {
  public:
   typedef uint16_t Element;
@@ -143,6 +157,7 @@ class Bf16Reducer {
     float* scores;      // [kRowBlock, kKeyTile]
     uint16_t* weights;  // [kRowBlock, kKeyTile]
     uint16_t* nothing;  // [head_dim] zeros
+    long* offsets;      // [kKeyTile]
 
     Workspace(Layout& layout, long rows, long head_dim)
         : queries(layout.take<uint16_t>(rows * head_dim)),
@@ -150,7 +165,8 @@ class Bf16Reducer {
           values(layout.take<int32_t>(kKeyTile * head_dim / 2)),
           scores(layout.take<float>(kRowBlock * kKeyTile)),
           weights(layout.take<uint16_t>(kRowBlock * kKeyTile)),
-          nothing(layout.take<uint16_t>(head_dim)) {}
+          nothing(layout.take<uint16_t>(head_dim)),
+          offsets(layout.take<long>(kKeyTile)) {}
   };
 
   Bf16Reducer(const Sequences<uint16_t>& of, const QueryTile& tile, long head, const Workspace& work)
@@ -168,8 +184,9 @@ class Bf16Reducer {
   void reduce(long key_tile, const Softmax& out) const {
     const Span all = of_.visible(tile_, key_tile);
     OddKeys odd;
-    pack_keys(key_tile, all);
-    pack_values(key_tile, all, odd);
+    of_.find(tile_, head_, key_tile, all, work_.offsets);
+    pack_keys(all);
+    pack_values(all, odd);
     long configured = 0;
     for (long row = 0; row < real_rows_; row += kRowBlock) {
       const long end_row = row + kRowBlock < real_rows_ ? row + kRowBlock : real_rows_, rows = round_up(end_row - row, 8);
@@ -181,16 +198,15 @@ class Bf16Reducer {
   }
 
  private:
-  const uint16_t* slot_or_nothing(const void* half, long key_tile, long key, Span all) const {
-    if (key < all.first || key >= all.last) return work_.nothing;
-    return of_.slot(half, tile_.seq, head_, key_tile * kKeyTile + key);
+  const uint16_t* slot_or_nothing(const void* half, long key, Span all) const {
+    return key < all.first || key >= all.last ? work_.nothing : static_cast<const uint16_t*>(half) + work_.offsets[key];
   }
 
-  void pack_keys(long key_tile, Span all) const {
+  void pack_keys(Span all) const {
     const long pairs = args_.head_dim / 2;
     for (long k = all.first / kStep * kStep; k < round_up(all.last, kStep); k += 16) {
       const uint16_t* keys[16];
-      for (long lane = 0; lane < 16; ++lane) keys[lane] = slot_or_nothing(args_.keys, key_tile, k + lane, all);
+      for (long lane = 0; lane < 16; ++lane) keys[lane] = slot_or_nothing(args_.keys, k + lane, all);
       int32_t* to = work_.keys + k * pairs;
       for (long pair = 0; pair < pairs; pair += 16) {
         IntVec rows[kLanes];
@@ -203,32 +219,35 @@ class Bf16Reducer {
     }
   }
 
-  void pack_values(long key_tile, Span all, OddKeys& odd) const {
-    const __m512i exponent = _mm512_set1_epi16(0x7F80);
-    alignas(64) int16_t order[2][32];  // of two rows' elements: the pairs of the lower and of the upper 16
-    for (int i = 0; i < 32; ++i) {
-      order[0][i] = (int16_t)(i / 2 + i % 2 * 32);
-      order[1][i] = (int16_t)(16 + i / 2 + i % 2 * 32);
+  void pack_values(Span all, OddKeys& odd) const {
+    for (long k = all.first / kStep * kStep; k < round_up(all.last, kStep); k += kStep) {
+      int32_t* to = work_.values + k * args_.head_dim / 2;
+      if (!pack_group(k, all, to)) leave_out(k, to, odd);
     }
-    const __m512i lower = _mm512_load_si512(order[0]), upper = _mm512_load_si512(order[1]);
-    for (long k = all.first / kStep * kStep; k < round_up(all.last, kStep); k += 2) {
-      const uint16_t* values[2];
-      for (long i = 0; i < 2; ++i) values[i] = slot_or_nothing(args_.values, key_tile, k + i, all);
-      int32_t* to = work_.values + k / kStep * kStep * args_.head_dim / 2 + k % kStep / 2 * 16;
+  }
+
+  // The values of kStep keys; whether all are finite.
+  bool pack_group(long k, Span all, int32_t* to) const {
+    const __m512i lower = _mm512_load_si512(kPairs.lower), upper = _mm512_load_si512(kPairs.upper);
+    __m512i largest = _mm512_setzero_si512();  // of twice the numbers, which have no sign then
+    for (long pair = 0; pair < kStep / 2; ++pair) {
+      const uint16_t *even = slot_or_nothing(args_.values, k + 2 * pair, all), *odd = slot_or_nothing(args_.values, k + 2 * pair + 1, all);
       for (long d = 0; d < args_.head_dim; d += 32) {
-        __m512i both[2];
-#pragma GCC unroll 2
-        for (long i = 0; i < 2; ++i) {
-          both[i] = _mm512_loadu_si512(values[i] + d);
-          const __mmask32 not_finite = _mm512_cmpeq_epi16_mask(_mm512_and_si512(both[i], exponent), exponent);
-          if (__builtin_expect(not_finite != 0, 0)) {
-            both[i] = _mm512_maskz_mov_epi16((__mmask32)~not_finite, both[i]);
-            odd.add(k + i);
-          }
-        }
-        _mm512_storeu_si512(to + d / 16 * kStepPairs, _mm512_permutex2var_epi16(both[0], lower, both[1]));
-        _mm512_storeu_si512(to + (d / 16 + 1) * kStepPairs, _mm512_permutex2var_epi16(both[0], upper, both[1]));
+        const __m512i first = _mm512_loadu_si512(even + d), second = _mm512_loadu_si512(odd + d);
+        largest = _mm512_max_epu16(largest, _mm512_max_epu16(_mm512_add_epi16(first, first), _mm512_add_epi16(second, second)));
+        _mm512_store_si512(to + d / 16 * kStepPairs + pair * 16, _mm512_permutex2var_epi16(first, lower, second));
+        _mm512_store_si512(to + (d / 16 + 1) * kStepPairs + pair * 16, _mm512_permutex2var_epi16(first, upper, second));
       }
+    }
+    return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16((short)0xFF00)) == 0;
+  }
+
+  void leave_out(long k, int32_t* packed, OddKeys& odd) const {
+    uint16_t* values = reinterpret_cast<uint16_t*>(packed);
+    for (long i = 0; i < kStep * args_.head_dim; ++i) {
+      if ((values[i] & 0x7F80) != 0x7F80) continue;
+      values[i] = 0;
+      odd.add(k + i % (2 * kStepPairs) / 32 * 2 + i % 2);
     }
   }
 
@@ -258,7 +277,7 @@ class Bf16Reducer {
       multiply(rows, (seen.last - seen.first) / kStep, work_.weights + seen.first, kKeyTile, column, column + kStepPairs, head_dim / 16 * kStepPairs,
                sums + d, head_dim);
     }
-    if (odd.any()) odd.add_values(of_, tile_, head_, key_tile, work_.weights, row, end_row, sums, head_dim);
+    if (odd.any()) odd.add_values(of_, tile_, key_tile, work_.offsets, work_.weights, row, end_row, sums, head_dim);
   }
 
   const Sequences<uint16_t>& of_;

@@ -128,13 +128,15 @@ class Fp32Reducer {
     float* panel;    // [head_dim, kKeyGroup]
     float* values;   // [kValueGroup, width]
     float* nothing;  // [head_dim] zeros
+    long* offsets;   // [kKeyTile]
 
     Workspace(Layout& layout, long rows, long head_dim)
         : queries(layout.take<float>(rows * head_dim)),
           scores(layout.take<float>(rows * kKeyTile)),
           panel(layout.take<float>(head_dim * kKeyGroup)),
           values(layout.take<float>(kValueGroup * width(head_dim))),
-          nothing(layout.take<float>(head_dim)) {}
+          nothing(layout.take<float>(head_dim)),
+          offsets(layout.take<long>(kKeyTile)) {}
   };
 
   Fp32Reducer(const Sequences<Element>& of, const QueryTile& tile, long head, const Workspace& work)
@@ -152,6 +154,7 @@ class Fp32Reducer {
   // One key tile, for all rows of the task.
   void reduce(long key_tile, const Softmax& out) const {
     const Span all = of_.visible(tile_, key_tile);
+    of_.find(tile_, head_, key_tile, all, work_.offsets);
     score_keys(key_tile, all);
     const long rows = padded_rows(), real_rows = this->real_rows(), width = Fp32Reducer::width(args_.head_dim);
     for (long row = 0; row < rows; ++row) {
@@ -167,12 +170,12 @@ class Fp32Reducer {
     OddKeys odd;
     for (long k = all.first; k < all.last; k += kValueGroup) {
       const long num_keys = all.last - k < kValueGroup ? all.last - k : kValueGroup;
-      if (!widen_group(key_tile, k, num_keys)) leave_out(k, num_keys, odd);
+      if (!widen_group(k, num_keys)) leave_out(k, num_keys, odd);
       for (long row = 0; row < real_rows; row += kValueRows) {
         add_values(work_.scores + row * kKeyTile + k, work_.values, num_keys, width, out.sums + row * width);
       }
     }
-    if (odd.any()) odd.add_values(of_, tile_, head_, key_tile, work_.scores, 0, real_rows, out.sums, width);
+    if (odd.any()) odd.add_values(of_, tile_, key_tile, work_.offsets, work_.scores, 0, real_rows, out.sums, width);
   }
 
  private:
@@ -180,14 +183,14 @@ class Fp32Reducer {
   long padded_rows() const { return round_up(real_rows(), kLanes); }
 
   void score_keys(long key_tile, Span all) const {
-    const long head_dim = args_.head_dim, start = key_tile * kKeyTile, real_rows = this->real_rows();
+    const long head_dim = args_.head_dim, real_rows = this->real_rows();
     for (long k = all.first / kKeyGroup * kKeyGroup; k < all.last; k += kKeyGroup) {
       for (long half = 0; half < 2; ++half) {
         const Element* keys[kLanes];
         for (long lane = 0; lane < kLanes; ++lane) {
           const long key = k + half * kLanes + lane;
           const bool there = key >= all.first && key < all.last;
-          keys[lane] = there ? of_.slot(args_.keys, tile_.seq, head_, start + key) : reinterpret_cast<const Element*>(work_.nothing);
+          keys[lane] = there ? static_cast<const Element*>(args_.keys) + work_.offsets[key] : reinterpret_cast<const Element*>(work_.nothing);
         }
         transpose_keys(keys, head_dim, work_.panel + half * kLanes);
       }
@@ -200,11 +203,11 @@ class Fp32Reducer {
   }
 
   // Whether all are finite.
-  bool widen_group(long key_tile, long k, long num_keys) const {
+  bool widen_group(long k, long num_keys) const {
     const long head_dim = args_.head_dim, width = Fp32Reducer::width(head_dim);
     Vec zeros = {};  // not zero where anything is not finite
     for (long key = 0; key < num_keys; ++key) {
-      const Element* from = of_.slot(args_.values, tile_.seq, head_, key_tile * kKeyTile + k + key);
+      const Element* from = static_cast<const Element*>(args_.values) + work_.offsets[k + key];
       float* to = work_.values + key * width;
       long d = 0;
       for (; d + kLanes <= head_dim; d += kLanes) store(to + d, load_wide(from + d));
