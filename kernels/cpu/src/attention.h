@@ -150,63 +150,153 @@ class OddKeys {
   uint64_t bits_[4] = {};
 };
 
+// Brings a key tile of all heads to the second-level cache while the one before is computed, a little at a time and in the order in which it
+// lies in memory, which is read faster than pieces of it.
+class Ahead {
+ public:
+  // In `num_steps` steps; the tile has any keys.
+  template <typename Element>
+  void start(const Sequences<Element>& of, const QueryTile& tile, long key_tile, long num_steps) {
+    const Span span = of.visible(tile, key_tile);
+    const long start = key_tile * kKeyTile, block_size = of.args.block_size;
+    table_ = of.args.block_table + tile.seq * of.args.max_blocks;
+    block_ = (start + span.first) / block_size;
+    const long end_block = (start + span.last - 1) / block_size + 1;
+    halves_[0] = static_cast<const char*>(of.args.keys);
+    halves_[1] = static_cast<const char*>(of.args.values);
+    block_bytes_ = block_size * of.args.num_kv_heads * of.args.head_dim * (long)sizeof(Element);
+    left_ = (end_block - block_) * 2 * block_bytes_;
+    step_bytes_ = round_up(left_ / num_steps + 1, kLine);
+    done_ = 0;
+  }
+
+  void step() {
+    const long end = step_bytes_ < left_ ? step_bytes_ : left_;
+    left_ -= end;
+    for (long byte = 0; byte < end; byte += kLine) {
+      const long in_block = done_ < block_bytes_ ? done_ : done_ - block_bytes_;
+      __builtin_prefetch(halves_[done_ >= block_bytes_] + table_[block_] * block_bytes_ + in_block, 0, 2);
+      done_ += kLine;
+      if (done_ >= 2 * block_bytes_) done_ = 0, ++block_;
+    }
+  }
+
+ private:
+  static constexpr long kLine = 64;
+
+  const int32_t* table_ = nullptr;
+  const char* halves_[2] = {};
+  long block_ = 0, block_bytes_ = 0, left_ = 0, step_bytes_ = 0, done_ = 0;
+};
+
 template <typename Reducer>
 class Attention {
  public:
-  explicit Attention(const AttentionArgs& args) : of_(args), args_(args), width_(Reducer::width(args.head_dim)) {}
+  explicit Attention(const AttentionArgs& args)
+      : of_(args),
+        args_(args),
+        width_(Reducer::width(args.head_dim)),
+        queries_per_tile_(of_.group < kQueryRows ? kQueryRows / of_.group : 1) {}
 
   // kDone, or what is wrong with the values of the arguments.
   int run() {
     const int status = check();
     if (status != kDone) return status;
-    const long queries_per_tile = of_.group < kQueryRows ? kQueryRows / of_.group : 1;
-    long num_tiles = 0;
-    for (long seq = 0; seq < args_.num_seqs; ++seq) num_tiles += (of_.num_queries(seq) + queries_per_tile - 1) / queries_per_tile;
-    if (num_tiles == 0) return kDone;
-    const auto each_tile = [&](auto&& use) {
-      for (long seq = 0; seq < args_.num_seqs; ++seq) {
-        for (long first = 0; first < of_.num_queries(seq); first += queries_per_tile) {
-          const long left = of_.num_queries(seq) - first;
-          use(QueryTile{seq, args_.cu_seqlens_q[seq] + first, args_.context_lens[seq] - left, left < queries_per_tile ? left : queries_per_tile});
-        }
-      }
-    };
-    long num_rows = 0, num_key_tiles = 0;
     each_tile([&](const QueryTile& tile) {
-      if (tile_rows(tile) > num_rows) num_rows = tile_rows(tile);
-      num_key_tiles += this->num_key_tiles(tile);
+      if (is_small(tile)) small_key_tiles_ += num_key_tiles(tile);
     });
-    const bool enough = num_tiles * args_.num_kv_heads >= 2 * num_threads() || num_rows > kSplitRows;
-    const long stride = round_up(Softmax::size(num_rows, width_), 16);  // of a reduced key tile
+    long num_tasks = 0, num_splits = 0, num_reduced = 0;
+    each_tile([&](const QueryTile& tile) {
+      each_task(tile, nullptr, [&](const Task&) { ++num_tasks; });
+      if (!is_split(tile)) return;
+      ++num_splits;
+      num_reduced += reduced_size(tile);
+    });
+    Task* tasks = nullptr;
+    Split* splits = nullptr;
+    float* reduced = nullptr;
     const auto lay_out = [&](Layout layout) {
-      QueryTile* tiles = layout.take<QueryTile>(num_tiles);
-      float* reduced = layout.take<float>(enough ? 0 : num_key_tiles * args_.num_kv_heads * stride);
-      return Plan{tiles, num_tiles, num_rows, num_key_tiles, reduced, stride, layout.size()};
+      tasks = layout.take<Task>(num_tasks);
+      splits = layout.take<Split>(num_splits);
+      reduced = layout.take<float>(num_reduced);
+      return layout.size();
     };
-    const Plan plan = lay_out(Layout(operation_scratch(lay_out(Layout(nullptr)).num_bytes)));
-    long count = 0;
-    each_tile([&](const QueryTile& tile) { plan.tiles[count++] = tile; });
-    if (enough) {
-      whole(plan);
-    } else {
-      split(plan);
-    }
+    lay_out(Layout(operation_scratch(lay_out(Layout(nullptr)))));
+    num_tasks = num_splits = 0;
+    each_tile([&](const QueryTile& tile) {
+      each_task(tile, reduced, [&](const Task& task) { tasks[num_tasks++] = task; });
+      if (!is_split(tile)) return;
+      splits[num_splits++] = {tile, reduced};
+      reduced += reduced_size(tile);
+    });
+    // The last queries of a prompt see the most keys: they come first.
+    auto compute = [&](long begin, long end) {
+      for (long task = begin; task < end; ++task) run_task(tasks[num_tasks - 1 - task]);
+    };
+    parallel_for(num_tasks, 1, compute);
+    auto merge_splits = [&](long begin, long end) {
+      for (long task = begin; task < end; ++task) merge_split(splits[task / args_.num_kv_heads], task % args_.num_kv_heads);
+    };
+    parallel_for(num_splits * args_.num_kv_heads, 1, merge_splits);
     return kDone;
   }
 
  private:
   typedef typename Reducer::Element Element;
-  static constexpr long kSplitRows = 32;  // more rows than this keep a thread busy enough
+  static constexpr long kSmallRows = 32;  // fewer rows than this take longer to bring their keys than to compute
 
-  struct Plan {
-    QueryTile* tiles;
-    long num_tiles, num_rows, num_key_tiles;  // rows of a tile at most; key tiles of all query tiles
-    float* reduced;
-    long stride, num_bytes;
+  // Some key tiles of some heads.
+  struct Task {
+    QueryTile tile;
+    long first_head, end_head, first_key_tile, end_key_tile;
+    float* reduced;  // where they are left for the query tile's other tasks; null: it has no others for these heads
   };
 
+  // A query tile whose key tiles are reduced by many tasks, then merged.
+  struct Split {
+    QueryTile tile;
+    float* reduced;
+  };
+
+  template <typename Use>
+  void each_tile(Use&& use) const {
+    for (long seq = 0; seq < args_.num_seqs; ++seq) {
+      for (long first = 0; first < of_.num_queries(seq); first += queries_per_tile_) {
+        const long left = of_.num_queries(seq) - first;
+        use(QueryTile{seq, args_.cu_seqlens_q[seq] + first, args_.context_lens[seq] - left, left < queries_per_tile_ ? left : queries_per_tile_});
+      }
+    }
+  }
+
+  // Large tiles are a task for each head. Small ones, which are decodes, are bound by memory: a task takes all heads, so that the cache is read
+  // in its order. Those that would keep a thread busy for long are split, by head too if there is little to do.
+  template <typename Use>
+  void each_task(const QueryTile& tile, float* reduced, Use&& use) const {
+    const long first = first_key_tile(tile), end = first + num_key_tiles(tile);
+    const long key_tiles = is_split(tile) ? at_least_one(small_key_tiles_ / (4 * num_threads())) : end - first;
+    const long heads = is_small(tile) && !(is_split(tile) && small_key_tiles_ < 2 * num_threads()) ? args_.num_kv_heads : 1;
+    for (long key_tile = first; key_tile < end; key_tile += key_tiles) {
+      for (long head = 0; head < args_.num_kv_heads; head += heads) {
+        use(Task{tile, head, head + heads, key_tile, key_tile + key_tiles < end ? key_tile + key_tiles : end, is_split(tile) ? reduced : nullptr});
+      }
+    }
+  }
+
+  static long at_least_one(long number) { return number < 1 ? 1 : number; }
+  bool is_small(const QueryTile& tile) const { return tile.num_queries * of_.group <= kSmallRows; }
+  bool is_split(const QueryTile& tile) const {
+    return is_small(tile) && num_threads() > 1 && num_key_tiles(tile) * 2 * num_threads() > small_key_tiles_;
+  }
   long tile_rows(const QueryTile& tile) const { return round_up(tile.num_queries * of_.group, kLanes); }
-  long num_key_tiles(const QueryTile& tile) const { return (of_.end_key(tile) - 1) / kKeyTile + 1 - of_.first_key(tile) / kKeyTile; }
+  long first_key_tile(const QueryTile& tile) const { return of_.first_key(tile) / kKeyTile; }
+  long num_key_tiles(const QueryTile& tile) const { return (of_.end_key(tile) - 1) / kKeyTile + 1 - first_key_tile(tile); }
+
+  // Of a tile's heads and key tiles: where the results of one are.
+  long softmax_size(const QueryTile& tile) const { return round_up(Softmax::size(tile_rows(tile), width_), 16); }
+  long reduced_size(const QueryTile& tile) const { return num_key_tiles(tile) * args_.num_kv_heads * softmax_size(tile); }
+  Softmax reduced_at(const QueryTile& tile, float* reduced, long key_tile, long head) const {
+    return Softmax(reduced + ((key_tile - first_key_tile(tile)) * args_.num_kv_heads + head) * softmax_size(tile), tile_rows(tile));
+  }
 
   int check() const {
     if (args_.cu_seqlens_q[0] != 0 || args_.cu_seqlens_q[args_.num_seqs] != args_.num_tokens) return kBadLengths;
@@ -224,8 +314,57 @@ class Attention {
     return kDone;
   }
 
+  void run_task(const Task& task) const {
+    const QueryTile& tile = task.tile;
+    const long rows = tile_rows(tile), num_heads = task.end_head - task.first_head, size = softmax_size(tile);
+    const auto lay_out = [&](Layout& layout) {
+      float* softmaxes = layout.take<float>(task.reduced == nullptr ? (num_heads + 1) * size : 0);
+      return Memory{softmaxes, typename Reducer::Workspace(layout, rows, args_.head_dim)};
+    };
+    Layout room(nullptr);
+    lay_out(room);
+    Layout layout(thread_scratch(room.size()));
+    const Memory memory = lay_out(layout);
+    const auto running = [&](long head) { return Softmax(memory.softmaxes + (head - task.first_head + 1) * size, rows); };
+    if (task.reduced == nullptr) {
+      for (long head = task.first_head; head < task.end_head; ++head) start(tile, head, running(head));
+    }
+    Reducer reducer(of_, tile, memory.work);
+    for (long key_tile = task.first_key_tile; key_tile < task.end_key_tile; ++key_tile) {
+      Ahead ahead;
+      if (num_heads > 1 && key_tile + 1 < task.end_key_tile) ahead.start(of_, tile, key_tile + 1, num_heads * Reducer::kSteps);
+      for (long head = task.first_head; head < task.end_head; ++head) {
+        if (num_heads > 1 || key_tile == task.first_key_tile) reducer.load_queries(head);
+        if (task.reduced != nullptr) {
+          reducer.reduce(key_tile, ahead, reduced_at(tile, task.reduced, key_tile, head));
+        } else {
+          const Softmax part(memory.softmaxes, rows);
+          reducer.reduce(key_tile, ahead, part);
+          merge(tile, part, running(head));
+        }
+      }
+    }
+    if (task.reduced == nullptr) {
+      for (long head = task.first_head; head < task.end_head; ++head) finish(tile, head, running(head));
+    }
+  }
+
+  // Of one task.
+  struct Memory {
+    float* softmaxes;  // of a key tile, and the running ones of the heads
+    typename Reducer::Workspace work;
+  };
+
+  void merge_split(const Split& split, long head) const {
+    const QueryTile& tile = split.tile;
+    const Softmax running(static_cast<float*>(thread_scratch(sizeof(float) * softmax_size(tile))), tile_rows(tile));
+    start(tile, head, running);
+    for (long i = 0; i < num_key_tiles(tile); ++i) merge(tile, reduced_at(tile, split.reduced, first_key_tile(tile) + i, head), running);
+    finish(tile, head, running);
+  }
+
   // The sink is the first maximum, with weight 1 and no value.
-  void start(const QueryTile& tile, long head, Softmax& running) const {
+  void start(const QueryTile& tile, long head, const Softmax& running) const {
     const long rows = tile_rows(tile), real_rows = tile.num_queries * of_.group;
     for (long row = 0; row < rows; ++row) {
       running.maxima[row] = row < real_rows ? args_.sinks[head * of_.group + row % of_.group] : 0.0f;
@@ -234,8 +373,8 @@ class Attention {
     __builtin_memset(running.sums, 0, sizeof(float) * rows * width_);
   }
 
-  // A task's running softmax takes in one key tile.
-  void merge(const QueryTile& tile, const Softmax& part, Softmax& running) const {
+  // A running softmax takes in one key tile.
+  void merge(const QueryTile& tile, const Softmax& part, const Softmax& running) const {
     const long real_rows = tile.num_queries * of_.group;
     for (long row = 0; row < real_rows; row += kLanes) {
       const Vec maximum = load(running.maxima + row), tile_maximum = load(part.maxima + row);
@@ -265,76 +404,8 @@ class Attention {
     }
   }
 
-  // Enough tasks for all threads: each reduces and merges its key tiles one after the other.
-  void whole(const Plan& plan) const {
-    auto body = [&](long begin, long end) {
-      for (long task = begin; task < end; ++task) {
-        // The last queries see the most keys: they come first.
-        const QueryTile& tile = plan.tiles[plan.num_tiles - 1 - task / args_.num_kv_heads];
-        const long head = task % args_.num_kv_heads, rows = tile_rows(tile);
-        const auto lay_out = [&](Layout& layout) {
-          const auto softmax = [&] { return Softmax(layout.take<float>(Softmax::size(rows, width_)), rows); };
-          const Softmax part = softmax(), running = softmax();
-          return Parts{part, running, typename Reducer::Workspace(layout, rows, args_.head_dim)};
-        };
-        Layout size(nullptr);
-        lay_out(size);
-        Layout memory(thread_scratch(size.size()));
-        Parts parts = lay_out(memory);
-        const Reducer reducer(of_, tile, head, parts.work);
-        start(tile, head, parts.running);
-        for (long key_tile = of_.first_key(tile) / kKeyTile; key_tile * kKeyTile < of_.end_key(tile); ++key_tile) {
-          reducer.reduce(key_tile, parts.part);
-          merge(tile, parts.part, parts.running);
-        }
-        finish(tile, head, parts.running);
-      }
-    };
-    parallel_for(plan.num_tiles * args_.num_kv_heads, 1, body);
-  }
-
-  struct Parts {
-    Softmax part, running;
-    typename Reducer::Workspace work;
-  };
-
-  // Few queries with long contexts: all key tiles are reduced in parallel, then merged in their order.
-  void split(const Plan& plan) const {
-    // A tile's key tiles by position and then by head, as they lie in the cache.
-    auto reduce_some = [&](long begin, long end) {
-      for (long task = begin; task < end; ++task) {
-        long index = task / args_.num_kv_heads, i = 0;
-        for (; index >= num_key_tiles(plan.tiles[i]); ++i) index -= num_key_tiles(plan.tiles[i]);
-        const QueryTile& tile = plan.tiles[i];
-        const long rows = tile_rows(tile);
-        Layout size(nullptr);
-        (void)typename Reducer::Workspace(size, rows, args_.head_dim);
-        Layout memory(thread_scratch(size.size()));
-        typename Reducer::Workspace work(memory, rows, args_.head_dim);
-        const Reducer reducer(of_, tile, task % args_.num_kv_heads, work);
-        reducer.reduce(of_.first_key(tile) / kKeyTile + index, Softmax(plan.reduced + task * plan.stride, rows));
-      }
-    };
-    parallel_for(plan.num_key_tiles * args_.num_kv_heads, 1, reduce_some);
-    auto merge_some = [&](long begin, long end) {
-      for (long task = begin; task < end; ++task) {
-        const long head = task % args_.num_kv_heads, i = task / args_.num_kv_heads;
-        const QueryTile& tile = plan.tiles[i];
-        const long rows = tile_rows(tile);
-        long first = 0;
-        for (long before = 0; before < i; ++before) first += num_key_tiles(plan.tiles[before]);
-        Softmax running(static_cast<float*>(thread_scratch(sizeof(float) * Softmax::size(rows, width_))), rows);
-        start(tile, head, running);
-        for (long k = first; k < first + num_key_tiles(tile); ++k) {
-          merge(tile, Softmax(plan.reduced + (k * args_.num_kv_heads + head) * plan.stride, rows), running);
-        }
-        finish(tile, head, running);
-      }
-    };
-    parallel_for(plan.num_tiles * args_.num_kv_heads, 1, merge_some);
-  }
-
   const Sequences<Element> of_;
   const AttentionArgs& args_;
-  const long width_;
+  const long width_, queries_per_tile_;
+  long small_key_tiles_ = 0;  // of all small query tiles
 };

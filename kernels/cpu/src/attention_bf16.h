@@ -169,24 +169,30 @@ class Bf16Reducer {
           offsets(layout.take<long>(kKeyTile)) {}
   };
 
-  Bf16Reducer(const Sequences<uint16_t>& of, const QueryTile& tile, long head, const Workspace& work)
-      : of_(of), args_(of.args), tile_(tile), head_(head), real_rows_(tile.num_queries * of.group), work_(work) {
-    const long head_dim = args_.head_dim, query_bytes = of.group * head_dim * 2;
-    __builtin_memset(work.nothing, 0, head_dim * 2);
-    for (long query = 0; query < tile.num_queries; ++query) {
-      __builtin_memcpy(work.queries + query * of.group * head_dim, of.queries(tile.row + query, head), query_bytes);
-    }
+  static constexpr long kSteps = 2 * kKeyTile / kStep;  // of reduce, at most
+
+  Bf16Reducer(const Sequences<uint16_t>& of, const QueryTile& tile, const Workspace& work)
+      : of_(of), args_(of.args), tile_(tile), real_rows_(tile.num_queries * of.group), work_(work) {
+    __builtin_memset(work.nothing, 0, args_.head_dim * 2);
     const long padded_rows = round_up(real_rows_, 16);
-    __builtin_memset(work.queries + real_rows_ * head_dim, 0, (padded_rows - real_rows_) * head_dim * 2);
+    __builtin_memset(work.queries + real_rows_ * args_.head_dim, 0, (padded_rows - real_rows_) * args_.head_dim * 2);
   }
 
-  // One key tile, for all rows of the task.
-  void reduce(long key_tile, const Softmax& out) const {
+  void load_queries(long head) {
+    head_ = head;
+    const long count = of_.group * args_.head_dim;
+    for (long query = 0; query < tile_.num_queries; ++query) {
+      __builtin_memcpy(work_.queries + query * count, of_.queries(tile_.row + query, head), count * 2);
+    }
+  }
+
+  // One key tile for all rows; `ahead` takes its steps meanwhile.
+  void reduce(long key_tile, Ahead& ahead, const Softmax& out) const {
     const Span all = of_.visible(tile_, key_tile);
     OddKeys odd;
     of_.find(tile_, head_, key_tile, all, work_.offsets);
-    pack_keys(all);
-    pack_values(all, odd);
+    pack_keys(all, ahead);
+    pack_values(all, ahead, odd);
     long configured = 0;
     for (long row = 0; row < real_rows_; row += kRowBlock) {
       const long end_row = row + kRowBlock < real_rows_ ? row + kRowBlock : real_rows_, rows = round_up(end_row - row, 8);
@@ -202,9 +208,10 @@ class Bf16Reducer {
     return key < all.first || key >= all.last ? work_.nothing : static_cast<const uint16_t*>(half) + work_.offsets[key];
   }
 
-  void pack_keys(Span all) const {
+  void pack_keys(Span all, Ahead& ahead) const {
     const long pairs = args_.head_dim / 2;
     for (long k = all.first / kStep * kStep; k < round_up(all.last, kStep); k += 16) {
+      if (k % kStep == 0) ahead.step();
       const uint16_t* keys[16];
       for (long lane = 0; lane < 16; ++lane) keys[lane] = slot_or_nothing(args_.keys, k + lane, all);
       int32_t* to = work_.keys + k * pairs;
@@ -219,8 +226,9 @@ class Bf16Reducer {
     }
   }
 
-  void pack_values(Span all, OddKeys& odd) const {
+  void pack_values(Span all, Ahead& ahead, OddKeys& odd) const {
     for (long k = all.first / kStep * kStep; k < round_up(all.last, kStep); k += kStep) {
+      ahead.step();
       int32_t* to = work_.values + k * args_.head_dim / 2;
       if (!pack_group(k, all, to)) leave_out(k, to, odd);
     }
@@ -283,6 +291,7 @@ class Bf16Reducer {
   const Sequences<uint16_t>& of_;
   const AttentionArgs& args_;
   const QueryTile& tile_;
-  const long head_, real_rows_;
+  const long real_rows_;
   const Workspace& work_;
+  long head_ = 0;
 };

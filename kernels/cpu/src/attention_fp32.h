@@ -139,23 +139,28 @@ class Fp32Reducer {
           offsets(layout.take<long>(kKeyTile)) {}
   };
 
-  Fp32Reducer(const Sequences<Element>& of, const QueryTile& tile, long head, const Workspace& work)
-      : of_(of), args_(of.args), tile_(tile), head_(head), work_(work) {
-    const long head_dim = args_.head_dim;
-    __builtin_memset(work.nothing, 0, sizeof(float) * head_dim);
-    float* to = work.queries;
-    for (long query = 0; query < tile.num_queries; ++query) {
-      const Element* from = of.queries(tile.row + query, head);
-      for (long i = 0; i < of.group * head_dim; ++i) *to++ = widen(from[i]) * args_.scale;
-    }
-    for (float* end = work.queries + padded_rows() * head_dim; to < end;) *to++ = 0.0f;
+  static constexpr long kSteps = kKeyTile / kKeyGroup + kKeyTile / kValueGroup;  // of reduce, at most
+
+  Fp32Reducer(const Sequences<Element>& of, const QueryTile& tile, const Workspace& work) : of_(of), args_(of.args), tile_(tile), work_(work) {
+    __builtin_memset(work.nothing, 0, sizeof(float) * args_.head_dim);
   }
 
-  // One key tile, for all rows of the task.
-  void reduce(long key_tile, const Softmax& out) const {
+  void load_queries(long head) {
+    const long head_dim = args_.head_dim;
+    head_ = head;
+    float* to = work_.queries;
+    for (long query = 0; query < tile_.num_queries; ++query) {
+      const Element* from = of_.queries(tile_.row + query, head);
+      for (long i = 0; i < of_.group * head_dim; ++i) *to++ = widen(from[i]) * args_.scale;
+    }
+    for (float* end = work_.queries + padded_rows() * head_dim; to < end;) *to++ = 0.0f;
+  }
+
+  // One key tile for all rows; `ahead` takes its steps meanwhile.
+  void reduce(long key_tile, Ahead& ahead, const Softmax& out) const {
     const Span all = of_.visible(tile_, key_tile);
     of_.find(tile_, head_, key_tile, all, work_.offsets);
-    score_keys(key_tile, all);
+    score_keys(key_tile, all, ahead);
     const long rows = padded_rows(), real_rows = this->real_rows(), width = Fp32Reducer::width(args_.head_dim);
     for (long row = 0; row < rows; ++row) {
       const Span span = row < real_rows ? of_.visible(tile_.position + row / of_.group, key_tile) : Span{0, 0};
@@ -169,6 +174,7 @@ class Fp32Reducer {
     __builtin_memset(out.sums, 0, sizeof(float) * rows * width);
     OddKeys odd;
     for (long k = all.first; k < all.last; k += kValueGroup) {
+      ahead.step();
       const long num_keys = all.last - k < kValueGroup ? all.last - k : kValueGroup;
       if (!widen_group(k, num_keys)) leave_out(k, num_keys, odd);
       for (long row = 0; row < real_rows; row += kValueRows) {
@@ -182,9 +188,10 @@ class Fp32Reducer {
   long real_rows() const { return tile_.num_queries * of_.group; }
   long padded_rows() const { return round_up(real_rows(), kLanes); }
 
-  void score_keys(long key_tile, Span all) const {
+  void score_keys(long key_tile, Span all, Ahead& ahead) const {
     const long head_dim = args_.head_dim, real_rows = this->real_rows();
     for (long k = all.first / kKeyGroup * kKeyGroup; k < all.last; k += kKeyGroup) {
+      ahead.step();
       for (long half = 0; half < 2; ++half) {
         const Element* keys[kLanes];
         for (long lane = 0; lane < kLanes; ++lane) {
@@ -233,8 +240,8 @@ class Fp32Reducer {
   const Sequences<Element>& of_;
   const AttentionArgs& args_;
   const QueryTile& tile_;
-  const long head_;
   const Workspace& work_;
+  long head_ = 0;
 };
 
 int attention(const AttentionArgs& args) {
