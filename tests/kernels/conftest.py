@@ -8,7 +8,7 @@ import torch
 from kernels.cpu import native
 
 
-@pytest.fixture(params=["reference", *reversed(native.ISAS)])
+@pytest.fixture(params=["reference", "portable", "avx2", "avx512"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The public functions run the reference in torch, then the C++ kernels on each instruction set of this processor."""
     if request.param == "reference":

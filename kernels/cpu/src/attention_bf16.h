@@ -169,7 +169,7 @@ class Bf16Reducer {
           offsets(layout.take<long>(kKeyTile)) {}
   };
 
-  static constexpr long kSteps = 2 * kKeyTile / kStep;  // of reduce, at most
+  static constexpr long kSteps = 80;  // of reduce, about, for a decode
 
   Bf16Reducer(const Sequences<uint16_t>& of, const QueryTile& tile, const Workspace& work)
       : of_(of), args_(of.args), tile_(tile), real_rows_(tile.num_queries * of.group), work_(work) {
@@ -197,7 +197,7 @@ class Bf16Reducer {
     for (long row = 0; row < real_rows_; row += kRowBlock) {
       const long end_row = row + kRowBlock < real_rows_ ? row + kRowBlock : real_rows_, rows = round_up(end_row - row, 8);
       if (rows != configured) configure_for(configured = rows);
-      reduce_rows(key_tile, row, end_row, rows, odd, out);
+      reduce_rows(key_tile, row, end_row, rows, odd, ahead, out);
     }
     release_tiles();
     for (long row = real_rows_; row < round_up(real_rows_, 16); ++row) out.maxima[row] = out.totals[row] = 0.0f;
@@ -211,11 +211,11 @@ class Bf16Reducer {
   void pack_keys(Span all, Ahead& ahead) const {
     const long pairs = args_.head_dim / 2;
     for (long k = all.first / kStep * kStep; k < round_up(all.last, kStep); k += 16) {
-      if (k % kStep == 0) ahead.step();
       const uint16_t* keys[16];
       for (long lane = 0; lane < 16; ++lane) keys[lane] = slot_or_nothing(args_.keys, k + lane, all);
       int32_t* to = work_.keys + k * pairs;
       for (long pair = 0; pair < pairs; pair += 16) {
+        ahead.step();
         IntVec rows[kLanes];
 #pragma GCC unroll 16
         for (int lane = 0; lane < 16; ++lane) __builtin_memcpy(&rows[lane], keys[lane] + 2 * pair, sizeof rows[lane]);
@@ -228,17 +228,17 @@ class Bf16Reducer {
 
   void pack_values(Span all, Ahead& ahead, OddKeys& odd) const {
     for (long k = all.first / kStep * kStep; k < round_up(all.last, kStep); k += kStep) {
-      ahead.step();
       int32_t* to = work_.values + k * args_.head_dim / 2;
-      if (!pack_group(k, all, to)) leave_out(k, to, odd);
+      if (!pack_group(k, all, ahead, to)) leave_out(k, to, odd);
     }
   }
 
   // The values of kStep keys; whether all are finite.
-  bool pack_group(long k, Span all, int32_t* to) const {
+  bool pack_group(long k, Span all, Ahead& ahead, int32_t* to) const {
     const __m512i lower = _mm512_load_si512(kPairs.lower), upper = _mm512_load_si512(kPairs.upper);
     __m512i largest = _mm512_setzero_si512();  // of twice the numbers, which have no sign then
     for (long pair = 0; pair < kStep / 2; ++pair) {
+      if (pair % 4 == 0) ahead.step();
       const uint16_t *even = slot_or_nothing(args_.values, k + 2 * pair, all), *odd = slot_or_nothing(args_.values, k + 2 * pair + 1, all);
       for (long d = 0; d < args_.head_dim; d += 32) {
         const __m512i first = _mm512_loadu_si512(even + d), second = _mm512_loadu_si512(odd + d);
@@ -260,7 +260,7 @@ class Bf16Reducer {
   }
 
   // Rows [row, end_row), padded to `rows`.
-  void reduce_rows(long key_tile, long row, long end_row, long rows, const OddKeys& odd, const Softmax& out) const {
+  void reduce_rows(long key_tile, long row, long end_row, long rows, const OddKeys& odd, Ahead& ahead, const Softmax& out) const {
     const long head_dim = args_.head_dim;
     const auto span_of = [&](long row) { return of_.visible(tile_.position + row / of_.group, key_tile); };
     const Span seen{span_of(row).first / kStep * kStep, round_up(span_of(end_row - 1).last, kStep)};
@@ -271,10 +271,12 @@ class Bf16Reducer {
       return;
     }
     for (long k = seen.first; k < seen.last; k += kStep) {
+      ahead.step();
       const int32_t* keys = work_.keys + k * head_dim / 2;
       multiply(rows, head_dim / kStep, work_.queries + row * head_dim, head_dim, keys, keys + 8 * head_dim, kStepPairs, work_.scores + k, kKeyTile);
     }
     for (long r = row; r < row + rows; ++r) {
+      ahead.step();
       const Span span = r < end_row ? span_of(r) : Span{0, 0};
       const Reduced reduced = soften(work_.scores + (r - row) * kKeyTile, span, seen, args_.scale, work_.weights + (r - row) * kKeyTile);
       if (r < end_row) out.maxima[r] = reduced.maximum, out.totals[r] = reduced.total;

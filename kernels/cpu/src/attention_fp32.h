@@ -139,7 +139,7 @@ class Fp32Reducer {
           offsets(layout.take<long>(kKeyTile)) {}
   };
 
-  static constexpr long kSteps = kKeyTile / kKeyGroup + kKeyTile / kValueGroup;  // of reduce, at most
+  static constexpr long kSteps = kKeyTile / kKeyGroup + kKeyTile / kValueGroup;  // of reduce, about
 
   Fp32Reducer(const Sequences<Element>& of, const QueryTile& tile, const Workspace& work) : of_(of), args_(of.args), tile_(tile), work_(work) {
     __builtin_memset(work.nothing, 0, sizeof(float) * args_.head_dim);
