@@ -194,7 +194,7 @@ def attention_tasks(size: int) -> list[Task]:
 
 
 def attention_caches(size: int) -> Tensor:
-    """[num_layers, 2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM] bf16, at least `size` bytes: each layer holds 16 sequences of 8192."""
+    """[num_layers, 2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM] bf16, `size` bytes or more: a layer holds 16 sequences of 8192."""
     num_blocks = 16 * 8192 // BLOCK_SIZE
     shape = (2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
     layers = zeros((-(-size // (2 * prod(shape))), *shape), torch.bfloat16)
@@ -207,7 +207,9 @@ def attention_task(layers: Tensor, num_seqs: int, query_len: int, context_len: i
     num_blocks, blocks_per_seq = layers.shape[2], -(-context_len // BLOCK_SIZE)
     generator = torch.Generator().manual_seed(context_len)
     free = torch.randperm(num_blocks, generator=generator).to(torch.int32)
-    tables = [table.view(num_seqs, blocks_per_seq) for table in free.split(num_seqs * blocks_per_seq) if len(table) == num_seqs * blocks_per_seq]
+    tables = [
+        table.view(num_seqs, blocks_per_seq) for table in free.split(num_seqs * blocks_per_seq) if len(table) == num_seqs * blocks_per_seq
+    ]
     q = torch.randn(num_seqs * query_len, NUM_HEADS, HEAD_DIM, generator=generator).bfloat16()
     context_lens = torch.full((num_seqs,), context_len, dtype=torch.int32)
     cu_seqlens_q = torch.arange(num_seqs + 1, dtype=torch.int32) * query_len

@@ -94,7 +94,7 @@ inline __mmask16 lanes_within(Span span, long k) {
   return (__mmask16)(below(span.last) & ~below(span.first));
 }
 
-// 2^x for the lanes of the mask, 0 for the others; relative error below 9e-5, a twentieth of what rounding to bf16 may change.
+// 2^x for the lanes of the mask, 0 for the others; relative error below 9e-5, a fortieth of what rounding to bf16 may change.
 inline __m512 power_of_two(__mmask16 mask, __m512 x) {
   const __m512 fraction = _mm512_reduce_ps(x, 1);  // x - floor(x)
   __m512 value = _mm512_set1_ps(0.07706699f);
