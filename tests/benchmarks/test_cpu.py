@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.cpu import ExpertLayer, Task, bandwidth_task, dense_weights, measure, print_table, run_dense
+from benchmarks.cpu import ExpertLayer, Task, attention_task, bandwidth_task, dense_weights, measure, print_table, run_dense
 from kernels.cpu import native
 
 pytestmark = pytest.mark.skipif(native.shared_library() is None, reason="the C++ library was not built")
@@ -38,3 +38,12 @@ def test_weights_and_experts_are_what_is_counted() -> None:
     assert 4 * layer.expert_bytes <= task.num_bytes <= 20 * layer.expert_bytes
     assert layer.expert_bytes == layer.gate_up.num_bytes // 32 + layer.down.num_bytes // 32
     assert task.run(3).isfinite().all()  # type: ignore[attr-defined]
+
+
+def test_attention_counts_the_keys_that_are_seen() -> None:
+    layers = torch.zeros(2, 2, 12, 16, 8, 64, dtype=torch.bfloat16)
+    chunk = attention_task(layers, 1, 3, 40, None)
+    assert (chunk.num_bytes, chunk.num_operations) == (0, 4 * (38 + 39 + 40) * 64 * 64)
+    decodes = attention_task(layers, 2, 1, 40, 16)
+    assert (decodes.num_bytes, decodes.num_operations) == (2 * 16 * 2 * 8 * 64 * 2, 4 * 2 * 16 * 64 * 64)
+    assert all(decodes.run(call).shape == (2, 64, 64) for call in range(5))  # type: ignore[attr-defined]
