@@ -6,6 +6,7 @@ from pathlib import Path
 from workers.errors import ConfigError
 
 _QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
+_TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def usable_cores(quota_file: Path = _QUOTA_FILE) -> int:
@@ -42,3 +43,28 @@ def thread_environment(num_threads: int) -> dict[str, str]:
     """The environment of a process with so many compute threads. torch's own, which are idle nearly always, sleep when they have nothing to
     do, instead of keeping the cores from the threads of the C++ kernels for milliseconds."""
     return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def cores_of_rank(number: int, num_ranks: int, num_threads: int, topology: Path = _TOPOLOGY) -> list[int]:
+    """The cores that a rank has to itself where the ranks of its replica take all that there are; else none, for others may be told the
+    same ones, and the system spreads them better. Neighbours in the machine go together: a rank has a socket, or a part of one, and both
+    threads of a core.
+
+    Args:
+        number: of the rank among the num_ranks of this host, each with so many threads.
+        topology: holds cpuN/topology/physical_package_id and core_id.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    cores = sorted(os.sched_getaffinity(0), key=lambda core: (*_place(topology / f"cpu{core}" / "topology"), core))
+    if num_ranks * num_threads != len(cores):
+        return []
+    return cores[number * num_threads : (number + 1) * num_threads]
+
+
+def _place(folder: Path) -> tuple[int, int]:
+    """Socket, and core in it; zeros where the system does not say."""
+    try:
+        return int((folder / "physical_package_id").read_text()), int((folder / "core_id").read_text())
+    except (OSError, ValueError):
+        return 0, 0

@@ -11,6 +11,7 @@ from cluster.serve.gateway import GatewayReplica
 from cluster.serve.replica import DRAIN_S, EngineReplica
 from cluster.serve.room import bundle_strategy, replica_bundles
 from workers.config import load_model_config
+from workers.cores import thread_environment
 from workers.parallel.shard import plan_shards
 
 ENGINE_DEPLOYMENT = "engine"
@@ -68,13 +69,19 @@ def build(args: AppConfig) -> serve.Application:
 
 
 def _resources(args: AppConfig) -> dict[str, Any]:
-    """What Ray reserves for a replica. It gives a process as many compute threads as CPUs, and shows it only the GPUs it has."""
+    """What Ray reserves for a replica, and its threads. Ray shows a process only the GPUs it has."""
     bundles = replica_bundles(args)
     if len(bundles) == 1:
-        return {"ray_actor_options": {"num_cpus": bundles[0]["CPU"], "num_gpus": bundles[0].get("GPU", 0)}}
+        options: dict[str, Any] = {"num_cpus": bundles[0]["CPU"], "num_gpus": bundles[0].get("GPU", 0)}
+        return {"ray_actor_options": options | _threads(int(bundles[0]["CPU"]))}
     return {
         # The engine's process only plans and answers; it runs beside rank 0.
-        "ray_actor_options": {"num_cpus": 0},
+        "ray_actor_options": {"num_cpus": 0} | _threads(1),
         "placement_group_bundles": bundles,
         "placement_group_strategy": bundle_strategy(bundles),
     }
+
+
+def _threads(num_threads: int) -> dict[str, Any]:
+    # Ray sets OMP_NUM_THREADS itself, but not where a node was started with one, as `ray up` does, and says nothing of how threads wait.
+    return {"runtime_env": {"env_vars": thread_environment(num_threads)}}

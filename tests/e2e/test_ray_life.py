@@ -16,6 +16,7 @@ from tests.support.many_streams import counted, read_many
 from tests.support.processes import marked, none_left
 from tests.support.served import BIN, FAST_INGRESS, MODEL_NAME, Served, cantata_serve, isolated_if_possible, serve_run, started
 from tests.support.waiting import until
+from workers.cores import cores_of_rank
 
 pytestmark = pytest.mark.ray
 
@@ -59,7 +60,8 @@ def test_cantata_serve_from_start_to_ctrl_c(model: Path, tmp_path: Path) -> None
 
 def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path) -> None:
     # Two ranks, each with a part of every expert.
-    keys = {"CANTATA_GATEWAY__API_KEYS": "right, other"}
+    # Ray's processes have been told another number of threads, as `ray up` does.
+    keys = {"CANTATA_GATEWAY__API_KEYS": "right, other", "OMP_NUM_THREADS": "7"}
     headers = {"authorization": "Bearer right"}
     engine = {"dtype": "float32", "parallel": {"tensor": 2, "expert": 1}}
     with serve_run(tmp_path, model, engine=engine, environment=keys) as served:
@@ -67,6 +69,7 @@ def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path
         url = f"{served.url}/v1/chat/completions"
         answer_before = answer_of(httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False))
         assert answer_before == scripts.GREETING_ANSWER
+        check_threads(served)
         check_answers(served, answers_of_one_rank(model), headers)
         assert httpx.post(url, json=body, timeout=60, trust_env=False).status_code == 401
         with httpx.stream("POST", url, json=body | {"stream": True}, headers=headers, timeout=60, trust_env=False) as stream:
@@ -105,7 +108,7 @@ def test_streams_of_a_killed_replica_go_on_at_the_other(model: Path, tmp_path: P
     with serve_run(tmp_path, model, environment=FAST_INGRESS, replicas=2, engine={"scheduler": {"max_num_seqs": 4}}) as served:
         until(lambda: num_up(served) == 2, 60)
         undisturbed = read_many(served, 12, 8)
-        (victim, *_) = [int(line.split()[0]) for line in marked(served.mark) if "ServeReplica:cantata:engine" in line]
+        (victim, *_) = pids_of(served, "ServeReplica:cantata:engine")
         assert read_many(served, 12, 8, lambda: os.kill(victim, signal.SIGKILL)) == undisturbed
         resumed = counted(served, "cantata_gateway_resumptions_total")
         retried = counted(served, 'cantata_gateway_retries_total{error="EngineDead",')
@@ -127,8 +130,23 @@ def answer_of(response: httpx.Response) -> object:
     return response.json()["choices"][0]["message"]["content"]
 
 
+def check_threads(served: Served) -> None:
+    """Of an engine whose two ranks have a CPU each: one compute thread, on a core that is the rank's own where there are two in all."""
+    engine, ranks = pids_of(served, "ServeReplica:cantata:engine"), pids_of(served, "_RankActor")
+    assert (len(engine), len(ranks)) == (1, 2)
+    for pid in (*engine, *ranks):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        assert sorted(name for name in variables if name.startswith(b"OMP_")) == [b"OMP_NUM_THREADS=1", b"OMP_WAIT_POLICY=PASSIVE"]
+    own = [cores_of_rank(number, 2, 1) or sorted(os.sched_getaffinity(0)) for number in range(2)]
+    assert sorted(sorted(os.sched_getaffinity(pid)) for pid in ranks) == sorted(own)
+
+
 def ranks_of(served: Served) -> list[int]:
-    return [int(process.split()[0]) for process in marked(served.mark) if "_RankActor" in process]
+    return pids_of(served, "_RankActor")
+
+
+def pids_of(served: Served, name: str) -> list[int]:
+    return [int(process.split()[0]) for process in marked(served.mark) if name in process]
 
 
 def _kill_a_rank_and_wait_for_the_next_replica(served: Served) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from workers import cores
-from workers.cores import engine_threads, usable_cores
+from workers.cores import cores_of_rank, engine_threads, usable_cores
 from workers.engine.llm import LLM
 from workers.errors import ConfigError
 
@@ -36,3 +36,19 @@ def test_threads_of_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_offline_engine_refuses_before_it_reads_anything(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^threads is 4096, and this process may use \d+ cores"):
         LLM(tmp_path / "no model", threads=4096)
+
+
+def test_ranks_that_take_all_cores_have_each_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two sockets of two cores of two threads, numbered as Linux does: first one thread of each core, sockets in turn.
+    for core in range(8):
+        folder = tmp_path / f"cpu{core}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "physical_package_id").write_text(f"{core % 2}\n")
+        (folder / "core_id").write_text(f"{core // 2 % 2}\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert [cores_of_rank(rank, 2, 4, tmp_path) for rank in range(2)] == [[0, 4, 2, 6], [1, 5, 3, 7]]
+    assert [cores_of_rank(rank, 4, 2, tmp_path) for rank in range(4)] == [[0, 4], [2, 6], [1, 5], [3, 7]]
+    assert cores_of_rank(0, 1, 8, tmp_path) == [0, 4, 2, 6, 1, 5, 3, 7]
+    assert cores_of_rank(1, 2, 4, tmp_path / "none") == [4, 5, 6, 7]
+    for num_ranks, num_threads in ((2, 3), (2, 5), (1, 1), (3, 3)):
+        assert cores_of_rank(0, num_ranks, num_threads, tmp_path) == []

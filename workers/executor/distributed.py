@@ -51,7 +51,7 @@ class Placement:
 
     Attributes:
         host: the node's address.
-        local_rank: its number among the GPUs that it sees.
+        local_rank: its GPU's number among those that it sees; on a CPU its own among the ranks of its host.
         num_threads: compute threads on a CPU.
     """
 

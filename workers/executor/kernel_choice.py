@@ -76,14 +76,14 @@ def not_capturable(choices: Mapping[str, KernelChoice]) -> list[str]:
     return [operation for operation in ("attention", "experts") if choices[operation].implementation == REFERENCE]
 
 
-def slow_on_gpu(choices: Mapping[str, KernelChoice], device: torch.device) -> list[str]:
-    """A sentence for each operation that a GPU runs in a way that nobody wants without knowing."""
-    if device.type != "cuda":
-        return []
-    slow = ((operation, choice) for operation, choice in choices.items() if choice.implementation == REFERENCE)
-    sentences = [f"{operation} will be slow, the torch reference runs it: {choice.why}" for operation, choice in slow]
-    name = architecture(device)
-    if _has_no_bf16_matrices(name):
+def slow_paths(choices: Mapping[str, KernelChoice], device: torch.device) -> list[str]:
+    """A sentence for each reason why operations run in a way that nobody wants without knowing."""
+    by_reason: dict[str, list[str]] = {}
+    for operation, choice in choices.items():
+        if choice.implementation == REFERENCE:
+            by_reason.setdefault(choice.why, []).append(operation)
+    sentences = [f"{', '.join(operations)} will be slow, on the torch reference: {why}" for why, operations in by_reason.items()]
+    if device.type == "cuda" and _has_no_bf16_matrices(name := architecture(device)):
         sentences.append(f"attention and experts will be slow: {name} has no instructions for products of bf16 matrices")
     return sentences
 
@@ -96,10 +96,10 @@ def _has_no_bf16_matrices(name: str) -> bool:
 
 
 def describe_device(device: torch.device) -> str:
-    """Its name and architecture."""
+    """Its name and architecture; of a CPU also how many threads compute."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)}, {architecture(device)})"
-    return f"{device} ({platform.machine()})"
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
 
 
 def _experts(model: GptOss) -> KernelChoice:

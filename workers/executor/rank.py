@@ -13,7 +13,7 @@ from kernels.backend import architecture
 from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from workers.errors import ConfigError
 from workers.executor.cpu_program import programs_run
-from workers.executor.kernel_choice import describe_device, kernel_choices, not_capturable, slow_on_gpu
+from workers.executor.kernel_choice import describe_device, kernel_choices, not_capturable, slow_paths
 from workers.executor.memory_profile import profile_step, warm_up
 from workers.executor.runner import PendingStep, Runner
 from workers.kv_cache.tensors import (
@@ -145,7 +145,7 @@ class Rank:
                 progress=lambda done, total: self._progress("load weights", done, total),
             )
         choices = kernel_choices(self._model, self._config.kv_dtype)
-        for sentence in slow_on_gpu(choices, self._device):
+        for sentence in slow_paths(choices, self._device):
             logger.warning("%s", sentence)
         if self._device.type == "cuda" and (blocking := not_capturable(choices)):
             logger.warning("no CUDA graphs: the kernels for %s read sizes back to the host", " and ".join(blocking))

@@ -22,6 +22,7 @@ import torch
 
 from workers.config import EngineConfig, load_model_config
 from workers.config_json import engine_config_from_json, engine_config_to_json
+from workers.cores import cores_of_rank
 from workers.errors import CheckpointError, ConfigError
 from workers.executor import channel as wire
 from workers.executor.channel import Endpoints, RankChannel
@@ -47,8 +48,7 @@ class RankSpec:
     Attributes:
         config: EngineConfig as JSON.
         host: this node's address, for the collectives.
-        local_rank: its number among the ranks of its host.
-        num_threads: compute threads on a CPU.
+        local_rank, ranks_on_host, num_threads: as of `Placement`.
     """
 
     config: str
@@ -178,6 +178,9 @@ def serve_rank(spec: RankSpec, orphaned: Callable[[], bool]) -> None:
 def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -> None:
     torch.set_num_threads(spec.num_threads)
     config = engine_config_from_json(spec.config)
+    cores = cores_of_rank(spec.local_rank, spec.ranks_on_host, spec.num_threads) if config.device.startswith("cpu") else []
+    if cores:
+        os.sched_setaffinity(0, cores)  # this thread, and those that it starts from now on
     parallel = config.parallel
     model = load_model_config(config.model_path)
     shard = plan_shards(model, parallel)[spec.rank]

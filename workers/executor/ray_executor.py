@@ -10,6 +10,7 @@ from ray.util import get_node_ip_address
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from workers.cores import thread_environment
 from workers.errors import ConfigError
 from workers.executor.distributed import Placement
 from workers.executor.rank_process import RankSpec, serve_rank
@@ -58,8 +59,15 @@ class RayRanks:
         by_bundle = placement_group_table(group)["bundles_to_node_id"]
         hosts = [nodes[by_bundle[index]] for index in range(num_ranks)]
         # Ray shows each actor its own GPU only, as the first one.
+        alone = not device.startswith("cpu")
         return [
-            Placement(host, 0, hosts.count(host), max(1, int(group.bundle_specs[index].get("CPU", 1)))) for index, host in enumerate(hosts)
+            Placement(
+                host,
+                0 if alone else hosts[:index].count(host),
+                hosts.count(host),
+                max(1, int(group.bundle_specs[index].get("CPU", 1))),
+            )
+            for index, host in enumerate(hosts)
         ]
 
     def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
@@ -71,6 +79,7 @@ class RayRanks:
             num_cpus=bundle.get("CPU", 0),
             num_gpus=bundle.get("GPU", 0),
             max_restarts=0,
+            runtime_env={"env_vars": thread_environment(spec.num_threads)},
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=spec.rank),
         ).remote()
         self._actors.append(actor)

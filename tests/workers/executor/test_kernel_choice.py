@@ -10,7 +10,7 @@ from kernels.cpu import native
 from kernels.mxfp4 import NATURAL
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.executor import kernel_choice
-from workers.executor.kernel_choice import REFERENCE, KernelChoice, kernel_choices, not_capturable, slow_on_gpu
+from workers.executor.kernel_choice import REFERENCE, KernelChoice, kernel_choices, not_capturable, slow_paths
 from workers.model import checkpoint
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
@@ -35,6 +35,7 @@ def test_on_a_cpu_the_cpp_kernels(path: Path) -> None:
     assert {choice.implementation for operation, choice in choices.items() if operation != "embedding"} == {f"C++ {native.isa()}"}
     assert choices["experts"].layout == "MXFP4 layout rows16"
     assert not not_capturable(choices)
+    assert not slow_paths(choices, CPU)
     fp8 = kernel_choices(loaded(path), "fp8_e4m3")
     assert str(fp8.pop("attention")) == "torch reference (of an fp8 KV cache, which only Triton's kernel takes)"
     assert choices.items() >= fp8.items()
@@ -46,6 +47,9 @@ def test_without_the_library_the_references_and_why(path: Path, monkeypatch: pyt
     assert not_capturable(choices) == ["attention", "experts"]
     assert str(choices["attention"]) == "torch reference (the C++ library was not built)"
     assert str(choices["experts"]) == "torch reference, MXFP4 layout natural (the C++ library was not built)"
+    assert slow_paths(choices, CPU) == [
+        "attention, experts, norms, RoPE, embedding, sampling will be slow, on the torch reference: the C++ library was not built"
+    ]
 
 
 class _OnGpu:
@@ -80,7 +84,7 @@ def test_on_a_gpu_triton(path: Path, monkeypatch: pytest.MonkeyPatch, architectu
     assert choices["experts"] == KernelChoice(f"Triton {architecture}", why, f"MXFP4 layout {layout}")
     assert choices["attention"] == choices["sampling"] == KernelChoice(f"Triton {architecture}", "on a GPU")
     assert not not_capturable(choices)
-    assert not slow_on_gpu(choices, GPU)
+    assert not slow_paths(choices, GPU)
 
 
 @pytest.mark.parametrize(
@@ -92,19 +96,20 @@ def test_a_gpu_without_matrix_instructions_is_said(path: Path, monkeypatch: pyte
     pytest.importorskip("triton")
     model = on_gpu(path, monkeypatch, architecture)
     sentence = f"attention and experts will be slow: {architecture} has no instructions for products of bf16 matrices"
-    assert slow_on_gpu(kernel_choices(model), GPU) == [sentence] * slow
+    assert slow_paths(kernel_choices(model), GPU) == [sentence] * slow
 
 
 def test_a_slow_path_on_a_gpu_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     choices = kernel_choices(on_gpu(path, monkeypatch, "sm_100", layout="rows16"))
     assert not_capturable(choices) == ["experts"]
-    assert slow_on_gpu(choices, GPU) == [
-        "experts will be slow, the torch reference runs it: no Triton kernel takes these weights with torch.bfloat16 activations"
+    assert slow_paths(choices, GPU) == [
+        "experts will be slow, on the torch reference: no Triton kernel takes these weights with torch.bfloat16 activations"
     ]
     without = kernel_choices(on_gpu(path, monkeypatch, "sm_100", triton=False))
     assert not_capturable(without) == ["attention", "experts"]
-    assert "attention will be slow, the torch reference runs it: Triton is not installed" in slow_on_gpu(without, GPU)
-    assert not slow_on_gpu(without, CPU)
+    assert slow_paths(without, GPU) == [
+        "attention, experts, norms, RoPE, embedding, sampling will be slow, on the torch reference: Triton is not installed"
+    ]
     assert not_capturable(without | {"attention": replace(without["attention"], implementation="Triton sm_90")}) == ["experts"]
     assert without["attention"].implementation == REFERENCE

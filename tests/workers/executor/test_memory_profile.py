@@ -89,7 +89,7 @@ def test_a_gpu_s_cache_is_sized_after_kernels_are_compiled_by_what_the_profile_l
     for name, value in {
         "architecture": lambda device: "sm_90",
         "describe_device": str,
-        "slow_on_gpu": lambda choices, device: [],
+        "slow_paths": lambda choices, device: [],
         "load_model": lambda *args, **kwargs: model,
         "warm_up": lambda *args: order.append("compile"),
         "profile_step": profile,
