@@ -8,8 +8,8 @@ again, and each time does beside it what it is compared with, so that whatever e
 - cold (the files out of this system's page cache; a virtual machine's host may still have them): a plain sequential `read` of the same
   ranges of the files into one small buffer. Where a rank takes a part of each row (ep below tp, and the attention output), a range is the
   whole rows, since these share pages.
-- warm (the files in the page cache): a plain copy of as many bytes as the shard has, from memory to fresh memory on huge pages, by as many
-  threads as the loader has.
+- warm (the files in the page cache), twice, by as many threads as the loader has: a plain `read` of the same ranges into fresh memory on
+  huge pages, and a plain copy of as many bytes as the shard has from memory to such memory, which no file can reach.
 
 A ratio is the time of the comparison over the time of loading, the median of the rounds; that of processor time (user and system, all
 threads, the smallest of the rounds) says what it would be on a machine that does nothing else. Memory is the highest peak of anonymous and
@@ -44,6 +44,7 @@ PLANS = ((1, 1), (2, 2), (8, 8), (2, 1), (4, 1))
 _PIECE_BYTES = 1 << 20
 _COPY_BYTES = 8 << 20
 _SAMPLE_S = 0.005
+_COMPARED = {"read": "read", "fill": "read into memory", "copy": "copy"}
 
 
 class _Rank:
@@ -115,8 +116,8 @@ def measure_rank(path: Path, tensor: int, expert: int, rounds: int) -> dict[str,
     """Load rank 0 in this process.
 
     Returns:
-        By round: seconds of `read`, `cold`, `copy` and `warm`, of the processor as `read_cpu` …, and `peak`; once: `stored`, `read_bytes`,
-        `held`, all in bytes.
+        By round: seconds of `read`, `cold`, `fill`, `copy` and `warm`, of the processor as `read_cpu` …, and `peak`; once: `stored`,
+        `read_bytes`, `held`, all in bytes.
     """
     model = load_model_config(path)
     shard = plan_shards(model, ParallelConfig(tensor, expert))[0]
@@ -151,7 +152,7 @@ def measure_rank(path: Path, tensor: int, expert: int, rounds: int) -> dict[str,
         # In turn, because a host caches what the first has read.
         for step in (cold_load, cold_read) if number % 2 == 0 else (cold_read, cold_load):
             step()
-        read_plainly(extents)
+        record("fill", read_into_memory(extents))
         record("copy", copy_plainly(stored))
         record("warm", load())
     return dict(found) | {"stored": [stored], "read_bytes": [sum(extent.num_bytes for extent in extents)]}
@@ -183,6 +184,36 @@ def read_plainly(extents: list[Extent]) -> tuple[float, float]:
     return watch.read()
 
 
+def read_into_memory(extents: list[Extent]) -> tuple[float, float]:
+    """Times to read these, which are in the page cache, into fresh memory on huge pages, with as many threads as the loader has."""
+    num_bytes = sum(extent.num_bytes for extent in extents)
+    pieces, begin = [], 0
+    for extent in extents:
+        for start in range(extent.start, extent.stop, _COPY_BYTES):
+            size = min(_COPY_BYTES, extent.stop - start)
+            pieces.append((extent.tensor.file, start, begin, size))
+            begin += size
+    descriptors = {file: os.open(file, os.O_RDONLY) for file, *_ in pieces}
+    read_plainly(extents)
+    touch_memory(num_bytes)
+    to = memoryview(zeros((num_bytes,), torch.uint8).numpy())
+
+    def read(piece: tuple[Path, int, int, int]) -> None:
+        file, start, begin, left = piece
+        while left > 0:
+            done = os.preadv(descriptors[file], [to[begin : begin + left]], start)
+            start, begin, left = start + done, begin + done, left - done
+
+    try:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            watch = _Stopwatch()
+            list(pool.map(read, pieces))
+            return watch.read()
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
 def copy_plainly(num_bytes: int) -> tuple[float, float]:
     """Times to copy so many bytes from memory to fresh memory on huge pages, with as many threads as the loader has."""
     source = zeros((num_bytes,), torch.uint8).fill_(1).numpy()
@@ -199,17 +230,18 @@ def copy_plainly(num_bytes: int) -> tuple[float, float]:
 
 
 def rows(plan: tuple[int, int], found: dict[str, list[float]]) -> list[str]:
-    """Of the table, cold and warm."""
+    """Of the table: cold, and warm compared with both."""
     peak, limit = max(found["peak"]), 1.1 * found["held"][0] + 300e6
     lines = []
-    for cache, compared, num_bytes in (("cold", "read", found["read_bytes"][0]), ("warm", "copy", found["stored"][0])):
+    touched, stored = found["read_bytes"][0], found["stored"][0]
+    for cache, compared, num_bytes in (("cold", "read", touched), ("warm", "fill", touched), ("warm", "copy", stored)):
         ratios = [plain / load for plain, load in zip(found[compared], found[cache], strict=True)]
         cells = (
             f"{plan[0]}, {plan[1]}",
             cache,
-            f"{found['stored'][0] / 1e6:.0f} MB",
+            f"{stored / 1e6:.0f} MB",
             f"{median(found[cache]):.2f} s",
-            f"{compared} {num_bytes / 1e6:.0f} MB, {median(found[compared]):.2f} s",
+            f"{_COMPARED[compared]} {num_bytes / 1e6:.0f} MB, {median(found[compared]):.2f} s",
             f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
             f"{min(found[f'{compared}_cpu']) / min(found[f'{cache}_cpu']):.2f}",
             f"{peak / 1e6:.0f} MB",

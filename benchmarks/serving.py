@@ -23,10 +23,10 @@ HTTP = re.compile(r"HTTP +(http://[\d.]+:\d+)/v1")
 
 
 @contextmanager
-def standalone(model: Path, dtype: str) -> Iterator[str]:
-    """A server on free ports; yields its URL."""
+def standalone(model: Path, dtype: str, *flags: str) -> Iterator[str]:
+    """A server on free ports; yields its URL. `flags` are more of `cantata serve`."""
     command = [str(Path(sys.executable).with_name("cantata")), "serve", "--standalone", "--model", str(model), "--dtype", dtype]
-    command += ["--http-port", "0", "--grpc-port", "0"]
+    command += ["--http-port", "0", "--grpc-port", "0", *flags]
     # The summary is on stdout; progress and log stay on the terminal.
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:

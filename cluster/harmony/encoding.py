@@ -1,6 +1,7 @@
 """Text to token ids and back, over the tokenizer.json of a checkpoint, with the harmony special tokens found by name."""
 
 import codecs
+import ctypes
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -94,6 +95,7 @@ class HarmonyEncoding:
         except Exception as error:  # the binding raises bare Exception for whatever is wrong with the file
             raise CheckpointError(f"{file} is not a tokenizer: {_one_line(error)}.") from error
         encoding = cls(tokenizer, str(file))
+        _give_back_free_memory()
         if vocab_size is not None and encoding.vocab_size > vocab_size:
             raise CheckpointError(
                 f"{file} has token ids up to {encoding.vocab_size - 1}, but the model's vocab_size is {vocab_size}: they do not fit."
@@ -184,6 +186,13 @@ def _bytes_of_tokens(tokenizer: Tokenizer, source: str) -> list[bytes]:
     for token_id, token in added.items():
         table[token_id] = b"" if token.special else token.content.encode()
     return table
+
+
+def _give_back_free_memory() -> None:
+    """The parser of tokenizer.json leaves three quarters of its memory free and unused: 260 MB with the vocabulary of gpt-oss."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _chunks(text: str, size: int, max_unbroken: int) -> Iterator[str]:

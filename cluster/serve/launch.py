@@ -48,6 +48,7 @@ def serve_on_ray(config: CantataConfig) -> int:
         ConfigError, CheckpointError: one sentence for the user.
     """
     load_encoding(config)
+    _application(config)  # more threads than cores are refused before Ray has started
     check_port_is_free(config.listen.host, config.listen.http_port, "listen.http_port")
     check_port_is_free(config.listen.host, config.listen.grpc_port, "listen.grpc_port")
     for name, port in (("listen.http_port", config.listen.http_port), ("listen.grpc_port", config.listen.grpc_port)):
@@ -148,7 +149,9 @@ def _serve_application(config: CantataConfig) -> None:
         grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
     )
     gateway = serve.run(build(_application(config)), name=APPLICATION, route_prefix="/")
-    info = gateway.engine_info.remote().result(timeout_s=_INFO_TIMEOUT_S)
+    call = gateway.engine_info
+    info = call.remote().result(timeout_s=_INFO_TIMEOUT_S)
+    call.shutdown()  # what it has started to send requests would go on for nothing: half a per cent of a core
     print(_summary(config, info), flush=True)
     threading.Event().wait()
 

@@ -1,5 +1,6 @@
 """The `cantata` command: flags, errors as one sentence, and a help that loads nothing heavy."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,17 @@ def test_make_checkpoint_writes_a_folder_that_loads(tmp_path: Path, capfd: pytes
     copy = tmp_path / "copy"
     assert cli.main(["make-checkpoint", "--preset", "tiny", "--layers", "1", "--tokenizer", str(out), str(copy)]) == 0
     assert (copy / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("mode", [["--standalone"], []], ids=["standalone", "ray"])
+def test_more_threads_than_cores_are_one_sentence(mode: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    assert cli.main(["make-checkpoint", "--preset", "tiny", "--layers", "1", str(out)]) == 0
+    result = run("serve", *mode, "--model", str(out), "--http-port", "0", "--grpc-port", "0", "--threads", "4096")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    sentence = r"cantata: engine_cpus \(--threads\) is 4096, and this process may use (\d+) cores: at most \1\n"
+    assert re.fullmatch(sentence, result.stderr), result.stderr
 
 
 def test_make_checkpoint_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

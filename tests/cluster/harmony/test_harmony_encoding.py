@@ -1,6 +1,9 @@
 """Encoding and decoding against oss-harmony, and tokenizers that must be refused."""
 
 import json
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,3 +194,23 @@ def test_truncation_in_the_file_is_ignored(small_folder: Path, tmp_path: Path) -
 
     folder = edited(small_folder, tmp_path, truncate)
     assert HarmonyEncoding.load(folder).decode(HarmonyEncoding.load(folder).encode("one two three four five")) == "one two three four five"
+
+
+_LOAD = """
+import sys
+from pathlib import Path
+from cluster.harmony.encoding import HarmonyEncoding
+
+def anonymous_kib():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+
+before = anonymous_kib()
+encoding = HarmonyEncoding.load(Path(sys.argv[1]))
+print(anonymous_kib() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what others do with freed memory is theirs")
+def test_what_the_parser_of_the_file_leaves_is_given_back(gpt_oss_folder: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", _LOAD, str(gpt_oss_folder)], capture_output=True, text=True, check=True, timeout=120)
+    assert int(run.stdout) < 150 * 1024, "kept are 75 MiB, the parser takes 330"

@@ -1,0 +1,62 @@
+"""A process that a benchmark starts and all that descend from it: their processor time and memory."""
+
+import os
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One of them; what is read of one that has ended is zero."""
+
+    pid: int
+    command: str
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time of all its threads, in user mode and in the kernel."""
+        with suppress(OSError):
+            fields = _stat(self.pid)
+            return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+        return 0.0
+
+    @property
+    def private_bytes(self) -> int:
+        """Anonymous and shared pages in memory: all but those of mapped files."""
+        return self._sum(Path(f"/proc/{self.pid}/status"), "RssAnon", "RssShmem")
+
+    @property
+    def file_bytes(self) -> int:
+        """Pages of mapped files in memory, libraries among them."""
+        return self._sum(Path(f"/proc/{self.pid}/status"), "RssFile")
+
+    def _sum(self, file: Path, *names: str) -> int:
+        with suppress(OSError):
+            fields = dict(line.split(":", 1) for line in file.read_text().splitlines())
+            return sum(int(fields[name].split()[0]) for name in names if name in fields) * 1024
+        return 0
+
+
+def process_tree(root: int) -> list[Process]:
+    """A process and all that descend from it, as they are now."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):  # gone, or no process
+            children[int(_stat(pid := int(entry.name))[1])].append(pid)
+    found, left = [], [root]
+    while left:
+        pid = left.pop()
+        left += children[pid]
+        with suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            found.append(Process(pid, command))
+    return found
+
+
+def _stat(pid: int) -> list[str]:
+    """From the process's state on; its parent comes next."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
