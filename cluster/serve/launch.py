@@ -151,7 +151,8 @@ def _serve_application(config: CantataConfig) -> None:
     gateway = serve.run(build(_application(config)), name=APPLICATION, route_prefix="/")
     call = gateway.engine_info
     info = call.remote().result(timeout_s=_INFO_TIMEOUT_S)
-    call.shutdown()  # what it has started to send requests would go on for nothing: half a per cent of a core
+    # What it has started to send requests by would go on for nothing, at half a per cent of a core.
+    call.shutdown()  # type: ignore[no-untyped-call]
     print(_summary(config, info), flush=True)
     threading.Event().wait()
 
