@@ -178,9 +178,6 @@ def serve_rank(spec: RankSpec, orphaned: Callable[[], bool]) -> None:
 def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -> None:
     torch.set_num_threads(spec.num_threads)
     config = engine_config_from_json(spec.config)
-    cores = cores_of_rank(spec.local_rank, spec.ranks_on_host, spec.num_threads) if config.device.startswith("cpu") else []
-    if cores:
-        os.sched_setaffinity(0, cores)  # this thread, and those that it starts from now on
     parallel = config.parallel
     model = load_model_config(config.model_path)
     shard = plan_shards(model, parallel)[spec.rank]
@@ -203,6 +200,10 @@ def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -
     join = wire.unpack(engine.expect(wire.JOIN))
     store = own_store or join_store(str(join["host"]), int(str(join["port"])), timeout_s=parallel.start_timeout_s)
     collectives = TorchDistributed(spec.rank, parallel.tensor, store, device, timeout_s=patience_s)
+    cores = cores_of_rank(spec.local_rank, spec.ranks_on_host, spec.num_threads) if device.type == "cpu" else []
+    if cores:
+        # This thread, and those that it starts from now on. Those of the channel and the collectives may run anywhere, beside it.
+        os.sched_setaffinity(0, cores)
     rank = Rank(
         config,
         model,
