@@ -19,10 +19,12 @@ class Process:
     @property
     def cpu_s(self) -> float:
         """Processor time of all its threads, in user mode and in the kernel."""
-        with suppress(OSError):
-            fields = _stat(self.pid)
-            return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
-        return 0.0
+        return self._seconds(11)
+
+    @property
+    def waited_cpu_s(self) -> float:
+        """Processor time of its children that ended and that it waited for, and of theirs."""
+        return self._seconds(13)
 
     @property
     def private_bytes(self) -> int:
@@ -33,6 +35,12 @@ class Process:
     def file_bytes(self) -> int:
         """Pages of mapped files in memory, libraries among them."""
         return self._sum(Path(f"/proc/{self.pid}/status"), "RssFile")
+
+    def _seconds(self, first: int) -> float:
+        with suppress(OSError):
+            fields = _stat(self.pid)
+            return (int(fields[first]) + int(fields[first + 1])) / _TICKS_PER_S
+        return 0.0
 
     def _sum(self, file: Path, *names: str) -> int:
         with suppress(OSError):

