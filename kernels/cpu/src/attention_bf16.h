@@ -8,8 +8,9 @@ constexpr long kStepPairs = kStep / 2 * 16;  // 32-bit pairs of a tile: [16 pair
 
 #if CANTATA_BF16 == 1
 
-inline void configure_for(long) {}
-inline void release_tiles() {}
+struct TileShape {
+  void set(long) {}
+};
 
 // c[rows, 32] = a[rows, steps * kStep] times two columns of tiles, whose tiles for a step are `stride` pairs apart. Rows of c beyond the last
 // up to a multiple of 8 are written too. Strides of a and c in elements.
@@ -40,9 +41,6 @@ inline void multiply(long rows, long steps, const uint16_t* a, long a_stride, co
 }
 
 #else
-
-inline void configure_for(long rows) { configure_tiles(rows); }
-inline void release_tiles() { _tile_release(); }
 
 template <bool kTwoTilesOfRows>
 inline void multiply_tiles(long steps, const uint16_t* a, long a_stride, const int32_t* first, const int32_t* second, long stride, float* c,
@@ -193,13 +191,12 @@ class Bf16Reducer {
     of_.find(tile_, head_, key_tile, all, work_.offsets);
     pack_keys(all, ahead);
     pack_values(all, ahead, odd);
-    long configured = 0;
+    TileShape shape;
     for (long row = 0; row < real_rows_; row += kRowBlock) {
       const long end_row = row + kRowBlock < real_rows_ ? row + kRowBlock : real_rows_, rows = round_up(end_row - row, 8);
-      if (rows != configured) configure_for(configured = rows);
+      shape.set(rows);
       reduce_rows(key_tile, row, end_row, rows, odd, ahead, out);
     }
-    release_tiles();
     for (long row = real_rows_; row < round_up(real_rows_, 16); ++row) out.maxima[row] = out.totals[row] = 0.0f;
   }
 

@@ -299,6 +299,35 @@ inline void weight_tile(const Int8Weights& weights, const uint8_t* from, const u
   }
 }
 
+// The shape of the tiles for 1 to 32 rows. It stays until another is needed: to set or to release it costs as much as 30 tiles.
+class TileShape {
+ public:
+  TileShape() = default;
+  TileShape(const TileShape&) = delete;
+
+  ~TileShape() {
+    if (num_rows_ > 0) _tile_release();
+  }
+
+  inline void set(long num_rows) {
+    if (num_rows == num_rows_) return;
+    num_rows_ = num_rows;
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {};
+    } config;
+    const uint8_t first = num_rows < 16 ? num_rows : 16, second = num_rows > 16 ? num_rows - 16 : 1;
+    const uint8_t rows[8] = {first, first, second, second, first, second, 16, 16};
+    __builtin_memcpy(config.rows, rows, sizeof rows);
+    asm volatile("" ::"r"(&config) : "memory");  // the intrinsic says that it reads 8 of the bytes
+    _tile_loadconfig(&config);
+  }
+
+ private:
+  long num_rows_ = 0;  // 0: none is set
+};
+
 // The intrinsics do not say that they read and write memory.
 inline void memory_fence() { asm volatile("" ::: "memory"); }
 
@@ -382,14 +411,9 @@ void multiply_tiles(const Weights& weights, long group, const uint16_t* x, Outpu
   Sums::store(y);
 }
 
-// The tiles' shape depends on the number of tokens. It stays until another is needed: to set or to release it costs as much as 30 tiles.
 class Bf16 {
  public:
   typedef uint16_t Activation;
-
-  ~Bf16() {
-    if (configured_ > 0) _tile_release();
-  }
 
   // As Fp32::multiply.
   template <typename Weights>
@@ -406,7 +430,7 @@ class Bf16 {
   void multiply_groups(const Weights& weights, long group, const uint16_t* x, long num_tokens, Outputs* y) {
     for (long t = 0; t < num_tokens; t += 32) {
       const long count = num_tokens - t < 32 ? num_tokens - t : 32;
-      configure(count);
+      shape_.set(count);
       if (count > 16) {
         multiply_tiles<Weights, 2, kGroups>(weights, group, x + t * weights.width, y + t);
       } else {
@@ -415,22 +439,7 @@ class Bf16 {
     }
   }
 
-  inline void configure(long num_tokens) {
-    if (num_tokens == configured_) return;
-    configured_ = num_tokens;
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {};
-    } config;
-    const uint8_t first = num_tokens < 16 ? num_tokens : 16, second = num_tokens > 16 ? num_tokens - 16 : 1;
-    const uint8_t rows[8] = {first, first, second, second, first, second, 16, 16};
-    __builtin_memcpy(config.rows, rows, sizeof rows);
-    asm volatile("" ::"r"(&config) : "memory");  // the intrinsic says that it reads 8 of the bytes
-    _tile_loadconfig(&config);
-  }
-
-  long configured_ = 0;  // for so many tokens, or 0
+  TileShape shape_;
 };
 
 #endif
