@@ -6,7 +6,6 @@ Both are kept in a folder and made again only if they are not there. Building ne
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.serving import free_port
 from workers.errors import ConfigError
 
 VERSION = "11434.0.0"
@@ -76,7 +76,7 @@ def server(program: Path, gguf: Path, threads: int, slots: int, tokens: int, log
         slots: requests at once, each with room for `tokens`.
         log: file for what it prints.
     """
-    port = _free_port()
+    port = free_port()
     command = [str(program), "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), "--no-webui", "--cache-ram", "0"]
     command += ["--threads", str(threads), "--threads-batch", str(threads), "--parallel", str(slots), "--ctx-size", str(slots * tokens)]
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
@@ -104,13 +104,6 @@ def _run(command: Sequence[str], environment: dict[str, str] | None = None) -> N
     print("$", " ".join(command), file=sys.stderr, flush=True)
     if subprocess.run(command, env=environment, stdout=sys.stderr).returncode != 0:
         raise ConfigError(f"{Path(command[0]).name} failed; what it printed is above")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

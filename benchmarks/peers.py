@@ -27,7 +27,7 @@ import httpx
 
 from benchmarks import llama_cpp
 from benchmarks.processor_time import OthersMeter
-from benchmarks.serving import served
+from benchmarks.serving import free_port, served
 from cluster.bench import serve
 from cluster.bench.report import Report
 
@@ -85,23 +85,33 @@ def measure(url: str, clients: int, prompts: Path, options: argparse.Namespace) 
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     flags = ["--endpoint", "completions", "--ignore-eos", "--temperature", "0", "--concurrency", str(clients), "--dataset", str(prompts)]
-    flags += ["--num-prompts", str(num_requests(clients)), "--output-len", str(options.output_len), "--warmup", "1", "--timeout", "900"]
+    flags += [
+        "--num-prompts",
+        str(num_requests(clients, options)),
+        "--output-len",
+        str(options.output_len),
+        "--warmup",
+        "1",
+        "--timeout",
+        "900",
+    ]
     meter = OthersMeter()
     report = asyncio.run(serve.measure(parser.parse_args(flags), url))
     return figures(report, meter.share())
 
 
-def num_requests(clients: int) -> int:
-    return max(8, 4 * clients)
+def num_requests(clients: int, options: argparse.Namespace) -> int:
+    return max(int(options.min_requests), 4 * clients)
 
 
 def first_tokens(url: str, prompts: Path) -> list[str]:
-    """The first token, as text, of the first prompts' greedy answers."""
+    """The greedy token, as text, after each of some prompts of one token: longer ones go through more near-ties of random gates."""
     answers = []
     with httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
+        body = {"model": client.get("/v1/models").json()["data"][0]["id"], "max_tokens": 1, "temperature": 0}
         for line in prompts.read_text().splitlines()[:SAME_MODEL_PROMPTS]:
-            body = {"model": client.get("/v1/models").json()["data"][0]["id"], "max_tokens": 1, "temperature": 0} | json.loads(line)
-            answers.append(client.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"])
+            answer = client.post("/v1/completions", json=body | {"prompt": json.loads(line)["prompt"][:1]}).raise_for_status().json()
+            answers.append(answer["choices"][0]["text"])
     return answers
 
 
@@ -113,7 +123,7 @@ def servers(options: argparse.Namespace, program: Path, logs: Path) -> dict[tupl
         flags = ["--cpu-dense-dtype", dense, "--threads", str(options.threads), *options.serve_flags.split()]
         found[CANTATA, dense] = served(options.model, "--standalone", *flags)
         if options.ray:
-            found[ON_RAY, dense] = served(options.model, *flags)
+            found[ON_RAY, dense] = served(options.model, *flags, "--http-port", str(free_port()), "--grpc-port", str(free_port()))
         gguf = llama_cpp.converted(options.model, dense, options.cache)
         found[LLAMA_CPP, dense] = llama_cpp.server(program, gguf, options.threads, slots, tokens, logs / f"llama-server-{dense}.log")
     return found
@@ -126,7 +136,7 @@ def prompt_files(options: argparse.Namespace, round_: int) -> Iterator[dict[int,
     with tempfile.TemporaryDirectory() as folder:
         files = {clients: Path(folder) / f"{clients}.jsonl" for clients in options.clients}
         for clients, file in files.items():
-            write_prompts(file, num_requests(clients) + 1, options.input_len, vocab_size, f"{round_}/{clients}")
+            write_prompts(file, num_requests(clients, options) + 1, options.input_len, vocab_size, f"{round_}/{clients}")
         yield files
 
 
@@ -185,6 +195,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--min-requests", type=int, default=8, help="four a client, but at least so many (default: 8)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of each server (default: 2)")
     parser.add_argument("--ray", action="store_true", help="also Cantata through Ray Serve")
@@ -203,7 +214,7 @@ def main() -> None:
     )
     for (name, dense), answers in tokens.items():
         same = sum(mine == theirs for mine, theirs in zip(answers, tokens[LLAMA_CPP, dense], strict=True))
-        print(f"{name}, {dense}: the first token is llama.cpp's for {same} of {len(answers)} prompts")
+        print(f"{name}, {dense}: after one token, the next is llama.cpp's for {same} of {len(answers)} prompts")
     if options.json is not None:
         rows = [
             asdict(step) | asdict(figures) | {"round": n} for step, rounds in results.items() for n, figures in enumerate(rounds, start=1)

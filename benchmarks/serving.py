@@ -9,6 +9,7 @@ import asyncio
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,14 @@ def served(model: Path, *flags: str) -> Iterator[str]:
         finally:
             server.send_signal(signal.SIGINT)
             server.communicate(timeout=60)
+
+
+def free_port() -> int:
+    """A port on loopback that was free just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def measure(url: str, clients: int, options: argparse.Namespace) -> Report:

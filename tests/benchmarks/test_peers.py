@@ -71,7 +71,7 @@ def test_servers_take_turns_in_both_orders_one_at_a_time(tmp_path: Path, monkeyp
     monkeypatch.setattr(llama_cpp, "server_program", lambda cache: cache)
     monkeypatch.setattr(peers, "measure", lambda url, clients, prompts, options: figures(clients * (2.0 if url == CANTATA else 1.0)))
     monkeypatch.setattr(peers, "first_tokens", lambda url, prompts: [url, "same"])
-    options = argparse.Namespace(model=tmp_path, cache=tmp_path, rounds=2, clients=[1, 3], input_len=5, output_len=2)
+    options = argparse.Namespace(model=tmp_path, cache=tmp_path, rounds=2, min_requests=8, clients=[1, 3], input_len=5, output_len=2)
     results, tokens = peers.run(options)
     assert order == [CANTATA, LLAMA_CPP, LLAMA_CPP, CANTATA]
     assert {step: len(rounds) for step, rounds in results.items()} == {
