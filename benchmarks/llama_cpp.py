@@ -69,16 +69,27 @@ def converted(checkpoint: Path, dense: str, folder: Path) -> Path:
 
 
 @contextmanager
-def server(program: Path, gguf: Path, threads: int, slots: int, tokens: int, log: Path) -> Iterator[str]:
+def server(program: Path, gguf: Path, threads: int, slots: int, tokens: int, log: Path, flags: Sequence[str] = ()) -> Iterator[str]:
     """A running llama-server; yields its URL.
 
     Args:
         slots: requests at once, each with room for `tokens`.
         log: file for what it prints.
+        flags: more of llama-server.
     """
     port = free_port()
     command = [str(program), "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), "--no-webui", "--cache-ram", "0"]
-    command += ["--threads", str(threads), "--threads-batch", str(threads), "--parallel", str(slots), "--ctx-size", str(slots * tokens)]
+    command += [
+        "--threads",
+        str(threads),
+        "--threads-batch",
+        str(threads),
+        "--parallel",
+        str(slots),
+        "--ctx-size",
+        str(slots * tokens),
+        *flags,
+    ]
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         try:
             url = f"http://127.0.0.1:{port}"
@@ -110,7 +121,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     deadline = time.monotonic() + START_TIMEOUT_S
     while not _is_healthy(url):
         if process.poll() is not None:
-            raise ConfigError(f"llama-server ended; {log} says why")
+            raise ConfigError(f"llama-server ended with {process.returncode}; {log} may say why")
         if time.monotonic() > deadline:
             raise ConfigError(f"llama-server is not ready after {START_TIMEOUT_S:g} s; see {log}")
         time.sleep(0.2)

@@ -125,7 +125,8 @@ def servers(options: argparse.Namespace, program: Path, logs: Path) -> dict[tupl
         if options.ray:
             found[ON_RAY, dense] = served(options.model, *flags, "--http-port", str(free_port()), "--grpc-port", str(free_port()))
         gguf = llama_cpp.converted(options.model, dense, options.cache)
-        found[LLAMA_CPP, dense] = llama_cpp.server(program, gguf, options.threads, slots, tokens, logs / f"llama-server-{dense}.log")
+        log, flags = logs / f"llama-server-{dense}.log", options.llama_flags.split()
+        found[LLAMA_CPP, dense] = llama_cpp.server(program, gguf, options.threads, slots, tokens, log, flags)
     return found
 
 
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of each server (default: 2)")
     parser.add_argument("--ray", action="store_true", help="also Cantata through Ray Serve")
     parser.add_argument("--serve-flags", default="", help="more flags for cantata serve, in one string")
+    parser.add_argument("--llama-flags", default="", help="the same for llama-server, as --no-repack where its AMX code crashes on Q8_0")
     parser.add_argument("--cache", type=Path, default=Path("build/peers"), help="where llama.cpp and converted checkpoints are kept")
     parser.add_argument("--json", type=Path, help="write every figure there")
     options = parser.parse_args()

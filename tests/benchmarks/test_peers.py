@@ -86,7 +86,10 @@ def test_a_server_that_ends_is_said_with_its_log(tmp_path: Path) -> None:
     program.write_text("#!/bin/sh\nexit 3\n")
     program.chmod(0o755)
     log = tmp_path / "log"
-    with pytest.raises(ConfigError, match=f"llama-server ended; {log} says why"), llama_cpp.server(program, tmp_path, 1, 1, 8, log):
+    with (
+        pytest.raises(ConfigError, match=f"llama-server ended with 3; {log} may say why"),
+        llama_cpp.server(program, tmp_path, 1, 1, 8, log),
+    ):
         pass
 
 
