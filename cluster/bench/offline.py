@@ -31,6 +31,7 @@ class EngineSettings:
     device: str
     tensor_parallel_size: int
     quantize: str | None
+    cpu_dense_dtype: str
     input_len: int
     output_len: int
     batch_size: int
@@ -117,6 +118,7 @@ def measure(options: argparse.Namespace) -> EngineReport:
         prefix_caching=False,
         tensor_parallel_size=options.tensor_parallel_size,
         quantize=options.quantize,
+        cpu_dense_dtype=options.cpu_dense_dtype,
     ) as llm:
         rounds = [_iterate(llm, options, index) for index in range(options.num_iters_warmup + options.num_iters)]
         profile = _profile(llm, options) if options.profile else None
@@ -223,6 +225,7 @@ def _settings(options: argparse.Namespace) -> EngineSettings:
         device=options.device,
         tensor_parallel_size=options.tensor_parallel_size,
         quantize=options.quantize,
+        cpu_dense_dtype=options.cpu_dense_dtype,
         input_len=options.input_len,
         output_len=options.output_len,
         batch_size=options.batch_size,

@@ -55,6 +55,16 @@ def test_the_report_adds_up(checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
     assert "| outside kernels |" in out
 
 
+def test_dense_weights_in_int8(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "report.json"
+    flags = [*FLAGS, "--num-iters", "1", "--profile", "--cpu-dense-dtype", "int8", "--json", str(file)]
+    assert main(["bench", "engine", "--model", str(checkpoint), *flags]) == 0
+    report = json.loads(file.read_text())
+    assert report["settings"]["cpu_dense_dtype"] == "int8"
+    assert "packed int8" in report["kernels"]["dense layers"]
+    assert f"| dense int8 {TINY.vocab_size} x {TINY.hidden_size} |" in capsys.readouterr().out
+
+
 def test_without_decode(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*FLAGS, "--output-len", "1", "--num-iters-warmup", "0", "--profile"]
     assert main(["bench", "engine", "--model", str(checkpoint), *flags]) == 0
