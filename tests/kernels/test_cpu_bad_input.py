@@ -1,7 +1,7 @@
 """The C++ kernels at their worst input: tensors that begin in the middle of a vector or are not contiguous, which are computed like others;
 shapes that do not fit; instruction sets that are not there."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,14 +15,6 @@ from kernels.mxfp4 import ROWS16, pack
 from tests.support.attention_cases import SCALE, attention_case
 
 pytestmark = pytest.mark.skipif(native.shared_library() is None, reason="the C++ library was not built")
-
-
-@pytest.fixture(params=native.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with native.using_isa(request.param) as there:
-        if not there:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
 
 
 def misaligned(tensor: Tensor) -> Tensor:

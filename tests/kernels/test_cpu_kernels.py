@@ -5,7 +5,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,30 +18,6 @@ from kernels.moe import gate_topk, reference
 from kernels.mxfp4 import NATURAL, ROWS16, PackedMXFP4, choose_layout, from_natural, pack, to_natural, unpack
 
 LIMIT, ALPHA = 7.0, 1.702
-
-
-@pytest.fixture(params=native.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with native.using_isa(request.param) as there:
-        if not there:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
-
-
-@pytest.fixture(params=native.ISAS[2:])
-def fp32_isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Those that differ in fp32."""
-    with native.using_isa(request.param) as there:
-        if not there:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
-
-
-@pytest.fixture
-def _restore_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_library_was_built() -> None:

@@ -1,12 +1,9 @@
 """Experts written one by one into allocated weights, from slices as a checkpoint's rows have them: as when padded and converted whole."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu import native
 from kernels.mxfp4 import NATURAL, ROWS16, allocate, from_natural, layout_names, register_layout, to_natural, write_expert
 
 CPU = torch.device("cpu")
@@ -22,14 +19,6 @@ def turned(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 def _registered() -> None:
     if "turned" not in layout_names():
         register_layout("turned", from_natural=turned, to_natural=lambda packed: turned(packed.blocks, packed.scales))
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with native.using_isa(request.param) as there:
-        if not there:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
 
 
 def natural(num_experts: int, num_rows: int, num_groups: int) -> tuple[Tensor, Tensor]:
@@ -51,7 +40,7 @@ def natural(num_experts: int, num_rows: int, num_groups: int) -> tuple[Tensor, T
 )
 @pytest.mark.parametrize("padding", [0, 1])
 def test_a_slice_of_each_expert(
-    isa: str, layout: str, num_rows: int, num_groups: int, rows: tuple[int, int], groups: tuple[int, int], padding: int
+    fp32_isa: str, layout: str, num_rows: int, num_groups: int, rows: tuple[int, int], groups: tuple[int, int], padding: int
 ) -> None:
     blocks, scales = natural(3, num_rows, num_groups)
     part = (slice(None), slice(*rows), slice(*groups))
@@ -71,7 +60,7 @@ def test_a_slice_of_each_expert(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("where", [(0, 0), (15, 0), (31, 36), (16, 15), (7, 16), (30, 32)])
-def test_a_nan_scale_is_found_wherever_it_is(isa: str, layout: str, where: tuple[int, int]) -> None:
+def test_a_nan_scale_is_found_wherever_it_is(fp32_isa: str, layout: str, where: tuple[int, int]) -> None:
     blocks, scales = natural(1, 32, 37)
     packed = allocate((1, 32, 37 * 32), layout, CPU)
     write_expert(packed, 0, blocks[0], scales[0])
@@ -80,7 +69,7 @@ def test_a_nan_scale_is_found_wherever_it_is(isa: str, layout: str, where: tuple
         write_expert(packed, 0, blocks[0], scales[0])
 
 
-def test_a_nan_scale_beside_the_slice_does_not_count(isa: str) -> None:
+def test_a_nan_scale_beside_the_slice_does_not_count(fp32_isa: str) -> None:
     blocks, scales = natural(1, 32, 37)
     scales[0, :, 20] = 255
     packed = allocate((1, 32, 20 * 32), ROWS16, CPU)
