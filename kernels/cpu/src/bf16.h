@@ -46,8 +46,9 @@ inline void decode_pairs(const Int8Weights&, const uint8_t* from, __m512i pairs[
   }
 }
 
-// Weights come from memory once and are not needed again soon; the processor's own prefetching stops at every page of 4 KiB.
-constexpr long kPrefetchBytes = 4096;
+// Weights come from memory once and are not needed again soon; the processor's own prefetching stops at every page of 4 KiB. How far ahead was
+// measured: at 4 KiB and more, reading is slower by up to a tenth.
+constexpr long kPrefetchBytes = CANTATA_BF16 == 2 ? 1536 : 2048;
 
 // How far ahead to fetch at byte `at` of a row group where num_groups are read side by side: behind a group lie those that are being read,
 // then the one that is read next.
@@ -317,7 +318,7 @@ class TileShape {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {};
     } config;
-    const uint8_t first = num_rows < 16 ? num_rows : 16, second = num_rows > 16 ? num_rows - 16 : 1;
+    const uint8_t first = num_rows < 16 ? num_rows : 16, second = num_rows > 16 ? num_rows - 16 : num_rows;
     const uint8_t rows[8] = {first, first, second, second, first, second, 16, 16};
     __builtin_memcpy(config.rows, rows, sizeof rows);
     asm volatile("" ::"r"(&config) : "memory");  // the intrinsic says that it reads 8 of the bytes
@@ -331,38 +332,54 @@ class TileShape {
 // The intrinsics do not say that they read and write memory.
 inline void memory_fence() { asm volatile("" ::: "memory"); }
 
-// Tiles 0 to 3: sums, [first or second 16 tokens][row group]; 4 and 5: activations; 6 and 7: weights.
+// Up to 16 tokens and 4 row groups, or up to 32 tokens and 2. Tiles 0 to 3: sums; 4: activations of the first 16 tokens; 5: of the second 16;
+// 6 and 7: weights, in turn.
 template <int kTokenTiles, int kGroups>
 struct Tiles {
+  static_assert(kTokenTiles * kGroups <= 4);
+
   static inline void zero() {
     _tile_zero(0);
     if constexpr (kGroups > 1) _tile_zero(1);
-    if constexpr (kTokenTiles > 1) _tile_zero(2);
-    if constexpr (kTokenTiles > 1 && kGroups > 1) _tile_zero(3);
+    if constexpr (kTokenTiles > 1 || kGroups > 2) _tile_zero(2);
+    if constexpr (kTokenTiles * kGroups > 2) _tile_zero(3);
   }
 
   static inline void store(Outputs* y) {
     _tile_stored(0, y[0], sizeof(Outputs));
     if constexpr (kGroups > 1) _tile_stored(1, y[0] + kRows, sizeof(Outputs));
-    if constexpr (kTokenTiles > 1) _tile_stored(2, y[16], sizeof(Outputs));
-    if constexpr (kTokenTiles > 1 && kGroups > 1) _tile_stored(3, y[16] + kRows, sizeof(Outputs));
+    if constexpr (kTokenTiles > 1) {
+      _tile_stored(2, y[16], sizeof(Outputs));
+      if constexpr (kGroups > 1) _tile_stored(3, y[16] + kRows, sizeof(Outputs));
+    } else {
+      if constexpr (kGroups > 2) _tile_stored(2, y[0] + 2 * kRows, sizeof(Outputs));
+      if constexpr (kGroups > 3) _tile_stored(3, y[0] + 3 * kRows, sizeof(Outputs));
+    }
     memory_fence();
   }
 
-  // 32 columns of x and of the weights; rows of x are `stride` bytes apart.
-  static inline void multiply(const uint16_t* x, long stride, const uint8_t* first, const uint8_t* second) {
+  // 32 columns of x and of the weights; rows of x are `stride` bytes apart, tiles of the row groups `group_stride`.
+  static inline void multiply(const uint16_t* x, long stride, const uint8_t* weights, long group_stride) {
     memory_fence();
     _tile_loadd(4, x, stride);
-    _tile_loadd(6, first, 64);
+    _tile_loadd(6, weights, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (kTokenTiles > 1) {
       _tile_loadd(5, x + 8 * stride, stride);
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (kGroups > 1) {
-      _tile_loadd(7, second, 64);
+      _tile_loadd(7, weights + group_stride, 64);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (kTokenTiles > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    if constexpr (kGroups > 2) {
+      _tile_loadd(6, weights + 2 * group_stride, 64);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if constexpr (kGroups > 3) {
+      _tile_loadd(7, weights + 3 * group_stride, 64);
+      _tile_dpbf16ps(3, 4, 7);
     }
   }
 };
@@ -371,11 +388,11 @@ struct Tiles {
 // the cache, and decoding goes on meanwhile.
 constexpr long kStepsAhead = 2;
 
-// At most 32 tokens. The sums stay in tiles while all weights pass once.
+// The sums stay in tiles while all weights pass once.
 template <typename Weights, int kTokenTiles, int kGroups>
 void multiply_tiles(const Weights& weights, long group, const uint16_t* x, Outputs* y) {
   constexpr bool kDecodes = !std::is_same_v<Weights, Bf16Weights>;
-  constexpr long kStepBytes = 4 * Weights::kChunkBytes, kRingSteps = 2 * kStepsAhead;
+  constexpr long kStepBytes = 4 * Weights::kChunkBytes, kRingSteps = 2 * kStepsAhead, kStepsOfLine = 64 / kRows;
   typedef Tiles<kTokenTiles, kGroups> Sums;
   alignas(64) uint8_t decoded[kDecodes ? kRingSteps : 1][kGroups][kTileBytes];
   const long num_steps = weights.width / 32, stride = weights.width * 2;
@@ -385,11 +402,13 @@ void multiply_tiles(const Weights& weights, long group, const uint16_t* x, Outpu
   const auto prepare = [&](long step) __attribute__((always_inline)) {
     const uint8_t* from = blocks + step * kStepBytes;
     const long ahead = prefetch_distance(step * kStepBytes, group_bytes, kGroups);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g) {
       const uint8_t* tile = from + g * group_bytes;
+      const uint8_t* tile_codes = codes + g * codes_bytes + step * kRows;
       prefetch<kStepBytes>(tile + ahead);
-      if constexpr (kDecodes) weight_tile(weights, tile, codes + g * codes_bytes + step * kRows, decoded[step % kRingSteps][g]);
+      if (Weights::kScaled && step % kStepsOfLine == 0) prefetch<64>(tile_codes + ahead / kStepBytes * kRows);
+      if constexpr (kDecodes) weight_tile(weights, tile, tile_codes, decoded[step % kRingSteps][g]);
     }
   };
 
@@ -399,12 +418,10 @@ void multiply_tiles(const Weights& weights, long group, const uint16_t* x, Outpu
   }
   for (long step = 0; step < num_steps; ++step, x += 32) {
     if constexpr (kDecodes) {
-      const auto& tiles = decoded[step % kRingSteps];
-      Sums::multiply(x, stride, tiles[0], tiles[kGroups - 1]);
+      Sums::multiply(x, stride, decoded[step % kRingSteps][0], kTileBytes);
       if (step + kStepsAhead < num_steps) prepare(step + kStepsAhead);
     } else {
-      const uint8_t* tile = blocks + step * kStepBytes;
-      Sums::multiply(x, stride, tile, tile + (kGroups - 1) * group_bytes);
+      Sums::multiply(x, stride, blocks + step * kStepBytes, group_bytes);
       prepare(step);
     }
   }
@@ -418,24 +435,27 @@ class Bf16 {
   // As Fp32::multiply.
   template <typename Weights>
   void multiply(const Weights& weights, long group, int num_groups, const uint16_t* x, long num_tokens, Outputs* y) {
-    if (num_groups == 2) {
-      multiply_groups<Weights, 2>(weights, group, x, num_tokens, y);
-    } else {
-      multiply_groups<Weights, 1>(weights, group, x, num_tokens, y);
-    }
-  }
-
- private:
-  template <typename Weights, int kGroups>
-  void multiply_groups(const Weights& weights, long group, const uint16_t* x, long num_tokens, Outputs* y) {
     for (long t = 0; t < num_tokens; t += 32) {
       const long count = num_tokens - t < 32 ? num_tokens - t : 32;
       shape_.set(count);
       if (count > 16) {
-        multiply_tiles<Weights, 2, kGroups>(weights, group, x + t * weights.width, y + t);
+        side_by_side<Weights, 2, 2>(weights, group, num_groups, x + t * weights.width, y + t);
       } else {
-        multiply_tiles<Weights, 1, kGroups>(weights, group, x + t * weights.width, y + t);
+        // Decoding MXFP4 gains from more to do at once; what is read faster loses by reading at four places.
+        side_by_side<Weights, 1, Weights::kScaled ? 4 : 2>(weights, group, num_groups, x + t * weights.width, y + t);
       }
+    }
+  }
+
+ private:
+  // kGroups at a time, then the rest.
+  template <typename Weights, int kTokenTiles, int kGroups>
+  void side_by_side(const Weights& weights, long group, int num_groups, const uint16_t* x, Outputs* y) {
+    const auto results = [&](int g) { return (Outputs*)&y[0][g * kRows]; };
+    int g = 0;
+    for (; g + kGroups <= num_groups; g += kGroups) multiply_tiles<Weights, kTokenTiles, kGroups>(weights, group + g, x, results(g));
+    if constexpr (kGroups > 1) {
+      if (g < num_groups) side_by_side<Weights, kTokenTiles, kGroups / 2>(weights, group + g, num_groups - g, x, results(g));
     }
   }
 

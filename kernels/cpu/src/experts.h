@@ -70,7 +70,11 @@ inline Assignment assign(const ExpertsArgs& args) {
   return result;
 }
 
-// Row groups [first, last) of one expert times its rows of x, two groups at a time; `finish(group, number of groups, first token, number of
+inline long smaller(long a, long b) { return a < b ? a : b; }
+
+inline long num_blocks(long groups) { return (groups + kBlockGroups - 1) / kBlockGroups; }
+
+// Row groups [first, last) of one expert times its rows of x, a block at a time; `finish(group, number of groups, first token, number of
 // tokens, values)` with the token's place among the expert's.
 template <typename Engine, typename Weights, typename Finish>
 void project(Engine& engine, const Weights& weights, long first, long last, const typename Engine::Activation* x, long num_tokens,
@@ -78,15 +82,13 @@ void project(Engine& engine, const Weights& weights, long first, long last, cons
   alignas(64) Outputs y[kMaxTokens];
   for (long from = 0; from < num_tokens; from += kMaxTokens) {
     const long count = num_tokens - from < kMaxTokens ? num_tokens - from : kMaxTokens;
-    for (long group = first; group < last; group += 2) {
-      const int num_groups = group + 2 <= last ? 2 : 1;
+    for (long group = first; group < last; group += kBlockGroups) {
+      const int num_groups = group + kBlockGroups <= last ? kBlockGroups : (int)(last - group);
       engine.multiply(weights, group, num_groups, x + from * weights.width, count, y);
       finish(group, num_groups, from, count, y);
     }
   }
 }
-
-inline long at_least(long number, long least) { return number < least ? least : number; }
 
 template <typename Engine>
 void run_experts(const ExpertsArgs& args) {
@@ -103,40 +105,40 @@ void run_experts(const ExpertsArgs& args) {
   };
   parallel_for(num_entries, 16, gather);
 
-  const long pairs = (2 * width / kRows + 1) / 2;  // of row groups
-  auto gate_up = [&](long begin, long end) {
+  const long groups = 2 * width / kRows, blocks = num_blocks(groups);
+  auto gate_up = [&](Pieces& pieces) {
     Engine engine;
-    for (long task = begin; task < end;) {
-      const long expert = assignment.hit[task / pairs], first = task % pairs;
-      const long last = first + (end - task) < pairs ? first + (end - task) : pairs;
-      const long start = assignment.starts[expert], num_tokens = assignment.starts[expert + 1] - start;
-      project(engine, expert_weights(args.gate_up, expert, 2 * width, hidden), 2 * first,
-              2 * last < 2 * width / kRows ? 2 * last : 2 * width / kRows, rows + start * hidden, num_tokens,
-              [&](long group, int num_groups, long from, long count, const Outputs* y) {
-                float bias[2 * kRows];
-                widen_values(args.gate_up_bias, args.bias_type, expert * 2 * width + group * kRows, num_groups * kRows, bias);
-                for (long t = 0; t < count; ++t) {
-                  swiglu(y[t], bias, num_groups * kRows / 2, args.limit, args.alpha,
-                         activations + (start + from + t) * width + group * kRows / 2);
-                }
-              });
-      task += last - first;
+    for (long begin, end; pieces.take(begin, end);) {
+      while (begin < end) {
+        const long expert = assignment.hit[begin / blocks], first = begin % blocks;
+        const long last = smaller(first + end - begin, blocks);
+        const long start = assignment.starts[expert], num_tokens = assignment.starts[expert + 1] - start;
+        project(engine, expert_weights(args.gate_up, expert, 2 * width, hidden), kBlockGroups * first, smaller(kBlockGroups * last, groups),
+                rows + start * hidden, num_tokens, [&](long group, int num_groups, long from, long count, const Outputs* y) {
+                  float bias[kBlockGroups * kRows];
+                  widen_values(args.gate_up_bias, args.bias_type, expert * 2 * width + group * kRows, num_groups * kRows, bias);
+                  for (long t = 0; t < count; ++t) {
+                    Activation* to = activations + (start + from + t) * width + group * kRows / 2;
+                    for (int row = 0; row < num_groups * kRows; row += 2 * kRows) {
+                      swiglu(y[t] + row, bias + row, (int)smaller(kRows, (num_groups * kRows - row) / 2), args.limit, args.alpha, to + row / 2);
+                    }
+                  }
+                });
+        begin += last - first;
+      }
     }
   };
-  parallel_for(assignment.num_hit * pairs, at_least(assignment.num_hit * pairs / (16 * num_threads()), 1), gate_up);
+  parallel_pieces(assignment.num_hit * blocks, gate_up);
 
-  // A task adds up all experts for its columns, in ascending order of the expert, as the reference does.
-  const long out_pairs = (hidden / kRows + 1) / 2;
+  // Whoever has a piece adds up all experts for its columns, in ascending order of the expert, as the reference does.
   float* sums = args.type == kFloat32 ? static_cast<float*>(args.out) : args.sums;
-  auto down = [&](long begin, long end) {
-    Engine engine;
-    const long first = 2 * begin * kRows, last = 2 * end * kRows < hidden ? 2 * end * kRows : hidden;
+  const auto down_columns = [&](Engine& engine, long first, long last) {
     for (long token = 0; token < args.num_tokens; ++token) __builtin_memset(sums + token * hidden + first, 0, (last - first) * sizeof(float));
     for (long index = 0; index < assignment.num_hit; ++index) {
       const long expert = assignment.hit[index], start = assignment.starts[expert], num_tokens = assignment.starts[expert + 1] - start;
       project(engine, expert_weights(args.down, expert, hidden, width), first / kRows, last / kRows, activations + start * width,
               num_tokens, [&](long group, int num_groups, long from, long count, const Outputs* y) {
-                float bias[2 * kRows];
+                float bias[kBlockGroups * kRows];
                 widen_values(args.down_bias, args.bias_type, expert * hidden + group * kRows, num_groups * kRows, bias);
                 for (long t = 0; t < count; ++t) {
                   const long pair = assignment.entries[start + from + t];
@@ -155,5 +157,11 @@ void run_experts(const ExpertsArgs& args) {
       }
     }
   };
-  parallel_for(out_pairs, at_least(out_pairs / (8 * num_threads()), 1), down);
+  auto down = [&](Pieces& pieces) {
+    Engine engine;
+    for (long begin, end; pieces.take(begin, end);) {
+      down_columns(engine, kBlockGroups * kRows * begin, smaller(kBlockGroups * kRows * end, hidden));
+    }
+  };
+  parallel_pieces(num_blocks(hidden / kRows), down);
 }

@@ -55,7 +55,8 @@ struct Job {
   Task task;
   void* context;
   long count;
-  long chunk;
+  long least;
+  long shares;
 };
 
 class Pool {
@@ -99,13 +100,8 @@ class Pool {
 
  private:
   void take_pieces() {
-    const Job& job = job_;
-    for (;;) {
-      const long begin = next_.fetch_add(job.chunk, std::memory_order_relaxed);
-      if (begin >= job.count) return;
-      const long end = begin + job.chunk < job.count ? begin + job.chunk : job.count;
-      job.task(job.context, begin, end);
-    }
+    Pieces pieces(next_, job_.count, job_.least, job_.shares);
+    job_.task(job_.context, pieces);
   }
 
   void work() {
@@ -160,15 +156,30 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, forget_pool);
 
 }  // namespace
 
-void run(Task task, void* context, long count, long chunk) {
-  if (chunk < 1) chunk = 1;
+Pieces::Pieces(std::atomic<long>& next, long count, long least, long shares)
+    : next_(next), count_(count), least_(least), shares_(shares) {}
+
+bool Pieces::take(long& begin, long& end) {
+  begin = next_.load(std::memory_order_relaxed);
+  do {
+    if (begin >= count_) return false;
+    const long share = (count_ - begin) / shares_, size = share > least_ ? share : least_;
+    end = size < count_ - begin ? begin + size : count_;
+  } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+  return true;
+}
+
+void run(Task task, void* context, long count, long least, long shares) {
+  if (count < 1) return;
   std::unique_lock<std::mutex> lock(in_use, std::try_to_lock);
-  if (!lock.owns_lock() || wanted_threads == 1 || count <= chunk) {
-    if (count > 0) task(context, 0, count);
+  if (!lock.owns_lock() || wanted_threads == 1 || count <= least) {
+    std::atomic<long> next{0};
+    Pieces all(next, count, count, shares);
+    task(context, all);
     return;
   }
   if (pool == nullptr) pool = new Pool(wanted_threads);
-  pool->run({task, context, count, chunk});
+  pool->run({task, context, count, least, shares});
 }
 
 int num_threads() { return wanted_threads; }

@@ -18,6 +18,6 @@ uint64_t read_through(const ReadArgs& args) {
     total.fetch_xor(folded);
   };
   const long pieces = (args.num_bytes + kPiece - 1) / kPiece;
-  parallel_for(pieces, at_least(pieces / (16 * num_threads()), 1), body);
+  parallel_for(pieces, pieces / (16 * num_threads()), body);
   return total.load();
 }

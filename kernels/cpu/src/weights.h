@@ -7,8 +7,15 @@ constexpr int kVectors = kRows / kLanes;  // a column of a row group
 
 typedef float RowGroup[kRows];
 
-// A token's results for one or two row groups.
-typedef float Outputs[2 * kRows];
+// Row groups of a block, which is multiplied at once.
+#if CANTATA_BF16 == 2
+constexpr int kBlockGroups = 4;
+#else
+constexpr int kBlockGroups = 2;
+#endif
+
+// A token's results for the row groups of a block.
+typedef float Outputs[kBlockGroups * kRows];
 
 constexpr long kMaxTokens = 192;  // that an engine multiplies at a time: bounds what lies on the stack
 
