@@ -1,7 +1,7 @@
 // Dense layer on weights in rows, [outputs, width]. An output is one vector accumulator over the width, its lanes added at the end and
 // then the remainder: the same operations whatever the number of rows and threads.
 
-constexpr long kOutputsPerTask = 32;
+constexpr long kOutputsPerTask = 8;
 constexpr long kRowsPerPass = 32;  // activations that stay in the second-level cache while a task's weights pass
 
 template <int kRows, int kOutputs, typename Weight>
