@@ -29,18 +29,27 @@ class Sequence:
         heads: query heads, KV heads.
     """
 
-    def __init__(self, length: int, heads: tuple[int, int], head_dim: int, window: int | None, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self,
+        length: int,
+        heads: tuple[int, int],
+        head_dim: int,
+        window: int | None,
+        dtype: torch.dtype = torch.bfloat16,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
         generator = torch.Generator().manual_seed(length + head_dim)
-        num_blocks = -(-length // BLOCK_SIZE)
+        num_blocks = -(-length // block_size)
+        self.block_size = block_size
         self.q = torch.randn(length, heads[0], head_dim, generator=generator).to(dtype)
-        self.kv_cache = torch.randn(2, num_blocks + 3, BLOCK_SIZE, heads[1], head_dim, generator=generator).to(dtype)
+        self.kv_cache = torch.randn(2, num_blocks + 3, block_size, heads[1], head_dim, generator=generator).to(dtype)
         self.table = torch.randperm(num_blocks + 3, generator=generator)[:num_blocks].to(torch.int32)[None]
         self.sinks = torch.randn(heads[0], generator=generator)
         self.window = window
 
     def at(self, half: int, position: int) -> Tensor:
         """[num_kv_heads, head_dim], a key (half 0) or value (half 1) in the cache."""
-        return self.kv_cache[half, self.table[0, position // BLOCK_SIZE], position % BLOCK_SIZE]
+        return self.kv_cache[half, self.table[0, position // self.block_size], position % self.block_size]
 
     def run(self, spans: list[tuple[int, int]]) -> list[Tensor]:
         """Queries [first, end) of the sequence for each span, all in one batch."""
@@ -151,6 +160,29 @@ def test_a_query_has_the_same_bits_however_it_comes(
     torch.set_num_threads(threads)
     for (first, end), found in zip(spans, sequence.run(spans), strict=True):
         assert torch.equal(bits(found), whole[first:end]), (first, end)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_decodes_have_the_bits_of_a_prompt(bf16_isa: str, window: int | None) -> None:
+    """So many that a sum in another order, which is another bf16 once in some 100,000 times, would show."""
+    sequence = Sequence(LENGTH, (64, 8), 64, window)
+    [prompt] = sequence.run([(0, LENGTH)])
+    decodes = torch.cat(sequence.run([(position, position + 1) for position in range(LENGTH)]))
+    assert torch.equal(bits(decodes), bits(prompt))
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("block_size", [1, 8, 24, 32])
+def test_the_size_of_a_block_does_not_show(isa: str, block_size: int, window: int | None) -> None:
+    """Whether or not the keys that are multiplied together lie in one block."""
+    spans = [(position, position + 1) for position in range(0, LENGTH, 7)] + [(200, 290)]
+    usual, other = Sequence(LENGTH, (16, 2), 64, window), Sequence(LENGTH, (16, 2), 64, window, block_size=block_size)
+    for half in range(2):
+        for position in range(LENGTH):
+            other.at(half, position).copy_(usual.at(half, position))
+    other.q, other.sinks = usual.q, usual.sinks
+    for found, expected in zip(other.run(spans), usual.run(spans), strict=True):
+        assert torch.equal(bits(found), bits(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

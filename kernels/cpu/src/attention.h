@@ -159,34 +159,46 @@ class Ahead {
   void start(const Sequences<Element>& of, const QueryTile& tile, long key_tile, long num_steps) {
     const Span span = of.visible(tile, key_tile);
     const long start = key_tile * kKeyTile, block_size = of.args.block_size;
-    table_ = of.args.block_table + tile.seq * of.args.max_blocks;
-    block_ = (start + span.first) / block_size;
-    const long end_block = (start + span.last - 1) / block_size + 1;
+    block_ = of.args.block_table + tile.seq * of.args.max_blocks + (start + span.first) / block_size;
+    const long num_blocks = (start + span.last - 1) / block_size + 1 - (start + span.first) / block_size;
     halves_[0] = static_cast<const char*>(of.args.keys);
     halves_[1] = static_cast<const char*>(of.args.values);
     block_bytes_ = block_size * of.args.num_kv_heads * of.args.head_dim * (long)sizeof(Element);
-    left_ = (end_block - block_) * 2 * block_bytes_;
+    left_ = num_blocks * 2 * block_bytes_;
     step_bytes_ = round_up(left_ / num_steps + 1, kLine);
-    done_ = 0;
+    half_ = 0;
+    enter_half();
   }
 
   void step() {
-    const long end = step_bytes_ < left_ ? step_bytes_ : left_;
-    left_ -= end;
-    for (long byte = 0; byte < end; byte += kLine) {
-      const long in_block = done_ < block_bytes_ ? done_ : done_ - block_bytes_;
-      __builtin_prefetch(halves_[done_ >= block_bytes_] + table_[block_] * block_bytes_ + in_block, 0, 2);
-      done_ += kLine;
-      if (done_ >= 2 * block_bytes_) done_ = 0, ++block_;
+    long wanted = step_bytes_ < left_ ? step_bytes_ : left_;
+    left_ -= wanted;
+    while (wanted > 0) {
+      const char* end = wanted < end_ - at_ ? at_ + wanted : end_;
+      wanted -= end - at_;
+      for (const char* line = at_; line < end; line += kLine) __builtin_prefetch(line, 0, 2);
+      at_ = end;
+      if (at_ == end_ && left_ + wanted > 0) {
+        if (half_ == 1) ++block_;
+        half_ ^= 1;
+        enter_half();
+      }
     }
   }
 
  private:
   static constexpr long kLine = 64;
 
-  const int32_t* table_ = nullptr;
+  void enter_half() {
+    at_ = halves_[half_] + *block_ * block_bytes_;
+    end_ = at_ + block_bytes_;
+  }
+
+  const int32_t* block_ = nullptr;
   const char* halves_[2] = {};
-  long block_ = 0, block_bytes_ = 0, left_ = 0, step_bytes_ = 0, done_ = 0;
+  int half_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;  // what is left of the half of a block
+  long block_bytes_ = 0, left_ = 0, step_bytes_ = 0;
 };
 
 template <typename Reducer>
@@ -330,6 +342,11 @@ class Attention {
       for (long head = task.first_head; head < task.end_head; ++head) start(tile, head, running(head));
     }
     Reducer reducer(of_, tile, memory.work);
+    if (num_heads > 1) {
+      Ahead first;
+      first.start(of_, tile, task.first_key_tile, 1);
+      first.step();
+    }
     for (long key_tile = task.first_key_tile; key_tile < task.end_key_tile; ++key_tile) {
       Ahead ahead;
       if (num_heads > 1 && key_tile + 1 < task.end_key_tile) ahead.start(of_, tile, key_tile + 1, num_heads * Reducer::kSteps);

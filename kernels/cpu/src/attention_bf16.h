@@ -167,7 +167,7 @@ class Bf16Reducer {
           offsets(layout.take<long>(kKeyTile)) {}
   };
 
-  static constexpr long kSteps = 80;  // of reduce, about, for a decode
+  static constexpr long kSteps = CANTATA_BF16 == 2 ? 48 : 80;  // of reduce, about, for a decode
 
   Bf16Reducer(const Sequences<uint16_t>& of, const QueryTile& tile, const Workspace& work)
       : of_(of), args_(of.args), tile_(tile), real_rows_(tile.num_queries * of.group), work_(work) {
@@ -182,25 +182,40 @@ class Bf16Reducer {
     for (long query = 0; query < tile_.num_queries; ++query) {
       __builtin_memcpy(work_.queries + query * count, of_.queries(tile_.row + query, head), count * 2);
     }
+#if CANTATA_BF16 == 2
+    if (few_rows()) pack_queries();
+#endif
   }
 
   // One key tile for all rows; `ahead` takes its steps meanwhile.
-  void reduce(long key_tile, Ahead& ahead, const Softmax& out) const {
+  void reduce(long key_tile, Ahead& ahead, const Softmax& out) {
+#if CANTATA_BF16 == 2
+    if (few_rows()) return reduce_few(key_tile, ahead, out);
+#endif
     const Span all = of_.visible(tile_, key_tile);
     OddKeys odd;
-    of_.find(tile_, head_, key_tile, all, work_.offsets);
+    find_keys(key_tile, all);
     pack_keys(all, ahead);
     pack_values(all, ahead, odd);
-    TileShape shape;
     for (long row = 0; row < real_rows_; row += kRowBlock) {
       const long end_row = row + kRowBlock < real_rows_ ? row + kRowBlock : real_rows_, rows = round_up(end_row - row, 8);
-      shape.set(rows);
+      shape_.set(rows);
       reduce_rows(key_tile, row, end_row, rows, odd, ahead, out);
     }
     for (long row = real_rows_; row < round_up(real_rows_, 16); ++row) out.maxima[row] = out.totals[row] = 0.0f;
   }
 
  private:
+  // Heads of a key tile come one after the other.
+  void find_keys(long key_tile, Span all) {
+    if (key_tile != found_key_tile_) {
+      of_.find(tile_, head_, key_tile, all, work_.offsets);
+    } else {
+      for (long key = all.first; key < all.last; ++key) work_.offsets[key] += (head_ - found_head_) * args_.head_dim;
+    }
+    found_key_tile_ = key_tile, found_head_ = head_;
+  }
+
   const uint16_t* slot_or_nothing(const void* half, long key, Span all) const {
     return key < all.first || key >= all.last ? work_.nothing : static_cast<const uint16_t*>(half) + work_.offsets[key];
   }
@@ -256,6 +271,200 @@ class Bf16Reducer {
     }
   }
 
+#if CANTATA_BF16 == 2
+  // Decodes: keys are multiplied where they lie in the cache, which makes the scores' tiles [16 keys, 16 rows], and values are packed just
+  // before they are used, so that all but the cache stays in the first-level cache. The sums are those of `reduce_rows`, bit for bit.
+
+  static constexpr long kFewRows = 16;
+
+  bool few_rows() const { return real_rows_ <= kFewRows && args_.head_dim <= 2 * kStep; }
+
+  // work_.queries → [head_dim / 2, kFewRows], pairs of dimensions.
+  int32_t* packed_queries() const { return work_.keys; }
+
+  // Of keys that are not in one block: two times [16, head_dim].
+  uint16_t* copied_keys(long which) const {
+    return reinterpret_cast<uint16_t*>(work_.keys + kFewRows * args_.head_dim / 2) + which * 16 * args_.head_dim;
+  }
+
+  void pack_queries() const {
+    for (long pair = 0; pair < args_.head_dim / 2; pair += 16) {
+      IntVec rows[kLanes];
+      for (int row = 0; row < 16; ++row) __builtin_memcpy(&rows[row], work_.queries + row * args_.head_dim + 2 * pair, sizeof rows[row]);
+      transpose(rows);
+      for (int i = 0; i < 16; ++i) __builtin_memcpy(packed_queries() + (pair + i) * kFewRows, &rows[i], sizeof rows[i]);
+    }
+  }
+
+  void reduce_few(long key_tile, Ahead& ahead, const Softmax& out) {
+    const Span all = of_.visible(tile_, key_tile), seen{all.first / kStep * kStep, round_up(all.last, kStep)};
+    find_keys(key_tile, all);
+    shape_.set(kFewRows);
+    OddKeys odd;
+    score_few(key_tile, all, seen, ahead);
+    soften_few(key_tile, seen, ahead, out);
+    if (args_.head_dim == kStep) {
+      sum_few<2>(all, seen, ahead, odd, out.sums);
+    } else {
+      sum_few<4>(all, seen, ahead, odd, out.sums);
+    }
+    if (odd.any()) odd.add_values(of_, tile_, key_tile, work_.offsets, work_.weights, 0, real_rows_, out.sums, args_.head_dim);
+  }
+
+  // The 16 keys from k on, of which the span has some, and how many bytes they are apart.
+  const uint16_t* keys_from(long key_tile, long k, Span all, long* stride) const {
+    const long token_elements = args_.num_kv_heads * args_.head_dim, in_block = (key_tile * kKeyTile + k) % args_.block_size;
+    if (in_block + 16 <= args_.block_size) {
+      const long known = k < all.first ? all.first : k;
+      *stride = token_elements * 2;
+      return static_cast<const uint16_t*>(args_.keys) + work_.offsets[known] - (known - k) * token_elements;
+    }
+    uint16_t* copy = copied_keys(k / 16 % 2);
+    for (long i = 0; i < 16; ++i) __builtin_memcpy(copy + i * args_.head_dim, slot_or_nothing(args_.keys, k + i, all), args_.head_dim * 2);
+    *stride = args_.head_dim * 2;
+    return copy;
+  }
+
+  // Scores [kKeyTile, kFewRows]; what is there for a key that a row does not see may be anything.
+  void score_few(long key_tile, Span all, Span seen, Ahead& ahead) const {
+    for (long k = seen.first; k < seen.last; k += kStep) {
+      ahead.step();
+      const bool low = k + 16 > all.first, high = k + 16 < all.last;  // has any keys
+      long strides[2] = {};
+      const uint16_t* lower = low ? keys_from(key_tile, k, all, &strides[0]) : nullptr;
+      const uint16_t* upper = high ? keys_from(key_tile, k + 16, all, &strides[1]) : nullptr;
+      memory_fence();
+      _tile_zero(0);
+      _tile_zero(1);
+      for (long d = 0; d < args_.head_dim; d += kStep) {
+        _tile_loadd(6, packed_queries() + d / 2 * kFewRows, 64);
+        if (low) {
+          _tile_loadd(4, lower + d, strides[0]);
+          _tile_dpbf16ps(0, 4, 6);
+        }
+        if (high) {
+          _tile_loadd(5, upper + d, strides[1]);
+          _tile_dpbf16ps(1, 5, 6);
+        }
+      }
+      _tile_stored(0, work_.scores + k * kFewRows, 64);
+      _tile_stored(1, work_.scores + (k + 16) * kFewRows, 64);
+      memory_fence();
+    }
+  }
+
+  // As `soften` for each row, a lane a row; weights [kFewRows, kKeyTile].
+  void soften_few(long key_tile, Span seen, Ahead& ahead, const Softmax& out) const {
+    alignas(64) int32_t first[16] = {}, last[16] = {};
+    Span common = seen;  // that all rows see
+    for (long row = 0; row < real_rows_; ++row) {
+      const Span span = of_.visible(tile_.position + row / of_.group, key_tile);
+      first[row] = (int32_t)span.first, last[row] = (int32_t)span.last;
+      common = {span.first > common.first ? span.first : common.first, span.last < common.last ? span.last : common.last};
+    }
+    const __m512i firsts = _mm512_load_si512(first), lasts = _mm512_load_si512(last);
+    const __mmask16 real = (__mmask16)((1u << real_rows_) - 1);
+    const auto rows_that_see = [&](long k) {
+      if (k >= common.first && k < common.last) return real;
+      const __m512i key = _mm512_set1_epi32((int)k);
+      return (__mmask16)(_mm512_cmpge_epi32_mask(key, firsts) & _mm512_cmplt_epi32_mask(key, lasts));
+    };
+
+    const float to_power = args_.scale * 1.44269504088896341f;
+    __m512 highest[4];
+    for (__m512& part : highest) part = _mm512_set1_ps(kNothing);
+    for (long k = seen.first; k < seen.last; k += 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        highest[i] = _mm512_mask_max_ps(highest[i], rows_that_see(k + i), _mm512_load_ps(work_.scores + (k + i) * kFewRows), highest[i]);
+      }
+    }
+    const __m512 maximum = _mm512_max_ps(_mm512_max_ps(highest[0], highest[1]), _mm512_max_ps(highest[2], highest[3]));
+    const __m512 factor = _mm512_set1_ps(to_power);
+    const __m512 shift = _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(maximum, _mm512_set1_ps(kNothing), _CMP_NEQ_OQ), maximum, factor);
+
+    alignas(64) float totals[kStep][16] = {};  // of every kStep-th key
+    for (long k = seen.first; k < seen.last; k += kStep) {
+      ahead.step();
+      IntVec pairs[16];  // of keys
+      const auto weigh = [&](auto&& rows_of) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int pair = 0; pair < 16; ++pair) {
+          __m512 weight[2];
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i) {
+            const long key = k + 2 * pair + i;
+            const __m512 power = _mm512_fmsub_ps(_mm512_load_ps(work_.scores + key * kFewRows), factor, shift);
+            weight[i] = power_of_two(rows_of(key), power);
+            float* total = totals[2 * pair + i];
+            _mm512_store_ps(total, _mm512_add_ps(_mm512_load_ps(total), weight[i]));
+          }
+          const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(weight[0]));
+          const __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(weight[1]));
+          pairs[pair] = (IntVec)_mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+        }
+      };
+      if (k >= common.first && k + kStep <= common.last) {
+        weigh([&](long) { return real; });
+      } else {
+        weigh(rows_that_see);
+      }
+      transpose(pairs);
+#pragma GCC unroll 16
+      for (int row = 0; row < 16; ++row) __builtin_memcpy(work_.weights + row * kKeyTile + k, &pairs[row], sizeof pairs[row]);
+    }
+    // The order in which `soften` adds up its lanes.
+    for (int half = kStep / 2; half >= 1; half /= 2) {
+      for (int i = 0; i < half; ++i) _mm512_store_ps(totals[i], _mm512_add_ps(_mm512_load_ps(totals[i]), _mm512_load_ps(totals[i + half])));
+    }
+    _mm512_storeu_ps(out.maxima, _mm512_maskz_mul_ps(real, maximum, _mm512_set1_ps(args_.scale)));
+    _mm512_storeu_ps(out.totals, _mm512_load_ps(totals[0]));
+  }
+
+  // sums[kFewRows, head_dim]: weights times values.
+  template <int kColumns>  // of tiles
+  void sum_few(Span all, Span seen, Ahead& ahead, OddKeys& odd, float* sums) const {
+    constexpr long kRing = 4, kStepsAhead = 2, kWidth = 16 * kColumns;
+    const long num_steps = (seen.last - seen.first) / kStep;
+    const auto packed = [&](long step) { return work_.values + step % kRing * kStep * kWidth / 2; };
+    const auto pack = [&](long step) {
+      if (step >= num_steps) return;
+      const long k = seen.first + step * kStep;
+      if (!pack_group(k, all, ahead, packed(step))) leave_out(k, packed(step), odd);
+    };
+    for (long step = 0; step < kStepsAhead; ++step) pack(step);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long step = 0; step < num_steps; ++step) {
+      const int32_t* values = packed(step);
+      memory_fence();
+      _tile_loadd(4, work_.weights + seen.first + step * kStep, kKeyTile * 2);
+      _tile_loadd(6, values, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, values + kStepPairs, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (kColumns > 2) {
+        _tile_loadd(6, values + 2 * kStepPairs, 64);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(7, values + 3 * kStepPairs, 64);
+        _tile_dpbf16ps(3, 4, 7);
+      }
+      memory_fence();
+      pack(step + kStepsAhead);
+    }
+    memory_fence();
+    _tile_stored(0, sums, kWidth * 4);
+    _tile_stored(1, sums + 16, kWidth * 4);
+    if constexpr (kColumns > 2) {
+      _tile_stored(2, sums + 32, kWidth * 4);
+      _tile_stored(3, sums + 48, kWidth * 4);
+    }
+    memory_fence();
+  }
+#endif
+
   // Rows [row, end_row), padded to `rows`.
   void reduce_rows(long key_tile, long row, long end_row, long rows, const OddKeys& odd, Ahead& ahead, const Softmax& out) const {
     const long head_dim = args_.head_dim;
@@ -292,5 +501,6 @@ class Bf16Reducer {
   const QueryTile& tile_;
   const long real_rows_;
   const Workspace& work_;
-  long head_ = 0;
+  TileShape shape_;
+  long head_ = 0, found_key_tile_ = -1, found_head_ = 0;  // whose keys `offsets` has
 };
