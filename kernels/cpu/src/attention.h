@@ -170,6 +170,8 @@ class Ahead {
     enter_half();
   }
 
+  bool has_started() const { return block_ != nullptr; }
+
   void step() {
     long wanted = step_bytes_ < left_ ? step_bytes_ : left_;
     left_ -= wanted;

@@ -325,6 +325,15 @@ class Bf16Reducer {
     return copy;
   }
 
+  // Of kStep keys.
+  void fetch_values(long k, Span all) const {
+    const long end = k + kStep < all.last ? k + kStep : all.last;
+    for (long key = k < all.first ? all.first : k; key < end; ++key) {
+      const uint16_t* values = static_cast<const uint16_t*>(args_.values) + work_.offsets[key];
+      for (long d = 0; d < args_.head_dim; d += 32) __builtin_prefetch(values + d);
+    }
+  }
+
   // Scores [kKeyTile, kFewRows]; what is there for a key that a row does not see may be anything.
   void score_few(long key_tile, Span all, Span seen, Ahead& ahead) const {
     for (long k = seen.first; k < seen.last; k += kStep) {
@@ -347,6 +356,7 @@ class Bf16Reducer {
           _tile_dpbf16ps(1, 5, 6);
         }
       }
+      if (!ahead.has_started()) fetch_values(k, all);  // nobody did when the key tile before this one was computed
       _tile_stored(0, work_.scores + k * kFewRows, 64);
       _tile_stored(1, work_.scores + (k + 16) * kFewRows, 64);
       memory_fence();
