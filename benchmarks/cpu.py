@@ -19,6 +19,7 @@ from torch.nn import functional
 from kernels.cpu import attention, dense, experts, native
 from kernels.cpu.dense import PackedWeight
 from kernels.cpu.memory import zeros
+from kernels.cpu.program import Program, ProgramMemory, record
 from kernels.mxfp4 import ROWS16, PackedMXFP4
 
 HIDDEN = INTERMEDIATE = 2880
@@ -125,6 +126,22 @@ def bandwidth_task(size: int) -> Task:
     return Task("read", lambda call: native.read_through(pieces[call % len(pieces)]), num_bytes=piece)
 
 
+def recorded(run: Callable[[int], Tensor], num_calls: int) -> Callable[[int], object]:
+    """The first `num_calls` calls as programs, in turn: the operation as a decode step runs it, without the Python around it."""
+    programs: list[Program] = []
+    memory = ProgramMemory()
+
+    def replay(call: int, inputs: object = run) -> None:  # programs know no more than addresses: `run` keeps what they read
+        programs[call % num_calls].run()
+
+    for call in range(num_calls):
+        with torch.inference_mode():
+            program, _ = record(memory, lambda call=call: run(call))  # type: ignore[misc]
+        assert not program.computed_elsewhere, program.computed_elsewhere
+        programs.append(program)
+    return replay
+
+
 def gemm_task() -> Task:
     """torch's bf16 product of 1024 tokens with a gate_up projection."""
     x, weight = torch.randn(1024, HIDDEN).bfloat16(), torch.randn(2 * INTERMEDIATE, HIDDEN).bfloat16()
@@ -138,7 +155,8 @@ def matrix_vector_tasks(size: int) -> list[Task]:
         x = torch.randn(1, width).bfloat16()
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.int8, "int8")):
             weights = dense_weights(rows, width, dtype, size)
-            tasks.append(Task(f"{name} [{rows}, {width}]", run_dense(x, weights), weights[0].nbytes, 2 * rows * width))
+            run = recorded(run_dense(x, weights), len(weights))
+            tasks.append(Task(f"{name} [{rows}, {width}]", run, weights[0].nbytes, 2 * rows * width))
     for width in (HIDDEN, 2 * INTERMEDIATE):
         layer = ExpertLayer(width, width, size)
         tasks.append(layer.task(f"MXFP4 expert {width} wide, SwiGLU", 1, 1))
@@ -226,7 +244,7 @@ def attention_task(layers: Tensor, num_seqs: int, query_len: int, context_len: i
     return Task(name, run, num_bytes if query_len == 1 else 0, 4 * num_seqs * sum(seen) * NUM_HEADS * HEAD_DIM)
 
 
-def run_dense(x: Tensor, weights: Sequence[PackedWeight]) -> Callable[[int], object]:
+def run_dense(x: Tensor, weights: Sequence[PackedWeight]) -> Callable[[int], Tensor]:
     """Each call with the next weight."""
     return lambda call: dense.linear(x, weights[call % len(weights)], None)
 
@@ -294,7 +312,7 @@ class ExpertLayer:
             )
 
         operations = 2 * num_tokens * top_k * 3 * self.hidden * self.intermediate
-        return Task(name, run, num_hit * self.expert_bytes, operations)
+        return Task(name, recorded(run, len(choices)), num_hit * self.expert_bytes, operations)
 
 
 def cache_text() -> str:
