@@ -63,7 +63,7 @@ def rank_pids() -> list[int]:
 def turn(config: EngineConfig, model: ModelConfig, launcher: RankLauncher, number: signal.Signals) -> tuple[float, str]:
     """(seconds from the signal to the last end, what the streams were told)."""
     before = set(rank_pids())
-    engine = Engine(config, model, DistributedExecutor(config, model, MAX_MODEL_LEN, launcher))
+    engine = Engine(config, model, DistributedExecutor(config, model, launcher))
     engine.start()
     try:
         reader = ThreadReader()

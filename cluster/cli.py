@@ -17,7 +17,7 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
     (("--grpc-port",), "listen.grpc_port", "PORT", "gRPC port (default: 9000)"),
     (("--dtype",), "engine.dtype", "TYPE", "bfloat16 or float32 (default: bfloat16)"),
     (("--device",), "engine.device", "DEVICE", "torch device of the engine (default: cpu)"),
-    (("--max-model-len",), "engine.max_model_len", "TOKENS", "context limit (default: the model's)"),
+    (("--max-model-len",), "engine.max_model_len", "TOKENS", "context limit (default: the model's, or what fits)"),
     (("--max-num-seqs",), "engine.scheduler.max_num_seqs", "N", "sequences running at once, per engine (default: 256)"),
     (
         ("--max-num-batched-tokens",),

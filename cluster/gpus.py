@@ -51,15 +51,16 @@ def gpu_kv_cache(
     scheduler: SchedulerConfig,
     *,
     weight_bytes: int,
-    max_model_len: int,
+    max_model_len: int | None,
     kv_dtype: KVDtype = "bfloat16",
 ) -> KVCachePlan:
     """The KV cache of a rank on such a GPU, as an engine with default cache settings otherwise would size it.
 
     Args:
         weight_bytes: of the rank that holds most.
+        max_model_len: None: the longest context that fits beside the weights.
     Raises:
-        ConfigError: one sequence of max_model_len does not fit beside the weights, or the GPU has no fp8.
+        ConfigError: one sequence of max_model_len, or of the shortest context, does not fit beside the weights, or the GPU has no fp8.
     """
     check_kv_dtype(kv_dtype, gpu.target)
     shape = cache_shape(model, shard)

@@ -44,6 +44,7 @@ class Plan:
     Attributes:
         rank: the rank that holds most.
         kv_tokens: tokens of all sequences together for which the KV cache has room; None: no device was named.
+        max_model_len: tokens of one sequence at most; None: no device was named.
         refusal: why it cannot work; None if it can.
     """
 
@@ -52,6 +53,7 @@ class Plan:
     rank: RankBytes | None
     kv: KVBytes | None
     kv_tokens: int | None
+    max_model_len: int | None
     refusal: str | None
 
 
@@ -98,17 +100,18 @@ def _plan(model: ModelConfig, parallel: ParallelConfig, gpu: str | None, weights
     try:
         shards = plan_shards(model, parallel)
     except ConfigError as error:
-        return Plan(parallel.tensor, parallel.expert_size, None, None, None, str(error))
+        return Plan(parallel.tensor, parallel.expert_size, None, None, None, None, str(error))
     shard, rank = _fullest(model, shards, weights)
-    refusal, tokens = None, None
+    refusal, tokens, context = None, None, None
     if gpu is not None:
         try:
-            tokens = _kv_cache(model, shard, rank.total, gpu, parallel.tensor, kv_dtype).kv_capacity_tokens
+            cache = _kv_cache(model, shard, rank.total, gpu, parallel.tensor, kv_dtype)
+            tokens, context = cache.kv_capacity_tokens, cache.max_model_len
         except ConfigError as error:
             refusal = f"tensor={parallel.tensor} on {_device(gpu)}, {_readable(rank.total)} of weights on a rank: {error}"
             larger = _fitting(model, parallel.tensor, gpu, weights, kv_dtype)
             refusal += f"; tensor={larger} fits" if larger else ""
-    return Plan(parallel.tensor, parallel.expert_size, rank, kv_bytes(model, shard, kv_dtype), tokens, refusal)
+    return Plan(parallel.tensor, parallel.expert_size, rank, kv_bytes(model, shard, kv_dtype), tokens, context, refusal)
 
 
 def _fullest(model: ModelConfig, shards: Sequence[RankShard], weights: Weights) -> tuple[RankShard, RankBytes]:
@@ -121,28 +124,29 @@ def _kv_cache(model: ModelConfig, shard: RankShard, weight_bytes: int, gpu: str,
     """What an engine with default settings would give each rank.
 
     Raises:
-        ConfigError: not even one sequence of the full context fits.
+        ConfigError: not even the shortest context fits.
     """
-    length, scheduler = model.max_context_len, SchedulerConfig()
+    scheduler = SchedulerConfig()
     if gpu != "cpu":
-        return gpu_kv_cache(GPUS[gpu], model, shard, scheduler, weight_bytes=weight_bytes, max_model_len=length, kv_dtype=kv_dtype)
+        return gpu_kv_cache(GPUS[gpu], model, shard, scheduler, weight_bytes=weight_bytes, max_model_len=None, kv_dtype=kv_dtype)
     shape = cache_shape(model, shard)
     memory = cpu_kv_memory(
-        shape, CacheConfig(), scheduler, dtype=kv_dtype, max_model_len=length, ranks_on_host=num_ranks, weight_bytes=weight_bytes
+        shape, CacheConfig(), scheduler, dtype=kv_dtype, max_model_len=None, ranks_on_host=num_ranks, weight_bytes=weight_bytes
     )
-    return split_memory(shape, scheduler, dtype=kv_dtype, max_model_len=length, memory_bytes=memory.num_bytes, source=memory.source)
+    return split_memory(shape, scheduler, dtype=kv_dtype, max_model_len=None, memory_bytes=memory.num_bytes, source=memory.source)
 
 
 def _fitting(model: ModelConfig, tensor: int, gpu: str, weights: Weights, kv_dtype: KVDtype) -> int | None:
-    """The smallest number of GPUs above `tensor` that holds the model; more ranks on one host are no help."""
+    """The smallest number of GPUs above `tensor` that holds the model and its whole context; more ranks on one host are no help."""
     for size, expert in allowed_plans(model):
         if gpu != "cpu" and size > tensor and expert == size:
             shard, rank = _fullest(model, plan_shards(model, ParallelConfig(size)), weights)
             try:
-                _kv_cache(model, shard, rank.total, gpu, size, kv_dtype)
+                cache = _kv_cache(model, shard, rank.total, gpu, size, kv_dtype)
             except ConfigError:
                 continue
-            return size
+            if cache.max_model_len == model.max_context_len:
+                return size
     return None
 
 
@@ -191,6 +195,7 @@ def _text(
         "padding",
         "KV/token",
         "KV/seq",
+        "context",
         "tokens that fit",
     )
     lines.append("".join(f"{cell:>{max(len(cell), 9) + 2}}" for cell in header))
@@ -211,7 +216,8 @@ def _text(
             kv.per_token,
             kv.per_sequence,
         )
-        cells = (str(plan.tensor), str(plan.expert), *map(_readable, sizes), fits)
+        context = "-" if plan.max_model_len is None else f"{plan.max_model_len:,}"
+        cells = (str(plan.tensor), str(plan.expert), *map(_readable, sizes), context, fits)
         lines.append("".join(f"{cell:>{max(len(name), 9) + 2}}" for cell, name in zip(cells, header, strict=True)))
     left_out = [plan.refusal for plan in plans if plan.rank is not None and plan.refusal is not None]
     if len(left_out) < len(plans):  # otherwise the first of them is the error

@@ -162,7 +162,7 @@ class EngineConfig:
         model_path: the checkpoint folder.
         dtype: of activations and dense weights, and of the KV cache unless cache.dtype says otherwise. float32 is the reference numerics;
             MXFP4 experts stay packed either way.
-        max_model_len: context limit, at most the model's; None: the model's own.
+        max_model_len: context limit, at most the model's; None: the model's own, or as much of it as the KV cache holds.
         quantize: `mxfp4` packs the experts of a bf16 checkpoint while loading; None: kept as stored.
         enforce_eager: no CUDA graphs; without effect on a CPU.
         cpu_dense_dtype: of attention projections and lm_head in memory. int8, with a scale a row, halves what a token reads of them, for
@@ -191,6 +191,11 @@ class EngineConfig:
     def kv_dtype(self) -> KVDtype:
         """Of cached keys and values, `auto` resolved."""
         return self.dtype if self.cache.dtype == "auto" else "fp8_e4m3"
+
+
+def longest_context(model: ModelConfig, max_model_len: int | None) -> int:
+    """Tokens of a sequence at most if memory is no limit: `max_model_len`, or the model's own where that is None."""
+    return model.max_context_len if max_model_len is None else max_model_len
 
 
 def checkpoint_folder(path: Path) -> Path:

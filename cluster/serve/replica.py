@@ -74,10 +74,10 @@ class EngineReplica:
             await server.stop()
 
 
-def _executor(config: EngineConfig, model: ModelConfig, max_model_len: int) -> Executor:
+def _executor(config: EngineConfig, model: ModelConfig) -> Executor:
     if config.parallel.tensor == 1:
-        return local_executor(config, model, max_model_len, progress=_log_progress)
-    return DistributedExecutor(config, model, max_model_len, RayRanks(), progress=_log_progress)
+        return local_executor(config, model, progress=_log_progress)
+    return DistributedExecutor(config, model, RayRanks(), progress=_log_progress)
 
 
 def _node_address() -> str:

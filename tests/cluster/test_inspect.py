@@ -75,8 +75,12 @@ def test_what_does_not_fit_is_refused_with_what_does(
     code, out, err = inspect(capsys, large, "--gpu", "h100")
     assert (code, err) == (0, "")
     refusals = [line for line in out.splitlines() if line.endswith("; tensor=4 fits")]
-    assert [line.split()[0] for line in refusals] == ["tensor=1", "tensor=2"]
-    assert out.count("does not fit") == 2
+    assert [line.split()[0] for line in refusals] == ["tensor=1"]
+    assert out.count("does not fit") == 1
+    # Two ranks hold the weights and a part of the context, four all of it.
+    contexts = {row[0]: row[-2] for row in (line.split() for line in out.splitlines()) if row and row[0] in ("2", "4", "8")}
+    assert 2048 <= int(contexts["2"].replace(",", "")) < 131_072
+    assert contexts["4"] == contexts["8"] == "131,072"
 
 
 @pytest.mark.parametrize("cpu_dense_dtype", ["bf16", "int8"])
@@ -94,7 +98,7 @@ def test_an_engine_has_what_was_said(
     flags = ("--cpu-dense-dtype", cpu_dense_dtype, *(() if quantize is None else ("--quantize", quantize)))
     (plan,) = as_json(capsys, tmp_path / "model", "--tp", 1, "--gpu", "cpu", *flags)["plans"]  # type: ignore[misc]
     config = EngineConfig(tmp_path / "model", quantize=quantize, cpu_dense_dtype=cpu_dense_dtype)
-    executor = InlineExecutor(config, model, model.max_context_len)
+    executor = InlineExecutor(config, model)
     info = executor.start()
     executor.shutdown()
     assert sum(size for kind, size in plan["rank"].items() if kind != "padding") == info.weight_bytes

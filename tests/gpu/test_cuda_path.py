@@ -78,10 +78,17 @@ def test_the_same_tokens_as_on_a_cpu_with_steps_launched_ahead(checkpoint: Path,
 def test_an_executor_from_start_to_answer(checkpoint: Path, eager: bool) -> None:
     """What an engine starts: kernels compiled, memory profiled, the cache sized by it, graphs captured; the tokens are a CPU's."""
     steps = plans(MIXED)
-    config = EngineConfig(checkpoint, dtype="float32", device="cuda", scheduler=SchedulerConfig(MAX_NUM_SEQS, 64), enforce_eager=eager)
+    config = EngineConfig(
+        checkpoint,
+        dtype="float32",
+        device="cuda",
+        max_model_len=MAX_MODEL_LEN,
+        scheduler=SchedulerConfig(MAX_NUM_SEQS, 64),
+        enforce_eager=eager,
+    )
     on_cpu = new_runner(checkpoint, CPU)
     expected = [on_cpu.step(plan) for plan in steps]
-    executor = InlineExecutor(config, TINY, MAX_MODEL_LEN)
+    executor = InlineExecutor(config, TINY)
     info = executor.start()
     try:
         phases = [*info.phases_s]

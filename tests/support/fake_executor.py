@@ -40,8 +40,9 @@ class FakeExecutor:
         fail: tells the engine that the ranks are gone.
     """
 
-    def __init__(self, num_full_blocks: int = 200, num_sliding_blocks: int = 200) -> None:
+    def __init__(self, num_full_blocks: int = 200, num_sliding_blocks: int = 200, max_model_len: int = MODEL.max_context_len) -> None:
         self.num_blocks = (num_full_blocks, num_sliding_blocks)
+        self.max_model_len = max_model_len
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
@@ -58,6 +59,7 @@ class FakeExecutor:
             device="none",
             dtype="float32",
             num_ranks=1,
+            max_model_len=self.max_model_len,
             num_full_blocks=self.num_blocks[0],
             num_sliding_blocks=self.num_blocks[1],
             kv_cache_bytes=0,

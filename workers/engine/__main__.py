@@ -78,7 +78,7 @@ async def _serve(config: EngineConfig, address: str, metrics_port: int | None, g
     table = summary(
         start_up.executor,
         model=f"{config.model_path} ({start_up.info.model_fingerprint[:12]})",
-        max_model_len=start_up.info.max_model_len,
+        longest_context=start_up.longest_context,
         address=bound,
         metrics_address=server.metrics_address,
     )

@@ -51,17 +51,14 @@ class _Flight:
     result: "Future[StepResult]"
 
 
-def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    """The context limit in tokens.
+def _check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
+    """Refuse more than the model was built for.
 
     Raises:
-        ConfigError: the operator asks for more than the model was built for.
+        ConfigError: one sentence.
     """
-    if config.max_model_len is None:
-        return model.max_context_len
-    if not 2 <= config.max_model_len <= model.max_context_len:
+    if config.max_model_len is not None and not 2 <= config.max_model_len <= model.max_context_len:
         raise ConfigError(f"max_model_len must be 2 to {model.max_context_len}, the model's context; got {config.max_model_len}")
-    return config.max_model_len
 
 
 class Engine:
@@ -71,6 +68,10 @@ class Engine:
         executor: not yet started; the engine starts it and shuts it down.
         check_integrity: assert the scheduler's invariants whenever the engine becomes idle (tests, debugging).
         on_death: called on the engine's thread once the engine has failed for good and every request has ended.
+    Attributes:
+        max_model_len: tokens of a sequence at most, prompt and output; known once the engine has started.
+    Raises:
+        ConfigError: max_model_len is set to more than the model's context.
     """
 
     def __init__(
@@ -83,8 +84,9 @@ class Engine:
         check_integrity: bool = False,
         on_death: Callable[[], object] = lambda: None,
     ) -> None:
+        _check_max_model_len(config, model)
         self.metrics = metrics or EngineMetrics()
-        self.max_model_len = max_model_len(config, model)
+        self.max_model_len: int
         self.vocab_size = model.vocab_size
         self._config = config
         self._model = model
@@ -123,6 +125,7 @@ class Engine:
         """
         self._executor.on_failure(self._note_executor_failure)
         info = self._executor.start()
+        self.max_model_len = info.max_model_len
         try:
             self._kv = KVCacheManager(
                 num_full_blocks=info.num_full_blocks,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from workers.config import CacheConfig, DenseDtype, Dtype, EngineConfig, ParallelConfig, SchedulerConfig, load_model_config
 from workers.cores import engine_threads
-from workers.engine.engine import Engine, max_model_len
+from workers.engine.engine import Engine
 from workers.engine.progress import StartUpProgress
 from workers.engine.stream import OutputStream, ThreadReader
 from workers.errors import CheckpointError, EngineDead, InvalidRequest
@@ -76,7 +76,7 @@ class LLM:
 
     Args:
         model: folder of a gpt-oss checkpoint.
-        max_model_len: context limit in tokens; None: the model's own.
+        max_model_len: context limit in tokens; None: the model's own, or as much of it as the KV cache holds (`info.max_model_len`).
         kv_cache_bytes: memory of each rank's KV cache; None: chosen from what is free.
         tensor_parallel_size, expert_parallel_size: ranks, and groups that the experts are split into (None: one for each rank).
         quantize: pack the experts of a bf16 checkpoint while loading.
@@ -133,7 +133,7 @@ class LLM:
         known = (self._tokenizer.token_to_id(name) for name in END_TOKENS) if self._tokenizer is not None else ()
         self._end_token_ids = tuple(token_id for token_id in known if token_id is not None and token_id < model.vocab_size)
         progress = StartUpProgress()
-        self._executor = local_executor(config, model, max_model_len(config, model), progress=progress)
+        self._executor = local_executor(config, model, progress=progress)
         self.engine = Engine(config, model, self._executor)
         self.info = self.engine.start()
         progress.close()

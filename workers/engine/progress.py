@@ -54,8 +54,12 @@ class StartUpProgress:
         sys.stderr.flush()
 
 
-def summary(info: ExecutorInfo, *, model: str, max_model_len: int, address: str, metrics_address: str | None) -> str:
-    """The start-up table."""
+def summary(info: ExecutorInfo, *, model: str, longest_context: int, address: str, metrics_address: str | None) -> str:
+    """The start-up table.
+
+    Args:
+        longest_context: that the engine would have with enough memory.
+    """
     blocks = info.num_full_blocks or info.num_sliding_blocks
     rows = [
         ("model", model),
@@ -63,7 +67,7 @@ def summary(info: ExecutorInfo, *, model: str, max_model_len: int, address: str,
         ("device", f"{info.device}, {info.dtype}"),
         ("shards", f"{info.num_ranks} rank{'s' if info.num_ranks > 1 else ''}, weights {_readable(info.weight_bytes)}"),
         *((f"kernel {operation}", implementation) for operation, implementation in info.kernels.items()),
-        ("context", f"{max_model_len} tokens"),
+        ("context", _context(info, longest_context)),
         (
             "KV cache",
             f"{_readable(info.kv_cache_bytes)}, {(blocks - 1) * BLOCK_SIZE} tokens; "
@@ -73,6 +77,14 @@ def summary(info: ExecutorInfo, *, model: str, max_model_len: int, address: str,
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _context(info: ExecutorInfo, longest: int) -> str:
+    if info.max_model_len == longest:
+        return f"{longest} tokens"
+    each = " each" if info.num_ranks > 1 else ""
+    cache = f"a KV cache of {_readable(info.kv_cache_bytes // info.num_ranks)}{each}"
+    return f"{info.max_model_len} tokens of the model's {longest}, as much as {cache} holds; cache.memory_bytes gives it more"
 
 
 def _readable(num_bytes: int) -> str:

@@ -16,8 +16,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig, load_model_config
-from workers.engine.engine import Engine, max_model_len
+from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig, load_model_config, longest_context
+from workers.engine.engine import Engine
 from workers.engine.stream import AsyncReader
 from workers.errors import CantataError, ConfigError, DeadlineExceeded, InvalidRequest
 from workers.executor.base import Executor, ExecutorInfo
@@ -44,16 +44,21 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 
-ExecutorFactory = Callable[[EngineConfig, ModelConfig, int], Executor]
+ExecutorFactory = Callable[[EngineConfig, ModelConfig], Executor]
 Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 
 
 @dataclass(frozen=True, slots=True)
 class StartUp:
-    """What start-up found and chose, for the summary."""
+    """What start-up found and chose, for the summary.
+
+    Attributes:
+        longest_context: tokens of a sequence at most if memory were no limit.
+    """
 
     info: convert.EngineInfo
     executor: ExecutorInfo
+    longest_context: int
 
 
 class EngineServer:
@@ -61,13 +66,13 @@ class EngineServer:
 
     Args:
         progress: hears of start-up phases, on another thread.
-        executor_factory: (config, model, max_model_len) → executor; None: the one for this host.
+        executor_factory: (config, model) → executor; None: the one for this host.
     """
 
     def __init__(self, *, progress: Progress | None = None, executor_factory: ExecutorFactory | None = None) -> None:
         self.metrics = EngineMetrics()
         self.died = asyncio.Event()
-        self._make_executor = executor_factory or (lambda config, model, max_len: local_executor(config, model, max_len, progress=progress))
+        self._make_executor = executor_factory or (lambda config, model: local_executor(config, model, progress=progress))
         self._engine: Engine | None = None
         self._server: grpc.aio.Server | None = None
         self._health = HealthServicer()
@@ -106,11 +111,10 @@ class EngineServer:
             self._metrics_server = _start_metrics(self.metrics, metrics_port)
         try:
             model = load_model_config(config.model_path)
-            max_len = max_model_len(config, model)
             engine = Engine(
                 config,
                 model,
-                self._make_executor(config, model, max_len),
+                self._make_executor(config, model),
                 metrics=self.metrics,
                 on_death=partial(loop.call_soon_threadsafe, self._note_death),
             )
@@ -121,8 +125,9 @@ class EngineServer:
             await self._close_metrics()
             raise
         self._engine = engine
-        self.start_up = StartUp(_engine_info(config, model, executor_info, max_len, model_fingerprint), executor_info)
-        engine_pb2_grpc.add_EngineServicer_to_server(EngineServicer(self, self.start_up.info), server)
+        info = _engine_info(config, model, executor_info, model_fingerprint)
+        self.start_up = StartUp(info, executor_info, longest_context(model, config.max_model_len))
+        engine_pb2_grpc.add_EngineServicer_to_server(EngineServicer(self, info), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         self._server = server
@@ -245,14 +250,12 @@ def _start_metrics(metrics: EngineMetrics, port: int) -> MetricsServer:
         raise ConfigError(f"cannot serve metrics on 127.0.0.1:{port}: {error.strerror}") from error
 
 
-def _engine_info(
-    config: EngineConfig, model: ModelConfig, executor: ExecutorInfo, max_len: int, model_fingerprint: str
-) -> convert.EngineInfo:
+def _engine_info(config: EngineConfig, model: ModelConfig, executor: ExecutorInfo, model_fingerprint: str) -> convert.EngineInfo:
     return convert.EngineInfo(
         version=importlib.metadata.version("cantata"),
         model_name=config.model_path.resolve().name,
         model_fingerprint=model_fingerprint,
-        max_model_len=max_len,
+        max_model_len=executor.max_model_len,
         vocab_size=model.vocab_size,
         block_size=BLOCK_SIZE,
         device=executor.device,

@@ -15,6 +15,7 @@ class ExecutorInfo:
     """What was chosen while starting; printed in the start-up summary.
 
     Attributes:
+        max_model_len: tokens of a sequence at most: what EngineConfig says, or as many as the model and the KV cache allow.
         num_full_blocks, num_sliding_blocks: blocks of each KV group, NULL_BLOCK included.
         kv_cache_bytes, weight_bytes: over all ranks.
         phases_s: seconds by start-up phase, in order.
@@ -24,6 +25,7 @@ class ExecutorInfo:
     device: str
     dtype: str
     num_ranks: int
+    max_model_len: int
     num_full_blocks: int
     num_sliding_blocks: int
     kv_cache_bytes: int

@@ -88,16 +88,12 @@ class DistributedExecutor:
     """Runs plans on several ranks.
 
     Args:
-        max_model_len: context limit in tokens, resolved.
         progress: hears of each phase of each rank, on the starting thread.
     """
 
-    def __init__(
-        self, config: EngineConfig, model: ModelConfig, max_model_len: int, launcher: RankLauncher, *, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, config: EngineConfig, model: ModelConfig, launcher: RankLauncher, *, progress: Progress | None = None) -> None:
         self._config = config
         self._model = model
-        self._max_model_len = max_model_len
         self._launcher = launcher
         self._progress = progress or (lambda phase, done, total: None)
         self._size = config.parallel.tensor
@@ -189,7 +185,6 @@ class DistributedExecutor:
         for number, place in enumerate(placements):
             spec = RankSpec(
                 config=config,
-                max_model_len=self._max_model_len,
                 rank=number,
                 endpoints=channel.endpoints(number),
                 host=place.host,
@@ -206,7 +201,7 @@ class DistributedExecutor:
             channel.send(number, wire.JOIN, wire.pack(host=hellos[0]["host"], port=hellos[0]["store_port"]), connect_s=_CONNECT_S)
         loaded = [_rank_loaded(body["loaded"]) for body in self._gather(wire.LOADED, LOAD_TIMEOUT_S, "loaded its weights")]
         shard = plan_shards(self._model, parallel)[0]
-        plan = plan_kv_cache(self._config, self._model, self._max_model_len, shard, [entry.kv_memory for entry in loaded])
+        plan = plan_kv_cache(self._config, self._model, shard, [entry.kv_memory for entry in loaded])
         for number in range(num_ranks):
             channel.send(number, wire.ALLOCATE, msgpack.packb(asdict(plan)))
         ready = self._gather(wire.READY, LOAD_TIMEOUT_S, "warmed up")
@@ -223,6 +218,7 @@ class DistributedExecutor:
             device=", ".join(sorted({entry.device for entry in loaded})),
             dtype=self._config.dtype,
             num_ranks=len(loaded),
+            max_model_len=plan.max_model_len,
             num_full_blocks=plan.num_full_blocks,
             num_sliding_blocks=plan.num_sliding_blocks,
             kv_cache_bytes=plan.total_bytes * len(loaded),
@@ -274,7 +270,7 @@ class DistributedExecutor:
         Raises:
             ConfigError: names the rank, its host and what differs.
         """
-        for what, own in identity(self._config, self._max_model_len).items():
+        for what, own in identity(self._config).items():
             for hello in hellos:
                 theirs = hello["identity"]
                 found = theirs.get(what) if isinstance(theirs, dict) else None

@@ -18,15 +18,13 @@ class InlineExecutor:
 
     Args:
         config: its parallel plan is one rank.
-        max_model_len: context limit in tokens, resolved.
         progress: hears of each phase as it starts, and of tensors loaded.
     """
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, max_model_len: int, *, progress: Progress | None = None) -> None:
+    def __init__(self, config: EngineConfig, model: ModelConfig, *, progress: Progress | None = None) -> None:
         assert config.parallel.tensor == 1, "several ranks need processes of their own"
         self._config = config
         self._model = model
-        self._max_model_len = max_model_len
         self._progress = progress
         self._rank: Rank | None = None
         # Waits for the GPU, one step after the other; its thread starts with the first step that is not done at once.
@@ -41,15 +39,16 @@ class InlineExecutor:
         (shard,) = plan_shards(self._model, self._config.parallel)
         device = usable_device(self._config.device)
         check_memory(self._config, self._model, shard, device)
-        rank = Rank(self._config, self._model, self._max_model_len, shard, Alone(), device=device, progress=self._progress)
+        rank = Rank(self._config, self._model, shard, Alone(), device=device, progress=self._progress)
         loaded = rank.load()
-        plan = plan_kv_cache(self._config, self._model, self._max_model_len, shard, [loaded.kv_memory])
+        plan = plan_kv_cache(self._config, self._model, shard, [loaded.kv_memory])
         rank.allocate(plan)
         self._rank = rank
         return ExecutorInfo(
             device=loaded.device,
             dtype=self._config.dtype,
             num_ranks=1,
+            max_model_len=plan.max_model_len,
             num_full_blocks=plan.num_full_blocks,
             num_sliding_blocks=plan.num_sliding_blocks,
             kv_cache_bytes=plan.total_bytes,

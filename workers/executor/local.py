@@ -8,8 +8,8 @@ from workers.executor.process_ranks import ProcessRanks
 from workers.executor.rank import Progress
 
 
-def local_executor(config: EngineConfig, model: ModelConfig, max_model_len: int, *, progress: Progress | None = None) -> Executor:
+def local_executor(config: EngineConfig, model: ModelConfig, *, progress: Progress | None = None) -> Executor:
     """Not yet started."""
     if config.parallel.tensor == 1:
-        return InlineExecutor(config, model, max_model_len, progress=progress)
-    return DistributedExecutor(config, model, max_model_len, ProcessRanks(), progress=progress)
+        return InlineExecutor(config, model, progress=progress)
+    return DistributedExecutor(config, model, ProcessRanks(), progress=progress)

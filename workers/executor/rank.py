@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import architecture
-from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig
+from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig, longest_context
 from workers.errors import ConfigError
 from workers.executor.cpu_program import programs_run
 from workers.executor.kernel_choice import describe_device, kernel_choices, not_capturable, slow_paths
@@ -26,6 +26,7 @@ from workers.kv_cache.tensors import (
     cpu_kv_memory,
     gpu_kv_memory,
     host_free_bytes,
+    shorter_context,
     split_memory,
 )
 from workers.model.checkpoint import load_model
@@ -90,7 +91,6 @@ class Rank:
     """One rank: `load`, then `allocate`, then `step` (or `launch`) for each plan in order.
 
     Args:
-        max_model_len: context limit in tokens, resolved.
         shard: this rank's part of the model.
         collectives: the other ranks.
         ranks_on_host: ranks that share this host's memory and, on a CPU, its cores.
@@ -101,7 +101,6 @@ class Rank:
         self,
         config: EngineConfig,
         model: ModelConfig,
-        max_model_len: int,
         shard: RankShard,
         collectives: Collectives,
         *,
@@ -111,7 +110,6 @@ class Rank:
     ) -> None:
         self._config = config
         self._model_config = model
-        self._max_model_len = max_model_len
         self._shard = shard
         self._collectives = collectives
         self._device = device
@@ -165,7 +163,7 @@ class Rank:
         with self._phase("warm up"):
             self.logits([0])
         assert self._model is not None
-        runner = Runner(self._model, kv_caches, max_num_seqs=self._config.scheduler.max_num_seqs, max_model_len=self._max_model_len)
+        runner = Runner(self._model, kv_caches, max_num_seqs=self._config.scheduler.max_num_seqs, max_model_len=plan.max_model_len)
         if self._captures_graphs(self._model):
             with self._phase("capture graphs"):
                 report = runner.capture_graphs(self._progress)
@@ -237,10 +235,10 @@ class Rank:
                 config.cache,
                 config.scheduler,
                 dtype=config.kv_dtype,
-                max_model_len=self._max_model_len,
+                max_model_len=config.max_model_len,
                 ranks_on_host=self._ranks_on_host,
             )
-        model, limits = self._model, (config.scheduler, self._max_model_len, config.kv_dtype)
+        model, limits = self._model, (config.scheduler, longest_context(shape, config.max_model_len), config.kv_dtype)
         assert model is not None
         self._collectives.meet("load weights", LOAD_TIMEOUT_S)
         # Before the profile, since compiled kernels take memory, too.
@@ -255,7 +253,7 @@ class Rank:
             config.cache,
             config.scheduler,
             dtype=config.kv_dtype,
-            max_model_len=self._max_model_len,
+            max_model_len=config.max_model_len,
             total_bytes=total,
             used_bytes=total - free,
             activation_bytes=taken.activation_bytes,
@@ -275,23 +273,24 @@ def cache_shape(model: ModelConfig, shard: RankShard) -> ModelConfig:
     return replace(model, num_kv_heads=shard.kv_heads.length)
 
 
-def plan_kv_cache(
-    config: EngineConfig, model: ModelConfig, max_model_len: int, shard: RankShard, memories: Sequence[KVMemory]
-) -> KVCachePlan:
-    """The one plan that all ranks allocate, from the rank that has the least memory.
+def plan_kv_cache(config: EngineConfig, model: ModelConfig, shard: RankShard, memories: Sequence[KVMemory]) -> KVCachePlan:
+    """The one plan that all ranks allocate, and with it the context, from the rank that has the least memory.
 
     Raises:
-        ConfigError: one sequence of max_model_len does not fit.
+        ConfigError: as `split_memory`.
     """
     least = min(memories, key=lambda memory: memory.num_bytes)
-    return split_memory(
+    plan = split_memory(
         cache_shape(model, shard),
         config.scheduler,
         dtype=config.kv_dtype,
-        max_model_len=max_model_len,
+        max_model_len=config.max_model_len,
         memory_bytes=least.num_bytes,
         source=least.source,
     )
+    if plan.max_model_len < longest_context(model, config.max_model_len):
+        logger.warning("%s", shorter_context(model, plan, config.kv_dtype, least))
+    return plan
 
 
 def check_memory(config: EngineConfig, model: ModelConfig, shard: RankShard, device: torch.device, *, ranks_on_host: int = 1) -> None:

@@ -52,7 +52,6 @@ class RankSpec:
     """
 
     config: str
-    max_model_len: int
     rank: int
     endpoints: Endpoints
     host: str
@@ -71,19 +70,18 @@ class RankSpec:
         return RankSpec(**{**fields, "endpoints": Endpoints(**fields["endpoints"])})
 
 
-def identity(config: EngineConfig, max_model_len: int) -> dict[str, object]:
+def identity(config: EngineConfig) -> dict[str, object]:
     """What all ranks and their engine must have in common, by what it is called.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
     """
-    told = json.dumps([engine_config_to_json(config), max_model_len])
     return {
         "Cantata": importlib.metadata.version("cantata"),
         "torch": torch.__version__,
         "version of step messages": PLAN_VERSION,
         "checkpoint": fingerprint(config.model_path),
-        "configuration": hashlib.sha256(told.encode()).hexdigest(),
+        "configuration": hashlib.sha256(engine_config_to_json(config).encode()).hexdigest(),
     }
 
 
@@ -190,7 +188,7 @@ def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -
         wire.pack(
             rank=spec.rank,
             host=spec.host,
-            identity=identity(config, spec.max_model_len),
+            identity=identity(config),
             store_port=0 if own_store is None else own_store.port,
         ),
     )
@@ -207,7 +205,6 @@ def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -
     rank = Rank(
         config,
         model,
-        spec.max_model_len,
         shard,
         collectives,
         device=device,

@@ -1,4 +1,4 @@
-"""How large the KV cache is, and its tensors.
+"""How large the KV cache is, the context that it holds, and its tensors.
 
 Both groups share the memory. A block of a group is BLOCK_SIZE positions of K and V of all layers of that group.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from kernels.attention.fp8 import FP8, fp8_refusal
-from workers.config import BLOCK_SIZE, CacheConfig, Dtype, KVDtype, ModelConfig, SchedulerConfig
+from workers.config import BLOCK_SIZE, CacheConfig, Dtype, KVDtype, ModelConfig, SchedulerConfig, longest_context
 from workers.errors import ConfigError
 from workers.kv_cache.manager import num_blocks_for, sliding_blocks_per_sequence
 
@@ -20,6 +20,8 @@ KV_TORCH_DTYPES: dict[KVDtype, torch.dtype] = {"bfloat16": torch.bfloat16, "floa
 CPU_MEMORY_SHARE = 0.25
 CPU_MEMORY_BYTES = 4 * 1024**3
 """On a CPU the cache takes this much at most unless one sequence needs more: the machine is somebody's."""
+SHORTEST_CONTEXT = 2048
+"""Where max_model_len is not set, no shorter context is chosen: a cache that cannot hold it is more likely a mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +32,24 @@ class KVCachePlan:
         num_full_blocks, num_sliding_blocks: NULL_BLOCK included; 0 where no layer belongs to the group.
         total_bytes: of all tensors.
         kv_capacity_tokens: tokens of all sequences together that the full group holds (the sliding group, if no layer is full).
+        max_model_len: tokens of one sequence at most, resolved.
     """
 
     num_full_blocks: int
     num_sliding_blocks: int
     total_bytes: int
     kv_capacity_tokens: int
+    max_model_len: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Sizes of one group: bytes of a block, the blocks that one sequence of max_model_len needs, and those that can ever be of use."""
+    """Sizes of one group: bytes of a block, the blocks that one sequence of max_model_len needs, those of all tokens of a step, and those
+    that can ever be of use."""
 
     block_bytes: int
     minimum: int
+    step: int
     useful: int
 
 
@@ -76,7 +82,7 @@ def cpu_kv_memory(
     scheduler: SchedulerConfig,
     *,
     dtype: KVDtype,
-    max_model_len: int,
+    max_model_len: int | None,
     ranks_on_host: int = 1,
     weight_bytes: int = 0,
 ) -> KVMemory:
@@ -84,6 +90,7 @@ def cpu_kv_memory(
 
     Args:
         model: with the key-value heads of the rank.
+        max_model_len: as in EngineConfig.
         weight_bytes: that each rank has still to load.
     """
     if cache.memory_bytes is not None:
@@ -100,7 +107,7 @@ def gpu_kv_memory(
     scheduler: SchedulerConfig,
     *,
     dtype: KVDtype,
-    max_model_len: int,
+    max_model_len: int | None,
     total_bytes: int,
     used_bytes: int,
     activation_bytes: int,
@@ -110,6 +117,7 @@ def gpu_kv_memory(
 
     Args:
         model: with the key-value heads of the rank.
+        max_model_len: as in EngineConfig.
         total_bytes: of the GPU.
         used_bytes: by this rank's weights and by everything else on the GPU.
         activation_bytes: beyond that, at the peak of the largest step.
@@ -126,9 +134,9 @@ def gpu_kv_memory(
     return KVMemory(min(left, useful), source)
 
 
-def _bounds(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int) -> tuple[int, int]:
-    """Bytes that one sequence of max_model_len needs, and bytes that can ever be of use."""
-    groups = _groups(model, scheduler, dtype, max_model_len)
+def _bounds(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int | None) -> tuple[int, int]:
+    """Bytes that one sequence of the longest context needs, and bytes that can ever be of use."""
+    groups = _groups(model, scheduler, dtype, longest_context(model, max_model_len))
     return sum(group.minimum * group.block_bytes for group in groups), sum(group.useful * group.block_bytes for group in groups)
 
 
@@ -137,11 +145,11 @@ def split_memory(
     scheduler: SchedulerConfig,
     *,
     dtype: KVDtype,
-    max_model_len: int,
+    max_model_len: int | None,
     memory_bytes: int,
     source: str = "cache.memory_bytes",
 ) -> KVCachePlan:
-    """Decide how many blocks each group gets.
+    """Decide on the context, and how many blocks each group gets.
 
     First each group gets what one sequence of max_model_len needs. Half of the rest goes to the sliding group, until it holds the windows
     of max_num_seqs running sequences, as many again for the prefix cache, and the blocks of one step; everything else goes to the full
@@ -149,10 +157,13 @@ def split_memory(
 
     Args:
         model: with the key-value heads of the rank.
+        max_model_len: None: the longest that fits, at most the model's.
         source: says in errors where memory_bytes comes from.
     Raises:
-        ConfigError: one sequence of max_model_len does not fit.
+        ConfigError: one sequence of max_model_len does not fit; if that is None, not even one of SHORTEST_CONTEXT.
     """
+    if max_model_len is None:
+        max_model_len = _fitting_context(model, scheduler, dtype, memory_bytes, source)
     full, sliding = _groups(model, scheduler, dtype, max_model_len)
     rest = memory_bytes - full.minimum * full.block_bytes - sliding.minimum * sliding.block_bytes
     if rest < 0:
@@ -172,6 +183,7 @@ def split_memory(
         num_sliding_blocks=num_sliding,
         total_bytes=num_full * full.block_bytes + num_sliding * sliding.block_bytes,
         kv_capacity_tokens=((num_full or num_sliding) - 1) * BLOCK_SIZE,
+        max_model_len=max_model_len,
     )
 
 
@@ -230,36 +242,78 @@ def _groups(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_
     num_full_layers = sum(window is None for window in model.layer_windows)
     num_sliding_layers = len(model.layer_windows) - num_full_layers
     longest = num_blocks_for(max_model_len)
-    full = sliding = _Group(0, 0, 0)
+    step = num_blocks_for(min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max_model_len))
+    full = sliding = _Group(0, 0, 0, 0)
     if num_full_layers:
-        full = _Group(num_full_layers * layer_bytes, longest + 1, scheduler.max_num_seqs * longest + 1)
+        full = _Group(num_full_layers * layer_bytes, longest + 1, step, scheduler.max_num_seqs * longest + 1)
     if num_sliding_layers:
         window = model.sliding_window
         assert window is not None
         sequence = sliding_blocks_per_sequence(window, max_model_len)
-        step = num_blocks_for(min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max_model_len))
-        sliding = _Group(num_sliding_layers * layer_bytes, sequence + 1, 2 * scheduler.max_num_seqs * sequence + step + 1)
+        sliding = _Group(num_sliding_layers * layer_bytes, sequence + 1, step, 2 * scheduler.max_num_seqs * sequence + step + 1)
     return full, sliding
+
+
+def _needed(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, length: int, *, whole_steps: bool = False) -> int:
+    """Bytes that one sequence of that length needs.
+
+    Args:
+        whole_steps: to advance by all tokens of a step. Without that it may be a block at a time, which makes long prompts slow:
+            `split_memory` gives the sliding group half of what is beyond the least, so that is counted twice, once for each group.
+    """
+    groups = _groups(model, scheduler, dtype, length)
+    return sum((group.minimum + (group.step if whole_steps and groups[1].step else 0)) * group.block_bytes for group in groups)
+
+
+def _longest_fitting(
+    model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, limit: int, memory_bytes: int, *, whole_steps: bool = False
+) -> int:
+    """The most tokens below `limit`, in whole blocks, of which one sequence fits; 0 if not even a block does."""
+    fits, too_long = 0, num_blocks_for(limit)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if _needed(model, scheduler, dtype, middle * BLOCK_SIZE, whole_steps=whole_steps) <= memory_bytes:
+            fits = middle
+        else:
+            too_long = middle
+    return fits * BLOCK_SIZE
+
+
+def _fitting_context(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, memory_bytes: int, source: str) -> int:
+    """The model's context, or as much of it as fits: then with room to compute prompts by whole steps, if SHORTEST_CONTEXT leaves that."""
+    longest = model.max_context_len
+    if _needed(model, scheduler, dtype, longest) <= memory_bytes:
+        return longest
+    shortest = min(SHORTEST_CONTEXT, longest)
+    if (needed := _needed(model, scheduler, dtype, shortest)) > memory_bytes:
+        fits = _longest_fitting(model, scheduler, dtype, shortest, memory_bytes)
+        raise ConfigError(
+            f"a KV cache of {_readable(memory_bytes)} ({source}) cannot hold one sequence of {shortest} tokens, the shortest context that "
+            f"is chosen where max_model_len is not set, which needs {_readable(needed)}: {_advice(fits)}"
+        )
+    return max(_longest_fitting(model, scheduler, dtype, longest, memory_bytes, whole_steps=True), shortest)
 
 
 def _does_not_fit(
     model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int, memory_bytes: int, source: str
 ) -> str:
-    def needed(length: int) -> int:
-        full, sliding = _groups(model, scheduler, dtype, length)
-        return full.minimum * full.block_bytes + sliding.minimum * sliding.block_bytes
-
-    fits, too_long = 0, num_blocks_for(max_model_len)
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        if needed(middle * BLOCK_SIZE) <= memory_bytes:
-            fits = middle
-        else:
-            too_long = middle
-    advice = f"set max_model_len to at most {fits * BLOCK_SIZE} or give the cache more memory" if fits else "give the cache more memory"
+    fits = _longest_fitting(model, scheduler, dtype, max_model_len, memory_bytes)
     return (
         f"a KV cache of {_readable(memory_bytes)} ({source}) cannot hold one sequence of max_model_len {max_model_len}, "
-        f"which needs {_readable(needed(max_model_len))}: {advice}"
+        f"which needs {_readable(_needed(model, scheduler, dtype, max_model_len))}: {_advice(fits)}"
+    )
+
+
+def _advice(fits: int) -> str:
+    return f"set max_model_len to at most {fits} or give the cache more memory" if fits else "give the cache more memory"
+
+
+def shorter_context(model: ModelConfig, plan: KVCachePlan, dtype: KVDtype, memory: KVMemory) -> str:
+    """What to tell the operator where the plan's context is shorter than the model's and nobody asked for that."""
+    fp8 = "" if dtype == "fp8_e4m3" else ", or set cache.dtype to fp8 where the device has it"
+    return (
+        f"the context is {plan.max_model_len} tokens of the model's {model.max_context_len}: as much as a KV cache of "
+        f"{_readable(memory.num_bytes)} ({memory.source}) holds of one sequence. For more, give the cache more memory{fp8}"
     )
 
 

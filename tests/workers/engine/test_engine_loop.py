@@ -22,6 +22,7 @@ WAIT_S = 20.0
 @contextmanager
 def running(executor: FakeExecutor, *, max_model_len: int | None = None, **limits: int) -> Iterator[Engine]:
     config = EngineConfig(Path("nowhere"), max_model_len=max_model_len, cache=CacheConfig(), scheduler=SchedulerConfig(**limits))
+    executor.max_model_len = max_model_len or MODEL.max_context_len
     engine = Engine(config, MODEL, executor, check_integrity=True)
     engine.start()
     try:

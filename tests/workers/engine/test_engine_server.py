@@ -44,8 +44,8 @@ class Served:
     """A server, its executor, and a stub on a channel to it."""
 
     def __init__(self, checkpoint: Path, **limits: int) -> None:
-        self.executor = FakeExecutor(num_full_blocks=9000, num_sliding_blocks=9000)
-        self.server = EngineServer(executor_factory=lambda config, model, max_len: self.executor)
+        self.executor = FakeExecutor(9000, 9000, max_model_len=140_000)
+        self.server = EngineServer(executor_factory=lambda config, model: self.executor)
         self.config = EngineConfig(checkpoint, scheduler=SchedulerConfig(**limits))
 
     async def __aenter__(self) -> "Served":
@@ -305,7 +305,7 @@ async def test_a_request_without_a_seed_gets_one(served: Served) -> None:
 
 
 async def test_a_taken_port_and_a_missing_checkpoint_fail_with_one_sentence(served: Served, tmp_path: Path) -> None:
-    server = EngineServer(executor_factory=lambda config, model, max_len: FakeExecutor())
+    server = EngineServer(executor_factory=lambda config, model: FakeExecutor())
     with pytest.raises(ConfigError, match="cannot listen on"):
         await server.start(served.config, served.address)
     with pytest.raises(CheckpointError, match="is not a folder"):
@@ -314,7 +314,7 @@ async def test_a_taken_port_and_a_missing_checkpoint_fail_with_one_sentence(serv
 
 
 async def test_the_scrape_port_is_served_and_closed(checkpoint: Path) -> None:
-    server = EngineServer(executor_factory=lambda config, model, max_len: FakeExecutor(9000, 9000))
+    server = EngineServer(executor_factory=lambda config, model: FakeExecutor(9000, 9000, max_model_len=140_000))
     await server.start(EngineConfig(checkpoint), "127.0.0.1:0", metrics_port=0)
     address = server.metrics_address
     text = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{address}/metrics", timeout=5).read().decode())

@@ -88,7 +88,6 @@ def test_it_holds_more_tokens(checkpoint: Path) -> None:
         executor = InlineExecutor(
             EngineConfig(checkpoint, dtype="float32", cache=CacheConfig(1 << 20, dtype=dtype)),  # type: ignore[arg-type]
             TINY,
-            TINY.max_context_len,
         )
         tokens[dtype] = executor.start().num_full_blocks
         executor.shutdown()

@@ -79,7 +79,7 @@ class Serving:
     def __init__(self, config: EngineConfig) -> None:
         self.ranks = ProcessRanks()
         model = load_model_config(config.model_path)
-        self.engine = Engine(config, model, DistributedExecutor(config, model, 256, self.ranks), check_integrity=True)
+        self.engine = Engine(config, model, DistributedExecutor(config, model, self.ranks), check_integrity=True)
         self.info = self.engine.start()
         self.reader = ThreadReader()
 
@@ -234,7 +234,7 @@ class ChangedSpecs(ProcessRanks):
 
 
 def refusal(config: EngineConfig, launcher: ProcessRanks) -> str:
-    executor = DistributedExecutor(config, load_model_config(config.model_path), 256, launcher)
+    executor = DistributedExecutor(config, load_model_config(config.model_path), launcher)
     with pytest.raises((ConfigError, CheckpointError)) as raised:
         executor.start()
     assert all(not Path(f"/proc/{pid}").exists() for pid in launcher.pids)
@@ -263,7 +263,7 @@ class Greeters(ProcessRanks):
         channel = RankChannel(spec.endpoints)
         self._channels.append(channel)
         if spec.rank != 1 or self._says:
-            own = identity(engine_config_from_json(spec.config), spec.max_model_len)
+            own = identity(engine_config_from_json(spec.config))
             said = own | (self._says if spec.rank == 1 else {})
             channel.send(wire.HELLO, wire.pack(rank=spec.rank, host="10.0.0.7", identity=said, store_port=1))
 
@@ -285,7 +285,7 @@ def test_ranks_that_are_not_alike_do_not_start(checkpoint: Path, what: str, valu
 def test_each_setting_counts_as_configuration(checkpoint: Path) -> None:
     config = config_of(checkpoint)
     changed = replace(config, scheduler=SchedulerConfig(max_num_seqs=7))
-    same, other, longer = identity(config, 256), identity(changed, 256), identity(config, 257)
+    same, other, longer = identity(config), identity(changed), identity(replace(config, max_model_len=257))
     assert [name for name in same if same[name] != other[name]] == ["configuration"]
     assert [name for name in same if same[name] != longer[name]] == ["configuration"]
 
@@ -349,7 +349,7 @@ def test_placements_say_who_shares_a_host() -> None:
 
 
 def test_a_spec_survives_its_journey(checkpoint: Path) -> None:
-    spec = RankSpec(engine_config_to_json(config_of(checkpoint)), 256, 1, wire.Endpoints("a", "b", "c"), "127.0.0.1", 1, 2, 3)
+    spec = RankSpec(engine_config_to_json(config_of(checkpoint)), 1, wire.Endpoints("a", "b", "c"), "127.0.0.1", 1, 2, 3)
     assert RankSpec.from_json(spec.to_json()) == spec
     assert msgpack.unpackb(wire.pack(rank=1)) == {"rank": 1}
     assert isinstance(load_model_config(checkpoint), ModelConfig)

@@ -41,7 +41,7 @@ class Rank:
 
 
 def test_the_next_plan_is_taken_while_the_device_runs_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = InlineExecutor(EngineConfig(Path("unused")), TINY, 64)
+    executor = InlineExecutor(EngineConfig(Path("unused")), TINY)
     rank = Rank()
     monkeypatch.setattr(executor, "_rank", rank)
     futures = [executor.execute(StepPlan(step)) for step in (0, 1)]

@@ -97,9 +97,9 @@ def test_a_gpu_s_cache_is_sized_after_kernels_are_compiled_by_what_the_profile_l
         monkeypatch.setattr(rank, name, value)
     monkeypatch.setattr(rank, "not_capturable", lambda choices: [])
     monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_total)
-    config = EngineConfig(path, dtype="float32", scheduler=SchedulerConfig(10_000), enforce_eager=eager)
+    config = EngineConfig(path, dtype="float32", max_model_len=512, scheduler=SchedulerConfig(10_000), enforce_eager=eager)
     (shard,) = plan_shards(TINY, ParallelConfig())
-    loaded = rank.Rank(config, TINY, 512, shard, Alone(), device=torch.device("cuda", 0)).load()
+    loaded = rank.Rank(config, TINY, shard, Alone(), device=torch.device("cuda", 0)).load()
     assert order == ["compile", f"profile with graphs {not eager}", "what is in use"]
     assert loaded.kv_memory.num_bytes == (900 - 100 - 30 - (0 if eager else 20)) * MIB
     assert "100.00 MiB in use, 30.00 MiB for activations and " in loaded.kv_memory.source

@@ -96,13 +96,120 @@ def test_a_plan_fits_the_memory_and_a_sequence_or_says_what_would(
     assert kv.fits(max_model_len)
 
 
+@settings(deadline=None)
+@given(
+    layers=st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any),
+    window=st.sampled_from([1, 16, 17, 40, 128]),
+    model_context=st.sampled_from([100, 2048, 2050, 5000, 9000]),
+    max_num_seqs=st.integers(1, 20),
+    num_layer_blocks=st.integers(0, 3000),
+)
+def test_without_a_setting_the_context_is_as_long_as_fits(
+    layers: tuple[int, int], window: int, model_context: int, max_num_seqs: int, num_layer_blocks: int
+) -> None:
+    config = replace(model(*layers, window=window), max_context_len=model_context)
+    num_bytes = num_layer_blocks * 2 * 16 * 3 * 20 * 4
+    scheduler = SchedulerConfig(max_num_seqs, 64)
+
+    def plan(length: int | None) -> KVCachePlan:
+        return split_memory(config, scheduler, dtype="float32", max_model_len=length, memory_bytes=num_bytes)
+
+    def fits(length: int) -> bool:
+        num_full, num_sliding = num_blocks_for(length) + 1, sliding_blocks_per_sequence(window, length) + 1
+        return layers[0] * num_full + layers[1] * num_sliding <= num_layer_blocks
+
+    shortest = min(tensors.SHORTEST_CONTEXT, model_context)
+    if not fits(shortest):
+        with pytest.raises(ConfigError, match=rf"cannot hold one sequence of {shortest} tokens, .* give the cache more memory$"):
+            plan(None)
+        return
+    result = plan(None)
+    assert result == plan(result.max_model_len), "as if it had been set"
+    if fits(model_context):
+        assert result.max_model_len == model_context
+        return
+    assert shortest <= result.max_model_len < model_context
+    assert result.max_model_len % 16 == 0 or result.max_model_len == shortest
+    # What one more block could not have had beside it: the 4 blocks of a step of 64 tokens, in both groups.
+    step = 4 * sum(layers) if layers[1] else 0
+    longer = result.max_model_len + 16
+    assert (
+        layers[0] * num_blocks_for(longer) + layers[1] * sliding_blocks_per_sequence(window, longer) + sum(layers) + step > num_layer_blocks
+    )
+
+
+LAPTOP = replace(model(12, 12, kv_heads=8, head_dim=64, window=128), max_context_len=131072)
+"""gpt-oss-20b: 384 KiB a block of either group."""
+
+
+def test_the_context_of_gpt_oss_20b_in_little_memory() -> None:
+    """2730 blocks: of the full group 1 + the context's, of the sliding one 1 + 9 of a window, and a step's 128 in both."""
+    plan = split_memory(LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=None, memory_bytes=GIB)
+    assert plan.max_model_len == (2730 - 1 - 10 - 2 * 128) * 16 == 39408
+    assert plan.num_sliding_blocks == 10 + 128, "prompts are computed by whole steps"
+    assert plan.num_full_blocks == 2730 - 138
+    halves = split_memory(LAPTOP, SchedulerConfig(), dtype="fp8_e4m3", max_model_len=None, memory_bytes=GIB)
+    assert halves.max_model_len > 2 * plan.max_model_len
+
+
+def test_the_model_s_context_is_kept_where_it_just_fits() -> None:
+    block = 12 * 2 * 16 * 8 * 64 * 2
+    just = (8192 + 1 + 10) * block
+    contexts = [
+        split_memory(LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=None, memory_bytes=num_bytes).max_model_len
+        for num_bytes in (just, just - 1)
+    ]
+    assert contexts == [131072, 131072 - 16 - 2 * 128 * 16]
+
+
+def test_a_context_that_was_set_is_not_shortened() -> None:
+    with pytest.raises(ConfigError, match=r"cannot hold one sequence of max_model_len 131072, .*: set max_model_len to at most 43504 or"):
+        split_memory(LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=131072, memory_bytes=GIB)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "said"),
+    [
+        (40 << 20, "a KV cache of 40.00 MiB (here) {}: set max_model_len to at most 1520 or give the cache more memory"),
+        (0, "a KV cache of 0 bytes (here) {}: give the cache more memory"),
+    ],
+)
+def test_a_cache_for_next_to_nothing_is_refused_by_default_too(num_bytes: int, said: str) -> None:
+    why = (
+        "cannot hold one sequence of 2048 tokens, the shortest context that is chosen where max_model_len is not set, which needs 52.12 MiB"
+    )
+    with pytest.raises(ConfigError) as raised:
+        split_memory(LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=None, memory_bytes=num_bytes, source="here")
+    assert str(raised.value) == said.format(why)
+
+
+def test_the_context_follows_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "host_free_bytes", lambda: 4 * GIB)
+    assert on_cpu(LAPTOP, max_model_len=None).max_model_len == 39408
+    monkeypatch.setattr(tensors, "host_free_bytes", lambda: 64 * GIB)
+    assert on_cpu(LAPTOP, max_model_len=None).max_model_len == 131072
+    memory = gpu_kv_memory(
+        LAPTOP,
+        CacheConfig(),
+        SchedulerConfig(),
+        dtype="bfloat16",
+        max_model_len=None,
+        total_bytes=20 * GIB,
+        used_bytes=16 * GIB,
+        activation_bytes=GIB,
+        graph_bytes=0,
+    )
+    plan = split_memory(LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=None, memory_bytes=memory.num_bytes)
+    assert plan.max_model_len == 39408  # 90 % of 20 GiB, less 17
+
+
 def on_cpu(
     shape: ModelConfig,
     cache: CacheConfig | None = None,
     scheduler: SchedulerConfig | None = None,
     *,
     dtype: Dtype = "bfloat16",
-    max_model_len: int,
+    max_model_len: int | None,
     ranks_on_host: int = 1,
 ) -> KVCachePlan:
     cache, scheduler = cache or CacheConfig(), scheduler or SchedulerConfig()
