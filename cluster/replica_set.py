@@ -17,6 +17,7 @@ class ReplicaSet:
         self._missing: tuple[str, ...] = ()
         self._loads = loads or LoadTable()
         self._on_gone: Callable[[Replica], None] = lambda replica: None
+        self._on_change: Callable[[], None] = lambda: None
         self._num_open: Counter[Replica] = Counter()
 
     def replace(self, replicas: Sequence[Replica], missing: Sequence[str] = ()) -> None:
@@ -28,10 +29,15 @@ class ReplicaSet:
                 # It takes no more requests. Whoever comes under this id again is a new process with an empty cache.
                 self._loads.gone(replica.id)
             self._report_if_gone(replica)
+        self._on_change()
 
     def report(self, loads: Mapping[str, int]) -> None:
         """Sequences that replicas say they have, by id."""
         self._loads.report(loads)
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Call this whenever the list has been replaced, by another or by the same."""
+        self._on_change = callback
 
     def on_gone(self, callback: Callable[[Replica], None]) -> None:
         """Call this with each replica that has left the list and has no sequence any more."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import uvicorn
 
-from cluster.assembly import build_service, load_encoding
+from cluster.assembly import build_service, context_with_enough_memory, load_encoding
 from cluster.config import CantataConfig, ListenConfig
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
@@ -130,6 +130,8 @@ async def _serve_gateway(
     summary = start_up_summary(
         info,
         model_name=config.model_name,
+        longest_context=context_with_enough_memory(config),
+        fp8_cache=config.engine.kv_dtype == "fp8_e4m3",
         num_replicas=config.replicas,
         http=(http_host, http_port),
         grpc=(config.listen.host, grpc_port),

@@ -9,6 +9,8 @@ def start_up_summary(
     info: EngineInfo,
     *,
     model_name: str,
+    longest_context: int,
+    fp8_cache: bool,
     num_replicas: int,
     http: tuple[str, int],
     grpc: tuple[str, int],
@@ -18,6 +20,9 @@ def start_up_summary(
     """The text, several lines.
 
     Args:
+        info: of the replica with the shortest context.
+        longest_context: that it would have with enough memory.
+        fp8_cache: whether the KV cache is in fp8.
         http, grpc: host and port.
         exposure: sentences on what can be reached from other machines.
     """
@@ -26,7 +31,7 @@ def start_up_summary(
     rows = [
         ("model", f"{model_name} (checkpoint {info.model_name}, fingerprint {info.model_fingerprint[:12]})"),
         ("engine", f"{info.device}, {info.dtype}, {_plural(info.num_ranks, 'rank')} per replica, {_plural(num_replicas, 'replica')}"),
-        ("context", f"{info.max_model_len:,} tokens"),
+        ("context", _context(info, longest_context, fp8_cache)),
         ("KV cache", f"{info.kv_capacity_tokens:,} tokens per replica, blocks of {info.block_size}"),
         ("HTTP", f"http://{http_address}/v1  (docs: http://{http_address}/docs, metrics: http://{http_address}/metrics)"),
         ("gRPC", f"{address(*grpc)}  (cantata.inference.v1.Inference, health, reflection)"),
@@ -38,6 +43,16 @@ def start_up_summary(
         f'    -d \'{{"model": "{model_name}", "messages": [{{"role": "user", "content": "Hello!"}}], "max_tokens": 50}}\''
     )
     return "\n".join(["Cantata serves:", *lines, "", "Try it:", f"  {request}", "", "Ctrl-C stops it."])
+
+
+def _context(info: EngineInfo, longest: int, fp8_cache: bool) -> str:
+    if info.max_model_len == longest:
+        return f"{longest:,} tokens"
+    fp8 = "" if fp8_cache else ", --kv-cache-dtype fp8 where the device has it"
+    return (
+        f"{info.max_model_len:,} tokens of the model's {longest:,}, as much as the KV cache holds; "
+        f"for more: --kv-cache-memory{fp8}, or a machine with more memory"
+    )
 
 
 def address(host: str, port: int) -> str:

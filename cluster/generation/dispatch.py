@@ -10,7 +10,7 @@ from cluster.metrics import GatewayMetrics
 from cluster.router.client import EngineClient
 from cluster.router.table import Replica, ReplicaDirectory, RoutingHint
 from workers.config import BLOCK_SIZE
-from workers.errors import CantataError, DeadlineExceeded, EngineDead, NoReplica
+from workers.errors import CantataError, ContextLengthExceeded, DeadlineExceeded, EngineDead, NoReplica
 from workers.kv_cache.prefix_cache import block_hashes
 from workers.request import EngineOutput, EngineRequest
 
@@ -73,9 +73,12 @@ class Dispatcher:
                 if isinstance(error, EngineDead):
                     self._replicas.failed(replica)
                     num_deaths += 1
-                if not error.retry_elsewhere or num_deaths >= MAX_ENGINE_DEATHS:
+                # The request was checked against the shortest context known here: this replica's is shorter and not known yet.
+                too_long = isinstance(error, ContextLengthExceeded)
+                if not (error.retry_elsewhere or too_long) or num_deaths >= MAX_ENGINE_DEATHS:
                     raise
-                refusal = error
+                if refusal is None or not too_long:
+                    refusal = error
                 excluded |= {replica.id}
                 self._count(request, replica, error, num_tokens=len(tokens))
             finally:

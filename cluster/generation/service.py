@@ -183,6 +183,10 @@ class GenerationService:
         """What is served."""
         return [self.model]
 
+    def limit_context(self, max_model_len: int) -> None:
+        """Requests that come from now on may have this many tokens: as many as each replica takes."""
+        self.model = replace(self.model, max_model_len=max_model_len)
+
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name.
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from cluster.assembly import load_encoding
+from cluster.assembly import context_with_enough_memory, load_encoding
 from cluster.config import AppConfig, CantataConfig
 from cluster.sockets import check_port_is_free
 from cluster.summary import start_up_summary
@@ -80,6 +80,8 @@ def _summary(config: CantataConfig, info: EngineInfo) -> str:
     return start_up_summary(
         info,
         model_name=config.model_name,
+        longest_context=context_with_enough_memory(config),
+        fp8_cache=config.engine.kv_dtype == "fp8_e4m3",
         num_replicas=config.replicas,
         http=(config.listen.host, config.listen.http_port),
         grpc=(config.listen.host, config.listen.grpc_port),

@@ -90,6 +90,27 @@ async def test_what_is_wrong_with_the_request_is_not_tried_again(cluster: Cluste
     assert sum(cluster.num_requests()) == 1
 
 
+TOO_LONG = errors.ContextLengthExceeded("too long here", "max_tokens")
+
+
+async def test_what_is_too_long_for_one_replica_may_fit_another(cluster: Cluster) -> None:
+    cluster.engines[0].answer = lambda request: Script(refusal=TOO_LONG)
+    cluster.engines[1].answer = lambda request: Script([7], finish="length")
+    for _ in range(6):
+        assert (await cluster.read())[0].token_ids == (7,)
+    assert cluster.num_requests()[0] > 0
+
+
+@pytest.mark.parametrize("other", [TOO_LONG, errors.Overloaded("full")])
+async def test_what_is_too_long_wherever_there_is_room_is_refused(cluster: Cluster, other: errors.CantataError) -> None:
+    """If the one that could take it is full, the client may come again."""
+    for engine, refusal in zip(cluster.engines, (TOO_LONG, other), strict=True):
+        engine.answer = lambda request, refusal=refusal: Script(refusal=refusal)
+    with pytest.raises(type(other)):
+        await cluster.read()
+    assert cluster.num_requests() == [1, 1]
+
+
 GONE = errors.EngineDead("gone")
 TOKENS = [31, 32, 33, 34, 35, 36]
 
