@@ -135,9 +135,10 @@ def gpu_kv_memory(
 
 
 def _bounds(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int | None) -> tuple[int, int]:
-    """Bytes that one sequence of the longest context needs, and bytes that can ever be of use."""
-    groups = _groups(model, scheduler, dtype, longest_context(model, max_model_len))
-    return sum(group.minimum * group.block_bytes for group in groups), sum(group.useful * group.block_bytes for group in groups)
+    """Bytes that one sequence of the longest context needs to be computed by whole steps, and bytes that can ever be of use."""
+    length = longest_context(model, max_model_len)
+    useful = sum(group.useful * group.block_bytes for group in _groups(model, scheduler, dtype, length))
+    return _needed(model, scheduler, dtype, length, whole_steps=True), useful
 
 
 def split_memory(
