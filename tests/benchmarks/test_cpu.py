@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.cpu import ExpertLayer, Task, attention_task, bandwidth_task, dense_weights, measure, print_table, run_dense
+from benchmarks.cpu import ExpertLayer, Task, attention_task, bandwidth_task, dense_weights, measure, print_table, recorded, run_dense
 from kernels.cpu import native
 
 pytestmark = pytest.mark.skipif(native.shared_library() is None, reason="the C++ library was not built")
@@ -31,13 +31,22 @@ def test_weights_and_experts_are_what_is_counted() -> None:
     assert read.run(0) == read.run(1) == 0  # an even number of equal words
     weights = dense_weights(48, 64, torch.int8, 1)
     assert len(weights) == 2
-    assert run_dense(torch.ones(3, 64).bfloat16(), weights)(1).shape == (3, 48)  # type: ignore[attr-defined]
+    assert run_dense(torch.ones(3, 64).bfloat16(), weights)(1).shape == (3, 48)
     layer = ExpertLayer(64, 32, 1)
     task = layer.task("experts", 5, 4)
     assert task.num_operations == 2 * 5 * 4 * 3 * 64 * 32
     assert 4 * layer.expert_bytes <= task.num_bytes <= 20 * layer.expert_bytes
     assert layer.expert_bytes == layer.gate_up.num_bytes // 32 + layer.down.num_bytes // 32
     assert task.run(3).isfinite().all()  # type: ignore[attr-defined]
+
+
+def test_recorded_calls_are_those_that_were_recorded() -> None:
+    weights = dense_weights(48, 64, torch.int8, 3 * 48 * 64)
+    run = run_dense(torch.randn(1, 64).bfloat16(), weights)
+    replay = recorded(run, len(weights))
+    for call in (2, 0, 1, 5):
+        assert torch.equal(replay(call), run(call))
+    assert not torch.equal(run(0), run(1))
 
 
 def test_attention_counts_the_keys_that_are_seen() -> None:
