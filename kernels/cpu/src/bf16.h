@@ -46,22 +46,6 @@ inline void decode_pairs(const Int8Weights&, const uint8_t* from, __m512i pairs[
   }
 }
 
-// Weights come from memory once and are not needed again soon; the processor's own prefetching stops at every page of 4 KiB. How far ahead was
-// measured: at 4 KiB and more, reading is slower by up to a tenth.
-constexpr long kPrefetchBytes = CANTATA_BF16 == 2 ? 1536 : 2048;
-
-// How far ahead to fetch at byte `at` of a row group where num_groups are read side by side: behind a group lie those that are being read,
-// then the one that is read next.
-inline long prefetch_distance(long at, long group_bytes, int num_groups) {
-  return at + kPrefetchBytes < group_bytes ? kPrefetchBytes : kPrefetchBytes + (num_groups - 1) * group_bytes;
-}
-
-template <long kBytes>
-inline void prefetch(const uint8_t* from) {
-#pragma GCC unroll 16
-  for (long line = 0; line < kBytes; line += 64) _mm_prefetch((const char*)from + line, _MM_HINT_T0);
-}
-
 #if CANTATA_BF16 == 1
 
 // For each 32 columns two sums are made, of every other pair, then scaled and added to the total.

@@ -11,12 +11,16 @@ void few_tokens(const Weights& weights, long group, const float* x, Outputs* y) 
     blocks[g] = weights.group(group + g);
     if constexpr (Weights::kScaled) codes[g] = weights.scale_codes(group + g);
   }
+  constexpr long kStepBytes = 4 * Weights::kChunkBytes;
+  const long group_bytes = weights.width / 32 * kStepBytes;
   Vec total[kGroups][kTokens][kVectors] = {};
   for (long k = 0; k < weights.width; k += 32) {
+    const long at = k / 32 * kStepBytes, ahead = at + prefetch_distance(at, group_bytes, kGroups);
     Vec part[kGroups][kTokens][kVectors][kParts] = {};
     for (int chunk = 0; chunk < 4; ++chunk) {
 #pragma GCC unroll 2
       for (int g = 0; g < kGroups; ++g) {
+        prefetch<Weights::kChunkBytes>(blocks[g] + ahead + chunk * Weights::kChunkBytes);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           Vec decoded[8];
@@ -110,6 +114,7 @@ void many_tokens(const Weights& weights, long group, const float* x, long num_to
     const long width = weights.width - first < kSlice ? weights.width - first : kSlice;
     const uint8_t* blocks = weights.group(group) + first / 8 * Weights::kChunkBytes;
     for (long chunk = 0; chunk < width / 8; ++chunk) {
+      prefetch<Weights::kChunkBytes>(blocks + chunk * Weights::kChunkBytes + kPrefetchBytes);
       for (int v = 0; v < kVectors; ++v) {
         Vec decoded[8];
         Weights::decode(blocks + chunk * Weights::kChunkBytes, v, decoded);

@@ -50,10 +50,14 @@ inline float sum(Vec value) {
 
 // 2^(code - 127) for kLanes scale codes; code 0 is the subnormal 2^-127.
 inline Vec scales(const uint8_t* codes) {
+#if CANTATA_ISA == 1
+  const IntVec bits = (IntVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)codes)) << 23;  // GCC takes 30 instructions
+#else
   typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
   Bytes bytes;
   __builtin_memcpy(&bytes, codes, sizeof bytes);
   const IntVec bits = __builtin_convertvector(bytes, IntVec) << 23;
+#endif
   const IntVec least = IntVec{} + 0x00400000;
   return (Vec)(bits > least ? bits : least);
 }

@@ -170,3 +170,23 @@ struct Int8Weights : ByColumn {
     }
   }
 };
+
+// Weights come from memory once and are not needed again soon; the processor's own prefetching stops at every page of 4 KiB. How far ahead was
+// measured: at 4 KiB and more, reading is slower by up to a tenth.
+#if CANTATA_BF16 == 2
+constexpr long kPrefetchBytes = 1536;
+#else
+constexpr long kPrefetchBytes = 2048;
+#endif
+
+// How far ahead to fetch at byte `at` of a row group where num_groups are read side by side: behind a group lie those that are being read,
+// then the one that is read next.
+inline long prefetch_distance(long at, long group_bytes, int num_groups) {
+  return at + kPrefetchBytes < group_bytes ? kPrefetchBytes : kPrefetchBytes + (num_groups - 1) * group_bytes;
+}
+
+template <long kBytes>
+inline void prefetch(const uint8_t* from) {
+#pragma GCC unroll 16
+  for (long line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line);
+}
