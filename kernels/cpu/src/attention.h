@@ -126,7 +126,8 @@ class OddKeys {
   bool any() const { return (bits_[0] | bits_[1] | bits_[2] | bits_[3]) != 0; }
   void add(long key) { bits_[key / 64] |= 1ull << key % 64; }
 
-  // Adds what was left out. `offsets` are those of the tile's keys; `weights` has rows first_row to end_row of the task, kKeyTile apart; so has `sums`, `width` apart.
+  // Adds what was left out. `offsets` are those of the tile's keys; `weights` has rows first_row to end_row of the task, kKeyTile apart; so has
+  // `sums`, `width` apart.
   template <typename Element, typename Weight>
   void add_values(const Sequences<Element>& of, const QueryTile& tile, long key_tile, const long* offsets, const Weight* weights, long first_row,
                   long end_row, float* sums, long width) const {

@@ -434,7 +434,7 @@ class Bf16Reducer {
   // sums[kFewRows, head_dim]: weights times values.
   template <int kColumns>  // of tiles
   void sum_few(Span all, Span seen, Ahead& ahead, OddKeys& odd, float* sums) const {
-    constexpr long kRing = 4, kStepsAhead = 2, kWidth = 16 * kColumns;
+    constexpr long kRing = 2 * kStepsAhead, kWidth = 16 * kColumns;
     const long num_steps = (seen.last - seen.first) / kStep;
     const auto packed = [&](long step) { return work_.values + step % kRing * kStep * kWidth / 2; };
     const auto pack = [&](long step) {
