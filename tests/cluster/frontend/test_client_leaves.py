@@ -110,4 +110,5 @@ async def test_the_deadline_reaches_the_engine_and_is_504(encoding: HarmonyEncod
         response = await gateway.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
     assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
     assert engine.requests[0].deadline_s is not None
-    assert 0 < engine.requests[0].deadline_s <= 0.3
+    # gRPC sends the time left in whole units, rounded up. Without the limit there would be none.
+    assert 0 < engine.requests[0].deadline_s < 1
