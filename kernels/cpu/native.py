@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ _VERSION = 5
 DATA_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """src/ops.h `DataType`."""
 
-ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
-"""Instruction sets, the best first."""
+ISAS = ("neon", "portable") if platform.machine() in ("aarch64", "arm64") else ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+"""Instruction sets of this architecture, the best first."""
 
 
 class LinearArgs(ctypes.Structure):

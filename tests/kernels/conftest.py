@@ -8,7 +8,11 @@ import torch
 from kernels.cpu import native
 
 
-@pytest.fixture(params=["reference", "portable", "avx2", "avx512"])
+BF16_ISAS = [isa for isa in native.ISAS if isa in ("amx", "avx512_bf16")]
+FP32_ISAS = [isa for isa in native.ISAS if isa not in BF16_ISAS]
+
+
+@pytest.fixture(params=["reference", *FP32_ISAS])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The public functions run the reference in torch, then the C++ kernels on each instruction set of this processor."""
     if request.param == "reference":
@@ -24,13 +28,13 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from running(request.param)
 
 
-@pytest.fixture(params=native.ISAS[:2])
+@pytest.fixture(params=BF16_ISAS)
 def bf16_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Those with bf16 arithmetic."""
     yield from running(request.param)
 
 
-@pytest.fixture(params=native.ISAS[2:])
+@pytest.fixture(params=FP32_ISAS)
 def fp32_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Those that differ in fp32."""
     yield from running(request.param)

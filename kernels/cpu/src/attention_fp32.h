@@ -2,7 +2,7 @@
 
 constexpr int kScoreRows = kLanes == 16 ? 8 : 4;
 constexpr int kValueRows = 4;
-constexpr int kValueVectors = kLanes == 16 ? 4 : 2;
+constexpr int kValueVectors = kManyRegisters ? 4 : 2;
 constexpr long kKeyGroup = 2 * kLanes;  // keys whose dimensions are transposed together
 constexpr long kValueGroup = 32;        // keys whose values are widened together
 

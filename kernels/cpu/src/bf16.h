@@ -196,7 +196,7 @@ constexpr long kTileBytes = 1024;
 // What is not a normal number as bf16, slowly: infinite, or so small that the multiplication takes it for zero.
 inline __m512i scaled_slowly(__m512i pairs, Vec factors) {
   Vec columns[2];
-  widen_pairs(pairs, columns);
+  widen_pairs((IntVec)pairs, columns);
   const __m512i even = (__m512i)(columns[0] * factors), odd = (__m512i)(columns[1] * factors);
   return _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_and_si512(odd, _mm512_set1_epi32((int)0xFFFF0000)));
 }

@@ -49,12 +49,14 @@ bool supported(const char* name) {
   if (strcmp(name, "avx512_bf16") == 0) return has_avx512_bf16();
   if (strcmp(name, "avx512") == 0) return has_avx512();
   if (strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__aarch64__)
+  if (strcmp(name, "neon") == 0) return true;
 #endif
   return strcmp(name, "portable") == 0;
 }
 
 const Ops* find(const char* name) {
-  for (const Ops* ops : {amx_ops(), avx512_bf16_ops(), avx512_ops(), avx2_ops(), portable_ops()}) {
+  for (const Ops* ops : {amx_ops(), avx512_bf16_ops(), avx512_ops(), avx2_ops(), neon_ops(), portable_ops()}) {
     if (ops != nullptr && supported(ops->name) && (name == nullptr || strcmp(ops->name, name) == 0)) return ops;
   }
   return nullptr;

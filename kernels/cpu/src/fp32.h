@@ -107,7 +107,8 @@ void panel_rest(long left, const Panel& panel, const float* x, long stride, long
 
 template <typename Weights>
 void many_tokens(const Weights& weights, long group, const float* x, long num_tokens, float* y) {
-  constexpr int kTile = kLanes == 4 ? 2 : 12 / (kVectors * Weights::kParts);
+  // As many as the registers hold sums of, beside weights and activations.
+  constexpr int kTile = CANTATA_ISA == 0 ? 2 : CANTATA_ISA == 3 ? 6 : 12 / (kVectors * Weights::kParts);
   Panel panel;
   for (long t = 0; t < num_tokens; ++t) __builtin_memset(y + t * 2 * kRows, 0, sizeof(RowGroup));
   for (long first = 0; first < weights.width; first += kSlice) {
@@ -139,7 +140,8 @@ struct Fp32 {
   // Row group `group`, and the next if there are two, times num_tokens (at most kMaxTokens) rows of x, one behind the other; y [tokens].
   template <typename Weights>
   static void multiply(const Weights& weights, long group, int num_groups, const float* x, long num_tokens, Outputs* y) {
-    if (num_tokens == 1 && num_groups == 2) return few_tokens<Weights, 1, 2>(weights, group, x, y);
+    // NEON's short vectors leave no registers for two groups side by side.
+    if (CANTATA_ISA != 3 && num_tokens == 1 && num_groups == 2) return few_tokens<Weights, 1, 2>(weights, group, x, y);
     for (int g = 0; g < num_groups; ++g) {
       Outputs* to = (Outputs*)(&y[0][kRows * g]);
       if (num_tokens == 1) {

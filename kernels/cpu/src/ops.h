@@ -198,9 +198,10 @@ struct Ops {
 };
 
 const Ops* portable_ops();
-const Ops* avx2_ops();    // null where it was not compiled in
-const Ops* avx512_ops();       // null where it was not compiled in
-const Ops* avx512_bf16_ops();  // null where it was not compiled in
-const Ops* amx_ops();          // null where it was not compiled in
+const Ops* neon_ops();  // null where it was not compiled in, as all below
+const Ops* avx2_ops();
+const Ops* avx512_ops();
+const Ops* avx512_bf16_ops();
+const Ops* amx_ops();
 
 }  // namespace cantata

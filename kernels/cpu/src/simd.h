@@ -1,6 +1,7 @@
 // Vectors of the instruction set at hand. Included by each isa_*.cpp after its target pragma, inside an unnamed
 // namespace: no inline function may leak into code for lesser processors.
 
+// CANTATA_ISA: 0 portable, 1 AVX2, 2 AVX-512, 3 NEON.
 #if CANTATA_ISA == 2
 constexpr int kLanes = 16;
 #elif CANTATA_ISA == 1
@@ -8,6 +9,8 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+
+constexpr bool kManyRegisters = CANTATA_ISA >= 2;  // 32 vectors rather than 16
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));

@@ -32,13 +32,13 @@ constexpr uint16_t kE2m1[16] = {0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 
 constexpr uint8_t kE2m1Upper[16] = {0x00, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, 0x80, 0xBF, 0xBF, 0xBF, 0xC0, 0xC0, 0xC0, 0xC0};
 constexpr uint8_t kE2m1Lower[16] = {0x00, 0x00, 0x80, 0xC0, 0x00, 0x40, 0x80, 0xC0, 0x00, 0x00, 0x80, 0xC0, 0x00, 0x40, 0x80, 0xC0};
 
-#if CANTATA_ISA == 2
 // bf16 pairs (even column in the lower half of a row's lane) → 2 columns.
-inline void widen_pairs(__m512i pairs, Vec* columns) {
-  columns[0] = (Vec)_mm512_slli_epi32(pairs, 16);
-  columns[1] = (Vec)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000));
+inline void widen_pairs(IntVec pairs, Vec* columns) {
+  columns[0] = (Vec)(pairs << 16);
+  columns[1] = (Vec)(pairs & (int32_t)0xFFFF0000);
 }
 
+#if CANTATA_ISA == 2
 // A row's lane has 8 codes, even columns in the lower half. A lookup takes the lowest 5 bits of each half, of which the fifth is a bit of
 // the next code: the table has every value twice.
 inline __m512i e2m1_pairs(__m512i codes) {
@@ -64,10 +64,10 @@ struct Mxfp4Weights {
 
   static inline void decode(const uint8_t* from, int, Vec columns[8]) {
     const __m512i packed = _mm512_loadu_si512(from);
-    widen_pairs(e2m1_pairs(packed), columns);
-    widen_pairs(e2m1_pairs(_mm512_srli_epi32(packed, 4)), columns + 2);
-    widen_pairs(e2m1_pairs(_mm512_srli_epi32(packed, 8)), columns + 4);
-    widen_pairs(e2m1_pairs(_mm512_srli_epi32(packed, 12)), columns + 6);
+    widen_pairs((IntVec)e2m1_pairs(packed), columns);
+    widen_pairs((IntVec)e2m1_pairs(_mm512_srli_epi32(packed, 4)), columns + 2);
+    widen_pairs((IntVec)e2m1_pairs(_mm512_srli_epi32(packed, 8)), columns + 4);
+    widen_pairs((IntVec)e2m1_pairs(_mm512_srli_epi32(packed, 12)), columns + 6);
   }
 #elif CANTATA_ISA == 1
   // Two byte lookups and an interleave give bf16 in the order of the bytes: in every 128-bit lane, 2 rows of 2 columns. So a row's sum has
@@ -94,6 +94,23 @@ struct Mxfp4Weights {
         vectors[2 * half + part] = (Vec)_mm256_slli_epi32(rows[part], 16);
         vectors[2 * half + 4 + part] = (Vec)_mm256_and_si256(rows[part], odd);
       }
+    }
+  }
+#elif CANTATA_ISA == 3
+  static constexpr int kParts = 1;
+  static inline Vec activation(const float* x, int column) { return ByColumn::activation(x, column); }
+  static inline Vec fold(const Vec* parts) { return ByColumn::fold(parts); }
+
+  // Bytes 0 and 2 of each of 4 rows come first, then 1 and 3, so that two byte lookups and an interleave give pairs of neighbouring columns.
+  static inline void decode(const uint8_t* from, int v, Vec columns[8]) {
+    constexpr uint8_t kOrder[16] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
+    const uint8x16_t upper = vld1q_u8(kE2m1Upper), lower = vld1q_u8(kE2m1Lower);
+    const uint8x16_t packed = vqtbl1q_u8(vld1q_u8(from + 16 * v), vld1q_u8(kOrder));
+    const uint8x16_t halves[2] = {vandq_u8(packed, vdupq_n_u8(15)), vshrq_n_u8(packed, 4)};
+    for (int half = 0; half < 2; ++half) {
+      const uint8x16_t high = vqtbl1q_u8(upper, halves[half]), low = vqtbl1q_u8(lower, halves[half]);
+      widen_pairs((IntVec)vzip1q_u8(low, high), columns + 2 * half);
+      widen_pairs((IntVec)vzip2q_u8(low, high), columns + 2 * half + 4);
     }
   }
 #else
@@ -128,8 +145,7 @@ struct Bf16Weights : ByColumn {
     for (int pair = 0; pair < 4; ++pair) {
       IntVec both;
       __builtin_memcpy(&both, from + 64 * pair + 4 * kLanes * v, sizeof both);
-      columns[2 * pair] = (Vec)(both << 16);
-      columns[2 * pair + 1] = (Vec)(both & (int32_t)0xFFFF0000);
+      widen_pairs(both, columns + 2 * pair);
     }
   }
 };
@@ -161,6 +177,14 @@ struct Int8Weights : ByColumn {
       for (int half = 0; half < 2; ++half) {
         columns[4 * quad + 2 * half] = (Vec)_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs[half], 16), 24));
         columns[4 * quad + 2 * half + 1] = (Vec)_mm256_cvtepi32_ps(_mm256_srai_epi32(pairs[half], 24));
+      }
+#elif CANTATA_ISA == 3
+      // A byte at the top of a lane, read as a fraction of 24 bits, is the whole number.
+      const uint8x16_t packed = vld1q_u8(from + 64 * quad + 16 * v), zero = vdupq_n_u8(0);
+      const IntVec pairs[2] = {(IntVec)vzip1q_u8(zero, packed), (IntVec)vzip2q_u8(zero, packed)};
+      for (int half = 0; half < 2; ++half) {
+        columns[4 * quad + 2 * half] = (Vec)vcvtq_n_f32_s32((int32x4_t)(pairs[half] << 16), 24);
+        columns[4 * quad + 2 * half + 1] = (Vec)vcvtq_n_f32_s32((int32x4_t)(pairs[half] & (int32_t)0xFF000000), 24);
       }
 #else
       static_assert(kLanes == 4, "a unit of 4 rows");

@@ -1,0 +1,49 @@
+// The operations for ARM processors of 64 bits, all of which have NEON.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#include <stdint.h>
+
+#include <atomic>
+
+#include "ops.h"
+#include "pool.h"
+#include "scratch.h"
+
+#if defined(__aarch64__)
+#define CANTATA_ISA 3
+
+namespace cantata {
+namespace {
+#include "simd.h"
+//
+#include "activations.h"
+//
+#include "linear.h"
+//
+#include "weights.h"
+//
+#include "fp32.h"
+//
+#include "experts.h"
+//
+#include "dense.h"
+//
+#include "fp32_ops.h"
+//
+#include "pack.h"
+//
+#include "stream.h"
+//
+#include "step_ops.h"
+
+const Ops kOps{"neon", linear, experts, dense, pack, pack_dense, read_through, kStepOps};
+}  // namespace
+
+const Ops* neon_ops() { return &kOps; }
+}  // namespace cantata
+#else
+namespace cantata {
+const Ops* neon_ops() { return nullptr; }
+}
+#endif
