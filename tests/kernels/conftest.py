@@ -7,7 +7,6 @@ import torch
 
 from kernels.cpu import native
 
-
 BF16_ISAS = [isa for isa in native.ISAS if isa in ("amx", "avx512_bf16")]
 FP32_ISAS = [isa for isa in native.ISAS if isa not in BF16_ISAS]
 
