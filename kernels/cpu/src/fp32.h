@@ -18,7 +18,7 @@ void few_tokens(const Weights& weights, long group, const float* x, Outputs* y) 
     const long at = k / 32 * kStepBytes, ahead = at + prefetch_distance(at, group_bytes, kGroups);
     Vec part[kGroups][kTokens][kVectors][kParts] = {};
     for (int chunk = 0; chunk < 4; ++chunk) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g) {
         prefetch<Weights::kChunkBytes>(blocks[g] + ahead + chunk * Weights::kChunkBytes);
 #pragma GCC unroll 4
@@ -82,7 +82,7 @@ void panel_tile(const Panel& panel, const float* x, long stride, long width, flo
     }
     for (int t = 0; t < kTokens; ++t) {
       for (int v = 0; v < kVectors; ++v) {
-        float* total = y + t * 2 * kRows + kLanes * v;
+        float* total = y + t * kBlockGroups * kRows + kLanes * v;
         const Vec sum = Weights::fold(part[t][v]);
         if constexpr (Weights::kScaled) {
           store(total, load(total) + sum * load(panel.factors + k / 32 * kRows + kLanes * v));
@@ -110,7 +110,7 @@ void many_tokens(const Weights& weights, long group, const float* x, long num_to
   // As many as the registers hold sums of, beside weights and activations.
   constexpr int kTile = CANTATA_ISA == 0 ? 2 : CANTATA_ISA == 3 ? 6 : 12 / (kVectors * Weights::kParts);
   Panel panel;
-  for (long t = 0; t < num_tokens; ++t) __builtin_memset(y + t * 2 * kRows, 0, sizeof(RowGroup));
+  for (long t = 0; t < num_tokens; ++t) __builtin_memset(y + t * kBlockGroups * kRows, 0, sizeof(RowGroup));
   for (long first = 0; first < weights.width; first += kSlice) {
     const long width = weights.width - first < kSlice ? weights.width - first : kSlice;
     const uint8_t* blocks = weights.group(group) + first / 8 * Weights::kChunkBytes;
@@ -128,33 +128,44 @@ void many_tokens(const Weights& weights, long group, const float* x, long num_to
     }
     long t = 0;
     for (; t + kTile <= num_tokens; t += kTile) {
-      panel_tile<Weights, kTile>(panel, x + t * weights.width + first, weights.width, width, y + t * 2 * kRows);
+      panel_tile<Weights, kTile>(panel, x + t * weights.width + first, weights.width, width, y + t * kBlockGroups * kRows);
     }
-    panel_rest<Weights, kTile - 1>(num_tokens - t, panel, x + t * weights.width + first, weights.width, width, y + t * 2 * kRows);
+    panel_rest<Weights, kTile - 1>(num_tokens - t, panel, x + t * weights.width + first, weights.width, width, y + t * kBlockGroups * kRows);
   }
 }
 
-struct Fp32 {
+class Fp32 {
+ public:
   typedef float Activation;
 
-  // Row group `group`, and the next if there are two, times num_tokens (at most kMaxTokens) rows of x, one behind the other; y [tokens].
+  // num_groups row groups (at most kBlockGroups) from `group` on, times num_tokens (at most kMaxTokens) rows of x, one behind the other;
+  // y [tokens].
   template <typename Weights>
   static void multiply(const Weights& weights, long group, int num_groups, const float* x, long num_tokens, Outputs* y) {
-    // NEON's short vectors leave no registers for two groups side by side.
-    if (CANTATA_ISA != 3 && num_tokens == 1 && num_groups == 2) return few_tokens<Weights, 1, 2>(weights, group, x, y);
-    for (int g = 0; g < num_groups; ++g) {
-      Outputs* to = (Outputs*)(&y[0][kRows * g]);
-      if (num_tokens == 1) {
-        few_tokens<Weights, 1, 1>(weights, group + g, x, to);
-      } else if (num_tokens == 2) {
-        few_tokens<Weights, 2, 1>(weights, group + g, x, to);
-      } else if (num_tokens == 3 && Weights::kParts == 1) {
-        few_tokens<Weights, 3, 1>(weights, group + g, x, to);
-      } else if (num_tokens == 4 && Weights::kParts == 1) {
-        few_tokens<Weights, 4, 1>(weights, group + g, x, to);
-      } else {
-        many_tokens(weights, group + g, x, num_tokens, (float*)to);
-      }
+    // Decoding MXFP4 gains from more to do at once; what is read faster loses by reading at four places. NEON has registers for one group.
+    constexpr int kPair = CANTATA_ISA == 3 ? 1 : 2, kPairOfFew = CANTATA_ISA == 2 ? 2 : 1;
+    if (num_tokens == 1) {
+      side_by_side<Weights, 1, Weights::kScaled ? kPair * kBlockGroups / 2 : kPair>(weights, group, num_groups, x, y);
+    } else if (num_tokens == 2) {
+      side_by_side<Weights, 2, kPairOfFew>(weights, group, num_groups, x, y);
+    } else if (num_tokens == 3 && Weights::kParts == 1) {
+      side_by_side<Weights, 3, kPairOfFew>(weights, group, num_groups, x, y);
+    } else if (num_tokens == 4 && Weights::kParts == 1) {
+      side_by_side<Weights, 4, kPairOfFew>(weights, group, num_groups, x, y);
+    } else {
+      for (int g = 0; g < num_groups; ++g) many_tokens(weights, group + g, x, num_tokens, &y[0][kRows * g]);
+    }
+  }
+
+ private:
+  // kGroups at a time, then the rest.
+  template <typename Weights, int kTokens, int kGroups>
+  static void side_by_side(const Weights& weights, long group, int num_groups, const float* x, Outputs* y) {
+    const auto results = [&](int g) { return (Outputs*)&y[0][g * kRows]; };
+    int g = 0;
+    for (; g + kGroups <= num_groups; g += kGroups) few_tokens<Weights, kTokens, kGroups>(weights, group + g, x, results(g));
+    if constexpr (kGroups > 1) {
+      if (g < num_groups) side_by_side<Weights, kTokens, kGroups / 2>(weights, group + g, num_groups - g, x, results(g));
     }
   }
 };

@@ -7,8 +7,8 @@ constexpr int kVectors = kRows / kLanes;  // a column of a row group
 
 typedef float RowGroup[kRows];
 
-// Row groups of a block, which is multiplied at once.
-#if CANTATA_BF16 == 2
+// Row groups of a block, which is multiplied at once: where a group is one vector, a token's sums of two would wait for each other.
+#if CANTATA_ISA == 2 && CANTATA_BF16 != 1
 constexpr int kBlockGroups = 4;
 #else
 constexpr int kBlockGroups = 2;
@@ -39,6 +39,8 @@ inline void widen_pairs(IntVec pairs, Vec* columns) {
 }
 
 #if CANTATA_ISA == 2
+alignas(64) constexpr float kE2m1Values[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
 // A row's lane has 8 codes, even columns in the lower half. A lookup takes the lowest 5 bits of each half, of which the fifth is a bit of
 // the next code: the table has every value twice.
 inline __m512i e2m1_pairs(__m512i codes) {
@@ -62,12 +64,14 @@ struct Mxfp4Weights {
   static inline Vec activation(const float* x, int column) { return ByColumn::activation(x, column); }
   static inline Vec fold(const Vec* parts) { return ByColumn::fold(parts); }
 
+  // A lookup takes the lowest 4 bits of each lane.
   static inline void decode(const uint8_t* from, int, Vec columns[8]) {
-    const __m512i packed = _mm512_loadu_si512(from);
-    widen_pairs((IntVec)e2m1_pairs(packed), columns);
-    widen_pairs((IntVec)e2m1_pairs(_mm512_srli_epi32(packed, 4)), columns + 2);
-    widen_pairs((IntVec)e2m1_pairs(_mm512_srli_epi32(packed, 8)), columns + 4);
-    widen_pairs((IntVec)e2m1_pairs(_mm512_srli_epi32(packed, 12)), columns + 6);
+    const __m512 values = _mm512_load_ps(kE2m1Values);
+    const IntVec packed = (IntVec)_mm512_loadu_si512(from);
+#pragma GCC unroll 8
+    for (int column = 0; column < 8; ++column) {
+      columns[column] = (Vec)_mm512_permutexvar_ps((__m512i)(packed >> (column % 2 * 16 + column / 2 * 4)), values);
+    }
   }
 #elif CANTATA_ISA == 1
   // Two byte lookups and an interleave give bf16 in the order of the bytes: in every 128-bit lane, 2 rows of 2 columns. So a row's sum has
