@@ -137,14 +137,12 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     x = (x if width == _padded(width) else functional.pad(x, (0, _padded(width) - width))).contiguous()
     bias = bias if bias is None else bias.contiguous()
     out = torch.empty(num_rows, num_outputs, dtype=torch.bfloat16)
-    wide = torch.empty(x.shape)
     arguments = native.DenseArgs(
         x=native.pointer(x),
         weight=native.pointer(weight.values),
         scales=native.pointer(weight.scales),
         bias=native.pointer(bias),
         out=native.pointer(out),
-        wide=native.pointer(wide),
         num_rows=num_rows,
         width=x.shape[1],
         num_outputs=num_outputs,

@@ -35,14 +35,10 @@ def fused_experts(
     """
     num_tokens, hidden = x.shape
     num_experts, double_width, _ = gate_up.shape
-    num_pairs = topk_ids.numel()
     x = x.contiguous()
     ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.contiguous()
     gate_up_bias, down_bias = gate_up_bias.contiguous(), down_bias.contiguous()
     out = torch.empty_like(x)
-    rows = torch.empty(num_pairs * (hidden + double_width // 2))
-    sums = torch.empty(num_tokens, hidden) if x.dtype == torch.bfloat16 else None
-    order = torch.empty(num_pairs + 2 * num_experts + 1, dtype=torch.int32)
     arguments = native.ExpertsArgs(
         x=native.pointer(x),
         topk_ids=native.pointer(ids),
@@ -54,9 +50,6 @@ def fused_experts(
         gate_up_bias=native.pointer(gate_up_bias),
         down_bias=native.pointer(down_bias),
         out=native.pointer(out),
-        rows=native.pointer(rows),
-        sums=native.pointer(sums),
-        order=native.pointer(order),
         num_tokens=num_tokens,
         top_k=topk_ids.shape[1],
         hidden=hidden,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 5
+_VERSION = 6
 """Of the functions and structures; src/dispatch.cpp says the same."""
 DATA_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """src/ops.h `DataType`."""
@@ -38,7 +38,7 @@ class DenseArgs(ctypes.Structure):
     """src/ops.h"""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "scales", "bias", "out", "wide")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "scales", "bias", "out")),
         *((name, ctypes.c_int64) for name in ("num_rows", "width", "num_outputs")),
     )
 
@@ -64,7 +64,7 @@ class ExpertsArgs(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "topk_ids", "topk_weights")),
         *((name, ctypes.c_void_p) for name in ("gate_up_blocks", "gate_up_scales", "down_blocks", "down_scales")),
-        *((name, ctypes.c_void_p) for name in ("gate_up_bias", "down_bias", "out", "rows", "sums", "order")),
+        *((name, ctypes.c_void_p) for name in ("gate_up_bias", "down_bias", "out")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "top_k", "hidden", "intermediate", "first_expert", "num_experts")),
         ("limit", ctypes.c_float),
         ("alpha", ctypes.c_float),

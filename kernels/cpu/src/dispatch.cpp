@@ -67,7 +67,7 @@ const Ops* chosen = find(nullptr);
 }  // namespace
 }  // namespace cantata
 
-EXPORT int cantata_version() { return 5; }
+EXPORT int cantata_version() { return 6; }
 
 EXPORT const char* cantata_isa() { return cantata::chosen->name; }
 

@@ -47,9 +47,8 @@ struct Assignment {
   long num_entries(long num_experts) const { return starts[num_experts]; }
 };
 
-inline Assignment assign(const ExpertsArgs& args) {
+inline void assign(const ExpertsArgs& args, Assignment& result) {
   const long pairs = args.num_tokens * args.top_k;
-  Assignment result{args.order, args.order + pairs, args.order + pairs + args.num_experts + 1, 0};
   for (long expert = 0; expert <= args.num_experts; ++expert) result.starts[expert] = 0;
   const auto local = [&](long pair) { return (long)args.topk_ids[pair] - args.first_expert; };
   for (long pair = 0; pair < pairs; ++pair) {
@@ -67,7 +66,6 @@ inline Assignment assign(const ExpertsArgs& args) {
   }
   for (long expert = args.num_experts; expert > 0; --expert) result.starts[expert] = result.starts[expert - 1];
   result.starts[0] = 0;
-  return result;
 }
 
 inline long smaller(long a, long b) { return a < b ? a : b; }
@@ -90,13 +88,34 @@ void project(Engine& engine, const Weights& weights, long first, long last, cons
   }
 }
 
+template <typename Activation>
+struct ExpertsWorkspace {
+  Assignment assignment;
+  Activation* rows;         // [pairs, hidden], by expert; those of other ranks' experts are missing
+  Activation* activations;  // [pairs, intermediate], likewise
+  float* sums;              // [num_tokens, hidden]
+
+  ExpertsWorkspace(Layout& layout, const ExpertsArgs& args) {
+    const long pairs = args.num_tokens * args.top_k;
+    assignment = {layout.take<int32_t>(pairs), layout.take<int32_t>(args.num_experts + 1), layout.take<int32_t>(args.num_experts), 0};
+    rows = layout.take<Activation>(pairs * args.hidden);
+    activations = layout.take<Activation>(pairs * args.intermediate);
+    sums = args.type == kFloat32 ? static_cast<float*>(args.out) : layout.take<float>(args.num_tokens * args.hidden);
+  }
+};
+
 template <typename Engine>
 void run_experts(const ExpertsArgs& args) {
   typedef typename Engine::Activation Activation;
-  const Assignment assignment = assign(args);
+  Layout size(nullptr);
+  ExpertsWorkspace<Activation>(size, args);
+  Layout layout(operation_scratch(size.size()));
+  ExpertsWorkspace<Activation> work(layout, args);
+  assign(args, work.assignment);
+  const Assignment& assignment = work.assignment;
+  Activation *rows = work.rows, *activations = work.activations;
+  float* sums = work.sums;
   const long hidden = args.hidden, width = args.intermediate, num_entries = assignment.num_entries(args.num_experts);
-  Activation* rows = static_cast<Activation*>(args.rows);
-  Activation* activations = rows + num_entries * hidden;
 
   auto gather = [&](long begin, long end) {
     for (long entry = begin; entry < end; ++entry) {
@@ -131,7 +150,6 @@ void run_experts(const ExpertsArgs& args) {
   parallel_pieces(assignment.num_hit * blocks, gate_up);
 
   // Whoever has a piece adds up all experts for its columns, in ascending order of the expert, as the reference does.
-  float* sums = args.type == kFloat32 ? static_cast<float*>(args.out) : args.sums;
   const auto down_columns = [&](Engine& engine, long first, long last) {
     for (long token = 0; token < args.num_tokens; ++token) __builtin_memset(sums + token * hidden + first, 0, (last - first) * sizeof(float));
     for (long index = 0; index < assignment.num_hit; ++index) {

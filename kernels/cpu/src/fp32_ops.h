@@ -3,9 +3,10 @@
 void experts(const ExpertsArgs& args) { run_experts<Fp32>(args); }
 
 void dense(const DenseArgs& args) {
+  float* wide = static_cast<float*>(operation_scratch(args.num_rows * args.width * (long)sizeof(float)));
   auto widen_rows = [&](long begin, long end) {
-    widen_values(args.x, kBfloat16, begin * args.width, (end - begin) * args.width, args.wide + begin * args.width);
+    widen_values(args.x, kBfloat16, begin * args.width, (end - begin) * args.width, wide + begin * args.width);
   };
   parallel_for(args.num_rows, 16, widen_rows);
-  run_dense<Fp32>(args, args.wide);
+  run_dense<Fp32>(args, wide);
 }

@@ -19,6 +19,8 @@ namespace cantata {
 namespace {
 #include "simd.h"
 //
+#include "workspace.h"
+//
 #include "activations.h"
 //
 #include "weights.h"

@@ -18,6 +18,8 @@ namespace cantata {
 namespace {
 #include "simd.h"
 //
+#include "workspace.h"
+//
 #include "activations.h"
 //
 #include "linear.h"

@@ -17,6 +17,8 @@ namespace cantata {
 namespace {
 #include "simd.h"
 //
+#include "workspace.h"
+//
 #include "activations.h"
 //
 #include "linear.h"

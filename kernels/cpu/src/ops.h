@@ -23,7 +23,6 @@ struct DenseArgs {
   const float* scales;  // [num_outputs], or null
   const uint16_t* bias;  // [num_outputs] bf16, or null
   uint16_t* out;        // [num_rows, num_outputs] bf16
-  float* wide;          // scratch [num_rows, width]
   int64_t num_rows, width, num_outputs;
 };
 
@@ -41,9 +40,6 @@ struct ExpertsArgs {
   const void* gate_up_bias;   // [experts, 2 * intermediate] of bias_type
   const void* down_bias;      // [experts, hidden] of bias_type
   void* out;                  // [num_tokens, hidden] of type
-  void* rows;                 // scratch for num_tokens * top_k * (hidden + intermediate) floats
-  float* sums;                // scratch [num_tokens, hidden]; not used for fp32
-  int32_t* order;             // scratch [num_tokens * top_k + 2 * experts + 1]
   int64_t num_tokens, top_k, hidden, intermediate, first_expert, num_experts;
   float limit, alpha;
   int32_t type, bias_type;
