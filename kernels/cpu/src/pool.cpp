@@ -82,14 +82,16 @@ class Pool {
   void run(const Job& job) {
     job_ = job;
     next_.store(0, std::memory_order_relaxed);
-    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    helpers_.store(0, std::memory_order_release);
     {
       std::lock_guard<std::mutex> lock(sleep_);
       generation_.fetch_add(1, std::memory_order_release);
     }
     if (num_asleep_.load() > 0) wake_.notify_all();
     take_pieces();
-    for (int spin = 0; running_.load(std::memory_order_acquire) > 0; ++spin) {
+    // Who has not come yet is not waited for: waking up can take longer than the job.
+    helpers_.fetch_or(kClosed, std::memory_order_relaxed);
+    for (int spin = 0; helpers_.load(std::memory_order_acquire) != kClosed; ++spin) {
       if (spin < 16 * kSpins) {
         pause();
       } else {
@@ -109,9 +111,19 @@ class Pool {
     for (;;) {
       seen = wait_for_job(seen);
       if (stopping_) return;
+      if (!join()) continue;
       take_pieces();
-      running_.fetch_sub(1, std::memory_order_release);
+      helpers_.fetch_sub(1, std::memory_order_release);
     }
+  }
+
+  // Whether there is a job to help with, perhaps a later one than the one that was seen. It stays until the helper leaves.
+  bool join() {
+    int helpers = helpers_.load(std::memory_order_relaxed);
+    while ((helpers & kClosed) == 0) {
+      if (helpers_.compare_exchange_weak(helpers, helpers + 1, std::memory_order_acquire, std::memory_order_relaxed)) return true;
+    }
+    return false;
   }
 
   unsigned long wait_for_job(unsigned long seen) {
@@ -133,7 +145,8 @@ class Pool {
   std::vector<std::thread> workers_;
   Job job_{};
   std::atomic<long> next_{0};
-  std::atomic<int> running_{0};
+  static constexpr int kClosed = 1 << 30;
+  std::atomic<int> helpers_{kClosed};  // workers at the job; kClosed once it takes no more
   std::atomic<unsigned long> generation_{0};
   std::atomic<int> num_asleep_{0};
   std::mutex sleep_;

@@ -21,8 +21,9 @@ class Pieces {
 
 using Task = void (*)(void* context, Pieces& pieces);
 
-// Calls task once on each thread, to take pieces of [0, count) until none is left; returns when all are done. Which thread runs a piece
-// never shows in a result. A call while another thread uses the pool runs on the caller's thread alone. A forked child has a pool of its own.
+// Calls task on the caller's thread and once on each worker that wakes up in time, to take pieces of [0, count) until none is left; returns
+// when all are done. Which thread runs a piece never shows in a result. A call while another thread uses the pool runs on the caller's thread
+// alone. A forked child has a pool of its own.
 void run(Task task, void* context, long count, long least, long shares);
 
 int num_threads();
@@ -36,7 +37,7 @@ void parallel_for(long count, long chunk, Body& body) {
   run(task, &body, count, chunk < 1 ? 1 : chunk, std::numeric_limits<long>::max());
 }
 
-// body(pieces) once on each thread, for what needs preparation or loses at the borders of pieces: large ones first, then smaller and smaller
+// body(pieces) once on each of these threads, for what needs preparation or loses at the borders of pieces: large ones first, then smaller and smaller
 // ones, so that threads end together.
 template <typename Body>
 void parallel_pieces(long count, Body& body) {

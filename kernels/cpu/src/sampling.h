@@ -160,6 +160,17 @@ inline float row_maximum(const float* maxima, long num_blocks) {
   return maximum;
 }
 
+// Blocks [begin, end), counted over all rows: `body(row, first, last)` for each row's own.
+template <typename Body>
+inline void row_by_row(long begin, long end, long num_blocks, const Body& body) {
+  while (begin < end) {
+    const long row = begin / num_blocks, first = begin % num_blocks;
+    const long last = first + end - begin < num_blocks ? first + end - begin : num_blocks;
+    body(row, first, last);
+    begin += last - first;
+  }
+}
+
 inline long first_largest(const float* row, const float* maxima, long vocab) {
   const long num_blocks = num_token_blocks(vocab);
   const float maximum = row_maximum(maxima, num_blocks);
@@ -194,12 +205,14 @@ struct Sampler {
     };
     parallel_for(args.num_rows * num_blocks, 32, reduce_maxima);
     auto reduce_sums = [&](long begin, long end) {
-      for (long i = begin; i < end; ++i) {
-        const long row = i / num_blocks;
-        if (!is_random(row)) continue;
-        TokenBlock block(logits(row), args.vocab, i % num_blocks);
-        args.block_sums[i] = to_weights(block, row_maximum(maxima(row), num_blocks), args.temperature[row], min_p(row));
-      }
+      row_by_row(begin, end, num_blocks, [&](long row, long first, long last) {
+        if (!is_random(row)) return;
+        const float maximum = row_maximum(maxima(row), num_blocks);
+        for (long b = first; b < last; ++b) {
+          TokenBlock block(logits(row), args.vocab, b);
+          args.block_sums[row * num_blocks + b] = to_weights(block, maximum, args.temperature[row], min_p(row));
+        }
+      });
     };
     if (args.temperature != nullptr) parallel_for(args.num_rows * num_blocks, 32, reduce_sums);
     auto choose = [&](long begin, long end) {
@@ -298,10 +311,13 @@ void logprobs(const LogprobArgs& args) {
   };
   parallel_for(args.num_rows * num_blocks, 32, reduce_maxima);
   auto reduce_sums = [&](long begin, long end) {
-    for (long i = begin; i < end; ++i) {
-      TokenBlock block(logits(i / num_blocks), args.vocab, i % num_blocks);
-      args.block_sums[i] = to_weights(block, row_maximum(args.block_maxima + i / num_blocks * num_blocks, num_blocks), 1.0f, 0.0f);
-    }
+    row_by_row(begin, end, num_blocks, [&](long i, long first, long last) {
+      const float maximum = row_maximum(args.block_maxima + i * num_blocks, num_blocks);
+      for (long b = first; b < last; ++b) {
+        TokenBlock block(logits(i), args.vocab, b);
+        args.block_sums[i * num_blocks + b] = to_weights(block, maximum, 1.0f, 0.0f);
+      }
+    });
   };
   parallel_for(args.num_rows * num_blocks, 32, reduce_sums);
   auto finish = [&](long begin, long end) {
