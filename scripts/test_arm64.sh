@@ -10,13 +10,19 @@ root=$(cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 
-if [ ! -e "$root/ready" ]; then
+if [ ! -e "$root/debian-is-here" ]; then
   debootstrap --arch=arm64 --variant=minbase --include=python3,python3-pip bookworm "$root"
+  # Who this machine trusts: it may have a mirror of its own.
+  mkdir -p "$root/etc/ssl"
+  cp -rL /etc/ssl/certs "$root/etc/ssl/"
+  touch "$root/debian-is-here"
+fi
+if [ ! -e "$root/packages-are-here" ]; then
   echo "installing torch and what the tests need, in emulation"
   # The last torch whose build for ARM on PyPI is without CUDA.
   chroot "$root" python3 -m pip install --break-system-packages --quiet --root-user-action=ignore \
       torch==2.9.1 numpy safetensors tokenizers 'transformers>=5,<6' pyyaml tqdm pytest pytest-asyncio pytest-timeout hypothesis
-  touch "$root/ready"
+  touch "$root/packages-are-here"
 fi
 
 rm -rf "$root/src"

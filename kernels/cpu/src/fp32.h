@@ -142,22 +142,22 @@ class Fp32 {
   // y [tokens].
   template <typename Weights>
   static void multiply(const Weights& weights, long group, int num_groups, const float* x, long num_tokens, Outputs* y) {
-    // Decoding MXFP4 gains from more to do at once; what is read faster loses by reading at four places. NEON has registers for one group.
-    constexpr int kPair = CANTATA_ISA == 3 ? 1 : 2, kPairOfFew = CANTATA_ISA == 2 ? 2 : 1;
-    if (num_tokens == 1) {
-      side_by_side<Weights, 1, Weights::kScaled ? kPair * kBlockGroups / 2 : kPair>(weights, group, num_groups, x, y);
-    } else if (num_tokens == 2) {
-      side_by_side<Weights, 2, kPairOfFew>(weights, group, num_groups, x, y);
-    } else if (num_tokens == 3 && Weights::kParts == 1) {
-      side_by_side<Weights, 3, kPairOfFew>(weights, group, num_groups, x, y);
-    } else if (num_tokens == 4 && Weights::kParts == 1) {
-      side_by_side<Weights, 4, kPairOfFew>(weights, group, num_groups, x, y);
-    } else {
-      for (int g = 0; g < num_groups; ++g) many_tokens(weights, group + g, x, num_tokens, &y[0][kRows * g]);
-    }
+    constexpr int kFewTokens = Weights::kParts == 1 ? 4 : 2;
+    if (num_tokens <= kFewTokens) return few<Weights, kFewTokens>(weights, group, num_groups, x, num_tokens, y);
+    for (int g = 0; g < num_groups; ++g) many_tokens(weights, group + g, x, num_tokens, &y[0][kRows * g]);
   }
 
  private:
+  template <typename Weights, int kTokens>
+  static void few(const Weights& weights, long group, int num_groups, const float* x, long num_tokens, Outputs* y) {
+    if constexpr (kTokens > 1) {
+      if (num_tokens < kTokens) return few<Weights, kTokens - 1>(weights, group, num_groups, x, num_tokens, y);
+    }
+    // Decoding MXFP4 gains from more to do at once; what is read faster loses by reading at four places. NEON has registers for one group.
+    constexpr int kPair = CANTATA_ISA == 3 ? 1 : 2, kOfOneToken = Weights::kScaled ? kPair * kBlockGroups / 2 : kPair;
+    side_by_side<Weights, kTokens, kTokens == 1 ? kOfOneToken : CANTATA_ISA == 2 ? 2 : 1>(weights, group, num_groups, x, y);
+  }
+
   // kGroups at a time, then the rest.
   template <typename Weights, int kTokens, int kGroups>
   static void side_by_side(const Weights& weights, long group, int num_groups, const float* x, Outputs* y) {
