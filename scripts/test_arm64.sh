@@ -11,10 +11,9 @@ shift
 cd "$(dirname "$0")/.."
 
 if [ ! -e "$root/debian-is-here" ]; then
-  debootstrap --arch=arm64 --variant=minbase --include=python3,python3-pip bookworm "$root"
+  debootstrap --arch=arm64 --variant=minbase --include=python3,python3-pip,ca-certificates bookworm "$root"
   # Who this machine trusts: it may have a mirror of its own.
-  mkdir -p "$root/etc/ssl"
-  cp -rL /etc/ssl/certs "$root/etc/ssl/"
+  cp --remove-destination /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
   touch "$root/debian-is-here"
 fi
 if [ ! -e "$root/packages-are-here" ]; then

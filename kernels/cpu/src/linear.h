@@ -2,7 +2,7 @@
 // then the remainder: the same operations whatever the number of rows and threads.
 
 constexpr long kOutputsPerTask = 8;
-constexpr long kRowsPerPass = 32;  // activations that stay in the second-level cache while a task's weights pass
+constexpr long kRowsPerPass = 32;  // activations that stay in the second-level cache while all tasks' weights pass
 
 template <int kRows, int kOutputs, typename Weight>
 void linear_tile(const float* x, const Weight* weight, const Weight* bias, float* out, long width, long num_outputs) {
@@ -39,21 +39,24 @@ template <typename Weight>
 void linear_of(const LinearArgs& args) {
   const Weight* weight = static_cast<const Weight*>(args.weight);
   const Weight* bias = static_cast<const Weight*>(args.bias);
+  const long passes = (args.num_rows + kRowsPerPass - 1) / kRowsPerPass;
+  const long tasks = (args.num_outputs + kOutputsPerTask - 1) / kOutputsPerTask;  // of a pass
   auto body = [&](long begin, long end) {
-    for (long first = 0; first < args.num_rows; first += kRowsPerPass) {
-      const long rows = args.num_rows - first < kRowsPerPass ? args.num_rows - first : kRowsPerPass;
+    for (long task = begin; task < end; ++task) {
+      const long first = task / tasks * kRowsPerPass, left = args.num_rows - first, rows = left < kRowsPerPass ? left : kRowsPerPass;
       const float* x = args.x + first * args.width;
       float* out = args.out + first * args.num_outputs;
-      long o = begin;
-      for (; o + 4 <= end; o += 4) {
+      long o = task % tasks * kOutputsPerTask;
+      const long last = o + kOutputsPerTask < args.num_outputs ? o + kOutputsPerTask : args.num_outputs;
+      for (; o + 4 <= last; o += 4) {
         linear_rows<4>(x, weight + o * args.width, bias ? bias + o : nullptr, out + o, rows, args.width, args.num_outputs);
       }
-      for (; o < end; ++o) {
+      for (; o < last; ++o) {
         linear_rows<1>(x, weight + o * args.width, bias ? bias + o : nullptr, out + o, rows, args.width, args.num_outputs);
       }
     }
   };
-  parallel_for(args.num_outputs, kOutputsPerTask, body);
+  parallel_for(passes * tasks, passes == 1 ? 1 : tasks, body);
 }
 
 void linear(const LinearArgs& args) {
