@@ -49,21 +49,33 @@ inline __m512i e2m1_pairs(__m512i codes) {
 }
 #endif
 
-struct Mxfp4Weights {
+#if CANTATA_ISA == 1
+// Two byte lookups and an interleave give bf16 in the order of the bytes: in every 128-bit lane, 2 rows of 2 columns. So a row's sum has a
+// part for the even and one for the odd columns, in neighbouring lanes; vectors 2q and 2q + 1 hold columns 2q and 2q + 1, of the lower and
+// the upper two rows of each 128-bit lane.
+struct Mxfp4Sums {
+  static constexpr int kParts = 2;
+  static inline Vec activation(const float* x, int vector) { return (Vec)_mm256_castpd_ps(_mm256_broadcast_sd((const double*)(x + vector / 2 * 2))); }
+  static inline Vec fold(const Vec* parts) {
+    return (Vec)_mm256_shuffle_ps((__m256)parts[0], (__m256)parts[1], 0x88) + (Vec)_mm256_shuffle_ps((__m256)parts[0], (__m256)parts[1], 0xDD);
+  }
+};
+#else
+typedef ByColumn Mxfp4Sums;
+#endif
+
+struct Mxfp4Weights : Mxfp4Sums {
   static constexpr bool kScaled = true;  // by a power of two for each row and 32 columns
   static constexpr long kChunkBytes = 64;  // 8 columns of 16 rows
   const uint8_t* blocks;
   const uint8_t* codes;
   long width;
 
+  Mxfp4Weights(const uint8_t* blocks, const uint8_t* codes, long width) : blocks(blocks), codes(codes), width(width) {}
   const uint8_t* group(long index) const { return blocks + index * (width / 8) * kChunkBytes; }
   const uint8_t* scale_codes(long index) const { return codes + index * (width / 32) * kRows; }
 
 #if CANTATA_ISA == 2
-  static constexpr int kParts = 1;
-  static inline Vec activation(const float* x, int column) { return ByColumn::activation(x, column); }
-  static inline Vec fold(const Vec* parts) { return ByColumn::fold(parts); }
-
   // A lookup takes the lowest 4 bits of each lane.
   static inline void decode(const uint8_t* from, int, Vec columns[8]) {
     const __m512 values = _mm512_load_ps(kE2m1Values);
@@ -74,17 +86,6 @@ struct Mxfp4Weights {
     }
   }
 #elif CANTATA_ISA == 1
-  // Two byte lookups and an interleave give bf16 in the order of the bytes: in every 128-bit lane, 2 rows of 2 columns. So a row's sum has
-  // a part for the even and one for the odd columns, in neighbouring lanes; vectors 2q and 2q + 1 hold columns 2q and 2q + 1, of the lower
-  // and the upper two rows of each 128-bit lane.
-  static constexpr int kParts = 2;
-
-  static inline Vec activation(const float* x, int vector) { return (Vec)_mm256_castpd_ps(_mm256_broadcast_sd((const double*)(x + vector / 2 * 2))); }
-
-  static inline Vec fold(const Vec* parts) {
-    return (Vec)_mm256_shuffle_ps((__m256)parts[0], (__m256)parts[1], 0x88) + (Vec)_mm256_shuffle_ps((__m256)parts[0], (__m256)parts[1], 0xDD);
-  }
-
   static inline void decode(const uint8_t* from, int v, Vec vectors[8]) {
     const __m256i upper = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)kE2m1Upper));
     const __m256i lower = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)kE2m1Lower));
@@ -101,10 +102,6 @@ struct Mxfp4Weights {
     }
   }
 #elif CANTATA_ISA == 3
-  static constexpr int kParts = 1;
-  static inline Vec activation(const float* x, int column) { return ByColumn::activation(x, column); }
-  static inline Vec fold(const Vec* parts) { return ByColumn::fold(parts); }
-
   // Bytes 0 and 2 of each of 4 rows come first, then 1 and 3, so that two byte lookups and an interleave give pairs of neighbouring columns.
   static inline void decode(const uint8_t* from, int v, Vec columns[8]) {
     constexpr uint8_t kOrder[16] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
@@ -118,10 +115,6 @@ struct Mxfp4Weights {
     }
   }
 #else
-  static constexpr int kParts = 1;
-  static inline Vec activation(const float* x, int column) { return ByColumn::activation(x, column); }
-  static inline Vec fold(const Vec* parts) { return ByColumn::fold(parts); }
-
   static inline void decode(const uint8_t* from, int v, Vec columns[8]) {
     for (int row = 0; row < kLanes; ++row) {
       const uint8_t* bytes = from + 4 * (kLanes * v + row);
