@@ -93,10 +93,10 @@ def test_a_row_of_linear_is_the_same_in_every_batch_and_for_all_threads(fp32_isa
         assert torch.equal(linear.linear(x[first : first + rows], weight, bias), everything[first : first + rows]), (threads, rows, first)
 
 
-# Outputs on both sides of a group of 16 and of a pair of groups, widths on both sides of 32 columns and of the slices decoded at a time
+# Outputs on both sides of a group of 16, of two and of four groups, widths on both sides of 32 columns and of the slices decoded at a time
 # (256 and 512 columns), rows on both sides of every tile.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize(("width", "num_outputs"), [(32, 5), (31, 16), (33, 17), (257, 32), (544, 49), (1056, 15)])
+@pytest.mark.parametrize(("width", "num_outputs"), [(32, 5), (31, 16), (33, 17), (257, 32), (544, 49), (1056, 15), (64, 100)])
 def test_packed_layers_agree_with_float64(isa: str, width: int, num_outputs: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(width)
     weight, bias, x = (torch.randn(shape, generator=generator).bfloat16() for shape in ((num_outputs, width), (num_outputs,), (200, width)))
