@@ -10,6 +10,8 @@ import httpx
 from tests.support.served import MODEL_NAME, Served
 
 FIRST_CHUNKS = 3
+NUM_TOKENS = 400
+"""Of each stream: an engine is to be far from done with those that run when the reader hears of their first."""
 
 
 def read_many(served: Served, num_streams: int, num_running: int, then: Callable[[], None] = lambda: None) -> list[str]:
@@ -38,7 +40,7 @@ async def _read_many(served: Served, num_streams: int, num_running: int, then: C
 
 
 async def _read(client: httpx.AsyncClient, index: int, began: Counter[int], came: asyncio.Event) -> str:
-    body = {"model": MODEL_NAME, "prompt": f"{index} is a number", "max_tokens": 80, "ignore_eos": True, "temperature": 0}
+    body = {"model": MODEL_NAME, "prompt": f"{index} is a number", "max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 0}
     text, last = "", ""
     async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
         assert stream.status_code == 200
