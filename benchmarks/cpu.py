@@ -6,6 +6,7 @@ many runs, since others may use the machine; the load printed beside says how mu
 """
 
 import argparse
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.cpu import attention, dense, experts, native
+from kernels.cpu import attention, dense, experts, native, sampling
 from kernels.cpu.dense import PackedWeight
 from kernels.cpu.memory import zeros
 from kernels.cpu.program import Program, ProgramMemory, record
 from kernels.mxfp4 import ROWS16, PackedMXFP4
+from kernels.sampling import SamplingBatch
 
 HIDDEN = INTERMEDIATE = 2880
 """Of gpt-oss."""
@@ -28,6 +30,7 @@ NUM_EXPERTS = 32
 TOP_K = 4
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 64, 8, 64
 WINDOW = 128
+VOCAB_SIZE = 201_088
 BLOCK_SIZE = 16
 _LEAST_CALLS = 4
 
@@ -56,7 +59,7 @@ def main() -> None:
         "--memory", type=float, default=1.0, help="GiB of weights of each kind, more than the caches hold; default: %(default)s"
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="for each figure; default: %(default)s")
-    parser.add_argument("--only", choices=("matrix-vector", "experts", "dense", "attention"), help="one table")
+    parser.add_argument("--only", choices=("matrix-vector", "experts", "dense", "attention", "sampling"), help="one table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     best = native.isa()
@@ -70,6 +73,7 @@ def main() -> None:
         "experts": lambda: expert_tasks(size),
         "dense": lambda: dense_tasks(size),
         "attention": lambda: attention_tasks(size),
+        "sampling": lambda: sampling_tasks(VOCAB_SIZE),
     }
     for title, tasks in tables.items():
         if arguments.only not in (None, title):
@@ -210,6 +214,30 @@ def attention_tasks(size: int) -> list[Task]:
     ):
         tasks.append(attention_task(caches, num_seqs, query_len, context_len, window))
     return tasks
+
+
+def sampling_tasks(vocab_size: int) -> list[Task]:
+    """Tokens of 1 and of 16 rows of logits: flat ones, and peaked ones, of which a few hundred have most of the weight."""
+    tasks = []
+    for num_rows, (kind, spread) in itertools.product((1, 16), (("flat", 1.0), ("peaked", 5.0))):
+        logits = [torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(call)) * spread for call in range(4)]
+        seeded = {"seeds": torch.arange(num_rows), "output_positions": torch.arange(num_rows)}
+        warm = {"temperature": torch.ones(num_rows), **seeded}
+        batches = {
+            "greedy": SamplingBatch(),
+            "temperature 1": SamplingBatch(**warm),
+            "temperature 1, top_p 0.95": SamplingBatch(**warm, top_p=torch.full((num_rows,), 0.95)),
+            "temperature 1, top_k 50": SamplingBatch(**warm, top_k=torch.full((num_rows,), 50)),
+        }
+        for name, batch in batches.items():
+            run = run_sampling(logits, batch)
+            tasks.append(Task(f"{num_rows} rows, {kind}, {name}", run, logits[0].nbytes))
+    return tasks
+
+
+def run_sampling(logits: Sequence[Tensor], batch: SamplingBatch) -> Callable[[int], Tensor]:
+    """Each call with the next logits; returns the tokens."""
+    return lambda call: sampling.sample(logits[call % len(logits)], batch).token_ids
 
 
 def attention_caches(size: int) -> Tensor:

@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from benchmarks.cpu import ExpertLayer, Task, attention_task, bandwidth_task, dense_weights, measure, print_table, recorded, run_dense
+from benchmarks.cpu import (
+    ExpertLayer,
+    Task,
+    attention_task,
+    bandwidth_task,
+    dense_weights,
+    measure,
+    print_table,
+    recorded,
+    run_dense,
+    sampling_tasks,
+)
 from kernels.cpu import native
 
 pytestmark = pytest.mark.skipif(native.shared_library() is None, reason="the C++ library was not built")
@@ -56,3 +67,15 @@ def test_attention_counts_the_keys_that_are_seen() -> None:
     decodes = attention_task(layers, 2, 1, 40, 16)
     assert (decodes.num_bytes, decodes.num_operations) == (2 * 16 * 2 * 8 * 64 * 2, 4 * 2 * 16 * 64 * 64)
     assert all(decodes.run(call).shape == (2, 64, 64) for call in range(5))  # type: ignore[attr-defined]
+
+
+def test_sampling_tasks_sample_rows_of_logits() -> None:
+    tasks = sampling_tasks(300)
+    assert len(tasks) == len({task.name for task in tasks}) == 16
+    for task in tasks:
+        tokens = task.run(5)
+        num_rows = int(task.name.split()[0])
+        assert task.num_bytes == num_rows * 300 * 4
+        assert isinstance(tokens, torch.Tensor)
+        assert tokens.shape == (num_rows,)
+        assert all(0 <= token < 300 for token in tokens.tolist())
