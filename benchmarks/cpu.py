@@ -217,10 +217,12 @@ def attention_tasks(size: int) -> list[Task]:
 
 
 def sampling_tasks(vocab_size: int) -> list[Task]:
-    """Tokens of 1 and of 16 rows of logits: flat ones, and peaked ones, of which a few hundred have most of the weight."""
+    """Tokens of 1 and of 16 rows of logits: flat ones, and peaked ones, where about a hundred tokens have nearly all of the weight."""
     tasks = []
-    for num_rows, (kind, spread) in itertools.product((1, 16), (("flat", 1.0), ("peaked", 5.0))):
-        logits = [torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(call)) * spread for call in range(4)]
+    for num_rows, (kind, raised) in itertools.product((1, 16), (("flat", 0.0), ("peaked", 14.0))):
+        logits = [2 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(call)) for call in range(4)]
+        for rows in logits:
+            rows[:, :: max(1, vocab_size // 100)] += raised
         seeded = {"seeds": torch.arange(num_rows), "output_positions": torch.arange(num_rows)}
         warm = {"temperature": torch.ones(num_rows), **seeded}
         batches = {

@@ -34,6 +34,12 @@ struct TokenBlock {
   }
 };
 
+inline bool any(IntVec mask) {
+  int32_t found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
+  return found != 0;
+}
+
 inline float block_maximum(const TokenBlock& block) {
   Vec highest = broadcast(-__builtin_inff());
   for (long i = 0; i < block.count; i += kLanes) {
@@ -246,18 +252,9 @@ struct Sampler {
     return id;
   }
 
-  long among_leading(long row) const {
-    const long k = top_k(row);
-    const float p = top_p(row), maximum = row_maximum(maxima(row), num_blocks);
-    Candidate* candidates = static_cast<Candidate*>(thread_scratch(sizeof(Candidate) * (args.vocab + kTokenBlock) + sizeof(float) * num_blocks));
-    float* bounds = reinterpret_cast<float*>(candidates + args.vocab + kTokenBlock);
-    float least_logit = -__builtin_inff(), least_weight = 0.0f;
-    if (k < args.vocab) {
-      least_logit = kth_largest_bound(maxima(row), num_blocks, k, bounds);
-    } else {
-      // All tokens below this weight together are less than what top_p leaves out. Half, for the rounding of the sums.
-      least_weight = (float)(0.5 * (1.0 - (double)p) * row_weight(row) / (double)args.vocab);
-    }
+  // The tokens of a row that have at least this logit, this weight and any weight, ascending; returns how many.
+  long collect(long row, float least_logit, float least_weight, Candidate* candidates) const {
+    const float maximum = row_maximum(maxima(row), num_blocks);
     long count = 0;
     for (long b = 0; b < num_blocks; ++b) {
       if (maxima(row)[b] < least_logit) continue;
@@ -265,9 +262,33 @@ struct Sampler {
       TokenBlock block(logits(row), args.vocab, b);
       to_weights(block, maximum, args.temperature[row], min_p(row));
       const float* values = logits(row) + block.first;
-      for (long i = 0; i < block.count; ++i) {
-        candidates[count] = {ordered(values[i]), (int32_t)(block.first + i), block.logits[i]};
-        count += (values[i] >= least_logit) & (block.logits[i] >= least_weight) & (block.logits[i] > 0.0f);
+      for (long from = 0; from < block.count; from += kLanes) {
+        if (!any(load(block.logits + from) >= least_weight)) continue;
+        const long end = from + kLanes < block.count ? from + kLanes : block.count;
+        for (long i = from; i < end; ++i) {
+          candidates[count] = {ordered(values[i]), (int32_t)(block.first + i), block.logits[i]};
+          count += (values[i] >= least_logit) & (block.logits[i] >= least_weight) & (block.logits[i] > 0.0f);
+        }
+      }
+    }
+    return count;
+  }
+
+  long among_leading(long row) const {
+    const long k = top_k(row);
+    const float p = top_p(row);
+    Candidate* candidates = static_cast<Candidate*>(thread_scratch(sizeof(Candidate) * (args.vocab + kTokenBlock) + sizeof(float) * num_blocks));
+    float* bounds = reinterpret_cast<float*>(candidates + args.vocab + kTokenBlock);
+    constexpr float kAny = -__builtin_inff();
+    long count = 0;
+    if (k < args.vocab) {
+      count = collect(row, kth_largest_bound(maxima(row), num_blocks, k, bounds), 0.0f, candidates);
+    } else {
+      // Mostly those of a ten-thousandth of the largest weight are enough. Those of the next bound are always: all below it together weigh less than
+      // what top_p leaves out, half of it for the rounding of the sums.
+      count = collect(row, kAny, 1e-4f, candidates);
+      if (!(weight_of(candidates, count) > 1.000001 * (double)p * row_weight(row))) {
+        count = collect(row, kAny, (float)(0.5 * (1.0 - (double)p) * row_weight(row) / (double)args.vocab), candidates);
       }
     }
     if (k < count) count = cut(candidates, count, find_threshold<false>(candidates, count, (double)k));
