@@ -173,7 +173,8 @@ def test_a_client_that_disconnects_frees_the_engine(server: Served, http: httpx.
         lines = response.iter_lines()
         assert next(lines).startswith("data:")
         until(lambda: metric(http, "cantata_engine_running_requests") == before + 1, 10)
-    until(lambda: metric(http, "cantata_engine_running_requests") == before, 15)  # its tokens would take 30 s and more
+    # The promise is 100 ms to the engine; the scrape that shows it, on a busy machine, is what takes longer.
+    assert until(lambda: metric(http, "cantata_engine_running_requests") == before, 5) < 2
 
 
 def test_a_grpc_client_that_cancels_frees_the_engine(server: Served, http: httpx.Client, channel: grpc.Channel) -> None:
@@ -182,7 +183,7 @@ def test_a_grpc_client_that_cancels_frees_the_engine(server: Served, http: httpx
     next(call)
     until(lambda: metric(http, "cantata_engine_running_requests") == before + 1, 10)
     call.cancel()
-    until(lambda: metric(http, "cantata_engine_running_requests") == before, 15)
+    assert until(lambda: metric(http, "cantata_engine_running_requests") == before, 5) < 2
 
 
 def test_grpc_with_stubs(channel: grpc.Channel) -> None:

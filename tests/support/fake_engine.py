@@ -1,6 +1,7 @@
 """A gRPC engine without a model: it answers each Generate with a script, and remembers what it was asked and what was cancelled."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -47,7 +48,7 @@ class FakeEngine:
 
     Attributes:
         requests: in order of arrival.
-        cancelled: ids of the requests whose calls were seen to be cancelled.
+        cancelled: request id → monotonic time at which its call was seen to be cancelled.
         gate_of_load: waited for before GetLoad is answered.
         arrivals, cancellations: set whenever a call arrives or is cancelled.
     """
@@ -59,7 +60,7 @@ class FakeEngine:
     gate_of_load: asyncio.Event | None = None
     metrics_text: str = METRICS_TEXT
     requests: list[EngineRequest] = field(default_factory=list)
-    cancelled: set[str] = field(default_factory=set)
+    cancelled: dict[str, float] = field(default_factory=dict)
     arrivals: asyncio.Event = field(default_factory=asyncio.Event)
     cancellations: asyncio.Event = field(default_factory=asyncio.Event)
     num_open: int = 0
@@ -115,7 +116,7 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
         except CantataError as error:
             await context.abort(grpc.StatusCode[error.status], error.message, convert.error_to_metadata(error))
         except (asyncio.CancelledError, GeneratorExit):  # the latter when grpc drops the stream while it sends
-            engine.cancelled.add(message.request_id)
+            engine.cancelled[message.request_id] = time.monotonic()
             engine.cancellations.set()
             raise
         finally:
