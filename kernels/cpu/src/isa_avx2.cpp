@@ -16,29 +16,7 @@
 
 namespace cantata {
 namespace {
-#include "simd.h"
-//
-#include "workspace.h"
-//
-#include "activations.h"
-//
-#include "linear.h"
-//
-#include "weights.h"
-//
-#include "fp32.h"
-//
-#include "experts.h"
-//
-#include "dense.h"
-//
-#include "fp32_ops.h"
-//
-#include "pack.h"
-//
-#include "stream.h"
-//
-#include "step_ops.h"
+#include "fp32_isa.h"
 
 const Ops kOps{"avx2", linear, experts, dense, pack, pack_dense, read_through, kStepOps};
 }  // namespace
