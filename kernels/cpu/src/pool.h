@@ -37,8 +37,8 @@ void parallel_for(long count, long chunk, Body& body) {
   run(task, &body, count, chunk < 1 ? 1 : chunk, std::numeric_limits<long>::max());
 }
 
-// body(pieces) once on each of these threads, for what needs preparation or loses at the borders of pieces: large ones first, then smaller and smaller
-// ones, so that threads end together.
+// body(pieces) once on each of these threads, for what needs preparation or loses at the borders of pieces: large ones first, then smaller
+// and smaller ones, so that threads end together.
 template <typename Body>
 void parallel_pieces(long count, Body& body) {
   const auto task = [](void* context, Pieces& pieces) { (*static_cast<Body*>(context))(pieces); };

@@ -284,8 +284,8 @@ struct Sampler {
     if (k < args.vocab) {
       count = collect(row, kth_largest_bound(maxima(row), num_blocks, k, bounds), 0.0f, candidates);
     } else {
-      // Mostly those of a ten-thousandth of the largest weight are enough. Those of the next bound are always: all below it together weigh less than
-      // what top_p leaves out, half of it for the rounding of the sums.
+      // Mostly those of a ten-thousandth of the largest weight are enough. Those of the next bound are always: all below it together weigh less
+      // than what top_p leaves out, half of it for the rounding of the sums.
       count = collect(row, kAny, 1e-4f, candidates);
       if (!(weight_of(candidates, count) > 1.000001 * (double)p * row_weight(row))) {
         count = collect(row, kAny, (float)(0.5 * (1.0 - (double)p) * row_weight(row) / (double)args.vocab), candidates);
