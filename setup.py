@@ -20,6 +20,8 @@ setup(
                 "-std=gnu++17",
                 "-ffp-contract=fast",
                 "-fvisibility=hidden",
+                # A thrown bad_alloc would end in ctypes either way; without handlers a file of an instruction set shares no symbol.
+                "-fno-exceptions",
                 "-pthread",
                 "-Wno-psabi",
                 "-Wno-uninitialized",

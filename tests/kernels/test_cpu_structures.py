@@ -41,7 +41,7 @@ def compiled(lines: list[str]) -> subprocess.CompletedProcess[str]:
 def test_the_structures_are_those_of_the_sources() -> None:
     found = structures()
     declared = {line.split()[1] for line in (SOURCES / "ops.h").read_text().splitlines() if line.startswith("struct ")}
-    assert set(found) == declared - {"Mxfp4", "StepOps", "Ops"}
+    assert set(found) == declared - {"Mxfp4", "StepOps", "Ops", "Bf16Ops"}
     result = compiled([line for name, structure in found.items() for line in assertions(name, structure)])
     assert result.returncode == 0, result.stderr
 

@@ -4,21 +4,14 @@ void experts(const ExpertsArgs& args) {
   if (args.type == kBfloat16) {
     run_experts<Bf16>(args);
   } else {
-    avx512_ops()->experts(args);
+    avx512_ops->experts(args);
   }
 }
 
 void dense(const DenseArgs& args) { run_dense<Bf16>(args, args.x); }
 
 int attention(const AttentionArgs& args) {
-  return Bf16Reducer::can_reduce(args) ? Attention<Bf16Reducer>(args).run() : avx512_ops()->step.attention(args);
+  return Bf16Reducer::can_reduce(args) ? Attention<Bf16Reducer>(args).run() : avx512_ops->step.attention(args);
 }
 
-Ops bf16_ops(const char* name) {
-  Ops ops = *avx512_ops();
-  ops.name = name;
-  ops.experts = experts;
-  ops.dense = dense;
-  ops.step.attention = attention;
-  return ops;
-}
+constexpr Bf16Ops kOps{experts, dense, attention};

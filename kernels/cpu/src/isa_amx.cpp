@@ -38,13 +38,10 @@ namespace {
 #include "bf16_ops.h"
 }  // namespace
 
-const Ops* amx_ops() {
-  static const Ops ops = bf16_ops("amx");
-  return &ops;
-}
+const Bf16Ops* const amx_ops = &kOps;
 }  // namespace cantata
 #else
 namespace cantata {
-const Ops* amx_ops() { return nullptr; }
+const Bf16Ops* const amx_ops = nullptr;
 }
 #endif

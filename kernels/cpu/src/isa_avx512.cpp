@@ -18,13 +18,13 @@ namespace cantata {
 namespace {
 #include "fp32_isa.h"
 
-const Ops kOps{"avx512", linear, experts, dense, pack, pack_dense, read_through, kStepOps};
+constexpr Ops kOps{linear, experts, dense, pack, pack_dense, read_through, kStepOps};
 }  // namespace
 
-const Ops* avx512_ops() { return &kOps; }
+const Ops* const avx512_ops = &kOps;
 }  // namespace cantata
 #else
 namespace cantata {
-const Ops* avx512_ops() { return nullptr; }
+const Ops* const avx512_ops = nullptr;
 }
 #endif

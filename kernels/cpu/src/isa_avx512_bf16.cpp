@@ -36,13 +36,10 @@ namespace {
 #include "bf16_ops.h"
 }  // namespace
 
-const Ops* avx512_bf16_ops() {
-  static const Ops ops = bf16_ops("avx512_bf16");
-  return &ops;
-}
+const Bf16Ops* const avx512_bf16_ops = &kOps;
 }  // namespace cantata
 #else
 namespace cantata {
-const Ops* avx512_bf16_ops() { return nullptr; }
+const Bf16Ops* const avx512_bf16_ops = nullptr;
 }
 #endif

@@ -17,13 +17,13 @@ namespace cantata {
 namespace {
 #include "fp32_isa.h"
 
-const Ops kOps{"neon", linear, experts, dense, pack, pack_dense, read_through, kStepOps};
+constexpr Ops kOps{linear, experts, dense, pack, pack_dense, read_through, kStepOps};
 }  // namespace
 
-const Ops* neon_ops() { return &kOps; }
+const Ops* const neon_ops = &kOps;
 }  // namespace cantata
 #else
 namespace cantata {
-const Ops* neon_ops() { return nullptr; }
+const Ops* const neon_ops = nullptr;
 }
 #endif

@@ -13,8 +13,8 @@ namespace cantata {
 namespace {
 #include "fp32_isa.h"
 
-const Ops kOps{"portable", linear, experts, dense, pack, pack_dense, read_through, kStepOps};
+constexpr Ops kOps{linear, experts, dense, pack, pack_dense, read_through, kStepOps};
 }  // namespace
 
-const Ops* portable_ops() { return &kOps; }
+const Ops* const portable_ops = &kOps;
 }  // namespace cantata

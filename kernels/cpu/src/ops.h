@@ -183,7 +183,6 @@ struct StepOps {
 };
 
 struct Ops {
-  const char* name;
   void (*linear)(const LinearArgs&);
   void (*experts)(const ExpertsArgs&);
   void (*dense)(const DenseArgs&);
@@ -193,11 +192,20 @@ struct Ops {
   StepOps step;
 };
 
-const Ops* portable_ops();
-const Ops* neon_ops();  // null where it was not compiled in, as all below
-const Ops* avx2_ops();
-const Ops* avx512_ops();
-const Ops* avx512_bf16_ops();
-const Ops* amx_ops();
+// What an instruction set with bf16 arithmetic does otherwise than AVX-512, to which it passes arguments that it has no code for.
+struct Bf16Ops {
+  void (*experts)(const ExpertsArgs&);
+  void (*dense)(const DenseArgs&);
+  int (*attention)(const AttentionArgs&);
+};
+
+// The tables, null where an instruction set was not compiled in. They are constants: a function in a file of an instruction set may
+// itself consist of instructions that the processor lacks, so none runs before dispatch.cpp has asked for them.
+extern const Ops* const portable_ops;
+extern const Ops* const neon_ops;
+extern const Ops* const avx2_ops;
+extern const Ops* const avx512_ops;
+extern const Bf16Ops* const avx512_bf16_ops;
+extern const Bf16Ops* const amx_ops;
 
 }  // namespace cantata
