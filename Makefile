@@ -7,6 +7,8 @@ GRPC_PORT ?= 9000
 SERVE_FLAGS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--kv-cache-memory 256MiB)
 # Flags of `make gpu-check`, such as --model checkpoints/gpt-oss-20b or --only tests,step.
 GPU_CHECK_FLAGS ?=
+# The last lines of each run of pytest in `make test`, shown again at its end.
+TEST_SUMMARY := .venv/test-summary.txt
 
 .PHONY: serve test test-slow gpu-check lint proto clean
 
@@ -22,9 +24,12 @@ checkpoints/tiny: ## The demo model: a tiny one of the right shape, with random 
 test: ## Lint, type check and the tests.
 	@scripts/install.sh dev
 	@$(MAKE) --no-print-directory lint
-	@$(VENV)/python -m pytest -q -m "not slow and not gpu" --ignore=tests/interpreter
+	@rm -f $(TEST_SUMMARY)
+	@$(VENV)/python -m pytest -q -m "not slow and not gpu" --ignore=tests/interpreter --summary-to $(TEST_SUMMARY)
 	@echo "Triton kernels, in Triton's interpreter:"
-	@TRITON_INTERPRET=1 $(VENV)/python -m pytest -q -m "not slow and not gpu" tests/interpreter
+	@TRITON_INTERPRET=1 $(VENV)/python -m pytest -q -m "not slow and not gpu" tests/interpreter --summary-to $(TEST_SUMMARY)
+	@echo "All of it:"
+	@cat $(TEST_SUMMARY)
 
 test-slow: ## Tests that take minutes.
 	@scripts/install.sh dev

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from kernels.cpu import native
-
-BF16_ISAS = [isa for isa in native.ISAS if isa in ("amx", "avx512_bf16")]
-FP32_ISAS = [isa for isa in native.ISAS if isa not in BF16_ISAS]
+from tests.support.isas import BF16_ISAS, FP32_ISAS
 
 
 @pytest.fixture(params=["reference", *FP32_ISAS])

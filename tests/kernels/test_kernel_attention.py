@@ -210,9 +210,8 @@ def test_blocks_outside_the_cache_are_refused() -> None:
             case.run(None)
 
 
+@pytest.mark.parametrize("implementation", ["reference"], indirect=True)  # only this one gathers keys
 def test_large_batches_are_cut_by_memory_without_a_difference(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if implementation != "reference":
-        pytest.skip("only the reference gathers keys")
     case = make_case([(1, 100 + i) for i in range(20)] + [(300, 700)])
     whole = case.run(None)
     monkeypatch.setattr(attention_reference, "MAX_ELEMENTS", 1)
@@ -367,10 +366,10 @@ def test_paged_attention_refuses_bad_arguments() -> None:
         paged_attention(**good, scale=SCALE, window=0)
 
 
+# The C++ kernels allocate alike on every instruction set; portable stands for them.
+@pytest.mark.parametrize("implementation", ["reference", "portable"], indirect=True)
 def test_memory_does_not_grow_with_the_square_of_the_length(implementation: str) -> None:
     """The largest tensor that a prefill makes, as seen by the operations themselves."""
-    if implementation not in ("reference", "portable"):
-        pytest.skip("the C++ kernels allocate alike on every instruction set; portable stands for them")
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         elements = 0

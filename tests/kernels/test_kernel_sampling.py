@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds, philox4x32, philox_words, sample, uniform
 from kernels.sampling import reference as sampling_reference
+from tests.support.isas import FP32_ISAS
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -487,11 +488,10 @@ def test_extreme_repetition_penalties_leave_a_choice(temperature: float, repetit
 
 
 @pytest.mark.usefixtures("_restore_threads")
+@pytest.mark.parametrize("implementation", FP32_ISAS, indirect=True)
 @pytest.mark.parametrize("filters", [*FILTERS, {"top_k": 5000}, {"top_k": 700, "top_p": 0.9}, {"top_p": 0.999}, {"min_p": 1e-3}], ids=str)
 def test_the_whole_vocabulary_against_the_reference(implementation: str, filters: dict[str, float]) -> None:
     """Over gpt-oss's vocabulary, with logits that were rounded to bf16, as the model's are: many are equal."""
-    if implementation == "reference":
-        pytest.skip("it would be compared with itself")
     rows = 6
     logits = random_logits(rows, 201_088, seed=11, spread=1.5).bfloat16().float()
     logits[:2] *= 4  # some peaked distributions
