@@ -11,7 +11,7 @@ from cluster.router.client import EngineClient
 from cluster.router.table import Replica, ReplicaDirectory, RoutingHint
 from workers.config import BLOCK_SIZE
 from workers.errors import CantataError, ContextLengthExceeded, DeadlineExceeded, EngineDead, NoReplica
-from workers.kv_cache.prefix_cache import block_hashes
+from workers.kv_cache.prefix_cache import block_hashes, hash_block, pack_tokens
 from workers.request import EngineOutput, EngineRequest
 
 _log = logging.getLogger(__name__)
@@ -87,7 +87,11 @@ class Dispatcher:
     def _hint(self, request: EngineRequest) -> RoutingHint:
         if len(self._replicas.known()) < 2:
             return RoutingHint(request.request_id)
-        return RoutingHint(request.request_id, block_hashes(request.prompt_token_ids[: _MAX_HASHED_BLOCKS * BLOCK_SIZE], BLOCK_SIZE))
+        ids = request.prompt_token_ids
+        hashes = block_hashes(ids[: _MAX_HASHED_BLOCKS * BLOCK_SIZE], BLOCK_SIZE)
+        rest = ids[len(hashes) * BLOCK_SIZE :]
+        tail = hash_block(hashes[-1] if hashes else b"", pack_tokens(rest)) if len(rest) < BLOCK_SIZE else b""
+        return RoutingHint(request.request_id, hashes, tail)
 
     def _count(self, request: EngineRequest, replica: Replica, error: CantataError, *, num_tokens: int) -> None:
         name = type(error).__name__

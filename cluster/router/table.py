@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.router import policy
-from cluster.router.prefixes import PrefixIndex
+from cluster.router.prefixes import PrefixIndex, SharedBeginnings
 from workers.errors import NoReplica
 
 
@@ -31,10 +31,12 @@ class RoutingHint:
 
     Attributes:
         block_hashes: of the prompt's full KV blocks, from its beginning; may be cut.
+        tail: hash of what follows these blocks; empty where they were cut.
     """
 
     request_id: str
     block_hashes: Sequence[bytes] = ()
+    tail: bytes = b""
 
 
 class ReplicaDirectory(Protocol):
@@ -88,6 +90,7 @@ class LoadTable:
         self._rng = random.Random(seed)
         self._in_flight: Counter[str] = Counter()
         self._prefixes = PrefixIndex() if prefixes is None else prefixes
+        self._shared = SharedBeginnings()
         # Most of our own at once in this period of REPORT_AGE_S and in the one before.
         self._peaks: tuple[Counter[str], Counter[str]] = Counter(), Counter()
         self._period_began = clock()
@@ -103,15 +106,8 @@ class LoadTable:
         """
         now = self._clock()
         self._suspect_until = {replica_id: until for replica_id, until in self._suspect_until.items() if until > now}
-        candidates = [
-            policy.Candidate(
-                entry.id,
-                self._in_flight[entry.id] + self._from_others.get(entry.id, 0),
-                self._prefixes.match(entry.id, hint.block_hashes),
-                entry.id in self._suspect_until,
-            )
-            for entry in replicas
-        ]
+        num_shared = self._shared.add(hint.block_hashes, hint.tail)
+        candidates = [self._candidate(entry.id, hint, num_shared) for entry in replicas]
         chosen = policy.choose(candidates, excluded, self._rng)
         for replica in replicas:
             if replica.id == chosen:
@@ -120,6 +116,16 @@ class LoadTable:
                 self._prefixes.add(chosen, hint.block_hashes)
                 return replica
         raise NoReplica("No replica is ready to take the request; try again in a moment.")
+
+    def _candidate(self, replica_id: str, hint: RoutingHint, num_shared: int) -> policy.Candidate:
+        matched = self._prefixes.match(replica_id, hint.block_hashes)
+        return policy.Candidate(
+            replica_id,
+            self._in_flight[replica_id] + self._from_others.get(replica_id, 0),
+            matched,
+            max(matched - num_shared, 0),
+            replica_id in self._suspect_until,
+        )
 
     def release(self, replica: Replica) -> None:
         """One sequence less in flight."""
