@@ -1,4 +1,4 @@
-"""The CPU kernels against what this machine can do: `python -m benchmarks.cpu`.
+"""The CPU kernels against what this machine can do: `python3 -m benchmarks.cpu`.
 
 Every figure is a ratio to something measured in the same process, in turn with it: memory-bound ones to the read bandwidth of all threads
 (a sum over memory on huge pages that is larger than the caches), compute-bound ones to torch's bf16 matrix product. Each is the best of
@@ -52,7 +52,7 @@ class Task:
 
 def main() -> None:
     """Parse the flags, measure and print tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.cpu", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--isa", choices=native.ISAS, action="append", help="instruction set, again for another; default: the best")
     parser.add_argument(

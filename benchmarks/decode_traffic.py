@@ -1,6 +1,6 @@
 """What a layer of gpt-oss launches on a GPU to decode, and the memory traffic of each launch. Counted, not measured: nothing is computed.
 
-    python -m benchmarks.decode_traffic [--model 120b] [--target sm_90] [--batch 1 8 64 256] [--context 8192] [--markdown]
+    python3 -m benchmarks.decode_traffic [--model 120b] [--target sm_90] [--batch 1 8 64 256] [--context 8192] [--markdown]
 
 The model's own code runs on tensors without memory; each launch is recorded with the tensors that it is given. Traffic is an upper bound:
 each of these is counted once, what is overwritten in place twice, scratch as if all of it were used. Of the experts those count that some

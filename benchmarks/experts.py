@@ -1,6 +1,7 @@
 """The experts of one layer against the time to read their weights once.
 
-    python -m benchmarks.experts [--experts 128] [--hidden 2880] [--intermediate 2880] [--tokens 1 8 64] [--device cuda] [--mxfp8] [--dense]
+    python3 -m benchmarks.experts [--experts 128] [--hidden 2880] [--intermediate 2880]
+        [--tokens 1 8 64] [--device cuda] [--mxfp8] [--dense]
 
 Random weights in the layout of the device's kernels, random choices; each batch size has tokens that choose anew in every run, and there
 are enough layers that weights do not stay in a cache. Printed are the median time of gate choice and experts together, the bytes of the

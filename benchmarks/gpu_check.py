@@ -1,7 +1,7 @@
 """Check a GPU machine and time what runs on it: the tests of tests/gpu, and every kernel, decode step and prefill against the hardware.
 
     make gpu-check                                      # or GPU_CHECK_FLAGS="--preset 20b --only step,kernels"
-    python -m benchmarks.gpu_check [--model FOLDER | --preset 120b] [--only tests,step] [--time-limit 570] [--out FOLDER]
+    python3 -m benchmarks.gpu_check [--model FOLDER | --preset 120b] [--only tests,step] [--time-limit 570] [--out FOLDER]
 
 Needs torch, Triton, numpy and pytest, no checkpoint and no network: weights are random, of the largest of 120b, 20b and small that fits.
 Parts run one after the other in processes of their own, so that one which fails or takes too long leaves the others their figures; what is

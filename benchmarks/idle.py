@@ -1,7 +1,7 @@
 """What serving costs while nobody asks: processor time of all processes, of `cantata serve` without and with Ray and of an empty Serve
 application on the same Ray.
 
-    python -m benchmarks.idle --model checkpoints/tiny [--seconds 60] [--settle 20] [--ways standalone empty ray]
+    python3 -m benchmarks.idle --model checkpoints/tiny [--seconds 60] [--settle 20] [--ways standalone empty ray]
 
 Each way is started, left alone for --settle seconds and then watched for --seconds. It is processor time, so what else the machine does
 matters little. Ray takes its usual ports: run this where nothing else serves, for instance in a network namespace with loopback.

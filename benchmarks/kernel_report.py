@@ -1,6 +1,6 @@
 """What compilers make of the Triton kernels, for GPUs that are not here: a row for each kernel and target.
 
-    python -m benchmarks.kernel_report [--targets sm_90,gfx950] [--kernels REGEX] [--markdown] [--csv FILE] [--dump FOLDER] [--jobs 2]
+    python3 -m benchmarks.kernel_report [--targets sm_90,gfx950] [--kernels REGEX] [--markdown] [--csv FILE] [--dump FOLDER] [--jobs 2]
 
 Nothing is run, so nothing here is a time. `instr/8w` are thread-instructions of the main loop for 8 weights; `loads` are those of the main
 loop, bits a thread; `read` is what these fetch as a multiple of what must be read; `issue` is the share of all issue slots that the loop

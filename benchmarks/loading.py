@@ -1,6 +1,6 @@
 """Speed and memory of loading a rank's shard.
 
-    python -m benchmarks.loading [--layers 2] [--vocab 32000] [--rounds 5] [--folder FOLDER]
+    python3 -m benchmarks.loading [--layers 2] [--vocab 32000] [--rounds 5] [--folder FOLDER]
 
 Writes a random checkpoint of the 20b shape with few layers. For each parallel plan a process of its own loads rank 0's shard again and
 again, and each time does beside it what it is compared with, so that whatever else the machine does meets both:

@@ -1,4 +1,4 @@
-"""How far the logits of each CPU path are from fp32: `python -m benchmarks.logits_error --model checkpoints/small`.
+"""How far the logits of each CPU path are from fp32: `python3 -m benchmarks.logits_error --model checkpoints/small`.
 
 One prompt of random tokens goes through the model in float32 (the reference numerics), then in bfloat16 with dense weights in bf16 and in
 int8, on each of this processor's instruction sets. Relative error is the norm of the difference over the norm of the fp32 logits; agreement
@@ -18,7 +18,7 @@ from workers.engine.llm import LLM
 
 def main() -> None:
     """Parse the flags, run the model and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.logits_error", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.logits_error", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
     parser.add_argument("--tokens", type=int, default=64, help="length of the prompt; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,6 @@
 """Peak memory of serving: anonymous and shared pages of the gateway and of the engine, from the start to a long prompt.
 
-    python -m benchmarks.memory --model checkpoints/tiny checkpoints/small [--dense bf16 int8] [--kv 1GiB]
+    python3 -m benchmarks.memory --model checkpoints/tiny checkpoints/small [--dense bf16 int8] [--kv 1GiB]
 
 `cantata serve --standalone` is watched from outside, each 10 ms, while it starts (load, pack, warm up), serves 16 clients (128 tokens in,
 64 out), then one prompt of 4096 tokens. Pages of mapped files belong to the page cache and are left out, but for the column that says how

@@ -1,6 +1,6 @@
 """How long ranks wait for their engine, with and without overlap of planning and running.
 
-    python -m benchmarks.overlap [--ranks 1 2] [--sequences 1 64 256] [--steps 200] [--model PATH]
+    python3 -m benchmarks.overlap [--ranks 1 2] [--sequences 1 64 256] [--steps 200] [--model PATH]
 
 Real ranks in processes of their own run a small random model (made in a temporary folder unless --model names one). For each setting
 and number of sequences, decode steps are counted once all sequences run. Printed are the time of a step and the share of it in which rank

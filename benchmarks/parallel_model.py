@@ -1,6 +1,6 @@
 """A model, not a measurement: how fast gpt-oss decodes under each parallel plan, by bytes, operations and messages.
 
-    python -m benchmarks.parallel_model [--model 120b] [--gpu h100 h200 b200] [--plan 1 2 4 8,2] [--batch 1 8 64 256]
+    python3 -m benchmarks.parallel_model [--model 120b] [--gpu h100 h200 b200] [--plan 1 2 4 8,2] [--batch 1 8 64 256]
                                         [--context 8192] [--output 1024] [--plot docs/parallel_model.svg]
 
 Requests have prompts of `context` tokens and answers of `output` tokens. Prints, for each GPU and plan (ranks, or ranks,groups of experts):

@@ -1,7 +1,7 @@
 """Cantata beside llama.cpp on the same weights, prompts and processors, both as servers over HTTP.
 
-    python -m benchmarks.peers --model checkpoints/small [--dense bf16 int8] [--clients 1 4 16] [--rounds 3] [--ray] [--json FILE]
-    python -m benchmarks.peers --model checkpoints/20b --clients 1 --input-len 512 --output-len 32 --dense int8
+    python3 -m benchmarks.peers --model checkpoints/small [--dense bf16 int8] [--clients 1 4 16] [--rounds 3] [--ray] [--json FILE]
+    python3 -m benchmarks.peers --model checkpoints/20b --clients 1 --input-len 512 --output-len 32 --dense int8
 
 One server runs at a time; the servers take turns, each round in the other order. Every client sends its next request when the last one is
 answered; prompts are random token ids, the same for all servers, none a second time, and answers are greedy and never end early. `--dense`

@@ -1,6 +1,6 @@
 """How soon the requests of a replica end when one of its ranks dies or hangs.
 
-    python -m benchmarks.rank_death [--ranks 2] [--turns 5] [--launcher process ray] [--step-timeout 2]
+    python3 -m benchmarks.rank_death [--ranks 2] [--turns 5] [--launcher process ray] [--step-timeout 2]
 
 Real ranks run a tiny random model. In the middle of four streams rank 1 is killed (SIGKILL) or stopped (SIGSTOP); printed is the time from
 the signal to the end of the last stream, and what the streams were told. With `ray` the ranks are actors of a Ray that is started here, on

@@ -1,7 +1,7 @@
 """What a step costs rank 0 apart from the model and the sampling of its logits: the plan off the wire, slots and inputs, what sampling
 needs to know, the result on the wire.
 
-    python -m benchmarks.rank_step [--num-seqs 64 256] [--steps 200]
+    python3 -m benchmarks.rank_step [--num-seqs 64 256] [--steps 200]
 
 Sequences decode as in benchmarks/scheduler.py; the model and the sampler of the real runner are replaced by ones that return at once. Times
 are of the rank's thread on the processor, so that other programs on the machine count little.

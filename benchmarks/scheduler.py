@@ -2,7 +2,7 @@
 
 Sequences decode with prompts of different lengths, so that blocks fill up at different steps; the executor answers at once with a
 token that ends nothing. Times are of the processor, so that other programs on the machine count little.
-Run from the repository root: `python -m benchmarks.scheduler [--json FILE]`.
+Run from the repository root: `python3 -m benchmarks.scheduler [--json FILE]`.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """`cantata serve --standalone` under `cantata bench serve` at several numbers of clients: throughput, latencies, and ratios to one client.
 
 Server and load share the machine. Every step sends other random prompts, so none finds an earlier one's in the prefix cache.
-Run from the repository root: `python -m benchmarks.serving --model checkpoints/tiny [--clients 1 4 16 32] [--json FILE]`.
+Run from the repository root: `python3 -m benchmarks.serving --model checkpoints/tiny [--clients 1 4 16 32] [--json FILE]`.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Each run is a fresh process; figures are medians over the runs. The first run on a machine also reads files from the disk that later ones
 find in memory: `--drop-first` leaves it out.
-Run from the repository root: `python -m benchmarks.startup --model checkpoints/tiny [--runs N] [--json FILE]`.
+Run from the repository root: `python3 -m benchmarks.startup --model checkpoints/tiny [--runs N] [--json FILE]`.
 """
 
 import argparse

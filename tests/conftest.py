@@ -1,14 +1,9 @@
-"""Puts the repository's root on the path, so that tests can import `tests.support` however pytest is started."""
+"""What is said of all tests together. That `tests` is a package puts the repository's root on the path, however pytest is started."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = str(Path(__file__).parent.parent)
-if ROOT not in sys.path:
-    sys.path.insert(0, ROOT)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

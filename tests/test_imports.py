@@ -53,3 +53,11 @@ def test_no_relative_imports() -> None:
     for file in sources():
         for node in ast.walk(ast.parse(file.read_text())):
             assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file.relative_to(ROOT)} has a relative import"
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_folders_are_regular_packages(folder: str) -> None:
+    """Without an `__init__.py`, a package called tests or benchmarks anywhere on the path is found in their place, and two modules of one
+    name in two folders are one to pytest."""
+    folders = {file.parent for file in (ROOT / folder).rglob("*.py")}
+    assert [str(found.relative_to(ROOT)) for found in sorted(folders) if not (found / "__init__.py").exists()] == []

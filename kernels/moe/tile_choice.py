@@ -1,6 +1,6 @@
 """Which tile the grouped products take, by weights, architecture and how many rows an expert has.
 
-Chosen by what compilers make of them (`python -m benchmarks.kernel_report`, table in docs/kernels.md), never timed: no spills; few
+Chosen by what compilers make of them (`python3 -m benchmarks.kernel_report`, table in docs/kernels.md), never timed: no spills; few
 instructions a weight, so that memory and not the processor limits small batches; and with one row an expert narrow tiles, because four
 experts of 5760 rows are only 180 tiles of 128 rows for 132 processors."""
 

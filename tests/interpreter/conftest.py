@@ -1,5 +1,5 @@
 """Triton kernels on CPU tensors, in Triton's interpreter. It is on or off for a whole process, so these tests run in one of their own:
-`TRITON_INTERPRET=1 python -m pytest tests/interpreter`, which `make test` does. Elsewhere each module is one skip."""
+`TRITON_INTERPRET=1 python3 -m pytest tests/interpreter`, which `make test` does. Elsewhere each module is one skip."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The engine process: `python -m workers.engine --config JSON-or-path --address 127.0.0.1:0`.
+"""The engine process: `python3 -m workers.engine --config JSON-or-path --address 127.0.0.1:0`.
 
 Progress, summary and log go to stderr. On stdout comes exactly one line, when it serves: {"event": "ready", "address": …,
 "metrics_address": …}. Exit code 0 after SIGTERM or SIGINT (a second one skips the grace period) or when the parent is gone, 1 if it
@@ -27,7 +27,7 @@ _PARENT_POLL_S = 1.0
 
 def main() -> int:
     """Parse the flags and run; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m workers.engine", description="One engine process of Cantata.")
+    parser = argparse.ArgumentParser(prog="python3 -m workers.engine", description="One engine process of Cantata.")
     parser.add_argument("--config", required=True, help="EngineConfig as JSON, or the path of a file that holds it")
     parser.add_argument("--address", default="127.0.0.1:0", help="host:port to serve gRPC on; port 0: any free one")
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics over HTTP on this port of 127.0.0.1; 0: any free one")
