@@ -26,14 +26,14 @@ class ReplicaSet:
         self._missing = tuple(missing)
         for replica in before:
             if replica not in self._replicas:
-                # It takes no more requests. Whoever comes under this id again is a new process with an empty cache.
-                self._loads.gone(replica.id)
+                # It takes no more requests. What comes under this id again is a new process with an empty cache.
+                self._loads.gone(replica)
             self._report_if_gone(replica)
         self._on_change()
 
     def report(self, loads: Mapping[str, int]) -> None:
         """Sequences that replicas say they have, by id."""
-        self._loads.report(loads)
+        self._loads.report({replica.key: loads[replica.id] for replica in self._replicas if replica.id in loads})
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Call this whenever the list has been replaced, by another or by the same."""

@@ -19,7 +19,6 @@ from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
 from cluster.generation import GenerationService
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.replica_set import ReplicaSet
-from cluster.router.table import Replica
 from cluster.sockets import bound_socket, check_port_is_free
 from cluster.summary import start_up_summary
 from cluster.supervisor import EngineFailed, EngineProcess
@@ -175,8 +174,8 @@ def _engines(config: CantataConfig, replicas: ReplicaSet) -> list[EngineProcess]
     engines: list[EngineProcess] = []
 
     def publish() -> None:
-        serving = [Replica(engine.name, engine.address) for engine in engines if engine.address]
-        replicas.replace(serving, missing=[engine.name for engine in engines if not engine.address])
+        serving = [engine.replica for engine in engines if engine.replica]
+        replicas.replace(serving, missing=[engine.name for engine in engines if not engine.replica])
 
     engines += [
         EngineProcess(f"engine-{index}", command, environment=thread_environment(threads), on_change=publish)

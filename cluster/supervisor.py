@@ -9,6 +9,8 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from cluster.router.table import Replica
+
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.5
@@ -35,7 +37,7 @@ class EngineProcess:
     The child has a session of its own, so that Ctrl-C in a terminal reaches only the parent, which decides the order of the stop.
 
     Attributes:
-        address: host:port while the child serves; None while there is none, or it is starting.
+        replica: the child while it serves; None while there is none, or it is starting.
         num_restarts: how often a child was replaced.
     """
 
@@ -49,12 +51,12 @@ class EngineProcess:
     ) -> None:
         """
         Args:
-            command: prints {"event": "ready", "address": …} on stdout when it serves; ends with 0 on SIGTERM.
+            command: prints {"event": "ready", "address": …, "start_id": …} on stdout when it serves; ends with 0 on SIGTERM.
             environment: added to ours.
-            on_change: called in the loop after `address` changed.
+            on_change: called in the loop after `replica` changed.
         """
         self.name = name
-        self.address: str | None = None
+        self.replica: Replica | None = None
         self.num_restarts = 0
         self._command = list(command)
         self._environment = {**os.environ, **(environment or {})}
@@ -96,20 +98,21 @@ class EngineProcess:
         )
         try:
             async with asyncio.timeout(timeout_s):
-                address = await self._read_ready(self._process)
+                replica = await self._read_ready(self._process)
         except TimeoutError:
             await self._end(0)
             raise EngineFailed(f"{self.name} did not start within {timeout_s:.0f} s") from None
         except BaseException:
             await self._end(0)
             raise
-        self._set_address(address)
+        self._set_replica(replica)
 
-    async def _read_ready(self, process: asyncio.subprocess.Process) -> str:
+    async def _read_ready(self, process: asyncio.subprocess.Process) -> Replica:
         assert process.stdout is not None
         async for line in process.stdout:
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                return str(json.loads(line)["address"])
+                ready = json.loads(line)
+                return Replica(self.name, str(ready["address"]), str(ready["start_id"]))
             logger.warning("%s wrote a line that is no message of an engine", self.name)
         code = await process.wait()
         raise EngineFailed(f"{self.name} did not start ({_ending(code)})", explained=code == 1)
@@ -124,7 +127,7 @@ class EngineProcess:
             while await process.stdout.read(65536):
                 pass
             code = await process.wait()
-            self._set_address(None)
+            self._set_replica(None)
             logger.error("%s died (%s); it is restarted", self.name, _ending(code))
             if time.monotonic() - started >= STABLE_AFTER_S:
                 self._backoff_s = FIRST_BACKOFF_S
@@ -143,12 +146,12 @@ class EngineProcess:
             logger.warning("%s serves again", self.name)
             return
 
-    def _set_address(self, address: str | None) -> None:
-        self.address = address
+    def _set_replica(self, replica: Replica | None) -> None:
+        self.replica = replica
         self._on_change()
 
     async def _end(self, grace_s: float) -> None:
-        self._set_address(None)
+        self._set_replica(None)
         process = self._process
         if process is None or process.returncode is not None:
             return

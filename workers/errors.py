@@ -63,10 +63,18 @@ class Cancelled(CantataError):
 
 
 class EngineDead(CantataError):
-    """The engine, or one of its ranks, is gone or shutting down."""
+    """The engine, or one of its ranks, is gone or shutting down.
+
+    Attributes:
+        under_request: it died with the request in it, which may be the cause; False: it was not reached, or is shutting down.
+    """
 
     status = "UNAVAILABLE"
     retry_elsewhere = True
+
+    def __init__(self, message: str, *, under_request: bool = True) -> None:
+        super().__init__(message)
+        self.under_request = under_request
 
 
 class NoReplica(CantataError):

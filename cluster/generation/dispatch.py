@@ -1,5 +1,6 @@
 """From one engine request to one stream of outputs, whichever replica serves it."""
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -10,7 +11,7 @@ from cluster.metrics import GatewayMetrics
 from cluster.router.client import EngineClient
 from cluster.router.table import Replica, ReplicaDirectory, RoutingHint
 from workers.config import BLOCK_SIZE
-from workers.errors import CantataError, ContextLengthExceeded, DeadlineExceeded, EngineDead, NoReplica
+from workers.errors import CantataError, ContextLengthExceeded, DeadlineExceeded, EngineDead, NoReplica, Overloaded
 from workers.kv_cache.prefix_cache import block_hashes, hash_block, pack_tokens
 from workers.request import EngineOutput, EngineRequest
 
@@ -19,6 +20,10 @@ _log = logging.getLogger(__name__)
 
 MAX_ENGINE_DEATHS = 3
 """Of replicas that died under one request: it may be the request that kills them."""
+RESUME_WAIT_S = 60.0
+"""For a sequence whose replica is gone to be taken by another one, where all that live are full."""
+_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
+"""Between two tries, whatever the full replica says."""
 _MAX_HASHED_BLOCKS = 2048
 """32 thousand tokens, 4 ms: longer prompts that agree so far belong together anyway."""
 
@@ -50,37 +55,33 @@ class Dispatcher:
             CantataError: the last replica's refusal or end, when no other is left to go on.
         """
         hint = self._hint(request)
-        excluded: frozenset[str] = frozenset()
-        refusal: CantataError | None = None
-        num_deaths = num_cached = 0
-        tokens: tuple[int, ...] = ()
+        tries = _Tries(self._clock)
+        num_cached = 0
+        tokens: list[int] = []
         while True:
             try:
-                replica = await self._replicas.choose(hint, excluded)
+                replica = await self._replicas.choose(hint, tries.excluded)
             except NoReplica as error:
-                raise refusal or error from None
+                # Who has read half an answer cannot come again later, so this waits for room.
+                if not tokens or not await tries.wait_for_room():
+                    raise tries.refusal or error from None
+                continue
             try:
                 attempt = replace(request, output_token_ids=(*request.output_token_ids, *tokens))
-                resumed = bool(tokens)
+                num_before = len(tokens)
                 async with aclosing(self._run(replica, attempt, deadline)) as outputs:
                     async for output in outputs:
                         tokens += output.token_ids
                         # What the second replica finds in its cache is no merit of the first prompt's.
-                        num_cached = num_cached or (0 if resumed else output.num_cached_tokens)
+                        num_cached = num_cached or (0 if num_before else output.num_cached_tokens)
                         yield replace(output, num_cached_tokens=num_cached)
                 return
             except CantataError as error:
                 if isinstance(error, EngineDead):
                     self._replicas.failed(replica)
-                    num_deaths += 1
-                # The request was checked against the shortest context known here: this replica's is shorter and not known yet.
-                too_long = isinstance(error, ContextLengthExceeded)
-                if not (error.retry_elsewhere or too_long) or num_deaths >= MAX_ENGINE_DEATHS:
+                if not tries.may_go_on(replica, error):
                     raise
-                if refusal is None or not too_long:
-                    refusal = error
-                excluded |= {replica.id}
-                self._count(request, replica, error, num_tokens=len(tokens))
+                self._count(request, replica, error, went=len(tokens) > num_before, num_tokens=len(tokens))
             finally:
                 self._replicas.release(replica)
 
@@ -93,9 +94,9 @@ class Dispatcher:
         tail = hash_block(hashes[-1] if hashes else b"", pack_tokens(rest)) if len(rest) < BLOCK_SIZE else b""
         return RoutingHint(request.request_id, hashes, tail)
 
-    def _count(self, request: EngineRequest, replica: Replica, error: CantataError, *, num_tokens: int) -> None:
+    def _count(self, request: EngineRequest, replica: Replica, error: CantataError, *, went: bool, num_tokens: int) -> None:
         name = type(error).__name__
-        if num_tokens:
+        if went:
             _log.warning("request %s: replica %s left it after %d tokens: %s", request.request_id, replica.id, num_tokens, name)
             self._metrics.resumptions.inc()
         else:
@@ -111,8 +112,52 @@ class Dispatcher:
         async with aclosing(self._client.generate(replica, request)) as outputs:
             async for output in outputs:
                 if output.finish_reason == "abort":
-                    raise EngineDead("The replica that served this request is shutting down; try again.")
+                    raise EngineDead("The replica that served this request is shutting down; try again.", under_request=False)
                 if output.finish_reason == "error":
                     _log.error("request %s failed in replica %s: %s", request.request_id, replica.id, output.error)
                     raise CantataError("The engine failed on this request.")
                 yield output
+
+
+class _Tries:
+    """Where one sequence has been refused, or lost its replica.
+
+    Attributes:
+        excluded: keys of the replicas that are not asked again; one that was started again has another key.
+        refusal: what the client is told if no replica is left.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.excluded: frozenset[str] = frozenset()
+        self.refusal: CantataError | None = None
+        self._clock = clock
+        self._full: frozenset[str] = frozenset()
+        self._full_since_s: float | None = None
+        self._retry_after_s = 0.0
+        self._num_deaths = 0
+
+    def may_go_on(self, replica: Replica, error: CantataError) -> bool:
+        """Note how a try ended; whether another replica may be asked."""
+        # The request was checked against the shortest context known here: this replica's is shorter and not known yet.
+        too_long = isinstance(error, ContextLengthExceeded)
+        if isinstance(error, EngineDead):
+            self._num_deaths += error.under_request
+            if error.under_request:  # it had found room
+                self._full_since_s = None
+        elif isinstance(error, Overloaded):
+            self._full |= {replica.key}
+            self._retry_after_s = error.retry_after_s
+        self.excluded |= {replica.key}
+        if self.refusal is None or not too_long:
+            self.refusal = error
+        return (error.retry_elsewhere or too_long) and self._num_deaths < MAX_ENGINE_DEATHS
+
+    async def wait_for_room(self) -> bool:
+        """Wait a little if a replica was only full, and allow it again; False: none was, or none had room for RESUME_WAIT_S."""
+        if self._full_since_s is None:
+            self._full_since_s = self._clock()
+        if not self._full or self._clock() - self._full_since_s > RESUME_WAIT_S:
+            return False
+        await asyncio.sleep(min(max(self._retry_after_s, _SHORTEST_WAIT_S), _LONGEST_WAIT_S))
+        self.excluded, self._full = self.excluded - self._full, frozenset()
+        return True

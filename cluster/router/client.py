@@ -38,7 +38,8 @@ class EngineClient:
         """Run a sequence. Closing the generator, or cancelling the task that reads it, cancels it in the engine at once.
 
         Raises:
-            CantataError: what the engine answered; EngineDead if it cannot be reached or its stream ends early.
+            CantataError: what the engine answered; EngineDead if it cannot be reached or its stream ends early, which says whether the
+                engine had taken the request.
         """
         call = self._stub(replica).Generate(convert.request_to_wire(request), timeout=request.deadline_s)
         try:
@@ -49,6 +50,10 @@ class EngineClient:
                     if output.finish_reason is not None:
                         return
             raise EngineDead("The replica that served this request ended its stream early; try again.")
+        except EngineDead as error:
+            # An engine that has taken a request says so at once, with its first metadata.
+            error.under_request = call.done() and bool(await call.initial_metadata())
+            raise
         finally:
             call.cancel()
 

@@ -18,6 +18,7 @@ class Candidate:
     """A replica as the policy sees it.
 
     Attributes:
+        id: the replica's key (`cluster.router.table.Replica`).
         load: sequences that are, or will be, in it: from this gateway and, as far as known, from others.
         prefix_blocks: full KV blocks at the beginning of the prompt that it probably has in its prefix cache.
         own_blocks: those of them beyond what unrelated prompts begin with as well, such as a system message.

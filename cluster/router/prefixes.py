@@ -14,7 +14,7 @@ _WAY_BYTES = 4
 
 
 class PrefixIndex:
-    """Block hashes (`workers.kv_cache.prefix_cache.block_hashes`) by replica, the least recently sent forgotten first.
+    """Block hashes (`workers.kv_cache.prefix_cache.block_hashes`) by replica (its key), the least recently sent forgotten first.
 
     Args:
         max_blocks: of each replica.

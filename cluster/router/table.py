@@ -14,15 +14,22 @@ from workers.errors import NoReplica
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One engine.
+    """One engine, from its start to its end.
 
     Attributes:
-        id: stable for the replica's life; a label in metrics.
-        address: `host:port` of its engine gRPC server.
+        id: a label in metrics; an engine that is started again may have the id, and the address, of the one before.
+        address: of its engine gRPC server, as gRPC names it: `host:port`.
+        start_id: drawn at random by the engine at its start.
     """
 
     id: str
     address: str
+    start_id: str = ""
+
+    @property
+    def key(self) -> str:
+        """Names this engine and none that had, or will have, its id."""
+        return f"{self.id}@{self.start_id}" if self.start_id else self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +50,7 @@ class ReplicaDirectory(Protocol):
     """Where requests can go. Every `choose` is followed by one `release`."""
 
     async def choose(self, hint: RoutingHint, excluded: frozenset[str]) -> Replica:
-        """A replica whose id is not excluded; it counts as busier until `release`.
+        """A replica whose key is not excluded; it counts as busier until `release`.
 
         Raises:
             NoReplica: none is left.
@@ -105,48 +112,48 @@ class LoadTable:
             NoReplica: all of `replicas` are excluded.
         """
         now = self._clock()
-        self._suspect_until = {replica_id: until for replica_id, until in self._suspect_until.items() if until > now}
+        self._suspect_until = {key: until for key, until in self._suspect_until.items() if until > now}
         num_shared = self._shared.add(hint.block_hashes, hint.tail)
-        candidates = [self._candidate(entry.id, hint, num_shared) for entry in replicas]
+        candidates = [self._candidate(entry.key, hint, num_shared) for entry in replicas]
         chosen = policy.choose(candidates, excluded, self._rng)
         for replica in replicas:
-            if replica.id == chosen:
+            if replica.key == chosen:
                 self._in_flight[chosen] += 1
                 self._note_peaks(now)
                 self._prefixes.add(chosen, hint.block_hashes)
                 return replica
         raise NoReplica("No replica is ready to take the request; try again in a moment.")
 
-    def _candidate(self, replica_id: str, hint: RoutingHint, num_shared: int) -> policy.Candidate:
-        matched = self._prefixes.match(replica_id, hint.block_hashes)
+    def _candidate(self, key: str, hint: RoutingHint, num_shared: int) -> policy.Candidate:
+        matched = self._prefixes.match(key, hint.block_hashes)
         return policy.Candidate(
-            replica_id,
-            self._in_flight[replica_id] + self._from_others.get(replica_id, 0),
+            key,
+            self._in_flight[key] + self._from_others.get(key, 0),
             matched,
             max(matched - num_shared, 0),
-            replica_id in self._suspect_until,
+            key in self._suspect_until,
         )
 
     def release(self, replica: Replica) -> None:
         """One sequence less in flight."""
         self._note_peaks(self._clock())
-        self._in_flight[replica.id] -= 1
-        if self._in_flight[replica.id] <= 0:
-            del self._in_flight[replica.id]
+        self._in_flight[replica.key] -= 1
+        if self._in_flight[replica.key] <= 0:
+            del self._in_flight[replica.key]
 
     def failed(self, replica: Replica) -> None:
         """Avoid the replica for `penalty_s`, and expect its cache to be lost."""
-        self._suspect_until[replica.id] = self._clock() + self._penalty_s
-        self._prefixes.forget(replica.id)
+        self._suspect_until[replica.key] = self._clock() + self._penalty_s
+        self._prefixes.forget(replica.key)
 
     def report(self, loads: Mapping[str, int]) -> None:
-        """Sequences that each replica says it has, by id; the latest report counts until the next.
+        """Sequences that each replica says it has, by key; the latest report counts until the next.
 
         It tells of a moment up to REPORT_AGE_S ago: sequences of ours that have ended since are not taken for somebody else's.
         """
         self._note_peaks(self._clock())
         newer, older = self._peaks
-        self._from_others = {replica_id: max(load - max(newer[replica_id], older[replica_id]), 0) for replica_id, load in loads.items()}
+        self._from_others = {key: max(load - max(newer[key], older[key]), 0) for key, load in loads.items()}
 
     def _note_peaks(self, now: float) -> None:
         num_periods = int((now - self._period_began) / REPORT_AGE_S)
@@ -154,17 +161,17 @@ class LoadTable:
             # Every change is noted, so in a whole period without a note the numbers were those of now.
             self._peaks = Counter(), self._peaks[0] if num_periods == 1 else Counter(self._in_flight)
             self._period_began = now
-        for replica_id, count in self._in_flight.items():
-            self._peaks[0][replica_id] = max(self._peaks[0][replica_id], count)
+        for key, count in self._in_flight.items():
+            self._peaks[0][key] = max(self._peaks[0][key], count)
 
-    def gone(self, replica_id: str) -> None:
+    def gone(self, replica: Replica) -> None:
         """The replica takes no more requests; what it had cached is of no use. Sequences that still run there are released as ever."""
-        self._prefixes.forget(replica_id)
-        self._from_others.pop(replica_id, None)
+        self._prefixes.forget(replica.key)
+        self._from_others.pop(replica.key, None)
 
     def in_flight(self, replica: Replica) -> int:
         """Sequences open there."""
-        return self._in_flight[replica.id]
+        return self._in_flight[replica.key]
 
 
 class StaticReplicas:

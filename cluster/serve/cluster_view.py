@@ -18,7 +18,8 @@ from ray.serve.handle import DeploymentHandle
 from cluster.replica_set import ReplicaSet
 from cluster.router.table import Replica
 
-ADDRESS_KEY = "engine_address"
+ADDRESS_KEY, START_ID_KEY = "engine_address", "engine_start_id"
+"""Of an engine's metadata."""
 SERVE_LOGGER = "ray.serve"
 
 INGRESS_VARIABLES = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
@@ -46,8 +47,14 @@ class ServeReplicas(ReplicaSet):
         self._poll.stop()
 
     def _update(self, targets: Any) -> None:
-        entries = [(info.replica_id.unique_id, info.replica_metadata.get(ADDRESS_KEY)) for info in targets.running_replicas]
-        self.replace([Replica(replica_id, address) for replica_id, address in entries if address])
+        entries = [(info.replica_id.unique_id, info.replica_metadata) for info in targets.running_replicas]
+        self.replace(
+            [
+                Replica(replica_id, metadata[ADDRESS_KEY], metadata.get(START_ID_KEY, ""))
+                for replica_id, metadata in entries
+                if metadata.get(ADDRESS_KEY)
+            ]
+        )
         self.report(
             {
                 info.replica_id.unique_id: int(info.routing_stats.get("num_running", 0) + info.routing_stats.get("num_waiting", 0))

@@ -8,7 +8,7 @@ import os
 
 from ray.util import get_node_ip_address
 
-from cluster.serve.cluster_view import ADDRESS_KEY, SERVE_LOGGER
+from cluster.serve.cluster_view import ADDRESS_KEY, SERVE_LOGGER, START_ID_KEY
 from workers.config import EngineConfig, ModelConfig
 from workers.engine.collector import spare_collections
 from workers.engine.server import EngineServer
@@ -45,7 +45,7 @@ class EngineReplica:
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Once, when the replica is ready: Serve sends it to every gateway."""
-        return {ADDRESS_KEY: self._address}
+        return {ADDRESS_KEY: self._address, START_ID_KEY: self._server.start_up.info.start_id}
 
     def record_routing_stats(self) -> dict[str, float]:
         """From time to time: how busy the engine is, for routers and the dashboard."""

@@ -87,6 +87,21 @@ async def test_a_replica_that_starts_again_has_lost_its_cache() -> None:
     assert await replicas.choose(prompt, NONE) == b, "a has one in flight, and no cache any more"
 
 
+async def test_the_end_of_a_replica_is_not_held_against_its_successor_at_the_same_address() -> None:
+    replicas = ReplicaSet()
+    a, b, again = Replica("a", "unix:a", "1"), Replica("b", "unix:b", "1"), Replica("a", "unix:a", "2")
+    prompt = RoutingHint("r", [bytes([number]) for number in range(20)])
+    replicas.replace([a])
+    await replicas.choose(prompt, NONE)
+    replicas.replace([again])
+    assert await replicas.choose(prompt, frozenset({a.key})) == again
+    replicas.failed(a)  # heard of late
+    replicas.release(a)
+    replicas.release(again)
+    replicas.replace([again, b])
+    assert await replicas.choose(prompt, NONE) == again, "it has the prompt, and nothing against it"
+
+
 async def test_a_failed_replica_is_avoided_while_there_is_another() -> None:
     replicas = ReplicaSet()
     a, b = Replica("a", "127.0.0.1:1"), Replica("b", "127.0.0.1:2")

@@ -7,6 +7,7 @@ from cluster.generation import GenerationService, ModelInfo
 from cluster.metrics import GatewayMetrics
 from cluster.replica_set import ReplicaSet
 from cluster.router.client import EngineClient
+from cluster.router.table import Replica
 from cluster.standalone import _engines
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import VOCAB_SIZE, make_encoding
@@ -20,12 +21,12 @@ async def test_a_dead_engine_stays_on_the_metrics_page_as_down(tmp_path: Path) -
     service = GenerationService(ModelInfo("tiny", 1024, VOCAB_SIZE), make_encoding(tmp_path), replicas, EngineClient(), GatewayMetrics())
     try:
         for engine, fake in zip((living, dying), fakes, strict=True):
-            engine._set_address(fake.address)
+            engine._set_replica(Replica(engine.name, fake.address, "1"))
         assert await up(service) == {living.name: "1.0", dying.name: "1.0"}
-        dying._set_address(None)
+        dying._set_replica(None)
         assert [replica.id for replica in replicas.known()] == [living.name]
         assert await up(service) == {living.name: "1.0", dying.name: "0.0"}
-        dying._set_address(fakes[1].address)
+        dying._set_replica(Replica(dying.name, fakes[1].address, "2"))
         assert await up(service) == {living.name: "1.0", dying.name: "1.0"}
     finally:
         await service.close()

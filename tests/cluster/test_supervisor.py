@@ -14,7 +14,7 @@ from cluster.supervisor import EngineFailed, EngineProcess
 
 CHILD = """
 import json, os, signal, sys
-print(json.dumps({"event": "ready", "address": f"127.0.0.1:{os.getpid()}"}), flush=True)
+print(json.dumps({"event": "ready", "address": f"127.0.0.1:{os.getpid()}", "start_id": "1"}), flush=True)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 while True:
     signal.pause()
@@ -35,6 +35,10 @@ def gone(pid: int) -> bool:
     return False
 
 
+def address(engine: EngineProcess) -> str | None:
+    return engine.replica.address if engine.replica else None
+
+
 def child(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
@@ -49,11 +53,11 @@ async def engine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineProcess
 
 async def test_a_child_is_started_and_stopped(engine: EngineProcess) -> None:
     changes: list[str | None] = []
-    engine._on_change = lambda: changes.append(engine.address)
+    engine._on_change = lambda: changes.append(address(engine))
     await engine.start(20)
     pid = engine.pid
     assert pid is not None
-    assert engine.address == f"127.0.0.1:{pid}"
+    assert address(engine) == f"127.0.0.1:{pid}"
     await engine.stop(5)
     assert gone(pid)
     assert engine.pid is None
@@ -62,14 +66,14 @@ async def test_a_child_is_started_and_stopped(engine: EngineProcess) -> None:
 
 async def test_a_dead_child_has_no_address_and_is_replaced(engine: EngineProcess) -> None:
     await engine.start(20)
-    addresses: list[str | None] = [engine.address]
-    engine._on_change = lambda: addresses.append(engine.address)
+    addresses: list[str | None] = [address(engine)]
+    engine._on_change = lambda: addresses.append(address(engine))
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGKILL)
     await until(lambda: engine.num_restarts == 1)
     assert addresses[1] is None
-    assert addresses[2] == engine.address
-    assert engine.address not in (None, addresses[0])
+    assert addresses[2] == address(engine)
+    assert address(engine) not in (None, addresses[0])
 
 
 async def test_a_child_that_cannot_start_again_is_tried_with_growing_pauses(engine: EngineProcess, tmp_path: Path) -> None:
@@ -81,9 +85,9 @@ async def test_a_child_that_cannot_start_again_is_tried_with_growing_pauses(engi
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGKILL)
     await until(lambda: engine._backoff_s >= 4 * first)
-    assert engine.address is None
+    assert engine.replica is None
     marker.unlink()
-    await until(lambda: engine.address is not None)
+    await until(lambda: engine.replica is not None)
 
 
 async def test_the_pause_is_bounded(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,7 @@ class FakeEngine:
     num_open: int = 0
     max_open: int = 0
     address: str = ""
+    start_id: str = ""
     _server: grpc.aio.Server | None = None
 
     async def start(self) -> "FakeEngine":
@@ -94,7 +95,9 @@ class FakeEngine:
             self._server = None
 
     def info(self) -> convert.EngineInfo:
-        return convert.EngineInfo("0.1.0", "fake", "fp_fake", self.max_model_len, self.vocab_size, 16, "cpu", "float32", 4096, 1)
+        return convert.EngineInfo(
+            "0.1.0", "fake", "fp_fake", self.max_model_len, self.vocab_size, 16, "cpu", "float32", 4096, 1, self.start_id
+        )
 
 
 class _Servicer(engine_pb2_grpc.EngineServicer):
@@ -111,7 +114,10 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
             request = convert.request_from_wire(message, vocab_size=engine.vocab_size, deadline_s=context.time_remaining())
             engine.requests.append(request)
             engine.arrivals.set()
-            async for output in _play(engine.answer(request), request):
+            script = engine.answer(request)
+            if script.refusal is None:
+                await context.send_initial_metadata(convert.TAKEN_METADATA)
+            async for output in _play(script, request):
                 yield convert.output_to_wire(output)
         except CantataError as error:
             await context.abort(grpc.StatusCode[error.status], error.message, convert.error_to_metadata(error))

@@ -1,8 +1,8 @@
 """The engine process: `python3 -m workers.engine --config JSON-or-path --address 127.0.0.1:0`.
 
 Progress, summary and log go to stderr. On stdout comes exactly one line, when it serves: {"event": "ready", "address": …,
-"metrics_address": …}. Exit code 0 after SIGTERM or SIGINT (a second one skips the grace period) or when the parent is gone, 1 if it
-cannot start or the engine has died.
+"start_id": …, "metrics_address": …}. Exit code 0 after SIGTERM or SIGINT (a second one skips the grace period) or when the parent is
+gone, 1 if it cannot start or the engine has died.
 """
 
 import argparse
@@ -83,7 +83,8 @@ async def _serve(config: EngineConfig, address: str, metrics_port: int | None, g
         metrics_address=server.metrics_address,
     )
     print(f"Cantata engine {start_up.info.version}\n{table}", file=sys.stderr, flush=True)
-    print(json.dumps({"event": "ready", "address": bound, "metrics_address": server.metrics_address}), flush=True)
+    ready = {"event": "ready", "address": bound, "start_id": start_up.info.start_id, "metrics_address": server.metrics_address}
+    print(json.dumps(ready), flush=True)
 
     await _first(stop, server.died)
     if not server.died.is_set():

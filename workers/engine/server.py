@@ -198,6 +198,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         request = self._request(message, context.time_remaining())
         stream = self._engine.submit(request, self._reader)
         try:
+            await context.send_initial_metadata(convert.TAKEN_METADATA)
             async with aclosing(self._reader.read(stream)) as outputs:
                 async for output in outputs:
                     if output.finish_reason is not None and stream.failure is not None:
@@ -262,4 +263,5 @@ def _engine_info(config: EngineConfig, model: ModelConfig, executor: ExecutorInf
         dtype=executor.dtype,
         kv_capacity_tokens=((executor.num_full_blocks or executor.num_sliding_blocks) - 1) * BLOCK_SIZE,
         num_ranks=executor.num_ranks,
+        start_id=secrets.token_hex(8),
     )

@@ -16,6 +16,8 @@ ERROR_CLASS_KEY = "error-class"
 PARAM_KEY = "param"
 RETRY_AFTER_KEY = "retry-after-s"
 """Trailing metadata of a failed call: name of the class in `workers.errors`, its `param`, its `retry_after_s`."""
+TAKEN_METADATA = (("cantata-taken", "1"),)
+"""Initial metadata of Generate, sent when the engine has taken the request, before its first token."""
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 """Of one gRPC message, both ways. A prompt of 131,072 tokens packs into at most 0.4 MB; the rest is room for constraints and metrics."""
@@ -32,7 +34,11 @@ _FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine serves; constant for its life. Replicas of one model agree in `model_fingerprint`."""
+    """What an engine serves; constant for its life. Replicas of one model agree in `model_fingerprint`.
+
+    Attributes:
+        start_id: drawn at random at the engine's start: tells it from the one before it at the same address.
+    """
 
     version: str
     model_name: str
@@ -44,6 +50,7 @@ class EngineInfo:
     dtype: str
     kv_capacity_tokens: int
     num_ranks: int
+    start_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +145,7 @@ def info_to_wire(info: EngineInfo) -> pb.EngineInfo:
         dtype=info.dtype,
         kv_capacity_tokens=info.kv_capacity_tokens,
         num_ranks=info.num_ranks,
+        start_id=info.start_id,
     )
 
 
@@ -154,6 +162,7 @@ def info_from_wire(message: pb.EngineInfo) -> EngineInfo:
         dtype=message.dtype,
         kv_capacity_tokens=message.kv_capacity_tokens,
         num_ranks=message.num_ranks,
+        start_id=message.start_id,
     )
 
 

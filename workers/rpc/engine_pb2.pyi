@@ -392,6 +392,7 @@ class EngineInfo(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_RANKS_FIELD_NUMBER: _builtins.int
+    START_ID_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     model_name: _builtins.str
     """Name of the checkpoint folder and a hash over its config and tensor index: replicas of one model agree in it."""
@@ -403,6 +404,8 @@ class EngineInfo(_message.Message):
     dtype: _builtins.str
     kv_capacity_tokens: _builtins.int
     num_ranks: _builtins.int
+    start_id: _builtins.str
+    """Drawn at random when the engine starts: tells it from the one before it at the same address."""
     def __init__(
         self,
         *,
@@ -416,10 +419,11 @@ class EngineInfo(_message.Message):
         dtype: _builtins.str = ...,
         kv_capacity_tokens: _builtins.int = ...,
         num_ranks: _builtins.int = ...,
+        start_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "device", b"device", "dtype", b"dtype", "kv_capacity_tokens", b"kv_capacity_tokens", "max_model_len", b"max_model_len", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_ranks", b"num_ranks", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "device", b"device", "dtype", b"dtype", "kv_capacity_tokens", b"kv_capacity_tokens", "max_model_len", b"max_model_len", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_ranks", b"num_ranks", "start_id", b"start_id", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

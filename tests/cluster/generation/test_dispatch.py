@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.generation.dispatch import MAX_ENGINE_DEATHS, Dispatcher
+from cluster.generation.dispatch import MAX_ENGINE_DEATHS, RESUME_WAIT_S, Dispatcher
 from cluster.metrics import GatewayMetrics
+from cluster.replica_set import ReplicaSet
 from cluster.router.client import EngineClient
-from cluster.router.table import LoadTable, Replica, StaticReplicas
+from cluster.router.table import LoadTable, Replica
 from tests.support.fake_engine import FakeEngine, Script
 from workers import errors
 from workers.request import EngineOutput, EngineRequest, SamplingParams
@@ -18,7 +19,7 @@ REQUEST = EngineRequest("r1", (5, 6), SamplingParams(seed=1, max_tokens=8))
 
 
 class Cluster:
-    """Two engines, a dispatcher over them, and what it counts."""
+    """Engines, a dispatcher over them, and what it counts."""
 
     def __init__(self, engines: list[FakeEngine], client: EngineClient) -> None:
         self.engines = engines
@@ -26,7 +27,9 @@ class Cluster:
         self.replicas = [Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)]
         self.metrics = GatewayMetrics()
         self.now = 0.0
-        self.dispatcher = Dispatcher(StaticReplicas(self.replicas, self.loads), client, self.metrics, clock=lambda: self.now)
+        self.set = ReplicaSet(self.loads)
+        self.set.replace(self.replicas)
+        self.dispatcher = Dispatcher(self.set, client, self.metrics, clock=lambda: self.now)
 
     async def read(self, deadline: float | None = None) -> list[EngineOutput]:
         async with aclosing(self.dispatcher.stream(REQUEST, deadline)) as outputs:
@@ -188,6 +191,92 @@ async def test_a_request_that_kills_engines_does_not_get_them_all() -> None:
     await client.close()
     for engine in engines:
         await engine.stop()
+
+
+async def test_a_stream_goes_on_at_a_replica_that_was_started_again(cluster: Cluster) -> None:
+    """One replica dies under it and comes back at its old address; then the other one dies."""
+    num_starts = dict.fromkeys(("r0", "r1"), 1)
+
+    def start(name: str) -> None:
+        num_starts[name] += 1
+        cluster.replicas = [Replica(replica.id, replica.address, f"start {num_starts[replica.id]}") for replica in cluster.replicas]
+        cluster.set.replace(cluster.replicas)
+
+    def answers(name: str) -> Callable[[EngineRequest], Script]:
+        def answer(request: EngineRequest) -> Script:
+            if len(request.output_token_ids) == 4:
+                return goes_on(request)
+            start(name)
+            return breaks_after(2, GONE)(request)
+
+        return answer
+
+    for name, engine in zip(("r0", "r1"), cluster.engines, strict=True):
+        engine.answer = answers(name)
+    assert [token for output in await cluster.read() for token in output.token_ids] == TOKENS
+    assert sum(cluster.num_requests()) == 3
+
+
+async def test_replicas_that_cannot_be_reached_did_not_die_of_the_request() -> None:
+    engines = [await FakeEngine().start() for _ in range(MAX_ENGINE_DEATHS + 1)]
+    client = EngineClient()
+    cluster = Cluster(engines, client)
+    for engine in engines[1:]:
+        await engine.stop()
+    engines[0].answer = goes_on
+    cluster.set.failed(cluster.replicas[0])  # the others first
+    try:
+        assert [token for output in await cluster.read() for token in output.token_ids] == TOKENS
+        assert cluster.retries("EngineDead") == MAX_ENGINE_DEATHS
+    finally:
+        await client.close()
+        await engines[0].stop()
+
+
+async def test_a_stream_that_is_handed_on_by_replicas_that_drain_is_not_given_up() -> None:
+    engines = [await FakeEngine().start() for _ in range(MAX_ENGINE_DEATHS + 2)]
+    client = EngineClient()
+    cluster = Cluster(engines, client)
+
+    def answer(request: EngineRequest) -> Script:
+        done = len(request.output_token_ids)
+        return goes_on(request) if done > MAX_ENGINE_DEATHS else Script(TOKENS[done : done + 2], finish="abort")
+
+    for engine in engines:
+        engine.answer = answer
+    assert [token for output in await cluster.read() for token in output.token_ids] == TOKENS
+    await client.close()
+    for engine in engines:
+        await engine.stop()
+
+
+async def test_a_stream_whose_replica_died_waits_for_room_at_a_full_one(cluster: Cluster) -> None:
+    num_refused = 0
+
+    def answer(request: EngineRequest) -> Script:
+        nonlocal num_refused
+        if not request.output_token_ids:
+            return breaks_after(2, GONE)(request)
+        num_refused += 1
+        return goes_on(request) if num_refused > 3 else Script(refusal=errors.Overloaded("full", 0.0))
+
+    for engine in cluster.engines:
+        engine.answer = answer
+    assert [token for output in await cluster.read() for token in output.token_ids] == TOKENS
+    assert (cluster.resumptions(), cluster.retries("Overloaded")) == (1, 3)
+
+
+async def test_a_stream_does_not_wait_for_ever_for_room(cluster: Cluster) -> None:
+    def answer(request: EngineRequest) -> Script:
+        if not request.output_token_ids:
+            return breaks_after(2, GONE)(request)
+        cluster.now += RESUME_WAIT_S
+        return Script(refusal=errors.Overloaded("full", 0.0))
+
+    for engine in cluster.engines:
+        engine.answer = answer
+    with pytest.raises(errors.Overloaded):
+        await cluster.read()
 
 
 async def test_conversations_stay_with_their_replica(cluster: Cluster) -> None:

@@ -57,7 +57,7 @@ def test_reported_loads_of_others_count_and_our_own_are_not_counted_twice() -> N
     assert table.pick([a, b], frozenset(), hint) == b
     table.report({"a": 0, "b": 9})
     assert table.pick([a, b], frozenset(), hint) == a
-    table.gone("b")
+    table.gone(b)
     assert table.pick([a, b], frozenset(), hint) == b
 
 
