@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_attempts import Attempts
 from benchmarks.gpu_parts import PARTS, Options
 from benchmarks.gpu_report import report
 from benchmarks.gpu_tests import run_tests
@@ -83,11 +84,9 @@ def _parts(text: str) -> tuple[str, ...]:
 def _run_part(args: argparse.Namespace) -> int:
     """In the part's own process."""
     options = Options(usable_device(args.device), args.model, args.preset, args.batch_sizes, args.contexts, args.steps, args.prompts)
-
-    def keep(result: dict[str, Any]) -> None:
-        args.result.write_text(json.dumps(result))
-
-    keep(PARTS[args.part](options, keep))
+    attempts = Attempts(options.device, args.result)
+    PARTS[args.part](options, attempts)
+    attempts.keep()
     return 0
 
 

@@ -5,8 +5,8 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from benchmarks.decode_batches import (
     random_caches,
     what_fits,
 )
+from benchmarks.gpu_attempts import Attempts, Result
 from benchmarks.gpu_timing import copy_bandwidth, matmul_rate, seconds
 from benchmarks.random_model import random_model
 from kernels.backend import architecture, has_triton, triton_runs_on
@@ -43,10 +44,6 @@ TIMED_LAYERS = 8
 """Whose launches are kept with all that they read and write, for batches above SMALL_BATCH; of a smaller batch, all layers': together their
 weights then are more than an L2 cache holds."""
 SMALL_BATCH = 8
-
-Result = dict[str, Any]
-Keep = Callable[[Result], None]
-"""Writes down what a part has found so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +76,11 @@ class Options:
         return WARM_UP_STEPS + self.steps + 1
 
 
-def measure_device(options: Options, keep: Keep) -> Result:
+def measure_device(options: Options, attempts: Attempts) -> None:
     """The machine and what it reaches at best."""
     device = options.device
     on_gpu = device.type == "cuda"
-    return {
+    about = {
         "name": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
         "architecture": architecture(device),
         "memory_bytes": torch.cuda.mem_get_info(device)[1] if on_gpu else host_free_bytes(),
@@ -93,50 +90,77 @@ def measure_device(options: Options, keep: Keep) -> Result:
         "bandwidth": _bandwidth(device),
         "matmul_flops": matmul_rate(device, 8192 if on_gpu else 512),
     }
+    attempts.begin(about)
 
 
-def measure_step(options: Options, keep: Keep) -> Result:
+def measure_step(options: Options, attempts: Attempts) -> None:
     """Whole decode steps, sampling among it, against the bytes that they must read."""
     found = _Model(options)
     model, config, batches = found.model, found.model.config, found.batches
     kernels = kernel_choices(model)
-    result: Result = found.about | {"kernels": {operation: str(choice) for operation, choice in kernels.items()}, "steps": []}
+    result = attempts.begin(found.about | {"kernels": {operation: str(choice) for operation, choice in kernels.items()}}, lists=("steps",))
     longest = max(batch.context for batch in batches) + options.num_steps
     caches = random_caches(model, batches, options.num_steps)
-    runner = Runner(model, caches, max_num_seqs=max(batch.size for batch in batches), max_model_len=longest)
-    blocking = not_capturable(kernels)
-    if options.device.type == "cuda" and not blocking:
-        graphs = runner.capture_graphs(lambda phase, done, total: None)
-        result["graphs"] = f"{graphs.num_graphs}, which keep {graphs.memory_bytes / 1e6:.0f} MB"
-    else:
-        result["graphs"] = f"none: the kernels for {' and '.join(blocking)} read back to the host" if blocking else "none: not on a GPU"
-    decoder = Decoder(runner, config, options.steps)
+
     bandwidth = _bandwidth(options.device)
     result["bandwidth"] = bandwidth
-    for batch in batches:
+    blocking = not_capturable(kernels)
+
+    def new_runner() -> Runner:
+        return Runner(model, caches, max_num_seqs=max(batch.size for batch in batches), max_model_len=longest)
+
+    def new_decoder(first: str) -> Decoder:
+        runner = new_runner()
+
+        def capture() -> None:
+            graphs = runner.capture_graphs(lambda phase, done, total: None)
+            result["graphs"] = f"{graphs.num_graphs}, which keep {graphs.memory_bytes / 1e6:.0f} MB"
+
+        if blocking or options.device.type != "cuda":
+            why = f"the kernels for {' and '.join(blocking)} read back to the host" if blocking else "not on a GPU"
+            result["graphs"] = f"none: {why}"
+        elif not attempts.run(f"capture graphs, before {first}", capture, again=True):
+            result["graphs"] = "none: capturing them failed"
+            runner = new_runner()
+        return Decoder(runner, config, options.steps)
+
+    def time(decoder: Decoder, batch: Batch) -> None:
         took = decoder.time(batch)
         middle = batch.context + WARM_UP_STEPS + options.steps // 2
         least = decode_step_bytes(config, model.shard, DTYPE, batch.size, middle)
-        result["steps"].append(asdict(batch) | asdict(took) | {"least_bytes": least, "share": least / bandwidth / took.seconds})
-        keep(result)
-    return result
+        row = asdict(batch) | asdict(took) | {"graphs": result["graphs"], "least_bytes": least, "share": least / bandwidth / took.seconds}
+        result["steps"].append(row)
+
+    decoder: Decoder | None = None
+    for batch in batches:
+        name = _named(batch)
+        if attempts.was_tried(name):
+            continue
+        decoder = decoder or new_decoder(name)
+        if not attempts.run(name, partial(time, decoder, batch)):
+            # Its sequences are half-way through a step.
+            decoder = None
 
 
-def measure_kernels(options: Options, keep: Keep) -> Result:
+def measure_kernels(options: Options, attempts: Attempts) -> None:
     """Each launch of a decode step by itself, replayed layer after layer, against the bytes that it reads and writes."""
     if not triton_runs_on(options.device):
-        return {"skipped": "no Triton kernels run here"}
+        attempts.begin({"skipped": "no Triton kernels run here"})
+        return
     found = _Model(options)
     bandwidth = _bandwidth(options.device)
-    result: Result = found.about | {"bandwidth": bandwidth, "batches": []}
+    result = attempts.begin(found.about | {"bandwidth": bandwidth}, lists=("batches",))
     for batch in found.batches:
-        result["batches"].append(asdict(batch) | _launches(found.model, batch, bandwidth))
-        keep(result)
-    return result
+        rows = next((rows for rows in result["batches"] if _named(Batch(rows["size"], rows["context"])) == _named(batch)), None)
+        if rows is None:
+            rows = asdict(batch) | {"launches": [], "around": []}
+            result["batches"].append(rows)
+        attempts.run(_named(batch), partial(_launches, found.model, batch, bandwidth, rows, attempts), again=True)
 
 
 @torch.inference_mode()
-def _launches(model: GptOss, batch: Batch, bandwidth: float) -> Result:
+def _launches(model: GptOss, batch: Batch, bandwidth: float, rows: Result, attempts: Attempts) -> None:
+    """Fills in `rows`."""
     from benchmarks.decode_traffic import ByteCounter
     from benchmarks.launch_recorder import recording_launches, split_layers
 
@@ -154,18 +178,30 @@ def _launches(model: GptOss, batch: Batch, bandwidth: float) -> Result:
     with recording_launches(compute=True) as recorded:
         step()
     before, layers, after = split_layers(recorded)
-    rows = []
+    rows["layers_timed"] = num_layers
+
+    def time(works: list[Callable[[], object]], into: str, row: Result, num_bytes: float | None) -> None:
+        took = seconds(_all(works), model.device) / len(works)
+        share = {} if num_bytes is None else {"bytes": num_bytes, "share": num_bytes / bandwidth / took}
+        rows[into].append(row | {"seconds": took} | share)
+
     for window in sorted(set(config.layer_windows), key=lambda window: window or 0):
         alike = [layer for layer, of in zip(layers, config.layer_windows, strict=True) if of == window]
         count = ByteCounter(part, caches, window, batch.size, batch.context)
         for index, first in enumerate(alike[0]):
-            took = seconds(_all(layer[index].again for layer in alike), model.device) / len(alike)
             num_bytes = count(first).total_bytes
-            label = [launch.name for launch in alike[0][:index]].count(first.name)
-            row = {"window": window, "name": first.name, "occurrence": label, "seconds": took, "bytes": num_bytes}
-            rows.append(row | {"share": num_bytes / bandwidth / took})
-    around = [{"name": launch.name, "seconds": seconds(launch.again, model.device)} for launch in (*before, *after)]
-    return {"layers_timed": num_layers, "launches": rows, "around": around}
+            occurrence = [launch.name for launch in alike[0][:index]].count(first.name)
+            row = {"window": window, "name": first.name, "occurrence": occurrence}
+            works = [layer[index].again for layer in alike]
+            name = f"{_named(batch)}, window {window}, {first.name} {occurrence}"
+            attempts.run(name, partial(time, works, "launches", row, num_bytes))
+    for index, launch in enumerate((*before, *after)):
+        name = f"{_named(batch)}, around the layers, {launch.name} {index}"
+        attempts.run(name, partial(time, [launch.again], "around", {"name": launch.name}, None))
+
+
+def _named(batch: Batch) -> str:
+    return f"{batch.size} x {batch.context}"
 
 
 def _all(works: Iterable[Callable[[], object]]) -> Callable[[], None]:
@@ -178,13 +214,14 @@ def _all(works: Iterable[Callable[[], object]]) -> Callable[[], None]:
     return run
 
 
-def measure_prefill(options: Options, keep: Keep) -> Result:
+def measure_prefill(options: Options, attempts: Attempts) -> None:
     """One step of prompts of one sequence, against the products that it needs."""
     found = _Model(options)
     model, config = found.model, found.model.config
     peak = matmul_rate(options.device, 8192 if options.device.type == "cuda" else 512)
-    result: Result = found.about | {"matmul_flops": peak, "prompts": []}
-    for num_tokens in options.prompts:
+    result = attempts.begin(found.about | {"matmul_flops": peak}, lists=("prompts",))
+
+    def time(num_tokens: int) -> None:
         batch = largest_batch(SchedulerConfig(1, num_tokens), num_tokens, options.device)
         batch.token_ids.remainder_(config.vocab_size)
         blocks = torch.arange(1, 2 + num_tokens // BLOCK_SIZE, dtype=torch.int32, device=options.device)[None]
@@ -195,14 +232,15 @@ def measure_prefill(options: Options, keep: Keep) -> Result:
         caches = [torch.zeros(shape, dtype=model.dtype, device=options.device)] * len(model.layers)
 
         @torch.inference_mode()
-        def prefill(batch: Any = batch, caches: Any = caches) -> Tensor | None:
+        def prefill() -> Tensor | None:
             return model.compute_logits(model.forward(batch, caches)[batch.sample_indices])
 
         took = seconds(prefill, options.device, calls=2, graph=False)
         flops = prefill_flops(config, num_tokens)
         result["prompts"].append({"tokens": num_tokens, "seconds": took, "flops": flops, "share": flops / peak / took})
-        keep(result)
-    return result
+
+    for num_tokens in options.prompts:
+        attempts.run(f"{num_tokens} tokens", partial(time, num_tokens))
 
 
 def prefill_flops(config: ModelConfig, num_tokens: int) -> float:
@@ -218,7 +256,7 @@ def _keys_seen(num_tokens: int, window: int | None) -> int:
     return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
 
 
-def measure_sampling(options: Options, keep: Keep) -> Result:
+def measure_sampling(options: Options, attempts: Attempts) -> None:
     """Each way to sample, against one pass over the logits."""
     vocab = (
         load_model_config(options.model)
@@ -226,15 +264,16 @@ def measure_sampling(options: Options, keep: Keep) -> Result:
         else preset_config(options.preset or ("small" if options.device.type == "cuda" else "tiny"))
     ).vocab_size
     bandwidth = _bandwidth(options.device)
-    result: Result = {"vocab": vocab, "bandwidth": bandwidth, "ways": []}
+    result = attempts.begin({"vocab": vocab, "bandwidth": bandwidth}, lists=("ways",))
+
+    def time(logits: Tensor, name: str, batch: SamplingBatch) -> None:
+        took = seconds(lambda: sample(logits, batch), options.device)
+        result["ways"].append({"rows": len(logits), "way": name, "seconds": took, "passes": took / (logits.nbytes / bandwidth)})
+
     for rows in options.batch_sizes:
         logits = torch.randn(rows, vocab, device=options.device) * 2
-        one_pass = logits.nbytes / bandwidth
         for name, batch in sampling_ways(rows, vocab, options.device).items():
-            took = seconds(lambda logits=logits, batch=batch: sample(logits, batch), options.device)  # type: ignore[misc]
-            result["ways"].append({"rows": rows, "way": name, "seconds": took, "passes": took / one_pass})
-        keep(result)
-    return result
+            attempts.run(f"{name}, {rows} rows", partial(time, logits, name, batch))
 
 
 def sampling_ways(rows: int, vocab: int, device: torch.device) -> dict[str, SamplingBatch]:
@@ -256,7 +295,7 @@ def sampling_ways(rows: int, vocab: int, device: torch.device) -> dict[str, Samp
     }
 
 
-PARTS: dict[str, Callable[[Options, Keep], Result]] = {
+PARTS: dict[str, Callable[[Options, Attempts], None]] = {
     "device": measure_device,
     "step": measure_step,
     "kernels": measure_kernels,

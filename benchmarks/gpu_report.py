@@ -42,6 +42,7 @@ def report(found: Mapping[str, Result]) -> str:
     for name, section in sections.items():
         if name in found:
             body = [] if "skipped" in found[name] else section(found[name])
+            body += [f"- failed: {failure['what']}: {failure['error']}" for failure in found[name].get("failures", ())]
             parts.append("\n".join(body + [f"**{name}: {found[name][word]}**" for word in ("skipped", "failed") if word in found[name]]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -93,6 +94,8 @@ def _step(result: Result) -> list[str]:
 def _kernels(result: Result) -> list[str]:
     lines: list[str] = []
     for batch in result.get("batches", ()):
+        if not batch["launches"]:
+            continue
         rows = []
         for window in dict.fromkeys(row["window"] for row in batch["launches"]):
             layer = [row for row in batch["launches"] if row["window"] == window]

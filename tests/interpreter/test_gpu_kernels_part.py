@@ -1,6 +1,5 @@
 """The part of `benchmarks/gpu_check.py` that times each launch alone, in the interpreter: which launches, and their bytes."""
 
-import json
 import sys
 
 import pytest
@@ -16,6 +15,7 @@ from benchmarks.random_model import random_model
 from kernels.cpu import linear as cpu_linear
 from kernels.linear import reference as linear_reference
 from kernels.mxfp4 import NATURAL
+from tests.support.gpu_parts import measured
 from tests.support.tiny_model import TINY
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_every_launch_of_a_layer_has_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     calls = []
     monkeypatch.setattr(gpu_parts, "seconds", lambda work, device: calls.append(work()) or 0.001)
     options = Options(CPU, None, "tiny", batch_sizes=(3,), contexts=(40,), steps=2, prompts=())
-    found = json.loads(json.dumps(measure_kernels(options, lambda result: None)))
+    found = measured(measure_kernels, options)
     (batch,) = found["batches"]
     by_window = {window: [row for row in batch["launches"] if row["window"] == window] for window in (24, None)}
     matmuls = [("expert_matmul_natural", 0), ("expert_matmul_natural", 1)]

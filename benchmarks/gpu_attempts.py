@@ -1,0 +1,124 @@
+"""Pieces of a part of `benchmarks/gpu_check.py`, tried one after the other, so that one which fails costs the others nothing.
+
+The result is written as it grows, and the name of a piece before it is begun, so that the process that started the part knows which piece
+a death or a time-out fell into. A piece that raises is recorded, its traceback goes to stderr, and the next one is begun. After an error
+that leaves CUDA's context unusable ("sticky", such as an illegal address) the process ends with CONTEXT_LOST: the part is started again,
+and the new process leaves out the pieces that were tried.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Result = dict[str, Any]
+CONTEXT_LOST = 70
+"""Exit code of a process whose CUDA context is unusable."""
+DOING, TRIED, FAILURES = "doing", "tried", "failures"
+"""Keys of a result: the piece that is running, the names of those that were begun, [{"what", "error"}] of those that failed."""
+
+
+class Attempts:
+    """The pieces of one part, and its result.
+
+    Args:
+        path: where the result is written; what an earlier process of the part wrote there is taken over. None: nowhere.
+    """
+
+    def __init__(self, device: torch.device, path: Path | None = None) -> None:
+        self._device = device
+        self._path = path
+        self.result: Result = read_result(path) if path is not None else {}
+        self.result.pop(DOING, None)
+
+    def begin(self, about: Result, *, lists: tuple[str, ...] = ()) -> Result:
+        """The result, with `about` in it, and these keys lists: of an earlier process, or empty."""
+        self.result |= about
+        for key in lists:
+            self.result.setdefault(key, [])
+        self.keep()
+        return self.result
+
+    def keep(self) -> None:
+        """Write the result."""
+        if self._path is not None:
+            write_result(self._path, self.result)
+
+    def was_tried(self, name: str) -> bool:
+        """Whether `run` would leave the piece out."""
+        return name in self.result.get(TRIED, ())
+
+    def run(self, name: str, piece: Callable[[], None], *, again: bool = False) -> bool:
+        """Whether the piece did what it should; False where it raised, or was tried by an earlier process.
+
+        Args:
+            again: run it also where an earlier process got through it, since what it leaves behind is wanted.
+        """
+        if self.was_tried(name):
+            return False
+        result, around = self.result, self.result.get(DOING)
+        if not again:
+            result.setdefault(TRIED, []).append(name)
+        result[DOING] = name
+        self.keep()
+        try:
+            piece()
+        except Exception as error:
+            traceback.print_exc()
+            add_failure(result, name, f"{type(error).__name__}: {_first_line(error)}")
+            if is_context_lost(self._device):
+                del result[DOING]
+                self.keep()
+                print(f"{name}: CUDA's context is lost, so this process ends", file=sys.stderr, flush=True)
+                # No destructors: they would call CUDA, and some hang.
+                os._exit(CONTEXT_LOST)
+            return False
+        else:
+            return True
+        finally:
+            if around is None:
+                result.pop(DOING, None)
+            else:
+                result[DOING] = around
+            self.keep()
+
+
+def is_context_lost(device: torch.device) -> bool:
+    """Whether CUDA answers with an error whatever it is asked."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize(device)
+        return bool(torch.ones(1, device=device).item() != 1)
+    except RuntimeError as error:
+        # Memory that has run out passes.
+        return not isinstance(error, torch.OutOfMemoryError)
+
+
+def add_failure(result: Result, what: str, error: str) -> None:
+    """A piece that failed counts as tried."""
+    result.setdefault(FAILURES, []).append({"what": what, "error": error})
+    tried = result.setdefault(TRIED, [])
+    if what not in tried:
+        tried.append(what)
+
+
+def read_result(path: Path) -> Result:
+    """Empty where nothing was written."""
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def write_result(path: Path, result: Result) -> None:
+    """All or nothing: the process may be stopped meanwhile."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(result, indent=1))
+    beside.replace(path)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "without a message")[:500]
