@@ -5,6 +5,9 @@
 
 from typing import ClassVar
 
+_MAX_MESSAGE_CHARS = 1000
+"""Of a message, which may quote a name or an id that the client sent."""
+
 
 class CantataError(Exception):
     """Base of all errors that a client may see; `message` says what to change."""
@@ -15,6 +18,8 @@ class CantataError(Exception):
     """Whether the router may try the request on another replica."""
 
     def __init__(self, message: str) -> None:
+        if len(message) > _MAX_MESSAGE_CHARS:
+            message = f"{message[:_MAX_MESSAGE_CHARS]}…"
         super().__init__(message)
         self.message = message
 

@@ -4,13 +4,10 @@ Fields are named in errors as the HTTP API spells them; where that API has two s
 """
 
 import datetime
-import functools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import jsonschema
-
+from cluster.generation.json_schema import SchemaCheck
 from cluster.generation.settings import ModelInfo
 from cluster.harmony.conversation import ChatMessage, ReasoningEffort, ToolDefinition
 from workers.errors import InvalidRequest
@@ -21,7 +18,6 @@ MAX_CHOICES = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_TOOLS = 1024
-MAX_SCHEMA_DEPTH = 64
 MAX_TEMPERATURE = 2.0
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
 GREEDY_BELOW = 1e-5
@@ -93,8 +89,9 @@ def check_chat(request: ChatRequest) -> None:
     """
     if len(request.tools) > MAX_TOOLS:
         raise InvalidRequest(f"tools has {len(request.tools)} entries, at most {MAX_TOOLS} are allowed.", "tools")
+    schemas = SchemaCheck()
     for index, tool in enumerate(request.tools):
-        problem = None if tool.parameters is None else _schema_problem(tool.parameters)
+        problem = None if tool.parameters is None else schemas.problem(tool.parameters)
         if problem:
             raise InvalidRequest(f"tools[{index}].function.parameters {problem}.", f"tools[{index}].function.parameters")
     if request.current_date is not None:
@@ -102,38 +99,6 @@ def check_chat(request: ChatRequest) -> None:
             datetime.date.fromisoformat(request.current_date)
         except ValueError:
             raise InvalidRequest("current_date must be a date written YYYY-MM-DD.", "chat_template_kwargs.current_date") from None
-
-
-def _schema_problem(parameters: Mapping[str, object]) -> str | None:
-    if _deeper_than(parameters, MAX_SCHEMA_DEPTH):
-        return f"is nested deeper than {MAX_SCHEMA_DEPTH} levels"
-    if parameters.get("type", "object") != "object":
-        return "must describe an object: set type to 'object'"
-    try:
-        # Agents send the same tools with each request; checking a schema takes a millisecond, finding it here a few microseconds.
-        return _text_problem(json.dumps(parameters, allow_nan=False))
-    except ValueError:
-        return "holds a number that is not finite"
-
-
-@functools.lru_cache(maxsize=512)
-def _text_problem(parameters: str) -> str | None:
-    try:
-        jsonschema.Draft202012Validator.check_schema(json.loads(parameters))
-    except jsonschema.SchemaError as error:
-        where = ".".join(str(part) for part in error.absolute_path)
-        return f"is not a JSON schema{f': {where} is wrong' if where else ''}"
-    return None
-
-
-def _deeper_than(value: object, limit: int) -> bool:
-    level: list[object] = [value]
-    for _ in range(limit):
-        containers = [node for node in level if isinstance(node, Mapping | list)]
-        level = [child for node in containers for child in (node.values() if isinstance(node, Mapping) else node)]
-        if not level:
-            return False
-    return True
 
 
 def check_generation(sampling: SamplingParams, stop: Sequence[str], model: ModelInfo, names: FieldNames, *, num_prompts: int = 1) -> None:

@@ -3,6 +3,7 @@
 What comes in is checked here (`validate.py` has the ranges); what goes out is trusted.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,10 @@ RETRY_AFTER_KEY = "retry-after-s"
 """Trailing metadata of a failed call: name of the class in `workers.errors`, its `param`, its `retry_after_s`."""
 TAKEN_METADATA = (("cantata-taken", "1"),)
 """Initial metadata of Generate, sent when the engine has taken the request, before its first token."""
+
+_MAX_PARAM_CHARS = 500
+_NOT_METADATA = re.compile(r"[^ -~]")
+"""What gRPC refuses to send as the value of a text entry."""
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 """Of one gRPC message, both ways. A prompt of 131,072 tokens packs into at most 0.4 MB; the rest is room for constraints and metrics."""
@@ -180,7 +185,7 @@ def error_to_metadata(error: errors.CantataError) -> tuple[tuple[str, str], ...]
     """Trailing metadata that lets the caller rebuild the error; the status is `error.status`, the details `error.message`."""
     metadata = [(ERROR_CLASS_KEY, type(error).__name__)]
     if isinstance(error, errors.InvalidRequest) and error.param:
-        metadata.append((PARAM_KEY, error.param))
+        metadata.append((PARAM_KEY, _NOT_METADATA.sub("?", error.param[:_MAX_PARAM_CHARS])))
     if isinstance(error, errors.Overloaded):
         metadata.append((RETRY_AFTER_KEY, f"{error.retry_after_s:g}"))
     return tuple(metadata)
