@@ -155,6 +155,7 @@ class _ChoiceBuilder:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[ToolCallBody] = []
+        self._arguments: list[list[str]] = []
         self._logprobs: list[ContentLogprob] = []
         self._token_ids: list[int] = []
         self._reason: FinishReason = "stop"
@@ -173,13 +174,16 @@ class _ChoiceBuilder:
                 self._reasoning.append(text)
             case ToolCallDelta() as delta:
                 if delta.name is not None:
-                    self._calls.append({"id": delta.id or "", "type": "function", "function": {"name": delta.name, "arguments": ""}})
-                self._calls[delta.call_index]["function"]["arguments"] += delta.arguments
+                    self._calls.append({"id": delta.id or "", "type": "function", "function": {"name": delta.name}})
+                    self._arguments.append([])
+                self._arguments[delta.call_index].append(delta.arguments)
 
     def body(self) -> ChatChoiceBody:
         message: AnswerMessage = {"role": "assistant", "content": "".join(self._text) if self._text else None, "refusal": None}
         if self._reasoning and self._request.include_reasoning is not False:
             message["reasoning"] = message["reasoning_content"] = "".join(self._reasoning)
+        for call, arguments in zip(self._calls, self._arguments, strict=True):
+            call["function"]["arguments"] = "".join(arguments)
         if self._calls:
             message["tool_calls"] = self._calls
         body: ChatChoiceBody = {

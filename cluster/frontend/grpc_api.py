@@ -161,9 +161,11 @@ def _sampling(request: pb.ChatRequest) -> SamplingParams:
 async def _response(generation: Generation, request: pb.ChatRequest) -> pb.ChatResponse:
     response = pb.ChatResponse(id=generation.id, model=generation.model, created_unix_s=generation.created_unix_s)
     texts: list[tuple[list[str], list[str]]] = []
+    arguments: list[list[list[str]]] = []
     for index in range(request.n if request.HasField("n") else 1):
         response.choices.add(index=index).message.role = pb.ROLE_ASSISTANT
         texts.append(([], []))
+        arguments.append([])
     async for event in generation:
         if isinstance(event, Usage):
             response.usage.CopyFrom(_usage(event))
@@ -181,10 +183,13 @@ async def _response(generation: Generation, request: pb.ChatRequest) -> pb.ChatR
             case ToolCallDelta() as delta:
                 if delta.name is not None:
                     choice.message.tool_calls.add(id=delta.id or "", name=delta.name)
-                choice.message.tool_calls[delta.call_index].arguments += delta.arguments
-    for choice, (content, reasoning) in zip(response.choices, texts, strict=True):
+                    arguments[event.choice].append([])
+                arguments[event.choice][delta.call_index].append(delta.arguments)
+    for choice, (content, reasoning), calls in zip(response.choices, texts, arguments, strict=True):
         choice.message.content = "".join(content)
         choice.message.reasoning = "".join(reasoning)
+        for call, pieces in zip(choice.message.tool_calls, calls, strict=True):
+            call.arguments = "".join(pieces)
     return response
 
 

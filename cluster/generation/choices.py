@@ -3,6 +3,7 @@
 import uuid
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from cluster.events import (
@@ -10,7 +11,6 @@ from cluster.events import (
     ChoiceFinish,
     Delta,
     FinishReason,
-    ReasoningDelta,
     TextDelta,
     TokenCandidate,
     TokenLogprob,
@@ -51,7 +51,9 @@ class _EventLog:
         self._index = index
         self._token_ids: list[int] = []
         self._events: list[ChoiceEvent] = []
+        # The first of the neighbours, the texts of all of them.
         self._joined: Delta | None = None
+        self._texts: list[str] = []
         self._joined_logprobs: list[TokenLogprob] = []
         self._joined_ids: list[int] = []
 
@@ -59,10 +61,10 @@ class _EventLog:
         self._token_ids.append(token_id)
 
     def delta(self, delta: Delta, logprobs: Sequence[TokenLogprob] = ()) -> None:
-        joined = None if self._joined is None else _join(self._joined, delta)
-        if joined is None:
+        if self._joined is None or not _continues(self._joined, delta):
             self._close()
-        self._joined = joined or delta
+            self._joined = delta
+        self._texts.append(delta.arguments if isinstance(delta, ToolCallDelta) else delta.text)
         self._joined_logprobs += logprobs
         self._joined_ids += self._token_ids
         self._token_ids.clear()
@@ -79,20 +81,22 @@ class _EventLog:
 
     def _close(self) -> None:
         if self._joined is not None:
-            self._events.append(ChoiceDelta(self._index, self._joined, tuple(self._joined_logprobs), tuple(self._joined_ids)))
+            delta = _with_text(self._joined, "".join(self._texts))
+            self._events.append(ChoiceDelta(self._index, delta, tuple(self._joined_logprobs), tuple(self._joined_ids)))
             self._joined = None
+            self._texts.clear()
             self._joined_logprobs.clear()
             self._joined_ids.clear()
 
 
-def _join(left: Delta, right: Delta) -> Delta | None:
-    if isinstance(left, TextDelta) and isinstance(right, TextDelta):
-        return TextDelta(left.text + right.text)
-    if isinstance(left, ReasoningDelta) and isinstance(right, ReasoningDelta):
-        return ReasoningDelta(left.text + right.text)
-    if isinstance(left, ToolCallDelta) and isinstance(right, ToolCallDelta) and right.name is None and left.call_index == right.call_index:
-        return ToolCallDelta(left.call_index, left.name, left.arguments + right.arguments, left.id)
-    return None
+def _continues(left: Delta, right: Delta) -> bool:
+    if isinstance(left, ToolCallDelta) and isinstance(right, ToolCallDelta):
+        return right.name is None and left.call_index == right.call_index
+    return type(left) is type(right)
+
+
+def _with_text(delta: Delta, text: str) -> Delta:
+    return replace(delta, arguments=text) if isinstance(delta, ToolCallDelta) else replace(delta, text=text)
 
 
 class ChatChoice:

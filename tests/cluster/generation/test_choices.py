@@ -1,12 +1,19 @@
 """One choice: tokens in any grouping give the same answer; stop strings, stop tokens, logprobs and tool calls."""
 
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from cluster.events import ChoiceDelta, ChoiceFinish, ReasoningDelta, TextDelta, ToolCallDelta
-from cluster.generation.choices import ChatChoice, Choice, CompletionChoice
+from cluster.events import ChoiceDelta, ChoiceFinish, Delta, ReasoningDelta, TextDelta, ToolCallDelta, Usage
+from cluster.frontend import chat, grpc_api
+from cluster.frontend.schema import ChatCompletionRequest
+from cluster.generation import Generation
+from cluster.generation.choices import ChatChoice, Choice, CompletionChoice, _EventLog
 from cluster.harmony.encoding import HarmonyEncoding
+from cluster.rpc import inference_pb2 as pb
 from tests.support.gateway import make_encoding, turn
 from workers.request import EngineOutput, FinishReason, TokenLogprobs
 
@@ -166,3 +173,54 @@ def test_completion_leaves_special_tokens_out_and_stops_at_a_string(encoding: Ha
     reported = [token_id for event in events for token_id in event.token_ids]
     assert reported == ids[: len(reported)]
     assert [entry.chosen.token_id for event in events for entry in event.logprobs] == reported
+
+
+@pytest.mark.parametrize(
+    "first",
+    [TextDelta("x" * 200), ReasoningDelta("x" * 200), ToolCallDelta(0, "f", "x" * 200, "call_1")],
+)
+def test_what_comes_at_once_is_joined_in_one_pass(first: Delta) -> None:
+    """A push of 200,000 tokens: joined pair by pair, this would copy four terabytes."""
+    log = _EventLog(0)
+    following = replace(first, name=None, id=None) if isinstance(first, ToolCallDelta) else first
+    for delta in (first, *[following] * 200_000):
+        log.delta(delta)
+    (event,) = log.take()
+    assert isinstance(event, ChoiceDelta)
+    text = event.delta.arguments if isinstance(event.delta, ToolCallDelta) else event.delta.text
+    assert len(text) == 200 * 200_001
+    if isinstance(first, ToolCallDelta):
+        assert isinstance(event.delta, ToolCallDelta)
+        assert (event.delta.name, event.delta.id) == ("f", "call_1")
+
+
+class Answer:
+    """A generation that makes one long call in many pieces."""
+
+    id, model, created_unix_s, prompts = "chatcmpl-1", "m", 0, ((5,),)
+
+    def __init__(self) -> None:
+        self._events = self._make()
+
+    def _make(self) -> Iterator[ChoiceDelta | ChoiceFinish | Usage]:
+        yield ChoiceDelta(0, ToolCallDelta(0, "f", "", "call_1"))
+        piece = ChoiceDelta(0, ToolCallDelta(0, None, "x" * 200))
+        for _ in range(200_000):
+            yield piece
+        yield ChoiceFinish(0, "tool_calls")
+        yield Usage(1, 0, 200_000, 0)
+
+    async def __aiter__(self) -> AsyncIterator[ChoiceDelta | ChoiceFinish | Usage]:
+        for event in self._events:
+            yield event
+
+
+async def test_whole_answers_join_arguments_in_one_pass() -> None:
+    """As above."""
+    body = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "x"}]})
+    over_http = await chat.answer(cast(Generation, Answer()), body, "")
+    (call,) = over_http["choices"][0]["message"]["tool_calls"]
+    assert (call["id"], call["function"]["name"], len(call["function"]["arguments"])) == ("call_1", "f", 200 * 200_000)
+    over_grpc = await grpc_api._response(cast(Generation, Answer()), pb.ChatRequest())
+    (message,) = over_grpc.choices[0].message.tool_calls
+    assert (message.id, message.name, len(message.arguments)) == ("call_1", "f", 200 * 200_000)
