@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Awaitable
 from contextlib import closing, nullcontext
+from pathlib import Path
 from typing import TypeVar
 
 import uvicorn
@@ -25,6 +26,7 @@ from cluster.supervisor import EngineFailed, EngineProcess
 from workers.config_json import engine_config_to_json
 from workers.cores import engine_threads, thread_environment
 from workers.errors import ConfigError
+from workers.private_folder import PrivateFolder
 from workers.rpc.convert import EngineInfo
 
 T = TypeVar("T")
@@ -86,10 +88,13 @@ class _HttpServer(uvicorn.Server):
 async def _serve(config: CantataConfig) -> int:
     stop = StopSignals()
     encoding = load_encoding(config)
-    with closing(bound_socket(config.listen.host, config.listen.http_port, "listen.http_port")) as http_socket:
+    with (
+        closing(bound_socket(config.listen.host, config.listen.http_port, "listen.http_port")) as http_socket,
+        closing(PrivateFolder()) as sockets,
+    ):
         check_port_is_free(config.listen.host, config.listen.grpc_port, "listen.grpc_port")
         replicas = ReplicaSet()
-        engines = _engines(config, replicas)
+        engines = _engines(config, replicas, sockets.path)
         try:
             started = await stop.unless_asked(_start(config, encoding, engines, replicas))
             if started is not None:
@@ -165,8 +170,8 @@ async def _hurry(http_server: uvicorn.Server, grpc_server: GrpcServer, stop: Sto
     await grpc_server.stop(0)
 
 
-def _engines(config: CantataConfig, replicas: ReplicaSet) -> list[EngineProcess]:
-    command = [sys.executable, "-m", "workers.engine", "--config", engine_config_to_json(config.engine), "--address", "127.0.0.1:0"]
+def _engines(config: CantataConfig, replicas: ReplicaSet, sockets: Path) -> list[EngineProcess]:
+    command = [sys.executable, "-m", "workers.engine", "--config", engine_config_to_json(config.engine)]
     command += ["--grace-s", str(DRAIN_S), "--parent-pid", str(os.getpid())]
     threads = config.engine_cpus
     if threads is None or config.engine.device.startswith("cpu"):
@@ -178,8 +183,13 @@ def _engines(config: CantataConfig, replicas: ReplicaSet) -> list[EngineProcess]
         replicas.replace(serving, missing=[engine.name for engine in engines if not engine.replica])
 
     engines += [
-        EngineProcess(f"engine-{index}", command, environment=thread_environment(threads), on_change=publish)
-        for index in range(config.replicas)
+        EngineProcess(
+            name,
+            [*command, "--address", f"unix:{sockets / name}.sock"],
+            environment=thread_environment(threads),
+            on_change=publish,
+        )
+        for name in (f"engine-{index}" for index in range(config.replicas))
     ]
     return engines
 

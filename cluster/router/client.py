@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypedDict
 
 import grpc.aio
 
 from cluster.router.table import Replica
+from workers.engine.access import authorization
 from workers.errors import CantataError, DeadlineExceeded, EngineDead
 from workers.request import EngineOutput, EngineRequest
 from workers.rpc import convert, engine_pb2, engine_pb2_grpc
@@ -41,7 +42,9 @@ class EngineClient:
             CantataError: what the engine answered; EngineDead if it cannot be reached or its stream ends early, which says whether the
                 engine had taken the request.
         """
-        call = self._stub(replica).Generate(convert.request_to_wire(request), timeout=request.deadline_s)
+        call = self._stub(replica).Generate(
+            convert.request_to_wire(request), timeout=request.deadline_s, metadata=authorization(replica.secret)
+        )
         try:
             with _failures():
                 async for message in call:
@@ -60,17 +63,17 @@ class EngineClient:
     async def info(self, replica: Replica, timeout_s: float) -> convert.EngineInfo:
         """What the replica serves."""
         with _failures():
-            return convert.info_from_wire(await self._stub(replica).GetInfo(engine_pb2.GetInfoRequest(), timeout=timeout_s))
+            return convert.info_from_wire(await self._stub(replica).GetInfo(engine_pb2.GetInfoRequest(), **_options(replica, timeout_s)))
 
     async def load(self, replica: Replica, timeout_s: float) -> convert.EngineLoad:
         """How busy the replica is."""
         with _failures():
-            return convert.load_from_wire(await self._stub(replica).GetLoad(engine_pb2.GetLoadRequest(), timeout=timeout_s))
+            return convert.load_from_wire(await self._stub(replica).GetLoad(engine_pb2.GetLoadRequest(), **_options(replica, timeout_s)))
 
     async def metrics(self, replica: Replica, timeout_s: float) -> str:
         """The replica's Prometheus text."""
         with _failures():
-            return (await self._stub(replica).GetMetrics(engine_pb2.GetMetricsRequest(), timeout=timeout_s)).text
+            return (await self._stub(replica).GetMetrics(engine_pb2.GetMetricsRequest(), **_options(replica, timeout_s))).text
 
     async def forget(self, replica: Replica) -> None:
         """Close the channel of a replica that is gone for good."""
@@ -113,8 +116,20 @@ def _raise(error: grpc.aio.AioRpcError) -> NoReturn:
     if status == "UNAVAILABLE" or (status == "CANCELLED" and convert.ERROR_CLASS_KEY not in metadata):
         # gRPC's own text names addresses; a cancellation that is not ours means the server is going down.
         raise EngineDead("The replica that served this request is gone or shutting down; try again.") from error
+    if status == "UNAUTHENTICATED":
+        # The secret is the listed engine's: another one has its port by now.
+        raise EngineDead("The replica that was to serve this request is gone; try again.") from error
     if status == "DEADLINE_EXCEEDED":
         raise DeadlineExceeded("The request's deadline passed before its last token.") from error
     if convert.ERROR_CLASS_KEY not in metadata and status != "RESOURCE_EXHAUSTED":
         raise CantataError(f"The engine answered {status}.") from error
     raise convert.error_from_status(status, error.details() or f"The engine answered {status}.", metadata) from error
+
+
+def _options(replica: Replica, timeout_s: float) -> "_CallOptions":
+    return {"timeout": timeout_s, "metadata": authorization(replica.secret)}
+
+
+class _CallOptions(TypedDict):
+    timeout: float
+    metadata: tuple[tuple[str, str], ...]

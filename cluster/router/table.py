@@ -4,7 +4,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.router import policy
@@ -18,13 +18,15 @@ class Replica:
 
     Attributes:
         id: a label in metrics; an engine that is started again may have the id, and the address, of the one before.
-        address: of its engine gRPC server, as gRPC names it: `host:port`.
+        address: of its engine gRPC server, as gRPC names it: `host:port` or `unix:PATH`.
         start_id: drawn at random by the engine at its start.
+        secret: what the engine wants to be sent with each call; empty: nothing.
     """
 
     id: str
     address: str
     start_id: str = ""
+    secret: str = field(default="", repr=False)
 
     @property
     def key(self) -> str:

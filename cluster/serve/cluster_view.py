@@ -18,8 +18,8 @@ from ray.serve.handle import DeploymentHandle
 from cluster.replica_set import ReplicaSet
 from cluster.router.table import Replica
 
-ADDRESS_KEY, START_ID_KEY = "engine_address", "engine_start_id"
-"""Of an engine's metadata."""
+ADDRESS_KEY, START_ID_KEY, SECRET_KEY = "engine_address", "engine_start_id", "engine_secret"
+"""Of an engine's metadata. The secret is for gateways alone: metadata are neither logged nor shown."""
 SERVE_LOGGER = "ray.serve"
 
 INGRESS_VARIABLES = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
@@ -50,7 +50,7 @@ class ServeReplicas(ReplicaSet):
         entries = [(info.replica_id.unique_id, info.replica_metadata) for info in targets.running_replicas]
         self.replace(
             [
-                Replica(replica_id, metadata[ADDRESS_KEY], metadata.get(START_ID_KEY, ""))
+                Replica(replica_id, metadata[ADDRESS_KEY], metadata.get(START_ID_KEY, ""), metadata.get(SECRET_KEY, ""))
                 for replica_id, metadata in entries
                 if metadata.get(ADDRESS_KEY)
             ]

@@ -5,10 +5,11 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 
 from ray.util import get_node_ip_address
 
-from cluster.serve.cluster_view import ADDRESS_KEY, SERVE_LOGGER, START_ID_KEY
+from cluster.serve.cluster_view import ADDRESS_KEY, SECRET_KEY, SERVE_LOGGER, START_ID_KEY
 from workers.config import EngineConfig, ModelConfig
 from workers.engine.collector import spare_collections
 from workers.engine.server import EngineServer
@@ -35,17 +36,18 @@ class EngineReplica:
 
     async def __init__(self, config: EngineConfig, host: str) -> None:  # type: ignore[misc]  # Serve awaits it
         # An engine that cannot start raises CheckpointError or ConfigError here; Serve shows it as the application's status.
-        self._server = EngineServer(executor_factory=_executor)
+        self._secret = secrets.token_urlsafe(32)
+        self._server = EngineServer(executor_factory=_executor, secret=self._secret)
         bind = _node_address() if host == "auto" else host
         self._address = await self._server.start(config, f"[{bind}]:0" if ":" in bind else f"{bind}:0")
         spare_collections()
         info = self._server.start_up
         logger.info("engine serves %s on %s: %s", config.model_path, self._address, info.executor)
-        self._leaving = asyncio.create_task(self._leave_when_dead())
+        self._leaving = asyncio.create_task(self._leave_when_it_ends())
 
     def record_replica_metadata(self) -> dict[str, str]:
-        """Once, when the replica is ready: Serve sends it to every gateway."""
-        return {ADDRESS_KEY: self._address, START_ID_KEY: self._server.start_up.info.start_id}
+        """Once, when the replica is ready: Serve sends it to every gateway, inside the cluster and nowhere else."""
+        return {ADDRESS_KEY: self._address, START_ID_KEY: self._server.start_up.info.start_id, SECRET_KEY: self._secret}
 
     def record_routing_stats(self) -> dict[str, float]:
         """From time to time: how busy the engine is, for routers and the dashboard."""
@@ -54,14 +56,15 @@ class EngineReplica:
 
     async def check_health(self) -> None:
         """Raises when the engine has died: Serve replaces the replica."""
-        if self._server.died.is_set():
-            raise EngineDead(f"the engine died: {self._server.engine.error}")
+        if self._server.ended.is_set():
+            raise EngineDead(f"the engine has ended: {self._server.engine.error or 'it was drained'}")
 
-    async def _leave_when_dead(self) -> None:
+    async def _leave_when_it_ends(self) -> None:
         # Serve would ask for our health three times and then wait for requests to end, and send more of them meanwhile. A process that
         # is gone is replaced at once.
-        await self._server.died.wait()
-        logger.error("the engine died, this replica ends so that Serve starts another: %s", self._server.engine.error)
+        await self._server.ended.wait()
+        reason = self._server.engine.error or "it was drained"
+        logger.error("the engine has ended, and this replica ends so that Serve starts another: %s", reason)
         await asyncio.sleep(_LAST_WORDS_S)
         await self._server.stop()
         os._exit(1)

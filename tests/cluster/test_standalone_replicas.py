@@ -16,7 +16,7 @@ from tests.support.gateway import VOCAB_SIZE, make_encoding
 async def test_a_dead_engine_stays_on_the_metrics_page_as_down(tmp_path: Path) -> None:
     replicas = ReplicaSet()
     config = load_config(None, {}, {"engine.model_path": "somewhere/tiny", "replicas": 2})
-    living, dying = _engines(config, replicas)
+    living, dying = _engines(config, replicas, tmp_path)
     fakes = [await FakeEngine().start() for _ in range(2)]
     service = GenerationService(ModelInfo("tiny", 1024, VOCAB_SIZE), make_encoding(tmp_path), replicas, EngineClient(), GatewayMetrics())
     try:

@@ -8,6 +8,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 
@@ -16,6 +17,7 @@ from tests.support.many_streams import counted, read_many
 from tests.support.processes import marked, none_left
 from tests.support.served import BIN, MODEL_NAME, Served, standalone
 from tests.support.waiting import until
+from workers.rpc import engine_pb2, engine_pb2_grpc
 
 GREETING = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
 
@@ -29,10 +31,15 @@ def chat(served: Served, **fields: object) -> httpx.Response:
     return httpx.post(f"{served.url}/v1/chat/completions", json=GREETING | fields, timeout=60, trust_env=False)
 
 
-def test_an_engine_that_dies_is_replaced(model: Path, tmp_path: Path) -> None:
+def test_an_engine_that_ends_is_replaced(model: Path, tmp_path: Path) -> None:
+    """Here one that was drained over its own socket, which only this user can reach; a killed one: below and in test_supervisor."""
     with standalone(tmp_path, model) as served:
         pid = engine_pid(served)
-        os.kill(pid, signal.SIGKILL)
+        arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        address = arguments[arguments.index("--address") + 1]
+        assert Path(address.removeprefix("unix:")).parent.stat().st_mode & 0o777 == 0o700
+        with grpc.insecure_channel(address) as channel:
+            assert engine_pb2_grpc.EngineStub(channel).Drain(engine_pb2.DrainRequest(grace_s=0), timeout=30).num_aborted == 0
         until(lambda: chat(served).status_code == 503, 10)
         refused = chat(served)
         assert refused.status_code == 503

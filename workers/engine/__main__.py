@@ -1,8 +1,9 @@
-"""The engine process: `python3 -m workers.engine --config JSON-or-path --address 127.0.0.1:0`.
+"""The engine process: `python3 -m workers.engine --config JSON-or-path`. It serves on a Unix socket that only this user can reach, or with
+--address HOST:PORT on TCP; then callers have to send the secret in $CANTATA_ENGINE_SECRET.
 
 Progress, summary and log go to stderr. On stdout comes exactly one line, when it serves: {"event": "ready", "address": …,
-"start_id": …, "metrics_address": …}. Exit code 0 after SIGTERM or SIGINT (a second one skips the grace period) or when the parent is
-gone, 1 if it cannot start or the engine has died.
+"start_id": …, "metrics_address": …}. Exit code 0 after SIGTERM, SIGINT (a second one skips the grace period) or the RPC Drain, or when the
+parent is gone; 1 if it cannot start or the engine has died.
 """
 
 import argparse
@@ -13,14 +14,17 @@ import logging
 import os
 import signal
 import sys
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from workers.config import EngineConfig
 from workers.config_json import engine_config_from_json
+from workers.engine.access import SECRET_VARIABLE
 from workers.engine.collector import spare_collections
 from workers.engine.progress import StartUpProgress, summary
 from workers.engine.server import EngineServer
 from workers.errors import CheckpointError, ConfigError
+from workers.private_folder import PrivateFolder
 
 _PARENT_POLL_S = 1.0
 
@@ -29,7 +33,11 @@ def main() -> int:
     """Parse the flags and run; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python3 -m workers.engine", description="One engine process of Cantata.")
     parser.add_argument("--config", required=True, help="EngineConfig as JSON, or the path of a file that holds it")
-    parser.add_argument("--address", default="127.0.0.1:0", help="host:port to serve gRPC on; port 0: any free one")
+    parser.add_argument(
+        "--address",
+        help=f"where to serve gRPC: unix:PATH, or HOST:PORT (port 0: any free one) with a secret in ${SECRET_VARIABLE}; by default a "
+        "socket in a new folder that only this user can reach",
+    )
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics over HTTP on this port of 127.0.0.1; 0: any free one")
     parser.add_argument("--grace-s", type=float, default=30.0, help="seconds that running requests have to end after SIGTERM")
     parser.add_argument("--parent-pid", type=int, help="exit when this process is no longer the parent")
@@ -37,7 +45,9 @@ def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         config = _read_config(arguments.config)
-        return asyncio.run(_serve(config, arguments.address, arguments.metrics_port, arguments.grace_s, arguments.parent_pid))
+        with ExitStack() as stack:
+            address = arguments.address or f"unix:{stack.enter_context(closing(PrivateFolder())).path / 'engine.sock'}"
+            return asyncio.run(_serve(config, address, arguments.metrics_port, arguments.grace_s, arguments.parent_pid))
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -64,11 +74,12 @@ async def _serve(config: EngineConfig, address: str, metrics_port: int | None, g
     watcher = asyncio.create_task(_watch_parent(parent_pid, stop, hurry)) if parent_pid is not None else None
 
     progress = StartUpProgress()
-    server = EngineServer(progress=progress)
+    # Taken out of the environment: children need not have it.
+    server = EngineServer(progress=progress, secret=os.environ.pop(SECRET_VARIABLE, None))
     starting = asyncio.create_task(server.start(config, address, metrics_port=metrics_port))
     await _first(starting, stop)
     if not starting.done():
-        # A thread is reading weights and cannot be interrupted; there is nothing to lose.
+        # A thread is reading weights and cannot be interrupted; there is nothing to lose. What is left of a folder, the next start removes.
         sys.stderr.flush()
         os._exit(0)
     bound = starting.result()
@@ -86,9 +97,9 @@ async def _serve(config: EngineConfig, address: str, metrics_port: int | None, g
     ready = {"event": "ready", "address": bound, "start_id": start_up.info.start_id, "metrics_address": server.metrics_address}
     print(json.dumps(ready), flush=True)
 
-    await _first(stop, server.died)
-    if not server.died.is_set():
-        await _first(asyncio.create_task(server.drain(grace_s)), hurry, server.died)
+    await _first(stop, server.ended)
+    if not server.ended.is_set():
+        await _first(asyncio.create_task(server.drain(grace_s)), hurry, server.ended)
     await server.stop()
     if watcher is not None:
         watcher.cancel()

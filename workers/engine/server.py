@@ -17,6 +17,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig, load_model_config, longest_context
+from workers.engine.access import SecretInterceptor, check_address, close_to_others
 from workers.engine.engine import Engine
 from workers.engine.stream import AsyncReader
 from workers.errors import CantataError, ConfigError, DeadlineExceeded, InvalidRequest
@@ -67,11 +68,17 @@ class EngineServer:
     Args:
         progress: hears of start-up phases, on another thread.
         executor_factory: (config, model) → executor; None: the one for this host.
+        secret: what callers over TCP have to send (`workers.engine.access`); None: it serves on a Unix socket.
+    Attributes:
+        ended: the engine has died, or a caller has drained it: it serves no more, and its process is to end.
     """
 
-    def __init__(self, *, progress: Progress | None = None, executor_factory: ExecutorFactory | None = None) -> None:
+    def __init__(
+        self, *, progress: Progress | None = None, executor_factory: ExecutorFactory | None = None, secret: str | None = None
+    ) -> None:
         self.metrics = EngineMetrics()
-        self.died = asyncio.Event()
+        self.ended = asyncio.Event()
+        self._secret = secret
         self._make_executor = executor_factory or (lambda config, model: local_executor(config, model, progress=progress))
         self._engine: Engine | None = None
         self._server: grpc.aio.Server | None = None
@@ -96,17 +103,18 @@ class EngineServer:
         """Load the model and serve it.
 
         Args:
-            address: host:port; port 0: any free one.
+            address: host:port, port 0: any free one; or unix:PATH.
             metrics_port: of an HTTP scrape port on loopback; 0: any free one; None: none.
         Returns:
-            host:port with the port that was bound.
+            The address, with the port that was bound.
         Raises:
             CheckpointError, ConfigError: one sentence for the user.
         """
         loop = asyncio.get_running_loop()
-        host, server = address.rpartition(":")[0], grpc.aio.server(options=_OPTIONS)
+        check_address(address, self._secret)
+        server = grpc.aio.server(options=_OPTIONS, interceptors=[] if self._secret is None else [SecretInterceptor(self._secret)])
         # Before the model is loaded: a port that is taken should be found out in a second, not after minutes.
-        port = _bind(server, address)
+        address = _bind(server, address)
         if metrics_port is not None:
             self._metrics_server = _start_metrics(self.metrics, metrics_port)
         try:
@@ -133,7 +141,7 @@ class EngineServer:
         self._server = server
         await server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        return f"{host}:{port}"
+        return address
 
     async def drain(self, grace_s: float) -> int:
         """Refuse new requests, wait for the live ones, abort those left after `grace_s`. Returns how many were aborted."""
@@ -143,7 +151,9 @@ class EngineServer:
     async def drain_for_caller(self, grace_s: float) -> int:
         """`drain` as the RPC: however many callers wait, our own drain and stop do not wait for them."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        return await asyncio.to_thread(self.engine.drain, grace_s)
+        num_aborted = await asyncio.to_thread(self.engine.drain, grace_s)
+        self.ended.set()
+        return num_aborted
 
     async def stop(self) -> None:
         """End what still runs and close the ports. Idempotent."""
@@ -160,7 +170,7 @@ class EngineServer:
         await self._health.set(SERVICE, status)
 
     def _note_death(self) -> None:
-        self.died.set()
+        self.ended.set()
         self._death_notice = asyncio.ensure_future(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
 
     async def _close_metrics(self) -> None:
@@ -236,12 +246,13 @@ async def _abort(context: Context, error: CantataError) -> None:
     await context.abort(grpc.StatusCode[error.status], error.message, convert.error_to_metadata(error))
 
 
-def _bind(server: grpc.aio.Server, address: str) -> int:
+def _bind(server: grpc.aio.Server, address: str) -> str:
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
         raise ConfigError(f"cannot listen on {address}: the port is taken, or the address is not one of this machine") from error
-    return port
+    close_to_others(address)
+    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
 
 def _start_metrics(metrics: EngineMetrics, port: int) -> MetricsServer:

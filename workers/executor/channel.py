@@ -1,22 +1,19 @@
 """Messages between an engine and its ranks, over ZMQ: a PUSH socket to each rank, one PULL socket back. Within a host they are Unix
-sockets in a private folder, across hosts TCP on the engine's own address.
+sockets in a private folder, across hosts TCP on the engine's own address, encrypted (CURVE) with keys drawn for this replica: who does not
+have them can neither send nor take a message.
 
-A message is three parts: the replica's secret, its kind, its body (msgpack). What does not carry the secret is dropped: on TCP anyone who
-reaches the port could send plans otherwise. The channel is not encrypted; it belongs in a private network.
+A message is two parts: its kind, its body (msgpack).
 """
 
-import hmac
-import logging
-import shutil
-import tempfile
 import threading
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import msgpack
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
 
-logger = logging.getLogger(__name__)
+from workers.errors import ConfigError
+from workers.private_folder import PrivateFolder
 
 # From a rank.
 HELLO, PROGRESS, LOADED, READY, RESULT, LOGITS, FAILED = b"hello", b"progress", b"loaded", b"ready", b"result", b"logits", b"failed"
@@ -28,11 +25,16 @@ Body = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """What a rank needs to reach its engine."""
+    """What a rank needs to reach its engine.
+
+    Attributes:
+        server_key, rank_key: the engine's public key and the ranks' secret one, for TCP (Z85); None: Unix sockets.
+    """
 
     plans: str
     results: str
-    secret: str
+    server_key: str | None = None
+    rank_key: str | None = field(default=None, repr=False)
 
 
 class EngineChannel:
@@ -41,19 +43,22 @@ class EngineChannel:
     Args:
         num_ranks: ranks that will connect.
         host: address to bind for TCP; None: Unix sockets, all ranks are on this host.
+    Raises:
+        ConfigError: there is no folder for the sockets, or libzmq cannot encrypt.
     """
 
-    def __init__(self, num_ranks: int, secret: str, *, host: str | None = None) -> None:
-        self._secret = secret
+    def __init__(self, num_ranks: int, *, host: str | None = None) -> None:
         self._context = zmq.Context()
-        self._folder = None if host is not None else Path(tempfile.mkdtemp(prefix="cantata-"))
+        self._folder = None if host is not None else PrivateFolder()
+        self._keys = None if host is None else _Keys(self._context)
         self._send_lock = threading.Lock()
         self._plans = [self._bind(zmq.PUSH, host, f"plans-{rank}") for rank in range(num_ranks)]
         self._results, self._results_address = self._bind(zmq.PULL, host, "results")
 
     def endpoints(self, rank: int) -> Endpoints:
         """For the rank of that number."""
-        return Endpoints(self._plans[rank][1], self._results_address, self._secret)
+        addresses = self._plans[rank][1], self._results_address
+        return Endpoints(*addresses) if self._keys is None else Endpoints(*addresses, self._keys.server_key, self._keys.rank_key)
 
     def send(self, rank: int, kind: bytes, body: bytes, *, connect_s: float = 0.0) -> None:
         """Queue a message; what a rank that is gone was to hear is dropped.
@@ -64,30 +69,34 @@ class EngineChannel:
         socket = self._plans[rank][0]
         with self._send_lock:
             if socket.poll(int(connect_s * 1000), zmq.POLLOUT):
-                socket.send_multipart([self._secret.encode(), kind, body], zmq.DONTWAIT)
+                socket.send_multipart([kind, body], zmq.DONTWAIT)
 
     def receive(self, timeout_s: float) -> tuple[bytes, bytes] | None:
         """(kind, body) of the next message of any rank; None: none came in time."""
         if not self._results.poll(max(int(timeout_s * 1000), 0)):
             return None
-        return _checked(self._results.recv_multipart(), self._secret)
+        return _parts(self._results)
 
     def close(self) -> None:
         """Drop what is unsent; idempotent. Nobody may use the channel any more."""
         for socket, _ in self._plans:
             socket.close(linger=0)
         self._results.close(linger=0)
+        if self._keys is not None:
+            self._keys.close()
         self._context.term()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.close()
 
     def _bind(self, kind: zmq.SocketType, host: str | None, name: str) -> "tuple[zmq.Socket[bytes], str]":
         socket: zmq.Socket[bytes] = zmq.Socket(self._context, kind)
         socket.set(zmq.SNDHWM, 1000)
         if self._folder is not None:
-            address = f"ipc://{self._folder / name}"
+            address = f"ipc://{self._folder.path / name}"
             socket.bind(address)
         else:
+            assert self._keys is not None
+            self._keys.protect(socket)
             port = socket.bind_to_random_port(f"tcp://{host}")
             address = f"tcp://{host}:{port}"
         return socket, address
@@ -97,24 +106,28 @@ class RankChannel:
     """A rank's end, for its one thread; `send` may be called by another one as well."""
 
     def __init__(self, endpoints: Endpoints) -> None:
-        self._secret = endpoints.secret
         self._context = zmq.Context()
         self._lock = threading.Lock()
         self._plans: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         self._results: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
+        if endpoints.server_key is not None and endpoints.rank_key is not None:
+            secret = endpoints.rank_key.encode()
+            for socket in (self._plans, self._results):
+                socket.curve_serverkey = endpoints.server_key.encode()
+                socket.curve_secretkey, socket.curve_publickey = secret, zmq.curve_public(secret)
         self._plans.connect(endpoints.plans)
         self._results.connect(endpoints.results)
 
     def send(self, kind: bytes, body: bytes) -> None:
         """Queue a message."""
         with self._lock:
-            self._results.send_multipart([self._secret.encode(), kind, body], zmq.DONTWAIT)
+            self._results.send_multipart([kind, body], zmq.DONTWAIT)
 
     def receive(self, timeout_s: float) -> tuple[bytes, bytes] | None:
         """(kind, body) of the next message; None: none came in time."""
         if not self._plans.poll(int(timeout_s * 1000)):
             return None
-        return _checked(self._plans.recv_multipart(), self._secret)
+        return _parts(self._plans)
 
     def close(self, linger_s: float = 2.0) -> None:
         """Send what is queued, for at most linger_s."""
@@ -135,8 +148,37 @@ def unpack(body: bytes) -> Body:
     return fields
 
 
-def _checked(parts: list[bytes], secret: str) -> tuple[bytes, bytes] | None:
-    if len(parts) != 3 or not hmac.compare_digest(parts[0], secret.encode()):
-        logger.warning("a message without the replica's secret was dropped: something else talks to the step channel")
-        return None
-    return parts[1], parts[2]
+def _parts(socket: "zmq.Socket[bytes]") -> tuple[bytes, bytes]:
+    kind, body = socket.recv_multipart()
+    return kind, body
+
+
+class _Keys:
+    """Key pairs of one replica: the engine's and the one that all of its ranks have. Closed before its context.
+
+    Attributes:
+        server_key: the engine's public key (Z85).
+        rank_key: the ranks' secret one.
+    """
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+        if not zmq.has("curve"):
+            raise ConfigError("ranks on several hosts need a libzmq that can encrypt (CURVE), as the wheels of pyzmq bring it")
+        public, self._secret = zmq.curve_keypair()
+        self._rank_public, rank_secret = zmq.curve_keypair()
+        self.server_key, self.rank_key = public.decode(), rank_secret.decode()
+        self._authenticator = ThreadAuthenticator(context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(domain="*", credentials_provider=self)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether a peer with this public key is a rank of ours."""
+        return key == self._rank_public
+
+    def protect(self, socket: "zmq.Socket[bytes]") -> None:
+        """Before it is bound."""
+        socket.curve_server = True
+        socket.curve_secretkey = self._secret
+
+    def close(self) -> None:
+        self._authenticator.stop()

@@ -6,7 +6,6 @@ futures get an error result, the engine is told, and the ranks are killed, since
 """
 
 import logging
-import secrets
 import threading
 import time
 from collections import deque
@@ -180,7 +179,7 @@ class DistributedExecutor:
         started = time.perf_counter()
         placements = self._launcher.place(num_ranks, self._config.device, torch.get_num_threads(), parallel.start_timeout_s)
         one_host = {placement.host for placement in placements} == {self._launcher.host}
-        channel = self._channel = EngineChannel(num_ranks, secrets.token_hex(32), host=None if one_host else self._launcher.host)
+        channel = self._channel = EngineChannel(num_ranks, host=None if one_host else self._launcher.host)
         config = engine_config_to_json(self._config)
         for number, place in enumerate(placements):
             spec = RankSpec(

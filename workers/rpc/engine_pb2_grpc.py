@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class EngineStub:
-    """Missing associated documentation comment in .proto file."""
+    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`; without it the status is
+    UNAUTHENTICATED. On a Unix socket there is none: only the user who started the engine can reach it.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -62,7 +64,9 @@ class EngineStub:
 
 
 class EngineServicer:
-    """Missing associated documentation comment in .proto file."""
+    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`; without it the status is
+    UNAUTHENTICATED. On a Unix socket there is none: only the user who started the engine can reach it.
+    """
 
     def Generate(self, request, context):
         """Generates one sequence. The stream ends with exactly one response that has a finish_reason, or with an error status:
@@ -95,7 +99,8 @@ class EngineServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Stops taking requests, ends when the running ones have ended or the grace period has passed (those left end with `abort`).
+        """Stops taking requests, returns when the running ones have ended or the grace period has passed (those left end with `abort`); then the
+        engine's process ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,7 +143,9 @@ def add_EngineServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Engine:
-    """Missing associated documentation comment in .proto file."""
+    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`; without it the status is
+    UNAUTHENTICATED. On a Unix socket there is none: only the user who started the engine can reach it.
+    """
 
     @staticmethod
     def Generate(request,

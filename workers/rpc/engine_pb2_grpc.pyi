@@ -27,6 +27,10 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EngineStub:
+    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`; without it the status is
+    UNAUTHENTICATED. On a Unix socket there is none: only the user who started the engine can reach it.
+    """
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -43,10 +47,16 @@ class EngineStub:
     GetMetrics: _grpc.UnaryUnaryMultiCallable[_engine_pb2.GetMetricsRequest, _engine_pb2.MetricsText]
     """Prometheus text exposition of this process, for gateways that merge metrics."""
     Drain: _grpc.UnaryUnaryMultiCallable[_engine_pb2.DrainRequest, _engine_pb2.DrainResponse]
-    """Stops taking requests, ends when the running ones have ended or the grace period has passed (those left end with `abort`)."""
+    """Stops taking requests, returns when the running ones have ended or the grace period has passed (those left end with `abort`); then the
+    engine's process ends.
+    """
 
 @_typing.type_check_only
 class EngineAsyncStub(EngineStub):
+    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`; without it the status is
+    UNAUTHENTICATED. On a Unix socket there is none: only the user who started the engine can reach it.
+    """
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_engine_pb2.GenerateRequest, _engine_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates one sequence. The stream ends with exactly one response that has a finish_reason, or with an error status:
@@ -60,9 +70,15 @@ class EngineAsyncStub(EngineStub):
     GetMetrics: _aio.UnaryUnaryMultiCallable[_engine_pb2.GetMetricsRequest, _engine_pb2.MetricsText]  # type: ignore[assignment]
     """Prometheus text exposition of this process, for gateways that merge metrics."""
     Drain: _aio.UnaryUnaryMultiCallable[_engine_pb2.DrainRequest, _engine_pb2.DrainResponse]  # type: ignore[assignment]
-    """Stops taking requests, ends when the running ones have ended or the grace period has passed (those left end with `abort`)."""
+    """Stops taking requests, returns when the running ones have ended or the grace period has passed (those left end with `abort`); then the
+    engine's process ends.
+    """
 
 class EngineServicer(metaclass=_abc_1.ABCMeta):
+    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`; without it the status is
+    UNAUTHENTICATED. On a Unix socket there is none: only the user who started the engine can reach it.
+    """
+
     @_abc_1.abstractmethod
     def Generate(
         self,
@@ -104,6 +120,8 @@ class EngineServicer(metaclass=_abc_1.ABCMeta):
         request: _engine_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.DrainResponse, _abc.Awaitable[_engine_pb2.DrainResponse]]:
-        """Stops taking requests, ends when the running ones have ended or the grace period has passed (those left end with `abort`)."""
+        """Stops taking requests, returns when the running ones have ended or the grace period has passed (those left end with `abort`); then the
+        engine's process ends.
+        """
 
 def add_EngineServicer_to_server(servicer: EngineServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -20,6 +20,7 @@ from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import CacheConfig, EngineConfig, SchedulerConfig
 from workers.config_json import engine_config_from_json, engine_config_to_json
 from workers.engine.__main__ import main
+from workers.engine.access import SECRET_VARIABLE
 from workers.errors import ConfigError
 from workers.rpc import engine_pb2 as pb
 from workers.rpc import engine_pb2_grpc
@@ -81,7 +82,7 @@ def children() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def test_serves_and_ends_cleanly_on_sigterm(checkpoint: Path, children: list[subprocess.Popen[str]]) -> None:
-    process = spawn(engine_config_to_json(config_for(checkpoint)), "--address", "127.0.0.1:0", "--metrics-port", "0", "--grace-s", "60")
+    process = spawn(engine_config_to_json(config_for(checkpoint)), "--metrics-port", "0", "--grace-s", "60")
     children.append(process)
     ready = wait_ready(process)
     with grpc.insecure_channel(ready.address) as channel:
@@ -175,6 +176,7 @@ def test_what_cannot_start_is_one_sentence_and_exit_code_1(
             "no such configuration file": (str(tmp_path / "absent.json"), "127.0.0.1:0", "absent.json cannot be read"),
         }[fault]
         monkeypatch.setattr(sys, "argv", ["engine", "--config", config, "--address", address])
+        monkeypatch.setenv(SECRET_VARIABLE, "a secret of some length")
         assert main() == 1
     captured = capsys.readouterr()
     assert captured.out == ""

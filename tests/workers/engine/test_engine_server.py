@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,13 +16,16 @@ import pytest_asyncio
 import torch
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from safetensors.torch import save_file
 
 from tests.support.fake_executor import VOCAB, FakeExecutor
 from workers.config import EngineConfig, SchedulerConfig
+from workers.engine.access import authorization
 from workers.engine.server import SERVICE, EngineServer
 from workers.errors import CheckpointError, ConfigError
+from workers.private_folder import PrivateFolder
 from workers.rpc import convert, engine_pb2_grpc
 from workers.rpc import engine_pb2 as pb
 
@@ -43,13 +48,15 @@ def checkpoint(tmp_path: Path) -> Path:
 class Served:
     """A server, its executor, and a stub on a channel to it."""
 
-    def __init__(self, checkpoint: Path, **limits: int) -> None:
+    def __init__(self, checkpoint: Path, secret: str | None = None, **limits: int) -> None:
         self.executor = FakeExecutor(9000, 9000, max_model_len=140_000)
-        self.server = EngineServer(executor_factory=lambda config, model: self.executor)
+        self.server = EngineServer(executor_factory=lambda config, model: self.executor, secret=secret)
+        self.folder = PrivateFolder()
+        self.bind = f"unix:{self.folder.path}/e" if secret is None else "127.0.0.1:0"
         self.config = EngineConfig(checkpoint, scheduler=SchedulerConfig(**limits))
 
     async def __aenter__(self) -> "Served":
-        self.address = await self.server.start(self.config, "127.0.0.1:0")
+        self.address = await self.server.start(self.config, self.bind)
         options = [
             ("grpc.max_receive_message_length", convert.MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", convert.MAX_MESSAGE_BYTES),
@@ -62,6 +69,7 @@ class Served:
         self.executor.gate.set()
         await self.channel.close()
         await self.server.stop()
+        self.folder.close()
 
 
 @pytest_asyncio.fixture
@@ -206,7 +214,7 @@ async def test_a_dead_engine_is_unavailable_and_not_serving(served: Served) -> N
     assert error.code() == grpc.StatusCode.UNAVAILABLE
     assert dict(error.trailing_metadata())["error-class"] == "EngineDead"
     assert tokens == [2, 3, 4, 5, 6], "what was sampled before the failure is delivered"
-    await asyncio.wait_for(served.server.died.wait(), 5)
+    await asyncio.wait_for(served.server.ended.wait(), 5)
     error = await status_of(served.stub.Generate(generate(1)).read())
     assert error.code() == grpc.StatusCode.UNAVAILABLE
     assert await _health(served, "") == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -236,6 +244,7 @@ async def test_drain_over_rpc(served: Served) -> None:
     last = [response async for response in call][-1]
     assert last.finish_reason == pb.FINISH_REASON_ABORT
     assert "grace period" in last.error
+    assert served.server.ended.is_set(), "its process is to end, and to be replaced"
 
 
 async def test_callers_of_drain_do_not_hold_up_a_shutdown(served: Served) -> None:
@@ -295,6 +304,60 @@ async def test_health_and_reflection(served: Served) -> None:
     assert await asyncio.to_thread(methods) == {"Generate", "GetInfo", "GetLoad", "GetMetrics", "Drain"}
 
 
+SECRET = "a secret of some length"
+
+
+def _calls(served: Served, metadata: tuple[tuple[str, str], ...]) -> dict[str, Callable[[], Awaitable[object]]]:
+    """Every kind of call, by name."""
+    stub, health = served.stub, health_pb2_grpc.HealthStub(served.channel)
+    reflection = reflection_pb2_grpc.ServerReflectionStub(served.channel)
+    asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
+    return {
+        "Generate": lambda: stub.Generate(generate(1, max_tokens=1), metadata=metadata).read(),
+        "GetInfo": lambda: stub.GetInfo(pb.GetInfoRequest(), metadata=metadata),
+        "GetLoad": lambda: stub.GetLoad(pb.GetLoadRequest(), metadata=metadata),
+        "GetMetrics": lambda: stub.GetMetrics(pb.GetMetricsRequest(), metadata=metadata),
+        "Watch": lambda: health.Watch(health_pb2.HealthCheckRequest(), metadata=metadata).read(),
+        "Reflection": lambda: reflection.ServerReflectionInfo(iter(asked), metadata=metadata).read(),
+        "Drain": lambda: stub.Drain(pb.DrainRequest(grace_s=0.0), metadata=metadata),
+    }
+
+
+async def test_on_tcp_a_call_needs_the_engine_s_secret(checkpoint: Path) -> None:
+    async with Served(checkpoint, SECRET) as served:
+        for wrong in ((), authorization("another secret of some length"), (("authorization", SECRET),)):
+            for name, call in _calls(served, wrong).items():
+                assert (await status_of(call())).code() == grpc.StatusCode.UNAUTHENTICATED, name
+        assert served.server.engine.load().accepting, "nobody has drained it"
+        assert served.executor.plans == []
+        assert await _health(served, SERVICE) == health_pb2.HealthCheckResponse.SERVING, "probes cannot send a secret"
+        for name, call in _calls(served, authorization(SECRET)).items():
+            assert await call() is not None, name
+
+
+@pytest.mark.parametrize("secret", [None, "", "short"])
+async def test_on_tcp_there_is_no_engine_without_a_secret(checkpoint: Path, secret: str | None) -> None:
+    with pytest.raises(ConfigError, match="needs a secret of 16 characters or more"):
+        await EngineServer(secret=secret).start(EngineConfig(checkpoint), "127.0.0.1:0")
+
+
+async def test_only_its_user_reaches_a_unix_socket(served: Served) -> None:
+    path = served.address.removeprefix("unix:")
+    assert [os.stat(name).st_mode & 0o777 for name in (path, os.path.dirname(path))] == [0o600, 0o700]
+    if os.geteuid() == 0:
+        other = "import os, socket, sys; os.setgid(65534); os.setuid(65534); socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", other, path, stderr=asyncio.subprocess.PIPE)
+        assert b"Permission denied" in (await process.communicate())[1]
+
+
+async def test_a_socket_of_a_server_that_lives_is_not_taken(served: Served) -> None:
+    with pytest.raises(ConfigError, match="another server does"):
+        await EngineServer().start(served.config, served.address)
+    assert (await served.stub.GetLoad(pb.GetLoadRequest())).accepting
+    with pytest.raises(ConfigError, match="longer than 107 bytes"):
+        await EngineServer().start(served.config, f"unix:/tmp/{'x' * 110}")
+
+
 async def test_a_request_without_a_seed_gets_one(served: Served) -> None:
     calls = [served.stub.Generate(generate(1, max_tokens=1)) for _ in range(2)]
     for call in calls:
@@ -305,7 +368,7 @@ async def test_a_request_without_a_seed_gets_one(served: Served) -> None:
 
 
 async def test_a_taken_port_and_a_missing_checkpoint_fail_with_one_sentence(served: Served, tmp_path: Path) -> None:
-    server = EngineServer(executor_factory=lambda config, model: FakeExecutor())
+    server = EngineServer(executor_factory=lambda config, model: FakeExecutor(), secret=SECRET)
     with pytest.raises(ConfigError, match="cannot listen on"):
         await server.start(served.config, served.address)
     with pytest.raises(CheckpointError, match="is not a folder"):
@@ -314,7 +377,7 @@ async def test_a_taken_port_and_a_missing_checkpoint_fail_with_one_sentence(serv
 
 
 async def test_the_scrape_port_is_served_and_closed(checkpoint: Path) -> None:
-    server = EngineServer(executor_factory=lambda config, model: FakeExecutor(9000, 9000, max_model_len=140_000))
+    server = EngineServer(executor_factory=lambda config, model: FakeExecutor(9000, 9000, max_model_len=140_000), secret=SECRET)
     await server.start(EngineConfig(checkpoint), "127.0.0.1:0", metrics_port=0)
     address = server.metrics_address
     text = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{address}/metrics", timeout=5).read().decode())

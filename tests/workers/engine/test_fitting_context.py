@@ -17,6 +17,7 @@ from workers.executor.rank import plan_kv_cache
 from workers.kv_cache.tensors import KVMemory
 from workers.model.make_checkpoint import write_checkpoint
 from workers.parallel.shard import plan_shards
+from workers.private_folder import PrivateFolder
 from workers.rpc import convert, engine_pb2_grpc
 from workers.rpc import engine_pb2 as pb
 
@@ -92,7 +93,8 @@ def test_the_rank_with_least_memory_decides_for_all(checkpoint: Path, max_model_
 async def test_what_it_says_over_grpc_is_what_it_holds_requests_to(checkpoint: Path) -> None:
     server = EngineServer()
     config = config_of(checkpoint)
-    address = await server.start(config, "127.0.0.1:0")
+    folder = PrivateFolder()
+    address = await server.start(config, f"unix:{folder.path}/e")
     try:
         async with grpc.aio.insecure_channel(address) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)
@@ -113,3 +115,4 @@ async def test_what_it_says_over_grpc_is_what_it_holds_requests_to(checkpoint: P
         assert [line.split(maxsplit=1)[1] for line in table.splitlines() if line.startswith("  context")] == ["8192 tokens"]
     finally:
         await server.stop()
+        folder.close()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from workers.executor.distributed import DistributedExecutor, Placement
 from workers.executor.process_ranks import ProcessRanks
 from workers.executor.rank_process import RankSpec, identity
 from workers.model.make_checkpoint import write_checkpoint
+from workers.private_folder import PrivateFolder
 from workers.request import EngineOutput, EngineRequest, SamplingParams
 
 WAIT_S = 60.0
@@ -55,10 +57,11 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def _no_socket_folder_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="sockets-"))  # short: Unix sockets have names of 107 bytes at most
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
     yield
-    assert list(folder.iterdir()) == []
-    folder.rmdir()
+    (root,) = folder.iterdir() if any(folder.iterdir()) else [folder / "none"]
+    assert not root.exists() or list(root.iterdir()) == []
+    shutil.rmtree(folder)
 
 
 def config_of(
@@ -190,12 +193,10 @@ def test_ranks_end_with_their_engine(checkpoint: Path, mark: dict[str, str]) -> 
     process.wait()
     process.stdout.close()
     until(lambda: not [entry for entry in marked(mark) if "rank_process" in entry], 10)
-    # A killed process cannot tidy up its sockets; the folder is the one thing that stays.
-    for folder in Path(tempfile.gettempdir()).iterdir():
-        assert folder.name.startswith("cantata-")
-        for socket in folder.iterdir():
-            socket.unlink()
-        folder.rmdir()
+    # A killed process cannot remove its folders; the next one does.
+    own = PrivateFolder()
+    assert list(own.path.parent.iterdir()) == [own.path]
+    own.close()
 
 
 def held(pid: int) -> set[str]:
@@ -328,20 +329,47 @@ def test_more_gpus_than_there_are_are_refused(checkpoint: Path) -> None:
     assert f"parallel.tensor wants 3 GPUs, and this host has {torch.cuda.device_count()}" in refusal(config, ProcessRanks())
 
 
-def test_strangers_cannot_talk_to_the_channel(caplog: pytest.LogCaptureFixture) -> None:
-    channel = EngineChannel(1, "the secret", host="127.0.0.1")
-    context = zmq.Context()
+def test_strangers_can_neither_send_nor_take_messages() -> None:
+    channel = EngineChannel(1, host="127.0.0.1")
+    endpoints = channel.endpoints(0)
+    assert endpoints.server_key is not None
+    context, rank = zmq.Context(), RankChannel(endpoints)
+    strangers: list[zmq.Socket[bytes]] = []
+    # One without keys, and one that knows the engine's public key only.
+    for keys in (None, zmq.curve_keypair()):
+        for kind, address in ((zmq.PUSH, endpoints.results), (zmq.PULL, endpoints.plans)):
+            socket = context.socket(kind)
+            strangers.append(socket)
+            if keys is not None:
+                socket.curve_serverkey = endpoints.server_key.encode()
+                socket.curve_publickey, socket.curve_secretkey = keys
+            socket.connect(address)
+            if kind == zmq.PUSH:
+                socket.send_multipart([wire.RESULT, b"forged"])
     try:
-        with context.socket(zmq.PUSH) as stranger:
-            stranger.connect(channel.endpoints(0).results)
-            for parts in ([b"wrong", wire.RESULT, b""], [b"the secret", wire.RESULT], [b"the secret", wire.HELLO, b"body"]):
-                stranger.send_multipart(parts)
-            assert [channel.receive(5) for _ in range(3)] == [None, None, (wire.HELLO, b"body")]
-        assert "without the replica's secret was dropped" in caplog.text
+        rank.send(wire.HELLO, b"from the rank")
+        assert channel.receive(20) == (wire.HELLO, b"from the rank")
+        sent = [str(number).encode() for number in range(20)]
+        for body in sent:
+            channel.send(0, wire.PLAN, body, connect_s=20)
+        assert [rank.receive(20) for _ in sent] == [(wire.PLAN, body) for body in sent], "a share of them goes to each who is let in"
         assert channel.receive(0) is None
+        assert not any(socket.poll(0) for socket in strangers if socket.type == zmq.PULL)
     finally:
-        channel.close()
+        for socket in strangers:
+            socket.close(0)
         context.term()
+        rank.close(0)
+        channel.close()
+
+
+def test_within_a_host_the_channel_is_in_a_private_folder() -> None:
+    channel = EngineChannel(1)
+    path = Path(channel.endpoints(0).plans.removeprefix("ipc://"))
+    assert path.is_socket()
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    channel.close()
+    assert not path.parent.exists()
 
 
 def test_placements_say_who_shares_a_host() -> None:
@@ -349,7 +377,7 @@ def test_placements_say_who_shares_a_host() -> None:
 
 
 def test_a_spec_survives_its_journey(checkpoint: Path) -> None:
-    spec = RankSpec(engine_config_to_json(config_of(checkpoint)), 1, wire.Endpoints("a", "b", "c"), "127.0.0.1", 1, 2, 3)
+    spec = RankSpec(engine_config_to_json(config_of(checkpoint)), 1, wire.Endpoints("a", "b", "c", "d"), "127.0.0.1", 1, 2, 3)
     assert RankSpec.from_json(spec.to_json()) == spec
     assert msgpack.unpackb(wire.pack(rank=1)) == {"rank": 1}
     assert isinstance(load_model_config(checkpoint), ModelConfig)

@@ -1,0 +1,85 @@
+"""Folders for Unix sockets that only this user can reach: under $XDG_RUNTIME_DIR, else in the folder for temporary files.
+
+A folder is locked (flock) while the process that made it lives. A process that was killed cannot remove its folder; the next one that makes
+a folder finds it unlocked, and removes it.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import time
+from pathlib import Path
+
+from workers.errors import ConfigError
+
+LONGEST_SOCKET_PATH = 107
+"""Bytes of a Unix socket's path, by the kernel's sockaddr_un."""
+_LONGEST_FOLDER = 85
+"""Bytes; the name of a socket comes behind it."""
+_UNFINISHED = "new-"
+"""Prefix of a folder that is not locked yet; such ones are left alone for a while."""
+_UNFINISHED_S = 60.0
+
+
+class PrivateFolder:
+    """A new folder of this process (mode 0700).
+
+    Attributes:
+        path: where it is.
+    Raises:
+        ConfigError: there is no place for it.
+    """
+
+    def __init__(self) -> None:
+        root = _root()
+        if root is not None:
+            _remove_abandoned(root)
+        try:
+            unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED if root else "cantata-", dir=root))
+        except OSError as error:
+            raise ConfigError(f"no folder for sockets can be made in {root or tempfile.gettempdir()}: {error.strerror}") from error
+        self._lock = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.suppress(OSError):  # a file system without locks; then nothing is removed from it either
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.path = unfinished
+        if root is not None:
+            self.path = root / unfinished.name.removeprefix(_UNFINISHED)
+            unfinished.rename(self.path)
+
+    def close(self) -> None:
+        """Remove the folder and what is in it. Idempotent."""
+        if self._lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _root() -> Path | None:
+    """The folder of all of this user's folders; None: none that is private and whose path is short."""
+    name = f"cantata-{os.geteuid()}"
+    places = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
+    for root in (Path(place) / name for place in places if place):
+        with contextlib.suppress(OSError):
+            root.mkdir(mode=0o700, exist_ok=True)
+            found = root.lstat()
+            # Another user may have made it first, or a link to it.
+            private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+            if private and len(os.fsencode(root)) <= _LONGEST_FOLDER - 10:
+                return root
+    return None
+
+
+def _remove_abandoned(root: Path) -> None:
+    for folder in root.iterdir():
+        with contextlib.suppress(OSError):  # it has an owner, or another process removes it
+            if folder.name.startswith(_UNFINISHED) and time.time() - folder.stat().st_mtime < _UNFINISHED_S:
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
