@@ -1,26 +1,31 @@
 """The CPU kernels against what this machine can do: `python3 -m benchmarks.cpu`.
 
 Every figure is a ratio to something measured in the same process, in turn with it: memory-bound ones to the read bandwidth of all threads
-(a sum over memory on huge pages that is larger than the caches), compute-bound ones to torch's bf16 matrix product. Each is the best of
-many runs, since others may use the machine; the load printed beside says how much they did.
+(a sum over memory on huge pages that is larger than the caches), compute-bound ones to torch's product of
+square matrices in fp32 or bf16, whichever is faster on this processor. Each is the best of many runs, since
+others may use the machine; the load printed beside says how much they did. All tables take about five
+minutes; `--seconds 0.2 --memory 0.3` gives rougher figures in a sixth of that.
 """
 
 import argparse
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.cpu import attention, dense, experts, native, sampling
+from kernels.cpu import attention, dense, experts, native, roofline, sampling
 from kernels.cpu.dense import PackedWeight
 from kernels.cpu.memory import zeros
 from kernels.cpu.program import Program, ProgramMemory, record
+from kernels.cpu.roofline import GEMM_DTYPES, Gemm
 from kernels.mxfp4 import ROWS16, PackedMXFP4
 from kernels.sampling import SamplingBatch
 
@@ -33,6 +38,9 @@ WINDOW = 128
 VOCAB_SIZE = 201_088
 BLOCK_SIZE = 16
 _LEAST_CALLS = 4
+_MOST_OVERTIME = 4
+"""Times its seconds that a slow task may use for its least calls; a call counts and warms up in any case."""
+_PROGRESS_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,44 +69,73 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="for each figure; default: %(default)s")
     parser.add_argument("--only", choices=("matrix-vector", "experts", "dense", "attention", "sampling"), help="one table")
     arguments = parser.parse_args()
+    for flag in ("threads", "memory", "seconds"):
+        if not getattr(arguments, flag) > 0:
+            parser.error(f"--{flag} must be above zero")
     torch.set_num_threads(arguments.threads)
     best = native.isa()
     if best is None:
         parser.error("the CPU kernels are not built: install with a C++ compiler")
     print(f"{arguments.threads} threads of {os.cpu_count()}, {cache_text()}, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     size = int(arguments.memory * 2**30)
-    yardsticks = [bandwidth_task(size), gemm_task()]
+    gemm = roofline.fastest_gemm()
+    yardsticks = [bandwidth_task(size), gemm_task(gemm)]
     tables = {
         "matrix-vector": lambda: matrix_vector_tasks(size),
         "experts": lambda: expert_tasks(size),
-        "dense": lambda: dense_tasks(size),
+        "dense": lambda: dense_tasks(size, gemm.dtype),
         "attention": lambda: attention_tasks(size),
         "sampling": lambda: sampling_tasks(VOCAB_SIZE),
     }
     for title, tasks in tables.items():
         if arguments.only not in (None, title):
             continue
+        show_progress(f"{title}: making weights")
         made = tasks()
         for isa in arguments.isa or [best]:
             with native.using_isa(isa) as there:
                 if there:
-                    print_table(f"{title}, {isa}", measure([*yardsticks, *made], arguments.seconds))
+                    name = f"{title}, {isa}"
+                    results = measure([*yardsticks, *made], arguments.seconds, partial(show_share, name))
+                    show_progress("")
+                    print_table(name, results)
                 else:
                     print(f"this processor has no {isa}")
         del made
 
 
-def measure(tasks: Sequence[Task], seconds_each: float) -> list[tuple[Task, float]]:
-    """The best time of each, their runs taken in turn."""
+def show_progress(text: str) -> None:
+    """Replace the last line on a terminal; on anything else, write a line."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def show_share(name: str, share: float) -> None:
+    """Show how much of a table's time is used."""
+    show_progress(f"{name}: {share:.0%}")
+
+
+def measure(tasks: Sequence[Task], seconds_each: float, progress: Callable[[float], None] | None = None) -> list[tuple[Task, float]]:
+    """Return the best time of each task, their runs taken in turn.
+
+    Args:
+        progress: called every two seconds with the share of the time that is used.
+    """
     # One thread's own time is not longer when others have the processor in between.
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     best = [float("inf")] * len(tasks)
     spent = [0.0] * len(tasks)
+    shown = time.perf_counter()
     for call in range(1_000_000):
-        waiting = [index for index, used in enumerate(spent) if used < seconds_each or call < _LEAST_CALLS]
+        waiting = [index for index, used in enumerate(spent) if _goes_on(call, used, seconds_each)]
         if not waiting:
             break
         for index in waiting:
+            if progress is not None and time.perf_counter() - shown >= _PROGRESS_S:
+                shown = time.perf_counter()
+                progress(sum(min(used, seconds_each) for used in spent) / (seconds_each * len(tasks)))
             start = clock()
             tasks[index].run(call)
             elapsed = clock() - start
@@ -108,19 +145,25 @@ def measure(tasks: Sequence[Task], seconds_each: float) -> list[tuple[Task, floa
     return list(zip(tasks, best, strict=True))
 
 
+def _goes_on(call: int, used: float, seconds_each: float) -> bool:
+    """Whether a task that has been called `call` times, for `used` seconds, is called again."""
+    if call < 2:
+        return True
+    return used < seconds_each or (call < _LEAST_CALLS and used < _MOST_OVERTIME * seconds_each)
+
+
 def print_table(title: str, results: Sequence[tuple[Task, float]]) -> None:
     """The first two are the yardsticks."""
     (memory, memory_s), (product, product_s), *others = results
     bandwidth, rate = memory.num_bytes / memory_s, product.num_operations / product_s
-    print(
-        f"\n{title}: read bandwidth {bandwidth / 1e9:.1f} GB/s, torch bf16 GEMM {rate / 1e9:.0f} GFLOP/s, load {os.getloadavg()[0]:.1f}\n"
-    )
-    print("| | ms | GB/s | of bandwidth | GFLOP/s | of GEMM |")
+    print(f"\n{title}: read bandwidth {bandwidth / 1e9:.1f} GB/s, {product.name} {rate / 1e9:.0f} GFLOP/s, load {os.getloadavg()[0]:.1f}\n")
+    print(f"| | ms | GB/s | of bandwidth | GFLOP/s | of {product.name} |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for task, best_s in others:
         speed, operations = task.num_bytes / best_s, task.num_operations / best_s
-        share = f"{speed / bandwidth:.0%}" if speed else "-"
-        print(f"| {task.name} | {best_s * 1e3:.2f} | {speed / 1e9:.1f} | {share} | {operations / 1e9:.0f} | {operations / rate:.0%} |")
+        read = f"{speed / 1e9:.1f} | {speed / bandwidth:.0%}" if speed else "- | -"
+        computed = f"{operations / 1e9:.0f} | {operations / rate:.0%}" if operations else "- | -"
+        print(f"| {task.name} | {best_s * 1e3:.2f} | {read} | {computed} |")
 
 
 def bandwidth_task(size: int) -> Task:
@@ -147,10 +190,10 @@ def recorded(run: Callable[[int], Tensor], num_calls: int) -> Callable[[int], Te
     return replay
 
 
-def gemm_task() -> Task:
-    """torch's bf16 product of 1024 tokens with a gate_up projection."""
-    x, weight = torch.randn(1024, HIDDEN).bfloat16(), torch.randn(2 * INTERMEDIATE, HIDDEN).bfloat16()
-    return Task("GEMM", lambda call: functional.linear(x, weight), num_operations=2 * 1024 * weight.numel())
+def gemm_task(gemm: Gemm) -> Task:
+    """torch's product of square matrices, of the data type and size that `roofline` found the fastest."""
+    left, right = (torch.ones(gemm.size, gemm.size, dtype=GEMM_DTYPES[gemm.dtype]) for _ in range(2))
+    return Task(f"torch {gemm.dtype} GEMM", lambda call: torch.matmul(left, right), num_operations=2 * gemm.size**3)
 
 
 def matrix_vector_tasks(size: int) -> list[Task]:
@@ -174,21 +217,22 @@ def expert_tasks(size: int) -> list[Task]:
     return [layer.task(f"experts, {num_tokens} tokens", num_tokens, TOP_K) for num_tokens in (1, 4, 16, 64, 512, 2048)]
 
 
-def dense_tasks(size: int) -> list[Task]:
-    """Dense layers at batch sizes, ours and torch's."""
+def dense_tasks(size: int, torch_dtype: str) -> list[Task]:
+    """Dense layers at batch sizes, ours and torch's, the latter in a data type of GEMM_DTYPES."""
     tasks = []
-    rows, width = 5120, HIDDEN
-    plain = [torch.randn(rows, width).bfloat16() for _ in range(max(2, size // (2 * rows * width) // 2))]
+    rows, width, plain_dtype = 5120, HIDDEN, GEMM_DTYPES[torch_dtype]
+    plain = [torch.randn(rows, width).to(plain_dtype) for _ in range(max(2, size // (plain_dtype.itemsize * rows * width) // 2))]
     weights = {name: dense_weights(rows, width, dtype, size) for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8))}
     for num_tokens in (1, 2, 4, 8, 16, 32, 64, 512):
         x = torch.randn(num_tokens, width).bfloat16()
+        plain_x = x.to(plain_dtype)
         operations = 2 * num_tokens * rows * width
         for name, packed in weights.items():
             tasks.append(Task(f"{name} [{rows}, {width}], {num_tokens} tokens", run_dense(x, packed), packed[0].nbytes, operations))
         tasks.append(
             Task(
-                f"torch bf16 [{rows}, {width}], {num_tokens} tokens",
-                lambda call, x=x: functional.linear(x, plain[call % len(plain)]),  # type: ignore[misc]
+                f"torch {torch_dtype} [{rows}, {width}], {num_tokens} tokens",
+                lambda call, x=plain_x: functional.linear(x, plain[call % len(plain)]),  # type: ignore[misc]
                 plain[0].nbytes,
                 operations,
             )

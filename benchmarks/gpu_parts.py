@@ -21,7 +21,7 @@ from benchmarks.decode_batches import (
     what_fits,
 )
 from benchmarks.gpu_attempts import Attempts, Result
-from benchmarks.gpu_timing import copy_bandwidth, matmul_rate, seconds
+from benchmarks.gpu_timing import copy_bandwidth, fastest_gemm, seconds
 from benchmarks.random_model import random_model
 from kernels.backend import architecture, has_triton, triton_runs_on
 from kernels.mxfp4 import choose_layout
@@ -88,7 +88,7 @@ def measure_device(options: Options, attempts: Attempts) -> None:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "bandwidth": _bandwidth(device),
-        "matmul_flops": matmul_rate(device, 8192 if on_gpu else 512),
+        "gemm": asdict(fastest_gemm(device)),
     }
     attempts.begin(about)
 
@@ -218,8 +218,8 @@ def measure_prefill(options: Options, attempts: Attempts) -> None:
     """One step of prompts of one sequence, against the products that it needs."""
     found = _Model(options)
     model, config = found.model, found.model.config
-    peak = matmul_rate(options.device, 8192 if options.device.type == "cuda" else 512)
-    result = attempts.begin(found.about | {"matmul_flops": peak}, lists=("prompts",))
+    gemm = fastest_gemm(options.device)
+    result = attempts.begin(found.about | {"gemm": asdict(gemm)}, lists=("prompts",))
 
     def time(num_tokens: int) -> None:
         batch = largest_batch(SchedulerConfig(1, num_tokens), num_tokens, options.device)
@@ -237,7 +237,7 @@ def measure_prefill(options: Options, attempts: Attempts) -> None:
 
         took = seconds(prefill, options.device, calls=2, graph=False)
         flops = prefill_flops(config, num_tokens)
-        result["prompts"].append({"tokens": num_tokens, "seconds": took, "flops": flops, "share": flops / peak / took})
+        result["prompts"].append({"tokens": num_tokens, "seconds": took, "flops": flops, "share": flops / gemm.flops_per_s / took})
 
     for num_tokens in options.prompts:
         attempts.run(f"{num_tokens} tokens", partial(time, num_tokens))

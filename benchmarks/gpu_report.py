@@ -52,8 +52,8 @@ def _device(result: Result) -> list[str]:
         return []
     return [
         f"{result['name']} ({result['architecture']}, {result['memory_bytes'] / 2**30:.1f} GiB), driver {result['driver']}, "
-        f"torch {result['torch']}, Triton {result['triton']}. A copy reads and writes {result['bandwidth'] / 1e9:.0f} GB/s, a bf16 product "
-        f"reaches {result['matmul_flops'] / 1e12:.0f} TFLOP/s."
+        f"torch {result['torch']}, Triton {result['triton']}. A copy reads and writes {result['bandwidth'] / 1e9:.0f} GB/s, "
+        f"{_gemm(result)}."
     ]
 
 
@@ -125,17 +125,25 @@ def _prefill(result: Result) -> list[str]:
             f"{row['tokens']}",
             f"{row['seconds'] * 1e3:.1f}",
             f"{row['tokens'] / row['seconds']:.0f}",
-            f"{row['flops'] / row['seconds'] / 1e12:.0f}",
+            _tflops(row["flops"] / row["seconds"]),
             f"{row['share']:.0%}",
         )
         for row in result.get("prompts", ())
     ]
     if not rows:
         return []
-    intro = (
-        f"Prompts of one sequence in one step, {result['model']}, against {result['matmul_flops'] / 1e12:.0f} TFLOP/s of a bf16 product."
-    )
+    intro = f"Prompts of one sequence in one step, {result['model']}, against torch: {_gemm(result)}."
     return [intro, "", *_table(("tokens", "ms", "tok/s", "TFLOP/s", "share"), rows)]
+
+
+def _gemm(result: Result) -> str:
+    gemm = result["gemm"]
+    return f"a {gemm['dtype']} product of {gemm['size']} x {gemm['size']} matrices reaches {_tflops(gemm['flops_per_s'])} TFLOP/s"
+
+
+def _tflops(flops_per_s: float) -> str:
+    """In 10^12 a second; of a CPU, which makes fewer than ten, with two more digits."""
+    return f"{flops_per_s / 1e12:.0f}" if flops_per_s >= 1e13 else f"{flops_per_s / 1e12:.2f}"
 
 
 def _sampling(result: Result) -> list[str]:

@@ -6,6 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from kernels.cpu import roofline
+from kernels.cpu.roofline import Gemm
+
+_GEMM_SIZE = 8192
+"""Rows and columns of the matrices that a GPU multiplies."""
 ROUNDS = 5
 """Of which the best counts: what disturbs a measurement makes it longer."""
 
@@ -17,10 +22,12 @@ def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
     return 2 * num_bytes / seconds(lambda: target.copy_(source), device, graph=False)
 
 
-def matmul_rate(device: torch.device, size: int) -> float:
-    """Floating-point operations a second of a bf16 product of square matrices."""
-    left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: left @ right, device, graph=False)
+def fastest_gemm(device: torch.device) -> Gemm:
+    """Measure torch's product of square matrices: on a GPU in bf16, on a CPU in the faster of bf16 and fp32."""
+    if device.type == "cpu":
+        return roofline.fastest_gemm()
+    left, right = (torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device).to(torch.bfloat16) for _ in range(2))
+    return Gemm("bf16", _GEMM_SIZE, 2 * _GEMM_SIZE**3 / seconds(lambda: left @ right, device, graph=False))
 
 
 def replayed(work: Callable[[], object], device: torch.device) -> Callable[[], object]:

@@ -59,10 +59,15 @@ class PhaseProfile:
 
 @dataclass(frozen=True, slots=True)
 class ProfileReport:
-    """One more iteration, with every operation timed, against what the machine was measured to do in the same process."""
+    """One more iteration, with every operation timed, against what the machine was measured to do in the same process.
+
+    Attributes:
+        gemm_dtype: of torch's product of square matrices that is the faster here, `fp32` or `bf16`.
+    """
 
     read_bytes_per_s: float
     gemm_flops_per_s: float
+    gemm_dtype: str
     prefill: PhaseProfile
     decode: PhaseProfile | None
 
@@ -165,12 +170,12 @@ def table(report: EngineReport) -> str:
         lines.append(f"{name:<28}" + "".join(f"{cell:>10}" for cell in cells))
     profile = report.profile
     if profile is not None:
-        lines += ["", f"memory is read at {profile.read_bytes_per_s / 1e9:.1f} GB/s, torch multiplies bf16 matrices at "]
-        lines[-1] += f"{profile.gemm_flops_per_s / 1e9:.0f} GFLOP/s (both just measured)"
+        lines += ["", f"memory is read at {profile.read_bytes_per_s / 1e9:.1f} GB/s, torch multiplies {profile.gemm_dtype} matrices, "]
+        lines[-1] += f"the faster of fp32 and bf16 here, at {profile.gemm_flops_per_s / 1e9:.0f} GFLOP/s (both just measured)"
         for name, phase in (("prefill", profile.prefill), ("decode", profile.decode)):
             if phase is not None:
                 lines += ["", f"{name}: {phase.num_steps} steps of {phase.step_s * 1e3:.2f} ms; the columns are of a step", ""]
-                lines.append(profile_table(phase.operations, profile.read_bytes_per_s, profile.gemm_flops_per_s))
+                lines.append(profile_table(phase.operations, profile.read_bytes_per_s, profile.gemm_flops_per_s, profile.gemm_dtype))
     return "\n".join(lines)
 
 
@@ -213,9 +218,10 @@ def _profile(llm: LLM, options: argparse.Namespace) -> ProfileReport:
     with profile.recording():
         _iterate(llm, options, options.num_iters_warmup + options.num_iters, profile)
     phases = [PhaseProfile(phase.num_steps, phase.step_s, phase.rows()) for phase in profile.phases()]
-    read_bytes_per_s, gemm_flops_per_s = profile.roofline()
+    limits = profile.roofline()
     # With one output token there is nothing after prefill.
-    return ProfileReport(read_bytes_per_s, gemm_flops_per_s, phases[0], phases[1] if options.output_len > 1 else None)
+    decode = phases[1] if options.output_len > 1 else None
+    return ProfileReport(limits.read_bytes_per_s, limits.gemm.flops_per_s, limits.gemm.dtype, phases[0], decode)
 
 
 def _settings(options: argparse.Namespace) -> EngineSettings:

@@ -1,38 +1,117 @@
-"""What this machine can do: the speed of reading memory and of multiplying matrices, measured with as many threads as torch uses."""
+"""The speed at which this machine reads memory and multiplies matrices, measured with as many threads as torch
+uses: what the kernels are compared with."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from kernels.cpu import memory, native
 
 _READ_BYTES = 1 << 29
-"""Well beyond every cache."""
-_GEMM_SIZE = 1536
+"""Size of the memory that is read: more than the caches of most machines."""
 _REPEATS = 7
+GEMM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Data types of torch's product. Which is faster depends on the processor: bf16 several times with AMX, fp32 up to
+a hundred times where the processor has no instructions for bf16."""
+GEMM_SIZES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+"""Rows and columns of the matrices. The first product is small enough for any machine. The steps are small because
+on a busy machine each product waits some 40 ms for its threads, whatever its size: with larger steps the next one
+would be expected to take too long."""
+GEMM_SECONDS = 1.5
+"""Time for the products of all data types together."""
+LONGEST_CALL = 0.25
+"""Longest product that is tried by its estimate, as a share of the time that is left."""
+_WARM_UP_RUNS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """torch's product of square matrices in its faster data type.
+
+    Attributes:
+        dtype: a key of GEMM_DTYPES.
+        size: rows and columns of the largest matrices that there was time for.
+        flops_per_s: of the best run of any size.
+    """
+
+    dtype: str
+    size: int
+    flops_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Best of a few tries each.
+    """The best of several runs each.
 
     Attributes:
         read_bytes_per_s: the library's threads reading memory in order.
-        gemm_flops_per_s: torch's product of square bf16 matrices.
     """
 
     read_bytes_per_s: float
-    gemm_flops_per_s: float
+    gemm: Gemm
 
 
 def measure() -> Roofline:
-    """Takes about a second. Needs the C++ library."""
+    """Measure both, in about two seconds. Needs the C++ library."""
     area = memory.zeros((_READ_BYTES,), torch.uint8)
     area.fill_(1)  # pages that were never written to are all the same one
-    left, right = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).bfloat16() for _ in range(2))
-    return Roofline(_READ_BYTES / _best_seconds(lambda: native.read_through(area)), 2 * _GEMM_SIZE**3 / _best_seconds(lambda: left @ right))
+    return Roofline(_READ_BYTES / _best_seconds(lambda: native.read_through(area)), fastest_gemm())
+
+
+def fastest_gemm(product: Callable[[Tensor, Tensor], object] = torch.matmul, clock: Callable[[], float] = time.perf_counter) -> Gemm:
+    """Measure torch's product in each data type within GEMM_SECONDS, and return the fastest.
+
+    The data types take turns with ever larger matrices, and each stops where its next product would take too
+    long. The fastest is repeated in the time that is left. Each runs at least once, however long it takes.
+
+    Args:
+        product, clock: replaced by tests.
+    """
+    end = clock() + GEMM_SECONDS
+    found = [_Product(dtype, product, clock) for dtype in GEMM_DTYPES]
+    climbing = list(found)
+    for size in GEMM_SIZES:
+        for each in list(climbing):
+            if each.size and each.estimate_s(size) > LONGEST_CALL * (end - clock()):
+                climbing.remove(each)
+            else:
+                each.run(size, _WARM_UP_RUNS, end)
+    best = max(found, key=lambda each: each.flops_per_s)
+    if clock() < end:
+        best.run(best.size, _REPEATS, end)
+    return Gemm(best.dtype, best.size, best.flops_per_s)
+
+
+class _Product:
+    """The runs of one data type."""
+
+    def __init__(self, dtype: str, product: Callable[[Tensor, Tensor], object], clock: Callable[[], float]) -> None:
+        self.dtype = dtype
+        self.size = 0
+        self.flops_per_s = 0.0
+        self._last_s = math.inf
+        self._product, self._clock = product, clock
+
+    def estimate_s(self, size: int) -> float:
+        """Time of a run with matrices of another size, by the best run of the last size."""
+        return self._last_s * (size / self.size) ** 3
+
+    def run(self, size: int, times: int, end: float) -> None:
+        """Multiply some times, fewer when the clock reaches `end`."""
+        left, right = (torch.ones(size, size, dtype=GEMM_DTYPES[self.dtype]) for _ in range(2))
+        self.size, self._last_s = size, math.inf
+        for _ in range(times):
+            started = self._clock()
+            self._product(left, right)
+            ended = self._clock()
+            self._last_s = min(self._last_s, ended - started)
+            if ended >= end:
+                break
+        self.flops_per_s = max(self.flops_per_s, 2 * size**3 / self._last_s)
 
 
 def _best_seconds(operation: Callable[[], object]) -> float:

@@ -1,14 +1,19 @@
 """The CPU benchmark measures what it says: operations and bytes of its tasks, the best of runs taken in turn, ratios to the yardsticks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from benchmarks import cpu
 from benchmarks.cpu import (
     ExpertLayer,
     Task,
     attention_task,
     bandwidth_task,
+    dense_tasks,
     dense_weights,
+    gemm_task,
     measure,
     print_table,
     recorded,
@@ -16,6 +21,7 @@ from benchmarks.cpu import (
     sampling_tasks,
 )
 from kernels.cpu import native
+from kernels.cpu.roofline import Gemm
 
 pytestmark = pytest.mark.skipif(native.shared_library() is None, reason="the C++ library was not built")
 
@@ -30,11 +36,49 @@ def test_tasks_take_turns_and_the_first_run_does_not_count() -> None:
 
 
 def test_ratios_are_to_the_yardsticks(capsys: pytest.CaptureFixture[str]) -> None:
-    yardsticks = [(Task("read", print, num_bytes=20e9), 2.0), (Task("GEMM", print, num_operations=3e12), 1.0)]
-    print_table("title", [*yardsticks, (Task("x", print, num_bytes=1e9, num_operations=3e11), 0.2)])
+    gemm = gemm_task(Gemm("bf16", 64, 1e9))
+    assert (gemm.name, gemm.num_operations) == ("torch bf16 GEMM", 2 * 64**3)
+    product = gemm.run(0)
+    assert isinstance(product, torch.Tensor)
+    assert (product.shape, product.dtype) == ((64, 64), torch.bfloat16)
+    yardsticks = [(Task("read", print, num_bytes=20e9), 2.0), (Task("torch fp32 GEMM", print, num_operations=3e12), 1.0)]
+    others = [(Task("x", print, num_bytes=1e9, num_operations=3e11), 0.2), (Task("y", print), 0.1)]
+    print_table("title", [*yardsticks, *others])
     out = capsys.readouterr().out
-    assert "read bandwidth 10.0 GB/s, torch bf16 GEMM 3000 GFLOP/s" in out
+    assert "read bandwidth 10.0 GB/s, torch fp32 GEMM 3000 GFLOP/s" in out
+    assert "| GFLOP/s | of torch fp32 GEMM |" in out
     assert "| x | 200.00 | 5.0 | 50% | 1500 | 50% |" in out
+    assert "| y | 100.00 | - | - | - | - |" in out
+
+
+def test_torch_runs_dense_layers_in_its_faster_data_type() -> None:
+    """A product in the other one may take minutes."""
+    tasks = [task for task in dense_tasks(1, "fp32") if task.name.startswith("torch ")]
+    assert tasks[0].name == "torch fp32 [5120, 2880], 1 tokens"
+    assert tasks[0].num_bytes == 4 * 5120 * 2880
+    out = tasks[0].run(1)
+    assert isinstance(out, torch.Tensor)
+    assert out.dtype == torch.float32
+
+
+def test_a_slow_task_ends_after_a_call_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(cpu, "time", SimpleNamespace(perf_counter=lambda: now[0], thread_time=lambda: now[0]))
+    calls: list[str] = []
+    shares: list[float] = []
+
+    def task(name: str, took_s: float) -> Task:
+        def run(call: int) -> None:
+            calls.append(name)
+            now[0] += took_s
+
+        return Task(name, run)
+
+    results = measure([task("slow", 100.0), task("middling", 1.5), task("fast", 0.25)], 1.0, shares.append)
+    assert [best for _, best in results] == [100.0, 1.5, 0.25]
+    assert [calls.count(name) for name in ("slow", "middling", "fast")] == [2, 3, 4]
+    assert shares == sorted(shares)
+    assert 0 < shares[-1] <= 1
 
 
 def test_weights_and_experts_are_what_is_counted() -> None:

@@ -20,7 +20,7 @@ from benchmarks.decode_batches import (
     random_caches,
     what_fits,
 )
-from benchmarks.gpu_parts import Options, measure_prefill, measure_sampling, measure_step, prefill_flops
+from benchmarks.gpu_parts import Options, measure_device, measure_prefill, measure_sampling, measure_step, prefill_flops
 from benchmarks.gpu_report import report
 from benchmarks.gpu_tests import run_tests, split
 from benchmarks.random_model import random_model
@@ -107,6 +107,7 @@ def test_a_random_model_has_the_sizes_that_were_counted_and_finite_logits() -> N
 def test_parts_make_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_parts, "_bandwidth", lambda device: 1e9)
     found = {
+        "device": measured(measure_device, OPTIONS),
         "step": measured(measure_step, OPTIONS),
         "prefill": measured(measure_prefill, OPTIONS),
         "sampling": measured(measure_sampling, OPTIONS),
@@ -115,6 +116,10 @@ def test_parts_make_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert not any("failures" in result for result in found.values())
     text = report(json.loads(json.dumps(found)))
+    for name in ("device", "prefill"):
+        gemm = found[name]["gemm"]
+        assert gemm["dtype"] in ("fp32", "bf16")
+        assert f"a {gemm['dtype']} product of {gemm['size']} x {gemm['size']} matrices reaches" in text
     assert "| 3 | 40 |" in text
     assert "No room for" not in text
     assert "| 20 |" in text
@@ -184,7 +189,7 @@ def test_tests_run_in_parts_and_each_fault_has_a_line(tmp_path: Path) -> None:
         "def test_roofline_of_it(): print('12 us')\n"
         "def test_dies(): os._exit(7)\n"
     )
-    found = run_tests(tmp_path, 4, 60.0, tmp_path / "tests.txt", "gpu")
+    found = run_tests(tmp_path, 4, 240.0, tmp_path / "tests.txt", "gpu")
     assert found["failed"] == "2 problems"
     assert found["summary"].endswith(" of 7")
     assert any("test_number[3]" in line and "three" in line for line in found["problems"])

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
-from kernels.cpu import roofline
 from kernels.cpu.profile import Profile, Work, difference
+from kernels.cpu.roofline import Roofline, measure
 from workers.engine.engine import Engine
 
 OUTSIDE = "outside kernels"
@@ -92,16 +92,15 @@ class StepProfile:
             for (started, steps, before), (ended, end_steps, after) in pairwise(self._marks)
         ]
 
-    def roofline(self) -> tuple[float, float]:
-        """Bytes a second that memory is read at, and operations a second of bf16 products, as measured now."""
-        measured = roofline.measure()
-        return measured.read_bytes_per_s, measured.gemm_flops_per_s
+    def roofline(self) -> Roofline:
+        """Measure what the machine can do now, in about two seconds."""
+        return measure()
 
 
-def profile_table(rows: Sequence[OperationRow], read_bytes_per_s: float, gemm_flops_per_s: float) -> str:
-    """Markdown."""
+def profile_table(rows: Sequence[OperationRow], read_bytes_per_s: float, gemm_flops_per_s: float, gemm_dtype: str) -> str:
+    """Return a table in Markdown."""
     lines = [
-        "| operation | calls | ms | share | MB | GB/s | of reading | GFLOP/s | of GEMM |",
+        f"| operation | calls | ms | share | MB | GB/s | of reading | GFLOP/s | of {gemm_dtype} GEMM |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:

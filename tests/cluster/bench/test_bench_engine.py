@@ -53,6 +53,10 @@ def test_the_report_adds_up(checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     assert "time per output token" in out
     assert "| outside kernels |" in out
+    assert profile["gemm_dtype"] in ("fp32", "bf16")
+    assert profile["gemm_flops_per_s"] > 0
+    assert f"torch multiplies {profile['gemm_dtype']} matrices" in out
+    assert f"| GFLOP/s | of {profile['gemm_dtype']} GEMM |" in out
 
 
 def test_dense_weights_in_int8(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
