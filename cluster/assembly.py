@@ -7,7 +7,7 @@ import time
 from cluster.config import AppConfig
 from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
-from cluster.metrics import GatewayMetrics
+from cluster.metrics import FleetView, GatewayMetrics
 from cluster.replica_set import ReplicaSet
 from cluster.router.client import EngineClient
 from cluster.router.table import Replica
@@ -42,7 +42,9 @@ def context_with_enough_memory(config: AppConfig) -> int:
     return longest_context(load_model_config(config.engine.model_path), config.engine.max_model_len)
 
 
-async def build_service(config: AppConfig, encoding: HarmonyEncoding, replicas: ReplicaSet) -> tuple[GenerationService, EngineInfo]:
+async def build_service(
+    config: AppConfig, encoding: HarmonyEncoding, replicas: ReplicaSet, fleet: FleetView | None = None
+) -> tuple[GenerationService, EngineInfo]:
     """Waits until a replica says what it serves, then builds the service over them. The caller closes it; waiting ends by cancellation."""
     client = EngineClient()
     try:
@@ -69,6 +71,7 @@ async def build_service(config: AppConfig, encoding: HarmonyEncoding, replicas: 
         GatewayMetrics(),
         defaults=ChatDefaults(gateway.conversation_date, gateway.reasoning_effort),
         limits=Limits(gateway.max_in_flight_requests, gateway.request_timeout_s),
+        fleet=fleet,
     )
     contexts = _Contexts(replicas, client, service, {replica: info.max_model_len for replica, info in infos.items()})
     replicas.on_change(contexts.look)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Protocol, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -79,30 +79,75 @@ class Scrape:
         process: `gateway` or `engine`.
         replica: the replica's id; empty for a gateway.
         text: its exposition; None: it did not answer.
+        gateway: the gateway's id where there may be several; empty for an engine.
     """
 
     process: str
     replica: str
     text: str | None
+    gateway: str = ""
 
 
-def merge(scrapes: Sequence[Scrape]) -> str:
-    """One exposition of all processes: each sample gets the labels `process` and `replica`, each family appears once, and
-    `cantata_process_up` says which processes answered. A text that cannot be parsed counts as no answer."""
+class FleetView(Protocol):
+    """What a gateway can learn of the processes beside it that it does not talk to."""
+
+    async def gateways(self, own: str) -> Sequence[Scrape]:
+        """Return the metrics of all gateways.
+
+        Args:
+            own: this gateway's.
+        """
+
+    async def wanted_replicas(self, num_listed: int) -> int:
+        """Return how many replicas there should be.
+
+        Args:
+            num_listed: replicas that this gateway knows, those among them that start again.
+        """
+
+
+class OneGateway:
+    """The FleetView of a gateway that is the only one and starts its engines itself."""
+
+    async def gateways(self, own: str) -> Sequence[Scrape]:
+        """See FleetView."""
+        return [Scrape("gateway", "", own)]
+
+    async def wanted_replicas(self, num_listed: int) -> int:
+        """See FleetView."""
+        return num_listed
+
+
+def merge(scrapes: Sequence[Scrape], wanted_replicas: int) -> str:
+    """Join the metrics of all processes into one exposition.
+
+    Each sample gets the labels `process`, `replica` and `gateway`, each family appears once, and `cantata_process_up` says which
+    processes answered. A text that cannot be parsed counts as no answer.
+
+    Args:
+        wanted_replicas: how many replicas there should be.
+    """
     families: dict[str, Metric] = {}
     up = GaugeMetricFamily(
-        "cantata_process_up", "Whether the process answered this scrape with its metrics.", labels=("process", "replica")
+        "cantata_process_up",
+        "Whether the process answered this scrape with its metrics.",
+        labels=("process", "replica", "gateway"),
     )
+    num_ready = 0
     for scrape in scrapes:
         parsed = _parse(scrape.text)
-        up.add_metric((scrape.process, scrape.replica), 0.0 if parsed is None else 1.0)
+        up.add_metric((scrape.process, scrape.replica, scrape.gateway), 0.0 if parsed is None else 1.0)
+        num_ready += scrape.process == "engine" and parsed is not None
         for family in parsed or ():
             merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             for sample in family.samples:
-                labels = {**sample.labels, "process": scrape.process, "replica": scrape.replica}
+                own = {"process": scrape.process, "replica": scrape.replica, "gateway": scrape.gateway}
+                labels = {**sample.labels, **own}
                 merged.add_sample(sample.name, labels, sample.value, sample.timestamp, sample.exemplar)
+    wanted = GaugeMetricFamily("cantata_replicas_wanted", "Replicas that there should be.", value=wanted_replicas)
+    ready = GaugeMetricFamily("cantata_replicas_ready", "Replicas that answered this scrape.", value=num_ready)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Families([*families.values(), up]))
+    registry.register(_Families([*families.values(), up, wanted, ready]))
     return generate_latest(registry).decode()
 
 

@@ -11,7 +11,7 @@ from cluster.generation.choices import Choice, ChoiceEvent
 from cluster.generation.dispatch import Dispatcher
 from cluster.metrics import GatewayMetrics
 from workers.errors import CantataError
-from workers.request import EngineRequest
+from workers.request import EngineOutput, EngineRequest
 
 _QUEUE_SIZE = 64
 """Events made but not read. When it is full a choice stops reading from its engine, which then sends several tokens a message."""
@@ -75,6 +75,7 @@ class Generation:
         self._num_unfinished = len(self._jobs)
         self._usage_sent = False
         self._refused = False
+        self._counted_prompts: set[int] = set()
         self._closing: asyncio.Task[None] | None = None
         self._tasks = [asyncio.create_task(self._run(job)) for job in self._jobs]
 
@@ -142,13 +143,26 @@ class Generation:
                 previous: float | None = None
                 async for output in outputs:
                     previous = self._observe(len(output.token_ids), previous)
-                    for event in job.choice.push(output):
+                    for event in self._push(job, output):
                         await self._events.put(event)
                     if job.choice.finished:
                         return
             raise CantataError("The engine's answer ended without a finish reason.")
         except Exception as error:  # handed to the reader, which is the request's edge
             await self._events.put(error)
+
+    def _push(self, job: Job, output: EngineOutput) -> list[ChoiceEvent]:
+        """Have the choice read an output, and count it: a rate over long answers must not jump when they end."""
+        choice, metrics = job.choice, self._metrics
+        num_tokens, num_reasoning = choice.num_tokens, choice.num_reasoning_tokens
+        events = choice.push(output)
+        if job.prompt_index not in self._counted_prompts:
+            self._counted_prompts.add(job.prompt_index)
+            metrics.prompt_tokens.inc(len(self.prompts[job.prompt_index]))
+            metrics.cached_tokens.inc(choice.num_cached_tokens)
+        metrics.output_tokens.inc(choice.num_tokens - num_tokens)
+        metrics.reasoning_tokens.inc(choice.num_reasoning_tokens - num_reasoning)
+        return events
 
     def _observe(self, num_tokens: int, previous: float | None) -> float | None:
         if not num_tokens:
@@ -175,11 +189,6 @@ class Generation:
             self._on_end()
 
     def _record(self) -> None:
-        usage = self.usage()
-        self._metrics.prompt_tokens.inc(usage.prompt_tokens)
-        self._metrics.cached_tokens.inc(usage.cached_tokens)
-        self._metrics.output_tokens.inc(usage.completion_tokens)
-        self._metrics.reasoning_tokens.inc(usage.reasoning_tokens)
         self._metrics.duration.observe(time.monotonic() - self._arrived)
         for job in self._jobs:
             for kind, count in job.choice.repairs.items():

@@ -28,7 +28,7 @@ from cluster.generation.settings import ChatDefaults, Limits, ModelInfo
 from cluster.harmony.conversation import DEFAULT_MODEL_IDENTITY, Conversation
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.render import render
-from cluster.metrics import GatewayMetrics, Scrape, merge
+from cluster.metrics import FleetView, GatewayMetrics, OneGateway, Scrape, merge
 from cluster.router.client import EngineClient
 from cluster.router.table import Replica, ReplicaDirectory
 from workers.errors import CantataError, ContextLengthExceeded, InvalidRequest, ModelNotFound, Overloaded
@@ -49,6 +49,7 @@ class GenerationService:
 
     Args:
         replicas, client: where engines are and how to call them; the client is closed with the service, the directory is not.
+        fleet: the processes beside this one, for the metrics; None: there is one gateway.
         today: the current day in UTC, for `conversation_date: auto`.
     """
 
@@ -62,6 +63,7 @@ class GenerationService:
         *,
         defaults: ChatDefaults | None = None,
         limits: Limits | None = None,
+        fleet: FleetView | None = None,
         today: Callable[[], datetime.date] = lambda: datetime.datetime.now(datetime.UTC).date(),
     ) -> None:
         self.model = model
@@ -72,6 +74,7 @@ class GenerationService:
         self._dispatcher = Dispatcher(replicas, client, metrics)
         self._defaults = defaults or ChatDefaults()
         self._limits = limits or Limits()
+        self._fleet = fleet or OneGateway()
         self._today = today
         self._renderers = ThreadPoolExecutor(_RENDER_THREADS, thread_name_prefix="cantata-render")
         self._num_in_flight = 0
@@ -209,10 +212,14 @@ class GenerationService:
                 task.cancel()
 
     async def metrics_text(self) -> str:
-        """The metrics of this gateway and of every replica it knows, as one exposition."""
-        engines = await asyncio.gather(*(self._scrape(replica) for replica in self._replicas.known()))
-        missing = [Scrape("engine", replica_id, None) for replica_id in self._replicas.missing()]
-        return merge([Scrape("gateway", "", self.metrics.render()), *engines, *missing])
+        """Join the metrics of every gateway and of every replica that this one knows."""
+        known, missing = self._replicas.known(), self._replicas.missing()
+        gateways, wanted, engines = await asyncio.gather(
+            self._fleet.gateways(self.metrics.render()),
+            self._fleet.wanted_replicas(len(known) + len(missing)),
+            asyncio.gather(*(self._scrape(replica) for replica in known)),
+        )
+        return merge([*gateways, *engines, *(Scrape("engine", replica_id, None) for replica_id in missing)], wanted)
 
     async def close(self) -> None:
         """Close the connections to engines; what still runs ends with an error."""

@@ -7,20 +7,29 @@ from `record_routing_stats`, how busy it is.
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+from ray import serve
+from ray.exceptions import RayError
 from ray.serve._private import constants
 from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import gRPCStatusError
 from ray.serve.handle import DeploymentHandle
 
+from cluster.metrics import Scrape
 from cluster.replica_set import ReplicaSet
 from cluster.router.table import Replica
 
 ADDRESS_KEY, START_ID_KEY, SECRET_KEY = "engine_address", "engine_start_id", "engine_secret"
 """Of an engine's metadata. The secret is for gateways alone: metadata are neither logged nor shown."""
 SERVE_LOGGER = "ray.serve"
+
+logger = logging.getLogger(SERVE_LOGGER)
+
+_PAGE_TIMEOUT_S = 2.0
+"""For what other processes say of themselves, of a scrape's 10 s."""
 
 INGRESS_VARIABLES = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 """Serve's fast ingress (about a quarter of the CPU per token). Read when Ray's processes start, so a Serve YAML cannot set them."""
@@ -61,6 +70,46 @@ class ServeReplicas(ReplicaSet):
                 for info in targets.running_replicas
             }
         )
+
+
+class ServeFleet:
+    """The `cluster.metrics.FleetView` of a gateway's replica: Serve calls all gateways, and knows how many engines it was asked for.
+
+    Args:
+        engine: the engines' deployment.
+    """
+
+    def __init__(self, engine: DeploymentHandle[Any]) -> None:
+        context = serve.get_replica_context()
+        self._engine = engine.deployment_id
+        self._id = context.replica_id.unique_id
+        self._gateways: DeploymentHandle[Any] = serve.get_deployment_handle(context.deployment, context.app_name)
+
+    def page(self, text: str) -> Scrape:
+        """Return this gateway's metrics under its id."""
+        return Scrape("gateway", "", text, self._id)
+
+    async def gateways(self, own: str) -> Sequence[Scrape]:
+        """See FleetView. A gateway that does not answer keeps the others from being shown: only `own` is returned then."""
+        try:
+            answers = await self._gateways.broadcast("metrics_page").results_async(timeout_s=_PAGE_TIMEOUT_S, return_exceptions=True)
+        except Exception as error:  # Serve raises what it likes here; a scrape shows what there is
+            logger.warning("The other gateways' metrics are missing: %s", type(error).__name__)
+            answers = []
+        others = [answer for answer in answers if isinstance(answer, Scrape) and answer.gateway != self._id]
+        return [self.page(own), *sorted(others, key=lambda scrape: scrape.gateway)]
+
+    async def wanted_replicas(self, num_listed: int) -> int:
+        """See FleetView."""
+        client = _get_global_client()
+        assert client is not None, "made outside a replica"
+        try:
+            async with asyncio.timeout(_PAGE_TIMEOUT_S):
+                details = await client._controller.get_serve_instance_details.remote()
+            deployments = details["applications"][self._engine.app_name]["deployments"]
+            return int(deployments[self._engine.name]["target_num_replicas"])
+        except (TimeoutError, KeyError, RayError):  # the controller starts again
+            return num_listed
 
 
 def missing_ingress_variables() -> dict[str, str]:

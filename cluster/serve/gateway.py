@@ -16,8 +16,9 @@ from cluster.assembly import build_service, load_encoding
 from cluster.config import AppConfig, with_api_keys
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import SERVICE_NAME, InferenceServicer
+from cluster.metrics import Scrape
 from cluster.rpc import inference_pb2 as pb
-from cluster.serve.cluster_view import SERVE_LOGGER, RefusedCall, ServeReplicas, missing_ingress_variables, quiet_refusals
+from cluster.serve.cluster_view import SERVE_LOGGER, RefusedCall, ServeFleet, ServeReplicas, missing_ingress_variables, quiet_refusals
 from cluster.serve.room import replica_bundles, shortage
 from workers.errors import ConfigError
 from workers.rpc.convert import EngineInfo
@@ -52,7 +53,8 @@ class GatewayReplica:
         encoding = load_encoding(config)
         self._config = config
         self._replicas = ServeReplicas(engine)
-        building = asyncio.create_task(build_service(config, encoding, self._replicas))
+        self._fleet = ServeFleet(engine)
+        building = asyncio.create_task(build_service(config, encoding, self._replicas, self._fleet))
         try:
             await _watch_room(building, config)
             self._service, self._info = await building
@@ -68,6 +70,10 @@ class GatewayReplica:
     async def engine_info(self) -> EngineInfo:
         """What the engines serve, for the start-up summary."""
         return self._info
+
+    async def metrics_page(self) -> Scrape:
+        """Return this gateway's own metrics, for the gateway that was asked for all of them."""
+        return self._fleet.page(self._service.metrics.render())
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: RayServegRPCContext) -> pb.ChatResponse:
         """cantata.inference.v1.Inference"""

@@ -10,6 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.metrics import GatewayMetrics, Scrape, merge
 from workers.metrics import EngineMetrics
 
+JOINED = {"cantata_process_up", "cantata_replicas_wanted", "cantata_replicas_ready"}
+"""Of the joined page alone."""
 DOC = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
@@ -19,7 +21,7 @@ def families(registry: CollectorRegistry) -> set[str]:
 
 def test_the_documentation_lists_exactly_what_is_exported() -> None:
     documented = set(re.findall(r"^\| `(cantata_[a-z_]+)`", DOC.read_text(), flags=re.MULTILINE))
-    exported = families(GatewayMetrics().registry) | families(EngineMetrics().registry) | {"cantata_process_up"}
+    exported = families(GatewayMetrics().registry) | families(EngineMetrics().registry) | JOINED
     assert documented == exported
 
 
@@ -40,12 +42,12 @@ def test_histograms_of_two_processes_keep_their_buckets() -> None:
     first.duration.observe(0.3)
     second.duration.observe(3.0)
     second.duration.observe(4.0)
-    page = merge([Scrape("gateway", "a", first.render()), Scrape("gateway", "b", second.render())])
+    page = merge([Scrape("gateway", "", each.render(), name) for name, each in (("a", first), ("b", second))], 2)
     parsed = {family.name: family for family in text_string_to_metric_families(page)}
     samples = parsed["cantata_gateway_request_duration_seconds"].samples
-    counts = {sample.labels["replica"]: sample.value for sample in samples if sample.name.endswith("_count")}
+    counts = {sample.labels["gateway"]: sample.value for sample in samples if sample.name.endswith("_count")}
     assert counts == {"a": 1, "b": 2}
-    buckets = [sample.value for sample in samples if sample.name.endswith("_bucket") and sample.labels["replica"] == "b"]
+    buckets = [sample.value for sample in samples if sample.name.endswith("_bucket") and sample.labels["gateway"] == "b"]
     assert buckets == sorted(buckets)
     assert buckets[-1] == 2
     assert not [name for name in parsed if name.endswith("_created")]
@@ -54,7 +56,7 @@ def test_histograms_of_two_processes_keep_their_buckets() -> None:
 @pytest.mark.parametrize("text", [None, "this is { not an exposition", '# TYPE a counter\na{b="c 1\n'])
 def test_a_process_without_metrics_is_down_and_harms_nobody(text: str | None) -> None:
     good = GatewayMetrics()
-    page = merge([Scrape("gateway", "", good.render()), Scrape("engine", "r1", text)])
+    page = merge([Scrape("gateway", "", good.render()), Scrape("engine", "r1", text)], 2)
     parsed = {family.name: family for family in text_string_to_metric_families(page)}
     up = {sample.labels["process"]: sample.value for sample in parsed["cantata_process_up"].samples}
     assert up == {"gateway": 1, "engine": 0}
@@ -62,6 +64,6 @@ def test_a_process_without_metrics_is_down_and_harms_nobody(text: str | None) ->
 
 
 def test_label_values_are_escaped() -> None:
-    page = merge([Scrape("engine", 'a"b\\c\nd', "# TYPE x gauge\nx 1\n")])
+    page = merge([Scrape("engine", 'a"b\\c\nd', "# TYPE x gauge\nx 1\n")], 2)
     (sample,) = next(family for family in text_string_to_metric_families(page) if family.name == "x").samples
     assert sample.labels["replica"] == 'a"b\\c\nd'

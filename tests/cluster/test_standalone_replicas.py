@@ -36,6 +36,6 @@ async def test_a_dead_engine_stays_on_the_metrics_page_as_down(tmp_path: Path) -
 
 async def up(service: GenerationService) -> dict[str, str]:
     """Replica to the value of its `cantata_process_up`."""
-    prefix = 'cantata_process_up{process="engine",replica="'
+    prefix = 'cantata_process_up{gateway="",process="engine",replica="'
     lines = [line.removeprefix(prefix) for line in (await service.metrics_text()).splitlines() if line.startswith(prefix)]
     return {line.partition('"')[0]: line.rpartition(" ")[2] for line in lines}

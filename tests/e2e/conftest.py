@@ -9,6 +9,9 @@ from tests.e2e.scripts import SCRIPTS
 from tests.support.scripted_checkpoint import write_scripted_checkpoint
 from tests.support.served import FAST_INGRESS, MODEL_NAME, Served, serve_run, standalone
 
+NUM_GATEWAYS = 2
+"""On Ray."""
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -21,6 +24,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The same tests run against both ways of serving."""
     folder = tmp_path_factory.mktemp("server")
-    serving = standalone(folder, model) if request.param == "standalone" else serve_run(folder, model, environment=FAST_INGRESS)
+    if request.param == "standalone":
+        serving = standalone(folder, model)
+    else:
+        serving = serve_run(folder, model, environment=FAST_INGRESS, gateways=NUM_GATEWAYS)
     with serving as served:
         yield served

@@ -123,7 +123,7 @@ def test_streams_of_a_killed_replica_go_on_at_the_other(model: Path, tmp_path: P
 
 def num_up(served: Served) -> float:
     """Engines that answer the metrics page."""
-    return counted(served, 'cantata_process_up{process="engine"')
+    return counted(served, 'cantata_process_up{gateway="",process="engine"')
 
 
 def answer_of(response: httpx.Response) -> object:

@@ -23,7 +23,7 @@ ALLOWED_SKIPS = {
 }
 """What a reason begins with, and what is missing then. No package stands here: what tests need is in scripts/ci_packages.txt."""
 
-MARKERS = ("isa", "netns", "ray", "slow", "gpu")
+MARKERS = ("isa", "netns", "prometheus", "ray", "slow", "gpu")
 """Markers that the last lines count, as declared in pyproject.toml."""
 
 NATIVE_ISA, EMULATED_ISA = "isa", "isa_emulated"

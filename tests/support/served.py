@@ -84,11 +84,12 @@ def serve_run(
     environment: Mapping[str, str] | None = None,
     engine: Mapping[str, object] | None = None,
     replicas: int = 1,
+    gateways: int = 1,
 ) -> Iterator[Served]:
     """`serve run` with a copy of deploy/local.yaml that has our model and ports, and settings of the engine."""
     ports = _ray_ports()
     config = serve_config(model, ports, engine or {})
-    config["applications"][0]["args"]["replicas"] = replicas
+    config["applications"][0]["args"] |= {"replicas": replicas, "gateways": gateways}
     file = folder / "local.yaml"
     file.write_text(yaml.safe_dump(config))
     with _ray_started(

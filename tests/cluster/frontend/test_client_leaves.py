@@ -53,7 +53,7 @@ async def test_http(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncod
         writer.close()
         await engine.was_cancelled(num_choices)
     assert max(engine.cancelled.values()) - left < LIMIT_S
-    await eventually(gateway, 'cantata_gateway_in_flight_requests{process="gateway",replica=""} 0.0', 'status="499"')
+    await eventually(gateway, 'cantata_gateway_in_flight_requests{gateway="",process="gateway",replica=""} 0.0', 'status="499"')
 
 
 async def test_the_openai_client(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
@@ -82,7 +82,7 @@ async def test_grpc(
         call.cancel()
         await engine.was_cancelled(1)
     assert max(engine.cancelled.values()) - left < LIMIT_S
-    await eventually(gateway, 'cantata_gateway_in_flight_requests{process="gateway",replica=""} 0.0', 'status="CANCELLED"')
+    await eventually(gateway, 'cantata_gateway_in_flight_requests{gateway="",process="gateway",replica=""} 0.0', 'status="CANCELLED"')
 
 
 async def test_requests_over_the_limit_are_refused_until_others_end(encoding: HarmonyEncoding, engine: FakeEngine) -> None:

@@ -1,5 +1,6 @@
 """Health, readiness, tokens, metrics, version, the OpenAPI document."""
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.harmony.encoding import HarmonyEncoding
 from tests.support.fake_engine import FakeEngine, Script
-from tests.support.gateway import Gateway, serving
+from tests.support.gateway import Gateway, serving, turn
 from workers.errors import Overloaded
 
 USER = {"role": "user", "content": "Hello <|end|> there"}
@@ -80,9 +81,10 @@ async def test_metrics_of_all_processes_on_one_page(encoding: HarmonyEncoding, e
     }
 
     def value(name: str, process: str, replica: str, **labels: str) -> float:
-        return samples[(name, *sorted({**labels, "process": process, "replica": replica}.items()))]
+        return samples[(name, *sorted({**labels, "process": process, "replica": replica, "gateway": ""}.items()))]
 
     assert value("cantata_process_up", "gateway", "") == 1
+    assert (samples[("cantata_replicas_wanted",)], samples[("cantata_replicas_ready",)]) == (3, 2)
     assert [value("cantata_process_up", "engine", replica) for replica in ("r0", "r1", "r2")] == [1, 1, 0]
     assert [value("cantata_engine_preemptions_total", "engine", replica) for replica in ("r0", "r1")] == [3, 3]
     path = "/v1/chat/completions"
@@ -102,7 +104,7 @@ async def test_requests_that_every_replica_refuses_are_no_generations(gateway: G
     engine.answer = lambda request: Script(refusal=Overloaded("The queue is full."))
     assert (await gateway.http.post("/v1/chat/completions", json={"messages": [USER]})).status_code == 429
     lines = (await gateway.http.get("/metrics")).text.splitlines()
-    label = '{process="gateway",replica=""}'
+    label = '{gateway="",process="gateway",replica=""}'
     assert f"cantata_gateway_prompt_tokens_total{label} 0.0" in lines
     assert f"cantata_gateway_request_duration_seconds_count{label} 0.0" in lines
     assert f"cantata_gateway_in_flight_requests{label} 0.0" in lines
@@ -133,3 +135,28 @@ async def test_every_field_of_the_bodies_is_documented(gateway: Gateway) -> None
     for name in ("ChatCompletionRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest"):
         missing = [field for field in schemas[name]["properties"] if f"`{field}`" not in page]
         assert not missing, f"docs/api.md does not mention {missing} of {name}"
+
+
+async def test_tokens_count_as_they_come(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+    """A rate over long answers must not stand still while they run and jump when they end."""
+    ids = turn(encoding, reasoning="one two three", text="four five six seven")
+    gate = asyncio.Event()
+    engine.answer = lambda request: Script(ids, gate=gate, gate_after=len(ids) - 2, num_cached_tokens=3)
+    stream = await gateway.client.chat.completions.create(model="gpt-oss-test", messages=[USER], stream=True)
+    async with asyncio.timeout(20):
+        while await counted(gateway, "output") < len(ids) - 2:
+            await anext(stream)
+    assert await counted(gateway, "prompt") == len(engine.requests[0].prompt_token_ids)
+    assert await counted(gateway, "cached") == 3
+    reasoning = await counted(gateway, "reasoning")
+    assert reasoning > 0
+    gate.set()
+    async for _ in stream:
+        pass
+    assert [await counted(gateway, kind) for kind in ("output", "cached", "reasoning")] == [len(ids), 3, reasoning]
+
+
+async def counted(gateway: Gateway, kind: str) -> float:
+    page = (await gateway.http.get("/metrics")).text
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    return sum(sample.value for sample in families[f"cantata_gateway_{kind}_tokens"].samples)
