@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import native
-from workers.config import DenseDtype, Dtype
+from workers.config import CpuIsa, DenseDtype, Dtype
 from workers.engine.llm import LLM
 
 
@@ -28,18 +28,25 @@ def main() -> None:
     print("| instruction set | dense weights | relative error | largest error | same most likely token |")
     print("| --- | --- | ---: | ---: | ---: |")
     paths: tuple[DenseDtype, ...] = ("bf16", "int8")
-    for isa in native.ISAS:
-        with native.using_isa(isa) as there:
-            for dense in paths if there else ():
-                found = logits(arguments.model, arguments.tokens, arguments.seed, "bfloat16", dense)
-                error = (found - exact).norm() / exact.norm()
-                same = (found.argmax(dim=1) == exact.argmax(dim=1)).float().mean()
-                print(f"| {isa} | {dense} | {error:.2%} | {(found - exact).abs().max():.3f} | {same:.0%} |")
+    for isa in native.available():
+        for dense in paths:
+            found = logits(arguments.model, arguments.tokens, arguments.seed, "bfloat16", dense, isa)
+            error = (found - exact).norm() / exact.norm()
+            same = (found.argmax(dim=1) == exact.argmax(dim=1)).float().mean()
+            print(f"| {isa} | {dense} | {error:.2%} | {(found - exact).abs().max():.3f} | {same:.0%} |")
 
 
-def logits(model: Path, num_tokens: int, seed: int, dtype: Dtype, cpu_dense_dtype: DenseDtype) -> Tensor:
+def logits(model: Path, num_tokens: int, seed: int, dtype: Dtype, cpu_dense_dtype: DenseDtype, cpu_isa: CpuIsa = "auto") -> Tensor:
     """[num_tokens, vocab] fp32 of a random prompt."""
-    with LLM(model, dtype=dtype, cpu_dense_dtype=cpu_dense_dtype, max_num_seqs=1, max_model_len=1024, kv_cache_bytes=64 << 20) as llm:
+    with LLM(
+        model,
+        dtype=dtype,
+        cpu_dense_dtype=cpu_dense_dtype,
+        cpu_isa=cpu_isa,
+        max_num_seqs=1,
+        max_model_len=1024,
+        kv_cache_bytes=64 << 20,
+    ) as llm:
         generator = torch.Generator().manual_seed(seed)
         token_ids = torch.randint(0, llm.engine.vocab_size, (num_tokens,), generator=generator)
         return llm.logits(token_ids.tolist())

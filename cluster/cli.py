@@ -47,6 +47,13 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         "bf16 or int8: attention projections and lm_head in memory, on a CPU (default: bf16)",
     ),
     (
+        ("--cpu-isa",),
+        "engine.cpu_isa",
+        "NAME",
+        "instruction set of the CPU kernels: amx, avx512_bf16, avx512, avx2, neon, portable, or reference for torch "
+        "(default: CANTATA_CPU_ISA, else the best of this processor)",
+    ),
+    (
         ("--moe-activation-dtype",),
         "engine.moe_activation_dtype",
         "TYPE",

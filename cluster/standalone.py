@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TypeVar
@@ -100,7 +100,7 @@ async def _serve(config: CantataConfig) -> int:
             if started is not None:
                 service, info = started
                 try:
-                    await _serve_gateway(config, service, info, http_socket, stop)
+                    await _serve_gateway(config, service, info, http_socket, stop, engines)
                 finally:
                     await service.close()
         except EngineFailed as error:
@@ -114,9 +114,18 @@ async def _serve(config: CantataConfig) -> int:
 
 
 async def _serve_gateway(
-    config: CantataConfig, service: GenerationService, info: EngineInfo, http_socket: socket.socket, stop: StopSignals
+    config: CantataConfig,
+    service: GenerationService,
+    info: EngineInfo,
+    http_socket: socket.socket,
+    stop: StopSignals,
+    engines: Sequence[EngineProcess],
 ) -> None:
-    """Both servers, until a stop is asked for and running requests have ended or have had their time."""
+    """Both servers, until a stop is asked for and running requests have ended or have had their time.
+
+    Raises:
+        EngineFailed: no engine will serve any more.
+    """
     keys = config.gateway.api_keys
     try:
         grpc_server = await start_grpc_server(service, _address(config.listen.host, config.listen.grpc_port), api_keys=keys)
@@ -144,10 +153,19 @@ async def _serve_gateway(
     )
     print(summary, flush=True)
     asked = asyncio.create_task(stop.asked.wait())
-    await asyncio.wait([asked, serving], return_when=asyncio.FIRST_COMPLETED)
+    no_engine = asyncio.create_task(_all_given_up(engines))
+    await asyncio.wait([asked, serving, no_engine], return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
+    no_engine.cancel()
     logger.info("stopping: running requests have %.0f s to end; a second signal stops at once", DRAIN_S)
     await _drain(http_server, serving, grpc_server, service, stop)
+    if not stop.asked.is_set() and all(engine.given_up.is_set() for engine in engines):
+        raise EngineFailed(engines[0].failure)
+
+
+async def _all_given_up(engines: Sequence[EngineProcess]) -> None:
+    for engine in engines:
+        await engine.given_up.wait()
 
 
 async def _drain(

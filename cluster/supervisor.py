@@ -1,4 +1,4 @@
-"""Engines as child processes of this one: started, watched, restarted when they die, stopped with it."""
+"""Engines as child processes of this one: started, watched, restarted when they die, given up when they only crash, stopped with it."""
 
 import asyncio
 import contextlib
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from cluster.router.table import Replica
+from workers.exit_codes import ending
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,10 @@ FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 STABLE_AFTER_S = 60.0
 """A child that lived this long had started well: the next restart is quick again."""
+MAX_SAME_CRASHES = 5
+"""Crashes by the same signal, one after the other, after which a child is not started again."""
+_CRASHES = {-signal.SIGILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGABRT}
+"""Exit codes of a program that is at fault itself."""
 
 
 class EngineFailed(Exception):
@@ -24,11 +29,13 @@ class EngineFailed(Exception):
 
     Attributes:
         explained: the child has said why on stderr, in one sentence.
+        code: the exit code, if the child ended by itself.
     """
 
-    def __init__(self, message: str, *, explained: bool = False) -> None:
+    def __init__(self, message: str, *, explained: bool = False, code: int | None = None) -> None:
         super().__init__(message)
         self.explained = explained
+        self.code = code
 
 
 class EngineProcess:
@@ -39,6 +46,7 @@ class EngineProcess:
     Attributes:
         replica: the child while it serves; None while there is none, or it is starting.
         num_restarts: how often a child was replaced.
+        given_up: set when no child will be started again, since they crash again and again; `failure` is then the sentence.
     """
 
     def __init__(
@@ -58,12 +66,16 @@ class EngineProcess:
         self.name = name
         self.replica: Replica | None = None
         self.num_restarts = 0
+        self.given_up = asyncio.Event()
+        self.failure = ""
         self._command = list(command)
         self._environment = {**os.environ, **(environment or {})}
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._backoff_s = FIRST_BACKOFF_S
+        self._last_code: int | None = None
+        self._num_same_crashes = 0
 
     async def start(self, timeout_s: float) -> None:
         """Start the child, wait until it serves, and watch it from then on.
@@ -115,7 +127,7 @@ class EngineProcess:
                 return Replica(self.name, str(ready["address"]), str(ready["start_id"]))
             logger.warning("%s wrote a line that is no message of an engine", self.name)
         code = await process.wait()
-        raise EngineFailed(f"{self.name} did not start ({_ending(code)})", explained=code == 1)
+        raise EngineFailed(f"{self.name} did not start ({ending(code)})", explained=code == 1, code=code)
 
     async def _keep_alive(self, timeout_s: float) -> None:
         while True:
@@ -128,10 +140,16 @@ class EngineProcess:
                 pass
             code = await process.wait()
             self._set_replica(None)
-            logger.error("%s died (%s); it is restarted", self.name, _ending(code))
             if time.monotonic() - started >= STABLE_AFTER_S:
                 self._backoff_s = FIRST_BACKOFF_S
+                self._last_code = None
+            # Other crashes of a child that served may be due to a request, which the gateway gives up in time.
+            if self._gives_up(code if code == -signal.SIGILL else None):
+                return
+            logger.error("%s died (%s); it is restarted", self.name, ending(code))
             await self._restart(timeout_s)
+            if self.given_up.is_set():
+                return
 
     async def _restart(self, timeout_s: float) -> None:
         while True:
@@ -140,11 +158,25 @@ class EngineProcess:
             try:
                 await self._spawn(timeout_s)
             except (EngineFailed, OSError) as error:
+                if self._gives_up(error.code if isinstance(error, EngineFailed) else None):
+                    return
                 logger.error("%s; next try in %.1f s", error, self._backoff_s)
                 continue
             self.num_restarts += 1
             logger.warning("%s serves again", self.name)
             return
+
+    def _gives_up(self, code: int | None) -> bool:
+        """Count the crashes; whether this was the last."""
+        crashed = code in _CRASHES
+        self._num_same_crashes = 0 if not crashed else self._num_same_crashes + 1 if code == self._last_code else 1
+        self._last_code = code
+        if code is None or self._num_same_crashes < MAX_SAME_CRASHES:
+            return False
+        self.failure = f"{self.name} crashed {MAX_SAME_CRASHES} times in a row and is not started again ({ending(code)})"
+        logger.error("%s", self.failure)
+        self.given_up.set()
+        return True
 
     def _set_replica(self, replica: Replica | None) -> None:
         self.replica = replica
@@ -173,7 +205,3 @@ async def _drained(process: asyncio.subprocess.Process) -> int:
     while await process.stdout.read(65536):
         pass
     return await process.wait()
-
-
-def _ending(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -14,6 +14,8 @@ from workers.errors import CheckpointError, ConfigError
 Dtype = Literal["bfloat16", "float32"]
 DenseDtype = Literal["bf16", "int8"]
 """Of dense weights in memory on a CPU."""
+CpuIsa = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "neon", "portable", "reference"]
+"""Instruction sets of the C++ kernels (`kernels/cpu/native.py`), the best of this processor, or the torch references."""
 KVDtype = Dtype | Literal["fp8_e4m3"]
 """Of cached keys and values."""
 BLOCK_SIZE = 16
@@ -169,6 +171,8 @@ class EngineConfig:
             bfloat16 on a CPU only; `docs/performance.md` has its error.
         moe_activation_dtype: what MXFP4 experts multiply. `mxfp8` rounds activations to 8 bits, which changes results, for hardware that
             multiplies scaled blocks itself; auto: the activations as they are.
+        cpu_isa: what a CPU computes with, in the whole process of a rank. auto: what CANTATA_CPU_ISA in its environment names, else the
+            best that its processor has; `reference`: in torch, slowly. Without effect on a GPU.
     """
 
     model_path: Path
@@ -182,6 +186,7 @@ class EngineConfig:
     enforce_eager: bool = False
     cpu_dense_dtype: DenseDtype = "bf16"
     moe_activation_dtype: Literal["auto", "mxfp8"] = "auto"
+    cpu_isa: CpuIsa = "auto"
 
     def __post_init__(self) -> None:
         if self.cpu_dense_dtype == "int8" and (self.dtype != "bfloat16" or not self.device.startswith("cpu")):

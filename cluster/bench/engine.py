@@ -2,9 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from cluster.bench.arguments import at_least, positive_int, temperature
 from cluster.config import parse_size
+from workers.config import CpuIsa
 from workers.errors import ConfigError
 
 
@@ -17,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tensor-parallel-size", "-tp", type=positive_int, default=1, metavar="N", help="ranks (default: 1)")
     add("--quantize", choices=("mxfp4",), help="pack the experts of a bf16 checkpoint while loading")
     add("--cpu-dense-dtype", choices=("bf16", "int8"), default="bf16", help="as of `cantata serve` (default: bf16)")
+    add("--cpu-isa", choices=get_args(CpuIsa), default="auto", help="as of `cantata serve` (default: auto)")
     add("--input-len", type=positive_int, default=32, metavar="TOKENS", help="of each prompt (default: 32)")
     add("--output-len", type=positive_int, default=128, metavar="TOKENS", help="of each prompt (default: 128)")
     add("--batch-size", type=positive_int, default=8, metavar="N", help="prompts submitted at once (default: 8)")

@@ -32,6 +32,7 @@ class EngineSettings:
     tensor_parallel_size: int
     quantize: str | None
     cpu_dense_dtype: str
+    cpu_isa: str
     input_len: int
     output_len: int
     batch_size: int
@@ -124,6 +125,7 @@ def measure(options: argparse.Namespace) -> EngineReport:
         tensor_parallel_size=options.tensor_parallel_size,
         quantize=options.quantize,
         cpu_dense_dtype=options.cpu_dense_dtype,
+        cpu_isa=options.cpu_isa,
     ) as llm:
         rounds = [_iterate(llm, options, index) for index in range(options.num_iters_warmup + options.num_iters)]
         profile = _profile(llm, options) if options.profile else None
@@ -232,6 +234,7 @@ def _settings(options: argparse.Namespace) -> EngineSettings:
         tensor_parallel_size=options.tensor_parallel_size,
         quantize=options.quantize,
         cpu_dense_dtype=options.cpu_dense_dtype,
+        cpu_isa=options.cpu_isa,
         input_len=options.input_len,
         output_len=options.output_len,
         batch_size=options.batch_size,

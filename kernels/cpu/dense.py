@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.cpu import native
+from kernels.cpu import native, structures
 from kernels.cpu.memory import zeros
 
 ROWS = 16
@@ -75,7 +75,7 @@ def write_rows(packed: PackedWeight, first: int, rows: Tensor) -> None:
     if rows.dtype != torch.bfloat16:
         raise ValueError(f"rows must be torch.bfloat16, got {rows.dtype}")
     rows = rows.contiguous()
-    arguments = native.PackDenseArgs(
+    arguments = structures.PackDenseArgs(
         weight=native.pointer(rows),
         packed=native.pointer(packed.values),
         scales=native.pointer(packed.scales),
@@ -137,7 +137,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     x = (x if width == _padded(width) else functional.pad(x, (0, _padded(width) - width))).contiguous()
     bias = bias if bias is None else bias.contiguous()
     out = torch.empty(num_rows, num_outputs, dtype=torch.bfloat16)
-    arguments = native.DenseArgs(
+    arguments = structures.DenseArgs(
         x=native.pointer(x),
         weight=native.pointer(weight.values),
         scales=native.pointer(weight.scales),

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels.cpu import native
+from kernels.cpu import native, structures
 from kernels.mxfp4 import ROWS16, PackedMXFP4
 
 
@@ -39,7 +39,7 @@ def fused_experts(
     ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.contiguous()
     gate_up_bias, down_bias = gate_up_bias.contiguous(), down_bias.contiguous()
     out = torch.empty_like(x)
-    arguments = native.ExpertsArgs(
+    arguments = structures.ExpertsArgs(
         x=native.pointer(x),
         topk_ids=native.pointer(ids),
         topk_weights=native.pointer(weights),

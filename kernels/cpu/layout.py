@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels.cpu import native
+from kernels.cpu import native, structures
 from kernels.cpu.memory import zeros
 from kernels.mxfp4.layouts import MX_BLOCK, ROWS16, SCALE_NAN, InPlace, PackedMXFP4, register_layout
 
@@ -39,7 +39,7 @@ def write(packed_blocks: Tensor, packed_scales: Tensor, blocks: Tensor, scales: 
     shapes(num_rows, num_groups)
     if blocks.stride()[1:] != (MX_BLOCK // 2, 1) or scales.stride(1) != 1:
         blocks, scales = blocks.contiguous(), scales.contiguous()
-    arguments = native.PackArgs(
+    arguments = structures.PackArgs(
         blocks=blocks.data_ptr(),
         scales=scales.data_ptr(),
         packed_blocks=native.pointer(packed_blocks),

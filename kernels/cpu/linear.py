@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels.cpu import native
+from kernels.cpu import native, structures
 from kernels.cpu.pointwise import converted
 
 
@@ -23,7 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight = weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
     out = torch.empty(x.shape[0], weight.shape[0])
-    arguments = native.LinearArgs(
+    arguments = structures.LinearArgs(
         x=native.pointer(wide),
         weight=native.pointer(weight),
         bias=native.pointer(bias),

@@ -2,16 +2,22 @@
 
 import ctypes
 import logging
+import os
 import platform
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from kernels.cpu import structures
 
 logger = logging.getLogger(__name__)
 
@@ -20,104 +26,145 @@ _VERSION = 6
 DATA_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """src/ops.h `DataType`."""
 
-ISAS = ("neon", "portable") if platform.machine() in ("aarch64", "arm64") else ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+Isa = Literal["amx", "avx512_bf16", "avx512", "avx2", "neon", "portable"]
+ISAS: tuple[Isa, ...] = (
+    ("neon", "portable") if platform.machine() in ("aarch64", "arm64") else ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+)
 """Instruction sets of this architecture, the best first."""
+AUTO, REFERENCE = "auto", "reference"
+"""What `choose` takes beside them."""
+ISA_VARIABLE = "CANTATA_CPU_ISA"
+_TRIAL_TIMEOUT_S = 60.0
 
 
-class LinearArgs(ctypes.Structure):
-    """src/ops.h"""
+class _Choice:
+    """What this process runs on.
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
-        *((name, ctypes.c_int64) for name in ("num_rows", "width", "num_outputs")),
-        ("weight_type", ctypes.c_int32),
-    )
+    Attributes:
+        reference: the torch references, though the library is there.
+        setting: what named it; None: nothing did.
+    """
 
-
-class DenseArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "scales", "bias", "out")),
-        *((name, ctypes.c_int64) for name in ("num_rows", "width", "num_outputs")),
-    )
+    reference = False
+    setting: str | None = None
 
 
-class PackDenseArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "packed", "scales")),
-        *((name, ctypes.c_int64) for name in ("first_row", "num_rows", "width", "packed_width")),
-    )
+_choice = _Choice()
 
 
-class ReadArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (("memory", ctypes.c_void_p), ("num_bytes", ctypes.c_int64))
-
-
-class ExpertsArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "topk_ids", "topk_weights")),
-        *((name, ctypes.c_void_p) for name in ("gate_up_blocks", "gate_up_scales", "down_blocks", "down_scales")),
-        *((name, ctypes.c_void_p) for name in ("gate_up_bias", "down_bias", "out")),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "top_k", "hidden", "intermediate", "first_expert", "num_experts")),
-        ("limit", ctypes.c_float),
-        ("alpha", ctypes.c_float),
-        ("type", ctypes.c_int32),
-        ("bias_type", ctypes.c_int32),
-    )
+def shared_library() -> ctypes.CDLL | None:
+    """The library; None where there is none that can be loaded, and after `choose(REFERENCE)`."""
+    return None if _choice.reference else _library()
 
 
-class PackArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("blocks", "scales", "packed_blocks", "packed_scales")),
-        *((name, ctypes.c_int64) for name in ("num_rows", "num_groups", "blocks_stride", "scales_stride", "packed_groups")),
-    )
+def why_missing() -> str:
+    """Why `shared_library` is None, and what to do, in a clause."""
+    loaded = _loaded()
+    if _choice.reference:
+        return f"{_choice.setting} is {REFERENCE}"
+    return loaded if isinstance(loaded, str) else "the C++ kernels are not in use"
 
 
 @cache
-def shared_library() -> ctypes.CDLL | None:
-    """The library; None where there is none, or one of another version."""
+def _loaded() -> ctypes.CDLL | str:
+    """The library, or why it cannot be had."""
     files = sorted(Path(__file__).parent.glob("_native*.so"))
     if not files:
-        return None
+        return "the C++ kernels were not built: install a C++ compiler, then Cantata again"
     try:
         loaded = ctypes.CDLL(str(files[0]))
         version = loaded.cantata_version()
     except (OSError, AttributeError) as error:
-        logger.warning("the CPU kernels in %s cannot be loaded, the slow references run instead: %s", files[0].name, error)
-        return None
+        return f"the C++ kernels cannot be loaded ({error}): install Cantata again on this machine"
     if version != _VERSION:
-        logger.warning(
-            "the CPU kernels in %s are of version %d, not %d: install again; the slow references run", files[0].name, version, _VERSION
-        )
-        return None
+        return f"the C++ kernels in {files[0].name} are of version {version}, not {_VERSION}: install Cantata again"
     loaded.cantata_isa.restype = ctypes.c_char_p
     loaded.cantata_run_program.restype = ctypes.c_int64
     for name, arguments, result in (
-        ("linear", LinearArgs, None),
-        ("dense", DenseArgs, None),
-        ("experts", ExpertsArgs, None),
-        ("pack_rows16", PackArgs, ctypes.c_int),
-        ("pack_dense", PackDenseArgs, None),
-        ("read_through", ReadArgs, ctypes.c_uint64),
+        ("linear", structures.LinearArgs, None),
+        ("dense", structures.DenseArgs, None),
+        ("experts", structures.ExpertsArgs, None),
+        ("pack_rows16", structures.PackArgs, ctypes.c_int),
+        ("pack_dense", structures.PackDenseArgs, None),
+        ("read_through", structures.ReadArgs, ctypes.c_uint64),
     ):
         function = getattr(loaded, f"cantata_{name}")
         function.restype, function.argtypes = result, (ctypes.POINTER(arguments),)
     return loaded
 
 
+def _library() -> ctypes.CDLL | None:
+    loaded = _loaded()
+    return None if isinstance(loaded, str) else loaded
+
+
 def isa() -> str | None:
     """The instruction set in use, one of ISAS; None without the library."""
     loaded = shared_library()
     return None if loaded is None else str(loaded.cantata_isa().decode())
+
+
+def chosen_by() -> str | None:
+    """The setting that `choose` obeyed; None if it took the best."""
+    return _choice.setting
+
+
+def choose(name: str) -> None:
+    """Take an instruction set for this whole process, or the torch references: what an engine does before it loads its weights.
+
+    Models that are loaded already go on, with the same weights: their layout does not depend on the instruction set.
+
+    Args:
+        name: one of ISAS, REFERENCE, or AUTO: what CANTATA_CPU_ISA in the environment names, else the best of this processor.
+    Raises:
+        ValueError: in one sentence: the processor or this build lacks it, or the library cannot be loaded.
+    """
+    setting = "cpu_isa"
+    if name == AUTO:
+        setting, name = ISA_VARIABLE, os.environ.get(ISA_VARIABLE) or AUTO
+    loaded = _library()
+    if name not in (AUTO, REFERENCE):
+        if loaded is None:
+            raise ValueError(f"{setting} is {name}, and {_loaded()}; or set it to {AUTO} or {REFERENCE} and serve slowly, on torch")
+        if not loaded.cantata_use_isa(name.encode()):
+            names = ", ".join((AUTO, *available(), REFERENCE))
+            raise ValueError(f"{setting} is {name}, which this processor or this build does not have: set it to one of {names}")
+    elif loaded is not None:
+        next(best for best in ISAS if loaded.cantata_use_isa(best.encode()))
+    _choice.reference = name == REFERENCE
+    _choice.setting = None if name == AUTO else setting
+
+
+def available() -> list[Isa]:
+    """Of ISAS those that this processor and this build have, the best first; which one is in use stays as it is."""
+    loaded = _library()
+    if loaded is None:
+        return []
+    before = loaded.cantata_isa()
+    found = [name for name in ISAS if loaded.cantata_use_isa(name.encode())]
+    loaded.cantata_use_isa(before)
+    return found
+
+
+def runs() -> bool:
+    """Whether a child process lived that ran kernels of the instruction set in use: if the processor, or what emulates it, stops at one of
+    their instructions, that process dies of it, instead of this one. True where the references run."""
+    name, loaded = isa(), shared_library()
+    return name is None or loaded is None or _trial(str(loaded._name), name) != -signal.SIGILL
+
+
+@cache
+def _trial(file: str, name: str) -> int | None:
+    """The exit code of `kernels.cpu.trial`; None if it could not be had."""
+    try:
+        command = [sys.executable, "-m", "kernels.cpu.trial", file, name]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TRIAL_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("the C++ kernels could not be tried in a process of their own: %s", error)
+        return None
+    if done.returncode not in (0, -signal.SIGILL):
+        logger.warning("the C++ kernels, tried in a process of their own, ended it with code %d", done.returncode)
+    return done.returncode
 
 
 @contextmanager
@@ -183,14 +230,14 @@ def report(name: str, arguments: Any, seconds: float) -> None:
 
 @cache
 def _observed_library() -> _Observed:
-    loaded = shared_library()
+    loaded = _library()
     assert loaded is not None
     return _Observed(loaded)
 
 
 def ready() -> Any:
     """The library, set to as many threads as torch uses. Its operations are `cantata_NAME(byref(arguments))`."""
-    loaded = shared_library()
+    loaded = _library()
     assert loaded is not None, "called without the library"
     threads = torch.get_num_threads()
     if threads != loaded.cantata_num_threads():
@@ -209,7 +256,7 @@ def pointer(tensor: Tensor | None) -> int:
 
 def address_of(name: str) -> int:
     """Of the function of an operation."""
-    loaded = shared_library()
+    loaded = _library()
     assert loaded is not None
     address = ctypes.cast(getattr(loaded, f"cantata_{name}"), ctypes.c_void_p).value
     assert address is not None
@@ -219,12 +266,12 @@ def address_of(name: str) -> int:
 def run_program(calls: int, count: int) -> int:
     """Run `count` calls at that address (src/ops.h `Call`); returns how many were done before one refused its arguments."""
     ready()
-    loaded = shared_library()
+    loaded = _library()
     assert loaded is not None
     return int(loaded.cantata_run_program(ctypes.c_void_p(calls), ctypes.c_int64(count)))
 
 
 def read_through(memory: Tensor) -> int:
     """Read a tensor's bytes once with all threads; the XOR of its 32-bit words, of whole vectors. For measuring memory."""
-    arguments = ReadArgs(pointer(memory), memory.nbytes)
+    arguments = structures.ReadArgs(pointer(memory), memory.nbytes)
     return int(ready().cantata_read_through(ctypes.byref(arguments)))

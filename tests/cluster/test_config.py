@@ -54,6 +54,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "engine.quantize": "mxfp4",
         "engine.cpu_dense_dtype": "bf16",
         "engine.moe_activation_dtype": "auto",
+        "engine.cpu_isa": "portable",
         "engine.cache.prefix_caching": "false",
         "engine.cache.memory_bytes": "1.5GiB",
         "engine.cache.dtype": "fp8",
@@ -71,6 +72,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
     assert config.engine.cache.memory_bytes == 1536 * 2**20
     assert not config.engine.cache.prefix_caching
     assert config.engine.kv_dtype == "fp8_e4m3"
+    assert config.engine.cpu_isa == "portable"
     assert config.gateway.api_keys == ("one", "two")
     assert config.gateway.request_timeout_s == 1.5
     assert config.gateway.max_body_bytes == 65536

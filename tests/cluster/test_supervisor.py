@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -110,6 +111,64 @@ async def test_a_first_start_that_fails_is_one_sentence() -> None:
     with pytest.raises(EngineFailed, match=r"^engine did not start \(signal SIGABRT\)$") as failed:
         await process.start(20)
     assert not failed.value.explained
+
+
+async def test_an_illegal_instruction_is_explained_and_tried_once(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    code = f"import os, signal\nopen({str(starts)!r}, 'a').write('x')\nos.kill(os.getpid(), signal.SIGILL)"
+    process = EngineProcess("engine", child(code))
+    sentence = re.escape("engine did not start (signal SIGILL, an instruction that this processor does not have: ")
+    with pytest.raises(EngineFailed, match=f"^{sentence}.*--cpu-isa.*CANTATA_CPU_ISA.*portable.*reference") as failed:
+        await process.start(20)
+    assert (failed.value.code, failed.value.explained) == (-signal.SIGILL, False)
+    assert starts.read_text() == "x"
+
+
+async def test_a_served_engine_that_only_dies_of_an_instruction_is_given_up(
+    engine: EngineProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it serves in between or not."""
+    starts = tmp_path / "starts"
+    count = f"\nfile = open({str(starts)!r}, 'a'); file.write('x'); file.close()\n"
+    # Each second start serves for a moment.
+    die = f"if len(open({str(starts)!r}).read()) % 2: print('{{}}', flush=True)\nos.kill(os.getpid(), signal.SIGILL)\n"
+    await engine.start(20)
+    engine._command = child("import os, signal" + count + die.replace("{}", '{"address": "a", "start_id": "1"}'))
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGILL)
+    async with asyncio.timeout(20):
+        await engine.given_up.wait()
+    assert engine._watch is not None
+    await engine._watch
+    assert starts.read_text() == "xxxx"
+    assert engine.replica is None
+    assert engine.pid is None
+    assert engine.failure.startswith("engine crashed 5 times in a row and is not started again (signal SIGILL, ")
+    assert engine.failure in caplog.text
+
+
+@pytest.mark.parametrize(("number", "given_up"), [(signal.SIGSEGV, True), (signal.SIGKILL, False)])
+async def test_the_same_crash_at_start_is_given_up(engine: EngineProcess, number: signal.Signals, given_up: bool, tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    await engine.start(20)
+    engine._command = child(f"import os\nopen({str(starts)!r}, 'a').write('x')\nos.kill(os.getpid(), {number.value})")
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGSEGV)  # while it serves, this does not count
+    # One that is killed may have been in the way of others, and is tried on.
+    await until(lambda: engine.given_up.is_set() or (starts.exists() and len(starts.read_text()) >= 7))
+    assert engine.given_up.is_set() == given_up
+    if given_up:
+        assert len(starts.read_text()) == supervisor.MAX_SAME_CRASHES
+
+
+async def test_crashes_far_apart_are_not_counted(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "STABLE_AFTER_S", 0.0)
+    await engine.start(20)
+    for restart in range(supervisor.MAX_SAME_CRASHES + 1):
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGILL)
+        await until(lambda restart=restart: engine.num_restarts == restart + 1)
+    assert not engine.given_up.is_set()
 
 
 async def test_a_first_start_that_hangs_is_ended() -> None:

@@ -1,6 +1,7 @@
 """`cantata serve --standalone` from start to stop: an engine that dies, a stop under load, a parent that vanishes, keys, bad starts."""
 
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -110,6 +111,15 @@ def test_a_half_written_checkpoint_is_one_sentence(model: Path, tmp_path: Path) 
     errors = [line for line in result.stderr.splitlines() if line.startswith(("error: ", "cantata: "))]
     assert len(errors) == 1
     assert "model.safetensors" in errors[0]
+
+
+def test_an_instruction_set_that_is_not_there_is_one_sentence(model: Path) -> None:
+    name = "avx2" if platform.machine() in ("aarch64", "arm64") else "neon"
+    result = _serve(model, "--cpu-isa", name)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    [error] = [line for line in result.stderr.splitlines() if line.startswith(("error: ", "cantata: "))]
+    assert error.startswith(f"error: cpu_isa is {name}, which this processor or this build does not have: set it to one of auto, ")
 
 
 @pytest.mark.parametrize("flag", ["--http-port", "--grpc-port"])

@@ -3,6 +3,7 @@
 import ast
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,25 +29,26 @@ def test_the_library_was_built() -> None:
 def test_without_the_library_the_references_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # An install without a compiler: there is no file.
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    native.shared_library.cache_clear()
+    native._loaded.cache_clear()
     try:
         assert native.shared_library() is None
+        assert native.why_missing() == "the C++ kernels were not built: install a C++ compiler, then Cantata again"
         assert native.isa() is None
         assert choose_layout(torch.device("cpu")) == NATURAL
         x, weight = torch.randn(3, 40).bfloat16(), torch.randn(6, 40).bfloat16()
         assert torch.equal(kernels.linear.linear(x, weight), kernels.linear.reference.linear(x, weight))
     finally:
-        native.shared_library.cache_clear()
+        native._loaded.cache_clear()
 
 
-def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_VERSION", 0)
-    native.shared_library.cache_clear()
+    native._loaded.cache_clear()
     try:
         assert native.shared_library() is None
-        assert "install again" in caplog.text
+        assert re.fullmatch(r"the C\+\+ kernels in .* are of version \d+, not 0: install Cantata again", native.why_missing())
     finally:
-        native.shared_library.cache_clear()
+        native._loaded.cache_clear()
 
 
 @pytest.mark.parametrize(("num_experts", "num_rows", "width"), [(1, 16, 32), (3, 48, 96), (2, 160, 64), (5, 16, 320)])

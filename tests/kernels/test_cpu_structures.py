@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import kernels.cpu
-from kernels.cpu import attention, experts, gate, native, pointwise, program, sampling
+from kernels.cpu import attention, experts, gate, pointwise, program, sampling, structures
 
 SOURCES = Path(kernels.cpu.__file__).parent / "src"
-MODULES = (native, attention, experts, gate, pointwise, program, sampling)
+MODULES = (structures, attention, experts, gate, pointwise, program, sampling)
 NESTED = {f"{part}_{field}": f"{part}.{field}" for part in ("gate_up", "down") for field in ("blocks", "scales")}
 
 
-def structures() -> dict[str, type[ctypes.Structure]]:
+def all_structures() -> dict[str, type[ctypes.Structure]]:
     """By their names in C++."""
     classes = [value for module in MODULES for value in vars(module).values() if isinstance(value, type)]
     return {found.__name__.lstrip("_"): found for found in classes if issubclass(found, ctypes.Structure)}
@@ -39,7 +39,7 @@ def compiled(lines: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_structures_are_those_of_the_sources() -> None:
-    found = structures()
+    found = all_structures()
     declared = {line.split()[1] for line in (SOURCES / "ops.h").read_text().splitlines() if line.startswith("struct ")}
     assert set(found) == declared - {"Mxfp4", "StepOps", "Ops", "Bf16Ops"}
     result = compiled([line for name, structure in found.items() for line in assertions(name, structure)])

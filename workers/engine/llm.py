@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from workers.config import CacheConfig, DenseDtype, Dtype, EngineConfig, ParallelConfig, SchedulerConfig, load_model_config
+from workers.config import CacheConfig, CpuIsa, DenseDtype, Dtype, EngineConfig, ParallelConfig, SchedulerConfig, load_model_config
 from workers.cores import engine_threads
 from workers.engine.engine import Engine
 from workers.engine.progress import StartUpProgress
@@ -82,6 +82,7 @@ class LLM:
         quantize: pack the experts of a bf16 checkpoint while loading.
         kv_cache_dtype: as `CacheConfig.dtype`.
         cpu_dense_dtype: int8 quantises attention projections and lm_head, on a CPU.
+        cpu_isa: what a CPU computes with, as `EngineConfig.cpu_isa`, in this whole process: the last LLM that starts decides.
         moe_activation_dtype: mxfp8 rounds what MXFP4 experts multiply to 8 bits, where the hardware multiplies scaled blocks itself.
         threads: compute threads on a CPU, of this whole process and all ranks together; None: as many as torch uses.
     Raises:
@@ -107,6 +108,7 @@ class LLM:
         kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto",
         cpu_dense_dtype: DenseDtype = "bf16",
         moe_activation_dtype: Literal["auto", "mxfp8"] = "auto",
+        cpu_isa: CpuIsa = "auto",
         threads: int | None = None,
     ) -> None:
         if threads is not None:
@@ -122,6 +124,7 @@ class LLM:
             enforce_eager=enforce_eager,
             cpu_dense_dtype=cpu_dense_dtype,
             moe_activation_dtype=moe_activation_dtype,
+            cpu_isa=cpu_isa,
             # All prompts are in memory already: a bound on waiting ones would only refuse them.
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting_requests=_NO_LIMIT),
         )

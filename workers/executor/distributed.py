@@ -242,7 +242,7 @@ class DistributedExecutor:
             message = channel.receive(0 if self._error is not None else min(_POLL_S, max(deadline - time.monotonic(), 0)))
             if message is None:
                 if self._error is not None:
-                    raise ConfigError(f"{self._error} before all ranks were ready; its output stands above")
+                    raise ConfigError(f"before all ranks were ready, {self._error}; its output stands above")
                 if time.monotonic() >= deadline:
                     missing = ", ".join(str(rank) for rank in range(self._size) if rank not in found)
                     raise ConfigError(f"after {timeout_s:g} s these ranks have not {doing}: {missing}")

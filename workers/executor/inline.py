@@ -7,7 +7,7 @@ from torch import Tensor
 
 from workers.config import EngineConfig, ModelConfig
 from workers.executor.base import ExecutorInfo
-from workers.executor.rank import Progress, Rank, check_memory, plan_kv_cache, usable_device
+from workers.executor.rank import Progress, Rank, check_memory, plan_kv_cache, prepare_device
 from workers.parallel.collectives import Alone
 from workers.parallel.shard import plan_shards
 from workers.scheduler.plan import StepPlan, StepResult
@@ -37,7 +37,7 @@ class InlineExecutor:
             CheckpointError, ConfigError: one sentence for the user.
         """
         (shard,) = plan_shards(self._model, self._config.parallel)
-        device = usable_device(self._config.device)
+        device = prepare_device(self._config)
         check_memory(self._config, self._model, shard, device)
         rank = Rank(self._config, self._model, shard, Alone(), device=device, progress=self._progress)
         loaded = rank.load()

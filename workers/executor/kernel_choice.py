@@ -55,7 +55,7 @@ def kernel_choices(model: GptOss, kv_dtype: KVDtype | None = None) -> dict[str, 
     elif device.type == "cuda":
         rest = KernelChoice(REFERENCE, "Triton is not installed")
     elif cpu_attention.can_run(model.embedding):
-        rest = KernelChoice(f"C++ {native.isa()}", "the widest instructions of this processor")
+        rest = KernelChoice(f"C++ {native.isa()}", _why_this_isa())
     else:
         rest = KernelChoice(REFERENCE, _why_not_cpp(model.dtype))
     attention = rest
@@ -96,10 +96,11 @@ def _has_no_bf16_matrices(name: str) -> bool:
 
 
 def describe_device(device: torch.device) -> str:
-    """Its name and architecture; of a CPU also how many threads compute."""
+    """Its name and architecture; of a CPU the instruction set in use and how many threads compute."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)}, {architecture(device)})"
-    return f"{device} ({platform.machine()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
+    kernels = native.isa() or "no C++ kernels"
+    return f"{device} ({platform.machine()}, {kernels}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
 
 
 def _experts(model: GptOss) -> KernelChoice:
@@ -149,7 +150,12 @@ def _linear(model: GptOss) -> KernelChoice:
     return KernelChoice("torch", _why_not_cpp(model.dtype))
 
 
+def _why_this_isa() -> str:
+    setting = native.chosen_by()
+    return "the widest instructions of this processor" if setting is None else f"as {setting} says"
+
+
 def _why_not_cpp(dtype: torch.dtype) -> str:
     if native.shared_library() is None:
-        return "the C++ library was not built"
+        return native.why_missing()
     return f"the C++ kernels do not take {dtype} or these weights"

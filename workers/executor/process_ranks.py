@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from workers.cores import thread_environment
 from workers.errors import ConfigError
 from workers.executor.distributed import Placement
 from workers.executor.rank_process import RankSpec
+from workers.exit_codes import ending
 
 _KILL_S = 10.0
 """For the kernel to end a killed process."""
@@ -78,8 +78,7 @@ class ProcessRanks:
 
 
 def _watch(process: "subprocess.Popen[str]", on_exit: Callable[[str], None]) -> None:
-    code = process.wait()
-    on_exit(f"ended with signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}")
+    on_exit(f"ended with {ending(process.wait())}")
 
 
 def _has_fileno(stream: object) -> bool:

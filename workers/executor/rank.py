@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from kernels.backend import architecture
+from kernels.cpu import native
 from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig, longest_context
 from workers.errors import ConfigError
 from workers.executor.cpu_program import programs_run
 from workers.executor.kernel_choice import describe_device, kernel_choices, not_capturable, slow_paths
 from workers.executor.memory_profile import profile_step, warm_up
 from workers.executor.runner import PendingStep, Runner
+from workers.exit_codes import TAKE_ANOTHER_ISA
 from workers.kv_cache.tensors import (
     KV_TORCH_DTYPES,
     TORCH_DTYPES,
@@ -349,6 +351,25 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def prepare_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
+    """The device of a rank; on a CPU this process runs on the instruction set of the configuration from now on.
+
+    Raises:
+        ConfigError: as `usable_device`; the processor or the build lacks the instruction set.
+    """
+    device = usable_device(config.device, local_rank)
+    if device.type == "cpu":
+        try:
+            native.choose(config.cpu_isa)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if not native.runs():
+            raise ConfigError(
+                f"this processor cannot run the C++ kernels for {native.isa()}, tried in a process that died of SIGILL: {TAKE_ANOTHER_ISA}"
+            )
     return device
 
 

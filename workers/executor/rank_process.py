@@ -26,7 +26,7 @@ from workers.cores import cores_of_rank
 from workers.errors import CheckpointError, ConfigError
 from workers.executor import channel as wire
 from workers.executor.channel import Endpoints, RankChannel
-from workers.executor.rank import LaunchedStep, Rank, check_memory, usable_device
+from workers.executor.rank import LaunchedStep, Rank, check_memory, prepare_device
 from workers.kv_cache.tensors import KVCachePlan
 from workers.model.checkpoint import fingerprint
 from workers.parallel.collectives import TorchDistributed, join_store, serve_store, use_interface_of
@@ -179,7 +179,7 @@ def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -
     parallel = config.parallel
     model = load_model_config(config.model_path)
     shard = plan_shards(model, parallel)[spec.rank]
-    device = usable_device(config.device, spec.local_rank)
+    device = prepare_device(config, spec.local_rank)
     check_memory(config, model, shard, device, ranks_on_host=spec.ranks_on_host)
     use_interface_of(spec.host)
     own_store = serve_store(spec.host, timeout_s=parallel.start_timeout_s) if spec.rank == 0 else None

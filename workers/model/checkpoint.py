@@ -71,7 +71,7 @@ def load_model(
     """
     tensors = check_tensors(path, config)
     if cpu_dense_dtype == "int8" and not packed_dense.can_run(device, dtype):
-        kernels = "the kernels" if native.shared_library() is not None else "no kernels: install with a C++ compiler"
+        kernels = "the kernels" if native.shared_library() is not None else f"no kernels: {native.why_missing()}"
         raise ConfigError(
             f"cpu_dense_dtype int8 needs dtype bfloat16, the device cpu and the C++ kernels; here are {dtype}, {device} and {kernels}"
         )

@@ -69,6 +69,25 @@ def test_dense_weights_in_int8(checkpoint: Path, tmp_path: Path, capsys: pytest.
     assert f"| dense int8 {TINY.vocab_size} x {TINY.hidden_size} |" in capsys.readouterr().out
 
 
+def test_another_instruction_set(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "report.json"
+    flags = [*FLAGS, "--num-iters", "1", "--json", str(file)]
+    try:
+        assert main(["bench", "engine", "--model", str(checkpoint), *flags, "--cpu-isa", "portable"]) == 0
+    finally:
+        native.choose("auto")
+    report = json.loads(file.read_text())
+    assert report["settings"]["cpu_isa"] == "portable"
+    assert report["kernels"]["attention"] == "C++ portable (as cpu_isa says)"
+    capsys.readouterr()
+    [missing, *_] = [name for name in ("neon", "avx2") if name not in native.available()]
+    assert main(["bench", "engine", "--model", str(checkpoint), *flags, "--cpu-isa", missing]) == 1
+    assert (
+        f"cantata: cpu_isa is {missing}, which this processor or this build does not have: set it to one of auto, "
+        in capsys.readouterr().err
+    )
+
+
 def test_without_decode(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*FLAGS, "--output-len", "1", "--num-iters-warmup", "0", "--profile"]
     assert main(["bench", "engine", "--model", str(checkpoint), *flags]) == 0

@@ -9,7 +9,9 @@ import torch
 from tokenizers import Tokenizer
 
 from cluster.harmony.make_tokenizer import write_bpe_tokenizer
+from kernels.cpu import native
 from tests.support.tiny_model import TINY
+from workers.config import CpuIsa
 from workers.engine.llm import END_TOKENS, LLM, SamplingParams
 from workers.errors import CheckpointError, ConfigError, ContextLengthExceeded, InvalidRequest
 from workers.model.make_checkpoint import write_checkpoint
@@ -53,6 +55,32 @@ def test_texts_and_ids_are_answered_in_order(llm: LLM, tokenizer: Tokenizer, cap
     assert again[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
     assert capfd.readouterr().err == ""
     assert len({output.request_id for output in (*outputs, *again)}) == 5
+
+
+@pytest.mark.parametrize("name", ["portable", "reference"])
+def test_every_instruction_set_gives_the_same_greedy_tokens(llm: LLM, checkpoint: Path, name: CpuIsa) -> None:
+    greedy = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    prompts = [[1, 2, 3], list(range(40))]
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy, use_tqdm=False)]
+    try:
+        with LLM(checkpoint, dtype="float32", max_model_len=128, max_num_seqs=4, kv_cache_bytes=4 << 20, cpu_isa=name) as other:
+            found = [output.outputs[0].token_ids for output in other.generate(prompts, greedy, use_tqdm=False)]
+            # The first one, with weights as they were packed for it, goes on.
+            again = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy, use_tqdm=False)]
+            assert other.info.kernels["attention"] == (
+                "torch reference (cpu_isa is reference)" if name == "reference" else f"C++ {name} (as cpu_isa says)"
+            )
+    finally:
+        native.choose("auto")
+    assert found == again == expected
+
+
+def test_an_instruction_set_that_cannot_be_had(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"^cpu_isa is avx3, which this processor or this build does not have: "):
+        LLM(checkpoint, cpu_isa="avx3")  # type: ignore[arg-type]
+    monkeypatch.setattr(native, "runs", lambda: False)
+    with pytest.raises(ConfigError, match=r"^this processor cannot run the C\+\+ kernels for .*SIGILL: take another .*CANTATA_CPU_ISA"):
+        LLM(checkpoint)
 
 
 def test_n_choices_have_seeds_of_their_own(llm: LLM) -> None:

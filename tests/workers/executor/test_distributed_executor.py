@@ -99,6 +99,20 @@ def serving(config: EngineConfig) -> Iterator[Serving]:
         serving.engine.shutdown()
 
 
+def test_ranks_run_on_the_instruction_set_that_was_chosen(checkpoint: Path, mark: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CANTATA_CPU_ISA", "portable")
+    with serving(config_of(checkpoint)) as replica:
+        assert replica.info.kernels["attention"] == "C++ portable (as CANTATA_CPU_ISA says)"
+        assert ", portable, " in replica.info.device
+    monkeypatch.delenv("CANTATA_CPU_ISA")
+    with serving(replace(config_of(checkpoint), cpu_isa="reference")) as replica:
+        assert replica.info.kernels["attention"] == "torch reference (cpu_isa is reference)"
+    monkeypatch.setenv("CANTATA_CPU_ISA", "avx3")
+    with pytest.raises(ConfigError, match=r"^CANTATA_CPU_ISA is avx3, which this processor or this build does not have: "):
+        Serving(config_of(checkpoint))
+    assert none_left(mark, 5) == []
+
+
 def last_outputs(serving: Serving, streams: Sequence[OutputStream]) -> list[EngineOutput]:
     """The end of each stream; a stream that has two ends fails."""
     ends: dict[int, EngineOutput] = {}
@@ -312,7 +326,7 @@ def test_a_rank_that_dies_while_starting_is_told(checkpoint: Path) -> None:
                 os.kill(self.pids[1], signal.SIGKILL)
 
     said = refusal(config_of(checkpoint), Dying())
-    assert said == "rank 1 ended with signal SIGKILL before all ranks were ready; its output stands above"
+    assert said == "before all ranks were ready, rank 1 ended with signal SIGKILL; its output stands above"
 
 
 def test_a_plan_that_cannot_work_is_refused_before_anything_starts(checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ from kernels.cpu import native
 from kernels.mxfp4 import NATURAL
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.executor import kernel_choice
-from workers.executor.kernel_choice import REFERENCE, KernelChoice, kernel_choices, not_capturable, slow_paths
+from workers.executor.kernel_choice import REFERENCE, KernelChoice, describe_device, kernel_choices, not_capturable, slow_paths
 from workers.model import checkpoint
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
@@ -36,19 +36,22 @@ def test_on_a_cpu_the_cpp_kernels(path: Path) -> None:
     assert choices["experts"].layout == "MXFP4 layout rows16"
     assert not not_capturable(choices)
     assert not slow_paths(choices, CPU)
+    assert f", {native.isa()}, " in describe_device(CPU)
     fp8 = kernel_choices(loaded(path), "fp8_e4m3")
     assert str(fp8.pop("attention")) == "torch reference (of an fp8 KV cache, which only Triton's kernel takes)"
     assert choices.items() >= fp8.items()
 
 
 def test_without_the_library_the_references_and_why(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "shared_library", lambda: None)
+    monkeypatch.setattr(native, "_loaded", lambda: "the C++ kernels cannot be loaded (wrong ELF class): install Cantata again")
     choices = kernel_choices(loaded(path))
     assert not_capturable(choices) == ["attention", "experts"]
-    assert str(choices["attention"]) == "torch reference (the C++ library was not built)"
-    assert str(choices["experts"]) == "torch reference, MXFP4 layout natural (the C++ library was not built)"
+    assert str(choices["attention"]) == f"torch reference ({native._loaded()})"
+    assert str(choices["experts"]) == f"torch reference, MXFP4 layout natural ({native._loaded()})"
+    assert ", no C++ kernels, " in describe_device(CPU)
     assert slow_paths(choices, CPU) == [
-        "attention, experts, norms, RoPE, embedding, sampling will be slow, on the torch reference: the C++ library was not built"
+        "attention, experts, norms, RoPE, embedding, sampling will be slow, on the torch reference: "
+        "the C++ kernels cannot be loaded (wrong ELF class): install Cantata again"
     ]
 
 

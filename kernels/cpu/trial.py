@@ -1,0 +1,48 @@
+"""`python -m kernels.cpu.trial LIBRARY ISA`: run kernels of an instruction set once, in a process that may die of it. Without torch, in
+some 0.1 s. `kernels.cpu.native.runs` starts it.
+
+Dense layers in fp32 and bf16 are enough: their inner loops have the instructions by which the sets differ, products of bf16 and tiles too.
+"""
+
+import ctypes
+import sys
+
+from kernels.cpu import structures
+
+_ALIGNMENT = 64
+_WIDTH = _NUM_OUTPUTS = 64
+_NUM_ROWS = (1, 33)
+"""For kernels of one token, and of more than any tile holds."""
+
+
+def main(file: str, name: str) -> int:
+    """Returns the exit code: 2 if the library does not have this instruction set here."""
+    library = ctypes.CDLL(file)
+    if not library.cantata_use_isa(name.encode()):
+        return 2
+    weight, packed = _zeros(4 * _WIDTH * _NUM_OUTPUTS), _zeros(2 * _WIDTH * _NUM_OUTPUTS)
+    rows = structures.PackDenseArgs(
+        weight=weight, packed=packed, scales=None, first_row=0, num_rows=_NUM_OUTPUTS, width=_WIDTH, packed_width=_WIDTH
+    )
+    library.cantata_pack_dense(ctypes.byref(rows))
+    for num_rows in _NUM_ROWS:
+        x, out = _zeros(4 * num_rows * _WIDTH), _zeros(4 * num_rows * _NUM_OUTPUTS)
+        shape = {"num_rows": num_rows, "width": _WIDTH, "num_outputs": _NUM_OUTPUTS}
+        library.cantata_linear(ctypes.byref(structures.LinearArgs(x=x, weight=weight, bias=None, out=out, weight_type=0, **shape)))
+        library.cantata_dense(ctypes.byref(structures.DenseArgs(x=x, weight=packed, scales=None, bias=None, out=out, **shape)))
+    return 0
+
+
+_buffers: list[ctypes.Array[ctypes.c_char]] = []
+"""Keeps memory alive whose address is all that the library gets."""
+
+
+def _zeros(num_bytes: int) -> int:
+    """The address of so many bytes, on the boundary on which tensors begin."""
+    buffer = ctypes.create_string_buffer(num_bytes + _ALIGNMENT)
+    _buffers.append(buffer)
+    return -(-ctypes.addressof(buffer) // _ALIGNMENT) * _ALIGNMENT
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
