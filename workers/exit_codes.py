@@ -3,7 +3,7 @@
 import signal
 
 TAKE_ANOTHER_ISA = (
-    "take another instruction set with --cpu-isa (or CANTATA_CPU_ISA), such as portable, or with reference the slow torch kernels"
+    "set --cpu-isa or CANTATA_CPU_ISA to a smaller instruction set, such as portable, or to reference for torch's slow kernels"
 )
 """What helps where the processor stops at an instruction of the C++ kernels."""
 
