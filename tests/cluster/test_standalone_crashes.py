@@ -42,8 +42,8 @@ async def test_the_server_ends_when_no_engine_will_serve_again(
     engines: list[EngineProcess] = []
     make = standalone._engines
 
-    def scripted(config: CantataConfig, replicas: ReplicaSet) -> list[EngineProcess]:
-        engines.extend(make(config, replicas))
+    def scripted(config: CantataConfig, replicas: ReplicaSet, sockets: Path) -> list[EngineProcess]:
+        engines.extend(make(config, replicas, sockets))
         for index, (engine, fake) in enumerate(zip(engines, fakes, strict=True)):
             engine._command = [sys.executable, "-c", CHILD, fake.address, str(markers[index])]
         return engines
