@@ -171,7 +171,9 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     inspect.add_argument("path", type=Path, metavar="PATH", help="folder of a gpt-oss checkpoint")
     inspect.add_argument("--tp", "--tensor-parallel-size", type=int, metavar="N", help="ranks (default: a table of 1, 2, 4 and 8)")
     inspect.add_argument("--ep", "--expert-parallel-size", type=int, metavar="N", help="groups of experts (default: the ranks)")
-    inspect.add_argument("--gpu", choices=("h100", "h200", "b200", "mi300x", "cpu"), help="device whose memory is to hold it")
+    inspect.add_argument(
+        "--gpu", choices=("a100", "l40s", "h100", "h200", "b200", "mi300x", "mi355x", "cpu"), help="device whose memory is to hold it"
+    )
     inspect.add_argument("--quantize", choices=("mxfp4",), help="sizes as with this flag of `cantata serve`")
     inspect.add_argument("--cpu-dense-dtype", choices=("bf16", "int8"), default="bf16", help="likewise; int8 with --gpu cpu only")
     inspect.add_argument(

@@ -17,13 +17,13 @@ RESERVE_BYTES = 3 * GIB
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU of a server with eight of them (SXM or OAM), by its data sheet.
+    """One GPU of a server with eight of them (SXM or OAM; the L40S on PCIe), by its data sheet.
 
     Attributes:
         memory_bytes: as the driver reports it.
         memory_bandwidth: bytes a second.
         bf16_flops: dense matrix products, a second.
-        link_bandwidth: bytes a second to the other GPUs of its server, in one direction (NVLink, Infinity Fabric).
+        link_bandwidth: bytes a second to the other GPUs of its server, in one direction (NVLink, Infinity Fabric, PCIe).
         target: its architecture, as compilers name it.
     """
 
@@ -36,10 +36,13 @@ class Gpu:
 
 GPUS: Mapping[str, Gpu] = MappingProxyType(
     {
+        "a100": Gpu(81_920 * _MIB, 2.04e12, 312e12, 300e9, "sm_80"),
+        "l40s": Gpu(46_068 * _MIB, 0.864e12, 362e12, 32e9, "sm_89"),
         "h100": Gpu(81_559 * _MIB, 3.35e12, 989e12, 450e9, "sm_90"),
         "h200": Gpu(143_771 * _MIB, 4.8e12, 989e12, 450e9, "sm_90"),
         "b200": Gpu(183_359 * _MIB, 8.0e12, 2250e12, 900e9, "sm_100"),
         "mi300x": Gpu(192 * GIB, 5.3e12, 1307e12, 448e9, "gfx942"),
+        "mi355x": Gpu(288 * GIB, 8.0e12, 2500e12, 538e9, "gfx950"),
     }
 )
 

@@ -174,7 +174,8 @@ def _text(
         ("context", f"{model.max_context_len} tokens"),
     ]
     lines = [f"  {name:<12} {value}" for name, value in rows]
-    kept = ["in bf16"]
+    experts_in_mxfp4 = model.experts_format == "mxfp4" or quantize == "mxfp4"
+    kept = ["experts in MXFP4, all else in bf16" if experts_in_mxfp4 else "in bf16"]
     kept += ["attention and lm_head in int8"] * (cpu_dense_dtype == "int8")
     kept += ["the KV cache in fp8"] * (kv_dtype == "fp8_e4m3")
     kept += [] if gpu is None else [f"on {_device(gpu)}"]

@@ -69,14 +69,15 @@ def test_what_does_not_fit_is_refused_with_what_does(
     code, out, err = inspect(capsys, large, "--tp", 1, "--gpu", "h100")
     assert code == 1
     assert "does not fit" in out
-    assert err.startswith("cantata: tensor=1 on H100 (38.00 GiB, 90% of it used), 60.79 GiB of weights on a rank: a KV cache of 0 bytes")
+    assert err.startswith("cantata: tensor=1 on H100 (38.00 GiB, 90% of it used), 60.79 GiB of weights on a rank: the model does not fit")
+    assert "KV cache" not in err
     assert err.endswith("; tensor=4 fits\n")
     # In the table of all plans the reason stands below it.
     code, out, err = inspect(capsys, large, "--gpu", "h100")
     assert (code, err) == (0, "")
     refusals = [line for line in out.splitlines() if line.endswith("; tensor=4 fits")]
     assert [line.split()[0] for line in refusals] == ["tensor=1"]
-    assert out.count("does not fit") == 1
+    assert out.count("does not fit\n") == 1
     # Two ranks hold the weights and a part of the context, four all of it.
     contexts = {row[0]: row[-2] for row in (line.split() for line in out.splitlines()) if row and row[0] in ("2", "4", "8")}
     assert 2048 <= int(contexts["2"].replace(",", "")) < 131_072
@@ -110,7 +111,7 @@ def test_int8_layers_are_of_a_cpu(capsys: pytest.CaptureFixture[str], large: Pat
         code, out, err = inspect(capsys, large, "--cpu-dense-dtype", "int8", *device)
         assert (code, out, err) == (1, "", "cantata: --cpu-dense-dtype int8 needs --gpu cpu\n")
     _, out, _ = inspect(capsys, large, "--cpu-dense-dtype", "int8", "--gpu", "cpu")
-    assert "\nEach rank, in bf16, attention and lm_head in int8, on " in out
+    assert "\nEach rank, experts in MXFP4, all else in bf16, attention and lm_head in int8, on " in out
 
 
 def test_an_fp8_cache_holds_twice_the_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -118,7 +119,10 @@ def test_an_fp8_cache_holds_twice_the_tokens(capsys: pytest.CaptureFixture[str],
     (bf16,), (fp8,) = (as_json(capsys, path, "--tp", 1, "--gpu", "h100", *flags)["plans"] for flags in ((), ("--kv-cache-dtype", "fp8")))
     for kind, num_bytes in bf16["kv"].items():
         assert num_bytes == 2 * fp8["kv"][kind] > 0
-    assert "Each rank, in bf16, the KV cache in fp8, on H100" in inspect(capsys, path, "--gpu", "h100", "--kv-cache-dtype", "fp8")[1]
+    assert (
+        "Each rank, experts in MXFP4, all else in bf16, the KV cache in fp8, on H100"
+        in inspect(capsys, path, "--gpu", "h100", "--kv-cache-dtype", "fp8")[1]
+    )
     code, _, err = inspect(capsys, path, "--tp", 1, "--gpu", "mi300x", "--kv-cache-dtype", "fp8")
     assert code == 1
     assert "gfx942 has no instructions for float8_e4m3fn" in err
@@ -159,3 +163,17 @@ def test_a_broken_checkpoint_is_the_loaders_sentence(capsys: pytest.CaptureFixtu
     code, out, err = inspect(capsys, path)
     assert (code, out) == (1, "")
     assert err.startswith(f"cantata: {file} is cut off: tensor lm_head.weight")
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_gpu_of_the_list_can_be_named(gpu: str, capsys: pytest.CaptureFixture[str], large: Path) -> None:
+    (plan,) = as_json(capsys, large, "--tp", 8, "--gpu", gpu)["plans"]  # type: ignore[misc]
+    assert (plan["refusal"], plan["max_model_len"]) == (None, 131_072)
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_its_size(capsys: pytest.CaptureFixture[str], large: Path) -> None:
+    code, out, err = inspect(capsys, large, "--tp", 1, "--gpu", "l40s")
+    assert code == 1
+    assert "experts in MXFP4, all else in bf16" in out
+    assert err.startswith("cantata: tensor=1 on L40S (44.99 GiB, 90% of it used), 60.79 GiB of weights on a rank: the model does not fit")
+    assert err.endswith("; tensor=2 fits\n")

@@ -92,11 +92,19 @@ def cpu_kv_memory(
         model: with the key-value heads of the rank.
         max_model_len: as in EngineConfig.
         weight_bytes: that each rank has still to load.
+    Raises:
+        ConfigError: the weights already are too much for the host.
     """
     if cache.memory_bytes is not None:
         return KVMemory(cache.memory_bytes, "cache.memory_bytes")
     minimum, useful = _bounds(model, scheduler, dtype, max_model_len)
-    free = max(host_free_bytes() // ranks_on_host - weight_bytes, 0)
+    available = host_free_bytes() // ranks_on_host
+    free = available - weight_bytes
+    if free <= 0:
+        raise ConfigError(
+            f"the model does not fit: {_readable(weight_bytes)} of weights are more than the {_readable(available)} of memory that "
+            f"are free on this host{' for each of its ranks' if ranks_on_host > 1 else ''}"
+        )
     num_bytes = min(int(free * CPU_MEMORY_SHARE), max(CPU_MEMORY_BYTES // ranks_on_host, minimum), useful)
     return KVMemory(num_bytes, f"chosen from {_readable(free)} free on cpu; cache.memory_bytes sets it")
 
@@ -122,11 +130,20 @@ def gpu_kv_memory(
         used_bytes: by this rank's weights and by everything else on the GPU.
         activation_bytes: beyond that, at the peak of the largest step.
         graph_bytes: of CUDA graphs that are still to be captured.
+    Raises:
+        ConfigError: without a KV cache already it is too much for the GPU.
     """
     if cache.memory_bytes is not None:
         return KVMemory(cache.memory_bytes, "cache.memory_bytes")
     _, useful = _bounds(model, scheduler, dtype, max_model_len)
-    left = max(int(total_bytes * cache.gpu_memory_utilization) - used_bytes - activation_bytes - graph_bytes, 0)
+    left = int(total_bytes * cache.gpu_memory_utilization) - used_bytes - activation_bytes - graph_bytes
+    if left <= 0:
+        raise ConfigError(
+            f"the model does not fit: {_readable(used_bytes)} in use, {_readable(activation_bytes)} for activations and "
+            f"{_readable(graph_bytes)} for graphs leave nothing of {cache.gpu_memory_utilization:.0%} of the GPU's "
+            f"{_readable(total_bytes)}; split it over more ranks (parallel.tensor), take a GPU with more memory, or raise "
+            "cache.gpu_memory_utilization"
+        )
     source = (
         f"{cache.gpu_memory_utilization:.0%} of the GPU's {_readable(total_bytes)} less {_readable(used_bytes)} in use, "
         f"{_readable(activation_bytes)} for activations and {_readable(graph_bytes)} for graphs; cache.gpu_memory_utilization sets it"

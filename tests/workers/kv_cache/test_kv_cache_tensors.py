@@ -230,7 +230,6 @@ def test_the_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -
         (0.9, 60 * GIB, 2 * GIB, 0, 10 * GIB),
         (0.9, 60 * GIB, 2 * GIB, 3 * GIB, 7 * GIB),
         (0.5, 30 * GIB, GIB, 0, 9 * GIB),
-        (0.9, 75 * GIB, 0, 0, 0),
         (1.0, 79 * GIB, 0, 0, GIB),
     ],
 )
@@ -248,6 +247,28 @@ def test_a_gpu_gives_what_its_share_leaves(utilization: float, used: int, activa
     )
     assert memory.num_bytes == pytest.approx(expected, abs=2)
     assert f"{utilization:.0%} of the GPU's 80.00 GiB" in memory.source
+
+
+def test_a_model_that_leaves_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as raised:
+        gpu_kv_memory(
+            BIG,
+            CacheConfig(),
+            SchedulerConfig(),
+            dtype="bfloat16",
+            max_model_len=None,
+            total_bytes=80 * GIB,
+            used_bytes=72 * GIB,
+            activation_bytes=GIB,
+            graph_bytes=0,
+        )
+    assert str(raised.value) == (
+        "the model does not fit: 72.00 GiB in use, 1.00 GiB for activations and 0 bytes for graphs leave nothing of 90% of the GPU's "
+        "80.00 GiB; split it over more ranks (parallel.tensor), take a GPU with more memory, or raise cache.gpu_memory_utilization"
+    )
+    monkeypatch.setattr(tensors, "host_free_bytes", lambda: 20 * GIB)
+    with pytest.raises(ConfigError, match=r"^the model does not fit: 11.00 GiB .* the 10.00 GiB of memory .* for each of its ranks$"):
+        cpu_kv_memory(BIG, CacheConfig(), SchedulerConfig(), dtype="bfloat16", max_model_len=None, ranks_on_host=2, weight_bytes=11 * GIB)
 
 
 def test_the_operator_decides_on_a_gpu_too() -> None:
