@@ -11,6 +11,7 @@ from cluster.metrics import FleetView, GatewayMetrics
 from cluster.replica_set import ReplicaSet
 from cluster.router.client import EngineClient
 from cluster.router.table import Replica
+from cluster.router.watch import Patience
 from workers.config import load_model_config, longest_context
 from workers.errors import CantataError
 from workers.rpc.convert import EngineInfo
@@ -46,7 +47,8 @@ async def build_service(
     config: AppConfig, encoding: HarmonyEncoding, replicas: ReplicaSet, fleet: FleetView | None = None
 ) -> tuple[GenerationService, EngineInfo]:
     """Waits until a replica says what it serves, then builds the service over them. The caller closes it; waiting ends by cancellation."""
-    client = EngineClient()
+    gateway = config.gateway
+    client = EngineClient(replicas.silent, Patience(gateway.probe_timeout_s, config.engine.heartbeat_timeout_s))
     try:
         infos = await _first_infos(replicas, client)
     except BaseException:
@@ -61,7 +63,6 @@ async def build_service(
         task.add_done_callback(closing.discard)
 
     replicas.on_gone(forget)
-    gateway = config.gateway
     info = min(infos.values(), key=lambda info: info.max_model_len)
     service = GenerationService(
         ModelInfo.from_engine(info, config.model_name, int(time.time())),

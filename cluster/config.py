@@ -106,6 +106,7 @@ class GatewayConfig(_Settings):
         api_keys: if there are any, a request needs one of them (`Authorization: Bearer …`).
         max_in_flight_requests: beyond it a request is refused with 429.
         request_timeout_s: a request's deadline, from its arrival to its last token; None: no deadline.
+        probe_timeout_s: a replica that has requests and does not answer for so long gets no new ones while there are others.
         max_body_bytes: of a request; more is refused with 413.
         conversation_date: the date the model is told: `auto` today's in UTC, `none` no date, or a fixed YYYY-MM-DD.
         reasoning_effort: of requests that do not say.
@@ -115,6 +116,7 @@ class GatewayConfig(_Settings):
     api_keys: Annotated[tuple[str, ...], BeforeValidator(_split_keys), AfterValidator(_check_keys)] = Field(default=(), repr=False)
     max_in_flight_requests: int = Field(default=1024, ge=1)
     request_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    probe_timeout_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     conversation_date: Annotated[str, BeforeValidator(_conversation_date)] = "auto"
     reasoning_effort: ReasoningEffort = "medium"

@@ -61,6 +61,11 @@ class ReplicaSet:
         """See ReplicaDirectory."""
         self._loads.failed(replica)
 
+    def silent(self, replica: Replica, is_silent: bool) -> None:
+        """A replica with sequences from here does not answer, or does so again: avoid it meanwhile."""
+        if not is_silent or replica in self._replicas:
+            self._loads.silent(replica, is_silent)
+
     def known(self) -> Sequence[Replica]:
         """See ReplicaDirectory."""
         return self._replicas

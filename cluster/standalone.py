@@ -190,7 +190,7 @@ async def _hurry(http_server: uvicorn.Server, grpc_server: GrpcServer, stop: Sto
 
 def _engines(config: CantataConfig, replicas: ReplicaSet, sockets: Path) -> list[EngineProcess]:
     command = [sys.executable, "-m", "workers.engine", "--config", engine_config_to_json(config.engine)]
-    command += ["--grace-s", str(DRAIN_S), "--parent-pid", str(os.getpid())]
+    command += ["--grace-s", str(DRAIN_S), "--parent-pid", str(os.getpid()), "--heartbeats"]
     threads = config.engine_cpus
     if threads is None or config.engine.device.startswith("cpu"):
         threads = engine_threads(threads, config.replicas, setting="engine_cpus (--threads)")
@@ -205,6 +205,7 @@ def _engines(config: CantataConfig, replicas: ReplicaSet, sockets: Path) -> list
             name,
             [*command, "--address", f"unix:{sockets / name}.sock"],
             environment=thread_environment(threads),
+            heartbeat_timeout_s=config.engine.heartbeat_timeout_s,
             on_change=publish,
         )
         for name in (f"engine-{index}" for index in range(config.replicas))

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
+TURN_S = 1.0
+"""Between two looks at whether a child has written a heartbeat."""
 STABLE_AFTER_S = 60.0
 """A child that lived this long had started well: the next restart is quick again."""
 MAX_SAME_CRASHES = 5
@@ -55,12 +57,15 @@ class EngineProcess:
         command: Sequence[str],
         *,
         environment: Mapping[str, str] | None = None,
+        heartbeat_timeout_s: float | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             command: prints {"event": "ready", "address": …, "start_id": …} on stdout when it serves; ends with 0 on SIGTERM.
             environment: added to ours.
+            heartbeat_timeout_s: a child that serves and writes nothing to stdout for so long is killed, and replaced; None: it need
+                not write.
             on_change: called in the loop after `replica` changed.
         """
         self.name = name
@@ -70,12 +75,14 @@ class EngineProcess:
         self.failure = ""
         self._command = list(command)
         self._environment = {**os.environ, **(environment or {})}
+        self._heartbeat_timeout_s = heartbeat_timeout_s
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._backoff_s = FIRST_BACKOFF_S
         self._last_code: int | None = None
         self._num_same_crashes = 0
+        self._heard = False
 
     async def start(self, timeout_s: float) -> None:
         """Start the child, wait until it serves, and watch it from then on.
@@ -134,11 +141,7 @@ class EngineProcess:
             process = self._process
             assert process is not None
             started = time.monotonic()
-            # Read to the end, so that a child that writes to stdout never blocks.
-            assert process.stdout is not None
-            while await process.stdout.read(65536):
-                pass
-            code = await process.wait()
+            code = await self._watch_heartbeat(process)
             self._set_replica(None)
             if time.monotonic() - started >= STABLE_AFTER_S:
                 self._backoff_s = FIRST_BACKOFF_S
@@ -150,6 +153,24 @@ class EngineProcess:
             await self._restart(timeout_s)
             if self.given_up.is_set():
                 return
+
+    async def _watch_heartbeat(self, process: asyncio.subprocess.Process) -> int:
+        """Wait for the child's end, and kill it if it hangs; returns its exit code."""
+        reading = asyncio.create_task(self._ended(process))
+        try:
+            # Counted in turns of our own, not by the clock: after this process was stopped itself, the child is not to blame.
+            silent_turns, most = 0, None if self._heartbeat_timeout_s is None else max(1, round(self._heartbeat_timeout_s / TURN_S))
+            while not reading.done():
+                await asyncio.wait([reading], timeout=TURN_S)
+                silent_turns = 0 if self._heard else silent_turns + 1
+                self._heard = False
+                if silent_turns == most and not reading.done():
+                    logger.error("%s hangs: no heartbeat for %g s; it is killed", self.name, self._heartbeat_timeout_s)
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+            return reading.result()
+        finally:
+            reading.cancel()
 
     async def _restart(self, timeout_s: float) -> None:
         while True:
@@ -191,17 +212,16 @@ class EngineProcess:
             process.send_signal(signal.SIGTERM if grace_s > 0 else signal.SIGKILL)
         try:
             async with asyncio.timeout(grace_s if grace_s > 0 else None):
-                await _drained(process)
+                await self._ended(process)
         except TimeoutError:
             logger.warning("%s did not end within %.0f s; it is killed", self.name, grace_s)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await _drained(process)
+            await self._ended(process)
 
-
-async def _drained(process: asyncio.subprocess.Process) -> int:
-    """Wait for the end; what the child still writes to stdout is dropped, so that a full pipe cannot hold it up."""
-    assert process.stdout is not None
-    while await process.stdout.read(65536):
-        pass
-    return await process.wait()
+    async def _ended(self, process: asyncio.subprocess.Process) -> int:
+        """Wait for the end; returns the exit code. Whatever the child writes to stdout is a heartbeat, and is read: no pipe fills up."""
+        assert process.stdout is not None
+        while await process.stdout.read(65536):
+            self._heard = True
+        return await process.wait()

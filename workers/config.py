@@ -169,6 +169,7 @@ class EngineConfig:
         enforce_eager: no CUDA graphs; without effect on a CPU.
         cpu_dense_dtype: of attention projections and lm_head in memory. int8, with a scale a row, halves what a token reads of them, for
             bfloat16 on a CPU only; `docs/performance.md` has its error.
+        heartbeat_timeout_s: seconds without a heartbeat (`workers/engine/heartbeat.py`) after which an engine counts as hung and is killed.
         moe_activation_dtype: what MXFP4 experts multiply. `mxfp8` rounds activations to 8 bits, which changes results, for hardware that
             multiplies scaled blocks itself; auto: the activations as they are.
         cpu_isa: what a CPU computes with, in the whole process of a rank. auto: what CANTATA_CPU_ISA in its environment names, else the
@@ -187,8 +188,11 @@ class EngineConfig:
     cpu_dense_dtype: DenseDtype = "bf16"
     moe_activation_dtype: Literal["auto", "mxfp8"] = "auto"
     cpu_isa: CpuIsa = "auto"
+    heartbeat_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.heartbeat_timeout_s) and self.heartbeat_timeout_s >= 2):
+            raise ConfigError(f"heartbeat_timeout_s must be at least 2, there is a heartbeat each second; got {self.heartbeat_timeout_s}")
         if self.cpu_dense_dtype == "int8" and (self.dtype != "bfloat16" or not self.device.startswith("cpu")):
             raise ConfigError(f"cpu_dense_dtype int8 needs dtype bfloat16 and device cpu, got dtype {self.dtype} and device {self.device}")
 

@@ -1,17 +1,22 @@
 """Calls to engines: one channel per address, kept open; failures come back as the classes of `workers.errors`."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NoReturn, TypedDict
 
 import grpc.aio
 
 from cluster.router.table import Replica
+from cluster.router.watch import Patience, ReplicaWatch
 from workers.engine.access import authorization
 from workers.errors import CantataError, DeadlineExceeded, EngineDead
 from workers.request import EngineOutput, EngineRequest
 from workers.rpc import convert, engine_pb2, engine_pb2_grpc
+
+logger = logging.getLogger(__name__)
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", convert.MAX_MESSAGE_BYTES),
@@ -30,21 +35,32 @@ _CHANNEL_OPTIONS = (
 
 
 class EngineClient:
-    """One per gateway. Belongs to the event loop it is used in."""
+    """One per gateway. Belongs to the event loop it is used in.
 
-    def __init__(self) -> None:
+    Args:
+        on_silence: called with True when a replica with calls from here does not answer, with False when it does again.
+    """
+
+    def __init__(
+        self, on_silence: Callable[[Replica, bool], object] = lambda replica, silent: None, patience: Patience | None = None
+    ) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._watches: dict[Replica, ReplicaWatch] = {}
+        self._on_silence = on_silence
+        self._patience = patience or Patience()
 
     async def generate(self, replica: Replica, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Run a sequence. Closing the generator, or cancelling the task that reads it, cancels it in the engine at once.
 
         Raises:
-            CantataError: what the engine answered; EngineDead if it cannot be reached or its stream ends early, which says whether the
-                engine had taken the request.
+            CantataError: what the engine answered; EngineDead if it cannot be reached, no longer answers, or its stream ends early, which
+                says whether the engine had taken the request.
         """
         call = self._stub(replica).Generate(
             convert.request_to_wire(request), timeout=request.deadline_s, metadata=authorization(replica.secret)
         )
+        watch = self._watch(replica)
+        watch.add(call)
         try:
             with _failures():
                 async for message in call:
@@ -58,6 +74,7 @@ class EngineClient:
             error.under_request = call.done() and bool(await call.initial_metadata())
             raise
         finally:
+            watch.discard(call)
             call.cancel()
 
     async def info(self, replica: Replica, timeout_s: float) -> convert.EngineInfo:
@@ -77,15 +94,32 @@ class EngineClient:
 
     async def forget(self, replica: Replica) -> None:
         """Close the channel of a replica that is gone for good."""
+        watch = self._watches.pop(replica, None)
+        if watch is not None:
+            watch.stop()
         channel = self._channels.pop(replica.address, None)
         if channel is not None:
             await channel.close(None)
 
     async def close(self) -> None:
         """Close all channels; open calls end."""
+        for watch in self._watches.values():
+            watch.stop()
+        self._watches.clear()
         channels, self._channels = self._channels, {}
         for channel in channels.values():
             await channel.close(None)
+
+    def _watch(self, replica: Replica) -> ReplicaWatch:
+        watch = self._watches.get(replica)
+        if watch is None:
+            ask, on_silence = partial(self.load, replica), partial(self._note_silence, replica)
+            watch = self._watches[replica] = ReplicaWatch(ask, on_silence, self._patience)
+        return watch
+
+    def _note_silence(self, replica: Replica, silent: bool) -> None:
+        logger.warning("replica %s %s", replica.id, f"gives no answer for {self._patience.suspect_s:g} s" if silent else "answers again")
+        self._on_silence(replica, silent)
 
     def _stub(self, replica: Replica) -> "engine_pb2_grpc.EngineAsyncStub":
         channel = self._channels.get(replica.address)

@@ -106,6 +106,7 @@ class LoadTable:
         # Reported minus the most that may have been our own at that time: what comes from others.
         self._from_others: dict[str, int] = {}
         self._suspect_until: dict[str, float] = {}
+        self._silent: set[str] = set()
 
     def pick(self, replicas: Sequence[Replica], excluded: frozenset[str], hint: RoutingHint) -> Replica:
         """The policy's choice, counted as in flight and as having the prompt.
@@ -133,7 +134,7 @@ class LoadTable:
             self._in_flight[key] + self._from_others.get(key, 0),
             matched,
             max(matched - num_shared, 0),
-            key in self._suspect_until,
+            key in self._suspect_until or key in self._silent,
         )
 
     def release(self, replica: Replica) -> None:
@@ -147,6 +148,10 @@ class LoadTable:
         """Avoid the replica for `penalty_s`, and expect its cache to be lost."""
         self._suspect_until[replica.key] = self._clock() + self._penalty_s
         self._prefixes.forget(replica.key)
+
+    def silent(self, replica: Replica, is_silent: bool) -> None:
+        """Avoid the replica as long as it does not answer."""
+        (self._silent.add if is_silent else self._silent.discard)(replica.key)
 
     def report(self, loads: Mapping[str, int]) -> None:
         """Sequences that each replica says it has, by key; the latest report counts until the next.
@@ -170,6 +175,7 @@ class LoadTable:
         """The replica takes no more requests; what it had cached is of no use. Sequences that still run there are released as ever."""
         self._prefixes.forget(replica.key)
         self._from_others.pop(replica.key, None)
+        self._silent.discard(replica.key)
 
     def in_flight(self, replica: Replica) -> int:
         """Sequences open there."""

@@ -36,6 +36,7 @@ class EngineReplica:
 
     async def __init__(self, config: EngineConfig, host: str) -> None:  # type: ignore[misc]  # Serve awaits it
         # An engine that cannot start raises CheckpointError or ConfigError here; Serve shows it as the application's status.
+        self._heartbeat_timeout_s = config.heartbeat_timeout_s
         self._secret = secrets.token_urlsafe(32)
         self._server = EngineServer(executor_factory=_executor, secret=self._secret)
         bind = _node_address() if host == "auto" else host
@@ -55,9 +56,12 @@ class EngineReplica:
         return {"num_running": load.num_running, "num_waiting": load.num_waiting, "kv_usage": load.kv_usage}
 
     async def check_health(self) -> None:
-        """Raises when the engine has died: Serve replaces the replica."""
+        """Raises when the engine has ended or hangs: Serve replaces the replica. If the process is stopped, this gives no answer."""
         if self._server.ended.is_set():
             raise EngineDead(f"the engine has ended: {self._server.engine.error or 'it was drained'}")
+        stalled_s = self._server.engine.watch.stalled_s
+        if stalled_s > self._heartbeat_timeout_s:
+            raise EngineDead(f"the engine hangs: its step loop has shown no sign of life for {stalled_s:.0f} s")
 
     async def _leave_when_it_ends(self) -> None:
         # Serve would ask for our health three times and then wait for requests to end, and send more of them meanwhile. A process that

@@ -58,6 +58,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "engine.cache.prefix_caching": "false",
         "engine.cache.memory_bytes": "1.5GiB",
         "engine.cache.dtype": "fp8",
+        "engine.heartbeat_timeout_s": "7.5",
         "gateway.api_keys": "one, two",
         "gateway.served_model_name": "name",
         "gateway.request_timeout_s": "1.5",

@@ -212,3 +212,25 @@ async def test_a_talkative_child_does_not_block(engine: EngineProcess, tmp_path:
     engine._command = child(CHILD.replace("while True:", talk))
     await engine.start(20)
     await until(marker.exists)
+
+
+BEATING = CHILD.replace(
+    "    signal.pause()", "    time.sleep(0.05); num_beats += 1; print(num_beats, flush=True); open(sys.argv[1], 'w').write(str(num_beats))"
+).replace("import json", "num_beats = 0\nimport time, json")
+
+
+async def test_a_child_without_a_heartbeat_is_killed_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(supervisor, "TURN_S", 0.1)
+    beats = tmp_path / "beats"
+    process = EngineProcess("engine", [*child(BEATING), str(beats)], heartbeat_timeout_s=3)
+    await process.start(20)
+    pid = process.pid
+    assert pid is not None
+    await until(lambda: beats.exists() and int(beats.read_text() or 0) > 80)  # four seconds
+    assert process.pid == pid
+    os.kill(pid, signal.SIGSTOP)
+    await until(lambda: process.num_restarts == 1)
+    assert gone(pid)
+    assert process.pid not in (None, pid)
+    await process.stop(5)

@@ -55,20 +55,24 @@ def test_an_engine_that_ends_is_replaced(model: Path, tmp_path: Path) -> None:
         assert none_left(served.mark, 20) == []
 
 
-def test_streams_of_an_engine_that_dies_go_on_at_the_other(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_streams_of_an_engine_that_dies_or_hangs_go_on_at_the_other(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Greedy answers are the same as undisturbed ones, whichever engine made which part of them: of twelve streams four run on each engine
     when one is killed and the others wait for their turn, so that some are cut in the middle and some have not begun."""
     num_streams, num_running = 12, 4
-    with standalone(tmp_path, model, "--replicas", "2", "--max-num-seqs", str(num_running)) as served:
+    flags = ["--replicas", "2", "--max-num-seqs", str(num_running), "--heartbeat-timeout", "4", "--probe-timeout", "1"]
+    with standalone(tmp_path, model, *flags) as served:
         undisturbed = read_many(served, num_streams, 2 * num_running)
         assert len(set(undisturbed)) > num_streams / 2
         (victim, *_) = [int(line.split()[0]) for line in marked(served.mark) if "workers.engine" in line]
-        assert read_many(served, num_streams, 2 * num_running, lambda: os.kill(victim, signal.SIGKILL)) == undisturbed
+        assert read_many(served, num_streams, 2 * num_running, lambda: os.kill(victim, number)) == undisturbed
         resumed = counted(served, "cantata_gateway_resumptions_total")
         retried = counted(served, 'cantata_gateway_retries_total{error="EngineDead",')
         assert resumed >= 1
         assert retried >= 1
         assert resumed + retried <= num_streams / 2, "the other engine's streams were not touched"
+        until(lambda: "engine-0 serves again" in served.log.read_text() or "engine-1 serves again" in served.log.read_text(), 60)
+        assert not Path(f"/proc/{victim}").exists()
 
 
 def test_a_stop_lets_running_streams_end(model: Path, tmp_path: Path) -> None:

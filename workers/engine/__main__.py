@@ -2,8 +2,8 @@
 --address HOST:PORT on TCP; then callers have to send the secret in $CANTATA_ENGINE_SECRET.
 
 Progress, summary and log go to stderr. On stdout comes exactly one line, when it serves: {"event": "ready", "address": …,
-"start_id": …, "metrics_address": …}. Exit code 0 after SIGTERM, SIGINT (a second one skips the grace period) or the RPC Drain, or when the
-parent is gone; 1 if it cannot start or the engine has died.
+"start_id": …, "metrics_address": …}; with --heartbeats {"event": "alive"} follows each second. Exit code 0 after SIGTERM,
+SIGINT (a second one skips the grace period) or the RPC Drain, or when the parent is gone; 1 if it cannot start or has died.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from workers.config import EngineConfig
 from workers.config_json import engine_config_from_json
 from workers.engine.access import SECRET_VARIABLE
 from workers.engine.collector import spare_collections
+from workers.engine.heartbeat import beat, say_to
 from workers.engine.progress import StartUpProgress, summary
 from workers.engine.server import EngineServer
 from workers.errors import CheckpointError, ConfigError
@@ -41,13 +42,16 @@ def main() -> int:
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics over HTTP on this port of 127.0.0.1; 0: any free one")
     parser.add_argument("--grace-s", type=float, default=30.0, help="seconds that running requests have to end after SIGTERM")
     parser.add_argument("--parent-pid", type=int, help="exit when this process is no longer the parent")
+    parser.add_argument(
+        "--heartbeats", action="store_true", help="write a line to stdout, which is a pipe, each second that the engine lives"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         config = _read_config(arguments.config)
         with ExitStack() as stack:
             address = arguments.address or f"unix:{stack.enter_context(closing(PrivateFolder())).path / 'engine.sock'}"
-            return asyncio.run(_serve(config, address, arguments.metrics_port, arguments.grace_s, arguments.parent_pid))
+            return asyncio.run(_serve(config, address, arguments))
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -62,7 +66,7 @@ def _read_config(argument: str) -> EngineConfig:
         raise ConfigError(f"the configuration file {argument} cannot be read: {error}") from error
 
 
-async def _serve(config: EngineConfig, address: str, metrics_port: int | None, grace_s: float, parent_pid: int | None) -> int:
+async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespace) -> int:
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -71,12 +75,12 @@ async def _serve(config: EngineConfig, address: str, metrics_port: int | None, g
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    watcher = asyncio.create_task(_watch_parent(parent_pid, stop, hurry)) if parent_pid is not None else None
+    others = [asyncio.create_task(_watch_parent(arguments.parent_pid, stop, hurry))] if arguments.parent_pid is not None else []
 
     progress = StartUpProgress()
     # Taken out of the environment: children need not have it.
     server = EngineServer(progress=progress, secret=os.environ.pop(SECRET_VARIABLE, None))
-    starting = asyncio.create_task(server.start(config, address, metrics_port=metrics_port))
+    starting = asyncio.create_task(server.start(config, address, metrics_port=arguments.metrics_port))
     await _first(starting, stop)
     if not starting.done():
         # A thread is reading weights and cannot be interrupted; there is nothing to lose. What is left of a folder, the next start removes.
@@ -96,13 +100,15 @@ async def _serve(config: EngineConfig, address: str, metrics_port: int | None, g
     print(f"Cantata engine {start_up.info.version}\n{table}", file=sys.stderr, flush=True)
     ready = {"event": "ready", "address": bound, "start_id": start_up.info.start_id, "metrics_address": server.metrics_address}
     print(json.dumps(ready), flush=True)
+    if arguments.heartbeats:
+        others.append(asyncio.create_task(beat(server.engine.watch, say_to(sys.stdout.fileno(), b'{"event": "alive"}\n'))))
 
     await _first(stop, server.ended)
     if not server.ended.is_set():
-        await _first(asyncio.create_task(server.drain(grace_s)), hurry, server.ended)
+        await _first(asyncio.create_task(server.drain(arguments.grace_s)), hurry, server.ended)
     await server.stop()
-    if watcher is not None:
-        watcher.cancel()
+    for task in others:
+        task.cancel()
     if server.engine.error is not None:
         print(f"error: {server.engine.error}", file=sys.stderr)
         return 1

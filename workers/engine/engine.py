@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from workers.config import EngineConfig, ModelConfig
+from workers.engine.heartbeat import StepLoopWatch
 from workers.engine.stream import Notifier, OutputStream
 from workers.errors import CantataError, ConfigError, DeadlineExceeded, EngineDead, Overloaded
 from workers.executor.base import MAX_IN_FLIGHT, Executor, ExecutorInfo
@@ -70,6 +71,7 @@ class Engine:
         on_death: called on the engine's thread once the engine has failed for good and every request has ended.
     Attributes:
         max_model_len: tokens of a sequence at most, prompt and output; known once the engine has started.
+        watch: whether the step loop hangs.
     Raises:
         ConfigError: max_model_len is set to more than the model's context.
     """
@@ -96,6 +98,9 @@ class Engine:
         self._scheduler: Scheduler
         self._kv: KVCacheManager
         self._capacity: dict[str, int] = {}
+        # Ranks in processes of their own are watched by their executor, on a CPU a step may take minutes.
+        watched = config.parallel.tensor == 1 and not config.device.startswith("cpu")
+        self.watch = StepLoopWatch(config.parallel.step_timeout_s if watched else None)
         self._thread = threading.Thread(target=self._run, name="cantata-engine", daemon=True)
         # Engine thread only.
         self._deadlines: list[tuple[float, int]] = []
@@ -232,6 +237,7 @@ class Engine:
             # The edge of the engine's thread: whatever broke, no request may be left without an end.
             self._die(error)
         self._end_all()
+        self.watch.idle()
         if self._error is not None:
             self._on_death()
 
@@ -240,9 +246,11 @@ class Engine:
         if self._check_integrity and not self._scheduler.has_work and not self._flights:
             self._scheduler.check_integrity()
         with self._changed:
+            self.watch.idle()
             self._changed.wait_for(
                 lambda: self._stopping or self._executor_error or self._inbox or self._aborts or self._flights or self._scheduler.has_work
             )
+            self.watch.busy()
             if self._executor_error is not None and not self._stopping:
                 raise EngineDead(self._executor_error)
             return not self._stopping
@@ -261,7 +269,8 @@ class Engine:
         plan = self._scheduler.schedule()
         if plan is not None:
             self._note_started(plan, started_s)
-            self._flights.append(_Flight(plan, started_s, self._executor.execute(plan)))
+            with self.watch.step():
+                self._flights.append(_Flight(plan, started_s, self._executor.execute(plan)))
         elif not self._flights:
             # schedule() admits whatever fits an idle cache, and check() refused what does not: waiting on would be for ever.
             if self._scheduler.has_work:
@@ -273,7 +282,8 @@ class Engine:
 
     def _land(self, flight: _Flight) -> None:
         """Wait for the oldest step and hand out what it brought."""
-        result = flight.result.result()
+        with self.watch.step():
+            result = flight.result.result()
         if result.error is not None:
             raise EngineDead(result.error)
         self._num_steps += 1
