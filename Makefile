@@ -10,7 +10,7 @@ GPU_CHECK_FLAGS ?=
 # The last lines of each run of pytest in `make test`, shown again at its end.
 TEST_SUMMARY := .venv/test-summary.txt
 
-.PHONY: serve test test-slow gpu-check lint proto clean
+.PHONY: serve test test-isa test-slow gpu-check lint proto clean
 
 serve: ## Serve $(MODEL) (a random tiny demo model is made if it is not there) on loopback.
 	@scripts/install.sh
@@ -30,6 +30,11 @@ test: ## Lint, type check and the tests.
 	@TRITON_INTERPRET=1 $(VENV)/python -m pytest -q -m "not slow and not gpu" tests/interpreter --summary-to $(TEST_SUMMARY)
 	@echo "All of it:"
 	@cat $(TEST_SUMMARY)
+
+test-isa: ## Every CPU kernel on emulated x86 processors with and without AVX2, against stored results.
+	@scripts/install.sh dev
+	@command -v qemu-x86_64 >/dev/null || { echo "needs qemu-x86_64; as root on Debian or Ubuntu: apt-get install qemu-user" >&2; exit 1; }
+	@$(VENV)/python -m pytest -q -m isa tests/kernels
 
 test-slow: ## Tests that take minutes.
 	@scripts/install.sh dev

@@ -65,19 +65,24 @@ def why_missing() -> str:
     return loaded if isinstance(loaded, str) else "the C++ kernels are not in use"
 
 
+def library_file() -> Path | None:
+    """Return where the library was built; None where it was not."""
+    return next(iter(sorted(Path(__file__).parent.glob("_native*.so"))), None)
+
+
 @cache
 def _loaded() -> ctypes.CDLL | str:
     """The library, or why it cannot be had."""
-    files = sorted(Path(__file__).parent.glob("_native*.so"))
-    if not files:
+    file = library_file()
+    if file is None:
         return "the C++ kernels were not built: install a C++ compiler, then Cantata again"
     try:
-        loaded = ctypes.CDLL(str(files[0]))
+        loaded = ctypes.CDLL(str(file))
         version = loaded.cantata_version()
     except (OSError, AttributeError) as error:
         return f"the C++ kernels cannot be loaded ({error}): install Cantata again on this machine"
     if version != _VERSION:
-        return f"the C++ kernels in {files[0].name} are of version {version}, not {_VERSION}: install Cantata again"
+        return f"the C++ kernels in {file.name} are of version {version}, not {_VERSION}: install Cantata again"
     loaded.cantata_isa.restype = ctypes.c_char_p
     loaded.cantata_run_program.restype = ctypes.c_int64
     for name, arguments, result in (

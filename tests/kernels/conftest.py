@@ -1,47 +1,51 @@
 """The implementations that a test of an operation runs on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from kernels.cpu import native
 from tests.support.isas import BF16_ISAS, FP32_ISAS
+from tests.support.run_report import NATIVE_ISA
+
+Recorder = Callable[[str, object], None]
 
 
 @pytest.fixture(params=["reference", *FP32_ISAS])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, record_property: Recorder) -> Iterator[str]:
     """The public functions run the reference in torch, then the C++ kernels on each instruction set of this processor."""
     if request.param == "reference":
         monkeypatch.setattr(native, "shared_library", lambda: None)
         yield request.param
         return
-    yield from running(request.param)
+    yield from running(request.param, record_property)
 
 
 @pytest.fixture(params=native.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+def isa(request: pytest.FixtureRequest, record_property: Recorder) -> Iterator[str]:
     """Each instruction set of this processor."""
-    yield from running(request.param)
+    yield from running(request.param, record_property)
 
 
 @pytest.fixture(params=BF16_ISAS)
-def bf16_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+def bf16_isa(request: pytest.FixtureRequest, record_property: Recorder) -> Iterator[str]:
     """Those with bf16 arithmetic."""
-    yield from running(request.param)
+    yield from running(request.param, record_property)
 
 
 @pytest.fixture(params=FP32_ISAS)
-def fp32_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+def fp32_isa(request: pytest.FixtureRequest, record_property: Recorder) -> Iterator[str]:
     """Those that differ in fp32."""
-    yield from running(request.param)
+    yield from running(request.param, record_property)
 
 
-def running(isa: str) -> Iterator[str]:
+def running(isa: str, record_property: Recorder) -> Iterator[str]:
     """The C++ kernels run on this instruction set meanwhile; skips the test where the processor lacks it."""
     with native.using_isa(isa) as there:
         if not there:
             pytest.skip(f"this processor has no {isa}")
+        record_property(NATIVE_ISA, isa)
         yield isa
 
 
