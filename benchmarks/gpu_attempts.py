@@ -12,9 +12,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Result = dict[str, Any]
 CONTEXT_LOST = 70
@@ -30,7 +31,7 @@ class Attempts:
         path: where the result is written; what an earlier process of the part wrote there is taken over. None: nowhere.
     """
 
-    def __init__(self, device: torch.device, path: Path | None = None) -> None:
+    def __init__(self, device: "torch.device", path: Path | None = None) -> None:
         self._device = device
         self._path = path
         self.result: Result = read_result(path) if path is not None else {}
@@ -88,9 +89,13 @@ class Attempts:
             self.keep()
 
 
-def is_context_lost(device: torch.device) -> bool:
+def is_context_lost(device: "torch.device") -> bool:
     """Whether CUDA answers with an error whatever it is asked."""
-    if device.type != "cuda" or not torch.cuda.is_initialized():
+    if device.type != "cuda":
+        return False
+    import torch
+
+    if not torch.cuda.is_initialized():
         return False
     try:
         torch.cuda.synchronize(device)

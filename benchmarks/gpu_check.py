@@ -1,52 +1,75 @@
-"""Check a GPU machine and time what runs on it: the tests of tests/gpu, and every kernel, decode step and prefill against the hardware.
+"""Check a GPU machine and time what runs on it: decode steps, every kernel and prompts against the hardware, and the tests of tests/gpu.
 
     make gpu-check                                      # or GPU_CHECK_FLAGS="--preset 20b --only step,kernels"
     python3 -m benchmarks.gpu_check [--model FOLDER | --preset 120b] [--only tests,step] [--time-limit 570] [--out FOLDER]
 
 Needs torch, Triton, numpy and pytest, no checkpoint and no network: weights are random, of the largest of 120b, 20b and small that fits.
-Parts run one after the other in processes of their own, so that one which fails or takes too long leaves the others their figures; what is
-found is written to OUT/gpu_check.json and, as tables, to OUT/gpu_check.md after each part, and printed; OUT/tests.txt has what pytest said.
+First comes a probe of a minute, then figures, then tests, each in processes of its own, so that one which fails, hangs or dies leaves the
+others their figures. All that is written is under OUT: gpu_check.json and, as tables, gpu_check.md after each part; PART.json, which grows
+while the part runs; PART.txt, all that its processes print, tracebacks among it; tests.jsonl, a line for each test as it ends; cache/.
 
 This was written on machines without a GPU. It has run with `--device cpu`, which proves the script but says nothing of a GPU.
 """
 
 import argparse
-import json
+import contextlib
 import os
-import subprocess
+import resource
+import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_attempts import Attempts
+from benchmarks import moe_stages
+from benchmarks.gpu_attempts import CONTEXT_LOST, DOING, Attempts, add_failure, read_result, write_result
+from benchmarks.gpu_children import end_children, end_with_parent, how_it_ended, last_lines, run_child, where_it_was
+from benchmarks.gpu_machine import describe, sentence
 from benchmarks.gpu_parts import PARTS, Options
+from benchmarks.gpu_probe import probe
 from benchmarks.gpu_report import report
-from benchmarks.gpu_tests import run_tests
+from benchmarks.gpu_tests import run_tests, so_far
 from workers.executor.rank import usable_device
 
-TESTS = "tests"
-ORDER = ("device", TESTS, "step", "kernels", "prefill", "sampling")
-TESTS_SHARE = 0.5
-"""Of the time that is left, at most."""
+TESTS, PROBE = "tests", "probe"
+RUNS = {PROBE: probe, **PARTS}
+ORDER = (*RUNS, TESTS)
+PROBE_S = 60.0
+"""The probe's time, at most."""
+PART_SHARE = 0.6
+"""Of the time that is left, what a part gets that others follow."""
 LEAST_S = 20.0
-"""Under which no part is begun."""
+"""Under which no process is begun."""
+SHOWN_LINES = 40
+"""Of what a part that failed has printed."""
 ROOT = Path(__file__).parent.parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    args = _parser().parse_args(arguments)
+    machine = describe()
+    print(f"gpu-check: {sentence(machine)}", flush=True)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print("gpu-check: torch finds no CUDA device here, so nothing was checked", file=sys.stderr)
         return 2
+    # A part that is stopped or dies leaves no core file.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if args.part:
         return _run_part(args)
-    return _run_all(args)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _Check(args, machine).run()
+    finally:
+        end_children()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,8 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=50, help="of decode that are timed")
     parser.add_argument("--time-limit", type=float, default=570.0, help="seconds for all parts")
     parser.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="for the tests")
-    parser.add_argument("--out", type=Path, default=Path("gpu-check"))
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--tests", default="", metavar="EXPRESSION", help="which of the tests, as pytest's -k has it; default: all")
+    parser.add_argument("--moe-num-stages", type=int, help="pipeline stages of the experts' products; 1: none, which leaves no race")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder for all that is written")
+    parser.add_argument("--part", choices=tuple(RUNS), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     return parser
 
@@ -83,59 +108,122 @@ def _parts(text: str) -> tuple[str, ...]:
 
 def _run_part(args: argparse.Namespace) -> int:
     """In the part's own process."""
+    end_with_parent()
+    moe_stages.apply_from_environment()
     options = Options(usable_device(args.device), args.model, args.preset, args.batch_sizes, args.contexts, args.steps, args.prompts)
     attempts = Attempts(options.device, args.result)
-    PARTS[args.part](options, attempts)
+    RUNS[args.part](options, attempts)
     attempts.keep()
     return 0
 
 
-def _run_all(args: argparse.Namespace) -> int:
-    args.out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + args.time_limit
-    found: dict[str, dict[str, Any]] = {}
-    for name in args.only:
-        left = deadline - time.monotonic()
+class _Check:
+    """One run of the parts that were asked for."""
+
+    def __init__(self, args: argparse.Namespace, machine: dict[str, str]) -> None:
+        self._args = args
+        self._out: Path = args.out.absolute()
+        self._deadline = time.monotonic() + args.time_limit
+        self._found: dict[str, dict[str, Any]] = {"machine": {"machine": machine}}
+        self._env = child_environment(self._out, args.moe_num_stages)
+
+    def run(self) -> int:
+        self._out.mkdir(parents=True, exist_ok=True)
+        self._keep()
+        for index, name in enumerate(self._args.only):
+            followed = index + 1 < len(self._args.only)
+            try:
+                self._found[name] = self._run(name, followed)
+            except Exception as error:
+                traceback.print_exc()
+                self._found[name] = {"failed": f"{type(error).__name__}: {error}"}
+            except KeyboardInterrupt:
+                self._found[name] = self._so_far(name) | {"failed": "gpu-check itself was stopped"}
+                raise
+            finally:
+                self._keep()
+            self._show(name)
+        return int(any("failed" in result or "failures" in result for result in self._found.values()))
+
+    def _run(self, name: str, followed: bool) -> dict[str, Any]:
+        left = self._deadline - time.monotonic()
         if left < LEAST_S:
-            found[name] = {"failed": f"not begun, no time was left of {args.time_limit:.0f} s"}
-        elif name == TESTS:
-            found[name] = run_tests(ROOT, args.processes, left * (TESTS_SHARE if len(args.only) > 1 else 1), args.out / "tests.txt")
-        else:
-            found[name] = _child(name, args, left)
-        (args.out / "gpu_check.json").write_text(json.dumps(found, indent=1))
-        (args.out / "gpu_check.md").write_text(report(found))
-        print(report({name: found[name]}), flush=True)
-    return int(any("failed" in result for result in found.values()))
+            return {"failed": f"not begun, no time was left of {self._args.time_limit:.0f} s"}
+        limit = left * (PART_SHARE if followed else 1)
+        if name == TESTS:
+            return run_tests(ROOT, self._out, self._args.processes, limit, self._env, selected=self._args.tests)
+        if name == PROBE:
+            limit = min(limit, PROBE_S)
+        command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name, *_flags(self._args)]
+        return run_part(name, command, self._out, limit, self._env)
+
+    def _so_far(self, name: str) -> dict[str, Any]:
+        return so_far(self._out) if name == TESTS else read_result(self._out / f"{name}.json")
+
+    def _keep(self) -> None:
+        write_result(self._out / "gpu_check.json", self._found)
+        (self._out / "gpu_check.md").write_text(report(self._found))
+
+    def _show(self, name: str) -> None:
+        result = self._found[name]
+        print(report({name: result}), flush=True)
+        if "failed" in result or "failures" in result:
+            log = self._out / f"{name}.txt"
+            print("\n".join([f"The end of {log}:", *last_lines(log, SHOWN_LINES), ""]), flush=True)
 
 
-def _child(name: str, args: argparse.Namespace, timeout_s: float) -> dict[str, Any]:
-    """What the part has found, also where it failed."""
-    numbers: dict[str, Callable[[], str]] = {
-        "--batch-sizes": lambda: ",".join(map(str, args.batch_sizes)),
-        "--contexts": lambda: ",".join(map(str, args.contexts)),
-        "--prompts": lambda: ",".join(map(str, args.prompts)),
-        "--steps": lambda: str(args.steps),
-        "--device": lambda: args.device,
-    }
-    flags = [word for flag, value in numbers.items() for word in (flag, value())]
-    flags += [word for flag, value in (("--model", args.model), ("--preset", args.preset)) if value for word in (flag, str(value))]
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name, "--result", str(result), *flags]
-        failed = None
-        try:
-            ran = subprocess.run(command, timeout=timeout_s, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
-            if ran.returncode:
-                failed = f"ended with {ran.returncode}: {_last_lines(ran.stderr)}"
-        except subprocess.TimeoutExpired:
-            failed = f"not done after {timeout_s:.0f} s"
-        found: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
-        return found if failed is None else found | {"failed": failed}
+def _flags(args: argparse.Namespace) -> list[str]:
+    """Those that a part reads."""
+    numbers = {"--batch-sizes": args.batch_sizes, "--contexts": args.contexts, "--prompts": args.prompts}
+    values = {flag: ",".join(map(str, value)) for flag, value in numbers.items()} | {"--steps": args.steps, "--device": args.device}
+    values |= {"--model": args.model and args.model.absolute(), "--preset": args.preset}
+    return [word for flag, value in values.items() if value is not None for word in (flag, str(value))]
 
 
-def _last_lines(text: str) -> str:
-    return " | ".join(line.strip() for line in text.strip().splitlines()[-4:])
+def child_environment(out: Path, moe_num_stages: int | None) -> dict[str, str]:
+    """This process's, with all caches under `out`; a TRITON_CACHE_DIR that is set stays."""
+    cache = out / "cache"
+    env = {"TRITON_CACHE_DIR": str(cache / "triton")} | dict(os.environ)
+    env |= {"CUDA_CACHE_PATH": str(cache / "cuda"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+    # What is read again are the binaries alone; all stages of a compilation are ten times as much.
+    env |= {"TRITON_STORE_BINARY_ONLY": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    if moe_num_stages is not None:
+        env[moe_stages.ENVIRONMENT] = str(moe_num_stages)
+    return env
+
+
+def run_part(name: str, command: Sequence[str], out: Path, timeout_s: float, env: dict[str, str]) -> dict[str, Any]:
+    """What the part has found, also where it failed: `failed` says of the whole part why it ended early, `failures` of which pieces.
+
+    Args:
+        command: writes its result, piece by piece, to the file that `--result` names (`gpu_attempts`); begun again, with what is there,
+            after a death in the middle of a piece.
+    """
+    path, log = out / f"{name}.json", out / f"{name}.txt"
+    for stale in (path, log):
+        stale.unlink(missing_ok=True)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        code = run_child([*command, "--result", str(path)], log, deadline - time.monotonic(), cwd=ROOT, env=env)
+        found = read_result(path)
+        doing = found.pop(DOING, None)
+        if code == 0:
+            return found
+        if code is None:
+            where = where_it_was(log, ROOT)
+            at = "".join([f" at {doing}" if doing else "", f" in {where}" if where else ""])
+            return found | {"failed": f"stopped after {timeout_s:.0f} s{at}; {log.name} has where each thread was"}
+        if code != CONTEXT_LOST:
+            ended = f"{how_it_ended(code)}: {' | '.join(line.strip() for line in last_lines(log, 4))}"
+            if doing is None:
+                return found | {"failed": ended}
+            add_failure(found, doing, f"the process {ended}")
+        write_result(path, found)
+        if deadline - time.monotonic() < LEAST_S:
+            return found | {"failed": "no time was left to go on in a new process after the last failure"}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)

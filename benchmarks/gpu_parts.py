@@ -95,7 +95,7 @@ def measure_device(options: Options, attempts: Attempts) -> None:
 
 def measure_step(options: Options, attempts: Attempts) -> None:
     """Whole decode steps, sampling among it, against the bytes that they must read."""
-    found = _Model(options)
+    found = ChosenModel(options)
     model, config, batches = found.model, found.model.config, found.batches
     kernels = kernel_choices(model)
     result = attempts.begin(found.about | {"kernels": {operation: str(choice) for operation, choice in kernels.items()}}, lists=("steps",))
@@ -147,7 +147,7 @@ def measure_kernels(options: Options, attempts: Attempts) -> None:
     if not triton_runs_on(options.device):
         attempts.begin({"skipped": "no Triton kernels run here"})
         return
-    found = _Model(options)
+    found = ChosenModel(options)
     bandwidth = _bandwidth(options.device)
     result = attempts.begin(found.about | {"bandwidth": bandwidth}, lists=("batches",))
     for batch in found.batches:
@@ -216,7 +216,7 @@ def _all(works: Iterable[Callable[[], object]]) -> Callable[[], None]:
 
 def measure_prefill(options: Options, attempts: Attempts) -> None:
     """One step of prompts of one sequence, against the products that it needs."""
-    found = _Model(options)
+    found = ChosenModel(options)
     model, config = found.model, found.model.config
     gemm = fastest_gemm(options.device)
     result = attempts.begin(found.about | {"gemm": asdict(gemm)}, lists=("prompts",))
@@ -304,7 +304,7 @@ PARTS: dict[str, Callable[[Options, Attempts], None]] = {
 }
 
 
-class _Model:
+class ChosenModel:
     """The model that is measured, and the batches that there is room for beside it."""
 
     def __init__(self, options: Options) -> None:

@@ -31,12 +31,14 @@ def report(found: Mapping[str, Result]) -> str:
         found: by name, as `gpu_parts.PARTS` and the tests have them; a part that did not end has `failed`.
     """
     sections = {
+        "machine": _machine,
+        "probe": _probe,
         "device": _device,
-        "tests": _tests,
         "step": _step,
         "kernels": _kernels,
         "prefill": _prefill,
         "sampling": _sampling,
+        "tests": _tests,
     }
     parts = []
     for name, section in sections.items():
@@ -45,6 +47,16 @@ def report(found: Mapping[str, Result]) -> str:
             body += [f"- failed: {failure['what']}: {failure['error']}" for failure in found[name].get("failures", ())]
             parts.append("\n".join(body + [f"**{name}: {found[name][word]}**" for word in ("skipped", "failed") if word in found[name]]))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _machine(result: Result) -> list[str]:
+    return [", ".join(f"{name}: {value}" for name, value in result["machine"].items())]
+
+
+def _probe(result: Result) -> list[str]:
+    lines = [f"Probe, {result.get('model', 'no model yet')}: {result.get('product', 'no product of matrices')}."]
+    rows = [(row["way"], f"{row['seconds'] * 1e3:.2f}", f"{row['launch_s'] * 1e3:.2f}") for row in result.get("ways", ())]
+    return [*lines, "", *_table(("decode steps of one sequence", "ms a step", "ms to launch"), rows)] if rows else lines
 
 
 def _device(result: Result) -> list[str]:
@@ -59,7 +71,7 @@ def _device(result: Result) -> list[str]:
 
 def _tests(result: Result) -> list[str]:
     lines = [f"Tests: {result['summary']}"] if "summary" in result else []
-    lines += [f"- {line}" for line in result.get("problems", ())]
+    lines += [f"- {line}" for line in (*result.get("problems", ()), *result.get("advice", ()))]
     if result.get("printed"):
         lines += ["", "```", *result["printed"], "```"]
     return lines

@@ -93,8 +93,8 @@ def test_steps_are_measured_eagerly_where_graphs_cannot_be_captured(monkeypatch:
     monkeypatch.setattr(Decoder, "time", lambda self, batch: StepTime(0.5 if self._runner in runners else 2.0, 0.1))
     monkeypatch.setattr(gpu_parts, "_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(gpu_parts, "not_capturable", lambda kernels: ())
-    model = gpu_parts._Model(OPTIONS)
-    monkeypatch.setattr(gpu_parts, "_Model", lambda options: model)
+    model = gpu_parts.ChosenModel(OPTIONS)
+    monkeypatch.setattr(gpu_parts, "ChosenModel", lambda options: model)
     found = measured(measure_step, replace(OPTIONS, device=_CudaInName()))  # type: ignore[arg-type]
     assert [row["seconds"] for row in found["steps"]] == [2.0 if broken else 0.5] * 2
     if broken:

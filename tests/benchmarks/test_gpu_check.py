@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_parts
+from benchmarks import gpu_check, gpu_machine, gpu_parts, moe_stages
 from benchmarks.decode_batches import (
     RESERVE_BYTES,
     Batch,
@@ -22,7 +22,6 @@ from benchmarks.decode_batches import (
 )
 from benchmarks.gpu_parts import Options, measure_device, measure_prefill, measure_sampling, measure_step, prefill_flops
 from benchmarks.gpu_report import report
-from benchmarks.gpu_tests import run_tests, split
 from benchmarks.random_model import random_model
 from kernels.mxfp4 import choose_layout
 from tests.support.gpu_parts import measured
@@ -137,7 +136,7 @@ def test_batches_without_room_are_named_and_none_at_all_is_refused(monkeypatch: 
     for large, fits in ((False, 1), (True, 2)):
         room = batches_bytes(config, [Batch(1000 if large else 999, 40)], options.num_steps, 2)
         monkeypatch.setattr(gpu_parts, "host_free_bytes", lambda room=room: weights + RESERVE_BYTES + room)
-        found = gpu_parts._Model(options)
+        found = gpu_parts.ChosenModel(options)
         assert len(found.batches) == fits
         left_out = [{"size": 1000, "context": 40}] if fits == 1 else []
         assert found.about["left_out"] == left_out
@@ -145,56 +144,105 @@ def test_batches_without_room_are_named_and_none_at_all_is_refused(monkeypatch: 
         assert ("No room for 1000 x 40." in text) == (fits == 1)
     monkeypatch.setattr(gpu_parts, "host_free_bytes", lambda: weights + RESERVE_BYTES)
     with pytest.raises(SystemExit, match=r"tiny: none of these fits into 4\.0 GiB with a batch of the given sizes"):
-        gpu_parts._Model(options)
+        gpu_parts.ChosenModel(options)
 
 
-def test_parts_that_fail_or_hang_leave_the_others_their_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes and the clock are this test's: one writes half a result and fails, one does not end."""
-    now = [100.0]
+def test_a_part_that_fails_leaves_the_others_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes and the clock are this test's: one writes half a result and fails, one raises here, and the tests cannot be run at all."""
+    now, limits = [100.0], {}
 
-    def run(command: list[str], *, timeout: float, **options: object) -> SimpleNamespace:
-        part, path = (command[command.index(flag) + 1] for flag in ("--part", "--result"))
+    def run_part(name: str, command: list[str], out: Path, timeout_s: float, env: dict[str, str]) -> dict[str, object]:
+        assert command[command.index("--part") + 1] == name
         assert command[command.index("--batch-sizes") + 1] == "1,2"
-        Path(path).write_text(json.dumps({"skipped" if part == "device" else "half": part}))
-        if part == "kernels":
-            now[0] += timeout
-            raise subprocess.TimeoutExpired(command, timeout)
+        limits[name] = timeout_s
         now[0] += 10
-        return SimpleNamespace(returncode=3 if part == "step" else 0, stderr="a line\nthe reason\n")
+        if name == "step":
+            raise OSError("no more processes")
+        return {"half": name, "failed": "ended with 3"} if name == "kernels" else {"skipped": name}
 
-    monkeypatch.setattr(gpu_check, "subprocess", SimpleNamespace(run=run, PIPE=None, TimeoutExpired=subprocess.TimeoutExpired))
+    def run_tests(root: Path, out: Path, processes: int, timeout_s: float, env: dict[str, str], *, selected: str) -> dict[str, object]:
+        limits["tests"] = timeout_s
+        assert selected == "moe"
+        raise subprocess.TimeoutExpired("pytest", timeout_s)
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    monkeypatch.setattr(gpu_check, "run_tests", run_tests)
     monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(gpu_check, "run_tests", lambda *args: {"summary": f"1 passed in {args[2]} s", "problems": [], "printed": []})
     out = tmp_path / "out"
-    flags = ["--device", "cpu", "--batch-sizes", "1,2", "--out", str(out), "--time-limit", "60", "--only"]
-    assert gpu_check.main([*flags, "device,tests,step,kernels,prefill"]) == 1
+    flags = ["--device", "cpu", "--batch-sizes", "1,2", "--out", str(out), "--tests", "moe", "--time-limit"]
+    assert gpu_check.main([*flags, "200", "--only", "tests,kernels,step,device,probe"]) == 1
     found = json.loads((out / "gpu_check.json").read_text())
-    assert found["device"] == {"skipped": "device"}
-    assert found["tests"]["summary"] == "1 passed in 25.0 s", "half of what is left"
-    assert found["step"] == {"half": "step", "failed": "ended with 3: a line | the reason"}
-    assert found["kernels"] == {"half": "kernels", "failed": "not done after 40 s"}
-    assert found["prefill"] == {"failed": "not begun, no time was left of 60 s"}
-    assert "**step: ended with 3: a line | the reason**" in (out / "gpu_check.md").read_text()
-    assert gpu_check.main([*flags, "tests"]) == 0
-    assert "60.0 s" in (out / "gpu_check.md").read_text(), "all of it where nothing else is to be done"
+    assert list(found) == ["machine", "probe", "device", "step", "kernels", "tests"], "the probe first, tests last"
+    assert found["step"] == {"failed": "OSError: no more processes"}
+    assert found["kernels"] == {"half": "kernels", "failed": "ended with 3"}
+    assert found["tests"]["failed"].startswith("TimeoutExpired: ")
+    assert limits == {"probe": 60, "device": pytest.approx(114), "step": pytest.approx(108), "kernels": pytest.approx(102), "tests": 160}
+    assert "**kernels: ended with 3**" in (out / "gpu_check.md").read_text()
+    assert gpu_check.main([*flags, "60", "--only", "device"]) == 0
+    assert limits["device"] == 60, "all of it where nothing else is to be done"
+    assert gpu_check.main([*flags, "25", "--only", "device,step"]) == 1
+    found = json.loads((out / "gpu_check.json").read_text())
+    assert found["step"] == {"failed": "not begun, no time was left of 25 s"}
 
 
-def test_tests_run_in_parts_and_each_fault_has_a_line(tmp_path: Path) -> None:
-    folder = tmp_path / "gpu"
-    folder.mkdir()
-    (folder / "test_some.py").write_text(
-        "import pytest, os\n"
-        "@pytest.mark.parametrize('number', range(5))\ndef test_number(number): assert number != 3, 'three'\n"
-        "@pytest.mark.skip(reason='needs 2 GPUs')\ndef test_two(): pass\n"
-        "def test_roofline_of_it(): print('12 us')\n"
-        "def test_dies(): os._exit(7)\n"
-    )
-    found = run_tests(tmp_path, 4, 240.0, tmp_path / "tests.txt", "gpu")
-    assert found["failed"] == "2 problems"
-    assert found["summary"].endswith(" of 7")
-    assert any("test_number[3]" in line and "three" in line for line in found["problems"])
-    assert any(line.startswith("a process ended with 7: ") for line in found["problems"])
-    assert found["problems"][-1] == "skipped 1: needs 2 GPUs"
-    assert "assert 3 != 3" in (tmp_path / "tests.txt").read_text()
-    assert found["printed"][-1].startswith("1 passed")
-    assert split(list("abcde"), 2) == [list("abc"), list("de")]
+def test_a_check_that_is_stopped_keeps_what_its_part_had_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_part(name: str, command: list[str], out: Path, timeout_s: float, env: dict[str, str]) -> dict[str, object]:
+        (out / "step.json").write_text(json.dumps({"steps": [1]}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    monkeypatch.setattr(gpu_check, "report", lambda found: "")
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--only", "step"])
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["step"] == {"steps": [1], "failed": "gpu-check itself was stopped"}
+
+
+def test_the_first_line_says_what_the_machine_has(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(*command: str) -> str:
+        return "NVIDIA H100, 580.1, 80000 MiB, 81559 MiB" if command[0] == "nvidia-smi" else "12.2.0"
+
+    monkeypatch.setattr(gpu_machine, "_said", said)
+    monkeypatch.setattr(gpu_machine.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--only", "device"]) == 2
+    line = capsys.readouterr().out
+    for words in (
+        "gpu: NVIDIA H100",
+        "driver: 580.1",
+        "free memory: 80000 MiB of 81559 MiB",
+        "C compiler: gcc 12.2.0",
+        f"torch: {torch.__version__}",
+    ):
+        assert words in line
+    assert "Python.h: in /" in line or "Python.h: not in /" in line
+    monkeypatch.setattr(gpu_machine, "_said", lambda *command: "")
+    monkeypatch.setattr(gpu_machine.shutil, "which", lambda name: None)
+    found = gpu_machine.describe()
+    assert found["gpu"] == "unknown (no nvidia-smi)"
+    assert found["C compiler"].startswith("none")
+
+
+def test_the_probe_has_a_decode_step(tmp_path: Path) -> None:
+    path = tmp_path / "probe.json"
+    flags = ["--device", "cpu", "--part", "probe", "--preset", "tiny", "--result", str(path)]
+    assert gpu_check.main(flags) == 0
+    found = json.loads(path.read_text())
+    assert found["product"] == "a bf16 product is right"
+    assert [row["way"] for row in found["ways"]] == ["eager"]
+    assert found["tried"] == ["device", "steps, eager"]
+    assert "failures" not in found
+    assert "| eager |" in report({"probe": found})
+    assert "no product of matrices" in report({"probe": {"failed": "stopped"}})
+
+
+def test_experts_can_be_run_without_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels.moe import grouped, tile_choice
+
+    monkeypatch.setattr(grouped, "choose_tile", grouped.choose_tile)
+    monkeypatch.setenv(moe_stages.ENVIRONMENT, "1")
+    moe_stages.apply_from_environment()
+    for kind in (tile_choice.MXFP4_WGMMA, tile_choice.DENSE):
+        for pairs in (1, 1000):
+            tile = grouped.choose_tile(kind, "sm_90", pairs, 8, fp32=False)
+            assert tile == replace(tile_choice.choose_tile(kind, "sm_90", pairs, 8, fp32=False), num_stages=1)

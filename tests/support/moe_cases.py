@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from kernels.moe import reference
-from kernels.mxfp4 import PackedMXFP4, from_natural, pack, to_natural, unpack
+from kernels.mxfp4 import MX_BLOCK, PackedMXFP4, from_natural, to_natural, unpack
 
 LIMIT, ALPHA = 7.0, 1.702
+_SIZE = 0.7
+"""Of weights: large enough that both sides of the clamp are met."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +114,27 @@ def inputs(case: MoeCase, *, layout: str | None, dtype: torch.dtype, seed: int =
     """Random ones on the CPU; layout None: dense weights of `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     local, width, hidden = num_local(case), case.width, case.hidden
-    # Large enough that both sides of the clamp are met.
-    gate_up, down = (torch.randn(shape, generator=generator) * 0.7 for shape in ((local, 2 * width, hidden), (local, hidden, width)))
+    shapes = ((local, 2 * width, hidden), (local, hidden, width))
+    if layout is None:
+        weights: list[PackedMXFP4 | Tensor] = [(torch.randn(shape, generator=generator) * _SIZE).to(dtype) for shape in shapes]
+    else:
+        weights = [_packed(shape, layout, generator) for shape in shapes]
     biases = (torch.randn(shape, generator=generator).to(dtype) for shape in ((local, 2 * width), (local, hidden)))
     gate_up_bias, down_bias = biases
     x = torch.randn(case.num_tokens, hidden, generator=generator).to(dtype)
     chosen = reference.gate_topk(gate_logits(case), case.top_k)
-    weights = [dense.to(dtype) if layout is None else pack(dense, layout) for dense in (gate_up, down)]
     return Inputs(x, *chosen, weights[0], gate_up_bias, weights[1], down_bias)
+
+
+def _packed(shape: tuple[int, int, int], layout: str, generator: torch.Generator) -> PackedMXFP4:
+    """All codes, under two scales: drawn as they lie in memory, as packing numbers of gpt-oss's widths takes
+    seconds."""
+    num_experts, num_rows, width = shape
+    groups = (num_experts, num_rows, width // MX_BLOCK)
+    blocks = torch.randint(0, 256, (*groups, MX_BLOCK // 2), dtype=torch.uint8, generator=generator)
+    # A code's root mean square is 2.9, of these scales it is a fifth.
+    scales = torch.randint(124, 126, groups, dtype=torch.uint8, generator=generator)
+    return from_natural(blocks, scales, layout)
 
 
 def num_local(case: MoeCase) -> int:
@@ -148,13 +163,14 @@ def float64(case: MoeCase, given: Inputs) -> Tensor:
     return out
 
 
-def on_device(given: Inputs, device: torch.device) -> Inputs:
-    """A copy there, weights in the same layout."""
+def on_device(given: Inputs, device: torch.device, layout: str | None = None) -> Inputs:
+    """A copy there, packed weights in the same layout, or in another one that they are brought to there."""
 
     def moved(value: PackedMXFP4 | Tensor) -> PackedMXFP4 | Tensor:
         if isinstance(value, Tensor):
             return value.to(device)
-        return PackedMXFP4(value.layout, value.blocks.to(device), value.scales.to(device), value.shape)
+        there = PackedMXFP4(value.layout, value.blocks.to(device), value.scales.to(device), value.shape)
+        return there if layout is None else from_natural(*to_natural(there), layout)
 
     return Inputs(*(moved(value) for value in given))
 

@@ -1,0 +1,65 @@
+"""What a GPU machine has that a check of it depends on. Nothing here makes a CUDA context, which would take memory from those checked."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+_LONGEST_S = 30.0
+"""For a tool to answer in."""
+
+
+def describe() -> dict[str, str]:
+    """By name: Python, torch, Triton, GPU, driver, its free memory, the C compiler that Triton takes, and where Python.h is; each in words,
+    also where it is missing."""
+    gpu = _said("nvidia-smi", "--query-gpu=name,driver_version,memory.free,memory.total", "--format=csv,noheader").split("\n")[0]
+    name, driver, free, total = (
+        [part.strip() for part in gpu.split(",")] if gpu.count(",") == 3 else ("unknown (no nvidia-smi)", *["?"] * 3)
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "triton": _version("triton"),
+        "gpu": name,
+        "driver": driver,
+        "free memory": f"{free} of {total}",
+        "C compiler": _compiler(),
+        "Python.h": _python_h(),
+    }
+
+
+def sentence(machine: dict[str, str]) -> str:
+    """One line."""
+    return ", ".join(f"{name}: {value}" for name, value in machine.items())
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _compiler() -> str:
+    """As `triton.runtime.build` chooses it."""
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if found is None:
+        return "none: Triton can launch only what it has launchers for in its cache"
+    return f"{Path(found).name} {_said(found, '-dumpfullversion') or _said(found, '-dumpversion') or '(does not run)'}".strip()
+
+
+def _python_h() -> str:
+    scheme = sysconfig.get_default_scheme()
+    # As Triton looks for it: Debian's own scheme names another folder.
+    folder = Path(sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"])
+    return f"in {folder}" if (folder / "Python.h").exists() else f"not in {folder}"
+
+
+def _said(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,43 @@
+"""The first minute on a GPU: whether it computes, and decode steps of one sequence launched one by one, then from a graph."""
+
+from dataclasses import asdict, replace
+
+import torch
+
+from benchmarks.decode_batches import Batch, Decoder, random_caches
+from benchmarks.gpu_attempts import Attempts
+from benchmarks.gpu_parts import ChosenModel, Options
+from kernels.backend import architecture
+from workers.executor.runner import Runner
+
+BATCH = Batch(1, 1024)
+STEPS = 20
+PRESETS = {"cuda": "20b", "cpu": "tiny"}
+
+
+def probe(options: Options, attempts: Attempts) -> None:
+    """Three pieces: the device, eager steps, steps from a graph."""
+    device = options.device
+    result = attempts.begin({"architecture": architecture(device)}, lists=("ways",))
+
+    def compute() -> None:
+        ones = torch.ones(256, 256, device=device, dtype=torch.bfloat16)
+        assert (ones @ ones).sum().item() == 256**3
+        result["product"] = "a bf16 product is right"
+
+    attempts.run("device", compute)
+    preset = options.preset or (None if options.model else PRESETS[device.type])
+    found = ChosenModel(replace(options, preset=preset, batch_sizes=(BATCH.size,), contexts=(BATCH.context,), steps=STEPS))
+    caches = random_caches(found.model, [BATCH], options.num_steps + STEPS)
+    attempts.begin(found.about)
+
+    def decode(way: str) -> None:
+        runner = Runner(found.model, caches, max_num_seqs=BATCH.size, max_model_len=BATCH.context + options.num_steps + STEPS)
+        if way == "graph":
+            runner.capture_graphs(lambda phase, done, total: None)
+        took = Decoder(runner, found.model.config, STEPS).time(BATCH)
+        result["ways"].append({"way": way} | asdict(took))
+
+    attempts.run("steps, eager", lambda: decode("eager"))
+    if device.type == "cuda":
+        attempts.run("steps, from a graph", lambda: decode("graph"))
