@@ -7,12 +7,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 extra=${1:-}
 python=${PYTHON:-python3}
-torch=torch==2.13.0
-# What that torch's build for CUDA brings.
-torchs_triton=triton==3.7.1
+. scripts/torch_versions.env
+torch=torch==$TORCH
+torchs_triton=triton==$TRITON
 stamp=.venv/.installed${extra:+-$extra}
 
-state() { cat scripts/install.sh pyproject.toml setup.py kernels/cpu/src/*; }
+state() { cat scripts/install.sh scripts/torch_versions.env pyproject.toml setup.py kernels/cpu/src/*; }
 
 if [ -f "$stamp" ] && state | cmp -s - "$stamp"; then exit 0; fi
 if [ ! -x .venv/bin/python ]; then
@@ -35,6 +35,7 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     pip_install --index-url "$TORCH_INDEX_URL" "$torch"
   elif [ -e /dev/nvidiactl ] || [ -e /dev/kfd ]; then
     echo "Installing torch for the GPU"
+    [ ! -e /dev/nvidiactl ] || scripts/check_driver.sh || true
     pip_install "$torch"
   else
     echo "Installing torch (the CPU build where the index has one)"

@@ -28,7 +28,7 @@ def stages() -> list[list[tuple[str, str]]]:
 
 
 def test_only_known_instructions() -> None:
-    assert {name for name, _ in instructions()} == {"ARG", "FROM", "RUN", "ENV", "WORKDIR", "COPY", "USER", "EXPOSE", "CMD"}
+    assert {name for name, _ in instructions()} == {"ARG", "FROM", "RUN", "ENV", "WORKDIR", "COPY", "USER", "EXPOSE", "HEALTHCHECK", "CMD"}
 
 
 def test_what_is_copied_is_there_and_in_the_context() -> None:
@@ -38,7 +38,11 @@ def test_what_is_copied_is_there_and_in_the_context() -> None:
     assert copied == allowed
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = {pattern.removesuffix("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
-    assert packages | {"pyproject.toml", "setup.py", project["project"]["readme"], *project["project"]["license-files"]} == copied
+    assert (
+        packages
+        | {"scripts/torch_versions.env", "pyproject.toml", "setup.py", project["project"]["readme"], *project["project"]["license-files"]}
+        == copied
+    )
 
 
 def test_the_image_is_what_the_chart_wants() -> None:
@@ -53,6 +57,20 @@ def test_the_image_is_what_the_chart_wants() -> None:
     assert "ENTRYPOINT" not in {name for name, _ in last}
 
 
-def test_torch_is_the_version_of_the_install_script() -> None:
-    torch = dict(value.split("=", 1) for name, value in stages()[0] if name == "ARG")["TORCH"]
-    assert f"torch=torch=={torch}\n" in (ROOT / "scripts" / "install.sh").read_text()
+def test_torch_is_the_version_that_every_installation_takes() -> None:
+    install = next(value for name, value in stages()[0] if name == "RUN" and "torch==" in value)
+    assert install.startswith(". scripts/torch_versions.env && pip install")
+    assert install.endswith('"torch==$TORCH"')
+    script = (ROOT / "scripts" / "install.sh").read_text()
+    assert ". scripts/torch_versions.env\n" in script
+    assert "torch=torch==$TORCH\n" in script
+    assert "torchs_triton=triton==$TRITON\n" in script
+
+
+def test_health_is_asked_where_the_server_listens() -> None:
+    (check,) = [value for name, value in stages()[-1] if name == "HEALTHCHECK"]
+    assert "--start-period=" in check
+    command = json.loads(check.split("CMD", 1)[1])
+    assert command[:2] == ["python", "-c"]
+    assert "http://127.0.0.1:8000/health'" in command[2]
+    compile(command[2], "HEALTHCHECK", "exec")
