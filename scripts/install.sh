@@ -48,7 +48,7 @@ pip_install -e ".${extra:+[$extra]}"
 [ "$extra" != dev ] || pip_install --no-deps -r tests/helm/requirements.txt
 # torch's builds for GPUs bring the Triton they want. Beside the CPU build the tests want one, to interpret and to compile the kernels.
 [ "$extra" != dev ] || .venv/bin/python -c 'import triton' 2>/dev/null || pip_install 'triton==3.9.*'
-# The gate of the kernels' machine code compiles with what GPUs run: torch's own, which cannot interpret the kernels.
+# The gate of the kernels' machine code compiles with what GPUs run: torch's own.
 [ "$extra" != dev ] || pip_install --no-deps --upgrade --target .venv/torchs-triton "$torchs_triton"
 [ -n "$(find kernels/cpu -name '_native*.so')" ] ||
   echo "The CPU kernels were not built (is there a C++ compiler?): a model on the CPU runs, slowly, on the reference kernels" >&2

@@ -1,4 +1,4 @@
-"""What one client asked of an engine: token ids, how to sample, when to stop. Knows no text, HTTP or harmony."""
+"""What one client asks of an engine (token ids, how to sample, when to stop) and what it answers. Knows no text, HTTP or harmony."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -99,3 +99,19 @@ class EngineOutput:
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy an engine is.
+
+    Attributes:
+        num_waiting: requests accepted but not running.
+        kv_usage: share of the full group's blocks in use, 0 to 1.
+        accepting: False while draining or dead.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    accepting: bool

@@ -13,7 +13,7 @@ from cluster.router.table import Replica
 from cluster.router.watch import Patience, ReplicaWatch
 from workers.engine.access import authorization
 from workers.errors import CantataError, DeadlineExceeded, EngineDead
-from workers.request import EngineOutput, EngineRequest
+from workers.request import EngineLoad, EngineOutput, EngineRequest
 from workers.rpc import convert, engine_pb2, engine_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class EngineClient:
         with _failures():
             return convert.info_from_wire(await self._stub(replica).GetInfo(engine_pb2.GetInfoRequest(), **_options(replica, timeout_s)))
 
-    async def load(self, replica: Replica, timeout_s: float) -> convert.EngineLoad:
+    async def load(self, replica: Replica, timeout_s: float) -> EngineLoad:
         """How busy the replica is."""
         with _failures():
             return convert.load_from_wire(await self._stub(replica).GetLoad(engine_pb2.GetLoadRequest(), **_options(replica, timeout_s)))

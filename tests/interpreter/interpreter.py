@@ -2,8 +2,9 @@
 
 As of Triton 3.9 it holds bf16 as uint16 and computes on these bits: sums, products, comparisons and `tl.dot` are garbage without an error,
 and a cast from fp32 truncates. Casts to fp8 round ties up, `tl.dot_scaled` sends bf16 operands through fp16's range, a comparison of
-scalars is no mask any more once it is a block, and inline assembly is not implemented. `test_interpreter.py` checks each repair, and that
-it is still needed.
+scalars is no mask any more once it is a block, and inline assembly is not implemented. Triton 3.6 and 3.7, which torch 2.10 to 2.13 bring,
+further lack `tl.dot_scaled` and bf16 constants, and 3.6 reads the bounds of a loop in a way that numpy 2.4 refuses. `test_interpreter.py`
+checks each repair, and that Triton 3.9 still needs it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, _get_np_dtype, _ir
 
@@ -27,6 +29,8 @@ _FP8 = {
     tl.float8e4b8: torch.float8_e4m3fnuz,
     tl.float8e5b16: torch.float8_e5m2fnuz,
 }
+_E2M1 = np.array([sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], dtype=np.float32)
+"""By code."""
 _emulations: dict[str, AsmEmulation] = {}
 
 
@@ -65,11 +69,11 @@ def recorded_launches() -> Iterator[list[str]]:
 @contextmanager
 def unrepaired() -> Iterator[None]:
     """Triton's own interpreter, for a while."""
-    _use(InterpreterBuilder, _own_mxfp_operand)
+    _use(InterpreterBuilder)
     try:
         yield
     finally:
-        _use(RepairedBuilder, _mxfp_operand)
+        _use(RepairedBuilder)
 
 
 def widen_bf16(bits: Array) -> Array:
@@ -111,6 +115,9 @@ class RepairedBuilder(InterpreterBuilder):
         wide = (TensorHandle(widen_bf16(handle.data), tl.float32) for handle in (arg, lo, hi))
         return self.cast_impl(super().create_clampf(*wide, propagate_nans), tl.bfloat16)
 
+    def get_bf16(self, value: float) -> TensorHandle:
+        return TensorHandle(round_to_bf16(np.array([value], dtype=np.float32)), tl.bfloat16)
+
     def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
         if not _is_bf16(z):
             return super().create_fma(x, y, z)
@@ -141,6 +148,25 @@ class RepairedBuilder(InterpreterBuilder):
     ) -> TensorHandle:
         a, b = (_widen_operand(handle) for handle in (a, b))
         return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
+
+    def create_dot_scaled(
+        self,
+        lhs: TensorHandle,
+        lhs_scale: TensorHandle | None,
+        lhs_format: Any,
+        rhs: TensorHandle,
+        rhs_scale: TensorHandle | None,
+        rhs_format: Any,
+        fast_math: bool,
+        lhs_k_pack: bool,
+        rhs_k_pack: bool,
+        acc: TensorHandle,
+    ) -> TensorHandle:
+        assert lhs_k_pack
+        assert rhs_k_pack, "two values of a byte are neighbours along K in all kernels"
+        # A scale is given by row, [M, K / 32] and [N, K / 32].
+        left, right = _scaled_rows(lhs.data, lhs, lhs_scale), _scaled_rows(rhs.data.swapaxes(-1, -2), rhs, rhs_scale)
+        return TensorHandle(np.matmul(left, right.swapaxes(-1, -2)) + acc.data, tl.float32)
 
     def create_inline_asm(self, asm: str, constraints: str, values: Any, types: Any, pure: bool, pack: int) -> "_AsmResults":
         for marker, emulation in _emulations.items():
@@ -181,11 +207,21 @@ def _widen_operand(handle: TensorHandle) -> TensorHandle:
     return TensorHandle(_widen_fp8(handle), tl.float32) if handle.dtype.scalar in _FP8 else handle
 
 
-def _mxfp_operand(handle: TensorHandle) -> Array:
-    """Operand of `tl.dot_scaled` before its scale."""
+def _scaled_rows(data: Array, handle: TensorHandle, scale: TensorHandle | None) -> Array:
+    """[rows, K] fp32: an operand of `tl.dot_scaled`, times its e8m0 scales.
+
+    Args:
+        data: `handle`'s, as [rows, K], or [rows, K / 2] of two e2m1 values a byte, low nibble first.
+    """
     if handle.dtype.scalar == tl.uint8:
-        return _own_mxfp_operand(handle)
-    return _widen_operand(handle).data.astype(np.float32)
+        rows = _E2M1[np.stack((data & 15, data >> 4), axis=-1).reshape(*data.shape[:-1], -1)]
+    else:
+        rows = _widen_operand(TensorHandle(data, handle.dtype)).data.astype(np.float32)
+    if scale is None:
+        return rows
+    exponents = scale.data.view(np.uint8).astype(np.float32)
+    powers = np.where(exponents == 255, np.float32(np.nan), np.exp2(exponents - 127))
+    return rows * np.repeat(powers, rows.shape[-1] // powers.shape[-1], axis=-1)
 
 
 @cache
@@ -204,12 +240,27 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise triton_interpreter.InterpreterError(repr(error)) from error
 
 
-def _use(builder: type, mxfp_operand: Callable[[TensorHandle], Array]) -> None:
+def _use(builder: type) -> None:
     # The instance stays: Triton's semantic layer holds it too.
     triton_interpreter.interpreter_builder.__class__ = builder
-    triton_interpreter._mxfp_value_handle_to_float32 = mxfp_operand
 
 
-_own_mxfp_operand = triton_interpreter._mxfp_value_handle_to_float32
-_use(RepairedBuilder, _mxfp_operand)
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    """Triton 3.6 reads a bound of a loop, which is an array of one number, as numpy above 2.3 refuses to."""
+    _own_patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def _dot_scaled(self: Any, lhs: Any, lhs_scale: Any, lhs_format: str, rhs: Any, rhs_scale: Any, rhs_format: str, *options: Any) -> Any:
+    """Before Triton 3.9 the formats must be constants of a kernel, and the interpreter gives texts."""
+    formats = tl.constexpr(lhs_format), tl.constexpr(rhs_format)
+    return _own_dot_scaled(self, lhs, lhs_scale, formats[0], rhs, rhs_scale, formats[1], *options)
+
+
+_own_dot_scaled = TritonSemantic.dot_scaled
+if not hasattr(InterpreterBuilder, "create_dot_scaled"):
+    TritonSemantic.dot_scaled = _dot_scaled
+_use(RepairedBuilder)
+_own_patch_tensor = triton_interpreter._patch_lang_tensor
+triton_interpreter._patch_lang_tensor = _patch_tensor
 InterpretedFunction.__call__ = _call

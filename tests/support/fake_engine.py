@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import grpc.aio
 
 from workers.errors import CantataError
-from workers.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
+from workers.request import EngineLoad, EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from workers.rpc import convert, engine_pb2, engine_pb2_grpc
 
 METRICS_TEXT = """# HELP cantata_engine_preemptions_total Sequences that lost their blocks.
@@ -134,7 +134,7 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
     async def GetLoad(self, request: engine_pb2.GetLoadRequest, context: grpc.aio.ServicerContext) -> engine_pb2.EngineLoad:
         if self._engine.gate_of_load is not None:
             await self._engine.gate_of_load.wait()
-        return convert.load_to_wire(convert.EngineLoad(self._engine.num_open, 0, 0.0, self._engine.accepting))
+        return convert.load_to_wire(EngineLoad(self._engine.num_open, 0, 0.0, self._engine.accepting))
 
     async def GetMetrics(self, request: engine_pb2.GetMetricsRequest, context: grpc.aio.ServicerContext) -> engine_pb2.MetricsText:
         return engine_pb2.MetricsText(text=self._engine.metrics_text)

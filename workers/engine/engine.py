@@ -20,8 +20,7 @@ from workers.errors import CantataError, ConfigError, DeadlineExceeded, EngineDe
 from workers.executor.base import MAX_IN_FLIGHT, Executor, ExecutorInfo
 from workers.kv_cache.manager import KVCacheManager
 from workers.metrics import KV_GROUPS, EngineMetrics
-from workers.request import EngineRequest, FinishReason
-from workers.rpc.convert import EngineLoad
+from workers.request import EngineLoad, EngineRequest, FinishReason
 from workers.scheduler.plan import StepPlan, StepResult
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Sequence, SequenceUpdate

@@ -2,9 +2,7 @@
 
 from workers.config import EngineConfig, ModelConfig
 from workers.executor.base import Executor
-from workers.executor.distributed import DistributedExecutor
 from workers.executor.inline import InlineExecutor
-from workers.executor.process_ranks import ProcessRanks
 from workers.executor.rank import Progress
 
 
@@ -12,4 +10,8 @@ def local_executor(config: EngineConfig, model: ModelConfig, *, progress: Progre
     """Not yet started."""
     if config.parallel.tensor == 1:
         return InlineExecutor(config, model, progress=progress)
+    # Here, since one rank needs neither ZMQ nor msgpack.
+    from workers.executor.distributed import DistributedExecutor
+    from workers.executor.process_ranks import ProcessRanks
+
     return DistributedExecutor(config, model, ProcessRanks(), progress=progress)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from workers import errors
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
-from workers.request import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+from workers.request import EngineLoad, EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from workers.rpc import engine_pb2 as pb
 from workers.rpc.validate import check_request
 
@@ -56,22 +56,6 @@ class EngineInfo:
     kv_capacity_tokens: int
     num_ranks: int
     start_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
-    """How busy an engine is.
-
-    Attributes:
-        num_waiting: requests accepted but not running.
-        kv_usage: share of the full group's blocks in use, 0 to 1.
-        accepting: False while draining or dead.
-    """
-
-    num_running: int
-    num_waiting: int
-    kv_usage: float
-    accepting: bool
 
 
 def request_to_wire(request: EngineRequest) -> pb.GenerateRequest:

@@ -8,8 +8,6 @@ Entries carry no token ids: prompt tokens came with `SequenceStart`, sampled one
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgpack
-
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.request import SamplingParams, TokenLogprobs
 
@@ -178,10 +176,14 @@ def _automaton_from_wire(wire: tuple[Any, ...]) -> TokenAutomaton:
 
 
 def _pack(message: tuple[Any, ...]) -> bytes:
+    import msgpack  # here, since only plans that cross processes need it
+
     packed: bytes = msgpack.packb(message, use_bin_type=True)
     return packed
 
 
 def _unpack(data: bytes) -> tuple[Any, ...]:
+    import msgpack
+
     message: tuple[Any, ...] = msgpack.unpackb(data, use_list=False, strict_map_key=False)
     return message

@@ -26,6 +26,7 @@ from workers.engine.access import authorization
 from workers.engine.server import SERVICE, EngineServer
 from workers.errors import CheckpointError, ConfigError
 from workers.private_folder import PrivateFolder
+from workers.request import EngineLoad
 from workers.rpc import convert, engine_pb2_grpc
 from workers.rpc import engine_pb2 as pb
 
@@ -284,7 +285,7 @@ async def test_info_load_and_metrics(served: Served) -> None:
     assert info.kv_capacity_tokens == 8999 * 16
     assert info.model_fingerprint
     load = convert.load_from_wire(await served.stub.GetLoad(pb.GetLoadRequest()))
-    assert load == convert.EngineLoad(0, 0, 0.0, True)
+    assert load == EngineLoad(0, 0, 0.0, True)
     _ = [response async for response in served.stub.Generate(generate(1, max_tokens=3))]
     text = (await served.stub.GetMetrics(pb.GetMetricsRequest())).text
     assert "cantata_engine_output_tokens_total 3.0" in text

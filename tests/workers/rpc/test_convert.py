@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from workers import errors
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.errors import InvalidRequest
-from workers.request import EngineOutput, EngineRequest, SamplingParams, TokenLogprobs
+from workers.request import EngineLoad, EngineOutput, EngineRequest, SamplingParams, TokenLogprobs
 from workers.rpc import convert
 from workers.rpc import engine_pb2 as pb
 from workers.rpc.validate import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, check_request, check_sampling
@@ -106,7 +106,7 @@ def test_the_longest_prompt_fits_a_message() -> None:
 def test_info_and_load_survive_the_wire() -> None:
     info = convert.EngineInfo("0.1.0", "tiny", "abc", 4096, 512, 16, "cpu", "float32", 10_000, 1, "a1b2")
     assert convert.info_from_wire(convert.info_to_wire(info)) == info
-    load = convert.EngineLoad(3, 4, 0.25, False)
+    load = EngineLoad(3, 4, 0.25, False)
     assert convert.load_from_wire(convert.load_to_wire(load)) == load
 
 
