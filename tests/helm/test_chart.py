@@ -21,7 +21,8 @@ CPU = CHART / "ci" / "cpu.yaml"
 GPU = CHART / "ci" / "gpu.yaml"
 TP2 = CHART / "ci" / "gpu-tp2.yaml"
 TP8 = CHART / "ci" / "gpu-tp8.yaml"
-ALL = [CPU, GPU, TP2, TP8]
+PLACED = CHART / "ci" / "placed.yaml"
+ALL = [CPU, GPU, TP2, TP8, PLACED]
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +173,36 @@ def test_ray_is_started_as_it_should_be(helm: Helm) -> None:
     assert "nvidia.com/gpu" not in head["spec"]["containers"][0]["resources"]["limits"]
 
 
+def test_where_and_how_pods_run_can_be_said(helm: Helm) -> None:
+    values = yaml.safe_load(PLACED.read_text())
+    service = ray_service(helm, "--values", PLACED)
+    head, worker = pod_templates(service)
+    for template, own in ((head, values["head"]), (worker, values["worker"])):
+        pod, container = template["spec"], template["spec"]["containers"][0]
+        assert container["image"] == f"{values['image']['repository']}@{values['image']['digest']}"
+        for name in ("affinity", "topologySpreadConstraints", "priorityClassName"):
+            assert pod.get(name) == own.get(name)
+        assert template["metadata"].get("annotations") == own.get("podAnnotations")
+        assert own.get("podLabels", {}).items() <= template["metadata"]["labels"].items()
+        assert pod["serviceAccountName"] == "cantata"
+        assert values["extraVolumes"][0] in pod["volumes"]
+        assert values["extraVolumeMounts"][0] in container["volumeMounts"]
+        assert container["envFrom"] == values["envFrom"]
+    limits = worker["spec"]["containers"][0]["resources"]["limits"]
+    assert {name for name in limits if "gpu" in name} == {"amd.com/gpu"}
+    strategy = service["spec"]["upgradeStrategy"]
+    assert strategy == {"type": values["upgradeStrategy"], "clusterUpgradeOptions": values["clusterUpgradeOptions"]}
+
+
+def test_who_needs_twice_the_gpus_is_told(helm: Helm) -> None:
+    assert "TWICE the GPUs" in (CHART / "values.yaml").read_text()
+    told = "needs twice the GPUs"
+    for values, strategy, wanted in ((GPU, "NewCluster", True), (GPU, "None", False), (CPU, "NewCluster", False)):
+        done = helm.run("install", "chat", CHART, "--values", values, "--set", f"upgradeStrategy={strategy}", "--dry-run=client")
+        assert done.returncode == 0, done.stderr
+        assert (told in done.stdout.split("NOTES:")[1]) == wanted
+
+
 def test_no_variable_is_set_twice(helm: Helm) -> None:
     flags = ("--set-string", "env.RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=90")
     for template in pod_templates(ray_service(helm, "--values", GPU, *flags)):
@@ -218,6 +249,12 @@ def test_long_release_names_leave_room_for_kuberay(helm: Helm) -> None:
         ("service.type=Open", "/service/type"),
         ("securityContext.runAsUser=0", "/securityContext/runAsUser"),
         ("env.RAY_AUTH_MODE=disabled", "RAY_AUTH_MODE"),
+        ("env.CANTATA_ENGINE__DTYPE=float32", "CANTATA_ENGINE__DTYPE"),
+        ("image.digest=latest", "/image/digest"),
+        ("worker.gpuResource=gpus", "/worker/gpuResource"),
+        ("upgradeStrategy=Rolling", "/upgradeStrategy"),
+        ("upgradeStrategy=NewClusterWithIncrementalUpgrade", "needs clusterUpgradeOptions"),
+        ("clusterUpgradeOptions.step=1", "'step' not allowed"),
         ("rayVersion=2.9.0", "/rayVersion"),
         ("worker.gpus=1", "config.engine.device is cpu"),
         ("config.engine.device=cuda", "worker.gpus is 0"),

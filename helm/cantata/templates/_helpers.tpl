@@ -49,6 +49,20 @@ applications:
 {{/* What the pod templates of head and workers share. Takes (dict "root" $ "node" .Values.head or .Values.worker). */}}
 {{- define "cantata.podSpec" -}}
 automountServiceAccountToken: false
+{{- with .root.Values.serviceAccountName }}
+serviceAccountName: {{ . }}
+{{- end }}
+{{- with .node.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .node.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .node.topologySpreadConstraints }}
+topologySpreadConstraints:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 securityContext:
   runAsNonRoot: true
   runAsUser: {{ .root.Values.securityContext.runAsUser }}
@@ -78,11 +92,31 @@ volumes:
     emptyDir:
       medium: Memory
       sizeLimit: {{ default .root.Values.worker.sharedMemory .node.sharedMemory }}
+  {{- with .root.Values.extraVolumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end -}}
+
+{{/* Annotations and labels of the pods of head or workers. Takes the same. */}}
+{{- define "cantata.podMetadata" -}}
+labels:
+  {{- include "cantata.labels" .root | nindent 2 }}
+  {{- with .node.podLabels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with .node.podAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}
 
 {{/* What the containers of head and workers share. Takes the same. */}}
 {{- define "cantata.container" -}}
+{{- if .root.Values.image.digest }}
+image: {{ printf "%s@%s" .root.Values.image.repository .root.Values.image.digest | quote }}
+{{- else }}
 image: {{ printf "%s:%s" .root.Values.image.repository (default .root.Chart.AppVersion .root.Values.image.tag) | quote }}
+{{- end }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 env:
   # Serve's fast ingress: about a quarter of the CPU per token. Read when Ray starts, so the Serve config cannot set it.
@@ -111,9 +145,13 @@ env:
   - name: {{ $name }}
     value: {{ $value | quote }}
   {{- end }}
+{{- with .root.Values.envFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- $resources := dict "cpu" (toString .node.resources.cpu) "memory" (toString .node.resources.memory) }}
 {{- with .node.gpus }}
-{{- $_ := set $resources "nvidia.com/gpu" (toString .) }}
+{{- $_ := set $resources $.root.Values.worker.gpuResource (toString .) }}
 {{- end }}
 resources:
   requests:
@@ -130,6 +168,9 @@ volumeMounts:
     readOnly: true
   - name: shared-memory
     mountPath: /dev/shm
+  {{- with .root.Values.extraVolumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 startupProbe:
   httpGet:
     path: /api/healthz
