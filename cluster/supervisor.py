@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from cluster.process_session import end_session
 from cluster.router.table import Replica
 from workers.exit_codes import ending
 
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
+DESCENDANTS_S = 30.0
+"""For the kernel to end what a dead child had started; it takes seconds where much memory is to be freed."""
 TURN_S = 1.0
 """Between two looks at whether a child has written a heartbeat."""
 STABLE_AFTER_S = 60.0
@@ -83,6 +86,8 @@ class EngineProcess:
         self._last_code: int | None = None
         self._num_same_crashes = 0
         self._heard = False
+        self._hearing: asyncio.Task[None] | None = None
+        self._pipe: asyncio.ReadTransport | None = None
 
     async def start(self, timeout_s: float) -> None:
         """Start the child, wait until it serves, and watch it from then on.
@@ -108,33 +113,50 @@ class EngineProcess:
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
     async def _spawn(self, timeout_s: float) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            env=self._environment,
-        )
+        # A pipe of our own: asyncio's would make us wait for its end, and what the child has started may hold it.
+        reading, writing = os.pipe()
+        output = asyncio.StreamReader()
+        try:
+            loop = asyncio.get_running_loop()
+            self._pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(output), os.fdopen(reading, "rb"))
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=writing, start_new_session=True, env=self._environment
+            )
+        finally:
+            os.close(writing)
         try:
             async with asyncio.timeout(timeout_s):
-                replica = await self._read_ready(self._process)
+                replica = await self._read_ready(self._process, output)
         except TimeoutError:
             await self._end(0)
             raise EngineFailed(f"{self.name} did not start within {timeout_s:.0f} s") from None
         except BaseException:
             await self._end(0)
+            await self._end_descendants(self._process.pid)
             raise
+        self._hearing = asyncio.create_task(self._hear(output))
         self._set_replica(replica)
 
-    async def _read_ready(self, process: asyncio.subprocess.Process) -> Replica:
-        assert process.stdout is not None
-        async for line in process.stdout:
+    async def _read_ready(self, process: asyncio.subprocess.Process, output: asyncio.StreamReader) -> Replica:
+        reading, exiting = asyncio.create_task(self._first_message(output)), asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait([reading, exiting], return_when=asyncio.FIRST_COMPLETED)
+            if reading.done() and (replica := reading.result()) is not None:
+                return replica
+            code = await exiting
+        finally:
+            reading.cancel()
+            exiting.cancel()
+        raise EngineFailed(f"{self.name} did not start ({ending(code)})", explained=code == 1, code=code)
+
+    async def _first_message(self, output: asyncio.StreamReader) -> Replica | None:
+        """Where the child serves; None: it has ended before it said so."""
+        async for line in output:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 ready = json.loads(line)
                 return Replica(self.name, str(ready["address"]), str(ready["start_id"]))
             logger.warning("%s wrote a line that is no message of an engine", self.name)
-        code = await process.wait()
-        raise EngineFailed(f"{self.name} did not start ({ending(code)})", explained=code == 1, code=code)
+        return None
 
     async def _keep_alive(self, timeout_s: float) -> None:
         while True:
@@ -143,6 +165,7 @@ class EngineProcess:
             started = time.monotonic()
             code = await self._watch_heartbeat(process)
             self._set_replica(None)
+            await self._end_descendants(process.pid)
             if time.monotonic() - started >= STABLE_AFTER_S:
                 self._backoff_s = FIRST_BACKOFF_S
                 self._last_code = None
@@ -156,21 +179,21 @@ class EngineProcess:
 
     async def _watch_heartbeat(self, process: asyncio.subprocess.Process) -> int:
         """Wait for the child's end, and kill it if it hangs; returns its exit code."""
-        reading = asyncio.create_task(self._ended(process))
+        exiting = asyncio.create_task(process.wait())
+        # Counted in turns of our own, not by the clock: after this process was stopped itself, the child is not to blame.
+        silent_turns, most = 0, None if self._heartbeat_timeout_s is None else max(1, round(self._heartbeat_timeout_s / TURN_S))
         try:
-            # Counted in turns of our own, not by the clock: after this process was stopped itself, the child is not to blame.
-            silent_turns, most = 0, None if self._heartbeat_timeout_s is None else max(1, round(self._heartbeat_timeout_s / TURN_S))
-            while not reading.done():
-                await asyncio.wait([reading], timeout=TURN_S)
+            while not exiting.done():
+                await asyncio.wait([exiting], timeout=TURN_S)
                 silent_turns = 0 if self._heard else silent_turns + 1
                 self._heard = False
-                if silent_turns == most and not reading.done():
+                if silent_turns == most and not exiting.done():
                     logger.error("%s hangs: no heartbeat for %g s; it is killed", self.name, self._heartbeat_timeout_s)
                     with contextlib.suppress(ProcessLookupError):
                         process.kill()
-            return reading.result()
+            return exiting.result()
         finally:
-            reading.cancel()
+            exiting.cancel()
 
     async def _restart(self, timeout_s: float) -> None:
         while True:
@@ -212,16 +235,25 @@ class EngineProcess:
             process.send_signal(signal.SIGTERM if grace_s > 0 else signal.SIGKILL)
         try:
             async with asyncio.timeout(grace_s if grace_s > 0 else None):
-                await self._ended(process)
+                await process.wait()
         except TimeoutError:
             logger.warning("%s did not end within %.0f s; it is killed", self.name, grace_s)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await self._ended(process)
+            await process.wait()
+        await self._end_descendants(process.pid)
 
-    async def _ended(self, process: asyncio.subprocess.Process) -> int:
-        """Wait for the end; returns the exit code. Whatever the child writes to stdout is a heartbeat, and is read: no pipe fills up."""
-        assert process.stdout is not None
-        while await process.stdout.read(65536):
+    async def _end_descendants(self, pid: int) -> None:
+        """What the child has started holds memory, perhaps of a GPU, that the next one wants."""
+        if self._hearing is not None:
+            self._hearing.cancel()
+        if self._pipe is not None:
+            self._pipe.close()
+        left = await end_session(pid, DESCENDANTS_S)
+        if left:
+            logger.error("processes %s of %s do not end: they hang in the kernel", ", ".join(map(str, left)), self.name)
+
+    async def _hear(self, output: asyncio.StreamReader) -> None:
+        """Read what a serving child writes: all of it is a heartbeat, and no pipe fills up."""
+        while await output.read(65536):
             self._heard = True
-        return await process.wait()

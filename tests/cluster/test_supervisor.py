@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster import supervisor
+from cluster.process_session import live_members
 from cluster.supervisor import EngineFailed, EngineProcess
 
 CHILD = """
@@ -234,3 +235,33 @@ async def test_a_child_without_a_heartbeat_is_killed_and_replaced(tmp_path: Path
     assert gone(pid)
     assert process.pid not in (None, pid)
     await process.stop(5)
+
+
+WITH_DESCENDANT = """
+import json, os, signal, subprocess, sys
+from cluster.process_session import live_members
+left = [pid for session in open(sys.argv[1]).read().split() for pid in live_members(int(session))]
+sleeper = subprocess.Popen(["sleep", "600"])
+sleeper.send_signal(signal.SIGSTOP)
+open(sys.argv[1], "a").write(f"{os.getpid()} ")
+print(json.dumps({"event": "ready", "address": str(len(left)), "start_id": "1"}), flush=True)
+sleeper.wait()
+"""
+
+
+async def test_what_a_dead_child_has_started_is_gone_before_the_next_one_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if it is stopped: it would keep its memory, of a GPU for example."""
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
+    (tmp_path / "started").touch()
+    process = EngineProcess("engine", [*child(WITH_DESCENDANT), str(tmp_path / "started")])
+    await process.start(20)
+    first = process.pid
+    assert first is not None
+    assert len(live_members(first)) == 2
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: process.num_restarts == 1)
+    assert address(process) == "0", "the first child's descendant was there when the second one started"
+    second = process.pid
+    assert second is not None
+    await process.stop(0)
+    assert live_members(second) == []

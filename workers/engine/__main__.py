@@ -3,7 +3,8 @@
 
 Progress, summary and log go to stderr. On stdout comes exactly one line, when it serves: {"event": "ready", "address": …,
 "start_id": …, "metrics_address": …}; with --heartbeats {"event": "alive"} follows each second. Exit code 0 after SIGTERM,
-SIGINT (a second one skips the grace period) or the RPC Drain, or when the parent is gone; 1 if it cannot start or has died.
+SIGINT (a second one skips the grace period) or the RPC Drain, 1 if it cannot start or has died. With --parent-pid the kernel kills it
+when that process ends: nobody reads what an orphan generates, and its memory is wanted.
 """
 
 import argparse
@@ -25,9 +26,8 @@ from workers.engine.heartbeat import beat, say_to
 from workers.engine.progress import StartUpProgress, summary
 from workers.engine.server import EngineServer
 from workers.errors import CheckpointError, ConfigError
+from workers.parent_death import die_with_parent
 from workers.private_folder import PrivateFolder
-
-_PARENT_POLL_S = 1.0
 
 
 def main() -> int:
@@ -41,12 +41,14 @@ def main() -> int:
     )
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics over HTTP on this port of 127.0.0.1; 0: any free one")
     parser.add_argument("--grace-s", type=float, default=30.0, help="seconds that running requests have to end after SIGTERM")
-    parser.add_argument("--parent-pid", type=int, help="exit when this process is no longer the parent")
+    parser.add_argument("--parent-pid", type=int, help="the process that starts this one, and with which it ends")
     parser.add_argument(
         "--heartbeats", action="store_true", help="write a line to stdout, which is a pipe, each second that the engine lives"
     )
     arguments = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if arguments.parent_pid is not None and not die_with_parent(arguments.parent_pid):
+        return 0
     try:
         config = _read_config(arguments.config)
         with ExitStack() as stack:
@@ -75,7 +77,6 @@ async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespa
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    others = [asyncio.create_task(_watch_parent(arguments.parent_pid, stop, hurry))] if arguments.parent_pid is not None else []
 
     progress = StartUpProgress()
     # Taken out of the environment: children need not have it.
@@ -101,14 +102,14 @@ async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespa
     ready = {"event": "ready", "address": bound, "start_id": start_up.info.start_id, "metrics_address": server.metrics_address}
     print(json.dumps(ready), flush=True)
     if arguments.heartbeats:
-        others.append(asyncio.create_task(beat(server.engine.watch, say_to(sys.stdout.fileno(), b'{"event": "alive"}\n'))))
+        heartbeat = asyncio.create_task(beat(server.engine.watch, say_to(sys.stdout.fileno(), b'{"event": "alive"}\n')))
 
     await _first(stop, server.ended)
     if not server.ended.is_set():
         await _first(asyncio.create_task(server.drain(arguments.grace_s)), hurry, server.ended)
     await server.stop()
-    for task in others:
-        task.cancel()
+    if arguments.heartbeats:
+        heartbeat.cancel()
     if server.engine.error is not None:
         print(f"error: {server.engine.error}", file=sys.stderr)
         return 1
@@ -124,14 +125,6 @@ async def _first(*things: "asyncio.Event | asyncio.Task[object]") -> None:
             wait.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await wait
-
-
-async def _watch_parent(parent_pid: int, *stops: asyncio.Event) -> None:
-    """Nobody reads what an orphan generates, and its port and memory are wanted: stop at once."""
-    while os.getppid() == parent_pid:  # noqa: ASYNC110 - the kernel tells nobody
-        await asyncio.sleep(_PARENT_POLL_S)
-    for stop in stops:
-        stop.set()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import torch
 
@@ -48,21 +49,16 @@ class ProcessRanks:
 
     def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
         """See RankLauncher."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "workers.executor.rank_process"],
-            stdin=subprocess.PIPE,
-            stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,  # the engine's stdout has one line, not ours
-            env={**os.environ, **thread_environment(spec.num_threads)},
-            text=True,
-        )
+        started: Future[subprocess.Popen[str]] = Future()
+        watcher = threading.Thread(target=_run, args=(spec, started, on_exit), name=f"cantata-rank-{spec.rank}", daemon=True)
+        self._watchers.append(watcher)
+        watcher.start()
+        process = started.result()
         self._processes.append(process)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once; the watcher says how
             process.stdin.write(spec.to_json() + "\n")
             process.stdin.close()
-        watcher = threading.Thread(target=_watch, args=(process, on_exit), name=f"cantata-rank-{spec.rank}", daemon=True)
-        self._watchers.append(watcher)
-        watcher.start()
 
     def end(self, grace_s: float) -> None:
         """See RankLauncher."""
@@ -77,7 +73,20 @@ class ProcessRanks:
             process.wait(_KILL_S)
 
 
-def _watch(process: "subprocess.Popen[str]", on_exit: Callable[[str], None]) -> None:
+def _run(spec: RankSpec, started: "Future[subprocess.Popen[str]]", on_exit: Callable[[str], None]) -> None:
+    """Start a rank and wait for its end: it lives no longer than the thread that starts it (`workers.parent_death`)."""
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "workers.executor.rank_process", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,  # the engine's stdout has one line, not ours
+            env={**os.environ, **thread_environment(spec.num_threads)},
+            text=True,
+        )
+    except BaseException as error:
+        started.set_exception(error)
+        return
+    started.set_result(process)
     on_exit(f"ended with {ending(process.wait())}")
 
 

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from workers.kv_cache.tensors import KVCachePlan
 from workers.model.checkpoint import fingerprint
 from workers.parallel.collectives import TorchDistributed, join_store, serve_store, use_interface_of
 from workers.parallel.shard import plan_shards
+from workers.parent_death import die_with_parent
 from workers.scheduler.plan import PLAN_VERSION, decode_plan, encode_result
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def identity(config: EngineConfig) -> dict[str, object]:
 
 
 class Stopped(Exception):
-    """The engine wants this rank to end, or its process is gone."""
+    """The engine wants this rank to end."""
 
 
 class EngineLost(Exception):
@@ -99,16 +99,12 @@ class Engine:
     It says each second that it is alive, which is heard here and goes no further.
 
     Args:
-        orphaned: whether the engine's process is known to be gone.
         silence_s: how long it may say nothing while this rank listens.
         clock: monotonic seconds.
     """
 
-    def __init__(
-        self, channel: RankChannel, orphaned: Callable[[], bool], silence_s: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, channel: RankChannel, silence_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._channel = channel
-        self._orphaned = orphaned
         self._silence_s = silence_s
         self._clock = clock
 
@@ -122,8 +118,6 @@ class Engine:
         while True:
             message = self._channel.receive(_POLL_S)
             if message is None:
-                if self._orphaned():
-                    raise Stopped
                 if self._clock() - heard_s > self._silence_s:
                     raise EngineLost
             elif message[0] == wire.ALIVE:
@@ -148,14 +142,14 @@ class Engine:
         return body
 
 
-def serve_rank(spec: RankSpec, orphaned: Callable[[], bool]) -> None:
-    """Run until the engine says stop, or `orphaned` says that it is gone. A failure is told to the engine, in one sentence.
+def serve_rank(spec: RankSpec) -> None:
+    """Run until the engine says stop. A failure is told to the engine, in one sentence.
 
     If the engine is lost, this ends the process: nobody is left who could, and what it holds of a GPU is wanted.
     """
     channel = RankChannel(spec.endpoints)
     try:
-        _serve(spec, channel, orphaned)
+        _serve(spec, channel)
     except Stopped:
         pass
     except EngineLost:
@@ -173,7 +167,7 @@ def serve_rank(spec: RankSpec, orphaned: Callable[[], bool]) -> None:
         channel.close()
 
 
-def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -> None:
+def _serve(spec: RankSpec, channel: RankChannel) -> None:
     torch.set_num_threads(spec.num_threads)
     config = engine_config_from_json(spec.config)
     parallel = config.parallel
@@ -194,7 +188,7 @@ def _serve(spec: RankSpec, channel: RankChannel, orphaned: Callable[[], bool]) -
     )
     # The engine's watchdog is to be first: it can say which step, and it ends all ranks.
     patience_s = 2 * parallel.step_timeout_s + 10
-    engine = Engine(channel, orphaned, patience_s)
+    engine = Engine(channel, patience_s)
     join = wire.unpack(engine.expect(wire.JOIN))
     store = own_store or join_store(str(join["host"]), int(str(join["port"])), timeout_s=parallel.start_timeout_s)
     collectives = TorchDistributed(spec.rank, parallel.tensor, store, device, timeout_s=patience_s)
@@ -278,21 +272,15 @@ class _Reporter:
 
 
 def main() -> int:
-    """Read the spec from stdin and serve."""
+    """Read the spec from stdin and serve; the argument is the PID of the engine's process, with which this one ends."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Ctrl-C in a terminal reaches the whole group; the engine decides the order of the stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-    threading.Thread(target=_end_with, args=(parent,), name="cantata-parent", daemon=True).start()
-    serve_rank(RankSpec.from_json(sys.stdin.readline()), orphaned=lambda: os.getppid() != parent)
+    # A rank that is stopped, or waits in a collective or a driver, would keep its GPU.
+    if not die_with_parent(int(sys.argv[1])):
+        return 1
+    serve_rank(RankSpec.from_json(sys.stdin.readline()))
     return 0
-
-
-def _end_with(parent: int) -> None:
-    """An engine that was killed cannot say stop, and a collective may keep the main thread waiting: leave at once."""
-    while os.getppid() == parent:
-        time.sleep(_POLL_S / 2)
-    os._exit(1)
 
 
 if __name__ == "__main__":

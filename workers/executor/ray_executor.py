@@ -24,7 +24,7 @@ class _RankActor:
     def run(self, spec: str) -> None:
         """Serve until the engine says stop."""
         # The engine's process owns this actor: Ray ends it when that process is gone.
-        serve_rank(RankSpec.from_json(spec), orphaned=lambda: False)
+        serve_rank(RankSpec.from_json(spec))
 
 
 class RayRanks:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -201,8 +202,9 @@ def test_ranks_end_with_their_engine(checkpoint: Path, mark: dict[str, str]) -> 
     )
     assert process.stdout is not None
     assert '"ready"' in process.stdout.readline()
-    ranks = [entry for entry in marked(mark) if "rank_process" in entry]
+    ranks = [int(entry.split()[0]) for entry in marked(mark) if "rank_process" in entry]
     assert len(ranks) == 3
+    os.kill(ranks[1], signal.SIGSTOP)  # it cannot see by itself that its engine is gone
     process.kill()
     process.wait()
     process.stdout.close()
@@ -211,6 +213,26 @@ def test_ranks_end_with_their_engine(checkpoint: Path, mark: dict[str, str]) -> 
     own = PrivateFolder()
     assert list(own.path.parent.iterdir()) == [own.path]
     own.close()
+
+
+def test_ranks_outlive_the_thread_that_starts_them(checkpoint: Path) -> None:
+    """The kernel ends a rank with the thread that started it, and an LLM may be made in a thread that ends."""
+    channel, launcher, ended = EngineChannel(1), ProcessRanks(), threading.Event()
+    spec = RankSpec(engine_config_to_json(config_of(checkpoint)), 0, channel.endpoints(0), "127.0.0.1", 0, 3, 1)
+    starting = threading.Thread(target=launcher.launch, args=(spec, lambda how: ended.set()))
+    starting.start()
+    starting.join()
+    try:
+        deadline = time.monotonic() + 60
+        while (message := channel.receive(1)) is None or message[0] != wire.HELLO:
+            assert time.monotonic() < deadline
+            assert not ended.is_set()
+        channel.send(0, wire.STOP, b"", connect_s=20)
+        launcher.end(20)
+        assert launcher._processes[0].returncode == 0, "it ended because it was told to"
+    finally:
+        launcher.end(0)
+        channel.close()
 
 
 def held(pid: int) -> set[str]:

@@ -64,7 +64,7 @@ def run(script: list[int | str], number: int = 0) -> tuple[list[str], list[int]]
     rank = Rank(log)
     channel = Channel(rank, script)
     with pytest.raises(Stopped):
-        rank_process._run_plans(number, rank, channel, Engine(channel, lambda: False, 60))
+        rank_process._run_plans(number, rank, channel, Engine(channel, 60))
     return log, channel.sent
 
 
@@ -99,10 +99,10 @@ class Silence:
         return None if said is None else (said, b"")
 
 
-def listen(script: list[bytes | None], *, orphaned: bool = False) -> tuple[tuple[bytes, bytes], float]:
+def listen(script: list[bytes | None]) -> tuple[tuple[bytes, bytes], float]:
     channel = Silence(script)
     # 2.5 s of silence are too much, and a look takes one second.
-    return Engine(channel, lambda: orphaned, 2.5, lambda: channel.now_s).wait(), channel.now_s
+    return Engine(channel, 2.5, lambda: channel.now_s).wait(), channel.now_s
 
 
 def test_an_engine_that_says_nothing_for_too_long_is_lost() -> None:
@@ -112,8 +112,3 @@ def test_an_engine_that_says_nothing_for_too_long_is_lost() -> None:
     assert listen([None, None, wire.ALIVE, None, None, wire.ALIVE, wire.PLAN]) == ((wire.PLAN, b""), 4.0)
     with pytest.raises(EngineLost):
         listen([wire.ALIVE, None, None, None])
-
-
-def test_an_engine_whose_process_is_gone_is_not_waited_for() -> None:
-    with pytest.raises(Stopped):
-        listen([None], orphaned=True)
