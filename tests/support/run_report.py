@@ -26,6 +26,8 @@ ALLOWED_SKIPS = {
 MARKERS = ("isa", "netns", "prometheus", "ray", "slow", "gpu")
 """Markers that the last lines count, as declared in pyproject.toml."""
 
+_MARKER = "marker"
+"""Name under which the report of a test has its markers."""
 NATIVE_ISA, EMULATED_ISA = "isa", "isa_emulated"
 """Names under which a test records the instruction set that it ran on (`record_property`)."""
 
@@ -48,8 +50,10 @@ class RunReport:
         self._summary = summary
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
+        # Not report.keywords: a parameter may be called like a marker.
+        report.user_properties += [(_MARKER, mark.name) for mark in item.iter_markers() if mark.name in MARKERS]
         if not hasattr(report, "wasxfail"):
             self._fail_if_skipped(report)
         return report
@@ -94,7 +98,7 @@ def summary_lines(reports: list[pytest.TestReport]) -> Iterator[str]:
     files = {report.nodeid.split("::")[0] for report in reports}
     yield f"{os.path.commonpath(files) if len(files) > 1 else files.pop()}: {_outcomes(reports)}"
     for marker in MARKERS:
-        if marked := [report for report in reports if marker in report.keywords]:
+        if marked := [report for report in reports if (_MARKER, marker) in report.user_properties]:
             reasons = {reason for report in marked if report.skipped and (reason := skip_reason(report))}
             yield "; ".join([f"  marker {marker}: {_outcomes(marked)}", *sorted(reasons)])
     ran: dict[str, set[str]] = defaultdict(set)
