@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from cluster.events import ChoiceDelta, ChoiceFinish, FinishReason, ReasoningDelta, TextDelta, TokenLogprob, ToolCallDelta, Usage
 from cluster.frontend.edge import is_known_key
 from cluster.frontend.errors import Unauthenticated, as_cantata_error
+from cluster.frontend.grpc_handlers import DecodeErrors, add_InferenceServicer_to_server, decoded
 from cluster.generation import ChatRequest, FieldNames, Generation, GenerationService
 from cluster.harmony.conversation import ChatMessage, ReasoningEffort, Role, ToolCall, ToolDefinition
 from cluster.rpc import inference_pb2 as pb
@@ -231,7 +232,7 @@ def _logprob(entry: TokenLogprob) -> pb.TokenLogprob:
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """The API on a grpc.aio server: checks keys, turns errors into statuses, counts requests.
+    """The API on a grpc.aio server: checks keys, decodes messages, turns errors into statuses, counts requests.
 
     Args:
         api_keys: if there are any, a call needs one of them in the metadata `authorization: Bearer …`.
@@ -242,25 +243,26 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._requests = service.metrics.requests
         self._api_keys = tuple(api_keys)
 
-    async def Chat(self, request: pb.ChatRequest, context: "Context") -> pb.ChatResponse:
+    async def Chat(self, request: bytes | pb.ChatRequest, context: "Context") -> pb.ChatResponse:
         """See inference.proto."""
-        return await self._answer("Chat", context, lambda request_id: self._api.chat(request, request_id))
+        return await self._answer("Chat", context, lambda request_id: self._api.chat(decoded(request, pb.ChatRequest), request_id))
 
-    async def ChatStream(self, request: pb.ChatRequest, context: "Context") -> None:  # type: ignore[override]
+    async def ChatStream(self, request: bytes | pb.ChatRequest, context: "Context") -> None:  # type: ignore[override]
         """See inference.proto."""
 
         # Written here instead of yielded to grpc, which would leave a generator unclosed when the client leaves while it sends.
         async def write_events(request_id: str) -> None:
-            async with aclosing(self._api.chat_stream(request, request_id)) as events:
+            async with aclosing(self._api.chat_stream(decoded(request, pb.ChatRequest), request_id)) as events:
                 async for event in events:
                     await context.write(event)
 
         await self._answer("ChatStream", context, write_events)
 
-    async def ListModels(self, request: pb.ListModelsRequest, context: "Context") -> pb.ListModelsResponse:
+    async def ListModels(self, request: bytes | pb.ListModelsRequest, context: "Context") -> pb.ListModelsResponse:
         """See inference.proto."""
 
         async def models(_: str) -> pb.ListModelsResponse:
+            decoded(request, pb.ListModelsRequest)
             return self._api.list_models()
 
         return await self._answer("ListModels", context, models)
@@ -323,13 +325,14 @@ async def start_grpc_server(service: GenerationService, address: str, *, api_key
         OSError: the address cannot be bound.
     """
     server = grpc.aio.server(
+        interceptors=(DecodeErrors(lambda method: service.metrics.requests.labels(method, "INVALID_ARGUMENT").inc()),),
         options=(
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),
-        )
+        ),
     )
-    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service, api_keys), server)
+    add_InferenceServicer_to_server(InferenceServicer(service, api_keys), server)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -17,8 +17,8 @@ from workers.parallel.shard import plan_shards
 ENGINE_DEPLOYMENT = "engine"
 GATEWAY_DEPLOYMENT = "gateway"
 GRPC_SERVICERS = (
-    "cluster.rpc.inference_pb2_grpc.add_InferenceServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+    "cluster.frontend.grpc_handlers.add_InferenceServicer_to_server",
+    "cluster.frontend.grpc_handlers.add_HealthServicer_to_server",
 )
 """For Serve's `grpc_options.grpc_servicer_functions`; its gRPC server adds reflection itself."""
 

@@ -16,11 +16,12 @@ from cluster.assembly import build_service, load_encoding
 from cluster.config import AppConfig, with_api_keys
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import SERVICE_NAME, InferenceServicer
+from cluster.frontend.grpc_handlers import decoded
 from cluster.metrics import Scrape
 from cluster.rpc import inference_pb2 as pb
 from cluster.serve.cluster_view import SERVE_LOGGER, RefusedCall, ServeFleet, ServeReplicas, missing_ingress_variables, quiet_refusals
 from cluster.serve.room import replica_bundles, shortage
-from workers.errors import ConfigError
+from workers.errors import ConfigError, InvalidRequest
 from workers.rpc.convert import EngineInfo
 
 if TYPE_CHECKING:
@@ -75,11 +76,11 @@ class GatewayReplica:
         """Return this gateway's own metrics, for the gateway that was asked for all of them."""
         return self._fleet.page(self._service.metrics.render())
 
-    async def Chat(self, request: pb.ChatRequest, grpc_context: RayServegRPCContext) -> pb.ChatResponse:
+    async def Chat(self, request: bytes | pb.ChatRequest, grpc_context: RayServegRPCContext) -> pb.ChatResponse:
         """cantata.inference.v1.Inference"""
         return await self._servicer.Chat(request, _as_context(grpc_context))
 
-    async def ChatStream(self, request: pb.ChatRequest, grpc_context: RayServegRPCContext) -> AsyncGenerator[pb.ChatEvent, None]:
+    async def ChatStream(self, request: bytes | pb.ChatRequest, grpc_context: RayServegRPCContext) -> AsyncGenerator[pb.ChatEvent, None]:
         """cantata.inference.v1.Inference"""
         context = _Context(grpc_context)
         call = asyncio.create_task(context.run(self._servicer.ChatStream(request, cast("Context", context))))
@@ -92,20 +93,28 @@ class GatewayReplica:
             call.cancel()
             await asyncio.wait([call])
 
-    async def ListModels(self, request: pb.ListModelsRequest, grpc_context: RayServegRPCContext) -> pb.ListModelsResponse:
+    async def ListModels(self, request: bytes | pb.ListModelsRequest, grpc_context: RayServegRPCContext) -> pb.ListModelsResponse:
         """cantata.inference.v1.Inference"""
         return await self._servicer.ListModels(request, _as_context(grpc_context))
 
-    async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext) -> health_pb2.HealthCheckResponse:
+    async def Check(
+        self, request: bytes | health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> health_pb2.HealthCheckResponse:
         """grpc.health.v1.Health: the server as a whole is up; the Inference service serves while a replica answers."""
+        context = _Context(grpc_context)
+        try:
+            request = decoded(request, health_pb2.HealthCheckRequest)
+        except InvalidRequest as error:
+            self._service.metrics.requests.labels("Health/Check", error.status).inc()
+            await context.abort(grpc.StatusCode[error.status], error.message)
         if request.service not in ("", SERVICE_NAME):
-            await _Context(grpc_context).abort(grpc.StatusCode.NOT_FOUND, f"There is no service {request.service[:100]!r} here.")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"There is no service {request.service[:100]!r} here.")
         serving = request.service == "" or await self._service.ready()
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(
-        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+        self, request: bytes | health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         """grpc.health.v1.Health: refused as its definition allows. Serve ends a replica after its last call, and this has no end."""
         await _Context(grpc_context).abort(grpc.StatusCode.UNIMPLEMENTED, "Watch is not offered here; call Check from time to time.")

@@ -212,6 +212,17 @@ def test_grpc_refusals(channel: grpc.Channel) -> None:
     assert refused.value.code() == grpc.StatusCode.NOT_FOUND
 
 
+def test_grpc_messages_that_cannot_be_decoded(channel: grpc.Channel) -> None:
+    for method in ("cantata.inference.v1.Inference/Chat", "cantata.inference.v1.Inference/ListModels", "grpc.health.v1.Health/Check"):
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary(f"/{method}")(b"\xff" * 40, timeout=60)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, method
+        assert "cannot be decoded" in caught.value.details()
+    with pytest.raises(grpc.RpcError) as caught:
+        next(channel.unary_stream("/cantata.inference.v1.Inference/ChatStream")(b"\xff" * 40, timeout=60))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_grpc_by_reflection(channel: grpc.Channel) -> None:
     database = ProtoReflectionDescriptorDatabase(channel)
     assert "cantata.inference.v1.Inference" in database.get_services()

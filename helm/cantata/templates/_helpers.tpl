@@ -36,8 +36,8 @@ http_options:
 grpc_options:
   port: 9000
   grpc_servicer_functions:
-    - cluster.rpc.inference_pb2_grpc.add_InferenceServicer_to_server
-    - grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server
+    - cluster.frontend.grpc_handlers.add_InferenceServicer_to_server
+    - cluster.frontend.grpc_handlers.add_HealthServicer_to_server
 applications:
   - name: cantata
     route_prefix: /

@@ -1,6 +1,7 @@
 """The public gRPC API with generated stubs and through reflection: the same answers, errors as statuses with metadata."""
 
 import asyncio
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -243,3 +244,79 @@ async def test_api_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.ChatStream(request, metadata=metadata).read()
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def message_of_bad_utf8() -> bytes:
+    return pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="abc")]).SerializeToString().replace(b"abc", b"\xff\xfe\xfd")
+
+
+def field(number: int, data: bytes) -> bytes:
+    length = bytes([len(data)]) if len(data) < 128 else bytes([len(data) & 127 | 128, len(data) >> 7])
+    return bytes([number << 3 | 2]) + length + data
+
+
+def message_with_a_deep_struct() -> bytes:
+    """Written by hand: protobuf does not serialize it either."""
+    struct = b""
+    for _ in range(90):
+        struct = field(1, field(1, b"a") + field(2, field(5, struct)))  # fields { "a": struct_value }
+    return field(pb.ChatRequest.TOOLS_FIELD_NUMBER, field(pb.Tool.PARAMETERS_FIELD_NUMBER, struct))
+
+
+UNDECODABLE = {
+    "not-utf-8": message_of_bad_utf8(),
+    "truncated": pb.ChatRequest(messages=[HELLO]).SerializeToString()[:-2],
+    "deep": message_with_a_deep_struct(),
+    "noise": b"\xff" * 40,
+}
+
+
+def raw(channel: grpc.aio.Channel, path: str, *, streaming: bool = False) -> Any:
+    return (channel.unary_stream if streaming else channel.unary_unary)(path)
+
+
+@pytest.mark.parametrize("data", UNDECODABLE.values(), ids=UNDECODABLE)
+async def test_messages_that_cannot_be_decoded(gateway: Gateway, engine: FakeEngine, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    methods = [(f"{SERVICE}/Chat", False), (f"{SERVICE}/ChatStream", True)]
+    if data in (UNDECODABLE["truncated"], UNDECODABLE["noise"]):  # the others have fields that these methods do not know
+        methods += [(f"{SERVICE}/ListModels", False), ("grpc.health.v1.Health/Check", False), ("grpc.health.v1.Health/Watch", True)]
+    async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
+        for path, streaming in methods:
+            caplog.clear()
+            call = raw(channel, f"/{path}", streaming=streaming)(data)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await (call.read() if streaming else call)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, path
+            assert "cannot be decoded" in (caught.value.details() or "")
+            (record,) = caplog.records
+            assert "cannot be decoded" in record.getMessage()
+            assert record.exc_info is None
+    page = (await gateway.http.get("/metrics")).text
+    for path, _ in methods:
+        service, _, method = path.rpartition("/")
+        labels = f'endpoint="{service.rpartition(".")[2]}/{method}",process="gateway",replica="",status="INVALID_ARGUMENT"'
+        assert f"cantata_gateway_requests_total{{{labels}}} 1.0" in page
+    assert engine.requests == []
+
+
+async def test_a_reflection_request_that_cannot_be_decoded(gateway: Gateway) -> None:
+    async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
+        call = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")()
+        await call.write(b"\xff" * 10)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_the_key_is_asked_for_before_the_message_is_read(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
+    async with serving(encoding, [engine], api_keys=["first"]) as gateway, grpc.aio.insecure_channel(gateway.grpc_address) as channel:
+        for path, streaming in ((f"/{SERVICE}/Chat", False), (f"/{SERVICE}/ChatStream", True), (f"/{SERVICE}/ListModels", False)):
+            call = raw(channel, path, streaming=streaming)(b"\xff" * 40)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await (call.read() if streaming else call)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            call = raw(channel, path, streaming=streaming)(b"\xff" * 40, metadata=(("authorization", "Bearer first"),))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await (call.read() if streaming else call)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
