@@ -108,6 +108,13 @@ class GatewayConfig(_Settings):
         request_timeout_s: a request's deadline, from its arrival to its last token; None: no deadline.
         probe_timeout_s: a replica that has requests and does not answer for so long gets no new ones while there are others.
         max_body_bytes: of a request; more is refused with 413.
+        body_timeout_s: for a request's body to arrive, and a second more for each 16 KiB of it; then 408.
+        max_header_bytes: of a request's line and headers; more is refused with 431. Standalone.
+        header_timeout_s: for a request's headers to arrive; then 408. Standalone.
+        keep_alive_timeout_s: how long an idle connection is kept. Longer than clients and load balancers keep theirs, or they send
+            requests into connections that are being closed. Standalone and `cantata serve`; in a Serve YAML it is
+            `http_options.keep_alive_timeout_s`.
+        send_timeout_s: a client that has taken nothing of its answer for this long is cut off, and what it asked for is cancelled.
         conversation_date: the date the model is told: `auto` today's in UTC, `none` no date, or a fixed YYYY-MM-DD.
         reasoning_effort: of requests that do not say.
     """
@@ -118,6 +125,11 @@ class GatewayConfig(_Settings):
     request_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     probe_timeout_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    body_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    max_header_bytes: int = Field(default=64 * 2**10, ge=1024)
+    header_timeout_s: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    keep_alive_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    send_timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     conversation_date: Annotated[str, BeforeValidator(_conversation_date)] = "auto"
     reasoning_effort: ReasoningEffort = "medium"
 

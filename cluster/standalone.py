@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from cluster.assembly import build_service, context_with_enough_memory, load_enc
 from cluster.config import CantataConfig, ListenConfig
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
+from cluster.frontend.http_server import HttpServer
 from cluster.generation import GenerationService
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.replica_set import ReplicaSet
@@ -78,13 +79,6 @@ class StopSignals:
         (self.hurried if self.asked.is_set() else self.asked).set()
 
 
-class _HttpServer(uvicorn.Server):
-    """uvicorn without signal handlers of its own."""
-
-    def capture_signals(self) -> "nullcontext[None]":  # type: ignore[override]
-        return nullcontext()
-
-
 async def _serve(config: CantataConfig) -> int:
     stop = StopSignals()
     encoding = load_encoding(config)
@@ -127,16 +121,14 @@ async def _serve_gateway(
         EngineFailed: no engine will serve any more.
     """
     keys = config.gateway.api_keys
+    grpc_address = _address(config.listen.host, config.listen.grpc_port)
     try:
-        grpc_server = await start_grpc_server(service, _address(config.listen.host, config.listen.grpc_port), api_keys=keys)
+        grpc_server = await start_grpc_server(service, grpc_address, config.gateway)
     except OSError:
         raise ConfigError(
             f"cannot listen on {config.listen.host} port {config.listen.grpc_port}; set listen.grpc_port to another"
         ) from None
-    app = build_app(service, api_keys=keys, max_body_bytes=config.gateway.max_body_bytes)
-    http_server = _HttpServer(
-        uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=int(DRAIN_S + CUT_S))
-    )
+    http_server = HttpServer(build_app(service, config.gateway), config.gateway, service.metrics, graceful_s=DRAIN_S + CUT_S)
     serving = asyncio.create_task(http_server.serve([http_socket]))
     http_host, http_port = http_socket.getsockname()[:2]
     grpc_port = int(grpc_server.address.rpartition(":")[2])

@@ -16,6 +16,8 @@ class CantataError(Exception):
     """Name of the gRPC status code."""
     retry_elsewhere: ClassVar[bool] = False
     """Whether the router may try the request on another replica."""
+    retry_after_s: float | None = None
+    """When the client may try again; None: not as it is, or at once."""
 
     def __init__(self, message: str) -> None:
         if len(message) > _MAX_MESSAGE_CHARS:
@@ -49,6 +51,7 @@ class Overloaded(CantataError):
 
     status = "RESOURCE_EXHAUSTED"
     retry_elsewhere = True
+    retry_after_s: float
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -76,6 +79,7 @@ class EngineDead(CantataError):
 
     status = "UNAVAILABLE"
     retry_elsewhere = True
+    retry_after_s = 1.0
 
     def __init__(self, message: str, *, under_request: bool = True) -> None:
         super().__init__(message)
@@ -83,10 +87,11 @@ class EngineDead(CantataError):
 
 
 class NoReplica(CantataError):
-    """No replica is ready to take the request."""
+    """No replica is ready to take the request: it starts, or starts again, which takes seconds at least."""
 
     status = "UNAVAILABLE"
     retry_elsewhere = True
+    retry_after_s = 5.0
 
 
 class CheckpointError(Exception):

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
+from cluster.config import GatewayConfig
 from cluster.frontend import answers, body, chat, completions, errors, schema, sse
 from cluster.frontend.edge import Edge
 from cluster.frontend.openapi import Schemas
@@ -16,19 +17,16 @@ from cluster.generation import ChatRequest, GenerationService, ModelInfo
 from cluster.metrics import CONTENT_TYPE
 from workers.errors import InvalidRequest, NoReplica
 
-MAX_BODY_BYTES = 32 * 2**20
 
-
-def build_app(
-    service: GenerationService, *, api_keys: Sequence[str] = (), max_body_bytes: int = MAX_BODY_BYTES, cors_origins: Sequence[str] = ()
-) -> FastAPI:
+def build_app(service: GenerationService, config: GatewayConfig | None = None, *, cors_origins: Sequence[str] = ()) -> FastAPI:
     """An ASGI app. It does not own the service: whoever made that closes it.
 
     Args:
-        api_keys: if there are any, requests need one of them; health, readiness, metrics, version and docs do not.
-        max_body_bytes: larger request bodies are refused with 413.
+        config: its keys, which health, readiness, metrics, version and docs do not ask for, and its limits; None: the defaults.
         cors_origins: web origins whose pages may call the API; none by default.
     """
+    config = config or GatewayConfig()
+    limits = body.BodyLimits(config.max_body_bytes, config.body_timeout_s)
     app = FastAPI(
         title="Cantata",
         description="OpenAI's API for gpt-oss.",
@@ -40,11 +38,11 @@ def build_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"], expose_headers=["x-request-id"]
         )
-    app.add_middleware(Edge, metrics=service.metrics, api_keys=api_keys)
+    app.add_middleware(Edge, metrics=service.metrics, api_keys=config.api_keys, send_timeout_s=config.send_timeout_s)
     app.add_exception_handler(HTTPException, _refuse_route)
     schemas = Schemas()
-    _add_generation(app, service, schemas, max_body_bytes)
-    _add_tokens(app, service, schemas, max_body_bytes)
+    _add_generation(app, service, schemas, limits)
+    _add_tokens(app, service, schemas, limits)
     _add_status(app, service, schemas)
 
     def openapi() -> dict[str, Any]:
@@ -56,7 +54,7 @@ def build_app(
     return app
 
 
-def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, max_body_bytes: int) -> None:
+def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, limits: body.BodyLimits) -> None:
     fingerprint = service.model.fingerprint
 
     @app.post(
@@ -65,7 +63,7 @@ def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, 
     )
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
-        asked = await body.read(request, schema.ChatCompletionRequest, max_body_bytes, service.model.max_model_len)
+        asked = await body.read(request, schema.ChatCompletionRequest, limits, service.model.max_model_len)
         request_id: str = request.state.request_id
         generation = await sse.begin(request, service.chat(chat.chat_request(asked), request_id))
         if asked.stream:
@@ -80,7 +78,7 @@ def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, 
     )
     async def text_completions(request: Request) -> Response:
         """Continue raw prompts."""
-        asked = await body.read(request, schema.CompletionRequest, max_body_bytes, service.model.max_model_len)
+        asked = await body.read(request, schema.CompletionRequest, limits, service.model.max_model_len)
         request_id: str = request.state.request_id
         generation = await sse.begin(request, service.complete(completions.completion_request(asked), request_id))
         if asked.stream:
@@ -91,11 +89,11 @@ def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, 
             await generation.aclose()
 
 
-def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, max_body_bytes: int) -> None:
+def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limits: body.BodyLimits) -> None:
     @app.post("/tokenize", openapi_extra=schemas.describe(schema.TokenizeRequest, answers.TokenizeAnswer))
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt, or of a chat as the model sees it."""
-        asked = await body.read(request, schema.TokenizeRequest, max_body_bytes, service.model.max_model_len)
+        asked = await body.read(request, schema.TokenizeRequest, limits, service.model.max_model_len)
         service.check_model(asked.model)
         ids = await _token_ids(service, asked)
         answer: answers.TokenizeAnswer = {
@@ -109,7 +107,7 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, max_
     @app.post("/detokenize", openapi_extra=schemas.describe(schema.DetokenizeRequest, answers.DetokenizeAnswer))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        asked = await body.read(request, schema.DetokenizeRequest, max_body_bytes, service.model.max_model_len)
+        asked = await body.read(request, schema.DetokenizeRequest, limits, service.model.max_model_len)
         service.check_model(asked.model)
         answer: answers.DetokenizeAnswer = {"prompt": await service.detokenize(asked.tokens)}
         return _json(answer)

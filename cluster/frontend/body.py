@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from dataclasses import dataclass
 from typing import TypeVar
 
 import orjson
@@ -11,11 +12,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect
 
-from cluster.frontend.errors import BodyTooLarge, UnsupportedMediaType
+from cluster.frontend.errors import BodyTooLarge, RequestTimeout, UnsupportedMediaType
 from workers.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 
 Model = TypeVar("Model", bound=BaseModel)
 
+MIN_BYTES_PER_S = 16 * 1024
 _INLINE_BYTES = 64 * 1024
 _JSON_KINDS = {
     "model_type": "an object",
@@ -30,14 +32,28 @@ _JSON_KINDS = {
 """What a value should have been, by pydantic's error type: in the words of JSON, not of Python."""
 
 
-async def read(request: Request, kind: type[Model], max_bytes: int, max_items: int) -> Model:
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Of every request's body.
+
+    Attributes:
+        max_bytes: more is refused with 413.
+        timeout_s: for the body to arrive, and a second more for each MIN_BYTES_PER_S of it; then 408.
+    """
+
+    max_bytes: int = 32 * 2**20
+    timeout_s: float = 30.0
+
+
+async def read(request: Request, kind: type[Model], limits: BodyLimits, max_items: int) -> Model:
     """The body as `kind`. Large ones are decoded and checked in a thread, so that other requests go on.
 
     Args:
         max_items: entries of an array at most; the context's tokens, since an entry of a message or prompt list takes at least one.
     Raises:
         InvalidRequest: no JSON, not an object, an unknown field, a wrong type or value; `param` is a path such as `messages[0].content`.
-        BodyTooLarge: longer than `max_bytes`; the rest is not read.
+        BodyTooLarge: longer than `limits.max_bytes`; the rest is not read.
+        RequestTimeout: it came too slowly, or not at all.
         UnsupportedMediaType: not declared as JSON, or compressed.
     """
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -45,7 +61,7 @@ async def read(request: Request, kind: type[Model], max_bytes: int, max_items: i
         raise UnsupportedMediaType("The body must be JSON: set the header Content-Type to application/json.")
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         raise UnsupportedMediaType("The body is compressed: send it as it is, without the header Content-Encoding.")
-    data = await _bytes(request, max_bytes)
+    data = await _bytes(request, limits)
     if len(data) <= _INLINE_BYTES:
         return _parse(data, kind, max_items)
     return await asyncio.to_thread(_parse, data, kind, max_items)
@@ -62,19 +78,26 @@ def _parse(data: bytes, kind: type[Model], max_items: int) -> Model:
     return check(value, kind)
 
 
-async def _bytes(request: Request, max_bytes: int) -> bytes:
-    too_large = BodyTooLarge(f"The body is larger than the {max_bytes} bytes that this server takes.")
+async def _bytes(request: Request, limits: BodyLimits) -> bytes:
+    too_large = BodyTooLarge(f"The body is larger than the {limits.max_bytes} bytes that this server takes.")
     declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
+    if declared.isascii() and declared.isdigit() and (len(declared) > 20 or int(declared) > limits.max_bytes):
         raise too_large
     chunks: list[bytes] = []
     length = 0
+    begin_s = asyncio.get_running_loop().time()
     try:
-        async for chunk in request.stream():
-            length += len(chunk)
-            if length > max_bytes:
-                raise too_large
-            chunks.append(chunk)
+        async with asyncio.timeout(limits.timeout_s) as timeout:
+            async for chunk in request.stream():
+                length += len(chunk)
+                if length > limits.max_bytes:
+                    raise too_large
+                chunks.append(chunk)
+                timeout.reschedule(begin_s + limits.timeout_s + length / MIN_BYTES_PER_S)
+    except TimeoutError:
+        raise RequestTimeout(
+            f"The body did not arrive in time: {length} bytes came in {asyncio.get_running_loop().time() - begin_s:.0f} s."
+        ) from None
     except ClientDisconnect:
         raise Cancelled("The client left before its body was complete.") from None
     return b"".join(chunks)

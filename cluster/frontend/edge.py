@@ -1,10 +1,10 @@
-"""The outermost layer of the HTTP app: request ids, API keys, errors as answers, the count of requests."""
+"""The outermost layer of the HTTP app: request ids, API keys, errors as answers, the count of requests, clients that do not read."""
 
 import asyncio
 import hmac
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +15,8 @@ from workers.errors import Cancelled, CantataError
 
 _log = logging.getLogger(__name__)
 
+ABORT = "cantata.abort"
+"""Extension of the ASGI scope, where the server is ours: `abort` ends the connection with what is still to be sent."""
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/docs", "/openapi.json"})
 """Served without an API key: they tell nothing about requests."""
 
@@ -24,19 +26,22 @@ class Edge:
 
     Args:
         api_keys: if there are any, a request needs one of them as `Authorization: Bearer …`.
+        send_timeout_s: a client that takes nothing for this long has left.
     """
 
-    def __init__(self, app: ASGIApp, metrics: GatewayMetrics, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics, api_keys: Sequence[str], send_timeout_s: float) -> None:
         self._app = app
         self._metrics = metrics
         self._api_keys = tuple(api_keys)
+        self._send_timeout_s = send_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; an error of the app never goes further up."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send, request_id=uuid.uuid4().hex)
+        abort = scope.get("extensions", {}).get(ABORT, {}).get("abort")
+        answer = _Answer(send, uuid.uuid4().hex, self._send_timeout_s, abort)
         scope.setdefault("state", {})["request_id"] = answer.request_id
         status = 499
         try:
@@ -78,16 +83,27 @@ def is_known_key(key: str, api_keys: Sequence[str]) -> bool:
 class _Answer:
     """The way to the client: adds the request id, remembers the status."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, timeout_s: float, abort: Callable[[], None] | None) -> None:
         self._send = send
         self.request_id = request_id
         self.status: int | None = None
+        self._timeout_s = timeout_s
+        self._abort = abort
 
     async def send(self, message: Message) -> None:
+        """Raises Cancelled if the client takes nothing for too long."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             MutableHeaders(raw=message.setdefault("headers", []))["x-request-id"] = self.request_id
-        await self._send(message)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._send(message)
+        except TimeoutError:
+            _log.info("request %s: the client has taken nothing for %g s and is cut off", self.request_id, self._timeout_s)
+            if self._abort is not None:
+                self._abort()
+                await asyncio.sleep(0)  # for the server to notice
+            raise Cancelled("The client does not read its answer.") from None
 
     async def fail(self, error: CantataError) -> None:
         body = errors.body(error)

@@ -22,6 +22,14 @@ class BodyTooLarge(errors.InvalidRequest):
     """The body is over the limit."""
 
 
+class HeadersTooLarge(errors.InvalidRequest):
+    """The request's line and headers are over the limit."""
+
+
+class RequestTimeout(errors.InvalidRequest):
+    """The request did not arrive in time."""
+
+
 class UnsupportedMediaType(errors.InvalidRequest):
     """The body is not declared as JSON, or it is compressed."""
 
@@ -67,6 +75,8 @@ TABLE: dict[type[errors.CantataError], Row] = {
     errors.CantataError: Row(500, "server_error", "internal_error"),
     Unauthenticated: Row(401, "invalid_request_error", "invalid_api_key"),
     BodyTooLarge: Row(413, "invalid_request_error", "body_too_large"),
+    HeadersTooLarge: Row(431, "invalid_request_error", "headers_too_large"),
+    RequestTimeout: Row(408, "invalid_request_error", "request_timeout"),
     UnsupportedMediaType: Row(415, "invalid_request_error", "unsupported_media_type"),
     UnknownRoute: Row(404, "invalid_request_error", "unknown_route"),
     WrongMethod: Row(405, "invalid_request_error", "method_not_allowed"),
@@ -88,8 +98,10 @@ def body(error: errors.CantataError) -> bytes:
 
 def headers(error: errors.CantataError) -> dict[str, str]:
     """What a status needs besides its body."""
-    if isinstance(error, errors.Overloaded):
+    if error.retry_after_s is not None:
         return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+    if isinstance(error, RequestTimeout):
+        return {"connection": "close"}
     if isinstance(error, Unauthenticated):
         return {"www-authenticate": "Bearer"}
     if isinstance(error, WrongMethod):

@@ -1,8 +1,9 @@
 """The public gRPC API over a GenerationService: `cantata.inference.v1.Inference`, health and reflection."""
 
 import asyncio
+import logging
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,6 +12,7 @@ from google.protobuf import struct_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.config import GatewayConfig
 from cluster.events import ChoiceDelta, ChoiceFinish, FinishReason, ReasoningDelta, TextDelta, TokenLogprob, ToolCallDelta, Usage
 from cluster.frontend.edge import is_known_key
 from cluster.frontend.errors import Unauthenticated, as_cantata_error
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 32 * 2**20
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -235,13 +239,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """The API on a grpc.aio server: checks keys, decodes messages, turns errors into statuses, counts requests.
 
     Args:
-        api_keys: if there are any, a call needs one of them in the metadata `authorization: Bearer …`.
+        config: its keys, of which a call needs one in the metadata `authorization: Bearer …` if there are any, and its limits.
     """
 
-    def __init__(self, service: GenerationService, api_keys: Sequence[str] = ()) -> None:
+    def __init__(self, service: GenerationService, config: GatewayConfig) -> None:
         self._api = InferenceApi(service)
         self._requests = service.metrics.requests
-        self._api_keys = tuple(api_keys)
+        self._api_keys = config.api_keys
+        self._send_timeout_s = config.send_timeout_s
 
     async def Chat(self, request: bytes | pb.ChatRequest, context: "Context") -> pb.ChatResponse:
         """See inference.proto."""
@@ -254,7 +259,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         async def write_events(request_id: str) -> None:
             async with aclosing(self._api.chat_stream(decoded(request, pb.ChatRequest), request_id)) as events:
                 async for event in events:
-                    await context.write(event)
+                    try:
+                        async with asyncio.timeout(self._send_timeout_s):
+                            await context.write(event)
+                    except TimeoutError:
+                        _log.info("request %s: the client has taken nothing for %g s and is cut off", request_id, self._send_timeout_s)
+                        # A status would wait behind what is not read; a call whose servicer is cancelled is reset.
+                        raise asyncio.CancelledError from None
 
         await self._answer("ChatStream", context, write_events)
 
@@ -316,7 +327,7 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
 
-async def start_grpc_server(service: GenerationService, address: str, *, api_keys: Sequence[str] = ()) -> GrpcServer:
+async def start_grpc_server(service: GenerationService, address: str, config: GatewayConfig) -> GrpcServer:
     """Serve the public API, health and reflection.
 
     Args:
@@ -332,7 +343,7 @@ async def start_grpc_server(service: GenerationService, address: str, *, api_key
             ("grpc.so_reuseport", 0),
         ),
     )
-    add_InferenceServicer_to_server(InferenceServicer(service, api_keys), server)
+    add_InferenceServicer_to_server(InferenceServicer(service, config), server)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -100,6 +100,8 @@ class EventStream(Response):
         try:
             async for chunk in self._chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except Cancelled:
+            raise
         except OSError as error:
             raise Cancelled("The client left.") from error
         except Exception as error:  # the request's edge: told to the client in the stream, to the log where it is not ours

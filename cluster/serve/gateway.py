@@ -61,12 +61,11 @@ class GatewayReplica:
             self._service, self._info = await building
         finally:
             building.cancel()
-        self._servicer = InferenceServicer(self._service, config.gateway.api_keys)
+        self._servicer = InferenceServicer(self._service, config.gateway)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook: the app that HTTP requests go to."""
-        gateway = self._config.gateway
-        return build_app(self._service, api_keys=gateway.api_keys, max_body_bytes=gateway.max_body_bytes)
+        return build_app(self._service, self._config.gateway)
 
     async def engine_info(self) -> EngineInfo:
         """What the engines serve, for the start-up summary."""
@@ -162,6 +161,12 @@ class _Context:
         """A streaming method to its end, then the None behind what it wrote. Cancelled: nobody reads any more."""
         try:
             await method
+        except asyncio.CancelledError:
+            # The client does not read, or has left: nothing more is sent.
+            while not self.written.empty():
+                self.written.get_nowait()
+            self.written.put_nowait(None)
+            raise
         except Exception:
             await self.written.put(None)
             raise

@@ -3,6 +3,7 @@ down again on SIGINT or SIGTERM."""
 
 import dataclasses
 import logging
+import math
 import os
 import signal
 import sys
@@ -147,7 +148,11 @@ def _serve_application(config: CantataConfig) -> None:
     from cluster.serve.app import GRPC_SERVICERS, build
 
     serve.start(
-        http_options=HTTPOptions(host=config.listen.host, port=config.listen.http_port),
+        http_options=HTTPOptions(
+            host=config.listen.host,
+            port=config.listen.http_port,
+            keep_alive_timeout_s=math.ceil(config.gateway.keep_alive_timeout_s),
+        ),
         grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
     )
     gateway = serve.run(build(_application(config)), name=APPLICATION, route_prefix="/")

@@ -62,6 +62,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "gateway.api_keys": "one, two",
         "gateway.served_model_name": "name",
         "gateway.request_timeout_s": "1.5",
+        "gateway.max_header_bytes": "32KiB",
         "gateway.conversation_date": "2026-02-03",
         "gateway.reasoning_effort": "high",
         "listen.host": "::1",

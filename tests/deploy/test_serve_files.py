@@ -47,6 +47,7 @@ def test_cantata_and_serve_read_the_file(path: Path) -> None:
     suffix = path.stem.removeprefix(path.stem.split("-")[0])
     assert (config.replicas, config.engine.parallel.tensor) == PLANS.get(path.stem, PLANS.get(suffix))
     assert content["grpc_options"] == local["grpc_options"]
+    assert content["http_options"]["keep_alive_timeout_s"] == config.gateway.keep_alive_timeout_s
     for key in ("name", "route_prefix", "import_path"):
         assert content["applications"][0][key] == local["applications"][0][key]
 

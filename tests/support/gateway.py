@@ -10,10 +10,11 @@ from pathlib import Path
 
 import httpx
 import openai
-import uvicorn
 
+from cluster.config import GatewayConfig
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
+from cluster.frontend.http_server import HttpServer
 from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.make_tokenizer import write_bpe_tokenizer
@@ -57,6 +58,7 @@ class Gateway:
     grpc_server: GrpcServer
     http: httpx.AsyncClient
     client: openai.AsyncOpenAI
+    http_server: HttpServer
 
     @property
     def grpc_address(self) -> str:
@@ -68,8 +70,7 @@ async def serving(
     encoding: HarmonyEncoding,
     engines: Sequence[FakeEngine],
     *,
-    api_keys: Sequence[str] = (),
-    max_body_bytes: int = 32 * 2**20,
+    config: GatewayConfig | None = None,
     limits: Limits | None = None,
     defaults: ChatDefaults | None = None,
 ) -> AsyncIterator[Gateway]:
@@ -86,24 +87,25 @@ async def serving(
         defaults=defaults,
         today=lambda: datetime.date(2026, 1, 2),
     )
-    app = build_app(service, api_keys=api_keys, max_body_bytes=max_body_bytes)
+    config = config or GatewayConfig()
     # It listens from here on, so a client that is early waits instead of being refused.
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    server = HttpServer(build_app(service, config), config, service.metrics)
     running = asyncio.create_task(server.serve(sockets=[listener]))
-    grpc_server = await start_grpc_server(service, "127.0.0.1:0", api_keys=api_keys)
-    headers = {"authorization": f"Bearer {api_keys[0]}"} if api_keys else {}
+    grpc_server = await start_grpc_server(service, "127.0.0.1:0", config)
+    key = config.api_keys[0] if config.api_keys else None
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     # Certificates are of no use on loopback and take half a second to load.
     http = httpx.AsyncClient(base_url=url, headers=headers, timeout=30, verify=False)
     client = openai.AsyncOpenAI(
         base_url=f"{url}/v1",
-        api_key=api_keys[0] if api_keys else "none",
+        api_key=key or "none",
         max_retries=0,
         http_client=httpx.AsyncClient(timeout=30, verify=False),
     )
     try:
-        yield Gateway(service, url, grpc_server, http, client)
+        yield Gateway(service, url, grpc_server, http, client, server)
     finally:
         await client.close()
         await http.aclose()

@@ -33,6 +33,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 http_options:
   host: 0.0.0.0
   port: 8000
+  keep_alive_timeout_s: 120
 grpc_options:
   port: 9000
   grpc_servicer_functions:

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
+from cluster.config import GatewayConfig
 from cluster.harmony.encoding import HarmonyEncoding
 from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway, serving, turn
@@ -297,8 +298,8 @@ async def test_ten_megabytes(gateway: Gateway) -> None:
 
 
 async def test_bodies_over_the_limit_are_413_with_and_without_a_length(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
-    async with serving(encoding, [engine], max_body_bytes=1000) as gateway:
-        status, error = await refusal(gateway, "/v1/completions", orjson.dumps({"prompt": "x" * 1000}))
+    async with serving(encoding, [engine], config=GatewayConfig(max_body_bytes=1024)) as gateway:
+        status, error = await refusal(gateway, "/v1/completions", orjson.dumps({"prompt": "x" * 1024}))
         assert (status, error["code"]) == (413, "body_too_large")
 
         async def pieces() -> AsyncIterator[bytes]:

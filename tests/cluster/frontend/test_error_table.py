@@ -9,6 +9,7 @@ import pytest
 from cluster.frontend import errors as frontend_errors
 from cluster.frontend.errors import TABLE, as_cantata_error, body, headers, row_of
 from workers import errors
+from workers.rpc.convert import error_to_metadata
 
 CLASSES = [
     kind
@@ -28,6 +29,8 @@ STATUSES = {
     "CantataError": 500,
     "Unauthenticated": 401,
     "BodyTooLarge": 413,
+    "HeadersTooLarge": 431,
+    "RequestTimeout": 408,
     "UnsupportedMediaType": 415,
     "UnknownRoute": 404,
     "WrongMethod": 405,
@@ -51,6 +54,18 @@ def test_the_table_has_no_other_rows() -> None:
 def test_retry_after_is_whole_seconds() -> None:
     assert headers(errors.Overloaded("full", 0.2)) == {"retry-after": "1"}
     assert headers(errors.Overloaded("full", 2.1)) == {"retry-after": "3"}
+
+
+def test_a_503_says_when_to_try_again() -> None:
+    assert headers(errors.NoReplica("none")) == {"retry-after": "5"}
+    assert headers(errors.EngineDead("gone")) == {"retry-after": "1"}
+    assert dict(error_to_metadata(errors.NoReplica("none")))["retry-after-s"] == "5"
+    unavailable = [kind for kind, row in TABLE.items() if row.http_status in (429, 503)]
+    assert all("retry-after" in headers(kind("x")) for kind in unavailable)
+
+
+def test_a_request_that_came_too_slowly_ends_its_connection() -> None:
+    assert headers(frontend_errors.RequestTimeout("late")) == {"connection": "close"}
 
 
 def test_what_is_not_ours_is_hidden_behind_the_request_id(caplog: pytest.LogCaptureFixture) -> None:

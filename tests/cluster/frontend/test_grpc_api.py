@@ -10,6 +10,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cluster.config import GatewayConfig
 from cluster.frontend.errors import TABLE
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.rpc import inference_pb2 as pb
@@ -233,7 +234,10 @@ async def test_thirty_two_streams_at_once(stub: Stub, engine: FakeEngine, encodi
 
 
 async def test_api_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
-    async with serving(encoding, [engine], api_keys=["first"]) as gateway, grpc.aio.insecure_channel(gateway.grpc_address) as channel:
+    async with (
+        serving(encoding, [engine], config=GatewayConfig(api_keys=("first",))) as gateway,
+        grpc.aio.insecure_channel(gateway.grpc_address) as channel,
+    ):
         stub = Stub(channel)
         request = pb.ChatRequest(messages=[HELLO])
         assert (await stub.Chat(request, metadata=(("authorization", "Bearer first"),))).choices
@@ -292,11 +296,11 @@ async def test_messages_that_cannot_be_decoded(gateway: Gateway, engine: FakeEng
             (record,) = caplog.records
             assert "cannot be decoded" in record.getMessage()
             assert record.exc_info is None
-    page = (await gateway.http.get("/metrics")).text
+    registry = gateway.service.metrics.registry
     for path, _ in methods:
         service, _, method = path.rpartition("/")
-        labels = f'endpoint="{service.rpartition(".")[2]}/{method}",process="gateway",replica="",status="INVALID_ARGUMENT"'
-        assert f"cantata_gateway_requests_total{{{labels}}} 1.0" in page
+        labels = {"endpoint": f"{service.rpartition('.')[2]}/{method}", "status": "INVALID_ARGUMENT"}
+        assert registry.get_sample_value("cantata_gateway_requests_total", labels) == 1
     assert engine.requests == []
 
 
@@ -310,7 +314,10 @@ async def test_a_reflection_request_that_cannot_be_decoded(gateway: Gateway) -> 
 
 
 async def test_the_key_is_asked_for_before_the_message_is_read(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
-    async with serving(encoding, [engine], api_keys=["first"]) as gateway, grpc.aio.insecure_channel(gateway.grpc_address) as channel:
+    async with (
+        serving(encoding, [engine], config=GatewayConfig(api_keys=("first",))) as gateway,
+        grpc.aio.insecure_channel(gateway.grpc_address) as channel,
+    ):
         for path, streaming in ((f"/{SERVICE}/Chat", False), (f"/{SERVICE}/ChatStream", True), (f"/{SERVICE}/ListModels", False)):
             call = raw(channel, path, streaming=streaming)(b"\xff" * 40)
             with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -6,6 +6,7 @@ import json
 import openai
 import pytest
 
+from cluster.config import GatewayConfig
 from cluster.harmony.encoding import HarmonyEncoding
 from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway, serving, turn
@@ -399,7 +400,7 @@ async def test_thirty_two_streams_at_once(gateway: Gateway, engine: FakeEngine, 
 
 
 async def test_api_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
-    async with serving(encoding, [engine], api_keys=["first", "second"]) as gateway:
+    async with serving(encoding, [engine], config=GatewayConfig(api_keys=("first", "second"))) as gateway:
         await gateway.client.chat.completions.create(model=MODEL, messages=HELLO)
         await gateway.client.with_options(api_key="second").models.list()
         with pytest.raises(openai.AuthenticationError) as caught:

@@ -1,0 +1,217 @@
+"""The HTTP server of standalone serving: uvicorn with bounds on what a connection may cost.
+
+uvicorn bounds only the time that an idle connection is kept. On Ray its place is taken by Serve's HAProxy, which has bounds of its own
+(docs/operations.md).
+"""
+
+import asyncio
+import contextlib
+import math
+import uuid
+from contextlib import nullcontext
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from cluster.config import GatewayConfig
+from cluster.frontend import errors
+from cluster.frontend.edge import ABORT
+from cluster.metrics import GatewayMetrics
+from workers.errors import CantataError, InvalidRequest
+
+_LINGER_S = 5.0
+"""For a client to read an answer that came before it had sent all: its connection is closed then."""
+_LONGEST_SWEEP_S = 1.0
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without signal handlers of its own, with limits.
+
+    Args:
+        metrics: counts the answers that the app did not give.
+        graceful_s: what running requests get to end after `should_exit`; None: no bound.
+    """
+
+    def __init__(self, app: ASGIApp, limits: GatewayConfig, metrics: GatewayMetrics, graceful_s: float | None = None) -> None:
+        config = _Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=None if graceful_s is None else math.ceil(graceful_s),
+        )
+        config.limits, config.metrics = limits, metrics
+        config.timeout_keep_alive = limits.keep_alive_timeout_s  # type: ignore[assignment]  # given to call_later alone
+        super().__init__(config)
+        self._sweep_s = min(_LONGEST_SWEEP_S, limits.header_timeout_s / 4, limits.send_timeout_s / 4)
+
+    def capture_signals(self) -> "nullcontext[None]":  # type: ignore[override]
+        """Leaves signals to the process."""
+        return nullcontext()
+
+    async def serve(self, sockets: Any = None) -> None:
+        """See uvicorn; connections are looked at from time to time until it ends."""
+        sweeping = asyncio.create_task(self._sweep())
+        try:
+            await super().serve(sockets)
+        finally:
+            sweeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeping
+
+    async def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._sweep_s)
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, _Protocol):
+                    connection.check(loop.time())
+
+
+class _Config(uvicorn.Config):
+    limits: GatewayConfig
+    metrics: GatewayMetrics
+
+
+class _Protocol(HttpToolsProtocol):
+    """A connection that knows since when it waits for what."""
+
+    config: _Config
+
+    def __init__(self, config: _Config, server_state: ServerState, app_state: dict[str, Any], _loop: Any = None) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._limits = config.limits
+        self._bytes_without_body = 0
+        self._in_message = False
+        self._refused = False
+        # Since when, on the loop's clock, the connection waits for headers; for the rest of a message that was answered early; to have its
+        # output read before it closes.
+        self._headers_since: float | None = None
+        self._rest_since: float | None = None
+        self._closing_since: float | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        self._headers_since = self.loop.time()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        if self._refused:
+            return
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and not self._in_message and self._headers_since is None:
+            self._headers_since = self.loop.time()
+        self._bytes_without_body += len(data)
+        super().data_received(data)
+        if self._bytes_without_body > self._limits.max_header_bytes and not self._refused:
+            self._refuse(self._headers_too_large())
+
+    def on_message_begin(self) -> None:
+        """See httptools."""
+        super().on_message_begin()
+        self._in_message = True
+
+    def on_headers_complete(self) -> None:
+        """See httptools."""
+        self._headers_since = None
+        self._bytes_without_body = 0
+        num_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if num_bytes > self._limits.max_header_bytes:
+            self._refuse(self._headers_too_large())
+        if not self._refused:
+            self.scope["extensions"] = {ABORT: {"abort": self.transport.abort}}
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """See httptools."""
+        self._bytes_without_body = 0
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """See httptools."""
+        self._bytes_without_body = 0
+        self._in_message = False
+        self._rest_since = None
+        if not self._refused:
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """See uvicorn."""
+        super().on_response_complete()
+        if self._in_message and self.expect_100_continue:
+            self.transport.close()  # the client may send the body it asked about, or the next request
+        elif self._in_message:
+            self._rest_since = self.loop.time()
+
+    def send_400_response(self, msg: str) -> None:
+        """See uvicorn; in the form of all errors."""
+        if not self._refused:
+            self._refuse(InvalidRequest("The request is not valid HTTP."))
+
+    def check(self, now: float) -> None:
+        """Close the connection if it has taken too long at something."""
+        limits = self._limits
+        if self.transport.is_closing():
+            self._closing_since = now if self._closing_since is None else self._closing_since
+            if now - self._closing_since > limits.send_timeout_s:
+                self.transport.abort()
+        elif self._rest_since is not None:
+            if now - self._rest_since > _LINGER_S:
+                self.transport.abort()
+        elif self._headers_since is not None and now - self._headers_since > limits.header_timeout_s:
+            if self._in_message:
+                self._refuse(errors.RequestTimeout(f"The request's headers took longer than {limits.header_timeout_s:g} s."))
+            else:
+                self.transport.close()
+
+    def _headers_too_large(self) -> CantataError:
+        return errors.HeadersTooLarge(f"The request's headers are larger than the {self._limits.max_header_bytes} bytes of this server.")
+
+    def _refuse(self, error: CantataError) -> None:
+        """Answer for the app, read no more, and close when the client has had time to read that."""
+        self._refused = True
+        self._headers_since = None
+        status, body = errors.row_of(error).http_status, errors.body(error)
+        if self.cycle is None or self.cycle.response_complete:
+            self.config.metrics.requests.labels("unknown", str(status)).inc()
+            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\nx-request-id: {uuid.uuid4().hex}"
+            self.transport.write(STATUS_LINE[status] + head.encode() + b"\r\n\r\n" + body)
+        else:
+            self.transport.close()  # in the middle of an answer
+            return
+        # What it still sends is dropped: closed at once, its kernel would drop the answer instead.
+        self._rest_since = self.loop.time()
+        self.transport.write_eof()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.scope["http_version"] == "1.0":
+            app = _without_chunks(app, cycle)
+        super()._start_asgi_task(cycle, app)
+
+
+def _without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> Any:
+    """HTTP/1.0 has no chunks: a body without a length ends with its connection, which uvicorn closes."""
+
+    async def plain(scope: Scope, receive: Receive, send: Send) -> None:
+        has_length = False
+
+        async def send_plain(message: Message) -> None:
+            nonlocal has_length
+            if message["type"] == "http.response.start":
+                has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+                if not has_length:
+                    cycle.chunked_encoding = False
+            elif not has_length:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_plain)
+
+    return plain
