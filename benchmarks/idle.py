@@ -25,7 +25,8 @@ READY = "Cantata serves:"
 # As `cantata serve` starts Ray and Serve, but what is served is nothing.
 EMPTY_APPLICATION = f"""
 import logging, os, threading
-from cluster.serve.launch import OBJECT_STORE_BYTES, RAY_ENVIRONMENT
+from cluster.serve.launch import OBJECT_STORE_BYTES
+from cluster.serve.ray_environment import RAY_ENVIRONMENT
 for name, value in RAY_ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 import ray

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
-from cluster.config import AppConfig
+from cluster.config import AppConfig, GatewayConfig
 from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.metrics import FleetView, GatewayMetrics
@@ -43,17 +44,13 @@ def context_with_enough_memory(config: AppConfig) -> int:
     return longest_context(load_model_config(config.engine.model_path), config.engine.max_model_len)
 
 
-async def build_service(
+def build_service(
     config: AppConfig, encoding: HarmonyEncoding, replicas: ReplicaSet, fleet: FleetView | None = None
-) -> tuple[GenerationService, EngineInfo]:
-    """Waits until a replica says what it serves, then builds the service over them. The caller closes it; waiting ends by cancellation."""
-    gateway = config.gateway
+) -> "tuple[GenerationService, ReplicaInfos]":
+    """The service over these replicas, whether there are any yet or not: until one is, requests get NoReplica. To be called in an event
+    loop; the caller closes the service."""
+    gateway, model = config.gateway, load_model_config(config.engine.model_path)
     client = EngineClient(replicas.silent, Patience(gateway.probe_timeout_s, config.engine.heartbeat_timeout_s))
-    try:
-        infos = await _first_infos(replicas, client)
-    except BaseException:
-        await client.close()
-        raise
     # Tasks are kept until they end: the event loop holds them only weakly.
     closing: set[asyncio.Task[None]] = set()
 
@@ -63,79 +60,95 @@ async def build_service(
         task.add_done_callback(closing.discard)
 
     replicas.on_gone(forget)
-    info = min(infos.values(), key=lambda info: info.max_model_len)
+    created_unix_s = int(time.time())
     service = GenerationService(
-        ModelInfo.from_engine(info, config.model_name, int(time.time())),
+        ModelInfo(
+            config.model_name,
+            longest_context(model, config.engine.max_model_len),
+            model.vocab_size,
+            created_unix_s=created_unix_s,
+        ),
         encoding,
         replicas,
         client,
         GatewayMetrics(),
-        defaults=ChatDefaults(gateway.conversation_date, gateway.reasoning_effort),
-        limits=Limits(gateway.max_in_flight_requests, gateway.request_timeout_s),
+        defaults=chat_defaults(gateway),
+        limits=limits(gateway),
         fleet=fleet,
     )
-    contexts = _Contexts(replicas, client, service, {replica: info.max_model_len for replica, info in infos.items()})
-    replicas.on_change(contexts.look)
-    contexts.look()
-    return service, info
+
+    def serve_as(info: EngineInfo) -> None:
+        if info.max_model_len != service.model.max_model_len:
+            logger.info("requests may have %d tokens from now on: the shortest context of a replica", info.max_model_len)
+        service.set_model(ModelInfo.from_engine(info, config.model_name, created_unix_s))
+
+    infos = ReplicaInfos(replicas, client, serve_as)
+    replicas.on_change(infos.look)
+    infos.look()
+    return service, infos
 
 
-async def _first_infos(replicas: ReplicaSet, client: EngineClient) -> dict[Replica, EngineInfo]:
-    """What those say that answer, once there is one."""
-    while True:
-        known = replicas.known()
-        answers = await asyncio.gather(*(client.info(replica, _PROBE_TIMEOUT_S) for replica in known), return_exceptions=True)
-        infos: dict[Replica, EngineInfo] = {}
-        for replica, answer in zip(known, answers, strict=True):
-            if isinstance(answer, EngineInfo):
-                infos[replica] = answer
-            elif not isinstance(answer, CantataError):
-                raise answer
-        if infos:
-            return infos
-        await asyncio.sleep(_PROBE_PERIOD_S)
+def chat_defaults(gateway: GatewayConfig) -> ChatDefaults:
+    """What chats are told that do not say it themselves."""
+    return ChatDefaults(gateway.conversation_date, gateway.reasoning_effort)
 
 
-class _Contexts:
-    """Keeps the service's context limit at the shortest among the replicas: without a max_model_len each takes what its memory allows.
+def limits(gateway: GatewayConfig) -> Limits:
+    """How much a gateway takes on."""
+    return Limits(gateway.max_in_flight_requests, gateway.request_timeout_s)
+
+
+class ReplicaInfos:
+    """Asks each new replica what it serves. What the service promises is the shortest context among them: without a max_model_len each
+    takes what its memory allows.
 
     Args:
-        known: replica to its max_model_len, of those that have been asked.
+        use: called with the info of the replica with the shortest context, whenever that may have changed.
     """
 
-    def __init__(self, replicas: ReplicaSet, client: EngineClient, service: GenerationService, known: dict[Replica, int]) -> None:
+    def __init__(self, replicas: ReplicaSet, client: EngineClient, use: Callable[[EngineInfo], None]) -> None:
         self._replicas = replicas
         self._client = client
-        self._service = service
-        self._known = known
+        self._use = use
+        self._known: dict[Replica, EngineInfo] = {}
         self._asking: dict[Replica, asyncio.Task[None]] = {}
+        self._latest: EngineInfo | None = None
+        self._answered = asyncio.Event()
+
+    async def first(self) -> EngineInfo:
+        """Wait until a replica has answered, and a little for the others that are being asked; return what the service promises."""
+        await self._answered.wait()
+        if self._asking:
+            await asyncio.wait(list(self._asking.values()), timeout=_PROBE_TIMEOUT_S)
+        assert self._latest is not None
+        return self._latest
 
     def look(self) -> None:
         """The list of replicas may have changed: forget those that left, ask those that are new."""
         listed = self._replicas.known()
-        self._known = {replica: length for replica, length in self._known.items() if replica in listed}
+        self._known = {replica: info for replica, info in self._known.items() if replica in listed}
         for replica in listed:
             if replica not in self._known and replica not in self._asking:
                 self._asking[replica] = asyncio.ensure_future(self._ask(replica))
-        self._apply()
+        if self._known:
+            self._latest = min(self._known.values(), key=lambda info: info.max_model_len)
+            self._use(self._latest)
+            self._answered.set()
 
     async def _ask(self, replica: Replica) -> None:
+        info = None
         try:
             for _ in range(_MAX_PROBES):
                 if replica not in self._replicas.known():
                     return
                 try:
-                    self._known[replica] = (await self._client.info(replica, _PROBE_TIMEOUT_S)).max_model_len
+                    info = await self._client.info(replica, _PROBE_TIMEOUT_S)
                 except CantataError:
                     await asyncio.sleep(_PROBE_PERIOD_S)
                 else:
-                    self.look()  # it may have left meanwhile
-                    return
+                    break
         finally:
             del self._asking[replica]
-
-    def _apply(self) -> None:
-        shortest = min(self._known.values(), default=self._service.model.max_model_len)
-        if shortest != self._service.model.max_model_len:
-            logger.info("requests may have %d tokens from now on: the shortest context of a replica", shortest)
-            self._service.limit_context(shortest)
+        if info is not None:
+            self._known[replica] = info
+            self.look()  # it may have left meanwhile

@@ -134,27 +134,37 @@ class GatewayConfig(_Settings):
     reasoning_effort: ReasoningEffort = "medium"
 
 
+_NUM_REPLICAS_OF = {"replicas": "engine", "gateways": "gateway"}
+"""Setting of `cantata serve` to the deployment whose `num_replicas` it is in a Serve YAML."""
+
+
 class AppConfig(_Settings):
-    """One served model: the engine of each replica, how many replicas, the gateways before them: a Serve application's arguments.
+    """One served model: the engine of each replica and the gateways before them: a Serve application's arguments.
 
     Attributes:
-        replicas: engines.
-        gateways: copies of the gateway (Ray Serve; standalone has one).
         engine_host: address an engine's gRPC server binds under Ray Serve: `auto` is the node's own, reachable from the other nodes.
         engine_cpus: CPUs that an engine has: its compute threads on the device `cpu`, and what Ray reserves for it. None: all that
             there are, shared among the replicas, standalone and with `cantata serve`; 1 in a Serve YAML.
+        engine_drain_timeout_s: what an engine that Serve stops gives its running requests to end; those left go on in another replica.
+        gateway_drain_timeout_s: what a gateway that Serve stops gives its running requests to end; those left are cut off.
     """
 
     engine: EngineConfig
     gateway: GatewayConfig = GatewayConfig()
-    replicas: int = Field(default=1, ge=1, le=1024)
-    gateways: int = Field(default=1, ge=1, le=1024)
     engine_host: str = "auto"
     engine_cpus: int | None = Field(default=None, ge=1)
+    engine_drain_timeout_s: float = Field(default=300.0, ge=0, allow_inf_nan=False)
+    gateway_drain_timeout_s: float = Field(default=1800.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _read_sizes(cls, values: Any) -> Any:
+    def _read(cls, values: Any) -> Any:
+        for name, deployment in _NUM_REPLICAS_OF.items():
+            if isinstance(values, Mapping) and name in values and name not in cls.model_fields:
+                raise ValueError(
+                    f"{name} is not a setting of a Serve application's args, where a change replaces every engine and gateway; beside args "
+                    f"write `deployments: [{{name: {deployment}, num_replicas: {values[name]}}}]`, which can be changed without that"
+                )
         return _sizes_to_bytes(values, ())
 
     @property
@@ -170,8 +180,15 @@ class AppConfig(_Settings):
 
 
 class CantataConfig(AppConfig):
-    """All of `cantata serve`."""
+    """All of `cantata serve`.
 
+    Attributes:
+        replicas: engines.
+        gateways: copies of the gateway (Ray Serve; standalone has one).
+    """
+
+    replicas: int = Field(default=1, ge=1, le=1024)
+    gateways: int = Field(default=1, ge=1, le=1024)
     listen: ListenConfig = ListenConfig()
 
 
@@ -239,6 +256,33 @@ def with_api_keys(config: AppConfig, environment: Mapping[str, str] | None = Non
         return config.model_copy(update={"gateway": GatewayConfig.model_validate(values)})
     except ValidationError as error:
         raise ConfigError(f"{API_KEYS_VARIABLE}: {error.errors(include_url=False, include_input=False)[0]['ctx']['error']}") from None
+
+
+RUN_TIME_SETTINGS = ("max_in_flight_requests", "request_timeout_s", "conversation_date", "reasoning_effort")
+"""Of `gateway`: those that a running gateway takes over from the `user_config` of its deployment."""
+
+
+def reconfigured(gateway: GatewayConfig, values: object) -> GatewayConfig:
+    """The settings of a gateway with those of its deployment's `user_config` in their place.
+
+    Args:
+        values: by name, some of RUN_TIME_SETTINGS; None or empty: `gateway` as it is.
+    Raises:
+        ConfigError: another name, or a wrong value.
+    """
+    if not isinstance(values or {}, Mapping):
+        raise ConfigError("user_config of the deployment gateway must hold settings by name")
+    changes = dict(values or {})  # type: ignore[call-overload]  # a mapping, as checked
+    for name in changes:
+        if name not in RUN_TIME_SETTINGS:
+            raise ConfigError(
+                f"user_config of the deployment gateway: {name} is no setting that changes at run time, which are "
+                f"{', '.join(RUN_TIME_SETTINGS)}; others belong under args"
+            )
+    try:
+        return GatewayConfig.model_validate(gateway.model_dump() | changes)
+    except ValidationError as error:
+        raise ConfigError(f"user_config of the deployment gateway: {_sentence(AppConfig, error, {})}") from None
 
 
 def setting_paths(kind: type[AppConfig] = CantataConfig) -> list[str]:

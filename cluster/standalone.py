@@ -215,7 +215,12 @@ async def _start(
         for start in starts:
             start.cancel()
         await asyncio.wait(starts)
-    return await build_service(config, encoding, replicas)
+    service, infos = build_service(config, encoding, replicas)
+    try:
+        return service, await infos.first()
+    except BaseException:
+        await service.close()
+        raise
 
 
 def _exposure(listen: ListenConfig, has_keys: bool) -> list[str]:

@@ -55,8 +55,6 @@ def build_app(service: GenerationService, config: GatewayConfig | None = None, *
 
 
 def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, limits: body.BodyLimits) -> None:
-    fingerprint = service.model.fingerprint
-
     @app.post(
         "/v1/chat/completions",
         openapi_extra=schemas.describe(schema.ChatCompletionRequest, answers.ChatCompletion, stream=answers.ChatCompletionChunk),
@@ -67,9 +65,9 @@ def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, 
         request_id: str = request.state.request_id
         generation = await sse.begin(request, service.chat(chat.chat_request(asked), request_id))
         if asked.stream:
-            return sse.EventStream(generation, chat.chunks(generation, asked, fingerprint), request_id)
+            return sse.EventStream(generation, chat.chunks(generation, asked, service.model.fingerprint), request_id)
         try:
-            return _json(await sse.until_gone(request, chat.answer(generation, asked, fingerprint)))
+            return _json(await sse.until_gone(request, chat.answer(generation, asked, service.model.fingerprint)))
         finally:
             await generation.aclose()
 
@@ -82,9 +80,9 @@ def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, 
         request_id: str = request.state.request_id
         generation = await sse.begin(request, service.complete(completions.completion_request(asked), request_id))
         if asked.stream:
-            return sse.EventStream(generation, completions.chunks(generation, asked, fingerprint), request_id)
+            return sse.EventStream(generation, completions.chunks(generation, asked, service.model.fingerprint), request_id)
         try:
-            return _json(await sse.until_gone(request, completions.answer(generation, asked, fingerprint)))
+            return _json(await sse.until_gone(request, completions.answer(generation, asked, service.model.fingerprint)))
         finally:
             await generation.aclose()
 

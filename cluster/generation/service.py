@@ -186,9 +186,13 @@ class GenerationService:
         """What is served."""
         return [self.model]
 
-    def limit_context(self, max_model_len: int) -> None:
-        """Requests that come from now on may have this many tokens: as many as each replica takes."""
-        self.model = replace(self.model, max_model_len=max_model_len)
+    def set_model(self, model: ModelInfo) -> None:
+        """Take this for what is served from now on: its context is what each replica takes."""
+        self.model = model
+
+    def reconfigure(self, defaults: ChatDefaults, limits: Limits) -> None:
+        """Use these for the requests that come from now on."""
+        self._defaults, self._limits = defaults, limits
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name.

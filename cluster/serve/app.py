@@ -1,18 +1,24 @@
-"""The Ray Serve application: `import_path: cluster.serve.app:build` in a Serve YAML, with `args` as in `cluster.config.AppConfig`."""
+"""The Ray Serve application: `import_path: cluster.serve.app:build` in a Serve YAML, with `args` as in `cluster.config.AppConfig`.
+
+Serve starts every replica of both deployments anew when `args` change, since it makes them part of the code's version. What may change
+without that stands in the YAML's `deployments`: how many replicas there are, and a gateway's run-time settings in its `user_config`.
+"""
 
 from typing import Any
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
-from cluster.config import AppConfig
+from cluster.config import AppConfig, parse_config
+from cluster.serve.cluster_view import deployment_options
 from cluster.serve.gateway import GatewayReplica
-from cluster.serve.replica import DRAIN_S, EngineReplica
+from cluster.serve.preflight import check_application, check_deployments
+from cluster.serve.replica import EngineReplica
 from cluster.serve.room import bundle_strategy, replica_bundles
-from workers.config import load_model_config
 from workers.cores import thread_environment
-from workers.parallel.shard import plan_shards
+from workers.errors import CheckpointError, ConfigError
 
 ENGINE_DEPLOYMENT = "engine"
 GATEWAY_DEPLOYMENT = "gateway"
@@ -24,29 +30,43 @@ GRPC_SERVICERS = (
 
 _NO_LIMIT = 1_000_000
 """The gateway has its own admission control, which answers in OpenAI's form; Serve's would come first and answer in its own."""
+_STOP_S = 10.0
+"""For a replica to end after its running requests have, or have had their time."""
 
 
-def build(args: AppConfig) -> serve.Application:
-    """Engines and the gateways before them.
+def build(args: dict[str, Any]) -> serve.Application:
+    """Check the arguments and all else that needs no GPU, then return the application. Serve's entry: while this fails, the version that
+    runs goes on.
 
     Raises:
-        CheckpointError: the model's folder, config or tokenizer is missing or foreign.
-        ConfigError: the model cannot be split as `engine.parallel` says.
+        RayServeException: one sentence, which Serve shows as the application's status.
     """
-    from cluster.assembly import load_encoding
+    try:
+        config = parse_config(AppConfig, args, {})
+        check_deployments(config, deployment_options(args))
+        check_application(config)
+        return application(config)
+    except (ConfigError, CheckpointError) as error:
+        # Of all exceptions, Serve passes on the text of this one alone, and does not try again.
+        raise RayServeException(str(error)) from None
 
-    # Relative paths mean the folder Ray was started in; the error should name the full path.
-    load_encoding(args)
-    plan_shards(load_model_config(args.engine.model_path), args.engine.parallel)
+
+def application(config: AppConfig, *, replicas: int = 1, gateways: int = 1) -> serve.Application:
+    """Return engines and the gateways before them.
+
+    Args:
+        replicas, gateways: how many, unless the YAML's `deployments` say it.
+    """
     engine: Any = serve.deployment(
         EngineReplica,
         name=ENGINE_DEPLOYMENT,
-        num_replicas=args.replicas,
-        **_resources(args),
+        num_replicas=replicas,
+        **_resources(config),
+        user_config={},
         max_ongoing_requests=_NO_LIMIT,
         health_check_period_s=2,
         health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=DRAIN_S + 10,
+        graceful_shutdown_timeout_s=config.engine_drain_timeout_s + _STOP_S,
         max_constructor_retry_count=3,
         request_router_config=RequestRouterConfig.model_validate({"request_routing_stats_period_s": 2.0}),
     )
@@ -54,18 +74,21 @@ def build(args: AppConfig) -> serve.Application:
     gateway: Any = serve.deployment(
         ingress,
         name=GATEWAY_DEPLOYMENT,
-        num_replicas=args.gateways,
+        num_replicas=gateways,
         # A gateway takes what CPU is left: on a small machine it must not wait for an engine to give one back.
         ray_actor_options={"num_cpus": 0},
+        # It needs no GPU either, so there is always room to start the new ones before the old ones stop.
+        max_surge_percent=100,
+        user_config={},
         max_ongoing_requests=_NO_LIMIT,
         max_queued_requests=-1,
         health_check_period_s=5,
-        graceful_shutdown_timeout_s=DRAIN_S + 10,
+        graceful_shutdown_timeout_s=config.gateway_drain_timeout_s + _STOP_S,
         max_constructor_retry_count=3,
         logging_config=LoggingConfig(enable_access_log=False),
     )
-    application: serve.Application = gateway.bind(engine.bind(args.engine, args.engine_host), args)
-    return application
+    bound: serve.Application = gateway.bind(engine.bind(config.engine, config.engine_host, config.engine_drain_timeout_s), config)
+    return bound
 
 
 def _resources(args: AppConfig) -> dict[str, Any]:

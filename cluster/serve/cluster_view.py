@@ -7,9 +7,11 @@ from `record_routing_stats`, how busy it is.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private import constants
@@ -21,18 +23,18 @@ from ray.serve.handle import DeploymentHandle
 from cluster.metrics import Scrape
 from cluster.replica_set import ReplicaSet
 from cluster.router.table import Replica
+from cluster.serve.ray_environment import FAST_INGRESS
 
 ADDRESS_KEY, START_ID_KEY, SECRET_KEY = "engine_address", "engine_start_id", "engine_secret"
 """Of an engine's metadata. The secret is for gateways alone: metadata are neither logged nor shown."""
 SERVE_LOGGER = "ray.serve"
+BUILDER = "cluster.serve.app:build"
 
 logger = logging.getLogger(SERVE_LOGGER)
 
+_CONTROLLER_TIMEOUT_S = 30.0
 _PAGE_TIMEOUT_S = 2.0
 """For what other processes say of themselves, of a scrape's 10 s."""
-
-INGRESS_VARIABLES = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-"""Serve's fast ingress (about a quarter of the CPU per token). Read when Ray's processes start, so a Serve YAML cannot set them."""
 
 
 class ServeReplicas(ReplicaSet):
@@ -50,6 +52,11 @@ class ServeReplicas(ReplicaSet):
             call_in_event_loop=asyncio.get_running_loop(),
             client_id=f"cantata gateway of {engine.deployment_id}",
         )
+        self._heard = asyncio.Event()
+
+    async def heard(self) -> None:
+        """Wait for the controller's first word: the list is empty before."""
+        await self._heard.wait()
 
     def stop(self) -> None:
         """Hear no more."""
@@ -70,6 +77,7 @@ class ServeReplicas(ReplicaSet):
                 for info in targets.running_replicas
             }
         )
+        self._heard.set()
 
 
 class ServeFleet:
@@ -113,12 +121,31 @@ class ServeFleet:
 
 
 def missing_ingress_variables() -> dict[str, str]:
-    """The variables of INGRESS_VARIABLES that this Ray was started without."""
+    """The variables of FAST_INGRESS that this Ray was started without."""
     in_force = {
         "RAY_SERVE_ENABLE_HA_PROXY": constants.RAY_SERVE_ENABLE_HA_PROXY,
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": constants.RAY_SERVE_THROUGHPUT_OPTIMIZED,
     }
-    return {name: value for name, value in INGRESS_VARIABLES.items() if not in_force[name]}
+    return {name: value for name, value in FAST_INGRESS.items() if not in_force[name]}
+
+
+def deployment_options(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the Serve YAML says of each deployment of the application with these `args`, as the controller has it; none without one."""
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    if client is None:
+        return {}
+    # A YAML's application is in here before it is built. Its name is not told to what builds it.
+    configs = ray.get(client._controller.get_app_configs.remote(), timeout=_CONTROLLER_TIMEOUT_S)
+    options: dict[str, dict[str, Any]] = {}
+    for config in configs.values():
+        if config.import_path == BUILDER and config.args == args:
+            options |= {deployment.name: deployment.model_dump(exclude_unset=True) for deployment in config.deployments}
+    return options
+
+
+def hard_stop_s() -> float:
+    """How long HAProxy keeps streams that began before its last reload, if the nodes were started like this one."""
+    return float(constants.RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S) if constants.RAY_SERVE_ENABLE_HA_PROXY else math.inf
 
 
 class RefusedCall(Exception):

@@ -1,6 +1,7 @@
 """The gateway's deployment, Serve's ingress: HTTP through the FastAPI app, gRPC through methods that Serve calls by their names."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
@@ -12,14 +13,23 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from cluster.assembly import build_service, load_encoding
-from cluster.config import AppConfig, with_api_keys
+from cluster.assembly import build_service, chat_defaults, limits, load_encoding
+from cluster.config import AppConfig, reconfigured, with_api_keys
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import SERVICE_NAME, InferenceServicer
 from cluster.frontend.grpc_handlers import decoded
 from cluster.metrics import Scrape
 from cluster.rpc import inference_pb2 as pb
-from cluster.serve.cluster_view import SERVE_LOGGER, RefusedCall, ServeFleet, ServeReplicas, missing_ingress_variables, quiet_refusals
+from cluster.serve.cluster_view import (
+    SERVE_LOGGER,
+    RefusedCall,
+    ServeFleet,
+    ServeReplicas,
+    hard_stop_s,
+    missing_ingress_variables,
+    quiet_refusals,
+)
+from cluster.serve.ray_environment import HAPROXY_HARD_STOP_S
 from cluster.serve.room import replica_bundles, shortage
 from workers.errors import ConfigError, InvalidRequest
 from workers.rpc.convert import EngineInfo
@@ -30,8 +40,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(SERVE_LOGGER)
 
 _MAX_UNSENT_EVENTS = 16
-_ROOM_PERIOD_S = 30.0
-"""Between two looks at whether there is room for the engines that have not come."""
+_FIRST_WORD_S = 5.0
+"""For Serve's list of engines and their answers to come to a new gateway."""
+_REPORT_PERIOD_S = 60.0
+"""Between two lines in the log that say what is missing while no engine serves."""
 
 
 class GatewayReplica:
@@ -43,33 +55,46 @@ class GatewayReplica:
 
     async def __init__(self, engine: DeploymentHandle[Any], config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         quiet_refusals()
-        missing = missing_ingress_variables()
-        if missing:
-            logger.warning(
-                "This Ray runs Serve's slower ingress: about four times the CPU per token. Before Ray is started on each node, set %s "
-                "(`cantata serve` does).",
-                " ".join(f"{name}={value}" for name, value in missing.items()),
-            )
+        _warn_of_environment(config)
         config = with_api_keys(config)
-        encoding = load_encoding(config)
         self._config = config
+        self._configured = False
         self._replicas = ServeReplicas(engine)
         self._fleet = ServeFleet(engine)
-        building = asyncio.create_task(build_service(config, encoding, self._replicas, self._fleet))
-        try:
-            await _watch_room(building, config)
-            self._service, self._info = await building
-        finally:
-            building.cancel()
+        self._service, self._infos = build_service(config, load_encoding(config), self._replicas, self._fleet)
         self._servicer = InferenceServicer(self._service, config.gateway)
+        self._watching = asyncio.create_task(_watch_engines(self._replicas, config))
+        # One that takes the place of another should know the engines before it gets requests; the first one has none to know.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_WORD_S):
+                await self._replicas.heard()
+                if self._replicas.known():
+                    await self._infos.first()
+
+    async def reconfigure(self, user_config: object) -> None:
+        """Serve's hook: take over what the YAML's `user_config` says, at the start and whenever it changes.
+
+        Raises:
+            ConfigError: it is wrong at the start.
+        """
+        try:
+            gateway = reconfigured(self._config.gateway, user_config)
+        except ConfigError as error:
+            if not self._configured:
+                raise
+            # Serve would stop this replica, and start others that cannot start.
+            logger.error("The gateway goes on with the settings it had: %s", error)
+            return
+        self._service.reconfigure(chat_defaults(gateway), limits(gateway))
+        self._configured = True
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook: the app that HTTP requests go to."""
         return build_app(self._service, self._config.gateway)
 
     async def engine_info(self) -> EngineInfo:
-        """What the engines serve, for the start-up summary."""
-        return self._info
+        """What the engines serve, for the start-up summary; waits until one says it."""
+        return await self._infos.first()
 
     async def metrics_page(self) -> Scrape:
         """Return this gateway's own metrics, for the gateway that was asked for all of them."""
@@ -121,29 +146,49 @@ class GatewayReplica:
 
     async def __del__(self) -> None:
         # Serve's hook for the end of a replica, after its requests have ended; it may run before __init__ got far.
-        service = getattr(self, "_service", None)
-        if service is not None:
+        watching = getattr(self, "_watching", None)
+        if watching is not None:
+            watching.cancel()
             self._replicas.stop()
-            await service.close()
+            await self._service.close()
 
 
-async def _watch_room(starting: "asyncio.Future[Any]", config: AppConfig) -> None:
-    """Until an engine is there, say in the log if the cluster has no room for one: Ray and Serve wait without an end, and say little.
+def _warn_of_environment(config: AppConfig) -> None:
+    missing = missing_ingress_variables()
+    if missing:
+        logger.warning(
+            "This Ray runs Serve's slower ingress: about four times the CPU per token. Before Ray is started on each node, set %s "
+            "(`cantata serve` does).",
+            " ".join(f"{name}={value}" for name, value in missing.items()),
+        )
+    if hard_stop_s() < config.gateway_drain_timeout_s:
+        logger.warning(
+            "gateway_drain_timeout_s is %g, but after %g s HAProxy cuts the streams of a gateway that is replaced. Before Ray is started "
+            "on each node, set RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S to at least as much (`cantata serve` sets %d).",
+            config.gateway_drain_timeout_s,
+            hard_stop_s(),
+            HAPROXY_HARD_STOP_S,
+        )
 
-    Raises:
-        ConfigError: there was none for start_timeout_s.
-    """
-    bundles, begin_s, limit_s = replica_bundles(config), time.monotonic(), config.engine.parallel.start_timeout_s
+
+async def _watch_engines(replicas: ServeReplicas, config: AppConfig) -> None:
+    """While no engine serves, say each minute what is missing: Ray and Serve wait without an end, and say little."""
+    bundles, without_since = replica_bundles(config), time.monotonic()
     while True:
-        waited_s = time.monotonic() - begin_s
-        done, _ = await asyncio.wait([starting], timeout=min(_ROOM_PERIOD_S, max(limit_s - waited_s, _ROOM_PERIOD_S / 10)))
-        if done:
-            return
-        lack, waited_s = await asyncio.to_thread(shortage, bundles), time.monotonic() - begin_s
-        if lack is not None and waited_s >= limit_s:
-            raise ConfigError(f"for {limit_s:g} s there was no room for an engine: {lack}; lower engine.parallel.tensor, or add nodes")
+        await asyncio.sleep(_REPORT_PERIOD_S)
+        if replicas.known():
+            without_since = time.monotonic()
+            continue
+        try:
+            lack = await asyncio.to_thread(shortage, bundles)
+        except Exception:
+            logger.exception("Ray does not say what it has room for")
+            continue
+        waited_s = time.monotonic() - without_since
         if lack is not None:
-            logger.warning("No engine can start yet: %s", lack)
+            logger.warning("No engine can start, for %.0f s now: %s; lower engine.parallel.tensor, or add nodes", waited_s, lack)
+        else:
+            logger.warning("No engine serves, for %.0f s now: there is room, so they are loading or fail (`serve status` says)", waited_s)
 
 
 class _Context:

@@ -13,6 +13,7 @@ from types import FrameType
 
 from cluster.assembly import context_with_enough_memory, load_encoding
 from cluster.config import AppConfig, CantataConfig
+from cluster.serve.ray_environment import RAY_ENVIRONMENT
 from cluster.sockets import check_port_is_free
 from cluster.summary import start_up_summary
 from workers.cores import engine_threads
@@ -24,22 +25,6 @@ OBJECT_STORE_BYTES = 128 * 2**20
 """Nothing large passes through Ray's object store here."""
 _INFO_TIMEOUT_S = 60.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-# What Ray and Serve read when their processes start. A value that the operator has set stands.
-RAY_ENVIRONMENT = {
-    # Serve's fast ingress; cluster/serve/cluster_view.py names the same for a Ray that somebody else starts.
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # Whoever reaches Ray's ports can run code: they need the token in ~/.ray/auth_token, which Ray makes.
-    "RAY_AUTH_MODE": "token",
-    # Makes Ray take 127.0.0.1 for this node's address and bind its ports there (named after the systems where that is the default).
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # No load balancer has to notice that this ingress goes away.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
-    # On a busy machine the proxies take longer to start than the 5 s that Serve gives them.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 
 
 def serve_on_ray(config: CantataConfig) -> int:
@@ -69,11 +54,11 @@ def _application(config: CantataConfig) -> AppConfig:
     return AppConfig(
         engine=engine,
         gateway=config.gateway.model_copy(update={"served_model_name": config.model_name}),
-        replicas=config.replicas,
-        gateways=config.gateways,
         # Everything is on this machine.
         engine_host="127.0.0.1" if config.engine_host == "auto" else config.engine_host,
         engine_cpus=cpus,
+        engine_drain_timeout_s=config.engine_drain_timeout_s,
+        gateway_drain_timeout_s=config.gateway_drain_timeout_s,
     )
 
 
@@ -145,7 +130,7 @@ def _serve_application(config: CantataConfig) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions
 
-    from cluster.serve.app import GRPC_SERVICERS, build
+    from cluster.serve.app import GRPC_SERVICERS, application
 
     serve.start(
         http_options=HTTPOptions(
@@ -155,7 +140,8 @@ def _serve_application(config: CantataConfig) -> None:
         ),
         grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
     )
-    gateway = serve.run(build(_application(config)), name=APPLICATION, route_prefix="/")
+    application_of_config = application(_application(config), replicas=config.replicas, gateways=config.gateways)
+    gateway = serve.run(application_of_config, name=APPLICATION, route_prefix="/")
     call = gateway.engine_info
     info = call.remote().result(timeout_s=_INFO_TIMEOUT_S)
     # What it has started to send requests by would go on for nothing, at half a per cent of a core.

@@ -13,7 +13,7 @@ from cluster.serve.cluster_view import ADDRESS_KEY, SECRET_KEY, SERVE_LOGGER, ST
 from workers.config import EngineConfig, ModelConfig
 from workers.engine.collector import spare_collections
 from workers.engine.server import EngineServer
-from workers.errors import EngineDead
+from workers.errors import ConfigError, EngineDead
 from workers.executor.base import Executor
 from workers.executor.distributed import DistributedExecutor
 from workers.executor.local import local_executor
@@ -21,8 +21,6 @@ from workers.executor.ray_executor import RayRanks
 
 logger = logging.getLogger(SERVE_LOGGER)
 
-DRAIN_S = 20.0
-"""What running requests get to end when Serve stops the replica."""
 _LAST_WORDS_S = 0.3
 """For the streams of a dead engine to reach their clients."""
 
@@ -32,9 +30,12 @@ class EngineReplica:
 
     Args:
         host: address the engine's server binds; `auto`: this node's.
+        drain_timeout_s: what running requests get to end when Serve stops the replica.
     """
 
-    async def __init__(self, config: EngineConfig, host: str) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, config: EngineConfig, host: str, drain_timeout_s: float) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._drain_timeout_s = drain_timeout_s
+        self._started = False
         # An engine that cannot start raises CheckpointError or ConfigError here; Serve shows it as the application's status.
         self._heartbeat_timeout_s = config.heartbeat_timeout_s
         self._secret = secrets.token_urlsafe(32)
@@ -45,6 +46,19 @@ class EngineReplica:
         info = self._server.start_up
         logger.info("engine serves %s on %s: %s", config.model_path, self._address, info.executor)
         self._leaving = asyncio.create_task(self._leave_when_it_ends())
+
+    async def reconfigure(self, user_config: object) -> None:
+        """Serve's hook, at the start and when the YAML's `user_config` changes: an engine takes nothing over at run time.
+
+        Raises:
+            ConfigError: there is something in it at the start.
+        """
+        if user_config and not self._started:
+            raise ConfigError("deployment engine: it has no settings that change at run time; instead of user_config use args.engine")
+        if user_config:
+            # Serve would stop this replica, and start others that cannot start.
+            logger.error("The engine has no settings that change at run time: user_config is not used, put it under args.engine")
+        self._started = True
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Once, when the replica is ready: Serve sends it to every gateway, inside the cluster and nowhere else."""
@@ -77,7 +91,8 @@ class EngineReplica:
         # Serve's hook for the end of a replica; it may run before __init__ got far.
         with contextlib.suppress(AttributeError):
             server = self._server
-            await server.drain(DRAIN_S)
+            self._leaving.cancel()
+            await server.drain(self._drain_timeout_s)
             await server.stop()
 
 

@@ -9,6 +9,8 @@ from cluster.config import AppConfig
 
 Bundle = Mapping[str, float]
 
+_ACCELERATOR = "accelerator_type:"
+
 
 def replica_bundles(config: AppConfig) -> list[dict[str, float]]:
     """The resources of a replica, a bundle for each rank. The engine's own process runs beside rank 0 and claims nothing."""
@@ -22,6 +24,18 @@ def replica_bundles(config: AppConfig) -> list[dict[str, float]]:
 def bundle_strategy(bundles: Sequence[Bundle]) -> str:
     """STRICT_PACK if some node of the running cluster is large enough for all bundles, else PACK: as few nodes as can be."""
     return "STRICT_PACK" if any(_num_fitting(node, bundles[0]) >= len(bundles) for node in _nodes()) else "PACK"
+
+
+def accelerators() -> set[str] | None:
+    """What kinds of GPUs the running cluster has, by Ray's names; None: a node does not say, or none has any."""
+    found: set[str] = set()
+    for node in _nodes():
+        if node.get("GPU", 0):
+            kinds = {name.removeprefix(_ACCELERATOR) for name in node if name.startswith(_ACCELERATOR)}
+            if not kinds:
+                return None
+            found |= kinds
+    return found or None
 
 
 def shortage(bundles: Sequence[Bundle], num_replicas: int = 1) -> str | None:
@@ -42,7 +56,9 @@ def shortage(bundles: Sequence[Bundle], num_replicas: int = 1) -> str | None:
 
 
 def _nodes() -> list[dict[str, float]]:
-    """All resources of each node, taken or not."""
+    """All resources of each node, taken or not; none where no Ray runs, as under `serve build`."""
+    if not ray.is_initialized():
+        return []
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 

@@ -8,13 +8,15 @@ import pytest
 
 from cluster.assembly import build_service
 from cluster.config import CantataConfig, load_config
-from cluster.generation import GenerationService
+from cluster.generation import CompletionRequest, GenerationService, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.replica_set import ReplicaSet
 from cluster.router.table import Replica
 from cluster.summary import start_up_summary
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import make_encoding
+from tests.support.tiny_model import TINY, write_tiny_checkpoint
+from workers.errors import NoReplica
 from workers.rpc.convert import EngineInfo
 
 WAIT_S = 10.0
@@ -39,8 +41,8 @@ async def becomes(service: GenerationService, length: int) -> None:
 
 
 @pytest.fixture
-def config() -> CantataConfig:
-    return load_config(None, {}, {"engine.model_path": "somewhere/tiny"})
+def config(tmp_path: Path) -> CantataConfig:
+    return load_config(None, {}, {"engine.model_path": write_tiny_checkpoint(tmp_path)})
 
 
 @pytest.fixture
@@ -62,10 +64,10 @@ async def test_the_shortest_counts_as_replicas_come_and_go(
     four, two, eight, three = [Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)]
     replicas = ReplicaSet()
     replicas.replace([four, eight])
-    service, info = await build_service(config, encoding, replicas)
+    service, infos = build_service(config, encoding, replicas)
 
     try:
-        assert info.max_model_len == service.models()[0].max_model_len == 4096
+        assert (await infos.first()).max_model_len == service.models()[0].max_model_len == 4096
         replicas.replace([four, two, eight])
         await becomes(service, 2048)
         replicas.replace([four, eight])
@@ -85,7 +87,7 @@ async def test_a_replica_that_does_not_answer_yet_is_asked_again(
 ) -> None:
     replicas = ReplicaSet()
     replicas.replace([Replica("a", engines[0].address)])
-    service, _ = await build_service(config, encoding, replicas)
+    service, _ = build_service(config, encoding, replicas)
     late = Late(max_model_len=1024)
     await late.start()
     try:
@@ -95,6 +97,28 @@ async def test_a_replica_that_does_not_answer_yet_is_asked_again(
     finally:
         await service.close()
         await late.stop()
+
+
+async def test_a_service_without_replicas_refuses_and_serves_once_there_is_one(
+    config: CantataConfig, encoding: HarmonyEncoding, engines: list[FakeEngine]
+) -> None:
+    replicas = ReplicaSet()
+    service, infos = build_service(config, encoding, replicas)
+    first = asyncio.create_task(infos.first())
+    try:
+        (model,) = service.models()
+        assert (model.id, model.max_model_len) == ("tiny-0", TINY.max_context_len)
+        assert not await service.ready()
+        with pytest.raises(NoReplica):
+            await service.complete(CompletionRequest(prompts=((1, 2, 3),)))
+        assert not first.done()
+        replicas.replace([Replica("a", engines[0].address)])
+        async with asyncio.timeout(WAIT_S):
+            info = await first
+        assert service.models()[0] == ModelInfo.from_engine(info, "tiny-0", model.created_unix_s)
+        assert await service.ready()
+    finally:
+        await service.close()
 
 
 OF_THE_MODEL = "1,024 tokens of the model's 131,072, as much as the KV cache holds; for more: --kv-cache-memory, "

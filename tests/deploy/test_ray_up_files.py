@@ -12,14 +12,12 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster.serve.launch import RAY_ENVIRONMENT
+from cluster.serve.ray_environment import CLUSTER_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "ray"
 VERSIONS = ROOT / "scripts" / "torch_versions.env"
 FILES = [FOLDER / f"{name}.yaml" for name in ("aws", "gcp", "local")]
-# Of one machine without a load balancer; the others hold for a cluster too.
-ONE_MACHINE_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -66,7 +64,7 @@ def test_rays_check_would_refuse_a_wrong_name(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_node_starts_ray_as_cantata_does(path: Path) -> None:
-    wanted = {name: value for name, value in RAY_ENVIRONMENT.items() if name not in ONE_MACHINE_ONLY}
+    wanted = CLUSTER_ENVIRONMENT
     content = read(path)
     head = exported(content["head_start_ray_commands"][-1])
     # Autoscaler v2 of Ray 2.60 starts no workers with this provider.

@@ -1,16 +1,20 @@
 """The Serve files for the published models: read by Cantata and by Ray Serve, plans that the models allow, and sizes that fit the GPUs."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from benchmarks.parallel_model import BATCHES, best, points
 from cluster.config import AppConfig, parse_config
 from cluster.gpus import GIB, GPUS, gpu_kv_cache
+from cluster.serve.app import ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT
+from cluster.serve.preflight import check_deployments, check_memory
 from workers.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from workers.errors import ConfigError
 from workers.model.make_checkpoint import preset_config
@@ -45,11 +49,53 @@ def test_cantata_and_serve_read_the_file(path: Path) -> None:
     assert (config.engine.model_path, config.model_name, config.engine.device) == (Path("/models") / name, name, "cuda")
     assert config.engine_host == "auto", "engines must be reachable from other nodes"
     suffix = path.stem.removeprefix(path.stem.split("-")[0])
-    assert (config.replicas, config.engine.parallel.tensor) == PLANS.get(path.stem, PLANS.get(suffix))
+    options = {deployment["name"]: deployment for deployment in content["applications"][0]["deployments"]}
+    check_deployments(config, options)
+    assert set(options) == {ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT}
+    assert (options[ENGINE_DEPLOYMENT]["num_replicas"], config.engine.parallel.tensor) == PLANS.get(path.stem, PLANS.get(suffix))
     assert content["grpc_options"] == local["grpc_options"]
     assert content["http_options"]["keep_alive_timeout_s"] == config.gateway.keep_alive_timeout_s
-    for key in ("name", "route_prefix", "import_path"):
+    for key in ("name", "route_prefix", "import_path", "external_scaler_enabled"):
         assert content["applications"][0][key] == local["applications"][0][key]
+
+
+@pytest.mark.parametrize("path", [*FILES, DEPLOY / "local.yaml"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("autoscaling", [{"num_replicas": "auto"}, {"autoscaling_config": {"min_replicas": 1}}], ids=["auto", "config"])
+def test_serve_refuses_its_own_autoscaling(path: Path, autoscaling: dict[str, Any]) -> None:
+    content = read(path)
+    engine = content["applications"][0]["deployments"][0]
+    del engine["num_replicas"]
+    engine |= autoscaling
+    with pytest.raises(ValidationError, match='autoscaling configured: "engine"'):
+        ServeDeploySchema.model_validate(content)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_build_checks_without_a_gpu_holds(path: Path) -> None:
+    config, model = app_config(path), model_of(path)
+    shards = plan_shards(model, config.engine.parallel)
+    check_memory(config, model, shards, ["H100"])
+    check_memory(config, model, shards, None)
+
+
+@pytest.mark.parametrize(
+    ("experts", "cache", "kinds", "said"),
+    [
+        (256, CacheConfig(), ["H100"], "no GPU that holds a rank; on H100: "),
+        (256, CacheConfig(), ["H100", "H200"], None),
+        (256, CacheConfig(), ["H100", "unheard of"], None),
+        (256, CacheConfig(), None, None),
+        (128, CacheConfig(memory_bytes=60 * GIB), ["H100"], "60.00 of KV cache are more than its 93.58"),
+        (128, CacheConfig(memory_bytes=GIB), None, "cannot hold one sequence"),
+        (128, CacheConfig(dtype="fp8"), ["H100"], None),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_it_starts(experts: int, cache: CacheConfig, kinds: list[str] | None, said: str | None) -> None:
+    config = app_config(DEPLOY / "120b-1gpu.yaml")
+    config = config.model_copy(update={"engine": replace(config.engine, cache=cache)})
+    model = replace(preset_config("120b"), num_experts=experts)
+    with nullcontext() if said is None else pytest.raises(ConfigError, match=said):
+        check_memory(config, model, plan_shards(model, config.engine.parallel), kinds)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.config import AppConfig, setting_paths
-from cluster.serve.launch import RAY_ENVIRONMENT
+from cluster.config import RUN_TIME_SETTINGS, AppConfig, GatewayConfig, reconfigured, setting_paths
+from cluster.serve.preflight import check_deployments
+from cluster.serve.ray_environment import CLUSTER_ENVIRONMENT
 from tests.support.helm_chart import CHART, KUBERNETES_VERSION, ROOT, Helm, check_manifest, pod_templates
 from workers.model.make_checkpoint import preset_config
 from workers.parallel.shard import plan_shards
@@ -23,6 +24,7 @@ TP2 = CHART / "ci" / "gpu-tp2.yaml"
 TP8 = CHART / "ci" / "gpu-tp8.yaml"
 PLACED = CHART / "ci" / "placed.yaml"
 ALL = [CPU, GPU, TP2, TP8, PLACED]
+RUN_TIME_LIMITS = [name for name in RUN_TIME_SETTINGS if name not in ("conversation_date", "reasoning_effort")]
 
 
 @pytest.fixture(scope="session")
@@ -94,22 +96,55 @@ def test_the_serve_config_is_the_application_of_deploy_local(helm: Helm) -> None
     local = yaml.safe_load((ROOT / "deploy" / "local.yaml").read_text())
     ServeDeploySchema.model_validate(rendered)
     for config in (rendered, local):
-        del config["applications"][0]["args"], config["http_options"]["host"]
+        del config["applications"][0]["args"], config["applications"][0]["deployments"], config["http_options"]["host"]
     assert rendered == local
 
 
 def test_the_arguments_are_read_by_cantata(helm: Helm) -> None:
-    def arguments(values: Path) -> AppConfig:
-        return AppConfig.model_validate(serve_config(ray_service(helm, "--values", values))["applications"][0]["args"])
+    def settings(values: Path) -> tuple[AppConfig, GatewayConfig, dict[str, dict[str, Any]]]:
+        (application,) = serve_config(ray_service(helm, "--values", values))["applications"]
+        config = AppConfig.model_validate(application["args"])
+        options = {deployment["name"]: deployment for deployment in application["deployments"]}
+        check_deployments(config, options)
+        return config, reconfigured(config.gateway, options["gateway"]["user_config"]), options
 
-    least, full = arguments(CPU), arguments(GPU)
+    least, _, least_options = settings(CPU)
+    full, gateway, options = settings(GPU)
     assert least.engine.model_path == Path("/models/tiny")
-    assert (least.model_name, least.engine.device, least.engine_cpus, least.replicas) == ("tiny", "cpu", 4, 1)
+    assert (least.model_name, least.engine.device, least.engine_cpus) == ("tiny", "cpu", 4)
+    assert [least_options[name]["num_replicas"] for name in ("engine", "gateway")] == [1, 1]
     assert full.engine.model_path == Path("/models/openai/gpt-oss-20b")
     assert full.engine.cache.memory_bytes == 40 * 2**30
     assert full.engine.scheduler.max_num_batched_tokens == 4096
     assert full.gateway.max_body_bytes == 16 * 2**20
-    assert (full.gateway.conversation_date, full.gateway.request_timeout_s, full.replicas) == ("2026-01-31", 900, 2)
+    assert [options[name]["num_replicas"] for name in ("engine", "gateway")] == [2, 2]
+    assert (gateway.conversation_date, gateway.request_timeout_s, gateway.max_in_flight_requests) == ("2026-01-31", 900, 2048)
+
+
+def test_what_a_change_replaces(helm: Helm) -> None:
+    """Of the Serve config, all that counts for that is `args`; of the cluster, KubeRay leaves out how many workers a group has."""
+
+    def rendered(*settings: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        service = ray_service(helm, "--values", GPU, *(part for setting in settings for part in ("--set", setting)))
+        cluster = service["spec"]["rayClusterConfig"]
+        for group in cluster["workerGroupSpecs"]:
+            for name in ("replicas", "minReplicas", "maxReplicas"):
+                del group[name]
+        return serve_config(service)["applications"][0]["args"], cluster
+
+    before = rendered()
+    scaled = [f"config.{name}=7" for name in ("replicas", "gateways", *(f"gateway.{name}" for name in RUN_TIME_LIMITS))]
+    assert rendered(*scaled, "config.gateway.reasoning_effort=high", "config.gateway.conversation_date=none") == before
+    assert rendered("config.engine.max_model_len=4096")[1] == before[1]
+    assert rendered("config.engine.max_model_len=4096")[0] != before[0]
+
+
+def test_a_surge_has_workers_to_run_on(helm: Helm) -> None:
+    for values, replicas, percent, workers in ((GPU, 2, 0, 2), (GPU, 2, 50, 3), (GPU, 4, 30, 6), (GPU, 4, 100, 8)):
+        service = ray_service(helm, "--values", values, "--set", f"config.replicas={replicas},engineSurgePercent={percent}")
+        (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+        engine = serve_config(service)["applications"][0]["deployments"][0]
+        assert (group["replicas"], engine["num_replicas"], engine["max_surge_percent"]) == (workers, replicas, percent)
 
 
 def test_large_numbers_stay_whole(helm: Helm) -> None:
@@ -128,7 +163,8 @@ def test_the_schema_knows_exactly_the_settings(helm: Helm) -> None:
 
     # The model's path is model.path, keys would stand in the clear, and engines must be reachable from other nodes.
     elsewhere = {"engine.model_path", "gateway.api_keys", "engine_host"}
-    assert leaves(schema["properties"]["config"], "") == set(setting_paths(AppConfig)) - elsewhere
+    deployments = {"replicas", "gateways"}
+    assert leaves(schema["properties"]["config"], "") == set(setting_paths(AppConfig)) - elsewhere | deployments
 
 
 def test_the_schema_is_closed() -> None:
@@ -158,9 +194,7 @@ def test_ray_is_started_as_it_should_be(helm: Helm) -> None:
         keys = {"name": "CANTATA_GATEWAY__API_KEYS", "valueFrom": {"secretKeyRef": {"name": "cantata-keys", "key": "api_keys"}}}
         assert [entry for entry in container["env"] if "value" not in entry] == [keys]
         # What `cantata serve` sets, but for what holds for one machine without a load balancer; and what the values add.
-        one_machine = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"}
-        wanted = {name: value for name, value in RAY_ENVIRONMENT.items() if name not in one_machine}
-        assert environment == wanted | {"RAY_BACKEND_LOG_LEVEL": "warning"}
+        assert environment == CLUSTER_ENVIRONMENT | {"RAY_BACKEND_LOG_LEVEL": "warning"}
         # KubeRay builds the Service from the ports of these names.
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         assert (ports["serve"], ports["serve-grpc"]) == (8000, 9000)
@@ -204,11 +238,13 @@ def test_who_needs_twice_the_gpus_is_told(helm: Helm) -> None:
 
 
 def test_no_variable_is_set_twice(helm: Helm) -> None:
-    flags = ("--set-string", "env.RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=90")
+    own = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "90", "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "7200"}
+    flags = ("--set-string", ",".join(f"env.{name}={value}" for name, value in own.items()))
     for template in pod_templates(ray_service(helm, "--values", GPU, *flags)):
         names = [entry["name"] for entry in template["spec"]["containers"][0]["env"]]
         assert len(set(names)) == len(names)
-        assert {"name": "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "value": "90"} in template["spec"]["containers"][0]["env"]
+        for name, value in own.items():
+            assert {"name": name, "value": value} in template["spec"]["containers"][0]["env"]
 
 
 def test_the_monitor_finds_the_service(helm: Helm) -> None:
@@ -237,6 +273,7 @@ def test_long_release_names_leave_room_for_kuberay(helm: Helm) -> None:
         ("config.engine.dtype=float16", "/config/engine/dtype"),
         ("config.replicas=two", "/config/replicas"),
         ("config.replicas=0", "/config/replicas"),
+        ("engineSurgePercent=101", "/engineSurgePercent"),
         ("config.engine.parallel.tensor=17", "/config/engine/parallel/tensor"),
         ("image.repository=", "/image/repository"),
         ("image.repository=name:tag", "/image/repository"),

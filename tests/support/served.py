@@ -89,7 +89,8 @@ def serve_run(
     """`serve run` with a copy of deploy/local.yaml that has our model and ports, and settings of the engine."""
     ports = _ray_ports()
     config = serve_config(model, ports, engine or {})
-    config["applications"][0]["args"] |= {"replicas": replicas, "gateways": gateways}
+    for deployment, number in zip(config["applications"][0]["deployments"], (replicas, gateways), strict=True):
+        deployment["num_replicas"] = number
     file = folder / "local.yaml"
     file.write_text(yaml.safe_dump(config))
     with _ray_started(

@@ -51,7 +51,7 @@ class _Flight:
     result: "Future[StepResult]"
 
 
-def _check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
+def check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
     """Refuse more than the model was built for.
 
     Raises:
@@ -85,7 +85,7 @@ class Engine:
         check_integrity: bool = False,
         on_death: Callable[[], object] = lambda: None,
     ) -> None:
-        _check_max_model_len(config, model)
+        check_max_model_len(config, model)
         self.metrics = metrics or EngineMetrics()
         self.max_model_len: int
         self.vocab_size = model.vocab_size

@@ -20,13 +20,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{/* The arguments of cluster.serve.app:build. */}}
 {{- define "cantata.args" -}}
-{{- $args := deepCopy .Values.config -}}
+{{- $args := omit (deepCopy .Values.config) "replicas" "gateways" -}}
 {{- $engine := merge (dict "model_path" (printf "/models/%s" .Values.model.path)) (default dict $args.engine) -}}
-{{- $gateway := merge (dict) (default dict $args.gateway) -}}
+{{- $gateway := omit (default dict $args.gateway) "max_in_flight_requests" "request_timeout_s" "conversation_date" "reasoning_effort" -}}
 {{- if not $gateway.served_model_name -}}
 {{- $_ := set $gateway "served_model_name" (base .Values.model.path) -}}
 {{- end -}}
-{{- toYaml (merge (dict "engine" $engine "gateway" $gateway) $args) -}}
+{{- toYaml (merge (dict "engine" $engine "gateway" $gateway) (omit $args "gateway")) -}}
+{{- end -}}
+
+{{/* What a running gateway takes over. */}}
+{{- define "cantata.gatewayUserConfig" -}}
+{{- toYaml (pick (default dict .Values.config.gateway) "max_in_flight_requests" "request_timeout_s" "conversation_date" "reasoning_effort") -}}
 {{- end -}}
 
 {{- define "cantata.serveConfig" -}}
@@ -43,8 +48,18 @@ applications:
   - name: cantata
     route_prefix: /
     import_path: cluster.serve.app:build
+    external_scaler_enabled: true
     args:
       {{- include "cantata.args" . | nindent 6 }}
+    # Beside args, where a change replaces nothing.
+    deployments:
+      - name: engine
+        num_replicas: {{ default 1 .Values.config.replicas }}
+        max_surge_percent: {{ .Values.engineSurgePercent }}
+      - name: gateway
+        num_replicas: {{ default 1 .Values.config.gateways }}
+        user_config:
+          {{- include "cantata.gatewayUserConfig" . | nindent 10 }}
 {{- end -}}
 
 {{/* What the pod templates of head and workers share. Takes (dict "root" $ "node" .Values.head or .Values.worker). */}}
@@ -125,6 +140,11 @@ env:
     value: "1"
   - name: RAY_SERVE_THROUGHPUT_OPTIMIZED
     value: "1"
+  {{- if not (hasKey .root.Values.env "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S") }}
+  # A change of the gateways reloads HAProxy; streams on the process before it get this long.
+  - name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S
+    value: "3600"
+  {{- end }}
   # Whoever reaches Ray's ports can run code. With an operator too old for authOptions Ray then refuses to start.
   - name: RAY_AUTH_MODE
     value: token

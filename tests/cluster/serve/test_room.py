@@ -1,15 +1,16 @@
 """Whether a cluster has room for a replica, and what is said where it has none."""
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.config import AppConfig
 from cluster.serve import gateway, room
 from workers.config import EngineConfig, ParallelConfig
-from workers.errors import ConfigError
 
 EIGHT_GPUS = {"CPU": 64.0, "GPU": 8.0, "memory": 1e12}
 
@@ -41,6 +42,7 @@ class Cluster:
             "waits": {"state": "PENDING", "bundles": dict(enumerate(pending))},
         }
         dead = {"Alive": False, "Resources": {"CPU": 1000.0, "GPU": 1000.0}}
+        self._patch.setattr(room.ray, "is_initialized", lambda: True)
         self._patch.setattr(room.ray, "nodes", lambda: [dead, *({"Alive": True, "Resources": dict(node)} for node in nodes)])
         self._patch.setattr(room.ray, "cluster_resources", lambda: total)
         self._patch.setattr(room.ray, "available_resources", lambda: {name: amount for name, amount in free.items() if amount})
@@ -90,25 +92,54 @@ def test_what_others_use_is_not_free(cluster: Cluster) -> None:
     assert room.shortage(bundles) is None
 
 
-async def test_a_gateway_without_engines_says_why_and_gives_up(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+class Directory:
+    """The part of ServeReplicas that the watch looks at."""
+
+    def __init__(self) -> None:
+        self.replicas: list[str] = []
+
+    def known(self) -> list[str]:
+        return self.replicas
+
+
+@pytest.mark.parametrize(
+    ("nodes", "kinds"),
+    [
+        ([{"CPU": 4.0}], None),
+        ([{"CPU": 4.0, "GPU": 8.0}], None),
+        ([{"CPU": 4.0}, {"CPU": 4.0, "GPU": 8.0, "accelerator_type:H100": 1.0}], {"H100"}),
+        ([{"GPU": 8.0, "accelerator_type:H100": 1.0}, {"GPU": 8.0, "accelerator_type:H200": 1.0}], {"H100", "H200"}),
+        ([{"GPU": 8.0, "accelerator_type:H100": 1.0}, {"GPU": 8.0}], None),
+    ],
+)
+def test_kinds_of_gpus(cluster: Cluster, nodes: list[Mapping[str, float]], kinds: set[str] | None) -> None:
+    cluster.has(nodes)
+    assert room.accelerators() == kinds
+
+
+@pytest.mark.parametrize(
+    ("used", "said"),
+    [
+        ({}, r"No engine serves, for \d+ s now: there is room, so they are loading or fail"),
+        ({"CPU": 2}, r"No engine can start, for \d+ s now: 1 replica of 4 ranks wants 4 CPUs, free are 2 of 4 CPUs; lower"),
+    ],
+)
+async def test_a_gateway_without_engines_says_what_is_missing_and_waits_on(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, used: dict[str, float], said: str
 ) -> None:
-    cluster.has([{"CPU": 4.0}])
-    monkeypatch.setattr(gateway, "_ROOM_PERIOD_S", 0.05)
-    never = asyncio.get_running_loop().create_future()
-    with pytest.raises(
-        ConfigError, match=r"^for 0.2 s there was no room for an engine: 1 replica of 5 ranks wants 5 CPUs, free are 4 of 4 CPUs;"
-    ):
-        await gateway._watch_room(never, config_of(5, "cpu", start_timeout_s=0.2))
-    assert "No engine can start yet: 1 replica of 5 ranks wants 5 CPUs, free are 4 of 4 CPUs" in caplog.text
-
-
-async def test_a_gateway_waits_for_engines_that_load(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster.has([{"CPU": 4.0}], used={"CPU": 4})
-    monkeypatch.setattr(gateway, "_ROOM_PERIOD_S", 0.01)
-    starting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    watch = asyncio.create_task(gateway._watch_room(starting, config_of(4, "cpu", start_timeout_s=0.02)))
-    await asyncio.wait([watch], timeout=0.2)
-    assert not watch.done()
-    starting.set_result(None)
-    await watch
+    cluster.has([{"CPU": 4.0}], used=used, pending=[{"CPU": 1.0}] * 4 if used else [])
+    monkeypatch.setattr(gateway, "_REPORT_PERIOD_S", 0.01)
+    directory: Any = Directory()
+    watch = asyncio.create_task(gateway._watch_engines(directory, config_of(4, "cpu", start_timeout_s=0.01)))
+    try:
+        async with asyncio.timeout(10):
+            while len(re.findall(said, caplog.text)) < 5:  # many times as long as start_timeout_s
+                assert not watch.done()
+                await asyncio.sleep(0.01)
+        directory.replicas.append("engine")
+        await asyncio.sleep(0.05)
+        caplog.clear()
+        await asyncio.sleep(0.05)
+        assert caplog.text == ""
+    finally:
+        watch.cancel()

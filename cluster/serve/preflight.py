@@ -1,0 +1,122 @@
+"""What can be known of a Serve application before any of it starts. All that needs no GPU is checked here: Serve goes on with the version
+that runs when the next one cannot be built, but not when its engines fail."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cluster.assembly import load_encoding
+from cluster.config import AppConfig, reconfigured
+from cluster.gpus import GIB, GPUS, Gpu
+from cluster.serve.cluster_view import SERVE_LOGGER
+from cluster.serve.room import accelerators
+from workers.config import EngineConfig, ModelConfig, checkpoint_folder, load_model_config
+from workers.engine.engine import check_max_model_len
+from workers.errors import ConfigError
+from workers.executor.rank import cache_shape
+from workers.kv_cache.tensors import check_kv_dtype, gpu_kv_memory, split_memory
+from workers.model.checkpoint import check_tensors
+from workers.model.sizes import rank_bytes
+from workers.parallel.shard import RankShard, plan_shards
+
+logger = logging.getLogger(SERVE_LOGGER)
+
+_BY_RAYS_NAME: Mapping[str, Gpu] = {
+    # The NVL card, which has the most memory: Ray has one name for all kinds of H100.
+    "H100": replace(GPUS["h100"], memory_bytes=95_830 * 2**20),
+    "H200": GPUS["h200"],
+    "B200": GPUS["b200"],
+    "AMD-Instinct-MI300X-OAM": GPUS["mi300x"],
+}
+
+
+def check_application(config: AppConfig) -> None:
+    """Check that the checkpoint is whole, that it can be split as configured, and that what each rank holds fits its memory.
+
+    Raises:
+        CheckpointError: config, tokenizer or the header of a weight file is missing or wrong.
+        ConfigError: the settings cannot work with this model or on the GPUs that the cluster has.
+    """
+    engine = config.engine
+    load_encoding(config)
+    model = load_model_config(engine.model_path)
+    shards = plan_shards(model, engine.parallel)
+    check_max_model_len(engine, model)
+    if any(checkpoint_folder(engine.model_path).glob("*.safetensors")):
+        check_tensors(engine.model_path, model)
+    else:
+        logger.warning("%s has no weights on the node that builds the application; engines check theirs", engine.model_path)
+    check_memory(config, model, shards, accelerators())
+
+
+def check_deployments(config: AppConfig, options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check what the Serve YAML says of the two deployments beside `args`.
+
+    Args:
+        options: by deployment.
+    Raises:
+        ConfigError: one of them cannot work.
+    """
+    for name, said in options.items():
+        if said.get("autoscaling_config") is not None or said.get("num_replicas") == "auto":
+            raise ConfigError(
+                f"deployment {name}: Serve's autoscaling does not see the requests, which go to engines directly, and would stop all "
+                "but min_replicas; set num_replicas to a number instead of autoscaling_config or auto"
+            )
+    reconfigured(config.gateway, options.get("gateway", {}).get("user_config"))
+    if options.get("engine", {}).get("user_config"):
+        raise ConfigError("deployment engine: it has no settings that change at run time; instead of user_config use args.engine")
+
+
+def check_memory(config: AppConfig, model: ModelConfig, shards: Sequence[RankShard], kinds: Iterable[str] | None) -> None:
+    """Check by arithmetic that a rank's weights and one sequence fit, leaving out what only an engine can measure (activations, libraries).
+
+    Args:
+        kinds: of the GPUs that the cluster has, by Ray's names; None: not known.
+    Raises:
+        ConfigError: they fit none of these GPUs, or the KV cache of engine.cache.memory_bytes holds no sequence.
+    """
+    engine = config.engine
+    packed = True if engine.quantize == "mxfp4" else None
+    sizes = [rank_bytes(model, shard, engine.dtype, packed_experts=packed, cpu_dense_dtype=engine.cpu_dense_dtype) for shard in shards]
+    weight_bytes, shard = max(((size.total, shard) for size, shard in zip(sizes, shards, strict=True)), key=lambda pair: pair[0])
+    shape = cache_shape(model, shard)
+    if engine.cache.memory_bytes is not None:
+        _check_kv(engine, shape, engine.cache.memory_bytes, "engine.cache.memory_bytes")
+    refusals = []
+    for kind in kinds or () if not engine.device.startswith("cpu") else ():
+        if kind not in _BY_RAYS_NAME:
+            return
+        try:
+            _check_gpu(engine, shape, _BY_RAYS_NAME[kind], weight_bytes)
+            return
+        except ConfigError as error:
+            refusals.append(f"on {kind}: {error}")
+    if refusals:
+        raise ConfigError(f"the cluster has no GPU that holds a rank; {'; '.join(refusals)}")
+
+
+def _check_gpu(engine: EngineConfig, shape: ModelConfig, gpu: Gpu, weight_bytes: int) -> None:
+    check_kv_dtype(engine.kv_dtype, gpu.target)
+    memory = gpu_kv_memory(
+        shape,
+        engine.cache,
+        engine.scheduler,
+        dtype=engine.kv_dtype,
+        max_model_len=engine.max_model_len,
+        total_bytes=gpu.memory_bytes,
+        used_bytes=weight_bytes,
+        activation_bytes=0,
+        graph_bytes=0,
+    )
+    if weight_bytes + memory.num_bytes > gpu.memory_bytes:
+        raise ConfigError(
+            f"{weight_bytes / GIB:.2f} GiB of weights and {memory.num_bytes / GIB:.2f} of KV cache are more than its "
+            f"{gpu.memory_bytes / GIB:.2f}; lower engine.cache.memory_bytes or raise engine.parallel.tensor"
+        )
+    _check_kv(engine, shape, memory.num_bytes, memory.source)
+
+
+def _check_kv(engine: EngineConfig, shape: ModelConfig, num_bytes: int, source: str) -> None:
+    split_memory(shape, engine.scheduler, dtype=engine.kv_dtype, max_model_len=engine.max_model_len, memory_bytes=num_bytes, source=source)
