@@ -30,6 +30,7 @@ from benchmarks.processor_time import OthersMeter
 from benchmarks.serving import free_port, served
 from cluster.bench import serve
 from cluster.bench.report import Report
+from workers.cores import usable_cores
 
 CANTATA, ON_RAY, LLAMA_CPP = "Cantata", "Cantata on Ray", "llama.cpp"
 SAME_MODEL_PROMPTS = 16
@@ -198,7 +199,7 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--min-requests", type=int, default=8, help="four a client, but at least so many (default: 8)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="of each server (default: 2)")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of each server (default: all cores, %(default)s)")
     parser.add_argument("--ray", action="store_true", help="also Cantata through Ray Serve")
     parser.add_argument("--serve-flags", default="", help="more flags for cantata serve, in one string")
     parser.add_argument("--llama-flags", default="", help="the same for llama-server, as --no-repack where its AMX code crashes on Q8_0")

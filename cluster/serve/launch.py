@@ -16,7 +16,7 @@ from cluster.config import AppConfig, CantataConfig
 from cluster.serve.ray_environment import RAY_ENVIRONMENT
 from cluster.sockets import check_port_is_free
 from cluster.summary import start_up_summary
-from workers.cores import engine_threads
+from workers.cores import engine_threads, usable_cores
 from workers.errors import ConfigError
 from workers.rpc.convert import EngineInfo
 
@@ -100,6 +100,7 @@ def _run(config: CantataConfig) -> int:
             address="local",
             namespace="serve",
             include_dashboard=False,
+            num_cpus=usable_cores(),  # what the engines' threads are counted by; Ray's own count ignores affinity
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.WARNING,
         )

@@ -16,11 +16,13 @@ from tests.support.many_streams import counted, read_many
 from tests.support.processes import marked, none_left
 from tests.support.served import BIN, FAST_INGRESS, MODEL_NAME, Served, cantata_serve, isolated_if_possible, serve_run, started
 from tests.support.waiting import until
-from workers.cores import cores_of_rank
+from workers.cores import cores_of_rank, usable_cores
 
 pytestmark = pytest.mark.ray
+TWO_CORES = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores: each rank on Ray claims one")
 
 
+@TWO_CORES
 def test_cantata_serve_from_start_to_ctrl_c(model: Path, tmp_path: Path) -> None:
     # Two ranks, experts split between them.
     with cantata_serve(tmp_path, model, "--api-key", "right", "--tensor-parallel-size", "2") as served:
@@ -58,6 +60,7 @@ def test_cantata_serve_from_start_to_ctrl_c(model: Path, tmp_path: Path) -> None
         assert scripts.GREETING not in log
 
 
+@TWO_CORES
 def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path) -> None:
     # Two ranks, each with a part of every expert.
     # Ray's processes have been told another number of threads, as `ray up` does.
@@ -92,16 +95,17 @@ def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path
 
 
 def test_more_ranks_than_this_machine_has_room_for(model: Path, tmp_path: Path) -> None:
-    replicas = (os.cpu_count() or 1) + 1
+    replicas = usable_cores() + 1
     flags = ["--model", str(model), "--tensor-parallel-size", "2", "--replicas", str(replicas)]
     with started("too large", isolated_if_possible([str(BIN / "cantata"), "serve", *flags]), tmp_path, {"HOME": str(tmp_path)}) as served:
         assert served.process.wait(120) == 1
         assert none_left(served.mark, 15) == []
     log = served.log.read_text(errors="replace")
-    assert f"{replicas} replicas of 2 ranks want {2 * replicas} CPUs, free are {os.cpu_count()} of {os.cpu_count()} CPU" in log
+    assert f"{replicas} replicas of 2 ranks want {2 * replicas} CPUs, free are {usable_cores()} of {usable_cores()} CPU" in log
     assert "Traceback" not in log
 
 
+@TWO_CORES
 @pytest.mark.slow
 def test_streams_of_a_killed_replica_go_on_at_the_other(model: Path, tmp_path: Path) -> None:
     """As without Ray (test_standalone_life): twelve streams, four run on each of two replicas, one of which is killed."""
