@@ -7,10 +7,12 @@ than `--max-num-seqs` it is vLLM's `bench throughput`. Prefill lasts until every
 import argparse
 import datetime
 import random
+import sys
 import time
 from dataclasses import asdict, dataclass
 
 import orjson
+from tqdm import tqdm
 
 from cluster.bench.report import Distribution, distribution
 from workers.engine.llm import LLM, SamplingParams
@@ -127,7 +129,8 @@ def measure(options: argparse.Namespace) -> EngineReport:
         cpu_dense_dtype=options.cpu_dense_dtype,
         cpu_isa=options.cpu_isa,
     ) as llm:
-        rounds = [_iterate(llm, options, index) for index in range(options.num_iters_warmup + options.num_iters)]
+        indices = range(options.num_iters_warmup + options.num_iters)
+        rounds = [_iterate(llm, options, index) for index in tqdm(indices, desc="iterations", unit="it", disable=None, file=sys.stderr)]
         profile = _profile(llm, options) if options.profile else None
         kernels = llm.info.kernels
     counted = rounds[options.num_iters_warmup :]
@@ -216,10 +219,12 @@ def _requests(llm: LLM, options: argparse.Namespace, index: int) -> list[EngineR
 
 
 def _profile(llm: LLM, options: argparse.Namespace) -> ProfileReport:
+    print("profile: one more iteration, with every operation timed", file=sys.stderr, flush=True)
     profile = StepProfile(llm.engine)
     with profile.recording():
         _iterate(llm, options, options.num_iters_warmup + options.num_iters, profile)
     phases = [PhaseProfile(phase.num_steps, phase.step_s, phase.rows()) for phase in profile.phases()]
+    print("profile: measuring how fast memory is read and matrices are multiplied", file=sys.stderr, flush=True)
     limits = profile.roofline()
     # With one output token there is nothing after prefill.
     decode = phases[1] if options.output_len > 1 else None

@@ -3,7 +3,8 @@ uses: what the kernels are compared with."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,10 @@ GEMM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Data types of torch's product. Which is faster depends on the processor: bf16 several times with AMX, fp32 up to
 a hundred times where the processor has no instructions for bf16."""
 GEMM_SIZES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Rows and columns of the matrices. The first product is small enough for any machine. The steps are small because
-on a busy machine each product waits some 40 ms for its threads, whatever its size: with larger steps the next one
-would be expected to take too long."""
+"""Rows and columns of the matrices. The first product is small enough for any machine; each has at most 3.4 times
+the work of the one before, so that its time can be estimated."""
+_READ_SECONDS = 1.0
+"""Time for reading, after the first time."""
 GEMM_SECONDS = 1.5
 """Time for the products of all data types together."""
 LONGEST_CALL = 0.25
@@ -65,25 +67,42 @@ def measure() -> Roofline:
 def fastest_gemm(product: Callable[[Tensor, Tensor], object] = torch.matmul, clock: Callable[[], float] = time.perf_counter) -> Gemm:
     """Measure torch's product in each data type within GEMM_SECONDS, and return the fastest.
 
-    The data types take turns with ever larger matrices, and each stops where its next product would take too
-    long. The fastest is repeated in the time that is left. Each runs at least once, however long it takes.
+    On one thread the data types take turns with ever larger matrices, and each stops where its next product would
+    take too long. The fastest goes on with all threads, then is repeated in the time that is left. They do not
+    start with all threads because these wait for each other on a busy machine, some for hundreds of milliseconds in
+    a product that takes one alone, and the slower data type could win. Each runs at least once, however long it
+    takes.
 
     Args:
         product, clock: replaced by tests.
     """
     end = clock() + GEMM_SECONDS
     found = [_Product(dtype, product, clock) for dtype in GEMM_DTYPES]
-    climbing = list(found)
-    for size in GEMM_SIZES:
-        for each in list(climbing):
-            if each.size and each.estimate_s(size) > LONGEST_CALL * (end - clock()):
-                climbing.remove(each)
-            else:
+    with _one_thread():
+        climbing = list(found)
+        for size in GEMM_SIZES:
+            climbing = [each for each in climbing if each.fits(size, end - GEMM_SECONDS / 2)]
+            for each in climbing:
                 each.run(size, _WARM_UP_RUNS, end)
     best = max(found, key=lambda each: each.flops_per_s)
+    for size in GEMM_SIZES[GEMM_SIZES.index(best.size) :]:
+        if not best.fits(size, end):
+            break
+        best.run(size, _WARM_UP_RUNS, end)
     if clock() < end:
         best.run(best.size, _REPEATS, end)
     return Gemm(best.dtype, best.size, best.flops_per_s)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute on the caller's thread alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Product:
@@ -96,9 +115,12 @@ class _Product:
         self._last_s = math.inf
         self._product, self._clock = product, clock
 
-    def estimate_s(self, size: int) -> float:
-        """Time of a run with matrices of another size, by the best run of the last size."""
-        return self._last_s * (size / self.size) ** 3
+    def fits(self, size: int, end: float) -> bool:
+        """Whether a run with these matrices takes no more than its share of the time until `end`, by the best run of
+        the last size; True before the first run."""
+        if self.size == 0:
+            return True
+        return self._last_s * (size / self.size) ** 3 <= LONGEST_CALL * (end - self._clock())
 
     def run(self, size: int, times: int, end: float) -> None:
         """Multiply some times, fewer when the clock reaches `end`."""
@@ -116,8 +138,8 @@ class _Product:
 
 def _best_seconds(operation: Callable[[], object]) -> float:
     operation()
-    times = []
-    for _ in range(_REPEATS):
+    times: list[float] = []
+    while len(times) < _REPEATS and sum(times) < _READ_SECONDS:
         started = time.perf_counter()
         operation()
         times.append(time.perf_counter() - started)
