@@ -122,6 +122,22 @@ def check_graphs(checkpoint: Path, device: torch.device) -> None:
         assert tokens(ahead(runner, steps)) == tokens(eager)
 
 
+def test_graphs_outlive_those_of_another_engine(checkpoint: Path, device: torch.device) -> None:
+    """Newer versions of torch free a stream's cuBLAS memory with a graph. What is freed here goes back to the
+    driver, and is filled."""
+    steps = plans(MIXED[:3])
+    expected = tokens(ahead(new_runner(checkpoint, device), steps))
+    first, second = new_runner(checkpoint, device), new_runner(checkpoint, device)
+    for runner in (first, second):
+        runner.capture_graphs(lambda phase, done, total: None)
+    del runner, second
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    filled = [torch.full((32 << 20,), 255, dtype=torch.uint8, device=device) for _ in range(8)]
+    assert tokens(ahead(first, steps)) == expected
+    del filled
+
+
 def test_the_profiled_step_takes_memory(checkpoint: Path, device: torch.device) -> None:
     model = load_model(checkpoint, TINY, dtype=torch.float32, device=device)
     small, large = SchedulerConfig(4, 64), SchedulerConfig(4, 4096)

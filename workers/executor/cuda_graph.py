@@ -2,23 +2,31 @@
 
 Only the model is recorded; the layers' all-reduces are NCCL calls, which can be. Logits and sampling, whose work depends on the batch, run
 after it. Sizes follow vLLM's (`vllm/config`, cudagraph_capture_sizes).
+
+Nothing of this has run on a GPU yet.
 """
 
 import bisect
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from kernels.backend import has_triton
 from workers.executor.slots import DeviceSlots, SequenceSlots, StepRows
 from workers.executor.step_inputs import InputBuffers, packed_layout
 from workers.model.step_batch import StepBatch
 
 MAX_GRAPH_SIZE = 512
 """Sequences; larger batches keep the GPU busy without graphs."""
+_TORCH_STREAMS = 32
+"""Of a device, at one priority (c10/cuda/CUDAStream.cpp)."""
 _ROOM_BYTES = 64 * 1024
 """Beyond the batch, for sampled rows and new blocks; a step that needs more runs without a graph."""
 
@@ -38,17 +46,26 @@ def graph_size(sizes: tuple[int, ...], num_seqs: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class GraphReport:
-    """What capturing took: bytes of GPU memory that each graph keeps, in the order of capture, the largest graph first."""
+    """Bytes of GPU memory that each graph keeps, in the order of capture, the largest graph first.
 
-    graph_bytes: tuple[int, ...]
+    Attributes:
+        pool_bytes: what the graphs' own pool grew by, in whole segments of torch's allocator. Exact:
+            neither another thread's tensors nor another process's memory is in it.
+        driver_bytes: what the driver took beside torch, for the graph itself. The driver says only for
+            the whole GPU how much is free, so this is wrong, in either direction, for a graph during
+            whose capture another process took or freed memory.
+    """
+
+    pool_bytes: tuple[int, ...]
+    driver_bytes: tuple[int, ...]
 
     @property
     def num_graphs(self) -> int:
-        return len(self.graph_bytes)
+        return len(self.pool_bytes)
 
     @property
     def memory_bytes(self) -> int:
-        return sum(self.graph_bytes)
+        return sum(self.pool_bytes) + max(sum(self.driver_bytes), 0)
 
 
 class DecodeGraphs:
@@ -72,28 +89,37 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[str, int, int], None], *, limit: int | None = None) -> GraphReport:
-        """Record all sizes, or so many, the largest first: the smaller ones then fit into its memory, which they share."""
+        """Record all sizes, or so many, the largest first: the smaller ones then fit into its memory, which
+        they share. Once only.
+
+        Raises:
+            RuntimeError: a kernel was loaded while a graph was captured.
+        """
         device = self._inputs.device
         buffers = InputBuffers(device)
-        stream = _capture_stream(device)
+        stream = _streams.take(device)
+        weakref.finalize(self, _let_go, self._graphs, _streams, device, stream)
         pool = torch.cuda.graph_pool_handle()
         sizes = self.sizes[::-1][:limit]
-        free = _free_bytes(device)
-        graph_bytes = []
+        pool_bytes, driver_bytes = [], []
         for done, size in enumerate(sizes):
             progress("capture graphs", done, len(sizes))
             arrays = padding_rows(size, self._device_slots.padding_slot).batch_arrays()
             tensors = buffers.upload(arrays, self._inputs)
             self._warm_up(tensors, stream)
+            in_pool, beside_torch = _pool_bytes(pool), _bytes_beside_torch(device)
             graph = torch.cuda.CUDAGraph()
             # thread_local: other threads of the process (NCCL's watchdog, the plan channel) may call CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with (
+                no_kernel_loads(f"a CUDA graph of {size} sequences"),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 hidden = self._run(tensors)
             self._graphs[size] = graph, hidden
-            before, free = free, _free_bytes(device)
-            graph_bytes.append(before - free)
+            pool_bytes.append(_pool_bytes(pool) - in_pool)
+            driver_bytes.append(_bytes_beside_torch(device) - beside_torch)
         progress("capture graphs", len(sizes), len(sizes))
-        return GraphReport(tuple(graph_bytes))
+        return GraphReport(tuple(pool_bytes), tuple(driver_bytes))
 
     def size_for(self, rows: StepRows) -> int | None:
         """The graph that can run this batch; None: it is no decode batch, too large, or brings too many new blocks."""
@@ -127,16 +153,120 @@ class DecodeGraphs:
         return self._forward(self._device_slots.batch(tensors, tensors[0], self._max_blocks, 1))
 
 
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs of a process: cuBLAS keeps a workspace, 32 MiB on sm_90, for each stream that it has seen."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+class CaptureStreams:
+    """The streams of this process that graphs are captured on: one for each living set of graphs, and
+    the next set's once that set is gone.
+
+    cuBLAS works in memory that torch gives it, 32 MiB on sm_90, for each stream, and a graph holds its
+    address. Versions of torch after 2.11 free the memory of a stream with any graph that was captured
+    on it (pytorch issue 193402), also where other graphs hold it: two sets must not share a stream. A
+    stream for every set there ever was would keep its memory in an older torch.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: dict[torch.device, list[torch.cuda.Stream]] = {}
+        self._known: set[tuple[torch.device, int]] = set()
+
+    def take(self, device: torch.device) -> torch.cuda.Stream:
+        """A stream that no living set of graphs uses.
+
+        Raises:
+            RuntimeError: all streams that torch has are in use.
+        """
+        with self._lock:
+            free = self._free.setdefault(device, [])
+            return free.pop() if free else self._new(device)
+
+    def give_back(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        """The graphs that were captured on it are gone."""
+        with self._lock:
+            self._free[device].append(stream)
+
+    def _new(self, device: torch.device) -> torch.cuda.Stream:
+        # torch has so many streams for a device and gives them out in turn.
+        for _ in range(_TORCH_STREAMS):
+            stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            if (device, stream.cuda_stream) not in self._known:
+                self._known.add((device, stream.cuda_stream))
+                return stream
+        raise RuntimeError(f"{_TORCH_STREAMS} engines of this process hold CUDA graphs: no stream is left to capture more on")
 
 
-def _free_bytes(device: torch.device) -> int:
+_streams = CaptureStreams()
+
+
+def _let_go(
+    graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]],
+    streams: CaptureStreams,
+    device: torch.device,
+    stream: torch.cuda.Stream,
+) -> None:
+    """Destroy the graphs, and only then let others capture on their stream."""
+    graphs.clear()
+    streams.give_back(device, stream)
+
+
+def use_cublas_on_next_stream(device: torch.device) -> None:
+    """Have cuBLAS take its memory for the stream that the next set of graphs will be captured on, so that it
+    is in use from now on."""
+    stream = _streams.take(device)
+    with torch.cuda.stream(stream):
+        multiply(device)
     torch.cuda.synchronize(device)
-    free: int = torch.cuda.mem_get_info(device)[0]
-    return free
+    _streams.give_back(device, stream)
+
+
+def multiply(device: torch.device) -> None:
+    """Make both kinds of product that a model has, with and without a bias: cuBLAS and cuBLASLt take memory."""
+    square = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    functional.linear(square, square, square[0])
+    square @ square
+
+
+@contextmanager
+def no_kernel_loads(what: str) -> Iterator[None]:
+    """While entered, raise RuntimeError where this thread makes Triton load a kernel, before it is loaded.
+
+    Loading may call CUDA functions that spoil a capture; and a kernel that the run before the capture
+    did not load says that it was another run. Other threads may load. Kernels of libraries, such as
+    cuBLAS's, are not watched.
+
+    Args:
+        what: is captured.
+    """
+    if not has_triton():
+        yield
+        return
+    from triton import knobs
+
+    thread, hook = threading.get_ident(), knobs.runtime.kernel_load_start_hook
+
+    def refuse(module: object, function: object, name: str, metadata_group: object, key: str) -> None:
+        if threading.get_ident() == thread:
+            raise RuntimeError(
+                f"Triton loads the kernel {name} while {what} is captured, though the same step ran just before, "
+                "with all its kernels: an error in Cantata. With engine.enforce_eager it runs without graphs"
+            )
+
+    hook.add(refuse)
+    try:
+        yield
+    finally:
+        hook.remove(refuse)
+
+
+def _pool_bytes(pool: tuple[int, int]) -> int:
+    """That torch's allocator holds for the graphs of this pool."""
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
+
+
+def _bytes_beside_torch(device: torch.device) -> int:
+    """GPU memory in use that is not this process's torch's."""
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free - torch.cuda.memory_reserved(device))
 
 
 def padding_rows(size: int, padding_slot: int) -> StepRows:

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds, sample
 from kernels.sampling import warm_up as warm_up_sampling
 from workers.config import BLOCK_SIZE, KVDtype, SchedulerConfig
-from workers.executor.cuda_graph import DecodeGraphs, GraphReport
+from workers.executor.cuda_graph import DecodeGraphs, GraphReport, multiply, use_cublas_on_next_stream
 from workers.executor.slots import DeviceSlots, SequenceSlots
 from workers.kv_cache.tensors import KV_TORCH_DTYPES
 from workers.model.gpt_oss import GptOss
@@ -95,7 +94,12 @@ def everything_wanted(num_rows: int, vocab_size: int, device: torch.device) -> S
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """Bytes of GPU memory beyond what is in use now: the largest step's peak, and CUDA graphs."""
+    """Bytes of GPU memory beyond what is in use now: the largest step's peak, and CUDA graphs.
+
+    Both are counted by torch for this process alone, except for the driver's part of a graph, which shows
+    only in the whole GPU's free memory. Of the sampled graphs the one with the least counts, so that what
+    another process takes meanwhile is not multiplied by the number of graphs.
+    """
 
     activation_bytes: int
     graph_bytes: int
@@ -129,32 +133,36 @@ def activation_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: i
 
 
 def _captured_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> int:
-    """What the graphs of all sizes will keep: the two largest are captured, and let go of."""
+    """What the graphs of all sizes will keep: the two largest are captured, and let go of. A newer torch frees
+    what cuBLAS took for their stream with them; afterwards it is in use again, as while graphs live."""
     slots = SequenceSlots(scheduler.max_num_seqs, max_model_len)
     kv_caches = _null_caches(model, kv_dtype)
     graphs = DecodeGraphs(slots, DeviceSlots(slots, model.device), lambda batch: model.forward(batch, kv_caches))
     report = graphs.capture(lambda phase, done, total: None, limit=SAMPLED_GRAPHS)
-    return expected_graph_bytes(report, len(graphs.sizes))
+    num_graphs = len(graphs.sizes)
+    del graphs
+    use_cublas_on_next_stream(model.device)
+    return expected_graph_bytes(report, num_graphs)
 
 
 def expected_graph_bytes(sampled: GraphReport, num_graphs: int) -> int:
-    """The first graph's memory is shared by those that are smaller; what each of these takes beside it is taken to be what the last sampled
-    one did, and at least MIN_GRAPH_BYTES for the driver's part. As vLLM estimates it (`profile_cudagraph_memory`)."""
-    taken = [max(num_bytes, MIN_GRAPH_BYTES) for num_bytes in sampled.graph_bytes]
-    return sum(taken) + (num_graphs - len(taken)) * (taken[-1] if len(taken) > 1 else MIN_GRAPH_BYTES)
+    """The first graph's pool is shared by those that are smaller; what each of these takes beside it is taken
+    to be what the last sampled one did. As vLLM estimates it (`profile_cudagraph_memory`). For each graph the
+    driver takes the least that it took for a sampled one, and at least MIN_GRAPH_BYTES."""
+    pools = sampled.pool_bytes
+    others = (num_graphs - len(pools)) * (pools[-1] if len(pools) > 1 else 0)
+    return sum(pools) + others + num_graphs * max(min(sampled.driver_bytes), MIN_GRAPH_BYTES)
 
 
 def _run_in_another_thread(device: torch.device) -> None:
     """A matrix product on a thread that ends: cuBLAS has a handle for each thread, with a workspace for each stream. The thread that will
     run the steps takes over this one's."""
 
-    def multiply() -> None:
+    def run() -> None:
         torch.cuda.set_device(device)
-        square = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
-        functional.linear(square, square, square[0])
-        square @ square
+        multiply(device)
 
-    thread = threading.Thread(target=multiply, name="cantata-cublas")
+    thread = threading.Thread(target=run, name="cantata-cublas")
     thread.start()
     thread.join()
 

@@ -1,22 +1,18 @@
 """The step that memory is profiled with is as large as any that the scheduler may plan, and the model can run it."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.support.fake_cuda import FakeCuda, Taken
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, EngineConfig, KVDtype, ParallelConfig, SchedulerConfig
 from workers.executor import cuda_graph, memory_profile, rank
-from workers.executor.cuda_graph import DecodeGraphs, GraphReport
+from workers.executor.cuda_graph import GraphReport
 from workers.executor.memory_profile import StepMemory, expected_graph_bytes, largest_batch, profile_step, run_largest_step, warm_up
-from workers.executor.slots import DeviceSlots, SequenceSlots
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.parallel.collectives import Alone
@@ -59,15 +55,21 @@ def test_the_model_runs_it_and_samples_every_sequence(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("taken", "num_graphs", "expected"),
     [
-        ((100 * MIB, 3 * MIB), 10, 100 * MIB + 9 * 3 * MIB),
-        ((100 * MIB, 0), 10, 109 * MIB),
-        ((100 * MIB, -2 * MIB), 3, 102 * MIB),
-        ((100 * MIB,), 1, 100 * MIB),
-        ((0, 0), 2, 2 * MIB),
+        (((100, 3), (2, 2)), 10, 100 + 9 * 3 + 10 * 2),
+        (((100, 0), (0, 0)), 10, 110),
+        (((100, 0), (0, 5000)), 10, 110),
+        (((100, 0), (5000, 3)), 3, 109),
+        (((100, 0), (-5000, 3)), 3, 103),
+        (((100,), (4,)), 1, 104),
+        (((0, 0), (0, 0)), 2, 2),
     ],
 )
-def test_the_memory_of_all_graphs_from_the_largest_two(taken: tuple[int, ...], num_graphs: int, expected: int) -> None:
-    assert expected_graph_bytes(GraphReport(taken), num_graphs) == expected
+def test_the_memory_of_all_graphs_from_the_largest_two(
+    taken: tuple[tuple[int, ...], tuple[int, ...]], num_graphs: int, expected: int
+) -> None:
+    """In MiB: (of the pool, of the driver). What another process takes or frees meanwhile is no graph's."""
+    pool, driver = (tuple(number * MIB for number in numbers) for numbers in taken)
+    assert expected_graph_bytes(GraphReport(pool, driver), num_graphs) == expected * MIB
 
 
 @pytest.mark.parametrize("eager", [False, True])
@@ -105,88 +107,32 @@ def test_a_gpu_s_cache_is_sized_after_kernels_are_compiled_by_what_the_profile_l
     assert "100.00 MiB in use, 30.00 MiB for activations and " in loaded.kv_memory.source
 
 
-class FakeCuda:
-    """A GPU that does the work at once, on one stream at a time, and has less memory after each capture."""
-
-    def __init__(self, taken: list[int]) -> None:
-        self.free = [sum(taken) - sum(taken[:count]) for count in range(len(taken) + 1)]
-        self.streams: list[object] = []
-        self.captured_on: list[object] = []
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        @contextmanager
-        def graph(captured: object, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
-            assert capture_error_mode == "thread_local"
-            self.captured_on.append(stream)
-            yield
-
-        def new_stream(device: torch.device) -> SimpleNamespace:
-            self.streams.append(SimpleNamespace(wait_stream=lambda other: None))
-            return self.streams[-1]
-
-        for name, value in {
-            "Stream": new_stream,
-            "current_stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
-            "stream": lambda stream: nullcontext(),
-            "synchronize": lambda device: None,
-            "mem_get_info": lambda device: (self.free.pop(0), 0),
-            "graph_pool_handle": object,
-            "CUDAGraph": object,
-            "graph": graph,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-
-
 @pytest.mark.parametrize("graphs", [False, True])
 def test_the_profile_is_the_largest_step_s_peak_and_what_graphs_will_keep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool
 ) -> None:
     """After cuBLAS was used on another thread, as the one that serves will use it."""
     model = load_model(write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=CPU)
-    cuda = FakeCuda([70 * MIB, 5 * MIB])
+    cuda = FakeCuda([Taken(70 * MIB, 4 * MIB), Taken(5 * MIB, 2 * MIB)])
     cuda.install(monkeypatch)
-    monkeypatch.setattr(cuda_graph, "_capture_stream", cache(cuda_graph._capture_stream.__wrapped__))
+    products: list[object] = []
+    monkeypatch.setattr(cuda_graph, "multiply", lambda device: products.append((cuda.current, len(cuda.living))))
     threads: list[threading.Thread] = []
     for name, value in {
         "set_device": lambda device: threads.append(threading.current_thread()),
         "empty_cache": lambda: None,
-        "memory_reserved": lambda device: 100 * MIB,
         "reset_peak_memory_stats": lambda device: None,
-        "max_memory_reserved": lambda device: 130 * MIB,
+        "max_memory_reserved": lambda device: cuda.reserved + 30 * MIB,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     found = profile_step(model, SchedulerConfig(9, 64), 40, "float32", graphs=graphs)
     num_graphs = len(cuda_graph.graph_sizes(9))
-    assert found == StepMemory(30 * MIB, (70 + (num_graphs - 1) * 5) * MIB if graphs else 0)
+    assert found == StepMemory(30 * MIB, (70 + (num_graphs - 1) * 5 + num_graphs * 2) * MIB if graphs else 0)
     assert len(cuda.captured_on) == (2 if graphs else 0)
+    assert products == ([(cuda.captured_on[0], 0)] if graphs else []), "cuBLAS's memory for the stream is in use, and no graph is any more"
     (thread,) = threads
     assert thread is not threading.current_thread()
     assert not thread.is_alive()
-
-
-@pytest.mark.parametrize("limit", [None, 2])
-def test_graphs_are_captured_from_the_largest_on_one_stream_and_their_memory_is_counted(
-    monkeypatch: pytest.MonkeyPatch, limit: int | None
-) -> None:
-    """A stream for each graph would leave a cuBLAS workspace for each."""
-    taken = [70, 5, 3, 2, 1][: limit or 5]
-    cuda = FakeCuda(taken)
-    cuda.install(monkeypatch)
-    monkeypatch.setattr(cuda_graph, "_capture_stream", cache(cuda_graph._capture_stream.__wrapped__))
-    slots = SequenceSlots(9, 40)
-    batches = []
-    graphs = DecodeGraphs(slots, DeviceSlots(slots, CPU), lambda batch: batches.append(batch) or batch.positions)
-    assert graphs.sizes == (1, 2, 4, 8, 9)
-    seen = []
-    report = graphs.capture(lambda *progress: seen.append(progress), limit=limit)
-    assert cuda_graph._capture_stream(CPU) is cuda.streams[0], "and for each capture"
-    assert report.graph_bytes == tuple(taken)
-    assert (report.num_graphs, report.memory_bytes) == (len(taken), sum(taken))
-    assert [len(batch.token_ids) for batch in batches[::2]] == [9, 8, 4, 2, 1][: limit or 5], "each once to warm up and once captured"
-    assert len(batches) == 2 * len(taken)
-    assert len(cuda.streams) == 1
-    assert cuda.captured_on == cuda.streams * len(taken)
-    assert seen == [("capture graphs", done, len(taken)) for done in range(len(taken) + 1)]
 
 
 def test_warming_up_runs_steps_of_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

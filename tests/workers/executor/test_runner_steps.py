@@ -284,7 +284,7 @@ def test_a_missing_step_is_refused(runner: Runner) -> None:
 @pytest.mark.parametrize("record", [Runner.record_programs, lambda runner: runner.capture_graphs(lambda phase, done, total: None)])
 def test_recorded_steps_end_with_their_runner(model: GptOss, monkeypatch: pytest.MonkeyPatch, record: Callable[[Runner], object]) -> None:
     """At once, not when cycles are collected: leaving a group of NCCL waits for graphs that hold its calls."""
-    monkeypatch.setattr(DecodeGraphs, "capture", lambda self, progress: GraphReport(()))
+    monkeypatch.setattr(DecodeGraphs, "capture", lambda self, progress: GraphReport((), ()))
     runner = Runner(model, PagedSequences(model, 8).kv_caches, max_num_seqs=2, max_model_len=64)
     record(runner)
     recorded = weakref.ref(runner._graphs)
