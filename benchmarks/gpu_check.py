@@ -1,7 +1,8 @@
 """Check a GPU machine and time what runs on it: decode steps, every kernel and prompts against the hardware, and the tests of tests/gpu.
 
     make gpu-check                                      # or GPU_CHECK_FLAGS="--preset 20b --only step,kernels"
-    python3 -m benchmarks.gpu_check [--model FOLDER | --preset 120b] [--only tests,step] [--time-limit 570] [--out FOLDER]
+    python3 -m benchmarks.gpu_check [--model FOLDER | --preset 120b] [--only tests,step] [--time-limit 570] [--out FOLDER] [--cache FILE]
+    python3 -m benchmarks.gpu_check --pack-cache FILE   # beforehand, on a machine without a GPU (`benchmarks/kernel_cache.py`)
 
 Needs torch, Triton, numpy and pytest, no checkpoint and no network: weights are random, of the largest of 120b, 20b and small that fits.
 First comes a probe of a minute, then figures, then tests, each in processes of its own, so that one which fails, hangs or dies leaves the
@@ -29,7 +30,7 @@ import torch
 from benchmarks import moe_stages
 from benchmarks.gpu_attempts import CONTEXT_LOST, DOING, Attempts, add_failure, read_result, write_result
 from benchmarks.gpu_children import end_children, end_with_parent, how_it_ended, last_lines, run_child, where_it_was
-from benchmarks.gpu_machine import describe, sentence
+from benchmarks.gpu_machine import describe, sentence, triton_target
 from benchmarks.gpu_parts import PARTS, Options
 from benchmarks.gpu_probe import probe
 from benchmarks.gpu_report import report
@@ -39,6 +40,8 @@ from workers.executor.rank import usable_device
 TESTS, PROBE = "tests", "probe"
 RUNS = {PROBE: probe, **PARTS}
 ORDER = (*RUNS, TESTS)
+PACKED_PRESETS = ("20b", "120b")
+"""Whose kernels --pack-cache compiles by default: the probe's, and what an H100 has room for."""
 PROBE_S = 60.0
 """The probe's time, at most."""
 PART_SHARE = 0.6
@@ -54,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     machine = describe()
     print(f"gpu-check: {sentence(machine)}", flush=True)
+    if args.pack_cache:
+        return _pack_cache(args)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print("gpu-check: torch finds no CUDA device here, so nothing was checked", file=sys.stderr)
         return 2
@@ -87,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tests", default="", metavar="EXPRESSION", help="which of the tests, as pytest's -k has it; default: all")
     parser.add_argument("--moe-num-stages", type=int, help="pipeline stages of the experts' products; 1: none, which leaves no race")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder for all that is written")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="compiled kernels that --pack-cache has written")
+    parser.add_argument(
+        "--pack-cache", type=Path, metavar="FILE", help="compile what the parts launch for --target into FILE, without a GPU"
+    )
+    parser.add_argument("--target", default="sm_90", help="of --pack-cache, as Triton names it; default: an H100's or H200's")
     parser.add_argument("--part", choices=tuple(RUNS), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     return parser
@@ -106,15 +116,44 @@ def _parts(text: str) -> tuple[str, ...]:
     return tuple(name for name in ORDER if name in names)
 
 
+def _options(args: argparse.Namespace, device: torch.device, preset: str | None) -> Options:
+    return Options(device, args.model, preset, args.batch_sizes, args.contexts, args.steps, args.prompts)
+
+
 def _run_part(args: argparse.Namespace) -> int:
     """In the part's own process."""
     end_with_parent()
     moe_stages.apply_from_environment()
-    options = Options(usable_device(args.device), args.model, args.preset, args.batch_sizes, args.contexts, args.steps, args.prompts)
+    options = _options(args, usable_device(args.device), args.preset)
     attempts = Attempts(options.device, args.result)
-    RUNS[args.part](options, attempts)
+    if options.device.type != "cuda":
+        RUNS[args.part](options, attempts)
+    else:
+        from benchmarks.kernel_cache import CompileCounter
+
+        counter = CompileCounter()
+        RUNS[args.part](options, attempts)
+        attempts.begin({"triton_cache": counter.sentence()})
     attempts.keep()
     return 0
+
+
+def _pack_cache(args: argparse.Namespace) -> int:
+    from benchmarks.absent_gpu import META
+    from benchmarks.absent_parts import launch_parts
+    from benchmarks.kernel_cache import pack
+
+    failures: list[str] = []
+
+    def work() -> None:
+        for preset in [args.preset] if args.preset else PACKED_PRESETS:
+            print(f"gpu-check: compiling what the parts launch of {preset}", flush=True)
+            failures.extend(launch_parts(args.target, _options(args, META, preset)))
+
+    print(f"gpu-check: {pack(args.pack_cache, args.target, work)}")
+    for failure in failures:
+        print(f"gpu-check: not packed: {failure}", file=sys.stderr)
+    return int(bool(failures))
 
 
 class _Check:
@@ -129,6 +168,8 @@ class _Check:
 
     def run(self) -> int:
         self._out.mkdir(parents=True, exist_ok=True)
+        if self._args.cache:
+            self._unpack(self._args.cache)
         self._keep()
         for index, name in enumerate(self._args.only):
             followed = index + 1 < len(self._args.only)
@@ -144,6 +185,16 @@ class _Check:
                 self._keep()
             self._show(name)
         return int(any("failed" in result or "failures" in result for result in self._found.values()))
+
+    def _unpack(self, file: Path) -> None:
+        from benchmarks.kernel_cache import unpack
+
+        try:
+            said = unpack(file, Path(self._env["TRITON_CACHE_DIR"]), triton_target())
+        except (OSError, ValueError) as error:
+            said = f"{error}; kernels are compiled"
+        print(f"gpu-check: {said}", flush=True)
+        self._found["machine"]["cache"] = said
 
     def _run(self, name: str, followed: bool) -> dict[str, Any]:
         left = self._deadline - time.monotonic()

@@ -31,6 +31,12 @@ def describe() -> dict[str, str]:
     }
 
 
+def triton_target() -> str | None:
+    """What Triton compiles for on the first GPU of NVIDIA's, as "sm_90"; None where nvidia-smi does not say."""
+    said = _said("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split("\n")[0].strip()
+    return f"sm_{said.replace('.', '')}" if said.replace(".", "").isdigit() else None
+
+
 def sentence(machine: dict[str, str]) -> str:
     """One line."""
     return ", ".join(f"{name}: {value}" for name, value in machine.items())
@@ -52,10 +58,18 @@ def _compiler() -> str:
 
 
 def _python_h() -> str:
+    return f"in {_headers()}" if has_python_h() else f"not in {_headers()}"
+
+
+def has_python_h() -> bool:
+    """Whether C modules can be compiled, as Triton does for its launchers."""
+    return (_headers() / "Python.h").exists()
+
+
+def _headers() -> Path:
     scheme = sysconfig.get_default_scheme()
     # As Triton looks for it: Debian's own scheme names another folder.
-    folder = Path(sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"])
-    return f"in {folder}" if (folder / "Python.h").exists() else f"not in {folder}"
+    return Path(sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"])
 
 
 def _said(*command: str) -> str:

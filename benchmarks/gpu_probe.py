@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from benchmarks.decode_batches import Batch, Decoder, random_caches
+from benchmarks.decode_batches import WARM_UP_STEPS, Batch, Decoder, random_caches
 from benchmarks.gpu_attempts import Attempts
 from benchmarks.gpu_parts import ChosenModel, Options
 from kernels.backend import architecture
@@ -12,13 +12,14 @@ from workers.executor.runner import Runner
 
 BATCH = Batch(1, 1024)
 STEPS = 20
+_NUM_STEPS = WARM_UP_STEPS + STEPS + 1
 PRESETS = {"cuda": "20b", "cpu": "tiny"}
 
 
 def probe(options: Options, attempts: Attempts) -> None:
     """Three pieces: the device, eager steps, steps from a graph."""
     device = options.device
-    result = attempts.begin({"architecture": architecture(device)}, lists=("ways",))
+    result = attempts.begin({"architecture": architecture(device)})
 
     def compute() -> None:
         ones = torch.ones(256, 256, device=device, dtype=torch.bfloat16)
@@ -26,18 +27,24 @@ def probe(options: Options, attempts: Attempts) -> None:
         result["product"] = "a bf16 product is right"
 
     attempts.run("device", compute)
+    decode_ways(options, attempts)
+
+
+def decode_ways(options: Options, attempts: Attempts) -> None:
+    """The same steps launched one by one and, on a GPU, from a graph."""
+    device = options.device
     preset = options.preset or (None if options.model else PRESETS[device.type])
     found = ChosenModel(replace(options, preset=preset, batch_sizes=(BATCH.size,), contexts=(BATCH.context,), steps=STEPS))
-    caches = random_caches(found.model, [BATCH], options.num_steps + STEPS)
-    attempts.begin(found.about)
+    caches = random_caches(found.model, [BATCH], _NUM_STEPS)
+    result = attempts.begin(found.about, lists=("ways",))
 
     def decode(way: str) -> None:
-        runner = Runner(found.model, caches, max_num_seqs=BATCH.size, max_model_len=BATCH.context + options.num_steps + STEPS)
+        runner = Runner(found.model, caches, max_num_seqs=BATCH.size, max_model_len=BATCH.context + _NUM_STEPS)
         if way == "graph":
             runner.capture_graphs(lambda phase, done, total: None)
         took = Decoder(runner, found.model.config, STEPS).time(BATCH)
         result["ways"].append({"way": way} | asdict(took))
 
     attempts.run("steps, eager", lambda: decode("eager"))
-    if device.type == "cuda":
+    if device.type != "cpu":
         attempts.run("steps, from a graph", lambda: decode("graph"))

@@ -45,12 +45,14 @@ def report(found: Mapping[str, Result]) -> str:
         if name in found:
             body = [] if "skipped" in found[name] else section(found[name])
             body += [f"- failed: {failure['what']}: {failure['error']}" for failure in found[name].get("failures", ())]
+            body += [f"- {found[name]['triton_cache']}"] if "triton_cache" in found[name] else []
             parts.append("\n".join(body + [f"**{name}: {found[name][word]}**" for word in ("skipped", "failed") if word in found[name]]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _machine(result: Result) -> list[str]:
-    return [", ".join(f"{name}: {value}" for name, value in result["machine"].items())]
+    lines = [", ".join(f"{name}: {value}" for name, value in result["machine"].items())]
+    return [*lines, "", result["cache"]] if "cache" in result else lines
 
 
 def _probe(result: Result) -> list[str]:
