@@ -69,6 +69,12 @@ def _check_keys(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+def _check_cpus(value: float | None) -> float | None:
+    if value is not None and value > 1 and not value.is_integer():
+        raise ValueError(f"{value:g} is neither a whole number nor less than 1")
+    return value
+
+
 def _conversation_date(value: object) -> object:
     if isinstance(value, datetime.date):
         return value.isoformat()
@@ -143,8 +149,9 @@ class AppConfig(_Settings):
 
     Attributes:
         engine_host: address an engine's gRPC server binds under Ray Serve: `auto` is the node's own, reachable from the other nodes.
-        engine_cpus: CPUs that an engine has: its compute threads on the device `cpu`, and what Ray reserves for it. None: all that
-            there are, shared among the replicas, standalone and with `cantata serve`; 1 in a Serve YAML.
+        engine_cpus: CPUs that an engine has: its compute threads on the device `cpu`, and what Ray reserves for it; a whole number, or a
+            part of one where engines share CPUs. None: all that there are, shared among the replicas, standalone and with
+            `cantata serve`; 1 in a Serve YAML.
         engine_drain_timeout_s: what an engine that Serve stops gives its running requests to end; those left go on in another replica.
         gateway_drain_timeout_s: what a gateway that Serve stops gives its running requests to end; those left are cut off.
     """
@@ -152,7 +159,7 @@ class AppConfig(_Settings):
     engine: EngineConfig
     gateway: GatewayConfig = GatewayConfig()
     engine_host: str = "auto"
-    engine_cpus: int | None = Field(default=None, ge=1)
+    engine_cpus: Annotated[float | None, AfterValidator(_check_cpus)] = Field(default=None, gt=0)
     engine_drain_timeout_s: float = Field(default=300.0, ge=0, allow_inf_nan=False)
     gateway_drain_timeout_s: float = Field(default=1800.0, ge=0, allow_inf_nan=False)
 
@@ -256,6 +263,20 @@ def with_api_keys(config: AppConfig, environment: Mapping[str, str] | None = Non
         return config.model_copy(update={"gateway": GatewayConfig.model_validate(values)})
     except ValidationError as error:
         raise ConfigError(f"{API_KEYS_VARIABLE}: {error.errors(include_url=False, include_input=False)[0]['ctx']['error']}") from None
+
+
+def check_no_settings(environment: Mapping[str, str]) -> None:
+    """Refuse settings in the environment of a Serve application's node, which has them in its YAML: they would change nothing.
+
+    Raises:
+        ConfigError: one is there, other than API keys.
+    """
+    for _, (name, _text) in _read_environment(environment).items():
+        if name != API_KEYS_VARIABLE:
+            raise ConfigError(
+                f"{name} is set in the environment that Ray was started with, and a Serve application's settings stand under args in its "
+                f"YAML: write it there, and start Ray without it"
+            )
 
 
 RUN_TIME_SETTINGS = ("max_in_flight_requests", "request_timeout_s", "conversation_date", "reasoning_effort")

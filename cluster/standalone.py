@@ -183,7 +183,7 @@ async def _hurry(http_server: uvicorn.Server, grpc_server: GrpcServer, stop: Sto
 def _engines(config: CantataConfig, replicas: ReplicaSet, sockets: Path) -> list[EngineProcess]:
     command = [sys.executable, "-m", "workers.engine", "--config", engine_config_to_json(config.engine)]
     command += ["--grace-s", str(DRAIN_S), "--parent-pid", str(os.getpid()), "--heartbeats"]
-    threads = config.engine_cpus
+    threads = None if config.engine_cpus is None else max(1, int(config.engine_cpus))
     if threads is None or config.engine.device.startswith("cpu"):
         threads = engine_threads(threads, config.replicas, setting="engine_cpus (--threads)")
     engines: list[EngineProcess] = []

@@ -96,7 +96,7 @@ def _resources(args: AppConfig) -> dict[str, Any]:
     bundles = replica_bundles(args)
     if len(bundles) == 1:
         options: dict[str, Any] = {"num_cpus": bundles[0]["CPU"], "num_gpus": bundles[0].get("GPU", 0)}
-        return {"ray_actor_options": options | _threads(int(bundles[0]["CPU"]))}
+        return {"ray_actor_options": options | _threads(max(1, int(bundles[0]["CPU"])))}
     return {
         # The engine's process only plans and answers; it runs beside rank 0.
         "ray_actor_options": {"num_cpus": 0} | _threads(1),

@@ -153,6 +153,11 @@ class GatewayReplica:
             await self._service.close()
 
 
+def _way_out(config: AppConfig) -> str:
+    share = "" if config.engine.device != "cpu" else ", let engines share CPUs with an engine_cpus below 1,"
+    return f"lower engine.parallel.tensor{share} or add nodes"
+
+
 def _warn_of_environment(config: AppConfig) -> None:
     missing = missing_ingress_variables()
     if missing:
@@ -186,7 +191,7 @@ async def _watch_engines(replicas: ServeReplicas, config: AppConfig) -> None:
             continue
         waited_s = time.monotonic() - without_since
         if lack is not None:
-            logger.warning("No engine can start, for %.0f s now: %s; lower engine.parallel.tensor, or add nodes", waited_s, lack)
+            logger.warning("No engine can start, for %.0f s now: %s; %s", waited_s, lack, _way_out(config))
         else:
             logger.warning("No engine serves, for %.0f s now: there is room, so they are loading or fail (`serve status` says)", waited_s)
 

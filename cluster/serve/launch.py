@@ -24,6 +24,8 @@ APPLICATION = "cantata"
 OBJECT_STORE_BYTES = 128 * 2**20
 """Nothing large passes through Ray's object store here."""
 _INFO_TIMEOUT_S = 60.0
+_MOST_OF_A_CPU = 0.99
+"""What is reserved for an engine at most where CPUs are shared: less than one."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -49,8 +51,13 @@ def _application(config: CantataConfig) -> AppConfig:
     """The arguments of the application, with what is known of this machine filled in."""
     engine = dataclasses.replace(config.engine, model_path=config.engine.model_path.resolve())
     cpus = config.engine_cpus
-    if cpus is None or engine.device.startswith("cpu"):
-        cpus = engine_threads(cpus, config.replicas, setting="engine_cpus (--threads)")
+    num_ranks = config.replicas * engine.parallel.tensor
+    if cpus is None and num_ranks > usable_cores():
+        # Ray would wait for CPUs without an end. Each rank has one thread.
+        cpus = min(usable_cores() / config.replicas, _MOST_OF_A_CPU)
+        print(f"{num_ranks} ranks share {usable_cores()} CPUs, and are slower for it", file=sys.stderr, flush=True)
+    elif cpus is None or (engine.device.startswith("cpu") and cpus >= 1):
+        cpus = engine_threads(None if cpus is None else int(cpus), config.replicas, setting="engine_cpus (--threads)")
     return AppConfig(
         engine=engine,
         gateway=config.gateway.model_copy(update={"served_model_name": config.model_name}),

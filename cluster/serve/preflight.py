@@ -2,12 +2,13 @@
 that runs when the next one cannot be built, but not when its engines fail."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from cluster.assembly import load_encoding
-from cluster.config import AppConfig, reconfigured
+from cluster.config import AppConfig, check_no_settings, reconfigured
 from cluster.gpus import GIB, GPUS, Gpu
 from cluster.serve.cluster_view import SERVE_LOGGER
 from cluster.serve.room import accelerators
@@ -39,6 +40,9 @@ def check_application(config: AppConfig) -> None:
         ConfigError: the settings cannot work with this model or on the GPUs that the cluster has.
     """
     engine = config.engine
+    check_no_settings(os.environ)
+    if config.engine_cpus is not None and config.engine_cpus < 1:
+        logger.warning("engine_cpus is %g: engines share CPUs, and are slower for it", config.engine_cpus)
     load_encoding(config)
     model = load_model_config(engine.model_path)
     shards = plan_shards(model, engine.parallel)

@@ -14,8 +14,8 @@ _ACCELERATOR = "accelerator_type:"
 
 def replica_bundles(config: AppConfig) -> list[dict[str, float]]:
     """The resources of a replica, a bundle for each rank. The engine's own process runs beside rank 0 and claims nothing."""
-    num_ranks = config.engine.parallel.tensor
-    bundle: dict[str, float] = {"CPU": max(1, (config.engine_cpus or 1) // num_ranks)}
+    num_ranks, cpus = config.engine.parallel.tensor, config.engine_cpus or 1
+    bundle: dict[str, float] = {"CPU": max(1, cpus // num_ranks) if cpus >= 1 else cpus / num_ranks}
     if not config.engine.device.startswith("cpu"):
         bundle["GPU"] = 1
     return [dict(bundle) for _ in range(num_ranks)]

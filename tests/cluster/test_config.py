@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from cluster.config import AppConfig, CantataConfig, load_config, parse_config, parse_size, setting_paths, with_api_keys
+from cluster.config import AppConfig, CantataConfig, check_no_settings, load_config, parse_config, parse_size, setting_paths, with_api_keys
 from workers.errors import ConfigError
 
 MODEL = {"engine.model_path": "somewhere/tiny"}
@@ -231,3 +231,10 @@ def test_keys_of_a_serve_application_may_come_from_the_environment() -> None:
     with pytest.raises(ConfigError, match=r"^CANTATA_GATEWAY__API_KEYS: a key is empty") as refusal:
         with_api_keys(config, {"CANTATA_GATEWAY__API_KEYS": "secret,,"})
     assert "secret" not in str(refusal.value)
+
+
+def test_settings_in_the_environment_of_a_serve_application_are_refused() -> None:
+    check_no_settings({"CANTATA_GATEWAY__API_KEYS": "key", "CANTATA_PORT": "tcp://10.0.0.1", "CANTATA_CPU_ISA": "avx2", "HOME": "/"})
+    for name in ("CANTATA_ENGINE__DTYPE", "CANTATA_REPLICAS", "CANTATA_ENGINE__DTYPO"):
+        with pytest.raises(ConfigError, match=f"^{name} "):
+            check_no_settings({name: "float32"})

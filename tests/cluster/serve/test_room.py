@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from cluster.config import AppConfig
-from cluster.serve import gateway, room
+from cluster.config import AppConfig, load_config
+from cluster.serve import gateway, launch, room
 from workers.config import EngineConfig, ParallelConfig
 
 EIGHT_GPUS = {"CPU": 64.0, "GPU": 8.0, "memory": 1e12}
 
 
-def config_of(tensor: int, device: str, *, cpus: int | None = None, start_timeout_s: float = 300.0) -> AppConfig:
+def config_of(tensor: int, device: str, *, cpus: float | None = None, start_timeout_s: float = 300.0) -> AppConfig:
     parallel = ParallelConfig(tensor, start_timeout_s=start_timeout_s)
     return AppConfig(engine=EngineConfig(Path("somewhere"), device=device, parallel=parallel), engine_cpus=cpus)
 
@@ -53,6 +53,24 @@ def test_bundles_of_a_replica() -> None:
     assert room.replica_bundles(config_of(1, "cpu", cpus=6)) == [{"CPU": 6}]
     assert room.replica_bundles(config_of(3, "cpu", cpus=8)) == [{"CPU": 2}] * 3
     assert room.replica_bundles(config_of(2, "cuda")) == [{"CPU": 1, "GPU": 1}] * 2
+    assert room.replica_bundles(config_of(2, "cpu", cpus=0.5)) == [{"CPU": 0.25}] * 2
+
+
+def test_cpus_are_whole_or_a_part_of_one() -> None:
+    with pytest.raises(ValueError, match=r"2\.5 is neither a whole number nor less than 1"):
+        config_of(1, "cpu", cpus=2.5)
+
+
+def test_more_ranks_than_cores_share_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for tensor, replicas, cores, reserved in ((1, 3, 2, 0.66), (4, 1, 2, 0.99), (1, 2, 2, 1), (1, 1, 4, 4)):
+        monkeypatch.setattr(launch, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("workers.cores.usable_cores", lambda cores=cores: cores)
+        flags = {"engine.model_path": "somewhere", "replicas": replicas, "engine.parallel.tensor": tensor}
+        config = launch._application(load_config(None, {}, flags))
+        assert config.engine_cpus == pytest.approx(reserved, abs=0.01)
+        total = sum(bundle["CPU"] for bundle in room.replica_bundles(config)) * replicas
+        assert total <= cores
+        assert ("share 2 CPUs" in capsys.readouterr().err) == (reserved < 1)
 
 
 @pytest.mark.parametrize(
