@@ -146,6 +146,13 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default=argparse.SUPPRESS,
         help="no CUDA graphs (default: no)",
     )
+    serve.add_argument(
+        "--allow-zero-weights",
+        dest="engine.allow_zero_weights",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="load matrices, experts and norms that are all zeros, as pruned models may have them (default: no)",
+    )
     serve.set_defaults(run=_serve)
 
 

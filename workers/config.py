@@ -169,6 +169,7 @@ class EngineConfig:
         enforce_eager: no CUDA graphs; without effect on a CPU.
         cpu_dense_dtype: of attention projections and lm_head in memory. int8, with a scale a row, halves what a token reads of them, for
             bfloat16 on a CPU only; `docs/performance.md` has its error.
+        allow_zero_weights: take matrices, experts and norms that are all zeros, as pruned models may have them.
         heartbeat_timeout_s: seconds without a heartbeat (`workers/engine/heartbeat.py`) after which an engine counts as hung and is killed.
         moe_activation_dtype: what MXFP4 experts multiply. `mxfp8` rounds activations to 8 bits, which changes results, for hardware that
             multiplies scaled blocks itself; auto: the activations as they are.
@@ -189,6 +190,7 @@ class EngineConfig:
     moe_activation_dtype: Literal["auto", "mxfp8"] = "auto"
     cpu_isa: CpuIsa = "auto"
     heartbeat_timeout_s: float = 10.0
+    allow_zero_weights: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.heartbeat_timeout_s) and self.heartbeat_timeout_s >= 2):

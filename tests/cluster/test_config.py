@@ -59,6 +59,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "engine.cache.memory_bytes": "1.5GiB",
         "engine.cache.dtype": "fp8",
         "engine.heartbeat_timeout_s": "7.5",
+        "engine.allow_zero_weights": "true",
         "gateway.api_keys": "one, two",
         "gateway.served_model_name": "name",
         "gateway.request_timeout_s": "1.5",

@@ -84,6 +84,7 @@ class LLM:
         cpu_dense_dtype: int8 quantises attention projections and lm_head, on a CPU.
         cpu_isa: what a CPU computes with, as `EngineConfig.cpu_isa`, in this whole process: the last LLM that starts decides.
         moe_activation_dtype: mxfp8 rounds what MXFP4 experts multiply to 8 bits, where the hardware multiplies scaled blocks itself.
+        allow_zero_weights: take matrices, experts and norms that are all zeros.
         threads: compute threads on a CPU, of this whole process and all ranks together; None: as many as torch uses.
     Raises:
         CheckpointError, ConfigError: one sentence that names what is wrong.
@@ -109,6 +110,7 @@ class LLM:
         cpu_dense_dtype: DenseDtype = "bf16",
         moe_activation_dtype: Literal["auto", "mxfp8"] = "auto",
         cpu_isa: CpuIsa = "auto",
+        allow_zero_weights: bool = False,
         threads: int | None = None,
     ) -> None:
         if threads is not None:
@@ -125,6 +127,7 @@ class LLM:
             cpu_dense_dtype=cpu_dense_dtype,
             moe_activation_dtype=moe_activation_dtype,
             cpu_isa=cpu_isa,
+            allow_zero_weights=allow_zero_weights,
             # All prompts are in memory already: a bound on waiting ones would only refuse them.
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting_requests=_NO_LIMIT),
         )

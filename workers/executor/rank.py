@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.backend import architecture
 from kernels.cpu import native
 from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig, longest_context
-from workers.errors import ConfigError
+from workers.errors import CheckpointError, ConfigError
 from workers.executor.cpu_program import programs_run
 from workers.executor.kernel_choice import describe_device, kernel_choices, not_capturable, slow_paths
 from workers.executor.memory_profile import profile_step, warm_up
@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 3600.0
 """For the slowest rank to load its weights: a large checkpoint on a slow disk takes long, and shows how far it is."""
+
+_NUM_CHECK_TOKENS = 16
+"""Cheap beside loading, and enough to reach many experts."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while starting; total is 0 where a phase has no steps to count."""
@@ -142,6 +145,7 @@ class Rank:
                 quantize=self._config.quantize,
                 cpu_dense_dtype=self._config.cpu_dense_dtype,
                 mxfp8_activations=mxfp8_activations,
+                allow_zero_weights=self._config.allow_zero_weights,
                 progress=lambda done, total: self._progress("load weights", done, total),
             )
         choices = kernel_choices(self._model, self._config.kv_dtype)
@@ -153,9 +157,10 @@ class Rank:
         return RankLoaded(describe_device(self._device), self._model.weight_bytes, self._kv_memory(), kernels)
 
     def allocate(self, plan: KVCachePlan) -> None:
-        """Allocate the KV cache and run one token through the model. All ranks do this at the same time.
+        """Allocate the KV cache and run a few tokens through the model. All ranks do this at the same time.
 
         Raises:
+            CheckpointError: the weights are broken: what the model computes is not finite, or the same for every token.
             ConfigError: there is less memory than there was.
         """
         with self._phase("allocate KV cache"):
@@ -163,7 +168,7 @@ class Rank:
                 cache_shape(self._model_config, self._shard), plan, dtype=self._config.kv_dtype, device=self._device
             )
         with self._phase("warm up"):
-            self.logits([0])
+            self._check_weights()
         assert self._model is not None
         runner = Runner(self._model, kv_caches, max_num_seqs=self._config.scheduler.max_num_seqs, max_model_len=plan.max_model_len)
         if self._captures_graphs(self._model):
@@ -191,9 +196,11 @@ class Rank:
             logger.exception("step %d failed", plan.step)
             return LaunchedStep(failed)
 
-    def logits(self, token_ids: Sequence[int]) -> Tensor | None:
+    def logits(self, token_ids: Sequence[int], observe: Callable[[str, Tensor], None] | None = None) -> Tensor | None:
         """Logits after each token of one sequence, in a KV cache of its own: steps in between are not disturbed. All ranks take part.
 
+        Args:
+            observe: as of `GptOss.forward`.
         Returns:
             [len(token_ids), vocab_size] fp32 on rank 0, None on the others.
         """
@@ -206,7 +213,9 @@ class Rank:
         kv_caches = [torch.zeros(shape, dtype=dtype, device=model.device) for _ in model.layers]
         chunk = self._config.scheduler.max_num_batched_tokens
         rows = [
-            model.compute_logits(model.forward(_chunk_batch(token_ids, start, min(start + chunk, len(token_ids)), model.device), kv_caches))
+            model.compute_logits(
+                model.forward(_chunk_batch(token_ids, start, min(start + chunk, len(token_ids)), model.device), kv_caches, observe)
+            )
             for start in range(0, len(token_ids), chunk)
         ]
         parts = [part for part in rows if part is not None]
@@ -216,6 +225,24 @@ class Rank:
         """Let go of weights and caches."""
         self._runner = None
         self._model = None
+
+    def _check_weights(self) -> None:
+        """Run a few tokens from all over the vocabulary: NaN in a matrix, or values that overflow, would otherwise be served as token 0."""
+        size = self._model_config.vocab_size
+        not_finite: list[str] = []
+
+        def observe(what: str, values: Tensor) -> None:
+            if not not_finite and not torch.isfinite(values).all():
+                not_finite.append(what)
+
+        logits = self.logits([index * size // _NUM_CHECK_TOKENS for index in range(_NUM_CHECK_TOKENS)], observe)
+        if logits is not None:
+            observe("lm_head", logits)
+        broken = f"the weights in {self._config.model_path} are broken: what"
+        if not_finite:
+            raise CheckpointError(f"{broken} {not_finite[0]} computes is not finite")
+        if logits is not None and bool((logits.amax(1) == logits.amin(1)).any()):
+            raise CheckpointError(f"{broken} the model computes is the same for every token of the vocabulary")
 
     def _enter_device(self) -> None:
         """Each thread has a current device of its own, at first GPU 0; Triton launches there, and events are recorded there."""

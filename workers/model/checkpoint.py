@@ -28,12 +28,15 @@ from workers.model.mapped_files import Extent
 from workers.model.safetensors_files import INDEX_FILE, StoredTensor, read_header, read_header_bytes, stored_tensors, weight_files
 from workers.model.shard_reader import ShardReader, copy_values
 from workers.model.tensor_specs import ExpertNames, LayerNames, Names, Rows, TensorSpec, tensor_names, tensor_specs
+from workers.model.zero_weights import ZeroWeights
 from workers.parallel.collectives import Alone, Collectives
 from workers.parallel.shard import RankShard, Span, plan_shards
 
 _STORED_DTYPES = {"dense": ("BF16", "F16", "F32"), "mxfp4_blocks": ("U8",), "mxfp4_scales": ("U8",)}
 _NAN_SCALE = 255
 """NaN by the OCP Microscaling specification."""
+_MAX_SCALE = 252
+"""Of MXFP4: with a larger one 6, the largest value, is infinite."""
 _SAMPLE_BYTES = 4096
 _PACK_ROWS = 64
 """Dense rows that are converted at a time where they are not stored as they are wanted."""
@@ -52,6 +55,7 @@ def load_model(
     quantize: Literal["mxfp4"] | None = None,
     cpu_dense_dtype: DenseDtype = "bf16",
     mxfp8_activations: bool = False,
+    allow_zero_weights: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> GptOss:
     """Load the weights in `path`, which must be exactly those that `config` describes.
@@ -63,10 +67,11 @@ def load_model(
         quantize: pack the experts of a bf16 checkpoint; no effect on one that is packed.
         cpu_dense_dtype: int8 quantises attention projections and lm_head; bfloat16 on a CPU with the C++ kernels only.
         mxfp8_activations: of the experts, see Experts.
+        allow_zero_weights: take matrices, experts and norms that are all zeros.
         progress: called with (pieces loaded, pieces in all) after each one, a few megabytes.
     Raises:
         CheckpointError: one sentence naming file and tensor: a file is missing, cut off or disagrees with the index; a tensor is
-            missing, unknown, or of another shape or dtype; an MXFP4 scale is NaN.
+            missing, unknown, of another shape or dtype, or all zeros; an MXFP4 scale is NaN or infinite.
         ConfigError: the checkpoint's sizes cannot be quantised; cpu_dense_dtype cannot be had here.
     """
     tensors = check_tensors(path, config)
@@ -78,10 +83,10 @@ def load_model(
     if quantize is not None:
         _check_quantizable(config)
     shard = plan_shards(config, ParallelConfig())[0] if shard is None else shard
-    reader = ShardReader(tensors)
-    weights = _Weights(reader, tensors, config, shard, dtype, device, quantize is not None, cpu_dense_dtype, mxfp8_activations)
+    weights = _Weights(tensors, config, shard, dtype, device, quantize is not None, cpu_dense_dtype, mxfp8_activations, allow_zero_weights)
     model = weights.model(tensor_names(config), Alone() if collectives is None else collectives)
-    reader.run(progress)
+    weights.reader.run(progress)
+    weights.zeros.check()
     return model
 
 
@@ -92,9 +97,9 @@ def touched_extents(path: Path, config: ModelConfig, shard: RankShard) -> list[E
         CheckpointError: as `load_model`.
     """
     tensors = check_tensors(path, config)
-    reader = ShardReader(tensors)
-    _Weights(reader, tensors, config, shard, torch.bfloat16, torch.device("cpu"), False, "bf16", False).model(tensor_names(config), Alone())
-    return reader.extents
+    weights = _Weights(tensors, config, shard, torch.bfloat16, torch.device("cpu"), False, "bf16", False, True)
+    weights.model(tensor_names(config), Alone())
+    return weights.reader.extents
 
 
 def fingerprint(path: Path) -> str:
@@ -176,7 +181,6 @@ class _Weights:
 
     def __init__(
         self,
-        reader: ShardReader,
         tensors: Mapping[str, StoredTensor],
         config: ModelConfig,
         shard: RankShard,
@@ -185,8 +189,10 @@ class _Weights:
         quantize: bool,
         cpu_dense_dtype: DenseDtype,
         mxfp8_activations: bool,
+        allow_zero_weights: bool,
     ) -> None:
-        self._reader = reader
+        self.reader = ShardReader(tensors, self._see)
+        self.zeros = ZeroWeights(self.reader.files, tensors, allowed=allow_zero_weights)
         self._tensors = tensors
         self._config = config
         self._shard = shard
@@ -201,6 +207,8 @@ class _Weights:
     def model(self, names: Names, collectives: Collectives) -> GptOss:
         """All of it."""
         vocab = self._shard.vocab
+        for name in (names.embedding, names.final_norm, names.lm_head):
+            self._expect(name)
         kv_scales = read_kv_scales(self._tensors, self._config, self._shard.kv_heads, self._device)
         layers = zip(names.layers, self._config.layer_windows, kv_scales, strict=True)
         return GptOss(
@@ -216,6 +224,11 @@ class _Weights:
     def _layer(self, names: LayerNames, window: int | None, kv_scales: Tensor | None) -> Layer:
         shard, config = self._shard, self._config
         gate_up_rows = _scaled(shard.intermediate, 2)
+        for name in (names.attention_norm, names.output.weight, names.experts_norm, names.gate.weight):
+            self._expect(name)
+        # One tensor or three.
+        for rows, num_heads in ((names.query, config.num_heads), (names.key, config.num_kv_heads), (names.value, config.num_kv_heads)):
+            self.zeros.expect(rows.weight, rows.first, rows.first + num_heads * config.head_dim)
         return Layer(
             attention_norm=self._vector(names.attention_norm),
             attention=self._attention(names, window, kv_scales),
@@ -253,6 +266,12 @@ class _Weights:
             kv_scales=kv_scales,
         )
 
+    def _expect(self, name: str) -> None:
+        self.zeros.expect(name, 0, self._tensors[name].shape[0])
+
+    def _see(self, name: str, first: int, rows: Tensor) -> None:
+        self.zeros.see(name, first, rows)
+
     def _vector(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of one dimension that every rank holds."""
         return self._rows(name, _whole(self._tensors[name].shape[0]), dtype)
@@ -260,7 +279,7 @@ class _Weights:
     def _rows(self, name: str, span: Span, dtype: torch.dtype | None = None) -> Tensor:
         """A slice of the first dimension."""
         to = self._empty((span.size, *self._tensors[name].shape[1:]), dtype)
-        self._reader.copy(to[: span.length], name, span.start)
+        self.reader.copy(to[: span.length], name, span.start)
         return to
 
     def _joined(self, parts: list[tuple[Rows, Span]]) -> Linear:
@@ -270,7 +289,7 @@ class _Weights:
         bias = self._empty((size,))
         start = 0
         for rows, span in parts:
-            self._reader.copy(bias[start : start + span.length], rows.bias, rows.first + span.start)
+            self.reader.copy(bias[start : start + span.length], rows.bias, rows.first + span.start)
             start += span.size
         return Linear(weight, bias)
 
@@ -286,7 +305,7 @@ class _Weights:
             else:
                 # Fewer columns than `width` where the shard is padded.
                 length = width if columns is None else columns.stop - columns.start
-                self._reader.copy(to[start : start + span.length, :length], name, first, columns=columns)
+                self.reader.copy(to[start : start + span.length, :length], name, first, columns=columns)
             start += span.size
         return to
 
@@ -299,18 +318,21 @@ class _Weights:
                     rows = functional.pad(rows, (0, to.shape[1] - rows.shape[1]))
                 packed_dense.write_rows(to, start + offset + row, rows)
 
-        self._reader.read(name, first, num_rows, take)
+        self.reader.read(name, first, num_rows, take)
 
     def _expert_bias(self, name: str, span: Span, *, here: bool = True) -> Tensor:
         """[this rank's experts, span.size]; zeros if another rank adds it."""
         experts = self._shard.experts
         to = self._empty((experts.length, span.size))
         if here:
-            self._reader.copy(to[:, : span.length], name, experts.start, columns=slice(span.start, span.stop))
+            self.reader.copy(to[:, : span.length], name, experts.start, columns=slice(span.start, span.stop))
         return to
 
     def _experts(self, names: ExpertNames, rows: Span, columns: Span) -> PackedMXFP4 | Tensor:
         """A projection of this rank's experts, [E, N, K], sliced along N or K."""
+        for name in (names.blocks, names.scales) if self._config.experts_format == "mxfp4" else (names.dense,):
+            for expert in range(self._shard.experts.start, self._shard.experts.start + self._shard.experts.length):
+                self.zeros.expect(name, expert, expert + 1, f" in expert {expert}")
         shape = (self._shard.experts.length, rows.size, columns.size)
         if self._config.experts_format == "mxfp4":
             packed = allocate(shape, self._layout, self._device)
@@ -328,7 +350,7 @@ class _Weights:
         return dense
 
     def _add_packed(self, packed: PackedMXFP4, index: int, names: ExpertNames, rows: Span, columns: Span) -> None:
-        files, expert = self._reader.files, self._shard.experts.start + index
+        files, expert = self.reader.files, self._shard.experts.start + index
         first = expert * self._tensors[names.scales].shape[1]
         groups = slice(columns.start // MX_BLOCK, columns.stop // MX_BLOCK)
 
@@ -336,24 +358,28 @@ class _Weights:
             blocks, scales = (
                 files.view(name, expert, expert + 1)[0, rows.start : rows.stop, groups] for name in (names.blocks, names.scales)
             )
+            self._refuse_large_scale(names.scales, expert, scales)
+            for name, values in ((names.blocks, blocks), (names.scales, scales)):
+                self.zeros.see(name, expert, values[None])
             try:
                 write_expert(packed, index, blocks, scales)
             except ValueError as error:
-                self._refuse_nan_scale(names.scales, expert)
                 raise CheckpointError(f"{self._tensors[names.blocks].file}: tensor {names.blocks} cannot be used: {error}") from error
 
-        self._reader.add([files.extent(name, first + rows.start, first + rows.stop, dims=2) for name in (names.blocks, names.scales)], move)
+        self.reader.add([files.extent(name, first + rows.start, first + rows.stop, dims=2) for name in (names.blocks, names.scales)], move)
 
-    def _refuse_nan_scale(self, name: str, expert: int) -> None:
-        scales = self._reader.files.view(name, expert, expert + 1)[0]
-        found = (scales == _NAN_SCALE).nonzero()
-        if found.numel():
-            where = [expert, *found[0].tolist()]
-            raise CheckpointError(f"{self._tensors[name].file}: tensor {name} has scale {_NAN_SCALE}, which is NaN, at {where}")
+    def _refuse_large_scale(self, name: str, expert: int, here: Tensor) -> None:
+        """Look at the scales of this rank's slice; what is wrong is named by its place in the whole expert."""
+        if here.numel() and int(here.max()) > _MAX_SCALE:
+            scales = self.reader.files.view(name, expert, expert + 1)[0]
+            at = (scales > _MAX_SCALE).nonzero()[0].tolist()
+            scale = int(scales[tuple(at)])
+            reason = "NaN" if scale == _NAN_SCALE else "too large for its values to be finite"
+            raise CheckpointError(f"{self._tensors[name].file}: tensor {name} has scale {scale}, which is {reason}, at {[expert, *at]}")
 
     def _add_dense(self, to: Tensor, index: int, name: str, rows: Span, columns: Span) -> None:
         extent, view = self._dense_expert(index, name, rows, columns)
-        self._reader.add([extent], lambda: copy_values(to, view()))
+        self.reader.add([extent], lambda: copy_values(to, view()))
 
     def _add_quantized(self, packed: PackedMXFP4, index: int, name: str, rows: Span, columns: Span) -> None:
         extent, view = self._dense_expert(index, name, rows, columns)
@@ -367,15 +393,17 @@ class _Weights:
                     raise CheckpointError(f"{self._tensors[name].file}: tensor {name} cannot be quantised: {error}") from error
             write_expert(packed, index, torch.cat([piece.blocks[0] for piece in pieces]), torch.cat([piece.scales[0] for piece in pieces]))
 
-        self._reader.add([extent], move)
+        self.reader.add([extent], move)
 
     def _dense_expert(self, index: int, name: str, rows: Span, columns: Span) -> tuple[Extent, Callable[[], Tensor]]:
         """An expert that is stored input-first: where it is, and how it looks output-first."""
-        files, expert = self._reader.files, self._shard.experts.start + index
+        files, expert = self.reader.files, self._shard.experts.start + index
         first = expert * self._tensors[name].shape[1]
 
         def view() -> Tensor:
-            return files.view(name, expert, expert + 1)[0, columns.start : columns.stop, rows.start : rows.stop].T
+            stored = files.view(name, expert, expert + 1)[0, columns.start : columns.stop, rows.start : rows.stop]
+            self.zeros.see(name, expert, stored[None])
+            return stored.T
 
         return files.extent(name, first + columns.start, first + columns.stop, dims=2), view
 

@@ -5,7 +5,7 @@ experts' output are partial sums, added over the ranks by one all-reduce each; t
 collectives that do nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,12 +123,13 @@ class GptOss:
         return sum(tensor.nbytes for tensor in self._weights())
 
     @torch.inference_mode()
-    def forward(self, batch: StepBatch, kv_caches: Sequence[Tensor]) -> Tensor:
+    def forward(self, batch: StepBatch, kv_caches: Sequence[Tensor], observe: Callable[[str, Tensor], None] | None = None) -> Tensor:
         """Run all layers over one step's tokens and store their keys and values.
 
         Args:
             kv_caches: one for each layer, [2, num_blocks, block_size, num_kv_heads, head_dim] of the model's dtype or float8_e4m3fn;
                 written to.
+            observe: called with what has just computed and the residual stream after it, which all ranks have alike.
         Returns:
             [T, hidden], after the final norm; `compute_logits` takes the rows of it that are wanted.
         """
@@ -145,16 +146,21 @@ class GptOss:
             truncate=rope.truncate,
         )
         add_up = self.collectives.all_reduce
+        observe = observe or (lambda what, values: None)
         residual = self._embed(batch.token_ids)
+        observe("the embedding", residual)
         normed = rms_norm(residual, self.layers[0].attention_norm, eps)
         next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
-        for layer, next_norm, kv_cache in zip(self.layers, next_norms, kv_caches, strict=True):
+        for index, (layer, next_norm, kv_cache) in enumerate(zip(self.layers, next_norms, kv_caches, strict=True)):
             attended = add_up(layer.attention(normed, batch, kv_cache, cos, sin))
             residual, normed = add_rms_norm(residual, attended, layer.experts_norm, eps)
+            observe(f"the attention of layer {index}", residual)
             if self.collectives.size == 1:
                 residual, normed = layer.experts.add_rms_norm(normed, residual, next_norm, eps)
             else:
                 residual, normed = add_rms_norm(residual, add_up(layer.experts(normed)), next_norm, eps)
+            observe(f"the experts of layer {index}", residual)
+        observe("the final norm", normed)
         return normed
 
     @torch.inference_mode()

@@ -38,8 +38,15 @@ class _Piece:
 class ShardReader:
     """Plans and carries out the reading of a rank's slices; whoever plans a piece owns the memory it goes to."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], see: Callable[[str, int, Tensor], None] = lambda name, first, rows: None
+    ) -> None:
+        """
+        Args:
+            see: gets the rows that `read` and `copy` read, with the tensor's name and the first row's number; on any thread.
+        """
         self.files = MappedTensors(tensors)
+        self._see = see
         self._tensors = tensors
         self._pieces: list[_Piece] = []
 
@@ -68,9 +75,12 @@ class ShardReader:
             self._add_rows(name, first, start, min(start + step, num_rows), take)
 
     def _add_rows(self, name: str, first: int, start: int, end: int, take: Callable[[int, Tensor], None]) -> None:
-        self.add(
-            [self.files.extent(name, first + start, first + end)], lambda: take(start, self.files.view(name, first + start, first + end))
-        )
+        def move() -> None:
+            rows = self.files.view(name, first + start, first + end)
+            self._see(name, first + start, rows)
+            take(start, rows)
+
+        self.add([self.files.extent(name, first + start, first + end)], move)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Do all that is planned.

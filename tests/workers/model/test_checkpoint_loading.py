@@ -215,9 +215,11 @@ class TestWrongTensors:
         change(checkpoint, lambda tensors: tensors[SCALES][3, 7].fill_(129))
         refusal(checkpoint, "model.safetensors", BLOCKS, "scales must be at most 128", WGMMA, "found 129")
 
-    def test_largest_scale_is_a_number(self, checkpoint: Path) -> None:
-        change(checkpoint, lambda tensors: tensors[SCALES][3, 7].fill_(254))
+    def test_largest_scale_of_finite_values(self, checkpoint: Path) -> None:
+        change(checkpoint, lambda tensors: tensors[SCALES][3, 7].fill_(252))
         load(checkpoint)
+        change(checkpoint, lambda tensors: tensors[SCALES][3, 7].fill_(253))
+        refusal(checkpoint, "model.safetensors", SCALES, "253", "[3, 7, 0]")
 
 
 class TestDamagedFiles:
