@@ -176,6 +176,10 @@ _FAKE_CUDA: dict[str, Callable[..., object]] = {
     "graph_pool_handle": lambda: (0, 0),
     "synchronize": lambda device=None: None,
     "mem_get_info": lambda device=None: (79 << 30, 79 << 30),
+    "memory_snapshot": lambda *args, **options: [],
+    "memory_reserved": lambda device=None: 0,
+    "memory_allocated": lambda device=None: 0,
+    "empty_cache": lambda: None,
     "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=PROCESSORS),
 }
 
