@@ -13,6 +13,8 @@ import grpc
 import httpx
 import pytest
 
+from cluster.rpc import inference_pb2 as pb
+from cluster.rpc import inference_pb2_grpc
 from tests.e2e import scripts
 from tests.support.many_streams import counted, read_many
 from tests.support.processes import marked, none_left
@@ -76,11 +78,28 @@ def test_streams_of_an_engine_that_dies_or_hangs_go_on_at_the_other(model: Path,
 
 
 def test_a_stop_lets_running_streams_end(model: Path, tmp_path: Path) -> None:
-    with standalone(tmp_path, model, "--api-key", "right") as served:
+    """Over HTTP and gRPC; and what happens to the checkpoint of a running server is nothing to it."""
+    served_model = tmp_path / "model"
+    shutil.copytree(model, served_model)
+    num_tokens = 200
+    with standalone(tmp_path, served_model, "--api-key", "right") as served:
+        os.truncate(served_model / "model.safetensors", 1000)
+        (served_model / "config.json").write_text("{}")
         headers = {"authorization": "Bearer right"}
         assert chat(served).status_code == 401
-        body = GREETING | {"stream": True}
-        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=60, trust_env=False) as stream:
+        answer = httpx.post(f"{served.url}/v1/chat/completions", json=GREETING, headers=headers, timeout=60, trust_env=False)
+        assert answer.json()["choices"][0]["message"]["content"] == scripts.GREETING_ANSWER
+        shutil.rmtree(served_model)
+        body = GREETING | {"stream": True, "ignore_eos": True, "max_tokens": num_tokens}
+        message = pb.Message(role=pb.ROLE_USER, content=scripts.GREETING)
+        request = pb.ChatRequest(messages=[message], max_tokens=num_tokens, ignore_eos=True)
+        with (
+            httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=60, trust_env=False) as stream,
+            grpc.insecure_channel(served.grpc, options=[("grpc.enable_http_proxy", 0)]) as channel,
+        ):
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            events = stub.ChatStream(request, metadata=tuple(headers.items()), timeout=60)
+            next(events)
             lines = stream.iter_lines()
             first = next(lines)
             with ThreadPoolExecutor(1) as pool:
@@ -88,6 +107,9 @@ def test_a_stop_lets_running_streams_end(model: Path, tmp_path: Path) -> None:
                 rest = [line for line in lines if line]
                 assert first.startswith("data: ")
                 assert rest[-1] == "data: [DONE]"
+                assert not any('"error"' in line for line in rest)
+                *_, last = events
+                assert last.usage.completion_tokens == num_tokens
                 assert stopped.result() == 0
         assert none_left(served.mark, 5) == []
         assert "right" not in served.log.read_text()

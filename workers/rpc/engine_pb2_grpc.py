@@ -26,8 +26,9 @@ if _version_not_supported:
 
 
 class EngineStub:
-    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`; without it the status is
-    UNAUTHENTICATED. On a Unix socket there is none: only the user who started the engine can reach it.
+    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`, reflection included; without it the
+    status is UNAUTHENTICATED. Only the health service's Check needs none, for probes that cannot send it. On a Unix socket there is no
+    secret: only the user who started the engine can reach it.
     """
 
     def __init__(self, channel):
@@ -64,8 +65,9 @@ class EngineStub:
 
 
 class EngineServicer:
-    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`; without it the status is
-    UNAUTHENTICATED. On a Unix socket there is none: only the user who started the engine can reach it.
+    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`, reflection included; without it the
+    status is UNAUTHENTICATED. Only the health service's Check needs none, for probes that cannot send it. On a Unix socket there is no
+    secret: only the user who started the engine can reach it.
     """
 
     def Generate(self, request, context):
@@ -143,8 +145,9 @@ def add_EngineServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Engine:
-    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`; without it the status is
-    UNAUTHENTICATED. On a Unix socket there is none: only the user who started the engine can reach it.
+    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`, reflection included; without it the
+    status is UNAUTHENTICATED. Only the health service's Check needs none, for probes that cannot send it. On a Unix socket there is no
+    secret: only the user who started the engine can reach it.
     """
 
     @staticmethod

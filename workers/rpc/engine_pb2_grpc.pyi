@@ -27,8 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EngineStub:
-    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`; without it the status is
-    UNAUTHENTICATED. On a Unix socket there is none: only the user who started the engine can reach it.
+    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`, reflection included; without it the
+    status is UNAUTHENTICATED. Only the health service's Check needs none, for probes that cannot send it. On a Unix socket there is no
+    secret: only the user who started the engine can reach it.
     """
 
     @_typing.overload
@@ -53,8 +54,9 @@ class EngineStub:
 
 @_typing.type_check_only
 class EngineAsyncStub(EngineStub):
-    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`; without it the status is
-    UNAUTHENTICATED. On a Unix socket there is none: only the user who started the engine can reach it.
+    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`, reflection included; without it the
+    status is UNAUTHENTICATED. Only the health service's Check needs none, for probes that cannot send it. On a Unix socket there is no
+    secret: only the user who started the engine can reach it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -75,8 +77,9 @@ class EngineAsyncStub(EngineStub):
     """
 
 class EngineServicer(metaclass=_abc_1.ABCMeta):
-    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`; without it the status is
-    UNAUTHENTICATED. On a Unix socket there is none: only the user who started the engine can reach it.
+    """On a TCP port every call carries the engine's secret as metadata, `authorization: Bearer SECRET`, reflection included; without it the
+    status is UNAUTHENTICATED. Only the health service's Check needs none, for probes that cannot send it. On a Unix socket there is no
+    secret: only the user who started the engine can reach it.
     """
 
     @_abc_1.abstractmethod
