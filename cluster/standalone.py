@@ -25,6 +25,7 @@ from cluster.sockets import bound_socket, check_port_is_free
 from cluster.summary import start_up_summary
 from cluster.supervisor import EngineFailed, EngineProcess
 from workers.config_json import engine_config_to_json
+from workers.console import keep_output_from_failing
 from workers.cores import engine_threads, thread_environment
 from workers.errors import ConfigError
 from workers.private_folder import PrivateFolder
@@ -48,6 +49,7 @@ def serve_standalone(config: CantataConfig) -> int:
     Raises:
         ConfigError, CheckpointError: one sentence for the user.
     """
+    keep_output_from_failing()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     return asyncio.run(_serve(config))

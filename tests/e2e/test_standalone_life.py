@@ -1,5 +1,6 @@
 """`cantata serve --standalone` from start to stop: an engine that dies, a stop under load, a parent that vanishes, keys, bad starts."""
 
+import contextlib
 import os
 import platform
 import shutil
@@ -55,6 +56,26 @@ def test_an_engine_that_ends_is_replaced(model: Path, tmp_path: Path) -> None:
         served.process.kill()
         served.process.wait(10)
         assert none_left(served.mark, 20) == []
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(model: Path, tmp_path: Path) -> None:
+    """A pipe that is full when the server starts and is not read; then, when an engine starts again, one without a reader."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(65536))
+    os.set_blocking(writing, True)
+    with standalone(tmp_path, model, "--tensor-parallel-size", "2", stderr=writing) as served:
+        os.close(writing)
+        assert chat(served).status_code == 200
+        os.close(reading)
+        pid = engine_pid(served)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not any(line.startswith(f"{pid} ") for line in marked(served.mark)), 10)
+        until(lambda: chat(served).status_code == 200, 120)
+        assert engine_pid(served) != pid
+        assert served.stop(signal.SIGTERM) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

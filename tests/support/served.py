@@ -66,11 +66,15 @@ class Served:
 
 
 @contextmanager
-def standalone(folder: Path, model: Path, *flags: str) -> Iterator[Served]:
-    """`cantata serve --standalone` on free ports."""
+def standalone(folder: Path, model: Path, *flags: str, stderr: int = subprocess.STDOUT) -> Iterator[Served]:
+    """`cantata serve --standalone` on free ports.
+
+    Args:
+        stderr: descriptor that its log goes to; by default the same file as the rest.
+    """
     command = [str(BIN / "cantata"), "serve", "--standalone", "--model", str(model), "--http-port", "0", "--grpc-port", "0"]
     command += [*_COMMON_FLAGS, *flags]
-    with started("standalone", command, folder, {}) as served:
+    with started("standalone", command, folder, {}, stderr=stderr) as served:
         found = wait_for(served, r"HTTP +http://([\d.:]+)/v1.*\n +gRPC +([\d.:]+) ")
         served.http, served.grpc = found[1], found[2]
         yield served
@@ -142,7 +146,12 @@ def isolated_if_possible(command: Sequence[str]) -> list[str]:
 
 @contextmanager
 def started(
-    name: str, command: Sequence[str], folder: Path, environment: Mapping[str, str], mark: dict[str, str] | None = None
+    name: str,
+    command: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    mark: dict[str, str] | None = None,
+    stderr: int = subprocess.STDOUT,
 ) -> Iterator[Served]:
     """The command, until the block ends; whatever has its mark then is killed.
 
@@ -156,7 +165,7 @@ def started(
         process = subprocess.Popen(
             command,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             cwd=ROOT,
             env={**os.environ, **environment, **mark, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # a group of its own, for a test that presses Ctrl-C

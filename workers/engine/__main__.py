@@ -20,6 +20,7 @@ from pathlib import Path
 
 from workers.config import EngineConfig
 from workers.config_json import engine_config_from_json
+from workers.console import drain_output, keep_output_from_failing
 from workers.engine.access import SECRET_VARIABLE
 from workers.engine.collector import spare_collections
 from workers.engine.heartbeat import beat, say_to
@@ -46,6 +47,7 @@ def main() -> int:
         "--heartbeats", action="store_true", help="write a line to stdout, which is a pipe, each second that the engine lives"
     )
     arguments = parser.parse_args()
+    keep_output_from_failing()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if arguments.parent_pid is not None and not die_with_parent(arguments.parent_pid):
         return 0
@@ -85,7 +87,7 @@ async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespa
     await _first(starting, stop)
     if not starting.done():
         # A thread is reading weights and cannot be interrupted; there is nothing to lose. What is left of a folder, the next start removes.
-        sys.stderr.flush()
+        drain_output()
         os._exit(0)
     bound = starting.result()
     spare_collections()
@@ -101,6 +103,7 @@ async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespa
     print(f"Cantata engine {start_up.info.version}\n{table}", file=sys.stderr, flush=True)
     ready = {"event": "ready", "address": bound, "start_id": start_up.info.start_id, "metrics_address": server.metrics_address}
     print(json.dumps(ready), flush=True)
+    await asyncio.to_thread(drain_output)  # heartbeats are written past it
     if arguments.heartbeats:
         heartbeat = asyncio.create_task(beat(server.engine.watch, say_to(sys.stdout.fileno(), b'{"event": "alive"}\n')))
 

@@ -21,6 +21,7 @@ import torch
 
 from workers.config import EngineConfig, load_model_config
 from workers.config_json import engine_config_from_json, engine_config_to_json
+from workers.console import keep_output_from_failing
 from workers.cores import cores_of_rank
 from workers.errors import CheckpointError, ConfigError
 from workers.executor import channel as wire
@@ -273,6 +274,7 @@ class _Reporter:
 
 def main() -> int:
     """Read the spec from stdin and serve; the argument is the PID of the engine's process, with which this one ends."""
+    keep_output_from_failing()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Ctrl-C in a terminal reaches the whole group; the engine decides the order of the stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
