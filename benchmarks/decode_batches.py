@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_timing import Timing, warm_up
 from workers.config import BLOCK_SIZE, Dtype, ModelConfig
 from workers.executor.runner import PendingStep, Runner
 from workers.kv_cache.manager import num_blocks_for
@@ -20,6 +21,7 @@ from workers.request import SamplingParams
 from workers.scheduler.plan import SequenceStart, StepPlan
 
 WARM_UP_STEPS = 5
+RUNS = 5
 GREEDY = SamplingParams(temperature=0, seed=0)
 RESERVE_BYTES = 4 << 30
 """Of a GPU: its context, libraries, graphs, and activations beside logits and attention's scratch."""
@@ -124,26 +126,30 @@ def decode_batch(model: GptOss, batch: Batch) -> StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Means over decode steps.
+    """Means over the decode steps of a run.
 
     Attributes:
-        seconds: from step to step.
-        launch_s: of these, what launching takes the host.
+        seconds: from step to step, in the best run.
+        launch_s: what launching a step takes the host, in the best run by that.
+        median_s: from step to step, in the median run.
     """
 
     seconds: float
     launch_s: float
+    median_s: float
 
 
 class Decoder:
     """Batches on one runner. A batch's sequences are dropped when the next one starts.
 
     Args:
-        num_steps: that are timed; WARM_UP_STEPS come before.
+        num_steps: that are timed, in RUNS runs; WARM_UP_STEPS come before.
+        device: whose clocks are brought up before a batch is timed.
     """
 
-    def __init__(self, runner: Runner, model: ModelConfig, num_steps: int) -> None:
+    def __init__(self, runner: Runner, model: ModelConfig, num_steps: int, device: torch.device) -> None:
         self._runner = runner
+        self._device = device
         self._model = model
         self._num_steps = num_steps
         self._step = 0
@@ -153,10 +159,17 @@ class Decoder:
     def time(self, batch: Batch) -> StepTime:
         """Of a decode step, each launched before the result of the one before was taken."""
         self._start(batch)
+        warm_up(self._device)
         self._decode(batch.context, WARM_UP_STEPS)
-        started = time.perf_counter()
-        launch_s = self._decode(batch.context + WARM_UP_STEPS, self._num_steps)
-        return StepTime((time.perf_counter() - started) / self._num_steps, launch_s / self._num_steps)
+        context, step_s, launch_s = batch.context + WARM_UP_STEPS, [], []
+        for run in range(num_runs := min(RUNS, self._num_steps)):
+            num_steps = (self._num_steps + run) // num_runs
+            started = time.perf_counter()
+            launch_s.append(self._decode(context, num_steps) / num_steps)
+            step_s.append((time.perf_counter() - started) / num_steps)
+            context += num_steps
+        steps = Timing.of(step_s)
+        return StepTime(steps.best_s, min(launch_s), steps.median_s)
 
     def _start(self, batch: Batch) -> None:
         """The first step: all but the last token of each sequence count as computed."""

@@ -3,7 +3,7 @@ around them; `gpu_report.py` makes tables of it."""
 
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from benchmarks.decode_batches import (
     what_fits,
 )
 from benchmarks.gpu_attempts import Attempts, Result
-from benchmarks.gpu_timing import copy_bandwidth, fastest_gemm, seconds
+from benchmarks.gpu_timing import Timing, copy_bandwidth, fastest_gemm, l2_cache_bytes, timed, warm_up
 from benchmarks.random_model import random_model
 from kernels.backend import architecture, has_triton, triton_runs_on
 from kernels.mxfp4 import choose_layout
@@ -87,10 +87,8 @@ def measure_device(options: Options, attempts: Attempts) -> None:
         "driver": _driver() if on_gpu else "none",
         "torch": torch.__version__,
         "triton": _triton_version(),
-        "bandwidth": _bandwidth(device),
-        "gemm": asdict(fastest_gemm(device)),
     }
-    attempts.begin(about)
+    attempts.begin(about | _card(device))
 
 
 def measure_step(options: Options, attempts: Attempts) -> None:
@@ -102,8 +100,8 @@ def measure_step(options: Options, attempts: Attempts) -> None:
     longest = max(batch.context for batch in batches) + options.num_steps
     caches = random_caches(model, batches, options.num_steps)
 
-    bandwidth = _bandwidth(options.device)
-    result["bandwidth"] = bandwidth
+    result |= _card(options.device)
+    bandwidth = result["bandwidth"]
     blocking = not_capturable(kernels)
 
     def new_runner() -> Runner:
@@ -122,7 +120,7 @@ def measure_step(options: Options, attempts: Attempts) -> None:
         elif not attempts.run(f"capture graphs, before {first}", capture, again=True):
             result["graphs"] = "none: capturing them failed"
             runner = new_runner()
-        return Decoder(runner, config, options.steps)
+        return Decoder(runner, config, options.steps, options.device)
 
     def time(decoder: Decoder, batch: Batch) -> None:
         took = decoder.time(batch)
@@ -148,21 +146,21 @@ def measure_kernels(options: Options, attempts: Attempts) -> None:
         attempts.begin({"skipped": "no Triton kernels run here"})
         return
     found = ChosenModel(options)
-    bandwidth = _bandwidth(options.device)
-    result = attempts.begin(found.about | {"bandwidth": bandwidth}, lists=("batches",))
+    card = _card(options.device)
+    result = attempts.begin(found.about | card, lists=("batches",))
     for batch in found.batches:
         rows = next((rows for rows in result["batches"] if _named(Batch(rows["size"], rows["context"])) == _named(batch)), None)
         if rows is None:
             rows = asdict(batch) | {"launches": [], "around": []}
             result["batches"].append(rows)
-        attempts.run(_named(batch), partial(_launches, found.model, batch, bandwidth, rows, attempts), again=True)
+        attempts.run(_named(batch), partial(_launches, found.model, batch, card, rows, attempts), again=True)
 
 
 @torch.inference_mode()
-def _launches(model: GptOss, batch: Batch, bandwidth: float, rows: Result, attempts: Attempts) -> None:
+def _launches(model: GptOss, batch: Batch, card: Result, rows: Result, attempts: Attempts) -> None:
     """Fills in `rows`."""
     from benchmarks.decode_traffic import ByteCounter
-    from benchmarks.launch_recorder import recording_launches, split_layers
+    from benchmarks.launch_recorder import RecordedLaunch, recording_launches, split_layers
 
     num_layers = len(model.layers) if batch.size <= SMALL_BATCH else min(TIMED_LAYERS, len(model.layers))
     config = replace(model.config, num_layers=num_layers, layer_windows=model.config.layer_windows[:num_layers])
@@ -180,10 +178,16 @@ def _launches(model: GptOss, batch: Batch, bandwidth: float, rows: Result, attem
     before, layers, after = split_layers(recorded)
     rows["layers_timed"] = num_layers
 
-    def time(works: list[Callable[[], object]], into: str, row: Result, num_bytes: float | None) -> None:
-        took = seconds(_all(works), model.device) / len(works)
-        share = {} if num_bytes is None else {"bytes": num_bytes, "share": num_bytes / bandwidth / took}
-        rows[into].append(row | {"seconds": took} | share)
+    def time(launches: list[RecordedLaunch], row: Result, num_bytes: float) -> None:
+        took = timed([launch.again for launch in launches], model.device)
+        share = num_bytes / card["bandwidth"] / took.best_s
+        cached = stays_in_cache(num_bytes * len(launches), card["l2_bytes"])
+        rows["launches"].append(row | _seconds(took) | {"bytes": num_bytes, "share": share, "in_l2": cached})
+
+    def time_around(launch: RecordedLaunch) -> None:
+        rows["around"].append({"name": launch.name} | _seconds(timed([launch.again], model.device)))
+
+    warm_up(model.device)
 
     for window in sorted(set(config.layer_windows), key=lambda window: window or 0):
         alike = [layer for layer, of in zip(layers, config.layer_windows, strict=True) if of == window]
@@ -192,34 +196,34 @@ def _launches(model: GptOss, batch: Batch, bandwidth: float, rows: Result, attem
             num_bytes = count(first).total_bytes
             occurrence = [launch.name for launch in alike[0][:index]].count(first.name)
             row = {"window": window, "name": first.name, "occurrence": occurrence}
-            works = [layer[index].again for layer in alike]
+            launches = [layer[index] for layer in alike]
             name = f"{_named(batch)}, window {window}, {first.name} {occurrence}"
-            attempts.run(name, partial(time, works, "launches", row, num_bytes))
+            attempts.run(name, partial(time, launches, row, num_bytes))
     for index, launch in enumerate((*before, *after)):
         name = f"{_named(batch)}, around the layers, {launch.name} {index}"
-        attempts.run(name, partial(time, [launch.again], "around", {"name": launch.name}, None))
+        attempts.run(name, partial(time_around, launch))
 
 
 def _named(batch: Batch) -> str:
     return f"{batch.size} x {batch.context}"
 
 
-def _all(works: Iterable[Callable[[], object]]) -> Callable[[], None]:
-    works = list(works)
+def stays_in_cache(num_bytes: float, l2_bytes: int) -> bool:
+    """Whether launches that read and write so many bytes in turn may find some of them in the second-level cache
+    again: then their time is not that of memory, and their share of its bandwidth can be above 100 %."""
+    return num_bytes < 2 * l2_bytes
 
-    def run() -> None:
-        for work in works:
-            work()
 
-    return run
+def _seconds(took: Timing) -> Result:
+    return {"seconds": took.best_s, "median_s": took.median_s}
 
 
 def measure_prefill(options: Options, attempts: Attempts) -> None:
     """One step of prompts of one sequence, against the products that it needs."""
     found = ChosenModel(options)
     model, config = found.model, found.model.config
-    gemm = fastest_gemm(options.device)
-    result = attempts.begin(found.about | {"gemm": asdict(gemm)}, lists=("prompts",))
+    card = _card(options.device)
+    result = attempts.begin(found.about | card, lists=("prompts",))
 
     def time(num_tokens: int) -> None:
         batch = largest_batch(SchedulerConfig(1, num_tokens), num_tokens, options.device)
@@ -235,9 +239,11 @@ def measure_prefill(options: Options, attempts: Attempts) -> None:
         def prefill() -> Tensor | None:
             return model.compute_logits(model.forward(batch, caches)[batch.sample_indices])
 
-        took = seconds(prefill, options.device, calls=2, graph=False)
+        warm_up(options.device)
+        took = timed([prefill], options.device, graph=False)
         flops = prefill_flops(config, num_tokens)
-        result["prompts"].append({"tokens": num_tokens, "seconds": took, "flops": flops, "share": flops / gemm.flops_per_s / took})
+        share = flops / card["gemm"]["flops_per_s"] / took.best_s
+        result["prompts"].append({"tokens": num_tokens, "flops": flops, "share": share} | _seconds(took))
 
     for num_tokens in options.prompts:
         attempts.run(f"{num_tokens} tokens", partial(time, num_tokens))
@@ -263,15 +269,18 @@ def measure_sampling(options: Options, attempts: Attempts) -> None:
         if options.model
         else preset_config(options.preset or ("small" if options.device.type == "cuda" else "tiny"))
     ).vocab_size
-    bandwidth = _bandwidth(options.device)
-    result = attempts.begin({"vocab": vocab, "bandwidth": bandwidth}, lists=("ways",))
+    card = _card(options.device)
+    result = attempts.begin({"vocab": vocab} | card, lists=("ways",))
 
     def time(logits: Tensor, name: str, batch: SamplingBatch) -> None:
-        took = seconds(lambda: sample(logits, batch), options.device)
-        result["ways"].append({"rows": len(logits), "way": name, "seconds": took, "passes": took / (logits.nbytes / bandwidth)})
+        took = timed([lambda: sample(logits, batch)], options.device)
+        passes = took.best_s / (logits.nbytes / card["bandwidth"])
+        row = {"rows": len(logits), "way": name, "passes": passes, "in_l2": stays_in_cache(logits.nbytes, card["l2_bytes"])}
+        result["ways"].append(row | _seconds(took))
 
     for rows in options.batch_sizes:
         logits = torch.randn(rows, vocab, device=options.device) * 2
+        warm_up(options.device)
         for name, batch in sampling_ways(rows, vocab, options.device).items():
             attempts.run(f"{name}, {rows} rows", partial(time, logits, name, batch))
 
@@ -343,6 +352,11 @@ class ChosenModel:
 def _weight_bytes(config: ModelConfig) -> int:
     (shard,) = plan_shards(config, ParallelConfig())
     return rank_bytes(config, shard, DTYPE).total
+
+
+def _card(device: torch.device) -> Result:
+    """What this device reaches at best, beside which a table shows its figures."""
+    return {"bandwidth": _bandwidth(device), "gemm": asdict(fastest_gemm(device)), "l2_bytes": l2_cache_bytes(device)}
 
 
 def _bandwidth(device: torch.device) -> float:

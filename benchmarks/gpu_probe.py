@@ -42,7 +42,7 @@ def decode_ways(options: Options, attempts: Attempts) -> None:
         runner = Runner(found.model, caches, max_num_seqs=BATCH.size, max_model_len=BATCH.context + _NUM_STEPS)
         if way == "graph":
             runner.capture_graphs(lambda phase, done, total: None)
-        took = Decoder(runner, found.model.config, STEPS).time(BATCH)
+        took = Decoder(runner, found.model.config, STEPS, device).time(BATCH)
         result["ways"].append({"way": way} | asdict(took))
 
     attempts.run("steps, eager", lambda: decode("eager"))

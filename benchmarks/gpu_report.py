@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.gpu_timing import GRAPH_LAUNCHES
+
 Result = Mapping[str, Any]
 
 _LAUNCHES = {
@@ -22,6 +24,7 @@ _LAUNCHES = {
     ("add_slots_rms_norm", 0): "combine, residual, norm",
 }
 """What a launch is for, by its name and how many of that name come before it in a layer."""
+_SAMPLING_IN_L2 = "`in L2`: the logits fit into twice the second-level cache, as in a step, where they have just been computed."
 
 
 def report(found: Mapping[str, Result]) -> str:
@@ -66,8 +69,7 @@ def _device(result: Result) -> list[str]:
         return []
     return [
         f"{result['name']} ({result['architecture']}, {result['memory_bytes'] / 2**30:.1f} GiB), driver {result['driver']}, "
-        f"torch {result['torch']}, Triton {result['triton']}. A copy reads and writes {result['bandwidth'] / 1e9:.0f} GB/s, "
-        f"{_gemm(result)}."
+        f"torch {result['torch']}, Triton {result['triton']}. {_card(result)}"
     ]
 
 
@@ -85,6 +87,7 @@ def _step(result: Result) -> list[str]:
             f"{step['size']}",
             f"{step['context']}",
             f"{step['seconds'] * 1e3:.2f}",
+            f"{step['median_s'] * 1e3:.2f}",
             f"{step['launch_s'] * 1e3:.2f}",
             f"{step['size'] / step['seconds']:.0f}",
             f"{step['least_bytes'] / 1e9:.2f}",
@@ -96,10 +99,11 @@ def _step(result: Result) -> list[str]:
         return []
     return [
         f"Decode steps of {result['model']} ({result['weight_bytes'] / 1e9:.1f} GB), greedy, each launched before the tokens of the one "
-        f"before were taken. Graphs: {result['graphs']}. `share` is the time to read the weights and keys that a step must read, at the "
-        f"bandwidth of a copy ({result['bandwidth'] / 1e9:.0f} GB/s), over the time of the step.{_left_out(result)}",
+        f"before were taken. Graphs: {result['graphs']}. Times are means over a run of steps, of the best run and of the median one. "
+        "`share` is the time to read the weights and keys that a step must read, at the bandwidth of a copy, over the time of the step. "
+        f"{_card(result)}{_left_out(result)}",
         "",
-        *_table(("sequences", "context", "ms a step", "ms to launch", "tok/s", "GB to read", "share"), rows),
+        *_table(("sequences", "context", "ms a step", "median", "ms to launch", "tok/s", "GB to read", "share"), rows),
         "",
         *(f"- {operation}: {kernel}" for operation, kernel in result["kernels"].items()),
     ]
@@ -113,20 +117,24 @@ def _kernels(result: Result) -> list[str]:
         rows = []
         for window in dict.fromkeys(row["window"] for row in batch["launches"]):
             layer = [row for row in batch["launches"] if row["window"] == window]
-            total = {name: sum(row[name] for row in layer) for name in ("seconds", "bytes")}
+            total = {name: sum(row[name] for row in layer) for name in ("seconds", "median_s", "bytes")}
+            total["in_l2"] = False
             total["share"] = total["bytes"] / result["bandwidth"] / total["seconds"]
             named = [(_LAUNCHES.get((row["name"], row["occurrence"]), row["name"]), row) for row in layer]
             for name, row in [*named, (f"**layer, {len(layer)} launches**", total)]:
-                cells = (f"{row['seconds'] * 1e6:.1f}", f"{row['bytes'] / 1e6:.2f}", f"{row['share']:.0%}")
+                times = (f"{row[time] * 1e6:.1f}" for time in ("seconds", "median_s"))
+                cells = (*times, f"{row['bytes'] / 1e6:.2f}", f"{row['share']:.0%}{' in L2' * row['in_l2']}")
                 rows.append(("all" if window is None else str(window), name, *cells))
         around = ", ".join(f"{row['name']} {row['seconds'] * 1e6:.1f}" for row in batch["around"])
         lines += [
-            f"A decode layer of {result['model']}, {batch['size']} sequences of {batch['context']} tokens: each launch alone, replayed "
-            f"over the weights and caches of {batch['layers_timed']} layers. Bytes as `benchmarks/decode_traffic.py` counts them.",
+            f"A decode layer of {result['model']}, {batch['size']} sequences of {batch['context']} tokens: each launch alone, in graphs of "
+            f"{GRAPH_LAUNCHES} or more, in turn over the weights and caches of {batch['layers_timed']} layers. Bytes as "
+            f"`benchmarks/decode_traffic.py` counts them. {_card(result)}",
             "",
-            *_table(("window", "launch", "us", "MB", "share of a copy's bandwidth"), rows),
+            *_table(("window", "launch", "us", "median", "MB", "share of a copy's bandwidth"), rows),
             "",
-            f"Around the layers, us: {around}.",
+            *_about_l2(result, batch["launches"]),
+            f"Around the layers, us, each over and over on the same tensors: {around}.",
             "",
         ]
     left_out = _left_out(result).strip()
@@ -138,6 +146,7 @@ def _prefill(result: Result) -> list[str]:
         (
             f"{row['tokens']}",
             f"{row['seconds'] * 1e3:.1f}",
+            f"{row['median_s'] * 1e3:.1f}",
             f"{row['tokens'] / row['seconds']:.0f}",
             _tflops(row["flops"] / row["seconds"]),
             f"{row['share']:.0%}",
@@ -146,8 +155,24 @@ def _prefill(result: Result) -> list[str]:
     ]
     if not rows:
         return []
-    intro = f"Prompts of one sequence in one step, {result['model']}, against torch: {_gemm(result)}."
-    return [intro, "", *_table(("tokens", "ms", "tok/s", "TFLOP/s", "share"), rows)]
+    intro = f"Prompts of one sequence in one step, {result['model']}; `share` is that of torch's product. {_card(result)}"
+    return [intro, "", *_table(("tokens", "ms", "median", "tok/s", "TFLOP/s", "share"), rows)]
+
+
+def _card(result: Result) -> str:
+    """What the device reached in the process that measured the rest."""
+    return f"A copy reads and writes {result['bandwidth'] / 1e9:.0f} GB/s, {_gemm(result)}."
+
+
+def _about_l2(result: Result, rows: Sequence[Result]) -> list[str]:
+    """Why some shares are above what memory gives; nothing where there are none."""
+    if not any(row["in_l2"] for row in rows):
+        return []
+    return [
+        f"`in L2`: what these launches read in turn fits into twice the second-level cache ({result['l2_bytes'] / 1e6:.0f} MB), so that "
+        "they find some of it there and can be faster than memory. In a step most of it comes from memory.",
+        "",
+    ]
 
 
 def _gemm(result: Result) -> str:
@@ -165,10 +190,17 @@ def _sampling(result: Result) -> list[str]:
     if not ways:
         return []
     columns = list(dict.fromkeys(row["rows"] for row in ways))
-    cells = {(row["way"], row["rows"]): f"{row['seconds'] * 1e6:.0f} ({row['passes']:.1f})" for row in ways}
+    cells = {
+        (row["way"], row["rows"]): f"{row['seconds'] * 1e6:.0f}, {row['median_s'] * 1e6:.0f} ({row['passes']:.1f}{' in L2' * row['in_l2']})"
+        for row in ways
+    }
     rows = [(way, *(cells.get((way, size), "") for size in columns)) for way in dict.fromkeys(row["way"] for row in ways)]
-    intro = f"Sampling from {result['vocab']} logits, us by rows; in brackets, in passes over the logits at a copy's bandwidth."
-    return [intro, "", *_table(("way", *map(str, columns)), rows)]
+    intro = (
+        f"Sampling from {result['vocab']} logits, us by rows, of the best round and the median one; in brackets the best, in passes over "
+        f"the logits at a copy's bandwidth. {_card(result)}"
+    )
+    table = _table(("way", *map(str, columns)), rows)
+    return [intro, "", *table, *(["", _SAMPLING_IN_L2] if any(row["in_l2"] for row in ways) else [])]
 
 
 def _left_out(result: Result) -> str:

@@ -16,6 +16,7 @@ from tests.support.gpu_parts import measured
 from workers.executor.runner import Runner
 
 CPU = torch.device("cpu")
+CARD = {"bandwidth": 1e9, "gemm": {"dtype": "bf16", "size": 8192, "flops_per_s": 1e12}, "l2_bytes": 0}
 ROOT = Path(__file__).parents[2]
 OPTIONS = Options(CPU, None, "tiny", batch_sizes=(1, 3), contexts=(40,), steps=2, prompts=())
 
@@ -90,8 +91,8 @@ def test_steps_are_measured_eagerly_where_graphs_cannot_be_captured(monkeypatch:
 
     monkeypatch.setattr(Runner, "capture_graphs", capture)
     monkeypatch.setattr(Runner, "__init__", lambda self, *args, **options: None)
-    monkeypatch.setattr(Decoder, "time", lambda self, batch: StepTime(0.5 if self._runner in runners else 2.0, 0.1))
-    monkeypatch.setattr(gpu_parts, "_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(Decoder, "time", lambda self, batch: StepTime(0.5 if self._runner in runners else 2.0, 0.1, 3.0))
+    monkeypatch.setattr(gpu_parts, "_card", lambda device: CARD)
     monkeypatch.setattr(gpu_parts, "not_capturable", lambda kernels: ())
     model = gpu_parts.ChosenModel(OPTIONS)
     monkeypatch.setattr(gpu_parts, "ChosenModel", lambda options: model)
@@ -113,7 +114,7 @@ class _CudaInName:
 
 def test_a_batch_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next one has a runner of its own: this one's has begun a step that did not end."""
-    monkeypatch.setattr(gpu_parts, "_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(gpu_parts, "_card", lambda device: CARD)
     launch = Runner.launch
 
     def failing(runner: Runner, plan: object) -> object:

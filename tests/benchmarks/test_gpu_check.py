@@ -87,10 +87,11 @@ def test_a_cache_is_as_large_as_was_counted_and_no_two_sequences_share_a_block()
 def test_batches_decode_one_after_the_other() -> None:
     model = random_model(TINY, CPU, choose_layout(CPU), dtype=torch.float32)
     batches = [Batch(4, 100), Batch(3, 90)]
-    decoder = Decoder(Runner(model, random_caches(model, batches, 10), max_num_seqs=4, max_model_len=120), TINY, 3)
+    decoder = Decoder(Runner(model, random_caches(model, batches, 10), max_num_seqs=4, max_model_len=120), TINY, 3, CPU)
     for batch in batches:
         took = decoder.time(batch)
-        assert took.seconds > took.launch_s > 0
+        assert took.median_s >= took.seconds > 0
+        assert took.launch_s > 0
 
 
 def test_a_random_model_has_the_sizes_that_were_counted_and_finite_logits() -> None:

@@ -1,6 +1,7 @@
 """The part of `benchmarks/gpu_check.py` that times each launch alone, in the interpreter: which launches, and their bytes."""
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from benchmarks import gpu_parts
 from benchmarks.decode_batches import Batch, decode_batch, random_caches
 from benchmarks.gpu_parts import Options, measure_kernels
 from benchmarks.gpu_report import report
+from benchmarks.gpu_timing import Timing
 from benchmarks.launch_recorder import recording_launches
 from benchmarks.random_model import random_model
 from kernels.cpu import linear as cpu_linear
@@ -33,9 +35,15 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_launch_of_a_layer_has_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_parts, "preset_config", lambda name: TINY)
-    monkeypatch.setattr(gpu_parts, "_bandwidth", lambda device: 1e9)
+    card = {"bandwidth": 1e9, "gemm": {"dtype": "bf16", "size": 8192, "flops_per_s": 1e12}, "l2_bytes": 5_000}
+    monkeypatch.setattr(gpu_parts, "_card", lambda device: card)
     calls = []
-    monkeypatch.setattr(gpu_parts, "seconds", lambda work, device: calls.append(work()) or 0.001)
+
+    def timed(works: list[Callable[[], object]], device: torch.device) -> Timing:
+        calls.extend(work() for work in works)
+        return Timing(0.001, 0.002)
+
+    monkeypatch.setattr(gpu_parts, "timed", timed)
     options = Options(CPU, None, "tiny", batch_sizes=(3,), contexts=(40,), steps=2, prompts=())
     found = measured(measure_kernels, options)
     (batch,) = found["batches"]
@@ -49,9 +57,16 @@ def test_every_launch_of_a_layer_has_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     qkv = by_window[None][0]
     assert qkv["bytes"] == 2 * ((3 * 96) + 96 * (6 + 6) * 8 + (6 + 6) * 8 + 3 * (6 + 6) * 8)
     assert qkv["share"] == pytest.approx(qkv["bytes"] / 1e9 / 0.001)
+    assert qkv["bytes"] > 2 * 5_000
+    assert {row["name"] for row in by_window[None] if row["in_l2"]} >= {"add_rms_norm_kernel", "narrow_linear_kernel"}
+    assert not qkv["in_l2"]
     assert [row["name"] for row in batch["around"]][:3] == ["yarn_kernel", "embed_kernel", "rms_norm_kernel"]
     text = report({"kernels": found})
     assert "| all | **layer, 10 launches** |" in text
+    (gate,) = (row for row in by_window[None] if row["name"] == "narrow_linear_kernel")
+    assert f"| all | gate | 1000.0 | 2000.0 | {gate['bytes'] / 1e6:.2f} | {gate['share']:.0%} in L2 |" in text
+    assert "`in L2`: what these launches read in turn fits into twice the second-level cache (0 MB)" in text
+    assert "A copy reads and writes 1 GB/s, a bf16 product of 8192 x 8192 matrices reaches 1.00 TFLOP/s." in text
     assert "| 24 | experts, gate_up |" in text
 
 
