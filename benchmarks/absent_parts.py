@@ -1,6 +1,6 @@
 """Runs the parts of `benchmarks/gpu_check.py` on a GPU that is not here: each launches what it launches there, and times nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from unittest import mock
@@ -10,6 +10,7 @@ from benchmarks.absent_gpu import META, meta_as
 from benchmarks.decode_batches import random_caches
 from benchmarks.gpu_attempts import FAILURES, Attempts
 from benchmarks.gpu_parts import ChosenModel, Options
+from benchmarks.gpu_timing import Timing, Work
 from kernels.cpu.roofline import Gemm
 from workers.config import ModelConfig
 from workers.executor.runner import Runner
@@ -58,9 +59,10 @@ def _graphs(options: Options, attempts: Attempts) -> None:
 
 @contextmanager
 def _parts_on_meta(target: str) -> Iterator[None]:
-    def once(work: Callable[[], object], *args: object, **options: object) -> float:
-        work()
-        return 1.0
+    def once(works: Sequence[Work], *args: object, **options: object) -> Timing:
+        for work in works:
+            work()
+        return Timing(1.0, 1.0)
 
     def short_preset(name: str) -> ModelConfig:
         config = preset_config(name)
@@ -70,7 +72,7 @@ def _parts_on_meta(target: str) -> Iterator[None]:
         stack.enter_context(meta_as(target))
         for name, replacement in {
             "preset_config": short_preset,
-            "seconds": once,
+            "timed": once,
             "_bandwidth": lambda device: 1e12,
             "fastest_gemm": lambda device: Gemm("bf16", 8192, 1e15),
             "host_free_bytes": lambda: MEMORY_BYTES,
