@@ -35,6 +35,7 @@ from benchmarks.gpu_parts import PARTS, Options
 from benchmarks.gpu_probe import probe
 from benchmarks.gpu_report import report
 from benchmarks.gpu_tests import run_tests, so_far
+from workers.cores import usable_cores
 from workers.executor.rank import usable_device
 
 TESTS, PROBE = "tests", "probe"
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=_numbers, default=(2048, 8192), help="tokens of each prefill")
     parser.add_argument("--steps", type=int, default=50, help="of decode that are timed")
     parser.add_argument("--time-limit", type=float, default=570.0, help="seconds for all parts")
-    parser.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="for the tests")
+    parser.add_argument("--processes", type=int, default=max(1, min(8, usable_cores() // 2)), help="for the tests")
     parser.add_argument("--tests", default="", metavar="EXPRESSION", help="which of the tests, as pytest's -k has it; default: all")
     parser.add_argument("--moe-num-stages", type=int, help="pipeline stages of the experts' products; 1: none, which leaves no race")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder for all that is written")
@@ -141,14 +142,20 @@ def _run_part(args: argparse.Namespace) -> int:
 def _pack_cache(args: argparse.Namespace) -> int:
     from benchmarks.absent_gpu import META
     from benchmarks.absent_parts import launch_parts
+    from benchmarks.absent_tests import launch_tests
     from benchmarks.kernel_cache import pack
 
     failures: list[str] = []
 
-    def work() -> None:
-        for preset in [args.preset] if args.preset else PACKED_PRESETS:
+    def work(cache: Path) -> None:
+        presets = () if args.only == (TESTS,) else (args.preset,) if args.preset else PACKED_PRESETS
+        for preset in presets:
             print(f"gpu-check: compiling what the parts launch of {preset}", flush=True)
             failures.extend(launch_parts(args.target, _options(args, META, preset)))
+
+        if TESTS in args.only:
+            print("gpu-check: compiling what the tests launch", flush=True)
+            print(f"gpu-check: {launch_tests(args.target, usable_cores(), cache)}")
 
     print(f"gpu-check: {pack(args.pack_cache, args.target, work)}")
     for failure in failures:

@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.gpu_children import how_it_ended, last_lines, run_child, where_it_was
 from benchmarks.gpu_test_results import RESULTS
+from workers.cores import usable_cores
 
 FOLDER = "tests/gpu"
 ALONE = ("roofline", "graphs_keep")
@@ -50,7 +51,7 @@ def run_tests(
     results, logs = out / "tests.jsonl", out / "tests"
     logs.mkdir(exist_ok=True)
     results.write_bytes(b"")
-    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    threads = max(1, usable_cores() // num_processes)
     # The plugin is here, whatever the folder that is tested.
     path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     env = {**env, RESULTS: str(results), "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

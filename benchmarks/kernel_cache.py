@@ -3,11 +3,11 @@
     python3 -m benchmarks.gpu_check --pack-cache FILE [--preset 20b] …     # with the torch and Triton of that machine
     python3 -m benchmarks.gpu_check --cache FILE …                         # there
 
-Packing runs the parts on tensors without memory under a driver that launches nothing (`absent_gpu.py`), so that the variants that are
-compiled are those the parts ask for. What finds an entry again is a hash of Triton's own files, the kernel's source and the line where it
-begins, its arguments' types and alignments, options, ptxas's version and the environment variables that change code. Triton 3.6 also
-compiles a C module for each signature; those are packed where there are a C compiler and Python's headers, and fit the same minor version
-of Python.
+Packing runs the parts, and tests/gpu, on tensors without memory under a driver that launches nothing (`absent_gpu.py`), so that the
+variants that are compiled are those that are asked for. What finds an entry again is a hash of Triton's own files, the kernel's source and
+the line where it begins, its arguments' types and alignments, options, ptxas's version and the environment variables that change code.
+Triton 3.6 also compiles a C module for each signature; those are packed where there are a C compiler and Python's headers, and fit the
+same minor version of Python.
 """
 
 import hashlib
@@ -53,11 +53,11 @@ class Manifest:
         return cls(_triton_build(), str(sysconfig.get_config_var("EXT_SUFFIX")), target, files)
 
 
-def pack(file: Path, target: str, work: Callable[[], object]) -> str:
+def pack(file: Path, target: str, work: Callable[[Path], object]) -> str:
     """Write all that `work` has Triton compile for the target into a file; returns a sentence about it.
 
     Args:
-        work: launches kernels on tensors without memory.
+        work: launches kernels on tensors without memory, given the folder of Triton's cache.
     """
     from benchmarks.absent_gpu import can_build_launchers, fake_driver
 
@@ -65,7 +65,7 @@ def pack(file: Path, target: str, work: Callable[[], object]) -> str:
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         with fake_driver(target, build_launchers=launchers):
-            work()
+            work(Path(folder))
         kernels = _write(file, Path(folder), Manifest.of_this_machine(target))
     without = "" if launchers else ", without the C modules that launch them: there is no gcc or no Python.h"
     return f"{file}: {kernels} kernels for {target} of Triton {triton.__version__}, {file.stat().st_size / 1e6:.1f} MB{without}"

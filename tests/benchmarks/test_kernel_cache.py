@@ -4,6 +4,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ def add_one(x, y, n, BLOCK: tl.constexpr):
     tl.store(y + at, tl.load(x + at, mask=at < n) + 1, mask=at < n)
 
 
-def launch() -> None:
+def launch(cache: Path | None = None) -> None:
     """Two variants of three launches: what matters of an address is whether 16 divides it."""
     x, y = (torch.empty(100, device=META) for _ in range(2))
     for view in (x, x[1:], x[4:]):
@@ -163,9 +164,9 @@ def test_parts_launch_their_kernels_on_a_gpu_that_is_not_here(monkeypatch: pytes
 
 
 def test_packing_is_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import absent_parts
+    from benchmarks import absent_parts, absent_tests
 
-    file, asked = tmp_path / "kernels.xz", []
+    file, asked, tests = tmp_path / "kernels.xz", [], []
 
     def launch_some(target: str, options: Options) -> list[str]:
         asked.append((target, options.preset, options.batch_sizes))
@@ -173,10 +174,23 @@ def test_packing_is_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
         return ["measure_step: 8 x 40: out of registers"] if options.preset == "120b" else []
 
     monkeypatch.setattr(absent_parts, "launch_parts", launch_some)
-    assert gpu_check.main(["--pack-cache", str(file), "--preset", "20b", "--batch-sizes", "1,8"]) == 0
+    assert gpu_check.main(["--pack-cache", str(file), "--only", "step", "--preset", "20b", "--batch-sizes", "1,8"]) == 0
     assert f"gpu-check: {file}: 2 kernels for sm_90" in capsys.readouterr().out
+    monkeypatch.setattr(absent_tests, "launch_tests", lambda target, processes, cache: tests.append((target, cache.is_dir())) or "some")
     assert gpu_check.main(["--pack-cache", str(file)]) == 1
+    assert tests == [(TARGET, True)], "only where they are asked for, and by default"
     assert "not packed: measure_step: 8 x 40: out of registers" in capsys.readouterr().err
     assert [preset for _, preset, _ in asked] == ["20b", "20b", "120b"]
     assert asked[0] == (TARGET, "20b", (1, 8))
     assert kernel_cache.unpack(file, tmp_path / "cache", TARGET).startswith(f"{file}: 2 kernels for sm_90 are in ")
+
+
+def test_tests_launch_their_kernels_on_a_gpu_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the repository's, whose assertions cannot hold."""
+    from benchmarks import absent_tests, gpu_tests
+
+    folder = "tests/gpu/test_step_kernels_on_gpu.py::test_embedding"
+    monkeypatch.setattr(absent_tests, "run_tests", partial(gpu_tests.run_tests, folder=folder))
+    said = absent_tests.launch_tests(TARGET, 1, tmp_path)
+    assert said == "tests that were followed to their end: 1 passed of 1"
+    assert [path.name for path in tmp_path.rglob("*.cubin")] == ["embed_kernel.cubin"]

@@ -1,0 +1,69 @@
+"""A plugin of pytest (`-p benchmarks.absent_tests`): tests/gpu launch their kernels on a GPU that is not here, for `--pack-cache`.
+
+Tensors have no memory, so nothing is tested: comparisons with what is expected hold, assertions are left out, and a test is over where it
+reads a value by other means. What it has launched before then is compiled.
+"""
+
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.absent_gpu import META, can_build_launchers, fake_driver, meta_as
+from benchmarks.gpu_tests import ROOT, run_tests
+from kernels.moe import reference
+
+TARGET = "GPU_CHECK_ABSENT_TARGET"
+"""Environment variable: as "sm_90"."""
+LONGEST_S = 7200.0
+"""For all tests."""
+_cpu = torch.Tensor.cpu
+
+
+def launch_tests(target: str, num_processes: int, cache: Path) -> str:
+    """Have what tests/gpu launch compiled into Triton's cache; returns a sentence about it."""
+    env = os.environ | {TARGET: target, "TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
+    # Without assertions.
+    env |= {"PYTHONOPTIMIZE": "1", "PYTEST_ADDOPTS": f"-p {__name__} --assert=plain"}
+    with tempfile.TemporaryDirectory() as out:
+        found = run_tests(ROOT, Path(out), num_processes, LONGEST_S, env)
+    return f"tests that were followed to their end: {found.get('summary', found.get('failed'))}"
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.device == META else _cpu(tensor)
+
+
+_NOTHING_IS_READ = (
+    (torch.cuda, "is_available", lambda: True),
+    (torch.cuda, "current_device", lambda: 0),
+    (torch.cuda, "_sleep", lambda cycles: None),
+    (torch.Tensor, "cpu", _to_host),
+    (torch, "equal", lambda left, right: True),
+    (torch.testing, "assert_close", lambda *args, **options: None),
+    # Its result is compared and no more.
+    (reference, "fused_experts", lambda x, *args, **options: torch.zeros_like(x)),
+)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_cmdline_main(config: pytest.Config) -> Generator[None, int, int]:
+    with ExitStack() as stack:
+        target = os.environ[TARGET]
+        stack.enter_context(fake_driver(target, build_launchers=can_build_launchers()))
+        stack.enter_context(meta_as(target))
+        for owner, name, replacement in _NOTHING_IS_READ:
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        return (yield)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        for fixture in item._fixtureinfo.name2fixturedefs.get("device", ()):
+            fixture.func = lambda: META  # type: ignore[misc]
