@@ -3,8 +3,8 @@
 Every figure is a ratio to something measured in the same process, in turn with it: memory-bound ones to the read bandwidth of all threads
 (a sum over memory on huge pages that is larger than the caches), compute-bound ones to torch's product of
 square matrices in fp32 or bf16, whichever is faster on this processor. Each is the best of many runs, since
-others may use the machine; the load printed beside says how much they did. All tables take about five
-minutes; `--seconds 0.2 --memory 0.3` gives rougher figures in a sixth of that.
+others may use the machine; the load printed beside says how much they did. All tables take some
+minutes; `--seconds 0.15 --memory 0.3` gives rougher figures sooner.
 """
 
 import argparse
