@@ -23,7 +23,7 @@ CPUS_PER_NODE = 1
 _STOP_S = 20.0
 
 # Nodes have addresses of their own here, and are not kept on loopback.
-_ENVIRONMENT = {name: value for name, value in RAY_ENVIRONMENT.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"} | {
+NODE_ENVIRONMENT = {name: value for name, value in RAY_ENVIRONMENT.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"} | {
     # On a slow machine a link may stay cut for longer than Ray would wait for a node.
     "RAY_health_check_failure_threshold": "50",
     "RAY_TMPDIR": DISK,
@@ -33,18 +33,32 @@ _ENVIRONMENT = {name: value for name, value in RAY_ENVIRONMENT.items() if name !
 
 
 @contextmanager
-def ray_nodes(hosts: tuple[Host, ...], folder: Path, mark: dict[str, str]) -> Iterator[None]:
-    """A head on the first host and a node that joins it on each of the others; ended, with all that has the mark, at the end."""
+def ray_nodes(
+    hosts: tuple[Host, ...],
+    folder: Path,
+    mark: dict[str, str],
+    *,
+    num_cpus: int = CPUS_PER_NODE,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[None]:
+    """A head on the first host and a node that joins it on each of the others; ended, with all that has the mark, at the end.
+
+    Args:
+        num_cpus: that each node says it has.
+        environment: added to that of each node.
+    """
     with ExitStack() as stack:
         stack.callback(kill_marked, mark)
         for host in hosts:
-            flags = ["--include-log-monitor=false", "--object-store-memory=80000000", f"--num-cpus={CPUS_PER_NODE}"]
+            flags = ["--include-log-monitor=false", "--object-store-memory=80000000", f"--num-cpus={num_cpus}"]
             if host is hosts[0]:
                 flags += ["--head", f"--port={GCS_PORT}", "--include-dashboard=false", f"--resources={json.dumps({HEAD_ONLY: 1})}"]
             else:
                 flags += [f"--address={hosts[0].address}:{GCS_PORT}"]
             command = host.command([str(BIN / "ray"), "start", "--block", f"--node-ip-address={host.address}", *flags])
-            node = stack.enter_context(started(f"ray node {host.number}", command, folder, _ENVIRONMENT, mark))
+            node = stack.enter_context(
+                started(f"ray node {host.number}", command, folder, NODE_ENVIRONMENT | dict(environment or {}), mark)
+            )
             stack.callback(_stop, node)
             wait_for(node, "Ray runtime started")
         yield
@@ -68,7 +82,7 @@ def serve_run_on(host: Host, folder: Path, model: Path, mark: dict[str, str], *,
     file = folder / "several-nodes.yaml"
     file.write_text(yaml.safe_dump(config))
     command = host.command([str(BIN / "serve"), "run", str(file)])
-    environment = _ENVIRONMENT | {"RAY_ADDRESS": f"{host.address}:{GCS_PORT}"}
+    environment = NODE_ENVIRONMENT | {"RAY_ADDRESS": f"{host.address}:{GCS_PORT}"}
     with started("serve run", command, folder, environment, mark) as served, ExitStack() as stack:
         http, grpc = (stack.enter_context(Relay(host.pid, port)).port for port in ports)
         served.http, served.grpc = f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
