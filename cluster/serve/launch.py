@@ -151,13 +151,25 @@ def _serve_application(config: CantataConfig) -> None:
         grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
     )
     application_of_config = application(_application(config), replicas=config.replicas, gateways=config.gateways)
-    gateway = serve.run(application_of_config, name=APPLICATION, route_prefix="/")
+    try:
+        gateway = serve.run(application_of_config, name=APPLICATION, route_prefix="/")
+    except RuntimeError:  # names the deployments that failed, and not why
+        failed = serve.status().applications.get(APPLICATION)
+        for name, deployment in failed.deployments.items() if failed else ():
+            if deployment.status == "DEPLOY_FAILED":
+                print(f"{name}: {reason(deployment.message)}", file=sys.stderr)
+        raise
     call = gateway.engine_info
     info = call.remote().result(timeout_s=_INFO_TIMEOUT_S)
     # What it has started to send requests by would go on for nothing, at half a per cent of a core.
     call.shutdown()  # type: ignore[no-untyped-call]
     print(_summary(config, info), flush=True)
     threading.Event().wait()
+
+
+def reason(message: str) -> str:
+    """Shorten what Serve says of a deployment that failed: of a traceback to its last line, which is the error."""
+    return message.strip().rpartition("\n")[2] if "Traceback (most recent call last)" in message else message.strip()
 
 
 def _check_room(config: CantataConfig) -> None:
