@@ -19,6 +19,11 @@ _PARENT = "GPU_CHECK_PARENT"
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
 
 _running: set["subprocess.Popen[bytes]"] = set()
+_ending = threading.Event()
+
+
+class ChildrenEnded(Exception):
+    """This process is about to end."""
 
 
 def run_child(command: Sequence[str], log: Path, timeout_s: float, *, cwd: Path, env: Mapping[str, str]) -> int | None:
@@ -30,7 +35,11 @@ def run_child(command: Sequence[str], log: Path, timeout_s: float, *, cwd: Path,
         env: the whole environment.
     Returns:
         its exit code, minus the signal's number for a death of a signal; None: it was stopped at its limit.
+    Raises:
+        ChildrenEnded: after `end_children`.
     """
+    if _ending.is_set():
+        raise ChildrenEnded
     # faulthandler is there from the interpreter's start, also while modules are imported.
     env = {**env, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", _PARENT: str(os.getpid())}
     with log.open("ab") as output:
@@ -48,6 +57,8 @@ def run_child(command: Sequence[str], log: Path, timeout_s: float, *, cwd: Path,
     finally:
         _end(process)
         _running.discard(process)
+        if _ending.is_set():
+            raise ChildrenEnded
 
 
 def _wait(process: "subprocess.Popen[bytes]", timeout_s: float) -> int:
@@ -55,7 +66,8 @@ def _wait(process: "subprocess.Popen[bytes]", timeout_s: float) -> int:
 
 
 def end_children() -> None:
-    """Those that other threads wait for."""
+    """Those that other threads wait for; no other is started in this process."""
+    _ending.set()
     for process in tuple(_running):
         _end(process)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_children import how_it_ended, last_lines, run_child, where_it_was
+from benchmarks.gpu_children import end_children, how_it_ended, last_lines, run_child, where_it_was
 from benchmarks.gpu_test_results import RESULTS
 from workers.cores import usable_cores
 
@@ -63,7 +63,12 @@ def run_tests(
     before_alone = deadline - (ALONE_SHARE * timeout_s if alone else 0)
     shards = [_Shard(root, part, logs / f"process{index}.txt", results, env) for index, part in enumerate(deal(together, num_processes))]
     with ThreadPoolExecutor(max(1, len(shards))) as pool:
-        list(pool.map(lambda shard: shard.run(before_alone), shards))
+        try:
+            list(pool.map(lambda shard: shard.run(before_alone), shards))
+        except KeyboardInterrupt:
+            # The pool waits for its threads.
+            end_children()
+            raise
     last = _Shard(root, alone, logs / "alone.txt", results, env)
     last.run(deadline)
     (out / "tests.txt").write_text("\n".join(shard.log.read_text(errors="replace") for shard in (*shards, last) if shard.log.exists()))

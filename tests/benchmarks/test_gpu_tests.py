@@ -1,16 +1,19 @@
 """How tests/gpu are run on a GPU machine: dealt by weight, a result at a time, in new processes after a death."""
 
+import _thread
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import gpu_tests
+from benchmarks import gpu_children, gpu_tests
 from benchmarks.gpu_test_weights import weights_of
 from benchmarks.gpu_tests import FOLDER, WEIGHTS, deal, name_of_test, read_lines, run_tests, so_far
 from tests.support.gpu_parts import Limits
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 LONG_S = 200.0
@@ -72,6 +75,24 @@ def test_a_process_that_is_stopped_keeps_its_results_and_says_where_it_was(tmp_p
     assert problem.startswith(f"not done in time: stopped in {at}, with 2 tests of 3 left")
     assert "in test_hangs" in (tmp_path / "out/tests/process0.txt").read_text()
     assert so_far(tmp_path / "out")["summary"] == "1 passed"
+
+
+def test_an_interrupt_ends_all_processes_and_keeps_their_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_children, "_ending", threading.Event())
+
+    def interrupt() -> None:
+        until((tmp_path / "hangs").exists, LONG_S)
+        _thread.interrupt_main()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, f"import threading\ndef test_first(): pass\ndef test_hangs(): {HANGS}\ndef test_never(): pass\n")
+    thread.join()
+    assert not gpu_children._running
+    assert so_far(tmp_path / "out")["summary"] == "1 passed"
+    begun = [line["began"] for line in read_lines(tmp_path / "out/tests.jsonl") if "began" in line]
+    assert begun == ["gpu/test_some.py::test_first", "gpu/test_some.py::test_hangs"], "no other process went on"
 
 
 def test_after_a_lost_context_the_remaining_tests_run_in_a_new_process(tmp_path: Path) -> None:
