@@ -94,11 +94,12 @@ def test_ranks_on_two_nodes_answer_as_one(two_nodes: TwoNodes, expected: list[An
 def test_a_cut_link_ends_every_request_once_and_the_replica_comes_back(two_nodes: TwoNodes, expected: list[Answer]) -> None:
     served, head, worker = two_nodes.served, two_nodes.head, two_nodes.worker
     near, far = two_nodes.pids(head), two_nodes.pids(worker)
-    began = Semaphore(0)
+    began = [Semaphore(0) for _ in range(NUM_STREAMS)]
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
-        streams = [pool.submit(read_stream, served, number, began) for number in range(NUM_STREAMS)]
-        for _ in range(10 * NUM_STREAMS):  # all of them run
-            assert began.acquire(timeout=60)
+        streams = [pool.submit(read_stream, served, number, began[number]) for number in range(NUM_STREAMS)]
+        for events in began:  # all of them run
+            for _ in range(10):
+                assert events.acquire(timeout=60)
         two_nodes.network.cut(worker)
         try:
             for stream in streams:
