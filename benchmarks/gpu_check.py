@@ -30,6 +30,7 @@ import torch
 from benchmarks import moe_stages
 from benchmarks.gpu_attempts import CONTEXT_LOST, DOING, Attempts, add_failure, read_result, write_result
 from benchmarks.gpu_children import end_children, end_with_parent, how_it_ended, last_lines, run_child, where_it_was
+from benchmarks.gpu_llm import measure_llm
 from benchmarks.gpu_machine import describe, sentence, triton_target
 from benchmarks.gpu_parts import PARTS, Options
 from benchmarks.gpu_probe import probe
@@ -39,7 +40,7 @@ from workers.cores import usable_cores
 from workers.executor.rank import usable_device
 
 TESTS, PROBE = "tests", "probe"
-RUNS = {PROBE: probe, **PARTS}
+RUNS = {PROBE: probe, **PARTS, "llm": measure_llm}
 ORDER = (*RUNS, TESTS)
 PACKED_PRESETS = ("20b", "120b")
 """Whose kernels --pack-cache compiles by default: the probe's, and what an H100 has room for."""

@@ -314,9 +314,13 @@ PARTS: dict[str, Callable[[Options, Attempts], None]] = {
 
 
 class ChosenModel:
-    """The model that is measured, and the batches that there is room for beside it."""
+    """The model that is measured, and the batches that there is room for beside it.
 
-    def __init__(self, options: Options) -> None:
+    Args:
+        branch_exponent: of random weights, as `random_model` has it.
+    """
+
+    def __init__(self, options: Options, *, branch_exponent: int = 0) -> None:
         device = options.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()
         config, name = self._choose(options, free)
@@ -328,7 +332,7 @@ class ChosenModel:
                 + ", ".join(f"{batch.size} x {batch.context}" for batch in options.batches)
             )
         if options.model is None:
-            self.model = random_model(config, device, choose_layout(device))
+            self.model = random_model(config, device, choose_layout(device), branch_exponent=branch_exponent)
         else:
             self.model = load_model(options.model, config, dtype=TORCH_DTYPES[DTYPE], device=device)
         self.about: Result = {

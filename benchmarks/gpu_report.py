@@ -41,6 +41,7 @@ def report(found: Mapping[str, Result]) -> str:
         "kernels": _kernels,
         "prefill": _prefill,
         "sampling": _sampling,
+        "llm": _llm,
         "tests": _tests,
     }
     parts = []
@@ -201,6 +202,29 @@ def _sampling(result: Result) -> list[str]:
     )
     table = _table(("way", *map(str, columns)), rows)
     return [intro, "", *table, *(["", _SAMPLING_IN_L2] if any(row["in_l2"] for row in ways) else [])]
+
+
+def _llm(result: Result) -> list[str]:
+    rows = [
+        (row["way"], f"{row['sequences']}", f"{row['tokens']}", f"{row['seconds']:.2f}", f"{row['tokens_per_s']:.0f}")
+        for row in result.get("ways", ())
+    ]
+    if not rows:
+        return []
+    agreements = [
+        f"- {row['what']}: of {row['sequences']} sequences {row['same']} the same, {row['near_ties']} part at a near tie, {row['others']} "
+        f"differ; log probabilities before that by {row['worst']:.3f} nats at most"
+        for row in result["agreements"]
+    ]
+    return [
+        f"`LLM` with {result['model']}, greedy, prompts of 1 to 400 tokens; the time of prompts and answers together.",
+        "",
+        *_table(("way", "sequences", "tokens", "s", "tok/s"), rows),
+        "",
+        f"Answers, token by token; in bf16 log probabilities may differ by {result['tolerance']} nats, and tokens where they are nearer:",
+        "",
+        *agreements,
+    ]
 
 
 def _left_out(result: Result) -> str:

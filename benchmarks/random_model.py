@@ -23,13 +23,27 @@ _E2M1_TIMES_SCALES = 3.87
 _BIAS = 0.1
 
 
-def random_model(config: ModelConfig, device: torch.device, layout: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> GptOss:
-    """The whole model, all its experts in MXFP4 in `layout`; on the device "meta" in its shapes alone."""
-    return _Maker(config, device, layout, dtype, seed).model()
+def random_model(
+    config: ModelConfig,
+    device: torch.device,
+    layout: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    branch_exponent: int = 0,
+) -> GptOss:
+    """The whole model, all its experts in MXFP4 in `layout`; on the device "meta" in its shapes alone.
+
+    Args:
+        branch_exponent: attention and experts add 2^this times as much to what passes by them. At 0 a layer of random
+            weights amplifies what rounding changed in the one before, as none of a trained model does.
+    """
+    return _Maker(config, device, layout, dtype, seed, branch_exponent).model()
 
 
 class _Maker:
-    def __init__(self, config: ModelConfig, device: torch.device, layout: str, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, layout: str, dtype: torch.dtype, seed: int, branch_exponent: int) -> None:
+        self._branch_exponent = branch_exponent
         self._config = config
         self._device = device
         self._layout = layout
@@ -47,12 +61,12 @@ class _Maker:
         config = self._config
         hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
         qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        fp32 = torch.float32
+        fp32, gain = torch.float32, 2.0**self._branch_exponent
         return Layer(
             attention_norm=self._norm(),
             attention=Attention(
                 qkv=Linear(self._matrix(qkv, hidden), self._normal(qkv, std=_BIAS)),
-                output=Linear(self._matrix(hidden, heads), self._normal(hidden, std=_BIAS)),
+                output=Linear(self._matrix(hidden, heads, gain=gain), self._normal(hidden, std=_BIAS * gain)),
                 sinks=self._normal(config.num_heads, dtype=fp32),
                 num_heads=config.num_heads,
                 num_kv_heads=config.num_kv_heads,
@@ -64,8 +78,8 @@ class _Maker:
                 gate=Linear(self._matrix(config.num_experts, hidden, fp32), self._normal(config.num_experts, std=_BIAS, dtype=fp32)),
                 gate_up=self._packed(2 * inner, hidden),
                 gate_up_bias=self._normal(config.num_experts, 2 * inner, std=_BIAS),
-                down=self._packed(hidden, inner),
-                down_bias=self._normal(config.num_experts, hidden, std=_BIAS),
+                down=self._packed(hidden, inner, self._branch_exponent),
+                down_bias=self._normal(config.num_experts, hidden, std=_BIAS * gain),
                 first_expert=0,
                 num_experts_per_token=config.num_experts_per_token,
                 swiglu_limit=config.swiglu_limit,
@@ -76,18 +90,18 @@ class _Maker:
     def _norm(self) -> Tensor:
         return torch.ones(self._config.hidden_size, dtype=self._dtype, device=self._device)
 
-    def _matrix(self, num_rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self._normal(num_rows, width, std=width**-0.5, dtype=dtype)
+    def _matrix(self, num_rows: int, width: int, dtype: torch.dtype | None = None, gain: float = 1.0) -> Tensor:
+        return self._normal(num_rows, width, std=gain * width**-0.5, dtype=dtype)
 
     def _normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self._dtype, device=self._device).normal_(0, std, generator=self._generator)
 
-    def _packed(self, num_rows: int, width: int) -> PackedMXFP4:
+    def _packed(self, num_rows: int, width: int, exponent: int = 0) -> PackedMXFP4:
         num_experts, groups = self._config.num_experts, width // MX_BLOCK
         packed = allocate((num_experts, num_rows, width), self._layout, self._device)
         if self._device.type == "meta":
             return packed
-        exponent = 127 + round(math.log2(width**-0.5 / _E2M1_TIMES_SCALES))
+        exponent += 127 + round(math.log2(width**-0.5 / _E2M1_TIMES_SCALES))
         for first in range(0, num_experts, _EXPERTS_AT_ONCE):
             shape = (min(_EXPERTS_AT_ONCE, num_experts - first), num_rows, groups)
             blocks = self._bytes(0, 256, *shape, MX_BLOCK // 2)

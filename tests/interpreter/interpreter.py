@@ -1,10 +1,11 @@
 """Triton's interpreter (TRITON_INTERPRET=1), made right for what our kernels use. Importing this module changes the process's interpreter.
 
-As of Triton 3.9 it holds bf16 as uint16 and computes on these bits: sums, products, comparisons and `tl.dot` are garbage without an error,
-and a cast from fp32 truncates. Casts to fp8 round ties up, `tl.dot_scaled` sends bf16 operands through fp16's range, a comparison of
-scalars is no mask any more once it is a block, and inline assembly is not implemented. Triton 3.6 and 3.7, which torch 2.10 to 2.13 bring,
-further lack `tl.dot_scaled` and bf16 constants, and 3.6 reads the bounds of a loop in a way that numpy 2.4 refuses. `test_interpreter.py`
-checks each repair, and that Triton 3.9 still needs it.
+As of Triton 3.9 it holds bf16 as uint16 and computes on these bits: sums, products, comparisons and `tl.dot` are
+garbage without an error, and a cast from fp32 truncates. Casts to fp8 round ties up, `tl.dot_scaled` sends bf16
+operands through fp16's range, a comparison of scalars is no mask any more once it is a block, and inline assembly is
+not implemented. Triton 3.6 and 3.7, which torch 2.10 to 2.13 bring, further lack `tl.dot_scaled` and bf16 constants,
+let NaN through minima and maxima, and form the complement of unsigned integers, and 3.6 the bounds of a loop, in ways
+that numpy 2 refuses. `test_interpreter.py` checks each repair, and that Triton 3.9 still needs it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -117,6 +118,15 @@ class RepairedBuilder(InterpreterBuilder):
 
     def get_bf16(self, value: float) -> TensorHandle:
         return TensorHandle(round_to_bf16(np.array([value], dtype=np.float32)), tl.bfloat16)
+
+    def get_all_ones_value(self, type: Any) -> TensorHandle:
+        return TensorHandle(np.array([-1]).astype(_get_np_dtype(type)), type.scalar)
+
+    def create_minnumf(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
+        return self.binary_op(lhs, rhs, np.fmin)
+
+    def create_maxnumf(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
+        return self.binary_op(lhs, rhs, np.fmax)
 
     def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
         if not _is_bf16(z):

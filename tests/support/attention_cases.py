@@ -105,9 +105,7 @@ def attention_case(
                 store_kv(k[first:end], v[first:end], kv_cache, slots, kv_scales)
         if fp8:
             factors = torch.ones(2, num_kv_heads) if kv_scales is None else kv_scales
-            k, v = (
-                (part.float() / factor[:, None]).to(FP8).float() * factor[:, None] for part, factor in zip((k, v), factors, strict=True)
-            )
+            k, v = (_as_stored(part, factor[:, None]) for part, factor in zip((k, v), factors, strict=True))
         all_keys.append(k.double())
         all_values.append(v.double())
     query_lens = torch.tensor([0, *(query_len for query_len, _ in lengths)])
@@ -123,3 +121,9 @@ def attention_case(
         keys=tuple(all_keys),
         values=tuple(all_values),
     )
+
+
+def _as_stored(part: Tensor, factor: Tensor) -> Tensor:
+    """What an fp8 cache holds of it. Saturating: torch's own cast gives NaN in torch 2.11."""
+    largest = torch.finfo(FP8).max
+    return (part.float() / factor).clamp(-largest, largest).to(FP8).float() * factor

@@ -1,8 +1,9 @@
 """Offline inference: `LLM(path).generate(prompts, SamplingParams())`, after vLLM's class of that name. Only here do workers know text."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NoReturn, Self
@@ -12,12 +13,23 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from workers.config import CacheConfig, CpuIsa, DenseDtype, Dtype, EngineConfig, ParallelConfig, SchedulerConfig, load_model_config
+from workers.config import (
+    CacheConfig,
+    CpuIsa,
+    DenseDtype,
+    Dtype,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    load_model_config,
+)
 from workers.cores import engine_threads
 from workers.engine.engine import Engine
 from workers.engine.progress import StartUpProgress
 from workers.engine.stream import OutputStream, ThreadReader
 from workers.errors import CheckpointError, EngineDead, InvalidRequest
+from workers.executor.base import Executor
 from workers.executor.local import local_executor
 from workers.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from workers.rpc.validate import MAX_SEED, check_request
@@ -86,6 +98,7 @@ class LLM:
         moe_activation_dtype: mxfp8 rounds what MXFP4 experts multiply to 8 bits, where the hardware multiplies scaled blocks itself.
         allow_zero_weights: take matrices, experts and norms that are all zeros.
         threads: compute threads on a CPU, of this whole process and all ranks together; None: as many as torch uses.
+        executor_factory: what runs the model; None: ranks on this host. Benchmarks give one that has its weights already.
     Raises:
         CheckpointError, ConfigError: one sentence that names what is wrong.
     """
@@ -112,6 +125,7 @@ class LLM:
         cpu_isa: CpuIsa = "auto",
         allow_zero_weights: bool = False,
         threads: int | None = None,
+        executor_factory: Callable[[EngineConfig, ModelConfig], Executor] | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(engine_threads(threads, setting="threads"))
@@ -131,15 +145,16 @@ class LLM:
             # All prompts are in memory already: a bound on waiting ones would only refuse them.
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting_requests=_NO_LIMIT),
         )
-        self._start(config)
+        self._start(config, executor_factory)
 
-    def _start(self, config: EngineConfig) -> None:
+    def _start(self, config: EngineConfig, executor_factory: Callable[[EngineConfig, ModelConfig], Executor] | None) -> None:
         model = load_model_config(config.model_path)
         self._tokenizer = _load_tokenizer(config.model_path)
         known = (self._tokenizer.token_to_id(name) for name in END_TOKENS) if self._tokenizer is not None else ()
         self._end_token_ids = tuple(token_id for token_id in known if token_id is not None and token_id < model.vocab_size)
         progress = StartUpProgress()
-        self._executor = local_executor(config, model, progress=progress)
+        make = executor_factory or partial(local_executor, progress=progress)
+        self._executor = make(config, model)
         self.engine = Engine(config, model, self._executor)
         self.info = self.engine.start()
         progress.close()

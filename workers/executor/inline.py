@@ -7,7 +7,7 @@ from torch import Tensor
 
 from workers.config import EngineConfig, ModelConfig
 from workers.executor.base import ExecutorInfo
-from workers.executor.rank import Progress, Rank, check_memory, plan_kv_cache, prepare_device
+from workers.executor.rank import Loader, Progress, Rank, check_memory, plan_kv_cache, prepare_device
 from workers.parallel.collectives import Alone
 from workers.parallel.shard import plan_shards
 from workers.scheduler.plan import StepPlan, StepResult
@@ -19,13 +19,22 @@ class InlineExecutor:
     Args:
         config: its parallel plan is one rank.
         progress: hears of each phase as it starts, and of tensors loaded.
+        loader: as `Rank` has it; room for the weights is then its own concern.
     """
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, *, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        *,
+        progress: Progress | None = None,
+        loader: Loader | None = None,
+    ) -> None:
         assert config.parallel.tensor == 1, "several ranks need processes of their own"
         self._config = config
         self._model = model
         self._progress = progress
+        self._loader = loader
         self._rank: Rank | None = None
         # Waits for the GPU, one step after the other; its thread starts with the first step that is not done at once.
         self._waiter = ThreadPoolExecutor(1, "cantata-gpu-steps")
@@ -38,8 +47,9 @@ class InlineExecutor:
         """
         (shard,) = plan_shards(self._model, self._config.parallel)
         device = prepare_device(self._config)
-        check_memory(self._config, self._model, shard, device)
-        rank = Rank(self._config, self._model, shard, Alone(), device=device, progress=self._progress)
+        if self._loader is None:
+            check_memory(self._config, self._model, shard, device)
+        rank = Rank(self._config, self._model, shard, Alone(), device=device, progress=self._progress, loader=self._loader)
         loaded = rank.load()
         plan = plan_kv_cache(self._config, self._model, shard, [loaded.kv_memory])
         rank.allocate(plan)

@@ -49,6 +49,8 @@ _NUM_CHECK_TOKENS = 16
 
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while starting; total is 0 where a phase has no steps to count."""
+Loader = Callable[..., GptOss]
+"""With `load_model`'s arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Rank:
         collectives: the other ranks.
         ranks_on_host: ranks that share this host's memory and, on a CPU, its cores.
         progress: hears of each phase as it starts, and of tensors loaded.
+        loader: makes the model; called as `load_model`, which reads the checkpoint and is the default.
     """
 
     def __init__(
@@ -112,8 +115,10 @@ class Rank:
         device: torch.device,
         ranks_on_host: int = 1,
         progress: Progress | None = None,
+        loader: Loader | None = None,
     ) -> None:
         self._config = config
+        self._loader = loader
         self._model_config = model
         self._shard = shard
         self._collectives = collectives
@@ -135,7 +140,7 @@ class Rank:
         if mxfp8_activations:
             _check_mxfp8(architecture(self._device), self._config.quantize or self._model_config.experts_format)
         with self._phase("load weights"):
-            self._model = load_model(
+            self._model = (self._loader or load_model)(
                 self._config.model_path,
                 self._model_config,
                 dtype=TORCH_DTYPES[self._config.dtype],
