@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from unittest import mock
 
-from benchmarks import gpu_parts, gpu_probe
+from benchmarks import gpu_llm, gpu_parts, gpu_probe
 from benchmarks.absent_gpu import META, meta_as
 from benchmarks.decode_batches import random_caches
 from benchmarks.gpu_attempts import FAILURES, Attempts
@@ -26,6 +26,7 @@ PARTS: tuple[Callable[[Options, Attempts], None], ...] = (
     gpu_parts.measure_kernels,
     gpu_parts.measure_prefill,
     gpu_parts.measure_sampling,
+    gpu_llm.start_engine,
 )
 
 

@@ -14,7 +14,8 @@ import torch
 
 from benchmarks.gpu_attempts import Attempts
 from benchmarks.gpu_parts import DTYPE, ChosenModel, Options
-from workers.config import ModelConfig
+from workers.config import ModelConfig, SchedulerConfig
+from workers.executor.memory_profile import run_largest_step, warm_up
 from workers.model.make_checkpoint import plan_checkpoint
 from workers.request import SamplingParams, TokenLogprobs
 
@@ -148,6 +149,14 @@ def measure_llm(options: Options, attempts: Attempts) -> None:
     with _engines(options, chosen) as new:
         attempts.run("eager", eager)
         attempts.run(graphs, with_graphs)
+
+
+def start_engine(options: Options, attempts: Attempts) -> None:
+    """Launch what an engine of `measure_llm` launches before it answers, as a rank does; no part of a check."""
+    model = ChosenModel(replace(options, batch_sizes=(NUM_PROMPTS,), contexts=(_MAX_MODEL_LEN,))).model
+    limits = SchedulerConfig(NUM_PROMPTS, _MAX_MODEL_LEN), _MAX_MODEL_LEN, DTYPE
+    attempts.run("warm up", lambda: warm_up(model, *limits))
+    attempts.run("the largest step", lambda: run_largest_step(model, *limits))
 
 
 @contextmanager
