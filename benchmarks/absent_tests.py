@@ -1,12 +1,12 @@
 """A plugin of pytest (`-p benchmarks.absent_tests`): tests/gpu launch their kernels on a GPU that is not here, for `--pack-cache`.
 
-Tensors have no memory, so nothing is tested: comparisons with what is expected hold, assertions are left out, and a test is over where it
-reads a value by other means. What it has launched before then is compiled.
+Tensors have no memory, so nothing is tested: all numbers are zero, comparisons with what is expected hold, assertions are left out. Where
+a test ends with an error all the same, what it has launched before is compiled.
 """
 
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
@@ -22,7 +22,7 @@ TARGET = "GPU_CHECK_ABSENT_TARGET"
 """Environment variable: as "sm_90"."""
 LONGEST_S = 7200.0
 """For all tests."""
-_cpu = torch.Tensor.cpu
+_cpu, _tolist = torch.Tensor.cpu, torch.Tensor.tolist
 
 
 def launch_tests(target: str, num_processes: int, cache: Path) -> str:
@@ -39,11 +39,20 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.device == META else _cpu(tensor)
 
 
+def _zero(read: Callable[[torch.Tensor], float], value: float) -> Callable[[torch.Tensor], float]:
+    """As `read`, of a tensor without memory the value."""
+    return lambda tensor: value if tensor.device == META else read(tensor)
+
+
 _NOTHING_IS_READ = (
     (torch.cuda, "is_available", lambda: True),
     (torch.cuda, "current_device", lambda: 0),
     (torch.cuda, "_sleep", lambda cycles: None),
     (torch.Tensor, "cpu", _to_host),
+    (torch.Tensor, "__int__", _zero(torch.Tensor.__int__, 0)),
+    (torch.Tensor, "__float__", _zero(torch.Tensor.__float__, 0.0)),
+    (torch.Tensor, "item", _zero(torch.Tensor.item, 0)),
+    (torch.Tensor, "tolist", lambda tensor: _tolist(torch.zeros_like(tensor, device="cpu") if tensor.device == META else tensor)),
     (torch, "equal", lambda left, right: True),
     (torch.testing, "assert_close", lambda *args, **options: None),
     # Its result is compared and no more.
