@@ -114,6 +114,7 @@ class GatewayConfig(_Settings):
         request_timeout_s: a request's deadline, from its arrival to its last token; None: no deadline.
         probe_timeout_s: a replica that has requests and does not answer for so long gets no new ones while there are others.
         max_body_bytes: of a request; more is refused with 413.
+        max_messages: of a chat, with the parts and calls in them; more is refused with 400, as a prompt that is too long.
         body_timeout_s: for a request's body to arrive, and a second more for each 16 KiB of it; then 408.
         max_header_bytes: of a request's line and headers; more is refused with 431. Standalone.
         header_timeout_s: for a request's headers to arrive; then 408. Standalone.
@@ -131,6 +132,7 @@ class GatewayConfig(_Settings):
     request_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     probe_timeout_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    max_messages: int = Field(default=10_000, ge=1)
     body_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     max_header_bytes: int = Field(default=64 * 2**10, ge=1024)
     header_timeout_s: float = Field(default=10.0, gt=0, allow_inf_nan=False)

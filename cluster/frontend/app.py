@@ -26,7 +26,7 @@ def build_app(service: GenerationService, config: GatewayConfig | None = None, *
         cors_origins: web origins whose pages may call the API; none by default.
     """
     config = config or GatewayConfig()
-    limits = body.BodyLimits(config.max_body_bytes, config.body_timeout_s)
+    limits = body.BodyLimits(config.max_body_bytes, config.body_timeout_s, config.max_messages)
     app = FastAPI(
         title="Cantata",
         description="OpenAI's API for gpt-oss.",
@@ -61,9 +61,9 @@ def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, 
     )
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
-        asked = await body.read(request, schema.ChatCompletionRequest, limits, service.model.max_model_len)
+        asked, wanted = await body.read(request, schema.ChatCompletionRequest, limits, service.model.max_model_len, chat.chat_request)
         request_id: str = request.state.request_id
-        generation = await sse.begin(request, service.chat(chat.chat_request(asked), request_id))
+        generation = await sse.begin(request, service.chat(wanted, request_id))
         if asked.stream:
             return sse.EventStream(generation, chat.chunks(generation, asked, service.model.fingerprint), request_id)
         try:
@@ -76,9 +76,11 @@ def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, 
     )
     async def text_completions(request: Request) -> Response:
         """Continue raw prompts."""
-        asked = await body.read(request, schema.CompletionRequest, limits, service.model.max_model_len)
+        asked, wanted = await body.read(
+            request, schema.CompletionRequest, limits, service.model.max_model_len, completions.completion_request
+        )
         request_id: str = request.state.request_id
-        generation = await sse.begin(request, service.complete(completions.completion_request(asked), request_id))
+        generation = await sse.begin(request, service.complete(wanted, request_id))
         if asked.stream:
             return sse.EventStream(generation, completions.chunks(generation, asked, service.model.fingerprint), request_id)
         try:
@@ -91,9 +93,9 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limi
     @app.post("/tokenize", openapi_extra=schemas.describe(schema.TokenizeRequest, answers.TokenizeAnswer))
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt, or of a chat as the model sees it."""
-        asked = await body.read(request, schema.TokenizeRequest, limits, service.model.max_model_len)
+        asked, wanted = await body.read(request, schema.TokenizeRequest, limits, service.model.max_model_len, _to_tokenize)
         service.check_model(asked.model)
-        ids = await _token_ids(service, asked)
+        ids = await (service.tokenize(wanted) if isinstance(wanted, str) else service.render_chat(wanted))
         answer: answers.TokenizeAnswer = {
             "count": len(ids),
             "max_model_len": service.model.max_model_len,
@@ -105,27 +107,25 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limi
     @app.post("/detokenize", openapi_extra=schemas.describe(schema.DetokenizeRequest, answers.DetokenizeAnswer))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        asked = await body.read(request, schema.DetokenizeRequest, limits, service.model.max_model_len)
+        asked, tokens = await body.read(request, schema.DetokenizeRequest, limits, service.model.max_model_len, lambda body: body.tokens)
         service.check_model(asked.model)
-        answer: answers.DetokenizeAnswer = {"prompt": await service.detokenize(asked.tokens)}
+        answer: answers.DetokenizeAnswer = {"prompt": await service.detokenize(tokens)}
         return _json(answer)
 
 
-async def _token_ids(service: GenerationService, asked: schema.TokenizeRequest) -> list[int]:
+def _to_tokenize(asked: schema.TokenizeRequest) -> str | ChatRequest:
     if asked.prompt is not None and asked.messages is None:
-        return await service.tokenize(asked.prompt)
+        return asked.prompt
     if asked.messages is None or asked.prompt is not None:
         raise InvalidRequest("prompt or messages must be given, one of them.", "prompt")
     kwargs = asked.chat_template_kwargs or schema.ChatTemplateKwargs()
     effort = chat.reasoning_effort(asked.reasoning_effort, "reasoning_effort")
-    return await service.render_chat(
-        ChatRequest(
-            messages=chat.chat_messages(asked.messages),
-            tools=chat.tool_definitions(asked.tools or ()),
-            reasoning_effort=effort or chat.reasoning_effort(kwargs.reasoning_effort, "chat_template_kwargs.reasoning_effort"),
-            model_identity=kwargs.model_identity,
-            current_date=kwargs.current_date,
-        )
+    return ChatRequest(
+        messages=chat.chat_messages(asked.messages),
+        tools=chat.tool_definitions(asked.tools or ()),
+        reasoning_effort=effort or chat.reasoning_effort(kwargs.reasoning_effort, "chat_template_kwargs.reasoning_effort"),
+        model_identity=kwargs.model_identity,
+        current_date=kwargs.current_date,
     )
 
 

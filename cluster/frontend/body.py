@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,9 +14,11 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect
 
 from cluster.frontend.errors import BodyTooLarge, RequestTimeout, UnsupportedMediaType
+from cluster.generation.requests import check_num_messages
 from workers.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 
 Model = TypeVar("Model", bound=BaseModel)
+Asked = TypeVar("Asked")
 
 MIN_BYTES_PER_S = 16 * 1024
 _INLINE_BYTES = 64 * 1024
@@ -39,14 +42,19 @@ class BodyLimits:
     Attributes:
         max_bytes: more is refused with 413.
         timeout_s: for the body to arrive, and a second more for each MIN_BYTES_PER_S of it; then 408.
+        max_messages: of a chat, with the parts and calls in them.
     """
 
-    max_bytes: int = 32 * 2**20
-    timeout_s: float = 30.0
+    max_bytes: int
+    timeout_s: float
+    max_messages: int
 
 
-async def read(request: Request, kind: type[Model], limits: BodyLimits, max_items: int) -> Model:
-    """The body as `kind`. Large ones are decoded and checked in a thread, so that other requests go on.
+async def read(
+    request: Request, kind: type[Model], limits: BodyLimits, max_items: int, convert: Callable[[Model], Asked]
+) -> tuple[Model, Asked]:
+    """The body as `kind` and as what `convert` makes of it. Large ones are decoded, checked and converted in a thread, so that other
+    requests go on.
 
     Args:
         max_items: entries of an array at most; the context's tokens, since an entry of a message or prompt list takes at least one.
@@ -62,20 +70,31 @@ async def read(request: Request, kind: type[Model], limits: BodyLimits, max_item
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         raise UnsupportedMediaType("The body is compressed: send it as it is, without the header Content-Encoding.")
     data = await _bytes(request, limits)
-    if len(data) <= _INLINE_BYTES:
-        return _parse(data, kind, max_items)
-    return await asyncio.to_thread(_parse, data, kind, max_items)
+
+    def parse() -> tuple[Model, Asked]:
+        body = _parse(data, kind, max_items, limits.max_messages)
+        return body, convert(body)
+
+    return parse() if len(data) <= _INLINE_BYTES else await asyncio.to_thread(parse)
 
 
-def _parse(data: bytes, kind: type[Model], max_items: int) -> Model:
+def _parse(data: bytes, kind: type[Model], max_items: int, max_messages: int) -> Model:
     value = decode(data)
     if not isinstance(value, dict):
         raise InvalidRequest(f"The body must be a JSON object, got {_kind(value)}.")
     for name, field in value.items():
-        if isinstance(field, list) and len(field) > max_items and name in kind.model_fields:
+        if isinstance(field, list | dict) and len(field) > max_items and name in kind.model_fields:
             reason = f"{name} has {len(field)} entries, more than the {max_items} tokens of this model's context."
             raise ContextLengthExceeded(reason, name)
+    if "messages" in kind.model_fields and isinstance(value.get("messages"), list):
+        check_num_messages(_num_entries(value["messages"]), max_messages)
     return check(value, kind)
+
+
+def _num_entries(messages: list[object]) -> int:
+    """Of a chat that is not yet checked: what pydantic would make an object of each."""
+    lists = [message.get(name) for message in messages if isinstance(message, dict) for name in ("content", "tool_calls")]
+    return len(messages) + sum(len(entry) for entry in lists if isinstance(entry, list))
 
 
 async def _bytes(request: Request, limits: BodyLimits) -> bytes:

@@ -18,6 +18,7 @@ from cluster.frontend.edge import is_known_key
 from cluster.frontend.errors import Unauthenticated, as_cantata_error
 from cluster.frontend.grpc_handlers import DecodeErrors, add_InferenceServicer_to_server, decoded
 from cluster.generation import ChatRequest, FieldNames, Generation, GenerationService
+from cluster.generation.requests import check_num_messages
 from cluster.harmony.conversation import ChatMessage, ReasoningEffort, Role, ToolCall, ToolDefinition
 from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 32 * 2**20
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_PERIOD_S = 1.0
+_INLINE_BYTES = 64 * 1024
 
 _ROLES: dict[int, Role] = {
     pb.ROLE_SYSTEM: "system",
@@ -59,12 +61,13 @@ _FINISH: dict[FinishReason, pb.FinishReason.ValueType] = {
 class InferenceApi:
     """The API in terms of its messages, without a server: errors are raised as CantataError."""
 
-    def __init__(self, service: GenerationService) -> None:
+    def __init__(self, service: GenerationService, max_messages: int) -> None:
         self._service = service
+        self._max_messages = max_messages
 
     async def chat(self, request: pb.ChatRequest, request_id: str | None = None) -> pb.ChatResponse:
         """A whole answer."""
-        generation = await self._service.chat(chat_request(request), request_id)
+        generation = await self._service.chat(await self._asked(request), request_id)
         try:
             return await _response(generation, request)
         finally:
@@ -72,12 +75,19 @@ class InferenceApi:
 
     async def chat_stream(self, request: pb.ChatRequest, request_id: str | None = None) -> AsyncGenerator[pb.ChatEvent, None]:
         """Deltas, one Finish per choice, then Usage. Closing the iterator cancels the engines' work."""
-        generation = await self._service.chat(chat_request(request), request_id)
+        generation = await self._service.chat(await self._asked(request), request_id)
         try:
             async for event in generation:
                 yield _event(generation.id, event)
         finally:
             await generation.aclose()
+
+    async def _asked(self, request: pb.ChatRequest) -> ChatRequest:
+        """Large requests are converted in a thread."""
+        check_num_messages(len(request.messages) + sum(len(message.tool_calls) for message in request.messages), self._max_messages)
+        if request.ByteSize() <= _INLINE_BYTES:
+            return chat_request(request)
+        return await asyncio.to_thread(chat_request, request)
 
     def list_models(self) -> pb.ListModelsResponse:
         """What is served."""
@@ -243,7 +253,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """
 
     def __init__(self, service: GenerationService, config: GatewayConfig) -> None:
-        self._api = InferenceApi(service)
+        self._api = InferenceApi(service, config.max_messages)
         self._requests = service.metrics.requests
         self._api_keys = config.api_keys
         self._send_timeout_s = config.send_timeout_s

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from cluster.generation.json_schema import SchemaCheck
 from cluster.generation.settings import ModelInfo
 from cluster.harmony.conversation import ChatMessage, ReasoningEffort, ToolDefinition
-from workers.errors import InvalidRequest
+from workers.errors import ContextLengthExceeded, InvalidRequest
 from workers.request import SamplingParams
 from workers.rpc.validate import MAX_LOGPROBS, check_sampling
 
@@ -79,6 +79,22 @@ class CompletionRequest:
     skip_special_tokens: bool = True
     model: str | None = None
     names: FieldNames = field(default_factory=FieldNames)
+
+
+def check_num_messages(count: int, limit: int) -> None:
+    """Refuse a chat before its messages are looked at one by one. The code is that of a prompt that is too long, which clients shorten.
+
+    Args:
+        count: messages, with the parts and calls in them.
+    Raises:
+        ContextLengthExceeded: more than `limit`.
+    """
+    if count > limit:
+        raise ContextLengthExceeded(
+            f"messages has {count} entries, with the parts and calls in them; this server takes {limit} (gateway.max_messages). "
+            "Please reduce the number of messages.",
+            "messages",
+        )
 
 
 def check_chat(request: ChatRequest) -> None:

@@ -6,9 +6,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar
 
 import orjson
 
@@ -25,6 +23,7 @@ from cluster.generation.requests import (
 )
 from cluster.generation.running import Generation, Job
 from cluster.generation.settings import ChatDefaults, Limits, ModelInfo
+from cluster.generation.threads import LARGE_CHARS, TextThreads
 from cluster.harmony.conversation import DEFAULT_MODEL_IDENTITY, Conversation
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.render import render
@@ -34,12 +33,9 @@ from cluster.router.table import Replica, ReplicaDirectory
 from workers.errors import CantataError, ContextLengthExceeded, InvalidRequest, ModelNotFound, Overloaded
 from workers.request import EngineRequest, SamplingParams
 
-T = TypeVar("T")
-
 DEFAULT_COMPLETION_TOKENS = 16
-_RENDER_THREADS = 2
-_INLINE_CHARS = 8192
-"""Texts up to this long are rendered on the event loop (under a millisecond or two); longer ones in a thread."""
+_CHARS_PER_ENTRY = 64
+"""What rendering a message, a call or a tool takes beside its text, as text that takes as long."""
 _PROBE_TIMEOUT_S = 2.0
 
 
@@ -76,9 +72,8 @@ class GenerationService:
         self._limits = limits or Limits()
         self._fleet = fleet or OneGateway()
         self._today = today
-        self._renderers = ThreadPoolExecutor(_RENDER_THREADS, thread_name_prefix="cantata-render")
+        self._threads = TextThreads()
         self._num_in_flight = 0
-        self._max_token_bytes = max(len(encoding.token_bytes(token_id)) for token_id in range(encoding.vocab_size))
 
     async def chat(self, request: ChatRequest, request_id: str | None = None) -> Generation:
         """Begin a chat; returns with its first event ready. The caller closes the generation.
@@ -152,22 +147,21 @@ class GenerationService:
             InvalidRequest: the messages or tools are wrong.
             ContextLengthExceeded: the prompt fills the context.
         """
-        num_chars = sum(len(message.content) for message in request.messages)
-        self._check_chars(num_chars, "messages")
-        prompt = await self._off_loop(num_chars + _num_other_chars(request), lambda: self._render(request))
+        prompt = await self._threads.run(_num_chars(request), lambda: self._render(request))
         self._check_prompt(len(prompt), "messages")
         return prompt
 
-    async def tokenize(self, text: str, param: str = "prompt") -> list[int]:
+    async def tokenize(self, text: str, param: str = "prompt", limit: int | None = None) -> list[int]:
         """Token ids of a text in which the names of special tokens mean these tokens.
 
         Args:
             param: how the client spells the text's field.
+            limit: see HarmonyEncoding.encode.
         Raises:
             ContextLengthExceeded: the text cannot fit into the context, whatever its tokens are.
         """
         self._check_chars(len(text), param)
-        return await self._off_loop(len(text), lambda: self.encoding.encode_with_special(text))
+        return await self._threads.run(len(text), lambda: self.encoding.encode_with_special(text, limit))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens by name.
@@ -176,7 +170,7 @@ class GenerationService:
             InvalidRequest: an id that the model does not have.
         """
         check_token_ids(token_ids, self.model, "tokens")
-        return await self._off_loop(len(token_ids), lambda: self.encoding.decode(token_ids, skip_special_tokens=False))
+        return await self._threads.run(len(token_ids), lambda: self.encoding.decode(token_ids, skip_special_tokens=False))
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """How each token is shown by itself."""
@@ -227,7 +221,7 @@ class GenerationService:
 
     async def close(self) -> None:
         """Close the connections to engines; what still runs ends with an error."""
-        self._renderers.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         await self._client.close()
 
     def _admit(self, num_choices: int) -> Callable[[], None]:
@@ -278,6 +272,7 @@ class GenerationService:
                 model_identity=request.model_identity or DEFAULT_MODEL_IDENTITY,
             ),
             self.encoding,
+            self.model.max_model_len,
         )
 
     def _date(self) -> str | None:
@@ -286,7 +281,7 @@ class GenerationService:
 
     async def _prompt_ids(self, prompt: str | tuple[int, ...], param: str) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            ids = tuple(await self.tokenize(prompt, param))
+            ids = tuple(await self.tokenize(prompt, param, limit=self.model.max_model_len))
         else:
             ids = prompt
             check_token_ids(ids, self.model, param)
@@ -339,18 +334,13 @@ class GenerationService:
 
     def _check_chars(self, num_chars: int, param: str) -> None:
         # A token stands for a bounded number of bytes, so very long texts are refused without being encoded.
-        least = num_chars // max(1, self._max_token_bytes)
+        least = num_chars // self.encoding.max_token_bytes
         if least >= self.model.max_model_len:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {self.model.max_model_len} tokens. However, your {param} resulted in at least "
                 f"{least} tokens. Please reduce the length of the {param}.",
                 param,
             )
-
-    async def _off_loop(self, num_chars: int, work: Callable[[], T]) -> T:
-        if num_chars <= _INLINE_CHARS:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._renderers, work)
 
     async def _accepting(self, replica: Replica) -> bool:
         try:
@@ -365,17 +355,20 @@ class GenerationService:
             return Scrape("engine", replica.id, None)
 
 
-def _num_other_chars(request: ChatRequest) -> int:
-    """Of reasoning, calls and tools, which the prompt holds in part or in another form."""
-    messages = sum(len(message.reasoning or "") + sum(len(call.arguments) for call in message.tool_calls) for message in request.messages)
-    return messages + sum(len(tool.description) + _json_chars(tool.parameters) for tool in request.tools)
+def _num_chars(request: ChatRequest) -> int:
+    """A measure of the work that rendering is."""
+    count = _CHARS_PER_ENTRY * (len(request.messages) + len(request.tools))
+    for message in request.messages:
+        count += len(message.content) + len(message.reasoning or "")
+        count += sum(_CHARS_PER_ENTRY + len(call.arguments) for call in message.tool_calls)
+    return count + sum(len(tool.description) + _json_chars(tool.parameters) for tool in request.tools)
 
 
 def _json_chars(parameters: Mapping[str, object] | None) -> int:
     try:
         return len(orjson.dumps(parameters))
-    except TypeError:  # nested too deeply; refused when it is checked
-        return 0
+    except TypeError:  # nested too deeply or with numbers too large: in no case done on the event loop
+        return LARGE_CHARS
 
 
 def _engine_request(id: str, prompt: tuple[int, ...], sampling: SamplingParams, offset: int) -> EngineRequest:

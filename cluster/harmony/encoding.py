@@ -39,6 +39,7 @@ class HarmonyEncoding:
         start, end, message, channel, constrain, return_, call, endoftext: ids of the harmony tokens.
         stop_token_ids: the ids that end a turn.
         special_ids: ids of all special tokens, reserved ones included.
+        max_token_bytes: of the longest token: a text of n characters has at least n / max_token_bytes tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str = "the tokenizer") -> None:
@@ -69,6 +70,7 @@ class HarmonyEncoding:
         self._special_pattern = re.compile("|".join([_USUAL_SPECIAL.pattern, *map(re.escape, unusual)]))
         self._bytes_of = _bytes_of_tokens(tokenizer, source)
         self.vocab_size = len(self._bytes_of)
+        self.max_token_bytes = max(1, *map(len, self._bytes_of))
         # The last writes; from here on the tokenizer is read only, which makes it safe to share between threads.
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
@@ -117,17 +119,19 @@ class HarmonyEncoding:
                 break
         return ids
 
-    def encode_with_special(self, text: str) -> list[int]:
+    def encode_with_special(self, text: str, limit: int | None = None) -> list[int]:
         """As `encode`, but names of special tokens in `text` become those tokens: for raw harmony prompts, never for a chat's content."""
         ids: list[int] = []
         plain_from = 0
         for match in self._special_pattern.finditer(text):
             token_id = self._special_by_name.get(match.group())
             if token_id is not None:
-                ids += self.encode(text[plain_from : match.start()])
+                ids += self.encode(text[plain_from : match.start()], limit)
                 ids.append(token_id)
                 plain_from = match.end()
-        return ids + self.encode(text[plain_from:])
+                if limit is not None and len(ids) > limit:
+                    return ids
+        return ids + self.encode(text[plain_from:], limit)
 
     def encode_literal(self, text: str) -> tuple[int, ...]:
         """As `encode`, remembered for good: for the fixed words of the format only, never for a client's text."""

@@ -29,7 +29,8 @@ def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: in
     Time is linear in the conversation's length, or in `max_tokens` where that is less.
 
     Args:
-        max_tokens: refuse a longer prompt as soon as that shows, without encoding the rest; None: any length.
+        max_tokens: refuse a longer prompt as soon as that shows: by its characters before anything is encoded, or without encoding the
+            rest; None: any length.
     Raises:
         ContextLengthExceeded: longer than max_tokens.
         InvalidRequest: no messages; a tool, a schema or a name that cannot be used; a tool result without its call, or a second one.
@@ -39,12 +40,14 @@ def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: in
         raise InvalidRequest("messages must have at least one message.", "messages")
     _check_tools(conversation.tools)
     called = _match_results(conversation.messages)
+    last_final = _last_final(conversation.messages)
+    developer = _developer_text(conversation)
+    if max_tokens is not None:
+        _check_size(len(developer), conversation, last_final, max_tokens * encoding.max_token_bytes, max_tokens)
     writer = _Writer(encoding, max_tokens)
     writer.message("system", _system_text(conversation))
-    developer = _developer_text(conversation)
     if developer:
         writer.message("developer", developer)
-    last_final = _last_final(conversation.messages)
     for index in _in_call_order(conversation.messages, called):
         message = conversation.messages[index]
         match message.role:
@@ -55,6 +58,26 @@ def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: in
             case "tool":
                 writer.tool_result(called[index].name, message.content)
     return writer.finish()
+
+
+def _check_size(num_developer_chars: int, conversation: Conversation, last_final: int, max_chars: int, max_tokens: int) -> None:
+    """Refuse a prompt whose text is too long whatever its tokens are. Counts what is written, and only that."""
+    num_chars = num_developer_chars
+    for index, message in enumerate(conversation.messages):
+        if message.role in ("user", "assistant", "tool"):
+            num_chars += len(message.content) + sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
+        if message.role == "assistant" and index > last_final:
+            num_chars += len(message.reasoning or "")
+    if num_chars > max_chars:
+        raise _too_long(max_tokens)
+
+
+def _too_long(max_tokens: int) -> ContextLengthExceeded:
+    return ContextLengthExceeded(
+        f"This model's maximum context length is {max_tokens} tokens. However, your messages resulted in more than {max_tokens} tokens. "
+        "Please reduce the length of the messages.",
+        "messages",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +134,7 @@ class _Writer:
 
     def _check_length(self) -> None:
         if self._max_tokens is not None and len(self._ids) > self._max_tokens:
-            raise ContextLengthExceeded(f"The prompt has more than {self._max_tokens} tokens, which is all the model can take.", "messages")
+            raise _too_long(self._max_tokens)
 
 
 def _write_assistant(writer: _Writer, message: ChatMessage, keep_reasoning: bool) -> None:

@@ -150,7 +150,7 @@ def test_grpc(runner: asyncio.Runner, service: GenerationService, schema: dict[s
     request.messages.add(role=pb.ROLE_TOOL, tool_call_id=call_id, content=text)
     request.tools[0].parameters.update(schema)
     with pytest.raises(CantataError) as caught:
-        runner.run(InferenceApi(service).chat(request))
+        runner.run(InferenceApi(service, 100).chat(request))
     assert caught.value.status in ("INVALID_ARGUMENT", "UNAVAILABLE")
     for _, value in error_to_metadata(caught.value):
         assert value.isascii()
@@ -161,6 +161,6 @@ def test_a_long_id_of_a_client_comes_back_cut(runner: asyncio.Runner, service: G
     """gRPC sends a status within 8 KiB, or the client sees another error."""
     message = pb.Message(role=pb.ROLE_TOOL, tool_call_id="i" * 100_000, content="x")
     with pytest.raises(CantataError) as caught:
-        runner.run(InferenceApi(service).chat(pb.ChatRequest(messages=[message])))
+        runner.run(InferenceApi(service, 100).chat(pb.ChatRequest(messages=[message])))
     assert len(caught.value.message) < 1100
     assert grpc.StatusCode[caught.value.status] is grpc.StatusCode.INVALID_ARGUMENT

@@ -1,0 +1,199 @@
+"""Large requests: refused before their text is encoded, by one measure for all of its parts; worked on beside the event loop."""
+
+import asyncio
+import threading
+from dataclasses import replace
+from typing import Any
+
+import grpc.aio
+import orjson
+import pytest
+
+from cluster.config import GatewayConfig
+from cluster.frontend import body, chat
+from cluster.generation import GenerationService
+from cluster.generation.threads import LARGE_CHARS
+from cluster.harmony.encoding import HarmonyEncoding
+from cluster.rpc import inference_pb2 as pb
+from cluster.rpc import inference_pb2_grpc
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import Gateway, serving
+
+LIMIT_S = 20
+USER = {"role": "user", "content": "Hello"}
+LONG = "word " * 1_000_000
+
+
+def call(arguments: str) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": arguments}}]}
+
+
+def tool(**function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **function}}
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "content": {"messages": [{"role": "user", "content": LONG}]},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": LONG[:500_000]}] * 10}]},
+    "instructions": {"messages": [{"role": "system", "content": LONG}, USER]},
+    "reasoning": {"messages": [USER, {"role": "assistant", "reasoning": LONG, "tool_calls": call("{}")["tool_calls"]}]},
+    "arguments": {"messages": [USER, call(LONG)]},
+    "result": {"messages": [USER, call("{}"), {"role": "tool", "tool_call_id": "c", "content": LONG}]},
+    "description": {"messages": [USER], "tools": [tool(description=LONG)]},
+    "parameters": {
+        "messages": [USER],
+        "tools": [tool(parameters={"type": "object", "properties": {"a": {"type": "string", "description": LONG}}})],
+    },
+    "many-messages": {"messages": [{"role": "user", "content": LONG[:10_000]}] * 500},
+}
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Characters of each text that is encoded."""
+    lengths: list[int] = []
+    encode = HarmonyEncoding._encode_chunk
+
+    def spy(self: HarmonyEncoding, text: str) -> list[int]:
+        lengths.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(HarmonyEncoding, "_encode_chunk", spy)
+    return lengths
+
+
+async def post(gateway: Gateway, content: dict[str, Any]) -> dict[str, Any] | None:
+    """The error."""
+    response = await gateway.http.post("/v1/chat/completions", content=orjson.dumps(content), headers={"content-type": "application/json"})
+    return response.json().get("error")
+
+
+@pytest.mark.parametrize("part", PARTS)
+async def test_text_that_cannot_fit_is_not_encoded(gateway: Gateway, encoded: list[int], part: str) -> None:
+    error = await post(gateway, PARTS[part])
+    assert error is not None
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert sum(encoded) == 0
+
+
+async def test_encoding_stops_where_the_context_ends(gateway: Gateway, encoded: list[int], encoding: HarmonyEncoding) -> None:
+    """Texts that might fit by their characters: here no message is long, and all of them are."""
+    words = " ".join(map(str, range(300)))
+    error = await post(gateway, {"messages": [{"role": "user", "content": words}] * 13})
+    assert error is not None
+    assert error["code"] == "context_length_exceeded"
+    num_tokens = len(encoding.encode(words))
+    assert 13 * len(words) < 1024 * encoding.max_token_bytes, "it must not be refused by its characters"
+    assert sum(encoded) < (1024 / num_tokens + 2) * len(words) + 2000
+
+
+async def test_what_fits_is_never_refused_by_its_characters(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+    """A prompt of the longest tokens there are, with as many of them as the context takes."""
+    texts = [encoding.token_bytes(token_id).decode(errors="ignore") for token_id in range(encoding.vocab_size)]
+    longest = max((text for text in texts if len(encoding.encode(text * 9)) == 9), key=len)
+    assert len(longest) > 8
+    sent = await gateway.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": longest}]})
+    assert sent.status_code == 200
+    frame = len(engine.requests[-1].prompt_token_ids) - 1
+    for count, fits in ((1023 - frame, True), (1024 - frame, False)):
+        text = longest * count
+        assert len(encoding.encode(text)) == count
+        error = await post(gateway, {"messages": [{"role": "user", "content": text}], "max_tokens": 1})
+        assert (error is None) == fits, error
+    # Reasoning before the last answer is not in the prompt, however long.
+    history = [USER, {"role": "assistant", "content": "Hi", "reasoning": LONG}, USER]
+    assert await post(gateway, {"messages": history}) is None
+
+
+async def test_a_large_chat_holds_up_no_small_one(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, begun = threading.Event(), threading.Event()
+    render = GenerationService._render
+
+    def slow(self: GenerationService, request: Any) -> list[int]:
+        if any(len(message.reasoning or "") > LARGE_CHARS for message in request.messages):
+            begun.set()
+            gate.wait(LIMIT_S)
+        return render(self, request)
+
+    monkeypatch.setattr(GenerationService, "_render", slow)
+    large = {"messages": [USER, {"role": "assistant", "content": "x", "reasoning": LONG}, USER]}
+    waiting = [asyncio.create_task(post(gateway, large)) for _ in range(4)]
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            await asyncio.to_thread(begun.wait)
+            for reasoning in ("", "x" * 100_000):  # on the loop, and in a thread
+                small = [USER, {"role": "assistant", "content": "x", "reasoning": reasoning}, USER]
+                assert await post(gateway, {"messages": small}) is None
+        assert not any(task.done() for task in waiting)
+    finally:
+        gate.set()
+    assert await asyncio.gather(*waiting) == [None] * 4
+
+
+async def test_many_messages_are_read_and_rendered_beside_the_loop(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little text they have."""
+    seen: dict[str, threading.Thread] = {}
+    convert, render = chat.chat_messages, GenerationService._render
+
+    def spied_convert(messages: Any) -> Any:
+        seen["convert"] = threading.current_thread()
+        return convert(messages)
+
+    def spied_render(self: GenerationService, request: Any) -> list[int]:
+        seen["render"] = threading.current_thread()
+        return render(self, request)
+
+    monkeypatch.setattr(chat, "chat_messages", spied_convert)
+    monkeypatch.setattr(GenerationService, "_render", spied_render)
+    gateway.service.set_model(replace(gateway.service.model, max_model_len=10**6))
+    await post(gateway, {"messages": [{"role": "user", "content": ""}] * 5000})
+    assert set(seen) == {"convert", "render"}
+    assert threading.main_thread() not in seen.values()
+
+
+async def test_messages_have_a_largest_number(encoding: HarmonyEncoding, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before they are looked at one by one."""
+    part = {"type": "text", "text": ""}
+    async with serving(encoding, [engine], config=GatewayConfig(max_messages=10)) as gateway:
+        for messages in ([USER] * 10, [USER, {"role": "user", "content": [part] * 8}], [USER] * 8 + [call("{}")]):
+            assert await post(gateway, {"messages": messages}) is None
+        monkeypatch.setattr(body, "check", None)
+        for messages in ([USER] * 11, [USER, {"role": "user", "content": [part] * 9}], [USER] * 9 + [call("{}")]):
+            error = await post(gateway, {"messages": messages})
+            assert error is not None
+            assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+            assert "11 entries" in error["message"]
+            assert "gateway.max_messages" in error["message"]
+        async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            hello = pb.Message(role=pb.ROLE_USER, content="x")
+            assert (await stub.Chat(pb.ChatRequest(messages=[hello] * 10))).choices
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Chat(pb.ChatRequest(messages=[hello] * 11))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "11 entries" in (caught.value.details() or "")
+    assert GatewayConfig().max_messages == 10_000
+
+
+async def test_large_fields_that_are_objects_are_bounded_as_well(gateway: Gateway) -> None:
+    error = await post(gateway, {"messages": [USER], "logit_bias": dict.fromkeys(map(str, range(100_000)), 1)})
+    assert error is not None
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "logit_bias")
+
+
+async def test_schemas_that_cannot_be_measured_are_not_rendered_on_the_loop(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """orjson knows no integers above 64 bits, which a Struct can hold."""
+    threads: list[threading.Thread] = []
+    render = GenerationService._render
+
+    def spied(self: GenerationService, request: Any) -> list[int]:
+        threads.append(threading.current_thread())
+        return render(self, request)
+
+    monkeypatch.setattr(GenerationService, "_render", spied)
+    request = pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="x")], tools=[pb.Tool(name="f")])
+    request.tools[0].parameters.update({"type": "object", "properties": {"a": {"maximum": 1e300}}})
+    async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
+        assert (await inference_pb2_grpc.InferenceStub(channel).Chat(request)).choices
+    assert threads
+    assert threading.main_thread() not in threads
