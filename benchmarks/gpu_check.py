@@ -71,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _Check(args, machine).run()
-    finally:
+    except KeyboardInterrupt:
         end_children()
+        raise
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

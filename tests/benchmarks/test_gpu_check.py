@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_machine, gpu_parts, moe_stages
+from benchmarks import gpu_check, gpu_children, gpu_machine, gpu_parts, moe_stages
 from benchmarks.decode_batches import (
     RESERVE_BYTES,
     Batch,
@@ -193,6 +194,7 @@ def test_a_check_that_is_stopped_keeps_what_its_part_had_found(tmp_path: Path, m
 
     monkeypatch.setattr(gpu_check, "run_part", run_part)
     monkeypatch.setattr(gpu_check, "report", lambda found: "")
+    monkeypatch.setattr(gpu_children, "_ending", threading.Event())
     with pytest.raises(KeyboardInterrupt):
         gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--only", "step"])
     assert json.loads((tmp_path / "gpu_check.json").read_text())["step"] == {"steps": [1], "failed": "gpu-check itself was stopped"}
