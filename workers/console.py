@@ -1,7 +1,7 @@
-"""Output that ends nothing and holds nothing up: what a process prints goes through a queue and a thread of its own.
+"""Output that never raises and never blocks: a queue, and a thread that writes.
 
-A log may be full, a pipe may have lost its reader or have one that does not read. Python's own streams raise or block then, in whatever
-happens to print: a step, an event loop, the restart of an engine.
+The disk under a log may be full, a pipe may have no reader, or one that does not read. Python's own
+streams raise or block then, in a step, in an event loop, or while an engine starts again.
 """
 
 import atexit
@@ -15,16 +15,16 @@ import threading
 import time
 
 MAX_QUEUED_BYTES = 1 << 20
-"""Of what is printed and not yet taken; what comes then is dropped."""
+"""Size of the queue of each stream; further output is dropped and counted."""
 _LAST_WORDS_S = 2.0
-"""For the end of a log to be taken when the process ends."""
+"""Time to write the rest of the queue when the process ends."""
 
 
 class QueuedOutput(io.TextIOBase):
     """A text stream whose writes neither raise nor wait.
 
     Attributes:
-        num_dropped_lines: written and lost, because there was no room in the queue or writing failed.
+        num_dropped_lines: lines lost because the queue was full or writing failed.
 
     Args:
         descriptor: where a thread writes what was printed.
@@ -52,7 +52,7 @@ class QueuedOutput(io.TextIOBase):
         self._thread.start()
 
     def write(self, text: str) -> int:
-        """Take the text; always all of it."""
+        """Queue the text. Returns its length, also where it is dropped."""
         data = text.encode("utf-8", "backslashreplace")
         with self._changed:
             if self._closing:
@@ -62,16 +62,19 @@ class QueuedOutput(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Nothing: what was written is on its way. See `drain`."""
+        """Do nothing: the thread writes at once. `drain` waits for it."""
 
     def drain(self, timeout_s: float) -> bool:
-        """Wait until all that was printed has been written, at most so long; whether it has."""
+        """Wait until the queue is empty and written, at most `timeout_s`; returns whether it is."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue and not self._writing, max(deadline - time.monotonic(), 0))
+            return self._changed.wait_for(
+                lambda: not self._queue and not self._writing,
+                max(deadline - time.monotonic(), 0),
+            )
 
     def finish(self) -> None:
-        """For the end of the process: what is printed after this is written at once, where it can be."""
+        """Drain at the end of the process; later output is written directly if that does not block."""
         self.drain(_LAST_WORDS_S)
         self._closing = True
 
@@ -114,7 +117,8 @@ class QueuedOutput(io.TextIOBase):
         lost = self.num_dropped_lines - self._num_told
         if lost:
             self._num_told = self.num_dropped_lines
-            self._append(f"{chr(10) * self._in_line}cantata: {lost} lines of this log could not be written and are lost\n".encode())
+            note = f"cantata: {lost} lines of this log could not be written and are lost\n"
+            self._append(f"{chr(10) * self._in_line}{note}".encode())
         self._append(data)
         self._changed.notify_all()
 
@@ -128,7 +132,7 @@ class QueuedOutput(io.TextIOBase):
         while view:
             try:
                 view = view[os.write(self._descriptor, view) :]
-            except BlockingIOError:  # whoever shares the descriptor has made it so
+            except BlockingIOError:  # another process that shares the descriptor has made it so
                 select.select((), (self._descriptor,), ())
             except (OSError, ValueError):
                 return False
@@ -141,9 +145,11 @@ class QueuedOutput(io.TextIOBase):
 
 
 def keep_output_from_failing() -> None:
-    """From here on this process prints through queues. Call it before anything keeps `sys.stderr`, such as a log's handler.
+    """Replace `sys.stdout` and `sys.stderr` by queued outputs.
 
-    Streams that are not the process's own, as in tests, stay as they are; one that was closed when the process started leads nowhere.
+    Call it before anything keeps `sys.stderr`, such as a log's handler. Streams that are not the
+    process's own, as in tests, stay as they are. One that was closed when the process started is
+    connected to the null device.
     """
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
@@ -160,14 +166,17 @@ def keep_output_from_failing() -> None:
 
 
 def drain_output(timeout_s: float = _LAST_WORDS_S) -> None:
-    """Before `os._exit`, which runs nothing else: let what was printed be written."""
+    """Write what is queued; call it before `os._exit`, which runs no exit handlers."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, QueuedOutput):
             stream.drain(timeout_s)
 
 
 def _occupy(descriptor: int) -> None:
-    """Open nothing as this descriptor, so that no socket gets its number and with it what libraries print there."""
+    """Open the null device as this descriptor if it is free.
+
+    A socket that got its number would receive what libraries print there.
+    """
     try:
         os.fstat(descriptor)
     except OSError:

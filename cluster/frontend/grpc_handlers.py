@@ -1,7 +1,7 @@
-"""Messages of gRPC calls as they came, decoded by the servicer: what cannot be decoded is an answer like any other.
+"""gRPC handlers whose servicers decode messages themselves, so that they answer for undecodable ones.
 
-The generated code lets gRPC decode, which answers UNKNOWN with the name of a Python class, writes a traceback, and does so before a key was
-asked for. This module is imported by Serve's proxies and stays light.
+The generated code leaves decoding to gRPC, which answers UNKNOWN with the name of a Python class and
+writes a traceback, before any key was checked. Serve's proxies import this module: keep it light.
 """
 
 import logging
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def decoded(data: bytes | Kind, kind: type[Kind]) -> Kind:
-    """The message, which a server without our handlers has decoded already.
+    """Return the message; a server without these handlers has decoded it already.
 
     Raises:
         InvalidRequest: the bytes are no such message.
@@ -37,25 +37,26 @@ def decoded(data: bytes | Kind, kind: type[Kind]) -> Kind:
     except DecodeError:
         _log.info("a message cannot be decoded as %s", kind.DESCRIPTOR.full_name)
         raise InvalidRequest(
-            f"The message cannot be decoded as {kind.DESCRIPTOR.full_name}: it is truncated, has text that is not UTF-8, or is nested too "
-            "deeply (a schema in a Struct can have about 30 levels)."
+            f"The message cannot be decoded as {kind.DESCRIPTOR.full_name}: it is truncated, has text that "
+            "is not UTF-8, or is nested too deeply (a schema in a Struct can have about 30 levels)."
         ) from None
 
 
 def add_InferenceServicer_to_server(servicer: object, server: grpc.aio.Server) -> None:
-    """As the generated function of this name; the servicer gets bytes. Also for Serve's `grpc_servicer_functions`."""
+    """Register a servicer that takes bytes; for Serve's `grpc_servicer_functions` too."""
     _add(pb.DESCRIPTOR.services_by_name["Inference"], servicer, server)
 
 
 def add_HealthServicer_to_server(servicer: object, server: grpc.aio.Server) -> None:
-    """As above, of grpc.health.v1.Health."""
+    """Register a servicer of grpc.health.v1.Health that takes bytes."""
     _add(health_pb2.DESCRIPTOR.services_by_name["Health"], servicer, server)
 
 
 def _add(service: ServiceDescriptor, servicer: object, server: grpc.aio.Server) -> None:
     handlers: dict[str, Any] = {}
     for method in service.methods:
-        make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        make = stream if method.server_streaming else unary
         handlers[method.name] = make(getattr(servicer, method.name), response_serializer=_serialized)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
@@ -65,7 +66,7 @@ def _serialized(message: Message) -> bytes:
 
 
 class DecodeErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for type checkers only
-    """For services whose servicers are a library's, health and reflection: a message that cannot be decoded is INVALID_ARGUMENT.
+    """Answers INVALID_ARGUMENT to undecodable messages for servicers of libraries (health, reflection).
 
     Args:
         count: told the method (`Health/Check`) of each such call.
@@ -74,8 +75,12 @@ class DecodeErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
     def __init__(self, count: Callable[[str], None]) -> None:
         self._count = count
 
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
-        """The handler, with a decoder that does not raise."""
+    async def intercept_service(
+        self,
+        continuation: Callable[[Any], Awaitable[Any]],
+        handler_call_details: Any,
+    ) -> Any:
+        """Return the handler with a decoder that does not raise."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_deserializer is None:
             return handler

@@ -1,7 +1,7 @@
 """The HTTP server of standalone serving: uvicorn with bounds on what a connection may cost.
 
-uvicorn bounds only the time that an idle connection is kept. On Ray its place is taken by Serve's HAProxy, which has bounds of its own
-(docs/operations.md).
+uvicorn bounds only the time that an idle connection is kept. On Ray, Serve's HAProxy stands in its
+place and has bounds of its own (docs/operations.md).
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from cluster.metrics import GatewayMetrics
 from workers.errors import CantataError, InvalidRequest
 
 _LINGER_S = 5.0
-"""For a client to read an answer that came before it had sent all: its connection is closed then."""
+"""Time to read an answer that was sent before the request was complete; then the connection closes."""
 _LONGEST_SWEEP_S = 1.0
 
 
@@ -35,7 +35,13 @@ class HttpServer(uvicorn.Server):
         graceful_s: what running requests get to end after `should_exit`; None: no bound.
     """
 
-    def __init__(self, app: ASGIApp, limits: GatewayConfig, metrics: GatewayMetrics, graceful_s: float | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: GatewayConfig,
+        metrics: GatewayMetrics,
+        graceful_s: float | None = None,
+    ) -> None:
         config = _Config(
             app,
             http=_Protocol,
@@ -46,16 +52,17 @@ class HttpServer(uvicorn.Server):
             timeout_graceful_shutdown=None if graceful_s is None else math.ceil(graceful_s),
         )
         config.limits, config.metrics = limits, metrics
-        config.timeout_keep_alive = limits.keep_alive_timeout_s  # type: ignore[assignment]  # given to call_later alone
+        # An int by its annotation; uvicorn passes it to call_later.
+        config.timeout_keep_alive = limits.keep_alive_timeout_s  # type: ignore[assignment]
         super().__init__(config)
         self._sweep_s = min(_LONGEST_SWEEP_S, limits.header_timeout_s / 4, limits.send_timeout_s / 4)
 
     def capture_signals(self) -> "nullcontext[None]":  # type: ignore[override]
-        """Leaves signals to the process."""
+        """Leave signals to the process."""
         return nullcontext()
 
     async def serve(self, sockets: Any = None) -> None:
-        """See uvicorn; connections are looked at from time to time until it ends."""
+        """Serve as uvicorn does, and check connections from time to time."""
         sweeping = asyncio.create_task(self._sweep())
         try:
             await super().serve(sockets)
@@ -83,14 +90,20 @@ class _Protocol(HttpToolsProtocol):
 
     config: _Config
 
-    def __init__(self, config: _Config, server_state: ServerState, app_state: dict[str, Any], _loop: Any = None) -> None:
+    def __init__(
+        self,
+        config: _Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: Any = None,
+    ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._limits = config.limits
         self._bytes_without_body = 0
         self._in_message = False
         self._refused = False
-        # Since when, on the loop's clock, the connection waits for headers; for the rest of a message that was answered early; to have its
-        # output read before it closes.
+        # Since when, on the loop's clock, the connection waits: for headers; for the rest of a message
+        # that was answered early; for its output to be read before it closes.
         self._headers_since: float | None = None
         self._rest_since: float | None = None
         self._closing_since: float | None = None
@@ -167,26 +180,29 @@ class _Protocol(HttpToolsProtocol):
                 self.transport.abort()
         elif self._headers_since is not None and now - self._headers_since > limits.header_timeout_s:
             if self._in_message:
-                self._refuse(errors.RequestTimeout(f"The request's headers took longer than {limits.header_timeout_s:g} s."))
+                limit = f"{limits.header_timeout_s:g} s"
+                self._refuse(errors.RequestTimeout(f"The request's headers took longer than {limit}."))
             else:
                 self.transport.close()
 
     def _headers_too_large(self) -> CantataError:
-        return errors.HeadersTooLarge(f"The request's headers are larger than the {self._limits.max_header_bytes} bytes of this server.")
+        limit = self._limits.max_header_bytes
+        return errors.HeadersTooLarge(f"The request's headers are larger than the {limit} bytes of this server.")
 
     def _refuse(self, error: CantataError) -> None:
-        """Answer for the app, read no more, and close when the client has had time to read that."""
+        """Answer in place of the app, drop further input, and close after a time to read the answer."""
         self._refused = True
         self._headers_since = None
         status, body = errors.row_of(error).http_status, errors.body(error)
         if self.cycle is None or self.cycle.response_complete:
             self.config.metrics.requests.labels("unknown", str(status)).inc()
-            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\nx-request-id: {uuid.uuid4().hex}"
-            self.transport.write(STATUS_LINE[status] + head.encode() + b"\r\n\r\n" + body)
+            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
+            head += f"x-request-id: {uuid.uuid4().hex}\r\n\r\n"
+            self.transport.write(STATUS_LINE[status] + head.encode() + body)
         else:
             self.transport.close()  # in the middle of an answer
             return
-        # What it still sends is dropped: closed at once, its kernel would drop the answer instead.
+        # Not closed at once: the reset that follows further input could overtake the answer.
         self._rest_since = self.loop.time()
         self.transport.write_eof()
 
@@ -197,7 +213,10 @@ class _Protocol(HttpToolsProtocol):
 
 
 def _without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> Any:
-    """HTTP/1.0 has no chunks: a body without a length ends with its connection, which uvicorn closes."""
+    """Return the app for an HTTP/1.0 client, which knows no chunks.
+
+    A body without a length ends with its connection, which uvicorn closes.
+    """
 
     async def plain(scope: Scope, receive: Receive, send: Send) -> None:
         has_length = False

@@ -1,7 +1,7 @@
-"""A tool's JSON schema against draft 2020-12: what the draft's metaschema asks of each keyword, in one pass over the schema.
+"""Check of a tool's JSON schema against draft 2020-12: what its metaschema asks of each keyword.
 
-The reference validator for Python takes a second for 90 kB of schema and raises on patterns that `re` cannot take, so it is a test's
-oracle and not used here.
+One pass over the schema. The reference validator for Python takes a second for 90 kB of schema, and
+raises on patterns that `re` cannot compile, so it serves as the tests' oracle only.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 MAX_DEPTH = 64
 """Objects and arrays inside each other."""
 MAX_PATTERN_CHARS = 65_536
-"""Of all regular expressions in the tools of a request: compiling them takes 4 to 20 µs a character."""
+"""Characters of all regular expressions in a request's tools; compiling takes 4 to 20 µs each."""
 
 _PURGE_FROM_CHARS = 256
 _MAX_SHOWN_CHARS = 200
@@ -20,7 +20,8 @@ _ANCHOR = re.compile(r"[A-Za-z_][-A-Za-z0-9._]*")
 
 # ECMA-262's syntax where Python's differs.
 _ECMA = re.compile(
-    r"\[\^?(?P<set>(?:\\.|[^\]\\])*+)(?P<set_end>\]?)|\\(?P<escaped>k<[^<>]*>|[pP]\{[^{}]*\}|u\{[0-9A-Fa-f]+\}|u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2}|c[A-Za-z]|.)"
+    r"\[\^?(?P<set>(?:\\.|[^\]\\])*+)(?P<set_end>\]?)"
+    r"|\\(?P<escaped>k<[^<>]*>|[pP]\{[^{}]*\}|u\{[0-9A-Fa-f]+\}|u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2}|c[A-Za-z]|.)"
     r"|\(\?<(?P<behind>[=!])|(?P<group>\(\?<[^<>]*>)",
     re.DOTALL,
 )
@@ -39,15 +40,21 @@ def _is_number(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return _is_number(value) and value >= 0 and (isinstance(value, int) or value.is_integer())  # type: ignore[operator, attr-defined]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value >= 0 and float.is_integer(value) if isinstance(value, float) else value >= 0
 
 
 def _is_strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) for entry in value) and len(set(value)) == len(value)
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        return False
+    return len(set(value)) == len(value)
 
 
 def _is_type(value: object) -> bool:
-    return value in _SIMPLE_TYPES if isinstance(value, str) else _is_strings(value) and bool(value) and _SIMPLE_TYPES.issuperset(value)  # type: ignore[arg-type]
+    if isinstance(value, str):
+        return value in _SIMPLE_TYPES
+    return isinstance(value, list) and bool(value) and _is_strings(value) and _SIMPLE_TYPES.issuperset(value)
 
 
 def _is_anchor(value: object) -> bool:
@@ -71,7 +78,10 @@ _VALUES: dict[str, tuple[str, Callable[[object], bool]]] = {
     **dict.fromkeys(("maxProperties", "minProperties"), _COUNT),
     **dict.fromkeys(("uniqueItems", "deprecated", "readOnly", "writeOnly"), _FLAG),
     **dict.fromkeys(("enum", "examples"), _LIST),
-    "$id": ("a URI reference without a fragment", lambda value: isinstance(value, str) and "#" not in value.removesuffix("#")),
+    "$id": (
+        "a URI reference without a fragment",
+        lambda value: isinstance(value, str) and "#" not in value.removesuffix("#"),
+    ),
     "$vocabulary": (
         "an object of true or false",
         lambda value: isinstance(value, Mapping) and all(isinstance(flag, bool) for flag in value.values()),
@@ -91,7 +101,12 @@ _SCHEMA = frozenset(
     )
 )
 _SCHEMAS = frozenset(("prefixItems", "allOf", "anyOf", "oneOf"))
-_NAMED_SCHEMAS = frozenset(("$defs", "definitions", "properties", "patternProperties", "dependentSchemas", "dependencies"))
+_NAMED_SCHEMAS = frozenset(
+    (
+        *("$defs", "definitions", "properties"),
+        *("patternProperties", "dependentSchemas", "dependencies"),
+    )
+)
 
 
 class SchemaCheck:
@@ -101,9 +116,11 @@ class SchemaCheck:
         self._pattern_chars_left = MAX_PATTERN_CHARS
 
     def problem(self, schema: Mapping[str, object]) -> str | None:
-        """What is wrong with a schema of a function's arguments, as the rest of a sentence; None: nothing.
+        """Return what is wrong with the schema of a function's arguments, or None.
 
-        Takes time in proportion to the schema, and never raises.
+        Returns:
+            The rest of a sentence that begins with the schema's name. Takes time in proportion to the
+            schema and never raises.
         """
         if _deeper_than(schema, MAX_DEPTH):
             return f"is nested deeper than {MAX_DEPTH} levels"
@@ -113,7 +130,7 @@ class SchemaCheck:
         if found is None:
             return None
         path, reason = found
-        return f"is not a JSON schema: {_shown(path)} {reason}" if path else f"is not a JSON schema: it {reason}"
+        return f"is not a JSON schema: {_shown(path) if path else 'it'} {reason}"
 
     def _broken_keyword(self, root: object) -> tuple[_Path, str] | None:
         pending: list[tuple[_Path, object]] = [(None, root)]
@@ -152,7 +169,8 @@ class SchemaCheck:
     def _pattern_problem(self, pattern: str) -> str | None:
         self._pattern_chars_left -= len(pattern)
         if self._pattern_chars_left < 0:
-            return f"has more than {MAX_PATTERN_CHARS} characters, together with the regular expressions before it"
+            limit = f"{MAX_PATTERN_CHARS} characters"
+            return f"has more than {limit}, together with the regular expressions before it"
         try:
             # Sets of other characters take Python 13 ms each.
             re.compile(_ECMA.sub(_in_python, _NOT_ASCII.sub("a", pattern)))
@@ -165,7 +183,10 @@ class SchemaCheck:
 
 
 def _in_python(match: re.Match[str]) -> str:
-    """A piece of ECMA-262 as something of the same shape in Python's syntax: patterns are only compiled, never searched for."""
+    """Return a piece of ECMA-262 syntax as one of the same shape in Python's.
+
+    Patterns are compiled to find errors, and never searched for.
+    """
     if match["set"] is not None:
         return f"[{_set_in_python(match['set'])}{match['set_end']}"
     if match["behind"] is not None:
@@ -182,10 +203,16 @@ def _escape_in_python(escaped: str) -> str:
 
 
 def _set_in_python(members: str) -> str:
-    """Without what stands for several characters, which cannot bound a range in Python, and with each `[` escaped."""
+    """Return a set's members for Python: each `[` escaped, and without classes such as `\\d`.
+
+    A class cannot be the end of a range in Python; in ECMA-262 the hyphen beside it is a character.
+    """
     text = _SET_ESCAPES.sub("", members).replace("[", r"\[")
-    text = _ECMA.sub(lambda match: match[0] if match["escaped"] is None else _escape_in_python(match["escaped"]), text)
-    return text.removeprefix("^") or "a"
+
+    def escape(match: re.Match[str]) -> str:
+        return match[0] if match["escaped"] is None else _escape_in_python(match["escaped"])
+
+    return _ECMA.sub(escape, text).removeprefix("^") or "a"
 
 
 def _shown(path: _Path) -> str:
@@ -205,7 +232,8 @@ def _deeper_than(value: object, limit: int) -> bool:
     level: list[object] = [value]
     for _ in range(limit):
         containers = [node for node in level if isinstance(node, Mapping | list)]
-        level = [child for node in containers for child in (node.values() if isinstance(node, Mapping) else node)]
+        values = (node.values() if isinstance(node, Mapping) else node for node in containers)
+        level = [child for entries in values for child in entries]
         if not level:
             return False
     return True

@@ -1,4 +1,7 @@
-"""Threads for the work on large texts, so that the event loop serves others meanwhile, and small requests do not wait behind large ones."""
+"""Threads for work on large texts: the event loop serves other requests meanwhile.
+
+Small requests do not wait for large ones.
+"""
 
 import asyncio
 import contextlib
@@ -11,16 +14,16 @@ from workers.errors import Overloaded
 T = TypeVar("T")
 
 INLINE_CHARS = 8192
-"""Texts up to this long are worked on by the event loop itself: under a millisecond or two."""
+"""Up to this length the event loop does the work itself, in a millisecond or two."""
 LARGE_CHARS = 1 << 18
-"""Of what has a thread of its own: a second and more. Many such requests wait for each other, and nothing else waits for them."""
+"""Above this length, which takes a second or more, texts share one thread and wait for each other."""
 MAX_WAITING_CHARS = 1 << 28
-"""Of all texts that threads have or wait for."""
+"""Characters of all texts that threads work on or have queued."""
 _NUM_MEDIUM_THREADS = 2
 
 
 class TextThreads:
-    """Belongs to one event loop. The work is on immutable texts and releases the GIL where it takes long."""
+    """The threads of one event loop. Long work should release the GIL."""
 
     def __init__(self) -> None:
         self._medium = ThreadPoolExecutor(_NUM_MEDIUM_THREADS, thread_name_prefix="cantata-text")
@@ -28,15 +31,15 @@ class TextThreads:
         self._waiting_chars = 0
 
     async def run(self, num_chars: int, work: Callable[[], T]) -> T:
-        """The result of work on a text of so many characters.
+        """Return the result of `work`, done on the thread for a text of `num_chars` characters.
 
         Raises:
-            Overloaded: too much waits already.
+            Overloaded: MAX_WAITING_CHARS are queued.
         """
         if num_chars <= INLINE_CHARS:
             return work()
         if self._waiting_chars and self._waiting_chars + num_chars > MAX_WAITING_CHARS:
-            raise Overloaded("The server has as many large requests to read as it takes on; try again in a moment.")
+            raise Overloaded("The server is reading as many large requests as it can; try again in a moment.")
         loop = asyncio.get_running_loop()
         self._waiting_chars += num_chars
 
@@ -44,13 +47,13 @@ class TextThreads:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self._release, num_chars)
 
-        # The thread's own future: where the client leaves, work that has begun goes on, and counts.
+        # The thread's own future: work that has begun goes on after its client has left, and counts.
         future = (self._medium if num_chars <= LARGE_CHARS else self._large).submit(work)
         future.add_done_callback(done)
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Begin nothing more."""
+        """Start no more work."""
         for executor in (self._medium, self._large):
             executor.shutdown(wait=False, cancel_futures=True)
 
