@@ -82,7 +82,7 @@ def application(config: AppConfig, *, replicas: int = 1, gateways: int = 1) -> s
         user_config={},
         max_ongoing_requests=_NO_LIMIT,
         max_queued_requests=-1,
-        health_check_period_s=5,
+        health_check_period_s=2,
         graceful_shutdown_timeout_s=config.gateway_drain_timeout_s + _STOP_S,
         max_constructor_retry_count=3,
         logging_config=LoggingConfig(enable_access_log=False),
