@@ -1,8 +1,8 @@
 """How tests/gpu are run on a GPU machine: dealt by weight, a result at a time, in new processes after a death."""
 
-import _thread
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -79,15 +79,21 @@ def test_a_process_that_is_stopped_keeps_its_results_and_says_where_it_was(tmp_p
 
 def test_an_interrupt_ends_all_processes_and_keeps_their_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_children, "_ending", threading.Event())
+    # Ignored where the tests run in the background of a script.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
         until((tmp_path / "hangs").exists, LONG_S)
-        _thread.interrupt_main()
+        # A real signal: it wakes the main thread, which waits for a lock.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, f"import threading\ndef test_first(): pass\ndef test_hangs(): {HANGS}\ndef test_never(): pass\n")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, f"import threading\ndef test_first(): pass\ndef test_hangs(): {HANGS}\ndef test_never(): pass\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert not gpu_children._running
     assert so_far(tmp_path / "out")["summary"] == "1 passed"

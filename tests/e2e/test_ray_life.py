@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+import torch
 
 from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
@@ -95,13 +96,15 @@ def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path
 
 
 def test_more_ranks_than_this_machine_has_room_for(model: Path, tmp_path: Path) -> None:
-    replicas = usable_cores() + 1
-    flags = ["--model", str(model), "--tensor-parallel-size", "2", "--replicas", str(replicas)]
+    replicas = max(usable_cores(), torch.cuda.device_count()) + 1
+    # On GPUs: engines on a CPU would share what there is.
+    flags = ["--model", str(model), "--tensor-parallel-size", "2", "--replicas", str(replicas), "--device", "cuda", "--threads", "1"]
     with started("too large", isolated_if_possible([str(BIN / "cantata"), "serve", *flags]), tmp_path, {"HOME": str(tmp_path)}) as served:
         assert served.process.wait(120) == 1
         assert none_left(served.mark, 15) == []
     log = served.log.read_text(errors="replace")
-    assert f"{replicas} replicas of 2 ranks want {2 * replicas} CPUs, free are {usable_cores()} of {usable_cores()} CPU" in log
+    wanted = f"{replicas} replicas of 2 ranks want {2 * replicas} CPUs and {2 * replicas} GPUs"
+    assert f"{wanted}, free are {usable_cores()} of {usable_cores()} CPU" in log
     assert "Traceback" not in log
 
 
