@@ -18,7 +18,7 @@ import httpx
 
 from tests.support.hosts import DISK, Host, network
 from tests.support.netns import Relay
-from tests.support.processes import marked, new_mark
+from tests.support.processes import kill_marked, marked, new_mark
 from tests.support.ray_nodes import GCS_PORT, NODE_ENVIRONMENT, ray_nodes
 from tests.support.served import FAST_INGRESS, MODEL_NAME, ROOT, Served, serve_config
 from tests.support.waiting import until
@@ -152,6 +152,7 @@ def deployments(folder: Path, model: Path, *, step_s: float = 0.0, environment: 
         (host,) = stack.enter_context(network(1)).hosts
         variables = _ENVIRONMENT | slow | dict(environment or {})
         stack.enter_context(ray_nodes((host,), folder, mark, num_cpus=NUM_CPUS, environment=variables))
+        stack.callback(kill_marked, mark)  # what is served need not end well, as it does for an operator
         command = host.command([sys.executable, str(ROOT / "tests/support/serve_operator.py")])
         process = stack.enter_context(
             subprocess.Popen(
