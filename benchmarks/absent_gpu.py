@@ -30,7 +30,7 @@ from workers.executor import runner, step_inputs
 
 META = torch.device("meta")
 PROCESSORS = 132
-"""Of an H100 or H200."""
+"""Number of multiprocessors of an H100 or H200."""
 _MAX_SHARED_BYTES = 227 * 1024
 _MAX_THREADS = 1024
 _KERNELS = (

@@ -19,7 +19,7 @@ from workers.model.make_checkpoint import preset_config
 MEMORY_BYTES = 79 << 30
 """Free, of an H100."""
 LAYERS = 2
-"""Of the presets: one of each window; the others launch the same kernels."""
+"""Layers kept of a preset: one of each window; the others launch the same kernels."""
 PARTS: tuple[Callable[[Options, Attempts], None], ...] = (
     gpu_probe.decode_ways,
     gpu_parts.measure_step,

@@ -21,7 +21,7 @@ from kernels.moe import reference
 TARGET = "GPU_CHECK_ABSENT_TARGET"
 """Environment variable: as "sm_90"."""
 LONGEST_S = 7200.0
-"""For all tests."""
+"""Seconds that all tests have together."""
 _cpu, _tolist = torch.Tensor.cpu, torch.Tensor.tolist
 
 
@@ -40,7 +40,7 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _zero(read: Callable[[torch.Tensor], float], value: float) -> Callable[[torch.Tensor], float]:
-    """As `read`, of a tensor without memory the value."""
+    """Read as `read` does; return the value for a tensor without memory."""
     return lambda tensor: value if tensor.device == META else read(tensor)
 
 

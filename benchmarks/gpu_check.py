@@ -47,11 +47,11 @@ PACKED_PRESETS = ("20b", "120b")
 PROBE_S = 60.0
 """The probe's time, at most."""
 PART_SHARE = 0.6
-"""Of the time that is left, what a part gets that others follow."""
+"""Share of the time left that a part gets when others follow it."""
 LEAST_S = 20.0
 """Under which no process is begun."""
 SHOWN_LINES = 40
-"""Of what a part that failed has printed."""
+"""Number of lines shown of what a failed part printed."""
 ROOT = Path(__file__).parent.parent
 
 

@@ -73,7 +73,7 @@ def end_children() -> None:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """With the processes that it started, such as a C compiler."""
+    """Kill the process and those that it started, such as a C compiler."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -187,7 +187,7 @@ def _engines(options: Options, chosen: ChosenModel) -> "Iterator[Callable[..., L
 
 
 def _prompts(config: ModelConfig) -> list[list[int]]:
-    """Of 1 to 400 tokens, on both sides of a sliding window; the same each time."""
+    """Return prompts of 1 to 400 tokens, on both sides of a sliding window; the same each time."""
     generator = torch.Generator().manual_seed(0)
     lengths = [1 + 400 * index**2 // NUM_PROMPTS**2 for index in range(NUM_PROMPTS)]
     return [torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in lengths]

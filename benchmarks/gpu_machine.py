@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 _LONGEST_S = 30.0
-"""For a tool to answer in."""
+"""Seconds that a tool has to answer."""
 
 
 def describe() -> dict[str, str]:
@@ -50,7 +50,7 @@ def _version(package: str) -> str:
 
 
 def _compiler() -> str:
-    """As `triton.runtime.build` chooses it."""
+    """Return the compiler that `triton.runtime.build` would choose."""
     found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if found is None:
         return "none: Triton can launch only what it has launchers for in its cache"

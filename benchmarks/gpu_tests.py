@@ -24,15 +24,15 @@ FOLDER = "tests/gpu"
 ALONE = ("roofline", "graphs_keep")
 """In the names of the tests that no other process may disturb."""
 ALONE_SHARE = 0.25
-"""Of the time, what is kept for those that run alone."""
+"""Share of the time kept for the tests that run alone."""
 COLLECT_S = 90.0
-"""For pytest to list the tests in, at most: it imports torch and Triton once."""
+"""Seconds in which pytest has to list the tests: it imports torch and Triton once."""
 LEAST_S = 5.0
 """Under which no process is begun."""
 WEIGHTS = Path(__file__).parent / "gpu_test_weights.json"
 """Seconds of a case, by test: file's name, two colons, function's name. Written by `python3 -m benchmarks.gpu_test_weights TESTS.JSONL`."""
 DEFAULT_WEIGHT = 0.5
-"""Of a test that is not among them."""
+"""Weight of a test that is not among them."""
 ROOT = Path(__file__).parent.parent
 # Without the project's own options, which need plugins that a GPU machine may lack.
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "--disable-warnings"]
@@ -121,7 +121,7 @@ def _weight(test_id: str, weights: Mapping[str, float]) -> float:
 
 
 def name_of_test(test_id: str) -> str:
-    """As WEIGHTS has it."""
+    """Return the name under which WEIGHTS has the test."""
     file, _, test = test_id.partition("::")
     return f"{Path(file).name}::{test.partition('[')[0]}"
 

@@ -15,7 +15,7 @@ from kernels.cpu import roofline
 from kernels.cpu.roofline import Gemm
 
 WARM_UP_S = 0.3
-"""For a GPU's clocks to rise; an idle H100 runs at 345 MHz, a sixth of what it reaches."""
+"""Seconds of work after which a GPU's clocks have risen; an idle H100 runs at 345 MHz, a sixth of what it reaches."""
 GRAPH_LAUNCHES = 20
 """In one graph, at least: it takes the host longer to start a graph than the GPU to run one small kernel."""
 _GEMM_SIZE = 8192
@@ -24,7 +24,7 @@ _WARM_S, _ROUND_S = 0.02, 0.002
 """How long work runs before it is timed, and a round of it, at least; a round is one run at least."""
 _ROUNDS, _FEWEST_ROUNDS = 9, 3
 _ENOUGH_S = 1.0
-"""Of rounds, after which the fewest are enough."""
+"""Seconds of rounds after which the fewest are enough."""
 
 Work = Callable[[], object]
 

@@ -282,7 +282,7 @@ def check_no_settings(environment: Mapping[str, str]) -> None:
 
 
 RUN_TIME_SETTINGS = ("max_in_flight_requests", "request_timeout_s", "conversation_date", "reasoning_effort")
-"""Of `gateway`: those that a running gateway takes over from the `user_config` of its deployment."""
+"""Settings of `gateway` that a running gateway takes over from the `user_config` of its deployment."""
 
 
 def reconfigured(gateway: GatewayConfig, values: object) -> GatewayConfig:

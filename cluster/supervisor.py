@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 DESCENDANTS_S = 30.0
-"""For the kernel to end what a dead child had started; it takes seconds where much memory is to be freed."""
+"""Seconds that the kernel has to end what a dead child had started; it takes seconds where much memory is to be freed."""
 TURN_S = 1.0
 """Between two looks at whether a child has written a heartbeat."""
 STABLE_AFTER_S = 60.0

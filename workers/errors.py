@@ -6,7 +6,7 @@
 from typing import ClassVar
 
 _MAX_MESSAGE_CHARS = 1000
-"""Of a message, which may quote a name or an id that the client sent."""
+"""Longest text of a message, which may quote a name or an id that the client sent."""
 
 
 class CantataError(Exception):

@@ -37,7 +37,7 @@ _JSON_KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """Of every request's body.
+    """Limits of every request's body.
 
     Attributes:
         max_bytes: more is refused with 413.

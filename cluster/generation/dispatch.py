@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 MAX_ENGINE_DEATHS = 3
 """Of replicas that died under one request: it may be the request that kills them."""
 RESUME_WAIT_S = 60.0
-"""For a sequence whose replica is gone to be taken by another one, where all that live are full."""
+"""Seconds that a sequence whose replica is gone waits for another one, where all live ones are full."""
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
 """Between two tries, whatever the full replica says."""
 _MAX_HASHED_BLOCKS = 2048

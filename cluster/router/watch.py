@@ -9,7 +9,7 @@ from typing import Protocol
 from workers.errors import CantataError, DeadlineExceeded
 
 PROBE_PERIOD_S = 1.0
-"""From an answer to the next question."""
+"""Seconds from an answer to the next question."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ GRPC_SERVICERS = (
 _NO_LIMIT = 1_000_000
 """The gateway has its own admission control, which answers in OpenAI's form; Serve's would come first and answer in its own."""
 _STOP_S = 10.0
-"""For a replica to end after its running requests have, or have had their time."""
+"""Seconds that a replica has to end after its running requests have ended or used up their time."""
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -26,7 +26,7 @@ from cluster.router.table import Replica
 from cluster.serve.ray_environment import FAST_INGRESS
 
 ADDRESS_KEY, START_ID_KEY, SECRET_KEY = "engine_address", "engine_start_id", "engine_secret"
-"""Of an engine's metadata. The secret is for gateways alone: metadata are neither logged nor shown."""
+"""Keys of an engine's metadata. The secret is for gateways alone: metadata are neither logged nor shown."""
 SERVE_LOGGER = "ray.serve"
 BUILDER = "cluster.serve.app:build"
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(SERVE_LOGGER)
 
 _CONTROLLER_TIMEOUT_S = 30.0
 _PAGE_TIMEOUT_S = 2.0
-"""For what other processes say of themselves, of a scrape's 10 s."""
+"""Seconds, of a scrape's 10, that other processes have to answer."""
 
 
 class ServeReplicas(ReplicaSet):

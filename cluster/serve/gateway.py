@@ -41,7 +41,7 @@ logger = logging.getLogger(SERVE_LOGGER)
 
 _MAX_UNSENT_EVENTS = 16
 _FIRST_WORD_S = 5.0
-"""For Serve's list of engines and their answers to come to a new gateway."""
+"""Seconds in which a new gateway waits for Serve's list of engines and for their answers."""
 _REPORT_PERIOD_S = 60.0
 """Between two lines in the log that say what is missing while no engine serves."""
 

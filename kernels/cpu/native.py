@@ -141,7 +141,7 @@ def choose(name: str) -> None:
 
 
 def available() -> list[Isa]:
-    """Of ISAS those that this processor and this build have, the best first; which one is in use stays as it is."""
+    """Return the ISAS that this processor and this build have, the best first; which one is in use stays as it is."""
     loaded = _library()
     if loaded is None:
         return []

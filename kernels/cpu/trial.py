@@ -12,7 +12,7 @@ from kernels.cpu import structures
 _ALIGNMENT = 64
 _WIDTH = _NUM_OUTPUTS = 64
 _NUM_ROWS = (1, 33)
-"""For kernels of one token, and of more than any tile holds."""
+"""Numbers of tokens: one, and more than any tile holds."""
 
 
 def main(file: str, name: str) -> int:

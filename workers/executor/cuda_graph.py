@@ -26,7 +26,7 @@ from workers.model.step_batch import StepBatch
 MAX_GRAPH_SIZE = 512
 """Sequences; larger batches keep the GPU busy without graphs."""
 _TORCH_STREAMS = 32
-"""Of a device, at one priority (c10/cuda/CUDAStream.cpp)."""
+"""Number of streams of a device at one priority (c10/cuda/CUDAStream.cpp)."""
 _ROOM_BYTES = 64 * 1024
 """Beyond the batch, for sampled rows and new blocks; a step that needs more runs without a graph."""
 

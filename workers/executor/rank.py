@@ -50,7 +50,7 @@ _NUM_CHECK_TOKENS = 16
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while starting; total is 0 where a phase has no steps to count."""
 Loader = Callable[..., GptOss]
-"""With `load_model`'s arguments."""
+"""A function that takes `load_model`'s arguments."""
 
 
 @dataclass(frozen=True, slots=True)

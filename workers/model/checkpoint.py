@@ -36,7 +36,7 @@ _STORED_DTYPES = {"dense": ("BF16", "F16", "F32"), "mxfp4_blocks": ("U8",), "mxf
 _NAN_SCALE = 255
 """NaN by the OCP Microscaling specification."""
 _MAX_SCALE = 252
-"""Of MXFP4: with a larger one 6, the largest value, is infinite."""
+"""Largest scale of MXFP4: with a larger one 6, the largest value, is infinite."""
 _SAMPLE_BYTES = 4096
 _PACK_ROWS = 64
 """Dense rows that are converted at a time where they are not stored as they are wanted."""

@@ -11,7 +11,7 @@ from workers.model.mapped_files import MappedTensors
 from workers.model.safetensors_files import StoredTensor
 
 _MAGNITUDES = 0x77
-"""Of the two e2m1 values in a byte; their signs are left out, since -0 is zero, too."""
+"""Mask of the two e2m1 values in a byte; their signs are left out, since -0 is zero, too."""
 _ROWS = 4096
 """Rows of a suspect tensor that are looked at at a time."""
 
