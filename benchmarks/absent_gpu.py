@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.gpu_machine import has_python_h
 from kernels import backend
 from kernels.linear import reference as linear_reference
-from workers.executor import runner, step_inputs
+from workers.rank import runner, step_inputs
 
 META = torch.device("meta")
 PROCESSORS = 132

@@ -13,8 +13,8 @@ from benchmarks.gpu_parts import ChosenModel, Options
 from benchmarks.gpu_timing import Timing, Work
 from kernels.cpu.roofline import Gemm
 from workers.config import ModelConfig
-from workers.executor.runner import Runner
 from workers.model.make_checkpoint import preset_config
+from workers.rank.runner import Runner
 
 MEMORY_BYTES = 79 << 30
 """Free, of an H100."""

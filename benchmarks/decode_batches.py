@@ -11,12 +11,12 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import Timing, warm_up
 from workers.config import BLOCK_SIZE, Dtype, ModelConfig
-from workers.executor.runner import PendingStep, Runner
 from workers.kv_cache.manager import num_blocks_for
 from workers.model.gpt_oss import GptOss
 from workers.model.sizes import expected_experts_hit, rank_bytes, sequence_kv_bytes
 from workers.model.step_batch import StepBatch
 from workers.parallel.shard import RankShard
+from workers.rank.runner import PendingStep, Runner
 from workers.request import SamplingParams
 from workers.scheduler.plan import SequenceStart, StepPlan
 

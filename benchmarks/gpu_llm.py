@@ -15,8 +15,8 @@ import torch
 from benchmarks.gpu_attempts import Attempts
 from benchmarks.gpu_parts import DTYPE, ChosenModel, Options
 from workers.config import ModelConfig, SchedulerConfig
-from workers.executor.memory_profile import run_largest_step, warm_up
 from workers.model.make_checkpoint import plan_checkpoint
+from workers.rank.memory_profile import run_largest_step, warm_up
 from workers.request import SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:

@@ -27,15 +27,15 @@ from kernels.backend import architecture, has_triton, triton_runs_on
 from kernels.mxfp4 import choose_layout
 from kernels.sampling import LogitBias, Penalties, SamplingBatch, sample
 from workers.config import BLOCK_SIZE, Dtype, ModelConfig, ParallelConfig, SchedulerConfig, load_model_config
-from workers.executor.kernel_choice import kernel_choices, not_capturable
-from workers.executor.memory_profile import largest_batch
-from workers.executor.runner import Runner
 from workers.kv_cache.tensors import TORCH_DTYPES, host_free_bytes
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.model.make_checkpoint import preset_config
 from workers.model.sizes import count_parameters, rank_bytes
 from workers.parallel.shard import plan_shards
+from workers.rank.kernel_table import kernel_choices, not_capturable
+from workers.rank.memory_profile import largest_batch
+from workers.rank.runner import Runner
 
 DTYPE: Dtype = "bfloat16"
 PRESETS = ("120b", "20b", "small")

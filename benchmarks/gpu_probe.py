@@ -8,7 +8,7 @@ from benchmarks.decode_batches import WARM_UP_STEPS, Batch, Decoder, random_cach
 from benchmarks.gpu_attempts import Attempts
 from benchmarks.gpu_parts import ChosenModel, Options
 from kernels.backend import architecture
-from workers.executor.runner import Runner
+from workers.rank.runner import Runner
 
 BATCH = Batch(1, 1024)
 STEPS = 20

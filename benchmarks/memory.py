@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.processes import process_tree
 from benchmarks.serving import standalone
-from cluster.bench import serve
+from cluster.commands.bench import serve
 from cluster.config import parse_size
 from workers.config import DenseDtype, ParallelConfig, load_model_config
 from workers.model.sizes import rank_bytes

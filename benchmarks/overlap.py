@@ -21,7 +21,7 @@ from workers.engine import engine as engine_module
 from workers.engine.engine import Engine
 from workers.engine.stream import ThreadReader
 from workers.executor.distributed import DistributedExecutor
-from workers.executor.process_ranks import ProcessRanks
+from workers.executor.launch_processes import ProcessRanks
 from workers.model.make_checkpoint import make_checkpoint
 from workers.request import EngineRequest, SamplingParams
 from workers.scheduler.plan import StepPlan, StepResult

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.gpus import GPUS, Gpu, gpu_kv_cache
+from cluster.commands.gpus import GPUS, Gpu, gpu_kv_cache
 from workers.config import Dtype, ModelConfig, ParallelConfig, SchedulerConfig
 from workers.errors import ConfigError
 from workers.kv_cache.manager import num_blocks_for, sliding_blocks_per_sequence

@@ -28,8 +28,8 @@ import httpx
 from benchmarks import llama_cpp
 from benchmarks.processor_time import OthersMeter
 from benchmarks.serving import free_port, served
-from cluster.bench import serve
-from cluster.bench.report import Report
+from cluster.commands.bench import serve
+from cluster.commands.bench.report import Report
 from workers.cores import usable_cores
 
 CANTATA, ON_RAY, LLAMA_CPP = "Cantata", "Cantata on Ray", "llama.cpp"

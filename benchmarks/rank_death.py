@@ -22,7 +22,7 @@ from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfi
 from workers.engine.engine import Engine
 from workers.engine.stream import ThreadReader
 from workers.executor.distributed import DistributedExecutor, RankLauncher
-from workers.executor.process_ranks import ProcessRanks
+from workers.executor.launch_processes import ProcessRanks
 from workers.model.make_checkpoint import make_checkpoint
 from workers.request import EngineRequest, SamplingParams
 
@@ -39,7 +39,7 @@ def launcher_of(kind: str, num_ranks: int) -> Iterator[RankLauncher]:
         return
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from workers.executor.ray_executor import RayRanks
+    from workers.executor.launch_ray import RayRanks
 
     group = placement_group([{"CPU": 1}] * num_ranks, strategy="PACK")
     try:
@@ -55,7 +55,7 @@ def rank_pids() -> list[int]:
         with suppress(OSError):  # gone, or another user's
             if entry.name.isdigit() and "=".join(MARK).encode() in (entry / "environ").read_bytes().split(b"\0"):
                 command = (entry / "cmdline").read_bytes()
-                if b"_RankActor" in command or b"workers.executor.rank_process" in command:
+                if b"_RankActor" in command or b"workers.rank.process" in command:
                     found.append(int(entry.name))
     return sorted(found)
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from benchmarks.scheduler import MAX_MODEL_LEN, build
 from kernels.sampling import SampleOutput
-from workers.executor import runner as runner_module
-from workers.executor.runner import Runner
 from workers.model.gpt_oss import GptOss
 from workers.parallel.collectives import Alone
+from workers.rank import runner as runner_module
+from workers.rank.runner import Runner
 from workers.request import SamplingParams
 from workers.scheduler.plan import StepPlan, StepResult, decode_plan, encode_plan, encode_result
 

@@ -17,8 +17,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from cluster.bench import serve
-from cluster.bench.report import Report
+from cluster.commands.bench import serve
+from cluster.commands.bench.report import Report
 
 HTTP = re.compile(r"HTTP +(http://[\d.]+:\d+)/v1")
 

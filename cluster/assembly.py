@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 
 from cluster.config import AppConfig, GatewayConfig
+from cluster.fleet.client import EngineClient
+from cluster.fleet.directory import ReplicaSet
+from cluster.fleet.probe import Patience
+from cluster.fleet.table import Replica
 from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.metrics import FleetView, GatewayMetrics
-from cluster.replica_set import ReplicaSet
-from cluster.router.client import EngineClient
-from cluster.router.table import Replica
-from cluster.router.watch import Patience
 from workers.config import load_model_config, longest_context
 from workers.errors import CantataError
 from workers.rpc.convert import EngineInfo

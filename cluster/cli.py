@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["bench"]:
             # Its parser needs the load generator's imports, which --help of the others need not wait for.
-            from cluster.bench.cli import main as bench
+            from cluster.commands.bench.cli import main as bench
 
             return bench(words[1:])
         options = _parser().parse_args(words)
@@ -162,7 +162,7 @@ def _serve(options: argparse.Namespace) -> int:
     known = set(setting_paths())
     config = load_config(options.config, flags={path: value for path, value in vars(options).items() if path in known})
     if options.standalone:
-        from cluster.standalone import serve_standalone
+        from cluster.standalone.serve import serve_standalone
 
         return serve_standalone(config)
     from cluster.serve.launch import serve_on_ray
@@ -198,7 +198,7 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from cluster.inspect_command import run_inspect
+    from cluster.commands.inspect import run_inspect
 
     return run_inspect(
         options.path,
@@ -234,7 +234,7 @@ def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.Argument
 
 
 def _make_checkpoint(options: argparse.Namespace) -> int:
-    from cluster.checkpoint_command import run_make_checkpoint
+    from cluster.commands.make_checkpoint import run_make_checkpoint
 
     return run_make_checkpoint(
         options.out,

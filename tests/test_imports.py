@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ("kernels", "workers", "cluster")
 
 ALLOWED_IN = {
-    "ray": ("cluster/serve/", "cluster/cli.py", "workers/executor/ray_executor.py"),
+    "ray": ("cluster/serve/", "cluster/cli.py", "workers/executor/launch_ray.py"),
     "grpc": (
         "workers/rpc/",
         "cluster/rpc/",
@@ -18,7 +18,7 @@ ALLOWED_IN = {
         "workers/engine/access.py",
         "cluster/frontend/grpc_api.py",
         "cluster/frontend/grpc_handlers.py",
-        "cluster/router/client.py",
+        "cluster/fleet/client.py",
         "cluster/serve/gateway.py",
     ),
     "fastapi": ("cluster/frontend/", "cluster/serve/"),

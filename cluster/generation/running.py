@@ -7,8 +7,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from cluster.events import ChoiceFinish, GenerationEvent, Usage
+from cluster.fleet.dispatch import Dispatcher
 from cluster.generation.choices import Choice, ChoiceEvent
-from cluster.generation.dispatch import Dispatcher
 from cluster.metrics import GatewayMetrics
 from workers.errors import CantataError
 from workers.request import EngineOutput, EngineRequest

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import orjson
 
+from cluster.fleet.client import EngineClient
+from cluster.fleet.dispatch import Dispatcher
+from cluster.fleet.table import Replica, ReplicaDirectory
 from cluster.generation.choices import ChatChoice, CompletionChoice, token_text
-from cluster.generation.dispatch import Dispatcher
 from cluster.generation.requests import (
     GREEDY_BELOW,
     ChatRequest,
@@ -28,8 +30,6 @@ from cluster.harmony.conversation import DEFAULT_MODEL_IDENTITY, Conversation
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.render import render
 from cluster.metrics import FleetView, GatewayMetrics, OneGateway, Scrape, merge
-from cluster.router.client import EngineClient
-from cluster.router.table import Replica, ReplicaDirectory
 from workers.errors import CantataError, ContextLengthExceeded, InvalidRequest, ModelNotFound, Overloaded
 from workers.request import EngineRequest, SamplingParams
 

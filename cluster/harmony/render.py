@@ -12,7 +12,7 @@ from itertools import groupby
 
 from cluster.harmony.conversation import ChatMessage, Conversation, ToolCall, ToolDefinition
 from cluster.harmony.encoding import HarmonyEncoding
-from cluster.harmony.schema_text import check_schema, typescript_type
+from cluster.harmony.tools import check_schema, typescript_type
 from workers.errors import ContextLengthExceeded, InvalidRequest
 
 CHANNELS = ("analysis", "commentary", "final")

@@ -20,9 +20,9 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import gRPCStatusError
 from ray.serve.handle import DeploymentHandle
 
+from cluster.fleet.directory import ReplicaSet
+from cluster.fleet.table import Replica
 from cluster.metrics import Scrape
-from cluster.replica_set import ReplicaSet
-from cluster.router.table import Replica
 from cluster.serve.ray_environment import FAST_INGRESS
 
 ADDRESS_KEY, START_ID_KEY, SECRET_KEY = "engine_address", "engine_start_id", "engine_secret"

@@ -8,18 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.assembly import load_encoding
+from cluster.commands.gpus import GIB, GPUS, Gpu
 from cluster.config import AppConfig, check_no_settings, reconfigured
-from cluster.gpus import GIB, GPUS, Gpu
 from cluster.serve.cluster_view import SERVE_LOGGER
 from cluster.serve.room import accelerators
 from workers.config import EngineConfig, ModelConfig, checkpoint_folder, load_model_config
 from workers.engine.engine import check_max_model_len
 from workers.errors import ConfigError
-from workers.executor.rank import cache_shape
 from workers.kv_cache.tensors import check_kv_dtype, gpu_kv_memory, split_memory
 from workers.model.checkpoint import check_tensors
 from workers.model.sizes import rank_bytes
 from workers.parallel.shard import RankShard, plan_shards
+from workers.rank.rank import cache_shape
 
 logger = logging.getLogger(SERVE_LOGGER)
 

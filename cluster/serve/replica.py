@@ -16,8 +16,8 @@ from workers.engine.server import EngineServer
 from workers.errors import ConfigError, EngineDead
 from workers.executor.base import Executor
 from workers.executor.distributed import DistributedExecutor
+from workers.executor.launch_ray import RayRanks
 from workers.executor.local import local_executor
-from workers.executor.ray_executor import RayRanks
 
 logger = logging.getLogger(SERVE_LOGGER)
 

@@ -13,7 +13,7 @@ from benchmarks.decode_batches import Decoder, StepTime
 from benchmarks.gpu_attempts import CONTEXT_LOST, Attempts, read_result
 from benchmarks.gpu_parts import Options, measure_step
 from tests.support.gpu_parts import measured
-from workers.executor.runner import Runner
+from workers.rank.runner import Runner
 
 CPU = torch.device("cpu")
 CARD = {"bandwidth": 1e9, "gemm": {"dtype": "bf16", "size": 8192, "flops_per_s": 1e12}, "l2_bytes": 0}

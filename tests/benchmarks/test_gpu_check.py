@@ -28,10 +28,10 @@ from kernels.mxfp4 import choose_layout
 from tests.support.gpu_parts import measured
 from tests.support.tiny_model import TINY
 from workers.config import ParallelConfig
-from workers.executor.runner import Runner
 from workers.model.make_checkpoint import preset_config
 from workers.model.sizes import count_parameters, rank_bytes
 from workers.parallel.shard import plan_shards
+from workers.rank.runner import Runner
 
 CPU = torch.device("cpu")
 OPTIONS = Options(CPU, None, "tiny", batch_sizes=(1, 3), contexts=(40,), steps=2, prompts=(20,))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks import parallel_model
 from benchmarks.parallel_model import Point, all_reduce, best, busiest_experts, main, model_step, most_sequences, plan_name, points
-from cluster.gpus import GPUS, gpu_kv_cache
+from cluster.commands.gpus import GPUS, gpu_kv_cache
 from tests.support.thread_ranks import ThreadRank, on_ranks
 from workers.config import ModelConfig, ParallelConfig, SchedulerConfig
 from workers.kv_cache.manager import KVCacheManager, SequenceBlocks

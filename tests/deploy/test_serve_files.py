@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from benchmarks.parallel_model import BATCHES, best, points
+from cluster.commands.gpus import GIB, GPUS, gpu_kv_cache
 from cluster.config import AppConfig, parse_config
-from cluster.gpus import GIB, GPUS, gpu_kv_cache
 from cluster.serve.app import ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT
 from cluster.serve.preflight import check_deployments, check_memory
 from workers.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig

@@ -17,15 +17,15 @@ from kernels.mxfp4 import choose_layout, from_natural, pack, to_natural
 from tests.support.decode_plans import MAX_MODEL_LEN, MAX_NUM_SEQS, MIXED, NUM_BLOCKS, ahead, plans, tokens
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
-from workers.executor.cuda_graph import graph_sizes
 from workers.executor.inline import InlineExecutor
-from workers.executor.kernel_choice import kernel_choices, not_capturable
-from workers.executor.memory_profile import activation_bytes, profile_step
-from workers.executor.rank import usable_device
-from workers.executor.runner import Runner
-from workers.executor.step_inputs import InputBuffers
 from workers.model.checkpoint import load_model
 from workers.model.make_checkpoint import write_checkpoint
+from workers.rank.kernel_table import kernel_choices, not_capturable
+from workers.rank.memory_profile import activation_bytes, profile_step
+from workers.rank.rank import usable_device
+from workers.rank.recorded.cuda_graph import graph_sizes
+from workers.rank.runner import Runner
+from workers.rank.step_inputs import InputBuffers
 from workers.request import SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]

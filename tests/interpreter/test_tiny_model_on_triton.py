@@ -24,10 +24,10 @@ from tests.support.model_steps import PagedSequences
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, Dtype
 from workers.engine.llm import LLM, RequestOutput
-from workers.executor.runner import Runner
 from workers.model import checkpoint as model_checkpoint
 from workers.model.checkpoint import load_model
 from workers.parallel.collectives import Alone
+from workers.rank.runner import Runner
 from workers.request import SamplingParams
 
 PROMPTS = [[5, 6, 7], list(range(10, 43)), [9] * 17, [3, 1, 4, 1, 5], [2]]

@@ -1,6 +1,6 @@
 """Plans of a prefill and many decode steps, for runners of the tiny model, and running them ahead of their results."""
 
-from workers.executor.runner import Runner
+from workers.rank.runner import Runner
 from workers.request import SamplingParams
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from workers.executor import cuda_graph
-from workers.executor.cuda_graph import CaptureStreams
+from workers.rank.recorded import cuda_graph
+from workers.rank.recorded.cuda_graph import CaptureStreams
 
 OTHERS_BYTES = 1 << 30
 """In torch's ordinary pool."""

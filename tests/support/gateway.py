@@ -12,6 +12,8 @@ import httpx
 import openai
 
 from cluster.config import GatewayConfig
+from cluster.fleet.client import EngineClient
+from cluster.fleet.table import Replica, StaticReplicas
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
 from cluster.frontend.http_server import HttpServer
@@ -19,8 +21,6 @@ from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInf
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.make_tokenizer import write_bpe_tokenizer
 from cluster.metrics import GatewayMetrics
-from cluster.router.client import EngineClient
-from cluster.router.table import Replica, StaticReplicas
 from tests.support.fake_engine import FakeEngine
 
 VOCAB_SIZE = 2048

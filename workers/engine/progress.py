@@ -24,7 +24,7 @@ class StartUpProgress:
         self._lock = threading.Lock()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        """As `workers.executor.rank.Progress`."""
+        """As `workers.rank.rank.Progress`."""
         with self._lock:
             if total == 0:
                 self._print(f"{phase} ...")

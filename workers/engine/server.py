@@ -23,9 +23,9 @@ from workers.engine.stream import AsyncReader
 from workers.errors import CantataError, ConfigError, DeadlineExceeded, InvalidRequest
 from workers.executor.base import Executor, ExecutorInfo
 from workers.executor.local import local_executor
-from workers.executor.rank import Progress
 from workers.metrics import EngineMetrics, MetricsServer
 from workers.model.checkpoint import fingerprint
+from workers.rank.rank import Progress
 from workers.request import EngineRequest
 from workers.rpc import convert, engine_pb2_grpc
 from workers.rpc import engine_pb2 as pb

@@ -19,7 +19,7 @@ class ExecutorInfo:
         num_full_blocks, num_sliding_blocks: blocks of each KV group, NULL_BLOCK included.
         kv_cache_bytes, weight_bytes: over all ranks.
         phases_s: seconds by start-up phase, in order.
-        kernels: operation → implementation, layout and why (`workers.executor.kernel_choice`).
+        kernels: operation → implementation, layout and why (`workers.rank.kernel_table`).
     """
 
     device: str

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from workers.config import EngineConfig, ModelConfig
 from workers.executor.base import ExecutorInfo
-from workers.executor.rank import Loader, Progress, Rank, check_memory, plan_kv_cache, prepare_device
 from workers.parallel.collectives import Alone
 from workers.parallel.shard import plan_shards
+from workers.rank.rank import Loader, Progress, Rank, check_memory, plan_kv_cache, prepare_device
 from workers.scheduler.plan import StepPlan, StepResult
 
 

@@ -3,7 +3,7 @@
 from workers.config import EngineConfig, ModelConfig
 from workers.executor.base import Executor
 from workers.executor.inline import InlineExecutor
-from workers.executor.rank import Progress
+from workers.rank.rank import Progress
 
 
 def local_executor(config: EngineConfig, model: ModelConfig, *, progress: Progress | None = None) -> Executor:
@@ -12,6 +12,6 @@ def local_executor(config: EngineConfig, model: ModelConfig, *, progress: Progre
         return InlineExecutor(config, model, progress=progress)
     # Here, since one rank needs neither ZMQ nor msgpack.
     from workers.executor.distributed import DistributedExecutor
-    from workers.executor.process_ranks import ProcessRanks
+    from workers.executor.launch_processes import ProcessRanks
 
     return DistributedExecutor(config, model, ProcessRanks(), progress=progress)

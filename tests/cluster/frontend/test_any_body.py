@@ -14,12 +14,12 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cluster.fleet.client import EngineClient
+from cluster.fleet.table import StaticReplicas
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import InferenceApi
 from cluster.generation import GenerationService, ModelInfo
 from cluster.metrics import GatewayMetrics
-from cluster.router.client import EngineClient
-from cluster.router.table import StaticReplicas
 from cluster.rpc import inference_pb2 as pb
 from tests.support.gateway import VOCAB_SIZE, make_encoding
 from workers.errors import CantataError

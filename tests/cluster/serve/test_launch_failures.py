@@ -10,7 +10,7 @@ from cluster.serve import launch
 TRACEBACK = """The deployment failed to start 3 times in a row. See controller logs for details. Error:
 ray::ServeReplica:cantata:engine.initialize_and_get_metadata() (pid=1)
 Traceback (most recent call last):
-  File "workers/executor/rank.py", line 1, in prepare_device
+  File "workers/rank/rank.py", line 1, in prepare_device
     raise ConfigError(str(error)) from None
 workers.errors.ConfigError: cpu_isa is neon, which is not here
 """

@@ -11,8 +11,8 @@ from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import CacheConfig, EngineConfig
 from workers.engine.llm import LLM
 from workers.errors import ConfigError
-from workers.executor import rank
 from workers.executor.inline import InlineExecutor
+from workers.rank import rank
 from workers.request import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, seed=0, max_tokens=16, ignore_eos=True)

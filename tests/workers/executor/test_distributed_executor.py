@@ -31,10 +31,10 @@ from workers.errors import CheckpointError, ConfigError, EngineDead
 from workers.executor import channel as wire
 from workers.executor.channel import EngineChannel, RankChannel
 from workers.executor.distributed import DistributedExecutor, Placement
-from workers.executor.process_ranks import ProcessRanks
-from workers.executor.rank_process import RankSpec, identity
+from workers.executor.launch_processes import ProcessRanks
 from workers.model.make_checkpoint import write_checkpoint
 from workers.private_folder import PrivateFolder
+from workers.rank.process import RankSpec, identity
 from workers.request import EngineOutput, EngineRequest, SamplingParams
 
 WAIT_S = 60.0

@@ -15,9 +15,9 @@ from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import CacheConfig, EngineConfig, ParallelConfig, load_model_config
 from workers.errors import CheckpointError
 from workers.executor.inline import InlineExecutor
-from workers.executor.rank import Rank, plan_kv_cache
 from workers.model.checkpoint import load_model
 from workers.parallel.shard import plan_shards
+from workers.rank.rank import Rank, plan_kv_cache
 
 CPU = torch.device("cpu")
 LAYER = "model.layers.1."

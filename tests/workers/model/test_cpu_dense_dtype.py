@@ -10,12 +10,12 @@ from kernels.linear import PackedWeight
 from tests.support.model_steps import random_tokens, whole_prompt_logits
 from workers.config import DenseDtype, EngineConfig, ModelConfig, ParallelConfig
 from workers.errors import ConfigError
-from workers.executor.kernel_choice import kernel_choices
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.model.make_checkpoint import write_checkpoint
 from workers.model.sizes import rank_bytes
 from workers.parallel.shard import plan_shards
+from workers.rank.kernel_table import kernel_choices
 
 CONFIG = ModelConfig(
     vocab_size=77,

@@ -8,8 +8,8 @@ import pytest
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.engine.llm import LLM
 from workers.errors import ConfigError
-from workers.executor import rank
 from workers.model.make_checkpoint import write_checkpoint
+from workers.rank import rank
 
 TOKENS = [(7 * i) % 200 for i in range(60)]
 

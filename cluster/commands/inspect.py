@@ -1,0 +1,239 @@
+"""`cantata inspect`: what a checkpoint is, what each rank would hold, what would be refused. Reads config.json and headers only."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from cluster.commands.gpus import GIB, GPUS, gpu_kv_cache
+from workers.config import (
+    CacheConfig,
+    DenseDtype,
+    EngineConfig,
+    KVDtype,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    checkpoint_folder,
+    load_model_config,
+)
+from workers.errors import ConfigError
+from workers.kv_cache.tensors import KVCachePlan, cpu_kv_memory, host_free_bytes, split_memory
+from workers.model.checkpoint import check_tensors
+from workers.model.sizes import KVBytes, RankBytes, count_parameters, kv_bytes, rank_bytes
+from workers.parallel.shard import RankShard, allowed_plans, plan_shards
+from workers.rank.rank import cache_shape
+
+SHOWN_TENSORS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """How they are held: arguments of `rank_bytes`."""
+
+    packed_experts: bool | None
+    cpu_dense_dtype: DenseDtype
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One way to spread the model.
+
+    Attributes:
+        rank: the rank that holds most.
+        kv_tokens: tokens of all sequences together for which the KV cache has room; None: no device was named.
+        max_model_len: tokens of one sequence at most; None: no device was named.
+        refusal: why it cannot work; None if it can.
+    """
+
+    tensor: int
+    expert: int
+    rank: RankBytes | None
+    kv: KVBytes | None
+    kv_tokens: int | None
+    max_model_len: int | None
+    refusal: str | None
+
+
+def run_inspect(
+    path: Path,
+    *,
+    tensor: int | None,
+    expert: int | None,
+    gpu: str | None,
+    quantize: Literal["mxfp4"] | None,
+    cpu_dense_dtype: DenseDtype,
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"],
+    as_json: bool,
+) -> int:
+    """Print what the checkpoint at `path` is; returns 1 if the plan asked for would be refused.
+
+    Raises:
+        CheckpointError, ConfigError: one sentence.
+    """
+    if cpu_dense_dtype == "int8" and gpu != "cpu":
+        raise ConfigError("--cpu-dense-dtype int8 needs --gpu cpu")
+    model = load_model_config(path)
+    check_tensors(path, model)
+    asked = tensor is not None or expert is not None
+    wanted = [ParallelConfig(1 if tensor is None else tensor, expert)] if asked else [ParallelConfig(size) for size in SHOWN_TENSORS]
+    weights = Weights(True if quantize == "mxfp4" else None, cpu_dense_dtype)
+    kv_dtype = EngineConfig(path, cache=CacheConfig(dtype=kv_cache_dtype)).kv_dtype
+    plans = [_plan(model, parallel, gpu, weights, kv_dtype) for parallel in wanted]
+    if as_json:
+        total, active = count_parameters(model)
+        found = {"model": asdict(model), "parameters": total, "active_parameters": active, "plans": [asdict(plan) for plan in plans]}
+        print(json.dumps(found))
+    else:
+        print(_text(path, model, plans, gpu, quantize, cpu_dense_dtype, kv_dtype))
+    refused = [plan for plan in plans if plan.refusal is not None]
+    if len(refused) < len(plans):
+        return 0
+    if not as_json:
+        print(f"cantata: {refused[0].refusal}", file=sys.stderr)
+    return 1
+
+
+def _plan(model: ModelConfig, parallel: ParallelConfig, gpu: str | None, weights: Weights, kv_dtype: KVDtype) -> Plan:
+    try:
+        shards = plan_shards(model, parallel)
+    except ConfigError as error:
+        return Plan(parallel.tensor, parallel.expert_size, None, None, None, None, str(error))
+    shard, rank = _fullest(model, shards, weights)
+    refusal, tokens, context = None, None, None
+    if gpu is not None:
+        try:
+            cache = _kv_cache(model, shard, rank.total, gpu, parallel.tensor, kv_dtype)
+            tokens, context = cache.kv_capacity_tokens, cache.max_model_len
+        except ConfigError as error:
+            refusal = f"tensor={parallel.tensor} on {_device(gpu)}, {_readable(rank.total)} of weights on a rank: {error}"
+            larger = _fitting(model, parallel.tensor, gpu, weights, kv_dtype)
+            refusal += f"; tensor={larger} fits" if larger else ""
+    return Plan(parallel.tensor, parallel.expert_size, rank, kv_bytes(model, shard, kv_dtype), tokens, context, refusal)
+
+
+def _fullest(model: ModelConfig, shards: Sequence[RankShard], weights: Weights) -> tuple[RankShard, RankBytes]:
+    experts, dense = weights.packed_experts, weights.cpu_dense_dtype
+    sizes = [(shard, rank_bytes(model, shard, "bfloat16", packed_experts=experts, cpu_dense_dtype=dense)) for shard in shards]
+    return max(sizes, key=lambda pair: pair[1].total)
+
+
+def _kv_cache(model: ModelConfig, shard: RankShard, weight_bytes: int, gpu: str, num_ranks: int, kv_dtype: KVDtype) -> KVCachePlan:
+    """What an engine with default settings would give each rank.
+
+    Raises:
+        ConfigError: not even the shortest context fits.
+    """
+    scheduler = SchedulerConfig()
+    if gpu != "cpu":
+        return gpu_kv_cache(GPUS[gpu], model, shard, scheduler, weight_bytes=weight_bytes, max_model_len=None, kv_dtype=kv_dtype)
+    shape = cache_shape(model, shard)
+    memory = cpu_kv_memory(
+        shape, CacheConfig(), scheduler, dtype=kv_dtype, max_model_len=None, ranks_on_host=num_ranks, weight_bytes=weight_bytes
+    )
+    return split_memory(shape, scheduler, dtype=kv_dtype, max_model_len=None, memory_bytes=memory.num_bytes, source=memory.source)
+
+
+def _fitting(model: ModelConfig, tensor: int, gpu: str, weights: Weights, kv_dtype: KVDtype) -> int | None:
+    """The smallest number of GPUs above `tensor` that holds the model and its whole context; more ranks on one host are no help."""
+    for size, expert in allowed_plans(model):
+        if gpu != "cpu" and size > tensor and expert == size:
+            shard, rank = _fullest(model, plan_shards(model, ParallelConfig(size)), weights)
+            try:
+                cache = _kv_cache(model, shard, rank.total, gpu, size, kv_dtype)
+            except ConfigError:
+                continue
+            if cache.max_model_len == model.max_context_len:
+                return size
+    return None
+
+
+def _text(
+    path: Path,
+    model: ModelConfig,
+    plans: list[Plan],
+    gpu: str | None,
+    quantize: str | None,
+    cpu_dense_dtype: DenseDtype,
+    kv_dtype: KVDtype,
+) -> str:
+    total, active = count_parameters(model)
+    sliding = sum(window is not None for window in model.layer_windows)
+    layout = "OpenAI's own layout" if model.layout == "original" else "Hugging Face layout"
+    packed_while_loading = ", packed to MXFP4 while loading" if quantize and model.experts_format != "mxfp4" else ""
+    rows = [
+        ("checkpoint", str(checkpoint_folder(path))),
+        ("format", f"{layout}, experts in {'MXFP4' if model.experts_format == 'mxfp4' else 'bf16'}{packed_while_loading}"),
+        ("parameters", f"{total / 1e9:.2f} B, {active / 1e9:.2f} B active for a token"),
+        ("layers", f"{model.num_layers}, {sliding} with a window of {model.sliding_window} keys"),
+        ("hidden size", f"{model.hidden_size}, intermediate {model.intermediate_size}, vocabulary {model.vocab_size}"),
+        ("attention", f"{model.num_heads} query heads, {model.num_kv_heads} key-value heads, dimension {model.head_dim}"),
+        ("experts", f"{model.num_experts}, {model.num_experts_per_token} for a token"),
+        ("context", f"{model.max_context_len} tokens"),
+    ]
+    lines = [f"  {name:<12} {value}" for name, value in rows]
+    experts_in_mxfp4 = model.experts_format == "mxfp4" or quantize == "mxfp4"
+    kept = ["experts in MXFP4, all else in bf16" if experts_in_mxfp4 else "in bf16"]
+    kept += ["attention and lm_head in int8"] * (cpu_dense_dtype == "int8")
+    kept += ["the KV cache in fp8"] * (kv_dtype == "fp8_e4m3")
+    kept += [] if gpu is None else [f"on {_device(gpu)}"]
+    lines += [
+        "",
+        f"Each rank, {', '.join(kept)}:",
+        "",
+    ]
+    header = (
+        "tp",
+        "ep",
+        "weights",
+        "attention",
+        "experts",
+        "gate, norms",
+        "embedding",
+        "lm_head",
+        "padding",
+        "KV/token",
+        "KV/seq",
+        "context",
+        "tokens that fit",
+    )
+    lines.append("".join(f"{cell:>{max(len(cell), 9) + 2}}" for cell in header))
+    for plan in plans:
+        if plan.rank is None or plan.kv is None:
+            lines.append(f"{plan.tensor:>11}{plan.expert:>11}  refused: {plan.refusal}")
+            continue
+        rank, kv = plan.rank, plan.kv
+        fits = "-" if gpu is None else "does not fit" if plan.refusal else f"{plan.kv_tokens:,}"
+        sizes = (
+            rank.total,
+            rank.attention,
+            rank.experts,
+            rank.gate_and_norms,
+            rank.embedding,
+            rank.lm_head,
+            rank.padding,
+            kv.per_token,
+            kv.per_sequence,
+        )
+        context = "-" if plan.max_model_len is None else f"{plan.max_model_len:,}"
+        cells = (str(plan.tensor), str(plan.expert), *map(_readable, sizes), context, fits)
+        lines.append("".join(f"{cell:>{max(len(name), 9) + 2}}" for cell, name in zip(cells, header, strict=True)))
+    left_out = [plan.refusal for plan in plans if plan.rank is not None and plan.refusal is not None]
+    if len(left_out) < len(plans):  # otherwise the first of them is the error
+        lines += [f"\n{refusal}" for refusal in left_out]
+    return "\n".join(lines)
+
+
+def _device(gpu: str) -> str:
+    if gpu == "cpu":
+        return f"this machine ({_readable(host_free_bytes())} free)"
+    return f"{gpu.upper()} ({_readable(GPUS[gpu].memory_bytes)}, {CacheConfig().gpu_memory_utilization:.0%} of it used)"
+
+
+def _readable(num_bytes: int) -> str:
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} B"

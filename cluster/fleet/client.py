@@ -1,0 +1,169 @@
+"""Calls to engines: one channel per address, kept open; failures come back as the classes of `workers.errors`."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NoReturn, TypedDict
+
+import grpc.aio
+
+from cluster.fleet.probe import Patience, ReplicaWatch
+from cluster.fleet.table import Replica
+from workers.engine.access import authorization
+from workers.errors import CantataError, DeadlineExceeded, EngineDead
+from workers.request import EngineLoad, EngineOutput, EngineRequest
+from workers.rpc import convert, engine_pb2, engine_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", convert.MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", convert.MAX_MESSAGE_BYTES),
+    # A host that vanishes without closing its connections is noticed within 40 s, while calls are open.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # A dead address fails a call in about a second instead of gRPC's twenty, and is tried again soon.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # The router retries, because it knows other replicas; proxies of the environment are for the internet.
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class EngineClient:
+    """One per gateway. Belongs to the event loop it is used in.
+
+    Args:
+        on_silence: called with True when a replica with calls from here does not answer, with False when it does again.
+    """
+
+    def __init__(
+        self, on_silence: Callable[[Replica, bool], object] = lambda replica, silent: None, patience: Patience | None = None
+    ) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._watches: dict[Replica, ReplicaWatch] = {}
+        self._on_silence = on_silence
+        self._patience = patience or Patience()
+
+    async def generate(self, replica: Replica, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        """Run a sequence. Closing the generator, or cancelling the task that reads it, cancels it in the engine at once.
+
+        Raises:
+            CantataError: what the engine answered; EngineDead if it cannot be reached, no longer answers, or its stream ends early, which
+                says whether the engine had taken the request.
+        """
+        call = self._stub(replica).Generate(
+            convert.request_to_wire(request), timeout=request.deadline_s, metadata=authorization(replica.secret)
+        )
+        watch = self._watch(replica)
+        watch.add(call)
+        try:
+            with _failures():
+                async for message in call:
+                    output = convert.output_from_wire(message)
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+            raise EngineDead("The replica that served this request ended its stream early; try again.")
+        except EngineDead as error:
+            # An engine that has taken a request says so at once, with its first metadata.
+            error.under_request = call.done() and bool(await call.initial_metadata())
+            raise
+        finally:
+            watch.discard(call)
+            call.cancel()
+
+    async def info(self, replica: Replica, timeout_s: float) -> convert.EngineInfo:
+        """What the replica serves."""
+        with _failures():
+            return convert.info_from_wire(await self._stub(replica).GetInfo(engine_pb2.GetInfoRequest(), **_options(replica, timeout_s)))
+
+    async def load(self, replica: Replica, timeout_s: float) -> EngineLoad:
+        """How busy the replica is."""
+        with _failures():
+            return convert.load_from_wire(await self._stub(replica).GetLoad(engine_pb2.GetLoadRequest(), **_options(replica, timeout_s)))
+
+    async def metrics(self, replica: Replica, timeout_s: float) -> str:
+        """The replica's Prometheus text."""
+        with _failures():
+            return (await self._stub(replica).GetMetrics(engine_pb2.GetMetricsRequest(), **_options(replica, timeout_s))).text
+
+    async def forget(self, replica: Replica) -> None:
+        """Close the channel of a replica that is gone for good."""
+        watch = self._watches.pop(replica, None)
+        if watch is not None:
+            watch.stop()
+        channel = self._channels.pop(replica.address, None)
+        if channel is not None:
+            await channel.close(None)
+
+    async def close(self) -> None:
+        """Close all channels; open calls end."""
+        for watch in self._watches.values():
+            watch.stop()
+        self._watches.clear()
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            await channel.close(None)
+
+    def _watch(self, replica: Replica) -> ReplicaWatch:
+        watch = self._watches.get(replica)
+        if watch is None:
+            ask, on_silence = partial(self.load, replica), partial(self._note_silence, replica)
+            watch = self._watches[replica] = ReplicaWatch(ask, on_silence, self._patience)
+        return watch
+
+    def _note_silence(self, replica: Replica, silent: bool) -> None:
+        logger.warning("replica %s %s", replica.id, f"gives no answer for {self._patience.suspect_s:g} s" if silent else "answers again")
+        self._on_silence(replica, silent)
+
+    def _stub(self, replica: Replica) -> "engine_pb2_grpc.EngineAsyncStub":
+        channel = self._channels.get(replica.address)
+        if channel is None:
+            channel = self._channels[replica.address] = grpc.aio.insecure_channel(replica.address, options=_CHANNEL_OPTIONS)
+        return engine_pb2_grpc.EngineStub(channel)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Failures of a call as the classes of `workers.errors`."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        _raise(error)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Nobody cancelled us: gRPC raises this for calls whose channel is closed under them.
+        raise EngineDead("The replica that served this request is gone; try again.") from None
+
+
+def _raise(error: grpc.aio.AioRpcError) -> NoReturn:
+    status = error.code().name
+    trailing: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]
+    metadata = {key: value for key, value in trailing if isinstance(value, str)}
+    if status == "UNAVAILABLE" or (status == "CANCELLED" and convert.ERROR_CLASS_KEY not in metadata):
+        # gRPC's own text names addresses; a cancellation that is not ours means the server is going down.
+        raise EngineDead("The replica that served this request is gone or shutting down; try again.") from error
+    if status == "UNAUTHENTICATED":
+        # The secret is the listed engine's: another one has its port by now.
+        raise EngineDead("The replica that was to serve this request is gone; try again.") from error
+    if status == "DEADLINE_EXCEEDED":
+        raise DeadlineExceeded("The request's deadline passed before its last token.") from error
+    if convert.ERROR_CLASS_KEY not in metadata and status != "RESOURCE_EXHAUSTED":
+        raise CantataError(f"The engine answered {status}.") from error
+    raise convert.error_from_status(status, error.details() or f"The engine answered {status}.", metadata) from error
+
+
+def _options(replica: Replica, timeout_s: float) -> "_CallOptions":
+    return {"timeout": timeout_s, "metadata": authorization(replica.secret)}
+
+
+class _CallOptions(TypedDict):
+    timeout: float
+    metadata: tuple[tuple[str, str], ...]

@@ -1,0 +1,163 @@
+"""From one engine request to one stream of outputs, whichever replica serves it."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+
+from cluster.fleet.client import EngineClient
+from cluster.fleet.table import Replica, ReplicaDirectory, RoutingHint
+from cluster.metrics import GatewayMetrics
+from workers.config import BLOCK_SIZE
+from workers.errors import CantataError, ContextLengthExceeded, DeadlineExceeded, EngineDead, NoReplica, Overloaded
+from workers.kv_cache.prefix_cache import block_hashes, hash_block, pack_tokens
+from workers.request import EngineOutput, EngineRequest
+
+_log = logging.getLogger(__name__)
+
+
+MAX_ENGINE_DEATHS = 3
+"""Of replicas that died under one request: it may be the request that kills them."""
+RESUME_WAIT_S = 60.0
+"""Seconds that a sequence whose replica is gone waits for another one, where all live ones are full."""
+_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
+"""Between two tries, whatever the full replica says."""
+_MAX_HASHED_BLOCKS = 2048
+"""32 thousand tokens, 4 ms: longer prompts that agree so far belong together anyway."""
+
+
+class Dispatcher:
+    """Chooses a replica for each sequence, and another one if the first refuses it or dies under it.
+
+    After tokens have come, the sequence is resumed elsewhere with these tokens as its output so far: the engine goes on as if it had made
+    them itself, same seed and positions, so the reader sees one unbroken stream.
+
+    Args:
+        clock: monotonic seconds, for deadlines.
+    """
+
+    def __init__(
+        self, replicas: ReplicaDirectory, client: EngineClient, metrics: GatewayMetrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._replicas = replicas
+        self._client = client
+        self._metrics = metrics
+        self._clock = clock
+
+    async def stream(self, request: EngineRequest, deadline: float | None) -> AsyncGenerator[EngineOutput, None]:
+        """Outputs up to the one with a finish reason `stop` or `length`. Closing it cancels the sequence in the engine.
+
+        Args:
+            deadline: on this object's clock; None: none.
+        Raises:
+            CantataError: the last replica's refusal or end, when no other is left to go on.
+        """
+        hint = self._hint(request)
+        tries = _Tries(self._clock)
+        num_cached = 0
+        tokens: list[int] = []
+        while True:
+            try:
+                replica = await self._replicas.choose(hint, tries.excluded)
+            except NoReplica as error:
+                # Who has read half an answer cannot come again later, so this waits for room.
+                if not tokens or not await tries.wait_for_room():
+                    raise tries.refusal or error from None
+                continue
+            try:
+                attempt = replace(request, output_token_ids=(*request.output_token_ids, *tokens))
+                num_before = len(tokens)
+                async with aclosing(self._run(replica, attempt, deadline)) as outputs:
+                    async for output in outputs:
+                        tokens += output.token_ids
+                        # What the second replica finds in its cache is no merit of the first prompt's.
+                        num_cached = num_cached or (0 if num_before else output.num_cached_tokens)
+                        yield replace(output, num_cached_tokens=num_cached)
+                return
+            except CantataError as error:
+                if isinstance(error, EngineDead):
+                    self._replicas.failed(replica)
+                if not tries.may_go_on(replica, error):
+                    raise
+                self._count(request, replica, error, went=len(tokens) > num_before, num_tokens=len(tokens))
+            finally:
+                self._replicas.release(replica)
+
+    def _hint(self, request: EngineRequest) -> RoutingHint:
+        if len(self._replicas.known()) < 2:
+            return RoutingHint(request.request_id)
+        ids = request.prompt_token_ids
+        hashes = block_hashes(ids[: _MAX_HASHED_BLOCKS * BLOCK_SIZE], BLOCK_SIZE)
+        rest = ids[len(hashes) * BLOCK_SIZE :]
+        tail = hash_block(hashes[-1] if hashes else b"", pack_tokens(rest)) if len(rest) < BLOCK_SIZE else b""
+        return RoutingHint(request.request_id, hashes, tail)
+
+    def _count(self, request: EngineRequest, replica: Replica, error: CantataError, *, went: bool, num_tokens: int) -> None:
+        name = type(error).__name__
+        if went:
+            _log.warning("request %s: replica %s left it after %d tokens: %s", request.request_id, replica.id, num_tokens, name)
+            self._metrics.resumptions.inc()
+        else:
+            _log.info("request %s: replica %s refused it: %s", request.request_id, replica.id, name)
+            self._metrics.retries.labels(name).inc()
+
+    async def _run(self, replica: Replica, request: EngineRequest, deadline: float | None) -> AsyncGenerator[EngineOutput, None]:
+        if deadline is not None:
+            left_s = deadline - self._clock()
+            if left_s <= 0:
+                raise DeadlineExceeded("The request's time was over before a replica took it.")
+            request = replace(request, deadline_s=left_s)
+        async with aclosing(self._client.generate(replica, request)) as outputs:
+            async for output in outputs:
+                if output.finish_reason == "abort":
+                    raise EngineDead("The replica that served this request is shutting down; try again.", under_request=False)
+                if output.finish_reason == "error":
+                    _log.error("request %s failed in replica %s: %s", request.request_id, replica.id, output.error)
+                    raise CantataError("The engine failed on this request.")
+                yield output
+
+
+class _Tries:
+    """Where one sequence has been refused, or lost its replica.
+
+    Attributes:
+        excluded: keys of the replicas that are not asked again; one that was started again has another key.
+        refusal: what the client is told if no replica is left.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.excluded: frozenset[str] = frozenset()
+        self.refusal: CantataError | None = None
+        self._clock = clock
+        self._full: frozenset[str] = frozenset()
+        self._full_since_s: float | None = None
+        self._retry_after_s = 0.0
+        self._num_deaths = 0
+
+    def may_go_on(self, replica: Replica, error: CantataError) -> bool:
+        """Note how a try ended; whether another replica may be asked."""
+        # The request was checked against the shortest context known here: this replica's is shorter and not known yet.
+        too_long = isinstance(error, ContextLengthExceeded)
+        if isinstance(error, EngineDead):
+            self._num_deaths += error.under_request
+            if error.under_request:  # it had found room
+                self._full_since_s = None
+        elif isinstance(error, Overloaded):
+            self._full |= {replica.key}
+            self._retry_after_s = error.retry_after_s
+        self.excluded |= {replica.key}
+        if self.refusal is None or not too_long:
+            self.refusal = error
+        return (error.retry_elsewhere or too_long) and self._num_deaths < MAX_ENGINE_DEATHS
+
+    async def wait_for_room(self) -> bool:
+        """Wait a little if a replica was only full, and allow it again; False: none was, or none had room for RESUME_WAIT_S."""
+        if self._full_since_s is None:
+            self._full_since_s = self._clock()
+        if not self._full or self._clock() - self._full_since_s > RESUME_WAIT_S:
+            return False
+        await asyncio.sleep(min(max(self._retry_after_s, _SHORTEST_WAIT_S), _LONGEST_WAIT_S))
+        self.excluded, self._full = self.excluded - self._full, frozenset()
+        return True

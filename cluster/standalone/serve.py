@@ -1,0 +1,235 @@
+"""`cantata serve --standalone`: engines as child processes, the gateway's HTTP and gRPC servers in this one. No Ray; on loopback."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TypeVar
+
+import uvicorn
+
+from cluster.assembly import build_service, context_with_enough_memory, load_encoding
+from cluster.config import CantataConfig, ListenConfig
+from cluster.fleet.directory import ReplicaSet
+from cluster.frontend.app import build_app
+from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
+from cluster.frontend.http_server import HttpServer
+from cluster.generation import GenerationService
+from cluster.harmony.encoding import HarmonyEncoding
+from cluster.sockets import bound_socket, check_port_is_free
+from cluster.standalone.supervisor import EngineFailed, EngineProcess
+from cluster.summary import start_up_summary
+from workers.config_json import engine_config_to_json
+from workers.console import keep_output_from_failing
+from workers.cores import engine_threads, thread_environment
+from workers.errors import ConfigError
+from workers.private_folder import PrivateFolder
+from workers.rpc.convert import EngineInfo
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 3600.0
+"""For an engine to load its model: a large checkpoint on a slow disk takes long, and shows how far it is."""
+DRAIN_S = 30.0
+"""What running requests get to end after the first SIGINT or SIGTERM."""
+CUT_S = 5.0
+"""What the servers get after that to tell the clients of those left that they were cut off."""
+
+
+def serve_standalone(config: CantataConfig) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code.
+
+    Raises:
+        ConfigError, CheckpointError: one sentence for the user.
+    """
+    keep_output_from_failing()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    return asyncio.run(_serve(config))
+
+
+class StopSignals:
+    """SIGINT and SIGTERM: the first asks for a stop, the second for haste."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.hurried = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+
+    async def unless_asked(self, work: Awaitable[T]) -> T | None:
+        """The work's result, or None if a stop was asked for first: the work is cancelled then."""
+        task = asyncio.ensure_future(work)
+        asked = asyncio.create_task(self.asked.wait())
+        try:
+            await asyncio.wait([task, asked], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+            if not task.done():
+                task.cancel()
+        await asyncio.wait([task])
+        return None if task.cancelled() else task.result()
+
+    def _on_signal(self) -> None:
+        (self.hurried if self.asked.is_set() else self.asked).set()
+
+
+async def _serve(config: CantataConfig) -> int:
+    stop = StopSignals()
+    encoding = load_encoding(config)
+    with (
+        closing(bound_socket(config.listen.host, config.listen.http_port, "listen.http_port")) as http_socket,
+        closing(PrivateFolder()) as sockets,
+    ):
+        check_port_is_free(config.listen.host, config.listen.grpc_port, "listen.grpc_port")
+        replicas = ReplicaSet()
+        engines = _engines(config, replicas, sockets.path)
+        try:
+            started = await stop.unless_asked(_start(config, encoding, engines, replicas))
+            if started is not None:
+                service, info = started
+                try:
+                    await _serve_gateway(config, service, info, http_socket, stop, engines)
+                finally:
+                    await service.close()
+        except EngineFailed as error:
+            if not error.explained:
+                print(f"cantata: {error}", file=sys.stderr)
+            return 1
+        finally:
+            grace_s = 0.0 if stop.hurried.is_set() else DRAIN_S
+            await asyncio.gather(*(engine.stop(grace_s) for engine in engines))
+    return 0
+
+
+async def _serve_gateway(
+    config: CantataConfig,
+    service: GenerationService,
+    info: EngineInfo,
+    http_socket: socket.socket,
+    stop: StopSignals,
+    engines: Sequence[EngineProcess],
+) -> None:
+    """Both servers, until a stop is asked for and running requests have ended or have had their time.
+
+    Raises:
+        EngineFailed: no engine will serve any more.
+    """
+    keys = config.gateway.api_keys
+    grpc_address = _address(config.listen.host, config.listen.grpc_port)
+    try:
+        grpc_server = await start_grpc_server(service, grpc_address, config.gateway)
+    except OSError:
+        raise ConfigError(
+            f"cannot listen on {config.listen.host} port {config.listen.grpc_port}; set listen.grpc_port to another"
+        ) from None
+    http_server = HttpServer(build_app(service, config.gateway), config.gateway, service.metrics, graceful_s=DRAIN_S + CUT_S)
+    serving = asyncio.create_task(http_server.serve([http_socket]))
+    http_host, http_port = http_socket.getsockname()[:2]
+    grpc_port = int(grpc_server.address.rpartition(":")[2])
+    summary = start_up_summary(
+        info,
+        model_name=config.model_name,
+        longest_context=context_with_enough_memory(config),
+        fp8_cache=config.engine.kv_dtype == "fp8_e4m3",
+        num_replicas=config.replicas,
+        http=(http_host, http_port),
+        grpc=(config.listen.host, grpc_port),
+        needs_key=bool(keys),
+        exposure=_exposure(config.listen, bool(keys)),
+    )
+    print(summary, flush=True)
+    asked = asyncio.create_task(stop.asked.wait())
+    no_engine = asyncio.create_task(_all_given_up(engines))
+    await asyncio.wait([asked, serving, no_engine], return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    no_engine.cancel()
+    logger.info("stopping: running requests have %.0f s to end; a second signal stops at once", DRAIN_S)
+    await _drain(http_server, serving, grpc_server, service, stop)
+    if not stop.asked.is_set() and all(engine.given_up.is_set() for engine in engines):
+        raise EngineFailed(engines[0].failure)
+
+
+async def _all_given_up(engines: Sequence[EngineProcess]) -> None:
+    for engine in engines:
+        await engine.given_up.wait()
+
+
+async def _drain(
+    http_server: uvicorn.Server, serving: "asyncio.Task[None]", grpc_server: GrpcServer, service: GenerationService, stop: StopSignals
+) -> None:
+    http_server.should_exit = True
+    stopping = asyncio.create_task(grpc_server.stop(DRAIN_S + CUT_S))
+    hurried = asyncio.create_task(_hurry(http_server, grpc_server, stop))
+    _, left = await asyncio.wait([serving, stopping], timeout=DRAIN_S)
+    if left:
+        await service.close()
+        await asyncio.wait(left)
+    hurried.cancel()
+    serving.result()
+
+
+async def _hurry(http_server: uvicorn.Server, grpc_server: GrpcServer, stop: StopSignals) -> None:
+    await stop.hurried.wait()
+    http_server.force_exit = True
+    await grpc_server.stop(0)
+
+
+def _engines(config: CantataConfig, replicas: ReplicaSet, sockets: Path) -> list[EngineProcess]:
+    command = [sys.executable, "-m", "workers.engine", "--config", engine_config_to_json(config.engine)]
+    command += ["--grace-s", str(DRAIN_S), "--parent-pid", str(os.getpid()), "--heartbeats"]
+    threads = None if config.engine_cpus is None else max(1, int(config.engine_cpus))
+    if threads is None or config.engine.device.startswith("cpu"):
+        threads = engine_threads(threads, config.replicas, setting="engine_cpus (--threads)")
+    engines: list[EngineProcess] = []
+
+    def publish() -> None:
+        serving = [engine.replica for engine in engines if engine.replica]
+        replicas.replace(serving, missing=[engine.name for engine in engines if not engine.replica])
+
+    engines += [
+        EngineProcess(
+            name,
+            [*command, "--address", f"unix:{sockets / name}.sock"],
+            environment=thread_environment(threads),
+            heartbeat_timeout_s=config.engine.heartbeat_timeout_s,
+            on_change=publish,
+        )
+        for name in (f"engine-{index}" for index in range(config.replicas))
+    ]
+    return engines
+
+
+async def _start(
+    config: CantataConfig, encoding: HarmonyEncoding, engines: list[EngineProcess], replicas: ReplicaSet
+) -> tuple[GenerationService, EngineInfo]:
+    starts = [asyncio.create_task(engine.start(START_TIMEOUT_S)) for engine in engines]
+    try:
+        await asyncio.gather(*starts)
+    finally:
+        for start in starts:
+            start.cancel()
+        await asyncio.wait(starts)
+    service, infos = build_service(config, encoding, replicas)
+    try:
+        return service, await infos.first()
+    except BaseException:
+        await service.close()
+        raise
+
+
+def _exposure(listen: ListenConfig, has_keys: bool) -> list[str]:
+    if listen.host in ("127.0.0.1", "::1", "localhost"):
+        return []
+    return [f"{listen.host} can be reached from other machines" + ("" if has_keys else "; anyone there can use it: set --api-key")]
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,259 @@
+"""Engines as child processes of this one: started, watched, restarted when they die, given up when they only crash, stopped with it."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from cluster.fleet.table import Replica
+from cluster.standalone.process_session import end_session
+from workers.exit_codes import ending
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.5
+LONGEST_BACKOFF_S = 30.0
+DESCENDANTS_S = 30.0
+"""Seconds that the kernel has to end what a dead child had started; it takes seconds where much memory is to be freed."""
+TURN_S = 1.0
+"""Between two looks at whether a child has written a heartbeat."""
+STABLE_AFTER_S = 60.0
+"""A child that lived this long had started well: the next restart is quick again."""
+MAX_SAME_CRASHES = 5
+"""Crashes by the same signal, one after the other, after which a child is not started again."""
+_CRASHES = {-signal.SIGILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGABRT}
+"""Exit codes of a program that is at fault itself."""
+
+
+class EngineFailed(Exception):
+    """The engine's first start failed.
+
+    Attributes:
+        explained: the child has said why on stderr, in one sentence.
+        code: the exit code, if the child ended by itself.
+    """
+
+    def __init__(self, message: str, *, explained: bool = False, code: int | None = None) -> None:
+        super().__init__(message)
+        self.explained = explained
+        self.code = code
+
+
+class EngineProcess:
+    """One engine child. It shares our stderr (its progress and errors) and says on stdout, in a line of JSON, where it serves.
+
+    The child has a session of its own, so that Ctrl-C in a terminal reaches only the parent, which decides the order of the stop.
+
+    Attributes:
+        replica: the child while it serves; None while there is none, or it is starting.
+        num_restarts: how often a child was replaced.
+        given_up: set when no child will be started again, since they crash again and again; `failure` is then the sentence.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        heartbeat_timeout_s: float | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            command: prints {"event": "ready", "address": …, "start_id": …} on stdout when it serves; ends with 0 on SIGTERM.
+            environment: added to ours.
+            heartbeat_timeout_s: a child that serves and writes nothing to stdout for so long is killed, and replaced; None: it need
+                not write.
+            on_change: called in the loop after `replica` changed.
+        """
+        self.name = name
+        self.replica: Replica | None = None
+        self.num_restarts = 0
+        self.given_up = asyncio.Event()
+        self.failure = ""
+        self._command = list(command)
+        self._environment = {**os.environ, **(environment or {})}
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._on_change = on_change
+        self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._backoff_s = FIRST_BACKOFF_S
+        self._last_code: int | None = None
+        self._num_same_crashes = 0
+        self._heard = False
+        self._hearing: asyncio.Task[None] | None = None
+        self._pipe: asyncio.ReadTransport | None = None
+
+    async def start(self, timeout_s: float) -> None:
+        """Start the child, wait until it serves, and watch it from then on.
+
+        Raises:
+            EngineFailed: it ended, or did not serve within timeout_s.
+        """
+        await self._spawn(timeout_s)
+        self._watch = asyncio.create_task(self._keep_alive(timeout_s), name=f"watch {self.name}")
+
+    async def stop(self, grace_s: float) -> None:
+        """Ask the child to drain and end; kill it after grace_s. Idempotent."""
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+            self._watch = None
+        await self._end(grace_s)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child that runs now."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    async def _spawn(self, timeout_s: float) -> None:
+        # A pipe of our own: asyncio's would make us wait for its end, and what the child has started may hold it.
+        reading, writing = os.pipe()
+        output = asyncio.StreamReader()
+        try:
+            loop = asyncio.get_running_loop()
+            self._pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(output), os.fdopen(reading, "rb"))
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=writing, start_new_session=True, env=self._environment
+            )
+        finally:
+            os.close(writing)
+        try:
+            async with asyncio.timeout(timeout_s):
+                replica = await self._read_ready(self._process, output)
+        except TimeoutError:
+            await self._end(0)
+            raise EngineFailed(f"{self.name} did not start within {timeout_s:.0f} s") from None
+        except BaseException:
+            await self._end(0)
+            await self._end_descendants(self._process.pid)
+            raise
+        self._hearing = asyncio.create_task(self._hear(output))
+        self._set_replica(replica)
+
+    async def _read_ready(self, process: asyncio.subprocess.Process, output: asyncio.StreamReader) -> Replica:
+        reading, exiting = asyncio.create_task(self._first_message(output)), asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait([reading, exiting], return_when=asyncio.FIRST_COMPLETED)
+            if reading.done() and (replica := reading.result()) is not None:
+                return replica
+            code = await exiting
+        finally:
+            reading.cancel()
+            exiting.cancel()
+        raise EngineFailed(f"{self.name} did not start ({ending(code)})", explained=code == 1, code=code)
+
+    async def _first_message(self, output: asyncio.StreamReader) -> Replica | None:
+        """Where the child serves; None: it has ended before it said so."""
+        async for line in output:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                ready = json.loads(line)
+                return Replica(self.name, str(ready["address"]), str(ready["start_id"]))
+            logger.warning("%s wrote a line that is no message of an engine", self.name)
+        return None
+
+    async def _keep_alive(self, timeout_s: float) -> None:
+        while True:
+            process = self._process
+            assert process is not None
+            started = time.monotonic()
+            code = await self._watch_heartbeat(process)
+            self._set_replica(None)
+            await self._end_descendants(process.pid)
+            if time.monotonic() - started >= STABLE_AFTER_S:
+                self._backoff_s = FIRST_BACKOFF_S
+                self._last_code = None
+            # Other crashes of a child that served may be due to a request, which the gateway gives up in time.
+            if self._gives_up(code if code == -signal.SIGILL else None):
+                return
+            logger.error("%s died (%s); it is restarted", self.name, ending(code))
+            await self._restart(timeout_s)
+            if self.given_up.is_set():
+                return
+
+    async def _watch_heartbeat(self, process: asyncio.subprocess.Process) -> int:
+        """Wait for the child's end, and kill it if it hangs; returns its exit code."""
+        exiting = asyncio.create_task(process.wait())
+        # Counted in turns of our own, not by the clock: after this process was stopped itself, the child is not to blame.
+        silent_turns, most = 0, None if self._heartbeat_timeout_s is None else max(1, round(self._heartbeat_timeout_s / TURN_S))
+        try:
+            while not exiting.done():
+                await asyncio.wait([exiting], timeout=TURN_S)
+                silent_turns = 0 if self._heard else silent_turns + 1
+                self._heard = False
+                if silent_turns == most and not exiting.done():
+                    logger.error("%s hangs: no heartbeat for %g s; it is killed", self.name, self._heartbeat_timeout_s)
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+            return exiting.result()
+        finally:
+            exiting.cancel()
+
+    async def _restart(self, timeout_s: float) -> None:
+        while True:
+            await asyncio.sleep(self._backoff_s)
+            self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+            try:
+                await self._spawn(timeout_s)
+            except (EngineFailed, OSError) as error:
+                if self._gives_up(error.code if isinstance(error, EngineFailed) else None):
+                    return
+                logger.error("%s; next try in %.1f s", error, self._backoff_s)
+                continue
+            self.num_restarts += 1
+            logger.warning("%s serves again", self.name)
+            return
+
+    def _gives_up(self, code: int | None) -> bool:
+        """Count the crashes; whether this was the last."""
+        crashed = code in _CRASHES
+        self._num_same_crashes = 0 if not crashed else self._num_same_crashes + 1 if code == self._last_code else 1
+        self._last_code = code
+        if code is None or self._num_same_crashes < MAX_SAME_CRASHES:
+            return False
+        self.failure = f"{self.name} crashed {MAX_SAME_CRASHES} times in a row and is not started again ({ending(code)})"
+        logger.error("%s", self.failure)
+        self.given_up.set()
+        return True
+
+    def _set_replica(self, replica: Replica | None) -> None:
+        self.replica = replica
+        self._on_change()
+
+    async def _end(self, grace_s: float) -> None:
+        self._set_replica(None)
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM if grace_s > 0 else signal.SIGKILL)
+        try:
+            async with asyncio.timeout(grace_s if grace_s > 0 else None):
+                await process.wait()
+        except TimeoutError:
+            logger.warning("%s did not end within %.0f s; it is killed", self.name, grace_s)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        await self._end_descendants(process.pid)
+
+    async def _end_descendants(self, pid: int) -> None:
+        """What the child has started holds memory, perhaps of a GPU, that the next one wants."""
+        if self._hearing is not None:
+            self._hearing.cancel()
+        if self._pipe is not None:
+            self._pipe.close()
+        left = await end_session(pid, DESCENDANTS_S)
+        if left:
+            logger.error("processes %s of %s do not end: they hang in the kernel", ", ".join(map(str, left)), self.name)
+
+    async def _hear(self, output: asyncio.StreamReader) -> None:
+        """Read what a serving child writes: all of it is a heartbeat, and no pipe fills up."""
+        while await output.read(65536):
+            self._heard = True

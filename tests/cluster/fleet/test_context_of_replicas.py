@@ -1,0 +1,146 @@
+"""Replicas of one model with different contexts: the gateway promises what each of them takes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from cluster.assembly import build_service
+from cluster.config import CantataConfig, load_config
+from cluster.fleet.directory import ReplicaSet
+from cluster.fleet.table import Replica
+from cluster.generation import CompletionRequest, GenerationService, ModelInfo
+from cluster.harmony.encoding import HarmonyEncoding
+from cluster.summary import start_up_summary
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import make_encoding
+from tests.support.tiny_model import TINY, write_tiny_checkpoint
+from workers.errors import NoReplica
+from workers.rpc.convert import EngineInfo
+
+WAIT_S = 10.0
+
+
+class Late(FakeEngine):
+    """Fails twice before it says what it serves."""
+
+    num_asked = 0
+
+    def info(self) -> EngineInfo:
+        self.num_asked += 1
+        if self.num_asked < 3:
+            raise RuntimeError("not yet")
+        return super().info()
+
+
+async def becomes(service: GenerationService, length: int) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while service.models()[0].max_model_len != length:  # noqa: ASYNC110 - nobody is told
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> CantataConfig:
+    return load_config(None, {}, {"engine.model_path": write_tiny_checkpoint(tmp_path)})
+
+
+@pytest.fixture
+def encoding(tmp_path: Path) -> HarmonyEncoding:
+    return make_encoding(tmp_path)
+
+
+@pytest.fixture
+async def engines() -> AsyncIterator[list[FakeEngine]]:
+    started = [await FakeEngine(max_model_len=length).start() for length in (4096, 2048, 8192, 3072)]
+    yield started
+    for engine in started:
+        await engine.stop()
+
+
+async def test_the_shortest_counts_as_replicas_come_and_go(
+    config: CantataConfig, encoding: HarmonyEncoding, engines: list[FakeEngine]
+) -> None:
+    four, two, eight, three = [Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)]
+    replicas = ReplicaSet()
+    replicas.replace([four, eight])
+    service, infos = build_service(config, encoding, replicas)
+
+    try:
+        assert (await infos.first()).max_model_len == service.models()[0].max_model_len == 4096
+        replicas.replace([four, two, eight])
+        await becomes(service, 2048)
+        replicas.replace([four, eight])
+        await becomes(service, 4096)
+        replicas.replace([eight])
+        await becomes(service, 8192)
+        replicas.replace([])  # nobody is there to ask
+        await becomes(service, 8192)
+        replicas.replace([Replica(eight.id, three.address)])  # started again, with less memory
+        await becomes(service, 3072)
+    finally:
+        await service.close()
+
+
+async def test_a_replica_that_does_not_answer_yet_is_asked_again(
+    config: CantataConfig, encoding: HarmonyEncoding, engines: list[FakeEngine]
+) -> None:
+    replicas = ReplicaSet()
+    replicas.replace([Replica("a", engines[0].address)])
+    service, _ = build_service(config, encoding, replicas)
+    late = Late(max_model_len=1024)
+    await late.start()
+    try:
+        replicas.replace([Replica("a", engines[0].address), Replica("b", late.address)])
+        await becomes(service, 1024)
+        assert late.num_asked == 3
+    finally:
+        await service.close()
+        await late.stop()
+
+
+async def test_a_service_without_replicas_refuses_and_serves_once_there_is_one(
+    config: CantataConfig, encoding: HarmonyEncoding, engines: list[FakeEngine]
+) -> None:
+    replicas = ReplicaSet()
+    service, infos = build_service(config, encoding, replicas)
+    first = asyncio.create_task(infos.first())
+    try:
+        (model,) = service.models()
+        assert (model.id, model.max_model_len) == ("tiny-0", TINY.max_context_len)
+        assert not await service.ready()
+        with pytest.raises(NoReplica):
+            await service.complete(CompletionRequest(prompts=((1, 2, 3),)))
+        assert not first.done()
+        replicas.replace([Replica("a", engines[0].address)])
+        async with asyncio.timeout(WAIT_S):
+            info = await first
+        assert service.models()[0] == ModelInfo.from_engine(info, "tiny-0", model.created_unix_s)
+        assert await service.ready()
+    finally:
+        await service.close()
+
+
+OF_THE_MODEL = "1,024 tokens of the model's 131,072, as much as the KV cache holds; for more: --kv-cache-memory, "
+
+
+@pytest.mark.parametrize(
+    ("longest", "fp8_cache", "said"),
+    [
+        (1024, False, "1,024 tokens\n"),
+        (131072, False, OF_THE_MODEL + "--kv-cache-dtype fp8 where the device has it, or a machine with more memory\n"),
+        (131072, True, OF_THE_MODEL + "or a machine with more memory\n"),
+    ],
+)
+def test_the_summary_says_when_memory_is_the_limit(longest: int, fp8_cache: bool, said: str) -> None:
+    text = start_up_summary(
+        FakeEngine().info(),
+        model_name="m",
+        longest_context=longest,
+        fp8_cache=fp8_cache,
+        num_replicas=1,
+        http=("127.0.0.1", 8000),
+        grpc=("127.0.0.1", 9000),
+        needs_key=False,
+    )
+    assert f"\n  context   {said}" in text

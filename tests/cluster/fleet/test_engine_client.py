@@ -1,0 +1,126 @@
+"""Calls to a real gRPC engine: outputs, errors by class, cancellation."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+
+from cluster.fleet.client import EngineClient
+from cluster.fleet.table import Replica
+from tests.support.fake_engine import FakeEngine, Script
+from workers import errors
+from workers.request import EngineOutput, EngineRequest, SamplingParams
+
+REQUEST = EngineRequest("r1", (5, 6), SamplingParams(seed=1, logprobs=1, stop_token_ids=(9,)))
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[FakeEngine]:
+    engine = await FakeEngine().start()
+    yield engine
+    await engine.stop()
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[EngineClient]:
+    client = EngineClient()
+    yield client
+    await client.close()
+
+
+async def read(client: EngineClient, engine: FakeEngine, request: EngineRequest = REQUEST) -> list[EngineOutput]:
+    async with aclosing(client.generate(Replica("r", engine.address), request)) as outputs:
+        return [output async for output in outputs]
+
+
+async def test_outputs_arrive_as_they_were_sent(client: EngineClient, engine: FakeEngine) -> None:
+    engine.answer = lambda request: Script([7, 8, 9], per_message=2, num_cached_tokens=16)
+    first, last = await read(client, engine)
+    assert (first.token_ids, first.finish_reason, first.num_cached_tokens) == ((7, 8), None, 16)
+    assert (last.token_ids, last.finish_reason, last.stop_token_id) == ((9,), "stop", 9)
+    assert first.logprobs[1].top == ((8, -0.5),)
+    assert engine.requests[0].prompt_token_ids == (5, 6)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.InvalidRequest("top_k is odd", "top_k"),
+        errors.ContextLengthExceeded("too long", "prompt"),
+        errors.Overloaded("full", 7.0),
+        errors.DeadlineExceeded("late"),
+        errors.EngineDead("dead"),
+        errors.CantataError("broken"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_errors_keep_their_class(client: EngineClient, engine: FakeEngine, error: errors.CantataError) -> None:
+    engine.answer = lambda request: Script(refusal=error)
+    with pytest.raises(type(error)) as caught:
+        await read(client, engine)
+    assert type(caught.value) is type(error)
+    if isinstance(error, errors.InvalidRequest):
+        assert isinstance(caught.value, errors.InvalidRequest)
+        assert caught.value.param == error.param
+    if isinstance(error, errors.Overloaded):
+        assert isinstance(caught.value, errors.Overloaded)
+        assert caught.value.retry_after_s == 7.0
+
+
+async def test_nobody_listening_is_engine_dead_within_seconds(client: EngineClient) -> None:
+    gone = await FakeEngine().start()
+    await gone.stop()
+    async with asyncio.timeout(5):
+        with pytest.raises(errors.EngineDead) as caught:
+            await read(client, gone)
+    assert gone.address not in caught.value.message
+
+
+async def test_a_stream_cut_by_shutdown_is_engine_dead(client: EngineClient, engine: FakeEngine) -> None:
+    engine.answer = lambda request: Script([7, 8], gate=asyncio.Event(), gate_after=1)
+    async with aclosing(client.generate(Replica("r", engine.address), REQUEST)) as outputs:
+        assert (await anext(outputs)).token_ids == (7,)
+        await engine.stop()
+        with pytest.raises(errors.EngineDead):
+            await anext(outputs)
+
+
+async def test_calls_whose_channel_is_closed_are_engine_dead(client: EngineClient, engine: FakeEngine) -> None:
+    engine.answer = lambda request: Script([7, 8], gate=asyncio.Event())
+    engine.gate_of_load = asyncio.Event()
+    replica = Replica("r", engine.address)
+    calls = [asyncio.create_task(read(client, engine)), asyncio.create_task(client.load(replica, 30.0))]
+    async with asyncio.timeout(5):
+        await engine.arrived(1)
+        await client.forget(replica)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(result) for result in results] == [errors.EngineDead, errors.EngineDead]
+
+
+async def test_cancelling_the_reader_cancels_the_engine(client: EngineClient, engine: FakeEngine) -> None:
+    engine.answer = lambda request: Script([7, 8], gate=asyncio.Event())
+    reader = asyncio.create_task(read(client, engine))
+    async with asyncio.timeout(5):
+        await engine.arrived(1)
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reader
+        await engine.was_cancelled(1)
+    assert set(engine.cancelled) == {"r1"}
+
+
+async def test_the_deadline_is_the_call_s(client: EngineClient, engine: FakeEngine) -> None:
+    engine.answer = lambda request: Script([7], gate=asyncio.Event())
+    with pytest.raises(errors.DeadlineExceeded):
+        await read(client, engine, EngineRequest("r2", (5,), SamplingParams(seed=1), deadline_s=0.1))
+
+
+async def test_info_load_and_metrics(client: EngineClient, engine: FakeEngine) -> None:
+    replica = Replica("r", engine.address)
+    assert (await client.info(replica, 1.0)).model_name == "fake"
+    assert (await client.load(replica, 1.0)).accepting
+    assert "cantata_engine_preemptions_total" in await client.metrics(replica, 1.0)
+    await client.forget(replica)
+    assert (await client.load(replica, 1.0)).accepting

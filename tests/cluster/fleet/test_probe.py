@@ -1,0 +1,120 @@
+"""A replica that does not answer: suspect at first, then its streams go on elsewhere."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+
+from cluster.fleet import probe as watch
+from cluster.fleet.client import EngineClient
+from cluster.fleet.directory import ReplicaSet
+from cluster.fleet.dispatch import Dispatcher
+from cluster.fleet.probe import Patience
+from cluster.fleet.table import Replica, RoutingHint
+from cluster.metrics import GatewayMetrics
+from tests.support.fake_engine import FakeEngine, Script
+from workers.request import EngineRequest, SamplingParams
+
+TOKENS = [31, 32, 33, 34, 35, 36]
+REQUEST = EngineRequest("r1", (5, 6), SamplingParams(seed=1, max_tokens=8))
+
+
+class Cluster:
+    """Two engines and what a gateway knows of them."""
+
+    def __init__(self, engines: list[FakeEngine], patience: Patience) -> None:
+        self.engines = engines
+        self.replicas = ReplicaSet()
+        self.replicas.replace([Replica(f"r{index}", engine.address, "1") for index, engine in enumerate(engines)])
+        self.silences: list[tuple[str, bool]] = []
+        self.changed = asyncio.Event()
+        self.client = EngineClient(self._on_silence, patience)
+        self.dispatcher = Dispatcher(self.replicas, self.client, GatewayMetrics())
+
+    def _on_silence(self, replica: Replica, silent: bool) -> None:
+        self.replicas.silent(replica, silent)
+        self.silences.append((replica.id, silent))
+        self.changed.set()
+
+    async def heard(self, count: int) -> list[tuple[str, bool]]:
+        """The first `count` changes, once they have come."""
+        async with asyncio.timeout(20):
+            while len(self.silences) < count:
+                self.changed.clear()
+                await self.changed.wait()
+        return self.silences[:count]
+
+    async def read(self) -> list[int]:
+        async with aclosing(self.dispatcher.stream(REQUEST, None)) as outputs:
+            return [token async for output in outputs for token in output.token_ids]
+
+    async def chosen(self) -> str:
+        replica = await self.replicas.choose(RoutingHint("r"), frozenset())
+        self.replicas.release(replica)
+        return replica.id
+
+
+@pytest.fixture
+async def engines(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[FakeEngine]]:
+    monkeypatch.setattr(watch, "PROBE_PERIOD_S", 0.01)
+    engines = [await FakeEngine().start() for _ in range(2)]
+    yield engines
+    for engine in engines:
+        await engine.stop()
+
+
+def hang(engine: FakeEngine, gate: asyncio.Event) -> None:
+    """Two tokens, then nothing, and no answers, until the gate opens."""
+    engine.gate_of_load = gate
+    engine.answer = lambda request: Script(TOKENS[len(request.output_token_ids) :], gate=gate, gate_after=2)
+
+
+async def test_a_silent_replica_gets_no_new_sequences_until_it_answers(engines: list[FakeEngine]) -> None:
+    cluster, gate = Cluster(engines, Patience(0.2, 1000.0)), asyncio.Event()
+    for engine in engines:
+        hang(engine, gate)
+    reading = asyncio.create_task(cluster.read())
+    ((silent, _),) = await cluster.heard(1)
+    assert {await cluster.chosen() for _ in range(10)} == {"r0", "r1"} - {silent}
+    gate.set()
+    assert await cluster.heard(2) == [(silent, True), (silent, False)]
+    assert await reading == TOKENS, "it was only suspect"
+    await cluster.client.close()
+
+
+async def test_streams_of_a_replica_that_stays_silent_go_on_at_another(engines: list[FakeEngine]) -> None:
+    cluster, gate = Cluster(engines, Patience(0.2, 0.4)), asyncio.Event()
+
+    def answer(request: EngineRequest) -> Script:
+        if request.output_token_ids:
+            return Script(TOKENS[len(request.output_token_ids) :])
+        return Script(TOKENS, gate=gate, gate_after=2)
+
+    for engine in engines:
+        engine.answer = answer
+    first = asyncio.create_task(cluster.read())
+    arrivals = [asyncio.create_task(engine.arrived(1)) for engine in engines]
+    _, others = await asyncio.wait(arrivals, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+    for other in others:
+        other.cancel()
+    (hung,) = [engine for engine in engines if engine.requests]
+    hung.gate_of_load = gate
+    async with asyncio.timeout(20):
+        assert await first == TOKENS
+    assert [len(engine.requests) for engine in engines] == [1, 1]
+    assert await cluster.chosen() != f"r{engines.index(hung)}"
+    await cluster.client.close()
+    gate.set()
+
+
+async def test_a_replica_without_sequences_is_not_asked(engines: list[FakeEngine]) -> None:
+    cluster = Cluster(engines, Patience(0.2, 0.4))
+    for engine in engines:
+        engine.answer = lambda request: Script(TOKENS)
+    assert await cluster.read() == TOKENS
+    (watching,) = [watch._task for watch in cluster.client._watches.values()]
+    assert watching is not None
+    async with asyncio.timeout(20):
+        await watching
+    await cluster.client.close()

@@ -1,0 +1,67 @@
+"""In-flight counts and recent failures."""
+
+import pytest
+
+from cluster.fleet.table import REPORT_AGE_S, LoadTable, Replica, RoutingHint, StaticReplicas
+from workers.errors import NoReplica
+
+HINT = RoutingHint("r")
+A, B = Replica("a", "127.0.0.1:1"), Replica("b", "127.0.0.1:2")
+
+
+def test_load_is_spread_and_comes_back_with_release() -> None:
+    table = LoadTable()
+    first, second = table.pick([A, B], frozenset(), HINT), table.pick([A, B], frozenset(), HINT)
+    assert {first, second} == {A, B}
+    table.release(A)
+    assert (table.in_flight(A), table.in_flight(B)) == (0, 1)
+    assert table.pick([A, B], frozenset(), HINT) == A
+
+
+def test_a_failed_replica_is_avoided_for_a_while_but_used_when_it_is_the_only_one() -> None:
+    now = 100.0
+    table = LoadTable(clock=lambda: now, penalty_s=2.0)
+    table.failed(A)
+    assert [table.pick([A, B], frozenset(), HINT) for _ in range(3)] == [B, B, B]
+    assert table.pick([A, B], frozenset({"b"}), HINT) == A
+    now = 102.5
+    assert table.pick([A, B], frozenset(), HINT) == A
+
+
+async def test_nobody_left() -> None:
+    replicas = StaticReplicas([A, B])
+    assert list(replicas.known()) == [A, B]
+    with pytest.raises(NoReplica):
+        await replicas.choose(RoutingHint("r"), frozenset({"a", "b"}))
+
+
+def test_a_report_that_is_older_than_the_end_of_our_sequences_counts_none_of_them_as_others() -> None:
+    now = 100.0
+    table = LoadTable(clock=lambda: now)
+    replicas = [A, B]
+    for _ in range(6):
+        assert table.pick([A], frozenset(), HINT) == A
+    # They run for long and end just before a report of them comes.
+    now = 120.0
+    for _ in range(6):
+        table.release(A)
+    now = 122.0
+    table.report({"a": 6, "b": 1})
+    assert table.pick(replicas, frozenset(), HINT) == A
+    table.release(A)
+    now = 122.0 + 2 * REPORT_AGE_S
+    table.report({"a": 6, "b": 1})  # too late to be ours
+    assert table.pick(replicas, frozenset(), HINT) == B
+
+
+def test_long_running_sequences_stay_our_own() -> None:
+    now = 0.0
+    table = LoadTable(clock=lambda: now)
+    for _ in range(5):
+        table.pick([A], frozenset(), HINT)
+    for later in (1.0, 4.5, 9.0, 30.0, 31.0):
+        now = later
+        table.report({"a": 5, "b": 4})
+        # Five of ours on a against four of others on b.
+        assert table.pick([A, B], frozenset(), HINT) == B
+        table.release(B)

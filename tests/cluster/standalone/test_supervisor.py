@@ -1,0 +1,267 @@
+"""Engine children: started, watched, restarted, stopped. The children are small scripts that speak the engine's start-up protocol."""
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.standalone import supervisor
+from cluster.standalone.process_session import live_members
+from cluster.standalone.supervisor import EngineFailed, EngineProcess
+
+CHILD = """
+import json, os, signal, sys
+print(json.dumps({"event": "ready", "address": f"127.0.0.1:{os.getpid()}", "start_id": "1"}), flush=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+while True:
+    signal.pause()
+"""
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens in another process
+            await asyncio.sleep(0.01)
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def address(engine: EngineProcess) -> str | None:
+    return engine.replica.address if engine.replica else None
+
+
+def child(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+@pytest.fixture
+async def engine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineProcess]:
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
+    process = EngineProcess("engine", child(CHILD))
+    yield process
+    await process.stop(5)
+
+
+async def test_a_child_is_started_and_stopped(engine: EngineProcess) -> None:
+    changes: list[str | None] = []
+    engine._on_change = lambda: changes.append(address(engine))
+    await engine.start(20)
+    pid = engine.pid
+    assert pid is not None
+    assert address(engine) == f"127.0.0.1:{pid}"
+    await engine.stop(5)
+    assert gone(pid)
+    assert engine.pid is None
+    assert changes == [f"127.0.0.1:{pid}", None]
+
+
+async def test_a_dead_child_has_no_address_and_is_replaced(engine: EngineProcess) -> None:
+    await engine.start(20)
+    addresses: list[str | None] = [address(engine)]
+    engine._on_change = lambda: addresses.append(address(engine))
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: engine.num_restarts == 1)
+    assert addresses[1] is None
+    assert addresses[2] == address(engine)
+    assert address(engine) not in (None, addresses[0])
+
+
+async def test_a_child_that_cannot_start_again_is_tried_with_growing_pauses(engine: EngineProcess, tmp_path: Path) -> None:
+    marker = tmp_path / "broken"
+    engine._command = child(f"import os, sys\nif os.path.exists({str(marker)!r}): sys.exit(3)\n" + CHILD)
+    await engine.start(20)
+    marker.touch()
+    first = engine._backoff_s
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: engine._backoff_s >= 4 * first)
+    assert engine.replica is None
+    marker.unlink()
+    await until(lambda: engine.replica is not None)
+
+
+async def test_the_pause_is_bounded(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "LONGEST_BACKOFF_S", 0.02)
+    await engine.start(20)
+    for restart in range(3):
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        await until(lambda restart=restart: engine.num_restarts == restart + 1)
+        assert engine._backoff_s <= 0.02
+
+
+async def test_a_first_start_that_fails_is_one_sentence() -> None:
+    process = EngineProcess("engine", child("import sys; sys.exit(1)"))
+    with pytest.raises(EngineFailed, match=r"^engine did not start \(exit code 1\)$") as failed:
+        await process.start(20)
+    assert failed.value.explained
+    assert process.pid is None
+    process = EngineProcess("engine", child("import os; os.abort()"))
+    with pytest.raises(EngineFailed, match=r"^engine did not start \(signal SIGABRT\)$") as failed:
+        await process.start(20)
+    assert not failed.value.explained
+
+
+async def test_an_illegal_instruction_is_explained_and_tried_once(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    code = f"import os, signal\nopen({str(starts)!r}, 'a').write('x')\nos.kill(os.getpid(), signal.SIGILL)"
+    process = EngineProcess("engine", child(code))
+    sentence = re.escape("engine did not start (signal SIGILL, an instruction that this processor does not have: ")
+    with pytest.raises(EngineFailed, match=f"^{sentence}.*--cpu-isa.*CANTATA_CPU_ISA.*portable.*reference") as failed:
+        await process.start(20)
+    assert (failed.value.code, failed.value.explained) == (-signal.SIGILL, False)
+    assert starts.read_text() == "x"
+
+
+async def test_a_served_engine_that_only_dies_of_an_instruction_is_given_up(
+    engine: EngineProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it serves in between or not."""
+    starts = tmp_path / "starts"
+    count = f"\nfile = open({str(starts)!r}, 'a'); file.write('x'); file.close()\n"
+    # Each second start serves for a moment.
+    die = f"if len(open({str(starts)!r}).read()) % 2: print('{{}}', flush=True)\nos.kill(os.getpid(), signal.SIGILL)\n"
+    await engine.start(20)
+    engine._command = child("import os, signal" + count + die.replace("{}", '{"address": "a", "start_id": "1"}'))
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGILL)
+    async with asyncio.timeout(20):
+        await engine.given_up.wait()
+    assert engine._watch is not None
+    await engine._watch
+    assert starts.read_text() == "xxxx"
+    assert engine.replica is None
+    assert engine.pid is None
+    assert engine.failure.startswith("engine crashed 5 times in a row and is not started again (signal SIGILL, ")
+    assert engine.failure in caplog.text
+
+
+@pytest.mark.parametrize(("number", "given_up"), [(signal.SIGSEGV, True), (signal.SIGKILL, False)])
+async def test_the_same_crash_at_start_is_given_up(engine: EngineProcess, number: signal.Signals, given_up: bool, tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    await engine.start(20)
+    engine._command = child(f"import os\nopen({str(starts)!r}, 'a').write('x')\nos.kill(os.getpid(), {number.value})")
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGSEGV)  # while it serves, this does not count
+    # One that is killed may have been in the way of others, and is tried on.
+    await until(lambda: engine.given_up.is_set() or (starts.exists() and len(starts.read_text()) >= 7))
+    assert engine.given_up.is_set() == given_up
+    if given_up:
+        assert len(starts.read_text()) == supervisor.MAX_SAME_CRASHES
+
+
+async def test_crashes_far_apart_are_not_counted(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "STABLE_AFTER_S", 0.0)
+    await engine.start(20)
+    for restart in range(supervisor.MAX_SAME_CRASHES + 1):
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGILL)
+        await until(lambda restart=restart: engine.num_restarts == restart + 1)
+    assert not engine.given_up.is_set()
+
+
+async def test_a_first_start_that_hangs_is_ended() -> None:
+    process = EngineProcess("engine", child("import signal\nwhile True: signal.pause()"))
+    start = asyncio.create_task(process.start(0.5))
+    await until(lambda: process.pid is not None)
+    pid = process.pid
+    assert pid is not None
+    with pytest.raises(EngineFailed, match="did not start within"):
+        await start
+    assert gone(pid)
+
+
+async def test_a_child_that_does_not_end_is_killed() -> None:
+    deaf = CHILD.replace("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))", "").replace(
+        "print(", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(", 1
+    )
+    process = EngineProcess("engine", child(deaf))
+    await process.start(20)
+    pid = process.pid
+    assert pid is not None
+    await process.stop(0.2)
+    assert gone(pid)
+
+
+async def test_a_cancelled_start_leaves_no_child() -> None:
+    process = EngineProcess("engine", child("import signal\nwhile True: signal.pause()"))
+    start = asyncio.create_task(process.start(60))
+    await until(lambda: process.pid is not None)
+    pid = process.pid
+    assert pid is not None
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert gone(pid)
+
+
+async def test_a_talkative_child_does_not_block(engine: EngineProcess, tmp_path: Path) -> None:
+    marker = tmp_path / "written"
+    talk = f"print('x' * 10_000_000, flush=True)\nopen({str(marker)!r}, 'w').close()\nwhile True:"
+    engine._command = child(CHILD.replace("while True:", talk))
+    await engine.start(20)
+    await until(marker.exists)
+
+
+BEATING = CHILD.replace(
+    "    signal.pause()", "    time.sleep(0.05); num_beats += 1; print(num_beats, flush=True); open(sys.argv[1], 'w').write(str(num_beats))"
+).replace("import json", "num_beats = 0\nimport time, json")
+
+
+async def test_a_child_without_a_heartbeat_is_killed_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(supervisor, "TURN_S", 0.1)
+    beats = tmp_path / "beats"
+    process = EngineProcess("engine", [*child(BEATING), str(beats)], heartbeat_timeout_s=3)
+    await process.start(20)
+    pid = process.pid
+    assert pid is not None
+    await until(lambda: beats.exists() and int(beats.read_text() or 0) > 80)  # four seconds
+    assert process.pid == pid
+    os.kill(pid, signal.SIGSTOP)
+    await until(lambda: process.num_restarts == 1)
+    assert gone(pid)
+    assert process.pid not in (None, pid)
+    await process.stop(5)
+
+
+WITH_DESCENDANT = """
+import json, os, signal, subprocess, sys
+from cluster.standalone.process_session import live_members
+left = [pid for session in open(sys.argv[1]).read().split() for pid in live_members(int(session))]
+sleeper = subprocess.Popen(["sleep", "600"])
+sleeper.send_signal(signal.SIGSTOP)
+open(sys.argv[1], "a").write(f"{os.getpid()} ")
+print(json.dumps({"event": "ready", "address": str(len(left)), "start_id": "1"}), flush=True)
+sleeper.wait()
+"""
+
+
+async def test_what_a_dead_child_has_started_is_gone_before_the_next_one_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if it is stopped: it would keep its memory, of a GPU for example."""
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
+    (tmp_path / "started").touch()
+    process = EngineProcess("engine", [*child(WITH_DESCENDANT), str(tmp_path / "started")])
+    await process.start(20)
+    first = process.pid
+    assert first is not None
+    assert len(live_members(first)) == 2
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: process.num_restarts == 1)
+    assert address(process) == "0", "the first child's descendant was there when the second one started"
+    second = process.pid
+    assert second is not None
+    await process.stop(0)
+    assert live_members(second) == []

@@ -1,0 +1,97 @@
+"""Ranks as child processes of the engine, all on this host: for standalone serving, offline use and tests."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import torch
+
+from workers.cores import thread_environment
+from workers.errors import ConfigError
+from workers.executor.distributed import Placement
+from workers.exit_codes import ending
+from workers.rank.process import RankSpec
+
+_KILL_S = 10.0
+"""For the kernel to end a killed process."""
+
+
+class ProcessRanks:
+    """A RankLauncher."""
+
+    host = "127.0.0.1"
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[str]] = []
+        self._watchers: list[threading.Thread] = []
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the ranks, by rank."""
+        return [process.pid for process in self._processes]
+
+    def place(self, num_ranks: int, device: str, num_threads: int, timeout_s: float) -> Sequence[Placement]:
+        """See RankLauncher."""
+        if device.startswith("cuda"):
+            if device != "cuda":
+                raise ConfigError(f"device {device!r} names one GPU, but {num_ranks} ranks are wanted: set device to cuda")
+            num_gpus = torch.cuda.device_count()
+            if num_gpus < num_ranks:
+                raise ConfigError(
+                    f"parallel.tensor wants {num_ranks} GPUs, and this host has {num_gpus}: lower it, or use several hosts with Ray"
+                )
+        return [Placement(self.host, rank, num_ranks, max(1, num_threads // num_ranks)) for rank in range(num_ranks)]
+
+    def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
+        """See RankLauncher."""
+        started: Future[subprocess.Popen[str]] = Future()
+        watcher = threading.Thread(target=_run, args=(spec, started, on_exit), name=f"cantata-rank-{spec.rank}", daemon=True)
+        self._watchers.append(watcher)
+        watcher.start()
+        process = started.result()
+        self._processes.append(process)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once; the watcher says how
+            process.stdin.write(spec.to_json() + "\n")
+            process.stdin.close()
+
+    def end(self, grace_s: float) -> None:
+        """See RankLauncher."""
+        deadline = time.monotonic() + grace_s
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0))
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()  # also ends one that is stopped
+        for process in self._processes:
+            process.wait(_KILL_S)
+
+
+def _run(spec: RankSpec, started: "Future[subprocess.Popen[str]]", on_exit: Callable[[str], None]) -> None:
+    """Start a rank and wait for its end: it lives no longer than the thread that starts it (`workers.parent_death`)."""
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "workers.rank.process", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,  # the engine's stdout has one line, not ours
+            env={**os.environ, **thread_environment(spec.num_threads)},
+            text=True,
+        )
+    except BaseException as error:
+        started.set_exception(error)
+        return
+    started.set_result(process)
+    on_exit(f"ended with {ending(process.wait())}")
+
+
+def _has_fileno(stream: object) -> bool:
+    try:
+        return isinstance(stream.fileno(), int)  # type: ignore[attr-defined]
+    except (AttributeError, OSError, ValueError):
+        return False

@@ -1,0 +1,113 @@
+"""Ranks as Ray actors, each in its bundle of the placement group of the process that starts them."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.util import get_node_ip_address
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from workers.cores import thread_environment
+from workers.errors import ConfigError
+from workers.executor.distributed import Placement
+from workers.rank.process import RankSpec, serve_rank
+
+logger = logging.getLogger(__name__)
+
+
+class _RankActor:
+    """One rank. Its one call lasts as long as the rank."""
+
+    def run(self, spec: str) -> None:
+        """Serve until the engine says stop."""
+        # The engine's process owns this actor: Ray ends it when that process is gone.
+        serve_rank(RankSpec.from_json(spec))
+
+
+class RayRanks:
+    """A RankLauncher. Made in a process that runs in a placement group with a bundle for each rank.
+
+    Args:
+        group: None: the one this process runs in.
+    """
+
+    def __init__(self, group: PlacementGroup | None = None) -> None:
+        self._group = group
+        self._actors: list[Any] = []
+        self._watchers: list[threading.Thread] = []
+
+    @property
+    def host(self) -> str:
+        """See RankLauncher."""
+        return str(get_node_ip_address())  # type: ignore[no-untyped-call]
+
+    def place(self, num_ranks: int, device: str, num_threads: int, timeout_s: float) -> Sequence[Placement]:
+        """See RankLauncher."""
+        group = self._group = self._group or get_current_placement_group()
+        if group is None or len(group.bundle_specs) < num_ranks:
+            found = 0 if group is None else len(group.bundle_specs)
+            raise ConfigError(f"{num_ranks} ranks want a placement group with a bundle for each, this process runs in one with {found}")
+        if not group.wait(timeout_s):
+            free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+            total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            amounts = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s are free" for name in group.bundle_specs[0])
+            raise ConfigError(f"after {timeout_s:g} s there is no room for {num_ranks} ranks of {group.bundle_specs[0]}: {amounts}")
+        nodes = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]
+        by_bundle = placement_group_table(group)["bundles_to_node_id"]
+        hosts = [nodes[by_bundle[index]] for index in range(num_ranks)]
+        # Ray shows each actor its own GPU only, as the first one.
+        alone = not device.startswith("cpu")
+        return [
+            Placement(
+                host,
+                0 if alone else hosts[:index].count(host),
+                hosts.count(host),
+                max(1, int(group.bundle_specs[index].get("CPU", 1))),
+            )
+            for index, host in enumerate(hosts)
+        ]
+
+    def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
+        """See RankLauncher."""
+        assert self._group is not None
+        bundle = self._group.bundle_specs[spec.rank]
+        actor_class: Any = ray.remote(_RankActor)
+        actor = actor_class.options(
+            num_cpus=bundle.get("CPU", 0),
+            num_gpus=bundle.get("GPU", 0),
+            max_restarts=0,
+            runtime_env={"env_vars": thread_environment(spec.num_threads)},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=spec.rank),
+        ).remote()
+        self._actors.append(actor)
+        watcher = threading.Thread(
+            target=_watch, args=(actor.run.remote(spec.to_json()), on_exit), name=f"cantata-rank-{spec.rank}", daemon=True
+        )
+        self._watchers.append(watcher)
+        watcher.start()
+
+    def end(self, grace_s: float) -> None:
+        """See RankLauncher."""
+        for watcher in self._watchers:
+            watcher.join(grace_s / max(len(self._watchers), 1))
+        for actor, watcher in zip(self._actors, self._watchers, strict=True):
+            if watcher.is_alive() and ray.is_initialized():
+                ray.kill(actor, no_restart=True)
+        for watcher in self._watchers:
+            if watcher is not threading.current_thread():
+                watcher.join(_KILL_S)
+
+
+_KILL_S = 10.0
+"""For Ray to end a killed actor."""
+
+
+def _watch(running: "ray.ObjectRef[None]", on_exit: Callable[[str], None]) -> None:
+    try:
+        ray.get(running)
+        on_exit("ended by itself")
+    except ray.exceptions.RayError as error:
+        on_exit(f"ended ({type(error).__name__})")

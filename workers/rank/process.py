@@ -1,0 +1,289 @@
+"""A rank in a process of its own: joins the engine's channel and the other ranks, loads, and runs the plans that come.
+
+`serve_rank` is the whole life, whoever started the process: `python -m workers.rank.process` for child processes (its RankSpec is
+the JSON on stdin), the actor of `ray_executor` under Ray.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import msgpack
+import torch
+
+from workers.config import EngineConfig, load_model_config
+from workers.config_json import engine_config_from_json, engine_config_to_json
+from workers.console import keep_output_from_failing
+from workers.cores import cores_of_rank
+from workers.errors import CheckpointError, ConfigError
+from workers.executor import channel as wire
+from workers.executor.channel import Endpoints, RankChannel
+from workers.kv_cache.tensors import KVCachePlan
+from workers.model.checkpoint import fingerprint
+from workers.parallel.collectives import TorchDistributed, join_store, serve_store, use_interface_of
+from workers.parallel.shard import plan_shards
+from workers.parent_death import die_with_parent
+from workers.rank.rank import LaunchedStep, Rank, check_memory, prepare_device
+from workers.scheduler.plan import PLAN_VERSION, decode_plan, encode_result
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+_GPU_POLL_S = 5e-5
+"""Between looks for a GPU step's end and for the next plan, whichever comes first."""
+_PROGRESS_INTERVAL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpec:
+    """All that a rank is told when it starts.
+
+    Attributes:
+        config: EngineConfig as JSON.
+        host: this node's address, for the collectives.
+        local_rank, ranks_on_host, num_threads: as of `Placement`.
+    """
+
+    config: str
+    rank: int
+    endpoints: Endpoints
+    host: str
+    local_rank: int
+    ranks_on_host: int
+    num_threads: int
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "RankSpec":
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        return RankSpec(**{**fields, "endpoints": Endpoints(**fields["endpoints"])})
+
+
+def identity(config: EngineConfig) -> dict[str, object]:
+    """What all ranks and their engine must have in common, by what it is called.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    return {
+        "Cantata": importlib.metadata.version("cantata"),
+        "torch": torch.__version__,
+        "version of step messages": PLAN_VERSION,
+        "checkpoint": fingerprint(config.model_path),
+        "configuration": hashlib.sha256(engine_config_to_json(config).encode()).hexdigest(),
+    }
+
+
+class Stopped(Exception):
+    """The engine wants this rank to end."""
+
+
+class EngineLost(Exception):
+    """The engine has been silent for too long: its host is gone or cannot be reached, or it is stopped."""
+
+
+class Engine:
+    """The engine as a rank hears it: what it wants next, or that it is no more.
+
+    It says each second that it is alive, which is heard here and goes no further.
+
+    Args:
+        silence_s: how long it may say nothing while this rank listens.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, channel: RankChannel, silence_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._channel = channel
+        self._silence_s = silence_s
+        self._clock = clock
+
+    def wait(self) -> tuple[bytes, bytes]:
+        """(kind, body) of the next message.
+
+        Raises:
+            Stopped, EngineLost: there will be none.
+        """
+        heard_s = self._clock()
+        while True:
+            message = self._channel.receive(_POLL_S)
+            if message is None:
+                if self._clock() - heard_s > self._silence_s:
+                    raise EngineLost
+            elif message[0] == wire.ALIVE:
+                heard_s = self._clock()
+            else:
+                return _not_stop(message)
+
+    def look(self) -> tuple[bytes, bytes] | None:
+        """The next message if it is there.
+
+        Raises:
+            Stopped: it says so.
+        """
+        message = self._channel.receive(0)
+        return None if message is None or message[0] == wire.ALIVE else _not_stop(message)
+
+    def expect(self, wanted: bytes) -> bytes:
+        """The body of the next message, which has to be of that kind."""
+        kind, body = self.wait()
+        if kind != wanted:
+            raise ValueError(f"the engine sent {kind!r} where {wanted!r} was due")
+        return body
+
+
+def serve_rank(spec: RankSpec) -> None:
+    """Run until the engine says stop. A failure is told to the engine, in one sentence.
+
+    If the engine is lost, this ends the process: nobody is left who could, and what it holds of a GPU is wanted.
+    """
+    channel = RankChannel(spec.endpoints)
+    try:
+        _serve(spec, channel)
+    except Stopped:
+        pass
+    except EngineLost:
+        logger.error("rank %d has lost its engine and ends", spec.rank)
+        logging.shutdown()
+        os._exit(1)
+    except (CheckpointError, ConfigError) as error:
+        channel.send(wire.FAILED, wire.pack(rank=spec.rank, kind=type(error).__name__, message=str(error)))
+    except Exception as error:
+        # The process's edge.
+        logger.exception("rank %d failed", spec.rank)
+        sentence = f"rank {spec.rank} failed ({type(error).__name__}); its log has the details"
+        channel.send(wire.FAILED, wire.pack(rank=spec.rank, kind="", message=sentence))
+    finally:
+        channel.close()
+
+
+def _serve(spec: RankSpec, channel: RankChannel) -> None:
+    torch.set_num_threads(spec.num_threads)
+    config = engine_config_from_json(spec.config)
+    parallel = config.parallel
+    model = load_model_config(config.model_path)
+    shard = plan_shards(model, parallel)[spec.rank]
+    device = prepare_device(config, spec.local_rank)
+    check_memory(config, model, shard, device, ranks_on_host=spec.ranks_on_host)
+    use_interface_of(spec.host)
+    own_store = serve_store(spec.host, timeout_s=parallel.start_timeout_s) if spec.rank == 0 else None
+    channel.send(
+        wire.HELLO,
+        wire.pack(
+            rank=spec.rank,
+            host=spec.host,
+            identity=identity(config),
+            store_port=0 if own_store is None else own_store.port,
+        ),
+    )
+    # The engine's watchdog is to be first: it can say which step, and it ends all ranks.
+    patience_s = 2 * parallel.step_timeout_s + 10
+    engine = Engine(channel, patience_s)
+    join = wire.unpack(engine.expect(wire.JOIN))
+    store = own_store or join_store(str(join["host"]), int(str(join["port"])), timeout_s=parallel.start_timeout_s)
+    collectives = TorchDistributed(spec.rank, parallel.tensor, store, device, timeout_s=patience_s)
+    cores = cores_of_rank(spec.local_rank, spec.ranks_on_host, spec.num_threads) if device.type == "cpu" else []
+    if cores:
+        # This thread, and those that it starts from now on. Those of the channel and the collectives may run anywhere, beside it.
+        os.sched_setaffinity(0, cores)
+    rank = Rank(
+        config,
+        model,
+        shard,
+        collectives,
+        device=device,
+        ranks_on_host=spec.ranks_on_host,
+        progress=_Reporter(spec.rank, channel),
+    )
+    try:
+        loaded = rank.load()
+        channel.send(wire.LOADED, wire.pack(rank=spec.rank, loaded=asdict(loaded)))
+        plan: dict[str, int] = msgpack.unpackb(engine.expect(wire.ALLOCATE))
+        rank.allocate(KVCachePlan(**plan))
+        channel.send(wire.READY, wire.pack(rank=spec.rank, phases_s=rank.phases_s))
+        _run_plans(spec.rank, rank, channel, engine)
+    finally:
+        rank.close()
+        collectives.close()
+
+
+def _run_plans(number: int, rank: Rank, channel: RankChannel, engine: Engine) -> None:
+    launched: deque[tuple[LaunchedStep, float]] = deque()
+    while True:
+        free_since = time.perf_counter()
+        kind, body = _receive_while(number, launched, channel, engine)
+        if kind == wire.PLAN:
+            idle_s = 0.0 if launched else time.perf_counter() - free_since
+            launched.append((rank.launch(decode_plan(body)), idle_s))
+        elif kind == wire.COMPUTE_LOGITS:
+            logits = rank.logits(msgpack.unpackb(body))
+            if logits is not None:
+                channel.send(wire.LOGITS, wire.pack(shape=list(logits.shape), values=logits.cpu().numpy().tobytes()))
+        else:
+            raise ValueError(f"the engine sent {kind!r} in the middle of serving")
+
+
+def _receive_while(number: int, launched: deque[tuple[LaunchedStep, float]], channel: RankChannel, engine: Engine) -> tuple[bytes, bytes]:
+    """The next message. Meanwhile results are sent as they come: on a GPU the next plan is launched while the last one runs."""
+    while launched:
+        step, idle_s = launched[0]
+        if step.done:
+            launched.popleft()
+            result = replace(step.result(), idle_s=idle_s)
+            if number == 0 or result.error is not None:
+                channel.send(wire.RESULT, encode_result(result))
+        elif (message := engine.look()) is not None:
+            return message
+        else:
+            time.sleep(_GPU_POLL_S)
+    return engine.wait()
+
+
+def _not_stop(message: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    if message[0] == wire.STOP:
+        raise Stopped
+    return message
+
+
+class _Reporter:
+    """Sends progress, but not more often than anyone can read it."""
+
+    def __init__(self, rank: int, channel: RankChannel) -> None:
+        self._rank = rank
+        self._channel = channel
+        self._sent_s = 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if total and done < total and now - self._sent_s < _PROGRESS_INTERVAL_S:
+            return
+        self._sent_s = now
+        self._channel.send(wire.PROGRESS, wire.pack(rank=self._rank, phase=phase, done=done, total=total))
+
+
+def main() -> int:
+    """Read the spec from stdin and serve; the argument is the PID of the engine's process, with which this one ends."""
+    keep_output_from_failing()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Ctrl-C in a terminal reaches the whole group; the engine decides the order of the stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A rank that is stopped, or waits in a collective or a driver, would keep its GPU.
+    if not die_with_parent(int(sys.argv[1])):
+        return 1
+    serve_rank(RankSpec.from_json(sys.stdin.readline()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

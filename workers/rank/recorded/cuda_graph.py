@@ -1,0 +1,277 @@
+"""CUDA graphs of the decode step: the model's kernels recorded once for each padded batch size and launched as one.
+
+Only the model is recorded; the layers' all-reduces are NCCL calls, which can be. Logits and sampling, whose work depends on the batch, run
+after it. Sizes follow vLLM's (`vllm/config`, cudagraph_capture_sizes).
+
+Nothing of this has run on a GPU yet.
+"""
+
+import bisect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.backend import has_triton
+from workers.model.step_batch import StepBatch
+from workers.rank.slots import DeviceSlots, SequenceSlots, StepRows
+from workers.rank.step_inputs import InputBuffers, packed_layout
+
+MAX_GRAPH_SIZE = 512
+"""Sequences; larger batches keep the GPU busy without graphs."""
+_TORCH_STREAMS = 32
+"""Number of streams of a device at one priority (c10/cuda/CUDAStream.cpp)."""
+_ROOM_BYTES = 64 * 1024
+"""Beyond the batch, for sampled rows and new blocks; a step that needs more runs without a graph."""
+
+
+def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """Padded batch sizes, ascending: 1, 2, 4, by eights to 256, by sixteens to MAX_GRAPH_SIZE, and max_num_seqs itself below that."""
+    largest = min(max_num_seqs, MAX_GRAPH_SIZE)
+    steps = (1, 2, 4, *range(8, 256, 8), *range(256, MAX_GRAPH_SIZE + 1, 16))
+    return tuple(sorted({size for size in steps if size < largest} | {largest}))
+
+
+def graph_size(sizes: tuple[int, ...], num_seqs: int) -> int | None:
+    """The smallest size that holds the batch; None if none does."""
+    index = bisect.bisect_left(sizes, num_seqs)
+    return sizes[index] if index < len(sizes) else None
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReport:
+    """Bytes of GPU memory that each graph keeps, in the order of capture, the largest graph first.
+
+    Attributes:
+        pool_bytes: what the graphs' own pool grew by, in whole segments of torch's allocator. Exact:
+            neither another thread's tensors nor another process's memory is in it.
+        driver_bytes: what the driver took beside torch, for the graph itself. The driver says only for
+            the whole GPU how much is free, so this is wrong, in either direction, for a graph during
+            whose capture another process took or freed memory.
+    """
+
+    pool_bytes: tuple[int, ...]
+    driver_bytes: tuple[int, ...]
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self.pool_bytes)
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(self.pool_bytes) + max(sum(self.driver_bytes), 0)
+
+
+class DecodeGraphs:
+    """The graphs of one runner, and the memory that they read their inputs from.
+
+    Args:
+        forward: the model: a batch → [T, hidden].
+    """
+
+    def __init__(self, slots: SequenceSlots, device_slots: DeviceSlots, forward: Callable[[StepBatch], Tensor]) -> None:
+        self.sizes = graph_sizes(slots.max_num_seqs)
+        self._max_blocks = slots.max_blocks
+        self._device_slots = device_slots
+        self._forward = forward
+        self._inputs = torch.zeros(
+            packed_layout(padding_rows(self.sizes[-1], device_slots.padding_slot).batch_arrays())[1] + _ROOM_BYTES,
+            dtype=torch.uint8,
+            device=device_slots.tables.device,
+        )
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    @torch.inference_mode()
+    def capture(self, progress: Callable[[str, int, int], None], *, limit: int | None = None) -> GraphReport:
+        """Record all sizes, or so many, the largest first: the smaller ones then fit into its memory, which
+        they share. Once only.
+
+        Raises:
+            RuntimeError: a kernel was loaded while a graph was captured.
+        """
+        device = self._inputs.device
+        buffers = InputBuffers(device)
+        stream = _streams.take(device)
+        weakref.finalize(self, _let_go, self._graphs, _streams, device, stream)
+        pool = torch.cuda.graph_pool_handle()
+        sizes = self.sizes[::-1][:limit]
+        pool_bytes, driver_bytes = [], []
+        for done, size in enumerate(sizes):
+            progress("capture graphs", done, len(sizes))
+            arrays = padding_rows(size, self._device_slots.padding_slot).batch_arrays()
+            tensors = buffers.upload(arrays, self._inputs)
+            self._warm_up(tensors, stream)
+            in_pool, beside_torch = _pool_bytes(pool), _bytes_beside_torch(device)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: other threads of the process (NCCL's watchdog, the plan channel) may call CUDA meanwhile.
+            with (
+                no_kernel_loads(f"a CUDA graph of {size} sequences"),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                hidden = self._run(tensors)
+            self._graphs[size] = graph, hidden
+            pool_bytes.append(_pool_bytes(pool) - in_pool)
+            driver_bytes.append(_bytes_beside_torch(device) - beside_torch)
+        progress("capture graphs", len(sizes), len(sizes))
+        return GraphReport(tuple(pool_bytes), tuple(driver_bytes))
+
+    def size_for(self, rows: StepRows) -> int | None:
+        """The graph that can run this batch; None: it is no decode batch, too large, or brings too many new blocks."""
+        if not rows.is_decode or packed_layout(rows.other_arrays())[1] > _ROOM_BYTES:
+            return None
+        return graph_size(self.sizes, len(rows.slots))
+
+    def replay(self, rows: StepRows, size: int, buffers: InputBuffers) -> tuple[Tensor, Tensor, Tensor]:
+        """Queue a decode batch.
+
+        Returns:
+            ([size, hidden], valid until the next replay, as graphs share memory; sample_indices and slots of the sampled rows.)
+        """
+        arrays = rows.padded(size, self._device_slots.padding_slot).batch_arrays()
+        tensors = buffers.upload(arrays + rows.other_arrays(), self._inputs)
+        sample_indices, sampled_slots, table_at, table_ids = tensors[len(arrays) :]
+        self._device_slots.set_blocks(table_at, table_ids)
+        graph, hidden = self._graphs[size]
+        graph.replay()
+        return hidden, sample_indices, sampled_slots
+
+    def _warm_up(self, tensors: list[Tensor], stream: torch.cuda.Stream) -> None:
+        """Run once outside the graph: kernels are compiled, libraries allocate their workspaces."""
+        stream.wait_stream(torch.cuda.current_stream(self._inputs.device))
+        with torch.cuda.stream(stream):
+            self._run(tensors)
+        torch.cuda.current_stream(self._inputs.device).wait_stream(stream)
+
+    def _run(self, tensors: list[Tensor]) -> Tensor:
+        # The sampled rows are taken outside; any tensor stands for them here.
+        return self._forward(self._device_slots.batch(tensors, tensors[0], self._max_blocks, 1))
+
+
+class CaptureStreams:
+    """The streams of this process that graphs are captured on: one for each living set of graphs, and
+    the next set's once that set is gone.
+
+    cuBLAS works in memory that torch gives it, 32 MiB on sm_90, for each stream, and a graph holds its
+    address. Versions of torch after 2.11 free the memory of a stream with any graph that was captured
+    on it (pytorch issue 193402), also where other graphs hold it: two sets must not share a stream. A
+    stream for every set there ever was would keep its memory in an older torch.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: dict[torch.device, list[torch.cuda.Stream]] = {}
+        self._known: set[tuple[torch.device, int]] = set()
+
+    def take(self, device: torch.device) -> torch.cuda.Stream:
+        """A stream that no living set of graphs uses.
+
+        Raises:
+            RuntimeError: all streams that torch has are in use.
+        """
+        with self._lock:
+            free = self._free.setdefault(device, [])
+            return free.pop() if free else self._new(device)
+
+    def give_back(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        """The graphs that were captured on it are gone."""
+        with self._lock:
+            self._free[device].append(stream)
+
+    def _new(self, device: torch.device) -> torch.cuda.Stream:
+        # torch has so many streams for a device and gives them out in turn.
+        for _ in range(_TORCH_STREAMS):
+            stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            if (device, stream.cuda_stream) not in self._known:
+                self._known.add((device, stream.cuda_stream))
+                return stream
+        raise RuntimeError(f"{_TORCH_STREAMS} engines of this process hold CUDA graphs: no stream is left to capture more on")
+
+
+_streams = CaptureStreams()
+
+
+def _let_go(
+    graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]],
+    streams: CaptureStreams,
+    device: torch.device,
+    stream: torch.cuda.Stream,
+) -> None:
+    """Destroy the graphs, and only then let others capture on their stream."""
+    graphs.clear()
+    streams.give_back(device, stream)
+
+
+def use_cublas_on_next_stream(device: torch.device) -> None:
+    """Have cuBLAS take its memory for the stream that the next set of graphs will be captured on, so that it
+    is in use from now on."""
+    stream = _streams.take(device)
+    with torch.cuda.stream(stream):
+        multiply(device)
+    torch.cuda.synchronize(device)
+    _streams.give_back(device, stream)
+
+
+def multiply(device: torch.device) -> None:
+    """Make both kinds of product that a model has, with and without a bias: cuBLAS and cuBLASLt take memory."""
+    square = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    functional.linear(square, square, square[0])
+    square @ square
+
+
+@contextmanager
+def no_kernel_loads(what: str) -> Iterator[None]:
+    """While entered, raise RuntimeError where this thread makes Triton load a kernel, before it is loaded.
+
+    Loading may call CUDA functions that spoil a capture; and a kernel that the run before the capture
+    did not load says that it was another run. Other threads may load. Kernels of libraries, such as
+    cuBLAS's, are not watched.
+
+    Args:
+        what: is captured.
+    """
+    if not has_triton():
+        yield
+        return
+    from triton import knobs
+
+    thread, hook = threading.get_ident(), knobs.runtime.kernel_load_start_hook
+
+    def refuse(module: object, function: object, name: str, metadata_group: object, key: str) -> None:
+        if threading.get_ident() == thread:
+            raise RuntimeError(
+                f"Triton loads the kernel {name} while {what} is captured, though the same step ran just before, "
+                "with all its kernels: an error in Cantata. With engine.enforce_eager it runs without graphs"
+            )
+
+    hook.add(refuse)
+    try:
+        yield
+    finally:
+        hook.remove(refuse)
+
+
+def _pool_bytes(pool: tuple[int, int]) -> int:
+    """That torch's allocator holds for the graphs of this pool."""
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
+
+
+def _bytes_beside_torch(device: torch.device) -> int:
+    """GPU memory in use that is not this process's torch's."""
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free - torch.cuda.memory_reserved(device))
+
+
+def padding_rows(size: int, padding_slot: int) -> StepRows:
+    """A decode batch of nothing but padding."""
+    none = np.zeros(0, dtype=np.int64)
+    ids = np.zeros(0, dtype=np.int32)
+    empty = StepRows(none, none, none, none, none, none, none, ids, np.zeros(1, dtype=np.int32), none, none, ids, 1)
+    return empty.padded(size, padding_slot)

@@ -1,0 +1,311 @@
+"""How each live sequence is sampled: parameters by slot, and for the sequences that need more (bias, penalties, constraints, stop tokens
+before min_tokens) what their next token depends on. Builds the SamplingBatch of a step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds
+from workers.constraint.automaton import TokenAutomaton
+from workers.rank.step_inputs import Array, InputBuffers
+from workers.request import SamplingParams
+from workers.scheduler.plan import SequenceStart
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class TokenListener(Protocol):
+    """What a sequence's next token depends on beside the model, and so must hear of each token before the next is sampled."""
+
+    def push(self, token_id: int) -> None:
+        """One more output token."""
+
+
+class SeenTokens:
+    """Distinct tokens of a sequence and how often each is among its output, kept up to date token by token."""
+
+    def __init__(self, prompt: tuple[int, ...], output: tuple[int, ...]) -> None:
+        self._index: dict[int, int] = {}
+        self._token_ids = np.zeros(256, dtype=np.int64)
+        self._counts = np.zeros(256, dtype=np.int32)
+        for token_id in prompt:
+            self._add(token_id, 0)
+        for token_id in output:
+            self._add(token_id, 1)
+
+    @property
+    def token_ids(self) -> Ints:
+        return self._token_ids[: len(self._index)]
+
+    @property
+    def output_counts(self) -> npt.NDArray[np.int32]:
+        return self._counts[: len(self._index)]
+
+    def push(self, token_id: int) -> None:
+        """One more output token."""
+        self._add(token_id, 1)
+
+    def _add(self, token_id: int, count: int) -> None:
+        index = self._index.setdefault(token_id, len(self._index))
+        if index == len(self._token_ids):
+            self._token_ids = np.concatenate((self._token_ids, np.zeros_like(self._token_ids)))
+            self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+        self._token_ids[index] = token_id
+        self._counts[index] += count
+
+
+class ConstraintState:
+    """Where a sequence stands in its token automaton; replays the output it starts with."""
+
+    def __init__(self, automaton: TokenAutomaton, output: tuple[int, ...]) -> None:
+        self._automaton = automaton
+        self._state = automaton.start
+        # By state, made when first entered.
+        self._allowed: dict[int, Ints | None] = {}
+        self._forbidden: dict[int, Ints] = {}
+        self._next: dict[int, dict[int, int]] = {}
+        for token_id in output:
+            self.push(token_id)
+
+    @property
+    def allowed(self) -> Ints | None:
+        """The only ids that may come next; None: all but the forbidden ones."""
+        if self._state not in self._allowed:
+            allowed = self._automaton.states[self._state].allowed
+            self._allowed[self._state] = None if allowed is None else np.array(allowed, dtype=np.int64)
+        return self._allowed[self._state]
+
+    @property
+    def forbidden(self) -> Ints:
+        """Ids that may not come next; to be read where `allowed` is None."""
+        if self._state not in self._forbidden:
+            self._forbidden[self._state] = np.array(self._automaton.states[self._state].forbidden, dtype=np.int64)
+        return self._forbidden[self._state]
+
+    def push(self, token_id: int) -> None:
+        """Advance by one output token."""
+        if self._state not in self._next:
+            # Reversed, because the first of equal transitions counts.
+            self._next[self._state] = dict(reversed(self._automaton.states[self._state].transitions))
+        self._state = self._next[self._state].get(token_id, self._state)
+
+
+@dataclass(slots=True)
+class _Extras:
+    """What most sequences do not have."""
+
+    bias_ids: Ints | None
+    bias_values: Floats | None
+    seen: SeenTokens | None
+    constraint: ConstraintState | None
+    stop_token_ids: Ints
+    min_tokens: int
+    num_logprobs: int | None
+
+    @property
+    def listens(self) -> bool:
+        """Whether the next token depends on the output so far."""
+        return self.seen is not None or self.constraint is not None
+
+    def push(self, token_id: int) -> None:
+        """One more output token."""
+        if self.seen is not None:
+            self.seen.push(token_id)
+        if self.constraint is not None:
+            self.constraint.push(token_id)
+
+    @classmethod
+    def of(cls, start: SequenceStart) -> "_Extras | None":
+        sampling = start.sampling
+        prompt, output = start.token_ids[: start.num_prompt_tokens], start.token_ids[start.num_prompt_tokens :]
+        penalised = _penalises(sampling)
+        stops = start.stop_token_ids if sampling.min_tokens > 0 else ()
+        if not (sampling.logit_bias or penalised or start.constraint or stops or sampling.logprobs is not None):
+            return None
+        return cls(
+            bias_ids=np.array([token_id for token_id, _ in sampling.logit_bias], dtype=np.int64) if sampling.logit_bias else None,
+            bias_values=np.array([value for _, value in sampling.logit_bias], dtype=np.float32) if sampling.logit_bias else None,
+            seen=SeenTokens(prompt if sampling.repetition_penalty != 1.0 else (), output) if penalised else None,
+            constraint=None if start.constraint is None else ConstraintState(start.constraint, output),
+            stop_token_ids=np.array(stops, dtype=np.int64),
+            min_tokens=sampling.min_tokens,
+            num_logprobs=sampling.logprobs,
+        )
+
+
+class _Pairs:
+    """(row, token id) pairs, with a value each, gathered row by row."""
+
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+        self._token_ids: list[Ints] = []
+        self._values: list[npt.NDArray[np.generic]] = []
+
+    def add(self, row: int, token_ids: Ints, values: npt.NDArray[np.generic] | None = None) -> None:
+        self._rows.append(row)
+        self._token_ids.append(token_ids)
+        if values is not None:
+            self._values.append(values)
+
+    def __bool__(self) -> bool:
+        return any(len(token_ids) for token_ids in self._token_ids)
+
+    def arrays(self) -> tuple[Ints, Ints]:
+        """(rows, token ids)."""
+        rows = np.repeat(np.array(self._rows, dtype=np.int64), [len(token_ids) for token_ids in self._token_ids])
+        return rows, np.concatenate(self._token_ids)
+
+    def values(self) -> npt.NDArray[np.generic]:
+        return np.concatenate(self._values)
+
+
+class SamplingState:
+    """Sampling parameters and states by slot.
+
+    Args:
+        max_num_seqs: number of slots.
+    """
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self._temperature = np.zeros(max_num_seqs, dtype=np.float32)
+        self._seed = np.zeros(max_num_seqs, dtype=np.int64)
+        self._top_k = np.zeros(max_num_seqs, dtype=np.int64)
+        self._top_p = np.ones(max_num_seqs, dtype=np.float32)
+        self._min_p = np.zeros(max_num_seqs, dtype=np.float32)
+        self._presence = np.zeros(max_num_seqs, dtype=np.float32)
+        self._frequency = np.zeros(max_num_seqs, dtype=np.float32)
+        self._repetition = np.ones(max_num_seqs, dtype=np.float32)
+        self._extras: dict[int, _Extras] = {}
+
+    def start(self, slot: int, start: SequenceStart) -> None:
+        """Take in a sequence with the output it has so far."""
+        sampling = start.sampling
+        assert sampling.seed is not None, "the engine got a request without a seed"
+        self._temperature[slot] = sampling.temperature
+        # The same 64 bits, as a signed number.
+        self._seed[slot] = sampling.seed - (1 << 64) if sampling.seed >= 1 << 63 else sampling.seed
+        self._top_k[slot] = max(sampling.top_k, 0)
+        self._top_p[slot] = sampling.top_p
+        self._min_p[slot] = sampling.min_p
+        self._presence[slot] = sampling.presence_penalty
+        self._frequency[slot] = sampling.frequency_penalty
+        self._repetition[slot] = sampling.repetition_penalty
+        extras = _Extras.of(start)
+        if extras is not None:
+            self._extras[slot] = extras
+
+    def drop(self, slot: int) -> None:
+        """Forget a sequence."""
+        self._extras.pop(slot, None)
+
+    def num_logprobs(self, seq_ids: Sequence[int], slots: Ints) -> list[tuple[int, int]]:
+        """(seq_id, alternatives it wants with each token) of those of these sequences that want log-probabilities."""
+        if not self._extras:
+            return []
+        extras = [(seq_id, self._extras.get(slot)) for seq_id, slot in zip(seq_ids, slots.tolist(), strict=True)]
+        return [(seq_id, entry.num_logprobs) for seq_id, entry in extras if entry is not None and entry.num_logprobs is not None]
+
+    def listeners(self, slots: Ints) -> list[tuple[int, TokenListener]]:
+        """(row, what must be told its token) of the slots that need it. They stay those of the present tenants if a slot changes hands."""
+        if not self._extras:
+            return []
+        extras = [(row, self._extras.get(slot)) for row, slot in enumerate(slots.tolist())]
+        return [(row, entry) for row, entry in extras if entry is not None and entry.listens]
+
+    def build(self, slots: Ints, output_positions: Ints, masks: dict[int, bytes], inputs: InputBuffers) -> SamplingBatch:
+        """The batch for one row per slot. The output so far has been pushed to `listeners`.
+
+        Args:
+            output_positions: [S] index of each slot's next token among its output tokens.
+            masks: slot → bitmask of allowed ids, for sequences in a grammar state.
+            inputs: uploads all of it at once; the host does not wait for the device.
+        """
+        temperature, top_k, top_p, min_p = self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots]
+        random = bool((temperature > 0).any())
+        bias, allowed, forbidden, seen = _Pairs(), _Pairs(), _Pairs(), _Pairs()
+        logprob_rows: list[int] = []
+        num_top_logprobs = 0
+        for row, slot in enumerate(slots.tolist()) if self._extras else ():
+            extras = self._extras.get(slot)
+            if extras is None:
+                continue
+            if extras.bias_ids is not None:
+                bias.add(row, extras.bias_ids, extras.bias_values)
+            if extras.seen is not None:
+                seen.add(row, extras.seen.token_ids, extras.seen.output_counts)
+            if extras.constraint is not None:
+                if extras.constraint.allowed is not None:
+                    allowed.add(row, extras.constraint.allowed)
+                else:
+                    # As a bias: `forbidden_ids` gives way where nothing is left, which is meant for stop tokens before min_tokens only.
+                    ids = extras.constraint.forbidden
+                    bias.add(row, ids, np.full(len(ids), -np.inf, dtype=np.float32))
+            if len(extras.stop_token_ids) and output_positions[row] < extras.min_tokens:
+                forbidden.add(row, extras.stop_token_ids)
+            if extras.num_logprobs is not None:
+                logprob_rows.append(row)
+                num_top_logprobs = max(num_top_logprobs, extras.num_logprobs)
+        parts: dict[str, tuple[Array, ...]] = {}
+        if random:
+            parts |= {"temperature": (temperature,), "seeds": (self._seed[slots],), "output_positions": (output_positions,)}
+            filters: tuple[tuple[str, Array, bool], ...] = (
+                ("top_k", top_k, bool((top_k > 0).any())),
+                ("top_p", top_p, bool((top_p < 1).any())),
+                ("min_p", min_p, bool((min_p > 0).any())),
+            )
+            parts |= {name: (values,) for name, values, used in filters if used}
+        vectors = tuple(parts)
+        if bias:
+            parts["logit_bias"] = (*bias.arrays(), bias.values())
+        if seen:
+            limits = (self._presence[slots], self._frequency[slots], self._repetition[slots])
+            parts["penalties"] = (*seen.arrays(), seen.values(), *limits)
+        if allowed:
+            parts["allowed_ids"] = allowed.arrays()
+        if forbidden:
+            parts["forbidden_ids"] = forbidden.arrays()
+        if (bits := _allowed_bits(slots, masks)) is not None:
+            parts["allowed_bits"] = bits
+        if logprob_rows:
+            parts["logprob_rows"] = (np.array(logprob_rows, dtype=np.int64),)
+        tensors = _upload(parts, inputs)
+        return SamplingBatch(
+            **{name: tensors[name][0] for name in vectors},
+            logit_bias=LogitBias(*tensors["logit_bias"]) if "logit_bias" in tensors else None,
+            penalties=Penalties(*tensors["penalties"]) if "penalties" in tensors else None,
+            allowed_ids=TokenIds(*tensors["allowed_ids"]) if "allowed_ids" in tensors else None,
+            allowed_bits=AllowedBits(*tensors["allowed_bits"]) if "allowed_bits" in tensors else None,
+            forbidden_ids=TokenIds(*tensors["forbidden_ids"]) if "forbidden_ids" in tensors else None,
+            logprob_rows=tensors["logprob_rows"][0] if logprob_rows else None,
+            num_top_logprobs=num_top_logprobs,
+        )
+
+
+def _upload(parts: dict[str, tuple[Array, ...]], inputs: InputBuffers) -> dict[str, list[Tensor]]:
+    """All arrays in one copy, which the host does not wait for."""
+    if not parts:
+        return {}
+    tensors = iter(inputs.upload([array for arrays in parts.values() for array in arrays]))
+    return {name: [next(tensors) for _ in arrays] for name, arrays in parts.items()}
+
+
+def _penalises(sampling: SamplingParams) -> bool:
+    return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or sampling.repetition_penalty != 1
+
+
+def _allowed_bits(slots: Ints, masks: dict[int, bytes]) -> tuple[Ints, npt.NDArray[np.uint8]] | None:
+    """(rows, bits) of AllowedBits; None: no row has a mask."""
+    rows = [row for row, slot in enumerate(slots.tolist()) if slot in masks]
+    if not rows:
+        return None
+    width = max(len(masks[int(slots[row])]) for row in rows)
+    bits = np.zeros((len(rows), width), dtype=np.uint8)
+    for index, row in enumerate(rows):
+        mask = np.frombuffer(masks[int(slots[row])], dtype=np.uint8)
+        bits[index, : len(mask)] = mask
+    return np.array(rows, dtype=np.int64), bits
