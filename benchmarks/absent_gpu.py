@@ -34,7 +34,14 @@ PROCESSORS = 132
 _MAX_SHARED_BYTES = 227 * 1024
 _MAX_THREADS = 1024
 _KERNELS = (
-    *("attention.paged", "attention.rope_store", "moe.grouped", "linear.narrow", "pointwise.norm", "pointwise.yarn"),
+    *(
+        "attention.paged",
+        "attention.rope_store",
+        "moe.grouped",
+        "linear.narrow",
+        "pointwise.norm",
+        "pointwise.yarn",
+    ),
     *("embedding.lookup", "slots", "sampling", "moe.routing", "mxfp4.layouts"),
 )
 """Modules that are imported before the names in them are replaced."""
@@ -55,7 +62,9 @@ class Launches:
     def launch(self, *args: object) -> None:
         self.count += 1
 
-    def load_binary(self, name: str, binary: bytes, shared_bytes: int, device: int) -> tuple[int, int, int, int, int]:
+    def load_binary(
+        self, name: str, binary: bytes, shared_bytes: int, device: int
+    ) -> tuple[int, int, int, int, int]:
         """(module, function, registers, spills, most threads of a block)."""
         self.loaded.append(name)
         return 1, 1, 0, 0, _MAX_THREADS
@@ -79,7 +88,10 @@ def fake_driver(target: str, *, build_launchers: bool = False) -> Iterator[Launc
     capability, launches = divmod(int(target.removeprefix("sm_")), 10), Launches()
     module = mock.MagicMock(name="a C module of Triton's driver")
     module.launch, module.load_binary = launches.launch, launches.load_binary
-    module.get_device_properties = lambda device: {"max_shared_mem": _MAX_SHARED_BYTES, "multiprocessor_count": PROCESSORS}
+    module.get_device_properties = lambda device: {
+        "max_shared_mem": _MAX_SHARED_BYTES,
+        "multiprocessor_count": PROCESSORS,
+    }
     used: weakref.WeakSet[Any] = weakref.WeakSet()
     run = JITFunction.run
 
@@ -91,9 +103,21 @@ def fake_driver(target: str, *, build_launchers: bool = False) -> Iterator[Launc
         if build_launchers:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             # Modules name the library that they need; all that they call in it is found when they are loaded.
-            stub = ["gcc", "-shared", "-nostdlib", "-Wl,-soname,libcuda.so.1", "-x", "c", "/dev/null", "-o", str(folder / "libcuda.so.1")]
+            stub = [
+                "gcc",
+                "-shared",
+                "-nostdlib",
+                "-Wl,-soname,libcuda.so.1",
+                "-x",
+                "c",
+                "/dev/null",
+                "-o",
+                str(folder / "libcuda.so.1"),
+            ]
             subprocess.run(stub, check=True, timeout=60)
-            stack.enter_context(mock.patch.object(cuda, "library_dirs", return_value=[cuda.libdevice_dir, str(folder)]))
+            stack.enter_context(
+                mock.patch.object(cuda, "library_dirs", return_value=[cuda.libdevice_dir, str(folder)])
+            )
             stack.enter_context(mock.patch.object(build, "_load_module_from_path", return_value=module))
         else:
             stack.enter_context(mock.patch.object(cuda, "library_dirs", return_value=[]))
@@ -143,11 +167,17 @@ def meta_as(target: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(linear_reference, "linear", functional.linear))
         for name, found in list(sys.modules.items()):
             for function, replacement in everywhere.items():
-                if (name.startswith(("kernels.", "benchmarks.", "workers.")) or found is backend) and hasattr(found, function):
+                if (name.startswith(("kernels.", "benchmarks.", "workers.")) or found is backend) and hasattr(
+                    found, function
+                ):
                     stack.enter_context(mock.patch.object(found, function, replacement))
         for function, replacement in _FAKE_CUDA.items():
             stack.enter_context(mock.patch.object(torch.cuda, function, replacement))
-        stack.enter_context(mock.patch.object(runner, "_to_pinned", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype)))
+        stack.enter_context(
+            mock.patch.object(
+                runner, "_to_pinned", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype)
+            )
+        )
         stack.enter_context(mock.patch.object(step_inputs.InputBuffers, "_allocate", _allocate))
         yield
 

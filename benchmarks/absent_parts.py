@@ -41,7 +41,10 @@ def launch_parts(target: str, options: Options) -> list[str]:
         for part in (*PARTS, _graphs):
             attempts = Attempts(META)
             part(options, attempts)
-            failures += [f"{part.__name__}: {failure['what']}: {failure['error']}" for failure in attempts.result.get(FAILURES, ())]
+            failures += [
+                f"{part.__name__}: {failure['what']}: {failure['error']}"
+                for failure in attempts.result.get(FAILURES, ())
+            ]
     return failures
 
 
@@ -52,7 +55,9 @@ def _graphs(options: Options, attempts: Attempts) -> None:
     caches = random_caches(found.model, found.batches, options.num_steps)
 
     def capture() -> None:
-        runner = Runner(found.model, caches, max_num_seqs=max(sizes), max_model_len=max(contexts) + options.num_steps)
+        runner = Runner(
+            found.model, caches, max_num_seqs=max(sizes), max_model_len=max(contexts) + options.num_steps
+        )
         runner.capture_graphs(lambda phase, done, total: None)
 
     attempts.run("capture graphs", capture)

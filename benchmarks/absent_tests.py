@@ -52,7 +52,11 @@ _NOTHING_IS_READ = (
     (torch.Tensor, "__int__", _zero(torch.Tensor.__int__, 0)),
     (torch.Tensor, "__float__", _zero(torch.Tensor.__float__, 0.0)),
     (torch.Tensor, "item", _zero(torch.Tensor.item, 0)),
-    (torch.Tensor, "tolist", lambda tensor: _tolist(torch.zeros_like(tensor, device="cpu") if tensor.device == META else tensor)),
+    (
+        torch.Tensor,
+        "tolist",
+        lambda tensor: _tolist(torch.zeros_like(tensor, device="cpu") if tensor.device == META else tensor),
+    ),
     (torch, "equal", lambda left, right: True),
     (torch.testing, "assert_close", lambda *args, **options: None),
     # Its result is compared and no more.

@@ -62,12 +62,22 @@ def main() -> None:
     """Parse the flags, measure and print tables."""
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.cpu", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--isa", choices=native.ISAS, action="append", help="instruction set, again for another; default: the best")
     parser.add_argument(
-        "--memory", type=float, default=1.0, help="GiB of weights of each kind, more than the caches hold; default: %(default)s"
+        "--isa",
+        choices=native.ISAS,
+        action="append",
+        help="instruction set, again for another; default: the best",
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        default=1.0,
+        help="GiB of weights of each kind, more than the caches hold; default: %(default)s",
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="for each figure; default: %(default)s")
-    parser.add_argument("--only", choices=("matrix-vector", "experts", "dense", "attention", "sampling"), help="one table")
+    parser.add_argument(
+        "--only", choices=("matrix-vector", "experts", "dense", "attention", "sampling"), help="one table"
+    )
     arguments = parser.parse_args()
     for flag in ("threads", "memory", "seconds"):
         if not getattr(arguments, flag) > 0:
@@ -76,7 +86,9 @@ def main() -> None:
     best = native.isa()
     if best is None:
         parser.error("the CPU kernels are not built: install with a C++ compiler")
-    print(f"{arguments.threads} threads of {os.cpu_count()}, {cache_text()}, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    print(
+        f"{arguments.threads} threads of {os.cpu_count()}, {cache_text()}, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+    )
     size = int(arguments.memory * 2**30)
     gemm = roofline.fastest_gemm()
     yardsticks = [bandwidth_task(size), gemm_task(gemm)]
@@ -120,7 +132,9 @@ def show_share(name: str, share: float) -> None:
     show_progress(f"{name}: {share:.0%}")
 
 
-def measure(tasks: Sequence[Task], seconds_each: float, progress: Callable[[float], None] | None = None) -> list[tuple[Task, float]]:
+def measure(
+    tasks: Sequence[Task], seconds_each: float, progress: Callable[[float], None] | None = None
+) -> list[tuple[Task, float]]:
     """Return the best time of each task, their runs taken in turn.
 
     Args:
@@ -143,7 +157,9 @@ def measure(tasks: Sequence[Task], seconds_each: float, progress: Callable[[floa
             tasks[index].run(call)
             elapsed = clock() - start
             spent[index] += elapsed
-            if call > 0 or not _goes_on(1, elapsed, seconds_each):  # the first run warms up, but the only one counts
+            if call > 0 or not _goes_on(
+                1, elapsed, seconds_each
+            ):  # the first run warms up, but the only one counts
                 best[index] = min(best[index], elapsed)
     return list(zip(tasks, best, strict=True))
 
@@ -157,7 +173,9 @@ def print_table(title: str, results: Sequence[tuple[Task, float]]) -> None:
     """The first two are the yardsticks."""
     (memory, memory_s), (product, product_s), *others = results
     bandwidth, rate = memory.num_bytes / memory_s, product.num_operations / product_s
-    print(f"\n{title}: read bandwidth {bandwidth / 1e9:.1f} GB/s, {product.name} {rate / 1e9:.0f} GFLOP/s, load {os.getloadavg()[0]:.1f}\n")
+    print(
+        f"\n{title}: read bandwidth {bandwidth / 1e9:.1f} GB/s, {product.name} {rate / 1e9:.0f} GFLOP/s, load {os.getloadavg()[0]:.1f}\n"
+    )
     print(f"| | ms | GB/s | of bandwidth | GFLOP/s | of {product.name} |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for task, best_s in others:
@@ -183,7 +201,9 @@ def recorded(run: Callable[[int], Tensor], num_calls: int) -> Callable[[int], Te
         with torch.inference_mode():
             recordings.append(record(memory, lambda call=call: run(call)))  # type: ignore[misc]
 
-    def replay(call: int, inputs: object = run) -> Tensor:  # programs know no more than addresses: `run` keeps what they read
+    def replay(
+        call: int, inputs: object = run
+    ) -> Tensor:  # programs know no more than addresses: `run` keeps what they read
         program, result = recordings[call % num_calls]
         program.run()
         return result
@@ -194,7 +214,9 @@ def recorded(run: Callable[[int], Tensor], num_calls: int) -> Callable[[int], Te
 def gemm_task(gemm: Gemm) -> Task:
     """torch's product of square matrices, of the data type and size that `roofline` found the fastest."""
     left, right = (torch.ones(gemm.size, gemm.size, dtype=GEMM_DTYPES[gemm.dtype]) for _ in range(2))
-    return Task(f"torch {gemm.dtype} GEMM", lambda call: torch.matmul(left, right), num_operations=2 * gemm.size**3)
+    return Task(
+        f"torch {gemm.dtype} GEMM", lambda call: torch.matmul(left, right), num_operations=2 * gemm.size**3
+    )
 
 
 def matrix_vector_tasks(size: int) -> list[Task]:
@@ -215,21 +237,37 @@ def matrix_vector_tasks(size: int) -> list[Task]:
 def expert_tasks(size: int) -> list[Task]:
     """A layer of the 20b: 32 experts, 4 for each token."""
     layer = ExpertLayer(HIDDEN, INTERMEDIATE, size)
-    return [layer.task(f"experts, {counted(num_tokens)}", num_tokens, TOP_K) for num_tokens in (1, 4, 16, 64, 512, 2048)]
+    return [
+        layer.task(f"experts, {counted(num_tokens)}", num_tokens, TOP_K)
+        for num_tokens in (1, 4, 16, 64, 512, 2048)
+    ]
 
 
 def dense_tasks(size: int, torch_dtype: str) -> list[Task]:
     """Dense layers at batch sizes, ours and torch's, the latter in a data type of GEMM_DTYPES."""
     tasks = []
     rows, width, plain_dtype = 5120, HIDDEN, GEMM_DTYPES[torch_dtype]
-    plain = [torch.randn(rows, width).to(plain_dtype) for _ in range(max(2, size // (plain_dtype.itemsize * rows * width) // 2))]
-    weights = {name: dense_weights(rows, width, dtype, size) for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8))}
+    plain = [
+        torch.randn(rows, width).to(plain_dtype)
+        for _ in range(max(2, size // (plain_dtype.itemsize * rows * width) // 2))
+    ]
+    weights = {
+        name: dense_weights(rows, width, dtype, size)
+        for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8))
+    }
     for num_tokens in (1, 2, 4, 8, 16, 32, 64, 512):
         x = torch.randn(num_tokens, width).bfloat16()
         plain_x = x.to(plain_dtype)
         operations = 2 * num_tokens * rows * width
         for name, packed in weights.items():
-            tasks.append(Task(f"{name} [{rows}, {width}], {counted(num_tokens)}", run_dense(x, packed), packed[0].nbytes, operations))
+            tasks.append(
+                Task(
+                    f"{name} [{rows}, {width}], {counted(num_tokens)}",
+                    run_dense(x, packed),
+                    packed[0].nbytes,
+                    operations,
+                )
+            )
         tasks.append(
             Task(
                 f"torch {torch_dtype} [{rows}, {width}], {counted(num_tokens)}",
@@ -270,7 +308,10 @@ def sampling_tasks(vocab_size: int) -> list[Task]:
     """Tokens of 1 and of 16 rows of logits: flat ones, and peaked ones, where about a hundred tokens have nearly all of the weight."""
     tasks = []
     for num_rows, (kind, raised) in itertools.product((1, 16), (("flat", 0.0), ("peaked", 14.0))):
-        logits = [2 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(call)) for call in range(4)]
+        logits = [
+            2 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(call))
+            for call in range(4)
+        ]
         for rows in logits:
             rows[:, :: max(1, vocab_size // 100)] += raised
         seeded = {"seeds": torch.arange(num_rows), "output_positions": torch.arange(num_rows)}
@@ -283,7 +324,9 @@ def sampling_tasks(vocab_size: int) -> list[Task]:
         }
         for name, batch in batches.items():
             run = run_sampling(logits, batch)
-            tasks.append(Task(f"{num_rows} row{'s' * (num_rows != 1)}, {kind}, {name}", run, logits[0].nbytes))
+            tasks.append(
+                Task(f"{num_rows} row{'s' * (num_rows != 1)}, {kind}, {name}", run, logits[0].nbytes)
+            )
     return tasks
 
 
@@ -301,13 +344,17 @@ def attention_caches(size: int) -> Tensor:
     return layers
 
 
-def attention_task(layers: Tensor, num_seqs: int, query_len: int, context_len: int, window: int | None) -> Task:
+def attention_task(
+    layers: Tensor, num_seqs: int, query_len: int, context_len: int, window: int | None
+) -> Task:
     """The last `query_len` tokens of each of `num_seqs` sequences, which lie elsewhere with every call; blocks in no order."""
     num_blocks, blocks_per_seq = layers.shape[2], -(-context_len // BLOCK_SIZE)
     generator = torch.Generator().manual_seed(context_len)
     free = torch.randperm(num_blocks, generator=generator).to(torch.int32)
     tables = [
-        table.view(num_seqs, blocks_per_seq) for table in free.split(num_seqs * blocks_per_seq) if len(table) == num_seqs * blocks_per_seq
+        table.view(num_seqs, blocks_per_seq)
+        for table in free.split(num_seqs * blocks_per_seq)
+        if len(table) == num_seqs * blocks_per_seq
     ]
     q = torch.randn(num_seqs * query_len, NUM_HEADS, HEAD_DIM, generator=generator).bfloat16()
     context_lens = torch.full((num_seqs,), context_len, dtype=torch.int32)
@@ -316,13 +363,21 @@ def attention_task(layers: Tensor, num_seqs: int, query_len: int, context_len: i
 
     def run(call: int) -> Tensor:
         layer, table = layers[call % len(layers)], tables[call // len(layers) % len(tables)]
-        return attention.paged_attention(q, layer, table, context_lens, cu_seqlens_q, sinks, scale=HEAD_DIM**-0.5, window=window)
+        return attention.paged_attention(
+            q, layer, table, context_lens, cu_seqlens_q, sinks, scale=HEAD_DIM**-0.5, window=window
+        )
 
-    seen = [min(position + 1, window or context_len) for position in range(context_len - query_len, context_len)]
+    seen = [
+        min(position + 1, window or context_len) for position in range(context_len - query_len, context_len)
+    ]
     read = min(context_len, query_len + (window or context_len) - 1)
-    name = f"{num_seqs} x {query_len} of {context_len} tokens, " + (f"window {window}" if window else "all keys")
+    name = f"{num_seqs} x {query_len} of {context_len} tokens, " + (
+        f"window {window}" if window else "all keys"
+    )
     num_bytes = num_seqs * read * 2 * NUM_KV_HEADS * HEAD_DIM * layers.itemsize
-    return Task(name, run, num_bytes if query_len == 1 else 0, 4 * num_seqs * sum(seen) * NUM_HEADS * HEAD_DIM)
+    return Task(
+        name, run, num_bytes if query_len == 1 else 0, 4 * num_seqs * sum(seen) * NUM_HEADS * HEAD_DIM
+    )
 
 
 def run_dense(x: Tensor, weights: Sequence[PackedWeight]) -> Callable[[int], Tensor]:
@@ -373,7 +428,11 @@ class ExpertLayer:
         x = torch.randn(num_tokens, self.hidden, generator=generator).bfloat16()
         choices = []
         for _ in range(16):
-            ids = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
+            ids = (
+                torch.rand(num_tokens, NUM_EXPERTS, generator=generator)
+                .argsort(dim=1)[:, :top_k]
+                .to(torch.int32)
+            )
             choices += [ids + NUM_EXPERTS * number for number in range(self.num_sets)]
         weights = torch.full((num_tokens, top_k), 1 / top_k)
         num_hit = sum(len(ids.unique()) for ids in choices) / len(choices)

@@ -38,7 +38,9 @@ class Batch:
     context: int
 
 
-def decode_step_bytes(model: ModelConfig, shard: RankShard, dtype: Dtype, batch_size: int, context_len: int) -> float:
+def decode_step_bytes(
+    model: ModelConfig, shard: RankShard, dtype: Dtype, batch_size: int, context_len: int
+) -> float:
     """Bytes that a rank must read in a decode step of batch_size sequences of context_len tokens; of the embedding only a row each."""
     sizes = rank_bytes(model, shard, dtype)
     missed = 1 - expected_experts_hit(model, batch_size) / model.num_experts
@@ -60,14 +62,23 @@ def batches_bytes(model: ModelConfig, batches: Sequence[Batch], num_steps: int, 
         item: bytes of a cached number.
     """
     blocks = _most_blocks(model, batches, num_steps)
-    cache = 2 * BLOCK_SIZE * model.num_kv_heads * model.head_dim * item * sum(blocks[window is not None] for window in model.layer_windows)
+    cache = (
+        2
+        * BLOCK_SIZE
+        * model.num_kv_heads
+        * model.head_dim
+        * item
+        * sum(blocks[window is not None] for window in model.layer_windows)
+    )
     most = max(batch.size for batch in batches)
     logits = 3 * most * model.vocab_size * 4
     scratch = 2 * most * model.num_heads * _MOST_SPLITS * model.head_dim * _SPLIT_BYTES
     return cache + logits + scratch
 
 
-def what_fits(model: ModelConfig, batches: Sequence[Batch], num_steps: int, item: int, free_bytes: int) -> list[Batch]:
+def what_fits(
+    model: ModelConfig, batches: Sequence[Batch], num_steps: int, item: int, free_bytes: int
+) -> list[Batch]:
     """Those for which there is room together, the first ones first.
 
     Args:
@@ -95,12 +106,20 @@ def random_caches(model: GptOss, batches: Sequence[Batch], num_steps: int) -> li
     return caches
 
 
-def block_tables(model: ModelConfig, batch: Batch, num_steps: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def block_tables(
+    model: ModelConfig, batch: Batch, num_steps: int
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """(full, sliding) block ids of each sequence."""
     length, window = num_blocks_for(batch.context + num_steps), _window_blocks(model)
     ring = min(length, window)
-    full = [tuple(range(_FIRST_BLOCK + seq * length, _FIRST_BLOCK + (seq + 1) * length)) for seq in range(batch.size)]
-    sliding = [tuple(_FIRST_BLOCK + seq * ring + block % ring for block in range(length)) for seq in range(batch.size)]
+    full = [
+        tuple(range(_FIRST_BLOCK + seq * length, _FIRST_BLOCK + (seq + 1) * length))
+        for seq in range(batch.size)
+    ]
+    sliding = [
+        tuple(_FIRST_BLOCK + seq * ring + block % ring for block in range(length))
+        for seq in range(batch.size)
+    ]
     return full, sliding
 
 
@@ -108,7 +127,9 @@ def decode_batch(model: GptOss, batch: Batch) -> StepBatch:
     """The model's input in which each sequence computes its token at position context - 1."""
     full, sliding = (torch.tensor(table, dtype=torch.int32) for table in block_tables(model.config, batch, 0))
     at, block = batch.context - 1, (batch.context - 1) // BLOCK_SIZE
-    slots = [(table[:, block].long() * BLOCK_SIZE + at % BLOCK_SIZE).to(model.device) for table in (full, sliding)]
+    slots = [
+        (table[:, block].long() * BLOCK_SIZE + at % BLOCK_SIZE).to(model.device) for table in (full, sliding)
+    ]
     token_ids = torch.arange(batch.size, dtype=torch.int64) * 7919 % model.config.vocab_size
     return StepBatch(
         token_ids=token_ids.to(model.device),
@@ -177,12 +198,17 @@ class Decoder:
         self._num_sequences += batch.size
         vocab, length, size = self._model.vocab_size, batch.context, batch.size
         starts = tuple(
-            SequenceStart(seq_id, tuple((7919 * seq_id + at) % vocab for at in range(length)), length, GREEDY) for seq_id in seq_ids
+            SequenceStart(seq_id, tuple((7919 * seq_id + at) % vocab for at in range(length)), length, GREEDY)
+            for seq_id in seq_ids
         )
         tables = zip(*block_tables(self._model, batch, WARM_UP_STEPS + self._num_steps + 1), strict=True)
         blocks = tuple((index, *pair) for index, pair in enumerate(tables))
         drops, self._live = self._live, seq_ids
-        self._runner.step(StepPlan(self._step, starts, drops, seq_ids, (length - 1,) * size, (1,) * size, (True,) * size, blocks))
+        self._runner.step(
+            StepPlan(
+                self._step, starts, drops, seq_ids, (length - 1,) * size, (1,) * size, (True,) * size, blocks
+            )
+        )
         self._step += 1
 
     def _decode(self, context: int, num_steps: int) -> float:

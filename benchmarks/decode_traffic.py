@@ -50,7 +50,9 @@ class Launch:
         return self.weight_bytes + self.kv_bytes + self.other_bytes
 
 
-def layer_launches(config: ModelConfig, window: int | None, target: str, batch_size: int, context: int) -> list[Launch]:
+def layer_launches(
+    config: ModelConfig, window: int | None, target: str, batch_size: int, context: int
+) -> list[Launch]:
     """Those of one layer of that window."""
     with _recording(target) as recorded:
         counts = []
@@ -77,12 +79,19 @@ class ByteCounter:
         context: tokens of each of the batch's sequences.
     """
 
-    def __init__(self, model: GptOss, caches: Sequence[Tensor], window: int | None, batch_size: int, context: int) -> None:
+    def __init__(
+        self, model: GptOss, caches: Sequence[Tensor], window: int | None, batch_size: int, context: int
+    ) -> None:
         config = model.config
         chance = config.num_experts_per_token / config.num_experts
         share = 1 - (1 - chance) ** batch_size
         experts = [layer.experts for layer in model.layers]
-        packed = [part for expert in experts for part in (expert.gate_up, expert.down) if isinstance(part, PackedMXFP4)]
+        packed = [
+            part
+            for expert in experts
+            for part in (expert.gate_up, expert.down)
+            if isinstance(part, PackedMXFP4)
+        ]
         biases = [bias for expert in experts for bias in (expert.gate_up_bias, expert.down_bias)]
         self._share = dict.fromkeys(map(storage_of, model._weights()), 1.0)
         self._share |= {storage_of(tensor): share for part in packed for tensor in (part.blocks, part.scales)}
@@ -110,12 +119,22 @@ class ByteCounter:
 @contextmanager
 def _recording(target: str) -> Iterator[list[RecordedLaunch]]:
     """Yields what is launched inside, which does nothing; tensors without memory count as those of a GPU of that target."""
-    for module in ("attention.paged", "attention.rope_store", "moe.grouped", "linear.narrow", "pointwise.norm", "pointwise.yarn"):
+    for module in (
+        "attention.paged",
+        "attention.rope_store",
+        "moe.grouped",
+        "linear.narrow",
+        "pointwise.norm",
+        "pointwise.yarn",
+    ):
         importlib.import_module(f"kernels.{module}")
     importlib.import_module("kernels.embedding.lookup")
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(linear_reference, "linear", functional.linear))
-        everywhere: dict[str, Callable[..., object]] = {"triton_runs_on": lambda device: True, "architecture": lambda device: target}
+        everywhere: dict[str, Callable[..., object]] = {
+            "triton_runs_on": lambda device: True,
+            "architecture": lambda device: target,
+        }
         everywhere |= {"_num_processors": lambda device: 132, "runs_triton": lambda tensor: True}
         for name, module in list(sys.modules.items()):
             for function, replacement in everywhere.items():
@@ -166,16 +185,31 @@ def main() -> int:
     left, bar, right = ("| ", " | ", " |") if args.markdown else ("", "  ", "")
     for window in sorted(set(config.layer_windows), key=lambda window: window or 0, reverse=True):
         columns = [layer_launches(config, window, args.target, size, args.context) for size in args.batch]
-        print(f"\n{args.model} on {args.target}, context {args.context}, {'full' if window is None else f'window {window}'}; MB by batch\n")
+        print(
+            f"\n{args.model} on {args.target}, context {args.context}, {'full' if window is None else f'window {window}'}; MB by batch\n"
+        )
         by_label = [dict(zip(_labels(column), column, strict=True)) for column in columns]
         rows = [
-            [label[0], *(f"{column[label].total_bytes / 1e6:.2f}" if label in column else "" for column in by_label)]
+            [
+                label[0],
+                *(f"{column[label].total_bytes / 1e6:.2f}" if label in column else "" for column in by_label),
+            ]
             for label in max(by_label, key=len)
         ]
         rows.append(["launches", *(str(len(column)) for column in columns)])
-        rows.append(["together", *(f"{sum(launch.total_bytes for launch in column) / 1e6:.2f}" for column in columns)])
+        rows.append(
+            ["together", *(f"{sum(launch.total_bytes for launch in column) / 1e6:.2f}" for column in columns)]
+        )
         rows.append(["least", *(f"{least_bytes(column) / 1e6:.2f}" for column in columns)])
-        rows.append(["ratio", *(f"{sum(launch.total_bytes for launch in column) / least_bytes(column):.3f}" for column in columns)])
+        rows.append(
+            [
+                "ratio",
+                *(
+                    f"{sum(launch.total_bytes for launch in column) / least_bytes(column):.3f}"
+                    for column in columns
+                ),
+            ]
+        )
         header = ["launch", *map(str, args.batch)]
         separator = [["---", *["---:"] * len(columns)]] if args.markdown else []
         width = max(len(row[0]) for row in rows)

@@ -25,24 +25,37 @@ CACHE_BYTES = 512 << 20
 """More than any device caches: layers are walked in turn until so many bytes were read."""
 
 
-def layer(args: argparse.Namespace, device: torch.device, seed: int) -> tuple[PackedMXFP4 | Tensor, Tensor, PackedMXFP4 | Tensor, Tensor]:
+def layer(
+    args: argparse.Namespace, device: torch.device, seed: int
+) -> tuple[PackedMXFP4 | Tensor, Tensor, PackedMXFP4 | Tensor, Tensor]:
     """gate_up, its bias, down, its bias."""
     generator = torch.Generator(device).manual_seed(seed)
     dtype = torch.bfloat16
 
     def weights(num_rows: int, width: int) -> PackedMXFP4 | Tensor:
         if args.dense:
-            return torch.randn(args.experts, num_rows, width, generator=generator, device=device, dtype=dtype) / width**0.5
+            return (
+                torch.randn(args.experts, num_rows, width, generator=generator, device=device, dtype=dtype)
+                / width**0.5
+            )
         shape = (args.experts, num_rows, width // MX_BLOCK)
-        blocks = torch.randint(0, 256, (*shape, MX_BLOCK // 2), generator=generator, device=device, dtype=torch.uint8)
+        blocks = torch.randint(
+            0, 256, (*shape, MX_BLOCK // 2), generator=generator, device=device, dtype=torch.uint8
+        )
         scales = torch.randint(116, 122, shape, generator=generator, device=device, dtype=torch.uint8)
         return from_natural(blocks, scales, "natural" if args.mxfp8 else choose_layout(device))
 
     biases = (
-        torch.randn(args.experts, size, generator=generator, device=device).to(dtype) for size in (2 * args.intermediate, args.hidden)
+        torch.randn(args.experts, size, generator=generator, device=device).to(dtype)
+        for size in (2 * args.intermediate, args.hidden)
     )
     gate_up_bias, down_bias = biases
-    return weights(2 * args.intermediate, args.hidden), gate_up_bias, weights(args.hidden, args.intermediate), down_bias
+    return (
+        weights(2 * args.intermediate, args.hidden),
+        gate_up_bias,
+        weights(args.hidden, args.intermediate),
+        down_bias,
+    )
 
 
 def bytes_of(weights: PackedMXFP4 | Tensor) -> int:
@@ -71,17 +84,32 @@ def main() -> None:
     device = torch.device(args.device)
     first = layer(args, device, seed=0)
     layer_bytes = bytes_of(first[0]) + bytes_of(first[2])
-    layers = [first, *(layer(args, device, seed) for seed in range(1, max(2, -(-CACHE_BYTES // layer_bytes))))]
+    layers = [
+        first,
+        *(layer(args, device, seed) for seed in range(1, max(2, -(-CACHE_BYTES // layer_bytes)))),
+    ]
     bandwidth = copy_bandwidth(device, 256 << 20)
-    print(f"{args.experts} experts, {layer_bytes / 1e6:.0f} MB a layer, {len(layers)} layers, copy {bandwidth / 1e9:.0f} GB/s")
-    print("| tokens | experts hit | time a layer, us | GB/s | of the copy |\n| ---: | ---: | ---: | ---: | ---: |")
+    print(
+        f"{args.experts} experts, {layer_bytes / 1e6:.0f} MB a layer, {len(layers)} layers, copy {bandwidth / 1e9:.0f} GB/s"
+    )
+    print(
+        "| tokens | experts hit | time a layer, us | GB/s | of the copy |\n| ---: | ---: | ---: | ---: | ---: |"
+    )
     for num_tokens in args.tokens:
         x = torch.randn(num_tokens, args.hidden, device=device).to(torch.bfloat16)
         logits = torch.randn(num_tokens, args.experts, device=device)
 
         def step(x: Tensor = x, logits: Tensor = logits) -> Tensor:
             for weights in layers:
-                out = gated_experts(x, logits, TOP_K, *weights, swiglu_limit=7.0, swiglu_alpha=1.702, mxfp8_activations=args.mxfp8)
+                out = gated_experts(
+                    x,
+                    logits,
+                    TOP_K,
+                    *weights,
+                    swiglu_limit=7.0,
+                    swiglu_alpha=1.702,
+                    mxfp8_activations=args.mxfp8,
+                )
             return out
 
         run = replayed(step, device)
@@ -92,7 +120,9 @@ def main() -> None:
             times.append(seconds(run, device) / len(layers))
         time_s, hit = statistics.median(times), statistics.mean(hits)
         rate = hit / args.experts * layer_bytes / time_s
-        print(f"| {num_tokens} | {hit:.1f} | {time_s * 1e6:.0f} | {rate / 1e9:.1f} | {rate / bandwidth:.0%} |")
+        print(
+            f"| {num_tokens} | {hit:.1f} | {time_s * 1e6:.0f} | {rate / 1e9:.1f} | {rate / bandwidth:.0%} |"
+        )
 
 
 if __name__ == "__main__":

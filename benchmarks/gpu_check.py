@@ -29,7 +29,14 @@ import torch
 
 from benchmarks import moe_stages
 from benchmarks.gpu_attempts import CONTEXT_LOST, DOING, Attempts, add_failure, read_result, write_result
-from benchmarks.gpu_children import end_children, end_with_parent, how_it_ended, last_lines, run_child, where_it_was
+from benchmarks.gpu_children import (
+    end_children,
+    end_with_parent,
+    how_it_ended,
+    last_lines,
+    run_child,
+    where_it_was,
+)
 from benchmarks.gpu_llm import measure_llm
 from benchmarks.gpu_machine import describe, sentence, triton_target
 from benchmarks.gpu_parts import PARTS, Options
@@ -81,25 +88,52 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, help="a checkpoint; default: random weights of --preset")
-    parser.add_argument("--preset", help="as of `cantata make-checkpoint`; default: the largest of 120b, 20b and small that fits")
+    parser.add_argument(
+        "--preset",
+        help="as of `cantata make-checkpoint`; default: the largest of 120b, 20b and small that fits",
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", type=_parts, default=ORDER, help=f"of {','.join(ORDER)}")
-    parser.add_argument("--batch-sizes", type=_numbers, default=(1, 8, 64, 256), help="those without room are left out")
-    parser.add_argument("--contexts", type=_numbers, default=(1024, 8192), help="tokens of each sequence before decoding")
+    parser.add_argument(
+        "--batch-sizes", type=_numbers, default=(1, 8, 64, 256), help="those without room are left out"
+    )
+    parser.add_argument(
+        "--contexts", type=_numbers, default=(1024, 8192), help="tokens of each sequence before decoding"
+    )
     parser.add_argument("--prompts", type=_numbers, default=(2048, 8192), help="tokens of each prefill")
     parser.add_argument("--steps", type=int, default=50, help="of decode that are timed")
     parser.add_argument("--time-limit", type=float, default=570.0, help="seconds for all parts")
-    parser.add_argument("--processes", type=int, default=max(1, min(8, usable_cores() // 2)), help="for the tests")
-    parser.add_argument("--tests", default="", metavar="EXPRESSION", help="which of the tests, as pytest's -k has it; default: all")
-    parser.add_argument("--moe-num-stages", type=int, help="pipeline stages of the experts' products; 1: none, which leaves no race")
-    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder for all that is written")
-    parser.add_argument("--cache", type=Path, metavar="FILE", help="compiled kernels that --pack-cache has written")
     parser.add_argument(
-        "--pack-cache", type=Path, metavar="FILE", help="compile what the parts launch for --target into FILE, without a GPU"
+        "--processes", type=int, default=max(1, min(8, usable_cores() // 2)), help="for the tests"
     )
-    parser.add_argument("--target", default="sm_90", help="of --pack-cache, as Triton names it; default: an H100's or H200's")
+    parser.add_argument(
+        "--tests",
+        default="",
+        metavar="EXPRESSION",
+        help="which of the tests, as pytest's -k has it; default: all",
+    )
+    parser.add_argument(
+        "--moe-num-stages",
+        type=int,
+        help="pipeline stages of the experts' products; 1: none, which leaves no race",
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder for all that is written")
+    parser.add_argument(
+        "--cache", type=Path, metavar="FILE", help="compiled kernels that --pack-cache has written"
+    )
+    parser.add_argument(
+        "--pack-cache",
+        type=Path,
+        metavar="FILE",
+        help="compile what the parts launch for --target into FILE, without a GPU",
+    )
+    parser.add_argument(
+        "--target", default="sm_90", help="of --pack-cache, as Triton names it; default: an H100's or H200's"
+    )
     parser.add_argument("--part", choices=tuple(RUNS), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     return parser
@@ -211,7 +245,9 @@ class _Check:
             return {"failed": f"not begun, no time was left of {self._args.time_limit:.0f} s"}
         limit = left * (PART_SHARE if followed else 1)
         if name == TESTS:
-            return run_tests(ROOT, self._out, self._args.processes, limit, self._env, selected=self._args.tests)
+            return run_tests(
+                ROOT, self._out, self._args.processes, limit, self._env, selected=self._args.tests
+            )
         if name == PROBE:
             limit = min(limit, PROBE_S)
         command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name, *_flags(self._args)]
@@ -235,7 +271,10 @@ class _Check:
 def _flags(args: argparse.Namespace) -> list[str]:
     """Those that a part reads."""
     numbers = {"--batch-sizes": args.batch_sizes, "--contexts": args.contexts, "--prompts": args.prompts}
-    values = {flag: ",".join(map(str, value)) for flag, value in numbers.items()} | {"--steps": args.steps, "--device": args.device}
+    values = {flag: ",".join(map(str, value)) for flag, value in numbers.items()} | {
+        "--steps": args.steps,
+        "--device": args.device,
+    }
     values |= {"--model": args.model and args.model.absolute(), "--preset": args.preset}
     return [word for flag, value in values.items() if value is not None for word in (flag, str(value))]
 
@@ -252,7 +291,9 @@ def child_environment(out: Path, moe_num_stages: int | None) -> dict[str, str]:
     return env
 
 
-def run_part(name: str, command: Sequence[str], out: Path, timeout_s: float, env: dict[str, str]) -> dict[str, Any]:
+def run_part(
+    name: str, command: Sequence[str], out: Path, timeout_s: float, env: dict[str, str]
+) -> dict[str, Any]:
     """What the part has found, also where it failed: `failed` says of the whole part why it ended early, `failures` of which pieces.
 
     Args:
@@ -264,7 +305,9 @@ def run_part(name: str, command: Sequence[str], out: Path, timeout_s: float, env
         stale.unlink(missing_ok=True)
     deadline = time.monotonic() + timeout_s
     while True:
-        code = run_child([*command, "--result", str(path)], log, deadline - time.monotonic(), cwd=ROOT, env=env)
+        code = run_child(
+            [*command, "--result", str(path)], log, deadline - time.monotonic(), cwd=ROOT, env=env
+        )
         found = read_result(path)
         doing = found.pop(DOING, None)
         if code == 0:
@@ -272,7 +315,9 @@ def run_part(name: str, command: Sequence[str], out: Path, timeout_s: float, env
         if code is None:
             where = where_it_was(log, ROOT)
             at = "".join([f" at {doing}" if doing else "", f" in {where}" if where else ""])
-            return found | {"failed": f"stopped after {timeout_s:.0f} s{at}; {log.name} has where each thread was"}
+            return found | {
+                "failed": f"stopped after {timeout_s:.0f} s{at}; {log.name} has where each thread was"
+            }
         if code != CONTEXT_LOST:
             ended = f"{how_it_ended(code)}: {' | '.join(line.strip() for line in last_lines(log, 4))}"
             if doing is None:

@@ -26,7 +26,9 @@ class ChildrenEnded(Exception):
     """This process is about to end."""
 
 
-def run_child(command: Sequence[str], log: Path, timeout_s: float, *, cwd: Path, env: Mapping[str, str]) -> int | None:
+def run_child(
+    command: Sequence[str], log: Path, timeout_s: float, *, cwd: Path, env: Mapping[str, str]
+) -> int | None:
     """Run to its end, or to its limit.
 
     Args:
@@ -44,7 +46,13 @@ def run_child(command: Sequence[str], log: Path, timeout_s: float, *, cwd: Path,
     env = {**env, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", _PARENT: str(os.getpid())}
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, process_group=0
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,
         )
     _running.add(process)
     try:
@@ -116,7 +124,11 @@ def where_it_was(log: Path, root: Path) -> str:
         if frame is None:
             break
         frames.append(frame)
-    inside = [frame for frame in frames if Path(frame["file"]).is_relative_to(root) and "site-packages" not in frame["file"]]
+    inside = [
+        frame
+        for frame in frames
+        if Path(frame["file"]).is_relative_to(root) and "site-packages" not in frame["file"]
+    ]
     chosen = next(iter(inside or frames), None)
     if chosen is None:
         return ""

@@ -90,13 +90,21 @@ def measure_llm(options: Options, attempts: Attempts) -> None:
     on_gpu = options.device.type == "cuda"
     preset = options.preset or (None if options.model else PRESETS[options.device.type])
     chosen = ChosenModel(
-        replace(options, preset=preset, batch_sizes=(NUM_PROMPTS,), contexts=(_MAX_MODEL_LEN,)), branch_exponent=BRANCH_EXPONENT
+        replace(options, preset=preset, batch_sizes=(NUM_PROMPTS,), contexts=(_MAX_MODEL_LEN,)),
+        branch_exponent=BRANCH_EXPONENT,
     )
     config = chosen.model.config
-    result = attempts.begin(chosen.about | {"tolerance": TOLERANCE, "prompts": NUM_PROMPTS}, lists=("ways", "agreements"))
+    result = attempts.begin(
+        chosen.about | {"tolerance": TOLERANCE, "prompts": NUM_PROMPTS}, lists=("ways", "agreements")
+    )
     prompts = _prompts(config)
     # With 20 alternatives each, which say by how much two answers differ; timed without them.
-    asked = SamplingParams(temperature=0, max_tokens=options.steps, ignore_eos=True, logprobs=min(_ALTERNATIVES, config.vocab_size))
+    asked = SamplingParams(
+        temperature=0,
+        max_tokens=options.steps,
+        ignore_eos=True,
+        logprobs=min(_ALTERNATIVES, config.vocab_size),
+    )
     graphs = "graphs" if on_gpu else "recorded steps"
     answers: dict[str, list[Answer]] = {}
 
@@ -111,13 +119,23 @@ def measure_llm(options: Options, attempts: Attempts) -> None:
         took = time.perf_counter() - started
         num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         rate = num_tokens / took
-        result["ways"].append({"way": way, "sequences": num_prompts, "tokens": num_tokens, "seconds": took, "tokens_per_s": rate})
+        result["ways"].append(
+            {
+                "way": way,
+                "sequences": num_prompts,
+                "tokens": num_tokens,
+                "seconds": took,
+                "tokens_per_s": rate,
+            }
+        )
         print(f"llm, {way}, {num_prompts} sequences: {rate:.0f} tokens per second", flush=True)
 
     def agree(name: str, expected: str, actual: str) -> None:
         found = compare(answers[expected], answers[actual])
         result["agreements"].append({"what": name} | asdict(found))
-        assert not found.others, f"{found.others} of {found.sequences} sequences differ by more than {TOLERANCE} nats"
+        assert not found.others, (
+            f"{found.others} of {found.sequences} sequences differ by more than {TOLERANCE} nats"
+        )
 
     def both_sizes(way: str, llm: "LLM") -> None:
         answer(way, llm)
@@ -182,7 +200,9 @@ def _engines(options: Options, chosen: ChosenModel) -> "Iterator[Callable[..., L
             kv_cache_bytes=_KV_CACHE_BYTES[options.device.type],
             # What is found in it was computed in other batches.
             prefix_caching=False,
-            executor_factory=lambda config, model: InlineExecutor(config, model, loader=lambda *args, **options: chosen.model),
+            executor_factory=lambda config, model: InlineExecutor(
+                config, model, loader=lambda *args, **options: chosen.model
+            ),
         )
 
 

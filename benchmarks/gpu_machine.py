@@ -15,9 +15,13 @@ _LONGEST_S = 30.0
 def describe() -> dict[str, str]:
     """By name: Python, torch, Triton, GPU, driver, its free memory, the C compiler that Triton takes, and where Python.h is; each in words,
     also where it is missing."""
-    gpu = _said("nvidia-smi", "--query-gpu=name,driver_version,memory.free,memory.total", "--format=csv,noheader").split("\n")[0]
+    gpu = _said(
+        "nvidia-smi", "--query-gpu=name,driver_version,memory.free,memory.total", "--format=csv,noheader"
+    ).split("\n")[0]
     name, driver, free, total = (
-        [part.strip() for part in gpu.split(",")] if gpu.count(",") == 3 else ("unknown (no nvidia-smi)", *["?"] * 3)
+        [part.strip() for part in gpu.split(",")]
+        if gpu.count(",") == 3
+        else ("unknown (no nvidia-smi)", *["?"] * 3)
     )
     return {
         "python": platform.python_version(),
@@ -74,6 +78,8 @@ def _headers() -> Path:
 
 def _said(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_LONGEST_S, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

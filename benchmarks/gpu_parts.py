@@ -96,7 +96,10 @@ def measure_step(options: Options, attempts: Attempts) -> None:
     found = ChosenModel(options)
     model, config, batches = found.model, found.model.config, found.batches
     kernels = kernel_choices(model)
-    result = attempts.begin(found.about | {"kernels": {operation: str(choice) for operation, choice in kernels.items()}}, lists=("steps",))
+    result = attempts.begin(
+        found.about | {"kernels": {operation: str(choice) for operation, choice in kernels.items()}},
+        lists=("steps",),
+    )
     longest = max(batch.context for batch in batches) + options.num_steps
     caches = random_caches(model, batches, options.num_steps)
 
@@ -115,7 +118,11 @@ def measure_step(options: Options, attempts: Attempts) -> None:
             result["graphs"] = f"{graphs.num_graphs}, which keep {graphs.memory_bytes / 1e6:.0f} MB"
 
         if blocking or options.device.type != "cuda":
-            why = f"the kernels for {' and '.join(blocking)} read back to the host" if blocking else "not on a GPU"
+            why = (
+                f"the kernels for {' and '.join(blocking)} read back to the host"
+                if blocking
+                else "not on a GPU"
+            )
             result["graphs"] = f"none: {why}"
         elif not attempts.run(f"capture graphs, before {first}", capture, again=True):
             result["graphs"] = "none: capturing them failed"
@@ -126,7 +133,11 @@ def measure_step(options: Options, attempts: Attempts) -> None:
         took = decoder.time(batch)
         middle = batch.context + WARM_UP_STEPS + options.steps // 2
         least = decode_step_bytes(config, model.shard, DTYPE, batch.size, middle)
-        row = asdict(batch) | asdict(took) | {"graphs": result["graphs"], "least_bytes": least, "share": least / bandwidth / took.seconds}
+        row = (
+            asdict(batch)
+            | asdict(took)
+            | {"graphs": result["graphs"], "least_bytes": least, "share": least / bandwidth / took.seconds}
+        )
         result["steps"].append(row)
 
     decoder: Decoder | None = None
@@ -149,7 +160,14 @@ def measure_kernels(options: Options, attempts: Attempts) -> None:
     card = _card(options.device)
     result = attempts.begin(found.about | card, lists=("batches",))
     for batch in found.batches:
-        rows = next((rows for rows in result["batches"] if _named(Batch(rows["size"], rows["context"])) == _named(batch)), None)
+        rows = next(
+            (
+                rows
+                for rows in result["batches"]
+                if _named(Batch(rows["size"], rows["context"])) == _named(batch)
+            ),
+            None,
+        )
         if rows is None:
             rows = asdict(batch) | {"launches": [], "around": []}
             result["batches"].append(rows)
@@ -163,7 +181,9 @@ def _launches(model: GptOss, batch: Batch, card: Result, rows: Result, attempts:
     from benchmarks.launch_recorder import RecordedLaunch, recording_launches, split_layers
 
     num_layers = len(model.layers) if batch.size <= SMALL_BATCH else min(TIMED_LAYERS, len(model.layers))
-    config = replace(model.config, num_layers=num_layers, layer_windows=model.config.layer_windows[:num_layers])
+    config = replace(
+        model.config, num_layers=num_layers, layer_windows=model.config.layer_windows[:num_layers]
+    )
     part = replace(model, config=config, layers=model.layers[:num_layers])
     caches, inputs = random_caches(part, [batch], 0), decode_batch(part, batch)
 
@@ -230,7 +250,13 @@ def measure_prefill(options: Options, attempts: Attempts) -> None:
         batch.token_ids.remainder_(config.vocab_size)
         blocks = torch.arange(1, 2 + num_tokens // BLOCK_SIZE, dtype=torch.int32, device=options.device)[None]
         slots = batch.positions + BLOCK_SIZE
-        batch = replace(batch, block_table_full=blocks, block_table_sliding=blocks, slot_mapping_full=slots, slot_mapping_sliding=slots)
+        batch = replace(
+            batch,
+            block_table_full=blocks,
+            block_table_sliding=blocks,
+            slot_mapping_full=slots,
+            slot_mapping_sliding=slots,
+        )
         shape = (2, 2 + num_tokens // BLOCK_SIZE, BLOCK_SIZE, model.num_kv_heads, config.head_dim)
         # All layers share a cache: none of them reads what another wrote, since each writes all of it first.
         caches = [torch.zeros(shape, dtype=model.dtype, device=options.device)] * len(model.layers)
@@ -253,7 +279,11 @@ def prefill_flops(config: ModelConfig, num_tokens: int) -> float:
     """Of the matrix products of one prompt: weights that a token uses, and the keys that it sees; logits of the last token alone."""
     active = count_parameters(config)[1] - config.vocab_size * config.hidden_size
     keys = sum(_keys_seen(num_tokens, window) for window in config.layer_windows)
-    return 2 * active * num_tokens + 2 * config.vocab_size * config.hidden_size + 4 * config.num_heads * config.head_dim * keys
+    return (
+        2 * active * num_tokens
+        + 2 * config.vocab_size * config.hidden_size
+        + 4 * config.num_heads * config.head_dim * keys
+    )
 
 
 def _keys_seen(num_tokens: int, window: int | None) -> int:
@@ -275,7 +305,12 @@ def measure_sampling(options: Options, attempts: Attempts) -> None:
     def time(logits: Tensor, name: str, batch: SamplingBatch) -> None:
         took = timed([lambda: sample(logits, batch)], options.device)
         passes = took.best_s / (logits.nbytes / card["bandwidth"])
-        row = {"rows": len(logits), "way": name, "passes": passes, "in_l2": stays_in_cache(logits.nbytes, card["l2_bytes"])}
+        row = {
+            "rows": len(logits),
+            "way": name,
+            "passes": passes,
+            "in_l2": stays_in_cache(logits.nbytes, card["l2_bytes"]),
+        }
         result["ways"].append(row | _seconds(took))
 
     for rows in options.batch_sizes:
@@ -299,7 +334,8 @@ def sampling_ways(rows: int, vocab: int, device: torch.device) -> dict[str, Samp
         "top-k 40, top-p 0.9": replace(random, top_k=torch.full_like(index, 40), top_p=ones * 0.9),
         "greedy, 5 log probabilities": SamplingBatch(logprob_rows=index, num_top_logprobs=5),
         "greedy, bias and penalties": SamplingBatch(
-            logit_bias=LogitBias(index, tokens, ones), penalties=Penalties(index, tokens, counts, ones, ones, ones * 1.1)
+            logit_bias=LogitBias(index, tokens, ones),
+            penalties=Penalties(index, tokens, counts, ones, ones, ones * 1.1),
         ),
     }
 
@@ -325,7 +361,9 @@ class ChosenModel:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()
         config, name = self._choose(options, free)
         left = free - _weight_bytes(config)
-        self.batches = what_fits(config, options.batches, options.num_steps, TORCH_DTYPES[DTYPE].itemsize, left)
+        self.batches = what_fits(
+            config, options.batches, options.num_steps, TORCH_DTYPES[DTYPE].itemsize, left
+        )
         if not self.batches:
             raise SystemExit(
                 f"--batch-sizes, --contexts: beside {name} {left / 2**30:.1f} GiB are free, too little for any of "
@@ -344,13 +382,17 @@ class ChosenModel:
     def _choose(self, options: Options, free: int) -> tuple[ModelConfig, str]:
         if options.model is not None:
             return load_model_config(options.model), str(options.model)
-        names = [options.preset] if options.preset else [*PRESETS] if options.device.type == "cuda" else ["tiny"]
+        names = (
+            [options.preset] if options.preset else [*PRESETS] if options.device.type == "cuda" else ["tiny"]
+        )
         item = TORCH_DTYPES[DTYPE].itemsize
         for name in names:
             config = preset_config(name)
             if what_fits(config, options.batches, options.num_steps, item, free - _weight_bytes(config)):
                 return config, f"{name}, random weights"
-        raise SystemExit(f"{', '.join(names)}: none of these fits into {free / 2**30:.1f} GiB with a batch of the given sizes")
+        raise SystemExit(
+            f"{', '.join(names)}: none of these fits into {free / 2**30:.1f} GiB with a batch of the given sizes"
+        )
 
 
 def _weight_bytes(config: ModelConfig) -> int:
@@ -360,7 +402,11 @@ def _weight_bytes(config: ModelConfig) -> int:
 
 def _card(device: torch.device) -> Result:
     """What this device reaches at best, beside which a table shows its figures."""
-    return {"bandwidth": _bandwidth(device), "gemm": asdict(fastest_gemm(device)), "l2_bytes": l2_cache_bytes(device)}
+    return {
+        "bandwidth": _bandwidth(device),
+        "gemm": asdict(fastest_gemm(device)),
+        "l2_bytes": l2_cache_bytes(device),
+    }
 
 
 def _bandwidth(device: torch.device) -> float:
@@ -379,7 +425,10 @@ def _driver() -> str:
     """As nvidia-smi names it."""
     try:
         said = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown (no nvidia-smi)"

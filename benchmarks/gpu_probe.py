@@ -34,12 +34,16 @@ def decode_ways(options: Options, attempts: Attempts) -> None:
     """The same steps launched one by one and, on a GPU, from a graph."""
     device = options.device
     preset = options.preset or (None if options.model else PRESETS[device.type])
-    found = ChosenModel(replace(options, preset=preset, batch_sizes=(BATCH.size,), contexts=(BATCH.context,), steps=STEPS))
+    found = ChosenModel(
+        replace(options, preset=preset, batch_sizes=(BATCH.size,), contexts=(BATCH.context,), steps=STEPS)
+    )
     caches = random_caches(found.model, [BATCH], _NUM_STEPS)
     result = attempts.begin(found.about, lists=("ways",))
 
     def decode(way: str) -> None:
-        runner = Runner(found.model, caches, max_num_seqs=BATCH.size, max_model_len=BATCH.context + _NUM_STEPS)
+        runner = Runner(
+            found.model, caches, max_num_seqs=BATCH.size, max_model_len=BATCH.context + _NUM_STEPS
+        )
         if way == "graph":
             runner.capture_graphs(lambda phase, done, total: None)
         took = Decoder(runner, found.model.config, STEPS, device).time(BATCH)

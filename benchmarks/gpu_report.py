@@ -48,9 +48,21 @@ def report(found: Mapping[str, Result]) -> str:
     for name, section in sections.items():
         if name in found:
             body = [] if "skipped" in found[name] else section(found[name])
-            body += [f"- failed: {failure['what']}: {failure['error']}" for failure in found[name].get("failures", ())]
+            body += [
+                f"- failed: {failure['what']}: {failure['error']}"
+                for failure in found[name].get("failures", ())
+            ]
             body += [f"- {found[name]['triton_cache']}"] if "triton_cache" in found[name] else []
-            parts.append("\n".join(body + [f"**{name}: {found[name][word]}**" for word in ("skipped", "failed") if word in found[name]]))
+            parts.append(
+                "\n".join(
+                    body
+                    + [
+                        f"**{name}: {found[name][word]}**"
+                        for word in ("skipped", "failed")
+                        if word in found[name]
+                    ]
+                )
+            )
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -60,9 +72,18 @@ def _machine(result: Result) -> list[str]:
 
 
 def _probe(result: Result) -> list[str]:
-    lines = [f"Probe, {result.get('model', 'no model yet')}: {result.get('product', 'no product of matrices')}."]
-    rows = [(row["way"], f"{row['seconds'] * 1e3:.2f}", f"{row['launch_s'] * 1e3:.2f}") for row in result.get("ways", ())]
-    return [*lines, "", *_table(("decode steps of one sequence", "ms a step", "ms to launch"), rows)] if rows else lines
+    lines = [
+        f"Probe, {result.get('model', 'no model yet')}: {result.get('product', 'no product of matrices')}."
+    ]
+    rows = [
+        (row["way"], f"{row['seconds'] * 1e3:.2f}", f"{row['launch_s'] * 1e3:.2f}")
+        for row in result.get("ways", ())
+    ]
+    return (
+        [*lines, "", *_table(("decode steps of one sequence", "ms a step", "ms to launch"), rows)]
+        if rows
+        else lines
+    )
 
 
 def _device(result: Result) -> list[str]:
@@ -104,7 +125,10 @@ def _step(result: Result) -> list[str]:
         "`share` is the time to read the weights and keys that a step must read, at the bandwidth of a copy, over the time of the step. "
         f"{_card(result)}{_left_out(result)}",
         "",
-        *_table(("sequences", "context", "ms a step", "median", "ms to launch", "tok/s", "GB to read", "share"), rows),
+        *_table(
+            ("sequences", "context", "ms a step", "median", "ms to launch", "tok/s", "GB to read", "share"),
+            rows,
+        ),
         "",
         *(f"- {operation}: {kernel}" for operation, kernel in result["kernels"].items()),
     ]
@@ -192,10 +216,16 @@ def _sampling(result: Result) -> list[str]:
         return []
     columns = list(dict.fromkeys(row["rows"] for row in ways))
     cells = {
-        (row["way"], row["rows"]): f"{row['seconds'] * 1e6:.0f}, {row['median_s'] * 1e6:.0f} ({row['passes']:.1f}{' in L2' * row['in_l2']})"
+        (
+            row["way"],
+            row["rows"],
+        ): f"{row['seconds'] * 1e6:.0f}, {row['median_s'] * 1e6:.0f} ({row['passes']:.1f}{' in L2' * row['in_l2']})"
         for row in ways
     }
-    rows = [(way, *(cells.get((way, size), "") for size in columns)) for way in dict.fromkeys(row["way"] for row in ways)]
+    rows = [
+        (way, *(cells.get((way, size), "") for size in columns))
+        for way in dict.fromkeys(row["way"] for row in ways)
+    ]
     intro = (
         f"Sampling from {result['vocab']} logits, us by rows, of the best round and the median one; in brackets the best, in passes over "
         f"the logits at a copy's bandwidth. {_card(result)}"
@@ -206,7 +236,13 @@ def _sampling(result: Result) -> list[str]:
 
 def _llm(result: Result) -> list[str]:
     rows = [
-        (row["way"], f"{row['sequences']}", f"{row['tokens']}", f"{row['seconds']:.2f}", f"{row['tokens_per_s']:.0f}")
+        (
+            row["way"],
+            f"{row['sequences']}",
+            f"{row['tokens']}",
+            f"{row['seconds']:.2f}",
+            f"{row['tokens_per_s']:.0f}",
+        )
         for row in result.get("ways", ())
     ]
     if not rows:

@@ -46,7 +46,9 @@ class _Results:
     def pytest_runtest_protocol(self, item: pytest.Item) -> object:
         result = yield
         seconds = round(self._seconds, 3)
-        self._write({"test": item.nodeid, "outcome": self._outcome, "seconds": seconds, "said": self._said[:_LONGEST]})
+        self._write(
+            {"test": item.nodeid, "outcome": self._outcome, "seconds": seconds, "said": self._said[:_LONGEST]}
+        )
         if self._outcome == "failed" and context_is_lost():
             item.session.shouldstop = "CUDA's context is lost: the remaining tests run in a new process"
         return result

@@ -35,11 +35,29 @@ DEFAULT_WEIGHT = 0.5
 """Weight of a test that is not among them."""
 ROOT = Path(__file__).parent.parent
 # Without the project's own options, which need plugins that a GPU machine may lack.
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "--disable-warnings"]
+PYTEST = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-q",
+    "-c",
+    os.devnull,
+    "--rootdir",
+    ".",
+    "-p",
+    "no:cacheprovider",
+    "--disable-warnings",
+]
 
 
 def run_tests(
-    root: Path, out: Path, num_processes: int, timeout_s: float, env: Mapping[str, str], folder: str = FOLDER, selected: str = ""
+    root: Path,
+    out: Path,
+    num_processes: int,
+    timeout_s: float,
+    env: Mapping[str, str],
+    folder: str = FOLDER,
+    selected: str = "",
 ) -> dict[str, Any]:
     """{"summary", "problems": a line each, "printed": what the tests that run alone print, "advice", "failed" if something did}.
 
@@ -54,14 +72,23 @@ def run_tests(
     threads = max(1, usable_cores() // num_processes)
     # The plugin is here, whatever the folder that is tested.
     path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    env = {**env, RESULTS: str(results), "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    env = {
+        **env,
+        RESULTS: str(results),
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": path,
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
     ids = _listed(root, logs / "collected.txt", min(COLLECT_S, timeout_s), env, folder, selected)
     if isinstance(ids, str):
         return {"failed": ids}
     alone = [id for id in ids if any(word in id for word in ALONE)]
     together = [id for id in ids if id not in alone]
     before_alone = deadline - (ALONE_SHARE * timeout_s if alone else 0)
-    shards = [_Shard(root, part, logs / f"process{index}.txt", results, env) for index, part in enumerate(deal(together, num_processes))]
+    shards = [
+        _Shard(root, part, logs / f"process{index}.txt", results, env)
+        for index, part in enumerate(deal(together, num_processes))
+    ]
     with ThreadPoolExecutor(max(1, len(shards))) as pool:
         try:
             list(pool.map(lambda shard: shard.run(before_alone), shards))
@@ -71,7 +98,9 @@ def run_tests(
             raise
     last = _Shard(root, alone, logs / "alone.txt", results, env)
     last.run(deadline)
-    (out / "tests.txt").write_text("\n".join(shard.log.read_text(errors="replace") for shard in (*shards, last) if shard.log.exists()))
+    (out / "tests.txt").write_text(
+        "\n".join(shard.log.read_text(errors="replace") for shard in (*shards, last) if shard.log.exists())
+    )
     found = _summary(results, len(ids), [problem for shard in (*shards, last) for problem in shard.problems])
     return found | {"printed": last_lines(last.log, 200)}
 
@@ -82,7 +111,9 @@ def so_far(out: Path) -> dict[str, Any]:
     return _summary(results, None, []) if results.exists() else {}
 
 
-def _listed(root: Path, log: Path, timeout_s: float, env: Mapping[str, str], folder: str, selected: str) -> list[str] | str:
+def _listed(
+    root: Path, log: Path, timeout_s: float, env: Mapping[str, str], folder: str, selected: str
+) -> list[str] | str:
     """The tests' ids, or why there are none."""
     log.unlink(missing_ok=True)
     command = [*PYTEST, "--collect-only", *(["-k", selected] if selected else []), folder]
@@ -155,7 +186,13 @@ class _Shard:
             if seconds < LEAST_S:
                 self.problems.append(f"not done in time: {len(left)} tests, the first of which is {left[0]}")
                 return
-            code = run_child([*PYTEST, "-p", "benchmarks.gpu_test_results", *left], self.log, seconds, cwd=self.root, env=self.env)
+            code = run_child(
+                [*PYTEST, "-p", "benchmarks.gpu_test_results", *left],
+                self.log,
+                seconds,
+                cwd=self.root,
+                env=self.env,
+            )
             lines = read_lines(self.results)
             ended = {line["test"] for line in lines if "test" in line}
             left, before = [id for id in left if id not in ended], left
@@ -169,7 +206,9 @@ class _Shard:
                 )
                 return
             if at is not None:
-                self.problems.append(f"{at}: its process {how_it_ended(code)}: {' | '.join(last_lines(self.log, 3))[-500:]}")
+                self.problems.append(
+                    f"{at}: its process {how_it_ended(code)}: {' | '.join(last_lines(self.log, 3))[-500:]}"
+                )
                 left = [id for id in left if id != at]
             elif left == before:
                 self.problems.append(

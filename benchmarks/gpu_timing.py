@@ -56,7 +56,9 @@ def fastest_gemm(device: torch.device) -> Gemm:
         return roofline.fastest_gemm()
     warm_up(device)
     left, right = (torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device).to(torch.bfloat16) for _ in range(2))
-    return Gemm("bf16", _GEMM_SIZE, 2 * _GEMM_SIZE**3 / timed([lambda: left @ right], device, graph=False).best_s)
+    return Gemm(
+        "bf16", _GEMM_SIZE, 2 * _GEMM_SIZE**3 / timed([lambda: left @ right], device, graph=False).best_s
+    )
 
 
 def l2_cache_bytes(device: torch.device) -> int:

@@ -109,23 +109,30 @@ def idle_cores(pid: int, settle_s: float, seconds: float) -> dict[str, float]:
 def table(found: dict[str, dict[str, float]]) -> str:
     """Markdown: per cent of a core, a row for each kind of process, a column for each way."""
     names = sorted(
-        {name for used in found.values() for name in used}, key=lambda name: -max(used.get(name, 0.0) for used in found.values())
+        {name for used in found.values() for name in used},
+        key=lambda name: -max(used.get(name, 0.0) for used in found.values()),
     )
     lines = [f"| % of a core | {' | '.join(found)} |", "| --- |" + " ---: |" * len(found)]
     for name in names:
         cells = (f"{100 * used[name]:.2f}" if name in used else "" for used in found.values())
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append(f"| **together** | {' | '.join(f'{100 * sum(used.values()):.2f}' for used in found.values())} |")
+    lines.append(
+        f"| **together** | {' | '.join(f'{100 * sum(used.values()):.2f}' for used in found.values())} |"
+    )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Parse the flags and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--settle", type=float, default=20)
-    parser.add_argument("--ways", nargs="+", choices=("standalone", "empty", "ray"), default=["standalone", "empty", "ray"])
+    parser.add_argument(
+        "--ways", nargs="+", choices=("standalone", "empty", "ray"), default=["standalone", "empty", "ray"]
+    )
     options = parser.parse_args()
     found = {}
     for way in options.ways:

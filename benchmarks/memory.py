@@ -63,7 +63,9 @@ class Watch:
             for name, command in PROCESSES.items():
                 for process in processes:
                     if command in process.command:
-                        self.peaks[name, self.phase] = max(self.peaks[name, self.phase], process.private_bytes)
+                        self.peaks[name, self.phase] = max(
+                            self.peaks[name, self.phase], process.private_bytes
+                        )
                         self.mapped[name] = max(self.mapped[name], process.file_bytes)
 
 
@@ -71,7 +73,15 @@ def ask(url: str, clients: int, num_prompts: int, input_len: int, output_len: in
     """Send requests; raises SystemExit if one fails."""
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    flags = ["--endpoint", "completions", "--ignore-eos", "--concurrency", str(clients), "--num-prompts", str(num_prompts)]
+    flags = [
+        "--endpoint",
+        "completions",
+        "--ignore-eos",
+        "--concurrency",
+        str(clients),
+        "--num-prompts",
+        str(num_prompts),
+    ]
     flags += ["--input-len", str(input_len), "--output-len", str(output_len), "--warmup", "0"]
     report = asyncio.run(serve.measure(parser.parse_args(flags), url))
     if report.num_failed or not report.num_completed:
@@ -80,7 +90,10 @@ def ask(url: str, clients: int, num_prompts: int, input_len: int, output_len: in
 
 def measure(model: Path, dense: str, kv: str) -> Watch:
     """Serve a model and watch."""
-    with Watch() as watch, standalone(model, "bfloat16", "--cpu-dense-dtype", dense, "--kv-cache-memory", kv) as url:
+    with (
+        Watch() as watch,
+        standalone(model, "bfloat16", "--cpu-dense-dtype", dense, "--kv-cache-memory", kv) as url,
+    ):
         for phase, (clients, num_prompts, input_len, output_len) in {
             "16 clients": (16, 32, 128, 64),
             "a prompt of 4096": (1, 1, 4096, 8),
@@ -99,18 +112,30 @@ def row(model: Path, dense: DenseDtype, kv: str, watch: Watch) -> str:
     limit = weights + parse_size(kv) + ALLOWANCE_BYTES
     phases = ("start", "16 clients", "a prompt of 4096")
     engine, gateway = ([watch.peaks[name, phase] for phase in phases] for name in PROCESSES)
-    numbers = (weights, *engine, max(engine) - weights, limit, watch.mapped["engine"], gateway[0], max(gateway[1:]))
+    numbers = (
+        weights,
+        *engine,
+        max(engine) - weights,
+        limit,
+        watch.mapped["engine"],
+        gateway[0],
+        max(gateway[1:]),
+    )
     return f"| {model.name}, {dense} | {' | '.join(f'{number / 1e6:.0f}' for number in numbers)} |"
 
 
 def main() -> None:
     """Parse the flags and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, nargs="+", required=True, help="folders of checkpoints")
     parser.add_argument("--dense", nargs="+", choices=("bf16", "int8"), default=["bf16", "int8"])
     parser.add_argument("--kv", default="1GiB", help="the KV pool (default: %(default)s)")
     options = parser.parse_args()
-    print("| MB | weights | start | 16 clients | 4096 tokens | above weights | limit | files mapped | gateway, start | gateway, serving |")
+    print(
+        "| MB | weights | start | 16 clients | 4096 tokens | above weights | limit | files mapped | gateway, start | gateway, serving |"
+    )
     print("| --- |" + " ---: |" * 9)
     for model in options.model:
         for dense in options.dense:

@@ -16,7 +16,14 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig, load_model_config
+from workers.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    load_model_config,
+)
 from workers.engine import engine as engine_module
 from workers.engine.engine import Engine
 from workers.engine.stream import ThreadReader
@@ -61,12 +68,17 @@ def measure(engine: Engine, executor: Watched, num_sequences: int, num_steps: in
     executor.watch(num_sequences)
     reader = ThreadReader()
     sampling = SamplingParams(temperature=0, seed=0, max_tokens=num_steps + 8, ignore_eos=True)
-    streams = [engine.submit(EngineRequest(f"r{index}", (index + 1, 2, 3), sampling), reader) for index in range(num_sequences)]
+    streams = [
+        engine.submit(EngineRequest(f"r{index}", (index + 1, 2, 3), sampling), reader)
+        for index in range(num_sequences)
+    ]
     for _ in reader.read(streams):
         pass
     results = [result for result in executor.results if result.error is None][2:-2]
     shares = [result.idle_s / (result.idle_s + result.elapsed_s) for result in results]
-    return statistics.median(result.idle_s + result.elapsed_s for result in results), statistics.median(shares)
+    return statistics.median(result.idle_s + result.elapsed_s for result in results), statistics.median(
+        shares
+    )
 
 
 def run(model_path: Path, model: ModelConfig, num_ranks: int, sequences: list[int], num_steps: int) -> None:
@@ -111,7 +123,9 @@ def main() -> None:
         if options.model is None:
             make_checkpoint(path, "tiny")
         print(f"{time.strftime('%Y-%m-%d')}, {options.steps} steps each\n")
-        print("| ranks | sequences | overlap | step | rank 0 waits | that is |\n| --- | --- | --- | --- | --- | --- |")
+        print(
+            "| ranks | sequences | overlap | step | rank 0 waits | that is |\n| --- | --- | --- | --- | --- | --- |"
+        )
         for num_ranks in options.ranks:
             run(path, load_model_config(path), num_ranks, options.sequences, options.steps)
 

@@ -138,7 +138,9 @@ class Point:
         return self.batch * self.user_rate / self.parallel.tensor
 
 
-def model_step(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, *, batch: int, context: int, query_len: int = 1) -> Step:
+def model_step(
+    model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, *, batch: int, context: int, query_len: int = 1
+) -> Step:
     """A step with the next query_len tokens of `batch` sequences: one decodes, more are a chunk of a prompt.
 
     Args:
@@ -150,7 +152,9 @@ def model_step(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, *, batch:
     shard = max(shards, key=lambda shard: rank_bytes(model, shard, DTYPE).total)
     sizes = rank_bytes(model, shard, DTYPE)
     hidden, layers, tokens = model.hidden_size, model.num_layers, batch * query_len
-    num_hit, num_pairs = busiest_experts(model, tuple(sorted({(one.experts.start, one.experts.stop) for one in shards})), tokens)
+    num_hit, num_pairs = busiest_experts(
+        model, tuple(sorted({(one.experts.start, one.experts.stop) for one in shards})), tokens
+    )
 
     head_rows = shard.heads.length * model.head_dim
     kv_rows = shard.kv_heads.length * model.head_dim
@@ -163,7 +167,11 @@ def model_step(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, *, batch:
         attention=_part(gpu, sizes.attention, 4 * tokens * layers * hidden * (head_rows + kv_rows)),
         keys=_part(gpu, kv_read, 4 * tokens * keys * head_rows),
         experts=_part(gpu, expert_bytes, 6 * num_pairs * layers * hidden * shard.intermediate.size),
-        other=_part(gpu, sizes.gate_and_norms + tokens * hidden * ITEM_BYTES, 2 * tokens * layers * hidden * model.num_experts),
+        other=_part(
+            gpu,
+            sizes.gate_and_norms + tokens * hidden * ITEM_BYTES,
+            2 * tokens * layers * hidden * model.num_experts,
+        ),
         lm_head=_part(gpu, sizes.lm_head + 2 * logit_bytes, 2 * batch * hidden * shard.vocab.size),
         collectives=_collectives(model, parallel, gpu, shard, batch, tokens),
         launches_s=layers * KERNELS_PER_LAYER * KERNEL_S,
@@ -184,7 +192,9 @@ def all_reduce(num_bytes: float, num_ranks: int, link_bandwidth: float) -> Part:
 
 
 @cache
-def busiest_experts(model: ModelConfig, groups: tuple[tuple[int, int], ...], num_tokens: int) -> tuple[float, float]:
+def busiest_experts(
+    model: ModelConfig, groups: tuple[tuple[int, int], ...], num_tokens: int
+) -> tuple[float, float]:
     """Expected number of experts that are hit, and of (token, expert) pairs, in that group of a layer which has most of them.
 
     Args:
@@ -195,10 +205,18 @@ def busiest_experts(model: ModelConfig, groups: tuple[tuple[int, int], ...], num
     num_draws = max(8, 4096 // num_tokens)
     scores = np.random.default_rng(0).random((num_draws * num_tokens, model.num_experts), dtype=np.float32)
     chosen = np.zeros(scores.shape, dtype=bool)
-    np.put_along_axis(chosen, np.argpartition(scores, model.num_experts_per_token, axis=1)[:, : model.num_experts_per_token], True, axis=1)
+    np.put_along_axis(
+        chosen,
+        np.argpartition(scores, model.num_experts_per_token, axis=1)[:, : model.num_experts_per_token],
+        True,
+        axis=1,
+    )
     pairs = chosen.reshape(num_draws, num_tokens, -1).sum(axis=1)
     starts = [start for start, _ in groups]
-    hit, load = (np.add.reduceat(counts, starts, axis=1).max(axis=1).mean() for counts in ((pairs > 0).astype(int), pairs))
+    hit, load = (
+        np.add.reduceat(counts, starts, axis=1).max(axis=1).mean()
+        for counts in ((pairs > 0).astype(int), pairs)
+    )
     return float(hit), float(load)
 
 
@@ -210,7 +228,9 @@ def kv_capacity(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu) -> int:
 
 def most_sequences(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, context: int) -> int:
     """How many sequences of so many tokens a replica holds at once, up to MAX_BATCH."""
-    return bisect.bisect_left(range(1, MAX_BATCH + 1), True, key=lambda batch: not _fits(model, parallel, gpu, batch, context))
+    return bisect.bisect_left(
+        range(1, MAX_BATCH + 1), True, key=lambda batch: not _fits(model, parallel, gpu, batch, context)
+    )
 
 
 def prompt_seconds(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, length: int) -> float:
@@ -220,12 +240,22 @@ def prompt_seconds(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, lengt
     return step.seconds * length / chunk
 
 
-def points(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, batches: Sequence[int], *, context: int, output: int) -> list[Point]:
+def points(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    gpu: Gpu,
+    batches: Sequence[int],
+    *,
+    context: int,
+    output: int,
+) -> list[Point]:
     """The plan at each of the batches whose sequences fit."""
     most = most_sequences(model, parallel, gpu, context + output)
     prompt_s = prompt_seconds(model, parallel, gpu, context)
     return [
-        Point(parallel, batch, model_step(model, parallel, gpu, batch=batch, context=context), prompt_s, output)
+        Point(
+            parallel, batch, model_step(model, parallel, gpu, batch=batch, context=context), prompt_s, output
+        )
         for batch in batches
         if batch <= most
     ]
@@ -233,16 +263,24 @@ def points(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, batches: Sequ
 
 def best(points: Sequence[Point], user_rate: float) -> Point | None:
     """The one with most tokens per GPU among those that give each user at least `user_rate`."""
-    return max((point for point in points if point.user_rate >= user_rate), key=lambda point: point.gpu_rate, default=None)
+    return max(
+        (point for point in points if point.user_rate >= user_rate),
+        key=lambda point: point.gpu_rate,
+        default=None,
+    )
 
 
-def _kv_cache(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, max_num_seqs: int) -> KVCachePlan | None:
+def _kv_cache(
+    model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, max_num_seqs: int
+) -> KVCachePlan | None:
     """The KV cache of each rank, as an engine would size it; None: not one full context fits."""
     shards = plan_shards(model, parallel)
     weights = max(rank_bytes(model, shard, DTYPE).total for shard in shards)
     scheduler = SchedulerConfig(max_num_seqs=max_num_seqs)
     try:
-        return gpu_kv_cache(gpu, model, shards[0], scheduler, weight_bytes=weights, max_model_len=model.max_context_len)
+        return gpu_kv_cache(
+            gpu, model, shards[0], scheduler, weight_bytes=weights, max_model_len=model.max_context_len
+        )
     except ConfigError:
         return None
 
@@ -254,7 +292,11 @@ def _fits(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, batch: int, co
         return False
     full = plan.num_full_blocks - 1 if plan.num_full_blocks else math.inf
     window = model.sliding_window
-    sliding = math.inf if window is None else (plan.num_sliding_blocks - 1) // sliding_blocks_per_sequence(window, context)
+    sliding = (
+        math.inf
+        if window is None
+        else (plan.num_sliding_blocks - 1) // sliding_blocks_per_sequence(window, context)
+    )
     return batch * num_blocks_for(context) <= full and batch <= sliding
 
 
@@ -263,7 +305,9 @@ def _part(gpu: Gpu, num_bytes: float, flops: float) -> Part:
     return Part(num_bytes, flops, seconds)
 
 
-def _collectives(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, shard: RankShard, batch: int, tokens: int) -> Part:
+def _collectives(
+    model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, shard: RankShard, batch: int, tokens: int
+) -> Part:
     """Two all-reduces a layer, one of the embedding; logits to rank 0; sampled ids from it."""
     if parallel.tensor == 1:
         return Part(0, 0, 0)
@@ -282,7 +326,13 @@ def plan_name(parallel: ParallelConfig) -> str:
 
 
 def report(
-    model: ModelConfig, name: str, plans: Sequence[ParallelConfig], batches: Sequence[int], *, context: int, output: int
+    model: ModelConfig,
+    name: str,
+    plans: Sequence[ParallelConfig],
+    batches: Sequence[int],
+    *,
+    context: int,
+    output: int,
 ) -> Iterator[str]:
     """The tables of one GPU, as lines of Markdown."""
     gpu = GPUS[name]
@@ -291,7 +341,10 @@ def report(
     yield "| --- | ---: | ---: | ---: | ---: |"
     for parallel in plans:
         weights = max(rank_bytes(model, shard, DTYPE).total for shard in plan_shards(model, parallel))
-        capacity, most = kv_capacity(model, parallel, gpu), most_sequences(model, parallel, gpu, context + output)
+        capacity, most = (
+            kv_capacity(model, parallel, gpu),
+            most_sequences(model, parallel, gpu, context + output),
+        )
         rate = context / prompt_seconds(model, parallel, gpu, context) / parallel.tensor
         yield f"| {plan_name(parallel)} | {weights / 1e9:.2f} GB | {capacity:,} | {most:,} | {rate:,.0f} |"
     yield "\nA decode step: GB that a rank reads, milliseconds\n"
@@ -305,7 +358,11 @@ def report(
                 f"| {plan_name(parallel)} | {point.batch} | {read} | {step.flops / 1e9:,.0f} | {step.collectives.num_bytes / 1e6:.1f} MB | "
                 f"{step.collectives.seconds * 1e3:.2f} | {step.seconds * 1e3:.2f} | {point.user_rate:.0f} | {point.gpu_rate:,.0f} |"
             )
-    every = [point for parallel in plans for point in points(model, parallel, gpu, BATCHES, context=context, output=output)]
+    every = [
+        point
+        for parallel in plans
+        for point in points(model, parallel, gpu, BATCHES, context=context, output=output)
+    ]
     yield "\n| each user at least | plan | batch | tok/s per user | tok/s per GPU |\n| ---: | --- | ---: | ---: | ---: |"
     for rate in USER_RATES:
         winner = best(every, rate)
@@ -316,25 +373,42 @@ def report(
 
 
 def draw(
-    file: Path, model: ModelConfig, title: str, names: Sequence[str], plans: Sequence[ParallelConfig], *, context: int, output: int
+    file: Path,
+    model: ModelConfig,
+    title: str,
+    names: Sequence[str],
+    plans: Sequence[ParallelConfig],
+    *,
+    context: int,
+    output: int,
 ) -> None:
     """A panel for each GPU, a curve for each plan."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "cantata", "svg.fonttype": "none", "font.size": 9, "path.simplify": True})
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "cantata", "svg.fonttype": "none", "font.size": 9, "path.simplify": True}
+    )
     from matplotlib import pyplot
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     ticks = FixedLocator([digit * 10**power for power in range(1, 6) for digit in (1, 2, 5)])
-    figure, panels = pyplot.subplots(1, len(names), figsize=(3.6 * len(names), 3.8), sharey=True, squeeze=False, layout="constrained")
+    figure, panels = pyplot.subplots(
+        1, len(names), figsize=(3.6 * len(names), 3.8), sharey=True, squeeze=False, layout="constrained"
+    )
     for panel, name in zip(panels[0], names, strict=True):
         for parallel, marker in zip(plans, itertools.cycle("osD^vP*X")):
             found = points(model, parallel, GPUS[name], BATCHES, context=context, output=output)
             if not found:
                 continue
             rates = [point.user_rate for point in found], [point.gpu_rate for point in found]
-            panel.plot(*rates, marker=marker, markersize=3, linewidth=1, label=f"{plan_name(parallel)}, to {found[-1].batch}")
+            panel.plot(
+                *rates,
+                marker=marker,
+                markersize=3,
+                linewidth=1,
+                label=f"{plan_name(parallel)}, to {found[-1].batch}",
+            )
         panel.set(xscale="log", yscale="log", title=name.upper(), xlabel="tokens/s per user")
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_locator(ticks)
@@ -343,7 +417,9 @@ def draw(
         panel.grid(linewidth=0.3)
         panel.legend(fontsize=7, title="plan, largest batch", title_fontsize=7, loc="lower left")
     panels[0][0].set_ylabel("tokens/s per GPU")
-    figure.suptitle(f"{title}, prompts of {context} tokens, answers of {output}: a model, not a measurement", fontsize=10)
+    figure.suptitle(
+        f"{title}, prompts of {context} tokens, answers of {output}: a model, not a measurement", fontsize=10
+    )
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
     pyplot.close(figure)
 
@@ -358,7 +434,9 @@ def parse_plan(text: str) -> ParallelConfig:
         tensor, _, expert = text.partition(",")
         return ParallelConfig(int(tensor), int(expert) if expert else None)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no plan: give ranks, or ranks,groups of experts") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no plan: give ranks, or ranks,groups of experts"
+        ) from error
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -371,11 +449,17 @@ def _positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the flags and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=("120b", "20b"), default="120b")
     parser.add_argument("--gpu", choices=tuple(GPUS), nargs="+", default=["h100", "h200", "b200"])
-    parser.add_argument("--plan", type=parse_plan, nargs="+", default=[ParallelConfig(size) for size in (1, 2, 4, 8)])
-    parser.add_argument("--batch", type=_positive, nargs="+", default=[1, 8, 64, 256], help="sequences of a replica")
+    parser.add_argument(
+        "--plan", type=parse_plan, nargs="+", default=[ParallelConfig(size) for size in (1, 2, 4, 8)]
+    )
+    parser.add_argument(
+        "--batch", type=_positive, nargs="+", default=[1, 8, 64, 256], help="sequences of a replica"
+    )
     parser.add_argument("--context", type=_positive, default=8192, help="tokens of a prompt")
     parser.add_argument("--output", type=_positive, default=1024, help="tokens of an answer")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves; .svg or .png")
@@ -389,7 +473,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         for parallel in options.plan:
             if parallel.tensor > MAX_RANKS:
-                raise ConfigError(f"tensor={parallel.tensor} is more than one server of {MAX_RANKS} GPUs, beyond which this does not go")
+                raise ConfigError(
+                    f"tensor={parallel.tensor} is more than one server of {MAX_RANKS} GPUs, beyond which this does not go"
+                )
             plan_shards(model, parallel)
         print(f"A model, not a measurement: gpt-oss-{options.model}")
         for name in options.gpu:

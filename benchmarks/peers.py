@@ -68,8 +68,13 @@ Results = Mapping[Step, Sequence[Figures]]
 
 def write_prompts(file: Path, num_prompts: int, length: int, vocab_size: int, seed: str) -> None:
     """A dataset of random prompts of token ids for `cantata bench serve`."""
-    draw, ids = random.Random(seed), range(min(TOKEN_IDS.start, vocab_size // 2), min(TOKEN_IDS.stop, vocab_size))
-    file.write_text("".join(json.dumps({"prompt": draw.choices(ids, k=length)}) + "\n" for _ in range(num_prompts)))
+    draw, ids = (
+        random.Random(seed),
+        range(min(TOKEN_IDS.start, vocab_size // 2), min(TOKEN_IDS.stop, vocab_size)),
+    )
+    file.write_text(
+        "".join(json.dumps({"prompt": draw.choices(ids, k=length)}) + "\n" for _ in range(num_prompts))
+    )
 
 
 def figures(report: Report, others: float) -> Figures:
@@ -85,7 +90,17 @@ def figures(report: Report, others: float) -> Figures:
 def measure(url: str, clients: int, prompts: Path, options: argparse.Namespace) -> Figures:
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    flags = ["--endpoint", "completions", "--ignore-eos", "--temperature", "0", "--concurrency", str(clients), "--dataset", str(prompts)]
+    flags = [
+        "--endpoint",
+        "completions",
+        "--ignore-eos",
+        "--temperature",
+        "0",
+        "--concurrency",
+        str(clients),
+        "--dataset",
+        str(prompts),
+    ]
     flags += [
         "--num-prompts",
         str(num_requests(clients, options)),
@@ -111,12 +126,18 @@ def first_tokens(url: str, prompts: Path) -> list[str]:
     with httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
         body = {"model": client.get("/v1/models").json()["data"][0]["id"], "max_tokens": 1, "temperature": 0}
         for line in prompts.read_text().splitlines()[:SAME_MODEL_PROMPTS]:
-            answer = client.post("/v1/completions", json=body | {"prompt": json.loads(line)["prompt"][:1]}).raise_for_status().json()
+            answer = (
+                client.post("/v1/completions", json=body | {"prompt": json.loads(line)["prompt"][:1]})
+                .raise_for_status()
+                .json()
+            )
             answers.append(answer["choices"][0]["text"])
     return answers
 
 
-def servers(options: argparse.Namespace, program: Path, logs: Path) -> dict[tuple[str, str], AbstractContextManager[str]]:
+def servers(
+    options: argparse.Namespace, program: Path, logs: Path
+) -> dict[tuple[str, str], AbstractContextManager[str]]:
     """By server and dense format: a context that runs it and gives its URL."""
     found: dict[tuple[str, str], AbstractContextManager[str]] = {}
     tokens, slots = options.input_len + options.output_len + 8, max(options.clients)
@@ -124,7 +145,9 @@ def servers(options: argparse.Namespace, program: Path, logs: Path) -> dict[tupl
         flags = ["--cpu-dense-dtype", dense, "--threads", str(options.threads), *options.serve_flags.split()]
         found[CANTATA, dense] = served(options.model, "--standalone", *flags)
         if options.ray:
-            found[ON_RAY, dense] = served(options.model, *flags, "--http-port", str(free_port()), "--grpc-port", str(free_port()))
+            found[ON_RAY, dense] = served(
+                options.model, *flags, "--http-port", str(free_port()), "--grpc-port", str(free_port())
+            )
         gguf = llama_cpp.converted(options.model, dense, options.cache)
         log, flags = logs / f"llama-server-{dense}.log", options.llama_flags.split()
         found[LLAMA_CPP, dense] = llama_cpp.server(program, gguf, options.threads, slots, tokens, log, flags)
@@ -138,7 +161,9 @@ def prompt_files(options: argparse.Namespace, round_: int) -> Iterator[dict[int,
     with tempfile.TemporaryDirectory() as folder:
         files = {clients: Path(folder) / f"{clients}.jsonl" for clients in options.clients}
         for clients, file in files.items():
-            write_prompts(file, num_requests(clients, options) + 1, options.input_len, vocab_size, f"{round_}/{clients}")
+            write_prompts(
+                file, num_requests(clients, options) + 1, options.input_len, vocab_size, f"{round_}/{clients}"
+            )
         yield files
 
 
@@ -167,7 +192,9 @@ def run(options: argparse.Namespace) -> tuple[Results, dict[tuple[str, str], lis
 def ratio(results: Results, step: Step, value: str = "output_tokens_per_s") -> float:
     """Median over the rounds of the step's value over llama.cpp's."""
     peers = results[Step(LLAMA_CPP, step.dense, step.clients)]
-    return statistics.median(getattr(ours, value) / getattr(peer, value) for ours, peer in zip(results[step], peers, strict=True))
+    return statistics.median(
+        getattr(ours, value) / getattr(peer, value) for ours, peer in zip(results[step], peers, strict=True)
+    )
 
 
 def table(results: Results, input_len: int) -> str:
@@ -176,7 +203,9 @@ def table(results: Results, input_len: int) -> str:
         "| dense | clients | server | output tok/s | llama.cpp = 1 | TTFT p50 ms | llama.cpp = 1 | TPOT ms | prompt tok/s | others |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for step, rounds in sorted(results.items(), key=lambda item: (item[0].dense, item[0].clients, item[0].server)):
+    for step, rounds in sorted(
+        results.items(), key=lambda item: (item[0].dense, item[0].clients, item[0].server)
+    ):
 
         def middle(value: str, rounds: Sequence[Figures] = rounds) -> float:
             return statistics.median(getattr(figures, value) for figures in rounds)
@@ -191,19 +220,42 @@ def table(results: Results, input_len: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint with the harmony tokenizer")
-    parser.add_argument("--dense", nargs="+", choices=tuple(llama_cpp.OUT_TYPES), default=["bf16"], help="format of the dense weights")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, help="folder of a checkpoint with the harmony tokenizer"
+    )
+    parser.add_argument(
+        "--dense",
+        nargs="+",
+        choices=tuple(llama_cpp.OUT_TYPES),
+        default=["bf16"],
+        help="format of the dense weights",
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--min-requests", type=int, default=8, help="four a client, but at least so many (default: 8)")
+    parser.add_argument(
+        "--min-requests", type=int, default=8, help="four a client, but at least so many (default: 8)"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=usable_cores(), help="of each server (default: all cores, %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=usable_cores(), help="of each server (default: all cores, %(default)s)"
+    )
     parser.add_argument("--ray", action="store_true", help="also Cantata through Ray Serve")
     parser.add_argument("--serve-flags", default="", help="more flags for cantata serve, in one string")
-    parser.add_argument("--llama-flags", default="", help="the same for llama-server, as --no-repack where its AMX code crashes on Q8_0")
-    parser.add_argument("--cache", type=Path, default=Path("build/peers"), help="where llama.cpp and converted checkpoints are kept")
+    parser.add_argument(
+        "--llama-flags",
+        default="",
+        help="the same for llama-server, as --no-repack where its AMX code crashes on Q8_0",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("build/peers"),
+        help="where llama.cpp and converted checkpoints are kept",
+    )
     parser.add_argument("--json", type=Path, help="write every figure there")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
@@ -217,10 +269,14 @@ def main() -> None:
     )
     for (name, dense), answers in tokens.items():
         same = sum(mine == theirs for mine, theirs in zip(answers, tokens[LLAMA_CPP, dense], strict=True))
-        print(f"{name}, {dense}: after one token, the next is llama.cpp's for {same} of {len(answers)} prompts")
+        print(
+            f"{name}, {dense}: after one token, the next is llama.cpp's for {same} of {len(answers)} prompts"
+        )
     if options.json is not None:
         rows = [
-            asdict(step) | asdict(figures) | {"round": n} for step, rounds in results.items() for n, figures in enumerate(rounds, start=1)
+            asdict(step) | asdict(figures) | {"round": n}
+            for step, rounds in results.items()
+            for n, figures in enumerate(rounds, start=1)
         ]
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -60,7 +60,13 @@ def process_tree(root: int) -> list[Process]:
         pid = left.pop()
         left += children[pid]
         with suppress(OSError):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            command = (
+                Path(f"/proc/{pid}/cmdline")
+                .read_bytes()
+                .replace(b"\0", b" ")
+                .decode(errors="replace")
+                .strip()
+            )
             found.append(Process(pid, command))
     return found
 

@@ -42,7 +42,15 @@ def random_model(
 
 
 class _Maker:
-    def __init__(self, config: ModelConfig, device: torch.device, layout: str, dtype: torch.dtype, seed: int, branch_exponent: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        layout: str,
+        dtype: torch.dtype,
+        seed: int,
+        branch_exponent: int,
+    ) -> None:
         self._branch_exponent = branch_exponent
         self._config = config
         self._device = device
@@ -54,12 +62,19 @@ class _Maker:
         config = self._config
         (shard,) = plan_shards(config, ParallelConfig())
         layers = tuple(self._layer(window) for window in config.layer_windows)
-        embedding, lm_head = self._normal(config.vocab_size, config.hidden_size), self._matrix(config.vocab_size, config.hidden_size)
+        embedding, lm_head = (
+            self._normal(config.vocab_size, config.hidden_size),
+            self._matrix(config.vocab_size, config.hidden_size),
+        )
         return GptOss(config, shard, Alone(), embedding, layers, self._norm(), Linear(lm_head))
 
     def _layer(self, window: int | None) -> Layer:
         config = self._config
-        hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+        hidden, inner, heads = (
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads * config.head_dim,
+        )
         qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         fp32, gain = torch.float32, 2.0**self._branch_exponent
         return Layer(
@@ -75,7 +90,10 @@ class _Maker:
             ),
             experts_norm=self._norm(),
             experts=Experts(
-                gate=Linear(self._matrix(config.num_experts, hidden, fp32), self._normal(config.num_experts, std=_BIAS, dtype=fp32)),
+                gate=Linear(
+                    self._matrix(config.num_experts, hidden, fp32),
+                    self._normal(config.num_experts, std=_BIAS, dtype=fp32),
+                ),
                 gate_up=self._packed(2 * inner, hidden),
                 gate_up_bias=self._normal(config.num_experts, 2 * inner, std=_BIAS),
                 down=self._packed(hidden, inner, self._branch_exponent),
@@ -90,11 +108,15 @@ class _Maker:
     def _norm(self) -> Tensor:
         return torch.ones(self._config.hidden_size, dtype=self._dtype, device=self._device)
 
-    def _matrix(self, num_rows: int, width: int, dtype: torch.dtype | None = None, gain: float = 1.0) -> Tensor:
+    def _matrix(
+        self, num_rows: int, width: int, dtype: torch.dtype | None = None, gain: float = 1.0
+    ) -> Tensor:
         return self._normal(num_rows, width, std=gain * width**-0.5, dtype=dtype)
 
     def _normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self._dtype, device=self._device).normal_(0, std, generator=self._generator)
+        return torch.empty(shape, dtype=dtype or self._dtype, device=self._device).normal_(
+            0, std, generator=self._generator
+        )
 
     def _packed(self, num_rows: int, width: int, exponent: int = 0) -> PackedMXFP4:
         num_experts, groups = self._config.num_experts, width // MX_BLOCK
@@ -111,4 +133,6 @@ class _Maker:
         return packed
 
     def _bytes(self, low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, dtype=torch.uint8, device=self._device, generator=self._generator)
+        return torch.randint(
+            low, high, shape, dtype=torch.uint8, device=self._device, generator=self._generator
+        )

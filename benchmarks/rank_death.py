@@ -53,14 +53,18 @@ def rank_pids() -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         with suppress(OSError):  # gone, or another user's
-            if entry.name.isdigit() and "=".join(MARK).encode() in (entry / "environ").read_bytes().split(b"\0"):
+            if entry.name.isdigit() and "=".join(MARK).encode() in (entry / "environ").read_bytes().split(
+                b"\0"
+            ):
                 command = (entry / "cmdline").read_bytes()
                 if b"_RankActor" in command or b"workers.rank.process" in command:
                     found.append(int(entry.name))
     return sorted(found)
 
 
-def turn(config: EngineConfig, model: ModelConfig, launcher: RankLauncher, number: signal.Signals) -> tuple[float, str]:
+def turn(
+    config: EngineConfig, model: ModelConfig, launcher: RankLauncher, number: signal.Signals
+) -> tuple[float, str]:
     """(seconds from the signal to the last end, what the streams were told)."""
     before = set(rank_pids())
     engine = Engine(config, model, DistributedExecutor(config, model, launcher))
@@ -68,7 +72,10 @@ def turn(config: EngineConfig, model: ModelConfig, launcher: RankLauncher, numbe
     try:
         reader = ThreadReader()
         sampling = SamplingParams(temperature=0, seed=0, max_tokens=MAX_MODEL_LEN - 8, ignore_eos=True)
-        streams = [engine.submit(EngineRequest(f"r{index}", (index + 1, 2, 3), sampling), reader) for index in range(NUM_STREAMS)]
+        streams = [
+            engine.submit(EngineRequest(f"r{index}", (index + 1, 2, 3), sampling), reader)
+            for index in range(NUM_STREAMS)
+        ]
         victim = [pid for pid in rank_pids() if pid not in before][-1]
         begin_s, said = 0.0, set()
         for num_seen, (_, output) in enumerate(reader.read(streams)):
@@ -88,7 +95,13 @@ def start_ray(num_cpus: int) -> Any:
     os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     import ray
 
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=128 << 20, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=128 << 20,
+        logging_level="ERROR",
+    )
     return ray
 
 
@@ -103,7 +116,9 @@ def main() -> None:
     os.environ |= [MARK]
     ray = start_ray(options.ranks) if "ray" in options.launcher else None
     print(f"{time.strftime('%Y-%m-%d')}, {options.ranks} ranks, step timeout {options.step_timeout:g} s\n")
-    print("| ranks are | rank 1 gets | median | longest | turns | told |\n| --- | --- | ---: | ---: | ---: | --- |")
+    print(
+        "| ranks are | rank 1 gets | median | longest | turns | told |\n| --- | --- | ---: | ---: | ---: | --- |"
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny"
         make_checkpoint(path, "tiny")

@@ -25,7 +25,10 @@ from workers.rank.runner import Runner
 from workers.request import SamplingParams
 from workers.scheduler.plan import StepPlan, StepResult, decode_plan, encode_plan, encode_result
 
-SAMPLING = {"greedy": SamplingParams(temperature=0), "temperature and top-p": SamplingParams(temperature=0.8, top_p=0.9)}
+SAMPLING = {
+    "greedy": SamplingParams(temperature=0),
+    "temperature and top-p": SamplingParams(temperature=0.8, top_p=0.9),
+}
 HIDDEN_SIZE = 64
 VOCAB_SIZE = 1024
 
@@ -93,7 +96,10 @@ def main() -> None:
     for num_seqs in options.num_seqs:
         for name, sampling in SAMPLING.items():
             costs = sorted(measure(num_seqs, options.steps, sampling))
-            print(f"| {num_seqs} | {name} | {statistics.median(costs):.2f} | {costs[int(0.9 * (len(costs) - 1))]:.2f} |", flush=True)
+            print(
+                f"| {num_seqs} | {name} | {statistics.median(costs):.2f} | {costs[int(0.9 * (len(costs) - 1))]:.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,14 @@ from workers.config import SchedulerConfig
 from workers.engine.collector import spare_collections
 from workers.kv_cache.manager import KVCacheManager
 from workers.request import EngineRequest, SamplingParams
-from workers.scheduler.plan import StepPlan, StepResult, decode_plan, decode_result, encode_plan, encode_result
+from workers.scheduler.plan import (
+    StepPlan,
+    StepResult,
+    decode_plan,
+    decode_result,
+    encode_plan,
+    encode_result,
+)
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Sequence
 
@@ -49,7 +56,12 @@ def null_result(plan: StepPlan) -> StepResult:
     return StepResult(plan.step, seq_ids, (7,) * len(seq_ids))
 
 
-def build(num_seqs: int, *, sampling: SamplingParams | None = None, execute: Callable[[StepPlan], StepResult] = null_result) -> Scheduler:
+def build(
+    num_seqs: int,
+    *,
+    sampling: SamplingParams | None = None,
+    execute: Callable[[StepPlan], StepResult] = null_result,
+) -> Scheduler:
     """A scheduler whose sequences have all computed their prompts.
 
     Args:
@@ -99,10 +111,20 @@ def measure(num_seqs: int, num_steps: int) -> StepCost:
         assert len(updates) == num_seqs
         num_bytes = max(num_bytes, len(data))
         rows.append(tuple(1e3 * (after - before) for before, after in itertools.pairwise(marks)))
-    schedule, encode, decode, _answer, result_ms, update = (statistics.median(column) for column in zip(*rows, strict=True))
+    schedule, encode, decode, _answer, result_ms, update = (
+        statistics.median(column) for column in zip(*rows, strict=True)
+    )
     totals = sorted(row[0] + row[1] + row[4] + row[5] for row in rows)
     return StepCost(
-        num_seqs, schedule, encode, decode, result_ms, update, statistics.median(totals), totals[int(0.99 * (len(totals) - 1))], num_bytes
+        num_seqs,
+        schedule,
+        encode,
+        decode,
+        result_ms,
+        update,
+        statistics.median(totals),
+        totals[int(0.99 * (len(totals) - 1))],
+        num_bytes,
     )
 
 
@@ -126,7 +148,9 @@ def table(costs: list[StepCost]) -> str:
 def main() -> None:
     """Print the table; with --json also write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-seqs", type=int, nargs="+", default=NUM_SEQS, help="running sequences to measure")
+    parser.add_argument(
+        "--num-seqs", type=int, nargs="+", default=NUM_SEQS, help="running sequences to measure"
+    )
     parser.add_argument("--steps", type=int, default=400, help="steps measured for each")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     arguments = parser.parse_args()
@@ -134,7 +158,9 @@ def main() -> None:
     costs = [measure(num_seqs, arguments.steps) for num_seqs in arguments.num_seqs]
     print(table(costs))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"steps": arguments.steps, "costs": [asdict(cost) for cost in costs]}, indent=2) + "\n")
+        arguments.json.write_text(
+            json.dumps({"steps": arguments.steps, "costs": [asdict(cost) for cost in costs]}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

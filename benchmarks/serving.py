@@ -67,8 +67,25 @@ def measure(url: str, clients: int, options: argparse.Namespace) -> Report:
     """One step: four requests a client, at least sixteen."""
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    flags = ["--endpoint", "completions", "--ignore-eos", "--concurrency", str(clients), "--num-prompts", str(max(16, 4 * clients))]
-    flags += ["--input-len", str(options.input_len), "--output-len", str(options.output_len), "--seed", str(clients), "--warmup", "2"]
+    flags = [
+        "--endpoint",
+        "completions",
+        "--ignore-eos",
+        "--concurrency",
+        str(clients),
+        "--num-prompts",
+        str(max(16, 4 * clients)),
+    ]
+    flags += [
+        "--input-len",
+        str(options.input_len),
+        "--output-len",
+        str(options.output_len),
+        "--seed",
+        str(clients),
+        "--warmup",
+        "2",
+    ]
     return asyncio.run(serve.measure(parser.parse_args(flags), url))
 
 
@@ -97,7 +114,9 @@ def table(reports: dict[int, Report]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32])

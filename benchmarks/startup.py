@@ -79,7 +79,15 @@ def engine_phases(model: Path, dtype: str) -> dict[str, float]:
 
 def standalone_phases(model: Path, dtype: str) -> dict[str, float]:
     """Seconds by phase of `cantata serve --standalone`, seen from outside, until it has answered a chat with one token."""
-    command = [str(Path(sys.executable).with_name("cantata")), "serve", "--standalone", "--model", str(model), "--dtype", dtype]
+    command = [
+        str(Path(sys.executable).with_name("cantata")),
+        "serve",
+        "--standalone",
+        "--model",
+        str(model),
+        "--dtype",
+        dtype,
+    ]
     last = time.perf_counter()
     phases: dict[str, float] = {}
 
@@ -89,7 +97,10 @@ def standalone_phases(model: Path, dtype: str) -> dict[str, float]:
         phases[name], last = now - last, now
 
     with subprocess.Popen(
-        [*command, "--http-port", "0", "--grpc-port", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "--http-port", "0", "--grpc-port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as server:
         try:
             assert server.stdout is not None
@@ -103,7 +114,11 @@ def standalone_phases(model: Path, dtype: str) -> dict[str, float]:
             with httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False) as client:
                 client.get("/ready").raise_for_status()
                 end_phase("ready")
-                body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "model": model.resolve().name}
+                body = {
+                    "messages": [{"role": "user", "content": "Hello"}],
+                    "max_tokens": 1,
+                    "model": model.resolve().name,
+                }
                 client.post("/v1/chat/completions", json=body).raise_for_status()
                 end_phase("first chat")
         finally:
@@ -118,7 +133,9 @@ def medians(name: str, runs: Sequence[dict[str, float]]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--runs", type=int, default=3)
@@ -132,7 +149,9 @@ def main() -> None:
         print(tables[-1], flush=True)
     if options.json is not None:
         result = {"model": str(options.model), "dtype": options.dtype, "runs": options.runs}
-        options.json.write_text(json.dumps(result | {table.name: table.phases_s for table in tables}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps(result | {table.name: table.phases_s for table in tables}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

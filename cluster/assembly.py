@@ -50,7 +50,9 @@ def build_service(
     """The service over these replicas, whether there are any yet or not: until one is, requests get NoReplica. To be called in an event
     loop; the caller closes the service."""
     gateway, model = config.gateway, load_model_config(config.engine.model_path)
-    client = EngineClient(replicas.silent, Patience(gateway.probe_timeout_s, config.engine.heartbeat_timeout_s))
+    client = EngineClient(
+        replicas.silent, Patience(gateway.probe_timeout_s, config.engine.heartbeat_timeout_s)
+    )
     # Tasks are kept until they end: the event loop holds them only weakly.
     closing: set[asyncio.Task[None]] = set()
 
@@ -79,7 +81,10 @@ def build_service(
 
     def serve_as(info: EngineInfo) -> None:
         if info.max_model_len != service.model.max_model_len:
-            logger.info("requests may have %d tokens from now on: the shortest context of a replica", info.max_model_len)
+            logger.info(
+                "requests may have %d tokens from now on: the shortest context of a replica",
+                info.max_model_len,
+            )
         service.set_model(ModelInfo.from_engine(info, config.model_name, created_unix_s))
 
     infos = ReplicaInfos(replicas, client, serve_as)

@@ -11,21 +11,41 @@ from workers.errors import CheckpointError, ConfigError
 # vLLM's names where it has them. (flags, setting's path, metavar, help)
 SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
     (("--model",), "engine.model_path", "PATH", "folder of a gpt-oss checkpoint in Hugging Face layout"),
-    (("--served-model-name",), "gateway.served_model_name", "NAME", "the model's name for clients (default: the folder's name)"),
+    (
+        ("--served-model-name",),
+        "gateway.served_model_name",
+        "NAME",
+        "the model's name for clients (default: the folder's name)",
+    ),
     (("--host",), "listen.host", "ADDRESS", "where HTTP and gRPC listen (default: 127.0.0.1)"),
     (("--http-port", "--port"), "listen.http_port", "PORT", "HTTP port (default: 8000)"),
     (("--grpc-port",), "listen.grpc_port", "PORT", "gRPC port (default: 9000)"),
     (("--dtype",), "engine.dtype", "TYPE", "bfloat16 or float32 (default: bfloat16)"),
     (("--device",), "engine.device", "DEVICE", "torch device of the engine (default: cpu)"),
-    (("--max-model-len",), "engine.max_model_len", "TOKENS", "context limit (default: the model's, or what fits)"),
-    (("--max-num-seqs",), "engine.scheduler.max_num_seqs", "N", "sequences running at once, per engine (default: 256)"),
+    (
+        ("--max-model-len",),
+        "engine.max_model_len",
+        "TOKENS",
+        "context limit (default: the model's, or what fits)",
+    ),
+    (
+        ("--max-num-seqs",),
+        "engine.scheduler.max_num_seqs",
+        "N",
+        "sequences running at once, per engine (default: 256)",
+    ),
     (
         ("--max-num-batched-tokens",),
         "engine.scheduler.max_num_batched_tokens",
         "TOKENS",
         "tokens computed in a step at most (default: 2048)",
     ),
-    (("--max-waiting-requests",), "engine.scheduler.max_waiting_requests", "N", "queue of an engine (default: 1024)"),
+    (
+        ("--max-waiting-requests",),
+        "engine.scheduler.max_waiting_requests",
+        "N",
+        "queue of an engine (default: 1024)",
+    ),
     (
         ("--kv-cache-memory", "--kv-cache-memory-bytes"),
         "engine.cache.memory_bytes",
@@ -38,8 +58,18 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         "SHARE",
         "of a GPU's memory, for weights, activations and KV cache (default: 0.9)",
     ),
-    (("--kv-cache-dtype",), "engine.cache.dtype", "TYPE", "auto, fp8 or fp8_e4m3: of cached keys and values (default: auto, the model's)"),
-    (("--quantize",), "engine.quantize", "FORMAT", "mxfp4: pack the experts of a bf16 checkpoint while loading (default: as stored)"),
+    (
+        ("--kv-cache-dtype",),
+        "engine.cache.dtype",
+        "TYPE",
+        "auto, fp8 or fp8_e4m3: of cached keys and values (default: auto, the model's)",
+    ),
+    (
+        ("--quantize",),
+        "engine.quantize",
+        "FORMAT",
+        "mxfp4: pack the experts of a bf16 checkpoint while loading (default: as stored)",
+    ),
     (
         ("--cpu-dense-dtype",),
         "engine.cpu_dense_dtype",
@@ -60,23 +90,63 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         "auto or mxfp8: what MXFP4 experts multiply; mxfp8 changes results, on sm_100 and gfx950 (default: auto, as they are)",
     ),
     (("--tensor-parallel-size", "-tp"), "engine.parallel.tensor", "N", "ranks per replica (default: 1)"),
-    (("--expert-parallel-size",), "engine.parallel.expert", "N", "groups of experts, a divisor of the ranks (default: the ranks)"),
-    (("--step-timeout",), "engine.parallel.step_timeout_s", "SECONDS", "when a step of several ranks counts as hung (default: 30)"),
+    (
+        ("--expert-parallel-size",),
+        "engine.parallel.expert",
+        "N",
+        "groups of experts, a divisor of the ranks (default: the ranks)",
+    ),
+    (
+        ("--step-timeout",),
+        "engine.parallel.step_timeout_s",
+        "SECONDS",
+        "when a step of several ranks counts as hung (default: 30)",
+    ),
     (
         ("--heartbeat-timeout",),
         "engine.heartbeat_timeout_s",
         "SECONDS",
         "without one, an engine counts as hung and is replaced (default: 10)",
     ),
-    (("--start-timeout",), "engine.parallel.start_timeout_s", "SECONDS", "for several ranks to be placed and start (default: 300)"),
-    (("--threads",), "engine_cpus", "N", "compute threads of each engine on a CPU (default: the cores, shared among the replicas)"),
+    (
+        ("--start-timeout",),
+        "engine.parallel.start_timeout_s",
+        "SECONDS",
+        "for several ranks to be placed and start (default: 300)",
+    ),
+    (
+        ("--threads",),
+        "engine_cpus",
+        "N",
+        "compute threads of each engine on a CPU (default: the cores, shared among the replicas)",
+    ),
     (("--replicas",), "replicas", "N", "engines (default: 1)"),
-    (("--max-in-flight-requests",), "gateway.max_in_flight_requests", "N", "requests served at once (default: 1024)"),
-    (("--probe-timeout",), "gateway.probe_timeout_s", "SECONDS", "of an engine to answer, before new requests avoid it (default: 2)"),
+    (
+        ("--max-in-flight-requests",),
+        "gateway.max_in_flight_requests",
+        "N",
+        "requests served at once (default: 1024)",
+    ),
+    (
+        ("--probe-timeout",),
+        "gateway.probe_timeout_s",
+        "SECONDS",
+        "of an engine to answer, before new requests avoid it (default: 2)",
+    ),
     (("--request-timeout",), "gateway.request_timeout_s", "SECONDS", "deadline of a request (default: none)"),
     (("--max-body",), "gateway.max_body_bytes", "SIZE", "largest request body (default: 32MiB)"),
-    (("--conversation-date",), "gateway.conversation_date", "DATE", "date told to the model: auto, none or YYYY-MM-DD (default: auto)"),
-    (("--reasoning-effort",), "gateway.reasoning_effort", "EFFORT", "low, medium or high, of requests that do not say (default: medium)"),
+    (
+        ("--conversation-date",),
+        "gateway.conversation_date",
+        "DATE",
+        "date told to the model: auto, none or YYYY-MM-DD (default: auto)",
+    ),
+    (
+        ("--reasoning-effort",),
+        "gateway.reasoning_effort",
+        "EFFORT",
+        "low, medium or high, of requests that do not say (default: medium)",
+    ),
 )
 
 
@@ -99,12 +169,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cantata", description="Serve gpt-oss-120b and gpt-oss-20b.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="cantata", description="Serve gpt-oss-120b and gpt-oss-20b.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
     _add_inspect(commands)
     _add_make_checkpoint(commands)
-    commands.add_parser("bench", help="measure a running server or an engine", add_help=False)  # parsed in main
+    commands.add_parser(
+        "bench", help="measure a running server or an engine", add_help=False
+    )  # parsed in main
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser
@@ -119,7 +193,9 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog="Every setting can also stand in the file (engine.dtype) or in the environment (CANTATA_ENGINE__DTYPE); flags come first, "
         "then the environment. docs/operations.md lists them.",
     )
-    serve.add_argument("--standalone", action="store_true", help="without Ray: one engine process, the gateway in this one")
+    serve.add_argument(
+        "--standalone", action="store_true", help="without Ray: one engine process, the gateway in this one"
+    )
     serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
     for names, path, metavar, text in SERVE_FLAGS:
         serve.add_argument(*names, dest=path, metavar=metavar, help=text, default=argparse.SUPPRESS)
@@ -160,7 +236,9 @@ def _serve(options: argparse.Namespace) -> int:
     from cluster.config import load_config, setting_paths
 
     known = set(setting_paths())
-    config = load_config(options.config, flags={path: value for path, value in vars(options).items() if path in known})
+    config = load_config(
+        options.config, flags={path: value for path, value in vars(options).items() if path in known}
+    )
     if options.standalone:
         from cluster.standalone.serve import serve_standalone
 
@@ -183,15 +261,33 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Print a checkpoint's format, shapes and parameters, each rank's bytes, and the tokens whose KV cache fits.",
     )
     inspect.add_argument("path", type=Path, metavar="PATH", help="folder of a gpt-oss checkpoint")
-    inspect.add_argument("--tp", "--tensor-parallel-size", type=int, metavar="N", help="ranks (default: a table of 1, 2, 4 and 8)")
-    inspect.add_argument("--ep", "--expert-parallel-size", type=int, metavar="N", help="groups of experts (default: the ranks)")
     inspect.add_argument(
-        "--gpu", choices=("a100", "l40s", "h100", "h200", "b200", "mi300x", "mi355x", "cpu"), help="device whose memory is to hold it"
+        "--tp",
+        "--tensor-parallel-size",
+        type=int,
+        metavar="N",
+        help="ranks (default: a table of 1, 2, 4 and 8)",
+    )
+    inspect.add_argument(
+        "--ep", "--expert-parallel-size", type=int, metavar="N", help="groups of experts (default: the ranks)"
+    )
+    inspect.add_argument(
+        "--gpu",
+        choices=("a100", "l40s", "h100", "h200", "b200", "mi300x", "mi355x", "cpu"),
+        help="device whose memory is to hold it",
     )
     inspect.add_argument("--quantize", choices=("mxfp4",), help="sizes as with this flag of `cantata serve`")
-    inspect.add_argument("--cpu-dense-dtype", choices=("bf16", "int8"), default="bf16", help="likewise; int8 with --gpu cpu only")
     inspect.add_argument(
-        "--kv-cache-dtype", choices=("auto", "fp8", "fp8_e4m3"), default="auto", help="sizes as with this flag of `cantata serve`"
+        "--cpu-dense-dtype",
+        choices=("bf16", "int8"),
+        default="bf16",
+        help="likewise; int8 with --gpu cpu only",
+    )
+    inspect.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "fp8", "fp8_e4m3"),
+        default="auto",
+        help="sizes as with this flag of `cantata serve`",
     )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
@@ -219,10 +315,14 @@ def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.Argument
         help="write a checkpoint of exact shape with random weights, for trying and measuring",
     )
     make.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
-    make.add_argument("--preset", required=True, choices=("tiny", "small", "20b", "120b"), help="shape of the model")
+    make.add_argument(
+        "--preset", required=True, choices=("tiny", "small", "20b", "120b"), help="shape of the model"
+    )
     make.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
     make.add_argument("--vocab", type=int, help="vocabulary size (default: the tokenizer's)")
-    make.add_argument("--layers", type=int, help="layers, to make a part of a large model (default: the preset's)")
+    make.add_argument(
+        "--layers", type=int, help="layers, to make a part of a large model (default: the preset's)"
+    )
     make.add_argument(
         "--tokenizer",
         default="bpe",

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from workers.config import EngineConfig
 from workers.errors import ConfigError
@@ -127,7 +135,9 @@ class GatewayConfig(_Settings):
     """
 
     served_model_name: str | None = Field(default=None, min_length=1)
-    api_keys: Annotated[tuple[str, ...], BeforeValidator(_split_keys), AfterValidator(_check_keys)] = Field(default=(), repr=False)
+    api_keys: Annotated[tuple[str, ...], BeforeValidator(_split_keys), AfterValidator(_check_keys)] = Field(
+        default=(), repr=False
+    )
     max_in_flight_requests: int = Field(default=1024, ge=1)
     request_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     probe_timeout_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
@@ -205,7 +215,9 @@ Config = TypeVar("Config", bound=AppConfig)
 
 
 def load_config(
-    file: Path | None = None, environment: Mapping[str, str] | None = None, flags: Mapping[str, object] | None = None
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, object] | None = None,
 ) -> CantataConfig:
     """Read the configuration of `cantata serve`.
 
@@ -264,7 +276,9 @@ def with_api_keys(config: AppConfig, environment: Mapping[str, str] | None = Non
     try:
         return config.model_copy(update={"gateway": GatewayConfig.model_validate(values)})
     except ValidationError as error:
-        raise ConfigError(f"{API_KEYS_VARIABLE}: {error.errors(include_url=False, include_input=False)[0]['ctx']['error']}") from None
+        raise ConfigError(
+            f"{API_KEYS_VARIABLE}: {error.errors(include_url=False, include_input=False)[0]['ctx']['error']}"
+        ) from None
 
 
 def check_no_settings(environment: Mapping[str, str]) -> None:
@@ -305,7 +319,9 @@ def reconfigured(gateway: GatewayConfig, values: object) -> GatewayConfig:
     try:
         return GatewayConfig.model_validate(gateway.model_dump() | changes)
     except ValidationError as error:
-        raise ConfigError(f"user_config of the deployment gateway: {_sentence(AppConfig, error, {})}") from None
+        raise ConfigError(
+            f"user_config of the deployment gateway: {_sentence(AppConfig, error, {})}"
+        ) from None
 
 
 def setting_paths(kind: type[AppConfig] = CantataConfig) -> list[str]:
@@ -347,7 +363,9 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, st
         if rest == name or ("__" not in rest and rest not in known):
             continue
         if rest not in known:
-            raise ConfigError(f"{name} in the environment is not a known setting{_suggestion(rest, known, ENVIRONMENT_PREFIX)}")
+            raise ConfigError(
+                f"{name} in the environment is not a known setting{_suggestion(rest, known, ENVIRONMENT_PREFIX)}"
+            )
         found[known[rest]] = (name, environment[name])
     return found
 
@@ -367,7 +385,9 @@ def _set(values: dict[str, Any], path: str, value: object, source: str) -> None:
         if inner is None:
             inner = values[parent] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"{'.'.join(parents[: position + 1])} must hold settings by name, so that {source} can set {path}")
+            raise ConfigError(
+                f"{'.'.join(parents[: position + 1])} must hold settings by name, so that {source} can set {path}"
+            )
         values = inner
     values[name] = value
 

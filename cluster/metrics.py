@@ -11,7 +11,24 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.events import FinishReason
 from cluster.harmony.header import Repair
 
-_LATENCIES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_LATENCIES_S = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+    300.0,
+    600.0,
+)
 _TOKEN_GAPS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -24,16 +41,32 @@ class GatewayMetrics:
         self.registry = CollectorRegistry()
         registry = self.registry
         self.requests = Counter(
-            "cantata_gateway_requests", "Requests answered, by endpoint and final status.", ("endpoint", "status"), registry=registry
+            "cantata_gateway_requests",
+            "Requests answered, by endpoint and final status.",
+            ("endpoint", "status"),
+            registry=registry,
         )
         self.finished_choices = Counter(
-            "cantata_gateway_finished_choices", "Choices completed, by finish reason.", ("finish_reason",), registry=registry
+            "cantata_gateway_finished_choices",
+            "Choices completed, by finish reason.",
+            ("finish_reason",),
+            registry=registry,
         )
-        self.in_flight = Gauge("cantata_gateway_in_flight_requests", "Choices being generated.", registry=registry)
-        self.prompt_tokens = Counter("cantata_gateway_prompt_tokens", "Prompt tokens of generations that began.", registry=registry)
-        self.cached_tokens = Counter("cantata_gateway_cached_tokens", "Prompt tokens found in a prefix cache.", registry=registry)
-        self.output_tokens = Counter("cantata_gateway_output_tokens", "Tokens generated, reasoning included.", registry=registry)
-        self.reasoning_tokens = Counter("cantata_gateway_reasoning_tokens", "Tokens of reasoning.", registry=registry)
+        self.in_flight = Gauge(
+            "cantata_gateway_in_flight_requests", "Choices being generated.", registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "cantata_gateway_prompt_tokens", "Prompt tokens of generations that began.", registry=registry
+        )
+        self.cached_tokens = Counter(
+            "cantata_gateway_cached_tokens", "Prompt tokens found in a prefix cache.", registry=registry
+        )
+        self.output_tokens = Counter(
+            "cantata_gateway_output_tokens", "Tokens generated, reasoning included.", registry=registry
+        )
+        self.reasoning_tokens = Counter(
+            "cantata_gateway_reasoning_tokens", "Tokens of reasoning.", registry=registry
+        )
         self.time_to_first_token = Histogram(
             "cantata_gateway_time_to_first_token_seconds",
             "Time from a request's arrival to its first token.",
@@ -53,13 +86,21 @@ class GatewayMetrics:
             registry=registry,
         )
         self.retries = Counter(
-            "cantata_gateway_retries", "Sequences tried again on another replica, by the refusal.", ("error",), registry=registry
+            "cantata_gateway_retries",
+            "Sequences tried again on another replica, by the refusal.",
+            ("error",),
+            registry=registry,
         )
         self.resumptions = Counter(
-            "cantata_gateway_resumptions", "Sequences that went on at another replica after their first token.", registry=registry
+            "cantata_gateway_resumptions",
+            "Sequences that went on at another replica after their first token.",
+            registry=registry,
         )
         self.repairs = Counter(
-            "cantata_harmony_repairs", "Departures of model output from the harmony format, by kind.", ("kind",), registry=registry
+            "cantata_harmony_repairs",
+            "Departures of model output from the harmony format, by kind.",
+            ("kind",),
+            registry=registry,
         )
         for reason in get_args(FinishReason):
             self.finished_choices.labels(reason)
@@ -144,8 +185,12 @@ def merge(scrapes: Sequence[Scrape], wanted_replicas: int) -> str:
                 own = {"process": scrape.process, "replica": scrape.replica, "gateway": scrape.gateway}
                 labels = {**sample.labels, **own}
                 merged.add_sample(sample.name, labels, sample.value, sample.timestamp, sample.exemplar)
-    wanted = GaugeMetricFamily("cantata_replicas_wanted", "Replicas that there should be.", value=wanted_replicas)
-    ready = GaugeMetricFamily("cantata_replicas_ready", "Replicas that answered this scrape.", value=num_ready)
+    wanted = GaugeMetricFamily(
+        "cantata_replicas_wanted", "Replicas that there should be.", value=wanted_replicas
+    )
+    ready = GaugeMetricFamily(
+        "cantata_replicas_ready", "Replicas that answered this scrape.", value=num_ready
+    )
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Families([*families.values(), up, wanted, ready]))
     return generate_latest(registry).decode()
@@ -164,6 +209,8 @@ def _parse(text: str | None) -> list[Metric] | None:
         return None
     try:
         # prometheus_client adds a gauge with the creation time of each counter and histogram, for OpenMetrics: of no use here.
-        return [family for family in text_string_to_metric_families(text) if not family.name.endswith("_created")]
+        return [
+            family for family in text_string_to_metric_families(text) if not family.name.endswith("_created")
+        ]
     except ValueError:
         return None

@@ -13,7 +13,9 @@ def bound_socket(host: str, port: int, setting: str) -> socket.socket:
         ConfigError: the port is taken, or the address is not this machine's; names `setting`.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
     except OSError:
         raise ConfigError(f"listen.host {host!r} is not an address of this machine") from None
     bound = socket.socket(family, kind, protocol)
@@ -22,7 +24,11 @@ def bound_socket(host: str, port: int, setting: str) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         bound.close()
-        change = "listen.host to an address of this machine" if error.errno == errno.EADDRNOTAVAIL else f"{setting} to another"
+        change = (
+            "listen.host to an address of this machine"
+            if error.errno == errno.EADDRNOTAVAIL
+            else f"{setting} to another"
+        )
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; set {change}") from None
     return bound
 

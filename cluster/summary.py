@@ -30,10 +30,16 @@ def start_up_summary(
     key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
     rows = [
         ("model", f"{model_name} (checkpoint {info.model_name}, fingerprint {info.model_fingerprint[:12]})"),
-        ("engine", f"{info.device}, {info.dtype}, {_plural(info.num_ranks, 'rank')} per replica, {_plural(num_replicas, 'replica')}"),
+        (
+            "engine",
+            f"{info.device}, {info.dtype}, {_plural(info.num_ranks, 'rank')} per replica, {_plural(num_replicas, 'replica')}",
+        ),
         ("context", _context(info, longest_context, fp8_cache)),
         ("KV cache", f"{info.kv_capacity_tokens:,} tokens per replica, blocks of {info.block_size}"),
-        ("HTTP", f"http://{http_address}/v1  (docs: http://{http_address}/docs, metrics: http://{http_address}/metrics)"),
+        (
+            "HTTP",
+            f"http://{http_address}/v1  (docs: http://{http_address}/docs, metrics: http://{http_address}/metrics)",
+        ),
         ("gRPC", f"{address(*grpc)}  (cantata.inference.v1.Inference, health, reflection)"),
         *(("note", sentence) for sentence in exposure),
     ]

@@ -46,15 +46,21 @@ def test_imports_follow_the_design(file: Path) -> None:
     for module in imports(file):
         top = module.split(".")[0]
         if top in LAYERS:
-            assert LAYERS.index(top) <= layer, f"{path} imports {module}: imports go cluster → workers → kernels"
+            assert LAYERS.index(top) <= layer, (
+                f"{path} imports {module}: imports go cluster → workers → kernels"
+            )
         if top in ALLOWED_IN:
-            assert path.startswith(ALLOWED_IN[top]), f"{path} imports {module}, which belongs in {', '.join(ALLOWED_IN[top])}"
+            assert path.startswith(ALLOWED_IN[top]), (
+                f"{path} imports {module}, which belongs in {', '.join(ALLOWED_IN[top])}"
+            )
 
 
 def test_no_relative_imports() -> None:
     for file in sources():
         for node in ast.walk(ast.parse(file.read_text())):
-            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file.relative_to(ROOT)} has a relative import"
+            assert not (isinstance(node, ast.ImportFrom) and node.level), (
+                f"{file.relative_to(ROOT)} has a relative import"
+            )
 
 
 @pytest.mark.parametrize("folder", ["tests", "benchmarks"])
@@ -62,4 +68,6 @@ def test_folders_are_regular_packages(folder: str) -> None:
     """Without an `__init__.py`, a package called tests or benchmarks anywhere on the path is found in their place, and two modules of one
     name in two folders are one to pytest."""
     folders = {file.parent for file in (ROOT / folder).rglob("*.py")}
-    assert [str(found.relative_to(ROOT)) for found in sorted(folders) if not (found / "__init__.py").exists()] == []
+    assert [
+        str(found.relative_to(ROOT)) for found in sorted(folders) if not (found / "__init__.py").exists()
+    ] == []

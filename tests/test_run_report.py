@@ -100,16 +100,27 @@ def test_elsewhere_a_skip_is_a_skip(tmp_path: Path) -> None:
 def test_what_may_be_skipped_is_no_package() -> None:
     assert is_allowed("this processor has no amx")
     assert is_allowed("Skipped: needs 2 GPUs, torch finds 0")
-    for reason in ("no C++ compiler", "could not import 'triton'", "ip and unshare not installed", "the C++ library was not built"):
+    for reason in (
+        "no C++ compiler",
+        "could not import 'triton'",
+        "ip and unshare not installed",
+        "the C++ library was not built",
+    ):
         assert not is_allowed(reason)
     assert len(ALLOWED_SKIPS) < 10
 
 
 def test_markers_of_the_summary_and_of_the_packages_are_declared() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"][
+        "markers"
+    ]
     names = {line.split(":")[0] for line in declared}
     assert names == set(MARKERS)
-    listed = [line for line in (ROOT / "scripts/ci_packages.txt").read_text().splitlines() if line and not line.startswith("#")]
+    listed = [
+        line
+        for line in (ROOT / "scripts/ci_packages.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert {line.split(":")[0] for line in listed} <= names | {"all"}
 
 
@@ -120,7 +131,14 @@ def test_packages_that_are_missing_are_named_where_they_cannot_be_installed(tmp_
     (tmp_path / "id").write_text("#!/usr/bin/env bash\necho 1000\n")
     (tmp_path / "id").chmod(0o755)
     script = ROOT / "scripts/install_ci_packages.sh"
-    said = subprocess.run(["/bin/bash", script], env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=60, check=False)
+    said = subprocess.run(
+        ["/bin/bash", script],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert said.returncode == 0, said.stderr
     assert "apt-get install g++ make" in said.stderr
     assert "qemu-user" in said.stderr

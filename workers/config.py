@@ -98,7 +98,9 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"cache.gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
+            raise ConfigError(
+                f"cache.gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,9 @@ class ParallelConfig:
             )
         for name in ("step_timeout_s", "start_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"parallel.{name} must be a positive number of seconds, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"parallel.{name} must be a positive number of seconds, got {getattr(self, name)}"
+                )
 
     @property
     def expert_size(self) -> int:
@@ -194,9 +198,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.heartbeat_timeout_s) and self.heartbeat_timeout_s >= 2):
-            raise ConfigError(f"heartbeat_timeout_s must be at least 2, there is a heartbeat each second; got {self.heartbeat_timeout_s}")
+            raise ConfigError(
+                f"heartbeat_timeout_s must be at least 2, there is a heartbeat each second; got {self.heartbeat_timeout_s}"
+            )
         if self.cpu_dense_dtype == "int8" and (self.dtype != "bfloat16" or not self.device.startswith("cpu")):
-            raise ConfigError(f"cpu_dense_dtype int8 needs dtype bfloat16 and device cpu, got dtype {self.dtype} and device {self.device}")
+            raise ConfigError(
+                f"cpu_dense_dtype int8 needs dtype bfloat16 and device cpu, got dtype {self.dtype} and device {self.device}"
+            )
 
     @property
     def kv_dtype(self) -> KVDtype:
@@ -222,7 +230,9 @@ def load_model_config(path: Path) -> ModelConfig:
         CheckpointError: the folder or file is missing, is not a gpt-oss config, or a field is missing, of a wrong type or out of range.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout")
+        raise CheckpointError(
+            f"{path} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout"
+        )
     path = checkpoint_folder(path)
     file = path / "config.json"
     if not file.is_file():
@@ -256,9 +266,13 @@ def parse_model_config(raw: Any, source: str) -> ModelConfig:
     head_dim = fields.integer("head_dim", default=64)
     intermediate_size = fields.integer("intermediate_size")
     if num_heads % num_kv_heads:
-        raise CheckpointError(f"{source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+        raise CheckpointError(
+            f"{source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+        )
     if experts_per_token > num_experts:
-        raise CheckpointError(f"{source}: num_experts_per_tok {experts_per_token} is more than num_local_experts {num_experts}")
+        raise CheckpointError(
+            f"{source}: num_experts_per_tok {experts_per_token} is more than num_local_experts {num_experts}"
+        )
     if head_dim % 2:
         raise CheckpointError(f"{source}: head_dim {head_dim} must be even")
     experts_format = _experts_format(raw.get("quantization_config"), source)
@@ -335,7 +349,10 @@ def _parse_original_config(raw: dict[str, Any], source: str) -> ModelConfig:
     }
     fields = _Fields(raw, source)
     translated: dict[str, Any] = {name: raw[original] for original, name in known.items() if original in raw}
-    initial, factor = fields.integer("initial_context_length", default=4096), fields.number("rope_scaling_factor", default=32.0)
+    initial, factor = (
+        fields.integer("initial_context_length", default=4096),
+        fields.number("rope_scaling_factor", default=32.0),
+    )
     translated |= {
         "model_type": "gpt_oss",
         "quantization_config": {"quant_method": "mxfp4"},
@@ -370,7 +387,12 @@ class _Fields:
 
     def number(self, name: str, *, default: float) -> float:
         value = self.raw.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+            or value <= 0
+        ):
             raise CheckpointError(f"{self.source}: field {name} must be a positive number, found {value!r}")
         return float(value)
 
@@ -380,10 +402,14 @@ def _layer_windows(fields: _Fields, num_layers: int) -> tuple[int | None, ...]:
     if types is None:
         types = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(num_layers)]
     if not isinstance(types, list) or len(types) != num_layers:
-        raise CheckpointError(f"{fields.source}: layer_types must list one entry for each of the {num_layers} layers")
+        raise CheckpointError(
+            f"{fields.source}: layer_types must list one entry for each of the {num_layers} layers"
+        )
     unknown = [entry for entry in types if entry not in ("sliding_attention", "full_attention")]
     if unknown:
-        raise CheckpointError(f"{fields.source}: layer_types has {unknown[0]!r}; known are 'sliding_attention' and 'full_attention'")
+        raise CheckpointError(
+            f"{fields.source}: layer_types has {unknown[0]!r}; known are 'sliding_attention' and 'full_attention'"
+        )
     window = fields.integer("sliding_window", default=128)
     return tuple(window if entry == "sliding_attention" else None for entry in types)
 
@@ -391,7 +417,11 @@ def _layer_windows(fields: _Fields, num_layers: int) -> tuple[int | None, ...]:
 def _rope(fields: _Fields) -> RopeConfig:
     # transformers 4 writes rope_scaling and rope_theta, transformers 5 rope_parameters.
     scaling = fields.raw.get("rope_scaling") or fields.raw.get("rope_parameters")
-    source = f"{fields.source}: rope_scaling" if fields.raw.get("rope_scaling") else f"{fields.source}: rope_parameters"
+    source = (
+        f"{fields.source}: rope_scaling"
+        if fields.raw.get("rope_scaling")
+        else f"{fields.source}: rope_parameters"
+    )
     if not isinstance(scaling, dict):
         raise CheckpointError(f"{fields.source}: field rope_scaling (or rope_parameters) is missing")
     kind = scaling.get("rope_type", scaling.get("type"))
@@ -425,5 +455,7 @@ def _stop_token_ids(fields: _Fields) -> tuple[int, ...]:
     value = fields.raw.get("eos_token_id")
     values = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0 for entry in values):
-        raise CheckpointError(f"{fields.source}: eos_token_id must be a token id or a list of them, found {value!r}")
+        raise CheckpointError(
+            f"{fields.source}: eos_token_id must be a token id or a list of them, found {value!r}"
+        )
     return tuple(values)

@@ -34,12 +34,16 @@ def engine_config_from_json(text: str) -> EngineConfig:
 
 def _build(cls: type, raw: object, place: str) -> object:
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"{place or 'the engine configuration'} must be a JSON object, got {type(raw).__name__}")
+        raise ConfigError(
+            f"{place or 'the engine configuration'} must be a JSON object, got {type(raw).__name__}"
+        )
     hints = typing.get_type_hints(cls)
     known = {field.name for field in fields(cls)}
     unknown = [str(name) for name in raw if name not in known]
     if unknown:
-        raise ConfigError(f"unknown field {place}{unknown[0]} in the engine configuration; known are {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"unknown field {place}{unknown[0]} in the engine configuration; known are {', '.join(sorted(known))}"
+        )
     if cls is EngineConfig and "model_path" not in raw:
         raise ConfigError("field model_path is missing in the engine configuration")
     return cls(**{name: _value(hints[name], value, f"{place}{name}") for name, value in raw.items()})
@@ -53,7 +57,9 @@ def _value(hint: Any, value: object, place: str) -> object:
         return None if value is None and type(None) in options else _value(options[0], value, place)
     if typing.get_origin(hint) is typing.Literal:
         if value not in typing.get_args(hint):
-            raise ConfigError(f"{place} must be one of {', '.join(map(str, typing.get_args(hint)))}, got {value!r}")
+            raise ConfigError(
+                f"{place} must be one of {', '.join(map(str, typing.get_args(hint)))}, got {value!r}"
+            )
         return value
     if hint is Path and isinstance(value, str):
         return Path(value)

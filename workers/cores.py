@@ -34,8 +34,12 @@ def engine_threads(wanted: int | None, num_engines: int = 1, *, setting: str) ->
     if wanted < 1:
         raise ConfigError(f"{setting} must be at least 1, got {wanted}")
     if wanted * num_engines > cores:
-        engines = "" if num_engines == 1 else f" for each of {num_engines} engines, {wanted * num_engines} together"
-        raise ConfigError(f"{setting} is {wanted}{engines}, and this process may use {cores} cores: at most {max(1, cores // num_engines)}")
+        engines = (
+            "" if num_engines == 1 else f" for each of {num_engines} engines, {wanted * num_engines} together"
+        )
+        raise ConfigError(
+            f"{setting} is {wanted}{engines}, and this process may use {cores} cores: at most {max(1, cores // num_engines)}"
+        )
     return wanted
 
 
@@ -56,7 +60,9 @@ def cores_of_rank(number: int, num_ranks: int, num_threads: int, topology: Path 
     """
     if not hasattr(os, "sched_getaffinity"):
         return []
-    cores = sorted(os.sched_getaffinity(0), key=lambda core: (*_place(topology / f"cpu{core}" / "topology"), core))
+    cores = sorted(
+        os.sched_getaffinity(0), key=lambda core: (*_place(topology / f"cpu{core}" / "topology"), core)
+    )
     if num_ranks * num_threads != len(cores):
         return []
     return cores[number * num_threads : (number + 1) * num_threads]

@@ -19,17 +19,42 @@ class EngineMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
-        self.requests = Counter("cantata_engine_requests", "Requests that ended, by finish reason.", ("finish_reason",), registry=registry)
-        self.refused = Counter("cantata_engine_refused_requests", "Requests refused because the queue was full.", registry=registry)
-        self.prompt_tokens = Counter("cantata_engine_prompt_tokens", "Prompt tokens of admitted requests.", registry=registry)
-        self.cached_tokens = Counter("cantata_engine_cached_tokens", "Prompt tokens found in the prefix cache.", registry=registry)
+        self.requests = Counter(
+            "cantata_engine_requests",
+            "Requests that ended, by finish reason.",
+            ("finish_reason",),
+            registry=registry,
+        )
+        self.refused = Counter(
+            "cantata_engine_refused_requests",
+            "Requests refused because the queue was full.",
+            registry=registry,
+        )
+        self.prompt_tokens = Counter(
+            "cantata_engine_prompt_tokens", "Prompt tokens of admitted requests.", registry=registry
+        )
+        self.cached_tokens = Counter(
+            "cantata_engine_cached_tokens", "Prompt tokens found in the prefix cache.", registry=registry
+        )
         self.output_tokens = Counter("cantata_engine_output_tokens", "Tokens sampled.", registry=registry)
-        self.preemptions = Counter("cantata_engine_preemptions", "Sequences that lost their KV blocks and wait.", registry=registry)
-        self.waiting = Gauge("cantata_engine_waiting_requests", "Requests accepted but not running.", registry=registry)
+        self.preemptions = Counter(
+            "cantata_engine_preemptions", "Sequences that lost their KV blocks and wait.", registry=registry
+        )
+        self.waiting = Gauge(
+            "cantata_engine_waiting_requests", "Requests accepted but not running.", registry=registry
+        )
         self.running = Gauge("cantata_engine_running_requests", "Requests running.", registry=registry)
-        self.kv_usage = Gauge("cantata_engine_kv_usage_ratio", "Share of a KV group's blocks in use.", ("group",), registry=registry)
+        self.kv_usage = Gauge(
+            "cantata_engine_kv_usage_ratio",
+            "Share of a KV group's blocks in use.",
+            ("group",),
+            registry=registry,
+        )
         self.step_seconds = Histogram(
-            "cantata_engine_step_duration_seconds", "Time of one step, schedule to publish.", buckets=_SECONDS, registry=registry
+            "cantata_engine_step_duration_seconds",
+            "Time of one step, schedule to publish.",
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.schedule_seconds = Histogram(
             "cantata_engine_schedule_duration_seconds",
@@ -37,10 +62,17 @@ class EngineMetrics:
             buckets=(0.00005, 0.0001, 0.00025, 0.0005, *_SECONDS),
             registry=registry,
         )
-        self.step_tokens = Histogram("cantata_engine_step_tokens", "Tokens computed in a step.", buckets=_TOKENS, registry=registry)
-        self.step_sequences = Histogram("cantata_engine_step_sequences", "Sequences in a step.", buckets=_TOKENS, registry=registry)
+        self.step_tokens = Histogram(
+            "cantata_engine_step_tokens", "Tokens computed in a step.", buckets=_TOKENS, registry=registry
+        )
+        self.step_sequences = Histogram(
+            "cantata_engine_step_sequences", "Sequences in a step.", buckets=_TOKENS, registry=registry
+        )
         self.queue_seconds = Histogram(
-            "cantata_engine_queue_duration_seconds", "Time from submission to the first step.", buckets=_SECONDS, registry=registry
+            "cantata_engine_queue_duration_seconds",
+            "Time from submission to the first step.",
+            buckets=_SECONDS,
+            registry=registry,
         )
         for reason in FINISH_REASONS:
             self.requests.labels(reason)

@@ -40,9 +40,13 @@ class PrivateFolder:
         try:
             unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED if root else "cantata-", dir=root))
         except OSError as error:
-            raise ConfigError(f"no folder for sockets can be made in {root or tempfile.gettempdir()}: {error.strerror}") from error
+            raise ConfigError(
+                f"no folder for sockets can be made in {root or tempfile.gettempdir()}: {error.strerror}"
+            ) from error
         self._lock = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY)
-        with contextlib.suppress(OSError):  # a file system without locks; then nothing is removed from it either
+        with contextlib.suppress(
+            OSError
+        ):  # a file system without locks; then nothing is removed from it either
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.path = unfinished
         if root is not None:
@@ -66,7 +70,9 @@ def _root() -> Path | None:
             root.mkdir(mode=0o700, exist_ok=True)
             found = root.lstat()
             # Another user may have made it first, or a link to it.
-            private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+            private = (
+                stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+            )
             if private and len(os.fsencode(root)) <= _LONGEST_FOLDER - 10:
                 return root
     return None

@@ -50,7 +50,9 @@ def _attend_specs(window: int | None, fp8: bool) -> list[KernelSpec]:
     targets: dict[paged.Tiles, list[str]] = {}
     for target in TARGETS:
         if not fp8 or fp8_refusal(target) is None:
-            targets.setdefault(paged.choose_tiles(target, torch.bfloat16, HEAD_DIM, window), []).append(target)
+            targets.setdefault(paged.choose_tiles(target, torch.bfloat16, HEAD_DIM, window), []).append(
+                target
+            )
     return [_attend_spec(window, fp8, tiles, tuple(names)) for tiles, names in targets.items()]
 
 
@@ -59,11 +61,18 @@ def _attend_spec(window: int | None, fp8: bool, tiles: paged.Tiles, targets: tup
     # The main loop is the one with most matrix instructions: of these it is that of decodes, a tile of keys and values in each pass.
     is_decode = window is None and tiles.num_warps == 8
     # Keys and values come 128 bits a thread, and nothing else but block ids: 4 bytes a thread, on AMD up to four times.
-    limits = {target: Limits(load_bits=128, narrow_share=0.15 if target.startswith("sm_") else 0.25) for target in targets}
+    limits = {
+        target: Limits(load_bits=128, narrow_share=0.15 if target.startswith("sm_") else 0.25)
+        for target in targets
+    }
     # Asynchronous copies are of keys, values and block ids, in the loops of both kinds of program.
     limits |= {
         target: replace(
-            limits[target], anywhere=(matrix, "HMMA"), nowhere=(r"LDGSTS\S*\.64",), traffic=1.1 if is_decode else None, registers=128
+            limits[target],
+            anywhere=(matrix, "HMMA"),
+            nowhere=(r"LDGSTS\S*\.64",),
+            traffic=1.1 if is_decode else None,
+            registers=128,
         )
         for target, matrix in _PREFILL_MATRIX.items()
         if target in targets

@@ -10,7 +10,13 @@ def _narrow(num_tokens: int) -> KernelSpec:
     return KernelSpec(
         name=f"linear/narrow {num_tokens} tokens",
         kernel=narrow_linear_kernel,
-        signature={"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*fp32", "x_stride": "i32"}
+        signature={
+            "x_ptr": "*bf16",
+            "weight_ptr": "*fp32",
+            "bias_ptr": "*fp32",
+            "out_ptr": "*fp32",
+            "x_stride": "i32",
+        }
         | {"num_tokens": "i32", "num_outputs": "i32", "width": "i32"},
         constexprs={"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k},
         options={"num_warps": tile["num_warps"]},

@@ -47,7 +47,9 @@ def _matmuls(weights: str, target: str) -> Iterator[KernelSpec]:
                 name=f"moe/{weights} {product} {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} ({target})",
                 kernel=expert_matmul_wgmma if weights == MXFP4_WGMMA else expert_matmul_natural,
                 signature={**_MATMUL, "blocks_ptr": "*bf16"} if weights == DENSE else _MATMUL,
-                constexprs=constexprs if weights == MXFP4_WGMMA else {**constexprs, "PACKED": weights == MXFP4, "EVEN_K": weights == DENSE},
+                constexprs=constexprs
+                if weights == MXFP4_WGMMA
+                else {**constexprs, "PACKED": weights == MXFP4, "EVEN_K": weights == DENSE},
                 options={"num_warps": tile.num_warps},
                 targets=(target,),
                 unaligned=("top_k",),
@@ -74,7 +76,9 @@ def _fp32() -> Iterator[KernelSpec]:
             name=f"moe/fp32 {weights} gate_up {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps}",
             kernel=expert_matmul_wgmma if weights == MXFP4_WGMMA else expert_matmul_natural,
             signature={**signature, "blocks_ptr": "*fp32"} if weights == DENSE else signature,
-            constexprs=constexprs if weights == MXFP4_WGMMA else {**constexprs, "PACKED": weights == MXFP4, "EVEN_K": False},
+            constexprs=constexprs
+            if weights == MXFP4_WGMMA
+            else {**constexprs, "PACKED": weights == MXFP4, "EVEN_K": False},
             options={"num_warps": tile.num_warps},
             targets=targets,
             unaligned=("top_k",),
@@ -91,7 +95,9 @@ def _mxfp8(target: str) -> Iterator[KernelSpec]:
             yield KernelSpec(
                 name=f"moe/{MXFP4_MXFP8} {product} {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} ({target})",
                 kernel=expert_matmul_mxfp8,
-                signature={name: kind for name, kind in signature.items() if name in expert_matmul_mxfp8.arg_names},
+                signature={
+                    name: kind for name, kind in signature.items() if name in expert_matmul_mxfp8.arg_names
+                },
                 constexprs={
                     "BLOCK_M": tile.block_m,
                     "BLOCK_N": tile.block_n,
@@ -148,9 +154,18 @@ _ROUTING = {
 
 def _routing() -> Iterator[KernelSpec]:
     def spec(name: str, num_tokens: int, num_warps: int, **constexprs: object) -> KernelSpec:
-        common = {"TOP_K": 4, "SLOTS": 4, "LOCAL": 128, "BLOCK_T": num_tokens, "BLOCK_M": 16, "BLOCK_TILES": 16}
+        common = {
+            "TOP_K": 4,
+            "SLOTS": 4,
+            "LOCAL": 128,
+            "BLOCK_T": num_tokens,
+            "BLOCK_M": 16,
+            "BLOCK_TILES": 16,
+        }
         kernel = choose_experts if constexprs else place_tokens
-        signature: Mapping[str, str] = {name: kind for name, kind in _ROUTING.items() if name in kernel.arg_names}
+        signature: Mapping[str, str] = {
+            name: kind for name, kind in _ROUTING.items() if name in kernel.arg_names
+        }
         return KernelSpec(
             name=f"moe/{name}",
             kernel=kernel,
@@ -171,7 +186,13 @@ def _rows() -> Iterator[KernelSpec]:
     yield KernelSpec(
         name="moe/round to mxfp8",
         kernel=quantize_rows,
-        signature={"x_ptr": "*bf16", "values_ptr": "*fp8e4nv", "scales_ptr": "*u8", "width": "i32", "x_stride": "i32"},
+        signature={
+            "x_ptr": "*bf16",
+            "values_ptr": "*fp8e4nv",
+            "scales_ptr": "*u8",
+            "width": "i32",
+            "x_stride": "i32",
+        },
         constexprs={"BLOCK": 1024},
         options={"num_warps": 4},
         targets=("sm_100", "gfx950"),

@@ -16,7 +16,14 @@ SPECS = (
     KernelSpec(
         name="pointwise/rms_norm",
         kernel=rms_norm_kernel,
-        signature={"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16", "x_stride": "i32", "out_stride": "i32", "width": "i32"}
+        signature={
+            "x_ptr": "*bf16",
+            "weight_ptr": "*bf16",
+            "out_ptr": "*bf16",
+            "x_stride": "i32",
+            "out_stride": "i32",
+            "width": "i32",
+        }
         | {"eps": "fp32"},
         constexprs={"BLOCK": _BLOCK["BLOCK"]},
         options={"num_warps": _BLOCK["num_warps"]},
@@ -26,7 +33,13 @@ SPECS = (
     KernelSpec(
         name="pointwise/add_rms_norm",
         kernel=add_rms_norm_kernel,
-        signature={"residual_ptr": "*bf16", "delta_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16", "residual_stride": "i32"}
+        signature={
+            "residual_ptr": "*bf16",
+            "delta_ptr": "*bf16",
+            "weight_ptr": "*bf16",
+            "out_ptr": "*bf16",
+            "residual_stride": "i32",
+        }
         | {"delta_stride": "i32", "out_stride": "i32", "width": "i32", "eps": "fp32"},
         constexprs={"BLOCK": _BLOCK["BLOCK"]},
         options={"num_warps": _BLOCK["num_warps"]},
@@ -36,7 +49,13 @@ SPECS = (
     KernelSpec(
         name="pointwise/yarn",
         kernel=yarn_kernel,
-        signature={"positions_ptr": "*i64", "frequencies_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "num_tokens": "i32"}
+        signature={
+            "positions_ptr": "*i64",
+            "frequencies_ptr": "*fp32",
+            "cos_ptr": "*fp32",
+            "sin_ptr": "*fp32",
+            "num_tokens": "i32",
+        }
         | {"half": "i32", "concentration": "fp32"},
         constexprs={"BLOCK_TOKENS": BLOCK_TOKENS, "BLOCK_HALF": 32},
         unaligned=("num_tokens",),
@@ -44,7 +63,13 @@ SPECS = (
     KernelSpec(
         name="embedding/lookup",
         kernel=embed_kernel,
-        signature={"token_ids_ptr": "*i64", "weight_ptr": "*bf16", "out_ptr": "*bf16", "weight_stride": "i32", "first_id": "i32"}
+        signature={
+            "token_ids_ptr": "*i64",
+            "weight_ptr": "*bf16",
+            "out_ptr": "*bf16",
+            "weight_stride": "i32",
+            "first_id": "i32",
+        }
         | {"num_rows": "i32", "width": "i32"},
         constexprs={"BLOCK": EMBED_BLOCK},
         unaligned=("first_id", "num_rows"),
@@ -53,7 +78,13 @@ SPECS = (
     KernelSpec(
         name="slots/read",
         kernel=read_slots_kernel,
-        signature={"token_ids_ptr": "*i64", "slots_ptr": "*i64", "newest_ptr": "*i64", "tables_ptr": "*i32", "ids_out_ptr": "*i64"}
+        signature={
+            "token_ids_ptr": "*i64",
+            "slots_ptr": "*i64",
+            "newest_ptr": "*i64",
+            "tables_ptr": "*i32",
+            "ids_out_ptr": "*i64",
+        }
         | {
             "tables_out_ptr": "*i32",
             "num_tokens": "i32",
@@ -64,6 +95,14 @@ SPECS = (
         },
         constexprs={"BLOCK": SLOTS_BLOCK},
         options={"num_warps": 4},
-        unaligned=("token_ids_ptr", "slots_ptr", "num_tokens", "num_seqs", "num_blocks", "slot_stride", "group_stride"),
+        unaligned=(
+            "token_ids_ptr",
+            "slots_ptr",
+            "num_tokens",
+            "num_seqs",
+            "num_blocks",
+            "slot_stride",
+            "group_stride",
+        ),
     ),
 )

@@ -34,7 +34,13 @@ def _search(*, mass: bool) -> KernelSpec:
         | {"bins_ptr": "*fp64", "prefix_ptr": "*i64", "amounts_ptr": "*fp64"}
         | _SIZES
         | {"level": "i32"},
-        constexprs={"MASS": mass, "BITS": choose.BITS, "CHUNK": choose.CHUNK, "SKIP": choose.SKIP, "TILE": choose.TILE}
+        constexprs={
+            "MASS": mass,
+            "BITS": choose.BITS,
+            "CHUNK": choose.CHUNK,
+            "SKIP": choose.SKIP,
+            "TILE": choose.TILE,
+        }
         | {"BLOCK_CHUNKS": _BLOCK_CHUNKS}
         | dict.fromkeys(_TOP_K if mass else _TOP_P | floors),
         options={"num_warps": 8},
@@ -68,11 +74,22 @@ SPECS = (
         signature={"best_ptr": "*i64"}
         | _BATCH
         | _TOP_P
-        | {"floor_ptr": "*i64", "excess_ptr": "*fp64", "bins_ptr": "*fp64", "prefix_ptr": "*i64", "amounts_ptr": "*fp64"}
+        | {
+            "floor_ptr": "*i64",
+            "excess_ptr": "*fp64",
+            "bins_ptr": "*fp64",
+            "prefix_ptr": "*i64",
+            "amounts_ptr": "*fp64",
+        }
         | {"floor_ties_ptr": "*i64"}
         | _END
         | {"vocab_size": "i32", "num_chunks": "i32"},
-        constexprs={"NUM_LEVELS": choose.NUM_LEVELS, "MASS": True, "NUM_BINS": choose.NUM_BINS, "BLOCK_CHUNKS": _BLOCK_CHUNKS}
+        constexprs={
+            "NUM_LEVELS": choose.NUM_LEVELS,
+            "MASS": True,
+            "NUM_BINS": choose.NUM_BINS,
+            "BLOCK_CHUNKS": _BLOCK_CHUNKS,
+        }
         | {"end_excess_ptr": None, "top_k_ptr": None},
         options={"num_warps": 1},
         unaligned=_UNALIGNED,
@@ -129,14 +146,22 @@ SPECS = (
     KernelSpec(
         name="sampling/restrict",
         kernel=modify.restrict_kernel,
-        signature=_LOGITS | {"allowed_ptr": "*i32", "forbidden_ptr": "*i32", "left_ptr": "*i32", "vocab_size": "i32", "num_words": "i32"},
+        signature=_LOGITS
+        | {
+            "allowed_ptr": "*i32",
+            "forbidden_ptr": "*i32",
+            "left_ptr": "*i32",
+            "vocab_size": "i32",
+            "num_words": "i32",
+        },
         constexprs={"CHUNK": modify.CHUNK},
         unaligned=("num_words",),
     ),
     KernelSpec(
         name="sampling/forbid",
         kernel=modify.forbid_kernel,
-        signature=_LOGITS | {"forbidden_ptr": "*i32", "left_ptr": "*i32", "vocab_size": "i32", "num_words": "i32"},
+        signature=_LOGITS
+        | {"forbidden_ptr": "*i32", "left_ptr": "*i32", "vocab_size": "i32", "num_words": "i32"},
         constexprs={"CHUNK": modify.CHUNK},
         unaligned=("num_words",),
     ),
@@ -153,7 +178,14 @@ SPECS = (
         name="sampling/chunk_logprobs",
         kernel=logprobs.chunk_logprobs_kernel,
         signature=_LOGITS
-        | {"rows_ptr": "*i64", "maxima_ptr": "*fp32", "sums_ptr": "*fp32", "best_ptr": "*i64", "stride": "i32", "num_rows": "i32"}
+        | {
+            "rows_ptr": "*i64",
+            "maxima_ptr": "*fp32",
+            "sums_ptr": "*fp32",
+            "best_ptr": "*i64",
+            "stride": "i32",
+            "num_rows": "i32",
+        }
         | {"vocab_size": "i32", "num_top": "i32"},
         constexprs={"CHUNK": logprobs.CHUNK},
         unaligned=("num_rows", "num_top"),
@@ -163,8 +195,20 @@ SPECS = (
         kernel=logprobs.logprobs_kernel,
         signature=_LOGITS
         | _ENTRIES
-        | {"maxima_ptr": "*fp32", "sums_ptr": "*fp32", "best_ptr": "*i64", "logprobs_ptr": "*fp32", "top_ids_ptr": "*i64"}
-        | {"top_logprobs_ptr": "*fp32", "stride": "i32", "num_rows": "i32", "num_chunks": "i32", "num_top": "i32"},
+        | {
+            "maxima_ptr": "*fp32",
+            "sums_ptr": "*fp32",
+            "best_ptr": "*i64",
+            "logprobs_ptr": "*fp32",
+            "top_ids_ptr": "*i64",
+        }
+        | {
+            "top_logprobs_ptr": "*fp32",
+            "stride": "i32",
+            "num_rows": "i32",
+            "num_chunks": "i32",
+            "num_top": "i32",
+        },
         constexprs={"BLOCK_CHUNKS": triton.next_power_of_2(_LOGPROB_CHUNKS)}
         | {"BLOCK_BEST": triton.next_power_of_2(_LOGPROB_CHUNKS * _MAX_TOP_LOGPROBS)},
         unaligned=("num_rows", "num_chunks", "num_top"),

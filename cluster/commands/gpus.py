@@ -78,4 +78,11 @@ def gpu_kv_cache(
         activation_bytes=RESERVE_BYTES,
         graph_bytes=0,
     )
-    return split_memory(shape, scheduler, dtype=kv_dtype, max_model_len=max_model_len, memory_bytes=memory.num_bytes, source=memory.source)
+    return split_memory(
+        shape,
+        scheduler,
+        dtype=kv_dtype,
+        max_model_len=max_model_len,
+        memory_bytes=memory.num_bytes,
+        source=memory.source,
+    )

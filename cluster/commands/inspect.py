@@ -78,13 +78,22 @@ def run_inspect(
     model = load_model_config(path)
     check_tensors(path, model)
     asked = tensor is not None or expert is not None
-    wanted = [ParallelConfig(1 if tensor is None else tensor, expert)] if asked else [ParallelConfig(size) for size in SHOWN_TENSORS]
+    wanted = (
+        [ParallelConfig(1 if tensor is None else tensor, expert)]
+        if asked
+        else [ParallelConfig(size) for size in SHOWN_TENSORS]
+    )
     weights = Weights(True if quantize == "mxfp4" else None, cpu_dense_dtype)
     kv_dtype = EngineConfig(path, cache=CacheConfig(dtype=kv_cache_dtype)).kv_dtype
     plans = [_plan(model, parallel, gpu, weights, kv_dtype) for parallel in wanted]
     if as_json:
         total, active = count_parameters(model)
-        found = {"model": asdict(model), "parameters": total, "active_parameters": active, "plans": [asdict(plan) for plan in plans]}
+        found = {
+            "model": asdict(model),
+            "parameters": total,
+            "active_parameters": active,
+            "plans": [asdict(plan) for plan in plans],
+        }
         print(json.dumps(found))
     else:
         print(_text(path, model, plans, gpu, quantize, cpu_dense_dtype, kv_dtype))
@@ -96,7 +105,9 @@ def run_inspect(
     return 1
 
 
-def _plan(model: ModelConfig, parallel: ParallelConfig, gpu: str | None, weights: Weights, kv_dtype: KVDtype) -> Plan:
+def _plan(
+    model: ModelConfig, parallel: ParallelConfig, gpu: str | None, weights: Weights, kv_dtype: KVDtype
+) -> Plan:
     try:
         shards = plan_shards(model, parallel)
     except ConfigError as error:
@@ -111,16 +122,31 @@ def _plan(model: ModelConfig, parallel: ParallelConfig, gpu: str | None, weights
             refusal = f"tensor={parallel.tensor} on {_device(gpu)}, {_readable(rank.total)} of weights on a rank: {error}"
             larger = _fitting(model, parallel.tensor, gpu, weights, kv_dtype)
             refusal += f"; tensor={larger} fits" if larger else ""
-    return Plan(parallel.tensor, parallel.expert_size, rank, kv_bytes(model, shard, kv_dtype), tokens, context, refusal)
+    return Plan(
+        parallel.tensor,
+        parallel.expert_size,
+        rank,
+        kv_bytes(model, shard, kv_dtype),
+        tokens,
+        context,
+        refusal,
+    )
 
 
-def _fullest(model: ModelConfig, shards: Sequence[RankShard], weights: Weights) -> tuple[RankShard, RankBytes]:
+def _fullest(
+    model: ModelConfig, shards: Sequence[RankShard], weights: Weights
+) -> tuple[RankShard, RankBytes]:
     experts, dense = weights.packed_experts, weights.cpu_dense_dtype
-    sizes = [(shard, rank_bytes(model, shard, "bfloat16", packed_experts=experts, cpu_dense_dtype=dense)) for shard in shards]
+    sizes = [
+        (shard, rank_bytes(model, shard, "bfloat16", packed_experts=experts, cpu_dense_dtype=dense))
+        for shard in shards
+    ]
     return max(sizes, key=lambda pair: pair[1].total)
 
 
-def _kv_cache(model: ModelConfig, shard: RankShard, weight_bytes: int, gpu: str, num_ranks: int, kv_dtype: KVDtype) -> KVCachePlan:
+def _kv_cache(
+    model: ModelConfig, shard: RankShard, weight_bytes: int, gpu: str, num_ranks: int, kv_dtype: KVDtype
+) -> KVCachePlan:
     """What an engine with default settings would give each rank.
 
     Raises:
@@ -128,12 +154,33 @@ def _kv_cache(model: ModelConfig, shard: RankShard, weight_bytes: int, gpu: str,
     """
     scheduler = SchedulerConfig()
     if gpu != "cpu":
-        return gpu_kv_cache(GPUS[gpu], model, shard, scheduler, weight_bytes=weight_bytes, max_model_len=None, kv_dtype=kv_dtype)
+        return gpu_kv_cache(
+            GPUS[gpu],
+            model,
+            shard,
+            scheduler,
+            weight_bytes=weight_bytes,
+            max_model_len=None,
+            kv_dtype=kv_dtype,
+        )
     shape = cache_shape(model, shard)
     memory = cpu_kv_memory(
-        shape, CacheConfig(), scheduler, dtype=kv_dtype, max_model_len=None, ranks_on_host=num_ranks, weight_bytes=weight_bytes
+        shape,
+        CacheConfig(),
+        scheduler,
+        dtype=kv_dtype,
+        max_model_len=None,
+        ranks_on_host=num_ranks,
+        weight_bytes=weight_bytes,
     )
-    return split_memory(shape, scheduler, dtype=kv_dtype, max_model_len=None, memory_bytes=memory.num_bytes, source=memory.source)
+    return split_memory(
+        shape,
+        scheduler,
+        dtype=kv_dtype,
+        max_model_len=None,
+        memory_bytes=memory.num_bytes,
+        source=memory.source,
+    )
 
 
 def _fitting(model: ModelConfig, tensor: int, gpu: str, weights: Weights, kv_dtype: KVDtype) -> int | None:
@@ -162,14 +209,25 @@ def _text(
     total, active = count_parameters(model)
     sliding = sum(window is not None for window in model.layer_windows)
     layout = "OpenAI's own layout" if model.layout == "original" else "Hugging Face layout"
-    packed_while_loading = ", packed to MXFP4 while loading" if quantize and model.experts_format != "mxfp4" else ""
+    packed_while_loading = (
+        ", packed to MXFP4 while loading" if quantize and model.experts_format != "mxfp4" else ""
+    )
     rows = [
         ("checkpoint", str(checkpoint_folder(path))),
-        ("format", f"{layout}, experts in {'MXFP4' if model.experts_format == 'mxfp4' else 'bf16'}{packed_while_loading}"),
+        (
+            "format",
+            f"{layout}, experts in {'MXFP4' if model.experts_format == 'mxfp4' else 'bf16'}{packed_while_loading}",
+        ),
         ("parameters", f"{total / 1e9:.2f} B, {active / 1e9:.2f} B active for a token"),
         ("layers", f"{model.num_layers}, {sliding} with a window of {model.sliding_window} keys"),
-        ("hidden size", f"{model.hidden_size}, intermediate {model.intermediate_size}, vocabulary {model.vocab_size}"),
-        ("attention", f"{model.num_heads} query heads, {model.num_kv_heads} key-value heads, dimension {model.head_dim}"),
+        (
+            "hidden size",
+            f"{model.hidden_size}, intermediate {model.intermediate_size}, vocabulary {model.vocab_size}",
+        ),
+        (
+            "attention",
+            f"{model.num_heads} query heads, {model.num_kv_heads} key-value heads, dimension {model.head_dim}",
+        ),
         ("experts", f"{model.num_experts}, {model.num_experts_per_token} for a token"),
         ("context", f"{model.max_context_len} tokens"),
     ]
@@ -219,7 +277,9 @@ def _text(
         )
         context = "-" if plan.max_model_len is None else f"{plan.max_model_len:,}"
         cells = (str(plan.tensor), str(plan.expert), *map(_readable, sizes), context, fits)
-        lines.append("".join(f"{cell:>{max(len(name), 9) + 2}}" for cell, name in zip(cells, header, strict=True)))
+        lines.append(
+            "".join(f"{cell:>{max(len(name), 9) + 2}}" for cell, name in zip(cells, header, strict=True))
+        )
     left_out = [plan.refusal for plan in plans if plan.rank is not None and plan.refusal is not None]
     if len(left_out) < len(plans):  # otherwise the first of them is the error
         lines += [f"\n{refusal}" for refusal in left_out]

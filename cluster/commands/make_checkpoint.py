@@ -15,10 +15,17 @@ from cluster.harmony.make_tokenizer import HARMONY_VOCAB_SIZE, write_bpe_tokeniz
 from workers.errors import CheckpointError, ConfigError
 from workers.model.make_checkpoint import DEFAULT_VOCAB, Summary, make_checkpoint
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
-def run_make_checkpoint(out: Path, preset: str, *, seed: int, vocab: int | None, layers: int | None, tokenizer: str, dry_run: bool) -> int:
+def run_make_checkpoint(
+    out: Path, preset: str, *, seed: int, vocab: int | None, layers: int | None, tokenizer: str, dry_run: bool
+) -> int:
     """Write the checkpoint, or with `dry_run` say what would be written; returns the exit code.
 
     Args:
@@ -71,7 +78,9 @@ def _planned_vocab(preset: str, tokenizer: str) -> int:
 def _check_out(out: Path) -> None:
     # make_checkpoint checks as well; here it is seen before a tokenizer is made.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder; nothing is overwritten, give another path")
+        raise ConfigError(
+            f"{out} exists and is not an empty folder; nothing is overwritten, give another path"
+        )
 
 
 def _write_tokenizer(folder: Path, tokenizer: str, preset: str, vocab: int | None) -> Path:
@@ -82,20 +91,28 @@ def _write_tokenizer(folder: Path, tokenizer: str, preset: str, vocab: int | Non
         write_bpe_tokenizer(folder, vocab_size)
     elif tokenizer == "harmony":
         if vocab is not None and vocab < HARMONY_VOCAB_SIZE:
-            raise ConfigError(f"--vocab {vocab} is too small for --tokenizer harmony, which has {HARMONY_VOCAB_SIZE} ids")
+            raise ConfigError(
+                f"--vocab {vocab} is too small for --tokenizer harmony, which has {HARMONY_VOCAB_SIZE} ids"
+            )
         write_harmony_tokenizer(folder, progress=_say)
     else:
         source = Path(tokenizer)
         if source.is_file():
             source = source.parent
         if not source.is_dir():
-            raise CheckpointError(f"--tokenizer {tokenizer} is neither bpe, nor harmony, nor a folder with a tokenizer.json")
+            raise CheckpointError(
+                f"--tokenizer {tokenizer} is neither bpe, nor harmony, nor a folder with a tokenizer.json"
+            )
         return source
     return folder
 
 
 def _print_summary(what: str, summary: Summary) -> None:
-    size = f"{summary.num_bytes / 1e9:.2f} GB" if summary.num_bytes >= 1e9 else f"{summary.num_bytes / 1e6:.1f} MB"
+    size = (
+        f"{summary.num_bytes / 1e9:.2f} GB"
+        if summary.num_bytes >= 1e9
+        else f"{summary.num_bytes / 1e6:.1f} MB"
+    )
     print(
         f"{what} {_count(summary.parameters_total)} parameters ({_count(summary.parameters_active)} active per token) "
         f"in {len(summary.files)} files, {size}"
@@ -112,5 +129,7 @@ def _say(text: str) -> None:
 
 @contextlib.contextmanager
 def _progress_bar(description: str) -> "Iterator[tqdm[NoReturn]]":
-    with tqdm(desc=description, unit="B", unit_scale=True, unit_divisor=1000, file=sys.stderr, total=0) as bar:
+    with tqdm(
+        desc=description, unit="B", unit_scale=True, unit_divisor=1000, file=sys.stderr, total=0
+    ) as bar:
         yield bar

@@ -42,7 +42,9 @@ class EngineClient:
     """
 
     def __init__(
-        self, on_silence: Callable[[Replica, bool], object] = lambda replica, silent: None, patience: Patience | None = None
+        self,
+        on_silence: Callable[[Replica, bool], object] = lambda replica, silent: None,
+        patience: Patience | None = None,
     ) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._watches: dict[Replica, ReplicaWatch] = {}
@@ -57,7 +59,9 @@ class EngineClient:
                 says whether the engine had taken the request.
         """
         call = self._stub(replica).Generate(
-            convert.request_to_wire(request), timeout=request.deadline_s, metadata=authorization(replica.secret)
+            convert.request_to_wire(request),
+            timeout=request.deadline_s,
+            metadata=authorization(replica.secret),
         )
         watch = self._watch(replica)
         watch.add(call)
@@ -80,17 +84,25 @@ class EngineClient:
     async def info(self, replica: Replica, timeout_s: float) -> convert.EngineInfo:
         """What the replica serves."""
         with _failures():
-            return convert.info_from_wire(await self._stub(replica).GetInfo(engine_pb2.GetInfoRequest(), **_options(replica, timeout_s)))
+            return convert.info_from_wire(
+                await self._stub(replica).GetInfo(engine_pb2.GetInfoRequest(), **_options(replica, timeout_s))
+            )
 
     async def load(self, replica: Replica, timeout_s: float) -> EngineLoad:
         """How busy the replica is."""
         with _failures():
-            return convert.load_from_wire(await self._stub(replica).GetLoad(engine_pb2.GetLoadRequest(), **_options(replica, timeout_s)))
+            return convert.load_from_wire(
+                await self._stub(replica).GetLoad(engine_pb2.GetLoadRequest(), **_options(replica, timeout_s))
+            )
 
     async def metrics(self, replica: Replica, timeout_s: float) -> str:
         """The replica's Prometheus text."""
         with _failures():
-            return (await self._stub(replica).GetMetrics(engine_pb2.GetMetricsRequest(), **_options(replica, timeout_s))).text
+            return (
+                await self._stub(replica).GetMetrics(
+                    engine_pb2.GetMetricsRequest(), **_options(replica, timeout_s)
+                )
+            ).text
 
     async def forget(self, replica: Replica) -> None:
         """Close the channel of a replica that is gone for good."""
@@ -118,13 +130,19 @@ class EngineClient:
         return watch
 
     def _note_silence(self, replica: Replica, silent: bool) -> None:
-        logger.warning("replica %s %s", replica.id, f"gives no answer for {self._patience.suspect_s:g} s" if silent else "answers again")
+        logger.warning(
+            "replica %s %s",
+            replica.id,
+            f"gives no answer for {self._patience.suspect_s:g} s" if silent else "answers again",
+        )
         self._on_silence(replica, silent)
 
     def _stub(self, replica: Replica) -> "engine_pb2_grpc.EngineAsyncStub":
         channel = self._channels.get(replica.address)
         if channel is None:
-            channel = self._channels[replica.address] = grpc.aio.insecure_channel(replica.address, options=_CHANNEL_OPTIONS)
+            channel = self._channels[replica.address] = grpc.aio.insecure_channel(
+                replica.address, options=_CHANNEL_OPTIONS
+            )
         return engine_pb2_grpc.EngineStub(channel)
 
 
@@ -149,7 +167,9 @@ def _raise(error: grpc.aio.AioRpcError) -> NoReturn:
     metadata = {key: value for key, value in trailing if isinstance(value, str)}
     if status == "UNAVAILABLE" or (status == "CANCELLED" and convert.ERROR_CLASS_KEY not in metadata):
         # gRPC's own text names addresses; a cancellation that is not ours means the server is going down.
-        raise EngineDead("The replica that served this request is gone or shutting down; try again.") from error
+        raise EngineDead(
+            "The replica that served this request is gone or shutting down; try again."
+        ) from error
     if status == "UNAUTHENTICATED":
         # The secret is the listed engine's: another one has its port by now.
         raise EngineDead("The replica that was to serve this request is gone; try again.") from error
@@ -157,7 +177,9 @@ def _raise(error: grpc.aio.AioRpcError) -> NoReturn:
         raise DeadlineExceeded("The request's deadline passed before its last token.") from error
     if convert.ERROR_CLASS_KEY not in metadata and status != "RESOURCE_EXHAUSTED":
         raise CantataError(f"The engine answered {status}.") from error
-    raise convert.error_from_status(status, error.details() or f"The engine answered {status}.", metadata) from error
+    raise convert.error_from_status(
+        status, error.details() or f"The engine answered {status}.", metadata
+    ) from error
 
 
 def _options(replica: Replica, timeout_s: float) -> "_CallOptions":

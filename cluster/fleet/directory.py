@@ -33,7 +33,9 @@ class ReplicaSet:
 
     def report(self, loads: Mapping[str, int]) -> None:
         """Sequences that replicas say they have, by id."""
-        self._loads.report({replica.key: loads[replica.id] for replica in self._replicas if replica.id in loads})
+        self._loads.report(
+            {replica.key: loads[replica.id] for replica in self._replicas if replica.id in loads}
+        )
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Call this whenever the list has been replaced, by another or by the same."""
@@ -75,5 +77,7 @@ class ReplicaSet:
         return self._missing
 
     def _report_if_gone(self, replica: Replica) -> None:
-        if replica not in self._num_open and all(replica.address != other.address for other in self._replicas):
+        if replica not in self._num_open and all(
+            replica.address != other.address for other in self._replicas
+        ):
             self._on_gone(replica)

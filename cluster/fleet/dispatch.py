@@ -11,7 +11,14 @@ from cluster.fleet.client import EngineClient
 from cluster.fleet.table import Replica, ReplicaDirectory, RoutingHint
 from cluster.metrics import GatewayMetrics
 from workers.config import BLOCK_SIZE
-from workers.errors import CantataError, ContextLengthExceeded, DeadlineExceeded, EngineDead, NoReplica, Overloaded
+from workers.errors import (
+    CantataError,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EngineDead,
+    NoReplica,
+    Overloaded,
+)
 from workers.kv_cache.prefix_cache import block_hashes, hash_block, pack_tokens
 from workers.request import EngineOutput, EngineRequest
 
@@ -39,14 +46,20 @@ class Dispatcher:
     """
 
     def __init__(
-        self, replicas: ReplicaDirectory, client: EngineClient, metrics: GatewayMetrics, clock: Callable[[], float] = time.monotonic
+        self,
+        replicas: ReplicaDirectory,
+        client: EngineClient,
+        metrics: GatewayMetrics,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._replicas = replicas
         self._client = client
         self._metrics = metrics
         self._clock = clock
 
-    async def stream(self, request: EngineRequest, deadline: float | None) -> AsyncGenerator[EngineOutput, None]:
+    async def stream(
+        self, request: EngineRequest, deadline: float | None
+    ) -> AsyncGenerator[EngineOutput, None]:
         """Outputs up to the one with a finish reason `stop` or `length`. Closing it cancels the sequence in the engine.
 
         Args:
@@ -94,16 +107,26 @@ class Dispatcher:
         tail = hash_block(hashes[-1] if hashes else b"", pack_tokens(rest)) if len(rest) < BLOCK_SIZE else b""
         return RoutingHint(request.request_id, hashes, tail)
 
-    def _count(self, request: EngineRequest, replica: Replica, error: CantataError, *, went: bool, num_tokens: int) -> None:
+    def _count(
+        self, request: EngineRequest, replica: Replica, error: CantataError, *, went: bool, num_tokens: int
+    ) -> None:
         name = type(error).__name__
         if went:
-            _log.warning("request %s: replica %s left it after %d tokens: %s", request.request_id, replica.id, num_tokens, name)
+            _log.warning(
+                "request %s: replica %s left it after %d tokens: %s",
+                request.request_id,
+                replica.id,
+                num_tokens,
+                name,
+            )
             self._metrics.resumptions.inc()
         else:
             _log.info("request %s: replica %s refused it: %s", request.request_id, replica.id, name)
             self._metrics.retries.labels(name).inc()
 
-    async def _run(self, replica: Replica, request: EngineRequest, deadline: float | None) -> AsyncGenerator[EngineOutput, None]:
+    async def _run(
+        self, replica: Replica, request: EngineRequest, deadline: float | None
+    ) -> AsyncGenerator[EngineOutput, None]:
         if deadline is not None:
             left_s = deadline - self._clock()
             if left_s <= 0:
@@ -112,9 +135,14 @@ class Dispatcher:
         async with aclosing(self._client.generate(replica, request)) as outputs:
             async for output in outputs:
                 if output.finish_reason == "abort":
-                    raise EngineDead("The replica that served this request is shutting down; try again.", under_request=False)
+                    raise EngineDead(
+                        "The replica that served this request is shutting down; try again.",
+                        under_request=False,
+                    )
                 if output.finish_reason == "error":
-                    _log.error("request %s failed in replica %s: %s", request.request_id, replica.id, output.error)
+                    _log.error(
+                        "request %s failed in replica %s: %s", request.request_id, replica.id, output.error
+                    )
                     raise CantataError("The engine failed on this request.")
                 yield output
 

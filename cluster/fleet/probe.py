@@ -40,7 +40,12 @@ class ReplicaWatch:
         on_silence: called with True when the replica has become suspect, with False when it answers again.
     """
 
-    def __init__(self, ask: Callable[[float], Awaitable[object]], on_silence: Callable[[bool], object], patience: Patience) -> None:
+    def __init__(
+        self,
+        ask: Callable[[float], Awaitable[object]],
+        on_silence: Callable[[bool], object],
+        patience: Patience,
+    ) -> None:
         self._ask = ask
         self._on_silence = on_silence
         self._patience = patience

@@ -18,7 +18,9 @@ from cluster.metrics import CONTENT_TYPE
 from workers.errors import InvalidRequest, NoReplica
 
 
-def build_app(service: GenerationService, config: GatewayConfig | None = None, *, cors_origins: Sequence[str] = ()) -> FastAPI:
+def build_app(
+    service: GenerationService, config: GatewayConfig | None = None, *, cors_origins: Sequence[str] = ()
+) -> FastAPI:
     """An ASGI app. It does not own the service: whoever made that closes it.
 
     Args:
@@ -36,9 +38,15 @@ def build_app(service: GenerationService, config: GatewayConfig | None = None, *
     )
     if cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"], expose_headers=["x-request-id"]
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
         )
-    app.add_middleware(Edge, metrics=service.metrics, api_keys=config.api_keys, send_timeout_s=config.send_timeout_s)
+    app.add_middleware(
+        Edge, metrics=service.metrics, api_keys=config.api_keys, send_timeout_s=config.send_timeout_s
+    )
     app.add_exception_handler(HTTPException, _refuse_route)
     schemas = Schemas()
     _add_generation(app, service, schemas, limits)
@@ -54,37 +62,60 @@ def build_app(service: GenerationService, config: GatewayConfig | None = None, *
     return app
 
 
-def _add_generation(app: FastAPI, service: GenerationService, schemas: Schemas, limits: body.BodyLimits) -> None:
+def _add_generation(
+    app: FastAPI, service: GenerationService, schemas: Schemas, limits: body.BodyLimits
+) -> None:
     @app.post(
         "/v1/chat/completions",
-        openapi_extra=schemas.describe(schema.ChatCompletionRequest, answers.ChatCompletion, stream=answers.ChatCompletionChunk),
+        openapi_extra=schemas.describe(
+            schema.ChatCompletionRequest, answers.ChatCompletion, stream=answers.ChatCompletionChunk
+        ),
     )
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
-        asked, wanted = await body.read(request, schema.ChatCompletionRequest, limits, service.model.max_model_len, chat.chat_request)
+        asked, wanted = await body.read(
+            request, schema.ChatCompletionRequest, limits, service.model.max_model_len, chat.chat_request
+        )
         request_id: str = request.state.request_id
         generation = await sse.begin(request, service.chat(wanted, request_id))
         if asked.stream:
-            return sse.EventStream(generation, chat.chunks(generation, asked, service.model.fingerprint), request_id)
+            return sse.EventStream(
+                generation, chat.chunks(generation, asked, service.model.fingerprint), request_id
+            )
         try:
-            return _json(await sse.until_gone(request, chat.answer(generation, asked, service.model.fingerprint)))
+            return _json(
+                await sse.until_gone(request, chat.answer(generation, asked, service.model.fingerprint))
+            )
         finally:
             await generation.aclose()
 
     @app.post(
-        "/v1/completions", openapi_extra=schemas.describe(schema.CompletionRequest, answers.TextCompletion, stream=answers.TextCompletion)
+        "/v1/completions",
+        openapi_extra=schemas.describe(
+            schema.CompletionRequest, answers.TextCompletion, stream=answers.TextCompletion
+        ),
     )
     async def text_completions(request: Request) -> Response:
         """Continue raw prompts."""
         asked, wanted = await body.read(
-            request, schema.CompletionRequest, limits, service.model.max_model_len, completions.completion_request
+            request,
+            schema.CompletionRequest,
+            limits,
+            service.model.max_model_len,
+            completions.completion_request,
         )
         request_id: str = request.state.request_id
         generation = await sse.begin(request, service.complete(wanted, request_id))
         if asked.stream:
-            return sse.EventStream(generation, completions.chunks(generation, asked, service.model.fingerprint), request_id)
+            return sse.EventStream(
+                generation, completions.chunks(generation, asked, service.model.fingerprint), request_id
+            )
         try:
-            return _json(await sse.until_gone(request, completions.answer(generation, asked, service.model.fingerprint)))
+            return _json(
+                await sse.until_gone(
+                    request, completions.answer(generation, asked, service.model.fingerprint)
+                )
+            )
         finally:
             await generation.aclose()
 
@@ -93,7 +124,9 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limi
     @app.post("/tokenize", openapi_extra=schemas.describe(schema.TokenizeRequest, answers.TokenizeAnswer))
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt, or of a chat as the model sees it."""
-        asked, wanted = await body.read(request, schema.TokenizeRequest, limits, service.model.max_model_len, _to_tokenize)
+        asked, wanted = await body.read(
+            request, schema.TokenizeRequest, limits, service.model.max_model_len, _to_tokenize
+        )
         service.check_model(asked.model)
         ids = await (service.tokenize(wanted) if isinstance(wanted, str) else service.render_chat(wanted))
         answer: answers.TokenizeAnswer = {
@@ -104,10 +137,14 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limi
         }
         return _json(answer)
 
-    @app.post("/detokenize", openapi_extra=schemas.describe(schema.DetokenizeRequest, answers.DetokenizeAnswer))
+    @app.post(
+        "/detokenize", openapi_extra=schemas.describe(schema.DetokenizeRequest, answers.DetokenizeAnswer)
+    )
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        asked, tokens = await body.read(request, schema.DetokenizeRequest, limits, service.model.max_model_len, lambda body: body.tokens)
+        asked, tokens = await body.read(
+            request, schema.DetokenizeRequest, limits, service.model.max_model_len, lambda body: body.tokens
+        )
         service.check_model(asked.model)
         answer: answers.DetokenizeAnswer = {"prompt": await service.detokenize(tokens)}
         return _json(answer)
@@ -123,7 +160,8 @@ def _to_tokenize(asked: schema.TokenizeRequest) -> str | ChatRequest:
     return ChatRequest(
         messages=chat.chat_messages(asked.messages),
         tools=chat.tool_definitions(asked.tools or ()),
-        reasoning_effort=effort or chat.reasoning_effort(kwargs.reasoning_effort, "chat_template_kwargs.reasoning_effort"),
+        reasoning_effort=effort
+        or chat.reasoning_effort(kwargs.reasoning_effort, "chat_template_kwargs.reasoning_effort"),
         model_identity=kwargs.model_identity,
         current_date=kwargs.current_date,
     )
@@ -135,7 +173,10 @@ def _add_status(app: FastAPI, service: GenerationService, schemas: Schemas) -> N
     @app.get("/v1/models", openapi_extra=schemas.describe(None, answers.ModelList))
     async def list_models() -> Response:
         """What is served."""
-        models: answers.ModelList = {"object": "list", "data": [_model_body(model) for model in service.models()]}
+        models: answers.ModelList = {
+            "object": "list",
+            "data": [_model_body(model) for model in service.models()],
+        }
         return _json(models)
 
     @app.get("/v1/models/{model_id:path}", openapi_extra=schemas.describe(None, answers.ModelBody))
@@ -158,7 +199,12 @@ def _add_status(app: FastAPI, service: GenerationService, schemas: Schemas) -> N
         answer: answers.StatusAnswer = {"status": "ready"}
         return _json(answer)
 
-    @app.get("/metrics", openapi_extra={"responses": {"200": {"description": "Prometheus text.", "content": {"text/plain": {}}}}})
+    @app.get(
+        "/metrics",
+        openapi_extra={
+            "responses": {"200": {"description": "Prometheus text.", "content": {"text/plain": {}}}}
+        },
+    )
     async def metrics() -> Response:
         """Metrics of this gateway and of the engines it knows."""
         return Response(await service.metrics_text(), headers={"content-type": CONTENT_TYPE})
@@ -187,5 +233,7 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
     """Routing's own refusals, raised again as ours for the edge to answer."""
     if isinstance(error, HTTPException) and error.status_code == 405:
         allow = (error.headers or {}).get("Allow", "")
-        raise errors.WrongMethod(f"{request.method} is not allowed on this path{f': use {allow}' if allow else ''}.", allow)
+        raise errors.WrongMethod(
+            f"{request.method} is not allowed on this path{f': use {allow}' if allow else ''}.", allow
+        )
     raise errors.UnknownRoute("There is nothing at this path.")

@@ -65,10 +65,14 @@ async def read(
         UnsupportedMediaType: not declared as JSON, or compressed.
     """
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
+    if media_type != "application/json" and not (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    ):
         raise UnsupportedMediaType("The body must be JSON: set the header Content-Type to application/json.")
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-        raise UnsupportedMediaType("The body is compressed: send it as it is, without the header Content-Encoding.")
+        raise UnsupportedMediaType(
+            "The body is compressed: send it as it is, without the header Content-Encoding."
+        )
     data = await _bytes(request, limits)
 
     def parse() -> tuple[Model, Asked]:
@@ -84,7 +88,9 @@ def _parse(data: bytes, kind: type[Model], max_items: int, max_messages: int) ->
         raise InvalidRequest(f"The body must be a JSON object, got {_kind(value)}.")
     for name, field in value.items():
         if isinstance(field, list | dict) and len(field) > max_items and name in kind.model_fields:
-            reason = f"{name} has {len(field)} entries, more than the {max_items} tokens of this model's context."
+            reason = (
+                f"{name} has {len(field)} entries, more than the {max_items} tokens of this model's context."
+            )
             raise ContextLengthExceeded(reason, name)
     if "messages" in kind.model_fields and isinstance(value.get("messages"), list):
         check_num_messages(_num_entries(value["messages"]), max_messages)
@@ -93,7 +99,12 @@ def _parse(data: bytes, kind: type[Model], max_items: int, max_messages: int) ->
 
 def _num_entries(messages: list[object]) -> int:
     """Of a chat that is not yet checked: what pydantic would make an object of each."""
-    lists = [message.get(name) for message in messages if isinstance(message, dict) for name in ("content", "tool_calls")]
+    lists = [
+        message.get(name)
+        for message in messages
+        if isinstance(message, dict)
+        for name in ("content", "tool_calls")
+    ]
     return len(messages) + sum(len(entry) for entry in lists if isinstance(entry, list))
 
 
@@ -190,10 +201,19 @@ def _sentence(path: str, error: ErrorDetails) -> str:
             return f"{path} {reason}." if path else f"{reason}."
         case "literal_error" if error["ctx"]["expected"] == "True":
             return f"{path} must be true."
-    reason = _JSON_KINDS.get(error["type"]) or error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    reason = _JSON_KINDS.get(error["type"]) or error["msg"].removeprefix("Input should be ").removeprefix(
+        "Value error, "
+    )
     return f"{path} must be {reason}."
 
 
 def _kind(value: object) -> str:
-    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+    names = {
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)

@@ -2,7 +2,16 @@
 
 from collections.abc import AsyncGenerator, Sequence
 
-from cluster.events import ChoiceDelta, ChoiceFinish, ReasoningDelta, TextDelta, TokenCandidate, TokenLogprob, ToolCallDelta, Usage
+from cluster.events import (
+    ChoiceDelta,
+    ChoiceFinish,
+    ReasoningDelta,
+    TextDelta,
+    TokenCandidate,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 from cluster.frontend import sse
 from cluster.frontend.answers import (
     AnswerMessage,
@@ -36,8 +45,15 @@ def chat_request(body: ChatCompletionRequest) -> ChatRequest:
     """
     _refuse_what_is_not_offered(body)
     check_stream_options(body)
-    if body.max_tokens is not None and body.max_completion_tokens is not None and body.max_tokens != body.max_completion_tokens:
-        raise InvalidRequest("max_completion_tokens and max_tokens are the same limit and differ; send one.", "max_completion_tokens")
+    if (
+        body.max_tokens is not None
+        and body.max_completion_tokens is not None
+        and body.max_tokens != body.max_completion_tokens
+    ):
+        raise InvalidRequest(
+            "max_completion_tokens and max_tokens are the same limit and differ; send one.",
+            "max_completion_tokens",
+        )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
@@ -52,7 +68,9 @@ def chat_request(body: ChatCompletionRequest) -> ChatRequest:
         model_identity=kwargs.model_identity,
         current_date=kwargs.current_date,
         model=body.model,
-        names=FieldNames("max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"),
+        names=FieldNames(
+            "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"
+        ),
     )
 
 
@@ -66,7 +84,9 @@ def chat_messages(messages: Sequence[Message]) -> tuple[ChatMessage, ...]:
 
 
 def _chat_message(message: Message, path: str) -> ChatMessage:
-    calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ())
+    calls = tuple(
+        ToolCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
+    )
     content = message.content
     if content is None and message.role == "assistant":
         content = message.refusal or ""
@@ -74,7 +94,14 @@ def _chat_message(message: Message, path: str) -> ChatMessage:
         raise InvalidRequest(f"{path}.content is missing.", f"{path}.content")
     if not isinstance(content, str):
         content = "".join(part.text for part in content if isinstance(part, TextPart))
-    reasoning = next((text for text in (message.reasoning, message.reasoning_content, message.thinking) if text is not None), None)
+    reasoning = next(
+        (
+            text
+            for text in (message.reasoning, message.reasoning_content, message.thinking)
+            if text is not None
+        ),
+        None,
+    )
     return ChatMessage(
         role=message.role,
         content=content,
@@ -87,7 +114,10 @@ def _chat_message(message: Message, path: str) -> ChatMessage:
 
 def tool_definitions(tools: Sequence[Tool]) -> tuple[ToolDefinition, ...]:
     """Tools as the prompt needs them."""
-    return tuple(ToolDefinition(tool.function.name, tool.function.description or "", tool.function.parameters) for tool in tools)
+    return tuple(
+        ToolDefinition(tool.function.name, tool.function.description or "", tool.function.parameters)
+        for tool in tools
+    )
 
 
 def reasoning_effort(text: str | None, param: str) -> ReasoningEffort | None:
@@ -99,7 +129,9 @@ def reasoning_effort(text: str | None, param: str) -> ReasoningEffort | None:
     if text is None:
         return None
     if text == "none":
-        raise InvalidRequest(f"{param} cannot be 'none': gpt-oss always reasons; use 'low' for the least of it.", param)
+        raise InvalidRequest(
+            f"{param} cannot be 'none': gpt-oss always reasons; use 'low' for the least of it.", param
+        )
     if text not in _EFFORTS:
         raise InvalidRequest(f"{param} must be 'low', 'medium' or 'high'.", param)
     return _EFFORTS[text]
@@ -119,9 +151,13 @@ def _refuse_what_is_not_offered(body: ChatCompletionRequest) -> None:
     if body.function_call is not None:
         raise InvalidRequest("function_call was removed from OpenAI's API: use tool_choice.", "function_call")
     if body.tool_choice is not None and body.tool_choice not in ("auto", "none"):
-        raise InvalidRequest("tool_choice must be 'auto' or 'none': forcing a call is not offered yet.", "tool_choice")
+        raise InvalidRequest(
+            "tool_choice must be 'auto' or 'none': forcing a call is not offered yet.", "tool_choice"
+        )
     if body.response_format is not None and body.response_format.type != "text":
-        raise InvalidRequest("response_format.type must be 'text': structured output is not offered yet.", "response_format")
+        raise InvalidRequest(
+            "response_format.type must be 'text': structured output is not offered yet.", "response_format"
+        )
 
 
 async def answer(generation: Generation, body: ChatCompletionRequest, fingerprint: str) -> ChatCompletion:
@@ -174,12 +210,18 @@ class _ChoiceBuilder:
                 self._reasoning.append(text)
             case ToolCallDelta() as delta:
                 if delta.name is not None:
-                    self._calls.append({"id": delta.id or "", "type": "function", "function": {"name": delta.name}})
+                    self._calls.append(
+                        {"id": delta.id or "", "type": "function", "function": {"name": delta.name}}
+                    )
                     self._arguments.append([])
                 self._arguments[delta.call_index].append(delta.arguments)
 
     def body(self) -> ChatChoiceBody:
-        message: AnswerMessage = {"role": "assistant", "content": "".join(self._text) if self._text else None, "refusal": None}
+        message: AnswerMessage = {
+            "role": "assistant",
+            "content": "".join(self._text) if self._text else None,
+            "refusal": None,
+        }
         if self._reasoning and self._request.include_reasoning is not False:
             message["reasoning"] = message["reasoning_content"] = "".join(self._reasoning)
         for call, arguments in zip(self._calls, self._arguments, strict=True):
@@ -198,7 +240,9 @@ class _ChoiceBuilder:
         return body
 
 
-async def chunks(generation: Generation, body: ChatCompletionRequest, fingerprint: str) -> AsyncGenerator[bytes, None]:
+async def chunks(
+    generation: Generation, body: ChatCompletionRequest, fingerprint: str
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events: the role of each choice, its deltas, its finish reason; usage last, where asked for."""
     options = body.stream_options
     include_usage = bool(options and options.include_usage)
@@ -215,14 +259,21 @@ async def chunks(generation: Generation, body: ChatCompletionRequest, fingerprin
             if include_usage:
                 yield sse.event({**frame.chunk([]), "usage": usage_body(event)})
             continue
-        if isinstance(event, ChoiceDelta) and isinstance(event.delta, ReasoningDelta) and not include_reasoning:
+        if (
+            isinstance(event, ChoiceDelta)
+            and isinstance(event.delta, ReasoningDelta)
+            and not include_reasoning
+        ):
             if not (body.return_token_ids and event.token_ids):
                 continue
             choice = _chunk_choice(event.choice, {})  # its text is left out, its tokens are not
         else:
             choice = _event_choice(event)
         if event.logprobs:
-            choice["logprobs"] = {"content": [_content_logprob(entry) for entry in event.logprobs], "refusal": None}
+            choice["logprobs"] = {
+                "content": [_content_logprob(entry) for entry in event.logprobs],
+                "refusal": None,
+            }
         if body.return_token_ids:
             choice["token_ids"] = list(event.token_ids)
         yield sse.event(frame.chunk([choice]))
@@ -231,7 +282,9 @@ async def chunks(generation: Generation, body: ChatCompletionRequest, fingerprin
 class _ChunkFrame:
     """What all chunks of a generation have in common."""
 
-    def __init__(self, generation: Generation, fingerprint: str, include_usage: bool, continuous: bool) -> None:
+    def __init__(
+        self, generation: Generation, fingerprint: str, include_usage: bool, continuous: bool
+    ) -> None:
         self._generation = generation
         self._fingerprint = fingerprint or None
         self._include_usage = include_usage
@@ -274,15 +327,27 @@ def _call_delta(delta: ToolCallDelta) -> ToolCallDeltaBody:
     function: FunctionBody = {"arguments": delta.arguments}
     if delta.name is None:
         return {"index": delta.call_index, "function": function}
-    return {"index": delta.call_index, "id": delta.id or "", "type": "function", "function": {"name": delta.name, **function}}
+    return {
+        "index": delta.call_index,
+        "id": delta.id or "",
+        "type": "function",
+        "function": {"name": delta.name, **function},
+    }
 
 
 def _content_logprob(entry: TokenLogprob) -> ContentLogprob:
-    return {**_top_logprob(entry.chosen), "top_logprobs": [_top_logprob(candidate) for candidate in entry.top]}
+    return {
+        **_top_logprob(entry.chosen),
+        "top_logprobs": [_top_logprob(candidate) for candidate in entry.top],
+    }
 
 
 def _top_logprob(candidate: TokenCandidate) -> TopLogprob:
-    return {"token": candidate.text, "logprob": candidate.logprob, "bytes": list(candidate.token_bytes) or None}
+    return {
+        "token": candidate.text,
+        "logprob": candidate.logprob,
+        "bytes": list(candidate.token_bytes) or None,
+    }
 
 
 def usage_body(usage: Usage) -> UsageBody:

@@ -4,7 +4,13 @@ from collections.abc import AsyncGenerator, Sequence
 
 from cluster.events import ChoiceDelta, ChoiceFinish, TextDelta, TokenLogprob, Usage
 from cluster.frontend import schema, sse
-from cluster.frontend.answers import CompletionLogprobs, FinishReason, TextChoiceBody, TextCompletion, UsageBody
+from cluster.frontend.answers import (
+    CompletionLogprobs,
+    FinishReason,
+    TextChoiceBody,
+    TextCompletion,
+    UsageBody,
+)
 from cluster.frontend.chat import usage_body
 from cluster.frontend.sampling import check_stream_options, sampling_params, stop_strings
 from cluster.generation import CompletionRequest, Generation
@@ -23,7 +29,9 @@ def completion_request(body: schema.CompletionRequest) -> CompletionRequest:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of is not offered: leave it out or set it to n.", "best_of")
     if body.echo and body.logprobs is not None:
-        raise InvalidRequest("echo cannot be combined with logprobs: log-probabilities of prompts are not computed.", "echo")
+        raise InvalidRequest(
+            "echo cannot be combined with logprobs: log-probabilities of prompts are not computed.", "echo"
+        )
     return CompletionRequest(
         prompts=_prompts(body.prompt),
         sampling=sampling_params(body, body.max_tokens, body.logprobs),
@@ -40,13 +48,18 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[str
     ids = tuple(entry for entry in prompt if isinstance(entry, int))
     if ids:
         return (ids,)
-    return tuple(entry if isinstance(entry, str) else tuple(entry) for entry in prompt if not isinstance(entry, int))
+    return tuple(
+        entry if isinstance(entry, str) else tuple(entry) for entry in prompt if not isinstance(entry, int)
+    )
 
 
 async def answer(generation: Generation, body: schema.CompletionRequest, fingerprint: str) -> TextCompletion:
     """The whole answer, when the generation is over."""
     n = body.n or 1
-    choices = [_ChoiceBuilder(index, body, generation.prompts[index // n]) for index in range(n * len(generation.prompts))]
+    choices = [
+        _ChoiceBuilder(index, body, generation.prompts[index // n])
+        for index in range(n * len(generation.prompts))
+    ]
     usage: UsageBody | None = None
     async for event in generation:
         if isinstance(event, Usage):
@@ -89,7 +102,9 @@ class _ChoiceBuilder:
         return body
 
 
-async def chunks(generation: Generation, body: schema.CompletionRequest, fingerprint: str) -> AsyncGenerator[bytes, None]:
+async def chunks(
+    generation: Generation, body: schema.CompletionRequest, fingerprint: str
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events: text as it comes, each choice's finish reason; usage last, where asked for."""
     options = body.stream_options
     include_usage = bool(options and options.include_usage)
@@ -129,6 +144,9 @@ def _logprobs_body(entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
         "tokens": [entry.chosen.text for entry in entries],
         "token_logprobs": [entry.chosen.logprob for entry in entries],
         # OpenAI's legacy format has the chosen token among its alternatives even if it is not one of the most likely.
-        "top_logprobs": [{candidate.text: candidate.logprob for candidate in (*entry.top, entry.chosen)} for entry in entries],
+        "top_logprobs": [
+            {candidate.text: candidate.logprob for candidate in (*entry.top, entry.chosen)}
+            for entry in entries
+        ],
         "text_offset": [entry.text_offset for entry in entries],
     }

@@ -29,7 +29,9 @@ class Edge:
         send_timeout_s: a client that takes nothing for this long has left.
     """
 
-    def __init__(self, app: ASGIApp, metrics: GatewayMetrics, api_keys: Sequence[str], send_timeout_s: float) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: GatewayMetrics, api_keys: Sequence[str], send_timeout_s: float
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._api_keys = tuple(api_keys)
@@ -71,7 +73,9 @@ class Edge:
             return
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not is_known_key(key.strip(), self._api_keys):
-            raise errors.Unauthenticated("Send an API key of this server in the header Authorization: Bearer KEY.")
+            raise errors.Unauthenticated(
+                "Send an API key of this server in the header Authorization: Bearer KEY."
+            )
 
 
 def is_known_key(key: str, api_keys: Sequence[str]) -> bool:
@@ -83,7 +87,9 @@ def is_known_key(key: str, api_keys: Sequence[str]) -> bool:
 class _Answer:
     """The way to the client: adds the request id, remembers the status."""
 
-    def __init__(self, send: Send, request_id: str, timeout_s: float, abort: Callable[[], None] | None) -> None:
+    def __init__(
+        self, send: Send, request_id: str, timeout_s: float, abort: Callable[[], None] | None
+    ) -> None:
         self._send = send
         self.request_id = request_id
         self.status: int | None = None
@@ -99,7 +105,11 @@ class _Answer:
             async with asyncio.timeout(self._timeout_s):
                 await self._send(message)
         except TimeoutError:
-            _log.info("request %s: the client has taken nothing for %g s and is cut off", self.request_id, self._timeout_s)
+            _log.info(
+                "request %s: the client has taken nothing for %g s and is cut off",
+                self.request_id,
+                self._timeout_s,
+            )
             if self._abort is not None:
                 self._abort()
                 await asyncio.sleep(0)  # for the server to notice
@@ -107,7 +117,13 @@ class _Answer:
 
     async def fail(self, error: CantataError) -> None:
         body = errors.body(error)
-        headers = {"content-type": "application/json", "content-length": str(len(body)), **errors.headers(error)}
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            **errors.headers(error),
+        }
         raw = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
-        await self.send({"type": "http.response.start", "status": errors.row_of(error).http_status, "headers": raw})
+        await self.send(
+            {"type": "http.response.start", "status": errors.row_of(error).http_status, "headers": raw}
+        )
         await self.send({"type": "http.response.body", "body": body, "more_body": False})

@@ -92,8 +92,16 @@ def row_of(error: errors.CantataError) -> Row:
 def body(error: errors.CantataError) -> bytes:
     """OpenAI's error object as JSON."""
     row = row_of(error)
-    param = error.param if isinstance(error, errors.InvalidRequest) else "model" if isinstance(error, errors.ModelNotFound) else None
-    return orjson.dumps({"error": {"message": error.message, "type": row.type, "param": param, "code": row.code}})
+    param = (
+        error.param
+        if isinstance(error, errors.InvalidRequest)
+        else "model"
+        if isinstance(error, errors.ModelNotFound)
+        else None
+    )
+    return orjson.dumps(
+        {"error": {"message": error.message, "type": row.type, "param": param, "code": row.code}}
+    )
 
 
 def headers(error: errors.CantataError) -> dict[str, str]:
@@ -116,4 +124,6 @@ def as_cantata_error(error: Exception, request_id: str) -> errors.CantataError:
     # The frames and the type, never the exception's text: it may quote a prompt.
     frames = "".join(traceback.format_tb(error.__traceback__))
     _log.error("request %s failed with %s\n%s", request_id, type(error).__name__, frames)
-    return errors.CantataError(f"The server failed on this request; its log says more under the request id {request_id}.")
+    return errors.CantataError(
+        f"The server failed on this request; its log says more under the request id {request_id}."
+    )

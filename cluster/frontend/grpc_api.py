@@ -13,7 +13,16 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.config import GatewayConfig
-from cluster.events import ChoiceDelta, ChoiceFinish, FinishReason, ReasoningDelta, TextDelta, TokenLogprob, ToolCallDelta, Usage
+from cluster.events import (
+    ChoiceDelta,
+    ChoiceFinish,
+    FinishReason,
+    ReasoningDelta,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 from cluster.frontend.edge import is_known_key
 from cluster.frontend.errors import Unauthenticated, as_cantata_error
 from cluster.frontend.grpc_handlers import DecodeErrors, add_InferenceServicer_to_server, decoded
@@ -73,7 +82,9 @@ class InferenceApi:
         finally:
             await generation.aclose()
 
-    async def chat_stream(self, request: pb.ChatRequest, request_id: str | None = None) -> AsyncGenerator[pb.ChatEvent, None]:
+    async def chat_stream(
+        self, request: pb.ChatRequest, request_id: str | None = None
+    ) -> AsyncGenerator[pb.ChatEvent, None]:
         """Deltas, one Finish per choice, then Usage. Closing the iterator cancels the engines' work."""
         generation = await self._service.chat(await self._asked(request), request_id)
         try:
@@ -84,14 +95,21 @@ class InferenceApi:
 
     async def _asked(self, request: pb.ChatRequest) -> ChatRequest:
         """Large requests are converted in a thread."""
-        check_num_messages(len(request.messages) + sum(len(message.tool_calls) for message in request.messages), self._max_messages)
+        check_num_messages(
+            len(request.messages) + sum(len(message.tool_calls) for message in request.messages),
+            self._max_messages,
+        )
         if request.ByteSize() <= _INLINE_BYTES:
             return chat_request(request)
         return await asyncio.to_thread(chat_request, request)
 
     def list_models(self) -> pb.ListModelsResponse:
         """What is served."""
-        return pb.ListModelsResponse(models=[pb.Model(id=model.id, max_model_len=model.max_model_len) for model in self._service.models()])
+        return pb.ListModelsResponse(
+            models=[
+                pb.Model(id=model.id, max_model_len=model.max_model_len) for model in self._service.models()
+            ]
+        )
 
 
 def chat_request(request: pb.ChatRequest) -> ChatRequest:
@@ -103,7 +121,9 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
     if request.reasoning_effort not in _EFFORTS:
         raise InvalidRequest("reasoning_effort must be LOW, MEDIUM or HIGH.", "reasoning_effort")
     return ChatRequest(
-        messages=tuple(_message(message, f"messages[{index}]") for index, message in enumerate(request.messages)),
+        messages=tuple(
+            _message(message, f"messages[{index}]") for index, message in enumerate(request.messages)
+        ),
         sampling=_sampling(request),
         tools=tuple(_tool(tool) for tool in request.tools),
         stop=tuple(request.stop),
@@ -115,7 +135,9 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
 
 def _message(message: pb.Message, path: str) -> ChatMessage:
     if message.role not in _ROLES:
-        raise InvalidRequest(f"{path}.role must be SYSTEM, DEVELOPER, USER, ASSISTANT or TOOL.", f"{path}.role")
+        raise InvalidRequest(
+            f"{path}.role must be SYSTEM, DEVELOPER, USER, ASSISTANT or TOOL.", f"{path}.role"
+        )
     role = _ROLES[message.role]
     return ChatMessage(
         role=role,
@@ -127,7 +149,9 @@ def _message(message: pb.Message, path: str) -> ChatMessage:
 
 
 def _tool(tool: pb.Tool) -> ToolDefinition:
-    return ToolDefinition(tool.name, tool.description, _plain_object(tool.parameters) if tool.HasField("parameters") else None)
+    return ToolDefinition(
+        tool.name, tool.description, _plain_object(tool.parameters) if tool.HasField("parameters") else None
+    )
 
 
 def _plain_object(struct: struct_pb2.Struct) -> dict[str, object]:
@@ -160,9 +184,15 @@ def _sampling(request: pb.ChatRequest) -> SamplingParams:
         top_p=request.top_p if request.HasField("top_p") else default.top_p,
         top_k=request.top_k if request.HasField("top_k") else default.top_k,
         min_p=request.min_p if request.HasField("min_p") else default.min_p,
-        presence_penalty=request.presence_penalty if request.HasField("presence_penalty") else default.presence_penalty,
-        frequency_penalty=request.frequency_penalty if request.HasField("frequency_penalty") else default.frequency_penalty,
-        repetition_penalty=request.repetition_penalty if request.HasField("repetition_penalty") else default.repetition_penalty,
+        presence_penalty=request.presence_penalty
+        if request.HasField("presence_penalty")
+        else default.presence_penalty,
+        frequency_penalty=request.frequency_penalty
+        if request.HasField("frequency_penalty")
+        else default.frequency_penalty,
+        repetition_penalty=request.repetition_penalty
+        if request.HasField("repetition_penalty")
+        else default.repetition_penalty,
         logit_bias=tuple(sorted(request.logit_bias.items())),
         seed=request.seed if request.HasField("seed") else None,
         logprobs=request.top_logprobs if request.HasField("top_logprobs") else None,
@@ -174,7 +204,9 @@ def _sampling(request: pb.ChatRequest) -> SamplingParams:
 
 
 async def _response(generation: Generation, request: pb.ChatRequest) -> pb.ChatResponse:
-    response = pb.ChatResponse(id=generation.id, model=generation.model, created_unix_s=generation.created_unix_s)
+    response = pb.ChatResponse(
+        id=generation.id, model=generation.model, created_unix_s=generation.created_unix_s
+    )
     texts: list[tuple[list[str], list[str]]] = []
     arguments: list[list[list[str]]] = []
     for index in range(request.n if request.HasField("n") else 1):
@@ -216,11 +248,20 @@ def _event(id: str, event: ChoiceDelta | ChoiceFinish | Usage) -> pb.ChatEvent:
             return pb.ChatEvent(id=id, choice=event.choice, finish=pb.Finish(reason=_FINISH[event.reason]))
     match event.delta:
         case TextDelta(text):
-            return pb.ChatEvent(id=id, choice=event.choice, text=pb.TextDelta(text=text, logprobs=map(_logprob, event.logprobs)))
+            return pb.ChatEvent(
+                id=id,
+                choice=event.choice,
+                text=pb.TextDelta(text=text, logprobs=map(_logprob, event.logprobs)),
+            )
         case ReasoningDelta(text):
             return pb.ChatEvent(id=id, choice=event.choice, reasoning=pb.ReasoningDelta(text=text))
         case ToolCallDelta() as delta:
-            call = pb.ToolCallDelta(call_index=delta.call_index, id=delta.id or "", name=delta.name or "", arguments=delta.arguments)
+            call = pb.ToolCallDelta(
+                call_index=delta.call_index,
+                id=delta.id or "",
+                name=delta.name or "",
+                arguments=delta.arguments,
+            )
             return pb.ChatEvent(id=id, choice=event.choice, tool_call=call)
 
 
@@ -239,7 +280,9 @@ def _logprob(entry: TokenLogprob) -> pb.TokenLogprob:
         token_id=entry.chosen.token_id,
         logprob=entry.chosen.logprob,
         top=[
-            pb.TokenLogprob.Candidate(token=candidate.token_bytes, token_id=candidate.token_id, logprob=candidate.logprob)
+            pb.TokenLogprob.Candidate(
+                token=candidate.token_bytes, token_id=candidate.token_id, logprob=candidate.logprob
+            )
             for candidate in entry.top
         ],
     )
@@ -260,26 +303,36 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Chat(self, request: bytes | pb.ChatRequest, context: "Context") -> pb.ChatResponse:
         """See inference.proto."""
-        return await self._answer("Chat", context, lambda request_id: self._api.chat(decoded(request, pb.ChatRequest), request_id))
+        return await self._answer(
+            "Chat", context, lambda request_id: self._api.chat(decoded(request, pb.ChatRequest), request_id)
+        )
 
     async def ChatStream(self, request: bytes | pb.ChatRequest, context: "Context") -> None:  # type: ignore[override]
         """See inference.proto."""
 
         # Written here instead of yielded to grpc, which would leave a generator unclosed when the client leaves while it sends.
         async def write_events(request_id: str) -> None:
-            async with aclosing(self._api.chat_stream(decoded(request, pb.ChatRequest), request_id)) as events:
+            async with aclosing(
+                self._api.chat_stream(decoded(request, pb.ChatRequest), request_id)
+            ) as events:
                 async for event in events:
                     try:
                         async with asyncio.timeout(self._send_timeout_s):
                             await context.write(event)
                     except TimeoutError:
-                        _log.info("request %s: the client has taken nothing for %g s and is cut off", request_id, self._send_timeout_s)
+                        _log.info(
+                            "request %s: the client has taken nothing for %g s and is cut off",
+                            request_id,
+                            self._send_timeout_s,
+                        )
                         # A status would wait behind what is not read; a call whose servicer is cancelled is reset.
                         raise asyncio.CancelledError from None
 
         await self._answer("ChatStream", context, write_events)
 
-    async def ListModels(self, request: bytes | pb.ListModelsRequest, context: "Context") -> pb.ListModelsResponse:
+    async def ListModels(
+        self, request: bytes | pb.ListModelsRequest, context: "Context"
+    ) -> pb.ListModelsResponse:
         """See inference.proto."""
 
         async def models(_: str) -> pb.ListModelsResponse:
@@ -309,7 +362,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             return
         for name, value in context.invocation_metadata() or ():
             scheme, _, key = str(value).partition(" ")
-            if name == "authorization" and scheme.lower() == "bearer" and is_known_key(key.strip(), self._api_keys):
+            if (
+                name == "authorization"
+                and scheme.lower() == "bearer"
+                and is_known_key(key.strip(), self._api_keys)
+            ):
                 return
         raise Unauthenticated("Send an API key of this server in the metadata authorization: Bearer KEY.")
 
@@ -346,7 +403,9 @@ async def start_grpc_server(service: GenerationService, address: str, config: Ga
         OSError: the address cannot be bound.
     """
     server = grpc.aio.server(
-        interceptors=(DecodeErrors(lambda method: service.metrics.requests.labels(method, "INVALID_ARGUMENT").inc()),),
+        interceptors=(
+            DecodeErrors(lambda method: service.metrics.requests.labels(method, "INVALID_ARGUMENT").inc()),
+        ),
         options=(
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -366,11 +425,15 @@ async def start_grpc_server(service: GenerationService, address: str, config: Ga
     return GrpcServer(server, f"{address.rpartition(':')[0]}:{port}", watch)
 
 
-async def _watch_health(service: GenerationService, set_status: Callable[[str, int], Awaitable[None]]) -> None:
+async def _watch_health(
+    service: GenerationService, set_status: Callable[[str, int], Awaitable[None]]
+) -> None:
     """The server as a whole is up; the Inference service is serving while a replica answers."""
     await set_status("", health_pb2.HealthCheckResponse.SERVING)
     while True:
         ready = await service.ready()
-        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        status = (
+            health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
         await set_status(SERVICE_NAME, status)
         await asyncio.sleep(_HEALTH_PERIOD_S)

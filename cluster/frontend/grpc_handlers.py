@@ -100,7 +100,9 @@ class DecodeErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
 
             return answer
 
-        def many(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+        def many(
+            behaviour: Callable[[Any, Any], AsyncIterator[Any]],
+        ) -> Callable[[Any, Any], AsyncIterator[Any]]:
             async def checked(requests: AsyncIterator[Any], context: "Context") -> AsyncIterator[Any]:
                 async for request in requests:
                     await check(request, context)

@@ -187,7 +187,9 @@ class _Protocol(HttpToolsProtocol):
 
     def _headers_too_large(self) -> CantataError:
         limit = self._limits.max_header_bytes
-        return errors.HeadersTooLarge(f"The request's headers are larger than the {limit} bytes of this server.")
+        return errors.HeadersTooLarge(
+            f"The request's headers are larger than the {limit} bytes of this server."
+        )
 
     def _refuse(self, error: CantataError) -> None:
         """Answer in place of the app, drop further input, and close after a time to read the answer."""

@@ -28,17 +28,28 @@ class Schemas:
             content["text/event-stream"] = {"schema": self._ref(stream)}
         extra: dict[str, Any] = {
             "responses": {
-                "200": {"description": "The answer." if stream is None else "The answer; with `stream`, events.", "content": content},
-                "default": {"description": "An error.", "content": {"application/json": {"schema": self._ref(ErrorAnswer)}}},
+                "200": {
+                    "description": "The answer." if stream is None else "The answer; with `stream`, events.",
+                    "content": content,
+                },
+                "default": {
+                    "description": "An error.",
+                    "content": {"application/json": {"schema": self._ref(ErrorAnswer)}},
+                },
             }
         }
         if request is not None:
-            extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": self._ref(request)}}}
+            extra["requestBody"] = {
+                "required": True,
+                "content": {"application/json": {"schema": self._ref(request)}},
+            }
         return extra
 
     def document(self, app: FastAPI) -> dict[str, Any]:
         """The whole document, with every schema that `describe` referred to."""
-        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        found = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
         adapters: list[tuple[str, Literal["validation"], TypeAdapter[Any]]] = [
             (name, "validation", TypeAdapter(kind)) for name, kind in sorted(self._kinds.items())
         ]

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, hide_input_in_errors=True
+    )
 
 
 def _text_or_list(value: Any) -> str | None:
@@ -42,11 +44,15 @@ class OtherPart(_Body):
 
 ContentPart = Annotated[
     Annotated[TextPart, Tag("<text_part>")] | Annotated[OtherPart, Tag("<other_part>")],
-    Discriminator(_content_part, custom_error_type="content_part", custom_error_message="an object with type 'text'"),
+    Discriminator(
+        _content_part, custom_error_type="content_part", custom_error_message="an object with type 'text'"
+    ),
 ]
 Content = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Tag("<list>")],
-    Discriminator(_text_or_list, custom_error_type="content", custom_error_message="a string or an array of text parts"),
+    Discriminator(
+        _text_or_list, custom_error_type="content", custom_error_message="a string or an array of text parts"
+    ),
 ]
 
 
@@ -55,7 +61,9 @@ class FunctionCall(_Body):
 
     name: str
     arguments: str = ""
-    parsed_arguments: object = Field(default=None, description="Ignored; openai's `parse` and `stream` helpers add it.")
+    parsed_arguments: object = Field(
+        default=None, description="Ignored; openai's `parse` and `stream` helpers add it."
+    )
 
 
 class AssistantToolCall(_Body):
@@ -78,7 +86,9 @@ class Message(_Body):
     thinking: str | None = None
     tool_calls: list[AssistantToolCall] | None = None
     tool_call_id: str | None = None
-    refusal: str | None = Field(default=None, description="Read as the message's text where it has no content.")
+    refusal: str | None = Field(
+        default=None, description="Read as the message's text where it has no content."
+    )
     annotations: list[object] | None = Field(default=None, description="Ignored.")
     audio: None = None
     function_call: None = Field(default=None, description="Removed by OpenAI; use tool_calls.")
@@ -91,7 +101,9 @@ class Function(_Body):
     name: str
     description: str | None = None
     parameters: dict[str, object] | None = None
-    strict: bool | None = Field(default=None, description="Accepted; arguments are not yet constrained to the schema.")
+    strict: bool | None = Field(
+        default=None, description="Accepted; arguments are not yet constrained to the schema."
+    )
 
 
 class Tool(_Body):
@@ -117,11 +129,18 @@ class NamedToolChoice(_Body):
 def _choice_kind(value: Any) -> str | None:
     if isinstance(value, dict):
         return "<named>" if value.get("type") == "function" else None
-    return "<named>" if isinstance(value, NamedToolChoice) else "<word>" if value in ("auto", "none", "required") else None
+    return (
+        "<named>"
+        if isinstance(value, NamedToolChoice)
+        else "<word>"
+        if value in ("auto", "none", "required")
+        else None
+    )
 
 
 ToolChoice = Annotated[
-    Annotated[Literal["auto", "none", "required"], Tag("<word>")] | Annotated[NamedToolChoice, Tag("<named>")],
+    Annotated[Literal["auto", "none", "required"], Tag("<word>")]
+    | Annotated[NamedToolChoice, Tag("<named>")],
     Discriminator(_choice_kind, custom_error_type="tool_choice", custom_error_message="'auto' or 'none'"),
 ]
 
@@ -157,7 +176,9 @@ class ChatTemplateKwargs(_Body):
 
 Stop = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[StrictStr], Tag("<list>")],
-    Discriminator(_text_or_list, custom_error_type="stop", custom_error_message="a string or an array of strings"),
+    Discriminator(
+        _text_or_list, custom_error_type="stop", custom_error_message="a string or an array of strings"
+    ),
 ]
 
 
@@ -173,7 +194,9 @@ class SamplingFields(_Body):
     presence_penalty: float | None = Field(default=None, description="-2 to 2.")
     frequency_penalty: float | None = Field(default=None, description="-2 to 2.")
     repetition_penalty: float | None = Field(default=None, description="0.01 to 100.")
-    logit_bias: dict[str, float] | None = Field(default=None, description="Token id to a bias of -100 to 100.")
+    logit_bias: dict[str, float] | None = Field(
+        default=None, description="Token id to a bias of -100 to 100."
+    )
     seed: int | None = None
     stop: Stop | None = None
     stop_token_ids: list[int] | None = None
@@ -192,13 +215,19 @@ class ChatCompletionRequest(SamplingFields):
     messages: list[Message]
     max_completion_tokens: int | None = None
     tools: list[Tool] | None = None
-    tool_choice: ToolChoice | None = Field(default=None, description="'auto' or 'none'; forced calls are not offered yet.")
+    tool_choice: ToolChoice | None = Field(
+        default=None, description="'auto' or 'none'; forced calls are not offered yet."
+    )
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, description="0 to 20.")
-    reasoning_effort: str | None = Field(default=None, description="low, medium or high; minimal counts as low.")
+    reasoning_effort: str | None = Field(
+        default=None, description="low, medium or high; minimal counts as low."
+    )
     reasoning: Reasoning | None = None
-    include_reasoning: bool | None = Field(default=None, description="False leaves the reasoning out of the answer.")
+    include_reasoning: bool | None = Field(
+        default=None, description="False leaves the reasoning out of the answer."
+    )
     chat_template_kwargs: ChatTemplateKwargs | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
@@ -219,7 +248,13 @@ def _prompt_kind(value: Any) -> str | None:
     if not isinstance(value, list):
         return None
     first = value[0] if value else ""
-    return "<texts>" if isinstance(first, str) else "<ids>" if isinstance(first, int) and not isinstance(first, bool) else "<id_lists>"
+    return (
+        "<texts>"
+        if isinstance(first, str)
+        else "<ids>"
+        if isinstance(first, int) and not isinstance(first, bool)
+        else "<id_lists>"
+    )
 
 
 Prompt = Annotated[
@@ -227,7 +262,11 @@ Prompt = Annotated[
     | Annotated[list[StrictStr], Tag("<texts>")]
     | Annotated[list[int], Tag("<ids>")]
     | Annotated[list[list[int]], Tag("<id_lists>")],
-    Discriminator(_prompt_kind, custom_error_type="prompt", custom_error_message="a string, token ids, or an array of either"),
+    Discriminator(
+        _prompt_kind,
+        custom_error_type="prompt",
+        custom_error_message="a string, token ids, or an array of either",
+    ),
 ]
 
 
@@ -237,7 +276,9 @@ class CompletionRequest(SamplingFields):
     prompt: Prompt
     logprobs: int | None = Field(default=None, description="0 to 20.")
     echo: bool | None = None
-    add_special_tokens: bool | None = Field(default=None, description="No effect: the gpt-oss tokenizer adds none.")
+    add_special_tokens: bool | None = Field(
+        default=None, description="No effect: the gpt-oss tokenizer adds none."
+    )
     skip_special_tokens: bool | None = Field(default=None, description="True by default.")
     best_of: int | None = Field(default=None, description="Only as n.")
     suffix: str | None = Field(default=None, description="Not offered.")
@@ -252,7 +293,9 @@ class TokenizeRequest(_Body):
     tools: list[Tool] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
-    add_special_tokens: bool | None = Field(default=None, description="No effect: the gpt-oss tokenizer adds none.")
+    add_special_tokens: bool | None = Field(
+        default=None, description="No effect: the gpt-oss tokenizer adds none."
+    )
     add_generation_prompt: Literal[True] | None = None
     return_token_strs: bool | None = None
 

@@ -86,7 +86,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises Cancelled if the client leaves, the generation's error after it has been sent."""
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
             failure = await _race(self._send_all(send), _gone(receive))
         finally:
             # First the engines' calls, then the generator over them.
@@ -104,9 +106,17 @@ class EventStream(Response):
             raise
         except OSError as error:
             raise Cancelled("The client left.") from error
-        except Exception as error:  # the request's edge: told to the client in the stream, to the log where it is not ours
+        except (
+            Exception
+        ) as error:  # the request's edge: told to the client in the stream, to the log where it is not ours
             failure = errors.as_cantata_error(error, self._request_id)
-            await send({"type": "http.response.body", "body": b"data: " + errors.body(failure) + b"\n\n", "more_body": True})
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": b"data: " + errors.body(failure) + b"\n\n",
+                    "more_body": True,
+                }
+            )
         await send({"type": "http.response.body", "body": DONE, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return failure

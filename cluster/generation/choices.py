@@ -69,9 +69,13 @@ class _EventLog:
         self._joined_ids += self._token_ids
         self._token_ids.clear()
 
-    def finish(self, reason: FinishReason, stop_reason: str | int | None, logprobs: Sequence[TokenLogprob]) -> None:
+    def finish(
+        self, reason: FinishReason, stop_reason: str | int | None, logprobs: Sequence[TokenLogprob]
+    ) -> None:
         self._close()
-        self._events.append(ChoiceFinish(self._index, reason, stop_reason, tuple(logprobs), tuple(self._token_ids)))
+        self._events.append(
+            ChoiceFinish(self._index, reason, stop_reason, tuple(logprobs), tuple(self._token_ids))
+        )
         self._token_ids.clear()
 
     def take(self) -> list[ChoiceEvent]:
@@ -82,7 +86,9 @@ class _EventLog:
     def _close(self) -> None:
         if self._joined is not None:
             delta = _with_text(self._joined, "".join(self._texts))
-            self._events.append(ChoiceDelta(self._index, delta, tuple(self._joined_logprobs), tuple(self._joined_ids)))
+            self._events.append(
+                ChoiceDelta(self._index, delta, tuple(self._joined_logprobs), tuple(self._joined_ids))
+            )
             self._joined = None
             self._texts.clear()
             self._joined_logprobs.clear()
@@ -150,12 +156,18 @@ class ChatChoice:
         for position, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
             self._log.token(token_id)
-            if output.stop_token_id == token_id and position == len(output.token_ids) - 1 and self._encoding.token_bytes(token_id):
+            if (
+                output.stop_token_id == token_id
+                and position == len(output.token_ids) - 1
+                and self._encoding.token_bytes(token_id)
+            ):
                 break  # a stop token that the client named ends the turn and is no part of its text
             before = self._num_parsed
             deltas = self._parser.push(token_id)
             if output.logprobs and self._parser.part == "text":
-                self._pending.append(token_logprob(self._encoding, token_id, output.logprobs[position], before))
+                self._pending.append(
+                    token_logprob(self._encoding, token_id, output.logprobs[position], before)
+                )
             for delta in deltas:
                 self._take(delta)
                 if self.finished:
@@ -183,7 +195,9 @@ class ChatChoice:
                 return
             if delta.name is not None:
                 self._has_calls = True
-                delta = ToolCallDelta(delta.call_index, delta.name, delta.arguments, f"call_{uuid.uuid4().hex[:24]}")
+                delta = ToolCallDelta(
+                    delta.call_index, delta.name, delta.arguments, f"call_{uuid.uuid4().hex[:24]}"
+                )
         self._log.delta(delta)
 
     def _show(self, text: str) -> None:
@@ -228,7 +242,13 @@ class CompletionChoice:
     repairs: Mapping[Repair, int] = {}
 
     def __init__(
-        self, index: int, encoding: HarmonyEncoding, stop: Sequence[str] = (), *, echo: str = "", skip_special_tokens: bool = True
+        self,
+        index: int,
+        encoding: HarmonyEncoding,
+        stop: Sequence[str] = (),
+        *,
+        echo: str = "",
+        skip_special_tokens: bool = True,
     ) -> None:
         self.num_tokens = 0
         self.num_cached_tokens = 0
@@ -252,7 +272,9 @@ class CompletionChoice:
             self.num_tokens += 1
             self._log.token(token_id)
             if output.logprobs:
-                self._pending.append(token_logprob(self._encoding, token_id, output.logprobs[position], self._num_decoded))
+                self._pending.append(
+                    token_logprob(self._encoding, token_id, output.logprobs[position], self._num_decoded)
+                )
             if output.stop_token_id == token_id and position == len(output.token_ids) - 1:
                 break
             self._take(self._text_of(token_id))
@@ -264,7 +286,11 @@ class CompletionChoice:
 
     def _text_of(self, token_id: int) -> str:
         if token_id in self._encoding.special_ids:
-            name = "" if self._skip_special_tokens else self._encoding.decode([token_id], skip_special_tokens=False)
+            name = (
+                ""
+                if self._skip_special_tokens
+                else self._encoding.decode([token_id], skip_special_tokens=False)
+            )
             return self._decoder.flush() + name
         return self._decoder.push(token_id)
 
@@ -290,14 +316,19 @@ class CompletionChoice:
         if self._stop is not None:
             self._show(self._stop.flush())
         own_end = output.stop_token_id is None or output.stop_token_id in self._encoding.stop_token_ids
-        self._finish("length" if output.finish_reason == "length" else "stop", None if own_end else output.stop_token_id)
+        self._finish(
+            "length" if output.finish_reason == "length" else "stop",
+            None if own_end else output.stop_token_id,
+        )
 
     def _finish(self, reason: FinishReason, stop_reason: str | int | None) -> None:
         self.finished = True
         self._log.finish(reason, stop_reason, self._pending)
 
 
-def token_logprob(encoding: HarmonyEncoding, token_id: int, logprobs: TokenLogprobs, text_offset: int) -> TokenLogprob:
+def token_logprob(
+    encoding: HarmonyEncoding, token_id: int, logprobs: TokenLogprobs, text_offset: int
+) -> TokenLogprob:
     """The engine's numbers with the tokens' texts."""
     top = tuple(_candidate(encoding, other, logprob) for other, logprob in logprobs.top)
     return TokenLogprob(_candidate(encoding, token_id, logprobs.logprob), text_offset, top)

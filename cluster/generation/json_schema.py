@@ -71,7 +71,9 @@ _ANCHOR_NAME = ("a name", _is_anchor)
 
 _VALUES: dict[str, tuple[str, Callable[[object], bool]]] = {
     **dict.fromkeys(("$ref", "$dynamicRef", "$recursiveRef", "$schema", "$comment"), _TEXT),
-    **dict.fromkeys(("title", "description", "format", "contentEncoding", "contentMediaType", "pattern"), _TEXT),
+    **dict.fromkeys(
+        ("title", "description", "format", "contentEncoding", "contentMediaType", "pattern"), _TEXT
+    ),
     **dict.fromkeys(("$anchor", "$dynamicAnchor", "$recursiveAnchor"), _ANCHOR_NAME),
     **dict.fromkeys(("maximum", "exclusiveMaximum", "minimum", "exclusiveMinimum"), _NUMBER),
     **dict.fromkeys(("maxLength", "minLength", "maxItems", "minItems", "maxContains", "minContains"), _COUNT),

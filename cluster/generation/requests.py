@@ -104,49 +104,79 @@ def check_chat(request: ChatRequest) -> None:
         InvalidRequest: with `param`.
     """
     if len(request.tools) > MAX_TOOLS:
-        raise InvalidRequest(f"tools has {len(request.tools)} entries, at most {MAX_TOOLS} are allowed.", "tools")
+        raise InvalidRequest(
+            f"tools has {len(request.tools)} entries, at most {MAX_TOOLS} are allowed.", "tools"
+        )
     schemas = SchemaCheck()
     for index, tool in enumerate(request.tools):
         problem = None if tool.parameters is None else schemas.problem(tool.parameters)
         if problem:
-            raise InvalidRequest(f"tools[{index}].function.parameters {problem}.", f"tools[{index}].function.parameters")
+            raise InvalidRequest(
+                f"tools[{index}].function.parameters {problem}.", f"tools[{index}].function.parameters"
+            )
     if request.current_date is not None:
         try:
             datetime.date.fromisoformat(request.current_date)
         except ValueError:
-            raise InvalidRequest("current_date must be a date written YYYY-MM-DD.", "chat_template_kwargs.current_date") from None
+            raise InvalidRequest(
+                "current_date must be a date written YYYY-MM-DD.", "chat_template_kwargs.current_date"
+            ) from None
 
 
-def check_generation(sampling: SamplingParams, stop: Sequence[str], model: ModelInfo, names: FieldNames, *, num_prompts: int = 1) -> None:
+def check_generation(
+    sampling: SamplingParams,
+    stop: Sequence[str],
+    model: ModelInfo,
+    names: FieldNames,
+    *,
+    num_prompts: int = 1,
+) -> None:
     """Refuse sampling parameters and stop strings outside their ranges.
 
     Raises:
         InvalidRequest: with `param`.
     """
     if sampling.max_tokens is not None and sampling.max_tokens < 1:
-        raise InvalidRequest(f"{names.max_tokens} must be at least 1, got {sampling.max_tokens}.", names.max_tokens)
+        raise InvalidRequest(
+            f"{names.max_tokens} must be at least 1, got {sampling.max_tokens}.", names.max_tokens
+        )
     if sampling.logprobs is not None and not 0 <= sampling.logprobs <= MAX_LOGPROBS:
-        raise InvalidRequest(f"{names.logprobs} must be 0 to {MAX_LOGPROBS}, got {sampling.logprobs}.", names.logprobs)
+        raise InvalidRequest(
+            f"{names.logprobs} must be 0 to {MAX_LOGPROBS}, got {sampling.logprobs}.", names.logprobs
+        )
     if num_prompts > MAX_CHOICES:
-        raise InvalidRequest(f"prompt has {num_prompts} entries, at most {MAX_CHOICES} are allowed; send several requests.", "prompt")
+        raise InvalidRequest(
+            f"prompt has {num_prompts} entries, at most {MAX_CHOICES} are allowed; send several requests.",
+            "prompt",
+        )
     if not 1 <= sampling.n * num_prompts <= MAX_CHOICES:
         each = "n" if num_prompts == 1 else f"n times the {num_prompts} prompts"
         raise InvalidRequest(f"{each} must be 1 to {MAX_CHOICES}, got {sampling.n * num_prompts}.", "n")
     if sampling.temperature > MAX_TEMPERATURE:
-        raise InvalidRequest(f"temperature must be 0 to {MAX_TEMPERATURE:g}, got {sampling.temperature:g}.", "temperature")
+        raise InvalidRequest(
+            f"temperature must be 0 to {MAX_TEMPERATURE:g}, got {sampling.temperature:g}.", "temperature"
+        )
     low, high = REPETITION_PENALTY_RANGE
     if not low <= sampling.repetition_penalty <= high:
-        raise InvalidRequest(f"repetition_penalty must be {low:g} to {high:g}, got {sampling.repetition_penalty:g}.", "repetition_penalty")
+        raise InvalidRequest(
+            f"repetition_penalty must be {low:g} to {high:g}, got {sampling.repetition_penalty:g}.",
+            "repetition_penalty",
+        )
     if sampling.seed is not None and not -(2 ** (_SEED_BITS - 1)) <= sampling.seed < 2**_SEED_BITS:
         raise InvalidRequest(f"seed must fit in {_SEED_BITS} bits, got {sampling.seed}.", "seed")
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
-        raise InvalidRequest(f"min_tokens {sampling.min_tokens} is more than {names.max_tokens} {sampling.max_tokens}.", "min_tokens")
+        raise InvalidRequest(
+            f"min_tokens {sampling.min_tokens} is more than {names.max_tokens} {sampling.max_tokens}.",
+            "min_tokens",
+        )
     check_sampling(replace(sampling, max_tokens=None, logprobs=None, seed=None), model.vocab_size)
     if len(stop) > MAX_STOP_STRINGS:
         raise InvalidRequest(f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed.", "stop")
     for index, text in enumerate(stop):
         if not 1 <= len(text) <= MAX_STOP_CHARS:
-            raise InvalidRequest(f"stop[{index}] must be 1 to {MAX_STOP_CHARS} characters, got {len(text)}.", f"stop[{index}]")
+            raise InvalidRequest(
+                f"stop[{index}] must be 1 to {MAX_STOP_CHARS} characters, got {len(text)}.", f"stop[{index}]"
+            )
 
 
 def check_token_ids(ids: Sequence[int], model: ModelInfo, param: str) -> None:
@@ -157,4 +187,6 @@ def check_token_ids(ids: Sequence[int], model: ModelInfo, param: str) -> None:
     """
     if ids and not (min(ids) >= 0 and max(ids) < model.vocab_size):
         wrong = next(token_id for token_id in ids if not 0 <= token_id < model.vocab_size)
-        raise InvalidRequest(f"{param} has token id {wrong}; this model's ids are 0 to {model.vocab_size - 1}.", param)
+        raise InvalidRequest(
+            f"{param} has token id {wrong}; this model's ids are 0 to {model.vocab_size - 1}.", param
+        )

@@ -89,7 +89,9 @@ class GenerationService:
         release = self._admit(request.sampling.n)
         try:
             prompt = tuple(await self.render_chat(request))
-            sampling = self._complete_sampling(request.sampling, len(prompt), request.names, "messages", default_max_tokens=None)
+            sampling = self._complete_sampling(
+                request.sampling, len(prompt), request.names, "messages", default_max_tokens=None
+            )
             id = f"chatcmpl-{request_id or uuid.uuid4().hex}"
             jobs = [
                 Job(
@@ -116,25 +118,40 @@ class GenerationService:
         self.check_model(request.model)
         if not request.prompts:
             raise InvalidRequest("prompt must not be an empty list.", "prompt")
-        check_generation(request.sampling, request.stop, self.model, request.names, num_prompts=len(request.prompts))
+        check_generation(
+            request.sampling, request.stop, self.model, request.names, num_prompts=len(request.prompts)
+        )
         release = self._admit(request.sampling.n * len(request.prompts))
         try:
             several = len(request.prompts) > 1
             places = [f"prompt[{index}]" if several else "prompt" for index in range(len(request.prompts))]
-            prompts = [await self._prompt_ids(prompt, place) for prompt, place in zip(request.prompts, places, strict=True)]
+            prompts = [
+                await self._prompt_ids(prompt, place)
+                for prompt, place in zip(request.prompts, places, strict=True)
+            ]
             id = f"cmpl-{request_id or uuid.uuid4().hex}"
             jobs = []
             for prompt_index, prompt in enumerate(prompts):
                 sampling = self._complete_sampling(
-                    request.sampling, len(prompt), request.names, places[prompt_index], default_max_tokens=DEFAULT_COMPLETION_TOKENS
+                    request.sampling,
+                    len(prompt),
+                    request.names,
+                    places[prompt_index],
+                    default_max_tokens=DEFAULT_COMPLETION_TOKENS,
                 )
                 echo = self._echo_text(request, prompt_index, prompt)
                 for offset in range(sampling.n):
                     index = prompt_index * sampling.n + offset
                     choice = CompletionChoice(
-                        index, self.encoding, request.stop, echo=echo, skip_special_tokens=request.skip_special_tokens
+                        index,
+                        self.encoding,
+                        request.stop,
+                        echo=echo,
+                        skip_special_tokens=request.skip_special_tokens,
                     )
-                    jobs.append(Job(_engine_request(f"{id}-{index}", prompt, sampling, offset), choice, prompt_index))
+                    jobs.append(
+                        Job(_engine_request(f"{id}-{index}", prompt, sampling, offset), choice, prompt_index)
+                    )
         except BaseException:
             release()
             raise
@@ -170,7 +187,9 @@ class GenerationService:
             InvalidRequest: an id that the model does not have.
         """
         check_token_ids(token_ids, self.model, "tokens")
-        return await self._threads.run(len(token_ids), lambda: self.encoding.decode(token_ids, skip_special_tokens=False))
+        return await self._threads.run(
+            len(token_ids), lambda: self.encoding.decode(token_ids, skip_special_tokens=False)
+        )
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """How each token is shown by itself."""
@@ -195,7 +214,9 @@ class GenerationService:
             ModelNotFound: and says which one is served.
         """
         if name is not None and name != self.model.id:
-            raise ModelNotFound(f"The model {name[:100]!r} does not exist; this server has {self.model.id!r}.")
+            raise ModelNotFound(
+                f"The model {name[:100]!r} does not exist; this server has {self.model.id!r}."
+            )
 
     async def ready(self) -> bool:
         """Whether some replica answers and takes requests."""
@@ -217,7 +238,9 @@ class GenerationService:
             self._fleet.wanted_replicas(len(known) + len(missing)),
             asyncio.gather(*(self._scrape(replica) for replica in known)),
         )
-        return merge([*gateways, *engines, *(Scrape("engine", replica_id, None) for replica_id in missing)], wanted)
+        return merge(
+            [*gateways, *engines, *(Scrape("engine", replica_id, None) for replica_id in missing)], wanted
+        )
 
     async def close(self) -> None:
         """Close the connections to engines; what still runs ends with an error."""
@@ -227,7 +250,9 @@ class GenerationService:
     def _admit(self, num_choices: int) -> Callable[[], None]:
         limit = self._limits.max_in_flight_requests
         if num_choices > limit:
-            raise InvalidRequest(f"n asks for {num_choices} choices at once; this server takes on {limit} at most.", "n")
+            raise InvalidRequest(
+                f"n asks for {num_choices} choices at once; this server takes on {limit} at most.", "n"
+            )
         if self._num_in_flight + num_choices > limit:
             raise Overloaded("The server has as many requests as it takes on; try again in a moment.")
         self._num_in_flight += num_choices
@@ -240,7 +265,12 @@ class GenerationService:
         return release
 
     async def _begin(
-        self, id: str, prompts: Sequence[tuple[int, ...]], jobs: Sequence[Job], arrived: float, release: Callable[[], None]
+        self,
+        id: str,
+        prompts: Sequence[tuple[int, ...]],
+        jobs: Sequence[Job],
+        arrived: float,
+        release: Callable[[], None],
     ) -> Generation:
         timeout_s = self._limits.request_timeout_s
         generation = Generation(
@@ -294,10 +324,20 @@ class GenerationService:
         if not request.echo:
             return ""
         prompt = request.prompts[prompt_index]
-        return prompt if isinstance(prompt, str) else self.encoding.decode(ids, skip_special_tokens=request.skip_special_tokens)
+        return (
+            prompt
+            if isinstance(prompt, str)
+            else self.encoding.decode(ids, skip_special_tokens=request.skip_special_tokens)
+        )
 
     def _complete_sampling(
-        self, sampling: SamplingParams, num_prompt_tokens: int, names: FieldNames, prompt_param: str, *, default_max_tokens: int | None
+        self,
+        sampling: SamplingParams,
+        num_prompt_tokens: int,
+        names: FieldNames,
+        prompt_param: str,
+        *,
+        default_max_tokens: int | None,
     ) -> SamplingParams:
         """Fills in what the client left open, so that engines need no defaults, and checks the length against the context."""
         left = self.model.max_model_len - num_prompt_tokens
@@ -306,7 +346,8 @@ class GenerationService:
             max_tokens = left if default_max_tokens is None else min(default_max_tokens, left)
             if sampling.min_tokens > max_tokens:
                 raise InvalidRequest(
-                    f"min_tokens {sampling.min_tokens} is more than the {max_tokens} tokens to be generated.", "min_tokens"
+                    f"min_tokens {sampling.min_tokens} is more than the {max_tokens} tokens to be generated.",
+                    "min_tokens",
                 )
         elif max_tokens > left:
             raise ContextLengthExceeded(

@@ -26,7 +26,9 @@ class ModelInfo:
     @classmethod
     def from_engine(cls, info: EngineInfo, id: str | None = None, created_unix_s: int = 0) -> "ModelInfo":
         """What an engine says it serves, under the name `id`, or the checkpoint's own."""
-        return cls(id or info.model_name, info.max_model_len, info.vocab_size, info.model_fingerprint, created_unix_s)
+        return cls(
+            id or info.model_name, info.max_model_len, info.vocab_size, info.model_fingerprint, created_unix_s
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,16 @@ from tokenizers import Tokenizer
 
 from workers.errors import CheckpointError
 
-HARMONY_TOKENS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>", "<|endoftext|>")
+HARMONY_TOKENS = (
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|channel|>",
+    "<|constrain|>",
+    "<|return|>",
+    "<|call|>",
+    "<|endoftext|>",
+)
 
 CHUNK_CHARS = 1 << 17
 """Longer texts are encoded in pieces of about this size, so that memory follows the piece and not the text."""
@@ -28,7 +37,9 @@ def byte_alphabet() -> dict[str, int]:
     other bytes for the characters from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + index): byte for index, byte in enumerate(others)
+    }
 
 
 class HarmonyEncoding:
@@ -53,7 +64,9 @@ class HarmonyEncoding:
         special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         missing = [name for name in HARMONY_TOKENS if name not in special_ids]
         if missing:
-            raise CheckpointError(f"{source} has no special token {missing[0]}: it is not the tokenizer of a gpt-oss model.")
+            raise CheckpointError(
+                f"{source} has no special token {missing[0]}: it is not the tokenizer of a gpt-oss model."
+            )
         self.start = special_ids["<|start|>"]
         self.end = special_ids["<|end|>"]
         self.message = special_ids["<|message|>"]
@@ -66,7 +79,9 @@ class HarmonyEncoding:
         self.special_ids = frozenset(special_ids.values())
         self._special_by_name = special_ids
         self._name_by_special = {token_id: name for name, token_id in special_ids.items()}
-        unusual = sorted((name for name in special_ids if not _USUAL_SPECIAL.fullmatch(name)), key=len, reverse=True)
+        unusual = sorted(
+            (name for name in special_ids if not _USUAL_SPECIAL.fullmatch(name)), key=len, reverse=True
+        )
         self._special_pattern = re.compile("|".join([_USUAL_SPECIAL.pattern, *map(re.escape, unusual)]))
         self._bytes_of = _bytes_of_tokens(tokenizer, source)
         self.vocab_size = len(self._bytes_of)
@@ -91,7 +106,9 @@ class HarmonyEncoding:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.") from error
+            raise CheckpointError(
+                f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}."
+            ) from error
         try:
             tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the binding raises bare Exception for whatever is wrong with the file
@@ -147,7 +164,9 @@ class HarmonyEncoding:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Special tokens are left out, or spelled with their names."""
         names = {} if skip_special_tokens else self._name_by_special
-        return b"".join(names[i].encode() if i in names else self.token_bytes(i) for i in ids).decode("utf-8", "replace")
+        return b"".join(names[i].encode() if i in names else self.token_bytes(i) for i in ids).decode(
+            "utf-8", "replace"
+        )
 
     def _encode_chunk(self, text: str) -> list[int]:
         # encode_batch_fast, because it releases the GIL (encode does not) and computes no offsets.

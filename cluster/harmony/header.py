@@ -83,7 +83,9 @@ class MessageHeader:
         return "reasoning" if self.channel == "analysis" else "text"
 
 
-def read_header(segments: Sequence[Segment], tools: Collection[str] | None, repairs: Counter[Repair]) -> MessageHeader:
+def read_header(
+    segments: Sequence[Segment], tools: Collection[str] | None, repairs: Counter[Repair]
+) -> MessageHeader:
     """Reads the header text behind the role.
 
     Args:
@@ -112,9 +114,9 @@ def read_header(segments: Sequence[Segment], tools: Collection[str] | None, repa
             elif match := _BARE_RECIPIENT.match(segment.text, position):
                 recipients.append(match.group(1))
                 repairs["recipient_without_to"] += 1
-            elif match := (_ANY_WORD if segment.kind == "constrain" and content_type is None else _CONTENT_TYPE).match(
-                segment.text, position
-            ):
+            elif match := (
+                _ANY_WORD if segment.kind == "constrain" and content_type is None else _CONTENT_TYPE
+            ).match(segment.text, position):
                 content_type = content_type or match.group(1)
             else:
                 leftovers.append(segment.text[position:].lstrip())

@@ -82,7 +82,9 @@ def write_bpe_tokenizer(path: Path, vocab_size: int = 2048) -> None:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     num_text_tokens = tokenizer.get_vocab_size()
-    reserved = [f"<|reserved_{token_id}|>" for token_id in range(num_text_tokens, vocab_size - len(FORMAT_TOKENS))]
+    reserved = [
+        f"<|reserved_{token_id}|>" for token_id in range(num_text_tokens, vocab_size - len(FORMAT_TOKENS))
+    ]
     _add_specials(tokenizer, [*reserved, *FORMAT_TOKENS])
     _save(tokenizer, path)
 
@@ -101,7 +103,9 @@ def write_harmony_tokenizer(path: Path, progress: Progress | None = None) -> Non
     try:
         from openai_harmony import load_harmony_encoding
     except ModuleNotFoundError as error:
-        raise ConfigError("The gpt-oss vocabulary needs the package oss-harmony: pip install 'cantata[harmony]'.") from error
+        raise ConfigError(
+            "The gpt-oss vocabulary needs the package oss-harmony: pip install 'cantata[harmony]'."
+        ) from error
     report("reading the gpt-oss vocabulary")
     ranks = _text_ranks(load_harmony_encoding("HarmonyGptOss"))
     report("reconstructing the merges")

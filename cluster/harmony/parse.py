@@ -136,7 +136,9 @@ class HarmonyParser:
             deltas: list[Delta] = []
         else:
             in_header = self._state is not _State.BODY
-            deltas = self._leave(called=token_id == encoding.call) if in_header else self._close_body(token_id)
+            deltas = (
+                self._leave(called=token_id == encoding.call) if in_header else self._close_body(token_id)
+            )
         if token_id == encoding.endoftext:
             self.repairs["end_of_text"] += 1
         if token_id != encoding.end:

@@ -43,7 +43,9 @@ def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: in
     last_final = _last_final(conversation.messages)
     developer = _developer_text(conversation)
     if max_tokens is not None:
-        _check_size(len(developer), conversation, last_final, max_tokens * encoding.max_token_bytes, max_tokens)
+        _check_size(
+            len(developer), conversation, last_final, max_tokens * encoding.max_token_bytes, max_tokens
+        )
     writer = _Writer(encoding, max_tokens)
     writer.message("system", _system_text(conversation))
     if developer:
@@ -60,12 +62,16 @@ def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: in
     return writer.finish()
 
 
-def _check_size(num_developer_chars: int, conversation: Conversation, last_final: int, max_chars: int, max_tokens: int) -> None:
+def _check_size(
+    num_developer_chars: int, conversation: Conversation, last_final: int, max_chars: int, max_tokens: int
+) -> None:
     """Refuse a prompt whose text is too long whatever its tokens are. Counts what is written, and only that."""
     num_chars = num_developer_chars
     for index, message in enumerate(conversation.messages):
         if message.role in ("user", "assistant", "tool"):
-            num_chars += len(message.content) + sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
+            num_chars += len(message.content) + sum(
+                len(call.name) + len(call.arguments) for call in message.tool_calls
+            )
         if message.role == "assistant" and index > last_final:
             num_chars += len(message.reasoning or "")
     if num_chars > max_chars:
@@ -103,14 +109,22 @@ class _Writer:
     def tool_call(self, call: ToolCall) -> None:
         encoding = self._encoding
         self._header("assistant", "commentary")
-        self._ids += (*encoding.encode(f" to=functions.{call.name}"), *encoding.encode_literal(" "), encoding.constrain)
+        self._ids += (
+            *encoding.encode(f" to=functions.{call.name}"),
+            *encoding.encode_literal(" "),
+            encoding.constrain,
+        )
         self._ids += encoding.encode_literal("json")
         self._body(call.arguments, encoding.call)
 
     def tool_result(self, name: str, content: str) -> None:
         encoding = self._encoding
         self._ids += (encoding.start, *encoding.encode(f"functions.{name}"))
-        self._ids += (encoding.channel, *encoding.encode_literal("commentary"), *encoding.encode_literal(" to=assistant"))
+        self._ids += (
+            encoding.channel,
+            *encoding.encode_literal("commentary"),
+            *encoding.encode_literal(" to=assistant"),
+        )
         self._body(content, encoding.end)
 
     def finish(self) -> list[int]:
@@ -124,7 +138,11 @@ class _Writer:
             self._ids += (self._encoding.channel, *self._encoding.encode_literal(channel))
 
     def _named_header(self, role: str, name: str) -> None:
-        self._ids += (self._encoding.start, *self._encoding.encode_literal(role), *self._encoding.encode(f":{name}"))
+        self._ids += (
+            self._encoding.start,
+            *self._encoding.encode_literal(role),
+            *self._encoding.encode(f":{name}"),
+        )
 
     def _body(self, content: str, end: int) -> None:
         self._ids.append(self._encoding.message)
@@ -150,7 +168,11 @@ def _write_assistant(writer: _Writer, message: ChatMessage, keep_reasoning: bool
 
 def _is_final(message: ChatMessage) -> bool:
     """Whether the message ends a turn: not one that calls tools, and not one that was cut off while it reasoned."""
-    return message.role == "assistant" and not message.tool_calls and bool(message.content or not message.reasoning)
+    return (
+        message.role == "assistant"
+        and not message.tool_calls
+        and bool(message.content or not message.reasoning)
+    )
 
 
 def _last_final(messages: tuple[ChatMessage, ...]) -> int:
@@ -180,13 +202,18 @@ def _match_results(messages: tuple[ChatMessage, ...]) -> dict[int, _Call]:
     called: dict[int, _Call] = {}
     for index, message in enumerate(messages):
         if message.tool_calls and message.role != "assistant":
-            raise InvalidRequest(f"messages[{index}].tool_calls: only an assistant message has calls.", f"messages[{index}].tool_calls")
+            raise InvalidRequest(
+                f"messages[{index}].tool_calls: only an assistant message has calls.",
+                f"messages[{index}].tool_calls",
+            )
         for position, call in enumerate(message.tool_calls):
             _check_call(call, open_calls, f"messages[{index}].tool_calls[{position}]")
             open_calls[call.id] = _Call(number, call.name)
             number += 1
         if message.role == "tool":
-            called[index] = _take_call(message.tool_call_id, open_calls, answered, f"messages[{index}].tool_call_id")
+            called[index] = _take_call(
+                message.tool_call_id, open_calls, answered, f"messages[{index}].tool_call_id"
+            )
     return called
 
 
@@ -194,10 +221,14 @@ def _check_call(call: ToolCall, open_calls: dict[str, _Call], param: str) -> Non
     if not call.id:
         raise InvalidRequest(f"{param}.id is missing: a result could not name the call.", f"{param}.id")
     if call.id in open_calls:
-        raise InvalidRequest(f"{param}.id: an earlier call without a result has the same id {call.id!r}.", f"{param}.id")
+        raise InvalidRequest(
+            f"{param}.id: an earlier call without a result has the same id {call.id!r}.", f"{param}.id"
+        )
     if not _CALLED_NAME.fullmatch(call.name):
         param = f"{param}.function.name"
-        raise InvalidRequest(f"{param} must have 1 to 128 characters, without blanks and without < > and |.", param)
+        raise InvalidRequest(
+            f"{param} must have 1 to 128 characters, without blanks and without < > and |.", param
+        )
 
 
 def _take_call(call_id: str | None, open_calls: dict[str, _Call], answered: set[str], param: str) -> _Call:
@@ -205,7 +236,11 @@ def _take_call(call_id: str | None, open_calls: dict[str, _Call], answered: set[
         raise InvalidRequest(f"{param} is missing: a tool message names the call that it answers.", param)
     call = open_calls.pop(call_id, None)
     if call is None:
-        reason = "this call already has a result" if call_id in answered else "no earlier assistant message has a call with this id"
+        reason = (
+            "this call already has a result"
+            if call_id in answered
+            else "no earlier assistant message has a call with this id"
+        )
         raise InvalidRequest(f"{param} is {call_id!r}, but {reason}.", param)
     answered.add(call_id)
     return call
@@ -226,9 +261,13 @@ def _check_tools(tools: tuple[ToolDefinition, ...]) -> None:
     for index, tool in enumerate(tools):
         param = f"tools[{index}].function"
         if not _TOOL_NAME.fullmatch(tool.name):
-            raise InvalidRequest(f"{param}.name must have 1 to 64 characters out of a-z, A-Z, 0-9, _ and -.", f"{param}.name")
+            raise InvalidRequest(
+                f"{param}.name must have 1 to 64 characters out of a-z, A-Z, 0-9, _ and -.", f"{param}.name"
+            )
         if tool.name in seen:
-            raise InvalidRequest(f"{param}.name: there is already a tool with the name {tool.name!r}.", f"{param}.name")
+            raise InvalidRequest(
+                f"{param}.name: there is already a tool with the name {tool.name!r}.", f"{param}.name"
+            )
         seen.add(tool.name)
         if tool.parameters is not None:
             check_schema(tool.parameters, f"{param}.parameters")
@@ -245,7 +284,9 @@ def _system_text(conversation: Conversation) -> str:
 
 
 def _developer_text(conversation: Conversation) -> str:
-    instructions = [m.content for m in conversation.messages if m.role in ("system", "developer") and m.content]
+    instructions = [
+        m.content for m in conversation.messages if m.role in ("system", "developer") and m.content
+    ]
     sections = ["# Instructions", *instructions] if instructions else []
     if conversation.tools:
         sections += ["# Tools", "\n".join(_namespace_lines(conversation.tools))]
@@ -268,4 +309,7 @@ def _lines(text: str) -> list[str]:
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
-    return [line.removesuffix("\r") if index < len(lines) - 1 or text.endswith("\n") else line for index, line in enumerate(lines)]
+    return [
+        line.removesuffix("\r") if index < len(lines) - 1 or text.endswith("\n") else line
+        for index, line in enumerate(lines)
+    ]

@@ -1,7 +1,10 @@
 """The text on which the demo tokenizer is trained: English, JSON, code and other scripts, so that chats become words, not bytes."""
 
 # Often enough that every word of the format is one token, at the beginning of a text as well as behind a blank.
-_FORMAT_WORDS = "assistant\nanalysis\ncommentary\nfinal\nuser\nsystem\ndeveloper\nfunctions\njson\n to=functions.x\n to=assistant\n" * 12
+_FORMAT_WORDS = (
+    "assistant\nanalysis\ncommentary\nfinal\nuser\nsystem\ndeveloper\nfunctions\njson\n to=functions.x\n to=assistant\n"
+    * 12
+)
 
 CORPUS: tuple[str, ...] = (
     _FORMAT_WORDS,

@@ -27,9 +27,13 @@ def check_schema(schema: object, param: str) -> None:
     """
     _check_nesting(schema, param)
     if not isinstance(schema, Mapping):
-        raise InvalidRequest(f"{param} must be a JSON schema of type object, not {_type_name(schema)}.", param)
+        raise InvalidRequest(
+            f"{param} must be a JSON schema of type object, not {_type_name(schema)}.", param
+        )
     if schema.get("type", "object") != "object":
-        raise InvalidRequest(f'{param}.type must be "object": the arguments of a function are an object.', f"{param}.type")
+        raise InvalidRequest(
+            f'{param}.type must be "object": the arguments of a function are an object.', f"{param}.type"
+        )
     _check_keywords(schema, param)
 
 
@@ -41,14 +45,18 @@ def typescript_type(schema: object, indent: str = "") -> str:
     if variants is not None:
         return "".join(f"\n{indent} | {_variant(variant, indent)}" for variant in variants)
     kind = schema.get("type")
-    union = [("number" if name == "integer" else name) for name in _sequence(kind) or () if isinstance(name, str)]
+    union = [
+        ("number" if name == "integer" else name) for name in _sequence(kind) or () if isinstance(name, str)
+    ]
     if union:
         return " | ".join(union)
     match kind:
         case "object":
             return _object_type(schema, indent)
         case "string":
-            choices = [f'"{value}"' for value in _sequence(schema.get("enum")) or () if isinstance(value, str)]
+            choices = [
+                f'"{value}"' for value in _sequence(schema.get("enum")) or () if isinstance(value, str)
+            ]
             return " | ".join(choices) or "string"
         case "number" | "integer":
             return "number"
@@ -67,7 +75,9 @@ def _object_type(schema: Mapping[str, object], indent: str) -> str:
     properties = schema.get("properties")
     required = {name for name in _sequence(schema.get("required")) or () if isinstance(name, str)}
     for name, value in properties.items() if isinstance(properties, Mapping) else ():
-        lines += _property(name, "" if name in required else "?", value if isinstance(value, Mapping) else {}, indent)
+        lines += _property(
+            name, "" if name in required else "?", value if isinstance(value, Mapping) else {}, indent
+        )
     lines.append(f"{indent}}}")
     return "\n".join(lines)
 
@@ -90,10 +100,14 @@ def _property(name: str, optional: str, schema: Mapping[str, object], indent: st
     return lines
 
 
-def _one_of_property(name: str, optional: str, schema: Mapping[str, object], variants: Sequence[object], indent: str) -> list[str]:
+def _one_of_property(
+    name: str, optional: str, schema: Mapping[str, object], variants: Sequence[object], indent: str
+) -> list[str]:
     lines: list[str] = []
     description = schema.get("description")
-    described_above = isinstance(description, str) and not (variants and _get(variants[0], "description") == description)
+    described_above = isinstance(description, str) and not (
+        variants and _get(variants[0], "description") == description
+    )
     if described_above:
         lines.append(f"{indent}// {description}")
     if "default" in schema:
@@ -174,7 +188,9 @@ def _float_text(value: float) -> str:
 def _check_keywords(schema: Mapping[str, object], param: str) -> None:
     properties = schema.get("properties", {})
     if not isinstance(properties, Mapping):
-        raise InvalidRequest(f"{param}.properties must be an object, not {_type_name(properties)}.", f"{param}.properties")
+        raise InvalidRequest(
+            f"{param}.properties must be an object, not {_type_name(properties)}.", f"{param}.properties"
+        )
     for name, value in properties.items():
         _check_subschema(value, f"{param}.properties.{name}")
     if "items" in schema and not isinstance(schema["items"], (list, tuple)):
@@ -183,12 +199,18 @@ def _check_keywords(schema: Mapping[str, object], param: str) -> None:
         if keyword in schema:
             variants = _sequence(schema[keyword])
             if variants is None:
-                raise InvalidRequest(f"{param}.{keyword} must be an array, not {_type_name(schema[keyword])}.", f"{param}.{keyword}")
+                raise InvalidRequest(
+                    f"{param}.{keyword} must be an array, not {_type_name(schema[keyword])}.",
+                    f"{param}.{keyword}",
+                )
             for index, variant in enumerate(variants):
                 _check_subschema(variant, f"{param}.{keyword}[{index}]")
     for keyword in ("required", "enum"):
         if keyword in schema and _sequence(schema[keyword]) is None:
-            raise InvalidRequest(f"{param}.{keyword} must be an array, not {_type_name(schema[keyword])}.", f"{param}.{keyword}")
+            raise InvalidRequest(
+                f"{param}.{keyword} must be an array, not {_type_name(schema[keyword])}.",
+                f"{param}.{keyword}",
+            )
     kind = schema.get("type", "object")
     names = [kind] if isinstance(kind, str) else _sequence(kind)
     if names is None or not all(isinstance(name, str) for name in names):
@@ -199,7 +221,9 @@ def _check_subschema(schema: object, param: str) -> None:
     if isinstance(schema, Mapping):
         _check_keywords(schema, param)
     elif not isinstance(schema, bool):
-        raise InvalidRequest(f"{param} must be a JSON schema (an object, or true or false), not {_type_name(schema)}.", param)
+        raise InvalidRequest(
+            f"{param} must be a JSON schema (an object, or true or false), not {_type_name(schema)}.", param
+        )
 
 
 def _check_nesting(value: object, param: str) -> None:

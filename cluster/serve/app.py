@@ -87,7 +87,9 @@ def application(config: AppConfig, *, replicas: int = 1, gateways: int = 1) -> s
         max_constructor_retry_count=3,
         logging_config=LoggingConfig(enable_access_log=False),
     )
-    bound: serve.Application = gateway.bind(engine.bind(config.engine, config.engine_host, config.engine_drain_timeout_s), config)
+    bound: serve.Application = gateway.bind(
+        engine.bind(config.engine, config.engine_host, config.engine_drain_timeout_s), config
+    )
     return bound
 
 

@@ -66,14 +66,21 @@ class ServeReplicas(ReplicaSet):
         entries = [(info.replica_id.unique_id, info.replica_metadata) for info in targets.running_replicas]
         self.replace(
             [
-                Replica(replica_id, metadata[ADDRESS_KEY], metadata.get(START_ID_KEY, ""), metadata.get(SECRET_KEY, ""))
+                Replica(
+                    replica_id,
+                    metadata[ADDRESS_KEY],
+                    metadata.get(START_ID_KEY, ""),
+                    metadata.get(SECRET_KEY, ""),
+                )
                 for replica_id, metadata in entries
                 if metadata.get(ADDRESS_KEY)
             ]
         )
         self.report(
             {
-                info.replica_id.unique_id: int(info.routing_stats.get("num_running", 0) + info.routing_stats.get("num_waiting", 0))
+                info.replica_id.unique_id: int(
+                    info.routing_stats.get("num_running", 0) + info.routing_stats.get("num_waiting", 0)
+                )
                 for info in targets.running_replicas
             }
         )
@@ -91,7 +98,9 @@ class ServeFleet:
         context = serve.get_replica_context()
         self._engine = engine.deployment_id
         self._id = context.replica_id.unique_id
-        self._gateways: DeploymentHandle[Any] = serve.get_deployment_handle(context.deployment, context.app_name)
+        self._gateways: DeploymentHandle[Any] = serve.get_deployment_handle(
+            context.deployment, context.app_name
+        )
 
     def page(self, text: str) -> Scrape:
         """Return this gateway's metrics under its id."""
@@ -100,7 +109,9 @@ class ServeFleet:
     async def gateways(self, own: str) -> Sequence[Scrape]:
         """See FleetView. A gateway that does not answer keeps the others from being shown: only `own` is returned then."""
         try:
-            answers = await self._gateways.broadcast("metrics_page").results_async(timeout_s=_PAGE_TIMEOUT_S, return_exceptions=True)
+            answers = await self._gateways.broadcast("metrics_page").results_async(
+                timeout_s=_PAGE_TIMEOUT_S, return_exceptions=True
+            )
         except Exception as error:  # Serve raises what it likes here; a scrape shows what there is
             logger.warning("The other gateways' metrics are missing: %s", type(error).__name__)
             answers = []
@@ -139,13 +150,20 @@ def deployment_options(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     options: dict[str, dict[str, Any]] = {}
     for config in configs.values():
         if config.import_path == BUILDER and config.args == args:
-            options |= {deployment.name: deployment.model_dump(exclude_unset=True) for deployment in config.deployments}
+            options |= {
+                deployment.name: deployment.model_dump(exclude_unset=True)
+                for deployment in config.deployments
+            }
     return options
 
 
 def hard_stop_s() -> float:
     """How long HAProxy keeps streams that began before its last reload, if the nodes were started like this one."""
-    return float(constants.RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S) if constants.RAY_SERVE_ENABLE_HA_PROXY else math.inf
+    return (
+        float(constants.RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S)
+        if constants.RAY_SERVE_ENABLE_HA_PROXY
+        else math.inf
+    )
 
 
 class RefusedCall(Exception):
@@ -157,7 +175,9 @@ class _RefusalFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error.original_exception if isinstance(error, gRPCStatusError) else error, RefusedCall)
+        return not isinstance(
+            error.original_exception if isinstance(error, gRPCStatusError) else error, RefusedCall
+        )
 
 
 def quiet_refusals() -> None:

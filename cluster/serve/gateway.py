@@ -100,11 +100,15 @@ class GatewayReplica:
         """Return this gateway's own metrics, for the gateway that was asked for all of them."""
         return self._fleet.page(self._service.metrics.render())
 
-    async def Chat(self, request: bytes | pb.ChatRequest, grpc_context: RayServegRPCContext) -> pb.ChatResponse:
+    async def Chat(
+        self, request: bytes | pb.ChatRequest, grpc_context: RayServegRPCContext
+    ) -> pb.ChatResponse:
         """cantata.inference.v1.Inference"""
         return await self._servicer.Chat(request, _as_context(grpc_context))
 
-    async def ChatStream(self, request: bytes | pb.ChatRequest, grpc_context: RayServegRPCContext) -> AsyncGenerator[pb.ChatEvent, None]:
+    async def ChatStream(
+        self, request: bytes | pb.ChatRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[pb.ChatEvent, None]:
         """cantata.inference.v1.Inference"""
         context = _Context(grpc_context)
         call = asyncio.create_task(context.run(self._servicer.ChatStream(request, cast("Context", context))))
@@ -117,7 +121,9 @@ class GatewayReplica:
             call.cancel()
             await asyncio.wait([call])
 
-    async def ListModels(self, request: bytes | pb.ListModelsRequest, grpc_context: RayServegRPCContext) -> pb.ListModelsResponse:
+    async def ListModels(
+        self, request: bytes | pb.ListModelsRequest, grpc_context: RayServegRPCContext
+    ) -> pb.ListModelsResponse:
         """cantata.inference.v1.Inference"""
         return await self._servicer.ListModels(request, _as_context(grpc_context))
 
@@ -132,16 +138,22 @@ class GatewayReplica:
             self._service.metrics.requests.labels("Health/Check", error.status).inc()
             await context.abort(grpc.StatusCode[error.status], error.message)
         if request.service not in ("", SERVICE_NAME):
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"There is no service {request.service[:100]!r} here.")
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, f"There is no service {request.service[:100]!r} here."
+            )
         serving = request.service == "" or await self._service.ready()
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        status = (
+            health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
         return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(
         self, request: bytes | health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         """grpc.health.v1.Health: refused as its definition allows. Serve ends a replica after its last call, and this has no end."""
-        await _Context(grpc_context).abort(grpc.StatusCode.UNIMPLEMENTED, "Watch is not offered here; call Check from time to time.")
+        await _Context(grpc_context).abort(
+            grpc.StatusCode.UNIMPLEMENTED, "Watch is not offered here; call Check from time to time."
+        )
         yield health_pb2.HealthCheckResponse()  # makes this a stream
 
     async def __del__(self) -> None:
@@ -193,7 +205,10 @@ async def _watch_engines(replicas: ServeReplicas, config: AppConfig) -> None:
         if lack is not None:
             logger.warning("No engine can start, for %.0f s now: %s; %s", waited_s, lack, _way_out(config))
         else:
-            logger.warning("No engine serves, for %.0f s now: there is room, so they are loading or fail (`serve status` says)", waited_s)
+            logger.warning(
+                "No engine serves, for %.0f s now: there is room, so they are loading or fail (`serve status` says)",
+                waited_s,
+            )
 
 
 class _Context:
@@ -230,7 +245,9 @@ class _Context:
         """What the client sent."""
         return [(str(name), str(value)) for name, value in self._context.invocation_metadata()]
 
-    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str]] = ()) -> NoReturn:
+    async def abort(
+        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str]] = ()
+    ) -> NoReturn:
         """Ends the call with a status. Serve sends what its context holds when the method raises."""
         self._context.set_code(code)
         self._context.set_details(details)

@@ -41,9 +41,14 @@ def serve_on_ray(config: CantataConfig) -> int:
     _application(config)  # more threads than cores are refused before Ray has started
     check_port_is_free(config.listen.host, config.listen.http_port, "listen.http_port")
     check_port_is_free(config.listen.host, config.listen.grpc_port, "listen.grpc_port")
-    for name, port in (("listen.http_port", config.listen.http_port), ("listen.grpc_port", config.listen.grpc_port)):
+    for name, port in (
+        ("listen.http_port", config.listen.http_port),
+        ("listen.grpc_port", config.listen.grpc_port),
+    ):
         if port == 0:
-            raise ConfigError(f"{name} is 0, a free port, which Ray Serve cannot choose; give a number, or serve with --standalone")
+            raise ConfigError(
+                f"{name} is 0, a free port, which Ray Serve cannot choose; give a number, or serve with --standalone"
+            )
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     return _run(config)
@@ -57,9 +62,15 @@ def _application(config: CantataConfig) -> AppConfig:
     if cpus is None and num_ranks > usable_cores():
         # Ray would wait for CPUs without an end. Each rank has one thread.
         cpus = min(usable_cores() / config.replicas, _MOST_OF_A_CPU)
-        print(f"{num_ranks} ranks share {usable_cores()} CPUs, and are slower for it", file=sys.stderr, flush=True)
+        print(
+            f"{num_ranks} ranks share {usable_cores()} CPUs, and are slower for it",
+            file=sys.stderr,
+            flush=True,
+        )
     elif cpus is None or (engine.device.startswith("cpu") and cpus >= 1):
-        cpus = engine_threads(None if cpus is None else int(cpus), config.replicas, setting="engine_cpus (--threads)")
+        cpus = engine_threads(
+            None if cpus is None else int(cpus), config.replicas, setting="engine_cpus (--threads)"
+        )
     return AppConfig(
         engine=engine,
         gateway=config.gateway.model_copy(update={"served_model_name": config.model_name}),
@@ -150,7 +161,9 @@ def _serve_application(config: CantataConfig) -> None:
         ),
         grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
     )
-    application_of_config = application(_application(config), replicas=config.replicas, gateways=config.gateways)
+    application_of_config = application(
+        _application(config), replicas=config.replicas, gateways=config.gateways
+    )
     try:
         gateway = serve.run(application_of_config, name=APPLICATION, route_prefix="/")
     except RuntimeError:  # names the deployments that failed, and not why
@@ -169,7 +182,11 @@ def _serve_application(config: CantataConfig) -> None:
 
 def reason(message: str) -> str:
     """Shorten what Serve says of a deployment that failed: of a traceback to its last line, which is the error."""
-    return message.strip().rpartition("\n")[2] if "Traceback (most recent call last)" in message else message.strip()
+    return (
+        message.strip().rpartition("\n")[2]
+        if "Traceback (most recent call last)" in message
+        else message.strip()
+    )
 
 
 def _check_room(config: CantataConfig) -> None:
@@ -182,7 +199,9 @@ def _check_room(config: CantataConfig) -> None:
 
     lack = shortage(replica_bundles(_application(config)), config.replicas)
     if lack is not None:
-        raise ConfigError(f"{lack} on this machine: lower engine.parallel.tensor or replicas, or serve on a cluster")
+        raise ConfigError(
+            f"{lack} on this machine: lower engine.parallel.tensor or replicas, or serve on a cluster"
+        )
 
 
 def _shut_serve_down() -> None:

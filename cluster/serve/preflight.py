@@ -50,7 +50,10 @@ def check_application(config: AppConfig) -> None:
     if any(checkpoint_folder(engine.model_path).glob("*.safetensors")):
         check_tensors(engine.model_path, model)
     else:
-        logger.warning("%s has no weights on the node that builds the application; engines check theirs", engine.model_path)
+        logger.warning(
+            "%s has no weights on the node that builds the application; engines check theirs",
+            engine.model_path,
+        )
     check_memory(config, model, shards, accelerators())
 
 
@@ -70,10 +73,14 @@ def check_deployments(config: AppConfig, options: Mapping[str, Mapping[str, Any]
             )
     reconfigured(config.gateway, options.get("gateway", {}).get("user_config"))
     if options.get("engine", {}).get("user_config"):
-        raise ConfigError("deployment engine: it has no settings that change at run time; instead of user_config use args.engine")
+        raise ConfigError(
+            "deployment engine: it has no settings that change at run time; instead of user_config use args.engine"
+        )
 
 
-def check_memory(config: AppConfig, model: ModelConfig, shards: Sequence[RankShard], kinds: Iterable[str] | None) -> None:
+def check_memory(
+    config: AppConfig, model: ModelConfig, shards: Sequence[RankShard], kinds: Iterable[str] | None
+) -> None:
     """Check by arithmetic that a rank's weights and one sequence fit, leaving out what only an engine can measure (activations, libraries).
 
     Args:
@@ -83,8 +90,13 @@ def check_memory(config: AppConfig, model: ModelConfig, shards: Sequence[RankSha
     """
     engine = config.engine
     packed = True if engine.quantize == "mxfp4" else None
-    sizes = [rank_bytes(model, shard, engine.dtype, packed_experts=packed, cpu_dense_dtype=engine.cpu_dense_dtype) for shard in shards]
-    weight_bytes, shard = max(((size.total, shard) for size, shard in zip(sizes, shards, strict=True)), key=lambda pair: pair[0])
+    sizes = [
+        rank_bytes(model, shard, engine.dtype, packed_experts=packed, cpu_dense_dtype=engine.cpu_dense_dtype)
+        for shard in shards
+    ]
+    weight_bytes, shard = max(
+        ((size.total, shard) for size, shard in zip(sizes, shards, strict=True)), key=lambda pair: pair[0]
+    )
     shape = cache_shape(model, shard)
     if engine.cache.memory_bytes is not None:
         _check_kv(engine, shape, engine.cache.memory_bytes, "engine.cache.memory_bytes")
@@ -123,4 +135,11 @@ def _check_gpu(engine: EngineConfig, shape: ModelConfig, gpu: Gpu, weight_bytes:
 
 
 def _check_kv(engine: EngineConfig, shape: ModelConfig, num_bytes: int, source: str) -> None:
-    split_memory(shape, engine.scheduler, dtype=engine.kv_dtype, max_model_len=engine.max_model_len, memory_bytes=num_bytes, source=source)
+    split_memory(
+        shape,
+        engine.scheduler,
+        dtype=engine.kv_dtype,
+        max_model_len=engine.max_model_len,
+        memory_bytes=num_bytes,
+        source=source,
+    )

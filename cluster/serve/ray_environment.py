@@ -26,7 +26,9 @@ RAY_ENVIRONMENT = FAST_INGRESS | {
 }
 """By name. A value that the operator has set stands."""
 
-ONE_MACHINE_ONLY = frozenset({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"})
+ONE_MACHINE_ONLY = frozenset(
+    {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"}
+)
 """Of these, what holds for a Ray of one machine without a load balancer; a cluster's nodes get the others."""
 
 CLUSTER_ENVIRONMENT = {name: value for name, value in RAY_ENVIRONMENT.items() if name not in ONE_MACHINE_ONLY}

@@ -54,15 +54,23 @@ class EngineReplica:
             ConfigError: there is something in it at the start.
         """
         if user_config and not self._started:
-            raise ConfigError("deployment engine: it has no settings that change at run time; instead of user_config use args.engine")
+            raise ConfigError(
+                "deployment engine: it has no settings that change at run time; instead of user_config use args.engine"
+            )
         if user_config:
             # Serve would stop this replica, and start others that cannot start.
-            logger.error("The engine has no settings that change at run time: user_config is not used, put it under args.engine")
+            logger.error(
+                "The engine has no settings that change at run time: user_config is not used, put it under args.engine"
+            )
         self._started = True
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Once, when the replica is ready: Serve sends it to every gateway, inside the cluster and nowhere else."""
-        return {ADDRESS_KEY: self._address, START_ID_KEY: self._server.start_up.info.start_id, SECRET_KEY: self._secret}
+        return {
+            ADDRESS_KEY: self._address,
+            START_ID_KEY: self._server.start_up.info.start_id,
+            SECRET_KEY: self._secret,
+        }
 
     def record_routing_stats(self) -> dict[str, float]:
         """From time to time: how busy the engine is, for routers and the dashboard."""
@@ -75,7 +83,9 @@ class EngineReplica:
             raise EngineDead(f"the engine has ended: {self._server.engine.error or 'it was drained'}")
         stalled_s = self._server.engine.watch.stalled_s
         if stalled_s > self._heartbeat_timeout_s:
-            raise EngineDead(f"the engine hangs: its step loop has shown no sign of life for {stalled_s:.0f} s")
+            raise EngineDead(
+                f"the engine hangs: its step loop has shown no sign of life for {stalled_s:.0f} s"
+            )
 
     async def _leave_when_it_ends(self) -> None:
         # Serve would ask for our health three times and then wait for requests to end, and send more of them meanwhile. A process that

@@ -23,7 +23,9 @@ def replica_bundles(config: AppConfig) -> list[dict[str, float]]:
 
 def bundle_strategy(bundles: Sequence[Bundle]) -> str:
     """STRICT_PACK if some node of the running cluster is large enough for all bundles, else PACK: as few nodes as can be."""
-    return "STRICT_PACK" if any(_num_fitting(node, bundles[0]) >= len(bundles) for node in _nodes()) else "PACK"
+    return (
+        "STRICT_PACK" if any(_num_fitting(node, bundles[0]) >= len(bundles) for node in _nodes()) else "PACK"
+    )
 
 
 def accelerators() -> set[str] | None:
@@ -69,7 +71,9 @@ def _num_fitting(node: Bundle, bundle: Bundle) -> int:
 def _is_pending(bundles: Sequence[Bundle]) -> bool:
     """Whether Ray looks for room for a placement group of this form."""
     groups = placement_group_table().values()
-    return any(group["state"] == "PENDING" and list(group["bundles"].values()) == list(bundles) for group in groups)
+    return any(
+        group["state"] == "PENDING" and list(group["bundles"].values()) == list(bundles) for group in groups
+    )
 
 
 def _amount(name: str, amount: float) -> str:

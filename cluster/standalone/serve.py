@@ -50,7 +50,9 @@ def serve_standalone(config: CantataConfig) -> int:
         ConfigError, CheckpointError: one sentence for the user.
     """
     keep_output_from_failing()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     return asyncio.run(_serve(config))
 
@@ -130,7 +132,9 @@ async def _serve_gateway(
         raise ConfigError(
             f"cannot listen on {config.listen.host} port {config.listen.grpc_port}; set listen.grpc_port to another"
         ) from None
-    http_server = HttpServer(build_app(service, config.gateway), config.gateway, service.metrics, graceful_s=DRAIN_S + CUT_S)
+    http_server = HttpServer(
+        build_app(service, config.gateway), config.gateway, service.metrics, graceful_s=DRAIN_S + CUT_S
+    )
     serving = asyncio.create_task(http_server.serve([http_socket]))
     http_host, http_port = http_socket.getsockname()[:2]
     grpc_port = int(grpc_server.address.rpartition(":")[2])
@@ -163,7 +167,11 @@ async def _all_given_up(engines: Sequence[EngineProcess]) -> None:
 
 
 async def _drain(
-    http_server: uvicorn.Server, serving: "asyncio.Task[None]", grpc_server: GrpcServer, service: GenerationService, stop: StopSignals
+    http_server: uvicorn.Server,
+    serving: "asyncio.Task[None]",
+    grpc_server: GrpcServer,
+    service: GenerationService,
+    stop: StopSignals,
 ) -> None:
     http_server.should_exit = True
     stopping = asyncio.create_task(grpc_server.stop(DRAIN_S + CUT_S))
@@ -228,7 +236,10 @@ async def _start(
 def _exposure(listen: ListenConfig, has_keys: bool) -> list[str]:
     if listen.host in ("127.0.0.1", "::1", "localhost"):
         return []
-    return [f"{listen.host} can be reached from other machines" + ("" if has_keys else "; anyone there can use it: set --api-key")]
+    return [
+        f"{listen.host} can be reached from other machines"
+        + ("" if has_keys else "; anyone there can use it: set --api-key")
+    ]
 
 
 def _address(host: str, port: int) -> str:

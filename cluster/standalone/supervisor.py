@@ -118,9 +118,15 @@ class EngineProcess:
         output = asyncio.StreamReader()
         try:
             loop = asyncio.get_running_loop()
-            self._pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(output), os.fdopen(reading, "rb"))
+            self._pipe, _ = await loop.connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(output), os.fdopen(reading, "rb")
+            )
             self._process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=writing, start_new_session=True, env=self._environment
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=writing,
+                start_new_session=True,
+                env=self._environment,
             )
         finally:
             os.close(writing)
@@ -138,7 +144,10 @@ class EngineProcess:
         self._set_replica(replica)
 
     async def _read_ready(self, process: asyncio.subprocess.Process, output: asyncio.StreamReader) -> Replica:
-        reading, exiting = asyncio.create_task(self._first_message(output)), asyncio.create_task(process.wait())
+        reading, exiting = (
+            asyncio.create_task(self._first_message(output)),
+            asyncio.create_task(process.wait()),
+        )
         try:
             await asyncio.wait([reading, exiting], return_when=asyncio.FIRST_COMPLETED)
             if reading.done() and (replica := reading.result()) is not None:
@@ -181,14 +190,19 @@ class EngineProcess:
         """Wait for the child's end, and kill it if it hangs; returns its exit code."""
         exiting = asyncio.create_task(process.wait())
         # Counted in turns of our own, not by the clock: after this process was stopped itself, the child is not to blame.
-        silent_turns, most = 0, None if self._heartbeat_timeout_s is None else max(1, round(self._heartbeat_timeout_s / TURN_S))
+        silent_turns, most = (
+            0,
+            None if self._heartbeat_timeout_s is None else max(1, round(self._heartbeat_timeout_s / TURN_S)),
+        )
         try:
             while not exiting.done():
                 await asyncio.wait([exiting], timeout=TURN_S)
                 silent_turns = 0 if self._heard else silent_turns + 1
                 self._heard = False
                 if silent_turns == most and not exiting.done():
-                    logger.error("%s hangs: no heartbeat for %g s; it is killed", self.name, self._heartbeat_timeout_s)
+                    logger.error(
+                        "%s hangs: no heartbeat for %g s; it is killed", self.name, self._heartbeat_timeout_s
+                    )
                     with contextlib.suppress(ProcessLookupError):
                         process.kill()
             return exiting.result()
@@ -213,11 +227,15 @@ class EngineProcess:
     def _gives_up(self, code: int | None) -> bool:
         """Count the crashes; whether this was the last."""
         crashed = code in _CRASHES
-        self._num_same_crashes = 0 if not crashed else self._num_same_crashes + 1 if code == self._last_code else 1
+        self._num_same_crashes = (
+            0 if not crashed else self._num_same_crashes + 1 if code == self._last_code else 1
+        )
         self._last_code = code
         if code is None or self._num_same_crashes < MAX_SAME_CRASHES:
             return False
-        self.failure = f"{self.name} crashed {MAX_SAME_CRASHES} times in a row and is not started again ({ending(code)})"
+        self.failure = (
+            f"{self.name} crashed {MAX_SAME_CRASHES} times in a row and is not started again ({ending(code)})"
+        )
         logger.error("%s", self.failure)
         self.given_up.set()
         return True
@@ -251,7 +269,9 @@ class EngineProcess:
             self._pipe.close()
         left = await end_session(pid, DESCENDANTS_S)
         if left:
-            logger.error("processes %s of %s do not end: they hang in the kernel", ", ".join(map(str, left)), self.name)
+            logger.error(
+                "processes %s of %s do not end: they hang in the kernel", ", ".join(map(str, left)), self.name
+            )
 
     async def _hear(self, output: asyncio.StreamReader) -> None:
         """Read what a serving child writes: all of it is a heartbeat, and no pipe fills up."""

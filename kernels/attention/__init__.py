@@ -25,7 +25,9 @@ def paged_attention(
 ) -> Tensor:
     """`kernels.attention.reference.paged_attention`, which defines it, by the kernel for this device."""
     if cpu.can_run(q) and kv_cache.dtype == q.dtype and kv_scales is None and not runs_triton(q):
-        return cpu.paged_attention(q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, scale=scale, window=window)
+        return cpu.paged_attention(
+            q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, scale=scale, window=window
+        )
     run = reference.paged_attention
     if runs_triton(q):
         from kernels.attention import paged

@@ -249,7 +249,9 @@ def _load_sinks(sinks_ptr, head, mask):
 
 
 @triton.jit
-def _load_queries(q_ptr, row, stride, head, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FROM_FP8: tl.constexpr):
+def _load_queries(
+    q_ptr, row, stride, head, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FROM_FP8: tl.constexpr
+):
     """[ROWS, BLOCK_D], of zeros where masked or past HEAD_DIM."""
     dim = tl.arange(0, BLOCK_D)
     pointers = q_ptr + row.to(tl.int64)[:, None] * stride + head[:, None] * HEAD_DIM + dim[None, :]
@@ -262,7 +264,13 @@ def _load_queries(q_ptr, row, stride, head, mask, HEAD_DIM: tl.constexpr, BLOCK_
 
 @triton.jit(
     do_not_specialize=["num_tiles", "num_programs", "num_seqs", "max_blocks", "max_splits"],
-    do_not_specialize_on_alignment=["table_ptr", "context_lens_ptr", "cu_seqlens_ptr", "sinks_ptr", "scales_ptr"],
+    do_not_specialize_on_alignment=[
+        "table_ptr",
+        "context_lens_ptr",
+        "cu_seqlens_ptr",
+        "sinks_ptr",
+        "scales_ptr",
+    ],
 )
 def _attend(
     q_ptr,  # [T, KV * GROUP, HEAD_DIM]
@@ -347,8 +355,14 @@ def _attend(
                 False,
             )
             out = sums * (v_scale / total)[:, None]
-            pointers = out_ptr + ((first_row + query).to(tl.int64) * (KV * GROUP) + head)[:, None] * HEAD_DIM + dim[None, :]
-            tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=real[:, None] & (dim < HEAD_DIM)[None, :])
+            pointers = (
+                out_ptr
+                + ((first_row + query).to(tl.int64) * (KV * GROUP) + head)[:, None] * HEAD_DIM
+                + dim[None, :]
+            )
+            tl.store(
+                pointers, out.to(out_ptr.dtype.element_ty), mask=real[:, None] & (dim < HEAD_DIM)[None, :]
+            )
     else:
         seq = (work - num_tiles) // num_programs
         first_split = (work - num_tiles) % num_programs
@@ -362,7 +376,9 @@ def _attend(
             oldest_key = tl.maximum(context_len - WINDOW, 0) if WINDOW > 0 else 0
             start_key = _first_key(context_len - 1, DECODE_N, WINDOW)
             split_len, num_splits = _splits(context_len, start_key, MIN_SPLIT, MAX_SPLITS)
-            q = _load_queries(q_ptr, tl.zeros((BLOCK_G,), tl.int32) + row, q_stride, head, real, HEAD_DIM, BLOCK_D, FROM_FP8)
+            q = _load_queries(
+                q_ptr, tl.zeros((BLOCK_G,), tl.int32) + row, q_stride, head, real, HEAD_DIM, BLOCK_D, FROM_FP8
+            )
             sink = _load_sinks(sinks_ptr, head, real)
             for split in range(first_split, num_splits, num_programs):
                 end_split = tl.minimum(start_key + (split + 1) * split_len, context_len)
@@ -391,13 +407,17 @@ def _attend(
                 mask = real[:, None] & (dim < HEAD_DIM)[None, :]
                 if num_splits == 1:
                     out = sums * (v_scale / total)[:, None]
-                    pointers = out_ptr + (row.to(tl.int64) * (KV * GROUP) + head)[:, None] * HEAD_DIM + dim[None, :]
+                    pointers = (
+                        out_ptr + (row.to(tl.int64) * (KV * GROUP) + head)[:, None] * HEAD_DIM + dim[None, :]
+                    )
                     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=mask)
                 else:
                     at = (seq.to(tl.int64) * (KV * GROUP) + head) * max_splits + split
                     tl.store(partial_ptr + at[:, None] * HEAD_DIM + dim[None, :], sums * v_scale, mask=mask)
                     tl.store(stats_ptr + at, maximum, mask=real)
-                    tl.store(stats_ptr + num_seqs.to(tl.int64) * (KV * GROUP) * max_splits + at, total, mask=real)
+                    tl.store(
+                        stats_ptr + num_seqs.to(tl.int64) * (KV * GROUP) * max_splits + at, total, mask=real
+                    )
 
 
 @triton.jit(
@@ -441,7 +461,11 @@ def _merge_splits(
         shrink = tl.exp2(maximum - top)
         denominator = tl.sum(total * shrink, 0) + tl.exp2(sink - top)
         out = tl.sum(sums * shrink[:, None], 0) / denominator
-        tl.store(out_ptr + (row.to(tl.int64) * HEADS + head) * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+        tl.store(
+            out_ptr + (row.to(tl.int64) * HEADS + head) * HEAD_DIM + dim,
+            out.to(out_ptr.dtype.element_ty),
+            mask=dim < HEAD_DIM,
+        )
 
 
 def paged_attention(
@@ -465,7 +489,16 @@ def paged_attention(
             a GPU whose instructions do not convert it.
     """
     check_attention(
-        q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window, scale=scale, kv_scales=kv_scales, max_query_len=max_query_len
+        q,
+        kv_cache,
+        block_table,
+        context_lens,
+        cu_seqlens_q,
+        sinks,
+        window,
+        scale=scale,
+        kv_scales=kv_scales,
+        max_query_len=max_query_len,
     )
     num_tokens, num_heads, head_dim = q.shape
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
@@ -473,9 +506,16 @@ def paged_attention(
     group = num_heads // num_kv_heads
     if q.stride()[1:] != (head_dim, 1):
         raise ValueError(f"q must be contiguous in each row, got strides {q.stride()}")
-    for name, tensor in (("block_table", block_table), ("context_lens", context_lens), ("cu_seqlens_q", cu_seqlens_q), ("sinks", sinks)):
+    for name, tensor in (
+        ("block_table", block_table),
+        ("context_lens", context_lens),
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("sinks", sinks),
+    ):
         if not tensor.is_contiguous() or tensor.device != q.device:
-            raise ValueError(f"{name} must be contiguous and on {q.device} as q is, got strides {tensor.stride()} on {tensor.device}")
+            raise ValueError(
+                f"{name} must be contiguous and on {q.device} as q is, got strides {tensor.stride()} on {tensor.device}"
+            )
     if kv_cache.device != q.device:
         raise ValueError(f"kv_cache must be on {q.device} as q is, got {kv_cache.device}")
     target = architecture(q.device)
@@ -493,12 +533,21 @@ def paged_attention(
         raise ValueError(f"q has {group} heads to a KV head of kv_cache, the kernel takes {MAX_GROUP}")
     block_m = max(tiles.block_m, triton.next_power_of_2(group))
     most_splits = _split_limit(num_kv_heads)
-    longest = max_blocks * block_size if window is None else min(max_blocks * block_size, window + tiles.decode_n)
+    longest = (
+        max_blocks * block_size if window is None else min(max_blocks * block_size, window + tiles.decode_n)
+    )
     max_splits = min(most_splits, triton.cdiv(longest, MIN_SPLIT))
     programs = triton.cdiv(4 * _num_processors(q.device), num_seqs * num_kv_heads)
     num_programs = min(max(programs, MIN_PROGRAMS), max_splits)
     num_tiles = 0 if max_query_len == 1 else num_tokens // (block_m // group) + num_seqs
-    partial = torch.empty(num_seqs if max_splits > 1 else 0, num_heads, max_splits, head_dim, dtype=torch.float32, device=q.device)
+    partial = torch.empty(
+        num_seqs if max_splits > 1 else 0,
+        num_heads,
+        max_splits,
+        head_dim,
+        dtype=torch.float32,
+        device=q.device,
+    )
     stats = torch.empty(2, *partial.shape[:3], dtype=torch.float32, device=q.device)
     shape = {
         "HEAD_DIM": head_dim,
@@ -541,12 +590,28 @@ def paged_attention(
     )
     if max_splits > 1:
         _merge_splits[(num_seqs * num_heads,)](
-            partial, stats, context_lens, cu_seqlens_q, sinks, out, num_seqs, max_splits, HEADS=num_heads, num_warps=1, **shape
+            partial,
+            stats,
+            context_lens,
+            cu_seqlens_q,
+            sinks,
+            out,
+            num_seqs,
+            max_splits,
+            HEADS=num_heads,
+            num_warps=1,
+            **shape,
         )
     return out
 
 
-def _check_block_table(block_table: Tensor, kv_cache: Tensor, context_lens: list[int], cu_seqlens_q: list[int], window: int | None) -> None:
+def _check_block_table(
+    block_table: Tensor,
+    kv_cache: Tensor,
+    context_lens: list[int],
+    cu_seqlens_q: list[int],
+    window: int | None,
+) -> None:
     """Refuse an entry that would be read and is no block of kv_cache."""
     _, num_blocks, block_size, _, _ = kv_cache.shape
     for seq, (context_len, table) in enumerate(zip(context_lens, block_table.tolist(), strict=True)):
@@ -554,7 +619,9 @@ def _check_block_table(block_table: Tensor, kv_cache: Tensor, context_lens: list
         oldest_key = 0 if window is None else max(0, context_len - num_queries - window + 1)
         for column in range(oldest_key // block_size, -(-context_len // block_size) if num_queries else 0):
             if not 0 <= table[column] < num_blocks:
-                raise ValueError(f"block_table[{seq}, {column}] is {table[column]}, kv_cache has {num_blocks} blocks")
+                raise ValueError(
+                    f"block_table[{seq}, {column}] is {table[column]}, kv_cache has {num_blocks} blocks"
+                )
 
 
 def _split_limit(num_kv_heads: int) -> int:

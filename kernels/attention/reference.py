@@ -42,7 +42,9 @@ class _QueryTile:
     num_key_tiles: int
 
 
-def store_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor, kv_scales: Tensor | None = None) -> None:
+def store_kv(
+    k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor, kv_scales: Tensor | None = None
+) -> None:
     """Write new keys and values into the cache, in place.
 
     Args:
@@ -59,7 +61,9 @@ def store_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor, kv_sc
     num_kv_heads, head_dim = kv_cache.shape[3:]
     for name, tensor in (("k", k), ("v", v)):
         if tensor.ndim != 3 or tensor.shape[1:] != kv_cache.shape[3:]:
-            raise ValueError(f"{name} must be [T, {num_kv_heads}, {head_dim}], got shape {list(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be [T, {num_kv_heads}, {head_dim}], got shape {list(tensor.shape)}"
+            )
         _check_dtype(name, tensor, kv_cache)
     if v.shape[0] != k.shape[0]:
         raise ValueError(f"v must have the {k.shape[0]} tokens of k, got {v.shape[0]}")
@@ -139,7 +143,16 @@ def paged_attention(
     Follows: FlashAttention-2 (arXiv 2307.08691); sinks as in openai/gpt-oss torch/model.py `sdpa`.
     """
     check_attention(
-        q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window, scale=scale, kv_scales=kv_scales, max_query_len=max_query_len
+        q,
+        kv_cache,
+        block_table,
+        context_lens,
+        cu_seqlens_q,
+        sinks,
+        window,
+        scale=scale,
+        kv_scales=kv_scales,
+        max_query_len=max_query_len,
     )
     block_size = kv_cache.shape[2]
     lengths, first_rows = context_lens.tolist(), cu_seqlens_q.tolist()
@@ -151,11 +164,25 @@ def paged_attention(
     out = torch.empty_like(q)
     for num_queries in QUERY_TILES:
         # Longest first: the tiles that still have keys to see are then a prefix of the batch at each step.
-        batch = sorted((tile for tile in tiles if _padded(tile) == num_queries), key=lambda tile: -tile.num_key_tiles)
+        batch = sorted(
+            (tile for tile in tiles if _padded(tile) == num_queries), key=lambda tile: -tile.num_key_tiles
+        )
         elements = key_tile * num_kv_heads * max(_round_up(num_queries * group, MIN_ROWS), head_dim)
         size = max(1, MAX_ELEMENTS // elements)
         for start in range(0, len(batch), size):
-            _attend(q, kv_cache, kv_scales, block_table, sinks, batch[start : start + size], num_queries, key_tile, scale, window, out)
+            _attend(
+                q,
+                kv_cache,
+                kv_scales,
+                block_table,
+                sinks,
+                batch[start : start + size],
+                num_queries,
+                key_tile,
+                scale,
+                window,
+                out,
+            )
     return out
 
 
@@ -163,7 +190,9 @@ def _padded(tile: _QueryTile) -> int:
     return next(size for size in QUERY_TILES if size >= tile.num_queries)
 
 
-def _query_tiles(context_lens: list[int], cu_seqlens_q: list[int], key_tile: int, window: int | None) -> list[_QueryTile]:
+def _query_tiles(
+    context_lens: list[int], cu_seqlens_q: list[int], key_tile: int, window: int | None
+) -> list[_QueryTile]:
     tiles = []
     for seq, context_len in enumerate(context_lens):
         first_row, end_row = cu_seqlens_q[seq], cu_seqlens_q[seq + 1]
@@ -211,7 +240,9 @@ def _attend(
     missing = max(0, MIN_ROWS - num_queries * group)
     queries = functional.pad(queries, (0, 0, 0, missing))  # [B, KV, R, D]
     row_position = functional.pad(position.repeat_interleave(group, dim=1), (0, missing))  # [B, R]
-    row_sink = functional.pad(sinks.float().view(num_kv_heads, group).repeat(1, num_queries), (0, missing))  # [KV, R]
+    row_sink = functional.pad(
+        sinks.float().view(num_kv_heads, group).repeat(1, num_queries), (0, missing)
+    )  # [KV, R]
 
     # The sink starts the running softmax: it is the first maximum, with weight 1 and no value.
     maximum = row_sink.repeat(len(batch), 1, 1)  # [B, KV, R]
@@ -220,7 +251,13 @@ def _attend(
     for step in range(batch[0].num_key_tiles):
         n = sum(tile.num_key_tiles > step for tile in batch)
         keys, values, key_position = _gather(
-            kv_cache, kv_scales, block_table[seqs[:n]], first_key_tile[:n] + step, key_tile, oldest_key[:n], newest_key[:n]
+            kv_cache,
+            kv_scales,
+            block_table[seqs[:n]],
+            first_key_tile[:n] + step,
+            key_tile,
+            oldest_key[:n],
+            newest_key[:n],
         )
         scores = queries[:n] @ keys.transpose(2, 3)  # [n, KV, R, key_tile]
         all_visible = window is None and all(tile.position >= (step + 1) * key_tile for tile in batch[:n])
@@ -267,7 +304,10 @@ def _gather(
     blocks = block_table.gather(1, column).long().masked_fill(~needed, 0).flatten()
     shape = (len(key_tiles), key_tile, num_kv_heads, head_dim)
     as_bytes = kv_cache.dtype == FP8  # torch takes no fp8 by index
-    keys, values = (part.index_select(0, blocks).view(shape) for part in (kv_cache.view(torch.uint8) if as_bytes else kv_cache))
+    keys, values = (
+        part.index_select(0, blocks).view(shape)
+        for part in (kv_cache.view(torch.uint8) if as_bytes else kv_cache)
+    )
     outside = (key_position < oldest_key[:, None]) | (key_position > newest_key[:, None])
     values = values.masked_fill_(outside[:, :, None, None], 0).transpose(1, 2)
     keys = keys.transpose(1, 2)
@@ -275,7 +315,9 @@ def _gather(
         keys, values = keys.view(FP8), values.view(FP8)
     keys, values = keys.float(), values.float()
     if kv_scales is not None:
-        keys, values = (part.mul_(scales[:, None, None]) for part, scales in zip((keys, values), kv_scales, strict=True))
+        keys, values = (
+            part.mul_(scales[:, None, None]) for part, scales in zip((keys, values), kv_scales, strict=True)
+        )
     return keys, functional.pad(values, (0, -head_dim % MIN_ROWS)), key_position
 
 
@@ -290,7 +332,9 @@ def check_cache(kv_cache: Tensor, kv_scales: Tensor | None) -> None:
         ValueError: names the argument.
     """
     if kv_cache.ndim != 5 or kv_cache.shape[0] != 2:
-        raise ValueError(f"kv_cache must be [2, num_blocks, block_size, num_kv_heads, head_dim], got shape {list(kv_cache.shape)}")
+        raise ValueError(
+            f"kv_cache must be [2, num_blocks, block_size, num_kv_heads, head_dim], got shape {list(kv_cache.shape)}"
+        )
     if not kv_cache[0].is_contiguous():
         raise ValueError("kv_cache must be contiguous in each of its halves")
     if kv_scales is None:
@@ -298,8 +342,14 @@ def check_cache(kv_cache: Tensor, kv_scales: Tensor | None) -> None:
     expected = (2, kv_cache.shape[3])
     if kv_cache.dtype != FP8:
         raise ValueError(f"kv_scales is for a kv_cache of {FP8}, which is {kv_cache.dtype}")
-    if tuple(kv_scales.shape) != expected or kv_scales.dtype != torch.float32 or not kv_scales.is_contiguous():
-        raise ValueError(f"kv_scales must be {list(expected)} float32, contiguous, got shape {list(kv_scales.shape)} of {kv_scales.dtype}")
+    if (
+        tuple(kv_scales.shape) != expected
+        or kv_scales.dtype != torch.float32
+        or not kv_scales.is_contiguous()
+    ):
+        raise ValueError(
+            f"kv_scales must be {list(expected)} float32, contiguous, got shape {list(kv_scales.shape)} of {kv_scales.dtype}"
+        )
 
 
 def check_slots(slot_mapping: Tensor, num_tokens: int) -> None:
@@ -308,11 +358,19 @@ def check_slots(slot_mapping: Tensor, num_tokens: int) -> None:
         ValueError: slot_mapping is not [num_tokens] int64.
     """
     if slot_mapping.shape != (num_tokens,) or slot_mapping.dtype != torch.int64:
-        raise ValueError(f"slot_mapping must be [{num_tokens}] int64, got shape {list(slot_mapping.shape)} of {slot_mapping.dtype}")
+        raise ValueError(
+            f"slot_mapping must be [{num_tokens}] int64, got shape {list(slot_mapping.shape)} of {slot_mapping.dtype}"
+        )
 
 
 def check_rope_and_store(
-    qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor, kv_scales: Tensor | None = None
+    qkv: Tensor,
+    num_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_scales: Tensor | None = None,
 ) -> None:
     """Refuse shapes and dtypes that `rope_and_store_kv` cannot take.
 
@@ -322,11 +380,15 @@ def check_rope_and_store(
     check_cache(kv_cache, kv_scales)
     num_kv_heads, head_dim = kv_cache.shape[3:]
     if qkv.ndim != 3 or tuple(qkv.shape[1:]) != (num_heads + 2 * num_kv_heads, head_dim) or head_dim % 2:
-        raise ValueError(f"qkv must be [T, {num_heads} + 2 * {num_kv_heads}, {head_dim}], the last even, got shape {list(qkv.shape)}")
+        raise ValueError(
+            f"qkv must be [T, {num_heads} + 2 * {num_kv_heads}, {head_dim}], the last even, got shape {list(qkv.shape)}"
+        )
     _check_dtype("qkv", qkv, kv_cache)
     for name, table in (("cos", cos), ("sin", sin)):
         if tuple(table.shape) != (qkv.shape[0], head_dim // 2):
-            raise ValueError(f"{name} must be [{qkv.shape[0]}, {head_dim // 2}], got shape {list(table.shape)}")
+            raise ValueError(
+                f"{name} must be [{qkv.shape[0]}, {head_dim // 2}], got shape {list(table.shape)}"
+            )
     check_slots(slot_mapping, qkv.shape[0])
 
 
@@ -353,14 +415,23 @@ def check_attention(
     if q.ndim != 3 or q.shape[2] != head_dim:
         raise ValueError(f"q must be [T, num_heads, {head_dim}], got shape {list(q.shape)}")
     if q.shape[1] % num_kv_heads:
-        raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the {num_kv_heads} KV heads of kv_cache")
+        raise ValueError(
+            f"q has {q.shape[1]} heads, not a multiple of the {num_kv_heads} KV heads of kv_cache"
+        )
     _check_dtype("q", q, kv_cache)
     if block_table.ndim != 2 or block_table.dtype != torch.int32:
-        raise ValueError(f"block_table must be [num_seqs, max_blocks] int32, got shape {list(block_table.shape)} of {block_table.dtype}")
+        raise ValueError(
+            f"block_table must be [num_seqs, max_blocks] int32, got shape {list(block_table.shape)} of {block_table.dtype}"
+        )
     num_seqs = block_table.shape[0]
-    for name, tensor, length in (("context_lens", context_lens, num_seqs), ("cu_seqlens_q", cu_seqlens_q, num_seqs + 1)):
+    for name, tensor, length in (
+        ("context_lens", context_lens, num_seqs),
+        ("cu_seqlens_q", cu_seqlens_q, num_seqs + 1),
+    ):
         if tuple(tensor.shape) != (length,) or tensor.dtype != torch.int32:
-            raise ValueError(f"{name} must be [{length}] int32, got shape {list(tensor.shape)} of {tensor.dtype}")
+            raise ValueError(
+                f"{name} must be [{length}] int32, got shape {list(tensor.shape)} of {tensor.dtype}"
+            )
     if tuple(sinks.shape) != (q.shape[1],):
         raise ValueError(f"sinks must be [{q.shape[1]}], got shape {list(sinks.shape)}")
     if not scale > 0:
@@ -372,7 +443,11 @@ def check_attention(
 
 
 def check_lengths(
-    context_lens: list[int], cu_seqlens_q: list[int], num_rows: int, max_context_len: int, max_query_len: int | None = None
+    context_lens: list[int],
+    cu_seqlens_q: list[int],
+    num_rows: int,
+    max_context_len: int,
+    max_query_len: int | None = None,
 ) -> None:
     """Refuse lengths that do not fit together.
 
@@ -384,20 +459,30 @@ def check_lengths(
         ValueError: names the argument.
     """
     if cu_seqlens_q[0] != 0 or cu_seqlens_q[-1] != num_rows:
-        raise ValueError(f"cu_seqlens_q must run from 0 to the {num_rows} rows of q, got {cu_seqlens_q[0]} to {cu_seqlens_q[-1]}")
+        raise ValueError(
+            f"cu_seqlens_q must run from 0 to the {num_rows} rows of q, got {cu_seqlens_q[0]} to {cu_seqlens_q[-1]}"
+        )
     for seq, context_len in enumerate(context_lens):
         num_queries = cu_seqlens_q[seq + 1] - cu_seqlens_q[seq]
         if not 0 <= num_queries <= context_len:
-            raise ValueError(f"cu_seqlens_q gives sequence {seq} {num_queries} queries, its context_lens is {context_len}")
+            raise ValueError(
+                f"cu_seqlens_q gives sequence {seq} {num_queries} queries, its context_lens is {context_len}"
+            )
         if max_query_len is not None and num_queries > max_query_len:
-            raise ValueError(f"max_query_len is {max_query_len}, cu_seqlens_q gives sequence {seq} {num_queries} queries")
+            raise ValueError(
+                f"max_query_len is {max_query_len}, cu_seqlens_q gives sequence {seq} {num_queries} queries"
+            )
         if num_queries and context_len > max_context_len:
-            raise ValueError(f"block_table holds {max_context_len} positions a sequence, context_lens of sequence {seq} is {context_len}")
+            raise ValueError(
+                f"block_table holds {max_context_len} positions a sequence, context_lens of sequence {seq} is {context_len}"
+            )
 
 
 def _check_dtype(name: str, tensor: Tensor, kv_cache: Tensor) -> None:
     if kv_cache.dtype == FP8:
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-            raise ValueError(f"{name} must be of 16 or 32-bit floats over an fp8 kv_cache, got {tensor.dtype}")
+            raise ValueError(
+                f"{name} must be of 16 or 32-bit floats over an fp8 kv_cache, got {tensor.dtype}"
+            )
     elif tensor.dtype != kv_cache.dtype:
         raise ValueError(f"{name} must be {kv_cache.dtype} as kv_cache is, got {tensor.dtype}")

@@ -53,7 +53,11 @@ def _rope_and_store(
     head = tl.program_id(0) % NUM_PARTS * BLOCK_H + tl.arange(0, BLOCK_H)
     dim = tl.arange(0, BLOCK_HALF)
     inside = (dim < HALF)[None, :]
-    is_query, is_cached, is_value = head < HEADS, (head >= HEADS) & (head < HEADS + 2 * KV), head >= HEADS + KV
+    is_query, is_cached, is_value = (
+        head < HEADS,
+        (head >= HEADS) & (head < HEADS + 2 * KV),
+        head >= HEADS + KV,
+    )
     at = qkv_ptr + token * qkv_stride + head[:, None] * (2 * HALF) + dim[None, :]
     there = (head < HEADS + 2 * KV)[:, None] & inside
     first = tl.load(at, mask=there, other=0.0)
@@ -61,7 +65,9 @@ def _rope_and_store(
     cos = tl.load(cos_ptr + token * HALF + dim, mask=dim < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + token * HALF + dim, mask=dim < HALF, other=0.0)[None, :]
     wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
-    first = tl.where(is_value[:, None], first, (wide_first * cos - wide_second * sin).to(first.dtype))  # [BLOCK_H, BLOCK_HALF]
+    first = tl.where(
+        is_value[:, None], first, (wide_first * cos - wide_second * sin).to(first.dtype)
+    )  # [BLOCK_H, BLOCK_HALF]
     second = tl.where(is_value[:, None], second, (wide_second * cos + wide_first * sin).to(second.dtype))
     to_query = q_ptr + (token * HEADS + head[:, None]) * (2 * HALF) + dim[None, :]
     tl.store(to_query, first, mask=is_query[:, None] & inside)
@@ -71,7 +77,12 @@ def _rope_and_store(
     if scales_ptr is not None:
         scale = tl.load(scales_ptr + head - HEADS, mask=is_cached, other=1.0)[:, None]
     slot = tl.load(slots_ptr + token)
-    to_cache = kv_ptr + (slot * KV + kv_head[:, None]) * (2 * HALF) + tl.where(is_value, v_offset, 0)[:, None] + dim[None, :]
+    to_cache = (
+        kv_ptr
+        + (slot * KV + kv_head[:, None]) * (2 * HALF)
+        + tl.where(is_value, v_offset, 0)[:, None]
+        + dim[None, :]
+    )
     tl.store(to_cache, _to_cache(first, scale, kv_ptr, IS_FP8), mask=is_cached[:, None] & inside)
     tl.store(to_cache + HALF, _to_cache(second, scale, kv_ptr, IS_FP8), mask=is_cached[:, None] & inside)
 
@@ -99,7 +110,9 @@ def rope_and_store_kv(
         raise ValueError(f"qkv must be contiguous in each row, got strides {qkv.stride()}")
     for name, tensor in (("cos", cos), ("sin", sin), ("slot_mapping", slot_mapping)):
         if not tensor.is_contiguous() or tensor.device != qkv.device:
-            raise ValueError(f"{name} must be contiguous and on {qkv.device} as qkv is, got strides {tensor.stride()} on {tensor.device}")
+            raise ValueError(
+                f"{name} must be contiguous and on {qkv.device} as qkv is, got strides {tensor.stride()} on {tensor.device}"
+            )
     for name, tensor in (("cos", cos), ("sin", sin)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, got {tensor.dtype}")
@@ -109,7 +122,9 @@ def rope_and_store_kv(
         raise ValueError(f"kv_cache: {reason}")
     num_slots = kv_cache.shape[1] * kv_cache.shape[2]
     if checks_indices() and bool(((slot_mapping < 0) | (slot_mapping >= num_slots)).any()):
-        raise IndexError(f"slot_mapping must be within the {num_slots} slots of kv_cache, got {slot_mapping.tolist()}")
+        raise IndexError(
+            f"slot_mapping must be within the {num_slots} slots of kv_cache, got {slot_mapping.tolist()}"
+        )
     q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q

@@ -13,8 +13,14 @@ class _AttentionArgs(ctypes.Structure):
     """src/ops.h"""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "block_table", "context_lens", "cu_seqlens_q", "sinks", "out")),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "q_stride", "num_seqs", "max_blocks", "num_blocks", "block_size")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("q", "keys", "values", "block_table", "context_lens", "cu_seqlens_q", "sinks", "out")
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_tokens", "q_stride", "num_seqs", "max_blocks", "num_blocks", "block_size")
+        ),
         *((name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "window")),
         ("scale", ctypes.c_float),
         ("type", ctypes.c_int32),
@@ -26,7 +32,10 @@ class _RopeStoreArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "keys", "values", "slot_mapping")),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "num_slots")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "num_slots")
+        ),
         ("type", ctypes.c_int32),
     )
 
@@ -51,12 +60,18 @@ def paged_attention(
 
     A query's result is the same, bit for bit, however its sequence is cut into chunks and whatever the batch and the number of threads.
     """
-    reference.check_attention(q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window, scale=scale)
+    reference.check_attention(
+        q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window, scale=scale
+    )
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads = kv_cache.shape[1:4]
     if q.stride(2) != 1 or q.stride(1) != head_dim:
         q = q.contiguous()
-    block_table, context_lens, cu_seqlens_q = block_table.contiguous(), context_lens.contiguous(), cu_seqlens_q.contiguous()
+    block_table, context_lens, cu_seqlens_q = (
+        block_table.contiguous(),
+        context_lens.contiguous(),
+        cu_seqlens_q.contiguous(),
+    )
     wide_sinks = sinks.float().contiguous()
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype)
     keys, values = kv_cache.unbind(0)
@@ -84,12 +99,16 @@ def paged_attention(
     )
     status = native.ready().cantata_attention(ctypes.byref(arguments))
     if status:
-        reference.check_lengths(context_lens.tolist(), cu_seqlens_q.tolist(), num_tokens, block_table.shape[1] * block_size)
+        reference.check_lengths(
+            context_lens.tolist(), cu_seqlens_q.tolist(), num_tokens, block_table.shape[1] * block_size
+        )
         raise IndexError(f"block_table names a block outside the {num_blocks} of kv_cache")
     return out
 
 
-def rope_and_store_kv(qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> Tensor:
+def rope_and_store_kv(
+    qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+) -> Tensor:
     """As `kernels.attention.reference.rope_and_store_kv`, which see. The queries returned are a part of `qkv`, rotated in place."""
     reference.check_rope_and_store(qkv, num_heads, cos, sin, kv_cache, slot_mapping)
     num_tokens, _, head_dim = qkv.shape

@@ -37,7 +37,9 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Memory of values and scales, without the padding of odd shapes."""
-        return self.shape[0] * self.shape[1] * self.values.itemsize + (0 if self.scales is None else self.scales.nbytes)
+        return self.shape[0] * self.shape[1] * self.values.itemsize + (
+            0 if self.scales is None else self.scales.nbytes
+        )
 
 
 def can_run(device: torch.device, dtype: torch.dtype) -> bool:
@@ -55,7 +57,9 @@ def allocate(num_rows: int, width: int, dtype: torch.dtype) -> PackedWeight:
     if dtype == torch.bfloat16:
         return PackedWeight(zeros((groups, columns // 2, ROWS, 2), dtype), None, (num_rows, width))
     if dtype == torch.int8:
-        return PackedWeight(zeros((groups, columns // 4, 64), dtype), torch.zeros(num_rows), (num_rows, width))
+        return PackedWeight(
+            zeros((groups, columns // 4, 64), dtype), torch.zeros(num_rows), (num_rows, width)
+        )
     raise ValueError(f"dtype must be torch.bfloat16 or torch.int8, got {dtype}")
 
 

@@ -27,6 +27,8 @@ def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     num_tokens, num_experts = gate_logits.shape
     logits = gate_logits.float().contiguous()
     ids, weights = torch.empty(num_tokens, k, dtype=torch.int32), torch.empty(num_tokens, k)
-    arguments = _GateTopkArgs(native.pointer(logits), native.pointer(ids), native.pointer(weights), num_tokens, num_experts, k)
+    arguments = _GateTopkArgs(
+        native.pointer(logits), native.pointer(ids), native.pointer(weights), num_tokens, num_experts, k
+    )
     native.ready().cantata_gate_topk(ctypes.byref(arguments))
     return ids, weights

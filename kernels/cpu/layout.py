@@ -24,7 +24,9 @@ def shapes(num_rows: int, num_groups: int) -> tuple[tuple[int, ...], tuple[int, 
         ValueError: N is not a multiple of 16.
     """
     if num_rows % ROWS:
-        raise ValueError(f"blocks must have a multiple of {ROWS} rows for the layout {ROWS16}, got {num_rows}")
+        raise ValueError(
+            f"blocks must have a multiple of {ROWS} rows for the layout {ROWS16}, got {num_rows}"
+        )
     return (num_rows // ROWS, 4 * num_groups, 64), (num_rows // ROWS, num_groups, ROWS)
 
 
@@ -63,7 +65,9 @@ def from_natural(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: as `write`.
     """
     num_experts, num_rows, num_groups = scales.shape
-    packed_blocks, packed_scales = (zeros((num_experts, *shape), torch.uint8) for shape in shapes(num_rows, num_groups))
+    packed_blocks, packed_scales = (
+        zeros((num_experts, *shape), torch.uint8) for shape in shapes(num_rows, num_groups)
+    )
     for expert in range(num_experts):
         write(packed_blocks[expert], packed_scales[expert], blocks[expert], scales[expert])
     return packed_blocks, packed_scales
@@ -76,7 +80,9 @@ def to_natural(packed: PackedMXFP4) -> tuple[Tensor, Tensor]:
     words = packed.blocks.view(num_experts, num_rows // ROWS, width // 8, ROWS, 2, 2)
     nibbles = torch.stack((words & 15, words >> 4), dim=-1)
     columns = nibbles.permute(0, 1, 3, 2, 5, 6, 4).reshape(num_experts, num_rows, width)
-    blocks = (columns[..., 0::2] | (columns[..., 1::2] << 4)).view(num_experts, num_rows, width // MX_BLOCK, MX_BLOCK // 2)
+    blocks = (columns[..., 0::2] | (columns[..., 1::2] << 4)).view(
+        num_experts, num_rows, width // MX_BLOCK, MX_BLOCK // 2
+    )
     scales = packed.scales.transpose(2, 3).reshape(num_experts, num_rows, width // MX_BLOCK)
     return blocks, scales.contiguous()
 

@@ -28,7 +28,9 @@ DATA_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 Isa = Literal["amx", "avx512_bf16", "avx512", "avx2", "neon", "portable"]
 ISAS: tuple[Isa, ...] = (
-    ("neon", "portable") if platform.machine() in ("aarch64", "arm64") else ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+    ("neon", "portable")
+    if platform.machine() in ("aarch64", "arm64")
+    else ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 )
 """Instruction sets of this architecture, the best first."""
 AUTO, REFERENCE = "auto", "reference"
@@ -82,7 +84,9 @@ def _loaded() -> ctypes.CDLL | str:
     except (OSError, AttributeError) as error:
         return f"the C++ kernels cannot be loaded ({error}): install Cantata again on this machine"
     if version != _VERSION:
-        return f"the C++ kernels in {file.name} are of version {version}, not {_VERSION}: install Cantata again"
+        return (
+            f"the C++ kernels in {file.name} are of version {version}, not {_VERSION}: install Cantata again"
+        )
     loaded.cantata_isa.restype = ctypes.c_char_p
     loaded.cantata_run_program.restype = ctypes.c_int64
     for name, arguments, result in (
@@ -130,10 +134,14 @@ def choose(name: str) -> None:
     loaded = _library()
     if name not in (AUTO, REFERENCE):
         if loaded is None:
-            raise ValueError(f"{setting} is {name}, and {_loaded()}; or set it to {AUTO} or {REFERENCE} and serve slowly, on torch")
+            raise ValueError(
+                f"{setting} is {name}, and {_loaded()}; or set it to {AUTO} or {REFERENCE} and serve slowly, on torch"
+            )
         if not loaded.cantata_use_isa(name.encode()):
             names = ", ".join((AUTO, *available(), REFERENCE))
-            raise ValueError(f"{setting} is {name}, which this processor or this build does not have: set it to one of {names}")
+            raise ValueError(
+                f"{setting} is {name}, which this processor or this build does not have: set it to one of {names}"
+            )
     elif loaded is not None:
         next(best for best in ISAS if loaded.cantata_use_isa(best.encode()))
     _choice.reference = name == REFERENCE
@@ -163,12 +171,16 @@ def _trial(file: str, name: str) -> int | None:
     """The exit code of `kernels.cpu.trial`; None if it could not be had."""
     try:
         command = [sys.executable, "-m", "kernels.cpu.trial", file, name]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TRIAL_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TRIAL_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.warning("the C++ kernels could not be tried in a process of their own: %s", error)
         return None
     if done.returncode not in (0, -signal.SIGILL):
-        logger.warning("the C++ kernels, tried in a process of their own, ended it with code %d", done.returncode)
+        logger.warning(
+            "the C++ kernels, tried in a process of their own, ended it with code %d", done.returncode
+        )
     return done.returncode
 
 

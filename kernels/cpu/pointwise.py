@@ -46,12 +46,22 @@ class _YarnArgs(ctypes.Structure):
 class _ConvertArgs(ctypes.Structure):
     """src/ops.h"""
 
-    _fields_ = (("from", ctypes.c_void_p), ("to", ctypes.c_void_p), ("count", ctypes.c_int64), ("to_type", ctypes.c_int32))
+    _fields_ = (
+        ("from", ctypes.c_void_p),
+        ("to", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("to_type", ctypes.c_int32),
+    )
 
 
 def can_run(x: Tensor, weight: Tensor) -> bool:
     """Whether the norms take these: fp32 or bf16 on a CPU."""
-    return x.is_cpu and x.dtype in native.DATA_TYPES and weight.dtype in native.DATA_TYPES and native.shared_library() is not None
+    return (
+        x.is_cpu
+        and x.dtype in native.DATA_TYPES
+        and weight.dtype in native.DATA_TYPES
+        and native.shared_library() is not None
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -122,7 +132,9 @@ def frequencies(
     truncate: bool,
 ) -> Tensor:
     """`reference.yarn_frequencies`, computed once."""
-    return reference.yarn_frequencies(head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate)
+    return reference.yarn_frequencies(
+        head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate
+    )
 
 
 def yarn_cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
@@ -138,7 +150,12 @@ def yarn_cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -
     shape = (len(positions), len(frequencies))
     cos, sin = torch.empty(shape), torch.empty(shape)
     arguments = _YarnArgs(
-        native.pointer(positions), native.pointer(frequencies), native.pointer(cos), native.pointer(sin), *shape, concentration
+        native.pointer(positions),
+        native.pointer(frequencies),
+        native.pointer(cos),
+        native.pointer(sin),
+        *shape,
+        concentration,
     )
     native.ready().cantata_yarn(ctypes.byref(arguments))
     return cos, sin

@@ -34,12 +34,18 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
-            self.calls + other.calls, self.seconds + other.seconds, self.num_bytes + other.num_bytes, self.num_flops + other.num_flops
+            self.calls + other.calls,
+            self.seconds + other.seconds,
+            self.num_bytes + other.num_bytes,
+            self.num_flops + other.num_flops,
         )
 
     def __sub__(self, other: "Work") -> "Work":
         return Work(
-            self.calls - other.calls, self.seconds - other.seconds, self.num_bytes - other.num_bytes, self.num_flops - other.num_flops
+            self.calls - other.calls,
+            self.seconds - other.seconds,
+            self.num_bytes - other.num_bytes,
+            self.num_flops - other.num_flops,
         )
 
 
@@ -81,7 +87,9 @@ def _int32(address: int, count: int) -> npt.NDArray[np.int32]:
     return np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(address))
 
 
-def _matmul(name: str, rows: int, width: int, outputs: int, weight_bytes: float, activation_bytes: int) -> Description:
+def _matmul(
+    name: str, rows: int, width: int, outputs: int, weight_bytes: float, activation_bytes: int
+) -> Description:
     num_bytes = outputs * width * weight_bytes + rows * (width + outputs) * activation_bytes
     return f"{name} {outputs} x {width}", num_bytes, 2.0 * rows * width * outputs
 
@@ -99,7 +107,11 @@ def _experts(args: Any) -> Description:
     local = _int32(args.topk_ids, args.num_tokens * args.top_k) - args.first_expert
     local = local[(local >= 0) & (local < args.num_experts)]
     weights = 3 * args.hidden * args.intermediate
-    return "experts", len(np.unique(local)) * weights * _MXFP4_BYTES + 4 * args.num_tokens * args.hidden, 2.0 * len(local) * weights
+    return (
+        "experts",
+        len(np.unique(local)) * weights * _MXFP4_BYTES + 4 * args.num_tokens * args.hidden,
+        2.0 * len(local) * weights,
+    )
 
 
 def _attention(args: Any) -> Description:
@@ -108,9 +120,15 @@ def _attention(args: Any) -> Description:
     window = args.window or int(ends.max(initial=1))
     oldest = np.maximum(ends - queries + 1 - window, 0)
     keys = int((ends - oldest)[queries > 0].sum())
-    seen = sum(int(np.minimum(np.arange(end - count, end) + 1, window).sum()) for end, count in zip(ends, queries, strict=True))
+    seen = sum(
+        int(np.minimum(np.arange(end - count, end) + 1, window).sum())
+        for end, count in zip(ends, queries, strict=True)
+    )
     item = _ITEM_BYTES[args.type]
-    num_bytes = 2 * keys * args.num_kv_heads * args.head_dim * item + 2 * args.num_tokens * args.num_heads * args.head_dim * item
+    num_bytes = (
+        2 * keys * args.num_kv_heads * args.head_dim * item
+        + 2 * args.num_tokens * args.num_heads * args.head_dim * item
+    )
     label = f"attention, window {args.window}" if args.window else "attention, all keys"
     return label, num_bytes, 4.0 * seen * args.num_heads * args.head_dim
 

@@ -92,7 +92,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _memory_of(values: Any) -> set[int]:
     """Where the tensors among these keep their elements."""
-    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.numel()}
+    return {
+        leaf.untyped_storage().data_ptr()
+        for leaf in tree_leaves(values)
+        if isinstance(leaf, Tensor) and leaf.numel()
+    }
 
 
 class Program:
@@ -134,7 +138,9 @@ class Program:
         if observed:
             self._report(done)
         if done < len(calls):
-            raise IndexError(f"{self._names[done]}, operation {done} of a program, found an index outside its cache")
+            raise IndexError(
+                f"{self._names[done]}, operation {done} of a program, found an index outside its cache"
+            )
 
     def __len__(self) -> int:
         return len(self._names)
@@ -164,7 +170,9 @@ class Program:
 
     def _report(self, count: int) -> None:
         assert self._seconds is not None
-        for name, arguments, seconds in zip(self._names[:count], self._arguments, self._seconds, strict=False):
+        for name, arguments, seconds in zip(
+            self._names[:count], self._arguments, self._seconds, strict=False
+        ):
             native.report(name, arguments, seconds)
 
 

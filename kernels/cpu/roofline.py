@@ -64,7 +64,9 @@ def measure() -> Roofline:
     return Roofline(_READ_BYTES / _best_seconds(lambda: native.read_through(area)), fastest_gemm())
 
 
-def fastest_gemm(product: Callable[[Tensor, Tensor], object] = torch.matmul, clock: Callable[[], float] = time.perf_counter) -> Gemm:
+def fastest_gemm(
+    product: Callable[[Tensor, Tensor], object] = torch.matmul, clock: Callable[[], float] = time.perf_counter
+) -> Gemm:
     """Measure torch's product in each data type within GEMM_SECONDS, and return the fastest.
 
     On one thread the data types take turns with ever larger matrices, and each stops where its next product would
@@ -108,7 +110,9 @@ def _one_thread() -> Iterator[None]:
 class _Product:
     """The runs of one data type."""
 
-    def __init__(self, dtype: str, product: Callable[[Tensor, Tensor], object], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, dtype: str, product: Callable[[Tensor, Tensor], object], clock: Callable[[], float]
+    ) -> None:
         self.dtype = dtype
         self.size = 0
         self.flops_per_s = 0.0

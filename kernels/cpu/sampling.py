@@ -19,7 +19,10 @@ class _SampleArgs(ctypes.Structure):
     """src/ops.h"""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("logits", "temperature", "seeds", "output_positions", "top_k", "top_p", "min_p")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("logits", "temperature", "seeds", "output_positions", "top_k", "top_p", "min_p")
+        ),
         *((name, ctypes.c_void_p) for name in ("token_ids", "block_maxima", "block_sums")),
         *((name, ctypes.c_int64) for name in ("num_rows", "vocab", "row_stride")),
     )
@@ -29,7 +32,10 @@ class _LogprobArgs(ctypes.Structure):
     """src/ops.h"""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("logits", "rows", "token_ids", "logprobs", "top_ids", "top_logprobs")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("logits", "rows", "token_ids", "logprobs", "top_ids", "top_logprobs")
+        ),
         *((name, ctypes.c_void_p) for name in ("block_maxima", "block_sums")),
         *((name, ctypes.c_int64) for name in ("num_rows", "vocab", "row_stride", "num_top")),
     )
@@ -60,7 +66,14 @@ def _with_rows(logits: Tensor) -> Tensor:
 
 def _choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
     num_rows, vocab = logits.shape
-    parameters = (batch.temperature, batch.seeds, batch.output_positions, batch.top_k, batch.top_p, batch.min_p)
+    parameters = (
+        batch.temperature,
+        batch.seeds,
+        batch.output_positions,
+        batch.top_k,
+        batch.top_p,
+        batch.min_p,
+    )
     vectors = [None if vector is None else vector.contiguous() for vector in parameters]
     token_ids = torch.empty(num_rows, dtype=torch.int64)
     maxima, sums = _scratch(num_rows, vocab)
@@ -81,7 +94,10 @@ def _choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
 def _logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> SampleOutput:
     vocab, rows = logits.shape[1], rows.contiguous()
     chosen = torch.empty(len(rows))
-    top_ids, top_logprobs = torch.empty(len(rows), num_top, dtype=torch.int64), torch.empty(len(rows), num_top)
+    top_ids, top_logprobs = (
+        torch.empty(len(rows), num_top, dtype=torch.int64),
+        torch.empty(len(rows), num_top),
+    )
     maxima, sums = _scratch(len(rows), vocab)
     arguments = _LogprobArgs(
         logits.data_ptr(),

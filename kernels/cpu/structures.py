@@ -42,9 +42,15 @@ class ExpertsArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "topk_ids", "topk_weights")),
-        *((name, ctypes.c_void_p) for name in ("gate_up_blocks", "gate_up_scales", "down_blocks", "down_scales")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("gate_up_blocks", "gate_up_scales", "down_blocks", "down_scales")
+        ),
         *((name, ctypes.c_void_p) for name in ("gate_up_bias", "down_bias", "out")),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "top_k", "hidden", "intermediate", "first_expert", "num_experts")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_tokens", "top_k", "hidden", "intermediate", "first_expert", "num_experts")
+        ),
         ("limit", ctypes.c_float),
         ("alpha", ctypes.c_float),
         ("type", ctypes.c_int32),
@@ -57,5 +63,8 @@ class PackArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("blocks", "scales", "packed_blocks", "packed_scales")),
-        *((name, ctypes.c_int64) for name in ("num_rows", "num_groups", "blocks_stride", "scales_stride", "packed_groups")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_rows", "num_groups", "blocks_stride", "scales_stride", "packed_groups")
+        ),
     )

@@ -22,14 +22,26 @@ def main(file: str, name: str) -> int:
         return 2
     weight, packed = _zeros(4 * _WIDTH * _NUM_OUTPUTS), _zeros(2 * _WIDTH * _NUM_OUTPUTS)
     rows = structures.PackDenseArgs(
-        weight=weight, packed=packed, scales=None, first_row=0, num_rows=_NUM_OUTPUTS, width=_WIDTH, packed_width=_WIDTH
+        weight=weight,
+        packed=packed,
+        scales=None,
+        first_row=0,
+        num_rows=_NUM_OUTPUTS,
+        width=_WIDTH,
+        packed_width=_WIDTH,
     )
     library.cantata_pack_dense(ctypes.byref(rows))
     for num_rows in _NUM_ROWS:
         x, out = _zeros(4 * num_rows * _WIDTH), _zeros(4 * num_rows * _NUM_OUTPUTS)
         shape = {"num_rows": num_rows, "width": _WIDTH, "num_outputs": _NUM_OUTPUTS}
-        library.cantata_linear(ctypes.byref(structures.LinearArgs(x=x, weight=weight, bias=None, out=out, weight_type=0, **shape)))
-        library.cantata_dense(ctypes.byref(structures.DenseArgs(x=x, weight=packed, scales=None, bias=None, out=out, **shape)))
+        library.cantata_linear(
+            ctypes.byref(
+                structures.LinearArgs(x=x, weight=weight, bias=None, out=out, weight_type=0, **shape)
+            )
+        )
+        library.cantata_dense(
+            ctypes.byref(structures.DenseArgs(x=x, weight=packed, scales=None, bias=None, out=out, **shape))
+        )
     return 0
 
 

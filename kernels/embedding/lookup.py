@@ -11,7 +11,9 @@ BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["first_id", "num_rows"])
-def embed_kernel(token_ids_ptr, weight_ptr, out_ptr, weight_stride, first_id, num_rows, width, BLOCK: tl.constexpr):
+def embed_kernel(
+    token_ids_ptr, weight_ptr, out_ptr, weight_stride, first_id, num_rows, width, BLOCK: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(token_ids_ptr + token) - first_id
@@ -32,5 +34,7 @@ def embed(token_ids: Tensor, weight: Tensor, first_id: int) -> Tensor:
     out = torch.empty(len(token_ids), width, dtype=weight.dtype, device=weight.device)
     if out.numel():
         grid = (len(token_ids), triton.cdiv(width, BLOCK))
-        embed_kernel[grid](token_ids.contiguous(), weight, out, weight.stride(0), first_id, num_rows, width, BLOCK=BLOCK)
+        embed_kernel[grid](
+            token_ids.contiguous(), weight, out, weight.stride(0), first_id, num_rows, width, BLOCK=BLOCK
+        )
     return out

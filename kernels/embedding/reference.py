@@ -32,7 +32,9 @@ def check_embed(token_ids: Tensor, weight: Tensor, first_id: int) -> None:
         ValueError: names the argument.
     """
     if token_ids.ndim != 1 or token_ids.dtype != torch.int64:
-        raise ValueError(f"token_ids must be [T] int64, got shape {list(token_ids.shape)} of {token_ids.dtype}")
+        raise ValueError(
+            f"token_ids must be [T] int64, got shape {list(token_ids.shape)} of {token_ids.dtype}"
+        )
     if weight.ndim != 2 or not weight.dtype.is_floating_point:
         raise ValueError(f"weight must be [V, H] float, got shape {list(weight.shape)} of {weight.dtype}")
     if first_id < 0:

@@ -29,7 +29,9 @@ def narrow_linear_kernel(
     totals = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, width, BLOCK_K):
         k = (start + tl.arange(0, BLOCK_K))[None, None, :]
-        x = tl.load(x_rows + k, mask=(token < num_tokens)[:, None, None] & (k < width), other=0.0).to(tl.float32)
+        x = tl.load(x_rows + k, mask=(token < num_tokens)[:, None, None] & (k < width), other=0.0).to(
+            tl.float32
+        )
         weight = tl.load(weight_rows + k, mask=(output < num_outputs)[None, :, None] & (k < width), other=0.0)
         totals += x * weight
     total = tl.sum(totals, axis=2)  # [BLOCK_M, BLOCK_N]
@@ -54,7 +56,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if out.numel():
         tile = tile_for(num_tokens)
         grid = (triton.cdiv(num_tokens, tile["BLOCK_M"]), triton.cdiv(num_outputs, BLOCK_N))
-        narrow_linear_kernel[grid](x, weight, bias, out, x.stride(0), num_tokens, num_outputs, x.shape[1], BLOCK_N=BLOCK_N, **tile)
+        narrow_linear_kernel[grid](
+            x, weight, bias, out, x.stride(0), num_tokens, num_outputs, x.shape[1], BLOCK_N=BLOCK_N, **tile
+        )
     return out
 
 

@@ -24,7 +24,11 @@ def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         from kernels.moe import routing
 
         return routing.choose(gate_logits.contiguous(), k)
-    return cpu_gate.gate_topk(gate_logits, k) if cpu_gate.can_run(gate_logits) else reference.gate_topk(gate_logits, k)
+    return (
+        cpu_gate.gate_topk(gate_logits, k)
+        if cpu_gate.can_run(gate_logits)
+        else reference.gate_topk(gate_logits, k)
+    )
 
 
 def fused_experts(
@@ -109,7 +113,9 @@ def gated_experts(
         )
     from kernels.moe import combine
 
-    results, routing = _summands(x, gate_logits, k, *weights, swiglu_limit, swiglu_alpha, first_expert, mxfp8_activations)
+    results, routing = _summands(
+        x, gate_logits, k, *weights, swiglu_limit, swiglu_alpha, first_expert, mxfp8_activations
+    )
     return combine.combine(results, routing)
 
 
@@ -140,14 +146,18 @@ def gated_experts_add_rms_norm(
         (the sum, its RMSNorm), both as residual.
     """
     if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(f"residual must be {list(x.shape)} {x.dtype} as x is, got {list(residual.shape)} {residual.dtype}")
+        raise ValueError(
+            f"residual must be {list(x.shape)} {x.dtype} as x is, got {list(residual.shape)} {residual.dtype}"
+        )
     if norm_weight.shape != x.shape[-1:]:
         raise ValueError(f"norm_weight must be {list(x.shape[-1:])}, got shape {list(norm_weight.shape)}")
     weights = (gate_up, gate_up_bias, down, down_bias)
     if _triton_takes(x, gate_up, down, mxfp8_activations):
         from kernels.moe import combine
 
-        results, routing = _summands(x, gate_logits, k, *weights, swiglu_limit, swiglu_alpha, first_expert, mxfp8_activations)
+        results, routing = _summands(
+            x, gate_logits, k, *weights, swiglu_limit, swiglu_alpha, first_expert, mxfp8_activations
+        )
         return combine.combine_add_rms_norm(results, routing, residual, norm_weight, eps)
     delta = gated_experts(
         x,
@@ -180,7 +190,9 @@ def _summands(
 
     reference.check_gate(gate_logits, k)
     if x.shape[:1] != gate_logits.shape[:1]:
-        raise ValueError(f"gate_logits must have a row for each of {x.shape[0]} tokens, got shape {list(gate_logits.shape)}")
+        raise ValueError(
+            f"gate_logits must have a row for each of {x.shape[0]} tokens, got shape {list(gate_logits.shape)}"
+        )
     reference.check_weights(x, gate_up, gate_up_bias, down, down_bias, first_expert, gate_logits.shape[1])
     reference.check_mxfp8(mxfp8_activations, gate_up, down)
     return grouped.gated_experts(
@@ -198,7 +210,9 @@ def _summands(
     )
 
 
-def _triton_takes(x: Tensor, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor, mxfp8_activations: bool) -> bool:
+def _triton_takes(
+    x: Tensor, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor, mxfp8_activations: bool
+) -> bool:
     if not runs_triton(x):
         return False
     from kernels.moe import grouped

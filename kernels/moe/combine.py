@@ -26,7 +26,16 @@ def _sum_of_slots(results_ptr, ids_ptr, token, h, hidden_size, first_expert, num
 
 
 @triton.jit(do_not_specialize=["first_expert", "num_local"])
-def add_slots(results_ptr, ids_ptr, out_ptr, hidden_size, first_expert, num_local, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr):
+def add_slots(
+    results_ptr,
+    ids_ptr,
+    out_ptr,
+    hidden_size,
+    first_expert,
+    num_local,
+    TOP_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = _sum_of_slots(results_ptr, ids_ptr, token, h, hidden_size, first_expert, num_local, TOP_K)
@@ -76,7 +85,9 @@ def combine(results: Tensor, routing: Routing) -> Tensor:
     return out
 
 
-def combine_add_rms_norm(results: Tensor, routing: Routing, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def combine_add_rms_norm(
+    results: Tensor, routing: Routing, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """`kernels.pointwise.add_rms_norm` of a residual stream and `combine`; arguments have been checked as there.
 
     Args:

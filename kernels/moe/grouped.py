@@ -29,7 +29,9 @@ class _Layer:
     alpha: float
 
 
-def can_run(x: Tensor, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor, mxfp8_activations: bool) -> bool:
+def can_run(
+    x: Tensor, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor, mxfp8_activations: bool
+) -> bool:
     """Whether there are kernels for these weights: MXFP4 in a layout for GPUs, or dense ones of x's dtype."""
     kinds = {_kind(x, weights, mxfp8_activations) for weights in (gate_up, down)}
     return x.dtype in _DTYPES and len(kinds) == 1 and None not in kinds
@@ -72,7 +74,9 @@ def fused_experts(
         num_local=gate_up.shape[0],
         block_m=tile.block_m,
     )
-    return _compute(x, gate_up, gate_up_bias, down, down_bias, _Layer(routing, tile, kind, swiglu_limit, swiglu_alpha))
+    return _compute(
+        x, gate_up, gate_up_bias, down, down_bias, _Layer(routing, tile, kind, swiglu_limit, swiglu_alpha)
+    )
 
 
 def gated_experts(
@@ -91,11 +95,17 @@ def gated_experts(
 ) -> tuple[Tensor, Routing]:
     """`fused_experts` of the choice that `gate_topk` makes, in one launch less."""
     kind, tile = _kind_and_tile(x, k, gate_up, gate_logits.shape[1], mxfp8_activations)
-    routing = choose_and_route(gate_logits, k, first_expert=first_expert, num_local=gate_up.shape[0], block_m=tile.block_m)
-    return _compute(x, gate_up, gate_up_bias, down, down_bias, _Layer(routing, tile, kind, swiglu_limit, swiglu_alpha))
+    routing = choose_and_route(
+        gate_logits, k, first_expert=first_expert, num_local=gate_up.shape[0], block_m=tile.block_m
+    )
+    return _compute(
+        x, gate_up, gate_up_bias, down, down_bias, _Layer(routing, tile, kind, swiglu_limit, swiglu_alpha)
+    )
 
 
-def _kind_and_tile(x: Tensor, k: int, gate_up: PackedMXFP4 | Tensor, num_experts: int, mxfp8_activations: bool) -> tuple[str, Tile]:
+def _kind_and_tile(
+    x: Tensor, k: int, gate_up: PackedMXFP4 | Tensor, num_experts: int, mxfp8_activations: bool
+) -> tuple[str, Tile]:
     kind = _kind(x, gate_up, mxfp8_activations)
     assert kind is not None
     fp32 = x.dtype == torch.float32 and not mxfp8_activations
@@ -103,7 +113,12 @@ def _kind_and_tile(x: Tensor, k: int, gate_up: PackedMXFP4 | Tensor, num_experts
 
 
 def _compute(
-    x: Tensor, gate_up: PackedMXFP4 | Tensor, gate_up_bias: Tensor, down: PackedMXFP4 | Tensor, down_bias: Tensor, layer: _Layer
+    x: Tensor,
+    gate_up: PackedMXFP4 | Tensor,
+    gate_up_bias: Tensor,
+    down: PackedMXFP4 | Tensor,
+    down_bias: Tensor,
+    layer: _Layer,
 ) -> tuple[Tensor, Routing]:
     _check_memory(x, gate_up, gate_up_bias, down, down_bias)
     routing = layer.routing
@@ -123,7 +138,13 @@ def _compute(
     return results, routing
 
 
-def _check_memory(x: Tensor, gate_up: PackedMXFP4 | Tensor, gate_up_bias: Tensor, down: PackedMXFP4 | Tensor, down_bias: Tensor) -> None:
+def _check_memory(
+    x: Tensor,
+    gate_up: PackedMXFP4 | Tensor,
+    gate_up_bias: Tensor,
+    down: PackedMXFP4 | Tensor,
+    down_bias: Tensor,
+) -> None:
     """Refuse what the kernels would read wrongly.
 
     Raises:
@@ -148,7 +169,15 @@ def _grid(num_rows: int, layer: _Layer) -> tuple[int, int]:
     return triton.cdiv(num_rows, layer.tile.block_n), len(layer.routing.tiles)
 
 
-def _matmul(x: Tensor, weights: PackedMXFP4 | Tensor, bias: Tensor, out: Tensor, layer: _Layer, *, gate_up_product: bool) -> None:
+def _matmul(
+    x: Tensor,
+    weights: PackedMXFP4 | Tensor,
+    bias: Tensor,
+    out: Tensor,
+    layer: _Layer,
+    *,
+    gate_up_product: bool,
+) -> None:
     _, num_rows, width = weights.shape
     routing, tile = layer.routing, layer.tile
     arguments = {
@@ -198,7 +227,13 @@ def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def _mxfp8_matmul(x: tuple[Tensor, Tensor], weights: PackedMXFP4, bias: Tensor, out: tuple[Tensor, Tensor | None], layer: _Layer) -> None:
+def _mxfp8_matmul(
+    x: tuple[Tensor, Tensor],
+    weights: PackedMXFP4,
+    bias: Tensor,
+    out: tuple[Tensor, Tensor | None],
+    layer: _Layer,
+) -> None:
     """The gate_up product where `out` has scales, else the down product."""
     _, num_rows, width = weights.shape
     routing, tile = layer.routing, layer.tile

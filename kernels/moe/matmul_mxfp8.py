@@ -69,15 +69,21 @@ def expert_matmul_mxfp8(
     row = tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K)
     in_row, in_scales = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 32)
-    block_ptrs = blocks_ptr + expert * N * (K // 2) + (row[:, None] * (K // 2) + in_row[None, :])  # [BLOCK_N, BLOCK_K / 2]
-    scale_ptrs = scales_ptr + expert * N * (K // 32) + (row[:, None] * (K // 32) + in_scales[None, :])  # [BLOCK_N, BLOCK_K / 32]
+    block_ptrs = (
+        blocks_ptr + expert * N * (K // 2) + (row[:, None] * (K // 2) + in_row[None, :])
+    )  # [BLOCK_N, BLOCK_K / 2]
+    scale_ptrs = (
+        scales_ptr + expert * N * (K // 32) + (row[:, None] * (K // 32) + in_scales[None, :])
+    )  # [BLOCK_N, BLOCK_K / 32]
     x_ptrs = x_ptr + x_rows[None, :] * K + k[:, None]  # [BLOCK_K, BLOCK_M]
     x_scale_ptrs = x_scales_ptr + x_rows[:, None] * (K // 32) + in_scales[None, :]  # [BLOCK_M, BLOCK_K / 32]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
         left = K - start
         x = tl.load(x_ptrs + start, mask=exists[None, :] & (k < left)[:, None], other=0.0)
-        x_scales = tl.load(x_scale_ptrs + start // 32, mask=exists[:, None] & (in_scales < left // 32)[None, :], other=0)
+        x_scales = tl.load(
+            x_scale_ptrs + start // 32, mask=exists[:, None] & (in_scales < left // 32)[None, :], other=0
+        )
         weights = tl.load(block_ptrs + start // 2, mask=(in_row < left // 2)[None, :], other=0)
         scales = tl.load(scale_ptrs + start // 32, mask=(in_scales < left // 32)[None, :], other=0)
         total = tl.dot_scaled(weights, scales, "e2m1", x, x_scales, "e4m3", acc=total)
@@ -90,7 +96,9 @@ def expert_matmul_mxfp8(
         column = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         group = tl.program_id(0) * (BLOCK_N // 64) + tl.arange(0, BLOCK_N // 64)
         out_ptrs = out_ptr + out_rows[:, None] * out_stride + column[None, :]
-        tl.store(out_ptrs, values.reshape(BLOCK_M, BLOCK_N // 2), mask=exists[:, None] & (column < N // 2)[None, :])
+        tl.store(
+            out_ptrs, values.reshape(BLOCK_M, BLOCK_N // 2), mask=exists[:, None] & (column < N // 2)[None, :]
+        )
         out_scale_ptrs = out_scales_ptr + out_rows[:, None] * (out_stride // 32) + group[None, :]
         tl.store(out_scale_ptrs, out_scales, mask=exists[:, None] & (group < N // 64)[None, :])
     else:

@@ -60,8 +60,12 @@ def expert_matmul_natural(
     k = tl.arange(0, BLOCK_K)
     in_row, in_scales = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 32)
     if PACKED:
-        block_ptrs = blocks_ptr + expert * N * (K // 2) + (row[:, None] * (K // 2) + in_row[None, :])  # [BLOCK_N, BLOCK_K / 2]
-        scale_ptrs = scales_ptr + expert * N * (K // 32) + (row[:, None] * (K // 32) + in_scales[None, :])  # [BLOCK_N, BLOCK_K / 32]
+        block_ptrs = (
+            blocks_ptr + expert * N * (K // 2) + (row[:, None] * (K // 2) + in_row[None, :])
+        )  # [BLOCK_N, BLOCK_K / 2]
+        scale_ptrs = (
+            scales_ptr + expert * N * (K // 32) + (row[:, None] * (K // 32) + in_scales[None, :])
+        )  # [BLOCK_N, BLOCK_K / 32]
     else:
         block_ptrs = blocks_ptr + expert * N * K + (row[:, None] * K + k[None, :])  # [BLOCK_N, BLOCK_K]
     x_ptrs = x_ptr + x_rows[:, None] * x_stride + k[None, :]  # [BLOCK_M, BLOCK_K]

@@ -46,7 +46,9 @@ def decode(words, exponents, STRIPS: tl.constexpr, CHUNKS: tl.constexpr):
     """uint32 [STRIPS, CHUNKS * 128] and uint8 [STRIPS, CHUNKS * 32] → bf16 [STRIPS * 16, CHUNKS * 64]. Within a strip the even rows come
     first, as the layout's fragments have them."""
     scales = exponents.to(tl.uint32) << 7  # bf16
-    scales = (scales | (scales << 16)).reshape(STRIPS, CHUNKS, 8, 2, 2).trans(0, 1, 2, 4, 3)  # strip, chunk, g, group, parity
+    scales = (
+        (scales | (scales << 16)).reshape(STRIPS, CHUNKS, 8, 2, 2).trans(0, 1, 2, 4, 3)
+    )  # strip, chunk, g, group, parity
     even, odd = scales.reshape(STRIPS, CHUNKS, 8, 1, 2, 1, 2).split()
     even = tl.broadcast_to(even, (STRIPS, CHUNKS, 8, 4, 2, 2)).reshape(STRIPS, CHUNKS * 128)
     odd = tl.broadcast_to(odd, (STRIPS, CHUNKS, 8, 4, 2, 2)).reshape(STRIPS, CHUNKS * 128)
@@ -102,7 +104,9 @@ def expert_matmul_wgmma(
     first_chunk = strip[:, None] * num_chunks
     words_ptr = blocks_ptr.to(tl.pointer_type(tl.uint32)) + expert * num_strips * num_chunks * 128
     word_ptrs = words_ptr + (first_chunk * 128 + in_words[None, :])  # [STRIPS, CHUNKS * 128]
-    scale_ptrs = scales_ptr + expert * num_strips * num_chunks * 32 + (first_chunk * 32 + in_scales[None, :])  # [STRIPS, CHUNKS * 32]
+    scale_ptrs = (
+        scales_ptr + expert * num_strips * num_chunks * 32 + (first_chunk * 32 + in_scales[None, :])
+    )  # [STRIPS, CHUNKS * 32]
     x_ptrs = x_ptr + x_rows[None, :] * x_stride + k[:, None]  # [BLOCK_K, BLOCK_M]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for chunk in tl.range(0, num_chunks, CHUNKS, num_stages=NUM_STAGES):

@@ -67,7 +67,9 @@ def fused_experts(
     Raises:
         ValueError: names the argument of a wrong shape or dtype.
     """
-    check_experts(x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, first_expert, num_experts)
+    check_experts(
+        x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, first_expert, num_experts
+    )
     check_ids(topk_ids, gate_up.shape[0] if num_experts is None else num_experts)
     check_mxfp8(mxfp8_activations, gate_up, down)
     wide = round_to_mxfp8(x) if mxfp8_activations else x.float()
@@ -113,7 +115,9 @@ def round_to_mxfp8(x: Tensor) -> Tensor:
     Follows: OCP Microscaling Formats (MX) Specification 1.0, section 6.3.
     """
     groups = x.float().reshape(*x.shape[:-1], x.shape[-1] // MX_BLOCK, MX_BLOCK)
-    exponent = (torch.frexp(groups.abs().amax(-1, keepdim=True)).exponent - 1 - _E4M3_EXPONENT).clamp(min=-126)
+    exponent = (torch.frexp(groups.abs().amax(-1, keepdim=True)).exponent - 1 - _E4M3_EXPONENT).clamp(
+        min=-126
+    )
     values = torch.ldexp(groups, -exponent).clamp(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn)
     return torch.ldexp(values.float(), exponent).view(x.shape)
 
@@ -158,7 +162,15 @@ def check_experts(
     Raises:
         ValueError: names the argument.
     """
-    check_weights(x, gate_up, gate_up_bias, down, down_bias, first_expert, gate_up.shape[0] if num_experts is None else num_experts)
+    check_weights(
+        x,
+        gate_up,
+        gate_up_bias,
+        down,
+        down_bias,
+        first_expert,
+        gate_up.shape[0] if num_experts is None else num_experts,
+    )
     if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0]:
         raise ValueError(f"topk_ids must be [{x.shape[0]}, k], got shape {list(topk_ids.shape)}")
     if topk_ids.dtype.is_floating_point:
@@ -190,7 +202,9 @@ def check_weights(
         raise ValueError(f"gate_up must be [E, 2I, {hidden_size}], got shape {list(gate_up.shape)}")
     num_local, double_width, _ = gate_up.shape
     if not 0 <= first_expert <= num_experts - num_local:
-        raise ValueError(f"first_expert must leave room for {num_local} of {num_experts} experts, got {first_expert}")
+        raise ValueError(
+            f"first_expert must leave room for {num_local} of {num_experts} experts, got {first_expert}"
+        )
     expected = {
         "gate_up_bias": (gate_up_bias.shape, (num_local, double_width)),
         "down": (down.shape, (num_local, hidden_size, double_width // 2)),
@@ -208,4 +222,6 @@ def check_ids(topk_ids: Tensor, num_experts: int) -> None:
         ValueError: names the argument.
     """
     if topk_ids.numel() and not 0 <= int(topk_ids.min()) <= int(topk_ids.max()) < num_experts:
-        raise ValueError(f"topk_ids must be from 0 to {num_experts - 1}, found {int(topk_ids.min())} to {int(topk_ids.max())}")
+        raise ValueError(
+            f"topk_ids must be from 0 to {num_experts - 1}, found {int(topk_ids.min())} to {int(topk_ids.max())}"
+        )

@@ -41,7 +41,14 @@ class Routing:
 
 
 @triton.jit
-def top_k(logits, num_experts, TOP_K: tl.constexpr, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr):
+def top_k(
+    logits,
+    num_experts,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     """[BLOCK_T, EXPERTS] fp32 → ids int32 and softmax over the chosen, both [BLOCK_T, SLOTS]. Ties: the lower id. Slots past TOP_K: -1,
     0."""
     LEAST: tl.constexpr = -(2**31)
@@ -69,7 +76,9 @@ def slot_of(ids, slot, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def members(ids, num_local, TOP_K: tl.constexpr, SLOTS: tl.constexpr, LOCAL: tl.constexpr, BLOCK_T: tl.constexpr):
+def members(
+    ids, num_local, TOP_K: tl.constexpr, SLOTS: tl.constexpr, LOCAL: tl.constexpr, BLOCK_T: tl.constexpr
+):
     """Local ids [BLOCK_T, SLOTS] → [BLOCK_T, LOCAL] int32: 1 where the token chose the expert."""
     local = tl.arange(0, LOCAL)
     chosen = tl.zeros((BLOCK_T, LOCAL), tl.int32)
@@ -79,7 +88,9 @@ def members(ids, num_local, TOP_K: tl.constexpr, SLOTS: tl.constexpr, LOCAL: tl.
 
 
 @triton.jit
-def place_pairs(pairs_ptr, ids, chosen, places, tokens, TOP_K: tl.constexpr, SLOTS: tl.constexpr, LOCAL: tl.constexpr):
+def place_pairs(
+    pairs_ptr, ids, chosen, places, tokens, TOP_K: tl.constexpr, SLOTS: tl.constexpr, LOCAL: tl.constexpr
+):
     """Store each pair of a local expert at its token's place, [BLOCK_T, LOCAL], among the expert's rows."""
     local = tl.arange(0, LOCAL)
     for slot in tl.static_range(TOP_K):
@@ -89,7 +100,9 @@ def place_pairs(pairs_ptr, ids, chosen, places, tokens, TOP_K: tl.constexpr, SLO
 
 
 @triton.jit
-def write_tiles(tiles_ptr, first, last, counts, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TILES: tl.constexpr):
+def write_tiles(
+    tiles_ptr, first, last, counts, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TILES: tl.constexpr
+):
     """Tiles `first` to `last` - 1, of experts that have counts [LOCAL] rows."""
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
     ends = tl.cumsum(tiles, 0)
@@ -98,12 +111,16 @@ def write_tiles(tiles_ptr, first, last, counts, LOCAL: tl.constexpr, BLOCK_M: tl
     local = tl.arange(0, LOCAL)
     for start in range(first, last, BLOCK_TILES):
         tile = start + tl.arange(0, BLOCK_TILES)
-        mine = (tile[:, None] >= starts[None, :]) & (tile[:, None] < ends[None, :])  # [BLOCK_TILES, LOCAL], one expert a tile
+        mine = (tile[:, None] >= starts[None, :]) & (
+            tile[:, None] < ends[None, :]
+        )  # [BLOCK_TILES, LOCAL], one expert a tile
         row = (tile[:, None] - starts[None, :]) * BLOCK_M  # within the expert
         at = tiles_ptr + tile * 4
         tl.store(at, tl.sum(tl.where(mine, local[None, :], 0), 1), mask=tile < last)
         tl.store(at + 1, tl.sum(tl.where(mine, offsets[None, :] + row, 0), 1), mask=tile < last)
-        tl.store(at + 2, tl.minimum(tl.sum(tl.where(mine, counts[None, :] - row, 0), 1), BLOCK_M), mask=tile < last)
+        tl.store(
+            at + 2, tl.minimum(tl.sum(tl.where(mine, counts[None, :] - row, 0), 1), BLOCK_M), mask=tile < last
+        )
         tl.store(at + 3, tl.zeros((BLOCK_TILES,), tl.int32), mask=tile < last)
 
 
@@ -141,7 +158,9 @@ def choose_experts(
     if FROM_LOGITS:
         expert = tl.arange(0, EXPERTS)
         logits_ptrs = logits_ptr + tokens.to(tl.int64)[:, None] * num_experts + expert[None, :]
-        logits = tl.load(logits_ptrs, mask=exists[:, None] & (expert < num_experts)[None, :], other=0.0).to(tl.float32)
+        logits = tl.load(logits_ptrs, mask=exists[:, None] & (expert < num_experts)[None, :], other=0.0).to(
+            tl.float32
+        )
         ids, weights = top_k(logits, num_experts, TOP_K, SLOTS, EXPERTS, BLOCK_T)
         tl.store(weights_ptr + at, weights, mask=there)
         tl.store(ids_ptr + at, ids, mask=there)
@@ -199,7 +218,15 @@ def place_tokens(
     places = (tl.cumsum(counts, 0) - counts + before)[None, :] + tl.cumsum(chosen, 0) - chosen
     place_pairs(pairs_ptr, ids, chosen, places, tokens, TOP_K, SLOTS, LOCAL)
     share = tl.cdiv(max_tiles, num_blocks)
-    write_tiles(tiles_ptr, block * share, tl.minimum((block + 1) * share, max_tiles), counts, LOCAL, BLOCK_M, BLOCK_TILES)
+    write_tiles(
+        tiles_ptr,
+        block * share,
+        tl.minimum((block + 1) * share, max_tiles),
+        counts,
+        LOCAL,
+        BLOCK_M,
+        BLOCK_TILES,
+    )
 
 
 def max_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
@@ -215,7 +242,9 @@ def choose(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ids, weights
 
 
-def choose_and_route(gate_logits: Tensor, k: int, *, first_expert: int, num_local: int, block_m: int) -> Routing:
+def choose_and_route(
+    gate_logits: Tensor, k: int, *, first_expert: int, num_local: int, block_m: int
+) -> Routing:
     """Choice of the k experts of highest logit, and the tiles of experts first_expert to first_expert + num_local - 1.
 
     Args:
@@ -227,7 +256,9 @@ def choose_and_route(gate_logits: Tensor, k: int, *, first_expert: int, num_loca
     return routing
 
 
-def route(topk_ids: Tensor, topk_weights: Tensor, *, first_expert: int, num_local: int, block_m: int) -> Routing:
+def route(
+    topk_ids: Tensor, topk_weights: Tensor, *, first_expert: int, num_local: int, block_m: int
+) -> Routing:
     """As `choose_and_route`, for a choice that is made.
 
     Args:
@@ -246,12 +277,16 @@ def _chosen(num_tokens: int, k: int, device: torch.device) -> tuple[Tensor, Tens
     )
 
 
-def _empty_routing(topk_ids: Tensor, topk_weights: Tensor, first_expert: int, num_local: int, block_m: int) -> Routing:
+def _empty_routing(
+    topk_ids: Tensor, topk_weights: Tensor, first_expert: int, num_local: int, block_m: int
+) -> Routing:
     num_pairs = topk_ids.numel()
     return Routing(
         topk_ids=topk_ids,
         topk_weights=topk_weights,
-        tiles=torch.empty(max_tiles(num_pairs, num_local, block_m), 4, dtype=torch.int32, device=topk_ids.device),
+        tiles=torch.empty(
+            max_tiles(num_pairs, num_local, block_m), 4, dtype=torch.int32, device=topk_ids.device
+        ),
         pairs=torch.empty(num_pairs, dtype=torch.int32, device=topk_ids.device),
         block_m=block_m,
         first_expert=first_expert,
@@ -296,4 +331,6 @@ def _launch(logits: Tensor | None, ids: Tensor, weights: Tensor, routing: Routin
             **shared,
         )
     if routing and not single:
-        place_tokens[(num_blocks,)](ids_ptr=ids, counts_ptr=counts, tiles_ptr=routing.tiles, pairs_ptr=routing.pairs, **shared)
+        place_tokens[(num_blocks,)](
+            ids_ptr=ids, counts_ptr=counts, tiles_ptr=routing.tiles, pairs_ptr=routing.pairs, **shared
+        )

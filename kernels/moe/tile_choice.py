@@ -42,10 +42,20 @@ _WGMMA = (
     Tile(64, 128, 128, 4, 3),
     Tile(128, 128, 128, 8, 3),
 )
-_MXFP8 = (Tile(16, 128, 256, 4, 3), Tile(32, 128, 256, 4, 3), Tile(64, 128, 256, 4, 3), Tile(128, 128, 128, 8, 3))
+_MXFP8 = (
+    Tile(16, 128, 256, 4, 3),
+    Tile(32, 128, 256, 4, 3),
+    Tile(64, 128, 256, 4, 3),
+    Tile(128, 128, 128, 8, 3),
+)
 # gpt-oss's widths are multiples of 64, so that the kernel needs no masks along K.
 _DENSE = (Tile(16, 64, 64, 4, 4), Tile(32, 128, 64, 4, 4), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3))
-_AMPERE = (Tile(16, 64, 128, 4, 3), Tile(32, 128, 128, 4, 2), Tile(64, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3))
+_AMPERE = (
+    Tile(16, 64, 128, 4, 3),
+    Tile(32, 128, 128, 4, 2),
+    Tile(64, 128, 64, 8, 3),
+    Tile(128, 128, 64, 8, 3),
+)
 _NATURAL = {
     "sm_80": _AMPERE,
     "sm_89": _AMPERE,
@@ -59,9 +69,19 @@ _NATURAL = {
         Tile(128, 128, 128, 8, 2),
         Tile(256, 128, 128, 8, 2),
     ),
-    "sm_120": (Tile(16, 128, 128, 4, 3), Tile(32, 128, 128, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
+    "sm_120": (
+        Tile(16, 128, 128, 4, 3),
+        Tile(32, 128, 128, 4, 3),
+        Tile(64, 128, 64, 4, 3),
+        Tile(128, 128, 64, 8, 3),
+    ),
     "gfx942": (Tile(16, 128, 128, 4, 2), Tile(32, 128, 128, 4, 2), Tile(64, 128, 128, 4, 2)),
-    "gfx950": (Tile(16, 64, 256, 4, 2), Tile(32, 128, 128, 4, 2), Tile(64, 128, 128, 4, 2), Tile(128, 128, 128, 8, 2)),
+    "gfx950": (
+        Tile(16, 64, 256, 4, 2),
+        Tile(32, 128, 128, 4, 2),
+        Tile(64, 128, 128, 4, 2),
+        Tile(128, 128, 128, 8, 2),
+    ),
 }
 ARCHITECTURES = tuple(_NATURAL)
 """Those with tiles of their own."""
@@ -79,7 +99,9 @@ def tiles(weights: str, architecture: str) -> Sequence[Tile]:
     if weights != MXFP4:
         return {MXFP4_WGMMA: _WGMMA, MXFP4_MXFP8: _MXFP8, DENSE: _DENSE}[weights]
     if architecture.startswith("sm_"):
-        family = {"10": "sm_100", "11": "sm_100", "12": "sm_120", "9": "sm_90"}.get(architecture[3:-1], "sm_80")
+        family = {"10": "sm_100", "11": "sm_100", "12": "sm_120", "9": "sm_90"}.get(
+            architecture[3:-1], "sm_80"
+        )
     else:
         family = "gfx942"
     return _NATURAL.get(architecture, _NATURAL[family])

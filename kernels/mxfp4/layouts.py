@@ -50,7 +50,12 @@ class PackedMXFP4:
 
     def select(self, expert_ids: Tensor) -> "PackedMXFP4":
         """The experts at `expert_ids` ([n] integer), in that order."""
-        return PackedMXFP4(self.layout, self.blocks[expert_ids], self.scales[expert_ids], (expert_ids.numel(), *self.shape[1:]))
+        return PackedMXFP4(
+            self.layout,
+            self.blocks[expert_ids],
+            self.scales[expert_ids],
+            (expert_ids.numel(), *self.shape[1:]),
+        )
 
     def expert(self, index: int) -> "PackedMXFP4":
         """One expert, as [1, N, K], sharing memory."""
@@ -132,7 +137,9 @@ def from_natural(blocks: Tensor, scales: Tensor, layout: str = NATURAL) -> Packe
     if blocks.ndim != 4 or blocks.shape[3] != MX_BLOCK // 2:
         raise ValueError(f"blocks must be [E, N, K/32, 16], got shape {list(blocks.shape)}")
     if scales.shape != blocks.shape[:3]:
-        raise ValueError(f"scales must be {list(blocks.shape[:3])} to match blocks, got shape {list(scales.shape)}")
+        raise ValueError(
+            f"scales must be {list(blocks.shape[:3])} to match blocks, got shape {list(scales.shape)}"
+        )
     if scales.numel() and int(scales.max()) == SCALE_NAN:
         raise ValueError("scales must not hold 255, which is NaN: the weights are damaged")
     num_experts, num_rows, num_groups = scales.shape
@@ -175,7 +182,11 @@ def write_expert(packed: PackedMXFP4, index: int, blocks: Tensor, scales: Tensor
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return zeros(shape, torch.uint8) if device.type == "cpu" else torch.zeros(shape, dtype=torch.uint8, device=device)
+    return (
+        zeros(shape, torch.uint8)
+        if device.type == "cpu"
+        else torch.zeros(shape, dtype=torch.uint8, device=device)
+    )
 
 
 def _padded(part: Tensor, num_rows: int, num_groups: int) -> Tensor:

@@ -59,7 +59,9 @@ def pack(dense: Tensor, layout: str = NATURAL) -> PackedMXFP4:
         ValueError: dense is not [E, N, K], K is not a multiple of 32, a wrong dtype, a value that is not finite, or an unknown layout.
     """
     if dense.ndim != 3 or dense.shape[2] % MX_BLOCK:
-        raise ValueError(f"dense must be [E, N, K] with K a multiple of {MX_BLOCK}, got shape {list(dense.shape)}")
+        raise ValueError(
+            f"dense must be [E, N, K] with K a multiple of {MX_BLOCK}, got shape {list(dense.shape)}"
+        )
     if dense.dtype not in _DTYPES:
         raise ValueError(f"dense must be float32, bfloat16 or float16, got {dense.dtype}")
     num_experts, num_rows, width = dense.shape
@@ -73,7 +75,9 @@ def pack(dense: Tensor, layout: str = NATURAL) -> PackedMXFP4:
     scales[largest == 0] = 0
     # 2^(127 - s) is exact, and so is the product, up to the magnitudes that saturate or round to zero anyway.
     inverse = _scale_table(torch.float32, dense.device)[(2 * _BIAS - scales.int())]
-    codes = torch.bucketize((groups * inverse[..., None]).abs(), _rounding_boundaries(dense.device)).to(torch.uint8)
+    codes = torch.bucketize((groups * inverse[..., None]).abs(), _rounding_boundaries(dense.device)).to(
+        torch.uint8
+    )
     codes |= groups.signbit().to(torch.uint8) << 3
     blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return from_natural(blocks, scales, layout)
@@ -107,5 +111,7 @@ def unpack_experts(packed: PackedMXFP4, expert_ids: Tensor, dtype: torch.dtype) 
         [n, N, K] of `dtype`.
     """
     if expert_ids.ndim != 1 or expert_ids.dtype.is_floating_point:
-        raise ValueError(f"expert_ids must be [n] integers, got shape {list(expert_ids.shape)} of {expert_ids.dtype}")
+        raise ValueError(
+            f"expert_ids must be [n] integers, got shape {list(expert_ids.shape)} of {expert_ids.dtype}"
+        )
     return unpack(packed.select(expert_ids), dtype)

@@ -70,8 +70,15 @@ def to_natural(packed: PackedMXFP4) -> tuple[Tensor, Tensor]:
         for mask, rotation in parts:
             bits |= _rotate_left(words, rotation) & _int32(mask)
         pairs[..., register // 2, register % 2] = _gather(bits)
-    blocks = pairs.permute(0, 1, 3, 7, 2, 5, 6, 4).reshape(num_experts, strips * STRIP, chunks * CHUNK // MX_BLOCK, MX_BLOCK // 2)
-    scales = packed.scales.permute(0, 1, 3, 4, 2, 5).reshape(num_experts, strips * STRIP, chunks * CHUNK // MX_BLOCK) - FOLDED_EXPONENT
+    blocks = pairs.permute(0, 1, 3, 7, 2, 5, 6, 4).reshape(
+        num_experts, strips * STRIP, chunks * CHUNK // MX_BLOCK, MX_BLOCK // 2
+    )
+    scales = (
+        packed.scales.permute(0, 1, 3, 4, 2, 5).reshape(
+            num_experts, strips * STRIP, chunks * CHUNK // MX_BLOCK
+        )
+        - FOLDED_EXPONENT
+    )
     groups = width // MX_BLOCK
     return blocks[:, :num_rows, :groups].contiguous(), scales[:, :num_rows, :groups].contiguous()
 
@@ -83,7 +90,9 @@ def _spread(byte: Tensor) -> Tensor:
 
 def _gather(register: Tensor) -> Tensor:
     """The inverse of `_spread`."""
-    return ((register >> 12) & 8) | ((register >> 6) & 7) | ((register >> 24) & 0x80) | ((register >> 18) & 0x70)
+    return (
+        ((register >> 12) & 8) | ((register >> 6) & 7) | ((register >> 24) & 0x80) | ((register >> 18) & 0x70)
+    )
 
 
 def _rotate_left(word: Tensor, distance: int) -> Tensor:

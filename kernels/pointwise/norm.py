@@ -33,12 +33,23 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, out_stride, width, eps
 
 @triton.jit
 def add_rms_norm_kernel(
-    residual_ptr, delta_ptr, weight_ptr, out_ptr, residual_stride, delta_stride, out_stride, width, eps, BLOCK: tl.constexpr
+    residual_ptr,
+    delta_ptr,
+    weight_ptr,
+    out_ptr,
+    residual_stride,
+    delta_stride,
+    out_stride,
+    width,
+    eps,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     in_row = at < width
-    residual = tl.load(residual_ptr + row * residual_stride + at, mask=in_row, other=0.0).to(tl.float32)  # [BLOCK]
+    residual = tl.load(residual_ptr + row * residual_stride + at, mask=in_row, other=0.0).to(
+        tl.float32
+    )  # [BLOCK]
     delta = tl.load(delta_ptr + row * delta_stride + at, mask=in_row, other=0.0).to(tl.float32)
     total = (residual + delta).to(residual_ptr.dtype.element_ty)
     tl.store(residual_ptr + row * residual_stride + at, total, mask=in_row)
@@ -72,7 +83,16 @@ def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) ->
     normed = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     if residual.numel():
         add_rms_norm_kernel[(num_rows,)](
-            residual, delta, weight, normed, residual.stride(0), delta.stride(0), width, width, eps, **tile(width)
+            residual,
+            delta,
+            weight,
+            normed,
+            residual.stride(0),
+            delta.stride(0),
+            width,
+            width,
+            eps,
+            **tile(width),
         )
     return residual, normed
 
@@ -93,4 +113,6 @@ def check_layout(**tensors: Tensor) -> None:
         if tensor.shape[-1] > MAX_WIDTH:
             raise ValueError(f"{name} must be at most {MAX_WIDTH} wide, got {tensor.shape[-1]}")
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must be contiguous in its last axis, got strides {list(tensor.stride())}")
+            raise ValueError(
+                f"{name} must be contiguous in its last axis, got strides {list(tensor.stride())}"
+            )

@@ -66,7 +66,14 @@ def yarn_cos_sin(
     """
     check_positions(positions, head_dim)
     frequency = yarn_frequencies(
-        head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate, device=positions.device
+        head_dim,
+        theta,
+        factor,
+        beta_fast,
+        beta_slow,
+        original_max_position_embeddings,
+        truncate,
+        device=positions.device,
     )
     angles = positions.float()[:, None] * frequency
     concentration = yarn_concentration(factor)
@@ -88,7 +95,11 @@ def yarn_frequencies(
 
     def dimension_turning(times: float) -> float:
         """The (fractional) dimension whose angle makes `times` turns over the original context."""
-        return head_dim * math.log(original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
+        return (
+            head_dim
+            * math.log(original_max_position_embeddings / (times * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
 
     low, high = dimension_turning(beta_fast), dimension_turning(beta_slow)
     if truncate:
@@ -98,7 +109,9 @@ def yarn_frequencies(
         high += 0.001
     pair = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
     period = theta ** (pair / head_dim)
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(
+        0, 1
+    )
     kept = 1 - ramp
     # As products with reciprocals, in transformers' order: at position 131071 one rounding of a frequency is 1e-4 of an angle.
     return (1 / (factor * period)) * (1 - kept) + (1 / period) * kept
@@ -116,7 +129,9 @@ def check_positions(positions: Tensor, head_dim: int) -> None:
         ValueError: names the argument.
     """
     if positions.ndim != 1 or positions.dtype.is_floating_point:
-        raise ValueError(f"positions must be [T] integers, got shape {list(positions.shape)} of {positions.dtype}")
+        raise ValueError(
+            f"positions must be [T] integers, got shape {list(positions.shape)} of {positions.dtype}"
+        )
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim must be even and positive, got {head_dim}")
 
@@ -150,7 +165,9 @@ def check_rms_norm(x: Tensor, weight: Tensor) -> None:
         ValueError: names the argument.
     """
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight must have the width of x {list(x.shape[-1:])}, got shape {list(weight.shape)}")
+        raise ValueError(
+            f"weight must have the width of x {list(x.shape[-1:])}, got shape {list(weight.shape)}"
+        )
 
 
 def check_add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor) -> None:
@@ -162,5 +179,7 @@ def check_add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor) -> None:
     if residual.ndim != 2:
         raise ValueError(f"residual must be [T, H], got shape {list(residual.shape)}")
     if delta.shape != residual.shape or delta.dtype != residual.dtype:
-        raise ValueError(f"delta must be {list(residual.shape)} {residual.dtype} as residual is, got {list(delta.shape)} {delta.dtype}")
+        raise ValueError(
+            f"delta must be {list(residual.shape)} {residual.dtype} as residual is, got {list(delta.shape)} {delta.dtype}"
+        )
     check_rms_norm(residual, weight)

@@ -20,7 +20,15 @@ BLOCK_TOKENS = 16
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def yarn_kernel(
-    positions_ptr, frequencies_ptr, cos_ptr, sin_ptr, num_tokens, half, concentration, BLOCK_TOKENS: tl.constexpr, BLOCK_HALF: tl.constexpr
+    positions_ptr,
+    frequencies_ptr,
+    cos_ptr,
+    sin_ptr,
+    num_tokens,
+    half,
+    concentration,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
 ):
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     pair = tl.arange(0, BLOCK_HALF)
@@ -30,9 +38,21 @@ def yarn_kernel(
     quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
     r = angle - quarters * 1.5707963267948966
     square = r * r
-    sine = r * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880 - square * (1 / 39916800))))))
+    sine = r * (
+        1
+        + square
+        * (
+            -1 / 6
+            + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880 - square * (1 / 39916800))))
+        )
+    )
     cosine = 1 + square * (
-        -1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320 + square * (-1 / 3628800 + square * (1 / 479001600)))))
+        -1 / 2
+        + square
+        * (
+            1 / 24
+            + square * (-1 / 720 + square * (1 / 40320 + square * (-1 / 3628800 + square * (1 / 479001600))))
+        )
     )
     quadrant = quarters.to(tl.int32) & 3
     swapped = (quadrant & 1) == 1
@@ -84,4 +104,6 @@ def frequencies(
     truncate: bool,
 ) -> Tensor:
     """`reference.yarn_frequencies` on a device, computed on the CPU and once: no launch in a step, and the same bits everywhere."""
-    return reference.yarn_frequencies(head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate).to(device)
+    return reference.yarn_frequencies(
+        head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate
+    ).to(device)

@@ -143,24 +143,37 @@ class SamplingBatch:
             _check_indices(f"{name}.rows", part.rows)
             _check_indices(f"{name}.token_ids", part.token_ids, part.rows.numel())
         if self.logit_bias is not None:
-            _check_vector("logit_bias.values", self.logit_bias.values, torch.float32, self.logit_bias.rows.numel())
+            _check_vector(
+                "logit_bias.values", self.logit_bias.values, torch.float32, self.logit_bias.rows.numel()
+            )
         if self.penalties is not None:
-            _check_vector("penalties.output_counts", self.penalties.output_counts, torch.int32, self.penalties.rows.numel())
+            _check_vector(
+                "penalties.output_counts",
+                self.penalties.output_counts,
+                torch.int32,
+                self.penalties.rows.numel(),
+            )
             for name in ("presence", "frequency", "repetition"):
                 _check_vector(f"penalties.{name}", getattr(self.penalties, name), torch.float32, num_rows)
         if self.allowed_bits is not None:
             _check_indices("allowed_bits.rows", self.allowed_bits.rows)
             bits, num_masks = self.allowed_bits.bits, self.allowed_bits.rows.numel()
             if bits.ndim != 2 or bits.shape[0] != num_masks or bits.dtype != torch.uint8:
-                raise ValueError(f"allowed_bits.bits must be [{num_masks}, n] uint8, got shape {list(bits.shape)} of {bits.dtype}")
+                raise ValueError(
+                    f"allowed_bits.bits must be [{num_masks}, n] uint8, got shape {list(bits.shape)} of {bits.dtype}"
+                )
         if self.logprob_rows is not None:
             _check_indices("logprob_rows", self.logprob_rows)
         if not 0 <= self.num_top_logprobs <= vocab_size:
-            raise ValueError(f"num_top_logprobs must be from 0 to the {vocab_size} tokens, got {self.num_top_logprobs}")
+            raise ValueError(
+                f"num_top_logprobs must be from 0 to the {vocab_size} tokens, got {self.num_top_logprobs}"
+            )
 
     def _index_parts(self) -> Iterator[tuple[str, LogitBias | Penalties | TokenIds]]:
         parts = (self.logit_bias, self.penalties, self.allowed_ids, self.forbidden_ids)
-        for name, part in zip(("logit_bias", "penalties", "allowed_ids", "forbidden_ids"), parts, strict=True):
+        for name, part in zip(
+            ("logit_bias", "penalties", "allowed_ids", "forbidden_ids"), parts, strict=True
+        ):
             if part is not None:
                 yield name, part
 
@@ -184,15 +197,21 @@ class SampleOutput:
 
 def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, length: int) -> None:
     if tuple(tensor.shape) != (length,) or tensor.dtype != dtype:
-        raise ValueError(f"{name} must be [{length}] {dtype}, got shape {list(tensor.shape)} of {tensor.dtype}")
+        raise ValueError(
+            f"{name} must be [{length}] {dtype}, got shape {list(tensor.shape)} of {tensor.dtype}"
+        )
 
 
 def _check_indices(name: str, tensor: Tensor, length: int | None = None) -> None:
     wanted = tensor.shape[0] if length is None and tensor.ndim == 1 else length
     if tensor.ndim != 1 or tensor.shape[0] != wanted or tensor.dtype != torch.int64:
-        raise ValueError(f"{name} must be [{'n' if wanted is None else wanted}] int64, got shape {list(tensor.shape)} of {tensor.dtype}")
+        raise ValueError(
+            f"{name} must be [{'n' if wanted is None else wanted}] int64, got shape {list(tensor.shape)} of {tensor.dtype}"
+        )
 
 
 def _check_range(name: str, tensor: Tensor, bound: int) -> None:
     if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < bound:
-        raise ValueError(f"{name} must be from 0 to {bound - 1}, found {int(tensor.min())} to {int(tensor.max())}")
+        raise ValueError(
+            f"{name} must be from 0 to {bound - 1}, found {int(tensor.min())} to {int(tensor.max())}"
+        )

@@ -18,7 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.sampling.batch import SamplingBatch
-from kernels.sampling.keys import LEAST, candidate_id, candidate_value, candidates, key_of, load_logits, value_of
+from kernels.sampling.keys import (
+    LEAST,
+    candidate_id,
+    candidate_value,
+    candidates,
+    key_of,
+    load_logits,
+    value_of,
+)
 
 CHUNK = 8192
 """Tokens of a program: 25 programs for a row of gpt-oss, each with 32 KiB in flight."""
@@ -42,7 +50,9 @@ def chunk_best_kernel(logits_ptr, best_ptr, stride, vocab_size, CHUNK: tl.conste
 @triton.jit
 def _best_of_row(best_ptr, row, num_chunks, BLOCK_CHUNKS: tl.constexpr):
     chunks = tl.arange(0, BLOCK_CHUNKS)
-    return tl.max(tl.load(best_ptr + row * num_chunks + chunks, mask=chunks < num_chunks, other=LEAST), axis=0)
+    return tl.max(
+        tl.load(best_ptr + row * num_chunks + chunks, mask=chunks < num_chunks, other=LEAST), axis=0
+    )
 
 
 @triton.jit
@@ -104,7 +114,9 @@ def _searches(row, temperature_ptr, top_k_ptr, top_p_ptr, vocab_size, MASS: tl.c
 
 
 @triton.jit
-def _state(level_bins, level, row, prefix_ptr, amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, MASS: tl.constexpr):
+def _state(
+    level_bins, level, row, prefix_ptr, amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, MASS: tl.constexpr
+):
     """(prefix, above, wanted) after so many levels but the last one's bins, which are `level_bins`. The first leaves nothing else."""
     if MASS:
         total = tl.sum(level_bins, axis=0)
@@ -157,7 +169,9 @@ def search_kernel(
     prefix = tl.full((), 0, tl.uint32)
     if level > 0:
         old = _load_bins(old_bins_ptr, row, num_chunks, BLOCK_CHUNKS, NUM_BINS)
-        prefix, above, wanted = _state(old, level, row, old_prefix_ptr, old_amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, MASS)
+        prefix, above, wanted = _state(
+            old, level, row, old_prefix_ptr, old_amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, MASS
+        )
         prefix, above, _ = _narrowed(old, prefix, above, wanted, NUM_BINS)
         if chunk == 0:
             tl.store(prefix_ptr + row, prefix.to(tl.int64))
@@ -180,7 +194,9 @@ def search_kernel(
                 key = key_of(x)
                 counted = (at < vocab_size) & (key >= floor) & (_leading_bits(key, level, BITS) == prefix)
                 if MASS:
-                    measure = tl.where(counted, _weights(x, top, temperature, min_p_ptr, has_min_p, row), 0.0).to(tl.float64)
+                    measure = tl.where(
+                        counted, _weights(x, top, temperature, min_p_ptr, has_min_p, row), 0.0
+                    ).to(tl.float64)
                 else:
                     measure = counted.to(tl.float64)
                 in_bin = (_leading_bits(key, level + 1, BITS) & (NUM_BINS - 1)).to(tl.int32)
@@ -226,10 +242,14 @@ def finish_search_kernel(
         ties = tl.load(floor_ties_ptr + row)
     if _searches(row, temperature_ptr, top_k_ptr, top_p_ptr, vocab_size, MASS):
         bins = _load_bins(bins_ptr, row, num_chunks, BLOCK_CHUNKS, NUM_BINS)
-        prefix, above, wanted = _state(bins, NUM_LEVELS, row, prefix_ptr, amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, MASS)
+        prefix, above, wanted = _state(
+            bins, NUM_LEVELS, row, prefix_ptr, amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, MASS
+        )
         key, above, inside = _narrowed(bins, prefix, above, wanted, NUM_BINS)
         top = candidate_value(_best_of_row(best_ptr, row, num_chunks, BLOCK_CHUNKS))
-        weight = _weights(value_of(key), top, tl.load(temperature_ptr + row), min_p_ptr, has_min_p, row).to(tl.float64)
+        weight = _weights(value_of(key), top, tl.load(temperature_ptr + row), min_p_ptr, has_min_p, row).to(
+            tl.float64
+        )
         if MASS:
             missing = tl.maximum(tl.ceil((wanted - above) / weight), 1.0)
             missing = tl.where(weight > 0, tl.minimum(missing, 2147483647.0), 1.0).to(tl.int64)
@@ -321,7 +341,9 @@ def pick_kernel(
     if end_ptr is not None:
         key = key_of(x)
         tied = kept & (key == end)
-        rank = tl.cumsum(tied.to(tl.int32), axis=0) + tl.sum(tl.where(chunks == chunk, ties_before, 0), axis=0)
+        rank = tl.cumsum(tied.to(tl.int32), axis=0) + tl.sum(
+            tl.where(chunks == chunk, ties_before, 0), axis=0
+        )
         kept = kept & ((key > end) | (tied & (rank <= kept_ties)))
     weights = tl.where(kept, _weights(x, top, temperature, min_p_ptr, has_min_p, row), 0.0).to(tl.float64)
     passed = before + tl.cumsum(weights, axis=0) > target
@@ -357,7 +379,9 @@ def choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
     sums = torch.empty(grid, dtype=torch.float64, device=device)
     ties = None if end is None else torch.empty(grid, dtype=torch.int32, device=device)
     parameters = (batch.temperature, *_min_p(batch))
-    chunk_sum_kernel[grid](logits, best, *parameters, end, sums, ties, logits.stride(0), vocab_size, **block, **sizes)
+    chunk_sum_kernel[grid](
+        logits, best, *parameters, end, sums, ties, logits.stride(0), vocab_size, **block, **sizes
+    )
     pick_kernel[(num_rows,)](
         logits,
         best,
@@ -412,7 +436,14 @@ def _search(
     bins = torch.empty(2, num_rows, num_chunks, NUM_BINS, dtype=torch.float64, device=logits.device)
     prefixes = torch.empty(2, num_rows, dtype=torch.int64, device=logits.device)
     amounts = torch.empty(2, num_rows, 2, dtype=torch.float64, device=logits.device)
-    parameters = (batch.temperature, None if mass else batch.top_k, batch.top_p if mass else None, *_min_p(batch), floor, floor_excess)
+    parameters = (
+        batch.temperature,
+        None if mass else batch.top_k,
+        batch.top_p if mass else None,
+        *_min_p(batch),
+        floor,
+        floor_excess,
+    )
     for level in range(NUM_LEVELS):
         old, new = (level + 1) % 2, level % 2
         search_kernel[(num_rows, num_chunks)](

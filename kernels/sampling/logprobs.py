@@ -16,8 +16,21 @@ USUAL_TOP = 20
 """Alternatives that a request may ask for; up to here all numbers share a compiled kernel."""
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_top"], do_not_specialize_on_alignment=["maxima_ptr", "sums_ptr"])
-def chunk_logprobs_kernel(logits_ptr, rows_ptr, maxima_ptr, sums_ptr, best_ptr, stride, num_rows, vocab_size, num_top, CHUNK: tl.constexpr):
+@triton.jit(
+    do_not_specialize=["num_rows", "num_top"], do_not_specialize_on_alignment=["maxima_ptr", "sums_ptr"]
+)
+def chunk_logprobs_kernel(
+    logits_ptr,
+    rows_ptr,
+    maxima_ptr,
+    sums_ptr,
+    best_ptr,
+    stride,
+    num_rows,
+    vocab_size,
+    num_top,
+    CHUNK: tl.constexpr,
+):
     index, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.load(rows_ptr + index)
     if (row < 0) | (row >= num_rows):
@@ -35,7 +48,9 @@ def chunk_logprobs_kernel(logits_ptr, rows_ptr, maxima_ptr, sums_ptr, best_ptr, 
         packed = tl.where(packed == best, LEAST, packed)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_top"], do_not_specialize_on_alignment=["maxima_ptr", "sums_ptr"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_top"], do_not_specialize_on_alignment=["maxima_ptr", "sums_ptr"]
+)
 def logprobs_kernel(
     logits_ptr,
     rows_ptr,
@@ -65,7 +80,9 @@ def logprobs_kernel(
     chosen = tl.load(logits_ptr + row * stride + tl.load(token_ids_ptr + row)).to(tl.float32)
     tl.store(logprobs_ptr + index, chosen - normaliser)
     at = tl.arange(0, BLOCK_BEST)
-    packed = tl.load(best_ptr + index * num_chunks * num_top + at, mask=at < num_chunks * num_top, other=LEAST)
+    packed = tl.load(
+        best_ptr + index * num_chunks * num_top + at, mask=at < num_chunks * num_top, other=LEAST
+    )
     for place in range(num_top):
         best = tl.max(packed, axis=0)
         tl.store(top_ids_ptr + index * num_top + place, candidate_id(best))
@@ -91,7 +108,17 @@ def logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> S
         maxima, sums = torch.empty(2, num_wanted, num_chunks, dtype=torch.float32, device=device)
         best = torch.empty(num_wanted, num_chunks, num_top, dtype=torch.int64, device=device)
         chunk_logprobs_kernel[(num_wanted, num_chunks)](
-            logits, rows, maxima, sums, best, logits.stride(0), len(logits), vocab_size, num_top, CHUNK=CHUNK, num_warps=4
+            logits,
+            rows,
+            maxima,
+            sums,
+            best,
+            logits.stride(0),
+            len(logits),
+            vocab_size,
+            num_top,
+            CHUNK=CHUNK,
+            num_warps=4,
         )
         logprobs_kernel[(num_wanted,)](
             logits,

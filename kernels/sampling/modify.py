@@ -30,7 +30,9 @@ def _entries(rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, ENTRIES
 
 
 @triton.jit(do_not_specialize=["num_entries", "num_rows"])
-def bias_kernel(logits_ptr, rows_ptr, token_ids_ptr, values_ptr, num_entries, num_rows, vocab_size, ENTRIES: tl.constexpr):
+def bias_kernel(
+    logits_ptr, rows_ptr, token_ids_ptr, values_ptr, num_entries, num_rows, vocab_size, ENTRIES: tl.constexpr
+):
     entry, row, token, valid = _entries(rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, ENTRIES)
     value = tl.load(values_ptr + entry, mask=valid, other=0.0)
     tl.atomic_add(logits_ptr + row * vocab_size + token, value, mask=valid)
@@ -67,7 +69,9 @@ def penalties_kernel(
 
 
 @triton.jit(do_not_specialize=["num_entries", "num_rows"], do_not_specialize_on_alignment=["bits_ptr"])
-def mark_kernel(bits_ptr, rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, num_words, ENTRIES: tl.constexpr):
+def mark_kernel(
+    bits_ptr, rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, num_words, ENTRIES: tl.constexpr
+):
     """Sets the bit of each entry, and the first one of the word behind a row's last."""
     _, row, token, valid = _entries(rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, ENTRIES)
     words = bits_ptr + row * (num_words + 1)
@@ -83,7 +87,9 @@ def _bit(bits_ptr, row, at, inside, num_words):
 
 
 @triton.jit(do_not_specialize_on_alignment=["allowed_ptr", "forbidden_ptr", "left_ptr"])
-def restrict_kernel(logits_ptr, allowed_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CHUNK: tl.constexpr):
+def restrict_kernel(
+    logits_ptr, allowed_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CHUNK: tl.constexpr
+):
     """Applies the allowed tokens, and says of a row with forbidden ones whether something would be left without them."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -112,15 +118,23 @@ def forbid_kernel(logits_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CH
     inside = at < vocab_size
     if (tl.load(forbidden_ptr + row * (num_words + 1) + num_words) != 0) & (tl.load(left_ptr + row) != 0):
         forbidden = inside & _bit(forbidden_ptr, row, at, inside, num_words)
-        tl.store(logits_ptr + row * vocab_size + at, tl.full((CHUNK,), float("-inf"), tl.float32), mask=forbidden)
+        tl.store(
+            logits_ptr + row * vocab_size + at, tl.full((CHUNK,), float("-inf"), tl.float32), mask=forbidden
+        )
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_bytes", "bits_stride"], do_not_specialize_on_alignment=["bits_ptr"])
-def allow_bits_kernel(logits_ptr, rows_ptr, bits_ptr, num_rows, vocab_size, num_bytes, bits_stride, CHUNK: tl.constexpr):
+@triton.jit(
+    do_not_specialize=["num_rows", "num_bytes", "bits_stride"], do_not_specialize_on_alignment=["bits_ptr"]
+)
+def allow_bits_kernel(
+    logits_ptr, rows_ptr, bits_ptr, num_rows, vocab_size, num_bytes, bits_stride, CHUNK: tl.constexpr
+):
     mask_index = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     row = tl.load(rows_ptr + mask_index)
-    byte = tl.load(bits_ptr + mask_index * bits_stride + (at >> 3), mask=(at >> 3) < num_bytes, other=0).to(tl.int32)
+    byte = tl.load(bits_ptr + mask_index * bits_stride + (at >> 3), mask=(at >> 3) < num_bytes, other=0).to(
+        tl.int32
+    )
     banned = (at < vocab_size) & (row >= 0) & (row < num_rows) & (((byte >> (at & 7)) & 1) == 0)
     tl.store(logits_ptr + row * vocab_size + at, tl.full((CHUNK,), float("-inf"), tl.float32), mask=banned)
 
@@ -174,7 +188,9 @@ def _allow_bits(logits: Tensor, allowed: AllowedBits) -> None:
     num_masks, num_bytes = allowed.bits.shape
     if num_masks:
         grid = (num_masks, triton.cdiv(logits.shape[1], CHUNK))
-        allow_bits_kernel[grid](logits, allowed.rows, allowed.bits, *logits.shape, num_bytes, num_bytes, CHUNK=CHUNK)
+        allow_bits_kernel[grid](
+            logits, allowed.rows, allowed.bits, *logits.shape, num_bytes, num_bytes, CHUNK=CHUNK
+        )
 
 
 def _restrict(logits: Tensor, allowed: TokenIds | None, forbidden: TokenIds | None) -> None:
@@ -190,7 +206,14 @@ def _restrict(logits: Tensor, allowed: TokenIds | None, forbidden: TokenIds | No
         num_entries = len(tokens.rows)
         if num_entries:
             mark_kernel[(triton.cdiv(num_entries, ENTRIES),)](
-                mask, tokens.rows, tokens.token_ids, num_entries, num_rows, vocab_size, num_words, ENTRIES=ENTRIES
+                mask,
+                tokens.rows,
+                tokens.token_ids,
+                num_entries,
+                num_rows,
+                vocab_size,
+                num_words,
+                ENTRIES=ENTRIES,
             )
     grid = (num_rows, triton.cdiv(vocab_size, CHUNK))
     allowed_mask = masks[0] if allowed is not None else None

@@ -105,7 +105,9 @@ def check_logits(logits: Tensor) -> None:
         ValueError: names the argument.
     """
     if logits.ndim != 2 or not logits.dtype.is_floating_point or logits.shape[1] == 0:
-        raise ValueError(f"logits must be [S, V] float with V > 0, got shape {list(logits.shape)} of {logits.dtype}")
+        raise ValueError(
+            f"logits must be [S, V] float with V > 0, got shape {list(logits.shape)} of {logits.dtype}"
+        )
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
@@ -141,7 +143,9 @@ def _penalise(logits: Tensor, penalties: Penalties) -> None:
     rows, ids = penalties.rows, penalties.token_ids
     seen = logits[rows, ids]
     repetition = penalties.repetition[rows]
-    repeated = torch.where(seen > 0, seen / repetition, seen * repetition).clamp(-MAX_PENALISED, MAX_PENALISED)
+    repeated = torch.where(seen > 0, seen / repetition, seen * repetition).clamp(
+        -MAX_PENALISED, MAX_PENALISED
+    )
     seen = torch.where(seen.isfinite(), repeated, seen)
     seen = seen - penalties.frequency[rows] * penalties.output_counts
     logits[rows, ids] = seen - penalties.presence[rows] * (penalties.output_counts > 0)
@@ -200,9 +204,13 @@ def _filter(logits: Tensor, weights: Tensor, rows: Tensor, batch: SamplingBatch)
     num_candidates = min(FIRST_CANDIDATES, vocab_size)
     while len(pending):
         leading = logits[pending].topk(num_candidates)
-        num_kept, found = _count_kept(weights[pending], leading.indices, top_k[pending], top_p[pending].double())
+        num_kept, found = _count_kept(
+            weights[pending], leading.indices, top_k[pending], top_p[pending].double()
+        )
         done = pending[found]
-        weights[done] = weights[done].masked_fill(~_leading_mask(logits[done], leading.values[found], num_kept[found]), 0)
+        weights[done] = weights[done].masked_fill(
+            ~_leading_mask(logits[done], leading.values[found], num_kept[found]), 0
+        )
         pending = pending[~found]
         num_candidates = min(8 * num_candidates, vocab_size)
 

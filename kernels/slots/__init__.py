@@ -8,7 +8,9 @@ from kernels.slots import reference
 __all__ = ["read_slots"]
 
 
-def read_slots(token_ids: Tensor, slots: Tensor, newest: Tensor, tables: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+def read_slots(
+    token_ids: Tensor, slots: Tensor, newest: Tensor, tables: Tensor, num_blocks: int
+) -> tuple[Tensor, Tensor]:
     """`kernels.slots.reference.read_slots`, which defines it, by the kernel for this device.
 
     On a GPU, slots are taken as they are (`kernels.backend.checks_indices`).

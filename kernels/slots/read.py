@@ -9,7 +9,10 @@ from torch import Tensor
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "num_blocks"], do_not_specialize_on_alignment=["token_ids_ptr", "slots_ptr"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "num_blocks"],
+    do_not_specialize_on_alignment=["token_ids_ptr", "slots_ptr"],
+)
 def read_slots_kernel(
     token_ids_ptr, slots_ptr, newest_ptr, tables_ptr, ids_out_ptr, tables_out_ptr, num_tokens, num_seqs, num_blocks, slot_stride,
     group_stride, BLOCK: tl.constexpr,
@@ -24,11 +27,19 @@ def read_slots_kernel(
         pieces = tl.cdiv(num_blocks, BLOCK)
         row = ((tl.program_id(0) - token_programs) // pieces).to(tl.int64)  # of the tables that are written
         at = (tl.program_id(0) - token_programs) % pieces * BLOCK + tl.arange(0, BLOCK)
-        table = tables_ptr + row // num_seqs * group_stride + tl.load(slots_ptr + row % num_seqs) * slot_stride
-        tl.store(tables_out_ptr + row * num_blocks + at, tl.load(table + at, mask=at < num_blocks), mask=at < num_blocks)
+        table = (
+            tables_ptr + row // num_seqs * group_stride + tl.load(slots_ptr + row % num_seqs) * slot_stride
+        )
+        tl.store(
+            tables_out_ptr + row * num_blocks + at,
+            tl.load(table + at, mask=at < num_blocks),
+            mask=at < num_blocks,
+        )
 
 
-def read_slots(token_ids: Tensor, slots: Tensor, newest: Tensor, tables: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+def read_slots(
+    token_ids: Tensor, slots: Tensor, newest: Tensor, tables: Tensor, num_blocks: int
+) -> tuple[Tensor, Tensor]:
     """As `kernels.slots.reference.read_slots`, which see; arguments have been checked there.
 
     Raises:
@@ -36,7 +47,9 @@ def read_slots(token_ids: Tensor, slots: Tensor, newest: Tensor, tables: Tensor,
     """
     for name, vector in (("token_ids", token_ids), ("slots", slots), ("newest", newest)):
         if not vector.is_contiguous() or vector.device != tables.device:
-            raise ValueError(f"{name} must be contiguous and on {tables.device} as tables is, got {vector.stride()} on {vector.device}")
+            raise ValueError(
+                f"{name} must be contiguous and on {tables.device} as tables is, got {vector.stride()} on {vector.device}"
+            )
     if tables.stride(2) != 1:
         raise ValueError(f"tables must be contiguous in its last axis, got strides {tables.stride()}")
     num_groups, num_tokens, num_seqs = tables.shape[0], len(token_ids), len(slots)

@@ -41,7 +41,10 @@ def test_ratios_are_to_the_yardsticks(capsys: pytest.CaptureFixture[str]) -> Non
     product = gemm.run(0)
     assert isinstance(product, torch.Tensor)
     assert (product.shape, product.dtype) == ((64, 64), torch.bfloat16)
-    yardsticks = [(Task("read", print, num_bytes=20e9), 2.0), (Task("torch fp32 GEMM", print, num_operations=3e12), 1.0)]
+    yardsticks = [
+        (Task("read", print, num_bytes=20e9), 2.0),
+        (Task("torch fp32 GEMM", print, num_operations=3e12), 1.0),
+    ]
     others = [(Task("x", print, num_bytes=1e9, num_operations=3e11), 0.2), (Task("y", print), 0.1)]
     print_table("title", [*yardsticks, *others])
     out = capsys.readouterr().out

@@ -7,7 +7,15 @@ pytest.importorskip("triton")
 from benchmarks.decode_traffic import layer_launches, least_bytes
 from workers.model.make_checkpoint import preset_config
 
-AFTER_ATTENTION = ["linear", "add_rms_norm_kernel", "narrow_linear_kernel", "choose_experts", "EXPERTS", "EXPERTS", "add_slots_rms_norm"]
+AFTER_ATTENTION = [
+    "linear",
+    "add_rms_norm_kernel",
+    "narrow_linear_kernel",
+    "choose_experts",
+    "EXPERTS",
+    "EXPERTS",
+    "add_slots_rms_norm",
+]
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx950"])
@@ -30,7 +38,11 @@ def test_the_least_is_what_the_shapes_say() -> None:
     batch_size, context = 3, 1000
     launches = layer_launches(config, None, "sm_100", batch_size, context)
     hidden, heads, kv_heads = 2880, 64 * 64, 8 * 64
-    dense = 2 * (hidden + (heads + 2 * kv_heads) * (hidden + 1) + hidden * (heads + 1) + hidden) + 4 * 64 + 4 * 128 * (hidden + 1)
+    dense = (
+        2 * (hidden + (heads + 2 * kv_heads) * (hidden + 1) + hidden * (heads + 1) + hidden)
+        + 4 * 64
+        + 4 * 128 * (hidden + 1)
+    )
     an_expert = 3 * hidden * hidden * 17 / 32 + 2 * 3 * hidden
     touched = 128 * (1 - (1 - 4 / 128) ** batch_size)
     keys_and_values = 2 * kv_heads * 2 * batch_size * (context + 1)

@@ -8,9 +8,25 @@ from benchmarks import experts
 
 
 @pytest.mark.parametrize("weights", [[], ["--dense"]])
-def test_a_table_of_tiny_experts(weights: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_of_tiny_experts(
+    weights: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(experts, "CACHE_BYTES", 1)
-    sizes = ["--experts", "5", "--hidden", "96", "--intermediate", "64", "--tokens", "1", "7", "--runs", "1", "--device", "cpu"]
+    sizes = [
+        "--experts",
+        "5",
+        "--hidden",
+        "96",
+        "--intermediate",
+        "64",
+        "--tokens",
+        "1",
+        "7",
+        "--runs",
+        "1",
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(sys, "argv", ["experts", *sizes, *weights])
     experts.main()
     lines = capsys.readouterr().out.splitlines()

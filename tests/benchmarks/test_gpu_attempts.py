@@ -25,7 +25,9 @@ def fail() -> None:
     raise ValueError("no such thing\nand more of it")
 
 
-def test_a_piece_that_raises_is_recorded_and_the_next_one_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_piece_that_raises_is_recorded_and_the_next_one_runs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path, on_disk = tmp_path / "part.json", []
     attempts = Attempts(CPU, path)
     result = attempts.begin({"model": "m"}, lists=("rows",))
@@ -33,7 +35,12 @@ def test_a_piece_that_raises_is_recorded_and_the_next_one_runs(tmp_path: Path, c
     assert attempts.run("second", lambda: (result["rows"].append(2), on_disk.append(read_result(path))))  # type: ignore[func-returns-value]
     assert on_disk[0]["doing"] == "second", "so that whoever stops the process can say what it was at"
     failures = [{"what": "first", "error": "ValueError: no such thing"}]
-    assert read_result(path) == {"model": "m", "rows": [2], "tried": ["first", "second"], "failures": failures}
+    assert read_result(path) == {
+        "model": "m",
+        "rows": [2],
+        "tried": ["first", "second"],
+        "failures": failures,
+    }
     assert "in fail" in capfd.readouterr().err, "the traceback"
 
 
@@ -64,7 +71,14 @@ def test_a_lost_context_ends_the_process_at_once_with_all_that_was_found(tmp_pat
         "attempts.run('whole', lambda: attempts.run('good', good) and attempts.run('bad', lambda: 1 / 0), again=True)\n"
         "print('never')\n"
     )
-    ran = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert ran.returncode == CONTEXT_LOST
     assert ran.stdout == ""
     assert "ZeroDivisionError" in ran.stderr
@@ -80,7 +94,9 @@ class _Graphs:
 
 
 @pytest.mark.parametrize("broken", [True, False])
-def test_steps_are_measured_eagerly_where_graphs_cannot_be_captured(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+def test_steps_are_measured_eagerly_where_graphs_cannot_be_captured(
+    monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
     runners: list[Runner] = []
 
     def capture(runner: Runner, progress: object) -> type[_Graphs]:
@@ -91,7 +107,9 @@ def test_steps_are_measured_eagerly_where_graphs_cannot_be_captured(monkeypatch:
 
     monkeypatch.setattr(Runner, "capture_graphs", capture)
     monkeypatch.setattr(Runner, "__init__", lambda self, *args, **options: None)
-    monkeypatch.setattr(Decoder, "time", lambda self, batch: StepTime(0.5 if self._runner in runners else 2.0, 0.1, 3.0))
+    monkeypatch.setattr(
+        Decoder, "time", lambda self, batch: StepTime(0.5 if self._runner in runners else 2.0, 0.1, 3.0)
+    )
     monkeypatch.setattr(gpu_parts, "_card", lambda device: CARD)
     monkeypatch.setattr(gpu_parts, "not_capturable", lambda kernels: ())
     model = gpu_parts.ChosenModel(OPTIONS)

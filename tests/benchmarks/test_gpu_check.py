@@ -21,7 +21,14 @@ from benchmarks.decode_batches import (
     random_caches,
     what_fits,
 )
-from benchmarks.gpu_parts import Options, measure_device, measure_prefill, measure_sampling, measure_step, prefill_flops
+from benchmarks.gpu_parts import (
+    Options,
+    measure_device,
+    measure_prefill,
+    measure_sampling,
+    measure_step,
+    prefill_flops,
+)
 from benchmarks.gpu_report import report
 from benchmarks.random_model import random_model
 from kernels.mxfp4 import choose_layout
@@ -43,9 +50,15 @@ def test_bytes_of_a_decode_step() -> None:
     sizes = rank_bytes(model, shard, "bfloat16")
     dense = sizes.total - sizes.experts - sizes.embedding
     kv_of_a_sequence = 2 * (24 + 100 + 24) * 3 * 8 * 2
-    assert decode_step_bytes(model, shard, "bfloat16", 1, 100) == pytest.approx(dense + 0.2 * sizes.experts + kv_of_a_sequence)
-    assert decode_step_bytes(model, shard, "bfloat16", 2, 100) == pytest.approx(dense + 0.36 * sizes.experts + 2 * kv_of_a_sequence)
-    assert decode_step_bytes(model, shard, "bfloat16", 1, 10) == pytest.approx(dense + 0.2 * sizes.experts + 2 * 3 * 10 * 3 * 8 * 2)
+    assert decode_step_bytes(model, shard, "bfloat16", 1, 100) == pytest.approx(
+        dense + 0.2 * sizes.experts + kv_of_a_sequence
+    )
+    assert decode_step_bytes(model, shard, "bfloat16", 2, 100) == pytest.approx(
+        dense + 0.36 * sizes.experts + 2 * kv_of_a_sequence
+    )
+    assert decode_step_bytes(model, shard, "bfloat16", 1, 10) == pytest.approx(
+        dense + 0.2 * sizes.experts + 2 * 3 * 10 * 3 * 8 * 2
+    )
 
 
 def test_products_of_a_prompt() -> None:
@@ -63,7 +76,14 @@ def test_a_gpu_of_80_gb_has_room_for_these_batches_beside_120b() -> None:
     free = 79_000 * mib - rank_bytes(config, shard, "bfloat16").total
     asked = [Batch(size, context) for context in (1024, 8192) for size in (1, 8, 64, 256)]
     fits = what_fits(config, asked, 56, 2, free)
-    assert [(batch.size, batch.context) for batch in fits] == [(1, 1024), (8, 1024), (64, 1024), (256, 1024), (1, 8192), (8, 8192)]
+    assert [(batch.size, batch.context) for batch in fits] == [
+        (1, 1024),
+        (8, 1024),
+        (64, 1024),
+        (256, 1024),
+        (1, 8192),
+        (8, 8192),
+    ]
     assert not what_fits(config, asked, 56, 2, 4 << 30)
 
 
@@ -82,13 +102,17 @@ def test_a_cache_is_as_large_as_was_counted_and_no_two_sequences_share_a_block()
             assert min(map(min, used)) == 1
             assert max(map(max, used)) < cache.shape[1]
     (sliding,) = block_tables(config, Batch(1, 100), 0)[1]
-    assert all(len(set(sliding[at : at + 3])) == 3 for at in range(len(sliding) - 2)), "a window of 24 touches three blocks"
+    assert all(len(set(sliding[at : at + 3])) == 3 for at in range(len(sliding) - 2)), (
+        "a window of 24 touches three blocks"
+    )
 
 
 def test_batches_decode_one_after_the_other() -> None:
     model = random_model(TINY, CPU, choose_layout(CPU), dtype=torch.float32)
     batches = [Batch(4, 100), Batch(3, 90)]
-    decoder = Decoder(Runner(model, random_caches(model, batches, 10), max_num_seqs=4, max_model_len=120), TINY, 3, CPU)
+    decoder = Decoder(
+        Runner(model, random_caches(model, batches, 10), max_num_seqs=4, max_model_len=120), TINY, 3, CPU
+    )
     for batch in batches:
         took = decoder.time(batch)
         assert took.median_s >= took.seconds > 0
@@ -145,15 +169,21 @@ def test_batches_without_room_are_named_and_none_at_all_is_refused(monkeypatch: 
         text = report({"kernels": found.about | {"batches": []}})
         assert ("No room for 1000 x 40." in text) == (fits == 1)
     monkeypatch.setattr(gpu_parts, "host_free_bytes", lambda: weights + RESERVE_BYTES)
-    with pytest.raises(SystemExit, match=r"tiny: none of these fits into 4\.0 GiB with a batch of the given sizes"):
+    with pytest.raises(
+        SystemExit, match=r"tiny: none of these fits into 4\.0 GiB with a batch of the given sizes"
+    ):
         gpu_parts.ChosenModel(options)
 
 
-def test_a_part_that_fails_leaves_the_others_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails_leaves_the_others_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Processes and the clock are this test's: one writes half a result and fails, one raises here, and the tests cannot be run at all."""
     now, limits = [100.0], {}
 
-    def run_part(name: str, command: list[str], out: Path, timeout_s: float, env: dict[str, str]) -> dict[str, object]:
+    def run_part(
+        name: str, command: list[str], out: Path, timeout_s: float, env: dict[str, str]
+    ) -> dict[str, object]:
         assert command[command.index("--part") + 1] == name
         assert command[command.index("--batch-sizes") + 1] == "1,2"
         limits[name] = timeout_s
@@ -162,7 +192,9 @@ def test_a_part_that_fails_leaves_the_others_their_time(tmp_path: Path, monkeypa
             raise OSError("no more processes")
         return {"half": name, "failed": "ended with 3"} if name == "kernels" else {"skipped": name}
 
-    def run_tests(root: Path, out: Path, processes: int, timeout_s: float, env: dict[str, str], *, selected: str) -> dict[str, object]:
+    def run_tests(
+        root: Path, out: Path, processes: int, timeout_s: float, env: dict[str, str], *, selected: str
+    ) -> dict[str, object]:
         limits["tests"] = timeout_s
         assert selected == "moe"
         raise subprocess.TimeoutExpired("pytest", timeout_s)
@@ -174,11 +206,19 @@ def test_a_part_that_fails_leaves_the_others_their_time(tmp_path: Path, monkeypa
     flags = ["--device", "cpu", "--batch-sizes", "1,2", "--out", str(out), "--tests", "moe", "--time-limit"]
     assert gpu_check.main([*flags, "200", "--only", "tests,kernels,step,device,probe"]) == 1
     found = json.loads((out / "gpu_check.json").read_text())
-    assert list(found) == ["machine", "probe", "device", "step", "kernels", "tests"], "the probe first, tests last"
+    assert list(found) == ["machine", "probe", "device", "step", "kernels", "tests"], (
+        "the probe first, tests last"
+    )
     assert found["step"] == {"failed": "OSError: no more processes"}
     assert found["kernels"] == {"half": "kernels", "failed": "ended with 3"}
     assert found["tests"]["failed"].startswith("TimeoutExpired: ")
-    assert limits == {"probe": 60, "device": pytest.approx(114), "step": pytest.approx(108), "kernels": pytest.approx(102), "tests": 160}
+    assert limits == {
+        "probe": 60,
+        "device": pytest.approx(114),
+        "step": pytest.approx(108),
+        "kernels": pytest.approx(102),
+        "tests": 160,
+    }
     assert "**kernels: ended with 3**" in (out / "gpu_check.md").read_text()
     assert gpu_check.main([*flags, "60", "--only", "device"]) == 0
     assert limits["device"] == 60, "all of it where nothing else is to be done"
@@ -187,8 +227,12 @@ def test_a_part_that_fails_leaves_the_others_their_time(tmp_path: Path, monkeypa
     assert found["step"] == {"failed": "not begun, no time was left of 25 s"}
 
 
-def test_a_check_that_is_stopped_keeps_what_its_part_had_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_part(name: str, command: list[str], out: Path, timeout_s: float, env: dict[str, str]) -> dict[str, object]:
+def test_a_check_that_is_stopped_keeps_what_its_part_had_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_part(
+        name: str, command: list[str], out: Path, timeout_s: float, env: dict[str, str]
+    ) -> dict[str, object]:
         (out / "step.json").write_text(json.dumps({"steps": [1]}))
         raise KeyboardInterrupt
 
@@ -197,10 +241,15 @@ def test_a_check_that_is_stopped_keeps_what_its_part_had_found(tmp_path: Path, m
     monkeypatch.setattr(gpu_children, "_ending", threading.Event())
     with pytest.raises(KeyboardInterrupt):
         gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--only", "step"])
-    assert json.loads((tmp_path / "gpu_check.json").read_text())["step"] == {"steps": [1], "failed": "gpu-check itself was stopped"}
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["step"] == {
+        "steps": [1],
+        "failed": "gpu-check itself was stopped",
+    }
 
 
-def test_the_first_line_says_what_the_machine_has(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_line_says_what_the_machine_has(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def said(*command: str) -> str:
         return "NVIDIA H100, 580.1, 80000 MiB, 81559 MiB" if command[0] == "nvidia-smi" else "12.2.0"
 

@@ -34,10 +34,16 @@ def test_how_a_process_ended_and_what_it_printed(tmp_path: Path) -> None:
     assert code == -signal.SIGSEGV
     assert log.read_text().split()[:2] == ["out", "err"]
     assert "Segmentation fault" in log.read_text(), "faulthandler is on"
-    assert [how_it_ended(code) for code in (3, -11, -200)] == ["ended with 3", "died of SIGSEGV", "died of signal 200"]
+    assert [how_it_ended(code) for code in (3, -11, -200)] == [
+        "ended with 3",
+        "died of SIGSEGV",
+        "died of signal 200",
+    ]
 
 
-def test_a_process_at_its_limit_leaves_where_each_thread_was_and_no_children(tmp_path: Path, limits: Limits) -> None:
+def test_a_process_at_its_limit_leaves_where_each_thread_was_and_no_children(
+    tmp_path: Path, limits: Limits
+) -> None:
     """Of a hang in the middle of C code, which takes no Python signal handler."""
     log, pid_file, source = tmp_path / "log.txt", tmp_path / "pid", tmp_path / "hangs.py"
     source.write_text(
@@ -114,7 +120,13 @@ PIECES = """
 
 
 def part(text: str, out: Path) -> dict[str, object]:
-    return run_part("step", script(textwrap.dedent(PIECES) + textwrap.dedent(text)), out, LONG_S, child_environment(out, None))
+    return run_part(
+        "step",
+        script(textwrap.dedent(PIECES) + textwrap.dedent(text)),
+        out,
+        LONG_S,
+        child_environment(out, None),
+    )
 
 
 def test_a_part_that_dies_in_a_piece_goes_on_in_a_new_process(tmp_path: Path) -> None:
@@ -158,7 +170,9 @@ def test_a_part_that_hangs_keeps_what_it_has_and_says_where_it_was(tmp_path: Pat
         tmp_path,
     )
     assert found["rows"] == [1]
-    assert str(found["failed"]).startswith(f"stopped after {LONG_S:.0f} s at second in run (benchmarks/gpu_attempts.py:")
+    assert str(found["failed"]).startswith(
+        f"stopped after {LONG_S:.0f} s at second in run (benchmarks/gpu_attempts.py:"
+    )
     assert " in stuck" in (tmp_path / "step.txt").read_text()
 
 

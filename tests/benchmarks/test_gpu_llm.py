@@ -23,7 +23,10 @@ OPTIONS = Options(CPU, None, "tiny", batch_sizes=(), contexts=(), steps=4, promp
 
 
 def answer(*steps: tuple[int, float, dict[int, float]]) -> Answer:
-    return [(token, TokenLogprobs(logprob, ((token, logprob), *others.items()))) for token, logprob, others in steps]
+    return [
+        (token, TokenLogprobs(logprob, ((token, logprob), *others.items())))
+        for token, logprob, others in steps
+    ]
 
 
 FIRST = answer((5, -1.0, {6: -1.2, 7: -1.8}), (8, -2.0, {9: -2.1}), (3, -1.0, {4: -1.1}))
@@ -75,7 +78,9 @@ def test_it_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"- batch = one by one: of {NUM_PROMPTS} sequences {NUM_PROMPTS} the same" in text
 
 
-def test_answers_that_differ_and_engines_that_do_not_start_are_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_that_differ_and_engines_that_do_not_start_are_failures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The eager engine's answers are of prompts turned round; the other one does not start at all."""
     start = InlineExecutor.start
 
@@ -89,7 +94,10 @@ def test_answers_that_differ_and_engines_that_do_not_start_are_failures(monkeypa
         found = measured(measure_llm, OPTIONS)
     assert [row["way"] for row in found["ways"]] == ["eager", "eager"]
     (failure,) = found["failures"]
-    assert failure == {"what": "recorded steps", "error": "RuntimeError: operation not permitted when stream is capturing"}
+    assert failure == {
+        "what": "recorded steps",
+        "error": "RuntimeError: operation not permitted when stream is capturing",
+    }
     generate = LLM.generate
 
     def turned(llm: LLM, prompts: list[list[int]], *args: object, **options: object) -> object:
@@ -112,7 +120,10 @@ def test_a_checkpoint_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_small_branches_leave_most_of_what_passes_by() -> None:
-    models = [random_model(TINY, CPU, choose_layout(CPU), dtype=torch.float32, branch_exponent=exponent) for exponent in (0, -3)]
+    models = [
+        random_model(TINY, CPU, choose_layout(CPU), dtype=torch.float32, branch_exponent=exponent)
+        for exponent in (0, -3)
+    ]
     one, eighth = (model.layers[0] for model in models)
     assert torch.equal(one.attention.output.weight / 8, eighth.attention.output.weight)  # type: ignore[operator, arg-type]
     assert torch.equal(one.experts.down_bias / 8, eighth.experts.down_bias)

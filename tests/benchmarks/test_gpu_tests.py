@@ -20,7 +20,13 @@ LONG_S = 200.0
 
 
 def run(
-    tmp_path: Path, text: str, *, processes: int = 1, timeout_s: float = LONG_S, conftest: str = "", selected: str = ""
+    tmp_path: Path,
+    text: str,
+    *,
+    processes: int = 1,
+    timeout_s: float = LONG_S,
+    conftest: str = "",
+    selected: str = "",
 ) -> dict[str, Any]:
     """What is found of a folder of one file of tests; OUT is tmp_path / "out"."""
     folder, out = tmp_path / "gpu", tmp_path / "out"
@@ -32,7 +38,9 @@ def run(
     return run_tests(tmp_path, out, processes, LONG_S, env, "gpu", selected)
 
 
-def test_each_fault_has_a_line_and_costs_no_other_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_fault_has_a_line_and_costs_no_other_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu_tests, "usable_cores", lambda: 12)
     found = run(
         tmp_path,
@@ -47,7 +55,9 @@ def test_each_fault_has_a_line_and_costs_no_other_test(tmp_path: Path, monkeypat
         processes=2,
     )
     assert found["summary"] == "2 failed, 4 passed, 1 skipped of 9"
-    by_test = {line.partition(": ")[0].rpartition("::")[2]: line.partition(": ")[2] for line in found["problems"]}
+    by_test = {
+        line.partition(": ")[0].rpartition("::")[2]: line.partition(": ")[2] for line in found["problems"]
+    }
     assert "three" in by_test["test_number[1]"]
     assert by_test["test_with_fixture"] == "OSError: no file"
     assert by_test["test_dies"].startswith("its process ended with 7")
@@ -66,9 +76,14 @@ def test_each_fault_has_a_line_and_costs_no_other_test(tmp_path: Path, monkeypat
 HANGS = "open('hangs', 'w').close(); threading.Event().wait()"
 
 
-def test_a_process_that_is_stopped_keeps_its_results_and_says_where_it_was(tmp_path: Path, limits: Limits) -> None:
+def test_a_process_that_is_stopped_keeps_its_results_and_says_where_it_was(
+    tmp_path: Path, limits: Limits
+) -> None:
     limits.reached_when((tmp_path / "hangs").exists)
-    found = run(tmp_path, f"import threading\ndef test_first(): pass\ndef test_hangs(): {HANGS}\ndef test_never(): pass\n")
+    found = run(
+        tmp_path,
+        f"import threading\ndef test_first(): pass\ndef test_hangs(): {HANGS}\ndef test_never(): pass\n",
+    )
     assert found["summary"] == "1 passed of 3"
     (problem,) = found["problems"]
     at = "gpu/test_some.py::test_hangs, test_hangs (gpu/test_some.py:3)"
@@ -77,7 +92,9 @@ def test_a_process_that_is_stopped_keeps_its_results_and_says_where_it_was(tmp_p
     assert so_far(tmp_path / "out")["summary"] == "1 passed"
 
 
-def test_an_interrupt_ends_all_processes_and_keeps_their_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_ends_all_processes_and_keeps_their_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu_children, "_ending", threading.Event())
     # Ignored where the tests run in the background of a script.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -91,14 +108,19 @@ def test_an_interrupt_ends_all_processes_and_keeps_their_results(tmp_path: Path,
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, f"import threading\ndef test_first(): pass\ndef test_hangs(): {HANGS}\ndef test_never(): pass\n")
+            run(
+                tmp_path,
+                f"import threading\ndef test_first(): pass\ndef test_hangs(): {HANGS}\ndef test_never(): pass\n",
+            )
     finally:
         signal.signal(signal.SIGINT, before)
     thread.join()
     assert not gpu_children._running
     assert so_far(tmp_path / "out")["summary"] == "1 passed"
     begun = [line["began"] for line in read_lines(tmp_path / "out/tests.jsonl") if "began" in line]
-    assert begun == ["gpu/test_some.py::test_first", "gpu/test_some.py::test_hangs"], "no other process went on"
+    assert begun == ["gpu/test_some.py::test_first", "gpu/test_some.py::test_hangs"], (
+        "no other process went on"
+    )
 
 
 def test_after_a_lost_context_the_remaining_tests_run_in_a_new_process(tmp_path: Path) -> None:
@@ -119,7 +141,9 @@ def test_after_a_lost_context_the_remaining_tests_run_in_a_new_process(tmp_path:
 def test_a_hang_while_tests_are_listed_is_a_result(tmp_path: Path, limits: Limits) -> None:
     limits.reached_when((tmp_path / "hangs").exists)
     found = run(tmp_path, f"import threading; {HANGS}")
-    assert found == {"failed": "no tests were listed within 90 s: pytest was in <module> (gpu/test_some.py:1)"}
+    assert found == {
+        "failed": "no tests were listed within 90 s: pytest was in <module> (gpu/test_some.py:1)"
+    }
 
 
 def test_tests_that_cannot_be_imported_are_a_result(tmp_path: Path) -> None:
@@ -136,7 +160,9 @@ def test_some_of_the_tests_can_be_selected(tmp_path: Path) -> None:
 
 def test_tests_are_dealt_by_weight() -> None:
     """The heavy ones apart, all parts alike, each in the order of the list but from another place on."""
-    ids = [f"f.py::test_heavy[{index}]" for index in range(3)] + [f"f.py::test_light[{index}]" for index in range(90)]
+    ids = [f"f.py::test_heavy[{index}]" for index in range(3)] + [
+        f"f.py::test_light[{index}]" for index in range(90)
+    ]
     weights = {"f.py::test_heavy": 10.0, "f.py::test_light": 1.0}
     parts = deal(ids, 4, weights)
     assert sorted(id for part in parts for id in part) == sorted(ids)
@@ -161,17 +187,24 @@ def test_weights_are_of_tests_that_are_there() -> None:
 
 
 def test_weights_are_means_of_what_a_run_took(tmp_path: Path) -> None:
-    lines = [("tests/gpu/a.py::x[1]", "passed", 2.0), ("tests/gpu/a.py::x[2]", "failed", 4.0), ("tests/gpu/a.py::x[3]", "skipped", 0.0)]
+    lines = [
+        ("tests/gpu/a.py::x[1]", "passed", 2.0),
+        ("tests/gpu/a.py::x[2]", "failed", 4.0),
+        ("tests/gpu/a.py::x[3]", "skipped", 0.0),
+    ]
     lines += [("tests/gpu/a.py::light", "passed", 0.1)]
     results = tmp_path / "tests.jsonl"
     results.write_text(
-        "".join(json.dumps({"test": id, "outcome": outcome, "seconds": s}) + "\n" for id, outcome, s in lines) + '{"test": "cut'
+        "".join(json.dumps({"test": id, "outcome": outcome, "seconds": s}) + "\n" for id, outcome, s in lines)
+        + '{"test": "cut'
     )
     assert weights_of(results) == {"a.py::x": 3.0}
 
 
 def test_a_failure_of_the_experts_proposes_what_narrows_it_down() -> None:
-    one_stage, memcheck, racecheck = gpu_tests.advice(["tests/gpu/test_moe_on_gpu.py::test_packed_experts[bf16-1x1of1]"])
+    one_stage, memcheck, racecheck = gpu_tests.advice(
+        ["tests/gpu/test_moe_on_gpu.py::test_packed_experts[bf16-1x1of1]"]
+    )
     assert "--only tests --tests moe --moe-num-stages 1" in one_stage
     for line, tool in ((memcheck, "memcheck"), (racecheck, "racecheck")):
         assert f"compute-sanitizer --tool {tool} python3 -m pytest" in line

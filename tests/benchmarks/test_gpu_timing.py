@@ -72,7 +72,9 @@ class Event:
 
 
 @pytest.mark.parametrize(("num_works", "expected"), [(1, GRAPH_LAUNCHES), (3, 21), (18, 36), (30, 30)])
-def test_a_launch_is_timed_in_a_graph_of_many(monkeypatch: pytest.MonkeyPatch, num_works: int, expected: int) -> None:
+def test_a_launch_is_timed_in_a_graph_of_many(
+    monkeypatch: pytest.MonkeyPatch, num_works: int, expected: int
+) -> None:
     device = Device(monkeypatch)
     took = timed([device.work(1e-6 * (1 + index)) for index in range(num_works)], device)  # type: ignore[arg-type]
     (graph,) = device.graphs
@@ -112,7 +114,11 @@ def test_the_best_and_the_median_round(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_warming_up_takes_as_long_as_clocks_need(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(monkeypatch)
     product = device.work(1e-3)
-    monkeypatch.setattr(torch, "ones", lambda *shape, **options: type("Matrix", (), {"__matmul__": lambda self, other: product()})())
+    monkeypatch.setattr(
+        torch,
+        "ones",
+        lambda *shape, **options: type("Matrix", (), {"__matmul__": lambda self, other: product()})(),
+    )
     warm_up(device)  # type: ignore[arg-type]
     assert WARM_UP_S <= device.now < WARM_UP_S + 0.01
     warm_up(CPU)

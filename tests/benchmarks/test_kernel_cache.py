@@ -60,7 +60,9 @@ def test_kernels_are_compiled_and_not_launched(cache: Path) -> None:
 @pytest.fixture
 def packed(cache: Path, tmp_path: Path) -> Path:
     file = tmp_path / "kernels.xz"
-    assert pack(file, TARGET, launch).startswith(f"{file}: 2 kernels for sm_90 of Triton {triton.__version__}, 0.0 MB")
+    assert pack(file, TARGET, launch).startswith(
+        f"{file}: 2 kernels for sm_90 of Triton {triton.__version__}, 0.0 MB"
+    )
     assert not cache.exists()
     return file
 
@@ -80,13 +82,20 @@ def test_what_was_packed_is_found_elsewhere(packed: Path, cache: Path) -> None:
     assert counter.sentence().startswith("2 kernels were in Triton's cache, 1 were compiled in ")
 
 
-def test_what_does_not_fit_is_said_and_left(packed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_said_and_left(
+    packed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = Manifest.of_this_machine(TARGET)
     said = unpack(packed, cache, "sm_100")
-    assert said == f"{packed} was packed for sm_90, here is sm_100: nothing of it is taken, kernels are compiled"
+    assert (
+        said == f"{packed} was packed for sm_90, here is sm_100: nothing of it is taken, kernels are compiled"
+    )
     monkeypatch.setattr(Manifest, "of_this_machine", lambda target: replace(here, triton="3.0.0 (abc)"))
     said = unpack(packed, cache, None)
-    assert said == f"{packed} was packed with Triton {here.triton}, here is 3.0.0 (abc): nothing of it is taken, kernels are compiled"
+    assert (
+        said
+        == f"{packed} was packed with Triton {here.triton}, here is 3.0.0 (abc): nothing of it is taken, kernels are compiled"
+    )
     assert not cache.exists()
 
 
@@ -95,10 +104,14 @@ def test_changed_kernels_and_another_python_are_said_and_the_rest_is_taken(
 ) -> None:
     here = Manifest.of_this_machine(TARGET)
     kernels = {**here.kernels, "moe/routing.py": "another"}
-    monkeypatch.setattr(Manifest, "of_this_machine", lambda target: replace(here, kernels=kernels, python=".cpython-399.so"))
+    monkeypatch.setattr(
+        Manifest, "of_this_machine", lambda target: replace(here, kernels=kernels, python=".cpython-399.so")
+    )
     said = unpack(packed, cache, TARGET)
     assert "for another Python" in said
-    assert said.endswith("; moe/routing.py changed since: what is launched from there may have to be compiled")
+    assert said.endswith(
+        "; moe/routing.py changed since: what is launched from there may have to be compiled"
+    )
     assert {path.suffix for path in cache.rglob("*") if path.is_file()} == {".cubin", ".json"}
 
 
@@ -114,24 +127,38 @@ def test_a_file_that_is_no_cache_costs_a_sentence(
             unpack(path, tmp_path / "triton", TARGET)
     monkeypatch.setattr(gpu_check, "run_part", lambda *args: {"skipped": "here"})
     for path in (file, tmp_path / "missing"):
-        assert gpu_check.main(["--device", "cpu", "--only", "device", "--out", str(tmp_path / "out"), "--cache", str(path)]) == 0
+        assert (
+            gpu_check.main(
+                ["--device", "cpu", "--only", "device", "--out", str(tmp_path / "out"), "--cache", str(path)]
+            )
+            == 0
+        )
         printed = capsys.readouterr().out
         assert str(path) in printed
         assert "kernels are compiled" in printed
         assert "kernels are compiled" in (tmp_path / "out/gpu_check.md").read_text()
 
 
-def test_a_cache_is_unpacked_to_where_parts_look_for_it(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_is_unpacked_to_where_parts_look_for_it(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setattr(gpu_check, "triton_target", lambda: TARGET)
     seen: list[Path] = []
 
-    def run_part(name: str, command: list[str], out: Path, timeout_s: float, env: dict[str, str]) -> dict[str, str]:
+    def run_part(
+        name: str, command: list[str], out: Path, timeout_s: float, env: dict[str, str]
+    ) -> dict[str, str]:
         seen.extend(Path(env["TRITON_CACHE_DIR"]).rglob("*.cubin"))
         return {"skipped": "here"}
 
     monkeypatch.setattr(gpu_check, "run_part", run_part)
-    assert gpu_check.main(["--device", "cpu", "--only", "device", "--out", str(tmp_path / "out"), "--cache", str(packed)]) == 0
+    assert (
+        gpu_check.main(
+            ["--device", "cpu", "--only", "device", "--out", str(tmp_path / "out"), "--cache", str(packed)]
+        )
+        == 0
+    )
     assert len(seen) == 2
     assert all(path.is_relative_to(tmp_path / "out") for path in seen)
 
@@ -158,12 +185,23 @@ def test_parts_launch_their_kernels_on_a_gpu_that_is_not_here(monkeypatch: pytes
     options = Options(META, None, "20b", batch_sizes=(1, 3), contexts=(40,), steps=2, prompts=(300,))
     with fake_driver(TARGET):
         assert launch_parts(TARGET, options) == []
-    assert {"expert_matmul_wgmma", "_attend", "_merge_splits", "choose_experts", "read_slots_kernel", "yarn_kernel"} <= set(compiled)
-    assert {"greedy_kernel", "pick_kernel", "penalties_kernel", "bias_kernel", "logprobs_kernel"} <= set(compiled)
+    assert {
+        "expert_matmul_wgmma",
+        "_attend",
+        "_merge_splits",
+        "choose_experts",
+        "read_slots_kernel",
+        "yarn_kernel",
+    } <= set(compiled)
+    assert {"greedy_kernel", "pick_kernel", "penalties_kernel", "bias_kernel", "logprobs_kernel"} <= set(
+        compiled
+    )
     assert "expert_matmul_natural" not in compiled, "the layout is sm_90's"
 
 
-def test_packing_is_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_is_one_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from benchmarks import absent_parts, absent_tests
 
     file, asked, tests = tmp_path / "kernels.xz", [], []
@@ -174,18 +212,31 @@ def test_packing_is_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
         return ["measure_step: 8 x 40: out of registers"] if options.preset == "120b" else []
 
     monkeypatch.setattr(absent_parts, "launch_parts", launch_some)
-    assert gpu_check.main(["--pack-cache", str(file), "--only", "step", "--preset", "20b", "--batch-sizes", "1,8"]) == 0
+    assert (
+        gpu_check.main(
+            ["--pack-cache", str(file), "--only", "step", "--preset", "20b", "--batch-sizes", "1,8"]
+        )
+        == 0
+    )
     assert f"gpu-check: {file}: 2 kernels for sm_90" in capsys.readouterr().out
-    monkeypatch.setattr(absent_tests, "launch_tests", lambda target, processes, cache: tests.append((target, cache.is_dir())) or "some")
+    monkeypatch.setattr(
+        absent_tests,
+        "launch_tests",
+        lambda target, processes, cache: tests.append((target, cache.is_dir())) or "some",
+    )
     assert gpu_check.main(["--pack-cache", str(file)]) == 1
     assert tests == [(TARGET, True)], "only where they are asked for, and by default"
     assert "not packed: measure_step: 8 x 40: out of registers" in capsys.readouterr().err
     assert [preset for _, preset, _ in asked] == ["20b", "20b", "120b"]
     assert asked[0] == (TARGET, "20b", (1, 8))
-    assert kernel_cache.unpack(file, tmp_path / "cache", TARGET).startswith(f"{file}: 2 kernels for sm_90 are in ")
+    assert kernel_cache.unpack(file, tmp_path / "cache", TARGET).startswith(
+        f"{file}: 2 kernels for sm_90 are in "
+    )
 
 
-def test_tests_launch_their_kernels_on_a_gpu_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_launch_their_kernels_on_a_gpu_that_is_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One of the repository's, whose assertions cannot hold."""
     from benchmarks import absent_tests, gpu_tests
 

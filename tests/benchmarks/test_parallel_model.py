@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import parallel_model
-from benchmarks.parallel_model import Point, all_reduce, best, busiest_experts, main, model_step, most_sequences, plan_name, points
+from benchmarks.parallel_model import (
+    Point,
+    all_reduce,
+    best,
+    busiest_experts,
+    main,
+    model_step,
+    most_sequences,
+    plan_name,
+    points,
+)
 from cluster.commands.gpus import GPUS, gpu_kv_cache
 from tests.support.thread_ranks import ThreadRank, on_ranks
 from workers.config import ModelConfig, ParallelConfig, SchedulerConfig
@@ -72,7 +82,9 @@ def test_keys_grow_with_the_context_in_full_layers_only() -> None:
 
 
 @pytest.mark.parametrize("plan", [(1, 1), (2, 2), (2, 1), (4, 2), (8, 8)], ids=str)
-def test_a_batch_that_hits_every_expert_reads_what_is_really_loaded(tmp_path: Path, plan: tuple[int, int]) -> None:
+def test_a_batch_that_hits_every_expert_reads_what_is_really_loaded(
+    tmp_path: Path, plan: tuple[int, int]
+) -> None:
     write_checkpoint(tmp_path / "model", SMALL, seed=0)
     parallel = ParallelConfig(*plan)
     shards = plan_shards(SMALL, parallel)
@@ -111,8 +123,14 @@ def test_the_busiest_group_is_that_of_all_choices(groups: tuple[tuple[int, int],
     choices = list(itertools.combinations(range(6), 2))
     for num_tokens in (1, 2):
         drawn = list(itertools.product(choices, repeat=num_tokens))
-        hit = [max(len({e for token in tokens for e in token if start <= e < stop}) for start, stop in groups) for tokens in drawn]
-        load = [max(sum(start <= e < stop for token in tokens for e in token) for start, stop in groups) for tokens in drawn]
+        hit = [
+            max(len({e for token in tokens for e in token if start <= e < stop}) for start, stop in groups)
+            for tokens in drawn
+        ]
+        load = [
+            max(sum(start <= e < stop for token in tokens for e in token) for start, stop in groups)
+            for tokens in drawn
+        ]
         found = busiest_experts(model, groups, num_tokens)
         # 4096 or 2048 draws, whose own spread is below 1: four standard errors.
         assert found[0] == pytest.approx(sum(hit) / len(hit), abs=0.09)
@@ -135,9 +153,14 @@ def test_all_reduce_by_hand() -> None:
     small = all_reduce(5760, 8, 400e9)
     assert (small.num_bytes, small.seconds) == (7 * 5760, pytest.approx(fixed + 7 * 5760 / 400e9))
     large = all_reduce(8e6, 8, 400e9)
-    assert (large.num_bytes, large.seconds) == (14e6, pytest.approx(fixed + 13 * parallel_model.HOP_S + 14e6 / 400e9))
+    assert (large.num_bytes, large.seconds) == (
+        14e6,
+        pytest.approx(fixed + 13 * parallel_model.HOP_S + 14e6 / 400e9),
+    )
     two = all_reduce(8e6, 2, 400e9)
-    assert two.seconds == pytest.approx(fixed + 8e6 / 400e9), "with two ranks both send the same, and one-shot has one hop less"
+    assert two.seconds == pytest.approx(fixed + 8e6 / 400e9), (
+        "with two ranks both send the same, and one-shot has one hop less"
+    )
     assert all_reduce(8e6, 1, 400e9).seconds == 0
 
 
@@ -149,7 +172,10 @@ def test_collectives_of_a_step_are_those_of_the_model() -> None:
 
 
 def test_each_rank_of_two_does_half() -> None:
-    alone, split, inside = (model_step(LARGE, ParallelConfig(*plan), H100, batch=64, context=1000) for plan in ((1, 1), (2, 2), (2, 1)))
+    alone, split, inside = (
+        model_step(LARGE, ParallelConfig(*plan), H100, batch=64, context=1000)
+        for plan in ((1, 1), (2, 2), (2, 1))
+    )
     assert split.keys.num_bytes * 2 == alone.keys.num_bytes
     assert inside.experts.flops * 2 == alone.experts.flops
     # One rank has all gates, norms and output biases, and the busier half of the experts.
@@ -177,9 +203,14 @@ def test_as_many_sequences_fit_as_the_cache_takes(context: int) -> None:
     def admitted(count: int) -> int:
         (shard,) = plan_shards(SMALL, ALONE)
         weights = rank_bytes(SMALL, shard, "bfloat16").total
-        plan = gpu_kv_cache(gpu, SMALL, shard, SchedulerConfig(max_num_seqs=count), weight_bytes=weights, max_model_len=256)
+        plan = gpu_kv_cache(
+            gpu, SMALL, shard, SchedulerConfig(max_num_seqs=count), weight_bytes=weights, max_model_len=256
+        )
         manager = KVCacheManager(
-            num_full_blocks=plan.num_full_blocks, num_sliding_blocks=plan.num_sliding_blocks, window=40, prefix_caching=False
+            num_full_blocks=plan.num_full_blocks,
+            num_sliding_blocks=plan.num_sliding_blocks,
+            window=40,
+            prefix_caching=False,
         )
         for number in range(count):
             blocks = SequenceBlocks()
@@ -216,7 +247,9 @@ def test_rates_and_the_best_plan() -> None:
     assert best([lonely, point], 1e6) is None
 
 
-def test_the_tables_of_the_documentation_are_what_the_program_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables_of_the_documentation_are_what_the_program_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     section = PERFORMANCE.read_text().split("## Parallel plans")[1].split("\n## ")[0]
     assert main(["--batch", "1", "16", "64", "256", "1024"]) == 0
     printed = capsys.readouterr().out
@@ -237,7 +270,9 @@ def test_the_tables_of_the_documentation_are_what_the_program_prints(capsys: pyt
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
-def test_wrong_flags_are_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+def test_wrong_flags_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
     try:
         code = main(arguments)
     except SystemExit as stopped:  # argparse's own
@@ -248,7 +283,12 @@ def test_wrong_flags_are_one_sentence(capsys: pytest.CaptureFixture[str], argume
 
 def test_the_plot_has_a_curve_for_each_plan(tmp_path: Path) -> None:
     for file in (tmp_path / "once.svg", tmp_path / "again.svg"):
-        assert main(["--model", "20b", "--gpu", "h100", "--plan", "1", "4,2", "--batch", "1", "--plot", str(file)]) == 0
+        assert (
+            main(
+                ["--model", "20b", "--gpu", "h100", "--plan", "1", "4,2", "--batch", "1", "--plot", str(file)]
+            )
+            == 0
+        )
     once, again = ((tmp_path / name).read_text() for name in ("once.svg", "again.svg"))
     assert once == again
     for text in ("TP1, to 256", "TP4 EP2, to 1024", "H100", "a model, not a measurement"):

@@ -51,7 +51,9 @@ def test_prompts_are_the_same_for_all_servers_and_differ_between_rounds(tmp_path
     assert all(256 <= token < 1000 for prompt in prompts for token in prompt)
 
 
-def test_servers_take_turns_in_both_orders_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_take_turns_in_both_orders_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "config.json").write_text('{"vocab_size": 1000}')
     running: list[str] = []
     order: list[str] = []
@@ -69,9 +71,15 @@ def test_servers_take_turns_in_both_orders_one_at_a_time(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(peers, "servers", servers)
     monkeypatch.setattr(llama_cpp, "server_program", lambda cache: cache)
-    monkeypatch.setattr(peers, "measure", lambda url, clients, prompts, options: figures(clients * (2.0 if url == CANTATA else 1.0)))
+    monkeypatch.setattr(
+        peers,
+        "measure",
+        lambda url, clients, prompts, options: figures(clients * (2.0 if url == CANTATA else 1.0)),
+    )
     monkeypatch.setattr(peers, "first_tokens", lambda url, prompts: [url, "same"])
-    options = argparse.Namespace(model=tmp_path, cache=tmp_path, rounds=2, min_requests=8, clients=[1, 3], input_len=5, output_len=2)
+    options = argparse.Namespace(
+        model=tmp_path, cache=tmp_path, rounds=2, min_requests=8, clients=[1, 3], input_len=5, output_len=2
+    )
     results, tokens = peers.run(options)
     assert order == [CANTATA, LLAMA_CPP, LLAMA_CPP, CANTATA]
     assert {step: len(rounds) for step, rounds in results.items()} == {

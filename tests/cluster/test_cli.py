@@ -52,8 +52,31 @@ def test_every_flag_sets_a_known_setting() -> None:
 
 def test_flags_reach_the_config() -> None:
     flags = parsed(
-        *("--model", "m", "--port", "1", "--grpc-port", "2", "--dtype", "float32", "--max-num-seqs", "3", "--kv-cache-memory", "1GiB"),
-        *("--api-key", "a", "--api-key", "b", "--no-enable-prefix-caching", "--conversation-date", "none", "--request-timeout", "2.5"),
+        *(
+            "--model",
+            "m",
+            "--port",
+            "1",
+            "--grpc-port",
+            "2",
+            "--dtype",
+            "float32",
+            "--max-num-seqs",
+            "3",
+            "--kv-cache-memory",
+            "1GiB",
+        ),
+        *(
+            "--api-key",
+            "a",
+            "--api-key",
+            "b",
+            "--no-enable-prefix-caching",
+            "--conversation-date",
+            "none",
+            "--request-timeout",
+            "2.5",
+        ),
     )
     config = load_config(None, {}, flags)
     assert (config.listen.http_port, config.listen.grpc_port) == (1, 2)
@@ -75,12 +98,18 @@ def test_flags_not_given_leave_the_file_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["serve"], "cantata: no model is given; name the folder of a checkpoint with --model, or set engine.model_path\n"),
+        (
+            ["serve"],
+            "cantata: no model is given; name the folder of a checkpoint with --model, or set engine.model_path\n",
+        ),
         (
             ["serve", "--model", "m", "--dtype", "int8"],
             "cantata: the command line: engine.dtype must be 'bfloat16' or 'float32', found 'int8'\n",
         ),
-        (["serve", "--config", "/nowhere.yaml"], "cantata: /nowhere.yaml cannot be read: No such file or directory\n"),
+        (
+            ["serve", "--config", "/nowhere.yaml"],
+            "cantata: /nowhere.yaml cannot be read: No such file or directory\n",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_one_sentence(arguments: list[str], sentence: str) -> None:
@@ -93,14 +122,18 @@ def test_a_checkpoint_that_is_none_is_one_sentence(mode: list[str], tmp_path: Pa
     result = run("serve", *mode, "--model", str(tmp_path / "missing"))
     assert result.returncode == 1
     assert (
-        result.stderr == f"cantata: {tmp_path / 'missing'} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout\n"
+        result.stderr
+        == f"cantata: {tmp_path / 'missing'} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout\n"
     )
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "config.json").write_text('{"model_type": "llama"}')
     result = run("serve", *mode, "--model", str(foreign))
     assert result.returncode == 1
-    assert result.stderr == f"cantata: {foreign / 'config.json'}: model_type is 'llama'; only 'gpt_oss' is served\n"
+    assert (
+        result.stderr
+        == f"cantata: {foreign / 'config.json'}: model_type is 'llama'; only 'gpt_oss' is served\n"
+    )
 
 
 def test_an_unknown_flag_is_refused() -> None:
@@ -113,7 +146,9 @@ def test_version() -> None:
     assert run("version").stdout == "0.1.0\n"
 
 
-def test_make_checkpoint_writes_a_folder_that_loads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_make_checkpoint_writes_a_folder_that_loads(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "tiny"
     assert cli.main(["make-checkpoint", "--preset", "tiny", "--layers", "1", "--seed", "3", str(out)]) == 0
     printed = capfd.readouterr()
@@ -126,11 +161,16 @@ def test_make_checkpoint_writes_a_folder_that_loads(tmp_path: Path, capfd: pytes
     assert set(config.stop_token_ids) <= set(encoding.stop_token_ids)
 
     again = run("make-checkpoint", "--preset", "tiny", str(out))
-    sentence = f"cantata: {out} exists and is not an empty folder; nothing is overwritten, give another path\n"
+    sentence = (
+        f"cantata: {out} exists and is not an empty folder; nothing is overwritten, give another path\n"
+    )
     assert (again.returncode, again.stderr) == (1, sentence)
 
     copy = tmp_path / "copy"
-    assert cli.main(["make-checkpoint", "--preset", "tiny", "--layers", "1", "--tokenizer", str(out), str(copy)]) == 0
+    assert (
+        cli.main(["make-checkpoint", "--preset", "tiny", "--layers", "1", "--tokenizer", str(out), str(copy)])
+        == 0
+    )
     assert (copy / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
 
 
@@ -138,10 +178,14 @@ def test_make_checkpoint_writes_a_folder_that_loads(tmp_path: Path, capfd: pytes
 def test_more_threads_than_cores_are_one_sentence(mode: list[str], tmp_path: Path) -> None:
     out = tmp_path / "model"
     assert cli.main(["make-checkpoint", "--preset", "tiny", "--layers", "1", str(out)]) == 0
-    result = run("serve", *mode, "--model", str(out), "--http-port", "0", "--grpc-port", "0", "--threads", "4096")
+    result = run(
+        "serve", *mode, "--model", str(out), "--http-port", "0", "--grpc-port", "0", "--threads", "4096"
+    )
     assert result.returncode == 1
     assert result.stdout == ""
-    sentence = r"cantata: engine_cpus \(--threads\) is 4096, and this process may use (\d+) cores: at most \1\n"
+    sentence = (
+        r"cantata: engine_cpus \(--threads\) is 4096, and this process may use (\d+) cores: at most \1\n"
+    )
     assert re.fullmatch(sentence, result.stderr), result.stderr
 
 
@@ -156,13 +200,21 @@ def test_make_checkpoint_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.Ca
     ("arguments", "part"),
     [
         (["--vocab", "10"], "vocabulary size 10 is too small"),
-        (["--tokenizer", "nowhere"], "--tokenizer nowhere is neither bpe, nor harmony, nor a folder with a tokenizer.json"),
+        (
+            ["--tokenizer", "nowhere"],
+            "--tokenizer nowhere is neither bpe, nor harmony, nor a folder with a tokenizer.json",
+        ),
         (["--layers", "0"], "layers must be at least 1, got 0"),
         (["--seed", "-1"], "seed must not be negative, got -1"),
-        (["--tokenizer", "harmony", "--vocab", "300"], "--vocab 300 is too small for --tokenizer harmony, which has 201088 ids"),
+        (
+            ["--tokenizer", "harmony", "--vocab", "300"],
+            "--vocab 300 is too small for --tokenizer harmony, which has 201088 ids",
+        ),
     ],
 )
-def test_make_checkpoint_says_what_is_wrong(arguments: list[str], part: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_make_checkpoint_says_what_is_wrong(
+    arguments: list[str], part: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["make-checkpoint", "--preset", "tiny", *arguments, str(tmp_path / "out")]) == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("cantata: ")]
     assert len(lines) == 1
@@ -172,7 +224,9 @@ def test_make_checkpoint_says_what_is_wrong(arguments: list[str], part: str, tmp
 
 def test_the_operations_page_lists_every_setting_with_its_flags() -> None:
     page = (Path(__file__).parent.parent.parent / "docs/operations.md").read_text()
-    rows = {line.split("|")[1].strip().strip("`"): line for line in page.splitlines() if line.startswith("| `")}
+    rows = {
+        line.split("|")[1].strip().strip("`"): line for line in page.splitlines() if line.startswith("| `")
+    }
     for path in setting_paths():
         assert path in rows, f"{path} is not in docs/operations.md"
     for names, path, _, _ in cli.SERVE_FLAGS:

@@ -7,13 +7,24 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from cluster.config import AppConfig, CantataConfig, check_no_settings, load_config, parse_config, parse_size, setting_paths, with_api_keys
+from cluster.config import (
+    AppConfig,
+    CantataConfig,
+    check_no_settings,
+    load_config,
+    parse_config,
+    parse_size,
+    setting_paths,
+    with_api_keys,
+)
 from workers.errors import ConfigError
 
 MODEL = {"engine.model_path": "somewhere/tiny"}
 
 
-def refused(sentence: str, environment: dict[str, str] | None = None, file: Path | None = None, **flags: object) -> None:
+def refused(
+    sentence: str, environment: dict[str, str] | None = None, file: Path | None = None, **flags: object
+) -> None:
     given = MODEL | {name.replace("__", "."): value for name, value in flags.items()}
     with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
         load_config(file, environment or {}, given)
@@ -69,7 +80,9 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "listen.host": "::1",
         "engine_host": "127.0.0.1",
     }
-    environment = {f"CANTATA_{path.upper().replace('.', '__')}": texts.get(path, "1") for path in setting_paths()}
+    environment = {
+        f"CANTATA_{path.upper().replace('.', '__')}": texts.get(path, "1") for path in setting_paths()
+    }
     config = load_config(None, environment | {"CANTATA_GATEWAY__MAX_BODY_BYTES": "64KiB"})
     assert config.engine.model_path == Path("1")
     assert config.engine.cache.memory_bytes == 1536 * 2**20
@@ -95,7 +108,16 @@ def test_kubernetes_service_variables_are_left_alone() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4096", 4096), ("2GiB", 2**31), ("2 gib", 2**31), ("1k", 1024), ("1.5MB", 1_500_000), ("0", 0), ("3TiB", 3 * 2**40), ("7b", 7)],
+    [
+        ("4096", 4096),
+        ("2GiB", 2**31),
+        ("2 gib", 2**31),
+        ("1k", 1024),
+        ("1.5MB", 1_500_000),
+        ("0", 0),
+        ("3TiB", 3 * 2**40),
+        ("7b", 7),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
@@ -110,7 +132,10 @@ def test_texts_that_are_no_sizes(text: str) -> None:
 def test_unknown_names_are_refused_and_named(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("engine: {scheduler: {max_num_seq: 3}}")
-    refused("c.yaml: engine.scheduler.max_num_seq is not a known setting; did you mean engine.scheduler.max_num_seqs?", file=file)
+    refused(
+        "c.yaml: engine.scheduler.max_num_seq is not a known setting; did you mean engine.scheduler.max_num_seqs?",
+        file=file,
+    )
     refused(
         "CANTATA_ENGINE__DTYP in the environment is not a known setting; did you mean CANTATA_ENGINE__DTYPE?",
         {"CANTATA_ENGINE__DTYP": "float32"},
@@ -125,11 +150,20 @@ def test_wrong_values_are_named_with_where_they_were_set(tmp_path: Path) -> None
     file = tmp_path / "c.yaml"
     file.write_text("listen: {http_port: 99999}")
     refused(f"{file}: listen.http_port must be less than or equal to 65535, found 99999", file=file)
-    refused("CANTATA_ENGINE__DTYPE: engine.dtype must be 'bfloat16' or 'float32', found 'int8'", {"CANTATA_ENGINE__DTYPE": "int8"})
-    refused("the command line: engine.max_model_len must be a valid integer, found 'long'", engine__max_model_len="long")
+    refused(
+        "CANTATA_ENGINE__DTYPE: engine.dtype must be 'bfloat16' or 'float32', found 'int8'",
+        {"CANTATA_ENGINE__DTYPE": "int8"},
+    )
+    refused(
+        "the command line: engine.max_model_len must be a valid integer, found 'long'",
+        engine__max_model_len="long",
+    )
     refused("max_num_seqs must be at least 1, got 0", engine__scheduler__max_num_seqs="0")
     refused("engine.cache.memory_bytes: '2Gi' is not a size", engine__cache__memory_bytes="2Gi")
-    refused("gateway.conversation_date: 'today' is not a date; write auto, none or YYYY-MM-DD", gateway__conversation_date="today")
+    refused(
+        "gateway.conversation_date: 'today' is not a date; write auto, none or YYYY-MM-DD",
+        gateway__conversation_date="today",
+    )
     refused("gateway.request_timeout_s must be a finite number", gateway__request_timeout_s="nan")
     refused("gateway.request_timeout_s must be greater than 0", gateway__request_timeout_s="0")
     refused("parallel.tensor must be 1 to 16, got 17", engine__parallel__tensor="17")
@@ -178,7 +212,10 @@ def test_no_model_says_how_to_give_one() -> None:
         ("replicas: 2", "no model is given"),
         ("engine: 3", "engine must hold settings by name"),
         ("engine: model_path", "engine must hold settings by name"),
-        ("engine: {modle_path: m}", "engine.modle_path is not a known setting; did you mean engine.model_path?"),
+        (
+            "engine: {modle_path: m}",
+            "engine.modle_path is not a known setting; did you mean engine.model_path?",
+        ),
         ("engnie: {model_path: m}", "engnie is not a known setting; did you mean engine?"),
         ("engine: {dtype: int8}", "engine.dtype must be 'bfloat16' or 'float32', found 'int8'"),
     ],
@@ -210,7 +247,10 @@ def test_a_config_cannot_be_changed() -> None:
 
 def test_the_model_name_is_the_folders() -> None:
     assert load_config(None, {}, MODEL).model_name == "tiny"
-    assert load_config(None, {}, MODEL | {"gateway.served_model_name": "gpt-oss-20b"}).model_name == "gpt-oss-20b"
+    assert (
+        load_config(None, {}, MODEL | {"gateway.served_model_name": "gpt-oss-20b"}).model_name
+        == "gpt-oss-20b"
+    )
 
 
 def test_serve_arguments_take_sizes_and_know_no_listen() -> None:
@@ -235,7 +275,14 @@ def test_keys_of_a_serve_application_may_come_from_the_environment() -> None:
 
 
 def test_settings_in_the_environment_of_a_serve_application_are_refused() -> None:
-    check_no_settings({"CANTATA_GATEWAY__API_KEYS": "key", "CANTATA_PORT": "tcp://10.0.0.1", "CANTATA_CPU_ISA": "avx2", "HOME": "/"})
+    check_no_settings(
+        {
+            "CANTATA_GATEWAY__API_KEYS": "key",
+            "CANTATA_PORT": "tcp://10.0.0.1",
+            "CANTATA_CPU_ISA": "avx2",
+            "HOME": "/",
+        }
+    )
     for name in ("CANTATA_ENGINE__DTYPE", "CANTATA_REPLICAS", "CANTATA_ENGINE__DTYPO"):
         with pytest.raises(ConfigError, match=f"^{name} "):
             check_no_settings({name: "float32"})

@@ -16,7 +16,9 @@ DOC = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def families(registry: CollectorRegistry) -> set[str]:
-    return {f"{family.name}_total" if family.type == "counter" else family.name for family in registry.collect()}
+    return {
+        f"{family.name}_total" if family.type == "counter" else family.name for family in registry.collect()
+    }
 
 
 def test_the_documentation_lists_exactly_what_is_exported() -> None:
@@ -29,7 +31,9 @@ def test_labels_are_documented() -> None:
     gateway = GatewayMetrics()
     gateway.requests.labels("x", "200")
     gateway.retries.labels("x")
-    rows = {line.split("`")[1]: line for line in DOC.read_text().splitlines() if line.startswith("| `cantata_")}
+    rows = {
+        line.split("`")[1]: line for line in DOC.read_text().splitlines() if line.startswith("| `cantata_")
+    }
     for registry in (gateway.registry, EngineMetrics().registry):
         for family in registry.collect():
             row = rows.get(family.name) or rows[f"{family.name}_total"]
@@ -42,12 +46,18 @@ def test_histograms_of_two_processes_keep_their_buckets() -> None:
     first.duration.observe(0.3)
     second.duration.observe(3.0)
     second.duration.observe(4.0)
-    page = merge([Scrape("gateway", "", each.render(), name) for name, each in (("a", first), ("b", second))], 2)
+    page = merge(
+        [Scrape("gateway", "", each.render(), name) for name, each in (("a", first), ("b", second))], 2
+    )
     parsed = {family.name: family for family in text_string_to_metric_families(page)}
     samples = parsed["cantata_gateway_request_duration_seconds"].samples
     counts = {sample.labels["gateway"]: sample.value for sample in samples if sample.name.endswith("_count")}
     assert counts == {"a": 1, "b": 2}
-    buckets = [sample.value for sample in samples if sample.name.endswith("_bucket") and sample.labels["gateway"] == "b"]
+    buckets = [
+        sample.value
+        for sample in samples
+        if sample.name.endswith("_bucket") and sample.labels["gateway"] == "b"
+    ]
     assert buckets == sorted(buckets)
     assert buckets[-1] == 2
     assert not [name for name in parsed if name.endswith("_created")]

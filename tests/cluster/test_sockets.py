@@ -17,7 +17,10 @@ def test_a_free_port_is_bound_and_let_go() -> None:
 def test_a_taken_port_names_its_setting() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1 port {port}: Address already in use; set listen\.grpc_port to another"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"127\.0\.0\.1 port {port}: Address already in use; set listen\.grpc_port to another",
+        ):
             bound_socket("127.0.0.1", port, "listen.grpc_port")
 
 

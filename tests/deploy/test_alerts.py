@@ -36,7 +36,9 @@ def test_every_alert_has_a_case_in_which_it_fires() -> None:
     rules = yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"][0]["rules"]
     cases = yaml.safe_load(CASES.read_text())["tests"]
     fired = {test["alertname"] for case in cases for test in case["alert_rule_test"] if test["exp_alerts"]}
-    silent = {test["alertname"] for case in cases for test in case["alert_rule_test"] if not test["exp_alerts"]}
+    silent = {
+        test["alertname"] for case in cases for test in case["alert_rule_test"] if not test["exp_alerts"]
+    }
     alerts = {rule["alert"] for rule in rules if "alert" in rule}
     assert fired == alerts
     assert silent == alerts

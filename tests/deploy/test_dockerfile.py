@@ -12,7 +12,9 @@ IGNORE = ROOT / "deploy" / "Dockerfile.dockerignore"
 
 
 def instructions() -> list[tuple[str, str]]:
-    text = "\n".join(line for line in DOCKERFILE.read_text().splitlines() if not line.lstrip().startswith("#"))
+    text = "\n".join(
+        line for line in DOCKERFILE.read_text().splitlines() if not line.lstrip().startswith("#")
+    )
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
     return [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in lines]
 
@@ -28,7 +30,18 @@ def stages() -> list[list[tuple[str, str]]]:
 
 
 def test_only_known_instructions() -> None:
-    assert {name for name, _ in instructions()} == {"ARG", "FROM", "RUN", "ENV", "WORKDIR", "COPY", "USER", "EXPOSE", "HEALTHCHECK", "CMD"}
+    assert {name for name, _ in instructions()} == {
+        "ARG",
+        "FROM",
+        "RUN",
+        "ENV",
+        "WORKDIR",
+        "COPY",
+        "USER",
+        "EXPOSE",
+        "HEALTHCHECK",
+        "CMD",
+    }
 
 
 def test_what_is_copied_is_there_and_in_the_context() -> None:
@@ -37,10 +50,18 @@ def test_what_is_copied_is_there_and_in_the_context() -> None:
     assert all((ROOT / source).exists() for source in copied)
     assert copied == allowed
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    packages = {pattern.removesuffix("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    packages = {
+        pattern.removesuffix("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]
+    }
     assert (
         packages
-        | {"scripts/torch_versions.env", "pyproject.toml", "setup.py", project["project"]["readme"], *project["project"]["license-files"]}
+        | {
+            "scripts/torch_versions.env",
+            "pyproject.toml",
+            "setup.py",
+            project["project"]["readme"],
+            *project["project"]["license-files"],
+        }
         == copied
     )
 

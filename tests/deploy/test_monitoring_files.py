@@ -9,17 +9,27 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "cantata.json").read_text())
-RULES: list[dict[str, Any]] = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yml").read_text())["groups"][0]["rules"]
+RULES: list[dict[str, Any]] = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yml").read_text())[
+    "groups"
+][0]["rules"]
 METRICS_PAGE = (ROOT / "docs" / "metrics.md").read_text()
 DOCUMENTED = set(re.findall(r"^\| `(cantata_\w+)`", METRICS_PAGE, flags=re.MULTILINE))
 
 
 def metrics(expression: str) -> set[str]:
-    return {re.sub(r"(_seconds|_tokens|_sequences)_(bucket|sum|count)$", r"\1", name) for name in re.findall(r"\bcantata_\w+", expression)}
+    return {
+        re.sub(r"(_seconds|_tokens|_sequences)_(bucket|sum|count)$", r"\1", name)
+        for name in re.findall(r"\bcantata_\w+", expression)
+    }
 
 
 def shown() -> set[str]:
-    return {name for panel in DASHBOARD["panels"] for target in panel["targets"] for name in metrics(target["expr"])}
+    return {
+        name
+        for panel in DASHBOARD["panels"]
+        for target in panel["targets"]
+        for name in metrics(target["expr"])
+    }
 
 
 def test_panels_show_every_documented_metric_and_no_other() -> None:
@@ -40,8 +50,14 @@ def used_labels(expression: str) -> set[str]:
 
 
 def test_labels_exist() -> None:
-    panels = [(target["expr"], target.get("legendFormat", "")) for panel in DASHBOARD["panels"] for target in panel["targets"]]
-    variables = [(variable["query"], "") for variable in DASHBOARD["templating"]["list"] if variable["type"] == "query"]
+    panels = [
+        (target["expr"], target.get("legendFormat", ""))
+        for panel in DASHBOARD["panels"]
+        for target in panel["targets"]
+    ]
+    variables = [
+        (variable["query"], "") for variable in DASHBOARD["templating"]["list"] if variable["type"] == "query"
+    ]
     # `up` is Prometheus's own.
     rules = [(rule["expr"], "") for rule in RULES if metrics(rule["expr"]) or "record" in rule]
     found = 0

@@ -83,9 +83,14 @@ def test_the_token_reaches_every_node_and_the_dashboard_stays_private(path: Path
 def test_only_the_head_compiles_and_every_node_has_the_torch_that_was_chosen(path: Path) -> None:
     content = read(path)
     head, worker = content["head_setup_commands"], content["worker_setup_commands"]
-    assert any("uv build --wheel" in command and "--out-dir ~/cantata-wheel ~/cantata" in command for command in head)
+    assert any(
+        "uv build --wheel" in command and "--out-dir ~/cantata-wheel ~/cantata" in command for command in head
+    )
     assert content["cluster_synced_files"] == ["~/cantata-wheel/"]
-    assert not any("uv build" in command or command.endswith("~/cantata") for command in worker + content["setup_commands"])
+    assert not any(
+        "uv build" in command or command.endswith("~/cantata")
+        for command in worker + content["setup_commands"]
+    )
     for commands in (head, worker):
         (install,) = [command for command in commands if "uv pip install" in command]
         assert ". ~/cantata/scripts/torch_versions.env;" in install
@@ -138,7 +143,9 @@ def test_a_driver_that_is_too_old_is_refused(driver: str | None, said: str | Non
         tool.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     script = ROOT / "scripts" / "check_driver.sh"
-    ran = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(
+        ["bash", script], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     assert ran.returncode == (0 if said is None else 1)
     assert ran.stderr.startswith(said or "")
     assert (ran.stderr == "") == (said is None)
@@ -149,5 +156,7 @@ def test_the_checkpoint_is_downloaded_without_its_other_formats() -> None:
     texts.append((ROOT / "docs" / "operations.md").read_text())
     for text in texts:
         *_, download = found = downloads(text)
-        assert {(each.repository, each.local_dir) for each in found} == {("openai/gpt-oss-120b", "/models/gpt-oss-120b")}
+        assert {(each.repository, each.local_dir) for each in found} == {
+            ("openai/gpt-oss-120b", "/models/gpt-oss-120b")
+        }
         assert download.exclude == ["original/*", "metal/*"]

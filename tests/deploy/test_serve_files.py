@@ -24,7 +24,14 @@ from workers.parallel.shard import plan_shards
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FILES = sorted(DEPLOY.glob("*20b*.yaml"))
 # (replicas, ranks of each) by the end of the file's name.
-PLANS = {"120b": (4, 2), "20b": (8, 1), "-1gpu": (1, 1), "-tp8": (1, 8), "120b-2gpu": (1, 2), "20b-2gpu": (2, 1)}
+PLANS = {
+    "120b": (4, 2),
+    "20b": (8, 1),
+    "-1gpu": (1, 1),
+    "-tp8": (1, 8),
+    "120b-2gpu": (1, 2),
+    "20b-2gpu": (2, 1),
+}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -46,13 +53,19 @@ def test_cantata_and_serve_read_the_file(path: Path) -> None:
     ServeDeploySchema.model_validate(content)
     config = app_config(path)
     name = f"gpt-oss-{path.stem.split('-')[0]}"
-    assert (config.engine.model_path, config.model_name, config.engine.device) == (Path("/models") / name, name, "cuda")
+    assert (config.engine.model_path, config.model_name, config.engine.device) == (
+        Path("/models") / name,
+        name,
+        "cuda",
+    )
     assert config.engine_host == "auto", "engines must be reachable from other nodes"
     suffix = path.stem.removeprefix(path.stem.split("-")[0])
     options = {deployment["name"]: deployment for deployment in content["applications"][0]["deployments"]}
     check_deployments(config, options)
     assert set(options) == {ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT}
-    assert (options[ENGINE_DEPLOYMENT]["num_replicas"], config.engine.parallel.tensor) == PLANS.get(path.stem, PLANS.get(suffix))
+    assert (options[ENGINE_DEPLOYMENT]["num_replicas"], config.engine.parallel.tensor) == PLANS.get(
+        path.stem, PLANS.get(suffix)
+    )
     assert content["grpc_options"] == local["grpc_options"]
     assert content["http_options"]["keep_alive_timeout_s"] == config.gateway.keep_alive_timeout_s
     for key in ("name", "route_prefix", "import_path", "external_scaler_enabled"):
@@ -60,7 +73,11 @@ def test_cantata_and_serve_read_the_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [*FILES, DEPLOY / "local.yaml"], ids=lambda path: path.stem)
-@pytest.mark.parametrize("autoscaling", [{"num_replicas": "auto"}, {"autoscaling_config": {"min_replicas": 1}}], ids=["auto", "config"])
+@pytest.mark.parametrize(
+    "autoscaling",
+    [{"num_replicas": "auto"}, {"autoscaling_config": {"min_replicas": 1}}],
+    ids=["auto", "config"],
+)
 def test_serve_refuses_its_own_autoscaling(path: Path, autoscaling: dict[str, Any]) -> None:
     content = read(path)
     engine = content["applications"][0]["deployments"][0]
@@ -90,7 +107,9 @@ def test_what_build_checks_without_a_gpu_holds(path: Path) -> None:
         (128, CacheConfig(dtype="fp8"), ["H100"], None),
     ],
 )
-def test_what_cannot_fit_is_refused_before_it_starts(experts: int, cache: CacheConfig, kinds: list[str] | None, said: str | None) -> None:
+def test_what_cannot_fit_is_refused_before_it_starts(
+    experts: int, cache: CacheConfig, kinds: list[str] | None, said: str | None
+) -> None:
     config = app_config(DEPLOY / "120b-1gpu.yaml")
     config = config.model_copy(update={"engine": replace(config.engine, cache=cache)})
     model = replace(preset_config("120b"), num_experts=experts)
@@ -106,7 +125,14 @@ def test_weights_and_one_full_context_fit_each_h100(path: Path) -> None:
     assert (engine.cache, engine.dtype) == (CacheConfig(), "bfloat16")
     for shard in plan_shards(model, engine.parallel):
         weights = rank_bytes(model, shard, engine.dtype).total
-        plan = gpu_kv_cache(GPUS["h100"], model, shard, engine.scheduler, weight_bytes=weights, max_model_len=engine.max_model_len)
+        plan = gpu_kv_cache(
+            GPUS["h100"],
+            model,
+            shard,
+            engine.scheduler,
+            weight_bytes=weights,
+            max_model_len=engine.max_model_len,
+        )
         assert plan.kv_capacity_tokens >= engine.max_model_len
 
 
@@ -115,7 +141,11 @@ def test_the_file_for_eight_gpus_has_the_plan_of_most_tokens(size: str) -> None:
     # docs/performance.md, of the plans for up to two ranks: prompts of 8192 tokens, answers of 1024, 20 tokens a second for each user.
     model, gpu = preset_config(size), GPUS["h100"]
     plans = [ParallelConfig(ranks) for ranks in (1, 2)]
-    every = [point for parallel in plans for point in points(model, parallel, gpu, BATCHES, context=8192, output=1024)]
+    every = [
+        point
+        for parallel in plans
+        for point in points(model, parallel, gpu, BATCHES, context=8192, output=1024)
+    ]
     winner = best(every, 20)
     assert winner is not None
     config = app_config(DEPLOY / f"{size}.yaml")
@@ -133,4 +163,6 @@ def test_a_gpu_too_small_would_be_noticed() -> None:
 
 
 def test_the_plans_are_there() -> None:
-    assert {path.stem for path in FILES} == {f"{size}{plan}" for size in ("20b", "120b") for plan in ("", "-1gpu", "-2gpu", "-tp8")}
+    assert {path.stem for path in FILES} == {
+        f"{size}{plan}" for size in ("20b", "120b") for plan in ("", "-1gpu", "-2gpu", "-tp8")
+    }

@@ -21,7 +21,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", params=["standalone", pytest.param("serve run", marks=pytest.mark.ray)])
-def server(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     """The same tests run against both ways of serving."""
     folder = tmp_path_factory.mktemp("server")
     if request.param == "standalone":

@@ -29,13 +29,18 @@ def answers_of_one_rank(model: Path) -> list[Answer]:
     with LLM(model, dtype="float32", max_model_len=MAX_MODEL_LEN, kv_cache_bytes=64 << 20) as llm:
         sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
         outputs = [output.outputs[0] for output in llm.generate(PROMPTS, sampling, use_tqdm=False)]
-    return [Answer(output.token_ids, tuple(entry.logprob for entry in output.logprobs or ())) for output in outputs]
+    return [
+        Answer(output.token_ids, tuple(entry.logprob for entry in output.logprobs or ()))
+        for output in outputs
+    ]
 
 
 def check_answers(served: Served, expected: list[Answer], headers: Mapping[str, str] | None = None) -> None:
     """The server answers PROMPTS with the same tokens and, within 1e-4, the same log-probabilities: fp32 sums in another order."""
     body = completion(PROMPTS, logprobs=0, return_token_ids=True)
-    response = httpx.post(f"{served.url}/v1/completions", json=body, headers=headers, timeout=120, trust_env=False)
+    response = httpx.post(
+        f"{served.url}/v1/completions", json=body, headers=headers, timeout=120, trust_env=False
+    )
     choices = response.json()["choices"]
     assert [tuple(choice["token_ids"]) for choice in choices] == [answer.token_ids for answer in expected]
     for choice, answer in zip(choices, expected, strict=True):
@@ -44,4 +49,10 @@ def check_answers(served: Served, expected: list[Answer], headers: Mapping[str, 
 
 def completion(prompt: list[int] | list[list[int]], **fields: object) -> dict[str, object]:
     """The body of a request for a greedy completion."""
-    return {"model": MODEL_NAME, "prompt": prompt, "temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True} | fields
+    return {
+        "model": MODEL_NAME,
+        "prompt": prompt,
+        "temperature": 0,
+        "max_tokens": NUM_TOKENS,
+        "ignore_eos": True,
+    } | fields

@@ -21,7 +21,9 @@ WEATHER_TOOL = {
 
 _TOOLS = (ToolDefinition("get_weather", WEATHER_DESCRIPTION, WEATHER_PARAMETERS),)
 _QUESTION = ChatMessage("user", QUESTION)
-_CALL = ChatMessage("assistant", reasoning=CALL_REASONING, tool_calls=(ToolCall("call_1", "get_weather", CALL_ARGUMENTS),))
+_CALL = ChatMessage(
+    "assistant", reasoning=CALL_REASONING, tool_calls=(ToolCall("call_1", "get_weather", CALL_ARGUMENTS),)
+)
 
 SCRIPTS = (
     Script(

@@ -38,7 +38,9 @@ def ray(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deplo
     if reason is not None:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("deployments")
-    with deployments(folder, model, step_s=STEP_S, environment={HARD_STOP: RAY_ENVIRONMENT[HARD_STOP]}) as running:
+    with deployments(
+        folder, model, step_s=STEP_S, environment={HARD_STOP: RAY_ENVIRONMENT[HARD_STOP]}
+    ) as running:
         yield running
 
 
@@ -89,7 +91,11 @@ def test_scaling_replaces_nothing_and_cuts_no_stream(served: Deployments) -> Non
 def test_gateways_take_settings_over_while_they_run(served: Deployments) -> None:
     with LongStreams(served.served, 2) as streams:
         engines, gateways = served.pids(ENGINE), served.pids(GATEWAY)
-        for user_config, status in (({"max_in_flight_requests": 4}, 400), ({"max_in_flight_request": 4}, 400), ({}, 200)):
+        for user_config, status in (
+            ({"max_in_flight_requests": 4}, 400),
+            ({"max_in_flight_request": 4}, 400),
+            ({}, 200),
+        ):
             application = served.application
             option(application, GATEWAY)["user_config"] = user_config
             assert served.deploy(application) is None
@@ -115,7 +121,11 @@ def test_what_cannot_be_built_leaves_what_runs(served: Deployments, model: Path,
             check_refused(served, application, said)
         application = served.application
         del application["external_scaler_enabled"], option(application, ENGINE)["num_replicas"]
-        option(application, ENGINE)["autoscaling_config"] = {"min_replicas": 1, "max_replicas": 2, "downscale_delay_s": 0}
+        option(application, ENGINE)["autoscaling_config"] = {
+            "min_replicas": 1,
+            "max_replicas": 2,
+            "downscale_delay_s": 0,
+        }
         check_refused(served, application, "deployment engine: Serve's autoscaling does not see the requests")
         streams.go_on()
         streams.check()
@@ -133,7 +143,10 @@ def test_another_setting_replaces_all_and_cuts_no_stream(served: Deployments) ->
         option(application, ENGINE)["max_surge_percent"] = 50
         assert served.deploy(application) is None
         # Those of before drain for as long as their streams run.
-        until(lambda: replicas(served, ENGINE) == replicas(served, GATEWAY) == {"RUNNING": 2, "STOPPING": 2}, 120)
+        until(
+            lambda: replicas(served, ENGINE) == replicas(served, GATEWAY) == {"RUNNING": 2, "STOPPING": 2},
+            120,
+        )
         streams.go_on()
         streams.check()
         assert len((served.pids(ENGINE) | served.pids(GATEWAY)) - before) == 4
@@ -169,7 +182,9 @@ def test_requests_after_the_only_gateway_died_wait_for_the_next(served: Deployme
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("hard_stop_s", "is_cut"), [(5, True), (60, False)])
-def test_how_long_streams_outlive_a_reload(model: Path, tmp_path: Path, hard_stop_s: int, is_cut: bool) -> None:
+def test_how_long_streams_outlive_a_reload(
+    model: Path, tmp_path: Path, hard_stop_s: int, is_cut: bool
+) -> None:
     """It is this variable that decides it, and a new gateway is enough of a change."""
     with deployments(tmp_path, model, step_s=STEP_S, environment={HARD_STOP: str(hard_stop_s)}) as ray:
         assert ray.deploy(ray.application) is None
@@ -178,7 +193,9 @@ def test_how_long_streams_outlive_a_reload(model: Path, tmp_path: Path, hard_sto
             ray.scale(GATEWAY, 2)
             ray.settle(engine=1, gateway=2)
             reloaded = time.monotonic()
-            until(lambda: any(stream.end for stream in streams.streams) or time.monotonic() > reloaded + 25, 60)
+            until(
+                lambda: any(stream.end for stream in streams.streams) or time.monotonic() > reloaded + 25, 60
+            )
             assert [stream.end is not None for stream in streams.streams] == [is_cut] * 2
 
 

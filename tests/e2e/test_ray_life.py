@@ -15,7 +15,16 @@ from tests.e2e import scripts
 from tests.e2e.one_rank import answers_of_one_rank, check_answers
 from tests.support.many_streams import counted, read_many
 from tests.support.processes import marked, none_left
-from tests.support.served import BIN, FAST_INGRESS, MODEL_NAME, Served, cantata_serve, isolated_if_possible, serve_run, started
+from tests.support.served import (
+    BIN,
+    FAST_INGRESS,
+    MODEL_NAME,
+    Served,
+    cantata_serve,
+    isolated_if_possible,
+    serve_run,
+    started,
+)
 from tests.support.waiting import until
 from workers.cores import cores_of_rank, usable_cores
 
@@ -33,7 +42,9 @@ def test_cantata_serve_from_start_to_ctrl_c(model: Path, tmp_path: Path) -> None
         answer = httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False)
         assert answer.json()["choices"][0]["message"]["content"] == scripts.GREETING_ANSWER
         assert httpx.post(url, json=body, timeout=60, trust_env=False).status_code == 401
-        with httpx.stream("POST", url, json=body | {"stream": True}, headers=headers, timeout=60, trust_env=False) as stream:
+        with httpx.stream(
+            "POST", url, json=body | {"stream": True}, headers=headers, timeout=60, trust_env=False
+        ) as stream:
             assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
 
         with grpc.insecure_channel(served.grpc, options=[("grpc.enable_http_proxy", 0)]) as channel:
@@ -44,8 +55,12 @@ def test_cantata_serve_from_start_to_ctrl_c(model: Path, tmp_path: Path) -> None
             assert "".join(event.text.text for event in events) == scripts.GREETING_ANSWER
             for wrong in (pb.ChatRequest(), request):
                 with pytest.raises(grpc.RpcError) as refused:
-                    list(stub.ChatStream(wrong, metadata=metadata if wrong is not request else (), timeout=60))
-                expected = grpc.StatusCode.UNAUTHENTICATED if wrong is request else grpc.StatusCode.INVALID_ARGUMENT
+                    list(
+                        stub.ChatStream(wrong, metadata=metadata if wrong is not request else (), timeout=60)
+                    )
+                expected = (
+                    grpc.StatusCode.UNAUTHENTICATED if wrong is request else grpc.StatusCode.INVALID_ARGUMENT
+                )
                 assert refused.value.code() == expected
 
         assert any("haproxy" in process for process in marked(served.mark))
@@ -76,21 +91,30 @@ def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path
         check_threads(served)
         check_answers(served, answers_of_one_rank(model), headers)
         assert httpx.post(url, json=body, timeout=60, trust_env=False).status_code == 401
-        with httpx.stream("POST", url, json=body | {"stream": True}, headers=headers, timeout=60, trust_env=False) as stream:
+        with httpx.stream(
+            "POST", url, json=body | {"stream": True}, headers=headers, timeout=60, trust_env=False
+        ) as stream:
             assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
         with grpc.insecure_channel(served.grpc, options=[("grpc.enable_http_proxy", 0)]) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
             metadata = (("authorization", "Bearer right"),)
             answer = stub.Chat(
-                pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content=scripts.GREETING)]), metadata=metadata, timeout=60
+                pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content=scripts.GREETING)]),
+                metadata=metadata,
+                timeout=60,
             )
             assert answer.choices[0].message.content == scripts.GREETING_ANSWER
             with pytest.raises(grpc.RpcError) as refused:
                 stub.Chat(pb.ChatRequest(), metadata=metadata, timeout=60)
             assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         _kill_a_rank_and_wait_for_the_next_replica(served)
-        assert answer_of(httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False)) == answer_before
-        assert "set RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1" in served.log.read_text(errors="replace")
+        assert (
+            answer_of(httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False))
+            == answer_before
+        )
+        assert "set RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1" in served.log.read_text(
+            errors="replace"
+        )
         assert served.stop() == 0
         assert none_left(served.mark, 15) == []
 
@@ -98,8 +122,24 @@ def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path
 def test_more_ranks_than_this_machine_has_room_for(model: Path, tmp_path: Path) -> None:
     replicas = max(usable_cores(), torch.cuda.device_count()) + 1
     # On GPUs: engines on a CPU would share what there is.
-    flags = ["--model", str(model), "--tensor-parallel-size", "2", "--replicas", str(replicas), "--device", "cuda", "--threads", "1"]
-    with started("too large", isolated_if_possible([str(BIN / "cantata"), "serve", *flags]), tmp_path, {"HOME": str(tmp_path)}) as served:
+    flags = [
+        "--model",
+        str(model),
+        "--tensor-parallel-size",
+        "2",
+        "--replicas",
+        str(replicas),
+        "--device",
+        "cuda",
+        "--threads",
+        "1",
+    ]
+    with started(
+        "too large",
+        isolated_if_possible([str(BIN / "cantata"), "serve", *flags]),
+        tmp_path,
+        {"HOME": str(tmp_path)},
+    ) as served:
         assert served.process.wait(120) == 1
         assert none_left(served.mark, 15) == []
     log = served.log.read_text(errors="replace")
@@ -112,7 +152,9 @@ def test_more_ranks_than_this_machine_has_room_for(model: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_streams_of_a_killed_replica_go_on_at_the_other(model: Path, tmp_path: Path) -> None:
     """As without Ray (test_standalone_life): twelve streams, four run on each of two replicas, one of which is killed."""
-    with serve_run(tmp_path, model, environment=FAST_INGRESS, replicas=2, engine={"scheduler": {"max_num_seqs": 4}}) as served:
+    with serve_run(
+        tmp_path, model, environment=FAST_INGRESS, replicas=2, engine={"scheduler": {"max_num_seqs": 4}}
+    ) as served:
         until(lambda: num_up(served) == 2, 60)
         undisturbed = read_many(served, 12, 8)
         (victim, *_) = pids_of(served, "ServeReplica:cantata:engine")
@@ -143,7 +185,10 @@ def check_threads(served: Served) -> None:
     assert (len(engine), len(ranks)) == (1, 2)
     for pid in (*engine, *ranks):
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        assert sorted(name for name in variables if name.startswith(b"OMP_")) == [b"OMP_NUM_THREADS=1", b"OMP_WAIT_POLICY=PASSIVE"]
+        assert sorted(name for name in variables if name.startswith(b"OMP_")) == [
+            b"OMP_NUM_THREADS=1",
+            b"OMP_WAIT_POLICY=PASSIVE",
+        ]
     own = [cores_of_rank(number, 2, 1) or sorted(os.sched_getaffinity(0)) for number in range(2)]
     assert sorted(sorted(os.sched_getaffinity(pid)) for pid in ranks) == sorted(own)
 

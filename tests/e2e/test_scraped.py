@@ -24,7 +24,9 @@ def test_series_go_on_whichever_gateway_answers_a_scrape(server: Served, tmp_pat
     num_gateways = 1 if server.name == "standalone" else NUM_GATEWAYS
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
     for _ in range(4):
-        client.chat.completions.create(model=MODEL_NAME, messages=[{"role": "user", "content": scripts.GREETING}])
+        client.chat.completions.create(
+            model=MODEL_NAME, messages=[{"role": "user", "content": scripts.GREETING}]
+        )
     with prometheus(tmp_path, server.http) as scraper:
         window = f"{NUM_SCRAPES * 10}s"
         scrapes = f'count_over_time(up{{job="cantata"}}[{window}])'
@@ -37,7 +39,11 @@ def test_series_go_on_whichever_gateway_answers_a_scrape(server: Served, tmp_pat
         (total,) = scraper.query(scrapes).values()
         assert min(counts.values()) >= total - 2
         # Nothing was asked since the first scrape: counters stand still.
-        for counter in ("cantata_gateway_output_tokens_total", "cantata_gateway_requests_total", "cantata_engine_output_tokens_total"):
+        for counter in (
+            "cantata_gateway_output_tokens_total",
+            "cantata_gateway_requests_total",
+            "cantata_engine_output_tokens_total",
+        ):
             selected = f'{counter}{{endpoint!="/metrics"}}' if "requests" in counter else counter
             assert scraper.value(f"sum(resets({selected}[{window}]))") == 0
             assert scraper.value(f"sum(increase({selected}[{window}]))") == 0

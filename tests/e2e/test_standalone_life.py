@@ -32,7 +32,9 @@ def engine_pid(served: Served) -> int:
 
 
 def chat(served: Served, **fields: object) -> httpx.Response:
-    return httpx.post(f"{served.url}/v1/chat/completions", json=GREETING | fields, timeout=60, trust_env=False)
+    return httpx.post(
+        f"{served.url}/v1/chat/completions", json=GREETING | fields, timeout=60, trust_env=False
+    )
 
 
 def test_an_engine_that_ends_is_replaced(model: Path, tmp_path: Path) -> None:
@@ -43,7 +45,12 @@ def test_an_engine_that_ends_is_replaced(model: Path, tmp_path: Path) -> None:
         address = arguments[arguments.index("--address") + 1]
         assert Path(address.removeprefix("unix:")).parent.stat().st_mode & 0o777 == 0o700
         with grpc.insecure_channel(address) as channel:
-            assert engine_pb2_grpc.EngineStub(channel).Drain(engine_pb2.DrainRequest(grace_s=0), timeout=30).num_aborted == 0
+            assert (
+                engine_pb2_grpc.EngineStub(channel)
+                .Drain(engine_pb2.DrainRequest(grace_s=0), timeout=30)
+                .num_aborted
+                == 0
+            )
         until(lambda: chat(served).status_code == 503, 10)
         refused = chat(served)
         assert refused.status_code == 503
@@ -79,11 +86,22 @@ def test_a_log_that_cannot_be_written_ends_nothing(model: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_streams_of_an_engine_that_dies_or_hangs_go_on_at_the_other(model: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_streams_of_an_engine_that_dies_or_hangs_go_on_at_the_other(
+    model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     """Greedy answers are the same as undisturbed ones, whichever engine made which part of them: of twelve streams four run on each engine
     when one is killed and the others wait for their turn, so that some are cut in the middle and some have not begun."""
     num_streams, num_running = 12, 4
-    flags = ["--replicas", "2", "--max-num-seqs", str(num_running), "--heartbeat-timeout", "4", "--probe-timeout", "1"]
+    flags = [
+        "--replicas",
+        "2",
+        "--max-num-seqs",
+        str(num_running),
+        "--heartbeat-timeout",
+        "4",
+        "--probe-timeout",
+        "1",
+    ]
     with standalone(tmp_path, model, *flags) as served:
         undisturbed = read_many(served, num_streams, 2 * num_running)
         assert len(set(undisturbed)) > num_streams / 2
@@ -94,7 +112,13 @@ def test_streams_of_an_engine_that_dies_or_hangs_go_on_at_the_other(model: Path,
         assert resumed >= 1
         assert retried >= 1
         assert resumed + retried <= num_streams / 2, "the other engine's streams were not touched"
-        until(lambda: "engine-0 serves again" in served.log.read_text() or "engine-1 serves again" in served.log.read_text(), 60)
+        until(
+            lambda: (
+                "engine-0 serves again" in served.log.read_text()
+                or "engine-1 serves again" in served.log.read_text()
+            ),
+            60,
+        )
         assert not Path(f"/proc/{victim}").exists()
 
 
@@ -108,14 +132,23 @@ def test_a_stop_lets_running_streams_end(model: Path, tmp_path: Path) -> None:
         (served_model / "config.json").write_text("{}")
         headers = {"authorization": "Bearer right"}
         assert chat(served).status_code == 401
-        answer = httpx.post(f"{served.url}/v1/chat/completions", json=GREETING, headers=headers, timeout=60, trust_env=False)
+        answer = httpx.post(
+            f"{served.url}/v1/chat/completions", json=GREETING, headers=headers, timeout=60, trust_env=False
+        )
         assert answer.json()["choices"][0]["message"]["content"] == scripts.GREETING_ANSWER
         shutil.rmtree(served_model)
         body = GREETING | {"stream": True, "ignore_eos": True, "max_tokens": num_tokens}
         message = pb.Message(role=pb.ROLE_USER, content=scripts.GREETING)
         request = pb.ChatRequest(messages=[message], max_tokens=num_tokens, ignore_eos=True)
         with (
-            httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=60, trust_env=False) as stream,
+            httpx.stream(
+                "POST",
+                f"{served.url}/v1/chat/completions",
+                json=body,
+                headers=headers,
+                timeout=60,
+                trust_env=False,
+            ) as stream,
             grpc.insecure_channel(served.grpc, options=[("grpc.enable_http_proxy", 0)]) as channel,
         ):
             stub = inference_pb2_grpc.InferenceStub(channel)
@@ -139,7 +172,9 @@ def test_a_stop_lets_running_streams_end(model: Path, tmp_path: Path) -> None:
 def test_a_second_signal_does_not_wait(model: Path, tmp_path: Path) -> None:
     with standalone(tmp_path, model) as served:
         body = GREETING | {"stream": True, "ignore_eos": True, "max_tokens": 16_000}
-        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=60, trust_env=False) as stream:
+        with httpx.stream(
+            "POST", f"{served.url}/v1/chat/completions", json=body, timeout=60, trust_env=False
+        ) as stream:
             next(stream.iter_lines())
             served.process.send_signal(signal.SIGINT)
             until(lambda: "a second signal stops at once" in served.log.read_text(), 10)
@@ -166,7 +201,9 @@ def test_an_instruction_set_that_is_not_there_is_one_sentence(model: Path) -> No
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     [error] = [line for line in result.stderr.splitlines() if line.startswith(("error: ", "cantata: "))]
-    assert error.startswith(f"error: cpu_isa is {name}, which this processor or this build does not have: set it to one of auto, ")
+    assert error.startswith(
+        f"error: cpu_isa is {name}, which this processor or this build does not have: set it to one of auto, "
+    )
 
 
 @pytest.mark.parametrize("flag", ["--http-port", "--grpc-port"])
@@ -176,7 +213,10 @@ def test_a_port_that_is_taken_is_found_out_at_once(model: Path, flag: str) -> No
         result = _serve(model, flag, str(port))
     setting = "listen.http_port" if flag == "--http-port" else "listen.grpc_port"
     assert result.returncode == 1
-    assert result.stderr == f"cantata: cannot listen on 127.0.0.1 port {port}: Address already in use; set {setting} to another\n"
+    assert (
+        result.stderr
+        == f"cantata: cannot listen on 127.0.0.1 port {port}: Address already in use; set {setting} to another\n"
+    )
 
 
 def _serve(model: Path, *flags: str) -> "subprocess.CompletedProcess[str]":

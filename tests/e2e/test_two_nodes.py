@@ -62,7 +62,12 @@ class TwoNodes:
 
     def pids(self, *hosts: Host) -> set[int]:
         """Of engines and ranks together, on these hosts or on all."""
-        return {pid for host in hosts or self.network.hosts for pids in self.replica(host).values() for pid in pids}
+        return {
+            pid
+            for host in hosts or self.network.hosts
+            for pids in self.replica(host).values()
+            for pid in pids
+        }
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +91,17 @@ def expected(model: Path) -> list[Answer]:
 
 def test_ranks_on_two_nodes_answer_as_one(two_nodes: TwoNodes, expected: list[Answer]) -> None:
     # The engine runs beside rank 0, the one that answers.
-    assert [{kind: len(pids) for kind, pids in two_nodes.replica(host).items()} for host in two_nodes.network.hosts] == PLACEMENT
+    assert [
+        {kind: len(pids) for kind, pids in two_nodes.replica(host).items()}
+        for host in two_nodes.network.hosts
+    ] == PLACEMENT
     assert greeting(two_nodes.served) == scripts.GREETING_ANSWER
     check_answers(two_nodes.served, expected)
 
 
-def test_a_cut_link_ends_every_request_once_and_the_replica_comes_back(two_nodes: TwoNodes, expected: list[Answer]) -> None:
+def test_a_cut_link_ends_every_request_once_and_the_replica_comes_back(
+    two_nodes: TwoNodes, expected: list[Answer]
+) -> None:
     served, head, worker = two_nodes.served, two_nodes.head, two_nodes.worker
     near, far = two_nodes.pids(head), two_nodes.pids(worker)
     began = [Semaphore(0) for _ in range(NUM_STREAMS)]
@@ -106,14 +116,19 @@ def test_a_cut_link_ends_every_request_once_and_the_replica_comes_back(two_nodes
                 check_cut_off(stream.result())
             assert WATCHDOG in engine_log(head)
             until(lambda: not near & two_nodes.pids(head), 30)
-            refused = httpx.post(f"{served.url}/v1/completions", json=completion(PROMPTS[0]), timeout=30, trust_env=False)
+            refused = httpx.post(
+                f"{served.url}/v1/completions", json=completion(PROMPTS[0]), timeout=30, trust_env=False
+            )
             assert refused.status_code == 503
         finally:
             two_nodes.network.mend(worker)
     until(lambda: not far & two_nodes.pids(worker), 60)
     until(lambda: is_ready(served), 120)
     assert not (near | far) & two_nodes.pids()
-    assert [{kind: len(pids) for kind, pids in two_nodes.replica(host).items()} for host in two_nodes.network.hosts] == PLACEMENT
+    assert [
+        {kind: len(pids) for kind, pids in two_nodes.replica(host).items()}
+        for host in two_nodes.network.hosts
+    ] == PLACEMENT
     assert greeting(served) == scripts.GREETING_ANSWER
     check_answers(served, expected)
     for host in two_nodes.network.hosts:
@@ -149,7 +164,9 @@ def read_stream(served: Served, number: int, began: Semaphore) -> list[dict[str,
     body = completion(PROMPTS[number % len(PROMPTS)], max_tokens=16_000, stream=True)
     events: list[dict[str, Any]] = []
     # A read times out if nothing comes for so long: an end that does not come fails the test.
-    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=10 * STEP_TIMEOUT_S, trust_env=False) as response:
+    with httpx.stream(
+        "POST", f"{served.url}/v1/completions", json=body, timeout=10 * STEP_TIMEOUT_S, trust_env=False
+    ) as response:
         for line in response.iter_lines():
             if line:
                 text = line.removeprefix("data: ")

@@ -28,7 +28,10 @@ from workers.rank.runner import Runner
 from workers.rank.step_inputs import InputBuffers
 from workers.request import SamplingParams
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
 CPU = torch.device("cpu")
 
 
@@ -63,7 +66,9 @@ def test_uploads_are_not_overwritten_while_the_gpu_is_behind(device: torch.devic
     assert [tensor.unique().tolist() for tensor in uploaded] == [[number] for number in range(12)]
 
 
-def test_the_same_tokens_as_on_a_cpu_with_steps_launched_ahead(checkpoint: Path, device: torch.device) -> None:
+def test_the_same_tokens_as_on_a_cpu_with_steps_launched_ahead(
+    checkpoint: Path, device: torch.device
+) -> None:
     steps = plans(MIXED)
     on_cpu = new_runner(checkpoint, CPU)
     expected = [on_cpu.step(plan) for plan in steps]
@@ -93,7 +98,14 @@ def test_an_executor_from_start_to_answer(checkpoint: Path, eager: bool) -> None
     try:
         phases = [*info.phases_s]
         captured = [] if eager else ["capture graphs"]
-        assert phases == ["load weights", "compile kernels", "profile memory", "allocate KV cache", "warm up", *captured]
+        assert phases == [
+            "load weights",
+            "compile kernels",
+            "profile memory",
+            "allocate KV cache",
+            "warm up",
+            *captured,
+        ]
         assert min(info.num_full_blocks, info.num_sliding_blocks) >= NUM_BLOCKS
         assert all(kernel.startswith(("Triton", "cuBLAS", "hipBLASLt")) for kernel in info.kernels.values())
         futures = [executor.execute(plan) for plan in steps]
@@ -103,7 +115,9 @@ def test_an_executor_from_start_to_answer(checkpoint: Path, eager: bool) -> None
 
 
 def test_graph_is_eager_with_the_kernels_that_serve(checkpoint: Path, device: torch.device) -> None:
-    blocking = not_capturable(kernel_choices(load_model(checkpoint, TINY, dtype=torch.float32, device=device)))
+    blocking = not_capturable(
+        kernel_choices(load_model(checkpoint, TINY, dtype=torch.float32, device=device))
+    )
     if blocking:
         pytest.skip(f"no graph can hold the kernels for {' and '.join(blocking)}")
     check_graphs(checkpoint, device)
@@ -142,7 +156,9 @@ def test_the_profiled_step_takes_memory(checkpoint: Path, device: torch.device) 
     model = load_model(checkpoint, TINY, dtype=torch.float32, device=device)
     small, large = SchedulerConfig(4, 64), SchedulerConfig(4, 4096)
     activation_bytes(model, large, 4096, "float32")  # compiles, and has libraries allocate what they keep
-    assert 0 < activation_bytes(model, small, 4096, "float32") < activation_bytes(model, large, 4096, "float32")
+    assert (
+        0 < activation_bytes(model, small, 4096, "float32") < activation_bytes(model, large, 4096, "float32")
+    )
 
 
 def test_the_profile_foresees_what_graphs_keep(checkpoint: Path, device: torch.device) -> None:
@@ -168,7 +184,9 @@ def test_attention_is_the_reference(device: torch.device) -> None:
             cache = torch.randn(2, 5 * 63, BLOCK_SIZE, 2, 64, generator=generator).to(dtype)
             q = torch.randn(sum(queries), 6, 64, generator=generator).to(dtype)
             sinks = torch.randn(6, generator=generator)
-            contexts = torch.tensor([max(pair) for pair in zip(lengths, queries, strict=True)], dtype=torch.int32)
+            contexts = torch.tensor(
+                [max(pair) for pair in zip(lengths, queries, strict=True)], dtype=torch.int32
+            )
             cu_seqlens = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
             args = (q, cache, table, contexts, cu_seqlens, sinks)
             expected = attention_reference.paged_attention(*args, scale=0.125, window=window)
@@ -178,18 +196,28 @@ def test_attention_is_the_reference(device: torch.device) -> None:
 
 def test_experts_are_the_reference(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(1)
-    gate_up, down = torch.randn(5, 192, 64, generator=generator) / 8, torch.randn(5, 64, 96, generator=generator) / 8
+    gate_up, down = (
+        torch.randn(5, 192, 64, generator=generator) / 8,
+        torch.randn(5, 64, 96, generator=generator) / 8,
+    )
     biases = torch.randn(5, 192, generator=generator), torch.randn(5, 64, generator=generator)
     packed = pack(gate_up), pack(down)
     topk_ids, topk_weights = moe.gate_topk(torch.randn(33, 5, generator=generator), 2)
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2)):
         x = torch.randn(33, 64, generator=generator).to(dtype)
         options = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
-        expected = moe_reference.fused_experts(x, topk_ids, topk_weights, packed[0], biases[0], packed[1], biases[1], **options)
-        on_gpu = [from_natural(*(part.to(device) for part in to_natural(weights)), choose_layout(device)) for weights in packed]
+        expected = moe_reference.fused_experts(
+            x, topk_ids, topk_weights, packed[0], biases[0], packed[1], biases[1], **options
+        )
+        on_gpu = [
+            from_natural(*(part.to(device) for part in to_natural(weights)), choose_layout(device))
+            for weights in packed
+        ]
         bias_gate_up, bias_down = (bias.to(device) for bias in biases)
         chosen = topk_ids.to(device), topk_weights.to(device)
-        actual = moe.fused_experts(x.to(device), *chosen, on_gpu[0], bias_gate_up, on_gpu[1], bias_down, **options)
+        actual = moe.fused_experts(
+            x.to(device), *chosen, on_gpu[0], bias_gate_up, on_gpu[1], bias_down, **options
+        )
         torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
 
 
@@ -205,7 +233,14 @@ def test_two_gpus_answer_as_one(tmp_path: Path) -> None:
     answers = []
     for num_ranks in (1, 2):
         with LLM(
-            tmp_path / "even", dtype="float32", device="cuda", max_num_seqs=4, kv_cache_bytes=8 << 20, tensor_parallel_size=num_ranks
+            tmp_path / "even",
+            dtype="float32",
+            device="cuda",
+            max_num_seqs=4,
+            kv_cache_bytes=8 << 20,
+            tensor_parallel_size=num_ranks,
         ) as llm:
-            answers.append([output.outputs[0].token_ids for output in llm.generate(prompts, greedy, use_tqdm=False)])
+            answers.append(
+                [output.outputs[0].token_ids for output in llm.generate(prompts, greedy, use_tqdm=False)]
+            )
     assert answers[1] == answers[0]

@@ -24,7 +24,10 @@ from tests.support.moe_cases import (
     options,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
 
 LARGE_CASES = [
     MoeCase(1, 4, 8, 2880, 2880),
@@ -61,7 +64,9 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
 def test_packed_experts(case: MoeCase, dtype: torch.dtype, device: torch.device) -> None:
     for layout in layouts_here(device):
         values = inputs(case, layout=layout, dtype=dtype)
-        assert_near(run(case, values, device), float64(case, values), 2**-7 if dtype == torch.bfloat16 else 1e-5)
+        assert_near(
+            run(case, values, device), float64(case, values), 2**-7 if dtype == torch.bfloat16 else 1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -97,7 +102,9 @@ def test_a_token_is_the_same_at_every_place_and_in_every_run(device: torch.devic
         for seed in range(5):
             order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))
             x, ids, weights = (values[index][order] for index in range(3))
-            assert torch.equal(run(case, values._replace(x=x, topk_ids=ids, topk_weights=weights), device), expected[order])
+            assert torch.equal(
+                run(case, values._replace(x=x, topk_ids=ids, topk_weights=weights), device), expected[order]
+            )
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 65, 500])
@@ -122,20 +129,28 @@ def test_a_graph_holds_choice_and_experts(num_tokens: int, device: torch.device)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 300])
-def test_the_norm_behind_the_experts_has_the_same_bits_in_their_launch(num_tokens: int, device: torch.device) -> None:
+def test_the_norm_behind_the_experts_has_the_same_bits_in_their_launch(
+    num_tokens: int, device: torch.device
+) -> None:
     case = MoeCase(num_tokens, 4, 12, 2880, 64)
     values = on_device(inputs(case, layout=choose_layout(device), dtype=torch.bfloat16), device)
     arguments = (values.x, gate_logits(case).to(device), 4, *values[3:])
     limits = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA}
     residual, weight = values.x.flip(0), values.x[0].clone()
     expected = add_rms_norm(residual.clone(), gated_experts(*arguments, **limits), weight, 1e-5)
-    for ours, theirs in zip(gated_experts_add_rms_norm(residual, weight, 1e-5, *arguments, **limits), expected, strict=True):
+    for ours, theirs in zip(
+        gated_experts_add_rms_norm(residual, weight, 1e-5, *arguments, **limits), expected, strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_experts", "k"), [(1, 128, 4), (64, 128, 4), (65, 32, 4), (1000, 128, 4), (3, 5, 5)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "k"), [(1, 128, 4), (64, 128, 4), (65, 32, 4), (1000, 128, 4), (3, 5, 5)]
+)
 def test_choice_is_the_reference(num_tokens: int, num_experts: int, k: int, device: torch.device) -> None:
-    logits = torch.randint(-3, 3, (num_tokens, num_experts), generator=torch.Generator().manual_seed(0)).float()
+    logits = torch.randint(
+        -3, 3, (num_tokens, num_experts), generator=torch.Generator().manual_seed(0)
+    ).float()
     expected = reference.gate_topk(logits, k)
     found = gate_topk(logits.to(device), k)
     assert torch.equal(found[0].cpu(), expected[0])
@@ -159,5 +174,8 @@ def test_both_layouts_of_sm_90_agree(device: torch.device) -> None:
         pytest.skip("not an sm_90")
     case = MoeCase(40, 4, 8, 2880, 2880)
     values = inputs(case, layout=NATURAL, dtype=torch.bfloat16)
-    found, expected = (fused_experts(*on_device(values, device, layout), **options(case)).cpu() for layout in (WGMMA, NATURAL))
+    found, expected = (
+        fused_experts(*on_device(values, device, layout), **options(case)).cpu()
+        for layout in (WGMMA, NATURAL)
+    )
     assert_near(found, expected, 2**-7)

@@ -21,10 +21,19 @@ from kernels.slots import reference as slots_reference
 from tests.support.sampling_cases import assert_same, on_device, random_batch, random_logits
 from tests.support.slot_cases import SLOT_CASES, SlotCase
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
 
 VOCAB = 201_088
-GPT_OSS = {"theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
+GPT_OSS = {
+    "theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+}
 
 
 @pytest.fixture
@@ -46,7 +55,9 @@ def test_norms(device: torch.device, width: int) -> None:
     """One rounding to bf16 may go the other way."""
     x, delta, weight = random(5, width), random(5, width, seed=1), random(width, seed=2)
     expected = pointwise_reference.rms_norm(x, weight, 1e-5)
-    torch.testing.assert_close(rms_norm(x.to(device), weight.to(device), 1e-5).cpu(), expected, atol=2**-7, rtol=2**-7)
+    torch.testing.assert_close(
+        rms_norm(x.to(device), weight.to(device), 1e-5).cpu(), expected, atol=2**-7, rtol=2**-7
+    )
     wanted = pointwise_reference.add_rms_norm(x, delta, weight, 1e-5)
     total, normed = add_rms_norm(x.to(device), delta.to(device), weight.to(device), 1e-5)
     assert torch.equal(total.cpu(), wanted[0])
@@ -79,18 +90,32 @@ def test_reads_by_slot(device: torch.device, case: SlotCase) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 64, 257])
 def test_gate(device: torch.device, tokens: int) -> None:
-    x, weight, bias = random(tokens, 2880), random(128, 2880, dtype=torch.float32, seed=1), random(128, dtype=torch.float32, seed=2)
+    x, weight, bias = (
+        random(tokens, 2880),
+        random(128, 2880, dtype=torch.float32, seed=1),
+        random(128, dtype=torch.float32, seed=2),
+    )
     found = linear(x.to(device), weight.to(device), bias.to(device)).cpu()
     torch.testing.assert_close(found, linear_reference.linear(x, weight, bias), atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "parts", ["", "k", "p", "k p m", "bias penalties allowed bits forbidden logprobs", "k p m bias penalties logprobs"]
+    "parts",
+    [
+        "",
+        "k",
+        "p",
+        "k p m",
+        "bias penalties allowed bits forbidden logprobs",
+        "k p m bias penalties logprobs",
+    ],
 )
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, 8191), (3, 8193), (9, 20_000), (4, VOCAB)])
 def test_the_reference_s_tokens(device: torch.device, rows: int, vocab: int, parts: str) -> None:
     logits, batch = random_logits(rows, vocab, seed=rows), random_batch(rows, vocab, seed=vocab, parts=parts)
-    assert_same(on_cpu(sample(logits.to(device), on_device(batch, device))), sampling_reference.sample(logits, batch))
+    assert_same(
+        on_cpu(sample(logits.to(device), on_device(batch, device))), sampling_reference.sample(logits, batch)
+    )
 
 
 def test_sampling_in_a_graph(device: torch.device) -> None:

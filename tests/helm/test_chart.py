@@ -24,7 +24,9 @@ TP2 = CHART / "ci" / "gpu-tp2.yaml"
 TP8 = CHART / "ci" / "gpu-tp8.yaml"
 PLACED = CHART / "ci" / "placed.yaml"
 ALL = [CPU, GPU, TP2, TP8, PLACED]
-RUN_TIME_LIMITS = [name for name in RUN_TIME_SETTINGS if name not in ("conversation_date", "reasoning_effort")]
+RUN_TIME_LIMITS = [
+    name for name in RUN_TIME_SETTINGS if name not in ("conversation_date", "reasoning_effort")
+]
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +53,9 @@ def test_lint_finds_nothing(helm: Helm, values: Path) -> None:
 @pytest.mark.parametrize("values", ALL, ids=lambda path: path.stem)
 def test_manifests_are_valid(helm: Helm, values: Path) -> None:
     manifests = helm.render("--values", values)
-    assert {manifest["kind"] for manifest in manifests} == ({"ServiceMonitor", "RayService"} if values == GPU else {"RayService"})
+    assert {manifest["kind"] for manifest in manifests} == (
+        {"ServiceMonitor", "RayService"} if values == GPU else {"RayService"}
+    )
     for manifest in manifests:
         check_manifest(manifest)
         assert manifest["metadata"]["namespace"] == "models"
@@ -62,7 +66,12 @@ def test_pods_and_service_are_valid_core_objects(helm: Helm, values: Path) -> No
     # What KubeRay makes of the templates: the schema of the custom resource knows less of pods than that of Pod itself.
     service = ray_service(helm, "--values", values)
     for template in pod_templates(service):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", **template["metadata"]}, "spec": template["spec"]}
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "pod", **template["metadata"]},
+            "spec": template["spec"],
+        }
         kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
     made = {"apiVersion": "v1", "kind": "Service", **service["spec"]["serveService"]}
     kubernetes_validate.validate(made, KUBERNETES_VERSION, strict=True)
@@ -96,7 +105,11 @@ def test_the_serve_config_is_the_application_of_deploy_local(helm: Helm) -> None
     local = yaml.safe_load((ROOT / "deploy" / "local.yaml").read_text())
     ServeDeploySchema.model_validate(rendered)
     for config in (rendered, local):
-        del config["applications"][0]["args"], config["applications"][0]["deployments"], config["http_options"]["host"]
+        del (
+            config["applications"][0]["args"],
+            config["applications"][0]["deployments"],
+            config["http_options"]["host"],
+        )
     assert rendered == local
 
 
@@ -118,14 +131,20 @@ def test_the_arguments_are_read_by_cantata(helm: Helm) -> None:
     assert full.engine.scheduler.max_num_batched_tokens == 4096
     assert full.gateway.max_body_bytes == 16 * 2**20
     assert [options[name]["num_replicas"] for name in ("engine", "gateway")] == [2, 2]
-    assert (gateway.conversation_date, gateway.request_timeout_s, gateway.max_in_flight_requests) == ("2026-01-31", 900, 2048)
+    assert (gateway.conversation_date, gateway.request_timeout_s, gateway.max_in_flight_requests) == (
+        "2026-01-31",
+        900,
+        2048,
+    )
 
 
 def test_what_a_change_replaces(helm: Helm) -> None:
     """Of the Serve config, all that counts for that is `args`; of the cluster, KubeRay leaves out how many workers a group has."""
 
     def rendered(*settings: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        service = ray_service(helm, "--values", GPU, *(part for setting in settings for part in ("--set", setting)))
+        service = ray_service(
+            helm, "--values", GPU, *(part for setting in settings for part in ("--set", setting))
+        )
         cluster = service["spec"]["rayClusterConfig"]
         for group in cluster["workerGroupSpecs"]:
             for name in ("replicas", "minReplicas", "maxReplicas"):
@@ -133,23 +152,42 @@ def test_what_a_change_replaces(helm: Helm) -> None:
         return serve_config(service)["applications"][0]["args"], cluster
 
     before = rendered()
-    scaled = [f"config.{name}=7" for name in ("replicas", "gateways", *(f"gateway.{name}" for name in RUN_TIME_LIMITS))]
-    assert rendered(*scaled, "config.gateway.reasoning_effort=high", "config.gateway.conversation_date=none") == before
+    scaled = [
+        f"config.{name}=7"
+        for name in ("replicas", "gateways", *(f"gateway.{name}" for name in RUN_TIME_LIMITS))
+    ]
+    assert (
+        rendered(*scaled, "config.gateway.reasoning_effort=high", "config.gateway.conversation_date=none")
+        == before
+    )
     assert rendered("config.engine.max_model_len=4096")[1] == before[1]
     assert rendered("config.engine.max_model_len=4096")[0] != before[0]
 
 
 def test_a_surge_has_workers_to_run_on(helm: Helm) -> None:
-    for values, replicas, percent, workers in ((GPU, 2, 0, 2), (GPU, 2, 50, 3), (GPU, 4, 30, 6), (GPU, 4, 100, 8)):
-        service = ray_service(helm, "--values", values, "--set", f"config.replicas={replicas},engineSurgePercent={percent}")
+    for values, replicas, percent, workers in (
+        (GPU, 2, 0, 2),
+        (GPU, 2, 50, 3),
+        (GPU, 4, 30, 6),
+        (GPU, 4, 100, 8),
+    ):
+        service = ray_service(
+            helm, "--values", values, "--set", f"config.replicas={replicas},engineSurgePercent={percent}"
+        )
         (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
         engine = serve_config(service)["applications"][0]["deployments"][0]
-        assert (group["replicas"], engine["num_replicas"], engine["max_surge_percent"]) == (workers, replicas, percent)
+        assert (group["replicas"], engine["num_replicas"], engine["max_surge_percent"]) == (
+            workers,
+            replicas,
+            percent,
+        )
 
 
 def test_large_numbers_stay_whole(helm: Helm) -> None:
     flags = ("--set", "config.engine.cache.memory_bytes=42949672960,config.engine.max_model_len=131072")
-    config = AppConfig.model_validate(serve_config(ray_service(helm, "--values", CPU, *flags))["applications"][0]["args"])
+    config = AppConfig.model_validate(
+        serve_config(ray_service(helm, "--values", CPU, *flags))["applications"][0]["args"]
+    )
     assert (config.engine.cache.memory_bytes, config.engine.max_model_len) == (42949672960, 131072)
 
 
@@ -159,12 +197,18 @@ def test_the_schema_knows_exactly_the_settings(helm: Helm) -> None:
     def leaves(node: dict[str, Any], prefix: str) -> set[str]:
         if "properties" not in node:
             return {prefix}
-        return {leaf for name, inner in node["properties"].items() for leaf in leaves(inner, f"{prefix}.{name}" if prefix else name)}
+        return {
+            leaf
+            for name, inner in node["properties"].items()
+            for leaf in leaves(inner, f"{prefix}.{name}" if prefix else name)
+        }
 
     # The model's path is model.path, keys would stand in the clear, and engines must be reachable from other nodes.
     elsewhere = {"engine.model_path", "gateway.api_keys", "engine_host"}
     deployments = {"replicas", "gateways"}
-    assert leaves(schema["properties"]["config"], "") == set(setting_paths(AppConfig)) - elsewhere | deployments
+    assert (
+        leaves(schema["properties"]["config"], "") == set(setting_paths(AppConfig)) - elsewhere | deployments
+    )
 
 
 def test_the_schema_is_closed() -> None:
@@ -176,7 +220,9 @@ def test_the_schema_is_closed() -> None:
             return [found for entry in node for found in objects(entry)]
         if not isinstance(node, dict):
             return []
-        return ([node] if "properties" in node and node.get("type") == "object" else []) + objects(list(node.values()))
+        return ([node] if "properties" in node and node.get("type") == "object" else []) + objects(
+            list(node.values())
+        )
 
     found = objects(schema)
     assert len(found) > 20
@@ -191,7 +237,10 @@ def test_ray_is_started_as_it_should_be(helm: Helm) -> None:
     for template in (head, worker):
         container = template["spec"]["containers"][0]
         environment = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
-        keys = {"name": "CANTATA_GATEWAY__API_KEYS", "valueFrom": {"secretKeyRef": {"name": "cantata-keys", "key": "api_keys"}}}
+        keys = {
+            "name": "CANTATA_GATEWAY__API_KEYS",
+            "valueFrom": {"secretKeyRef": {"name": "cantata-keys", "key": "api_keys"}},
+        }
         assert [entry for entry in container["env"] if "value" not in entry] == [keys]
         # What `cantata serve` sets, but for what holds for one machine without a load balancer; and what the values add.
         assert environment == CLUSTER_ENVIRONMENT | {"RAY_BACKEND_LOG_LEVEL": "warning"}
@@ -203,7 +252,11 @@ def test_ray_is_started_as_it_should_be(helm: Helm) -> None:
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     group = cluster["workerGroupSpecs"][0]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 2)
-    assert worker["spec"]["containers"][0]["resources"]["limits"] == {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "1"}
+    assert worker["spec"]["containers"][0]["resources"]["limits"] == {
+        "cpu": "8",
+        "memory": "64Gi",
+        "nvidia.com/gpu": "1",
+    }
     assert "nvidia.com/gpu" not in head["spec"]["containers"][0]["resources"]["limits"]
 
 
@@ -225,14 +278,30 @@ def test_where_and_how_pods_run_can_be_said(helm: Helm) -> None:
     limits = worker["spec"]["containers"][0]["resources"]["limits"]
     assert {name for name in limits if "gpu" in name} == {"amd.com/gpu"}
     strategy = service["spec"]["upgradeStrategy"]
-    assert strategy == {"type": values["upgradeStrategy"], "clusterUpgradeOptions": values["clusterUpgradeOptions"]}
+    assert strategy == {
+        "type": values["upgradeStrategy"],
+        "clusterUpgradeOptions": values["clusterUpgradeOptions"],
+    }
 
 
 def test_who_needs_twice_the_gpus_is_told(helm: Helm) -> None:
     assert "TWICE the GPUs" in (CHART / "values.yaml").read_text()
     told = "needs twice the GPUs"
-    for values, strategy, wanted in ((GPU, "NewCluster", True), (GPU, "None", False), (CPU, "NewCluster", False)):
-        done = helm.run("install", "chat", CHART, "--values", values, "--set", f"upgradeStrategy={strategy}", "--dry-run=client")
+    for values, strategy, wanted in (
+        (GPU, "NewCluster", True),
+        (GPU, "None", False),
+        (CPU, "NewCluster", False),
+    ):
+        done = helm.run(
+            "install",
+            "chat",
+            CHART,
+            "--values",
+            values,
+            "--set",
+            f"upgradeStrategy={strategy}",
+            "--dry-run=client",
+        )
         assert done.returncode == 0, done.stderr
         assert (told in done.stdout.split("NOTES:")[1]) == wanted
 
@@ -248,11 +317,15 @@ def test_no_variable_is_set_twice(helm: Helm) -> None:
 
 
 def test_the_monitor_finds_the_service(helm: Helm) -> None:
-    monitor, service = sorted(helm.render("--values", GPU), key=lambda manifest: manifest["kind"] == "RayService")
+    monitor, service = sorted(
+        helm.render("--values", GPU), key=lambda manifest: manifest["kind"] == "RayService"
+    )
     wanted = monitor["spec"]["selector"]["matchLabels"]
     labels = service["spec"]["serveService"]["metadata"]["labels"]
     assert wanted.items() <= labels.items()
-    assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["serveService"]["spec"]["ports"]}
+    assert monitor["spec"]["endpoints"][0]["port"] in {
+        port["name"] for port in service["spec"]["serveService"]["spec"]["ports"]
+    }
     assert monitor["metadata"]["labels"]["release"] == "prometheus"
 
 
@@ -312,14 +385,18 @@ def test_values_that_must_be_given_are_asked_for(helm: Helm) -> None:
 
 
 @pytest.mark.parametrize(("values", "ranks"), [(TP2, 2), (TP8, 8)], ids=["tp2", "tp8"])
-def test_an_engine_of_several_ranks_has_a_pod_with_a_gpu_for_each(helm: Helm, values: Path, ranks: int) -> None:
+def test_an_engine_of_several_ranks_has_a_pod_with_a_gpu_for_each(
+    helm: Helm, values: Path, ranks: int
+) -> None:
     service = ray_service(helm, "--values", values, "--set", "config.replicas=3")
     config = AppConfig.model_validate(serve_config(service)["applications"][0]["args"])
     plan_shards(preset_config("120b"), config.engine.parallel)
     _, worker = pod_templates(service)
     assert config.engine.parallel.tensor == ranks
     assert worker["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == str(ranks)
-    assert {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}} in worker["spec"]["volumes"]
+    assert {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}} in worker["spec"][
+        "volumes"
+    ]
     assert service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["replicas"] == 3
 
 
@@ -333,8 +410,14 @@ def test_sixteen_ranks_are_two_pods(helm: Helm) -> None:
     ("setting", "said"),
     [
         ("worker.gpus=4", "worker.gpus is 4 but config.engine.parallel.tensor is 8"),
-        ("worker.gpus=8,config.engine.parallel.tensor=4", "worker.gpus is 8 but config.engine.parallel.tensor is 4"),
-        ("config.engine_cpus=1,worker.resources.cpu=7", "worker.resources.cpu is less than config.engine.parallel.tensor"),
+        (
+            "worker.gpus=8,config.engine.parallel.tensor=4",
+            "worker.gpus is 8 but config.engine.parallel.tensor is 4",
+        ),
+        (
+            "config.engine_cpus=1,worker.resources.cpu=7",
+            "worker.resources.cpu is less than config.engine.parallel.tensor",
+        ),
     ],
 )
 def test_pods_that_hold_no_engine_are_refused(helm: Helm, setting: str, said: str) -> None:
@@ -346,7 +429,9 @@ def test_pods_that_hold_no_engine_are_refused(helm: Helm, setting: str, said: st
 @pytest.mark.parametrize("document", ["docs/operations.md", "helm/cantata/README.md"])
 def test_the_documented_command_renders(helm: Helm, document: str) -> None:
     (command,) = re.findall(r"helm install ([^`\n]*)", (ROOT / document).read_text())
-    release, chart, *flags = [str(ROOT / word) if word.startswith("helm/") else word for word in command.split()]
+    release, chart, *flags = [
+        str(ROOT / word) if word.startswith("helm/") else word for word in command.split()
+    ]
     assert Path(chart) == CHART
     (service,) = helm.render(*flags, release=release)
     check_manifest(service)

@@ -22,7 +22,9 @@ if INTERPRETING:
 
 class _SkippedModule(pytest.Module):
     def collect(self) -> Iterator[pytest.Item]:
-        pytest.skip("needs TRITON_INTERPRET=1 (and Triton) from the start of the process", allow_module_level=True)
+        pytest.skip(
+            "needs TRITON_INTERPRET=1 (and Triton) from the start of the process", allow_module_level=True
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:

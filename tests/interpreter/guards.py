@@ -44,14 +44,22 @@ class GuardedAllocations(TorchFunctionMode):
         """Fail if something was written around a tensor that was allocated since."""
         for buffer, num_bytes in self._buffers:
             before, after = buffer[:GUARD_BYTES], buffer[GUARD_BYTES + num_bytes :]
-            assert bool((before == _CANARY).all()), f"written before the beginning of an allocation of {num_bytes} bytes"
-            assert bool((after == _CANARY).all()), f"written past the end of an allocation of {num_bytes} bytes"
+            assert bool((before == _CANARY).all()), (
+                f"written before the beginning of an allocation of {num_bytes} bytes"
+            )
+            assert bool((after == _CANARY).all()), (
+                f"written past the end of an allocation of {num_bytes} bytes"
+            )
         self._buffers.clear()
 
 
 def _inside_guards(like: Tensor) -> tuple[Tensor, Tensor]:
     """(the whole as [n] uint8, a tensor of `like`'s shape, strides and dtype in its middle), all bytes canaries."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0
+    extent = (
+        1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+        if like.numel()
+        else 0
+    )
     num_bytes = extent * like.element_size()
     # The middle starts at a multiple of 16 bytes, as kernels may assume; the guard behind it starts where it ends.
     buffer = torch.full((2 * GUARD_BYTES + num_bytes,), _CANARY, dtype=torch.uint8)

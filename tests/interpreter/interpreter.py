@@ -18,7 +18,13 @@ import torch
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as triton_interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, _get_np_dtype, _ir
+from triton.runtime.interpreter import (
+    InterpretedFunction,
+    InterpreterBuilder,
+    TensorHandle,
+    _get_np_dtype,
+    _ir,
+)
 
 Array = np.ndarray[Any, Any]
 AsmEmulation = Callable[[Sequence[Array], int], Sequence[Array]]
@@ -30,7 +36,9 @@ _FP8 = {
     tl.float8e4b8: torch.float8_e4m3fnuz,
     tl.float8e5b16: torch.float8_e5m2fnuz,
 }
-_E2M1 = np.array([sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], dtype=np.float32)
+_E2M1 = np.array(
+    [sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], dtype=np.float32
+)
 """By code."""
 _emulations: dict[str, AsmEmulation] = {}
 
@@ -102,15 +110,25 @@ class RepairedBuilder(InterpreterBuilder):
     def binary_op(self, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
         if _is_bf16(lhs) and op not in _BITWISE:
             result = op(widen_bf16(lhs.data), widen_bf16(rhs.data))
-            return TensorHandle(result, tl.int1) if result.dtype == np.bool_ else TensorHandle(round_to_bf16(result), tl.bfloat16)
+            return (
+                TensorHandle(result, tl.int1)
+                if result.dtype == np.bool_
+                else TensorHandle(round_to_bf16(result), tl.bfloat16)
+            )
         handle = super().binary_op(lhs, rhs, op)
         # A comparison keeps the operands' type in the original, and is an integer once it is broadcast from a scalar to a block.
         return TensorHandle(handle.data, tl.int1) if handle.data.dtype == np.bool_ else handle
 
     def unary_op(self, arg: TensorHandle, op: Any) -> TensorHandle:
-        return TensorHandle(round_to_bf16(op(widen_bf16(arg.data))), tl.bfloat16) if _is_bf16(arg) else super().unary_op(arg, op)
+        return (
+            TensorHandle(round_to_bf16(op(widen_bf16(arg.data))), tl.bfloat16)
+            if _is_bf16(arg)
+            else super().unary_op(arg, op)
+        )
 
-    def create_clampf(self, arg: TensorHandle, lo: TensorHandle, hi: TensorHandle, propagate_nans: Any) -> TensorHandle:
+    def create_clampf(
+        self, arg: TensorHandle, lo: TensorHandle, hi: TensorHandle, propagate_nans: Any
+    ) -> TensorHandle:
         if not _is_bf16(arg):
             return super().create_clampf(arg, lo, hi, propagate_nans)
         wide = (TensorHandle(widen_bf16(handle.data), tl.float32) for handle in (arg, lo, hi))
@@ -140,7 +158,9 @@ class RepairedBuilder(InterpreterBuilder):
             return super().cast_impl(src, dst_type)
         wide = widen_bf16(src.data) if source == tl.bfloat16 else src.data
         if target == tl.bfloat16:
-            return TensorHandle(round_to_bf16(wide if wide.dtype == np.float64 else wide.astype(np.float32)), target)
+            return TensorHandle(
+                round_to_bf16(wide if wide.dtype == np.float64 else wide.astype(np.float32)), target
+            )
         return TensorHandle(wide.astype(_get_np_dtype(dst_type)), target)
 
     def create_fp_to_fp(self, src: TensorHandle, dst_type: Any, rounding_mode: Any) -> TensorHandle:
@@ -154,7 +174,12 @@ class RepairedBuilder(InterpreterBuilder):
         return self.cast_impl(src, dst_type)
 
     def create_dot(
-        self, a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision: Any, max_num_imprecise_acc: Any
+        self,
+        a: TensorHandle,
+        b: TensorHandle,
+        d: TensorHandle,
+        input_precision: Any,
+        max_num_imprecise_acc: Any,
     ) -> TensorHandle:
         a, b = (_widen_operand(handle) for handle in (a, b))
         return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
@@ -175,16 +200,25 @@ class RepairedBuilder(InterpreterBuilder):
         assert lhs_k_pack
         assert rhs_k_pack, "two values of a byte are neighbours along K in all kernels"
         # A scale is given by row, [M, K / 32] and [N, K / 32].
-        left, right = _scaled_rows(lhs.data, lhs, lhs_scale), _scaled_rows(rhs.data.swapaxes(-1, -2), rhs, rhs_scale)
+        left, right = (
+            _scaled_rows(lhs.data, lhs, lhs_scale),
+            _scaled_rows(rhs.data.swapaxes(-1, -2), rhs, rhs_scale),
+        )
         return TensorHandle(np.matmul(left, right.swapaxes(-1, -2)) + acc.data, tl.float32)
 
-    def create_inline_asm(self, asm: str, constraints: str, values: Any, types: Any, pure: bool, pack: int) -> "_AsmResults":
+    def create_inline_asm(
+        self, asm: str, constraints: str, values: Any, types: Any, pure: bool, pack: int
+    ) -> "_AsmResults":
         for marker, emulation in _emulations.items():
             if marker in asm:
                 outputs = emulation([value.data for value in values], pack)
                 types = types if isinstance(types, (list, tuple)) else [types]
-                return _AsmResults([TensorHandle(np.asarray(out), ty.scalar) for out, ty in zip(outputs, types, strict=True)])
-        raise NotImplementedError(f"no emulation of this inline assembly is registered (tests/interpreter/interpreter.py): {asm[:100]}")
+                return _AsmResults(
+                    [TensorHandle(np.asarray(out), ty.scalar) for out, ty in zip(outputs, types, strict=True)]
+                )
+        raise NotImplementedError(
+            f"no emulation of this inline assembly is registered (tests/interpreter/interpreter.py): {asm[:100]}"
+        )
 
 
 class _AsmResults:
@@ -207,7 +241,13 @@ def _widen_fp8(handle: TensorHandle) -> Array:
 def _round_to_fp8(values: Array, dtype: torch.dtype) -> Array:
     """Saturating, as the instructions that Triton compiles to: no infinity, NaN stays."""
     limit = torch.finfo(dtype).max
-    return torch.from_numpy(np.ascontiguousarray(values)).clamp(-limit, limit).to(dtype).view(torch.uint8).numpy()
+    return (
+        torch.from_numpy(np.ascontiguousarray(values))
+        .clamp(-limit, limit)
+        .to(dtype)
+        .view(torch.uint8)
+        .numpy()
+    )
 
 
 def _widen_operand(handle: TensorHandle) -> TensorHandle:
@@ -261,7 +301,16 @@ def _patch_tensor(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
-def _dot_scaled(self: Any, lhs: Any, lhs_scale: Any, lhs_format: str, rhs: Any, rhs_scale: Any, rhs_format: str, *options: Any) -> Any:
+def _dot_scaled(
+    self: Any,
+    lhs: Any,
+    lhs_scale: Any,
+    lhs_format: str,
+    rhs: Any,
+    rhs_scale: Any,
+    rhs_format: str,
+    *options: Any,
+) -> Any:
     """Before Triton 3.9 the formats must be constants of a kernel, and the interpreter gives texts."""
     formats = tl.constexpr(lhs_format), tl.constexpr(rhs_format)
     return _own_dot_scaled(self, lhs, lhs_scale, formats[0], rhs, rhs_scale, formats[1], *options)

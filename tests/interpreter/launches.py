@@ -11,7 +11,20 @@ from triton.runtime.interpreter import InterpretedFunction
 
 _FREE = (
     *("empty", "empty_like", "empty_strided", "new_empty"),
-    *("alias", "as_strided", "detach", "expand", "narrow", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t"),
+    *(
+        "alias",
+        "as_strided",
+        "detach",
+        "expand",
+        "narrow",
+        "permute",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+    ),
     *("transpose", "unbind", "unsqueeze", "view", "_unsafe_view"),
 )
 """Operations that only allocate, or look at memory in another way."""
@@ -58,11 +71,22 @@ class LaunchCounter(TorchDispatchMode):
 class NoHostReads(TorchFunctionMode):
     """While entered, fails where torch would wait for a device."""
 
-    READS = (Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.nonzero, torch.nonzero, Tensor.numpy)
+    READS = (
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.__bool__,
+        Tensor.__int__,
+        Tensor.__float__,
+        Tensor.nonzero,
+        torch.nonzero,
+        Tensor.numpy,
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in self.READS, f"{func} waits for the device"
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            assert not any(isinstance(part, Tensor) and part.dtype == torch.bool for part in index), "a boolean index waits for the device"
+            assert not any(isinstance(part, Tensor) and part.dtype == torch.bool for part in index), (
+                "a boolean index waits for the device"
+            )
         return func(*args, **(kwargs or {}))

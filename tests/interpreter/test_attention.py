@@ -19,7 +19,9 @@ RAGGED = [(1, 1), (129, 129), (1, 1000), (16, 600), (0, 30), (17, 17), (1, 128),
 
 def run(case: AttentionCase, max_query_len: int | None = None) -> Tensor:
     arguments = (guarded(tensor) for tensor in case.arguments)
-    return paged_attention(*arguments, scale=SCALE, window=case.window, kv_scales=case.kv_scales, max_query_len=max_query_len)
+    return paged_attention(
+        *arguments, scale=SCALE, window=case.window, kv_scales=case.kv_scales, max_query_len=max_query_len
+    )
 
 
 def check(case: AttentionCase, max_query_len: int | None = None) -> None:
@@ -32,7 +34,9 @@ def check(case: AttentionCase, max_query_len: int | None = None) -> None:
     torch.testing.assert_close(out, case.reference(), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize(("window", "lengths"), [(None, [127, 128]), (1, [17, 2]), (20, [15, 128, 16]), (128, [129, 127])])
+@pytest.mark.parametrize(
+    ("window", "lengths"), [(None, [127, 128]), (1, [17, 2]), (20, [15, 128, 16]), (128, [129, 127])]
+)
 def test_whole_prefill(window: int | None, lengths: list[int]) -> None:
     check(attention_case([(length, length) for length in lengths], window=window))
 
@@ -51,7 +55,13 @@ def test_chunks_at_a_query_offset(offset: int, window: int | None) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "window"),
-    [(torch.float32, None), (torch.float32, 128), (torch.bfloat16, None), (torch.bfloat16, 128), (torch.float16, 20)],
+    [
+        (torch.float32, None),
+        (torch.float32, 128),
+        (torch.bfloat16, None),
+        (torch.bfloat16, 128),
+        (torch.float16, 20),
+    ],
 )
 def test_chunks_and_decodes_in_one_batch(dtype: torch.dtype, window: int | None) -> None:
     check(attention_case(RAGGED, window=window, dtype=dtype))
@@ -59,7 +69,16 @@ def test_chunks_and_decodes_in_one_batch(dtype: torch.dtype, window: int | None)
 
 @pytest.mark.parametrize(
     ("heads", "head_dim"),
-    [((3, 3), 2), ((5, 1), 18), ((8, 2), 64), ((16, 2), 32), ((34, 2), 16), ((64, 1), 16), ((2, 2), 130), ((70, 1), 66)],
+    [
+        ((3, 3), 2),
+        ((5, 1), 18),
+        ((8, 2), 64),
+        ((16, 2), 32),
+        ((34, 2), 16),
+        ((64, 1), 16),
+        ((2, 2), 130),
+        ((70, 1), 66),
+    ],
 )
 def test_heads(heads: tuple[int, int], head_dim: int) -> None:
     check(attention_case([(19, 40), (1, 270), (1, 3), (2, 2)], heads=heads, head_dim=head_dim))
@@ -71,13 +90,18 @@ def test_too_many_heads_for_a_tile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "window"), [("sm_80", None), ("sm_90", None), ("sm_90", 20), ("sm_100", 20), ("gfx950", None), ("gfx1234", None)]
+    ("target", "window"),
+    [("sm_80", None), ("sm_90", None), ("sm_90", 20), ("sm_100", 20), ("gfx950", None), ("gfx1234", None)],
 )
 def test_tiles_of_other_targets(target: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged, "architecture", lambda device: target)
     tiles = paged.choose_tiles(target, torch.bfloat16, 64, window)
     assert (tiles == paged.choose_tiles("cpu", torch.bfloat16, 64, window)) == (target == "gfx1234")
-    check(attention_case([(40, 300), (1, 700), (1, 64)], heads=(8, 1), head_dim=64, window=window, dtype=torch.bfloat16))
+    check(
+        attention_case(
+            [(40, 300), (1, 700), (1, 64)], heads=(8, 1), head_dim=64, window=window, dtype=torch.bfloat16
+        )
+    )
 
 
 def test_a_long_context_takes_longer_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +145,9 @@ def test_the_width_of_the_block_table_does_not_matter() -> None:
     case = attention_case([(1, 300), (1, 20), (4, 20)])
     wide = torch.full((3, 400), 2**31 - 1, dtype=torch.int32)
     wide[:, : case.block_table.shape[1]] = case.block_table
-    out = paged_attention(case.q, case.kv_cache, wide, case.context_lens, case.cu_seqlens_q, case.sinks, scale=SCALE)
+    out = paged_attention(
+        case.q, case.kv_cache, wide, case.context_lens, case.cu_seqlens_q, case.sinks, scale=SCALE
+    )
     assert torch.equal(out, run(case))
 
 
@@ -176,7 +202,9 @@ def test_queries_in_rows_that_lie_apart() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fp8_cache(dtype: torch.dtype, scales: bool, window: int | None) -> None:
     """Against float64 over the values that the cache holds."""
-    case = attention_case([(1, 700), (20, 300), (1, 17), (33, 33)], window=window, dtype=dtype, fp8=True, scales=scales)
+    case = attention_case(
+        [(1, 700), (20, 300), (1, 17), (33, 33)], window=window, dtype=dtype, fp8=True, scales=scales
+    )
     check(case)
 
 
@@ -196,16 +224,28 @@ def test_bad_arguments() -> None:
     bad = {
         "q": [case.q.transpose(1, 2).contiguous().transpose(1, 2), case.q.bfloat16(), case.q[:, :4]],
         "kv_cache": [case.kv_cache.transpose(1, 3)],
-        "block_table": [table, case.block_table[:, :1].contiguous(), case.block_table.long(), case.block_table.T.contiguous().T],
+        "block_table": [
+            table,
+            case.block_table[:, :1].contiguous(),
+            case.block_table.long(),
+            case.block_table.T.contiguous().T,
+        ],
         "context_lens": [case.context_lens.long()],
-        "cu_seqlens_q": [torch.tensor([0, 1, 5], dtype=torch.int32), torch.tensor([0, 4, 3], dtype=torch.int32)],
+        "cu_seqlens_q": [
+            torch.tensor([0, 1, 5], dtype=torch.int32),
+            torch.tensor([0, 4, 3], dtype=torch.int32),
+        ],
         "sinks": [case.sinks[:3], case.sinks.repeat_interleave(2)[::2]],
     }
     for name, values in bad.items():
         for value in values:
             with pytest.raises(ValueError, match=rf"^{name}\b"):
                 paged_attention(**(good | {name: value}), scale=SCALE, window=20)
-    options = {"scale": {"scale": 0.0}, "window": {"scale": 1.0, "window": 0}, "max_query_len": {"scale": 1.0, "max_query_len": 4}}
+    options = {
+        "scale": {"scale": 0.0},
+        "window": {"scale": 1.0, "window": 0},
+        "max_query_len": {"scale": 1.0, "max_query_len": 4},
+    }
     for name, values in options.items():
         with pytest.raises(ValueError, match=rf"^{name} "):
             paged_attention(**good, **values)
@@ -213,7 +253,9 @@ def test_bad_arguments() -> None:
         paged_attention(**good, scale=SCALE, kv_scales=torch.ones(2, 3))
 
 
-def rope_arguments(heads: tuple[int, int], head_dim: int, dtype: torch.dtype, slots: list[int]) -> tuple[Tensor, ...]:
+def rope_arguments(
+    heads: tuple[int, int], head_dim: int, dtype: torch.dtype, slots: list[int]
+) -> tuple[Tensor, ...]:
     """qkv in rows that lie apart, cos, sin, slots."""
     num_heads, num_kv_heads = heads
     rows = num_heads + 2 * num_kv_heads
@@ -227,7 +269,13 @@ def rope_arguments(heads: tuple[int, int], head_dim: int, dtype: torch.dtype, sl
 @pytest.mark.parametrize(
     ("heads", "head_dim", "slots"),
     [
-        *(((6, 3), 10, [63, 0, 17]), ((64, 8), 64, [5]), ((7, 7), 2, list(range(40, 3, -1))), ((16, 16), 34, [1, 2]), ((3, 1), 64, [])),
+        *(
+            ((6, 3), 10, [63, 0, 17]),
+            ((64, 8), 64, [5]),
+            ((7, 7), 2, list(range(40, 3, -1))),
+            ((16, 16), 34, [1, 2]),
+            ((3, 1), 64, []),
+        ),
         *(
             ((1, 1), 2, [0]),
             ((14, 1), 4, [63]),
@@ -236,7 +284,14 @@ def rope_arguments(heads: tuple[int, int], head_dim: int, dtype: torch.dtype, sl
             ((12, 2), 30, [1]),
             ((11, 2), 32, [2, 3, 4]),
         ),
-        *(((13, 2), 34, [9]), ((28, 2), 62, [8, 7]), ((29, 2), 64, [6]), ((27, 2), 66, [5, 4]), ((40, 5), 126, [3]), ((5, 5), 128, [2, 1])),
+        *(
+            ((13, 2), 34, [9]),
+            ((28, 2), 62, [8, 7]),
+            ((29, 2), 64, [6]),
+            ((27, 2), 66, [5, 4]),
+            ((40, 5), 126, [3]),
+            ((5, 5), 128, [2, 1]),
+        ),
         *(((4, 2), 130, [0, 62]), ((30, 1), 16, list(range(0, 64, 2))), ((8, 4), 14, list(range(64)))),
     ],
 )
@@ -250,7 +305,9 @@ def test_rope_and_store(heads: tuple[int, int], head_dim: int, slots: list[int],
     assert names == ["_rope_and_store"] * bool(slots)
     assert found.dtype == dtype
     assert torch.equal(found, expected)
-    assert torch.equal(caches[1].view(torch.uint8), caches[0].view(torch.uint8)), "other slots stay as they were"
+    assert torch.equal(caches[1].view(torch.uint8), caches[0].view(torch.uint8)), (
+        "other slots stay as they were"
+    )
 
 
 @pytest.mark.parametrize("scales", [False, True])
@@ -260,8 +317,12 @@ def test_rope_and_store_in_fp8(dtype: torch.dtype, scales: bool) -> None:
     qkv[1] *= 1e4  # saturates
     kv_scales = torch.tensor([[0.5, 0.3, 2], [0.1, 7, 1]]) if scales else None
     caches = [torch.full((2, 4, BLOCK_SIZE, 3, 10), torch.nan).to(FP8) for _ in range(2)]
-    expected = reference.rope_and_store_kv(qkv.clone(), 6, cos, sin, caches[0], slot_mapping, kv_scales=kv_scales)
-    assert torch.equal(rope_and_store_kv(qkv, 6, cos, sin, caches[1], slot_mapping, kv_scales=kv_scales), expected)
+    expected = reference.rope_and_store_kv(
+        qkv.clone(), 6, cos, sin, caches[0], slot_mapping, kv_scales=kv_scales
+    )
+    assert torch.equal(
+        rope_and_store_kv(qkv, 6, cos, sin, caches[1], slot_mapping, kv_scales=kv_scales), expected
+    )
     assert torch.equal(caches[1].view(torch.uint8), caches[0].view(torch.uint8))
     assert caches[1].view(2, -1, 3, 10)[:, slot_mapping].float().isfinite().all()
 

@@ -47,9 +47,17 @@ def test_every_launch_of_a_layer_has_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     options = Options(CPU, None, "tiny", batch_sizes=(3,), contexts=(40,), steps=2, prompts=())
     found = measured(measure_kernels, options)
     (batch,) = found["batches"]
-    by_window = {window: [row for row in batch["launches"] if row["window"] == window] for window in (24, None)}
+    by_window = {
+        window: [row for row in batch["launches"] if row["window"] == window] for window in (24, None)
+    }
     matmuls = [("expert_matmul_natural", 0), ("expert_matmul_natural", 1)]
-    expected = [("linear", 0), ("_rope_and_store", 0), ("_attend", 0), ("linear", 1), ("add_rms_norm_kernel", 0)]
+    expected = [
+        ("linear", 0),
+        ("_rope_and_store", 0),
+        ("_attend", 0),
+        ("linear", 1),
+        ("add_rms_norm_kernel", 0),
+    ]
     expected += [("narrow_linear_kernel", 0), ("choose_experts", 0), *matmuls, ("add_slots_rms_norm", 0)]
     for rows in by_window.values():
         assert [(row["name"], row["occurrence"]) for row in rows] == expected
@@ -58,7 +66,10 @@ def test_every_launch_of_a_layer_has_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert qkv["bytes"] == 2 * ((3 * 96) + 96 * (6 + 6) * 8 + (6 + 6) * 8 + 3 * (6 + 6) * 8)
     assert qkv["share"] == pytest.approx(qkv["bytes"] / 1e9 / 0.001)
     assert qkv["bytes"] > 2 * 5_000
-    assert {row["name"] for row in by_window[None] if row["in_l2"]} >= {"add_rms_norm_kernel", "narrow_linear_kernel"}
+    assert {row["name"] for row in by_window[None] if row["in_l2"]} >= {
+        "add_rms_norm_kernel",
+        "narrow_linear_kernel",
+    }
     assert not qkv["in_l2"]
     assert [row["name"] for row in batch["around"]][:3] == ["yarn_kernel", "embed_kernel", "rms_norm_kernel"]
     text = report({"kernels": found})
@@ -66,7 +77,9 @@ def test_every_launch_of_a_layer_has_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     (gate,) = (row for row in by_window[None] if row["name"] == "narrow_linear_kernel")
     assert f"| all | gate | 1000.0 | 2000.0 | {gate['bytes'] / 1e6:.2f} | {gate['share']:.0%} in L2 |" in text
     assert "`in L2`: what these launches read in turn fits into twice the second-level cache (0 MB)" in text
-    assert "A copy reads and writes 1 GB/s, a bf16 product of 8192 x 8192 matrices reaches 1.00 TFLOP/s." in text
+    assert (
+        "A copy reads and writes 1 GB/s, a bf16 product of 8192 x 8192 matrices reaches 1.00 TFLOP/s." in text
+    )
     assert "| 24 | experts, gate_up |" in text
 
 

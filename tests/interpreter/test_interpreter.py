@@ -11,7 +11,13 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
 from tests.interpreter.guards import GUARD_BYTES, GuardedAllocations, guarded
-from tests.interpreter.interpreter import emulates_asm, recorded_launches, round_to_bf16, unrepaired, widen_bf16
+from tests.interpreter.interpreter import (
+    emulates_asm,
+    recorded_launches,
+    round_to_bf16,
+    unrepaired,
+    widen_bf16,
+)
 
 N = 256
 
@@ -149,7 +155,10 @@ def dot(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def dot_scaled(magnitude: float) -> tuple[Tensor, Tensor]:
     """(the kernel's, torch's), fp32; all weights are 1."""
     x = random(16, 64) * magnitude
-    weights, scales = torch.full((32, 32), 0x22, dtype=torch.uint8), torch.full((32, 2), 127, dtype=torch.uint8)
+    weights, scales = (
+        torch.full((32, 32), 0x22, dtype=torch.uint8),
+        torch.full((32, 2), 127, dtype=torch.uint8),
+    )
     out = torch.empty(16, 32)
     dot_scaled_kernel[(1,)](x, weights, scales, out, M=16, N=32, K=64)
     return out, x.float().sum(1, keepdim=True).expand(16, 32)
@@ -167,14 +176,18 @@ def test_casts_round_to_nearest_even() -> None:
     for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
         for values in (HALVES, HALVES * 2**-7, random(2048, dtype=torch.float32)):
             limited = values.clamp(-448, 448)
-            torch.testing.assert_close(casted(limited, dtype).float(), limited.to(dtype).float(), atol=0, rtol=0)
+            torch.testing.assert_close(
+                casted(limited, dtype).float(), limited.to(dtype).float(), atol=0, rtol=0
+            )
             wide = limited.to(dtype)
             torch.testing.assert_close(casted(wide, torch.float32), wide.float(), atol=0, rtol=0)
             torch.testing.assert_close(casted(wide, torch.bfloat16), wide.to(torch.bfloat16), atol=0, rtol=0)
     for dtype in (torch.float16, torch.int32):
         bf16 = random(N) * 100
         torch.testing.assert_close(casted(bf16, dtype), bf16.to(dtype), atol=0, rtol=0)
-        torch.testing.assert_close(casted(bf16.to(dtype), torch.bfloat16), bf16.to(dtype).to(torch.bfloat16), atol=0, rtol=0)
+        torch.testing.assert_close(
+            casted(bf16.to(dtype), torch.bfloat16), bf16.to(dtype).to(torch.bfloat16), atol=0, rtol=0
+        )
 
 
 def test_casts_of_what_is_not_finite() -> None:
@@ -188,7 +201,12 @@ def test_casts_of_what_is_not_finite() -> None:
 def test_float64_is_rounded_to_bf16_once() -> None:
     tie = 1 + 2**-8
     just_above, just_below = tie + 2**-40, tie - 2**-40
-    assert widen_bf16(round_to_bf16(np.array([tie, just_above, just_below, -just_above]))).tolist() == [1, 1 + 2**-7, 1, -1 - 2**-7]
+    assert widen_bf16(round_to_bf16(np.array([tie, just_above, just_below, -just_above]))).tolist() == [
+        1,
+        1 + 2**-7,
+        1,
+        -1 - 2**-7,
+    ]
 
 
 def test_dots() -> None:
@@ -237,7 +255,10 @@ def test_the_guards_see_reads_and_writes_past_the_end() -> None:
     overrunning_kernel[(1,)](x, y, N=16)
     assert torch.equal(y[:12], torch.ones(12))
     assert bool(y[12:16].isnan().all())
-    with pytest.raises(AssertionError, match="past the end of an allocation of 48 bytes"), GuardedAllocations():
+    with (
+        pytest.raises(AssertionError, match="past the end of an allocation of 48 bytes"),
+        GuardedAllocations(),
+    ):
         overrunning_kernel[(1,)](torch.zeros(16), torch.empty(12), N=16)
     assert GUARD_BYTES >= 16
     with GuardedAllocations():

@@ -7,7 +7,15 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.moe import fused_experts, gate_topk, gated_experts, gated_experts_add_rms_norm, grouped, reference, routing
+from kernels.moe import (
+    fused_experts,
+    gate_topk,
+    gated_experts,
+    gated_experts_add_rms_norm,
+    grouped,
+    reference,
+    routing,
+)
 from kernels.moe.matmul_wgmma import DECODE
 from kernels.moe.tile_choice import ARCHITECTURES, DENSE, MXFP4, MXFP4_WGMMA, Tile, tiles
 from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4, choose_layout, from_natural, unpack
@@ -66,7 +74,9 @@ def test_packed_experts_in_fp32_are_the_reference(case: MoeCase, layout: str) ->
     values = inputs(case, layout=layout, dtype=torch.float32)
     found = run(case, values)
     assert_near(found, float64(case, values), 1e-6)
-    torch.testing.assert_close(found, reference.fused_experts(*natural(values), **options(case)), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        found, reference.fused_experts(*natural(values), **options(case)), atol=1e-4, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-7), (torch.float32, 1e-6)])
@@ -77,7 +87,12 @@ def test_dense_experts(case: MoeCase, dtype: torch.dtype, tolerance: float) -> N
 
 
 EVERY_TILE = sorted(
-    {(weights, tile) for weights in (MXFP4, MXFP4_WGMMA, DENSE) for architecture in ARCHITECTURES for tile in tiles(weights, architecture)},
+    {
+        (weights, tile)
+        for weights in (MXFP4, MXFP4_WGMMA, DENSE)
+        for architecture in ARCHITECTURES
+        for tile in tiles(weights, architecture)
+    },
     key=str,
 )
 
@@ -86,7 +101,9 @@ EVERY_TILE = sorted(
 def test_every_tile_of_every_architecture(weights: str, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each expert has a row more than a tile, and widths are no multiples of the tile's."""
     case = MoeCase(tile.block_m + 1, 2, 2, 160, 96)
-    values = inputs(case, layout={MXFP4: NATURAL, MXFP4_WGMMA: WGMMA, DENSE: None}[weights], dtype=torch.bfloat16)
+    values = inputs(
+        case, layout={MXFP4: NATURAL, MXFP4_WGMMA: WGMMA, DENSE: None}[weights], dtype=torch.bfloat16
+    )
     monkeypatch.setattr(grouped, "choose_tile", lambda *args, **kwargs: tile)
     assert_near(run(case, values), float64(case, values), 2**-7)
 
@@ -100,15 +117,24 @@ def test_every_code_and_scale_in_fragment_order_decodes_exactly() -> None:
     blocks[0, :16, 0] = torch.arange(256).view(16, 16)
     packed = from_natural(blocks, scales, WGMMA)
     exact = unpack(from_natural(blocks, scales), torch.bfloat16)[0]
-    words = packed.blocks.numpy().view(np.uint32)[..., 0].astype(np.uint32)  # [1, strip, chunk, lane, fragment]
+    words = (
+        packed.blocks.numpy().view(np.uint32)[..., 0].astype(np.uint32)
+    )  # [1, strip, chunk, lane, fragment]
     factors = packed.scales.numpy().astype(np.uint32) << 7  # [1, strip, chunk, g, parity, group]
     doubled = factors | (factors << 16)
     for strip, chunk, lane, fragment in np.ndindex(words.shape[1:]):
         g, t = divmod(lane, 4)
         even, odd = (doubled[0, strip, chunk, g, parity, fragment // 2] for parity in range(2))
-        registers = run_ptx(DECODE.value, 4, [np.asarray(value) for value in (words[0, strip, chunk, lane, fragment], even, odd)])
+        registers = run_ptx(
+            DECODE.value,
+            4,
+            [np.asarray(value) for value in (words[0, strip, chunk, lane, fragment], even, odd)],
+        )
         for register, value in enumerate(registers):
-            row, column = 16 * strip + 2 * g + register % 2, 64 * chunk + 16 * fragment + 2 * t + 8 * (register // 2)
+            row, column = (
+                16 * strip + 2 * g + register % 2,
+                64 * chunk + 16 * fragment + 2 * t + 8 * (register // 2),
+            )
             wanted = exact[row, column : column + 2].contiguous().view(torch.int16).numpy().view(np.uint32)[0]
             assert value == wanted, (strip, chunk, lane, fragment, register)
 
@@ -135,7 +161,9 @@ def test_experts_that_nobody_chose_are_not_read(layout: str | None) -> None:
     ids = torch.tensor([[1, 3]] * 6, dtype=torch.int32)
     expected = run(case, values._replace(topk_ids=ids))
     for value in values[3:]:
-        (value.scales if isinstance(value, PackedMXFP4) else value)[[0, 2, 4]] = 255 if isinstance(value, PackedMXFP4) else torch.nan
+        (value.scales if isinstance(value, PackedMXFP4) else value)[[0, 2, 4]] = (
+            255 if isinstance(value, PackedMXFP4) else torch.nan
+        )
     assert torch.equal(run(case, values._replace(topk_ids=ids)), expected)
 
 
@@ -159,21 +187,34 @@ def test_gated_experts_is_choice_and_experts_in_few_launches(num_tokens: int) ->
     with recorded_launches() as launches:
         found = gated_experts(values.x, guarded(logits), 4, *values[3:], **arguments)
     place = [] if num_tokens <= routing.SINGLE_TOKENS else ["place_tokens"]
-    assert launches == ["choose_experts", *place, "expert_matmul_natural", "expert_matmul_natural", "add_slots"]
+    assert launches == [
+        "choose_experts",
+        *place,
+        "expert_matmul_natural",
+        "expert_matmul_natural",
+        "add_slots",
+    ]
     # The softmax is computed in another way; weights differ in the last bits.
     torch.testing.assert_close(found, fused_experts(*values, **options(case)), atol=2**-6, rtol=2**-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("num_tokens", "k", "hidden"), [(0, 2, 64), (1, 1, 32), (3, 4, 96), (9, 3, 1056), (65, 2, 64)])
-def test_experts_and_the_norm_behind_them_in_one_launch(num_tokens: int, k: int, hidden: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "k", "hidden"), [(0, 2, 64), (1, 1, 32), (3, 4, 96), (9, 3, 1056), (65, 2, 64)]
+)
+def test_experts_and_the_norm_behind_them_in_one_launch(
+    num_tokens: int, k: int, hidden: int, dtype: torch.dtype
+) -> None:
     """With the bits of two; some tokens have none of their experts here."""
     case = MoeCase(num_tokens, k, 7, hidden, 32, first_expert=2, num_local=3)
     values = inputs(case, layout=NATURAL, dtype=dtype)
     arguments = (values.x, gate_logits(case), k, *values[3:])
     options = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA, "first_expert": 2}
     generator = torch.Generator().manual_seed(1)
-    wide, weight = torch.randn(num_tokens, hidden + 8, generator=generator).to(dtype), torch.randn(hidden, generator=generator).to(dtype)
+    wide, weight = (
+        torch.randn(num_tokens, hidden + 8, generator=generator).to(dtype),
+        torch.randn(hidden, generator=generator).to(dtype),
+    )
     residual = wide[:, :hidden]
     expected = add_rms_norm(residual.clone(), gated_experts(*arguments, **options), weight, 1e-5)
     with recorded_launches() as launches:
@@ -196,7 +237,15 @@ def test_experts_and_norm_name_the_argument_they_refuse() -> None:
     ):
         with pytest.raises(ValueError, match=rf"^{name} "):
             gated_experts_add_rms_norm(
-                residual, norm_weight, 1e-5, x, gate_logits(case), 2, *values[3:], swiglu_limit=LIMIT, swiglu_alpha=ALPHA
+                residual,
+                norm_weight,
+                1e-5,
+                x,
+                gate_logits(case),
+                2,
+                *values[3:],
+                swiglu_limit=LIMIT,
+                swiglu_alpha=ALPHA,
             )
 
 
@@ -211,8 +260,30 @@ def test_rows_of_activations_may_be_apart() -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "k"),
     [
-        *((1, 1, 1), (1, 2, 1), (1, 128, 4), (2, 129, 5), (2, 127, 3), (3, 5, 5), (4, 31, 4), (5, 16, 7), (7, 17, 8), (8, 15, 2)),
-        *((9, 3, 3), (15, 64, 1), (16, 63, 9), (17, 65, 4), (31, 9, 6), (40, 33, 3), (63, 8, 4), (64, 7, 2), (65, 6, 4), (100, 32, 4)),
+        *(
+            (1, 1, 1),
+            (1, 2, 1),
+            (1, 128, 4),
+            (2, 129, 5),
+            (2, 127, 3),
+            (3, 5, 5),
+            (4, 31, 4),
+            (5, 16, 7),
+            (7, 17, 8),
+            (8, 15, 2),
+        ),
+        *(
+            (9, 3, 3),
+            (15, 64, 1),
+            (16, 63, 9),
+            (17, 65, 4),
+            (31, 9, 6),
+            (40, 33, 3),
+            (63, 8, 4),
+            (64, 7, 2),
+            (65, 6, 4),
+            (100, 32, 4),
+        ),
         *((129, 4, 2), (33, 256, 4)),
     ],
 )
@@ -230,7 +301,16 @@ def test_choice_is_the_reference(num_tokens: int, num_experts: int, k: int) -> N
 
 def test_choice_among_zeros_infinities_and_nan() -> None:
     inf, nan = torch.inf, torch.nan
-    logits = torch.tensor([[0.0, -0.0, 0.0], [-0.0, 0.0, -1.0], [-inf, -inf, -inf], [-inf, 1.0, -inf], [inf, 0.0, inf], [nan, nan, nan]])
+    logits = torch.tensor(
+        [
+            [0.0, -0.0, 0.0],
+            [-0.0, 0.0, -1.0],
+            [-inf, -inf, -inf],
+            [-inf, 1.0, -inf],
+            [inf, 0.0, inf],
+            [nan, nan, nan],
+        ]
+    )
     assert gate_topk(logits, 2)[0].tolist() == [[0, 1], [0, 1], [0, 1], [1, 0], [0, 2], [0, 1]]
     assert gate_topk(logits, 3)[0].sort(dim=1).values.tolist() == [[0, 1, 2]] * 6
 
@@ -260,16 +340,27 @@ def test_every_pair_has_one_place(data: st.DataObject) -> None:
             assert len(placed[expert]) % block_m == 0, "only an expert's last tile is not full"
             placed[expert] += found.pairs[place : place + num_rows].tolist()
     assert placed == chosen, "tokens in ascending order"
-    assert [rows > 0 for _, _, rows, _ in tiles] == sorted((rows > 0 for _, _, rows, _ in tiles), reverse=True)
+    assert [rows > 0 for _, _, rows, _ in tiles] == sorted(
+        (rows > 0 for _, _, rows, _ in tiles), reverse=True
+    )
 
 
 def test_the_bound_on_tiles_is_reached_and_not_exceeded() -> None:
-    for num_pairs, num_experts, block_m in [(1, 1, 8), (8, 1, 8), (9, 1, 8), (40, 3, 16), (2, 128, 16), (500, 7, 8)]:
+    for num_pairs, num_experts, block_m in [
+        (1, 1, 8),
+        (8, 1, 8),
+        (9, 1, 8),
+        (40, 3, 16),
+        (2, 128, 16),
+        (500, 7, 8),
+    ]:
         started = min(num_pairs, num_experts)
         worst = [1 + (num_pairs - started) // block_m * block_m] + [1] * (started - 1)
         rest = num_pairs - sum(worst)
         assert 0 <= rest < block_m
-        assert sum(-(-rows // block_m) for rows in worst) == routing.max_tiles(num_pairs, num_experts, block_m)
+        assert sum(-(-rows // block_m) for rows in worst) == routing.max_tiles(
+            num_pairs, num_experts, block_m
+        )
 
 
 def test_bad_arguments_are_named() -> None:
@@ -304,12 +395,16 @@ def test_mxfp8_activations_are_the_reference(case: MoeCase) -> None:
     expected = reference.fused_experts(*values, **options(case), mxfp8_activations=True)
     assert_near(found, expected.double(), 2**-6)
     exact = reference.fused_experts(*values, **options(case))
-    assert (found - exact).abs().max() > (found - expected).abs().max() or not exact.any(), "it does change the numerics"
+    assert (found - exact).abs().max() > (found - expected).abs().max() or not exact.any(), (
+        "it does change the numerics"
+    )
 
 
 def test_rounding_to_mxfp8_is_the_reference() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(9, 1088, generator=generator) * torch.logspace(-40, 37, 9 * 34).view(9, 34).repeat_interleave(32, dim=1)
+    x = torch.randn(9, 1088, generator=generator) * torch.logspace(-40, 37, 9 * 34).view(
+        9, 34
+    ).repeat_interleave(32, dim=1)
     x[0, :32], x[1, :32] = 0, torch.arange(417, 449).float()
     values, scales = grouped._quantized(guarded(x))
     found = torch.ldexp(values.float().view(9, 34, 32), scales.int()[..., None] - 127).view(9, 1088)

@@ -37,7 +37,15 @@ SAMPLING = [
     SamplingParams(max_tokens=4, temperature=0, seed=1, logprobs=3, ignore_eos=True),
     SamplingParams(max_tokens=5, temperature=1.3, seed=2**63 + 5, ignore_eos=True),
     SamplingParams(max_tokens=4, temperature=0.9, top_p=0.8, min_p=0.01, seed=7, ignore_eos=True),
-    SamplingParams(max_tokens=4, temperature=0.7, top_k=9, seed=8, repetition_penalty=1.3, logit_bias=((11, 2.5),), min_tokens=2),
+    SamplingParams(
+        max_tokens=4,
+        temperature=0.7,
+        top_k=9,
+        seed=8,
+        repetition_penalty=1.3,
+        logit_bias=((11, 2.5),),
+        min_tokens=2,
+    ),
 ]
 
 
@@ -61,7 +69,14 @@ def one_pass_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loaded(checkpoint: Path, dtype: Dtype) -> LLM:
-    return LLM(checkpoint, dtype=dtype, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32, kv_cache_bytes=1 << 20)
+    return LLM(
+        checkpoint,
+        dtype=dtype,
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        kv_cache_bytes=1 << 20,
+    )
 
 
 def generate(checkpoint: Path, dtype: Dtype) -> list[RequestOutput]:
@@ -75,12 +90,22 @@ def test_the_same_tokens(checkpoint: Path) -> None:
         expected = generate(checkpoint, "float32")
     with recorded_launches() as names:
         found = generate(checkpoint, "float32")
-    assert [output.outputs[0].token_ids for output in found] == [output.outputs[0].token_ids for output in expected]
+    assert [output.outputs[0].token_ids for output in found] == [
+        output.outputs[0].token_ids for output in expected
+    ]
     assert len({output.outputs[0].token_ids for output in found}) == len(PROMPTS)
-    for ours, theirs in zip(found[1].outputs[0].logprobs or (), expected[1].outputs[0].logprobs or (), strict=True):
+    for ours, theirs in zip(
+        found[1].outputs[0].logprobs or (), expected[1].outputs[0].logprobs or (), strict=True
+    ):
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
         assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
-    assert {"add_rms_norm_kernel", "expert_matmul_natural", "search_kernel", "pick_kernel", "logprobs_kernel"} <= set(names)
+    assert {
+        "add_rms_norm_kernel",
+        "expert_matmul_natural",
+        "search_kernel",
+        "pick_kernel",
+        "logprobs_kernel",
+    } <= set(names)
 
 
 @pytest.mark.parametrize("layout", [NATURAL, WGMMA])
@@ -110,7 +135,14 @@ def test_logits_of_experts_in_bf16(checkpoint: Path, tmp_path: Path) -> None:
 MATMULS = ["expert_matmul_natural", "expert_matmul_natural"]
 AROUND_ATTENTION = [
     ["linear"],
-    ["linear", "add_rms_norm_kernel", "narrow_linear_kernel", "choose_experts", *MATMULS, "add_slots_rms_norm"],
+    [
+        "linear",
+        "add_rms_norm_kernel",
+        "narrow_linear_kernel",
+        "choose_experts",
+        *MATMULS,
+        "add_slots_rms_norm",
+    ],
 ]
 """Of a layer that decodes. RoPE with the KV store and attention are between the dense layers."""
 
@@ -140,7 +172,9 @@ def test_launches_of_a_decode_step(runner: Runner) -> None:
     launches = counter.launches
     before, after = AROUND_ATTENTION
     first = launches.index("linear")
-    per_layer = launches.index("add_slots_rms_norm", launches.index("add_slots_rms_norm") + 1) - launches.index("add_slots_rms_norm")
+    per_layer = launches.index(
+        "add_slots_rms_norm", launches.index("add_slots_rms_norm") + 1
+    ) - launches.index("add_slots_rms_norm")
     assert launches[:first] == ["read_slots_kernel", "yarn_kernel", "embed_kernel", "rms_norm_kernel"]
     assert per_layer <= 12
     for index in range(TINY.num_layers):
@@ -161,7 +195,9 @@ def test_a_rank_alone_has_the_bits_of_one_that_adds_up_first(checkpoint: Path) -
     """Alone, the experts' sum and the norm behind it are one launch; with others an all-reduce stands between."""
     hidden = []
     for collectives, launches in ((Alone(), {"add_slots_rms_norm"}), (OneOfTwo(), {"add_slots"})):
-        model = load_model(checkpoint, TINY, dtype=torch.bfloat16, device=torch.device("cpu"), collectives=collectives)
+        model = load_model(
+            checkpoint, TINY, dtype=torch.bfloat16, device=torch.device("cpu"), collectives=collectives
+        )
         with recorded_launches() as names:
             hidden.append(torch.cat(list(PagedSequences(model, 20).step({0: range(5, 38), 1: [7]}).values())))
         assert {name for name in names if name.startswith("add_slots")} == launches
@@ -169,7 +205,10 @@ def test_a_rank_alone_has_the_bits_of_one_that_adds_up_first(checkpoint: Path) -
 
 
 def test_a_step_reads_nothing_back(runner: Runner) -> None:
-    sampling = (*MIXED[:2], SamplingParams(temperature=0.7, top_k=5, min_p=0.02, seed=3, logit_bias=((4, 2.0),), logprobs=2))
+    sampling = (
+        *MIXED[:2],
+        SamplingParams(temperature=0.7, top_k=5, min_p=0.02, seed=3, logit_bias=((4, 2.0),), logprobs=2),
+    )
     for plan in plans(sampling)[:3]:
         with NoHostReads():
             runner.launch(plan)

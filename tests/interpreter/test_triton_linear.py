@@ -9,7 +9,10 @@ from tests.interpreter.guards import guarded
 from tests.interpreter.interpreter import recorded_launches
 
 
-@pytest.mark.parametrize(("outputs", "width"), [(1, 1), (3, 7), (4, 64), (5, 255), (32, 257), (33, 1023), (6, 1024), (7, 1025), (9, 2880)])
+@pytest.mark.parametrize(
+    ("outputs", "width"),
+    [(1, 1), (3, 7), (4, 64), (5, 255), (32, 257), (33, 1023), (6, 1024), (7, 1025), (9, 2880)],
+)
 @pytest.mark.parametrize("tokens", [0, 1, 7, 8, 9, 17])
 def test_agrees_with_float64(tokens: int, outputs: int, width: int) -> None:
     """Sums of up to 2880 products of order 1 in fp32."""
@@ -35,6 +38,9 @@ def test_many_tokens_go_another_way() -> None:
 
 def test_layouts_that_are_refused_are_named() -> None:
     x, weight = torch.randn(4, 6).bfloat16(), torch.randn(3, 6)
-    for wrong_x, wrong_weight, name in ((torch.randn(6, 4).bfloat16().T, weight, "x"), (x, torch.randn(6, 3).T, "weight")):
+    for wrong_x, wrong_weight, name in (
+        (torch.randn(6, 4).bfloat16().T, weight, "x"),
+        (x, torch.randn(6, 3).T, "weight"),
+    ):
         with pytest.raises(ValueError, match=rf"^{name} "):
             linear(wrong_x, wrong_weight)

@@ -21,7 +21,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (1, 2, 7, 64, 127, 128, 129, 1023, 1025, 2880)
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """Of the sum's order in fp32; elsewhere one rounding may go the other way: the last bit."""
-GPT_OSS = {"theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
+GPT_OSS = {
+    "theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -35,7 +41,9 @@ def test_norms(width: int, dtype: torch.dtype) -> None:
     for num_rows in (0, 1, 3):
         x, delta = random(num_rows, width, dtype=dtype), guarded(random(num_rows, width, dtype=dtype, seed=2))
         expected = pointwise_reference.rms_norm(x, weight, 1e-5)
-        torch.testing.assert_close(rms_norm(guarded(x), weight, 1e-5), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        torch.testing.assert_close(
+            rms_norm(guarded(x), weight, 1e-5), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+        )
         total, normed = add_rms_norm(guarded(x), delta, weight, 1e-5)
         wanted = pointwise_reference.add_rms_norm(x, delta, weight, 1e-5)
         assert torch.equal(total, wanted[0])
@@ -47,7 +55,9 @@ def test_norms_of_rows_in_a_wider_tensor_and_of_more_axes() -> None:
     part, delta = wide[:, 3:27], random(5, 30, dtype=torch.bfloat16, seed=2)[:, 6:]
     expected_sum, expected = pointwise_reference.add_rms_norm(part, delta, weight, 1e-6)
     untouched = wide.clone()
-    torch.testing.assert_close(rms_norm(part, weight, 1e-6), pointwise_reference.rms_norm(part, weight, 1e-6), atol=2**-7, rtol=2**-7)
+    torch.testing.assert_close(
+        rms_norm(part, weight, 1e-6), pointwise_reference.rms_norm(part, weight, 1e-6), atol=2**-7, rtol=2**-7
+    )
     assert torch.equal(wide, untouched)
     total, normed = add_rms_norm(part, delta, weight, 1e-6)
     assert torch.equal(total, expected_sum)
@@ -69,7 +79,9 @@ def test_the_norm_sees_the_sum_as_it_was_rounded() -> None:
 def test_a_norm_of_large_and_of_tiny_values() -> None:
     for scale in (1e-12, 1e12):
         x, weight = random(2, 33) * scale, random(33, seed=1)
-        exact = (x.double() * (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()).float()
+        exact = (
+            x.double() * (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+        ).float()
         torch.testing.assert_close(rms_norm(x, weight, 1e-5), exact, atol=0, rtol=1e-6)
 
 
@@ -105,13 +117,17 @@ def test_norms_name_the_argument_they_refuse() -> None:
 @pytest.mark.parametrize("truncate", [False, True])
 def test_yarn_tables_up_to_the_last_position(head_dim: int, truncate: bool) -> None:
     """The reference's cosine is exact to its last bit; ours is, too: both may round the other way, hence two of them."""
-    positions = torch.tensor([0, 1, 2, 15, 16, 17, 127, 128, 129, 1000, 4095, 4096, 4097, 65535, 99999, 131070, 131071])
+    positions = torch.tensor(
+        [0, 1, 2, 15, 16, 17, 127, 128, 129, 1000, 4095, 4096, 4097, 65535, 99999, 131070, 131071]
+    )
     frequencies = pointwise_reference.yarn_frequencies(head_dim, *GPT_OSS.values(), truncate)
     angles = (positions.float()[:, None] * frequencies).double()
     concentration = 0.1 * math.log(32) + 1
     for count in (0, 1, 16, len(positions)):
         tables = yarn_cos_sin(guarded(positions[:count]), head_dim, truncate=truncate, **GPT_OSS)
-        references = pointwise_reference.yarn_cos_sin(positions[:count], head_dim, truncate=truncate, **GPT_OSS)
+        references = pointwise_reference.yarn_cos_sin(
+            positions[:count], head_dim, truncate=truncate, **GPT_OSS
+        )
         for table, expected, exact in zip(tables, references, (angles.cos(), angles.sin()), strict=True):
             assert table.shape == (count, head_dim // 2)
             torch.testing.assert_close(table, expected, atol=2.4e-7, rtol=0)
@@ -145,7 +161,9 @@ def test_yarn_tables_of_any_position_and_int32() -> None:
     seed=st.integers(0, 2**30),
 )
 @settings(deadline=None, max_examples=60)
-def test_embedding_rows(num_tokens: int, num_rows: int, width: int, first_id: int, dtype: torch.dtype, seed: int) -> None:
+def test_embedding_rows(
+    num_tokens: int, num_rows: int, width: int, first_id: int, dtype: torch.dtype, seed: int
+) -> None:
     weight = guarded(random(num_rows, width, dtype=dtype, seed=seed))
     ids = torch.randint(0, 34, (num_tokens,), generator=torch.Generator().manual_seed(seed))
     found = embed(guarded(ids), weight, first_id)

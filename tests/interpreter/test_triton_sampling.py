@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds, choose, logprobs, modify, sample, warm_up
+from kernels.sampling import (
+    AllowedBits,
+    LogitBias,
+    Penalties,
+    SamplingBatch,
+    TokenIds,
+    choose,
+    logprobs,
+    modify,
+    sample,
+    warm_up,
+)
 from kernels.sampling import reference as sampling_reference
 from tests.interpreter.guards import guarded
 from tests.interpreter.interpreter import recorded_launches
@@ -53,7 +64,10 @@ def test_the_reference_s_tokens_at_every_boundary(vocab: int) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("parts", ["", "k", "p", "m", "k p", "p m", "bias", "penalties", "allowed", "bits", "forbidden", "logprobs"])
+@pytest.mark.parametrize(
+    "parts",
+    ["", "k", "p", "m", "k p", "p m", "bias", "penalties", "allowed", "bits", "forbidden", "logprobs"],
+)
 def test_each_part_alone(parts: str) -> None:
     check(random_logits(4, 130, seed=1), random_batch(4, 130, seed=2, parts=parts))
 
@@ -68,7 +82,10 @@ def test_each_part_alone(parts: str) -> None:
 )
 def test_filters_with_ties(seed: int, rows: int, vocab: int, levels: int, parts: str) -> None:
     with small():
-        check(random_logits(rows, vocab, seed=seed, levels=levels), random_batch(rows, vocab, seed=seed + 1, parts=parts))
+        check(
+            random_logits(rows, vocab, seed=seed, levels=levels),
+            random_batch(rows, vocab, seed=seed + 1, parts=parts),
+        )
 
 
 @contextmanager
@@ -83,7 +100,13 @@ def small() -> Iterator[None]:
 def test_top_p_is_of_what_top_k_keeps_among_ties() -> None:
     """Weights 1 and four of 0.5; top_k keeps 1.5 of 3, of which 0.6 is the first token alone."""
     logits = torch.tensor([0.5, 1.0, 0.5, 0.5, 0.5]).log().expand(24, -1).contiguous()
-    batch = SamplingBatch(torch.ones(24), torch.arange(24), torch.arange(24), top_k=torch.full((24,), 2), top_p=torch.full((24,), 0.6))
+    batch = SamplingBatch(
+        torch.ones(24),
+        torch.arange(24),
+        torch.arange(24),
+        top_k=torch.full((24,), 2),
+        top_p=torch.full((24,), 0.6),
+    )
     assert sample(logits, batch).token_ids.tolist() == [1] * 24
 
 
@@ -101,7 +124,14 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
         alone = SamplingBatch(
             *(
                 part[row : row + 1]
-                for part in (batch.temperature, batch.seeds, batch.output_positions, batch.top_k, batch.top_p, batch.min_p)
+                for part in (
+                    batch.temperature,
+                    batch.seeds,
+                    batch.output_positions,
+                    batch.top_k,
+                    batch.top_p,
+                    batch.min_p,
+                )
             )
         )
         assert torch.equal(sample(logits[row : row + 1], alone).token_ids, together[row : row + 1])
@@ -132,7 +162,9 @@ def test_broken_logits_give_valid_ids() -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 def test_changed_logits_are_the_reference_s_bit_for_bit() -> None:
-    for seed, parts in enumerate(("bias", "penalties", "bias penalties", "allowed bits", "bias penalties allowed bits forbidden")):
+    for seed, parts in enumerate(
+        ("bias", "penalties", "bias penalties", "allowed bits", "bias penalties allowed bits forbidden")
+    ):
         logits, batch = random_logits(4, 77, seed=seed), random_batch(4, 77, seed=seed, parts=parts)
         logits[0, :40] = -torch.inf
         assert torch.equal(modify.modify(logits, batch), sampling_reference.modify(logits, batch)), parts
@@ -166,7 +198,10 @@ def test_entries_outside_the_logits_are_passed_over() -> None:
         allowed_bits=AllowedBits(ints(-1, 2), torch.zeros(2, 7, dtype=torch.uint8)),
     )
     assert torch.equal(modify.modify(logits, batch), logits)
-    assert sample(logits, replace(batch, logprob_rows=ints(5, -1))).token_ids.tolist() == logits.argmax(-1).tolist()
+    assert (
+        sample(logits, replace(batch, logprob_rows=ints(5, -1))).token_ids.tolist()
+        == logits.argmax(-1).tolist()
+    )
 
 
 def test_wide_strides_bf16_and_no_rows() -> None:
@@ -176,7 +211,10 @@ def test_wide_strides_bf16_and_no_rows() -> None:
     half = wide.bfloat16()
     batch = random_batch(3, 90, parts="p bias logprobs")
     assert_same(sample(half, batch), sampling_reference.sample(half, batch))
-    empty = sample(torch.zeros(0, 40), SamplingBatch(torch.zeros(0), ints(), ints(), top_p=torch.zeros(0), logit_bias=None))
+    empty = sample(
+        torch.zeros(0, 40),
+        SamplingBatch(torch.zeros(0), ints(), ints(), top_p=torch.zeros(0), logit_bias=None),
+    )
     assert empty.token_ids.shape == (0,)
     none_wanted = sample(wide, SamplingBatch(logprob_rows=ints(), num_top_logprobs=4))
     assert none_wanted.top_ids is not None
@@ -189,8 +227,20 @@ def test_wide_strides_bf16_and_no_rows() -> None:
         ("greedy", ["chunk_best_kernel", "greedy_kernel"]),
         ("", ["chunk_best_kernel", "chunk_sum_kernel", "pick_kernel"]),
         ("m", ["chunk_best_kernel", "chunk_sum_kernel", "pick_kernel"]),
-        ("p", ["chunk_best_kernel", *["search_kernel"] * 8, "finish_search_kernel", "chunk_sum_kernel", "pick_kernel"]),
-        ("greedy logprobs", ["chunk_best_kernel", "greedy_kernel", "chunk_logprobs_kernel", "logprobs_kernel"]),
+        (
+            "p",
+            [
+                "chunk_best_kernel",
+                *["search_kernel"] * 8,
+                "finish_search_kernel",
+                "chunk_sum_kernel",
+                "pick_kernel",
+            ],
+        ),
+        (
+            "greedy logprobs",
+            ["chunk_best_kernel", "greedy_kernel", "chunk_logprobs_kernel", "logprobs_kernel"],
+        ),
         ("greedy allowed", ["mark_kernel", "restrict_kernel", "chunk_best_kernel", "greedy_kernel"]),
     ],
 )

@@ -11,7 +11,12 @@ from tests.support.slot_cases import SLOT_CASES, SlotCase
 
 
 @pytest.mark.parametrize(
-    "case", [*SLOT_CASES, SlotCase(BLOCK - 1, 3, 5, BLOCK, BLOCK - 1), SlotCase(BLOCK + 1, 2, 4, BLOCK + 3, BLOCK + 1)]
+    "case",
+    [
+        *SLOT_CASES,
+        SlotCase(BLOCK - 1, 3, 5, BLOCK, BLOCK - 1),
+        SlotCase(BLOCK + 1, 2, 4, BLOCK + 3, BLOCK + 1),
+    ],
 )
 def test_reads_by_slot(case: SlotCase) -> None:
     arguments = tuple(map(guarded, case.inputs()))

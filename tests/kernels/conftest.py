@@ -13,7 +13,9 @@ Recorder = Callable[[str, object], None]
 
 
 @pytest.fixture(params=["reference", *FP32_ISAS])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, record_property: Recorder) -> Iterator[str]:
+def implementation(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, record_property: Recorder
+) -> Iterator[str]:
     """The public functions run the reference in torch, then the C++ kernels on each instruction set of this processor."""
     if request.param == "reference":
         monkeypatch.setattr(native, "shared_library", lambda: None)

@@ -42,7 +42,9 @@ class Sequence:
         num_blocks = -(-length // block_size)
         self.block_size = block_size
         self.q = torch.randn(length, heads[0], head_dim, generator=generator).to(dtype)
-        self.kv_cache = torch.randn(2, num_blocks + 3, block_size, heads[1], head_dim, generator=generator).to(dtype)
+        self.kv_cache = torch.randn(
+            2, num_blocks + 3, block_size, heads[1], head_dim, generator=generator
+        ).to(dtype)
         self.table = torch.randperm(num_blocks + 3, generator=generator)[:num_blocks].to(torch.int32)[None]
         self.sinks = torch.randn(heads[0], generator=generator)
         self.window = window
@@ -77,8 +79,13 @@ def bf16_case(heads: tuple[int, int], head_dim: int, window: int | None) -> tupl
 
 # Group sizes on both sides of the 8 and 16 rows of a tile, chunks of more than a block of 32 rows, contexts on both sides of a key tile.
 @pytest.mark.parametrize("window", [None, 1, 20, 128, 300])
-@pytest.mark.parametrize(("heads", "head_dim"), [((16, 2), 64), ((3, 3), 32), ((10, 2), 96), ((17, 1), 128), ((36, 1), 64), ((6, 3), 80)])
-def test_bf16_is_as_exact_as_bf16(isa: str, heads: tuple[int, int], head_dim: int, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("heads", "head_dim"),
+    [((16, 2), 64), ((3, 3), 32), ((10, 2), 96), ((17, 1), 128), ((36, 1), 64), ((6, 3), 80)],
+)
+def test_bf16_is_as_exact_as_bf16(
+    isa: str, heads: tuple[int, int], head_dim: int, window: int | None
+) -> None:
     case, expected = bf16_case(heads, head_dim, window)
     found = paged_attention(*case.arguments, scale=SCALE, window=window)
     error = found.double() - expected
@@ -103,8 +110,12 @@ def test_weights_are_rounded_and_nothing_else(bf16_isa: str) -> None:
     sequence.at(1, 10)[0, 1] = 1.0
     [out] = sequence.run([(599, 600)])
     weight = torch.tensor(float(sequence.at(0, 10)[0, 0]) * SCALE, dtype=torch.float64).exp()
-    torch.testing.assert_close(out[0, :, 1].double(), (weight / (600 + weight)).expand(8), atol=0, rtol=2**-8 + 1e-4)
-    torch.testing.assert_close(out[0, :, 0].double(), (1 / (600 + weight)).expand(8), atol=0, rtol=2**-8 + 1e-4)
+    torch.testing.assert_close(
+        out[0, :, 1].double(), (weight / (600 + weight)).expand(8), atol=0, rtol=2**-8 + 1e-4
+    )
+    torch.testing.assert_close(
+        out[0, :, 0].double(), (1 / (600 + weight)).expand(8), atol=0, rtol=2**-8 + 1e-4
+    )
 
 
 def test_extreme_logits_and_sinks_in_bf16(bf16_isa: str) -> None:
@@ -119,7 +130,12 @@ def test_extreme_logits_and_sinks_in_bf16(bf16_isa: str) -> None:
 
 def test_what_bf16_does_not_take_is_as_in_avx512(bf16_isa: str) -> None:
     """By the shape and the dtype alone: float32, and heads that are no multiple of 32."""
-    for head_dim, dtype in ((64, torch.float32), (48, torch.bfloat16), (80, torch.bfloat16), (10, torch.bfloat16)):
+    for head_dim, dtype in (
+        (64, torch.float32),
+        (48, torch.bfloat16),
+        (80, torch.bfloat16),
+        (10, torch.bfloat16),
+    ):
         sequence = Sequence(300, (4, 2), head_dim, 100, dtype)
         found = sequence.run([(0, 300)])[0]
         with native.using_isa("avx512"):
@@ -127,9 +143,9 @@ def test_what_bf16_does_not_take_is_as_in_avx512(bf16_isa: str) -> None:
 
 
 LENGTH = 2 * KEY_TILE + 60
-SPANS = st.tuples(st.integers(0, LENGTH - 1), st.sampled_from([1, 1, 1, 2, 3, 4, 15, 16, 17, 40, 129, 300])).map(
-    lambda span: (max(0, span[0] - span[1] + 1), span[0] + 1)
-)
+SPANS = st.tuples(
+    st.integers(0, LENGTH - 1), st.sampled_from([1, 1, 1, 2, 3, 4, 15, 16, 17, 40, 129, 300])
+).map(lambda span: (max(0, span[0] - span[1] + 1), span[0] + 1))
 
 
 @pytest.mark.usefixtures("_restore_threads")
@@ -140,7 +156,9 @@ SPANS = st.tuples(st.integers(0, LENGTH - 1), st.sampled_from([1, 1, 1, 2, 3, 4,
     heads=st.sampled_from([(16, 2), (3, 3), (5, 1), (36, 2)]),
     head_dim=st.sampled_from([32, 64]),
     window=st.sampled_from([None, 1, 20, 128, 300]),
-    odd=st.lists(st.tuples(st.integers(0, LENGTH - 1), st.sampled_from([torch.inf, -torch.inf, torch.nan])), max_size=3),
+    odd=st.lists(
+        st.tuples(st.integers(0, LENGTH - 1), st.sampled_from([torch.inf, -torch.inf, torch.nan])), max_size=3
+    ),
 )
 def test_a_query_has_the_same_bits_however_it_comes(
     isa: str,
@@ -176,7 +194,10 @@ def test_decodes_have_the_bits_of_a_prompt(bf16_isa: str, window: int | None) ->
 def test_the_size_of_a_block_does_not_show(isa: str, block_size: int, window: int | None) -> None:
     """Whether or not the keys that are multiplied together lie in one block."""
     spans = [(position, position + 1) for position in range(0, LENGTH, 7)] + [(200, 290)]
-    usual, other = Sequence(LENGTH, (16, 2), 64, window), Sequence(LENGTH, (16, 2), 64, window, block_size=block_size)
+    usual, other = (
+        Sequence(LENGTH, (16, 2), 64, window),
+        Sequence(LENGTH, (16, 2), 64, window, block_size=block_size),
+    )
     for half in range(2):
         for position in range(LENGTH):
             other.at(half, position).copy_(usual.at(half, position))
@@ -188,7 +209,9 @@ def test_the_size_of_a_block_does_not_show(isa: str, block_size: int, window: in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("window", [None, 40])
-def test_what_is_not_finite_reaches_only_queries_that_see_it(isa: str, window: int | None, value: float, dtype: torch.dtype) -> None:
+def test_what_is_not_finite_reaches_only_queries_that_see_it(
+    isa: str, window: int | None, value: float, dtype: torch.dtype
+) -> None:
     """A key or value at a position changes no query before it, none beyond the window, and no other column or head."""
     length, position = 400, 290
     for half in (0, 1):
@@ -204,7 +227,11 @@ def test_what_is_not_finite_reaches_only_queries_that_see_it(isa: str, window: i
         columns = torch.arange(64) == 5
         if half == 1:
             assert torch.equal(after[seeing, heads][:, :, ~columns], before[seeing, heads][:, :, ~columns])
-            assert (after[seeing, heads][:, :, columns].isnan() if value != value else after[seeing, heads][:, :, columns] == value).all()
+            assert (
+                after[seeing, heads][:, :, columns].isnan()
+                if value != value
+                else after[seeing, heads][:, :, columns] == value
+            ).all()
         elif value != value:
             assert after[seeing, heads].isnan().all()
 
@@ -217,7 +244,9 @@ def test_slots_that_nothing_sees_are_not_read(isa: str) -> None:
         seen = range(0 if window is None else 280 - window + 1, 293)
         for position in set(range(300)) - set(seen):
             for half in (0, 1):
-                sequence.at(half, position)[:] = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.nan]).repeat(16).bfloat16()
+                sequence.at(half, position)[:] = (
+                    torch.tensor([torch.inf, -torch.inf, torch.nan, torch.nan]).repeat(16).bfloat16()
+                )
         used = sequence.table[0].tolist()
         unused = [block for block in range(sequence.kv_cache.shape[1]) if block not in used]
         sequence.kv_cache[:, unused] = torch.nan

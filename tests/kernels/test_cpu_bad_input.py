@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(native.shared_library() is None, reason="the C++
 
 def misaligned(tensor: Tensor) -> Tensor:
     """The same, one element behind a boundary of 64 bytes; NaN or the largest number around it."""
-    memory = torch.full((tensor.numel() + 64,), torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max).to(tensor.dtype)
+    memory = torch.full(
+        (tensor.numel() + 64,), torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+    ).to(tensor.dtype)
     begin = -memory.data_ptr() % 64 // tensor.itemsize + 1
     moved = memory[begin : begin + tensor.numel()].view(tensor.shape)
     moved.copy_(tensor)
@@ -42,7 +44,9 @@ Way = Callable[[Tensor], Tensor]
 @pytest.mark.parametrize("num_tokens", [2, 19])
 def test_layers(isa: str, way: Way, num_tokens: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((num_tokens, 72), (37, 72), (37,)))
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator) for shape in ((num_tokens, 72), (37, 72), (37,))
+    )
     out = kernels.linear.linear(x, weight, bias)
     assert torch.equal(kernels.linear.linear(way(x), way(weight), misaligned(bias)), out)
     for dtype in (torch.bfloat16, torch.int8):
@@ -58,15 +62,29 @@ def test_layers(isa: str, way: Way, num_tokens: int) -> None:
 def test_experts(isa: str, way: Way, num_tokens: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(num_tokens, 96, generator=generator).to(dtype)
-    gate_up, down = pack(torch.randn(5, 64, 96, generator=generator), ROWS16), pack(torch.randn(5, 96, 32, generator=generator), ROWS16)
-    biases = torch.randn(5, 64, generator=generator).to(dtype), torch.randn(5, 96, generator=generator).to(dtype)
+    gate_up, down = (
+        pack(torch.randn(5, 64, 96, generator=generator), ROWS16),
+        pack(torch.randn(5, 96, 32, generator=generator), ROWS16),
+    )
+    biases = (
+        torch.randn(5, 64, generator=generator).to(dtype),
+        torch.randn(5, 96, generator=generator).to(dtype),
+    )
     logits = torch.randn(num_tokens, 5, generator=generator)
 
     def run(move: Way) -> Tensor:
         ids, weights = kernels.moe.gate_topk(move(logits), 3)
         gate_up_bias, down_bias = map(move, biases)
         return kernels.moe.fused_experts(
-            move(x), move(ids), move(weights), gate_up, gate_up_bias, down, down_bias, swiglu_limit=7.0, swiglu_alpha=1.702
+            move(x),
+            move(ids),
+            move(weights),
+            gate_up,
+            gate_up_bias,
+            down,
+            down_bias,
+            swiglu_limit=7.0,
+            swiglu_alpha=1.702,
         )
 
     assert torch.equal(run(way), run(lambda tensor: tensor))
@@ -79,14 +97,21 @@ def test_attention(isa: str, dtype: torch.dtype) -> None:
     found = attention.paged_attention(*map(misaligned, case.arguments), scale=SCALE, window=17)
     assert torch.equal(found, expected)
     q, kv_cache, *rest = case.arguments
-    assert torch.equal(attention.paged_attention(strided(q), kv_cache, *map(strided, rest), scale=SCALE, window=17), expected)
+    assert torch.equal(
+        attention.paged_attention(strided(q), kv_cache, *map(strided, rest), scale=SCALE, window=17), expected
+    )
 
 
 @WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_norms(isa: str, way: Way, dtype: torch.dtype) -> None:
-    x, delta, weight = (torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(dtype) for shape in ((7, 50), (7, 50), (50,)))
-    assert torch.equal(pointwise.rms_norm(way(x), misaligned(weight), 1e-5), pointwise.rms_norm(x, weight, 1e-5))
+    x, delta, weight = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+        for shape in ((7, 50), (7, 50), (50,))
+    )
+    assert torch.equal(
+        pointwise.rms_norm(way(x), misaligned(weight), 1e-5), pointwise.rms_norm(x, weight, 1e-5)
+    )
     found = pointwise.add_rms_norm(way(x), way(delta), misaligned(weight), 1e-5)
     expected = pointwise.add_rms_norm(x.clone(), delta, weight, 1e-5)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
@@ -96,10 +121,14 @@ def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
     x, ids, weights = torch.zeros(3, 96), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2)
     gate_up, down = pack(torch.zeros(5, 64, 96), ROWS16), pack(torch.zeros(5, 96, 32), ROWS16)
 
-    def run(x: Tensor = x, ids: Tensor = ids, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None) -> Tensor:
+    def run(
+        x: Tensor = x, ids: Tensor = ids, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None
+    ) -> Tensor:
         gate_up_bias = torch.zeros(5, 64) if gate_up_bias is None else gate_up_bias
         down_bias = torch.zeros(5, 96) if down_bias is None else down_bias
-        return kernels.moe.fused_experts(x, ids, weights, gate_up, gate_up_bias, down, down_bias, swiglu_limit=7.0, swiglu_alpha=1.702)
+        return kernels.moe.fused_experts(
+            x, ids, weights, gate_up, gate_up_bias, down, down_bias, swiglu_limit=7.0, swiglu_alpha=1.702
+        )
 
     assert run().shape == (3, 96)
     for arguments, name in (
@@ -110,7 +139,10 @@ def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=name):
             run(**arguments)
-    for norm in (lambda: pointwise.rms_norm(x, torch.ones(95), 1e-5), lambda: pointwise.add_rms_norm(x, x[:2], torch.ones(96), 1e-5)):
+    for norm in (
+        lambda: pointwise.rms_norm(x, torch.ones(95), 1e-5),
+        lambda: pointwise.add_rms_norm(x, x[:2], torch.ones(96), 1e-5),
+    ):
         with pytest.raises(ValueError, match=r"^(weight|delta)"):
             norm()
 

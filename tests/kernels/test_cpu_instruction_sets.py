@@ -46,7 +46,9 @@ def drive(*options: str, cases: Path = stored_calls.GOLDEN, emulator: tuple[str,
 
 def emulated(processor: str, *options: str, record: Recorder) -> None:
     if "avx2" not in native.ISAS:
-        pytest.skip("this processor has no instruction sets of x86, for which the library would have to be built")
+        pytest.skip(
+            "this processor has no instruction sets of x86, for which the library would have to be built"
+        )
     qemu = shutil.which("qemu-x86_64")
     if qemu is None:
         pytest.skip("qemu-x86_64 is not installed (Debian: qemu-user)")
@@ -68,7 +70,9 @@ def test_emulated_processors(processor: str, record_property: Recorder) -> None:
 @pytest.mark.isa
 @pytest.mark.slow
 @pytest.mark.parametrize("processor", PROCESSORS)
-def test_emulated_processors_with_larger_shapes_and_threads(processor: str, record_property: Recorder) -> None:
+def test_emulated_processors_with_larger_shapes_and_threads(
+    processor: str, record_property: Recorder
+) -> None:
     emulated(processor, "--threads", "1,2,3", record=record_property)
 
 
@@ -116,7 +120,11 @@ def test_the_driver_notices_whatever_is_wrong(tmp_path: Path) -> None:
             call["returns"] = (call["returns"] or 0) + (not changed)
     stored_calls.save(tampered, tmp_path / "cases.json.gz")
     said = drive("--names", "portable", cases=tmp_path / "cases.json.gz")
-    named = {case["name"] for case in tampered if any(f" threads, {case['name']}: " in fault for fault in said["faults"])}
+    named = {
+        case["name"]
+        for case in tampered
+        if any(f" threads, {case['name']}: " in fault for fault in said["faults"])
+    }
     assert named == {case["name"] for case in tampered}
 
 
@@ -126,7 +134,15 @@ def test_the_driver_notices_what_is_written_outside_and_into_inputs() -> None:
         ctypes.c_uint8.from_address(buffer.address + written).value = 1
         return buffer.faults()
 
-    assert [faults(at, num_bytes=3) for at in (-1, 0, 2, 3)] == ["memory beside it was written", None, None, "memory beside it was written"]
+    assert [faults(at, num_bytes=3) for at in (-1, 0, 2, 3)] == [
+        "memory beside it was written",
+        None,
+        None,
+        "memory beside it was written",
+    ]
     assert faults(1, data="000000") == "was changed"
     assert faults(1, data="000000", expected="000100") is None
-    assert faults(1, data="000000", expected="000000") == "has 1 of 3 elements wrong, the first at 1: 1 instead of 0"
+    assert (
+        faults(1, data="000000", expected="000000")
+        == "has 1 of 3 elements wrong, the first at 1: 1 instead of 0"
+    )

@@ -67,7 +67,8 @@ def test_the_environment_decides_where_no_setting_does(monkeypatch: pytest.Monke
         assert (native.isa(), native.chosen_by()) == (native.available()[0], None)
     monkeypatch.setenv("CANTATA_CPU_ISA", "avx3")
     with pytest.raises(
-        ValueError, match=r"^CANTATA_CPU_ISA is avx3, which this processor or this build does not have: set it to one of auto, "
+        ValueError,
+        match=r"^CANTATA_CPU_ISA is avx3, which this processor or this build does not have: set it to one of auto, ",
     ):
         native.choose("auto")
 
@@ -86,9 +87,13 @@ def test_a_name_that_is_not_there_changes_nothing() -> None:
     missing = [name for name in ("sse5", *get_args(native.Isa)) if name not in native.available()]
     native.choose("portable")
     for name in missing:
-        with pytest.raises(ValueError, match=f"^cpu_isa is {name}, which this processor or this build does not have: ") as refused:
+        with pytest.raises(
+            ValueError, match=f"^cpu_isa is {name}, which this processor or this build does not have: "
+        ) as refused:
             native.choose(name)
-        assert str(refused.value).endswith(f"set it to one of auto, {', '.join(native.available())}, reference")
+        assert str(refused.value).endswith(
+            f"set it to one of auto, {', '.join(native.available())}, reference"
+        )
     assert native.isa() == "portable"
 
 
@@ -101,7 +106,8 @@ def test_a_library_that_cannot_be_loaded_is_said_and_refused_where_it_is_wanted(
     assert native.available() == []
     native.choose("reference")
     with pytest.raises(
-        ValueError, match=r"^cpu_isa is portable, and the C\+\+ kernels cannot be loaded \(.*; or set it to auto or reference"
+        ValueError,
+        match=r"^cpu_isa is portable, and the C\+\+ kernels cannot be loaded \(.*; or set it to auto or reference",
     ):
         native.choose("portable")
 
@@ -128,7 +134,9 @@ def interpreter(folder: Path, line: str) -> str:
     return str(file)
 
 
-def test_a_trial_that_dies_of_an_instruction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_trial_that_dies_of_an_instruction(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     native.choose("portable")
     native._trial.cache_clear()
     try:

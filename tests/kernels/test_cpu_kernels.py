@@ -32,7 +32,10 @@ def test_without_the_library_the_references_run(monkeypatch: pytest.MonkeyPatch,
     native._loaded.cache_clear()
     try:
         assert native.shared_library() is None
-        assert native.why_missing() == "the C++ kernels were not built: install a C++ compiler, then Cantata again"
+        assert (
+            native.why_missing()
+            == "the C++ kernels were not built: install a C++ compiler, then Cantata again"
+        )
         assert native.isa() is None
         assert choose_layout(torch.device("cpu")) == NATURAL
         x, weight = torch.randn(3, 40).bfloat16(), torch.randn(6, 40).bfloat16()
@@ -46,16 +49,24 @@ def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatc
     native._loaded.cache_clear()
     try:
         assert native.shared_library() is None
-        assert re.fullmatch(r"the C\+\+ kernels in .* are of version \d+, not 0: install Cantata again", native.why_missing())
+        assert re.fullmatch(
+            r"the C\+\+ kernels in .* are of version \d+, not 0: install Cantata again", native.why_missing()
+        )
     finally:
         native._loaded.cache_clear()
 
 
-@pytest.mark.parametrize(("num_experts", "num_rows", "width"), [(1, 16, 32), (3, 48, 96), (2, 160, 64), (5, 16, 320)])
+@pytest.mark.parametrize(
+    ("num_experts", "num_rows", "width"), [(1, 16, 32), (3, 48, 96), (2, 160, 64), (5, 16, 320)]
+)
 def test_the_layout_holds_the_same_weights(num_experts: int, num_rows: int, width: int) -> None:
     generator = torch.Generator().manual_seed(width)
-    blocks = torch.randint(0, 256, (num_experts, num_rows, width // 32, 16), dtype=torch.uint8, generator=generator)
-    scales = torch.randint(0, 255, (num_experts, num_rows, width // 32), dtype=torch.uint8, generator=generator)
+    blocks = torch.randint(
+        0, 256, (num_experts, num_rows, width // 32, 16), dtype=torch.uint8, generator=generator
+    )
+    scales = torch.randint(
+        0, 255, (num_experts, num_rows, width // 32), dtype=torch.uint8, generator=generator
+    )
     packed = from_natural(blocks, scales, ROWS16)
     assert packed.layout == ROWS16
     assert packed.shape == (num_experts, num_rows, width)
@@ -66,17 +77,23 @@ def test_the_layout_holds_the_same_weights(num_experts: int, num_rows: int, widt
 
 def test_rows_that_the_layout_cannot_hold_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^blocks must have a multiple of 16 rows"):
-        from_natural(torch.zeros(1, 24, 1, 16, dtype=torch.uint8), torch.zeros(1, 24, 1, dtype=torch.uint8), ROWS16)
+        from_natural(
+            torch.zeros(1, 24, 1, 16, dtype=torch.uint8), torch.zeros(1, 24, 1, dtype=torch.uint8), ROWS16
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("num_rows", "width", "num_outputs"), [(1, 64, 5), (2, 67, 33), (3, 31, 1), (7, 96, 70), (40, 2, 9), (33, 130, 100), (0, 8, 4)]
+    ("num_rows", "width", "num_outputs"),
+    [(1, 64, 5), (2, 67, 33), (3, 31, 1), (7, 96, 70), (40, 2, 9), (33, 130, 100), (0, 8, 4)],
 )
-def test_linear_agrees_with_float64(fp32_isa: str, num_rows: int, width: int, num_outputs: int, dtype: torch.dtype) -> None:
+def test_linear_agrees_with_float64(
+    fp32_isa: str, num_rows: int, width: int, num_outputs: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(num_outputs)
     x, weight, bias = (
-        torch.randn(shape, generator=generator).to(dtype) for shape in ((num_rows, width), (num_outputs, width), (num_outputs,))
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((num_rows, width), (num_outputs, width), (num_outputs,))
     )
     expected = x.double() @ weight.double().T
     # fp32 sums of up to 130 products of order 1; then one rounding to bf16.
@@ -87,21 +104,32 @@ def test_linear_agrees_with_float64(fp32_isa: str, num_rows: int, width: int, nu
 
 @pytest.mark.usefixtures("_restore_threads")
 def test_a_row_of_linear_is_the_same_in_every_batch_and_for_all_threads(fp32_isa: str) -> None:
-    x, weight, bias = torch.randn(100, 323).bfloat16(), torch.randn(77, 323).bfloat16(), torch.randn(77).bfloat16()
+    x, weight, bias = (
+        torch.randn(100, 323).bfloat16(),
+        torch.randn(77, 323).bfloat16(),
+        torch.randn(77).bfloat16(),
+    )
     torch.set_num_threads(1)
     everything = linear.linear(x, weight, bias)
     for threads, rows, first in itertools.product((1, 2, 3), (1, 2, 3, 4, 5, 32, 33, 63), (0, 1, 37)):
         torch.set_num_threads(threads)
-        assert torch.equal(linear.linear(x[first : first + rows], weight, bias), everything[first : first + rows]), (threads, rows, first)
+        assert torch.equal(
+            linear.linear(x[first : first + rows], weight, bias), everything[first : first + rows]
+        ), (threads, rows, first)
 
 
 # Outputs on both sides of a group of 16, of two and of four groups, widths on both sides of 32 columns and of the slices decoded at a time
 # (256 and 512 columns), rows on both sides of every tile.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize(("width", "num_outputs"), [(32, 5), (31, 16), (33, 17), (257, 32), (544, 49), (1056, 15), (64, 100)])
+@pytest.mark.parametrize(
+    ("width", "num_outputs"), [(32, 5), (31, 16), (33, 17), (257, 32), (544, 49), (1056, 15), (64, 100)]
+)
 def test_packed_layers_agree_with_float64(isa: str, width: int, num_outputs: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(width)
-    weight, bias, x = (torch.randn(shape, generator=generator).bfloat16() for shape in ((num_outputs, width), (num_outputs,), (200, width)))
+    weight, bias, x = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((num_outputs, width), (num_outputs,), (200, width))
+    )
     packed = dense.pack(weight, dtype)
     exact = x.double() @ dense.unpack(packed).double().T
     everything = dense.linear(x, packed, bias)
@@ -109,7 +137,9 @@ def test_packed_layers_agree_with_float64(isa: str, width: int, num_outputs: int
     torch.testing.assert_close(everything.double(), exact + bias.double(), atol=1e-4, rtol=2**-8)
     torch.testing.assert_close(dense.linear(x, packed, None).double(), exact, atol=1e-4, rtol=2**-8)
     for num_rows in (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 64, 65):
-        assert torch.equal(dense.linear(x[5 : 5 + num_rows], packed, bias), everything[5 : 5 + num_rows]), num_rows
+        assert torch.equal(dense.linear(x[5 : 5 + num_rows], packed, bias), everything[5 : 5 + num_rows]), (
+            num_rows
+        )
 
 
 @pytest.mark.usefixtures("_restore_threads")
@@ -190,10 +220,14 @@ def test_nothing_is_written_past_the_outputs(isa: str) -> None:
 class Layer:
     """Random weights; `wide` is what they decode to."""
 
-    def __init__(self, num_experts: int, hidden: int, intermediate: int, bias_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, num_experts: int, hidden: int, intermediate: int, bias_dtype: torch.dtype = torch.float32
+    ) -> None:
         generator = torch.Generator().manual_seed(hidden)
         # Large enough that both sides of the clamp are met.
-        self.gate_up = pack(torch.randn(num_experts, 2 * intermediate, hidden, generator=generator) * 0.7, ROWS16)
+        self.gate_up = pack(
+            torch.randn(num_experts, 2 * intermediate, hidden, generator=generator) * 0.7, ROWS16
+        )
         self.down = pack(torch.randn(num_experts, hidden, intermediate, generator=generator) * 0.7, ROWS16)
         self.gate_up_bias = torch.randn(num_experts, 2 * intermediate, generator=generator).to(bias_dtype)
         self.down_bias = torch.randn(num_experts, hidden, generator=generator).to(bias_dtype)
@@ -219,7 +253,9 @@ class Layer:
             first_expert=first_expert,
         )
 
-    def reference(self, x: Tensor, ids: Tensor, weights: Tensor, first_expert: int = 0, num_experts: int | None = None) -> Tensor:
+    def reference(
+        self, x: Tensor, ids: Tensor, weights: Tensor, first_expert: int = 0, num_experts: int | None = None
+    ) -> Tensor:
         return reference.fused_experts(
             x,
             ids,
@@ -236,11 +272,15 @@ class Layer:
 
 
 def choices(num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    return gate_topk(torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed)), top_k)
+    return gate_topk(
+        torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed)), top_k
+    )
 
 
 # Widths on both sides of the slices that are decoded at a time (256 columns), token counts on both sides of each tile.
-@pytest.mark.parametrize(("num_experts", "hidden", "intermediate", "top_k"), [(5, 96, 160, 3), (3, 288, 32, 1), (7, 64, 544, 4)])
+@pytest.mark.parametrize(
+    ("num_experts", "hidden", "intermediate", "top_k"), [(5, 96, 160, 3), (3, 288, 32, 1), (7, 64, 544, 4)]
+)
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 4, 5, 6, 7, 40, 700])
 def test_experts_agree_with_the_reference(
     fp32_isa: str, num_experts: int, hidden: int, intermediate: int, top_k: int, num_tokens: int
@@ -253,8 +293,12 @@ def test_experts_agree_with_the_reference(
 
 
 # 1056 columns are two of the longest slices and a bit; tokens of an expert on both sides of 8, 16, 32 and 192.
-@pytest.mark.parametrize(("num_experts", "hidden", "intermediate", "top_k"), [(5, 96, 160, 3), (2, 1056, 64, 2), (7, 64, 544, 4)])
-def test_experts_on_bf16_are_as_exact_as_bf16(isa: str, num_experts: int, hidden: int, intermediate: int, top_k: int) -> None:
+@pytest.mark.parametrize(
+    ("num_experts", "hidden", "intermediate", "top_k"), [(5, 96, 160, 3), (2, 1056, 64, 2), (7, 64, 544, 4)]
+)
+def test_experts_on_bf16_are_as_exact_as_bf16(
+    isa: str, num_experts: int, hidden: int, intermediate: int, top_k: int
+) -> None:
     layer = Layer(num_experts, hidden, intermediate, torch.bfloat16)
     x = torch.randn(400, hidden, generator=torch.Generator().manual_seed(1)).bfloat16()
     ids, weights = choices(400, num_experts, top_k)
@@ -267,7 +311,9 @@ def test_experts_on_bf16_are_as_exact_as_bf16(isa: str, num_experts: int, hidden
         assert torch.equal(layer(x[rows], ids[rows], weights[rows]), everything[rows]), (first, count)
 
 
-@pytest.mark.parametrize("row_scales", [[0], [1], [2], [127], [252], [253], [254], [2, 3, 100, 127, 130, 251, 252], [127, 1]])
+@pytest.mark.parametrize(
+    "row_scales", [[0], [1], [2], [127], [252], [253], [254], [2, 3, 100, 127, 130, 251, 252], [127, 1]]
+)
 def test_extreme_scales_in_bf16(isa: str, row_scales: list[int]) -> None:
     """One of 32 columns is read at a time; what is too large or too small for bf16 must be infinite or zero, and nothing else changes."""
     codes = torch.arange(16, dtype=torch.uint8).repeat(2)
@@ -275,7 +321,9 @@ def test_extreme_scales_in_bf16(isa: str, row_scales: list[int]) -> None:
     scales = torch.tensor(row_scales * 32, dtype=torch.uint8)[:32]
     down = from_natural(blocks, scales[None, :, None].contiguous(), ROWS16)
     expected = unpack(down, torch.float32)[0]
-    gate_up = from_natural(torch.zeros(1, 64, 1, 16, dtype=torch.uint8), torch.zeros(1, 64, 1, dtype=torch.uint8), ROWS16)
+    gate_up = from_natural(
+        torch.zeros(1, 64, 1, 16, dtype=torch.uint8), torch.zeros(1, 64, 1, dtype=torch.uint8), ROWS16
+    )
     for tokens in (1, 40):
         for column in range(16):
             bias = torch.full((1, 64), 20.0)
@@ -341,7 +389,11 @@ def test_a_token_is_the_same_in_every_batch_and_for_all_threads(isa: str) -> Non
     for threads, count, first in itertools.product((1, 2, 3), (1, 2, 3, 5, 8, 64), (0, 1, 100)):
         torch.set_num_threads(threads)
         rows = slice(first, first + count)
-        assert torch.equal(layer(x[rows], ids[rows], weights[rows]), everything[rows]), (threads, count, first)
+        assert torch.equal(layer(x[rows], ids[rows], weights[rows]), everything[rows]), (
+            threads,
+            count,
+            first,
+        )
 
 
 def test_every_code_and_scale_is_decoded_exactly(fp32_isa: str) -> None:
@@ -354,7 +406,9 @@ def test_every_code_and_scale_is_decoded_exactly(fp32_isa: str) -> None:
         down = from_natural(blocks, scales, ROWS16)
         expected = unpack(down, torch.float32)[0]
         # gate = 20 clamps to the limit, so activation = (up + 1) * limit * sigmoid(alpha * limit); up = -1 except in the read column.
-        gate_up = from_natural(torch.zeros(1, 64, 1, 16, dtype=torch.uint8), torch.zeros(1, 64, 1, dtype=torch.uint8), ROWS16)
+        gate_up = from_natural(
+            torch.zeros(1, 64, 1, 16, dtype=torch.uint8), torch.zeros(1, 64, 1, dtype=torch.uint8), ROWS16
+        )
         for column in range(32):
             bias = torch.full((1, 64), 20.0)
             bias[0, 1::2] = -1.0
@@ -399,7 +453,9 @@ def test_the_public_functions_take_the_fast_path(monkeypatch: pytest.MonkeyPatch
     x = torch.randn(3, 64)
     ids, weights = choices(3, 4, 2)
     arguments = (x, ids, weights, layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias)
-    assert torch.equal(kernels.moe.fused_experts(*arguments, swiglu_limit=LIMIT, swiglu_alpha=ALPHA), layer(x, ids, weights))
+    assert torch.equal(
+        kernels.moe.fused_experts(*arguments, swiglu_limit=LIMIT, swiglu_alpha=ALPHA), layer(x, ids, weights)
+    )
     with pytest.raises(ValueError, match=r"^topk_ids must be from 0 to 3"):
         kernels.moe.fused_experts(x, ids + 4, *arguments[2:], swiglu_limit=LIMIT, swiglu_alpha=ALPHA)
 
@@ -474,5 +530,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_a_forked_child_computes_with_as_many_and_with_fewer_threads() -> None:
-    run = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, check=False, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", _FORK], capture_output=True, text=True, check=False, timeout=120
+    )
     assert (run.returncode, run.stdout) == (0, "4\n2\n"), run.stderr

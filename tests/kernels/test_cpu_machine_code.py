@@ -47,7 +47,9 @@ def only_x86() -> None:
 
 def misplaced(needs: dict[Function, set[str]]) -> set[str]:
     """Functions that need more than every processor has, where such are not allowed."""
-    return {function.name for function, found in needs.items() if not found <= BEYOND.get(function.file, set())}
+    return {
+        function.name for function, found in needs.items() if not found <= BEYOND.get(function.file, set())
+    }
 
 
 def run_at_load(needs: dict[Function, set[str]]) -> set[str]:
@@ -99,7 +101,9 @@ def test_instructions_of_an_instruction_set_are_only_in_its_operations() -> None
     assert library is not None, "the C++ library was not built"
     needs = extensions(library)
     found = {file: set().union(*(kinds for f, kinds in needs.items() if f.file == file)) for file in BEYOND}
-    assert VEX in found["isa_avx2.cpp"], "its functions are not where they are looked for; was the library stripped?"
+    assert VEX in found["isa_avx2.cpp"], (
+        "its functions are not where they are looked for; was the library stripped?"
+    )
     assert EVEX in found["isa_avx512.cpp"]
     assert misplaced(needs) == set()
     assert run_at_load(needs) == set()
@@ -116,7 +120,9 @@ def test_what_is_misplaced_or_shared_would_be_noticed(tmp_path: Path) -> None:
     only_x86()
     source, library = tmp_path / "isa_avx2.cpp", tmp_path / "planted.so"
     source.write_text(PLANTED)
-    subprocess.run([compiler(), *flags(), "-shared", str(source), "-o", str(library)], check=True, timeout=120)
+    subprocess.run(
+        [compiler(), *flags(), "-shared", str(source), "-o", str(library)], check=True, timeout=120
+    )
     needs = extensions(library)
     assert {name.split("(")[0] for name in misplaced(needs)} >= {"cantata::leaked", "cantata::kept"}
     assert not any("inside" in name for name in misplaced(needs))

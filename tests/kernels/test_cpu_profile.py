@@ -13,7 +13,14 @@ from kernels.mxfp4 import ROWS16, pack
 from kernels.pointwise import add_rms_norm, rms_norm, yarn_cos_sin
 from kernels.sampling import SamplingBatch, sample
 
-ROPE = {"theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096, "truncate": False}
+ROPE = {
+    "theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
 
 
 def recorded(*operations: object) -> dict[str, Work]:
@@ -29,13 +36,17 @@ def only(work: dict[str, Work]) -> Work:
     return found
 
 
-@pytest.mark.parametrize(("window", "keys", "seen"), [(None, 5 + 20, 4 + 5 + 20), (8, 5 + 8, 4 + 5 + 8), (3, 4 + 3, 3 + 3 + 3)])
+@pytest.mark.parametrize(
+    ("window", "keys", "seen"), [(None, 5 + 20, 4 + 5 + 20), (8, 5 + 8, 4 + 5 + 8), (3, 4 + 3, 3 + 3 + 3)]
+)
 def test_attention_counts_the_keys_that_are_seen(window: int | None, keys: int, seen: int) -> None:
     """Two queries at the end of 5 tokens, one at the end of 20; 4 query heads and 2 KV heads of 8."""
     q, kv_cache = torch.zeros(3, 4, 8), torch.zeros(2, 4, 16, 2, 8)
     table = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32)
     lengths, rows = torch.tensor([5, 20], dtype=torch.int32), torch.tensor([0, 2, 3], dtype=torch.int32)
-    work = recorded(lambda: paged_attention(q, kv_cache, table, lengths, rows, torch.zeros(4), scale=1.0, window=window))
+    work = recorded(
+        lambda: paged_attention(q, kv_cache, table, lengths, rows, torch.zeros(4), scale=1.0, window=window)
+    )
     assert list(work) == ["attention, all keys" if window is None else f"attention, window {window}"]
     found = only(work)
     assert found.calls == 1
@@ -46,10 +57,24 @@ def test_attention_counts_the_keys_that_are_seen(window: int | None, keys: int, 
 
 def test_experts_count_those_that_are_hit_here() -> None:
     gate_up, down = pack(torch.randn(3, 128, 96), ROWS16), pack(torch.randn(3, 96, 64), ROWS16)
-    ids = torch.tensor([[0, 4], [5, 6], [9, 1]], dtype=torch.int32)  # of experts 4 to 6: 4, 5 and 6, one token each
-    arguments = (torch.randn(3, 96), ids, torch.rand(3, 2), gate_up, torch.zeros(3, 128), down, torch.zeros(3, 96))
+    ids = torch.tensor(
+        [[0, 4], [5, 6], [9, 1]], dtype=torch.int32
+    )  # of experts 4 to 6: 4, 5 and 6, one token each
+    arguments = (
+        torch.randn(3, 96),
+        ids,
+        torch.rand(3, 2),
+        gate_up,
+        torch.zeros(3, 128),
+        down,
+        torch.zeros(3, 96),
+    )
     work = only(
-        recorded(lambda: fused_experts(*arguments, swiglu_limit=7.0, swiglu_alpha=1.7, first_expert=4, num_experts=10)),
+        recorded(
+            lambda: fused_experts(
+                *arguments, swiglu_limit=7.0, swiglu_alpha=1.7, first_expert=4, num_experts=10
+            )
+        ),
     )
     weights = 3 * 96 * 64
     assert work.num_bytes == 3 * weights * 17 / 32 + 4 * 3 * 96
@@ -69,7 +94,15 @@ def test_operations_of_a_layer() -> None:
         lambda: yarn_cos_sin(torch.arange(5), 10, **ROPE),
         lambda: converted(torch.randn(3, 4), torch.bfloat16),
     )
-    assert list(work) == ["norms", "RoPE and KV store", "gate top-k", "sampling", "embedding", "rotary angles", "conversions"]
+    assert list(work) == [
+        "norms",
+        "RoPE and KV store",
+        "gate top-k",
+        "sampling",
+        "embedding",
+        "rotary angles",
+        "conversions",
+    ]
     assert work["embedding"].num_bytes == 2 * 3 * 12 * 2
     assert work["rotary angles"].num_bytes == 5 * 8 + 2 * 5 * 5 * 4
     assert work["conversions"].num_bytes == 12 * (4 + 2)

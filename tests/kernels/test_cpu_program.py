@@ -18,7 +18,14 @@ from kernels.linear import linear
 from kernels.moe import gate_topk
 from kernels.pointwise import add_rms_norm, rms_norm, yarn_cos_sin
 
-ROPE = {"theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096, "truncate": False}
+ROPE = {
+    "theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
 TABLE, WEIGHT, NORM = torch.randn(50, 24), torch.randn(40, 24), torch.randn(24)
 
 
@@ -90,7 +97,9 @@ def test_what_torch_computes_is_named_and_such_a_program_does_not_run() -> None:
         (lambda x: x.float() + 0, lambda x: x.unbind(0)[0]),
     ],
 )
-def test_a_view_that_copies_is_no_view(copies: Callable[[Tensor], Tensor], views: Callable[[Tensor], Tensor], inference: bool) -> None:
+def test_a_view_that_copies_is_no_view(
+    copies: Callable[[Tensor], Tensor], views: Callable[[Tensor], Tensor], inference: bool
+) -> None:
     x = torch.randn(3, 4)
     with torch.inference_mode(inference):
         assert record(ProgramMemory(), lambda: copies(x))[0].computed_elsewhere != ()
@@ -158,7 +167,9 @@ def test_embedding(dtype: torch.dtype) -> None:
     weight = torch.randn(9, 33).to(dtype)
     ids = torch.tensor([4, 12, 3, 13, 8, 2**40, 4])
     rows = embed(ids, weight, 4)
-    expected = torch.stack([weight[id - 4] if 4 <= id < 13 else torch.zeros(33, dtype=dtype) for id in ids.tolist()])
+    expected = torch.stack(
+        [weight[id - 4] if 4 <= id < 13 else torch.zeros(33, dtype=dtype) for id in ids.tolist()]
+    )
     assert torch.equal(rows, expected)
     assert embed(ids, weight[:0], 4).tolist() == torch.zeros(7, 33).tolist()
 
@@ -182,7 +193,12 @@ def test_a_gate_is_recorded() -> None:
 
 def test_copies_that_torch_makes_are_noticed_whatever_they_are_called() -> None:
     x = torch.randn(4, 8)
-    for copy in (lambda: x.to(torch.bfloat16), lambda: x.T.contiguous(), lambda: x.T.reshape(-1), lambda: x + 1):
+    for copy in (
+        lambda: x.to(torch.bfloat16),
+        lambda: x.T.contiguous(),
+        lambda: x.T.reshape(-1),
+        lambda: x + 1,
+    ):
         with torch.inference_mode():
             program, _ = record(ProgramMemory(), copy)
         assert program.computed_elsewhere

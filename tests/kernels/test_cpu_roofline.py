@@ -26,7 +26,9 @@ class Machine:
     def product(self, left: Tensor, right: Tensor) -> None:
         assert left.shape == right.shape == (len(left), len(left))
         assert left.dtype == right.dtype
-        took_s = 2 * len(left) ** 3 / self._rates[left.dtype] + (self._stall_s if torch.get_num_threads() > 1 else 0)
+        took_s = 2 * len(left) ** 3 / self._rates[left.dtype] + (
+            self._stall_s if torch.get_num_threads() > 1 else 0
+        )
         self.now_s += took_s
         self.calls.append((left.dtype, len(left), took_s))
 

@@ -13,7 +13,9 @@ from kernels.cpu import attention, experts, gate, pointwise, program, sampling, 
 
 SOURCES = Path(kernels.cpu.__file__).parent / "src"
 MODULES = (structures, attention, experts, gate, pointwise, program, sampling)
-NESTED = {f"{part}_{field}": f"{part}.{field}" for part in ("gate_up", "down") for field in ("blocks", "scales")}
+NESTED = {
+    f"{part}_{field}": f"{part}.{field}" for part in ("gate_up", "down") for field in ("blocks", "scales")
+}
 
 
 def all_structures() -> dict[str, type[ctypes.Structure]]:
@@ -33,14 +35,33 @@ def compiled(lines: list[str]) -> subprocess.CompletedProcess[str]:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    source = ["#include <cstddef>", "#include <utility>", '#include "ops.h"', "using namespace cantata; using std::declval;", *lines]
-    command = [compiler, "-std=gnu++17", "-fsyntax-only", "-Wno-invalid-offsetof", f"-I{SOURCES}", "-x", "c++", "-"]
-    return subprocess.run(command, input="\n".join(source), capture_output=True, text=True, check=False, timeout=120)
+    source = [
+        "#include <cstddef>",
+        "#include <utility>",
+        '#include "ops.h"',
+        "using namespace cantata; using std::declval;",
+        *lines,
+    ]
+    command = [
+        compiler,
+        "-std=gnu++17",
+        "-fsyntax-only",
+        "-Wno-invalid-offsetof",
+        f"-I{SOURCES}",
+        "-x",
+        "c++",
+        "-",
+    ]
+    return subprocess.run(
+        command, input="\n".join(source), capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 def test_the_structures_are_those_of_the_sources() -> None:
     found = all_structures()
-    declared = {line.split()[1] for line in (SOURCES / "ops.h").read_text().splitlines() if line.startswith("struct ")}
+    declared = {
+        line.split()[1] for line in (SOURCES / "ops.h").read_text().splitlines() if line.startswith("struct ")
+    }
     assert set(found) == declared - {"Mxfp4", "StepOps", "Ops", "Bf16Ops"}
     result = compiled([line for name, structure in found.items() for line in assertions(name, structure)])
     assert result.returncode == 0, result.stderr

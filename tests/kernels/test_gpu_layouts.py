@@ -8,17 +8,31 @@ from torch import Tensor
 
 from kernels.moe import tile_choice
 from kernels.moe.tile_choice import DENSE, MXFP4, MXFP4_MXFP8, MXFP4_WGMMA, choose_tile, tiles
-from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4, choose_layout, from_natural, layouts, pack, to_natural, unpack
+from kernels.mxfp4 import (
+    NATURAL,
+    WGMMA,
+    PackedMXFP4,
+    choose_layout,
+    from_natural,
+    layouts,
+    pack,
+    to_natural,
+    unpack,
+)
 from kernels.mxfp4.wgmma import FOLDED_EXPONENT, ROTATIONS
 
 GPU = torch.device("cuda", 0)
 LARGEST_SCALE = 128
 
 
-def random_natural(experts: int, rows: int, groups: int, seed: int, highest: int = LARGEST_SCALE) -> tuple[Tensor, Tensor]:
+def random_natural(
+    experts: int, rows: int, groups: int, seed: int, highest: int = LARGEST_SCALE
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (experts, rows, groups, 16), dtype=torch.uint8, generator=generator)
-    return blocks, torch.randint(0, highest + 1, (experts, rows, groups), dtype=torch.uint8, generator=generator)
+    return blocks, torch.randint(
+        0, highest + 1, (experts, rows, groups), dtype=torch.uint8, generator=generator
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,7 +81,9 @@ def test_scales_that_the_layout_cannot_hold_are_refused() -> None:
     exact = unpack(from_natural(blocks, scales, WGMMA), torch.float32)
     torch.testing.assert_close(exact, unpack(from_natural(blocks, scales), torch.float32), atol=0, rtol=0)
     scales[1, 17, 2] = LARGEST_SCALE + 1
-    with pytest.raises(ValueError, match=r"^scales must be at most 128 .*wgmma.v1, found 129 at \[1, 17, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"^scales must be at most 128 .*wgmma.v1, found 129 at \[1, 17, 2\]"
+    ):
         from_natural(blocks, scales, WGMMA)
 
 
@@ -83,7 +99,9 @@ def test_scales_that_the_layout_cannot_hold_are_refused() -> None:
         ("gfx1100", NATURAL),
     ],
 )
-def test_a_gpu_gets_the_layout_of_its_kernels(architecture: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_gets_the_layout_of_its_kernels(
+    architecture: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(layouts, "architecture", lambda device: architecture)
     monkeypatch.setattr(layouts, "triton_runs_on", lambda device: True)
     assert choose_layout(GPU) == layout
@@ -97,7 +115,21 @@ def test_without_triton_a_gpu_gets_the_layout_of_the_reference(monkeypatch: pyte
 
 @pytest.mark.parametrize("weights", [MXFP4, MXFP4_WGMMA, MXFP4_MXFP8, DENSE])
 @pytest.mark.parametrize(
-    "architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_137", "gfx942", "gfx90a", "gfx950", "cpu"]
+    "architecture",
+    [
+        "sm_80",
+        "sm_86",
+        "sm_89",
+        "sm_90",
+        "sm_100",
+        "sm_103",
+        "sm_120",
+        "sm_137",
+        "gfx942",
+        "gfx90a",
+        "gfx950",
+        "cpu",
+    ],
 )
 def test_every_architecture_has_tiles(architecture: str, weights: str) -> None:
     """Also those that nobody knew; larger for more rows, and the smallest for a single token."""
@@ -105,7 +137,10 @@ def test_every_architecture_has_tiles(architecture: str, weights: str) -> None:
     limits = [tile.max_rows or tile.block_m for tile in choice]
     assert limits == sorted(set(limits))
     assert all(limit <= tile.block_m for limit, tile in zip(limits, choice, strict=True))
-    chosen = [choose_tile(weights, architecture, num_pairs, 128, fp32=False).block_m for num_pairs in (4, 32, 1 << 10, 1 << 12, 1 << 18)]
+    chosen = [
+        choose_tile(weights, architecture, num_pairs, 128, fp32=False).block_m
+        for num_pairs in (4, 32, 1 << 10, 1 << 12, 1 << 18)
+    ]
     assert chosen[0] == choice[0].block_m
     assert chosen[-1] == choice[-1].block_m
     assert chosen == sorted(chosen)
@@ -116,7 +151,10 @@ def test_every_architecture_has_tiles(architecture: str, weights: str) -> None:
 
 def test_a_few_tokens_take_the_narrow_tile_of_wgmma() -> None:
     """Of 64 rows of the weights while an expert has 8 tokens by twice the mean, and of at least 16 tokens, which all of Triton knows."""
-    shapes = [(tile.block_m, tile.block_n) for tile in (choose_tile(MXFP4_WGMMA, "sm_90", n, 128, fp32=False) for n in (4, 512, 513, 1024))]
+    shapes = [
+        (tile.block_m, tile.block_n)
+        for tile in (choose_tile(MXFP4_WGMMA, "sm_90", n, 128, fp32=False) for n in (4, 512, 513, 1024))
+    ]
     assert shapes == [(16, 64), (16, 64), (16, 128), (16, 128)]
 
 
@@ -125,4 +163,12 @@ def test_unknown_architectures_have_the_tiles_of_their_family() -> None:
     assert tiles(MXFP4, "sm_121") == tiles(MXFP4, "sm_120")
     assert tiles(MXFP4, "sm_86") == tiles(MXFP4, "sm_80")
     assert tiles(MXFP4, "gfx90a") == tiles(MXFP4, "gfx942")
-    assert set(tile_choice.ARCHITECTURES) == {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"}
+    assert set(tile_choice.ARCHITECTURES) == {
+        "sm_80",
+        "sm_89",
+        "sm_90",
+        "sm_100",
+        "sm_120",
+        "gfx942",
+        "gfx950",
+    }

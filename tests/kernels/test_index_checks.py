@@ -6,7 +6,9 @@ from kernels import backend
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ("", False), ("0", False), ("1", True)])
-def test_indices_are_checked_where_the_environment_says_so(monkeypatch: pytest.MonkeyPatch, value: str | None, expected: bool) -> None:
+def test_indices_are_checked_where_the_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, expected: bool
+) -> None:
     monkeypatch.setattr(backend, "_interpreting", lambda: False)
     monkeypatch.delenv("CANTATA_CHECK_INDICES", raising=False)
     if value is not None:

@@ -42,7 +42,12 @@ class Case:
         )
 
     def expected(self, window: int | None) -> Tensor:
-        return torch.cat([oracle(q, k, v, self.sinks, window) for q, k, v in zip(self.queries, self.keys, self.values, strict=True)])
+        return torch.cat(
+            [
+                oracle(q, k, v, self.sinks, window)
+                for q, k, v in zip(self.queries, self.keys, self.values, strict=True)
+            ]
+        )
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None) -> Tensor:
@@ -53,7 +58,9 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None) -
     position, key = torch.arange(len(k) - len(q), len(k))[:, None], torch.arange(len(k))
     visible = (key <= position) & (key > position - (len(k) if window is None else window))
     logits = logits.masked_fill(~visible, -torch.inf)
-    weights = torch.cat((logits, sinks.double()[:, None, None].expand(-1, len(q), 1)), dim=2).softmax(-1)[:, :, :-1]
+    weights = torch.cat((logits, sinks.double()[:, None, None].expand(-1, len(q), 1)), dim=2).softmax(-1)[
+        :, :, :-1
+    ]
     return (weights @ values).transpose(0, 1)
 
 
@@ -181,7 +188,9 @@ def test_not_a_number_is_not_hidden() -> None:
 def test_queries_may_be_a_part_of_a_wider_tensor() -> None:
     case = make_case([(5, 300), (1, 40)])
     whole = case.run(None)
-    case.queries = [torch.cat((query, torch.full_like(query, torch.nan)), dim=1)[:, :HEADS] for query in case.queries]
+    case.queries = [
+        torch.cat((query, torch.full_like(query, torch.nan)), dim=1)[:, :HEADS] for query in case.queries
+    ]
     assert not case.queries[0].is_contiguous()
     assert torch.equal(case.run(None), whole)
 
@@ -211,7 +220,9 @@ def test_blocks_outside_the_cache_are_refused() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["reference"], indirect=True)  # only this one gathers keys
-def test_large_batches_are_cut_by_memory_without_a_difference(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_batches_are_cut_by_memory_without_a_difference(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = make_case([(1, 100 + i) for i in range(20)] + [(300, 700)])
     whole = case.run(None)
     monkeypatch.setattr(attention_reference, "MAX_ELEMENTS", 1)
@@ -221,7 +232,9 @@ def test_large_batches_are_cut_by_memory_without_a_difference(implementation: st
 
 @pytest.mark.parametrize("heads_and_dim", [(6, 10), (8, 64)])
 @pytest.mark.parametrize("window", [None, 20, 128])
-def test_a_query_is_the_same_however_its_sequence_is_cut(window: int | None, heads_and_dim: tuple[int, int]) -> None:
+def test_a_query_is_the_same_however_its_sequence_is_cut(
+    window: int | None, heads_and_dim: tuple[int, int]
+) -> None:
     heads, head_dim = heads_and_dim
     kv_heads, length = heads // 2, 700
     generator = torch.Generator().manual_seed(1)
@@ -246,7 +259,18 @@ def test_a_query_is_the_same_however_its_sequence_is_cut(window: int | None, hea
         return list(out.split(sizes))
 
     whole = run([(0, length)])[0]
-    spans = [(699, 700), (0, 1), (5, 6), (127, 130), (600, 700), (13, 300), (255, 258), (511, 514), (128, 129), (0, 129)]
+    spans = [
+        (699, 700),
+        (0, 1),
+        (5, 6),
+        (127, 130),
+        (600, 700),
+        (13, 300),
+        (255, 258),
+        (511, 514),
+        (128, 129),
+        (0, 129),
+    ]
     for (first, end), together in zip(spans, run(spans), strict=True):
         assert torch.equal(run([(first, end)])[0], together), (first, end)
         assert torch.equal(together, whole[first:end]), (first, end)
@@ -271,7 +295,9 @@ def test_rope_and_store_kv_is_both() -> None:
     kv_cache = torch.full((2, 4, BLOCK_SIZE, KV_HEADS, HEAD_DIM), -7.0)
     cos, sin = angles.cos(), angles.sin()
     first, second = qkv.chunk(2, dim=-1)
-    rotated = torch.cat((first * cos[:, None] - second * sin[:, None], second * cos[:, None] + first * sin[:, None]), dim=-1)
+    rotated = torch.cat(
+        (first * cos[:, None] - second * sin[:, None], second * cos[:, None] + first * sin[:, None]), dim=-1
+    )
     queries = rope_and_store_kv(qkv.clone(), num_heads, cos, sin, kv_cache, slots)
     torch.testing.assert_close(queries, rotated[:, :num_heads])
     stored = kv_cache.view(2, 4 * BLOCK_SIZE, KV_HEADS, HEAD_DIM)
@@ -303,7 +329,10 @@ def test_rope_and_store_in_bf16_rounds_once(head_dim: int) -> None:
     qkv = torch.randn(num_tokens, num_heads + 2 * KV_HEADS, head_dim, generator=generator).bfloat16()
     angles = torch.rand(num_tokens, head_dim // 2, generator=generator) * 7
     slots = torch.randperm(4 * BLOCK_SIZE, generator=generator)[:num_tokens]
-    turned = torch.complex(*qkv.double().chunk(2, dim=-1)) * torch.complex(angles.cos().double(), angles.sin().double())[:, None]
+    turned = (
+        torch.complex(*qkv.double().chunk(2, dim=-1))
+        * torch.complex(angles.cos().double(), angles.sin().double())[:, None]
+    )
     expected = torch.cat((turned.real, turned.imag), dim=-1)
     for threads in (1, 3):
         torch.set_num_threads(threads)
@@ -312,12 +341,18 @@ def test_rope_and_store_in_bf16_rounds_once(head_dim: int) -> None:
         stored = kv_cache.view(2, -1, KV_HEADS, head_dim)[:, slots]
         tolerance = {"atol": 1e-6, "rtol": 2**-8}
         torch.testing.assert_close(queries.double(), expected[:, :num_heads], **tolerance)
-        torch.testing.assert_close(stored[0].double(), expected[:, num_heads : num_heads + KV_HEADS], **tolerance)
+        torch.testing.assert_close(
+            stored[0].double(), expected[:, num_heads : num_heads + KV_HEADS], **tolerance
+        )
         assert torch.equal(stored[1], qkv[:, num_heads + KV_HEADS :])
 
 
 def test_store_kv_refuses_bad_arguments() -> None:
-    cache, row, slots = torch.zeros(2, 4, BLOCK_SIZE, KV_HEADS, HEAD_DIM), torch.zeros(2, KV_HEADS, HEAD_DIM), torch.tensor([1, 2])
+    cache, row, slots = (
+        torch.zeros(2, 4, BLOCK_SIZE, KV_HEADS, HEAD_DIM),
+        torch.zeros(2, KV_HEADS, HEAD_DIM),
+        torch.tensor([1, 2]),
+    )
     bad = [
         ("kv_cache", (row, row, cache[0], slots)),
         ("k ", (row[:, :2], row, cache, slots)),
@@ -349,11 +384,25 @@ def test_paged_attention_refuses_bad_arguments() -> None:
     }
     paged_attention(**good, scale=SCALE)
     bad = {
-        "q": [torch.zeros(3, HEADS, 8), torch.zeros(3, 7, HEAD_DIM), torch.zeros(3, HEADS, HEAD_DIM).bfloat16()],
+        "q": [
+            torch.zeros(3, HEADS, 8),
+            torch.zeros(3, 7, HEAD_DIM),
+            torch.zeros(3, HEADS, HEAD_DIM).bfloat16(),
+        ],
         "kv_cache": [torch.zeros(2, 5, BLOCK_SIZE, HEAD_DIM)],
-        "block_table": [torch.ones(2, 3), torch.ones(6, dtype=torch.int32), torch.ones(2, 2, dtype=torch.int32)],
+        "block_table": [
+            torch.ones(2, 3),
+            torch.ones(6, dtype=torch.int32),
+            torch.ones(2, 2, dtype=torch.int32),
+        ],
         "context_lens": [int32(20), torch.tensor([20, 40])],
-        "cu_seqlens_q": [int32(0, 3), int32(0, 1, 2), int32(1, 1, 3), int32(0, 4, 3), torch.tensor([0, 1, 3])],
+        "cu_seqlens_q": [
+            int32(0, 3),
+            int32(0, 1, 2),
+            int32(1, 1, 3),
+            int32(0, 4, 3),
+            torch.tensor([0, 1, 3]),
+        ],
         "sinks": [torch.zeros(KV_HEADS)],
     }
     for name, values in bad.items():
@@ -384,5 +433,9 @@ def test_memory_does_not_grow_with_the_square_of_the_length(implementation: str)
     case = make_case([(length, length)], window=None)
     with Largest():
         case.run(None)
-    assert Largest.elements <= max(attention_reference.MAX_ELEMENTS, case.kv_cache.numel()) < HEADS * length * length / 10
+    assert (
+        Largest.elements
+        <= max(attention_reference.MAX_ELEMENTS, case.kv_cache.numel())
+        < HEADS * length * length / 10
+    )
     assert math.isfinite(float(case.run(None).sum()))

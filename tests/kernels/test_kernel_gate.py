@@ -27,18 +27,26 @@ from benchmarks.kernel_specs.spec import GATED_TARGETS, KernelSpec, Limits, Pass
 ROOT = Path(__file__).parents[2]
 TORCHS_TRITON = Path(sys.prefix) / "torchs-triton"
 NUM_PROCESSES = 2
-LIMITED = [(name, target) for name, spec in all_specs().items() for target in GATED_TARGETS if target in spec.limits]
+LIMITED = [
+    (name, target) for name, spec in all_specs().items() for target in GATED_TARGETS if target in spec.limits
+]
 
 
 def torchs_triton() -> str:
     """Its version."""
-    versions = [found.version for found in metadata.distributions(path=[str(TORCHS_TRITON)]) if found.name == "triton"]
-    assert len(versions) == 1, f"the Triton of torch's build for CUDA is not in {TORCHS_TRITON}: run scripts/install.sh dev"
+    versions = [
+        found.version for found in metadata.distributions(path=[str(TORCHS_TRITON)]) if found.name == "triton"
+    ]
+    assert len(versions) == 1, (
+        f"the Triton of torch's build for CUDA is not in {TORCHS_TRITON}: run scripts/install.sh dev"
+    )
     return versions[0]
 
 
 def test_the_triton_of_torch_is_the_one_that_torch_asks_for() -> None:
-    asked = [requirement for requirement in metadata.requires("torch") or () if requirement.startswith("triton")]
+    asked = [
+        requirement for requirement in metadata.requires("torch") or () if requirement.startswith("triton")
+    ]
     if not asked:
         pytest.skip("only torch's build for CUDA asks for a Triton")
     assert [re.match(r"triton *==([\w.]+)", requirement)[1] for requirement in asked] == [torchs_triton()]
@@ -47,9 +55,19 @@ def test_the_triton_of_torch_is_the_one_that_torch_asks_for() -> None:
 @pytest.mark.timeout(900)
 def test_machine_code_keeps_to_its_limits_with_the_triton_of_torch() -> None:
     version = torchs_triton()
-    command = [sys.executable, "-m", "benchmarks.kernel_report", "--targets", ",".join(GATED_TARGETS), "--jobs", str(NUM_PROCESSES)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.kernel_report",
+        "--targets",
+        ",".join(GATED_TARGETS),
+        "--jobs",
+        str(NUM_PROCESSES),
+    ]
     path = os.pathsep.join(map(str, (TORCHS_TRITON, ROOT)))
-    report = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    report = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
     assert report.returncode == 0, report.stderr
     lines = report.stdout.splitlines()
     assert lines[0] == f"Triton {version}"
@@ -60,14 +78,23 @@ def test_machine_code_keeps_to_its_limits_with_the_triton_of_torch() -> None:
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str], "Future[MachineCode]"]:
     """All that the selected tests want, by (spec, target): one pool for the module."""
-    items = [item for item in request.session.items if isinstance(item, pytest.Function) and "compiled" in item.fixturenames]
+    items = [
+        item
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and "compiled" in item.fixturenames
+    ]
     wanted = {(item.callspec.params["name"], item.callspec.params["target"]) for item in items}
-    return {(name, target): future for name, target, future in compile_all([job for job in LIMITED if job in wanted], NUM_PROCESSES)}
+    return {
+        (name, target): future
+        for name, target, future in compile_all([job for job in LIMITED if job in wanted], NUM_PROCESSES)
+    }
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "target"), LIMITED)
-def test_machine_code_keeps_to_its_limits(compiled: dict[tuple[str, str], "Future[MachineCode]"], name: str, target: str) -> None:
+def test_machine_code_keeps_to_its_limits(
+    compiled: dict[tuple[str, str], "Future[MachineCode]"], name: str, target: str
+) -> None:
     code = compiled[name, target].result()
     assert not violations(code, all_specs()[name], target)
 
@@ -97,7 +124,9 @@ def spec_of(block_m: int, block_n: int, block_k: int, **changes: object) -> Kern
     return replace(spec, **changes)
 
 
-@pytest.mark.parametrize(("target", "matrix"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx950", "v_mfma")])
+@pytest.mark.parametrize(
+    ("target", "matrix"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx950", "v_mfma")]
+)
 def test_what_the_figures_are_of_a_matrix_product(target: str, matrix: str) -> None:
     spec = spec_of(64, 64, 64)
     code = compile_kernel(spec, target)
@@ -111,7 +140,9 @@ def test_what_the_figures_are_of_a_matrix_product(target: str, matrix: str) -> N
     assert 0 < code.instructions < code.size
     per_weights = code.instructions_per_8_weights(spec)
     assert per_weights == code.instructions * code.threads / 512
-    limits = Limits(matrix=matrix, load_bits=128, instructions=per_weights, registers=code.registers, traffic=1.0)
+    limits = Limits(
+        matrix=matrix, load_bits=128, instructions=per_weights, registers=code.registers, traffic=1.0
+    )
     assert not violations(code, replace(spec, limits={target: limits}), target)
     cells = row(spec, target, code)
     assert tuple(cells) == COLUMNS
@@ -155,7 +186,10 @@ def test_spills_are_found_without_any_limits() -> None:
 
 def test_a_compiled_kernel_never_comes_from_the_cache() -> None:
     """The same kernel with another matrix of the compiler's options; a stale entry would have the first one's registers."""
-    wide, narrow = (compile_kernel(spec_of(64, 64, 64, options={"num_warps": 4, "maxnreg": registers}), "sm_80") for registers in (128, 64))
+    wide, narrow = (
+        compile_kernel(spec_of(64, 64, 64, options={"num_warps": 4, "maxnreg": registers}), "sm_80")
+        for registers in (128, 64)
+    )
     assert narrow.registers <= 64 < wide.registers
 
 
@@ -168,7 +202,12 @@ def test_a_signature_that_does_not_match_is_named() -> None:
 def double(x, PACK: tl.constexpr):
     at = x + tl.arange(0, 128)
     value = tl.load(at)
-    tl.store(at, tl.inline_asm_elementwise("add.u32 $0, $1, $1;", "=r,r", [value], dtype=value.dtype, is_pure=True, pack=PACK))
+    tl.store(
+        at,
+        tl.inline_asm_elementwise(
+            "add.u32 $0, $1, $1;", "=r,r", [value], dtype=value.dtype, is_pure=True, pack=PACK
+        ),
+    )
 
 
 @pytest.mark.parametrize(("kind", "pack"), [("*u32", 1), ("*u8", 4)])
@@ -179,17 +218,34 @@ def test_inline_assembly_of_several_elements_is_refused(kind: str, pack: int) ->
 
 
 def test_loops_of_nvidia_assembly() -> None:
-    lines = ["MOV R1, c[0x0][0x28]", "@P0 BRA `(.L_x_2)", None, "LDG.E.128 R4, desc[UR6][R2.64]", "@!P1 BRA `(.L_x_1)", "EXIT"]
+    lines = [
+        "MOV R1, c[0x0][0x28]",
+        "@P0 BRA `(.L_x_2)",
+        None,
+        "LDG.E.128 R4, desc[UR6][R2.64]",
+        "@!P1 BRA `(.L_x_1)",
+        "EXIT",
+    ]
     listing, address = "", 0
     for line in lines:
-        listing += ".L_x_1:\n" if line is None else f"        /*{(address := address + 16):04x}*/                   {line} ;\n"
+        listing += (
+            ".L_x_1:\n"
+            if line is None
+            else f"        /*{(address := address + 16):04x}*/                   {line} ;\n"
+        )
     program = parse_sass(listing + ".L_x_2:\n")
     assert program.names == ["MOV", "BRA", "LDG.E.128", "BRA", "EXIT"]
     assert program.loops() == [{2, 3}]
 
 
 def test_loops_of_amd_assembly() -> None:
-    lines = ["s_mov_b32 s0, 0", None, "global_load_dwordx4 v[0:3], v4, s[2:3]", "s_cbranch_scc1 .LBB0_1", "s_cbranch_scc0 .LBB0_2"]
+    lines = [
+        "s_mov_b32 s0, 0",
+        None,
+        "global_load_dwordx4 v[0:3], v4, s[2:3]",
+        "s_cbranch_scc1 .LBB0_1",
+        "s_cbranch_scc0 .LBB0_2",
+    ]
     listing = "".join(".LBB0_1:\n" if line is None else f"\t{line}\n" for line in lines)
     program = parse_gcn(listing + ".LBB0_2:\n")
     assert program.names == ["s_mov_b32", "global_load_dwordx4", "s_cbranch_scc1", "s_cbranch_scc0"]
@@ -198,9 +254,19 @@ def test_loops_of_amd_assembly() -> None:
 
 def test_a_part_of_a_loop_that_lies_elsewhere_belongs_to_it() -> None:
     """As LLVM places what a mask skips: behind the loop, with a jump back into it, which is no loop of its own."""
-    lines = ["s_mov_b32", "head:", "v_mfma_f32", "s_cbranch_execnz aside", "back:", "s_cbranch_scc1 head", "s_endpgm"]
+    lines = [
+        "s_mov_b32",
+        "head:",
+        "v_mfma_f32",
+        "s_cbranch_execnz aside",
+        "back:",
+        "s_cbranch_scc1 head",
+        "s_endpgm",
+    ]
     lines += ["aside:", "global_load_dwordx4 v[0:3]", "s_branch back"]
-    listing = "".join(f".L{line}\n" if line.endswith(":") else f"\t{line.replace(' ', ' .L')}\n" for line in lines)
+    listing = "".join(
+        f".L{line}\n" if line.endswith(":") else f"\t{line.replace(' ', ' .L')}\n" for line in lines
+    )
     program = parse_gcn(listing)
     assert program.loops() == [{1, 2, 3, 5, 6}]
     assert program.main_loop(re.compile("v_mfma")) == [

@@ -15,7 +15,10 @@ LARGE_SHAPES = [(512, 2880), (32, 2880), (2880, 4096)] if native.shared_library(
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 100])
 def test_agrees_with_float64(rows: int, outputs: int, width: int) -> None:
     generator = torch.Generator().manual_seed(rows)
-    x, weight = torch.randn(rows, width, generator=generator), torch.randn(outputs, width, generator=generator)
+    x, weight = (
+        torch.randn(rows, width, generator=generator),
+        torch.randn(outputs, width, generator=generator),
+    )
     bias = torch.randn(outputs, generator=generator)
     expected = torch.einsum("tk,nk->tn", x.double(), weight.double()) + bias.double()
     # fp32 sums of up to 256 products of order 1.
@@ -28,11 +31,16 @@ def test_agrees_with_float64(rows: int, outputs: int, width: int) -> None:
 def test_a_row_is_the_same_in_every_batch(outputs: int, width: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(outputs)
     x = torch.randn(300, width, generator=generator).to(dtype)
-    weight, bias = torch.randn(outputs, width, generator=generator).to(dtype), torch.randn(outputs, generator=generator).to(dtype)
+    weight, bias = (
+        torch.randn(outputs, width, generator=generator).to(dtype),
+        torch.randn(outputs, generator=generator).to(dtype),
+    )
     everything = linear(x, weight, bias)
     for rows in (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 100, 129):
         for first in (0, 1, 37):
-            assert torch.equal(linear(x[first : first + rows], weight, bias), everything[first : first + rows]), (rows, first)
+            assert torch.equal(
+                linear(x[first : first + rows], weight, bias), everything[first : first + rows]
+            ), (rows, first)
 
 
 def test_fp32_weights_widen_the_input() -> None:
@@ -52,6 +60,8 @@ def test_fp32_weights_widen_the_input() -> None:
         (torch.zeros(1, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.bfloat16), "bias"),
     ],
 )
-def test_bad_arguments_are_named(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, named: str) -> None:
+def test_bad_arguments_are_named(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, named: str
+) -> None:
     with pytest.raises(ValueError, match=rf"^{named}"):
         linear(x, weight, bias)

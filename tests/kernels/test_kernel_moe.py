@@ -45,7 +45,10 @@ def oracle(x: Tensor, ids: Tensor, expert_weights: Tensor, w: Weights) -> Tensor
                 gate = min(float(projected[2 * neuron]), LIMIT)
                 up = max(-LIMIT, min(LIMIT, float(projected[2 * neuron + 1])))
                 active.append((up + 1) * gate / (1 + math.exp(-ALPHA * gate)))
-            result = w.down[expert].double() @ torch.tensor(active, dtype=torch.float64) + w.down_bias[expert].double()
+            result = (
+                w.down[expert].double() @ torch.tensor(active, dtype=torch.float64)
+                + w.down_bias[expert].double()
+            )
             out[token] += float(expert_weights[token, slot]) * result
     return out
 
@@ -56,9 +59,25 @@ def inputs(num_tokens: int = T, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     return (x, *gate_topk(torch.randn(num_tokens, E, generator=generator), K))
 
 
-def run(x: Tensor, ids: Tensor, expert_weights: Tensor, w: Weights, packed: tuple[PackedMXFP4, PackedMXFP4] | None = None) -> Tensor:
+def run(
+    x: Tensor,
+    ids: Tensor,
+    expert_weights: Tensor,
+    w: Weights,
+    packed: tuple[PackedMXFP4, PackedMXFP4] | None = None,
+) -> Tensor:
     gate_up, down = packed or (w.gate_up, w.down)
-    return fused_experts(x, ids, expert_weights, gate_up, w.gate_up_bias, down, w.down_bias, swiglu_limit=LIMIT, swiglu_alpha=ALPHA)
+    return fused_experts(
+        x,
+        ids,
+        expert_weights,
+        gate_up,
+        w.gate_up_bias,
+        down,
+        w.down_bias,
+        swiglu_limit=LIMIT,
+        swiglu_alpha=ALPHA,
+    )
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -103,7 +122,10 @@ def test_bf16_activations() -> None:
 def test_against_transformers() -> None:
     config = GptOssConfig(hidden_size=H, intermediate_size=WIDTH, num_local_experts=E, num_experts_per_tok=K)
     theirs, w = GptOssExperts(config), weights()
-    theirs.gate_up_proj.data, theirs.gate_up_proj_bias.data = w.gate_up.transpose(1, 2).contiguous(), w.gate_up_bias
+    theirs.gate_up_proj.data, theirs.gate_up_proj_bias.data = (
+        w.gate_up.transpose(1, 2).contiguous(),
+        w.gate_up_bias,
+    )
     theirs.down_proj.data, theirs.down_proj_bias.data = w.down.transpose(1, 2).contiguous(), w.down_bias
     x, ids, expert_weights = inputs(40)
     assert_near(run(x, ids, expert_weights, w), theirs(x, ids.long(), expert_weights).detach().double(), 1e-5)
@@ -152,7 +174,12 @@ def test_the_gate_is_not_clamped_below() -> None:
 def test_a_token_is_the_same_in_every_batch_at_an_odd_width() -> None:
     """Widths that are no multiple of a vector leave remainders, which elementwise loops may compute in another way."""
     generator = torch.Generator().manual_seed(2)
-    odd = Weights(*(torch.randn(shape, generator=generator) for shape in ((E, 2 * 37, 33), (E, 2 * 37), (E, 33, 37), (E, 33))))
+    odd = Weights(
+        *(
+            torch.randn(shape, generator=generator)
+            for shape in ((E, 2 * 37, 33), (E, 2 * 37), (E, 33, 37), (E, 33))
+        )
+    )
     x, ids = torch.randn(60, 33, generator=generator), torch.randint(0, E, (60, 1), generator=generator)
     ones = torch.ones(60, 1)
     everything = run(x, ids, ones, odd)
@@ -173,7 +200,10 @@ def test_a_token_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
     everything = run(x, ids, expert_weights, w, packed)
     for first, count in [(0, 1), (5, 1), (3, 2), (17, 8), (1, 33), (40, 90)]:
         part = slice(first, first + count)
-        assert torch.equal(run(x[part], ids[part], expert_weights[part], w, packed), everything[part]), (first, count)
+        assert torch.equal(run(x[part], ids[part], expert_weights[part], w, packed), everything[part]), (
+            first,
+            count,
+        )
     order = torch.randperm(130, generator=torch.Generator().manual_seed(3))
     assert torch.equal(run(x[order], ids[order], expert_weights[order], w, packed), everything[order])
 
@@ -184,7 +214,9 @@ def test_gate_takes_the_softmax_over_the_chosen() -> None:
     ids, chosen_weights = gate_topk(logits, 4)
     assert ids.dtype == torch.int32
     assert chosen_weights.dtype == torch.float32
-    for row, found_ids, found_weights in zip(logits.tolist(), ids.tolist(), chosen_weights.tolist(), strict=True):
+    for row, found_ids, found_weights in zip(
+        logits.tolist(), ids.tolist(), chosen_weights.tolist(), strict=True
+    ):
         order = sorted(range(32), key=lambda expert, row=row: (-row[expert], expert))[:4]
         powers = [math.exp(row[expert]) for expert in order]
         assert found_ids == order
@@ -251,7 +283,11 @@ def test_bad_arguments_are_named() -> None:
 def e4m3(code: int) -> Fraction:
     """The value of a positive code from its fields: four exponent bits of bias 7, three mantissa bits; exponent 0 is subnormal."""
     exponent, mantissa = code >> 3, code & 7
-    return Fraction(mantissa, 8) * Fraction(2) ** -6 if exponent == 0 else Fraction(8 + mantissa, 8) * Fraction(2) ** (exponent - 7)
+    return (
+        Fraction(mantissa, 8) * Fraction(2) ** -6
+        if exponent == 0
+        else Fraction(8 + mantissa, 8) * Fraction(2) ** (exponent - 7)
+    )
 
 
 E4M3 = [e4m3(code) for code in range(127)]
@@ -259,7 +295,10 @@ E4M3 = [e4m3(code) for code in range(127)]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32), st.integers(-20, 20))
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32),
+    st.integers(-20, 20),
+)
 def test_rounding_to_mxfp8_is_to_the_nearest_of_the_groups_values(group: list[float], power: int) -> None:
     x = torch.ldexp(torch.tensor(group), torch.tensor(power))
     x = torch.where(x.isfinite(), x, 0).view(1, 32)
@@ -279,8 +318,28 @@ def test_mxfp8_activations_round_what_enters_each_projection() -> None:
     options = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA}
     rounded = reference.round_to_mxfp8(x)
     assert not torch.equal(rounded, x)
-    found = fused_experts(x, ids, expert_weights, w.gate_up, w.gate_up_bias, w.down, w.down_bias, **options, mxfp8_activations=True)
-    again = fused_experts(rounded, ids, expert_weights, w.gate_up, w.gate_up_bias, w.down, w.down_bias, **options, mxfp8_activations=True)
+    found = fused_experts(
+        x,
+        ids,
+        expert_weights,
+        w.gate_up,
+        w.gate_up_bias,
+        w.down,
+        w.down_bias,
+        **options,
+        mxfp8_activations=True,
+    )
+    again = fused_experts(
+        rounded,
+        ids,
+        expert_weights,
+        w.gate_up,
+        w.gate_up_bias,
+        w.down,
+        w.down_bias,
+        **options,
+        mxfp8_activations=True,
+    )
     assert torch.equal(found, again)
     # Of e4m3's three mantissa bits; the second rounding is why this is not that of `rounded` without the argument.
     assert_near(found, oracle(x, ids, expert_weights, w), 2**-4)

@@ -43,11 +43,17 @@ def oracle(blocks: Tensor, scales: Tensor) -> np.ndarray:
         group, place = divmod(column, MX_BLOCK)
         byte = int(blocks[expert, row, group, place // 2])
         code = byte >> 4 if place % 2 else byte & 15
-        dense[index] = math.copysign(1.0, -1 if code & 8 else 1) * abs(float(e2m1(code))) * 2.0 ** (int(scales[expert, row, group]) - 127)
+        dense[index] = (
+            math.copysign(1.0, -1 if code & 8 else 1)
+            * abs(float(e2m1(code)))
+            * 2.0 ** (int(scales[expert, row, group]) - 127)
+        )
     return dense
 
 
-def random_packed(experts: int, rows: int, groups: int, seed: int, *, low: int = 0, high: int = 255) -> PackedMXFP4:
+def random_packed(
+    experts: int, rows: int, groups: int, seed: int, *, low: int = 0, high: int = 255
+) -> PackedMXFP4:
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (experts, rows, groups, 16), dtype=torch.uint8, generator=generator)
     scales = torch.randint(low, high, (experts, rows, groups), dtype=torch.uint8, generator=generator)
@@ -74,7 +80,12 @@ def test_codes_have_the_documented_values() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_weights_decode_exactly(dtype: torch.dtype) -> None:
     packed = random_packed(3, 7, 5, seed=1)
-    torch.testing.assert_close(unpack(packed, dtype), torch.from_numpy(oracle(packed.blocks, packed.scales)).to(dtype), atol=0, rtol=0)
+    torch.testing.assert_close(
+        unpack(packed, dtype),
+        torch.from_numpy(oracle(packed.blocks, packed.scales)).to(dtype),
+        atol=0,
+        rtol=0,
+    )
 
 
 def test_decodes_as_transformers_does() -> None:
@@ -87,7 +98,9 @@ def test_experts_are_picked_in_the_order_asked_for() -> None:
     packed = random_packed(5, 6, 3, seed=3)
     ids = torch.tensor([4, 0, 4, 2], dtype=torch.int32)
     everything = unpack(packed, torch.float32)
-    torch.testing.assert_close(unpack_experts(packed, ids, torch.float32), everything[ids.long()], atol=0, rtol=0)
+    torch.testing.assert_close(
+        unpack_experts(packed, ids, torch.float32), everything[ids.long()], atol=0, rtol=0
+    )
     torch.testing.assert_close(unpack(packed.expert(3), torch.float32), everything[3:4], atol=0, rtol=0)
     assert packed.expert(3).blocks.data_ptr() == packed.blocks[3].data_ptr()
     assert unpack_experts(packed, torch.empty(0, dtype=torch.int64), torch.float32).shape == (0, 6, 96)
@@ -108,7 +121,13 @@ floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.one_of(floats, st.sampled_from([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0, -0.25, -5.0])), min_size=32, max_size=32))
+@given(
+    st.lists(
+        st.one_of(floats, st.sampled_from([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0, -0.25, -5.0])),
+        min_size=32,
+        max_size=32,
+    )
+)
 def test_packing_rounds_to_nearest_even_at_the_groups_scale(group: list[float]) -> None:
     dense = torch.tensor(group, dtype=torch.float32).view(1, 1, 32)
     packed = pack(dense)
@@ -156,16 +175,25 @@ def test_a_registered_layout_serves_every_operation() -> None:
         return blocks.transpose(1, 2).contiguous(), scales.transpose(1, 2).contiguous()
 
     if "rows-inside" not in layout_names():
-        register_layout("rows-inside", from_natural=swap, to_natural=lambda packed: swap(packed.blocks, packed.scales))
+        register_layout(
+            "rows-inside", from_natural=swap, to_natural=lambda packed: swap(packed.blocks, packed.scales)
+        )
     dense = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(5))
     natural, swapped = pack(dense), pack(dense, "rows-inside")
     assert swapped.blocks.shape == (3, 2, 5, 16)
     assert swapped.shape == natural.shape
     torch.testing.assert_close(unpack(swapped, torch.float32), unpack(natural, torch.float32), atol=0, rtol=0)
     ids = torch.tensor([2, 1])
-    torch.testing.assert_close(unpack_experts(swapped, ids, torch.bfloat16), unpack_experts(natural, ids, torch.bfloat16), atol=0, rtol=0)
+    torch.testing.assert_close(
+        unpack_experts(swapped, ids, torch.bfloat16),
+        unpack_experts(natural, ids, torch.bfloat16),
+        atol=0,
+        rtol=0,
+    )
     with pytest.raises(ValueError, match="rows-inside"):
-        register_layout("rows-inside", from_natural=swap, to_natural=lambda packed: swap(packed.blocks, packed.scales))
+        register_layout(
+            "rows-inside", from_natural=swap, to_natural=lambda packed: swap(packed.blocks, packed.scales)
+        )
 
 
 def test_the_cpu_reads_a_registered_layout() -> None:
@@ -179,7 +207,11 @@ def test_the_cpu_reads_a_registered_layout() -> None:
         (torch.zeros(2, 3, 4, 16, dtype=torch.uint8), torch.zeros(2, 3, 4, dtype=torch.int8), "scales"),
         (torch.zeros(2, 3, 4, 15, dtype=torch.uint8), torch.zeros(2, 3, 4, dtype=torch.uint8), "blocks"),
         (torch.zeros(2, 3, 4, 16, dtype=torch.uint8), torch.zeros(2, 4, 3, dtype=torch.uint8), "scales"),
-        (torch.zeros(2, 3, 4, 16, dtype=torch.uint8), torch.full((2, 3, 4), 255, dtype=torch.uint8), "scales must not hold 255"),
+        (
+            torch.zeros(2, 3, 4, 16, dtype=torch.uint8),
+            torch.full((2, 3, 4), 255, dtype=torch.uint8),
+            "scales must not hold 255",
+        ),
     ],
 )
 def test_damaged_weights_are_refused(blocks: Tensor, scales: Tensor, named: str) -> None:
@@ -196,7 +228,12 @@ def test_a_single_nan_scale_is_found() -> None:
 
 @pytest.mark.parametrize(
     "dense",
-    [torch.zeros(2, 64), torch.zeros(2, 3, 40), torch.zeros(1, 1, 32, dtype=torch.int32), torch.full((1, 1, 32), torch.inf)],
+    [
+        torch.zeros(2, 64),
+        torch.zeros(2, 3, 40),
+        torch.zeros(1, 1, 32, dtype=torch.int32),
+        torch.full((1, 1, 32), torch.inf),
+    ],
 )
 def test_what_cannot_be_packed_is_named(dense: Tensor) -> None:
     with pytest.raises(ValueError, match=r"^dense"):

@@ -5,11 +5,21 @@ import math
 import pytest
 import torch
 from transformers import GptOssConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssRotaryEmbedding, _apply_rotary_emb
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssRMSNorm,
+    GptOssRotaryEmbedding,
+    _apply_rotary_emb,
+)
 
 from kernels.pointwise import add_rms_norm, apply_rope, reference, rms_norm, yarn_cos_sin
 
-GPT_OSS = {"theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
+GPT_OSS = {
+    "theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+}
 POSITIONS = [0, 1, 127, 128, 129, 1000, 4095, 4096, 4097, 20000, 131071]
 
 
@@ -23,7 +33,10 @@ def test_rms_norm(width: int, dtype: torch.dtype) -> None:
     rows = [[float(value) for value in row] for row in x]
     expected = torch.tensor(
         [
-            [value / math.sqrt(sum(v * v for v in row) / width + 1e-5) * float(factor) for value, factor in zip(row, weight, strict=True)]
+            [
+                value / math.sqrt(sum(v * v for v in row) / width + 1e-5) * float(factor)
+                for value, factor in zip(row, weight, strict=True)
+            ]
             for row in rows
         ],
         dtype=torch.float64,
@@ -112,17 +125,29 @@ def test_yarn_against_float64(head_dim: int, truncate: bool) -> None:
             angle = position * yarn_frequency(dimension, head_dim, truncate, **GPT_OSS)
             # fp32 holds an angle of 131071 to 2^-8; the tolerance follows the angle.
             tolerance = 2e-6 + abs(angle) * 3e-7
-            assert abs(float(cos[row, dimension]) - math.cos(angle) * concentration) < tolerance, (position, dimension)
-            assert abs(float(sin[row, dimension]) - math.sin(angle) * concentration) < tolerance, (position, dimension)
+            assert abs(float(cos[row, dimension]) - math.cos(angle) * concentration) < tolerance, (
+                position,
+                dimension,
+            )
+            assert abs(float(sin[row, dimension]) - math.sin(angle) * concentration) < tolerance, (
+                position,
+                dimension,
+            )
 
 
 @pytest.mark.parametrize("truncate", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"head_dim": 10}, {"factor": 8.0, "theta": 10000.0, "original": 256}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"head_dim": 10}, {"factor": 8.0, "theta": 10000.0, "original": 256}]
+)
 def test_yarn_equals_transformers(truncate: bool, changes: dict[str, float]) -> None:
     head_dim = int(changes.get("head_dim", 64))
     rope = {**GPT_OSS}
     if "factor" in changes:
-        rope |= {"factor": changes["factor"], "theta": changes["theta"], "original_max_position_embeddings": int(changes["original"])}
+        rope |= {
+            "factor": changes["factor"],
+            "theta": changes["theta"],
+            "original_max_position_embeddings": int(changes["original"]),
+        }
     config = GptOssConfig(
         hidden_size=6 * head_dim,
         num_attention_heads=6,
@@ -144,13 +169,17 @@ def test_yarn_equals_transformers(truncate: bool, changes: dict[str, float]) -> 
     assert torch.equal(cos, their_cos[0])
     assert torch.equal(sin, their_sin[0])
     # The same angles, and another library's sine of them.
-    for found, expected in zip(yarn_cos_sin(positions, head_dim, truncate=truncate, **rope), (cos, sin), strict=True):
+    for found, expected in zip(
+        yarn_cos_sin(positions, head_dim, truncate=truncate, **rope), (cos, sin), strict=True
+    ):
         torch.testing.assert_close(found, expected, atol=3e-7, rtol=0)
 
 
 def test_truncating_matters() -> None:
     positions = torch.tensor([5000])
-    exact, rounded = (yarn_cos_sin(positions, 64, truncate=truncate, **GPT_OSS)[0] for truncate in (False, True))
+    exact, rounded = (
+        yarn_cos_sin(positions, 64, truncate=truncate, **GPT_OSS)[0] for truncate in (False, True)
+    )
     assert not torch.allclose(exact, rounded, atol=1e-2)
 
 
@@ -161,7 +190,10 @@ def test_apply_rope(dtype: torch.dtype) -> None:
     rotated = apply_rope(x, cos, sin)
     assert rotated.dtype == dtype
     # A pair is a complex number that is multiplied by cos + i sin.
-    pairs = torch.complex(x[..., :5].double(), x[..., 5:].double()) * torch.complex(cos.double(), sin.double())[:, None]
+    pairs = (
+        torch.complex(x[..., :5].double(), x[..., 5:].double())
+        * torch.complex(cos.double(), sin.double())[:, None]
+    )
     expected = torch.cat((pairs.real, pairs.imag), dim=-1)
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(rotated.double(), expected, atol=tolerance, rtol=tolerance)

@@ -10,7 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds, philox4x32, philox_words, sample, uniform
+from kernels.sampling import (
+    AllowedBits,
+    LogitBias,
+    Penalties,
+    SamplingBatch,
+    TokenIds,
+    philox4x32,
+    philox_words,
+    sample,
+    uniform,
+)
 from kernels.sampling import reference as sampling_reference
 from tests.support.isas import FP32_ISAS
 
@@ -29,7 +39,9 @@ def random_logits(rows: int, vocab: int, seed: int = 0, spread: float = 2.0) -> 
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def distribution(logits: list[float], *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+def distribution(
+    logits: list[float], *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> np.ndarray:
     """The filtered distribution in float64."""
     scaled = np.array(logits, dtype=np.float64) / temperature
     weights = np.exp(scaled - scaled.max())
@@ -54,7 +66,12 @@ def python_philox(seed: int, position: int) -> list[int]:
     counter, key = [position & mask, position >> 32, 0, 0], [seed & mask, seed >> 32]
     for _ in range(10):
         left, right = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
-        counter = [(right >> 32) ^ counter[1] ^ key[0], right & mask, (left >> 32) ^ counter[3] ^ key[1], left & mask]
+        counter = [
+            (right >> 32) ^ counter[1] ^ key[0],
+            right & mask,
+            (left >> 32) ^ counter[3] ^ key[1],
+            left & mask,
+        ]
         key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
     return counter
 
@@ -83,7 +100,10 @@ def as_signed(seed: int) -> int:
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**40)), min_size=1, max_size=8))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_words_of_seed_and_position(pairs: list[tuple[int, int]]) -> None:
-    seeds, positions = ints(*(as_signed(seed) for seed, _ in pairs)), ints(*(position for _, position in pairs))
+    seeds, positions = (
+        ints(*(as_signed(seed) for seed, _ in pairs)),
+        ints(*(position for _, position in pairs)),
+    )
     expected = [python_philox(seed, position) for seed, position in pairs]
     assert philox_words(seeds, positions).tolist() == expected
     assert uniform(seeds, positions).tolist() == [(words[0] + 0.5) / 2**32 for words in expected]
@@ -119,7 +139,9 @@ FILTERS = [
 ]
 
 
-def batch_of(count: int, seed: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> SamplingBatch:
+def batch_of(
+    count: int, seed: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> SamplingBatch:
     return SamplingBatch(
         torch.full((count,), temperature),
         torch.full((count,), seed, dtype=torch.int64),
@@ -159,11 +181,25 @@ def test_frequencies_follow_the_filtered_distribution(filters: dict[str, float])
     levels=st.integers(1, 40),
 )
 def test_each_token_is_the_one_the_definition_gives(
-    seed: int, position: int, vocab: int, temperature: float, top_k: int, top_p: float, min_p: float, levels: int
+    seed: int,
+    position: int,
+    vocab: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    levels: int,
 ) -> None:
     # Few levels give many ties.
     logits = torch.randint(0, levels, (1, vocab), generator=torch.Generator().manual_seed(seed)).float() / 4
-    batch = SamplingBatch(vector(temperature), ints(seed), ints(position), top_k=ints(top_k), top_p=vector(top_p), min_p=vector(min_p))
+    batch = SamplingBatch(
+        vector(temperature),
+        ints(seed),
+        ints(position),
+        top_k=ints(top_k),
+        top_p=vector(top_p),
+        min_p=vector(min_p),
+    )
     token = int(sample(logits, batch).token_ids)
     number = (python_philox(seed, position)[0] + 0.5) / 2**32
 
@@ -207,7 +243,9 @@ def everything_on(rows: int, vocab: int, seed: int = 0) -> SamplingBatch:
         top_p=uniform_in(0.3, 1.1).clamp(max=1),
         min_p=uniform_in(-0.1, 0.2).clamp(min=0),
         logit_bias=LogitBias(*pairs(3 * rows), torch.randn(3 * rows, generator=generator) * 5),
-        penalties=Penalties(*pairs(5 * rows), counts, uniform_in(-2, 2), uniform_in(-2, 2), uniform_in(0.5, 2)),
+        penalties=Penalties(
+            *pairs(5 * rows), counts, uniform_in(-2, 2), uniform_in(-2, 2), uniform_in(0.5, 2)
+        ),
         forbidden_ids=TokenIds(*pairs(2 * rows)),
         logprob_rows=torch.arange(rows),
         num_top_logprobs=3,
@@ -248,7 +286,9 @@ def only_row(batch: SamplingBatch, row: int) -> SamplingBatch:
 
 
 @pytest.mark.parametrize("vocab", [50, 1999])
-def test_the_same_seed_gives_the_same_token_whatever_the_batch(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_seed_gives_the_same_token_whatever_the_batch(
+    vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = 24
     logits, batch = random_logits(rows, vocab, seed=1), everything_on(rows, vocab)
     together = sample(logits, batch)
@@ -302,14 +342,23 @@ def test_penalties_and_bias_in_their_order() -> None:
             value -= 0.9
         expected[token] = value
     penalties = Penalties(ids * 0, ids, counts, vector(0.9), vector(0.4), vector(1.3))
-    found = greedy_after(logits, logit_bias=LogitBias(bias_ids * 0, bias_ids, bias_values), penalties=penalties)
+    found = greedy_after(
+        logits, logit_bias=LogitBias(bias_ids * 0, bias_ids, bias_values), penalties=penalties
+    )
     assert found == sorted(range(20), key=lambda token: -expected[token])
 
 
 def test_penalties_touch_only_their_rows() -> None:
     logits = random_logits(3, 10)
     best = logits.argmax(-1)
-    penalties = Penalties(ints(1), best[1:2], torch.tensor([1], dtype=torch.int32), vector(0, 100, 0), vector(0, 0, 0), vector(1, 1, 1))
+    penalties = Penalties(
+        ints(1),
+        best[1:2],
+        torch.tensor([1], dtype=torch.int32),
+        vector(0, 100, 0),
+        vector(0, 0, 0),
+        vector(1, 1, 1),
+    )
     found = sample(logits, SamplingBatch(penalties=penalties)).token_ids
     assert found[[0, 2]].tolist() == best[[0, 2]].tolist()
     assert int(found[1]) == int(logits[1].argsort(descending=True)[1])
@@ -318,7 +367,9 @@ def test_penalties_touch_only_their_rows() -> None:
 def test_allowed_and_forbidden_tokens() -> None:
     logits = random_logits(4, 50)
     order = logits.argsort(-1, descending=True)
-    allowed = TokenIds(ints(1, 1, 1, 3), ints(int(order[1, 40]), int(order[1, 10]), int(order[1, 10]), int(order[3, 49])))
+    allowed = TokenIds(
+        ints(1, 1, 1, 3), ints(int(order[1, 40]), int(order[1, 10]), int(order[1, 10]), int(order[3, 49]))
+    )
     forbidden = TokenIds(ints(0, 0, 2), ints(int(order[0, 0]), int(order[0, 1]), int(order[2, 5])))
     batch = SamplingBatch(allowed_ids=allowed, forbidden_ids=forbidden)
     expected = [int(order[0, 2]), int(order[1, 10]), int(order[2, 0]), int(order[3, 49])]
@@ -361,7 +412,10 @@ def test_a_row_in_both_kinds_of_allowed_takes_what_both_allow() -> None:
 
 def test_forbidding_all_that_is_allowed_is_ignored_for_that_row() -> None:
     logits = torch.arange(10.0).repeat(2, 1)
-    batch = SamplingBatch(allowed_ids=TokenIds(ints(0, 0, 1, 1), ints(2, 4, 2, 4)), forbidden_ids=TokenIds(ints(0, 0, 1), ints(2, 4, 4)))
+    batch = SamplingBatch(
+        allowed_ids=TokenIds(ints(0, 0, 1, 1), ints(2, 4, 2, 4)),
+        forbidden_ids=TokenIds(ints(0, 0, 1), ints(2, 4, 4)),
+    )
     assert sample(logits, batch).token_ids.tolist() == [4, 2]
 
 
@@ -450,9 +504,15 @@ def test_bad_arguments_are_named() -> None:
         ("logit_bias.rows", {"logit_bias": LogitBias(ints(2), one_row, vector(1))}),
         ("logit_bias.token_ids", {"logit_bias": LogitBias(one_row, ints(9), vector(1))}),
         ("logit_bias.values", {"logit_bias": LogitBias(one_row, one_row, vector(1, 2))}),
-        ("penalties.token_ids", {"penalties": Penalties(one_row, ints(1, 2), torch.ones(1, dtype=torch.int32), *off)}),
+        (
+            "penalties.token_ids",
+            {"penalties": Penalties(one_row, ints(1, 2), torch.ones(1, dtype=torch.int32), *off)},
+        ),
         ("penalties.output_counts", {"penalties": Penalties(one_row, one_row, one_row, *off)}),
-        ("penalties.presence", {"penalties": Penalties(one_row, one_row, torch.ones(1, dtype=torch.int32), vector(0), *off[1:])}),
+        (
+            "penalties.presence",
+            {"penalties": Penalties(one_row, one_row, torch.ones(1, dtype=torch.int32), vector(0), *off[1:])},
+        ),
         ("allowed_ids.token_ids", {"allowed_ids": TokenIds(one_row, ints(-1))}),
         ("forbidden_ids.rows", {"forbidden_ids": TokenIds(ints(-1), one_row)}),
         ("forbidden_ids.rows", {"forbidden_ids": TokenIds(vector(0), one_row)}),
@@ -473,14 +533,23 @@ def test_bad_arguments_are_named() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("repetition", "wanted"), [(1e-45, {3, 7}), (3e38, {9})])
-def test_extreme_repetition_penalties_leave_a_choice(temperature: float, repetition: float, wanted: set[int]) -> None:
+def test_extreme_repetition_penalties_leave_a_choice(
+    temperature: float, repetition: float, wanted: set[int]
+) -> None:
     logits = random_logits(1, 50).clamp(-5, 5)
     logits[0, [3, 7, 9]] = vector(20.0, 20.0, -20.0)
     batch = SamplingBatch(
         temperature=vector(temperature),
         seeds=ints(1),
         output_positions=ints(0),
-        penalties=Penalties(ints(0, 0, 0), ints(3, 7, 9), torch.ones(3, dtype=torch.int32), vector(0.0), vector(0.0), vector(repetition)),
+        penalties=Penalties(
+            ints(0, 0, 0),
+            ints(3, 7, 9),
+            torch.ones(3, dtype=torch.int32),
+            vector(0.0),
+            vector(0.0),
+            vector(repetition),
+        ),
         # The only token allowed was seen, and its logit is negative.
         allowed_ids=TokenIds(ints(0), ints(9)) if repetition > 1 else None,
     )
@@ -489,7 +558,11 @@ def test_extreme_repetition_penalties_leave_a_choice(temperature: float, repetit
 
 @pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("implementation", FP32_ISAS, indirect=True)
-@pytest.mark.parametrize("filters", [*FILTERS, {"top_k": 5000}, {"top_k": 700, "top_p": 0.9}, {"top_p": 0.999}, {"min_p": 1e-3}], ids=str)
+@pytest.mark.parametrize(
+    "filters",
+    [*FILTERS, {"top_k": 5000}, {"top_k": 700, "top_p": 0.9}, {"top_p": 0.999}, {"min_p": 1e-3}],
+    ids=str,
+)
 def test_the_whole_vocabulary_against_the_reference(implementation: str, filters: dict[str, float]) -> None:
     """Over gpt-oss's vocabulary, with logits that were rounded to bf16, as the model's are: many are equal."""
     rows = 6

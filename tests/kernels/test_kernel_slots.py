@@ -13,8 +13,12 @@ def test_what_is_read(case: SlotCase) -> None:
     token_ids, slots, newest, tables = case.inputs()
     for read in (read_slots, slots_reference.read_slots):
         ids, found = read(token_ids, slots, newest, tables, case.num_blocks)
-        assert ids.tolist() == [token if token >= 0 else int(newest[-1 - token]) for token in token_ids.tolist()]
-        assert found.tolist() == [[tables[group, slot, : case.num_blocks].tolist() for slot in slots] for group in range(GROUPS)]
+        assert ids.tolist() == [
+            token if token >= 0 else int(newest[-1 - token]) for token in token_ids.tolist()
+        ]
+        assert found.tolist() == [
+            [tables[group, slot, : case.num_blocks].tolist() for slot in slots] for group in range(GROUPS)
+        ]
         assert found.dtype == torch.int32
         assert found.is_contiguous()
 

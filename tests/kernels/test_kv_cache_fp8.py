@@ -26,7 +26,9 @@ def test_a_stored_value_is_off_by_a_sixteenth_at_most(dtype: torch.dtype, scales
     """Three bits of mantissa: half a unit in the last place is 2^-4 of the value, and below 2^-6 of the scale 2^-10 of the scale."""
     values = (torch.randn(40, KV_HEADS, HEAD_DIM) * torch.logspace(-4, 1, 40)[:, None, None]).to(dtype)
     of_heads = torch.ones(2, KV_HEADS) if scales is None else scales
-    for found, exact, scale in zip(stored(values, scales), (values.double(), -values.double()), of_heads, strict=True):
+    for found, exact, scale in zip(
+        stored(values, scales), (values.double(), -values.double()), of_heads, strict=True
+    ):
         inside = exact.abs() <= FP8_MAX * scale[:, None]
         bound = (exact.abs() * 2**-4).maximum(scale[:, None] * 2**-10)
         assert ((found - exact).abs()[inside] <= bound[inside] * (1 + 1e-6)).all()
@@ -89,7 +91,9 @@ def test_keys_are_rounded_to_the_models_dtype_before_they_are_stored() -> None:
     plain = torch.zeros(2, 3, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
     fp8, expected = plain.to(FP8), plain.to(FP8)
     queries = reference.rope_and_store_kv(qkv, 6, angles.cos(), angles.sin(), plain, slots)
-    assert torch.equal(rope_and_store_kv(qkv, 6, angles.cos(), angles.sin(), fp8, slots, kv_scales=scales), queries)
+    assert torch.equal(
+        rope_and_store_kv(qkv, 6, angles.cos(), angles.sin(), fp8, slots, kv_scales=scales), queries
+    )
     k, v = plain.view(2, -1, KV_HEADS, HEAD_DIM)[:, slots]
     store_kv(k, v, expected, slots, scales)
     assert torch.equal(fp8.view(torch.uint8), expected.view(torch.uint8))
@@ -97,7 +101,11 @@ def test_keys_are_rounded_to_the_models_dtype_before_they_are_stored() -> None:
 
 def test_scales_that_do_not_fit_are_refused() -> None:
     case = attention_case([(1, 17)], fp8=True)
-    for scales in (torch.ones(2, KV_HEADS, dtype=torch.float64), torch.ones(KV_HEADS), torch.ones(2, KV_HEADS + 1)):
+    for scales in (
+        torch.ones(2, KV_HEADS, dtype=torch.float64),
+        torch.ones(KV_HEADS),
+        torch.ones(2, KV_HEADS + 1),
+    ):
         with pytest.raises(ValueError, match=r"^kv_scales "):
             paged_attention(*case.arguments, scale=SCALE, kv_scales=scales)
     plain = attention_case([(1, 17)])
@@ -109,4 +117,8 @@ def test_scales_that_do_not_fit_are_refused() -> None:
 
 def test_which_architectures_have_it() -> None:
     having = ["cpu", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx950"]
-    assert [target for target in (*having, "sm_80", "sm_86", "gfx942", "gfx90a", "gfx1100") if fp8_refusal(target) is None] == having
+    assert [
+        target
+        for target in (*having, "sm_80", "sm_86", "gfx942", "gfx90a", "gfx1100")
+        if fp8_refusal(target) is None
+    ] == having

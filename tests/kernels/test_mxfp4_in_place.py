@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.mxfp4 import NATURAL, ROWS16, allocate, from_natural, layout_names, register_layout, to_natural, write_expert
+from kernels.mxfp4 import (
+    NATURAL,
+    ROWS16,
+    allocate,
+    from_natural,
+    layout_names,
+    register_layout,
+    to_natural,
+    write_expert,
+)
 
 CPU = torch.device("cpu")
 LAYOUTS = (NATURAL, ROWS16, "turned")
@@ -18,13 +27,19 @@ def turned(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.fixture(autouse=True)
 def _registered() -> None:
     if "turned" not in layout_names():
-        register_layout("turned", from_natural=turned, to_natural=lambda packed: turned(packed.blocks, packed.scales))
+        register_layout(
+            "turned", from_natural=turned, to_natural=lambda packed: turned(packed.blocks, packed.scales)
+        )
 
 
 def natural(num_experts: int, num_rows: int, num_groups: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(num_groups)
-    blocks = torch.randint(0, 256, (num_experts, num_rows, num_groups, 16), dtype=torch.uint8, generator=generator)
-    return blocks, torch.randint(0, 255, (num_experts, num_rows, num_groups), dtype=torch.uint8, generator=generator)
+    blocks = torch.randint(
+        0, 256, (num_experts, num_rows, num_groups, 16), dtype=torch.uint8, generator=generator
+    )
+    return blocks, torch.randint(
+        0, 255, (num_experts, num_rows, num_groups), dtype=torch.uint8, generator=generator
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -40,7 +55,13 @@ def natural(num_experts: int, num_rows: int, num_groups: int) -> tuple[Tensor, T
 )
 @pytest.mark.parametrize("padding", [0, 1])
 def test_a_slice_of_each_expert(
-    fp32_isa: str, layout: str, num_rows: int, num_groups: int, rows: tuple[int, int], groups: tuple[int, int], padding: int
+    fp32_isa: str,
+    layout: str,
+    num_rows: int,
+    num_groups: int,
+    rows: tuple[int, int],
+    groups: tuple[int, int],
+    padding: int,
 ) -> None:
     blocks, scales = natural(3, num_rows, num_groups)
     part = (slice(None), slice(*rows), slice(*groups))
@@ -49,7 +70,10 @@ def test_a_slice_of_each_expert(
     packed = allocate((3, size[0], size[1] * 32), layout, CPU)
     for expert in (2, 0, 1):
         write_expert(packed, expert, wanted_blocks[expert], wanted_scales[expert])
-    padded_blocks, padded_scales = torch.zeros(3, *size, 16, dtype=torch.uint8), torch.zeros(3, *size, dtype=torch.uint8)
+    padded_blocks, padded_scales = (
+        torch.zeros(3, *size, 16, dtype=torch.uint8),
+        torch.zeros(3, *size, dtype=torch.uint8),
+    )
     inner = (slice(None), slice(wanted_scales.shape[1]), slice(wanted_scales.shape[2]))
     padded_blocks[inner], padded_scales[inner] = wanted_blocks, wanted_scales
     assert all(map(torch.equal, to_natural(packed), (padded_blocks, padded_scales)))

@@ -12,7 +12,11 @@ from workers.config import ModelConfig
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def write_original(source: Path, folder: Path, config: ModelConfig) -> Path:
@@ -29,7 +33,9 @@ def write_original(source: Path, folder: Path, config: ModelConfig) -> Path:
         renamed[f"{own}attn.sinks"] = weights[f"{hf}self_attn.sinks"]
         renamed[f"{own}mlp.norm.scale"] = weights[f"{hf}post_attention_layernorm.weight"]
         for kind in ("weight", "bias"):
-            renamed[f"{own}attn.qkv.{kind}"] = torch.cat([weights[f"{hf}self_attn.{name}_proj.{kind}"] for name in "qkv"])
+            renamed[f"{own}attn.qkv.{kind}"] = torch.cat(
+                [weights[f"{hf}self_attn.{name}_proj.{kind}"] for name in "qkv"]
+            )
             renamed[f"{own}attn.out.{kind}"] = weights[f"{hf}self_attn.o_proj.{kind}"]
             renamed[f"{own}mlp.gate.{kind}"] = weights[f"{hf}mlp.router.{kind}"]
         for ours, theirs in (("mlp1", "gate_up_proj"), ("mlp2", "down_proj")):
@@ -39,7 +45,10 @@ def write_original(source: Path, folder: Path, config: ModelConfig) -> Path:
     folder.mkdir(parents=True)
     names = sorted(renamed)
     for number, part in enumerate((names[0::2], names[1::2]), start=1):
-        save_file({name: renamed[name].contiguous() for name in part}, folder / f"model--{number:05d}-of-00002.safetensors")
+        save_file(
+            {name: renamed[name].contiguous() for name in part},
+            folder / f"model--{number:05d}-of-00002.safetensors",
+        )
     fields = {
         "num_hidden_layers": config.num_layers,
         "num_experts": config.num_experts,

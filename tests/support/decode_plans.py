@@ -21,10 +21,19 @@ MAX_MODEL_LEN = 96
 def plans(sampling: tuple[SamplingParams, ...]) -> list[StepPlan]:
     """Prompts of 4, 5, … tokens, then decode steps; half-way a sequence ends and another takes its slot. A sequence has six blocks."""
     count = len(sampling)
-    starts = tuple(SequenceStart(seq, tuple(range(1, 5 + seq)), 4 + seq, params) for seq, params in enumerate(sampling))
-    blocks = tuple((seq, tuple(range(1 + 6 * seq, 7 + 6 * seq)), tuple(range(1 + 6 * seq, 7 + 6 * seq))) for seq in range(count))
+    starts = tuple(
+        SequenceStart(seq, tuple(range(1, 5 + seq)), 4 + seq, params) for seq, params in enumerate(sampling)
+    )
+    blocks = tuple(
+        (seq, tuple(range(1 + 6 * seq, 7 + 6 * seq)), tuple(range(1 + 6 * seq, 7 + 6 * seq)))
+        for seq in range(count)
+    )
     lengths = {seq: 4 + seq for seq in range(count)}
-    made = [StepPlan(0, starts, (), tuple(lengths), (0,) * count, tuple(lengths.values()), (True,) * count, blocks)]
+    made = [
+        StepPlan(
+            0, starts, (), tuple(lengths), (0,) * count, tuple(lengths.values()), (True,) * count, blocks
+        )
+    ]
     for step in range(1, NUM_STEPS):
         if step == NUM_STEPS // 2:
             replaced = SequenceStart(count, (9, 8, 7), 3, GREEDY)
@@ -32,10 +41,16 @@ def plans(sampling: tuple[SamplingParams, ...]) -> list[StepPlan]:
             seq_ids = (*lengths, count)
             counts = (1,) * len(lengths) + (3,)
             block = ((len(lengths), blocks[0][1], blocks[0][2]),)
-            made.append(StepPlan(step, (replaced,), (0,), seq_ids, (*lengths.values(), 0), counts, (True,) * count, block))
+            made.append(
+                StepPlan(
+                    step, (replaced,), (0,), seq_ids, (*lengths.values(), 0), counts, (True,) * count, block
+                )
+            )
             lengths[count] = 2
         else:
-            made.append(StepPlan(step, (), (), tuple(lengths), tuple(lengths.values()), (1,) * count, (True,) * count))
+            made.append(
+                StepPlan(step, (), (), tuple(lengths), tuple(lengths.values()), (1,) * count, (True,) * count)
+            )
         lengths = {seq: length + 1 for seq, length in lengths.items()}
     return made
 

@@ -101,13 +101,19 @@ class Deployments:
             found = self.status()
             time.sleep(0.1)
             running = {name: found["deployments"].get(name, {}).get("replicas") for name in num_replicas}
-            return found["status"] == "RUNNING" and running == {name: {"RUNNING": number} for name, number in num_replicas.items()}
+            return found["status"] == "RUNNING" and running == {
+                name: {"RUNNING": number} for name, number in num_replicas.items()
+            }
 
         until(settled, timeout_s)
 
     def pids(self, deployment: str) -> set[int]:
         """Processes of its replicas, whatever their state."""
-        return {int(process.split()[0]) for process in marked(self.served.mark) if f"ServeReplica:cantata:{deployment}" in process}
+        return {
+            int(process.split()[0])
+            for process in marked(self.served.mark)
+            if f"ServeReplica:cantata:{deployment}" in process
+        }
 
     def logs(self, deployment: str) -> str:
         """What its replicas have logged."""
@@ -117,7 +123,9 @@ class Deployments:
 
     def haproxy_config(self) -> str:
         """What HAProxy was started with."""
-        (file,) = Path(f"/proc/{self.host.pid}/root{_HAPROXY}").rglob("haproxy.cfg")  # in a folder for each node
+        (file,) = Path(f"/proc/{self.host.pid}/root{_HAPROXY}").rglob(
+            "haproxy.cfg"
+        )  # in a folder for each node
         return file.read_text()
 
     def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +147,9 @@ def option(application: Mapping[str, Any], deployment: str) -> dict[str, Any]:
 
 
 @contextmanager
-def deployments(folder: Path, model: Path, *, step_s: float = 0.0, environment: Mapping[str, str] | None = None) -> Iterator[Deployments]:
+def deployments(
+    folder: Path, model: Path, *, step_s: float = 0.0, environment: Mapping[str, str] | None = None
+) -> Iterator[Deployments]:
     """A running Ray on a host of its own, without an application.
 
     Args:
@@ -161,7 +171,10 @@ def deployments(folder: Path, model: Path, *, step_s: float = 0.0, environment: 
                 stdout=subprocess.PIPE,
                 stderr=(folder / "operator.log").open("w"),
                 text=True,
-                env=NODE_ENVIRONMENT | variables | mark | {"RAY_ADDRESS": f"{host.address}:{GCS_PORT}", "PATH": "/usr/bin:/bin"},
+                env=NODE_ENVIRONMENT
+                | variables
+                | mark
+                | {"RAY_ADDRESS": f"{host.address}:{GCS_PORT}", "PATH": "/usr/bin:/bin"},
             )
         )
         stack.callback(process.kill)
@@ -169,7 +182,9 @@ def deployments(folder: Path, model: Path, *, step_s: float = 0.0, environment: 
         assert process.stdout.readline(), (folder / "operator.log").read_text()
         http, grpc = (stack.enter_context(Relay(host.pid, port)).port for port in (_HTTP_PORT, _GRPC_PORT))
         config = serve_config(model, (_HTTP_PORT, _GRPC_PORT), {})
-        served = Served("serve deploy", f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", process, mark, folder / "operator.log")  # type: ignore[arg-type]
+        served = Served(
+            "serve deploy", f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", process, mark, folder / "operator.log"
+        )  # type: ignore[arg-type]
         yield Deployments(host, served, config, process)
 
 
@@ -206,7 +221,9 @@ class LongStreams:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._enough.set()
         self._pool.shutdown()
 
@@ -224,7 +241,9 @@ class LongStreams:
 
         def came() -> bool:
             self.check_running()
-            return all(stream.num_events >= number for stream, number in zip(self.streams, wanted, strict=True))
+            return all(
+                stream.num_events >= number for stream, number in zip(self.streams, wanted, strict=True)
+            )
 
         until(came, 60)
 
@@ -239,7 +258,13 @@ class LongStreams:
             stream.end = repr(error)
 
     def _events(self, stream: Stream) -> str:
-        body = {"model": MODEL_NAME, "prompt": stream.prompt, "max_tokens": _MAX_TOKENS, "ignore_eos": True, "temperature": 0}
+        body = {
+            "model": MODEL_NAME,
+            "prompt": stream.prompt,
+            "max_tokens": _MAX_TOKENS,
+            "ignore_eos": True,
+            "temperature": 0,
+        }
         url = f"{self._served.url}/v1/completions"
         with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60, trust_env=False) as response:
             if response.status_code != 200:
@@ -249,7 +274,11 @@ class LongStreams:
                     return "enough"
                 if not line:
                     continue
-                event = json.loads(line.removeprefix("data: ")) if line != "data: [DONE]" else {"error": "its end"}
+                event = (
+                    json.loads(line.removeprefix("data: "))
+                    if line != "data: [DONE]"
+                    else {"error": "its end"}
+                )
                 if "error" in event:
                     return str(event["error"])
                 stream.text += event["choices"][0]["text"]

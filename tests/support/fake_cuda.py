@@ -68,14 +68,18 @@ class FakeCuda:
     def _new_stream(self, device: torch.device) -> SimpleNamespace:
         """As torch: one of a fixed number, in turn, and a new object each time."""
         self._num_asked += 1
-        return SimpleNamespace(cuda_stream=(self._num_asked - 1) % self._num_streams, wait_stream=lambda other: None)
+        return SimpleNamespace(
+            cuda_stream=(self._num_asked - 1) % self._num_streams, wait_stream=lambda other: None
+        )
 
     def _new_graph(self) -> object:
         graph = FakeGraph()
         self.living.add(graph)
         return graph
 
-    def _graph(self, graph: object, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+    def _graph(
+        self, graph: object, *, pool: object, stream: object, capture_error_mode: str
+    ) -> Iterator[None]:
         assert capture_error_mode == "thread_local"
         assert pool == self._pool
         assert graph in self.living
@@ -92,7 +96,11 @@ class FakeCuda:
         self.current = before
 
     def _snapshot(self) -> list[dict[str, object]]:
-        segments = [((0, 0), OTHERS_BYTES), (self._pool, self._in_pool // 2), (self._pool, self._in_pool - self._in_pool // 2)]
+        segments = [
+            ((0, 0), OTHERS_BYTES),
+            (self._pool, self._in_pool // 2),
+            (self._pool, self._in_pool - self._in_pool // 2),
+        ]
         return [{"segment_pool_id": pool, "total_size": num_bytes} for pool, num_bytes in segments]
 
 

@@ -96,7 +96,17 @@ class FakeEngine:
 
     def info(self) -> convert.EngineInfo:
         return convert.EngineInfo(
-            "0.1.0", "fake", "fp_fake", self.max_model_len, self.vocab_size, 16, "cpu", "float32", 4096, 1, self.start_id
+            "0.1.0",
+            "fake",
+            "fp_fake",
+            self.max_model_len,
+            self.vocab_size,
+            16,
+            "cpu",
+            "float32",
+            4096,
+            1,
+            self.start_id,
         )
 
 
@@ -111,7 +121,9 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
         engine.num_open += 1
         engine.max_open = max(engine.max_open, engine.num_open)
         try:
-            request = convert.request_from_wire(message, vocab_size=engine.vocab_size, deadline_s=context.time_remaining())
+            request = convert.request_from_wire(
+                message, vocab_size=engine.vocab_size, deadline_s=context.time_remaining()
+            )
             engine.requests.append(request)
             engine.arrivals.set()
             script = engine.answer(request)
@@ -120,23 +132,34 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
             async for output in _play(script, request):
                 yield convert.output_to_wire(output)
         except CantataError as error:
-            await context.abort(grpc.StatusCode[error.status], error.message, convert.error_to_metadata(error))
-        except (asyncio.CancelledError, GeneratorExit):  # the latter when grpc drops the stream while it sends
+            await context.abort(
+                grpc.StatusCode[error.status], error.message, convert.error_to_metadata(error)
+            )
+        except (
+            asyncio.CancelledError,
+            GeneratorExit,
+        ):  # the latter when grpc drops the stream while it sends
             engine.cancelled[message.request_id] = time.monotonic()
             engine.cancellations.set()
             raise
         finally:
             engine.num_open -= 1
 
-    async def GetInfo(self, request: engine_pb2.GetInfoRequest, context: grpc.aio.ServicerContext) -> engine_pb2.EngineInfo:
+    async def GetInfo(
+        self, request: engine_pb2.GetInfoRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.EngineInfo:
         return convert.info_to_wire(self._engine.info())
 
-    async def GetLoad(self, request: engine_pb2.GetLoadRequest, context: grpc.aio.ServicerContext) -> engine_pb2.EngineLoad:
+    async def GetLoad(
+        self, request: engine_pb2.GetLoadRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.EngineLoad:
         if self._engine.gate_of_load is not None:
             await self._engine.gate_of_load.wait()
         return convert.load_to_wire(EngineLoad(self._engine.num_open, 0, 0.0, self._engine.accepting))
 
-    async def GetMetrics(self, request: engine_pb2.GetMetricsRequest, context: grpc.aio.ServicerContext) -> engine_pb2.MetricsText:
+    async def GetMetrics(
+        self, request: engine_pb2.GetMetricsRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.MetricsText:
         return engine_pb2.MetricsText(text=self._engine.metrics_text)
 
 
@@ -157,11 +180,19 @@ async def _play(script: Script, request: EngineRequest) -> AsyncIterator[EngineO
         if script.gate is not None and position < script.gate_after:
             step = step[: script.gate_after - position]
         position += len(step)
-        output = EngineOutput(step, _logprobs(step, request), num_cached_tokens=script.num_cached_tokens if position == len(step) else 0)
+        output = EngineOutput(
+            step,
+            _logprobs(step, request),
+            num_cached_tokens=script.num_cached_tokens if position == len(step) else 0,
+        )
         if position < len(ids):
             yield output
             continue
-        stopped = finish == "stop" and step[-1] in request.sampling.stop_token_ids and not request.sampling.ignore_eos
+        stopped = (
+            finish == "stop"
+            and step[-1] in request.sampling.stop_token_ids
+            and not request.sampling.ignore_eos
+        )
         error = "scripted" if finish in ("abort", "error") else None
         yield replace(output, finish_reason=finish, stop_token_id=step[-1] if stopped else None, error=error)
 
@@ -171,4 +202,7 @@ def _logprobs(ids: Sequence[int], request: EngineRequest) -> tuple[TokenLogprobs
     count = request.sampling.logprobs
     if count is None:
         return ()
-    return tuple(TokenLogprobs(-0.5, tuple((token_id + other, -0.5 - other) for other in range(count))) for token_id in ids)
+    return tuple(
+        TokenLogprobs(-0.5, tuple((token_id + other, -0.5 - other) for other in range(count)))
+        for token_id in ids
+    )

@@ -40,7 +40,12 @@ class FakeExecutor:
         fail: tells the engine that the ranks are gone.
     """
 
-    def __init__(self, num_full_blocks: int = 200, num_sliding_blocks: int = 200, max_model_len: int = MODEL.max_context_len) -> None:
+    def __init__(
+        self,
+        num_full_blocks: int = 200,
+        num_sliding_blocks: int = 200,
+        max_model_len: int = MODEL.max_context_len,
+    ) -> None:
         self.num_blocks = (num_full_blocks, num_sliding_blocks)
         self.max_model_len = max_model_len
         self.gate = threading.Event()
@@ -106,7 +111,9 @@ class FakeExecutor:
                 sampled[seq_id] = (tokens[-1] + 1) % VOCAB
                 tokens.append(sampled[seq_id])
         logprobs = {
-            seq_id: TokenLogprobs(-float(token), tuple((rank, -float(rank)) for rank in range(self._logprobs[seq_id])))
+            seq_id: TokenLogprobs(
+                -float(token), tuple((rank, -float(rank)) for rank in range(self._logprobs[seq_id]))
+            )
             for seq_id, token in sampled.items()
             if seq_id in self._logprobs
         }

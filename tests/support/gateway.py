@@ -35,17 +35,23 @@ def make_encoding(folder: Path) -> HarmonyEncoding:
     return _ENCODINGS[VOCAB_SIZE]
 
 
-def turn(encoding: HarmonyEncoding, *, reasoning: str = "", text: str = "", call: tuple[str, str] | None = None) -> list[int]:
+def turn(
+    encoding: HarmonyEncoding, *, reasoning: str = "", text: str = "", call: tuple[str, str] | None = None
+) -> list[int]:
     """What a well-behaved model generates."""
     messages = []
     if reasoning:
         messages.append(f"<|channel|>analysis<|message|>{reasoning}<|end|>")
     if text:
         messages.append(
-            f"<|channel|>final<|message|>{text}<|return|>" if call is None else f"<|channel|>commentary<|message|>{text}<|end|>"
+            f"<|channel|>final<|message|>{text}<|return|>"
+            if call is None
+            else f"<|channel|>commentary<|message|>{text}<|end|>"
         )
     if call is not None:
-        messages.append(f"<|channel|>commentary to=functions.{call[0]} <|constrain|>json<|message|>{call[1]}<|call|>")
+        messages.append(
+            f"<|channel|>commentary to=functions.{call[0]} <|constrain|>json<|message|>{call[1]}<|call|>"
+        )
     return encoding.encode_with_special("<|start|>assistant".join(messages))
 
 

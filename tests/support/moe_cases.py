@@ -116,10 +116,14 @@ def inputs(case: MoeCase, *, layout: str | None, dtype: torch.dtype, seed: int =
     local, width, hidden = num_local(case), case.width, case.hidden
     shapes = ((local, 2 * width, hidden), (local, hidden, width))
     if layout is None:
-        weights: list[PackedMXFP4 | Tensor] = [(torch.randn(shape, generator=generator) * _SIZE).to(dtype) for shape in shapes]
+        weights: list[PackedMXFP4 | Tensor] = [
+            (torch.randn(shape, generator=generator) * _SIZE).to(dtype) for shape in shapes
+        ]
     else:
         weights = [_packed(shape, layout, generator) for shape in shapes]
-    biases = (torch.randn(shape, generator=generator).to(dtype) for shape in ((local, 2 * width), (local, hidden)))
+    biases = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((local, 2 * width), (local, hidden))
+    )
     gate_up_bias, down_bias = biases
     x = torch.randn(case.num_tokens, hidden, generator=generator).to(dtype)
     chosen = reference.gate_topk(gate_logits(case), case.top_k)
@@ -143,7 +147,12 @@ def num_local(case: MoeCase) -> int:
 
 def options(case: MoeCase) -> dict[str, float]:
     """The keyword arguments of `fused_experts`."""
-    return {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA, "first_expert": case.first_expert, "num_experts": case.num_experts}
+    return {
+        "swiglu_limit": LIMIT,
+        "swiglu_alpha": ALPHA,
+        "first_expert": case.first_expert,
+        "num_experts": case.num_experts,
+    }
 
 
 def float64(case: MoeCase, given: Inputs) -> Tensor:
@@ -159,7 +168,9 @@ def float64(case: MoeCase, given: Inputs) -> Tensor:
             hidden = gate_up[expert] @ x[token] + given.gate_up_bias[expert].double()
             gate, up = hidden[0::2].clamp(max=LIMIT), hidden[1::2].clamp(-LIMIT, LIMIT)
             active = (up + 1) * gate * torch.sigmoid(ALPHA * gate)
-            out[token] += float(given.topk_weights[token, slot]) * (down[expert] @ active + given.down_bias[expert].double())
+            out[token] += float(given.topk_weights[token, slot]) * (
+                down[expert] @ active + given.down_bias[expert].double()
+            )
     return out
 
 
@@ -177,7 +188,11 @@ def on_device(given: Inputs, device: torch.device, layout: str | None = None) ->
 
 def natural(given: Inputs) -> Inputs:
     """With the weights in the layout that the reference reads."""
-    converted = {name: from_natural(*to_natural(value)) for name, value in given._asdict().items() if isinstance(value, PackedMXFP4)}
+    converted = {
+        name: from_natural(*to_natural(value))
+        for name, value in given._asdict().items()
+        if isinstance(value, PackedMXFP4)
+    }
     return given._replace(**converted)
 
 

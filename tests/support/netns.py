@@ -23,7 +23,12 @@ def can_isolate() -> bool:
     """Whether this process may make network namespaces and enter them."""
     if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None:
         return False
-    return subprocess.run(["unshare", "--net", "ip", "link", "set", "lo", "up"], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(
+            ["unshare", "--net", "ip", "link", "set", "lo", "up"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 def isolated(command: Sequence[str]) -> list[str]:
@@ -52,7 +57,9 @@ class Relay:
             raise RuntimeError("the relay cannot enter the namespace") from self._failure
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
@@ -84,7 +91,10 @@ class Relay:
         except OSError:
             writer.close()
             return
-        directions = [asyncio.create_task(_pump(reader, inner_writer)), asyncio.create_task(_pump(inner_reader, writer))]
+        directions = [
+            asyncio.create_task(_pump(reader, inner_writer)),
+            asyncio.create_task(_pump(inner_reader, writer)),
+        ]
         try:
             await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
         finally:

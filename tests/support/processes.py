@@ -22,7 +22,9 @@ def marked(mark: dict[str, str]) -> list[str]:
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):  # gone, or another user's
             if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(f"{entry.name} {(entry / 'cmdline').read_bytes().replace(bytes(1), b' ').decode(errors='replace')[:120]}")
+                found.append(
+                    f"{entry.name} {(entry / 'cmdline').read_bytes().replace(bytes(1), b' ').decode(errors='replace')[:120]}"
+                )
     return found
 
 

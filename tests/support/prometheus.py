@@ -44,11 +44,18 @@ def prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
+    command = [
+        "prometheus",
+        f"--config.file={file}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address={address}",
+    ]
     with (folder / "prometheus.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        with httpx.Client(base_url=f"http://{address}", transport=httpx.HTTPTransport(retries=20), timeout=30) as http:
+        with httpx.Client(
+            base_url=f"http://{address}", transport=httpx.HTTPTransport(retries=20), timeout=30
+        ) as http:
             yield Prometheus(http)
     finally:
         process.terminate()

@@ -25,7 +25,9 @@ def run_ptx(text: str, num_outputs: int, inputs: Sequence[Array]) -> list[Array]
             continue
         name, operands = statement.split(None, 1)
         target, *sources = (operand.strip() for operand in operands.split(","))
-        values = [registers[source] if source in registers else np.uint32(int(source, 0)) for source in sources]
+        values = [
+            registers[source] if source in registers else np.uint32(int(source, 0)) for source in sources
+        ]
         registers[target] = _INSTRUCTIONS[name](*values).astype(np.uint32)
     return [registers[f"${index}"] for index in range(num_outputs)]
 

@@ -14,7 +14,16 @@ import yaml
 from tests.support.hosts import DISK, Host
 from tests.support.netns import Relay
 from tests.support.processes import kill_marked
-from tests.support.served import BIN, RAY_ENVIRONMENT, ROOT, Served, serve_config, started, wait_for, wait_until_ready
+from tests.support.served import (
+    BIN,
+    RAY_ENVIRONMENT,
+    ROOT,
+    Served,
+    serve_config,
+    started,
+    wait_for,
+    wait_until_ready,
+)
 
 GCS_PORT = 6379
 HEAD_ONLY = "head_only"
@@ -23,7 +32,9 @@ CPUS_PER_NODE = 1
 _STOP_S = 20.0
 
 # Nodes have addresses of their own here, and are not kept on loopback.
-NODE_ENVIRONMENT = {name: value for name, value in RAY_ENVIRONMENT.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"} | {
+NODE_ENVIRONMENT = {
+    name: value for name, value in RAY_ENVIRONMENT.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+} | {
     # On a slow machine a link may stay cut for longer than Ray would wait for a node.
     "RAY_health_check_failure_threshold": "50",
     "RAY_TMPDIR": DISK,
@@ -50,14 +61,31 @@ def ray_nodes(
     with ExitStack() as stack:
         stack.callback(kill_marked, mark)
         for host in hosts:
-            flags = ["--include-log-monitor=false", "--object-store-memory=80000000", f"--num-cpus={num_cpus}"]
+            flags = [
+                "--include-log-monitor=false",
+                "--object-store-memory=80000000",
+                f"--num-cpus={num_cpus}",
+            ]
             if host is hosts[0]:
-                flags += ["--head", f"--port={GCS_PORT}", "--include-dashboard=false", f"--resources={json.dumps({HEAD_ONLY: 1})}"]
+                flags += [
+                    "--head",
+                    f"--port={GCS_PORT}",
+                    "--include-dashboard=false",
+                    f"--resources={json.dumps({HEAD_ONLY: 1})}",
+                ]
             else:
                 flags += [f"--address={hosts[0].address}:{GCS_PORT}"]
-            command = host.command([str(BIN / "ray"), "start", "--block", f"--node-ip-address={host.address}", *flags])
+            command = host.command(
+                [str(BIN / "ray"), "start", "--block", f"--node-ip-address={host.address}", *flags]
+            )
             node = stack.enter_context(
-                started(f"ray node {host.number}", command, folder, NODE_ENVIRONMENT | dict(environment or {}), mark)
+                started(
+                    f"ray node {host.number}",
+                    command,
+                    folder,
+                    NODE_ENVIRONMENT | dict(environment or {}),
+                    mark,
+                )
             )
             stack.callback(_stop, node)
             wait_for(node, "Ray runtime started")
@@ -65,13 +93,17 @@ def ray_nodes(
 
 
 @contextmanager
-def serve_run_on(host: Host, folder: Path, model: Path, mark: dict[str, str], *, parallel: Mapping[str, float]) -> Iterator[Served]:
+def serve_run_on(
+    host: Host, folder: Path, model: Path, mark: dict[str, str], *, parallel: Mapping[str, float]
+) -> Iterator[Served]:
     """`serve run` on that host with a copy of deploy/local.yaml for several nodes, in float32.
 
     A rank wants all CPUs of a node, so that no two can share one. The gateway, the engine and its rank 0 stay on the head.
     """
     ports = 8000, 9000
-    config = serve_config(model, ports, {"dtype": "float32", "parallel": dict(parallel)}) | {"proxy_location": "HeadOnly"}
+    config = serve_config(model, ports, {"dtype": "float32", "parallel": dict(parallel)}) | {
+        "proxy_location": "HeadOnly"
+    }
     (application,) = config["applications"]
     del application["args"]["engine_host"]
     bundles = [{"CPU": CPUS_PER_NODE} for _ in range(int(parallel["tensor"]))]
@@ -101,4 +133,7 @@ def _stop(node: Served) -> None:
 def engine_log(host: Host) -> str:
     """What the engines on this host have logged."""
     disk = Path(f"/proc/{host.pid}/root{DISK}")
-    return "".join(file.read_text(errors="replace") for file in sorted(disk.glob("ray/session_2*/logs/serve/replica_*engine*.log")))
+    return "".join(
+        file.read_text(errors="replace")
+        for file in sorted(disk.glob("ray/session_2*/logs/serve/replica_*engine*.log"))
+    )

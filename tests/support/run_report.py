@@ -51,10 +51,14 @@ class RunReport:
         self._summary = summary
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    def pytest_runtest_makereport(
+        self, item: pytest.Item
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         # Not report.keywords: a parameter may be called like a marker.
-        report.user_properties += [(_MARKER, mark.name) for mark in item.iter_markers() if mark.name in MARKERS]
+        report.user_properties += [
+            (_MARKER, mark.name) for mark in item.iter_markers() if mark.name in MARKERS
+        ]
         if not hasattr(report, "wasxfail"):
             self._fail_if_skipped(report)
         return report
@@ -66,7 +70,12 @@ class RunReport:
         return report
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        reports = [report for found in terminalreporter.stats.values() for report in found if isinstance(report, pytest.TestReport)]
+        reports = [
+            report
+            for found in terminalreporter.stats.values()
+            for report in found
+            if isinstance(report, pytest.TestReport)
+        ]
         # A test that is skipped or fails while it is set up has no call.
         ended = [report for report in reports if report.when == "call" or not report.passed]
         lines = list(summary_lines(ended))
@@ -77,7 +86,12 @@ class RunReport:
                 file.writelines(f"{line}\n" for line in lines)
 
     def _fail_if_skipped(self, report: pytest.TestReport | pytest.CollectReport) -> None:
-        if not self._in_ci or not report.skipped or (reason := skip_reason(report)) is None or is_allowed(reason):
+        if (
+            not self._in_ci
+            or not report.skipped
+            or (reason := skip_reason(report)) is None
+            or is_allowed(reason)
+        ):
             return
         report.outcome = "failed"
         report.longrepr = (
@@ -112,7 +126,9 @@ def summary_lines(reports: list[pytest.TestReport]) -> Iterator[str]:
 
         missing = set(native.ISAS) - ran[NATIVE_ISA] - ran[EMULATED_ISA]
         parts = ((ran[NATIVE_ISA], "natively"), (ran[EMULATED_ISA], "emulated"), (missing, "not tested"))
-        yield "  instruction sets: " + "; ".join(f"{how}: {', '.join(sorted(names))}" for names, how in parts if names)
+        yield "  instruction sets: " + "; ".join(
+            f"{how}: {', '.join(sorted(names))}" for names, how in parts if names
+        )
 
 
 def _outcomes(reports: list[pytest.TestReport]) -> str:

@@ -39,7 +39,9 @@ def random_batch(
     allowed_tokens = torch.cat((ints(0), torch.randperm(vocab, generator=generator)[: vocab // 2]))
     allowed_rows = torch.cat((torch.zeros_like(allowed_tokens), ints(rows - 1)))
     masked_rows = torch.randperm(rows, generator=generator)[: (rows + 1) // 2]
-    bits = torch.randint(0, 256, (len(masked_rows), max(-(-vocab // 8) - 1, 1)), generator=generator, dtype=torch.uint8)
+    bits = torch.randint(
+        0, 256, (len(masked_rows), max(-(-vocab // 8) - 1, 1)), generator=generator, dtype=torch.uint8
+    )
     bits[:, 0] |= 1
     forbidden = pairs(some)
     return SamplingBatch(
@@ -49,7 +51,9 @@ def random_batch(
         top_k=torch.randint(-1, vocab + 2, (rows,), generator=generator) if "k" in has else None,
         top_p=uniform_in(0.3, 1.3).clamp(max=1) if "p" in has else None,
         min_p=uniform_in(-0.1, 0.2).clamp(min=0) if "m" in has else None,
-        logit_bias=LogitBias(*pairs(some), torch.randn(some, generator=generator) * 5) if "bias" in has else None,
+        logit_bias=LogitBias(*pairs(some), torch.randn(some, generator=generator) * 5)
+        if "bias" in has
+        else None,
         penalties=Penalties(
             *pairs(some),
             torch.randint(0, 4, (some,), generator=generator, dtype=torch.int32),
@@ -59,13 +63,20 @@ def random_batch(
         )
         if "penalties" in has
         else None,
-        allowed_ids=TokenIds(allowed_rows, torch.cat((allowed_tokens, allowed_tokens[:1]))) if "allowed" in has else None,
+        allowed_ids=TokenIds(allowed_rows, torch.cat((allowed_tokens, allowed_tokens[:1])))
+        if "allowed" in has
+        else None,
         allowed_bits=AllowedBits(masked_rows, bits) if "bits" in has else None,
         # Every token of the last row: ignored there.
-        forbidden_ids=TokenIds(torch.cat((forbidden[0], torch.full((vocab,), rows - 1))), torch.cat((forbidden[1], torch.arange(vocab))))
+        forbidden_ids=TokenIds(
+            torch.cat((forbidden[0], torch.full((vocab,), rows - 1))),
+            torch.cat((forbidden[1], torch.arange(vocab))),
+        )
         if "forbidden" in has
         else None,
-        logprob_rows=torch.randperm(rows, generator=generator)[: max(rows - 1, 1)] if "logprobs" in has else None,
+        logprob_rows=torch.randperm(rows, generator=generator)[: max(rows - 1, 1)]
+        if "logprobs" in has
+        else None,
         num_top_logprobs=min(3, vocab) if "logprobs" in has else 0,
     )
 

@@ -64,7 +64,12 @@ def scripted_encoding(vocab_size: int = VOCAB_SIZE) -> HarmonyEncoding:
 
 
 def write_scripted_checkpoint(
-    path: Path, scripts: Sequence[Script], *, vocab_size: int = VOCAB_SIZE, hidden_size: int = 1024, seed: int = 0
+    path: Path,
+    scripts: Sequence[Script],
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    hidden_size: int = 1024,
+    seed: int = 0,
 ) -> float:
     """Write a checkpoint (MXFP4 experts, one sliding and one full layer, tokenizer included) that answers each prompt with its completion.
 
@@ -81,10 +86,15 @@ def write_scripted_checkpoint(
     runs = [(script.prompt_ids(encoding), script.completion_ids(encoding)) for script in scripts]
     _check_runs(runs)
     write_checkpoint(
-        path, _config(vocab_size, hidden_size, encoding), seed=seed, add_files=lambda folder: write_bpe_tokenizer(folder, vocab_size)
+        path,
+        _config(vocab_size, hidden_size, encoding),
+        seed=seed,
+        add_files=lambda folder: write_bpe_tokenizer(folder, vocab_size),
     )
     try:
-        model = GptOssForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True))
+        model = GptOssForCausalLM.from_pretrained(
+            path, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
+        )
         exact = _hidden_states(model, runs)
         _round_activations(model)
         rough = _hidden_states(model, runs)
@@ -133,7 +143,9 @@ def _check_runs(runs: Sequence[tuple[list[int], list[int]]]) -> None:
             context = (*prompt, *completion[:position])
             other, other_token = wanted.setdefault(context, (number, token))
             if other_token != token:
-                raise ValueError(f"scripts[{other}] and scripts[{number}] want different tokens at position {position} of the same context")
+                raise ValueError(
+                    f"scripts[{other}] and scripts[{number}] want different tokens at position {position} of the same context"
+                )
 
 
 @torch.inference_mode()
@@ -163,7 +175,9 @@ def _solve_head(states: torch.Tensor, targets: torch.Tensor, vocab_size: int) ->
     tokens, columns = targets.unique(return_inverse=True)
     moments = torch.zeros(len(tokens), rows.shape[1], dtype=torch.float64).index_add_(0, columns, rows)
     head = torch.zeros(vocab_size, rows.shape[1], dtype=torch.bfloat16)
-    head[tokens] = (GAIN * torch.cholesky_solve(moments.T, torch.linalg.cholesky(system)).T).to(torch.bfloat16)
+    head[tokens] = (GAIN * torch.cholesky_solve(moments.T, torch.linalg.cholesky(system)).T).to(
+        torch.bfloat16
+    )
     return head
 
 

@@ -59,7 +59,11 @@ def status() -> dict[str, Any]:
             "status": application.status,
             "message": application.message,
             "deployments": {
-                name: {"status": deployment.status, "message": deployment.message, "replicas": deployment.replica_states}
+                name: {
+                    "status": deployment.status,
+                    "message": deployment.message,
+                    "replicas": deployment.replica_states,
+                }
                 for name, deployment in application.deployments.items()
             },
         }

@@ -24,7 +24,14 @@ ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 MODEL_NAME = "scripted"
 MAX_MODEL_LEN = 16384
-_COMMON_FLAGS = ("--served-model-name", MODEL_NAME, "--conversation-date", "none", "--kv-cache-memory", "64MiB")
+_COMMON_FLAGS = (
+    "--served-model-name",
+    MODEL_NAME,
+    "--conversation-date",
+    "none",
+    "--kv-cache-memory",
+    "64MiB",
+)
 _COMMON_FLAGS += ("--max-model-len", str(MAX_MODEL_LEN))
 
 # Ray is kept on loopback, quiet, small and quick to stop. Its ports need no token: nothing else can reach them.
@@ -72,7 +79,17 @@ def standalone(folder: Path, model: Path, *flags: str, stderr: int = subprocess.
     Args:
         stderr: descriptor that its log goes to; by default the same file as the rest.
     """
-    command = [str(BIN / "cantata"), "serve", "--standalone", "--model", str(model), "--http-port", "0", "--grpc-port", "0"]
+    command = [
+        str(BIN / "cantata"),
+        "serve",
+        "--standalone",
+        "--model",
+        str(model),
+        "--http-port",
+        "0",
+        "--grpc-port",
+        "0",
+    ]
     command += [*_COMMON_FLAGS, *flags]
     with started("standalone", command, folder, {}, stderr=stderr) as served:
         found = wait_for(served, r"HTTP +http://([\d.:]+)/v1.*\n +gRPC +([\d.:]+) ")
@@ -93,12 +110,18 @@ def serve_run(
     """`serve run` with a copy of deploy/local.yaml that has our model and ports, and settings of the engine."""
     ports = _ray_ports()
     config = serve_config(model, ports, engine or {})
-    for deployment, number in zip(config["applications"][0]["deployments"], (replicas, gateways), strict=True):
+    for deployment, number in zip(
+        config["applications"][0]["deployments"], (replicas, gateways), strict=True
+    ):
         deployment["num_replicas"] = number
     file = folder / "local.yaml"
     file.write_text(yaml.safe_dump(config))
     with _ray_started(
-        "serve run", [str(BIN / "serve"), "run", str(file)], folder, ports, RAY_ENVIRONMENT | dict(environment or {})
+        "serve run",
+        [str(BIN / "serve"), "run", str(file)],
+        folder,
+        ports,
+        RAY_ENVIRONMENT | dict(environment or {}),
     ) as served:
         yield served
 
@@ -108,7 +131,11 @@ def serve_config(model: Path, ports: tuple[int, int], engine: Mapping[str, objec
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/local.yaml").read_text())
     config["http_options"]["port"], config["grpc_options"]["port"] = ports
     arguments = config["applications"][0]["args"]
-    arguments["engine"] = {"model_path": str(model), "max_model_len": MAX_MODEL_LEN, "cache": {"memory_bytes": "64MiB"}} | dict(engine)
+    arguments["engine"] = {
+        "model_path": str(model),
+        "max_model_len": MAX_MODEL_LEN,
+        "cache": {"memory_bytes": "64MiB"},
+    } | dict(engine)
     arguments["gateway"] = {"served_model_name": MODEL_NAME, "conversation_date": "none"}
     return config
 
@@ -117,7 +144,16 @@ def serve_config(model: Path, ports: tuple[int, int], engine: Mapping[str, objec
 def cantata_serve(folder: Path, model: Path, *flags: str) -> Iterator[Served]:
     """`cantata serve` on a Ray that it starts."""
     ports = _ray_ports()
-    command = [str(BIN / "cantata"), "serve", "--model", str(model), "--http-port", str(ports[0]), "--grpc-port", str(ports[1])]
+    command = [
+        str(BIN / "cantata"),
+        "serve",
+        "--model",
+        str(model),
+        "--http-port",
+        str(ports[0]),
+        "--grpc-port",
+        str(ports[1]),
+    ]
     command += [*_COMMON_FLAGS, *flags]
     # The home folder: Ray writes its token there.
     with _ray_started("cantata serve", command, folder, ports, {"HOME": str(folder)}) as served:
@@ -202,9 +238,13 @@ def wait_for(served: Served, pattern: str, timeout_s: float = 120) -> re.Match[s
         text = served.log.read_text(errors="replace")
         if found := re.search(pattern, text):
             return found
-        assert served.process.poll() is None, f"{served.name} ended with {served.process.returncode}:\n{text[-4000:]}"
+        assert served.process.poll() is None, (
+            f"{served.name} ended with {served.process.returncode}:\n{text[-4000:]}"
+        )
         time.sleep(0.05)
-    raise AssertionError(f"{served.name} did not print {pattern!r}:\n{served.log.read_text(errors='replace')[-4000:]}")
+    raise AssertionError(
+        f"{served.name} did not print {pattern!r}:\n{served.log.read_text(errors='replace')[-4000:]}"
+    )
 
 
 def _wait_for_namespace(served: Served, timeout_s: float = 20) -> None:
@@ -225,7 +265,11 @@ def wait_until_ready(served: Served, timeout_s: float = 180) -> None:
                     return
         except OSError:
             pass
-        assert served.process.poll() is None, f"{served.name} ended:\n{served.log.read_text(errors='replace')[-4000:]}"
+        assert served.process.poll() is None, (
+            f"{served.name} ended:\n{served.log.read_text(errors='replace')[-4000:]}"
+        )
         time.sleep(0.1)
     processes = "\n".join(marked(served.mark))
-    raise AssertionError(f"{served.name} is not ready; processes:\n{processes}\nlog:\n{served.log.read_text(errors='replace')[-6000:]}")
+    raise AssertionError(
+        f"{served.name} is not ready; processes:\n{processes}\nlog:\n{served.log.read_text(errors='replace')[-6000:]}"
+    )

@@ -34,7 +34,9 @@ class SimulatedRank:
         sampler: the next token of a sequence from all its tokens.
     """
 
-    def __init__(self, num_full_blocks: int, num_sliding_blocks: int, window: int | None, sampler: Sampler) -> None:
+    def __init__(
+        self, num_full_blocks: int, num_sliding_blocks: int, window: int | None, sampler: Sampler
+    ) -> None:
         self._num_blocks = (num_full_blocks, num_sliding_blocks)
         self._window = window
         self._sampler = sampler
@@ -52,9 +54,22 @@ class SimulatedRank:
         assert received.step == self._next_step
         self._next_step += 1
         self._apply_changes(received)
-        spans = list(zip(received.seq_ids, received.num_computed_tokens, received.num_scheduled_tokens, received.samples, strict=True))
+        spans = list(
+            zip(
+                received.seq_ids,
+                received.num_computed_tokens,
+                received.num_scheduled_tokens,
+                received.samples,
+                strict=True,
+            )
+        )
         assert len(set(received.seq_ids)) == len(received.seq_ids)
-        for seq_id, num_computed, num_scheduled, _samples in spans:  # as in a layer: all keys are stored before any query reads
+        for (
+            seq_id,
+            num_computed,
+            num_scheduled,
+            _samples,
+        ) in spans:  # as in a layer: all keys are stored before any query reads
             self._store(seq_id, num_computed, num_computed + num_scheduled)
         seq_ids, token_ids = [], []
         for seq_id, num_computed, num_scheduled, samples in spans:
@@ -100,6 +115,10 @@ class SimulatedRank:
                 first = 0 if group == 0 else max(start - self._window + 1, 0)
                 for position in range(first, end):
                     block = table[position // BLOCK_SIZE]
-                    assert block != NULL_BLOCK, f"sequence {seq_id} at {start}: key {position} of group {group} has no block"
+                    assert block != NULL_BLOCK, (
+                        f"sequence {seq_id} at {start}: key {position} of group {group} has no block"
+                    )
                     found = self._slots[group].get(block * BLOCK_SIZE + position % BLOCK_SIZE)
-                    assert found == numbers[position], f"sequence {seq_id} at {start}: key {position} of group {group} is not its own"
+                    assert found == numbers[position], (
+                        f"sequence {seq_id} at {start}: key {position} of group {group} is not its own"
+                    )

@@ -24,11 +24,18 @@ class SlotCase:
             return torch.randint(low, high, shape, generator=generator)
 
         token_ids = torch.where(
-            integers(0, 2, self.num_tokens) == 0, integers(0, 2**31, self.num_tokens), -1 - integers(0, self.num_slots, self.num_tokens)
+            integers(0, 2, self.num_tokens) == 0,
+            integers(0, 2**31, self.num_tokens),
+            -1 - integers(0, self.num_slots, self.num_tokens),
         )
         token_ids[-1:] = -self.num_slots
         slots = torch.randperm(self.num_slots, generator=generator)[: self.num_seqs]
-        return token_ids, slots, integers(0, 2**40, self.num_slots), integers(0, 2**31, GROUPS, self.num_slots, self.max_blocks).int()
+        return (
+            token_ids,
+            slots,
+            integers(0, 2**40, self.num_slots),
+            integers(0, 2**31, GROUPS, self.num_slots, self.max_blocks).int(),
+        )
 
 
 SLOT_CASES = [

@@ -85,8 +85,17 @@ class Case:
         for name, kind, *_ in structure._fields_:
             value, form = values[name], FORMATS[kind]
             if value is not None:
-                fields.append([getattr(structure, name).offset, form, self._place(value) if form == "P" else value])
-        self.calls.append({"operation": operation, "num_bytes": ctypes.sizeof(structure), "fields": fields, "returns": returns})
+                fields.append(
+                    [getattr(structure, name).offset, form, self._place(value) if form == "P" else value]
+                )
+        self.calls.append(
+            {
+                "operation": operation,
+                "num_bytes": ctypes.sizeof(structure),
+                "fields": fields,
+                "returns": returns,
+            }
+        )
         return self
 
     def stored(self) -> dict[str, Any]:
@@ -155,11 +164,15 @@ def packed_dense(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | N
 def rows16(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The layout of kernels/cpu/layout.py, from natural blocks [E, N, K/32, 16] and scales [E, N, K/32]."""
     num_experts, num_rows, num_groups = scales.shape
-    columns = torch.stack((blocks & 15, blocks >> 4), dim=-1).view(num_experts, num_rows // 16, 16, num_groups * 4, 2, 2, 2)
+    columns = torch.stack((blocks & 15, blocks >> 4), dim=-1).view(
+        num_experts, num_rows // 16, 16, num_groups * 4, 2, 2, 2
+    )
     nibbles = columns.permute(0, 1, 3, 2, 6, 4, 5)  # [expert, group, chunk, row, odd, byte, nibble]
     packed = nibbles[..., 0] | (nibbles[..., 1] << 4)
     shape = (num_experts, num_rows // 16, num_groups * 4, 64)
-    return packed.reshape(shape), scales.view(num_experts, num_rows // 16, 16, num_groups).transpose(2, 3).contiguous()
+    return packed.reshape(shape), scales.view(num_experts, num_rows // 16, 16, num_groups).transpose(
+        2, 3
+    ).contiguous()
 
 
 def load() -> list[dict[str, Any]]:

@@ -13,11 +13,15 @@ from workers.engine.llm import LLM
 from workers.request import SamplingParams
 
 WEATHER = ToolDefinition(
-    "get_weather", "Weather now.", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    "get_weather",
+    "Weather now.",
+    {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 )
 THOUGHT = "The user wants the weather."
 ASK = ChatMessage("user", "How is the weather in Paris?")
-CALL = ChatMessage("assistant", reasoning=THOUGHT, tool_calls=(ToolCall("call_1", "get_weather", '{"city":"Paris"}'),))
+CALL = ChatMessage(
+    "assistant", reasoning=THOUGHT, tool_calls=(ToolCall("call_1", "get_weather", '{"city":"Paris"}'),)
+)
 RESULT = ChatMessage("tool", "sunny", tool_call_id="call_1")
 SCRIPTS = (
     Script(
@@ -25,9 +29,18 @@ SCRIPTS = (
         f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
         '<|constrain|>json<|message|>{"city":"Paris"}<|call|>',
     ),
-    Script(Conversation((ASK, CALL, RESULT), tools=(WEATHER,)), "<|channel|>final<|message|>Sunny — 21 °C 😀.<|return|>"),
-    Script(Conversation((ChatMessage("user", "Hello"),)), "<|channel|>final<|message|>Hello! Hello! Hello!<|return|>"),
-    Script(Conversation((ChatMessage("user", "Hello!"),)), "<|channel|>final<|message|>Hello! Hello! Goodbye.<|return|>"),
+    Script(
+        Conversation((ASK, CALL, RESULT), tools=(WEATHER,)),
+        "<|channel|>final<|message|>Sunny — 21 °C 😀.<|return|>",
+    ),
+    Script(
+        Conversation((ChatMessage("user", "Hello"),)),
+        "<|channel|>final<|message|>Hello! Hello! Hello!<|return|>",
+    ),
+    Script(
+        Conversation((ChatMessage("user", "Hello!"),)),
+        "<|channel|>final<|message|>Hello! Hello! Goodbye.<|return|>",
+    ),
     Script((7, 8, 9), (10, 10, 10, 11)),
 )
 
@@ -40,7 +53,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_transformers_follows_the_scripts(checkpoint: Path) -> None:
-    model = GptOssForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True))
+    model = GptOssForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
+    )
     encoding = scripted_encoding()
     for script in SCRIPTS:
         prompt, expected = script.prompt_ids(encoding), script.completion_ids(encoding)
@@ -54,11 +69,15 @@ def test_our_engine_follows_the_scripts(checkpoint: Path, dtype: Dtype) -> None:
     runs = [(script.prompt_ids(encoding), script.completion_ids(encoding)) for script in SCRIPTS]
     # The last script has no end token. Greedy and sampled sequences share each step.
     sampling = [
-        SamplingParams(max_tokens=len(completion), temperature=temperature, seed=7) for temperature in (0.0, 1.0) for _, completion in runs
+        SamplingParams(max_tokens=len(completion), temperature=temperature, seed=7)
+        for temperature in (0.0, 1.0)
+        for _, completion in runs
     ]
     with LLM(checkpoint, dtype=dtype, max_model_len=1024, kv_cache_bytes=32 << 20) as llm:
         outputs = llm.generate([prompt for prompt, _ in runs] * 2, sampling, use_tqdm=False)
-        assert [list(output.outputs[0].token_ids) for output in outputs] == [completion for _, completion in runs] * 2
+        assert [list(output.outputs[0].token_ids) for output in outputs] == [
+            completion for _, completion in runs
+        ] * 2
         for prompt, completion in runs:
             logits = llm.logits(prompt + completion[:-1])[len(prompt) - 1 :]
             right = logits.gather(1, torch.tensor(completion)[:, None])[:, 0]
@@ -67,7 +86,9 @@ def test_our_engine_follows_the_scripts(checkpoint: Path, dtype: Dtype) -> None:
 
 
 def test_contradicting_scripts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"scripts\[0\] and scripts\[1\] want different tokens at position 1"):
+    with pytest.raises(
+        ValueError, match=r"scripts\[0\] and scripts\[1\] want different tokens at position 1"
+    ):
         write_scripted_checkpoint(tmp_path / "checkpoint", [Script((1, 2), (3, 4)), Script((1, 2), (3, 5))])
     assert list(tmp_path.iterdir()) == []
 

@@ -26,7 +26,9 @@ class Meeting:
         self._barrier.wait()
         tensors = [entry for entry in self._tensors if entry is not None]
         self._barrier.wait()
-        assert len({(entry.shape, entry.dtype) for entry in tensors}) == 1, "the ranks brought tensors of different shapes"
+        assert len({(entry.shape, entry.dtype) for entry in tensors}) == 1, (
+            "the ranks brought tensors of different shapes"
+        )
         return tensors
 
     def abort(self) -> None:

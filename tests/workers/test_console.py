@@ -51,7 +51,9 @@ def test_what_is_printed_comes_out_in_order(pipe: tuple[int, int]) -> None:
     for index in range(1000):
         print(index, "ü", file=output, flush=True)
     assert output.drain(LIMIT_S)
-    assert read_until(pipe[0], "999 ü\n".encode()).decode() == "".join(f"{index} ü\n" for index in range(1000))
+    assert read_until(pipe[0], "999 ü\n".encode()).decode() == "".join(
+        f"{index} ü\n" for index in range(1000)
+    )
     assert output.num_dropped_lines == 0
 
 
@@ -115,7 +117,9 @@ def program(code: str, done: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("where", ["/dev/full", "closed", "no-reader", "not-read"])
-def test_a_process_that_prints_there_runs_to_its_end(where: str, tmp_path: Path, pipe: tuple[int, int]) -> None:
+def test_a_process_that_prints_there_runs_to_its_end(
+    where: str, tmp_path: Path, pipe: tuple[int, int]
+) -> None:
     done = tmp_path / "done"
     if where == "not-read":
         fill(pipe[1])
@@ -134,13 +138,18 @@ def test_the_end_of_a_log_is_not_lost(tmp_path: Path) -> None:
     """Neither an exception's traceback nor what is printed before `os._exit`."""
     code = "import os, sys\nfrom workers.console import keep_output_from_failing, drain_output\nkeep_output_from_failing()\n"
     failed = subprocess.run(
-        program(f"{code}print('last words')\nraise KeyError('x')", tmp_path), capture_output=True, text=True, timeout=60
+        program(f"{code}print('last words')\nraise KeyError('x')", tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert failed.returncode == 1
     assert failed.stdout == "last words\n"
     assert failed.stderr.endswith("KeyError: 'x'\n")
     left = subprocess.run(
-        program(f"{code}print('last words', file=sys.stderr)\ndrain_output()\nos._exit(3)", tmp_path), capture_output=True, timeout=60
+        program(f"{code}print('last words', file=sys.stderr)\ndrain_output()\nos._exit(3)", tmp_path),
+        capture_output=True,
+        timeout=60,
     )
     assert (left.returncode, left.stderr) == (3, b"last words\n")
 

@@ -14,7 +14,13 @@ from workers.errors import ConfigError
 def test_a_quota_leaves_fewer_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     file = tmp_path / "cpu.max"
-    for text, wanted in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8), ("nonsense", 8)):
+    for text, wanted in (
+        ("max 100000", 8),
+        ("250000 100000", 2),
+        ("50000 100000", 1),
+        ("9900000 100000", 8),
+        ("nonsense", 8),
+    ):
         file.write_text(text)
         assert usable_cores(file) == wanted, text
     assert usable_cores(tmp_path / "missing") == 8
@@ -27,7 +33,10 @@ def test_threads_of_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine_threads(2, 3, setting="threads") == 2
     with pytest.raises(ConfigError, match=r"^threads is 7, and this process may use 6 cores: at most 6$"):
         engine_threads(7, setting="threads")
-    with pytest.raises(ConfigError, match=r"^n is 4 for each of 2 engines, 8 together, and this process may use 6 cores: at most 3$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^n is 4 for each of 2 engines, 8 together, and this process may use 6 cores: at most 3$",
+    ):
         engine_threads(4, 2, setting="n")
     with pytest.raises(ConfigError, match=r"^threads must be at least 1, got 0$"):
         engine_threads(0, setting="threads")

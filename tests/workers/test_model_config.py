@@ -31,7 +31,10 @@ def published() -> dict[str, Any]:
         "num_key_value_heads": 8,
         "num_local_experts": 128,
         "pad_token_id": 199999,
-        "quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"], "quant_method": "mxfp4"},
+        "quantization_config": {
+            "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+            "quant_method": "mxfp4",
+        },
         "rms_norm_eps": 1e-05,
         "rope_scaling": {
             "beta_fast": 32.0,
@@ -50,16 +53,31 @@ def published() -> dict[str, Any]:
 
 
 KV_ONLY = {
-    "config_groups": {"group_0": {"targets": ["GptOssAttention"], "weights": None, "input_activations": {"num_bits": 8, "type": "float"}}},
+    "config_groups": {
+        "group_0": {
+            "targets": ["GptOssAttention"],
+            "weights": None,
+            "input_activations": {"num_bits": 8, "type": "float"},
+        }
+    },
     "format": "dense",
     "ignore": [],
-    "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"},
+    "kv_cache_scheme": {
+        "dynamic": False,
+        "num_bits": 8,
+        "strategy": "tensor",
+        "symmetric": True,
+        "type": "float",
+    },
     "quant_method": "compressed-tensors",
 }
 """As llm-compressor writes it where it calibrated a KV cache and left the weights alone."""
 QUARK = {
     "quant_method": "quark",
-    "global_quant_config": {"weight": {"dtype": "fp4", "group_size": 32}, "input_tensors": {"dtype": "fp8_e4m3"}},
+    "global_quant_config": {
+        "weight": {"dtype": "fp4", "group_size": 32},
+        "input_tensors": {"dtype": "fp8_e4m3"},
+    },
     "kv_cache_quant_config": {"*k_proj": {"output_tensors": {"dtype": "fp8_e4m3"}}},
 }
 """As of amd/gpt-oss-120b-w-mxfp4-a-fp8, whose experts are stored one by one."""
@@ -74,8 +92,14 @@ QUARK = {
     ],
 )
 def test_a_quantiser_of_the_kv_cache_alone_leaves_bf16(quantization: dict[str, Any]) -> None:
-    assert parse_model_config(published() | {"quantization_config": quantization}, "config.json").experts_format == "bf16"
-    assert parse_model_config(published() | {"quantization_config": None}, "config.json").experts_format == "bf16"
+    assert (
+        parse_model_config(published() | {"quantization_config": quantization}, "config.json").experts_format
+        == "bf16"
+    )
+    assert (
+        parse_model_config(published() | {"quantization_config": None}, "config.json").experts_format
+        == "bf16"
+    )
 
 
 def test_published_config() -> None:
@@ -180,11 +204,23 @@ def test_explicit_attention_factor_equal_to_the_default_is_fine() -> None:
             {"quantization_config": {"quant_method": "gptq"}},
             "quant_method must be 'mxfp4', found 'gptq': weights are read as MXFP4 experts",
         ),
-        ({"quantization_config": QUARK}, "found 'quark': .* with scales of an fp8 KV cache or without; start from such a checkpoint"),
+        (
+            {"quantization_config": QUARK},
+            "found 'quark': .* with scales of an fp8 KV cache or without; start from such a checkpoint",
+        ),
         ({"quantization_config": KV_ONLY | {"kv_cache_scheme": None}}, "found 'compressed-tensors'"),
-        ({"quantization_config": KV_ONLY | {"kv_cache_scheme": {"type": "int", "num_bits": 8}}}, "found 'compressed-tensors'"),
-        ({"quantization_config": KV_ONLY | {"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}}, "found 'compressed-tensors'"),
-        ({"quantization_config": KV_ONLY | {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "found 'modelopt'"),
+        (
+            {"quantization_config": KV_ONLY | {"kv_cache_scheme": {"type": "int", "num_bits": 8}}},
+            "found 'compressed-tensors'",
+        ),
+        (
+            {"quantization_config": KV_ONLY | {"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}},
+            "found 'compressed-tensors'",
+        ),
+        (
+            {"quantization_config": KV_ONLY | {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+            "found 'modelopt'",
+        ),
         ({"quantization_config": "mxfp4"}, "quant_method"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"layer_types": ["full_attention"]}, "layer_types must list one entry for each of the 36 layers"),

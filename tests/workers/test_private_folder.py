@@ -31,7 +31,12 @@ def test_it_is_private_and_goes_with_close(runtime: Path) -> None:
 
 def test_those_of_killed_processes_are_removed_and_no_others(runtime: Path) -> None:
     code = "import sys; from workers.private_folder import *; folder = PrivateFolder(); print(folder.path, flush=True); sys.stdin.read()"
-    processes = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     try:
         paths = []
         for process in processes:
@@ -51,7 +56,9 @@ def test_those_of_killed_processes_are_removed_and_no_others(runtime: Path) -> N
 
 
 @pytest.mark.parametrize("fault", ["open to others", "a link", "a file", "a path that is too long"])
-def test_a_place_that_is_not_ours_is_not_used(runtime: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_a_place_that_is_not_ours_is_not_used(
+    runtime: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     root = runtime / f"cantata-{os.geteuid()}"
     if fault == "open to others":
         root.mkdir()

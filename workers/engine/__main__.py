@@ -33,28 +33,47 @@ from workers.private_folder import PrivateFolder
 
 def main() -> int:
     """Parse the flags and run; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python3 -m workers.engine", description="One engine process of Cantata.")
-    parser.add_argument("--config", required=True, help="EngineConfig as JSON, or the path of a file that holds it")
+    parser = argparse.ArgumentParser(
+        prog="python3 -m workers.engine", description="One engine process of Cantata."
+    )
+    parser.add_argument(
+        "--config", required=True, help="EngineConfig as JSON, or the path of a file that holds it"
+    )
     parser.add_argument(
         "--address",
         help=f"where to serve gRPC: unix:PATH, or HOST:PORT (port 0: any free one) with a secret in ${SECRET_VARIABLE}; by default a "
         "socket in a new folder that only this user can reach",
     )
-    parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics over HTTP on this port of 127.0.0.1; 0: any free one")
-    parser.add_argument("--grace-s", type=float, default=30.0, help="seconds that running requests have to end after SIGTERM")
-    parser.add_argument("--parent-pid", type=int, help="the process that starts this one, and with which it ends")
     parser.add_argument(
-        "--heartbeats", action="store_true", help="write a line to stdout, which is a pipe, each second that the engine lives"
+        "--metrics-port",
+        type=int,
+        help="serve Prometheus metrics over HTTP on this port of 127.0.0.1; 0: any free one",
+    )
+    parser.add_argument(
+        "--grace-s", type=float, default=30.0, help="seconds that running requests have to end after SIGTERM"
+    )
+    parser.add_argument(
+        "--parent-pid", type=int, help="the process that starts this one, and with which it ends"
+    )
+    parser.add_argument(
+        "--heartbeats",
+        action="store_true",
+        help="write a line to stdout, which is a pipe, each second that the engine lives",
     )
     arguments = parser.parse_args()
     keep_output_from_failing()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     if arguments.parent_pid is not None and not die_with_parent(arguments.parent_pid):
         return 0
     try:
         config = _read_config(arguments.config)
         with ExitStack() as stack:
-            address = arguments.address or f"unix:{stack.enter_context(closing(PrivateFolder())).path / 'engine.sock'}"
+            address = (
+                arguments.address
+                or f"unix:{stack.enter_context(closing(PrivateFolder())).path / 'engine.sock'}"
+            )
             return asyncio.run(_serve(config, address, arguments))
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -101,11 +120,18 @@ async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespa
         metrics_address=server.metrics_address,
     )
     print(f"Cantata engine {start_up.info.version}\n{table}", file=sys.stderr, flush=True)
-    ready = {"event": "ready", "address": bound, "start_id": start_up.info.start_id, "metrics_address": server.metrics_address}
+    ready = {
+        "event": "ready",
+        "address": bound,
+        "start_id": start_up.info.start_id,
+        "metrics_address": server.metrics_address,
+    }
     print(json.dumps(ready), flush=True)
     await asyncio.to_thread(drain_output)  # heartbeats are written past it
     if arguments.heartbeats:
-        heartbeat = asyncio.create_task(beat(server.engine.watch, say_to(sys.stdout.fileno(), b'{"event": "alive"}\n')))
+        heartbeat = asyncio.create_task(
+            beat(server.engine.watch, say_to(sys.stdout.fileno(), b'{"event": "alive"}\n'))
+        )
 
     await _first(stop, server.ended)
     if not server.ended.is_set():
@@ -121,7 +147,9 @@ async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespa
 
 async def _first(*things: "asyncio.Event | asyncio.Task[object]") -> None:
     """Wait for the first of these; those that were events are no longer waited for, tasks go on."""
-    waits = [thing if isinstance(thing, asyncio.Task) else asyncio.create_task(thing.wait()) for thing in things]
+    waits = [
+        thing if isinstance(thing, asyncio.Task) else asyncio.create_task(thing.wait()) for thing in things
+    ]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for thing, wait in zip(things, waits, strict=True):
         if thing is not wait:

@@ -62,7 +62,9 @@ def check_address(address: str, secret: str | None) -> None:
         return
     path = address.removeprefix(_UNIX)
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
-        raise ConfigError(f"the path of the socket {path} is longer than {LONGEST_SOCKET_PATH} bytes: choose a shorter one")
+        raise ConfigError(
+            f"the path of the socket {path} is longer than {LONGEST_SOCKET_PATH} bytes: choose a shorter one"
+        )
     # gRPC would take the socket away from a server that lives.
     with socket.socket(socket.AF_UNIX) as probe:
         if probe.connect_ex(path) == 0:
@@ -76,7 +78,9 @@ def close_to_others(address: str) -> None:
 
 
 async def _refuse(requests: object, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this engine wants its secret in the metadata of a call")
+    await context.abort(
+        grpc.StatusCode.UNAUTHENTICATED, "this engine wants its secret in the metadata of a call"
+    )
 
 
 def _bytes(value: str | bytes) -> bytes:

@@ -58,7 +58,9 @@ def check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
         ConfigError: one sentence.
     """
     if config.max_model_len is not None and not 2 <= config.max_model_len <= model.max_context_len:
-        raise ConfigError(f"max_model_len must be 2 to {model.max_context_len}, the model's context; got {config.max_model_len}")
+        raise ConfigError(
+            f"max_model_len must be 2 to {model.max_context_len}, the model's context; got {config.max_model_len}"
+        )
 
 
 class Engine:
@@ -141,7 +143,10 @@ class Engine:
         except ConfigError:
             self._executor.shutdown()
             raise
-        self._capacity = {"full": max(info.num_full_blocks - 1, 0), "sliding": max(info.num_sliding_blocks - 1, 0)}
+        self._capacity = {
+            "full": max(info.num_full_blocks - 1, 0),
+            "sliding": max(info.num_sliding_blocks - 1, 0),
+        }
         self._refusal = None
         self._thread.start()
         return info
@@ -162,10 +167,14 @@ class Engine:
                 raise EngineDead(self._refusal)
             if len(self._live) - self._num_running >= self._config.scheduler.max_waiting_requests:
                 self.metrics.refused.inc()
-                raise Overloaded(f"{self._config.scheduler.max_waiting_requests} requests wait already; try again later")
+                raise Overloaded(
+                    f"{self._config.scheduler.max_waiting_requests} requests wait already; try again later"
+                )
             stream = OutputStream(request.request_id, self._next_seq_id, notifier)
             self._next_seq_id += 1
-            live = _Live(request, stream, now, None if request.deadline_s is None else now + request.deadline_s)
+            live = _Live(
+                request, stream, now, None if request.deadline_s is None else now + request.deadline_s
+            )
             self._live[stream.seq_id] = live
             self._inbox.append(live)
             self._changed.notify_all()
@@ -224,7 +233,10 @@ class Engine:
             self._stopping = True
             self._changed.notify_all()
         if self._thread.ident is not None and not self.wait_stopped(_STOP_TIMEOUT_S):
-            logger.error("the step in flight has not ended after %g s; its requests are ended without it", _STOP_TIMEOUT_S)
+            logger.error(
+                "the step in flight has not ended after %g s; its requests are ended without it",
+                _STOP_TIMEOUT_S,
+            )
             self._end_all()
         self._executor.shutdown()
 
@@ -247,7 +259,14 @@ class Engine:
         with self._changed:
             self.watch.idle()
             self._changed.wait_for(
-                lambda: self._stopping or self._executor_error or self._inbox or self._aborts or self._flights or self._scheduler.has_work
+                lambda: (
+                    self._stopping
+                    or self._executor_error
+                    or self._inbox
+                    or self._aborts
+                    or self._flights
+                    or self._scheduler.has_work
+                )
             )
             self.watch.busy()
             if self._executor_error is not None and not self._stopping:
@@ -343,7 +362,13 @@ class Engine:
         if update.token_id is not None:
             stream.push(update.token_id, update.logprobs, update.num_cached_tokens)
         if update.finish_reason is not None:
-            self._end(stream, update.finish_reason, stop_token_id=update.stop_token_id, error=update.error, failure=failure)
+            self._end(
+                stream,
+                update.finish_reason,
+                stop_token_id=update.stop_token_id,
+                error=update.error,
+                failure=failure,
+            )
 
     def _publish(self) -> None:
         """Wake the readers, each once, and let go of the requests that ended."""
@@ -411,7 +436,9 @@ class Engine:
             self.metrics.kv_usage.labels(group).set(0)
         sentence = self._error or "the engine is shutting down"
         for stream in left:
-            self._end(stream, "error" if self._error else "abort", error=sentence, failure=EngineDead(sentence))
+            self._end(
+                stream, "error" if self._error else "abort", error=sentence, failure=EngineDead(sentence)
+            )
         _notify(left)
 
     def _end(

@@ -30,7 +30,9 @@ class StepLoopWatch:
         clock: monotonic seconds.
     """
 
-    def __init__(self, step_limit_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, step_limit_s: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._step_limit_s = step_limit_s
         self._clock = clock
         self._stalls_at_s: float | None = None

@@ -147,11 +147,17 @@ class LLM:
         )
         self._start(config, executor_factory)
 
-    def _start(self, config: EngineConfig, executor_factory: Callable[[EngineConfig, ModelConfig], Executor] | None) -> None:
+    def _start(
+        self, config: EngineConfig, executor_factory: Callable[[EngineConfig, ModelConfig], Executor] | None
+    ) -> None:
         model = load_model_config(config.model_path)
         self._tokenizer = _load_tokenizer(config.model_path)
-        known = (self._tokenizer.token_to_id(name) for name in END_TOKENS) if self._tokenizer is not None else ()
-        self._end_token_ids = tuple(token_id for token_id in known if token_id is not None and token_id < model.vocab_size)
+        known = (
+            (self._tokenizer.token_to_id(name) for name in END_TOKENS) if self._tokenizer is not None else ()
+        )
+        self._end_token_ids = tuple(
+            token_id for token_id in known if token_id is not None and token_id < model.vocab_size
+        )
         progress = StartUpProgress()
         make = executor_factory or partial(local_executor, progress=progress)
         self._executor = make(config, model)
@@ -180,14 +186,26 @@ class LLM:
         prompt_list = _prompt_list(prompts)
         texts = [prompt if isinstance(prompt, str) else None for prompt in prompt_list]
         ids = [self._encode(prompt) for prompt in prompt_list]
-        params = [sampling or SamplingParams()] * len(ids) if not isinstance(sampling, Sequence) else list(sampling)
+        params = (
+            [sampling or SamplingParams()] * len(ids)
+            if not isinstance(sampling, Sequence)
+            else list(sampling)
+        )
         if len(params) != len(ids):
-            raise InvalidRequest(f"{len(ids)} prompts came with {len(params)} sampling parameters", "sampling")
+            raise InvalidRequest(
+                f"{len(ids)} prompts came with {len(params)} sampling parameters", "sampling"
+            )
         first = self._num_requests
         self._num_requests += len(ids)
-        choices = [choice for index in range(len(ids)) for choice in self._choices(index, f"{first + index}", ids[index], params[index])]
+        choices = [
+            choice
+            for index in range(len(ids))
+            for choice in self._choices(index, f"{first + index}", ids[index], params[index])
+        ]
         finished = self._run(choices, use_tqdm)
-        results = [RequestOutput(f"{first + index}", texts[index], ids[index], []) for index in range(len(ids))]
+        results = [
+            RequestOutput(f"{first + index}", texts[index], ids[index], []) for index in range(len(ids))
+        ]
         for choice, output in zip(choices, finished, strict=True):
             results[choice.prompt_index].outputs.append(output)
         return results
@@ -203,7 +221,9 @@ class LLM:
         request = EngineRequest("logits", tuple(token_ids), SamplingParams())
         check_request(request, self.engine.vocab_size)
         if len(token_ids) > self.engine.max_model_len:
-            raise InvalidRequest(f"{len(token_ids)} tokens exceed the context of {self.engine.max_model_len}", "token_ids")
+            raise InvalidRequest(
+                f"{len(token_ids)} tokens exceed the context of {self.engine.max_model_len}", "token_ids"
+            )
         return self._executor.logits(request.prompt_token_ids)
 
     def shutdown(self) -> None:
@@ -213,7 +233,9 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.shutdown()
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -222,10 +244,14 @@ class LLM:
                 raise InvalidRequest("a prompt must be a text or a list of token ids", "prompt")
             return tuple(prompt)
         if self._tokenizer is None:
-            raise InvalidRequest("the checkpoint has no tokenizer.json; give token ids instead of text", "prompt")
+            raise InvalidRequest(
+                "the checkpoint has no tokenizer.json; give token ids instead of text", "prompt"
+            )
         return tuple(self._tokenizer.encode(prompt).ids)
 
-    def _choices(self, prompt_index: int, request_id: str, prompt: tuple[int, ...], sampling: SamplingParams) -> list[_Choice]:
+    def _choices(
+        self, prompt_index: int, request_id: str, prompt: tuple[int, ...], sampling: SamplingParams
+    ) -> list[_Choice]:
         check_request(EngineRequest(request_id, prompt, replace(sampling, n=1)), self.engine.vocab_size)
         if not isinstance(sampling.n, int) or sampling.n < 1:
             raise InvalidRequest(f"n must be at least 1, got {sampling.n}", "n")
@@ -236,7 +262,9 @@ class LLM:
                 prompt_index,
                 index,
                 EngineRequest(
-                    f"{request_id}-{index}", prompt, replace(sampling, n=1, seed=(seed + index) & MAX_SEED, stop_token_ids=stops)
+                    f"{request_id}-{index}",
+                    prompt,
+                    replace(sampling, n=1, seed=(seed + index) & MAX_SEED, stop_token_ids=stops),
                 ),
                 sampling.stop_token_ids,
             )
@@ -247,7 +275,9 @@ class LLM:
         reader = ThreadReader()
         streams: list[OutputStream] = []
         finished: dict[int, CompletionOutput] = {}
-        bar: tqdm[NoReturn] = tqdm(total=len(choices), desc="Processed prompts", unit="seq", disable=not use_tqdm, dynamic_ncols=True)
+        bar: tqdm[NoReturn] = tqdm(
+            total=len(choices), desc="Processed prompts", unit="seq", disable=not use_tqdm, dynamic_ncols=True
+        )
         try:
             for choice in choices:
                 streams.append(self.engine.submit(choice.request, reader))
@@ -261,7 +291,9 @@ class LLM:
                 if output.finish_reason in ("abort", "error"):
                     raise stream.failure or EngineDead(output.error or "the engine stopped")
                 if output.finish_reason is not None:
-                    finished[stream.seq_id] = self._complete(choice, output.finish_reason, output.stop_token_id)
+                    finished[stream.seq_id] = self._complete(
+                        choice, output.finish_reason, output.stop_token_id
+                    )
                     bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
                     bar.update()
         finally:
@@ -275,7 +307,9 @@ class LLM:
         shown = token_ids[:-1] if reason == "stop" else token_ids
         return CompletionOutput(
             index=choice.index,
-            text=self._tokenizer.decode(shown, skip_special_tokens=True) if self._tokenizer is not None else "",
+            text=self._tokenizer.decode(shown, skip_special_tokens=True)
+            if self._tokenizer is not None
+            else "",
             token_ids=token_ids,
             logprobs=None if choice.request.sampling.logprobs is None else tuple(choice.logprobs),
             finish_reason=reason,
@@ -290,7 +324,10 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not ids:
         return [prompt for prompt in prompts if not isinstance(prompt, int)]
     if len(ids) < len(prompts):
-        raise InvalidRequest("prompts mixes token ids with prompts; give one list of ids, or a list of texts and lists of ids", "prompt")
+        raise InvalidRequest(
+            "prompts mixes token ids with prompts; give one list of ids, or a list of texts and lists of ids",
+            "prompt",
+        )
     return [ids]
 
 

@@ -54,7 +54,9 @@ class StartUpProgress:
         sys.stderr.flush()
 
 
-def summary(info: ExecutorInfo, *, model: str, longest_context: int, address: str, metrics_address: str | None) -> str:
+def summary(
+    info: ExecutorInfo, *, model: str, longest_context: int, address: str, metrics_address: str | None
+) -> str:
     """The start-up table.
 
     Args:
@@ -63,9 +65,15 @@ def summary(info: ExecutorInfo, *, model: str, longest_context: int, address: st
     blocks = info.num_full_blocks or info.num_sliding_blocks
     rows = [
         ("model", model),
-        ("address", f"grpc {address}" + (f", metrics http://{metrics_address}/metrics" if metrics_address else "")),
+        (
+            "address",
+            f"grpc {address}" + (f", metrics http://{metrics_address}/metrics" if metrics_address else ""),
+        ),
         ("device", f"{info.device}, {info.dtype}"),
-        ("shards", f"{info.num_ranks} rank{'s' if info.num_ranks > 1 else ''}, weights {_readable(info.weight_bytes)}"),
+        (
+            "shards",
+            f"{info.num_ranks} rank{'s' if info.num_ranks > 1 else ''}, weights {_readable(info.weight_bytes)}",
+        ),
         *((f"kernel {operation}", implementation) for operation, implementation in info.kernels.items()),
         ("context", _context(info, longest_context)),
         (

@@ -74,12 +74,18 @@ class EngineServer:
     """
 
     def __init__(
-        self, *, progress: Progress | None = None, executor_factory: ExecutorFactory | None = None, secret: str | None = None
+        self,
+        *,
+        progress: Progress | None = None,
+        executor_factory: ExecutorFactory | None = None,
+        secret: str | None = None,
     ) -> None:
         self.metrics = EngineMetrics()
         self.ended = asyncio.Event()
         self._secret = secret
-        self._make_executor = executor_factory or (lambda config, model: local_executor(config, model, progress=progress))
+        self._make_executor = executor_factory or (
+            lambda config, model: local_executor(config, model, progress=progress)
+        )
         self._engine: Engine | None = None
         self._server: grpc.aio.Server | None = None
         self._health = HealthServicer()
@@ -112,7 +118,9 @@ class EngineServer:
         """
         loop = asyncio.get_running_loop()
         check_address(address, self._secret)
-        server = grpc.aio.server(options=_OPTIONS, interceptors=[] if self._secret is None else [SecretInterceptor(self._secret)])
+        server = grpc.aio.server(
+            options=_OPTIONS, interceptors=[] if self._secret is None else [SecretInterceptor(self._secret)]
+        )
         # Before the model is loaded: a port that is taken should be found out in a second, not after minutes.
         address = _bind(server, address)
         if metrics_port is not None:
@@ -171,7 +179,9 @@ class EngineServer:
 
     def _note_death(self) -> None:
         self.ended.set()
-        self._death_notice = asyncio.ensure_future(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
+        self._death_notice = asyncio.ensure_future(
+            self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        )
 
     async def _close_metrics(self) -> None:
         if self._metrics_server is not None:
@@ -204,7 +214,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             error = CantataError(f"internal error; request {request.request_id}")
         await _abort(context, error)
 
-    async def _outputs(self, message: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateResponse]:
+    async def _outputs(
+        self, message: pb.GenerateRequest, context: Context
+    ) -> AsyncGenerator[pb.GenerateResponse]:
         request = self._request(message, context.time_remaining())
         stream = self._engine.submit(request, self._reader)
         try:
@@ -222,7 +234,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     def _request(self, message: pb.GenerateRequest, time_remaining_s: float | None) -> EngineRequest:
         if time_remaining_s is not None and time_remaining_s <= 0:
             raise DeadlineExceeded("the request's deadline had passed when it came")
-        request = convert.request_from_wire(message, vocab_size=self._info.vocab_size, deadline_s=time_remaining_s)
+        request = convert.request_from_wire(
+            message, vocab_size=self._info.vocab_size, deadline_s=time_remaining_s
+        )
         if request.sampling.seed is None:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(64)))
         return request
@@ -238,7 +252,10 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         if not (math.isfinite(request.grace_s) and 0 <= request.grace_s <= _MAX_GRACE_S):
-            await _abort(context, InvalidRequest(f"grace_s must be 0 to {_MAX_GRACE_S:g}, got {request.grace_s}", "grace_s"))
+            await _abort(
+                context,
+                InvalidRequest(f"grace_s must be 0 to {_MAX_GRACE_S:g}, got {request.grace_s}", "grace_s"),
+            )
         return pb.DrainResponse(num_aborted=await self._server.drain_for_caller(request.grace_s))
 
 
@@ -250,7 +267,9 @@ def _bind(server: grpc.aio.Server, address: str) -> str:
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ConfigError(f"cannot listen on {address}: the port is taken, or the address is not one of this machine") from error
+        raise ConfigError(
+            f"cannot listen on {address}: the port is taken, or the address is not one of this machine"
+        ) from error
     close_to_others(address)
     return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
@@ -262,7 +281,9 @@ def _start_metrics(metrics: EngineMetrics, port: int) -> MetricsServer:
         raise ConfigError(f"cannot serve metrics on 127.0.0.1:{port}: {error.strerror}") from error
 
 
-def _engine_info(config: EngineConfig, model: ModelConfig, executor: ExecutorInfo, model_fingerprint: str) -> convert.EngineInfo:
+def _engine_info(
+    config: EngineConfig, model: ModelConfig, executor: ExecutorInfo, model_fingerprint: str
+) -> convert.EngineInfo:
     return convert.EngineInfo(
         version=importlib.metadata.version("cantata"),
         model_name=config.model_path.resolve().name,

@@ -97,14 +97,21 @@ class StepProfile:
         return measure()
 
 
-def profile_table(rows: Sequence[OperationRow], read_bytes_per_s: float, gemm_flops_per_s: float, gemm_dtype: str) -> str:
+def profile_table(
+    rows: Sequence[OperationRow], read_bytes_per_s: float, gemm_flops_per_s: float, gemm_dtype: str
+) -> str:
     """Return a table in Markdown."""
     lines = [
         f"| operation | calls | ms | share | MB | GB/s | of reading | GFLOP/s | of {gemm_dtype} GEMM |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        cells = [row.name, f"{row.calls:.0f}" if row.calls else "", f"{row.seconds * 1e3:.3f}", f"{row.share:.1%}"]
+        cells = [
+            row.name,
+            f"{row.calls:.0f}" if row.calls else "",
+            f"{row.seconds * 1e3:.3f}",
+            f"{row.share:.1%}",
+        ]
         if row.num_bytes and row.seconds:
             rate = row.num_bytes / row.seconds
             cells += [f"{row.num_bytes / 1e6:.2f}", f"{rate / 1e9:.1f}", f"{rate / read_bytes_per_s:.0%}"]

@@ -16,9 +16,24 @@ from workers.errors import ConfigError
 from workers.private_folder import PrivateFolder
 
 # From a rank.
-HELLO, PROGRESS, LOADED, READY, RESULT, LOGITS, FAILED = b"hello", b"progress", b"loaded", b"ready", b"result", b"logits", b"failed"
+HELLO, PROGRESS, LOADED, READY, RESULT, LOGITS, FAILED = (
+    b"hello",
+    b"progress",
+    b"loaded",
+    b"ready",
+    b"result",
+    b"logits",
+    b"failed",
+)
 # To a rank.
-JOIN, ALLOCATE, PLAN, COMPUTE_LOGITS, ALIVE, STOP = b"join", b"allocate", b"plan", b"compute logits", b"alive", b"stop"
+JOIN, ALLOCATE, PLAN, COMPUTE_LOGITS, ALIVE, STOP = (
+    b"join",
+    b"allocate",
+    b"plan",
+    b"compute logits",
+    b"alive",
+    b"stop",
+)
 
 Body = dict[str, object]
 
@@ -58,7 +73,11 @@ class EngineChannel:
     def endpoints(self, rank: int) -> Endpoints:
         """For the rank of that number."""
         addresses = self._plans[rank][1], self._results_address
-        return Endpoints(*addresses) if self._keys is None else Endpoints(*addresses, self._keys.server_key, self._keys.rank_key)
+        return (
+            Endpoints(*addresses)
+            if self._keys is None
+            else Endpoints(*addresses, self._keys.server_key, self._keys.rank_key)
+        )
 
     def send(self, rank: int, kind: bytes, body: bytes, *, connect_s: float = 0.0) -> None:
         """Queue a message; what a rank that is gone was to hear is dropped.
@@ -163,7 +182,9 @@ class _Keys:
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
         if not zmq.has("curve"):
-            raise ConfigError("ranks on several hosts need a libzmq that can encrypt (CURVE), as the wheels of pyzmq bring it")
+            raise ConfigError(
+                "ranks on several hosts need a libzmq that can encrypt (CURVE), as the wheels of pyzmq bring it"
+            )
         public, self._secret = zmq.curve_keypair()
         self._rank_public, rank_secret = zmq.curve_keypair()
         self.server_key, self.rank_key = public.decode(), rank_secret.decode()

@@ -90,7 +90,14 @@ class DistributedExecutor:
         progress: hears of each phase of each rank, on the starting thread.
     """
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, launcher: RankLauncher, *, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        launcher: RankLauncher,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
         self._config = config
         self._model = model
         self._launcher = launcher
@@ -177,7 +184,9 @@ class DistributedExecutor:
     def _start(self, num_ranks: int) -> ExecutorInfo:
         parallel = self._config.parallel
         started = time.perf_counter()
-        placements = self._launcher.place(num_ranks, self._config.device, torch.get_num_threads(), parallel.start_timeout_s)
+        placements = self._launcher.place(
+            num_ranks, self._config.device, torch.get_num_threads(), parallel.start_timeout_s
+        )
         one_host = {placement.host for placement in placements} == {self._launcher.host}
         channel = self._channel = EngineChannel(num_ranks, host=None if one_host else self._launcher.host)
         config = engine_config_to_json(self._config)
@@ -197,8 +206,16 @@ class DistributedExecutor:
         self._check_hellos(hellos)
         phases_s = {"start ranks": time.perf_counter() - started}
         for number in range(num_ranks):
-            channel.send(number, wire.JOIN, wire.pack(host=hellos[0]["host"], port=hellos[0]["store_port"]), connect_s=_CONNECT_S)
-        loaded = [_rank_loaded(body["loaded"]) for body in self._gather(wire.LOADED, LOAD_TIMEOUT_S, "loaded its weights")]
+            channel.send(
+                number,
+                wire.JOIN,
+                wire.pack(host=hellos[0]["host"], port=hellos[0]["store_port"]),
+                connect_s=_CONNECT_S,
+            )
+        loaded = [
+            _rank_loaded(body["loaded"])
+            for body in self._gather(wire.LOADED, LOAD_TIMEOUT_S, "loaded its weights")
+        ]
         shard = plan_shards(self._model, parallel)[0]
         plan = plan_kv_cache(self._config, self._model, shard, [entry.kv_memory for entry in loaded])
         for number in range(num_ranks):
@@ -208,7 +225,11 @@ class DistributedExecutor:
         return self._info(loaded, plan, phases_s, ready)
 
     def _info(
-        self, loaded: Sequence[RankLoaded], plan: KVCachePlan, phases_s: dict[str, float], ready: Sequence[wire.Body]
+        self,
+        loaded: Sequence[RankLoaded],
+        plan: KVCachePlan,
+        phases_s: dict[str, float],
+        ready: Sequence[wire.Body],
     ) -> ExecutorInfo:
         slowest = [body["phases_s"] for body in ready]
         for phase in slowest[0] if isinstance(slowest[0], dict) else ():
@@ -239,7 +260,9 @@ class DistributedExecutor:
         while len(found) < self._size:
             self._tell_alive(channel, found)  # these have nothing to do but listen
             # What a rank said before it ended explains more than how it ended.
-            message = channel.receive(0 if self._error is not None else min(_POLL_S, max(deadline - time.monotonic(), 0)))
+            message = channel.receive(
+                0 if self._error is not None else min(_POLL_S, max(deadline - time.monotonic(), 0))
+            )
             if message is None:
                 if self._error is not None:
                     raise ConfigError(f"before all ranks were ready, {self._error}; its output stands above")
@@ -251,7 +274,9 @@ class DistributedExecutor:
             fields = wire.unpack(body)
             rank = int(str(fields["rank"]))
             if kind == wire.PROGRESS:
-                self._progress(f"{fields['phase']}, rank {rank}", int(str(fields["done"])), int(str(fields["total"])))
+                self._progress(
+                    f"{fields['phase']}, rank {rank}", int(str(fields["done"])), int(str(fields["total"]))
+                )
             elif kind == wire.FAILED:
                 error = CheckpointError if fields["kind"] == CheckpointError.__name__ else ConfigError
                 raise error(str(fields["message"]))
@@ -260,7 +285,9 @@ class DistributedExecutor:
                 if kind == wire.HELLO:
                     self._progress("start ranks", len(found), self._size)
             else:
-                raise ConfigError(f"rank {rank} sent {kind.decode()!r} where {wanted.decode()!r} was due: update all nodes together")
+                raise ConfigError(
+                    f"rank {rank} sent {kind.decode()!r} where {wanted.decode()!r} was due: update all nodes together"
+                )
         return [found[rank] for rank in range(self._size)]
 
     def _check_hellos(self, hellos: Sequence[wire.Body]) -> None:
@@ -283,7 +310,9 @@ class DistributedExecutor:
         channel = self._channel
         while not self._stopping.is_set() and self._error is None:
             assert channel is not None
-            message = channel.receive(_POLL_S if not self._in_flight else min(_POLL_S, self._config.parallel.step_timeout_s / 4))
+            message = channel.receive(
+                _POLL_S if not self._in_flight else min(_POLL_S, self._config.parallel.step_timeout_s / 4)
+            )
             if message is not None:
                 self._take(*message)
             self._tell_alive(channel, range(self._size))
@@ -310,7 +339,9 @@ class DistributedExecutor:
                 plan, future = self._in_flight.popleft()
                 self._oldest_since_s = time.monotonic()
             if result.step != plan.step:
-                self._fail(f"rank 0 answered step {result.step} where step {plan.step} was due", [(plan, future)])
+                self._fail(
+                    f"rank 0 answered step {result.step} where step {plan.step} was due", [(plan, future)]
+                )
             else:
                 future.set_result(result)
         elif kind == wire.LOGITS:
@@ -318,7 +349,11 @@ class DistributedExecutor:
             with self._lock:
                 waiting, self._logits = self._logits, None
             if waiting is not None:
-                waiting.set_result(torch.from_numpy(np.frombuffer(fields["values"], dtype=np.float32).reshape(fields["shape"]).copy()))
+                waiting.set_result(
+                    torch.from_numpy(
+                        np.frombuffer(fields["values"], dtype=np.float32).reshape(fields["shape"]).copy()
+                    )
+                )
         elif kind == wire.FAILED:
             self._fail(str(wire.unpack(body)["message"]))
 
@@ -328,7 +363,9 @@ class DistributedExecutor:
             waits = bool(self._in_flight) and time.monotonic() - self._oldest_since_s > timeout_s
             step = self._in_flight[0][0].step if waits else None
         if waits:
-            self._fail(f"step {step} has no result after {timeout_s:g} s: a rank hangs, or the network between ranks is cut")
+            self._fail(
+                f"step {step} has no result after {timeout_s:g} s: a rank hangs, or the network between ranks is cut"
+            )
 
     def _fail(self, sentence: str, more: Sequence[tuple[StepPlan, "Future[StepResult]"]] = ()) -> None:
         """End everything, once; from any thread."""

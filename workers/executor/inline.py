@@ -49,7 +49,15 @@ class InlineExecutor:
         device = prepare_device(self._config)
         if self._loader is None:
             check_memory(self._config, self._model, shard, device)
-        rank = Rank(self._config, self._model, shard, Alone(), device=device, progress=self._progress, loader=self._loader)
+        rank = Rank(
+            self._config,
+            self._model,
+            shard,
+            Alone(),
+            device=device,
+            progress=self._progress,
+            loader=self._loader,
+        )
         loaded = rank.load()
         plan = plan_kv_cache(self._config, self._model, shard, [loaded.kv_memory])
         rank.allocate(plan)

@@ -39,18 +39,25 @@ class ProcessRanks:
         """See RankLauncher."""
         if device.startswith("cuda"):
             if device != "cuda":
-                raise ConfigError(f"device {device!r} names one GPU, but {num_ranks} ranks are wanted: set device to cuda")
+                raise ConfigError(
+                    f"device {device!r} names one GPU, but {num_ranks} ranks are wanted: set device to cuda"
+                )
             num_gpus = torch.cuda.device_count()
             if num_gpus < num_ranks:
                 raise ConfigError(
                     f"parallel.tensor wants {num_ranks} GPUs, and this host has {num_gpus}: lower it, or use several hosts with Ray"
                 )
-        return [Placement(self.host, rank, num_ranks, max(1, num_threads // num_ranks)) for rank in range(num_ranks)]
+        return [
+            Placement(self.host, rank, num_ranks, max(1, num_threads // num_ranks))
+            for rank in range(num_ranks)
+        ]
 
     def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
         """See RankLauncher."""
         started: Future[subprocess.Popen[str]] = Future()
-        watcher = threading.Thread(target=_run, args=(spec, started, on_exit), name=f"cantata-rank-{spec.rank}", daemon=True)
+        watcher = threading.Thread(
+            target=_run, args=(spec, started, on_exit), name=f"cantata-rank-{spec.rank}", daemon=True
+        )
         self._watchers.append(watcher)
         watcher.start()
         process = started.result()
@@ -79,7 +86,9 @@ def _run(spec: RankSpec, started: "Future[subprocess.Popen[str]]", on_exit: Call
         process = subprocess.Popen(
             [sys.executable, "-m", "workers.rank.process", str(os.getpid())],
             stdin=subprocess.PIPE,
-            stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,  # the engine's stdout has one line, not ours
+            stdout=sys.stderr.fileno()
+            if _has_fileno(sys.stderr)
+            else subprocess.DEVNULL,  # the engine's stdout has one line, not ours
             env={**os.environ, **thread_environment(spec.num_threads)},
             text=True,
         )

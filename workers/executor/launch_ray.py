@@ -49,12 +49,19 @@ class RayRanks:
         group = self._group = self._group or get_current_placement_group()
         if group is None or len(group.bundle_specs) < num_ranks:
             found = 0 if group is None else len(group.bundle_specs)
-            raise ConfigError(f"{num_ranks} ranks want a placement group with a bundle for each, this process runs in one with {found}")
+            raise ConfigError(
+                f"{num_ranks} ranks want a placement group with a bundle for each, this process runs in one with {found}"
+            )
         if not group.wait(timeout_s):
             free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
             total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            amounts = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s are free" for name in group.bundle_specs[0])
-            raise ConfigError(f"after {timeout_s:g} s there is no room for {num_ranks} ranks of {group.bundle_specs[0]}: {amounts}")
+            amounts = ", ".join(
+                f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s are free"
+                for name in group.bundle_specs[0]
+            )
+            raise ConfigError(
+                f"after {timeout_s:g} s there is no room for {num_ranks} ranks of {group.bundle_specs[0]}: {amounts}"
+            )
         nodes = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]
         by_bundle = placement_group_table(group)["bundles_to_node_id"]
         hosts = [nodes[by_bundle[index]] for index in range(num_ranks)]
@@ -80,11 +87,16 @@ class RayRanks:
             num_gpus=bundle.get("GPU", 0),
             max_restarts=0,
             runtime_env={"env_vars": thread_environment(spec.num_threads)},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=spec.rank),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=spec.rank
+            ),
         ).remote()
         self._actors.append(actor)
         watcher = threading.Thread(
-            target=_watch, args=(actor.run.remote(spec.to_json()), on_exit), name=f"cantata-rank-{spec.rank}", daemon=True
+            target=_watch,
+            args=(actor.run.remote(spec.to_json()), on_exit),
+            name=f"cantata-rank-{spec.rank}",
+            daemon=True,
         )
         self._watchers.append(watcher)
         watcher.start()

@@ -100,10 +100,16 @@ class BlockPool:
         assert NULL_BLOCK not in expected_ref_counts, "somebody holds NULL_BLOCK"
         for block in range(NULL_BLOCK + 1, self.num_blocks):
             expected = expected_ref_counts.get(block, 0)
-            assert self._ref_counts[block] == expected, f"block {block} has {self._ref_counts[block]} references, {expected} are held"
-            assert (block in self._free) == (expected == 0), f"block {block} with {expected} references: in free list {block in self._free}"
+            assert self._ref_counts[block] == expected, (
+                f"block {block} has {self._ref_counts[block]} references, {expected} are held"
+            )
+            assert (block in self._free) == (expected == 0), (
+                f"block {block} with {expected} references: in free list {block in self._free}"
+            )
             assert self._cached[block] == (block in cached), (
                 f"block {block}: marked cached {self._cached[block]}, in cache {block in cached}"
             )
         assert len(self._free) <= self.capacity, "the free list holds blocks that do not exist"
-        assert all(0 < block < self.num_blocks for block in expected_ref_counts), "somebody holds a block that does not exist"
+        assert all(0 < block < self.num_blocks for block in expected_ref_counts), (
+            "somebody holds a block that does not exist"
+        )

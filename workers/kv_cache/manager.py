@@ -9,7 +9,14 @@ from collections.abc import Sequence
 
 from workers.config import BLOCK_SIZE
 from workers.errors import ConfigError
-from workers.kv_cache.prefix_cache import CachedPrefix, PrefixCache, append_hash, extend_hashes, first_visible_block, pack_tokens
+from workers.kv_cache.prefix_cache import (
+    CachedPrefix,
+    PrefixCache,
+    append_hash,
+    extend_hashes,
+    first_visible_block,
+    pack_tokens,
+)
 from workers.scheduler.plan import NULL_BLOCK
 
 
@@ -74,9 +81,18 @@ class KVCacheManager:
         ConfigError: blocks and window do not fit together.
     """
 
-    def __init__(self, *, num_full_blocks: int, num_sliding_blocks: int, window: int | None, prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        num_full_blocks: int,
+        num_sliding_blocks: int,
+        window: int | None,
+        prefix_caching: bool = True,
+    ) -> None:
         if (window is None) != (num_sliding_blocks == 0):
-            raise ConfigError(f"window {window} does not go with num_sliding_blocks {num_sliding_blocks}: a sliding group has both")
+            raise ConfigError(
+                f"window {window} does not go with num_sliding_blocks {num_sliding_blocks}: a sliding group has both"
+            )
         if num_full_blocks == 0 and num_sliding_blocks == 0:
             raise ConfigError("num_full_blocks and num_sliding_blocks are both 0: there is no KV cache")
         self.window = window
@@ -101,7 +117,8 @@ class KVCacheManager:
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence can grow to `num_tokens` when it is alone."""
         return (not self._has_full or num_blocks_for(num_tokens) <= self._full.capacity) and (
-            self.window is None or sliding_blocks_per_sequence(self.window, num_tokens) <= self._sliding.capacity
+            self.window is None
+            or sliding_blocks_per_sequence(self.window, num_tokens) <= self._sliding.capacity
         )
 
     def admit(self, blocks: SequenceBlocks, token_ids: Sequence[int]) -> int | None:
@@ -114,14 +131,18 @@ class KVCacheManager:
             Tokens found, always less than all; None if there is no room, then nothing is taken.
         """
         assert blocks not in self._live, "admitted twice"
-        if self._lacks(blocks.wanted_free) and (blocks.wanted_key is None or blocks.wanted_key not in self._cache):
+        if self._lacks(blocks.wanted_free) and (
+            blocks.wanted_key is None or blocks.wanted_key not in self._cache
+        ):
             return None
         chain: list[CachedPrefix] = []
         if self.prefix_caching:
             extend_hashes(blocks.keys, token_ids)
             chain = self._cache.lookup(blocks.keys, token_ids)
         length = len(chain)
-        first_sliding = first_visible_block(length * BLOCK_SIZE, self.window) if self.window is not None else 0
+        first_sliding = (
+            first_visible_block(length * BLOCK_SIZE, self.window) if self.window is not None else 0
+        )
         blocks.wanted_free = self._wanted_free(chain, first_sliding, num_blocks_for(len(token_ids)))
         if self._lacks(blocks.wanted_free):
             next_key = blocks.keys[length] if length < len(blocks.keys) else None
@@ -231,11 +252,19 @@ class KVCacheManager:
         full: Counter[int] = Counter()
         sliding: Counter[int] = Counter()
         for blocks in self._live:
-            assert not self._has_full or len(blocks.full) * BLOCK_SIZE == blocks.capacity, "full table and capacity differ"
-            assert not self._has_sliding or len(blocks.sliding) * BLOCK_SIZE == blocks.capacity, "sliding table and capacity differ"
+            assert not self._has_full or len(blocks.full) * BLOCK_SIZE == blocks.capacity, (
+                "full table and capacity differ"
+            )
+            assert not self._has_sliding or len(blocks.sliding) * BLOCK_SIZE == blocks.capacity, (
+                "sliding table and capacity differ"
+            )
             assert NULL_BLOCK not in blocks.full, "NULL_BLOCK in a full table"
-            assert all(block == NULL_BLOCK for block in blocks.sliding[: blocks.first_sliding]), "a block is held behind the window"
-            assert NULL_BLOCK not in blocks.sliding[blocks.first_sliding :], "a block is missing in the window"
+            assert all(block == NULL_BLOCK for block in blocks.sliding[: blocks.first_sliding]), (
+                "a block is held behind the window"
+            )
+            assert NULL_BLOCK not in blocks.sliding[blocks.first_sliding :], (
+                "a block is missing in the window"
+            )
             full.update(blocks.full)
             sliding.update(blocks.sliding[blocks.first_sliding :])
         self._cache.check_integrity(dict(full), dict(sliding))

@@ -120,7 +120,9 @@ class PrefixCache:
                 usable = length
         return chain[:usable]
 
-    def insert(self, parent: CachedPrefix, key: bytes, packed_tokens: bytes, full_block: int, sliding_block: int) -> CachedPrefix | None:
+    def insert(
+        self, parent: CachedPrefix, key: bytes, packed_tokens: bytes, full_block: int, sliding_block: int
+    ) -> CachedPrefix | None:
         """Make a computed block findable behind `parent`, which is alive.
 
         If the same prefix is there already its blocks stay, and only what it lacks is taken over. Another prefix under the same key (a
@@ -179,15 +181,23 @@ class PrefixCache:
         for key, entry in self._by_key.items():
             assert entry.alive, "a removed prefix can be found"
             assert entry.key == key, "a prefix is filed under another key"
-            assert len(entry.packed_tokens) == 8 * BLOCK_SIZE, "a cached prefix does not hold the tokens of a block"
+            assert len(entry.packed_tokens) == 8 * BLOCK_SIZE, (
+                "a cached prefix does not hold the tokens of a block"
+            )
             anchor = entry.full_block if self.full.num_blocks else entry.sliding_block
             assert anchor != NULL_BLOCK, "a prefix has lost its anchor"
         for blocks, name in ((self._by_full_block, "full_block"), (self._by_sliding_block, "sliding_block")):
             for block, entry in blocks.items():
                 assert getattr(entry, name) == block, f"{name} {block} points at a prefix that is elsewhere"
-                assert self._by_key.get(entry.key) is entry, f"{name} {block} points at a prefix that cannot be found"
-        assert len(self._by_full_block) == sum(entry.full_block != NULL_BLOCK for entry in self._by_key.values())
-        assert len(self._by_sliding_block) == sum(entry.sliding_block != NULL_BLOCK for entry in self._by_key.values())
+                assert self._by_key.get(entry.key) is entry, (
+                    f"{name} {block} points at a prefix that cannot be found"
+                )
+        assert len(self._by_full_block) == sum(
+            entry.full_block != NULL_BLOCK for entry in self._by_key.values()
+        )
+        assert len(self._by_sliding_block) == sum(
+            entry.sliding_block != NULL_BLOCK for entry in self._by_key.values()
+        )
         self.full.check_integrity(full_ref_counts, set(self._by_full_block))
         self.sliding.check_integrity(sliding_ref_counts, set(self._by_sliding_block))
 

@@ -10,12 +10,24 @@ from pathlib import Path
 import torch
 
 from kernels.attention.fp8 import FP8, fp8_refusal
-from workers.config import BLOCK_SIZE, CacheConfig, Dtype, KVDtype, ModelConfig, SchedulerConfig, longest_context
+from workers.config import (
+    BLOCK_SIZE,
+    CacheConfig,
+    Dtype,
+    KVDtype,
+    ModelConfig,
+    SchedulerConfig,
+    longest_context,
+)
 from workers.errors import ConfigError
 from workers.kv_cache.manager import num_blocks_for, sliding_blocks_per_sequence
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-KV_TORCH_DTYPES: dict[KVDtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8_e4m3": FP8}
+KV_TORCH_DTYPES: dict[KVDtype, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp8_e4m3": FP8,
+}
 
 CPU_MEMORY_SHARE = 0.25
 CPU_MEMORY_BYTES = 4 * 1024**3
@@ -151,7 +163,9 @@ def gpu_kv_memory(
     return KVMemory(min(left, useful), source)
 
 
-def _bounds(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int | None) -> tuple[int, int]:
+def _bounds(
+    model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int | None
+) -> tuple[int, int]:
     """Bytes that one sequence of the longest context needs to be computed by whole steps, and bytes that can ever be of use."""
     length = longest_context(model, max_model_len)
     useful = sum(group.useful * group.block_bytes for group in _groups(model, scheduler, dtype, length))
@@ -205,7 +219,9 @@ def split_memory(
     )
 
 
-def allocate_kv_caches(model: ModelConfig, plan: KVCachePlan, *, dtype: KVDtype, device: torch.device) -> list[torch.Tensor]:
+def allocate_kv_caches(
+    model: ModelConfig, plan: KVCachePlan, *, dtype: KVDtype, device: torch.device
+) -> list[torch.Tensor]:
     """Each layer's cache, [2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim], uninitialised: [0] is K, [1] is V.
 
     On a CPU a page costs memory once it is written, so a cache that is larger than the load needs costs nothing.
@@ -218,7 +234,15 @@ def allocate_kv_caches(model: ModelConfig, plan: KVCachePlan, *, dtype: KVDtype,
         num_blocks = plan.num_full_blocks if window is None else plan.num_sliding_blocks
         try:
             caches.append(
-                torch.empty(2, num_blocks, BLOCK_SIZE, model.num_kv_heads, model.head_dim, dtype=KV_TORCH_DTYPES[dtype], device=device)
+                torch.empty(
+                    2,
+                    num_blocks,
+                    BLOCK_SIZE,
+                    model.num_kv_heads,
+                    model.head_dim,
+                    dtype=KV_TORCH_DTYPES[dtype],
+                    device=device,
+                )
             )
         except RuntimeError as error:
             caches.clear()
@@ -254,7 +278,9 @@ def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
     return unlimited if limit == "max" else max(int(limit) - used, 0)
 
 
-def _groups(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int) -> tuple[_Group, _Group]:
+def _groups(
+    model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int
+) -> tuple[_Group, _Group]:
     """The full and the sliding group; all zeros where no layer belongs to it. Blocks include NULL_BLOCK."""
     layer_bytes = 2 * BLOCK_SIZE * model.num_kv_heads * model.head_dim * KV_TORCH_DTYPES[dtype].itemsize
     num_full_layers = sum(window is None for window in model.layer_windows)
@@ -268,11 +294,18 @@ def _groups(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_
         window = model.sliding_window
         assert window is not None
         sequence = sliding_blocks_per_sequence(window, max_model_len)
-        sliding = _Group(num_sliding_layers * layer_bytes, sequence + 1, step, 2 * scheduler.max_num_seqs * sequence + step + 1)
+        sliding = _Group(
+            num_sliding_layers * layer_bytes,
+            sequence + 1,
+            step,
+            2 * scheduler.max_num_seqs * sequence + step + 1,
+        )
     return full, sliding
 
 
-def _needed(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, length: int, *, whole_steps: bool = False) -> int:
+def _needed(
+    model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, length: int, *, whole_steps: bool = False
+) -> int:
     """Bytes that one sequence of that length needs.
 
     Args:
@@ -280,11 +313,20 @@ def _needed(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, leng
             `split_memory` gives the sliding group half of what is beyond the least, so that is counted twice, once for each group.
     """
     groups = _groups(model, scheduler, dtype, length)
-    return sum((group.minimum + (group.step if whole_steps and groups[1].step else 0)) * group.block_bytes for group in groups)
+    return sum(
+        (group.minimum + (group.step if whole_steps and groups[1].step else 0)) * group.block_bytes
+        for group in groups
+    )
 
 
 def _longest_fitting(
-    model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, limit: int, memory_bytes: int, *, whole_steps: bool = False
+    model: ModelConfig,
+    scheduler: SchedulerConfig,
+    dtype: KVDtype,
+    limit: int,
+    memory_bytes: int,
+    *,
+    whole_steps: bool = False,
 ) -> int:
     """The most tokens below `limit`, in whole blocks, of which one sequence fits; 0 if not even a block does."""
     fits, too_long = 0, num_blocks_for(limit)
@@ -297,7 +339,9 @@ def _longest_fitting(
     return fits * BLOCK_SIZE
 
 
-def _fitting_context(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, memory_bytes: int, source: str) -> int:
+def _fitting_context(
+    model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, memory_bytes: int, source: str
+) -> int:
     """The model's context, or as much of it as fits: then with room to compute prompts by whole steps, if SHORTEST_CONTEXT leaves that."""
     longest = model.max_context_len
     if _needed(model, scheduler, dtype, longest) <= memory_bytes:
@@ -313,7 +357,12 @@ def _fitting_context(model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDt
 
 
 def _does_not_fit(
-    model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int, memory_bytes: int, source: str
+    model: ModelConfig,
+    scheduler: SchedulerConfig,
+    dtype: KVDtype,
+    max_model_len: int,
+    memory_bytes: int,
+    source: str,
 ) -> str:
     fits = _longest_fitting(model, scheduler, dtype, max_model_len, memory_bytes)
     return (
@@ -323,7 +372,11 @@ def _does_not_fit(
 
 
 def _advice(fits: int) -> str:
-    return f"set max_model_len to at most {fits} or give the cache more memory" if fits else "give the cache more memory"
+    return (
+        f"set max_model_len to at most {fits} or give the cache more memory"
+        if fits
+        else "give the cache more memory"
+    )
 
 
 def shorter_context(model: ModelConfig, plan: KVCachePlan, dtype: KVDtype, memory: KVMemory) -> str:

@@ -25,9 +25,24 @@ from workers.model.gpt_oss import Attention, GptOss, Layer
 from workers.model.kv_scales import check_kv_scales, read_kv_scales
 from workers.model.linear import Linear
 from workers.model.mapped_files import Extent
-from workers.model.safetensors_files import INDEX_FILE, StoredTensor, read_header, read_header_bytes, stored_tensors, weight_files
+from workers.model.safetensors_files import (
+    INDEX_FILE,
+    StoredTensor,
+    read_header,
+    read_header_bytes,
+    stored_tensors,
+    weight_files,
+)
 from workers.model.shard_reader import ShardReader, copy_values
-from workers.model.tensor_specs import ExpertNames, LayerNames, Names, Rows, TensorSpec, tensor_names, tensor_specs
+from workers.model.tensor_specs import (
+    ExpertNames,
+    LayerNames,
+    Names,
+    Rows,
+    TensorSpec,
+    tensor_names,
+    tensor_specs,
+)
 from workers.model.zero_weights import ZeroWeights
 from workers.parallel.collectives import Alone, Collectives
 from workers.parallel.shard import RankShard, Span, plan_shards
@@ -76,14 +91,26 @@ def load_model(
     """
     tensors = check_tensors(path, config)
     if cpu_dense_dtype == "int8" and not packed_dense.can_run(device, dtype):
-        kernels = "the kernels" if native.shared_library() is not None else f"no kernels: {native.why_missing()}"
+        kernels = (
+            "the kernels" if native.shared_library() is not None else f"no kernels: {native.why_missing()}"
+        )
         raise ConfigError(
             f"cpu_dense_dtype int8 needs dtype bfloat16, the device cpu and the C++ kernels; here are {dtype}, {device} and {kernels}"
         )
     if quantize is not None:
         _check_quantizable(config)
     shard = plan_shards(config, ParallelConfig())[0] if shard is None else shard
-    weights = _Weights(tensors, config, shard, dtype, device, quantize is not None, cpu_dense_dtype, mxfp8_activations, allow_zero_weights)
+    weights = _Weights(
+        tensors,
+        config,
+        shard,
+        dtype,
+        device,
+        quantize is not None,
+        cpu_dense_dtype,
+        mxfp8_activations,
+        allow_zero_weights,
+    )
     model = weights.model(tensor_names(config), Alone() if collectives is None else collectives)
     weights.reader.run(progress)
     weights.zeros.check()
@@ -97,7 +124,9 @@ def touched_extents(path: Path, config: ModelConfig, shard: RankShard) -> list[E
         CheckpointError: as `load_model`.
     """
     tensors = check_tensors(path, config)
-    weights = _Weights(tensors, config, shard, torch.bfloat16, torch.device("cpu"), False, "bf16", False, True)
+    weights = _Weights(
+        tensors, config, shard, torch.bfloat16, torch.device("cpu"), False, "bf16", False, True
+    )
     weights.model(tensor_names(config), Alone())
     return weights.reader.extents
 
@@ -143,7 +172,9 @@ def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     for spec in tensor_specs(config):
         if spec.name not in tensors:
             files = weight_files(path)
-            raise CheckpointError(f"{files[0] if len(files) == 1 else path}: tensor {spec.name} of shape {list(spec.shape)} is missing")
+            raise CheckpointError(
+                f"{files[0] if len(files) == 1 else path}: tensor {spec.name} of shape {list(spec.shape)} is missing"
+            )
         _check_tensor(spec, unknown.pop(spec.name))
     for name in check_kv_scales(tensors, config, path):
         del unknown[name]
@@ -156,16 +187,22 @@ def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
 
 def _check_tensor(spec: TensorSpec, tensor: StoredTensor) -> None:
     if tensor.shape != spec.shape:
-        raise CheckpointError(f"{tensor.file}: tensor {spec.name} has shape {list(tensor.shape)}, wanted {list(spec.shape)}")
+        raise CheckpointError(
+            f"{tensor.file}: tensor {spec.name} has shape {list(tensor.shape)}, wanted {list(spec.shape)}"
+        )
     wanted = _STORED_DTYPES[spec.kind]
     if tensor.dtype not in wanted:
-        raise CheckpointError(f"{tensor.file}: tensor {spec.name} has dtype {tensor.dtype}, wanted {' or '.join(wanted)}")
+        raise CheckpointError(
+            f"{tensor.file}: tensor {spec.name} has dtype {tensor.dtype}, wanted {' or '.join(wanted)}"
+        )
 
 
 def _check_quantizable(config: ModelConfig) -> None:
     for name, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
         if size % MX_BLOCK:
-            raise ConfigError(f"quantize mxfp4 needs a {name} that is a multiple of {MX_BLOCK}, and the checkpoint's is {size}")
+            raise ConfigError(
+                f"quantize mxfp4 needs a {name} that is a multiple of {MX_BLOCK}, and the checkpoint's is {size}"
+            )
 
 
 def _scaled(span: Span, factor: int) -> Span:
@@ -218,7 +255,9 @@ class _Weights:
             embedding=self._rows(names.embedding, Span(vocab.start, vocab.stop, vocab.length)),
             layers=tuple(self._layer(*layer) for layer in layers),
             final_norm=self._vector(names.final_norm),
-            lm_head=Linear(self._dense(vocab.size, self._config.hidden_size, [(names.lm_head, vocab.start, vocab)])),
+            lm_head=Linear(
+                self._dense(vocab.size, self._config.hidden_size, [(names.lm_head, vocab.start, vocab)])
+            ),
         )
 
     def _layer(self, names: LayerNames, window: int | None, kv_scales: Tensor | None) -> Layer:
@@ -227,7 +266,11 @@ class _Weights:
         for name in (names.attention_norm, names.output.weight, names.experts_norm, names.gate.weight):
             self._expect(name)
         # One tensor or three.
-        for rows, num_heads in ((names.query, config.num_heads), (names.key, config.num_kv_heads), (names.value, config.num_kv_heads)):
+        for rows, num_heads in (
+            (names.query, config.num_heads),
+            (names.key, config.num_kv_heads),
+            (names.value, config.num_kv_heads),
+        ):
             self.zeros.expect(rows.weight, rows.first, rows.first + num_heads * config.head_dim)
         return Layer(
             attention_norm=self._vector(names.attention_norm),
@@ -236,12 +279,15 @@ class _Weights:
             experts=Experts(
                 # fp32: see Experts.
                 gate=Linear(
-                    self._rows(names.gate.weight, _whole(config.num_experts), torch.float32), self._vector(names.gate.bias, torch.float32)
+                    self._rows(names.gate.weight, _whole(config.num_experts), torch.float32),
+                    self._vector(names.gate.bias, torch.float32),
                 ),
                 gate_up=self._experts(names.gate_up, gate_up_rows, _whole(config.hidden_size)),
                 gate_up_bias=self._expert_bias(names.gate_up.bias, gate_up_rows),
                 down=self._experts(names.down, _whole(config.hidden_size), shard.intermediate),
-                down_bias=self._expert_bias(names.down.bias, _whole(config.hidden_size), here=shard.adds_down_bias),
+                down_bias=self._expert_bias(
+                    names.down.bias, _whole(config.hidden_size), here=shard.adds_down_bias
+                ),
                 first_expert=shard.experts.start,
                 num_experts_per_token=config.num_experts_per_token,
                 swiglu_limit=config.swiglu_limit,
@@ -254,7 +300,9 @@ class _Weights:
         shard, config = self._shard, self._config
         query, keys = _scaled(shard.heads, config.head_dim), _scaled(shard.kv_heads, config.head_dim)
         rows = _whole(config.hidden_size)
-        output = self._dense(rows.size, query.size, [(names.output.weight, 0, rows)], columns=slice(query.start, query.stop))
+        output = self._dense(
+            rows.size, query.size, [(names.output.weight, 0, rows)], columns=slice(query.start, query.stop)
+        )
         return Attention(
             qkv=self._joined([(names.query, query), (names.key, keys), (names.value, keys)]),
             output=Linear(output, self._vector(names.output.bias) if shard.adds_output_bias else None),
@@ -285,7 +333,11 @@ class _Weights:
     def _joined(self, parts: list[tuple[Rows, Span]]) -> Linear:
         """Several projections, one behind the other."""
         size = sum(span.size for _, span in parts)
-        weight = self._dense(size, self._config.hidden_size, [(rows.weight, rows.first + span.start, span) for rows, span in parts])
+        weight = self._dense(
+            size,
+            self._config.hidden_size,
+            [(rows.weight, rows.first + span.start, span) for rows, span in parts],
+        )
         bias = self._empty((size,))
         start = 0
         for rows, span in parts:
@@ -297,7 +349,11 @@ class _Weights:
         self, num_rows: int, width: int, parts: list[tuple[str, int, Span]], *, columns: slice | None = None
     ) -> Tensor | PackedWeight:
         """[num_rows, width] of the parts (tensor, its first row, how many) one behind the other; of each row `columns`."""
-        to = packed_dense.allocate(num_rows, width, self._dense_dtype) if self._packs_dense else self._empty((num_rows, width))
+        to = (
+            packed_dense.allocate(num_rows, width, self._dense_dtype)
+            if self._packs_dense
+            else self._empty((num_rows, width))
+        )
         start = 0
         for name, first, span in parts:
             if isinstance(to, PackedWeight):
@@ -309,7 +365,9 @@ class _Weights:
             start += span.size
         return to
 
-    def _pack(self, to: PackedWeight, start: int, name: str, first: int, num_rows: int, columns: slice | None) -> None:
+    def _pack(
+        self, to: PackedWeight, start: int, name: str, first: int, num_rows: int, columns: slice | None
+    ) -> None:
         def take(offset: int, stored: Tensor) -> None:
             part = stored if columns is None else stored[:, columns]
             for row in range(0, len(part), _PACK_ROWS):
@@ -330,8 +388,12 @@ class _Weights:
 
     def _experts(self, names: ExpertNames, rows: Span, columns: Span) -> PackedMXFP4 | Tensor:
         """A projection of this rank's experts, [E, N, K], sliced along N or K."""
-        for name in (names.blocks, names.scales) if self._config.experts_format == "mxfp4" else (names.dense,):
-            for expert in range(self._shard.experts.start, self._shard.experts.start + self._shard.experts.length):
+        for name in (
+            (names.blocks, names.scales) if self._config.experts_format == "mxfp4" else (names.dense,)
+        ):
+            for expert in range(
+                self._shard.experts.start, self._shard.experts.start + self._shard.experts.length
+            ):
                 self.zeros.expect(name, expert, expert + 1, f" in expert {expert}")
         shape = (self._shard.experts.length, rows.size, columns.size)
         if self._config.experts_format == "mxfp4":
@@ -349,14 +411,17 @@ class _Weights:
             self._add_dense(dense[index, : rows.length, : columns.length], index, names.dense, rows, columns)
         return dense
 
-    def _add_packed(self, packed: PackedMXFP4, index: int, names: ExpertNames, rows: Span, columns: Span) -> None:
+    def _add_packed(
+        self, packed: PackedMXFP4, index: int, names: ExpertNames, rows: Span, columns: Span
+    ) -> None:
         files, expert = self.reader.files, self._shard.experts.start + index
         first = expert * self._tensors[names.scales].shape[1]
         groups = slice(columns.start // MX_BLOCK, columns.stop // MX_BLOCK)
 
         def move() -> None:
             blocks, scales = (
-                files.view(name, expert, expert + 1)[0, rows.start : rows.stop, groups] for name in (names.blocks, names.scales)
+                files.view(name, expert, expert + 1)[0, rows.start : rows.stop, groups]
+                for name in (names.blocks, names.scales)
             )
             self._refuse_large_scale(names.scales, expert, scales)
             for name, values in ((names.blocks, blocks), (names.scales, scales)):
@@ -364,9 +429,17 @@ class _Weights:
             try:
                 write_expert(packed, index, blocks, scales)
             except ValueError as error:
-                raise CheckpointError(f"{self._tensors[names.blocks].file}: tensor {names.blocks} cannot be used: {error}") from error
+                raise CheckpointError(
+                    f"{self._tensors[names.blocks].file}: tensor {names.blocks} cannot be used: {error}"
+                ) from error
 
-        self.reader.add([files.extent(name, first + rows.start, first + rows.stop, dims=2) for name in (names.blocks, names.scales)], move)
+        self.reader.add(
+            [
+                files.extent(name, first + rows.start, first + rows.stop, dims=2)
+                for name in (names.blocks, names.scales)
+            ],
+            move,
+        )
 
     def _refuse_large_scale(self, name: str, expert: int, here: Tensor) -> None:
         """Look at the scales of this rank's slice; what is wrong is named by its place in the whole expert."""
@@ -375,7 +448,9 @@ class _Weights:
             at = (scales > _MAX_SCALE).nonzero()[0].tolist()
             scale = int(scales[tuple(at)])
             reason = "NaN" if scale == _NAN_SCALE else "too large for its values to be finite"
-            raise CheckpointError(f"{self._tensors[name].file}: tensor {name} has scale {scale}, which is {reason}, at {[expert, *at]}")
+            raise CheckpointError(
+                f"{self._tensors[name].file}: tensor {name} has scale {scale}, which is {reason}, at {[expert, *at]}"
+            )
 
     def _add_dense(self, to: Tensor, index: int, name: str, rows: Span, columns: Span) -> None:
         extent, view = self._dense_expert(index, name, rows, columns)
@@ -390,18 +465,29 @@ class _Weights:
                 try:
                     pieces.append(pack(piece[None].contiguous(), NATURAL))
                 except ValueError as error:
-                    raise CheckpointError(f"{self._tensors[name].file}: tensor {name} cannot be quantised: {error}") from error
-            write_expert(packed, index, torch.cat([piece.blocks[0] for piece in pieces]), torch.cat([piece.scales[0] for piece in pieces]))
+                    raise CheckpointError(
+                        f"{self._tensors[name].file}: tensor {name} cannot be quantised: {error}"
+                    ) from error
+            write_expert(
+                packed,
+                index,
+                torch.cat([piece.blocks[0] for piece in pieces]),
+                torch.cat([piece.scales[0] for piece in pieces]),
+            )
 
         self.reader.add([extent], move)
 
-    def _dense_expert(self, index: int, name: str, rows: Span, columns: Span) -> tuple[Extent, Callable[[], Tensor]]:
+    def _dense_expert(
+        self, index: int, name: str, rows: Span, columns: Span
+    ) -> tuple[Extent, Callable[[], Tensor]]:
         """An expert that is stored input-first: where it is, and how it looks output-first."""
         files, expert = self.reader.files, self._shard.experts.start + index
         first = expert * self._tensors[name].shape[1]
 
         def view() -> Tensor:
-            stored = files.view(name, expert, expert + 1)[0, columns.start : columns.stop, rows.start : rows.stop]
+            stored = files.view(name, expert, expert + 1)[
+                0, columns.start : columns.stop, rows.start : rows.stop
+            ]
             self.zeros.see(name, expert, stored[None])
             return stored.T
 
@@ -410,4 +496,8 @@ class _Weights:
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Zeros."""
         dtype = dtype or self._dtype
-        return zeros(shape, dtype) if self._device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=self._device)
+        return (
+            zeros(shape, dtype)
+            if self._device.type == "cpu"
+            else torch.zeros(shape, dtype=dtype, device=self._device)
+        )

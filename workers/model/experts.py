@@ -53,7 +53,9 @@ class Experts:
             mxfp8_activations=self.mxfp8_activations,
         )
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
         """`kernels.pointwise.add_rms_norm` of a residual stream and what these experts make of x, for a rank alone: no other's part is to
         be added before."""
         return gated_experts_add_rms_norm(

@@ -123,7 +123,12 @@ class GptOss:
         return sum(tensor.nbytes for tensor in self._weights())
 
     @torch.inference_mode()
-    def forward(self, batch: StepBatch, kv_caches: Sequence[Tensor], observe: Callable[[str, Tensor], None] | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: StepBatch,
+        kv_caches: Sequence[Tensor],
+        observe: Callable[[str, Tensor], None] | None = None,
+    ) -> Tensor:
         """Run all layers over one step's tokens and store their keys and values.
 
         Args:
@@ -151,7 +156,9 @@ class GptOss:
         observe("the embedding", residual)
         normed = rms_norm(residual, self.layers[0].attention_norm, eps)
         next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
-        for index, (layer, next_norm, kv_cache) in enumerate(zip(self.layers, next_norms, kv_caches, strict=True)):
+        for index, (layer, next_norm, kv_cache) in enumerate(
+            zip(self.layers, next_norms, kv_caches, strict=True)
+        ):
             attended = add_up(layer.attention(normed, batch, kv_cache, cos, sin))
             residual, normed = add_rms_norm(residual, attended, layer.experts_norm, eps)
             observe(f"the attention of layer {index}", residual)
@@ -170,7 +177,9 @@ class GptOss:
         if parts is None or len(parts) == 1:
             return None if parts is None else parts[0].float()
         lengths = vocab_lengths(self.config, len(parts))
-        return torch.cat([part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1).float()
+        return torch.cat(
+            [part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1
+        ).float()
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         """[T] → [T, hidden]. Each token's row is on one rank; the others add zeros."""
@@ -181,10 +190,20 @@ class GptOss:
         yield from (self.embedding, self.final_norm, self.lm_head.weight)
         for layer in self.layers:
             attention, experts = layer.attention, layer.experts
-            yield from (layer.attention_norm, layer.experts_norm, attention.sinks, experts.gate_up_bias, experts.down_bias)
+            yield from (
+                layer.attention_norm,
+                layer.experts_norm,
+                attention.sinks,
+                experts.gate_up_bias,
+                experts.down_bias,
+            )
             for linear in (attention.qkv, attention.output, experts.gate):
                 yield linear.weight
                 if linear.bias is not None:
                     yield linear.bias
             for projection in (experts.gate_up, experts.down):
-                yield from (projection.blocks, projection.scales) if isinstance(projection, PackedMXFP4) else (projection,)
+                yield from (
+                    (projection.blocks, projection.scales)
+                    if isinstance(projection, PackedMXFP4)
+                    else (projection,)
+                )

@@ -36,19 +36,27 @@ def check_kv_scales(tensors: Mapping[str, StoredTensor], config: ModelConfig, pa
     return frozenset(found)
 
 
-def _present(spellings: list[tuple[str, str]], tensors: Mapping[str, StoredTensor], path: Path) -> tuple[str, str] | None:
+def _present(
+    spellings: list[tuple[str, str]], tensors: Mapping[str, StoredTensor], path: Path
+) -> tuple[str, str] | None:
     """The names under which a layer has them."""
     present = [pair for pair in spellings if pair[0] in tensors or pair[1] in tensors]
     if len(present) > 1:
-        raise CheckpointError(f"{path}: tensors {present[0][0]} and {present[1][0]} both give a layer's scales; remove one pair")
+        raise CheckpointError(
+            f"{path}: tensors {present[0][0]} and {present[1][0]} both give a layer's scales; remove one pair"
+        )
     for pair in present:
         missing = [name for name in pair if name not in tensors]
         if missing:
-            raise CheckpointError(f"{path}: tensor {pair[1 - pair.index(missing[0])]} is there, but {missing[0]} is missing")
+            raise CheckpointError(
+                f"{path}: tensor {pair[1 - pair.index(missing[0])]} is there, but {missing[0]} is missing"
+            )
     return present[0] if present else None
 
 
-def read_kv_scales(tensors: Mapping[str, StoredTensor], config: ModelConfig, kv_heads: Span, device: torch.device) -> list[Tensor | None]:
+def read_kv_scales(
+    tensors: Mapping[str, StoredTensor], config: ModelConfig, kv_heads: Span, device: torch.device
+) -> list[Tensor | None]:
     """For each layer [2, kv_heads.length] fp32, of K and of V, or None where the checkpoint has none.
 
     Args:
@@ -71,5 +79,7 @@ def _read(name: str, tensor: StoredTensor) -> Tensor:
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[tensor.dtype]
     values = torch.from_numpy(raw).view(dtype).float()
     if not bool((values.isfinite() & (values > 0)).all()):
-        raise CheckpointError(f"{tensor.file}: tensor {name} must hold positive numbers, found {values.tolist()}")
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name} must hold positive numbers, found {values.tolist()}"
+        )
     return values

@@ -46,7 +46,9 @@ _SHAPES: Mapping[str, _Shape] = MappingProxyType(
     }
 )
 PRESETS = tuple(_SHAPES)
-DEFAULT_VOCAB: Mapping[str, int] = MappingProxyType({name: 2048 if name == "tiny" else _HARMONY_VOCAB for name in PRESETS})
+DEFAULT_VOCAB: Mapping[str, int] = MappingProxyType(
+    {name: 2048 if name == "tiny" else _HARMONY_VOCAB for name in PRESETS}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,11 @@ def make_checkpoint(
         ConfigError: as `write_checkpoint`, and for an unknown preset or a size that cannot be.
     """
     config = preset_config(
-        preset, vocab_size=vocab_size, num_layers=num_layers, experts_format=experts_format, stop_token_ids=stop_token_ids
+        preset,
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        experts_format=experts_format,
+        stop_token_ids=stop_token_ids,
     )
     if dry_run:
         return plan_checkpoint(config, seed=seed).summary
@@ -167,7 +173,9 @@ class CheckpointPlan:
     summary: Summary
 
 
-def plan_checkpoint(config: ModelConfig, *, seed: int, max_shard_bytes: int = MAX_SHARD_BYTES) -> CheckpointPlan:
+def plan_checkpoint(
+    config: ModelConfig, *, seed: int, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> CheckpointPlan:
     """Decide the files, their contents' order and their sizes. A tensor larger than `max_shard_bytes` gets a file of its own.
 
     Raises:
@@ -179,16 +187,32 @@ def plan_checkpoint(config: ModelConfig, *, seed: int, max_shard_bytes: int = MA
     shards = _name_shards(_split_into_shards(specs, max_shard_bytes))
     # The seed makes two random checkpoints of one shape differ in their headers, not only deep in their data.
     metadata = {"format": "pt", "seed": str(seed)}
-    texts = [("config.json", _to_json(config_json(config))), ("generation_config.json", _to_json(generation_config_json(config)))]
+    texts = [
+        ("config.json", _to_json(config_json(config))),
+        ("generation_config.json", _to_json(generation_config_json(config))),
+    ]
     if len(shards) > 1:
         weight_map = {spec.name: name for name, tensors in shards for spec in tensors}
         total_size = sum(stored_bytes(spec) for spec in specs)
-        texts.append((INDEX_FILE, _to_json({"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})))
+        texts.append(
+            (
+                INDEX_FILE,
+                _to_json(
+                    {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+                ),
+            )
+        )
     files = [CheckpointFile(name, len(text.encode())) for name, text in texts]
     for name, tensors in shards:
-        files.append(CheckpointFile(name, len(safetensors_header(tensors, metadata)) + sum(stored_bytes(spec) for spec in tensors)))
+        files.append(
+            CheckpointFile(
+                name, len(safetensors_header(tensors, metadata)) + sum(stored_bytes(spec) for spec in tensors)
+            )
+        )
     total = sum(spec.num_parameters for spec in specs)
-    summary = Summary(tuple(files), parameters_total=total, parameters_active=_active_parameters(config, specs))
+    summary = Summary(
+        tuple(files), parameters_total=total, parameters_active=_active_parameters(config, specs)
+    )
     return CheckpointPlan(tuple(texts), shards, metadata, summary)
 
 
@@ -235,7 +259,9 @@ def config_json(config: ModelConfig) -> dict[str, object]:
     """The fields of a published gpt-oss config.json, with this config's values."""
     windows = {window for window in config.layer_windows if window is not None}
     if len(windows) > 1:
-        raise ConfigError(f"layer_windows has windows {sorted(windows)}; config.json holds one for all sliding layers")
+        raise ConfigError(
+            f"layer_windows has windows {sorted(windows)}; config.json holds one for all sliding layers"
+        )
     fields: dict[str, object] = {
         "architectures": ["GptOssForCausalLM"],
         "attention_bias": True,
@@ -248,7 +274,9 @@ def config_json(config: ModelConfig) -> dict[str, object]:
         "initial_context_length": config.rope.original_max_position_embeddings,
         "initializer_range": 0.02,
         "intermediate_size": config.intermediate_size,
-        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in config.layer_windows],
+        "layer_types": [
+            "full_attention" if window is None else "sliding_attention" for window in config.layer_windows
+        ],
         "max_position_embeddings": config.max_context_len,
         "model_type": "gpt_oss",
         "num_attention_heads": config.num_heads,
@@ -279,7 +307,12 @@ def config_json(config: ModelConfig) -> dict[str, object]:
         fields["swiglu_alpha"] = config.swiglu_alpha
     if config.experts_format == "mxfp4":
         fields["quantization_config"] = {
-            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
             "quant_method": "mxfp4",
         }
     return fields
@@ -287,7 +320,11 @@ def config_json(config: ModelConfig) -> dict[str, object]:
 
 def generation_config_json(config: ModelConfig) -> dict[str, object]:
     """The fields of a published generation_config.json."""
-    return {"do_sample": True, "eos_token_id": list(config.stop_token_ids) or None, "pad_token_id": _pad_token_id(config)}
+    return {
+        "do_sample": True,
+        "eos_token_id": list(config.stop_token_ids) or None,
+        "pad_token_id": _pad_token_id(config),
+    }
 
 
 def _pad_token_id(config: ModelConfig) -> int | None:
@@ -322,7 +359,10 @@ def _split_into_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> lis
 def _name_shards(shards: Sequence[tuple[TensorSpec, ...]]) -> tuple[tuple[str, tuple[TensorSpec, ...]], ...]:
     if len(shards) == 1:
         return ((SINGLE_FILE, shards[0]),)
-    return tuple((f"model-{number:05d}-of-{len(shards):05d}.safetensors", shard) for number, shard in enumerate(shards, start=1))
+    return tuple(
+        (f"model-{number:05d}-of-{len(shards):05d}.safetensors", shard)
+        for number, shard in enumerate(shards, start=1)
+    )
 
 
 def _to_json(value: object) -> str:
@@ -333,7 +373,9 @@ def _check_empty(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} exists and is not a folder; give the path of a new or empty folder")
     if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty; give the path of a new or empty folder, nothing is overwritten")
+        raise ConfigError(
+            f"{out} is not empty; give the path of a new or empty folder, nothing is overwritten"
+        )
 
 
 def _check_disk(out: Path, num_bytes: int) -> None:
@@ -346,7 +388,9 @@ def _check_disk(out: Path, num_bytes: int) -> None:
         )
 
 
-def _write_files(folder: Path, plan: CheckpointPlan, seed: int, progress: Callable[[int, int], None] | None) -> None:
+def _write_files(
+    folder: Path, plan: CheckpointPlan, seed: int, progress: Callable[[int, int], None] | None
+) -> None:
     total = sum(stored_bytes(spec) for _, tensors in plan.shards for spec in tensors)
     done = 0
 

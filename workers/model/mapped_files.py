@@ -87,7 +87,9 @@ class MappedTensors:
         error = self._advise(extent.tensor, extent.start, extent.stop, _POPULATE_READ)
         if error in (errno.EFAULT, errno.EIO):
             reason = "its disk failed, or it was cut off while it was being loaded"
-            raise CheckpointError(f"{extent.tensor.file}: tensor {extent.tensor.name} cannot be read: {reason}")
+            raise CheckpointError(
+                f"{extent.tensor.file}: tensor {extent.tensor.name} cannot be read: {reason}"
+            )
 
     def release(self, extent: Extent) -> None:
         """Give back the pages, but for those shared with a neighbour; they stay in the file cache."""
@@ -113,6 +115,8 @@ class MappedTensors:
                         # Private and writable, because torch warns of buffers that are not; it is never written to.
                         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
                 except (OSError, ValueError) as error:
-                    raise CheckpointError(f"{stored.file}: tensor {stored.name} cannot be read: {error}") from error
+                    raise CheckpointError(
+                        f"{stored.file}: tensor {stored.name} cannot be read: {error}"
+                    ) from error
                 self._files[stored.file] = torch.frombuffer(mapped, dtype=torch.uint8)
             return self._files[stored.file]

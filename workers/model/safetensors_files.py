@@ -15,7 +15,18 @@ ORIGINAL_FILES = "model--*.safetensors"
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
-_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+_ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+}
 _ITEM_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
 
@@ -45,9 +56,13 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     single = folder / SINGLE_FILE
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout")
+        raise CheckpointError(
+            f"{folder} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout"
+        )
     if index.is_file() and single.is_file():
-        raise CheckpointError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is left over")
+        raise CheckpointError(
+            f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is left over"
+        )
     if index.is_file():
         return sorted({_shard_path(folder, tensor, name) for tensor, name in _read_weight_map(index).items()})
     if single.is_file():
@@ -68,7 +83,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     for file in weight_files(folder):
         for tensor in read_header(file):
             if tensor.name in tensors:
-                raise CheckpointError(f"{file}: tensor {tensor.name} is also in {tensors[tensor.name].file.name}")
+                raise CheckpointError(
+                    f"{file}: tensor {tensor.name} is also in {tensors[tensor.name].file.name}"
+                )
             tensors[tensor.name] = tensor
     if (folder / INDEX_FILE).is_file():
         _check_against_index(folder / INDEX_FILE, tensors)
@@ -92,7 +109,9 @@ def read_header(file: Path) -> list[StoredTensor]:
     expected = start
     for tensor in tensors:
         if tensor.offset != expected:
-            raise CheckpointError(f"{file}: tensor {tensor.name} begins at byte {tensor.offset}, wanted {expected}; the header is broken")
+            raise CheckpointError(
+                f"{file}: tensor {tensor.name} begins at byte {tensor.offset}, wanted {expected}; the header is broken"
+            )
         if tensor.dtype in _ITEM_BYTES and tensor.num_bytes != prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
             raise CheckpointError(
                 f"{file}: tensor {tensor.name} has {tensor.num_bytes} bytes, wanted {prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]} "
@@ -104,7 +123,9 @@ def read_header(file: Path) -> list[StoredTensor]:
                 f"{file} is cut off: tensor {tensor.name} ends at byte {expected}, the file has {start + data_bytes}; fetch the file again"
             )
     if expected != start + data_bytes:
-        raise CheckpointError(f"{file} has {start + data_bytes - expected} bytes behind its last tensor; fetch the file again")
+        raise CheckpointError(
+            f"{file} has {start + data_bytes - expected} bytes behind its last tensor; fetch the file again"
+        )
     return tensors
 
 
@@ -119,10 +140,14 @@ def read_header_bytes(file: Path) -> bytes:
         with file.open("rb") as stream:
             prefix = stream.read(_LENGTH_BYTES)
             if prefix == b"version ":
-                raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)")
+                raise CheckpointError(
+                    f"{file} is a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)"
+                )
             length = int.from_bytes(prefix, "little")
             if len(prefix) < _LENGTH_BYTES or not 0 < length <= min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
-                raise CheckpointError(f"{file} ({size} bytes) is cut off or not a safetensors file; fetch the file again")
+                raise CheckpointError(
+                    f"{file} ({size} bytes) is cut off or not a safetensors file; fetch the file again"
+                )
             return stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
@@ -148,7 +173,11 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read as JSON: {error}") from error
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise CheckpointError(f"{index}: weight_map must map each tensor's name to a file name")
     return weight_map
 
@@ -167,9 +196,13 @@ def _check_against_index(index: Path, tensors: dict[str, StoredTensor]) -> None:
     weight_map = _read_weight_map(index)
     for name, file in weight_map.items():
         if name not in tensors:
-            raise CheckpointError(f"{index.parent / file} does not hold tensor {name}, which {INDEX_FILE} places in it")
+            raise CheckpointError(
+                f"{index.parent / file} does not hold tensor {name}, which {INDEX_FILE} places in it"
+            )
         if tensors[name].file.name != file:
-            raise CheckpointError(f"{index} places tensor {name} in {file}, but it is in {tensors[name].file.name}")
+            raise CheckpointError(
+                f"{index} places tensor {name} in {file}, but it is in {tensors[name].file.name}"
+            )
     for name, tensor in tensors.items():
         if name not in weight_map:
             raise CheckpointError(f"{tensor.file} holds tensor {name}, which {INDEX_FILE} does not list")

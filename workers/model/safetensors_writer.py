@@ -28,7 +28,11 @@ def safetensors_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str])
     offset = 0
     for spec in specs:
         end = offset + stored_bytes(spec)
-        header[spec.name] = {"dtype": DTYPE_NAMES[spec.kind], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        header[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.kind],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
@@ -54,4 +58,6 @@ def write_safetensors(
             start = file.tell()
             for piece in pieces(spec):
                 written(file.write(piece.data))
-            assert file.tell() - start == stored_bytes(spec), f"{spec.name}: {file.tell() - start} bytes, not {stored_bytes(spec)}"
+            assert file.tell() - start == stored_bytes(spec), (
+                f"{spec.name}: {file.tell() - start} bytes, not {stored_bytes(spec)}"
+            )

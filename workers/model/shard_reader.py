@@ -39,7 +39,9 @@ class ShardReader:
     """Plans and carries out the reading of a rank's slices; whoever plans a piece owns the memory it goes to."""
 
     def __init__(
-        self, tensors: Mapping[str, StoredTensor], see: Callable[[str, int, Tensor], None] = lambda name, first, rows: None
+        self,
+        tensors: Mapping[str, StoredTensor],
+        see: Callable[[str, int, Tensor], None] = lambda name, first, rows: None,
     ) -> None:
         """
         Args:
@@ -53,7 +55,10 @@ class ShardReader:
     @property
     def extents(self) -> list[Extent]:
         """What will be read, in the order of the files."""
-        return sorted((extent for piece in self._pieces for extent in piece.extents), key=lambda extent: (extent.tensor.file, extent.start))
+        return sorted(
+            (extent for piece in self._pieces for extent in piece.extents),
+            key=lambda extent: (extent.tensor.file, extent.start),
+        )
 
     def add(self, extents: Sequence[Extent], move: Callable[[], None]) -> None:
         """Plan a piece: `move` runs on any thread when the extents are in memory, and takes what it wants of them from `files`."""
@@ -74,7 +79,9 @@ class ShardReader:
         for start in range(0, num_rows, step):
             self._add_rows(name, first, start, min(start + step, num_rows), take)
 
-    def _add_rows(self, name: str, first: int, start: int, end: int, take: Callable[[int, Tensor], None]) -> None:
+    def _add_rows(
+        self, name: str, first: int, start: int, end: int, take: Callable[[int, Tensor], None]
+    ) -> None:
         def move() -> None:
             rows = self.files.view(name, first + start, first + end)
             self._see(name, first + start, rows)
@@ -102,7 +109,9 @@ class ShardReader:
             for extent in piece.extents:
                 self.files.release(extent)
 
-        pool = ThreadPoolExecutor(min(_MAX_THREADS, torch.get_num_threads()), thread_name_prefix="cantata-load")
+        pool = ThreadPoolExecutor(
+            min(_MAX_THREADS, torch.get_num_threads()), thread_name_prefix="cantata-load"
+        )
         try:
             jobs = [pool.submit(do, index) for index in range(len(self._pieces))]
             for done, job in enumerate(jobs, start=1):

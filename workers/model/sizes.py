@@ -52,7 +52,10 @@ def count_parameters(model: ModelConfig) -> tuple[int, int]:
     scale none; the embedding and the experts that are not chosen are not used."""
     names = tensor_names(model)
     of_experts = {
-        name for layer in names.layers for experts in (layer.gate_up, layer.down) for name in (experts.blocks, experts.dense, experts.bias)
+        name
+        for layer in names.layers
+        for experts in (layer.gate_up, layer.down)
+        for name in (experts.blocks, experts.dense, experts.bias)
     }
     total = active = 0
     for spec in tensor_specs(model):
@@ -65,7 +68,12 @@ def count_parameters(model: ModelConfig) -> tuple[int, int]:
 
 
 def rank_bytes(
-    model: ModelConfig, shard: RankShard, dtype: Dtype, *, packed_experts: bool | None = None, cpu_dense_dtype: DenseDtype = "bf16"
+    model: ModelConfig,
+    shard: RankShard,
+    dtype: Dtype,
+    *,
+    packed_experts: bool | None = None,
+    cpu_dense_dtype: DenseDtype = "bf16",
 ) -> RankBytes:
     """The weights that a rank holds once loaded; without what a layout of the experts pads, which for gpt-oss is nothing while the ranks do
     not split experts, and under 2 % else (`wgmma.v1` pads the intermediate columns of down to 64).
@@ -83,7 +91,12 @@ def rank_bytes(
     hidden, layers = model.hidden_size, model.num_layers
     query = shard.heads.length * model.head_dim
     keys = shard.kv_heads.length * model.head_dim
-    attention = dense(query + 2 * keys, hidden) + (query + 2 * keys) * item + dense(hidden, query) + shard.heads.length * _SINK_BYTES
+    attention = (
+        dense(query + 2 * keys, hidden)
+        + (query + 2 * keys) * item
+        + dense(hidden, query)
+        + shard.heads.length * _SINK_BYTES
+    )
     attention += hidden * item if shard.adds_output_bias else 0
     width = shard.intermediate.size
     gate = model.num_experts * (hidden + 1) * _GATE_BYTES
@@ -104,13 +117,17 @@ def kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype) -> KVBytes:
     num_full = sum(window is None for window in model.layer_windows)
     window = model.sliding_window or 0
     sliding_tokens = -(-window // BLOCK_SIZE) * BLOCK_SIZE
-    return KVBytes(per_token=layer * num_full, per_sequence=layer * (model.num_layers - num_full) * sliding_tokens)
+    return KVBytes(
+        per_token=layer * num_full, per_sequence=layer * (model.num_layers - num_full) * sliding_tokens
+    )
 
 
 def sequence_kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype, num_tokens: int) -> int:
     """Keys and values on a rank that the last of a sequence's num_tokens sees: all in full layers, the window in sliding ones."""
     layer = 2 * shard.kv_heads.length * model.head_dim * KV_TORCH_DTYPES[dtype].itemsize
-    return layer * sum(num_tokens if window is None else min(num_tokens, window) for window in model.layer_windows)
+    return layer * sum(
+        num_tokens if window is None else min(num_tokens, window) for window in model.layer_windows
+    )
 
 
 def expected_experts_hit(model: ModelConfig, num_tokens: int) -> float:

@@ -191,10 +191,15 @@ def _layer_specs(config: ModelConfig, names: LayerNames) -> Iterator[TensorSpec]
     yield TensorSpec(names.sinks, (config.num_heads,))
     yield TensorSpec(names.experts_norm, (hidden,))
     yield from _projection(names.gate, num_experts, hidden)
-    for experts, size, columns in ((names.gate_up, 2 * config.intermediate_size, hidden), (names.down, hidden, config.intermediate_size)):
+    for experts, size, columns in (
+        (names.gate_up, 2 * config.intermediate_size, hidden),
+        (names.down, hidden, config.intermediate_size),
+    ):
         if config.experts_format == "mxfp4":
             groups = columns // MX_BLOCK
-            yield TensorSpec(experts.blocks, (num_experts, size, groups, PACKED_BYTES), "mxfp4_blocks", columns)
+            yield TensorSpec(
+                experts.blocks, (num_experts, size, groups, PACKED_BYTES), "mxfp4_blocks", columns
+            )
             yield TensorSpec(experts.scales, (num_experts, size, groups), "mxfp4_scales", columns)
         else:
             # Unpacked experts are stored input-first.

@@ -66,7 +66,10 @@ class ZeroWeights:
         for name, suspects in self._suspects.items():
             for part in suspects.values():
                 starts = range(part.first, part.last, _ROWS)
-                if not any(self._has_value(name, self._files.view(name, start, min(start + _ROWS, part.last))) for start in starts):
+                if not any(
+                    self._has_value(name, self._files.view(name, start, min(start + _ROWS, part.last)))
+                    for start in starts
+                ):
                     raise CheckpointError(
                         f"{self._tensors[name].file}: tensor {name} is all zeros{part.what}; "
                         "if the model was pruned like that, set --allow-zero-weights (engine.allow_zero_weights)"

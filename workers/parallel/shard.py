@@ -81,7 +81,12 @@ def vocab_lengths(model: ModelConfig, tensor: int) -> tuple[int, ...]:
 def allowed_plans(model: ModelConfig) -> list[tuple[int, int]]:
     """All (tensor, expert) that the model allows, in ascending order."""
     sizes = range(1, MAX_RANKS + 1)
-    return [(tensor, expert) for tensor in sizes for expert in sizes if tensor % expert == 0 and _refusal(model, tensor, expert) is None]
+    return [
+        (tensor, expert)
+        for tensor in sizes
+        for expert in sizes
+        if tensor % expert == 0 and _refusal(model, tensor, expert) is None
+    ]
 
 
 def _refusal(model: ModelConfig, tensor: int, expert: int) -> str | None:
@@ -101,7 +106,9 @@ def _refusal(model: ModelConfig, tensor: int, expert: int) -> str | None:
 def _nearest(model: ModelConfig, parallel: ParallelConfig) -> str:
     """The closest plans that work, as a sentence part."""
     wanted = (parallel.tensor, parallel.expert_size)
-    plans = sorted(allowed_plans(model), key=lambda plan: (abs(plan[0] - wanted[0]), abs(plan[1] - wanted[1]), plan))
+    plans = sorted(
+        allowed_plans(model), key=lambda plan: (abs(plan[0] - wanted[0]), abs(plan[1] - wanted[1]), plan)
+    )
     shown = ", ".join(f"tensor={tensor}, expert={expert}" for tensor, expert in plans[:3])
     return f"the nearest that can: {shown.replace(', tensor', '; tensor')}"
 

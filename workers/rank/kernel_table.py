@@ -73,7 +73,9 @@ def kernel_choices(model: GptOss, kv_dtype: KVDtype | None = None) -> dict[str, 
 
 def not_capturable(choices: Mapping[str, KernelChoice]) -> list[str]:
     """Operations of the model whose kernel reads sizes back to the host, which no CUDA graph can hold."""
-    return [operation for operation in ("attention", "experts") if choices[operation].implementation == REFERENCE]
+    return [
+        operation for operation in ("attention", "experts") if choices[operation].implementation == REFERENCE
+    ]
 
 
 def slow_paths(choices: Mapping[str, KernelChoice], device: torch.device) -> list[str]:
@@ -82,9 +84,14 @@ def slow_paths(choices: Mapping[str, KernelChoice], device: torch.device) -> lis
     for operation, choice in choices.items():
         if choice.implementation == REFERENCE:
             by_reason.setdefault(choice.why, []).append(operation)
-    sentences = [f"{', '.join(operations)} will be slow, on the torch reference: {why}" for why, operations in by_reason.items()]
+    sentences = [
+        f"{', '.join(operations)} will be slow, on the torch reference: {why}"
+        for why, operations in by_reason.items()
+    ]
     if device.type == "cuda" and _has_no_bf16_matrices(name := architecture(device)):
-        sentences.append(f"attention and experts will be slow: {name} has no instructions for products of bf16 matrices")
+        sentences.append(
+            f"attention and experts will be slow: {name} has no instructions for products of bf16 matrices"
+        )
     return sentences
 
 
@@ -107,13 +114,19 @@ def _experts(model: GptOss) -> KernelChoice:
     experts = model.layers[0].experts
     gate_up, down = experts.gate_up, experts.down
     packed = isinstance(gate_up, PackedMXFP4)
-    layout = f"MXFP4 layout {gate_up.layout}" if isinstance(gate_up, PackedMXFP4) else f"dense {gate_up.dtype}".replace("torch.", "")
+    layout = (
+        f"MXFP4 layout {gate_up.layout}"
+        if isinstance(gate_up, PackedMXFP4)
+        else f"dense {gate_up.dtype}".replace("torch.", "")
+    )
     if triton_runs_on(model.device):
         from kernels.moe import grouped, tile_choice
 
         name = architecture(model.device)
         if not grouped.can_run(model.embedding, gate_up, down, experts.mxfp8_activations):
-            return KernelChoice(REFERENCE, f"no Triton kernel takes these weights with {model.dtype} activations", layout)
+            return KernelChoice(
+                REFERENCE, f"no Triton kernel takes these weights with {model.dtype} activations", layout
+            )
         if not packed:
             why = "the checkpoint's weights are not quantised"
         elif experts.mxfp8_activations:
@@ -128,24 +141,33 @@ def _experts(model: GptOss) -> KernelChoice:
     if model.device.type == "cuda":
         return KernelChoice(REFERENCE, "Triton is not installed", layout)
     if experts.mxfp8_activations:
-        return KernelChoice(REFERENCE, "activations rounded to MXFP8, which only Triton's kernel takes", layout)
+        return KernelChoice(
+            REFERENCE, "activations rounded to MXFP8, which only Triton's kernel takes", layout
+        )
     if (
         isinstance(gate_up, PackedMXFP4)
         and isinstance(down, PackedMXFP4)
         and cpu_experts.can_run(model.embedding, gate_up, down, experts.gate_up_bias.dtype)
     ):
         return KernelChoice(f"C++ {native.isa()}", "decoded in registers", layout)
-    return KernelChoice(REFERENCE, _why_not_cpp(model.dtype) if packed else "the C++ kernels take MXFP4 only", layout)
+    return KernelChoice(
+        REFERENCE, _why_not_cpp(model.dtype) if packed else "the C++ kernels take MXFP4 only", layout
+    )
 
 
 def _linear(model: GptOss) -> KernelChoice:
     if model.device.type == "cuda":
         return KernelChoice(
-            "hipBLASLt" if torch.version.hip else "cuBLAS", "through torch; the gate by Triton" if has_triton() else "through torch"
+            "hipBLASLt" if torch.version.hip else "cuBLAS",
+            "through torch; the gate by Triton" if has_triton() else "through torch",
         )
     if cpu_linear.can_run(model.embedding):
         weight = model.lm_head.weight
-        layout = f"packed {str(weight.values.dtype).removeprefix('torch.')}" if isinstance(weight, PackedWeight) else ""
+        layout = (
+            f"packed {str(weight.values.dtype).removeprefix('torch.')}"
+            if isinstance(weight, PackedWeight)
+            else ""
+        )
         return KernelChoice(f"C++ {native.isa()}", "a row's result does not depend on its batch", layout)
     return KernelChoice("torch", _why_not_cpp(model.dtype))
 

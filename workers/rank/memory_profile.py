@@ -60,7 +60,9 @@ def largest_batch(scheduler: SchedulerConfig, max_model_len: int, device: torch.
 
 
 @torch.inference_mode()
-def run_largest_step(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> None:
+def run_largest_step(
+    model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype
+) -> None:
     """Forward, logits and sampling of the largest step; keys and values go to one block that is let go of. All ranks take part."""
     batch = largest_batch(scheduler, max_model_len, model.device)
     batch.token_ids.remainder_(model.config.vocab_size)
@@ -85,7 +87,9 @@ def everything_wanted(num_rows: int, vocab_size: int, device: torch.device) -> S
         logit_bias=LogitBias(rows, tokens, ones),
         penalties=Penalties(rows, tokens, counts, ones, ones, ones * 1.1),
         allowed_ids=some,
-        allowed_bits=AllowedBits(rows, torch.full((num_rows, -(-vocab_size // 8)), 255, dtype=torch.uint8, device=device)),
+        allowed_bits=AllowedBits(
+            rows, torch.full((num_rows, -(-vocab_size // 8)), 255, dtype=torch.uint8, device=device)
+        ),
         forbidden_ids=some,
         logprob_rows=rows,
         num_top_logprobs=min(MAX_TOP_LOGPROBS, vocab_size),
@@ -105,7 +109,9 @@ class StepMemory:
     graph_bytes: int
 
 
-def profile_step(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype, *, graphs: bool) -> StepMemory:
+def profile_step(
+    model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype, *, graphs: bool
+) -> StepMemory:
     """Run what is largest and see (CUDA only). What stays allocated afterwards, such as libraries' workspaces, is in use and not counted.
     All ranks take part.
 
@@ -137,7 +143,9 @@ def _captured_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: in
     what cuBLAS took for their stream with them; afterwards it is in use again, as while graphs live."""
     slots = SequenceSlots(scheduler.max_num_seqs, max_model_len)
     kv_caches = _null_caches(model, kv_dtype)
-    graphs = DecodeGraphs(slots, DeviceSlots(slots, model.device), lambda batch: model.forward(batch, kv_caches))
+    graphs = DecodeGraphs(
+        slots, DeviceSlots(slots, model.device), lambda batch: model.forward(batch, kv_caches)
+    )
     report = graphs.capture(lambda phase, done, total: None, limit=SAMPLED_GRAPHS)
     num_graphs = len(graphs.sizes)
     del graphs
@@ -180,7 +188,12 @@ def warm_up(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dt
     """
     num_tokens = 1
     while num_tokens < scheduler.max_num_batched_tokens:
-        run_largest_step(model, replace(scheduler, max_num_seqs=1, max_num_batched_tokens=num_tokens), max_model_len, kv_dtype)
+        run_largest_step(
+            model,
+            replace(scheduler, max_num_seqs=1, max_num_batched_tokens=num_tokens),
+            max_model_len,
+            kv_dtype,
+        )
         num_tokens *= 2
     if model.collectives.rank == 0:
         warm_up_sampling(model.config.vocab_size, model.device)

@@ -104,7 +104,9 @@ class Engine:
         clock: monotonic seconds.
     """
 
-    def __init__(self, channel: RankChannel, silence_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, channel: RankChannel, silence_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._channel = channel
         self._silence_s = silence_s
         self._clock = clock
@@ -191,9 +193,13 @@ def _serve(spec: RankSpec, channel: RankChannel) -> None:
     patience_s = 2 * parallel.step_timeout_s + 10
     engine = Engine(channel, patience_s)
     join = wire.unpack(engine.expect(wire.JOIN))
-    store = own_store or join_store(str(join["host"]), int(str(join["port"])), timeout_s=parallel.start_timeout_s)
+    store = own_store or join_store(
+        str(join["host"]), int(str(join["port"])), timeout_s=parallel.start_timeout_s
+    )
     collectives = TorchDistributed(spec.rank, parallel.tensor, store, device, timeout_s=patience_s)
-    cores = cores_of_rank(spec.local_rank, spec.ranks_on_host, spec.num_threads) if device.type == "cpu" else []
+    cores = (
+        cores_of_rank(spec.local_rank, spec.ranks_on_host, spec.num_threads) if device.type == "cpu" else []
+    )
     if cores:
         # This thread, and those that it starts from now on. Those of the channel and the collectives may run anywhere, beside it.
         os.sched_setaffinity(0, cores)
@@ -229,12 +235,16 @@ def _run_plans(number: int, rank: Rank, channel: RankChannel, engine: Engine) ->
         elif kind == wire.COMPUTE_LOGITS:
             logits = rank.logits(msgpack.unpackb(body))
             if logits is not None:
-                channel.send(wire.LOGITS, wire.pack(shape=list(logits.shape), values=logits.cpu().numpy().tobytes()))
+                channel.send(
+                    wire.LOGITS, wire.pack(shape=list(logits.shape), values=logits.cpu().numpy().tobytes())
+                )
         else:
             raise ValueError(f"the engine sent {kind!r} in the middle of serving")
 
 
-def _receive_while(number: int, launched: deque[tuple[LaunchedStep, float]], channel: RankChannel, engine: Engine) -> tuple[bytes, bytes]:
+def _receive_while(
+    number: int, launched: deque[tuple[LaunchedStep, float]], channel: RankChannel, engine: Engine
+) -> tuple[bytes, bytes]:
     """The next message. Meanwhile results are sent as they come: on a GPU the next plan is launched while the last one runs."""
     while launched:
         step, idle_s = launched[0]
@@ -275,7 +285,9 @@ class _Reporter:
 def main() -> int:
     """Read the spec from stdin and serve; the argument is the PID of the engine's process, with which this one ends."""
     keep_output_from_failing()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     # Ctrl-C in a terminal reaches the whole group; the engine decides the order of the stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A rank that is stopped, or waits in a collective or a driver, would keep its GPU.

@@ -138,7 +138,9 @@ class Rank:
         check_kv_dtype(self._config.kv_dtype, architecture(self._device))
         mxfp8_activations = self._config.moe_activation_dtype == "mxfp8"
         if mxfp8_activations:
-            _check_mxfp8(architecture(self._device), self._config.quantize or self._model_config.experts_format)
+            _check_mxfp8(
+                architecture(self._device), self._config.quantize or self._model_config.experts_format
+            )
         with self._phase("load weights"):
             self._model = (self._loader or load_model)(
                 self._config.model_path,
@@ -157,7 +159,9 @@ class Rank:
         for sentence in slow_paths(choices, self._device):
             logger.warning("%s", sentence)
         if self._device.type == "cuda" and (blocking := not_capturable(choices)):
-            logger.warning("no CUDA graphs: the kernels for %s read sizes back to the host", " and ".join(blocking))
+            logger.warning(
+                "no CUDA graphs: the kernels for %s read sizes back to the host", " and ".join(blocking)
+            )
         kernels = {operation: str(choice) for operation, choice in choices.items()}
         return RankLoaded(describe_device(self._device), self._model.weight_bytes, self._kv_memory(), kernels)
 
@@ -170,17 +174,34 @@ class Rank:
         """
         with self._phase("allocate KV cache"):
             kv_caches = allocate_kv_caches(
-                cache_shape(self._model_config, self._shard), plan, dtype=self._config.kv_dtype, device=self._device
+                cache_shape(self._model_config, self._shard),
+                plan,
+                dtype=self._config.kv_dtype,
+                device=self._device,
             )
         with self._phase("warm up"):
             self._check_weights()
         assert self._model is not None
-        runner = Runner(self._model, kv_caches, max_num_seqs=self._config.scheduler.max_num_seqs, max_model_len=plan.max_model_len)
+        runner = Runner(
+            self._model,
+            kv_caches,
+            max_num_seqs=self._config.scheduler.max_num_seqs,
+            max_model_len=plan.max_model_len,
+        )
         if self._captures_graphs(self._model):
             with self._phase("capture graphs"):
                 report = runner.capture_graphs(self._progress)
-            logger.info("captured %d CUDA graphs, which keep %.0f MiB", report.num_graphs, report.memory_bytes / 1024**2)
-        if self._device.type == "cpu" and self._collectives.size == 1 and programs_run() and not self._config.enforce_eager:
+            logger.info(
+                "captured %d CUDA graphs, which keep %.0f MiB",
+                report.num_graphs,
+                report.memory_bytes / 1024**2,
+            )
+        if (
+            self._device.type == "cpu"
+            and self._collectives.size == 1
+            and programs_run()
+            and not self._config.enforce_eager
+        ):
             runner.record_programs()
         self._runner = runner
 
@@ -192,7 +213,9 @@ class Rank:
         """Start one plan, before the result of the last one is taken if that is still to come; a failure is a result with `error`."""
         if self._runner is None:
             return LaunchedStep(StepResult(plan.step, error="the executor has shut down"))
-        failed = StepResult(plan.step, error=f"step {plan.step} failed on rank {self._shard.tp_rank}; its log has the details")
+        failed = StepResult(
+            plan.step, error=f"step {plan.step} failed on rank {self._shard.tp_rank}; its log has the details"
+        )
         try:
             self._enter_device()
             return LaunchedStep(failed, self._runner.launch(plan))
@@ -201,7 +224,9 @@ class Rank:
             logger.exception("step %d failed", plan.step)
             return LaunchedStep(failed)
 
-    def logits(self, token_ids: Sequence[int], observe: Callable[[str, Tensor], None] | None = None) -> Tensor | None:
+    def logits(
+        self, token_ids: Sequence[int], observe: Callable[[str, Tensor], None] | None = None
+    ) -> Tensor | None:
         """Logits after each token of one sequence, in a KV cache of its own: steps in between are not disturbed. All ranks take part.
 
         Args:
@@ -219,7 +244,11 @@ class Rank:
         chunk = self._config.scheduler.max_num_batched_tokens
         rows = [
             model.compute_logits(
-                model.forward(_chunk_batch(token_ids, start, min(start + chunk, len(token_ids)), model.device), kv_caches, observe)
+                model.forward(
+                    _chunk_batch(token_ids, start, min(start + chunk, len(token_ids)), model.device),
+                    kv_caches,
+                    observe,
+                )
             )
             for start in range(0, len(token_ids), chunk)
         ]
@@ -240,14 +269,18 @@ class Rank:
             if not not_finite and not torch.isfinite(values).all():
                 not_finite.append(what)
 
-        logits = self.logits([index * size // _NUM_CHECK_TOKENS for index in range(_NUM_CHECK_TOKENS)], observe)
+        logits = self.logits(
+            [index * size // _NUM_CHECK_TOKENS for index in range(_NUM_CHECK_TOKENS)], observe
+        )
         if logits is not None:
             observe("lm_head", logits)
         broken = f"the weights in {self._config.model_path} are broken: what"
         if not_finite:
             raise CheckpointError(f"{broken} {not_finite[0]} computes is not finite")
         if logits is not None and bool((logits.amax(1) == logits.amin(1)).any()):
-            raise CheckpointError(f"{broken} the model computes is the same for every token of the vocabulary")
+            raise CheckpointError(
+                f"{broken} the model computes is the same for every token of the vocabulary"
+            )
 
     def _enter_device(self) -> None:
         """Each thread has a current device of its own, at first GPU 0; Triton launches there, and events are recorded there."""
@@ -272,7 +305,10 @@ class Rank:
                 max_model_len=config.max_model_len,
                 ranks_on_host=self._ranks_on_host,
             )
-        model, limits = self._model, (config.scheduler, longest_context(shape, config.max_model_len), config.kv_dtype)
+        model, limits = (
+            self._model,
+            (config.scheduler, longest_context(shape, config.max_model_len), config.kv_dtype),
+        )
         assert model is not None
         self._collectives.meet("load weights", LOAD_TIMEOUT_S)
         # Before the profile, since compiled kernels take memory, too.
@@ -307,7 +343,9 @@ def cache_shape(model: ModelConfig, shard: RankShard) -> ModelConfig:
     return replace(model, num_kv_heads=shard.kv_heads.length)
 
 
-def plan_kv_cache(config: EngineConfig, model: ModelConfig, shard: RankShard, memories: Sequence[KVMemory]) -> KVCachePlan:
+def plan_kv_cache(
+    config: EngineConfig, model: ModelConfig, shard: RankShard, memories: Sequence[KVMemory]
+) -> KVCachePlan:
     """The one plan that all ranks allocate, and with it the context, from the rank that has the least memory.
 
     Raises:
@@ -327,14 +365,23 @@ def plan_kv_cache(config: EngineConfig, model: ModelConfig, shard: RankShard, me
     return plan
 
 
-def check_memory(config: EngineConfig, model: ModelConfig, shard: RankShard, device: torch.device, *, ranks_on_host: int = 1) -> None:
+def check_memory(
+    config: EngineConfig,
+    model: ModelConfig,
+    shard: RankShard,
+    device: torch.device,
+    *,
+    ranks_on_host: int = 1,
+) -> None:
     """Refuse weights for which there is no room. On a CPU all ranks of a host ask before any of them loads.
 
     Raises:
         ConfigError: with what is wanted and what is free.
     """
     packed = True if config.quantize == "mxfp4" else None
-    wanted = rank_bytes(model, shard, config.dtype, packed_experts=packed, cpu_dense_dtype=config.cpu_dense_dtype).total
+    wanted = rank_bytes(
+        model, shard, config.dtype, packed_experts=packed, cpu_dense_dtype=config.cpu_dense_dtype
+    ).total
     if device.type == "cpu":
         free = host_free_bytes() // ranks_on_host
         where = "on this host" if ranks_on_host == 1 else f"for each of {ranks_on_host} ranks on this host"
@@ -364,7 +411,9 @@ def _check_mxfp8(target: str, experts_format: str) -> None:
             "moe_activation_dtype mxfp8 needs experts in MXFP4, and the checkpoint's are in bf16: set it to auto, or quantize to mxfp4"
         )
     if target not in ("cpu", "gfx950") and not target.startswith("sm_10"):
-        raise ConfigError(f"moe_activation_dtype mxfp8 needs sm_100 (B200) or gfx950 (MI355X), and this GPU is {target}: set it to auto")
+        raise ConfigError(
+            f"moe_activation_dtype mxfp8 needs sm_100 (B200) or gfx950 (MI355X), and this GPU is {target}: set it to auto"
+        )
 
 
 def usable_device(name: str, local_rank: int = 0) -> torch.device:

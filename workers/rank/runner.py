@@ -52,7 +52,10 @@ class PendingStep:
         if device.type != "cpu":
             if output is not None:
                 parts = (output.logprobs, output.top_ids, output.top_logprobs)
-                self._output = SampleOutput(_to_pinned(output.token_ids), *(None if part is None else _to_pinned(part) for part in parts))
+                self._output = SampleOutput(
+                    _to_pinned(output.token_ids),
+                    *(None if part is None else _to_pinned(part) for part in parts),
+                )
             # Also of a step that yields no token: it is not done before, and only so many may be in flight.
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
@@ -108,7 +111,9 @@ class Runner:
         max_model_len: tokens of a sequence at most.
     """
 
-    def __init__(self, model: GptOss, kv_caches: Sequence[Tensor], *, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self, model: GptOss, kv_caches: Sequence[Tensor], *, max_num_seqs: int, max_model_len: int
+    ) -> None:
         self._model = model
         self._kv_caches = kv_caches
         self._slots = SequenceSlots(max_num_seqs, max_model_len)
@@ -174,9 +179,13 @@ class Runner:
             tensors = self._inputs.upload(arrays + rows.other_arrays())
             sample_indices, sampled_slots, table_at, table_ids = tensors[len(arrays) :]
             self._device_slots.set_blocks(table_at, table_ids)
-            batch = self._device_slots.batch(tensors[: len(arrays)], sample_indices, rows.num_blocks, rows.max_query_len)
+            batch = self._device_slots.batch(
+                tensors[: len(arrays)], sample_indices, rows.num_blocks, rows.max_query_len
+            )
             hidden = self._model.forward(batch, self._kv_caches)
-        return hidden[: len(rows.sampled)] if rows.samples_all else hidden.index_select(0, sample_indices), sampled_slots
+        return hidden[: len(rows.sampled)] if rows.samples_all else hidden.index_select(
+            0, sample_indices
+        ), sampled_slots
 
     def _sample(self, plan: StepPlan, rows: StepRows, logits: Tensor | None) -> SampleOutput:
         """Rank 0 samples; all ranks need the ids, which are the next step's inputs.
@@ -186,7 +195,11 @@ class Runner:
         """
         collectives = self._model.collectives
         if logits is None:
-            return SampleOutput(collectives.broadcast(torch.empty(len(rows.sampled), dtype=torch.int64, device=self._model.device)))
+            return SampleOutput(
+                collectives.broadcast(
+                    torch.empty(len(rows.sampled), dtype=torch.int64, device=self._model.device)
+                )
+            )
         slots = rows.slots[rows.sampled]
         if self._sampling.listeners(slots):
             while self._unheard:
@@ -202,7 +215,9 @@ class Runner:
         is_first = self._model.collectives.rank == 0
         listeners = self._sampling.listeners(slots) if is_first else []
         num_logprobs = self._sampling.num_logprobs(seq_ids, slots)
-        pending = PendingStep(plan.step, started, self._model.device, seq_ids, output, num_logprobs, listeners)
+        pending = PendingStep(
+            plan.step, started, self._model.device, seq_ids, output, num_logprobs, listeners
+        )
         if self._model.device.type == "cpu":
             pending.result()
         elif listeners:

@@ -84,7 +84,9 @@ class ConstraintState:
     def forbidden(self) -> Ints:
         """Ids that may not come next; to be read where `allowed` is None."""
         if self._state not in self._forbidden:
-            self._forbidden[self._state] = np.array(self._automaton.states[self._state].forbidden, dtype=np.int64)
+            self._forbidden[self._state] = np.array(
+                self._automaton.states[self._state].forbidden, dtype=np.int64
+            )
         return self._forbidden[self._state]
 
     def push(self, token_id: int) -> None:
@@ -122,15 +124,26 @@ class _Extras:
     @classmethod
     def of(cls, start: SequenceStart) -> "_Extras | None":
         sampling = start.sampling
-        prompt, output = start.token_ids[: start.num_prompt_tokens], start.token_ids[start.num_prompt_tokens :]
+        prompt, output = (
+            start.token_ids[: start.num_prompt_tokens],
+            start.token_ids[start.num_prompt_tokens :],
+        )
         penalised = _penalises(sampling)
         stops = start.stop_token_ids if sampling.min_tokens > 0 else ()
-        if not (sampling.logit_bias or penalised or start.constraint or stops or sampling.logprobs is not None):
+        if not (
+            sampling.logit_bias or penalised or start.constraint or stops or sampling.logprobs is not None
+        ):
             return None
         return cls(
-            bias_ids=np.array([token_id for token_id, _ in sampling.logit_bias], dtype=np.int64) if sampling.logit_bias else None,
-            bias_values=np.array([value for _, value in sampling.logit_bias], dtype=np.float32) if sampling.logit_bias else None,
-            seen=SeenTokens(prompt if sampling.repetition_penalty != 1.0 else (), output) if penalised else None,
+            bias_ids=np.array([token_id for token_id, _ in sampling.logit_bias], dtype=np.int64)
+            if sampling.logit_bias
+            else None,
+            bias_values=np.array([value for _, value in sampling.logit_bias], dtype=np.float32)
+            if sampling.logit_bias
+            else None,
+            seen=SeenTokens(prompt if sampling.repetition_penalty != 1.0 else (), output)
+            if penalised
+            else None,
             constraint=None if start.constraint is None else ConstraintState(start.constraint, output),
             stop_token_ids=np.array(stops, dtype=np.int64),
             min_tokens=sampling.min_tokens,
@@ -157,7 +170,9 @@ class _Pairs:
 
     def arrays(self) -> tuple[Ints, Ints]:
         """(rows, token ids)."""
-        rows = np.repeat(np.array(self._rows, dtype=np.int64), [len(token_ids) for token_ids in self._token_ids])
+        rows = np.repeat(
+            np.array(self._rows, dtype=np.int64), [len(token_ids) for token_ids in self._token_ids]
+        )
         return rows, np.concatenate(self._token_ids)
 
     def values(self) -> npt.NDArray[np.generic]:
@@ -207,8 +222,14 @@ class SamplingState:
         """(seq_id, alternatives it wants with each token) of those of these sequences that want log-probabilities."""
         if not self._extras:
             return []
-        extras = [(seq_id, self._extras.get(slot)) for seq_id, slot in zip(seq_ids, slots.tolist(), strict=True)]
-        return [(seq_id, entry.num_logprobs) for seq_id, entry in extras if entry is not None and entry.num_logprobs is not None]
+        extras = [
+            (seq_id, self._extras.get(slot)) for seq_id, slot in zip(seq_ids, slots.tolist(), strict=True)
+        ]
+        return [
+            (seq_id, entry.num_logprobs)
+            for seq_id, entry in extras
+            if entry is not None and entry.num_logprobs is not None
+        ]
 
     def listeners(self, slots: Ints) -> list[tuple[int, TokenListener]]:
         """(row, what must be told its token) of the slots that need it. They stay those of the present tenants if a slot changes hands."""
@@ -217,7 +238,9 @@ class SamplingState:
         extras = [(row, self._extras.get(slot)) for row, slot in enumerate(slots.tolist())]
         return [(row, entry) for row, entry in extras if entry is not None and entry.listens]
 
-    def build(self, slots: Ints, output_positions: Ints, masks: dict[int, bytes], inputs: InputBuffers) -> SamplingBatch:
+    def build(
+        self, slots: Ints, output_positions: Ints, masks: dict[int, bytes], inputs: InputBuffers
+    ) -> SamplingBatch:
         """The batch for one row per slot. The output so far has been pushed to `listeners`.
 
         Args:
@@ -225,7 +248,12 @@ class SamplingState:
             masks: slot → bitmask of allowed ids, for sequences in a grammar state.
             inputs: uploads all of it at once; the host does not wait for the device.
         """
-        temperature, top_k, top_p, min_p = self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots]
+        temperature, top_k, top_p, min_p = (
+            self._temperature[slots],
+            self._top_k[slots],
+            self._top_p[slots],
+            self._min_p[slots],
+        )
         random = bool((temperature > 0).any())
         bias, allowed, forbidden, seen = _Pairs(), _Pairs(), _Pairs(), _Pairs()
         logprob_rows: list[int] = []
@@ -252,7 +280,11 @@ class SamplingState:
                 num_top_logprobs = max(num_top_logprobs, extras.num_logprobs)
         parts: dict[str, tuple[Array, ...]] = {}
         if random:
-            parts |= {"temperature": (temperature,), "seeds": (self._seed[slots],), "output_positions": (output_positions,)}
+            parts |= {
+                "temperature": (temperature,),
+                "seeds": (self._seed[slots],),
+                "output_positions": (output_positions,),
+            }
             filters: tuple[tuple[str, Array, bool], ...] = (
                 ("top_k", top_k, bool((top_k > 0).any())),
                 ("top_p", top_p, bool((top_p < 1).any())),
@@ -295,7 +327,9 @@ def _upload(parts: dict[str, tuple[Array, ...]], inputs: InputBuffers) -> dict[s
 
 
 def _penalises(sampling: SamplingParams) -> bool:
-    return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or sampling.repetition_penalty != 1
+    return (
+        sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or sampling.repetition_penalty != 1
+    )
 
 
 def _allowed_bits(slots: Ints, masks: dict[int, bytes]) -> tuple[Ints, npt.NDArray[np.uint8]] | None:

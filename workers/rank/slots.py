@@ -154,7 +154,9 @@ class SequenceSlots:
 
     def build(self, plan: StepPlan) -> StepRows:
         """Append the plan's new blocks, lay out its tokens, and count the tokens it samples. Drops and starts have been applied."""
-        slots = np.fromiter(map(self._slot_of.__getitem__, plan.seq_ids), dtype=np.int64, count=len(plan.seq_ids))
+        slots = np.fromiter(
+            map(self._slot_of.__getitem__, plan.seq_ids), dtype=np.int64, count=len(plan.seq_ids)
+        )
         for index, full, sliding in plan.new_blocks:
             self._append_blocks(int(slots[index]), full, sliding)
         table_at, table_ids = self._set_new_blocks()
@@ -163,7 +165,9 @@ class SequenceSlots:
         samples = np.array(plan.samples, dtype=bool)
         context_lens = computed + scheduled
         num_tokens = self._num_tokens[slots]
-        assert ((context_lens == num_tokens) == samples).all(), "the plan samples where tokens are missing, or not at the end"
+        assert ((context_lens == num_tokens) == samples).all(), (
+            "the plan samples where tokens are missing, or not at the end"
+        )
         ends = np.cumsum(scheduled)
         if int(ends[-1]) == len(slots):
             rows, positions = slots, computed
@@ -197,7 +201,9 @@ class SequenceSlots:
 
     def _set_new_blocks(self) -> tuple[Ints, npt.NDArray[np.int32]]:
         """Set the table entries that are new; returns them, for the device."""
-        table_at = np.fromiter((at for part in self._new_at for at in part), dtype=np.int64, count=len(self._new_ids))
+        table_at = np.fromiter(
+            (at for part in self._new_at for at in part), dtype=np.int64, count=len(self._new_ids)
+        )
         table_ids = np.array(self._new_ids, dtype=np.int32)
         self._new_at.clear()
         self._new_ids.clear()
@@ -223,7 +229,9 @@ class DeviceSlots:
 
     def __init__(self, slots: SequenceSlots, device: torch.device) -> None:
         self.padding_slot = slots.max_num_seqs
-        self.tables = torch.full((2, slots.max_num_seqs + 1, slots.max_blocks), NULL_BLOCK, dtype=torch.int32, device=device)
+        self.tables = torch.full(
+            (2, slots.max_num_seqs + 1, slots.max_blocks), NULL_BLOCK, dtype=torch.int32, device=device
+        )
         self.newest = torch.zeros(slots.max_num_seqs + 1, dtype=torch.int64, device=device)
 
     def set_blocks(self, table_at: Tensor, table_ids: Tensor) -> None:
@@ -231,14 +239,18 @@ class DeviceSlots:
         if len(table_ids):
             self.tables.view(-1).index_copy_(0, table_at, table_ids)
 
-    def batch(self, arrays: list[Tensor], sample_indices: Tensor, num_blocks: int, max_query_len: int) -> StepBatch:
+    def batch(
+        self, arrays: list[Tensor], sample_indices: Tensor, num_blocks: int, max_query_len: int
+    ) -> StepBatch:
         """The model's input from `StepRows.batch_arrays` on the device; reads nothing back, so that a CUDA graph can hold it.
 
         Args:
             num_blocks: width of the block tables.
             max_query_len: as in StepBatch.
         """
-        token_ids, positions, slot_mapping_full, slot_mapping_sliding, slots, context_lens, cu_seqlens_q = arrays
+        token_ids, positions, slot_mapping_full, slot_mapping_sliding, slots, context_lens, cu_seqlens_q = (
+            arrays
+        )
         token_ids, tables = read_slots(token_ids, slots, self.newest, self.tables, num_blocks)
         return StepBatch(
             token_ids=token_ids,

@@ -69,11 +69,19 @@ class InputBuffers:
         offsets, num_bytes = packed_layout(arrays)
         buffer = self._next_buffer(num_bytes)
         for array, offset in zip(arrays, offsets, strict=True):
-            flat = array if array.ndim == 1 and array.flags.c_contiguous else np.ascontiguousarray(array).reshape(-1)
+            flat = (
+                array
+                if array.ndim == 1 and array.flags.c_contiguous
+                else np.ascontiguousarray(array).reshape(-1)
+            )
             buffer.array[offset : offset + array.nbytes] = flat.view(np.uint8)
         packed = buffer.tensor[:num_bytes]
         if self.device.type != "cpu":
-            target = torch.empty(num_bytes, dtype=torch.uint8, device=self.device) if into is None else into[:num_bytes]
+            target = (
+                torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+                if into is None
+                else into[:num_bytes]
+            )
             target.copy_(packed, non_blocking=True)
             packed = target
             buffer.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from workers import errors
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
-from workers.request import EngineLoad, EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+from workers.request import (
+    EngineLoad,
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    TokenLogprobs,
+)
 from workers.rpc import engine_pb2 as pb
 from workers.rpc.validate import check_request
 
@@ -69,7 +76,9 @@ def request_to_wire(request: EngineRequest) -> pb.GenerateRequest:
     )
 
 
-def request_from_wire(message: pb.GenerateRequest, *, vocab_size: int, deadline_s: float | None = None) -> EngineRequest:
+def request_from_wire(
+    message: pb.GenerateRequest, *, vocab_size: int, deadline_s: float | None = None
+) -> EngineRequest:
     """Check a message and convert it.
 
     Raises:
@@ -94,7 +103,10 @@ def output_to_wire(output: EngineOutput) -> pb.GenerateResponse:
         logprobs=[
             pb.TokenLogprobs(
                 logprob=entry.logprob,
-                top=[pb.TokenLogprobs.Candidate(token_id=token_id, logprob=logprob) for token_id, logprob in entry.top],
+                top=[
+                    pb.TokenLogprobs.Candidate(token_id=token_id, logprob=logprob)
+                    for token_id, logprob in entry.top
+                ],
             )
             for entry in output.logprobs
         ],
@@ -111,13 +123,16 @@ def output_from_wire(message: pb.GenerateResponse) -> EngineOutput:
     return EngineOutput(
         token_ids=tuple(message.token_ids),
         logprobs=tuple(
-            TokenLogprobs(entry.logprob, tuple((candidate.token_id, candidate.logprob) for candidate in entry.top))
+            TokenLogprobs(
+                entry.logprob, tuple((candidate.token_id, candidate.logprob) for candidate in entry.top)
+            )
             for entry in message.logprobs
         ),
         finish_reason=_FINISH_FROM_WIRE[message.finish_reason] if known else "error",
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         num_cached_tokens=message.num_cached_tokens,
-        error=message.error or (None if known else f"the engine ended with the unknown finish reason {message.finish_reason}"),
+        error=message.error
+        or (None if known else f"the engine ended with the unknown finish reason {message.finish_reason}"),
     )
 
 
@@ -157,7 +172,12 @@ def info_from_wire(message: pb.EngineInfo) -> EngineInfo:
 
 def load_to_wire(load: EngineLoad) -> pb.EngineLoad:
     """As a message."""
-    return pb.EngineLoad(num_running=load.num_running, num_waiting=load.num_waiting, kv_usage=load.kv_usage, accepting=load.accepting)
+    return pb.EngineLoad(
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        kv_usage=load.kv_usage,
+        accepting=load.accepting,
+    )
 
 
 def load_from_wire(message: pb.EngineLoad) -> EngineLoad:
@@ -182,7 +202,9 @@ def error_from_status(status: str, message: str, metadata: Mapping[str, str]) ->
         status: name of the gRPC status code.
         metadata: the call's trailing metadata, where there was any (proxies may lose it).
     """
-    error_class = _CLASS_BY_NAME.get(metadata.get(ERROR_CLASS_KEY, ""), _CLASS_BY_STATUS.get(status, errors.CantataError))
+    error_class = _CLASS_BY_NAME.get(
+        metadata.get(ERROR_CLASS_KEY, ""), _CLASS_BY_STATUS.get(status, errors.CantataError)
+    )
     if issubclass(error_class, errors.InvalidRequest):
         return error_class(message, metadata.get(PARAM_KEY))
     if issubclass(error_class, errors.Overloaded):
@@ -251,9 +273,15 @@ def _sampling_from_wire(message: pb.SamplingParams) -> SamplingParams:
         top_p=message.top_p if message.HasField("top_p") else default.top_p,
         top_k=message.top_k if message.HasField("top_k") else default.top_k,
         min_p=message.min_p if message.HasField("min_p") else default.min_p,
-        presence_penalty=message.presence_penalty if message.HasField("presence_penalty") else default.presence_penalty,
-        frequency_penalty=message.frequency_penalty if message.HasField("frequency_penalty") else default.frequency_penalty,
-        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else default.repetition_penalty,
+        presence_penalty=message.presence_penalty
+        if message.HasField("presence_penalty")
+        else default.presence_penalty,
+        frequency_penalty=message.frequency_penalty
+        if message.HasField("frequency_penalty")
+        else default.frequency_penalty,
+        repetition_penalty=message.repetition_penalty
+        if message.HasField("repetition_penalty")
+        else default.repetition_penalty,
         logit_bias=tuple(sorted(message.logit_bias.items())),
         seed=message.seed if message.HasField("seed") else None,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
@@ -270,7 +298,10 @@ def _automaton_to_wire(automaton: TokenAutomaton) -> pb.TokenAutomaton:
                 restrict=state.allowed is not None,
                 allowed=state.allowed or (),
                 forbidden=state.forbidden,
-                transitions=[pb.TokenAutomaton.State.Transition(token_id=token_id, state=target) for token_id, target in state.transitions],
+                transitions=[
+                    pb.TokenAutomaton.State.Transition(token_id=token_id, state=target)
+                    for token_id, target in state.transitions
+                ],
             )
             for state in automaton.states
         ],
@@ -285,7 +316,9 @@ def _automaton_from_wire(message: pb.TokenAutomaton) -> TokenAutomaton:
                 AutomatonState(
                     allowed=tuple(state.allowed) if state.restrict else None,
                     forbidden=tuple(state.forbidden),
-                    transitions=tuple((transition.token_id, transition.state) for transition in state.transitions),
+                    transitions=tuple(
+                        (transition.token_id, transition.state) for transition in state.transitions
+                    ),
                 )
                 for state in message.states
             ),

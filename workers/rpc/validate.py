@@ -31,7 +31,10 @@ def check_request(request: EngineRequest, vocab_size: int) -> None:
     _check_ids(request.output_token_ids, "output_token_ids", vocab_size)
     check_sampling(request.sampling, vocab_size)
     if request.sampling.n != 1:
-        raise InvalidRequest(f"n must be 1 for one engine request, got {request.sampling.n}; send a request for each choice", "n")
+        raise InvalidRequest(
+            f"n must be 1 for one engine request, got {request.sampling.n}; send a request for each choice",
+            "n",
+        )
     if request.deadline_s is not None and not request.deadline_s > 0:
         raise InvalidRequest(f"deadline_s must be above 0, got {request.deadline_s}", "deadline_s")
     if request.constraint is not None:
@@ -62,12 +65,15 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         _check_integer("logprobs", sampling.logprobs, 0, MAX_LOGPROBS)
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(
-            f"stop_token_ids has {len(sampling.stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are allowed", "stop_token_ids"
+            f"stop_token_ids has {len(sampling.stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are allowed",
+            "stop_token_ids",
         )
     _check_ids(sampling.stop_token_ids, "stop_token_ids", vocab_size)
     _check_integer("min_tokens", sampling.min_tokens, 0, _MAX_COUNT)
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
-        raise InvalidRequest(f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}", "min_tokens")
+        raise InvalidRequest(
+            f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}", "min_tokens"
+        )
     _check_integer("n", sampling.n, 1, _MAX_COUNT)
 
 
@@ -91,17 +97,26 @@ def _check_number(param: str, value: float, low: float, high: float, *, low_open
 def _check_ids(token_ids: Sequence[int], param: str, vocab_size: int) -> None:
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-        raise InvalidRequest(f"{param} has token id {wrong}; this model's ids are 0 to {vocab_size - 1}", param)
+        raise InvalidRequest(
+            f"{param} has token id {wrong}; this model's ids are 0 to {vocab_size - 1}", param
+        )
 
 
 def _check_automaton(automaton: TokenAutomaton, vocab_size: int) -> None:
     # Indices and empty states were refused when the automaton was built.
     if len(automaton.states) > MAX_AUTOMATON_STATES:
-        raise InvalidRequest(f"constraint has {len(automaton.states)} states, at most {MAX_AUTOMATON_STATES} are allowed", "constraint")
+        raise InvalidRequest(
+            f"constraint has {len(automaton.states)} states, at most {MAX_AUTOMATON_STATES} are allowed",
+            "constraint",
+        )
     for index, state in enumerate(automaton.states):
         place = f"constraint.states[{index}]"
         _check_ids(state.allowed or (), f"{place}.allowed", vocab_size)
         _check_ids(state.forbidden, f"{place}.forbidden", vocab_size)
         _check_ids([token_id for token_id, _ in state.transitions], f"{place}.transitions", vocab_size)
-        if state.allowed is None and len(state.forbidden) >= vocab_size and len(set(state.forbidden)) == vocab_size:
+        if (
+            state.allowed is None
+            and len(state.forbidden) >= vocab_size
+            and len(set(state.forbidden)) == vocab_size
+        ):
             raise InvalidRequest(f"{place} forbids every token", f"{place}.forbidden")

@@ -142,7 +142,18 @@ def decode_plan(data: bytes) -> StepPlan:
 def encode_result(result: StepResult) -> bytes:
     """A result as msgpack."""
     logprobs = [(seq_id, entry.logprob, entry.top) for seq_id, entry in result.logprobs.items()]
-    return _pack((PLAN_VERSION, result.step, result.seq_ids, result.token_ids, logprobs, result.elapsed_s, result.error, result.idle_s))
+    return _pack(
+        (
+            PLAN_VERSION,
+            result.step,
+            result.seq_ids,
+            result.token_ids,
+            logprobs,
+            result.elapsed_s,
+            result.error,
+            result.idle_s,
+        )
+    )
 
 
 def decode_result(data: bytes) -> StepResult:
@@ -159,7 +170,9 @@ def decode_result(data: bytes) -> StepResult:
 
 def _check_version(version: int) -> None:
     if version != PLAN_VERSION:
-        raise ValueError(f"step message has format version {version}, this process speaks {PLAN_VERSION}: update all ranks together")
+        raise ValueError(
+            f"step message has format version {version}, this process speaks {PLAN_VERSION}: update all ranks together"
+        )
 
 
 def _sampling_to_wire(sampling: SamplingParams) -> tuple[Any, ...]:
@@ -167,7 +180,9 @@ def _sampling_to_wire(sampling: SamplingParams) -> tuple[Any, ...]:
 
 
 def _automaton_to_wire(automaton: TokenAutomaton) -> tuple[Any, ...]:
-    return automaton.start, [(state.allowed, state.forbidden, state.transitions) for state in automaton.states]
+    return automaton.start, [
+        (state.allowed, state.forbidden, state.transitions) for state in automaton.states
+    ]
 
 
 def _automaton_from_wire(wire: tuple[Any, ...]) -> TokenAutomaton:

@@ -62,7 +62,9 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, kv: KVCacheManager, *, max_model_len: int) -> None:
         if not kv.fits(max_model_len):
-            raise ConfigError(f"max_model_len {max_model_len} is more than the KV cache can hold of one sequence")
+            raise ConfigError(
+                f"max_model_len {max_model_len} is more than the KV cache can hold of one sequence"
+            )
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_model_len = max_model_len
@@ -115,7 +117,9 @@ class Scheduler:
             )
         if sampling.max_tokens is not None:
             if sampling.max_tokens < 1:
-                raise InvalidRequest(f"max_tokens must be at least 1, got {sampling.max_tokens}", "max_tokens")
+                raise InvalidRequest(
+                    f"max_tokens must be at least 1, got {sampling.max_tokens}", "max_tokens"
+                )
             if num_prompt + sampling.max_tokens > limit:
                 raise ContextLengthExceeded(
                     f"the prompt of {num_prompt} tokens and max_tokens {sampling.max_tokens} together exceed the context of {limit}; "
@@ -125,12 +129,18 @@ class Scheduler:
         max_output = limit - num_prompt if sampling.max_tokens is None else sampling.max_tokens
         if not 0 <= sampling.min_tokens <= max_output:
             raise InvalidRequest(
-                f"min_tokens must be from 0 to the {max_output} tokens that may be generated, got {sampling.min_tokens}", "min_tokens"
+                f"min_tokens must be from 0 to the {max_output} tokens that may be generated, got {sampling.min_tokens}",
+                "min_tokens",
             )
         if num_output > max_output:
-            raise InvalidRequest(f"output_token_ids has {num_output} tokens, but at most {max_output} may be generated", "output_token_ids")
+            raise InvalidRequest(
+                f"output_token_ids has {num_output} tokens, but at most {max_output} may be generated",
+                "output_token_ids",
+            )
         if sampling.n != 1:
-            raise InvalidRequest(f"n must be 1 in the engine, got {sampling.n}; send one request for each choice", "n")
+            raise InvalidRequest(
+                f"n must be 1 in the engine, got {sampling.n}; send one request for each choice", "n"
+            )
 
     def add(self, sequence: Sequence) -> SequenceUpdate | None:
         """Queue a sequence whose request passed `check`.
@@ -146,7 +156,11 @@ class Scheduler:
         reason = sequence.finish_reason()
         if reason is not None:
             sequence.status = SequenceStatus.FINISHED
-            return SequenceUpdate(sequence.seq_id, finish_reason=reason, stop_token_id=sequence.token_ids[-1] if reason == "stop" else None)
+            return SequenceUpdate(
+                sequence.seq_id,
+                finish_reason=reason,
+                stop_token_id=sequence.token_ids[-1] if reason == "stop" else None,
+            )
         self._sequences[sequence.seq_id] = sequence
         self._waiting.append(sequence)
         return None
@@ -181,7 +195,9 @@ class Scheduler:
             num_computed = sequence.num_computed_tokens
             num_pending = sequence.num_pending_tokens
             num_new = len(sequence.token_ids) + num_pending - num_computed
-            if num_pending and (num_new == 0 or num_computed + num_new >= sequence.max_len):  # planned twice, or over with that token
+            if num_pending and (
+                num_new == 0 or num_computed + num_new >= sequence.max_len
+            ):  # planned twice, or over with that token
                 continue
             samples = num_new <= budget
             if not samples:
@@ -200,7 +216,9 @@ class Scheduler:
             self._admit_waiting(budget, builder)
         if not entries:
             return None
-        sequences, seq_ids, num_computed_tokens, num_scheduled_tokens, sample_flags = zip(*entries, strict=True)
+        sequences, seq_ids, num_computed_tokens, num_scheduled_tokens, sample_flags = zip(
+            *entries, strict=True
+        )
         plan = StepPlan(
             step=self._step,
             starts=tuple(builder.starts),
@@ -276,10 +294,16 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0].plan.step != result.step:
             raise ValueError(f"a result for step {result.step} came, which is not the oldest step in flight")
         plan = self._in_flight[0].plan
-        if result.seq_ids != tuple(compress(plan.seq_ids, plan.samples)) or len(result.token_ids) != len(result.seq_ids):
-            raise ValueError(f"the result of step {result.step} does not have one token for each sequence that was to yield one")
+        if result.seq_ids != tuple(compress(plan.seq_ids, plan.samples)) or len(result.token_ids) != len(
+            result.seq_ids
+        ):
+            raise ValueError(
+                f"the result of step {result.step} does not have one token for each sequence that was to yield one"
+            )
         sequences = self._in_flight.popleft().sequences
-        for sequence, start, count in zip(sequences, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
+        for sequence, start, count in zip(
+            sequences, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True
+        ):
             if start % BLOCK_SIZE + count >= BLOCK_SIZE and sequence is not None:
                 self._kv.commit(sequence.blocks, sequence.token_ids, start + count)
         logprobs = result.logprobs
@@ -302,7 +326,9 @@ class Scheduler:
                 finished = True
                 self._forget(sequence)
         if finished:
-            self._running = [sequence for sequence in self._running if sequence.status is SequenceStatus.RUNNING]
+            self._running = [
+                sequence for sequence in self._running if sequence.status is SequenceStatus.RUNNING
+            ]
         return updates
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -322,7 +348,9 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
         self._forget(sequence)
-        return SequenceUpdate(sequence.seq_id, finish_reason=reason, num_cached_tokens=sequence.num_cached_tokens, error=error)
+        return SequenceUpdate(
+            sequence.seq_id, finish_reason=reason, num_cached_tokens=sequence.num_cached_tokens, error=error
+        )
 
     def _forget(self, sequence: Sequence) -> None:
         if sequence.status is SequenceStatus.RUNNING:
@@ -343,13 +371,21 @@ class Scheduler:
         assert len(self._running) <= self._max_num_seqs, "more sequences run than may"
         members = [*self._running, *self._waiting]
         assert len(members) == len(self._sequences), "a sequence is in no queue, or in two"
-        assert all(self._sequences.get(sequence.seq_id) is sequence for sequence in members), "a queue holds a sequence that ended"
+        assert all(self._sequences.get(sequence.seq_id) is sequence for sequence in members), (
+            "a queue holds a sequence that ended"
+        )
         for sequence in self._running:
             assert sequence.status is SequenceStatus.RUNNING, "a sequence runs without that status"
-            assert sequence.num_computed_tokens <= sequence.blocks.capacity, "more tokens are computed than have blocks"
+            assert sequence.num_computed_tokens <= sequence.blocks.capacity, (
+                "more tokens are computed than have blocks"
+            )
             num_known = len(sequence.token_ids) + sequence.num_pending_tokens
-            assert sequence.num_computed_tokens <= num_known <= sequence.max_len, "a running sequence is too long"
-            assert 0 <= sequence.num_pending_tokens <= len(self._in_flight), "more tokens are awaited than plans are in flight"
+            assert sequence.num_computed_tokens <= num_known <= sequence.max_len, (
+                "a running sequence is too long"
+            )
+            assert 0 <= sequence.num_pending_tokens <= len(self._in_flight), (
+                "more tokens are awaited than plans are in flight"
+            )
             assert sequence.seq_id not in self._drops, "a running sequence is to be dropped"
         for sequence in self._waiting:
             assert sequence.status is SequenceStatus.WAITING, "a sequence waits without that status"

@@ -49,14 +49,20 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, seq_id: int, request: EngineRequest, model_stop_token_ids: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, seq_id: int, request: EngineRequest, model_stop_token_ids: tuple[int, ...] = ()
+    ) -> None:
         self.seq_id = seq_id
         self.request = request
         # An array, not a list: the garbage collector would walk a list's elements, 50 ms a collection at 1024 sequences.
         self.token_ids = array("q", (*request.prompt_token_ids, *request.output_token_ids))
         self.num_prompt_tokens = len(request.prompt_token_ids)
         sampling = request.sampling
-        self.stop_token_ids = () if sampling.ignore_eos else tuple(dict.fromkeys((*sampling.stop_token_ids, *model_stop_token_ids)))
+        self.stop_token_ids = (
+            ()
+            if sampling.ignore_eos
+            else tuple(dict.fromkeys((*sampling.stop_token_ids, *model_stop_token_ids)))
+        )
         self._stop_token_ids = frozenset(self.stop_token_ids)
         # Set by the scheduler, which knows the context limit: the sequence ends when it is this long.
         self.max_len = 0

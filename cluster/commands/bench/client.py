@@ -73,7 +73,9 @@ class BenchClient:
     """
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
-        headers = {"accept-encoding": "identity"} | ({} if api_key is None else {"authorization": f"Bearer {api_key}"})
+        headers = {"accept-encoding": "identity"} | (
+            {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        )
         self._base_url = base_url
         self._http = httpx.AsyncClient(
             base_url=base_url,
@@ -86,7 +88,9 @@ class BenchClient:
     async def __aenter__(self) -> "BenchClient":
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self._http.aclose()
 
     async def first_model(self) -> str:
@@ -104,9 +108,13 @@ class BenchClient:
                 )
             name = orjson.loads(response.content)["data"][0]["id"]
         except (httpx.HTTPError, TimeoutError) as error:
-            raise ConfigError(f"no server answers at {self._base_url} ({_reason(error)}); start one, or give --base-url") from None
+            raise ConfigError(
+                f"no server answers at {self._base_url} ({_reason(error)}); start one, or give --base-url"
+            ) from None
         except (ValueError, KeyError, IndexError, TypeError):
-            raise ConfigError(f"{self._base_url}/v1/models does not list models; is this an OpenAI-compatible server?") from None
+            raise ConfigError(
+                f"{self._base_url}/v1/models does not list models; is this an OpenAI-compatible server?"
+            ) from None
         return str(name)
 
     async def tokenize(self, model: str, text: str) -> list[int] | None:
@@ -117,7 +125,11 @@ class BenchClient:
             tokens = orjson.loads(response.content)["tokens"] if response.status_code == 200 else None
         except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError):
             return None
-        return tokens if isinstance(tokens, list) and tokens and all(type(token) is int for token in tokens) else None
+        return (
+            tokens
+            if isinstance(tokens, list) and tokens and all(type(token) is int for token in tokens)
+            else None
+        )
 
     async def send(self, prompt: Prompt, options: RequestOptions, record: RequestRecord) -> None:
         """Send one request and read its stream to the end. Failures go into the record; only cancellation raises."""
@@ -125,7 +137,9 @@ class BenchClient:
         body = _request_body(prompt, options)
         try:
             async with asyncio.timeout(options.timeout_s):
-                async with self._http.stream("POST", path, content=body, headers={"content-type": "application/json"}) as response:
+                async with self._http.stream(
+                    "POST", path, content=body, headers={"content-type": "application/json"}
+                ) as response:
                     if response.status_code == 200:
                         await _read_stream(response, record)
                     else:
@@ -149,7 +163,9 @@ async def _read_stream(response: httpx.Response, record: RequestRecord) -> None:
             chunk = orjson.loads(data)
             choices, usage, error = chunk.get("choices"), chunk.get("usage"), chunk.get("error")
             if error:
-                record.fail("stream_error", str(error.get("message", "")) if isinstance(error, dict) else str(error))
+                record.fail(
+                    "stream_error", str(error.get("message", "")) if isinstance(error, dict) else str(error)
+                )
                 return
             if choices:
                 record.ended = now
@@ -191,7 +207,11 @@ def _count(value: object) -> int | None:
 
 
 def _request_body(prompt: Prompt, options: RequestOptions) -> bytes:
-    body: dict[str, object] = {"model": options.model, "stream": True, "stream_options": {"include_usage": True}}
+    body: dict[str, object] = {
+        "model": options.model,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     if options.ignore_eos:
         body["ignore_eos"] = True
     if options.temperature is not None:
@@ -199,7 +219,11 @@ def _request_body(prompt: Prompt, options: RequestOptions) -> bytes:
     if options.endpoint == "completions":
         return orjson.dumps(body | {"prompt": prompt.content, "max_tokens": prompt.max_tokens})
     content = prompt.content
-    messages = orjson.Fragment(content.as_json) if isinstance(content, Messages) else [{"role": "user", "content": content}]
+    messages = (
+        orjson.Fragment(content.as_json)
+        if isinstance(content, Messages)
+        else [{"role": "user", "content": content}]
+    )
     return orjson.dumps(body | {"messages": messages, "max_completion_tokens": prompt.max_tokens})
 
 

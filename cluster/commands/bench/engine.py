@@ -18,19 +18,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", metavar="DEVICE", help="torch device (default: cpu)")
     add("--tensor-parallel-size", "-tp", type=positive_int, default=1, metavar="N", help="ranks (default: 1)")
     add("--quantize", choices=("mxfp4",), help="pack the experts of a bf16 checkpoint while loading")
-    add("--cpu-dense-dtype", choices=("bf16", "int8"), default="bf16", help="as of `cantata serve` (default: bf16)")
+    add(
+        "--cpu-dense-dtype",
+        choices=("bf16", "int8"),
+        default="bf16",
+        help="as of `cantata serve` (default: bf16)",
+    )
     add("--cpu-isa", choices=get_args(CpuIsa), default="auto", help="as of `cantata serve` (default: auto)")
     add("--input-len", type=positive_int, default=32, metavar="TOKENS", help="of each prompt (default: 32)")
-    add("--output-len", type=positive_int, default=128, metavar="TOKENS", help="of each prompt (default: 128)")
-    add("--batch-size", type=positive_int, default=8, metavar="N", help="prompts submitted at once (default: 8)")
+    add(
+        "--output-len", type=positive_int, default=128, metavar="TOKENS", help="of each prompt (default: 128)"
+    )
+    add(
+        "--batch-size",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="prompts submitted at once (default: 8)",
+    )
     add("--num-iters", type=positive_int, default=10, metavar="N", help="iterations that count (default: 10)")
-    add("--num-iters-warmup", type=at_least(0), default=1, metavar="N", help="iterations before them (default: 1)")
-    add("--max-num-seqs", type=positive_int, default=256, metavar="N", help="sequences running at once (default: 256)")
-    add("--max-num-batched-tokens", type=positive_int, default=2048, metavar="TOKENS", help="computed in a step at most (default: 2048)")
-    add("--kv-cache-memory", type=_size, metavar="SIZE", help="KV cache, such as 2GiB (default: from free memory)")
+    add(
+        "--num-iters-warmup",
+        type=at_least(0),
+        default=1,
+        metavar="N",
+        help="iterations before them (default: 1)",
+    )
+    add(
+        "--max-num-seqs",
+        type=positive_int,
+        default=256,
+        metavar="N",
+        help="sequences running at once (default: 256)",
+    )
+    add(
+        "--max-num-batched-tokens",
+        type=positive_int,
+        default=2048,
+        metavar="TOKENS",
+        help="computed in a step at most (default: 2048)",
+    )
+    add(
+        "--kv-cache-memory",
+        type=_size,
+        metavar="SIZE",
+        help="KV cache, such as 2GiB (default: from free memory)",
+    )
     add("--temperature", type=temperature, default=1.0, metavar="T", help="default: 1")
     add("--seed", type=int, default=0, metavar="N", help="of prompts and sampling (default: 0)")
-    add("--profile", action="store_true", help="then one more iteration with time and bytes of each operation (CPU)")
+    add(
+        "--profile",
+        action="store_true",
+        help="then one more iteration with time and bytes of each operation (CPU)",
+    )
     add("--json", type=Path, metavar="FILE", help="write the report there as JSON")
 
 
@@ -43,7 +83,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise ConfigError(f"--json {options.json}: its folder does not exist")
     if options.profile and (options.device != "cpu" or options.tensor_parallel_size > 1):
-        raise ConfigError("--profile times the C++ kernels of this process: it needs --device cpu and one rank")
+        raise ConfigError(
+            "--profile times the C++ kernels of this process: it needs --device cpu and one rank"
+        )
     # Brings torch, which --help and `bench serve` need not wait for.
     from cluster.commands.bench.offline import measure, table
 

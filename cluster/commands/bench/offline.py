@@ -130,7 +130,10 @@ def measure(options: argparse.Namespace) -> EngineReport:
         cpu_isa=options.cpu_isa,
     ) as llm:
         indices = range(options.num_iters_warmup + options.num_iters)
-        rounds = [_iterate(llm, options, index) for index in tqdm(indices, desc="iterations", unit="it", disable=None, file=sys.stderr)]
+        rounds = [
+            _iterate(llm, options, index)
+            for index in tqdm(indices, desc="iterations", unit="it", disable=None, file=sys.stderr)
+        ]
         profile = _profile(llm, options) if options.profile else None
         kernels = llm.info.kernels
     counted = rounds[options.num_iters_warmup :]
@@ -138,10 +141,17 @@ def measure(options: argparse.Namespace) -> EngineReport:
     prefill_s = sum(each.prefilled - each.started for each in counted)
     prompt_tokens = options.num_iters * options.batch_size * options.input_len
     output_tokens = options.num_iters * options.batch_size * options.output_len
-    latency, prefill = distribution(e.ended - e.started for e in counted), distribution(e.prefilled - e.started for e in counted)
+    latency, prefill = (
+        distribution(e.ended - e.started for e in counted),
+        distribution(e.prefilled - e.started for e in counted),
+    )
     assert latency is not None
     assert prefill is not None
-    per_token = distribution((e.ended - e.prefilled) / (options.output_len - 1) for e in counted) if options.output_len > 1 else None
+    per_token = (
+        distribution((e.ended - e.prefilled) / (options.output_len - 1) for e in counted)
+        if options.output_len > 1
+        else None
+    )
     return EngineReport(
         format_version=FORMAT_VERSION,
         started_at=started_at,
@@ -175,16 +185,34 @@ def table(report: EngineReport) -> str:
         lines.append(f"{name:<28}" + "".join(f"{cell:>10}" for cell in cells))
     profile = report.profile
     if profile is not None:
-        lines += ["", f"memory is read at {profile.read_bytes_per_s / 1e9:.1f} GB/s, torch multiplies {profile.gemm_dtype} matrices, "]
-        lines[-1] += f"the faster of fp32 and bf16 here, at {profile.gemm_flops_per_s / 1e9:.0f} GFLOP/s (both just measured)"
+        lines += [
+            "",
+            f"memory is read at {profile.read_bytes_per_s / 1e9:.1f} GB/s, torch multiplies {profile.gemm_dtype} matrices, ",
+        ]
+        lines[-1] += (
+            f"the faster of fp32 and bf16 here, at {profile.gemm_flops_per_s / 1e9:.0f} GFLOP/s (both just measured)"
+        )
         for name, phase in (("prefill", profile.prefill), ("decode", profile.decode)):
             if phase is not None:
-                lines += ["", f"{name}: {phase.num_steps} steps of {phase.step_s * 1e3:.2f} ms; the columns are of a step", ""]
-                lines.append(profile_table(phase.operations, profile.read_bytes_per_s, profile.gemm_flops_per_s, profile.gemm_dtype))
+                lines += [
+                    "",
+                    f"{name}: {phase.num_steps} steps of {phase.step_s * 1e3:.2f} ms; the columns are of a step",
+                    "",
+                ]
+                lines.append(
+                    profile_table(
+                        phase.operations,
+                        profile.read_bytes_per_s,
+                        profile.gemm_flops_per_s,
+                        profile.gemm_dtype,
+                    )
+                )
     return "\n".join(lines)
 
 
-def _iterate(llm: LLM, options: argparse.Namespace, index: int, profile: StepProfile | None = None) -> _Iteration:
+def _iterate(
+    llm: LLM, options: argparse.Namespace, index: int, profile: StepProfile | None = None
+) -> _Iteration:
     """Submit the prompts of an iteration and wait for all their tokens. The profile is told of the start and of the end of prefill."""
     requests = _requests(llm, options, index)
     reader = ThreadReader()
@@ -211,9 +239,13 @@ def _requests(llm: LLM, options: argparse.Namespace, index: int) -> list[EngineR
     """No two iterations share prompts."""
     generator = random.Random(f"{options.seed}-{index}")
     vocab_size = llm.engine.vocab_size
-    sampling = SamplingParams(max_tokens=options.output_len, temperature=options.temperature, ignore_eos=True, seed=options.seed)
+    sampling = SamplingParams(
+        max_tokens=options.output_len, temperature=options.temperature, ignore_eos=True, seed=options.seed
+    )
     return [
-        EngineRequest(f"{index}-{i}", tuple(generator.randrange(vocab_size) for _ in range(options.input_len)), sampling)
+        EngineRequest(
+            f"{index}-{i}", tuple(generator.randrange(vocab_size) for _ in range(options.input_len)), sampling
+        )
         for i in range(options.batch_size)
     ]
 
@@ -224,11 +256,15 @@ def _profile(llm: LLM, options: argparse.Namespace) -> ProfileReport:
     with profile.recording():
         _iterate(llm, options, options.num_iters_warmup + options.num_iters, profile)
     phases = [PhaseProfile(phase.num_steps, phase.step_s, phase.rows()) for phase in profile.phases()]
-    print("profile: measuring how fast memory is read and matrices are multiplied", file=sys.stderr, flush=True)
+    print(
+        "profile: measuring how fast memory is read and matrices are multiplied", file=sys.stderr, flush=True
+    )
     limits = profile.roofline()
     # With one output token there is nothing after prefill.
     decode = phases[1] if options.output_len > 1 else None
-    return ProfileReport(limits.read_bytes_per_s, limits.gemm.flops_per_s, limits.gemm.dtype, phases[0], decode)
+    return ProfileReport(
+        limits.read_bytes_per_s, limits.gemm.flops_per_s, limits.gemm.dtype, phases[0], decode
+    )
 
 
 def _settings(options: argparse.Namespace) -> EngineSettings:

@@ -111,7 +111,9 @@ def summarise(records: Sequence[RequestRecord], settings: Settings, started_at: 
     """The figures of a run's records; warm-up requests are not among them."""
     completed = [record for record in records if record.error is None]
     failed = [record for record in records if record.error is not None]
-    duration = max((record.ended for record in records), default=0.0) - min((record.started for record in records), default=0.0)
+    duration = max((record.ended for record in records), default=0.0) - min(
+        (record.started for record in records), default=0.0
+    )
     prompt_tokens = sum(record.prompt_tokens or 0 for record in completed)
     output_tokens = sum(map(num_output_tokens, completed))
     return Report(
@@ -133,7 +135,9 @@ def summarise(records: Sequence[RequestRecord], settings: Settings, started_at: 
         requests_per_s=_rate(len(completed), duration),
         output_tokens_per_s=_rate(output_tokens, duration),
         total_tokens_per_s=_rate(prompt_tokens + output_tokens, duration),
-        ttft_s=distribution(record.chunk_times[0] - record.started for record in completed if record.chunk_times),
+        ttft_s=distribution(
+            record.chunk_times[0] - record.started for record in completed if record.chunk_times
+        ),
         itl_s=distribution(gap for record in completed for gap in np.diff(record.chunk_times)),
         tpot_s=distribution(_times_per_output_token(completed)),
         latency_s=distribution(record.ended - record.started for record in completed),
@@ -149,13 +153,20 @@ def table(report: Report) -> str:
     """The report for people; times in milliseconds."""
     lines = [
         f"{'completed':<28}{report.num_completed} of {report.settings.num_prompts}",
-        *(f"{'failed: ' + kind:<28}{count}   {report.error_examples[kind]}" for kind, count in report.errors.items()),
+        *(
+            f"{'failed: ' + kind:<28}{count}   {report.error_examples[kind]}"
+            for kind, count in report.errors.items()
+        ),
         *([f"{'not sent (--max-time)':<28}{report.num_not_sent}"] if report.num_not_sent else []),
         f"{'duration':<28}{report.duration_s:.2f} s",
         f"{'peak concurrency':<28}{report.peak_concurrency}",
         f"{'prompt tokens':<28}{report.prompt_tokens} ({report.cached_tokens} cached)",
         f"{'output tokens':<28}{report.output_tokens} in {report.num_chunks} chunks",
-        *([f"{'counted by chunks':<28}{report.num_without_usage} requests: no usage"] if report.num_without_usage else []),
+        *(
+            [f"{'counted by chunks':<28}{report.num_without_usage} requests: no usage"]
+            if report.num_without_usage
+            else []
+        ),
         f"{'requests/s':<28}{report.requests_per_s:.2f}",
         f"{'output tokens/s':<28}{report.output_tokens_per_s:.1f}",
         f"{'prompt + output tokens/s':<28}{report.total_tokens_per_s:.1f}",

@@ -19,7 +19,15 @@ from tqdm import tqdm
 from cluster.commands.bench.arguments import at_least, positive_float, positive_int, temperature
 from cluster.commands.bench.client import BenchClient, RequestOptions, RequestRecord
 from cluster.commands.bench.report import Report, Settings, summarise, table
-from cluster.commands.bench.workload import SAMPLE_TEXT, WORDS, Prompt, arrival_times, random_ids, random_text, read_dataset
+from cluster.commands.bench.workload import (
+    SAMPLE_TEXT,
+    WORDS,
+    Prompt,
+    arrival_times,
+    random_ids,
+    random_text,
+    read_dataset,
+)
 from workers.errors import ConfigError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -29,23 +37,82 @@ DEFAULT_CONCURRENCY = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `cantata bench serve`."""
     add = parser.add_argument
-    add("--base-url", default=DEFAULT_URL, metavar="URL", help=f"the server, without /v1 (default: {DEFAULT_URL})")
+    add(
+        "--base-url",
+        default=DEFAULT_URL,
+        metavar="URL",
+        help=f"the server, without /v1 (default: {DEFAULT_URL})",
+    )
     add("--model", metavar="NAME", help="model to ask for (default: the first that the server lists)")
-    add("--api-key-file", type=Path, metavar="FILE", help="file whose content is the key to send (default: no key)")
+    add(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file whose content is the key to send (default: no key)",
+    )
     add("--endpoint", choices=("chat", "completions"), default="chat", help="default: chat")
     add("--num-prompts", type=positive_int, default=100, metavar="N", help="requests to send (default: 100)")
     load = parser.add_mutually_exclusive_group()
-    load.add_argument("--concurrency", type=positive_int, metavar="N", help=f"requests in flight (default: {DEFAULT_CONCURRENCY})")
-    load.add_argument("--request-rate", type=positive_float, metavar="R", help="requests a second on average, at random times")
-    add("--dataset", default="random", metavar="random|FILE", help="random prompts, or JSONL: see docs/performance.md (default: random)")
-    add("--input-len", type=positive_int, default=128, metavar="TOKENS", help="of a random prompt (default: 128; about that many for chat)")
-    add("--output-len", type=positive_int, default=64, metavar="TOKENS", help="most output tokens of a request (default: 64)")
-    add("--ignore-eos", action="store_true", help="answers do not end before --output-len (an extension: vLLM and Cantata know it)")
+    load.add_argument(
+        "--concurrency",
+        type=positive_int,
+        metavar="N",
+        help=f"requests in flight (default: {DEFAULT_CONCURRENCY})",
+    )
+    load.add_argument(
+        "--request-rate",
+        type=positive_float,
+        metavar="R",
+        help="requests a second on average, at random times",
+    )
+    add(
+        "--dataset",
+        default="random",
+        metavar="random|FILE",
+        help="random prompts, or JSONL: see docs/performance.md (default: random)",
+    )
+    add(
+        "--input-len",
+        type=positive_int,
+        default=128,
+        metavar="TOKENS",
+        help="of a random prompt (default: 128; about that many for chat)",
+    )
+    add(
+        "--output-len",
+        type=positive_int,
+        default=64,
+        metavar="TOKENS",
+        help="most output tokens of a request (default: 64)",
+    )
+    add(
+        "--ignore-eos",
+        action="store_true",
+        help="answers do not end before --output-len (an extension: vLLM and Cantata know it)",
+    )
     add("--temperature", type=temperature, metavar="T", help="default: the server's")
     add("--seed", type=int, default=0, metavar="N", help="of random prompts and arrival times (default: 0)")
-    add("--warmup", type=at_least(0), default=1, metavar="N", help="requests sent before, one by one, that do not count (default: 1)")
-    add("--timeout", type=positive_float, default=300.0, metavar="SECONDS", help="of one request (default: 300)")
-    add("--max-time", type=positive_float, default=1800.0, metavar="SECONDS", help="of the whole run; then it is cut off (default: 1800)")
+    add(
+        "--warmup",
+        type=at_least(0),
+        default=1,
+        metavar="N",
+        help="requests sent before, one by one, that do not count (default: 1)",
+    )
+    add(
+        "--timeout",
+        type=positive_float,
+        default=300.0,
+        metavar="SECONDS",
+        help="of one request (default: 300)",
+    )
+    add(
+        "--max-time",
+        type=positive_float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="of the whole run; then it is cut off (default: 1800)",
+    )
     add("--json", type=Path, metavar="FILE", help="write the report there as JSON")
 
 
@@ -72,7 +139,9 @@ async def measure(options: argparse.Namespace, base_url: str) -> Report:
     """Prepare the prompts, warm up, send everything and sum up."""
     async with BenchClient(base_url, _read_key(options.api_key_file)) as client:
         model = options.model or await client.first_model()
-        request = RequestOptions(options.endpoint, model, options.timeout, options.ignore_eos, options.temperature)
+        request = RequestOptions(
+            options.endpoint, model, options.timeout, options.ignore_eos, options.temperature
+        )
         prompts = await _prompts(client, options, model)
         for prompt in prompts[: options.warmup]:
             record = RequestRecord(time.perf_counter())
@@ -91,10 +160,14 @@ async def _prompts(client: BenchClient, options: argparse.Namespace, model: str)
         return read_dataset(Path(options.dataset), options.endpoint, count, options.output_len)
     ids = await client.tokenize(model, SAMPLE_TEXT)
     if ids is None:
-        print("the server has no /tokenize: random prompts are words, one counted as a token", file=sys.stderr)
+        print(
+            "the server has no /tokenize: random prompts are words, one counted as a token", file=sys.stderr
+        )
     elif options.endpoint == "completions":
         return random_ids(count, options.input_len, options.output_len, sorted(set(ids)), options.seed)
-    return random_text(count, options.input_len, options.output_len, len(ids or WORDS) / len(WORDS), options.seed)
+    return random_text(
+        count, options.input_len, options.output_len, len(ids or WORDS) / len(WORDS), options.seed
+    )
 
 
 async def _send_all(
@@ -119,13 +192,17 @@ async def _send_all(
                 if options.request_rate is None:
                     await _closed_loop(prompts, options.concurrency or DEFAULT_CONCURRENCY, send)
                 else:
-                    await _open_loop(prompts, arrival_times(len(prompts), options.request_rate, options.seed), send)
+                    await _open_loop(
+                        prompts, arrival_times(len(prompts), options.request_rate, options.seed), send
+                    )
         except TimeoutError:
             print(f"cut off after --max-time {options.max_time:g} s", file=sys.stderr)
     return records
 
 
-async def _closed_loop(prompts: Sequence[Prompt], concurrency: int, send: Callable[[Prompt], Awaitable[None]]) -> None:
+async def _closed_loop(
+    prompts: Sequence[Prompt], concurrency: int, send: Callable[[Prompt], Awaitable[None]]
+) -> None:
     """Keeps `concurrency` requests in flight."""
     waiting = iter(prompts)
 
@@ -138,7 +215,9 @@ async def _closed_loop(prompts: Sequence[Prompt], concurrency: int, send: Callab
             senders.create_task(send_one_after_another())
 
 
-async def _open_loop(prompts: Sequence[Prompt], times: Sequence[float], send: Callable[[Prompt], Coroutine[None, None, None]]) -> None:
+async def _open_loop(
+    prompts: Sequence[Prompt], times: Sequence[float], send: Callable[[Prompt], Coroutine[None, None, None]]
+) -> None:
     """Sends each prompt at its time, whatever is still running."""
     start = time.perf_counter()
     async with asyncio.TaskGroup() as senders:
@@ -170,7 +249,14 @@ def _settings(options: argparse.Namespace, base_url: str, model: str) -> Setting
 
 def _base_url(text: str) -> str:
     parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username or parts.password:
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.query
+        or parts.fragment
+        or parts.username
+        or parts.password
+    ):
         raise ConfigError(f"--base-url {text!r} is not the URL of a server; write for instance {DEFAULT_URL}")
     return text.rstrip("/").removesuffix("/v1")
 

@@ -87,7 +87,9 @@ def arrival_times(count: int, rate: float, seed: int) -> list[float]:
     return [time * scale for time in times]
 
 
-def _read_lines(lines: Iterator[str], source: str, endpoint: Endpoint, count: int, max_tokens: int) -> Iterator[Prompt]:
+def _read_lines(
+    lines: Iterator[str], source: str, endpoint: Endpoint, count: int, max_tokens: int
+) -> Iterator[Prompt]:
     found = 0
     for number, line in enumerate(lines, start=1):
         if found == count:
@@ -105,7 +107,9 @@ def _read_prompt(line: str, where: str, endpoint: Endpoint, default_max_tokens: 
     if not isinstance(value, dict):
         raise ConfigError(f"{where} must be an object with prompt or messages")
     if unknown := set(value) - {"prompt", "messages", "max_tokens"}:
-        raise ConfigError(f"{where} has the unknown field {min(unknown)}; known are prompt, messages and max_tokens")
+        raise ConfigError(
+            f"{where} has the unknown field {min(unknown)}; known are prompt, messages and max_tokens"
+        )
     if ("prompt" in value) == ("messages" in value):
         raise ConfigError(f"{where} must have either prompt or messages")
     max_tokens = value.get("max_tokens", default_max_tokens)
@@ -122,4 +126,6 @@ def _read_prompt(line: str, where: str, endpoint: Endpoint, default_max_tokens: 
         return Prompt(prompt, max_tokens)
     if endpoint == "completions" and isinstance(prompt, list) and all(type(token) is int for token in prompt):
         return Prompt(tuple(prompt), max_tokens)
-    raise ConfigError(f"{where}: prompt must be text{' or a list of token ids' if endpoint == 'completions' else ''}")
+    raise ConfigError(
+        f"{where}: prompt must be text{' or a list of token ids' if endpoint == 'completions' else ''}"
+    )

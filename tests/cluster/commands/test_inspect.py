@@ -35,7 +35,9 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str,
     return found | {"code": code}
 
 
-def test_the_large_model_is_described_without_reading_it(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_large_model_is_described_without_reading_it(
+    large: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     on_disk = sum(file.stat().st_blocks * 512 for file in large.iterdir())
     assert on_disk < 50 * 2**20 < 60 * 10**9 < sum(file.stat().st_size for file in large.iterdir())
     code, out, err = inspect(capsys, large, "--gpu", "h100")
@@ -43,7 +45,9 @@ def test_the_large_model_is_described_without_reading_it(large: Path, capsys: py
     assert "116.83 B, 5.13 B active for a token" in out
     assert "Hugging Face layout, experts in MXFP4" in out
     assert "64 query heads, 8 key-value heads, dimension 64" in out
-    table = [line.split() for line in out.splitlines() if line.strip() and line.split()[0] in ("1", "2", "4", "8")]
+    table = [
+        line.split() for line in out.splitlines() if line.strip() and line.split()[0] in ("1", "2", "4", "8")
+    ]
     assert [row[:2] for row in table] == [[size, size] for size in ("1", "2", "4", "8")]
     tokens = [int(row[-1].replace(",", "")) for row in table]
     # One H100 holds about ten thousand million bytes of KV beside the weights: 36 KiB a token.
@@ -65,11 +69,15 @@ def test_one_plan_as_json(large: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_what_does_not_fit_is_refused_with_what_does(
     large: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.commands.inspect.GPUS", {"h100": replace(GPUS["h100"], memory_bytes=38 * GIB)})
+    monkeypatch.setattr(
+        "cluster.commands.inspect.GPUS", {"h100": replace(GPUS["h100"], memory_bytes=38 * GIB)}
+    )
     code, out, err = inspect(capsys, large, "--tp", 1, "--gpu", "h100")
     assert code == 1
     assert "does not fit" in out
-    assert err.startswith("cantata: tensor=1 on H100 (38.00 GiB, 90% of it used), 60.79 GiB of weights on a rank: the model does not fit")
+    assert err.startswith(
+        "cantata: tensor=1 on H100 (38.00 GiB, 90% of it used), 60.79 GiB of weights on a rank: the model does not fit"
+    )
     assert "KV cache" not in err
     assert err.endswith("; tensor=4 fits\n")
     # In the table of all plans the reason stands below it.
@@ -79,7 +87,11 @@ def test_what_does_not_fit_is_refused_with_what_does(
     assert [line.split()[0] for line in refusals] == ["tensor=1"]
     assert out.count("does not fit\n") == 1
     # Two ranks hold the weights and a part of the context, four all of it.
-    contexts = {row[0]: row[-2] for row in (line.split() for line in out.splitlines()) if row and row[0] in ("2", "4", "8")}
+    contexts = {
+        row[0]: row[-2]
+        for row in (line.split() for line in out.splitlines())
+        if row and row[0] in ("2", "4", "8")
+    }
     assert 2048 <= int(contexts["2"].replace(",", "")) < 131_072
     assert contexts["4"] == contexts["8"] == "131,072"
 
@@ -116,7 +128,10 @@ def test_int8_layers_are_of_a_cpu(capsys: pytest.CaptureFixture[str], large: Pat
 
 def test_an_fp8_cache_holds_twice_the_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = write_tiny_checkpoint(tmp_path)
-    (bf16,), (fp8,) = (as_json(capsys, path, "--tp", 1, "--gpu", "h100", *flags)["plans"] for flags in ((), ("--kv-cache-dtype", "fp8")))
+    (bf16,), (fp8,) = (
+        as_json(capsys, path, "--tp", 1, "--gpu", "h100", *flags)["plans"]
+        for flags in ((), ("--kv-cache-dtype", "fp8"))
+    )
     for kind, num_bytes in bf16["kv"].items():
         assert num_bytes == 2 * fp8["kv"][kind] > 0
     assert (
@@ -128,8 +143,13 @@ def test_an_fp8_cache_holds_twice_the_tokens(capsys: pytest.CaptureFixture[str],
     assert "gfx942 has no instructions for float8_e4m3fn" in err
 
 
-@pytest.mark.parametrize(("flags", "said"), [(("--tp", 0), "parallel.tensor must be 1 to 16, got 0"), (("--ep", 2), "parallel.expert")])
-def test_numbers_of_ranks_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: tuple[object, ...], said: str) -> None:
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(("--tp", 0), "parallel.tensor must be 1 to 16, got 0"), (("--ep", 2), "parallel.expert")],
+)
+def test_numbers_of_ranks_that_cannot_be(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: tuple[object, ...], said: str
+) -> None:
     code, out, err = inspect(capsys, write_tiny_checkpoint(tmp_path), *flags)
     assert (code, out) == (1, "")
     assert said in err
@@ -140,7 +160,9 @@ def test_a_plan_that_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], 
     code, out, err = inspect(capsys, path, "--tp", 4)
     assert code == 1
     assert "refused" in out
-    assert "6 query heads cannot be split evenly over 4 ranks; the nearest that can: tensor=3, expert=3" in err
+    assert (
+        "6 query heads cannot be split evenly over 4 ranks; the nearest that can: tensor=3, expert=3" in err
+    )
     # In the table the others stand beside it.
     code, out, _ = inspect(capsys, path)
     assert code == 0
@@ -156,7 +178,9 @@ def test_openais_layout_and_this_machine(capsys: pytest.CaptureFixture[str], tmp
     assert "on this machine (" in out
 
 
-def test_a_broken_checkpoint_is_the_loaders_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_broken_checkpoint_is_the_loaders_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = write_tiny_checkpoint(tmp_path)
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
@@ -166,14 +190,20 @@ def test_a_broken_checkpoint_is_the_loaders_sentence(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-def test_every_gpu_of_the_list_can_be_named(gpu: str, capsys: pytest.CaptureFixture[str], large: Path) -> None:
+def test_every_gpu_of_the_list_can_be_named(
+    gpu: str, capsys: pytest.CaptureFixture[str], large: Path
+) -> None:
     (plan,) = as_json(capsys, large, "--tp", 8, "--gpu", gpu)["plans"]  # type: ignore[misc]
     assert (plan["refusal"], plan["max_model_len"]) == (None, 131_072)
 
 
-def test_a_model_that_fits_nowhere_is_refused_with_its_size(capsys: pytest.CaptureFixture[str], large: Path) -> None:
+def test_a_model_that_fits_nowhere_is_refused_with_its_size(
+    capsys: pytest.CaptureFixture[str], large: Path
+) -> None:
     code, out, err = inspect(capsys, large, "--tp", 1, "--gpu", "l40s")
     assert code == 1
     assert "experts in MXFP4, all else in bf16" in out
-    assert err.startswith("cantata: tensor=1 on L40S (44.99 GiB, 90% of it used), 60.79 GiB of weights on a rank: the model does not fit")
+    assert err.startswith(
+        "cantata: tensor=1 on L40S (44.99 GiB, 90% of it used), 60.79 GiB of weights on a rank: the model does not fit"
+    )
     assert err.endswith("; tensor=2 fits\n")

@@ -121,14 +121,20 @@ async def test_a_service_without_replicas_refuses_and_serves_once_there_is_one(
         await service.close()
 
 
-OF_THE_MODEL = "1,024 tokens of the model's 131,072, as much as the KV cache holds; for more: --kv-cache-memory, "
+OF_THE_MODEL = (
+    "1,024 tokens of the model's 131,072, as much as the KV cache holds; for more: --kv-cache-memory, "
+)
 
 
 @pytest.mark.parametrize(
     ("longest", "fp8_cache", "said"),
     [
         (1024, False, "1,024 tokens\n"),
-        (131072, False, OF_THE_MODEL + "--kv-cache-dtype fp8 where the device has it, or a machine with more memory\n"),
+        (
+            131072,
+            False,
+            OF_THE_MODEL + "--kv-cache-dtype fp8 where the device has it, or a machine with more memory\n",
+        ),
         (131072, True, OF_THE_MODEL + "or a machine with more memory\n"),
     ],
 )

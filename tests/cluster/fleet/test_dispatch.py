@@ -36,7 +36,9 @@ class Cluster:
             return [output async for output in outputs]
 
     def retries(self, error: str) -> float:
-        return self.metrics.registry.get_sample_value("cantata_gateway_retries_total", {"error": error}) or 0.0
+        return (
+            self.metrics.registry.get_sample_value("cantata_gateway_retries_total", {"error": error}) or 0.0
+        )
 
     def resumptions(self) -> float:
         return self.metrics.registry.get_sample_value("cantata_gateway_resumptions_total") or 0.0
@@ -105,7 +107,9 @@ async def test_what_is_too_long_for_one_replica_may_fit_another(cluster: Cluster
 
 
 @pytest.mark.parametrize("other", [TOO_LONG, errors.Overloaded("full")])
-async def test_what_is_too_long_wherever_there_is_room_is_refused(cluster: Cluster, other: errors.CantataError) -> None:
+async def test_what_is_too_long_wherever_there_is_room_is_refused(
+    cluster: Cluster, other: errors.CantataError
+) -> None:
     """If the one that could take it is full, the client may come again."""
     for engine, refusal in zip(cluster.engines, (TOO_LONG, other), strict=True):
         engine.answer = lambda request, refusal=refusal: Script(refusal=refusal)
@@ -130,12 +134,17 @@ def breaks_after(count: int, failure: errors.CantataError) -> Callable[[EngineRe
 @pytest.mark.parametrize("count", [1, 3, 5])
 async def test_a_stream_goes_on_at_another_replica(cluster: Cluster, count: int) -> None:
     for engine in cluster.engines:
-        engine.answer = lambda request: goes_on(request) if request.output_token_ids else breaks_after(count, GONE)(request)
+        engine.answer = lambda request: (
+            goes_on(request) if request.output_token_ids else breaks_after(count, GONE)(request)
+        )
     outputs = await cluster.read()
     assert [token for output in outputs for token in output.token_ids] == TOKENS
     assert [output.finish_reason for output in outputs] == [None] * (len(outputs) - 1) + ["stop"]
     assert {output.num_cached_tokens for output in outputs} == {2}, "the first replica's count stays"
-    first, second = sorted((request for engine in cluster.engines for request in engine.requests), key=lambda r: len(r.output_token_ids))
+    first, second = sorted(
+        (request for engine in cluster.engines for request in engine.requests),
+        key=lambda r: len(r.output_token_ids),
+    )
     assert cluster.num_requests() == [1, 1]
     assert second.output_token_ids == tuple(TOKENS[:count])
     assert (second.prompt_token_ids, second.sampling) == (first.prompt_token_ids, first.sampling)
@@ -144,9 +153,9 @@ async def test_a_stream_goes_on_at_another_replica(cluster: Cluster, count: int)
 
 async def test_a_resumed_request_is_resumed_behind_all_its_output(cluster: Cluster) -> None:
     for engine in cluster.engines:
-        engine.answer = lambda request: (goes_on if len(request.output_token_ids) > 2 else breaks_after(2, errors.EngineDead("gone")))(
-            request
-        )
+        engine.answer = lambda request: (
+            goes_on if len(request.output_token_ids) > 2 else breaks_after(2, errors.EngineDead("gone"))
+        )(request)
     request = replace(REQUEST, output_token_ids=(31,))
     async with aclosing(cluster.dispatcher.stream(request, None)) as outputs:
         assert [token async for output in outputs for token in output.token_ids] == TOKENS[1:]
@@ -199,7 +208,10 @@ async def test_a_stream_goes_on_at_a_replica_that_was_started_again(cluster: Clu
 
     def start(name: str) -> None:
         num_starts[name] += 1
-        cluster.replicas = [Replica(replica.id, replica.address, f"start {num_starts[replica.id]}") for replica in cluster.replicas]
+        cluster.replicas = [
+            Replica(replica.id, replica.address, f"start {num_starts[replica.id]}")
+            for replica in cluster.replicas
+        ]
         cluster.set.replace(cluster.replicas)
 
     def answers(name: str) -> Callable[[EngineRequest], Script]:
@@ -240,7 +252,9 @@ async def test_a_stream_that_is_handed_on_by_replicas_that_drain_is_not_given_up
 
     def answer(request: EngineRequest) -> Script:
         done = len(request.output_token_ids)
-        return goes_on(request) if done > MAX_ENGINE_DEATHS else Script(TOKENS[done : done + 2], finish="abort")
+        return (
+            goes_on(request) if done > MAX_ENGINE_DEATHS else Script(TOKENS[done : done + 2], finish="abort")
+        )
 
     for engine in engines:
         engine.answer = answer
@@ -287,7 +301,9 @@ async def test_conversations_stay_with_their_replica(cluster: Cluster) -> None:
     for _ in range(4):
         for number, prompt in turns.items():
             before = cluster.num_requests()
-            async with aclosing(cluster.dispatcher.stream(replace(REQUEST, prompt_token_ids=prompt), None)) as outputs:
+            async with aclosing(
+                cluster.dispatcher.stream(replace(REQUEST, prompt_token_ids=prompt), None)
+            ) as outputs:
                 assert [output async for output in outputs]
             (home,) = [index for index in range(2) if cluster.num_requests()[index] > before[index]]
             assert homes.setdefault(number, home) == home

@@ -30,7 +30,9 @@ async def client() -> AsyncIterator[EngineClient]:
     await client.close()
 
 
-async def read(client: EngineClient, engine: FakeEngine, request: EngineRequest = REQUEST) -> list[EngineOutput]:
+async def read(
+    client: EngineClient, engine: FakeEngine, request: EngineRequest = REQUEST
+) -> list[EngineOutput]:
     async with aclosing(client.generate(Replica("r", engine.address), request)) as outputs:
         return [output async for output in outputs]
 
@@ -56,7 +58,9 @@ async def test_outputs_arrive_as_they_were_sent(client: EngineClient, engine: Fa
     ],
     ids=lambda error: type(error).__name__,
 )
-async def test_errors_keep_their_class(client: EngineClient, engine: FakeEngine, error: errors.CantataError) -> None:
+async def test_errors_keep_their_class(
+    client: EngineClient, engine: FakeEngine, error: errors.CantataError
+) -> None:
     engine.answer = lambda request: Script(refusal=error)
     with pytest.raises(type(error)) as caught:
         await read(client, engine)
@@ -87,7 +91,9 @@ async def test_a_stream_cut_by_shutdown_is_engine_dead(client: EngineClient, eng
             await anext(outputs)
 
 
-async def test_calls_whose_channel_is_closed_are_engine_dead(client: EngineClient, engine: FakeEngine) -> None:
+async def test_calls_whose_channel_is_closed_are_engine_dead(
+    client: EngineClient, engine: FakeEngine
+) -> None:
     engine.answer = lambda request: Script([7, 8], gate=asyncio.Event())
     engine.gate_of_load = asyncio.Event()
     replica = Replica("r", engine.address)

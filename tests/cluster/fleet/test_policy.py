@@ -23,7 +23,9 @@ CANDIDATES = st.lists(
 
 
 @given(CANDIDATES, st.frozensets(st.sampled_from("abcdef")), st.integers(0, 3))
-def test_the_choice_is_the_one_defined(candidates: list[Candidate], excluded: frozenset[str], seed: int) -> None:
+def test_the_choice_is_the_one_defined(
+    candidates: list[Candidate], excluded: frozenset[str], seed: int
+) -> None:
     chosen = choose(candidates, excluded, random.Random(seed))
     left = [candidate for candidate in candidates if candidate.id not in excluded]
     if not left:
@@ -42,7 +44,9 @@ def test_the_choice_is_the_one_defined(candidates: list[Candidate], excluded: fr
         assert max(worth.values()) <= 0
         best = healthy
     assert winner in best
-    assert (winner.load, -winner.prefix_blocks) == min((candidate.load, -candidate.prefix_blocks) for candidate in best)
+    assert (winner.load, -winner.prefix_blocks) == min(
+        (candidate.load, -candidate.prefix_blocks) for candidate in best
+    )
 
 
 def test_ties_are_drawn_from_the_seed_and_reach_every_replica() -> None:
@@ -58,7 +62,9 @@ def test_a_prefix_that_everybody_shares_does_not_pile_up_on_one_replica() -> Non
     rng = random.Random(1)
     loads = Counter(dict.fromkeys("abcd", 0))
     for _ in range(400):
-        candidates = [Candidate(name, load, own_blocks=500 if name == "a" else 0) for name, load in loads.items()]
+        candidates = [
+            Candidate(name, load, own_blocks=500 if name == "a" else 0) for name, load in loads.items()
+        ]
         chosen = choose(candidates, frozenset(), rng)
         assert chosen is not None
         loads[chosen] += 1

@@ -26,7 +26,9 @@ class Cluster:
     def __init__(self, engines: list[FakeEngine], patience: Patience) -> None:
         self.engines = engines
         self.replicas = ReplicaSet()
-        self.replicas.replace([Replica(f"r{index}", engine.address, "1") for index, engine in enumerate(engines)])
+        self.replicas.replace(
+            [Replica(f"r{index}", engine.address, "1") for index, engine in enumerate(engines)]
+        )
         self.silences: list[tuple[str, bool]] = []
         self.changed = asyncio.Event()
         self.client = EngineClient(self._on_silence, patience)

@@ -14,7 +14,9 @@ from workers.errors import NoReplica
 NAMES = "abcd"
 MAX_BLOCKS = 12
 PENALTY_S = 2.0
-PROMPTS = st.text("xy", max_size=9).map(lambda text: tuple(text[: end + 1].encode() for end in range(len(text))))
+PROMPTS = st.text("xy", max_size=9).map(
+    lambda text: tuple(text[: end + 1].encode() for end in range(len(text)))
+)
 
 
 class Gateway:
@@ -87,8 +89,12 @@ class RouterMachine(RuleBasedStateMachine):
             assert chosen is None
             return
         assert chosen in possible
-        healthy = [replica for replica in possible if self.suspect_until.get(replica.id, 0) <= self.gateway.now]
-        assert chosen in (healthy or possible), "a replica that has just failed was taken although there is another"
+        healthy = [
+            replica for replica in possible if self.suspect_until.get(replica.id, 0) <= self.gateway.now
+        ]
+        assert chosen in (healthy or possible), (
+            "a replica that has just failed was taken although there is another"
+        )
         self.open.append(chosen)
         self.sent.setdefault(chosen.id, Counter()).update(prompt)
 

@@ -26,7 +26,9 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def spread(table: LoadTable, replicas: list[Replica], hints: list[RoutingHint], rng: random.Random) -> list[Replica]:
+def spread(
+    table: LoadTable, replicas: list[Replica], hints: list[RoutingHint], rng: random.Random
+) -> list[Replica]:
     """Send the prompts, AT_ONCE at a time, which end in any order; the replica of each."""
     running: list[Replica] = []
     went = []
@@ -43,7 +45,9 @@ def spread(table: LoadTable, replicas: list[Replica], hints: list[RoutingHint], 
 @pytest.mark.parametrize("num_replicas", [2, 3])
 @pytest.mark.parametrize("num_shared", [4, 100])
 @pytest.mark.parametrize("own_blocks", [0, 1, 6])
-def test_unrelated_chats_spread_although_they_begin_alike(num_replicas: int, num_shared: int, own_blocks: int) -> None:
+def test_unrelated_chats_spread_although_they_begin_alike(
+    num_replicas: int, num_shared: int, own_blocks: int
+) -> None:
     """`own_blocks` of 0: chats so short that they differ after their last full block only."""
     replicas, system = replicas_of(num_replicas), "s" * num_shared
     chats = [hint(system, chr(1000 + index) * own_blocks) for index in range(48)]
@@ -77,7 +81,11 @@ def test_one_conversation_is_not_taken_for_several() -> None:
     shared = SharedBeginnings()
     history = "system and first question"
     for turn in range(20):
-        ways = [hint(history), hint(history, "reasoning, call, result"), hint(history, f"answer {turn}, question {turn}")]
+        ways = [
+            hint(history),
+            hint(history, "reasoning, call, result"),
+            hint(history, f"answer {turn}, question {turn}"),
+        ]
         for way in ways:
             assert shared.add(way.block_hashes, way.tail) == 0
         history = f"{history}|answer {turn}, question {turn}"
@@ -85,7 +93,10 @@ def test_one_conversation_is_not_taken_for_several() -> None:
 
 def test_what_is_shared_ends_where_prompts_part() -> None:
     shared = SharedBeginnings()
-    counts = [shared.add(found.block_hashes, found.tail) for found in (hint("system", f"{index} asks") for index in range(6))]
+    counts = [
+        shared.add(found.block_hashes, found.tail)
+        for found in (hint("system", f"{index} asks") for index in range(6))
+    ]
     assert counts == [0, 0, 0, len("system|"), len("system|"), len("system|")]
     # The same prompt again and again is not several.
     again = SharedBeginnings()

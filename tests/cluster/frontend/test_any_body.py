@@ -29,7 +29,11 @@ CHAT: dict[str, Any] = {
     "messages": [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Hello"}], "name": "anna"},
-        {"role": "assistant", "reasoning": "Hm.", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]},
+        {
+            "role": "assistant",
+            "reasoning": "Hm.",
+            "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}],
+        },
         {"role": "tool", "tool_call_id": "c", "content": "3"},
     ],
     "tools": [
@@ -41,8 +45,20 @@ CHAT: dict[str, Any] = {
                 "parameters": {
                     "type": "object",
                     "properties": {
-                        "a": {"type": "string", "enum": ["x"], "pattern": "^x$", "default": "x", "examples": ["x"], "title": "A"},
-                        "b": {"oneOf": [{"type": "integer", "default": 3}, {"type": ["null", "array"], "items": {"type": "number"}}]},
+                        "a": {
+                            "type": "string",
+                            "enum": ["x"],
+                            "pattern": "^x$",
+                            "default": "x",
+                            "examples": ["x"],
+                            "title": "A",
+                        },
+                        "b": {
+                            "oneOf": [
+                                {"type": "integer", "default": 3},
+                                {"type": ["null", "array"], "items": {"type": "number"}},
+                            ]
+                        },
                     },
                     "patternProperties": {"^z": {"nullable": True}},
                     "required": ["a"],
@@ -60,12 +76,35 @@ CHAT: dict[str, Any] = {
     "stream_options": {"include_usage": True},
     "stream": True,
 }
-COMPLETION: dict[str, Any] = {"prompt": ["<|start|>a", "b"], "logprobs": 1, "echo": False, "n": 2, "min_tokens": 1, "max_tokens": 3}
-ODD_TEXTS = ["", "\0", "\n", "ü" * 300, "<|end|>", "a{99999999999999999999}", "(" * 3000, "\u2028", "9" * 5000, "2026-W01-1", " " * 3000]
+COMPLETION: dict[str, Any] = {
+    "prompt": ["<|start|>a", "b"],
+    "logprobs": 1,
+    "echo": False,
+    "n": 2,
+    "min_tokens": 1,
+    "max_tokens": 3,
+}
+ODD_TEXTS = [
+    "",
+    "\0",
+    "\n",
+    "ü" * 300,
+    "<|end|>",
+    "a{99999999999999999999}",
+    "(" * 3000,
+    "\u2028",
+    "9" * 5000,
+    "2026-W01-1",
+    " " * 3000,
+]
 ODD_NUMBERS = [0, -1, 2**31, 2**63, 2**64 - 1, -(2**63), 1e308, -0.0, 1e-320]
 TEXTS = st.sampled_from(ODD_TEXTS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.sampled_from(ODD_NUMBERS) | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    st.none()
+    | st.booleans()
+    | st.sampled_from(ODD_NUMBERS)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=6,
 )
@@ -74,7 +113,9 @@ JSON = st.recursive(
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if path:
         yield path
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
     for key, entry in entries:
         yield from places(entry, (*path, key))
 
@@ -108,7 +149,9 @@ def service(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) ->
 
     async def build(folder: Path) -> GenerationService:
         model = ModelInfo("m", 1024, VOCAB_SIZE)
-        return GenerationService(model, make_encoding(folder), StaticReplicas([]), EngineClient(), GatewayMetrics())
+        return GenerationService(
+            model, make_encoding(folder), StaticReplicas([]), EngineClient(), GatewayMetrics()
+        )
 
     service = runner.run(build(tmp_path_factory.mktemp("tokenizer")))
     yield service
@@ -120,7 +163,11 @@ def app(service: GenerationService) -> FastAPI:
     return build_app(service)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     request=st.tuples(st.just("/v1/chat/completions"), changed(CHAT))
     | st.tuples(st.just("/v1/completions"), changed(COMPLETION))
@@ -132,7 +179,9 @@ def test_http(runner: asyncio.Runner, app: FastAPI, request: tuple[str, dict[str
     async def post() -> httpx.Response:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://t", verify=False) as client:
-            return await client.post(path, content=orjson.dumps(body), headers={"content-type": "application/json"})
+            return await client.post(
+                path, content=orjson.dumps(body), headers={"content-type": "application/json"}
+            )
 
     response = runner.run(post())
     assert response.status_code in (200, 400, 404, 503), (body, response.text)
@@ -144,8 +193,17 @@ def test_http(runner: asyncio.Runner, app: FastAPI, request: tuple[str, dict[str
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schema=changed(CHAT["tools"][0]["function"]["parameters"]), text=TEXTS, name=TEXTS, call_id=TEXTS)
-def test_grpc(runner: asyncio.Runner, service: GenerationService, schema: dict[str, Any], text: str, name: str, call_id: str) -> None:
-    request = pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content=text)], tools=[pb.Tool(name="f", description=text)])
+def test_grpc(
+    runner: asyncio.Runner,
+    service: GenerationService,
+    schema: dict[str, Any],
+    text: str,
+    name: str,
+    call_id: str,
+) -> None:
+    request = pb.ChatRequest(
+        messages=[pb.Message(role=pb.ROLE_USER, content=text)], tools=[pb.Tool(name="f", description=text)]
+    )
     request.messages.add(role=pb.ROLE_ASSISTANT).tool_calls.add(id="c", name=name, arguments=text)
     request.messages.add(role=pb.ROLE_TOOL, tool_call_id=call_id, content=text)
     request.tools[0].parameters.update(schema)

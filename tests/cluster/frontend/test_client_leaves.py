@@ -37,15 +37,25 @@ async def eventually(gateway: Gateway, *lines: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "gate_after"),
-    [('"stream": true', 0), ('"stream": true', 5), ('"stream": false', 0), ('"stream": false', 5), ('"stream": true, "n": 4', 5)],
+    [
+        ('"stream": true', 0),
+        ('"stream": true', 5),
+        ('"stream": false', 0),
+        ('"stream": false', 5),
+        ('"stream": true, "n": 4', 5),
+    ],
     ids=["stream-before-the-first-token", "stream", "whole-before-the-first-token", "whole", "four-choices"],
 )
-async def test_http(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding, options: str, gate_after: int) -> None:
+async def test_http(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding, options: str, gate_after: int
+) -> None:
     ids = turn(encoding, text="one two three four")
     engine.answer = lambda request: Script(ids, gate=asyncio.Event(), gate_after=gate_after)
     num_choices = 4 if '"n": 4' in options else 1
     async with asyncio.timeout(20):
-        reader, writer = await http_request(gateway, f'{{"messages": [{{"role": "user", "content": "x"}}], {options}}}')
+        reader, writer = await http_request(
+            gateway, f'{{"messages": [{{"role": "user", "content": "x"}}], {options}}}'
+        )
         await engine.arrived(num_choices)
         if "true" in options and gate_after:
             await reader.readuntil(b"data: ")
@@ -53,12 +63,18 @@ async def test_http(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncod
         writer.close()
         await engine.was_cancelled(num_choices)
     assert max(engine.cancelled.values()) - left < LIMIT_S
-    await eventually(gateway, 'cantata_gateway_in_flight_requests{gateway="",process="gateway",replica=""} 0.0', 'status="499"')
+    await eventually(
+        gateway,
+        'cantata_gateway_in_flight_requests{gateway="",process="gateway",replica=""} 0.0',
+        'status="499"',
+    )
 
 
 async def test_the_openai_client(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
     engine.answer = lambda request: Script(turn(encoding, text="one two"), gate=asyncio.Event(), gate_after=5)
-    stream = await gateway.client.chat.completions.create(model="gpt-oss-test", messages=[{"role": "user", "content": "x"}], stream=True)
+    stream = await gateway.client.chat.completions.create(
+        model="gpt-oss-test", messages=[{"role": "user", "content": "x"}], stream=True
+    )
     await anext(stream)
     left = time.monotonic()
     await stream.close()
@@ -69,7 +85,11 @@ async def test_the_openai_client(gateway: Gateway, engine: FakeEngine, encoding:
 
 @pytest.mark.parametrize("whole", [True, False])
 async def test_grpc(
-    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding, whole: bool, stub: inference_pb2_grpc.InferenceStub
+    gateway: Gateway,
+    engine: FakeEngine,
+    encoding: HarmonyEncoding,
+    whole: bool,
+    stub: inference_pb2_grpc.InferenceStub,
 ) -> None:
     engine.answer = lambda request: Script(turn(encoding, text="one two"), gate=asyncio.Event(), gate_after=5)
     request = pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="x")])
@@ -82,15 +102,23 @@ async def test_grpc(
         call.cancel()
         await engine.was_cancelled(1)
     assert max(engine.cancelled.values()) - left < LIMIT_S
-    await eventually(gateway, 'cantata_gateway_in_flight_requests{gateway="",process="gateway",replica=""} 0.0', 'status="CANCELLED"')
+    await eventually(
+        gateway,
+        'cantata_gateway_in_flight_requests{gateway="",process="gateway",replica=""} 0.0',
+        'status="CANCELLED"',
+    )
 
 
-async def test_requests_over_the_limit_are_refused_until_others_end(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
+async def test_requests_over_the_limit_are_refused_until_others_end(
+    encoding: HarmonyEncoding, engine: FakeEngine
+) -> None:
     gate = asyncio.Event()
     engine.answer = lambda request: Script(turn(encoding, text="x"), gate=gate)
     body = {"messages": [{"role": "user", "content": "x"}]}
     async with serving(encoding, [engine], limits=Limits(max_in_flight_requests=3)) as gateway:
-        running = [asyncio.create_task(gateway.http.post("/v1/chat/completions", json=body)) for _ in range(2)]
+        running = [
+            asyncio.create_task(gateway.http.post("/v1/chat/completions", json=body)) for _ in range(2)
+        ]
         await engine.arrived(2)
         refused = await gateway.http.post("/v1/chat/completions", json={**body, "n": 2})
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
@@ -104,10 +132,14 @@ async def test_requests_over_the_limit_are_refused_until_others_end(encoding: Ha
         assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
 
 
-async def test_the_deadline_reaches_the_engine_and_is_504(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
+async def test_the_deadline_reaches_the_engine_and_is_504(
+    encoding: HarmonyEncoding, engine: FakeEngine
+) -> None:
     engine.answer = lambda request: Script(turn(encoding, text="x"), gate=asyncio.Event())
     async with serving(encoding, [engine], limits=Limits(request_timeout_s=0.3)) as gateway:
-        response = await gateway.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
+        response = await gateway.http.post(
+            "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}
+        )
     assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
     assert engine.requests[0].deadline_s is not None
     # gRPC sends the time left in whole units, rounded up by a hundredth at most.

@@ -21,7 +21,11 @@ from tests.support.gateway import Gateway, serving
 SHORT_S = 0.3
 LONG_S = 60.0
 QUICK = GatewayConfig(
-    keep_alive_timeout_s=SHORT_S, header_timeout_s=SHORT_S, body_timeout_s=SHORT_S, send_timeout_s=SHORT_S, max_header_bytes=4096
+    keep_alive_timeout_s=SHORT_S,
+    header_timeout_s=SHORT_S,
+    body_timeout_s=SHORT_S,
+    send_timeout_s=SHORT_S,
+    max_header_bytes=4096,
 )
 LIMIT_S = 20
 CHAT = json.dumps({"messages": [{"role": "user", "content": "x"}]})
@@ -46,7 +50,9 @@ async def connected(
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
     connection.setblocking(False)
     await asyncio.get_running_loop().sock_connect(connection, (host, int(port)))
-    reader, writer = await asyncio.open_connection(sock=connection, limit=2**16 if receive_bytes is None else receive_bytes)
+    reader, writer = await asyncio.open_connection(
+        sock=connection, limit=2**16 if receive_bytes is None else receive_bytes
+    )
     try:
         async with asyncio.timeout(LIMIT_S):
             yield reader, writer
@@ -54,7 +60,14 @@ async def connected(
         writer.close()
 
 
-def request(content: str, *, version: str = "1.1", length: int | None = None, path: str = "/v1/chat/completions", extra: str = "") -> bytes:
+def request(
+    content: str,
+    *,
+    version: str = "1.1",
+    length: int | None = None,
+    path: str = "/v1/chat/completions",
+    extra: str = "",
+) -> bytes:
     head = f"POST {path} HTTP/{version}\r\nHost: t\r\nContent-Type: application/json\r\n{extra}"
     return f"{head}Content-Length: {len(content) if length is None else length}\r\n\r\n{content}".encode()
 
@@ -75,7 +88,9 @@ async def counted(gateway: Gateway, endpoint: str, status: int | str) -> None:
     """The count of the answer comes a moment after it."""
     registry = gateway.service.metrics.registry
     async with asyncio.timeout(LIMIT_S):
-        while not registry.get_sample_value("cantata_gateway_requests_total", {"endpoint": endpoint, "status": str(status)}):
+        while not registry.get_sample_value(
+            "cantata_gateway_requests_total", {"endpoint": endpoint, "status": str(status)}
+        ):
             await gateway.http.get("/health")
 
 
@@ -87,8 +102,12 @@ async def test_headers_have_a_largest_size(quick: Gateway, shape: str) -> None:
         "one-value": b"GET /health HTTP/1.1\r\nHost: t\r\nA: ",
         "many-headers": b"GET /health HTTP/1.1\r\nHost: t\r\n",
         "url": b"GET /",
-        "trailers": request("", extra="Transfer-Encoding: chunked\r\n").replace(b"Content-Length: 0\r\n", b"") + b"0\r\nA: ",
-        "chunk-extension": request("", extra="Transfer-Encoding: chunked\r\n").replace(b"Content-Length: 0\r\n", b"") + b"2;",
+        "trailers": request("", extra="Transfer-Encoding: chunked\r\n").replace(b"Content-Length: 0\r\n", b"")
+        + b"0\r\nA: ",
+        "chunk-extension": request("", extra="Transfer-Encoding: chunked\r\n").replace(
+            b"Content-Length: 0\r\n", b""
+        )
+        + b"2;",
     }[shape]
     if shape == "many-headers":
         piece = b"a: b\r\n" * 10_000
@@ -100,7 +119,10 @@ async def test_headers_have_a_largest_size(quick: Gateway, shape: str) -> None:
                 await writer.drain()
             except ConnectionError:
                 break
-        if shape not in ("trailers", "chunk-extension"):  # there the app has the request already, and the answer may be its own
+        if shape not in (
+            "trailers",
+            "chunk-extension",
+        ):  # there the app has the request already, and the answer may be its own
             status, headers, content = await answer(reader)
             assert (status, json.loads(content)["error"]["code"]) == (431, "headers_too_large")
             assert headers["connection"] == "close"
@@ -129,7 +151,15 @@ async def test_headers_as_large_as_allowed(gateway: Gateway) -> None:
         # Refused before its body is there: answered at once, closed a while later.
         (request("{", length=100, path="/nowhere"), 404),
     ],
-    ids=["nothing", "a-line-end", "half-of-the-headers", "half-a-header", "no-body", "half-of-the-body", "early-answer"],
+    ids=[
+        "nothing",
+        "a-line-end",
+        "half-of-the-headers",
+        "half-a-header",
+        "no-body",
+        "half-of-the-body",
+        "early-answer",
+    ],
 )
 async def test_stalled_requests_are_answered_and_closed(
     quick: Gateway, sent: bytes, status: int | None, monkeypatch: pytest.MonkeyPatch
@@ -166,7 +196,9 @@ async def test_a_dripping_client_gains_nothing(quick: Gateway, monkeypatch: pyte
             assert ended.exception() is None or isinstance(ended.exception(), ConnectionError)
 
 
-async def test_a_slow_body_that_goes_on_is_taken(encoding: HarmonyEncoding, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_slow_body_that_goes_on_is_taken(
+    encoding: HarmonyEncoding, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(body, "MIN_BYTES_PER_S", 10)
     async with serving(encoding, [engine], config=QUICK) as gateway, connected(gateway) as (reader, writer):
         content = CHAT + " " * 60
@@ -198,14 +230,18 @@ async def test_by_default_longer_than_clients_and_load_balancers_keep_theirs(gat
         writer.write(b"GET /health HTTP/1.1\r\nHost: t\r\n\r\n")
         await answer(reader)
         name = writer.get_extra_info("sockname")
-        (connection,) = [found for found in gateway.http_server.server_state.connections if found.client == name]
+        (connection,) = [
+            found for found in gateway.http_server.server_state.connections if found.client == name
+        ]
         timer = connection.timeout_keep_alive_task
         assert timer is not None
         assert timer.when() - asyncio.get_running_loop().time() > 100
 
 
 @pytest.mark.parametrize("read_first", [False, True])
-async def test_a_stream_that_nobody_reads_is_cut_off(encoding: HarmonyEncoding, engine: FakeEngine, read_first: bool) -> None:
+async def test_a_stream_that_nobody_reads_is_cut_off(
+    encoding: HarmonyEncoding, engine: FakeEngine, read_first: bool
+) -> None:
     """And its place in the engine is free again."""
     engine.answer = lambda request: Script([5] * 10**4, per_message=100)
     engine.max_model_len = 10**8
@@ -225,16 +261,23 @@ async def until_only_the_scraper_is_left(gateway: Gateway) -> None:
         await gateway.http.get("/health")
 
 
-async def test_a_whole_answer_that_nobody_reads_is_dropped(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
+async def test_a_whole_answer_that_nobody_reads_is_dropped(
+    encoding: HarmonyEncoding, engine: FakeEngine
+) -> None:
     engine.answer = lambda request: Script([5] * 10**4, per_message=10**4)
     engine.max_model_len = 10**8
-    async with serving(encoding, [engine], config=QUICK) as gateway, connected(gateway, receive_bytes=4096) as (_, writer):
+    async with (
+        serving(encoding, [engine], config=QUICK) as gateway,
+        connected(gateway, receive_bytes=4096) as (_, writer),
+    ):
         writer.write(request(CHAT[:-1] + LARGE))
         await engine.arrived(1)
         await until_only_the_scraper_is_left(gateway)
 
 
-async def test_a_grpc_stream_that_nobody_reads_is_cut_off(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
+async def test_a_grpc_stream_that_nobody_reads_is_cut_off(
+    encoding: HarmonyEncoding, engine: FakeEngine
+) -> None:
     engine.answer = lambda request: Script([5] * 10**6, per_message=1000)
     engine.max_model_len = 10**8
     options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
@@ -317,7 +360,11 @@ def test_uvicorn_calls_what_is_overridden() -> None:
 
     from cluster.frontend.http_server import _Protocol
 
-    ours = {name for name in vars(_Protocol) if callable(getattr(_Protocol, name)) and not name.startswith("__")}
+    ours = {
+        name for name in vars(_Protocol) if callable(getattr(_Protocol, name)) and not name.startswith("__")
+    }
     assert ours - {"check", "_refuse", "_headers_too_large"} <= set(vars(HttpToolsProtocol))
-    assert {"chunked_encoding", "expected_content_length"} <= set(RequestResponseCycle.__init__.__code__.co_names)
+    assert {"chunked_encoding", "expected_content_length"} <= set(
+        RequestResponseCycle.__init__.__code__.co_names
+    )
     assert issubclass(HttpServer, object)

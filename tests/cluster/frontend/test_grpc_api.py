@@ -25,7 +25,9 @@ SERVICE = "cantata.inference.v1.Inference"
 
 
 async def test_a_whole_answer(stub: Stub, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
-    engine.answer = lambda request: Script(turn(encoding, reasoning="Hm.", text="Hello 🎉", call=("f", '{"a":1}')), num_cached_tokens=16)
+    engine.answer = lambda request: Script(
+        turn(encoding, reasoning="Hm.", text="Hello 🎉", call=("f", '{"a":1}')), num_cached_tokens=16
+    )
     tool = pb.Tool(name="f", description="A tool.")
     tool.parameters.update({"type": "object", "properties": {"a": {"type": "integer"}}})
     request = pb.ChatRequest(
@@ -60,9 +62,15 @@ async def test_a_whole_answer(stub: Stub, engine: FakeEngine, encoding: HarmonyE
     assert "Be brief." in prompt
 
 
-async def test_a_stream_ends_with_finish_and_usage(stub: Stub, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
-    engine.answer = lambda request: Script(turn(encoding, reasoning="Hm.", text="Hello 🎉", call=("f", '{"a":1}')))
-    events = [event async for event in stub.ChatStream(pb.ChatRequest(messages=[HELLO], tools=[pb.Tool(name="f")]))]
+async def test_a_stream_ends_with_finish_and_usage(
+    stub: Stub, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
+    engine.answer = lambda request: Script(
+        turn(encoding, reasoning="Hm.", text="Hello 🎉", call=("f", '{"a":1}'))
+    )
+    events = [
+        event async for event in stub.ChatStream(pb.ChatRequest(messages=[HELLO], tools=[pb.Tool(name="f")]))
+    ]
     kinds = [event.WhichOneof("event") for event in events]
     assert kinds[-2:] == ["finish", "usage"]
     assert kinds.index("reasoning") < kinds.index("text") < kinds.index("tool_call")
@@ -86,10 +94,16 @@ async def test_both_apis_make_the_same_prompt(gateway: Gateway, stub: Stub, engi
         "messages": [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "Hello"},
-            {"role": "assistant", "reasoning": "Hm.", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]},
+            {
+                "role": "assistant",
+                "reasoning": "Hm.",
+                "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}],
+            },
             {"role": "tool", "tool_call_id": "c", "content": "3"},
         ],
-        "tools": [{"type": "function", "function": {"name": "f", "description": "A tool.", "parameters": schema}}],
+        "tools": [
+            {"type": "function", "function": {"name": "f", "description": "A tool.", "parameters": schema}}
+        ],
         "reasoning_effort": "low",
     }
     assert (await gateway.http.post("/v1/chat/completions", json=http)).status_code == 200
@@ -100,7 +114,11 @@ async def test_both_apis_make_the_same_prompt(gateway: Gateway, stub: Stub, engi
             messages=[
                 pb.Message(role=pb.ROLE_SYSTEM, content="Be brief."),
                 HELLO,
-                pb.Message(role=pb.ROLE_ASSISTANT, reasoning="Hm.", tool_calls=[pb.ToolCall(id="c", name="f", arguments="{}")]),
+                pb.Message(
+                    role=pb.ROLE_ASSISTANT,
+                    reasoning="Hm.",
+                    tool_calls=[pb.ToolCall(id="c", name="f", arguments="{}")],
+                ),
                 pb.Message(role=pb.ROLE_TOOL, tool_call_id="c", content="3"),
             ],
             tools=[tool],
@@ -131,7 +149,9 @@ async def test_both_apis_make_the_same_prompt(gateway: Gateway, stub: Stub, engi
         (pb.ChatRequest(messages=[HELLO], max_tokens=10**6), "max_tokens"),
     ],
 )
-async def test_wrong_requests_are_invalid_argument_with_the_field(stub: Stub, request_: pb.ChatRequest, param: str) -> None:
+async def test_wrong_requests_are_invalid_argument_with_the_field(
+    stub: Stub, request_: pb.ChatRequest, param: str
+) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as whole:
         await stub.Chat(request_)
     with pytest.raises(grpc.aio.AioRpcError) as streamed:
@@ -142,8 +162,12 @@ async def test_wrong_requests_are_invalid_argument_with_the_field(stub: Stub, re
         assert dict(caught.value.trailing_metadata())["param"] == param
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TABLE if kind.__module__ == "workers.errors" and kind is not errors.Cancelled])
-async def test_every_error_of_an_engine_has_its_status(stub: Stub, engine: FakeEngine, kind: type[errors.CantataError]) -> None:
+@pytest.mark.parametrize(
+    "kind", [kind for kind in TABLE if kind.__module__ == "workers.errors" and kind is not errors.Cancelled]
+)
+async def test_every_error_of_an_engine_has_its_status(
+    stub: Stub, engine: FakeEngine, kind: type[errors.CantataError]
+) -> None:
     error = kind("A sentence.")
     engine.answer = lambda request: Script(refusal=error)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -200,14 +224,20 @@ async def test_a_client_that_knows_only_the_address(gateway: Gateway) -> None:
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=response_class.FromString,
         )
-        answer = await chat(json_format.ParseDict({"messages": [{"role": "ROLE_USER", "content": "Hello"}]}, request_class()))
-        assert json_format.MessageToDict(answer)["choices"][0]["message"]["content"] == "Hello there, wörld 🎉!"
+        answer = await chat(
+            json_format.ParseDict({"messages": [{"role": "ROLE_USER", "content": "Hello"}]}, request_class())
+        )
+        assert (
+            json_format.MessageToDict(answer)["choices"][0]["message"]["content"] == "Hello there, wörld 🎉!"
+        )
 
 
 async def test_health_follows_the_replicas(gateway: Gateway, engine: FakeEngine) -> None:
     async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+        assert (
+            await stub.Check(health_pb2.HealthCheckRequest())
+        ).status == health_pb2.HealthCheckResponse.SERVING
         async with asyncio.timeout(10):
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
             status = (await watch.read()).status
@@ -221,10 +251,14 @@ async def test_health_follows_the_replicas(gateway: Gateway, engine: FakeEngine)
 
 async def test_thirty_two_streams_at_once(stub: Stub, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
     gate = asyncio.Event()
-    engine.answer = lambda request: Script(turn(encoding, text=f"Answer {request.sampling.seed}."), gate=gate, gate_after=4)
+    engine.answer = lambda request: Script(
+        turn(encoding, text=f"Answer {request.sampling.seed}."), gate=gate, gate_after=4
+    )
 
     async def one(seed: int) -> str:
-        return "".join([event.text.text async for event in stub.ChatStream(pb.ChatRequest(messages=[HELLO], seed=seed))])
+        return "".join(
+            [event.text.text async for event in stub.ChatStream(pb.ChatRequest(messages=[HELLO], seed=seed))]
+        )
 
     streams = [asyncio.create_task(one(seed)) for seed in range(32)]
     async with asyncio.timeout(20):
@@ -251,7 +285,11 @@ async def test_api_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
 
 
 def message_of_bad_utf8() -> bytes:
-    return pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="abc")]).SerializeToString().replace(b"abc", b"\xff\xfe\xfd")
+    return (
+        pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="abc")])
+        .SerializeToString()
+        .replace(b"abc", b"\xff\xfe\xfd")
+    )
 
 
 def field(number: int, data: bytes) -> bytes:
@@ -280,11 +318,20 @@ def raw(channel: grpc.aio.Channel, path: str, *, streaming: bool = False) -> Any
 
 
 @pytest.mark.parametrize("data", UNDECODABLE.values(), ids=UNDECODABLE)
-async def test_messages_that_cannot_be_decoded(gateway: Gateway, engine: FakeEngine, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
+async def test_messages_that_cannot_be_decoded(
+    gateway: Gateway, engine: FakeEngine, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     methods = [(f"{SERVICE}/Chat", False), (f"{SERVICE}/ChatStream", True)]
-    if data in (UNDECODABLE["truncated"], UNDECODABLE["noise"]):  # the others have fields that these methods do not know
-        methods += [(f"{SERVICE}/ListModels", False), ("grpc.health.v1.Health/Check", False), ("grpc.health.v1.Health/Watch", True)]
+    if data in (
+        UNDECODABLE["truncated"],
+        UNDECODABLE["noise"],
+    ):  # the others have fields that these methods do not know
+        methods += [
+            (f"{SERVICE}/ListModels", False),
+            ("grpc.health.v1.Health/Check", False),
+            ("grpc.health.v1.Health/Watch", True),
+        ]
     async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
         for path, streaming in methods:
             caplog.clear()
@@ -313,17 +360,25 @@ async def test_a_reflection_request_that_cannot_be_decoded(gateway: Gateway) -> 
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_the_key_is_asked_for_before_the_message_is_read(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
+async def test_the_key_is_asked_for_before_the_message_is_read(
+    encoding: HarmonyEncoding, engine: FakeEngine
+) -> None:
     async with (
         serving(encoding, [engine], config=GatewayConfig(api_keys=("first",))) as gateway,
         grpc.aio.insecure_channel(gateway.grpc_address) as channel,
     ):
-        for path, streaming in ((f"/{SERVICE}/Chat", False), (f"/{SERVICE}/ChatStream", True), (f"/{SERVICE}/ListModels", False)):
+        for path, streaming in (
+            (f"/{SERVICE}/Chat", False),
+            (f"/{SERVICE}/ChatStream", True),
+            (f"/{SERVICE}/ListModels", False),
+        ):
             call = raw(channel, path, streaming=streaming)(b"\xff" * 40)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await (call.read() if streaming else call)
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-            call = raw(channel, path, streaming=streaming)(b"\xff" * 40, metadata=(("authorization", "Bearer first"),))
+            call = raw(channel, path, streaming=streaming)(
+                b"\xff" * 40, metadata=(("authorization", "Bearer first"),)
+            )
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await (call.read() if streaming else call)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -25,7 +25,10 @@ LONG = "word " * 1_000_000
 
 
 def call(arguments: str) -> dict[str, Any]:
-    return {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": arguments}}]}
+    return {
+        "role": "assistant",
+        "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": arguments}}],
+    }
 
 
 def tool(**function: Any) -> dict[str, Any]:
@@ -36,13 +39,17 @@ PARTS: dict[str, dict[str, Any]] = {
     "content": {"messages": [{"role": "user", "content": LONG}]},
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": LONG[:500_000]}] * 10}]},
     "instructions": {"messages": [{"role": "system", "content": LONG}, USER]},
-    "reasoning": {"messages": [USER, {"role": "assistant", "reasoning": LONG, "tool_calls": call("{}")["tool_calls"]}]},
+    "reasoning": {
+        "messages": [USER, {"role": "assistant", "reasoning": LONG, "tool_calls": call("{}")["tool_calls"]}]
+    },
     "arguments": {"messages": [USER, call(LONG)]},
     "result": {"messages": [USER, call("{}"), {"role": "tool", "tool_call_id": "c", "content": LONG}]},
     "description": {"messages": [USER], "tools": [tool(description=LONG)]},
     "parameters": {
         "messages": [USER],
-        "tools": [tool(parameters={"type": "object", "properties": {"a": {"type": "string", "description": LONG}}})],
+        "tools": [
+            tool(parameters={"type": "object", "properties": {"a": {"type": "string", "description": LONG}}})
+        ],
     },
     "many-messages": {"messages": [{"role": "user", "content": LONG[:10_000]}] * 500},
 }
@@ -64,7 +71,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 async def post(gateway: Gateway, content: dict[str, Any]) -> dict[str, Any] | None:
     """The error."""
-    response = await gateway.http.post("/v1/chat/completions", content=orjson.dumps(content), headers={"content-type": "application/json"})
+    response = await gateway.http.post(
+        "/v1/chat/completions", content=orjson.dumps(content), headers={"content-type": "application/json"}
+    )
     return response.json().get("error")
 
 
@@ -76,7 +85,9 @@ async def test_text_that_cannot_fit_is_not_encoded(gateway: Gateway, encoded: li
     assert sum(encoded) == 0
 
 
-async def test_encoding_stops_where_the_context_ends(gateway: Gateway, encoded: list[int], encoding: HarmonyEncoding) -> None:
+async def test_encoding_stops_where_the_context_ends(
+    gateway: Gateway, encoded: list[int], encoding: HarmonyEncoding
+) -> None:
     """Texts that might fit by their characters: here no message is long, and all of them are."""
     words = " ".join(map(str, range(300)))
     error = await post(gateway, {"messages": [{"role": "user", "content": words}] * 13})
@@ -87,12 +98,18 @@ async def test_encoding_stops_where_the_context_ends(gateway: Gateway, encoded: 
     assert sum(encoded) < (1024 / num_tokens + 2) * len(words) + 2000
 
 
-async def test_what_fits_is_never_refused_by_its_characters(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+async def test_what_fits_is_never_refused_by_its_characters(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
     """A prompt of the longest tokens there are, with as many of them as the context takes."""
-    texts = [encoding.token_bytes(token_id).decode(errors="ignore") for token_id in range(encoding.vocab_size)]
+    texts = [
+        encoding.token_bytes(token_id).decode(errors="ignore") for token_id in range(encoding.vocab_size)
+    ]
     longest = max((text for text in texts if len(encoding.encode(text * 9)) == 9), key=len)
     assert len(longest) > 8
-    sent = await gateway.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": longest}]})
+    sent = await gateway.http.post(
+        "/v1/chat/completions", json={"messages": [{"role": "user", "content": longest}]}
+    )
     assert sent.status_code == 200
     frame = len(engine.requests[-1].prompt_token_ids) - 1
     for count, fits in ((1023 - frame, True), (1024 - frame, False)):
@@ -130,7 +147,9 @@ async def test_a_large_chat_holds_up_no_small_one(gateway: Gateway, monkeypatch:
     assert await asyncio.gather(*waiting) == [None] * 4
 
 
-async def test_many_messages_are_read_and_rendered_beside_the_loop(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_messages_are_read_and_rendered_beside_the_loop(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However little text they have."""
     seen: dict[str, threading.Thread] = {}
     convert, render = chat.chat_messages, GenerationService._render
@@ -151,14 +170,24 @@ async def test_many_messages_are_read_and_rendered_beside_the_loop(gateway: Gate
     assert threading.main_thread() not in seen.values()
 
 
-async def test_messages_have_a_largest_number(encoding: HarmonyEncoding, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_messages_have_a_largest_number(
+    encoding: HarmonyEncoding, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Found before they are looked at one by one."""
     part = {"type": "text", "text": ""}
     async with serving(encoding, [engine], config=GatewayConfig(max_messages=10)) as gateway:
-        for messages in ([USER] * 10, [USER, {"role": "user", "content": [part] * 8}], [USER] * 8 + [call("{}")]):
+        for messages in (
+            [USER] * 10,
+            [USER, {"role": "user", "content": [part] * 8}],
+            [USER] * 8 + [call("{}")],
+        ):
             assert await post(gateway, {"messages": messages}) is None
         monkeypatch.setattr(body, "check", None)
-        for messages in ([USER] * 11, [USER, {"role": "user", "content": [part] * 9}], [USER] * 9 + [call("{}")]):
+        for messages in (
+            [USER] * 11,
+            [USER, {"role": "user", "content": [part] * 9}],
+            [USER] * 9 + [call("{}")],
+        ):
             error = await post(gateway, {"messages": messages})
             assert error is not None
             assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
@@ -176,12 +205,16 @@ async def test_messages_have_a_largest_number(encoding: HarmonyEncoding, engine:
 
 
 async def test_large_fields_that_are_objects_are_bounded_as_well(gateway: Gateway) -> None:
-    error = await post(gateway, {"messages": [USER], "logit_bias": dict.fromkeys(map(str, range(100_000)), 1)})
+    error = await post(
+        gateway, {"messages": [USER], "logit_bias": dict.fromkeys(map(str, range(100_000)), 1)}
+    )
     assert error is not None
     assert (error["code"], error["param"]) == ("context_length_exceeded", "logit_bias")
 
 
-async def test_schemas_that_cannot_be_measured_are_not_rendered_on_the_loop(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_schemas_that_cannot_be_measured_are_not_rendered_on_the_loop(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """orjson knows no integers above 64 bits, which a Struct can hold."""
     threads: list[threading.Thread] = []
     render = GenerationService._render

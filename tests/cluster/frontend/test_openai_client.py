@@ -26,13 +26,25 @@ WEATHER = {
 
 
 async def test_a_whole_answer(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
-    engine.answer = lambda request: Script(turn(encoding, reasoning="Thinking.", text=TEXT), num_cached_tokens=32)
+    engine.answer = lambda request: Script(
+        turn(encoding, reasoning="Thinking.", text=TEXT), num_cached_tokens=32
+    )
     answer = await gateway.client.chat.completions.create(
-        model=MODEL, messages=HELLO, temperature=0.5, max_completion_tokens=100, seed=7, logit_bias={"5": -100}, presence_penalty=0.5
+        model=MODEL,
+        messages=HELLO,
+        temperature=0.5,
+        max_completion_tokens=100,
+        seed=7,
+        logit_bias={"5": -100},
+        presence_penalty=0.5,
     )
     choice = answer.choices[0]
     assert choice.message.content == TEXT
-    assert choice.message.model_dump()["reasoning"] == choice.message.model_dump()["reasoning_content"] == "Thinking."
+    assert (
+        choice.message.model_dump()["reasoning"]
+        == choice.message.model_dump()["reasoning_content"]
+        == "Thinking."
+    )
     assert choice.finish_reason == "stop"
     assert choice.message.tool_calls is None
     assert answer.id.startswith("chatcmpl-")
@@ -45,7 +57,12 @@ async def test_a_whole_answer(gateway: Gateway, engine: FakeEngine, encoding: Ha
     assert answer.usage.completion_tokens_details is not None
     assert answer.usage.completion_tokens_details.reasoning_tokens == len(encoding.encode("Thinking."))
     sampling = engine.requests[0].sampling
-    assert (sampling.temperature, sampling.max_tokens, sampling.seed, sampling.presence_penalty) == (0.5, 100, 7, 0.5)
+    assert (sampling.temperature, sampling.max_tokens, sampling.seed, sampling.presence_penalty) == (
+        0.5,
+        100,
+        7,
+        0.5,
+    )
     assert sampling.logit_bias == ((5, -100.0),)
     assert set(encoding.stop_token_ids) <= set(sampling.stop_token_ids)
 
@@ -62,11 +79,17 @@ async def test_what_is_left_open_is_filled_in(gateway: Gateway, engine: FakeEngi
 
 
 async def test_a_stream_equals_the_whole_answer(gateway: Gateway) -> None:
-    stream = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True, stream_options={"include_usage": True})
+    stream = await gateway.client.chat.completions.create(
+        model=MODEL, messages=HELLO, stream=True, stream_options={"include_usage": True}
+    )
     chunks = [chunk async for chunk in stream]
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == TEXT
-    reasoning = [chunk.choices[0].delta.model_dump().get("reasoning_content") or "" for chunk in chunks if chunk.choices]
+    reasoning = [
+        chunk.choices[0].delta.model_dump().get("reasoning_content") or ""
+        for chunk in chunks
+        if chunk.choices
+    ]
     assert "".join(reasoning) == "The user greets me."
     finishes = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
     assert finishes[-1] == "stop"
@@ -96,14 +119,18 @@ async def test_tools_round_trip(gateway: Gateway, engine: FakeEngine, encoding: 
     call = ("get_weather", '{"city":"Zürich"}')
     engine.answer = lambda request: Script(turn(encoding, reasoning="I need the weather.", call=call))
     messages: list[object] = [{"role": "user", "content": "Weather in Zürich?"}]
-    asked = await gateway.client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER], tool_choice="auto")  # type: ignore[call-overload]
+    asked = await gateway.client.chat.completions.create(
+        model=MODEL, messages=messages, tools=[WEATHER], tool_choice="auto"
+    )  # type: ignore[call-overload]
     message = asked.choices[0].message
     assert asked.choices[0].finish_reason == "tool_calls"
     assert message.content is None
     assert message.tool_calls[0].function.name == "get_weather"
     assert json.loads(message.tool_calls[0].function.arguments) == {"city": "Zürich"}
 
-    stream = await gateway.client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER], stream=True)  # type: ignore[call-overload]
+    stream = await gateway.client.chat.completions.create(
+        model=MODEL, messages=messages, tools=[WEATHER], stream=True
+    )  # type: ignore[call-overload]
     deltas = [delta async for chunk in stream for delta in chunk.choices[0].delta.tool_calls or []]
     assert (deltas[0].index, deltas[0].type, deltas[0].function.name) == (0, "function", "get_weather")
     assert deltas[0].id.startswith("call_")
@@ -111,7 +138,10 @@ async def test_tools_round_trip(gateway: Gateway, engine: FakeEngine, encoding: 
     assert "".join(delta.function.arguments for delta in deltas) == '{"city":"Zürich"}'
 
     # The client's own message object goes back as it came, with all the fields that it carries.
-    messages += [message.model_dump(), {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "22 °C"}]
+    messages += [
+        message.model_dump(),
+        {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "22 °C"},
+    ]
     engine.answer = lambda request: Script(turn(encoding, text="22 degrees."))
     answered = await gateway.client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER])  # type: ignore[call-overload]
     assert answered.choices[0].message.content == "22 degrees."
@@ -131,7 +161,9 @@ async def test_messages_of_the_clients_helpers_can_be_sent_back(
     if helper == "parse":
         answer = await gateway.client.chat.completions.parse(model=MODEL, messages=HELLO, tools=[strict])
     else:
-        async with gateway.client.chat.completions.stream(model=MODEL, messages=HELLO, tools=[strict]) as stream:
+        async with gateway.client.chat.completions.stream(
+            model=MODEL, messages=HELLO, tools=[strict]
+        ) as stream:
             answer = await stream.get_final_completion()
     message = answer.choices[0].message
     assert message.tool_calls
@@ -139,35 +171,58 @@ async def test_messages_of_the_clients_helpers_can_be_sent_back(
     result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "Rain"}
     engine.answer = lambda request: Script(turn(encoding, text="It rains."))
     for sent_back in (message, {**message.to_dict(), "parsed": None}):
-        last = await gateway.client.chat.completions.create(model=MODEL, messages=[*HELLO, sent_back, result], tools=[strict])
+        last = await gateway.client.chat.completions.create(
+            model=MODEL, messages=[*HELLO, sent_back, result], tools=[strict]
+        )
         assert last.choices[0].message.content == "It rains."
 
 
-async def test_tool_choice_none_hides_the_tools(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
-    await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, tools=[WEATHER], tool_choice="none")  # type: ignore[call-overload]
+async def test_tool_choice_none_hides_the_tools(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
+    await gateway.client.chat.completions.create(
+        model=MODEL, messages=HELLO, tools=[WEATHER], tool_choice="none"
+    )  # type: ignore[call-overload]
     assert "get_weather" not in encoding.decode(engine.requests[0].prompt_token_ids)
 
 
 async def test_logprobs_of_the_text(gateway: Gateway) -> None:
-    answer = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, logprobs=True, top_logprobs=2)
+    answer = await gateway.client.chat.completions.create(
+        model=MODEL, messages=HELLO, logprobs=True, top_logprobs=2
+    )
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.content is not None
     assert bytes(byte for entry in logprobs.content for byte in entry.bytes or []).decode() == TEXT
     assert all(entry.logprob == -0.5 and len(entry.top_logprobs) == 2 for entry in logprobs.content)
     assert logprobs.content[0].top_logprobs[0].token == logprobs.content[0].token
-    stream = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, logprobs=True, stream=True)
-    streamed = [entry async for chunk in stream if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content or []]
+    stream = await gateway.client.chat.completions.create(
+        model=MODEL, messages=HELLO, logprobs=True, stream=True
+    )
+    streamed = [
+        entry
+        async for chunk in stream
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content or []
+    ]
     assert [entry.token for entry in streamed] == [entry.token for entry in logprobs.content]
 
 
-async def test_n_choices_differ_by_seed_only(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+async def test_n_choices_differ_by_seed_only(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
     engine.answer = lambda request: Script(turn(encoding, text=f"Seed {request.sampling.seed}."))
     answer = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, n=3, seed=-1)
-    assert [choice.message.content for choice in answer.choices] == [f"Seed {2**64 - 1}.", "Seed 0.", "Seed 1."]
+    assert [choice.message.content for choice in answer.choices] == [
+        f"Seed {2**64 - 1}.",
+        "Seed 0.",
+        "Seed 1.",
+    ]
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(engine.requests[0].prompt_token_ids)
-    stream = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, n=3, seed=5, stream=True)
+    stream = await gateway.client.chat.completions.create(
+        model=MODEL, messages=HELLO, n=3, seed=5, stream=True
+    )
     texts = ["", "", ""]
     finished = []
     async for chunk in stream:
@@ -177,7 +232,9 @@ async def test_n_choices_differ_by_seed_only(gateway: Gateway, engine: FakeEngin
     assert sorted(finished) == [0, 1, 2]
 
 
-async def test_stop_strings_cancel_the_engine(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+async def test_stop_strings_cancel_the_engine(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
     gate = asyncio.Event()
     ids = turn(encoding, text="alpha beta gamma") + encoding.encode("more")
     before = len(encoding.encode_with_special("<|channel|>final<|message|>alpha beta"))
@@ -206,9 +263,15 @@ async def test_reasoning_is_accepted_under_its_three_names(gateway: Gateway, eng
                 "role": "assistant",
                 "content": None,
                 name: "Because.",
-                "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+                "tool_calls": [
+                    {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                ],
             },
-            {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "o"}, {"type": "text", "text": "k"}]},
+            {
+                "role": "tool",
+                "tool_call_id": "c1",
+                "content": [{"type": "text", "text": "o"}, {"type": "text", "text": "k"}],
+            },
         ]
         await gateway.client.chat.completions.create(model=MODEL, messages=messages)  # type: ignore[arg-type]
         prompts.append(engine.requests[-1].prompt_token_ids)
@@ -216,7 +279,9 @@ async def test_reasoning_is_accepted_under_its_three_names(gateway: Gateway, eng
     assert "Because." in gateway.service.encoding.decode(prompts[0])
 
 
-async def test_effort_identity_and_date_reach_the_prompt(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+async def test_effort_identity_and_date_reach_the_prompt(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
     async def prompt(**fields: object) -> str:
         response = await gateway.http.post("/v1/chat/completions", json={"messages": HELLO, **fields})
         assert response.status_code == 200, response.text
@@ -226,37 +291,59 @@ async def test_effort_identity_and_date_reach_the_prompt(gateway: Gateway, engin
     assert "Reasoning: high" in await prompt(reasoning_effort="high")
     assert "Reasoning: low" in await prompt(reasoning_effort="minimal")
     assert "Reasoning: high" in await prompt(reasoning={"effort": "high"})
-    text = await prompt(chat_template_kwargs={"reasoning_effort": "low", "model_identity": "You are Bo.", "current_date": "2025-05-05"})
+    text = await prompt(
+        chat_template_kwargs={
+            "reasoning_effort": "low",
+            "model_identity": "You are Bo.",
+            "current_date": "2025-05-05",
+        }
+    )
     assert "Reasoning: low" in text
     assert "You are Bo." in text
     assert "2025-05-05" in text
 
 
 async def test_reasoning_can_be_left_out(gateway: Gateway) -> None:
-    answer = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, extra_body={"include_reasoning": False})
+    answer = await gateway.client.chat.completions.create(
+        model=MODEL, messages=HELLO, extra_body={"include_reasoning": False}
+    )
     assert "reasoning" not in answer.choices[0].message.model_dump()
-    stream = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True, extra_body={"include_reasoning": False})
+    stream = await gateway.client.chat.completions.create(
+        model=MODEL, messages=HELLO, stream=True, extra_body={"include_reasoning": False}
+    )
     assert not [chunk async for chunk in stream if "reasoning" in chunk.choices[0].delta.model_dump()]
 
 
-async def test_reasoning_that_is_left_out_keeps_its_token_ids(gateway: Gateway, encoding: HarmonyEncoding) -> None:
+async def test_reasoning_that_is_left_out_keeps_its_token_ids(
+    gateway: Gateway, encoding: HarmonyEncoding
+) -> None:
     body = {"include_reasoning": False, "return_token_ids": True}
-    stream = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True, extra_body=body)
+    stream = await gateway.client.chat.completions.create(
+        model=MODEL, messages=HELLO, stream=True, extra_body=body
+    )
     choices = [chunk.choices[0].model_dump() async for chunk in stream]
     assert not [choice for choice in choices if "reasoning" in choice["delta"]]
     token_ids = [token_id for choice in choices for token_id in choice.get("token_ids", [])]
     assert token_ids == turn(encoding, reasoning="The user greets me.", text=TEXT)
 
 
-async def test_token_ids_are_returned(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+async def test_token_ids_are_returned(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
     ids = turn(encoding, reasoning="The user greets me.", text=TEXT)
-    answer = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, extra_body={"return_token_ids": True})
+    answer = await gateway.client.chat.completions.create(
+        model=MODEL, messages=HELLO, extra_body={"return_token_ids": True}
+    )
     assert tuple(answer.model_dump()["prompt_token_ids"]) == engine.requests[0].prompt_token_ids
     assert answer.choices[0].model_dump()["token_ids"] == ids
-    stream = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True, extra_body={"return_token_ids": True})
+    stream = await gateway.client.chat.completions.create(
+        model=MODEL, messages=HELLO, stream=True, extra_body={"return_token_ids": True}
+    )
     chunks = [chunk.model_dump() async for chunk in stream]
     assert [token_id for chunk in chunks for token_id in chunk["choices"][0].get("token_ids", [])] == ids
-    assert [tuple(chunk["prompt_token_ids"]) for chunk in chunks if "prompt_token_ids" in chunk] == [engine.requests[0].prompt_token_ids]
+    assert [tuple(chunk["prompt_token_ids"]) for chunk in chunks if "prompt_token_ids" in chunk] == [
+        engine.requests[0].prompt_token_ids
+    ]
 
 
 async def test_fields_that_clients_send_and_nobody_needs_are_accepted(gateway: Gateway) -> None:
@@ -275,18 +362,26 @@ async def test_fields_that_clients_send_and_nobody_needs_are_accepted(gateway: G
     )
 
 
-async def test_completions_of_text_ids_and_lists(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+async def test_completions_of_text_ids_and_lists(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
     ids = encoding.encode(" and on it goes")
     engine.answer = lambda request: Script(ids, finish="length")
-    answer = await gateway.client.completions.create(model=MODEL, prompt="<|start|>user<|message|>Once", max_tokens=50)
+    answer = await gateway.client.completions.create(
+        model=MODEL, prompt="<|start|>user<|message|>Once", max_tokens=50
+    )
     assert answer.choices[0].text == " and on it goes"
     assert engine.requests[0].prompt_token_ids[0] == encoding.start
     assert encoding.message in engine.requests[0].prompt_token_ids
     await gateway.client.completions.create(model=MODEL, prompt=[5, 6, 7])
     assert engine.requests[1].prompt_token_ids == (5, 6, 7)
     assert engine.requests[1].sampling.max_tokens == 16
-    several = await gateway.client.completions.create(model=MODEL, prompt=["Once", "Twice"], n=2, seed=10, echo=True)
-    assert [choice.text for choice in several.choices] == [f"{word} and on it goes" for word in ("Once", "Once", "Twice", "Twice")]
+    several = await gateway.client.completions.create(
+        model=MODEL, prompt=["Once", "Twice"], n=2, seed=10, echo=True
+    )
+    assert [choice.text for choice in several.choices] == [
+        f"{word} and on it goes" for word in ("Once", "Once", "Twice", "Twice")
+    ]
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     assert sorted(request.sampling.seed or 0 for request in engine.requests[2:]) == [10, 10, 11, 11]
     assert several.usage is not None
@@ -295,18 +390,26 @@ async def test_completions_of_text_ids_and_lists(gateway: Gateway, engine: FakeE
     assert len(lists.choices) == 2
 
 
-async def test_completions_stream_and_legacy_logprobs(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+async def test_completions_stream_and_legacy_logprobs(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
     ids = encoding.encode(" and on it goes")
     engine.answer = lambda request: Script(ids, finish="length")
-    answer = await gateway.client.completions.create(model=MODEL, prompt="Once", logprobs=2, extra_body={"return_token_ids": True})
+    answer = await gateway.client.completions.create(
+        model=MODEL, prompt="Once", logprobs=2, extra_body={"return_token_ids": True}
+    )
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None
     assert "".join(logprobs.tokens or []) == " and on it goes"
     assert logprobs.token_logprobs == [-0.5] * len(ids)
     assert [len(top) for top in logprobs.top_logprobs or []] == [2] * len(ids)
-    assert [answer.choices[0].text[offset:][:1] for offset in logprobs.text_offset or []] == [token[0] for token in logprobs.tokens or []]
+    assert [answer.choices[0].text[offset:][:1] for offset in logprobs.text_offset or []] == [
+        token[0] for token in logprobs.tokens or []
+    ]
     assert answer.choices[0].model_dump()["token_ids"] == ids
-    stream = await gateway.client.completions.create(model=MODEL, prompt="Once", stream=True, stream_options={"include_usage": True})
+    stream = await gateway.client.completions.create(
+        model=MODEL, prompt="Once", stream=True, stream_options={"include_usage": True}
+    )
     chunks = [chunk async for chunk in stream]
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == " and on it goes"
     assert chunks[-2].choices[0].finish_reason == "length"
@@ -318,8 +421,12 @@ async def test_special_tokens_in_completions_are_skipped_unless_wanted(
     gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
 ) -> None:
     engine.answer = lambda request: Script(turn(encoding, text="Hi"))
-    plain = await gateway.client.completions.create(model=MODEL, prompt="x", extra_body={"add_special_tokens": True})
-    raw = await gateway.client.completions.create(model=MODEL, prompt="x", extra_body={"skip_special_tokens": False})
+    plain = await gateway.client.completions.create(
+        model=MODEL, prompt="x", extra_body={"add_special_tokens": True}
+    )
+    raw = await gateway.client.completions.create(
+        model=MODEL, prompt="x", extra_body={"skip_special_tokens": False}
+    )
     assert plain.choices[0].text == "finalHi"
     assert raw.choices[0].text == "<|channel|>final<|message|>Hi"
     assert raw.choices[0].finish_reason == "stop"
@@ -346,7 +453,11 @@ async def test_models(gateway: Gateway) -> None:
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 async def test_errors_before_the_first_token_have_a_status(
-    gateway: Gateway, engine: FakeEngine, error: errors.CantataError, kind: type[openai.APIStatusError], code: str | None
+    gateway: Gateway,
+    engine: FakeEngine,
+    error: errors.CantataError,
+    kind: type[openai.APIStatusError],
+    code: str | None,
 ) -> None:
     engine.answer = lambda request: Script(refusal=error)
     for stream in (False, True):
@@ -376,19 +487,27 @@ async def test_an_error_after_the_first_token_is_an_event_and_then_the_end(
     assert 'status="503"' in (await gateway.http.get("/metrics")).text
 
 
-async def test_an_abort_of_the_engine_is_an_error(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+async def test_an_abort_of_the_engine_is_an_error(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
     engine.answer = lambda request: Script(turn(encoding, text="one")[:4], finish="abort")
     with pytest.raises(openai.InternalServerError) as caught:
         await gateway.client.chat.completions.create(model=MODEL, messages=HELLO)
     assert caught.value.status_code == 503
 
 
-async def test_thirty_two_streams_at_once(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+async def test_thirty_two_streams_at_once(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
     gate = asyncio.Event()
-    engine.answer = lambda request: Script(turn(encoding, text=f"Answer {request.sampling.seed}."), gate=gate, gate_after=4)
+    engine.answer = lambda request: Script(
+        turn(encoding, text=f"Answer {request.sampling.seed}."), gate=gate, gate_after=4
+    )
 
     async def one(seed: int) -> str:
-        stream = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True, seed=seed)
+        stream = await gateway.client.chat.completions.create(
+            model=MODEL, messages=HELLO, stream=True, seed=seed
+        )
         return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
     streams = [asyncio.create_task(one(seed)) for seed in range(32)]
@@ -408,4 +527,8 @@ async def test_api_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
         assert caught.value.code == "invalid_api_key"
         for path in ("/health", "/ready", "/metrics", "/version"):
             assert (await gateway.http.get(path, headers={"authorization": ""})).status_code == 200
-        assert (await gateway.http.post("/tokenize", json={"prompt": "x"}, headers={"authorization": "Basic first"})).status_code == 401
+        assert (
+            await gateway.http.post(
+                "/tokenize", json={"prompt": "x"}, headers={"authorization": "Basic first"}
+            )
+        ).status_code == 401

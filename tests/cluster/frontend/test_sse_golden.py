@@ -17,14 +17,22 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 CASES = {
     "chat": ("/v1/chat/completions", {"messages": [USER], "stream_options": {"include_usage": True}}),
     "chat_tools": ("/v1/chat/completions", {"messages": [USER], "tools": [TOOL]}),
-    "chat_logprobs": ("/v1/chat/completions", {"messages": [USER], "logprobs": True, "top_logprobs": 1, "return_token_ids": True}),
-    "completions": ("/v1/completions", {"prompt": "Once", "logprobs": 1, "stream_options": {"include_usage": True}}),
+    "chat_logprobs": (
+        "/v1/chat/completions",
+        {"messages": [USER], "logprobs": True, "top_logprobs": 1, "return_token_ids": True},
+    ),
+    "completions": (
+        "/v1/completions",
+        {"prompt": "Once", "logprobs": 1, "stream_options": {"include_usage": True}},
+    ),
 }
 
 
 def script(encoding: HarmonyEncoding, name: str) -> Script:
     if name == "chat_tools":
-        return Script(turn(encoding, reasoning="Call it.", text="One moment.", call=("f", '{"a": "ü"}')), per_message=3)
+        return Script(
+            turn(encoding, reasoning="Call it.", text="One moment.", call=("f", '{"a": "ü"}')), per_message=3
+        )
     return Script(turn(encoding, reasoning="Be kind.", text="Hi 🎉 you!"), per_message=2)
 
 

@@ -14,7 +14,9 @@ from workers.errors import Overloaded
 USER = {"role": "user", "content": "Hello <|end|> there"}
 
 
-async def test_health_is_of_the_process_and_readiness_of_the_replicas(gateway: Gateway, engine: FakeEngine) -> None:
+async def test_health_is_of_the_process_and_readiness_of_the_replicas(
+    gateway: Gateway, engine: FakeEngine
+) -> None:
     assert (await gateway.http.get("/ready")).status_code == 200
     engine.accepting = False
     refused = await gateway.http.get("/ready")
@@ -39,7 +41,9 @@ async def test_tokenize_and_back(gateway: Gateway, encoding: HarmonyEncoding, en
     assert (without["tokens"], without["token_strs"]) == ([], None)
 
 
-async def test_tokenize_of_a_chat_is_the_prompt_that_the_engine_gets(gateway: Gateway, engine: FakeEngine) -> None:
+async def test_tokenize_of_a_chat_is_the_prompt_that_the_engine_gets(
+    gateway: Gateway, engine: FakeEngine
+) -> None:
     chat = {
         "messages": [{"role": "developer", "content": "Be brief."}, USER],
         "tools": [{"type": "function", "function": {"name": "f"}}],
@@ -81,17 +85,25 @@ async def test_metrics_of_all_processes_on_one_page(encoding: HarmonyEncoding, e
     }
 
     def value(name: str, process: str, replica: str, **labels: str) -> float:
-        return samples[(name, *sorted({**labels, "process": process, "replica": replica, "gateway": ""}.items()))]
+        return samples[
+            (name, *sorted({**labels, "process": process, "replica": replica, "gateway": ""}.items()))
+        ]
 
     assert value("cantata_process_up", "gateway", "") == 1
     assert (samples[("cantata_replicas_wanted",)], samples[("cantata_replicas_ready",)]) == (3, 2)
     assert [value("cantata_process_up", "engine", replica) for replica in ("r0", "r1", "r2")] == [1, 1, 0]
-    assert [value("cantata_engine_preemptions_total", "engine", replica) for replica in ("r0", "r1")] == [3, 3]
+    assert [value("cantata_engine_preemptions_total", "engine", replica) for replica in ("r0", "r1")] == [
+        3,
+        3,
+    ]
     path = "/v1/chat/completions"
     assert value("cantata_gateway_requests_total", "gateway", "", endpoint=path, status="200") == 1
     assert value("cantata_gateway_requests_total", "gateway", "", endpoint=path, status="400") == 1
     assert value("cantata_gateway_finished_choices_total", "gateway", "", finish_reason="stop") == 1
-    tokens = {name: value(f"cantata_gateway_{name}_tokens_total", "gateway", "") for name in ("prompt", "cached", "reasoning", "output")}
+    tokens = {
+        name: value(f"cantata_gateway_{name}_tokens_total", "gateway", "")
+        for name in ("prompt", "cached", "reasoning", "output")
+    }
     assert tokens["prompt"] > 0
     assert tokens["output"] > tokens["reasoning"] > 0
     assert value("cantata_gateway_time_to_first_token_seconds_count", "gateway", "") == 1
@@ -99,7 +111,9 @@ async def test_metrics_of_all_processes_on_one_page(encoding: HarmonyEncoding, e
     assert value("cantata_harmony_repairs_total", "gateway", "", kind="no_markup") == 0
 
 
-async def test_requests_that_every_replica_refuses_are_no_generations(gateway: Gateway, engine: FakeEngine) -> None:
+async def test_requests_that_every_replica_refuses_are_no_generations(
+    gateway: Gateway, engine: FakeEngine
+) -> None:
     served = engine.answer
     engine.answer = lambda request: Script(refusal=Overloaded("The queue is full."))
     assert (await gateway.http.post("/v1/chat/completions", json={"messages": [USER]})).status_code == 429
@@ -110,16 +124,25 @@ async def test_requests_that_every_replica_refuses_are_no_generations(gateway: G
     assert f"cantata_gateway_in_flight_requests{label} 0.0" in lines
     engine.answer = served
     assert (await gateway.http.post("/v1/chat/completions", json={"messages": [USER]})).status_code == 200
-    assert f"cantata_gateway_request_duration_seconds_count{label} 1.0" in (await gateway.http.get("/metrics")).text
+    assert (
+        f"cantata_gateway_request_duration_seconds_count{label} 1.0"
+        in (await gateway.http.get("/metrics")).text
+    )
 
 
 async def test_version_and_openapi(gateway: Gateway) -> None:
     version = (await gateway.http.get("/version")).json()["version"]
     document = (await gateway.http.get("/openapi.json")).json()
     assert document["info"]["version"] == version
-    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/ready"} <= set(
-        document["paths"]
-    )
+    assert {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/tokenize",
+        "/detokenize",
+        "/health",
+        "/ready",
+    } <= set(document["paths"])
     schemas = document["components"]["schemas"]
     text = json.dumps(document)
     references = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
@@ -137,7 +160,9 @@ async def test_every_field_of_the_bodies_is_documented(gateway: Gateway) -> None
         assert not missing, f"docs/api.md does not mention {missing} of {name}"
 
 
-async def test_tokens_count_as_they_come(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> None:
+async def test_tokens_count_as_they_come(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
     """A rate over long answers must not stand still while they run and jump when they end."""
     ids = turn(encoding, reasoning="one two three", text="four five six seven")
     gate = asyncio.Event()
@@ -153,7 +178,11 @@ async def test_tokens_count_as_they_come(gateway: Gateway, engine: FakeEngine, e
     gate.set()
     async for _ in stream:
         pass
-    assert [await counted(gateway, kind) for kind in ("output", "cached", "reasoning")] == [len(ids), 3, reasoning]
+    assert [await counted(gateway, kind) for kind in ("output", "cached", "reasoning")] == [
+        len(ids),
+        3,
+        reasoning,
+    ]
 
 
 async def counted(gateway: Gateway, kind: str) -> float:

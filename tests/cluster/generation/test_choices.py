@@ -24,7 +24,13 @@ def encoding(tmp_path: Path) -> HarmonyEncoding:
 
 
 def run(
-    choice: Choice, ids: list[int], *, size: int = 1, finish: FinishReason = "stop", stop_token: int | None = None, logprobs: bool = False
+    choice: Choice,
+    ids: list[int],
+    *,
+    size: int = 1,
+    finish: FinishReason = "stop",
+    stop_token: int | None = None,
+    logprobs: bool = False,
 ) -> list[ChoiceDelta | ChoiceFinish]:
     events: list[ChoiceDelta | ChoiceFinish] = []
     for start in range(0, len(ids), size):
@@ -34,13 +40,22 @@ def run(
         last = start + size >= len(ids)
         entries = tuple(TokenLogprobs(-float(token_id), ()) for token_id in step) if logprobs else ()
         events += choice.push(
-            EngineOutput(step, entries, finish_reason=finish if last else None, stop_token_id=stop_token if last else None)
+            EngineOutput(
+                step,
+                entries,
+                finish_reason=finish if last else None,
+                stop_token_id=stop_token if last else None,
+            )
         )
     return events
 
 
 def text_of(events: list[ChoiceDelta | ChoiceFinish]) -> str:
-    return "".join(event.delta.text for event in events if isinstance(event, ChoiceDelta) and isinstance(event.delta, TextDelta))
+    return "".join(
+        event.delta.text
+        for event in events
+        if isinstance(event, ChoiceDelta) and isinstance(event.delta, TextDelta)
+    )
 
 
 def finish_of(events: list[ChoiceDelta | ChoiceFinish]) -> ChoiceFinish:
@@ -55,7 +70,11 @@ def test_grouping_of_tokens_changes_nothing(encoding: HarmonyEncoding, size: int
     choice = ChatChoice(0, encoding)
     events = run(choice, ids, size=size, stop_token=ids[-1])
     assert text_of(events) == "Grüße 🎉 und mehr."
-    reasoning = [event.delta.text for event in events if isinstance(event, ChoiceDelta) and isinstance(event.delta, ReasoningDelta)]
+    reasoning = [
+        event.delta.text
+        for event in events
+        if isinstance(event, ChoiceDelta) and isinstance(event.delta, ReasoningDelta)
+    ]
     assert "".join(reasoning) == "Let me see."
     assert (finish_of(events).reason, finish_of(events).stop_reason) == ("stop", None)
     assert [token_id for event in events for token_id in event.token_ids] == ids
@@ -65,9 +84,13 @@ def test_grouping_of_tokens_changes_nothing(encoding: HarmonyEncoding, size: int
 
 
 @pytest.mark.parametrize("size", [1, 4, 1000])
-def test_a_stop_string_ends_the_text_before_it_and_is_not_looked_for_in_reasoning(encoding: HarmonyEncoding, size: int) -> None:
+def test_a_stop_string_ends_the_text_before_it_and_is_not_looked_for_in_reasoning(
+    encoding: HarmonyEncoding, size: int
+) -> None:
     ids = turn(encoding, reasoning="One STOP two.", text="alpha STOP beta")
-    events = run(ChatChoice(0, encoding, ["STOP", "never"]), ids, size=size, stop_token=ids[-1], logprobs=True)
+    events = run(
+        ChatChoice(0, encoding, ["STOP", "never"]), ids, size=size, stop_token=ids[-1], logprobs=True
+    )
     assert text_of(events) == "alpha "
     assert (finish_of(events).reason, finish_of(events).stop_reason) == ("stop", "STOP")
     shown = [entry.chosen.text for event in events for entry in event.logprobs]
@@ -96,7 +119,11 @@ def test_logprobs_are_those_of_the_text_tokens(encoding: HarmonyEncoding, size: 
 def test_a_tool_call_has_an_id_with_its_first_piece_only(encoding: HarmonyEncoding) -> None:
     ids = turn(encoding, reasoning="call it", text="One moment.", call=("add", '{"a": 1}'))
     events = run(ChatChoice(3, encoding, tools=["add"]), ids, stop_token=ids[-1])
-    calls = [event.delta for event in events if isinstance(event, ChoiceDelta) and isinstance(event.delta, ToolCallDelta)]
+    calls = [
+        event.delta
+        for event in events
+        if isinstance(event, ChoiceDelta) and isinstance(event.delta, ToolCallDelta)
+    ]
     assert calls[0].name == "add"
     assert calls[0].id is not None
     assert calls[0].id.startswith("call_")
@@ -111,11 +138,23 @@ def test_without_parallel_calls_the_turn_ends_before_the_second(encoding: Harmon
     first = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|end|>"
     ids = encoding.encode_with_special(first + "<|start|>assistant" + first)
     events = run(ChatChoice(0, encoding, tools=["f"], parallel_tool_calls=False), ids)
-    calls = [event.delta for event in events if isinstance(event, ChoiceDelta) and isinstance(event.delta, ToolCallDelta)]
+    calls = [
+        event.delta
+        for event in events
+        if isinstance(event, ChoiceDelta) and isinstance(event.delta, ToolCallDelta)
+    ]
     assert {call.call_index for call in calls} == {0}
     assert finish_of(events).reason == "tool_calls"
     both = run(ChatChoice(0, encoding, tools=["f"]), ids)
-    assert sum(isinstance(event, ChoiceDelta) and isinstance(event.delta, ToolCallDelta) and event.delta.name == "f" for event in both) == 2
+    assert (
+        sum(
+            isinstance(event, ChoiceDelta)
+            and isinstance(event.delta, ToolCallDelta)
+            and event.delta.name == "f"
+            for event in both
+        )
+        == 2
+    )
 
 
 def test_length_inside_a_call_is_length(encoding: HarmonyEncoding) -> None:
@@ -126,7 +165,9 @@ def test_length_inside_a_call_is_length(encoding: HarmonyEncoding) -> None:
 
 def test_length_inside_a_header_shows_nothing_of_it(encoding: HarmonyEncoding) -> None:
     ids = encoding.encode_with_special("<|channel|>commentary to=functions.f")
-    assert run(ChatChoice(0, encoding), ids, finish="length") == [ChoiceFinish(0, "length", token_ids=tuple(ids))]
+    assert run(ChatChoice(0, encoding), ids, finish="length") == [
+        ChoiceFinish(0, "length", token_ids=tuple(ids))
+    ]
 
 
 def test_a_stop_token_of_the_client_is_reported_and_is_no_text(encoding: HarmonyEncoding) -> None:
@@ -136,8 +177,12 @@ def test_a_stop_token_of_the_client_is_reported_and_is_no_text(encoding: Harmony
     assert finish_of(events).stop_reason == ids[-1]
 
 
-def test_a_turn_ends_when_the_model_speaks_for_the_user_unless_eos_is_ignored(encoding: HarmonyEncoding) -> None:
-    ids = encoding.encode_with_special("<|channel|>final<|message|>Hi.<|end|><|start|>user<|message|>More<|end|>")
+def test_a_turn_ends_when_the_model_speaks_for_the_user_unless_eos_is_ignored(
+    encoding: HarmonyEncoding,
+) -> None:
+    ids = encoding.encode_with_special(
+        "<|channel|>final<|message|>Hi.<|end|><|start|>user<|message|>More<|end|>"
+    )
     choice = ChatChoice(0, encoding)
     assert finish_of(run(choice, ids, finish="length")).reason == "stop"
     assert choice.num_tokens < len(ids)
@@ -155,7 +200,13 @@ def test_repairs_are_counted(encoding: HarmonyEncoding) -> None:
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_completion_text_offsets_point_at_the_tokens(encoding: HarmonyEncoding, size: int) -> None:
     ids = encoding.encode_with_special("<|channel|>Grüße 🎉!<|end|>")
-    events = run(CompletionChoice(0, encoding, echo="ab", skip_special_tokens=False), ids, size=size, logprobs=True, finish="length")
+    events = run(
+        CompletionChoice(0, encoding, echo="ab", skip_special_tokens=False),
+        ids,
+        size=size,
+        logprobs=True,
+        finish="length",
+    )
     text = text_of(events)
     assert text == "ab<|channel|>Grüße 🎉!<|end|>"
     entries = [entry for event in events for entry in event.logprobs]
@@ -220,7 +271,11 @@ async def test_whole_answers_join_arguments_in_one_pass() -> None:
     body = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "x"}]})
     over_http = await chat.answer(cast(Generation, Answer()), body, "")
     (call,) = over_http["choices"][0]["message"]["tool_calls"]
-    assert (call["id"], call["function"]["name"], len(call["function"]["arguments"])) == ("call_1", "f", 200 * 200_000)
+    assert (call["id"], call["function"]["name"], len(call["function"]["arguments"])) == (
+        "call_1",
+        "f",
+        200 * 200_000,
+    )
     over_grpc = await grpc_api._response(cast(Generation, Answer()), pb.ChatRequest())
     (message,) = over_grpc.choices[0].message.tool_calls
     assert (message.id, message.name, len(message.arguments)) == ("call_1", "f", 200 * 200_000)

@@ -12,7 +12,15 @@ from jsonschema_specifications import REGISTRY
 
 from cluster.generation.json_schema import MAX_DEPTH, MAX_PATTERN_CHARS, SchemaCheck
 
-VOCABULARIES = ("core", "applicator", "unevaluated", "validation", "meta-data", "format-annotation", "content")
+VOCABULARIES = (
+    "core",
+    "applicator",
+    "unevaluated",
+    "validation",
+    "meta-data",
+    "format-annotation",
+    "content",
+)
 METASCHEMAS = ["https://json-schema.org/draft/2020-12/schema"]
 METASCHEMAS += [f"https://json-schema.org/draft/2020-12/meta/{name}" for name in VOCABULARIES]
 KEYWORDS = sorted({keyword for uri in METASCHEMAS for keyword in REGISTRY.contents(uri)["properties"]})
@@ -22,12 +30,55 @@ SCALARS = st.sampled_from([None, True, False, "string", "object", "a", "#a", "",
 
 def schemas(inner: "st.SearchStrategy[Any]") -> "st.SearchStrategy[Any]":
     named = st.dictionaries(st.sampled_from(["a", "string"]), inner, max_size=2)
-    return st.dictionaries(st.sampled_from(KEYWORDS), inner | named | st.lists(inner, max_size=2), max_size=3) | named
+    return (
+        st.dictionaries(st.sampled_from(KEYWORDS), inner | named | st.lists(inner, max_size=2), max_size=3)
+        | named
+    )
 
 
-SCHEMAS = st.recursive(SCALARS | st.lists(SCALARS, max_size=3), schemas, max_leaves=12).filter(lambda value: isinstance(value, dict))
-PATTERN_PIECES = ["a", "(", ")", "[", "]", "{", "}", "*", "+", "?", "|", "\\", "^", "$", ".", "-", ",", "9", "99999999999999", "ü", "\n"]
-PATTERN_PIECES += ["(?<", "(?:", "(?=", "(?<!", "(?P<", "(?i)", ">", "\\p{L}", "\\u", "\\x", "\\k<", "\\c", "\\1", "\\d", "\\w-"]
+SCHEMAS = st.recursive(SCALARS | st.lists(SCALARS, max_size=3), schemas, max_leaves=12).filter(
+    lambda value: isinstance(value, dict)
+)
+PATTERN_PIECES = [
+    "a",
+    "(",
+    ")",
+    "[",
+    "]",
+    "{",
+    "}",
+    "*",
+    "+",
+    "?",
+    "|",
+    "\\",
+    "^",
+    "$",
+    ".",
+    "-",
+    ",",
+    "9",
+    "99999999999999",
+    "ü",
+    "\n",
+]
+PATTERN_PIECES += [
+    "(?<",
+    "(?:",
+    "(?=",
+    "(?<!",
+    "(?P<",
+    "(?i)",
+    ">",
+    "\\p{L}",
+    "\\u",
+    "\\x",
+    "\\k<",
+    "\\c",
+    "\\1",
+    "\\d",
+    "\\w-",
+]
 
 
 def problem(schema: Any) -> str | None:
@@ -49,7 +100,11 @@ def test_it_agrees_with_the_reference_validator(schema: dict[str, Any]) -> None:
 @pytest.mark.parametrize("keyword", KEYWORDS)
 def test_every_keyword_of_the_draft_is_checked(keyword: str) -> None:
     """Those that take anything are the two that hold a value of the described document."""
-    refused = [value for value in (None, 5, "5", [5], {"a": 5}, True, -1, {}) if problem({"type": "object", keyword: value}) is not None]
+    refused = [
+        value
+        for value in (None, 5, "5", [5], {"a": 5}, True, -1, {})
+        if problem({"type": "object", keyword: value}) is not None
+    ]
     assert bool(refused) == (keyword not in ("const", "default"))
 
 
@@ -62,11 +117,17 @@ def test_no_pattern_raises(pattern: str) -> None:
         assert found is None or "regular expression" in found
 
 
-@pytest.mark.parametrize("pattern", ["a{99999999999999999999}", "(" * 5000 + ")" * 5000, "(", "a)", "[a", "a**", "\\", "a{3,2}", "[z-a]"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["a{99999999999999999999}", "(" * 5000 + ")" * 5000, "(", "a)", "[a", "a**", "\\", "a{3,2}", "[z-a]"],
+)
 def test_patterns_that_are_none_or_too_large_are_named(pattern: str) -> None:
     wrong = "is not a regular expression, or one too large for this server"
     assert problem(with_pattern(pattern)) == f"is not a JSON schema: properties.a.pattern {wrong}"
-    assert problem({"patternProperties": {pattern: {}}}) == f"is not a JSON schema: patternProperties has a name that {wrong}"
+    assert (
+        problem({"patternProperties": {pattern: {}}})
+        == f"is not a JSON schema: patternProperties has a name that {wrong}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,10 @@ async def test_what_waits_is_bounded(pool: TextThreads, monkeypatch: pytest.Monk
     async with asyncio.timeout(LIMIT_S):
         while pool._waiting_chars:  # noqa: ASYNC110 - the thread tells the loop a moment later
             await asyncio.sleep(0.001)
-        assert await pool.run(4 * LARGE_CHARS, lambda: "more than the bound, but alone") == "more than the bound, but alone"
+        assert (
+            await pool.run(4 * LARGE_CHARS, lambda: "more than the bound, but alone")
+            == "more than the bound, but alone"
+        )
 
 
 async def test_work_that_nobody_waits_for_is_not_begun(pool: TextThreads) -> None:

@@ -53,7 +53,12 @@ EVERYTHING_SCHEMA: Mapping[str, object] = {
         "any_list": {"type": "array"},
         "list_of_objects": {
             "type": "array",
-            "items": {"type": "object", "description": "an item", "properties": {"x": {"type": "boolean"}}, "required": ["x"]},
+            "items": {
+                "type": "object",
+                "description": "an item",
+                "properties": {"x": {"type": "boolean"}},
+                "required": ["x"],
+            },
         },
         "union": {"type": ["integer", "string", "null"], "default": None},
         "empty_union": {"type": []},
@@ -63,21 +68,41 @@ EVERYTHING_SCHEMA: Mapping[str, object] = {
         "nested": {
             "type": "object",
             "description": "nested description",
-            "properties": {"deep": {"type": "object", "properties": {"deeper": {"type": "object"}}, "required": ["deeper"]}},
+            "properties": {
+                "deep": {
+                    "type": "object",
+                    "properties": {"deeper": {"type": "object"}},
+                    "required": ["deeper"],
+                }
+            },
             "default": {"b": 1, "a": [True, None, 1.5, "é\u0001"]},
         },
         "one_of": {
             "description": "either",
             "oneOf": [
                 {"type": "string", "description": "either", "default": "s"},
-                {"type": "object", "description": "other", "properties": {"k": {"type": "null"}}, "nullable": True},
+                {
+                    "type": "object",
+                    "description": "other",
+                    "properties": {"k": {"type": "null"}},
+                    "nullable": True,
+                },
                 {"type": "integer", "default": 3, "description": "third"},
                 {"type": "string", "enum": ["p", "q"], "default": "p", "nullable": True},
             ],
             "default": "s",
         },
-        "one_of_described": {"description": "above", "title": "T", "oneOf": [{"type": "string", "description": "first"}, True, {}]},
-        "one_of_enum_default": {"enum": ["v"], "default": "v", "oneOf": [{"type": "string"}], "examples": ["v"]},
+        "one_of_described": {
+            "description": "above",
+            "title": "T",
+            "oneOf": [{"type": "string", "description": "first"}, True, {}],
+        },
+        "one_of_enum_default": {
+            "enum": ["v"],
+            "default": "v",
+            "oneOf": [{"type": "string"}],
+            "examples": ["v"],
+        },
         "one_of_in_list": {
             "type": "array",
             "items": {
@@ -97,7 +122,22 @@ EVERYTHING_SCHEMA: Mapping[str, object] = {
         "weird key ü": {"type": "string"},
         "floats": {
             "type": "number",
-            "default": [0.0, -0.0, 1.0, 1e15, 1e16, 1.5e17, 1e-4, 1e-5, 1.25e-5, 1e-6, 123456.789, 5e-324, 1.7976931348623157e308, -2.5],
+            "default": [
+                0.0,
+                -0.0,
+                1.0,
+                1e15,
+                1e16,
+                1.5e17,
+                1e-4,
+                1e-5,
+                1.25e-5,
+                1e-6,
+                123456.789,
+                5e-324,
+                1.7976931348623157e308,
+                -2.5,
+            ],
         },
         "integers": {"type": "integer", "default": [0, -1, 2**63 - 1, 2**64 - 1, -(2**63)]},
     },
@@ -130,7 +170,10 @@ def hand_written() -> list[Conversation]:
         ToolCall("c", "other-tool_2", "not json"),
     )
     question = user("What is the weather?")
-    system, developer = ChatMessage("system", "Be brief."), ChatMessage("developer", "Speak German.\n\nAlways.")
+    system, developer = (
+        ChatMessage("system", "Be brief."),
+        ChatMessage("developer", "Speak German.\n\nAlways."),
+    )
     histories: list[tuple[ChatMessage, ...]] = [
         (question,),
         (system, question),
@@ -147,8 +190,22 @@ def hand_written() -> list[Conversation]:
         (question, calls(a, content="Let me look.", reasoning="need weather"), result("a", "rain")),
         (question, calls(a, b, c, reasoning="all"), result("c", "3"), result("a", "1"), result("b", "2")),
         (question, calls(a, reasoning="one"), result("a", "1"), calls(c, reasoning="two"), result("c", "")),
-        (question, calls(a, reasoning="old"), result("a", "1"), final("Sunny.", "old too"), user("more"), calls(b, reasoning="new")),
-        (question, calls(a, reasoning="r"), user("stop, something else"), calls(b), result("b", "2"), result("a", "1")),
+        (
+            question,
+            calls(a, reasoning="old"),
+            result("a", "1"),
+            final("Sunny.", "old too"),
+            user("more"),
+            calls(b, reasoning="new"),
+        ),
+        (
+            question,
+            calls(a, reasoning="r"),
+            user("stop, something else"),
+            calls(b),
+            result("b", "2"),
+            result("a", "1"),
+        ),
         (question, calls(a), result("a", "1"), calls(a), result("a", "again")),
         (question, calls(ToolCall("x", "made.up:name", "{}")), result("x", "no such tool")),
         (final("I start."), question),
@@ -166,11 +223,26 @@ def hand_written() -> list[Conversation]:
     ]
     conversations += [Conversation((system, question), tools=definitions) for definitions in tools]
     conversations += [Conversation((question,), tools=definitions) for definitions in tools]
-    conversations += [Conversation((question,), reasoning_effort=effort, current_date="2025-06-28") for effort in ("low", "medium", "high")]
-    conversations.append(Conversation((question,), knowledge_cutoff="2025-01", model_identity="You are a parrot.\nPolly.", current_date=""))
-    conversations += [Conversation((ChatMessage("developer", text), user(text), final(text), user(text))) for text in TEXTS]
     conversations += [
-        Conversation((user("x"), calls(ToolCall("i", "f", text), content=text, reasoning=text), result("i", text))) for text in TEXTS
+        Conversation((question,), reasoning_effort=effort, current_date="2025-06-28")
+        for effort in ("low", "medium", "high")
+    ]
+    conversations.append(
+        Conversation(
+            (question,),
+            knowledge_cutoff="2025-01",
+            model_identity="You are a parrot.\nPolly.",
+            current_date="",
+        )
+    )
+    conversations += [
+        Conversation((ChatMessage("developer", text), user(text), final(text), user(text))) for text in TEXTS
+    ]
+    conversations += [
+        Conversation(
+            (user("x"), calls(ToolCall("i", "f", text), content=text, reasoning=text), result("i", text))
+        )
+        for text in TEXTS
     ]
     return conversations
 
@@ -182,15 +254,24 @@ def generated(count: int, seed: int = 0) -> list[Conversation]:
 
 def _conversation(rng: random.Random) -> Conversation:
     tools = tuple(
-        ToolDefinition(f"tool_{index}", rng.choice(["", "One line.", "Two\nlines."]), rng.choice([None, _object(rng, 3)]))
+        ToolDefinition(
+            f"tool_{index}", rng.choice(["", "One line.", "Two\nlines."]), rng.choice([None, _object(rng, 3)])
+        )
         for index in range(rng.choice([0, 0, 1, 3]))
     )
-    messages: list[ChatMessage] = [ChatMessage(rng.choice(["system", "developer"]), _text(rng)) for _ in range(rng.choice([0, 1, 1, 2]))]  # type: ignore[arg-type]
+    messages: list[ChatMessage] = [
+        ChatMessage(rng.choice(["system", "developer"]), _text(rng)) for _ in range(rng.choice([0, 1, 1, 2]))
+    ]  # type: ignore[arg-type]
     for turn in range(rng.randint(1, 4)):
         messages.append(user(_text(rng), rng.choice([None, None, "carol"])))
         for step in range(rng.choice([0, 0, 1, 2])):
-            made = tuple(ToolCall(f"{turn}-{step}-{k}", f"tool_{rng.randint(0, 3)}", _text(rng)) for k in range(rng.choice([1, 1, 3])))
-            messages.append(calls(*made, content=rng.choice(["", _text(rng)]), reasoning=rng.choice([None, _text(rng)])))
+            made = tuple(
+                ToolCall(f"{turn}-{step}-{k}", f"tool_{rng.randint(0, 3)}", _text(rng))
+                for k in range(rng.choice([1, 1, 3]))
+            )
+            messages.append(
+                calls(*made, content=rng.choice(["", _text(rng)]), reasoning=rng.choice([None, _text(rng)]))
+            )
             messages += rng.sample([result(call.id, _text(rng)) for call in made], rng.randint(0, len(made)))
         if rng.random() < 0.7:
             messages.append(final(_text(rng), rng.choice([None, _text(rng)])))

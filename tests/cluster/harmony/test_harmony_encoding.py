@@ -21,7 +21,11 @@ from workers.errors import CheckpointError
 # Where the tokenizers' regexes and merges are easily wrong: runs of one character, blanks, contractions, scripts, case folding.
 CORPUS = [
     *TEXTS,
-    *(character * count for character in "a= \n\t-1é中A.\u0301" for count in (1, 2, 3, 5, 7, 16, 31, 64, 129)),
+    *(
+        character * count
+        for character in "a= \n\t-1é中A.\u0301"
+        for count in (1, 2, 3, 5, 7, 16, 31, 64, 129)
+    ),
     *(" " * count + "x\n" + "\n" * count + "  y" for count in range(6)),
     "don't DON'T I'll I'LL ſ'ſ 'S K's İi",
     "١٢٣٤٥ ⅷ² 12345678901234567890 1,000.00",
@@ -30,8 +34,12 @@ CORPUS = [
     "\x00\x01\x7f\x80\xa0\xad\u2028\u2029\u3000\ufeff\U0010ffff",
     Path(__file__).read_text(encoding="utf-8"),
 ]
-MIXED = st.text(alphabet=st.sampled_from("aAbZ '\n\r\t/-_=.,:1９²ßſéあ中。、\u0301\u00a0\u200b😀<|>"), max_size=60)
-RELAXED = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MIXED = st.text(
+    alphabet=st.sampled_from("aAbZ '\n\r\t/-_=.,:1９²ßſéあ中。、\u0301\u00a0\u200b😀<|>"), max_size=60
+)
+RELAXED = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def test_encodes_as_oss_harmony(gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding) -> None:
@@ -43,7 +51,9 @@ def test_encodes_as_oss_harmony(gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEnco
 
 @RELAXED
 @given(text=st.text(max_size=60) | MIXED)
-def test_any_text_encodes_as_in_oss_harmony(gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding, text: str) -> None:
+def test_any_text_encodes_as_in_oss_harmony(
+    gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding, text: str
+) -> None:
     ids = gpt_oss.encode(text)
     assert ids == oracle.encode(text, disallowed_special=())
     assert gpt_oss.decode(ids) == text
@@ -58,7 +68,12 @@ def test_demo_vocabulary_loses_nothing(small: HarmonyEncoding, text: str) -> Non
 
 
 def test_special_tokens_in_raw_prompts(gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding) -> None:
-    for text in (*CORPUS, "<|start|>assistant<|channel|>", "<|nothing|><|end|><|reserved_201000|>x<|<|call|>|>", "<|start|><|start|>"):
+    for text in (
+        *CORPUS,
+        "<|start|>assistant<|channel|>",
+        "<|nothing|><|end|><|reserved_201000|>x<|<|call|>|>",
+        "<|start|><|start|>",
+    ):
         ids = gpt_oss.encode_with_special(text)
         assert ids == oracle.encode(text, allowed_special="all")
         assert gpt_oss.decode(ids, skip_special_tokens=False) == text
@@ -68,12 +83,24 @@ def test_bytes_of_every_token(gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncodi
     assert gpt_oss.vocab_size == 201_088
     for token_id in range(199_998):
         assert gpt_oss.token_bytes(token_id) == bytes(oracle._inner.decode_bytes([token_id]))
-    assert all(gpt_oss.token_bytes(token_id) == b"" for token_id in [*range(199_998, 201_088), 201_088, -1, 10**12])
+    assert all(
+        gpt_oss.token_bytes(token_id) == b"" for token_id in [*range(199_998, 201_088), 201_088, -1, 10**12]
+    )
 
 
 def test_special_tokens_are_found_by_name(gpt_oss: HarmonyEncoding, small: HarmonyEncoding) -> None:
-    assert (gpt_oss.return_, gpt_oss.constrain, gpt_oss.channel, gpt_oss.start) == (200_002, 200_003, 200_005, 200_006)
-    assert (gpt_oss.end, gpt_oss.message, gpt_oss.call, gpt_oss.endoftext) == (200_007, 200_008, 200_012, 199_999)
+    assert (gpt_oss.return_, gpt_oss.constrain, gpt_oss.channel, gpt_oss.start) == (
+        200_002,
+        200_003,
+        200_005,
+        200_006,
+    )
+    assert (gpt_oss.end, gpt_oss.message, gpt_oss.call, gpt_oss.endoftext) == (
+        200_007,
+        200_008,
+        200_012,
+        199_999,
+    )
     assert set(gpt_oss.stop_token_ids) == {200_002, 200_012, 199_999}
     assert small.decode([small.start, small.return_], skip_special_tokens=False) == "<|start|><|return|>"
     assert small.start < 4096
@@ -102,7 +129,10 @@ def test_a_character_appears_with_its_last_byte(small: HarmonyEncoding) -> None:
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    text=MIXED | st.lists(st.sampled_from(["word ", "it's\n", " \n", "12 ", "中文 ", ", ", "x"]), max_size=40).map("".join),
+    text=MIXED
+    | st.lists(st.sampled_from(["word ", "it's\n", " \n", "12 ", "中文 ", ", ", "x"]), max_size=40).map(
+        "".join
+    ),
     size=st.integers(1, 9),
 )
 def test_pieces_of_a_long_text_encode_as_the_whole(gpt_oss: HarmonyEncoding, text: str, size: int) -> None:
@@ -190,10 +220,18 @@ def test_ids_beyond_the_models_vocabulary(small_folder: Path) -> None:
 
 def test_truncation_in_the_file_is_ignored(small_folder: Path, tmp_path: Path) -> None:
     def truncate(description: dict) -> None:
-        description["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+        description["truncation"] = {
+            "direction": "Right",
+            "max_length": 3,
+            "strategy": "LongestFirst",
+            "stride": 0,
+        }
 
     folder = edited(small_folder, tmp_path, truncate)
-    assert HarmonyEncoding.load(folder).decode(HarmonyEncoding.load(folder).encode("one two three four five")) == "one two three four five"
+    assert (
+        HarmonyEncoding.load(folder).decode(HarmonyEncoding.load(folder).encode("one two three four five"))
+        == "one two three four five"
+    )
 
 
 _LOAD = """
@@ -212,5 +250,11 @@ print(anonymous_kib() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what others do with freed memory is theirs")
 def test_what_the_parser_of_the_file_leaves_is_given_back(gpt_oss_folder: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", _LOAD, str(gpt_oss_folder)], capture_output=True, text=True, check=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", _LOAD, str(gpt_oss_folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     assert int(run.stdout) < 150 * 1024, "kept are 75 MiB, the parser takes 330"

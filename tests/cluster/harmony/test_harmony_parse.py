@@ -37,7 +37,9 @@ def joined(deltas: Iterable[Delta]) -> list[tuple[str, ...]]:
     return [tuple(item) for item in items]
 
 
-def parse(encoding: HarmonyEncoding, ids: Iterable[int], tools: list[str] | None = None) -> tuple[HarmonyParser, list[tuple[str, ...]]]:
+def parse(
+    encoding: HarmonyEncoding, ids: Iterable[int], tools: list[str] | None = None
+) -> tuple[HarmonyParser, list[tuple[str, ...]]]:
     parser = HarmonyParser(encoding, tools)
     deltas = [delta for token_id in ids for delta in parser.push(token_id)]
     deltas += parser.finish()
@@ -67,7 +69,9 @@ def well_formed_turn(rng: random.Random) -> str:
     for index in range(rng.randint(1, 5)):
         header = rng.choice(HEADERS)
         body = rng.choice([text for text in TEXTS if "<|" not in text])
-        messages.append(f"{'<|start|>assistant' if index else ''}{header}<|message|>{body}{'<|call|>' if 'to=' in header else '<|end|>'}")
+        messages.append(
+            f"{'<|start|>assistant' if index else ''}{header}<|message|>{body}{'<|call|>' if 'to=' in header else '<|end|>'}"
+        )
     return "".join(messages)
 
 
@@ -81,7 +85,9 @@ def spelled(encoding: HarmonyEncoding, ids: list[int], rng: random.Random) -> li
     return out
 
 
-def test_every_state_of_a_well_formed_turn_is_the_oracles(gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding) -> None:
+def test_every_state_of_a_well_formed_turn_is_the_oracles(
+    gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding
+) -> None:
     rng = random.Random(1)
     num_states = 0
     for _ in range(150):
@@ -97,14 +103,19 @@ def test_every_state_of_a_well_formed_turn_is_the_oracles(gpt_oss: HarmonyEncodi
                 bodies[-1] += delta.arguments if isinstance(delta, ToolCallDelta) else delta.text
             if theirs.state is oh.StreamState.CONTENT:
                 assert ours.header is not None
-                assert (ours.header.channel, ours.header.recipient) == (theirs.current_channel, theirs.current_recipient)
+                assert (ours.header.channel, ours.header.recipient) == (
+                    theirs.current_channel,
+                    theirs.current_recipient,
+                )
                 assert bodies[-1] == theirs.current_content
                 num_states += 1
             else:
                 assert ours.header is None
         assert ours.finish() == []
         assert bodies == [message.content[0].text for message in theirs.messages]
-        assert set(ours.repairs) <= {"after_turn"}, "some of these turns go on behind a <|call|>; nothing else is unusual"
+        assert set(ours.repairs) <= {"after_turn"}, (
+            "some of these turns go on behind a <|call|>; nothing else is unusual"
+        )
     assert num_states > 3000
 
 
@@ -130,7 +141,13 @@ def test_part_of_each_token(gpt_oss: HarmonyEncoding) -> None:
         parser.push(token_id)
         parts.append((gpt_oss.decode([token_id], skip_special_tokens=False), parser.part))
     shown = [part for part in parts if part[1] != "markup"]
-    assert shown == [("a", "reasoning"), (" b", "reasoning"), ("c", "text"), (" d", "text"), ("e", "tool_call")]
+    assert shown == [
+        ("a", "reasoning"),
+        (" b", "reasoning"),
+        ("c", "text"),
+        (" d", "text"),
+        ("e", "tool_call"),
+    ]
 
 
 def test_arguments_stream_as_they_come(gpt_oss: HarmonyEncoding) -> None:
@@ -145,38 +162,110 @@ def test_arguments_stream_as_they_come(gpt_oss: HarmonyEncoding) -> None:
 
 ANALYSIS = ("reasoning", "t")
 SHAPES: list[tuple[str, list[tuple[str, ...]], dict[str, int]]] = [
-    ("<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>", [("call", "f", "{}")], {}),
+    (
+        "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>",
+        [("call", "f", "{}")],
+        {},
+    ),
     (" to=functions.f<|channel|>commentary json<|message|>{}<|call|>", [("call", "f", "{}")], {}),
     ("<|channel|>analysis to=functions.f code<|message|>{}<|call|>", [("call", "f", "{}")], {}),
     ("<|channel|>final to=functions.f<|message|>{}<|call|>", [("call", "f", "{}")], {}),
     ("<|channel|>commentary to=functions.f<|constrain|>JSON<|message|>{}<|call|>", [("call", "f", "{}")], {}),
     ("<|channel|>commentary to=functions.f<|message|><|call|>", [("call", "f", "")], {}),
-    (" to=functions.f<|channel|>commentary to=functions.f<|message|>{}<|call|>", [("call", "f", "{}")], {"repeated_recipient": 1}),
-    (" to=functions.f<|channel|>commentary to=functions.g<|message|>{}<|call|>", [("call", "f", "{}")], {"repeated_recipient": 1}),
-    ("<|channel|>commentary to=f<|message|>{}<|call|>", [("call", "f", "{}")], {"recipient_without_namespace": 1}),
-    ("<|channel|>commentary functions.f<|message|>{}<|call|>", [("call", "f", "{}")], {"recipient_without_to": 1}),
-    ("<|channel|>commentary to=functions.f<|channel|>commentary<|message|>{}<|call|>", [("call", "f", "{}")], {"repeated_channel": 1}),
-    ("<|channel|>commentary to=functions.fcommentary<|message|>{}<|call|>", [("call", "f", "{}")], {"recipient_cut": 1}),
+    (
+        " to=functions.f<|channel|>commentary to=functions.f<|message|>{}<|call|>",
+        [("call", "f", "{}")],
+        {"repeated_recipient": 1},
+    ),
+    (
+        " to=functions.f<|channel|>commentary to=functions.g<|message|>{}<|call|>",
+        [("call", "f", "{}")],
+        {"repeated_recipient": 1},
+    ),
+    (
+        "<|channel|>commentary to=f<|message|>{}<|call|>",
+        [("call", "f", "{}")],
+        {"recipient_without_namespace": 1},
+    ),
+    (
+        "<|channel|>commentary functions.f<|message|>{}<|call|>",
+        [("call", "f", "{}")],
+        {"recipient_without_to": 1},
+    ),
+    (
+        "<|channel|>commentary to=functions.f<|channel|>commentary<|message|>{}<|call|>",
+        [("call", "f", "{}")],
+        {"repeated_channel": 1},
+    ),
+    (
+        "<|channel|>commentary to=functions.fcommentary<|message|>{}<|call|>",
+        [("call", "f", "{}")],
+        {"recipient_cut": 1},
+    ),
     ("<|channel|>commentaryto=functions.f<|message|>{}<|call|>", [("call", "f", "{}")], {}),
-    ("<|channel|>commentary to=functions.nope<|message|>{}<|call|>", [("call", "nope", "{}")], {"unknown_tool": 1}),
+    (
+        "<|channel|>commentary to=functions.nope<|message|>{}<|call|>",
+        [("call", "nope", "{}")],
+        {"unknown_tool": 1},
+    ),
     ("<|channel|>commentary to=user<|message|>hi<|end|>", [("text", "hi")], {"recipient_not_a_tool": 1}),
-    ("<|channel|>commentary to=functions.<|message|>hi<|end|>", [("text", "hi")], {"recipient_not_a_tool": 1}),
-    ("<|channel|>commentary to=functions.f<|message|>{}<|end|>", [("call", "f", "{}")], {"call_not_closed": 1}),
-    ("<|channel|>commentary to=functions.f <|constrain|>json<|call|>", [("call", "f", "")], {"missing_message": 1}),
+    (
+        "<|channel|>commentary to=functions.<|message|>hi<|end|>",
+        [("text", "hi")],
+        {"recipient_not_a_tool": 1},
+    ),
+    (
+        "<|channel|>commentary to=functions.f<|message|>{}<|end|>",
+        [("call", "f", "{}")],
+        {"call_not_closed": 1},
+    ),
+    (
+        "<|channel|>commentary to=functions.f <|constrain|>json<|call|>",
+        [("call", "f", "")],
+        {"missing_message": 1},
+    ),
     ("<|channel|>commentary to=functions.f json{}<|call|>", [("call", "f", "{}")], {"missing_message": 1}),
     ("<|channel|>commentary<|message|>hi<|call|>", [("text", "hi")], {"call_without_recipient": 1}),
-    ('<|channel|>analysis<|message|>t<|end|>{"a": 1}<|return|>', [ANALYSIS, ("text", '{"a": 1}')], {"missing_start": 1}),
-    ("<|channel|>analysis<|message|>t<|end|>Some prose.<|return|>", [ANALYSIS, ("text", "Some prose.")], {"missing_start": 1}),
+    (
+        '<|channel|>analysis<|message|>t<|end|>{"a": 1}<|return|>',
+        [ANALYSIS, ("text", '{"a": 1}')],
+        {"missing_start": 1},
+    ),
+    (
+        "<|channel|>analysis<|message|>t<|end|>Some prose.<|return|>",
+        [ANALYSIS, ("text", "Some prose.")],
+        {"missing_start": 1},
+    ),
     (
         "<|channel|>analysis<|message|>t<|end|><|end|><|start|>assistant<|channel|>final<|message|>x<|return|>",
         [ANALYSIS, ("text", "x")],
         {"stray_token": 1},
     ),
-    ("<|channel|>analysis<|message|>t<|end|><|channel|>final<|message|>x<|return|>", [ANALYSIS, ("text", "x")], {"missing_start": 1}),
-    ("<|channel|>analysis<|message|>t<|end|>assistant<|channel|>final<|message|>x", [ANALYSIS, ("text", "x")], {"missing_start": 1}),
-    ("<|channel|>analysis<|message|>t<|channel|>final<|message|>x<|return|>", [ANALYSIS, ("text", "x")], {"missing_end": 1}),
-    ("<|channel|>analysis<|message|>t<|start|>assistant<|channel|>final<|message|>x", [ANALYSIS, ("text", "x")], {"missing_end": 1}),
-    ("<|channel|>analysis<|message|>t<|end|><|start|><|channel|>final<|message|>x", [ANALYSIS, ("text", "x")], {"missing_role": 1}),
+    (
+        "<|channel|>analysis<|message|>t<|end|><|channel|>final<|message|>x<|return|>",
+        [ANALYSIS, ("text", "x")],
+        {"missing_start": 1},
+    ),
+    (
+        "<|channel|>analysis<|message|>t<|end|>assistant<|channel|>final<|message|>x",
+        [ANALYSIS, ("text", "x")],
+        {"missing_start": 1},
+    ),
+    (
+        "<|channel|>analysis<|message|>t<|channel|>final<|message|>x<|return|>",
+        [ANALYSIS, ("text", "x")],
+        {"missing_end": 1},
+    ),
+    (
+        "<|channel|>analysis<|message|>t<|start|>assistant<|channel|>final<|message|>x",
+        [ANALYSIS, ("text", "x")],
+        {"missing_end": 1},
+    ),
+    (
+        "<|channel|>analysis<|message|>t<|end|><|start|><|channel|>final<|message|>x",
+        [ANALYSIS, ("text", "x")],
+        {"missing_role": 1},
+    ),
     ("assistant<|channel|>final<|message|>x<|return|>", [("text", "x")], {"repeated_role": 1}),
     ("Just text.<|return|>", [("text", "Just text.")], {"no_markup": 1}),
     ("final answer: 42<|return|>", [("text", "final answer: 42")], {"no_markup": 1}),
@@ -184,21 +273,41 @@ SHAPES: list[tuple[str, list[tuple[str, ...]], dict[str, int]]] = [
     ("<|message|>x<|return|>", [("text", "x")], {"missing_channel": 1}),
     ("final<|message|>x<|return|>", [("text", "x")], {"channel_without_token": 1}),
     ("<|channel|>final some text<|return|>", [("text", "some text")], {"missing_message": 1}),
-    ("<|channel|>analysis<|constrain|>json<|message|>t<|end|>", [ANALYSIS], {"constrain_without_recipient": 1}),
+    (
+        "<|channel|>analysis<|constrain|>json<|message|>t<|end|>",
+        [ANALYSIS],
+        {"constrain_without_recipient": 1},
+    ),
     ("<|channel|>final <|constrain|>json<|message|>{}<|return|>", [("text", "{}")], {}),
     ("<|channel|>commentary––commentary<|message|>x<|end|>", [("text", "x")], {"unknown_channel": 1}),
     ("<|channel|>analysi<|message|>t<|end|>", [ANALYSIS], {"unknown_channel": 1}),
     ("<|channel|>xyzzy<|message|>x<|end|>", [("text", "x")], {"unknown_channel": 1}),
     ("<|channel|>final what is this<|message|>x<|end|>", [("text", "x")], {"unknown_header_text": 1}),
-    ("<|channel|>final<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>y<|return|>", [("text", "xy")], {}),
-    ("<|channel|>final<|message|>x<|end|><|start|>user<|message|>y<|end|><|start|>assistant", [("text", "x")], {"foreign_role": 1}),
+    (
+        "<|channel|>final<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>y<|return|>",
+        [("text", "xy")],
+        {},
+    ),
+    (
+        "<|channel|>final<|message|>x<|end|><|start|>user<|message|>y<|end|><|start|>assistant",
+        [("text", "x")],
+        {"foreign_role": 1},
+    ),
     (
         "<|channel|>final<|message|>x<|end|><|start|>functions.f to=assistant<|channel|>commentary<|message|>y",
         [("text", "x")],
         {"foreign_role": 1},
     ),
-    ("<|channel|>final<|message|>x<|startoftext|>y<|reserved_3900|><|message|><|constrain|>z", [("text", "xyz")], {"stray_token": 4}),
-    ("<|channel|>final<|message|>x<|return|>more", [("text", "xmore")], {"missing_start": 1, "after_turn": 1}),
+    (
+        "<|channel|>final<|message|>x<|startoftext|>y<|reserved_3900|><|message|><|constrain|>z",
+        [("text", "xyz")],
+        {"stray_token": 4},
+    ),
+    (
+        "<|channel|>final<|message|>x<|return|>more",
+        [("text", "xmore")],
+        {"missing_start": 1, "after_turn": 1},
+    ),
     ("<|channel|>final<|message|>x<|endoftext|>", [("text", "x")], {"end_of_text": 1}),
     ("<|return|>", [], {"empty_message": 1}),
     ("<|channel|>analysis<|message|>t<|end|>to<|return|>", [ANALYSIS, ("text", "to")], {"missing_start": 1}),
@@ -207,7 +316,11 @@ SHAPES: list[tuple[str, list[tuple[str, ...]], dict[str, int]]] = [
         [ANALYSIS, ("text", "x")],
         {"missing_start": 1, "missing_message": 1},
     ),
-    ("<|channel|>analysis<|message|>t<|end|><|message|>x<|return|>", [ANALYSIS, ("text", "x")], {"missing_start": 1, "missing_channel": 1}),
+    (
+        "<|channel|>analysis<|message|>t<|end|><|message|>x<|return|>",
+        [ANALYSIS, ("text", "x")],
+        {"missing_start": 1, "missing_channel": 1},
+    ),
     # Cut off by the length limit: nothing of a header is shown, and nothing is wrong with the format.
     ("", [], {}),
     (" to=func", [], {}),
@@ -221,7 +334,13 @@ SHAPES: list[tuple[str, list[tuple[str, ...]], dict[str, int]]] = [
 
 
 @pytest.mark.parametrize(("text", "items", "repairs"), SHAPES, ids=[shape[0] for shape in SHAPES])
-def test_shapes(small: HarmonyEncoding, gpt_oss: HarmonyEncoding, text: str, items: list[tuple[str, ...]], repairs: dict[str, int]) -> None:
+def test_shapes(
+    small: HarmonyEncoding,
+    gpt_oss: HarmonyEncoding,
+    text: str,
+    items: list[tuple[str, ...]],
+    repairs: dict[str, int],
+) -> None:
     for encoding in (small, gpt_oss):
         ids = encoding.encode_with_special(text.replace("3900", "200013" if encoding is gpt_oss else "3900"))
         for tokens in (ids, spelled(encoding, ids, random.Random(3))):
@@ -268,14 +387,21 @@ def test_a_header_without_end_becomes_text(small: HarmonyEncoding) -> None:
 
 def test_the_longest_names_fit_a_header(gpt_oss: HarmonyEncoding) -> None:
     name = "q_" * 32
-    ids = gpt_oss.encode_with_special(f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{{}}<|call|>")
+    ids = gpt_oss.encode_with_special(
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{{}}<|call|>"
+    )
     byte_ids = {gpt_oss.token_bytes(token_id): token_id for token_id in range(256)}
     ids = [b for i in ids for b in ([byte_ids[bytes([x])] for x in gpt_oss.token_bytes(i)] or [i])]
     assert parse(gpt_oss, ids, [name])[1] == [("call", name, "{}")]
 
 
 def test_names_have_a_bound(small: HarmonyEncoding) -> None:
-    parser, items = parse(small, small.encode_with_special(f"<|channel|>commentary to=functions.{'assistant' * 40}<|message|>{{}}<|call|>"))
+    parser, items = parse(
+        small,
+        small.encode_with_special(
+            f"<|channel|>commentary to=functions.{'assistant' * 40}<|message|>{{}}<|call|>"
+        ),
+    )
     assert items == [("call", ("assistant" * 40)[:128], "{}")]
     assert parser.repairs == {"recipient_cut": 1}
 
@@ -312,19 +438,34 @@ WORDS = (
     "中",
 )
 PIECES = st.lists(st.sampled_from(CONTROL) | st.sampled_from(WORDS), max_size=30).map("".join)
-RELAXED = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(scope="module")
 def plain_ids(small: HarmonyEncoding) -> list[int]:
     """Tokens that cannot spell a control token."""
-    return [i for i in range(small.vocab_size) if i in small.special_ids or not set(small.token_bytes(i)) & set(b"<|>")]
+    return [
+        i
+        for i in range(small.vocab_size)
+        if i in small.special_ids or not set(small.token_bytes(i)) & set(b"<|>")
+    ]
 
 
 @RELAXED
 @given(data=st.data())
 def test_any_ids_give_a_turn(small: HarmonyEncoding, plain_ids: list[int], data: st.DataObject) -> None:
-    harmony = [small.start, small.end, small.message, small.channel, small.constrain, small.return_, small.call, small.endoftext]
+    harmony = [
+        small.start,
+        small.end,
+        small.message,
+        small.channel,
+        small.constrain,
+        small.return_,
+        small.call,
+        small.endoftext,
+    ]
     token = st.sampled_from(plain_ids) | st.sampled_from(harmony) | st.sampled_from([-1, 4096, 10**9])
     ids = data.draw(st.lists(token, max_size=60))
     _, items = parse(small, ids, data.draw(st.sampled_from([None, ["f"]])))
@@ -356,9 +497,10 @@ def test_a_longer_turn_begins_as_the_shorter_one(small: HarmonyEncoding, text: s
 
 @RELAXED
 @given(
-    header=st.lists(st.sampled_from(["zqx", " zqx", " to=functions.zqx", "<|constrain|>zqx", " json", "<|channel|>zqx"]), max_size=6).map(
-        "".join
-    )
+    header=st.lists(
+        st.sampled_from(["zqx", " zqx", " to=functions.zqx", "<|constrain|>zqx", " json", "<|channel|>zqx"]),
+        max_size=6,
+    ).map("".join)
 )
 def test_header_text_is_never_content(small: HarmonyEncoding, header: str) -> None:
     _, items = parse(small, small.encode_with_special(f"<|channel|>analysis {header}<|message|>body<|end|>"))
@@ -380,11 +522,15 @@ def test_body_text_is_never_lost(small: HarmonyEncoding, text: str) -> None:
         deltas = parser.push(token_id)
         if was_body and parser.part != "markup":
             shown += small.token_bytes(token_id)
-            told += "".join(delta.arguments if isinstance(delta, ToolCallDelta) else delta.text for delta in deltas)
+            told += "".join(
+                delta.arguments if isinstance(delta, ToolCallDelta) else delta.text for delta in deltas
+            )
     assert told == shown.decode()
 
 
 def test_after_finish_nothing_happens(small: HarmonyEncoding) -> None:
     parser = HarmonyParser(small)
     parser.finish()
-    assert [parser.push(token_id) for token_id in small.encode_with_special("<|channel|>final<|message|>x")] == [[], [], [], []]
+    assert [
+        parser.push(token_id) for token_id in small.encode_with_special("<|channel|>final<|message|>x")
+    ] == [[], [], [], []]

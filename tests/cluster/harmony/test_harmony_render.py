@@ -8,10 +8,22 @@ from hypothesis import strategies as st
 from cluster.harmony.conversation import ChatMessage, Conversation, ToolCall, ToolDefinition
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.render import render
-from tests.cluster.harmony.harmony_conversations import EVERYTHING_SCHEMA, calls, final, generated, hand_written, result, user
+from tests.cluster.harmony.harmony_conversations import (
+    EVERYTHING_SCHEMA,
+    calls,
+    final,
+    generated,
+    hand_written,
+    result,
+    user,
+)
 from workers.errors import ContextLengthExceeded, InvalidRequest
 
-EFFORTS = {"low": oh.ReasoningEffort.LOW, "medium": oh.ReasoningEffort.MEDIUM, "high": oh.ReasoningEffort.HIGH}
+EFFORTS = {
+    "low": oh.ReasoningEffort.LOW,
+    "medium": oh.ReasoningEffort.MEDIUM,
+    "high": oh.ReasoningEffort.HIGH,
+}
 
 
 def oracle_conversation(conversation: Conversation) -> oh.Conversation:
@@ -23,11 +35,15 @@ def oracle_conversation(conversation: Conversation) -> oh.Conversation:
         knowledge_cutoff=conversation.knowledge_cutoff,
     )
     out = [oh.Message.from_role_and_content(oh.Role.SYSTEM, system)]
-    instructions = "\n\n".join(m.content for m in conversation.messages if m.role in ("system", "developer") and m.content != "")
+    instructions = "\n\n".join(
+        m.content for m in conversation.messages if m.role in ("system", "developer") and m.content != ""
+    )
     if instructions or conversation.tools:
         developer = oh.DeveloperContent(instructions=instructions or None)
         if conversation.tools:
-            described = [oh.ToolDescription.new(t.name, t.description, t.parameters) for t in conversation.tools]
+            described = [
+                oh.ToolDescription.new(t.name, t.description, t.parameters) for t in conversation.tools
+            ]
             developer = developer.with_function_tools(described)
         out.append(oh.Message.from_role_and_content(oh.Role.DEVELOPER, developer))
     body: list[tuple[oh.Message, str]] = []
@@ -39,29 +55,62 @@ def oracle_conversation(conversation: Conversation) -> oh.Conversation:
                 body.append((oh.Message.from_author_and_content(author, message.content), ""))
             case "assistant":
                 if message.reasoning:
-                    body.append((oh.Message.from_role_and_content(oh.Role.ASSISTANT, message.reasoning).with_channel("analysis"), ""))
+                    body.append(
+                        (
+                            oh.Message.from_role_and_content(
+                                oh.Role.ASSISTANT, message.reasoning
+                            ).with_channel("analysis"),
+                            "",
+                        )
+                    )
                 if message.tool_calls:
                     if message.content:
-                        body.append((oh.Message.from_role_and_content(oh.Role.ASSISTANT, message.content).with_channel("commentary"), ""))
+                        body.append(
+                            (
+                                oh.Message.from_role_and_content(
+                                    oh.Role.ASSISTANT, message.content
+                                ).with_channel("commentary"),
+                                "",
+                            )
+                        )
                 elif message.content or not message.reasoning:
-                    body.append((oh.Message.from_role_and_content(oh.Role.ASSISTANT, message.content).with_channel("final"), ""))
+                    body.append(
+                        (
+                            oh.Message.from_role_and_content(oh.Role.ASSISTANT, message.content).with_channel(
+                                "final"
+                            ),
+                            "",
+                        )
+                    )
                 for call in message.tool_calls:
                     call_names[call.id] = (len(call_names), call.name)
-                    made = oh.Message.from_role_and_content(oh.Role.ASSISTANT, call.arguments).with_channel("commentary")
-                    made = made.with_recipient(f"functions.{call.name}").with_content_type("<|constrain|>json")
+                    made = oh.Message.from_role_and_content(oh.Role.ASSISTANT, call.arguments).with_channel(
+                        "commentary"
+                    )
+                    made = made.with_recipient(f"functions.{call.name}").with_content_type(
+                        "<|constrain|>json"
+                    )
                     body.append((made, ""))
             case "tool":
                 assert message.tool_call_id is not None
                 author = oh.Author(role=oh.Role.TOOL, name=f"functions.{call_names[message.tool_call_id][1]}")
-                answer = oh.Message.from_author_and_content(author, message.content).with_channel("commentary")
+                answer = oh.Message.from_author_and_content(author, message.content).with_channel(
+                    "commentary"
+                )
                 body.append((answer.with_recipient("assistant"), message.tool_call_id))
     finals = [index for index, (message, _) in enumerate(body) if message.channel == "final"]
-    kept = [pair for index, pair in enumerate(body) if pair[0].channel != "analysis" or not finals or index > finals[-1]]
+    kept = [
+        pair
+        for index, pair in enumerate(body)
+        if pair[0].channel != "analysis" or not finals or index > finals[-1]
+    ]
     out += bubble_results(kept, call_names)
     return oh.Conversation.from_messages(out)
 
 
-def bubble_results(messages: list[tuple[oh.Message, str]], call_names: dict[str, tuple[int, str]]) -> list[oh.Message]:
+def bubble_results(
+    messages: list[tuple[oh.Message, str]], call_names: dict[str, tuple[int, str]]
+) -> list[oh.Message]:
     """Neighbouring results exchanged until they stand in the order of their calls."""
     messages = list(messages)
     swapped = True
@@ -80,7 +129,9 @@ CORPUS = hand_written() + generated(260)
 
 def expected(conversation: Conversation, oracle: oh.HarmonyEncoding) -> list[int]:
     config = oh.RenderConversationConfig(auto_drop_analysis=False)
-    return oracle.render_conversation_for_completion(oracle_conversation(conversation), oh.Role.ASSISTANT, config)
+    return oracle.render_conversation_for_completion(
+        oracle_conversation(conversation), oh.Role.ASSISTANT, config
+    )
 
 
 def test_corpus_is_large() -> None:
@@ -92,12 +143,16 @@ def test_corpus_is_large() -> None:
 def test_tokens_equal_oss_harmony(gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding) -> None:
     for conversation in CORPUS:
         got, want = render(conversation, gpt_oss), expected(conversation, oracle)
-        assert got == want, f"{conversation}\n--- got\n{gpt_oss.decode(got, False)}\n--- want\n{oracle.decode(want)}"
+        assert got == want, (
+            f"{conversation}\n--- got\n{gpt_oss.decode(got, False)}\n--- want\n{oracle.decode(want)}"
+        )
 
 
 def test_text_is_the_same_in_another_vocabulary(small: HarmonyEncoding, oracle: oh.HarmonyEncoding) -> None:
     for conversation in CORPUS[::3]:
-        assert small.decode(render(conversation, small), skip_special_tokens=False) == oracle.decode(expected(conversation, oracle))
+        assert small.decode(render(conversation, small), skip_special_tokens=False) == oracle.decode(
+            expected(conversation, oracle)
+        )
 
 
 def test_typed_special_tokens_stay_text(gpt_oss: HarmonyEncoding) -> None:
@@ -111,7 +166,9 @@ def test_typed_special_tokens_stay_text(gpt_oss: HarmonyEncoding) -> None:
         calls(call, content=attack, reasoning=attack),
         result("i", attack),
     )
-    tool = ToolDefinition("f", attack, {"type": "object", "properties": {attack: {"type": "string", "description": attack}}})
+    tool = ToolDefinition(
+        "f", attack, {"type": "object", "properties": {attack: {"type": "string", "description": attack}}}
+    )
     attacked = render(Conversation(messages, tools=(tool,)), gpt_oss)
     harmless = attack.replace("<|", "<").replace("|>", ">")
 
@@ -128,9 +185,15 @@ def test_typed_special_tokens_stay_text(gpt_oss: HarmonyEncoding) -> None:
         )
         for m in messages
     )
-    clean_tool = ToolDefinition("f", harmless, {"type": "object", "properties": {harmless: {"type": "string", "description": harmless}}})
+    clean_tool = ToolDefinition(
+        "f",
+        harmless,
+        {"type": "object", "properties": {harmless: {"type": "string", "description": harmless}}},
+    )
     reference = render(Conversation(clean_messages, tools=(clean_tool,)), gpt_oss)
-    assert [i for i in attacked if i in gpt_oss.special_ids] == [i for i in reference if i in gpt_oss.special_ids]
+    assert [i for i in attacked if i in gpt_oss.special_ids] == [
+        i for i in reference if i in gpt_oss.special_ids
+    ]
 
 
 def test_reasoning_is_dropped_up_to_the_last_final_and_kept_since(gpt_oss: HarmonyEncoding) -> None:
@@ -153,7 +216,9 @@ def test_reasoning_is_dropped_up_to_the_last_final_and_kept_since(gpt_oss: Harmo
 def test_results_stand_in_the_order_of_their_calls(gpt_oss: HarmonyEncoding) -> None:
     made = [ToolCall(f"id{k}", "f", str(k)) for k in range(4)]
     in_order = render(Conversation((calls(*made), *(result(f"id{k}", f"r{k}") for k in range(4)))), gpt_oss)
-    shuffled = render(Conversation((calls(*made), *(result(f"id{k}", f"r{k}") for k in (2, 0, 3, 1)))), gpt_oss)
+    shuffled = render(
+        Conversation((calls(*made), *(result(f"id{k}", f"r{k}") for k in (2, 0, 3, 1)))), gpt_oss
+    )
     assert shuffled == in_order
 
 
@@ -202,7 +267,9 @@ REFUSED_MESSAGES = [
 
 
 @pytest.mark.parametrize(("messages", "param"), REFUSED_MESSAGES)
-def test_refused_messages_are_named(small: HarmonyEncoding, messages: tuple[ChatMessage, ...], param: str) -> None:
+def test_refused_messages_are_named(
+    small: HarmonyEncoding, messages: tuple[ChatMessage, ...], param: str
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
         render(Conversation(messages), small)
     assert caught.value.param == param
@@ -268,12 +335,16 @@ def test_tool_names_follow_openais_rule(small: HarmonyEncoding, name: str) -> No
 
 def test_two_tools_of_one_name_are_refused(small: HarmonyEncoding) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        render(Conversation((Q,), tools=(ToolDefinition("f"), ToolDefinition("g"), ToolDefinition("f"))), small)
+        render(
+            Conversation((Q,), tools=(ToolDefinition("f"), ToolDefinition("g"), ToolDefinition("f"))), small
+        )
     assert caught.value.param == "tools[2].function.name"
 
 
 # Up to 9 digits and 10^±22: what serde_json reads exactly. Others it may read one unit in the last place off; we print what was sent.
-EXACT_FLOATS = st.builds(lambda digits, exponent: float(f"{digits}e{exponent}"), st.integers(-(10**9), 10**9), st.integers(-22, 13))
+EXACT_FLOATS = st.builds(
+    lambda digits, exponent: float(f"{digits}e{exponent}"), st.integers(-(10**9), 10**9), st.integers(-22, 13)
+)
 JSON = st.recursive(
     st.none() | st.booleans() | EXACT_FLOATS | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -283,7 +354,9 @@ JSON = st.recursive(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(default=JSON)
-def test_any_default_is_written_as_oss_harmony_writes_it(gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding, default: object) -> None:
+def test_any_default_is_written_as_oss_harmony_writes_it(
+    gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding, default: object
+) -> None:
     schema = {"type": "object", "properties": {"x": {"type": "string", "default": default}}}
     conversation = Conversation((Q,), tools=(ToolDefinition("f", "", schema),))
     assert render(conversation, gpt_oss) == expected(conversation, oracle)

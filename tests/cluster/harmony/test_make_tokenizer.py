@@ -34,7 +34,18 @@ def test_the_same_size_gives_the_same_file(tmp_path: Path) -> None:
 def test_words_become_tokens(tmp_path: Path) -> None:
     write_bpe_tokenizer(tmp_path, 2048)
     encoding = HarmonyEncoding.load(tmp_path)
-    for word in ("assistant", "analysis", "final", "commentary", "functions", "json", " to", " the", " weather", "user"):
+    for word in (
+        "assistant",
+        "analysis",
+        "final",
+        "commentary",
+        "functions",
+        "json",
+        " to",
+        " the",
+        " weather",
+        "user",
+    ):
         assert len(encoding.encode(word)) == 1, word
     text = "The user asks about the weather. We should call the function."
     assert len(encoding.encode(text)) < len(text) / 3
@@ -47,7 +58,9 @@ def test_too_small(tmp_path: Path, vocab_size: int) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_transformers_reads_both(small_folder: Path, gpt_oss_folder: Path, small: HarmonyEncoding, gpt_oss: HarmonyEncoding) -> None:
+def test_transformers_reads_both(
+    small_folder: Path, gpt_oss_folder: Path, small: HarmonyEncoding, gpt_oss: HarmonyEncoding
+) -> None:
     for folder, encoding in ((small_folder, small), (gpt_oss_folder, gpt_oss)):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.encode(TEXT, add_special_tokens=False) == encoding.encode_with_special(TEXT)

@@ -65,7 +65,9 @@ def test_how_replicas_are_replaced_and_what_they_get_to_end(checkpoint: Path) ->
     assert gateway.graceful_shutdown_timeout_s > 99
     # Serve calls `reconfigure` at the start only where there is something, and both take the first call for the start's.
     assert engine.user_config == gateway.user_config == {}
-    (_, _, drain_timeout_s) = build(args)._bound_deployment._replica_config.init_args[0]._bound_deployment._replica_config.init_args
+    (_, _, drain_timeout_s) = (
+        build(args)._bound_deployment._replica_config.init_args[0]._bound_deployment._replica_config.init_args
+    )
     assert drain_timeout_s == 77
 
 
@@ -120,17 +122,34 @@ def test_a_node_without_weights_may_build(checkpoint: Path, caplog: pytest.LogCa
 @pytest.mark.parametrize(
     ("said", "deployments"),
     [
-        ("deployment engine: Serve's autoscaling does not see the requests", {"engine": {"autoscaling_config": {"min_replicas": 1}}}),
-        ("deployment engine: Serve's autoscaling does not see the requests", {"engine": {"num_replicas": "auto"}}),
-        ("deployment gateway: Serve's autoscaling does not see the requests", {"gateway": {"num_replicas": "auto"}}),
-        ("max_body_bytes is no setting that changes at run time", {"gateway": {"user_config": {"max_body_bytes": 1}}}),
-        ("gateway: max_in_flight_requests must be greater than or equal to 1", {"gateway": {"user_config": {"max_in_flight_requests": 0}}}),
+        (
+            "deployment engine: Serve's autoscaling does not see the requests",
+            {"engine": {"autoscaling_config": {"min_replicas": 1}}},
+        ),
+        (
+            "deployment engine: Serve's autoscaling does not see the requests",
+            {"engine": {"num_replicas": "auto"}},
+        ),
+        (
+            "deployment gateway: Serve's autoscaling does not see the requests",
+            {"gateway": {"num_replicas": "auto"}},
+        ),
+        (
+            "max_body_bytes is no setting that changes at run time",
+            {"gateway": {"user_config": {"max_body_bytes": 1}}},
+        ),
+        (
+            "gateway: max_in_flight_requests must be greater than or equal to 1",
+            {"gateway": {"user_config": {"max_in_flight_requests": 0}}},
+        ),
         ("instead of user_config use args.engine", {"engine": {"user_config": {"dtype": "float32"}}}),
     ],
 )
 def test_what_stands_beside_the_arguments(said: str, deployments: dict[str, Any]) -> None:
     config = AppConfig(engine=EngineConfig(Path("somewhere")))
-    check_deployments(config, {"engine": {"num_replicas": 2}, "gateway": {"user_config": {"request_timeout_s": 3}}})
+    check_deployments(
+        config, {"engine": {"num_replicas": 2}, "gateway": {"user_config": {"request_timeout_s": 3}}}
+    )
     with pytest.raises(ConfigError, match=said):
         check_deployments(config, deployments)
 
@@ -145,7 +164,9 @@ class Service:
         self.told.append((defaults, limits))
 
 
-async def test_a_running_gateway_takes_settings_over_and_survives_wrong_ones(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_running_gateway_takes_settings_over_and_survives_wrong_ones(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     gateway = GatewayConfig(request_timeout_s=30, reasoning_effort="low")
     config = AppConfig(engine=EngineConfig(Path("somewhere")), gateway=gateway)
     replica: Any = SimpleNamespace(_config=config, _configured=False, _service=Service())
@@ -155,14 +176,19 @@ async def test_a_running_gateway_takes_settings_over_and_survives_wrong_ones(cap
     await GatewayReplica.reconfigure(replica, {})
     await GatewayReplica.reconfigure(replica, {"max_in_flight_requests": 7, "conversation_date": "none"})
     await GatewayReplica.reconfigure(replica, wrong)
-    assert "goes on with the settings it had: user_config of the deployment gateway: max_in_flight_requests" in caplog.text
+    assert (
+        "goes on with the settings it had: user_config of the deployment gateway: max_in_flight_requests"
+        in caplog.text
+    )
     await GatewayReplica.reconfigure(replica, {"request_timeout_s": None, "reasoning_effort": "high"})
     assert replica._service.told == [
         (ChatDefaults("auto", "low"), Limits(1024, 30)),
         (ChatDefaults("none", "low"), Limits(7, 30)),
         (ChatDefaults("auto", "high"), Limits(1024, None)),
     ]
-    assert {"max_in_flight_requests", "conversation_date", "request_timeout_s", "reasoning_effort"} == set(RUN_TIME_SETTINGS)
+    assert {"max_in_flight_requests", "conversation_date", "request_timeout_s", "reasoning_effort"} == set(
+        RUN_TIME_SETTINGS
+    )
 
 
 async def test_a_running_engine_survives_a_user_config(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,9 @@ workers.errors.ConfigError: cpu_isa is neon, which is not here
 DEATH = "The deployment failed to start 3 times in a row. Error:\nThe actor died unexpectedly.\n"
 
 
-def test_the_reason_is_printed_before_serves_own_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reason_is_printed_before_serves_own_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     serve = pytest.importorskip("ray.serve")
     schema = pytest.importorskip("ray.serve.schema")
 

@@ -38,5 +38,7 @@ def test_ray_knows_the_names_and_takes_the_values() -> None:
     assert constants.RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == HAPROXY_HARD_STOP_S
     # What Ray derives from it: how long the port of a gateway that has ended stays unused.
     assert constants.RAY_SERVE_PORT_QUARANTINE_S == HAPROXY_HARD_STOP_S + 30
-    ports = constants.RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT - constants.RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT
+    ports = (
+        constants.RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT - constants.RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT
+    )
     assert ports == 1000, "as docs/operations.md says"

@@ -15,9 +15,13 @@ from workers.config import EngineConfig, ParallelConfig
 EIGHT_GPUS = {"CPU": 64.0, "GPU": 8.0, "memory": 1e12}
 
 
-def config_of(tensor: int, device: str, *, cpus: float | None = None, start_timeout_s: float = 300.0) -> AppConfig:
+def config_of(
+    tensor: int, device: str, *, cpus: float | None = None, start_timeout_s: float = 300.0
+) -> AppConfig:
     parallel = ParallelConfig(tensor, start_timeout_s=start_timeout_s)
-    return AppConfig(engine=EngineConfig(Path("somewhere"), device=device, parallel=parallel), engine_cpus=cpus)
+    return AppConfig(
+        engine=EngineConfig(Path("somewhere"), device=device, parallel=parallel), engine_cpus=cpus
+    )
 
 
 @pytest.fixture
@@ -33,7 +37,11 @@ class Cluster:
         self.has([])
 
     def has(
-        self, nodes: Sequence[Mapping[str, float]], *, used: Mapping[str, float] | None = None, pending: Sequence[Mapping[str, float]] = ()
+        self,
+        nodes: Sequence[Mapping[str, float]],
+        *,
+        used: Mapping[str, float] | None = None,
+        pending: Sequence[Mapping[str, float]] = (),
     ) -> None:
         total = {name: sum(node.get(name, 0) for node in nodes) for node in nodes for name in node}
         free = {name: amount - (used or {}).get(name, 0) for name, amount in total.items()}
@@ -43,9 +51,13 @@ class Cluster:
         }
         dead = {"Alive": False, "Resources": {"CPU": 1000.0, "GPU": 1000.0}}
         self._patch.setattr(room.ray, "is_initialized", lambda: True)
-        self._patch.setattr(room.ray, "nodes", lambda: [dead, *({"Alive": True, "Resources": dict(node)} for node in nodes)])
+        self._patch.setattr(
+            room.ray, "nodes", lambda: [dead, *({"Alive": True, "Resources": dict(node)} for node in nodes)]
+        )
         self._patch.setattr(room.ray, "cluster_resources", lambda: total)
-        self._patch.setattr(room.ray, "available_resources", lambda: {name: amount for name, amount in free.items() if amount})
+        self._patch.setattr(
+            room.ray, "available_resources", lambda: {name: amount for name, amount in free.items() if amount}
+        )
         self._patch.setattr(room, "placement_group_table", lambda: groups)
 
 
@@ -61,7 +73,9 @@ def test_cpus_are_whole_or_a_part_of_one() -> None:
         config_of(1, "cpu", cpus=2.5)
 
 
-def test_more_ranks_than_cores_share_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_ranks_than_cores_share_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for tensor, replicas, cores, reserved in ((1, 3, 2, 0.66), (4, 1, 2, 0.99), (1, 2, 2, 1), (1, 1, 4, 4)):
         monkeypatch.setattr(launch, "usable_cores", lambda cores=cores: cores)
         monkeypatch.setattr("workers.cores.usable_cores", lambda cores=cores: cores)
@@ -77,9 +91,21 @@ def test_more_ranks_than_cores_share_them(monkeypatch: pytest.MonkeyPatch, capsy
     ("tensor", "replicas", "nodes", "strategy", "said"),
     [
         (8, 1, [EIGHT_GPUS], "STRICT_PACK", None),
-        (8, 2, [EIGHT_GPUS], "STRICT_PACK", "2 replicas of 8 ranks want 16 CPUs and 16 GPUs, free are 64 of 64 CPUs and 8 of 8 GPUs"),
+        (
+            8,
+            2,
+            [EIGHT_GPUS],
+            "STRICT_PACK",
+            "2 replicas of 8 ranks want 16 CPUs and 16 GPUs, free are 64 of 64 CPUs and 8 of 8 GPUs",
+        ),
         (16, 1, [EIGHT_GPUS, EIGHT_GPUS], "PACK", None),
-        (9, 1, [EIGHT_GPUS], "PACK", "1 replica of 9 ranks wants 9 CPUs and 9 GPUs, free are 64 of 64 CPUs and 8 of 8 GPUs"),
+        (
+            9,
+            1,
+            [EIGHT_GPUS],
+            "PACK",
+            "1 replica of 9 ranks wants 9 CPUs and 9 GPUs, free are 64 of 64 CPUs and 8 of 8 GPUs",
+        ),
         # Enough of each, but not on the same nodes.
         (
             2,
@@ -88,12 +114,23 @@ def test_more_ranks_than_cores_share_them(monkeypatch: pytest.MonkeyPatch, capsy
             "PACK",
             "1 replica of 2 ranks wants 2 CPUs and 2 GPUs, free are 64 of 64 CPUs and 8 of 8 GPUs",
         ),
-        (1, 1, [{"CPU": 1.0}], "PACK", "1 replica of 1 rank wants 1 CPU and 1 GPU, free are 1 of 1 CPU and 0 of 0 GPUs"),
+        (
+            1,
+            1,
+            [{"CPU": 1.0}],
+            "PACK",
+            "1 replica of 1 rank wants 1 CPU and 1 GPU, free are 1 of 1 CPU and 0 of 0 GPUs",
+        ),
         (1, 1, [], "PACK", "1 replica of 1 rank wants 1 CPU and 1 GPU, free are 0 of 0 CPUs and 0 of 0 GPUs"),
     ],
 )
 def test_what_fits_and_what_does_not(
-    cluster: Cluster, tensor: int, replicas: int, nodes: list[dict[str, float]], strategy: str, said: str | None
+    cluster: Cluster,
+    tensor: int,
+    replicas: int,
+    nodes: list[dict[str, float]],
+    strategy: str,
+    said: str | None,
 ) -> None:
     cluster.has(nodes)
     bundles = room.replica_bundles(config_of(tensor, "cuda"))
@@ -104,7 +141,10 @@ def test_what_fits_and_what_does_not(
 def test_what_others_use_is_not_free(cluster: Cluster) -> None:
     bundles = room.replica_bundles(config_of(4, "cuda"))
     cluster.has([EIGHT_GPUS], used={"GPU": 6}, pending=[{"CPU": 1.0, "GPU": 1.0}] * 4)
-    assert room.shortage(bundles) == "1 replica of 4 ranks wants 4 CPUs and 4 GPUs, free are 64 of 64 CPUs and 2 of 8 GPUs"
+    assert (
+        room.shortage(bundles)
+        == "1 replica of 4 ranks wants 4 CPUs and 4 GPUs, free are 64 of 64 CPUs and 2 of 8 GPUs"
+    )
     # Our engines have theirs and load; somebody else waits for something else.
     cluster.has([EIGHT_GPUS], used={"GPU": 6}, pending=[{"CPU": 1.0, "GPU": 1.0}] * 5)
     assert room.shortage(bundles) is None
@@ -126,7 +166,10 @@ class Directory:
         ([{"CPU": 4.0}], None),
         ([{"CPU": 4.0, "GPU": 8.0}], None),
         ([{"CPU": 4.0}, {"CPU": 4.0, "GPU": 8.0, "accelerator_type:H100": 1.0}], {"H100"}),
-        ([{"GPU": 8.0, "accelerator_type:H100": 1.0}, {"GPU": 8.0, "accelerator_type:H200": 1.0}], {"H100", "H200"}),
+        (
+            [{"GPU": 8.0, "accelerator_type:H100": 1.0}, {"GPU": 8.0, "accelerator_type:H200": 1.0}],
+            {"H100", "H200"},
+        ),
         ([{"GPU": 8.0, "accelerator_type:H100": 1.0}, {"GPU": 8.0}], None),
     ],
 )
@@ -139,11 +182,18 @@ def test_kinds_of_gpus(cluster: Cluster, nodes: list[Mapping[str, float]], kinds
     ("used", "said"),
     [
         ({}, r"No engine serves, for \d+ s now: there is room, so they are loading or fail"),
-        ({"CPU": 2}, r"No engine can start, for \d+ s now: 1 replica of 4 ranks wants 4 CPUs, free are 2 of 4 CPUs; lower"),
+        (
+            {"CPU": 2},
+            r"No engine can start, for \d+ s now: 1 replica of 4 ranks wants 4 CPUs, free are 2 of 4 CPUs; lower",
+        ),
     ],
 )
 async def test_a_gateway_without_engines_says_what_is_missing_and_waits_on(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, used: dict[str, float], said: str
+    cluster: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    used: dict[str, float],
+    said: str,
 ) -> None:
     cluster.has([{"CPU": 4.0}], used=used, pending=[{"CPU": 1.0}] * 4 if used else [])
     monkeypatch.setattr(gateway, "_REPORT_PERIOD_S", 0.01)

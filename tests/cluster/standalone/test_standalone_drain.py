@@ -28,7 +28,9 @@ class Http:
     should_exit = force_exit = False
 
 
-async def test_requests_left_after_the_grace_period_are_ended_by_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_left_after_the_grace_period_are_ended_by_the_service(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(standalone, "DRAIN_S", 0.05)
     service = Service()
 

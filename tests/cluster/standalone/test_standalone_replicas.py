@@ -18,7 +18,13 @@ async def test_a_dead_engine_stays_on_the_metrics_page_as_down(tmp_path: Path) -
     config = load_config(None, {}, {"engine.model_path": "somewhere/tiny", "replicas": 2})
     living, dying = _engines(config, replicas, tmp_path)
     fakes = [await FakeEngine().start() for _ in range(2)]
-    service = GenerationService(ModelInfo("tiny", 1024, VOCAB_SIZE), make_encoding(tmp_path), replicas, EngineClient(), GatewayMetrics())
+    service = GenerationService(
+        ModelInfo("tiny", 1024, VOCAB_SIZE),
+        make_encoding(tmp_path),
+        replicas,
+        EngineClient(),
+        GatewayMetrics(),
+    )
     try:
         for engine, fake in zip((living, dying), fakes, strict=True):
             engine._set_replica(Replica(engine.name, fake.address, "1"))
@@ -37,5 +43,9 @@ async def test_a_dead_engine_stays_on_the_metrics_page_as_down(tmp_path: Path) -
 async def up(service: GenerationService) -> dict[str, str]:
     """Replica to the value of its `cantata_process_up`."""
     prefix = 'cantata_process_up{gateway="",process="engine",replica="'
-    lines = [line.removeprefix(prefix) for line in (await service.metrics_text()).splitlines() if line.startswith(prefix)]
+    lines = [
+        line.removeprefix(prefix)
+        for line in (await service.metrics_text()).splitlines()
+        if line.startswith(prefix)
+    ]
     return {line.partition('"')[0]: line.rpartition(" ")[2] for line in lines}

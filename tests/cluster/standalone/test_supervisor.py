@@ -78,7 +78,9 @@ async def test_a_dead_child_has_no_address_and_is_replaced(engine: EngineProcess
     assert address(engine) not in (None, addresses[0])
 
 
-async def test_a_child_that_cannot_start_again_is_tried_with_growing_pauses(engine: EngineProcess, tmp_path: Path) -> None:
+async def test_a_child_that_cannot_start_again_is_tried_with_growing_pauses(
+    engine: EngineProcess, tmp_path: Path
+) -> None:
     marker = tmp_path / "broken"
     engine._command = child(f"import os, sys\nif os.path.exists({str(marker)!r}): sys.exit(3)\n" + CHILD)
     await engine.start(20)
@@ -118,8 +120,12 @@ async def test_an_illegal_instruction_is_explained_and_tried_once(tmp_path: Path
     starts = tmp_path / "starts"
     code = f"import os, signal\nopen({str(starts)!r}, 'a').write('x')\nos.kill(os.getpid(), signal.SIGILL)"
     process = EngineProcess("engine", child(code))
-    sentence = re.escape("engine did not start (signal SIGILL, an instruction that this processor does not have: ")
-    with pytest.raises(EngineFailed, match=f"^{sentence}.*--cpu-isa.*CANTATA_CPU_ISA.*portable.*reference") as failed:
+    sentence = re.escape(
+        "engine did not start (signal SIGILL, an instruction that this processor does not have: "
+    )
+    with pytest.raises(
+        EngineFailed, match=f"^{sentence}.*--cpu-isa.*CANTATA_CPU_ISA.*portable.*reference"
+    ) as failed:
         await process.start(20)
     assert (failed.value.code, failed.value.explained) == (-signal.SIGILL, False)
     assert starts.read_text() == "x"
@@ -134,7 +140,9 @@ async def test_a_served_engine_that_only_dies_of_an_instruction_is_given_up(
     # Each second start serves for a moment.
     die = f"if len(open({str(starts)!r}).read()) % 2: print('{{}}', flush=True)\nos.kill(os.getpid(), signal.SIGILL)\n"
     await engine.start(20)
-    engine._command = child("import os, signal" + count + die.replace("{}", '{"address": "a", "start_id": "1"}'))
+    engine._command = child(
+        "import os, signal" + count + die.replace("{}", '{"address": "a", "start_id": "1"}')
+    )
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGILL)
     async with asyncio.timeout(20):
@@ -144,15 +152,21 @@ async def test_a_served_engine_that_only_dies_of_an_instruction_is_given_up(
     assert starts.read_text() == "xxxx"
     assert engine.replica is None
     assert engine.pid is None
-    assert engine.failure.startswith("engine crashed 5 times in a row and is not started again (signal SIGILL, ")
+    assert engine.failure.startswith(
+        "engine crashed 5 times in a row and is not started again (signal SIGILL, "
+    )
     assert engine.failure in caplog.text
 
 
 @pytest.mark.parametrize(("number", "given_up"), [(signal.SIGSEGV, True), (signal.SIGKILL, False)])
-async def test_the_same_crash_at_start_is_given_up(engine: EngineProcess, number: signal.Signals, given_up: bool, tmp_path: Path) -> None:
+async def test_the_same_crash_at_start_is_given_up(
+    engine: EngineProcess, number: signal.Signals, given_up: bool, tmp_path: Path
+) -> None:
     starts = tmp_path / "starts"
     await engine.start(20)
-    engine._command = child(f"import os\nopen({str(starts)!r}, 'a').write('x')\nos.kill(os.getpid(), {number.value})")
+    engine._command = child(
+        f"import os\nopen({str(starts)!r}, 'a').write('x')\nos.kill(os.getpid(), {number.value})"
+    )
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGSEGV)  # while it serves, this does not count
     # One that is killed may have been in the way of others, and is tried on.
@@ -162,7 +176,9 @@ async def test_the_same_crash_at_start_is_given_up(engine: EngineProcess, number
         assert len(starts.read_text()) == supervisor.MAX_SAME_CRASHES
 
 
-async def test_crashes_far_apart_are_not_counted(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_crashes_far_apart_are_not_counted(
+    engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(supervisor, "STABLE_AFTER_S", 0.0)
     await engine.start(20)
     for restart in range(supervisor.MAX_SAME_CRASHES + 1):
@@ -216,11 +232,14 @@ async def test_a_talkative_child_does_not_block(engine: EngineProcess, tmp_path:
 
 
 BEATING = CHILD.replace(
-    "    signal.pause()", "    time.sleep(0.05); num_beats += 1; print(num_beats, flush=True); open(sys.argv[1], 'w').write(str(num_beats))"
+    "    signal.pause()",
+    "    time.sleep(0.05); num_beats += 1; print(num_beats, flush=True); open(sys.argv[1], 'w').write(str(num_beats))",
 ).replace("import json", "num_beats = 0\nimport time, json")
 
 
-async def test_a_child_without_a_heartbeat_is_killed_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_child_without_a_heartbeat_is_killed_and_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
     monkeypatch.setattr(supervisor, "TURN_S", 0.1)
     beats = tmp_path / "beats"
@@ -249,7 +268,9 @@ sleeper.wait()
 """
 
 
-async def test_what_a_dead_child_has_started_is_gone_before_the_next_one_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_a_dead_child_has_started_is_gone_before_the_next_one_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even if it is stopped: it would keep its memory, of a GPU for example."""
     monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
     (tmp_path / "started").touch()

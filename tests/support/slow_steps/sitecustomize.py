@@ -17,7 +17,9 @@ _STEP_S = float(os.environ.get("CANTATA_TEST_STEP_S", "0"))
 class _Slowing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Loads the module as ever, then changes it."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name != _MODULE:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)

@@ -13,7 +13,14 @@ from tests.support.fake_executor import MODEL, VOCAB, FakeExecutor
 from workers.config import CacheConfig, EngineConfig, SchedulerConfig
 from workers.engine.engine import Engine
 from workers.engine.stream import OutputStream, ThreadReader
-from workers.errors import ConfigError, ContextLengthExceeded, DeadlineExceeded, EngineDead, InvalidRequest, Overloaded
+from workers.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EngineDead,
+    InvalidRequest,
+    Overloaded,
+)
 from workers.request import EngineOutput, EngineRequest, SamplingParams
 
 WAIT_S = 20.0
@@ -21,7 +28,9 @@ WAIT_S = 20.0
 
 @contextmanager
 def running(executor: FakeExecutor, *, max_model_len: int | None = None, **limits: int) -> Iterator[Engine]:
-    config = EngineConfig(Path("nowhere"), max_model_len=max_model_len, cache=CacheConfig(), scheduler=SchedulerConfig(**limits))
+    config = EngineConfig(
+        Path("nowhere"), max_model_len=max_model_len, cache=CacheConfig(), scheduler=SchedulerConfig(**limits)
+    )
     executor.max_model_len = max_model_len or MODEL.max_context_len
     engine = Engine(config, MODEL, executor, check_integrity=True)
     engine.start()
@@ -32,7 +41,9 @@ def running(executor: FakeExecutor, *, max_model_len: int | None = None, **limit
         engine.shutdown()
 
 
-def request(*prompt: int, deadline_s: float | None = None, output: tuple[int, ...] = (), **sampling: object) -> EngineRequest:
+def request(
+    *prompt: int, deadline_s: float | None = None, output: tuple[int, ...] = (), **sampling: object
+) -> EngineRequest:
     return EngineRequest("r", prompt or (1,), SamplingParams(seed=0, **sampling), output, deadline_s)
 
 
@@ -49,7 +60,11 @@ def read_all(reader: ThreadReader, *streams: OutputStream) -> list[EngineOutput]
         last = parts[-1]
         tokens = tuple(token for part in parts for token in part.token_ids)
         logprobs = tuple(entry for part in parts for entry in part.logprobs)
-        joined.append(EngineOutput(tokens, logprobs, last.finish_reason, last.stop_token_id, last.num_cached_tokens, last.error))
+        joined.append(
+            EngineOutput(
+                tokens, logprobs, last.finish_reason, last.stop_token_id, last.num_cached_tokens, last.error
+            )
+        )
     return joined
 
 
@@ -84,8 +99,14 @@ def test_logprobs_come_one_for_each_token() -> None:
     [
         (request(5, output=(6, 7), max_tokens=4), EngineOutput((8, 9), finish_reason="length")),
         (request(5, output=(6, 7), max_tokens=2), EngineOutput((), finish_reason="length")),
-        (request(5, output=(6, 999), max_tokens=9), EngineOutput((), finish_reason="stop", stop_token_id=999)),
-        (request(5, output=(6, 999), max_tokens=4, min_tokens=2), EngineOutput((0, 1), finish_reason="length")),
+        (
+            request(5, output=(6, 999), max_tokens=9),
+            EngineOutput((), finish_reason="stop", stop_token_id=999),
+        ),
+        (
+            request(5, output=(6, 999), max_tokens=4, min_tokens=2),
+            EngineOutput((0, 1), finish_reason="length"),
+        ),
     ],
     ids=["goes on", "at max_tokens", "behind a stop token", "stop token before min_tokens"],
 )
@@ -184,7 +205,10 @@ def test_requests_that_cannot_run_are_refused_at_once() -> None:
 
 
 def test_a_context_beyond_the_models_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="max_model_len must be 2 to 512"), running(FakeExecutor(), max_model_len=513):
+    with (
+        pytest.raises(ConfigError, match="max_model_len must be 2 to 512"),
+        running(FakeExecutor(), max_model_len=513),
+    ):
         pass
 
 
@@ -193,7 +217,12 @@ def test_an_executor_failure_ends_everything_and_the_engine() -> None:
     executor = FakeExecutor()
     executor.fail_at_step = 4
     died = threading.Event()
-    engine = Engine(EngineConfig(Path("nowhere"), scheduler=SchedulerConfig(max_num_seqs=2)), MODEL, executor, on_death=died.set)
+    engine = Engine(
+        EngineConfig(Path("nowhere"), scheduler=SchedulerConfig(max_num_seqs=2)),
+        MODEL,
+        executor,
+        on_death=died.set,
+    )
     engine.start()
     executor.gate.clear()
     streams = [engine.submit(request(1, max_tokens=100), reader) for _ in range(4)]
@@ -348,7 +377,9 @@ def test_metrics_count_what_happened() -> None:
         'cantata_engine_kv_usage_ratio{group="full"} 0.0',
     ):
         assert line in text, line
-    cached = next(line for line in text.splitlines() if line.startswith("cantata_engine_cached_tokens_total "))
+    cached = next(
+        line for line in text.splitlines() if line.startswith("cantata_engine_cached_tokens_total ")
+    )
     assert float(cached.split()[1]) >= 32
 
 
@@ -365,7 +396,9 @@ def test_a_crowd_that_comes_leaves_and_is_preempted_ends_once_each() -> None:
                 prompt = tuple(draw.randrange(900) for _ in range(draw.randrange(1, 60)))
                 max_tokens = draw.randrange(1, 100)
                 deadline_s = draw.choice([None, None, 0.02])
-                stream = engine.submit(request(*prompt, max_tokens=max_tokens, ignore_eos=True, deadline_s=deadline_s), reader)
+                stream = engine.submit(
+                    request(*prompt, max_tokens=max_tokens, ignore_eos=True, deadline_s=deadline_s), reader
+                )
                 if draw.random() < 0.2:
                     engine.abort(stream)
                 [output] = read_all(reader, stream)
@@ -385,5 +418,7 @@ def test_a_crowd_that_comes_leaves_and_is_preempted_ends_once_each() -> None:
             assert not thread.is_alive()
         assert engine.drain(WAIT_S) == 0
         assert engine.error is None
-        assert "cantata_engine_preemptions_total 0.0" not in engine.metrics.render(), "the pool was meant to be too small"
+        assert "cantata_engine_preemptions_total 0.0" not in engine.metrics.render(), (
+            "the pool was meant to be too small"
+        )
     assert failures == []

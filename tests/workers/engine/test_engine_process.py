@@ -63,7 +63,9 @@ def wait_ready(process: subprocess.Popen[str]) -> Ready:
 
 
 def config_for(checkpoint: Path) -> EngineConfig:
-    return EngineConfig(checkpoint, dtype="float32", max_model_len=512, cache=CacheConfig(memory_bytes=4 << 20))
+    return EngineConfig(
+        checkpoint, dtype="float32", max_model_len=512, cache=CacheConfig(memory_bytes=4 << 20)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +92,15 @@ def test_serves_and_ends_cleanly_on_sigterm(checkpoint: Path, children: list[sub
         info = stub.GetInfo(pb.GetInfoRequest(), timeout=10)
         assert (info.vocab_size, info.max_model_len, info.dtype) == (TINY.vocab_size, 512, "float32")
         sampling = pb.SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
-        call = stub.Generate(pb.GenerateRequest(request_id="r", prompt_token_ids=[1, 2], sampling=sampling), timeout=60)
+        call = stub.Generate(
+            pb.GenerateRequest(request_id="r", prompt_token_ids=[1, 2], sampling=sampling), timeout=60
+        )
         responses = [next(call)]
         process.send_signal(signal.SIGTERM)
         responses += list(call)
-        assert sum(len(response.token_ids) for response in responses) == 60, "SIGTERM lets running requests end"
+        assert sum(len(response.token_ids) for response in responses) == 60, (
+            "SIGTERM lets running requests end"
+        )
         assert responses[-1].finish_reason == pb.FINISH_REASON_LENGTH
     rest, errors = process.communicate(timeout=STOP_TIMEOUT_S)
     assert process.returncode == 0
@@ -114,7 +120,9 @@ def test_a_second_signal_does_not_wait(checkpoint: Path, children: list[subproce
     with grpc.insecure_channel(ready.address) as channel:
         stub = ready.stub(channel)
         sampling = pb.SamplingParams(temperature=0.0, ignore_eos=True)
-        call = stub.Generate(pb.GenerateRequest(request_id="r", prompt_token_ids=[1, 2], sampling=sampling), timeout=60)
+        call = stub.Generate(
+            pb.GenerateRequest(request_id="r", prompt_token_ids=[1, 2], sampling=sampling), timeout=60
+        )
         next(call)
         process.send_signal(signal.SIGINT)
         deadline = time.monotonic() + 20
@@ -159,7 +167,10 @@ def test_a_half_written_checkpoint_is_one_sentence_and_exit_code_1(
     assert str(folder) in one_sentence(errors)
 
 
-@pytest.mark.parametrize("fault", ["no folder", "no config", "not JSON", "a limit of zero", "a taken port", "no such configuration file"])
+@pytest.mark.parametrize(
+    "fault",
+    ["no folder", "no config", "not JSON", "a limit of zero", "a taken port", "no such configuration file"],
+)
 def test_what_cannot_start_is_one_sentence_and_exit_code_1(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,12 +179,32 @@ def test_what_cannot_start_is_one_sentence_and_exit_code_1(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         config, address, expected = {
-            "no folder": (engine_config_to_json(config_for(tmp_path / "nothing")), "127.0.0.1:0", "nothing is not a folder"),
-            "no config": (engine_config_to_json(config_for(tmp_path / "empty")), "127.0.0.1:0", "config.json is missing"),
+            "no folder": (
+                engine_config_to_json(config_for(tmp_path / "nothing")),
+                "127.0.0.1:0",
+                "nothing is not a folder",
+            ),
+            "no config": (
+                engine_config_to_json(config_for(tmp_path / "empty")),
+                "127.0.0.1:0",
+                "config.json is missing",
+            ),
             "not JSON": ("{", "127.0.0.1:0", "not JSON"),
-            "a limit of zero": (str(tmp_path / "file.json"), "127.0.0.1:0", "max_num_seqs must be at least 1, got 0"),
-            "a taken port": (engine_config_to_json(config_for(tmp_path)), f"127.0.0.1:{port}", f"cannot listen on 127.0.0.1:{port}"),
-            "no such configuration file": (str(tmp_path / "absent.json"), "127.0.0.1:0", "absent.json cannot be read"),
+            "a limit of zero": (
+                str(tmp_path / "file.json"),
+                "127.0.0.1:0",
+                "max_num_seqs must be at least 1, got 0",
+            ),
+            "a taken port": (
+                engine_config_to_json(config_for(tmp_path)),
+                f"127.0.0.1:{port}",
+                f"cannot listen on 127.0.0.1:{port}",
+            ),
+            "no such configuration file": (
+                str(tmp_path / "absent.json"),
+                "127.0.0.1:0",
+                "absent.json cannot be read",
+            ),
         }[fault]
         monkeypatch.setattr(sys, "argv", ["engine", "--config", config, "--address", address])
         monkeypatch.setenv(SECRET_VARIABLE, "a secret of some length")
@@ -184,7 +215,9 @@ def test_what_cannot_start_is_one_sentence_and_exit_code_1(
 
 
 def test_the_configuration_survives_json() -> None:
-    config = EngineConfig(Path("/models/x"), "float32", "cpu", 4096, CacheConfig(1 << 30, False), SchedulerConfig(7, 8, 9))
+    config = EngineConfig(
+        Path("/models/x"), "float32", "cpu", 4096, CacheConfig(1 << 30, False), SchedulerConfig(7, 8, 9)
+    )
     assert engine_config_from_json(engine_config_to_json(config)) == config
     assert engine_config_from_json('{"model_path": "x"}') == EngineConfig(Path("x"))
     assert replace(config, cache=CacheConfig()) != config

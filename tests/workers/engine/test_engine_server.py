@@ -42,7 +42,9 @@ def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "fake-model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG_JSON))
-    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")  # what the fingerprint reads; the executor reads nothing
+    save_file(
+        {"weight": torch.zeros(1)}, folder / "model.safetensors"
+    )  # what the fingerprint reads; the executor reads nothing
     return folder
 
 
@@ -80,7 +82,9 @@ async def served(checkpoint: Path) -> AsyncIterator[Served]:
 
 
 def generate(*prompt: int, **sampling: object) -> pb.GenerateRequest:
-    return pb.GenerateRequest(request_id="r", prompt_token_ids=prompt or (1,), sampling=pb.SamplingParams(**sampling))
+    return pb.GenerateRequest(
+        request_id="r", prompt_token_ids=prompt or (1,), sampling=pb.SamplingParams(**sampling)
+    )
 
 
 async def status_of(call: Awaitable[object]) -> grpc.aio.AioRpcError:
@@ -103,10 +107,16 @@ async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> float
 
 
 async def test_generate_streams_tokens_and_one_finish_reason(served: Served) -> None:
-    responses = [response async for response in served.stub.Generate(generate(5, 6, max_tokens=20, logprobs=0))]
+    responses = [
+        response async for response in served.stub.Generate(generate(5, 6, max_tokens=20, logprobs=0))
+    ]
     assert [token for response in responses for token in response.token_ids] == list(range(7, 27))
-    assert [entry.logprob for response in responses for entry in response.logprobs] == [-float(token) for token in range(7, 27)]
-    assert [response.finish_reason for response in responses[:-1]] == [pb.FINISH_REASON_UNSPECIFIED] * (len(responses) - 1)
+    assert [entry.logprob for response in responses for entry in response.logprobs] == [
+        -float(token) for token in range(7, 27)
+    ]
+    assert [response.finish_reason for response in responses[:-1]] == [pb.FINISH_REASON_UNSPECIFIED] * (
+        len(responses) - 1
+    )
     assert responses[-1].finish_reason == pb.FINISH_REASON_LENGTH
 
 
@@ -174,7 +184,9 @@ async def test_a_client_that_leaves_is_aborted_within_100_ms(served: Served) -> 
 async def test_a_client_whose_connection_breaks_is_aborted(served: Served) -> None:
     served.executor.before_step = lambda plan: time.sleep(0.005)
     channel = grpc.aio.insecure_channel(served.address)
-    await first(engine_pb2_grpc.EngineStub(channel).Generate(generate(1, max_tokens=100_000, ignore_eos=True)))
+    await first(
+        engine_pb2_grpc.EngineStub(channel).Generate(generate(1, max_tokens=100_000, ignore_eos=True))
+    )
     await channel.close()
     assert await until(lambda: served.server.engine.load().num_running == 0) < 0.5
 
@@ -192,7 +204,9 @@ async def test_a_reader_that_does_not_read_gets_many_tokens_a_message(served: Se
     # the other tokens wait in the stream.
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
     channel = grpc.aio.insecure_channel(served.address, options=options)
-    call = engine_pb2_grpc.EngineStub(channel).Generate(generate(1, max_tokens=4000, ignore_eos=True, logprobs=20))
+    call = engine_pb2_grpc.EngineStub(channel).Generate(
+        generate(1, max_tokens=4000, ignore_eos=True, logprobs=20)
+    )
     sizes = [len((await first(call)).token_ids)]
     await until(lambda: served.server.engine.load().num_running == 0)
     sizes += [len(response.token_ids) async for response in call]
@@ -222,7 +236,9 @@ async def test_a_dead_engine_is_unavailable_and_not_serving(served: Served) -> N
     assert not (await served.stub.GetLoad(pb.GetLoadRequest())).accepting
 
 
-async def test_an_unexpected_failure_is_internal_and_says_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unexpected_failure_is_internal_and_says_nothing(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def explode(*_: object) -> None:
         raise ZeroDivisionError("a secret")
 
@@ -281,7 +297,12 @@ async def test_stop_ends_streams_with_unavailable(served: Served) -> None:
 
 async def test_info_load_and_metrics(served: Served) -> None:
     info = convert.info_from_wire(await served.stub.GetInfo(pb.GetInfoRequest()))
-    assert (info.model_name, info.vocab_size, info.max_model_len, info.block_size) == ("fake-model", VOCAB, 140_000, 16)
+    assert (info.model_name, info.vocab_size, info.max_model_len, info.block_size) == (
+        "fake-model",
+        VOCAB,
+        140_000,
+        16,
+    )
     assert info.kv_capacity_tokens == 8999 * 16
     assert info.model_fingerprint
     load = convert.load_from_wire(await served.stub.GetLoad(pb.GetLoadRequest()))
@@ -308,7 +329,9 @@ async def test_health_and_reflection(served: Served) -> None:
 SECRET = "a secret of some length"
 
 
-def _calls(served: Served, metadata: tuple[tuple[str, str], ...]) -> dict[str, Callable[[], Awaitable[object]]]:
+def _calls(
+    served: Served, metadata: tuple[tuple[str, str], ...]
+) -> dict[str, Callable[[], Awaitable[object]]]:
     """Every kind of call, by name."""
     stub, health = served.stub, health_pb2_grpc.HealthStub(served.channel)
     reflection = reflection_pb2_grpc.ServerReflectionStub(served.channel)
@@ -331,7 +354,9 @@ async def test_on_tcp_a_call_needs_the_engine_s_secret(checkpoint: Path) -> None
                 assert (await status_of(call())).code() == grpc.StatusCode.UNAUTHENTICATED, name
         assert served.server.engine.load().accepting, "nobody has drained it"
         assert served.executor.plans == []
-        assert await _health(served, SERVICE) == health_pb2.HealthCheckResponse.SERVING, "probes cannot send a secret"
+        assert await _health(served, SERVICE) == health_pb2.HealthCheckResponse.SERVING, (
+            "probes cannot send a secret"
+        )
         for name, call in _calls(served, authorization(SECRET)).items():
             assert await call() is not None, name
 
@@ -347,7 +372,9 @@ async def test_only_its_user_reaches_a_unix_socket(served: Served) -> None:
     assert [os.stat(name).st_mode & 0o777 for name in (path, os.path.dirname(path))] == [0o600, 0o700]
     if os.geteuid() == 0:
         other = "import os, socket, sys; os.setgid(65534); os.setuid(65534); socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
-        process = await asyncio.create_subprocess_exec(sys.executable, "-c", other, path, stderr=asyncio.subprocess.PIPE)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", other, path, stderr=asyncio.subprocess.PIPE
+        )
         assert b"Permission denied" in (await process.communicate())[1]
 
 
@@ -368,7 +395,9 @@ async def test_a_request_without_a_seed_gets_one(served: Served) -> None:
     assert None not in seeds
 
 
-async def test_a_taken_port_and_a_missing_checkpoint_fail_with_one_sentence(served: Served, tmp_path: Path) -> None:
+async def test_a_taken_port_and_a_missing_checkpoint_fail_with_one_sentence(
+    served: Served, tmp_path: Path
+) -> None:
     server = EngineServer(executor_factory=lambda config, model: FakeExecutor(), secret=SECRET)
     with pytest.raises(ConfigError, match="cannot listen on"):
         await server.start(served.config, served.address)
@@ -378,10 +407,14 @@ async def test_a_taken_port_and_a_missing_checkpoint_fail_with_one_sentence(serv
 
 
 async def test_the_scrape_port_is_served_and_closed(checkpoint: Path) -> None:
-    server = EngineServer(executor_factory=lambda config, model: FakeExecutor(9000, 9000, max_model_len=140_000), secret=SECRET)
+    server = EngineServer(
+        executor_factory=lambda config, model: FakeExecutor(9000, 9000, max_model_len=140_000), secret=SECRET
+    )
     await server.start(EngineConfig(checkpoint), "127.0.0.1:0", metrics_port=0)
     address = server.metrics_address
-    text = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{address}/metrics", timeout=5).read().decode())
+    text = await asyncio.to_thread(
+        lambda: urllib.request.urlopen(f"http://{address}/metrics", timeout=5).read().decode()
+    )
     assert "cantata_engine_waiting_requests 0.0" in text
     await server.stop()
     assert server.metrics_address is None

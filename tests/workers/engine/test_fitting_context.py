@@ -47,7 +47,9 @@ def config_of(checkpoint: Path, *, max_model_len: int | None = None, num_ranks: 
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_an_engine_has_the_context_that_fits(checkpoint: Path, num_ranks: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_engine_has_the_context_that_fits(
+    checkpoint: Path, num_ranks: int, caplog: pytest.LogCaptureFixture
+) -> None:
     with LLM(
         checkpoint,
         dtype="float32",
@@ -58,30 +60,46 @@ def test_an_engine_has_the_context_that_fits(checkpoint: Path, num_ranks: int, c
     ) as llm:
         assert llm.info.max_model_len == llm.engine.max_model_len == CONTEXT
         prompt = [token % 200 for token in range(CONTEXT - 2)]
-        (answer,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True), use_tqdm=False)
+        (answer,) = llm.generate(
+            [prompt], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True), use_tqdm=False
+        )
         assert len(answer.outputs[0].token_ids) == 2
         with pytest.raises(ContextLengthExceeded, match=f"in the context of {CONTEXT};"):
             llm.generate([[1] * CONTEXT], use_tqdm=False)
         with pytest.raises(ContextLengthExceeded, match=f"exceed the context of {CONTEXT}; .* at most 60"):
             llm.generate([[1] * (CONTEXT - 60)], SamplingParams(max_tokens=61), use_tqdm=False)
     (warning,) = [record.getMessage() for record in caplog.records if "context" in record.getMessage()]
-    assert warning.startswith(f"the context is {CONTEXT} tokens of the model's 8192: as much as a KV cache of ")
+    assert warning.startswith(
+        f"the context is {CONTEXT} tokens of the model's 8192: as much as a KV cache of "
+    )
     assert " (cache.memory_bytes) holds of one sequence. " in warning
-    assert warning.endswith("For more, give the cache more memory, or set cache.dtype to fp8 where the device has it")
+    assert warning.endswith(
+        "For more, give the cache more memory, or set cache.dtype to fp8 where the device has it"
+    )
 
 
 def test_one_that_was_set_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot hold one sequence of max_model_len 8192, .* set max_model_len to at most \d+ or"):
+    with pytest.raises(
+        ConfigError,
+        match=r"cannot hold one sequence of max_model_len 8192, .* set max_model_len to at most \d+ or",
+    ):
         LLM(checkpoint, dtype="float32", max_model_len=8192, kv_cache_bytes=CACHE_BYTES)
 
 
 @pytest.mark.parametrize("max_model_len", [None, 2048])
-def test_the_rank_with_least_memory_decides_for_all(checkpoint: Path, max_model_len: int | None, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_rank_with_least_memory_decides_for_all(
+    checkpoint: Path, max_model_len: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
     config = config_of(checkpoint, max_model_len=max_model_len, num_ranks=3)
     shard = plan_shards(LONG, config.parallel)[0]
-    memories = [KVMemory(num_bytes, f"rank {rank}") for rank, num_bytes in enumerate((1 << 30, CACHE_BYTES // 3, CACHE_BYTES // 2))]
+    memories = [
+        KVMemory(num_bytes, f"rank {rank}")
+        for rank, num_bytes in enumerate((1 << 30, CACHE_BYTES // 3, CACHE_BYTES // 2))
+    ]
     with caplog.at_level(logging.WARNING):
-        plans = [plan_kv_cache(config, LONG, shard, some) for some in (memories, memories[::-1], memories[:1])]
+        plans = [
+            plan_kv_cache(config, LONG, shard, some) for some in (memories, memories[::-1], memories[:1])
+        ]
     if max_model_len is None:
         assert [plan.max_model_len for plan in plans] == [CONTEXT, CONTEXT, 8192]
         assert ["(rank 1)" in record.getMessage() for record in caplog.records] == [True, True]
@@ -107,12 +125,20 @@ async def test_what_it_says_over_grpc_is_what_it_holds_requests_to(checkpoint: P
         assert isinstance(error, ContextLengthExceeded)
         assert f"the context of {CONTEXT};" in error.message
         start_up = server.start_up
-        table = summary(start_up.executor, model="long", longest_context=start_up.longest_context, address=address, metrics_address=None)
+        table = summary(
+            start_up.executor,
+            model="long",
+            longest_context=start_up.longest_context,
+            address=address,
+            metrics_address=None,
+        )
         said = f"{CONTEXT} tokens of the model's 8192, as much as a KV cache of {CACHE_BYTES / 1024:.1f} KiB holds; "
         assert said in table
         whole = replace(start_up.executor, max_model_len=8192)
         table = summary(whole, model="long", longest_context=8192, address=address, metrics_address=None)
-        assert [line.split(maxsplit=1)[1] for line in table.splitlines() if line.startswith("  context")] == ["8192 tokens"]
+        assert [line.split(maxsplit=1)[1] for line in table.splitlines() if line.startswith("  context")] == [
+            "8192 tokens"
+        ]
     finally:
         await server.stop()
         folder.close()

@@ -26,7 +26,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine(checkpoint: Path, **options: object) -> LLM:
-    return LLM(checkpoint, dtype="float32", **({"kv_cache_dtype": "fp8", "kv_cache_bytes": 4 << 20} | options))  # type: ignore[arg-type]
+    return LLM(
+        checkpoint, dtype="float32", **({"kv_cache_dtype": "fp8", "kv_cache_bytes": 4 << 20} | options)
+    )  # type: ignore[arg-type]
 
 
 def answers(llm: LLM) -> Answers:
@@ -77,7 +79,10 @@ def test_scales_of_the_checkpoint_are_used(checkpoint: Path) -> None:
             assert isinstance(executor, InlineExecutor)
             model = executor._rank._model
             assert model is not None
-            layers = tuple(replace(layer, attention=replace(layer.attention, kv_scales=torch.full((2, 3), 1e9))) for layer in model.layers)
+            layers = tuple(
+                replace(layer, attention=replace(layer.attention, kv_scales=torch.full((2, 3), 1e9)))
+                for layer in model.layers
+            )
             executor._rank._model = replace(model, layers=layers)
             assert torch.equal(llm.logits(PROMPTS[4]), before) != changes
 
@@ -96,6 +101,8 @@ def test_it_holds_more_tokens(checkpoint: Path) -> None:
 
 def test_a_device_without_it_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank, "architecture", lambda device: "sm_80")
-    with pytest.raises(ConfigError, match=r"^sm_80 has no instructions for float8_e4m3fn.*; set cache.dtype to auto$"):
+    with pytest.raises(
+        ConfigError, match=r"^sm_80 has no instructions for float8_e4m3fn.*; set cache.dtype to auto$"
+    ):
         engine(checkpoint)
     engine(checkpoint, kv_cache_dtype="auto").shutdown()

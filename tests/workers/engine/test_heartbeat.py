@@ -80,7 +80,9 @@ async def test_a_step_of_a_minute_is_no_hang(running: Running, monkeypatch: pyte
     assert running.engine.watch.stalled_s == 0.0
 
 
-async def test_a_step_loop_that_is_stuck_between_steps_hangs(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_step_loop_that_is_stuck_between_steps_hangs(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     entered, stuck = threading.Event(), threading.Event()
     schedule = running.engine._scheduler.schedule
 
@@ -102,7 +104,8 @@ async def test_a_step_loop_that_is_stuck_between_steps_hangs(running: Running, m
 
 
 @pytest.mark.parametrize(
-    ("device", "tensor", "limited"), [("cpu", 1, False), ("cpu", 2, False), ("cuda", 1, True), ("cuda:1", 1, True), ("cuda", 2, False)]
+    ("device", "tensor", "limited"),
+    [("cpu", 1, False), ("cpu", 2, False), ("cuda", 1, True), ("cuda:1", 1, True), ("cuda", 2, False)],
 )
 def test_a_step_of_a_gpu_in_the_engine_s_process_has_a_limit(device: str, tensor: int, limited: bool) -> None:
     parallel = ParallelConfig(tensor, step_timeout_s=30.0)

@@ -10,7 +10,20 @@ import pytest
 from tests.support.tiny_model import write_tiny_checkpoint
 
 ROOT = Path(__file__).parents[3]
-ELSEWHERE = ("fastapi", "google.protobuf", "grpc", "httpx", "jsonschema", "msgpack", "orjson", "pydantic", "ray", "uvicorn", "yaml", "zmq")
+ELSEWHERE = (
+    "fastapi",
+    "google.protobuf",
+    "grpc",
+    "httpx",
+    "jsonschema",
+    "msgpack",
+    "orjson",
+    "pydantic",
+    "ray",
+    "uvicorn",
+    "yaml",
+    "zmq",
+)
 _GENERATE = """
 import sys
 for name in {elsewhere}:
@@ -23,7 +36,9 @@ print(len(answer.outputs[0].token_ids))
 
 
 def run(code: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_one_rank_answers_without_the_libraries_of_serving(tmp_path: Path) -> None:

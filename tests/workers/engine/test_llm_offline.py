@@ -23,7 +23,10 @@ VOCAB = 600
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "with-tokenizer"
     write_checkpoint(
-        path, replace(TINY, vocab_size=VOCAB, stop_token_ids=()), seed=3, add_files=lambda out: write_bpe_tokenizer(out, VOCAB)
+        path,
+        replace(TINY, vocab_size=VOCAB, stop_token_ids=()),
+        seed=3,
+        add_files=lambda out: write_bpe_tokenizer(out, VOCAB),
     )
     return path
 
@@ -39,7 +42,9 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
     return Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
 
 
-def test_texts_and_ids_are_answered_in_order(llm: LLM, tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]) -> None:
+def test_texts_and_ids_are_answered_in_order(
+    llm: LLM, tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
+) -> None:
     greedy = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
     texts = ["one", "two words", "<|start|>user<|message|>three"]
     outputs = llm.generate([*texts, [1, 2, 3]], greedy)
@@ -50,7 +55,9 @@ def test_texts_and_ids_are_answered_in_order(llm: LLM, tokenizer: Tokenizer, cap
         [answer] = output.outputs
         assert answer.text == tokenizer.decode(answer.token_ids)
         assert (len(answer.token_ids), answer.finish_reason, answer.logprobs) == (5, "length", None)
-    assert outputs[2].prompt_token_ids[0] == tokenizer.token_to_id("<|start|>"), "special tokens in a prompt's text are parsed"
+    assert outputs[2].prompt_token_ids[0] == tokenizer.token_to_id("<|start|>"), (
+        "special tokens in a prompt's text are parsed"
+    )
     again = llm.generate(outputs[1].prompt_token_ids, greedy, use_tqdm=False)
     assert again[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
     assert capfd.readouterr().err == ""
@@ -63,12 +70,23 @@ def test_every_instruction_set_gives_the_same_greedy_tokens(llm: LLM, checkpoint
     prompts = [[1, 2, 3], list(range(40))]
     expected = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy, use_tqdm=False)]
     try:
-        with LLM(checkpoint, dtype="float32", max_model_len=128, max_num_seqs=4, kv_cache_bytes=4 << 20, cpu_isa=name) as other:
-            found = [output.outputs[0].token_ids for output in other.generate(prompts, greedy, use_tqdm=False)]
+        with LLM(
+            checkpoint,
+            dtype="float32",
+            max_model_len=128,
+            max_num_seqs=4,
+            kv_cache_bytes=4 << 20,
+            cpu_isa=name,
+        ) as other:
+            found = [
+                output.outputs[0].token_ids for output in other.generate(prompts, greedy, use_tqdm=False)
+            ]
             # The first one, with weights as they were packed for it, goes on.
             again = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy, use_tqdm=False)]
             assert other.info.kernels["attention"] == (
-                "torch reference (cpu_isa is reference)" if name == "reference" else f"C++ {name} (as cpu_isa says)"
+                "torch reference (cpu_isa is reference)"
+                if name == "reference"
+                else f"C++ {name} (as cpu_isa says)"
             )
     finally:
         native.choose("auto")
@@ -76,10 +94,15 @@ def test_every_instruction_set_gives_the_same_greedy_tokens(llm: LLM, checkpoint
 
 
 def test_an_instruction_set_that_cannot_be_had(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"^cpu_isa is avx3, which this processor or this build does not have: "):
+    with pytest.raises(
+        ConfigError, match=r"^cpu_isa is avx3, which this processor or this build does not have: "
+    ):
         LLM(checkpoint, cpu_isa="avx3")  # type: ignore[arg-type]
     monkeypatch.setattr(native, "runs", lambda: False)
-    with pytest.raises(ConfigError, match=r"^this processor cannot run the C\+\+ kernels for .*SIGILL: set --cpu-isa or CANTATA_CPU_ISA"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^this processor cannot run the C\+\+ kernels for .*SIGILL: set --cpu-isa or CANTATA_CPU_ISA",
+    ):
         LLM(checkpoint)
 
 
@@ -87,8 +110,12 @@ def test_n_choices_have_seeds_of_their_own(llm: LLM) -> None:
     sampling = SamplingParams(max_tokens=6, temperature=1.5, seed=40, n=3, ignore_eos=True)
     [output] = llm.generate([[1, 2]], sampling, use_tqdm=False)
     assert [answer.index for answer in output.outputs] == [0, 1, 2]
-    singles = llm.generate([[1, 2]] * 3, [replace(sampling, n=1, seed=40 + index) for index in range(3)], use_tqdm=False)
-    assert [answer.token_ids for answer in output.outputs] == [single.outputs[0].token_ids for single in singles]
+    singles = llm.generate(
+        [[1, 2]] * 3, [replace(sampling, n=1, seed=40 + index) for index in range(3)], use_tqdm=False
+    )
+    assert [answer.token_ids for answer in output.outputs] == [
+        single.outputs[0].token_ids for single in singles
+    ]
     assert len({answer.token_ids for answer in output.outputs}) == 3
     [wrapped] = llm.generate([[1, 2]], replace(sampling, seed=2**64 - 1, n=2), use_tqdm=False)
     [first] = llm.generate([[1, 2]], replace(sampling, seed=0, n=1), use_tqdm=False)
@@ -102,10 +129,14 @@ def test_a_missing_seed_is_drawn_anew(llm: LLM) -> None:
 
 
 def test_stop_tokens(llm: LLM, tokenizer: Tokenizer) -> None:
-    [free] = llm.generate([[1, 2]], SamplingParams(max_tokens=6, temperature=0, ignore_eos=True), use_tqdm=False)
+    [free] = llm.generate(
+        [[1, 2]], SamplingParams(max_tokens=6, temperature=0, ignore_eos=True), use_tqdm=False
+    )
     tokens = free.outputs[0].token_ids
     wanted = tokens[3]
-    [output] = llm.generate([[1, 2]], SamplingParams(max_tokens=6, temperature=0, stop_token_ids=(wanted,)), use_tqdm=False)
+    [output] = llm.generate(
+        [[1, 2]], SamplingParams(max_tokens=6, temperature=0, stop_token_ids=(wanted,)), use_tqdm=False
+    )
     answer = output.outputs[0]
     end = tokens.index(wanted) + 1
     assert (answer.token_ids, answer.finish_reason, answer.stop_reason) == (tokens[:end], "stop", wanted)
@@ -116,14 +147,24 @@ def test_stop_tokens(llm: LLM, tokenizer: Tokenizer) -> None:
 def test_the_tokenizers_end_tokens_end(llm: LLM, tokenizer: Tokenizer, name: str) -> None:
     token_id = tokenizer.token_to_id(name)
     sampling = SamplingParams(max_tokens=6, temperature=0, logit_bias=((token_id, 100.0),))
-    ended, ignored = llm.generate([[1, 2]] * 2, [sampling, replace(sampling, ignore_eos=True)], use_tqdm=False)
-    assert (ended.outputs[0].token_ids, ended.outputs[0].finish_reason, ended.outputs[0].stop_reason) == ((token_id,), "stop", None)
+    ended, ignored = llm.generate(
+        [[1, 2]] * 2, [sampling, replace(sampling, ignore_eos=True)], use_tqdm=False
+    )
+    assert (ended.outputs[0].token_ids, ended.outputs[0].finish_reason, ended.outputs[0].stop_reason) == (
+        (token_id,),
+        "stop",
+        None,
+    )
     assert ended.outputs[0].text == ""
     assert ignored.outputs[0].finish_reason == "length"
 
 
 def test_logprobs_are_the_models(llm: LLM) -> None:
-    [output] = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0.7, seed=1, logprobs=2, ignore_eos=True), use_tqdm=False)
+    [output] = llm.generate(
+        [[1, 2, 3]],
+        SamplingParams(max_tokens=4, temperature=0.7, seed=1, logprobs=2, ignore_eos=True),
+        use_tqdm=False,
+    )
     [answer] = output.outputs
     expected = llm.logits((1, 2, 3, *answer.token_ids[:-1]))[2:].log_softmax(-1)
     assert answer.logprobs is not None

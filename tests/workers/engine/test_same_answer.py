@@ -26,10 +26,14 @@ NUM_TOKENS = 18
 _draw = random.Random(7)
 SHARED: Tokens = tuple(_draw.randrange(200) for _ in range(70))
 # Lengths on both sides of blocks (16), the window (24) and the chunk size below; some share a prefix.
-PROMPTS: list[Tokens] = [tuple(_draw.randrange(200) for _ in range(length)) for length in (1, 15, 16, 17, 25, 100)]
+PROMPTS: list[Tokens] = [
+    tuple(_draw.randrange(200) for _ in range(length)) for length in (1, 15, 16, 17, 25, 100)
+]
 PROMPTS += [SHARED, (*SHARED, 1, 2, 3), (*SHARED[:40], 9), SHARED[:64], SHARED + SHARED]
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, seed=0, ignore_eos=True, logprobs=2)
-SEEDED = SamplingParams(max_tokens=NUM_TOKENS, temperature=1.5, top_p=0.95, top_k=60, seed=2**64 - 3, ignore_eos=True)
+SEEDED = SamplingParams(
+    max_tokens=NUM_TOKENS, temperature=1.5, top_p=0.95, top_k=60, seed=2**64 - 3, ignore_eos=True
+)
 SAMPLINGS = {"greedy": GREEDY, "seeded": SEEDED}
 
 
@@ -71,11 +75,18 @@ def metric(llm: LLM, name: str) -> float:
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path) -> dict[str, list[Tokens]]:
     """The answers one request at a time, whole prefill, no cache: what all others must equal."""
-    with LLM(checkpoint, dtype="float32", max_num_seqs=1, prefix_caching=False, kv_cache_bytes=4 << 20) as llm:
-        return {name: [run(llm, [request])[0].token_ids for request in requests_for(sampling)] for name, sampling in SAMPLINGS.items()}
+    with LLM(
+        checkpoint, dtype="float32", max_num_seqs=1, prefix_caching=False, kv_cache_bytes=4 << 20
+    ) as llm:
+        return {
+            name: [run(llm, [request])[0].token_ids for request in requests_for(sampling)]
+            for name, sampling in SAMPLINGS.items()
+        }
 
 
-def test_greedy_tokens_are_the_argmax_of_a_whole_forward(checkpoint: Path, alone: dict[str, list[Tokens]]) -> None:
+def test_greedy_tokens_are_the_argmax_of_a_whole_forward(
+    checkpoint: Path, alone: dict[str, list[Tokens]]
+) -> None:
     with LLM(checkpoint, dtype="float32", kv_cache_bytes=4 << 20) as llm:
         for prompt, output in zip(PROMPTS, alone["greedy"], strict=True):
             logits = llm.logits(prompt + output[:-1])[len(prompt) - 1 :]
@@ -84,7 +95,9 @@ def test_greedy_tokens_are_the_argmax_of_a_whole_forward(checkpoint: Path, alone
             assert gap.max() <= 1e-4 * logits.abs().max()
 
 
-def test_seeded_tokens_are_what_the_sampler_defines_for_seed_and_position(checkpoint: Path, alone: dict[str, list[Tokens]]) -> None:
+def test_seeded_tokens_are_what_the_sampler_defines_for_seed_and_position(
+    checkpoint: Path, alone: dict[str, list[Tokens]]
+) -> None:
     with LLM(checkpoint, dtype="float32", kv_cache_bytes=4 << 20) as llm:
         for prompt, output in zip(PROMPTS, alone["seeded"], strict=True):
             logits = llm.logits(prompt + output[:-1])[len(prompt) - 1 :]
@@ -110,33 +123,55 @@ def test_the_answers_are_not_all_alike(alone: dict[str, list[Tokens]]) -> None:
 def test_in_a_batch_as_alone(checkpoint: Path, alone: dict[str, list[Tokens]], name: str) -> None:
     with LLM(checkpoint, dtype="float32", prefix_caching=False, kv_cache_bytes=8 << 20) as llm:
         outputs = run(llm, requests_for(SAMPLINGS[name]))
-        assert metric(llm, "step_sequences_sum") / metric(llm, "step_sequences_count") > 6, "they ran together"
+        assert metric(llm, "step_sequences_sum") / metric(llm, "step_sequences_count") > 6, (
+            "they ran together"
+        )
     assert [output.token_ids for output in outputs] == alone[name]
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_with_other_samplings_in_the_batch(checkpoint: Path, alone: dict[str, list[Tokens]], name: str) -> None:
+def test_with_other_samplings_in_the_batch(
+    checkpoint: Path, alone: dict[str, list[Tokens]], name: str
+) -> None:
     others = [
         SamplingParams(max_tokens=9, temperature=2.0, seed=1, repetition_penalty=1.3, logprobs=5),
         SamplingParams(max_tokens=40, temperature=0, seed=1, frequency_penalty=1.0, logit_bias=((3, 5.0),)),
         SamplingParams(max_tokens=5, min_p=0.1, seed=3, min_tokens=5, stop_token_ids=(4, 5)),
     ]
     with LLM(checkpoint, dtype="float32", kv_cache_bytes=8 << 20) as llm:
-        crowd = [EngineRequest(f"other {index}", (index, 2, 3), sampling) for index, sampling in enumerate(others * 3)]
-        outputs = run(llm, [request for pair in zip(crowd * 2, requests_for(SAMPLINGS[name]), strict=False) for request in pair])
+        crowd = [
+            EngineRequest(f"other {index}", (index, 2, 3), sampling)
+            for index, sampling in enumerate(others * 3)
+        ]
+        outputs = run(
+            llm,
+            [
+                request
+                for pair in zip(crowd * 2, requests_for(SAMPLINGS[name]), strict=False)
+                for request in pair
+            ],
+        )
     assert [output.token_ids for output in outputs[1::2]] == alone[name]
 
 
 @pytest.mark.parametrize(("name", "chunk"), [("greedy", 33), ("seeded", 7)])
 def test_in_chunks_as_whole(checkpoint: Path, alone: dict[str, list[Tokens]], name: str, chunk: int) -> None:
-    with LLM(checkpoint, dtype="float32", max_num_batched_tokens=chunk, prefix_caching=False, kv_cache_bytes=8 << 20) as llm:
+    with LLM(
+        checkpoint,
+        dtype="float32",
+        max_num_batched_tokens=chunk,
+        prefix_caching=False,
+        kv_cache_bytes=8 << 20,
+    ) as llm:
         outputs = run(llm, requests_for(SAMPLINGS[name]))
         assert metric(llm, "step_tokens_sum") / metric(llm, "step_tokens_count") <= chunk
     assert [output.token_ids for output in outputs] == alone[name]
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_from_the_prefix_cache_as_computed(checkpoint: Path, alone: dict[str, list[Tokens]], name: str) -> None:
+def test_from_the_prefix_cache_as_computed(
+    checkpoint: Path, alone: dict[str, list[Tokens]], name: str
+) -> None:
     with LLM(checkpoint, dtype="float32", kv_cache_bytes=8 << 20) as llm:
         first = run(llm, requests_for(SAMPLINGS[name]))
         again = run(llm, requests_for(SAMPLINGS[name]))
@@ -150,15 +185,22 @@ def test_from_the_prefix_cache_as_computed(checkpoint: Path, alone: dict[str, li
     assert [output.token_ids for output in again] == alone[name]
     for prompt, output in zip(PROMPTS, again, strict=True):
         assert output.num_cached_tokens == (len(prompt) - 1) // 16 * 16
-    with LLM(checkpoint, dtype="float32", max_num_seqs=1, prefix_caching=False, kv_cache_bytes=4 << 20) as llm:
+    with LLM(
+        checkpoint, dtype="float32", max_num_seqs=1, prefix_caching=False, kv_cache_bytes=4 << 20
+    ) as llm:
         fresh = run(llm, turn)
     assert [output.token_ids for output in turn_outputs] == [output.token_ids for output in fresh]
-    assert all(output.num_cached_tokens > len(prompt) // 16 * 16 - 16 for prompt, output in zip(PROMPTS, turn_outputs, strict=True))
+    assert all(
+        output.num_cached_tokens > len(prompt) // 16 * 16 - 16
+        for prompt, output in zip(PROMPTS, turn_outputs, strict=True)
+    )
     assert {output.num_cached_tokens for output in fresh} == {0}
 
 
 @pytest.mark.parametrize(("name", "prefix_caching"), [("greedy", False), ("seeded", True), ("greedy", True)])
-def test_preempted_as_not(checkpoint: Path, alone: dict[str, list[Tokens]], name: str, prefix_caching: bool) -> None:
+def test_preempted_as_not(
+    checkpoint: Path, alone: dict[str, list[Tokens]], name: str, prefix_caching: bool
+) -> None:
     with LLM(
         checkpoint, dtype="float32", max_model_len=200, prefix_caching=prefix_caching, kv_cache_bytes=40 * TINY_BLOCK_BYTES,
         max_num_batched_tokens=64,
@@ -178,7 +220,10 @@ def test_resumed_as_not(checkpoint: Path, alone: dict[str, list[Tokens]], name: 
             for request, tokens, cut in zip(requests_for(SAMPLINGS[name]), alone[name], cuts, strict=True)
         ]
         outputs = run(llm, resumed)
-    assert [tokens[:cut] + output.token_ids for tokens, cut, output in zip(alone[name], cuts, outputs, strict=True)] == alone[name]
+    assert [
+        tokens[:cut] + output.token_ids
+        for tokens, cut, output in zip(alone[name], cuts, outputs, strict=True)
+    ] == alone[name]
 
 
 def test_penalties_bias_and_constraints_survive_preemption_and_resumption(checkpoint: Path) -> None:
@@ -193,13 +238,21 @@ def test_penalties_bias_and_constraints_survive_preemption_and_resumption(checkp
         max_tokens=30, temperature=1.2, seed=11, presence_penalty=0.7, frequency_penalty=0.4, repetition_penalty=1.2, ignore_eos=True,
         logit_bias=((6, 3.0), (7, 3.0)),
     )  # fmt: skip
-    requests = [EngineRequest(str(index), prompt, sampling, constraint=alternating) for index, prompt in enumerate(PROMPTS)]
-    with LLM(checkpoint, dtype="float32", max_num_seqs=1, prefix_caching=False, kv_cache_bytes=4 << 20) as llm:
+    requests = [
+        EngineRequest(str(index), prompt, sampling, constraint=alternating)
+        for index, prompt in enumerate(PROMPTS)
+    ]
+    with LLM(
+        checkpoint, dtype="float32", max_num_seqs=1, prefix_caching=False, kv_cache_bytes=4 << 20
+    ) as llm:
         expected = [run(llm, [request])[0].token_ids for request in requests]
         for tokens in expected:
             assert [token % 2 for token in tokens] == [1, 0] * 15
     with LLM(checkpoint, dtype="float32", max_model_len=200, kv_cache_bytes=40 * TINY_BLOCK_BYTES) as llm:
         assert [output.token_ids for output in run(llm, requests)] == expected
         assert metric(llm, "preemptions_total") > 0
-        resumed = [replace(request, output_token_ids=tokens[:13]) for request, tokens in zip(requests, expected, strict=True)]
+        resumed = [
+            replace(request, output_token_ids=tokens[:13])
+            for request, tokens in zip(requests, expected, strict=True)
+        ]
         assert [output.token_ids for output in run(llm, resumed)] == [tokens[13:] for tokens in expected]

@@ -22,7 +22,14 @@ import zmq
 from tests.support.processes import marked, new_mark, none_left
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from tests.support.waiting import until
-from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig, load_model_config
+from workers.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    load_model_config,
+)
 from workers.config_json import engine_config_from_json, engine_config_to_json
 from workers.engine.engine import Engine
 from workers.engine.llm import LLM
@@ -66,7 +73,12 @@ def _no_socket_folder_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def config_of(
-    path: Path, *, tensor: int = 3, expert: int | None = None, step_timeout_s: float = 30.0, start_timeout_s: float = 60.0
+    path: Path,
+    *,
+    tensor: int = 3,
+    expert: int | None = None,
+    step_timeout_s: float = 30.0,
+    start_timeout_s: float = 60.0,
 ) -> EngineConfig:
     return EngineConfig(
         path,
@@ -83,12 +95,17 @@ class Serving:
     def __init__(self, config: EngineConfig) -> None:
         self.ranks = ProcessRanks()
         model = load_model_config(config.model_path)
-        self.engine = Engine(config, model, DistributedExecutor(config, model, self.ranks), check_integrity=True)
+        self.engine = Engine(
+            config, model, DistributedExecutor(config, model, self.ranks), check_integrity=True
+        )
         self.info = self.engine.start()
         self.reader = ThreadReader()
 
     def submit(self, num_tokens: int) -> OutputStream:
-        return self.engine.submit(EngineRequest("r", (1, 2, 3), SamplingParams(temperature=0, seed=0, max_tokens=num_tokens)), self.reader)
+        return self.engine.submit(
+            EngineRequest("r", (1, 2, 3), SamplingParams(temperature=0, seed=0, max_tokens=num_tokens)),
+            self.reader,
+        )
 
 
 @contextmanager
@@ -100,7 +117,9 @@ def serving(config: EngineConfig) -> Iterator[Serving]:
         serving.engine.shutdown()
 
 
-def test_ranks_run_on_the_instruction_set_that_was_chosen(checkpoint: Path, mark: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_run_on_the_instruction_set_that_was_chosen(
+    checkpoint: Path, mark: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CANTATA_CPU_ISA", "portable")
     with serving(config_of(checkpoint)) as replica:
         assert replica.info.kernels["attention"] == "C++ portable (as CANTATA_CPU_ISA says)"
@@ -109,7 +128,9 @@ def test_ranks_run_on_the_instruction_set_that_was_chosen(checkpoint: Path, mark
     with serving(replace(config_of(checkpoint), cpu_isa="reference")) as replica:
         assert replica.info.kernels["attention"] == "torch reference (cpu_isa is reference)"
     monkeypatch.setenv("CANTATA_CPU_ISA", "avx3")
-    with pytest.raises(ConfigError, match=r"^CANTATA_CPU_ISA is avx3, which this processor or this build does not have: "):
+    with pytest.raises(
+        ConfigError, match=r"^CANTATA_CPU_ISA is avx3, which this processor or this build does not have: "
+    ):
         Serving(config_of(checkpoint))
     assert none_left(mark, 5) == []
 
@@ -133,7 +154,12 @@ def test_three_ranks_answer_as_one(checkpoint: Path, mark: dict[str, str]) -> No
 
     def answers(tensor: int) -> tuple[list[tuple[int, ...]], torch.Tensor, list[float]]:
         with LLM(
-            checkpoint, dtype="float32", max_model_len=256, kv_cache_bytes=4 << 20, tensor_parallel_size=tensor, max_num_batched_tokens=32
+            checkpoint,
+            dtype="float32",
+            max_model_len=256,
+            kv_cache_bytes=4 << 20,
+            tensor_parallel_size=tensor,
+            max_num_batched_tokens=32,
         ) as llm:
             assert llm.info.num_ranks == tensor
             outputs = llm.generate(PROMPTS, sampling, use_tqdm=False)
@@ -218,7 +244,9 @@ def test_ranks_end_with_their_engine(checkpoint: Path, mark: dict[str, str]) -> 
 def test_ranks_outlive_the_thread_that_starts_them(checkpoint: Path) -> None:
     """The kernel ends a rank with the thread that started it, and an LLM may be made in a thread that ends."""
     channel, launcher, ended = EngineChannel(1), ProcessRanks(), threading.Event()
-    spec = RankSpec(engine_config_to_json(config_of(checkpoint)), 0, channel.endpoints(0), "127.0.0.1", 0, 3, 1)
+    spec = RankSpec(
+        engine_config_to_json(config_of(checkpoint)), 0, channel.endpoints(0), "127.0.0.1", 0, 3, 1
+    )
     starting = threading.Thread(target=launcher.launch, args=(spec, lambda how: ended.set()))
     starting.start()
     starting.join()
@@ -279,7 +307,9 @@ def refusal(config: EngineConfig, launcher: ProcessRanks) -> str:
 
 
 def with_model(spec: RankSpec, path: Path) -> RankSpec:
-    return replace(spec, config=engine_config_to_json(replace(engine_config_from_json(spec.config), model_path=path)))
+    return replace(
+        spec, config=engine_config_to_json(replace(engine_config_from_json(spec.config), model_path=path))
+    )
 
 
 def test_ranks_with_different_checkpoints_do_not_start(checkpoint: Path, tmp_path: Path) -> None:
@@ -312,11 +342,19 @@ class Greeters(ProcessRanks):
 
 @pytest.mark.parametrize(
     ("what", "value"),
-    [("Cantata", "0.0.9"), ("torch", "2.0.0"), ("version of step messages", 0), ("checkpoint", "0" * 64), ("configuration", "0" * 64)],
+    [
+        ("Cantata", "0.0.9"),
+        ("torch", "2.0.0"),
+        ("version of step messages", 0),
+        ("checkpoint", "0" * 64),
+        ("configuration", "0" * 64),
+    ],
 )
 def test_ranks_that_are_not_alike_do_not_start(checkpoint: Path, what: str, value: object) -> None:
     said = refusal(config_of(checkpoint), Greeters(**{what: value}))
-    assert said.startswith(f"rank 1 on 10.0.0.7 has another {what} ({str(value)[:12]}) than its engine on 127.0.0.1 (")
+    assert said.startswith(
+        f"rank 1 on 10.0.0.7 has another {what} ({str(value)[:12]}) than its engine on 127.0.0.1 ("
+    )
 
 
 def test_each_setting_counts_as_configuration(checkpoint: Path) -> None:
@@ -354,7 +392,9 @@ def test_a_rank_that_dies_while_starting_is_told(checkpoint: Path) -> None:
 def test_a_plan_that_cannot_work_is_refused_before_anything_starts(checkpoint: Path) -> None:
     launcher = ProcessRanks()
     said = refusal(config_of(checkpoint, tensor=4), launcher)
-    assert "6 query heads cannot be split evenly over 4 ranks; the nearest that can: tensor=3, expert=3" in said
+    assert (
+        "6 query heads cannot be split evenly over 4 ranks; the nearest that can: tensor=3, expert=3" in said
+    )
     assert launcher.pids == []
 
 
@@ -362,7 +402,9 @@ def test_more_gpus_than_there_are_are_refused(checkpoint: Path) -> None:
     config = replace(config_of(checkpoint), device="cuda")
     if torch.cuda.device_count() >= 3:
         pytest.skip("this host has three GPUs")
-    assert f"parallel.tensor wants 3 GPUs, and this host has {torch.cuda.device_count()}" in refusal(config, ProcessRanks())
+    assert f"parallel.tensor wants 3 GPUs, and this host has {torch.cuda.device_count()}" in refusal(
+        config, ProcessRanks()
+    )
 
 
 def test_strangers_can_neither_send_nor_take_messages() -> None:
@@ -388,7 +430,9 @@ def test_strangers_can_neither_send_nor_take_messages() -> None:
         sent = [str(number).encode() for number in range(20)]
         for body in sent:
             channel.send(0, wire.PLAN, body, connect_s=20)
-        assert [rank.receive(20) for _ in sent] == [(wire.PLAN, body) for body in sent], "a share of them goes to each who is let in"
+        assert [rank.receive(20) for _ in sent] == [(wire.PLAN, body) for body in sent], (
+            "a share of them goes to each who is let in"
+        )
         assert channel.receive(0) is None
         assert not any(socket.poll(0) for socket in strangers if socket.type == zmq.PULL)
     finally:
@@ -413,7 +457,15 @@ def test_placements_say_who_shares_a_host() -> None:
 
 
 def test_a_spec_survives_its_journey(checkpoint: Path) -> None:
-    spec = RankSpec(engine_config_to_json(config_of(checkpoint)), 1, wire.Endpoints("a", "b", "c", "d"), "127.0.0.1", 1, 2, 3)
+    spec = RankSpec(
+        engine_config_to_json(config_of(checkpoint)),
+        1,
+        wire.Endpoints("a", "b", "c", "d"),
+        "127.0.0.1",
+        1,
+        2,
+        3,
+    )
     assert RankSpec.from_json(spec.to_json()) == spec
     assert msgpack.unpackb(wire.pack(rank=1)) == {"rank": 1}
     assert isinstance(load_model_config(checkpoint), ModelConfig)

@@ -129,7 +129,9 @@ def test_misuse_is_caught() -> None:
         ({1: 1, 7: 1}, set(), "does not exist"),
     ],
 )
-def test_integrity_check_finds_what_is_wrong(references: dict[int, int], cached: set[int], message: str) -> None:
+def test_integrity_check_finds_what_is_wrong(
+    references: dict[int, int], cached: set[int], message: str
+) -> None:
     pool = BlockPool(4, no_eviction)
     assert pool.allocate(1) == [1]
     pool.check_integrity({1: 1}, set())

@@ -63,7 +63,9 @@ def test_a_group_without_layers_has_no_blocks(num_full: int, num_sliding: int, w
     assert cached_tokens(kv, token_ids) == 96
 
 
-@pytest.mark.parametrize(("num_full", "num_sliding", "window"), [(0, 0, None), (9, 9, None), (9, 0, 16), (0, 0, 16)])
+@pytest.mark.parametrize(
+    ("num_full", "num_sliding", "window"), [(0, 0, None), (9, 9, None), (9, 0, 16), (0, 0, 16)]
+)
 def test_groups_must_match_the_window(num_full: int, num_sliding: int, window: int | None) -> None:
     with pytest.raises(ConfigError):
         KVCacheManager(num_full_blocks=num_full, num_sliding_blocks=num_sliding, window=window)
@@ -180,14 +182,19 @@ def test_a_prefix_whose_stand_in_was_evicted_is_put_back() -> None:
     window=st.sampled_from([None, 1, 17, 60]),
     chunk=st.integers(1, 70),
 )
-def test_with_room_for_all_every_common_prefix_is_found(sequences: list[list[int]], window: int | None, chunk: int) -> None:
+def test_with_room_for_all_every_common_prefix_is_found(
+    sequences: list[list[int]], window: int | None, chunk: int
+) -> None:
     """Sequences of whole blocks of equal tokens and one token more: a hit is as long as the longest prefix shared with an earlier one."""
     kv = KVCacheManager(num_full_blocks=100, num_sliding_blocks=0 if window is None else 100, window=window)
     earlier: list[list[int]] = []
     for kinds in sequences:
         token_ids = [kind for kind in kinds for _ in range(BLOCK_SIZE)] + [9]
         shared = [
-            next((i for i, (a, b) in enumerate(zip(kinds, other, strict=False)) if a != b), min(len(kinds), len(other)))
+            next(
+                (i for i, (a, b) in enumerate(zip(kinds, other, strict=False)) if a != b),
+                min(len(kinds), len(other)),
+            )
             for other in earlier
         ]
         assert cached_tokens(kv, token_ids) == BLOCK_SIZE * max(shared, default=0)

@@ -14,13 +14,21 @@ from workers.config import CacheConfig, Dtype, ModelConfig, SchedulerConfig
 from workers.errors import ConfigError
 from workers.kv_cache import tensors
 from workers.kv_cache.manager import KVCacheManager, num_blocks_for, sliding_blocks_per_sequence
-from workers.kv_cache.tensors import KVCachePlan, allocate_kv_caches, cpu_kv_memory, gpu_kv_memory, split_memory
+from workers.kv_cache.tensors import (
+    KVCachePlan,
+    allocate_kv_caches,
+    cpu_kv_memory,
+    gpu_kv_memory,
+    split_memory,
+)
 
 GIB = 1024**3
 CPU = torch.device("cpu")
 
 
-def model(num_full: int, num_sliding: int, *, kv_heads: int = 3, head_dim: int = 20, window: int = 40) -> ModelConfig:
+def model(
+    num_full: int, num_sliding: int, *, kv_heads: int = 3, head_dim: int = 20, window: int = 40
+) -> ModelConfig:
     return ModelConfig(
         vocab_size=100,
         hidden_size=64,
@@ -40,7 +48,9 @@ BIG = model(18, 18, kv_heads=8, head_dim=64, window=128)
 
 
 def test_gpt_oss_120b_in_40_gib() -> None:
-    plan = split_memory(BIG, SchedulerConfig(256, 2048), dtype="bfloat16", max_model_len=131072, memory_bytes=40 * GIB)
+    plan = split_memory(
+        BIG, SchedulerConfig(256, 2048), dtype="bfloat16", max_model_len=131072, memory_bytes=40 * GIB
+    )
     block = 18 * 2 * 16 * 8 * 64 * 2
     assert plan.num_sliding_blocks == 2 * 256 * 9 + 128 + 1
     assert plan.num_full_blocks == (40 * GIB - plan.num_sliding_blocks * block) // block
@@ -51,7 +61,9 @@ def test_gpt_oss_120b_in_40_gib() -> None:
 def test_scarce_memory_is_shared_beyond_one_sequence() -> None:
     """120 blocks of equal size: 65 and 5 are the least for a sequence of 1024 and its window, half of the other 50 go to each group."""
     memory_bytes = 120 * 2 * 16 * 3 * 20 * 4
-    plan = split_memory(model(1, 1), SchedulerConfig(64, 512), dtype="float32", max_model_len=1024, memory_bytes=memory_bytes)
+    plan = split_memory(
+        model(1, 1), SchedulerConfig(64, 512), dtype="float32", max_model_len=1024, memory_bytes=memory_bytes
+    )
     assert (plan.num_full_blocks, plan.num_sliding_blocks) == (65 + 25, 5 + 25)
 
 
@@ -70,7 +82,13 @@ def test_a_plan_fits_the_memory_and_a_sequence_or_says_what_would(
     layer_block = 2 * 16 * 3 * 20 * 4
 
     def plan(length: int) -> tensors.KVCachePlan:
-        return split_memory(config, SchedulerConfig(max_num_seqs, 64), dtype="float32", max_model_len=length, memory_bytes=memory_bytes)
+        return split_memory(
+            config,
+            SchedulerConfig(max_num_seqs, 64),
+            dtype="float32",
+            max_model_len=length,
+            memory_bytes=memory_bytes,
+        )
 
     minimum = num_blocks_for(max_model_len) + 1
     num_needed = layers[0] * minimum + layers[1] * (sliding_blocks_per_sequence(window, max_model_len) + 1)
@@ -86,7 +104,9 @@ def test_a_plan_fits_the_memory_and_a_sequence_or_says_what_would(
         return
     result = plan(max_model_len)
     assert (result.num_full_blocks > 0, result.num_sliding_blocks > 0) == (layers[0] > 0, layers[1] > 0)
-    assert result.total_bytes == layer_block * (layers[0] * result.num_full_blocks + layers[1] * result.num_sliding_blocks)
+    assert result.total_bytes == layer_block * (
+        layers[0] * result.num_full_blocks + layers[1] * result.num_sliding_blocks
+    )
     assert memory_bytes - layer_block * sum(layers) < result.total_bytes <= memory_bytes
     kv = KVCacheManager(
         num_full_blocks=result.num_full_blocks,
@@ -120,7 +140,10 @@ def test_without_a_setting_the_context_is_as_long_as_fits(
 
     shortest = min(tensors.SHORTEST_CONTEXT, model_context)
     if not fits(shortest):
-        with pytest.raises(ConfigError, match=rf"cannot hold one sequence of {shortest} tokens, .* give the cache more memory$"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"cannot hold one sequence of {shortest} tokens, .* give the cache more memory$",
+        ):
             plan(None)
         return
     result = plan(None)
@@ -134,7 +157,11 @@ def test_without_a_setting_the_context_is_as_long_as_fits(
     step = 4 * sum(layers) if layers[1] else 0
     longer = result.max_model_len + 16
     assert (
-        layers[0] * num_blocks_for(longer) + layers[1] * sliding_blocks_per_sequence(window, longer) + sum(layers) + step > num_layer_blocks
+        layers[0] * num_blocks_for(longer)
+        + layers[1] * sliding_blocks_per_sequence(window, longer)
+        + sum(layers)
+        + step
+        > num_layer_blocks
     )
 
 
@@ -156,30 +183,43 @@ def test_the_model_s_context_is_kept_where_it_just_fits() -> None:
     block = 12 * 2 * 16 * 8 * 64 * 2
     just = (8192 + 1 + 10) * block
     contexts = [
-        split_memory(LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=None, memory_bytes=num_bytes).max_model_len
+        split_memory(
+            LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=None, memory_bytes=num_bytes
+        ).max_model_len
         for num_bytes in (just, just - 1)
     ]
     assert contexts == [131072, 131072 - 16 - 2 * 128 * 16]
 
 
 def test_a_context_that_was_set_is_not_shortened() -> None:
-    with pytest.raises(ConfigError, match=r"cannot hold one sequence of max_model_len 131072, .*: set max_model_len to at most 43504 or"):
+    with pytest.raises(
+        ConfigError,
+        match=r"cannot hold one sequence of max_model_len 131072, .*: set max_model_len to at most 43504 or",
+    ):
         split_memory(LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=131072, memory_bytes=GIB)
 
 
 @pytest.mark.parametrize(
     ("num_bytes", "said"),
     [
-        (40 << 20, "a KV cache of 40.00 MiB (here) {}: set max_model_len to at most 1520 or give the cache more memory"),
+        (
+            40 << 20,
+            "a KV cache of 40.00 MiB (here) {}: set max_model_len to at most 1520 or give the cache more memory",
+        ),
         (0, "a KV cache of 0 bytes (here) {}: give the cache more memory"),
     ],
 )
 def test_a_cache_for_next_to_nothing_is_refused_by_default_too(num_bytes: int, said: str) -> None:
-    why = (
-        "cannot hold one sequence of 2048 tokens, the shortest context that is chosen where max_model_len is not set, which needs 52.12 MiB"
-    )
+    why = "cannot hold one sequence of 2048 tokens, the shortest context that is chosen where max_model_len is not set, which needs 52.12 MiB"
     with pytest.raises(ConfigError) as raised:
-        split_memory(LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=None, memory_bytes=num_bytes, source="here")
+        split_memory(
+            LAPTOP,
+            SchedulerConfig(),
+            dtype="bfloat16",
+            max_model_len=None,
+            memory_bytes=num_bytes,
+            source="here",
+        )
     assert str(raised.value) == said.format(why)
 
 
@@ -199,7 +239,9 @@ def test_the_context_follows_from_free_memory(monkeypatch: pytest.MonkeyPatch) -
         activation_bytes=GIB,
         graph_bytes=0,
     )
-    plan = split_memory(LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=None, memory_bytes=memory.num_bytes)
+    plan = split_memory(
+        LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=None, memory_bytes=memory.num_bytes
+    )
     assert plan.max_model_len == 39408  # 90 % of 20 GiB, less 17
 
 
@@ -213,8 +255,17 @@ def on_cpu(
     ranks_on_host: int = 1,
 ) -> KVCachePlan:
     cache, scheduler = cache or CacheConfig(), scheduler or SchedulerConfig()
-    memory = cpu_kv_memory(shape, cache, scheduler, dtype=dtype, max_model_len=max_model_len, ranks_on_host=ranks_on_host)
-    return split_memory(shape, scheduler, dtype=dtype, max_model_len=max_model_len, memory_bytes=memory.num_bytes, source=memory.source)
+    memory = cpu_kv_memory(
+        shape, cache, scheduler, dtype=dtype, max_model_len=max_model_len, ranks_on_host=ranks_on_host
+    )
+    return split_memory(
+        shape,
+        scheduler,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        memory_bytes=memory.num_bytes,
+        source=memory.source,
+    )
 
 
 def test_the_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +284,9 @@ def test_the_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -
         (1.0, 79 * GIB, 0, 0, GIB),
     ],
 )
-def test_a_gpu_gives_what_its_share_leaves(utilization: float, used: int, activations: int, graphs: int, expected: int) -> None:
+def test_a_gpu_gives_what_its_share_leaves(
+    utilization: float, used: int, activations: int, graphs: int, expected: int
+) -> None:
     memory = gpu_kv_memory(
         BIG,
         CacheConfig(gpu_memory_utilization=utilization),
@@ -267,8 +320,19 @@ def test_a_model_that_leaves_nothing_is_refused(monkeypatch: pytest.MonkeyPatch)
         "80.00 GiB; split it over more ranks (parallel.tensor), take a GPU with more memory, or raise cache.gpu_memory_utilization"
     )
     monkeypatch.setattr(tensors, "host_free_bytes", lambda: 20 * GIB)
-    with pytest.raises(ConfigError, match=r"^the model does not fit: 11.00 GiB .* the 10.00 GiB of memory .* for each of its ranks$"):
-        cpu_kv_memory(BIG, CacheConfig(), SchedulerConfig(), dtype="bfloat16", max_model_len=None, ranks_on_host=2, weight_bytes=11 * GIB)
+    with pytest.raises(
+        ConfigError,
+        match=r"^the model does not fit: 11.00 GiB .* the 10.00 GiB of memory .* for each of its ranks$",
+    ):
+        cpu_kv_memory(
+            BIG,
+            CacheConfig(),
+            SchedulerConfig(),
+            dtype="bfloat16",
+            max_model_len=None,
+            ranks_on_host=2,
+            weight_bytes=11 * GIB,
+        )
 
 
 def test_the_operator_decides_on_a_gpu_too() -> None:
@@ -299,12 +363,18 @@ def test_the_error_has_the_numbers() -> None:
 @pytest.mark.parametrize(
     ("free", "max_model_len", "expected"),
     [
-        (64 * GIB, 131072, 4.646 * GIB),  # more than 4 GiB: 4.51 for one sequence, the rest to compute it by whole steps
+        (
+            64 * GIB,
+            131072,
+            4.646 * GIB,
+        ),  # more than 4 GiB: 4.51 for one sequence, the rest to compute it by whole steps
         (64 * GIB, 4096, 4 * GIB),
         (8 * GIB, 4096, 2 * GIB),
     ],
 )
-def test_on_a_cpu_the_choice_is_modest(monkeypatch: pytest.MonkeyPatch, free: int, max_model_len: int, expected: float) -> None:
+def test_on_a_cpu_the_choice_is_modest(
+    monkeypatch: pytest.MonkeyPatch, free: int, max_model_len: int, expected: float
+) -> None:
     monkeypatch.setattr(tensors, "host_free_bytes", lambda: free)
     plan = on_cpu(BIG, max_model_len=max_model_len)
     assert plan.total_bytes == pytest.approx(expected, rel=2e-3)
@@ -314,7 +384,9 @@ def test_on_a_cpu_the_choice_is_modest(monkeypatch: pytest.MonkeyPatch, free: in
 
 def test_what_was_chosen_is_said_when_it_is_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "host_free_bytes", lambda: GIB)
-    with pytest.raises(ConfigError, match=r"256\.00 MiB \(chosen from 1\.00 GiB free on cpu; cache\.memory_bytes sets it\)"):
+    with pytest.raises(
+        ConfigError, match=r"256\.00 MiB \(chosen from 1\.00 GiB free on cpu; cache\.memory_bytes sets it\)"
+    ):
         on_cpu(BIG, max_model_len=131072)
 
 
@@ -340,7 +412,9 @@ def test_free_memory_is_that_of_the_machine_or_the_control_group(tmp_path: Path)
 
 def test_tensors_have_the_shapes_of_their_layers() -> None:
     config = replace(model(2, 3), layer_windows=(40, None, 40, None, 40))
-    plan = split_memory(config, SchedulerConfig(2, 64), dtype="bfloat16", max_model_len=100, memory_bytes=1_000_000)
+    plan = split_memory(
+        config, SchedulerConfig(2, 64), dtype="bfloat16", max_model_len=100, memory_bytes=1_000_000
+    )
     caches = allocate_kv_caches(config, plan, dtype="bfloat16", device=CPU)
     sizes = [plan.num_sliding_blocks, plan.num_full_blocks] * 2 + [plan.num_sliding_blocks]
     assert plan.num_sliding_blocks != plan.num_full_blocks
@@ -351,7 +425,9 @@ def test_tensors_have_the_shapes_of_their_layers() -> None:
 
 def test_a_cache_costs_no_memory_before_it_is_written() -> None:
     config = replace(model(2, 3), layer_windows=(40, None))
-    plan = split_memory(config, SchedulerConfig(2, 64), dtype="bfloat16", max_model_len=100, memory_bytes=500_000_000)
+    plan = split_memory(
+        config, SchedulerConfig(2, 64), dtype="bfloat16", max_model_len=100, memory_bytes=500_000_000
+    )
     before = _resident_bytes()
     caches = allocate_kv_caches(config, plan, dtype="bfloat16", device=CPU)
     assert sum(cache.nbytes for cache in caches) > 400_000_000

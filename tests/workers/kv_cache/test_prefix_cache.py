@@ -10,7 +10,13 @@ from hypothesis import given, settings
 
 from workers.config import BLOCK_SIZE
 from workers.kv_cache import prefix_cache
-from workers.kv_cache.prefix_cache import PrefixCache, block_hashes, extend_hashes, first_visible_block, pack_tokens
+from workers.kv_cache.prefix_cache import (
+    PrefixCache,
+    block_hashes,
+    extend_hashes,
+    first_visible_block,
+    pack_tokens,
+)
 from workers.scheduler.plan import NULL_BLOCK
 
 
@@ -24,7 +30,9 @@ def insert_chain(cache: PrefixCache, token_ids: list[int], sliding: bool = True)
     for index, key in enumerate(block_hashes(token_ids)):
         [full] = cache.full.allocate(1) if cache.full.num_blocks else [NULL_BLOCK]
         [slide] = cache.sliding.allocate(1) if cache.sliding.num_blocks and sliding else [NULL_BLOCK]
-        entry = cache.insert(parent, key, pack_tokens(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]), full, slide)
+        entry = cache.insert(
+            parent, key, pack_tokens(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]), full, slide
+        )
         assert entry is not None
         parent = entry
         blocks.append((full, slide))
@@ -42,21 +50,37 @@ def hit(cache: PrefixCache, token_ids: list[int]) -> int:
 
 def test_hash_is_the_documented_one() -> None:
     token_ids = tokens(2, first=200_000)
-    first = hashlib.blake2b(b"".join(token.to_bytes(8, "little") for token in token_ids[:16]), digest_size=16).digest()
-    second = hashlib.blake2b(first + b"".join(token.to_bytes(8, "little") for token in token_ids[16:]), digest_size=16).digest()
+    first = hashlib.blake2b(
+        b"".join(token.to_bytes(8, "little") for token in token_ids[:16]), digest_size=16
+    ).digest()
+    second = hashlib.blake2b(
+        first + b"".join(token.to_bytes(8, "little") for token in token_ids[16:]), digest_size=16
+    ).digest()
     assert block_hashes([*token_ids, 1, 2, 3]) == [first, second]
 
 
 def test_hashes_are_the_same_in_another_process() -> None:
     code = "from workers.kv_cache.prefix_cache import block_hashes; print(b''.join(block_hashes(range(100))).hex())"
     for seed in ("1", "2"):
-        run = subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert run.stdout.strip() == b"".join(block_hashes(range(100))).hex()
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 3), max_size=80), st.lists(st.integers(0, 3), max_size=80), st.sampled_from([1, 4, 16]))
-def test_hashes_agree_exactly_as_far_as_the_full_blocks_do(left: list[int], right: list[int], block_size: int) -> None:
+@given(
+    st.lists(st.integers(0, 3), max_size=80),
+    st.lists(st.integers(0, 3), max_size=80),
+    st.sampled_from([1, 4, 16]),
+)
+def test_hashes_agree_exactly_as_far_as_the_full_blocks_do(
+    left: list[int], right: list[int], block_size: int
+) -> None:
     left_hashes, right_hashes = block_hashes(left, block_size), block_hashes(right, block_size)
     assert len(left_hashes) == len(left) // block_size
     for index, (left_hash, right_hash) in enumerate(zip(left_hashes, right_hashes, strict=False)):
@@ -95,7 +119,9 @@ def test_a_hit_is_the_longest_whose_window_is_there(present: list[bool], window:
     for index, (key, there) in enumerate(zip(block_hashes(token_ids), present, strict=True)):
         [full] = cache.full.allocate(1)
         [sliding] = cache.sliding.allocate(1) if there else [NULL_BLOCK]
-        entry = cache.insert(parent, key, pack_tokens(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]), full, sliding)
+        entry = cache.insert(
+            parent, key, pack_tokens(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]), full, sliding
+        )
         assert entry is not None
         parent = entry
     query = token_ids + [9] * extra
@@ -109,7 +135,8 @@ def test_a_hit_is_the_longest_whose_window_is_there(present: list[bool], window:
 
 
 @pytest.mark.parametrize(
-    ("position", "window", "block"), [(0, 128, 0), (127, 128, 0), (128, 128, 0), (143, 128, 1), (144, 128, 1), (32, 1, 2)]
+    ("position", "window", "block"),
+    [(0, 128, 0), (127, 128, 0), (128, 128, 0), (143, 128, 1), (144, 128, 1), (32, 1, 2)],
 )
 def test_first_visible_block(position: int, window: int, block: int) -> None:
     assert first_visible_block(position, window) == block
@@ -148,7 +175,9 @@ def test_eviction_takes_the_end_of_the_least_recently_used_chain() -> None:
     release(cache, old_blocks)
     release(cache, new_blocks)
     for taken, (old_hit, new_hit) in enumerate([(4, 4), (3, 4), (2, 4), (1, 4), (0, 4), (0, 3)]):
-        assert (hit(cache, [*old, 7]), hit(cache, [*new, 7])) == (old_hit, new_hit), f"after {taken} evictions"
+        assert (hit(cache, [*old, 7]), hit(cache, [*new, 7])) == (old_hit, new_hit), (
+            f"after {taken} evictions"
+        )
         cache.full.allocate(1)
 
 

@@ -44,7 +44,13 @@ def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
 
 
 def start(folder: Path, *, allow_zero_weights: bool = False) -> None:
-    config = EngineConfig(folder, dtype="float32", max_model_len=64, cache=CacheConfig(4 << 20), allow_zero_weights=allow_zero_weights)
+    config = EngineConfig(
+        folder,
+        dtype="float32",
+        max_model_len=64,
+        cache=CacheConfig(4 << 20),
+        allow_zero_weights=allow_zero_weights,
+    )
     executor = InlineExecutor(config, TINY)
     try:
         executor.start()
@@ -59,12 +65,24 @@ def test_a_sound_checkpoint_starts(folder: Path) -> None:
 ZEROS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "a projection": (lambda tensors: tensors[Q].zero_(), f"tensor {Q} is all zeros;"),
     "the output head": (lambda tensors: tensors[HEAD].zero_(), f"tensor {HEAD} is all zeros;"),
-    "the embedding": (lambda tensors: tensors["model.embed_tokens.weight"].zero_(), "tensor model.embed_tokens.weight is all zeros;"),
-    "the gate": (lambda tensors: tensors[f"{LAYER}mlp.router.weight"].zero_(), f"tensor {LAYER}mlp.router.weight is all zeros;"),
+    "the embedding": (
+        lambda tensors: tensors["model.embed_tokens.weight"].zero_(),
+        "tensor model.embed_tokens.weight is all zeros;",
+    ),
+    "the gate": (
+        lambda tensors: tensors[f"{LAYER}mlp.router.weight"].zero_(),
+        f"tensor {LAYER}mlp.router.weight is all zeros;",
+    ),
     "a norm": (lambda tensors: tensors[NORM].zero_(), f"tensor {NORM} is all zeros;"),
     "an expert": (lambda tensors: tensors[BLOCKS][3].zero_(), f"tensor {BLOCKS} is all zeros in expert 3;"),
-    "an expert of negative zeros": (lambda tensors: tensors[BLOCKS][3].fill_(0x88), f"tensor {BLOCKS} is all zeros in expert 3;"),
-    "an expert's scales": (lambda tensors: tensors[SCALES][0].zero_(), f"tensor {SCALES} is all zeros in expert 0;"),
+    "an expert of negative zeros": (
+        lambda tensors: tensors[BLOCKS][3].fill_(0x88),
+        f"tensor {BLOCKS} is all zeros in expert 3;",
+    ),
+    "an expert's scales": (
+        lambda tensors: tensors[SCALES][0].zero_(),
+        f"tensor {SCALES} is all zeros in expert 0;",
+    ),
 }
 
 
@@ -83,7 +101,9 @@ def test_zeros_are_refused_unless_they_are_allowed(folder: Path, fault: str) -> 
         start(folder, allow_zero_weights=True)
 
 
-@pytest.mark.parametrize("name", [f"{LAYER}self_attn.q_proj.bias", f"{LAYER}self_attn.sinks", f"{LAYER}mlp.experts.down_proj_bias"])
+@pytest.mark.parametrize(
+    "name", [f"{LAYER}self_attn.q_proj.bias", f"{LAYER}self_attn.sinks", f"{LAYER}mlp.experts.down_proj_bias"]
+)
 def test_biases_and_sinks_may_be_zeros(folder: Path, name: str) -> None:
     change(folder, lambda tensors: tensors[name].zero_())
     start(folder)
@@ -97,7 +117,10 @@ def test_one_row_of_values_is_enough(folder: Path) -> None:
 
 def test_each_projection_of_a_fused_one_is_looked_at(sound: Path, tmp_path: Path) -> None:
     original = write_original(sound, tmp_path / "original", TINY)
-    name, keys = "block.1.attn.qkv.weight", slice(TINY.num_heads * TINY.head_dim, (TINY.num_heads + TINY.num_kv_heads) * TINY.head_dim)
+    name, keys = (
+        "block.1.attn.qkv.weight",
+        slice(TINY.num_heads * TINY.head_dim, (TINY.num_heads + TINY.num_kv_heads) * TINY.head_dim),
+    )
     config = load_model_config(original)
     load_model(original, config, dtype=torch.float32, device=CPU)
     change(original, lambda tensors: tensors[name][keys].zero_() if name in tensors else None)
@@ -145,10 +168,18 @@ def test_a_shard_may_be_zeros_if_the_whole_is_not(folder: Path, whole: bool) -> 
     ],
 )
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_what_is_not_finite_is_found_before_anything_is_served(folder: Path, name: str, value: float, where: str, num_ranks: int) -> None:
+def test_what_is_not_finite_is_found_before_anything_is_served(
+    folder: Path, name: str, value: float, where: str, num_ranks: int
+) -> None:
     # All of a bias; of a matrix one row, of a head that is on one rank.
     change(folder, lambda tensors: tensors[name][..., :1].fill_(value))
-    config = EngineConfig(folder, dtype="float32", max_model_len=64, cache=CacheConfig(4 << 20), parallel=ParallelConfig(num_ranks))
+    config = EngineConfig(
+        folder,
+        dtype="float32",
+        max_model_len=64,
+        cache=CacheConfig(4 << 20),
+        parallel=ParallelConfig(num_ranks),
+    )
 
     def begin(thread: ThreadRank) -> str:
         shard = plan_shards(TINY, config.parallel)[thread.rank]
@@ -167,7 +198,9 @@ def test_what_is_not_finite_is_found_before_anything_is_served(folder: Path, nam
 
 def test_logits_that_are_all_the_same_are_refused(folder: Path) -> None:
     change(folder, lambda tensors: tensors[HEAD].copy_(tensors[HEAD][:1].expand_as(tensors[HEAD])))
-    with pytest.raises(CheckpointError, match="what the model computes is the same for every token of the vocabulary"):
+    with pytest.raises(
+        CheckpointError, match="what the model computes is the same for every token of the vocabulary"
+    ):
         start(folder)
 
 

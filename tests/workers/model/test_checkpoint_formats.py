@@ -86,24 +86,39 @@ def test_scales_of_a_kv_cache_beside_bf16_weights(folders: dict[str, Path], tmp_
     folder = shutil.copytree(folders["bf16"], tmp_path / "calibrated")
     fields = json.loads((folder / "config.json").read_text())
     scheme = {"dynamic": False, "num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"}
-    fields["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme}
+    fields["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {},
+        "kv_cache_scheme": scheme,
+    }
     (folder / "config.json").write_text(json.dumps(fields))
     (file,) = folder.glob("*.safetensors")
-    scales = {f"model.layers.{layer}.self_attn.{kind}_scale": torch.tensor([0.5 + layer]) for layer in (0, 1) for kind in "kv"}
+    scales = {
+        f"model.layers.{layer}.self_attn.{kind}_scale": torch.tensor([0.5 + layer])
+        for layer in (0, 1)
+        for kind in "kv"
+    }
     save_file(load_file(file) | scales, file)
     found = [layer.attention.kv_scales for layer in load(folder).layers]
-    assert [None if scales is None else scales.tolist() for scales in found] == [[[0.5] * 4] * 2, [[1.5] * 4] * 2]
+    assert [None if scales is None else scales.tolist() for scales in found] == [
+        [[0.5] * 4] * 2,
+        [[1.5] * 4] * 2,
+    ]
     assert torch.equal(logits(folder), logits(folders["bf16"])), "without effect on a cache that is not fp8"
 
 
 def test_quantising_what_was_unpacked_gives_it_back(folders: dict[str, Path]) -> None:
     assert load(folders["bf16"]).weight_bytes > load(folders["bf16"], quantize="mxfp4").weight_bytes
-    torch.testing.assert_close(logits(folders["bf16"], quantize="mxfp4"), logits(folders["mxfp4"]), atol=0, rtol=0)
+    torch.testing.assert_close(
+        logits(folders["bf16"], quantize="mxfp4"), logits(folders["mxfp4"]), atol=0, rtol=0
+    )
     assert torch.equal(logits(folders["mxfp4"], quantize="mxfp4"), logits(folders["mxfp4"]))
 
 
 def test_transformers_reads_the_bf16_form_the_same(folders: dict[str, Path]) -> None:
-    model = GptOssForCausalLM.from_pretrained(folders["bf16"], dtype=torch.float32, attn_implementation="eager")
+    model = GptOssForCausalLM.from_pretrained(
+        folders["bf16"], dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.inference_mode():
         expected = model(torch.tensor([TOKENS])).logits[0]
     torch.testing.assert_close(logits(folders["bf16"]), expected, atol=2e-4, rtol=1e-4)
@@ -111,7 +126,9 @@ def test_transformers_reads_the_bf16_form_the_same(folders: dict[str, Path]) -> 
 
 @pytest.mark.parametrize("plan", [(2, 2), (4, 2), (2, 1), (4, 1)], ids=str)
 @pytest.mark.parametrize(("name", "quantize"), [("original", None), ("bf16", None), ("bf16", "mxfp4")])
-def test_every_format_can_be_sharded(folders: dict[str, Path], name: str, quantize: str | None, plan: tuple[int, int]) -> None:
+def test_every_format_can_be_sharded(
+    folders: dict[str, Path], name: str, quantize: str | None, plan: tuple[int, int]
+) -> None:
     def work(rank: ThreadRank) -> torch.Tensor:
         shard = plan_shards(CONFIG, ParallelConfig(*plan))[rank.rank]
         return logits(folders[name], shard=shard, collectives=rank, quantize=quantize)
@@ -131,7 +148,10 @@ def test_blocks_without_scales_are_named(folders: dict[str, Path], tmp_path: Pat
     weights = load_file(broken / "model.safetensors")
     del weights["model.layers.1.mlp.experts.down_proj_scales"]
     save_file(weights, broken / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.1\.mlp\.experts\.down_proj_scales of shape \[6, 96, 5\] is missing"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"tensor model\.layers\.1\.mlp\.experts\.down_proj_scales of shape \[6, 96, 5\] is missing",
+    ):
         load(broken)
 
 
@@ -142,15 +162,21 @@ def test_a_bf16_expert_between_packed_ones_is_named(folders: dict[str, Path], tm
     weights[stem] = read_weights(folders["bf16"])[stem]
     save_file(weights, broken / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match=rf"broken/model\.safetensors: tensor {stem} of shape \[6, 160, 96\] is not part of the model"
+        CheckpointError,
+        match=rf"broken/model\.safetensors: tensor {stem} of shape \[6, 160, 96\] is not part of the model",
     ):
         load(broken)
 
 
-def test_a_config_of_the_other_layout_is_refused_by_the_first_tensor(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_config_of_the_other_layout_is_refused_by_the_first_tensor(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     mixed = copied(folders["mxfp4"], tmp_path / "mixed")
     (mixed / "config.json").write_bytes((folders["original"] / "config.json").read_bytes())
-    with pytest.raises(CheckpointError, match=r"mixed/model\.safetensors: tensor embedding\.weight of shape \[77, 96\] is missing"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"mixed/model\.safetensors: tensor embedding\.weight of shape \[77, 96\] is missing",
+    ):
         load(mixed)
 
 
@@ -162,17 +188,28 @@ def test_openais_files_are_checked_like_others(folders: dict[str, Path], tmp_pat
         load(broken)
 
 
-@pytest.mark.parametrize(("field", "value"), [("num_experts", None), ("head_dim", "x"), ("rope_theta", 0), ("initial_context_length", -1)])
-def test_openais_config_is_checked(folders: dict[str, Path], tmp_path: Path, field: str, value: object) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_experts", None), ("head_dim", "x"), ("rope_theta", 0), ("initial_context_length", -1)],
+)
+def test_openais_config_is_checked(
+    folders: dict[str, Path], tmp_path: Path, field: str, value: object
+) -> None:
     broken = copied(folders["original"], tmp_path / "original")
     fields = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(fields | {field: value}))
-    with pytest.raises(CheckpointError, match=r"config\.json: .*(num_local_experts|head_dim|rope_theta|initial_context_length)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"config\.json: .*(num_local_experts|head_dim|rope_theta|initial_context_length)",
+    ):
         load_model_config(broken)
 
 
 def test_sizes_that_cannot_be_quantised_are_refused(tmp_path: Path) -> None:
     config = replace(CONFIG, experts_format="bf16", hidden_size=100)
     write_checkpoint(tmp_path / "odd", config, seed=0)
-    with pytest.raises(ConfigError, match="quantize mxfp4 needs a hidden_size that is a multiple of 32, and the checkpoint's is 100"):
+    with pytest.raises(
+        ConfigError,
+        match="quantize mxfp4 needs a hidden_size that is a multiple of 32, and the checkpoint's is 100",
+    ):
         load(tmp_path / "odd", quantize="mxfp4")

@@ -110,13 +110,21 @@ class TestLoaded:
             assert torch.equal(values(layer.attention.qkv), torch.cat(qkv).to(dtype))
             biases = [stored[f"{prefix}self_attn.{name}_proj.bias"] for name in "qkv"]
             assert torch.equal(layer.attention.qkv.bias, torch.cat(biases).to(dtype))
-            assert torch.equal(values(layer.attention.output), stored[f"{prefix}self_attn.o_proj.weight"].to(dtype))
+            assert torch.equal(
+                values(layer.attention.output), stored[f"{prefix}self_attn.o_proj.weight"].to(dtype)
+            )
             assert torch.equal(layer.attention.sinks, stored[f"{prefix}self_attn.sinks"].float())
             assert torch.equal(layer.attention_norm, stored[f"{prefix}input_layernorm.weight"].to(dtype))
-            assert torch.equal(layer.experts_norm, stored[f"{prefix}post_attention_layernorm.weight"].to(dtype))
+            assert torch.equal(
+                layer.experts_norm, stored[f"{prefix}post_attention_layernorm.weight"].to(dtype)
+            )
             assert torch.equal(layer.experts.gate.weight, stored[f"{prefix}mlp.router.weight"].float())
-            assert torch.equal(layer.experts.gate_up_bias, stored[f"{prefix}mlp.experts.gate_up_proj_bias"].to(dtype))
-            assert torch.equal(layer.experts.down_bias, stored[f"{prefix}mlp.experts.down_proj_bias"].to(dtype))
+            assert torch.equal(
+                layer.experts.gate_up_bias, stored[f"{prefix}mlp.experts.gate_up_proj_bias"].to(dtype)
+            )
+            assert torch.equal(
+                layer.experts.down_bias, stored[f"{prefix}mlp.experts.down_proj_bias"].to(dtype)
+            )
             assert layer.attention.window == CONFIG.layer_windows[number]
 
     def test_mxfp4_experts_stay_packed(self, checkpoint: Path) -> None:
@@ -134,20 +142,35 @@ class TestLoaded:
         stored = weights(tmp_path / "bf16")
         for number, layer in enumerate(load(tmp_path / "bf16", BF16_CONFIG).layers):
             for name, dense in (("gate_up_proj", layer.experts.gate_up), ("down_proj", layer.experts.down)):
-                assert torch.equal(dense, stored[f"model.layers.{number}.mlp.experts.{name}"].transpose(1, 2).float())
+                assert torch.equal(
+                    dense, stored[f"model.layers.{number}.mlp.experts.{name}"].transpose(1, 2).float()
+                )
 
     def test_shards_give_the_same_model(self, checkpoint: Path, sharded: Path) -> None:
         assert len(list(sharded.glob("*.safetensors"))) > 3
-        assert torch.equal(load(sharded).layers[1].attention.qkv.weight, load(checkpoint).layers[1].attention.qkv.weight)
+        assert torch.equal(
+            load(sharded).layers[1].attention.qkv.weight, load(checkpoint).layers[1].attention.qkv.weight
+        )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_other_floating_point_files_load(self, checkpoint: Path, dtype: torch.dtype) -> None:
-        change(checkpoint, lambda tensors: tensors.update({Q_WEIGHT: torch.full((48, 64), 1 / 3, dtype=dtype)}))
-        assert torch.equal(load(checkpoint).layers[1].attention.qkv.weight[:48], torch.full((48, 64), 1 / 3, dtype=dtype).float())
+        change(
+            checkpoint, lambda tensors: tensors.update({Q_WEIGHT: torch.full((48, 64), 1 / 3, dtype=dtype)})
+        )
+        assert torch.equal(
+            load(checkpoint).layers[1].attention.qkv.weight[:48],
+            torch.full((48, 64), 1 / 3, dtype=dtype).float(),
+        )
 
     def test_progress_counts_up_to_the_end(self, sharded: Path) -> None:
         seen: list[tuple[int, int]] = []
-        load_model(sharded, CONFIG, dtype=torch.bfloat16, device=CPU, progress=lambda done, total: seen.append((done, total)))
+        load_model(
+            sharded,
+            CONFIG,
+            dtype=torch.bfloat16,
+            device=CPU,
+            progress=lambda done, total: seen.append((done, total)),
+        )
         assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
         assert len(seen) > CONFIG.num_layers
 
@@ -176,19 +199,28 @@ class TestWrongTensors:
         refusal(checkpoint, "model.layers.1.", config=replace(CONFIG, num_layers=1, layer_windows=(16,)))
 
     def test_fewer_layers_than_the_config_says(self, checkpoint: Path) -> None:
-        refusal(checkpoint, "model.layers.2.input_layernorm.weight", config=replace(CONFIG, num_layers=3, layer_windows=(16, None, 16)))
+        refusal(
+            checkpoint,
+            "model.layers.2.input_layernorm.weight",
+            config=replace(CONFIG, num_layers=3, layer_windows=(16, None, 16)),
+        )
 
     def test_packed_experts_where_the_config_says_bf16(self, checkpoint: Path) -> None:
         refusal(checkpoint, "model.layers.0.mlp.experts.gate_up_proj ", "missing", config=BF16_CONFIG)
 
     def test_shape(self, checkpoint: Path) -> None:
-        change(checkpoint, lambda tensors: tensors.update({Q_WEIGHT: torch.zeros(64, 48, dtype=torch.bfloat16)}))
+        change(
+            checkpoint, lambda tensors: tensors.update({Q_WEIGHT: torch.zeros(64, 48, dtype=torch.bfloat16)})
+        )
         refusal(checkpoint, "model.safetensors", Q_WEIGHT, "[64, 48]", "[48, 64]")
 
     def test_shape_of_unpacked_experts(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "bf16", BF16_CONFIG, seed=1)
         name = "model.layers.0.mlp.experts.down_proj"
-        change(tmp_path / "bf16", lambda tensors: tensors.update({name: tensors[name].transpose(1, 2).contiguous()}))
+        change(
+            tmp_path / "bf16",
+            lambda tensors: tensors.update({name: tensors[name].transpose(1, 2).contiguous()}),
+        )
         refusal(tmp_path / "bf16", name, "[5, 64, 96]", "[5, 96, 64]", config=BF16_CONFIG)
 
     @pytest.mark.parametrize(
@@ -208,7 +240,9 @@ class TestWrongTensors:
         change(checkpoint, lambda tensors: tensors[SCALES][3, 7].fill_(255))
         refusal(checkpoint, "model.safetensors", SCALES, "255", "[3, 7, 0]")
 
-    def test_scale_that_the_layout_cannot_hold(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_scale_that_the_layout_cannot_hold(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(model_checkpoint, "choose_layout", lambda device: WGMMA)
         change(checkpoint, lambda tensors: tensors[SCALES][3, 7].fill_(128))
         load(checkpoint)
@@ -227,7 +261,14 @@ class TestDamagedFiles:
         file = checkpoint / "model.safetensors"
         content = file.read_bytes()
         file.write_bytes(content[:-100])
-        refusal(checkpoint, "model.safetensors", "lm_head.weight", "cut off", str(len(content)), str(len(content) - 100))
+        refusal(
+            checkpoint,
+            "model.safetensors",
+            "lm_head.weight",
+            "cut off",
+            str(len(content)),
+            str(len(content) - 100),
+        )
 
     @pytest.mark.parametrize("length", [0, 5, 8, 300])
     def test_cut_off_inside_the_header(self, checkpoint: Path, length: int) -> None:
@@ -241,7 +282,9 @@ class TestDamagedFiles:
         refusal(checkpoint, "model.safetensors", "7 bytes behind")
 
     def test_git_lfs_pointer(self, checkpoint: Path) -> None:
-        (checkpoint / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 4792272488\n")
+        (checkpoint / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 4792272488\n"
+        )
         refusal(checkpoint, "model.safetensors", "Git LFS")
 
     @pytest.mark.parametrize(
@@ -266,7 +309,10 @@ class TestDamagedFiles:
 
     @pytest.mark.parametrize(
         ("entry", "message"),
-        [('"shape":[3],"data_offsets":[0,4]', "has 4 bytes, wanted 6"), ('"shape":[2],"data_offsets":[2,6]', "begins at byte")],
+        [
+            ('"shape":[3],"data_offsets":[0,4]', "has 4 bytes, wanted 6"),
+            ('"shape":[2],"data_offsets":[2,6]', "begins at byte"),
+        ],
     )
     def test_header_that_does_not_add_up(self, checkpoint: Path, entry: str, message: str) -> None:
         header = f'{{"a":{{"dtype":"BF16",{entry}}}}}'.encode()
@@ -303,7 +349,9 @@ class TestIndex:
 
     def test_tensor_is_in_two_files(self, sharded: Path) -> None:
         files = sorted(file.name for file in sharded.glob("*.safetensors"))
-        change(sharded, lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(2)}), files[1])
+        change(
+            sharded, lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(2)}), files[1]
+        )
         refusal(sharded, files[0], files[1], "model.embed_tokens.weight")
 
     @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors", ""])
@@ -312,7 +360,16 @@ class TestIndex:
         refusal(sharded, INDEX, Q_WEIGHT, "not the name of a file")
 
     @pytest.mark.parametrize(
-        "content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}', "[" * 100_000]
+        "content",
+        [
+            "{",
+            "[]",
+            "{}",
+            '{"weight_map": {}}',
+            '{"weight_map": {"a": 3}}',
+            '{"weight_map": ["a"]}',
+            "[" * 100_000,
+        ],
     )
     def test_is_no_index(self, sharded: Path, content: str) -> None:
         (sharded / INDEX).write_text(content)
@@ -355,7 +412,12 @@ class TestKVScales:
     K, V = "model.layers.1.self_attn.k_scale", "model.layers.1.self_attn.v_scale"
 
     def test_one_for_all_heads_or_one_for_each(self, checkpoint: Path) -> None:
-        change(checkpoint, lambda tensors: tensors.update({self.K: torch.tensor(0.25), self.V: torch.tensor([0.5, 3.0]).bfloat16()}))
+        change(
+            checkpoint,
+            lambda tensors: tensors.update(
+                {self.K: torch.tensor(0.25), self.V: torch.tensor([0.5, 3.0]).bfloat16()}
+            ),
+        )
         layers = load(checkpoint).layers
         assert layers[0].attention.kv_scales is None
         scales = layers[1].attention.kv_scales
@@ -364,11 +426,23 @@ class TestKVScales:
         assert scales.tolist() == [[0.25, 0.25], [0.5, 3.0]]
 
     @pytest.mark.parametrize(
-        "names", [("k_proj.k_scale", "v_proj.v_scale"), ("k_proj.output_scale", "v_proj.output_scale"), ("attn.k_scale", "attn.v_scale")]
+        "names",
+        [
+            ("k_proj.k_scale", "v_proj.v_scale"),
+            ("k_proj.output_scale", "v_proj.output_scale"),
+            ("attn.k_scale", "attn.v_scale"),
+        ],
     )
-    def test_by_the_names_that_other_quantisers_give_them(self, checkpoint: Path, names: tuple[str, str]) -> None:
+    def test_by_the_names_that_other_quantisers_give_them(
+        self, checkpoint: Path, names: tuple[str, str]
+    ) -> None:
         k, v = (f"model.layers.0.self_attn.{name}" for name in names)
-        change(checkpoint, lambda tensors: tensors.update({k: torch.tensor([[0.25]]), v: torch.tensor([0.5, 3.0]).view(2, 1, 1)}))
+        change(
+            checkpoint,
+            lambda tensors: tensors.update(
+                {k: torch.tensor([[0.25]]), v: torch.tensor([0.5, 3.0]).view(2, 1, 1)}
+            ),
+        )
         layers = load(checkpoint).layers
         scales = layers[0].attention.kv_scales
         assert scales is not None
@@ -376,15 +450,30 @@ class TestKVScales:
         assert layers[1].attention.kv_scales is None
 
     def test_under_two_names_they_are_refused(self, checkpoint: Path) -> None:
-        other = {"model.layers.1.self_attn.k_proj.k_scale": torch.tensor(1.0), "model.layers.1.self_attn.v_proj.v_scale": torch.tensor(1.0)}
-        change(checkpoint, lambda tensors: tensors.update({self.K: torch.tensor(1.0), self.V: torch.tensor(1.0)} | other))
+        other = {
+            "model.layers.1.self_attn.k_proj.k_scale": torch.tensor(1.0),
+            "model.layers.1.self_attn.v_proj.v_scale": torch.tensor(1.0),
+        }
+        change(
+            checkpoint,
+            lambda tensors: tensors.update({self.K: torch.tensor(1.0), self.V: torch.tensor(1.0)} | other),
+        )
         refusal(checkpoint, "both give a layer's scales")
 
     def test_a_rank_has_those_of_its_heads(self, checkpoint: Path) -> None:
-        change(checkpoint, lambda tensors: tensors.update({self.K: torch.tensor([0.5, 2.0]), self.V: torch.tensor([1.0, 4.0])}))
+        change(
+            checkpoint,
+            lambda tensors: tensors.update(
+                {self.K: torch.tensor([0.5, 2.0]), self.V: torch.tensor([1.0, 4.0])}
+            ),
+        )
         found = []
         for shard in plan_shards(CONFIG, ParallelConfig(2, 1)):
-            scales = load_model(checkpoint, CONFIG, dtype=torch.float32, device=CPU, shard=shard).layers[1].attention.kv_scales
+            scales = (
+                load_model(checkpoint, CONFIG, dtype=torch.float32, device=CPU, shard=shard)
+                .layers[1]
+                .attention.kv_scales
+            )
             assert scales is not None
             found.append(scales.tolist())
         assert found == [[[0.5], [1.0]], [[2.0], [4.0]]]
@@ -400,5 +489,7 @@ class TestKVScales:
         ],
     )
     def test_bad_ones(self, checkpoint: Path, k: Tensor, v: Tensor | None, named: str) -> None:
-        change(checkpoint, lambda tensors: tensors.update({self.K: k} if v is None else {self.K: k, self.V: v}))
+        change(
+            checkpoint, lambda tensors: tensors.update({self.K: k} if v is None else {self.K: k, self.V: v})
+        )
         refusal(checkpoint, named)

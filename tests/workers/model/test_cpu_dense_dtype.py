@@ -40,7 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, cpu_dense_dtype: DenseDtype, dtype: torch.dtype = torch.bfloat16) -> GptOss:
-    return load_model(folder, CONFIG, dtype=dtype, device=torch.device("cpu"), cpu_dense_dtype=cpu_dense_dtype)
+    return load_model(
+        folder, CONFIG, dtype=dtype, device=torch.device("cpu"), cpu_dense_dtype=cpu_dense_dtype
+    )
 
 
 def test_the_large_dense_weights_are_int8(folder: Path) -> None:
@@ -63,15 +65,22 @@ def test_logits_stay_close(folder: Path) -> None:
     assert (whole_prompt_logits(load(folder, "int8"), tokens) - exact).norm() < 0.08 * exact.norm()
 
 
-def test_int8_is_refused_where_it_cannot_be_had(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^cpu_dense_dtype int8 needs dtype bfloat16 and device cpu, got dtype float32 and device cpu$"):
+def test_int8_is_refused_where_it_cannot_be_had(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"^cpu_dense_dtype int8 needs dtype bfloat16 and device cpu, got dtype float32 and device cpu$",
+    ):
         EngineConfig(folder, dtype="float32", cpu_dense_dtype="int8")
     with pytest.raises(ConfigError, match=r"got dtype bfloat16 and device cuda:1$"):
         EngineConfig(folder, device="cuda:1", cpu_dense_dtype="int8")
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     native._loaded.cache_clear()
     try:
-        with pytest.raises(ConfigError, match=r"no kernels: the C\+\+ kernels were not built: install a C\+\+ compiler"):
+        with pytest.raises(
+            ConfigError, match=r"no kernels: the C\+\+ kernels were not built: install a C\+\+ compiler"
+        ):
             load(folder, "int8")
     finally:
         native._loaded.cache_clear()

@@ -48,7 +48,14 @@ CONFIGS = {
         num_experts_per_token=2,
         layer_windows=(None, 40),
         max_context_len=8192,
-        rope=RopeConfig(theta=10000.0, factor=8.0, beta_fast=16.0, beta_slow=2.0, original_max_position_embeddings=1024, truncate=True),
+        rope=RopeConfig(
+            theta=10000.0,
+            factor=8.0,
+            beta_fast=16.0,
+            beta_slow=2.0,
+            original_max_position_embeddings=1024,
+            truncate=True,
+        ),
         swiglu_limit=0.8,
         swiglu_alpha=1.3,
     ),
@@ -100,13 +107,17 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("reference") / request.param
     write_checkpoint(path, config, seed=7, max_shard_bytes=100_000)
     assert load_model_config(path) == config
-    quantization = {"quantization_config": Mxfp4Config(dequantize=True)} if config.experts_format == "mxfp4" else {}
+    quantization = (
+        {"quantization_config": Mxfp4Config(dequantize=True)} if config.experts_format == "mxfp4" else {}
+    )
     theirs, info = GptOssForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **quantization
     )
     assert not any(info.values()), info
     assert {parameter.dtype for parameter in theirs.parameters()} == {torch.float32}
-    return Pair(config, load_model(path, config, dtype=torch.float32, device=torch.device("cpu")), theirs.eval())
+    return Pair(
+        config, load_model(path, config, dtype=torch.float32, device=torch.device("cpu")), theirs.eval()
+    )
 
 
 def reference(pair: Pair, token_ids: list[int]) -> tuple[Tensor, Tensor]:
@@ -130,7 +141,9 @@ def reference(pair: Pair, token_ids: list[int]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_logits_equal_transformers(pair: Pair, length: int, record_property: Callable[[str, object], None]) -> None:
+def test_logits_equal_transformers(
+    pair: Pair, length: int, record_property: Callable[[str, object], None]
+) -> None:
     token_ids = random_tokens(pair.config, length, seed=length)
     wanted, gate_gaps = reference(pair, token_ids)
     actual = whole_prompt_logits(pair.ours, token_ids)

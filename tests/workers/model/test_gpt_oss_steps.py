@@ -75,17 +75,24 @@ def test_mixed_batch_equals_each_sequence_alone(model: GptOss) -> None:
     ]
     rows: dict[int, list[Tensor]] = {seq: [] for seq in prompts}
     for step in steps:
-        for seq, logits in sequences.step({seq: prompts[seq][start:end] for seq, (start, end) in step.items()}).items():
+        for seq, logits in sequences.step(
+            {seq: prompts[seq][start:end] for seq, (start, end) in step.items()}
+        ).items():
             rows[seq].append(logits)
     for seq, prompt in prompts.items():
         assert_same(torch.cat(rows[seq]), whole_prompt_logits(model, prompt))
 
 
 def test_greedy_tokens_do_not_depend_on_the_batch(model: GptOss) -> None:
-    prompts = {seq: random_tokens(CONFIG, length, seed=20 + seq) for seq, length in enumerate((1, 60, 16, 45, 128))}
+    prompts = {
+        seq: random_tokens(CONFIG, length, seed=20 + seq) for seq, length in enumerate((1, 60, 16, 45, 128))
+    }
     together = PagedSequences(model, NUM_BLOCKS).generate(prompts, num_tokens=20)
     for seq, prompt in prompts.items():
-        assert PagedSequences(model, NUM_BLOCKS, seed=5).generate({seq: prompt}, num_tokens=20)[seq] == together[seq]
+        assert (
+            PagedSequences(model, NUM_BLOCKS, seed=5).generate({seq: prompt}, num_tokens=20)[seq]
+            == together[seq]
+        )
 
 
 def test_greedy_continuation_is_what_the_whole_sequence_says(model: GptOss) -> None:
@@ -104,7 +111,9 @@ def test_window_limits_what_is_seen(model: GptOss) -> None:
     token_ids = random_tokens(CONFIG, reach + 2, seed=9)
 
     def last_logits(changed: int) -> Tensor:
-        changed_ids = [(token + 1) % CONFIG.vocab_size if at == changed else token for at, token in enumerate(token_ids)]
+        changed_ids = [
+            (token + 1) % CONFIG.vocab_size if at == changed else token for at, token in enumerate(token_ids)
+        ]
         sequences = PagedSequences(model, NUM_BLOCKS)
         sequences.kv_caches = sequences.kv_caches[: len(layers)]
         sequences.model = sliding
@@ -127,11 +136,17 @@ def test_bfloat16_is_near_float32(checkpoint: Path, model: GptOss) -> None:
 
 
 def test_weight_bytes_counts_packed_experts_as_packed(model: GptOss) -> None:
-    packed = sum(layer.experts.gate_up.blocks.nbytes + layer.experts.down.blocks.nbytes for layer in model.layers)
+    packed = sum(
+        layer.experts.gate_up.blocks.nbytes + layer.experts.down.blocks.nbytes for layer in model.layers
+    )
     expert_values = 4 * 7 * (2 * 64 * 96 + 96 * 64)
     assert packed == expert_values // 2
     scales = expert_values // 32
-    dense = 2 * 310 * 96 + 96 + 4 * (2 * 96 + 10 * 24 * 96 + 10 * 24 + 96 * 144 + 96 + 6 + 7 * 96 + 7 + 7 * 128 + 7 * 96)
+    dense = (
+        2 * 310 * 96
+        + 96
+        + 4 * (2 * 96 + 10 * 24 * 96 + 10 * 24 + 96 * 144 + 96 + 6 + 7 * 96 + 7 + 7 * 128 + 7 * 96)
+    )
     assert model.weight_bytes == packed + scales + 4 * dense
 
 

@@ -20,7 +20,14 @@ from tests.support.model_steps import random_tokens, whole_prompt_logits
 from workers.config import ModelConfig, load_model_config
 from workers.errors import ConfigError
 from workers.model.checkpoint import load_model
-from workers.model.make_checkpoint import DEFAULT_VOCAB, PRESETS, config_json, make_checkpoint, preset_config, write_checkpoint
+from workers.model.make_checkpoint import (
+    DEFAULT_VOCAB,
+    PRESETS,
+    config_json,
+    make_checkpoint,
+    preset_config,
+    write_checkpoint,
+)
 from workers.model.tensor_specs import tensor_specs
 
 SMALL = ModelConfig(
@@ -48,7 +55,9 @@ class TestPresets:
         # arXiv 2508.10925, table 1, in billions; the size of the published MXFP4 weights in GiB.
         [("120b", 116.83, 5.13, 60.8), ("20b", 20.91, 3.61, 12.8)],
     )
-    def test_published_totals(self, preset: str, total: float, active: float, gibibytes: float, tmp_path: Path) -> None:
+    def test_published_totals(
+        self, preset: str, total: float, active: float, gibibytes: float, tmp_path: Path
+    ) -> None:
         summary = make_checkpoint(tmp_path / "out", preset, dry_run=True)
         assert round(summary.parameters_total / 1e9, 2) == total
         assert round(summary.parameters_active / 1e9, 2) == active
@@ -116,7 +125,12 @@ class TestPresets:
             "output_router_logits": False,
             "pad_token_id": 199999,
             "quantization_config": {
-                "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+                "modules_to_not_convert": [
+                    "model.layers.*.self_attn",
+                    "model.layers.*.mlp.router",
+                    "model.embed_tokens",
+                    "lm_head",
+                ],
                 "quant_method": "mxfp4",
             },
             "rms_norm_eps": 1e-05,
@@ -166,8 +180,13 @@ class TestFiles:
         write_checkpoint(tmp_path / "out", SMALL, seed=0)
         with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
             assert file.metadata() == {"format": "pt", "seed": "0"}
-            found = {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
-        assert found == {spec.name: ("BF16" if spec.kind == "dense" else "U8", spec.shape) for spec in tensor_specs(SMALL)}
+            found = {
+                name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
+                for name in file.keys()
+            }  # noqa: SIM118
+        assert found == {
+            spec.name: ("BF16" if spec.kind == "dense" else "U8", spec.shape) for spec in tensor_specs(SMALL)
+        }
 
     def test_index_lists_each_tensor_where_it_is(self, tmp_path: Path) -> None:
         out = tmp_path / "out"
@@ -221,7 +240,11 @@ class TestSeed:
     def test_no_two_tensors_share_their_bits(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "one", SMALL, seed=5)
         tensors = stored(tmp_path / "one")
-        beginnings = {name: tuple(tensor.flatten()[:5].tolist()) for name, tensor in tensors.items() if not name.endswith("_scales")}
+        beginnings = {
+            name: tuple(tensor.flatten()[:5].tolist())
+            for name, tensor in tensors.items()
+            if not name.endswith("_scales")
+        }
         assert len(set(beginnings.values())) == len(beginnings)
 
     def test_every_part_is_random(self, tmp_path: Path) -> None:
@@ -229,14 +252,22 @@ class TestSeed:
         for name, tensor in stored(tmp_path / "one").items():
             assert tensor.float().std() > 0, name
             assert tensor.dtype == torch.uint8 or (tensor != 0).any(), name
-        assert int(stored(tmp_path / "one")["model.layers.0.mlp.experts.down_proj_blocks"].unique().numel()) == 256
+        assert (
+            int(stored(tmp_path / "one")["model.layers.0.mlp.experts.down_proj_blocks"].unique().numel())
+            == 256
+        )
 
     def test_values_are_those_of_the_stream(self, tmp_path: Path) -> None:
         """A pin: a demo checkpoint of one seed is the same on every machine and with every later version."""
         write_checkpoint(tmp_path / "one", SMALL, seed=5)
         tensors = stored(tmp_path / "one")
         assert tensors["model.embed_tokens.weight"][0, :3].tolist() == [-1.703125, 0.95703125, 0.0908203125]
-        assert tensors["model.layers.0.mlp.experts.down_proj_blocks"][0, 0, 0, :4].tolist() == [195, 0, 173, 105]
+        assert tensors["model.layers.0.mlp.experts.down_proj_blocks"][0, 0, 0, :4].tolist() == [
+            195,
+            0,
+            173,
+            105,
+        ]
 
 
 class TestRefusals:
@@ -258,7 +289,9 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"file.out"):
             write_checkpoint(tmp_path / "file" / "out", SMALL, seed=0)
 
-    def test_empty_folder_and_new_parents_are_fine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_empty_folder_and_new_parents_are_fine(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (tmp_path / "out").mkdir()
         write_checkpoint(tmp_path / "out", SMALL, seed=0)
         write_checkpoint(tmp_path / "a" / "b" / "out", SMALL, seed=0)
@@ -272,8 +305,13 @@ class TestRefusals:
             make_checkpoint(tmp_path / "new" / "out", "120b")
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize(("error", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left"), ConfigError)])
-    def test_interrupted_run_leaves_nothing(self, tmp_path: Path, error: BaseException, raised: type[BaseException]) -> None:
+    @pytest.mark.parametrize(
+        ("error", "raised"),
+        [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left"), ConfigError)],
+    )
+    def test_interrupted_run_leaves_nothing(
+        self, tmp_path: Path, error: BaseException, raised: type[BaseException]
+    ) -> None:
         def fail_half_way(done: int, total: int) -> None:
             if done > total / 2:
                 raise error
@@ -285,7 +323,13 @@ class TestRefusals:
 
 def test_progress_counts_weight_bytes(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    write_checkpoint(tmp_path / "out", SMALL, seed=0, max_shard_bytes=100_000, progress=lambda done, total: seen.append((done, total)))
+    write_checkpoint(
+        tmp_path / "out",
+        SMALL,
+        seed=0,
+        max_shard_bytes=100_000,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     total = sum(tensor.nbytes for tensor in stored(tmp_path / "out").values())
     assert [entry[1] for entry in seen] == [total] * len(seen)
     assert [entry[0] for entry in seen] == sorted({entry[0] for entry in seen})
@@ -311,7 +355,9 @@ def peak_memory(out: Path, arguments: str) -> tuple[int, int]:
         r"peak = re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text()); "
         "print(int(peak[1]) * 1024, summary.num_bytes)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(out)], check=True, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], check=True, capture_output=True, text=True, timeout=280
+    )
     peak, num_bytes = map(int, done.stdout.split())
     return peak, num_bytes
 
@@ -339,5 +385,10 @@ def test_one_layer_of_120b_streams_in_little_memory(big_folder: Path) -> None:
     assert peak < 400_000_000
     assert sum(file.stat().st_size for file in big_folder.iterdir()) == num_bytes
     with safe_open(big_folder / "model.safetensors", framework="pt") as file:
-        assert file.get_slice("model.layers.0.mlp.experts.gate_up_proj_blocks").get_shape() == [128, 5760, 90, 16]
+        assert file.get_slice("model.layers.0.mlp.experts.gate_up_proj_blocks").get_shape() == [
+            128,
+            5760,
+            90,
+            16,
+        ]
         assert file.get_slice("model.layers.0.mlp.experts.down_proj_scales")[127, 2879].shape == (90,)

@@ -27,7 +27,9 @@ def test_it_changes_the_logits_a_little_and_the_table_says_so(tmp_path: Path) ->
     assert 1e-4 < error < 0.1
 
 
-def test_it_is_refused_where_it_would_lose_and_not_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_refused_where_it_would_lose_and_not_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_checkpoint(tmp_path / "bf16", replace(TINY, experts_format="bf16"), seed=0)
     with pytest.raises(ConfigError, match=r"^moe_activation_dtype mxfp8 needs experts in MXFP4"):
         LLM(tmp_path / "bf16", moe_activation_dtype="mxfp8", kv_cache_bytes=4 << 20)

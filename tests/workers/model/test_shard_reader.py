@@ -27,7 +27,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("to_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("stored_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_rows_and_columns_arrive(tmp_path: Path, small_pieces: None, stored_dtype: torch.dtype, to_dtype: torch.dtype) -> None:
+def test_rows_and_columns_arrive(
+    tmp_path: Path, small_pieces: None, stored_dtype: torch.dtype, to_dtype: torch.dtype
+) -> None:
     weight = torch.randn(37, 11).to(stored_dtype)
     reader = ShardReader(stored(tmp_path, weight=weight))
     rows, columns = torch.zeros(20, 11, dtype=to_dtype), torch.full((37, 9), 7, dtype=to_dtype)
@@ -42,7 +44,9 @@ def test_rows_and_columns_arrive(tmp_path: Path, small_pieces: None, stored_dtyp
 
 @pytest.mark.parametrize("shape", [(1, 70_000), (3, 40_000), (70, 1_000)])
 @pytest.mark.parametrize("to_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_values_above_the_size_at_which_torch_takes_threads(shape: tuple[int, int], to_dtype: torch.dtype) -> None:
+def test_values_above_the_size_at_which_torch_takes_threads(
+    shape: tuple[int, int], to_dtype: torch.dtype
+) -> None:
     values = torch.randn(shape).bfloat16()
     straight, turned = torch.zeros(shape, dtype=to_dtype), torch.zeros(shape[::-1], dtype=to_dtype)
     copy_values(straight, values)
@@ -73,7 +77,9 @@ def test_misaligned_tensors_are_read(tmp_path: Path) -> None:
     assert torch.equal(to, values[1:3])
 
 
-def test_order_read_ahead_and_release(tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_read_ahead_and_release(
+    tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = stored(tmp_path, first=torch.zeros(64, 4), second=torch.zeros(64, 4))
     seen: list[tuple[str, int]] = []
 

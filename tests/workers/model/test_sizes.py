@@ -47,7 +47,11 @@ def test_weights_are_the_published_files(preset: str, published: int) -> None:
     (shard,) = plan_shards(model, WHOLE)
     # A rank holds gates and sinks in fp32, which are stored in bf16.
     wider = 2 * model.num_layers * (model.num_experts * (model.hidden_size + 1) + model.num_heads)
-    assert rank_bytes(model, shard, "bfloat16").total - wider == sum(map(stored_bytes, tensor_specs(model))) == published
+    assert (
+        rank_bytes(model, shard, "bfloat16").total - wider
+        == sum(map(stored_bytes, tensor_specs(model)))
+        == published
+    )
 
 
 def test_kv_of_the_large_model() -> None:
@@ -105,7 +109,9 @@ def test_kv_bytes_are_those_of_the_tensors(tensor: int) -> None:
     shard = plan_shards(MODEL, ParallelConfig(tensor))[0]
     kv = kv_bytes(MODEL, shard, "bfloat16")
     shape = cache_shape(MODEL, shard)
-    plan = split_memory(shape, SchedulerConfig(2, 64), dtype="bfloat16", max_model_len=256, memory_bytes=10**6)
+    plan = split_memory(
+        shape, SchedulerConfig(2, 64), dtype="bfloat16", max_model_len=256, memory_bytes=10**6
+    )
     caches = allocate_kv_caches(shape, plan, dtype="bfloat16", device=torch.device("cpu"))
     full = [cache for cache, window in zip(caches, MODEL.layer_windows, strict=True) if window is None]
     assert sum(cache.nbytes for cache in full) == kv.per_token * 16 * plan.num_full_blocks

@@ -65,14 +65,22 @@ def test_shards_cover_the_model(model: ModelConfig, data: st.DataObject) -> None
 
 def test_one_rank_holds_everything_without_padding() -> None:
     (shard,) = plan_shards(TINY, ParallelConfig())
-    for span, size in ((shard.heads, 6), (shard.kv_heads, 3), (shard.vocab, 211), (shard.experts, 5), (shard.intermediate, 64)):
+    for span, size in (
+        (shard.heads, 6),
+        (shard.kv_heads, 3),
+        (shard.vocab, 211),
+        (shard.experts, 5),
+        (shard.intermediate, 64),
+    ):
         assert span == Span(0, size, size)
 
 
 @pytest.mark.parametrize("model", PUBLISHED, ids=["20b", "120b"])
 def test_plans_of_the_published_models(model: ModelConfig) -> None:
     powers = (1, 2, 4, 8, 16)
-    assert allowed_plans(model) == [(tensor, expert) for tensor in powers for expert in powers if expert <= tensor]
+    assert allowed_plans(model) == [
+        (tensor, expert) for tensor in powers for expert in powers if expert <= tensor
+    ]
     # 90 groups of 32 columns over 4 ranks: two of 23 and two of 22, padded to 23.
     shards = plan_shards(model, ParallelConfig(4, 1))
     assert [shard.intermediate.length // 32 for shard in shards] == [23, 23, 22, 22]
@@ -86,14 +94,31 @@ def test_the_default_splits_experts_over_all_ranks() -> None:
 @pytest.mark.parametrize(
     ("model", "tensor", "expert", "said"),
     [
-        (TINY, 4, None, "6 query heads cannot be split evenly over 4 ranks; the nearest that can: tensor=3, expert=3"),
-        (replace(TINY, num_heads=12, num_kv_heads=6), 4, 2, "6 key-value heads can neither be split evenly over 4 ranks nor be repeated"),
+        (
+            TINY,
+            4,
+            None,
+            "6 query heads cannot be split evenly over 4 ranks; the nearest that can: tensor=3, expert=3",
+        ),
+        (
+            replace(TINY, num_heads=12, num_kv_heads=6),
+            4,
+            2,
+            "6 key-value heads can neither be split evenly over 4 ranks nor be repeated",
+        ),
         (replace(TINY, num_experts=2), 6, 3, "2 experts cannot be split into 3 groups"),
         (TINY, 6, 1, "an expert has 2 groups of 32 intermediate columns, too few for 6 ranks"),
-        (PUBLISHED[1], 12, 4, "64 query heads cannot be split evenly over 12 ranks; the nearest that can: tensor=8, expert=4;"),
+        (
+            PUBLISHED[1],
+            12,
+            4,
+            "64 query heads cannot be split evenly over 12 ranks; the nearest that can: tensor=8, expert=4;",
+        ),
     ],
 )
-def test_what_cannot_work_is_refused_with_what_can(model: ModelConfig, tensor: int, expert: int | None, said: str) -> None:
+def test_what_cannot_work_is_refused_with_what_can(
+    model: ModelConfig, tensor: int, expert: int | None, said: str
+) -> None:
     with pytest.raises(ConfigError) as refusal:
         plan_shards(model, ParallelConfig(tensor, expert))
     assert said in str(refusal.value)

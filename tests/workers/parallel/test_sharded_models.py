@@ -30,7 +30,11 @@ MODEL = ModelConfig(
     max_context_len=256,
 )
 PLANS = [(2, 2), (2, 1), (4, 4), (4, 2), (4, 1), (8, 8)]
-PROMPTS = {0: random_tokens(MODEL, 70, seed=1), 1: random_tokens(MODEL, 3, seed=2), 2: random_tokens(MODEL, 33, seed=3)}
+PROMPTS = {
+    0: random_tokens(MODEL, 70, seed=1),
+    1: random_tokens(MODEL, 3, seed=2),
+    2: random_tokens(MODEL, 33, seed=3),
+}
 NUM_TOKENS = 12
 Format = Literal["mxfp4", "bf16"]
 
@@ -48,10 +52,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Format, Path]:
     return {experts_format: folder / experts_format for experts_format in formats}
 
 
-def run_rank(path: Path, model: ModelConfig, plan: tuple[int, int], rank: ThreadRank) -> tuple[torch.Tensor, dict[int, list[int]]]:
+def run_rank(
+    path: Path, model: ModelConfig, plan: tuple[int, int], rank: ThreadRank
+) -> tuple[torch.Tensor, dict[int, list[int]]]:
     """Logits of one prompt in two chunks, then greedy tokens of all prompts together."""
     shard = plan_shards(model, ParallelConfig(*plan))[rank.rank]
-    loaded = load_model(path, model, dtype=torch.float32, device=torch.device("cpu"), shard=shard, collectives=rank)
+    loaded = load_model(
+        path, model, dtype=torch.float32, device=torch.device("cpu"), shard=shard, collectives=rank
+    )
     alone = PagedSequences(loaded, num_blocks=12, seed=rank.rank)
     logits = torch.cat([alone.step({0: PROMPTS[0][:41]})[0], alone.step({0: PROMPTS[0][41:]})[0]])
     tokens = PagedSequences(loaded, num_blocks=24, seed=rank.rank).generate(PROMPTS, NUM_TOKENS)
@@ -60,7 +68,12 @@ def run_rank(path: Path, model: ModelConfig, plan: tuple[int, int], rank: Thread
 
 @pytest.fixture(scope="module")
 def expected(checkpoints: dict[Format, Path]) -> dict[Format, tuple[torch.Tensor, dict[int, list[int]]]]:
-    return {name: on_ranks(1, lambda rank, name=name: run_rank(checkpoints[name], model_of(name), (1, 1), rank))[0] for name in checkpoints}
+    return {
+        name: on_ranks(1, lambda rank, name=name: run_rank(checkpoints[name], model_of(name), (1, 1), rank))[
+            0
+        ]
+        for name in checkpoints
+    }
 
 
 @pytest.mark.parametrize("experts_format", ["mxfp4", "bf16"])
@@ -71,7 +84,9 @@ def test_sharded_is_whole(
     plan: tuple[int, int],
     experts_format: Format,
 ) -> None:
-    ranks = on_ranks(plan[0], lambda rank: run_rank(checkpoints[experts_format], model_of(experts_format), plan, rank))
+    ranks = on_ranks(
+        plan[0], lambda rank: run_rank(checkpoints[experts_format], model_of(experts_format), plan, rank)
+    )
     logits, tokens = expected[experts_format]
     # fp32 sums in another order.
     torch.testing.assert_close(ranks[0][0], logits, atol=1e-4, rtol=0)
@@ -79,7 +94,9 @@ def test_sharded_is_whole(
         assert rank[1] == tokens
 
 
-def test_a_step_takes_two_all_reduces_a_layer_and_one_for_the_embedding(checkpoints: dict[Format, Path]) -> None:
+def test_a_step_takes_two_all_reduces_a_layer_and_one_for_the_embedding(
+    checkpoints: dict[Format, Path],
+) -> None:
     def count(rank: ThreadRank) -> int:
         run_rank(checkpoints["mxfp4"], MODEL, (2, 2), rank)
         return rank.num_all_reduces
@@ -91,7 +108,14 @@ def test_a_step_takes_two_all_reduces_a_layer_and_one_for_the_embedding(checkpoi
 def test_a_shard_holds_its_part_only(checkpoints: dict[Format, Path]) -> None:
     def load(rank: ThreadRank) -> int:
         shard = plan_shards(MODEL, ParallelConfig(4, 2))[rank.rank]
-        model = load_model(checkpoints["mxfp4"], MODEL, dtype=torch.float32, device=torch.device("cpu"), shard=shard, collectives=rank)
+        model = load_model(
+            checkpoints["mxfp4"],
+            MODEL,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            shard=shard,
+            collectives=rank,
+        )
         experts = model.layers[0].experts
         assert experts.gate_up.shape == (shard.experts.length, 2 * 4 * 32, 96)
         assert experts.down.shape == (shard.experts.length, 96, 4 * 32)
@@ -99,7 +123,9 @@ def test_a_shard_holds_its_part_only(checkpoints: dict[Format, Path]) -> None:
         assert model.layers[0].attention.output.weight.shape == (96, 2 * 10)
         return model.weight_bytes
 
-    whole = load_model(checkpoints["mxfp4"], MODEL, dtype=torch.float32, device=torch.device("cpu")).weight_bytes
+    whole = load_model(
+        checkpoints["mxfp4"], MODEL, dtype=torch.float32, device=torch.device("cpu")
+    ).weight_bytes
     assert max(on_ranks(4, load)) < whole / 2
 
 

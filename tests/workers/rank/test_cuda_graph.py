@@ -31,7 +31,9 @@ def test_graphs_are_captured_from_the_largest_on_one_stream_and_their_memory_is_
 ) -> None:
     """A stream for each graph would leave a cuBLAS workspace for each. What another process takes shows as the
     driver's."""
-    taken = [Taken(70, 4), Taken(5, 3, elsewhere=1000), Taken(3, 2, elsewhere=-400), Taken(2, 1), Taken(1)][: limit or 5]
+    taken = [Taken(70, 4), Taken(5, 3, elsewhere=1000), Taken(3, 2, elsewhere=-400), Taken(2, 1), Taken(1)][
+        : limit or 5
+    ]
     cuda = FakeCuda(taken)
     cuda.install(monkeypatch)
     batches = []
@@ -41,8 +43,13 @@ def test_graphs_are_captured_from_the_largest_on_one_stream_and_their_memory_is_
     report = graphs.capture(lambda *progress: seen.append(progress), limit=limit)
     assert report.pool_bytes == tuple(each.pool for each in taken)
     assert report.driver_bytes == tuple(each.driver + each.elsewhere for each in taken)
-    assert (report.num_graphs, report.memory_bytes) == (len(taken), sum(each.pool + each.driver + each.elsewhere for each in taken))
-    assert [len(batch.token_ids) for batch in batches[::2]] == [9, 8, 4, 2, 1][: limit or 5], "each once to warm up and once captured"
+    assert (report.num_graphs, report.memory_bytes) == (
+        len(taken),
+        sum(each.pool + each.driver + each.elsewhere for each in taken),
+    )
+    assert [len(batch.token_ids) for batch in batches[::2]] == [9, 8, 4, 2, 1][: limit or 5], (
+        "each once to warm up and once captured"
+    )
     assert len(batches) == 2 * len(taken)
     assert cuda.captured_on == cuda.captured_on[:1] * len(taken)
     assert seen == [("capture graphs", done, len(taken)) for done in range(len(taken) + 1)]
@@ -85,7 +92,9 @@ def test_a_stream_is_free_only_once_its_graphs_are_destroyed(monkeypatch: pytest
     graphs.capture(no_progress)
     left: list[int] = []
     give_back = cuda_graph._streams.give_back
-    monkeypatch.setattr(cuda_graph._streams, "give_back", lambda *args: (left.append(len(cuda.living)), give_back(*args)))
+    monkeypatch.setattr(
+        cuda_graph._streams, "give_back", lambda *args: (left.append(len(cuda.living)), give_back(*args))
+    )
     assert len(cuda.living) == 5
     del graphs
     assert left == [0]
@@ -98,7 +107,9 @@ class TestKernelLoads:
         knobs = pytest.importorskip("triton.knobs")
         knobs.runtime.kernel_load_start_hook(None, None, name, {}, "key")
 
-    def test_a_kernel_that_is_loaded_while_a_graph_is_captured_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_kernel_that_is_loaded_while_a_graph_is_captured_is_named(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         FakeCuda([Taken(1)] * 5).install(monkeypatch)
         calls: list[StepBatch] = []
 
@@ -108,7 +119,9 @@ class TestKernelLoads:
                 self.load(f"kernel_{len(calls)}")
             return batch.positions
 
-        with pytest.raises(RuntimeError, match="kernel kernel_4 while a CUDA graph of 8 sequences is captured"):
+        with pytest.raises(
+            RuntimeError, match="kernel kernel_4 while a CUDA graph of 8 sequences is captured"
+        ):
             new_graphs(forward).capture(no_progress)
         self.load("afterwards")
 

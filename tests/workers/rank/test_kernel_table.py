@@ -13,7 +13,14 @@ from workers.model import checkpoint
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.rank import kernel_table as kernel_choice
-from workers.rank.kernel_table import REFERENCE, KernelChoice, describe_device, kernel_choices, not_capturable, slow_paths
+from workers.rank.kernel_table import (
+    REFERENCE,
+    KernelChoice,
+    describe_device,
+    kernel_choices,
+    not_capturable,
+    slow_paths,
+)
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 OPERATIONS = {"attention", "experts", "dense layers", "norms, RoPE", "embedding", "sampling"}
@@ -32,18 +39,24 @@ def loaded(path: Path, dtype: torch.dtype = torch.float32) -> GptOss:
 def test_on_a_cpu_the_cpp_kernels(path: Path) -> None:
     choices = kernel_choices(loaded(path))
     assert choices.keys() == OPERATIONS
-    assert {choice.implementation for operation, choice in choices.items() if operation != "embedding"} == {f"C++ {native.isa()}"}
+    assert {choice.implementation for operation, choice in choices.items() if operation != "embedding"} == {
+        f"C++ {native.isa()}"
+    }
     assert choices["experts"].layout == "MXFP4 layout rows16"
     assert not not_capturable(choices)
     assert not slow_paths(choices, CPU)
     assert f", {native.isa()}, " in describe_device(CPU)
     fp8 = kernel_choices(loaded(path), "fp8_e4m3")
-    assert str(fp8.pop("attention")) == "torch reference (of an fp8 KV cache, which only Triton's kernel takes)"
+    assert (
+        str(fp8.pop("attention")) == "torch reference (of an fp8 KV cache, which only Triton's kernel takes)"
+    )
     assert choices.items() >= fp8.items()
 
 
 def test_without_the_library_the_references_and_why(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_loaded", lambda: "the C++ kernels cannot be loaded (wrong ELF class): install Cantata again")
+    monkeypatch.setattr(
+        native, "_loaded", lambda: "the C++ kernels cannot be loaded (wrong ELF class): install Cantata again"
+    )
     choices = kernel_choices(loaded(path))
     assert not_capturable(choices) == ["attention", "experts"]
     assert str(choices["attention"]) == f"torch reference ({native._loaded()})"
@@ -62,7 +75,14 @@ class _OnGpu:
         self.device, self.dtype, self.embedding, self.layers = GPU, model.dtype, model.embedding, model.layers
 
 
-def on_gpu(path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, *, layout: str = NATURAL, triton: bool = True) -> GptOss:
+def on_gpu(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    *,
+    layout: str = NATURAL,
+    triton: bool = True,
+) -> GptOss:
     monkeypatch.setattr(checkpoint, "choose_layout", lambda device: layout)
     monkeypatch.setattr(kernel_choice, "architecture", lambda device: architecture)
     monkeypatch.setattr(kernel_choice, "has_triton", lambda: triton)
@@ -76,11 +96,21 @@ def on_gpu(path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, *, la
         ("sm_90", "wgmma.v1", "decoded in registers in front of wgmma"),
         ("sm_100", "natural", "decoded by tl.dot_scaled"),
         ("gfx950", "natural", "decoded by tl.dot_scaled"),
-        ("sm_121", "natural", "sm_121 is not known to this version: the checkpoint's layout and tiles of its family"),
-        ("gfx1201", "natural", "gfx1201 is not known to this version: the checkpoint's layout and tiles of its family"),
+        (
+            "sm_121",
+            "natural",
+            "sm_121 is not known to this version: the checkpoint's layout and tiles of its family",
+        ),
+        (
+            "gfx1201",
+            "natural",
+            "gfx1201 is not known to this version: the checkpoint's layout and tiles of its family",
+        ),
     ],
 )
-def test_on_a_gpu_triton(path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, layout: str, why: str) -> None:
+def test_on_a_gpu_triton(
+    path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, layout: str, why: str
+) -> None:
     pytest.importorskip("triton")
     choices = kernel_choices(on_gpu(path, monkeypatch, architecture, layout=layout))
     assert choices.keys() == OPERATIONS
@@ -92,9 +122,19 @@ def test_on_a_gpu_triton(path: Path, monkeypatch: pytest.MonkeyPatch, architectu
 
 @pytest.mark.parametrize(
     ("architecture", "slow"),
-    [("sm_75", True), ("gfx906", True), ("gfx1030", True), ("sm_80", False), ("sm_137", False), ("gfx90a", False), ("gfx1201", False)],
+    [
+        ("sm_75", True),
+        ("gfx906", True),
+        ("gfx1030", True),
+        ("sm_80", False),
+        ("sm_137", False),
+        ("gfx90a", False),
+        ("gfx1201", False),
+    ],
 )
-def test_a_gpu_without_matrix_instructions_is_said(path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, slow: bool) -> None:
+def test_a_gpu_without_matrix_instructions_is_said(
+    path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, slow: bool
+) -> None:
     """Triton compiles for these, too, to one product at a time."""
     pytest.importorskip("triton")
     model = on_gpu(path, monkeypatch, architecture)
@@ -114,5 +154,7 @@ def test_a_slow_path_on_a_gpu_is_said(path: Path, monkeypatch: pytest.MonkeyPatc
     assert slow_paths(without, GPU) == [
         "attention, experts, norms, RoPE, embedding, sampling will be slow, on the torch reference: Triton is not installed"
     ]
-    assert not_capturable(without | {"attention": replace(without["attention"], implementation="Triton sm_90")}) == ["experts"]
+    assert not_capturable(
+        without | {"attention": replace(without["attention"], implementation="Triton sm_90")}
+    ) == ["experts"]
     assert without["attention"].implementation == REFERENCE

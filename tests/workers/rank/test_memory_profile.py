@@ -15,7 +15,14 @@ from workers.model.gpt_oss import GptOss
 from workers.parallel.collectives import Alone
 from workers.parallel.shard import plan_shards
 from workers.rank import memory_profile, rank
-from workers.rank.memory_profile import StepMemory, expected_graph_bytes, largest_batch, profile_step, run_largest_step, warm_up
+from workers.rank.memory_profile import (
+    StepMemory,
+    expected_graph_bytes,
+    largest_batch,
+    profile_step,
+    run_largest_step,
+    warm_up,
+)
 from workers.rank.recorded import cuda_graph
 from workers.rank.recorded.cuda_graph import GraphReport
 
@@ -27,7 +34,9 @@ MIB = 1 << 20
     ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_tokens", "num_seqs"),
     [(5, 73, 100, 73, 5), (200, 30, 100, 30, 30), (3, 1000, 50, 150, 3)],
 )
-def test_the_largest_batch(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, num_tokens: int, num_seqs: int) -> None:
+def test_the_largest_batch(
+    max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, num_tokens: int, num_seqs: int
+) -> None:
     batch = largest_batch(SchedulerConfig(max_num_seqs, max_num_batched_tokens), max_model_len, CPU)
     assert len(batch.token_ids) == len(batch.positions) == len(batch.slot_mapping_full) == num_tokens
     assert len(batch.context_lens) == len(batch.sample_indices) == num_seqs
@@ -39,11 +48,15 @@ def test_the_largest_batch(max_num_seqs: int, max_num_batched_tokens: int, max_m
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "fp8_e4m3"])
-def test_the_model_runs_it_and_samples_every_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_dtype: KVDtype) -> None:
+def test_the_model_runs_it_and_samples_every_sequence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_dtype: KVDtype
+) -> None:
     model = load_model(write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=CPU)
     sampled = []
     real = memory_profile.sample
-    monkeypatch.setattr(memory_profile, "sample", lambda logits, batch: sampled.append((batch, real(logits, batch).token_ids)))
+    monkeypatch.setattr(
+        memory_profile, "sample", lambda logits, batch: sampled.append((batch, real(logits, batch).token_ids))
+    )
     run_largest_step(model, SchedulerConfig(7, 300), 100, kv_dtype)
     ((batch, token_ids),) = sampled
     assert len(token_ids) == 7
@@ -100,7 +113,9 @@ def test_a_gpu_s_cache_is_sized_after_kernels_are_compiled_by_what_the_profile_l
         monkeypatch.setattr(rank, name, value)
     monkeypatch.setattr(rank, "not_capturable", lambda choices: [])
     monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_total)
-    config = EngineConfig(path, dtype="float32", max_model_len=512, scheduler=SchedulerConfig(10_000), enforce_eager=eager)
+    config = EngineConfig(
+        path, dtype="float32", max_model_len=512, scheduler=SchedulerConfig(10_000), enforce_eager=eager
+    )
     (shard,) = plan_shards(TINY, ParallelConfig())
     loaded = rank.Rank(config, TINY, shard, Alone(), device=torch.device("cuda", 0)).load()
     assert order == ["compile", f"profile with graphs {not eager}", "what is in use"]
@@ -117,7 +132,9 @@ def test_the_profile_is_the_largest_step_s_peak_and_what_graphs_will_keep(
     cuda = FakeCuda([Taken(70 * MIB, 4 * MIB), Taken(5 * MIB, 2 * MIB)])
     cuda.install(monkeypatch)
     products: list[object] = []
-    monkeypatch.setattr(cuda_graph, "multiply", lambda device: products.append((cuda.current, len(cuda.living))))
+    monkeypatch.setattr(
+        cuda_graph, "multiply", lambda device: products.append((cuda.current, len(cuda.living)))
+    )
     threads: list[threading.Thread] = []
     for name, value in {
         "set_device": lambda device: threads.append(threading.current_thread()),
@@ -130,7 +147,9 @@ def test_the_profile_is_the_largest_step_s_peak_and_what_graphs_will_keep(
     num_graphs = len(cuda_graph.graph_sizes(9))
     assert found == StepMemory(30 * MIB, (70 + (num_graphs - 1) * 5 + num_graphs * 2) * MIB if graphs else 0)
     assert len(cuda.captured_on) == (2 if graphs else 0)
-    assert products == ([(cuda.captured_on[0], 0)] if graphs else []), "cuBLAS's memory for the stream is in use, and no graph is any more"
+    assert products == ([(cuda.captured_on[0], 0)] if graphs else []), (
+        "cuBLAS's memory for the stream is in use, and no graph is any more"
+    )
     (thread,) = threads
     assert thread is not threading.current_thread()
     assert not thread.is_alive()
@@ -140,9 +159,15 @@ def test_warming_up_runs_steps_of_every_size(tmp_path: Path, monkeypatch: pytest
     model = load_model(write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=CPU)
     sizes = []
     real = GptOss.forward
-    monkeypatch.setattr(GptOss, "forward", lambda self, batch, caches: sizes.append(len(batch.token_ids)) or real(self, batch, caches))
+    monkeypatch.setattr(
+        GptOss,
+        "forward",
+        lambda self, batch, caches: sizes.append(len(batch.token_ids)) or real(self, batch, caches),
+    )
     warmed = []
-    monkeypatch.setattr(memory_profile, "warm_up_sampling", lambda vocab_size, device: warmed.append(vocab_size))
+    monkeypatch.setattr(
+        memory_profile, "warm_up_sampling", lambda vocab_size, device: warmed.append(vocab_size)
+    )
     warm_up(model, SchedulerConfig(7, 33), 100, "float32")
     assert sizes == [1, 2, 4, 8, 16, 32]
     assert warmed == [TINY.vocab_size]

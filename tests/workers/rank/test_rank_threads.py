@@ -18,7 +18,9 @@ def test_steps_of_any_thread_run_on_the_rank_s_gpu(monkeypatch: pytest.MonkeyPat
     """A new thread's current device is GPU 0, whichever was made current in the thread that loaded."""
     seen: list[object] = []
     device = torch.device("cuda", 1)
-    rank = Rank(EngineConfig(Path("unused")), TINY, plan_shards(TINY, ParallelConfig())[0], Alone(), device=device)
+    rank = Rank(
+        EngineConfig(Path("unused")), TINY, plan_shards(TINY, ParallelConfig())[0], Alone(), device=device
+    )
 
     class Runner:
         def launch(self, plan: StepPlan) -> None:
@@ -36,7 +38,9 @@ def test_a_gpu_that_cannot_be_entered_is_a_failed_step(monkeypatch: pytest.Monke
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     device = torch.device("cuda", 0)
-    rank = Rank(EngineConfig(Path("unused")), TINY, plan_shards(TINY, ParallelConfig())[0], Alone(), device=device)
+    rank = Rank(
+        EngineConfig(Path("unused")), TINY, plan_shards(TINY, ParallelConfig())[0], Alone(), device=device
+    )
     monkeypatch.setattr(torch.cuda, "set_device", fail)
     monkeypatch.setattr(rank, "_runner", object())
     assert "step 3 failed on rank 0" in str(rank.launch(StepPlan(3)).result().error)

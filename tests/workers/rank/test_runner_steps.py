@@ -33,7 +33,9 @@ CPU = torch.device("cpu")
 VOCAB = 40
 
 
-def start(seq_id: int, tokens: tuple[int, ...], num_prompt: int | None = None, **rest: object) -> SequenceStart:
+def start(
+    seq_id: int, tokens: tuple[int, ...], num_prompt: int | None = None, **rest: object
+) -> SequenceStart:
     sampling = rest.pop("sampling", SamplingParams(seed=0))
     return SequenceStart(seq_id, tokens, len(tokens) if num_prompt is None else num_prompt, sampling, **rest)
 
@@ -60,7 +62,12 @@ def test_batches_equal_a_plain_simulation() -> None:
             num_prompt[next_id] = len(tokens[next_id])
             computed[next_id] = cached
             slots.start(
-                start(next_id, tuple(tokens[next_id]), full_blocks=tuple(tables[next_id][0]), sliding_blocks=tuple(tables[next_id][1]))
+                start(
+                    next_id,
+                    tuple(tokens[next_id]),
+                    full_blocks=tuple(tables[next_id][0]),
+                    sliding_blocks=tuple(tables[next_id][1]),
+                )
             )
             next_id += 1
         if not tokens:
@@ -71,12 +78,18 @@ def test_batches_equal_a_plain_simulation() -> None:
         for index, (seq_id, count) in enumerate(zip(seq_ids, counts, strict=True)):
             missing = -(-(computed[seq_id] + count) // BLOCK_SIZE) - len(tables[seq_id][0])
             if missing > 0:
-                full, sliding = tuple(range(next_block, next_block + missing)), tuple(range(next_block + 500, next_block + 500 + missing))
+                full, sliding = (
+                    tuple(range(next_block, next_block + missing)),
+                    tuple(range(next_block + 500, next_block + 500 + missing)),
+                )
                 next_block += missing
                 tables[seq_id][0].extend(full)
                 tables[seq_id][1].extend(sliding)
                 new_blocks.append((index, full, sliding))
-        samples = tuple(computed[seq_id] + count == len(tokens[seq_id]) for seq_id, count in zip(seq_ids, counts, strict=True))
+        samples = tuple(
+            computed[seq_id] + count == len(tokens[seq_id])
+            for seq_id, count in zip(seq_ids, counts, strict=True)
+        )
         plan = StepPlan(
             step, seq_ids=tuple(seq_ids), num_computed_tokens=tuple(computed[seq_id] for seq_id in seq_ids),
             num_scheduled_tokens=tuple(counts), samples=samples, new_blocks=tuple(new_blocks),
@@ -98,19 +111,34 @@ def test_batches_equal_a_plain_simulation() -> None:
             (0, batch.slot_mapping_full, batch.block_table_full),
             (1, batch.slot_mapping_sliding, batch.block_table_sliding),
         ):
-            assert mapping.tolist() == [tables[seq_id][group][position // 16] * 16 + position % 16 for seq_id, position in where]
+            assert mapping.tolist() == [
+                tables[seq_id][group][position // 16] * 16 + position % 16 for seq_id, position in where
+            ]
             for row, (seq_id, count) in enumerate(zip(seq_ids, counts, strict=True)):
                 used = -(-(computed[seq_id] + count) // 16)
                 assert table[row, :used].tolist() == tables[seq_id][group][:used]
-        assert batch.context_lens.tolist() == [computed[seq_id] + count for seq_id, count in zip(seq_ids, counts, strict=True)]
+        assert batch.context_lens.tolist() == [
+            computed[seq_id] + count for seq_id, count in zip(seq_ids, counts, strict=True)
+        ]
         ends = np.cumsum(counts).tolist()
         assert batch.cu_seqlens_q.tolist() == [0, *ends]
-        assert batch.sample_indices.tolist() == [end - 1 for end, yields in zip(ends, samples, strict=True) if yields]
-        assert {batch.token_ids.dtype, batch.positions.dtype, batch.slot_mapping_full.dtype, batch.sample_indices.dtype} == {torch.int64}
-        assert {batch.block_table_full.dtype, batch.context_lens.dtype, batch.cu_seqlens_q.dtype} == {torch.int32}
+        assert batch.sample_indices.tolist() == [
+            end - 1 for end, yields in zip(ends, samples, strict=True) if yields
+        ]
+        assert {
+            batch.token_ids.dtype,
+            batch.positions.dtype,
+            batch.slot_mapping_full.dtype,
+            batch.sample_indices.dtype,
+        } == {torch.int64}
+        assert {batch.block_table_full.dtype, batch.context_lens.dtype, batch.cu_seqlens_q.dtype} == {
+            torch.int32
+        }
         sampled = [seq_ids[index] for index in rows.sampled.tolist()]
         new = [draw.randrange(1000) for _ in sampled]
-        assert rows.output_positions.tolist() == [len(tokens[seq_id]) - num_prompt[seq_id] for seq_id in sampled]
+        assert rows.output_positions.tolist() == [
+            len(tokens[seq_id]) - num_prompt[seq_id] for seq_id in sampled
+        ]
         device.newest.index_copy_(0, sampled_slots, torch.tensor(new, dtype=torch.int64))
         for seq_id, count in zip(seq_ids, counts, strict=True):
             computed[seq_id] += count
@@ -118,15 +146,24 @@ def test_batches_equal_a_plain_simulation() -> None:
             tokens[seq_id].append(token)
 
 
-def build(state: SamplingState, slots: list[int], positions: list[int], masks: dict[int, bytes] | None = None) -> SamplingBatch:
+def build(
+    state: SamplingState, slots: list[int], positions: list[int], masks: dict[int, bytes] | None = None
+) -> SamplingBatch:
     return state.build(np.array(slots), np.array(positions), masks or {}, InputBuffers(CPU))
 
 
-def allowed_tokens(state: SamplingState, slot: int, position: int, masks: dict[int, bytes] | None = None) -> set[int]:
+def allowed_tokens(
+    state: SamplingState, slot: int, position: int, masks: dict[int, bytes] | None = None
+) -> set[int]:
     """All tokens that can be sampled: with flat logits, each seed chooses one of them."""
     batch = build(state, [slot], [position], masks)
     seeds = torch.arange(600)
-    many = state.build(np.full(len(seeds), slot), np.full(len(seeds), position), {slot: masks[slot]} if masks else {}, InputBuffers(CPU))
+    many = state.build(
+        np.full(len(seeds), slot),
+        np.full(len(seeds), position),
+        {slot: masks[slot]} if masks else {},
+        InputBuffers(CPU),
+    )
     assert batch.temperature is not None
     object.__setattr__(many, "seeds", seeds)
     return set(sample(torch.zeros(len(seeds), VOCAB), many).token_ids.tolist())
@@ -159,7 +196,16 @@ def test_a_slot_forgets_its_last_tenant() -> None:
         temperature=1, seed=5, top_k=3, top_p=0.5, min_p=0.1, presence_penalty=1, frequency_penalty=1, repetition_penalty=2,
         logit_bias=((1, 2.0),), logprobs=3, min_tokens=2, max_tokens=9,
     )  # fmt: skip
-    state.start(0, start(0, (1,), sampling=everything, stop_token_ids=(3,), constraint=TokenAutomaton((AutomatonState((1,)),))))
+    state.start(
+        0,
+        start(
+            0,
+            (1,),
+            sampling=everything,
+            stop_token_ids=(3,),
+            constraint=TokenAutomaton((AutomatonState((1,)),)),
+        ),
+    )
     assert build(state, [0], [0]).penalties is not None
     state.drop(0)
     state.start(0, start(1, (1,), sampling=SamplingParams(temperature=0, seed=1)))
@@ -197,7 +243,9 @@ def test_the_automaton_replays_output_but_not_the_prompt() -> None:
         state.start(0, start(0, (3, 3), sampling=SamplingParams(seed=0), constraint=AUTOMATON))
         for token in output:
             push(state, 0, token)
-        state.start(1, start(1, (3, 3, *output), num_prompt=2, sampling=SamplingParams(seed=0), constraint=AUTOMATON))
+        state.start(
+            1, start(1, (3, 3, *output), num_prompt=2, sampling=SamplingParams(seed=0), constraint=AUTOMATON)
+        )
         expected = AUTOMATON.start
         for token in output:
             expected = AUTOMATON.advance(expected, token)
@@ -228,14 +276,19 @@ def test_a_constraint_is_stronger_than_min_tokens() -> None:
     only_stop = TokenAutomaton((AutomatonState(allowed=(5,)),))
     state.start(0, start(0, (1,), sampling=sampling, stop_token_ids=(5,), constraint=only_stop))
     assert allowed_tokens(state, 0, 0) == {5}
-    all_but_stop_forbidden = TokenAutomaton((AutomatonState(forbidden=tuple(range(5)) + tuple(range(6, VOCAB))),))
+    all_but_stop_forbidden = TokenAutomaton(
+        (AutomatonState(forbidden=tuple(range(5)) + tuple(range(6, VOCAB))),)
+    )
     state.start(1, start(1, (1,), sampling=sampling, stop_token_ids=(5,), constraint=all_but_stop_forbidden))
     assert allowed_tokens(state, 1, 0) == {5}
 
 
 def test_seen_tokens_are_counted() -> None:
     draw = random.Random(1)
-    prompt, output = tuple(draw.randrange(500) for _ in range(700)), tuple(draw.randrange(500) for _ in range(300))
+    prompt, output = (
+        tuple(draw.randrange(500) for _ in range(700)),
+        tuple(draw.randrange(500) for _ in range(300)),
+    )
     seen = SeenTokens(prompt, output[:100])
     for token in output[100:]:
         seen.push(token)
@@ -246,11 +299,22 @@ def test_seen_tokens_are_counted() -> None:
 
 def test_only_repetition_looks_at_the_prompt() -> None:
     state = SamplingState(2)
-    state.start(0, start(0, (1, 2, 2, 3), num_prompt=3, sampling=SamplingParams(seed=0, presence_penalty=0.5)))
-    state.start(1, start(1, (1, 2, 2, 3), num_prompt=3, sampling=SamplingParams(seed=0, repetition_penalty=1.5)))
+    state.start(
+        0, start(0, (1, 2, 2, 3), num_prompt=3, sampling=SamplingParams(seed=0, presence_penalty=0.5))
+    )
+    state.start(
+        1, start(1, (1, 2, 2, 3), num_prompt=3, sampling=SamplingParams(seed=0, repetition_penalty=1.5))
+    )
     penalties = build(state, [1, 0], [1, 1]).penalties
     assert penalties is not None
-    pairs = list(zip(penalties.rows.tolist(), penalties.token_ids.tolist(), penalties.output_counts.tolist(), strict=True))
+    pairs = list(
+        zip(
+            penalties.rows.tolist(),
+            penalties.token_ids.tolist(),
+            penalties.output_counts.tolist(),
+            strict=True,
+        )
+    )
     assert sorted(pairs) == [(0, 1, 0), (0, 2, 0), (0, 3, 1), (1, 3, 1)]
     assert penalties.presence.tolist() == [0.0, 0.5]
     assert penalties.repetition.tolist() == [1.5, 1.0]
@@ -269,7 +333,12 @@ def runner(model: GptOss) -> Runner:
 
 
 def plan_of(
-    step: int, *starts: SequenceStart, seq_ids: tuple[int, ...], computed: tuple[int, ...], scheduled: tuple[int, ...], samples: bool
+    step: int,
+    *starts: SequenceStart,
+    seq_ids: tuple[int, ...],
+    computed: tuple[int, ...],
+    scheduled: tuple[int, ...],
+    samples: bool,
 ) -> StepPlan:
     blocks = tuple((index, (2 * index + 1,), (2 * index + 1,)) for index in range(len(starts)))
     return StepPlan(step, starts, (), seq_ids, computed, scheduled, (samples,) * len(seq_ids), blocks)
@@ -281,8 +350,12 @@ def test_a_missing_step_is_refused(runner: Runner) -> None:
         runner.step(plan_of(2, seq_ids=(0,), computed=(2,), scheduled=(1,), samples=True))
 
 
-@pytest.mark.parametrize("record", [Runner.record_programs, lambda runner: runner.capture_graphs(lambda phase, done, total: None)])
-def test_recorded_steps_end_with_their_runner(model: GptOss, monkeypatch: pytest.MonkeyPatch, record: Callable[[Runner], object]) -> None:
+@pytest.mark.parametrize(
+    "record", [Runner.record_programs, lambda runner: runner.capture_graphs(lambda phase, done, total: None)]
+)
+def test_recorded_steps_end_with_their_runner(
+    model: GptOss, monkeypatch: pytest.MonkeyPatch, record: Callable[[Runner], object]
+) -> None:
     """At once, not when cycles are collected: leaving a group of NCCL waits for graphs that hold its calls."""
     monkeypatch.setattr(DecodeGraphs, "capture", lambda self, progress: GraphReport((), ()))
     runner = Runner(model, PagedSequences(model, 8).kv_caches, max_num_seqs=2, max_model_len=64)
@@ -297,7 +370,9 @@ def test_recorded_steps_end_with_their_runner(model: GptOss, monkeypatch: pytest
 
 
 def test_a_step_that_samples_nothing_returns_nothing(runner: Runner) -> None:
-    result = runner.step(plan_of(0, start(0, (1, 2, 3)), seq_ids=(0,), computed=(0,), scheduled=(2,), samples=False))
+    result = runner.step(
+        plan_of(0, start(0, (1, 2, 3)), seq_ids=(0,), computed=(0,), scheduled=(2,), samples=False)
+    )
     assert (result.step, result.seq_ids, result.token_ids, result.error) == (0, (), (), None)
 
 
@@ -327,13 +402,18 @@ def test_a_finished_sequence_may_be_planned_once_more(model: GptOss) -> None:
     caches = [torch.zeros(2, 8, BLOCK_SIZE, TINY.num_kv_heads, TINY.head_dim) for _ in TINY.layer_windows]
     runner = Runner(model, caches, max_num_seqs=1, max_model_len=16)
     prompt = tuple(range(1, 16))
-    first = runner.step(plan_of(0, start(0, prompt), seq_ids=(0,), computed=(0,), scheduled=(15,), samples=True))
+    first = runner.step(
+        plan_of(0, start(0, prompt), seq_ids=(0,), computed=(0,), scheduled=(15,), samples=True)
+    )
     second = runner.step(plan_of(1, seq_ids=(0,), computed=(15,), scheduled=(1,), samples=True))
     wasted = StepPlan(2, (), (), (0,), (16,), (1,), (True,), ((0, (2,), (2,)),))
     assert len(runner.step(wasted).token_ids) == 1
     plan = StepPlan(3, (start(1, prompt),), (0,), (1,), (0,), (15,), (True,), ((0, (3,), (3,)),))
     assert runner.step(plan).token_ids == first.token_ids, "the next tenant of the slot starts afresh"
-    assert runner.step(plan_of(4, seq_ids=(1,), computed=(15,), scheduled=(1,), samples=True)).token_ids == second.token_ids
+    assert (
+        runner.step(plan_of(4, seq_ids=(1,), computed=(15,), scheduled=(1,), samples=True)).token_ids
+        == second.token_ids
+    )
 
 
 def test_a_plan_that_samples_where_a_token_is_missing_is_refused(runner: Runner) -> None:
@@ -357,14 +437,18 @@ def test_other_ranks_take_the_tokens_of_rank_0(tmp_path: Path) -> None:
     def run(collectives: Collectives) -> list[StepResult]:
         shard = shards[collectives.rank] if collectives.size > 1 else plan_shards(TINY, ParallelConfig())[0]
         model = load_model(path, TINY, dtype=torch.float32, device=CPU, shard=shard, collectives=collectives)
-        caches = [torch.zeros(2, 8, BLOCK_SIZE, model.num_kv_heads, TINY.head_dim) for _ in TINY.layer_windows]
+        caches = [
+            torch.zeros(2, 8, BLOCK_SIZE, model.num_kv_heads, TINY.head_dim) for _ in TINY.layer_windows
+        ]
         runner = Runner(model, caches, max_num_seqs=2, max_model_len=64)
         return [runner.step(plan) for plan in plans]
 
     first, second, third = on_ranks(3, run)
     alone = run(Alone())
     assert [result.token_ids for result in first] == [result.token_ids for result in alone]
-    assert [(result.seq_ids, result.token_ids) for result in second] == [(result.seq_ids, result.token_ids) for result in first]
+    assert [(result.seq_ids, result.token_ids) for result in second] == [
+        (result.seq_ids, result.token_ids) for result in first
+    ]
     assert all(set(result.logprobs) == {0} for result in first)
     assert all(result.logprobs == {} for result in (*second, *third))
     assert [result.token_ids for result in third] == [result.token_ids for result in first]
@@ -374,7 +458,9 @@ def test_launched_ahead_is_the_same_as_one_by_one_and_as_no_runner_at_all(model:
     def new() -> Runner:
         shape = (2, decode_plans.NUM_BLOCKS, BLOCK_SIZE, TINY.num_kv_heads, TINY.head_dim)
         caches = [torch.zeros(shape) for _ in TINY.layer_windows]
-        return Runner(model, caches, max_num_seqs=decode_plans.MAX_NUM_SEQS, max_model_len=decode_plans.MAX_MODEL_LEN)
+        return Runner(
+            model, caches, max_num_seqs=decode_plans.MAX_NUM_SEQS, max_model_len=decode_plans.MAX_MODEL_LEN
+        )
 
     plans = decode_plans.plans(decode_plans.MIXED)
     runner = new()
@@ -386,4 +472,6 @@ def test_launched_ahead_is_the_same_as_one_by_one_and_as_no_runner_at_all(model:
             outputs.setdefault(seq_id, []).append(token_id)
     prompts = {4: tuple(range(1, 9)), 5: (9, 8, 7)}
     expected = PagedSequences(model, 20).generate(prompts, 20)
-    assert {seq_id: outputs[seq_id] for seq_id in prompts} == {seq_id: expected[seq_id][: len(outputs[seq_id])] for seq_id in prompts}
+    assert {seq_id: outputs[seq_id] for seq_id in prompts} == {
+        seq_id: expected[seq_id][: len(outputs[seq_id])] for seq_id in prompts
+    }

@@ -46,8 +46,13 @@ def test_equal_shapes_have_equal_addresses_whatever_follows() -> None:
 
 def test_a_buffer_is_left_alone_while_a_step_may_still_read_it() -> None:
     inputs = InputBuffers(CPU)
-    kept = [inputs.upload([np.full(size, size, dtype=np.int64)])[0] for size in (5, 3000, 7, 100_000)[:NUM_BUFFERS]]
-    assert [tensor.unique().tolist() for tensor in kept] == [[5], [3000], [7], [100_000]], "also where a buffer had to grow"
+    kept = [
+        inputs.upload([np.full(size, size, dtype=np.int64)])[0]
+        for size in (5, 3000, 7, 100_000)[:NUM_BUFFERS]
+    ]
+    assert [tensor.unique().tolist() for tensor in kept] == [[5], [3000], [7], [100_000]], (
+        "also where a buffer had to grow"
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,21 +73,39 @@ def test_graph_sizes(max_num_seqs: int, sizes: tuple[int, ...]) -> None:
 
 def test_the_smallest_graph_that_holds_the_batch() -> None:
     sizes = graph_sizes(300)
-    assert [graph_size(sizes, number) for number in (1, 3, 5, 9, 248, 249, 257, 289, 300)] == [1, 4, 8, 16, 248, 256, 272, 300, 300]
+    assert [graph_size(sizes, number) for number in (1, 3, 5, 9, 248, 249, 257, 289, 300)] == [
+        1,
+        4,
+        8,
+        16,
+        248,
+        256,
+        272,
+        300,
+        300,
+    ]
     assert graph_size(sizes, 301) is None
 
 
 def test_padding_writes_and_reads_the_null_block_only() -> None:
     rows = padding_rows(5, 9)
     assert rows.is_decode
-    assert rows.slot_mapping_full.tolist() == rows.slot_mapping_sliding.tolist() == [NULL_BLOCK * BLOCK_SIZE] * 5
+    assert (
+        rows.slot_mapping_full.tolist() == rows.slot_mapping_sliding.tolist() == [NULL_BLOCK * BLOCK_SIZE] * 5
+    )
     assert rows.context_lens.tolist() == [1] * 5
     assert rows.cu_seqlens_q.tolist() == [0, 1, 2, 3, 4, 5]
     slots = SequenceSlots(max_num_seqs=9, max_model_len=33)
     device, inputs = DeviceSlots(slots, CPU), InputBuffers(CPU)
     assert device.padding_slot == 9
-    batch = device.batch(inputs.upload(rows.batch_arrays()), torch.zeros(0, dtype=torch.int64), slots.max_blocks, 1)
-    assert batch.block_table_full.unique().tolist() == batch.block_table_sliding.unique().tolist() == [NULL_BLOCK]
+    batch = device.batch(
+        inputs.upload(rows.batch_arrays()), torch.zeros(0, dtype=torch.int64), slots.max_blocks, 1
+    )
+    assert (
+        batch.block_table_full.unique().tolist()
+        == batch.block_table_sliding.unique().tolist()
+        == [NULL_BLOCK]
+    )
 
 
 def test_a_padded_batch_computes_what_an_unpadded_one_does(tmp_path: Path) -> None:
@@ -113,7 +136,9 @@ def test_a_padded_batch_computes_what_an_unpadded_one_does(tmp_path: Path) -> No
             sample_indices, sampled_slots, table_at, table_ids = uploaded[len(arrays) :]
             device.set_blocks(table_at, table_ids)
             width = rows.num_blocks if size is None else slots.max_blocks
-            hidden = model.forward(device.batch(uploaded[: len(arrays)], sample_indices, width, rows.max_query_len), caches)[sample_indices]
+            hidden = model.forward(
+                device.batch(uploaded[: len(arrays)], sample_indices, width, rows.max_query_len), caches
+            )[sample_indices]
             device.newest.index_copy_(0, sampled_slots, torch.tensor([7, 8, 9]))
         return hidden
 
@@ -127,7 +152,11 @@ def test_a_token_that_only_the_device_knows_is_read_there() -> None:
     slots = SequenceSlots(max_num_seqs=3, max_model_len=64)
     device, inputs = DeviceSlots(slots, CPU), InputBuffers(CPU)
     for seq_id, prompt in enumerate(((5, 6), (7,))):
-        slots.start(SequenceStart(seq_id, prompt, len(prompt), SamplingParams(seed=0), (), None, (1 + seq_id,), (1 + seq_id,)))
+        slots.start(
+            SequenceStart(
+                seq_id, prompt, len(prompt), SamplingParams(seed=0), (), None, (1 + seq_id,), (1 + seq_id,)
+            )
+        )
     slots.build(StepPlan(0, (), (), (0, 1), (0, 0), (2, 1), (True, True)))
     # Laid out before the first step's tokens are anywhere.
     rows = slots.build(StepPlan(1, (), (), (1, 0), (1, 2), (1, 1), (True, True)))

@@ -33,7 +33,9 @@ def automata(draw: st.DrawFn) -> TokenAutomaton:
         forbidden=id_list,
         transitions=st.lists(st.tuples(token_id, st.integers(0, count - 1)), max_size=4).map(tuple),
     )
-    return TokenAutomaton(tuple(draw(st.lists(state, min_size=count, max_size=count))), draw(st.integers(0, count - 1)))
+    return TokenAutomaton(
+        tuple(draw(st.lists(state, min_size=count, max_size=count))), draw(st.integers(0, count - 1))
+    )
 
 
 samplings = st.builds(
@@ -46,7 +48,9 @@ samplings = st.builds(
     presence_penalty=st.floats(-2, 2, width=32),
     frequency_penalty=st.floats(-2, 2, width=32),
     repetition_penalty=st.floats(0, 10, width=32, exclude_min=True),
-    logit_bias=st.dictionaries(token_id, st.floats(-100, 100, width=32), max_size=4).map(lambda bias: tuple(sorted(bias.items()))),
+    logit_bias=st.dictionaries(token_id, st.floats(-100, 100, width=32), max_size=4).map(
+        lambda bias: tuple(sorted(bias.items()))
+    ),
     seed=st.none() | st.integers(0, 2**64 - 1),
     logprobs=st.none() | st.integers(0, MAX_LOGPROBS),
     stop_token_ids=id_list,
@@ -64,9 +68,10 @@ requests = st.builds(
 outputs = st.builds(
     EngineOutput,
     token_ids=id_list,
-    logprobs=st.lists(st.builds(TokenLogprobs, float32, st.lists(st.tuples(token_id, float32), max_size=3).map(tuple)), max_size=3).map(
-        tuple
-    ),
+    logprobs=st.lists(
+        st.builds(TokenLogprobs, float32, st.lists(st.tuples(token_id, float32), max_size=3).map(tuple)),
+        max_size=3,
+    ).map(tuple),
     finish_reason=st.sampled_from([None, "stop", "length", "abort", "error"]),
     stop_token_id=st.none() | token_id,
     num_cached_tokens=st.integers(0, 2**31),
@@ -78,7 +83,9 @@ outputs = st.builds(
 @given(requests, st.none() | st.floats(0.001, 1e6))
 def test_a_request_survives_the_wire(request_: EngineRequest, deadline_s: float | None) -> None:
     data = convert.request_to_wire(request_).SerializeToString()
-    back = convert.request_from_wire(pb.GenerateRequest.FromString(data), vocab_size=VOCAB, deadline_s=deadline_s)
+    back = convert.request_from_wire(
+        pb.GenerateRequest.FromString(data), vocab_size=VOCAB, deadline_s=deadline_s
+    )
     assert back == replace(request_, deadline_s=deadline_s)
 
 
@@ -93,7 +100,9 @@ def test_absent_fields_take_the_documented_defaults() -> None:
     message = pb.GenerateRequest(request_id="r", prompt_token_ids=[1])
     sampling = convert.request_from_wire(message, vocab_size=VOCAB).sampling
     assert sampling == SamplingParams(max_tokens=None)
-    zero = pb.GenerateRequest(request_id="r", prompt_token_ids=[1], sampling=pb.SamplingParams(temperature=0.0, logprobs=0, seed=0))
+    zero = pb.GenerateRequest(
+        request_id="r", prompt_token_ids=[1], sampling=pb.SamplingParams(temperature=0.0, logprobs=0, seed=0)
+    )
     sampling = convert.request_from_wire(zero, vocab_size=VOCAB).sampling
     assert (sampling.temperature, sampling.logprobs, sampling.seed) == (0.0, 0, 0)
 
@@ -167,7 +176,10 @@ def test_sampling_outside_its_range_names_the_field(change: dict[str, object], p
         ({"deadline_s": math.nan}, "deadline_s"),
         ({"constraint": TokenAutomaton((AutomatonState((VOCAB,)),))}, "constraint.states[0].allowed"),
         ({"constraint": TokenAutomaton((AutomatonState(None, (VOCAB,)),))}, "constraint.states[0].forbidden"),
-        ({"constraint": TokenAutomaton((AutomatonState(None, (), ((VOCAB, 0),)),))}, "constraint.states[0].transitions"),
+        (
+            {"constraint": TokenAutomaton((AutomatonState(None, (), ((VOCAB, 0),)),))},
+            "constraint.states[0].transitions",
+        ),
         (
             {"constraint": TokenAutomaton((AutomatonState((1,)), AutomatonState(None, tuple(range(VOCAB)))))},
             "constraint.states[1].forbidden",
@@ -214,22 +226,32 @@ def test_a_finish_reason_of_a_newer_engine_is_an_error() -> None:
 
 def all_errors() -> list[type[errors.CantataError]]:
     # By name, not by __subclasses__: the gateway adds classes of its own, which no engine sends.
-    return [entry for entry in vars(errors).values() if isinstance(entry, type) and issubclass(entry, errors.CantataError)]
+    return [
+        entry
+        for entry in vars(errors).values()
+        if isinstance(entry, type) and issubclass(entry, errors.CantataError)
+    ]
 
 
 @pytest.mark.parametrize("error_class", all_errors(), ids=lambda error_class: error_class.__name__)
 def test_every_error_crosses_by_class(error_class: type[errors.CantataError]) -> None:
     assert hasattr(grpc.StatusCode, error_class.status)
-    back = convert.error_from_status(error_class.status, "why", dict(convert.error_to_metadata(error_class("why"))))
+    back = convert.error_from_status(
+        error_class.status, "why", dict(convert.error_to_metadata(error_class("why")))
+    )
     assert type(back) is error_class
     assert back.message == "why"
 
 
 def test_param_and_retry_after_cross_with_the_error() -> None:
-    invalid = convert.error_from_status("INVALID_ARGUMENT", "why", dict(convert.error_to_metadata(InvalidRequest("why", "top_p"))))
+    invalid = convert.error_from_status(
+        "INVALID_ARGUMENT", "why", dict(convert.error_to_metadata(InvalidRequest("why", "top_p")))
+    )
     assert isinstance(invalid, InvalidRequest)
     assert invalid.param == "top_p"
-    overloaded = convert.error_from_status("RESOURCE_EXHAUSTED", "why", dict(convert.error_to_metadata(errors.Overloaded("why", 2.5))))
+    overloaded = convert.error_from_status(
+        "RESOURCE_EXHAUSTED", "why", dict(convert.error_to_metadata(errors.Overloaded("why", 2.5)))
+    )
     assert isinstance(overloaded, errors.Overloaded)
     assert overloaded.retry_after_s == 2.5
 

@@ -84,7 +84,9 @@ results = st.builds(
     seq_ids=small_tuples,
     token_ids=small_tuples,
     logprobs=st.dictionaries(
-        int_ids, st.builds(TokenLogprobs, finite, st.lists(st.tuples(int_ids, finite), max_size=3).map(tuple)), max_size=3
+        int_ids,
+        st.builds(TokenLogprobs, finite, st.lists(st.tuples(int_ids, finite), max_size=3).map(tuple)),
+        max_size=3,
     ),
     elapsed_s=finite,
     error=st.none() | st.text(),
@@ -111,13 +113,19 @@ def test_a_result_comes_back_equal(result: StepResult) -> None:
 
 def test_every_field_is_on_the_wire() -> None:
     """A field that is added and forgotten in the encoding would pass the tests above with its default."""
-    sampling = SamplingParams(7, 0.5, 0.9, 5, 0.1, 0.2, 0.3, 1.1, ((3, -1.5),), 2**64 - 1, 4, (8, 9), 2, True, 3)
-    start = SequenceStart(1, (1, 2, 3), 2, sampling, (4, 5), TokenAutomaton((AutomatonState((1,)),)), (6,), (0,))
+    sampling = SamplingParams(
+        7, 0.5, 0.9, 5, 0.1, 0.2, 0.3, 1.1, ((3, -1.5),), 2**64 - 1, 4, (8, 9), 2, True, 3
+    )
+    start = SequenceStart(
+        1, (1, 2, 3), 2, sampling, (4, 5), TokenAutomaton((AutomatonState((1,)),)), (6,), (0,)
+    )
     plan = StepPlan(9, (start,), (2,), (1,), (16,), (1,), (True,), ((0, (7,), (8,)),), ((1, b"\x01"),))
     result = StepResult(9, (1,), (5,), {1: TokenLogprobs(-0.5, ((5, -0.5),))}, 0.25, "broken", 0.5)
     for message, default in ((sampling, SamplingParams()), (plan, StepPlan(0)), (result, StepResult(0))):
         for name in type(message).__slots__:
-            assert getattr(message, name) != getattr(default, name), f"{name} has its default value: give it another here"
+            assert getattr(message, name) != getattr(default, name), (
+                f"{name} has its default value: give it another here"
+            )
     for name in SequenceStart.__slots__:
         assert getattr(start, name)
     assert decode_plan(encode_plan(plan)) == plan
@@ -129,5 +137,7 @@ def test_another_version_is_refused(decode) -> None:
     message = encode_plan(StepPlan(0)) if decode is decode_plan else encode_result(StepResult(0))
     fields = msgpack.unpackb(message)
     assert fields[0] == PLAN_VERSION
-    with pytest.raises(ValueError, match=f"format version {PLAN_VERSION + 1}, this process speaks {PLAN_VERSION}"):
+    with pytest.raises(
+        ValueError, match=f"format version {PLAN_VERSION + 1}, this process speaks {PLAN_VERSION}"
+    ):
         decode(msgpack.packb([PLAN_VERSION + 1, *fields[1:]]))

@@ -19,13 +19,21 @@ from workers.scheduler.sequence import Sequence, SequenceUpdate
 STOP = 2
 
 
-def request(num_prompt: int, *, output: tuple[int, ...] = (), first: int = 1000, **sampling: object) -> EngineRequest:
+def request(
+    num_prompt: int, *, output: tuple[int, ...] = (), first: int = 1000, **sampling: object
+) -> EngineRequest:
     params = replace(SamplingParams(max_tokens=None, seed=0), **sampling)
     return EngineRequest("r", tuple(range(first, first + num_prompt)), params, output)
 
 
 def build(
-    *, num_full: int = 50, num_sliding: int = 0, window: int | None = None, seqs: int = 8, budget: int = 100, max_model_len: int = 200
+    *,
+    num_full: int = 50,
+    num_sliding: int = 0,
+    window: int | None = None,
+    seqs: int = 8,
+    budget: int = 100,
+    max_model_len: int = 200,
 ) -> Scheduler:
     kv = KVCacheManager(num_full_blocks=num_full, num_sliding_blocks=num_sliding, window=window)
     return Scheduler(SchedulerConfig(seqs, budget), kv, max_model_len=max_model_len)
@@ -50,7 +58,9 @@ def answer(scheduler: Scheduler, plan: StepPlan | None, token_id: int = 7) -> li
 
 def summary(plan: StepPlan | None) -> list[tuple[int, int, int, bool]]:
     assert plan is not None
-    return list(zip(plan.seq_ids, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True))
+    return list(
+        zip(plan.seq_ids, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True)
+    )
 
 
 def test_prompts_are_computed_in_chunks_within_the_budget_beside_running_sequences() -> None:
@@ -71,7 +81,12 @@ def test_prompts_are_computed_in_chunks_within_the_budget_beside_running_sequenc
     assert [[start.seq_id for start in plan.starts] for plan in plans if plan] == [[0, 1], [], [2], []]
     assert [plan.step for plan in plans if plan] == [0, 1, 2, 3]
     # Blocks are named when they are taken: at the first token of each 16.
-    assert [plan.new_blocks for plan in plans if plan] == [((0, (1,), ()), (1, (2,), ())), (), ((1, (3,), ()), (2, (4,), ())), ()]
+    assert [plan.new_blocks for plan in plans if plan] == [
+        ((0, (1,), ()), (1, (2,), ())),
+        (),
+        ((1, (3,), ()), (2, (4,), ())),
+        (),
+    ]
 
 
 def test_no_more_than_max_num_seqs_run() -> None:
@@ -110,7 +125,12 @@ def test_the_newest_sequence_is_preempted_and_computed_again_with_its_output() -
         answer(scheduler, scheduler.schedule())
     plan = scheduler.schedule()
     assert summary(plan) == [(0, 32, 1, True)]
-    assert (scheduler.num_preemptions, second.num_preemptions, scheduler.num_running, scheduler.num_waiting) == (1, 1, 1, 1)
+    assert (
+        scheduler.num_preemptions,
+        second.num_preemptions,
+        scheduler.num_running,
+        scheduler.num_waiting,
+    ) == (1, 1, 1, 1)
     answer(scheduler, plan)
     assert plan is not None
     assert plan.drops == (1,)
@@ -161,7 +181,9 @@ def test_output_is_found_again_by_the_next_turn() -> None:
     for num_output, num_cached in ((27, 32), (28, 32), (29, 48), (40, 48)):
         turn = replace(longer, prompt_token_ids=(*longer.prompt_token_ids, *(7,) * num_output))
         assert scheduler.add(Sequence(num_output, turn)) is None
-        assert [update.num_cached_tokens for update in answer(scheduler, scheduler.schedule())] == [num_cached]
+        assert [update.num_cached_tokens for update in answer(scheduler, scheduler.schedule())] == [
+            num_cached
+        ]
 
 
 def test_stop_tokens_end_a_sequence_after_min_tokens() -> None:
@@ -179,7 +201,10 @@ def test_stop_tokens_end_a_sequence_after_min_tokens() -> None:
         (STOP, None, None),
     ]
     updates = answer(scheduler, scheduler.schedule(), 9)
-    assert [(entry.seq_id, entry.finish_reason, entry.stop_token_id) for entry in updates] == [(1, "stop", 9), (2, "length", None)]
+    assert [(entry.seq_id, entry.finish_reason, entry.stop_token_id) for entry in updates] == [
+        (1, "stop", 9),
+        (2, "length", None),
+    ]
     assert not scheduler.has_work
     assert scheduler.schedule() is None
 
@@ -207,7 +232,11 @@ def test_a_resumed_sequence_goes_on_behind_its_output() -> None:
     sequence = add(scheduler, 0, 20, output=(7, 8, 9), max_tokens=4)
     plan = scheduler.schedule()
     assert plan is not None
-    assert (plan.starts[0].token_ids[20:], plan.starts[0].num_prompt_tokens, summary(plan)) == ((7, 8, 9), 20, [(0, 0, 23, True)])
+    assert (plan.starts[0].token_ids[20:], plan.starts[0].num_prompt_tokens, summary(plan)) == (
+        (7, 8, 9),
+        20,
+        [(0, 0, 23, True)],
+    )
     assert sequence.num_output_tokens == 3
     [update] = answer(scheduler, plan)
     assert update.finish_reason == "length"
@@ -215,7 +244,11 @@ def test_a_resumed_sequence_goes_on_behind_its_output() -> None:
 
 @pytest.mark.parametrize(
     ("output", "sampling", "reason", "stop"),
-    [((7, STOP), {}, "stop", STOP), ((7, 7), {"max_tokens": 2}, "length", None), ((7,) * 180, {}, "length", None)],
+    [
+        ((7, STOP), {}, "stop", STOP),
+        ((7, 7), {"max_tokens": 2}, "length", None),
+        ((7,) * 180, {}, "length", None),
+    ],
 )
 def test_a_sequence_resumed_when_complete_ends_at_once(
     output: tuple[int, ...], sampling: dict[str, object], reason: str, stop: int | None
@@ -223,7 +256,9 @@ def test_a_sequence_resumed_when_complete_ends_at_once(
     scheduler = build()
     checked = request(20, output=output, **sampling)
     scheduler.check(checked)
-    assert scheduler.add(Sequence(0, checked, (STOP,))) == SequenceUpdate(0, finish_reason=reason, stop_token_id=stop)
+    assert scheduler.add(Sequence(0, checked, (STOP,))) == SequenceUpdate(
+        0, finish_reason=reason, stop_token_id=stop
+    )
     assert not scheduler.has_work
     scheduler.check_integrity()
 
@@ -260,7 +295,9 @@ def test_fail_all_ends_everything_in_order() -> None:
         add(scheduler, seq_id, 20)
     scheduler.schedule()
     updates = scheduler.fail_all("rank 0 is gone")
-    assert updates == [SequenceUpdate(seq_id, finish_reason="error", error="rank 0 is gone") for seq_id in range(3)]
+    assert updates == [
+        SequenceUpdate(seq_id, finish_reason="error", error="rank 0 is gone") for seq_id in range(3)
+    ]
     assert not scheduler.has_work
     assert scheduler.kv_usage == 0
     scheduler.check_integrity()
@@ -286,7 +323,9 @@ def test_a_stop_token_wastes_one_entry_and_no_block() -> None:
     first = scheduler.schedule()
     wasted = scheduler.schedule()
     assert summary(wasted) == [(0, 20, 1, True)]
-    assert [(update.token_id, update.finish_reason) for update in answer(scheduler, first, STOP)] == [(STOP, "stop")]
+    assert [(update.token_id, update.finish_reason) for update in answer(scheduler, first, STOP)] == [
+        (STOP, "stop")
+    ]
     assert not scheduler.has_work
     assert scheduler.kv_usage == 0
     add(scheduler, 1, 150)  # needs the freed blocks
@@ -317,7 +356,9 @@ def test_a_sequence_that_loses_its_blocks_with_a_token_in_flight_computes_it_aga
     second = scheduler.schedule()
     assert summary(second) == [(0, 47, 1, True), (1, 47, 1, True)]
     answer(scheduler, first)
-    third = scheduler.schedule()  # 0 needs a fourth block, and takes it from 1, whose second token is in flight
+    third = (
+        scheduler.schedule()
+    )  # 0 needs a fourth block, and takes it from 1, whose second token is in flight
     assert summary(third) == [(0, 48, 1, True)]
     assert [(update.seq_id, update.token_id) for update in answer(scheduler, second)] == [(0, 7)]
     assert scheduler.num_preemptions == 1
@@ -358,7 +399,9 @@ def test_a_result_that_does_not_answer_the_plan_is_refused(result: StepResult) -
         (request(3, n=2), InvalidRequest, "n", "got 2"),
     ],
 )
-def test_requests_that_could_never_run_are_refused(bad: EngineRequest, error: type, param: str, words: str) -> None:
+def test_requests_that_could_never_run_are_refused(
+    bad: EngineRequest, error: type, param: str, words: str
+) -> None:
     with pytest.raises(error, match=words) as raised:
         build(max_model_len=200).check(bad)
     assert type(raised.value) is error
@@ -367,7 +410,12 @@ def test_requests_that_could_never_run_are_refused(bad: EngineRequest, error: ty
 
 def test_requests_on_the_limits_are_taken() -> None:
     scheduler = build(max_model_len=200)
-    for good in (request(199), request(150, max_tokens=50, min_tokens=50), request(190, output=(1,) * 10), request(1, max_tokens=1)):
+    for good in (
+        request(199),
+        request(150, max_tokens=50, min_tokens=50),
+        request(190, output=(1,) * 10),
+        request(1, max_tokens=1),
+    ):
         scheduler.check(good)
 
 
@@ -384,7 +432,9 @@ def print_plans_of_a_fixed_run() -> None:
     scheduler = build(num_full=14, num_sliding=14, window=20, seqs=4, budget=40, max_model_len=150)
     rank = SimulatedRank(14, 14, 20, lambda tokens: sum(tokens) % 50 + 3)
     for seq_id in range(20):
-        checked = request(20 + seq_id * 5 % 33, first=seq_id % 3, max_tokens=30, stop_token_ids=(*range(3, 6), 40, 17))
+        checked = request(
+            20 + seq_id * 5 % 33, first=seq_id % 3, max_tokens=30, stop_token_ids=(*range(3, 6), 40, 17)
+        )
         scheduler.add(Sequence(seq_id, checked, (STOP,)))
     while scheduler.has_work:
         plan = scheduler.schedule()
@@ -398,7 +448,11 @@ def test_plans_do_not_depend_on_the_process() -> None:
     code = "from tests.workers.scheduler.test_scheduler import print_plans_of_a_fixed_run as run; run()"
     outputs = [
         subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in ("1", "2")
     ]

@@ -72,14 +72,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_caching=st.sampled_from([True, True, True, False]),
         collisions=st.booleans(),
     )
-    def build(self, has_full, window, spare_blocks, max_model_len, max_num_seqs, max_num_batched_tokens, prefix_caching, collisions):
+    def build(
+        self,
+        has_full,
+        window,
+        spare_blocks,
+        max_model_len,
+        max_num_seqs,
+        max_num_batched_tokens,
+        prefix_caching,
+        collisions,
+    ):
         self.patches = ExitStack()
         if collisions:
             self.patches.enter_context(mock.patch("workers.kv_cache.prefix_cache.hash_block", weak_hash))
         has_full = has_full or window is None
         num_full = 1 + num_blocks_for(max_model_len) + spare_blocks[0] if has_full else 0
-        num_sliding = 1 + sliding_blocks_per_sequence(window, max_model_len) + spare_blocks[1] if window is not None else 0
-        self.kv = KVCacheManager(num_full_blocks=num_full, num_sliding_blocks=num_sliding, window=window, prefix_caching=prefix_caching)
+        num_sliding = (
+            1 + sliding_blocks_per_sequence(window, max_model_len) + spare_blocks[1]
+            if window is not None
+            else 0
+        )
+        self.kv = KVCacheManager(
+            num_full_blocks=num_full,
+            num_sliding_blocks=num_sliding,
+            window=window,
+            prefix_caching=prefix_caching,
+        )
         self.config = SchedulerConfig(max_num_seqs, max_num_batched_tokens)
         self.max_model_len = max_model_len
         self.scheduler = Scheduler(self.config, self.kv, max_model_len=max_model_len)
@@ -228,7 +247,10 @@ def test_a_long_run_under_tiny_pools_meets_everything() -> None:
             machine.build(has_full, window, (3, 2), 120, 4, 48, True, collisions)
             with machine.patches:
                 for _ in range(150):
-                    prompt = [*family_prompt(choose.randrange(3), choose.randrange(90)), choose.randrange(VOCAB_SIZE)]
+                    prompt = [
+                        *family_prompt(choose.randrange(3), choose.randrange(90)),
+                        choose.randrange(VOCAB_SIZE),
+                    ]
                     machine.add(
                         prompt=prompt,
                         max_tokens=choose.choice([None, 5, 40]),
@@ -245,5 +267,8 @@ def test_a_long_run_under_tiny_pools_meets_everything() -> None:
                 machine.finish()
             seen += machine.seen
             if has_full and window == 18:
-                assert min(machine.seen[name] for name in ("preempted", "prefix hit", "complete when added")) >= 5, machine.seen
+                assert (
+                    min(machine.seen[name] for name in ("preempted", "prefix hit", "complete when added"))
+                    >= 5
+                ), machine.seen
     assert min(seen[name] for name in ("preempted", "prefix hit", "complete when added")) >= 50, seen

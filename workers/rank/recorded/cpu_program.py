@@ -35,7 +35,9 @@ class DecodePrograms:
         forward: the model: a batch → [T, hidden].
     """
 
-    def __init__(self, slots: SequenceSlots, device_slots: DeviceSlots, forward: Callable[[StepBatch], Tensor]) -> None:
+    def __init__(
+        self, slots: SequenceSlots, device_slots: DeviceSlots, forward: Callable[[StepBatch], Tensor]
+    ) -> None:
         size = min(slots.max_num_seqs, MAX_PROGRAM_SIZE)
         self._max_size = size
         self._forward = forward
@@ -76,7 +78,9 @@ class DecodePrograms:
         self._sliding[:size] = rows.slot_mapping_sliding
         self._context_lens[:size] = rows.context_lens
         for group in (FULL, SLIDING):
-            self._tables[group, :size, : rows.num_blocks] = self._all_tables[group, rows.slots, : rows.num_blocks]
+            self._tables[group, :size, : rows.num_blocks] = self._all_tables[
+                group, rows.slots, : rows.num_blocks
+            ]
 
     def _run(self, size: int) -> Tensor:
         if size in self._programs:
@@ -86,7 +90,10 @@ class DecodePrograms:
         batch = self._batch(size)
         program, hidden = record(self._memory, lambda: self._forward(batch))
         if program.computed_elsewhere:
-            logger.info("decode steps run operation by operation: %s have no kernel here", ", ".join(program.computed_elsewhere))
+            logger.info(
+                "decode steps run operation by operation: %s have no kernel here",
+                ", ".join(program.computed_elsewhere),
+            )
             self._recordable = False
         else:
             self._programs[size] = program, hidden

@@ -75,13 +75,16 @@ class DecodeGraphs:
         forward: the model: a batch → [T, hidden].
     """
 
-    def __init__(self, slots: SequenceSlots, device_slots: DeviceSlots, forward: Callable[[StepBatch], Tensor]) -> None:
+    def __init__(
+        self, slots: SequenceSlots, device_slots: DeviceSlots, forward: Callable[[StepBatch], Tensor]
+    ) -> None:
         self.sizes = graph_sizes(slots.max_num_seqs)
         self._max_blocks = slots.max_blocks
         self._device_slots = device_slots
         self._forward = forward
         self._inputs = torch.zeros(
-            packed_layout(padding_rows(self.sizes[-1], device_slots.padding_slot).batch_arrays())[1] + _ROOM_BYTES,
+            packed_layout(padding_rows(self.sizes[-1], device_slots.padding_slot).batch_arrays())[1]
+            + _ROOM_BYTES,
             dtype=torch.uint8,
             device=device_slots.tables.device,
         )
@@ -190,7 +193,9 @@ class CaptureStreams:
             if (device, stream.cuda_stream) not in self._known:
                 self._known.add((device, stream.cuda_stream))
                 return stream
-        raise RuntimeError(f"{_TORCH_STREAMS} engines of this process hold CUDA graphs: no stream is left to capture more on")
+        raise RuntimeError(
+            f"{_TORCH_STREAMS} engines of this process hold CUDA graphs: no stream is left to capture more on"
+        )
 
 
 _streams = CaptureStreams()
@@ -259,7 +264,9 @@ def no_kernel_loads(what: str) -> Iterator[None]:
 def _pool_bytes(pool: tuple[int, int]) -> int:
     """That torch's allocator holds for the graphs of this pool."""
     segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
+    return sum(
+        segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool)
+    )
 
 
 def _bytes_beside_torch(device: torch.device) -> int:
@@ -273,5 +280,7 @@ def padding_rows(size: int, padding_slot: int) -> StepRows:
     """A decode batch of nothing but padding."""
     none = np.zeros(0, dtype=np.int64)
     ids = np.zeros(0, dtype=np.int32)
-    empty = StepRows(none, none, none, none, none, none, none, ids, np.zeros(1, dtype=np.int32), none, none, ids, 1)
+    empty = StepRows(
+        none, none, none, none, none, none, none, ids, np.zeros(1, dtype=np.int32), none, none, ids, 1
+    )
     return empty.padded(size, padding_slot)

@@ -9,7 +9,18 @@ from cluster.cli import main
 from kernels.cpu import native
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 
-FLAGS = ["--input-len", "20", "--output-len", "5", "--batch-size", "3", "--num-iters", "2", "--kv-cache-memory", "4MiB"]
+FLAGS = [
+    "--input-len",
+    "20",
+    "--output-len",
+    "5",
+    "--batch-size",
+    "3",
+    "--num-iters",
+    "2",
+    "--kv-cache-memory",
+    "4MiB",
+]
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +30,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_report_adds_up(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "report.json"
-    assert main(["bench", "engine", "--model", str(checkpoint), *FLAGS, "--profile", "--json", str(file)]) == 0
+    assert (
+        main(["bench", "engine", "--model", str(checkpoint), *FLAGS, "--profile", "--json", str(file)]) == 0
+    )
     report = json.loads(file.read_text())
     settings = report["settings"]
-    assert (settings["model"], settings["batch_size"], settings["input_len"], settings["num_iters"]) == ("tiny-0", 3, 20, 2)
+    assert (settings["model"], settings["batch_size"], settings["input_len"], settings["num_iters"]) == (
+        "tiny-0",
+        3,
+        20,
+        2,
+    )
     latency, prefill, per_token = report["latency_s"], report["prefill_s"], report["time_per_output_token_s"]
     assert 0 < prefill["mean"] < latency["mean"]
     assert per_token["mean"] == pytest.approx((latency["mean"] - prefill["mean"]) / 4)
@@ -69,7 +87,9 @@ def test_dense_weights_in_int8(checkpoint: Path, tmp_path: Path, capsys: pytest.
     assert f"| dense int8 {TINY.vocab_size} x {TINY.hidden_size} |" in capsys.readouterr().out
 
 
-def test_another_instruction_set(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_instruction_set(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "report.json"
     flags = [*FLAGS, "--num-iters", "1", "--json", str(file)]
     try:
@@ -105,12 +125,17 @@ def test_without_decode(checkpoint: Path, capsys: pytest.CaptureFixture[str]) ->
         (["--input-len", "100000000"], "max_model_len must be"),
     ],
 )
-def test_what_cannot_be_measured_is_said(checkpoint: Path, flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_measured_is_said(
+    checkpoint: Path, flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", "engine", "--model", str(checkpoint), *flags]) == 1
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--batch-size", "0"], ["--num-iters", "x"], ["--kv-cache-memory", "much"], ["--temperature", "-1"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--batch-size", "0"], ["--num-iters", "x"], ["--kv-cache-memory", "much"], ["--temperature", "-1"]],
+)
 def test_flags_are_checked(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "engine", "--model", "m", *flags])

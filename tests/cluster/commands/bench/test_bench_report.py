@@ -28,8 +28,17 @@ SETTINGS = Settings(
 )
 
 
-def record(started: float, chunks: list[float], ended: float, tokens: int | None = None, error: str | None = None) -> RequestRecord:
-    return RequestRecord(started, [started + time for time in chunks], started + ended, prompt_tokens=5, output_tokens=tokens, error=error)
+def record(
+    started: float, chunks: list[float], ended: float, tokens: int | None = None, error: str | None = None
+) -> RequestRecord:
+    return RequestRecord(
+        started,
+        [started + time for time in chunks],
+        started + ended,
+        prompt_tokens=5,
+        output_tokens=tokens,
+        error=error,
+    )
 
 
 def test_definitions() -> None:
@@ -75,7 +84,12 @@ def test_percentiles_agree_with_the_statistics_module() -> None:
 
 def test_no_records_are_no_figures() -> None:
     report = summarise([], SETTINGS, "")
-    assert (report.num_not_sent, report.duration_s, report.requests_per_s, report.ttft_s) == (4, 0.0, 0.0, None)
+    assert (report.num_not_sent, report.duration_s, report.requests_per_s, report.ttft_s) == (
+        4,
+        0.0,
+        0.0,
+        None,
+    )
 
 
 def test_arrivals_are_a_seeded_poisson_process_of_the_rate() -> None:

@@ -40,7 +40,9 @@ class Server:
         self.full = asyncio.Event()
         self.url = ""
 
-    async def __call__(self, scope: dict[str, object], receive: Callable[[], object], send: Callable[[object], object]) -> None:
+    async def __call__(
+        self, scope: dict[str, object], receive: Callable[[], object], send: Callable[[object], object]
+    ) -> None:
         body = b""
         while True:
             message = await receive()
@@ -52,7 +54,11 @@ class Server:
             await self._json(send, 200, {"data": [{"id": "first"}, {"id": "second"}]})
         elif scope["path"] == "/tokenize":
             tokenize = self.script.tokenize
-            await self._json(send, 404 if tokenize is None else 200, {"tokens": tokenize(json.loads(body)["prompt"]) if tokenize else None})
+            await self._json(
+                send,
+                404 if tokenize is None else 200,
+                {"tokens": tokenize(json.loads(body)["prompt"]) if tokenize else None},
+            )
         else:
             await self._complete(scope["path"], json.loads(body), send)
 
@@ -69,18 +75,32 @@ class Server:
             if status != 200:
                 await self._json(send, status, {"error": {"message": events[0]}})
                 return
-            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": 200,
+                    "headers": [(b"content-type", b"text/event-stream")],
+                }
+            )
             for event in events:
                 if event == "forever":
                     await asyncio.Event().wait()
                 data = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)
-                await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+                await send(
+                    {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
+                )
             await send({"type": "http.response.body", "body": b""})
         finally:
             script.running -= 1
 
     async def _json(self, send: Callable[[object], object], status: int, body: object) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(b"content-type", b"application/json")],
+            }
+        )
         await send({"type": "http.response.body", "body": json.dumps(body).encode()})
 
 
@@ -88,7 +108,9 @@ class Server:
 def running_server() -> Iterator[Server]:
     server = Server()
     uvicorn_server = uvicorn.Server(
-        uvicorn.Config(server, host="127.0.0.1", port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+        uvicorn.Config(
+            server, host="127.0.0.1", port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=1
+        )
     )
     started = threading.Event()
     startup = uvicorn_server.startup
@@ -118,7 +140,11 @@ def chat(**delta: object) -> Event:
 
 
 def usage(prompt: int, completion: int, cached: int = 0) -> Event:
-    counts = {"prompt_tokens": prompt, "completion_tokens": completion, "prompt_tokens_details": {"cached_tokens": cached}}
+    counts = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
     return {"choices": [], "usage": counts}
 
 
@@ -165,7 +191,12 @@ def test_without_usage_chunks_are_counted(server: Server) -> None:
     ("status", "events", "kind", "detail"),
     [
         (429, ["the queue is full"], "http_429", "the queue is full"),
-        (200, [chat(content="a"), {"error": {"message": "the engine died"}}, "[DONE]"], "stream_error", "the engine died"),
+        (
+            200,
+            [chat(content="a"), {"error": {"message": "the engine died"}}, "[DONE]"],
+            "stream_error",
+            "the engine died",
+        ),
         (200, [chat(content="a"), FINISH], "disconnected", "the stream ended without [DONE]"),
         (200, ["{no json"], "bad_response", "an event of the stream is not a completion chunk"),
         (200, ['["list"]'], "bad_response", "an event of the stream is not a completion chunk"),
@@ -211,9 +242,23 @@ def test_max_time_cuts_off_what_runs_and_what_waits(server: Server) -> None:
 
 def test_random_prompts_for_completions_are_token_ids_of_the_server(server: Server) -> None:
     server.script = Script(
-        lambda body: (200, [{"choices": [{"index": 0, "text": "x"}]}, "[DONE]"]), tokenize=lambda text: [5, 7, 11], hold=1
+        lambda body: (200, [{"choices": [{"index": 0, "text": "x"}]}, "[DONE]"]),
+        tokenize=lambda text: [5, 7, 11],
+        hold=1,
     )
-    flags = ("--endpoint", "completions", "--num-prompts", "4", "--warmup", "0", "--input-len", "33", "--output-len", "9", "--ignore-eos")
+    flags = (
+        "--endpoint",
+        "completions",
+        "--num-prompts",
+        "4",
+        "--warmup",
+        "0",
+        "--input-len",
+        "33",
+        "--output-len",
+        "9",
+        "--ignore-eos",
+    )
     measure(server, *flags, "--model", "second", "--temperature", "0", "--concurrency", "1")
     bodies = server.script.bodies
     assert {body["path"] for body in bodies} == {"/v1/completions"}
@@ -236,7 +281,9 @@ def test_random_prompts_for_completions_are_token_ids_of_the_server(server: Serv
 
 def test_random_chat_prompts_have_about_the_tokens_asked_for(server: Server) -> None:
     # A tokenizer of two tokens a word.
-    server.script = Script(lambda body: (200, WHOLE), tokenize=lambda text: [1] * (2 * len(text.split())), hold=1)
+    server.script = Script(
+        lambda body: (200, WHOLE), tokenize=lambda text: [1] * (2 * len(text.split())), hold=1
+    )
     measure(server, "--num-prompts", "3", "--warmup", "0", "--input-len", "40", "--output-len", "5")
     for body in server.script.bodies:
         assert (body["path"], body["max_completion_tokens"]) == ("/v1/chat/completions", 5)
@@ -247,9 +294,23 @@ def test_random_chat_prompts_have_about_the_tokens_asked_for(server: Server) -> 
 def test_dataset_lines_are_sent_as_they_are_and_repeated(server: Server, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Größe?"}]
-    file.write_text(json.dumps({"prompt": "one", "max_tokens": 3}) + "\n\n" + json.dumps({"messages": messages}) + "\n")
+    file.write_text(
+        json.dumps({"prompt": "one", "max_tokens": 3}) + "\n\n" + json.dumps({"messages": messages}) + "\n"
+    )
     server.script = Script(lambda body: (200, WHOLE), hold=1)
-    result = measure(server, "--dataset", str(file), "--num-prompts", "3", "--warmup", "0", "--concurrency", "1", "--output-len", "8")
+    result = measure(
+        server,
+        "--dataset",
+        str(file),
+        "--num-prompts",
+        "3",
+        "--warmup",
+        "0",
+        "--concurrency",
+        "1",
+        "--output-len",
+        "8",
+    )
     one = [{"role": "user", "content": "one"}]
     sent = [(body["messages"], body["max_completion_tokens"]) for body in server.script.bodies]
     assert sent == [(one, 3), (messages, 8), (one, 3)]
@@ -291,7 +352,17 @@ def test_the_command_prints_a_table_and_writes_the_documented_json(
     answers = iter([(200, WHOLE), (200, WHOLE), (503, ["no replica is ready"]), (200, WHOLE)])
     server.script = Script(lambda body: next(answers), hold=1)
     file = tmp_path / "report.json"
-    flags = ["serve", "--base-url", server.url + "/v1/", "--num-prompts", "3", "--concurrency", "1", "--json", str(file)]
+    flags = [
+        "serve",
+        "--base-url",
+        server.url + "/v1/",
+        "--num-prompts",
+        "3",
+        "--concurrency",
+        "1",
+        "--json",
+        str(file),
+    ]
     assert cli.main(flags) == 0
     shown = capsys.readouterr().out
     assert "completed                   2 of 3" in shown
@@ -303,10 +374,17 @@ def test_the_command_prints_a_table_and_writes_the_documented_json(
     assert written["errors"] == {"http_503": 1}
 
 
-def test_exit_code_and_null_figures_when_nothing_was_answered(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_code_and_null_figures_when_nothing_was_answered(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.script = Script(lambda body: (500, ["broken"]), hold=1)
     file = tmp_path / "report.json"
-    assert cli.main(["serve", "--base-url", server.url, "--num-prompts", "2", "--warmup", "0", "--json", str(file)]) == 1
+    assert (
+        cli.main(
+            ["serve", "--base-url", server.url, "--num-prompts", "2", "--warmup", "0", "--json", str(file)]
+        )
+        == 1
+    )
     assert "time to first token                  -" in capsys.readouterr().out
     written = json.loads(file.read_text())
     assert written["ttft_s"] is written["itl_s"] is written["tpot_s"] is written["latency_s"] is None
@@ -321,11 +399,15 @@ def test_a_failing_warm_up_ends_the_run(server: Server) -> None:
 
 
 def test_no_server_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"no server answers at http://127.0.0.1:9 \(.*\); start one, or give --base-url"):
+    with pytest.raises(
+        ConfigError, match=r"no server answers at http://127.0.0.1:9 \(.*\); start one, or give --base-url"
+    ):
         cli.main(["serve", "--base-url", "http://127.0.0.1:9"])
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://", "http://user:pass@a", "http://a?x=1"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://a", "http://", "http://user:pass@a", "http://a?x=1"]
+)
 def test_a_wrong_base_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="--base-url"):
         cli.main(["serve", "--base-url", url])
