@@ -1,7 +1,8 @@
 """Builds the optional C++ extension of the CPU kernels; everything else is in pyproject.toml.
 
-It is a plain shared library that `kernels/cpu/native.py` loads with ctypes. Without a C++ compiler the install goes on, and the CPU runs
-the reference kernels. Each source file picks its instruction set by itself, so one build serves every processor of its architecture.
+It is a plain shared library that `kernels/cpu/native.py` loads with ctypes. Without a C++ compiler
+the install goes on, and the CPU runs the reference kernels. Each source file picks its instruction
+set by itself, so one build serves every processor of its architecture.
 """
 
 from glob import glob
@@ -20,7 +21,8 @@ setup(
                 "-std=gnu++17",
                 "-ffp-contract=fast",
                 "-fvisibility=hidden",
-                # A thrown bad_alloc would end in ctypes either way; without handlers a file of an instruction set shares no symbol.
+                # A thrown bad_alloc would end in ctypes either way; without handlers a file of an
+                # instruction set shares no symbol.
                 "-fno-exceptions",
                 "-pthread",
                 "-Wno-psabi",

@@ -1,7 +1,9 @@
-"""A GPU that is not here: Triton compiles kernels for it, by the way that it goes on such a GPU, and their launches do nothing.
+"""A GPU that is not here: Triton compiles kernels for it, by the way that it goes on such a GPU,
+and their launches do nothing.
 
-Tensors without memory (device "meta") stand for those of the GPU: shapes, strides and alignments are right, which is all that the choice of
-a kernel's variant reads. What runs inside sees no values, so it must not need any.
+Tensors without memory (device "meta") stand for those of the GPU: shapes, strides and alignments
+are right, which is all that the choice of a kernel's variant reads. What runs inside sees no
+values, so it must not need any.
 """
 
 import gc
@@ -81,7 +83,8 @@ def fake_driver(target: str, *, build_launchers: bool = False) -> Iterator[Launc
 
     Args:
         target: as "sm_90".
-        build_launchers: also compile, into Triton's cache, the C modules by which the driver loads and launches kernels.
+        build_launchers: also compile, into Triton's cache, the C modules by which the driver loads
+            and launches kernels.
     """
     from triton.backends.nvidia import driver as cuda
 
@@ -102,7 +105,8 @@ def fake_driver(target: str, *, build_launchers: bool = False) -> Iterator[Launc
     with ExitStack() as stack:
         if build_launchers:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            # Modules name the library that they need; all that they call in it is found when they are loaded.
+            # Modules name the library that they need; all that they call in it is found when they
+            # are loaded.
             stub = [
                 "gcc",
                 "-shared",
@@ -152,8 +156,8 @@ def _forget_shared_memory() -> None:
 
 @contextmanager
 def meta_as(target: str) -> Iterator[None]:
-    """Tensors without memory count as those of a GPU of that target: kernels are chosen for it; graphs, events and copies to the host do
-    nothing."""
+    """Tensors without memory count as those of a GPU of that target: kernels are chosen for it;
+    graphs, events and copies to the host do nothing."""
     for module in _KERNELS:
         importlib.import_module(f"kernels.{module}")
     everywhere: dict[str, Callable[..., object]] = {

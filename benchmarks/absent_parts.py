@@ -1,4 +1,5 @@
-"""Runs the parts of `benchmarks/gpu_check.py` on a GPU that is not here: each launches what it launches there, and times nothing."""
+"""Runs the parts of `benchmarks/gpu_check.py` on a GPU that is not here: each launches what it
+launches there, and times nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,9 @@
-"""A plugin of pytest (`-p benchmarks.absent_tests`): tests/gpu launch their kernels on a GPU that is not here, for `--pack-cache`.
+"""A plugin of pytest (`-p benchmarks.absent_tests`): tests/gpu launch their kernels on a GPU that
+is not here, for `--pack-cache`.
 
-Tensors have no memory, so nothing is tested: all numbers are zero, comparisons with what is expected hold, assertions are left out. Where
-a test ends with an error all the same, what it has launched before is compiled.
+Tensors have no memory, so nothing is tested: all numbers are zero, comparisons with what is
+expected hold, assertions are left out. Where a test ends with an error all the same, what it has
+launched before is compiled.
 """
 
 import os

@@ -1,10 +1,11 @@
 """The CPU kernels against what this machine can do: `python3 -m benchmarks.cpu`.
 
-Every figure is a ratio to something measured in the same process, in turn with it: memory-bound ones to the read bandwidth of all threads
-(a sum over memory on huge pages that is larger than the caches), compute-bound ones to torch's product of
-square matrices in fp32 or bf16, whichever is faster on this processor. Each is the best of many runs, since
-others may use the machine; the load printed beside says how much they did. All tables take some
-minutes; `--seconds 0.15 --memory 0.3` gives rougher figures sooner.
+Every figure is a ratio to something measured in the same process, in turn with it: memory-bound
+ones to the read bandwidth of all threads (a sum over memory on huge pages that is larger than the
+caches), compute-bound ones to torch's product of square matrices in fp32 or bf16, whichever is
+faster on this processor. Each is the best of many runs, since others may use the machine; the load
+printed beside says how much they did. All tables take some minutes; `--seconds 0.15 --memory 0.3`
+gives rougher figures sooner.
 """
 
 import argparse
@@ -39,7 +40,8 @@ VOCAB_SIZE = 201_088
 BLOCK_SIZE = 16
 _LEAST_CALLS = 4
 _MOST_OVERTIME = 4
-"""Times its seconds that a task may use for its least calls. One that uses them up in its first call ends with it."""
+"""Times its seconds that a task may use for its least calls. One that uses them up in its first
+call ends with it."""
 _PROGRESS_S = 2.0
 
 
@@ -87,7 +89,8 @@ def main() -> None:
     if best is None:
         parser.error("the CPU kernels are not built: install with a C++ compiler")
     print(
-        f"{arguments.threads} threads of {os.cpu_count()}, {cache_text()}, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+        f"{arguments.threads} threads of {os.cpu_count()}, {cache_text()}, load {os.getloadavg()[0]:.1f}, "
+        f"torch {torch.__version__}"
     )
     size = int(arguments.memory * 2**30)
     gemm = roofline.fastest_gemm()
@@ -109,7 +112,8 @@ def main() -> None:
                 if there:
                     name = f"{title}, {isa}"
                     results = measure([*yardsticks, *made], arguments.seconds, partial(show_share, name))
-                    # Both are torch's best on this machine; on a busy one its threads wait for each other in nearly every run.
+                    # Both are torch's best on this machine; on a busy one its threads wait for each
+                    # other in nearly every run.
                     product, product_s = results[1]
                     results[1] = (product, min(product_s, product.num_operations / gemm.flops_per_s))
                     show_progress("")
@@ -174,7 +178,8 @@ def print_table(title: str, results: Sequence[tuple[Task, float]]) -> None:
     (memory, memory_s), (product, product_s), *others = results
     bandwidth, rate = memory.num_bytes / memory_s, product.num_operations / product_s
     print(
-        f"\n{title}: read bandwidth {bandwidth / 1e9:.1f} GB/s, {product.name} {rate / 1e9:.0f} GFLOP/s, load {os.getloadavg()[0]:.1f}\n"
+        f"\n{title}: read bandwidth {bandwidth / 1e9:.1f} GB/s, {product.name} {rate / 1e9:.0f} GFLOP/s, "
+        f"load {os.getloadavg()[0]:.1f}\n"
     )
     print(f"| | ms | GB/s | of bandwidth | GFLOP/s | of {product.name} |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
@@ -193,8 +198,8 @@ def bandwidth_task(size: int) -> Task:
 
 
 def recorded(run: Callable[[int], Tensor], num_calls: int) -> Callable[[int], Tensor]:
-    """The first `num_calls` calls as programs, in turn: the operation as a decode step runs it, without the Python around it. A result is
-    valid until the next call."""
+    """The first `num_calls` calls as programs, in turn: the operation as a decode step runs it,
+    without the Python around it. A result is valid until the next call."""
     recordings: list[tuple[Program, Tensor]] = []
     memory = ProgramMemory()
     for call in range(num_calls):
@@ -212,7 +217,8 @@ def recorded(run: Callable[[int], Tensor], num_calls: int) -> Callable[[int], Te
 
 
 def gemm_task(gemm: Gemm) -> Task:
-    """torch's product of square matrices, of the data type and size that `roofline` found the fastest."""
+    """torch's product of square matrices, of the data type and size that `roofline` found the
+    fastest."""
     left, right = (torch.ones(gemm.size, gemm.size, dtype=GEMM_DTYPES[gemm.dtype]) for _ in range(2))
     return Task(
         f"torch {gemm.dtype} GEMM", lambda call: torch.matmul(left, right), num_operations=2 * gemm.size**3
@@ -305,7 +311,8 @@ def attention_tasks(size: int) -> list[Task]:
 
 
 def sampling_tasks(vocab_size: int) -> list[Task]:
-    """Tokens of 1 and of 16 rows of logits: flat ones, and peaked ones, where about a hundred tokens have nearly all of the weight."""
+    """Tokens of 1 and of 16 rows of logits: flat ones, and peaked ones, where about a hundred
+    tokens have nearly all of the weight."""
     tasks = []
     for num_rows, (kind, raised) in itertools.product((1, 16), (("flat", 0.0), ("peaked", 14.0))):
         logits = [
@@ -336,7 +343,8 @@ def run_sampling(logits: Sequence[Tensor], batch: SamplingBatch) -> Callable[[in
 
 
 def attention_caches(size: int) -> Tensor:
-    """[num_layers, 2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM] bf16, `size` bytes or more: a layer holds 16 sequences of 8192."""
+    """[num_layers, 2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM] bf16, `size` bytes or more: a
+    layer holds 16 sequences of 8192."""
     num_blocks = 16 * 8192 // BLOCK_SIZE
     shape = (2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
     layers = zeros((-(-size // (2 * prod(shape))), *shape), torch.bfloat16)
@@ -347,7 +355,8 @@ def attention_caches(size: int) -> Tensor:
 def attention_task(
     layers: Tensor, num_seqs: int, query_len: int, context_len: int, window: int | None
 ) -> Task:
-    """The last `query_len` tokens of each of `num_seqs` sequences, which lie elsewhere with every call; blocks in no order."""
+    """The last `query_len` tokens of each of `num_seqs` sequences, which lie elsewhere with every
+    call; blocks in no order."""
     num_blocks, blocks_per_seq = layers.shape[2], -(-context_len // BLOCK_SIZE)
     generator = torch.Generator().manual_seed(context_len)
     free = torch.randperm(num_blocks, generator=generator).to(torch.int32)
@@ -386,7 +395,8 @@ def run_dense(x: Tensor, weights: Sequence[PackedWeight]) -> Callable[[int], Ten
 
 
 def dense_weights(rows: int, width: int, dtype: torch.dtype, size: int) -> list[PackedWeight]:
-    """Several of one shape, `size` bytes together: any bytes are int8 weights, and small ones bf16 weights."""
+    """Several of one shape, `size` bytes together: any bytes are int8 weights, and small ones bf16
+    weights."""
     made = []
     for _ in range(max(2, size // (rows * width * dtype.itemsize))):
         packed = dense.allocate(rows, width, dtype)

@@ -1,5 +1,6 @@
-"""Batches of equal sequences that decode over a KV cache of random keys and values: nothing was computed before, so a step of any context
-can be timed at once. Which of them a device has room for is arithmetic."""
+"""Batches of equal sequences that decode over a KV cache of random keys and values: nothing was
+computed before, so a step of any context can be timed at once. Which of them a device has room for
+is arithmetic."""
 
 import time
 from collections import deque
@@ -24,7 +25,8 @@ WARM_UP_STEPS = 5
 RUNS = 5
 GREEDY = SamplingParams(temperature=0, seed=0)
 RESERVE_BYTES = 4 << 30
-"""Of a GPU: its context, libraries, graphs, and activations beside logits and attention's scratch."""
+"""Of a GPU: its context, libraries, graphs, and activations beside logits and attention's
+scratch."""
 _MOST_SPLITS = 64
 _SPLIT_BYTES = 4
 _FIRST_BLOCK = 1
@@ -41,7 +43,8 @@ class Batch:
 def decode_step_bytes(
     model: ModelConfig, shard: RankShard, dtype: Dtype, batch_size: int, context_len: int
 ) -> float:
-    """Bytes that a rank must read in a decode step of batch_size sequences of context_len tokens; of the embedding only a row each."""
+    """Bytes that a rank must read in a decode step of batch_size sequences of context_len tokens;
+    of the embedding only a row each."""
     sizes = rank_bytes(model, shard, dtype)
     missed = 1 - expected_experts_hit(model, batch_size) / model.num_experts
     kv = batch_size * sequence_kv_bytes(model, shard, dtype, context_len)
@@ -49,14 +52,15 @@ def decode_step_bytes(
 
 
 def cache_blocks(model: ModelConfig, batch: Batch, num_steps: int) -> tuple[int, int]:
-    """(blocks of a full layer, blocks of a sliding one) for `num_steps` more tokens, NULL_BLOCK included. In a sliding layer a sequence has
-    its window's blocks, used in turn."""
+    """(blocks of a full layer, blocks of a sliding one) for `num_steps` more tokens, NULL_BLOCK
+    included. In a sliding layer a sequence has its window's blocks, used in turn."""
     full = num_blocks_for(batch.context + num_steps)
     return _FIRST_BLOCK + batch.size * full, _FIRST_BLOCK + batch.size * min(full, _window_blocks(model))
 
 
 def batches_bytes(model: ModelConfig, batches: Sequence[Batch], num_steps: int, item: int) -> int:
-    """Memory that a runner of these takes beside the weights and RESERVE_BYTES: its KV cache, logits and attention's scratch.
+    """Memory that a runner of these takes beside the weights and RESERVE_BYTES: its KV cache,
+    logits and attention's scratch.
 
     Args:
         item: bytes of a cached number.

@@ -1,11 +1,15 @@
-"""What a layer of gpt-oss launches on a GPU to decode, and the memory traffic of each launch. Counted, not measured: nothing is computed.
+"""What a layer of gpt-oss launches on a GPU to decode, and the memory traffic of each launch.
+Counted, not measured: nothing is computed.
 
-    python3 -m benchmarks.decode_traffic [--model 120b] [--target sm_90] [--batch 1 8 64 256] [--context 8192] [--markdown]
+    python3 -m benchmarks.decode_traffic [--model 120b] [--target sm_90] [--batch 1 8 64 256]
+        [--context 8192] [--markdown]
 
-The model's own code runs on tensors without memory; each launch is recorded with the tensors that it is given. Traffic is an upper bound:
-each of these is counted once, what is overwritten in place twice, scratch as if all of it were used. Of the experts those count that some
-token is expected to have chosen if all are equally likely, of a KV cache the keys and values that the layer's queries see and the new ones,
-of block tables what is in use. `least` is the layer's weights and these keys and values, once each.
+The model's own code runs on tensors without memory; each launch is recorded with the tensors that
+it is given. Traffic is an upper bound: each of these is counted once, what is overwritten in place
+twice, scratch as if all of it were used. Of the experts those count that some token is expected to
+have chosen if all are equally likely, of a KV cache the keys and values that the layer's queries
+see and the new ones, of block tables what is in use. `least` is the layer's weights and these keys
+and values, once each.
 """
 
 import argparse
@@ -118,7 +122,8 @@ class ByteCounter:
 
 @contextmanager
 def _recording(target: str) -> Iterator[list[RecordedLaunch]]:
-    """Yields what is launched inside, which does nothing; tensors without memory count as those of a GPU of that target."""
+    """Yields what is launched inside, which does nothing; tensors without memory count as those of
+    a GPU of that target."""
     for module in (
         "attention.paged",
         "attention.rope_store",
@@ -174,7 +179,7 @@ def _labels(launches: list[Launch]) -> list[tuple[str, int]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="120b", help="a preset of cantata make-checkpoint")
     parser.add_argument("--target", default="sm_90")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256], help="sequences")
@@ -186,7 +191,8 @@ def main() -> int:
     for window in sorted(set(config.layer_windows), key=lambda window: window or 0, reverse=True):
         columns = [layer_launches(config, window, args.target, size, args.context) for size in args.batch]
         print(
-            f"\n{args.model} on {args.target}, context {args.context}, {'full' if window is None else f'window {window}'}; MB by batch\n"
+            f"\n{args.model} on {args.target}, context {args.context}, "
+            f"{'full' if window is None else f'window {window}'}; MB by batch\n"
         )
         by_label = [dict(zip(_labels(column), column, strict=True)) for column in columns]
         rows = [

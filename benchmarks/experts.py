@@ -3,10 +3,11 @@
     python3 -m benchmarks.experts [--experts 128] [--hidden 2880] [--intermediate 2880]
         [--tokens 1 8 64] [--device cuda] [--mxfp8] [--dense]
 
-Random weights in the layout of the device's kernels, random choices; each batch size has tokens that choose anew in every run, and there
-are enough layers that weights do not stay in a cache. Printed are the median time of gate choice and experts together, the bytes of the
-experts that were hit, and these over the time as a share of what a large copy reaches. On a GPU the calls are replayed from a CUDA graph,
-as decode steps are. Has run on CPUs only."""
+Random weights in the layout of the device's kernels, random choices; each batch size has tokens
+that choose anew in every run, and there are enough layers that weights do not stay in a cache.
+Printed are the median time of gate choice and experts together, the bytes of the experts that were
+hit, and these over the time as a share of what a large copy reaches. On a GPU the calls are
+replayed from a CUDA graph, as decode steps are. Has run on CPUs only."""
 
 import argparse
 import statistics
@@ -71,7 +72,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=2880)
     parser.add_argument("--intermediate", type=int, default=2880)
@@ -90,10 +91,12 @@ def main() -> None:
     ]
     bandwidth = copy_bandwidth(device, 256 << 20)
     print(
-        f"{args.experts} experts, {layer_bytes / 1e6:.0f} MB a layer, {len(layers)} layers, copy {bandwidth / 1e9:.0f} GB/s"
+        f"{args.experts} experts, {layer_bytes / 1e6:.0f} MB a layer, {len(layers)} layers, copy "
+        f"{bandwidth / 1e9:.0f} GB/s"
     )
     print(
-        "| tokens | experts hit | time a layer, us | GB/s | of the copy |\n| ---: | ---: | ---: | ---: | ---: |"
+        "| tokens | experts hit | time a layer, us | GB/s | of the copy |\n"
+        "| ---: | ---: | ---: | ---: | ---: |"
     )
     for num_tokens in args.tokens:
         x = torch.randn(num_tokens, args.hidden, device=device).to(torch.bfloat16)

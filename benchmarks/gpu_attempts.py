@@ -1,9 +1,11 @@
-"""Pieces of a part of `benchmarks/gpu_check.py`, tried one after the other, so that one which fails costs the others nothing.
+"""Pieces of a part of `benchmarks/gpu_check.py`, tried one after the other, so that one which fails
+costs the others nothing.
 
-The result is written as it grows, and the name of a piece before it is begun, so that the process that started the part knows which piece
-a death or a time-out fell into. A piece that raises is recorded, its traceback goes to stderr, and the next one is begun. After an error
-that leaves CUDA's context unusable ("sticky", such as an illegal address) the process ends with CONTEXT_LOST: the part is started again,
-and the new process leaves out the pieces that were tried.
+The result is written as it grows, and the name of a piece before it is begun, so that the process
+that started the part knows which piece a death or a time-out fell into. A piece that raises is
+recorded, its traceback goes to stderr, and the next one is begun. After an error that leaves CUDA's
+context unusable ("sticky", such as an illegal address) the process ends with CONTEXT_LOST: the part
+is started again, and the new process leaves out the pieces that were tried.
 """
 
 import json
@@ -21,14 +23,16 @@ Result = dict[str, Any]
 CONTEXT_LOST = 70
 """Exit code of a process whose CUDA context is unusable."""
 DOING, TRIED, FAILURES = "doing", "tried", "failures"
-"""Keys of a result: the piece that is running, the names of those that were begun, [{"what", "error"}] of those that failed."""
+"""Keys of a result: the piece that is running, the names of those that were begun, [{"what",
+"error"}] of those that failed."""
 
 
 class Attempts:
     """The pieces of one part, and its result.
 
     Args:
-        path: where the result is written; what an earlier process of the part wrote there is taken over. None: nowhere.
+        path: where the result is written; what an earlier process of the part wrote there is taken
+            over. None: nowhere.
     """
 
     def __init__(self, device: "torch.device", path: Path | None = None) -> None:
@@ -55,10 +59,12 @@ class Attempts:
         return name in self.result.get(TRIED, ())
 
     def run(self, name: str, piece: Callable[[], None], *, again: bool = False) -> bool:
-        """Whether the piece did what it should; False where it raised, or was tried by an earlier process.
+        """Whether the piece did what it should; False where it raised, or was tried by an earlier
+        process.
 
         Args:
-            again: run it also where an earlier process got through it, since what it leaves behind is wanted.
+            again: run it also where an earlier process got through it, since what it leaves behind
+                is wanted.
         """
         if self.was_tried(name):
             return False

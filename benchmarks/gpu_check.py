@@ -1,15 +1,22 @@
-"""Check a GPU machine and time what runs on it: decode steps, every kernel and prompts against the hardware, and the tests of tests/gpu.
+"""Check a GPU machine and time what runs on it: decode steps, every kernel and prompts against the
+hardware, and the tests of tests/gpu.
 
-    make gpu-check                                      # or GPU_CHECK_FLAGS="--preset 20b --only step,kernels"
-    python3 -m benchmarks.gpu_check [--model FOLDER | --preset 120b] [--only tests,step] [--time-limit 570] [--out FOLDER] [--cache FILE]
-    python3 -m benchmarks.gpu_check --pack-cache FILE   # beforehand, on a machine without a GPU (`benchmarks/kernel_cache.py`)
+    # or GPU_CHECK_FLAGS="--preset 20b --only step,kernels"
+    make gpu-check
+    python3 -m benchmarks.gpu_check [--model FOLDER | --preset 120b] [--only tests,step]
+        [--time-limit 570] [--out FOLDER] [--cache FILE]
+    # beforehand, on a machine without a GPU (`benchmarks/kernel_cache.py`)
+    python3 -m benchmarks.gpu_check --pack-cache FILE
 
-Needs torch, Triton, numpy and pytest, no checkpoint and no network: weights are random, of the largest of 120b, 20b and small that fits.
-First comes a probe of a minute, then figures, then tests, each in processes of its own, so that one which fails, hangs or dies leaves the
-others their figures. All that is written is under OUT: gpu_check.json and, as tables, gpu_check.md after each part; PART.json, which grows
-while the part runs; PART.txt, all that its processes print, tracebacks among it; tests.jsonl, a line for each test as it ends; cache/.
+Needs torch, Triton, numpy and pytest, no checkpoint and no network: weights are random, of the
+largest of 120b, 20b and small that fits. First comes a probe of a minute, then figures, then tests,
+each in processes of its own, so that one which fails, hangs or dies leaves the others their
+figures. All that is written is under OUT: gpu_check.json and, as tables, gpu_check.md after each
+part; PART.json, which grows while the part runs; PART.txt, all that its processes print, tracebacks
+among it; tests.jsonl, a line for each test as it ends; cache/.
 
-This was written on machines without a GPU. It has run with `--device cpu`, which proves the script but says nothing of a GPU.
+This was written on machines without a GPU. It has run with `--device cpu`, which proves the script
+but says nothing of a GPU.
 """
 
 import argparse
@@ -294,11 +301,13 @@ def child_environment(out: Path, moe_num_stages: int | None) -> dict[str, str]:
 def run_part(
     name: str, command: Sequence[str], out: Path, timeout_s: float, env: dict[str, str]
 ) -> dict[str, Any]:
-    """What the part has found, also where it failed: `failed` says of the whole part why it ended early, `failures` of which pieces.
+    """What the part has found, also where it failed: `failed` says of the whole part why it ended
+    early, `failures` of which pieces.
 
     Args:
-        command: writes its result, piece by piece, to the file that `--result` names (`gpu_attempts`); begun again, with what is there,
-            after a death in the middle of a piece.
+        command: writes its result, piece by piece, to the file that `--result` names
+            (`gpu_attempts`); begun again, with what is there, after a death in the middle of a
+            piece.
     """
     path, log = out / f"{name}.json", out / f"{name}.txt"
     for stale in (path, log):

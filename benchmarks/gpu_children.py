@@ -1,5 +1,6 @@
-"""Processes that `benchmarks/gpu_check.py` starts. What they print goes to a file at once; one that reaches its limit leaves a traceback of
-each thread there; none outlives the process that started it."""
+"""Processes that `benchmarks/gpu_check.py` starts. What they print goes to a file at once; one that
+reaches its limit leaves a traceback of each thread there; none outlives the process that started
+it."""
 
 import contextlib
 import os
@@ -33,10 +34,12 @@ def run_child(
 
     Args:
         log: gets stdout and stderr, after what is in it.
-        timeout_s: `_GRACE_S` before it, faulthandler dumps all threads into the log and the process is over.
+        timeout_s: `_GRACE_S` before it, faulthandler dumps all threads into the log and the process
+            is over.
         env: the whole environment.
     Returns:
-        its exit code, minus the signal's number for a death of a signal; None: it was stopped at its limit.
+        its exit code, minus the signal's number for a death of a signal; None: it was stopped at
+        its limit.
     Raises:
         ChildrenEnded: after `end_children`.
     """
@@ -88,7 +91,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def end_with_parent() -> None:
-    """In a child: end, from a thread of its own, when the process that started it is gone. Does nothing in a process started otherwise."""
+    """In a child: end, from a thread of its own, when the process that started it is gone. Does
+    nothing in a process started otherwise."""
     parent = os.environ.get(_PARENT)
     if parent is None or int(parent) != os.getppid():
         return
@@ -112,8 +116,8 @@ def how_it_ended(code: int) -> str:
 
 
 def where_it_was(log: Path, root: Path) -> str:
-    """The innermost function of this repository that the main thread was in when faulthandler last dumped all threads, as
-    "function (file:line)"; empty if the log holds no dump."""
+    """The innermost function of this repository that the main thread was in when faulthandler last
+    dumped all threads, as "function (file:line)"; empty if the log holds no dump."""
     # That of the thread which got the signal, which is the main one unless it is busy for good.
     _, found, dump = log.read_text(errors="replace").rpartition("Current thread ")
     if not found:

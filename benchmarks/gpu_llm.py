@@ -1,5 +1,6 @@
-"""The part of `benchmarks/gpu_check.py` that generates through `LLM`, as a user does: tokens per second, and the same answers from a graph,
-eagerly, in a batch, one by one and beside another engine."""
+"""The part of `benchmarks/gpu_check.py` that generates through `LLM`, as a user does: tokens per
+second, and the same answers from a graph, eagerly, in a batch, one by one and beside another
+engine."""
 
 import tempfile
 import time
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
 NUM_PROMPTS = 16
 PRESETS = {"cuda": "20b", "cpu": "tiny"}
 TOLERANCE = 0.25
-"""Nats by which a token's log probability may differ between two ways to compute it in bf16, which add up in another
-order and, where two experts are all but equally good, choose the other one. Three times as much as bf16 and fp32 were
-seen to differ by on a CPU (`small` with BRANCH_EXPONENT: median 0.01, at most 0.08)."""
+"""Nats by which a token's log probability may differ between two ways to compute it in bf16, which
+add up in another order and, where two experts are all but equally good, choose the other one. Three
+times as much as bf16 and fp32 were seen to differ by on a CPU (`small` with BRANCH_EXPONENT: median
+0.01, at most 0.08)."""
 BRANCH_EXPONENT = -3
-"""Of random weights: with 0, bf16 and fp32 differ by 0.5 nats in the median, and no tolerance tells rounding from a fault."""
+"""Of random weights: with 0, bf16 and fp32 differ by 0.5 nats in the median, and no tolerance tells
+rounding from a fault."""
 _ALTERNATIVES = 20
 _MAX_MODEL_LEN = 1024
 _KV_CACHE_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
@@ -45,9 +48,10 @@ class Agreement:
 
     Attributes:
         same: sequences with the same tokens.
-        near_ties: sequences that part where the first answer holds both tokens for equally likely, to TOLERANCE. What follows
-            has another past and is not compared.
-        others: sequences that part elsewhere, or whose log probabilities differ by more than TOLERANCE.
+        near_ties: sequences that part where the first answer holds both tokens for equally likely,
+            to TOLERANCE. What follows has another past and is not compared.
+        others: sequences that part elsewhere, or whose log probabilities differ by more than
+            TOLERANCE.
         worst: largest difference of a token's log probability before the sequences part, in nats.
     """
 
@@ -75,8 +79,8 @@ def compare(expected: Sequence[Answer], actual: Sequence[Answer]) -> Agreement:
 
 
 def _compare(expected: Answer, actual: Answer) -> tuple[float, list[float]]:
-    """(by how much the first answer prefers its own token to the other's where they part, 0 where they do not; the differences of
-    log probabilities before that)."""
+    """(by how much the first answer prefers its own token to the other's where they part, 0 where
+    they do not; the differences of log probabilities before that)."""
     differences: list[float] = []
     for (token, chosen), (other, seen) in zip(expected, actual, strict=True):
         if token != other:
@@ -86,7 +90,8 @@ def _compare(expected: Answer, actual: Answer) -> tuple[float, list[float]]:
 
 
 def measure_llm(options: Options, attempts: Attempts) -> None:
-    """Three engines on the same weights: an eager one, one with graphs, and a second one with graphs that is closed beside it."""
+    """Three engines on the same weights: an eager one, one with graphs, and a second one with
+    graphs that is closed beside it."""
     on_gpu = options.device.type == "cuda"
     preset = options.preset or (None if options.model else PRESETS[options.device.type])
     chosen = ChosenModel(
@@ -170,7 +175,8 @@ def measure_llm(options: Options, attempts: Attempts) -> None:
 
 
 def start_engine(options: Options, attempts: Attempts) -> None:
-    """Launch what an engine of `measure_llm` launches before it answers, as a rank does; no part of a check."""
+    """Launch what an engine of `measure_llm` launches before it answers, as a rank does; no part of
+    a check."""
     model = ChosenModel(replace(options, batch_sizes=(NUM_PROMPTS,), contexts=(_MAX_MODEL_LEN,))).model
     limits = SchedulerConfig(NUM_PROMPTS, _MAX_MODEL_LEN), _MAX_MODEL_LEN, DTYPE
     attempts.run("warm up", lambda: warm_up(model, *limits))

@@ -1,4 +1,5 @@
-"""What a GPU machine has that a check of it depends on. Nothing here makes a CUDA context, which would take memory from those checked."""
+"""What a GPU machine has that a check of it depends on. Nothing here makes a CUDA context, which
+would take memory from those checked."""
 
 import os
 import platform
@@ -13,8 +14,8 @@ _LONGEST_S = 30.0
 
 
 def describe() -> dict[str, str]:
-    """By name: Python, torch, Triton, GPU, driver, its free memory, the C compiler that Triton takes, and where Python.h is; each in words,
-    also where it is missing."""
+    """By name: Python, torch, Triton, GPU, driver, its free memory, the C compiler that Triton
+    takes, and where Python.h is; each in words, also where it is missing."""
     gpu = _said(
         "nvidia-smi", "--query-gpu=name,driver_version,memory.free,memory.total", "--format=csv,noheader"
     ).split("\n")[0]
@@ -36,7 +37,8 @@ def describe() -> dict[str, str]:
 
 
 def triton_target() -> str | None:
-    """What Triton compiles for on the first GPU of NVIDIA's, as "sm_90"; None where nvidia-smi does not say."""
+    """What Triton compiles for on the first GPU of NVIDIA's, as "sm_90"; None where nvidia-smi does
+    not say."""
     said = _said("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split("\n")[0].strip()
     return f"sm_{said.replace('.', '')}" if said.replace(".", "").isdigit() else None
 
@@ -58,7 +60,8 @@ def _compiler() -> str:
     found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if found is None:
         return "none: Triton can launch only what it has launchers for in its cache"
-    return f"{Path(found).name} {_said(found, '-dumpfullversion') or _said(found, '-dumpversion') or '(does not run)'}".strip()
+    version = _said(found, "-dumpfullversion") or _said(found, "-dumpversion") or "(does not run)"
+    return f"{Path(found).name} {version}".strip()
 
 
 def _python_h() -> str:

@@ -1,5 +1,5 @@
-"""What `benchmarks/gpu_check.py` measures, part by part. Each part returns what is written as JSON, numbers in SI units and the words
-around them; `gpu_report.py` makes tables of it."""
+"""What `benchmarks/gpu_check.py` measures, part by part. Each part returns what is written as JSON,
+numbers in SI units and the words around them; `gpu_report.py` makes tables of it."""
 
 import platform
 import subprocess
@@ -41,8 +41,8 @@ DTYPE: Dtype = "bfloat16"
 PRESETS = ("120b", "20b", "small")
 """From the largest; the first that fits is the default on a GPU."""
 TIMED_LAYERS = 8
-"""Whose launches are kept with all that they read and write, for batches above SMALL_BATCH; of a smaller batch, all layers': together their
-weights then are more than an L2 cache holds."""
+"""Whose launches are kept with all that they read and write, for batches above SMALL_BATCH; of a
+smaller batch, all layers': together their weights then are more than an L2 cache holds."""
 SMALL_BATCH = 8
 
 
@@ -52,7 +52,8 @@ class Options:
 
     Attributes:
         model: a checkpoint's folder; None: random weights of `preset`.
-        preset: as of `cantata make-checkpoint`; None: the largest of PRESETS that fits, on a CPU `tiny`.
+        preset: as of `cantata make-checkpoint`; None: the largest of PRESETS that fits, on a CPU
+            `tiny`.
         batch_sizes, contexts: each with each; those for which there is no room are left out.
         steps: of decode that are timed.
         prompts: tokens of each prefill that is timed.
@@ -152,7 +153,8 @@ def measure_step(options: Options, attempts: Attempts) -> None:
 
 
 def measure_kernels(options: Options, attempts: Attempts) -> None:
-    """Each launch of a decode step by itself, replayed layer after layer, against the bytes that it reads and writes."""
+    """Each launch of a decode step by itself, replayed layer after layer, against the bytes that it
+    reads and writes."""
     if not triton_runs_on(options.device):
         attempts.begin({"skipped": "no Triton kernels run here"})
         return
@@ -229,8 +231,9 @@ def _named(batch: Batch) -> str:
 
 
 def stays_in_cache(num_bytes: float, l2_bytes: int) -> bool:
-    """Whether launches that read and write so many bytes in turn may find some of them in the second-level cache
-    again: then their time is not that of memory, and their share of its bandwidth can be above 100 %."""
+    """Whether launches that read and write so many bytes in turn may find some of them in the
+    second-level cache again: then their time is not that of memory, and their share of its
+    bandwidth can be above 100 %."""
     return num_bytes < 2 * l2_bytes
 
 
@@ -258,7 +261,8 @@ def measure_prefill(options: Options, attempts: Attempts) -> None:
             slot_mapping_sliding=slots,
         )
         shape = (2, 2 + num_tokens // BLOCK_SIZE, BLOCK_SIZE, model.num_kv_heads, config.head_dim)
-        # All layers share a cache: none of them reads what another wrote, since each writes all of it first.
+        # All layers share a cache: none of them reads what another wrote, since each writes all of
+        # it first.
         caches = [torch.zeros(shape, dtype=model.dtype, device=options.device)] * len(model.layers)
 
         @torch.inference_mode()
@@ -276,7 +280,8 @@ def measure_prefill(options: Options, attempts: Attempts) -> None:
 
 
 def prefill_flops(config: ModelConfig, num_tokens: int) -> float:
-    """Of the matrix products of one prompt: weights that a token uses, and the keys that it sees; logits of the last token alone."""
+    """Of the matrix products of one prompt: weights that a token uses, and the keys that it sees;
+    logits of the last token alone."""
     active = count_parameters(config)[1] - config.vocab_size * config.hidden_size
     keys = sum(_keys_seen(num_tokens, window) for window in config.layer_windows)
     return (
@@ -366,8 +371,8 @@ class ChosenModel:
         )
         if not self.batches:
             raise SystemExit(
-                f"--batch-sizes, --contexts: beside {name} {left / 2**30:.1f} GiB are free, too little for any of "
-                + ", ".join(f"{batch.size} x {batch.context}" for batch in options.batches)
+                f"--batch-sizes, --contexts: beside {name} {left / 2**30:.1f} GiB are free, too little for "
+                f"any of " + ", ".join(f"{batch.size} x {batch.context}" for batch in options.batches)
             )
         if options.model is None:
             self.model = random_model(config, device, choose_layout(device), branch_exponent=branch_exponent)
@@ -391,7 +396,8 @@ class ChosenModel:
             if what_fits(config, options.batches, options.num_steps, item, free - _weight_bytes(config)):
                 return config, f"{name}, random weights"
         raise SystemExit(
-            f"{', '.join(names)}: none of these fits into {free / 2**30:.1f} GiB with a batch of the given sizes"
+            f"{', '.join(names)}: none of these fits into {free / 2**30:.1f} GiB with a batch of the given "
+            f"sizes"
         )
 
 

@@ -1,4 +1,5 @@
-"""The first minute on a GPU: whether it computes, and decode steps of one sequence launched one by one, then from a graph."""
+"""The first minute on a GPU: whether it computes, and decode steps of one sequence launched one by
+one, then from a graph."""
 
 from dataclasses import asdict, replace
 

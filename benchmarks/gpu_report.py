@@ -1,4 +1,5 @@
-"""Tables of what `benchmarks/gpu_check.py` has found, in Markdown, as `docs/performance.md` has them."""
+"""Tables of what `benchmarks/gpu_check.py` has found, in Markdown, as `docs/performance.md` has
+them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,14 +25,18 @@ _LAUNCHES = {
     ("add_slots_rms_norm", 0): "combine, residual, norm",
 }
 """What a launch is for, by its name and how many of that name come before it in a layer."""
-_SAMPLING_IN_L2 = "`in L2`: the logits fit into twice the second-level cache, as in a step, where they have just been computed."
+_SAMPLING_IN_L2 = (
+    "`in L2`: the logits fit into twice the second-level cache, as in a step, where they have just "
+    "been computed."
+)
 
 
 def report(found: Mapping[str, Result]) -> str:
     """All parts that are there.
 
     Args:
-        found: by name, as `gpu_parts.PARTS` and the tests have them; a part that did not end has `failed`.
+        found: by name, as `gpu_parts.PARTS` and the tests have them; a part that did not end has
+            `failed`.
     """
     sections = {
         "machine": _machine,
@@ -90,7 +95,8 @@ def _device(result: Result) -> list[str]:
     if "name" not in result:
         return []
     return [
-        f"{result['name']} ({result['architecture']}, {result['memory_bytes'] / 2**30:.1f} GiB), driver {result['driver']}, "
+        f"{result['name']} ({result['architecture']}, {result['memory_bytes'] / 2**30:.1f} GiB), driver "
+        f"{result['driver']}, "
         f"torch {result['torch']}, Triton {result['triton']}. {_card(result)}"
     ]
 
@@ -120,9 +126,12 @@ def _step(result: Result) -> list[str]:
     if not rows:
         return []
     return [
-        f"Decode steps of {result['model']} ({result['weight_bytes'] / 1e9:.1f} GB), greedy, each launched before the tokens of the one "
-        f"before were taken. Graphs: {result['graphs']}. Times are means over a run of steps, of the best run and of the median one. "
-        "`share` is the time to read the weights and keys that a step must read, at the bandwidth of a copy, over the time of the step. "
+        f"Decode steps of {result['model']} ({result['weight_bytes'] / 1e9:.1f} GB), greedy, each launched "
+        f"before the tokens of the one "
+        f"before were taken. Graphs: {result['graphs']}. Times are means over a run of steps, of the best "
+        f"run and of the median one. "
+        "`share` is the time to read the weights and keys that a step must read, at the bandwidth of a "
+        "copy, over the time of the step. "
         f"{_card(result)}{_left_out(result)}",
         "",
         *_table(
@@ -152,8 +161,10 @@ def _kernels(result: Result) -> list[str]:
                 rows.append(("all" if window is None else str(window), name, *cells))
         around = ", ".join(f"{row['name']} {row['seconds'] * 1e6:.1f}" for row in batch["around"])
         lines += [
-            f"A decode layer of {result['model']}, {batch['size']} sequences of {batch['context']} tokens: each launch alone, in graphs of "
-            f"{GRAPH_LAUNCHES} or more, in turn over the weights and caches of {batch['layers_timed']} layers. Bytes as "
+            f"A decode layer of {result['model']}, {batch['size']} sequences of {batch['context']} tokens: "
+            f"each launch alone, in graphs of "
+            f"{GRAPH_LAUNCHES} or more, in turn over the weights and caches of {batch['layers_timed']} "
+            f"layers. Bytes as "
             f"`benchmarks/decode_traffic.py` counts them. {_card(result)}",
             "",
             *_table(("window", "launch", "us", "median", "MB", "share of a copy's bandwidth"), rows),
@@ -180,7 +191,10 @@ def _prefill(result: Result) -> list[str]:
     ]
     if not rows:
         return []
-    intro = f"Prompts of one sequence in one step, {result['model']}; `share` is that of torch's product. {_card(result)}"
+    intro = (
+        f"Prompts of one sequence in one step, {result['model']}; `share` is that of torch's "
+        f"product. {_card(result)}"
+    )
     return [intro, "", *_table(("tokens", "ms", "median", "tok/s", "TFLOP/s", "share"), rows)]
 
 
@@ -194,7 +208,8 @@ def _about_l2(result: Result, rows: Sequence[Result]) -> list[str]:
     if not any(row["in_l2"] for row in rows):
         return []
     return [
-        f"`in L2`: what these launches read in turn fits into twice the second-level cache ({result['l2_bytes'] / 1e6:.0f} MB), so that "
+        f"`in L2`: what these launches read in turn fits into twice the second-level cache "
+        f"({result['l2_bytes'] / 1e6:.0f} MB), so that "
         "they find some of it there and can be faster than memory. In a step most of it comes from memory.",
         "",
     ]
@@ -202,7 +217,10 @@ def _about_l2(result: Result, rows: Sequence[Result]) -> list[str]:
 
 def _gemm(result: Result) -> str:
     gemm = result["gemm"]
-    return f"a {gemm['dtype']} product of {gemm['size']} x {gemm['size']} matrices reaches {_tflops(gemm['flops_per_s'])} TFLOP/s"
+    return (
+        f"a {gemm['dtype']} product of {gemm['size']} x {gemm['size']} matrices reaches "
+        f"{_tflops(gemm['flops_per_s'])} TFLOP/s"
+    )
 
 
 def _tflops(flops_per_s: float) -> str:
@@ -219,7 +237,8 @@ def _sampling(result: Result) -> list[str]:
         (
             row["way"],
             row["rows"],
-        ): f"{row['seconds'] * 1e6:.0f}, {row['median_s'] * 1e6:.0f} ({row['passes']:.1f}{' in L2' * row['in_l2']})"
+        ): f"{row['seconds'] * 1e6:.0f}, {row['median_s'] * 1e6:.0f} "
+        f"({row['passes']:.1f}{' in L2' * row['in_l2']})"
         for row in ways
     }
     rows = [
@@ -227,7 +246,8 @@ def _sampling(result: Result) -> list[str]:
         for way in dict.fromkeys(row["way"] for row in ways)
     ]
     intro = (
-        f"Sampling from {result['vocab']} logits, us by rows, of the best round and the median one; in brackets the best, in passes over "
+        f"Sampling from {result['vocab']} logits, us by rows, of the best round and the median one; in "
+        f"brackets the best, in passes over "
         f"the logits at a copy's bandwidth. {_card(result)}"
     )
     table = _table(("way", *map(str, columns)), rows)
@@ -248,16 +268,19 @@ def _llm(result: Result) -> list[str]:
     if not rows:
         return []
     agreements = [
-        f"- {row['what']}: of {row['sequences']} sequences {row['same']} the same, {row['near_ties']} part at a near tie, {row['others']} "
+        f"- {row['what']}: of {row['sequences']} sequences {row['same']} the same, {row['near_ties']} part "
+        f"at a near tie, {row['others']} "
         f"differ; log probabilities before that by {row['worst']:.3f} nats at most"
         for row in result["agreements"]
     ]
     return [
-        f"`LLM` with {result['model']}, greedy, prompts of 1 to 400 tokens; the time of prompts and answers together.",
+        f"`LLM` with {result['model']}, greedy, prompts of 1 to 400 tokens; the time of prompts and answers "
+        f"together.",
         "",
         *_table(("way", "sequences", "tokens", "s", "tok/s"), rows),
         "",
-        f"Answers, token by token; in bf16 log probabilities may differ by {result['tolerance']} nats, and tokens where they are nearer:",
+        f"Answers, token by token; in bf16 log probabilities may differ by {result['tolerance']} nats, and "
+        f"tokens where they are nearer:",
         "",
         *agreements,
     ]

@@ -1,8 +1,10 @@
-"""A plugin of pytest (`-p benchmarks.gpu_test_results`): writes a line of JSON as each test begins and as it ends, so that a process which
-is stopped or dies leaves its results, and ends the run once CUDA's context is lost, since no later test could pass.
+"""A plugin of pytest (`-p benchmarks.gpu_test_results`): writes a line of JSON as each test begins
+and as it ends, so that a process which is stopped or dies leaves its results, and ends the run once
+CUDA's context is lost, since no later test could pass.
 
     {"began": ID}
-    {"test": ID, "outcome": "passed" | "failed" | "skipped", "seconds": of all phases, "said": first line of a failure or a skip's reason}
+    {"test": ID, "outcome": "passed" | "failed" | "skipped", "seconds": of all phases,
+     "said": first line of a failure or a skip's reason}
 """
 
 import json
@@ -60,7 +62,8 @@ class _Results:
 
 
 def context_is_lost() -> bool:
-    """As `gpu_attempts.is_context_lost`, of the device in use; a process that has not imported torch has none to lose."""
+    """As `gpu_attempts.is_context_lost`, of the device in use; a process that has not imported
+    torch has none to lose."""
     import sys
 
     if "torch" not in sys.modules:

@@ -1,4 +1,5 @@
-"""Writes how long the tests of tests/gpu take, which `gpu_tests.deal` deals them by, from the results of a run.
+"""Writes how long the tests of tests/gpu take, which `gpu_tests.deal` deals them by, from the
+results of a run.
 
 python3 -m benchmarks.gpu_test_weights OUT/tests.jsonl
 """

@@ -1,8 +1,10 @@
-"""Runs tests/gpu in several processes on one GPU, since compiling kernels takes a processor core longer than running them takes the GPU.
-Those that print times or read how much memory the GPU has free run alone, after the others.
+"""Runs tests/gpu in several processes on one GPU, since compiling kernels takes a processor core
+longer than running them takes the GPU. Those that print times or read how much memory the GPU has
+free run alone, after the others.
 
-Each process writes the results as they come to OUT/tests.jsonl (`gpu_test_results.py`). One that ends before its tests are through, because
-it died or CUDA's context was lost, is followed by another with those that are left.
+Each process writes the results as they come to OUT/tests.jsonl (`gpu_test_results.py`). One that
+ends before its tests are through, because it died or CUDA's context was lost, is followed by
+another with those that are left.
 """
 
 import json
@@ -30,7 +32,8 @@ COLLECT_S = 90.0
 LEAST_S = 5.0
 """Under which no process is begun."""
 WEIGHTS = Path(__file__).parent / "gpu_test_weights.json"
-"""Seconds of a case, by test: file's name, two colons, function's name. Written by `python3 -m benchmarks.gpu_test_weights TESTS.JSONL`."""
+"""Seconds of a case, by test: file's name, two colons, function's name. Written by `python3 -m
+benchmarks.gpu_test_weights TESTS.JSONL`."""
 DEFAULT_WEIGHT = 0.5
 """Weight of a test that is not among them."""
 ROOT = Path(__file__).parent.parent
@@ -59,7 +62,8 @@ def run_tests(
     folder: str = FOLDER,
     selected: str = "",
 ) -> dict[str, Any]:
-    """{"summary", "problems": a line each, "printed": what the tests that run alone print, "advice", "failed" if something did}.
+    """{"summary", "problems": a line each, "printed": what the tests that run alone print,
+    "advice", "failed" if something did}.
 
     Args:
         out: gets tests.jsonl, and in tests/ what each process prints.
@@ -121,15 +125,19 @@ def _listed(
     printed = log.read_text(errors="replace")
     ids = [line for line in printed.splitlines() if "::" in line and not line.startswith((" ", "ERROR"))]
     if code is None:
-        return f"no tests were listed within {timeout_s:.0f} s: pytest was in {where_it_was(log, root) or 'an unknown place'}"
+        return (
+            f"no tests were listed within {timeout_s:.0f} s: pytest was in "
+            f"{where_it_was(log, root) or 'an unknown place'}"
+        )
     return ids if ids else f"no tests were found, pytest {how_it_ended(code)}: {printed[-1000:]}"
 
 
 def deal(ids: Sequence[str], num_parts: int, weights: Mapping[str, float] | None = None) -> list[list[str]]:
-    """At most num_parts parts of about equal weight, the heaviest tests first to whichever part has least.
+    """At most num_parts parts of about equal weight, the heaviest tests first to whichever part has
+    least.
 
-    Each part is in the order of `ids`, but begins at another place: neighbours use the same kernels, and when a part comes to them another
-    has compiled them.
+    Each part is in the order of `ids`, but begins at another place: neighbours use the same
+    kernels, and when a part comes to them another has compiled them.
     """
     weights = _weights() if weights is None else weights
     parts: list[list[int]] = [[] for _ in range(min(num_parts, len(ids)))]
@@ -201,7 +209,8 @@ class _Shard:
             if code is None:
                 where = where_it_was(self.log, self.root)
                 self.problems.append(
-                    f"not done in time: stopped in {at or 'no test'}{f', {where},' if where else ''} with {len(left)} tests of "
+                    f"not done in time: stopped in {at or 'no test'}{f', {where},' if where else ''} with "
+                    f"{len(left)} tests of "
                     f"{len(self.ids)} left; {self.log.name} has where each thread was"
                 )
                 return
@@ -212,7 +221,8 @@ class _Shard:
                 left = [id for id in left if id != at]
             elif left == before:
                 self.problems.append(
-                    f"{len(left)} tests did not run: pytest {how_it_ended(code)}: {' | '.join(last_lines(self.log, 4))[-500:]}"
+                    f"{len(left)} tests did not run: pytest {how_it_ended(code)}: "
+                    f"{' | '.join(last_lines(self.log, 4))[-500:]}"
                 )
                 return
 
@@ -238,7 +248,8 @@ def _summary(results: Path, num_listed: int | None, problems: list[str]) -> dict
 
 
 def advice(failed: Sequence[str]) -> list[str]:
-    """Commands that narrow a failure of the experts' kernels down, if some of these tests are of them."""
+    """Commands that narrow a failure of the experts' kernels down, if some of these tests are of
+    them."""
     moe = [id for id in failed if "moe" in id.partition("::")[0]]
     if not moe:
         return []
@@ -246,7 +257,8 @@ def advice(failed: Sequence[str]) -> list[str]:
     sanitizer = "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool"
     return [
         "The experts' kernels without a pipeline; a race between a load and its use if this passes: "
-        "`python3 -m benchmarks.gpu_check --only tests --tests moe --moe-num-stages 1 --out gpu-check-one-stage`",
+        "`python3 -m benchmarks.gpu_check --only tests --tests moe --moe-num-stages 1 --out "
+        "gpu-check-one-stage`",
         f"Reads and writes out of bounds: `{sanitizer} memcheck {pytest}`",
         f"Races in shared memory: `{sanitizer} racecheck {pytest}`",
     ]

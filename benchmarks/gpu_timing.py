@@ -15,13 +15,16 @@ from kernels.cpu import roofline
 from kernels.cpu.roofline import Gemm
 
 WARM_UP_S = 0.3
-"""Seconds of work after which a GPU's clocks have risen; an idle H100 runs at 345 MHz, a sixth of what it reaches."""
+"""Seconds of work after which a GPU's clocks have risen; an idle H100 runs at 345 MHz, a sixth of
+what it reaches."""
 GRAPH_LAUNCHES = 20
-"""In one graph, at least: it takes the host longer to start a graph than the GPU to run one small kernel."""
+"""In one graph, at least: it takes the host longer to start a graph than the GPU to run one small
+kernel."""
 _GEMM_SIZE = 8192
 """Rows and columns of the matrices that a GPU multiplies."""
 _WARM_S, _ROUND_S = 0.02, 0.002
-"""How long work runs before it is timed, and a round of it, at least; a round is one run at least."""
+"""How long work runs before it is timed, and a round of it, at least; a round is one run at
+least."""
 _ROUNDS, _FEWEST_ROUNDS = 9, 3
 _ENOUGH_S = 1.0
 """Seconds of rounds after which the fewest are enough."""
@@ -31,8 +34,8 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds that one call took over several rounds: in the best one, which nothing disturbed, and in the median one. Where these are far
-    apart, something disturbed many."""
+    """Seconds that one call took over several rounds: in the best one, which nothing disturbed, and
+    in the median one. Where these are far apart, something disturbed many."""
 
     best_s: float
     median_s: float
@@ -51,7 +54,8 @@ def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
 
 
 def fastest_gemm(device: torch.device) -> Gemm:
-    """Measure torch's product of square matrices: on a GPU in bf16, on a CPU in the faster of bf16 and fp32."""
+    """Measure torch's product of square matrices: on a GPU in bf16, on a CPU in the faster of bf16
+    and fp32."""
     if device.type == "cpu":
         return roofline.fastest_gemm()
     warm_up(device)
@@ -67,8 +71,9 @@ def l2_cache_bytes(device: torch.device) -> int:
 
 
 def warm_up(device: torch.device) -> None:
-    """Multiply matrices for WARM_UP_S, so that the GPU's clocks are up; a CPU needs none of it. Where the host was busy for long since
-    the last measurement, such as with making a batch, the clocks may be down again."""
+    """Multiply matrices for WARM_UP_S, so that the GPU's clocks are up; a CPU needs none of it.
+    Where the host was busy for long since the last measurement, such as with making a batch, the
+    clocks may be down again."""
     if device.type != "cuda":
         return
     square = torch.ones(4096, 4096, dtype=torch.bfloat16, device=device)
@@ -93,11 +98,12 @@ def replayed(work: Work, device: torch.device) -> Work:
 def timed(works: Sequence[Work], device: torch.device, *, graph: bool = True) -> Timing:
     """The time of one of these works, which are run one after the other, over and over.
 
-    Work after work on tensors of its own finds in the second-level cache only what the works together leave there: where they read more
-    than that cache holds, each one reads from memory.
+    Work after work on tensors of its own finds in the second-level cache only what the works
+    together leave there: where they read more than that cache holds, each one reads from memory.
 
     Args:
-        graph: on a GPU, time a CUDA graph of GRAPH_LAUNCHES of them or more, which leaves out what they cost the host.
+        graph: on a GPU, time a CUDA graph of GRAPH_LAUNCHES of them or more, which leaves out what
+            they cost the host.
     """
     in_graph = graph and device.type == "cuda"
     works = [*works] * (-(-GRAPH_LAUNCHES // len(works)) if in_graph else 1)

@@ -1,10 +1,12 @@
-"""What serving costs while nobody asks: processor time of all processes, of `cantata serve` without and with Ray and of an empty Serve
-application on the same Ray.
+"""What serving costs while nobody asks: processor time of all processes, of `cantata serve` without
+and with Ray and of an empty Serve application on the same Ray.
 
-    python3 -m benchmarks.idle --model checkpoints/tiny [--seconds 60] [--settle 20] [--ways standalone empty ray]
+    python3 -m benchmarks.idle --model checkpoints/tiny [--seconds 60] [--settle 20]
+        [--ways standalone empty ray]
 
-Each way is started, left alone for --settle seconds and then watched for --seconds. It is processor time, so what else the machine does
-matters little. Ray takes its usual ports: run this where nothing else serves, for instance in a network namespace with loopback.
+Each way is started, left alone for --settle seconds and then watched for --seconds. It is processor
+time, so what else the machine does matters little. Ray takes its usual ports: run this where
+nothing else serves, for instance in a network namespace with loopback.
 """
 
 import argparse
@@ -30,7 +32,10 @@ from cluster.serve.ray_environment import RAY_ENVIRONMENT
 for name, value in RAY_ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 import ray
-ray.init(address="local", namespace="serve", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, logging_level=logging.WARNING)
+ray.init(
+    address="local", namespace="serve", include_dashboard=False,
+    object_store_memory=OBJECT_STORE_BYTES, logging_level=logging.WARNING,
+)
 os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions

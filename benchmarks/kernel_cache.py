@@ -1,13 +1,16 @@
-"""Triton's cache of compiled kernels in a file, made on a machine without a GPU for one that should not spend its time on compiling.
+"""Triton's cache of compiled kernels in a file, made on a machine without a GPU for one that should
+not spend its time on compiling.
 
-    python3 -m benchmarks.gpu_check --pack-cache FILE [--preset 20b] …     # with the torch and Triton of that machine
+    # with the torch and Triton of that machine
+    python3 -m benchmarks.gpu_check --pack-cache FILE [--preset 20b] …
     python3 -m benchmarks.gpu_check --cache FILE …                         # there
 
-Packing runs the parts, and tests/gpu, on tensors without memory under a driver that launches nothing (`absent_gpu.py`), so that the
-variants that are compiled are those that are asked for. What finds an entry again is a hash of Triton's own files, the kernel's source and
-the line where it begins, its arguments' types and alignments, options, ptxas's version and the environment variables that change code.
-Triton 3.6 also compiles a C module for each signature; those are packed where there are a C compiler and Python's headers, and fit the
-same minor version of Python.
+Packing runs the parts, and tests/gpu, on tensors without memory under a driver that launches
+nothing (`absent_gpu.py`), so that the variants that are compiled are those that are asked for. What
+finds an entry again is a hash of Triton's own files, the kernel's source and the line where it
+begins, its arguments' types and alignments, options, ptxas's version and the environment variables
+that change code. Triton 3.6 also compiles a C module for each signature; those are packed where
+there are a C compiler and Python's headers, and fit the same minor version of Python.
 """
 
 import hashlib
@@ -28,7 +31,8 @@ _MANIFEST = "manifest.json"
 _KEPT = (".cubin", ".json", ".so")
 """What is read again; the stages before the binary are ten times as much."""
 _GROUP = "__grp__"
-"""Begins the names of the files in which Triton lists, by absolute paths, what belongs to a kernel."""
+"""Begins the names of the files in which Triton lists, by absolute paths, what belongs to a
+kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,8 @@ class Manifest:
 
 
 def pack(file: Path, target: str, work: Callable[[Path], object]) -> str:
-    """Write all that `work` has Triton compile for the target into a file; returns a sentence about it.
+    """Write all that `work` has Triton compile for the target into a file; returns a sentence about
+    it.
 
     Args:
         work: launches kernels on tensors without memory, given the folder of Triton's cache.
@@ -71,7 +76,10 @@ def pack(file: Path, target: str, work: Callable[[Path], object]) -> str:
             work(Path(folder))
         kernels = _write(file, Path(folder), Manifest.of_this_machine(target))
     without = "" if launchers else ", without the C modules that launch them: there is no gcc or no Python.h"
-    return f"{file}: {kernels} kernels for {target} of Triton {triton.__version__}, {file.stat().st_size / 1e6:.1f} MB{without}"
+    return (
+        f"{file}: {kernels} kernels for {target} of Triton {triton.__version__}, "
+        f"{file.stat().st_size / 1e6:.1f} MB{without}"
+    )
 
 
 def _write(file: Path, folder: Path, manifest: Manifest) -> int:
@@ -108,7 +116,10 @@ def unpack(file: Path, folder: Path, target: str | None) -> str:
                 ("for", manifest.target, here.target),
             ):
                 if packed != found:
-                    return f"{file} was packed {what} {packed}, here is {found}: nothing of it is taken, kernels are compiled"
+                    return (
+                        f"{file} was packed {what} {packed}, here is {found}: nothing of it is "
+                        f"taken, kernels are compiled"
+                    )
             names = [name for name in archive.getnames() if name != _MANIFEST]
             if manifest.python != here.python:
                 names = [name for name in names if not name.endswith(".so")]
@@ -118,9 +129,15 @@ def unpack(file: Path, folder: Path, target: str | None) -> str:
         raise ValueError(f"{file} is not a cache that --pack-cache wrote: {error}") from None
     for group in folder.rglob(f"{_GROUP}*"):
         _bring_home(group)
-    said = f"{file}: {sum(name.endswith('.cubin') for name in names)} kernels for {manifest.target} are in {folder}"
+    said = (
+        f"{file}: {sum(name.endswith('.cubin') for name in names)} kernels for {manifest.target} "
+        f"are in {folder}"
+    )
     if manifest.python != here.python:
-        said += f"; the C modules that launch them are for another Python ({manifest.python}) and are compiled here"
+        said += (
+            f"; the C modules that launch them are for another Python ({manifest.python}) and are "
+            f"compiled here"
+        )
     if changed := sorted(
         name
         for name in {*manifest.kernels, *here.kernels}
@@ -170,4 +187,7 @@ class CompileCounter:
             self.seconds += times.total / 1e6
 
     def sentence(self) -> str:
-        return f"{self.found} kernels were in Triton's cache, {self.compiled} were compiled in {self.seconds:.1f} s"
+        return (
+            f"{self.found} kernels were in Triton's cache, {self.compiled} were compiled in "
+            f"{self.seconds:.1f} s"
+        )

@@ -1,9 +1,11 @@
 """Compiles Triton kernels for GPUs that are not here, and counts what is in the machine code.
 
-Triton's wheel has all that this takes: ptxas, nvdisasm and cuobjdump for NVIDIA, LLVM for AMD. No GPU, driver or toolkit.
+Triton's wheel has all that this takes: ptxas, nvdisasm and cuobjdump for NVIDIA, LLVM for AMD. No
+GPU, driver or toolkit.
 
-The main loop is the innermost loop with most matrix instructions; in a kernel without these, the longest innermost loop; in a kernel
-without loops, everything. A loop is what lies on some path from its head back to it, wherever the compiler put that.
+The main loop is the innermost loop with most matrix instructions; in a kernel without these, the
+longest innermost loop; in a kernel without loops, everything. A loop is what lies on some path from
+its head back to it, wherever the compiler put that.
 """
 
 import os
@@ -77,9 +79,10 @@ class MachineCode:
         stores_to_shared: instructions of the main loop.
         instructions: of the main loop; on AMD without scalar ones, which have a unit of their own.
         size: instructions of the kernel, counted alike.
-        grouped_assembly: inline assembly that gets several elements at once. Triton leaves open which, and they are no neighbours in some
-            register layouts.
-        layout_changes: conversions between register layouts that Triton's GPU dialect has; some cost nothing.
+        grouped_assembly: inline assembly that gets several elements at once. Triton leaves open
+            which, and they are no neighbours in some register layouts.
+        layout_changes: conversions between register layouts that Triton's GPU dialect has; some
+            cost nothing.
         listing: the assembly.
     """
 
@@ -100,7 +103,8 @@ class MachineCode:
 
     @property
     def loaded_bytes(self) -> int:
-        """What the loads of one pass of the main loop fetch for a program; not counting loads by TMA."""
+        """What the loads of one pass of the main loop fetch for a program; not counting loads by
+        TMA."""
         return sum(bits // 8 * count for bits, count in self.loads.items()) * self.threads
 
     def narrow_share(self, bits: int) -> float:
@@ -117,7 +121,8 @@ class MachineCode:
         )
 
     def traffic(self, spec: KernelSpec) -> float | None:
-        """Bytes loaded in a pass over the least that it must read; None where that was not given or comes by TMA."""
+        """Bytes loaded in a pass over the least that it must read; None where that was not given or
+        comes by TMA."""
         return (
             self.loaded_bytes / (spec.work.bytes + spec.work.cached_bytes)
             if spec.work and self.loads
@@ -125,7 +130,8 @@ class MachineCode:
         )
 
     def issue_share(self, spec: KernelSpec, target: str) -> float | None:
-        """Share of all issue slots that a pass takes while memory delivers its bytes at full bandwidth; above 1 it cannot."""
+        """Share of all issue slots that a pass takes while memory delivers its bytes at full
+        bandwidth; above 1 it cannot."""
         if not spec.work:
             return None
         gpu = GPUS[target]
@@ -142,11 +148,13 @@ def violations(code: MachineCode, spec: KernelSpec, target: str) -> list[str]:
         )
     if code.grouped_assembly:
         found.append(
-            f"{code.grouped_assembly} pieces of inline assembly get several elements at once (pack), and which is not defined"
+            f"{code.grouped_assembly} pieces of inline assembly get several elements at once (pack), and "
+            f"which is not defined"
         )
     if limits.matrix and not any(name.startswith(limits.matrix) for name in code.matrix):
         found.append(
-            f"no {limits.matrix} in the main loop, which has {sorted(code.matrix) or 'no matrix instructions'}"
+            f"no {limits.matrix} in the main loop, which has "
+            f"{sorted(code.matrix) or 'no matrix instructions'}"
         )
     found += [
         f"no {start} in the kernel" for start in limits.anywhere if not re.search(rf"\b{start}", code.listing)
@@ -169,7 +177,8 @@ def violations(code: MachineCode, spec: KernelSpec, target: str) -> list[str]:
         found.append(f"{code.registers} registers, {limits.registers} are allowed")
     if limits.shared_stores is not None and code.stores_to_shared > limits.shared_stores:
         found.append(
-            f"{code.stores_to_shared} stores to shared memory in the main loop, {limits.shared_stores} are allowed"
+            f"{code.stores_to_shared} stores to shared memory in the main loop, {limits.shared_stores} are "
+            f"allowed"
         )
     traffic = code.traffic(spec)
     if limits.traffic is not None and (traffic is None or traffic > limits.traffic):
@@ -217,7 +226,8 @@ def _no_cache() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Triton's backends write all of a program that they could not assemble to the file descriptors."""
+    """Triton's backends write all of a program that they could not assemble to the file
+    descriptors."""
     kept = os.dup(1), os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -394,7 +404,8 @@ class Program:
         return [body for head, tails in backward.items() if (body := self._between(head, tails, before))]
 
     def _between(self, head: int, tails: list[int], before: list[list[int]]) -> frozenset[int] | None:
-        """What leads to the tails without passing the head; None if the program's beginning does: this is a jump back out of line."""
+        """What leads to the tails without passing the head; None if the program's beginning does:
+        this is a jump back out of line."""
         body, open_ends = {head}, list(tails)
         while open_ends:
             at = open_ends.pop()

@@ -1,12 +1,16 @@
-"""What compilers make of the Triton kernels, for GPUs that are not here: a row for each kernel and target.
+"""What compilers make of the Triton kernels, for GPUs that are not here: a row for each kernel and
+target.
 
-    python3 -m benchmarks.kernel_report [--targets sm_90,gfx950] [--kernels REGEX] [--markdown] [--csv FILE] [--dump FOLDER] [--jobs 2]
+    python3 -m benchmarks.kernel_report [--targets sm_90,gfx950] [--kernels REGEX]
+        [--markdown] [--csv FILE] [--dump FOLDER] [--jobs 2]
 
-Nothing is run, so nothing here is a time. `instr/8w` are thread-instructions of the main loop for 8 weights; `loads` are those of the main
-loop, bits a thread; `read` is what these fetch as a multiple of what must be read; `issue` is the share of all issue slots that the loop
-takes while memory delivers at its full bandwidth, and `bound` the share of that bandwidth which this leaves possible: an estimate from
-above, from published figures of the GPU named in `benchmarks/kernel_code.py`. The command fails if a kernel does not compile or does not
-keep to its limits (`benchmarks/kernel_specs`).
+Nothing is run, so nothing here is a time. `instr/8w` are thread-instructions of the main loop for 8
+weights; `loads` are those of the main loop, bits a thread; `read` is what these fetch as a multiple
+of what must be read; `issue` is the share of all issue slots that the loop takes while memory
+delivers at its full bandwidth, and `bound` the share of that bandwidth which this leaves possible:
+an estimate from above, from published figures of the GPU named in `benchmarks/kernel_code.py`. The
+command fails if a kernel does not compile or does not keep to its limits
+(`benchmarks/kernel_specs`).
 """
 
 import argparse
@@ -32,7 +36,8 @@ COLUMNS = (*_TEXT, "matrix", "loads", *_NUMBERS)
 def compile_all(
     jobs: Iterable[tuple[str, str]], num_processes: int
 ) -> Iterator[tuple[str, str, "Future[MachineCode]"]]:
-    """Compile (spec name, target) pairs in processes of their own; yields them in order, each with its finished future."""
+    """Compile (spec name, target) pairs in processes of their own; yields them in order, each with
+    its finished future."""
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [(name, target, pool.submit(_compile, name, target)) for name, target in jobs]
         for name, target, future in futures:
@@ -106,7 +111,7 @@ def plain(rows: Sequence[dict[str, str]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
     parser.add_argument("--kernels", default="", help="regular expression that names match somewhere")
     parser.add_argument("--markdown", action="store_true")

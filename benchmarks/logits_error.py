@@ -1,8 +1,10 @@
-"""How far the logits of each CPU path are from fp32: `python3 -m benchmarks.logits_error --model checkpoints/small`.
+"""How far the logits of each CPU path are from fp32: `python3 -m benchmarks.logits_error --model
+checkpoints/small`.
 
-One prompt of random tokens goes through the model in float32 (the reference numerics), then in bfloat16 with dense weights in bf16 and in
-int8, on each of this processor's instruction sets. Relative error is the norm of the difference over the norm of the fp32 logits; agreement
-is the share of positions with the same most likely token.
+One prompt of random tokens goes through the model in float32 (the reference numerics), then in
+bfloat16 with dense weights in bf16 and in int8, on each of this processor's instruction sets.
+Relative error is the norm of the difference over the norm of the fp32 logits; agreement is the
+share of positions with the same most likely token.
 """
 
 import argparse

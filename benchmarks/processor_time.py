@@ -11,9 +11,11 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(slots=True)
 class OthersMeter:
-    """How busy a machine is with what this process and its descendants did not do, the host's other guests included (`steal`).
+    """How busy a machine is with what this process and its descendants did not do, the host's other
+    guests included (`steal`).
 
-    What belongs to a descendant that ended before `share` and was waited for counts as ours; an orphan's counts as others'.
+    What belongs to a descendant that ended before `share` and was waited for counts as ours; an
+    orphan's counts as others'.
     """
 
     _busy_s: float = field(default_factory=lambda: machine_s())
@@ -28,11 +30,13 @@ class OthersMeter:
 
 
 def machine_s(with_idle: bool = False) -> float:
-    """Processor seconds of all cores since boot: user, nice, system, interrupts and steal (proc_stat(5))."""
+    """Processor seconds of all cores since boot: user, nice, system, interrupts and steal
+    (proc_stat(5))."""
     fields = [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return (sum(fields) - (0 if with_idle else fields[3] + fields[4])) / TICKS_PER_S
 
 
 def tree_s(pid: int) -> float:
-    """Processor seconds of a process and its living descendants, and of those that ended and were waited for."""
+    """Processor seconds of a process and its living descendants, and of those that ended and were
+    waited for."""
     return sum(process.cpu_s + process.waited_cpu_s for process in process_tree(pid))

@@ -1,6 +1,8 @@
-"""A gpt-oss model of random weights made where it will be, without a checkpoint: 120b takes seconds on a GPU, and no disk.
+"""A gpt-oss model of random weights made where it will be, without a checkpoint: 120b takes seconds
+on a GPU, and no disk.
 
-Weights have the size that keeps activations near 1, as `workers/model/random_weights.py` draws them for checkpoints.
+Weights have the size that keeps activations near 1, as `workers/model/random_weights.py` draws them
+for checkpoints.
 """
 
 import math
@@ -19,7 +21,8 @@ from workers.parallel.shard import plan_shards
 _EXPERTS_AT_ONCE = 8
 """Converted to the layout together, which bounds the memory that this takes beside the weights."""
 _E2M1_TIMES_SCALES = 3.87
-"""Root of the mean square of a random code, times that of one scale of three neighbouring exponents."""
+"""Root of the mean square of a random code, times that of one scale of three neighbouring
+exponents."""
 _BIAS = 0.1
 
 
@@ -32,11 +35,13 @@ def random_model(
     seed: int = 0,
     branch_exponent: int = 0,
 ) -> GptOss:
-    """The whole model, all its experts in MXFP4 in `layout`; on the device "meta" in its shapes alone.
+    """The whole model, all its experts in MXFP4 in `layout`; on the device "meta" in its shapes
+    alone.
 
     Args:
-        branch_exponent: attention and experts add 2^this times as much to what passes by them. At 0 a layer of random
-            weights amplifies what rounding changed in the one before, as none of a trained model does.
+        branch_exponent: attention and experts add 2^this times as much to what passes by them. At 0
+            a layer of random weights amplifies what rounding changed in the one before, as none of
+            a trained model does.
     """
     return _Maker(config, device, layout, dtype, seed, branch_exponent).model()
 

@@ -1,10 +1,11 @@
 """How soon the requests of a replica end when one of its ranks dies or hangs.
 
-    python3 -m benchmarks.rank_death [--ranks 2] [--turns 5] [--launcher process ray] [--step-timeout 2]
+    python3 -m benchmarks.rank_death [--ranks 2] [--turns 5] [--launcher process ray]
+        [--step-timeout 2]
 
-Real ranks run a tiny random model. In the middle of four streams rank 1 is killed (SIGKILL) or stopped (SIGSTOP); printed is the time from
-the signal to the end of the last stream, and what the streams were told. With `ray` the ranks are actors of a Ray that is started here, on
-loopback.
+Real ranks run a tiny random model. In the middle of four streams rank 1 is killed (SIGKILL) or
+stopped (SIGSTOP); printed is the time from the signal to the end of the last stream, and what the
+streams were told. With `ray` the ranks are actors of a Ray that is started here, on loopback.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def start_ray(num_cpus: int) -> Any:
 
 def main() -> None:
     """Parse the flags and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--launcher", choices=("process", "ray"), nargs="+", default=["process", "ray"])
@@ -117,7 +118,8 @@ def main() -> None:
     ray = start_ray(options.ranks) if "ray" in options.launcher else None
     print(f"{time.strftime('%Y-%m-%d')}, {options.ranks} ranks, step timeout {options.step_timeout:g} s\n")
     print(
-        "| ranks are | rank 1 gets | median | longest | turns | told |\n| --- | --- | ---: | ---: | ---: | --- |"
+        "| ranks are | rank 1 gets | median | longest | turns | told |\n"
+        "| --- | --- | ---: | ---: | ---: | --- |"
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny"
@@ -137,7 +139,10 @@ def main() -> None:
                         turns.append(turn(config, load_model_config(path), launcher, number))
                 times, told = [seconds for seconds, _ in turns], sorted({sentence for _, sentence in turns})
                 name = {"process": "child processes", "ray": "Ray actors"}[kind]
-                row = f"{statistics.median(times) * 1e3:.0f} ms | {max(times) * 1e3:.0f} ms | {len(turns)} | {'; '.join(told)}"
+                row = (
+                    f"{statistics.median(times) * 1e3:.0f} ms | {max(times) * 1e3:.0f} ms | "
+                    f"{len(turns)} | {'; '.join(told)}"
+                )
                 print(f"| {name} | {number.name} | {row} |", flush=True)
     if ray is not None:
         ray.shutdown()

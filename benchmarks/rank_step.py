@@ -1,10 +1,11 @@
-"""What a step costs rank 0 apart from the model and the sampling of its logits: the plan off the wire, slots and inputs, what sampling
-needs to know, the result on the wire.
+"""What a step costs rank 0 apart from the model and the sampling of its logits: the plan off the
+wire, slots and inputs, what sampling needs to know, the result on the wire.
 
     python3 -m benchmarks.rank_step [--num-seqs 64 256] [--steps 200]
 
-Sequences decode as in benchmarks/scheduler.py; the model and the sampler of the real runner are replaced by ones that return at once. Times
-are of the rank's thread on the processor, so that other programs on the machine count little.
+Sequences decode as in benchmarks/scheduler.py; the model and the sampler of the real runner are
+replaced by ones that return at once. Times are of the rank's thread on the processor, so that other
+programs on the machine count little.
 """
 
 import argparse
@@ -34,7 +35,8 @@ VOCAB_SIZE = 1024
 
 
 class NoModel:
-    """Answers at once, with tensors of the right shapes. The seconds that this and the sampler take are not the runner's."""
+    """Answers at once, with tensors of the right shapes. The seconds that this and the sampler take
+    are not the runner's."""
 
     device = torch.device("cpu")
     collectives = Alone()
@@ -87,7 +89,7 @@ def measure(num_seqs: int, num_steps: int, sampling: SamplingParams) -> list[flo
 
 def main() -> None:
     """Parse the flags and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--num-seqs", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
@@ -97,7 +99,8 @@ def main() -> None:
         for name, sampling in SAMPLING.items():
             costs = sorted(measure(num_seqs, options.steps, sampling))
             print(
-                f"| {num_seqs} | {name} | {statistics.median(costs):.2f} | {costs[int(0.9 * (len(costs) - 1))]:.2f} |",
+                f"| {num_seqs} | {name} | {statistics.median(costs):.2f} | "
+                f"{costs[int(0.9 * (len(costs) - 1))]:.2f} |",
                 flush=True,
             )
 

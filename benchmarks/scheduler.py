@@ -1,8 +1,10 @@
-"""What a step costs the engine apart from the model: scheduling, the plan on the wire, and taking in the result.
+"""What a step costs the engine apart from the model: scheduling, the plan on the wire, and taking
+in the result.
 
-Sequences decode with prompts of different lengths, so that blocks fill up at different steps; the executor answers at once with a
-token that ends nothing. Times are of the processor, so that other programs on the machine count little.
-Run from the repository root: `python3 -m benchmarks.scheduler [--json FILE]`.
+Sequences decode with prompts of different lengths, so that blocks fill up at different steps; the
+executor answers at once with a token that ends nothing. Times are of the processor, so that other
+programs on the machine count little. Run from the repository root: `python3 -m benchmarks.scheduler
+[--json FILE]`.
 """
 
 import argparse
@@ -37,7 +39,8 @@ NUM_PROMPT_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Milliseconds per step of `num_seqs` decoding sequences: medians, and the 99th percentile of the total."""
+    """Milliseconds per step of `num_seqs` decoding sequences: medians, and the 99th percentile of
+    the total."""
 
     num_seqs: int
     schedule_ms: float
@@ -139,8 +142,10 @@ def table(costs: list[StepCost]) -> str:
     for cost in costs:
         ratio = "–" if base is None else f"{cost.engine_ms / cost.num_seqs / base:.2f}"
         lines.append(
-            f"| {cost.num_seqs} | {cost.schedule_ms:.3f} | {cost.encode_plan_ms:.3f} | {cost.result_ms:.3f} | {cost.update_ms:.3f} "
-            f"| {cost.engine_ms:.3f} | {cost.engine_p99_ms:.3f} | {cost.decode_plan_ms:.3f} | {cost.plan_bytes} | {ratio} |"
+            f"| {cost.num_seqs} | {cost.schedule_ms:.3f} | {cost.encode_plan_ms:.3f} | {cost.result_ms:.3f} "
+            f"| {cost.update_ms:.3f} "
+            f"| {cost.engine_ms:.3f} | {cost.engine_p99_ms:.3f} | {cost.decode_plan_ms:.3f} | "
+            f"{cost.plan_bytes} | {ratio} |"
         )
     return "\n".join(lines)
 

@@ -1,7 +1,9 @@
-"""`cantata serve --standalone` under `cantata bench serve` at several numbers of clients: throughput, latencies, and ratios to one client.
+"""`cantata serve --standalone` under `cantata bench serve` at several numbers of clients:
+throughput, latencies, and ratios to one client.
 
-Server and load share the machine. Every step sends other random prompts, so none finds an earlier one's in the prefix cache.
-Run from the repository root: `python3 -m benchmarks.serving --model checkpoints/tiny [--clients 1 4 16 32] [--json FILE]`.
+Server and load share the machine. Every step sends other random prompts, so none finds an earlier
+one's in the prefix cache. Run from the repository root: `python3 -m benchmarks.serving --model
+checkpoints/tiny [--clients 1 4 16 32] [--json FILE]`.
 """
 
 import argparse
@@ -92,7 +94,8 @@ def measure(url: str, clients: int, options: argparse.Namespace) -> Report:
 def table(reports: dict[int, Report]) -> str:
     """Markdown; the last column compares output tokens a second with the first row's."""
     lines = [
-        "| clients | requests | output tok/s | TTFT p50 / p99 ms | ITL p50 / p99 ms | TPOT mean ms | latency p50 ms | first = 1 |",
+        "| clients | requests | output tok/s | TTFT p50 / p99 ms | ITL p50 / p99 ms | TPOT mean ms | "
+        "latency p50 ms | first = 1 |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     first = next(iter(reports.values()))

@@ -1,8 +1,9 @@
-"""Where the time goes until a model is served, phase by phase: of one engine, and of `cantata serve --standalone`.
+"""Where the time goes until a model is served, phase by phase: of one engine, and of `cantata serve
+--standalone`.
 
-Each run is a fresh process; figures are medians over the runs. The first run on a machine also reads files from the disk that later ones
-find in memory: `--drop-first` leaves it out.
-Run from the repository root: `python3 -m benchmarks.startup --model checkpoints/tiny [--runs N] [--json FILE]`.
+Each run is a fresh process; figures are medians over the runs. The first run on a machine also
+reads files from the disk that later ones find in memory: `--drop-first` leaves it out. Run from the
+repository root: `python3 -m benchmarks.startup --model checkpoints/tiny [--runs N] [--json FILE]`.
 """
 
 import argparse
@@ -21,7 +22,8 @@ import httpx
 
 TIMEOUT_S = 300.0
 
-# The engine's phases, from inside: the executor reports its own, the rest is time between calls. argv: spawn time, config as JSON.
+# The engine's phases, from inside: the executor reports its own, the rest is time between calls.
+# argv: spawn time, config as JSON.
 ENGINE_CHILD = """
 import time; started = time.time()
 import asyncio, json, sys
@@ -35,7 +37,8 @@ async def main():
     await server.start(config, "127.0.0.1:0")
     ready = time.time()
     executor = server.start_up.executor.phases_s
-    phases = {"start Python": started - float(sys.argv[1]), "import": imported - started, "config": first_phase[0] - imported}
+    phases = {"start Python": started - float(sys.argv[1]), "import": imported - started,
+              "config": first_phase[0] - imported}
     phases |= executor
     phases["serve gRPC"] = ready - first_phase[0] - sum(executor.values())
     print(json.dumps(phases), flush=True)
@@ -78,7 +81,8 @@ def engine_phases(model: Path, dtype: str) -> dict[str, float]:
 
 
 def standalone_phases(model: Path, dtype: str) -> dict[str, float]:
-    """Seconds by phase of `cantata serve --standalone`, seen from outside, until it has answered a chat with one token."""
+    """Seconds by phase of `cantata serve --standalone`, seen from outside, until it has answered a
+    chat with one token."""
     command = [
         str(Path(sys.executable).with_name("cantata")),
         "serve",

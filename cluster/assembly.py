@@ -1,4 +1,5 @@
-"""Puts a gateway together from the configuration and a directory of replicas: the same under Ray Serve and standalone."""
+"""Puts a gateway together from the configuration and a directory of replicas: the same under Ray
+Serve and standalone."""
 
 import asyncio
 import logging
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 def load_encoding(config: AppConfig) -> HarmonyEncoding:
-    """The tokenizer of the configured checkpoint, after a check that folder, config and tokenizer belong together.
+    """The tokenizer of the configured checkpoint, after a check that folder, config and tokenizer
+    belong together.
 
     Raises:
         CheckpointError: one sentence.
@@ -47,8 +49,8 @@ def context_with_enough_memory(config: AppConfig) -> int:
 def build_service(
     config: AppConfig, encoding: HarmonyEncoding, replicas: ReplicaSet, fleet: FleetView | None = None
 ) -> "tuple[GenerationService, ReplicaInfos]":
-    """The service over these replicas, whether there are any yet or not: until one is, requests get NoReplica. To be called in an event
-    loop; the caller closes the service."""
+    """The service over these replicas, whether there are any yet or not: until one is, requests get
+    NoReplica. To be called in an event loop; the caller closes the service."""
     gateway, model = config.gateway, load_model_config(config.engine.model_path)
     client = EngineClient(
         replicas.silent, Patience(gateway.probe_timeout_s, config.engine.heartbeat_timeout_s)
@@ -104,11 +106,12 @@ def limits(gateway: GatewayConfig) -> Limits:
 
 
 class ReplicaInfos:
-    """Asks each new replica what it serves. What the service promises is the shortest context among them: without a max_model_len each
-    takes what its memory allows.
+    """Asks each new replica what it serves. What the service promises is the shortest context among
+    them: without a max_model_len each takes what its memory allows.
 
     Args:
-        use: called with the info of the replica with the shortest context, whenever that may have changed.
+        use: called with the info of the replica with the shortest context, whenever that may have
+            changed.
     """
 
     def __init__(self, replicas: ReplicaSet, client: EngineClient, use: Callable[[EngineInfo], None]) -> None:
@@ -121,7 +124,8 @@ class ReplicaInfos:
         self._answered = asyncio.Event()
 
     async def first(self) -> EngineInfo:
-        """Wait until a replica has answered, and a little for the others that are being asked; return what the service promises."""
+        """Wait until a replica has answered, and a little for the others that are being asked;
+        return what the service promises."""
         await self._answered.wait()
         if self._asking:
             await asyncio.wait(list(self._asking.values()), timeout=_PROBE_TIMEOUT_S)

@@ -1,4 +1,5 @@
-"""The `cantata` command. Only argparse is imported until a subcommand runs, so `--help` is quick."""
+"""The `cantata` command. Only argparse is imported until a subcommand runs, so `--help` is
+quick."""
 
 import argparse
 import importlib.metadata
@@ -80,14 +81,16 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         ("--cpu-isa",),
         "engine.cpu_isa",
         "NAME",
-        "instruction set of the CPU kernels: amx, avx512_bf16, avx512, avx2, neon, portable, or reference for torch "
+        "instruction set of the CPU kernels: amx, avx512_bf16, avx512, avx2, neon, portable, or reference "
+        "for torch "
         "(default: CANTATA_CPU_ISA, else the best of this processor)",
     ),
     (
         ("--moe-activation-dtype",),
         "engine.moe_activation_dtype",
         "TYPE",
-        "auto or mxfp8: what MXFP4 experts multiply; mxfp8 changes results, on sm_100 and gfx950 (default: auto, as they are)",
+        "auto or mxfp8: what MXFP4 experts multiply; mxfp8 changes results, on sm_100 and gfx950 (default: "
+        "auto, as they are)",
     ),
     (("--tensor-parallel-size", "-tp"), "engine.parallel.tensor", "N", "ranks per replica (default: 1)"),
     (
@@ -151,11 +154,13 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code. An error the user can mend is one sentence on stderr and exit code 1."""
+    """Run a subcommand; returns the exit code. An error the user can mend is one sentence on stderr
+    and exit code 1."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["bench"]:
-            # Its parser needs the load generator's imports, which --help of the others need not wait for.
+            # Its parser needs the load generator's imports, which --help of the others need not
+            # wait for.
             from cluster.commands.bench.cli import main as bench
 
             return bench(words[1:])
@@ -189,8 +194,10 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "serve",
         allow_abbrev=False,
         help="serve a model over HTTP (OpenAI API) and gRPC",
-        description="Serve a model: on a Ray that this command starts, or with --standalone as plain processes on this machine.",
-        epilog="Every setting can also stand in the file (engine.dtype) or in the environment (CANTATA_ENGINE__DTYPE); flags come first, "
+        description="Serve a model: on a Ray that this command starts, or with --standalone as plain "
+        "processes on this machine.",
+        epilog="Every setting can also stand in the file (engine.dtype) or in the environment "
+        "(CANTATA_ENGINE__DTYPE); flags come first, "
         "then the environment. docs/operations.md lists them.",
     )
     serve.add_argument(
@@ -205,7 +212,8 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="append",
         metavar="KEY",
         default=argparse.SUPPRESS,
-        help="accept only requests with this key; may be repeated. Other users of this machine can see flags: "
+        help="accept only requests with this key; may be repeated. Other users of this machine can see "
+        "flags: "
         "CANTATA_GATEWAY__API_KEYS or the file keep it from them",
     )
     serve.add_argument(
@@ -227,7 +235,8 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         dest="engine.allow_zero_weights",
         action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
-        help="load matrices, experts and norms that are all zeros, as pruned models may have them (default: no)",
+        help="load matrices, experts and norms that are all zeros, as pruned models may have them (default: "
+        "no)",
     )
     serve.set_defaults(run=_serve)
 
@@ -258,7 +267,8 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "inspect",
         allow_abbrev=False,
         help="what a checkpoint is and what each rank would hold; loads nothing",
-        description="Print a checkpoint's format, shapes and parameters, each rank's bytes, and the tokens whose KV cache fits.",
+        description="Print a checkpoint's format, shapes and parameters, each rank's bytes, and the tokens "
+        "whose KV cache fits.",
     )
     inspect.add_argument("path", type=Path, metavar="PATH", help="folder of a gpt-oss checkpoint")
     inspect.add_argument(
@@ -327,7 +337,8 @@ def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.Argument
         "--tokenizer",
         default="bpe",
         metavar="bpe|harmony|PATH",
-        help="bpe: a small byte-level one; harmony: the real vocabulary; or a folder with a tokenizer.json (default: bpe)",
+        help="bpe: a small byte-level one; harmony: the real vocabulary; or a folder with a tokenizer.json "
+        "(default: bpe)",
     )
     make.add_argument("--dry-run", action="store_true", help="print what would be written")
     make.set_defaults(run=_make_checkpoint)

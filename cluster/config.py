@@ -1,13 +1,17 @@
-"""The operator's configuration: a YAML file, the environment and flags, read once and handed down as frozen objects.
+"""The operator's configuration: a YAML file, the environment and flags, read once and handed down
+as frozen objects.
 
-Precedence: flag, then environment, then file, then default. A setting is named by its path, as in `engine.scheduler.max_num_seqs`:
+Precedence: flag, then environment, then file, then default. A setting is named by its path, as in
+    `engine.scheduler.max_num_seqs`:
 
 - in the file: nested keys (`engine: {scheduler: {max_num_seqs: 64}}`);
-- in the environment: `CANTATA_` and the path in capitals, parts joined by two underscores (`CANTATA_ENGINE__SCHEDULER__MAX_NUM_SEQS`).
-  Names without two underscores are left alone: Kubernetes sets such ones for a Service named cantata (`CANTATA_PORT`);
+- in the environment: `CANTATA_` and the path in capitals, parts joined by two underscores
+  (`CANTATA_ENGINE__SCHEDULER__MAX_NUM_SEQS`). Names without two underscores are left alone:
+  Kubernetes sets such ones for a Service named cantata (`CANTATA_PORT`);
 - as a flag: see `cluster/cli.py`.
 
-Sizes (names that end in `_bytes`) are numbers or texts such as `2GiB`, `512MB`. Unknown names are refused.
+Sizes (names that end in `_bytes`) are numbers or texts such as `2GiB`, `512MB`. Unknown names are
+refused.
 """
 
 import datetime
@@ -119,18 +123,25 @@ class GatewayConfig(_Settings):
         served_model_name: the name clients use; None: the name of the checkpoint's folder.
         api_keys: if there are any, a request needs one of them (`Authorization: Bearer …`).
         max_in_flight_requests: beyond it a request is refused with 429.
-        request_timeout_s: a request's deadline, from its arrival to its last token; None: no deadline.
-        probe_timeout_s: a replica that has requests and does not answer for so long gets no new ones while there are others.
+        request_timeout_s: a request's deadline, from its arrival to its last token; None: no
+            deadline.
+        probe_timeout_s: a replica that has requests and does not answer for so long gets no new
+            ones while there are others.
         max_body_bytes: of a request; more is refused with 413.
-        max_messages: of a chat, with the parts and calls in them; more is refused with 400, as a prompt that is too long.
-        body_timeout_s: for a request's body to arrive, and a second more for each 16 KiB of it; then 408.
+        max_messages: of a chat, with the parts and calls in them; more is refused with 400, as a
+            prompt that is too long.
+        body_timeout_s: for a request's body to arrive, and a second more for each 16 KiB of it;
+            then 408.
         max_header_bytes: of a request's line and headers; more is refused with 431. Standalone.
         header_timeout_s: for a request's headers to arrive; then 408. Standalone.
-        keep_alive_timeout_s: how long an idle connection is kept. Longer than clients and load balancers keep theirs, or they send
-            requests into connections that are being closed. Standalone and `cantata serve`; in a Serve YAML it is
+        keep_alive_timeout_s: how long an idle connection is kept. Longer than clients and load
+            balancers keep theirs, or they send requests into connections that are being closed.
+            Standalone and `cantata serve`; in a Serve YAML it is
             `http_options.keep_alive_timeout_s`.
-        send_timeout_s: a client that has taken nothing of its answer for this long is cut off, and what it asked for is cancelled.
-        conversation_date: the date the model is told: `auto` today's in UTC, `none` no date, or a fixed YYYY-MM-DD.
+        send_timeout_s: a client that has taken nothing of its answer for this long is cut off, and
+            what it asked for is cancelled.
+        conversation_date: the date the model is told: `auto` today's in UTC, `none` no date, or a
+            fixed YYYY-MM-DD.
         reasoning_effort: of requests that do not say.
     """
 
@@ -157,15 +168,20 @@ _NUM_REPLICAS_OF = {"replicas": "engine", "gateways": "gateway"}
 
 
 class AppConfig(_Settings):
-    """One served model: the engine of each replica and the gateways before them: a Serve application's arguments.
+    """One served model: the engine of each replica and the gateways before them: a Serve
+    application's arguments.
 
     Attributes:
-        engine_host: address an engine's gRPC server binds under Ray Serve: `auto` is the node's own, reachable from the other nodes.
-        engine_cpus: CPUs that an engine has: its compute threads on the device `cpu`, and what Ray reserves for it; a whole number, or a
-            part of one where engines share CPUs. None: all that there are, shared among the replicas, standalone and with
-            `cantata serve`; 1 in a Serve YAML.
-        engine_drain_timeout_s: what an engine that Serve stops gives its running requests to end; those left go on in another replica.
-        gateway_drain_timeout_s: what a gateway that Serve stops gives its running requests to end; those left are cut off.
+        engine_host: address an engine's gRPC server binds under Ray Serve: `auto` is the node's
+            own, reachable from the other nodes.
+        engine_cpus: CPUs that an engine has: its compute threads on the device `cpu`, and what Ray
+            reserves for it; a whole number, or a part of one where engines share CPUs. None: all
+            that there are, shared among the replicas, standalone and with `cantata serve`; 1 in a
+            Serve YAML.
+        engine_drain_timeout_s: what an engine that Serve stops gives its running requests to end;
+            those left go on in another replica.
+        gateway_drain_timeout_s: what a gateway that Serve stops gives its running requests to end;
+            those left are cut off.
     """
 
     engine: EngineConfig
@@ -181,8 +197,10 @@ class AppConfig(_Settings):
         for name, deployment in _NUM_REPLICAS_OF.items():
             if isinstance(values, Mapping) and name in values and name not in cls.model_fields:
                 raise ValueError(
-                    f"{name} is not a setting of a Serve application's args, where a change replaces every engine and gateway; beside args "
-                    f"write `deployments: [{{name: {deployment}, num_replicas: {values[name]}}}]`, which can be changed without that"
+                    f"{name} is not a setting of a Serve application's args, where a change replaces every "
+                    f"engine and gateway; beside args "
+                    f"write `deployments: [{{name: {deployment}, num_replicas: {values[name]}}}]`, which "
+                    f"can be changed without that"
                 )
         return _sizes_to_bytes(values, ())
 
@@ -260,7 +278,8 @@ API_KEYS_VARIABLE = f"{ENVIRONMENT_PREFIX}GATEWAY__API_KEYS"
 
 
 def with_api_keys(config: AppConfig, environment: Mapping[str, str] | None = None) -> AppConfig:
-    """A Serve application's settings stand in a file that many can read; its keys may be in the environment of its nodes instead.
+    """A Serve application's settings stand in a file that many can read; its keys may be in the
+    environment of its nodes instead.
 
     Args:
         environment: None: this process's.
@@ -282,7 +301,8 @@ def with_api_keys(config: AppConfig, environment: Mapping[str, str] | None = Non
 
 
 def check_no_settings(environment: Mapping[str, str]) -> None:
-    """Refuse settings in the environment of a Serve application's node, which has them in its YAML: they would change nothing.
+    """Refuse settings in the environment of a Serve application's node, which has them in its YAML:
+    they would change nothing.
 
     Raises:
         ConfigError: one is there, other than API keys.
@@ -290,13 +310,15 @@ def check_no_settings(environment: Mapping[str, str]) -> None:
     for _, (name, _text) in _read_environment(environment).items():
         if name != API_KEYS_VARIABLE:
             raise ConfigError(
-                f"{name} is set in the environment that Ray was started with, and a Serve application's settings stand under args in its "
+                f"{name} is set in the environment that Ray was started with, and a Serve application's "
+                f"settings stand under args in its "
                 f"YAML: write it there, and start Ray without it"
             )
 
 
 RUN_TIME_SETTINGS = ("max_in_flight_requests", "request_timeout_s", "conversation_date", "reasoning_effort")
-"""Settings of `gateway` that a running gateway takes over from the `user_config` of its deployment."""
+"""Settings of `gateway` that a running gateway takes over from the `user_config` of its
+deployment."""
 
 
 def reconfigured(gateway: GatewayConfig, values: object) -> GatewayConfig:
@@ -313,7 +335,8 @@ def reconfigured(gateway: GatewayConfig, values: object) -> GatewayConfig:
     for name in changes:
         if name not in RUN_TIME_SETTINGS:
             raise ConfigError(
-                f"user_config of the deployment gateway: {name} is no setting that changes at run time, which are "
+                f"user_config of the deployment gateway: {name} is no setting that changes at run time, "
+                f"which are "
                 f"{', '.join(RUN_TIME_SETTINGS)}; others belong under args"
             )
     try:
@@ -364,7 +387,8 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, st
             continue
         if rest not in known:
             raise ConfigError(
-                f"{name} in the environment is not a known setting{_suggestion(rest, known, ENVIRONMENT_PREFIX)}"
+                f"{name} in the environment is not a known "
+                f"setting{_suggestion(rest, known, ENVIRONMENT_PREFIX)}"
             )
         found[known[rest]] = (name, environment[name])
     return found
@@ -386,7 +410,8 @@ def _set(values: dict[str, Any], path: str, value: object, source: str) -> None:
             inner = values[parent] = {}
         if not isinstance(inner, dict):
             raise ConfigError(
-                f"{'.'.join(parents[: position + 1])} must hold settings by name, so that {source} can set {path}"
+                f"{'.'.join(parents[: position + 1])} must hold settings by name, so that {source} can set "
+                f"{path}"
             )
         values = inner
     values[name] = value

@@ -1,4 +1,5 @@
-"""What a generation produces, independent of transport. The harmony parser makes deltas, `cluster.generation` the rest."""
+"""What a generation produces, independent of transport. The harmony parser makes deltas,
+`cluster.generation` the rest."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -45,7 +46,8 @@ class TokenCandidate:
     """A token that could have been chosen, as the APIs report it.
 
     Attributes:
-        text: of a special token its name; `bytes:` and their hex escapes where the bytes are only a part of a character.
+        text: of a special token its name; `bytes:` and their hex escapes where the bytes are only a
+            part of a character.
         token_bytes: empty for a special token.
     """
 
@@ -74,7 +76,8 @@ class ChoiceDelta:
     """A delta of one of the n choices.
 
     Attributes:
-        logprobs: where asked for; chat: of the text tokens it was made of; completions: one per entry of `token_ids`.
+        logprobs: where asked for; chat: of the text tokens it was made of; completions: one per
+            entry of `token_ids`.
         token_ids: all tokens since the choice's previous event, markup included.
     """
 
@@ -90,7 +93,8 @@ class ChoiceFinish:
 
     Attributes:
         stop_reason: the stop string or stop token id that ended it; None for the model's own end.
-        logprobs, token_ids: of the tokens since the choice's previous event, the end token included.
+        logprobs, token_ids: of the tokens since the choice's previous event, the end token
+            included.
     """
 
     choice: int

@@ -1,4 +1,5 @@
-"""Prometheus metrics of one gateway, and the page that joins them with those of the engines it knows."""
+"""Prometheus metrics of one gateway, and the page that joins them with those of the engines it
+knows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class GatewayMetrics:
-    """What a gateway counts. Labels hold names of our own only, never anything that a client wrote; where they are known beforehand, their
-    series exist from the start, at zero."""
+    """What a gateway counts. Labels hold names of our own only, never anything that a client wrote;
+    where they are known beforehand, their series exist from the start, at zero."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -162,8 +163,9 @@ class OneGateway:
 def merge(scrapes: Sequence[Scrape], wanted_replicas: int) -> str:
     """Join the metrics of all processes into one exposition.
 
-    Each sample gets the labels `process`, `replica` and `gateway`, each family appears once, and `cantata_process_up` says which
-    processes answered. A text that cannot be parsed counts as no answer.
+    Each sample gets the labels `process`, `replica` and `gateway`, each family appears once, and
+    `cantata_process_up` says which processes answered. A text that cannot be parsed counts as no
+    answer.
 
     Args:
         wanted_replicas: how many replicas there should be.
@@ -208,7 +210,8 @@ def _parse(text: str | None) -> list[Metric] | None:
     if text is None:
         return None
     try:
-        # prometheus_client adds a gauge with the creation time of each counter and histogram, for OpenMetrics: of no use here.
+        # prometheus_client adds a gauge with the creation time of each counter and histogram, for
+        # OpenMetrics: of no use here.
         return [
             family for family in text_string_to_metric_families(text) if not family.name.endswith("_created")
         ]

@@ -7,7 +7,8 @@ from workers.errors import ConfigError
 
 
 def bound_socket(host: str, port: int, setting: str) -> socket.socket:
-    """A TCP socket bound to host:port that does not listen yet, closed by the caller; port 0 takes a free one.
+    """A TCP socket bound to host:port that does not listen yet, closed by the caller; port 0 takes
+    a free one.
 
     Raises:
         ConfigError: the port is taken, or the address is not this machine's; names `setting`.

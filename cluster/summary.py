@@ -1,4 +1,5 @@
-"""What `cantata serve` prints when it serves: the model, where it listens and who can reach it, and a request to paste."""
+"""What `cantata serve` prints when it serves: the model, where it listens and who can reach it, and
+a request to paste."""
 
 from collections.abc import Sequence
 
@@ -32,13 +33,15 @@ def start_up_summary(
         ("model", f"{model_name} (checkpoint {info.model_name}, fingerprint {info.model_fingerprint[:12]})"),
         (
             "engine",
-            f"{info.device}, {info.dtype}, {_plural(info.num_ranks, 'rank')} per replica, {_plural(num_replicas, 'replica')}",
+            f"{info.device}, {info.dtype}, {_plural(info.num_ranks, 'rank')} per replica, "
+            f"{_plural(num_replicas, 'replica')}",
         ),
         ("context", _context(info, longest_context, fp8_cache)),
         ("KV cache", f"{info.kv_capacity_tokens:,} tokens per replica, blocks of {info.block_size}"),
         (
             "HTTP",
-            f"http://{http_address}/v1  (docs: http://{http_address}/docs, metrics: http://{http_address}/metrics)",
+            f"http://{http_address}/v1  (docs: http://{http_address}/docs, metrics: "
+            f"http://{http_address}/metrics)",
         ),
         ("gRPC", f"{address(*grpc)}  (cantata.inference.v1.Inference, health, reflection)"),
         *(("note", sentence) for sentence in exposure),
@@ -46,7 +49,8 @@ def start_up_summary(
     lines = [f"  {name:<9} {text}" for name, text in rows]
     request = (
         f"curl http://{http_address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
-        f'    -d \'{{"model": "{model_name}", "messages": [{{"role": "user", "content": "Hello!"}}], "max_tokens": 50}}\''
+        f'    -d \'{{"model": "{model_name}", "messages": [{{"role": "user", "content": "Hello!"}}], '
+        f'"max_tokens": 50}}\''
     )
     return "\n".join(["Cantata serves:", *lines, "", "Try it:", f"  {request}", "", "Ctrl-C stops it."])
 
@@ -62,7 +66,8 @@ def _context(info: EngineInfo, longest: int, fp8_cache: bool) -> str:
 
 
 def address(host: str, port: int) -> str:
-    """host:port as URLs write it; an address that means all interfaces is shown as loopback, which reaches it."""
+    """host:port as URLs write it; an address that means all interfaces is shown as loopback, which
+    reaches it."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
     return f"[{shown}]:{port}" if ":" in shown else f"{shown}:{port}"
 

@@ -1,4 +1,5 @@
-"""Which implementation of an operation takes a tensor: Triton's, the C++ one, or the reference in torch."""
+"""Which implementation of an operation takes a tensor: Triton's, the C++ one, or the reference in
+torch."""
 
 import importlib.util
 import os
@@ -7,13 +8,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Whether a product and a sum are fused where a kernel does not say. Triton 3.10 turns the default around; results must not.
+# Whether a product and a sum are fused where a kernel does not say. Triton 3.10 turns the default
+# around; results must not.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether the Triton kernels take this tensor: it is on a GPU and Triton is installed, or on the CPU while Triton's interpreter is on
-    (TRITON_INTERPRET=1)."""
+    """Whether the Triton kernels take this tensor: it is on a GPU and Triton is installed, or on
+    the CPU while Triton's interpreter is on (TRITON_INTERPRET=1)."""
     return triton_runs_on(tensor.device)
 
 
@@ -30,14 +32,15 @@ def has_triton() -> bool:
 
 @cache
 def _interpreting() -> bool:
-    # Triton reads the variable as each kernel is decorated, so it is fixed for a process. Not asked of Triton itself, whose import takes a
-    # second that a server on the CPU need not wait for.
+    # Triton reads the variable as each kernel is decorated, so it is fixed for a process. Not asked
+    # of Triton itself, whose import takes a second that a server on the CPU need not wait for.
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes") and has_triton()
 
 
 def checks_indices() -> bool:
-    """Whether launchers read indices (expert ids, block tables) back to check their range, which stops the host until the device is there:
-    in the interpreter, and where CANTATA_CHECK_INDICES=1 says so."""
+    """Whether launchers read indices (expert ids, block tables) back to check their range, which
+    stops the host until the device is there: in the interpreter, and where CANTATA_CHECK_INDICES=1
+    says so."""
     return _interpreting() or os.environ.get("CANTATA_CHECK_INDICES", "") == "1"
 
 

@@ -1,4 +1,5 @@
-"""What is said of all tests together. That `tests` is a package puts the repository's root on the path, however pytest is started."""
+"""What is said of all tests together. That `tests` is a package puts the repository's root on the
+path, however pytest is started."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Imports go one way, cluster → workers → kernels, and each library appears only where the design puts it."""
+"""Imports go one way, cluster → workers → kernels, and each library appears only where the design
+puts it."""
 
 import ast
 from collections.abc import Iterator
@@ -65,8 +66,8 @@ def test_no_relative_imports() -> None:
 
 @pytest.mark.parametrize("folder", ["tests", "benchmarks"])
 def test_folders_are_regular_packages(folder: str) -> None:
-    """Without an `__init__.py`, a package called tests or benchmarks anywhere on the path is found in their place, and two modules of one
-    name in two folders are one to pytest."""
+    """Without an `__init__.py`, a package called tests or benchmarks anywhere on the path is found
+    in their place, and two modules of one name in two folders are one to pytest."""
     folders = {file.parent for file in (ROOT / folder).rglob("*.py")}
     assert [
         str(found.relative_to(ROOT)) for found in sorted(folders) if not (found / "__init__.py").exists()

@@ -1,4 +1,5 @@
-"""The plugin of pytest that keeps CI from hiding what did not run: in runs of its own, over a few tests made for it."""
+"""The plugin of pytest that keeps CI from hiding what did not run: in runs of its own, over a few
+tests made for it."""
 
 import os
 import re

@@ -1,6 +1,8 @@
-"""Frozen configuration of one engine. Each field exists in exactly one class; nobody changes a config after it is built.
+"""Frozen configuration of one engine. Each field exists in exactly one class; nobody changes a
+config after it is built.
 
-`ModelConfig` comes from the checkpoint's `config.json` (`load_model_config`), the rest from the operator.
+`ModelConfig` comes from the checkpoint's `config.json` (`load_model_config`), the rest from the
+operator.
 """
 
 import json
@@ -15,7 +17,8 @@ Dtype = Literal["bfloat16", "float32"]
 DenseDtype = Literal["bf16", "int8"]
 """Of dense weights in memory on a CPU."""
 CpuIsa = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "neon", "portable", "reference"]
-"""Instruction sets of the C++ kernels (`kernels/cpu/native.py`), the best of this processor, or the torch references."""
+"""Instruction sets of the C++ kernels (`kernels/cpu/native.py`), the best of this processor, or the
+torch references."""
 KVDtype = Dtype | Literal["fp8_e4m3"]
 """Of cached keys and values."""
 BLOCK_SIZE = 16
@@ -50,7 +53,8 @@ class ModelConfig:
         swiglu_limit: clamp of the gate (above) and the up projection (both sides).
         stop_token_ids: the config's own end tokens; the tokenizer's are added by name.
         experts_format: `mxfp4` or `bf16`, as stored.
-        layout: whose names the checkpoint's files use: Hugging Face's, or OpenAI's own (`original`).
+        layout: whose names the checkpoint's files use: Hugging Face's, or OpenAI's own
+            (`original`).
     """
 
     vocab_size: int
@@ -84,11 +88,14 @@ class CacheConfig:
     """KV cache.
 
     Attributes:
-        memory_bytes: of each rank, for both groups together; None: chosen from the memory that is free (`kv_cache/tensors.py`).
+        memory_bytes: of each rank, for both groups together; None: chosen from the memory that is
+            free (`kv_cache/tensors.py`).
         prefix_caching: find full blocks again by hash.
-        gpu_memory_utilization: share of a GPU's memory for weights, activations and KV cache together; not used on a CPU.
-        dtype: `auto`: the model's; `fp8_e4m3`, or `fp8` for short: half of bf16's memory and reads, and other numerics. Each KV head's
-            scales are the checkpoint's where it has them (`workers/model/kv_scales.py`), else 1.
+        gpu_memory_utilization: share of a GPU's memory for weights, activations and KV cache
+            together; not used on a CPU.
+        dtype: `auto`: the model's; `fp8_e4m3`, or `fp8` for short: half of bf16's memory and reads,
+            and other numerics. Each KV head's scales are the checkpoint's where it has them
+            (`workers/model/kv_scales.py`), else 1.
     """
 
     memory_bytes: int | None = None
@@ -99,7 +106,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
-                f"cache.gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+                f"cache.gpu_memory_utilization must be above 0 and at most 1, got "
+                f"{self.gpu_memory_utilization}"
             )
 
 
@@ -125,14 +133,18 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    """How one replica's model is spread over ranks. `workers/parallel/shard.py` says which plans a model allows.
+    """How one replica's model is spread over ranks. `workers/parallel/shard.py` says which plans a
+    model allows.
 
     Attributes:
         tensor: ranks of a replica. Attention and vocabulary are split over all of them.
-        expert: into how many groups the experts are split, a divisor of `tensor`; None: `tensor`. The ranks of a group split each of
-            its experts between them (tensor / expert ranks a group).
-        step_timeout_s: seconds after which a step whose result is not back counts as hung and the replica ends.
-        start_timeout_s: seconds that the ranks have to be placed on devices and to start, before they load.
+        expert: into how many groups the experts are split, a divisor of `tensor`; None: `tensor`.
+            The ranks of a group split each of its experts between them (tensor / expert ranks a
+            group).
+        step_timeout_s: seconds after which a step whose result is not back counts as hung and the
+            replica ends.
+        start_timeout_s: seconds that the ranks have to be placed on devices and to start, before
+            they load.
     """
 
     tensor: int = 1
@@ -146,7 +158,8 @@ class ParallelConfig:
         if self.expert is not None and (self.expert < 1 or self.tensor % self.expert):
             divisors = [str(number) for number in range(1, self.tensor + 1) if self.tensor % number == 0]
             raise ConfigError(
-                f"parallel.expert must divide parallel.tensor, which is {self.tensor}: {', '.join(divisors)}; got {self.expert}"
+                f"parallel.expert must divide parallel.tensor, which is {self.tensor}: "
+                f"{', '.join(divisors)}; got {self.expert}"
             )
         for name in ("step_timeout_s", "start_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
@@ -166,19 +179,26 @@ class EngineConfig:
 
     Attributes:
         model_path: the checkpoint folder.
-        dtype: of activations and dense weights, and of the KV cache unless cache.dtype says otherwise. float32 is the reference numerics;
-            MXFP4 experts stay packed either way.
-        max_model_len: context limit, at most the model's; None: the model's own, or as much of it as the KV cache holds.
-        quantize: `mxfp4` packs the experts of a bf16 checkpoint while loading; None: kept as stored.
+        dtype: of activations and dense weights, and of the KV cache unless cache.dtype says
+            otherwise. float32 is the reference numerics; MXFP4 experts stay packed either way.
+        max_model_len: context limit, at most the model's; None: the model's own, or as much of it
+            as the KV cache holds.
+        quantize: `mxfp4` packs the experts of a bf16 checkpoint while loading; None: kept as
+            stored.
         enforce_eager: no CUDA graphs; without effect on a CPU.
-        cpu_dense_dtype: of attention projections and lm_head in memory. int8, with a scale a row, halves what a token reads of them, for
-            bfloat16 on a CPU only; `docs/performance.md` has its error.
-        allow_zero_weights: take matrices, experts and norms that are all zeros, as pruned models may have them.
-        heartbeat_timeout_s: seconds without a heartbeat (`workers/engine/heartbeat.py`) after which an engine counts as hung and is killed.
-        moe_activation_dtype: what MXFP4 experts multiply. `mxfp8` rounds activations to 8 bits, which changes results, for hardware that
-            multiplies scaled blocks itself; auto: the activations as they are.
-        cpu_isa: what a CPU computes with, in the whole process of a rank. auto: what CANTATA_CPU_ISA in its environment names, else the
-            best that its processor has; `reference`: in torch, slowly. Without effect on a GPU.
+        cpu_dense_dtype: of attention projections and lm_head in memory. int8, with a scale a row,
+            halves what a token reads of them, for bfloat16 on a CPU only; `docs/performance.md` has
+            its error.
+        allow_zero_weights: take matrices, experts and norms that are all zeros, as pruned models
+            may have them.
+        heartbeat_timeout_s: seconds without a heartbeat (`workers/engine/heartbeat.py`) after which
+            an engine counts as hung and is killed.
+        moe_activation_dtype: what MXFP4 experts multiply. `mxfp8` rounds activations to 8 bits,
+            which changes results, for hardware that multiplies scaled blocks itself; auto: the
+            activations as they are.
+        cpu_isa: what a CPU computes with, in the whole process of a rank. auto: what
+            CANTATA_CPU_ISA in its environment names, else the best that its processor has;
+            `reference`: in torch, slowly. Without effect on a GPU.
     """
 
     model_path: Path
@@ -199,11 +219,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.heartbeat_timeout_s) and self.heartbeat_timeout_s >= 2):
             raise ConfigError(
-                f"heartbeat_timeout_s must be at least 2, there is a heartbeat each second; got {self.heartbeat_timeout_s}"
+                f"heartbeat_timeout_s must be at least 2, there is a heartbeat each second; got "
+                f"{self.heartbeat_timeout_s}"
             )
         if self.cpu_dense_dtype == "int8" and (self.dtype != "bfloat16" or not self.device.startswith("cpu")):
             raise ConfigError(
-                f"cpu_dense_dtype int8 needs dtype bfloat16 and device cpu, got dtype {self.dtype} and device {self.device}"
+                f"cpu_dense_dtype int8 needs dtype bfloat16 and device cpu, got dtype {self.dtype} and "
+                f"device {self.device}"
             )
 
     @property
@@ -213,12 +235,14 @@ class EngineConfig:
 
 
 def longest_context(model: ModelConfig, max_model_len: int | None) -> int:
-    """Tokens of a sequence at most if memory is no limit: `max_model_len`, or the model's own where that is None."""
+    """Tokens of a sequence at most if memory is no limit: `max_model_len`, or the model's own where
+    that is None."""
     return model.max_context_len if max_model_len is None else max_model_len
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """Where a checkpoint's config and weights are: the folder itself, or its `original/` if only that is there."""
+    """Where a checkpoint's config and weights are: the folder itself, or its `original/` if only
+    that is there."""
     inner = path / "original"
     return inner if not (path / "config.json").exists() and (inner / "config.json").is_file() else path
 
@@ -227,7 +251,8 @@ def load_model_config(path: Path) -> ModelConfig:
     """Read and check a checkpoint's `config.json`, Hugging Face's or OpenAI's own.
 
     Raises:
-        CheckpointError: the folder or file is missing, is not a gpt-oss config, or a field is missing, of a wrong type or out of range.
+        CheckpointError: the folder or file is missing, is not a gpt-oss config, or a field is
+            missing, of a wrong type or out of range.
     """
     if not path.is_dir():
         raise CheckpointError(
@@ -267,7 +292,8 @@ def parse_model_config(raw: Any, source: str) -> ModelConfig:
     intermediate_size = fields.integer("intermediate_size")
     if num_heads % num_kv_heads:
         raise CheckpointError(
-            f"{source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+            f"{source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads "
+            f"{num_kv_heads}"
         )
     if experts_per_token > num_experts:
         raise CheckpointError(
@@ -304,15 +330,18 @@ def parse_model_config(raw: Any, source: str) -> ModelConfig:
 
 
 def _experts_format(quantization: Any, source: str) -> Literal["mxfp4", "bf16"]:
-    """What is stored: MXFP4 experts, or nothing that is quantised. A checkpoint of the second kind may still name a quantiser that has
-    found scales for an fp8 KV cache and nothing else (llm-compressor with a `kv_cache_scheme` alone, ModelOpt likewise)."""
+    """What is stored: MXFP4 experts, or nothing that is quantised. A checkpoint of the second kind
+    may still name a quantiser that has found scales for an fp8 KV cache and nothing else
+    (llm-compressor with a `kv_cache_scheme` alone, ModelOpt likewise)."""
     if quantization is None:
         return "bf16"
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if not isinstance(quantization, dict) or (method != "mxfp4" and not _leaves_weights(quantization)):
         raise CheckpointError(
-            f"{source}: quantization_config.quant_method must be 'mxfp4', found {method!r}: weights are read as MXFP4 experts with the "
-            "rest in bf16, or all in bf16, either with scales of an fp8 KV cache or without; start from such a checkpoint (engine.quantize "
+            f"{source}: quantization_config.quant_method must be 'mxfp4', found {method!r}: weights are "
+            f"read as MXFP4 experts with the "
+            "rest in bf16, or all in bf16, either with scales of an fp8 KV cache or without; start from "
+            "such a checkpoint (engine.quantize "
             "mxfp4 packs the experts of one in bf16)"
         )
     return "mxfp4" if method == "mxfp4" else "bf16"
@@ -333,7 +362,8 @@ def _leaves_weights(quantization: dict[str, Any]) -> bool:
 
 
 def _parse_original_config(raw: dict[str, Any], source: str) -> ModelConfig:
-    """The config.json of OpenAI's `original/` folder: openai/gpt-oss `torch/model.py` ModelConfig, which builds a fixed kind of model."""
+    """The config.json of OpenAI's `original/` folder: openai/gpt-oss `torch/model.py` ModelConfig,
+    which builds a fixed kind of model."""
     known = {
         "num_hidden_layers": "num_hidden_layers",
         "num_experts": "num_local_experts",
@@ -408,7 +438,8 @@ def _layer_windows(fields: _Fields, num_layers: int) -> tuple[int | None, ...]:
     unknown = [entry for entry in types if entry not in ("sliding_attention", "full_attention")]
     if unknown:
         raise CheckpointError(
-            f"{fields.source}: layer_types has {unknown[0]!r}; known are 'sliding_attention' and 'full_attention'"
+            f"{fields.source}: layer_types has {unknown[0]!r}; known are 'sliding_attention' and "
+            f"'full_attention'"
         )
     window = fields.integer("sliding_window", default=128)
     return tuple(window if entry == "sliding_attention" else None for entry in types)

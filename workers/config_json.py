@@ -1,4 +1,5 @@
-"""EngineConfig as JSON: how a supervisor hands an engine process its configuration. Unknown and mistyped fields are refused by name."""
+"""EngineConfig as JSON: how a supervisor hands an engine process its configuration. Unknown and
+mistyped fields are refused by name."""
 
 import json
 import types
@@ -42,7 +43,8 @@ def _build(cls: type, raw: object, place: str) -> object:
     unknown = [str(name) for name in raw if name not in known]
     if unknown:
         raise ConfigError(
-            f"unknown field {place}{unknown[0]} in the engine configuration; known are {', '.join(sorted(known))}"
+            f"unknown field {place}{unknown[0]} in the engine configuration; known are "
+            f"{', '.join(sorted(known))}"
         )
     if cls is EngineConfig and "model_path" not in raw:
         raise ConfigError("field model_path is missing in the engine configuration")

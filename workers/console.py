@@ -74,7 +74,8 @@ class QueuedOutput(io.TextIOBase):
             )
 
     def finish(self) -> None:
-        """Drain at the end of the process; later output is written directly if that does not block."""
+        """Drain at the end of the process; later output is written directly if that does not
+        block."""
         self.drain(_LAST_WORDS_S)
         self._closing = True
 
@@ -96,7 +97,8 @@ class QueuedOutput(io.TextIOBase):
                 self._changed.wait_for(lambda: bool(self._queue))
                 data = b"".join(self._queue)
                 self._queue.clear()
-                # Counted until it is written: a blocked write must not make room for another megabyte.
+                # Counted until it is written: a blocked write must not make room for another
+                # megabyte.
                 self._writing = True
             written = self._write(data)
             with self._changed:

@@ -38,21 +38,23 @@ def engine_threads(wanted: int | None, num_engines: int = 1, *, setting: str) ->
             "" if num_engines == 1 else f" for each of {num_engines} engines, {wanted * num_engines} together"
         )
         raise ConfigError(
-            f"{setting} is {wanted}{engines}, and this process may use {cores} cores: at most {max(1, cores // num_engines)}"
+            f"{setting} is {wanted}{engines}, and this process may use {cores} cores: at most "
+            f"{max(1, cores // num_engines)}"
         )
     return wanted
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:
-    """The environment of a process with so many compute threads. torch's own, which are idle nearly always, sleep when they have nothing to
-    do, instead of keeping the cores from the threads of the C++ kernels for milliseconds."""
+    """The environment of a process with so many compute threads. torch's own, which are idle nearly
+    always, sleep when they have nothing to do, instead of keeping the cores from the threads of the
+    C++ kernels for milliseconds."""
     return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def cores_of_rank(number: int, num_ranks: int, num_threads: int, topology: Path = _TOPOLOGY) -> list[int]:
-    """The cores that a rank has to itself where the ranks of its replica take all that there are; else none, for others may be told the
-    same ones, and the system spreads them better. Neighbours in the machine go together: a rank has a socket, or a part of one, and both
-    threads of a core.
+    """The cores that a rank has to itself where the ranks of its replica take all that there are;
+    else none, for others may be told the same ones, and the system spreads them better. Neighbours
+    in the machine go together: a rank has a socket, or a part of one, and both threads of a core.
 
     Args:
         number: of the rank among the num_ranks of this host, each with so many threads.

@@ -1,6 +1,7 @@
 """The errors that cross a process, each with its gRPC status and one sentence for the user.
 
-`cluster.frontend.errors` maps the same classes to HTTP; the edges translate by lookup and never parse a message.
+`cluster.frontend.errors` maps the same classes to HTTP; the edges translate by lookup and never
+parse a message.
 """
 
 from typing import ClassVar
@@ -27,7 +28,8 @@ class CantataError(Exception):
 
 
 class InvalidRequest(CantataError):
-    """The request cannot be served as it is; `param` names the field in the client's own spelling."""
+    """The request cannot be served as it is; `param` names the field in the client's own
+    spelling."""
 
     status = "INVALID_ARGUMENT"
 
@@ -74,7 +76,8 @@ class EngineDead(CantataError):
     """The engine, or one of its ranks, is gone or shutting down.
 
     Attributes:
-        under_request: it died with the request in it, which may be the cause; False: it was not reached, or is shutting down.
+        under_request: it died with the request in it, which may be the cause; False: it was not
+            reached, or is shutting down.
     """
 
     status = "UNAVAILABLE"
@@ -87,7 +90,8 @@ class EngineDead(CantataError):
 
 
 class NoReplica(CantataError):
-    """No replica is ready to take the request: it starts, or starts again, which takes seconds at least."""
+    """No replica is ready to take the request: it starts, or starts again, which takes seconds at
+    least."""
 
     status = "UNAVAILABLE"
     retry_elsewhere = True
@@ -95,7 +99,8 @@ class NoReplica(CantataError):
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be loaded; the message is one sentence that names the file, tensor or field. Seen at start-up only."""
+    """A checkpoint cannot be loaded; the message is one sentence that names the file, tensor or
+    field. Seen at start-up only."""
 
 
 class ConfigError(Exception):

@@ -2,7 +2,10 @@
 
 import signal
 
-TAKE_ANOTHER_ISA = "set --cpu-isa or CANTATA_CPU_ISA to a smaller instruction set, such as portable, or to reference for torch's slow kernels"
+TAKE_ANOTHER_ISA = (
+    "set --cpu-isa or CANTATA_CPU_ISA to a smaller instruction set, such as portable, or to "
+    "reference for torch's slow kernels"
+)
 """What helps where the processor stops at an instruction of the C++ kernels."""
 
 

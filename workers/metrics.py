@@ -1,4 +1,5 @@
-"""Prometheus metrics of one engine. Each object has its own registry, so two engines in a process do not mix."""
+"""Prometheus metrics of one engine. Each object has its own registry, so two engines in a process
+do not mix."""
 
 import threading
 from wsgiref.simple_server import WSGIServer
@@ -14,7 +15,8 @@ FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 
 
 class EngineMetrics:
-    """What an engine counts. All series exist from the start, at zero, so that rates work from the first request on."""
+    """What an engine counts. All series exist from the start, at zero, so that rates work from the
+    first request on."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

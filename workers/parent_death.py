@@ -1,4 +1,5 @@
-"""Processes that end with the one that started them, whatever the end of it was and whatever they do: the kernel kills them."""
+"""Processes that end with the one that started them, whatever the end of it was and whatever they
+do: the kernel kills them."""
 
 import ctypes
 import logging
@@ -13,7 +14,8 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(parent_pid: int) -> bool:
     """Let the kernel kill this process (SIGKILL) when the thread that started it ends.
 
-    The thread, not the process: who starts such a child does so from a thread that lives as long as the child is wanted.
+    The thread, not the process: who starts such a child does so from a thread that lives as long as
+    the child is wanted.
 
     Args:
         parent_pid: the process that started this one.

@@ -1,7 +1,8 @@
-"""Folders for Unix sockets that only this user can reach: under $XDG_RUNTIME_DIR, else in the folder for temporary files.
+"""Folders for Unix sockets that only this user can reach: under $XDG_RUNTIME_DIR, else in the
+folder for temporary files.
 
-A folder is locked (flock) while the process that made it lives. A process that was killed cannot remove its folder; the next one that makes
-a folder finds it unlocked, and removes it.
+A folder is locked (flock) while the process that made it lives. A process that was killed cannot
+remove its folder; the next one that makes a folder finds it unlocked, and removes it.
 """
 
 import contextlib
@@ -62,7 +63,8 @@ class PrivateFolder:
 
 
 def _root() -> Path | None:
-    """The folder of all of this user's folders; None: none that is private and whose path is short."""
+    """The folder of all of this user's folders; None: none that is private and whose path is
+    short."""
     name = f"cantata-{os.geteuid()}"
     places = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
     for root in (Path(place) / name for place in places if place):

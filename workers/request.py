@@ -1,4 +1,5 @@
-"""What one client asks of an engine (token ids, how to sample, when to stop) and what it answers. Knows no text, HTTP or harmony."""
+"""What one client asks of an engine (token ids, how to sample, when to stop) and what it answers.
+Knows no text, HTTP or harmony."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,23 +11,28 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen and when the sequence ends. Names and defaults are vLLM's where OpenAI has none.
+    """How the next token is chosen and when the sequence ends. Names and defaults are vLLM's where
+    OpenAI has none.
 
     Attributes:
         max_tokens: output tokens at most, >= 1; None: up to the end of the context.
         temperature: >= 0; 0 is greedy (ties: the lowest id).
-        top_p: (0, 1]; the smallest set of most likely tokens whose probabilities sum to at least top_p.
+        top_p: (0, 1]; the smallest set of most likely tokens whose probabilities sum to at least
+            top_p.
         top_k: keep the k most likely tokens; 0 or -1: all.
         min_p: [0, 1]; keep tokens at least min_p times as likely as the most likely one.
         presence_penalty, frequency_penalty: [-2, 2], over output tokens.
         repetition_penalty: > 0, over prompt and output tokens; 1 is off.
         logit_bias: (token id, bias) pairs, added to the logits.
-        seed: 64 bits; the same seed gives the same tokens whatever else is in the batch. None: drawn by the gateway (or `LLM`).
-        logprobs: number of most likely alternatives reported with each token; 0: the chosen token's only; None: none.
+        seed: 64 bits; the same seed gives the same tokens whatever else is in the batch. None:
+            drawn by the gateway (or `LLM`).
+        logprobs: number of most likely alternatives reported with each token; 0: the chosen token's
+            only; None: none.
         stop_token_ids: end the sequence (the token is reported); not before min_tokens.
         min_tokens: stop tokens cannot be sampled before this many output tokens.
         ignore_eos: stop_token_ids and the model's own end tokens do not end the sequence.
-        n: sequences for one prompt. The engine runs one sequence a request: gateway and `LLM` fan out, choice i gets seed + i.
+        n: sequences for one prompt. The engine runs one sequence a request: gateway and `LLM` fan
+            out, choice i gets seed + i.
     """
 
     max_tokens: int | None = 16
@@ -54,7 +60,8 @@ class EngineRequest:
         request_id: unique among the engine's live requests.
         prompt_token_ids: at least one id.
         sampling: n is 1 and seed is set.
-        output_token_ids: already generated on another replica; generation resumes behind them as if they had been sampled here.
+        output_token_ids: already generated on another replica; generation resumes behind them as if
+            they had been sampled here.
         deadline_s: seconds from submission; None: no deadline.
         constraint: the tokens allowed in each state; None: all.
     """
@@ -69,7 +76,8 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probabilities of one output token, of the distribution before temperature, penalties and masks (vLLM's `raw_logprobs`).
+    """Natural-log probabilities of one output token, of the distribution before temperature,
+    penalties and masks (vLLM's `raw_logprobs`).
 
     Attributes:
         logprob: of the chosen token.
@@ -82,7 +90,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """Tokens since the last output of the same request; the last one has a finish reason and comes exactly once.
+    """Tokens since the last output of the same request; the last one has a finish reason and comes
+    exactly once.
 
     Attributes:
         token_ids: new ids in order, a stop token included.

@@ -1,4 +1,5 @@
-"""The kernels that the report and the gate compile, a module an operation. A new module is added to `all_specs`."""
+"""The kernels that the report and the gate compile, a module an operation. A new module is added to
+`all_specs`."""
 
 from benchmarks.kernel_specs import attention, linear, moe, pointwise, sampling
 from benchmarks.kernel_specs.spec import KernelSpec

@@ -58,9 +58,11 @@ def _attend_specs(window: int | None, fp8: bool) -> list[KernelSpec]:
 
 def _attend_spec(window: int | None, fp8: bool, tiles: paged.Tiles, targets: tuple[str, ...]) -> KernelSpec:
     name = f"attention/attend {'fp8' if fp8 else 'bf16'} {'full' if window is None else f'window {window}'}"
-    # The main loop is the one with most matrix instructions: of these it is that of decodes, a tile of keys and values in each pass.
+    # The main loop is the one with most matrix instructions: of these it is that of decodes, a tile
+    # of keys and values in each pass.
     is_decode = window is None and tiles.num_warps == 8
-    # Keys and values come 128 bits a thread, and nothing else but block ids: 4 bytes a thread, on AMD up to four times.
+    # Keys and values come 128 bits a thread, and nothing else but block ids: 4 bytes a thread, on
+    # AMD up to four times.
     limits = {
         target: Limits(load_bits=128, narrow_share=0.15 if target.startswith("sm_") else 0.25)
         for target in targets

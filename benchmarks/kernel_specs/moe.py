@@ -44,7 +44,8 @@ def _matmuls(weights: str, target: str) -> Iterator[KernelSpec]:
                 "NUM_STAGES": tile.num_stages,
             }
             yield KernelSpec(
-                name=f"moe/{weights} {product} {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} ({target})",
+                name=f"moe/{weights} {product} {tile.block_m}x{tile.block_n}x{tile.block_k} "
+                f"w{tile.num_warps} ({target})",
                 kernel=expert_matmul_wgmma if weights == MXFP4_WGMMA else expert_matmul_natural,
                 signature={**_MATMUL, "blocks_ptr": "*bf16"} if weights == DENSE else _MATMUL,
                 constexprs=constexprs
@@ -93,7 +94,8 @@ def _mxfp8(target: str) -> Iterator[KernelSpec]:
             if product == "gate_up":
                 signature["out_ptr"] = "*fp8e4nv"
             yield KernelSpec(
-                name=f"moe/{MXFP4_MXFP8} {product} {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} ({target})",
+                name=f"moe/{MXFP4_MXFP8} {product} {tile.block_m}x{tile.block_n}x{tile.block_k} "
+                f"w{tile.num_warps} ({target})",
                 kernel=expert_matmul_mxfp8,
                 signature={
                     name: kind for name, kind in signature.items() if name in expert_matmul_mxfp8.arg_names
@@ -122,7 +124,8 @@ def _mxfp8(target: str) -> Iterator[KernelSpec]:
 
 def _limits(weights: str, target: str, tile: Tile) -> Limits:
     if weights == MXFP4_WGMMA:
-        # One store is for scales whose share of a thread is too narrow for an asynchronous copy; decoded weights would take 16 and more.
+        # One store is for scales whose share of a thread is too narrow for an asynchronous copy;
+        # decoded weights would take 16 and more.
         instructions = 28 if tile.block_m <= 32 else 38
         return Limits(matrix="HGMMA", load_bits=128, instructions=instructions, shared_stores=1, traffic=1.02)
     if weights == DENSE:
@@ -132,7 +135,8 @@ def _limits(weights: str, target: str, tile: Tile) -> Limits:
         return Limits(matrix=matrix, load_bits=128, narrow_share=0.25, instructions=36, traffic=1.02)
     # From Triton 3.8 on AMD's loads go straight into LDS, 32 bits of a packed row at a time.
     bits = {"sm_100": 64}.get(target)
-    # Where up to 64 rows share a weight, decoding must not be slower than need be; with more the matrix product has its share too.
+    # Where up to 64 rows share a weight, decoding must not be slower than need be; with more the
+    # matrix product has its share too.
     instructions = {"sm_100": 44 if tile.block_m <= 64 else 68, "gfx950": 34}.get(target)
     return Limits(matrix=_MATRIX.get(target), load_bits=bits, instructions=instructions, traffic=1.06)
 

@@ -1,4 +1,5 @@
-"""What is around the layers: RMSNorm, YaRN tables, embedding lookup and reads by slot, at the widths of gpt-oss."""
+"""What is around the layers: RMSNorm, YaRN tables, embedding lookup and reads by slot, at the
+widths of gpt-oss."""
 
 from benchmarks.kernel_specs.spec import KernelSpec, Limits, Pass
 from kernels.embedding.lookup import BLOCK as EMBED_BLOCK

@@ -19,14 +19,19 @@ class Limits:
     """What the machine code of one kernel for one target must keep to; None: no limit.
 
     Attributes:
-        matrix: start of the matrix instruction that the main loop must hold: HGMMA, UTCHMMA, v_mfma.
-        anywhere: starts of matrix instructions that the kernel must hold somewhere, where it has several loops that matter.
-        nowhere: regular expressions of instructions that the kernel must not hold, in whatever loop.
-        load_bits: at least this wide must be the loads that bring most of what the main loop reads: all but `narrow_share` of its bytes.
+        matrix: start of the matrix instruction that the main loop must hold: HGMMA, UTCHMMA,
+            v_mfma.
+        anywhere: starts of matrix instructions that the kernel must hold somewhere, where it has
+            several loops that matter.
+        nowhere: regular expressions of instructions that the kernel must not hold, in whatever
+            loop.
+        load_bits: at least this wide must be the loads that bring most of what the main loop reads:
+            all but `narrow_share` of its bytes.
         narrow_share: see `load_bits`.
         instructions: thread-instructions of the main loop for 8 weights.
         registers: of a thread.
-        spilled_bytes: of stack that registers were spilled to; 0 unless a kernel is known to be best with some.
+        spilled_bytes: of stack that registers were spilled to; 0 unless a kernel is known to be
+            best with some.
         shared_stores: instructions of the main loop that store to shared memory.
         traffic: bytes that loads of the main loop fetch, as a multiple of what `Pass` says.
     """
@@ -45,12 +50,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What one program must read in one pass of its main loop, or altogether where the kernel has no loop.
+    """What one program must read in one pass of its main loop, or altogether where the kernel has
+    no loop.
 
     Attributes:
         bytes: from memory, each byte once.
         weights: number of weights among these; 0 where it reads none.
-        cached_bytes: what it reads besides that other programs read too, so that most of it comes from a cache.
+        cached_bytes: what it reads besides that other programs read too, so that most of it comes
+            from a cache.
     """
 
     bytes: int
@@ -65,14 +72,16 @@ class KernelSpec:
     Attributes:
         name: unique; `operation/kernel tile`.
         kernel: decorated with `triton.jit`.
-        signature: argument → Triton's type name (`*bf16`, `i32`, `tensordesc<u8[8,1024]>`), all that are not in `constexprs`.
+        signature: argument → Triton's type name (`*bf16`, `i32`, `tensordesc<u8[8,1024]>`), all
+            that are not in `constexprs`.
         constexprs: argument → value.
         options: num_warps, num_stages, maxnreg and other options of the launch.
         targets: what it is meant for.
         unaligned: pointers and integers that are not multiples of 16.
         large: pointers to tensors of 2 GiB or more.
         work: the minimum that one pass reads; None leaves the columns for it empty.
-        limits: target → limits; the gate checks all specs on the GATED_TARGETS among their targets, with `Limits()` where none are given.
+        limits: target → limits; the gate checks all specs on the GATED_TARGETS among their targets,
+            with `Limits()` where none are given.
     """
 
     name: str

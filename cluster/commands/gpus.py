@@ -1,4 +1,5 @@
-"""GPUs by name: what their makers say of them, and the KV cache that a rank would have on one, by arithmetic."""
+"""GPUs by name: what their makers say of them, and the KV cache that a rank would have on one, by
+arithmetic."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class Gpu:
         memory_bytes: as the driver reports it.
         memory_bandwidth: bytes a second.
         bf16_flops: dense matrix products, a second.
-        link_bandwidth: bytes a second to the other GPUs of its server, in one direction (NVLink, Infinity Fabric, PCIe).
+        link_bandwidth: bytes a second to the other GPUs of its server, in one direction (NVLink,
+            Infinity Fabric, PCIe).
         target: its architecture, as compilers name it.
     """
 
@@ -57,13 +59,15 @@ def gpu_kv_cache(
     max_model_len: int | None,
     kv_dtype: KVDtype = "bfloat16",
 ) -> KVCachePlan:
-    """The KV cache of a rank on such a GPU, as an engine with default cache settings otherwise would size it.
+    """The KV cache of a rank on such a GPU, as an engine with default cache settings otherwise
+    would size it.
 
     Args:
         weight_bytes: of the rank that holds most.
         max_model_len: None: the longest context that fits beside the weights.
     Raises:
-        ConfigError: one sequence of max_model_len, or of the shortest context, does not fit beside the weights, or the GPU has no fp8.
+        ConfigError: one sequence of max_model_len, or of the shortest context, does not fit beside
+            the weights, or the GPU has no fp8.
     """
     check_kv_dtype(kv_dtype, gpu.target)
     shape = cache_shape(model, shard)

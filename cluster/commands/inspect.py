@@ -1,4 +1,5 @@
-"""`cantata inspect`: what a checkpoint is, what each rank would hold, what would be refused. Reads config.json and headers only."""
+"""`cantata inspect`: what a checkpoint is, what each rank would hold, what would be refused. Reads
+config.json and headers only."""
 
 import json
 import sys
@@ -43,7 +44,8 @@ class Plan:
 
     Attributes:
         rank: the rank that holds most.
-        kv_tokens: tokens of all sequences together for which the KV cache has room; None: no device was named.
+        kv_tokens: tokens of all sequences together for which the KV cache has room; None: no device
+            was named.
         max_model_len: tokens of one sequence at most; None: no device was named.
         refusal: why it cannot work; None if it can.
     """
@@ -119,7 +121,10 @@ def _plan(
             cache = _kv_cache(model, shard, rank.total, gpu, parallel.tensor, kv_dtype)
             tokens, context = cache.kv_capacity_tokens, cache.max_model_len
         except ConfigError as error:
-            refusal = f"tensor={parallel.tensor} on {_device(gpu)}, {_readable(rank.total)} of weights on a rank: {error}"
+            refusal = (
+                f"tensor={parallel.tensor} on {_device(gpu)}, {_readable(rank.total)} of weights on "
+                f"a rank: {error}"
+            )
             larger = _fitting(model, parallel.tensor, gpu, weights, kv_dtype)
             refusal += f"; tensor={larger} fits" if larger else ""
     return Plan(
@@ -184,7 +189,8 @@ def _kv_cache(
 
 
 def _fitting(model: ModelConfig, tensor: int, gpu: str, weights: Weights, kv_dtype: KVDtype) -> int | None:
-    """The smallest number of GPUs above `tensor` that holds the model and its whole context; more ranks on one host are no help."""
+    """The smallest number of GPUs above `tensor` that holds the model and its whole context; more
+    ranks on one host are no help."""
     for size, expert in allowed_plans(model):
         if gpu != "cpu" and size > tensor and expert == size:
             shard, rank = _fullest(model, plan_shards(model, ParallelConfig(size)), weights)
@@ -216,7 +222,8 @@ def _text(
         ("checkpoint", str(checkpoint_folder(path))),
         (
             "format",
-            f"{layout}, experts in {'MXFP4' if model.experts_format == 'mxfp4' else 'bf16'}{packed_while_loading}",
+            f"{layout}, experts in "
+            f"{'MXFP4' if model.experts_format == 'mxfp4' else 'bf16'}{packed_while_loading}",
         ),
         ("parameters", f"{total / 1e9:.2f} B, {active / 1e9:.2f} B active for a token"),
         ("layers", f"{model.num_layers}, {sliding} with a window of {model.sliding_window} keys"),
@@ -226,7 +233,8 @@ def _text(
         ),
         (
             "attention",
-            f"{model.num_heads} query heads, {model.num_kv_heads} key-value heads, dimension {model.head_dim}",
+            f"{model.num_heads} query heads, {model.num_kv_heads} key-value heads, dimension "
+            f"{model.head_dim}",
         ),
         ("experts", f"{model.num_experts}, {model.num_experts_per_token} for a token"),
         ("context", f"{model.max_context_len} tokens"),
@@ -289,7 +297,10 @@ def _text(
 def _device(gpu: str) -> str:
     if gpu == "cpu":
         return f"this machine ({_readable(host_free_bytes())} free)"
-    return f"{gpu.upper()} ({_readable(GPUS[gpu].memory_bytes)}, {CacheConfig().gpu_memory_utilization:.0%} of it used)"
+    return (
+        f"{gpu.upper()} ({_readable(GPUS[gpu].memory_bytes)}, "
+        f"{CacheConfig().gpu_memory_utilization:.0%} of it used)"
+    )
 
 
 def _readable(num_bytes: int) -> str:

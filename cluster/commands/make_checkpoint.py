@@ -1,4 +1,5 @@
-"""`cantata make-checkpoint`: random weights of a preset's shape, with a tokenizer, in one folder."""
+"""`cantata make-checkpoint`: random weights of a preset's shape, with a tokenizer, in one
+folder."""
 
 import contextlib
 import shutil
@@ -114,7 +115,8 @@ def _print_summary(what: str, summary: Summary) -> None:
         else f"{summary.num_bytes / 1e6:.1f} MB"
     )
     print(
-        f"{what} {_count(summary.parameters_total)} parameters ({_count(summary.parameters_active)} active per token) "
+        f"{what} {_count(summary.parameters_total)} parameters ({_count(summary.parameters_active)} active "
+        f"per token) "
         f"in {len(summary.files)} files, {size}"
     )
 

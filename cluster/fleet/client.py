@@ -1,4 +1,5 @@
-"""Calls to engines: one channel per address, kept open; failures come back as the classes of `workers.errors`."""
+"""Calls to engines: one channel per address, kept open; failures come back as the classes of
+`workers.errors`."""
 
 import asyncio
 import logging
@@ -21,14 +22,17 @@ logger = logging.getLogger(__name__)
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", convert.MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", convert.MAX_MESSAGE_BYTES),
-    # A host that vanishes without closing its connections is noticed within 40 s, while calls are open.
+    # A host that vanishes without closing its connections is noticed within 40 s, while calls are
+    # open.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # A dead address fails a call in about a second instead of gRPC's twenty, and is tried again soon.
+    # A dead address fails a call in about a second instead of gRPC's twenty, and is tried again
+    # soon.
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # The router retries, because it knows other replicas; proxies of the environment are for the internet.
+    # The router retries, because it knows other replicas; proxies of the environment are for the
+    # internet.
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
 )
@@ -38,7 +42,8 @@ class EngineClient:
     """One per gateway. Belongs to the event loop it is used in.
 
     Args:
-        on_silence: called with True when a replica with calls from here does not answer, with False when it does again.
+        on_silence: called with True when a replica with calls from here does not answer, with False
+            when it does again.
     """
 
     def __init__(
@@ -52,11 +57,13 @@ class EngineClient:
         self._patience = patience or Patience()
 
     async def generate(self, replica: Replica, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
-        """Run a sequence. Closing the generator, or cancelling the task that reads it, cancels it in the engine at once.
+        """Run a sequence. Closing the generator, or cancelling the task that reads it, cancels it
+        in the engine at once.
 
         Raises:
-            CantataError: what the engine answered; EngineDead if it cannot be reached, no longer answers, or its stream ends early, which
-                says whether the engine had taken the request.
+            CantataError: what the engine answered; EngineDead if it cannot be reached, no longer
+                answers, or its stream ends early, which says whether the engine had taken the
+                request.
         """
         call = self._stub(replica).Generate(
             convert.request_to_wire(request),
@@ -166,7 +173,8 @@ def _raise(error: grpc.aio.AioRpcError) -> NoReturn:
     trailing: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]
     metadata = {key: value for key, value in trailing if isinstance(value, str)}
     if status == "UNAVAILABLE" or (status == "CANCELLED" and convert.ERROR_CLASS_KEY not in metadata):
-        # gRPC's own text names addresses; a cancellation that is not ours means the server is going down.
+        # gRPC's own text names addresses; a cancellation that is not ours means the server is going
+        # down.
         raise EngineDead(
             "The replica that served this request is gone or shutting down; try again."
         ) from error

@@ -1,4 +1,5 @@
-"""A directory of replicas whose list changes: what standalone serving and Ray Serve have in common."""
+"""A directory of replicas whose list changes: what standalone serving and Ray Serve have in
+common."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,8 @@ from cluster.fleet.table import LoadTable, Replica, RoutingHint
 class ReplicaSet:
     """A ReplicaDirectory over a list that is replaced from outside, in the gateway's event loop.
 
-    A replica that leaves the list may still be serving: one that drains finishes what it has. It is gone when its last sequence is.
+    A replica that leaves the list may still be serving: one that drains finishes what it has. It is
+    gone when its last sequence is.
     """
 
     def __init__(self, loads: LoadTable | None = None) -> None:
@@ -21,12 +23,14 @@ class ReplicaSet:
         self._num_open: Counter[Replica] = Counter()
 
     def replace(self, replicas: Sequence[Replica], missing: Sequence[str] = ()) -> None:
-        """From now on these are all that requests may go to; `missing` are the ids of those that will be back."""
+        """From now on these are all that requests may go to; `missing` are the ids of those that
+        will be back."""
         before, self._replicas = self._replicas, tuple(replicas)
         self._missing = tuple(missing)
         for replica in before:
             if replica not in self._replicas:
-                # It takes no more requests. What comes under this id again is a new process with an empty cache.
+                # It takes no more requests. What comes under this id again is a new process with an
+                # empty cache.
                 self._loads.gone(replica)
             self._report_if_gone(replica)
         self._on_change()
@@ -64,7 +68,8 @@ class ReplicaSet:
         self._loads.failed(replica)
 
     def silent(self, replica: Replica, is_silent: bool) -> None:
-        """A replica with sequences from here does not answer, or does so again: avoid it meanwhile."""
+        """A replica with sequences from here does not answer, or does so again: avoid it
+        meanwhile."""
         if not is_silent or replica in self._replicas:
             self._loads.silent(replica, is_silent)
 

@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 MAX_ENGINE_DEATHS = 3
 """Of replicas that died under one request: it may be the request that kills them."""
 RESUME_WAIT_S = 60.0
-"""Seconds that a sequence whose replica is gone waits for another one, where all live ones are full."""
+"""Seconds that a sequence whose replica is gone waits for another one, where all live ones are
+full."""
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
 """Between two tries, whatever the full replica says."""
 _MAX_HASHED_BLOCKS = 2048
@@ -36,10 +37,12 @@ _MAX_HASHED_BLOCKS = 2048
 
 
 class Dispatcher:
-    """Chooses a replica for each sequence, and another one if the first refuses it or dies under it.
+    """Chooses a replica for each sequence, and another one if the first refuses it or dies under
+    it.
 
-    After tokens have come, the sequence is resumed elsewhere with these tokens as its output so far: the engine goes on as if it had made
-    them itself, same seed and positions, so the reader sees one unbroken stream.
+    After tokens have come, the sequence is resumed elsewhere with these tokens as its output so
+    far: the engine goes on as if it had made them itself, same seed and positions, so the reader
+    sees one unbroken stream.
 
     Args:
         clock: monotonic seconds, for deadlines.
@@ -60,7 +63,8 @@ class Dispatcher:
     async def stream(
         self, request: EngineRequest, deadline: float | None
     ) -> AsyncGenerator[EngineOutput, None]:
-        """Outputs up to the one with a finish reason `stop` or `length`. Closing it cancels the sequence in the engine.
+        """Outputs up to the one with a finish reason `stop` or `length`. Closing it cancels the
+        sequence in the engine.
 
         Args:
             deadline: on this object's clock; None: none.
@@ -85,7 +89,8 @@ class Dispatcher:
                 async with aclosing(self._run(replica, attempt, deadline)) as outputs:
                     async for output in outputs:
                         tokens += output.token_ids
-                        # What the second replica finds in its cache is no merit of the first prompt's.
+                        # What the second replica finds in its cache is no merit of the first
+                        # prompt's.
                         num_cached = num_cached or (0 if num_before else output.num_cached_tokens)
                         yield replace(output, num_cached_tokens=num_cached)
                 return
@@ -151,7 +156,8 @@ class _Tries:
     """Where one sequence has been refused, or lost its replica.
 
     Attributes:
-        excluded: keys of the replicas that are not asked again; one that was started again has another key.
+        excluded: keys of the replicas that are not asked again; one that was started again has
+            another key.
         refusal: what the client is told if no replica is left.
     """
 
@@ -166,7 +172,8 @@ class _Tries:
 
     def may_go_on(self, replica: Replica, error: CantataError) -> bool:
         """Note how a try ended; whether another replica may be asked."""
-        # The request was checked against the shortest context known here: this replica's is shorter and not known yet.
+        # The request was checked against the shortest context known here: this replica's is shorter
+        # and not known yet.
         too_long = isinstance(error, ContextLengthExceeded)
         if isinstance(error, EngineDead):
             self._num_deaths += error.under_request
@@ -181,7 +188,8 @@ class _Tries:
         return (error.retry_elsewhere or too_long) and self._num_deaths < MAX_ENGINE_DEATHS
 
     async def wait_for_room(self) -> bool:
-        """Wait a little if a replica was only full, and allow it again; False: none was, or none had room for RESUME_WAIT_S."""
+        """Wait a little if a replica was only full, and allow it again; False: none was, or none
+        had room for RESUME_WAIT_S."""
         if self._full_since_s is None:
             self._full_since_s = self._clock()
         if not self._full or self._clock() - self._full_since_s > RESUME_WAIT_S:

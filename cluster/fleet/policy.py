@@ -1,16 +1,20 @@
-"""Which replica takes a request: a pure choice over what the caller knows, so that it is tested without a cluster."""
+"""Which replica takes a request: a pure choice over what the caller knows, so that it is tested
+without a cluster."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 BLOCKS_PER_SEQUENCE = 10
-"""KV blocks of a prompt whose computation delays an answer as much as one more running sequence does: some 20 ms on a GPU."""
+"""KV blocks of a prompt whose computation delays an answer as much as one more running sequence
+does: some 20 ms on a GPU."""
 FREE_LEAD = 2
-"""Sequences that a replica may have more than the least loaded one before they count against its prefix: loads change that fast."""
+"""Sequences that a replica may have more than the least loaded one before they count against its
+prefix: loads change that fast."""
 MAX_LEAD = 8
 LEAD_FACTOR = 1.5
-"""A replica with this many more sequences than the least loaded one, and this many times as many, gets no more for its prefix."""
+"""A replica with this many more sequences than the least loaded one, and this many times as many,
+gets no more for its prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +23,12 @@ class Candidate:
 
     Attributes:
         id: the replica's key (`cluster.fleet.table.Replica`).
-        load: sequences that are, or will be, in it: from this gateway and, as far as known, from others.
-        prefix_blocks: full KV blocks at the beginning of the prompt that it probably has in its prefix cache.
-        own_blocks: those of them beyond what unrelated prompts begin with as well, such as a system message.
+        load: sequences that are, or will be, in it: from this gateway and, as far as known, from
+            others.
+        prefix_blocks: full KV blocks at the beginning of the prompt that it probably has in its
+            prefix cache.
+        own_blocks: those of them beyond what unrelated prompts begin with as well, such as a system
+            message.
         suspect: it failed a moment ago; taken only if no other is left.
     """
 
@@ -33,10 +40,11 @@ class Candidate:
 
 
 def choose(candidates: Sequence[Candidate], excluded: frozenset[str], rng: random.Random) -> str | None:
-    """Return the id of the candidate whose prefix is worth most against its load, else of the least loaded one.
+    """Return the id of the candidate whose prefix is worth most against its load, else of the least
+    loaded one.
 
-    What unrelated prompts share is worth nothing, or all of them would go where the first one went; among equally loaded
-    candidates it decides nevertheless. Ties are drawn from `rng`.
+    What unrelated prompts share is worth nothing, or all of them would go where the first one went;
+    among equally loaded candidates it decides nevertheless. Ties are drawn from `rng`.
 
     Returns:
         None: every candidate is excluded.

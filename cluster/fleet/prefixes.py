@@ -1,20 +1,24 @@
-"""What replicas probably have in their prefix caches, guessed from what was sent to them: an engine does not tell, and need not."""
+"""What replicas probably have in their prefix caches, guessed from what was sent to them: an engine
+does not tell, and need not."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 MAX_BLOCKS_PER_REPLICA = 65_536
-"""A million tokens, 9 MB for each replica. A replica of several GPUs may hold more; what is forgotten here costs a hit there, no more."""
+"""A million tokens, 9 MB for each replica. A replica of several GPUs may hold more; what is
+forgotten here costs a hit there, no more."""
 MAX_BRANCHES = 32_768
 """Blocks whose continuations are remembered, 5 MB."""
 SHARED_BY = 4
-"""A block after which prompts went on in this many ways is the beginning of unrelated ones. One conversation has up to three ways on from
-a block: the end of a prompt, the reasoning that a tool call follows, and the answer without it."""
+"""A block after which prompts went on in this many ways is the beginning of unrelated ones. One
+conversation has up to three ways on from a block: the end of a prompt, the reasoning that a tool
+call follows, and the answer without it."""
 _WAY_BYTES = 4
 
 
 class PrefixIndex:
-    """Block hashes (`workers.kv_cache.prefix_cache.block_hashes`) by replica (its key), the least recently sent forgotten first.
+    """Block hashes (`workers.kv_cache.prefix_cache.block_hashes`) by replica (its key), the least
+    recently sent forgotten first.
 
     Args:
         max_blocks: of each replica.

@@ -1,5 +1,6 @@
-"""Replicas that have sequences from this gateway are asked from time to time whether they live: a process that is stopped, or a host
-that is cut off, keeps its connections open for long, and neither new nor running sequences should wait for it."""
+"""Replicas that have sequences from this gateway are asked from time to time whether they live: a
+process that is stopped, or a host that is cut off, keeps its connections open for long, and neither
+new nor running sequences should wait for it."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -17,7 +18,8 @@ class Patience:
     """How long a replica may be silent.
 
     Attributes:
-        suspect_s: without an answer for so long it gets no new sequences while there are other replicas.
+        suspect_s: without an answer for so long it gets no new sequences while there are other
+            replicas.
         lost_s: without one for so long its sequences go on elsewhere.
     """
 
@@ -37,7 +39,8 @@ class ReplicaWatch:
 
     Args:
         ask: (seconds) → any answer; raises DeadlineExceeded if none came in this time.
-        on_silence: called with True when the replica has become suspect, with False when it answers again.
+        on_silence: called with True when the replica has become suspect, with False when it answers
+            again.
     """
 
     def __init__(
@@ -68,7 +71,8 @@ class ReplicaWatch:
             self._task.cancel()
 
     async def _run(self) -> None:
-        # Counted in questions, not by the clock: after this process was stopped itself, the replica is not to blame.
+        # Counted in questions, not by the clock: after this process was stopped itself, the replica
+        # is not to blame.
         num_unanswered, most = 0, max(1, round(self._patience.lost_s / self._patience.suspect_s))
         await asyncio.sleep(PROBE_PERIOD_S)
         while self._calls or num_unanswered:

@@ -1,4 +1,5 @@
-"""The replicas a gateway knows, and how busy it keeps each. One interface: a static list here, Ray Serve's in `cluster/serve`."""
+"""The replicas a gateway knows, and how busy it keeps each. One interface: a static list here, Ray
+Serve's in `cluster/serve`."""
 
 import random
 import time
@@ -17,7 +18,8 @@ class Replica:
     """One engine, from its start to its end.
 
     Attributes:
-        id: a label in metrics; an engine that is started again may have the id, and the address, of the one before.
+        id: a label in metrics; an engine that is started again may have the id, and the address, of
+            the one before.
         address: of its engine gRPC server, as gRPC names it: `host:port` or `unix:PATH`.
         start_id: drawn at random by the engine at its start.
         secret: what the engine wants to be sent with each call; empty: nothing.
@@ -62,7 +64,8 @@ class ReplicaDirectory(Protocol):
         """The sequence that `choose` was called for has ended there."""
 
     def failed(self, replica: Replica) -> None:
-        """The replica could not be reached or died: avoid it for a short time. `release` comes as well."""
+        """The replica could not be reached or died: avoid it for a short time. `release` comes as
+        well."""
 
     def known(self) -> Sequence[Replica]:
         """All replicas that requests may go to, reachable or not."""
@@ -72,12 +75,13 @@ class ReplicaDirectory(Protocol):
 
 
 REPORT_AGE_S = 4.0
-"""A report may be this old when it comes: Serve asks engines every 2 s and passes on what it heard."""
+"""A report may be this old when it comes: Serve asks engines every 2 s and passes on what it
+heard."""
 
 
 class LoadTable:
-    """What this gateway knows about replicas: its own sequences in flight, what was sent where, recent failures, and the loads that they
-    report, in which other gateways' sequences count.
+    """What this gateway knows about replicas: its own sequences in flight, what was sent where,
+    recent failures, and the loads that they report, in which other gateways' sequences count.
 
     Args:
         clock: monotonic seconds.
@@ -156,7 +160,8 @@ class LoadTable:
     def report(self, loads: Mapping[str, int]) -> None:
         """Sequences that each replica says it has, by key; the latest report counts until the next.
 
-        It tells of a moment up to REPORT_AGE_S ago: sequences of ours that have ended since are not taken for somebody else's.
+        It tells of a moment up to REPORT_AGE_S ago: sequences of ours that have ended since are not
+        taken for somebody else's.
         """
         self._note_peaks(self._clock())
         newer, older = self._peaks
@@ -165,14 +170,16 @@ class LoadTable:
     def _note_peaks(self, now: float) -> None:
         num_periods = int((now - self._period_began) / REPORT_AGE_S)
         if num_periods:
-            # Every change is noted, so in a whole period without a note the numbers were those of now.
+            # Every change is noted, so in a whole period without a note the numbers were those of
+            # now.
             self._peaks = Counter(), self._peaks[0] if num_periods == 1 else Counter(self._in_flight)
             self._period_began = now
         for key, count in self._in_flight.items():
             self._peaks[0][key] = max(self._peaks[0][key], count)
 
     def gone(self, replica: Replica) -> None:
-        """The replica takes no more requests; what it had cached is of no use. Sequences that still run there are released as ever."""
+        """The replica takes no more requests; what it had cached is of no use. Sequences that still
+        run there are released as ever."""
         self._prefixes.forget(replica.key)
         self._from_others.pop(replica.key, None)
         self._silent.discard(replica.key)

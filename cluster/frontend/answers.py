@@ -1,5 +1,5 @@
-"""The bodies of answers: plain dicts at run time, typed here, described in the OpenAPI document. Fields that are absent differ from null
-ones, as in OpenAI's API."""
+"""The bodies of answers: plain dicts at run time, typed here, described in the OpenAPI document.
+Fields that are absent differ from null ones, as in OpenAI's API."""
 
 from typing import (
     Literal,

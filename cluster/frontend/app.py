@@ -24,7 +24,8 @@ def build_app(
     """An ASGI app. It does not own the service: whoever made that closes it.
 
     Args:
-        config: its keys, which health, readiness, metrics, version and docs do not ask for, and its limits; None: the defaults.
+        config: its keys, which health, readiness, metrics, version and docs do not ask for, and its
+            limits; None: the defaults.
         cors_origins: web origins whose pages may call the API; none by default.
     """
     config = config or GatewayConfig()

@@ -1,4 +1,5 @@
-"""Request bodies: read with a bound, decoded strictly, checked against a schema; each refusal names the field."""
+"""Request bodies: read with a bound, decoded strictly, checked against a schema; each refusal names
+the field."""
 
 import asyncio
 import json
@@ -41,7 +42,8 @@ class BodyLimits:
 
     Attributes:
         max_bytes: more is refused with 413.
-        timeout_s: for the body to arrive, and a second more for each MIN_BYTES_PER_S of it; then 408.
+        timeout_s: for the body to arrive, and a second more for each MIN_BYTES_PER_S of it; then
+            408.
         max_messages: of a chat, with the parts and calls in them.
     """
 
@@ -53,13 +55,15 @@ class BodyLimits:
 async def read(
     request: Request, kind: type[Model], limits: BodyLimits, max_items: int, convert: Callable[[Model], Asked]
 ) -> tuple[Model, Asked]:
-    """The body as `kind` and as what `convert` makes of it. Large ones are decoded, checked and converted in a thread, so that other
-    requests go on.
+    """The body as `kind` and as what `convert` makes of it. Large ones are decoded, checked and
+    converted in a thread, so that other requests go on.
 
     Args:
-        max_items: entries of an array at most; the context's tokens, since an entry of a message or prompt list takes at least one.
+        max_items: entries of an array at most; the context's tokens, since an entry of a message or
+            prompt list takes at least one.
     Raises:
-        InvalidRequest: no JSON, not an object, an unknown field, a wrong type or value; `param` is a path such as `messages[0].content`.
+        InvalidRequest: no JSON, not an object, an unknown field, a wrong type or value; `param` is
+            a path such as `messages[0].content`.
         BodyTooLarge: longer than `limits.max_bytes`; the rest is not read.
         RequestTimeout: it came too slowly, or not at all.
         UnsupportedMediaType: not declared as JSON, or compressed.
@@ -126,7 +130,8 @@ async def _bytes(request: Request, limits: BodyLimits) -> bytes:
                 timeout.reschedule(begin_s + limits.timeout_s + length / MIN_BYTES_PER_S)
     except TimeoutError:
         raise RequestTimeout(
-            f"The body did not arrive in time: {length} bytes came in {asyncio.get_running_loop().time() - begin_s:.0f} s."
+            f"The body did not arrive in time: {length} bytes came in "
+            f"{asyncio.get_running_loop().time() - begin_s:.0f} s."
         ) from None
     except ClientDisconnect:
         raise Cancelled("The client left before its body was complete.") from None

@@ -1,4 +1,5 @@
-"""`POST /v1/chat/completions`: the body as a ChatRequest, the events of its generation as an answer or as chunks."""
+"""`POST /v1/chat/completions`: the body as a ChatRequest, the events of its generation as an answer
+or as chunks."""
 
 from collections.abc import AsyncGenerator, Sequence
 
@@ -243,7 +244,8 @@ class _ChoiceBuilder:
 async def chunks(
     generation: Generation, body: ChatCompletionRequest, fingerprint: str
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events: the role of each choice, its deltas, its finish reason; usage last, where asked for."""
+    """Server-sent events: the role of each choice, its deltas, its finish reason; usage last, where
+    asked for."""
     options = body.stream_options
     include_usage = bool(options and options.include_usage)
     continuous = include_usage and bool(options and options.continuous_usage_stats)

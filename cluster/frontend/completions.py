@@ -105,7 +105,8 @@ class _ChoiceBuilder:
 async def chunks(
     generation: Generation, body: schema.CompletionRequest, fingerprint: str
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events: text as it comes, each choice's finish reason; usage last, where asked for."""
+    """Server-sent events: text as it comes, each choice's finish reason; usage last, where asked
+    for."""
     options = body.stream_options
     include_usage = bool(options and options.include_usage)
     continuous = include_usage and bool(options and options.continuous_usage_stats)
@@ -143,7 +144,8 @@ def _logprobs_body(entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
     return {
         "tokens": [entry.chosen.text for entry in entries],
         "token_logprobs": [entry.chosen.logprob for entry in entries],
-        # OpenAI's legacy format has the chosen token among its alternatives even if it is not one of the most likely.
+        # OpenAI's legacy format has the chosen token among its alternatives even if it is not one
+        # of the most likely.
         "top_logprobs": [
             {candidate.text: candidate.logprob for candidate in (*entry.top, entry.chosen)}
             for entry in entries

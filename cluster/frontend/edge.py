@@ -1,4 +1,5 @@
-"""The outermost layer of the HTTP app: request ids, API keys, errors as answers, the count of requests, clients that do not read."""
+"""The outermost layer of the HTTP app: request ids, API keys, errors as answers, the count of
+requests, clients that do not read."""
 
 import asyncio
 import hmac
@@ -16,13 +17,15 @@ from workers.errors import Cancelled, CantataError
 _log = logging.getLogger(__name__)
 
 ABORT = "cantata.abort"
-"""Extension of the ASGI scope, where the server is ours: `abort` ends the connection with what is still to be sent."""
+"""Extension of the ASGI scope, where the server is ours: `abort` ends the connection with what is
+still to be sent."""
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/docs", "/openapi.json"})
 """Served without an API key: they tell nothing about requests."""
 
 
 class Edge:
-    """Gives each request an id (`scope["state"]["request_id"]`, header `x-request-id`), lets it in, and answers what it raises.
+    """Gives each request an id (`scope["state"]["request_id"]`, header `x-request-id`), lets it in,
+    and answers what it raises.
 
     Args:
         api_keys: if there are any, a request needs one of them as `Authorization: Bearer …`.

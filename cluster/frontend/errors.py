@@ -1,4 +1,5 @@
-"""Errors as HTTP answers: one table from class to status, `type` and `code`, in OpenAI's body form."""
+"""Errors as HTTP answers: one table from class to status, `type` and `code`, in OpenAI's body
+form."""
 
 import logging
 import math
@@ -118,7 +119,8 @@ def headers(error: errors.CantataError) -> dict[str, str]:
 
 
 def as_cantata_error(error: Exception, request_id: str) -> errors.CantataError:
-    """The error a client may see. Anything that is not ours is logged and becomes a generic one with the request id."""
+    """The error a client may see. Anything that is not ours is logged and becomes a generic one
+    with the request id."""
     if isinstance(error, errors.CantataError) and type(error) is not errors.CantataError:
         return error
     # The frames and the type, never the exception's text: it may quote a prompt.

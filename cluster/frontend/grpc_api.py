@@ -1,4 +1,5 @@
-"""The public gRPC API over a GenerationService: `cantata.inference.v1.Inference`, health and reflection."""
+"""The public gRPC API over a GenerationService: `cantata.inference.v1.Inference`, health and
+reflection."""
 
 import asyncio
 import logging
@@ -85,7 +86,8 @@ class InferenceApi:
     async def chat_stream(
         self, request: pb.ChatRequest, request_id: str | None = None
     ) -> AsyncGenerator[pb.ChatEvent, None]:
-        """Deltas, one Finish per choice, then Usage. Closing the iterator cancels the engines' work."""
+        """Deltas, one Finish per choice, then Usage. Closing the iterator cancels the engines'
+        work."""
         generation = await self._service.chat(await self._asked(request), request_id)
         try:
             async for event in generation:
@@ -155,12 +157,14 @@ def _tool(tool: pb.Tool) -> ToolDefinition:
 
 
 def _plain_object(struct: struct_pb2.Struct) -> dict[str, object]:
-    # A Struct has no order; sorted, the same tools give the same prompt in every process, and so the same cached prefix.
+    # A Struct has no order; sorted, the same tools give the same prompt in every process, and so
+    # the same cached prefix.
     return {name: _plain(struct.fields[name]) for name in sorted(struct.fields)}
 
 
 def _plain(value: struct_pb2.Value) -> object:
-    """As JSON would have been read: a Struct knows only floating-point numbers, and whole ones are integers."""
+    """As JSON would have been read: a Struct knows only floating-point numbers, and whole ones are
+    integers."""
     match value.WhichOneof("kind"):
         case "number_value":
             return int(value.number_value) if value.number_value.is_integer() else value.number_value
@@ -289,10 +293,12 @@ def _logprob(entry: TokenLogprob) -> pb.TokenLogprob:
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """The API on a grpc.aio server: checks keys, decodes messages, turns errors into statuses, counts requests.
+    """The API on a grpc.aio server: checks keys, decodes messages, turns errors into statuses,
+    counts requests.
 
     Args:
-        config: its keys, of which a call needs one in the metadata `authorization: Bearer …` if there are any, and its limits.
+        config: its keys, of which a call needs one in the metadata `authorization: Bearer …` if
+            there are any, and its limits.
     """
 
     def __init__(self, service: GenerationService, config: GatewayConfig) -> None:
@@ -310,7 +316,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def ChatStream(self, request: bytes | pb.ChatRequest, context: "Context") -> None:  # type: ignore[override]
         """See inference.proto."""
 
-        # Written here instead of yielded to grpc, which would leave a generator unclosed when the client leaves while it sends.
+        # Written here instead of yielded to grpc, which would leave a generator unclosed when the
+        # client leaves while it sends.
         async def write_events(request_id: str) -> None:
             async with aclosing(
                 self._api.chat_stream(decoded(request, pb.ChatRequest), request_id)
@@ -325,7 +332,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                             request_id,
                             self._send_timeout_s,
                         )
-                        # A status would wait behind what is not read; a call whose servicer is cancelled is reset.
+                        # A status would wait behind what is not read; a call whose servicer is
+                        # cancelled is reset.
                         raise asyncio.CancelledError from None
 
         await self._answer("ChatStream", context, write_events)
@@ -388,7 +396,8 @@ class GrpcServer:
         self._health_watch = health_watch
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more calls; those that run have `grace_s` seconds to end, then they are cancelled."""
+        """Take no more calls; those that run have `grace_s` seconds to end, then they are
+        cancelled."""
         self._health_watch.cancel()
         await asyncio.gather(self._health_watch, return_exceptions=True)
         await self._server.stop(grace_s)

@@ -1,7 +1,9 @@
-"""gRPC handlers whose servicers decode messages themselves, so that they answer for undecodable ones.
+"""gRPC handlers whose servicers decode messages themselves, so that they answer for undecodable
+ones.
 
-The generated code leaves decoding to gRPC, which answers UNKNOWN with the name of a Python class and
-writes a traceback, before any key was checked. Serve's proxies import this module: keep it light.
+The generated code leaves decoding to gRPC, which answers UNKNOWN with the name of a Python class
+and writes a traceback, before any key was checked. Serve's proxies import this module: keep it
+light.
 """
 
 import logging
@@ -66,7 +68,8 @@ def _serialized(message: Message) -> bytes:
 
 
 class DecodeErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for type checkers only
-    """Answers INVALID_ARGUMENT to undecodable messages for servicers of libraries (health, reflection).
+    """Answers INVALID_ARGUMENT to undecodable messages for servicers of libraries (health,
+    reflection).
 
     Args:
         count: told the method (`Health/Check`) of each such call.

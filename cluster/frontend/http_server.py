@@ -23,7 +23,8 @@ from cluster.metrics import GatewayMetrics
 from workers.errors import CantataError, InvalidRequest
 
 _LINGER_S = 5.0
-"""Time to read an answer that was sent before the request was complete; then the connection closes."""
+"""Time to read an answer that was sent before the request was complete; then the connection
+closes."""
 _LONGEST_SWEEP_S = 1.0
 
 
@@ -102,8 +103,8 @@ class _Protocol(HttpToolsProtocol):
         self._bytes_without_body = 0
         self._in_message = False
         self._refused = False
-        # Since when, on the loop's clock, the connection waits: for headers; for the rest of a message
-        # that was answered early; for its output to be read before it closes.
+        # Since when, on the loop's clock, the connection waits: for headers; for the rest of a
+        # message that was answered early; for its output to be read before it closes.
         self._headers_since: float | None = None
         self._rest_since: float | None = None
         self._closing_since: float | None = None
@@ -159,7 +160,8 @@ class _Protocol(HttpToolsProtocol):
         """See uvicorn."""
         super().on_response_complete()
         if self._in_message and self.expect_100_continue:
-            self.transport.close()  # the client may send the body it asked about, or the next request
+            # the client may send the body it asked about, or the next request
+            self.transport.close()
         elif self._in_message:
             self._rest_since = self.loop.time()
 
@@ -192,7 +194,8 @@ class _Protocol(HttpToolsProtocol):
         )
 
     def _refuse(self, error: CantataError) -> None:
-        """Answer in place of the app, drop further input, and close after a time to read the answer."""
+        """Answer in place of the app, drop further input, and close after a time to read the
+        answer."""
         self._refused = True
         self._headers_since = None
         status, body = errors.row_of(error).http_status, errors.body(error)

@@ -18,7 +18,8 @@ DONE = b"data: [DONE]\n\n"
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled at once if the client leaves first. The body must have been read.
+    """The result of `work`, which is cancelled at once if the client leaves first. The body must
+    have been read.
 
     Raises:
         Cancelled: the client left.
@@ -67,8 +68,9 @@ def event(body: object) -> bytes:
 
 
 class EventStream(Response):
-    """Sends the chunks of a generation whose first event is there. An error after the status becomes an error event; then the stream
-    ends. The generation is closed in every case; if the client leaves, at once.
+    """Sends the chunks of a generation whose first event is there. An error after the status
+    becomes an error event; then the stream ends. The generation is closed in every case; if the
+    client leaves, at once.
 
     Args:
         chunks: complete server-sent events; made from `generation`.

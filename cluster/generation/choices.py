@@ -1,4 +1,5 @@
-"""One choice: the engine's tokens in, deltas and the finish out. Pure state machines over token ids."""
+"""One choice: the engine's tokens in, deltas and the finish out. Pure state machines over token
+ids."""
 
 import uuid
 from collections import deque
@@ -41,11 +42,13 @@ class Choice(Protocol):
         """Departures from the harmony format, by kind."""
 
     def push(self, output: EngineOutput) -> list[ChoiceEvent]:
-        """What these tokens add; the last event of a choice is its ChoiceFinish, and `finished` is set with it."""
+        """What these tokens add; the last event of a choice is its ChoiceFinish, and `finished` is
+        set with it."""
 
 
 class _EventLog:
-    """The events of one push, neighbours of the same kind joined, each with the tokens since the one before."""
+    """The events of one push, neighbours of the same kind joined, each with the tokens since the
+    one before."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -112,7 +115,8 @@ class ChatChoice:
         stop: strings that end the text.
         tools: names of the declared functions.
         parallel_tool_calls: if False the turn ends with its first call.
-        ends_with_turn: stop when the model's turn is over, also where no stop token of the engine says so; not with ignore_eos.
+        ends_with_turn: stop when the model's turn is over, also where no stop token of the engine
+            says so; not with ignore_eos.
     """
 
     def __init__(
@@ -135,7 +139,8 @@ class ChatChoice:
         self._ends_with_turn = ends_with_turn
         self._log = _EventLog(index)
         self._has_calls = False
-        # Logprobs of text tokens whose text is not out yet, and how many characters have been parsed and shown.
+        # Logprobs of text tokens whose text is not out yet, and how many characters have been
+        # parsed and shown.
         self._pending: deque[TokenLogprob] = deque()
         self._num_parsed = 0
         self._num_shown = 0
@@ -339,7 +344,8 @@ def _candidate(encoding: HarmonyEncoding, token_id: int, logprob: float) -> Toke
 
 
 def token_text(encoding: HarmonyEncoding, token_id: int) -> str:
-    """How a single token is shown: its text, the name of a special token, or `bytes:` and hex escapes for a part of a character."""
+    """How a single token is shown: its text, the name of a special token, or `bytes:` and hex
+    escapes for a part of a character."""
     token_bytes = encoding.token_bytes(token_id)
     if not token_bytes:
         return encoding.decode([token_id], skip_special_tokens=False)

@@ -121,8 +121,8 @@ class SchemaCheck:
         """Return what is wrong with the schema of a function's arguments, or None.
 
         Returns:
-            The rest of a sentence that begins with the schema's name. Takes time in proportion to the
-            schema and never raises.
+            The rest of a sentence that begins with the schema's name. Takes time in proportion to
+            the schema and never raises.
         """
         if _deeper_than(schema, MAX_DEPTH):
             return f"is nested deeper than {MAX_DEPTH} levels"

@@ -1,6 +1,7 @@
 """What a client asked for, independent of transport, and the checks that both transports share.
 
-Fields are named in errors as the HTTP API spells them; where that API has two spellings the front end says which one was used.
+Fields are named in errors as the HTTP API spells them; where that API has two spellings the front
+end says which one was used.
 """
 
 import datetime
@@ -21,7 +22,8 @@ MAX_TOOLS = 1024
 MAX_TEMPERATURE = 2.0
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
 GREEDY_BELOW = 1e-5
-"""Temperatures under this are greedy (vLLM's `_SAMPLING_EPS`): dividing logits by them overflows."""
+"""Temperatures under this are greedy (vLLM's `_SAMPLING_EPS`): dividing logits by them
+overflows."""
 
 _SEED_BITS = 64
 
@@ -39,7 +41,8 @@ class ChatRequest:
     """A chat.
 
     Attributes:
-        sampling: `max_tokens` None: up to the end of the context; `seed` may be any integer of 64 bits, signed or not.
+        sampling: `max_tokens` None: up to the end of the context; `seed` may be any integer of 64
+            bits, signed or not.
         stop: strings that end the text for the user; reasoning and tool calls are not searched.
         tools: none if the client forbids calls.
         parallel_tool_calls: if False a choice ends with its first call.
@@ -64,8 +67,8 @@ class CompletionRequest:
     """Prompts to continue as they are, without a chat's format.
 
     Attributes:
-        prompts: each a text, in which the names of special tokens mean these tokens, or token ids. Choice `i * n + j`
-            is the j-th of prompt i.
+        prompts: each a text, in which the names of special tokens mean these tokens, or token ids.
+            Choice `i * n + j` is the j-th of prompt i.
         sampling: as in ChatRequest; `max_tokens` None: 16 or what the context leaves, as OpenAI.
         stop: strings that end the text.
         echo: the text begins with the prompt.
@@ -82,7 +85,8 @@ class CompletionRequest:
 
 
 def check_num_messages(count: int, limit: int) -> None:
-    """Refuse a chat before its messages are looked at one by one. The code is that of a prompt that is too long, which clients shorten.
+    """Refuse a chat before its messages are looked at one by one. The code is that of a prompt that
+    is too long, which clients shorten.
 
     Args:
         count: messages, with the parts and calls in them.
@@ -91,14 +95,16 @@ def check_num_messages(count: int, limit: int) -> None:
     """
     if count > limit:
         raise ContextLengthExceeded(
-            f"messages has {count} entries, with the parts and calls in them; this server takes {limit} (gateway.max_messages). "
+            f"messages has {count} entries, with the parts and calls in them; this server takes {limit} "
+            f"(gateway.max_messages). "
             "Please reduce the number of messages.",
             "messages",
         )
 
 
 def check_chat(request: ChatRequest) -> None:
-    """Refuse tools and settings that no prompt can be made of; messages and names are the renderer's check.
+    """Refuse tools and settings that no prompt can be made of; messages and names are the
+    renderer's check.
 
     Raises:
         InvalidRequest: with `param`.

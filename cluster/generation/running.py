@@ -14,7 +14,8 @@ from workers.errors import CantataError
 from workers.request import EngineOutput, EngineRequest
 
 _QUEUE_SIZE = 64
-"""Events made but not read. When it is full a choice stops reading from its engine, which then sends several tokens a message."""
+"""Events made but not read. When it is full a choice stops reading from its engine, which then
+sends several tokens a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,11 @@ class Job:
 
 
 class Generation:
-    """The answer to one request: an async iterator of ChoiceDelta and ChoiceFinish (exactly one per choice) and, last, one Usage.
+    """The answer to one request: an async iterator of ChoiceDelta and ChoiceFinish (exactly one per
+    choice) and, last, one Usage.
 
-    It begins when it is made and must be closed by whoever got it; `aclose` cancels what still runs in engines. An error ends it: it is
-    raised once, by the read that meets it.
+    It begins when it is made and must be closed by whoever got it; `aclose` cancels what still runs
+    in engines. An error ends it: it is raised once, by the read that meets it.
 
     Attributes:
         id: of the request, as clients see it.
@@ -80,7 +82,8 @@ class Generation:
         self._tasks = [asyncio.create_task(self._run(job)) for job in self._jobs]
 
     async def begin(self) -> None:
-        """Wait for the first event, so that a request that cannot be served fails here and not in its stream.
+        """Wait for the first event, so that a request that cannot be served fails here and not in
+        its stream.
 
         Raises:
             CantataError: as iterating does; the generation is closed then.
@@ -97,7 +100,8 @@ class Generation:
         return await self._next()
 
     async def aclose(self) -> None:
-        """Stop everything that still runs; returns when the engines' calls are cancelled. Harmless when called again."""
+        """Stop everything that still runs; returns when the engines' calls are cancelled. Harmless
+        when called again."""
         if self._closing is None:
             self._closing = asyncio.create_task(self._close())
         # Shielded: a second cancellation of the caller does not leave calls open behind it.
@@ -112,7 +116,8 @@ class Generation:
                 raise
             if isinstance(event, Exception):
                 self._num_unfinished, self._usage_sent = 0, True
-                # Every replica refused it: no generation, and its waiting time would tell nothing about those that were served.
+                # Every replica refused it: no generation, and its waiting time would tell nothing
+                # about those that were served.
                 began = any(job.choice.num_tokens for job in self._jobs)
                 self._refused = isinstance(event, CantataError) and event.retry_elsewhere and not began
                 await self.aclose()
@@ -152,7 +157,8 @@ class Generation:
             await self._events.put(error)
 
     def _push(self, job: Job, output: EngineOutput) -> list[ChoiceEvent]:
-        """Have the choice read an output, and count it: a rate over long answers must not jump when they end."""
+        """Have the choice read an output, and count it: a rate over long answers must not jump when
+        they end."""
         choice, metrics = job.choice, self._metrics
         num_tokens, num_reasoning = choice.num_tokens, choice.num_reasoning_tokens
         events = choice.push(output)

@@ -48,7 +48,8 @@ class Limits:
     """How much one gateway takes on.
 
     Attributes:
-        max_in_flight_requests: beyond it a request is refused with Overloaded; each choice of a request counts.
+        max_in_flight_requests: beyond it a request is refused with Overloaded; each choice of a
+            request counts.
         request_timeout_s: from arrival to last token; None: no deadline.
     """
 

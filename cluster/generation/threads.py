@@ -16,7 +16,8 @@ T = TypeVar("T")
 INLINE_CHARS = 8192
 """Up to this length the event loop does the work itself, in a millisecond or two."""
 LARGE_CHARS = 1 << 18
-"""Above this length, which takes a second or more, texts share one thread and wait for each other."""
+"""Above this length, which takes a second or more, texts share one thread and wait for each
+other."""
 MAX_WAITING_CHARS = 1 << 28
 """Characters of all texts that threads work on or have queued."""
 _NUM_MEDIUM_THREADS = 2
@@ -47,7 +48,8 @@ class TextThreads:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self._release, num_chars)
 
-        # The thread's own future: work that has begun goes on after its client has left, and counts.
+        # The thread's own future: work that has begun goes on after its client has left, and
+        # counts.
         future = (self._medium if num_chars <= LARGE_CHARS else self._large).submit(work)
         future.add_done_callback(done)
         return await asyncio.wrap_future(future)

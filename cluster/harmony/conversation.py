@@ -1,4 +1,5 @@
-"""A chat as the client sent it, before it is rendered: plain data that both front ends fill and `cluster.harmony.render` reads."""
+"""A chat as the client sent it, before it is rendered: plain data that both front ends fill and
+`cluster.harmony.render` reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +32,10 @@ class ChatMessage:
     """One message of the chat.
 
     Attributes:
-        role: `system` and `developer` mean the same: both become instructions of the harmony developer message.
-        content: the text; multi-part text content arrives here joined. Text of special tokens in it stays text.
+        role: `system` and `developer` mean the same: both become instructions of the harmony
+            developer message.
+        content: the text; multi-part text content arrives here joined. Text of special tokens in it
+            stays text.
         reasoning: assistant only: what it thought before this message.
         tool_calls: assistant only: the calls it made after `content`.
         tool_call_id: tool only, and required there: which call this answers.
@@ -65,7 +68,8 @@ class Conversation:
     """Everything that the prompt is made of.
 
     Attributes:
-        current_date: `YYYY-MM-DD`, shown to the model; None: no date line. Never read from a clock here: a new day changes every prefix.
+        current_date: `YYYY-MM-DD`, shown to the model; None: no date line. Never read from a clock
+            here: a new day changes every prefix.
     """
 
     messages: tuple[ChatMessage, ...]

@@ -1,4 +1,5 @@
-"""Text to token ids and back, over the tokenizer.json of a checkpoint, with the harmony special tokens found by name."""
+"""Text to token ids and back, over the tokenizer.json of a checkpoint, with the harmony special
+tokens found by name."""
 
 import codecs
 import ctypes
@@ -22,19 +23,22 @@ HARMONY_TOKENS = (
 )
 
 CHUNK_CHARS = 1 << 17
-"""Longer texts are encoded in pieces of about this size, so that memory follows the piece and not the text."""
+"""Longer texts are encoded in pieces of about this size, so that memory follows the piece and not
+the text."""
 MAX_UNBROKEN_CHARS = 1 << 20
-"""A text without any of the cuts below (one word, one script without punctuation) is cut here, though that may change the ids around it."""
+"""A text without any of the cuts below (one word, one script without punctuation) is cut here,
+though that may change the ids around it."""
 
-# Pre-tokenizers of this family (GPT-2, cl100k, o200k) never put these neighbours into one piece, so a cut between them is harmless.
+# Pre-tokenizers of this family (GPT-2, cl100k, o200k) never put these neighbours into one piece, so
+# a cut between them is harmless.
 _CUT = re.compile(r"[^\W\d_](?=[ \n,.;:。，、])|\n(?=[^\W\d_])")
 _USUAL_SPECIAL = re.compile(r"<\|[^<|>\s]+\|>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The 256 characters in which a byte-level BPE spells bytes (GPT-2's `bytes_to_unicode`): printable Latin-1 stands for itself, the
-    other bytes for the characters from U+0100 on."""
+    """The 256 characters in which a byte-level BPE spells bytes (GPT-2's `bytes_to_unicode`):
+    printable Latin-1 stands for itself, the other bytes for the characters from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -43,14 +47,17 @@ def byte_alphabet() -> dict[str, int]:
 
 
 class HarmonyEncoding:
-    """The tokenizer of a checkpoint. Immutable after loading and safe to use from several threads; `encode` releases the GIL.
+    """The tokenizer of a checkpoint. Immutable after loading and safe to use from several threads;
+    `encode` releases the GIL.
 
     Attributes:
         vocab_size: highest token id + 1.
-        start, end, message, channel, constrain, return_, call, endoftext: ids of the harmony tokens.
+        start, end, message, channel, constrain, return_, call, endoftext: ids of the harmony
+            tokens.
         stop_token_ids: the ids that end a turn.
         special_ids: ids of all special tokens, reserved ones included.
-        max_token_bytes: of the longest token: a text of n characters has at least n / max_token_bytes tokens.
+        max_token_bytes: of the longest token: a text of n characters has at least n /
+            max_token_bytes tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str = "the tokenizer") -> None:
@@ -86,7 +93,8 @@ class HarmonyEncoding:
         self._bytes_of = _bytes_of_tokens(tokenizer, source)
         self.vocab_size = len(self._bytes_of)
         self.max_token_bytes = max(1, *map(len, self._bytes_of))
-        # The last writes; from here on the tokenizer is read only, which makes it safe to share between threads.
+        # The last writes; from here on the tokenizer is read only, which makes it safe to share
+        # between threads.
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -100,7 +108,8 @@ class HarmonyEncoding:
         Args:
             vocab_size: of the model; None: not checked.
         Raises:
-            CheckpointError: the file is missing or foreign, lacks a harmony token, or has ids that the model does not have.
+            CheckpointError: the file is missing or foreign, lacks a harmony token, or has ids that
+                the model does not have.
         """
         file = path / "tokenizer.json"
         try:
@@ -117,15 +126,18 @@ class HarmonyEncoding:
         _give_back_free_memory()
         if vocab_size is not None and encoding.vocab_size > vocab_size:
             raise CheckpointError(
-                f"{file} has token ids up to {encoding.vocab_size - 1}, but the model's vocab_size is {vocab_size}: they do not fit."
+                f"{file} has token ids up to {encoding.vocab_size - 1}, but the model's vocab_size is "
+                f"{vocab_size}: they do not fit."
             )
         return encoding
 
     def encode(self, text: str, limit: int | None = None) -> list[int]:
-        """Token ids of `text`; special tokens typed in it are plain text. A lone surrogate counts as U+FFFD.
+        """Token ids of `text`; special tokens typed in it are plain text. A lone surrogate counts
+        as U+FFFD.
 
         Args:
-            limit: stop soon after this many ids: a longer result says only that the text is too long, and may be incomplete.
+            limit: stop soon after this many ids: a longer result says only that the text is too
+                long, and may be incomplete.
         """
         if _SURROGATE.search(text):
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -137,7 +149,8 @@ class HarmonyEncoding:
         return ids
 
     def encode_with_special(self, text: str, limit: int | None = None) -> list[int]:
-        """As `encode`, but names of special tokens in `text` become those tokens: for raw harmony prompts, never for a chat's content."""
+        """As `encode`, but names of special tokens in `text` become those tokens: for raw harmony
+        prompts, never for a chat's content."""
         ids: list[int] = []
         plain_from = 0
         for match in self._special_pattern.finditer(text):
@@ -151,18 +164,21 @@ class HarmonyEncoding:
         return ids + self.encode(text[plain_from:], limit)
 
     def encode_literal(self, text: str) -> tuple[int, ...]:
-        """As `encode`, remembered for good: for the fixed words of the format only, never for a client's text."""
+        """As `encode`, remembered for good: for the fixed words of the format only, never for a
+        client's text."""
         ids = self._literals.get(text)
         if ids is None:
             ids = self._literals[text] = tuple(self.encode(text))
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that the token stands for, possibly a part of a character; b"" for special tokens and for ids without a token."""
+        """The bytes that the token stands for, possibly a part of a character; b"" for special
+        tokens and for ids without a token."""
         return self._bytes_of[token_id] if 0 <= token_id < self.vocab_size else b""
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Special tokens are left out, or spelled with their names."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Special tokens are left out,
+        or spelled with their names."""
         names = {} if skip_special_tokens else self._name_by_special
         return b"".join(names[i].encode() if i in names else self.token_bytes(i) for i in ids).decode(
             "utf-8", "replace"
@@ -182,7 +198,8 @@ class IncrementalDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The characters that this token completes; invalid bytes give U+FFFD, as `bytes.decode(errors="replace")` does."""
+        """The characters that this token completes; invalid bytes give U+FFFD, as
+        `bytes.decode(errors="replace")` does."""
         return self._utf8.decode(self._encoding.token_bytes(token_id))
 
     def flush(self) -> str:
@@ -204,7 +221,8 @@ def _bytes_of_tokens(tokenizer: Tokenizer, source: str) -> list[bytes]:
         except KeyError as error:
             if token_id not in added:
                 raise CheckpointError(
-                    f"{source} is not a byte-level BPE: the token {text!r} has characters that stand for no byte."
+                    f"{source} is not a byte-level BPE: the token {text!r} has characters that stand for no "
+                    f"byte."
                 ) from error
     for token_id, token in added.items():
         table[token_id] = b"" if token.special else token.content.encode()
@@ -212,7 +230,8 @@ def _bytes_of_tokens(tokenizer: Tokenizer, source: str) -> list[bytes]:
 
 
 def _give_back_free_memory() -> None:
-    """The parser of tokenizer.json leaves three quarters of its memory free and unused: 260 MB with the vocabulary of gpt-oss."""
+    """The parser of tokenizer.json leaves three quarters of its memory free and unused: 260 MB with
+    the vocabulary of gpt-oss."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)

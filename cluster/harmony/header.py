@@ -1,4 +1,5 @@
-"""Reads the header of a generated message: channel, recipient and content type, whatever shape the model gave it."""
+"""Reads the header of a generated message: channel, recipient and content type, whatever shape the
+model gave it."""
 
 import difflib
 import re
@@ -21,7 +22,8 @@ Repair = Literal[
     "empty_message",  # a header that ended without a body
     "foreign_role",  # the model spoke for somebody else: the turn is over
     "after_turn",  # tokens behind the end of the turn
-    "stray_token",  # a control token where it means nothing, a reserved token, an id without a token: dropped
+    # a control token where it means nothing, a reserved token, an id without a token: dropped
+    "stray_token",
     "unknown_header_text",  # a header with words that mean nothing: dropped
     "unknown_channel",  # read as the nearest known channel, else commentary
     "channel_without_token",  # a channel's name without <|channel|>
@@ -66,7 +68,8 @@ class MessageHeader:
         recipient: as written behind `to=`; None: the message is for nobody in particular.
         content_type: such as `json`; nothing depends on it.
         tool: name of the called function, without namespace; None: the message is no call.
-        leftover: header text that is none of these; the body's beginning where `<|message|>` was forgotten.
+        leftover: header text that is none of these; the body's beginning where `<|message|>` was
+            forgotten.
     """
 
     channel: Channel | None = None

@@ -1,6 +1,8 @@
-"""Makes the tokenizer of a checkpoint: a small byte-level BPE for demo models, or gpt-oss's own vocabulary.
+"""Makes the tokenizer of a checkpoint: a small byte-level BPE for demo models, or gpt-oss's own
+vocabulary.
 
-Both split text as o200k does and hold the harmony special tokens, so everything above them treats them alike.
+Both split text as o200k does and hold the harmony special tokens, so everything above them treats
+them alike.
 """
 
 import json
@@ -61,17 +63,20 @@ Progress = Callable[[str], None]
 
 
 def write_bpe_tokenizer(path: Path, vocab_size: int = 2048) -> None:
-    """Trains a byte-level BPE on the built-in corpus and writes tokenizer.json and tokenizer_config.json into the folder `path`.
+    """Trains a byte-level BPE on the built-in corpus and writes tokenizer.json and
+    tokenizer_config.json into the folder `path`.
 
-    The same size gives the same files on every machine. Text tokens come first; the harmony special tokens have the highest ids, with
-    `<|reserved_N|>` in front of them where the corpus gives fewer text tokens than there is room for.
+    The same size gives the same files on every machine. Text tokens come first; the harmony special
+    tokens have the highest ids, with `<|reserved_N|>` in front of them where the corpus gives fewer
+    text tokens than there is room for.
 
     Raises:
         ConfigError: vocab_size has no room for the 256 bytes and the special tokens.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
-            f"The vocabulary size {vocab_size} is too small: 256 bytes and the special tokens need at least {MIN_VOCAB_SIZE}."
+            f"The vocabulary size {vocab_size} is too small: 256 bytes and the special tokens need at least "
+            f"{MIN_VOCAB_SIZE}."
         )
     tokenizer = _with_o200k_pipeline(models.BPE())
     trainer = trainers.BpeTrainer(
@@ -90,9 +95,11 @@ def write_bpe_tokenizer(path: Path, vocab_size: int = 2048) -> None:
 
 
 def write_harmony_tokenizer(path: Path, progress: Progress | None = None) -> None:
-    """Writes gpt-oss's own tokenizer (201,088 ids, about 28 MB) as tokenizer.json and tokenizer_config.json into the folder `path`.
+    """Writes gpt-oss's own tokenizer (201,088 ids, about 28 MB) as tokenizer.json and
+    tokenizer_config.json into the folder `path`.
 
-    The vocabulary comes from the installed `oss-harmony`; nothing is downloaded. Takes some seconds.
+    The vocabulary comes from the installed `oss-harmony`; nothing is downloaded. Takes some
+    seconds.
 
     Args:
         progress: called with a sentence before each stage.
@@ -130,8 +137,9 @@ def _text_ranks(oracle: "OracleEncoding") -> dict[bytes, int]:
 def _merges(ranks: dict[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
     """All pairs of tokens whose concatenation is a token, in the order of its rank.
 
-    tiktoken keeps no merges: it joins the neighbours that make the token of lowest rank, whichever pair they are. So every cut of a
-    token into two tokens is a merge (as transformers' TikTokenConverter does), not only the pair that BPE training joined.
+    tiktoken keeps no merges: it joins the neighbours that make the token of lowest rank, whichever
+    pair they are. So every cut of a token into two tokens is a merge (as transformers'
+    TikTokenConverter does), not only the pair that BPE training joined.
     """
     for token in sorted(ranks, key=ranks.__getitem__):
         cuts = ((token[:at], token[at:]) for at in range(1, len(token)))

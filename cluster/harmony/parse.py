@@ -1,4 +1,5 @@
-"""Generated harmony tokens as reasoning, text and tool calls, token by token. Total: any ids in any order give a turn."""
+"""Generated harmony tokens as reasoning, text and tool calls, token by token. Total: any ids in any
+order give a turn."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -12,7 +13,8 @@ from cluster.harmony.header import CHANNELS, MessageHeader, Repair, Segment, rea
 Part = Literal["reasoning", "text", "tool_call", "markup"]
 
 MAX_HEADER_TOKENS = 128
-"""A longer header is no header: what it does not explain is shown as the body. The longest name takes MAX_NAME_CHARS tokens at most."""
+"""A longer header is no header: what it does not explain is shown as the body. The longest name
+takes MAX_NAME_CHARS tokens at most."""
 
 _ROLE = "assistant"
 
@@ -29,18 +31,21 @@ class _State(Enum):
 class HarmonyParser:
     """Parses one turn; the first token is the one behind the prompt's `<|start|>assistant`.
 
-    The state is a function of the tokens, so a turn can be resumed by pushing its tokens again. Well-formed turns give what
-    openai_harmony's StreamableParser gives; where the two differ on a malformed one is listed at `cluster.harmony.header.Repair`.
-    Header text is never shown, also when the turn is cut off inside it.
+    The state is a function of the tokens, so a turn can be resumed by pushing its tokens again.
+    Well-formed turns give what openai_harmony's StreamableParser gives; where the two differ on a
+    malformed one is listed at `cluster.harmony.header.Repair`. Header text is never shown, also
+    when the turn is cut off inside it.
 
     Attributes:
-        part: what the last pushed token belonged to. `markup` are control tokens, header text, dropped tokens, and also the first tokens
-            of a turn without markup as long as they could be a header.
+        part: what the last pushed token belonged to. `markup` are control tokens, header text,
+            dropped tokens, and also the first tokens of a turn without markup as long as they could
+            be a header.
         has_tool_calls: whether the turn holds a call.
         num_reasoning_tokens: tokens in the bodies of analysis messages.
         num_messages: messages opened so far; a delta belongs to the last one.
         header: of the message whose body is being read; None outside.
-        turn_over: the turn has ended: `<|return|>`, `<|call|>`, `<|endoftext|>`, or the model opened somebody else's message.
+        turn_over: the turn has ended: `<|return|>`, `<|call|>`, `<|endoftext|>`, or the model
+            opened somebody else's message.
         repairs: how often the output departed from the format, by kind.
     """
 
@@ -87,7 +92,8 @@ class HarmonyParser:
         return self._on_body_text(token_id) if self._state is _State.BODY else self._on_header_text(token_id)
 
     def finish(self) -> list[Delta]:
-        """The last deltas, when no token will come any more: of an unfinished character. An unfinished header is dropped."""
+        """The last deltas, when no token will come any more: of an unfinished character. An
+        unfinished header is dropped."""
         if self._finished:
             return []
         self._finished = True
@@ -184,9 +190,11 @@ class HarmonyParser:
         self.header = None
 
     def _end_segment(self) -> bool:
-        """Keeps the header text behind the last control token. False: it names another role, and the turn is over.
+        """Keeps the header text behind the last control token. False: it names another role, and
+        the turn is over.
 
-        An unfinished character stays in the decoder: for the body, where the header turns out to be one.
+        An unfinished character stays in the decoder: for the body, where the header turns out to be
+        one.
         """
         text, self._text = self._text, ""
         match self._state:
@@ -202,7 +210,8 @@ class HarmonyParser:
         return True
 
     def _end_header_segment(self) -> bool:
-        """As `_end_segment`, at a control token: an unfinished character in front of it will not be finished."""
+        """As `_end_segment`, at a control token: an unfinished character in front of it will not be
+        finished."""
         self._text += self._decoder.flush()
         return self._end_segment()
 
@@ -263,7 +272,8 @@ class HarmonyParser:
         return deltas
 
     def _leave(self, *, called: bool = False) -> list[Delta]:
-        """Ends whatever is being read, for a token that begins or ends a message out of turn. Text that is no header is not lost."""
+        """Ends whatever is being read, for a token that begins or ends a message out of turn. Text
+        that is no header is not lost."""
         if self._state is _State.BODY:
             self.repairs["missing_end"] += 1
             deltas = self._show(self._decoder.flush())
@@ -277,7 +287,8 @@ class HarmonyParser:
         return deltas
 
     def _close_header(self, called: bool) -> list[Delta]:
-        """A header that ended without `<|message|>`: what it does not explain is the body; a recipient and `<|call|>` are a call."""
+        """A header that ended without `<|message|>`: what it does not explain is the body; a
+        recipient and `<|call|>` are a call."""
         if not self._end_header_segment():
             return []
         header = read_header(self._segments, self._tools, self.repairs)
@@ -288,7 +299,8 @@ class HarmonyParser:
         return self._open_body(header) + self._show(header.leftover)
 
     def _header_becomes_body(self, header: MessageHeader) -> list[Delta]:
-        """Opens a message whose `<|message|>` is missing; what the header does not explain begins its body."""
+        """Opens a message whose `<|message|>` is missing; what the header does not explain begins
+        its body."""
         deltas = self._open_body(header)
         self.part = header.kind
         if self.part == "reasoning":
@@ -296,7 +308,8 @@ class HarmonyParser:
         return deltas + self._show(header.leftover)
 
     def _count_unmarked(self) -> None:
-        """Counts that what is being read turned out to be no header; a role that never was begun counts as missing_start already."""
+        """Counts that what is being read turned out to be no header; a role that never was begun
+        counts as missing_start already."""
         if self._state is not _State.ROLE:
             self.repairs["missing_message"] += 1
         elif self._started:
@@ -304,7 +317,8 @@ class HarmonyParser:
 
 
 def _may_be_role(text: str, started: bool) -> bool:
-    """Whether more text, or a control token, could still make `text` the part of a header in front of `<|channel|>` or `<|message|>`.
+    """Whether more text, or a control token, could still make `text` the part of a header in front
+    of `<|channel|>` or `<|message|>`.
 
     Args:
         started: whether `<|start|>` stands in front.

@@ -1,8 +1,9 @@
 """A conversation as the token ids of a harmony prompt.
 
-Equal, token for token, to what openai/harmony's own renderer writes (oss-harmony 0.0.11) with three rules on top: system and developer
-messages become one developer message, analysis before the last final answer is left out, and results of parallel calls stand in the order
-of the calls. Text of clients and tools is always encoded with special tokens disabled.
+Equal, token for token, to what openai/harmony's own renderer writes (oss-harmony 0.0.11) with three
+rules on top: system and developer messages become one developer message, analysis before the last
+final answer is left out, and results of parallel calls stand in the order of the calls. Text of
+clients and tools is always encoded with special tokens disabled.
 """
 
 import re
@@ -18,7 +19,8 @@ from workers.errors import ContextLengthExceeded, InvalidRequest
 CHANNELS = ("analysis", "commentary", "final")
 
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-# Wider than the rule for declared tools: a name that the model made up comes back in the history and must not end the chat.
+# Wider than the rule for declared tools: a name that the model made up comes back in the history
+# and must not end the chat.
 _CALLED_NAME = re.compile(r"[^\s<>|]{1,128}")
 _USER_NAME = re.compile(r"[^\s<|\\/>]{1,64}")
 
@@ -29,12 +31,13 @@ def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: in
     Time is linear in the conversation's length, or in `max_tokens` where that is less.
 
     Args:
-        max_tokens: refuse a longer prompt as soon as that shows: by its characters before anything is encoded, or without encoding the
-            rest; None: any length.
+        max_tokens: refuse a longer prompt as soon as that shows: by its characters before anything
+            is encoded, or without encoding the rest; None: any length.
     Raises:
         ContextLengthExceeded: longer than max_tokens.
-        InvalidRequest: no messages; a tool, a schema or a name that cannot be used; a tool result without its call, or a second one.
-            `param` names the place as OpenAI's clients spell it, such as `messages[3].tool_call_id`.
+        InvalidRequest: no messages; a tool, a schema or a name that cannot be used; a tool result
+            without its call, or a second one. `param` names the place as OpenAI's clients spell it,
+            such as `messages[3].tool_call_id`.
     """
     if not conversation.messages:
         raise InvalidRequest("messages must have at least one message.", "messages")
@@ -65,7 +68,8 @@ def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: in
 def _check_size(
     num_developer_chars: int, conversation: Conversation, last_final: int, max_chars: int, max_tokens: int
 ) -> None:
-    """Refuse a prompt whose text is too long whatever its tokens are. Counts what is written, and only that."""
+    """Refuse a prompt whose text is too long whatever its tokens are. Counts what is written, and
+    only that."""
     num_chars = num_developer_chars
     for index, message in enumerate(conversation.messages):
         if message.role in ("user", "assistant", "tool"):
@@ -80,7 +84,8 @@ def _check_size(
 
 def _too_long(max_tokens: int) -> ContextLengthExceeded:
     return ContextLengthExceeded(
-        f"This model's maximum context length is {max_tokens} tokens. However, your messages resulted in more than {max_tokens} tokens. "
+        f"This model's maximum context length is {max_tokens} tokens. However, your messages resulted in "
+        f"more than {max_tokens} tokens. "
         "Please reduce the length of the messages.",
         "messages",
     )
@@ -167,7 +172,8 @@ def _write_assistant(writer: _Writer, message: ChatMessage, keep_reasoning: bool
 
 
 def _is_final(message: ChatMessage) -> bool:
-    """Whether the message ends a turn: not one that calls tools, and not one that was cut off while it reasoned."""
+    """Whether the message ends a turn: not one that calls tools, and not one that was cut off while
+    it reasoned."""
     return (
         message.role == "assistant"
         and not message.tool_calls
@@ -176,7 +182,8 @@ def _is_final(message: ChatMessage) -> bool:
 
 
 def _last_final(messages: tuple[ChatMessage, ...]) -> int:
-    """Index of the last final answer, -1 without one. Reasoning up to there is history that the model does not see again."""
+    """Index of the last final answer, -1 without one. Reasoning up to there is history that the
+    model does not see again."""
     return next((index for index in range(len(messages) - 1, -1, -1) if _is_final(messages[index])), -1)
 
 
@@ -185,7 +192,8 @@ def _user_name(message: ChatMessage, index: int) -> str | None:
         return None
     if not _USER_NAME.fullmatch(message.name):
         raise InvalidRequest(
-            f"messages[{index}].name must have 1 to 64 characters, without blanks and without < > | / and backslash.",
+            f"messages[{index}].name must have 1 to 64 characters, without blanks and without < > | / and "
+            f"backslash.",
             f"messages[{index}].name",
         )
     return message.name
@@ -247,9 +255,11 @@ def _take_call(call_id: str | None, open_calls: dict[str, _Call], answered: set[
 
 
 def _in_call_order(messages: tuple[ChatMessage, ...], called: dict[int, _Call]) -> Iterator[int]:
-    """Message indices in the order of rendering: neighbouring tool results in the order of their calls.
+    """Message indices in the order of rendering: neighbouring tool results in the order of their
+    calls.
 
-    Harmony has no call ids, so with two calls of one function the order alone tells the model which result is whose.
+    Harmony has no call ids, so with two calls of one function the order alone tells the model which
+    result is whose.
     """
     for is_result, run in groupby(range(len(messages)), key=lambda index: messages[index].role == "tool"):
         indices = list(run)

@@ -18,10 +18,13 @@ class StopResult:
 
 
 class StopStrings:
-    """Finds the stop string that is complete first, and holds back only text that may still become one.
+    """Finds the stop string that is complete first, and holds back only text that may still become
+    one.
 
-    Of several stop strings that end at the same character the longest is taken, so the answer does not depend on how the text is split.
-    Follows: Aho and Corasick, "Efficient string matching", CACM 1975. Building takes time and memory in proportion to the stop strings,
+    Of several stop strings that end at the same character the longest is taken, so the answer does
+    not depend on how the text is split.
+    Follows: Aho and Corasick, "Efficient string matching", CACM 1975. Building takes time and
+        memory in proportion to the stop strings,
     a push in proportion to its text.
     """
 
@@ -76,7 +79,8 @@ class StopStrings:
         self._match[node] = stop
 
     def _link(self) -> None:
-        """Gives each node, breadth first, the node of its longest proper suffix that is also a beginning of a stop string."""
+        """Gives each node, breadth first, the node of its longest proper suffix that is also a
+        beginning of a stop string."""
         queue = list(self._next[0].values())
         for node in queue:
             for character, child in self._next[node].items():

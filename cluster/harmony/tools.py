@@ -1,8 +1,9 @@
 """A tool's JSON schema as the TypeScript-like type that gpt-oss was trained to read.
 
-The text equals what openai/harmony's renderer writes (`json_schema_to_typescript` in its src/encoding.rs), oddities included: the models
-know no other form. Among them: `anyOf`, `allOf` and `$ref` become `any`, only `oneOf` lists its variants; the further lines of a
-property's description have no `//`; the first variant of a `oneOf` loses its own description where the property has one.
+The text equals what openai/harmony's renderer writes (`json_schema_to_typescript` in its
+src/encoding.rs), oddities included: the models know no other form. Among them: `anyOf`, `allOf` and
+`$ref` become `any`, only `oneOf` lists its variants; the further lines of a property's description
+have no `//`; the first variant of a `oneOf` loses its own description where the property has one.
 """
 
 import json
@@ -23,7 +24,8 @@ def check_schema(schema: object, param: str) -> None:
     Args:
         param: how the client calls `schema`, such as `tools[0].function.parameters`.
     Raises:
-        InvalidRequest: not an object, a keyword has the wrong type, a value that JSON does not have, or deeper than MAX_NESTING.
+        InvalidRequest: not an object, a keyword has the wrong type, a value that JSON does not
+            have, or deeper than MAX_NESTING.
     """
     _check_nesting(schema, param)
     if not isinstance(schema, Mapping):
@@ -152,7 +154,8 @@ def _default(schema: Mapping[str, object], quote_enum: bool = False) -> str:
 
 
 def json_text(value: object) -> str:
-    """JSON as Rust's serde_json writes it: no blanks, characters unescaped, floats in their shortest form."""
+    """JSON as Rust's serde_json writes it: no blanks, characters unescaped, floats in their
+    shortest form."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{json_text(key)}:{json_text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):

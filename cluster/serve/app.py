@@ -1,7 +1,9 @@
-"""The Ray Serve application: `import_path: cluster.serve.app:build` in a Serve YAML, with `args` as in `cluster.config.AppConfig`.
+"""The Ray Serve application: `import_path: cluster.serve.app:build` in a Serve YAML, with `args` as
+in `cluster.config.AppConfig`.
 
-Serve starts every replica of both deployments anew when `args` change, since it makes them part of the code's version. What may change
-without that stands in the YAML's `deployments`: how many replicas there are, and a gateway's run-time settings in its `user_config`.
+Serve starts every replica of both deployments anew when `args` change, since it makes them part of
+the code's version. What may change without that stands in the YAML's `deployments`: how many
+replicas there are, and a gateway's run-time settings in its `user_config`.
 """
 
 from typing import Any
@@ -29,14 +31,15 @@ GRPC_SERVICERS = (
 """For Serve's `grpc_options.grpc_servicer_functions`; its gRPC server adds reflection itself."""
 
 _NO_LIMIT = 1_000_000
-"""The gateway has its own admission control, which answers in OpenAI's form; Serve's would come first and answer in its own."""
+"""The gateway has its own admission control, which answers in OpenAI's form; Serve's would come
+first and answer in its own."""
 _STOP_S = 10.0
 """Seconds that a replica has to end after its running requests have ended or used up their time."""
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Check the arguments and all else that needs no GPU, then return the application. Serve's entry: while this fails, the version that
-    runs goes on.
+    """Check the arguments and all else that needs no GPU, then return the application. Serve's
+    entry: while this fails, the version that runs goes on.
 
     Raises:
         RayServeException: one sentence, which Serve shows as the application's status.
@@ -75,9 +78,11 @@ def application(config: AppConfig, *, replicas: int = 1, gateways: int = 1) -> s
         ingress,
         name=GATEWAY_DEPLOYMENT,
         num_replicas=gateways,
-        # A gateway takes what CPU is left: on a small machine it must not wait for an engine to give one back.
+        # A gateway takes what CPU is left: on a small machine it must not wait for an engine to
+        # give one back.
         ray_actor_options={"num_cpus": 0},
-        # It needs no GPU either, so there is always room to start the new ones before the old ones stop.
+        # It needs no GPU either, so there is always room to start the new ones before the old ones
+        # stop.
         max_surge_percent=100,
         user_config={},
         max_ongoing_requests=_NO_LIMIT,
@@ -94,7 +99,8 @@ def application(config: AppConfig, *, replicas: int = 1, gateways: int = 1) -> s
 
 
 def _resources(args: AppConfig) -> dict[str, Any]:
-    """What Ray reserves for a replica, and its threads. Ray shows a process only the GPUs it has."""
+    """What Ray reserves for a replica, and its threads. Ray shows a process only the GPUs it
+    has."""
     bundles = replica_bundles(args)
     if len(bundles) == 1:
         options: dict[str, Any] = {"num_cpus": bundles[0]["CPU"], "num_gpus": bundles[0].get("GPU", 0)}
@@ -108,5 +114,6 @@ def _resources(args: AppConfig) -> dict[str, Any]:
 
 
 def _threads(num_threads: int) -> dict[str, Any]:
-    # Ray sets OMP_NUM_THREADS itself, but not where a node was started with one, as `ray up` does, and says nothing of how threads wait.
+    # Ray sets OMP_NUM_THREADS itself, but not where a node was started with one, as `ray up` does,
+    # and says nothing of how threads wait.
     return {"runtime_env": {"env_vars": thread_environment(num_threads)}}

@@ -1,8 +1,10 @@
-"""What Ray Serve tells the processes of an application about each other. All use of Ray's private or alpha interfaces is in this module.
+"""What Ray Serve tells the processes of an application about each other. All use of Ray's private
+or alpha interfaces is in this module.
 
-Serve's controller sends every change of a deployment's replicas to whoever listens by long poll; its own routers live on the same
-messages. An entry carries what the replica returned from `record_replica_metadata`, for an engine the address of its gRPC server, and last
-from `record_routing_stats`, how busy it is.
+Serve's controller sends every change of a deployment's replicas to whoever listens by long poll;
+its own routers live on the same messages. An entry carries what the replica returned from
+`record_replica_metadata`, for an engine the address of its gRPC server, and last from
+`record_routing_stats`, how busy it is.
 """
 
 import asyncio
@@ -26,7 +28,8 @@ from cluster.metrics import Scrape
 from cluster.serve.ray_environment import FAST_INGRESS
 
 ADDRESS_KEY, START_ID_KEY, SECRET_KEY = "engine_address", "engine_start_id", "engine_secret"
-"""Keys of an engine's metadata. The secret is for gateways alone: metadata are neither logged nor shown."""
+"""Keys of an engine's metadata. The secret is for gateways alone: metadata are neither logged nor
+shown."""
 SERVE_LOGGER = "ray.serve"
 BUILDER = "cluster.serve.app:build"
 
@@ -38,7 +41,8 @@ _PAGE_TIMEOUT_S = 2.0
 
 
 class ServeReplicas(ReplicaSet):
-    """The ready replicas of the engine's deployment, as Serve's controller reports them. Belongs to the loop it is made in."""
+    """The ready replicas of the engine's deployment, as Serve's controller reports them. Belongs to
+    the loop it is made in."""
 
     def __init__(self, engine: DeploymentHandle[Any]) -> None:
         super().__init__()
@@ -88,7 +92,8 @@ class ServeReplicas(ReplicaSet):
 
 
 class ServeFleet:
-    """The `cluster.metrics.FleetView` of a gateway's replica: Serve calls all gateways, and knows how many engines it was asked for.
+    """The `cluster.metrics.FleetView` of a gateway's replica: Serve calls all gateways, and knows
+    how many engines it was asked for.
 
     Args:
         engine: the engines' deployment.
@@ -107,7 +112,8 @@ class ServeFleet:
         return Scrape("gateway", "", text, self._id)
 
     async def gateways(self, own: str) -> Sequence[Scrape]:
-        """See FleetView. A gateway that does not answer keeps the others from being shown: only `own` is returned then."""
+        """See FleetView. A gateway that does not answer keeps the others from being shown: only
+        `own` is returned then."""
         try:
             answers = await self._gateways.broadcast("metrics_page").results_async(
                 timeout_s=_PAGE_TIMEOUT_S, return_exceptions=True
@@ -141,7 +147,8 @@ def missing_ingress_variables() -> dict[str, str]:
 
 
 def deployment_options(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the Serve YAML says of each deployment of the application with these `args`, as the controller has it; none without one."""
+    """What the Serve YAML says of each deployment of the application with these `args`, as the
+    controller has it; none without one."""
     client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     if client is None:
         return {}
@@ -158,7 +165,8 @@ def deployment_options(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def hard_stop_s() -> float:
-    """How long HAProxy keeps streams that began before its last reload, if the nodes were started like this one."""
+    """How long HAProxy keeps streams that began before its last reload, if the nodes were started
+    like this one."""
     return (
         float(constants.RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S)
         if constants.RAY_SERVE_ENABLE_HA_PROXY

@@ -1,4 +1,5 @@
-"""The gateway's deployment, Serve's ingress: HTTP through the FastAPI app, gRPC through methods that Serve calls by their names."""
+"""The gateway's deployment, Serve's ingress: HTTP through the FastAPI app, gRPC through methods
+that Serve calls by their names."""
 
 import asyncio
 import contextlib
@@ -50,7 +51,8 @@ class GatewayReplica:
     """The class behind the deployment `gateway`; `serve.ingress()` makes it an ASGI app.
 
     Args:
-        engine: the engines' deployment; only its identity is used, requests go to the engines' own servers.
+        engine: the engines' deployment; only its identity is used, requests go to the engines' own
+            servers.
     """
 
     async def __init__(self, engine: DeploymentHandle[Any], config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -64,7 +66,8 @@ class GatewayReplica:
         self._service, self._infos = build_service(config, load_encoding(config), self._replicas, self._fleet)
         self._servicer = InferenceServicer(self._service, config.gateway)
         self._watching = asyncio.create_task(_watch_engines(self._replicas, config))
-        # One that takes the place of another should know the engines before it gets requests; the first one has none to know.
+        # One that takes the place of another should know the engines before it gets requests; the
+        # first one has none to know.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_WORD_S):
                 await self._replicas.heard()
@@ -72,7 +75,8 @@ class GatewayReplica:
                     await self._infos.first()
 
     async def reconfigure(self, user_config: object) -> None:
-        """Serve's hook: take over what the YAML's `user_config` says, at the start and whenever it changes.
+        """Serve's hook: take over what the YAML's `user_config` says, at the start and whenever it
+        changes.
 
         Raises:
             ConfigError: it is wrong at the start.
@@ -130,7 +134,8 @@ class GatewayReplica:
     async def Check(
         self, request: bytes | health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> health_pb2.HealthCheckResponse:
-        """grpc.health.v1.Health: the server as a whole is up; the Inference service serves while a replica answers."""
+        """grpc.health.v1.Health: the server as a whole is up; the Inference service serves while a
+        replica answers."""
         context = _Context(grpc_context)
         try:
             request = decoded(request, health_pb2.HealthCheckRequest)
@@ -150,14 +155,16 @@ class GatewayReplica:
     async def Watch(
         self, request: bytes | health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
-        """grpc.health.v1.Health: refused as its definition allows. Serve ends a replica after its last call, and this has no end."""
+        """grpc.health.v1.Health: refused as its definition allows. Serve ends a replica after its
+        last call, and this has no end."""
         await _Context(grpc_context).abort(
             grpc.StatusCode.UNIMPLEMENTED, "Watch is not offered here; call Check from time to time."
         )
         yield health_pb2.HealthCheckResponse()  # makes this a stream
 
     async def __del__(self) -> None:
-        # Serve's hook for the end of a replica, after its requests have ended; it may run before __init__ got far.
+        # Serve's hook for the end of a replica, after its requests have ended; it may run before
+        # __init__ got far.
         watching = getattr(self, "_watching", None)
         if watching is not None:
             watching.cancel()
@@ -174,14 +181,17 @@ def _warn_of_environment(config: AppConfig) -> None:
     missing = missing_ingress_variables()
     if missing:
         logger.warning(
-            "This Ray runs Serve's slower ingress: about four times the CPU per token. Before Ray is started on each node, set %s "
+            "This Ray runs Serve's slower ingress: about four times the CPU per token. Before Ray is "
+            "started on each node, set %s "
             "(`cantata serve` does).",
             " ".join(f"{name}={value}" for name, value in missing.items()),
         )
     if hard_stop_s() < config.gateway_drain_timeout_s:
         logger.warning(
-            "gateway_drain_timeout_s is %g, but after %g s HAProxy cuts the streams of a gateway that is replaced. Before Ray is started "
-            "on each node, set RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S to at least as much (`cantata serve` sets %d).",
+            "gateway_drain_timeout_s is %g, but after %g s HAProxy cuts the streams of a gateway that is "
+            "replaced. Before Ray is started "
+            "on each node, set RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S to at least as much (`cantata serve` "
+            "sets %d).",
             config.gateway_drain_timeout_s,
             hard_stop_s(),
             HAPROXY_HARD_STOP_S,
@@ -189,7 +199,8 @@ def _warn_of_environment(config: AppConfig) -> None:
 
 
 async def _watch_engines(replicas: ServeReplicas, config: AppConfig) -> None:
-    """While no engine serves, say each minute what is missing: Ray and Serve wait without an end, and say little."""
+    """While no engine serves, say each minute what is missing: Ray and Serve wait without an end,
+    and say little."""
     bundles, without_since = replica_bundles(config), time.monotonic()
     while True:
         await asyncio.sleep(_REPORT_PERIOD_S)
@@ -206,7 +217,8 @@ async def _watch_engines(replicas: ServeReplicas, config: AppConfig) -> None:
             logger.warning("No engine can start, for %.0f s now: %s; %s", waited_s, lack, _way_out(config))
         else:
             logger.warning(
-                "No engine serves, for %.0f s now: there is room, so they are loading or fail (`serve status` says)",
+                "No engine serves, for %.0f s now: there is room, so they are loading or fail (`serve "
+                "status` says)",
                 waited_s,
             )
 
@@ -223,7 +235,8 @@ class _Context:
         self.written: asyncio.Queue[pb.ChatEvent | None] = asyncio.Queue(_MAX_UNSENT_EVENTS)
 
     async def run(self, method: Awaitable[None]) -> None:
-        """A streaming method to its end, then the None behind what it wrote. Cancelled: nobody reads any more."""
+        """A streaming method to its end, then the None behind what it wrote. Cancelled: nobody
+        reads any more."""
         try:
             await method
         except asyncio.CancelledError:
@@ -248,7 +261,8 @@ class _Context:
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str]] = ()
     ) -> NoReturn:
-        """Ends the call with a status. Serve sends what its context holds when the method raises."""
+        """Ends the call with a status. Serve sends what its context holds when the method
+        raises."""
         self._context.set_code(code)
         self._context.set_details(details)
         self._context.set_trailing_metadata([*self._context.trailing_metadata(), *trailing_metadata])

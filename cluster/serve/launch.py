@@ -1,5 +1,5 @@
-"""`cantata serve` without --standalone: starts a Ray on this machine with Serve's fast ingress, runs the application, and takes all of it
-down again on SIGINT or SIGTERM."""
+"""`cantata serve` without --standalone: starts a Ray on this machine with Serve's fast ingress,
+runs the application, and takes all of it down again on SIGINT or SIGTERM."""
 
 import dataclasses
 import logging
@@ -47,7 +47,8 @@ def serve_on_ray(config: CantataConfig) -> int:
     ):
         if port == 0:
             raise ConfigError(
-                f"{name} is 0, a free port, which Ray Serve cannot choose; give a number, or serve with --standalone"
+                f"{name} is 0, a free port, which Ray Serve cannot choose; give a number, or serve with "
+                f"--standalone"
             )
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -93,7 +94,8 @@ def _summary(config: CantataConfig, info: EngineInfo) -> str:
         grpc=(config.listen.host, config.listen.grpc_port),
         needs_key=bool(config.gateway.api_keys),
         exposure=[
-            "Ray Serve also opens ports on all interfaces: HAProxy's statistics and metrics (8404, 9101) and the gateways' own gRPC "
+            "Ray Serve also opens ports on all interfaces: HAProxy's statistics and metrics (8404, 9101) "
+            "and the gateways' own gRPC "
             "(40000 upwards, 9500); close them to others with a firewall, or serve with --standalone",
         ],
     )
@@ -120,7 +122,8 @@ def _run(config: CantataConfig) -> int:
             address="local",
             namespace="serve",
             include_dashboard=False,
-            num_cpus=usable_cores(),  # what the engines' threads are counted by; Ray's own count ignores affinity
+            # what the engines' threads are counted by; Ray's own count ignores affinity
+            num_cpus=usable_cores(),
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.WARNING,
         )
@@ -130,7 +133,8 @@ def _run(config: CantataConfig) -> int:
     except KeyboardInterrupt:
         print("stopping: running requests are given time to end", file=sys.stderr, flush=True)
     except Exception as error:
-        # The process's edge: Ray raises what it likes when it or the application cannot start, with the reason in the text.
+        # The process's edge: Ray raises what it likes when it or the application cannot start, with
+        # the reason in the text.
         print(f"{error}\ncantata: serving on Ray did not start; the reason stands above", file=sys.stderr)
         return 1
     finally:
@@ -145,8 +149,8 @@ def _run(config: CantataConfig) -> int:
 
 def _serve_application(config: CantataConfig) -> None:
     """Returns by KeyboardInterrupt."""
-    # For this process alone, now that Ray's have started: RAY_SERVE_THROUGHPUT_OPTIMIZED takes away the event loop that a handle
-    # needs where none runs.
+    # For this process alone, now that Ray's have started: RAY_SERVE_THROUGHPUT_OPTIMIZED takes away
+    # the event loop that a handle needs where none runs.
     os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions
@@ -181,7 +185,8 @@ def _serve_application(config: CantataConfig) -> None:
 
 
 def reason(message: str) -> str:
-    """Shorten what Serve says of a deployment that failed: of a traceback to its last line, which is the error."""
+    """Shorten what Serve says of a deployment that failed: of a traceback to its last line, which
+    is the error."""
     return (
         message.strip().rpartition("\n")[2]
         if "Traceback (most recent call last)" in message

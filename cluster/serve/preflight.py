@@ -1,5 +1,6 @@
-"""What can be known of a Serve application before any of it starts. All that needs no GPU is checked here: Serve goes on with the version
-that runs when the next one cannot be built, but not when its engines fail."""
+"""What can be known of a Serve application before any of it starts. All that needs no GPU is
+checked here: Serve goes on with the version that runs when the next one cannot be built, but not
+when its engines fail."""
 
 import logging
 import os
@@ -33,7 +34,8 @@ _BY_RAYS_NAME: Mapping[str, Gpu] = {
 
 
 def check_application(config: AppConfig) -> None:
-    """Check that the checkpoint is whole, that it can be split as configured, and that what each rank holds fits its memory.
+    """Check that the checkpoint is whole, that it can be split as configured, and that what each
+    rank holds fits its memory.
 
     Raises:
         CheckpointError: config, tokenizer or the header of a weight file is missing or wrong.
@@ -68,25 +70,29 @@ def check_deployments(config: AppConfig, options: Mapping[str, Mapping[str, Any]
     for name, said in options.items():
         if said.get("autoscaling_config") is not None or said.get("num_replicas") == "auto":
             raise ConfigError(
-                f"deployment {name}: Serve's autoscaling does not see the requests, which go to engines directly, and would stop all "
+                f"deployment {name}: Serve's autoscaling does not see the requests, which go to engines "
+                f"directly, and would stop all "
                 "but min_replicas; set num_replicas to a number instead of autoscaling_config or auto"
             )
     reconfigured(config.gateway, options.get("gateway", {}).get("user_config"))
     if options.get("engine", {}).get("user_config"):
         raise ConfigError(
-            "deployment engine: it has no settings that change at run time; instead of user_config use args.engine"
+            "deployment engine: it has no settings that change at run time; instead of user_config use "
+            "args.engine"
         )
 
 
 def check_memory(
     config: AppConfig, model: ModelConfig, shards: Sequence[RankShard], kinds: Iterable[str] | None
 ) -> None:
-    """Check by arithmetic that a rank's weights and one sequence fit, leaving out what only an engine can measure (activations, libraries).
+    """Check by arithmetic that a rank's weights and one sequence fit, leaving out what only an
+    engine can measure (activations, libraries).
 
     Args:
         kinds: of the GPUs that the cluster has, by Ray's names; None: not known.
     Raises:
-        ConfigError: they fit none of these GPUs, or the KV cache of engine.cache.memory_bytes holds no sequence.
+        ConfigError: they fit none of these GPUs, or the KV cache of engine.cache.memory_bytes holds
+            no sequence.
     """
     engine = config.engine
     packed = True if engine.quantize == "mxfp4" else None
@@ -128,7 +134,8 @@ def _check_gpu(engine: EngineConfig, shape: ModelConfig, gpu: Gpu, weight_bytes:
     )
     if weight_bytes + memory.num_bytes > gpu.memory_bytes:
         raise ConfigError(
-            f"{weight_bytes / GIB:.2f} GiB of weights and {memory.num_bytes / GIB:.2f} of KV cache are more than its "
+            f"{weight_bytes / GIB:.2f} GiB of weights and {memory.num_bytes / GIB:.2f} of KV cache are more "
+            f"than its "
             f"{gpu.memory_bytes / GIB:.2f}; lower engine.cache.memory_bytes or raise engine.parallel.tensor"
         )
     _check_kv(engine, shape, memory.num_bytes, memory.source)

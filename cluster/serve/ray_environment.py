@@ -1,22 +1,26 @@
-"""Variables that Ray and Serve read when their processes start: a Serve YAML cannot set them, so whatever starts Ray has to.
+"""Variables that Ray and Serve read when their processes start: a Serve YAML cannot set them, so
+whatever starts Ray has to.
 
-`cantata serve` does so itself; `deploy/ray`, the chart and docs/operations.md repeat this table, and tests compare them with it. Imports
-nothing of Ray: it must be read before Ray is.
+`cantata serve` does so itself; `deploy/ray`, the chart and docs/operations.md repeat this table,
+and tests compare them with it. Imports nothing of Ray: it must be read before Ray is.
 """
 
 FAST_INGRESS = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 """Serve's fast ingress: about a quarter of the CPU per token."""
 
 HAPROXY_HARD_STOP_S = 3600
-"""A change of the gateways reloads HAProxy, and the process before the reload lives on with the streams it has, this long at most (Ray's
-default is 120 s). Serve keeps the ports of gateways that have ended from reuse for 30 s more than that, since the old process may still
-send requests there."""
+"""A change of the gateways reloads HAProxy, and the process before the reload lives on with the
+streams it has, this long at most (Ray's default is 120 s). Serve keeps the ports of gateways that
+have ended from reuse for 30 s more than that, since the old process may still send requests
+there."""
 
 RAY_ENVIRONMENT = FAST_INGRESS | {
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(HAPROXY_HARD_STOP_S),
-    # Anyone who reaches Ray's ports can run code: they need the token in ~/.ray/auth_token, which Ray makes.
+    # Anyone who reaches Ray's ports can run code: they need the token in ~/.ray/auth_token, which
+    # Ray makes.
     "RAY_AUTH_MODE": "token",
-    # Makes Ray take 127.0.0.1 for this node's address and bind its ports there (named after the systems where that is the default).
+    # Makes Ray take 127.0.0.1 for this node's address and bind its ports there (named after the
+    # systems where that is the default).
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # No load balancer has to notice that this ingress goes away.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
@@ -29,7 +33,8 @@ RAY_ENVIRONMENT = FAST_INGRESS | {
 ONE_MACHINE_ONLY = frozenset(
     {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"}
 )
-"""Of these, what holds for a Ray of one machine without a load balancer; a cluster's nodes get the others."""
+"""Of these, what holds for a Ray of one machine without a load balancer; a cluster's nodes get the
+others."""
 
 CLUSTER_ENVIRONMENT = {name: value for name, value in RAY_ENVIRONMENT.items() if name not in ONE_MACHINE_ONLY}
 """What every node of a cluster is started with."""

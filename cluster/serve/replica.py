@@ -1,5 +1,6 @@
-"""The engine's deployment: one replica is one engine with its gRPC server. Serve starts, watches, restarts and drains it; requests do not
-pass through Serve, gateways call the replica's own server."""
+"""The engine's deployment: one replica is one engine with its gRPC server. Serve starts, watches,
+restarts and drains it; requests do not pass through Serve, gateways call the replica's own
+server."""
 
 import asyncio
 import contextlib
@@ -36,7 +37,8 @@ class EngineReplica:
     async def __init__(self, config: EngineConfig, host: str, drain_timeout_s: float) -> None:  # type: ignore[misc]  # Serve awaits it
         self._drain_timeout_s = drain_timeout_s
         self._started = False
-        # An engine that cannot start raises CheckpointError or ConfigError here; Serve shows it as the application's status.
+        # An engine that cannot start raises CheckpointError or ConfigError here; Serve shows it as
+        # the application's status.
         self._heartbeat_timeout_s = config.heartbeat_timeout_s
         self._secret = secrets.token_urlsafe(32)
         self._server = EngineServer(executor_factory=_executor, secret=self._secret)
@@ -48,24 +50,28 @@ class EngineReplica:
         self._leaving = asyncio.create_task(self._leave_when_it_ends())
 
     async def reconfigure(self, user_config: object) -> None:
-        """Serve's hook, at the start and when the YAML's `user_config` changes: an engine takes nothing over at run time.
+        """Serve's hook, at the start and when the YAML's `user_config` changes: an engine takes
+        nothing over at run time.
 
         Raises:
             ConfigError: there is something in it at the start.
         """
         if user_config and not self._started:
             raise ConfigError(
-                "deployment engine: it has no settings that change at run time; instead of user_config use args.engine"
+                "deployment engine: it has no settings that change at run time; instead of user_config use "
+                "args.engine"
             )
         if user_config:
             # Serve would stop this replica, and start others that cannot start.
             logger.error(
-                "The engine has no settings that change at run time: user_config is not used, put it under args.engine"
+                "The engine has no settings that change at run time: user_config is not used, put it under "
+                "args.engine"
             )
         self._started = True
 
     def record_replica_metadata(self) -> dict[str, str]:
-        """Once, when the replica is ready: Serve sends it to every gateway, inside the cluster and nowhere else."""
+        """Once, when the replica is ready: Serve sends it to every gateway, inside the cluster and
+        nowhere else."""
         return {
             ADDRESS_KEY: self._address,
             START_ID_KEY: self._server.start_up.info.start_id,
@@ -78,7 +84,8 @@ class EngineReplica:
         return {"num_running": load.num_running, "num_waiting": load.num_waiting, "kv_usage": load.kv_usage}
 
     async def check_health(self) -> None:
-        """Raises when the engine has ended or hangs: Serve replaces the replica. If the process is stopped, this gives no answer."""
+        """Raises when the engine has ended or hangs: Serve replaces the replica. If the process is
+        stopped, this gives no answer."""
         if self._server.ended.is_set():
             raise EngineDead(f"the engine has ended: {self._server.engine.error or 'it was drained'}")
         stalled_s = self._server.engine.watch.stalled_s
@@ -88,8 +95,8 @@ class EngineReplica:
             )
 
     async def _leave_when_it_ends(self) -> None:
-        # Serve would ask for our health three times and then wait for requests to end, and send more of them meanwhile. A process that
-        # is gone is replaced at once.
+        # Serve would ask for our health three times and then wait for requests to end, and send
+        # more of them meanwhile. A process that is gone is replaced at once.
         await self._server.ended.wait()
         reason = self._server.engine.error or "it was drained"
         logger.error("the engine has ended, and this replica ends so that Serve starts another: %s", reason)

@@ -13,7 +13,8 @@ _ACCELERATOR = "accelerator_type:"
 
 
 def replica_bundles(config: AppConfig) -> list[dict[str, float]]:
-    """The resources of a replica, a bundle for each rank. The engine's own process runs beside rank 0 and claims nothing."""
+    """The resources of a replica, a bundle for each rank. The engine's own process runs beside rank
+    0 and claims nothing."""
     num_ranks, cpus = config.engine.parallel.tensor, config.engine_cpus or 1
     bundle: dict[str, float] = {"CPU": max(1, cpus // num_ranks) if cpus >= 1 else cpus / num_ranks}
     if not config.engine.device.startswith("cpu"):
@@ -22,14 +23,16 @@ def replica_bundles(config: AppConfig) -> list[dict[str, float]]:
 
 
 def bundle_strategy(bundles: Sequence[Bundle]) -> str:
-    """STRICT_PACK if some node of the running cluster is large enough for all bundles, else PACK: as few nodes as can be."""
+    """STRICT_PACK if some node of the running cluster is large enough for all bundles, else PACK:
+    as few nodes as can be."""
     return (
         "STRICT_PACK" if any(_num_fitting(node, bundles[0]) >= len(bundles) for node in _nodes()) else "PACK"
     )
 
 
 def accelerators() -> set[str] | None:
-    """What kinds of GPUs the running cluster has, by Ray's names; None: a node does not say, or none has any."""
+    """What kinds of GPUs the running cluster has, by Ray's names; None: a node does not say, or
+    none has any."""
     found: set[str] = set()
     for node in _nodes():
         if node.get("GPU", 0):
@@ -41,7 +44,8 @@ def accelerators() -> set[str] | None:
 
 
 def shortage(bundles: Sequence[Bundle], num_replicas: int = 1) -> str | None:
-    """Why so many replicas cannot be placed, in half a sentence that says what is wanted and what is free; None if they can be.
+    """Why so many replicas cannot be placed, in half a sentence that says what is wanted and what
+    is free; None if they can be.
 
     Args:
         bundles: of one replica, all alike.
@@ -54,7 +58,10 @@ def shortage(bundles: Sequence[Bundle], num_replicas: int = 1) -> str | None:
     wanted = " and ".join(_amount(name, amount * num_bundles) for name, amount in bundle.items())
     there = " and ".join(f"{free.get(name, 0):g} of {_amount(name, total.get(name, 0))}" for name in bundle)
     of = f"of {len(bundles)} rank{'s' * (len(bundles) > 1)}"
-    return f"{num_replicas} replica{'s' * (num_replicas > 1)} {of} want{'s' * (num_replicas == 1)} {wanted}, free are {there}"
+    return (
+        f"{num_replicas} replica{'s' * (num_replicas > 1)} {of} want{'s' * (num_replicas == 1)} "
+        f"{wanted}, free are {there}"
+    )
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -10,7 +10,8 @@ _POLL_S = 0.05
 
 
 def live_members(session: int) -> list[int]:
-    """PIDs of a session's processes, without those that have ended and wait for their parent to notice."""
+    """PIDs of a session's processes, without those that have ended and wait for their parent to
+    notice."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -27,7 +28,8 @@ async def end_session(session: int, timeout_s: float) -> list[int]:
     """Kill what is left of a session whose leader has ended, and wait until nothing is.
 
     Returns:
-        PIDs of those that have not ended within timeout_s: they hang in the kernel, perhaps in a driver.
+        PIDs of those that have not ended within timeout_s: they hang in the kernel, perhaps in a
+        driver.
     """
     for pid in live_members(session):
         with contextlib.suppress(ProcessLookupError):

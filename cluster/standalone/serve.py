@@ -1,4 +1,5 @@
-"""`cantata serve --standalone`: engines as child processes, the gateway's HTTP and gRPC servers in this one. No Ray; on loopback."""
+"""`cantata serve --standalone`: engines as child processes, the gateway's HTTP and gRPC servers in
+this one. No Ray; on loopback."""
 
 import asyncio
 import logging
@@ -36,7 +37,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 3600.0
-"""For an engine to load its model: a large checkpoint on a slow disk takes long, and shows how far it is."""
+"""For an engine to load its model: a large checkpoint on a slow disk takes long, and shows how far
+it is."""
 DRAIN_S = 30.0
 """What running requests get to end after the first SIGINT or SIGTERM."""
 CUT_S = 5.0
@@ -119,7 +121,8 @@ async def _serve_gateway(
     stop: StopSignals,
     engines: Sequence[EngineProcess],
 ) -> None:
-    """Both servers, until a stop is asked for and running requests have ended or have had their time.
+    """Both servers, until a stop is asked for and running requests have ended or have had their
+    time.
 
     Raises:
         EngineFailed: no engine will serve any more.
@@ -130,7 +133,8 @@ async def _serve_gateway(
         grpc_server = await start_grpc_server(service, grpc_address, config.gateway)
     except OSError:
         raise ConfigError(
-            f"cannot listen on {config.listen.host} port {config.listen.grpc_port}; set listen.grpc_port to another"
+            f"cannot listen on {config.listen.host} port {config.listen.grpc_port}; set listen.grpc_port to "
+            f"another"
         ) from None
     http_server = HttpServer(
         build_app(service, config.gateway), config.gateway, service.metrics, graceful_s=DRAIN_S + CUT_S

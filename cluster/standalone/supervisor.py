@@ -1,4 +1,5 @@
-"""Engines as child processes of this one: started, watched, restarted when they die, given up when they only crash, stopped with it."""
+"""Engines as child processes of this one: started, watched, restarted when they die, given up when
+they only crash, stopped with it."""
 
 import asyncio
 import contextlib
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 DESCENDANTS_S = 30.0
-"""Seconds that the kernel has to end what a dead child had started; it takes seconds where much memory is to be freed."""
+"""Seconds that the kernel has to end what a dead child had started; it takes seconds where much
+memory is to be freed."""
 TURN_S = 1.0
 """Between two looks at whether a child has written a heartbeat."""
 STABLE_AFTER_S = 60.0
@@ -44,14 +46,17 @@ class EngineFailed(Exception):
 
 
 class EngineProcess:
-    """One engine child. It shares our stderr (its progress and errors) and says on stdout, in a line of JSON, where it serves.
+    """One engine child. It shares our stderr (its progress and errors) and says on stdout, in a
+    line of JSON, where it serves.
 
-    The child has a session of its own, so that Ctrl-C in a terminal reaches only the parent, which decides the order of the stop.
+    The child has a session of its own, so that Ctrl-C in a terminal reaches only the parent, which
+    decides the order of the stop.
 
     Attributes:
         replica: the child while it serves; None while there is none, or it is starting.
         num_restarts: how often a child was replaced.
-        given_up: set when no child will be started again, since they crash again and again; `failure` is then the sentence.
+        given_up: set when no child will be started again, since they crash again and again;
+            `failure` is then the sentence.
     """
 
     def __init__(
@@ -65,10 +70,11 @@ class EngineProcess:
     ) -> None:
         """
         Args:
-            command: prints {"event": "ready", "address": …, "start_id": …} on stdout when it serves; ends with 0 on SIGTERM.
+            command: prints {"event": "ready", "address": …, "start_id": …} on stdout when it
+                serves; ends with 0 on SIGTERM.
             environment: added to ours.
-            heartbeat_timeout_s: a child that serves and writes nothing to stdout for so long is killed, and replaced; None: it need
-                not write.
+            heartbeat_timeout_s: a child that serves and writes nothing to stdout for so long is
+                killed, and replaced; None: it need not write.
             on_change: called in the loop after `replica` changed.
         """
         self.name = name
@@ -113,7 +119,8 @@ class EngineProcess:
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
     async def _spawn(self, timeout_s: float) -> None:
-        # A pipe of our own: asyncio's would make us wait for its end, and what the child has started may hold it.
+        # A pipe of our own: asyncio's would make us wait for its end, and what the child has
+        # started may hold it.
         reading, writing = os.pipe()
         output = asyncio.StreamReader()
         try:
@@ -178,7 +185,8 @@ class EngineProcess:
             if time.monotonic() - started >= STABLE_AFTER_S:
                 self._backoff_s = FIRST_BACKOFF_S
                 self._last_code = None
-            # Other crashes of a child that served may be due to a request, which the gateway gives up in time.
+            # Other crashes of a child that served may be due to a request, which the gateway gives
+            # up in time.
             if self._gives_up(code if code == -signal.SIGILL else None):
                 return
             logger.error("%s died (%s); it is restarted", self.name, ending(code))
@@ -189,7 +197,8 @@ class EngineProcess:
     async def _watch_heartbeat(self, process: asyncio.subprocess.Process) -> int:
         """Wait for the child's end, and kill it if it hangs; returns its exit code."""
         exiting = asyncio.create_task(process.wait())
-        # Counted in turns of our own, not by the clock: after this process was stopped itself, the child is not to blame.
+        # Counted in turns of our own, not by the clock: after this process was stopped itself, the
+        # child is not to blame.
         silent_turns, most = (
             0,
             None if self._heartbeat_timeout_s is None else max(1, round(self._heartbeat_timeout_s / TURN_S)),

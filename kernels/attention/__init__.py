@@ -23,7 +23,8 @@ def paged_attention(
     kv_scales: Tensor | None = None,
     max_query_len: int | None = None,
 ) -> Tensor:
-    """`kernels.attention.reference.paged_attention`, which defines it, by the kernel for this device."""
+    """`kernels.attention.reference.paged_attention`, which defines it, by the kernel for this
+    device."""
     if cpu.can_run(q) and kv_cache.dtype == q.dtype and kv_scales is None and not runs_triton(q):
         return cpu.paged_attention(
             q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, scale=scale, window=window
@@ -57,7 +58,8 @@ def rope_and_store_kv(
     *,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.attention.reference.rope_and_store_kv`, which defines it, by the kernel for this device."""
+    """`kernels.attention.reference.rope_and_store_kv`, which defines it, by the kernel for this
+    device."""
     if cpu.can_run(qkv) and kv_cache.dtype == qkv.dtype and kv_scales is None and not runs_triton(qkv):
         return cpu.rope_and_store_kv(qkv, num_heads, cos, sin, kv_cache, slot_mapping)
     run = reference.rope_and_store_kv

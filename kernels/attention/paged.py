@@ -1,21 +1,26 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Attention over the paged KV cache in Triton, for prefill chunks and decodes in one launch.
 
-    out = sum_j p_j v_j / (sum_j p_j + exp(sink)),  p_j = exp(scale * q·k_j), j over the visible keys, in tiles with a running maximum
+    out = sum_j p_j v_j / (sum_j p_j + exp(sink)),  p_j = exp(scale * q·k_j), j over the
+    visible keys, in tiles with a running maximum
     (FlashAttention-2, arXiv 2307.08691)
 
-The rows of a tile are (query, head of the KV head's group) pairs, so a key is read once for all heads that share it. There are two kinds of
-program, told apart by their number:
+The rows of a tile are (query, head of the KV head's group) pairs, so a key is read once for all
+heads that share it. There are two kinds of program, told apart by their number:
 
-- prefill tiles: BLOCK_M // GROUP queries of a sequence that has more than one, over all keys that they see. Tiles of keys that every row
-  sees are taken without masks, those at the diagonal after them; with a window, which is a few tiles, all are masked. The sink is the first
-  key, of weight 1 and without a value.
-- decode splits: the one query of a sequence over a part of its context. The sums of several splits meet in `_merge_splits`, where the sink
-  counts too, in the sum and in its maximum. A context that is one split is finished at once, as a prefill tile is.
+- prefill tiles: BLOCK_M // GROUP queries of a sequence that has more than one, over all keys that
+  they see. Tiles of keys that every row sees are taken without masks, those at the diagonal after
+  them; with a window, which is a few tiles, all are masked. The sink is the first key, of weight 1
+  and without a value.
+- decode splits: the one query of a sequence over a part of its context. The sums of several splits
+  meet in `_merge_splits`, where the sink counts too, in the sum and in its maximum. A context that
+  is one split is finished at once, as a prefill tile is.
 
-Which tile or split a key falls into depends on its sequence alone, so a result does not depend on the batch. Nothing depends on data that
-the host would have to read: the number of programs comes from shapes and `max_query_len`, surplus ones end at once. A sequence's first tile
-is found as in vLLM's unified attention: cu_seqlens_q[s] // queries + s, which leaves each sequence room for a part tile.
+Which tile or split a key falls into depends on its sequence alone, so a result does not depend on
+the batch. Nothing depends on data that the host would have to read: the number of programs comes
+from shapes and `max_query_len`, surplus ones end at once. A sequence's first tile is found as in
+vLLM's unified attention: cu_seqlens_q[s] // queries + s, which leaves each sequence room for a part
+tile.
 """
 
 from dataclasses import dataclass
@@ -34,13 +39,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(3.0e38)
 
 MIN_SPLIT = 256
-"""Keys in a split at the least: 64 KiB of K and V in bf16, beside which the sums that a split leaves are 6 %."""
+"""Keys in a split at the least: 64 KiB of K and V in bf16, beside which the sums that a split
+leaves are 6 %."""
 PROGRAMS_OF_A_DECODE = 256
 """Over all splits and KV heads, at most: two for each processor of an H100."""
 MAX_GROUP = 128
 """Query heads of a KV head; each query is that many rows of a tile."""
 MIN_PROGRAMS = 4
-"""For a decode and KV head in a batch that fills the GPU without: one long context among short ones does not wait for a single program."""
+"""For a decode and KV head in a batch that fills the GPU without: one long context among short ones
+does not wait for a single program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,8 @@ class Tiles:
 
 
 _SAFE = Tiles(64, 32, 32, num_warps=4, num_stages=2)
-"""At most 24 KiB of shared memory at a head_dim of 64 in 16 bits, no spills on any target: for all that is not known. Not pipelined."""
+"""At most 24 KiB of shared memory at a head_dim of 64 in 16 bits, no spills on any target: for all
+that is not known. Not pipelined."""
 _SMALL = Tiles(32, 16, 16, num_warps=4, num_stages=2)
 """For heads so large that few of them fit into shared memory."""
 _FULL = Tiles(128, 64, 128, num_warps=8, num_stages=3, max_registers=128)
@@ -71,8 +79,9 @@ _WINDOWED_BLACKWELL = Tiles(64, 64, 64, num_warps=8, num_stages=3)
 _AMPERE = Tiles(64, 32, 64, num_warps=4, num_stages=3)
 _AMD = Tiles(64, 64, 64, num_warps=4, num_stages=2)
 _TILES = {
-    # (without, with a window), from the kernel report. Two programs of 8 warps and 128 registers fit a processor of NVIDIA's. With a window
-    # 128 rows spill on sm_100; on sm_90 8 warps on 64 rows compute every weight twice.
+    # (without, with a window), from the kernel report. Two programs of 8 warps and 128 registers
+    # fit a processor of NVIDIA's. With a window 128 rows spill on sm_100; on sm_90 8 warps on 64
+    # rows compute every weight twice.
     "sm_80": (_AMPERE, _AMPERE),
     "sm_86": (_AMPERE, _AMPERE),
     "sm_89": (_AMPERE, _AMPERE),
@@ -86,7 +95,8 @@ _TILES = {
 
 
 def choose_tiles(target: str, dtype: torch.dtype, head_dim: int, window: int | None) -> Tiles:
-    """The tile constants for an architecture; the choice does not depend on the batch, so neither do results.
+    """The tile constants for an architecture; the choice does not depend on the batch, so neither
+    do results.
 
     Args:
         target: as `kernels.backend.architecture` names it.
@@ -128,8 +138,9 @@ def _first_key(position, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
 def _convert(x, dtype: tl.constexpr):
     """Keys or values [BLOCK_N, BLOCK_D] as the matrix product takes them.
 
-    The sum over an axis of length 1 is no instruction. Over it the compiler does not carry the product's register layout back to the load:
-    fp8 would come 8 or 4 bytes a thread, values byte by byte from shared memory, and each warp would convert what all of them need.
+    The sum over an axis of length 1 is no instruction. Over it the compiler does not carry the
+    product's register layout back to the load: fp8 would come 8 or 4 bytes a thread, values byte by
+    byte from shared memory, and each warp would convert what all of them need.
     """
     if x.dtype == tl.float8e4nv:
         return tl.sum(tl.reshape(x.to(dtype), (x.shape[0], 1, x.shape[1])), 1)
@@ -158,7 +169,8 @@ def _key_tile(
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Keys start .. start + BLOCK_N. With MASKED, only those that a row sees count, and only oldest_key .. end_key are read."""
+    """Keys start .. start + BLOCK_N. With MASKED, only those that a row sees count, and only
+    oldest_key .. end_key are read."""
     key = start + tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     if MASKED:
@@ -216,27 +228,32 @@ def _attend_keys(
     WINDOW: tl.constexpr,
     ONE_QUERY: tl.constexpr,
 ):
-    """Keys start .. end_key; start is a multiple of BLOCK_N. Returns (sums [ROWS, BLOCK_D], maximum, total)."""
+    """Keys start .. end_key; start is a multiple of BLOCK_N. Returns (sums [ROWS, BLOCK_D],
+    maximum, total)."""
     sums = tl.zeros((q.shape[0], BLOCK_D), tl.float32)
     if WINDOW == 0:
         masked_from = tl.maximum(seen_by_all // BLOCK_N * BLOCK_N, start)
         for at in range(start, masked_from, BLOCK_N):
             sums, maximum, total = _key_tile(
-                q, sums, maximum, total, at, position, oldest_key, end_key, k_ptr, v_ptr, table_ptr, log2_scale,
+                q, sums, maximum, total, at, position, oldest_key, end_key, k_ptr, v_ptr, table_ptr,
+                log2_scale,
                 SLOT, PAGE, HEAD_DIM, BLOCK_D, BLOCK_N, WINDOW, False,
             )  # fmt: skip
         start = masked_from
-    # Without a window what is left is a tile or two: not worth the registers of a pipeline, of a decode not even of a loop.
+    # Without a window what is left is a tile or two: not worth the registers of a pipeline, of a
+    # decode not even of a loop.
     if WINDOW == 0 and ONE_QUERY:
         if start < end_key:
             sums, maximum, total = _key_tile(
-                q, sums, maximum, total, start, position, oldest_key, end_key, k_ptr, v_ptr, table_ptr, log2_scale,
+                q, sums, maximum, total, start, position, oldest_key, end_key, k_ptr, v_ptr, table_ptr,
+                log2_scale,
                 SLOT, PAGE, HEAD_DIM, BLOCK_D, BLOCK_N, WINDOW, True,
             )  # fmt: skip
     else:
         for at in tl.range(start, end_key, BLOCK_N, num_stages=1 if WINDOW == 0 else None):
             sums, maximum, total = _key_tile(
-                q, sums, maximum, total, at, position, oldest_key, end_key, k_ptr, v_ptr, table_ptr, log2_scale,
+                q, sums, maximum, total, at, position, oldest_key, end_key, k_ptr, v_ptr, table_ptr,
+                log2_scale,
                 SLOT, PAGE, HEAD_DIM, BLOCK_D, BLOCK_N, WINDOW, True,
             )  # fmt: skip
     return sums, maximum, total
@@ -257,7 +274,8 @@ def _load_queries(
     pointers = q_ptr + row.to(tl.int64)[:, None] * stride + head[:, None] * HEAD_DIM + dim[None, :]
     q = tl.load(pointers, mask=mask[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     if FROM_FP8 and q.dtype == tl.bfloat16:
-        # fp16 holds every fp8 key and value, and one instruction converts to it; of queries it cuts off what no model has.
+        # fp16 holds every fp8 key and value, and one instruction converts to it; of queries it cuts
+        # off what no model has.
         q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
     return q
 
@@ -481,12 +499,13 @@ def paged_attention(
     kv_scales: Tensor | None = None,
     max_query_len: int | None = None,
 ) -> Tensor:
-    """`kernels.attention.reference.paged_attention`, which defines it. Waits for nothing, so that a CUDA graph can hold it; what is in
-    block_table, context_lens and cu_seqlens_q is checked where `checks_indices` says so.
+    """`kernels.attention.reference.paged_attention`, which defines it. Waits for nothing, so that a
+    CUDA graph can hold it; what is in block_table, context_lens and cu_seqlens_q is checked where
+    `checks_indices` says so.
 
     Raises:
-        ValueError: as there; also a q that is not contiguous in each row, more than MAX_GROUP query heads to a KV head, or an fp8 cache on
-            a GPU whose instructions do not convert it.
+        ValueError: as there; also a q that is not contiguous in each row, more than MAX_GROUP query
+            heads to a KV head, or an fp8 cache on a GPU whose instructions do not convert it.
     """
     check_attention(
         q,
@@ -514,7 +533,8 @@ def paged_attention(
     ):
         if not tensor.is_contiguous() or tensor.device != q.device:
             raise ValueError(
-                f"{name} must be contiguous and on {q.device} as q is, got strides {tensor.stride()} on {tensor.device}"
+                f"{name} must be contiguous and on {q.device} as q is, got strides {tensor.stride()} on "
+                f"{tensor.device}"
             )
     if kv_cache.device != q.device:
         raise ValueError(f"kv_cache must be on {q.device} as q is, got {kv_cache.device}")

@@ -1,11 +1,13 @@
 """Paged attention with sinks in torch, fp32 inside.
 
-Queries are taken in tiles, keys in tiles that start at multiples of the tile's length, with a running maximum and sum (FlashAttention-2),
-so memory is bounded whatever the lengths. Decodes of many sequences, and the query tiles of prefill chunks, each run as one batch.
+Queries are taken in tiles, keys in tiles that start at multiples of the tile's length, with a
+running maximum and sum (FlashAttention-2), so memory is bounded whatever the lengths. Decodes of
+many sequences, and the query tiles of prefill chunks, each run as one batch.
 
-A query's result does not depend on how its sequence was cut into chunks or what else is in the batch, bit for bit on CPU: it meets the same
-key tiles in the same order always, key tiles it cannot see add exact zeros, and the products have shapes for which a row's result was
-found not to depend on the other rows (see `kernels/linear/reference.py`).
+A query's result does not depend on how its sequence was cut into chunks or what else is in the
+batch, bit for bit on CPU: it meets the same key tiles in the same order always, key tiles it cannot
+see add exact zeros, and the products have shapes for which a row's result was found not to depend
+on the other rows (see `kernels/linear/reference.py`).
 """
 
 from dataclasses import dataclass
@@ -18,13 +20,15 @@ from kernels.attention.fp8 import FP8, FP8_MAX
 from kernels.pointwise.reference import apply_rope
 
 QUERY_TILES = (1, 16, 128)
-"""Queries of a sequence that are computed together; a chunk is cut by the largest, its rest padded to the smallest that holds it."""
+"""Queries of a sequence that are computed together; a chunk is cut by the largest, its rest padded
+to the smallest that holds it."""
 
 KEY_TILE = 512
 """Keys in a tile; less for a smaller window."""
 
 MIN_ROWS = 16
-"""Rows of a product, and the multiple its columns are padded to; below it the BLAS sums in another order."""
+"""Rows of a product, and the multiple its columns are padded to; below it the BLAS sums in another
+order."""
 
 MAX_ELEMENTS = 1 << 22
 """Bound on the elements of a batch's scores, and of its gathered keys."""
@@ -32,7 +36,8 @@ MAX_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class _QueryTile:
-    """`num_queries` rows of q from `row` on, of sequence `seq`, the first at `position`; they see keys of `num_key_tiles` tiles."""
+    """`num_queries` rows of q from `row` on, of sequence `seq`, the first at `position`; they see
+    keys of `num_key_tiles` tiles."""
 
     seq: int
     row: int
@@ -49,10 +54,12 @@ def store_kv(
 
     Args:
         k, v: [T, num_kv_heads, head_dim], dtype of kv_cache; any float where that is fp8.
-        kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], this layer's. float8_e4m3fn holds `value / scale` to the nearest
-            even, at most ±448.
-        slot_mapping: [T] int64, block * block_size + offset for each token; distinct but for those of the null block.
-        kv_scales: [2, num_kv_heads] fp32, positive, of K and of V; only for an fp8 cache. None: all 1.
+        kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], this layer's. float8_e4m3fn
+            holds `value / scale` to the nearest even, at most ±448.
+        slot_mapping: [T] int64, block * block_size + offset for each token; distinct but for those
+            of the null block.
+        kv_scales: [2, num_kv_heads] fp32, positive, of K and of V; only for an fp8 cache. None: all
+            1.
     Raises:
         ValueError: names the argument of a wrong shape or dtype.
         IndexError: a slot is outside the cache.
@@ -87,10 +94,12 @@ def rope_and_store_kv(
     *,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    """Rotate queries and keys by the angles of their positions, and write keys and values into the cache.
+    """Rotate queries and keys by the angles of their positions, and write keys and values into the
+    cache.
 
     Args:
-        qkv: [T, num_heads + 2 * num_kv_heads, head_dim]: query heads, key heads, value heads. May be overwritten.
+        qkv: [T, num_heads + 2 * num_kv_heads, head_dim]: query heads, key heads, value heads. May
+            be overwritten.
         num_heads: query heads.
         cos, sin: [T, head_dim / 2] fp32.
         kv_cache, slot_mapping, kv_scales: as in `store_kv`; keys are rounded to qkv's dtype first.
@@ -119,27 +128,32 @@ def paged_attention(
     kv_scales: Tensor | None = None,
     max_query_len: int | None = None,
 ) -> Tensor:
-    """Causal attention with learned sinks over a paged KV cache, for prefill chunks and decodes in one batch.
+    """Causal attention with learned sinks over a paged KV cache, for prefill chunks and decodes in
+    one batch.
 
-    The last query of a sequence is at position context_len - 1, those before it at the positions before.
+    The last query of a sequence is at position context_len - 1, those before it at the positions
+    before.
 
     Args:
         q: [T, num_heads, head_dim] float.
-        kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], dtype of q or float8_e4m3fn, this layer's; K and V of q already
-            stored.
-        block_table: [num_seqs, max_blocks] int32 by position // block_size; entries past a sequence's last block, and those wholly behind
-            the window of its every query, are not read.
+        kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], dtype of q or float8_e4m3fn,
+            this layer's; K and V of q already stored.
+        block_table: [num_seqs, max_blocks] int32 by position // block_size; entries past a
+            sequence's last block, and those wholly behind the window of its every query, are not
+            read.
         context_lens: [num_seqs] int32, the tokens of q included.
         cu_seqlens_q: [num_seqs + 1] int32, the first row of each sequence in q, then T.
         sinks: [num_heads] float, finite: a logit in the softmax denominator, without a value.
         scale: multiplies q·k, positive; the sink is not scaled.
         window: keys visible to a query, itself included; None for all.
         kv_scales: as in `store_kv`.
-        max_query_len: queries of a sequence at most, where the host knows it: spares the GPU programs that find nothing to do.
+        max_query_len: queries of a sequence at most, where the host knows it: spares the GPU
+            programs that find nothing to do.
     Returns:
         [T, num_heads, head_dim], dtype of q.
     Raises:
-        ValueError: names the argument of a wrong shape, dtype or value; num_heads is not a multiple of num_kv_heads.
+        ValueError: names the argument of a wrong shape, dtype or value; num_heads is not a multiple
+            of num_kv_heads.
     Follows: FlashAttention-2 (arXiv 2307.08691); sinks as in openai/gpt-oss torch/model.py `sdpa`.
     """
     check_attention(
@@ -163,7 +177,8 @@ def paged_attention(
     group = q.shape[1] // num_kv_heads
     out = torch.empty_like(q)
     for num_queries in QUERY_TILES:
-        # Longest first: the tiles that still have keys to see are then a prefix of the batch at each step.
+        # Longest first: the tiles that still have keys to see are then a prefix of the batch at
+        # each step.
         batch = sorted(
             (tile for tile in tiles if _padded(tile) == num_queries), key=lambda tile: -tile.num_key_tiles
         )
@@ -219,9 +234,11 @@ def _attend(
     window: int | None,
     out: Tensor,
 ) -> None:
-    """Attention of the query tiles in `batch` (B), each padded to `num_queries` (Q) by its last query; writes their rows of `out`.
+    """Attention of the query tiles in `batch` (B), each padded to `num_queries` (Q) by its last
+    query; writes their rows of `out`.
 
-    Inside, a row is a query and a head of a KV head's group, R = Q * group of them, padded to MIN_ROWS.
+    Inside, a row is a query and a head of a KV head's group, R = Q * group of them, padded to
+    MIN_ROWS.
     """
     device = q.device
     num_kv_heads, head_dim = kv_cache.shape[3:]
@@ -290,11 +307,13 @@ def _gather(
     """One tile of keys for each of n query tiles.
 
     Args:
-        block_table: [n, max_blocks]; only entries of blocks with keys from oldest_key to newest_key are read.
+        block_table: [n, max_blocks]; only entries of blocks with keys from oldest_key to newest_key
+            are read.
         key_tiles, oldest_key, newest_key: [n].
     Returns:
-        (keys [n, KV, key_tile, D] fp32, values [n, KV, key_tile, D padded to MIN_ROWS] fp32, key positions [n, key_tile]). Values of other
-        keys than those are zero, as 0 times what an unwritten slot holds may be NaN; such keys themselves are anything.
+        (keys [n, KV, key_tile, D] fp32, values [n, KV, key_tile, D padded to MIN_ROWS] fp32, key
+        positions [n, key_tile]). Values of other keys than those are zero, as 0 times what an
+        unwritten slot holds may be NaN; such keys themselves are anything.
     """
     block_size, num_kv_heads, head_dim = kv_cache.shape[2:]
     key_position = key_tiles[:, None] * key_tile + torch.arange(key_tile, device=kv_cache.device)
@@ -333,7 +352,8 @@ def check_cache(kv_cache: Tensor, kv_scales: Tensor | None) -> None:
     """
     if kv_cache.ndim != 5 or kv_cache.shape[0] != 2:
         raise ValueError(
-            f"kv_cache must be [2, num_blocks, block_size, num_kv_heads, head_dim], got shape {list(kv_cache.shape)}"
+            f"kv_cache must be [2, num_blocks, block_size, num_kv_heads, head_dim], got shape "
+            f"{list(kv_cache.shape)}"
         )
     if not kv_cache[0].is_contiguous():
         raise ValueError("kv_cache must be contiguous in each of its halves")
@@ -348,7 +368,8 @@ def check_cache(kv_cache: Tensor, kv_scales: Tensor | None) -> None:
         or not kv_scales.is_contiguous()
     ):
         raise ValueError(
-            f"kv_scales must be {list(expected)} float32, contiguous, got shape {list(kv_scales.shape)} of {kv_scales.dtype}"
+            f"kv_scales must be {list(expected)} float32, contiguous, got shape {list(kv_scales.shape)} of "
+            f"{kv_scales.dtype}"
         )
 
 
@@ -359,7 +380,8 @@ def check_slots(slot_mapping: Tensor, num_tokens: int) -> None:
     """
     if slot_mapping.shape != (num_tokens,) or slot_mapping.dtype != torch.int64:
         raise ValueError(
-            f"slot_mapping must be [{num_tokens}] int64, got shape {list(slot_mapping.shape)} of {slot_mapping.dtype}"
+            f"slot_mapping must be [{num_tokens}] int64, got shape {list(slot_mapping.shape)} of "
+            f"{slot_mapping.dtype}"
         )
 
 
@@ -381,7 +403,8 @@ def check_rope_and_store(
     num_kv_heads, head_dim = kv_cache.shape[3:]
     if qkv.ndim != 3 or tuple(qkv.shape[1:]) != (num_heads + 2 * num_kv_heads, head_dim) or head_dim % 2:
         raise ValueError(
-            f"qkv must be [T, {num_heads} + 2 * {num_kv_heads}, {head_dim}], the last even, got shape {list(qkv.shape)}"
+            f"qkv must be [T, {num_heads} + 2 * {num_kv_heads}, {head_dim}], the last even, got shape "
+            f"{list(qkv.shape)}"
         )
     _check_dtype("qkv", qkv, kv_cache)
     for name, table in (("cos", cos), ("sin", sin)):
@@ -405,7 +428,8 @@ def check_attention(
     kv_scales: Tensor | None = None,
     max_query_len: int | None = None,
 ) -> None:
-    """Refuse shapes, dtypes and numbers that `paged_attention` cannot take; what the tensors hold is for `check_lengths`.
+    """Refuse shapes, dtypes and numbers that `paged_attention` cannot take; what the tensors hold
+    is for `check_lengths`.
 
     Raises:
         ValueError: names the argument.
@@ -421,7 +445,8 @@ def check_attention(
     _check_dtype("q", q, kv_cache)
     if block_table.ndim != 2 or block_table.dtype != torch.int32:
         raise ValueError(
-            f"block_table must be [num_seqs, max_blocks] int32, got shape {list(block_table.shape)} of {block_table.dtype}"
+            f"block_table must be [num_seqs, max_blocks] int32, got shape {list(block_table.shape)} of "
+            f"{block_table.dtype}"
         )
     num_seqs = block_table.shape[0]
     for name, tensor, length in (
@@ -460,7 +485,8 @@ def check_lengths(
     """
     if cu_seqlens_q[0] != 0 or cu_seqlens_q[-1] != num_rows:
         raise ValueError(
-            f"cu_seqlens_q must run from 0 to the {num_rows} rows of q, got {cu_seqlens_q[0]} to {cu_seqlens_q[-1]}"
+            f"cu_seqlens_q must run from 0 to the {num_rows} rows of q, got {cu_seqlens_q[0]} to "
+            f"{cu_seqlens_q[-1]}"
         )
     for seq, context_len in enumerate(context_lens):
         num_queries = cu_seqlens_q[seq + 1] - cu_seqlens_q[seq]
@@ -474,7 +500,8 @@ def check_lengths(
             )
         if num_queries and context_len > max_context_len:
             raise ValueError(
-                f"block_table holds {max_context_len} positions a sequence, context_lens of sequence {seq} is {context_len}"
+                f"block_table holds {max_context_len} positions a sequence, context_lens of sequence {seq} "
+                f"is {context_len}"
             )
 
 

@@ -1,10 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Rotary embedding of queries and keys, and the store of keys and values into the paged cache, in Triton, as one launch.
+"""Rotary embedding of queries and keys, and the store of keys and values into the paged cache, in
+Triton, as one launch.
 
     (first, second) halves of a head → (first cos - second sin, second cos + first sin)
 
-Everything is read once and written once: at 64 + 2 * 8 heads of 64 in bf16, 10 KiB each way for a token. A program takes BLOCK_H heads of
-one token, whichever of queries, keys and values these are: a token of a decode is spread over several processors.
+Everything is read once and written once: at 64 + 2 * 8 heads of 64 in bf16, 10 KiB each way for a
+token. A program takes BLOCK_H heads of one token, whichever of queries, keys and values these are:
+a token of a decode is spread over several processors.
 """
 
 import torch
@@ -17,7 +19,8 @@ from kernels.attention.reference import check_rope_and_store
 from kernels.backend import architecture, checks_indices
 
 BLOCK_H = 16
-"""Heads of a program: with half heads of 32 elements in bf16, one load of 16 bytes for each of 64 threads, and one for the other halves."""
+"""Heads of a program: with half heads of 32 elements in bf16, one load of 16 bytes for each of 64
+threads, and one for the other halves."""
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 
@@ -97,11 +100,13 @@ def rope_and_store_kv(
     *,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.attention.reference.rope_and_store_kv`, which defines it. Waits for nothing; checks slots where `checks_indices`.
+    """`kernels.attention.reference.rope_and_store_kv`, which defines it. Waits for nothing; checks
+    slots where `checks_indices`.
 
     Raises:
-        ValueError: as there; also a qkv that is not contiguous in each row, tables that are not contiguous fp32, tensors on other devices,
-            an fp8 cache on a GPU whose instructions do not convert to it.
+        ValueError: as there; also a qkv that is not contiguous in each row, tables that are not
+            contiguous fp32, tensors on other devices, an fp8 cache on a GPU whose instructions do
+            not convert to it.
         IndexError: a slot is outside the cache.
     """
     check_rope_and_store(qkv, num_heads, cos, sin, kv_cache, slot_mapping, kv_scales)
@@ -111,7 +116,8 @@ def rope_and_store_kv(
     for name, tensor in (("cos", cos), ("sin", sin), ("slot_mapping", slot_mapping)):
         if not tensor.is_contiguous() or tensor.device != qkv.device:
             raise ValueError(
-                f"{name} must be contiguous and on {qkv.device} as qkv is, got strides {tensor.stride()} on {tensor.device}"
+                f"{name} must be contiguous and on {qkv.device} as qkv is, got strides {tensor.stride()} on "
+                f"{tensor.device}"
             )
     for name, tensor in (("cos", cos), ("sin", sin)):
         if tensor.dtype != torch.float32:

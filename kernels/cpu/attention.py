@@ -56,9 +56,11 @@ def paged_attention(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """As `kernels.attention.reference.paged_attention`, which see; a block outside the cache is an IndexError.
+    """As `kernels.attention.reference.paged_attention`, which see; a block outside the cache is an
+    IndexError.
 
-    A query's result is the same, bit for bit, however its sequence is cut into chunks and whatever the batch and the number of threads.
+    A query's result is the same, bit for bit, however its sequence is cut into chunks and whatever
+    the batch and the number of threads.
     """
     reference.check_attention(
         q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window, scale=scale
@@ -109,7 +111,8 @@ def paged_attention(
 def rope_and_store_kv(
     qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
 ) -> Tensor:
-    """As `kernels.attention.reference.rope_and_store_kv`, which see. The queries returned are a part of `qkv`, rotated in place."""
+    """As `kernels.attention.reference.rope_and_store_kv`, which see. The queries returned are a
+    part of `qkv`, rotated in place."""
     reference.check_rope_and_store(qkv, num_heads, cos, sin, kv_cache, slot_mapping)
     num_tokens, _, head_dim = qkv.shape
     num_blocks, block_size, num_kv_heads = kv_cache.shape[1:4]

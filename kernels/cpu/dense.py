@@ -1,9 +1,10 @@
-"""Dense layers on packed weights: bf16 activations, bf16 or int8 weights in groups of 16 rows, fp32 sums, one rounding to bf16 at the end.
+"""Dense layers on packed weights: bf16 activations, bf16 or int8 weights in groups of 16 rows, fp32
+sums, one rounding to bf16 at the end.
 
-values [N/16, …], N and K padded with zeros to multiples of 16 and 32:
-bf16 [N/16, K/2, 16, 2], pairs of neighbouring columns, row by row;
-int8 [N/16, K/4, 64]: in the 16 bytes of rows 4u to 4u + 3, byte 8h + 2r + j is column 2h + j of row 4u + r; a row's values times its scale,
-which is the largest magnitude of the row over 127.
+values [N/16, …], N and K padded with zeros to multiples of 16 and 32: bf16 [N/16, K/2, 16, 2],
+pairs of neighbouring columns, row by row; int8 [N/16, K/4, 64]: in the 16 bytes of rows 4u to 4u +
+3, byte 8h + 2r + j is column 2h + j of row 4u + r; a row's values times its scale, which is the
+largest magnitude of the row over 127.
 """
 
 import ctypes
@@ -43,7 +44,8 @@ class PackedWeight:
 
 
 def can_run(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether weights of activations of this dtype are packed here: bf16 on a CPU, with the library."""
+    """Whether weights of activations of this dtype are packed here: bf16 on a CPU, with the
+    library."""
     return device.type == "cpu" and dtype == torch.bfloat16 and native.shared_library() is not None
 
 
@@ -119,7 +121,8 @@ def unpack(packed: PackedWeight) -> Tensor:
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`, the same for a row, bit for bit, whatever the other rows and the number of threads.
+    """`x @ weight.T + bias`, the same for a row, bit for bit, whatever the other rows and the
+    number of threads.
 
     Args:
         x: [T, K] bf16.

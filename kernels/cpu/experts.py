@@ -1,4 +1,5 @@
-"""The mixture of experts on MXFP4 weights in the layout `rows16`: fp32 activations and sums, weights decoded in registers."""
+"""The mixture of experts on MXFP4 weights in the layout `rows16`: fp32 activations and sums,
+weights decoded in registers."""
 
 import ctypes
 
@@ -10,7 +11,8 @@ from kernels.mxfp4 import ROWS16, PackedMXFP4
 
 
 def can_run(x: Tensor, gate_up: PackedMXFP4, down: PackedMXFP4, bias_dtype: torch.dtype) -> bool:
-    """Whether `fused_experts` takes these: CPU tensors in fp32 or bf16, weights in its layout, biases fp32 or bf16."""
+    """Whether `fused_experts` takes these: CPU tensors in fp32 or bf16, weights in its layout,
+    biases fp32 or bf16."""
     in_layout = gate_up.layout == down.layout == ROWS16
     known = x.dtype in native.DATA_TYPES and bias_dtype in native.DATA_TYPES
     return in_layout and known and x.is_cpu and native.shared_library() is not None

@@ -1,8 +1,10 @@
 """The layout `rows16`: MXFP4 weights in groups of 16 rows, so that a column of a group is a vector.
 
-blocks uint8 [E, N/16, K/8, 64]: 8 columns of a group as 16 little-endian words of 32 bits, a row each. Bits 4j to 4j + 3 of it are column
-2j and bits 16 + 4j to 19 + 4j column 2j + 1, so that shifting a vector of words by 4j brings a pair of neighbouring columns to where a
-lookup by 16-bit halves (vpermw) makes bf16 pairs of it. scales uint8 [E, N/16, K/32, 16], by row. N must be a multiple of 16.
+blocks uint8 [E, N/16, K/8, 64]: 8 columns of a group as 16 little-endian words of 32 bits, a row
+each. Bits 4j to 4j + 3 of it are column 2j and bits 16 + 4j to 19 + 4j column 2j + 1, so that
+shifting a vector of words by 4j brings a pair of neighbouring columns to where a lookup by 16-bit
+halves (vpermw) makes bf16 pairs of it. scales uint8 [E, N/16, K/32, 16], by row. N must be a
+multiple of 16.
 """
 
 import ctypes
@@ -31,8 +33,8 @@ def shapes(num_rows: int, num_groups: int) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def write(packed_blocks: Tensor, packed_scales: Tensor, blocks: Tensor, scales: Tensor) -> None:
-    """One expert, on the caller's thread: [N, K/32, 16] and [N, K/32] natural, rows any distance apart, to the layout's; where it has more
-    rows or groups, these are left as they are.
+    """One expert, on the caller's thread: [N, K/32, 16] and [N, K/32] natural, rows any distance
+    apart, to the layout's; where it has more rows or groups, these are left as they are.
 
     Raises:
         ValueError: N is not a multiple of 16; a scale is NaN.
@@ -76,7 +78,8 @@ def from_natural(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 def to_natural(packed: PackedMXFP4) -> tuple[Tensor, Tensor]:
     """The inverse."""
     num_experts, num_rows, width = packed.shape
-    # [expert, group, chunk, row, odd, byte] with the two nibbles last: column 4 * byte + 2 * nibble + odd of the chunk.
+    # [expert, group, chunk, row, odd, byte] with the two nibbles last: column 4 * byte + 2 * nibble
+    # + odd of the chunk.
     words = packed.blocks.view(num_experts, num_rows // ROWS, width // 8, ROWS, 2, 2)
     nibbles = torch.stack((words & 15, words >> 4), dim=-1)
     columns = nibbles.permute(0, 1, 3, 2, 5, 6, 4).reshape(num_experts, num_rows, width)

@@ -1,4 +1,5 @@
-"""Memory for weights: on huge pages, which are filled twice as fast as small ones and read half as fast again."""
+"""Memory for weights: on huge pages, which are filled twice as fast as small ones and read half as
+fast again."""
 
 import mmap
 from contextlib import suppress
@@ -13,7 +14,8 @@ _HUGE_PAGE = 2 << 20
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A CPU tensor of zeros that takes no memory before it is written to; a large one is on huge pages where the system has them."""
+    """A CPU tensor of zeros that takes no memory before it is written to; a large one is on huge
+    pages where the system has them."""
     num_bytes = prod(shape) * dtype.itemsize
     if num_bytes == 0:
         return torch.zeros(shape, dtype=dtype)

@@ -1,4 +1,5 @@
-"""The C++ library: found, checked and called. Tensors go in as pointers; the caller has checked shapes and dtypes and keeps them alive."""
+"""The C++ library: found, checked and called. Tensors go in as pointers; the caller has checked
+shapes and dtypes and keeps them alive."""
 
 import ctypes
 import logging
@@ -119,14 +120,18 @@ def chosen_by() -> str | None:
 
 
 def choose(name: str) -> None:
-    """Take an instruction set for this whole process, or the torch references: what an engine does before it loads its weights.
+    """Take an instruction set for this whole process, or the torch references: what an engine does
+    before it loads its weights.
 
-    Models that are loaded already go on, with the same weights: their layout does not depend on the instruction set.
+    Models that are loaded already go on, with the same weights: their layout does not depend on the
+    instruction set.
 
     Args:
-        name: one of ISAS, REFERENCE, or AUTO: what CANTATA_CPU_ISA in the environment names, else the best of this processor.
+        name: one of ISAS, REFERENCE, or AUTO: what CANTATA_CPU_ISA in the environment names, else
+            the best of this processor.
     Raises:
-        ValueError: in one sentence: the processor or this build lacks it, or the library cannot be loaded.
+        ValueError: in one sentence: the processor or this build lacks it, or the library cannot be
+            loaded.
     """
     setting = "cpu_isa"
     if name == AUTO:
@@ -135,12 +140,14 @@ def choose(name: str) -> None:
     if name not in (AUTO, REFERENCE):
         if loaded is None:
             raise ValueError(
-                f"{setting} is {name}, and {_loaded()}; or set it to {AUTO} or {REFERENCE} and serve slowly, on torch"
+                f"{setting} is {name}, and {_loaded()}; or set it to {AUTO} or {REFERENCE} and serve "
+                f"slowly, on torch"
             )
         if not loaded.cantata_use_isa(name.encode()):
             names = ", ".join((AUTO, *available(), REFERENCE))
             raise ValueError(
-                f"{setting} is {name}, which this processor or this build does not have: set it to one of {names}"
+                f"{setting} is {name}, which this processor or this build does not have: set it to one of "
+                f"{names}"
             )
     elif loaded is not None:
         next(best for best in ISAS if loaded.cantata_use_isa(best.encode()))
@@ -149,7 +156,8 @@ def choose(name: str) -> None:
 
 
 def available() -> list[Isa]:
-    """Return the ISAS that this processor and this build have, the best first; which one is in use stays as it is."""
+    """Return the ISAS that this processor and this build have, the best first; which one is in use
+    stays as it is."""
     loaded = _library()
     if loaded is None:
         return []
@@ -160,8 +168,9 @@ def available() -> list[Isa]:
 
 
 def runs() -> bool:
-    """Whether a child process lived that ran kernels of the instruction set in use: if the processor, or what emulates it, stops at one of
-    their instructions, that process dies of it, instead of this one. True where the references run."""
+    """Whether a child process lived that ran kernels of the instruction set in use: if the
+    processor, or what emulates it, stops at one of their instructions, that process dies of it,
+    instead of this one. True where the references run."""
     name, loaded = isa(), shared_library()
     return name is None or loaded is None or _trial(str(loaded._name), name) != -signal.SIGILL
 
@@ -186,7 +195,8 @@ def _trial(file: str, name: str) -> int | None:
 
 @contextmanager
 def using_isa(name: str) -> Iterator[bool]:
-    """Run on another instruction set, for tests and comparisons; yields False, and changes nothing, where the processor lacks it."""
+    """Run on another instruction set, for tests and comparisons; yields False, and changes nothing,
+    where the processor lacks it."""
     loaded, before = shared_library(), isa()
     if loaded is None or before is None:
         yield False
@@ -199,7 +209,8 @@ def using_isa(name: str) -> Iterator[bool]:
 
 
 Observer = Callable[[str, Any, float], None]
-"""Called after each operation with its name, its arguments (a structure of src/ops.h) and the seconds it took."""
+"""Called after each operation with its name, its arguments (a structure of src/ops.h) and the
+seconds it took."""
 
 
 class _Observed:
@@ -226,7 +237,8 @@ _observers: list[Observer] = []
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Report every operation of this process to `observer`, on the thread that runs it, until the context ends."""
+    """Report every operation of this process to `observer`, on the thread that runs it, until the
+    context ends."""
     _observers.append(observer)
     try:
         yield
@@ -253,7 +265,8 @@ def _observed_library() -> _Observed:
 
 
 def ready() -> Any:
-    """The library, set to as many threads as torch uses. Its operations are `cantata_NAME(byref(arguments))`."""
+    """The library, set to as many threads as torch uses. Its operations are
+    `cantata_NAME(byref(arguments))`."""
     loaded = _library()
     assert loaded is not None, "called without the library"
     threads = torch.get_num_threads()
@@ -281,7 +294,8 @@ def address_of(name: str) -> int:
 
 
 def run_program(calls: int, count: int) -> int:
-    """Run `count` calls at that address (src/ops.h `Call`); returns how many were done before one refused its arguments."""
+    """Run `count` calls at that address (src/ops.h `Call`); returns how many were done before one
+    refused its arguments."""
     ready()
     loaded = _library()
     assert loaded is not None
@@ -289,6 +303,7 @@ def run_program(calls: int, count: int) -> int:
 
 
 def read_through(memory: Tensor) -> int:
-    """Read a tensor's bytes once with all threads; the XOR of its 32-bit words, of whole vectors. For measuring memory."""
+    """Read a tensor's bytes once with all threads; the XOR of its 32-bit words, of whole vectors.
+    For measuring memory."""
     arguments = structures.ReadArgs(pointer(memory), memory.nbytes)
     return int(ready().cantata_read_through(ctypes.byref(arguments)))

@@ -1,4 +1,5 @@
-"""Embedding, RMSNorm, alone and with the residual add before it, rotary angles, and conversions between fp32 and bf16."""
+"""Embedding, RMSNorm, alone and with the residual add before it, rotary angles, and conversions
+between fp32 and bf16."""
 
 import ctypes
 from functools import cache
@@ -65,14 +66,16 @@ def can_run(x: Tensor, weight: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `kernels.pointwise.reference.rms_norm`, which see. A row's result is the same whatever the other rows and threads."""
+    """As `kernels.pointwise.reference.rms_norm`, which see. A row's result is the same whatever the
+    other rows and threads."""
     reference.check_rms_norm(x, weight)
     x = x.contiguous()
     return _run(x, None, weight, eps)
 
 
 def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `kernels.pointwise.reference.add_rms_norm`, which see; `residual` is overwritten if it is contiguous."""
+    """As `kernels.pointwise.reference.add_rms_norm`, which see; `residual` is overwritten if it is
+    contiguous."""
     reference.check_add_rms_norm(residual, delta, weight)
     residual, delta = residual.contiguous(), delta.contiguous()
     return residual, _run(residual, delta, weight, eps)

@@ -1,4 +1,5 @@
-"""What the C++ operations took and how much they moved, for comparison with what the machine can do."""
+"""What the C++ operations took and how much they moved, for comparison with what the machine can
+do."""
 
 import ctypes
 import threading
@@ -23,7 +24,8 @@ class Work:
     """Of one operation, or of many calls of it.
 
     Attributes:
-        num_bytes: weights, cache and logits that had to be read, and activations; each counted once a call.
+        num_bytes: weights, cache and logits that had to be read, and activations; each counted once
+            a call.
         num_flops: a multiplication and an addition are two.
     """
 
@@ -50,7 +52,8 @@ class Work:
 
 
 class Profile:
-    """Sums of work by operation; layers of equal shape are one operation. Any thread may read while another computes."""
+    """Sums of work by operation; layers of equal shape are one operation. Any thread may read while
+    another computes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

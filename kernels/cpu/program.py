@@ -1,8 +1,9 @@
 """A sequence of C++ operations that was recorded once and is run by one call.
 
-A decode step is some two hundred operations, each of which costs Python more than it computes for a small model. They, and the addresses
-they read and write, are the same in every step with as many sequences; only what lies at these addresses differs. As with CUDA graphs, the
-first such step runs as always and is written down, and later ones run what was written.
+A decode step is some two hundred operations, each of which costs Python more than it computes for a
+small model. They, and the addresses they read and write, are the same in every step with as many
+sequences; only what lies at these addresses differs. As with CUDA graphs, the first such step runs
+as always and is written down, and later ones run what was written.
 """
 
 import ctypes
@@ -26,7 +27,8 @@ _RETURN_STATUS = ("attention", "rope_and_store")
 
 
 class ProgramMemory:
-    """What programs take their tensors from. All begin at its start: only one runs at a time, and its results last until the next one."""
+    """What programs take their tensors from. All begin at its start: only one runs at a time, and
+    its results last until the next one."""
 
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
@@ -65,7 +67,8 @@ class _Call(ctypes.Structure):
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Takes the room for new tensors from the program's memory, and notes what torch computes itself, which no program repeats."""
+    """Takes the room for new tensors from the program's memory, and notes what torch computes
+    itself, which no program repeats."""
 
     def __init__(self, memory: ProgramMemory) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -74,7 +77,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: torch would import its compiler with the first operation, which takes two seconds, and nothing is compiled here."""
+        """No: torch would import its compiler with the first operation, which takes two seconds,
+        and nothing is compiled here."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,7 +88,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.empty_like.default and args[0].is_contiguous() and args[0].is_cpu:
             return self._memory.take(tuple(args[0].shape), kwargs.get("dtype") or args[0].dtype)
         result = func(*args, **kwargs)
-        # Not every operation that is called a view makes one: `to` and `contiguous` copy where they must.
+        # Not every operation that is called a view makes one: `to` and `contiguous` copy where they
+        # must.
         if not func.is_view or not _memory_of(result) <= _memory_of((args, kwargs)):
             self.computed.append(str(func))
         return result
@@ -100,8 +105,8 @@ def _memory_of(values: Any) -> set[int]:
 
 
 class Program:
-    """Operations, in order, with the addresses of what they read and write. What was there when it was recorded must stay there: weights,
-    caches and inputs; their values may change."""
+    """Operations, in order, with the addresses of what they read and write. What was there when it
+    was recorded must stay there: weights, caches and inputs; their values may change."""
 
     def __init__(self, memory: ProgramMemory) -> None:
         self._memory = memory
@@ -114,8 +119,8 @@ class Program:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record the operations that this thread runs. Afterwards `computed_elsewhere` names what torch computed among them: a program that
-        has any of it must not be run."""
+        """Record the operations that this thread runs. Afterwards `computed_elsewhere` names what
+        torch computed among them: a program that has any of it must not be run."""
         self._memory.rewind()
         watch = _Watch(self._memory)
         self._recorder = threading.get_ident()
@@ -177,7 +182,8 @@ class Program:
 
 
 def record(memory: ProgramMemory, forward: Callable[[], Tensor]) -> tuple[Program, Tensor]:
-    """Run `forward` and record it; returns the program and the result, which each `run` of the program writes anew."""
+    """Run `forward` and record it; returns the program and the result, which each `run` of the
+    program writes anew."""
     program = Program(memory)
     with program.recording():
         result = forward()

@@ -1,5 +1,5 @@
-"""The speed at which this machine reads memory and multiplies matrices, measured with as many threads as torch
-uses: what the kernels are compared with."""
+"""The speed at which this machine reads memory and multiplies matrices, measured with as many
+threads as torch uses: what the kernels are compared with."""
 
 import math
 import time
@@ -16,11 +16,11 @@ _READ_BYTES = 1 << 29
 """Size of the memory that is read: more than the caches of most machines."""
 _REPEATS = 7
 GEMM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Data types of torch's product. Which is faster depends on the processor: bf16 several times with AMX, fp32 up to
-a hundred times where the processor has no instructions for bf16."""
+"""Data types of torch's product. Which is faster depends on the processor: bf16 several times with
+AMX, fp32 up to a hundred times where the processor has no instructions for bf16."""
 GEMM_SIZES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Rows and columns of the matrices. The first product is small enough for any machine; each has at most 3.4 times
-the work of the one before, so that its time can be estimated."""
+"""Rows and columns of the matrices. The first product is small enough for any machine; each has at
+most 3.4 times the work of the one before, so that its time can be estimated."""
 _READ_SECONDS = 1.0
 """Time for reading, after the first time."""
 GEMM_SECONDS = 1.5
@@ -69,11 +69,11 @@ def fastest_gemm(
 ) -> Gemm:
     """Measure torch's product in each data type within GEMM_SECONDS, and return the fastest.
 
-    On one thread the data types take turns with ever larger matrices, and each stops where its next product would
-    take too long. The fastest goes on with all threads, then is repeated in the time that is left. They do not
-    start with all threads because these wait for each other on a busy machine, some for hundreds of milliseconds in
-    a product that takes one alone, and the slower data type could win. Each runs at least once, however long it
-    takes.
+    On one thread the data types take turns with ever larger matrices, and each stops where its next
+    product would take too long. The fastest goes on with all threads, then is repeated in the time
+    that is left. They do not start with all threads because these wait for each other on a busy
+    machine, some for hundreds of milliseconds in a product that takes one alone, and the slower
+    data type could win. Each runs at least once, however long it takes.
 
     Args:
         product, clock: replaced by tests.
@@ -120,8 +120,8 @@ class _Product:
         self._product, self._clock = product, clock
 
     def fits(self, size: int, end: float) -> bool:
-        """Whether a run with these matrices takes no more than its share of the time until `end`, by the best run of
-        the last size; True before the first run."""
+        """Whether a run with these matrices takes no more than its share of the time until `end`,
+        by the best run of the last size; True before the first run."""
         if self.size == 0:
             return True
         return self._last_s * (size / self.size) ** 3 <= LONGEST_CALL * (end - self._clock())

@@ -1,4 +1,5 @@
-"""Sampling and log probabilities. Penalties, biases and masks, which touch few logits, are the reference's."""
+"""Sampling and log probabilities. Penalties, biases and masks, which touch few logits, are the
+reference's."""
 
 import ctypes
 
@@ -47,8 +48,9 @@ def can_run(logits: Tensor) -> bool:
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
-    """As `kernels.sampling.reference.sample`, which see. Weights differ from those in the last bits of fp32, so a token differs where the
-    row's random number falls within that of a boundary. A row's token is the same whatever the other rows and the number of threads."""
+    """As `kernels.sampling.reference.sample`, which see. Weights differ from those in the last bits
+    of fp32, so a token differs where the row's random number falls within that of a boundary. A
+    row's token is the same whatever the other rows and the number of threads."""
     reference.check(logits, batch)
     raw = logits.float()
     token_ids = _choose(_with_rows(reference.modify(raw, batch)), batch)

@@ -1,4 +1,5 @@
-"""Arguments of the C++ operations that this package's modules and `trial` share; src/ops.h has the same. Without torch."""
+"""Arguments of the C++ operations that this package's modules and `trial` share; src/ops.h has the
+same. Without torch."""
 
 import ctypes
 

@@ -1,7 +1,8 @@
-"""`python -m kernels.cpu.trial LIBRARY ISA`: run kernels of an instruction set once, in a process that may die of it. Without torch, in
-some 0.1 s. `kernels.cpu.native.runs` starts it.
+"""`python -m kernels.cpu.trial LIBRARY ISA`: run kernels of an instruction set once, in a process
+that may die of it. Without torch, in some 0.1 s. `kernels.cpu.native.runs` starts it.
 
-Dense layers in fp32 and bf16 are enough: their inner loops have the instructions by which the sets differ, products of bf16 and tiles too.
+Dense layers in fp32 and bf16 are enough: their inner loops have the instructions by which the sets
+differ, products of bf16 and tiles too.
 """
 
 import ctypes

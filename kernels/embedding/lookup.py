@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Embedding lookup of the rows that a rank holds: a copy, or zeros for tokens of other ranks. A program a token and a piece of its row."""
+"""Embedding lookup of the rows that a rank holds: a copy, or zeros for tokens of other ranks. A
+program a token and a piece of its row."""
 
 import torch
 import triton
@@ -18,7 +19,8 @@ def embed_kernel(
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(token_ids_ptr + token) - first_id
     here = (row >= 0) & (row < num_rows)
-    values = tl.load(weight_ptr + row * weight_stride + at, mask=(at < width) & here, other=0.0)  # [BLOCK]
+    # [BLOCK]
+    values = tl.load(weight_ptr + row * weight_stride + at, mask=(at < width) & here, other=0.0)
     tl.store(out_ptr + token * width + at, values, mask=at < width)
 
 

@@ -1,8 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""`x @ weight.T + bias` in fp32 for a few tokens and few outputs: the gate of the experts, from bf16 activations in one launch.
+"""`x @ weight.T + bias` in fp32 for a few tokens and few outputs: the gate of the experts, from
+bf16 activations in one launch.
 
-A BLAS wants fp32 activations, and splits so long a sum over so few outputs into launches of its own. Here a program has a few outputs of a
-few tokens, its threads lie along the sum, and products are added up elementwise before one reduction at the end.
+A BLAS wants fp32 activations, and splits so long a sum over so few outputs into launches of its
+own. Here a program has a few outputs of a few tokens, its threads lie along the sum, and products
+are added up elementwise before one reduction at the end.
 """
 
 import torch
@@ -11,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_N = 4
-"""Outputs of a program: 32 programs for 128 experts, which is what reads their weights in about a microsecond."""
+"""Outputs of a program: 32 programs for 128 experts, which is what reads their weights in about a
+microsecond."""
 _FEW = {"BLOCK_M": 1, "BLOCK_K": 1024, "num_warps": 4}
 _MANY = {"BLOCK_M": 8, "BLOCK_K": 256, "num_warps": 4}
 """From 8 tokens on: weights come from the L2 cache once for 8 of them."""
@@ -19,7 +22,8 @@ _MANY = {"BLOCK_M": 8, "BLOCK_K": 256, "num_warps": 4}
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def narrow_linear_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, x_stride, num_tokens, num_outputs, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, x_stride, num_tokens, num_outputs, width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -42,7 +46,8 @@ def narrow_linear_kernel(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `kernels.linear.reference.linear`, which see, for fp32 weights; arguments have been checked there.
+    """As `kernels.linear.reference.linear`, which see, for fp32 weights; arguments have been
+    checked there.
 
     Raises:
         ValueError: names the argument whose rows are not contiguous.

@@ -46,7 +46,8 @@ def fused_experts(
     num_experts: int | None = None,
     mxfp8_activations: bool = False,
 ) -> Tensor:
-    """`kernels.moe.reference.fused_experts`, which defines it, by the kernel for these weights and this device.
+    """`kernels.moe.reference.fused_experts`, which defines it, by the kernel for these weights and
+    this device.
 
     On a GPU, expert ids are taken as they are (`kernels.backend.checks_indices`).
     """
@@ -93,7 +94,8 @@ def gated_experts(
     first_expert: int = 0,
     mxfp8_activations: bool = False,
 ) -> Tensor:
-    """`fused_experts` of the choice that `gate_topk` makes; on a GPU choice and routing are one launch.
+    """`fused_experts` of the choice that `gate_topk` makes; on a GPU choice and routing are one
+    launch.
 
     Args:
         gate_logits: [T, num_experts] float.
@@ -136,8 +138,8 @@ def gated_experts_add_rms_norm(
     first_expert: int = 0,
     mxfp8_activations: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.pointwise.add_rms_norm` of a residual stream and `gated_experts`, with the bits of the two; on a GPU the norm and the sum
-    over a token's experts are one launch.
+    """`kernels.pointwise.add_rms_norm` of a residual stream and `gated_experts`, with the bits of
+    the two; on a GPU the norm and the sum over a token's experts are one launch.
 
     Args:
         residual: [T, H], dtype of x; may be overwritten.
@@ -191,7 +193,8 @@ def _summands(
     reference.check_gate(gate_logits, k)
     if x.shape[:1] != gate_logits.shape[:1]:
         raise ValueError(
-            f"gate_logits must have a row for each of {x.shape[0]} tokens, got shape {list(gate_logits.shape)}"
+            f"gate_logits must have a row for each of {x.shape[0]} tokens, got shape "
+            f"{list(gate_logits.shape)}"
         )
     reference.check_weights(x, gate_up, gate_up_bias, down, down_bias, first_expert, gate_logits.shape[1])
     reference.check_mxfp8(mxfp8_activations, gate_up, down)

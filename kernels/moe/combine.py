@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""A token's experts added up: `out[t] = results[t * k] + ... + results[t * k + k - 1]` over the slots whose expert is here, in fp32, in the
-order of the slots, so that a token's sum is the same in every batch and every run. Alone, for an all-reduce; or in one launch with what
-follows where there is none, the addition to the residual stream and the next RMSNorm, with the same bits."""
+"""A token's experts added up: `out[t] = results[t * k] + ... + results[t * k + k - 1]` over the
+slots whose expert is here, in fp32, in the order of the slots, so that a token's sum is the same in
+every batch and every run. Alone, for an all-reduce; or in one launch with what follows where there
+is none, the addition to the residual stream and the next RMSNorm, with the same bits."""
 
 import triton
 import triton.language as tl
@@ -44,7 +45,8 @@ def add_slots(
 
 @triton.jit(do_not_specialize=["first_expert", "num_local"])
 def add_slots_rms_norm(
-    residual_ptr, results_ptr, ids_ptr, weight_ptr, out_ptr, residual_stride, hidden_size, first_expert, num_local, eps,
+    residual_ptr, results_ptr, ids_ptr, weight_ptr, out_ptr, residual_stride, hidden_size, first_expert,
+    num_local, eps,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -88,13 +90,15 @@ def combine(results: Tensor, routing: Routing) -> Tensor:
 def combine_add_rms_norm(
     results: Tensor, routing: Routing, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.pointwise.add_rms_norm` of a residual stream and `combine`; arguments have been checked as there.
+    """`kernels.pointwise.add_rms_norm` of a residual stream and `combine`; arguments have been
+    checked as there.
 
     Args:
         residual: [T, H], dtype of results; overwritten.
         weight: [H].
     Raises:
-        ValueError: the last axis of residual or weight is not contiguous, or wider than `kernels.pointwise.norm.MAX_WIDTH`.
+        ValueError: the last axis of residual or weight is not contiguous, or wider than
+            `kernels.pointwise.norm.MAX_WIDTH`.
     """
     check_layout(residual=residual, weight=weight)
     num_tokens, k = routing.topk_ids.shape

@@ -1,4 +1,5 @@
-"""The mixture of experts by Triton kernels: route and two grouped products. Adding up is `combine.py`'s."""
+"""The mixture of experts by Triton kernels: route and two grouped products. Adding up is
+`combine.py`'s."""
 
 from dataclasses import dataclass
 
@@ -32,7 +33,8 @@ class _Layer:
 def can_run(
     x: Tensor, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor, mxfp8_activations: bool
 ) -> bool:
-    """Whether there are kernels for these weights: MXFP4 in a layout for GPUs, or dense ones of x's dtype."""
+    """Whether there are kernels for these weights: MXFP4 in a layout for GPUs, or dense ones of x's
+    dtype."""
     kinds = {_kind(x, weights, mxfp8_activations) for weights in (gate_up, down)}
     return x.dtype in _DTYPES and len(kinds) == 1 and None not in kinds
 
@@ -61,10 +63,12 @@ def fused_experts(
     num_experts: int,
     mxfp8_activations: bool,
 ) -> tuple[Tensor, Routing]:
-    """The summands of `kernels.moe.reference.fused_experts`, which see; arguments have been checked there, and `can_run` holds.
+    """The summands of `kernels.moe.reference.fused_experts`, which see; arguments have been checked
+    there, and `can_run` holds.
 
     Returns:
-        ([T * k, H] for each token and slot, undefined where the slot's expert is not here; routing): for `kernels.moe.combine`.
+        ([T * k, H] for each token and slot, undefined where the slot's expert is not here;
+        routing): for `kernels.moe.combine`.
     """
     kind, tile = _kind_and_tile(x, topk_ids.shape[1], gate_up, num_experts, mxfp8_activations)
     routing = route(

@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Grouped product of tokens in MXFP8 with MXFP4 experts in the layout `natural`, for hardware that multiplies blocks with scales itself
-(sm_100, gfx950). Rounding activations to 8 bits changes results: `kernels.moe.reference.round_to_mxfp8` defines it.
+"""Grouped product of tokens in MXFP8 with MXFP4 experts in the layout `natural`, for hardware that
+multiplies blocks with scales itself (sm_100, gfx950). Rounding activations to 8 bits changes
+results: `kernels.moe.reference.round_to_mxfp8` defines it.
 
-Weights are the left operand: tcgen05 wants 128 rows there, and there are few tokens. The gate_up product writes what the down product
-reads, rounded in its epilogue.
+Weights are the left operand: tcgen05 wants 128 rows there, and there are few tokens. The gate_up
+product writes what the down product reads, rounded in its epilogue.
 
 Follows: OCP Microscaling Formats (MX) Specification 1.0, section 6.3.
 """
@@ -18,7 +19,8 @@ from kernels.moe.tiles import rows_to_write, swiglu, tile_rows
 def to_mxfp8(values):
     """[..., 32] fp32 → e4m3 of that shape, and e8m0 scales without the last axis."""
     largest = tl.max(tl.abs(values), -1)
-    # 2^(floor(log2(largest)) - 8), 8 being e4m3's largest exponent; at least 2^-126, whose inverse is finite.
+    # 2^(floor(log2(largest)) - 8), 8 being e4m3's largest exponent; at least 2^-126, whose inverse
+    # is finite.
     exponents = tl.maximum((largest.to(tl.uint32, bitcast=True) >> 23).to(tl.int32) - 8, 1)
     inverse = ((254 - exponents) << 23).to(tl.float32, bitcast=True)
     scaled = tl.minimum(tl.maximum(values * tl.expand_dims(inverse, -1), -448.0), 448.0)
@@ -65,7 +67,8 @@ def expert_matmul_mxfp8(
     if tl.max(exists.to(tl.int32), 0) == 0:
         return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Past the last row it is read again, and nothing of that is stored. Offsets within an expert fit in 32 bits.
+    # Past the last row it is read again, and nothing of that is stored. Offsets within an expert
+    # fit in 32 bits.
     row = tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K)
     in_row, in_scales = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 32)
@@ -76,7 +79,8 @@ def expert_matmul_mxfp8(
         scales_ptr + expert * N * (K // 32) + (row[:, None] * (K // 32) + in_scales[None, :])
     )  # [BLOCK_N, BLOCK_K / 32]
     x_ptrs = x_ptr + x_rows[None, :] * K + k[:, None]  # [BLOCK_K, BLOCK_M]
-    x_scale_ptrs = x_scales_ptr + x_rows[:, None] * (K // 32) + in_scales[None, :]  # [BLOCK_M, BLOCK_K / 32]
+    # [BLOCK_M, BLOCK_K / 32]
+    x_scale_ptrs = x_scales_ptr + x_rows[:, None] * (K // 32) + in_scales[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
         left = K - start

@@ -1,6 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Grouped product of tokens with MXFP4 experts in the layout `wgmma.v1` (`kernels/mxfp4/wgmma.py`): weights are the left operand, which
-wgmma takes from registers, so they go from memory over shared memory into registers, are decoded there and used.
+"""Grouped product of tokens with MXFP4 experts in the layout `wgmma.v1` (`kernels/mxfp4/wgmma.py`):
+weights are the left operand, which wgmma takes from registers, so they go from memory over shared
+memory into registers, are decoded there and used.
 
     out[row] = SwiGLU(W[e] x[token] + bias[e])              for the gate_up product
     out[pair] = gate weight * (W[e] x[row] + bias[e])       for the down product
@@ -30,12 +31,14 @@ DECODE = tl.constexpr("""{ // mxfp4x8_bf16
     or.b32 $3, r, s;
     mul.bf16x2 $3, $3, $6;
 }""")
-"""A word of 8 values ($4) and, twice in a register each, the scales of its even ($5) and odd row ($6) → a fragment's registers."""
+"""A word of 8 values ($4) and, twice in a register each, the scales of its even ($5) and odd row
+($6) → a fragment's registers."""
 
 
 @triton.jit
 def bf16_pair(register):
-    """uint32 → [..., 2] bf16, the low half first. The compiler makes nothing of it: both are where they were."""
+    """uint32 → [..., 2] bf16, the low half first. The compiler makes nothing of it: both are where
+    they were."""
     low = register.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     high = (register >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return tl.join(low, high)
@@ -43,8 +46,8 @@ def bf16_pair(register):
 
 @triton.jit
 def decode(words, exponents, STRIPS: tl.constexpr, CHUNKS: tl.constexpr):
-    """uint32 [STRIPS, CHUNKS * 128] and uint8 [STRIPS, CHUNKS * 32] → bf16 [STRIPS * 16, CHUNKS * 64]. Within a strip the even rows come
-    first, as the layout's fragments have them."""
+    """uint32 [STRIPS, CHUNKS * 128] and uint8 [STRIPS, CHUNKS * 32] → bf16 [STRIPS * 16, CHUNKS *
+    64]. Within a strip the even rows come first, as the layout's fragments have them."""
     scales = exponents.to(tl.uint32) << 7  # bf16
     scales = (
         (scales | (scales << 16)).reshape(STRIPS, CHUNKS, 8, 2, 2).trans(0, 1, 2, 4, 3)
@@ -52,7 +55,8 @@ def decode(words, exponents, STRIPS: tl.constexpr, CHUNKS: tl.constexpr):
     even, odd = scales.reshape(STRIPS, CHUNKS, 8, 1, 2, 1, 2).split()
     even = tl.broadcast_to(even, (STRIPS, CHUNKS, 8, 4, 2, 2)).reshape(STRIPS, CHUNKS * 128)
     odd = tl.broadcast_to(odd, (STRIPS, CHUNKS, 8, 4, 2, 2)).reshape(STRIPS, CHUNKS * 128)
-    # One word at a time: which elements of a tensor Triton gives to one piece of assembly that takes several is not defined.
+    # One word at a time: which elements of a tensor Triton gives to one piece of assembly that
+    # takes several is not defined.
     r0, r1, r2, r3 = tl.inline_asm_elementwise(
         DECODE,
         "=r,=r,=r,=r,r,r,r",
@@ -62,7 +66,8 @@ def decode(words, exponents, STRIPS: tl.constexpr, CHUNKS: tl.constexpr):
         pack=1,
     )
     left, right = tl.join(bf16_pair(r0), bf16_pair(r1)), tl.join(bf16_pair(r2), bf16_pair(r3))
-    # strip, chunk, g, t, fragment, value, parity, column half → rows (strip, parity, g), columns (chunk, fragment, half, t, value)
+    # strip, chunk, g, t, fragment, value, parity, column half → rows (strip, parity, g), columns
+    # (chunk, fragment, half, t, value)
     weights = tl.join(left, right).reshape(STRIPS, CHUNKS, 8, 4, 4, 2, 2, 2)
     return weights.trans(0, 6, 2, 1, 4, 7, 3, 5).reshape(STRIPS * 16, CHUNKS * 64)
 
@@ -97,7 +102,8 @@ def expert_matmul_wgmma(
         return
     num_strips = tl.cdiv(N, 16)
     num_chunks = tl.cdiv(K, 64)
-    # Past the last strip it is read again, and nothing of that is stored. Offsets within an expert fit in 32 bits.
+    # Past the last strip it is read again, and nothing of that is stored. Offsets within an expert
+    # fit in 32 bits.
     strip = tl.minimum(tl.program_id(0) * STRIPS + tl.arange(0, STRIPS), num_strips - 1)
     k = tl.arange(0, BLOCK_K)
     in_words, in_scales = tl.arange(0, CHUNKS * 128), tl.arange(0, CHUNKS * 32)

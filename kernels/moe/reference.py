@@ -1,7 +1,8 @@
 """Mixture of experts in torch, fp32 inside.
 
-A token's result depends on its own activations and experts only, bit for bit on CPU: rows go through `kernels.linear`, elementwise
-operations are ones that vectorised and remainder loops compute alike, and a token's experts are added in ascending order of their ids.
+A token's result depends on its own activations and experts only, bit for bit on CPU: rows go
+through `kernels.linear`, elementwise operations are ones that vectorised and remainder loops
+compute alike, and a token's experts are added in ascending order of their ids.
 """
 
 import torch
@@ -14,7 +15,8 @@ _E4M3_EXPONENT, _E4M3_LARGEST = 8, 448.0
 
 
 def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k experts of highest logit for each token, most likely first, and the softmax over just these. Ties: the lower expert id.
+    """The k experts of highest logit for each token, most likely first, and the softmax over just
+    these. Ties: the lower expert id.
 
     Args:
         gate_logits: [T, E] float.
@@ -43,13 +45,15 @@ def fused_experts(
     num_experts: int | None = None,
     mxfp8_activations: bool = False,
 ) -> Tensor:
-    """Weighted sum of each token's experts: gate_up projection, clamped SwiGLU, down projection, both with bias.
+    """Weighted sum of each token's experts: gate_up projection, clamped SwiGLU, down projection,
+    both with bias.
 
-    With g the even and u the odd rows of gate_up, `g` clamped above at the limit and `u` to both sides of it, the activation is
-    `(u + 1) * g * sigmoid(alpha * g)`. Only experts that some token chose are decoded or computed.
+    With g the even and u the odd rows of gate_up, `g` clamped above at the limit and `u` to both
+    sides of it, the activation is `(u + 1) * g * sigmoid(alpha * g)`. Only experts that some token
+    chose are decoded or computed.
 
-    The weights may be those of a part of the experts, `first_expert` to `first_expert + E - 1` of `num_experts`; choices of the others
-    add nothing here.
+    The weights may be those of a part of the experts, `first_expert` to `first_expert + E - 1` of
+    `num_experts`; choices of the others add nothing here.
 
     Args:
         x: [T, H] float.
@@ -60,8 +64,9 @@ def fused_experts(
         down: [E, H, I], packed or dense.
         down_bias: [E, H] float.
         num_experts: None: E.
-        mxfp8_activations: changes the numerics: what enters a projection is rounded to MXFP8 first (`round_to_mxfp8`), so that hardware
-            which multiplies MXFP8 with MXFP4 can do that. H and I are multiples of 32 then.
+        mxfp8_activations: changes the numerics: what enters a projection is rounded to MXFP8 first
+            (`round_to_mxfp8`), so that hardware which multiplies MXFP8 with MXFP4 can do that. H
+            and I are multiples of 32 then.
     Returns:
         [T, H], dtype of x.
     Raises:
@@ -85,7 +90,8 @@ def fused_experts(
 
 
 def _tokens_by_expert(local_ids: Tensor, num_local: int) -> list[tuple[int, Tensor, Tensor]]:
-    """(expert, tokens [n] ascending, their slots [n]) of the experts 0 to num_local - 1 that are hit, in ascending order."""
+    """(expert, tokens [n] ascending, their slots [n]) of the experts 0 to num_local - 1 that are
+    hit, in ascending order."""
     k = local_ids.shape[1]
     pairs = ((local_ids >= 0) & (local_ids < num_local)).reshape(-1).nonzero()[:, 0]
     experts = local_ids.reshape(-1)[pairs]
@@ -104,13 +110,14 @@ def _swiglu(hidden: Tensor, limit: float, alpha: float) -> Tensor:
     """[n, 2I], gate and up interleaved → [n, I]."""
     gate = hidden[:, 0::2].clamp(max=limit)
     up = hidden[:, 1::2].clamp(min=-limit, max=limit)
-    # Not torch.sigmoid: its vectorised loop and its remainder loop round differently, so a row's result would depend on its place.
+    # Not torch.sigmoid: its vectorised loop and its remainder loop round differently, so a row's
+    # result would depend on its place.
     return (up + 1) * (gate / (1 + torch.exp(gate * -alpha)))
 
 
 def round_to_mxfp8(x: Tensor) -> Tensor:
-    """The values of MXFP8 (e4m3) for [..., K], K a multiple of 32, in fp32: groups of 32 share the scale 2^(floor(log2(max|x|)) - 8), but
-    at least 2^-126; to nearest even, saturating at 448.
+    """The values of MXFP8 (e4m3) for [..., K], K a multiple of 32, in fp32: groups of 32 share the
+    scale 2^(floor(log2(max|x|)) - 8), but at least 2^-126; to nearest even, saturating at 448.
 
     Follows: OCP Microscaling Formats (MX) Specification 1.0, section 6.3.
     """
@@ -130,7 +137,8 @@ def check_mxfp8(wanted: bool, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 |
     """
     if wanted and (gate_up.shape[2] % MX_BLOCK or down.shape[2] % MX_BLOCK):
         raise ValueError(
-            f"mxfp8_activations needs widths that are multiples of {MX_BLOCK}, got {gate_up.shape[2]} of gate_up, {down.shape[2]} of down"
+            f"mxfp8_activations needs widths that are multiples of {MX_BLOCK}, got {gate_up.shape[2]} of "
+            f"gate_up, {down.shape[2]} of down"
         )
 
 
@@ -223,5 +231,6 @@ def check_ids(topk_ids: Tensor, num_experts: int) -> None:
     """
     if topk_ids.numel() and not 0 <= int(topk_ids.min()) <= int(topk_ids.max()) < num_experts:
         raise ValueError(
-            f"topk_ids must be from 0 to {num_experts - 1}, found {int(topk_ids.min())} to {int(topk_ids.max())}"
+            f"topk_ids must be from 0 to {num_experts - 1}, found {int(topk_ids.min())} to "
+            f"{int(topk_ids.max())}"
         )

@@ -1,9 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""From gate logits or chosen experts to the tiles of the grouped products (`kernels/moe/tiles.py`), without a shape that depends on data.
+"""From gate logits or chosen experts to the tiles of the grouped products (`kernels/moe/tiles.py`),
+without a shape that depends on data.
 
-The (token, slot) pairs of this rank's experts are counted and sorted by expert, tokens ascending, by prefix sums over a [tokens, experts]
-matrix of who chose whom. Up to SINGLE_TOKENS tokens one program does all of it, with the choice itself: one launch. More tokens go by
-blocks: the first launch chooses and counts, the second adds up the counts of the blocks before, and places."""
+The (token, slot) pairs of this rank's experts are counted and sorted by expert, tokens ascending,
+by prefix sums over a [tokens, experts] matrix of who chose whom. Up to SINGLE_TOKENS tokens one
+program does all of it, with the choice itself: one launch. More tokens go by blocks: the first
+launch chooses and counts, the second adds up the counts of the blocks before, and places."""
 
 from dataclasses import dataclass
 
@@ -13,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 SINGLE_TOKENS = 64
-"""More, and the matrix of one program does not fit in registers (64 x 128 experts are 64 of them in 128 threads)."""
+"""More, and the matrix of one program does not fit in registers (64 x 128 experts are 64 of them in
+128 threads)."""
 _BLOCK_TOKENS = 32
 _BLOCK_TILES = 16
 
@@ -25,8 +28,10 @@ class Routing:
     Attributes:
         topk_ids: [T, k] int32, global ids, distinct within a row.
         topk_weights: [T, k] fp32.
-        tiles: [max_tiles, 4] int32: (local expert, place of the first row, number of rows, 0); no rows where a tile is not needed.
-        pairs: [T * k] int32: token * k + slot, sorted by local expert; undefined past the last pair of a local expert.
+        tiles: [max_tiles, 4] int32: (local expert, place of the first row, number of rows, 0); no
+            rows where a tile is not needed.
+        pairs: [T * k] int32: token * k + slot, sorted by local expert; undefined past the last pair
+            of a local expert.
         block_m: rows of a tile.
         first_expert, num_local: the experts that `tiles` and `pairs` are about.
     """
@@ -49,12 +54,13 @@ def top_k(
     EXPERTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """[BLOCK_T, EXPERTS] fp32 → ids int32 and softmax over the chosen, both [BLOCK_T, SLOTS]. Ties: the lower id. Slots past TOP_K: -1,
-    0."""
+    """[BLOCK_T, EXPERTS] fp32 → ids int32 and softmax over the chosen, both [BLOCK_T, SLOTS]. Ties:
+    the lower id. Slots past TOP_K: -1, 0."""
     LEAST: tl.constexpr = -(2**31)
     expert, slots = tl.arange(0, EXPERTS), tl.arange(0, SLOTS)
     bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 is 0
-    # Integers in the order of the numbers, so that no NaN and no infinity is chosen twice, or padding instead of it.
+    # Integers in the order of the numbers, so that no NaN and no infinity is chosen twice, or
+    # padding instead of it.
     keys = tl.where((expert < num_experts)[None, :], bits ^ ((bits >> 31) & 0x7FFFFFFF), LEAST)
     values = tl.full((BLOCK_T, SLOTS), float("-inf"), tl.float32)
     ids = tl.full((BLOCK_T, SLOTS), -1, tl.int32)
@@ -91,7 +97,8 @@ def members(
 def place_pairs(
     pairs_ptr, ids, chosen, places, tokens, TOP_K: tl.constexpr, SLOTS: tl.constexpr, LOCAL: tl.constexpr
 ):
-    """Store each pair of a local expert at its token's place, [BLOCK_T, LOCAL], among the expert's rows."""
+    """Store each pair of a local expert at its token's place, [BLOCK_T, LOCAL], among the expert's
+    rows."""
     local = tl.arange(0, LOCAL)
     for slot in tl.static_range(TOP_K):
         mine = (slot_of(ids, slot, SLOTS)[:, None] == local[None, :]) & (chosen > 0)
@@ -148,8 +155,9 @@ def choose_experts(
     FROM_LOGITS: tl.constexpr,
     ROUTES: tl.constexpr,
 ):
-    """Top-k and softmax of BLOCK_T tokens (unless not FROM_LOGITS: then the ids are there), and what ROUTES says: "nothing"; "counts", how
-    many of these tokens chose each local expert; "all", places and tiles of this program's tokens, which are all."""
+    """Top-k and softmax of BLOCK_T tokens (unless not FROM_LOGITS: then the ids are there), and
+    what ROUTES says: "nothing"; "counts", how many of these tokens chose each local expert; "all",
+    places and tiles of this program's tokens, which are all."""
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     exists = tokens < num_tokens
     slots = tl.arange(0, SLOTS)
@@ -197,8 +205,8 @@ def place_tokens(
     BLOCK_M: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
-    """Places of the tokens of one block, and this program's share of the tiles, from the counts of all blocks [cdiv(T, BLOCK_T),
-    num_local]."""
+    """Places of the tokens of one block, and this program's share of the tiles, from the counts of
+    all blocks [cdiv(T, BLOCK_T), num_local]."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     local = tl.arange(0, LOCAL)
     counts = tl.zeros((LOCAL,), tl.int32)
@@ -245,7 +253,8 @@ def choose(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def choose_and_route(
     gate_logits: Tensor, k: int, *, first_expert: int, num_local: int, block_m: int
 ) -> Routing:
-    """Choice of the k experts of highest logit, and the tiles of experts first_expert to first_expert + num_local - 1.
+    """Choice of the k experts of highest logit, and the tiles of experts first_expert to
+    first_expert + num_local - 1.
 
     Args:
         gate_logits: [T, num_experts] float, contiguous.

@@ -1,8 +1,9 @@
 """Which tile the grouped products take, by weights, architecture and how many rows an expert has.
 
-Chosen by what compilers make of them (`python3 -m benchmarks.kernel_report`, table in docs/kernels.md), never timed: no spills; few
-instructions a weight, so that memory and not the processor limits small batches; and with one row an expert narrow tiles, because four
-experts of 5760 rows are only 180 tiles of 128 rows for 132 processors."""
+Chosen by what compilers make of them (`python3 -m benchmarks.kernel_report`, table in
+docs/kernels.md), never timed: no spills; few instructions a weight, so that memory and not the
+processor limits small batches; and with one row an expert narrow tiles, because four experts of
+5760 rows are only 180 tiles of 128 rows for 132 processors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class Tile:
     max_rows: int | None = None
 
 
-# By ascending block_m. Never 8 rows: Triton 3.7, which comes with torch 2.13, makes no wgmma of those and decodes by way of shared memory.
+# By ascending block_m. Never 8 rows: Triton 3.7, which comes with torch 2.13, makes no wgmma of
+# those and decodes by way of shared memory.
 _WGMMA = (
     Tile(16, 64, 256, 4, 4, max_rows=8),
     Tile(16, 128, 128, 4, 4),
@@ -61,7 +63,8 @@ _NATURAL = {
     "sm_89": _AMPERE,
     # Where the checkpoint's layout is kept on sm_90; `wgmma.v1` is better.
     "sm_90": (Tile(16, 128, 128, 4, 3), Tile(64, 64, 128, 4, 3)),
-    # Under 256 rows decoding takes longer than the product itself, with Triton 3.7 at 128 rows twice as long.
+    # Under 256 rows decoding takes longer than the product itself, with Triton 3.7 at 128 rows
+    # twice as long.
     "sm_100": (
         Tile(16, 64, 256, 4, 3),
         Tile(32, 128, 128, 4, 3),
@@ -94,7 +97,8 @@ def tiles(weights: str, architecture: str) -> Sequence[Tile]:
 
     Args:
         weights: MXFP4, MXFP4_WGMMA, MXFP4_MXFP8 or DENSE.
-        architecture: as `kernels.backend.architecture` names it. One that has no tiles gets those of its family.
+        architecture: as `kernels.backend.architecture` names it. One that has no tiles gets those
+            of its family.
     """
     if weights != MXFP4:
         return {MXFP4_WGMMA: _WGMMA, MXFP4_MXFP8: _MXFP8, DENSE: _DENSE}[weights]

@@ -1,8 +1,10 @@
 """Storage layouts of MXFP4 expert weights.
 
-`natural` is the checkpoints' own: blocks uint8 [E, N, K/32, 16], two values a byte with the lower index in the low nibble, and scales uint8
-[E, N, K/32], the exponent of a power of two biased by 127. A kernel that wants another order registers it with `register_layout`; every
-layout keeps the expert as first axis of blocks and scales, so that single experts can be picked without converting the rest.
+`natural` is the checkpoints' own: blocks uint8 [E, N, K/32, 16], two values a byte with the lower
+index in the low nibble, and scales uint8 [E, N, K/32], the exponent of a power of two biased by
+127. A kernel that wants another order registers it with `register_layout`; every layout keeps the
+expert as first axis of blocks and scales, so that single experts can be picked without converting
+the rest.
 """
 
 from collections.abc import Callable
@@ -25,7 +27,8 @@ ROWS16 = "rows16"
 WGMMA = "wgmma.v1"
 """The Triton kernels' on sm_90 (`kernels/mxfp4/wgmma.py`)."""
 SCALE_NAN = 255
-"""The e8m0 code that stands for NaN (OCP Microscaling Formats 1.0, section 5.4.1); never a weight's scale."""
+"""The e8m0 code that stands for NaN (OCP Microscaling Formats 1.0, section 5.4.1); never a weight's
+scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,9 @@ class InPlace:
 
     Attributes:
         shapes: (N, K/32) → the shapes of one expert's blocks and scales.
-        write: (blocks, scales) of one expert in the layout, in memory of zeros, then natural [N, K/32, 16] and [N, K/32], of any distance
-            between rows and at most as many rows and groups: writes the former; a ValueError says that a scale is NaN.
+        write: (blocks, scales) of one expert in the layout, in memory of zeros, then natural [N,
+            K/32, 16] and [N, K/32], of any distance between rows and at most as many rows and
+            groups: writes the former; a ValueError says that a scale is NaN.
     """
 
     shapes: Callable[[int, int], tuple[tuple[int, ...], tuple[int, ...]]]
@@ -114,21 +118,24 @@ def layout_names() -> tuple[str, ...]:
 
 
 def choose_layout(device: torch.device) -> str:
-    """The layout that this device's kernels read. The reference kernels, which run everywhere, read `natural` fastest, and so do Triton's
-    everywhere but on sm_90, also on architectures that nobody knew when this was written."""
+    """The layout that this device's kernels read. The reference kernels, which run everywhere, read
+    `natural` fastest, and so do Triton's everywhere but on sm_90, also on architectures that nobody
+    knew when this was written."""
     if triton_runs_on(device):
         return WGMMA if architecture(device) == "sm_90" and has_triton() else NATURAL
     return ROWS16 if device.type == "cpu" and native.shared_library() is not None else NATURAL
 
 
 def from_natural(blocks: Tensor, scales: Tensor, layout: str = NATURAL) -> PackedMXFP4:
-    """Checked weights in `layout` from checkpoint tensors; shares memory with them where the layout is `natural`.
+    """Checked weights in `layout` from checkpoint tensors; shares memory with them where the layout
+    is `natural`.
 
     Args:
         blocks: [E, N, K/32, 16] uint8.
         scales: [E, N, K/32] uint8.
     Raises:
-        ValueError: names the argument: a wrong shape or dtype, a scale that is NaN (code 255), or an unknown layout.
+        ValueError: names the argument: a wrong shape or dtype, a scale that is NaN (code 255), or
+            an unknown layout.
     """
     _lookup(layout)
     for name, tensor in (("blocks", blocks), ("scales", scales)):

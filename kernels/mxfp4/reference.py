@@ -1,4 +1,5 @@
-"""MXFP4 in torch: a value is e2m1 (1 sign, 2 exponent, 1 mantissa bit), a group of 32 along K shares the scale 2^(s - 127).
+"""MXFP4 in torch: a value is e2m1 (1 sign, 2 exponent, 1 mantissa bit), a group of 32 along K
+shares the scale 2^(s - 127).
 
 Follows: OCP Microscaling Formats (MX) Specification 1.0, sections 5.3.3, 5.4.1 and 6.3.
 """
@@ -23,7 +24,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def _pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[256]: both values of each byte, low nibble first, as one integer of twice the width: a single gather fetches both."""
+    """[256]: both values of each byte, low nibble first, as one integer of twice the width: a
+    single gather fetches both."""
     codes = torch.arange(256)
     values = torch.tensor([*E2M1_MAGNITUDES, *(-magnitude for magnitude in E2M1_MAGNITUDES)], dtype=dtype)
     pairs = torch.stack((values[codes & 15], values[codes >> 4]), dim=-1)
@@ -39,8 +41,9 @@ def _scale_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @cache
 def _rounding_boundaries(device: torch.device) -> Tensor:
-    """[7]: a magnitude above the i-th rounds to code i + 1 or more. Midpoints go to the even code, so a midpoint below an even code
-    counts as above its boundary, which therefore lies one fp32 step lower."""
+    """[7]: a magnitude above the i-th rounds to code i + 1 or more. Midpoints go to the even code,
+    so a midpoint below an even code counts as above its boundary, which therefore lies one fp32
+    step lower."""
     boundaries = []
     for code in range(7):
         midpoint = torch.tensor((E2M1_MAGNITUDES[code] + E2M1_MAGNITUDES[code + 1]) / 2, dtype=torch.float32)
@@ -49,14 +52,16 @@ def _rounding_boundaries(device: torch.device) -> Tensor:
 
 
 def pack(dense: Tensor, layout: str = NATURAL) -> PackedMXFP4:
-    """Quantise: per group of 32 along K the scale 2^(floor(log2(max|x|)) - 2), values rounded to nearest even, saturating at 6.
+    """Quantise: per group of 32 along K the scale 2^(floor(log2(max|x|)) - 2), values rounded to
+    nearest even, saturating at 6.
 
     What `unpack` returns packs again to the same values. A group of zeros gets scale 0.
 
     Args:
         dense: [E, N, K] fp32, bf16 or fp16, finite.
     Raises:
-        ValueError: dense is not [E, N, K], K is not a multiple of 32, a wrong dtype, a value that is not finite, or an unknown layout.
+        ValueError: dense is not [E, N, K], K is not a multiple of 32, a wrong dtype, a value that
+            is not finite, or an unknown layout.
     """
     if dense.ndim != 3 or dense.shape[2] % MX_BLOCK:
         raise ValueError(
@@ -73,7 +78,8 @@ def pack(dense: Tensor, layout: str = NATURAL) -> PackedMXFP4:
     exponent = torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT
     scales = (exponent + _BIAS).clamp(0, 254).to(torch.uint8)
     scales[largest == 0] = 0
-    # 2^(127 - s) is exact, and so is the product, up to the magnitudes that saturate or round to zero anyway.
+    # 2^(127 - s) is exact, and so is the product, up to the magnitudes that saturate or round to
+    # zero anyway.
     inverse = _scale_table(torch.float32, dense.device)[(2 * _BIAS - scales.int())]
     codes = torch.bucketize((groups * inverse[..., None]).abs(), _rounding_boundaries(dense.device)).to(
         torch.uint8
@@ -84,7 +90,8 @@ def pack(dense: Tensor, layout: str = NATURAL) -> PackedMXFP4:
 
 
 def unpack(packed: PackedMXFP4, dtype: torch.dtype) -> Tensor:
-    """Decode all experts, exactly: code value times scale, rounded once to `dtype` (which only overflow or underflow of dtype can need).
+    """Decode all experts, exactly: code value times scale, rounded once to `dtype` (which only
+    overflow or underflow of dtype can need).
 
     Args:
         dtype: float32, bfloat16 or float16.
@@ -96,7 +103,8 @@ def unpack(packed: PackedMXFP4, dtype: torch.dtype) -> Tensor:
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     blocks, scales = to_natural(packed)
-    # Every scale and product is exact in bf16 as in fp32, or overflows in both; fp16 holds few of the scales.
+    # Every scale and product is exact in bf16 as in fp32, or overflows in both; fp16 holds few of
+    # the scales.
     inner = torch.float32 if dtype == torch.float16 else dtype
     values = _pair_table(inner, blocks.device).index_select(0, blocks.reshape(-1).int()).view(inner)
     factors = _scale_table(inner, scales.device).index_select(0, scales.reshape(-1).int())

@@ -1,18 +1,23 @@
-"""The layout `wgmma.v1`: MXFP4 weights in the order in which a warp group's matrix instructions on sm_90 want them in registers.
+"""The layout `wgmma.v1`: MXFP4 weights in the order in which a warp group's matrix instructions on
+sm_90 want them in registers.
 
-wgmma takes its left operand from registers as m16k16 fragments: lane 4g + t of a warp holds rows g and g + 8 at columns 2t, 2t + 1, 2t + 8
-and 2t + 9. Rows go by strips of 16, of which row 2g is the fragment's row g and row 2g + 1 its row g + 8, so that a gate and its up, which
-are neighbours in gpt-oss, meet in one thread. Columns go by chunks of 64, four fragments.
+wgmma takes its left operand from registers as m16k16 fragments: lane 4g + t of a warp holds rows g
+and g + 8 at columns 2t, 2t + 1, 2t + 8 and 2t + 9. Rows go by strips of 16, of which row 2g is the
+fragment's row g and row 2g + 1 its row g + 8, so that a gate and its up, which are neighbours in
+gpt-oss, meet in one thread. Columns go by chunks of 64, four fragments.
 
-blocks uint8 [E, N/16, K/64, 32 lanes, 4 fragments, 4 bytes]: a thread's bytes of a chunk are one 128-bit load. The 4 bytes are a
-little-endian word of the 8 values of a lane's fragment, two to a register: (row g; 2t, 2t + 1), (g + 8; the same), (g; 2t + 8, 2t + 9), (g
-+ 8; the same). A register with its first value in the low half and its second in the high half, each as a bf16 that is too small by 2^126
-(sign in bit 15, exponent in 8 and 7, mantissa in 6), is rotated right before it joins the word: register 0 by 0, 1 by 4, 2 by 10, and 3 by
-6 but for its bits 8, by 14. That tiles the word: four rotations alone cannot, three and a split one can, so the kernel decodes 8 values
-with nine shifts and masks. (That interleaved bits decode by shifts and masks is the idea of Marlin and of Triton's `triton_kernels`.)
+blocks uint8 [E, N/16, K/64, 32 lanes, 4 fragments, 4 bytes]: a thread's bytes of a chunk are one
+128-bit load. The 4 bytes are a little-endian word of the 8 values of a lane's fragment, two to a
+register: (row g; 2t, 2t + 1), (g + 8; the same), (g; 2t + 8, 2t + 9), (g + 8; the same). A register
+with its first value in the low half and its second in the high half, each as a bf16 that is too
+small by 2^126 (sign in bit 15, exponent in 8 and 7, mantissa in 6), is rotated right before it
+joins the word: register 0 by 0, 1 by 4, 2 by 10, and 3 by 6 but for its bits 8, by 14. That tiles
+the word: four rotations alone cannot, three and a split one can, so the kernel decodes 8 values
+with nine shifts and masks. (That interleaved bits decode by shifts and masks is the idea of Marlin
+and of Triton's `triton_kernels`.)
 
-scales uint8 [E, N/16, K/64, 8 (g), 2 (row 2g or 2g + 1), 2 (column group)], e8m0 plus 126, which is the missing factor: one product
-scales a value, exactly.
+scales uint8 [E, N/16, K/64, 8 (g), 2 (row 2g or 2g + 1), 2 (column group)], e8m0 plus 126, which is
+the missing factor: one product scales a value, exactly.
 
 N is padded to a multiple of 16 and K to one of 64, with zeros.
 """
@@ -28,7 +33,8 @@ CHUNK = 64
 FOLDED_EXPONENT = 126
 _LARGEST_SCALE = 254 - FOLDED_EXPONENT
 ROTATIONS = (((0x81C081C0, 0),), ((0x81C081C0, 4),), ((0x81C081C0, 10),), ((0x80C080C0, 6), (0x01000100, 14)))
-"""For each register: masks of its bits, and how far these are rotated right on their way into the word."""
+"""For each register: masks of its bits, and how far these are rotated right on their way into the
+word."""
 
 
 def from_natural(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +53,8 @@ def from_natural(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     blocks = functional.pad(blocks, (0, 0, 0, pad_groups, 0, pad_rows))
     scales = functional.pad(scales, (0, pad_groups, 0, pad_rows))
     strips, chunks = (num_rows + pad_rows) // STRIP, (num_groups + pad_groups) * MX_BLOCK // CHUNK
-    # [E, strip, g, parity of the row, chunk, fragment, column half, t]: a byte holds columns 2t and 2t + 1.
+    # [E, strip, g, parity of the row, chunk, fragment, column half, t]: a byte holds columns 2t and
+    # 2t + 1.
     pairs = blocks.view(num_experts, strips, 8, 2, chunks, 4, 2, 4).permute(0, 1, 4, 2, 7, 5, 6, 3)
     words = torch.zeros(pairs.shape[:6], dtype=torch.int32, device=blocks.device)
     for register, parts in enumerate(ROTATIONS):
@@ -84,7 +91,8 @@ def to_natural(packed: PackedMXFP4) -> tuple[Tensor, Tensor]:
 
 
 def _spread(byte: Tensor) -> Tensor:
-    """Two e2m1 values in the low byte, the first in its low half → a register's bits. int32 both."""
+    """Two e2m1 values in the low byte, the first in its low half → a register's bits. int32
+    both."""
     return ((byte & 8) << 12) | ((byte & 7) << 6) | ((byte & 0x80) << 24) | ((byte & 0x70) << 18)
 
 

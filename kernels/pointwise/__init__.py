@@ -22,7 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`kernels.pointwise.reference.add_rms_norm`, which defines it, by the kernel for this device."""
+    """`kernels.pointwise.reference.add_rms_norm`, which defines it, by the kernel for this
+    device."""
     if runs_triton(residual):
         from kernels.pointwise import norm
 
@@ -43,7 +44,8 @@ def yarn_cos_sin(
     original_max_position_embeddings: int,
     truncate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.pointwise.reference.yarn_cos_sin`, which defines it, by the kernel for this device."""
+    """`kernels.pointwise.reference.yarn_cos_sin`, which defines it, by the kernel for this
+    device."""
     reference.check_positions(positions, head_dim)
     shape = (head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate)
     concentration = reference.yarn_concentration(factor)

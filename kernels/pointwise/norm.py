@@ -1,8 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""RMSNorm, alone or of the residual stream after an addition to it: `x / sqrt(mean(x^2) + eps) * weight` over rows.
+"""RMSNorm, alone or of the residual stream after an addition to it: `x / sqrt(mean(x^2) + eps) *
+weight` over rows.
 
-One program a row, which it holds in registers: each element is read and written once. fp32 inside; the sum of a residual and a delta is
-rounded to the stream's dtype before the norm sees it, as the reference does.
+One program a row, which it holds in registers: each element is read and written once. fp32 inside;
+the sum of a residual and a delta is rounded to the stream's dtype before the norm sees it, as the
+reference does.
 """
 
 import torch
@@ -73,7 +75,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `kernels.pointwise.reference.add_rms_norm`, which see; arguments have been checked there. `residual` is overwritten and returned.
+    """As `kernels.pointwise.reference.add_rms_norm`, which see; arguments have been checked there.
+    `residual` is overwritten and returned.
 
     Raises:
         ValueError: as in `rms_norm`.
@@ -98,7 +101,8 @@ def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) ->
 
 
 def tile(width: int) -> dict[str, int]:
-    """One vector load a thread and tensor up to 2048 elements; 8 warps beyond, for the bytes in flight that one row a batch needs."""
+    """One vector load a thread and tensor up to 2048 elements; 8 warps beyond, for the bytes in
+    flight that one row a batch needs."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; multiplied by the weight in fp32, before the cast back.
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; multiplied by the weight in fp32,
+    before the cast back.
 
     Args:
         x: [..., H] float.
@@ -24,13 +25,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream, then RMSNorm of the sum; the norm sees the sum as it was rounded to the stream's dtype.
+    """Add to the residual stream, then RMSNorm of the sum; the norm sees the sum as it was rounded
+    to the stream's dtype.
 
     Args:
         residual, delta: [T, H], same dtype.
         weight: [H] float.
     Returns:
-        (residual + delta, its `rms_norm`), both [T, H] of that dtype. `residual` may have been overwritten.
+        (residual + delta, its `rms_norm`), both [T, H] of that dtype. `residual` may have been
+        overwritten.
     Raises:
         ValueError: names the argument of a wrong shape or dtype.
     """
@@ -50,10 +53,12 @@ def yarn_cos_sin(
     original_max_position_embeddings: int,
     truncate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of YaRN's rotary angles, both multiplied by the attention concentration `0.1 ln(factor) + 1`.
+    """Cosine and sine of YaRN's rotary angles, both multiplied by the attention concentration `0.1
+    ln(factor) + 1`.
 
-    Dimensions that turn more than beta_fast times within the original context keep their frequency, those that turn less than beta_slow
-    times have it divided by `factor`, a linear ramp lies between.
+    Dimensions that turn more than beta_fast times within the original context keep their frequency,
+    those that turn less than beta_slow times have it divided by `factor`, a linear ramp lies
+    between.
 
     Args:
         positions: [T] integer.
@@ -113,7 +118,8 @@ def yarn_frequencies(
         0, 1
     )
     kept = 1 - ramp
-    # As products with reciprocals, in transformers' order: at position 131071 one rounding of a frequency is 1e-4 of an angle.
+    # As products with reciprocals, in transformers' order: at position 131071 one rounding of a
+    # frequency is 1e-4 of an angle.
     return (1 / (factor * period)) * (1 - kept) + (1 / period) * kept
 
 
@@ -180,6 +186,7 @@ def check_add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor) -> None:
         raise ValueError(f"residual must be [T, H], got shape {list(residual.shape)}")
     if delta.shape != residual.shape or delta.dtype != residual.dtype:
         raise ValueError(
-            f"delta must be {list(residual.shape)} {residual.dtype} as residual is, got {list(delta.shape)} {delta.dtype}"
+            f"delta must be {list(residual.shape)} {residual.dtype} as residual is, got {list(delta.shape)} "
+            f"{delta.dtype}"
         )
     check_rms_norm(residual, weight)

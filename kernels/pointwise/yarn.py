@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Cosine and sine of YaRN's rotary angles, for all tokens of a step in one launch.
 
-At position 131071 an angle has 17 bits in front of the point. The fast sine of GPUs knows nothing of such arguments, so the angle, an
-fp32 product as in the reference, is reduced by multiples of pi/2 in float64, and the remainder goes through Taylor polynomials: with
+At position 131071 an angle has 17 bits in front of the point. The fast sine of GPUs knows nothing
+of such arguments, so the angle, an fp32 product as in the reference, is reduced by multiples of
+pi/2 in float64, and the remainder goes through Taylor polynomials: with
 |r| <= pi/4 the first terms left out are below 1e-11.
 """
 
@@ -103,7 +104,8 @@ def frequencies(
     original_max_position_embeddings: int,
     truncate: bool,
 ) -> Tensor:
-    """`reference.yarn_frequencies` on a device, computed on the CPU and once: no launch in a step, and the same bits everywhere."""
+    """`reference.yarn_frequencies` on a device, computed on the CPU and once: no launch in a step,
+    and the same bits everywhere."""
     return reference.yarn_frequencies(
         head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate
     ).to(device)

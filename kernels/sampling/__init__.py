@@ -27,7 +27,8 @@ __all__ = [
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     """`kernels.sampling.reference.sample`, which defines it, by the kernels for this device.
 
-    On a GPU rows and token ids are not checked, as that would wait for it; entries outside the logits are passed over.
+    On a GPU rows and token ids are not checked, as that would wait for it; entries outside the
+    logits are passed over.
     """
     if runs_triton(logits):
         from kernels.sampling import device

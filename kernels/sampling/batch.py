@@ -1,7 +1,8 @@
 """What `sample` needs beside the logits: parameters for S rows over a vocabulary of V tokens.
 
-Every part that no row of a batch uses is None and costs nothing. Parts that few rows use are sparse: parallel vectors with one entry
-for each (row, token) pair. All tensors are on the device of the logits.
+Every part that no row of a batch uses is None and costs nothing. Parts that few rows use are
+sparse: parallel vectors with one entry for each (row, token) pair. All tensors are on the device of
+the logits.
 """
 
 from collections.abc import Iterator
@@ -30,9 +31,10 @@ class Penalties:
     """Penalties for tokens seen before. Rows without a penalty have no entries.
 
     Attributes:
-        rows, token_ids: [n] int64: the distinct (row, token) pairs of a row's output tokens, and of its prompt tokens if its repetition
-            penalty is not 1.
-        output_counts: [n] int32, how often the token is among the row's output tokens; 0 if only in the prompt.
+        rows, token_ids: [n] int64: the distinct (row, token) pairs of a row's output tokens, and of
+            its prompt tokens if its repetition penalty is not 1.
+        output_counts: [n] int32, how often the token is among the row's output tokens; 0 if only in
+            the prompt.
         presence, frequency, repetition: [S] fp32; 0, 0 and 1 are off.
     """
 
@@ -62,7 +64,8 @@ class AllowedBits:
 
     Attributes:
         rows: [n] int64, distinct.
-        bits: [n, num_bytes] uint8; bit i of byte b (value 1 << i) is token 8 * b + i. Tokens past the end are not allowed.
+        bits: [n, num_bytes] uint8; bit i of byte b (value 1 << i) is token 8 * b + i. Tokens past
+            the end are not allowed.
     """
 
     rows: Tensor
@@ -75,16 +78,18 @@ class SamplingBatch:
 
     Attributes:
         temperature: [S] fp32; 0: greedy. None: every row is greedy.
-        seeds: [S] int64, the bits of the unsigned 64-bit seed. Needed unless temperature is None, as is output_positions.
-        output_positions: [S] int64, index of the token to sample among the sequence's output tokens, from 0.
+        seeds: [S] int64, the bits of the unsigned 64-bit seed. Needed unless temperature is None,
+            as is output_positions.
+        output_positions: [S] int64, index of the token to sample among the sequence's output
+            tokens, from 0.
         top_k: [S] int64; 0 or less: all.
         top_p: [S] fp32 in (0, 1].
         min_p: [S] fp32 in [0, 1].
         logit_bias, penalties: applied in this order, to greedy rows too.
         allowed_ids: a row that has entries may only take these tokens.
         allowed_bits: likewise as bitmasks; a row in both may take what both allow.
-        forbidden_ids: tokens a row may not take: stop tokens before min_tokens, and those of its automaton state. Ignored for a row that
-            would have no token left.
+        forbidden_ids: tokens a row may not take: stop tokens before min_tokens, and those of its
+            automaton state. Ignored for a row that would have no token left.
         logprob_rows: [L] int64, the rows whose log probabilities are wanted.
         num_top_logprobs: alternatives reported for each of them, at most V.
     """
@@ -104,7 +109,8 @@ class SamplingBatch:
     num_top_logprobs: int = 0
 
     def check(self, num_rows: int, vocab_size: int) -> None:
-        """Check shapes, dtypes and the range of rows and token ids against logits [num_rows, vocab_size].
+        """Check shapes, dtypes and the range of rows and token ids against logits [num_rows,
+        vocab_size].
 
         Raises:
             ValueError: names the field.
@@ -160,7 +166,8 @@ class SamplingBatch:
             bits, num_masks = self.allowed_bits.bits, self.allowed_bits.rows.numel()
             if bits.ndim != 2 or bits.shape[0] != num_masks or bits.dtype != torch.uint8:
                 raise ValueError(
-                    f"allowed_bits.bits must be [{num_masks}, n] uint8, got shape {list(bits.shape)} of {bits.dtype}"
+                    f"allowed_bits.bits must be [{num_masks}, n] uint8, got shape {list(bits.shape)} of "
+                    f"{bits.dtype}"
                 )
         if self.logprob_rows is not None:
             _check_indices("logprob_rows", self.logprob_rows)
@@ -184,8 +191,10 @@ class SampleOutput:
 
     Attributes:
         token_ids: [S] int64.
-        logprobs: [L] fp32, natural logarithm of the chosen tokens' probabilities, parallel to `logprob_rows`; None without those.
-        top_ids: [L, num_top_logprobs] int64, most likely first, ties by id; None without logprob_rows.
+        logprobs: [L] fp32, natural logarithm of the chosen tokens' probabilities, parallel to
+            `logprob_rows`; None without those.
+        top_ids: [L, num_top_logprobs] int64, most likely first, ties by id; None without
+            logprob_rows.
         top_logprobs: [L, num_top_logprobs] fp32.
     """
 
@@ -206,7 +215,8 @@ def _check_indices(name: str, tensor: Tensor, length: int | None = None) -> None
     wanted = tensor.shape[0] if length is None and tensor.ndim == 1 else length
     if tensor.ndim != 1 or tensor.shape[0] != wanted or tensor.dtype != torch.int64:
         raise ValueError(
-            f"{name} must be [{'n' if wanted is None else wanted}] int64, got shape {list(tensor.shape)} of {tensor.dtype}"
+            f"{name} must be [{'n' if wanted is None else wanted}] int64, got shape {list(tensor.shape)} of "
+            f"{tensor.dtype}"
         )
 
 

@@ -1,15 +1,21 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Choosing a token of each row on the device: steps 2 to 4 of `kernels/sampling/reference.py`, which has the definition.
+"""Choosing a token of each row on the device: steps 2 to 4 of `kernels/sampling/reference.py`,
+which has the definition.
 
-A row is cut into chunks, so that one row alone keeps a good part of the GPU busy; what chunks find is put together in a fixed order.
+A row is cut into chunks, so that one row alone keeps a good part of the GPU busy; what chunks find
+is put together in a fixed order.
 
 - Greedy: the best candidate of each chunk, then of the row. Two launches.
-- Random: the weights' sum in each chunk, then the chunk in which the running sum passes the target, and the token in it. Three launches.
-- top_k and top_p keep a front part of the order by logit. Its end is a logit and a number of tokens that have exactly this logit; it is
-  found by radix search over the logits' bits, most significant first: how much (tokens, or weight) lies in each of 16 bins, in which bin
-  the end is, and again inside this bin. No sorting, no atomics, BITS of 32 a launch, and chunks that hold none of the bin just pass by.
+- Random: the weights' sum in each chunk, then the chunk in which the running sum passes the target,
+  and the token in it. Three launches.
+- top_k and top_p keep a front part of the order by logit. Its end is a logit and a number of tokens
+  that have exactly this logit; it is found by radix search over the logits' bits, most significant
+  first: how much (tokens, or weight) lies in each of 16 bins, in which bin the end is, and again
+  inside this bin. No sorting, no atomics, BITS of 32 a launch, and chunks that hold none of the bin
+  just pass by.
 
-Weights are fp32, their sums float64, as in the reference; what is not a matter of rounding is the same, bit for bit.
+Weights are fp32, their sums float64, as in the reference; what is not a matter of rounding is the
+same, bit for bit.
 """
 
 import torch
@@ -31,7 +37,8 @@ from kernels.sampling.keys import (
 CHUNK = 8192
 """Tokens of a program: 25 programs for a row of gpt-oss, each with 32 KiB in flight."""
 TILE = 256
-"""Tokens of a program's pass of the search: 16 bins of float64 for each are 32 registers of a thread."""
+"""Tokens of a program's pass of the search: 16 bins of float64 for each are 32 registers of a
+thread."""
 SKIP = 2048
 """Tokens that are passed over at once if none is in the bin."""
 BITS = 4
@@ -64,7 +71,8 @@ def greedy_kernel(best_ptr, token_ids_ptr, num_chunks, BLOCK_CHUNKS: tl.constexp
 @triton.jit
 def _weights(x, top, temperature, min_p_ptr, has_min_p, row):
     """fp32, 1 for the largest logit; those below min_p, where it holds one, are 0."""
-    # Not left to exp: 0 / temperature is NaN where a tiny temperature's reciprocal is infinite, and so is inf - inf.
+    # Not left to exp: 0 / temperature is NaN where a tiny temperature's reciprocal is infinite, and
+    # so is inf - inf.
     weight = tl.where(x >= top, 1.0, tl.exp((x - top) / temperature))
     return tl.where((has_min_p != 0) & (weight < tl.load(min_p_ptr + row)), 0.0, weight)
 
@@ -117,7 +125,8 @@ def _searches(row, temperature_ptr, top_k_ptr, top_p_ptr, vocab_size, MASS: tl.c
 def _state(
     level_bins, level, row, prefix_ptr, amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, MASS: tl.constexpr
 ):
-    """(prefix, above, wanted) after so many levels but the last one's bins, which are `level_bins`. The first leaves nothing else."""
+    """(prefix, above, wanted) after so many levels but the last one's bins, which are `level_bins`.
+    The first leaves nothing else."""
     if MASS:
         total = tl.sum(level_bins, axis=0)
         if excess_ptr is not None:
@@ -229,7 +238,8 @@ def finish_search_kernel(
     NUM_BINS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
 ):
-    """The last level's bins → the end: the lowest key kept, how many tokens of exactly this key are, and the weight of those that are not.
+    """The last level's bins → the end: the lowest key kept, how many tokens of exactly this key
+    are, and the weight of those that are not.
 
     A row without a search keeps the end of the search before (`floor`), or all tokens.
     """
@@ -266,10 +276,12 @@ def finish_search_kernel(
 
 @triton.jit(do_not_specialize=["has_min_p"])
 def chunk_sum_kernel(
-    logits_ptr, best_ptr, temperature_ptr, min_p_ptr, has_min_p, end_ptr, sums_ptr, ties_ptr, stride, vocab_size, CHUNK: tl.constexpr,
+    logits_ptr, best_ptr, temperature_ptr, min_p_ptr, has_min_p, end_ptr, sums_ptr, ties_ptr, stride,
+    vocab_size, CHUNK: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """The weight of each chunk's tokens, of those above the end if there is one, and how many are at it."""
+    """The weight of each chunk's tokens, of those above the end if there is one, and how many are
+    at it."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_chunks = tl.num_programs(1)
     temperature = tl.load(temperature_ptr + row)
@@ -403,7 +415,8 @@ def choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _end_of_order(logits: Tensor, best: Tensor, batch: SamplingBatch) -> tuple[Tensor | None, Tensor | None]:
-    """What top_k and top_p keep of each row: ([S] the lowest key kept, [S] how many tokens of this key), int64; None: no row has either."""
+    """What top_k and top_p keep of each row: ([S] the lowest key kept, [S] how many tokens of this
+    key), int64; None: no row has either."""
     end, ties, excess = None, None, None
     if batch.top_k is not None:
         excess = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
@@ -425,7 +438,8 @@ def _search(
     """One search: for top_k, or for top_p below the end that top_k found.
 
     Args:
-        floor, floor_ties, floor_excess: that end, and the weight of its ties that are not kept; None for top_k, or without it.
+        floor, floor_ties, floor_excess: that end, and the weight of its ties that are not kept;
+            None for top_k, or without it.
         excess: [S] float64, receives that weight; None for top_p.
     """
     mass = excess is None

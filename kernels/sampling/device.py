@@ -1,4 +1,5 @@
-"""Sampling by Triton kernels: nothing comes back to the host and no shape depends on data, so a CUDA graph can hold it."""
+"""Sampling by Triton kernels: nothing comes back to the host and no shape depends on data, so a
+CUDA graph can hold it."""
 
 from dataclasses import replace
 
@@ -12,7 +13,8 @@ from kernels.sampling.modify import modify
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
-    """As `kernels.sampling.reference.sample`, which see; shapes and dtypes have been checked there, rows and token ids have not.
+    """As `kernels.sampling.reference.sample`, which see; shapes and dtypes have been checked there,
+    rows and token ids have not.
 
     Raises:
         ValueError: logits is not contiguous in its last axis.

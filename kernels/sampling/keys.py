@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Logits as integers in the same order, for Triton kernels: exact searches and reductions whose result depends on no order of execution."""
+"""Logits as integers in the same order, for Triton kernels: exact searches and reductions whose
+result depends on no order of execution."""
 
 import triton
 import triton.language as tl
@@ -31,7 +32,8 @@ def value_of(key):
 
 @triton.jit
 def candidates(x, at, vocab_size):
-    """int64: larger for a larger logit, and of equal logits for the lower id; LEAST past the end."""
+    """int64: larger for a larger logit, and of equal logits for the lower id; LEAST past the
+    end."""
     key = (key_of(x) ^ 0x80000000).to(tl.int32, bitcast=True).to(tl.int64)
     return tl.where(at < vocab_size, (key << 32) | (0x7FFFFFFF - at).to(tl.int64), LEAST)
 

@@ -1,6 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Log probabilities of chosen tokens and of the most likely ones, on the device: a pass over the chunks of each row, then one over what
-they found. The best n are taken one by one; n is at most a few dozen, and a packed candidate (`keys.py`) makes the order exact."""
+"""Log probabilities of chosen tokens and of the most likely ones, on the device: a pass over the
+chunks of each row, then one over what they found. The best n are taken one by one; n is at most a
+few dozen, and a packed candidate (`keys.py`) makes the order exact."""
 
 import torch
 import triton

@@ -1,9 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Step 1 of `kernels/sampling/reference.py` on the device: logit bias, penalties, allowed and forbidden tokens, on a copy of the logits.
+"""Step 1 of `kernels/sampling/reference.py` on the device: logit bias, penalties, allowed and
+forbidden tokens, on a copy of the logits.
 
-Sparse parts are applied entry by entry; entries outside the logits, which the reference refuses, are passed over, since looking for them
-would need the host. Sets of tokens become bitmasks, and one pass over the rows that have one applies them. Sizes that change from step to
-step do not specialise a kernel: each new one would be compiled while requests wait.
+Sparse parts are applied entry by entry; entries outside the logits, which the reference refuses,
+are passed over, since looking for them would need the host. Sets of tokens become bitmasks, and one
+pass over the rows that have one applies them. Sizes that change from step to step do not specialise
+a kernel: each new one would be compiled while requests wait.
 """
 
 import torch
@@ -90,7 +92,8 @@ def _bit(bits_ptr, row, at, inside, num_words):
 def restrict_kernel(
     logits_ptr, allowed_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CHUNK: tl.constexpr
 ):
-    """Applies the allowed tokens, and says of a row with forbidden ones whether something would be left without them."""
+    """Applies the allowed tokens, and says of a row with forbidden ones whether something would be
+    left without them."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = at < vocab_size
@@ -140,7 +143,8 @@ def allow_bits_kernel(
 
 
 def modify(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """The logits after step 1: themselves if the batch has no part that changes them, else a changed fp32 copy."""
+    """The logits after step 1: themselves if the batch has no part that changes them, else a
+    changed fp32 copy."""
     parts = (batch.logit_bias, batch.penalties, batch.allowed_ids, batch.allowed_bits, batch.forbidden_ids)
     if all(part is None for part in parts) or logits.shape[0] == 0:
         return logits
@@ -179,7 +183,8 @@ def _penalise(logits: Tensor, penalties: Penalties) -> None:
             *logits.shape,
             MAX_PENALISED,
             ENTRIES=ENTRIES,
-            # Product and difference are rounded one by one, as in the reference: a token's rank may depend on it.
+            # Product and difference are rounded one by one, as in the reference: a token's rank may
+            # depend on it.
             enable_fp_fusion=False,
         )
 
@@ -197,7 +202,8 @@ def _restrict(logits: Tensor, allowed: TokenIds | None, forbidden: TokenIds | No
     num_rows, vocab_size = logits.shape
     num_words = triton.cdiv(vocab_size, 32)
     sets = [tokens for tokens in (allowed, forbidden) if tokens is not None]
-    # For each set the rows' bitmasks and a word behind each that says whether there is one; behind all, what is left of each row.
+    # For each set the rows' bitmasks and a word behind each that says whether there is one; behind
+    # all, what is left of each row.
     size = num_rows * (num_words + 1)
     scratch = torch.zeros(len(sets) * size + num_rows, dtype=torch.int32, device=logits.device)
     masks = [scratch[index * size : (index + 1) * size] for index in range(len(sets))]

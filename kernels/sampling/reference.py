@@ -2,21 +2,26 @@
 
 For each row, from the fp32 logits x:
 
-1. `x += logit_bias`; then for tokens seen before, in this order: repetition (`x / r` where x > 0, else `x * r`; a finite x is then cut to
-   [-1e30, 1e30]), frequency (`x -= f * output_count`), presence (`x -= p` if output_count > 0); then tokens that are not allowed, or
-   forbidden, become -inf.
-2. Temperature 0: the token of largest x, ties by lowest id. Otherwise the weight of token i is `w_i = exp((x_i - max x) / temperature)`.
-3. Order the tokens by x descending, ties by id ascending. Keep the ones with `w_i >= min_p`; of these the first top_k; of these the
-   shortest beginning whose weights sum to at least `top_p` times the sum of all that step 3 kept so far, but at least one.
-4. With u the row's uniform number and c_i the running sum of the kept weights in ascending order of ids (in float64), the token is the
-   first with `c_i > u * c_last`.
+1. `x += logit_bias`; then for tokens seen before, in this order: repetition (`x / r` where x > 0,
+   else `x * r`; a finite x is then cut to [-1e30, 1e30]), frequency (`x -= f * output_count`),
+   presence (`x -= p` if output_count > 0); then tokens that are not allowed, or forbidden, become
+   -inf.
+2. Temperature 0: the token of largest x, ties by lowest id. Otherwise the weight of token i is `w_i
+    = exp((x_i - max x) / temperature)`.
+3. Order the tokens by x descending, ties by id ascending. Keep the ones with `w_i >= min_p`; of
+   these the first top_k; of these the shortest beginning whose weights sum to at least `top_p`
+   times the sum of all that step 3 kept so far, but at least one.
+4. With u the row's uniform number and c_i the running sum of the kept weights in ascending order of
+   ids (in float64), the token is the first with `c_i > u * c_last`.
 
-The order of operations is vLLM's. Only exact ties go another way: there `top_k` keeps all tokens equal to the k-th.
+The order of operations is vLLM's. Only exact ties go another way: there `top_k` keeps all tokens
+equal to the k-th.
 
-Randomness is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123). The key is
-(seed mod 2^32, seed div 2^32); the counter is (position mod 2^32, position div 2^32, 0, 0), position being the token's index among its
-sequence's output tokens. Of the four 32-bit words the first, W, gives `u = (W + 0.5) / 2^32`, exact in float64 and inside (0, 1). A
-row's token is thus a function of its logits, parameters, seed and position, not of the batch.
+Randomness is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2,
+3", SC 2011; Random123). The key is (seed mod 2^32, seed div 2^32); the counter is (position mod
+2^32, position div 2^32, 0, 0), position being the token's index among its sequence's output tokens.
+Of the four 32-bit words the first, W, gives `u = (W + 0.5) / 2^32`, exact in float64 and inside (0,
+1). A row's token is thus a function of its logits, parameters, seed and position, not of the batch.
 """
 
 import torch
@@ -28,7 +33,8 @@ MAX_ELEMENTS = 1 << 24
 """Bound on the weights that are held in float64 at once."""
 
 MAX_PENALISED = 1e30
-"""Bound on a logit after the repetition penalty: extreme penalties must not make it infinite, since weights would be NaN."""
+"""Bound on a logit after the repetition penalty: extreme penalties must not make it infinite, since
+weights would be NaN."""
 
 FIRST_CANDIDATES = 256
 """Tokens that are sorted first to find the end of top_p; more only if these do not reach it."""
@@ -76,7 +82,8 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     Args:
         logits: [S, V] float; not changed.
     Returns:
-        See SampleOutput. Log probabilities are those of `logits` itself, before step 1. A row without any finite logit gets some valid id.
+        See SampleOutput. Log probabilities are those of `logits` itself, before step 1. A row
+        without any finite logit gets some valid id.
     Raises:
         ValueError: names the argument or field of a wrong shape, dtype or range.
     """
@@ -111,7 +118,8 @@ def check_logits(logits: Tensor) -> None:
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """(high, low) 32 bits of the product. It overflows int64, which keeps its low 64 bits; the shift copies the sign, the mask drops it."""
+    """(high, low) 32 bits of the product. It overflows int64, which keeps its low 64 bits; the
+    shift copies the sign, the mask drops it."""
     product = word * multiplier
     return (product >> 32) & _WORD, product & _WORD
 
@@ -193,7 +201,8 @@ def _choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _filter(logits: Tensor, weights: Tensor, rows: Tensor, batch: SamplingBatch) -> None:
-    """Step 3: sets the weights of tokens that are not kept to zero. Row i of logits and weights [R, V] is row rows[i] of the batch."""
+    """Step 3: sets the weights of tokens that are not kept to zero. Row i of logits and weights [R,
+    V] is row rows[i] of the batch."""
     vocab_size = logits.shape[1]
     if batch.min_p is not None:
         weights.masked_fill_(weights < batch.min_p[rows, None], 0)
@@ -216,11 +225,13 @@ def _filter(logits: Tensor, weights: Tensor, rows: Tensor, batch: SamplingBatch)
 
 
 def _count_kept(weights: Tensor, candidates: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tokens from the front of the order top_k and top_p keep: [R] int64, and [R] bool: whether the candidates could tell.
+    """How many tokens from the front of the order top_k and top_p keep: [R] int64, and [R] bool:
+    whether the candidates could tell.
 
     Args:
         weights: [R, V].
-        candidates: [R, c], the front of the order; ties may be in any order, which the sums do not show, as equal logits weigh the same.
+        candidates: [R, c], the front of the order; ties may be in any order, which the sums do not
+            show, as equal logits weigh the same.
     """
     vocab_size, num_candidates = weights.shape[1], candidates.shape[1]
     sums = weights.gather(1, candidates).cumsum(-1, dtype=torch.float64)
@@ -233,7 +244,8 @@ def _count_kept(weights: Tensor, candidates: Tensor, top_k: Tensor, top_p: Tenso
 
 
 def _leading_mask(values: Tensor, leading: Tensor, counts: Tensor) -> Tensor:
-    """[R, V] bool: the first counts[i] of each row of values [R, V] in descending order, ties by lowest id.
+    """[R, V] bool: the first counts[i] of each row of values [R, V] in descending order, ties by
+    lowest id.
 
     Args:
         leading: [R, c], the largest values of each row, descending; c is at least every count.
@@ -248,7 +260,8 @@ def _leading_mask(values: Tensor, leading: Tensor, counts: Tensor) -> Tensor:
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> SampleOutput:
-    """Log probabilities of the chosen tokens and of the num_top most likely ones in the given rows of logits."""
+    """Log probabilities of the chosen tokens and of the num_top most likely ones in the given rows
+    of logits."""
     wanted = logits[rows]
     normaliser = wanted.logsumexp(-1)
     chosen = wanted.gather(1, token_ids[rows, None])[:, 0] - normaliser
@@ -257,6 +270,7 @@ def logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> S
         # Logits may be broken, the number of alternatives may not: NaN counts as least likely.
         values = wanted.masked_fill(wanted.isnan(), -torch.inf)
         mask = _leading_mask(values, values.topk(num_top).values, torch.full_like(rows, num_top))
-        top_ids = mask.nonzero()[:, 1].view(len(rows), num_top)  # ascending; a stable sort keeps ties so
+        # ascending; a stable sort keeps ties so
+        top_ids = mask.nonzero()[:, 1].view(len(rows), num_top)
         top_ids = top_ids.gather(1, wanted.gather(1, top_ids).argsort(dim=-1, descending=True, stable=True))
     return SampleOutput(token_ids, chosen, top_ids, wanted.gather(1, top_ids) - normaliser[:, None])

@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""A step's token ids and block tables by slot in Triton, as one launch: a program takes BLOCK tokens, or BLOCK entries of one table."""
+"""A step's token ids and block tables by slot in Triton, as one launch: a program takes BLOCK
+tokens, or BLOCK entries of one table."""
 
 import torch
 import triton
@@ -14,7 +15,8 @@ BLOCK = 1024
     do_not_specialize_on_alignment=["token_ids_ptr", "slots_ptr"],
 )
 def read_slots_kernel(
-    token_ids_ptr, slots_ptr, newest_ptr, tables_ptr, ids_out_ptr, tables_out_ptr, num_tokens, num_seqs, num_blocks, slot_stride,
+    token_ids_ptr, slots_ptr, newest_ptr, tables_ptr, ids_out_ptr, tables_out_ptr, num_tokens, num_seqs,
+    num_blocks, slot_stride,
     group_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token_programs = tl.cdiv(num_tokens, BLOCK)
@@ -25,7 +27,8 @@ def read_slots_kernel(
         tl.store(ids_out_ptr + at, tl.where(token < 0, newest, token), mask=at < num_tokens)
     else:
         pieces = tl.cdiv(num_blocks, BLOCK)
-        row = ((tl.program_id(0) - token_programs) // pieces).to(tl.int64)  # of the tables that are written
+        # of the tables that are written
+        row = ((tl.program_id(0) - token_programs) // pieces).to(tl.int64)
         at = (tl.program_id(0) - token_programs) % pieces * BLOCK + tl.arange(0, BLOCK)
         table = (
             tables_ptr + row // num_seqs * group_stride + tl.load(slots_ptr + row % num_seqs) * slot_stride
@@ -43,12 +46,14 @@ def read_slots(
     """As `kernels.slots.reference.read_slots`, which see; arguments have been checked there.
 
     Raises:
-        ValueError: names the argument that is not contiguous (tables: in its last axis) or on another device than tables.
+        ValueError: names the argument that is not contiguous (tables: in its last axis) or on
+            another device than tables.
     """
     for name, vector in (("token_ids", token_ids), ("slots", slots), ("newest", newest)):
         if not vector.is_contiguous() or vector.device != tables.device:
             raise ValueError(
-                f"{name} must be contiguous and on {tables.device} as tables is, got {vector.stride()} on {vector.device}"
+                f"{name} must be contiguous and on {tables.device} as tables is, got {vector.stride()} on "
+                f"{vector.device}"
             )
     if tables.stride(2) != 1:
         raise ValueError(f"tables must be contiguous in its last axis, got strides {tables.stride()}")

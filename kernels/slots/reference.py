@@ -40,7 +40,8 @@ def check_read_slots(
             )
     if tables.ndim != 3 or tables.shape[1] != len(newest) or tables.dtype != torch.int32:
         raise ValueError(
-            f"tables must be [groups, {len(newest)}, max_blocks] int32, got shape {list(tables.shape)} of {tables.dtype}"
+            f"tables must be [groups, {len(newest)}, max_blocks] int32, got shape {list(tables.shape)} of "
+            f"{tables.dtype}"
         )
     if not 0 <= num_blocks <= tables.shape[2]:
         raise ValueError(f"num_blocks must be from 0 to the {tables.shape[2]} of tables, got {num_blocks}")

@@ -1,4 +1,5 @@
-"""A decode layer of gpt-oss: how many launches, and how much traffic beyond its weights and KV cache."""
+"""A decode layer of gpt-oss: how many launches, and how much traffic beyond its weights and KV
+cache."""
 
 import pytest
 
@@ -46,6 +47,7 @@ def test_the_least_is_what_the_shapes_say() -> None:
     an_expert = 3 * hidden * hidden * 17 / 32 + 2 * 3 * hidden
     touched = 128 * (1 - (1 - 4 / 128) ** batch_size)
     keys_and_values = 2 * kv_heads * 2 * batch_size * (context + 1)
-    # The first norm belongs to the layer before, as a launch; its weight is as large as the one that comes last.
+    # The first norm belongs to the layer before, as a launch; its weight is as large as the one
+    # that comes last.
     assert least_bytes(launches) == pytest.approx(dense + touched * an_expert + keys_and_values)
     assert launches[0].weight_bytes == 2 * (heads + 2 * kv_heads) * (hidden + 1)

@@ -1,4 +1,5 @@
-"""A piece of a part that fails leaves the others their figures: in the same process, and in the next one."""
+"""A piece of a part that fails leaves the others their figures: in the same process, and in the
+next one."""
 
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def test_a_lost_context_ends_the_process_at_once_with_all_that_was_found(tmp_pat
         "attempts = gpu_attempts.Attempts(torch.device('cpu'), Path(sys.argv[1]))\n"
         "result = attempts.begin({}, lists=('rows',))\n"
         "good = lambda: result['rows'].append(1)\n"
-        "attempts.run('whole', lambda: attempts.run('good', good) and attempts.run('bad', lambda: 1 / 0), again=True)\n"
+        "attempts.run('whole', lambda: attempts.run('good', good) and attempts.run('bad', lambda: 1 / 0), "
+        "again=True)\n"
         "print('never')\n"
     )
     ran = subprocess.run(

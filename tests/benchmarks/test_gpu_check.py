@@ -1,4 +1,5 @@
-"""The report of a GPU machine: its arithmetic, its tables, and that a part which fails or hangs leaves the others their figures."""
+"""The report of a GPU machine: its arithmetic, its tables, and that a part which fails or hangs
+leaves the others their figures."""
 
 import json
 import subprocess
@@ -62,7 +63,8 @@ def test_bytes_of_a_decode_step() -> None:
 
 
 def test_products_of_a_prompt() -> None:
-    """One token uses the active parameters and sees one key a layer; of 30, the last of a window of 24 sees 24."""
+    """One token uses the active parameters and sees one key a layer; of 30, the last of a window of
+    24 sees 24."""
     active = count_parameters(TINY)[1]
     assert prefill_flops(TINY, 1) == 2 * active + 4 * 6 * 8 * 2
     pairs = 30 * 31 // 2 + sum(min(position + 1, 24) for position in range(30))
@@ -178,7 +180,8 @@ def test_batches_without_room_are_named_and_none_at_all_is_refused(monkeypatch: 
 def test_a_part_that_fails_leaves_the_others_their_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Processes and the clock are this test's: one writes half a result and fails, one raises here, and the tests cannot be run at all."""
+    """Processes and the clock are this test's: one writes half a result and fails, one raises here,
+    and the tests cannot be run at all."""
     now, limits = [100.0], {}
 
     def run_part(

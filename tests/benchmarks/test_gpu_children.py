@@ -89,7 +89,8 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     )
     parent = (
         "import os, sys; from pathlib import Path; from benchmarks.gpu_children import run_child\n"
-        f"run_child([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), 500, cwd=Path({str(ROOT)!r}), env=os.environ)"
+        f"run_child([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), 500, "
+        f"cwd=Path({str(ROOT)!r}), env=os.environ)"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT)
     try:

@@ -1,4 +1,5 @@
-"""The part of a GPU check that generates: which answers agree, and that it runs where there is no GPU."""
+"""The part of a GPU check that generates: which answers agree, and that it runs where there is no
+GPU."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,8 @@ def test_it_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_answers_that_differ_and_engines_that_do_not_start_are_failures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The eager engine's answers are of prompts turned round; the other one does not start at all."""
+    """The eager engine's answers are of prompts turned round; the other one does not start at
+    all."""
     start = InlineExecutor.start
 
     def failing(executor: InlineExecutor) -> object:

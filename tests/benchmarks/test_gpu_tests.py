@@ -1,4 +1,5 @@
-"""How tests/gpu are run on a GPU machine: dealt by weight, a result at a time, in new processes after a death."""
+"""How tests/gpu are run on a GPU machine: dealt by weight, a result at a time, in new processes
+after a death."""
 
 import json
 import os
@@ -110,7 +111,8 @@ def test_an_interrupt_ends_all_processes_and_keeps_their_results(
         with pytest.raises(KeyboardInterrupt):
             run(
                 tmp_path,
-                f"import threading\ndef test_first(): pass\ndef test_hangs(): {HANGS}\ndef test_never(): pass\n",
+                f"import threading\ndef test_first(): pass\ndef test_hangs(): {HANGS}\ndef test_never(): "
+                f"pass\n",
             )
     finally:
         signal.signal(signal.SIGINT, before)
@@ -159,7 +161,8 @@ def test_some_of_the_tests_can_be_selected(tmp_path: Path) -> None:
 
 
 def test_tests_are_dealt_by_weight() -> None:
-    """The heavy ones apart, all parts alike, each in the order of the list but from another place on."""
+    """The heavy ones apart, all parts alike, each in the order of the list but from another place
+    on."""
     ids = [f"f.py::test_heavy[{index}]" for index in range(3)] + [
         f"f.py::test_light[{index}]" for index in range(90)
     ]

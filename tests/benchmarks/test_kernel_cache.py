@@ -1,4 +1,5 @@
-"""Kernels compiled for a GPU that is not here: a driver that launches nothing, the parts of a GPU check on it, and the cache in a file."""
+"""Kernels compiled for a GPU that is not here: a driver that launches nothing, the parts of a GPU
+check on it, and the cache in a file."""
 
 import json
 import tarfile
@@ -94,7 +95,8 @@ def test_what_does_not_fit_is_said_and_left(
     said = unpack(packed, cache, None)
     assert (
         said
-        == f"{packed} was packed with Triton {here.triton}, here is 3.0.0 (abc): nothing of it is taken, kernels are compiled"
+        == f"{packed} was packed with Triton {here.triton}, here is 3.0.0 (abc): nothing of it is taken, "
+        f"kernels are compiled"
     )
     assert not cache.exists()
 

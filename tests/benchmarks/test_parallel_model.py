@@ -1,4 +1,5 @@
-"""The model of parallel plans: its bytes against hand computation and real loads, its expectations against enumeration, its tables."""
+"""The model of parallel plans: its bytes against hand computation and real loads, its expectations
+against enumeration, its tables."""
 
 import itertools
 from dataclasses import replace
@@ -51,7 +52,8 @@ PERFORMANCE = Path(__file__).parents[2] / "docs" / "performance.md"
 
 def test_one_token_of_the_large_model_reads_five_gigabytes() -> None:
     step = model_step(LARGE, ALONE, H100, batch=1, context=1)
-    # By hand: q, k, v [5120, 2880] and o [2880, 4096] with biases and 64 sinks; 4 experts in 4.25 bits with biases; lm_head [201088, 2880].
+    # By hand: q, k, v [5120, 2880] and o [2880, 4096] with biases and 64 sinks; 4 experts in 4.25
+    # bits with biases; lm_head [201088, 2880].
     assert step.attention.num_bytes == 36 * (2 * (5120 * 2881 + 2880 * 4097) + 4 * 64)
     assert step.experts.num_bytes == 36 * 4 * (3 * 2880 * 2880 * 17 // 32 + 2 * 3 * 2880)
     assert step.lm_head.num_bytes == 2 * 201_088 * 2880 + 2 * 4 * 201_088
@@ -167,7 +169,8 @@ def test_all_reduce_by_hand() -> None:
 def test_collectives_of_a_step_are_those_of_the_model() -> None:
     alone, two = (model_step(LARGE, ParallelConfig(size), H100, batch=3, context=100) for size in (1, 2))
     assert (alone.collectives.num_bytes, alone.collectives.seconds) == (0, 0)
-    # Two all-reduces a layer and one of the embedding, each [3, 2880] in bf16; half of the logits in fp32.
+    # Two all-reduces a layer and one of the embedding, each [3, 2880] in bf16; half of the logits
+    # in fp32.
     assert two.collectives.num_bytes == 73 * 3 * 2880 * 2 + 3 * 100_544 * 4
 
 

@@ -1,4 +1,5 @@
-"""What the comparison with llama.cpp makes of its figures; the servers themselves need minutes and a compiler."""
+"""What the comparison with llama.cpp makes of its figures; the servers themselves need minutes and
+a compiler."""
 
 import argparse
 import json
@@ -35,7 +36,8 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 def test_formats_are_compared_each_with_its_own() -> None:
     results = {Step(server, dense, 1): [figures(speed)] for server, dense, speed in
-               ((CANTATA, "bf16", 30), (LLAMA_CPP, "bf16", 20), (CANTATA, "int8", 90), (LLAMA_CPP, "int8", 45))}  # fmt: skip
+               ((CANTATA, "bf16", 30), (LLAMA_CPP, "bf16", 20),
+                 (CANTATA, "int8", 90), (LLAMA_CPP, "int8", 45))}  # fmt: skip
     assert [peers.ratio(results, Step(CANTATA, dense, 1)) for dense in ("bf16", "int8")] == [1.5, 2.0]
 
 
@@ -102,7 +104,8 @@ def test_a_server_that_ends_is_said_with_its_log(tmp_path: Path) -> None:
 
 
 def test_what_we_and_our_children_use_is_not_others() -> None:
-    """A child that takes a second of a processor changes our part by it, and the machine's by at least as much."""
+    """A child that takes a second of a processor changes our part by it, and the machine's by at
+    least as much."""
     meter, ours, machine = OthersMeter(), tree_s(os.getpid()), machine_s()
     subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
     used = tree_s(os.getpid()) - ours

@@ -28,7 +28,8 @@ def parsed(*arguments: str) -> dict[str, object]:
 def test_help_is_quick_because_it_loads_nothing_heavy() -> None:
     code = (
         "import sys\nfrom cluster.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-        "print(sorted({'torch', 'ray', 'grpc', 'pydantic', 'fastapi', 'tokenizers', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'torch', 'ray', 'grpc', 'pydantic', 'fastapi', 'tokenizers', 'numpy'} & "
+        "set(sys.modules)), file=sys.stderr)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "make-checkpoint" in result.stdout
@@ -100,7 +101,8 @@ def test_flags_not_given_leave_the_file_alone(tmp_path: Path) -> None:
     [
         (
             ["serve"],
-            "cantata: no model is given; name the folder of a checkpoint with --model, or set engine.model_path\n",
+            "cantata: no model is given; name the folder of a checkpoint with --model, or set "
+            "engine.model_path\n",
         ),
         (
             ["serve", "--model", "m", "--dtype", "int8"],
@@ -123,7 +125,8 @@ def test_a_checkpoint_that_is_none_is_one_sentence(mode: list[str], tmp_path: Pa
     assert result.returncode == 1
     assert (
         result.stderr
-        == f"cantata: {tmp_path / 'missing'} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout\n"
+        == f"cantata: {tmp_path / 'missing'} is not a folder; give the path of a gpt-oss checkpoint in "
+        f"Hugging Face layout\n"
     )
     foreign = tmp_path / "foreign"
     foreign.mkdir()

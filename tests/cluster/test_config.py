@@ -43,7 +43,8 @@ def test_defaults_are_loopback_and_the_dataclasses_own() -> None:
 def test_flag_beats_environment_beats_file(tmp_path: Path) -> None:
     file = tmp_path / "cantata.yaml"
     file.write_text(
-        "engine: {model_path: from-file, dtype: float32, scheduler: {max_num_seqs: 1, max_num_batched_tokens: 7}}\nreplicas: 3\n"
+        "engine: {model_path: from-file, dtype: float32, scheduler: {max_num_seqs: 1, "
+        "max_num_batched_tokens: 7}}\nreplicas: 3\n"
     )
     environment = {
         "CANTATA_ENGINE__SCHEDULER__MAX_NUM_SEQS": "2",
@@ -133,7 +134,8 @@ def test_unknown_names_are_refused_and_named(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("engine: {scheduler: {max_num_seq: 3}}")
     refused(
-        "c.yaml: engine.scheduler.max_num_seq is not a known setting; did you mean engine.scheduler.max_num_seqs?",
+        "c.yaml: engine.scheduler.max_num_seq is not a known setting; did you mean "
+        "engine.scheduler.max_num_seqs?",
         file=file,
     )
     refused(

@@ -1,4 +1,5 @@
-"""When alerts fire and when they do not, as Prometheus itself evaluates deploy/prometheus/rules.yml."""
+"""When alerts fire and when they do not, as Prometheus itself evaluates
+deploy/prometheus/rules.yml."""
 
 import shutil
 import subprocess

@@ -1,4 +1,5 @@
-"""The Dockerfile, read and not built: what it copies is there and not ignored, and it runs as the chart expects."""
+"""The Dockerfile, read and not built: what it copies is there and not ignored, and it runs as the
+chart expects."""
 
 import json
 import tomllib

@@ -1,4 +1,5 @@
-"""The files for `ray up`: accepted by Ray's own check, and every node starts Ray with what Cantata needs."""
+"""The files for `ray up`: accepted by Ray's own check, and every node starts Ray with what Cantata
+needs."""
 
 import argparse
 import re

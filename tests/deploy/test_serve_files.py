@@ -1,4 +1,5 @@
-"""The Serve files for the published models: read by Cantata and by Ray Serve, plans that the models allow, and sizes that fit the GPUs."""
+"""The Serve files for the published models: read by Cantata and by Ray Serve, plans that the models
+allow, and sizes that fit the GPUs."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -138,7 +139,8 @@ def test_weights_and_one_full_context_fit_each_h100(path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["120b", "20b"])
 def test_the_file_for_eight_gpus_has_the_plan_of_most_tokens(size: str) -> None:
-    # docs/performance.md, of the plans for up to two ranks: prompts of 8192 tokens, answers of 1024, 20 tokens a second for each user.
+    # docs/performance.md, of the plans for up to two ranks: prompts of 8192 tokens, answers of
+    # 1024, 20 tokens a second for each user.
     model, gpu = preset_config(size), GPUS["h100"]
     plans = [ParallelConfig(ranks) for ranks in (1, 2)]
     every = [

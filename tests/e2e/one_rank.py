@@ -1,4 +1,5 @@
-"""What one rank answers in float32, in the test's own process, and whether a server over several ranks answers the same."""
+"""What one rank answers in float32, in the test's own process, and whether a server over several
+ranks answers the same."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ def answers_of_one_rank(model: Path) -> list[Answer]:
 
 
 def check_answers(served: Served, expected: list[Answer], headers: Mapping[str, str] | None = None) -> None:
-    """The server answers PROMPTS with the same tokens and, within 1e-4, the same log-probabilities: fp32 sums in another order."""
+    """The server answers PROMPTS with the same tokens and, within 1e-4, the same log-probabilities:
+    fp32 sums in another order."""
     body = completion(PROMPTS, logprobs=0, return_token_ids=True)
     response = httpx.post(
         f"{served.url}/v1/completions", json=body, headers=headers, timeout=120, trust_env=False

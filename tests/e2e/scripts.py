@@ -34,7 +34,8 @@ SCRIPTS = (
     Script(
         Conversation((_QUESTION,), _TOOLS),
         f"<|channel|>analysis<|message|>{CALL_REASONING}<|end|>"
-        f"<|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{CALL_ARGUMENTS}<|call|>",
+        f"<|start|>assistant<|channel|>commentary to=functions.get_weather "
+        f"<|constrain|>json<|message|>{CALL_ARGUMENTS}<|call|>",
     ),
     Script(
         Conversation((_QUESTION, _CALL, ChatMessage("tool", TOOL_RESULT, tool_call_id="call_1")), _TOOLS),

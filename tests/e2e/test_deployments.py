@@ -1,7 +1,8 @@
-"""An application that is changed while it is used: what is replaced, what clients notice, and what becomes of a version that cannot run.
+"""An application that is changed while it is used: what is replaced, what clients notice, and what
+becomes of a version that cannot run.
 
-One Ray for all tests, on a host of its own. Engines take 30 ms longer for a step than a tiny model needs, so that answers are as long as
-those of a large one.
+One Ray for all tests, on a host of its own. Engines take 30 ms longer for a step than a tiny model
+needs, so that answers are as long as those of a large one.
 """
 
 import contextlib
@@ -46,7 +47,8 @@ def ray(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deplo
 
 @pytest.fixture(scope="module")
 def served(ray: Deployments) -> Deployments:
-    """Two engines and two gateways serve. What came before: a cluster that is full, for many times as long as a start may take."""
+    """Two engines and two gateways serve. What came before: a cluster that is full, for many times
+    as long as a start may take."""
     application = ray.application
     application["args"]["engine"]["parallel"] = {"start_timeout_s": 0.1}
     for name in (ENGINE, GATEWAY):

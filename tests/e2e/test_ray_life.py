@@ -1,4 +1,5 @@
-"""The other ways to start on Ray: `cantata serve` with a Ray of its own, and `serve run` on a Ray that nobody prepared."""
+"""The other ways to start on Ray: `cantata serve` with a Ray of its own, and `serve run` on a Ray
+that nobody prepared."""
 
 import os
 import signal
@@ -151,7 +152,8 @@ def test_more_ranks_than_this_machine_has_room_for(model: Path, tmp_path: Path) 
 @TWO_CORES
 @pytest.mark.slow
 def test_streams_of_a_killed_replica_go_on_at_the_other(model: Path, tmp_path: Path) -> None:
-    """As without Ray (test_standalone_life): twelve streams, four run on each of two replicas, one of which is killed."""
+    """As without Ray (test_standalone_life): twelve streams, four run on each of two replicas, one
+    of which is killed."""
     with serve_run(
         tmp_path, model, environment=FAST_INGRESS, replicas=2, engine={"scheduler": {"max_num_seqs": 4}}
     ) as served:
@@ -180,7 +182,8 @@ def answer_of(response: httpx.Response) -> object:
 
 
 def check_threads(served: Served) -> None:
-    """Of an engine whose two ranks have a CPU each: one compute thread, on a core that is the rank's own where there are two in all."""
+    """Of an engine whose two ranks have a CPU each: one compute thread, on a core that is the
+    rank's own where there are two in all."""
     engine, ranks = pids_of(served, "ServeReplica:cantata:engine"), pids_of(served, "_RankActor")
     assert (len(engine), len(ranks)) == (1, 2)
     for pid in (*engine, *ranks):

@@ -1,4 +1,5 @@
-"""What Prometheus makes of a served model, with several gateways behind the one address that it scrapes."""
+"""What Prometheus makes of a served model, with several gateways behind the one address that it
+scrapes."""
 
 import shutil
 from pathlib import Path

@@ -1,6 +1,8 @@
-"""A real server, used as its users use it: OpenAI's client, gRPC with and without stubs, a scraper, and people who send nonsense.
+"""A real server, used as its users use it: OpenAI's client, gRPC with and without stubs, a scraper,
+and people who send nonsense.
 
-The model is real and says what `scripts.py` wrote for it. Every test runs against `cantata serve --standalone` and against `serve run`.
+The model is real and says what `scripts.py` wrote for it. Every test runs against `cantata serve
+--standalone` and against `serve run`.
 """
 
 import asyncio
@@ -93,7 +95,8 @@ def test_tools_round_trip(client: openai.OpenAI) -> None:
     assert len(choice.message.tool_calls) == 1
     call = choice.message.tool_calls[0]
     assert (call.function.name, call.function.arguments) == ("get_weather", scripts.CALL_ARGUMENTS)
-    # The message goes back as the client's own type writes it, reasoning included: the model needs what it thought before the call.
+    # The message goes back as the client's own type writes it, reasoning included: the model needs
+    # what it thought before the call.
     messages += [
         choice.message.model_dump(exclude_none=True),
         {"role": "tool", "tool_call_id": call.id, "content": scripts.TOOL_RESULT},
@@ -202,7 +205,8 @@ def test_a_client_that_disconnects_frees_the_engine(server: Served, http: httpx.
         lines = response.iter_lines()
         assert next(lines).startswith("data:")
         until(lambda: metric(http, "cantata_engine_running_requests") == before + 1, 10)
-    # The promise is 100 ms to the engine; the scrape that shows it, on a busy machine, is what takes longer.
+    # The promise is 100 ms to the engine; the scrape that shows it, on a busy machine, is what
+    # takes longer.
     assert until(lambda: metric(http, "cantata_engine_running_requests") == before, 5) < 2
 
 

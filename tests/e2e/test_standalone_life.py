@@ -1,4 +1,5 @@
-"""`cantata serve --standalone` from start to stop: an engine that dies, a stop under load, a parent that vanishes, keys, bad starts."""
+"""`cantata serve --standalone` from start to stop: an engine that dies, a stop under load, a parent
+that vanishes, keys, bad starts."""
 
 import contextlib
 import os
@@ -38,7 +39,8 @@ def chat(served: Served, **fields: object) -> httpx.Response:
 
 
 def test_an_engine_that_ends_is_replaced(model: Path, tmp_path: Path) -> None:
-    """Here one that was drained over its own socket, which only this user can reach; a killed one: below and in test_supervisor."""
+    """Here one that was drained over its own socket, which only this user can reach; a killed one:
+    below and in test_supervisor."""
     with standalone(tmp_path, model) as served:
         pid = engine_pid(served)
         arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
@@ -66,7 +68,8 @@ def test_an_engine_that_ends_is_replaced(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(model: Path, tmp_path: Path) -> None:
-    """A pipe that is full when the server starts and is not read; then, when an engine starts again, one without a reader."""
+    """A pipe that is full when the server starts and is not read; then, when an engine starts
+    again, one without a reader."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with contextlib.suppress(BlockingIOError):
@@ -89,8 +92,9 @@ def test_a_log_that_cannot_be_written_ends_nothing(model: Path, tmp_path: Path) 
 def test_streams_of_an_engine_that_dies_or_hangs_go_on_at_the_other(
     model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """Greedy answers are the same as undisturbed ones, whichever engine made which part of them: of twelve streams four run on each engine
-    when one is killed and the others wait for their turn, so that some are cut in the middle and some have not begun."""
+    """Greedy answers are the same as undisturbed ones, whichever engine made which part of them: of
+    twelve streams four run on each engine when one is killed and the others wait for their turn, so
+    that some are cut in the middle and some have not begun."""
     num_streams, num_running = 12, 4
     flags = [
         "--replicas",
@@ -123,7 +127,8 @@ def test_streams_of_an_engine_that_dies_or_hangs_go_on_at_the_other(
 
 
 def test_a_stop_lets_running_streams_end(model: Path, tmp_path: Path) -> None:
-    """Over HTTP and gRPC; and what happens to the checkpoint of a running server is nothing to it."""
+    """Over HTTP and gRPC; and what happens to the checkpoint of a running server is nothing to
+    it."""
     served_model = tmp_path / "model"
     shutil.copytree(model, served_model)
     num_tokens = 200
@@ -215,7 +220,8 @@ def test_a_port_that_is_taken_is_found_out_at_once(model: Path, flag: str) -> No
     assert result.returncode == 1
     assert (
         result.stderr
-        == f"cantata: cannot listen on 127.0.0.1 port {port}: Address already in use; set {setting} to another\n"
+        == f"cantata: cannot listen on 127.0.0.1 port {port}: Address already in use; set {setting} to "
+        f"another\n"
     )
 
 

@@ -1,7 +1,8 @@
 """A replica whose two ranks are on two nodes, and the link between them is cut.
 
-Real `ray start` nodes on two hosts that are namespaces of this machine, a real `serve run`. Ray itself takes a minute to give a node up;
-what has to notice is the engine's own watch over its steps.
+Real `ray start` nodes on two hosts that are namespaces of this machine, a real `serve run`. Ray
+itself takes a minute to give a node up; what has to notice is the engine's own watch over its
+steps.
 """
 
 import contextlib
@@ -160,7 +161,8 @@ def greeting(served: Served) -> str:
 
 
 def read_stream(served: Served, number: int, began: Semaphore) -> list[dict[str, Any]]:
-    """The events of a stream that would go on for long, {} for the one that says that it is over."""
+    """The events of a stream that would go on for long, {} for the one that says that it is
+    over."""
     body = completion(PROMPTS[number % len(PROMPTS)], max_tokens=16_000, stream=True)
     events: list[dict[str, Any]] = []
     # A read times out if nothing comes for so long: an end that does not come fails the test.

@@ -1,4 +1,5 @@
-"""Triton's attention compiled: the cases of the interpreter, what only a GPU has (graphs, batches that fill it), and times against memory.
+"""Triton's attention compiled: the cases of the interpreter, what only a GPU has (graphs, batches
+that fill it), and times against memory.
 
 Written on machines without a GPU and not run on one yet. `make gpu-check` runs it.
 """
@@ -179,7 +180,8 @@ def test_rope_and_store(device: torch.device, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scales", [False, True])
 def test_rope_and_store_in_fp8(fp8_device: torch.device, scales: bool) -> None:
-    """What is divided by a scale may round to a neighbour in fp8, 1/8 away at most, where it lies half-way between two."""
+    """What is divided by a scale may round to a neighbour in fp8, 1/8 away at most, where it lies
+    half-way between two."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(37, 10 + 2 * 3, 64, generator=generator).bfloat16()
     qkv[1] *= 1e4  # saturates
@@ -208,7 +210,8 @@ def test_rope_and_store_in_fp8(fp8_device: torch.device, scales: bool) -> None:
 
 
 def test_bad_arguments_are_named(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block tables are looked at where the environment says so; a tensor that was left on the host is refused."""
+    """Block tables are looked at where the environment says so; a tensor that was left on the host
+    is refused."""
     case = attention_case([(1, 40), (3, 20)], heads=(8, 1), head_dim=64, dtype=torch.bfloat16).to(device)
     with pytest.raises(ValueError, match=r"^context_lens must be contiguous and on cuda"):
         run(replace(case, context_lens=case.context_lens.cpu()))
@@ -244,7 +247,8 @@ def bandwidth() -> float:
 
 
 def test_times_against_the_roofline(device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints; decodes of gpt-oss's heads are bound by memory, prefill by the matrix units. Fails only where nothing was measured."""
+    """Prints; decodes of gpt-oss's heads are bound by memory, prefill by the matrix units. Fails
+    only where nothing was measured."""
     rows, limit = [], bandwidth()
     dtypes = [torch.bfloat16] + ([FP8] if fp8_refusal(architecture(device)) is None else [])
     for kv_dtype in dtypes:
@@ -267,7 +271,7 @@ def test_times_against_the_roofline(device: torch.device, capsys: pytest.Capture
                 starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=device) * query_len
                 sinks = torch.zeros(64, device=device)
                 took = seconds(
-                    lambda q=q, cache=cache, table=table, lengths=lengths, starts=starts, sinks=sinks, window=window, query_len=query_len: (  # type: ignore[misc]
+                    lambda q=q, cache=cache, table=table, lengths=lengths, starts=starts, sinks=sinks, window=window, query_len=query_len: (  # type: ignore[misc]  # noqa: E501
                         paged_attention(
                             q,
                             cache,
@@ -302,7 +306,8 @@ def test_times_against_the_roofline(device: torch.device, capsys: pytest.Capture
         print(f"\n{torch.cuda.get_device_name(device)}, copies at {limit / 1e12:.2f} TB/s")
         for kv_dtype, window, num_seqs, context_len, query_len, took, share, tflops in rows:
             print(
-                f"{kv_dtype!s:22} window {window!s:4} {num_seqs:4} sequences of {context_len:6}, {query_len:5} queries each: "
+                f"{kv_dtype!s:22} window {window!s:4} {num_seqs:4} sequences of {context_len:6}, "
+                f"{query_len:5} queries each: "
                 f"{took * 1e6:9.1f} us, {share:6.1%} of the bandwidth, {tflops:6.1f} TFLOP/s"
             )
     assert len(rows) == 12 * len(dtypes)

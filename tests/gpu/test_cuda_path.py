@@ -1,4 +1,5 @@
-"""A rank on a CUDA device: the same tokens as on a CPU, launched ahead, through graphs, and over two GPUs.
+"""A rank on a CUDA device: the same tokens as on a CPU, launched ahead, through graphs, and over
+two GPUs.
 
 Written on machines without a GPU and not run on one yet. `make gpu-check` runs it.
 """
@@ -81,7 +82,8 @@ def test_the_same_tokens_as_on_a_cpu_with_steps_launched_ahead(
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_an_executor_from_start_to_answer(checkpoint: Path, eager: bool) -> None:
-    """What an engine starts: kernels compiled, memory profiled, the cache sized by it, graphs captured; the tokens are a CPU's."""
+    """What an engine starts: kernels compiled, memory profiled, the cache sized by it, graphs
+    captured; the tokens are a CPU's."""
     steps = plans(MIXED)
     config = EngineConfig(
         checkpoint,
@@ -137,8 +139,8 @@ def check_graphs(checkpoint: Path, device: torch.device) -> None:
 
 
 def test_graphs_outlive_those_of_another_engine(checkpoint: Path, device: torch.device) -> None:
-    """Newer versions of torch free a stream's cuBLAS memory with a graph. What is freed here goes back to the
-    driver, and is filled."""
+    """Newer versions of torch free a stream's cuBLAS memory with a graph. What is freed here goes
+    back to the driver, and is filled."""
     steps = plans(MIXED[:3])
     expected = tokens(ahead(new_runner(checkpoint, device), steps))
     first, second = new_runner(checkpoint, device), new_runner(checkpoint, device)
@@ -155,14 +157,16 @@ def test_graphs_outlive_those_of_another_engine(checkpoint: Path, device: torch.
 def test_the_profiled_step_takes_memory(checkpoint: Path, device: torch.device) -> None:
     model = load_model(checkpoint, TINY, dtype=torch.float32, device=device)
     small, large = SchedulerConfig(4, 64), SchedulerConfig(4, 4096)
-    activation_bytes(model, large, 4096, "float32")  # compiles, and has libraries allocate what they keep
+    # compiles, and has libraries allocate what they keep
+    activation_bytes(model, large, 4096, "float32")
     assert (
         0 < activation_bytes(model, small, 4096, "float32") < activation_bytes(model, large, 4096, "float32")
     )
 
 
 def test_the_profile_foresees_what_graphs_keep(checkpoint: Path, device: torch.device) -> None:
-    """And leaves nothing behind. Tiny graphs: what the driver takes for each is rounded to its pages, so half as much more is allowed."""
+    """And leaves nothing behind. Tiny graphs: what the driver takes for each is rounded to its
+    pages, so half as much more is allowed."""
     model = load_model(checkpoint, TINY, dtype=torch.float32, device=device)
     scheduler = SchedulerConfig(MAX_NUM_SEQS, 64)
     profile_step(model, scheduler, MAX_MODEL_LEN, "float32", graphs=True)  # as above

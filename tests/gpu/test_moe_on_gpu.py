@@ -1,4 +1,5 @@
-"""The mixture of experts by compiled Triton kernels: the interpreter's cases, CUDA graphs, and gpt-oss's shapes.
+"""The mixture of experts by compiled Triton kernels: the interpreter's cases, CUDA graphs, and
+gpt-oss's shapes.
 
 Written on machines without a GPU and not run on one yet. `make gpu-check` runs it.
 """
@@ -158,7 +159,8 @@ def test_choice_is_the_reference(num_tokens: int, num_experts: int, k: int, devi
 
 
 def test_bad_arguments_are_named(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids are looked at where the environment says so; weights that were left on the host are refused."""
+    """Ids are looked at where the environment says so; weights that were left on the host are
+    refused."""
     case = MoeCase(4, 2, 5, 64, 32)
     on_host = inputs(case, layout=choose_layout(device), dtype=torch.bfloat16)
     values = on_device(on_host, device)

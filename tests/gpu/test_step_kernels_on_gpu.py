@@ -1,4 +1,5 @@
-"""Norms, YaRN tables, embedding, gate and sampling by compiled Triton kernels, against their references on a CPU, and in CUDA graphs.
+"""Norms, YaRN tables, embedding, gate and sampling by compiled Triton kernels, against their
+references on a CPU, and in CUDA graphs.
 
 Written on machines without a GPU and not run on one yet. `make gpu-check` runs it.
 """
@@ -119,7 +120,8 @@ def test_the_reference_s_tokens(device: torch.device, rows: int, vocab: int, par
 
 
 def test_sampling_in_a_graph(device: torch.device) -> None:
-    """The graph's tokens follow the logits and parameters that are in its inputs when it is replayed."""
+    """The graph's tokens follow the logits and parameters that are in its inputs when it is
+    replayed."""
     rows = 5
     batch = on_device(random_batch(rows, VOCAB, seed=1), device)
     logits = random_logits(rows, VOCAB, seed=1).to(device)

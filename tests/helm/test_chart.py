@@ -1,4 +1,5 @@
-"""The chart, through the real helm: valid manifests, a Serve config that Cantata itself reads, and wrong values refused by name."""
+"""The chart, through the real helm: valid manifests, a Serve config that Cantata itself reads, and
+wrong values refused by name."""
 
 import json
 import re
@@ -63,7 +64,8 @@ def test_manifests_are_valid(helm: Helm, values: Path) -> None:
 
 @pytest.mark.parametrize("values", ALL, ids=lambda path: path.stem)
 def test_pods_and_service_are_valid_core_objects(helm: Helm, values: Path) -> None:
-    # What KubeRay makes of the templates: the schema of the custom resource knows less of pods than that of Pod itself.
+    # What KubeRay makes of the templates: the schema of the custom resource knows less of pods than
+    # that of Pod itself.
     service = ray_service(helm, "--values", values)
     for template in pod_templates(service):
         pod = {
@@ -139,7 +141,8 @@ def test_the_arguments_are_read_by_cantata(helm: Helm) -> None:
 
 
 def test_what_a_change_replaces(helm: Helm) -> None:
-    """Of the Serve config, all that counts for that is `args`; of the cluster, KubeRay leaves out how many workers a group has."""
+    """Of the Serve config, all that counts for that is `args`; of the cluster, KubeRay leaves out
+    how many workers a group has."""
 
     def rendered(*settings: str) -> tuple[dict[str, Any], dict[str, Any]]:
         service = ray_service(
@@ -203,7 +206,8 @@ def test_the_schema_knows_exactly_the_settings(helm: Helm) -> None:
             for leaf in leaves(inner, f"{prefix}.{name}" if prefix else name)
         }
 
-    # The model's path is model.path, keys would stand in the clear, and engines must be reachable from other nodes.
+    # The model's path is model.path, keys would stand in the clear, and engines must be reachable
+    # from other nodes.
     elsewhere = {"engine.model_path", "gateway.api_keys", "engine_host"}
     deployments = {"replicas", "gateways"}
     assert (
@@ -242,7 +246,8 @@ def test_ray_is_started_as_it_should_be(helm: Helm) -> None:
             "valueFrom": {"secretKeyRef": {"name": "cantata-keys", "key": "api_keys"}},
         }
         assert [entry for entry in container["env"] if "value" not in entry] == [keys]
-        # What `cantata serve` sets, but for what holds for one machine without a load balancer; and what the values add.
+        # What `cantata serve` sets, but for what holds for one machine without a load balancer; and
+        # what the values add.
         assert environment == CLUSTER_ENVIRONMENT | {"RAY_BACKEND_LOG_LEVEL": "warning"}
         # KubeRay builds the Service from the ports of these names.
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}

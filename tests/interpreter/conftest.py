@@ -1,5 +1,6 @@
-"""Triton kernels on CPU tensors, in Triton's interpreter. It is on or off for a whole process, so these tests run in one of their own:
-`TRITON_INTERPRET=1 python3 -m pytest tests/interpreter`, which `make test` does. Elsewhere each module is one skip."""
+"""Triton kernels on CPU tensors, in Triton's interpreter. It is on or off for a whole process, so
+these tests run in one of their own: `TRITON_INTERPRET=1 python3 -m pytest tests/interpreter`, which
+`make test` does. Elsewhere each module is one skip."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 @pytest.fixture(autouse=INTERPRETING)
 def guarded_allocations() -> Iterator[None]:
-    """What a kernel's launcher allocates is full of NaN at first, and nothing may be written around it."""
+    """What a kernel's launcher allocates is full of NaN at first, and nothing may be written around
+    it."""
     with GuardedAllocations():
         yield

@@ -1,4 +1,5 @@
-"""Memory with canaries: the interpreter does not notice a read or a write past the end of a tensor, these do."""
+"""Memory with canaries: the interpreter does not notice a read or a write past the end of a tensor,
+these do."""
 
 from typing import Any
 
@@ -20,7 +21,8 @@ def guarded(tensor: Tensor) -> Tensor:
 
 
 class GuardedAllocations(TorchFunctionMode):
-    """While entered, `torch.empty` and its kin return memory full of NaN between canaries, which are checked on leaving."""
+    """While entered, `torch.empty` and its kin return memory full of NaN between canaries, which
+    are checked on leaving."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,14 +56,16 @@ class GuardedAllocations(TorchFunctionMode):
 
 
 def _inside_guards(like: Tensor) -> tuple[Tensor, Tensor]:
-    """(the whole as [n] uint8, a tensor of `like`'s shape, strides and dtype in its middle), all bytes canaries."""
+    """(the whole as [n] uint8, a tensor of `like`'s shape, strides and dtype in its middle), all
+    bytes canaries."""
     extent = (
         1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
         if like.numel()
         else 0
     )
     num_bytes = extent * like.element_size()
-    # The middle starts at a multiple of 16 bytes, as kernels may assume; the guard behind it starts where it ends.
+    # The middle starts at a multiple of 16 bytes, as kernels may assume; the guard behind it starts
+    # where it ends.
     buffer = torch.full((2 * GUARD_BYTES + num_bytes,), _CANARY, dtype=torch.uint8)
     middle = buffer[GUARD_BYTES : GUARD_BYTES + num_bytes].view(like.dtype)
     return buffer, middle.as_strided(like.shape, like.stride(), middle.storage_offset())

@@ -1,11 +1,13 @@
-"""Triton's interpreter (TRITON_INTERPRET=1), made right for what our kernels use. Importing this module changes the process's interpreter.
+"""Triton's interpreter (TRITON_INTERPRET=1), made right for what our kernels use. Importing this
+module changes the process's interpreter.
 
-As of Triton 3.9 it holds bf16 as uint16 and computes on these bits: sums, products, comparisons and `tl.dot` are
-garbage without an error, and a cast from fp32 truncates. Casts to fp8 round ties up, `tl.dot_scaled` sends bf16
-operands through fp16's range, a comparison of scalars is no mask any more once it is a block, and inline assembly is
-not implemented. Triton 3.6 and 3.7, which torch 2.10 to 2.13 bring, further lack `tl.dot_scaled` and bf16 constants,
-let NaN through minima and maxima, and form the complement of unsigned integers, and 3.6 the bounds of a loop, in ways
-that numpy 2 refuses. `test_interpreter.py` checks each repair, and that Triton 3.9 still needs it.
+As of Triton 3.9 it holds bf16 as uint16 and computes on these bits: sums, products, comparisons and
+`tl.dot` are garbage without an error, and a cast from fp32 truncates. Casts to fp8 round ties up,
+`tl.dot_scaled` sends bf16 operands through fp16's range, a comparison of scalars is no mask any
+more once it is a block, and inline assembly is not implemented. Triton 3.6 and 3.7, which torch
+2.10 to 2.13 bring, further lack `tl.dot_scaled` and bf16 constants, let NaN through minima and
+maxima, and form the complement of unsigned integers, and 3.6 the bounds of a loop, in ways that
+numpy 2 refuses. `test_interpreter.py` checks each repair, and that Triton 3.9 still needs it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,8 +48,9 @@ _emulations: dict[str, AsmEmulation] = {}
 def emulates_asm(marker: str) -> Callable[[AsmEmulation], AsmEmulation]:
     """Register the emulation of the inline assembly whose text contains `marker`, a comment.
 
-    The emulation gets the operands' arrays, as the interpreter holds them (bf16 as uint16, fp8 as uint8), and `pack`: the elements that one
-    invocation processes, consecutive along the last axis. It returns the outputs' arrays in the same form.
+    The emulation gets the operands' arrays, as the interpreter holds them (bf16 as uint16, fp8 as
+    uint8), and `pack`: the elements that one invocation processes, consecutive along the last axis.
+    It returns the outputs' arrays in the same form.
     """
 
     def register(emulation: AsmEmulation) -> AsmEmulation:
@@ -96,7 +99,8 @@ def round_to_bf16(values: Array) -> Array:
     narrow = np.ascontiguousarray(values, dtype=np.float32).reshape(values.shape)
     bits = narrow.view(np.uint32)
     if values.dtype == np.float64:
-        # To odd: the last bit says that something was cut off, so that the second rounding meets no false tie.
+        # To odd: the last bit says that something was cut off, so that the second rounding meets no
+        # false tie.
         back = narrow.astype(np.float64)
         bits = (bits - (np.abs(back) > np.abs(values))) | ((back != values) & ~np.isnan(values))
         bits = bits.astype(np.uint32)
@@ -116,7 +120,8 @@ class RepairedBuilder(InterpreterBuilder):
                 else TensorHandle(round_to_bf16(result), tl.bfloat16)
             )
         handle = super().binary_op(lhs, rhs, op)
-        # A comparison keeps the operands' type in the original, and is an integer once it is broadcast from a scalar to a block.
+        # A comparison keeps the operands' type in the original, and is an integer once it is
+        # broadcast from a scalar to a block.
         return TensorHandle(handle.data, tl.int1) if handle.data.dtype == np.bool_ else handle
 
     def unary_op(self, arg: TensorHandle, op: Any) -> TensorHandle:
@@ -217,7 +222,8 @@ class RepairedBuilder(InterpreterBuilder):
                     [TensorHandle(np.asarray(out), ty.scalar) for out, ty in zip(outputs, types, strict=True)]
                 )
         raise NotImplementedError(
-            f"no emulation of this inline assembly is registered (tests/interpreter/interpreter.py): {asm[:100]}"
+            f"no emulation of this inline assembly is registered (tests/interpreter/interpreter.py): "
+            f"{asm[:100]}"
         )
 
 
@@ -261,7 +267,8 @@ def _scaled_rows(data: Array, handle: TensorHandle, scale: TensorHandle | None) 
     """[rows, K] fp32: an operand of `tl.dot_scaled`, times its e8m0 scales.
 
     Args:
-        data: `handle`'s, as [rows, K], or [rows, K / 2] of two e2m1 values a byte, low nibble first.
+        data: `handle`'s, as [rows, K], or [rows, K / 2] of two e2m1 values a byte, low nibble
+            first.
     """
     if handle.dtype.scalar == tl.uint8:
         rows = _E2M1[np.stack((data & 15, data >> 4), axis=-1).reshape(*data.shape[:-1], -1)]
@@ -281,7 +288,8 @@ def _languages(function: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A call from inside a kernel. Triton looks through the whole language for what to patch at each, half the time of many a kernel."""
+    """A call from inside a kernel. Triton looks through the whole language for what to patch at
+    each, half the time of many a kernel."""
     if any(tl.core.is_builtin(language.arange) for language in _languages(self.fn)):
         triton_interpreter._patch_lang(self.fn)
     try:
@@ -296,7 +304,8 @@ def _use(builder: type) -> None:
 
 
 def _patch_tensor(tensor: Any, scope: Any) -> None:
-    """Triton 3.6 reads a bound of a loop, which is an array of one number, as numpy above 2.3 refuses to."""
+    """Triton 3.6 reads a bound of a loop, which is an array of one number, as numpy above 2.3
+    refuses to."""
     _own_patch_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
@@ -311,7 +320,8 @@ def _dot_scaled(
     rhs_format: str,
     *options: Any,
 ) -> Any:
-    """Before Triton 3.9 the formats must be constants of a kernel, and the interpreter gives texts."""
+    """Before Triton 3.9 the formats must be constants of a kernel, and the interpreter gives
+    texts."""
     formats = tl.constexpr(lhs_format), tl.constexpr(rhs_format)
     return _own_dot_scaled(self, lhs, lhs_scale, formats[0], rhs, rhs_scale, formats[1], *options)
 

@@ -1,5 +1,5 @@
-"""Counting what a piece of the model would queue on a GPU: launches of Triton kernels, and torch operations that compute or copy; and
-forbidding what would make the host wait for it."""
+"""Counting what a piece of the model would queue on a GPU: launches of Triton kernels, and torch
+operations that compute or copy; and forbidding what would make the host wait for it."""
 
 from typing import Any
 
@@ -31,7 +31,8 @@ _FREE = (
 
 
 class LaunchCounter(TorchDispatchMode):
-    """While entered, `launches` grows by the name of each kernel and of each torch operation, in order."""
+    """While entered, `launches` grows by the name of each kernel and of each torch operation, in
+    order."""
 
     def __init__(self) -> None:
         super().__init__()

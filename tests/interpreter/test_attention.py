@@ -11,8 +11,8 @@ from tests.interpreter.interpreter import recorded_launches
 from tests.support.attention_cases import BLOCK_SIZE, SCALE, AttentionCase, attention_case
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
-"""Absolute and relative. fp32: sums of up to 1000 weights in another order. Otherwise the output's rounding (2^-9, 2^-12) and that of the
-weights before they meet the values."""
+"""Absolute and relative. fp32: sums of up to 1000 weights in another order. Otherwise the output's
+rounding (2^-9, 2^-12) and that of the weights before they meet the values."""
 
 RAGGED = [(1, 1), (129, 129), (1, 1000), (16, 600), (0, 30), (17, 17), (1, 128), (3, 513), (1, 129), (15, 31)]
 
@@ -111,7 +111,8 @@ def test_a_long_context_takes_longer_splits(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_number_of_sequences_does_not_matter() -> None:
-    """Nor what they are: the same bits alone as among others, which changes the programs of a decode and the tiles of a chunk."""
+    """Nor what they are: the same bits alone as among others, which changes the programs of a
+    decode and the tiles of a chunk."""
     for window in (None, 128):
         lengths = [(1, 1 + i % 20) for i in range(140)] + [(1, 700), (40, 40), (5, 300), (1, 130)]
         batch = attention_case(lengths, heads=(2, 1), head_dim=8, window=window, dtype=torch.bfloat16)
@@ -296,7 +297,8 @@ def rope_arguments(
     ],
 )
 def test_rope_and_store(heads: tuple[int, int], head_dim: int, slots: list[int], dtype: torch.dtype) -> None:
-    """Bit for bit: products and sums are rounded one by one in the interpreter, as the reference does it."""
+    """Bit for bit: products and sums are rounded one by one in the interpreter, as the reference
+    does it."""
     qkv, cos, sin, slot_mapping = rope_arguments(heads, head_dim, dtype, slots)
     caches = [torch.full((2, 4, BLOCK_SIZE, heads[1], head_dim), torch.nan, dtype=dtype) for _ in range(2)]
     expected = reference.rope_and_store_kv(qkv.clone(), heads[0], cos, sin, caches[0], slot_mapping)

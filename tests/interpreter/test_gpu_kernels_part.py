@@ -1,4 +1,5 @@
-"""The part of `benchmarks/gpu_check.py` that times each launch alone, in the interpreter: which launches, and their bytes."""
+"""The part of `benchmarks/gpu_check.py` that times each launch alone, in the interpreter: which
+launches, and their bytes."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""The repaired interpreter against torch; and each repair is still needed, so that none outlives the bug."""
+"""The repaired interpreter against torch; and each repair is still needed, so that none outlives
+the bug."""
 
 from collections.abc import Callable
 
@@ -268,7 +269,8 @@ def test_the_guards_see_reads_and_writes_past_the_end() -> None:
 
 @pytest.mark.skipif(not hasattr(InterpreterBuilder, "create_dot_scaled"), reason="a Triton before 3.9")
 class TestWithoutTheRepairs:
-    """A failure here says that Triton does this right by now: drop the repair, once no older Triton is supported."""
+    """A failure here says that Triton does this right by now: drop the repair, once no older Triton
+    is supported."""
 
     @pytest.mark.parametrize("op", ["add", "mul", "less", "neg"])
     def test_arithmetic_is_wrong(self, op: str) -> None:

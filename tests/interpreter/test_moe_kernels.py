@@ -1,4 +1,5 @@
-"""The mixture of experts by Triton kernels, in the interpreter, against float64 and the reference."""
+"""The mixture of experts by Triton kernels, in the interpreter, against float64 and the
+reference."""
 
 import hypothesis
 import numpy as np
@@ -109,8 +110,8 @@ def test_every_tile_of_every_architecture(weights: str, tile: Tile, monkeypatch:
 
 
 def test_every_code_and_scale_in_fragment_order_decodes_exactly() -> None:
-    """Words of the layout through the assembly: register r of lane 4g + t in fragment f is row 2g + r % 2, columns 16f + 2t + 8 (r // 2)
-    and the next."""
+    """Words of the layout through the assembly: register r of lane 4g + t in fragment f is row 2g +
+    r % 2, columns 16f + 2t + 8 (r // 2) and the next."""
     generator = torch.Generator().manual_seed(0)
     scales = torch.arange(129).repeat(2)[:256].view(1, 64, 4).to(torch.uint8)
     blocks = torch.randint(0, 256, (1, 64, 4, 16), dtype=torch.uint8, generator=generator)
@@ -389,7 +390,8 @@ def test_bad_arguments_are_named() -> None:
 
 @pytest.mark.parametrize("case", PACKED_CASES[1:], ids=str)
 def test_mxfp8_activations_are_the_reference(case: MoeCase) -> None:
-    """Sums in another order round some activations to another e4m3 value, 1/16 away at most; several of 32 to 96 in a sum."""
+    """Sums in another order round some activations to another e4m3 value, 1/16 away at most;
+    several of 32 to 96 in a sum."""
     values = inputs(case, layout=NATURAL, dtype=torch.bfloat16)
     found = fused_experts(*guarded_inputs(values), **options(case), mxfp8_activations=True)
     expected = reference.fused_experts(*values, **options(case), mxfp8_activations=True)

@@ -1,4 +1,5 @@
-"""The tiny model served through Triton kernels: tokens, log probabilities and launches against the torch references."""
+"""The tiny model served through Triton kernels: tokens, log probabilities and launches against the
+torch references."""
 
 import sys
 from collections.abc import Iterator
@@ -85,7 +86,8 @@ def generate(checkpoint: Path, dtype: Dtype) -> list[RequestOutput]:
 
 
 def test_the_same_tokens(checkpoint: Path) -> None:
-    """fp32: sums in another order, so log probabilities agree to 1e-4, and the tokens of these seeds are the same."""
+    """fp32: sums in another order, so log probabilities agree to 1e-4, and the tokens of these
+    seeds are the same."""
     with on_references():
         expected = generate(checkpoint, "float32")
     with recorded_launches() as names:
@@ -110,7 +112,8 @@ def test_the_same_tokens(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("layout", [NATURAL, WGMMA])
 def test_logits_in_bf16(checkpoint: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two layers, each rounded to 8 bits of mantissa at a dozen places: 2 % of the largest logit."""
+    """Two layers, each rounded to 8 bits of mantissa at a dozen places: 2 % of the largest
+    logit."""
     with on_references(), loaded(checkpoint, "bfloat16") as llm:
         expected = llm.logits(PROMPTS[1])
     monkeypatch.setattr(model_checkpoint, "choose_layout", lambda device: layout)
@@ -149,7 +152,8 @@ AROUND_ATTENTION = [
 
 @pytest.fixture
 def runner(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    """Of a bf16 model, as on a GPU: dense layers are one call of a BLAS each, indices go unchecked, and results are not waited for."""
+    """Of a bf16 model, as on a GPU: dense layers are one call of a BLAS each, indices go unchecked,
+    and results are not waited for."""
     monkeypatch.setattr(cpu_dense, "can_run", lambda device, dtype: False)
     monkeypatch.setattr(cpu_linear, "can_run", lambda x: False)
     monkeypatch.setattr(linear_reference, "linear", functional.linear)
@@ -192,7 +196,8 @@ class OneOfTwo(Alone):
 
 
 def test_a_rank_alone_has_the_bits_of_one_that_adds_up_first(checkpoint: Path) -> None:
-    """Alone, the experts' sum and the norm behind it are one launch; with others an all-reduce stands between."""
+    """Alone, the experts' sum and the norm behind it are one launch; with others an all-reduce
+    stands between."""
     hidden = []
     for collectives, launches in ((Alone(), {"add_slots_rms_norm"}), (OneOfTwo(), {"add_slots"})):
         model = load_model(

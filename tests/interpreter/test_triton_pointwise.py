@@ -1,4 +1,5 @@
-"""RMSNorm, YaRN tables and embedding lookup as Triton kernels, against their references and float64."""
+"""RMSNorm, YaRN tables and embedding lookup as Triton kernels, against their references and
+float64."""
 
 import itertools
 import math
@@ -116,7 +117,8 @@ def test_norms_name_the_argument_they_refuse() -> None:
 @pytest.mark.parametrize("head_dim", [2, 6, 10, 64, 128])
 @pytest.mark.parametrize("truncate", [False, True])
 def test_yarn_tables_up_to_the_last_position(head_dim: int, truncate: bool) -> None:
-    """The reference's cosine is exact to its last bit; ours is, too: both may round the other way, hence two of them."""
+    """The reference's cosine is exact to its last bit; ours is, too: both may round the other way,
+    hence two of them."""
     positions = torch.tensor(
         [0, 1, 2, 15, 16, 17, 127, 128, 129, 1000, 4095, 4096, 4097, 65535, 99999, 131070, 131071]
     )

@@ -1,4 +1,5 @@
-"""Sampling by Triton kernels against the reference: the same tokens, and logits changed to the same bits."""
+"""Sampling by Triton kernels against the reference: the same tokens, and logits changed to the same
+bits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -16,7 +16,8 @@ Recorder = Callable[[str, object], None]
 def implementation(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, record_property: Recorder
 ) -> Iterator[str]:
-    """The public functions run the reference in torch, then the C++ kernels on each instruction set of this processor."""
+    """The public functions run the reference in torch, then the C++ kernels on each instruction set
+    of this processor."""
     if request.param == "reference":
         monkeypatch.setattr(native, "shared_library", lambda: None)
         yield request.param
@@ -43,7 +44,8 @@ def fp32_isa(request: pytest.FixtureRequest, record_property: Recorder) -> Itera
 
 
 def running(isa: str, record_property: Recorder) -> Iterator[str]:
-    """The C++ kernels run on this instruction set meanwhile; skips the test where the processor lacks it."""
+    """The C++ kernels run on this instruction set meanwhile; skips the test where the processor
+    lacks it."""
     with native.using_isa(isa) as there:
         if not there:
             pytest.skip(f"this processor has no {isa}")

@@ -1,4 +1,5 @@
-"""C++ attention on each instruction set: its error in bf16, the bits of a query, and values that are not finite."""
+"""C++ attention on each instruction set: its error in bf16, the bits of a query, and values that
+are not finite."""
 
 from functools import cache
 
@@ -77,7 +78,8 @@ def bf16_case(heads: tuple[int, int], head_dim: int, window: int | None) -> tupl
     return case, case.expected()
 
 
-# Group sizes on both sides of the 8 and 16 rows of a tile, chunks of more than a block of 32 rows, contexts on both sides of a key tile.
+# Group sizes on both sides of the 8 and 16 rows of a tile, chunks of more than a block of 32 rows,
+# contexts on both sides of a key tile.
 @pytest.mark.parametrize("window", [None, 1, 20, 128, 300])
 @pytest.mark.parametrize(
     ("heads", "head_dim"),
@@ -89,8 +91,9 @@ def test_bf16_is_as_exact_as_bf16(
     case, expected = bf16_case(heads, head_dim, window)
     found = paged_attention(*case.arguments, scale=SCALE, window=window)
     error = found.double() - expected
-    # The result is rounded to 8 bits, and so are the weights that amx and avx512_bf16 multiply with values of order 1: 2^-8 at worst of the
-    # result, and of the weighted mean of |value|; errors of many weights cancel.
+    # The result is rounded to 8 bits, and so are the weights that amx and avx512_bf16 multiply with
+    # values of order 1: 2^-8 at worst of the result, and of the weighted mean of |value|; errors of
+    # many weights cancel.
     assert error.norm() < 0.003 * expected.norm()
     torch.testing.assert_close(found.double(), expected, atol=2**-8, rtol=2**-8)
 
@@ -105,7 +108,8 @@ def test_weights_are_rounded_and_nothing_else(bf16_isa: str) -> None:
     # All keys and the sink have weight 1.
     assert torch.equal(out[0, :, 0], torch.full((8,), 1 / 601).bfloat16())
     assert not out[0, :, 1:].any()
-    # A larger score in another key tile, whose other weights are all the same: 1e-4 is for the exponential.
+    # A larger score in another key tile, whose other weights are all the same: 1e-4 is for the
+    # exponential.
     sequence.q[599, :, 0], sequence.at(0, 10)[0, 0] = 1.0, 3.0 / SCALE
     sequence.at(1, 10)[0, 1] = 1.0
     [out] = sequence.run([(599, 600)])
@@ -169,7 +173,8 @@ def test_a_query_has_the_same_bits_however_it_comes(
     window: int | None,
     odd: list[tuple[int, float]],
 ) -> None:
-    """As a decode, in a chunk, in any batch, on any number of threads; also where values are not finite."""
+    """As a decode, in a chunk, in any batch, on any number of threads; also where values are not
+    finite."""
     sequence = Sequence(LENGTH, heads, head_dim, window)
     for position, value in odd:
         sequence.at(1, position)[position % heads[1], position % head_dim] = value
@@ -182,7 +187,8 @@ def test_a_query_has_the_same_bits_however_it_comes(
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_decodes_have_the_bits_of_a_prompt(bf16_isa: str, window: int | None) -> None:
-    """So many that a sum in another order, which is another bf16 once in some 100,000 times, would show."""
+    """So many that a sum in another order, which is another bf16 once in some 100,000 times, would
+    show."""
     sequence = Sequence(LENGTH, (64, 8), 64, window)
     [prompt] = sequence.run([(0, LENGTH)])
     decodes = torch.cat(sequence.run([(position, position + 1) for position in range(LENGTH)]))
@@ -212,7 +218,8 @@ def test_the_size_of_a_block_does_not_show(isa: str, block_size: int, window: in
 def test_what_is_not_finite_reaches_only_queries_that_see_it(
     isa: str, window: int | None, value: float, dtype: torch.dtype
 ) -> None:
-    """A key or value at a position changes no query before it, none beyond the window, and no other column or head."""
+    """A key or value at a position changes no query before it, none beyond the window, and no other
+    column or head."""
     length, position = 400, 290
     for half in (0, 1):
         sequence = Sequence(length, (6, 2), 64, window, dtype)
@@ -237,7 +244,8 @@ def test_what_is_not_finite_reaches_only_queries_that_see_it(
 
 
 def test_slots_that_nothing_sees_are_not_read(isa: str) -> None:
-    """Blocks of freed sequences hold anything: what lies behind the last token and before the window is infinite or NaN here."""
+    """Blocks of freed sequences hold anything: what lies behind the last token and before the
+    window is infinite or NaN here."""
     for window in (None, 33):
         sequence = Sequence(300, (8, 2), 64, window)
         expected = sequence.run([(280, 293)])[0]

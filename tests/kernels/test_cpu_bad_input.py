@@ -1,5 +1,6 @@
-"""The C++ kernels at their worst input: tensors that begin in the middle of a vector or are not contiguous, which are computed like others;
-shapes that do not fit; instruction sets that are not there."""
+"""The C++ kernels at their worst input: tensors that begin in the middle of a vector or are not
+contiguous, which are computed like others; shapes that do not fit; instruction sets that are not
+there."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,5 @@
-"""Every kernel against stored results (tests/support/isa_cases.py), on this processor and on emulated ones."""
+"""Every kernel against stored results (tests/support/isa_cases.py), on this processor and on
+emulated ones."""
 
 import ctypes
 import json
@@ -26,7 +27,8 @@ PROCESSORS = {
     "EPYC-Milan": ["avx2", "portable"],
     "max": ["avx2", "portable"],
 }
-"""Processors of qemu 7.2 with the instruction sets that it emulates of theirs, the best first. It has no AVX-512 and no AMX."""
+"""Processors of qemu 7.2 with the instruction sets that it emulates of theirs, the best first. It
+has no AVX-512 and no AMX."""
 IN_SHORT = ("Nehalem", "Haswell")
 
 Recorder = Callable[[str, object], None]

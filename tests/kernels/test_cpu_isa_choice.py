@@ -68,7 +68,8 @@ def test_the_environment_decides_where_no_setting_does(monkeypatch: pytest.Monke
     monkeypatch.setenv("CANTATA_CPU_ISA", "avx3")
     with pytest.raises(
         ValueError,
-        match=r"^CANTATA_CPU_ISA is avx3, which this processor or this build does not have: set it to one of auto, ",
+        match=r"^CANTATA_CPU_ISA is avx3, which this processor or this build does not "
+        r"have: set it to one of auto, ",
     ):
         native.choose("auto")
 
@@ -107,7 +108,8 @@ def test_a_library_that_cannot_be_loaded_is_said_and_refused_where_it_is_wanted(
     native.choose("reference")
     with pytest.raises(
         ValueError,
-        match=r"^cpu_isa is portable, and the C\+\+ kernels cannot be loaded \(.*; or set it to auto or reference",
+        match=r"^cpu_isa is portable, and the C\+\+ kernels cannot be loaded \(.*; "
+        r"or set it to auto or reference",
     ):
         native.choose("portable")
 

@@ -1,4 +1,5 @@
-"""The C++ kernels on every instruction set that this processor has, against float64, the references and themselves."""
+"""The C++ kernels on every instruction set that this processor has, against float64, the references
+and themselves."""
 
 import ast
 import itertools
@@ -118,8 +119,9 @@ def test_a_row_of_linear_is_the_same_in_every_batch_and_for_all_threads(fp32_isa
         ), (threads, rows, first)
 
 
-# Outputs on both sides of a group of 16, of two and of four groups, widths on both sides of 32 columns and of the slices decoded at a time
-# (256 and 512 columns), rows on both sides of every tile.
+# Outputs on both sides of a group of 16, of two and of four groups, widths on both sides of 32
+# columns and of the slices decoded at a time (256 and 512 columns), rows on both sides of every
+# tile.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(
     ("width", "num_outputs"), [(32, 5), (31, 16), (33, 17), (257, 32), (544, 49), (1056, 15), (64, 100)]
@@ -158,7 +160,8 @@ def test_packed_weights_are_the_same_weights(num_rows: int, width: int) -> None:
     weight = torch.randn(num_rows, width).bfloat16()
     assert torch.equal(dense.unpack(dense.pack(weight)), weight.float())
     whole = dense.pack(weight, torch.int8)
-    # Half a step, a step being the row's largest magnitude over 127; and the largest is met exactly but for rounding.
+    # Half a step, a step being the row's largest magnitude over 127; and the largest is met exactly
+    # but for rounding.
     step = weight.float().abs().amax(dim=1, keepdim=True) / 127
     assert ((dense.unpack(whole) - weight.float()).abs() <= 0.5001 * step).all()
     for dtype in (torch.bfloat16, torch.int8):
@@ -277,7 +280,8 @@ def choices(num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> tup
     )
 
 
-# Widths on both sides of the slices that are decoded at a time (256 columns), token counts on both sides of each tile.
+# Widths on both sides of the slices that are decoded at a time (256 columns), token counts on both
+# sides of each tile.
 @pytest.mark.parametrize(
     ("num_experts", "hidden", "intermediate", "top_k"), [(5, 96, 160, 3), (3, 288, 32, 1), (7, 64, 544, 4)]
 )
@@ -292,7 +296,8 @@ def test_experts_agree_with_the_reference(
     torch.testing.assert_close(layer(x, ids, weights), layer.reference(x, ids, weights), atol=2e-3, rtol=1e-5)
 
 
-# 1056 columns are two of the longest slices and a bit; tokens of an expert on both sides of 8, 16, 32 and 192.
+# 1056 columns are two of the longest slices and a bit; tokens of an expert on both sides of 8, 16,
+# 32 and 192.
 @pytest.mark.parametrize(
     ("num_experts", "hidden", "intermediate", "top_k"), [(5, 96, 160, 3), (2, 1056, 64, 2), (7, 64, 544, 4)]
 )
@@ -315,7 +320,8 @@ def test_experts_on_bf16_are_as_exact_as_bf16(
     "row_scales", [[0], [1], [2], [127], [252], [253], [254], [2, 3, 100, 127, 130, 251, 252], [127, 1]]
 )
 def test_extreme_scales_in_bf16(isa: str, row_scales: list[int]) -> None:
-    """One of 32 columns is read at a time; what is too large or too small for bf16 must be infinite or zero, and nothing else changes."""
+    """One of 32 columns is read at a time; what is too large or too small for bf16 must be infinite
+    or zero, and nothing else changes."""
     codes = torch.arange(16, dtype=torch.uint8).repeat(2)
     blocks = (codes[0::2] | (codes[1::2] << 4))[None, None, None].expand(1, 32, 1, 16).contiguous()
     scales = torch.tensor(row_scales * 32, dtype=torch.uint8)[:32]
@@ -397,7 +403,8 @@ def test_a_token_is_the_same_in_every_batch_and_for_all_threads(isa: str) -> Non
 
 
 def test_every_code_and_scale_is_decoded_exactly(fp32_isa: str) -> None:
-    """One expert whose activations read single weights: limit and gate are such that the activation is up + 1."""
+    """One expert whose activations read single weights: limit and gate are such that the activation
+    is up + 1."""
     codes = torch.arange(16, dtype=torch.uint8).repeat(2)
     for scale in (0, 1, 100, 127, 140):
         blocks = torch.zeros(1, 32, 1, 16, dtype=torch.uint8)
@@ -405,7 +412,8 @@ def test_every_code_and_scale_is_decoded_exactly(fp32_isa: str) -> None:
         scales = torch.full((1, 32, 1), scale, dtype=torch.uint8)
         down = from_natural(blocks, scales, ROWS16)
         expected = unpack(down, torch.float32)[0]
-        # gate = 20 clamps to the limit, so activation = (up + 1) * limit * sigmoid(alpha * limit); up = -1 except in the read column.
+        # gate = 20 clamps to the limit, so activation = (up + 1) * limit * sigmoid(alpha * limit);
+        # up = -1 except in the read column.
         gate_up = from_natural(
             torch.zeros(1, 64, 1, 16, dtype=torch.uint8), torch.zeros(1, 64, 1, dtype=torch.uint8), ROWS16
         )
@@ -490,7 +498,8 @@ x, packed = torch.ones(4, 64).bfloat16(), dense.pack(torch.ones(256, 64).bfloat1
 torch.set_num_threads(int(sys.argv[1]))  # has threads of its own
 before = set(os.listdir("/proc/self/task"))
 dense.linear(x, packed, None)
-print([sorted(os.sched_getaffinity(int(thread))) for thread in sorted(set(os.listdir("/proc/self/task")) - before, key=int)])
+new = sorted(set(os.listdir("/proc/self/task")) - before, key=int)
+print([sorted(os.sched_getaffinity(int(thread))) for thread in new])
 """
 CORES = sorted(os.sched_getaffinity(0))
 

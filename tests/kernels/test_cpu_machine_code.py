@@ -24,7 +24,8 @@ BEYOND = {
     "isa_avx512_bf16.cpp": {LEGACY, VEX, EVEX},
     "isa_amx.cpp": {LEGACY, VEX, EVEX, TILE},
 }
-"""What may be in the functions that are local to these files. The others are for every processor."""
+"""What may be in the functions that are local to these files. The others are for every
+processor."""
 PLANTED = """
 #pragma GCC target("avx2,fma")
 #include <vector>
@@ -53,7 +54,8 @@ def misplaced(needs: dict[Function, set[str]]) -> set[str]:
 
 
 def run_at_load(needs: dict[Function, set[str]]) -> set[str]:
-    """Functions of the files of an instruction set that are not of their anonymous namespace: initialisers."""
+    """Functions of the files of an instruction set that are not of their anonymous namespace:
+    initialisers."""
     return {f.name for f in needs if f.file.startswith("isa_") and "(anonymous namespace)" not in f.name}
 
 

@@ -1,4 +1,5 @@
-"""Memory for weights: zeros of the shape and dtype that is asked for, on huge pages where they are large."""
+"""Memory for weights: zeros of the shape and dtype that is asked for, on huge pages where they are
+large."""
 
 from pathlib import Path
 

@@ -40,7 +40,8 @@ def only(work: dict[str, Work]) -> Work:
     ("window", "keys", "seen"), [(None, 5 + 20, 4 + 5 + 20), (8, 5 + 8, 4 + 5 + 8), (3, 4 + 3, 3 + 3 + 3)]
 )
 def test_attention_counts_the_keys_that_are_seen(window: int | None, keys: int, seen: int) -> None:
-    """Two queries at the end of 5 tokens, one at the end of 20; 4 query heads and 2 KV heads of 8."""
+    """Two queries at the end of 5 tokens, one at the end of 20; 4 query heads and 2 KV heads of
+    8."""
     q, kv_cache = torch.zeros(3, 4, 8), torch.zeros(2, 4, 16, 2, 8)
     table = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32)
     lengths, rows = torch.tensor([5, 20], dtype=torch.int32), torch.tensor([0, 2, 3], dtype=torch.int32)

@@ -1,4 +1,5 @@
-"""Programs: what was recorded runs again on what then lies at its addresses, and what could not be repeated is refused."""
+"""Programs: what was recorded runs again on what then lies at its addresses, and what could not be
+repeated is refused."""
 
 import subprocess
 import sys
@@ -210,7 +211,8 @@ def test_copies_that_torch_makes_are_noticed_whatever_they_are_called() -> None:
 def test_recording_does_not_import_torchs_compiler() -> None:
     """It would take the first request two seconds."""
     code = (
-        "import sys, torch; from kernels.cpu.program import ProgramMemory, record; from kernels.pointwise import rms_norm\n"
+        "import sys, torch; from kernels.cpu.program import ProgramMemory, record; from kernels.pointwise "
+        "import rms_norm\n"
         "x, weight = torch.zeros(3, 24), torch.ones(24)\n"
         "program, _ = record(ProgramMemory(), lambda: rms_norm(x, weight, 1e-5).view(-1))\n"
         "print(len(program), sorted({'torch._dynamo', 'sympy'} & set(sys.modules)))"

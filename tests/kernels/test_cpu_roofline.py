@@ -1,4 +1,5 @@
-"""The yardstick of matrix products: the faster data type wins, and a slow one costs a bounded amount of work."""
+"""The yardstick of matrix products: the faster data type wins, and a slow one costs a bounded
+amount of work."""
 
 import pytest
 import torch

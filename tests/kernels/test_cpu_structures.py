@@ -1,4 +1,5 @@
-"""The structures that Python fills are those that the C++ reads: each field at the same offset, of the same size."""
+"""The structures that Python fills are those that the C++ reads: each field at the same offset, of
+the same size."""
 
 import ctypes
 import shutil
@@ -28,7 +29,10 @@ def assertions(name: str, structure: type[ctypes.Structure]) -> Iterator[str]:
     yield f"static_assert(sizeof({name}) == {ctypes.sizeof(structure)});"
     for python_name, *_ in structure._fields_:
         field, descriptor = NESTED.get(python_name, python_name), getattr(structure, python_name)
-        yield f"static_assert(offsetof({name}, {field}) == {descriptor.offset} && sizeof(declval<{name}>().{field}) == {descriptor.size});"
+        yield (
+            f"static_assert(offsetof({name}, {field}) == {descriptor.offset} && "
+            f"sizeof(declval<{name}>().{field}) == {descriptor.size});"
+        )
 
 
 def compiled(lines: list[str]) -> subprocess.CompletedProcess[str]:

@@ -52,7 +52,8 @@ def test_what_is_packed_for_wgmma_comes_back(experts: int, rows: int, groups: in
 
 
 def test_a_value_is_where_the_layout_says() -> None:
-    """One value that is not 0: row 2g + parity, column 64 chunk + 16 fragment + 8 half + 2t + second."""
+    """One value that is not 0: row 2g + parity, column 64 chunk + 16 fragment + 8 half + 2t +
+    second."""
     masks = [sum(mask for mask, _ in parts) for parts in ROTATIONS]
     assert masks == [0x81C081C0] * 4
     for strip, chunk, g, t, fragment, half, parity, second in [
@@ -150,7 +151,8 @@ def test_every_architecture_has_tiles(architecture: str, weights: str) -> None:
 
 
 def test_a_few_tokens_take_the_narrow_tile_of_wgmma() -> None:
-    """Of 64 rows of the weights while an expert has 8 tokens by twice the mean, and of at least 16 tokens, which all of Triton knows."""
+    """Of 64 rows of the weights while an expert has 8 tokens by twice the mean, and of at least 16
+    tokens, which all of Triton knows."""
     shapes = [
         (tile.block_m, tile.block_n)
         for tile in (choose_tile(MXFP4_WGMMA, "sm_90", n, 128, fp32=False) for n in (4, 512, 513, 1024))

@@ -1,4 +1,5 @@
-"""Paged attention, the reference's and the C++ one, against a float64 formulation over plain, unpaged keys and values."""
+"""Paged attention, the reference's and the C++ one, against a float64 formulation over plain,
+unpaged keys and values."""
 
 import math
 from dataclasses import dataclass
@@ -73,8 +74,9 @@ def make_case(
     heads: int = HEADS,
     head_dim: int = HEAD_DIM,
 ) -> Case:
-    """`lengths` are (query_len, context_len). All that may not be read is NaN or out of range: unwritten slots, other blocks, the null
-    block, table entries past the last block; blocks wholly behind the window are the null block."""
+    """`lengths` are (query_len, context_len). All that may not be read is NaN or out of range:
+    unwritten slots, other blocks, the null block, table entries past the last block; blocks wholly
+    behind the window are the null block."""
     generator = torch.Generator().manual_seed(seed)
     max_blocks = max(-(-context // BLOCK_SIZE) for _, context in lengths) + 2
     num_blocks = 1 + sum(-(-context // BLOCK_SIZE) for _, context in lengths) + 5
@@ -198,7 +200,8 @@ def test_queries_may_be_a_part_of_a_wider_tensor() -> None:
 @pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("window", [None, 300])
 def test_threads_make_no_difference(window: int | None) -> None:
-    # From one task for many threads, whose key tiles are then reduced apart, to many tasks for each.
+    # From one task for many threads, whose key tiles are then reduced apart, to many tasks for
+    # each.
     lengths = [(1, 900), (2, 515), (1, 256), (1, 257), (40, 600), (1, 1)]
     for chosen in (lengths[:1], lengths[:4], lengths):
         case = make_case(chosen, window=window)
@@ -219,7 +222,8 @@ def test_blocks_outside_the_cache_are_refused() -> None:
             case.run(None)
 
 
-@pytest.mark.parametrize("implementation", ["reference"], indirect=True)  # only this one gathers keys
+# only this one gathers keys
+@pytest.mark.parametrize("implementation", ["reference"], indirect=True)
 def test_large_batches_are_cut_by_memory_without_a_difference(
     implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

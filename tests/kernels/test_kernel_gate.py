@@ -1,7 +1,9 @@
-"""The machine code of every Triton kernel, compiled for the gated targets: no spills, and each spec's own limits. And the gate itself.
+"""The machine code of every Triton kernel, compiled for the gated targets: no spills, and each
+spec's own limits. And the gate itself.
 
-GPUs run the Triton that torch brings, so everything is compiled with that one. The one that is installed for the interpreter's tests is
-newer, as a later torch may bring it: with it the kernels that have limits of their own are compiled too.
+GPUs run the Triton that torch brings, so everything is compiled with that one. The one that is
+installed for the interpreter's tests is newer, as a later torch may bring it: with it the kernels
+that have limits of their own are compiled too.
 """
 
 import os
@@ -185,7 +187,8 @@ def test_spills_are_found_without_any_limits() -> None:
 
 
 def test_a_compiled_kernel_never_comes_from_the_cache() -> None:
-    """The same kernel with another matrix of the compiler's options; a stale entry would have the first one's registers."""
+    """The same kernel with another matrix of the compiler's options; a stale entry would have the
+    first one's registers."""
     wide, narrow = (
         compile_kernel(spec_of(64, 64, 64, options={"num_warps": 4, "maxnreg": registers}), "sm_80")
         for registers in (128, 64)
@@ -253,7 +256,8 @@ def test_loops_of_amd_assembly() -> None:
 
 
 def test_a_part_of_a_loop_that_lies_elsewhere_belongs_to_it() -> None:
-    """As LLVM places what a mask skips: behind the loop, with a jump back into it, which is no loop of its own."""
+    """As LLVM places what a mask skips: behind the loop, with a jump back into it, which is no loop
+    of its own."""
     lines = [
         "s_mov_b32",
         "head:",

@@ -172,7 +172,8 @@ def test_the_gate_is_not_clamped_below() -> None:
 
 
 def test_a_token_is_the_same_in_every_batch_at_an_odd_width() -> None:
-    """Widths that are no multiple of a vector leave remainders, which elementwise loops may compute in another way."""
+    """Widths that are no multiple of a vector leave remainders, which elementwise loops may compute
+    in another way."""
     generator = torch.Generator().manual_seed(2)
     odd = Weights(
         *(
@@ -281,7 +282,8 @@ def test_bad_arguments_are_named() -> None:
 
 
 def e4m3(code: int) -> Fraction:
-    """The value of a positive code from its fields: four exponent bits of bias 7, three mantissa bits; exponent 0 is subnormal."""
+    """The value of a positive code from its fields: four exponent bits of bias 7, three mantissa
+    bits; exponent 0 is subnormal."""
     exponent, mantissa = code >> 3, code & 7
     return (
         Fraction(mantissa, 8) * Fraction(2) ** -6
@@ -341,11 +343,13 @@ def test_mxfp8_activations_round_what_enters_each_projection() -> None:
         mxfp8_activations=True,
     )
     assert torch.equal(found, again)
-    # Of e4m3's three mantissa bits; the second rounding is why this is not that of `rounded` without the argument.
+    # Of e4m3's three mantissa bits; the second rounding is why this is not that of `rounded`
+    # without the argument.
     assert_near(found, oracle(x, ids, expert_weights, w), 2**-4)
     assert not torch.equal(found, run(rounded, ids, expert_weights, w))
     with pytest.raises(ValueError, match=r"^mxfp8_activations needs widths"):
         fused_experts(
-            x[:, :40], ids, expert_weights, w.gate_up[..., :40], w.gate_up_bias, w.down[:, :40], w.down_bias[:, :40], **options,
+            x[:, :40], ids, expert_weights, w.gate_up[..., :40], w.gate_up_bias, w.down[:, :40],
+            w.down_bias[:, :40], **options,
             mxfp8_activations=True,
         )  # fmt: skip

@@ -97,7 +97,8 @@ def test_norms_of_other_values() -> None:
 
 
 def yarn_frequency(dimension: int, head_dim: int, truncate: bool, **rope: float) -> float:
-    """The frequency of a pair, from the paper's ramp over the number of turns' dimension, in float64."""
+    """The frequency of a pair, from the paper's ramp over the number of turns' dimension, in
+    float64."""
 
     def dimension_of(turns: float) -> float:
         wavelength = rope["original_max_position_embeddings"] / turns

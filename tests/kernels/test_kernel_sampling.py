@@ -1,4 +1,5 @@
-"""Sampling, the reference's and the C++ one, against a float64 formulation of its definition, one row at a time."""
+"""Sampling, the reference's and the C++ one, against a float64 formulation of its definition, one
+row at a time."""
 
 import math
 from dataclasses import replace
@@ -164,7 +165,8 @@ def test_frequencies_follow_the_filtered_distribution(filters: dict[str, float])
     expected = probabilities[possible] * draws
     chi_square = float(((counts[possible] - expected) ** 2 / expected).sum())
     degrees = int(possible.sum()) - 1
-    # The mean of chi-square is its degrees of freedom, its deviation sqrt(2 * degrees): five deviations, and seeds are fixed.
+    # The mean of chi-square is its degrees of freedom, its deviation sqrt(2 * degrees): five
+    # deviations, and seeds are fixed.
     assert chi_square <= degrees + 5 * math.sqrt(2 * degrees)
 
 
@@ -212,7 +214,8 @@ def test_each_token_is_the_one_the_definition_gives(
             min_p=float(vector(min_p)) * (1 - change),
         )
 
-    # Weights are fp32: where a threshold is met exactly up to their rounding, the outcome on either side of it is right.
+    # Weights are fp32: where a threshold is met exactly up to their rounding, the outcome on either
+    # side of it is right.
     allowed = set()
     for change in (-1e-5, 0.0, 1e-5):
         sums = near(change).cumsum()
@@ -317,7 +320,8 @@ def test_seed_and_position_both_matter() -> None:
 
 
 def greedy_after(logits: Tensor, **parts: object) -> list[int]:
-    """Token ids from best to worst as the modified logits order them, found by forbidding the best again and again."""
+    """Token ids from best to worst as the modified logits order them, found by forbidding the best
+    again and again."""
     found: list[int] = []
     for _ in range(logits.shape[1]):
         batch = SamplingBatch(**parts, forbidden_ids=TokenIds(ints(*([0] * len(found))), ints(*found)))  # type: ignore[arg-type]
@@ -564,7 +568,8 @@ def test_extreme_repetition_penalties_leave_a_choice(
     ids=str,
 )
 def test_the_whole_vocabulary_against_the_reference(implementation: str, filters: dict[str, float]) -> None:
-    """Over gpt-oss's vocabulary, with logits that were rounded to bf16, as the model's are: many are equal."""
+    """Over gpt-oss's vocabulary, with logits that were rounded to bf16, as the model's are: many
+    are equal."""
     rows = 6
     logits = random_logits(rows, 201_088, seed=11, spread=1.5).bfloat16().float()
     logits[:2] *= 4  # some peaked distributions

@@ -12,7 +12,8 @@ KV_HEADS, HEAD_DIM = 3, 10
 
 
 def stored(values: Tensor, scales: Tensor | None) -> Tensor:
-    """[T, KV_HEADS, HEAD_DIM] as K, and its negative as V → [2, T, KV_HEADS, HEAD_DIM] fp32, as the cache gives them back."""
+    """[T, KV_HEADS, HEAD_DIM] as K, and its negative as V → [2, T, KV_HEADS, HEAD_DIM] fp32, as the
+    cache gives them back."""
     cache = torch.zeros(2, len(values), BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(FP8)
     slots = torch.arange(len(values)) * BLOCK_SIZE
     store_kv(values, -values, cache, slots, scales)
@@ -23,7 +24,8 @@ def stored(values: Tensor, scales: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("scales", [None, torch.tensor([[0.5, 0.03, 2.0], [0.1, 7.0, 1.0]])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stored_value_is_off_by_a_sixteenth_at_most(dtype: torch.dtype, scales: Tensor | None) -> None:
-    """Three bits of mantissa: half a unit in the last place is 2^-4 of the value, and below 2^-6 of the scale 2^-10 of the scale."""
+    """Three bits of mantissa: half a unit in the last place is 2^-4 of the value, and below 2^-6 of
+    the scale 2^-10 of the scale."""
     values = (torch.randn(40, KV_HEADS, HEAD_DIM) * torch.logspace(-4, 1, 40)[:, None, None]).to(dtype)
     of_heads = torch.ones(2, KV_HEADS) if scales is None else scales
     for found, exact, scale in zip(
@@ -57,8 +59,8 @@ def test_attention_over_what_is_stored(scales: bool, window: int | None) -> None
 
 
 def test_the_whole_error_of_attention() -> None:
-    """With all scales 1, normal keys and values: a value's 2^-4 is averaged away, a logit is off by 2^-4 * |q| |k| / sqrt(d) at most and by
-    far less mostly. 0.1 where outputs are up to 1."""
+    """With all scales 1, normal keys and values: a value's 2^-4 is averaged away, a logit is off by
+    2^-4 * |q| |k| / sqrt(d) at most and by far less mostly. 0.1 where outputs are up to 1."""
     exact = attention_case([(30, 400)], seed=3)
     fp8 = attention_case([(30, 400)], seed=3, fp8=True)
     torch.testing.assert_close(fp8.reference(), exact.reference(), atol=0.1, rtol=0)

@@ -1,4 +1,5 @@
-"""Experts written one by one into allocated weights, from slices as a checkpoint's rows have them: as when padded and converted whole."""
+"""Experts written one by one into allocated weights, from slices as a checkpoint's rows have them:
+as when padded and converted whole."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Batches of sequences over a paged KV cache, in which everything that may not be read is NaN or out of range, and what comes of them."""
+"""Batches of sequences over a paged KV cache, in which everything that may not be read is NaN or
+out of range, and what comes of them."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,8 @@ SCALE = 0.37
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Arguments of `paged_attention`, and the plain keys and values of each sequence as the cache holds them.
+    """Arguments of `paged_attention`, and the plain keys and values of each sequence as the cache
+    holds them.
 
     Attributes:
         keys, values: per sequence [context_len, num_kv_heads, head_dim] float64.
@@ -46,7 +48,8 @@ class AttentionCase:
         return paged_attention(*self.arguments, scale=SCALE, window=self.window, kv_scales=self.kv_scales)
 
     def expected(self) -> Tensor:
-        """Query by query over exactly the keys it may see, with the sink as one more column; float64."""
+        """Query by query over exactly the keys it may see, with the sink as one more column;
+        float64."""
         out = torch.empty(self.q.shape, dtype=torch.float64)
         group = self.q.shape[1] // self.kv_cache.shape[3]
         for seq, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
@@ -75,8 +78,9 @@ def attention_case(
 ) -> AttentionCase:
     """Random queries, keys, values and sinks.
 
-    Unwritten slots, other blocks, the null block and blocks wholly behind the window are NaN. Table entries past a sequence's last block
-    are out of range, those wholly behind the window are the null block.
+    Unwritten slots, other blocks, the null block and blocks wholly behind the window are NaN. Table
+    entries past a sequence's last block are out of range, those wholly behind the window are the
+    null block.
 
     Args:
         lengths: (query_len, context_len) of each sequence.

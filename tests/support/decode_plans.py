@@ -1,4 +1,5 @@
-"""Plans of a prefill and many decode steps, for runners of the tiny model, and running them ahead of their results."""
+"""Plans of a prefill and many decode steps, for runners of the tiny model, and running them ahead
+of their results."""
 
 from workers.rank.runner import Runner
 from workers.request import SamplingParams
@@ -19,7 +20,8 @@ MAX_MODEL_LEN = 96
 
 
 def plans(sampling: tuple[SamplingParams, ...]) -> list[StepPlan]:
-    """Prompts of 4, 5, … tokens, then decode steps; half-way a sequence ends and another takes its slot. A sequence has six blocks."""
+    """Prompts of 4, 5, … tokens, then decode steps; half-way a sequence ends and another takes its
+    slot. A sequence has six blocks."""
     count = len(sampling)
     starts = tuple(
         SequenceStart(seq, tuple(range(1, 5 + seq)), 4 + seq, params) for seq, params in enumerate(sampling)

@@ -1,4 +1,5 @@
-"""A Ray of one node whose Serve application a test changes, as an operator does with `serve deploy`, while it is used."""
+"""A Ray of one node whose Serve application a test changes, as an operator does with `serve
+deploy`, while it is used."""
 
 import copy
 import json
@@ -60,7 +61,8 @@ class Deployments:
         return application
 
     def deploy(self, application: Mapping[str, Any]) -> str | None:
-        """Deploy this application; returns what Serve says against it at once, None if it takes it."""
+        """Deploy this application; returns what Serve says against it at once, None if it takes
+        it."""
         config = self.config | {"applications": [dict(application)]}
         answer = self._ask({"deploy": config})
         if "error" not in answer:
@@ -95,7 +97,8 @@ class Deployments:
         return found
 
     def settle(self, timeout_s: float = _START_S, **num_replicas: int) -> None:
-        """Wait until the application runs, with so many replicas of each deployment, and none that is stopping or starting."""
+        """Wait until the application runs, with so many replicas of each deployment, and none that
+        is stopping or starting."""
 
         def settled() -> bool:
             found = self.status()
@@ -162,7 +165,8 @@ def deployments(
         (host,) = stack.enter_context(network(1)).hosts
         variables = _ENVIRONMENT | slow | dict(environment or {})
         stack.enter_context(ray_nodes((host,), folder, mark, num_cpus=NUM_CPUS, environment=variables))
-        stack.callback(kill_marked, mark)  # what is served need not end well, as it does for an operator
+        # what is served need not end well, as it does for an operator
+        stack.callback(kill_marked, mark)
         command = host.command([sys.executable, str(ROOT / "tests/support/serve_operator.py")])
         process = stack.enter_context(
             subprocess.Popen(
@@ -204,7 +208,8 @@ class Stream:
 
 
 class LongStreams:
-    """Clients that read long answers until the block ends: two of each prompt, so that what they get can be compared."""
+    """Clients that read long answers until the block ends: two of each prompt, so that what they
+    get can be compared."""
 
     def __init__(self, served: Served, num_streams: int) -> None:
         self.streams = [Stream(f"{number // 2} is a number") for number in range(num_streams)]

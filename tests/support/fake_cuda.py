@@ -18,7 +18,8 @@ OTHERS_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Bytes that a capture takes of the graphs' pool and of the driver, and another process meanwhile."""
+    """Bytes that a capture takes of the graphs' pool and of the driver, and another process
+    meanwhile."""
 
     pool: int
     driver: int = 0

@@ -1,4 +1,5 @@
-"""A gRPC engine without a model: it answers each Generate with a script, and remembers what it was asked and what was cancelled."""
+"""A gRPC engine without a model: it answers each Generate with a script, and remembers what it was
+asked and what was cancelled."""
 
 import asyncio
 import time
@@ -23,7 +24,8 @@ class Script:
 
     Attributes:
         token_ids: what is generated; cut at the request's max_tokens with reason `length`.
-        finish: reason after the last token; `stop` names it as the stop token if it is one of the request's.
+        finish: reason after the last token; `stop` names it as the stop token if it is one of the
+            request's.
         per_message: tokens in each message.
         gate: waited for after `gate_after` tokens.
         refusal: the call fails with it before its first token.
@@ -198,7 +200,8 @@ async def _play(script: Script, request: EngineRequest) -> AsyncIterator[EngineO
 
 
 def _logprobs(ids: Sequence[int], request: EngineRequest) -> tuple[TokenLogprobs, ...]:
-    """-0.5 for the chosen token, -1, -2 … for alternatives: the chosen token and the ids after it."""
+    """-0.5 for the chosen token, -1, -2 … for alternatives: the chosen token and the ids after
+    it."""
     count = request.sampling.logprobs
     if count is None:
         return ()

@@ -1,4 +1,5 @@
-"""An executor without a model: each sequence's next token is its last one plus one. It checks what a rank would check."""
+"""An executor without a model: each sequence's next token is its last one plus one. It checks what
+a rank would check."""
 
 import threading
 from collections.abc import Callable, Sequence

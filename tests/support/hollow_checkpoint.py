@@ -1,4 +1,5 @@
-"""Checkpoints of any size that take no disk: exact headers and sizes, and holes where the weights would be."""
+"""Checkpoints of any size that take no disk: exact headers and sizes, and holes where the weights
+would be."""
 
 from pathlib import Path
 

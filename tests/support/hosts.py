@@ -1,5 +1,6 @@
-"""Two hosts on one machine, joined by a switch whose cables can be cut: each host is a network namespace with an address of its own, and a
-mount namespace with a disk and a /dev/shm of its own, so that whatever is left on it can be seen, and is gone when the host is.
+"""Two hosts on one machine, joined by a switch whose cables can be cut: each host is a network
+namespace with an address of its own, and a mount namespace with a disk and a /dev/shm of its own,
+so that whatever is left on it can be seen, and is gone when the host is.
 """
 
 import functools
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DISK = "/mnt"
-"""A host's own disk, empty at first; what should be found there is told so by its environment (TMPDIR)."""
+"""A host's own disk, empty at first; what should be found there is told so by its environment
+(TMPDIR)."""
 SHARED_MEMORY = "/dev/shm"
 _CABLE = "eth0"
 
@@ -35,7 +37,8 @@ class Host:
         return f"10.77.0.{self.number}"
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """The command, run on this host in our working directory; its process id is the one of what is started."""
+        """The command, run on this host in our working directory; its process id is the one of what
+        is started."""
         return ["nsenter", f"--target={self.pid}", "--net", "--mount", "--wd", *command]
 
     def files(self, folder: str) -> list[Path]:
@@ -51,7 +54,8 @@ class Network:
         self._switch = switch
 
     def cut(self, host: Host) -> None:
-        """Nothing passes between the host and the others any more. It can still reach itself: as with a cable, its address stays."""
+        """Nothing passes between the host and the others any more. It can still reach itself: as
+        with a cable, its address stays."""
         self._set(host, "down")
 
     def mend(self, host: Host) -> None:
@@ -81,7 +85,8 @@ def _refusal() -> str | None:
 
 @contextmanager
 def network(num_hosts: int) -> Iterator[Network]:
-    """So many hosts, which reach each other and nothing else; all that still runs on them has to be ended by whoever started it.
+    """So many hosts, which reach each other and nothing else; all that still runs on them has to be
+    ended by whoever started it.
 
     Raises:
         CalledProcessError: not allowed here.

@@ -1,7 +1,8 @@
 """Every CPU kernel on small shapes with the results of the torch references.
 
 `python -m tests.support.isa_cases` writes them to tests/golden/isa_cases.json.gz. Inputs are the
-same on every machine. Nothing here uses the library: weights are packed by the layouts' definitions.
+same on every machine. Nothing here uses the library: weights are packed by the layouts'
+definitions.
 """
 
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ ROPE = {
     "original_max_position_embeddings": 4096,
     "truncate": False,
 }
-# Sums of up to a thousand products in another order; a result that is rounded to bf16 here and there; bf16 inside as well.
+# Sums of up to a thousand products in another order; a result that is rounded to bf16 here and
+# there; bf16 inside as well.
 FP32 = {"atol": 1e-4, "rtol": 1e-5}
 BF16 = {"atol": 1e-4, "rtol": 2**-7}
 BF16_INSIDE = {"atol": 2e-2, "rtol": 2e-2}
@@ -159,7 +161,8 @@ def experts() -> Iterator[Case]:
                 first_expert=first,
                 num_experts=of,
             )
-            # Values of order 1000; with bf16, rounded to 8 bits between the projections and at the end, and here.
+            # Values of order 1000; with bf16, rounded to 8 bits between the projections and at the
+            # end, and here.
             tolerance = {"atol": 2e-3, "rtol": 1e-5} if dtype == torch.float32 else {"norm": 5e-3}
             yield Case(f"experts, {tokens} tokens of {dtype}", quick).call(
                 "experts",

@@ -6,7 +6,8 @@ Uses neither torch nor any other package, so that it starts quickly on an emulat
 
 Each case runs on every named instruction set that the processor has. Prints one line of JSON:
 
-    {"picked": the instruction set chosen on loading, "ran": {name: number of cases}, "faults": [sentences]}
+    {"picked": the instruction set chosen on loading, "ran": {name: number of cases},
+     "faults": [sentences]}
 
 `stored_calls.py` describes the cases, `isa_cases.py` makes them.
 """
@@ -89,7 +90,10 @@ def difference(found: bytes, expected: bytes, tolerance: dict[str, Any]) -> str 
     ]
     if not wrong:
         return None
-    return f"has {len(wrong)} of {len(wanted)} elements wrong, the first at {wrong[0]}: {got[wrong[0]]} instead of {wanted[wrong[0]]}"
+    return (
+        f"has {len(wrong)} of {len(wanted)} elements wrong, the first at {wrong[0]}: "
+        f"{got[wrong[0]]} instead of {wanted[wrong[0]]}"
+    )
 
 
 def arguments(call: dict[str, Any], buffers: list[Buffer]) -> ctypes.Array:

@@ -1,4 +1,5 @@
-"""Which functions of a library for x86-64 have instructions beyond that architecture's first processors, by objdump and readelf."""
+"""Which functions of a library for x86-64 have instructions beyond that architecture's first
+processors, by objdump and readelf."""
 
 import bisect
 import re
@@ -70,8 +71,9 @@ def functions(library: Path) -> list[Function]:
 def extension(code: bytes, mnemonic: str) -> str | None:
     """Return what an instruction needs beyond SSE2, by its encoding; None for nothing.
 
-    In 64-bit code, C4 and C5 begin only VEX instructions, whatever their registers, and 62 only EVEX
-    ones. tzcnt is not counted: processors without it run it as bsf, and compilers rely on that.
+    In 64-bit code, C4 and C5 begin only VEX instructions, whatever their registers, and 62 only
+    EVEX ones. tzcnt is not counted: processors without it run it as bsf, and compilers rely on
+    that.
     """
     prefixes = 0
     while code[prefixes] in _PREFIXES:

@@ -11,7 +11,8 @@ from tests.support.served import MODEL_NAME, Served
 
 FIRST_CHUNKS = 3
 NUM_TOKENS = 400
-"""Of each stream: an engine is to be far from done with those that run when the reader hears of their first."""
+"""Of each stream: an engine is to be far from done with those that run when the reader hears of
+their first."""
 
 
 def read_many(

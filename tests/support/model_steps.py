@@ -1,4 +1,5 @@
-"""Steps of a GptOss without an engine: sequences with scattered KV blocks, advanced by any number of tokens each."""
+"""Steps of a GptOss without an engine: sequences with scattered KV blocks, advanced by any number
+of tokens each."""
 
 from collections.abc import Sequence
 
@@ -15,8 +16,9 @@ NULL_BLOCK = 0
 class PagedSequences:
     """Token sequences and their paged KV caches.
 
-    Caches start as NaN, blocks are handed out in a random order that differs between the two groups, and sliding blocks that fall
-    behind the window are turned back into NaN and replaced by NULL_BLOCK: reading what must not be read shows in the logits.
+    Caches start as NaN, blocks are handed out in a random order that differs between the two
+    groups, and sliding blocks that fall behind the window are turned back into NaN and replaced by
+    NULL_BLOCK: reading what must not be read shows in the logits.
     """
 
     def __init__(self, model: GptOss, num_blocks: int, seed: int = 0) -> None:
@@ -35,7 +37,8 @@ class PagedSequences:
         self._num_computed: dict[int, int] = {}
 
     def step(self, tokens: dict[int, Sequence[int]]) -> dict[int, Tensor]:
-        """Append tokens to sequences (made on first use) in one forward; the logits of each sequence's new tokens, [len, vocab]."""
+        """Append tokens to sequences (made on first use) in one forward; the logits of each
+        sequence's new tokens, [len, vocab]."""
         starts = {seq: self._num_computed.get(seq, 0) for seq in tokens}
         for seq, new in tokens.items():
             self._num_computed[seq] = starts[seq] + len(new)

@@ -16,9 +16,9 @@ _SIZE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class MoeCase:
-    """Attributes:
-    chosen: "random", "one" (all tokens choose expert `first_expert` first), "elsewhere" (none of this rank's), "few" (of the first k + 1).
-    num_local: None: all from first_expert on.
+    """Attributes: chosen: "random", "one" (all tokens choose expert `first_expert` first),
+    "elsewhere" (none of this rank's), "few" (of the first k + 1). num_local: None: all from
+    first_expert on.
     """
 
     num_tokens: int
@@ -32,7 +32,10 @@ class MoeCase:
 
     def __str__(self) -> str:
         part = "" if self.num_local is None else f"-{self.first_expert}to{self.first_expert + self.num_local}"
-        return f"{self.num_tokens}x{self.top_k}of{self.num_experts}{part}-{self.hidden}-{self.width}-{self.chosen}"
+        return (
+            f"{self.num_tokens}x{self.top_k}of{self.num_experts}{part}"
+            f"-{self.hidden}-{self.width}-{self.chosen}"
+        )
 
 
 PACKED_CASES = [
@@ -131,8 +134,8 @@ def inputs(case: MoeCase, *, layout: str | None, dtype: torch.dtype, seed: int =
 
 
 def _packed(shape: tuple[int, int, int], layout: str, generator: torch.Generator) -> PackedMXFP4:
-    """All codes, under two scales: drawn as they lie in memory, as packing numbers of gpt-oss's widths takes
-    seconds."""
+    """All codes, under two scales: drawn as they lie in memory, as packing numbers of gpt-oss's
+    widths takes seconds."""
     num_experts, num_rows, width = shape
     groups = (num_experts, num_rows, width // MX_BLOCK)
     blocks = torch.randint(0, 256, (*groups, MX_BLOCK // 2), dtype=torch.uint8, generator=generator)
@@ -175,7 +178,8 @@ def float64(case: MoeCase, given: Inputs) -> Tensor:
 
 
 def on_device(given: Inputs, device: torch.device, layout: str | None = None) -> Inputs:
-    """A copy there, packed weights in the same layout, or in another one that they are brought to there."""
+    """A copy there, packed weights in the same layout, or in another one that they are brought to
+    there."""
 
     def moved(value: PackedMXFP4 | Tensor) -> PackedMXFP4 | Tensor:
         if isinstance(value, Tensor):

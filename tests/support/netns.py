@@ -1,7 +1,8 @@
 """A server that can reach nothing but loopback, and a way in for clients outside.
 
-Ray listens on all interfaces. Where we may make network namespaces, a server is started in one of its own that has loopback only, and
-`Relay` carries connections from a port out here to one in there. Elsewhere the server runs on this machine's loopback as it is.
+Ray listens on all interfaces. Where we may make network namespaces, a server is started in one of
+its own that has loopback only, and `Relay` carries connections from a port out here to one in
+there. Elsewhere the server runs on this machine's loopback as it is.
 """
 
 import asyncio
@@ -32,15 +33,17 @@ def can_isolate() -> bool:
 
 
 def isolated(command: Sequence[str]) -> list[str]:
-    """The command, run in a new namespace with loopback only; its process id is the one of what is started."""
+    """The command, run in a new namespace with loopback only; its process id is the one of what is
+    started."""
     return ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
 
 
 class Relay:
-    """Accepts connections on a free port of our loopback and connects each to 127.0.0.1:port in the namespace of a process.
+    """Accepts connections on a free port of our loopback and connects each to 127.0.0.1:port in the
+    namespace of a process.
 
-    A thread of its own is moved into the namespace; what it listens on was opened before, out here. An end that closes its connection
-    closes the other end's.
+    A thread of its own is moved into the namespace; what it listens on was opened before, out here.
+    An end that closes its connection closes the other end's.
     """
 
     def __init__(self, pid: int, port: int) -> None:

@@ -1,4 +1,5 @@
-"""Finding the processes that a test started, however deep: by a variable in their environment, which children inherit."""
+"""Finding the processes that a test started, however deep: by a variable in their environment,
+which children inherit."""
 
 import contextlib
 import os
@@ -23,7 +24,8 @@ def marked(mark: dict[str, str]) -> list[str]:
         with contextlib.suppress(OSError):  # gone, or another user's
             if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
                 found.append(
-                    f"{entry.name} {(entry / 'cmdline').read_bytes().replace(bytes(1), b' ').decode(errors='replace')[:120]}"
+                    f"{entry.name} "
+                    + (entry / "cmdline").read_bytes().replace(bytes(1), b" ").decode(errors="replace")[:120]
                 )
     return found
 

@@ -1,4 +1,5 @@
-"""A Prometheus server of a test's own, which scrapes one address each second and evaluates the project's rules."""
+"""A Prometheus server of a test's own, which scrapes one address each second and evaluates the
+project's rules."""
 
 import socket
 import subprocess

@@ -1,4 +1,5 @@
-"""Runs straight-line PTX on numpy arrays, so that inline assembly can be tested as it is written."""
+"""Runs straight-line PTX on numpy arrays, so that inline assembly can be tested as it is
+written."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +14,8 @@ def run_ptx(text: str, num_outputs: int, inputs: Sequence[Array]) -> list[Array]
     """Execute the body of an inline assembly block.
 
     Args:
-        text: statements ended by semicolons, in braces; operands $0 to $(num_outputs - 1) are written, those after them read.
+        text: statements ended by semicolons, in braces; operands $0 to $(num_outputs - 1) are
+            written, those after them read.
         inputs: uint32, of one shape.
     Returns:
         The outputs, uint32.

@@ -1,5 +1,5 @@
-"""A Ray of several nodes, each on a host of its own (tests/support/hosts.py), started with `ray start` as an operator does it, and
-`serve run` on the first of them."""
+"""A Ray of several nodes, each on a host of its own (tests/support/hosts.py), started with `ray
+start` as an operator does it, and `serve run` on the first of them."""
 
 import contextlib
 import json
@@ -52,7 +52,8 @@ def ray_nodes(
     num_cpus: int = CPUS_PER_NODE,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
-    """A head on the first host and a node that joins it on each of the others; ended, with all that has the mark, at the end.
+    """A head on the first host and a node that joins it on each of the others; ended, with all that
+    has the mark, at the end.
 
     Args:
         num_cpus: that each node says it has.
@@ -98,7 +99,8 @@ def serve_run_on(
 ) -> Iterator[Served]:
     """`serve run` on that host with a copy of deploy/local.yaml for several nodes, in float32.
 
-    A rank wants all CPUs of a node, so that no two can share one. The gateway, the engine and its rank 0 stay on the head.
+    A rank wants all CPUs of a node, so that no two can share one. The gateway, the engine and its
+    rank 0 stay on the head.
     """
     ports = 8000, 9000
     config = serve_config(model, ports, {"dtype": "float32", "parallel": dict(parallel)}) | {

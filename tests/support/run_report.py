@@ -1,8 +1,9 @@
 """What a run of the tests must not hide: a plugin of pytest that tests/conftest.py registers.
 
-With `CI=true` a test that is skipped fails, unless its reason is one of ALLOWED_SKIPS: a package that is missing there would take the
-tests that need it out of every run without a word. At the end a run says how the tests of each marker ended, and on which instruction sets
-the CPU kernels ran; `--summary-to FILE` appends the same lines to a file, which `make test` prints last.
+With `CI=true` a test that is skipped fails, unless its reason is one of ALLOWED_SKIPS: a package
+that is missing there would take the tests that need it out of every run without a word. At the end
+a run says how the tests of each marker ended, and on which instruction sets the CPU kernels ran;
+`--summary-to FILE` appends the same lines to a file, which `make test` prints last.
 """
 
 import os
@@ -22,7 +23,8 @@ ALLOWED_SKIPS = {
     r"transparent huge pages are off on this system": "a setting of the kernel",
     r"what others do with freed memory is theirs": "another C library",
 }
-"""What a reason begins with, and what is missing then. No package stands here: what tests need is in scripts/ci_packages.txt."""
+"""What a reason begins with, and what is missing then. No package stands here: what tests need is
+in scripts/ci_packages.txt."""
 
 MARKERS = ("isa", "netns", "prometheus", "ray", "slow", "gpu")
 """Markers that the last lines count, as declared in pyproject.toml."""

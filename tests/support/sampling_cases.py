@@ -21,7 +21,8 @@ def random_logits(rows: int, vocab: int, seed: int = 0, levels: int = 0) -> Tens
 def random_batch(
     rows: int, vocab: int, seed: int = 0, parts: str = "k p m bias penalties allowed bits forbidden logprobs"
 ) -> SamplingBatch:
-    """A batch in which rows differ in every parameter, with the named parts; every third row is greedy."""
+    """A batch in which rows differ in every parameter, with the named parts; every third row is
+    greedy."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform_in(low: float, high: float) -> Tensor:
@@ -35,7 +36,8 @@ def random_batch(
     temperature = uniform_in(0.3, 2)
     temperature[2::3] = 0
     some = min(5 * rows, rows * vocab)
-    # Half of the tokens of the first row, and one of the last: others are not restricted. Token 0 is always among them.
+    # Half of the tokens of the first row, and one of the last: others are not restricted. Token 0
+    # is always among them.
     allowed_tokens = torch.cat((ints(0), torch.randperm(vocab, generator=generator)[: vocab // 2]))
     allowed_rows = torch.cat((torch.zeros_like(allowed_tokens), ints(rows - 1)))
     masked_rows = torch.randperm(rows, generator=generator)[: (rows + 1) // 2]

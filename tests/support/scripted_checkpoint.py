@@ -1,11 +1,14 @@
-"""A small gpt-oss checkpoint that says, greedily, what a test wrote for it: real weights, real forward passes, known answers.
+"""A small gpt-oss checkpoint that says, greedily, what a test wrote for it: real weights, real
+forward passes, known answers.
 
-All weights but the output head are random. The scripts are run through the random model with their own tokens as input; the last hidden
-states at the positions of the answers are then the inputs of a ridge regression whose targets are the next tokens, one-hot. Its solution is
-the output head. Different contexts have different hidden states, so with fewer positions than the hidden size every script can be met; a
-margin that survives bfloat16 is checked before the checkpoint is kept.
+All weights but the output head are random. The scripts are run through the random model with their
+own tokens as input; the last hidden states at the positions of the answers are then the inputs of a
+ridge regression whose targets are the next tokens, one-hot. Its solution is the output head.
+Different contexts have different hidden states, so with fewer positions than the hidden size every
+script can be met; a margin that survives bfloat16 is checked before the checkpoint is kept.
 
-The states come from transformers' GptOssForCausalLM, which knows nothing of our model code: an error there shows as a broken script.
+The states come from transformers' GptOssForCausalLM, which knows nothing of our model code: an
+error there shows as a broken script.
 """
 
 import shutil
@@ -29,9 +32,11 @@ from workers.model.tensor_specs import LM_HEAD
 
 VOCAB_SIZE = 2048
 GAIN = 40.0
-"""Logit of the right token; all others are near 0, so that sampling at temperature 1 follows the script as well."""
+"""Logit of the right token; all others are near 0, so that sampling at temperature 1 follows the
+script as well."""
 MIN_MARGIN = 0.3 * GAIN
-"""Least distance of the right token to the next best one, over all positions, in float32 and in bfloat16."""
+"""Least distance of the right token to the next best one, over all positions, in float32 and in
+bfloat16."""
 _RIDGE = 1.0
 
 
@@ -41,7 +46,8 @@ class Script:
 
     Attributes:
         prompt: a conversation, rendered as the gateway renders it, or token ids.
-        completion: what follows `<|start|>assistant`, with the names of special tokens in it and with its end token; or token ids.
+        completion: what follows `<|start|>assistant`, with the names of special tokens in it and
+            with its end token; or token ids.
     """
 
     prompt: Conversation | tuple[int, ...]
@@ -57,7 +63,8 @@ class Script:
 
 
 def scripted_encoding(vocab_size: int = VOCAB_SIZE) -> HarmonyEncoding:
-    """The tokenizer that a scripted checkpoint of this vocabulary has; building it needs no checkpoint."""
+    """The tokenizer that a scripted checkpoint of this vocabulary has; building it needs no
+    checkpoint."""
     with TemporaryDirectory() as folder:
         write_bpe_tokenizer(Path(folder), vocab_size)
         return HarmonyEncoding.load(Path(folder))
@@ -71,16 +78,18 @@ def write_scripted_checkpoint(
     hidden_size: int = 1024,
     seed: int = 0,
 ) -> float:
-    """Write a checkpoint (MXFP4 experts, one sliding and one full layer, tokenizer included) that answers each prompt with its completion.
+    """Write a checkpoint (MXFP4 experts, one sliding and one full layer, tokenizer included) that
+    answers each prompt with its completion.
 
     Args:
         path: the folder to make; must not exist or be empty.
         hidden_size: the positions of all completions together should stay under half of it.
     Returns:
-        the least margin between the right token's logit and the next best, over all positions, in float32 and bfloat16.
+        the least margin between the right token's logit and the next best, over all positions, in
+        float32 and bfloat16.
     Raises:
-        ValueError: no or an empty script, two scripts that want different tokens in the same context, or more positions than the hidden
-            size can tell apart.
+        ValueError: no or an empty script, two scripts that want different tokens in the same
+            context, or more positions than the hidden size can tell apart.
     """
     encoding = scripted_encoding(vocab_size)
     runs = [(script.prompt_ids(encoding), script.completion_ids(encoding)) for script in scripts]
@@ -103,7 +112,8 @@ def write_scripted_checkpoint(
         margin = min(_least_margin(rows, targets, head) for rows in (exact, rough))
         if margin < MIN_MARGIN:
             raise ValueError(
-                f"{len(targets)} positions with hidden_size {hidden_size} leave a margin of {margin:.1f}, wanted is {MIN_MARGIN:.1f}: "
+                f"{len(targets)} positions with hidden_size {hidden_size} leave a margin of {margin:.1f}, "
+                f"wanted is {MIN_MARGIN:.1f}: "
                 "use fewer or shorter scripts, or a larger hidden_size"
             )
         weights = load_file(path / SINGLE_FILE)
@@ -144,13 +154,15 @@ def _check_runs(runs: Sequence[tuple[list[int], list[int]]]) -> None:
             other, other_token = wanted.setdefault(context, (number, token))
             if other_token != token:
                 raise ValueError(
-                    f"scripts[{other}] and scripts[{number}] want different tokens at position {position} of the same context"
+                    f"scripts[{other}] and scripts[{number}] want different tokens at position {position} "
+                    f"of the same context"
                 )
 
 
 @torch.inference_mode()
 def _hidden_states(model: GptOssForCausalLM, runs: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """[positions, hidden_size] float32: the final-normed state from which each completion token is predicted."""
+    """[positions, hidden_size] float32: the final-normed state from which each completion token is
+    predicted."""
     rows = []
     for prompt, completion in runs:
         output = model.model(torch.tensor([prompt + completion[:-1]]))
@@ -159,7 +171,8 @@ def _hidden_states(model: GptOssForCausalLM, runs: Sequence[tuple[list[int], lis
 
 
 def _round_activations(model: GptOssForCausalLM) -> None:
-    """Make every module's output what bfloat16 can hold. Real bfloat16 products take minutes on CPUs without such instructions."""
+    """Make every module's output what bfloat16 can hold. Real bfloat16 products take minutes on
+    CPUs without such instructions."""
 
     def rounded(module: torch.nn.Module, arguments: object, output: object) -> object:
         return output.bfloat16().float() if isinstance(output, torch.Tensor) else output
@@ -169,7 +182,8 @@ def _round_activations(model: GptOssForCausalLM) -> None:
 
 
 def _solve_head(states: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """[vocab_size, hidden_size] bfloat16, minimising |states @ head.T - GAIN * one_hot(targets)|² + a ridge."""
+    """[vocab_size, hidden_size] bfloat16, minimising |states @ head.T - GAIN * one_hot(targets)|² +
+    a ridge."""
     rows = states.double()
     system = rows.T @ rows + _RIDGE * torch.eye(rows.shape[1], dtype=torch.float64)
     tokens, columns = targets.unique(return_inverse=True)

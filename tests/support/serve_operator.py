@@ -1,7 +1,9 @@
-"""What `serve deploy` and `serve status` do, in one process that stays: each of these commands takes seconds to start.
+"""What `serve deploy` and `serve status` do, in one process that stays: each of these commands
+takes seconds to start.
 
-Reads a line of JSON for each command from stdin and answers with one: {"deploy": CONFIG} → {}, {"status": true} → {application: …},
-{"take": NUMBER} → {} when something else has so many of the cluster's CPUs (0: no longer). {"error": …} for a config that Serve refuses.
+Reads a line of JSON for each command from stdin and answers with one: {"deploy": CONFIG} → {},
+{"status": true} → {application: …}, {"take": NUMBER} → {} when something else has so many of the
+cluster's CPUs (0: no longer). {"error": …} for a config that Serve refuses.
 """
 
 import json

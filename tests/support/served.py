@@ -1,4 +1,5 @@
-"""Real servers for end-to-end tests: `cantata serve --standalone`, `serve run` and `cantata serve`, started as a user starts them."""
+"""Real servers for end-to-end tests: `cantata serve --standalone`, `serve run` and `cantata serve`,
+started as a user starts them."""
 
 import contextlib
 import os
@@ -34,7 +35,8 @@ _COMMON_FLAGS = (
 )
 _COMMON_FLAGS += ("--max-model-len", str(MAX_MODEL_LEN))
 
-# Ray is kept on loopback, quiet, small and quick to stop. Its ports need no token: nothing else can reach them.
+# Ray is kept on loopback, quiet, small and quick to stop. Its ports need no token: nothing else can
+# reach them.
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -107,7 +109,8 @@ def serve_run(
     replicas: int = 1,
     gateways: int = 1,
 ) -> Iterator[Served]:
-    """`serve run` with a copy of deploy/local.yaml that has our model and ports, and settings of the engine."""
+    """`serve run` with a copy of deploy/local.yaml that has our model and ports, and settings of
+    the engine."""
     ports = _ray_ports()
     config = serve_config(model, ports, engine or {})
     for deployment, number in zip(
@@ -205,7 +208,8 @@ def started(
             cwd=ROOT,
             env={**os.environ, **environment, **mark, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # a group of its own, for a test that presses Ctrl-C
-            # Where the tests run in the background of a script, SIGINT is ignored, and a child inherits that; no user's terminal does so.
+            # Where the tests run in the background of a script, SIGINT is ignored, and a child
+            # inherits that; no user's terminal does so.
             preexec_fn=_heed_sigint,
         )
     served = Served(name, "", "", process, mark, log)
@@ -271,5 +275,6 @@ def wait_until_ready(served: Served, timeout_s: float = 180) -> None:
         time.sleep(0.1)
     processes = "\n".join(marked(served.mark))
     raise AssertionError(
-        f"{served.name} is not ready; processes:\n{processes}\nlog:\n{served.log.read_text(errors='replace')[-6000:]}"
+        f"{served.name} is not ready; "
+        f"processes:\n{processes}\nlog:\n{served.log.read_text(errors='replace')[-6000:]}"
     )

@@ -1,6 +1,8 @@
-"""A rank without a model: it keeps what StepPlans tell it, and proves that attention would read the right keys.
+"""A rank without a model: it keeps what StepPlans tell it, and proves that attention would read the
+right keys.
 
-Instead of K and V it stores in each slot which token prefix the slot belongs to. A query then checks every key position it sees.
+Instead of K and V it stores in each slot which token prefix the slot belongs to. A query then
+checks every key position it sees.
 """
 
 from collections.abc import Callable, Sequence

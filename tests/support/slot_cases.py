@@ -17,7 +17,8 @@ class SlotCase:
     num_blocks: int
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(token_ids, slots, newest, tables); about half of the tokens are those of slots, the last slot's among them."""
+        """(token_ids, slots, newest, tables); about half of the tokens are those of slots, the last
+        slot's among them."""
         generator = torch.Generator().manual_seed(self.num_tokens)
 
         def integers(low: int, high: int, *shape: int) -> Tensor:

@@ -1,10 +1,10 @@
 """Calls of the CPU kernels that are stored with their results: a JSON list of cases, each
 
     {"name",
-     "quick": whether short runs have it too,
-     "program": null, or after how many calls `run_program` must end,
-     "buffers": [{"data": what is there before, or "num_bytes", "type", "expected", "atol", "rtol", "norm"}],
-     "calls": [{"operation", "num_bytes": of its arguments, "fields": [[offset, format, value]], "returns"}]}
+     "quick": whether short runs have it too, "program": null, or after how many calls `run_program`
+     must end, "buffers": [{"data": what is there before, or "num_bytes", "type", "expected",
+     "atol", "rtol", "norm"}], "calls": [{"operation", "num_bytes": of its arguments, "fields":
+     [[offset, format, value]], "returns"}]}
 
 A field's value is a number, or for a pointer the index of a buffer. A buffer with data and nothing
 expected must stay as it is; one with neither is scratch. `isa_driver.py` runs them.
@@ -78,7 +78,8 @@ class Case:
     _known: dict[Any, int] = field(default_factory=dict, repr=False)
 
     def call(self, operation: str, returns: int | None = None, **values: Any) -> "Case":
-        """Add a call: each field of its structure is a number, or for a pointer a tensor that is read, an Output, a Scratch or None."""
+        """Add a call: each field of its structure is a number, or for a pointer a tensor that is
+        read, an Output, a Scratch or None."""
         structure = STRUCTURES[operation]
         assert {name for name, _ in structure._fields_} == set(values), operation
         fields: list[list[Any]] = []
@@ -136,7 +137,8 @@ class Inputs:
         return torch.frombuffer(bytearray(self._random.randbytes(count)), dtype=torch.uint8).view(shape)
 
     def floats(self, *shape: int, dtype: torch.dtype = torch.float32, bits: int = 4) -> Tensor:
-        """Numbers from -4 to 4, of so few bits that the file is small and bf16 holds them exactly."""
+        """Numbers from -4 to 4, of so few bits that the file is small and bf16 holds them
+        exactly."""
         return (((self.bytes(*shape) >> (8 - bits)).float() - 2 ** (bits - 1)) / 2 ** (bits - 3)).to(dtype)
 
     def permutation(self, count: int) -> list[int]:
@@ -162,7 +164,8 @@ def packed_dense(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | N
 
 
 def rows16(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The layout of kernels/cpu/layout.py, from natural blocks [E, N, K/32, 16] and scales [E, N, K/32]."""
+    """The layout of kernels/cpu/layout.py, from natural blocks [E, N, K/32, 16] and scales [E, N,
+    K/32]."""
     num_experts, num_rows, num_groups = scales.shape
     columns = torch.stack((blocks & 15, blocks >> 4), dim=-1).view(
         num_experts, num_rows // 16, 16, num_groups * 4, 2, 2, 2

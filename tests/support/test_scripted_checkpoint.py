@@ -1,4 +1,5 @@
-"""The scripted checkpoint says what it was told: through transformers, and through our engine with all scripts in one batch."""
+"""The scripted checkpoint says what it was told: through transformers, and through our engine with
+all scripts in one batch."""
 
 from pathlib import Path
 
@@ -26,7 +27,8 @@ RESULT = ChatMessage("tool", "sunny", tool_call_id="call_1")
 SCRIPTS = (
     Script(
         Conversation((ASK,), tools=(WEATHER,)),
-        f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
+        f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>commentary "
+        f"to=functions.get_weather "
         '<|constrain|>json<|message|>{"city":"Paris"}<|call|>',
     ),
     Script(

@@ -1,4 +1,5 @@
-"""Ranks as threads of the test: collectives over a barrier, so that sharded models run without processes."""
+"""Ranks as threads of the test: collectives over a barrier, so that sharded models run without
+processes."""
 
 import threading
 from collections.abc import Callable
@@ -13,7 +14,8 @@ TIMEOUT_S = 60.0
 
 
 class Meeting:
-    """Where the ranks of one replica meet. A rank that fails breaks the barrier, so that the others end too."""
+    """Where the ranks of one replica meet. A rank that fails breaks the barrier, so that the others
+    end too."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -60,7 +62,8 @@ class ThreadRank:
 
 
 def on_ranks(size: int, work: Callable[[ThreadRank], T]) -> list[T]:
-    """Run `work` on every rank at once; their results, by rank. Raises what the first rank to fail raised."""
+    """Run `work` on every rank at once; their results, by rank. Raises what the first rank to fail
+    raised."""
     meeting = Meeting(size)
 
     def run(rank: int) -> T:

@@ -1,4 +1,5 @@
-"""A checkpoint small enough for hundreds of forward passes a second on one core. All dimensions differ; one layer slides, one does not."""
+"""A checkpoint small enough for hundreds of forward passes a second on one core. All dimensions
+differ; one layer slides, one does not."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Printing never raises and never waits: full disks, pipes without a reader, pipes that nobody reads, closed descriptors."""
+"""Printing never raises and never waits: full disks, pipes without a reader, pipes that nobody
+reads, closed descriptors."""
 
 import contextlib
 import os
@@ -136,7 +137,10 @@ def test_a_process_that_prints_there_runs_to_its_end(
 
 def test_the_end_of_a_log_is_not_lost(tmp_path: Path) -> None:
     """Neither an exception's traceback nor what is printed before `os._exit`."""
-    code = "import os, sys\nfrom workers.console import keep_output_from_failing, drain_output\nkeep_output_from_failing()\n"
+    code = (
+        "import os, sys\nfrom workers.console import keep_output_from_failing, "
+        "drain_output\nkeep_output_from_failing()\n"
+    )
     failed = subprocess.run(
         program(f"{code}print('last words')\nraise KeyError('x')", tmp_path),
         capture_output=True,

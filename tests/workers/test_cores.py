@@ -48,7 +48,8 @@ def test_the_offline_engine_refuses_before_it_reads_anything(tmp_path: Path) -> 
 
 
 def test_ranks_that_take_all_cores_have_each_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two sockets of two cores of two threads, numbered as Linux does: first one thread of each core, sockets in turn.
+    # Two sockets of two cores of two threads, numbered as Linux does: first one thread of each
+    # core, sockets in turn.
     for core in range(8):
         folder = tmp_path / f"cpu{core}" / "topology"
         folder.mkdir(parents=True)

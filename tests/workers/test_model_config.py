@@ -1,4 +1,5 @@
-"""config.json of published and re-saved checkpoints is read as transformers reads it; a wrong field ends in one sentence naming it."""
+"""config.json of published and re-saved checkpoints is read as transformers reads it; a wrong field
+ends in one sentence naming it."""
 
 import json
 from pathlib import Path

@@ -30,7 +30,10 @@ def test_it_is_private_and_goes_with_close(runtime: Path) -> None:
 
 
 def test_those_of_killed_processes_are_removed_and_no_others(runtime: Path) -> None:
-    code = "import sys; from workers.private_folder import *; folder = PrivateFolder(); print(folder.path, flush=True); sys.stdin.read()"
+    code = (
+        "import sys; from workers.private_folder import *; folder = PrivateFolder(); "
+        "print(folder.path, flush=True); sys.stdin.read()"
+    )
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,11 +1,13 @@
-"""A token automaton: which token ids may come next, and where each leads. The engine knows no harmony; the gateway builds these."""
+"""A token automaton: which token ids may come next, and where each leads. The engine knows no
+harmony; the gateway builds these."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class AutomatonState:
-    """One state. A token is allowed if `allowed` is None and it is not in `forbidden`, or if it is in `allowed`.
+    """One state. A token is allowed if `allowed` is None and it is not in `forbidden`, or if it is
+    in `allowed`.
 
     Attributes:
         allowed: ids that may come next; None: every id that is not forbidden.
@@ -20,8 +22,8 @@ class AutomatonState:
 
 @dataclass(frozen=True, slots=True)
 class TokenAutomaton:
-    """States by index; generation starts in `start`. The state is a function of the output tokens alone, so it survives
-    preemption and resumption: replay the tokens.
+    """States by index; generation starts in `start`. The state is a function of the output tokens
+    alone, so it survives preemption and resumption: replay the tokens.
 
     Raises:
         ValueError: no states, an index outside the states, or a state that allows nothing.
@@ -41,7 +43,8 @@ class TokenAutomaton:
             for token_id, target in state.transitions:
                 if not 0 <= target < len(self.states):
                     raise ValueError(
-                        f"state {index} leads on token {token_id} to {target}, which is not one of the {len(self.states)} states"
+                        f"state {index} leads on token {token_id} to {target}, which is not one of the "
+                        f"{len(self.states)} states"
                     )
 
     def advance(self, state: int, token_id: int) -> int:

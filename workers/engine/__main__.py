@@ -1,10 +1,12 @@
-"""The engine process: `python3 -m workers.engine --config JSON-or-path`. It serves on a Unix socket that only this user can reach, or with
---address HOST:PORT on TCP; then callers have to send the secret in $CANTATA_ENGINE_SECRET.
+"""The engine process: `python3 -m workers.engine --config JSON-or-path`. It serves on a Unix socket
+that only this user can reach, or with --address HOST:PORT on TCP; then callers have to send the
+secret in $CANTATA_ENGINE_SECRET.
 
-Progress, summary and log go to stderr. On stdout comes exactly one line, when it serves: {"event": "ready", "address": …,
-"start_id": …, "metrics_address": …}; with --heartbeats {"event": "alive"} follows each second. Exit code 0 after SIGTERM,
-SIGINT (a second one skips the grace period) or the RPC Drain, 1 if it cannot start or has died. With --parent-pid the kernel kills it
-when that process ends: nobody reads what an orphan generates, and its memory is wanted.
+Progress, summary and log go to stderr. On stdout comes exactly one line, when it serves: {"event":
+"ready", "address": …, "start_id": …, "metrics_address": …}; with --heartbeats {"event": "alive"}
+follows each second. Exit code 0 after SIGTERM, SIGINT (a second one skips the grace period) or the
+RPC Drain, 1 if it cannot start or has died. With --parent-pid the kernel kills it when that process
+ends: nobody reads what an orphan generates, and its memory is wanted.
 """
 
 import argparse
@@ -41,7 +43,8 @@ def main() -> int:
     )
     parser.add_argument(
         "--address",
-        help=f"where to serve gRPC: unix:PATH, or HOST:PORT (port 0: any free one) with a secret in ${SECRET_VARIABLE}; by default a "
+        help=f"where to serve gRPC: unix:PATH, or HOST:PORT (port 0: any free one) with a secret in "
+        f"${SECRET_VARIABLE}; by default a "
         "socket in a new folder that only this user can reach",
     )
     parser.add_argument(
@@ -105,7 +108,8 @@ async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespa
     starting = asyncio.create_task(server.start(config, address, metrics_port=arguments.metrics_port))
     await _first(starting, stop)
     if not starting.done():
-        # A thread is reading weights and cannot be interrupted; there is nothing to lose. What is left of a folder, the next start removes.
+        # A thread is reading weights and cannot be interrupted; there is nothing to lose. What is
+        # left of a folder, the next start removes.
         drain_output()
         os._exit(0)
     bound = starting.result()

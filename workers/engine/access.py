@@ -1,7 +1,8 @@
-"""Who may call an engine: on a Unix socket whoever reaches it, on a TCP port who sends the engine's secret.
+"""Who may call an engine: on a Unix socket whoever reaches it, on a TCP port who sends the engine's
+secret.
 
-Callers send it as `authorization: Bearer SECRET`. One call is free of it: the health service's Check, for probes that cannot send
-metadata; it says nothing but that the process serves.
+Callers send it as `authorization: Bearer SECRET`. One call is free of it: the health service's
+Check, for probes that cannot send metadata; it says nothing but that the process serves.
 """
 
 import hmac
@@ -56,8 +57,10 @@ def check_address(address: str, secret: str | None) -> None:
     if not address.startswith(_UNIX):
         if secret is None or len(secret) < MIN_SECRET_LENGTH:
             raise ConfigError(
-                f"an engine on a TCP port needs a secret of {MIN_SECRET_LENGTH} characters or more, which its callers send: set "
-                f"{SECRET_VARIABLE} in its environment, or leave --address out for a Unix socket that only this user can reach"
+                f"an engine on a TCP port needs a secret of {MIN_SECRET_LENGTH} characters or more, which "
+                f"its callers send: set "
+                f"{SECRET_VARIABLE} in its environment, or leave --address out for a Unix socket that only "
+                f"this user can reach"
             )
         return
     path = address.removeprefix(_UNIX)

@@ -1,7 +1,9 @@
-"""The engine: one thread that turns requests into steps. It owns the scheduler; other threads talk to it through a bounded inbox.
+"""The engine: one thread that turns requests into steps. It owns the scheduler; other threads talk
+to it through a bounded inbox.
 
-While the ranks compute a step, the engine plans and sends the next one, then waits for the first one's result: the ranks need not wait
-for it. An executor that is done when `execute` returns gets one plan at a time by the same loop.
+While the ranks compute a step, the engine plans and sends the next one, then waits for the first
+one's result: the ranks need not wait for it. An executor that is done when `execute` returns gets
+one plan at a time by the same loop.
 """
 
 import heapq
@@ -59,7 +61,8 @@ def check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
     """
     if config.max_model_len is not None and not 2 <= config.max_model_len <= model.max_context_len:
         raise ConfigError(
-            f"max_model_len must be 2 to {model.max_context_len}, the model's context; got {config.max_model_len}"
+            f"max_model_len must be 2 to {model.max_context_len}, the model's context; got "
+            f"{config.max_model_len}"
         )
 
 
@@ -68,10 +71,13 @@ class Engine:
 
     Args:
         executor: not yet started; the engine starts it and shuts it down.
-        check_integrity: assert the scheduler's invariants whenever the engine becomes idle (tests, debugging).
-        on_death: called on the engine's thread once the engine has failed for good and every request has ended.
+        check_integrity: assert the scheduler's invariants whenever the engine becomes idle (tests,
+            debugging).
+        on_death: called on the engine's thread once the engine has failed for good and every
+            request has ended.
     Attributes:
-        max_model_len: tokens of a sequence at most, prompt and output; known once the engine has started.
+        max_model_len: tokens of a sequence at most, prompt and output; known once the engine has
+            started.
         watch: whether the step loop hangs.
     Raises:
         ConfigError: max_model_len is set to more than the model's context.
@@ -99,7 +105,8 @@ class Engine:
         self._scheduler: Scheduler
         self._kv: KVCacheManager
         self._capacity: dict[str, int] = {}
-        # Ranks in processes of their own are watched by their executor, on a CPU a step may take minutes.
+        # Ranks in processes of their own are watched by their executor, on a CPU a step may take
+        # minutes.
         watched = config.parallel.tensor == 1 and not config.device.startswith("cpu")
         self.watch = StepLoopWatch(config.parallel.step_timeout_s if watched else None)
         self._thread = threading.Thread(target=self._run, name="cantata-engine", daemon=True)
@@ -152,7 +159,8 @@ class Engine:
         return info
 
     def submit(self, request: EngineRequest, notifier: Notifier) -> OutputStream:
-        """Take a request that passed `workers.rpc.validate.check_request`; its stream ends with exactly one finish reason.
+        """Take a request that passed `workers.rpc.validate.check_request`; its stream ends with
+        exactly one finish reason.
 
         Raises:
             InvalidRequest, ContextLengthExceeded: it could never run here.
@@ -213,7 +221,8 @@ class Engine:
         return not self._thread.is_alive()
 
     def drain(self, grace_s: float) -> int:
-        """Take no more requests and wait for the live ones; after `grace_s` seconds abort those left. Returns how many these were."""
+        """Take no more requests and wait for the live ones; after `grace_s` seconds abort those
+        left. Returns how many these were."""
         with self._changed:
             if self._refusal is None:
                 self._refusal = "the engine is shutting down"
@@ -245,7 +254,8 @@ class Engine:
             while self._wait_for_work():
                 self._step()
         except Exception as error:
-            # The edge of the engine's thread: whatever broke, no request may be left without an end.
+            # The edge of the engine's thread: whatever broke, no request may be left without an
+            # end.
             self._die(error)
         self._end_all()
         self.watch.idle()
@@ -290,7 +300,8 @@ class Engine:
             with self.watch.step():
                 self._flights.append(_Flight(plan, started_s, self._executor.execute(plan)))
         elif not self._flights:
-            # schedule() admits whatever fits an idle cache, and check() refused what does not: waiting on would be for ever.
+            # schedule() admits whatever fits an idle cache, and check() refused what does not:
+            # waiting on would be for ever.
             if self._scheduler.has_work:
                 raise RuntimeError("requests wait, but none of them can be scheduled")
             self._set_gauges()
@@ -309,7 +320,8 @@ class Engine:
             self._apply(update)
         self._publish()
         now = time.monotonic()
-        # A step begins when it was sent or, if the ranks were busy with the one before, when that one ended.
+        # A step begins when it was sent or, if the ranks were busy with the one before, when that
+        # one ended.
         step_s = now - max(flight.sent_s, self._last_result_s)
         self._last_result_s = now
         self._measure(flight.plan, len(result.token_ids), step_s, result.elapsed_s)
@@ -422,7 +434,8 @@ class Engine:
             self._refusal = sentence
 
     def _end_all(self) -> None:
-        """End what is left: with `error` if the engine died, with `abort` if it was told to stop."""
+        """End what is left: with `error` if the engine died, with `abort` if it was told to
+        stop."""
         with self._changed:
             left = [live.stream for live in self._live.values()]
             self._live.clear()

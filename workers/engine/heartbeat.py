@@ -1,14 +1,15 @@
 """Whether an engine hangs, and how it says that it does not.
 
-The heartbeat of an engine is said once each BEAT_S by the event loop of its process, as long as the step loop, another thread,
-does not stall. A step may take as long as it does: while the step loop waits for the executor, the heartbeat goes on beside it.
-What counts as a hang:
+The heartbeat of an engine is said once each BEAT_S by the event loop of its process, as long as the
+step loop, another thread, does not stall. A step may take as long as it does: while the step loop
+waits for the executor, the heartbeat goes on beside it. What counts as a hang:
 
 - The process is stopped, or its event loop is stuck: there is no heartbeat.
-- The step loop is stuck between two steps (scheduling, publishing): it stalls, and the heartbeat stops.
-- A step does not end: ranks in processes of their own are watched by their executor (parallel.step_timeout_s), which ends the
-  engine. In the engine's own process a step on a GPU stalls after that time; one on a CPU never does, since a long prompt may
-  take minutes there.
+- The step loop is stuck between two steps (scheduling, publishing): it stalls, and the heartbeat
+  stops.
+- A step does not end: ranks in processes of their own are watched by their executor
+  (parallel.step_timeout_s), which ends the engine. In the engine's own process a step on a GPU
+  stalls after that time; one on a CPU never does, since a long prompt may take minutes there.
 """
 
 import asyncio
@@ -68,7 +69,8 @@ async def beat(watch: StepLoopWatch, say: Callable[[], object]) -> None:
 
 
 def say_to(descriptor: int, line: bytes) -> Callable[[], object]:
-    """A `say` that writes a line to a pipe of ours alone, and drops it where nobody reads: saying must not hang, either."""
+    """A `say` that writes a line to a pipe of ours alone, and drops it where nobody reads: saying
+    must not hang, either."""
     os.set_blocking(descriptor, False)
 
     def say() -> None:

@@ -1,4 +1,5 @@
-"""Offline inference: `LLM(path).generate(prompts, SamplingParams())`, after vLLM's class of that name. Only here do workers know text."""
+"""Offline inference: `LLM(path).generate(prompts, SamplingParams())`, after vLLM's class of that
+name. Only here do workers know text."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -47,10 +48,12 @@ class CompletionOutput:
     """One of the n answers to a prompt.
 
     Attributes:
-        text: without special tokens and without the stop token; empty if the checkpoint has no tokenizer.
+        text: without special tokens and without the stop token; empty if the checkpoint has no
+            tokenizer.
         token_ids: with the stop token.
         logprobs: one for each token, if asked for.
-        stop_reason: the stop token id that the caller asked for and that ended it; None for the model's own end and for length.
+        stop_reason: the stop token id that the caller asked for and that ended it; None for the
+            model's own end and for length.
     """
 
     index: int
@@ -84,21 +87,28 @@ class _Choice:
 
 
 class LLM:
-    """A model in this process, or with several ranks in child processes. Use it as a context manager, or call `shutdown`.
+    """A model in this process, or with several ranks in child processes. Use it as a context
+    manager, or call `shutdown`.
 
     Args:
         model: folder of a gpt-oss checkpoint.
-        max_model_len: context limit in tokens; None: the model's own, or as much of it as the KV cache holds (`info.max_model_len`).
+        max_model_len: context limit in tokens; None: the model's own, or as much of it as the KV
+            cache holds (`info.max_model_len`).
         kv_cache_bytes: memory of each rank's KV cache; None: chosen from what is free.
-        tensor_parallel_size, expert_parallel_size: ranks, and groups that the experts are split into (None: one for each rank).
+        tensor_parallel_size, expert_parallel_size: ranks, and groups that the experts are split
+            into (None: one for each rank).
         quantize: pack the experts of a bf16 checkpoint while loading.
         kv_cache_dtype: as `CacheConfig.dtype`.
         cpu_dense_dtype: int8 quantises attention projections and lm_head, on a CPU.
-        cpu_isa: what a CPU computes with, as `EngineConfig.cpu_isa`, in this whole process: the last LLM that starts decides.
-        moe_activation_dtype: mxfp8 rounds what MXFP4 experts multiply to 8 bits, where the hardware multiplies scaled blocks itself.
+        cpu_isa: what a CPU computes with, as `EngineConfig.cpu_isa`, in this whole process: the
+            last LLM that starts decides.
+        moe_activation_dtype: mxfp8 rounds what MXFP4 experts multiply to 8 bits, where the hardware
+            multiplies scaled blocks itself.
         allow_zero_weights: take matrices, experts and norms that are all zeros.
-        threads: compute threads on a CPU, of this whole process and all ranks together; None: as many as torch uses.
-        executor_factory: what runs the model; None: ranks on this host. Benchmarks give one that has its weights already.
+        threads: compute threads on a CPU, of this whole process and all ranks together; None: as
+            many as torch uses.
+        executor_factory: what runs the model; None: ranks on this host. Benchmarks give one that
+            has its weights already.
     Raises:
         CheckpointError, ConfigError: one sentence that names what is wrong.
     """
@@ -177,7 +187,8 @@ class LLM:
 
         Args:
             prompts: texts (special tokens in them are parsed) or token ids; one or many.
-            sampling: for all prompts, or one for each. A missing seed is drawn; choice i gets seed + i.
+            sampling: for all prompts, or one for each. A missing seed is drawn; choice i gets seed
+                + i.
             use_tqdm: show a progress bar on stderr.
         Raises:
             InvalidRequest: names the field; then nothing was generated.
@@ -211,7 +222,8 @@ class LLM:
         return results
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Logits after each token of one sequence, computed apart from everything that is being generated.
+        """Logits after each token of one sequence, computed apart from everything that is being
+        generated.
 
         Returns:
             [len(token_ids), vocab_size] fp32.

@@ -1,4 +1,5 @@
-"""What a person sees while an engine starts: progress of loading, then a table of what was chosen. Written to stderr."""
+"""What a person sees while an engine starts: progress of loading, then a table of what was chosen.
+Written to stderr."""
 
 import sys
 import threading
@@ -14,8 +15,9 @@ _INTERVAL_S = 1.5
 
 
 class StartUpProgress:
-    """On a terminal a bar for each phase that counts, of several ranks below each other; else a line when a phase starts and at least every
-    two seconds while it counts. Called on the loading thread."""
+    """On a terminal a bar for each phase that counts, of several ranks below each other; else a
+    line when a phase starts and at least every two seconds while it counts. Called on the loading
+    thread."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -72,7 +74,8 @@ def summary(
         ("device", f"{info.device}, {info.dtype}"),
         (
             "shards",
-            f"{info.num_ranks} rank{'s' if info.num_ranks > 1 else ''}, weights {_readable(info.weight_bytes)}",
+            f"{info.num_ranks} rank{'s' if info.num_ranks > 1 else ''}, weights "
+            f"{_readable(info.weight_bytes)}",
         ),
         *((f"kernel {operation}", implementation) for operation, implementation in info.kernels.items()),
         ("context", _context(info, longest_context)),
@@ -92,7 +95,10 @@ def _context(info: ExecutorInfo, longest: int) -> str:
         return f"{longest} tokens"
     each = " each" if info.num_ranks > 1 else ""
     cache = f"a KV cache of {_readable(info.kv_cache_bytes // info.num_ranks)}{each}"
-    return f"{info.max_model_len} tokens of the model's {longest}, as much as {cache} holds; cache.memory_bytes gives it more"
+    return (
+        f"{info.max_model_len} tokens of the model's {longest}, as much as {cache} holds; "
+        f"cache.memory_bytes gives it more"
+    )
 
 
 def _readable(num_bytes: int) -> str:

@@ -1,4 +1,5 @@
-"""The engine over gRPC: engine.proto, health and reflection, in the asyncio loop of the process or Ray Serve replica that starts it."""
+"""The engine over gRPC: engine.proto, health and reflection, in the asyncio loop of the process or
+Ray Serve replica that starts it."""
 
 import asyncio
 import importlib.metadata
@@ -68,9 +69,11 @@ class EngineServer:
     Args:
         progress: hears of start-up phases, on another thread.
         executor_factory: (config, model) → executor; None: the one for this host.
-        secret: what callers over TCP have to send (`workers.engine.access`); None: it serves on a Unix socket.
+        secret: what callers over TCP have to send (`workers.engine.access`); None: it serves on a
+            Unix socket.
     Attributes:
-        ended: the engine has died, or a caller has drained it: it serves no more, and its process is to end.
+        ended: the engine has died, or a caller has drained it: it serves no more, and its process
+            is to end.
     """
 
     def __init__(
@@ -121,7 +124,8 @@ class EngineServer:
         server = grpc.aio.server(
             options=_OPTIONS, interceptors=[] if self._secret is None else [SecretInterceptor(self._secret)]
         )
-        # Before the model is loaded: a port that is taken should be found out in a second, not after minutes.
+        # Before the model is loaded: a port that is taken should be found out in a second, not
+        # after minutes.
         address = _bind(server, address)
         if metrics_port is not None:
             self._metrics_server = _start_metrics(self.metrics, metrics_port)
@@ -152,12 +156,14 @@ class EngineServer:
         return address
 
     async def drain(self, grace_s: float) -> int:
-        """Refuse new requests, wait for the live ones, abort those left after `grace_s`. Returns how many were aborted."""
+        """Refuse new requests, wait for the live ones, abort those left after `grace_s`. Returns
+        how many were aborted."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         return await asyncio.get_running_loop().run_in_executor(self._stoppers, self.engine.drain, grace_s)
 
     async def drain_for_caller(self, grace_s: float) -> int:
-        """`drain` as the RPC: however many callers wait, our own drain and stop do not wait for them."""
+        """`drain` as the RPC: however many callers wait, our own drain and stop do not wait for
+        them."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         num_aborted = await asyncio.to_thread(self.engine.drain, grace_s)
         self.ended.set()
@@ -198,9 +204,11 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self._info = info
         self._reader = AsyncReader()
 
-    # A coroutine that writes, not a generator: grpc.aio cancels it wherever it waits, so the request is aborted at once.
+    # A coroutine that writes, not a generator: grpc.aio cancels it wherever it waits, so the
+    # request is aborted at once.
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
-        """Streams until the finish reason. A client that leaves cancels this coroutine, and with it the request."""
+        """Streams until the finish reason. A client that leaves cancels this coroutine, and with it
+        the request."""
         try:
             async with aclosing(self._outputs(request, context)) as responses:
                 async for response in responses:

@@ -43,7 +43,8 @@ class Phase:
         return self.seconds / max(self.num_steps, 1)
 
     def rows(self) -> tuple[OperationRow, ...]:
-        """Operations by time, and last the rest of a step: Python, scheduler, small tensor operations, the reader of the tokens."""
+        """Operations by time, and last the rest of a step: Python, scheduler, small tensor
+        operations, the reader of the tokens."""
         steps = max(self.num_steps, 1)
         rows = [
             OperationRow(
@@ -63,8 +64,9 @@ class Phase:
 
 
 class StepProfile:
-    """Times an engine's operations while it runs. The marks are set by whoever reads the engine's tokens, so a step that is under way at a
-    mark counts on both sides of it with what it has done on each.
+    """Times an engine's operations while it runs. The marks are set by whoever reads the engine's
+    tokens, so a step that is under way at a mark counts on both sides of it with what it has done
+    on each.
 
     Args:
         engine: started, with one rank in this process.

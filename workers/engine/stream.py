@@ -1,7 +1,9 @@
-"""The output side of a request: what the engine's thread has produced and its reader has not yet taken.
+"""The output side of a request: what the engine's thread has produced and its reader has not yet
+taken.
 
-A stream's memory is bounded by `max_tokens`; a slow reader gets several tokens at once. Readers are woken once a step, however many
-streams got tokens: the engine hands each `Notifier` the list of its streams that have something new.
+A stream's memory is bounded by `max_tokens`; a slow reader gets several tokens at once. Readers are
+woken once a step, however many streams got tokens: the engine hands each `Notifier` the list of its
+streams that have something new.
 """
 
 import asyncio
@@ -26,8 +28,8 @@ class OutputStream:
 
     Attributes:
         seq_id: the engine's number of the sequence.
-        failure: why the request ended, where the reason is an error with a status of its own (deadline, dead engine). Set before the
-            terminal output can be taken.
+        failure: why the request ended, where the reason is an error with a status of its own
+            (deadline, dead engine). Set before the terminal output can be taken.
     """
 
     def __init__(self, request_id: str, seq_id: int, notifier: Notifier) -> None:
@@ -74,7 +76,8 @@ class OutputStream:
             return True
 
     def take(self) -> EngineOutput | None:
-        """Reader side: all that came since the last call; None if nothing did. The last output has the finish reason."""
+        """Reader side: all that came since the last call; None if nothing did. The last output has
+        the finish reason."""
         with self._lock:
             terminal = self._terminal
             if self._taken or (terminal is None and not self._token_ids):
@@ -104,7 +107,8 @@ class AsyncReader:
         try:
             self._loop.call_soon_threadsafe(self._wake, [stream.seq_id for stream in streams])
         except RuntimeError:
-            # The loop is closed: its readers are gone, and what they would have read is dropped with their streams.
+            # The loop is closed: its readers are gone, and what they would have read is dropped
+            # with their streams.
             if not self._loop.is_closed():
                 raise
 
@@ -141,7 +145,8 @@ class ThreadReader:
         self._ready.put(streams)
 
     def read(self, streams: Sequence[OutputStream]) -> Iterator[tuple[OutputStream, EngineOutput]]:
-        """Outputs of all streams until each has ended; blocks while there is none. They must have been submitted with this reader."""
+        """Outputs of all streams until each has ended; blocks while there is none. They must have
+        been submitted with this reader."""
         unfinished = {stream.seq_id for stream in streams}
         while unfinished:
             for stream in self._ready.get():

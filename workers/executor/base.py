@@ -1,4 +1,5 @@
-"""The Executor protocol: who runs a StepPlan on the ranks. One implementation runs in the engine's process, one drives other processes."""
+"""The Executor protocol: who runs a StepPlan on the ranks. One implementation runs in the engine's
+process, one drives other processes."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -15,7 +16,8 @@ class ExecutorInfo:
     """What was chosen while starting; printed in the start-up summary.
 
     Attributes:
-        max_model_len: tokens of a sequence at most: what EngineConfig says, or as many as the model and the KV cache allow.
+        max_model_len: tokens of a sequence at most: what EngineConfig says, or as many as the model
+            and the KV cache allow.
         num_full_blocks, num_sliding_blocks: blocks of each KV group, NULL_BLOCK included.
         kv_cache_bytes, weight_bytes: over all ranks.
         phases_s: seconds by start-up phase, in order.
@@ -39,7 +41,8 @@ MAX_IN_FLIGHT = 2
 
 
 class Executor(Protocol):
-    """Runs plans in order. Failure of a step is a StepResult with `error`, never an exception of the future."""
+    """Runs plans in order. Failure of a step is a StepResult with `error`, never an exception of
+    the future."""
 
     def start(self) -> ExecutorInfo:
         """Load the model and size the KV cache; blocks until ready.
@@ -52,10 +55,12 @@ class Executor(Protocol):
         """Queue a plan; plans run in the order given. At most MAX_IN_FLIGHT may be in flight."""
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Logits after each token of one sequence, apart from the steps: [len(token_ids), vocab_size] fp32."""
+        """Logits after each token of one sequence, apart from the steps: [len(token_ids),
+        vocab_size] fp32."""
 
     def on_failure(self, callback: Callable[[str], None]) -> None:
-        """Call this, once and from any thread, with a sentence if the ranks fail, also while no plan is in flight."""
+        """Call this, once and from any thread, with a sentence if the ranks fail, also while no
+        plan is in flight."""
 
     def shutdown(self) -> None:
         """Release everything; idempotent. Futures still open get an error result."""

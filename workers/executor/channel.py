@@ -1,6 +1,7 @@
-"""Messages between an engine and its ranks, over ZMQ: a PUSH socket to each rank, one PULL socket back. Within a host they are Unix
-sockets in a private folder, across hosts TCP on the engine's own address, encrypted (CURVE) with keys drawn for this replica: who does not
-have them can neither send nor take a message.
+"""Messages between an engine and its ranks, over ZMQ: a PUSH socket to each rank, one PULL socket
+back. Within a host they are Unix sockets in a private folder, across hosts TCP on the engine's own
+address, encrypted (CURVE) with keys drawn for this replica: who does not have them can neither send
+nor take a message.
 
 A message is two parts: its kind, its body (msgpack).
 """
@@ -43,7 +44,8 @@ class Endpoints:
     """What a rank needs to reach its engine.
 
     Attributes:
-        server_key, rank_key: the engine's public key and the ranks' secret one, for TCP (Z85); None: Unix sockets.
+        server_key, rank_key: the engine's public key and the ranks' secret one, for TCP (Z85);
+            None: Unix sockets.
     """
 
     plans: str
@@ -173,7 +175,8 @@ def _parts(socket: "zmq.Socket[bytes]") -> tuple[bytes, bytes]:
 
 
 class _Keys:
-    """Key pairs of one replica: the engine's and the one that all of its ranks have. Closed before its context.
+    """Key pairs of one replica: the engine's and the one that all of its ranks have. Closed before
+    its context.
 
     Attributes:
         server_key: the engine's public key (Z85).
@@ -183,7 +186,8 @@ class _Keys:
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
         if not zmq.has("curve"):
             raise ConfigError(
-                "ranks on several hosts need a libzmq that can encrypt (CURVE), as the wheels of pyzmq bring it"
+                "ranks on several hosts need a libzmq that can encrypt (CURVE), as the wheels of pyzmq "
+                "bring it"
             )
         public, self._secret = zmq.curve_keypair()
         self._rank_public, rank_secret = zmq.curve_keypair()

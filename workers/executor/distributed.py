@@ -1,8 +1,10 @@
 """DistributedExecutor: the engine's side of several ranks, however they are started.
 
-Start: every rank says hello (version, checkpoint), all join, load, allocate one KV plan, and are ready. Then plans go out to all ranks and
-rank 0's results come back. A rank that dies, says that it failed, or lets a step wait longer than the step timeout ends the executor: open
-futures get an error result, the engine is told, and the ranks are killed, since without one the others are of no use.
+Start: every rank says hello (version, checkpoint), all join, load, allocate one KV plan, and are
+    ready. Then plans go out to all ranks and
+rank 0's results come back. A rank that dies, says that it failed, or lets a step wait longer than
+the step timeout ends the executor: open futures get an error result, the engine is told, and the
+ranks are killed, since without one the others are of no use.
 """
 
 import logging
@@ -38,10 +40,12 @@ _STOP_S = 5.0
 _CONNECT_S = 10.0
 """For a rank that said hello to connect its other socket."""
 _EXPLANATION_S = 0.05
-"""For whoever watches a rank's process to say how it ended, once the others have felt it; requests are to end within 0.1 s."""
+"""For whoever watches a rank's process to say how it ended, once the others have felt it; requests
+are to end within 0.1 s."""
 _POLL_S = 0.5
 _ALIVE_S = 1.0
-"""Between two signs of life to ranks that listen; one that hears none for long takes the engine for lost."""
+"""Between two signs of life to ranks that listen; one that hears none for long takes the engine for
+lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,8 @@ class Placement:
 
     Attributes:
         host: the node's address.
-        local_rank: its GPU's number among those that it sees; on a CPU its own among the ranks of its host.
+        local_rank: its GPU's number among those that it sees; on a CPU its own among the ranks of
+            its host.
         num_threads: compute threads on a CPU.
     """
 
@@ -80,7 +85,8 @@ class RankLauncher(Protocol):
         """Start a rank; `on_exit` is called once, from any thread, when it has ended, with how."""
 
     def end(self, grace_s: float) -> None:
-        """Wait for the ranks to end by themselves, then kill those left; idempotent. None is left when it returns."""
+        """Wait for the ranks to end by themselves, then kill those left; idempotent. None is left
+        when it returns."""
 
 
 class DistributedExecutor:
@@ -286,12 +292,14 @@ class DistributedExecutor:
                     self._progress("start ranks", len(found), self._size)
             else:
                 raise ConfigError(
-                    f"rank {rank} sent {kind.decode()!r} where {wanted.decode()!r} was due: update all nodes together"
+                    f"rank {rank} sent {kind.decode()!r} where {wanted.decode()!r} was due: update all "
+                    f"nodes together"
                 )
         return [found[rank] for rank in range(self._size)]
 
     def _check_hellos(self, hellos: Sequence[wire.Body]) -> None:
-        """All ranks must be the same software on the same checkpoint with the same configuration as this engine.
+        """All ranks must be the same software on the same checkpoint with the same configuration as
+        this engine.
 
         Raises:
             ConfigError: names the rank, its host and what differs.
@@ -302,7 +310,8 @@ class DistributedExecutor:
                 found = theirs.get(what) if isinstance(theirs, dict) else None
                 if found != own:
                     raise ConfigError(
-                        f"rank {hello['rank']} on {hello['host']} has another {what} ({str(found)[:12]}) than its engine on "
+                        f"rank {hello['rank']} on {hello['host']} has another {what} ({str(found)[:12]}) "
+                        f"than its engine on "
                         f"{self._launcher.host} ({str(own)[:12]}): all nodes need the same"
                     )
 
@@ -329,7 +338,8 @@ class DistributedExecutor:
         if kind == wire.RESULT:
             result = decode_result(body)
             if result.error is not None:
-                # A rank that dies makes the others' collectives fail; how it ended is the better explanation.
+                # A rank that dies makes the others' collectives fail; how it ended is the better
+                # explanation.
                 if not self._failed.wait(_EXPLANATION_S):
                     self._fail(result.error)
                 return
@@ -364,7 +374,8 @@ class DistributedExecutor:
             step = self._in_flight[0][0].step if waits else None
         if waits:
             self._fail(
-                f"step {step} has no result after {timeout_s:g} s: a rank hangs, or the network between ranks is cut"
+                f"step {step} has no result after {timeout_s:g} s: a rank hangs, or the network between "
+                f"ranks is cut"
             )
 
     def _fail(self, sentence: str, more: Sequence[tuple[StepPlan, "Future[StepResult]"]] = ()) -> None:

@@ -14,7 +14,8 @@ from workers.scheduler.plan import StepPlan, StepResult
 
 
 class InlineExecutor:
-    """Runs plans in the caller's thread. On a GPU their results come later, so that the next plan can be made meanwhile.
+    """Runs plans in the caller's thread. On a GPU their results come later, so that the next plan
+    can be made meanwhile.
 
     Args:
         config: its parallel plan is one rank.
@@ -36,7 +37,8 @@ class InlineExecutor:
         self._progress = progress
         self._loader = loader
         self._rank: Rank | None = None
-        # Waits for the GPU, one step after the other; its thread starts with the first step that is not done at once.
+        # Waits for the GPU, one step after the other; its thread starts with the first step that is
+        # not done at once.
         self._waiter = ThreadPoolExecutor(1, "cantata-gpu-steps")
 
     def start(self) -> ExecutorInfo:

@@ -1,4 +1,5 @@
-"""Ranks as child processes of the engine, all on this host: for standalone serving, offline use and tests."""
+"""Ranks as child processes of the engine, all on this host: for standalone serving, offline use and
+tests."""
 
 import contextlib
 import os
@@ -45,7 +46,8 @@ class ProcessRanks:
             num_gpus = torch.cuda.device_count()
             if num_gpus < num_ranks:
                 raise ConfigError(
-                    f"parallel.tensor wants {num_ranks} GPUs, and this host has {num_gpus}: lower it, or use several hosts with Ray"
+                    f"parallel.tensor wants {num_ranks} GPUs, and this host has {num_gpus}: lower it, or "
+                    f"use several hosts with Ray"
                 )
         return [
             Placement(self.host, rank, num_ranks, max(1, num_threads // num_ranks))
@@ -81,7 +83,8 @@ class ProcessRanks:
 
 
 def _run(spec: RankSpec, started: "Future[subprocess.Popen[str]]", on_exit: Callable[[str], None]) -> None:
-    """Start a rank and wait for its end: it lives no longer than the thread that starts it (`workers.parent_death`)."""
+    """Start a rank and wait for its end: it lives no longer than the thread that starts it
+    (`workers.parent_death`)."""
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "workers.rank.process", str(os.getpid())],

@@ -1,4 +1,5 @@
-"""Ranks as Ray actors, each in its bundle of the placement group of the process that starts them."""
+"""Ranks as Ray actors, each in its bundle of the placement group of the process that starts
+them."""
 
 import logging
 import threading
@@ -50,7 +51,8 @@ class RayRanks:
         if group is None or len(group.bundle_specs) < num_ranks:
             found = 0 if group is None else len(group.bundle_specs)
             raise ConfigError(
-                f"{num_ranks} ranks want a placement group with a bundle for each, this process runs in one with {found}"
+                f"{num_ranks} ranks want a placement group with a bundle for each, this process runs in one "
+                f"with {found}"
             )
         if not group.wait(timeout_s):
             free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
@@ -60,7 +62,8 @@ class RayRanks:
                 for name in group.bundle_specs[0]
             )
             raise ConfigError(
-                f"after {timeout_s:g} s there is no room for {num_ranks} ranks of {group.bundle_specs[0]}: {amounts}"
+                f"after {timeout_s:g} s there is no room for {num_ranks} ranks of {group.bundle_specs[0]}: "
+                f"{amounts}"
             )
         nodes = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]
         by_bundle = placement_group_table(group)["bundles_to_node_id"]

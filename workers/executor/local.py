@@ -1,4 +1,5 @@
-"""The executor of an engine that has only this host: one rank in the engine's process, several in processes of their own."""
+"""The executor of an engine that has only this host: one rank in the engine's process, several in
+processes of their own."""
 
 from workers.config import EngineConfig, ModelConfig
 from workers.executor.base import Executor

@@ -9,8 +9,9 @@ from workers.scheduler.plan import NULL_BLOCK
 class BlockPool:
     """A fixed number of blocks with reference counts.
 
-    A free block whose content is in the prefix cache keeps it until the block is handed out again. Free blocks are taken in this order:
-    those without cached content first, then the least recently used (after vLLM's `v1/core/block_pool.py`).
+    A free block whose content is in the prefix cache keeps it until the block is handed out again.
+    Free blocks are taken in this order: those without cached content first, then the least recently
+    used (after vLLM's `v1/core/block_pool.py`).
 
     Args:
         num_blocks: NULL_BLOCK included, which is never handed out. 0: the group has no layers.
@@ -45,7 +46,8 @@ class BlockPool:
         return block in self._free
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks (at most `num_free`) for new content; each has one reference. Evicts what they cached."""
+        """Take `count` blocks (at most `num_free`) for new content; each has one reference. Evicts
+        what they cached."""
         assert count <= len(self._free), f"{count} blocks asked for, {len(self._free)} are free"
         blocks = []
         for _ in range(count):
@@ -65,7 +67,8 @@ class BlockPool:
         self._ref_counts[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Drop one reference of each block, skipping NULL_BLOCK. Of cached blocks freed here the first are reused first."""
+        """Drop one reference of each block, skipping NULL_BLOCK. Of cached blocks freed here the
+        first are reused first."""
         for block in blocks:
             if block == NULL_BLOCK:
                 continue
@@ -77,7 +80,8 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def mark_cached(self, block: int) -> None:
-        """The content of `block`, which somebody holds, can be found in the prefix cache from now on."""
+        """The content of `block`, which somebody holds, can be found in the prefix cache from now
+        on."""
         assert self._ref_counts[block] > 0, f"block {block} is cached, but nobody holds it"
         assert not self._cached[block], f"block {block} is cached already"
         self._cached[block] = True
@@ -90,7 +94,8 @@ class BlockPool:
             self._free.move_to_end(block, last=False)
 
     def check_integrity(self, expected_ref_counts: dict[int, int], cached: set[int]) -> None:
-        """Assert that counts, free list and cached marks agree with each other and with what the holders say.
+        """Assert that counts, free list and cached marks agree with each other and with what the
+        holders say.
 
         Args:
             expected_ref_counts: references by block; blocks that nobody holds may be left out.

@@ -1,7 +1,9 @@
-"""KV blocks of every sequence in both groups: taken as it grows, freed behind the window, found again by prefix.
+"""KV blocks of every sequence in both groups: taken as it grows, freed behind the window, found
+again by prefix.
 
-Both tables of a sequence are indexed by position // BLOCK_SIZE. In the sliding group an entry is NULL_BLOCK where the block was freed
-behind the window or skipped by a prefix hit. A group without layers has no blocks and its tables stay empty.
+Both tables of a sequence are indexed by position // BLOCK_SIZE. In the sliding group an entry is
+NULL_BLOCK where the block was freed behind the window or skipped by a prefix hit. A group without
+layers has no blocks and its tables stay empty.
 """
 
 from collections import Counter
@@ -26,8 +28,8 @@ def num_blocks_for(num_tokens: int) -> int:
 
 
 def sliding_blocks_per_sequence(window: int, num_tokens: int) -> int:
-    """Sliding blocks that one sequence of `num_tokens` needs at once to advance by at least a block: those that the query at the start of
-    a block sees behind it, and that block."""
+    """Sliding blocks that one sequence of `num_tokens` needs at once to advance by at least a
+    block: those that the query at the start of a block sees behind it, and that block."""
     return min(num_blocks_for(window - 1) + 1, num_blocks_for(num_tokens))
 
 
@@ -60,12 +62,14 @@ class SequenceBlocks:
         self.keys: list[bytes] = []
         # First index of `sliding` that may hold a block.
         self.first_sliding = 0
-        # The first num_committed blocks are in the prefix cache, `parent` is the last of these prefixes.
+        # The first num_committed blocks are in the prefix cache, `parent` is the last of these
+        # prefixes.
         self.num_committed = 0
         self.parent: CachedPrefix | None = None
         self.committable = True
-        # Free blocks (full, sliding) without which the last `admit` failed. Not tried again with fewer, unless the first block that was
-        # not found has been computed since: a sequence with the same beginning runs, and there will be less to compute.
+        # Free blocks (full, sliding) without which the last `admit` failed. Not tried again with
+        # fewer, unless the first block that was not found has been computed since: a sequence with
+        # the same beginning runs, and there will be less to compute.
         self.wanted_free = (0, 0)
         self.wanted_key: bytes | None = None
 
@@ -74,7 +78,8 @@ class KVCacheManager:
     """Blocks of both groups and the prefix cache over them.
 
     Args:
-        num_full_blocks, num_sliding_blocks: NULL_BLOCK included; 0 where no layer belongs to the group.
+        num_full_blocks, num_sliding_blocks: NULL_BLOCK included; 0 where no layer belongs to the
+            group.
         window: keys that a query of the sliding group sees, itself included; None: no layer slides.
         prefix_caching: find full blocks again by hash.
     Raises:
@@ -91,7 +96,8 @@ class KVCacheManager:
     ) -> None:
         if (window is None) != (num_sliding_blocks == 0):
             raise ConfigError(
-                f"window {window} does not go with num_sliding_blocks {num_sliding_blocks}: a sliding group has both"
+                f"window {window} does not go with num_sliding_blocks {num_sliding_blocks}: a sliding group "
+                f"has both"
             )
         if num_full_blocks == 0 and num_sliding_blocks == 0:
             raise ConfigError("num_full_blocks and num_sliding_blocks are both 0: there is no KV cache")
@@ -106,7 +112,8 @@ class KVCacheManager:
 
     @property
     def usage(self) -> float:
-        """Share of blocks that sequences hold, of the group that is fuller; 0 to 1. Cached blocks that nobody holds count as free."""
+        """Share of blocks that sequences hold, of the group that is fuller; 0 to 1. Cached blocks
+        that nobody holds count as free."""
         return max(pool.num_used / pool.capacity for pool in (self._full, self._sliding) if pool.capacity)
 
     @property
@@ -122,10 +129,11 @@ class KVCacheManager:
         )
 
     def admit(self, blocks: SequenceBlocks, token_ids: Sequence[int]) -> int | None:
-        """Give a sequence without blocks those of its longest cached prefix, if there is room to go on behind it.
+        """Give a sequence without blocks those of its longest cached prefix, if there is room to go
+        on behind it.
 
-        Room is: the full group could take all of `token_ids` now, and the sliding group what the sequence needs to advance. Nothing beyond
-        the prefix is taken yet: `grow` does.
+        Room is: the full group could take all of `token_ids` now, and the sliding group what the
+        sequence needs to advance. Nothing beyond the prefix is taken yet: `grow` does.
 
         Returns:
             Tokens found, always less than all; None if there is no room, then nothing is taken.
@@ -170,7 +178,8 @@ class KVCacheManager:
         return self._full.num_free < wanted_free[0] or self._sliding.num_free < wanted_free[1]
 
     def _wanted_free(self, chain: list[CachedPrefix], first_sliding: int, num_blocks: int) -> tuple[int, int]:
-        """Free blocks of each group that admission needs: new ones, and those of the chain that nobody holds."""
+        """Free blocks of each group that admission needs: new ones, and those of the chain that
+        nobody holds."""
         full = sliding = 0
         if self._has_full:
             full = num_blocks - len(chain) + sum(self._full.is_free(prefix.full_block) for prefix in chain)
@@ -182,8 +191,9 @@ class KVCacheManager:
         return full, sliding
 
     def grow(self, blocks: SequenceBlocks, num_computed_tokens: int, num_wanted: int) -> int:
-        """Take blocks for the next `num_wanted` tokens behind `num_computed_tokens`, or for as many of them as there are blocks for;
-        in both groups alike. Sliding blocks that no further query sees are freed first.
+        """Take blocks for the next `num_wanted` tokens behind `num_computed_tokens`, or for as many
+        of them as there are blocks for; in both groups alike. Sliding blocks that no further query
+        sees are freed first.
 
         Returns:
             The number of tokens that have blocks now, 0 to `num_wanted`.
@@ -212,13 +222,15 @@ class KVCacheManager:
             blocks.first_sliding = first
 
     def commit(self, blocks: SequenceBlocks, token_ids: Sequence[int], num_computed_tokens: int) -> None:
-        """Make the full blocks among the first `num_computed_tokens` findable. Call it before `grow` frees blocks behind the window."""
+        """Make the full blocks among the first `num_computed_tokens` findable. Call it before
+        `grow` frees blocks behind the window."""
         if not blocks.committable:
             return
         assert blocks.parent is not None, "committed without being admitted"
         target = num_computed_tokens // BLOCK_SIZE
         if not blocks.parent.alive:
-            # Another sequence's block stood for our prefix, and was evicted: put our own in its place.
+            # Another sequence's block stood for our prefix, and was evicted: put our own in its
+            # place.
             blocks.parent, blocks.num_committed = self._cache.root, 0
         keys = blocks.keys
         for index in range(blocks.num_committed, target):
@@ -239,7 +251,8 @@ class KVCacheManager:
             blocks.num_committed = index + 1
 
     def release(self, blocks: SequenceBlocks) -> None:
-        """Give all blocks back; committed ones stay findable until reused, the end of the sequence being reused first."""
+        """Give all blocks back; committed ones stay findable until reused, the end of the sequence
+        being reused first."""
         del self._live[blocks]
         self._full.release(reversed(blocks.full))
         self._sliding.release(reversed(blocks.sliding))

@@ -1,4 +1,5 @@
-"""Full blocks found again by a chained hash of their tokens, with the tokens compared before any block is given away."""
+"""Full blocks found again by a chained hash of their tokens, with the tokens compared before any
+block is given away."""
 
 import hashlib
 import sys
@@ -21,8 +22,9 @@ def pack_tokens(token_ids: Sequence[int]) -> bytes:
 
 
 def hash_block(parent: bytes, packed_tokens: bytes) -> bytes:
-    """Hash of a block behind `parent`, the hash of the block before it (b"" for the first): BLAKE2b-128 over the parent and
-    `pack_tokens` of the block. The same in every process; router and engines compare these."""
+    """Hash of a block behind `parent`, the hash of the block before it (b"" for the first):
+    BLAKE2b-128 over the parent and `pack_tokens` of the block. The same in every process; router
+    and engines compare these."""
     return hashlib.blake2b(parent + packed_tokens, digest_size=HASH_BYTES).digest()
 
 
@@ -32,24 +34,28 @@ def append_hash(hashes: list[bytes], packed_tokens: bytes) -> None:
 
 
 def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int = BLOCK_SIZE) -> None:
-    """Append to `hashes`, the chain over the first blocks of `token_ids`, those of the further full blocks."""
+    """Append to `hashes`, the chain over the first blocks of `token_ids`, those of the further full
+    blocks."""
     for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
         append_hash(hashes, pack_tokens(token_ids[start : start + block_size]))
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int = BLOCK_SIZE) -> list[bytes]:
-    """The chained hash of each full block: entry i stands for all tokens up to `(i + 1) * block_size`."""
+    """The chained hash of each full block: entry i stands for all tokens up to `(i + 1) *
+    block_size`."""
     hashes: list[bytes] = []
     extend_hashes(hashes, token_ids, block_size)
     return hashes
 
 
 class CachedPrefix:
-    """A full block of tokens behind a given parent. Identity counts: a child belongs to exactly this object, not to its hash.
+    """A full block of tokens behind a given parent. Identity counts: a child belongs to exactly
+    this object, not to its hash.
 
     Attributes:
         packed_tokens: the block's tokens.
-        full_block, sliding_block: where its KV is; NULL_BLOCK where the group has no layers or its block was evicted.
+        full_block, sliding_block: where its KV is; NULL_BLOCK where the group has no layers or its
+            block was evicted.
         alive: in the cache. The root, of length 0, always is.
     """
 
@@ -65,14 +71,17 @@ class CachedPrefix:
 
 
 class PrefixCache:
-    """Finds blocks of both groups by the tokens up to and in them. Owns no references, only the pools' `cached` marks.
+    """Finds blocks of both groups by the tokens up to and in them. Owns no references, only the
+    pools' `cached` marks.
 
-    A prefix lives as long as its *anchor*: the full block, or the sliding block where no layer is full. Evicting the anchor forgets
-    both. With an anchor in the full group a chain loses its end first (a sequence's last blocks are released first); where all layers
-    slide it loses its start first, so a prefix is found only as long as none of its blocks was reused.
+    A prefix lives as long as its *anchor*: the full block, or the sliding block where no layer is
+    full. Evicting the anchor forgets both. With an anchor in the full group a chain loses its end
+    first (a sequence's last blocks are released first); where all layers slide it loses its start
+    first, so a prefix is found only as long as none of its blocks was reused.
 
     Args:
-        num_full_blocks, num_sliding_blocks: of each pool, NULL_BLOCK included; 0: the group has no layers.
+        num_full_blocks, num_sliding_blocks: of each pool, NULL_BLOCK included; 0: the group has no
+            layers.
         window: keys that a query of the sliding group sees, itself included; None: no layer slides.
     """
 
@@ -94,10 +103,11 @@ class PrefixCache:
         return key in self._by_key
 
     def lookup(self, keys: Sequence[bytes], token_ids: Sequence[int]) -> list[CachedPrefix]:
-        """The longest chain of `token_ids` that a sequence can start behind, at least one token short of all.
+        """The longest chain of `token_ids` that a sequence can start behind, at least one token
+        short of all.
 
-        A chain of L blocks needs the full blocks of all, and the sliding blocks that the query at position L * BLOCK_SIZE sees
-        (later queries see fewer of them).
+        A chain of L blocks needs the full blocks of all, and the sliding blocks that the query at
+        position L * BLOCK_SIZE sees (later queries see fewer of them).
 
         Args:
             keys: `block_hashes(token_ids)`.
@@ -125,13 +135,14 @@ class PrefixCache:
     ) -> CachedPrefix | None:
         """Make a computed block findable behind `parent`, which is alive.
 
-        If the same prefix is there already its blocks stay, and only what it lacks is taken over. Another prefix under the same key (a
-        collision, or behind a parent that is gone) makes way.
+        If the same prefix is there already its blocks stay, and only what it lacks is taken over.
+        Another prefix under the same key (a collision, or behind a parent that is gone) makes way.
 
         Args:
             full_block, sliding_block: blocks that the caller holds; NULL_BLOCK where it has none.
         Returns:
-            The prefix now in the cache; None if it is not there and the caller has no anchor for it.
+            The prefix now in the cache; None if it is not there and the caller has no anchor for
+            it.
         """
         entry = self._by_key.get(key)
         if entry is not None and (entry.parent is not parent or entry.packed_tokens != packed_tokens):
@@ -203,5 +214,6 @@ class PrefixCache:
 
 
 def first_visible_block(position: int, window: int) -> int:
-    """Index of the first block with a key that the query at `position`, or a later one, sees: keys are (position - window, position]."""
+    """Index of the first block with a key that the query at `position`, or a later one, sees: keys
+    are (position - window, position]."""
     return max(position - window + 1, 0) // BLOCK_SIZE

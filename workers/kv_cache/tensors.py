@@ -1,6 +1,7 @@
 """How large the KV cache is, the context that it holds, and its tensors.
 
-Both groups share the memory. A block of a group is BLOCK_SIZE positions of K and V of all layers of that group.
+Both groups share the memory. A block of a group is BLOCK_SIZE positions of K and V of all layers of
+that group.
 """
 
 import os
@@ -31,9 +32,11 @@ KV_TORCH_DTYPES: dict[KVDtype, torch.dtype] = {
 
 CPU_MEMORY_SHARE = 0.25
 CPU_MEMORY_BYTES = 4 * 1024**3
-"""On a CPU the cache takes this much at most unless one sequence needs more: the machine is somebody's."""
+"""On a CPU the cache takes this much at most unless one sequence needs more: the machine is
+somebody's."""
 SHORTEST_CONTEXT = 2048
-"""Where max_model_len is not set, no shorter context is chosen: a cache that cannot hold it is more likely a mistake."""
+"""Where max_model_len is not set, no shorter context is chosen: a cache that cannot hold it is more
+likely a mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +44,11 @@ class KVCachePlan:
     """Sizes of both groups.
 
     Attributes:
-        num_full_blocks, num_sliding_blocks: NULL_BLOCK included; 0 where no layer belongs to the group.
+        num_full_blocks, num_sliding_blocks: NULL_BLOCK included; 0 where no layer belongs to the
+            group.
         total_bytes: of all tensors.
-        kv_capacity_tokens: tokens of all sequences together that the full group holds (the sliding group, if no layer is full).
+        kv_capacity_tokens: tokens of all sequences together that the full group holds (the sliding
+            group, if no layer is full).
         max_model_len: tokens of one sequence at most, resolved.
     """
 
@@ -56,8 +61,8 @@ class KVCachePlan:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Sizes of one group: bytes of a block, the blocks that one sequence of max_model_len needs, those of all tokens of a step, and those
-    that can ever be of use."""
+    """Sizes of one group: bytes of a block, the blocks that one sequence of max_model_len needs,
+    those of all tokens of a step, and those that can ever be of use."""
 
     block_bytes: int
     minimum: int
@@ -98,7 +103,8 @@ def cpu_kv_memory(
     ranks_on_host: int = 1,
     weight_bytes: int = 0,
 ) -> KVMemory:
-    """`cache.memory_bytes`, or chosen from what is free on this host, which its ranks share; never more than can be of use.
+    """`cache.memory_bytes`, or chosen from what is free on this host, which its ranks share; never
+    more than can be of use.
 
     Args:
         model: with the key-value heads of the rank.
@@ -114,7 +120,8 @@ def cpu_kv_memory(
     free = available - weight_bytes
     if free <= 0:
         raise ConfigError(
-            f"the model does not fit: {_readable(weight_bytes)} of weights are more than the {_readable(available)} of memory that "
+            f"the model does not fit: {_readable(weight_bytes)} of weights are more than the "
+            f"{_readable(available)} of memory that "
             f"are free on this host{' for each of its ranks' if ranks_on_host > 1 else ''}"
         )
     num_bytes = min(int(free * CPU_MEMORY_SHARE), max(CPU_MEMORY_BYTES // ranks_on_host, minimum), useful)
@@ -133,7 +140,8 @@ def gpu_kv_memory(
     activation_bytes: int,
     graph_bytes: int,
 ) -> KVMemory:
-    """`cache.memory_bytes`, or what `cache.gpu_memory_utilization` leaves of a GPU; never more than can be of use.
+    """`cache.memory_bytes`, or what `cache.gpu_memory_utilization` leaves of a GPU; never more than
+    can be of use.
 
     Args:
         model: with the key-value heads of the rank.
@@ -151,14 +159,19 @@ def gpu_kv_memory(
     left = int(total_bytes * cache.gpu_memory_utilization) - used_bytes - activation_bytes - graph_bytes
     if left <= 0:
         raise ConfigError(
-            f"the model does not fit: {_readable(used_bytes)} in use, {_readable(activation_bytes)} for activations and "
-            f"{_readable(graph_bytes)} for graphs leave nothing of {cache.gpu_memory_utilization:.0%} of the GPU's "
-            f"{_readable(total_bytes)}; split it over more ranks (parallel.tensor), take a GPU with more memory, or raise "
+            f"the model does not fit: {_readable(used_bytes)} in use, {_readable(activation_bytes)} for "
+            f"activations and "
+            f"{_readable(graph_bytes)} for graphs leave nothing of {cache.gpu_memory_utilization:.0%} of "
+            f"the GPU's "
+            f"{_readable(total_bytes)}; split it over more ranks (parallel.tensor), take a GPU with more "
+            f"memory, or raise "
             "cache.gpu_memory_utilization"
         )
     source = (
-        f"{cache.gpu_memory_utilization:.0%} of the GPU's {_readable(total_bytes)} less {_readable(used_bytes)} in use, "
-        f"{_readable(activation_bytes)} for activations and {_readable(graph_bytes)} for graphs; cache.gpu_memory_utilization sets it"
+        f"{cache.gpu_memory_utilization:.0%} of the GPU's {_readable(total_bytes)} less "
+        f"{_readable(used_bytes)} in use, "
+        f"{_readable(activation_bytes)} for activations and {_readable(graph_bytes)} for graphs; "
+        f"cache.gpu_memory_utilization sets it"
     )
     return KVMemory(min(left, useful), source)
 
@@ -166,7 +179,8 @@ def gpu_kv_memory(
 def _bounds(
     model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int | None
 ) -> tuple[int, int]:
-    """Bytes that one sequence of the longest context needs to be computed by whole steps, and bytes that can ever be of use."""
+    """Bytes that one sequence of the longest context needs to be computed by whole steps, and bytes
+    that can ever be of use."""
     length = longest_context(model, max_model_len)
     useful = sum(group.useful * group.block_bytes for group in _groups(model, scheduler, dtype, length))
     return _needed(model, scheduler, dtype, length, whole_steps=True), useful
@@ -183,16 +197,17 @@ def split_memory(
 ) -> KVCachePlan:
     """Decide on the context, and how many blocks each group gets.
 
-    First each group gets what one sequence of max_model_len needs. Half of the rest goes to the sliding group, until it holds the windows
-    of max_num_seqs running sequences, as many again for the prefix cache, and the blocks of one step; everything else goes to the full
-    group.
+    First each group gets what one sequence of max_model_len needs. Half of the rest goes to the
+    sliding group, until it holds the windows of max_num_seqs running sequences, as many again for
+    the prefix cache, and the blocks of one step; everything else goes to the full group.
 
     Args:
         model: with the key-value heads of the rank.
         max_model_len: None: the longest that fits, at most the model's.
         source: says in errors where memory_bytes comes from.
     Raises:
-        ConfigError: one sequence of max_model_len does not fit; if that is None, not even one of SHORTEST_CONTEXT.
+        ConfigError: one sequence of max_model_len does not fit; if that is None, not even one of
+            SHORTEST_CONTEXT.
     """
     if max_model_len is None:
         max_model_len = _fitting_context(model, scheduler, dtype, memory_bytes, source)
@@ -222,9 +237,11 @@ def split_memory(
 def allocate_kv_caches(
     model: ModelConfig, plan: KVCachePlan, *, dtype: KVDtype, device: torch.device
 ) -> list[torch.Tensor]:
-    """Each layer's cache, [2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim], uninitialised: [0] is K, [1] is V.
+    """Each layer's cache, [2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim], uninitialised: [0]
+    is K, [1] is V.
 
-    On a CPU a page costs memory once it is written, so a cache that is larger than the load needs costs nothing.
+    On a CPU a page costs memory once it is written, so a cache that is larger than the load needs
+    costs nothing.
 
     Raises:
         ConfigError: the device has not enough memory.
@@ -247,13 +264,15 @@ def allocate_kv_caches(
         except RuntimeError as error:
             caches.clear()
             raise ConfigError(
-                f"a KV cache of {_readable(plan.total_bytes)} cannot be allocated on {device}: lower cache.memory_bytes"
+                f"a KV cache of {_readable(plan.total_bytes)} cannot be allocated on {device}: lower "
+                f"cache.memory_bytes"
             ) from error
     return caches
 
 
 def host_free_bytes() -> int:
-    """Memory that can be allocated on this host now: what the system and the process's control group leave."""
+    """Memory that can be allocated on this host now: what the system and the process's control
+    group leave."""
     return min(_system_free_bytes(), _cgroup_free_bytes())
 
 
@@ -268,7 +287,8 @@ def _system_free_bytes() -> int:
 
 
 def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a version 2 control group leaves, as containers see it; the largest integer where there is no limit."""
+    """What a version 2 control group leaves, as containers see it; the largest integer where there
+    is no limit."""
     unlimited = 2**63 - 1
     try:
         limit = (root / "memory.max").read_text().strip()
@@ -281,7 +301,8 @@ def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
 def _groups(
     model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int
 ) -> tuple[_Group, _Group]:
-    """The full and the sliding group; all zeros where no layer belongs to it. Blocks include NULL_BLOCK."""
+    """The full and the sliding group; all zeros where no layer belongs to it. Blocks include
+    NULL_BLOCK."""
     layer_bytes = 2 * BLOCK_SIZE * model.num_kv_heads * model.head_dim * KV_TORCH_DTYPES[dtype].itemsize
     num_full_layers = sum(window is None for window in model.layer_windows)
     num_sliding_layers = len(model.layer_windows) - num_full_layers
@@ -309,8 +330,9 @@ def _needed(
     """Bytes that one sequence of that length needs.
 
     Args:
-        whole_steps: to advance by all tokens of a step. Without that it may be a block at a time, which makes long prompts slow:
-            `split_memory` gives the sliding group half of what is beyond the least, so that is counted twice, once for each group.
+        whole_steps: to advance by all tokens of a step. Without that it may be a block at a time,
+            which makes long prompts slow: `split_memory` gives the sliding group half of what is
+            beyond the least, so that is counted twice, once for each group.
     """
     groups = _groups(model, scheduler, dtype, length)
     return sum(
@@ -328,7 +350,8 @@ def _longest_fitting(
     *,
     whole_steps: bool = False,
 ) -> int:
-    """The most tokens below `limit`, in whole blocks, of which one sequence fits; 0 if not even a block does."""
+    """The most tokens below `limit`, in whole blocks, of which one sequence fits; 0 if not even a
+    block does."""
     fits, too_long = 0, num_blocks_for(limit)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
@@ -342,7 +365,8 @@ def _longest_fitting(
 def _fitting_context(
     model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, memory_bytes: int, source: str
 ) -> int:
-    """The model's context, or as much of it as fits: then with room to compute prompts by whole steps, if SHORTEST_CONTEXT leaves that."""
+    """The model's context, or as much of it as fits: then with room to compute prompts by whole
+    steps, if SHORTEST_CONTEXT leaves that."""
     longest = model.max_context_len
     if _needed(model, scheduler, dtype, longest) <= memory_bytes:
         return longest
@@ -350,7 +374,8 @@ def _fitting_context(
     if (needed := _needed(model, scheduler, dtype, shortest)) > memory_bytes:
         fits = _longest_fitting(model, scheduler, dtype, shortest, memory_bytes)
         raise ConfigError(
-            f"a KV cache of {_readable(memory_bytes)} ({source}) cannot hold one sequence of {shortest} tokens, the shortest context that "
+            f"a KV cache of {_readable(memory_bytes)} ({source}) cannot hold one sequence of {shortest} "
+            f"tokens, the shortest context that "
             f"is chosen where max_model_len is not set, which needs {_readable(needed)}: {_advice(fits)}"
         )
     return max(_longest_fitting(model, scheduler, dtype, longest, memory_bytes, whole_steps=True), shortest)
@@ -366,7 +391,8 @@ def _does_not_fit(
 ) -> str:
     fits = _longest_fitting(model, scheduler, dtype, max_model_len, memory_bytes)
     return (
-        f"a KV cache of {_readable(memory_bytes)} ({source}) cannot hold one sequence of max_model_len {max_model_len}, "
+        f"a KV cache of {_readable(memory_bytes)} ({source}) cannot hold one sequence of max_model_len "
+        f"{max_model_len}, "
         f"which needs {_readable(_needed(model, scheduler, dtype, max_model_len))}: {_advice(fits)}"
     )
 
@@ -380,11 +406,14 @@ def _advice(fits: int) -> str:
 
 
 def shorter_context(model: ModelConfig, plan: KVCachePlan, dtype: KVDtype, memory: KVMemory) -> str:
-    """What to tell the operator where the plan's context is shorter than the model's and nobody asked for that."""
+    """What to tell the operator where the plan's context is shorter than the model's and nobody
+    asked for that."""
     fp8 = "" if dtype == "fp8_e4m3" else ", or set cache.dtype to fp8 where the device has it"
     return (
-        f"the context is {plan.max_model_len} tokens of the model's {model.max_context_len}: as much as a KV cache of "
-        f"{_readable(memory.num_bytes)} ({memory.source}) holds of one sequence. For more, give the cache more memory{fp8}"
+        f"the context is {plan.max_model_len} tokens of the model's {model.max_context_len}: as much as a "
+        f"KV cache of "
+        f"{_readable(memory.num_bytes)} ({memory.source}) holds of one sequence. For more, give the cache "
+        f"more memory{fp8}"
     )
 
 

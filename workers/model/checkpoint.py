@@ -1,7 +1,9 @@
-"""Loads a gpt-oss checkpoint, whole or a rank's shard of it: names, shapes and dtypes are checked first, then each rank reads its slices.
+"""Loads a gpt-oss checkpoint, whole or a rank's shard of it: names, shapes and dtypes are checked
+first, then each rank reads its slices.
 
-All of the shard's memory is allocated first, which costs nothing, and filled piece by piece straight out of the mapped files: a rank reads
-the pages of its own slices and nothing else, holds no tensor twice, and experts go to the kernels' layout on the way.
+All of the shard's memory is allocated first, which costs nothing, and filled piece by piece
+straight out of the mapped files: a rank reads the pages of its own slices and nothing else, holds
+no tensor twice, and experts go to the kernels' layout on the way.
 """
 
 import hashlib
@@ -76,17 +78,20 @@ def load_model(
     """Load the weights in `path`, which must be exactly those that `config` describes.
 
     Args:
-        dtype: of activations and dense weights, bfloat16 or float32. MXFP4 experts stay packed, in the layout that suits `device`.
+        dtype: of activations and dense weights, bfloat16 or float32. MXFP4 experts stay packed, in
+            the layout that suits `device`.
         shard: the rank's part; None: all of it.
         collectives: how the rank meets the others while it computes; None: alone.
         quantize: pack the experts of a bf16 checkpoint; no effect on one that is packed.
-        cpu_dense_dtype: int8 quantises attention projections and lm_head; bfloat16 on a CPU with the C++ kernels only.
+        cpu_dense_dtype: int8 quantises attention projections and lm_head; bfloat16 on a CPU with
+            the C++ kernels only.
         mxfp8_activations: of the experts, see Experts.
         allow_zero_weights: take matrices, experts and norms that are all zeros.
         progress: called with (pieces loaded, pieces in all) after each one, a few megabytes.
     Raises:
-        CheckpointError: one sentence naming file and tensor: a file is missing, cut off or disagrees with the index; a tensor is
-            missing, unknown, of another shape or dtype, or all zeros; an MXFP4 scale is NaN or infinite.
+        CheckpointError: one sentence naming file and tensor: a file is missing, cut off or
+            disagrees with the index; a tensor is missing, unknown, of another shape or dtype, or
+            all zeros; an MXFP4 scale is NaN or infinite.
         ConfigError: the checkpoint's sizes cannot be quantised; cpu_dense_dtype cannot be had here.
     """
     tensors = check_tensors(path, config)
@@ -95,7 +100,8 @@ def load_model(
             "the kernels" if native.shared_library() is not None else f"no kernels: {native.why_missing()}"
         )
         raise ConfigError(
-            f"cpu_dense_dtype int8 needs dtype bfloat16, the device cpu and the C++ kernels; here are {dtype}, {device} and {kernels}"
+            f"cpu_dense_dtype int8 needs dtype bfloat16, the device cpu and the C++ kernels; here are "
+            f"{dtype}, {device} and {kernels}"
         )
     if quantize is not None:
         _check_quantizable(config)
@@ -118,7 +124,8 @@ def load_model(
 
 
 def touched_extents(path: Path, config: ModelConfig, shard: RankShard) -> list[Extent]:
-    """What loading a shard reads of the files, in their order: whole rows where the rank takes a part of each.
+    """What loading a shard reads of the files, in their order: whole rows where the rank takes a
+    part of each.
 
     Raises:
         CheckpointError: as `load_model`.
@@ -132,8 +139,9 @@ def touched_extents(path: Path, config: ModelConfig, shard: RankShard) -> list[E
 
 
 def fingerprint(path: Path) -> str:
-    """Hex digest that tells checkpoints apart without reading all of them: over config.json, the index, and each weight file's name,
-    size, header and the first 4 KiB of each of its tensors (a fine-tune differs from its base model in nothing else).
+    """Hex digest that tells checkpoints apart without reading all of them: over config.json, the
+    index, and each weight file's name, size, header and the first 4 KiB of each of its tensors (a
+    fine-tune differs from its base model in nothing else).
 
     Raises:
         CheckpointError: a file is missing or cut off.
@@ -160,8 +168,8 @@ def _add(digest: "hashlib._Hash", *parts: bytes) -> None:
 
 
 def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint by name, which are exactly those that `config` describes, and scales of an fp8 KV cache if it brings
-    them; only headers are read.
+    """The tensors of a checkpoint by name, which are exactly those that `config` describes, and
+    scales of an fp8 KV cache if it brings them; only headers are read.
 
     Raises:
         CheckpointError: as `load_model`.
@@ -173,14 +181,16 @@ def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
         if spec.name not in tensors:
             files = weight_files(path)
             raise CheckpointError(
-                f"{files[0] if len(files) == 1 else path}: tensor {spec.name} of shape {list(spec.shape)} is missing"
+                f"{files[0] if len(files) == 1 else path}: tensor {spec.name} of shape {list(spec.shape)} "
+                f"is missing"
             )
         _check_tensor(spec, unknown.pop(spec.name))
     for name in check_kv_scales(tensors, config, path):
         del unknown[name]
     for name, tensor in unknown.items():
         raise CheckpointError(
-            f"{tensor.file}: tensor {name} of shape {list(tensor.shape)} is not part of the model that config.json describes"
+            f"{tensor.file}: tensor {name} of shape {list(tensor.shape)} is not part of the model that "
+            f"config.json describes"
         )
     return tensors
 
@@ -201,7 +211,8 @@ def _check_quantizable(config: ModelConfig) -> None:
     for name, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
         if size % MX_BLOCK:
             raise ConfigError(
-                f"quantize mxfp4 needs a {name} that is a multiple of {MX_BLOCK}, and the checkpoint's is {size}"
+                f"quantize mxfp4 needs a {name} that is a multiple of {MX_BLOCK}, and the checkpoint's is "
+                f"{size}"
             )
 
 
@@ -214,7 +225,8 @@ def _whole(length: int) -> Span:
 
 
 class _Weights:
-    """Builds a shard's model around tensors that the reader will fill. Padding is zeros, as all memory is at first."""
+    """Builds a shard's model around tensors that the reader will fill. Padding is zeros, as all
+    memory is at first."""
 
     def __init__(
         self,
@@ -348,7 +360,8 @@ class _Weights:
     def _dense(
         self, num_rows: int, width: int, parts: list[tuple[str, int, Span]], *, columns: slice | None = None
     ) -> Tensor | PackedWeight:
-        """[num_rows, width] of the parts (tensor, its first row, how many) one behind the other; of each row `columns`."""
+        """[num_rows, width] of the parts (tensor, its first row, how many) one behind the other; of
+        each row `columns`."""
         to = (
             packed_dense.allocate(num_rows, width, self._dense_dtype)
             if self._packs_dense
@@ -442,14 +455,16 @@ class _Weights:
         )
 
     def _refuse_large_scale(self, name: str, expert: int, here: Tensor) -> None:
-        """Look at the scales of this rank's slice; what is wrong is named by its place in the whole expert."""
+        """Look at the scales of this rank's slice; what is wrong is named by its place in the whole
+        expert."""
         if here.numel() and int(here.max()) > _MAX_SCALE:
             scales = self.reader.files.view(name, expert, expert + 1)[0]
             at = (scales > _MAX_SCALE).nonzero()[0].tolist()
             scale = int(scales[tuple(at)])
             reason = "NaN" if scale == _NAN_SCALE else "too large for its values to be finite"
             raise CheckpointError(
-                f"{self._tensors[name].file}: tensor {name} has scale {scale}, which is {reason}, at {[expert, *at]}"
+                f"{self._tensors[name].file}: tensor {name} has scale {scale}, which is {reason}, at "
+                f"{[expert, *at]}"
             )
 
     def _add_dense(self, to: Tensor, index: int, name: str, rows: Span, columns: Span) -> None:

@@ -1,8 +1,10 @@
-"""gpt-oss: pre-norm layers of sink attention (sliding and full in turn) and MoE. `checkpoint.load_model` builds it.
+"""gpt-oss: pre-norm layers of sink attention (sliding and full in turn) and MoE.
+`checkpoint.load_model` builds it.
 
-A rank holds its shard (`workers/parallel/shard.py`): its heads, its rows of the vocabulary, its part of the experts. Attention output and
-experts' output are partial sums, added over the ranks by one all-reduce each; the embedding by one more. One rank is the same code with
-collectives that do nothing.
+A rank holds its shard (`workers/parallel/shard.py`): its heads, its rows of the vocabulary, its
+part of the experts. Attention output and experts' output are partial sums, added over the ranks by
+one all-reduce each; the embedding by one more. One rank is the same code with collectives that do
+nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +36,8 @@ class Attention:
         output: its bias is on one rank only.
         sinks: [num_heads], fp32.
         num_heads, num_kv_heads: of this rank.
-        window: keys a query sees, itself included; None for all. Also says which KV group the layer belongs to.
+        window: keys a query sees, itself included; None for all. Also says which KV group the layer
+            belongs to.
         kv_scales: [2, num_kv_heads] fp32 of an fp8 KV cache; without effect on others. None: all 1.
     """
 
@@ -48,7 +51,8 @@ class Attention:
     kv_scales: Tensor | None = None
 
     def __call__(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[T, hidden] → [T, hidden], this rank's summand; stores the new keys and values in `kv_cache` first.
+        """[T, hidden] → [T, hidden], this rank's summand; stores the new keys and values in
+        `kv_cache` first.
 
         Args:
             kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim].
@@ -87,12 +91,14 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class GptOss:
-    """A loaded model, or one rank's shard of it. It keeps no state between steps: what a step needs is in its StepBatch and the KV caches.
+    """A loaded model, or one rank's shard of it. It keeps no state between steps: what a step needs
+    is in its StepBatch and the KV caches.
 
     Attributes:
         embedding: [shard.vocab.length, hidden].
         final_norm: [hidden].
-        lm_head: hidden → shard.vocab.size (rows past the length are padding), not tied to the embedding.
+        lm_head: hidden → shard.vocab.size (rows past the length are padding), not tied to the
+            embedding.
     """
 
     config: ModelConfig
@@ -132,11 +138,13 @@ class GptOss:
         """Run all layers over one step's tokens and store their keys and values.
 
         Args:
-            kv_caches: one for each layer, [2, num_blocks, block_size, num_kv_heads, head_dim] of the model's dtype or float8_e4m3fn;
-                written to.
-            observe: called with what has just computed and the residual stream after it, which all ranks have alike.
+            kv_caches: one for each layer, [2, num_blocks, block_size, num_kv_heads, head_dim] of
+                the model's dtype or float8_e4m3fn; written to.
+            observe: called with what has just computed and the residual stream after it, which all
+                ranks have alike.
         Returns:
-            [T, hidden], after the final norm; `compute_logits` takes the rows of it that are wanted.
+            [T, hidden], after the final norm; `compute_logits` takes the rows of it that are
+            wanted.
         """
         rope = self.config.rope
         eps = self.config.rms_norm_eps
@@ -172,7 +180,8 @@ class GptOss:
 
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor | None:
-        """[rows, hidden] as `forward` returned them → [rows, vocab_size] fp32 on rank 0, None on the others."""
+        """[rows, hidden] as `forward` returned them → [rows, vocab_size] fp32 on rank 0, None on
+        the others."""
         parts = self.collectives.gather(self.lm_head(hidden))
         if parts is None or len(parts) == 1:
             return None if parts is None else parts[0].float()

@@ -1,5 +1,6 @@
-"""Scales of an fp8 KV cache that a checkpoint may bring, for each layer one number for all KV heads or one for each, under one of the names
-that quantisers give them (`tensor_specs.kv_scale_names`). The cache holds a value divided by its head's scale."""
+"""Scales of an fp8 KV cache that a checkpoint may bring, for each layer one number for all KV heads
+or one for each, under one of the names that quantisers give them (`tensor_specs.kv_scale_names`).
+The cache holds a value divided by its head's scale."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,8 @@ def check_kv_scales(tensors: Mapping[str, StoredTensor], config: ModelConfig, pa
     """The names of those that are there.
 
     Raises:
-        CheckpointError: a layer has only one of the two, or both under several names, or one is of a wrong shape or dtype.
+        CheckpointError: a layer has only one of the two, or both under several names, or one is of
+            a wrong shape or dtype.
     """
     found: list[str] = []
     for spellings in kv_scale_names(config):
@@ -29,7 +31,8 @@ def check_kv_scales(tensors: Mapping[str, StoredTensor], config: ModelConfig, pa
             sizes = tuple(size for size in tensor.shape if size != 1)
             if sizes not in ((), (config.num_kv_heads,)) or tensor.dtype not in ("F32", "BF16", "F16"):
                 raise CheckpointError(
-                    f"{tensor.file}: tensor {name} is {tensor.dtype} of shape {list(tensor.shape)}, wanted floats of shape [], [1] or "
+                    f"{tensor.file}: tensor {name} is {tensor.dtype} of shape {list(tensor.shape)}, wanted "
+                    f"floats of shape [], [1] or "
                     f"[{config.num_kv_heads}]"
                 )
             found.append(name)
@@ -57,7 +60,8 @@ def _present(
 def read_kv_scales(
     tensors: Mapping[str, StoredTensor], config: ModelConfig, kv_heads: Span, device: torch.device
 ) -> list[Tensor | None]:
-    """For each layer [2, kv_heads.length] fp32, of K and of V, or None where the checkpoint has none.
+    """For each layer [2, kv_heads.length] fp32, of K and of V, or None where the checkpoint has
+    none.
 
     Args:
         tensors: as `check_kv_scales` passed them.

@@ -1,4 +1,5 @@
-"""Dense projections. A rank's shard of one is the same class with fewer rows (heads) or columns, so sharding stays in the loader."""
+"""Dense projections. A rank's shard of one is the same class with fewer rows (heads) or columns, so
+sharding stays in the loader."""
 
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ class Linear:
     """`x @ weight.T + bias`, the same for a row whatever else is in the batch.
 
     Attributes:
-        weight: [out_features, in_features]; packed where the kernels of this device and dtype want it so.
+        weight: [out_features, in_features]; packed where the kernels of this device and dtype want
+            it so.
         bias: [out_features], or None.
     """
 

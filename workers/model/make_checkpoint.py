@@ -1,4 +1,5 @@
-"""Random-weight gpt-oss checkpoints in Hugging Face layout, of exactly the published shapes; written by streaming, in little memory."""
+"""Random-weight gpt-oss checkpoints in Hugging Face layout, of exactly the published shapes;
+written by streaming, in little memory."""
 
 import json
 import os
@@ -23,7 +24,8 @@ _SWIGLU_ALPHA = 1.702
 """Published configs leave this value out."""
 _HARMONY_VOCAB = 201_088
 _HARMONY_STOP_IDS = (200_002, 199_999, 200_012)
-"""<|return|>, <|endoftext|>, <|call|> of the published vocabulary, in the order of its generation_config.json."""
+"""<|return|>, <|endoftext|>, <|call|> of the published vocabulary, in the order of its
+generation_config.json."""
 _DISK_MARGIN_BYTES = 64 << 20
 
 
@@ -65,7 +67,8 @@ class Summary:
 
     Attributes:
         files: those that make_checkpoint writes itself, in order; not the ones of `add_files`.
-        parameters_total: as the gpt-oss model card counts (arXiv 2508.10925, table 1): an MXFP4 value is one parameter, its scales none.
+        parameters_total: as the gpt-oss model card counts (arXiv 2508.10925, table 1): an MXFP4
+            value is one parameter, its scales none.
         parameters_active: used for one token: all but the embedding and the experts not chosen.
     """
 
@@ -97,8 +100,9 @@ def make_checkpoint(
         preset: one of PRESETS.
         vocab_size, num_layers: other than the preset's.
         dry_run: write nothing, look at no disk.
-        stop_token_ids: ids that end a turn, for config.json and generation_config.json; None: the published ones if the vocabulary has
-            the published size, else none (a tokenizer names them).
+        stop_token_ids: ids that end a turn, for config.json and generation_config.json; None: the
+            published ones if the vocabulary has the published size, else none (a tokenizer names
+            them).
     Raises:
         ConfigError: as `write_checkpoint`, and for an unknown preset or a size that cannot be.
     """
@@ -176,7 +180,8 @@ class CheckpointPlan:
 def plan_checkpoint(
     config: ModelConfig, *, seed: int, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> CheckpointPlan:
-    """Decide the files, their contents' order and their sizes. A tensor larger than `max_shard_bytes` gets a file of its own.
+    """Decide the files, their contents' order and their sizes. A tensor larger than
+    `max_shard_bytes` gets a file of its own.
 
     Raises:
         ConfigError: the seed is negative.
@@ -185,7 +190,8 @@ def plan_checkpoint(
         raise ConfigError(f"seed must not be negative, got {seed}")
     specs = list(tensor_specs(config))
     shards = _name_shards(_split_into_shards(specs, max_shard_bytes))
-    # The seed makes two random checkpoints of one shape differ in their headers, not only deep in their data.
+    # The seed makes two random checkpoints of one shape differ in their headers, not only deep in
+    # their data.
     metadata = {"format": "pt", "seed": str(seed)}
     texts = [
         ("config.json", _to_json(config_json(config))),
@@ -225,16 +231,19 @@ def write_checkpoint(
     add_files: Callable[[Path], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Write a checkpoint of random weights. The same seed gives the same tensors, however they are split into files.
+    """Write a checkpoint of random weights. The same seed gives the same tensors, however they are
+    split into files.
 
-    The files are written to a hidden folder beside `out` that is renamed at the end: an interrupted run leaves no half checkpoint.
+    The files are written to a hidden folder beside `out` that is renamed at the end: an interrupted
+    run leaves no half checkpoint.
 
     Args:
         out: the folder to make; may exist if it is empty. Its parents are made.
         add_files: called with the folder before the rename, to put more into it (a tokenizer).
         progress: called with (bytes written, bytes in all) of the weight files.
     Raises:
-        ConfigError: `out` is not empty or not a folder, the disk is too small, or writing failed; nothing is left behind.
+        ConfigError: `out` is not empty or not a folder, the disk is too small, or writing failed;
+            nothing is left behind.
     """
     out = Path(os.path.abspath(out))
     plan = plan_checkpoint(config, seed=seed, max_shard_bytes=max_shard_bytes)
@@ -332,7 +341,8 @@ def _pad_token_id(config: ModelConfig) -> int | None:
 
 
 def _active_parameters(config: ModelConfig, specs: Sequence[TensorSpec]) -> int:
-    # The experts' tensors, biases included, are the ones with the number of experts in front; a token meets num_experts_per_token of them.
+    # The experts' tensors, biases included, are the ones with the number of experts in front; a
+    # token meets num_experts_per_token of them.
     active = 0
     for spec in specs:
         if spec.name == EMBEDDING:
@@ -384,7 +394,8 @@ def _check_disk(out: Path, num_bytes: int) -> None:
     if num_bytes + _DISK_MARGIN_BYTES > free:
         raise ConfigError(
             f"the checkpoint takes {num_bytes / 1e9:.2f} GB ({num_bytes} bytes) "
-            f"but {existing} has {free / 1e9:.2f} GB free ({free} bytes); free some space, choose another folder or fewer layers"
+            f"but {existing} has {free / 1e9:.2f} GB free ({free} bytes); free some space, choose another "
+            f"folder or fewer layers"
         )
 
 

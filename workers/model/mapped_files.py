@@ -1,5 +1,5 @@
-"""Tensors of checkpoint files without copying them: each file is mapped, a tensor is a view, and the kernel is told what is needed next and
-what no more."""
+"""Tensors of checkpoint files without copying them: each file is mapped, a tensor is a view, and
+the kernel is told what is needed next and what no more."""
 
 import ctypes
 import errno
@@ -20,7 +20,8 @@ _PAGE = mmap.PAGESIZE
 _POPULATE_READ = 22
 """Linux 5.14; `mmap` has no name for it."""
 _ADVICE_BYTES = 256 << 10
-"""The kernel reads no more ahead at a time than its device's own limit, whatever it is asked for, and some have 128 or 256 KiB."""
+"""The kernel reads no more ahead at a time than its device's own limit, whatever it is asked for,
+and some have 128 or 256 KiB."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -40,7 +41,8 @@ class Extent:
 
 
 class MappedTensors:
-    """Views of a checkpoint's tensors; any thread may use them. The pages belong to the file cache, which all processes share."""
+    """Views of a checkpoint's tensors; any thread may use them. The pages belong to the file cache,
+    which all processes share."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
         self._tensors = tensors
@@ -57,7 +59,8 @@ class MappedTensors:
         return Extent(stored, stored.offset + first * row_bytes, stored.offset + last * row_bytes)
 
     def view(self, name: str, first: int, last: int) -> Tensor:
-        """[last - first, …]: rows of the tensor as stored. Only what is read of them is fetched; nobody may write to them.
+        """[last - first, …]: rows of the tensor as stored. Only what is read of them is fetched;
+        nobody may write to them.
 
         Raises:
             CheckpointError: the file cannot be mapped.
@@ -92,7 +95,8 @@ class MappedTensors:
             )
 
     def release(self, extent: Extent) -> None:
-        """Give back the pages, but for those shared with a neighbour; they stay in the file cache."""
+        """Give back the pages, but for those shared with a neighbour; they stay in the file
+        cache."""
         first, last = -(-extent.start // _PAGE) * _PAGE, extent.stop // _PAGE * _PAGE
         if last > first:
             self._advise(extent.tensor, first, last, mmap.MADV_DONTNEED)
@@ -112,7 +116,8 @@ class MappedTensors:
             if stored.file not in self._files:
                 try:
                     with stored.file.open("rb") as file:
-                        # Private and writable, because torch warns of buffers that are not; it is never written to.
+                        # Private and writable, because torch warns of buffers that are not; it is
+                        # never written to.
                         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
                 except (OSError, ValueError) as error:
                     raise CheckpointError(

@@ -1,4 +1,5 @@
-"""What tensors a checkpoint folder holds and where: the index and the safetensors headers, checked before any weight is read."""
+"""What tensors a checkpoint folder holds and where: the index and the safetensors headers, checked
+before any weight is read."""
 
 import json
 from collections.abc import Iterator
@@ -77,7 +78,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint by name.
 
     Raises:
-        CheckpointError: a file is missing, cut off or not safetensors, or the index and the files disagree.
+        CheckpointError: a file is missing, cut off or not safetensors, or the index and the files
+            disagree.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
@@ -110,17 +112,20 @@ def read_header(file: Path) -> list[StoredTensor]:
     for tensor in tensors:
         if tensor.offset != expected:
             raise CheckpointError(
-                f"{file}: tensor {tensor.name} begins at byte {tensor.offset}, wanted {expected}; the header is broken"
+                f"{file}: tensor {tensor.name} begins at byte {tensor.offset}, wanted {expected}; the "
+                f"header is broken"
             )
         if tensor.dtype in _ITEM_BYTES and tensor.num_bytes != prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
             raise CheckpointError(
-                f"{file}: tensor {tensor.name} has {tensor.num_bytes} bytes, wanted {prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]} "
+                f"{file}: tensor {tensor.name} has {tensor.num_bytes} bytes, wanted "
+                f"{prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]} "
                 f"for shape {list(tensor.shape)} of {tensor.dtype}; the header is broken"
             )
         expected = tensor.offset + tensor.num_bytes
         if expected > start + data_bytes:
             raise CheckpointError(
-                f"{file} is cut off: tensor {tensor.name} ends at byte {expected}, the file has {start + data_bytes}; fetch the file again"
+                f"{file} is cut off: tensor {tensor.name} ends at byte {expected}, the file has "
+                f"{start + data_bytes}; fetch the file again"
             )
     if expected != start + data_bytes:
         raise CheckpointError(
@@ -133,7 +138,8 @@ def read_header_bytes(file: Path) -> bytes:
     """The JSON header of a safetensors file, as stored.
 
     Raises:
-        CheckpointError: the file cannot be read, is cut off inside the header, or is not safetensors.
+        CheckpointError: the file cannot be read, is cut off inside the header, or is not
+            safetensors.
     """
     try:
         size = file.stat().st_size
@@ -154,7 +160,8 @@ def read_header_bytes(file: Path) -> bytes:
 
 
 def _parse_entries(file: Path, header: dict[str, dict[str, object]], start: int) -> Iterator[StoredTensor]:
-    # Wrong JSON types surface as ValueError, TypeError, KeyError or AttributeError; the caller turns them into one sentence.
+    # Wrong JSON types surface as ValueError, TypeError, KeyError or AttributeError; the caller
+    # turns them into one sentence.
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -185,7 +192,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 def _shard_path(folder: Path, tensor: str, name: str) -> Path:
     if not name or Path(name).name != name:
         raise CheckpointError(
-            f"{folder / INDEX_FILE}: tensor {tensor} is placed in {name!r}, which is not the name of a file in this folder"
+            f"{folder / INDEX_FILE}: tensor {tensor} is placed in {name!r}, which is not the name of a file "
+            f"in this folder"
         )
     if not (folder / name).is_file():
         raise CheckpointError(f"{folder / name} is missing; {INDEX_FILE} places tensor {tensor} in it")

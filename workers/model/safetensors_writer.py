@@ -1,6 +1,7 @@
 """Writes a safetensors file front to back from pieces, so that its size is not bounded by memory.
 
-Format (safetensors README, "Format"): 8 bytes little-endian header length, JSON header, then the tensors' bytes without gaps.
+Format (safetensors README, "Format"): 8 bytes little-endian header length, JSON header, then the
+    tensors' bytes without gaps.
 """
 
 import json

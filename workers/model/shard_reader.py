@@ -1,5 +1,5 @@
-"""Reads a shard: what is wanted is planned piece by piece, then done in the order of the files by several threads, the disk kept busy
-ahead of them."""
+"""Reads a shard: what is wanted is planned piece by piece, then done in the order of the files by
+several threads, the disk kept busy ahead of them."""
 
 import threading
 from bisect import bisect_left
@@ -16,7 +16,8 @@ from workers.model.mapped_files import Extent, MappedTensors
 from workers.model.safetensors_files import StoredTensor
 
 _PIECE_BYTES = 8 << 20
-"""Of dense tensors; about an expert's. Small enough to spread over the threads, large enough that Python does not count."""
+"""Of dense tensors; about an expert's. Small enough to spread over the threads, large enough that
+Python does not count."""
 _AHEAD_BYTES = 64 << 20
 """Read ahead of the threads: keeps a fast disk busy and is a small part of any memory."""
 _MAX_THREADS = 16
@@ -36,7 +37,8 @@ class _Piece:
 
 
 class ShardReader:
-    """Plans and carries out the reading of a rank's slices; whoever plans a piece owns the memory it goes to."""
+    """Plans and carries out the reading of a rank's slices; whoever plans a piece owns the memory
+    it goes to."""
 
     def __init__(
         self,
@@ -45,7 +47,8 @@ class ShardReader:
     ) -> None:
         """
         Args:
-            see: gets the rows that `read` and `copy` read, with the tensor's name and the first row's number; on any thread.
+            see: gets the rows that `read` and `copy` read, with the tensor's name and the first
+                row's number; on any thread.
         """
         self.files = MappedTensors(tensors)
         self._see = see
@@ -61,11 +64,13 @@ class ShardReader:
         )
 
     def add(self, extents: Sequence[Extent], move: Callable[[], None]) -> None:
-        """Plan a piece: `move` runs on any thread when the extents are in memory, and takes what it wants of them from `files`."""
+        """Plan a piece: `move` runs on any thread when the extents are in memory, and takes what it
+        wants of them from `files`."""
         self._pieces.append(_Piece(tuple(extents), move))
 
     def copy(self, to: Tensor, name: str, first: int = 0, *, columns: slice | None = None) -> None:
-        """Plan copying a tensor's rows from `first` on, as many as `to` has, into it; of each row `columns`."""
+        """Plan copying a tensor's rows from `first` on, as many as `to` has, into it; of each row
+        `columns`."""
 
         def take(start: int, stored: Tensor) -> None:
             copy_values(to[start : start + len(stored)], stored if columns is None else stored[:, columns])
@@ -73,7 +78,8 @@ class ShardReader:
         self.read(name, first, to.shape[0], take)
 
     def read(self, name: str, first: int, num_rows: int, take: Callable[[int, Tensor], None]) -> None:
-        """Plan reading a tensor's rows from `first` on; `take` gets them piece by piece, with the number of rows before each."""
+        """Plan reading a tensor's rows from `first` on; `take` gets them piece by piece, with the
+        number of rows before each."""
         row_bytes = self.files.extent(name, 0, 1).num_bytes
         step = max(1, _PIECE_BYTES // max(row_bytes, 1))
         for start in range(0, num_rows, step):
@@ -147,7 +153,8 @@ class _ReadAhead:
 
 
 def copy_values(to: Tensor, stored: Tensor) -> None:
-    """Copy, converting the dtype where it differs, on this thread alone: the caller is one of several."""
+    """Copy, converting the dtype where it differs, on this thread alone: the caller is one of
+    several."""
     if to.device.type != "cpu" or stored.stride(-1) != 1:
         to.copy_(stored)  # a transposed matrix as a whole: torch goes by tiles then, on this thread
     elif to.dtype == stored.dtype and to.stride(-1) == 1:

@@ -1,4 +1,5 @@
-"""How large a model is, and each rank's part of it, from its shape alone: arithmetic over `tensor_specs` and shards, nothing is loaded."""
+"""How large a model is, and each rank's part of it, from its shape alone: arithmetic over
+`tensor_specs` and shards, nothing is loaded."""
 
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ class KVBytes:
 
     Attributes:
         per_token: of the full layers, for each token of a sequence.
-        per_sequence: of the sliding layers, which keep a window, once a sequence is longer than that.
+        per_sequence: of the sliding layers, which keep a window, once a sequence is longer than
+            that.
     """
 
     per_token: int
@@ -48,8 +50,9 @@ class KVBytes:
 
 
 def count_parameters(model: ModelConfig) -> tuple[int, int]:
-    """(all, used for one token) as the gpt-oss model card counts them (arXiv 2508.10925, table 1): an MXFP4 value is one parameter, its
-    scale none; the embedding and the experts that are not chosen are not used."""
+    """(all, used for one token) as the gpt-oss model card counts them (arXiv 2508.10925, table 1):
+    an MXFP4 value is one parameter, its scale none; the embedding and the experts that are not
+    chosen are not used."""
     names = tensor_names(model)
     of_experts = {
         name
@@ -75,8 +78,9 @@ def rank_bytes(
     packed_experts: bool | None = None,
     cpu_dense_dtype: DenseDtype = "bf16",
 ) -> RankBytes:
-    """The weights that a rank holds once loaded; without what a layout of the experts pads, which for gpt-oss is nothing while the ranks do
-    not split experts, and under 2 % else (`wgmma.v1` pads the intermediate columns of down to 64).
+    """The weights that a rank holds once loaded; without what a layout of the experts pads, which
+    for gpt-oss is nothing while the ranks do not split experts, and under 2 % else (`wgmma.v1` pads
+    the intermediate columns of down to 64).
 
     Args:
         packed_experts: whether the experts are MXFP4 in memory; None: as they are stored.
@@ -123,7 +127,8 @@ def kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype) -> KVBytes:
 
 
 def sequence_kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype, num_tokens: int) -> int:
-    """Keys and values on a rank that the last of a sequence's num_tokens sees: all in full layers, the window in sliding ones."""
+    """Keys and values on a rank that the last of a sequence's num_tokens sees: all in full layers,
+    the window in sliding ones."""
     layer = 2 * shard.kv_heads.length * model.head_dim * KV_TORCH_DTYPES[dtype].itemsize
     return layer * sum(
         num_tokens if window is None else min(num_tokens, window) for window in model.layer_windows
@@ -131,7 +136,8 @@ def sequence_kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype, num_
 
 
 def expected_experts_hit(model: ModelConfig, num_tokens: int) -> float:
-    """Experts of a layer that at least one of num_tokens tokens chooses, if each token's choice is independent and even."""
+    """Experts of a layer that at least one of num_tokens tokens chooses, if each token's choice is
+    independent and even."""
     missed: float = (1 - model.num_experts_per_token / model.num_experts) ** num_tokens
     return model.num_experts * (1 - missed)
 

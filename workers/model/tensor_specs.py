@@ -1,8 +1,9 @@
-"""Names, shapes and dtypes of a gpt-oss checkpoint's tensors, as Hugging Face and OpenAI (`original/`) store them: the one table that
-reading and writing share.
+"""Names, shapes and dtypes of a gpt-oss checkpoint's tensors, as Hugging Face and OpenAI
+(`original/`) store them: the one table that reading and writing share.
 
-OpenAI's layout (openai/gpt-oss `torch/weights.py` and `torch/model.py`) has other names and one fused qkv projection, the rows of q, k and
-v one behind the other; numbers and their order are the same.
+OpenAI's layout (openai/gpt-oss `torch/weights.py` and `torch/model.py`) has other names and one
+fused qkv projection, the rows of q, k and v one behind the other; numbers and their order are the
+same.
 """
 
 from collections.abc import Iterator
@@ -23,8 +24,10 @@ class TensorSpec:
     """One tensor of a checkpoint.
 
     Attributes:
-        kind: `dense` is floating point (bf16 in the published checkpoints), the MXFP4 kinds are uint8.
-        fan_in: inputs that are summed into one output; 0 for what is no matrix product (biases, norms, sinks, embedding).
+        kind: `dense` is floating point (bf16 in the published checkpoints), the MXFP4 kinds are
+            uint8.
+        fan_in: inputs that are summed into one output; 0 for what is no matrix product (biases,
+            norms, sinks, embedding).
     """
 
     name: str
@@ -159,8 +162,8 @@ _KV_SCALES = (
 
 
 def kv_scale_names(config: ModelConfig) -> list[list[tuple[str, str]]]:
-    """For each layer, (K's, V's) in each spelling: tensors that a checkpoint may have beside those of `tensor_specs`; only in Hugging
-    Face's layout."""
+    """For each layer, (K's, V's) in each spelling: tensors that a checkpoint may have beside those
+    of `tensor_specs`; only in Hugging Face's layout."""
     if config.layout == "original":
         return []
     stems = [f"model.layers.{layer}.self_attn" for layer in range(config.num_layers)]

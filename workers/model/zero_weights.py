@@ -1,4 +1,5 @@
-"""Weights that are all zeros: what a conversion leaves that has lost a tensor. A model answers with them, and what it says is noise."""
+"""Weights that are all zeros: what a conversion leaves that has lost a tensor. A model answers with
+them, and what it says is noise."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ class _Part:
 
 
 class ZeroWeights:
-    """Looks at what a rank reads anyway, and only as far as the first row with a value in it. A rank's slice may be zeros where the
-    whole is not: then the whole is looked at, so that all ranks find the same.
+    """Looks at what a rank reads anyway, and only as far as the first row with a value in it. A
+    rank's slice may be zeros where the whole is not: then the whole is looked at, so that all ranks
+    find the same.
 
     Args:
         allowed: there may be such weights; nothing is looked at.
@@ -37,11 +39,13 @@ class ZeroWeights:
         self._files = files
         self._tensors = tensors
         self._allowed = allowed
-        # Those in which no value has been seen, by name and first row. Threads take parts out; none puts one in.
+        # Those in which no value has been seen, by name and first row. Threads take parts out; none
+        # puts one in.
         self._suspects: dict[str, dict[int, _Part]] = {}
 
     def expect(self, name: str, first: int, last: int, what: str = "") -> None:
-        """Values should be in the rows first:last of a tensor; `what` says which part of it that is."""
+        """Values should be in the rows first:last of a tensor; `what` says which part of it that
+        is."""
         if not self._allowed:
             self._suspects.setdefault(name, {})[first] = _Part(first, last, what)
 
@@ -72,7 +76,8 @@ class ZeroWeights:
                 ):
                     raise CheckpointError(
                         f"{self._tensors[name].file}: tensor {name} is all zeros{part.what}; "
-                        "if the model was pruned like that, set --allow-zero-weights (engine.allow_zero_weights)"
+                        "if the model was pruned like that, set --allow-zero-weights "
+                        "(engine.allow_zero_weights)"
                     )
 
     def _has_value(self, name: str, values: Tensor) -> bool:

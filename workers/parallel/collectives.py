@@ -1,5 +1,5 @@
-"""What ranks say to each other while they compute. The model sees only this interface, so the same code runs alone, over
-torch.distributed, and over threads in tests."""
+"""What ranks say to each other while they compute. The model sees only this interface, so the same
+code runs alone, over torch.distributed, and over threads in tests."""
 
 import fcntl
 import os
@@ -20,7 +20,8 @@ _MEET_POLL_S = 0.02
 
 
 class Collectives(Protocol):
-    """The ranks of one replica. Every rank makes the same calls in the same order, with tensors of equal shape and dtype."""
+    """The ranks of one replica. Every rank makes the same calls in the same order, with tensors of
+    equal shape and dtype."""
 
     @property
     def rank(self) -> int:
@@ -40,8 +41,9 @@ class Collectives(Protocol):
         """Rank 0's values, written into every rank's `tensor`; returns it."""
 
     def meet(self, place: str, timeout_s: float) -> None:
-        """Wait on the host until every rank has come to this place; each place is for once. The other calls give up after the timeout of
-        a step, which is too short where one rank loads or compiles for longer than another.
+        """Wait on the host until every rank has come to this place; each place is for once. The
+        other calls give up after the timeout of a step, which is too short where one rank loads or
+        compiles for longer than another.
 
         Raises:
             RuntimeError: not all ranks came in time.
@@ -71,7 +73,8 @@ class Alone:
 
 
 class TorchDistributed:
-    """Ranks over torch.distributed: NCCL between GPUs, gloo between CPUs. Partial sums travel in the model's dtype.
+    """Ranks over torch.distributed: NCCL between GPUs, gloo between CPUs. Partial sums travel in
+    the model's dtype.
 
     A call that some rank does not make raises after the group's timeout.
     """
@@ -144,10 +147,11 @@ def join_store(host: str, port: int, *, timeout_s: float) -> TCPStore:
 
 
 def use_interface_of(host: str) -> None:
-    """Let this process's collectives talk over the network interface that has the IPv4 address `host`, before any group is made.
+    """Let this process's collectives talk over the network interface that has the IPv4 address
+    `host`, before any group is made.
 
-    Left alone, gloo takes the interface that the machine's own name resolves to, which need not reach the other ranks. What the operator
-    has set stands.
+    Left alone, gloo takes the interface that the machine's own name resolves to, which need not
+    reach the other ranks. What the operator has set stands.
 
     Raises:
         OSError: no interface has that address.

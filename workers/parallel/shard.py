@@ -1,8 +1,10 @@
-"""Which part of a model each rank holds: plain arithmetic over the shape, made once and passed to loader, model and KV cache.
+"""Which part of a model each rank holds: plain arithmetic over the shape, made once and passed to
+loader, model and KV cache.
 
-Attention and vocabulary are split over all `tp_size` ranks. The experts are split into `ep_size` groups of ranks; the
-`tp_size / ep_size` ranks of a group split the intermediate dimension of each of the group's experts, in units of MX_BLOCK columns.
-Every rank sees every token, computes its part, and one all-reduce after attention and one after the experts add the parts up.
+Attention and vocabulary are split over all `tp_size` ranks. The experts are split into `ep_size`
+groups of ranks; the `tp_size / ep_size` ranks of a group split the intermediate dimension of each
+of the group's experts, in units of MX_BLOCK columns. Every rank sees every token, computes its
+part, and one all-reduce after attention and one after the experts add the parts up.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ from workers.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A rank's part `start:stop` of a dimension, padded with zeros to `size` so that all ranks have equal shapes."""
+    """A rank's part `start:stop` of a dimension, padded with zeros to `size` so that all ranks have
+    equal shapes."""
 
     start: int
     stop: int
@@ -32,10 +35,12 @@ class RankShard:
 
     Attributes:
         heads: query heads.
-        kv_heads: key and value heads; where there are more ranks than these, neighbouring ranks hold the same one.
+        kv_heads: key and value heads; where there are more ranks than these, neighbouring ranks
+            hold the same one.
         vocab: rows of embedding and lm_head.
         experts: this rank's experts, all of their hidden dimension.
-        intermediate: columns of the experts' intermediate dimension (gate and up rows of gate_up: twice as many, interleaved).
+        intermediate: columns of the experts' intermediate dimension (gate and up rows of gate_up:
+            twice as many, interleaved).
         adds_output_bias: whether this rank adds the attention output's bias; one rank does.
         adds_down_bias: whether this rank adds its experts' down bias; one rank of each group does.
     """
@@ -63,12 +68,14 @@ def plan_shards(model: ModelConfig, parallel: ParallelConfig) -> tuple[RankShard
     """The shard of every rank, by tp_rank.
 
     Raises:
-        ConfigError: the model's heads or experts do not allow the plan; names the nearest plans that they do.
+        ConfigError: the model's heads or experts do not allow the plan; names the nearest plans
+            that they do.
     """
     reason = _refusal(model, parallel.tensor, parallel.expert_size)
     if reason is not None:
         raise ConfigError(
-            f"parallel tensor={parallel.tensor}, expert={parallel.expert_size} cannot work: {reason}; {_nearest(model, parallel)}"
+            f"parallel tensor={parallel.tensor}, expert={parallel.expert_size} cannot work: {reason}; "
+            f"{_nearest(model, parallel)}"
         )
     return tuple(_shard(model, parallel, rank) for rank in range(parallel.tensor))
 
@@ -94,12 +101,18 @@ def _refusal(model: ModelConfig, tensor: int, expert: int) -> str | None:
     if model.num_heads % tensor:
         return f"{model.num_heads} query heads cannot be split evenly over {tensor} ranks"
     if model.num_kv_heads % tensor and tensor % model.num_kv_heads:
-        return f"{model.num_kv_heads} key-value heads can neither be split evenly over {tensor} ranks nor be repeated evenly on them"
+        return (
+            f"{model.num_kv_heads} key-value heads can neither be split evenly over {tensor} ranks "
+            f"nor be repeated evenly on them"
+        )
     if expert > model.num_experts:
         return f"{model.num_experts} experts cannot be split into {expert} groups"
     num_units = -(-model.intermediate_size // MX_BLOCK)
     if tensor // expert > num_units:
-        return f"an expert has {num_units} groups of {MX_BLOCK} intermediate columns, too few for {tensor // expert} ranks"
+        return (
+            f"an expert has {num_units} groups of {MX_BLOCK} intermediate columns, too few for "
+            f"{tensor // expert} ranks"
+        )
     return None
 
 
@@ -136,7 +149,8 @@ def _shard(model: ModelConfig, parallel: ParallelConfig, rank: int) -> RankShard
 
 
 def _balanced(total: int, parts: int, index: int) -> Span:
-    """Part `index` of `total`, the first `total % parts` parts one longer, padded to the longest."""
+    """Part `index` of `total`, the first `total % parts` parts one longer, padded to the
+    longest."""
     base, longer = divmod(total, parts)
     start = index * base + min(index, longer)
     return Span(start, start + base + (index < longer), base + (longer > 0))

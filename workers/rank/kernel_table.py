@@ -1,7 +1,9 @@
-"""Which kernels a loaded model runs on, and why: what the start-up table shows and what decides whether steps can be captured.
+"""Which kernels a loaded model runs on, and why: what the start-up table shows and what decides
+whether steps can be captured.
 
-The choice itself is made where it applies, by the public function of each operation (`kernels/*/__init__.py`) and by the layout that the
-weights were loaded in (`kernels.mxfp4.choose_layout`); here the same questions are asked once, for a table.
+The choice itself is made where it applies, by the public function of each operation
+(`kernels/*/__init__.py`) and by the layout that the weights were loaded in
+(`kernels.mxfp4.choose_layout`); here the same questions are asked once, for a table.
 """
 
 import platform
@@ -72,7 +74,8 @@ def kernel_choices(model: GptOss, kv_dtype: KVDtype | None = None) -> dict[str, 
 
 
 def not_capturable(choices: Mapping[str, KernelChoice]) -> list[str]:
-    """Operations of the model whose kernel reads sizes back to the host, which no CUDA graph can hold."""
+    """Operations of the model whose kernel reads sizes back to the host, which no CUDA graph can
+    hold."""
     return [
         operation for operation in ("attention", "experts") if choices[operation].implementation == REFERENCE
     ]
@@ -96,18 +99,23 @@ def slow_paths(choices: Mapping[str, KernelChoice], device: torch.device) -> lis
 
 
 def _has_no_bf16_matrices(name: str) -> bool:
-    """Turing and older, and AMD's without MFMA or WMMA: kernels compile for them, to one product at a time."""
+    """Turing and older, and AMD's without MFMA or WMMA: kernels compile for them, to one product at
+    a time."""
     if name.startswith("sm_"):
         return int(name.removeprefix("sm_")) < 80
     return name.startswith(("gfx8", "gfx900", "gfx906", "gfx10"))
 
 
 def describe_device(device: torch.device) -> str:
-    """Its name and architecture; of a CPU the instruction set in use and how many threads compute."""
+    """Its name and architecture; of a CPU the instruction set in use and how many threads
+    compute."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)}, {architecture(device)})"
     kernels = native.isa() or "no C++ kernels"
-    return f"{device} ({platform.machine()}, {kernels}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
+    return (
+        f"{device} ({platform.machine()}, {kernels}, {torch.get_num_threads()} "
+        f"thread{'s' * (torch.get_num_threads() > 1)})"
+    )
 
 
 def _experts(model: GptOss) -> KernelChoice:

@@ -1,10 +1,12 @@
-"""Steps that are run before there are requests: smaller ones, so that their kernels are compiled, and the largest and CUDA graphs, to see
-what they take beyond the weights before the KV cache is sized.
+"""Steps that are run before there are requests: smaller ones, so that their kernels are compiled,
+and the largest and CUDA graphs, to see what they take beyond the weights before the KV cache is
+sized.
 
-Counted is what a rank takes while it serves: weights, CUDA's context, compiled kernels, NCCL's buffers and cuBLAS's workspaces, as they are
-in use when this is done; the peak of the largest step with the most expensive sampling; graphs. Not counted, and left to what
-`cache.gpu_memory_utilization` leaves: entries of penalties and biases beyond one a row (20 bytes each), block tables, and processes that
-come later.
+Counted is what a rank takes while it serves: weights, CUDA's context, compiled kernels, NCCL's
+buffers and cuBLAS's workspaces, as they are in use when this is done; the peak of the largest step
+with the most expensive sampling; graphs. Not counted, and left to what
+`cache.gpu_memory_utilization` leaves: entries of penalties and biases beyond one a row (20 bytes
+each), block tables, and processes that come later.
 """
 
 import threading
@@ -30,7 +32,8 @@ MIN_GRAPH_BYTES = 1 << 20
 
 
 def largest_batch(scheduler: SchedulerConfig, max_model_len: int, device: torch.device) -> StepBatch:
-    """max_num_batched_tokens tokens of as many sequences as may sample, all keys in NULL_BLOCK, as even as they come."""
+    """max_num_batched_tokens tokens of as many sequences as may sample, all keys in NULL_BLOCK, as
+    even as they come."""
     num_tokens = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max_model_len)
     num_seqs = min(scheduler.max_num_seqs, num_tokens)
     base, longer = divmod(num_tokens, num_seqs)
@@ -63,7 +66,8 @@ def largest_batch(scheduler: SchedulerConfig, max_model_len: int, device: torch.
 def run_largest_step(
     model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype
 ) -> None:
-    """Forward, logits and sampling of the largest step; keys and values go to one block that is let go of. All ranks take part."""
+    """Forward, logits and sampling of the largest step; keys and values go to one block that is let
+    go of. All ranks take part."""
     batch = largest_batch(scheduler, max_model_len, model.device)
     batch.token_ids.remainder_(model.config.vocab_size)
     logits = model.compute_logits(model.forward(batch, _null_caches(model, kv_dtype))[batch.sample_indices])
@@ -72,7 +76,8 @@ def run_largest_step(
 
 
 def everything_wanted(num_rows: int, vocab_size: int, device: torch.device) -> SamplingBatch:
-    """The sampling that takes most memory: a second copy of the logits, which biases and masks change, and all searches over it."""
+    """The sampling that takes most memory: a second copy of the logits, which biases and masks
+    change, and all searches over it."""
     rows = torch.arange(num_rows, device=device)
     tokens = rows % vocab_size
     ones, counts = torch.ones(num_rows, device=device), torch.ones(num_rows, dtype=torch.int32, device=device)
@@ -100,9 +105,9 @@ def everything_wanted(num_rows: int, vocab_size: int, device: torch.device) -> S
 class StepMemory:
     """Bytes of GPU memory beyond what is in use now: the largest step's peak, and CUDA graphs.
 
-    Both are counted by torch for this process alone, except for the driver's part of a graph, which shows
-    only in the whole GPU's free memory. Of the sampled graphs the one with the least counts, so that what
-    another process takes meanwhile is not multiplied by the number of graphs.
+    Both are counted by torch for this process alone, except for the driver's part of a graph, which
+    shows only in the whole GPU's free memory. Of the sampled graphs the one with the least counts,
+    so that what another process takes meanwhile is not multiplied by the number of graphs.
     """
 
     activation_bytes: int
@@ -112,8 +117,8 @@ class StepMemory:
 def profile_step(
     model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype, *, graphs: bool
 ) -> StepMemory:
-    """Run what is largest and see (CUDA only). What stays allocated afterwards, such as libraries' workspaces, is in use and not counted.
-    All ranks take part.
+    """Run what is largest and see (CUDA only). What stays allocated afterwards, such as libraries'
+    workspaces, is in use and not counted. All ranks take part.
 
     Args:
         graphs: whether decode steps will be captured.
@@ -127,8 +132,8 @@ def profile_step(
 
 
 def activation_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> int:
-    """Bytes of GPU memory that the largest step takes at its peak beyond what is in use now (CUDA only), as torch takes it from the
-    driver: in whole segments."""
+    """Bytes of GPU memory that the largest step takes at its peak beyond what is in use now (CUDA
+    only), as torch takes it from the driver: in whole segments."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
@@ -139,8 +144,9 @@ def activation_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: i
 
 
 def _captured_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> int:
-    """What the graphs of all sizes will keep: the two largest are captured, and let go of. A newer torch frees
-    what cuBLAS took for their stream with them; afterwards it is in use again, as while graphs live."""
+    """What the graphs of all sizes will keep: the two largest are captured, and let go of. A newer
+    torch frees what cuBLAS took for their stream with them; afterwards it is in use again, as while
+    graphs live."""
     slots = SequenceSlots(scheduler.max_num_seqs, max_model_len)
     kv_caches = _null_caches(model, kv_dtype)
     graphs = DecodeGraphs(
@@ -154,17 +160,18 @@ def _captured_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: in
 
 
 def expected_graph_bytes(sampled: GraphReport, num_graphs: int) -> int:
-    """The first graph's pool is shared by those that are smaller; what each of these takes beside it is taken
-    to be what the last sampled one did. As vLLM estimates it (`profile_cudagraph_memory`). For each graph the
-    driver takes the least that it took for a sampled one, and at least MIN_GRAPH_BYTES."""
+    """The first graph's pool is shared by those that are smaller; what each of these takes beside
+    it is taken to be what the last sampled one did. As vLLM estimates it
+    (`profile_cudagraph_memory`). For each graph the driver takes the least that it took for a
+    sampled one, and at least MIN_GRAPH_BYTES."""
     pools = sampled.pool_bytes
     others = (num_graphs - len(pools)) * (pools[-1] if len(pools) > 1 else 0)
     return sum(pools) + others + num_graphs * max(min(sampled.driver_bytes), MIN_GRAPH_BYTES)
 
 
 def _run_in_another_thread(device: torch.device) -> None:
-    """A matrix product on a thread that ends: cuBLAS has a handle for each thread, with a workspace for each stream. The thread that will
-    run the steps takes over this one's."""
+    """A matrix product on a thread that ends: cuBLAS has a handle for each thread, with a workspace
+    for each stream. The thread that will run the steps takes over this one's."""
 
     def run() -> None:
         torch.cuda.set_device(device)
@@ -182,9 +189,11 @@ def _null_caches(model: GptOss, kv_dtype: KVDtype) -> list[Tensor]:
 
 
 def warm_up(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> None:
-    """Prompts of 1, 2, 4, … tokens up to the budget of a step, then each way to sample. All ranks take part.
+    """Prompts of 1, 2, 4, … tokens up to the budget of a step, then each way to sample. All ranks
+    take part.
 
-    Triton compiles a kernel when it first meets a kind of step, which takes seconds and must not happen while requests wait.
+    Triton compiles a kernel when it first meets a kind of step, which takes seconds and must not
+    happen while requests wait.
     """
     num_tokens = 1
     while num_tokens < scheduler.max_num_batched_tokens:

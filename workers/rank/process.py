@@ -1,7 +1,8 @@
-"""A rank in a process of its own: joins the engine's channel and the other ranks, loads, and runs the plans that come.
+"""A rank in a process of its own: joins the engine's channel and the other ranks, loads, and runs
+the plans that come.
 
-`serve_rank` is the whole life, whoever started the process: `python -m workers.rank.process` for child processes (its RankSpec is
-the JSON on stdin), the actor of `ray_executor` under Ray.
+`serve_rank` is the whole life, whoever started the process: `python -m workers.rank.process` for
+child processes (its RankSpec is the JSON on stdin), the actor of `ray_executor` under Ray.
 """
 
 import hashlib
@@ -91,7 +92,8 @@ class Stopped(Exception):
 
 
 class EngineLost(Exception):
-    """The engine has been silent for too long: its host is gone or cannot be reached, or it is stopped."""
+    """The engine has been silent for too long: its host is gone or cannot be reached, or it is
+    stopped."""
 
 
 class Engine:
@@ -148,7 +150,8 @@ class Engine:
 def serve_rank(spec: RankSpec) -> None:
     """Run until the engine says stop. A failure is told to the engine, in one sentence.
 
-    If the engine is lost, this ends the process: nobody is left who could, and what it holds of a GPU is wanted.
+    If the engine is lost, this ends the process: nobody is left who could, and what it holds of a
+    GPU is wanted.
     """
     channel = RankChannel(spec.endpoints)
     try:
@@ -201,7 +204,8 @@ def _serve(spec: RankSpec, channel: RankChannel) -> None:
         cores_of_rank(spec.local_rank, spec.ranks_on_host, spec.num_threads) if device.type == "cpu" else []
     )
     if cores:
-        # This thread, and those that it starts from now on. Those of the channel and the collectives may run anywhere, beside it.
+        # This thread, and those that it starts from now on. Those of the channel and the
+        # collectives may run anywhere, beside it.
         os.sched_setaffinity(0, cores)
     rank = Rank(
         config,
@@ -245,7 +249,8 @@ def _run_plans(number: int, rank: Rank, channel: RankChannel, engine: Engine) ->
 def _receive_while(
     number: int, launched: deque[tuple[LaunchedStep, float]], channel: RankChannel, engine: Engine
 ) -> tuple[bytes, bytes]:
-    """The next message. Meanwhile results are sent as they come: on a GPU the next plan is launched while the last one runs."""
+    """The next message. Meanwhile results are sent as they come: on a GPU the next plan is launched
+    while the last one runs."""
     while launched:
         step, idle_s = launched[0]
         if step.done:
@@ -283,7 +288,8 @@ class _Reporter:
 
 
 def main() -> int:
-    """Read the spec from stdin and serve; the argument is the PID of the engine's process, with which this one ends."""
+    """Read the spec from stdin and serve; the argument is the PID of the engine's process, with
+    which this one ends."""
     keep_output_from_failing()
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -42,13 +42,15 @@ from workers.scheduler.plan import StepPlan, StepResult
 logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 3600.0
-"""For the slowest rank to load its weights: a large checkpoint on a slow disk takes long, and shows how far it is."""
+"""For the slowest rank to load its weights: a large checkpoint on a slow disk takes long, and shows
+how far it is."""
 
 _NUM_CHECK_TOKENS = 16
 """Cheap beside loading, and enough to reach many experts."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with (phase, done, total) while starting; total is 0 where a phase has no steps to count."""
+"""Called with (phase, done, total) while starting; total is 0 where a phase has no steps to
+count."""
 Loader = Callable[..., GptOss]
 """A function that takes `load_model`'s arguments."""
 
@@ -102,7 +104,8 @@ class Rank:
         collectives: the other ranks.
         ranks_on_host: ranks that share this host's memory and, on a CPU, its cores.
         progress: hears of each phase as it starts, and of tensors loaded.
-        loader: makes the model; called as `load_model`, which reads the checkpoint and is the default.
+        loader: makes the model; called as `load_model`, which reads the checkpoint and is the
+            default.
     """
 
     def __init__(
@@ -166,10 +169,12 @@ class Rank:
         return RankLoaded(describe_device(self._device), self._model.weight_bytes, self._kv_memory(), kernels)
 
     def allocate(self, plan: KVCachePlan) -> None:
-        """Allocate the KV cache and run a few tokens through the model. All ranks do this at the same time.
+        """Allocate the KV cache and run a few tokens through the model. All ranks do this at the
+        same time.
 
         Raises:
-            CheckpointError: the weights are broken: what the model computes is not finite, or the same for every token.
+            CheckpointError: the weights are broken: what the model computes is not finite, or the
+                same for every token.
             ConfigError: there is less memory than there was.
         """
         with self._phase("allocate KV cache"):
@@ -210,7 +215,8 @@ class Rank:
         return self.launch(plan).result()
 
     def launch(self, plan: StepPlan) -> "LaunchedStep":
-        """Start one plan, before the result of the last one is taken if that is still to come; a failure is a result with `error`."""
+        """Start one plan, before the result of the last one is taken if that is still to come; a
+        failure is a result with `error`."""
         if self._runner is None:
             return LaunchedStep(StepResult(plan.step, error="the executor has shut down"))
         failed = StepResult(
@@ -227,7 +233,8 @@ class Rank:
     def logits(
         self, token_ids: Sequence[int], observe: Callable[[str, Tensor], None] | None = None
     ) -> Tensor | None:
-        """Logits after each token of one sequence, in a KV cache of its own: steps in between are not disturbed. All ranks take part.
+        """Logits after each token of one sequence, in a KV cache of its own: steps in between are
+        not disturbed. All ranks take part.
 
         Args:
             observe: as of `GptOss.forward`.
@@ -261,7 +268,8 @@ class Rank:
         self._model = None
 
     def _check_weights(self) -> None:
-        """Run a few tokens from all over the vocabulary: NaN in a matrix, or values that overflow, would otherwise be served as token 0."""
+        """Run a few tokens from all over the vocabulary: NaN in a matrix, or values that overflow,
+        would otherwise be served as token 0."""
         size = self._model_config.vocab_size
         not_finite: list[str] = []
 
@@ -283,7 +291,8 @@ class Rank:
             )
 
     def _enter_device(self) -> None:
-        """Each thread has a current device of its own, at first GPU 0; Triton launches there, and events are recorded there."""
+        """Each thread has a current device of its own, at first GPU 0; Triton launches there, and
+        events are recorded there."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
@@ -346,7 +355,8 @@ def cache_shape(model: ModelConfig, shard: RankShard) -> ModelConfig:
 def plan_kv_cache(
     config: EngineConfig, model: ModelConfig, shard: RankShard, memories: Sequence[KVMemory]
 ) -> KVCachePlan:
-    """The one plan that all ranks allocate, and with it the context, from the rank that has the least memory.
+    """The one plan that all ranks allocate, and with it the context, from the rank that has the
+    least memory.
 
     Raises:
         ConfigError: as `split_memory`.
@@ -373,7 +383,8 @@ def check_memory(
     *,
     ranks_on_host: int = 1,
 ) -> None:
-    """Refuse weights for which there is no room. On a CPU all ranks of a host ask before any of them loads.
+    """Refuse weights for which there is no room. On a CPU all ranks of a host ask before any of
+    them loads.
 
     Raises:
         ConfigError: with what is wanted and what is free.
@@ -389,30 +400,37 @@ def check_memory(
         free, where = torch.cuda.mem_get_info(device)[0], f"on {device}"
     if wanted > free:
         raise ConfigError(
-            f"the weights of rank {shard.tp_rank} take {wanted / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB of memory are free {where}: "
-            "end what else uses it, or split the model over more of them (parallel.tensor; `cantata inspect` says what fits)"
+            f"the weights of rank {shard.tp_rank} take {wanted / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB "
+            f"of memory are free {where}: "
+            "end what else uses it, or split the model over more of them (parallel.tensor; `cantata "
+            "inspect` says what fits)"
         )
 
 
 def _exact_matmuls() -> None:
-    """cuBLAS adds up in fp32 and multiplies fp32 as such: the gate decides by it. Images for GPUs come with other defaults."""
+    """cuBLAS adds up in fp32 and multiplies fp32 as such: the gate decides by it. Images for GPUs
+    come with other defaults."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def _check_mxfp8(target: str, experts_format: str) -> None:
-    """Refuse MXFP8 activations where they would lose precision and win nothing; a CPU runs the reference, to try what they do.
+    """Refuse MXFP8 activations where they would lose precision and win nothing; a CPU runs the
+    reference, to try what they do.
 
     Raises:
-        ConfigError: the experts are not in MXFP4, or the architecture does not multiply scaled blocks itself.
+        ConfigError: the experts are not in MXFP4, or the architecture does not multiply scaled
+            blocks itself.
     """
     if experts_format != "mxfp4":
         raise ConfigError(
-            "moe_activation_dtype mxfp8 needs experts in MXFP4, and the checkpoint's are in bf16: set it to auto, or quantize to mxfp4"
+            "moe_activation_dtype mxfp8 needs experts in MXFP4, and the checkpoint's are in bf16: set it to "
+            "auto, or quantize to mxfp4"
         )
     if target not in ("cpu", "gfx950") and not target.startswith("sm_10"):
         raise ConfigError(
-            f"moe_activation_dtype mxfp8 needs sm_100 (B200) or gfx950 (MI355X), and this GPU is {target}: set it to auto"
+            f"moe_activation_dtype mxfp8 needs sm_100 (B200) or gfx950 (MI355X), and this GPU is {target}: "
+            f"set it to auto"
         )
 
 
@@ -436,7 +454,8 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def prepare_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
-    """The device of a rank; on a CPU this process runs on the instruction set of the configuration from now on.
+    """The device of a rank; on a CPU this process runs on the instruction set of the configuration
+    from now on.
 
     Raises:
         ConfigError: as `usable_device`; the processor or the build lacks the instruction set.
@@ -449,7 +468,8 @@ def prepare_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
             raise ConfigError(str(error)) from None
         if not native.runs():
             raise ConfigError(
-                f"this processor cannot run the C++ kernels for {native.isa()}, tried in a process that died of SIGILL: {TAKE_ANOTHER_ISA}"
+                f"this processor cannot run the C++ kernels for {native.isa()}, tried in a process that "
+                f"died of SIGILL: {TAKE_ANOTHER_ISA}"
             )
     return device
 

@@ -21,12 +21,14 @@ from workers.scheduler.plan import StepPlan, StepResult
 
 
 class PendingStep:
-    """A step that was launched. On a CPU it is done; on a GPU its kernels and the copy of its tokens to the host are queued.
+    """A step that was launched. On a CPU it is done; on a GPU its kernels and the copy of its
+    tokens to the host are queued.
 
     Args:
         device: where it runs.
         output: what was sampled, on the device; None: the step yields no token.
-        num_logprobs: alternatives that each sequence wants, by seq_id, in the order of `output.logprobs`.
+        num_logprobs: alternatives that each sequence wants, by seq_id, in the order of
+            `output.logprobs`.
         listeners: (index into seq_ids, what is told that token).
     """
 
@@ -56,7 +58,8 @@ class PendingStep:
                     _to_pinned(output.token_ids),
                     *(None if part is None else _to_pinned(part) for part in parts),
                 )
-            # Also of a step that yields no token: it is not done before, and only so many may be in flight.
+            # Also of a step that yields no token: it is not done before, and only so many may be in
+            # flight.
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
@@ -71,7 +74,8 @@ class PendingStep:
         Raises:
             RuntimeError: a kernel of this or an earlier step failed on the GPU.
         """
-        # The next launch may need the tokens while another thread waits for them: listeners hear each token once.
+        # The next launch may need the tokens while another thread waits for them: listeners hear
+        # each token once.
         with self._lock:
             if self._result is None:
                 self._result = self._take()
@@ -126,7 +130,8 @@ class Runner:
         self._unheard: deque[PendingStep] = deque()
 
     def capture_graphs(self, progress: Callable[[str, int, int], None]) -> GraphReport:
-        """Record the model's decode step for all padded batch sizes (CUDA only). All ranks do this at the same time, before any step.
+        """Record the model's decode step for all padded batch sizes (CUDA only). All ranks do this
+        at the same time, before any step.
 
         Args:
             progress: called with ("capture graphs", done, total).
@@ -145,10 +150,12 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Apply the plan, run the model, sample. The next plan may be launched before this one's result was taken.
+        """Apply the plan, run the model, sample. The next plan may be launched before this one's
+        result was taken.
 
         Raises:
-            ValueError: a step is missing between the last plan and this one; the rank's state would be wrong from here on.
+            ValueError: a step is missing between the last plan and this one; the rank's state would
+                be wrong from here on.
         """
         started = time.perf_counter()
         self._check_order(plan.step)
@@ -165,8 +172,8 @@ class Runner:
         return self._pending(plan, started, rows, output)
 
     def _forward_alone(self) -> Callable[[StepBatch], Tensor]:
-        """The model over these caches, without this object: graphs are to end with it, at once, since NCCL waits for those that hold its
-        calls before it lets a group be left."""
+        """The model over these caches, without this object: graphs are to end with it, at once,
+        since NCCL waits for those that hold its calls before it lets a group be left."""
         model, kv_caches = self._model, self._kv_caches
         return lambda batch: model.forward(batch, kv_caches)
 

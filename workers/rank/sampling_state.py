@@ -1,5 +1,6 @@
-"""How each live sequence is sampled: parameters by slot, and for the sequences that need more (bias, penalties, constraints, stop tokens
-before min_tokens) what their next token depends on. Builds the SamplingBatch of a step."""
+"""How each live sequence is sampled: parameters by slot, and for the sequences that need more
+(bias, penalties, constraints, stop tokens before min_tokens) what their next token depends on.
+Builds the SamplingBatch of a step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +21,16 @@ Floats = npt.NDArray[np.float32]
 
 
 class TokenListener(Protocol):
-    """What a sequence's next token depends on beside the model, and so must hear of each token before the next is sampled."""
+    """What a sequence's next token depends on beside the model, and so must hear of each token
+    before the next is sampled."""
 
     def push(self, token_id: int) -> None:
         """One more output token."""
 
 
 class SeenTokens:
-    """Distinct tokens of a sequence and how often each is among its output, kept up to date token by token."""
+    """Distinct tokens of a sequence and how often each is among its output, kept up to date token
+    by token."""
 
     def __init__(self, prompt: tuple[int, ...], output: tuple[int, ...]) -> None:
         self._index: dict[int, int] = {}
@@ -219,7 +222,8 @@ class SamplingState:
         self._extras.pop(slot, None)
 
     def num_logprobs(self, seq_ids: Sequence[int], slots: Ints) -> list[tuple[int, int]]:
-        """(seq_id, alternatives it wants with each token) of those of these sequences that want log-probabilities."""
+        """(seq_id, alternatives it wants with each token) of those of these sequences that want
+        log-probabilities."""
         if not self._extras:
             return []
         extras = [
@@ -232,7 +236,8 @@ class SamplingState:
         ]
 
     def listeners(self, slots: Ints) -> list[tuple[int, TokenListener]]:
-        """(row, what must be told its token) of the slots that need it. They stay those of the present tenants if a slot changes hands."""
+        """(row, what must be told its token) of the slots that need it. They stay those of the
+        present tenants if a slot changes hands."""
         if not self._extras:
             return []
         extras = [(row, self._extras.get(slot)) for row, slot in enumerate(slots.tolist())]
@@ -270,7 +275,8 @@ class SamplingState:
                 if extras.constraint.allowed is not None:
                     allowed.add(row, extras.constraint.allowed)
                 else:
-                    # As a bias: `forbidden_ids` gives way where nothing is left, which is meant for stop tokens before min_tokens only.
+                    # As a bias: `forbidden_ids` gives way where nothing is left, which is meant for
+                    # stop tokens before min_tokens only.
                     ids = extras.constraint.forbidden
                     bias.add(row, ids, np.full(len(ids), -np.inf, dtype=np.float32))
             if len(extras.stop_token_ids) and output_positions[row] < extras.min_tokens:

@@ -1,7 +1,8 @@
 """A rank's memory of its live sequences, by slot, so that a step's batch is built by indexing.
 
-Lengths and prompts are on the host. Block tables and each sequence's newest sampled token are on the device: the host lays out the next
-step without having seen the tokens of the last one, and a step uploads only the blocks that are new.
+Lengths and prompts are on the host. Block tables and each sequence's newest sampled token are on
+the device: the host lays out the next step without having seen the tokens of the last one, and a
+step uploads only the blocks that are new.
 """
 
 from dataclasses import dataclass
@@ -28,9 +29,12 @@ class StepRows:
     Attributes:
         slots: [S] slot of each sequence, in plan order.
         sampled: [num_samples] indices into `slots` of the sequences that yield a token.
-        output_positions: [num_samples] index of the token to sample among its sequence's output tokens.
-        token_ids: [T] int64; -1 - slot stands for the newest token sampled for that slot, which only the device knows.
-        table_at, table_ids: [n] int64, int32: block table entries that this step sets, as flat indices into `DeviceSlots.tables`.
+        output_positions: [num_samples] index of the token to sample among its sequence's output
+            tokens.
+        token_ids: [T] int64; -1 - slot stands for the newest token sampled for that slot, which
+            only the device knows.
+        table_at, table_ids: [n] int64, int32: block table entries that this step sets, as flat
+            indices into `DeviceSlots.tables`.
         num_blocks: of the longest sequence.
     """
 
@@ -55,7 +59,8 @@ class StepRows:
 
     @property
     def samples_all(self) -> bool:
-        """Whether each row of a decode yields a token, so that `sample_indices` are the first rows in order."""
+        """Whether each row of a decode yields a token, so that `sample_indices` are the first rows
+        in order."""
         return self.is_decode and len(self.sampled) == len(self.slots)
 
     @property
@@ -80,7 +85,8 @@ class StepRows:
         return [self.sample_indices, self.slots[self.sampled], self.table_at, self.table_ids]
 
     def padded(self, size: int, padding_slot: int) -> "StepRows":
-        """A decode batch with rows up to `size` that compute a token of a sequence of one, written to and read from NULL_BLOCK.
+        """A decode batch with rows up to `size` that compute a token of a sequence of one, written
+        to and read from NULL_BLOCK.
 
         Args:
             padding_slot: its block table is all NULL_BLOCK.
@@ -116,7 +122,8 @@ class SequenceSlots:
 
     def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
         self.max_num_seqs = max_num_seqs
-        # A sequence that is complete may be planned once more before that is known: one further position.
+        # A sequence that is complete may be planned once more before that is known: one further
+        # position.
         self.max_blocks = max_model_len // BLOCK_SIZE + 1
         self._tokens = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
         self._num_known = np.zeros(max_num_seqs, dtype=np.int64)
@@ -126,7 +133,8 @@ class SequenceSlots:
         self._num_blocks = ([0] * max_num_seqs, [0] * max_num_seqs)
         self._slot_of: dict[int, int] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
-        # Table entries to be set, here and on the device, with the next step: flat indices and block ids.
+        # Table entries to be set, here and on the device, with the next step: flat indices and
+        # block ids.
         self._new_at: list[range] = []
         self._new_ids: list[int] = []
 
@@ -153,7 +161,8 @@ class SequenceSlots:
         return slot
 
     def build(self, plan: StepPlan) -> StepRows:
-        """Append the plan's new blocks, lay out its tokens, and count the tokens it samples. Drops and starts have been applied."""
+        """Append the plan's new blocks, lay out its tokens, and count the tokens it samples. Drops
+        and starts have been applied."""
         slots = np.fromiter(
             map(self._slot_of.__getitem__, plan.seq_ids), dtype=np.int64, count=len(plan.seq_ids)
         )
@@ -175,7 +184,8 @@ class SequenceSlots:
             rows = np.repeat(slots, scheduled)
             positions = np.arange(ends[-1]) + np.repeat(context_lens - ends, scheduled)
         blocks, offsets = positions // BLOCK_SIZE, positions % BLOCK_SIZE
-        # A position past the known ones is that of the newest sampled token: the others have been computed.
+        # A position past the known ones is that of the newest sampled token: the others have been
+        # computed.
         token_ids = -1 - rows
         known = np.flatnonzero(positions < self._num_known[rows])
         token_ids[known] = self._tokens[rows[known], positions[known]]
@@ -220,7 +230,8 @@ class SequenceSlots:
 
 
 class DeviceSlots:
-    """The device's part: block tables and newest tokens by slot. The slot behind the last is that of padding rows.
+    """The device's part: block tables and newest tokens by slot. The slot behind the last is that
+    of padding rows.
 
     Attributes:
         tables: [2, max_num_seqs + 1, max_blocks] int32: full, sliding.
@@ -242,7 +253,8 @@ class DeviceSlots:
     def batch(
         self, arrays: list[Tensor], sample_indices: Tensor, num_blocks: int, max_query_len: int
     ) -> StepBatch:
-        """The model's input from `StepRows.batch_arrays` on the device; reads nothing back, so that a CUDA graph can hold it.
+        """The model's input from `StepRows.batch_arrays` on the device; reads nothing back, so that
+        a CUDA graph can hold it.
 
         Args:
             num_blocks: width of the block tables.

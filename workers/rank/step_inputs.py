@@ -1,4 +1,5 @@
-"""How a step's small arrays reach the device: packed into one host buffer, pinned on a GPU, and sent by one asynchronous copy."""
+"""How a step's small arrays reach the device: packed into one host buffer, pinned on a GPU, and
+sent by one asynchronous copy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from torch import Tensor
 ALIGNMENT = 16
 """Bytes; what the largest vector loads of kernels need."""
 NUM_BUFFERS = 4
-"""Two uploads a step (inputs, then sampling), two steps in flight: the next step is laid out while copies of the last may still wait."""
+"""Two uploads a step (inputs, then sampling), two steps in flight: the next step is laid out while
+copies of the last may still wait."""
 
 Array = npt.NDArray[np.generic]
 _TORCH_DTYPES = {
@@ -23,7 +25,8 @@ _TORCH_DTYPES = {
 
 
 def packed_layout(arrays: Sequence[Array]) -> tuple[list[int], int]:
-    """Offset of each array in bytes, and the size of the whole. Depends on sizes only, so equal shapes have equal addresses."""
+    """Offset of each array in bytes, and the size of the whole. Depends on sizes only, so equal
+    shapes have equal addresses."""
     offsets, end = [], 0
     for array in arrays:
         offsets.append(end)
@@ -33,7 +36,8 @@ def packed_layout(arrays: Sequence[Array]) -> tuple[list[int], int]:
 
 def packed_views(packed: Tensor, arrays: Sequence[Array], offsets: Sequence[int]) -> list[Tensor]:
     """The arrays, by shape and dtype, as parts of a packed [n] uint8 tensor."""
-    # One view of the whole for each dtype, then one operation an array: this runs for a dozen arrays in every step.
+    # One view of the whole for each dtype, then one operation an array: this runs for a dozen
+    # arrays in every step.
     typed = {dtype: packed.view(_TORCH_DTYPES[dtype]) for dtype in {array.dtype for array in arrays}}
     views = []
     for array, offset in zip(arrays, offsets, strict=True):
@@ -52,7 +56,8 @@ class _HostBuffer:
 
 
 class InputBuffers:
-    """Host buffers, taken in turn. On a CPU the tensors handed out are the buffer itself and last for NUM_BUFFERS - 1 further uploads."""
+    """Host buffers, taken in turn. On a CPU the tensors handed out are the buffer itself and last
+    for NUM_BUFFERS - 1 further uploads."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -60,11 +65,13 @@ class InputBuffers:
         self._turn = 0
 
     def upload(self, arrays: Sequence[Array], into: Tensor | None = None) -> list[Tensor]:
-        """Copies of the arrays on the device, ordered before everything queued on its current stream after this call.
+        """Copies of the arrays on the device, ordered before everything queued on its current
+        stream after this call.
 
         Args:
             arrays: int64, int32, float32 or uint8.
-            into: [n] uint8 on the device, where the arrays come to lie as `packed_layout` says; None: new memory. Not on a CPU.
+            into: [n] uint8 on the device, where the arrays come to lie as `packed_layout` says;
+                None: new memory. Not on a CPU.
         """
         offsets, num_bytes = packed_layout(arrays)
         buffer = self._next_buffer(num_bytes)

@@ -1,4 +1,5 @@
-"""Messages of engine.proto ⇄ the dataclasses that the rest of the code knows. The only place that touches both.
+"""Messages of engine.proto ⇄ the dataclasses that the rest of the code knows. The only place that
+touches both.
 
 What comes in is checked here (`validate.py` has the ranges); what goes out is trusted.
 """
@@ -23,16 +24,19 @@ from workers.rpc.validate import check_request
 ERROR_CLASS_KEY = "error-class"
 PARAM_KEY = "param"
 RETRY_AFTER_KEY = "retry-after-s"
-"""Trailing metadata of a failed call: name of the class in `workers.errors`, its `param`, its `retry_after_s`."""
+"""Trailing metadata of a failed call: name of the class in `workers.errors`, its `param`, its
+`retry_after_s`."""
 TAKEN_METADATA = (("cantata-taken", "1"),)
-"""Initial metadata of Generate, sent when the engine has taken the request, before its first token."""
+"""Initial metadata of Generate, sent when the engine has taken the request, before its first
+token."""
 
 _MAX_PARAM_CHARS = 500
 _NOT_METADATA = re.compile(r"[^ -~]")
 """What gRPC refuses to send as the value of a text entry."""
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-"""Of one gRPC message, both ways. A prompt of 131,072 tokens packs into at most 0.4 MB; the rest is room for constraints and metrics."""
+"""Of one gRPC message, both ways. A prompt of 131,072 tokens packs into at most 0.4 MB; the rest is
+room for constraints and metrics."""
 
 _FINISH_TO_WIRE: dict[FinishReason | None, pb.FinishReason.ValueType] = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -46,10 +50,12 @@ _FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine serves; constant for its life. Replicas of one model agree in `model_fingerprint`.
+    """What an engine serves; constant for its life. Replicas of one model agree in
+    `model_fingerprint`.
 
     Attributes:
-        start_id: drawn at random at the engine's start: tells it from the one before it at the same address.
+        start_id: drawn at random at the engine's start: tells it from the one before it at the same
+            address.
     """
 
     version: str
@@ -118,7 +124,8 @@ def output_to_wire(output: EngineOutput) -> pb.GenerateResponse:
 
 
 def output_from_wire(message: pb.GenerateResponse) -> EngineOutput:
-    """The inverse of `output_to_wire`; log-probabilities come back as float32. A finish reason of a newer engine is an `error`."""
+    """The inverse of `output_to_wire`; log-probabilities come back as float32. A finish reason of a
+    newer engine is an `error`."""
     known = message.finish_reason in _FINISH_FROM_WIRE
     return EngineOutput(
         token_ids=tuple(message.token_ids),
@@ -186,7 +193,8 @@ def load_from_wire(message: pb.EngineLoad) -> EngineLoad:
 
 
 def error_to_metadata(error: errors.CantataError) -> tuple[tuple[str, str], ...]:
-    """Trailing metadata that lets the caller rebuild the error; the status is `error.status`, the details `error.message`."""
+    """Trailing metadata that lets the caller rebuild the error; the status is `error.status`, the
+    details `error.message`."""
     metadata = [(ERROR_CLASS_KEY, type(error).__name__)]
     if isinstance(error, errors.InvalidRequest) and error.param:
         metadata.append((PARAM_KEY, _NOT_METADATA.sub("?", error.param[:_MAX_PARAM_CHARS])))
@@ -265,7 +273,8 @@ def _sampling_to_wire(sampling: SamplingParams) -> pb.SamplingParams:
 
 
 def _sampling_from_wire(message: pb.SamplingParams) -> SamplingParams:
-    # An absent field is the dataclass's default, except max_tokens, where absent means up to the end of the context.
+    # An absent field is the dataclass's default, except max_tokens, where absent means up to the
+    # end of the context.
     default = SamplingParams()
     return SamplingParams(
         max_tokens=message.max_tokens if message.HasField("max_tokens") else None,

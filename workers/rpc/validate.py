@@ -1,4 +1,5 @@
-"""What a request may ask of an engine: the ranges of `SamplingParams`' docstring. Each refusal names the field as OpenAI spells it."""
+"""What a request may ask of an engine: the ranges of `SamplingParams`' docstring. Each refusal
+names the field as OpenAI spells it."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ _MAX_COUNT = 2**31 - 1
 
 
 def check_request(request: EngineRequest, vocab_size: int) -> None:
-    """Refuse a request that no engine with this vocabulary can run. Lengths against the context are the scheduler's check.
+    """Refuse a request that no engine with this vocabulary can run. Lengths against the context are
+    the scheduler's check.
 
     Raises:
         InvalidRequest: with `param`.
@@ -65,7 +67,8 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         _check_integer("logprobs", sampling.logprobs, 0, MAX_LOGPROBS)
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(
-            f"stop_token_ids has {len(sampling.stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are allowed",
+            f"stop_token_ids has {len(sampling.stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are "
+            f"allowed",
             "stop_token_ids",
         )
     _check_ids(sampling.stop_token_ids, "stop_token_ids", vocab_size)

@@ -1,8 +1,10 @@
-"""StepPlan and StepResult: all that the scheduler tells the ranks, and all that comes back. They cross processes as msgpack.
+"""StepPlan and StepResult: all that the scheduler tells the ranks, and all that comes back. They
+cross processes as msgpack.
 
-A rank keeps each live sequence's tokens, block tables and sampling state. A plan therefore names only what changed: sequences that start
-(or start again after preemption) with all their tokens, blocks that were added, and per scheduled sequence how many tokens to compute.
-Entries carry no token ids: prompt tokens came with `SequenceStart`, sampled ones are already on the rank.
+A rank keeps each live sequence's tokens, block tables and sampling state. A plan therefore names
+only what changed: sequences that start (or start again after preemption) with all their tokens,
+blocks that were added, and per scheduled sequence how many tokens to compute. Entries carry no
+token ids: prompt tokens came with `SequenceStart`, sampled ones are already on the rank.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +15,8 @@ from workers.request import SamplingParams, TokenLogprobs
 
 PLAN_VERSION = 2
 NULL_BLOCK = 0
-"""Block 0 of each KV group is never handed out: it stands for freed or skipped blocks, and padding is written to it."""
+"""Block 0 of each KV group is never handed out: it stands for freed or skipped blocks, and padding
+is written to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +24,12 @@ class SequenceStart:
     """A sequence the ranks do not know (yet, or any more).
 
     Attributes:
-        seq_id: number that identifies the sequence in plans; not used again within an engine's life.
+        seq_id: number that identifies the sequence in plans; not used again within an engine's
+            life.
         token_ids: prompt, then output tokens known so far.
         num_prompt_tokens: how many of them are the prompt.
-        full_blocks, sliding_blocks: block tables up to the tokens found in the prefix cache; NULL_BLOCK where none is needed.
+        full_blocks, sliding_blocks: block tables up to the tokens found in the prefix cache;
+            NULL_BLOCK where none is needed.
     """
 
     seq_id: int
@@ -39,18 +44,22 @@ class SequenceStart:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step = one forward pass. The lists `seq_ids`, `num_computed_tokens`, `num_scheduled_tokens` and `samples` run in parallel.
+    """One step = one forward pass. The lists `seq_ids`, `num_computed_tokens`,
+    `num_scheduled_tokens` and `samples` run in parallel.
 
     Attributes:
         step: counts up by one; a rank refuses a gap.
         starts: sequences new to the ranks; applied first.
-        drops: seq_ids whose rank state goes (finished, aborted or preempted); applied before `starts`.
+        drops: seq_ids whose rank state goes (finished, aborted or preempted); applied before
+            `starts`.
         seq_ids: sequences computed in this step, in batch order.
         num_computed_tokens: tokens of each already in the KV cache.
         num_scheduled_tokens: tokens of each to compute now (decode: 1).
         samples: whether the last computed position yields a token.
-        new_blocks: (index into seq_ids, full blocks to append, sliding blocks to append), only where there are any.
-        masks: (seq_id, bitmask of allowed ids, little-endian bits) for sequences in a grammar state.
+        new_blocks: (index into seq_ids, full blocks to append, sliding blocks to append), only
+            where there are any.
+        masks: (seq_id, bitmask of allowed ids, little-endian bits) for sequences in a grammar
+            state.
     """
 
     step: int
@@ -66,7 +75,8 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step sampled. `seq_ids` and `token_ids` run in parallel, in plan order, one for each `samples` that was true.
+    """What a step sampled. `seq_ids` and `token_ids` run in parallel, in plan order, one for each
+    `samples` that was true.
 
     Attributes:
         logprobs: seq_id → logprobs, for the sequences that asked.
@@ -134,7 +144,16 @@ def decode_plan(data: bytes) -> StepPlan:
             full_blocks=full_blocks,
             sliding_blocks=sliding_blocks,
         )
-        for seq_id, token_ids, num_prompt_tokens, sampling, stop_token_ids, constraint, full_blocks, sliding_blocks in starts
+        for (
+            seq_id,
+            token_ids,
+            num_prompt_tokens,
+            sampling,
+            stop_token_ids,
+            constraint,
+            full_blocks,
+            sliding_blocks,
+        ) in starts
     )
     return StepPlan(step, decoded, *rest)
 
@@ -171,7 +190,8 @@ def decode_result(data: bytes) -> StepResult:
 def _check_version(version: int) -> None:
     if version != PLAN_VERSION:
         raise ValueError(
-            f"step message has format version {version}, this process speaks {PLAN_VERSION}: update all ranks together"
+            f"step message has format version {version}, this process speaks {PLAN_VERSION}: update all "
+            f"ranks together"
         )
 
 

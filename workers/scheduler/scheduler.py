@@ -1,7 +1,9 @@
-"""Continuous batching: which sequences compute how many tokens in the next step. No clocks, threads or tensors.
+"""Continuous batching: which sequences compute how many tokens in the next step. No clocks, threads
+or tensors.
 
-A sequence has no prefill or decode phase: `num_computed_tokens` catches up with its tokens, in chunks where the budget is short, and
-whenever it has caught up the step yields one more token (after vLLM's `v1/core/sched/scheduler.py`).
+A sequence has no prefill or decode phase: `num_computed_tokens` catches up with its tokens, in
+chunks where the budget is short, and whenever it has caught up the step yields one more token
+(after vLLM's `v1/core/sched/scheduler.py`).
 """
 
 from collections import deque
@@ -20,7 +22,8 @@ class _PlanBuilder:
     """The step being planned.
 
     Attributes:
-        entries: (sequence, its seq_id, num_computed_tokens, num_scheduled_tokens, samples) in batch order.
+        entries: (sequence, its seq_id, num_computed_tokens, num_scheduled_tokens, samples) in batch
+            order.
     """
 
     __slots__ = ("entries", "new_blocks", "starts")
@@ -38,21 +41,24 @@ class _PlanBuilder:
 
 @dataclass(slots=True)
 class _InFlight:
-    """A plan whose result is not back. `sequences` runs parallel to `plan.seq_ids`; None: the result is of no use any more."""
+    """A plan whose result is not back. `sequences` runs parallel to `plan.seq_ids`; None: the
+    result is of no use any more."""
 
     plan: StepPlan
     sequences: list[Sequence | None]
 
 
 class Scheduler:
-    """Plans steps and takes in their results. Running sequences come first, then waiting ones in order of arrival; when blocks run
-    out the newest running sequence loses its own and is computed again later.
+    """Plans steps and takes in their results. Running sequences come first, then waiting ones in
+    order of arrival; when blocks run out the newest running sequence loses its own and is computed
+    again later.
 
-    `schedule` may be called again before `update`: a sequence whose next token is still in flight is planned one token further, for
-    the ranks have that token themselves. If it turns out to end the sequence, this one entry was wasted. The blocks it had are free from
-    then on and may be given away in the plan after the wasted one: ranks run plans in order, so what the wasted entry writes (the key of
-    the last token, in a block not yet committed to the prefix cache) comes before anything that the new owner writes or reads.
-    Results must come in the order of the plans.
+    `schedule` may be called again before `update`: a sequence whose next token is still in flight
+    is planned one token further, for the ranks have that token themselves. If it turns out to end
+    the sequence, this one entry was wasted. The blocks it had are free from then on and may be
+    given away in the plan after the wasted one: ranks run plans in order, so what the wasted entry
+    writes (the key of the last token, in a block not yet committed to the prefix cache) comes
+    before anything that the new owner writes or reads. Results must come in the order of the plans.
 
     Args:
         max_model_len: tokens of a sequence at most, prompt and output together.
@@ -99,11 +105,13 @@ class Scheduler:
         return bool(self._sequences)
 
     def check(self, request: EngineRequest) -> None:
-        """Refuse what could never run here. Reads only what does not change, so any thread may call it.
+        """Refuse what could never run here. Reads only what does not change, so any thread may call
+        it.
 
         Raises:
             ContextLengthExceeded: prompt, or prompt and max_tokens, do not fit into max_model_len.
-            InvalidRequest: there is no prompt, or max_tokens, min_tokens, n or output_token_ids make no sense.
+            InvalidRequest: there is no prompt, or max_tokens, min_tokens, n or output_token_ids
+                make no sense.
         """
         sampling = request.sampling
         num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
@@ -112,7 +120,8 @@ class Scheduler:
             raise InvalidRequest("the prompt is empty; give at least one token", "prompt_token_ids")
         if num_prompt >= limit:
             raise ContextLengthExceeded(
-                f"the prompt has {num_prompt} tokens, which leaves no room for output in the context of {limit}; shorten it",
+                f"the prompt has {num_prompt} tokens, which leaves no room for output in the context of "
+                f"{limit}; shorten it",
                 "prompt_token_ids",
             )
         if sampling.max_tokens is not None:
@@ -122,14 +131,16 @@ class Scheduler:
                 )
             if num_prompt + sampling.max_tokens > limit:
                 raise ContextLengthExceeded(
-                    f"the prompt of {num_prompt} tokens and max_tokens {sampling.max_tokens} together exceed the context of {limit}; "
+                    f"the prompt of {num_prompt} tokens and max_tokens {sampling.max_tokens} together "
+                    f"exceed the context of {limit}; "
                     f"shorten the prompt or set max_tokens to at most {limit - num_prompt}",
                     "max_tokens",
                 )
         max_output = limit - num_prompt if sampling.max_tokens is None else sampling.max_tokens
         if not 0 <= sampling.min_tokens <= max_output:
             raise InvalidRequest(
-                f"min_tokens must be from 0 to the {max_output} tokens that may be generated, got {sampling.min_tokens}",
+                f"min_tokens must be from 0 to the {max_output} tokens that may be generated, got "
+                f"{sampling.min_tokens}",
                 "min_tokens",
             )
         if num_output > max_output:
@@ -146,7 +157,8 @@ class Scheduler:
         """Queue a sequence whose request passed `check`.
 
         Returns:
-            None; or its end, if it resumes with output that is complete already: then it is not queued.
+            None; or its end, if it resumes with output that is complete already: then it is not
+            queued.
         """
         assert sequence.seq_id not in self._sequences, f"sequence {sequence.seq_id} was added twice"
         max_tokens = sequence.request.sampling.max_tokens
@@ -188,7 +200,8 @@ class Scheduler:
         budget = self._max_num_batched_tokens
         num_preemptions = self.num_preemptions
         entries = builder.entries
-        # Preemption, in `_claim_blocks`, takes sequences from the end of this list, behind the one in hand.
+        # Preemption, in `_claim_blocks`, takes sequences from the end of this list, behind the one
+        # in hand.
         for sequence in self._running:
             if budget == 0:
                 break
@@ -235,7 +248,8 @@ class Scheduler:
         return plan
 
     def _claim_blocks(self, sequence: Sequence, num_new: int, builder: _PlanBuilder) -> int:
-        """Get blocks for up to `num_new` further tokens of a running sequence, taking them from the newest sequences if need be.
+        """Get blocks for up to `num_new` further tokens of a running sequence, taking them from the
+        newest sequences if need be.
 
         Returns:
             Tokens there are blocks for; 0 if the sequence itself was the newest and lost its own.
@@ -284,10 +298,12 @@ class Scheduler:
             budget -= num_new
 
     def update(self, result: StepResult) -> list[SequenceUpdate]:
-        """Take in the result of the oldest plan that has none yet: new tokens and ends, in batch order.
+        """Take in the result of the oldest plan that has none yet: new tokens and ends, in batch
+        order.
 
         Raises:
-            ValueError: the result does not answer that plan, or is an error (after which the engine calls `fail_all`).
+            ValueError: the result does not answer that plan, or is an error (after which the engine
+                calls `fail_all`).
         """
         if result.error is not None:
             raise ValueError(f"step {result.step} failed: {result.error}")
@@ -298,7 +314,8 @@ class Scheduler:
             result.seq_ids
         ):
             raise ValueError(
-                f"the result of step {result.step} does not have one token for each sequence that was to yield one"
+                f"the result of step {result.step} does not have one token for each sequence that was to "
+                f"yield one"
             )
         sequences = self._in_flight.popleft().sequences
         for sequence, start, count in zip(
@@ -332,7 +349,8 @@ class Scheduler:
         return updates
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take the blocks of the newest running sequence; it waits in front of all others and starts again with all its tokens."""
+        """Take the blocks of the newest running sequence; it waits in front of all others and
+        starts again with all its tokens."""
         assert self._running[-1] is sequence
         self._running.pop()
         self._release(sequence)
@@ -359,14 +377,16 @@ class Scheduler:
         del self._sequences[sequence.seq_id]
 
     def _release(self, sequence: Sequence) -> None:
-        """Give back the blocks of a running sequence and make the ranks and the steps in flight forget it."""
+        """Give back the blocks of a running sequence and make the ranks and the steps in flight
+        forget it."""
         self._kv.release(sequence.blocks)
         self._drops.append(sequence.seq_id)
         for step in self._in_flight:
             step.sequences = [None if entry is sequence else entry for entry in step.sequences]
 
     def check_integrity(self) -> None:
-        """Assert that queues, sequences and KV blocks agree. For tests, and for the engine when it is idle."""
+        """Assert that queues, sequences and KV blocks agree. For tests, and for the engine when it
+        is idle."""
         self._kv.check_integrity()
         assert len(self._running) <= self._max_num_seqs, "more sequences run than may"
         members = [*self._running, *self._waiting]

@@ -1,8 +1,9 @@
 """One streaming request against an OpenAI-compatible server, with the time of each chunk.
 
-Times follow vLLM's `bench serve` (vllm/benchmarks/lib/endpoint_request_func.py): the clock starts before the request is sent, and a
-chunk's time is when it was read. One departure: a chunk counts as output only if it carries some (text, reasoning or a piece of a tool
-call), so that a server cannot shorten its time to first token with an empty chunk that names the role.
+Times follow vLLM's `bench serve` (vllm/benchmarks/lib/endpoint_request_func.py): the clock starts
+before the request is sent, and a chunk's time is when it was read. One departure: a chunk counts as
+output only if it carries some (text, reasoning or a piece of a tool call), so that a server cannot
+shorten its time to first token with an empty chunk that names the role.
 """
 
 import asyncio
@@ -29,7 +30,8 @@ class RequestRecord:
         started: when the request was sent.
         chunk_times: when each chunk with output was read.
         ended: when the last chunk with a choice was read, or the request failed.
-        prompt_tokens, cached_tokens, output_tokens: from the stream's usage; None where the server reported none.
+        prompt_tokens, cached_tokens, output_tokens: from the stream's usage; None where the server
+            reported none.
         error: kind of failure; None: a whole answer came.
         detail: the failure in a sentence, shortened.
     """
@@ -104,7 +106,8 @@ class BenchClient:
                 response = await self._http.get("/v1/models")
             if response.status_code != 200:
                 raise ConfigError(
-                    f"{self._base_url}/v1/models answers with status {response.status_code}: {_server_message(response.content)}"
+                    f"{self._base_url}/v1/models answers with status {response.status_code}: "
+                    f"{_server_message(response.content)}"
                 )
             name = orjson.loads(response.content)["data"][0]["id"]
         except (httpx.HTTPError, TimeoutError) as error:
@@ -132,7 +135,8 @@ class BenchClient:
         )
 
     async def send(self, prompt: Prompt, options: RequestOptions, record: RequestRecord) -> None:
-        """Send one request and read its stream to the end. Failures go into the record; only cancellation raises."""
+        """Send one request and read its stream to the end. Failures go into the record; only
+        cancellation raises."""
         path = "/v1/chat/completions" if options.endpoint == "chat" else "/v1/completions"
         body = _request_body(prompt, options)
         try:
@@ -180,7 +184,8 @@ async def _read_stream(response: httpx.Response, record: RequestRecord) -> None:
 
 
 async def _events(raw: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The data of server-sent events, which OpenAI's servers put on one line each. Split on bytes: text may hold Unicode line breaks."""
+    """The data of server-sent events, which OpenAI's servers put on one line each. Split on bytes:
+    text may hold Unicode line breaks."""
     rest = b""
     async for piece in raw:
         *lines, rest = (rest + piece).split(b"\n")

@@ -1,4 +1,5 @@
-"""`cantata bench engine`: throughput and latency of an engine in this process, without a server, and a profile of its steps."""
+"""`cantata bench engine`: throughput and latency of an engine in this process, without a server,
+and a profile of its steps."""
 
 import argparse
 from pathlib import Path

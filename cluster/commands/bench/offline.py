@@ -1,7 +1,8 @@
 """What `cantata bench engine` measures and reports.
 
-Each iteration submits `--batch-size` random prompts at once and waits for the last token, as vLLM's `bench latency` does; with more prompts
-than `--max-num-seqs` it is vLLM's `bench throughput`. Prefill lasts until every prompt has its first token, decode from there to the end.
+Each iteration submits `--batch-size` random prompts at once and waits for the last token, as vLLM's
+`bench latency` does; with more prompts than `--max-num-seqs` it is vLLM's `bench throughput`.
+Prefill lasts until every prompt has its first token, decode from there to the end.
 """
 
 import argparse
@@ -62,7 +63,8 @@ class PhaseProfile:
 
 @dataclass(frozen=True, slots=True)
 class ProfileReport:
-    """One more iteration, with every operation timed, against what the machine was measured to do in the same process.
+    """One more iteration, with every operation timed, against what the machine was measured to do
+    in the same process.
 
     Attributes:
         gemm_dtype: of torch's product of square matrices that is the faster here, `fp32` or `bf16`.
@@ -83,7 +85,8 @@ class EngineReport:
         kernels: operation → what ran it.
         latency_s: of an iteration, first prompt submitted → last token.
         prefill_s: of an iteration, first prompt submitted → every prompt has its first token.
-        time_per_output_token_s: of an iteration, the rest of its time by the output tokens of a prompt but the first; null with one.
+        time_per_output_token_s: of an iteration, the rest of its time by the output tokens of a
+            prompt but the first; null with one.
         prompt_tokens_per_s: in prefill. The other rates are over all iterations.
     """
 
@@ -187,16 +190,19 @@ def table(report: EngineReport) -> str:
     if profile is not None:
         lines += [
             "",
-            f"memory is read at {profile.read_bytes_per_s / 1e9:.1f} GB/s, torch multiplies {profile.gemm_dtype} matrices, ",
+            f"memory is read at {profile.read_bytes_per_s / 1e9:.1f} GB/s, torch multiplies "
+            f"{profile.gemm_dtype} matrices, ",
         ]
         lines[-1] += (
-            f"the faster of fp32 and bf16 here, at {profile.gemm_flops_per_s / 1e9:.0f} GFLOP/s (both just measured)"
+            f"the faster of fp32 and bf16 here, at {profile.gemm_flops_per_s / 1e9:.0f} GFLOP/s (both just "
+            f"measured)"
         )
         for name, phase in (("prefill", profile.prefill), ("decode", profile.decode)):
             if phase is not None:
                 lines += [
                     "",
-                    f"{name}: {phase.num_steps} steps of {phase.step_s * 1e3:.2f} ms; the columns are of a step",
+                    f"{name}: {phase.num_steps} steps of {phase.step_s * 1e3:.2f} ms; the columns are of a "
+                    f"step",
                     "",
                 ]
                 lines.append(
@@ -213,7 +219,8 @@ def table(report: EngineReport) -> str:
 def _iterate(
     llm: LLM, options: argparse.Namespace, index: int, profile: StepProfile | None = None
 ) -> _Iteration:
-    """Submit the prompts of an iteration and wait for all their tokens. The profile is told of the start and of the end of prefill."""
+    """Submit the prompts of an iteration and wait for all their tokens. The profile is told of the
+    start and of the end of prefill."""
     requests = _requests(llm, options, index)
     reader = ThreadReader()
     if profile is not None:

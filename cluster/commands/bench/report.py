@@ -3,14 +3,17 @@
 Definitions (vLLM `bench serve`, `calculate_metrics`), over the requests that got a whole answer:
 
 - TTFT, time to first token: sending to the first chunk with output.
-- ITL, inter-token latency: the times between consecutive chunks with output, of all requests together. A chunk may hold several tokens.
-- TPOT, time per output token: (latency - TTFT) / (output tokens - 1), one value a request, for requests with two tokens or more.
+- ITL, inter-token latency: the times between consecutive chunks with output, of all requests
+  together. A chunk may hold several tokens.
+- TPOT, time per output token: (latency - TTFT) / (output tokens - 1), one value a request, for
+  requests with two tokens or more.
 - latency (vLLM: E2EL): sending to the last chunk with a choice.
-- throughput: answers, output tokens, prompt and output tokens, each divided by the duration of the run.
+- throughput: answers, output tokens, prompt and output tokens, each divided by the duration of the
+  run.
 - percentiles: linear interpolation (numpy's default).
 
-Output tokens are the server's own count (`usage`). Where it sends none, chunks are counted; `num_without_usage` says for how many
-requests.
+Output tokens are the server's own count (`usage`). Where it sends none, chunks are counted;
+`num_without_usage` says for how many requests.
 """
 
 from collections import Counter
@@ -41,7 +44,8 @@ class Settings:
     """How the run was made; part of the JSON, so that it can be repeated.
 
     Attributes:
-        concurrency: requests in flight; None: `request_rate` requests a second leave whatever is still running.
+        concurrency: requests in flight; None: `request_rate` requests a second leave whatever is
+            still running.
         input_len: prompt tokens asked for with the random dataset; None with a file.
         dataset: `random` or the file's name.
     """
@@ -70,9 +74,11 @@ class Report:
     Attributes:
         started_at: UTC, ISO 8601.
         duration_s: from the first request sent to the end of the last.
-        num_completed, num_failed, num_not_sent: add up to settings.num_prompts; the last were cut off by max_time_s before they left.
-        errors: failed requests by kind: `http_<status>`, `connect`, `disconnected`, `timeout`, `stream_error` (an error event in the
-            stream), `bad_response`, `empty`, `cut_off` (still running at max_time_s).
+        num_completed, num_failed, num_not_sent: add up to settings.num_prompts; the last were cut
+            off by max_time_s before they left.
+        errors: failed requests by kind: `http_<status>`, `connect`, `disconnected`, `timeout`,
+            `stream_error` (an error event in the stream), `bad_response`, `empty`, `cut_off` (still
+            running at max_time_s).
         error_examples: the first failure of each kind in a sentence.
         num_without_usage: completed requests whose output tokens had to be counted as chunks.
         num_chunks: chunks with output.

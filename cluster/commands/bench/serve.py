@@ -1,8 +1,9 @@
-"""`cantata bench serve`: load for an OpenAI-compatible server over HTTP streaming, and what it made of it.
+"""`cantata bench serve`: load for an OpenAI-compatible server over HTTP streaming, and what it made
+of it.
 
-Either a fixed number of requests in flight (`--concurrency`) or requests that leave at random times whatever is still running
-(`--request-rate`, Poisson). It sends to `--base-url` and to nothing else, at most `--num-prompts` requests in at most `--max-time`
-seconds.
+Either a fixed number of requests in flight (`--concurrency`) or requests that leave at random times
+whatever is still running (`--request-rate`, Poisson). It sends to `--base-url` and to nothing else,
+at most `--num-prompts` requests in at most `--max-time` seconds.
 """
 
 import argparse
@@ -154,7 +155,8 @@ async def measure(options: argparse.Namespace, base_url: str) -> Report:
 
 
 async def _prompts(client: BenchClient, options: argparse.Namespace, model: str) -> list[Prompt]:
-    """Prompts for warm-up and run together, so that warming up puts none of the run's prefixes into the server's cache."""
+    """Prompts for warm-up and run together, so that warming up puts none of the run's prefixes into
+    the server's cache."""
     count = options.warmup + options.num_prompts
     if options.dataset != "random":
         return read_dataset(Path(options.dataset), options.endpoint, count, options.output_len)

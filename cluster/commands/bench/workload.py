@@ -1,4 +1,5 @@
-"""What a benchmark sends and when: prompts, random or from a file, and arrival times. Seeded; the same seed gives the same load."""
+"""What a benchmark sends and when: prompts, random or from a file, and arrival times. Seeded; the
+same seed gives the same load."""
 
 import json
 import random
@@ -13,11 +14,16 @@ from workers.errors import ConfigError
 Endpoint = Literal["chat", "completions"]
 
 SAMPLE_TEXT = (
-    "amber anchor apple autumn basket beacon berry birch blanket bottle branch bridge bronze cabin candle canyon carpet castle cedar "
-    "cherry circle clover cobalt copper coral cotton crystal daisy desert dragon eagle ember engine falcon feather fiddle forest "
-    "fossil garden ginger glacier granite harbor hazel helmet hollow indigo island ivory jacket jasmine jungle kernel kettle ladder "
-    "lagoon lantern lemon lilac linen magnet maple marble meadow mirror mosaic needle nickel olive orbit orchid paper pebble pepper "
-    "pillow planet pocket prairie pumpkin quartz rabbit raven ribbon river saddle salmon shadow silver socket spiral spring summit "
+    "amber anchor apple autumn basket beacon berry birch blanket bottle branch bridge bronze cabin candle "
+    "canyon carpet castle cedar "
+    "cherry circle clover cobalt copper coral cotton crystal daisy desert dragon eagle ember engine falcon "
+    "feather fiddle forest "
+    "fossil garden ginger glacier granite harbor hazel helmet hollow indigo island ivory jacket jasmine "
+    "jungle kernel kettle ladder "
+    "lagoon lantern lemon lilac linen magnet maple marble meadow mirror mosaic needle nickel olive orbit "
+    "orchid paper pebble pepper "
+    "pillow planet pocket prairie pumpkin quartz rabbit raven ribbon river saddle salmon shadow silver "
+    "socket spiral spring summit "
     "temple thunder timber tulip tunnel valley velvet violet walnut willow window winter yellow zephyr"
 )
 """Random prompts are made of its words, or of its tokens."""
@@ -37,7 +43,8 @@ class Prompt:
     """One request to send.
 
     Attributes:
-        content: text (a user message for chat), token ids (completions), or whole chat messages as JSON text.
+        content: text (a user message for chat), token ids (completions), or whole chat messages as
+            JSON text.
         max_tokens: output tokens to ask for.
     """
 
@@ -61,10 +68,12 @@ def random_text(count: int, length: int, max_tokens: int, tokens_per_word: float
 def read_dataset(file: Path, endpoint: Endpoint, count: int, max_tokens: int) -> list[Prompt]:
     """The first `count` prompts of a JSONL file, from its start again if it has fewer.
 
-    Each line is an object with `prompt` (text, or token ids for completions) or `messages` (chat only), and optionally `max_tokens`.
+    Each line is an object with `prompt` (text, or token ids for completions) or `messages` (chat
+    only), and optionally `max_tokens`.
 
     Raises:
-        ConfigError: the file cannot be read, has no lines, or a line is not of this form; the line is named.
+        ConfigError: the file cannot be read, has no lines, or a line is not of this form; the line
+            is named.
     """
     try:
         with file.open(encoding="utf-8") as lines:
@@ -79,8 +88,9 @@ def read_dataset(file: Path, endpoint: Endpoint, count: int, max_tokens: int) ->
 
 
 def arrival_times(count: int, rate: float, seed: int) -> list[float]:
-    """Seconds after the start at which each request leaves: a Poisson process of `rate` a second, scaled so that the last one leaves at
-    count / rate and runs with other seeds offer the same load (as vLLM's `bench serve` does)."""
+    """Seconds after the start at which each request leaves: a Poisson process of `rate` a second,
+    scaled so that the last one leaves at count / rate and runs with other seeds offer the same load
+    (as vLLM's `bench serve` does)."""
     draw = random.Random(f"{seed}/arrivals")
     times = list(accumulate(draw.expovariate(rate) for _ in range(count)))
     scale = count / rate / times[-1]

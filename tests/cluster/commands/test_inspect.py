@@ -1,4 +1,5 @@
-"""`cantata inspect`, as a user runs it: on a checkpoint of the large model's size that takes no disk, and on broken ones."""
+"""`cantata inspect`, as a user runs it: on a checkpoint of the large model's size that takes no
+disk, and on broken ones."""
 
 import json
 from dataclasses import replace
@@ -19,7 +20,8 @@ from workers.model.make_checkpoint import preset_config, write_checkpoint
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All files of gpt-oss-120b with their exact headers and sizes, and holes where the weights would be."""
+    """All files of gpt-oss-120b with their exact headers and sizes, and holes where the weights
+    would be."""
     return write_hollow_checkpoint(tmp_path_factory.mktemp("large") / "gpt-oss-120b", preset_config("120b"))
 
 
@@ -76,7 +78,8 @@ def test_what_does_not_fit_is_refused_with_what_does(
     assert code == 1
     assert "does not fit" in out
     assert err.startswith(
-        "cantata: tensor=1 on H100 (38.00 GiB, 90% of it used), 60.79 GiB of weights on a rank: the model does not fit"
+        "cantata: tensor=1 on H100 (38.00 GiB, 90% of it used), 60.79 GiB of weights on a rank: the model "
+        "does not fit"
     )
     assert "KV cache" not in err
     assert err.endswith("; tensor=4 fits\n")
@@ -204,6 +207,7 @@ def test_a_model_that_fits_nowhere_is_refused_with_its_size(
     assert code == 1
     assert "experts in MXFP4, all else in bf16" in out
     assert err.startswith(
-        "cantata: tensor=1 on L40S (44.99 GiB, 90% of it used), 60.79 GiB of weights on a rank: the model does not fit"
+        "cantata: tensor=1 on L40S (44.99 GiB, 90% of it used), 60.79 GiB of weights on a rank: the model "
+        "does not fit"
     )
     assert err.endswith("; tensor=2 fits\n")

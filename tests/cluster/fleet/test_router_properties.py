@@ -1,4 +1,5 @@
-"""A gateway's choice of replicas under any sequence of events, against a plain account of what happened."""
+"""A gateway's choice of replicas under any sequence of events, against a plain account of what
+happened."""
 
 from collections import Counter
 

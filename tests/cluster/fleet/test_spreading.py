@@ -1,4 +1,5 @@
-"""Where requests go over a while: unrelated chats spread, conversations stay. A simulation of gateways' tables, without engines."""
+"""Where requests go over a while: unrelated chats spread, conversations stay. A simulation of
+gateways' tables, without engines."""
 
 import hashlib
 import random
@@ -17,7 +18,8 @@ def replicas_of(count: int) -> list[Replica]:
 
 
 def hint(*texts: str) -> RoutingHint:
-    """A prompt: a block for each letter of the texts, equal only where all before is equal, and an end of its own."""
+    """A prompt: a block for each letter of the texts, equal only where all before is equal, and an
+    end of its own."""
     text = "|".join(texts)
     return RoutingHint("r", [digest(text[: end + 1]) for end in range(len(text))], digest(f"{text} ends"))
 
@@ -77,7 +79,8 @@ def test_a_conversation_goes_back_to_its_replica(turn_blocks: int) -> None:
 
 
 def test_one_conversation_is_not_taken_for_several() -> None:
-    """A turn with a tool call goes on from where the answer began in three ways, turn after turn."""
+    """A turn with a tool call goes on from where the answer began in three ways, turn after
+    turn."""
     shared = SharedBeginnings()
     history = "system and first question"
     for turn in range(20):

@@ -265,7 +265,8 @@ async def test_wrong_completions_are_refused_by_field(gateway: Gateway, engine: 
         ('{"messages": [{"role": "user", "content": "x"}], "temperature": %s}', "temperature"),
         ('{"messages": [{"role": "user", "content": "x"}], "logit_bias": {"5": %s}}', "logit_bias.5"),
         (
-            '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": {"name": "f", '
+            '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": '
+            '{"name": "f", '
             '"parameters": {"type": "object", "minProperties": %s}}}]}',
             "tools[0].function.parameters.minProperties",
         ),

@@ -1,4 +1,5 @@
-"""A client that leaves is cancelled in the engine within 100 ms, wherever its request is; the gateway's limits are freed."""
+"""A client that leaves is cancelled in the engine within 100 ms, wherever its request is; the
+gateway's limits are freed."""
 
 import asyncio
 import time
@@ -21,7 +22,10 @@ async def http_request(
     """A bare connection, so that leaving is closing the socket and nothing else."""
     host, port = gateway.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: "
+        f"{len(body)}\r\n\r\n"
+    )
     writer.write((head + body).encode())
     await writer.drain()
     return reader, writer

@@ -1,4 +1,5 @@
-"""What a connection may cost: sizes and times of headers, bodies, idle connections and unread answers, over bare sockets."""
+"""What a connection may cost: sizes and times of headers, bodies, idle connections and unread
+answers, over bare sockets."""
 
 import asyncio
 import json
@@ -208,7 +209,8 @@ async def test_a_slow_body_that_goes_on_is_taken(
         for position in range(0, len(content), 10):
             writer.write(content[position : position + 10].encode())
             await asyncio.wait([asyncio.create_task(writer.drain())])
-            await asyncio.sleep(0.05)  # slower than body_timeout_s as a whole, faster than the least rate
+            # slower than body_timeout_s as a whole, faster than the least rate
+            await asyncio.sleep(0.05)
         assert asyncio.get_running_loop().time() - begin > SHORT_S
         assert (await answer(reader))[0] == 200
 
@@ -350,7 +352,8 @@ async def test_many_stalled_connections_are_all_closed(quick: Gateway) -> None:
             writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost")
         for reader, writer in stalled:
             data = await reader.read()
-            assert not data or b" 408 " in data  # closed without a word where it had not begun in time
+            # closed without a word where it had not begun in time
+            assert not data or b" 408 " in data
             writer.close()
 
 

@@ -1,4 +1,5 @@
-"""The public gRPC API with generated stubs and through reflection: the same answers, errors as statuses with metadata."""
+"""The public gRPC API with generated stubs and through reflection: the same answers, errors as
+statuses with metadata."""
 
 import asyncio
 from typing import Any
@@ -241,7 +242,8 @@ async def test_health_follows_the_replicas(gateway: Gateway, engine: FakeEngine)
         async with asyncio.timeout(10):
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
             status = (await watch.read()).status
-            if status != health_pb2.HealthCheckResponse.SERVING:  # before the first look at the replicas
+            # before the first look at the replicas
+            if status != health_pb2.HealthCheckResponse.SERVING:
                 status = (await watch.read()).status
             assert status == health_pb2.HealthCheckResponse.SERVING
             engine.accepting = False
@@ -301,7 +303,8 @@ def message_with_a_deep_struct() -> bytes:
     """Written by hand: protobuf does not serialize it either."""
     struct = b""
     for _ in range(90):
-        struct = field(1, field(1, b"a") + field(2, field(5, struct)))  # fields { "a": struct_value }
+        # fields { "a": struct_value }
+        struct = field(1, field(1, b"a") + field(2, field(5, struct)))
     return field(pb.ChatRequest.TOOLS_FIELD_NUMBER, field(pb.Tool.PARAMETERS_FIELD_NUMBER, struct))
 
 

@@ -1,4 +1,5 @@
-"""Large requests: refused before their text is encoded, by one measure for all of its parts; worked on beside the event loop."""
+"""Large requests: refused before their text is encoded, by one measure for all of its parts; worked
+on beside the event loop."""
 
 import asyncio
 import threading

@@ -1,4 +1,5 @@
-"""The official client against a real server: chat, streams, tools, logprobs, several choices, completions, errors."""
+"""The official client against a real server: chat, streams, tools, logprobs, several choices,
+completions, errors."""
 
 import asyncio
 import json

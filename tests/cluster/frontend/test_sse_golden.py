@@ -1,4 +1,5 @@
-"""The bytes of streams, against transcripts. `python3 -m tests.cluster.frontend.test_sse_golden` writes them again."""
+"""The bytes of streams, against transcripts. `python3 -m tests.cluster.frontend.test_sse_golden`
+writes them again."""
 
 import asyncio
 import re

@@ -1,4 +1,5 @@
-"""One choice: tokens in any grouping give the same answer; stop strings, stop tokens, logprobs and tool calls."""
+"""One choice: tokens in any grouping give the same answer; stop strings, stop tokens, logprobs and
+tool calls."""
 
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""Schemas of tools: the check agrees with jsonschema's on everything but patterns, and no schema raises, takes long or is kept."""
+"""Schemas of tools: the check agrees with jsonschema's on everything but patterns, and no schema
+raises, takes long or is kept."""
 
 import json
 import re
@@ -24,7 +25,8 @@ VOCABULARIES = (
 METASCHEMAS = ["https://json-schema.org/draft/2020-12/schema"]
 METASCHEMAS += [f"https://json-schema.org/draft/2020-12/meta/{name}" for name in VOCABULARIES]
 KEYWORDS = sorted({keyword for uri in METASCHEMAS for keyword in REGISTRY.contents(uri)["properties"]})
-# Texts and numbers that mean something to some keyword, so that a random schema is not always wrong.
+# Texts and numbers that mean something to some keyword, so that a random schema is not always
+# wrong.
 SCALARS = st.sampled_from([None, True, False, "string", "object", "a", "#a", "", 0, 3, -1, 2.0, 1.5])
 
 
@@ -180,7 +182,8 @@ def test_a_long_path_is_shown_by_its_end() -> None:
 
 
 def test_a_large_schema_takes_a_pass() -> None:
-    """Quadratic or slow code, at a few microseconds a byte, would run into the suite's time limit."""
+    """Quadratic or slow code, at a few microseconds a byte, would run into the suite's time
+    limit."""
     described = {f"p{index}": {"type": "string", "description": "x" * 40} for index in range(20_000)}
     assert problem({"type": "object", "properties": described, "required": list(described)}) is None
     assert len(json.dumps(described)) > 1_500_000

@@ -1,4 +1,5 @@
-"""Threads for large texts: small work does not wait for large, what nobody waits for any more is not begun, and what waits is bounded."""
+"""Threads for large texts: small work does not wait for large, what nobody waits for any more is
+not begun, and what waits is bounded."""
 
 import asyncio
 import threading

@@ -1,4 +1,5 @@
-"""Conversations to render: hand-written ones for what is known to go wrong, and a seeded generator for the rest."""
+"""Conversations to render: hand-written ones for what is known to go wrong, and a seeded generator
+for the rest."""
 
 import random
 from collections.abc import Mapping

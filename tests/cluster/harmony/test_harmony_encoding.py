@@ -18,7 +18,8 @@ from cluster.harmony.encoding import HarmonyEncoding, IncrementalDecoder
 from tests.cluster.harmony.harmony_conversations import TEXTS
 from workers.errors import CheckpointError
 
-# Where the tokenizers' regexes and merges are easily wrong: runs of one character, blanks, contractions, scripts, case folding.
+# Where the tokenizers' regexes and merges are easily wrong: runs of one character, blanks,
+# contractions, scripts, case folding.
 CORPUS = [
     *TEXTS,
     *(
@@ -240,7 +241,8 @@ from pathlib import Path
 from cluster.harmony.encoding import HarmonyEncoding
 
 def anonymous_kib():
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 before = anonymous_kib()
 encoding = HarmonyEncoding.load(Path(sys.argv[1]))

@@ -1,4 +1,5 @@
-"""Parsing of generated tokens: as oss-harmony where the output is well formed, total everywhere else."""
+"""Parsing of generated tokens: as oss-harmony where the output is well formed, total everywhere
+else."""
 
 import random
 from collections.abc import Iterable
@@ -15,7 +16,8 @@ from tests.cluster.harmony.harmony_conversations import TEXTS
 
 
 def joined(deltas: Iterable[Delta]) -> list[tuple[str, ...]]:
-    """Neighbouring deltas of one kind as one item: ("reasoning", text), ("text", text) or ("call", name, arguments)."""
+    """Neighbouring deltas of one kind as one item: ("reasoning", text), ("text", text) or ("call",
+    name, arguments)."""
     items: list[list[str]] = []
     num_calls = 0
     for delta in deltas:
@@ -70,7 +72,8 @@ def well_formed_turn(rng: random.Random) -> str:
         header = rng.choice(HEADERS)
         body = rng.choice([text for text in TEXTS if "<|" not in text])
         messages.append(
-            f"{'<|start|>assistant' if index else ''}{header}<|message|>{body}{'<|call|>' if 'to=' in header else '<|end|>'}"
+            f"{'<|start|>assistant' if index else ''}{header}<|message|>{body}"
+            f"{'<|call|>' if 'to=' in header else '<|end|>'}"
         )
     return "".join(messages)
 
@@ -121,7 +124,8 @@ def test_every_state_of_a_well_formed_turn_is_the_oracles(
 
 def test_kinds_of_a_well_formed_turn(gpt_oss: HarmonyEncoding) -> None:
     text = (
-        "<|channel|>analysis<|message|>Think é.<|end|><|start|>assistant<|channel|>commentary<|message|>I will look.<|end|>"
+        "<|channel|>analysis<|message|>Think é.<|end|><|start|>assistant<|channel|>commentary<|message|>I "
+        "will look.<|end|>"
         '<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>'
     )
     parser, items = parse(gpt_oss, gpt_oss.encode_with_special(text), ["f"])
@@ -294,7 +298,8 @@ SHAPES: list[tuple[str, list[tuple[str, ...]], dict[str, int]]] = [
         {"foreign_role": 1},
     ),
     (
-        "<|channel|>final<|message|>x<|end|><|start|>functions.f to=assistant<|channel|>commentary<|message|>y",
+        "<|channel|>final<|message|>x<|end|><|start|>functions.f "
+        "to=assistant<|channel|>commentary<|message|>y",
         [("text", "x")],
         {"foreign_role": 1},
     ),
@@ -321,7 +326,8 @@ SHAPES: list[tuple[str, list[tuple[str, ...]], dict[str, int]]] = [
         [ANALYSIS, ("text", "x")],
         {"missing_start": 1, "missing_channel": 1},
     ),
-    # Cut off by the length limit: nothing of a header is shown, and nothing is wrong with the format.
+    # Cut off by the length limit: nothing of a header is shown, and nothing is wrong with the
+    # format.
     ("", [], {}),
     (" to=func", [], {}),
     ("fin", [], {}),

@@ -27,7 +27,8 @@ EFFORTS = {
 
 
 def oracle_conversation(conversation: Conversation) -> oh.Conversation:
-    """The conversation in oss-harmony's words, with our rules (which analysis is kept, order of results) applied first."""
+    """The conversation in oss-harmony's words, with our rules (which analysis is kept, order of
+    results) applied first."""
     system = oh.SystemContent(
         model_identity=conversation.model_identity,
         reasoning_effort=EFFORTS[conversation.reasoning_effort],
@@ -341,7 +342,8 @@ def test_two_tools_of_one_name_are_refused(small: HarmonyEncoding) -> None:
     assert caught.value.param == "tools[2].function.name"
 
 
-# Up to 9 digits and 10^±22: what serde_json reads exactly. Others it may read one unit in the last place off; we print what was sent.
+# Up to 9 digits and 10^±22: what serde_json reads exactly. Others it may read one unit in the last
+# place off; we print what was sent.
 EXACT_FLOATS = st.builds(
     lambda digits, exponent: float(f"{digits}e{exponent}"), st.integers(-(10**9), 10**9), st.integers(-22, 13)
 )

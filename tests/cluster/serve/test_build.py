@@ -59,11 +59,13 @@ def test_how_replicas_are_replaced_and_what_they_get_to_end(checkpoint: Path) ->
     args = arguments(checkpoint) | {"engine_drain_timeout_s": 77, "gateway_drain_timeout_s": 99}
     found = options(build(args))
     engine, gateway = found["engine"], found["gateway"]
-    # Gateways reserve nothing: there is always room for the new ones. A GPU for a surge of engines is the operator's to have.
+    # Gateways reserve nothing: there is always room for the new ones. A GPU for a surge of engines
+    # is the operator's to have.
     assert (engine.max_surge_percent, gateway.max_surge_percent) == (0, 100)
     assert engine.graceful_shutdown_timeout_s > 77
     assert gateway.graceful_shutdown_timeout_s > 99
-    # Serve calls `reconfigure` at the start only where there is something, and both take the first call for the start's.
+    # Serve calls `reconfigure` at the start only where there is something, and both take the first
+    # call for the start's.
     assert engine.user_config == gateway.user_config == {}
     (_, _, drain_timeout_s) = (
         build(args)._bound_deployment._replica_config.init_args[0]._bound_deployment._replica_config.init_args

@@ -1,4 +1,5 @@
-"""What `cantata serve` on Ray says when Serve cannot start the application: why, which Serve's own error leaves out."""
+"""What `cantata serve` on Ray says when Serve cannot start the application: why, which Serve's own
+error leaves out."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,5 @@
-"""The variables that Ray is started with: the table of docs/operations.md, and what Ray 2.60 makes of them."""
+"""The variables that Ray is started with: the table of docs/operations.md, and what Ray 2.60 makes
+of them."""
 
 import importlib
 import re

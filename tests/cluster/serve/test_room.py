@@ -184,7 +184,8 @@ def test_kinds_of_gpus(cluster: Cluster, nodes: list[Mapping[str, float]], kinds
         ({}, r"No engine serves, for \d+ s now: there is room, so they are loading or fail"),
         (
             {"CPU": 2},
-            r"No engine can start, for \d+ s now: 1 replica of 4 ranks wants 4 CPUs, free are 2 of 4 CPUs; lower",
+            r"No engine can start, for \d+ s now: 1 replica of 4 ranks wants 4 CPUs, "
+            r"free are 2 of 4 CPUs; lower",
         ),
     ],
 )

@@ -1,4 +1,5 @@
-"""The end of the grace period: requests that are left end with an error their clients see, before the servers cut connections."""
+"""The end of the grace period: requests that are left end with an error their clients see, before
+the servers cut connections."""
 
 import asyncio
 from typing import cast

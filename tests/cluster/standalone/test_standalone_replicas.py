@@ -1,4 +1,5 @@
-"""What standalone serving tells its gateway about engines that died: unreachable until they serve again, on the metrics page too."""
+"""What standalone serving tells its gateway about engines that died: unreachable until they serve
+again, on the metrics page too."""
 
 from pathlib import Path
 

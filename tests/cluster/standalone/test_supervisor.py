@@ -1,4 +1,5 @@
-"""Engine children: started, watched, restarted, stopped. The children are small scripts that speak the engine's start-up protocol."""
+"""Engine children: started, watched, restarted, stopped. The children are small scripts that speak
+the engine's start-up protocol."""
 
 import asyncio
 import os
@@ -138,7 +139,10 @@ async def test_a_served_engine_that_only_dies_of_an_instruction_is_given_up(
     starts = tmp_path / "starts"
     count = f"\nfile = open({str(starts)!r}, 'a'); file.write('x'); file.close()\n"
     # Each second start serves for a moment.
-    die = f"if len(open({str(starts)!r}).read()) % 2: print('{{}}', flush=True)\nos.kill(os.getpid(), signal.SIGILL)\n"
+    die = (
+        f"if len(open({str(starts)!r}).read()) % 2: print('{{}}', flush=True)\nos.kill(os.getpid(), "
+        f"signal.SIGILL)\n"
+    )
     await engine.start(20)
     engine._command = child(
         "import os, signal" + count + die.replace("{}", '{"address": "a", "start_id": "1"}')
@@ -233,7 +237,8 @@ async def test_a_talkative_child_does_not_block(engine: EngineProcess, tmp_path:
 
 BEATING = CHILD.replace(
     "    signal.pause()",
-    "    time.sleep(0.05); num_beats += 1; print(num_beats, flush=True); open(sys.argv[1], 'w').write(str(num_beats))",
+    "    time.sleep(0.05); num_beats += 1; print(num_beats, flush=True); open(sys.argv[1], "
+    "'w').write(str(num_beats))",
 ).replace("import json", "num_beats = 0\nimport time, json")
 
 

@@ -1,5 +1,6 @@
-"""On PYTHONPATH of an engine: each of its steps takes CANTATA_TEST_STEP_S seconds longer, so that a tiny model streams for as long as a
-large one and leaves the processor to others. Python imports this at its start; the engine's module is changed when it is imported."""
+"""On PYTHONPATH of an engine: each of its steps takes CANTATA_TEST_STEP_S seconds longer, so that a
+tiny model streams for as long as a large one and leaves the processor to others. Python imports
+this at its start; the engine's module is changed when it is imported."""
 
 import importlib.abc
 import importlib.machinery

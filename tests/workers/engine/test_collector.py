@@ -1,4 +1,5 @@
-"""The garbage collector of an engine process: young objects are left alone for long, cycles are found all the same."""
+"""The garbage collector of an engine process: young objects are left alone for long, cycles are
+found all the same."""
 
 import gc
 import weakref

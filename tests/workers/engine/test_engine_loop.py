@@ -1,4 +1,5 @@
-"""The step loop over a fake executor: every request ends exactly once, whatever happens to it or to the engine."""
+"""The step loop over a fake executor: every request ends exactly once, whatever happens to it or to
+the engine."""
 
 import random
 import threading
@@ -384,7 +385,8 @@ def test_metrics_count_what_happened() -> None:
 
 
 def test_a_crowd_that_comes_leaves_and_is_preempted_ends_once_each() -> None:
-    """Few KV blocks, several submitting threads, aborts and deadlines at random: each stream ends, and with the right tokens."""
+    """Few KV blocks, several submitting threads, aborts and deadlines at random: each stream ends,
+    and with the right tokens."""
     executor = FakeExecutor(num_full_blocks=16, num_sliding_blocks=16)
     failures: list[str] = []
     with running(executor, max_model_len=200, max_num_seqs=6, max_num_batched_tokens=64) as engine:

@@ -1,4 +1,5 @@
-"""`python -m workers.engine` as a supervisor sees it: one line on stdout, progress and errors on stderr, exit codes."""
+"""`python -m workers.engine` as a supervisor sees it: one line on stdout, progress and errors on
+stderr, exit codes."""
 
 import json
 import os

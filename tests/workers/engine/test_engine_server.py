@@ -1,4 +1,5 @@
-"""The gRPC edge over loopback: statuses, cancellation, drain, health and reflection. A fake executor stands for the model."""
+"""The gRPC edge over loopback: statuses, cancellation, drain, health and reflection. A fake
+executor stands for the model."""
 
 import asyncio
 import json
@@ -31,9 +32,12 @@ from workers.rpc import convert, engine_pb2_grpc
 from workers.rpc import engine_pb2 as pb
 
 CONFIG_JSON = {
-    "model_type": "gpt_oss", "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
-    "sliding_window": 32, "max_position_embeddings": 140_000, "eos_token_id": 999, "rope_scaling": {"rope_type": "yarn"},
+    "model_type": "gpt_oss", "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 32, "max_position_embeddings": 140_000, "eos_token_id": 999,
+    "rope_scaling": {"rope_type": "yarn"},
 }  # fmt: skip
 
 
@@ -200,8 +204,8 @@ async def test_the_calls_deadline_is_the_requests(served: Served) -> None:
 
 
 async def test_a_reader_that_does_not_read_gets_many_tokens_a_message(served: Served) -> None:
-    # 20 alternatives make messages of 200 bytes, and without its growing the connection's window is 64 KB: a few hundred messages fill it,
-    # the other tokens wait in the stream.
+    # 20 alternatives make messages of 200 bytes, and without its growing the connection's window is
+    # 64 KB: a few hundred messages fill it, the other tokens wait in the stream.
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
     channel = grpc.aio.insecure_channel(served.address, options=options)
     call = engine_pb2_grpc.EngineStub(channel).Generate(
@@ -371,7 +375,10 @@ async def test_only_its_user_reaches_a_unix_socket(served: Served) -> None:
     path = served.address.removeprefix("unix:")
     assert [os.stat(name).st_mode & 0o777 for name in (path, os.path.dirname(path))] == [0o600, 0o700]
     if os.geteuid() == 0:
-        other = "import os, socket, sys; os.setgid(65534); os.setuid(65534); socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+        other = (
+            "import os, socket, sys; os.setgid(65534); os.setuid(65534); "
+            "socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+        )
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", other, path, stderr=asyncio.subprocess.PIPE
         )

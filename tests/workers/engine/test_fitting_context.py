@@ -1,4 +1,5 @@
-"""Engines whose KV cache cannot hold the model's whole context: they take as much of it as fits, say so, and hold requests to it."""
+"""Engines whose KV cache cannot hold the model's whole context: they take as much of it as fits,
+say so, and hold requests to it."""
 
 import logging
 from dataclasses import replace
@@ -24,7 +25,8 @@ from workers.rpc import engine_pb2 as pb
 LONG = replace(TINY, max_context_len=8192)
 STEP = 64
 CONTEXT = 2560
-# Of the full group the context's 160 blocks, of the sliding one 3 for a window of 24; block 0 and the 4 of a step in both.
+# Of the full group the context's 160 blocks, of the sliding one 3 for a window of 24; block 0 and
+# the 4 of a step in both.
 CACHE_BYTES = (160 + 3 + 2 * (1 + STEP // 16)) * TINY_BLOCK_BYTES
 
 
@@ -132,7 +134,10 @@ async def test_what_it_says_over_grpc_is_what_it_holds_requests_to(checkpoint: P
             address=address,
             metrics_address=None,
         )
-        said = f"{CONTEXT} tokens of the model's 8192, as much as a KV cache of {CACHE_BYTES / 1024:.1f} KiB holds; "
+        said = (
+            f"{CONTEXT} tokens of the model's 8192, as much as a KV cache of "
+            f"{CACHE_BYTES / 1024:.1f} KiB holds; "
+        )
         assert said in table
         whole = replace(start_up.executor, max_model_len=8192)
         table = summary(whole, model="long", longest_context=8192, address=address, metrics_address=None)

@@ -1,4 +1,5 @@
-"""The engine over an fp8 KV cache: the same answer every way, near that of a cache in the model's dtype, in less memory."""
+"""The engine over an fp8 KV cache: the same answer every way, near that of a cache in the model's
+dtype, in less memory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -55,9 +56,10 @@ def test_from_the_prefix_cache_as_computed(checkpoint: Path, alone: Answers) -> 
 
 
 def test_near_the_answers_of_a_wider_cache(checkpoint: Path) -> None:
-    """A key or value is off by 2^-4 at most (test_kv_cache_fp8.py). Of this random model the logits came out 0.01 to 0.08 of their standard
-    deviation apart on average, 0.02 for a bf16 engine, with jumps where an error changes the choice of an expert; 86 % of the greedy tokens
-    were the same, all where the two best were further apart than the errors."""
+    """A key or value is off by 2^-4 at most (test_kv_cache_fp8.py). Of this random model the logits
+    came out 0.01 to 0.08 of their standard deviation apart on average, 0.02 for a bf16 engine, with
+    jumps where an error changes the choice of an expert; 86 % of the greedy tokens were the same,
+    all where the two best were further apart than the errors."""
     same = 0
     with engine(checkpoint) as narrow, engine(checkpoint, kv_cache_dtype="auto") as wide:
         for prompt in PROMPTS:
@@ -71,7 +73,8 @@ def test_near_the_answers_of_a_wider_cache(checkpoint: Path) -> None:
 
 
 def test_scales_of_the_checkpoint_are_used(checkpoint: Path) -> None:
-    """Scales that move everything below the smallest fp8 number leave nothing of keys and values; another cache has none."""
+    """Scales that move everything below the smallest fp8 number leave nothing of keys and values;
+    another cache has none."""
     for dtype, changes in (("fp8", True), ("auto", False)):
         with engine(checkpoint, kv_cache_dtype=dtype) as llm:
             before = llm.logits(PROMPTS[4])

@@ -1,5 +1,5 @@
-"""Offline inference on one rank starts and answers without the libraries that only serving and several ranks need, as on a GPU machine that
-has torch and little else."""
+"""Offline inference on one rank starts and answers without the libraries that only serving and
+several ranks need, as on a GPU machine that has torch and little else."""
 
 import subprocess
 import sys
@@ -30,7 +30,8 @@ for name in {elsewhere}:
     sys.modules[name] = None  # an import of it fails
 from workers.engine.llm import LLM, SamplingParams
 with LLM({path!r}, dtype="float32", max_model_len=64, kv_cache_bytes=4 << 20, threads=1) as llm:
-    [answer] = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True), use_tqdm=False)
+    sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    [answer] = llm.generate([[1, 2, 3]], sampling, use_tqdm=False)
 print(len(answer.outputs[0].token_ids))
 """
 

@@ -1,8 +1,9 @@
-"""The same answer every way, through the whole engine on real weights in float32: alone or in a crowd, whole or in chunks, from the
-cache or not, preempted or not, resumed or not; greedy and with seeds.
+"""The same answer every way, through the whole engine on real weights in float32: alone or in a
+crowd, whole or in chunks, from the cache or not, preempted or not, resumed or not; greedy and with
+seeds.
 
-The engine's steps are checked against `logits`, which computes each sequence whole and alone; `logits` is checked against transformers
-in the model's tests.
+The engine's steps are checked against `logits`, which computes each sequence whole and alone;
+`logits` is checked against transformers in the model's tests.
 """
 
 import random
@@ -25,7 +26,8 @@ Tokens = tuple[int, ...]
 NUM_TOKENS = 18
 _draw = random.Random(7)
 SHARED: Tokens = tuple(_draw.randrange(200) for _ in range(70))
-# Lengths on both sides of blocks (16), the window (24) and the chunk size below; some share a prefix.
+# Lengths on both sides of blocks (16), the window (24) and the chunk size below; some share a
+# prefix.
 PROMPTS: list[Tokens] = [
     tuple(_draw.randrange(200) for _ in range(length)) for length in (1, 15, 16, 17, 25, 100)
 ]
@@ -90,7 +92,8 @@ def test_greedy_tokens_are_the_argmax_of_a_whole_forward(
     with LLM(checkpoint, dtype="float32", kv_cache_bytes=4 << 20) as llm:
         for prompt, output in zip(PROMPTS, alone["greedy"], strict=True):
             logits = llm.logits(prompt + output[:-1])[len(prompt) - 1 :]
-            # The engine's own rounding may decide exact near-ties only: the chosen logit is the largest but for 1e-4 of the range.
+            # The engine's own rounding may decide exact near-ties only: the chosen logit is the
+            # largest but for 1e-4 of the range.
             gap = logits.amax(-1) - logits.gather(1, torch.tensor(output)[:, None])[:, 0]
             assert gap.max() <= 1e-4 * logits.abs().max()
 
@@ -175,7 +178,8 @@ def test_from_the_prefix_cache_as_computed(
     with LLM(checkpoint, dtype="float32", kv_cache_bytes=8 << 20) as llm:
         first = run(llm, requests_for(SAMPLINGS[name]))
         again = run(llm, requests_for(SAMPLINGS[name]))
-        # A conversation's next turn: prompt and answer, then something new. Its own answer without the cache is the reference.
+        # A conversation's next turn: prompt and answer, then something new. Its own answer without
+        # the cache is the reference.
         turn = [
             replace(request, prompt_token_ids=request.prompt_token_ids + output.token_ids + (8, 9))
             for request, output in zip(requests_for(SAMPLINGS[name]), first, strict=True)
@@ -202,7 +206,8 @@ def test_preempted_as_not(
     checkpoint: Path, alone: dict[str, list[Tokens]], name: str, prefix_caching: bool
 ) -> None:
     with LLM(
-        checkpoint, dtype="float32", max_model_len=200, prefix_caching=prefix_caching, kv_cache_bytes=40 * TINY_BLOCK_BYTES,
+        checkpoint, dtype="float32", max_model_len=200, prefix_caching=prefix_caching,
+        kv_cache_bytes=40 * TINY_BLOCK_BYTES,
         max_num_batched_tokens=64,
     ) as llm:  # fmt: skip
         outputs = run(llm, requests_for(SAMPLINGS[name]))
@@ -235,7 +240,8 @@ def test_penalties_bias_and_constraints_survive_preemption_and_resumption(checkp
         )
     )
     sampling = SamplingParams(
-        max_tokens=30, temperature=1.2, seed=11, presence_penalty=0.7, frequency_penalty=0.4, repetition_penalty=1.2, ignore_eos=True,
+        max_tokens=30, temperature=1.2, seed=11, presence_penalty=0.7, frequency_penalty=0.4,
+        repetition_penalty=1.2, ignore_eos=True,
         logit_bias=((6, 3.0), (7, 3.0)),
     )  # fmt: skip
     requests = [

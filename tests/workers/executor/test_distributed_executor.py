@@ -1,4 +1,5 @@
-"""Several ranks as real processes: the same answers as one; whatever happens to a rank, all requests end once and nothing stays."""
+"""Several ranks as real processes: the same answers as one; whatever happens to a rank, all
+requests end once and nothing stays."""
 
 import os
 import re
@@ -64,7 +65,8 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def _no_socket_folder_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    folder = Path(tempfile.mkdtemp(prefix="sockets-"))  # short: Unix sockets have names of 107 bytes at most
+    # short: Unix sockets have names of 107 bytes at most
+    folder = Path(tempfile.mkdtemp(prefix="sockets-"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
     yield
     (root,) = folder.iterdir() if any(folder.iterdir()) else [folder / "none"]
@@ -175,7 +177,8 @@ def test_three_ranks_answer_as_one(checkpoint: Path, mark: dict[str, str]) -> No
 
 
 def ended_by(serving: Serving, harm: Callable[[int], None]) -> tuple[str, float]:
-    """Harm rank 1 in the middle of three streams; the one sentence that ends them all, and how long that took."""
+    """Harm rank 1 in the middle of three streams; the one sentence that ends them all, and how long
+    that took."""
     streams = [serving.submit(200) for _ in range(3)]
     for num_seen, _ in enumerate(serving.reader.read(streams), start=1):
         if num_seen == 6:
@@ -242,7 +245,8 @@ def test_ranks_end_with_their_engine(checkpoint: Path, mark: dict[str, str]) -> 
 
 
 def test_ranks_outlive_the_thread_that_starts_them(checkpoint: Path) -> None:
-    """The kernel ends a rank with the thread that started it, and an LLM may be made in a thread that ends."""
+    """The kernel ends a rank with the thread that started it, and an LLM may be made in a thread
+    that ends."""
     channel, launcher, ended = EngineChannel(1), ProcessRanks(), threading.Event()
     spec = RankSpec(
         engine_config_to_json(config_of(checkpoint)), 0, channel.endpoints(0), "127.0.0.1", 0, 3, 1
@@ -319,7 +323,8 @@ def test_ranks_with_different_checkpoints_do_not_start(checkpoint: Path, tmp_pat
 
 
 class Greeters(ProcessRanks):
-    """Ranks that say hello and no more, without processes; rank 1 says something else, or nothing."""
+    """Ranks that say hello and no more, without processes; rank 1 says something else, or
+    nothing."""
 
     def __init__(self, **says: object) -> None:
         super().__init__()

@@ -85,7 +85,8 @@ def test_nothing_is_taken_when_there_is_no_room() -> None:
 
 
 def test_found_blocks_that_nobody_holds_need_room_too() -> None:
-    """Seven free blocks, of which four are the prefix of a sequence that needs eight: taking the four leaves three for the rest."""
+    """Seven free blocks, of which four are the prefix of a sequence that needs eight: taking the
+    four leaves three for the rest."""
     kv = KVCacheManager(num_full_blocks=12, num_sliding_blocks=0, window=None)
     prompt = list(range(64))
     kv.release(compute(kv, prompt))
@@ -157,7 +158,8 @@ def test_without_prefix_caching_nothing_is_found() -> None:
 
 
 def test_a_prefix_whose_stand_in_was_evicted_is_put_back() -> None:
-    """Two sequences compute the same prompt at once; the one whose blocks are in the cache ends, and loses them to a third."""
+    """Two sequences compute the same prompt at once; the one whose blocks are in the cache ends,
+    and loses them to a third."""
     kv = KVCacheManager(num_full_blocks=12, num_sliding_blocks=12, window=16)
     prompt = list(range(33))
     first, second = SequenceBlocks(), SequenceBlocks()
@@ -185,7 +187,8 @@ def test_a_prefix_whose_stand_in_was_evicted_is_put_back() -> None:
 def test_with_room_for_all_every_common_prefix_is_found(
     sequences: list[list[int]], window: int | None, chunk: int
 ) -> None:
-    """Sequences of whole blocks of equal tokens and one token more: a hit is as long as the longest prefix shared with an earlier one."""
+    """Sequences of whole blocks of equal tokens and one token more: a hit is as long as the longest
+    prefix shared with an earlier one."""
     kv = KVCacheManager(num_full_blocks=100, num_sliding_blocks=0 if window is None else 100, window=window)
     earlier: list[list[int]] = []
     for kinds in sequences:

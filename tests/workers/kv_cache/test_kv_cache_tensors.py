@@ -59,7 +59,8 @@ def test_gpt_oss_120b_in_40_gib() -> None:
 
 
 def test_scarce_memory_is_shared_beyond_one_sequence() -> None:
-    """120 blocks of equal size: 65 and 5 are the least for a sequence of 1024 and its window, half of the other 50 go to each group."""
+    """120 blocks of equal size: 65 and 5 are the least for a sequence of 1024 and its window, half
+    of the other 50 go to each group."""
     memory_bytes = 120 * 2 * 16 * 3 * 20 * 4
     plan = split_memory(
         model(1, 1), SchedulerConfig(64, 512), dtype="float32", max_model_len=1024, memory_bytes=memory_bytes
@@ -153,7 +154,8 @@ def test_without_a_setting_the_context_is_as_long_as_fits(
         return
     assert shortest <= result.max_model_len < model_context
     assert result.max_model_len % 16 == 0 or result.max_model_len == shortest
-    # What one more block could not have had beside it: the 4 blocks of a step of 64 tokens, in both groups.
+    # What one more block could not have had beside it: the 4 blocks of a step of 64 tokens, in both
+    # groups.
     step = 4 * sum(layers) if layers[1] else 0
     longer = result.max_model_len + 16
     assert (
@@ -170,7 +172,8 @@ LAPTOP = replace(model(12, 12, kv_heads=8, head_dim=64, window=128), max_context
 
 
 def test_the_context_of_gpt_oss_20b_in_little_memory() -> None:
-    """2730 blocks: of the full group 1 + the context's, of the sliding one 1 + 9 of a window, and a step's 128 in both."""
+    """2730 blocks: of the full group 1 + the context's, of the sliding one 1 + 9 of a window, and a
+    step's 128 in both."""
     plan = split_memory(LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=None, memory_bytes=GIB)
     assert plan.max_model_len == (2730 - 1 - 10 - 2 * 128) * 16 == 39408
     assert plan.num_sliding_blocks == 10 + 128, "prompts are computed by whole steps"
@@ -204,13 +207,17 @@ def test_a_context_that_was_set_is_not_shortened() -> None:
     [
         (
             40 << 20,
-            "a KV cache of 40.00 MiB (here) {}: set max_model_len to at most 1520 or give the cache more memory",
+            "a KV cache of 40.00 MiB (here) {}: set max_model_len to at most 1520 or give the cache more "
+            "memory",
         ),
         (0, "a KV cache of 0 bytes (here) {}: give the cache more memory"),
     ],
 )
 def test_a_cache_for_next_to_nothing_is_refused_by_default_too(num_bytes: int, said: str) -> None:
-    why = "cannot hold one sequence of 2048 tokens, the shortest context that is chosen where max_model_len is not set, which needs 52.12 MiB"
+    why = (
+        "cannot hold one sequence of 2048 tokens, the shortest context that is chosen where "
+        "max_model_len is not set, which needs 52.12 MiB"
+    )
     with pytest.raises(ConfigError) as raised:
         split_memory(
             LAPTOP,
@@ -316,8 +323,10 @@ def test_a_model_that_leaves_nothing_is_refused(monkeypatch: pytest.MonkeyPatch)
             graph_bytes=0,
         )
     assert str(raised.value) == (
-        "the model does not fit: 72.00 GiB in use, 1.00 GiB for activations and 0 bytes for graphs leave nothing of 90% of the GPU's "
-        "80.00 GiB; split it over more ranks (parallel.tensor), take a GPU with more memory, or raise cache.gpu_memory_utilization"
+        "the model does not fit: 72.00 GiB in use, 1.00 GiB for activations and 0 bytes for graphs leave "
+        "nothing of 90% of the GPU's "
+        "80.00 GiB; split it over more ranks (parallel.tensor), take a GPU with more memory, or raise "
+        "cache.gpu_memory_utilization"
     )
     monkeypatch.setattr(tensors, "host_free_bytes", lambda: 20 * GIB)
     with pytest.raises(
@@ -355,7 +364,8 @@ def test_the_error_has_the_numbers() -> None:
         on_cpu(BIG, CacheConfig(GIB), max_model_len=131072)
     # 1 GiB = 1820 blocks of 589,824 bytes; 10 for the window, 1 for block 0, so 1809 * 16 tokens.
     assert str(raised.value) == (
-        "a KV cache of 1.00 GiB (cache.memory_bytes) cannot hold one sequence of max_model_len 131072, which needs 4.51 GiB: "
+        "a KV cache of 1.00 GiB (cache.memory_bytes) cannot hold one sequence of max_model_len 131072, "
+        "which needs 4.51 GiB: "
         "set max_model_len to at most 28944 or give the cache more memory"
     )
 
@@ -393,7 +403,8 @@ def test_what_was_chosen_is_said_when_it_is_too_little(monkeypatch: pytest.Monke
 def test_no_more_is_chosen_than_all_sequences_could_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "host_free_bytes", lambda: 64 * GIB)
     plan = on_cpu(model(1, 1), scheduler=SchedulerConfig(4, 64), dtype="float32", max_model_len=100)
-    # Four sequences of 7 full blocks; twice four windows of 4 sliding blocks, and the 4 of a step; block 0 in each.
+    # Four sequences of 7 full blocks; twice four windows of 4 sliding blocks, and the 4 of a step;
+    # block 0 in each.
     assert plan.num_full_blocks + plan.num_sliding_blocks == (4 * 7 + 1) + (2 * 4 * 4 + 4 + 1)
     assert plan.num_full_blocks > 4 * 7
     assert plan.num_sliding_blocks > 4 * 4

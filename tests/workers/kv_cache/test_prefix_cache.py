@@ -60,7 +60,10 @@ def test_hash_is_the_documented_one() -> None:
 
 
 def test_hashes_are_the_same_in_another_process() -> None:
-    code = "from workers.kv_cache.prefix_cache import block_hashes; print(b''.join(block_hashes(range(100))).hex())"
+    code = (
+        "from workers.kv_cache.prefix_cache import block_hashes; "
+        "print(b''.join(block_hashes(range(100))).hex())"
+    )
     for seed in ("1", "2"):
         run = subprocess.run(
             [sys.executable, "-c", code],
@@ -112,7 +115,8 @@ def test_a_hit_leaves_a_token_to_compute() -> None:
     extra=st.integers(0, 15),
 )
 def test_a_hit_is_the_longest_whose_window_is_there(present: list[bool], window: int, extra: int) -> None:
-    """Key by key: the query at position L * 16 sees the keys (L * 16 - window, L * 16], and must find all those before itself."""
+    """Key by key: the query at position L * 16 sees the keys (L * 16 - window, L * 16], and must
+    find all those before itself."""
     cache = PrefixCache(len(present) + 1, len(present) + 1, window)
     token_ids = tokens(len(present))
     parent = cache.root
@@ -151,7 +155,8 @@ def test_a_hash_collision_never_yields_another_prompts_blocks(monkeypatch: pytes
 
 
 def test_a_colliding_parent_does_not_lend_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hashes that depend on the block's index alone: every prompt collides with every other, at every block."""
+    """Hashes that depend on the block's index alone: every prompt collides with every other, at
+    every block."""
     monkeypatch.setattr(prefix_cache, "hash_block", lambda parent, packed_tokens: parent + b"x")
     cache = PrefixCache(20, 20, 16)
     mine, other = tokens(2), [*tokens(1, first=100), *tokens(1, first=16)]

@@ -1,4 +1,5 @@
-"""Weights that load and would make noise: zeros where there should be values, values that are not finite."""
+"""Weights that load and would make noise: zeros where there should be values, values that are not
+finite."""
 
 import shutil
 from collections.abc import Callable

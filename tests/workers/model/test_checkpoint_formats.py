@@ -1,4 +1,5 @@
-"""The same model as Hugging Face MXFP4, bf16 and OpenAI's own layout: the same logits, on one rank and on several."""
+"""The same model as Hugging Face MXFP4, bf16 and OpenAI's own layout: the same logits, on one rank
+and on several."""
 
 import json
 import shutil
@@ -20,7 +21,8 @@ from workers.model.gpt_oss import GptOss
 from workers.model.make_checkpoint import write_checkpoint
 from workers.parallel.shard import plan_shards
 
-# 8 query and 4 key-value heads, 6 experts, 5 groups of columns: nothing divides anything else by chance.
+# 8 query and 4 key-value heads, 6 experts, 5 groups of columns: nothing divides anything else by
+# chance.
 CONFIG = ModelConfig(
     vocab_size=77,
     hidden_size=96,
@@ -75,8 +77,8 @@ def test_bf16_experts_are_the_same_model(folders: dict[str, Path]) -> None:
     # Every MXFP4 value is a bf16 value; the sums run in another order.
     exact = logits(folders["mxfp4"])
     torch.testing.assert_close(logits(folders["bf16"]), exact, atol=1e-4, rtol=0)
-    # In bf16 the MXFP4 kernels may round between the projections too, and a near-tie of the gate may go either way; each is as far from
-    # fp32 as eight bits make it.
+    # In bf16 the MXFP4 kernels may round between the projections too, and a near-tie of the gate
+    # may go either way; each is as far from fp32 as eight bits make it.
     for name in ("bf16", "mxfp4"):
         assert (logits(folders[name], torch.bfloat16) - exact).norm() < 0.05 * exact.norm()
 

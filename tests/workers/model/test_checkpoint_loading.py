@@ -1,4 +1,5 @@
-"""What is loaded is what is stored, and every damaged or foreign checkpoint ends in one sentence naming file and tensor."""
+"""What is loaded is what is stored, and every damaged or foreign checkpoint ends in one sentence
+naming file and tensor."""
 
 import json
 import re

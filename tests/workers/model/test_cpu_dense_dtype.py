@@ -1,4 +1,5 @@
-"""int8 attention projections and lm_head: what is loaded, how large it is, how far its logits are from those of bf16."""
+"""int8 attention projections and lm_head: what is loaded, how large it is, how far its logits are
+from those of bf16."""
 
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def test_the_large_dense_weights_are_int8(folder: Path) -> None:
 def test_logits_stay_close(folder: Path) -> None:
     tokens = random_tokens(CONFIG, 50, seed=4)
     exact = whole_prompt_logits(load(folder, "bf16", torch.float32), tokens)
-    # A weight is off by 0.6 % of the row's mean magnitude; a near-tie of the gate may go either way.
+    # A weight is off by 0.6 % of the row's mean magnitude; a near-tie of the gate may go either
+    # way.
     assert (whole_prompt_logits(load(folder, "int8"), tokens) - exact).norm() < 0.08 * exact.norm()
 
 

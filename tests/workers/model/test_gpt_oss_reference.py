@@ -1,4 +1,5 @@
-"""Logits equal transformers' GptOssForCausalLM in float32, loaded from the same checkpoint. All dimensions of each model differ."""
+"""Logits equal transformers' GptOssForCausalLM in float32, loaded from the same checkpoint. All
+dimensions of each model differ."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from workers.model.make_checkpoint import write_checkpoint
 TOLERANCE = 1e-4
 """Of the largest logit's magnitude. Two fp32 formulations measure around 3e-6 here."""
 NEAR_TIE = 1e-5
-"""Gate logits this close may be ordered either way by rounding; the token then meets another expert."""
+"""Gate logits this close may be ordered either way by rounding; the token then meets another
+expert."""
 MAX_NEAR_TIES = 1e-3
 
 CONFIGS = {
@@ -75,7 +77,8 @@ CONFIGS = {
         rms_norm_eps=1e-2,
         experts_format="bf16",
     ),
-    # Three layers with a window that is no multiple of a block, one expert per token, YaRN stretch from position 128 on.
+    # Three layers with a window that is no multiple of a block, one expert per token, YaRN stretch
+    # from position 128 on.
     "window_17": ModelConfig(
         vocab_size=250,
         hidden_size=160,
@@ -121,7 +124,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def reference(pair: Pair, token_ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits [T, vocab], and [T] the smallest distance over all layers of the last chosen to the first rejected expert's gate logit."""
+    """Logits [T, vocab], and [T] the smallest distance over all layers of the last chosen to the
+    first rejected expert's gate logit."""
     gaps: list[Tensor] = []
 
     def keep_gap(_module: torch.nn.Module, _args: object, output: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,5 @@
-"""The same logits however a sequence is cut into steps and whatever else is in the batch; nothing is read outside a sequence's blocks."""
+"""The same logits however a sequence is cut into steps and whatever else is in the batch; nothing
+is read outside a sequence's blocks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -104,7 +105,8 @@ def test_greedy_continuation_is_what_the_whole_sequence_says(model: GptOss) -> N
 
 
 def test_window_limits_what_is_seen(model: GptOss) -> None:
-    """With every layer sliding, a change `num_layers * (window - 1)` positions back is the last one that reaches a token."""
+    """With every layer sliding, a change `num_layers * (window - 1)` positions back is the last one
+    that reaches a token."""
     layers = tuple(layer for layer in model.layers if layer.attention.window == 40)
     sliding = replace(model, layers=layers)
     reach = len(layers) * 39
@@ -131,7 +133,8 @@ def test_bfloat16_is_near_float32(checkpoint: Path, model: GptOss) -> None:
     actual = whole_prompt_logits(low, token_ids)
     assert actual.dtype == torch.float32
     assert low.dtype == torch.bfloat16
-    # bf16 keeps 8 bits; a position whose gate takes another expert may be off by more, so the bound is on the mean.
+    # bf16 keeps 8 bits; a position whose gate takes another expert may be off by more, so the bound
+    # is on the mean.
     assert (actual - wanted).abs().mean() < 0.1 * wanted.abs().mean()
 
 

@@ -1,4 +1,5 @@
-"""Random checkpoints have exactly the published shapes, come out of little memory, and are whole or not there."""
+"""Random checkpoints have exactly the published shapes, come out of little memory, and are whole or
+not there."""
 
 import json
 import shutil
@@ -182,8 +183,8 @@ class TestFiles:
             assert file.metadata() == {"format": "pt", "seed": "0"}
             found = {
                 name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
-                for name in file.keys()
-            }  # noqa: SIM118
+                for name in file.keys()  # noqa: SIM118
+            }
         assert found == {
             spec.name: ("BF16" if spec.kind == "dense" else "U8", spec.shape) for spec in tensor_specs(SMALL)
         }
@@ -258,7 +259,8 @@ class TestSeed:
         )
 
     def test_values_are_those_of_the_stream(self, tmp_path: Path) -> None:
-        """A pin: a demo checkpoint of one seed is the same on every machine and with every later version."""
+        """A pin: a demo checkpoint of one seed is the same on every machine and with every later
+        version."""
         write_checkpoint(tmp_path / "one", SMALL, seed=5)
         tensors = stored(tmp_path / "one")
         assert tensors["model.embed_tokens.weight"][0, :3].tolist() == [-1.703125, 0.95703125, 0.0908203125]
@@ -348,9 +350,11 @@ def test_added_files_are_there_when_the_checkpoint_appears(tmp_path: Path) -> No
 
 def peak_memory(out: Path, arguments: str) -> tuple[int, int]:
     """(peak resident bytes, bytes written) of a fresh process that makes a checkpoint."""
-    # Not getrusage: its maximum survives exec, so a child starts with the size of the process that started it.
+    # Not getrusage: its maximum survives exec, so a child starts with the size of the process that
+    # started it.
     code = (
-        "import re, sys; from pathlib import Path; from workers.model.make_checkpoint import make_checkpoint; "
+        "import re, sys; from pathlib import Path; from workers.model.make_checkpoint import "
+        "make_checkpoint; "
         f"summary = make_checkpoint(Path(sys.argv[1]), {arguments}); "
         r"peak = re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text()); "
         "print(int(peak[1]) * 1024, summary.num_bytes)"

@@ -1,4 +1,5 @@
-"""Reading by pieces: what is planned arrives, in the order of the files, with bounded read-ahead; a file that fails is named."""
+"""Reading by pieces: what is planned arrives, in the order of the files, with bounded read-ahead; a
+file that fails is named."""
 
 from pathlib import Path
 
@@ -66,7 +67,10 @@ def test_empty_tensors_are_nothing_to_read(tmp_path: Path) -> None:
 
 def test_misaligned_tensors_are_read(tmp_path: Path) -> None:
     # Other writers pack the bytes as they come: here 3 of the one before.
-    header = b'{"odd":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"w":{"dtype":"BF16","shape":[4,2],"data_offsets":[3,19]}}'
+    header = (
+        b'{"odd":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},'
+        b'"w":{"dtype":"BF16","shape":[4,2],"data_offsets":[3,19]}}'
+    )
     values = torch.arange(8).bfloat16().view(4, 2)
     content = len(header).to_bytes(8, "little") + header + b"abc" + values.view(torch.uint8).numpy().tobytes()
     (tmp_path / "odd.safetensors").write_bytes(content)
@@ -106,14 +110,16 @@ def test_order_read_ahead_and_release(
     assert fetched == [extent.start for extent in reader.extents] == sorted(fetched)
     assert sum(extent.num_bytes for extent in reader.extents) == 2 * 64 * 16
     assert fetched == [start for name, start in seen if name == "release"]
-    # All but the first are asked for before they are waited for, and none further ahead than is allowed.
+    # All but the first are asked for before they are waited for, and none further ahead than is
+    # allowed.
     assert [start for name, start in seen if name == "read_ahead"] == fetched[1:]
     for start in fetched[1:]:
         assert seen.index(("read_ahead", start)) < seen.index(("fetch", start))
     reached = fetched[0]
     for name, start in seen:
         if name == "read_ahead":
-            # A piece of 64 bytes was finished since, the next is being begun, and 256 bytes lie ahead of that.
+            # A piece of 64 bytes was finished since, the next is being begun, and 256 bytes lie
+            # ahead of that.
             assert start < reached + 64 + 64 + 256
         elif name == "fetch":
             reached = start

@@ -1,4 +1,5 @@
-"""Ranks wait for the slowest at a meeting place, and not for ever; and over which interface they talk."""
+"""Ranks wait for the slowest at a meeting place, and not for ever; and over which interface they
+talk."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,5 @@
-"""A model over several ranks gives what it gives on one: greedy tokens and logits, for every kind of plan."""
+"""A model over several ranks gives what it gives on one: greedy tokens and logits, for every kind
+of plan."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from workers.model.checkpoint import load_model
 from workers.model.make_checkpoint import write_checkpoint
 from workers.parallel.shard import plan_shards
 
-# Eight query heads on 2 key-value heads (repeated from 4 ranks on), 11 experts that 2, 4 and 8 groups share unevenly, 7 groups of 32
-# columns that 2 and 4 ranks share unevenly, 113 rows of vocabulary. All dimensions differ.
+# Eight query heads on 2 key-value heads (repeated from 4 ranks on), 11 experts that 2, 4 and 8
+# groups share unevenly, 7 groups of 32 columns that 2 and 4 ranks share unevenly, 113 rows of
+# vocabulary. All dimensions differ.
 MODEL = ModelConfig(
     vocab_size=113,
     hidden_size=96,

@@ -1,4 +1,5 @@
-"""Decode by programs against decode operation by operation: the same bits, whatever comes and goes in the batch."""
+"""Decode by programs against decode operation by operation: the same bits, whatever comes and goes
+in the batch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generate(
     checkpoint: Path, *, eager: bool, max_num_seqs: int = 6, dtype: Dtype = "float32"
 ) -> list[RequestOutput]:
-    """Nine sequences of which six run at once, so that batches of all sizes are met; some cross blocks and the window."""
+    """Nine sequences of which six run at once, so that batches of all sizes are met; some cross
+    blocks and the window."""
     sampling = [
         SamplingParams(
             max_tokens=5 + 7 * i,

@@ -1,4 +1,5 @@
-"""Sets of CUDA graphs: how they are captured, on which streams, what they take, what may not happen meanwhile."""
+"""Sets of CUDA graphs: how they are captured, on which streams, what they take, what may not happen
+meanwhile."""
 
 import threading
 from collections.abc import Callable
@@ -29,8 +30,8 @@ def no_progress(phase: str, done: int, total: int) -> None:
 def test_graphs_are_captured_from_the_largest_on_one_stream_and_their_memory_is_counted(
     monkeypatch: pytest.MonkeyPatch, limit: int | None
 ) -> None:
-    """A stream for each graph would leave a cuBLAS workspace for each. What another process takes shows as the
-    driver's."""
+    """A stream for each graph would leave a cuBLAS workspace for each. What another process takes
+    shows as the driver's."""
     taken = [Taken(70, 4), Taken(5, 3, elsewhere=1000), Taken(3, 2, elsewhere=-400), Taken(2, 1), Taken(1)][
         : limit or 5
     ]

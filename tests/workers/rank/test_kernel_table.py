@@ -138,7 +138,10 @@ def test_a_gpu_without_matrix_instructions_is_said(
     """Triton compiles for these, too, to one product at a time."""
     pytest.importorskip("triton")
     model = on_gpu(path, monkeypatch, architecture)
-    sentence = f"attention and experts will be slow: {architecture} has no instructions for products of bf16 matrices"
+    sentence = (
+        f"attention and experts will be slow: {architecture} has no instructions for products of "
+        f"bf16 matrices"
+    )
     assert slow_paths(kernel_choices(model), GPU) == [sentence] * slow
 
 
@@ -147,12 +150,14 @@ def test_a_slow_path_on_a_gpu_is_said(path: Path, monkeypatch: pytest.MonkeyPatc
     choices = kernel_choices(on_gpu(path, monkeypatch, "sm_100", layout="rows16"))
     assert not_capturable(choices) == ["experts"]
     assert slow_paths(choices, GPU) == [
-        "experts will be slow, on the torch reference: no Triton kernel takes these weights with torch.bfloat16 activations"
+        "experts will be slow, on the torch reference: no Triton kernel takes these weights with "
+        "torch.bfloat16 activations"
     ]
     without = kernel_choices(on_gpu(path, monkeypatch, "sm_100", triton=False))
     assert not_capturable(without) == ["attention", "experts"]
     assert slow_paths(without, GPU) == [
-        "attention, experts, norms, RoPE, embedding, sampling will be slow, on the torch reference: Triton is not installed"
+        "attention, experts, norms, RoPE, embedding, sampling will be slow, on the torch reference: Triton "
+        "is not installed"
     ]
     assert not_capturable(
         without | {"attention": replace(without["attention"], implementation="Triton sm_90")}

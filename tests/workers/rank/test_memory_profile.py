@@ -1,4 +1,5 @@
-"""The step that memory is profiled with is as large as any that the scheduler may plan, and the model can run it."""
+"""The step that memory is profiled with is as large as any that the scheduler may plan, and the
+model can run it."""
 
 import threading
 from dataclasses import fields
@@ -81,7 +82,8 @@ def test_the_model_runs_it_and_samples_every_sequence(
 def test_the_memory_of_all_graphs_from_the_largest_two(
     taken: tuple[tuple[int, ...], tuple[int, ...]], num_graphs: int, expected: int
 ) -> None:
-    """In MiB: (of the pool, of the driver). What another process takes or frees meanwhile is no graph's."""
+    """In MiB: (of the pool, of the driver). What another process takes or frees meanwhile is no
+    graph's."""
     pool, driver = (tuple(number * MIB for number in numbers) for numbers in taken)
     assert expected_graph_bytes(GraphReport(pool, driver), num_graphs) == expected * MIB
 

@@ -1,4 +1,5 @@
-"""The order of launches and results in a rank's loop, with steps that take as long as the test says."""
+"""The order of launches and results in a rank's loop, with steps that take as long as the test
+says."""
 
 from collections import deque
 
@@ -38,7 +39,8 @@ class Rank:
 
 
 class Channel:
-    """Hands out what it is told to, one entry a call: a step number is that plan, "finish" ends the oldest step on the GPU."""
+    """Hands out what it is told to, one entry a call: a step number is that plan, "finish" ends the
+    oldest step on the GPU."""
 
     def __init__(self, rank: Rank, script: list[int | str]) -> None:
         self._rank, self._script = rank, deque(script)
@@ -87,7 +89,8 @@ def test_other_ranks_take_their_results_but_are_silent() -> None:
 
 
 class Silence:
-    """A channel on which an engine says what it is told to, and time that passes while it is listened to."""
+    """A channel on which an engine says what it is told to, and time that passes while it is
+    listened to."""
 
     def __init__(self, script: list[bytes | None]) -> None:
         self._script = deque(script)

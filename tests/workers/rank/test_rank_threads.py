@@ -15,7 +15,8 @@ from workers.scheduler.plan import StepPlan
 
 
 def test_steps_of_any_thread_run_on_the_rank_s_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new thread's current device is GPU 0, whichever was made current in the thread that loaded."""
+    """A new thread's current device is GPU 0, whichever was made current in the thread that
+    loaded."""
     seen: list[object] = []
     device = torch.device("cuda", 1)
     rank = Rank(

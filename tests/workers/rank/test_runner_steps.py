@@ -1,4 +1,5 @@
-"""The runner against plain Python: the batch it builds from plans, and what reaches the sampler from each sequence."""
+"""The runner against plain Python: the batch it builds from plans, and what reaches the sampler
+from each sequence."""
 
 import gc
 import random
@@ -41,7 +42,8 @@ def start(
 
 
 def test_batches_equal_a_plain_simulation() -> None:
-    """Random plans over sequences that come, go and are scheduled in any order; every tensor is computed again token by token."""
+    """Random plans over sequences that come, go and are scheduled in any order; every tensor is
+    computed again token by token."""
     draw = random.Random(3)
     slots = SequenceSlots(max_num_seqs=6, max_model_len=200)
     device, inputs = DeviceSlots(slots, CPU), InputBuffers(CPU)
@@ -193,7 +195,8 @@ def test_parameters_that_nobody_uses_cost_nothing() -> None:
 def test_a_slot_forgets_its_last_tenant() -> None:
     state = SamplingState(1)
     everything = SamplingParams(
-        temperature=1, seed=5, top_k=3, top_p=0.5, min_p=0.1, presence_penalty=1, frequency_penalty=1, repetition_penalty=2,
+        temperature=1, seed=5, top_k=3, top_p=0.5, min_p=0.1, presence_penalty=1, frequency_penalty=1,
+        repetition_penalty=2,
         logit_bias=((1, 2.0),), logprobs=3, min_tokens=2, max_tokens=9,
     )  # fmt: skip
     state.start(
@@ -356,7 +359,8 @@ def test_a_missing_step_is_refused(runner: Runner) -> None:
 def test_recorded_steps_end_with_their_runner(
     model: GptOss, monkeypatch: pytest.MonkeyPatch, record: Callable[[Runner], object]
 ) -> None:
-    """At once, not when cycles are collected: leaving a group of NCCL waits for graphs that hold its calls."""
+    """At once, not when cycles are collected: leaving a group of NCCL waits for graphs that hold
+    its calls."""
     monkeypatch.setattr(DecodeGraphs, "capture", lambda self, progress: GraphReport((), ()))
     runner = Runner(model, PagedSequences(model, 8).kv_caches, max_num_seqs=2, max_model_len=64)
     record(runner)
@@ -398,7 +402,8 @@ def test_each_sequence_gets_the_logprobs_it_asked_for(runner: Runner) -> None:
 
 
 def test_a_finished_sequence_may_be_planned_once_more(model: GptOss) -> None:
-    """The plan after a sequence's last token may be on its way already: it computes one position past the end, and harms nobody."""
+    """The plan after a sequence's last token may be on its way already: it computes one position
+    past the end, and harms nobody."""
     caches = [torch.zeros(2, 8, BLOCK_SIZE, TINY.num_kv_heads, TINY.head_dim) for _ in TINY.layer_windows]
     runner = Runner(model, caches, max_num_seqs=1, max_model_len=16)
     prompt = tuple(range(1, 16))
@@ -423,7 +428,8 @@ def test_a_plan_that_samples_where_a_token_is_missing_is_refused(runner: Runner)
 
 
 def test_other_ranks_take_the_tokens_of_rank_0(tmp_path: Path) -> None:
-    """Penalties and temperature on rank 0 only: the others never sample, and compute the same next step."""
+    """Penalties and temperature on rank 0 only: the others never sample, and compute the same next
+    step."""
     path = write_tiny_checkpoint(tmp_path)
     shards = plan_shards(TINY, ParallelConfig(tensor=3))
     sampling = SamplingParams(temperature=1.0, seed=3, repetition_penalty=1.5, logprobs=2)

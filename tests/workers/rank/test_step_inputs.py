@@ -1,4 +1,5 @@
-"""What a step uploads: packing, padding and the choice of a CUDA graph, as far as they need no GPU."""
+"""What a step uploads: packing, padding and the choice of a CUDA graph, as far as they need no
+GPU."""
 
 from pathlib import Path
 
@@ -109,7 +110,8 @@ def test_padding_writes_and_reads_the_null_block_only() -> None:
 
 
 def test_a_padded_batch_computes_what_an_unpadded_one_does(tmp_path: Path) -> None:
-    """Bit for bit, with block tables as wide as a graph has them. All KV slots start as NaN, so a stray read shows."""
+    """Bit for bit, with block tables as wide as a graph has them. All KV slots start as NaN, so a
+    stray read shows."""
     model = load_model(write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=CPU)
     lengths = (17, 1, 40)
     prompts = [tuple(range(1 + index, 1 + index + length)) for index, length in enumerate(lengths)]

@@ -1,4 +1,5 @@
-"""engine.proto ⇄ dataclasses: nothing is lost on the wire, and what no engine can run is refused with the field's name."""
+"""engine.proto ⇄ dataclasses: nothing is lost on the wire, and what no engine can run is refused
+with the field's name."""
 
 import math
 from dataclasses import replace
@@ -196,7 +197,8 @@ def test_a_request_no_engine_can_run_names_the_field(change: dict[str, object], 
 
 def test_the_edges_of_the_ranges_are_allowed() -> None:
     edges = SamplingParams(
-        max_tokens=1, temperature=0.0, top_p=1.0, top_k=-1, min_p=1.0, presence_penalty=-2.0, frequency_penalty=2.0,
+        max_tokens=1, temperature=0.0, top_p=1.0, top_k=-1, min_p=1.0, presence_penalty=-2.0,
+        frequency_penalty=2.0,
         logit_bias=((0, -100.0), (VOCAB - 1, 100.0)), seed=2**64 - 1, logprobs=MAX_LOGPROBS, min_tokens=1,
         stop_token_ids=tuple(range(MAX_STOP_TOKEN_IDS)),
     )  # fmt: skip

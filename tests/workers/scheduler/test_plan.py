@@ -112,7 +112,8 @@ def test_a_result_comes_back_equal(result: StepResult) -> None:
 
 
 def test_every_field_is_on_the_wire() -> None:
-    """A field that is added and forgotten in the encoding would pass the tests above with its default."""
+    """A field that is added and forgotten in the encoding would pass the tests above with its
+    default."""
     sampling = SamplingParams(
         7, 0.5, 0.9, 5, 0.1, 0.2, 0.3, 1.1, ((3, -1.5),), 2**64 - 1, 4, (8, 9), 2, True, 3
     )

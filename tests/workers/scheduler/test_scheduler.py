@@ -172,7 +172,8 @@ def test_prefix_hits_are_reported_and_not_computed() -> None:
 
 
 def test_output_is_found_again_by_the_next_turn() -> None:
-    """Blocks that decoding fills one token at a time are cached like those of prompts, the last token not yet being computed."""
+    """Blocks that decoding fills one token at a time are cached like those of prompts, the last
+    token not yet being computed."""
     scheduler = build(num_sliding=50, window=20)
     assert scheduler.add(Sequence(0, request(20, max_tokens=29))) is None
     while scheduler.has_work:
@@ -428,7 +429,8 @@ def test_a_cache_too_small_for_one_sequence_is_a_config_error() -> None:
 
 
 def print_plans_of_a_fixed_run() -> None:
-    """Run by the next test in processes of their own: a busy run, with preemption and hits, as the bytes of its plans."""
+    """Run by the next test in processes of their own: a busy run, with preemption and hits, as the
+    bytes of its plans."""
     scheduler = build(num_full=14, num_sliding=14, window=20, seqs=4, budget=40, max_model_len=150)
     rank = SimulatedRank(14, 14, 20, lambda tokens: sum(tokens) % 50 + 3)
     for seq_id in range(20):

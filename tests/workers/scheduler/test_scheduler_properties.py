@@ -1,4 +1,5 @@
-"""Any mix of requests, aborts, preemptions and prefix hits, run against a rank that checks every key it reads."""
+"""Any mix of requests, aborts, preemptions and prefix hits, run against a rank that checks every
+key it reads."""
 
 import hashlib
 import random
@@ -29,7 +30,8 @@ def sample(token_ids):
 
 
 def generate_alone(request, max_model_len):
-    """What a request must yield whatever else runs: (output tokens, finish_reason, stop_token_id)."""
+    """What a request must yield whatever else runs: (output tokens, finish_reason,
+    stop_token_id)."""
     sampling = request.sampling
     stops = set() if sampling.ignore_eos else {MODEL_STOP_TOKEN, *sampling.stop_token_ids}
     tokens = list(request.prompt_token_ids)
@@ -238,7 +240,8 @@ TestSchedulerProperties = SchedulerMachine.TestCase
 
 
 def test_a_long_run_under_tiny_pools_meets_everything() -> None:
-    """The same machine driven at random for long, so that preemption, hits, collisions and resumption surely happen together."""
+    """The same machine driven at random for long, so that preemption, hits, collisions and
+    resumption surely happen together."""
     choose = random.Random(4)
     seen: Counter[str] = Counter()
     for collisions in (False, True):

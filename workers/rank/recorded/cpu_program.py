@@ -1,6 +1,8 @@
-"""The decode step on a CPU as one call: the model's operations recorded once for each batch size and run from C++ after that.
+"""The decode step on a CPU as one call: the model's operations recorded once for each batch size
+and run from C++ after that.
 
-The counterpart of CUDA graphs. Only the model is recorded; logits and sampling, whose work depends on the batch, run after it.
+The counterpart of CUDA graphs. Only the model is recorded; logits and sampling, whose work depends
+on the batch, run after it.
 """
 
 import logging
@@ -20,7 +22,8 @@ from workers.rank.step_inputs import InputBuffers
 logger = logging.getLogger(__name__)
 
 MAX_PROGRAM_SIZE = 32
-"""Sequences; in a larger step what Python costs does not show, and the activations of all layers, which a program keeps apart, would."""
+"""Sequences; in a larger step what Python costs does not show, and the activations of all layers,
+which a program keeps apart, would."""
 
 
 def programs_run() -> bool:
@@ -29,7 +32,8 @@ def programs_run() -> bool:
 
 
 class DecodePrograms:
-    """The programs of one runner, and the memory that they read their inputs from. A size is recorded when it is first met.
+    """The programs of one runner, and the memory that they read their inputs from. A size is
+    recorded when it is first met.
 
     Args:
         forward: the model: a batch → [T, hidden].
@@ -62,7 +66,8 @@ class DecodePrograms:
         """Run a decode batch.
 
         Returns:
-            ([size, hidden], valid until the next call; sample_indices and slots of the sampled rows.)
+            ([size, hidden], valid until the next call; sample_indices and slots of the sampled
+            rows.)
         """
         sample_indices, sampled_slots, table_at, table_ids = buffers.upload(rows.other_arrays())
         self._device_slots.set_blocks(table_at, table_ids)

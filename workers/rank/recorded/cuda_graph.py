@@ -1,7 +1,9 @@
-"""CUDA graphs of the decode step: the model's kernels recorded once for each padded batch size and launched as one.
+"""CUDA graphs of the decode step: the model's kernels recorded once for each padded batch size and
+launched as one.
 
-Only the model is recorded; the layers' all-reduces are NCCL calls, which can be. Logits and sampling, whose work depends on the batch, run
-after it. Sizes follow vLLM's (`vllm/config`, cudagraph_capture_sizes).
+Only the model is recorded; the layers' all-reduces are NCCL calls, which can be. Logits and
+sampling, whose work depends on the batch, run after it. Sizes follow vLLM's (`vllm/config`,
+cudagraph_capture_sizes).
 
 Nothing of this has run on a GPU yet.
 """
@@ -28,11 +30,13 @@ MAX_GRAPH_SIZE = 512
 _TORCH_STREAMS = 32
 """Number of streams of a device at one priority (c10/cuda/CUDAStream.cpp)."""
 _ROOM_BYTES = 64 * 1024
-"""Beyond the batch, for sampled rows and new blocks; a step that needs more runs without a graph."""
+"""Beyond the batch, for sampled rows and new blocks; a step that needs more runs without a
+graph."""
 
 
 def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """Padded batch sizes, ascending: 1, 2, 4, by eights to 256, by sixteens to MAX_GRAPH_SIZE, and max_num_seqs itself below that."""
+    """Padded batch sizes, ascending: 1, 2, 4, by eights to 256, by sixteens to MAX_GRAPH_SIZE, and
+    max_num_seqs itself below that."""
     largest = min(max_num_seqs, MAX_GRAPH_SIZE)
     steps = (1, 2, 4, *range(8, 256, 8), *range(256, MAX_GRAPH_SIZE + 1, 16))
     return tuple(sorted({size for size in steps if size < largest} | {largest}))
@@ -49,11 +53,11 @@ class GraphReport:
     """Bytes of GPU memory that each graph keeps, in the order of capture, the largest graph first.
 
     Attributes:
-        pool_bytes: what the graphs' own pool grew by, in whole segments of torch's allocator. Exact:
-            neither another thread's tensors nor another process's memory is in it.
-        driver_bytes: what the driver took beside torch, for the graph itself. The driver says only for
-            the whole GPU how much is free, so this is wrong, in either direction, for a graph during
-            whose capture another process took or freed memory.
+        pool_bytes: what the graphs' own pool grew by, in whole segments of torch's allocator.
+            Exact: neither another thread's tensors nor another process's memory is in it.
+        driver_bytes: what the driver took beside torch, for the graph itself. The driver says only
+            for the whole GPU how much is free, so this is wrong, in either direction, for a graph
+            during whose capture another process took or freed memory.
     """
 
     pool_bytes: tuple[int, ...]
@@ -92,8 +96,8 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[str, int, int], None], *, limit: int | None = None) -> GraphReport:
-        """Record all sizes, or so many, the largest first: the smaller ones then fit into its memory, which
-        they share. Once only.
+        """Record all sizes, or so many, the largest first: the smaller ones then fit into its
+        memory, which they share. Once only.
 
         Raises:
             RuntimeError: a kernel was loaded while a graph was captured.
@@ -112,7 +116,8 @@ class DecodeGraphs:
             self._warm_up(tensors, stream)
             in_pool, beside_torch = _pool_bytes(pool), _bytes_beside_torch(device)
             graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads of the process (NCCL's watchdog, the plan channel) may call CUDA meanwhile.
+            # thread_local: other threads of the process (NCCL's watchdog, the plan channel) may
+            # call CUDA meanwhile.
             with (
                 no_kernel_loads(f"a CUDA graph of {size} sequences"),
                 torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
@@ -125,7 +130,8 @@ class DecodeGraphs:
         return GraphReport(tuple(pool_bytes), tuple(driver_bytes))
 
     def size_for(self, rows: StepRows) -> int | None:
-        """The graph that can run this batch; None: it is no decode batch, too large, or brings too many new blocks."""
+        """The graph that can run this batch; None: it is no decode batch, too large, or brings too
+        many new blocks."""
         if not rows.is_decode or packed_layout(rows.other_arrays())[1] > _ROOM_BYTES:
             return None
         return graph_size(self.sizes, len(rows.slots))
@@ -134,7 +140,8 @@ class DecodeGraphs:
         """Queue a decode batch.
 
         Returns:
-            ([size, hidden], valid until the next replay, as graphs share memory; sample_indices and slots of the sampled rows.)
+            ([size, hidden], valid until the next replay, as graphs share memory; sample_indices and
+            slots of the sampled rows.)
         """
         arrays = rows.padded(size, self._device_slots.padding_slot).batch_arrays()
         tensors = buffers.upload(arrays + rows.other_arrays(), self._inputs)
@@ -157,13 +164,13 @@ class DecodeGraphs:
 
 
 class CaptureStreams:
-    """The streams of this process that graphs are captured on: one for each living set of graphs, and
-    the next set's once that set is gone.
+    """The streams of this process that graphs are captured on: one for each living set of graphs,
+    and the next set's once that set is gone.
 
-    cuBLAS works in memory that torch gives it, 32 MiB on sm_90, for each stream, and a graph holds its
-    address. Versions of torch after 2.11 free the memory of a stream with any graph that was captured
-    on it (pytorch issue 193402), also where other graphs hold it: two sets must not share a stream. A
-    stream for every set there ever was would keep its memory in an older torch.
+    cuBLAS works in memory that torch gives it, 32 MiB on sm_90, for each stream, and a graph holds
+    its address. Versions of torch after 2.11 free the memory of a stream with any graph that was
+    captured on it (pytorch issue 193402), also where other graphs hold it: two sets must not share
+    a stream. A stream for every set there ever was would keep its memory in an older torch.
     """
 
     def __init__(self) -> None:
@@ -213,8 +220,8 @@ def _let_go(
 
 
 def use_cublas_on_next_stream(device: torch.device) -> None:
-    """Have cuBLAS take its memory for the stream that the next set of graphs will be captured on, so that it
-    is in use from now on."""
+    """Have cuBLAS take its memory for the stream that the next set of graphs will be captured on,
+    so that it is in use from now on."""
     stream = _streams.take(device)
     with torch.cuda.stream(stream):
         multiply(device)
@@ -223,7 +230,8 @@ def use_cublas_on_next_stream(device: torch.device) -> None:
 
 
 def multiply(device: torch.device) -> None:
-    """Make both kinds of product that a model has, with and without a bias: cuBLAS and cuBLASLt take memory."""
+    """Make both kinds of product that a model has, with and without a bias: cuBLAS and cuBLASLt
+    take memory."""
     square = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
     functional.linear(square, square, square[0])
     square @ square
@@ -231,11 +239,12 @@ def multiply(device: torch.device) -> None:
 
 @contextmanager
 def no_kernel_loads(what: str) -> Iterator[None]:
-    """While entered, raise RuntimeError where this thread makes Triton load a kernel, before it is loaded.
+    """While entered, raise RuntimeError where this thread makes Triton load a kernel, before it is
+    loaded.
 
-    Loading may call CUDA functions that spoil a capture; and a kernel that the run before the capture
-    did not load says that it was another run. Other threads may load. Kernels of libraries, such as
-    cuBLAS's, are not watched.
+    Loading may call CUDA functions that spoil a capture; and a kernel that the run before the
+    capture did not load says that it was another run. Other threads may load. Kernels of libraries,
+    such as cuBLAS's, are not watched.
 
     Args:
         what: is captured.
@@ -250,7 +259,8 @@ def no_kernel_loads(what: str) -> Iterator[None]:
     def refuse(module: object, function: object, name: str, metadata_group: object, key: str) -> None:
         if threading.get_ident() == thread:
             raise RuntimeError(
-                f"Triton loads the kernel {name} while {what} is captured, though the same step ran just before, "
+                f"Triton loads the kernel {name} while {what} is captured, though the same step ran just "
+                f"before, "
                 "with all its kernels: an error in Cantata. With engine.enforce_eager it runs without graphs"
             )
 

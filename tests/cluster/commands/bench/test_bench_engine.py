@@ -1,4 +1,5 @@
-"""`cantata bench engine` on a tiny checkpoint: a report that adds up, and flags that cannot be met."""
+"""`cantata bench engine` on a tiny checkpoint: a report that adds up, and flags that cannot be
+met."""
 
 import json
 from pathlib import Path
@@ -52,7 +53,8 @@ def test_the_report_adds_up(checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
     profile = report["profile"]
     assert profile["prefill"]["num_steps"] >= 1
     assert profile["decode"]["num_steps"] >= 1
-    # The step that is under way when prefill ends belongs to both phases, but no step is lost or counted twice.
+    # The step that is under way when prefill ends belongs to both phases, but no step is lost or
+    # counted twice.
     assert profile["prefill"]["num_steps"] + profile["decode"]["num_steps"] in (5, 6, 7)
     for phase in (profile["prefill"], profile["decode"]):
         rows = phase["operations"]
@@ -103,8 +105,8 @@ def test_another_instruction_set(
     [missing, *_] = [name for name in ("neon", "avx2") if name not in native.available()]
     assert main(["bench", "engine", "--model", str(checkpoint), *flags, "--cpu-isa", missing]) == 1
     assert (
-        f"cantata: cpu_isa is {missing}, which this processor or this build does not have: set it to one of auto, "
-        in capsys.readouterr().err
+        f"cantata: cpu_isa is {missing}, which this processor or this build does not have: set it to one of "
+        f"auto, " in capsys.readouterr().err
     )
 
 

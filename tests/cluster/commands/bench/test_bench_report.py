@@ -99,6 +99,7 @@ def test_arrivals_are_a_seeded_poisson_process_of_the_rate() -> None:
     assert times != arrival_times(4000, 50.0, seed=4)
     assert times[-1] == pytest.approx(80.0)
     assert gaps.min() > 0
-    # Exponential gaps: the standard deviation equals the mean (within 5 % for 4000), and a fraction 1/e is longer than the mean.
+    # Exponential gaps: the standard deviation equals the mean (within 5 % for 4000), and a fraction
+    # 1/e is longer than the mean.
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.08)
     assert (gaps > gaps.mean()).mean() == pytest.approx(np.exp(-1), abs=0.03)

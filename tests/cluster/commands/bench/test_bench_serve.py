@@ -1,4 +1,5 @@
-"""The load generator against a small server whose behaviour each test chooses; what it counts, and what it calls an error."""
+"""The load generator against a small server whose behaviour each test chooses; what it counts, and
+what it calls an error."""
 
 import argparse
 import asyncio
@@ -21,7 +22,8 @@ Event = dict[str, object] | str
 
 @dataclass
 class Script:
-    """What the server does; `answer` maps a request's body to a status and either its events or its error body."""
+    """What the server does; `answer` maps a request's body to a status and either its events or its
+    error body."""
 
     answer: Callable[[dict[str, object]], tuple[int, Sequence[Event]]]
     tokenize: Callable[[str], list[int]] | None = None
@@ -225,7 +227,8 @@ def test_concurrency_is_kept_and_not_exceeded(server: Server) -> None:
 
 
 def test_request_rate_does_not_wait_for_answers(server: Server) -> None:
-    # Only an open loop gets all twenty requests to a server that answers none before the last is there.
+    # Only an open loop gets all twenty requests to a server that answers none before the last is
+    # there.
     server.script = Script(lambda body: (200, WHOLE), hold=20)
     result = measure(server, "--num-prompts", "20", "--warmup", "0", "--request-rate", "200")
     assert result.num_completed == 20
