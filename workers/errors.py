@@ -4,6 +4,7 @@
 parse a message.
 """
 
+import signal
 from typing import ClassVar
 
 _MAX_MESSAGE_CHARS = 1000
@@ -105,3 +106,16 @@ class CheckpointError(Exception):
 
 class ConfigError(Exception):
     """The configuration cannot work; the message names the field. Seen at start-up only."""
+
+
+class RankCrashed(ConfigError):
+    """A rank ended by a signal that says that its own program is at fault; starting it again as it
+    is will not help.
+
+    Attributes:
+        signal: which one, of those that `workers.exit_codes.crash` knows.
+    """
+
+    def __init__(self, message: str, number: signal.Signals) -> None:
+        super().__init__(message)
+        self.signal = number

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from cluster.fleet.table import Replica
 from cluster.standalone.process_session import end_session
-from workers.exit_codes import ending
+from workers.exit_codes import crash, ending, is_explained
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,8 @@ TURN_S = 1.0
 STABLE_AFTER_S = 60.0
 """A child that lived this long had started well: the next restart is quick again."""
 MAX_SAME_CRASHES = 5
-"""Crashes by the same signal, one after the other, after which a child is not started again."""
-_CRASHES = {-signal.SIGILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGABRT}
-"""Exit codes of a program that is at fault itself."""
+"""Crashes by the same signal, of the child or a rank of it, one after the other, after which it is
+not started again."""
 
 
 class EngineFailed(Exception):
@@ -89,7 +88,7 @@ class EngineProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._backoff_s = FIRST_BACKOFF_S
-        self._last_code: int | None = None
+        self._last_crash: signal.Signals | None = None
         self._num_same_crashes = 0
         self._heard = False
         self._hearing: asyncio.Task[None] | None = None
@@ -163,7 +162,9 @@ class EngineProcess:
         finally:
             reading.cancel()
             exiting.cancel()
-        raise EngineFailed(f"{self.name} did not start ({ending(code)})", explained=code == 1, code=code)
+        raise EngineFailed(
+            f"{self.name} did not start ({ending(code)})", explained=is_explained(code), code=code
+        )
 
     async def _first_message(self, output: asyncio.StreamReader) -> Replica | None:
         """Where the child serves; None: it has ended before it said so."""
@@ -184,10 +185,10 @@ class EngineProcess:
             await self._end_descendants(process.pid)
             if time.monotonic() - started >= STABLE_AFTER_S:
                 self._backoff_s = FIRST_BACKOFF_S
-                self._last_code = None
+                self._last_crash = None
             # Other crashes of a child that served may be due to a request, which the gateway gives
             # up in time.
-            if self._gives_up(code if code == -signal.SIGILL else None):
+            if self._gives_up(code if crash(code) == signal.SIGILL else None):
                 return
             logger.error("%s died (%s); it is restarted", self.name, ending(code))
             await self._restart(timeout_s)
@@ -235,11 +236,11 @@ class EngineProcess:
 
     def _gives_up(self, code: int | None) -> bool:
         """Count the crashes; whether this was the last."""
-        crashed = code in _CRASHES
+        crashed = None if code is None else crash(code)
         self._num_same_crashes = (
-            0 if not crashed else self._num_same_crashes + 1 if code == self._last_code else 1
+            0 if crashed is None else self._num_same_crashes + 1 if crashed == self._last_crash else 1
         )
-        self._last_code = code
+        self._last_crash = crashed
         if code is None or self._num_same_crashes < MAX_SAME_CRASHES:
             return False
         self.failure = (

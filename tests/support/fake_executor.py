@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from torch import Tensor
 
 from workers.config import ModelConfig
+from workers.errors import RankCrashed
 from workers.executor.base import ExecutorInfo
 from workers.request import TokenLogprobs
 from workers.scheduler.plan import StepPlan, StepResult
@@ -56,6 +57,7 @@ class FakeExecutor:
         self.before_step: Callable[[StepPlan], None] = lambda plan: None
         self.plans: list[StepPlan] = []
         self.stopped = False
+        self.crash: RankCrashed | None = None
         self.fail: Callable[[str], None] = lambda sentence: None
         self._tokens: dict[int, list[int]] = {}
         self._logprobs: dict[int, int] = {}

@@ -5,8 +5,9 @@ secret in $CANTATA_ENGINE_SECRET.
 Progress, summary and log go to stderr. On stdout comes exactly one line, when it serves: {"event":
 "ready", "address": …, "start_id": …, "metrics_address": …}; with --heartbeats {"event": "alive"}
 follows each second. Exit code 0 after SIGTERM, SIGINT (a second one skips the grace period) or the
-RPC Drain, 1 if it cannot start or has died. With --parent-pid the kernel kills it when that process
-ends: nobody reads what an orphan generates, and its memory is wanted.
+RPC Drain, 1 if it cannot start or has died, and 128 + N if one of its ranks crashed by signal N
+(`workers.exit_codes`). With --parent-pid the kernel kills it when that process ends: its output has
+no reader then, and its memory is wanted.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from workers.engine.collector import spare_collections
 from workers.engine.heartbeat import beat, say_to
 from workers.engine.progress import StartUpProgress, summary
 from workers.engine.server import EngineServer
-from workers.errors import CheckpointError, ConfigError
+from workers.errors import CheckpointError, ConfigError, RankCrashed
+from workers.exit_codes import FAILED, exit_code_of_crashed_rank
 from workers.parent_death import die_with_parent
 from workers.private_folder import PrivateFolder
 
@@ -79,8 +81,13 @@ def main() -> int:
             )
             return asyncio.run(_serve(config, address, arguments))
     except (CheckpointError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _explain(error)
+
+
+def _explain(error: Exception | str) -> int:
+    """Write why the engine ends to stderr; returns the exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return exit_code_of_crashed_rank(error.signal) if isinstance(error, RankCrashed) else FAILED
 
 
 def _read_config(argument: str) -> EngineConfig:
@@ -144,8 +151,8 @@ async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespa
     if arguments.heartbeats:
         heartbeat.cancel()
     if server.engine.error is not None:
-        print(f"error: {server.engine.error}", file=sys.stderr)
-        return 1
+        # When a rank crashes, others fail as well, and may have been heard first.
+        return _explain(server.engine.crash or server.engine.error)
     return 0
 
 

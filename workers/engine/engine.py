@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from workers.config import EngineConfig, ModelConfig
 from workers.engine.heartbeat import StepLoopWatch
 from workers.engine.stream import Notifier, OutputStream
-from workers.errors import CantataError, ConfigError, DeadlineExceeded, EngineDead, Overloaded
+from workers.errors import CantataError, ConfigError, DeadlineExceeded, EngineDead, Overloaded, RankCrashed
 from workers.executor.base import MAX_IN_FLIGHT, Executor, ExecutorInfo
 from workers.kv_cache.manager import KVCacheManager
 from workers.metrics import KV_GROUPS, EngineMetrics
@@ -214,6 +214,12 @@ class Engine:
     def error(self) -> str | None:
         """Why the engine died; None while it has not."""
         return self._error
+
+    @property
+    def crash(self) -> RankCrashed | None:
+        """The crash of a rank of which the engine died; None: it has not, or of something else.
+        Final after `shutdown`."""
+        return self._executor.crash if self._error is not None else None
 
     def wait_stopped(self, timeout_s: float | None = None) -> bool:
         """Block until the loop has ended, by shutdown or by death; whether it has."""

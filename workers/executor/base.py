@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from workers.errors import RankCrashed
 from workers.scheduler.plan import StepPlan, StepResult
 
 
@@ -42,13 +43,20 @@ MAX_IN_FLIGHT = 2
 
 class Executor(Protocol):
     """Runs plans in order. Failure of a step is a StepResult with `error`, never an exception of
-    the future."""
+    the future.
+
+    Attributes:
+        crash: the crash of the rank that ended first; None: it was no crash, or that is not known.
+            Final after `shutdown`.
+    """
+
+    crash: RankCrashed | None
 
     def start(self) -> ExecutorInfo:
         """Load the model and size the KV cache; blocks until ready.
 
         Raises:
-            CheckpointError, ConfigError: with one sentence for the user.
+            CheckpointError, ConfigError, RankCrashed among them: with one sentence for the user.
         """
 
     def execute(self, plan: StepPlan) -> "Future[StepResult]":

@@ -8,12 +8,14 @@ ranks are killed, since without one the others are of no use.
 """
 
 import logging
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Protocol
 
 import msgpack
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from workers.config import EngineConfig, ModelConfig
 from workers.config_json import engine_config_to_json
-from workers.errors import CheckpointError, ConfigError, EngineDead
+from workers.errors import CheckpointError, ConfigError, EngineDead, RankCrashed
 from workers.executor import channel as wire
 from workers.executor.base import MAX_IN_FLIGHT, ExecutorInfo
 from workers.executor.channel import EngineChannel
@@ -46,6 +48,10 @@ _POLL_S = 0.5
 _ALIVE_S = 1.0
 """Between two signs of life to ranks that listen; one that hears none for long takes the engine for
 lost."""
+
+
+OnExit = Callable[[str, signal.Signals | None], None]
+"""Hears how a rank has ended, and the signal if it crashed and that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +87,12 @@ class RankLauncher(Protocol):
             ConfigError: there is not enough; says what is free and what is wanted.
         """
 
-    def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
-        """Start a rank; `on_exit` is called once, from any thread, when it has ended, with how."""
+    def launch(self, spec: RankSpec, on_exit: OnExit) -> None:
+        """Start a rank; `on_exit` is called once, from any thread, when it has ended."""
 
     def end(self, grace_s: float) -> None:
-        """Wait for the ranks to end by themselves, then kill those left; idempotent. None is left
-        when it returns."""
+        """Wait for the ranks to end by themselves, then kill those left; idempotent. When it
+        returns none is left, and `on_exit` has been called for each."""
 
 
 class DistributedExecutor:
@@ -94,6 +100,8 @@ class DistributedExecutor:
 
     Args:
         progress: hears of each phase of each rank, on the starting thread.
+    Attributes:
+        crash: see Executor.
     """
 
     def __init__(
@@ -104,6 +112,7 @@ class DistributedExecutor:
         *,
         progress: Progress | None = None,
     ) -> None:
+        self.crash: RankCrashed | None = None
         self._config = config
         self._model = model
         self._launcher = launcher
@@ -117,6 +126,7 @@ class DistributedExecutor:
         # Guarded by _lock.
         self._lock = threading.Lock()
         self._error: str | None = None
+        self._one_has_ended = False
         self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
         self._oldest_since_s = 0.0
         self._logits: Future[Tensor] | None = None
@@ -130,11 +140,15 @@ class DistributedExecutor:
         """Start the ranks and wait until all are ready.
 
         Raises:
-            CheckpointError, ConfigError: one sentence for the user.
+            CheckpointError, ConfigError, RankCrashed among them: one sentence for the user.
         """
         shards = plan_shards(self._model, self._config.parallel)
         try:
             return self._start(shards[0].tp_size)
+        except EngineDead as error:
+            self.shutdown()
+            # When a rank crashes, others fail as well, and may have been heard first.
+            raise self.crash or ConfigError(error.message) from error
         except BaseException:
             self.shutdown()
             raise
@@ -207,7 +221,7 @@ class DistributedExecutor:
                 num_threads=place.num_threads,
             )
             self._progress(f"start rank {number} on {place.host}", 0, 0)
-            self._launcher.launch(spec, lambda how, number=number: self._fail(f"rank {number} {how}"))  # type: ignore[misc]
+            self._launcher.launch(spec, partial(self._note_exit, number))
         hellos = self._gather(wire.HELLO, parallel.start_timeout_s, "started")
         self._check_hellos(hellos)
         phases_s = {"start ranks": time.perf_counter() - started}
@@ -257,7 +271,8 @@ class DistributedExecutor:
         """One message of that kind from every rank, by rank.
 
         Raises:
-            CheckpointError, ConfigError: a rank failed or ended, or not all came in time.
+            CheckpointError, ConfigError: a rank says what is wrong, or not all came in time.
+            EngineDead: a rank failed or ended.
         """
         channel = self._channel
         assert channel is not None
@@ -271,7 +286,7 @@ class DistributedExecutor:
             )
             if message is None:
                 if self._error is not None:
-                    raise ConfigError(f"before all ranks were ready, {self._error}; its output stands above")
+                    raise EngineDead(f"before all ranks were ready, {self._error}; its output stands above")
                 if time.monotonic() >= deadline:
                     missing = ", ".join(str(rank) for rank in range(self._size) if rank not in found)
                     raise ConfigError(f"after {timeout_s:g} s these ranks have not {doing}: {missing}")
@@ -284,8 +299,8 @@ class DistributedExecutor:
                     f"{fields['phase']}, rank {rank}", int(str(fields["done"])), int(str(fields["total"]))
                 )
             elif kind == wire.FAILED:
-                error = CheckpointError if fields["kind"] == CheckpointError.__name__ else ConfigError
-                raise error(str(fields["message"]))
+                errors = {error.__name__: error for error in (CheckpointError, ConfigError)}
+                raise errors.get(str(fields["kind"]), EngineDead)(str(fields["message"]))
             elif kind == wanted:
                 found[rank] = fields
                 if kind == wire.HELLO:
@@ -377,6 +392,16 @@ class DistributedExecutor:
                 f"step {step} has no result after {timeout_s:g} s: a rank hangs, or the network between "
                 f"ranks is cut"
             )
+
+    def _note_exit(self, rank: int, how: str, crashed: signal.Signals | None) -> None:
+        """Take note that a rank has ended; from any thread."""
+        sentence = f"rank {rank} {how}"
+        with self._lock:
+            # Those that end after the first do so because of it.
+            if crashed is not None and not self._one_has_ended:
+                self.crash = RankCrashed(sentence, crashed)
+            self._one_has_ended = True
+        self._fail(sentence)
 
     def _fail(self, sentence: str, more: Sequence[tuple[StepPlan, "Future[StepResult]"]] = ()) -> None:
         """End everything, once; from any thread."""

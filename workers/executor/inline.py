@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from torch import Tensor
 
 from workers.config import EngineConfig, ModelConfig
+from workers.errors import RankCrashed
 from workers.executor.base import ExecutorInfo
 from workers.parallel.collectives import Alone
 from workers.parallel.shard import plan_shards
@@ -21,6 +22,8 @@ class InlineExecutor:
         config: its parallel plan is one rank.
         progress: hears of each phase as it starts, and of tensors loaded.
         loader: as `Rank` has it; room for the weights is then its own concern.
+    Attributes:
+        crash: None: a crash ends this process.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class InlineExecutor:
         self._model = model
         self._progress = progress
         self._loader = loader
+        self.crash: RankCrashed | None = None
         self._rank: Rank | None = None
         # Waits for the GPU, one step after the other; its thread starts with the first step that is
         # not done at once.

@@ -7,15 +7,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 import torch
 
 from workers.cores import thread_environment
 from workers.errors import ConfigError
-from workers.executor.distributed import Placement
-from workers.exit_codes import ending
+from workers.executor.distributed import OnExit, Placement
+from workers.exit_codes import crash, ending
 from workers.rank.process import RankSpec
 
 _KILL_S = 10.0
@@ -54,7 +54,7 @@ class ProcessRanks:
             for rank in range(num_ranks)
         ]
 
-    def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
+    def launch(self, spec: RankSpec, on_exit: OnExit) -> None:
         """See RankLauncher."""
         started: Future[subprocess.Popen[str]] = Future()
         watcher = threading.Thread(
@@ -80,9 +80,12 @@ class ProcessRanks:
                 process.kill()  # also ends one that is stopped
         for process in self._processes:
             process.wait(_KILL_S)
+        for watcher in self._watchers:
+            if watcher is not threading.current_thread():
+                watcher.join(_KILL_S)  # all have said how their ranks ended
 
 
-def _run(spec: RankSpec, started: "Future[subprocess.Popen[str]]", on_exit: Callable[[str], None]) -> None:
+def _run(spec: RankSpec, started: "Future[subprocess.Popen[str]]", on_exit: OnExit) -> None:
     """Start a rank and wait for its end: it lives no longer than the thread that starts it
     (`workers.parent_death`)."""
     try:
@@ -99,7 +102,8 @@ def _run(spec: RankSpec, started: "Future[subprocess.Popen[str]]", on_exit: Call
         started.set_exception(error)
         return
     started.set_result(process)
-    on_exit(f"ended with {ending(process.wait())}")
+    code = process.wait()
+    on_exit(f"ended with {ending(code)}", crash(code))
 
 
 def _has_fileno(stream: object) -> bool:

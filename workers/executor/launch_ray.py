@@ -3,7 +3,7 @@ them."""
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from workers.cores import thread_environment
 from workers.errors import ConfigError
-from workers.executor.distributed import Placement
+from workers.executor.distributed import OnExit, Placement
 from workers.rank.process import RankSpec, serve_rank
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class RayRanks:
             for index, host in enumerate(hosts)
         ]
 
-    def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
+    def launch(self, spec: RankSpec, on_exit: OnExit) -> None:
         """See RankLauncher."""
         assert self._group is not None
         bundle = self._group.bundle_specs[spec.rank]
@@ -120,9 +120,10 @@ _KILL_S = 10.0
 """For Ray to end a killed actor."""
 
 
-def _watch(running: "ray.ObjectRef[None]", on_exit: Callable[[str], None]) -> None:
+def _watch(running: "ray.ObjectRef[None]", on_exit: OnExit) -> None:
     try:
         ray.get(running)
-        on_exit("ended by itself")
+        on_exit("ended by itself", None)
     except ray.exceptions.RayError as error:
-        on_exit(f"ended ({type(error).__name__})")
+        # Ray knows that the actor's process is gone, and not by which signal.
+        on_exit(f"ended ({type(error).__name__})", None)

@@ -14,6 +14,10 @@ import pytest
 from cluster.standalone import supervisor
 from cluster.standalone.process_session import live_members
 from cluster.standalone.supervisor import EngineFailed, EngineProcess
+from tests.support.tiny_model import write_tiny_checkpoint
+from workers.config import CacheConfig, EngineConfig, ParallelConfig
+from workers.config_json import engine_config_to_json
+from workers.exit_codes import exit_code_of_crashed_rank
 
 CHILD = """
 import json, os, signal, sys
@@ -36,6 +40,10 @@ def gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+def is_rank(pid: int) -> bool:
+    return b"workers.rank.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def address(engine: EngineProcess) -> str | None:
@@ -111,6 +119,16 @@ async def test_a_first_start_that_fails_is_one_sentence() -> None:
         await process.start(20)
     assert failed.value.explained
     assert process.pid is None
+    process = EngineProcess(
+        "engine", child(f"import sys; sys.exit({exit_code_of_crashed_rank(signal.SIGABRT)})")
+    )
+    with pytest.raises(EngineFailed, match=r"^engine did not start \(a rank's signal SIGABRT\)$") as failed:
+        await process.start(20)
+    assert failed.value.explained
+    process = EngineProcess("engine", child("import sys; sys.exit(2)"))
+    with pytest.raises(EngineFailed, match=r"^engine did not start \(exit code 2\)$") as failed:
+        await process.start(20)
+    assert not failed.value.explained
     process = EngineProcess("engine", child("import os; os.abort()"))
     with pytest.raises(EngineFailed, match=r"^engine did not start \(signal SIGABRT\)$") as failed:
         await process.start(20)
@@ -132,17 +150,20 @@ async def test_an_illegal_instruction_is_explained_and_tried_once(tmp_path: Path
     assert starts.read_text() == "x"
 
 
+@pytest.mark.parametrize("own", [True, False])
 async def test_a_served_engine_that_only_dies_of_an_instruction_is_given_up(
-    engine: EngineProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    engine: EngineProcess, own: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whether it serves in between or not."""
+    """Whether it serves in between or not, and whether it dies itself or of a rank that did."""
     starts = tmp_path / "starts"
+    dies = (
+        "os.kill(os.getpid(), signal.SIGILL)"
+        if own
+        else f"os._exit({exit_code_of_crashed_rank(signal.SIGILL)})"
+    )
     count = f"\nfile = open({str(starts)!r}, 'a'); file.write('x'); file.close()\n"
     # Each second start serves for a moment.
-    die = (
-        f"if len(open({str(starts)!r}).read()) % 2: print('{{}}', flush=True)\nos.kill(os.getpid(), "
-        f"signal.SIGILL)\n"
-    )
+    die = f"if len(open({str(starts)!r}).read()) % 2: print('{{}}', flush=True)\n{dies}\n"
     await engine.start(20)
     engine._command = child(
         "import os, signal" + count + die.replace("{}", '{"address": "a", "start_id": "1"}')
@@ -156,20 +177,26 @@ async def test_a_served_engine_that_only_dies_of_an_instruction_is_given_up(
     assert starts.read_text() == "xxxx"
     assert engine.replica is None
     assert engine.pid is None
+    whose = "signal" if own else "a rank's signal"
     assert engine.failure.startswith(
-        "engine crashed 5 times in a row and is not started again (signal SIGILL, "
+        f"engine crashed 5 times in a row and is not started again ({whose} SIGILL, "
     )
+    assert "--cpu-isa or CANTATA_CPU_ISA" in engine.failure
     assert engine.failure in caplog.text
 
 
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize(("number", "given_up"), [(signal.SIGSEGV, True), (signal.SIGKILL, False)])
 async def test_the_same_crash_at_start_is_given_up(
-    engine: EngineProcess, number: signal.Signals, given_up: bool, tmp_path: Path
+    engine: EngineProcess, number: signal.Signals, given_up: bool, own: bool, tmp_path: Path
 ) -> None:
     starts = tmp_path / "starts"
     await engine.start(20)
+    dies = (
+        f"os.kill(os.getpid(), {number.value})" if own else f"os._exit({exit_code_of_crashed_rank(number)})"
+    )
     engine._command = child(
-        f"import os\nopen({str(starts)!r}, 'a').write('x')\nos.kill(os.getpid(), {number.value})"
+        f"import os\nfile = open({str(starts)!r}, 'a'); file.write('x'); file.close()\n{dies}"
     )
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGSEGV)  # while it serves, this does not count
@@ -178,6 +205,40 @@ async def test_the_same_crash_at_start_is_given_up(
     assert engine.given_up.is_set() == given_up
     if given_up:
         assert len(starts.read_text()) == supervisor.MAX_SAME_CRASHES
+
+
+async def test_the_signal_of_a_real_rank_reaches_the_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(supervisor, "MAX_SAME_CRASHES", 1)
+    config = EngineConfig(
+        write_tiny_checkpoint(tmp_path),
+        dtype="float32",
+        max_model_len=256,
+        cache=CacheConfig(4 << 20),
+        parallel=ParallelConfig(3),
+    )
+    process = EngineProcess(
+        "engine", [sys.executable, "-m", "workers.engine", "--config", engine_config_to_json(config)]
+    )
+    try:
+        await process.start(300)
+        assert process.pid is not None
+        ranks = [pid for pid in live_members(process.pid) if is_rank(pid)]
+        assert len(ranks) == 3
+        os.kill(ranks[1], signal.SIGILL)
+        async with asyncio.timeout(60):
+            await process.given_up.wait()
+    finally:
+        await process.stop(5)
+    assert (
+        "(a rank's signal SIGILL, an instruction that this processor does not have: set --cpu-isa"
+        in process.failure
+    )
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.match(
+        r"error: rank \d ended with signal SIGILL, an instruction .*CANTATA_CPU_ISA.*reference", line
+    )
 
 
 async def test_crashes_far_apart_are_not_counted(

@@ -35,10 +35,10 @@ from workers.config_json import engine_config_from_json, engine_config_to_json
 from workers.engine.engine import Engine
 from workers.engine.llm import LLM
 from workers.engine.stream import OutputStream, ThreadReader
-from workers.errors import CheckpointError, ConfigError, EngineDead
+from workers.errors import CheckpointError, ConfigError, EngineDead, RankCrashed
 from workers.executor import channel as wire
 from workers.executor.channel import EngineChannel, RankChannel
-from workers.executor.distributed import DistributedExecutor, Placement
+from workers.executor.distributed import DistributedExecutor, OnExit, Placement
 from workers.executor.launch_processes import ProcessRanks
 from workers.model.make_checkpoint import write_checkpoint
 from workers.private_folder import PrivateFolder
@@ -206,6 +206,7 @@ def test_a_killed_rank_ends_every_request_at_once(checkpoint: Path) -> None:
         r"step \d+ failed on rank [02]; its log has the details", sentence
     )
     assert took < 5  # 0.02 s on a quiet machine
+    assert replica.engine.crash is None, "it was not its own fault"
 
 
 def test_a_stopped_rank_ends_every_request_at_the_step_timeout(checkpoint: Path) -> None:
@@ -215,12 +216,14 @@ def test_a_stopped_rank_ends_every_request_at_the_step_timeout(checkpoint: Path)
     assert 1.4 < took < 10
 
 
-def test_a_rank_that_dies_while_nothing_runs_is_noticed(checkpoint: Path) -> None:
+def test_a_rank_that_crashes_while_nothing_runs_is_noticed(checkpoint: Path) -> None:
     with serving(config_of(checkpoint)) as replica:
         assert last_outputs(replica, [replica.submit(3)])[0].finish_reason == "length"
-        os.kill(replica.ranks.pids[2], signal.SIGKILL)
+        os.kill(replica.ranks.pids[2], signal.SIGABRT)
         assert replica.engine.wait_stopped(10)
-        assert replica.engine.error == "rank 2 ended with signal SIGKILL"
+        assert replica.engine.error == "rank 2 ended with signal SIGABRT"
+    assert replica.engine.crash is not None
+    assert replica.engine.crash.signal == signal.SIGABRT
 
 
 def test_ranks_end_with_their_engine(checkpoint: Path, mark: dict[str, str]) -> None:
@@ -231,13 +234,13 @@ def test_ranks_end_with_their_engine(checkpoint: Path, mark: dict[str, str]) -> 
     )
     assert process.stdout is not None
     assert '"ready"' in process.stdout.readline()
-    ranks = [int(entry.split()[0]) for entry in marked(mark) if "rank_process" in entry]
+    ranks = [int(entry.split()[0]) for entry in marked(mark) if "workers.rank.process" in entry]
     assert len(ranks) == 3
     os.kill(ranks[1], signal.SIGSTOP)  # it cannot see by itself that its engine is gone
     process.kill()
     process.wait()
     process.stdout.close()
-    until(lambda: not [entry for entry in marked(mark) if "rank_process" in entry], 10)
+    until(lambda: not [entry for entry in marked(mark) if "workers.rank.process" in entry], 10)
     # A killed process cannot remove its folders; the next one does.
     own = PrivateFolder()
     assert list(own.path.parent.iterdir()) == [own.path]
@@ -251,7 +254,7 @@ def test_ranks_outlive_the_thread_that_starts_them(checkpoint: Path) -> None:
     spec = RankSpec(
         engine_config_to_json(config_of(checkpoint)), 0, channel.endpoints(0), "127.0.0.1", 0, 3, 1
     )
-    starting = threading.Thread(target=launcher.launch, args=(spec, lambda how: ended.set()))
+    starting = threading.Thread(target=launcher.launch, args=(spec, lambda how, crash: ended.set()))
     starting.start()
     starting.join()
     try:
@@ -298,16 +301,16 @@ class ChangedSpecs(ProcessRanks):
         super().__init__()
         self._change = change
 
-    def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
+    def launch(self, spec: RankSpec, on_exit: OnExit) -> None:
         super().launch(self._change(spec) if spec.rank == 1 else spec, on_exit)
 
 
-def refusal(config: EngineConfig, launcher: ProcessRanks) -> str:
+def refusal(config: EngineConfig, launcher: ProcessRanks) -> Exception:
     executor = DistributedExecutor(config, load_model_config(config.model_path), launcher)
     with pytest.raises((ConfigError, CheckpointError)) as raised:
         executor.start()
     assert all(not Path(f"/proc/{pid}").exists() for pid in launcher.pids)
-    return str(raised.value)
+    return raised.value
 
 
 def with_model(spec: RankSpec, path: Path) -> RankSpec:
@@ -318,7 +321,7 @@ def with_model(spec: RankSpec, path: Path) -> RankSpec:
 
 def test_ranks_with_different_checkpoints_do_not_start(checkpoint: Path, tmp_path: Path) -> None:
     other = write_tiny_checkpoint(tmp_path, seed=1)
-    said = refusal(config_of(checkpoint), ChangedSpecs(lambda spec: with_model(spec, other)))
+    said = str(refusal(config_of(checkpoint), ChangedSpecs(lambda spec: with_model(spec, other))))
     assert "rank 1 on 127.0.0.1 has another checkpoint" in said
 
 
@@ -331,7 +334,7 @@ class Greeters(ProcessRanks):
         self._says = says
         self._channels: list[RankChannel] = []
 
-    def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
+    def launch(self, spec: RankSpec, on_exit: OnExit) -> None:
         channel = RankChannel(spec.endpoints)
         self._channels.append(channel)
         if spec.rank != 1 or self._says:
@@ -356,7 +359,7 @@ class Greeters(ProcessRanks):
     ],
 )
 def test_ranks_that_are_not_alike_do_not_start(checkpoint: Path, what: str, value: object) -> None:
-    said = refusal(config_of(checkpoint), Greeters(**{what: value}))
+    said = str(refusal(config_of(checkpoint), Greeters(**{what: value})))
     assert said.startswith(
         f"rank 1 on 10.0.0.7 has another {what} ({str(value)[:12]}) than its engine on 127.0.0.1 ("
     )
@@ -371,7 +374,7 @@ def test_each_setting_counts_as_configuration(checkpoint: Path) -> None:
 
 
 def test_a_rank_that_does_not_come_is_named(checkpoint: Path) -> None:
-    said = refusal(config_of(checkpoint, start_timeout_s=2), Greeters())
+    said = str(refusal(config_of(checkpoint, start_timeout_s=2), Greeters()))
     assert said == "after 2 s these ranks have not started: 1"
 
 
@@ -379,24 +382,34 @@ def test_what_is_wrong_with_a_checkpoint_is_said_once(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "broken", TINY, seed=0)
     file = tmp_path / "broken/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    said = refusal(config_of(tmp_path / "broken"), ProcessRanks())
+    said = str(refusal(config_of(tmp_path / "broken"), ProcessRanks()))
     assert said.startswith(f"{file} is cut off: tensor lm_head.weight")
 
 
-def test_a_rank_that_dies_while_starting_is_told(checkpoint: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGILL])
+def test_a_rank_that_dies_while_starting_is_told(checkpoint: Path, number: signal.Signals) -> None:
     class Dying(ProcessRanks):
-        def launch(self, spec: RankSpec, on_exit: Callable[[str], None]) -> None:
+        def launch(self, spec: RankSpec, on_exit: OnExit) -> None:
             super().launch(spec, on_exit)
             if spec.rank == 1:
-                os.kill(self.pids[1], signal.SIGKILL)
+                os.kill(self.pids[1], number)
 
     said = refusal(config_of(checkpoint), Dying())
-    assert said == "before all ranks were ready, rank 1 ended with signal SIGKILL; its output stands above"
+    if number == signal.SIGKILL:
+        assert type(said) is ConfigError
+        assert (
+            str(said)
+            == "before all ranks were ready, rank 1 ended with signal SIGKILL; its output stands above"
+        )
+    else:
+        assert isinstance(said, RankCrashed)
+        assert said.signal == number
+        assert "--cpu-isa" in str(said)
 
 
 def test_a_plan_that_cannot_work_is_refused_before_anything_starts(checkpoint: Path) -> None:
     launcher = ProcessRanks()
-    said = refusal(config_of(checkpoint, tensor=4), launcher)
+    said = str(refusal(config_of(checkpoint, tensor=4), launcher))
     assert (
         "6 query heads cannot be split evenly over 4 ranks; the nearest that can: tensor=3, expert=3" in said
     )
@@ -407,8 +420,8 @@ def test_more_gpus_than_there_are_are_refused(checkpoint: Path) -> None:
     config = replace(config_of(checkpoint), device="cuda")
     if torch.cuda.device_count() >= 3:
         pytest.skip("this host has three GPUs")
-    assert f"parallel.tensor wants 3 GPUs, and this host has {torch.cuda.device_count()}" in refusal(
-        config, ProcessRanks()
+    assert f"parallel.tensor wants 3 GPUs, and this host has {torch.cuda.device_count()}" in str(
+        refusal(config, ProcessRanks())
     )
 
 
