@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_timing import copy_bandwidth, replayed, wait
+from kernels.formats import MX_BLOCK
 from kernels.moe import gate_topk, gated_experts
-from kernels.mxfp4 import MX_BLOCK, PackedMXFP4, choose_layout, from_natural
+from kernels.mxfp4 import PackedMXFP4, choose_layout, from_natural
 
 TOP_K = 4
 CACHE_BYTES = 512 << 20

@@ -51,7 +51,7 @@ from benchmarks.gpu_probe import probe
 from benchmarks.gpu_report import report
 from benchmarks.gpu_tests import run_tests, so_far
 from workers.cores import usable_cores
-from workers.rank.rank import usable_device
+from workers.rank.device import usable_device
 
 TESTS, PROBE = "tests", "probe"
 RUNS = {PROBE: probe, **PARTS, "llm": measure_llm}

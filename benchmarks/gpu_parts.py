@@ -26,12 +26,14 @@ from benchmarks.random_model import random_model
 from kernels.backend import architecture, has_triton, triton_runs_on
 from kernels.mxfp4 import choose_layout
 from kernels.sampling import LogitBias, Penalties, SamplingBatch, sample
-from workers.config import BLOCK_SIZE, Dtype, ModelConfig, ParallelConfig, SchedulerConfig, load_model_config
-from workers.kv_cache.tensors import TORCH_DTYPES, host_free_bytes
+from workers.config import BLOCK_SIZE, Dtype, ModelConfig, ParallelConfig, SchedulerConfig
+from workers.kv_cache.memory import DTYPE_BYTES, host_free_bytes
+from workers.kv_cache.tensors import TORCH_DTYPES
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.model.make_checkpoint import preset_config
 from workers.model.sizes import count_parameters, rank_bytes
+from workers.model_config import load_model_config
 from workers.parallel.shard import plan_shards
 from workers.rank.kernel_table import kernel_choices, not_capturable
 from workers.rank.memory_profile import largest_batch
@@ -366,9 +368,7 @@ class ChosenModel:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()
         config, name = self._choose(options, free)
         left = free - _weight_bytes(config)
-        self.batches = what_fits(
-            config, options.batches, options.num_steps, TORCH_DTYPES[DTYPE].itemsize, left
-        )
+        self.batches = what_fits(config, options.batches, options.num_steps, DTYPE_BYTES[DTYPE], left)
         if not self.batches:
             raise SystemExit(
                 f"--batch-sizes, --contexts: beside {name} {left / 2**30:.1f} GiB are free, too little for "
@@ -390,7 +390,7 @@ class ChosenModel:
         names = (
             [options.preset] if options.preset else [*PRESETS] if options.device.type == "cuda" else ["tiny"]
         )
-        item = TORCH_DTYPES[DTYPE].itemsize
+        item = DTYPE_BYTES[DTYPE]
         for name in names:
             config = preset_config(name)
             if what_fits(config, options.batches, options.num_steps, item, free - _weight_bytes(config)):

@@ -38,11 +38,12 @@ import numpy as np
 import torch
 
 from kernels.cpu.memory import zeros
-from workers.config import ParallelConfig, load_model_config
+from workers.config import ParallelConfig
 from workers.model.checkpoint import load_model, touched_extents
 from workers.model.make_checkpoint import make_checkpoint
 from workers.model.mapped_files import Extent
 from workers.model.sizes import rank_bytes
+from workers.model_config import load_model_config
 from workers.parallel.shard import plan_shards
 
 PLANS = ((1, 1), (2, 2), (8, 8), (2, 1), (4, 1))

@@ -23,8 +23,9 @@ from benchmarks.processes import process_tree
 from benchmarks.serving import standalone
 from cluster.commands.bench import serve
 from cluster.config import parse_size
-from workers.config import DenseDtype, ParallelConfig, load_model_config
+from workers.config import DenseDtype, ParallelConfig
 from workers.model.sizes import rank_bytes
+from workers.model_config import load_model_config
 from workers.parallel.shard import plan_shards
 
 _SAMPLE_S = 0.01

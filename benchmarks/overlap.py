@@ -18,20 +18,14 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-from workers.config import (
-    CacheConfig,
-    EngineConfig,
-    ModelConfig,
-    ParallelConfig,
-    SchedulerConfig,
-    load_model_config,
-)
+from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from workers.engine import engine as engine_module
 from workers.engine.engine import Engine
 from workers.engine.stream import ThreadReader
 from workers.executor.distributed import DistributedExecutor
 from workers.executor.launch_processes import ProcessRanks
 from workers.model.make_checkpoint import make_checkpoint
+from workers.model_config import load_model_config
 from workers.request import EngineRequest, SamplingParams
 from workers.scheduler.plan import StepPlan, StepResult
 

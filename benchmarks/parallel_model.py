@@ -51,13 +51,13 @@ from cluster.commands.gpus import GPUS, Gpu, gpu_kv_cache
 from workers.config import Dtype, ModelConfig, ParallelConfig, SchedulerConfig
 from workers.errors import ConfigError
 from workers.kv_cache.manager import num_blocks_for, sliding_blocks_per_sequence
-from workers.kv_cache.tensors import TORCH_DTYPES, KVCachePlan
+from workers.kv_cache.memory import DTYPE_BYTES, KVCachePlan
 from workers.model.make_checkpoint import preset_config
 from workers.model.sizes import expected_experts_hit, rank_bytes, sequence_kv_bytes
 from workers.parallel.shard import RankShard, plan_shards
 
 DTYPE: Dtype = "bfloat16"
-ITEM_BYTES = TORCH_DTYPES[DTYPE].itemsize
+ITEM_BYTES = DTYPE_BYTES[DTYPE]
 LOGIT_BYTES = 4
 MAX_RANKS = 8
 """GPUs of a server that reach each other over NVLink."""

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.mxfp4 import MX_BLOCK, PackedMXFP4, allocate, from_natural
+from kernels.formats import MX_BLOCK
+from kernels.mxfp4 import PackedMXFP4, allocate, from_natural
 from workers.config import ModelConfig, ParallelConfig
 from workers.model.experts import Experts
 from workers.model.gpt_oss import Attention, GptOss, Layer

@@ -19,12 +19,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, load_model_config
+from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig
 from workers.engine.engine import Engine
 from workers.engine.stream import ThreadReader
 from workers.executor.distributed import DistributedExecutor, RankLauncher
 from workers.executor.launch_processes import ProcessRanks
 from workers.model.make_checkpoint import make_checkpoint
+from workers.model_config import load_model_config
 from workers.request import EngineRequest, SamplingParams
 
 MARK = ("CANTATA_BENCHMARK", str(os.getpid()))

@@ -14,8 +14,9 @@ from cluster.fleet.table import Replica
 from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.metrics import FleetView, GatewayMetrics
-from workers.config import load_model_config, longest_context
+from workers.config import longest_context
 from workers.errors import CantataError
+from workers.model_config import load_model_config
 from workers.rpc.convert import EngineInfo
 
 _PROBE_TIMEOUT_S = 5.0

@@ -5,13 +5,12 @@ config after it is built.
 operator.
 """
 
-import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from workers.errors import CheckpointError, ConfigError
+from workers.errors import ConfigError
 
 Dtype = Literal["bfloat16", "float32"]
 DenseDtype = Literal["bf16", "int8"]
@@ -89,7 +88,7 @@ class CacheConfig:
 
     Attributes:
         memory_bytes: of each rank, for both groups together; None: chosen from the memory that is
-            free (`kv_cache/tensors.py`).
+            free (`kv_cache/memory.py`).
         prefix_caching: find full blocks again by hash.
         gpu_memory_utilization: share of a GPU's memory for weights, activations and KV cache
             together; not used on a CPU.
@@ -234,259 +233,20 @@ class EngineConfig:
         return self.dtype if self.cache.dtype == "auto" else "fp8_e4m3"
 
 
+def check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
+    """Refuse more than the model was built for.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    if config.max_model_len is not None and not 2 <= config.max_model_len <= model.max_context_len:
+        raise ConfigError(
+            f"max_model_len must be 2 to {model.max_context_len}, the model's context; got "
+            f"{config.max_model_len}"
+        )
+
+
 def longest_context(model: ModelConfig, max_model_len: int | None) -> int:
     """Tokens of a sequence at most if memory is no limit: `max_model_len`, or the model's own where
     that is None."""
     return model.max_context_len if max_model_len is None else max_model_len
-
-
-def checkpoint_folder(path: Path) -> Path:
-    """Where a checkpoint's config and weights are: the folder itself, or its `original/` if only
-    that is there."""
-    inner = path / "original"
-    return inner if not (path / "config.json").exists() and (inner / "config.json").is_file() else path
-
-
-def load_model_config(path: Path) -> ModelConfig:
-    """Read and check a checkpoint's `config.json`, Hugging Face's or OpenAI's own.
-
-    Raises:
-        CheckpointError: the folder or file is missing, is not a gpt-oss config, or a field is
-            missing, of a wrong type or out of range.
-    """
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout"
-        )
-    path = checkpoint_folder(path)
-    file = path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; {path} is not a Hugging Face checkpoint")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    return parse_model_config(raw, str(file))
-
-
-def parse_model_config(raw: Any, source: str) -> ModelConfig:
-    """Check a decoded config.json; `source` names it in errors.
-
-    Raises:
-        CheckpointError: as in `load_model_config`.
-    """
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{source} must hold a JSON object, found {type(raw).__name__}")
-    if "model_type" not in raw and "rope_ntk_alpha" in raw:
-        return _parse_original_config(raw, source)
-    if raw.get("model_type") != "gpt_oss":
-        raise CheckpointError(f"{source}: model_type is {raw.get('model_type')!r}; only 'gpt_oss' is served")
-    fields = _Fields(raw, source)
-    num_layers = fields.integer("num_hidden_layers")
-    hidden_size = fields.integer("hidden_size")
-    num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads")
-    num_experts = fields.integer("num_local_experts", aliases=("num_experts",))
-    experts_per_token = fields.integer("num_experts_per_tok", aliases=("experts_per_token",), default=4)
-    head_dim = fields.integer("head_dim", default=64)
-    intermediate_size = fields.integer("intermediate_size")
-    if num_heads % num_kv_heads:
-        raise CheckpointError(
-            f"{source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads "
-            f"{num_kv_heads}"
-        )
-    if experts_per_token > num_experts:
-        raise CheckpointError(
-            f"{source}: num_experts_per_tok {experts_per_token} is more than num_local_experts {num_experts}"
-        )
-    if head_dim % 2:
-        raise CheckpointError(f"{source}: head_dim {head_dim} must be even")
-    experts_format = _experts_format(raw.get("quantization_config"), source)
-    if experts_format == "mxfp4":
-        for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
-            if size % 32:
-                raise CheckpointError(f"{source}: {name} {size} is not a multiple of 32, the MXFP4 group")
-    if raw.get("tie_word_embeddings", False):
-        raise CheckpointError(f"{source}: tie_word_embeddings is true; gpt-oss has a separate lm_head")
-    return ModelConfig(
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        num_experts=num_experts,
-        num_experts_per_token=experts_per_token,
-        layer_windows=_layer_windows(fields, num_layers),
-        max_context_len=fields.integer("max_position_embeddings", default=131072),
-        rms_norm_eps=fields.number("rms_norm_eps", default=1e-5),
-        swiglu_limit=fields.number("swiglu_limit", default=7.0),
-        swiglu_alpha=fields.number("swiglu_alpha", default=1.702),
-        rope=_rope(fields),
-        stop_token_ids=_stop_token_ids(fields),
-        experts_format=experts_format,
-    )
-
-
-def _experts_format(quantization: Any, source: str) -> Literal["mxfp4", "bf16"]:
-    """What is stored: MXFP4 experts, or nothing that is quantised. A checkpoint of the second kind
-    may still name a quantiser that has found scales for an fp8 KV cache and nothing else
-    (llm-compressor with a `kv_cache_scheme` alone, ModelOpt likewise)."""
-    if quantization is None:
-        return "bf16"
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if not isinstance(quantization, dict) or (method != "mxfp4" and not _leaves_weights(quantization)):
-        raise CheckpointError(
-            f"{source}: quantization_config.quant_method must be 'mxfp4', found {method!r}: weights are "
-            f"read as MXFP4 experts with the "
-            "rest in bf16, or all in bf16, either with scales of an fp8 KV cache or without; start from "
-            "such a checkpoint (engine.quantize "
-            "mxfp4 packs the experts of one in bf16)"
-        )
-    return "mxfp4" if method == "mxfp4" else "bf16"
-
-
-def _leaves_weights(quantization: dict[str, Any]) -> bool:
-    """Whether a config of compressed-tensors or ModelOpt is of an fp8 KV cache alone."""
-    groups, scheme = quantization.get("config_groups") or {}, quantization.get("kv_cache_scheme")
-    return (
-        quantization.get("quant_method") in ("compressed-tensors", "modelopt")
-        and quantization.get("quant_algo") is None
-        and isinstance(groups, dict)
-        and all(isinstance(group, dict) and group.get("weights") is None for group in groups.values())
-        and isinstance(scheme, dict)
-        and scheme.get("type") == "float"
-        and scheme.get("num_bits") == 8
-    )
-
-
-def _parse_original_config(raw: dict[str, Any], source: str) -> ModelConfig:
-    """The config.json of OpenAI's `original/` folder: openai/gpt-oss `torch/model.py` ModelConfig,
-    which builds a fixed kind of model."""
-    known = {
-        "num_hidden_layers": "num_hidden_layers",
-        "num_experts": "num_local_experts",
-        "experts_per_token": "num_experts_per_tok",
-        "vocab_size": "vocab_size",
-        "hidden_size": "hidden_size",
-        "intermediate_size": "intermediate_size",
-        "swiglu_limit": "swiglu_limit",
-        "head_dim": "head_dim",
-        "num_attention_heads": "num_attention_heads",
-        "num_key_value_heads": "num_key_value_heads",
-        "sliding_window": "sliding_window",
-    }
-    fields = _Fields(raw, source)
-    translated: dict[str, Any] = {name: raw[original] for original, name in known.items() if original in raw}
-    initial, factor = (
-        fields.integer("initial_context_length", default=4096),
-        fields.number("rope_scaling_factor", default=32.0),
-    )
-    translated |= {
-        "model_type": "gpt_oss",
-        "quantization_config": {"quant_method": "mxfp4"},
-        "max_position_embeddings": int(initial * factor),
-        "rope_theta": fields.number("rope_theta", default=150000.0),
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": factor,
-            "beta_fast": fields.number("rope_ntk_beta", default=32.0),
-            "beta_slow": fields.number("rope_ntk_alpha", default=1.0),
-            "original_max_position_embeddings": initial,
-            "truncate": False,
-        },
-    }
-    return replace(parse_model_config(translated, source), layout="original")
-
-
-class _Fields:
-    """Typed access to a JSON object; errors name the source and the field."""
-
-    def __init__(self, raw: dict[str, Any], source: str) -> None:
-        self.raw = raw
-        self.source = source
-
-    def integer(self, name: str, *, aliases: tuple[str, ...] = (), default: int | None = None) -> int:
-        value = next((self.raw[key] for key in (name, *aliases) if self.raw.get(key) is not None), default)
-        if value is None:
-            raise CheckpointError(f"{self.source}: field {name} is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{self.source}: field {name} must be a positive integer, found {value!r}")
-        return value
-
-    def number(self, name: str, *, default: float) -> float:
-        value = self.raw.get(name, default)
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not math.isfinite(value)
-            or value <= 0
-        ):
-            raise CheckpointError(f"{self.source}: field {name} must be a positive number, found {value!r}")
-        return float(value)
-
-
-def _layer_windows(fields: _Fields, num_layers: int) -> tuple[int | None, ...]:
-    types = fields.raw.get("layer_types")
-    if types is None:
-        types = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(num_layers)]
-    if not isinstance(types, list) or len(types) != num_layers:
-        raise CheckpointError(
-            f"{fields.source}: layer_types must list one entry for each of the {num_layers} layers"
-        )
-    unknown = [entry for entry in types if entry not in ("sliding_attention", "full_attention")]
-    if unknown:
-        raise CheckpointError(
-            f"{fields.source}: layer_types has {unknown[0]!r}; known are 'sliding_attention' and "
-            f"'full_attention'"
-        )
-    window = fields.integer("sliding_window", default=128)
-    return tuple(window if entry == "sliding_attention" else None for entry in types)
-
-
-def _rope(fields: _Fields) -> RopeConfig:
-    # transformers 4 writes rope_scaling and rope_theta, transformers 5 rope_parameters.
-    scaling = fields.raw.get("rope_scaling") or fields.raw.get("rope_parameters")
-    source = (
-        f"{fields.source}: rope_scaling"
-        if fields.raw.get("rope_scaling")
-        else f"{fields.source}: rope_parameters"
-    )
-    if not isinstance(scaling, dict):
-        raise CheckpointError(f"{fields.source}: field rope_scaling (or rope_parameters) is missing")
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind != "yarn":
-        raise CheckpointError(f"{source}.rope_type is {kind!r}; only 'yarn' is served")
-    nested = _Fields(scaling, source)
-    theta = nested.number("rope_theta", default=fields.number("rope_theta", default=150000.0))
-    truncate = scaling.get("truncate", True)
-    if not isinstance(truncate, bool):
-        raise CheckpointError(f"{source}.truncate must be true or false, found {truncate!r}")
-    if theta <= 1:
-        raise CheckpointError(f"{source}: rope_theta must be more than 1, found {theta}")
-    factor = nested.number("factor", default=32.0)
-    # These would replace the factor's own attention concentration; gpt-oss sets none of them.
-    concentration = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    for name in ("attention_factor", "mscale", "mscale_all_dim"):
-        value = scaling.get(name)
-        if value is not None and not (name == "attention_factor" and value == concentration):
-            raise CheckpointError(f"{source}.{name} is {value!r}; this is not served, remove it")
-    return RopeConfig(
-        theta=theta,
-        factor=factor,
-        beta_fast=nested.number("beta_fast", default=32.0),
-        beta_slow=nested.number("beta_slow", default=1.0),
-        original_max_position_embeddings=nested.integer("original_max_position_embeddings", default=4096),
-        truncate=truncate,
-    )
-
-
-def _stop_token_ids(fields: _Fields) -> tuple[int, ...]:
-    value = fields.raw.get("eos_token_id")
-    values = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0 for entry in values):
-        raise CheckpointError(
-            f"{fields.source}: eos_token_id must be a token id or a list of them, found {value!r}"
-        )
-    return tuple(values)

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.kernel_specs.spec import TARGETS, KernelSpec, Limits, Pass
 from kernels.attention import paged, rope_store
-from kernels.attention.fp8 import fp8_refusal
+from kernels.formats import fp8_refusal
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
 

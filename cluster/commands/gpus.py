@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from workers.config import CacheConfig, KVDtype, ModelConfig, SchedulerConfig
-from workers.kv_cache.tensors import KVCachePlan, check_kv_dtype, gpu_kv_memory, split_memory
+from workers.kv_cache.memory import KVCachePlan, cache_shape, check_kv_dtype, gpu_kv_memory, split_memory
 from workers.parallel.shard import RankShard
-from workers.rank.rank import cache_shape
 
 GIB = 2**30
 _MIB = 2**20

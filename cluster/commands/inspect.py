@@ -17,15 +17,13 @@ from workers.config import (
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
-    checkpoint_folder,
-    load_model_config,
 )
 from workers.errors import ConfigError
-from workers.kv_cache.tensors import KVCachePlan, cpu_kv_memory, host_free_bytes, split_memory
-from workers.model.checkpoint import check_tensors
+from workers.kv_cache.memory import KVCachePlan, cache_shape, cpu_kv_memory, host_free_bytes, split_memory
 from workers.model.sizes import KVBytes, RankBytes, count_parameters, kv_bytes, rank_bytes
+from workers.model.stored_model import check_tensors
+from workers.model_config import checkpoint_folder, load_model_config
 from workers.parallel.shard import RankShard, allowed_plans, plan_shards
-from workers.rank.rank import cache_shape
 
 SHOWN_TENSORS = (1, 2, 4, 8)
 

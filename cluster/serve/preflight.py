@@ -13,14 +13,13 @@ from cluster.commands.gpus import GIB, GPUS, Gpu
 from cluster.config import AppConfig, check_no_settings, reconfigured
 from cluster.serve.cluster_view import SERVE_LOGGER
 from cluster.serve.room import accelerators
-from workers.config import EngineConfig, ModelConfig, checkpoint_folder, load_model_config
-from workers.engine.engine import check_max_model_len
+from workers.config import EngineConfig, ModelConfig, check_max_model_len
 from workers.errors import ConfigError
-from workers.kv_cache.tensors import check_kv_dtype, gpu_kv_memory, split_memory
-from workers.model.checkpoint import check_tensors
+from workers.kv_cache.memory import cache_shape, check_kv_dtype, gpu_kv_memory, split_memory
 from workers.model.sizes import rank_bytes
+from workers.model.stored_model import check_tensors
+from workers.model_config import checkpoint_folder, load_model_config
 from workers.parallel.shard import RankShard, plan_shards
-from workers.rank.rank import cache_shape
 
 logger = logging.getLogger(SERVE_LOGGER)
 

@@ -4,25 +4,3 @@ import torch
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-
-
-def fp8_refusal(target: str) -> str | None:
-    """Why an architecture cannot have an fp8 KV cache, a sentence; None: it can.
-
-    Args:
-        target: as `kernels.backend.architecture` names it; "cpu" runs the reference or Triton's
-            interpreter.
-
-    NVIDIA's convert e4m3 from sm_89 on, AMD's from gfx950 on. gfx942 has another e4m3 of its own;
-    conversion of this one in software takes ten times the instructions of the rest of the kernel.
-    """
-    if (
-        target == "cpu"
-        or (target.startswith("sm_") and int(target[3:]) >= 89)
-        or target in ("gfx950", "gfx1200", "gfx1201")
-    ):
-        return None
-    return (
-        f"{target} has no instructions for float8_e4m3fn: an fp8 KV cache needs NVIDIA's sm_89 or "
-        f"newer, or AMD's gfx950"
-    )

@@ -31,9 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.fp8 import FP8, fp8_refusal
+from kernels.attention.fp8 import FP8
 from kernels.attention.reference import check_attention, check_lengths
 from kernels.backend import architecture, checks_indices
+from kernels.formats import fp8_refusal
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(3.0e38)

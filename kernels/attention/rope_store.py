@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.fp8 import FP8, FP8_MAX, fp8_refusal
+from kernels.attention.fp8 import FP8, FP8_MAX
 from kernels.attention.reference import check_rope_and_store
 from kernels.backend import architecture, checks_indices
+from kernels.formats import fp8_refusal
 
 BLOCK_H = 16
 """Heads of a program: with half heads of 32 elements in bf16, one load of 16 bytes for each of 64

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kernels.cpu import native, structures
 from kernels.cpu.memory import zeros
-from kernels.mxfp4.layouts import MX_BLOCK, ROWS16, SCALE_NAN, InPlace, PackedMXFP4, register_layout
+from kernels.formats import MX_BLOCK
+from kernels.mxfp4.layouts import ROWS16, SCALE_NAN, InPlace, PackedMXFP4, register_layout
 
 ROWS = 16
 

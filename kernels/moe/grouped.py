@@ -8,12 +8,13 @@ import triton
 from torch import Tensor
 
 from kernels.backend import architecture
+from kernels.formats import MX_BLOCK
 from kernels.moe.matmul_mxfp8 import expert_matmul_mxfp8, quantize_rows
 from kernels.moe.matmul_natural import expert_matmul_natural
 from kernels.moe.matmul_wgmma import expert_matmul_wgmma
 from kernels.moe.routing import Routing, choose_and_route, route
 from kernels.moe.tile_choice import DENSE, MXFP4, MXFP4_MXFP8, MXFP4_WGMMA, Tile, choose_tile
-from kernels.mxfp4 import MX_BLOCK, NATURAL, WGMMA, PackedMXFP4
+from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4
 
 _DTYPES = (torch.bfloat16, torch.float32)
 _QUANTIZED_COLUMNS = 1024

@@ -8,8 +8,9 @@ compute alike, and a token's experts are added in ascending order of their ids.
 import torch
 from torch import Tensor
 
+from kernels.formats import MX_BLOCK
 from kernels.linear import linear
-from kernels.mxfp4 import MX_BLOCK, PackedMXFP4, unpack
+from kernels.mxfp4 import PackedMXFP4, unpack
 
 _E4M3_EXPONENT, _E4M3_LARGEST = 8, 448.0
 

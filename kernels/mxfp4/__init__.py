@@ -2,8 +2,8 @@
 
 import kernels.cpu.layout
 import kernels.mxfp4.wgmma  # noqa: F401 - layouts register themselves
+from kernels.formats import MX_BLOCK
 from kernels.mxfp4.layouts import (
-    MX_BLOCK,
     NATURAL,
     ROWS16,
     WGMMA,

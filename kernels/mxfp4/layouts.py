@@ -17,9 +17,7 @@ from torch import Tensor
 from kernels.backend import architecture, has_triton, triton_runs_on
 from kernels.cpu import native
 from kernels.cpu.memory import zeros
-
-MX_BLOCK = 32
-"""Values that share a scale, along the contraction axis K."""
+from kernels.formats import MX_BLOCK
 
 NATURAL = "natural"
 ROWS16 = "rows16"

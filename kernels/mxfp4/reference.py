@@ -9,7 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.mxfp4.layouts import MX_BLOCK, NATURAL, PackedMXFP4, from_natural, to_natural
+from kernels.formats import MX_BLOCK
+from kernels.mxfp4.layouts import NATURAL, PackedMXFP4, from_natural, to_natural
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """By code 0 to 7; codes 8 to 15 are their negatives, 8 being -0."""

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.mxfp4.layouts import MX_BLOCK, WGMMA, PackedMXFP4, register_layout
+from kernels.formats import MX_BLOCK
+from kernels.mxfp4.layouts import WGMMA, PackedMXFP4, register_layout
 
 STRIP = 16
 CHUNK = 64

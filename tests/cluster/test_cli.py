@@ -10,7 +10,7 @@ import pytest
 from cluster import cli
 from cluster.config import load_config, setting_paths
 from cluster.harmony.encoding import HarmonyEncoding
-from workers.config import load_model_config
+from workers.model_config import load_model_config
 
 CANTATA = [sys.executable, "-c", "import sys; from cluster.cli import main; sys.exit(main())"]
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kernels.attention import paged_attention, reference, rope_and_store_kv
-from kernels.attention.fp8 import FP8, fp8_refusal
+from kernels.attention.fp8 import FP8
 from kernels.backend import architecture
+from kernels.formats import fp8_refusal
 from tests.support.attention_cases import BLOCK_SIZE, SCALE, AttentionCase, attention_case
 
 pytestmark = [

@@ -21,9 +21,9 @@ from workers.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
 from workers.executor.inline import InlineExecutor
 from workers.model.checkpoint import load_model
 from workers.model.make_checkpoint import write_checkpoint
+from workers.rank.device import usable_device
 from workers.rank.kernel_table import kernel_choices, not_capturable
 from workers.rank.memory_profile import activation_bytes, profile_step
-from workers.rank.rank import usable_device
 from workers.rank.recorded.cuda_graph import graph_sizes
 from workers.rank.runner import Runner
 from workers.rank.step_inputs import InputBuffers

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from kernels.formats import MX_BLOCK
 from kernels.mxfp4 import (
-    MX_BLOCK,
     PackedMXFP4,
     choose_layout,
     from_natural,

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention import paged_attention, reference, rope_and_store_kv, store_kv
-from kernels.attention.fp8 import FP8, FP8_MAX, fp8_refusal
+from kernels.attention.fp8 import FP8, FP8_MAX
+from kernels.formats import fp8_refusal
 from tests.support.attention_cases import BLOCK_SIZE, SCALE, attention_case
 
 KV_HEADS, HEAD_DIM = 3, 10

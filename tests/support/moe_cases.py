@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.formats import MX_BLOCK
 from kernels.moe import reference
-from kernels.mxfp4 import MX_BLOCK, PackedMXFP4, from_natural, to_natural, unpack
+from kernels.mxfp4 import PackedMXFP4, from_natural, to_natural, unpack
 
 LIMIT, ALPHA = 7.0, 1.702
 _SIZE = 0.7

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from transformers import GptOssConfig
 
-from workers.config import ModelConfig, RopeConfig, load_model_config, parse_model_config
+from workers.config import ModelConfig, RopeConfig
 from workers.errors import CheckpointError
+from workers.model_config import load_model_config, parse_model_config
 
 
 def published() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig, ModelConfig, check_max_model_len
 from workers.engine.heartbeat import StepLoopWatch
 from workers.engine.stream import Notifier, OutputStream
 from workers.errors import CantataError, ConfigError, DeadlineExceeded, EngineDead, Overloaded, RankCrashed
@@ -51,19 +51,6 @@ class _Flight:
     plan: StepPlan
     sent_s: float
     result: "Future[StepResult]"
-
-
-def check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
-    """Refuse more than the model was built for.
-
-    Raises:
-        ConfigError: one sentence.
-    """
-    if config.max_model_len is not None and not 2 <= config.max_model_len <= model.max_context_len:
-        raise ConfigError(
-            f"max_model_len must be 2 to {model.max_context_len}, the model's context; got "
-            f"{config.max_model_len}"
-        )
 
 
 class Engine:

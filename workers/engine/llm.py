@@ -23,7 +23,6 @@ from workers.config import (
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
-    load_model_config,
 )
 from workers.cores import engine_threads
 from workers.engine.engine import Engine
@@ -32,6 +31,7 @@ from workers.engine.stream import OutputStream, ThreadReader
 from workers.errors import CheckpointError, EngineDead, InvalidRequest
 from workers.executor.base import Executor
 from workers.executor.local import local_executor
+from workers.model_config import load_model_config
 from workers.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from workers.rpc.validate import MAX_SEED, check_request
 

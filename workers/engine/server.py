@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig, load_model_config, longest_context
+from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig, longest_context
 from workers.engine.access import SecretInterceptor, check_address, close_to_others
 from workers.engine.engine import Engine
 from workers.engine.stream import AsyncReader
@@ -25,7 +25,8 @@ from workers.errors import CantataError, ConfigError, DeadlineExceeded, InvalidR
 from workers.executor.base import Executor, ExecutorInfo
 from workers.executor.local import local_executor
 from workers.metrics import EngineMetrics, MetricsServer
-from workers.model.checkpoint import fingerprint
+from workers.model.stored_model import fingerprint
+from workers.model_config import load_model_config
 from workers.rank.rank import Progress
 from workers.request import EngineRequest
 from workers.rpc import convert, engine_pb2_grpc

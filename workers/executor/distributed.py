@@ -29,10 +29,10 @@ from workers.errors import CheckpointError, ConfigError, EngineDead, RankCrashed
 from workers.executor import channel as wire
 from workers.executor.base import MAX_IN_FLIGHT, ExecutorInfo
 from workers.executor.channel import EngineChannel
-from workers.kv_cache.tensors import KVCachePlan, KVMemory
+from workers.kv_cache.memory import KVCachePlan, KVMemory, plan_kv_cache
 from workers.parallel.shard import plan_shards
 from workers.rank.process import RankSpec, identity
-from workers.rank.rank import LOAD_TIMEOUT_S, Progress, RankLoaded, plan_kv_cache
+from workers.rank.rank import LOAD_TIMEOUT_S, Progress, RankLoaded
 from workers.scheduler.plan import StepPlan, StepResult, decode_result, encode_plan
 
 logger = logging.getLogger(__name__)

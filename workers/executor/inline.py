@@ -8,9 +8,11 @@ from torch import Tensor
 from workers.config import EngineConfig, ModelConfig
 from workers.errors import RankCrashed
 from workers.executor.base import ExecutorInfo
+from workers.kv_cache.memory import plan_kv_cache
 from workers.parallel.collectives import Alone
 from workers.parallel.shard import plan_shards
-from workers.rank.rank import Loader, Progress, Rank, check_memory, plan_kv_cache, prepare_device
+from workers.rank.device import check_memory, prepare_device
+from workers.rank.rank import Loader, Progress, Rank
 from workers.scheduler.plan import StepPlan, StepResult
 
 

@@ -6,7 +6,6 @@ straight out of the mapped files: a rank reads the pages of its own slices and n
 no tensor twice, and experts go to the kernels' layout on the way.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -18,43 +17,36 @@ from torch.nn import functional
 from kernels.cpu import dense as packed_dense
 from kernels.cpu import native
 from kernels.cpu.memory import zeros
+from kernels.formats import MX_BLOCK
 from kernels.linear import PackedWeight
-from kernels.mxfp4 import MX_BLOCK, NATURAL, PackedMXFP4, allocate, choose_layout, pack, write_expert
-from workers.config import DenseDtype, ModelConfig, ParallelConfig, checkpoint_folder
+from kernels.mxfp4 import NATURAL, PackedMXFP4, allocate, choose_layout, pack, write_expert
+from workers.config import DenseDtype, ModelConfig, ParallelConfig
 from workers.errors import CheckpointError, ConfigError
 from workers.model.experts import Experts
 from workers.model.gpt_oss import Attention, GptOss, Layer
-from workers.model.kv_scales import check_kv_scales, read_kv_scales
+from workers.model.kv_scales import read_kv_scales
 from workers.model.linear import Linear
 from workers.model.mapped_files import Extent
 from workers.model.safetensors_files import (
-    INDEX_FILE,
     StoredTensor,
-    read_header,
-    read_header_bytes,
-    stored_tensors,
-    weight_files,
 )
 from workers.model.shard_reader import ShardReader, copy_values
+from workers.model.stored_model import check_tensors
 from workers.model.tensor_specs import (
     ExpertNames,
     LayerNames,
     Names,
     Rows,
-    TensorSpec,
     tensor_names,
-    tensor_specs,
 )
 from workers.model.zero_weights import ZeroWeights
 from workers.parallel.collectives import Alone, Collectives
 from workers.parallel.shard import RankShard, Span, plan_shards
 
-_STORED_DTYPES = {"dense": ("BF16", "F16", "F32"), "mxfp4_blocks": ("U8",), "mxfp4_scales": ("U8",)}
 _NAN_SCALE = 255
 """NaN by the OCP Microscaling specification."""
 _MAX_SCALE = 252
 """Largest scale of MXFP4: with a larger one 6, the largest value, is infinite."""
-_SAMPLE_BYTES = 4096
 _PACK_ROWS = 64
 """Dense rows that are converted at a time where they are not stored as they are wanted."""
 _QUANTIZE_ROWS = 256
@@ -136,75 +128,6 @@ def touched_extents(path: Path, config: ModelConfig, shard: RankShard) -> list[E
     )
     weights.model(tensor_names(config), Alone())
     return weights.reader.extents
-
-
-def fingerprint(path: Path) -> str:
-    """Hex digest that tells checkpoints apart without reading all of them: over config.json, the
-    index, and each weight file's name, size, header and the first 4 KiB of each of its tensors (a
-    fine-tune differs from its base model in nothing else).
-
-    Raises:
-        CheckpointError: a file is missing or cut off.
-    """
-    path = checkpoint_folder(path)
-    digest = hashlib.sha256()
-    for name in ("config.json", INDEX_FILE):
-        if (path / name).is_file():
-            _add(digest, name.encode(), (path / name).read_bytes())
-    for file in weight_files(path):
-        _add(digest, file.name.encode(), str(file.stat().st_size).encode(), read_header_bytes(file))
-        with file.open("rb") as stream:
-            for tensor in read_header(file):
-                stream.seek(tensor.offset)
-                _add(digest, stream.read(min(tensor.num_bytes, _SAMPLE_BYTES)))
-    return digest.hexdigest()
-
-
-def _add(digest: "hashlib._Hash", *parts: bytes) -> None:
-    # Lengths in front keep ("ab", "c") apart from ("a", "bc").
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-
-
-def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint by name, which are exactly those that `config` describes, and
-    scales of an fp8 KV cache if it brings them; only headers are read.
-
-    Raises:
-        CheckpointError: as `load_model`.
-    """
-    path = checkpoint_folder(path)
-    tensors = stored_tensors(path)
-    unknown = dict(tensors)
-    for spec in tensor_specs(config):
-        if spec.name not in tensors:
-            files = weight_files(path)
-            raise CheckpointError(
-                f"{files[0] if len(files) == 1 else path}: tensor {spec.name} of shape {list(spec.shape)} "
-                f"is missing"
-            )
-        _check_tensor(spec, unknown.pop(spec.name))
-    for name in check_kv_scales(tensors, config, path):
-        del unknown[name]
-    for name, tensor in unknown.items():
-        raise CheckpointError(
-            f"{tensor.file}: tensor {name} of shape {list(tensor.shape)} is not part of the model that "
-            f"config.json describes"
-        )
-    return tensors
-
-
-def _check_tensor(spec: TensorSpec, tensor: StoredTensor) -> None:
-    if tensor.shape != spec.shape:
-        raise CheckpointError(
-            f"{tensor.file}: tensor {spec.name} has shape {list(tensor.shape)}, wanted {list(spec.shape)}"
-        )
-    wanted = _STORED_DTYPES[spec.kind]
-    if tensor.dtype not in wanted:
-        raise CheckpointError(
-            f"{tensor.file}: tensor {spec.name} has dtype {tensor.dtype}, wanted {' or '.join(wanted)}"
-        )
 
 
 def _check_quantizable(config: ModelConfig) -> None:

@@ -3,9 +3,9 @@
 
 from dataclasses import dataclass
 
-from kernels.mxfp4 import MX_BLOCK
+from kernels.formats import MX_BLOCK
 from workers.config import BLOCK_SIZE, DenseDtype, Dtype, KVDtype, ModelConfig
-from workers.kv_cache.tensors import KV_TORCH_DTYPES, TORCH_DTYPES
+from workers.kv_cache.memory import DTYPE_BYTES
 from workers.model.tensor_specs import PACKED_BYTES, tensor_names, tensor_specs
 from workers.parallel.shard import RankShard, Span
 
@@ -90,7 +90,7 @@ def rank_bytes(
     def dense(rows: int, width: int) -> int:
         return rows * (width + _ROW_SCALE_BYTES) if cpu_dense_dtype == "int8" else rows * width * item
 
-    item = TORCH_DTYPES[dtype].itemsize
+    item = DTYPE_BYTES[dtype]
     packed = model.experts_format == "mxfp4" if packed_experts is None else packed_experts
     hidden, layers = model.hidden_size, model.num_layers
     query = shard.heads.length * model.head_dim
@@ -117,7 +117,7 @@ def rank_bytes(
 
 def kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype) -> KVBytes:
     """The KV cache that a rank needs, in whole blocks where that is how it is held."""
-    layer = 2 * shard.kv_heads.length * model.head_dim * KV_TORCH_DTYPES[dtype].itemsize
+    layer = 2 * shard.kv_heads.length * model.head_dim * DTYPE_BYTES[dtype]
     num_full = sum(window is None for window in model.layer_windows)
     window = model.sliding_window or 0
     sliding_tokens = -(-window // BLOCK_SIZE) * BLOCK_SIZE
@@ -129,7 +129,7 @@ def kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype) -> KVBytes:
 def sequence_kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype, num_tokens: int) -> int:
     """Keys and values on a rank that the last of a sequence's num_tokens sees: all in full layers,
     the window in sliding ones."""
-    layer = 2 * shard.kv_heads.length * model.head_dim * KV_TORCH_DTYPES[dtype].itemsize
+    layer = 2 * shard.kv_heads.length * model.head_dim * DTYPE_BYTES[dtype]
     return layer * sum(
         num_tokens if window is None else min(num_tokens, window) for window in model.layer_windows
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from kernels.mxfp4 import MX_BLOCK
+from kernels.formats import MX_BLOCK
 from workers.config import ModelConfig
 
 Kind = Literal["dense", "mxfp4_blocks", "mxfp4_scales"]

@@ -9,7 +9,7 @@ part, and one all-reduce after attention and one after the experts add the parts
 
 from dataclasses import dataclass
 
-from kernels.mxfp4 import MX_BLOCK
+from kernels.formats import MX_BLOCK
 from workers.config import MAX_RANKS, ModelConfig, ParallelConfig
 from workers.errors import ConfigError
 

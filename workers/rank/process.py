@@ -20,19 +20,21 @@ from dataclasses import asdict, dataclass, replace
 import msgpack
 import torch
 
-from workers.config import EngineConfig, load_model_config
+from workers.config import EngineConfig
 from workers.config_json import engine_config_from_json, engine_config_to_json
 from workers.console import keep_output_from_failing
 from workers.cores import cores_of_rank
 from workers.errors import CheckpointError, ConfigError
 from workers.executor import channel as wire
 from workers.executor.channel import Endpoints, RankChannel
-from workers.kv_cache.tensors import KVCachePlan
-from workers.model.checkpoint import fingerprint
+from workers.kv_cache.memory import KVCachePlan
+from workers.model.stored_model import fingerprint
+from workers.model_config import load_model_config
 from workers.parallel.collectives import TorchDistributed, join_store, serve_store, use_interface_of
 from workers.parallel.shard import plan_shards
 from workers.parent_death import die_with_parent
-from workers.rank.rank import LaunchedStep, Rank, check_memory, prepare_device
+from workers.rank.device import check_memory, prepare_device
+from workers.rank.rank import LaunchedStep, Rank
 from workers.scheduler.plan import PLAN_VERSION, decode_plan, encode_result
 
 logger = logging.getLogger(__name__)

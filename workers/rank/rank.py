@@ -4,36 +4,29 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.backend import architecture
-from kernels.cpu import native
-from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig, longest_context
-from workers.errors import CheckpointError, ConfigError
-from workers.exit_codes import TAKE_ANOTHER_ISA
-from workers.kv_cache.tensors import (
-    KV_TORCH_DTYPES,
-    TORCH_DTYPES,
+from workers.config import EngineConfig, ModelConfig, longest_context
+from workers.kv_cache.memory import (
     KVCachePlan,
     KVMemory,
-    allocate_kv_caches,
+    cache_shape,
     check_kv_dtype,
     cpu_kv_memory,
     gpu_kv_memory,
-    host_free_bytes,
-    shorter_context,
-    split_memory,
 )
+from workers.kv_cache.tensors import TORCH_DTYPES, allocate_kv_caches
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
-from workers.model.sizes import rank_bytes
-from workers.model.step_batch import StepBatch
 from workers.parallel.collectives import Collectives
 from workers.parallel.shard import RankShard
+from workers.rank.device import check_mxfp8
 from workers.rank.kernel_table import describe_device, kernel_choices, not_capturable, slow_paths
+from workers.rank.logits import check_weights, sequence_logits
 from workers.rank.memory_profile import profile_step, warm_up
 from workers.rank.recorded.cpu_program import programs_run
 from workers.rank.runner import PendingStep, Runner
@@ -44,9 +37,6 @@ logger = logging.getLogger(__name__)
 LOAD_TIMEOUT_S = 3600.0
 """For the slowest rank to load its weights: a large checkpoint on a slow disk takes long, and shows
 how far it is."""
-
-_NUM_CHECK_TOKENS = 16
-"""Cheap beside loading, and enough to reach many experts."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while starting; total is 0 where a phase has no steps to
@@ -141,7 +131,7 @@ class Rank:
         check_kv_dtype(self._config.kv_dtype, architecture(self._device))
         mxfp8_activations = self._config.moe_activation_dtype == "mxfp8"
         if mxfp8_activations:
-            _check_mxfp8(
+            check_mxfp8(
                 architecture(self._device), self._config.quantize or self._model_config.experts_format
             )
         with self._phase("load weights"):
@@ -185,8 +175,9 @@ class Rank:
                 device=self._device,
             )
         with self._phase("warm up"):
-            self._check_weights()
-        assert self._model is not None
+            assert self._model is not None
+            self._enter_device()
+            check_weights(self._model, self._config)
         runner = Runner(
             self._model,
             kv_caches,
@@ -241,54 +232,14 @@ class Rank:
         Returns:
             [len(token_ids), vocab_size] fp32 on rank 0, None on the others.
         """
-        model = self._model
-        assert model is not None, "the rank has not loaded"
+        assert self._model is not None, "the rank has not loaded"
         self._enter_device()
-        num_blocks = -(-len(token_ids) // BLOCK_SIZE)
-        shape = (2, num_blocks, BLOCK_SIZE, model.num_kv_heads, model.config.head_dim)
-        dtype = KV_TORCH_DTYPES[self._config.kv_dtype]
-        kv_caches = [torch.zeros(shape, dtype=dtype, device=model.device) for _ in model.layers]
-        chunk = self._config.scheduler.max_num_batched_tokens
-        rows = [
-            model.compute_logits(
-                model.forward(
-                    _chunk_batch(token_ids, start, min(start + chunk, len(token_ids)), model.device),
-                    kv_caches,
-                    observe,
-                )
-            )
-            for start in range(0, len(token_ids), chunk)
-        ]
-        parts = [part for part in rows if part is not None]
-        return torch.cat(parts) if parts else None
+        return sequence_logits(self._model, self._config, token_ids, observe)
 
     def close(self) -> None:
         """Let go of weights and caches."""
         self._runner = None
         self._model = None
-
-    def _check_weights(self) -> None:
-        """Run a few tokens from all over the vocabulary: NaN in a matrix, or values that overflow,
-        would otherwise be served as token 0."""
-        size = self._model_config.vocab_size
-        not_finite: list[str] = []
-
-        def observe(what: str, values: Tensor) -> None:
-            if not not_finite and not torch.isfinite(values).all():
-                not_finite.append(what)
-
-        logits = self.logits(
-            [index * size // _NUM_CHECK_TOKENS for index in range(_NUM_CHECK_TOKENS)], observe
-        )
-        if logits is not None:
-            observe("lm_head", logits)
-        broken = f"the weights in {self._config.model_path} are broken: what"
-        if not_finite:
-            raise CheckpointError(f"{broken} {not_finite[0]} computes is not finite")
-        if logits is not None and bool((logits.amax(1) == logits.amin(1)).any()):
-            raise CheckpointError(
-                f"{broken} the model computes is the same for every token of the vocabulary"
-            )
 
     def _enter_device(self) -> None:
         """Each thread has a current device of its own, at first GPU 0; Triton launches there, and
@@ -345,148 +296,3 @@ class Rank:
         started = time.perf_counter()
         yield
         self.phases_s[name] = time.perf_counter() - started
-
-
-def cache_shape(model: ModelConfig, shard: RankShard) -> ModelConfig:
-    """The model as a rank's KV cache sees it: with this rank's key-value heads."""
-    return replace(model, num_kv_heads=shard.kv_heads.length)
-
-
-def plan_kv_cache(
-    config: EngineConfig, model: ModelConfig, shard: RankShard, memories: Sequence[KVMemory]
-) -> KVCachePlan:
-    """The one plan that all ranks allocate, and with it the context, from the rank that has the
-    least memory.
-
-    Raises:
-        ConfigError: as `split_memory`.
-    """
-    least = min(memories, key=lambda memory: memory.num_bytes)
-    plan = split_memory(
-        cache_shape(model, shard),
-        config.scheduler,
-        dtype=config.kv_dtype,
-        max_model_len=config.max_model_len,
-        memory_bytes=least.num_bytes,
-        source=least.source,
-    )
-    if plan.max_model_len < longest_context(model, config.max_model_len):
-        logger.warning("%s", shorter_context(model, plan, config.kv_dtype, least))
-    return plan
-
-
-def check_memory(
-    config: EngineConfig,
-    model: ModelConfig,
-    shard: RankShard,
-    device: torch.device,
-    *,
-    ranks_on_host: int = 1,
-) -> None:
-    """Refuse weights for which there is no room. On a CPU all ranks of a host ask before any of
-    them loads.
-
-    Raises:
-        ConfigError: with what is wanted and what is free.
-    """
-    packed = True if config.quantize == "mxfp4" else None
-    wanted = rank_bytes(
-        model, shard, config.dtype, packed_experts=packed, cpu_dense_dtype=config.cpu_dense_dtype
-    ).total
-    if device.type == "cpu":
-        free = host_free_bytes() // ranks_on_host
-        where = "on this host" if ranks_on_host == 1 else f"for each of {ranks_on_host} ranks on this host"
-    else:
-        free, where = torch.cuda.mem_get_info(device)[0], f"on {device}"
-    if wanted > free:
-        raise ConfigError(
-            f"the weights of rank {shard.tp_rank} take {wanted / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB "
-            f"of memory are free {where}: "
-            "end what else uses it, or split the model over more of them (parallel.tensor; `cantata "
-            "inspect` says what fits)"
-        )
-
-
-def _exact_matmuls() -> None:
-    """cuBLAS adds up in fp32 and multiplies fp32 as such: the gate decides by it. Images for GPUs
-    come with other defaults."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-
-
-def _check_mxfp8(target: str, experts_format: str) -> None:
-    """Refuse MXFP8 activations where they would lose precision and win nothing; a CPU runs the
-    reference, to try what they do.
-
-    Raises:
-        ConfigError: the experts are not in MXFP4, or the architecture does not multiply scaled
-            blocks itself.
-    """
-    if experts_format != "mxfp4":
-        raise ConfigError(
-            "moe_activation_dtype mxfp8 needs experts in MXFP4, and the checkpoint's are in bf16: set it to "
-            "auto, or quantize to mxfp4"
-        )
-    if target not in ("cpu", "gfx950") and not target.startswith("sm_10"):
-        raise ConfigError(
-            f"moe_activation_dtype mxfp8 needs sm_100 (B200) or gfx950 (MI355X), and this GPU is {target}: "
-            f"set it to auto"
-        )
-
-
-def usable_device(name: str, local_rank: int = 0) -> torch.device:
-    """The torch device of a rank: `cuda` alone is the local_rank-th GPU.
-
-    Raises:
-        ConfigError: it cannot be used here.
-    """
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local_rank)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # streams and events are those of the current device
-            _exact_matmuls()
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def prepare_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
-    """The device of a rank; on a CPU this process runs on the instruction set of the configuration
-    from now on.
-
-    Raises:
-        ConfigError: as `usable_device`; the processor or the build lacks the instruction set.
-    """
-    device = usable_device(config.device, local_rank)
-    if device.type == "cpu":
-        try:
-            native.choose(config.cpu_isa)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        if not native.runs():
-            raise ConfigError(
-                f"this processor cannot run the C++ kernels for {native.isa()}, tried in a process that "
-                f"died of SIGILL: {TAKE_ANOTHER_ISA}"
-            )
-    return device
-
-
-def _chunk_batch(token_ids: Sequence[int], start: int, end: int, device: torch.device) -> StepBatch:
-    """Tokens start..end of a sequence whose block i lies in slot block i."""
-    positions = torch.arange(start, end, device=device)
-    blocks = torch.arange(-(-end // BLOCK_SIZE), dtype=torch.int32, device=device)[None]
-    return StepBatch(
-        token_ids=torch.tensor(token_ids[start:end], dtype=torch.int64, device=device),
-        positions=positions,
-        slot_mapping_full=positions,
-        slot_mapping_sliding=positions,
-        block_table_full=blocks,
-        block_table_sliding=blocks,
-        context_lens=torch.tensor([end], dtype=torch.int32, device=device),
-        cu_seqlens_q=torch.tensor([0, end - start], dtype=torch.int32, device=device),
-        sample_indices=torch.arange(end - start, device=device),
-        max_query_len=end - start,
-    )

@@ -14,11 +14,10 @@ from workers.engine.llm import LLM, SamplingParams
 from workers.engine.progress import summary
 from workers.engine.server import EngineServer
 from workers.errors import ConfigError, ContextLengthExceeded
-from workers.kv_cache.tensors import KVMemory
+from workers.kv_cache.memory import KVMemory, plan_kv_cache
 from workers.model.make_checkpoint import write_checkpoint
 from workers.parallel.shard import plan_shards
 from workers.private_folder import PrivateFolder
-from workers.rank.rank import plan_kv_cache
 from workers.rpc import convert, engine_pb2_grpc
 from workers.rpc import engine_pb2 as pb
 

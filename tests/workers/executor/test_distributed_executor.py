@@ -23,14 +23,7 @@ import zmq
 from tests.support.processes import marked, new_mark, none_left
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from tests.support.waiting import until
-from workers.config import (
-    CacheConfig,
-    EngineConfig,
-    ModelConfig,
-    ParallelConfig,
-    SchedulerConfig,
-    load_model_config,
-)
+from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from workers.config_json import engine_config_from_json, engine_config_to_json
 from workers.engine.engine import Engine
 from workers.engine.llm import LLM
@@ -41,6 +34,7 @@ from workers.executor.channel import EngineChannel, RankChannel
 from workers.executor.distributed import DistributedExecutor, OnExit, Placement
 from workers.executor.launch_processes import ProcessRanks
 from workers.model.make_checkpoint import write_checkpoint
+from workers.model_config import load_model_config
 from workers.private_folder import PrivateFolder
 from workers.rank.process import RankSpec, identity
 from workers.request import EngineOutput, EngineRequest, SamplingParams

@@ -13,12 +13,14 @@ from torch import Tensor
 from tests.support.checkpoint_formats import write_bf16, write_original
 from tests.support.thread_ranks import ThreadRank, on_ranks
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
-from workers.config import CacheConfig, EngineConfig, ParallelConfig, load_model_config
+from workers.config import CacheConfig, EngineConfig, ParallelConfig
 from workers.errors import CheckpointError
 from workers.executor.inline import InlineExecutor
+from workers.kv_cache.memory import plan_kv_cache
 from workers.model.checkpoint import load_model
+from workers.model_config import load_model_config
 from workers.parallel.shard import plan_shards
-from workers.rank.rank import Rank, plan_kv_cache
+from workers.rank.rank import Rank
 
 CPU = torch.device("cpu")
 LAYER = "model.layers.1."

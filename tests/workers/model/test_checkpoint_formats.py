@@ -14,11 +14,13 @@ from transformers import GptOssForCausalLM
 from tests.support.checkpoint_formats import read_weights, write_bf16, write_original
 from tests.support.model_steps import random_tokens, whole_prompt_logits
 from tests.support.thread_ranks import ThreadRank, on_ranks
-from workers.config import ModelConfig, ParallelConfig, load_model_config
+from workers.config import ModelConfig, ParallelConfig
 from workers.errors import CheckpointError, ConfigError
-from workers.model.checkpoint import fingerprint, load_model
+from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.model.make_checkpoint import write_checkpoint
+from workers.model.stored_model import fingerprint
+from workers.model_config import load_model_config
 from workers.parallel.shard import plan_shards
 
 # 8 query and 4 key-value heads, 6 experts, 5 groups of columns: nothing divides anything else by

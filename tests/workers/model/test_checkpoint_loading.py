@@ -19,10 +19,11 @@ from kernels.mxfp4 import WGMMA, to_natural
 from workers.config import ModelConfig, ParallelConfig
 from workers.errors import CheckpointError
 from workers.model import checkpoint as model_checkpoint
-from workers.model.checkpoint import fingerprint, load_model
+from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.model.linear import Linear
 from workers.model.make_checkpoint import write_checkpoint
+from workers.model.stored_model import fingerprint
 from workers.parallel.shard import plan_shards
 
 CONFIG = ModelConfig(

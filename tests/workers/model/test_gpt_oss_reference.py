@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import GptOssForCausalLM, Mxfp4Config
 
 from tests.support.model_steps import random_tokens, whole_prompt_logits
-from workers.config import ModelConfig, RopeConfig, load_model_config
+from workers.config import ModelConfig, RopeConfig
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.model.make_checkpoint import write_checkpoint
+from workers.model_config import load_model_config
 
 TOLERANCE = 1e-4
 """Of the largest logit's magnitude. Two fp32 formulations measure around 3e-6 here."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from tests.support.model_steps import random_tokens, whole_prompt_logits
-from workers.config import ModelConfig, load_model_config
+from workers.config import ModelConfig
 from workers.errors import ConfigError
 from workers.model.checkpoint import load_model
 from workers.model.make_checkpoint import (
@@ -30,6 +30,7 @@ from workers.model.make_checkpoint import (
     write_checkpoint,
 )
 from workers.model.tensor_specs import tensor_specs
+from workers.model_config import load_model_config
 
 SMALL = ModelConfig(
     vocab_size=70,

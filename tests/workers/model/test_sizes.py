@@ -9,14 +9,14 @@ import torch
 
 from tests.support.thread_ranks import ThreadRank, on_ranks
 from workers.config import Dtype, ModelConfig, ParallelConfig, SchedulerConfig
-from workers.kv_cache.tensors import TORCH_DTYPES, allocate_kv_caches, split_memory
+from workers.kv_cache.memory import cache_shape, split_memory
+from workers.kv_cache.tensors import TORCH_DTYPES, allocate_kv_caches
 from workers.model.checkpoint import load_model
 from workers.model.make_checkpoint import preset_config, write_checkpoint
 from workers.model.safetensors_writer import stored_bytes
 from workers.model.sizes import count_parameters, kv_bytes, rank_bytes
 from workers.model.tensor_specs import tensor_specs
 from workers.parallel.shard import plan_shards
-from workers.rank.rank import cache_shape
 
 MODEL = ModelConfig(
     vocab_size=113,

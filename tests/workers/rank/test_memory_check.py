@@ -13,8 +13,8 @@ from workers.engine.llm import LLM
 from workers.errors import ConfigError
 from workers.model.checkpoint import load_model
 from workers.parallel.shard import plan_shards
-from workers.rank import rank
-from workers.rank.rank import check_memory
+from workers.rank import device
+from workers.rank.device import check_memory
 
 CPU = torch.device("cpu")
 TOO_LARGE = replace(TINY, num_experts=100_000_000)
@@ -41,8 +41,8 @@ def test_what_is_wanted_is_what_a_rank_holds(
     )
     for shard in plan_shards(TINY, config.parallel):
         held = load_model(config.model_path, TINY, dtype=torch.float32, device=CPU, shard=shard).weight_bytes
-        monkeypatch.setattr(rank, "host_free_bytes", lambda free=num_ranks * held: free)
+        monkeypatch.setattr(device, "host_free_bytes", lambda free=num_ranks * held: free)
         check_memory(config, TINY, shard, CPU, ranks_on_host=num_ranks)
-        monkeypatch.setattr(rank, "host_free_bytes", lambda free=num_ranks * held - 1: free)
+        monkeypatch.setattr(device, "host_free_bytes", lambda free=num_ranks * held - 1: free)
         with pytest.raises(ConfigError, match=rf"^the weights of rank {shard.tp_rank} take"):
             check_memory(config, TINY, shard, CPU, ranks_on_host=num_ranks)

@@ -12,15 +12,10 @@ from hypothesis import given, settings
 
 from workers.config import CacheConfig, Dtype, ModelConfig, SchedulerConfig
 from workers.errors import ConfigError
-from workers.kv_cache import tensors
+from workers.kv_cache import memory as kv_memory
 from workers.kv_cache.manager import KVCacheManager, num_blocks_for, sliding_blocks_per_sequence
-from workers.kv_cache.tensors import (
-    KVCachePlan,
-    allocate_kv_caches,
-    cpu_kv_memory,
-    gpu_kv_memory,
-    split_memory,
-)
+from workers.kv_cache.memory import KVCachePlan, cpu_kv_memory, gpu_kv_memory, split_memory
+from workers.kv_cache.tensors import allocate_kv_caches
 
 GIB = 1024**3
 CPU = torch.device("cpu")
@@ -82,7 +77,7 @@ def test_a_plan_fits_the_memory_and_a_sequence_or_says_what_would(
     config = model(*layers, window=window)
     layer_block = 2 * 16 * 3 * 20 * 4
 
-    def plan(length: int) -> tensors.KVCachePlan:
+    def plan(length: int) -> kv_memory.KVCachePlan:
         return split_memory(
             config,
             SchedulerConfig(max_num_seqs, 64),
@@ -139,7 +134,7 @@ def test_without_a_setting_the_context_is_as_long_as_fits(
         num_full, num_sliding = num_blocks_for(length) + 1, sliding_blocks_per_sequence(window, length) + 1
         return layers[0] * num_full + layers[1] * num_sliding <= num_layer_blocks
 
-    shortest = min(tensors.SHORTEST_CONTEXT, model_context)
+    shortest = min(kv_memory.SHORTEST_CONTEXT, model_context)
     if not fits(shortest):
         with pytest.raises(
             ConfigError,
@@ -231,9 +226,9 @@ def test_a_cache_for_next_to_nothing_is_refused_by_default_too(num_bytes: int, s
 
 
 def test_the_context_follows_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "host_free_bytes", lambda: 4 * GIB)
+    monkeypatch.setattr(kv_memory, "host_free_bytes", lambda: 4 * GIB)
     assert on_cpu(LAPTOP, max_model_len=None).max_model_len == 39408
-    monkeypatch.setattr(tensors, "host_free_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(kv_memory, "host_free_bytes", lambda: 64 * GIB)
     assert on_cpu(LAPTOP, max_model_len=None).max_model_len == 131072
     memory = gpu_kv_memory(
         LAPTOP,
@@ -276,9 +271,9 @@ def on_cpu(
 
 
 def test_the_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "host_free_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(kv_memory, "host_free_bytes", lambda: 64 * GIB)
     assert on_cpu(BIG, max_model_len=4096, ranks_on_host=4).total_bytes == pytest.approx(GIB, rel=5e-3)
-    monkeypatch.setattr(tensors, "host_free_bytes", lambda: 8 * GIB)
+    monkeypatch.setattr(kv_memory, "host_free_bytes", lambda: 8 * GIB)
     assert on_cpu(BIG, max_model_len=4096, ranks_on_host=4).total_bytes == pytest.approx(0.5 * GIB, rel=1e-2)
 
 
@@ -328,7 +323,7 @@ def test_a_model_that_leaves_nothing_is_refused(monkeypatch: pytest.MonkeyPatch)
         "80.00 GiB; split it over more ranks (parallel.tensor), take a GPU with more memory, or raise "
         "cache.gpu_memory_utilization"
     )
-    monkeypatch.setattr(tensors, "host_free_bytes", lambda: 20 * GIB)
+    monkeypatch.setattr(kv_memory, "host_free_bytes", lambda: 20 * GIB)
     with pytest.raises(
         ConfigError,
         match=r"^the model does not fit: 11.00 GiB .* the 10.00 GiB of memory .* for each of its ranks$",
@@ -385,7 +380,7 @@ def test_the_error_has_the_numbers() -> None:
 def test_on_a_cpu_the_choice_is_modest(
     monkeypatch: pytest.MonkeyPatch, free: int, max_model_len: int, expected: float
 ) -> None:
-    monkeypatch.setattr(tensors, "host_free_bytes", lambda: free)
+    monkeypatch.setattr(kv_memory, "host_free_bytes", lambda: free)
     plan = on_cpu(BIG, max_model_len=max_model_len)
     assert plan.total_bytes == pytest.approx(expected, rel=2e-3)
     # A window and the 2048 tokens of a step.
@@ -393,7 +388,7 @@ def test_on_a_cpu_the_choice_is_modest(
 
 
 def test_what_was_chosen_is_said_when_it_is_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "host_free_bytes", lambda: GIB)
+    monkeypatch.setattr(kv_memory, "host_free_bytes", lambda: GIB)
     with pytest.raises(
         ConfigError, match=r"256\.00 MiB \(chosen from 1\.00 GiB free on cpu; cache\.memory_bytes sets it\)"
     ):
@@ -401,7 +396,7 @@ def test_what_was_chosen_is_said_when_it_is_too_little(monkeypatch: pytest.Monke
 
 
 def test_no_more_is_chosen_than_all_sequences_could_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "host_free_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(kv_memory, "host_free_bytes", lambda: 64 * GIB)
     plan = on_cpu(model(1, 1), scheduler=SchedulerConfig(4, 64), dtype="float32", max_model_len=100)
     # Four sequences of 7 full blocks; twice four windows of 4 sliding blocks, and the 4 of a step;
     # block 0 in each.
@@ -411,14 +406,14 @@ def test_no_more_is_chosen_than_all_sequences_could_use(monkeypatch: pytest.Monk
 
 
 def test_free_memory_is_that_of_the_machine_or_the_control_group(tmp_path: Path) -> None:
-    free = tensors.host_free_bytes()
+    free = kv_memory.host_free_bytes()
     assert 0 < free < 2**50
-    assert tensors._cgroup_free_bytes(tmp_path) == 2**63 - 1
+    assert kv_memory._cgroup_free_bytes(tmp_path) == 2**63 - 1
     (tmp_path / "memory.current").write_text("300\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert tensors._cgroup_free_bytes(tmp_path) == 2**63 - 1
+    assert kv_memory._cgroup_free_bytes(tmp_path) == 2**63 - 1
     (tmp_path / "memory.max").write_text("1000\n")
-    assert tensors._cgroup_free_bytes(tmp_path) == 700
+    assert kv_memory._cgroup_free_bytes(tmp_path) == 700
 
 
 def test_tensors_have_the_shapes_of_their_layers() -> None:
