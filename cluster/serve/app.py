@@ -16,6 +16,7 @@ from ray.serve.schema import LoggingConfig
 from cluster.config import AppConfig, parse_config
 from cluster.serve.cluster_view import deployment_options
 from cluster.serve.gateway import GatewayReplica
+from cluster.serve.health import LONGEST_PERIOD_S, health_checks
 from cluster.serve.preflight import check_application, check_deployments
 from cluster.serve.replica import EngineReplica
 from cluster.serve.room import bundle_strategy, replica_bundles
@@ -60,6 +61,7 @@ def application(config: AppConfig, *, replicas: int = 1, gateways: int = 1) -> s
     Args:
         replicas, gateways: how many, unless the YAML's `deployments` say it.
     """
+    checks = health_checks(config.engine.heartbeat_timeout_s)
     engine: Any = serve.deployment(
         EngineReplica,
         name=ENGINE_DEPLOYMENT,
@@ -67,8 +69,8 @@ def application(config: AppConfig, *, replicas: int = 1, gateways: int = 1) -> s
         **_resources(config),
         user_config={},
         max_ongoing_requests=_NO_LIMIT,
-        health_check_period_s=2,
-        health_check_timeout_s=10,
+        health_check_period_s=checks.period_s,
+        health_check_timeout_s=checks.timeout_s,
         graceful_shutdown_timeout_s=config.engine_drain_timeout_s + _STOP_S,
         max_constructor_retry_count=3,
         request_router_config=RequestRouterConfig.model_validate({"request_routing_stats_period_s": 2.0}),
@@ -87,7 +89,7 @@ def application(config: AppConfig, *, replicas: int = 1, gateways: int = 1) -> s
         user_config={},
         max_ongoing_requests=_NO_LIMIT,
         max_queued_requests=-1,
-        health_check_period_s=2,
+        health_check_period_s=LONGEST_PERIOD_S,
         graceful_shutdown_timeout_s=config.gateway_drain_timeout_s + _STOP_S,
         max_constructor_retry_count=3,
         logging_config=LoggingConfig(enable_access_log=False),

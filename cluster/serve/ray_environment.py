@@ -16,6 +16,9 @@ there."""
 
 RAY_ENVIRONMENT = FAST_INGRESS | {
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(HAPROXY_HARD_STOP_S),
+    # A hung replica is killed at once. Otherwise Serve asks it to end, which it does not hear, and
+    # its GPUs are free when its drain timeout is over.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # Anyone who reaches Ray's ports can run code: they need the token in ~/.ray/auth_token, which
     # Ray makes.
     "RAY_AUTH_MODE": "token",

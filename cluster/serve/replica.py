@@ -11,6 +11,7 @@ import secrets
 from ray.util import get_node_ip_address
 
 from cluster.serve.cluster_view import ADDRESS_KEY, SECRET_KEY, SERVE_LOGGER, START_ID_KEY
+from cluster.serve.health import health_checks
 from workers.config import EngineConfig, ModelConfig
 from workers.engine.collector import spare_collections
 from workers.engine.server import EngineServer
@@ -39,7 +40,7 @@ class EngineReplica:
         self._started = False
         # An engine that cannot start raises CheckpointError or ConfigError here; Serve shows it as
         # the application's status.
-        self._heartbeat_timeout_s = config.heartbeat_timeout_s
+        self._stalled_s = health_checks(config.heartbeat_timeout_s).stalled_s
         self._secret = secrets.token_urlsafe(32)
         self._server = EngineServer(executor_factory=_executor, secret=self._secret)
         bind = _node_address() if host == "auto" else host
@@ -84,12 +85,12 @@ class EngineReplica:
         return {"num_running": load.num_running, "num_waiting": load.num_waiting, "kv_usage": load.kv_usage}
 
     async def check_health(self) -> None:
-        """Raises when the engine has ended or hangs: Serve replaces the replica. If the process is
-        stopped, this gives no answer."""
+        """Raise when the engine has ended or hangs, and Serve replaces the replica after some of
+        these in a row (`cluster.serve.health`). If the process is stopped, this gives no answer."""
         if self._server.ended.is_set():
             raise EngineDead(f"the engine has ended: {self._server.engine.error or 'it was drained'}")
         stalled_s = self._server.engine.watch.stalled_s
-        if stalled_s > self._heartbeat_timeout_s:
+        if stalled_s > self._stalled_s:
             raise EngineDead(
                 f"the engine hangs: its step loop has shown no sign of life for {stalled_s:.0f} s"
             )

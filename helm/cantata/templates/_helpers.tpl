@@ -145,6 +145,11 @@ env:
   - name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S
     value: "3600"
   {{- end }}
+  {{- if not (hasKey .root.Values.env "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS") }}
+  # A hung replica is killed at once; otherwise its GPUs are free only when its drain timeout is over.
+  - name: RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS
+    value: "1"
+  {{- end }}
   # Whoever reaches Ray's ports can run code. With an operator too old for authOptions Ray then refuses to start.
   - name: RAY_AUTH_MODE
     value: token

@@ -36,6 +36,7 @@ def test_the_documented_table_is_this_one() -> None:
 def test_ray_knows_the_names_and_takes_the_values() -> None:
     assert constants.RAY_SERVE_ENABLE_HA_PROXY
     assert constants.RAY_SERVE_THROUGHPUT_OPTIMIZED
+    assert constants.RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS
     assert constants.RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == HAPROXY_HARD_STOP_S
     # What Ray derives from it: how long the port of a gateway that has ended stays unused.
     assert constants.RAY_SERVE_PORT_QUARANTINE_S == HAPROXY_HARD_STOP_S + 30
