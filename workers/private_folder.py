@@ -11,7 +11,6 @@ import os
 import shutil
 import stat
 import tempfile
-import time
 from pathlib import Path
 
 from workers.errors import ConfigError
@@ -20,9 +19,8 @@ LONGEST_SOCKET_PATH = 107
 """Bytes of a Unix socket's path, by the kernel's sockaddr_un."""
 _LONGEST_FOLDER = 85
 """Bytes; the name of a socket comes behind it."""
-_UNFINISHED = "new-"
-"""Prefix of a folder that is not locked yet; such ones are left alone for a while."""
-_UNFINISHED_S = 60.0
+_MAX_TRIES = 20
+"""Most attempts to make a folder: before it is locked, another process may remove it."""
 
 
 class PrivateFolder:
@@ -38,21 +36,18 @@ class PrivateFolder:
         root = _root()
         if root is not None:
             _remove_abandoned(root)
-        try:
-            unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED if root else "cantata-", dir=root))
-        except OSError as error:
-            raise ConfigError(
-                f"no folder for sockets can be made in {root or tempfile.gettempdir()}: {error.strerror}"
-            ) from error
-        self._lock = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY)
-        with contextlib.suppress(
-            OSError
-        ):  # a file system without locks; then nothing is removed from it either
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.path = unfinished
-        if root is not None:
-            self.path = root / unfinished.name.removeprefix(_UNFINISHED)
-            unfinished.rename(self.path)
+        prefix = "" if root else "cantata-"
+        for _ in range(_MAX_TRIES):
+            try:
+                self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+            except OSError as error:
+                raise ConfigError(
+                    f"no folder for sockets can be made in {root or tempfile.gettempdir()}: {error.strerror}"
+                ) from error
+            self._lock = _lock(self.path)
+            if self._lock >= 0:
+                return
+        raise ConfigError(f"no folder for sockets can be kept in {root}: another process removes them")
 
     def close(self) -> None:
         """Remove the folder and what is in it. Idempotent."""
@@ -80,11 +75,28 @@ def _root() -> Path | None:
     return None
 
 
+def _lock(folder: Path) -> int:
+    """Return a descriptor that holds the folder's lock; -1 if another process removes it."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return -1
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return -1
+    except OSError:  # a file system without locks; then nothing is removed from it either
+        return lock
+    if not folder.exists():
+        os.close(lock)
+        return -1
+    return lock
+
+
 def _remove_abandoned(root: Path) -> None:
     for folder in root.iterdir():
         with contextlib.suppress(OSError):  # it has an owner, or another process removes it
-            if folder.name.startswith(_UNFINISHED) and time.time() - folder.stat().st_mtime < _UNFINISHED_S:
-                continue
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,11 +1,13 @@
 """Folders for sockets: private, and gone once their process is, whatever its end was."""
 
+import fcntl
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +58,39 @@ def test_those_of_killed_processes_are_removed_and_no_others(runtime: Path) -> N
         for process in processes:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.parametrize("moment", ["before the lock", "while it is removed", "before it is opened"])
+def test_one_that_another_process_takes_for_abandoned_is_made_again(
+    runtime: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    made: list[Path] = []
+    removers = []
+    make, lock = tempfile.mkdtemp, fcntl.flock
+
+    def made_and_taken(*args: Any, **kwargs: Any) -> str:
+        made.append(Path(make(*args, **kwargs)))
+        if len(made) == 1 and moment == "before it is opened":
+            made[0].rmdir()
+        if len(made) == 1 and moment == "while it is removed":
+            removers.append(os.open(made[0], os.O_RDONLY))
+            lock(removers[0], fcntl.LOCK_EX)
+        return str(made[-1])
+
+    def removed_and_locked(descriptor: int, operation: int) -> None:
+        if len(made) == 1 and moment == "before the lock":
+            made[0].rmdir()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", made_and_taken)
+    monkeypatch.setattr(fcntl, "flock", removed_and_locked)
+    folder = PrivateFolder()
+    assert len(made) == 2
+    assert folder.path == made[1]
+    assert folder.path.exists()
+    folder.close()
+    for remover in removers:
+        os.close(remover)
 
 
 @pytest.mark.parametrize("fault", ["open to others", "a link", "a file", "a path that is too long"])
