@@ -51,6 +51,7 @@ class EngineClient:
         on_silence: Callable[[Replica, bool], object] = lambda replica, silent: None,
         patience: Patience | None = None,
     ) -> None:
+        self._closed = False
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._watches: dict[Replica, ReplicaWatch] = {}
         self._on_silence = on_silence
@@ -121,7 +122,8 @@ class EngineClient:
             await channel.close(None)
 
     async def close(self) -> None:
-        """Close all channels; open calls end."""
+        """Close all channels. Open and later calls end with EngineDead, so no stream is resumed."""
+        self._closed = True
         for watch in self._watches.values():
             watch.stop()
         self._watches.clear()
@@ -145,6 +147,8 @@ class EngineClient:
         self._on_silence(replica, silent)
 
     def _stub(self, replica: Replica) -> "engine_pb2_grpc.EngineAsyncStub":
+        if self._closed:
+            raise EngineDead("This server is shutting down; try again.", under_request=False)
         channel = self._channels.get(replica.address)
         if channel is None:
             channel = self._channels[replica.address] = grpc.aio.insecure_channel(

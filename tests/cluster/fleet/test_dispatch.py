@@ -1,5 +1,6 @@
 """Which replica a sequence goes to, and where it goes after a refusal."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -23,6 +24,7 @@ class Cluster:
 
     def __init__(self, engines: list[FakeEngine], client: EngineClient) -> None:
         self.engines = engines
+        self.client = client
         self.loads = LoadTable(seed=3)
         self.replicas = [Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)]
         self.metrics = GatewayMetrics()
@@ -330,4 +332,18 @@ async def test_a_deadline_counts_from_the_request_and_not_from_the_try(cluster: 
     cluster.now = 41.0
     with pytest.raises(errors.DeadlineExceeded):
         await cluster.read(deadline=40.0)
+    assert sum(cluster.num_requests()) == 1
+
+
+async def test_after_close_no_stream_goes_on_elsewhere(cluster: Cluster) -> None:
+    """The server closes the connections soon after: a resumed stream would end without an event."""
+    for engine in cluster.engines:
+        engine.answer = lambda request: Script([7, 8, 9], gate=asyncio.Event(), gate_after=1)
+    async with aclosing(cluster.dispatcher.stream(REQUEST, None)) as outputs:
+        assert (await anext(outputs)).token_ids == (7,)
+        await cluster.client.close()
+        with pytest.raises(errors.EngineDead, match="shutting down"):
+            await anext(outputs)
+    with pytest.raises(errors.EngineDead, match="shutting down"):
+        await cluster.read()
     assert sum(cluster.num_requests()) == 1
