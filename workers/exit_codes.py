@@ -3,6 +3,8 @@ people."""
 
 import signal
 
+from workers.out_of_memory import WHAT_HELPS
+
 TAKE_ANOTHER_ISA = (
     "set --cpu-isa or CANTATA_CPU_ISA to a smaller instruction set, such as portable, or to "
     "reference for torch's slow kernels"
@@ -35,8 +37,14 @@ def is_explained(code: int) -> bool:
     return code == FAILED or (code > _RANK_CRASHED and crash(code) is not None)
 
 
-def ending(code: int) -> str:
-    """What `returncode` of a process means, with what to do where that is known."""
+def ending(code: int, *, out_of_memory: bool = False) -> str:
+    """What `returncode` of a process means, with what to do where that is known.
+
+    Args:
+        out_of_memory: the kernel has probably killed it (`workers.out_of_memory`).
+    """
+    if out_of_memory:
+        return f"signal SIGKILL, from the kernel, which had no memory left: {WHAT_HELPS}"
     crashed = crash(code)
     if code >= 0 and crashed is None:
         return f"exit code {code}"

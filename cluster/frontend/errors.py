@@ -123,6 +123,11 @@ def as_cantata_error(error: Exception, request_id: str) -> errors.CantataError:
     with the request id."""
     if isinstance(error, errors.CantataError) and type(error) is not errors.CantataError:
         return error
+    if isinstance(error, MemoryError):
+        _log.error("request %s found no memory in this process", request_id)
+        return errors.Overloaded(
+            "The server has no memory for this request now; send a smaller one, or try again."
+        )
     # The frames and the type, never the exception's text: it may quote a prompt.
     frames = "".join(traceback.format_tb(error.__traceback__))
     _log.error("request %s failed with %s\n%s", request_id, type(error).__name__, frames)

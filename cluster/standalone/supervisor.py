@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from cluster.fleet.table import Replica
 from cluster.standalone.process_session import end_session
 from workers.exit_codes import crash, ending, is_explained
+from workers.out_of_memory import OomKills
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class EngineProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._backoff_s = FIRST_BACKOFF_S
+        self._kills = OomKills()
         self._last_crash: signal.Signals | None = None
         self._num_same_crashes = 0
         self._heard = False
@@ -127,6 +129,7 @@ class EngineProcess:
             self._pipe, _ = await loop.connect_read_pipe(
                 lambda: asyncio.StreamReaderProtocol(output), os.fdopen(reading, "rb")
             )
+            self._kills = OomKills()
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -163,7 +166,7 @@ class EngineProcess:
             reading.cancel()
             exiting.cancel()
         raise EngineFailed(
-            f"{self.name} did not start ({ending(code)})", explained=is_explained(code), code=code
+            f"{self.name} did not start ({self._ending(code)})", explained=is_explained(code), code=code
         )
 
     async def _first_message(self, output: asyncio.StreamReader) -> Replica | None:
@@ -190,7 +193,7 @@ class EngineProcess:
             # up in time.
             if self._gives_up(code if crash(code) == signal.SIGILL else None):
                 return
-            logger.error("%s died (%s); it is restarted", self.name, ending(code))
+            logger.error("%s died (%s); it is restarted", self.name, self._ending(code))
             await self._restart(timeout_s)
             if self.given_up.is_set():
                 return
@@ -213,6 +216,7 @@ class EngineProcess:
                     logger.error(
                         "%s hangs: no heartbeat for %g s; it is killed", self.name, self._heartbeat_timeout_s
                     )
+                    self._kills = OomKills()
                     with contextlib.suppress(ProcessLookupError):
                         process.kill()
             return exiting.result()
@@ -237,6 +241,8 @@ class EngineProcess:
     def _gives_up(self, code: int | None) -> bool:
         """Count the crashes; whether this was the last."""
         crashed = None if code is None else crash(code)
+        if code is not None and self._kills.explain(code):
+            crashed = signal.SIGKILL
         self._num_same_crashes = (
             0 if crashed is None else self._num_same_crashes + 1 if crashed == self._last_crash else 1
         )
@@ -244,11 +250,15 @@ class EngineProcess:
         if code is None or self._num_same_crashes < MAX_SAME_CRASHES:
             return False
         self.failure = (
-            f"{self.name} crashed {MAX_SAME_CRASHES} times in a row and is not started again ({ending(code)})"
+            f"{self.name} crashed {MAX_SAME_CRASHES} times in a row and is not started again "
+            f"({self._ending(code)})"
         )
         logger.error("%s", self.failure)
         self.given_up.set()
         return True
+
+    def _ending(self, code: int) -> str:
+        return ending(code, out_of_memory=self._kills.explain(code))
 
     def _set_replica(self, replica: Replica | None) -> None:
         self.replica = replica

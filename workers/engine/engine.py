@@ -22,6 +22,7 @@ from workers.errors import CantataError, ConfigError, DeadlineExceeded, EngineDe
 from workers.executor.base import MAX_IN_FLIGHT, Executor, ExecutorInfo
 from workers.kv_cache.manager import KVCacheManager
 from workers.metrics import KV_GROUPS, EngineMetrics
+from workers.out_of_memory import WHAT_HELPS, is_out_of_memory
 from workers.request import EngineLoad, EngineRequest, FinishReason
 from workers.scheduler.plan import StepPlan, StepResult
 from workers.scheduler.scheduler import Scheduler
@@ -421,6 +422,8 @@ class Engine:
             logger.error("the engine is dead: %s", sentence)
         else:
             sentence = f"the engine failed ({type(error).__name__}); its log has the details"
+            if is_out_of_memory(error):
+                sentence = f"the engine has no memory left: {WHAT_HELPS}"
             logger.error("the engine is dead", exc_info=error)
         with self._changed:
             self._error = sentence

@@ -16,6 +16,7 @@ from workers.cores import thread_environment
 from workers.errors import ConfigError
 from workers.executor.distributed import OnExit, Placement
 from workers.exit_codes import crash, ending
+from workers.out_of_memory import OomKills
 from workers.rank.process import RankSpec
 
 _KILL_S = 10.0
@@ -88,6 +89,7 @@ class ProcessRanks:
 def _run(spec: RankSpec, started: "Future[subprocess.Popen[str]]", on_exit: OnExit) -> None:
     """Start a rank and wait for its end: it lives no longer than the thread that starts it
     (`workers.parent_death`)."""
+    kills = OomKills()
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "workers.rank.process", str(os.getpid())],
@@ -103,7 +105,7 @@ def _run(spec: RankSpec, started: "Future[subprocess.Popen[str]]", on_exit: OnEx
         return
     started.set_result(process)
     code = process.wait()
-    on_exit(f"ended with {ending(code)}", crash(code))
+    on_exit(f"ended with {ending(code, out_of_memory=kills.explain(code))}", crash(code))
 
 
 def _has_fileno(stream: object) -> bool:

@@ -22,6 +22,7 @@ from workers.kv_cache.memory import (
 from workers.kv_cache.tensors import TORCH_DTYPES, allocate_kv_caches
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
+from workers.out_of_memory import WHAT_HELPS, is_out_of_memory
 from workers.parallel.collectives import Collectives
 from workers.parallel.shard import RankShard
 from workers.rank.device import check_mxfp8
@@ -81,9 +82,15 @@ class LaunchedStep:
             return self._failed
         try:
             return self._pending.result()
-        except Exception:
+        except Exception as error:
             logger.exception("step %d failed", self._failed.step)
-            return self._failed
+            return _result_of_failure(self._failed, error)
+
+
+def _result_of_failure(failed: StepResult, error: Exception) -> StepResult:
+    if not is_out_of_memory(error):
+        return failed
+    return replace(failed, error=f"there was no memory for step {failed.step}: {WHAT_HELPS}")
 
 
 class Rank:
@@ -216,10 +223,10 @@ class Rank:
         try:
             self._enter_device()
             return LaunchedStep(failed, self._runner.launch(plan))
-        except Exception:
+        except Exception as error:
             # The edge of the rank: the protocol turns a failure into a result.
             logger.exception("step %d failed", plan.step)
-            return LaunchedStep(failed)
+            return LaunchedStep(_result_of_failure(failed, error))
 
     def logits(
         self, token_ids: Sequence[int], observe: Callable[[str, Tensor], None] | None = None
@@ -294,5 +301,10 @@ class Rank:
     def _phase(self, name: str) -> Iterator[None]:
         self._progress(name, 0, 0)
         started = time.perf_counter()
-        yield
+        try:
+            yield
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise ConfigError(f"there was no memory to {name}: {WHAT_HELPS}") from error
+            raise
         self.phases_s[name] = time.perf_counter() - started

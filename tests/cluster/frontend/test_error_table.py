@@ -1,6 +1,7 @@
 """Every error class has a row; rows are what clients of OpenAI expect."""
 
 import inspect
+import sys
 
 import grpc
 import orjson
@@ -76,3 +77,13 @@ def test_what_is_not_ours_is_hidden_behind_the_request_id(caplog: pytest.LogCapt
     assert "ValueError" in caplog.text
     ours = errors.NoReplica("none")
     assert as_cantata_error(ours, "id-2") is ours
+
+
+def test_a_request_without_memory_may_come_again(caplog: pytest.LogCaptureFixture) -> None:
+    """One request that is too large for what is left is no failure of the server."""
+    with pytest.raises(MemoryError) as caught:
+        bytearray(sys.maxsize)
+    shown = as_cantata_error(caught.value, "id-1")
+    assert row_of(shown).http_status == 429
+    assert "memory" in shown.message
+    assert "id-1" in caplog.text

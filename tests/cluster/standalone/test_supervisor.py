@@ -135,6 +135,43 @@ async def test_a_first_start_that_fails_is_one_sentence() -> None:
     assert not failed.value.explained
 
 
+class NoMemory:
+    """OomKills of a kernel that has killed what ended by SIGKILL."""
+
+    def explain(self, code: int) -> bool:
+        return code == -signal.SIGKILL
+
+
+async def test_a_start_that_the_kernel_ends_for_want_of_memory_is_explained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = "import os\nos.kill(os.getpid(), 9)"
+    with pytest.raises(EngineFailed, match=r"^engine did not start \(signal SIGKILL\)$"):
+        await EngineProcess("engine", child(code)).start(20)
+    monkeypatch.setattr(supervisor, "OomKills", NoMemory)
+    with pytest.raises(EngineFailed, match=r"SIGKILL, from the kernel.*no memory.*--kv-cache-memory"):
+        await EngineProcess("engine", child(code)).start(20)
+
+
+async def test_an_engine_that_finds_no_memory_is_replaced_while_it_can_start(
+    engine: EngineProcess, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "OomKills", NoMemory)
+    monkeypatch.setattr(supervisor, "LONGEST_BACKOFF_S", 0.02)
+    await engine.start(20)
+    for restart in range(supervisor.MAX_SAME_CRASHES + 1):
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        await until(lambda restart=restart: engine.num_restarts == restart + 1)
+    assert "--kv-cache-memory" in caplog.text
+    engine._command = child("import os\nos.kill(os.getpid(), 9)")
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        await engine.given_up.wait()
+    assert "--kv-cache-memory" in engine.failure
+
+
 async def test_an_illegal_instruction_is_explained_and_tried_once(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
     code = f"import os, signal\nopen({str(starts)!r}, 'a').write('x')\nos.kill(os.getpid(), signal.SIGILL)"

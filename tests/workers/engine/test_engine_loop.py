@@ -2,6 +2,7 @@
 the engine."""
 
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -270,6 +271,17 @@ def test_a_bug_in_a_step_ends_everything_too() -> None:
         assert output.finish_reason == "error"
         assert "ZeroDivisionError" in (output.error or "")
         assert "secret" not in (output.error or "")
+
+
+def test_no_memory_for_a_step_is_said_with_what_helps() -> None:
+    executor = FakeExecutor()
+    executor.before_step = lambda plan: bytearray(sys.maxsize)
+    with running(executor) as engine:
+        reader = ThreadReader()
+        [output] = read_all(reader, engine.submit(request(1), reader))
+        assert output.finish_reason == "error"
+        assert "no memory left" in (output.error or "")
+        assert "--kv-cache-memory" in (output.error or "")
 
 
 def test_shutdown_ends_running_and_waiting_requests() -> None:

@@ -1,0 +1,49 @@
+"""Memory that has run out: how it is noticed, and what helps. Imports nothing large."""
+
+import contextlib
+import signal
+from pathlib import Path
+
+WHAT_HELPS = (
+    "give the KV cache less (--kv-cache-memory, engine.cache.memory_bytes; on a GPU "
+    "--gpu-memory-utilization), or this machine or container more memory"
+)
+"""Advice for messages."""
+_VMSTAT = Path("/proc/vmstat")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation has failed: of Python, or of torch on a GPU or a CPU."""
+    # torch's allocator for CPUs raises a plain RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+class OomKills:
+    """The kernel's count of processes that it has killed on this machine since memory was short.
+
+    The count rises before the killed process ends.
+    """
+
+    def __init__(self) -> None:
+        self._count = _count()
+
+    def explain(self, code: int) -> bool:
+        """Return whether a process with this `returncode` was probably killed for want of memory.
+
+        That is the case if it was killed by SIGKILL and the count has risen since this object was
+        made.
+        """
+        return code == -signal.SIGKILL and _count() > self._count
+
+
+def _count() -> int:
+    with contextlib.suppress(OSError, ValueError):
+        for line in _VMSTAT.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == "oom_kill":
+                return int(value)
+    return 0
