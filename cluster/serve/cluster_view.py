@@ -10,13 +10,14 @@ its own routers live on the same messages. An entry carries what the replica ret
 import asyncio
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private import constants
+from ray.serve._private.common import DeploymentID
 from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import gRPCStatusError
@@ -89,6 +90,43 @@ class ServeReplicas(ReplicaSet):
             }
         )
         self._heard.set()
+
+
+class ServeStanding:
+    """Whether this gateway is in Serve's list of running gateways.
+
+    Serve calls a replica that it stops only after the last request of the replica has ended.
+
+    Args:
+        on_change: called in the event loop with whether this gateway is in the list and how many
+            others are, when the former has changed.
+    """
+
+    def __init__(self, on_change: Callable[[bool, int], None]) -> None:
+        context, client = serve.get_replica_context(), _get_global_client()
+        assert client is not None, "made outside a replica"
+        self._id = context.replica_id.unique_id
+        self._on_change = on_change
+        self._counted = False
+        own = DeploymentID(name=context.deployment, app_name=context.app_name)
+        listeners: Any = {(LongPollNamespace.DEPLOYMENT_TARGETS, own): self._update}
+        self._poll = LongPollClient(
+            client._controller,
+            listeners,
+            call_in_event_loop=asyncio.get_running_loop(),
+            client_id=f"cantata gateway {self._id}",
+        )
+
+    def stop(self) -> None:
+        """Hear no more."""
+        self._poll.stop()
+
+    def _update(self, targets: Any) -> None:
+        ids = {info.replica_id.unique_id for info in targets.running_replicas}
+        counted = self._id in ids
+        if counted != self._counted:
+            self._counted = counted
+            self._on_change(counted, len(ids) - counted)
 
 
 class ServeFleet:

@@ -26,6 +26,7 @@ from cluster.serve.cluster_view import (
     RefusedCall,
     ServeFleet,
     ServeReplicas,
+    ServeStanding,
     hard_stop_s,
     missing_ingress_variables,
     quiet_refusals,
@@ -43,6 +44,11 @@ logger = logging.getLogger(SERVE_LOGGER)
 _MAX_UNSENT_EVENTS = 16
 _FIRST_WORD_S = 5.0
 """Seconds in which a new gateway waits for Serve's list of engines and for their answers."""
+SHUTDOWN_S = 20.0
+"""Longest time in seconds for running requests to end when no gateway is left to take others.
+
+Serve's own shutdown kills what runs after 30 s.
+"""
 _REPORT_PERIOD_S = 60.0
 """Between two lines in the log that say what is missing while no engine serves."""
 
@@ -65,6 +71,8 @@ class GatewayReplica:
         self._fleet = ServeFleet(engine)
         self._service, self._infos = build_service(config, load_encoding(config), self._replicas, self._fleet)
         self._servicer = InferenceServicer(self._service, config.gateway)
+        self._ending: asyncio.Task[None] | None = None
+        self._standing = ServeStanding(self._note_standing)
         self._watching = asyncio.create_task(_watch_engines(self._replicas, config))
         # One that takes the place of another should know the engines before it gets requests; the
         # first one has none to know.
@@ -169,7 +177,29 @@ class GatewayReplica:
         if watching is not None:
             watching.cancel()
             self._replicas.stop()
+            self._standing.stop()
+            if self._ending is not None:
+                self._ending.cancel()
             await self._service.close()
+
+    def _note_standing(self, counted: bool, num_others: int) -> None:
+        if self._ending is not None:
+            self._ending.cancel()
+        grace_s = (
+            self._config.gateway_drain_timeout_s
+            if num_others
+            else min(self._config.gateway_drain_timeout_s, SHUTDOWN_S)
+        )
+        self._ending = None if counted else asyncio.create_task(self._end_requests(grace_s))
+
+    async def _end_requests(self, grace_s: float) -> None:
+        """Wait, then end the requests that are left with an error; Serve would cut them off."""
+        await asyncio.sleep(grace_s)
+        logger.info(
+            "This gateway stops: requests that have not ended within %g s end with an error",
+            grace_s,
+        )
+        await self._service.close()
 
 
 def _way_out(config: AppConfig) -> str:
