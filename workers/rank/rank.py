@@ -4,13 +4,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels.backend import architecture
 from workers.config import EngineConfig, ModelConfig, longest_context
+from workers.errors import ConfigError
 from workers.kv_cache.memory import (
     KVCachePlan,
     KVMemory,
