@@ -6,7 +6,6 @@ one's result: the ranks need not wait for it. An executor that is done when `exe
 one plan at a time by the same loop.
 """
 
-import heapq
 import logging
 import threading
 import time
@@ -17,11 +16,13 @@ from dataclasses import dataclass
 
 from workers.config import EngineConfig, ModelConfig, check_max_model_len
 from workers.engine.heartbeat import StepLoopWatch
+from workers.engine.requests import Deadlines, RequestBook
+from workers.engine.step_stats import StepStats
 from workers.engine.stream import Notifier, OutputStream
 from workers.errors import CantataError, ConfigError, DeadlineExceeded, EngineDead, Overloaded, RankCrashed
 from workers.executor.base import MAX_IN_FLIGHT, Executor, ExecutorInfo
 from workers.kv_cache.manager import KVCacheManager
-from workers.metrics import KV_GROUPS, EngineMetrics
+from workers.metrics import EngineMetrics
 from workers.out_of_memory import WHAT_HELPS, is_out_of_memory
 from workers.request import EngineLoad, EngineRequest, FinishReason
 from workers.scheduler.plan import StepPlan, StepResult
@@ -30,19 +31,9 @@ from workers.scheduler.sequence import Sequence, SequenceUpdate
 
 logger = logging.getLogger(__name__)
 
+_SHUTTING_DOWN = "the engine is shutting down"
 _STOP_TIMEOUT_S = 60.0
 """How long `shutdown` waits for a step in flight."""
-
-
-@dataclass(slots=True)
-class _Live:
-    """A request that has not ended. `waits` until its first step."""
-
-    request: EngineRequest
-    stream: OutputStream
-    submitted_s: float
-    deadline_s: float | None
-    waits: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,35 +79,22 @@ class Engine:
         self._config = config
         self._model = model
         self._executor = executor
-        self._check_integrity = check_integrity
-        self._on_death = on_death
         self._scheduler: Scheduler
-        self._kv: KVCacheManager
-        self._capacity: dict[str, int] = {}
+        self._requests = RequestBook(config.scheduler.max_waiting_requests)
+        self._stats = StepStats(self.metrics)
         # Ranks in processes of their own are watched by their executor, on a CPU a step may take
         # minutes.
         watched = config.parallel.tensor == 1 and not config.device.startswith("cpu")
         self.watch = StepLoopWatch(config.parallel.step_timeout_s if watched else None)
-        self._thread = threading.Thread(target=self._run, name="cantata-engine", daemon=True)
-        # Engine thread only.
-        self._deadlines: list[tuple[float, int]] = []
-        self._num_preemptions = 0
-        self._touched: dict[int, OutputStream] = {}
-        self._flights: deque[_Flight] = deque()
-        self._last_result_s = 0.0
-        self._num_steps = 0
-        # Guarded by _changed, which is notified on every change that somebody may wait for.
-        self._changed = threading.Condition()
-        self._inbox: deque[_Live] = deque()
-        self._aborts: deque[tuple[int, str]] = deque()
-        self._live: dict[int, _Live] = {}
-        self._next_seq_id = 0
-        self._num_running = 0
-        self._kv_usage = 0.0
-        self._refusal: str | None = "the engine has not started"
-        self._stopping = False
-        self._executor_error: str | None = None
-        self._error: str | None = None
+        self._loop = StepLoop(
+            executor,
+            self._requests,
+            self._stats,
+            self.watch,
+            stop_token_ids=model.stop_token_ids,
+            check_integrity=check_integrity,
+            on_death=on_death,
+        )
 
     def start(self) -> ExecutorInfo:
         """Load the model and start the loop; blocks until requests can come.
@@ -124,26 +102,27 @@ class Engine:
         Raises:
             CheckpointError, ConfigError: one sentence for the user.
         """
-        self._executor.on_failure(self._note_executor_failure)
+        self._executor.on_failure(self._requests.end_wait)
         info = self._executor.start()
         self.max_model_len = info.max_model_len
         try:
-            self._kv = KVCacheManager(
+            kv = KVCacheManager(
                 num_full_blocks=info.num_full_blocks,
                 num_sliding_blocks=info.num_sliding_blocks,
                 window=self._model.sliding_window,
                 prefix_caching=self._config.cache.prefix_caching,
             )
-            self._scheduler = Scheduler(self._config.scheduler, self._kv, max_model_len=self.max_model_len)
+            self._scheduler = Scheduler(self._config.scheduler, kv, max_model_len=self.max_model_len)
         except ConfigError:
             self._executor.shutdown()
             raise
-        self._capacity = {
+        capacity = {
             "full": max(info.num_full_blocks - 1, 0),
             "sliding": max(info.num_sliding_blocks - 1, 0),
         }
-        self._refusal = None
-        self._thread.start()
+        self._stats.watch(self._scheduler, kv, capacity)
+        self._requests.open()
+        self._loop.start(self._scheduler)
         return info
 
     def submit(self, request: EngineRequest, notifier: Notifier) -> OutputStream:
@@ -155,93 +134,115 @@ class Engine:
             Overloaded: the inbox is full.
             EngineDead: the engine is draining, stopped or dead.
         """
-        if self._refusal is None:
+        if self._requests.refusal is None:
             self._scheduler.check(request)
-        now = time.monotonic()
-        with self._changed:
-            if self._refusal is not None:
-                raise EngineDead(self._refusal)
-            if len(self._live) - self._num_running >= self._config.scheduler.max_waiting_requests:
-                self.metrics.refused.inc()
-                raise Overloaded(
-                    f"{self._config.scheduler.max_waiting_requests} requests wait already; try again later"
-                )
-            stream = OutputStream(request.request_id, self._next_seq_id, notifier)
-            self._next_seq_id += 1
-            live = _Live(
-                request, stream, now, None if request.deadline_s is None else now + request.deadline_s
-            )
-            self._live[stream.seq_id] = live
-            self._inbox.append(live)
-            self._changed.notify_all()
-        return stream
+        try:
+            return self._requests.submit(request, notifier)
+        except Overloaded:
+            self.metrics.refused.inc()
+            raise
 
     def abort(self, stream: OutputStream, reason: str = "the client left") -> None:
         """End a request with reason `abort`, between two steps; nothing happens if it has ended."""
-        with self._changed:
-            if stream.seq_id in self._live:
-                self._aborts.append((stream.seq_id, reason))
-                self._changed.notify_all()
+        self._requests.abort(stream.seq_id, reason)
 
     def load(self) -> EngineLoad:
         """How busy the engine is now."""
-        with self._changed:
-            return EngineLoad(
-                num_running=self._num_running,
-                num_waiting=max(len(self._live) - self._num_running, 0),
-                kv_usage=self._kv_usage,
-                accepting=self._refusal is None,
-            )
+        return EngineLoad(
+            num_running=self._requests.num_running,
+            num_waiting=self._requests.num_waiting,
+            kv_usage=self._stats.kv_usage,
+            accepting=self._requests.refusal is None,
+        )
 
     @property
     def num_steps(self) -> int:
         """Steps done so far."""
-        return self._num_steps
+        return self._stats.num_steps
 
     @property
     def error(self) -> str | None:
         """Why the engine died; None while it has not."""
-        return self._error
+        return self._loop.error
 
     @property
     def crash(self) -> RankCrashed | None:
         """The crash of a rank of which the engine died; None: it has not, or of something else.
         Final after `shutdown`."""
-        return self._executor.crash if self._error is not None else None
+        return self._executor.crash if self.error is not None else None
 
     def wait_stopped(self, timeout_s: float | None = None) -> bool:
         """Block until the loop has ended, by shutdown or by death; whether it has."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        return self._loop.join(timeout_s)
 
     def drain(self, grace_s: float) -> int:
         """Take no more requests and wait for the live ones; after `grace_s` seconds abort those
         left. Returns how many these were."""
-        with self._changed:
-            if self._refusal is None:
-                self._refusal = "the engine is shutting down"
-            self._changed.wait_for(lambda: not self._live, timeout=max(grace_s, 0.0))
-            left = list(self._live)
-            reason = f"the engine is shutting down and its grace period of {grace_s:g} s is over"
-            self._aborts.extend((seq_id, reason) for seq_id in left)
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._live, timeout=_STOP_TIMEOUT_S)
-        return len(left)
+        self._requests.close(_SHUTTING_DOWN)
+        self._requests.wait_until_none(max(grace_s, 0.0))
+        num_left = self._requests.abort_all(
+            f"the engine is shutting down and its grace period of {grace_s:g} s is over"
+        )
+        self._requests.wait_until_none(_STOP_TIMEOUT_S)
+        return num_left
 
     def shutdown(self) -> None:
         """Stop after the step in flight; live requests end with `abort`. Idempotent."""
-        with self._changed:
-            if self._refusal is None:
-                self._refusal = "the engine is shutting down"
-            self._stopping = True
-            self._changed.notify_all()
-        if self._thread.ident is not None and not self.wait_stopped(_STOP_TIMEOUT_S):
+        self._requests.close(_SHUTTING_DOWN)
+        self._requests.end_wait()
+        if not self.wait_stopped(_STOP_TIMEOUT_S):
             logger.error(
                 "the step in flight has not ended after %g s; its requests are ended without it",
                 _STOP_TIMEOUT_S,
             )
-            self._end_all()
+            self._loop.end_all()
         self._executor.shutdown()
+
+
+class StepLoop:
+    """The engine's thread: from requests to plans, and from results to streams.
+
+    Args:
+        on_death: called on this thread once it has failed for good and every request has ended.
+    Attributes:
+        error: why it failed, a sentence; None while it has not.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        requests: RequestBook,
+        stats: StepStats,
+        watch: StepLoopWatch,
+        *,
+        stop_token_ids: tuple[int, ...],
+        check_integrity: bool,
+        on_death: Callable[[], object],
+    ) -> None:
+        self.error: str | None = None
+        self._executor = executor
+        self._requests = requests
+        self._stats = stats
+        self._watch = watch
+        self._stop_token_ids = stop_token_ids
+        self._check_integrity = check_integrity
+        self._on_death = on_death
+        self._scheduler: Scheduler
+        self._thread = threading.Thread(target=self._run, name="cantata-engine", daemon=True)
+        self._deadlines = Deadlines()
+        self._touched: dict[int, OutputStream] = {}
+        self._flights: deque[_Flight] = deque()
+
+    def start(self, scheduler: Scheduler) -> None:
+        """Begin; the scheduler belongs to the loop from now on."""
+        self._scheduler = scheduler
+        self._thread.start()
+
+    def join(self, timeout_s: float | None) -> bool:
+        """Block until it has ended; whether it has, or was never started."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
@@ -251,36 +252,20 @@ class Engine:
             # The edge of the engine's thread: whatever broke, no request may be left without an
             # end.
             self._die(error)
-        self._end_all()
-        self.watch.idle()
-        if self._error is not None:
+        self.end_all()
+        self._watch.idle()
+        if self.error is not None:
             self._on_death()
 
     def _wait_for_work(self) -> bool:
         """Sleep while there is nothing to do; False once the engine is to stop."""
         if self._check_integrity and not self._scheduler.has_work and not self._flights:
             self._scheduler.check_integrity()
-        with self._changed:
-            self.watch.idle()
-            self._changed.wait_for(
-                lambda: (
-                    self._stopping
-                    or self._executor_error
-                    or self._inbox
-                    or self._aborts
-                    or self._flights
-                    or self._scheduler.has_work
-                )
-            )
-            self.watch.busy()
-            if self._executor_error is not None and not self._stopping:
-                raise EngineDead(self._executor_error)
-            return not self._stopping
-
-    def _note_executor_failure(self, sentence: str) -> None:
-        with self._changed:
-            self._executor_error = sentence
-            self._changed.notify_all()
+        self._watch.idle()
+        try:
+            return self._requests.wait_for_work(lambda: bool(self._flights) or self._scheduler.has_work)
+        finally:
+            self._watch.busy()
 
     def _step(self) -> None:
         started_s = time.monotonic()
@@ -290,8 +275,10 @@ class Engine:
             self._publish()  # those that ended do not wait for the step
         plan = self._scheduler.schedule()
         if plan is not None:
-            self._note_started(plan, started_s)
-            with self.watch.step():
+            self._stats.started(plan, [self._requests.get(start.seq_id) for start in plan.starts], started_s)
+            self._stats.look()
+            self._requests.let_go((), self._scheduler.num_running)
+            with self._watch.step():
                 self._flights.append(_Flight(plan, started_s, self._executor.execute(plan)))
         elif not self._flights:
             # schedule() admits whatever fits an idle cache, and check() refused what does not:
@@ -305,62 +292,41 @@ class Engine:
 
     def _land(self, flight: _Flight) -> None:
         """Wait for the oldest step and hand out what it brought."""
-        with self.watch.step():
+        with self._watch.step():
             result = flight.result.result()
         if result.error is not None:
             raise EngineDead(result.error)
-        self._num_steps += 1
+        self._stats.num_steps += 1
         for update in self._scheduler.update(result):
             self._apply(update)
         self._publish()
-        now = time.monotonic()
-        # A step begins when it was sent or, if the ranks were busy with the one before, when that
-        # one ended.
-        step_s = now - max(flight.sent_s, self._last_result_s)
-        self._last_result_s = now
-        self._measure(flight.plan, len(result.token_ids), step_s, result.elapsed_s)
+        self._stats.done(flight.plan, flight.sent_s, len(result.token_ids), result.elapsed_s)
+        self._set_gauges()
 
     def _drain_inbox(self) -> None:
-        with self._changed:
-            submitted, aborts = list(self._inbox), list(self._aborts)
-            self._inbox.clear()
-            self._aborts.clear()
+        submitted, aborts = self._requests.take()
         for live in submitted:
             seq_id = live.stream.seq_id
             if live.deadline_s is not None:
-                heapq.heappush(self._deadlines, (live.deadline_s, seq_id))
-            ended = self._scheduler.add(Sequence(seq_id, live.request, self._model.stop_token_ids))
+                self._deadlines.add(live.deadline_s, seq_id)
+            ended = self._scheduler.add(Sequence(seq_id, live.request, self._stop_token_ids))
             if ended is not None:
                 self._apply(ended)
-        for seq_id, reason in aborts:
-            aborted = self._scheduler.abort(seq_id, reason)
+        for abort in aborts:
+            aborted = self._scheduler.abort(abort.seq_id, abort.reason)
             if aborted is not None:
                 self._apply(aborted)
 
     def _expire(self, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, seq_id = heapq.heappop(self._deadlines)
+        for seq_id in self._deadlines.expired(now):
             sentence = "the request's deadline passed before its last token"
             expired = self._scheduler.abort(seq_id, sentence)
             if expired is not None:
                 self._apply(expired, DeadlineExceeded(sentence))
 
-    def _note_started(self, plan: StepPlan, now: float) -> None:
-        """Count what leaves the queue for the first time."""
-        for start in plan.starts:
-            live = self._live.get(start.seq_id)
-            if live is not None and live.waits:
-                live.waits = False
-                num_cached = plan.num_computed_tokens[plan.seq_ids.index(start.seq_id)]
-                self.metrics.queue_seconds.observe(now - live.submitted_s)
-                self.metrics.prompt_tokens.inc(start.num_prompt_tokens)
-                self.metrics.cached_tokens.inc(min(num_cached, start.num_prompt_tokens))
-        with self._changed:
-            self._take_snapshot()
-
     def _apply(self, update: SequenceUpdate, failure: CantataError | None = None) -> None:
         """Hand an update to its stream; the reader hears of it in `_publish`."""
-        live = self._live.get(update.seq_id)
+        live = self._requests.get(update.seq_id)
         if live is None:  # ended by a shutdown that did not wait for this step
             return
         stream = live.stream
@@ -378,43 +344,14 @@ class Engine:
 
     def _publish(self) -> None:
         """Wake the readers, each once, and let go of the requests that ended."""
-        with self._changed:
-            for seq_id, stream in self._touched.items():
-                if stream.ended:
-                    self._live.pop(seq_id, None)
-            self._take_snapshot()
-            self._changed.notify_all()
+        self._stats.look()
+        self._requests.let_go(self._touched.values(), self._scheduler.num_running)
         _notify(self._touched.values())
         self._touched = {}
-        if len(self._deadlines) > 2 * len(self._live) + 64:
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._live]
-            heapq.heapify(self._deadlines)
-
-    def _take_snapshot(self) -> None:
-        """Copy for other threads what only this one may read; the caller holds the lock."""
-        self._num_running = self._scheduler.num_running
-        self._kv_usage = self._group_usage("full" if self._capacity["full"] else "sliding")
-
-    def _group_usage(self, group: str) -> float:
-        free = dict(zip(KV_GROUPS, self._kv.num_free_blocks, strict=True))[group]
-        capacity = self._capacity[group]
-        return 1.0 - free / capacity if capacity else 0.0
-
-    def _measure(self, plan: StepPlan, num_sampled: int, total_s: float, executor_s: float) -> None:
-        self.metrics.output_tokens.inc(num_sampled)
-        self.metrics.step_seconds.observe(total_s)
-        self.metrics.schedule_seconds.observe(max(total_s - executor_s, 0.0))
-        self.metrics.step_tokens.observe(sum(plan.num_scheduled_tokens))
-        self.metrics.step_sequences.observe(len(plan.seq_ids))
-        self._set_gauges()
+        self._deadlines.prune(self._requests.num_live, lambda seq_id: self._requests.get(seq_id) is not None)
 
     def _set_gauges(self) -> None:
-        self.metrics.preemptions.inc(self._scheduler.num_preemptions - self._num_preemptions)
-        self._num_preemptions = self._scheduler.num_preemptions
-        self.metrics.running.set(self._num_running)
-        self.metrics.waiting.set(self.load().num_waiting)
-        for group in KV_GROUPS:
-            self.metrics.kv_usage.labels(group).set(self._group_usage(group))
+        self._stats.set_gauges(self._requests.num_running, self._requests.num_waiting)
 
     def _die(self, error: Exception) -> None:
         if isinstance(error, EngineDead):
@@ -425,28 +362,18 @@ class Engine:
             if is_out_of_memory(error):
                 sentence = f"the engine has no memory left: {WHAT_HELPS}"
             logger.error("the engine is dead", exc_info=error)
-        with self._changed:
-            self._error = sentence
-            self._refusal = sentence
+        self.error = sentence
+        self._requests.close(sentence, instead=True)
 
-    def _end_all(self) -> None:
+    def end_all(self) -> None:
         """End what is left: with `error` if the engine died, with `abort` if it was told to
         stop."""
-        with self._changed:
-            left = [live.stream for live in self._live.values()]
-            self._live.clear()
-            self._inbox.clear()
-            self._num_running = 0
-            self._kv_usage = 0.0
-            self._changed.notify_all()
-        self.metrics.running.set(0)
-        self.metrics.waiting.set(0)
-        for group in KV_GROUPS:
-            self.metrics.kv_usage.labels(group).set(0)
-        sentence = self._error or "the engine is shutting down"
+        left = self._requests.take_all()
+        self._stats.ended()
+        sentence = self.error or _SHUTTING_DOWN
         for stream in left:
             self._end(
-                stream, "error" if self._error else "abort", error=sentence, failure=EngineDead(sentence)
+                stream, "error" if self.error else "abort", error=sentence, failure=EngineDead(sentence)
             )
         _notify(left)
 
@@ -460,7 +387,7 @@ class Engine:
         failure: CantataError | None = None,
     ) -> None:
         if stream.end(reason, stop_token_id=stop_token_id, error=error, failure=failure):
-            self.metrics.requests.labels(reason).inc()
+            self._stats.request_ended(reason)
 
 
 def _notify(streams: Iterable[OutputStream]) -> None:

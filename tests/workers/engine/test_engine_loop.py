@@ -360,7 +360,7 @@ def test_an_idle_engine_uses_no_cpu() -> None:
     reader = ThreadReader()
     with running(FakeExecutor()) as engine:
         read_all(reader, engine.submit(request(1, max_tokens=2), reader))
-        thread_id = engine._thread.native_id
+        thread_id = engine._loop._thread.native_id
 
         def cpu_ticks() -> int:
             fields = Path(f"/proc/self/task/{thread_id}/stat").read_text().rsplit(")", 1)[1].split()

@@ -1,0 +1,214 @@
+"""Requests between the threads that bring them and the engine's: inbox, live set, deadlines.
+
+Callers of any thread submit, abort and wait; the engine's thread takes what came, and lets go of
+what ended. One lock guards both sides, and is notified on every change that a thread may wait for.
+"""
+
+import heapq
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from workers.engine.stream import Notifier, OutputStream
+from workers.errors import EngineDead, Overloaded
+from workers.request import EngineRequest
+
+_SPARE_DEADLINES = 64
+"""Deadlines of ended requests that may stay in the heap before it is made anew."""
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """A request that has not ended. `waits` until its first step."""
+
+    request: EngineRequest
+    stream: OutputStream
+    submitted_s: float
+    deadline_s: float | None
+    waits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """A wish that a sequence ends."""
+
+    seq_id: int
+    reason: str
+
+
+class Deadlines:
+    """Deadlines of requests, soonest first. Belongs to the engine's thread."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int]] = []
+
+    def add(self, deadline_s: float, seq_id: int) -> None:
+        """Remember the deadline of a sequence, in monotonic seconds."""
+        heapq.heappush(self._heap, (deadline_s, seq_id))
+
+    def expired(self, now: float) -> list[int]:
+        """Sequences whose deadline has passed, each once; some of them may have ended."""
+        seq_ids = []
+        while self._heap and self._heap[0][0] <= now:
+            seq_ids.append(heapq.heappop(self._heap)[1])
+        return seq_ids
+
+    def prune(self, num_live: int, is_live: Callable[[int], bool]) -> None:
+        """Drop those of ended sequences, where they are most of all."""
+        if len(self._heap) > 2 * num_live + _SPARE_DEADLINES:
+            self._heap = [entry for entry in self._heap if is_live(entry[1])]
+            heapq.heapify(self._heap)
+
+
+class RequestBook:
+    """All requests of an engine, from submission to their end.
+
+    Args:
+        max_waiting: requests that may wait for their first step.
+    Attributes:
+        num_running: sequences that the scheduler runs, as of the last `let_go`.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self.num_running = 0
+        self._max_waiting = max_waiting
+        self._changed = threading.Condition()
+        self._inbox: deque[LiveRequest] = deque()
+        self._aborts: deque[Abort] = deque()
+        self._live: dict[int, LiveRequest] = {}
+        self._next_seq_id = 0
+        self._refusal: str | None = "the engine has not started"
+        self._stopping = False
+        self._failure: str | None = None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no request is taken; None: they are."""
+        return self._refusal
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that the scheduler does not run."""
+        return max(len(self._live) - self.num_running, 0)
+
+    def open(self) -> None:
+        """Take requests from now on."""
+        self._refusal = None
+
+    def close(self, sentence: str, *, instead: bool = False) -> None:
+        """Take no more requests.
+
+        Args:
+            instead: this reason replaces one that was given before.
+        """
+        with self._changed:
+            if instead or self._refusal is None:
+                self._refusal = sentence
+
+    def submit(self, request: EngineRequest, notifier: Notifier) -> OutputStream:
+        """Put a request into the inbox.
+
+        Raises:
+            Overloaded: as many wait as may.
+            EngineDead: requests are refused.
+        """
+        now = time.monotonic()
+        with self._changed:
+            if self._refusal is not None:
+                raise EngineDead(self._refusal)
+            if len(self._live) - self.num_running >= self._max_waiting:
+                raise Overloaded(f"{self._max_waiting} requests wait already; try again later")
+            stream = OutputStream(request.request_id, self._next_seq_id, notifier)
+            self._next_seq_id += 1
+            deadline_s = None if request.deadline_s is None else now + request.deadline_s
+            live = LiveRequest(request, stream, now, deadline_s)
+            self._live[stream.seq_id] = live
+            self._inbox.append(live)
+            self._changed.notify_all()
+        return stream
+
+    def abort(self, seq_id: int, reason: str) -> None:
+        """Ask for the end of a sequence; nothing happens if it has ended."""
+        with self._changed:
+            if seq_id in self._live:
+                self._aborts.append(Abort(seq_id, reason))
+                self._changed.notify_all()
+
+    def abort_all(self, reason: str) -> int:
+        """Ask for the end of all that are live; return how many these are."""
+        with self._changed:
+            self._aborts.extend(Abort(seq_id, reason) for seq_id in self._live)
+            self._changed.notify_all()
+            return len(self._live)
+
+    def wait_until_none(self, timeout_s: float) -> None:
+        """Block until no request is live, or the time is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._live, timeout=timeout_s)
+
+    def end_wait(self, failure: str | None = None) -> None:
+        """End `wait_for_work` for good.
+
+        Args:
+            failure: of the executor, as a sentence; None: the engine is to stop.
+        """
+        with self._changed:
+            if failure is None:
+                self._stopping = True
+            else:
+                self._failure = failure
+            self._changed.notify_all()
+
+    def wait_for_work(self, has_work: Callable[[], bool]) -> bool:
+        """Block until there is something to do for the engine's thread; False: it is to stop.
+
+        Args:
+            has_work: whether there is, apart from what is here; called under the lock.
+        Raises:
+            EngineDead: the executor has failed.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopping or self._failure or self._inbox or self._aborts or has_work()
+            )
+            if self._failure is not None and not self._stopping:
+                raise EngineDead(self._failure)
+            return not self._stopping
+
+    def take(self) -> tuple[list[LiveRequest], list[Abort]]:
+        """Empty the inbox: what was submitted, and then the wishes for an end."""
+        with self._changed:
+            submitted, aborts = list(self._inbox), list(self._aborts)
+            self._inbox.clear()
+            self._aborts.clear()
+        return submitted, aborts
+
+    def get(self, seq_id: int) -> LiveRequest | None:
+        """The request of a sequence; None: it has ended."""
+        return self._live.get(seq_id)
+
+    def let_go(self, streams: Iterable[OutputStream], num_running: int) -> None:
+        """Forget those of these that have ended, and say how many sequences run."""
+        with self._changed:
+            for stream in streams:
+                if stream.ended:
+                    self._live.pop(stream.seq_id, None)
+            self.num_running = num_running
+            self._changed.notify_all()
+
+    def take_all(self) -> list[OutputStream]:
+        """Forget everything; the streams of what was live."""
+        with self._changed:
+            left = [live.stream for live in self._live.values()]
+            self._live.clear()
+            self._inbox.clear()
+            self.num_running = 0
+            self._changed.notify_all()
+        return left

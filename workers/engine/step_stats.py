@@ -1,0 +1,103 @@
+"""What an engine's steps tell its metrics."""
+
+import time
+from collections.abc import Iterable, Mapping
+
+from workers.engine.requests import LiveRequest
+from workers.kv_cache.manager import KVCacheManager
+from workers.metrics import KV_GROUPS, EngineMetrics
+from workers.request import FinishReason
+from workers.scheduler.plan import StepPlan
+from workers.scheduler.scheduler import Scheduler
+
+
+class StepStats:
+    """Counts steps and measures how full the KV cache is. Belongs to the engine's thread.
+
+    Attributes:
+        num_steps: steps done so far.
+        kv_usage: share of the full group's blocks in use (of the sliding one, if no layer is full),
+            as of the last `look`.
+    """
+
+    def __init__(self, metrics: EngineMetrics) -> None:
+        self.num_steps = 0
+        self.kv_usage = 0.0
+        self._metrics = metrics
+        self._scheduler: Scheduler
+        self._kv: KVCacheManager
+        self._capacity: Mapping[str, int] = {}
+        self._num_preemptions = 0
+        self._last_result_s = 0.0
+
+    def watch(self, scheduler: Scheduler, kv: KVCacheManager, capacity: Mapping[str, int]) -> None:
+        """Measure these from now on.
+
+        Args:
+            capacity: blocks of each KV group that sequences can have.
+        """
+        self._scheduler = scheduler
+        self._kv = kv
+        self._capacity = capacity
+
+    def look(self) -> None:
+        """Note `kv_usage`, for other threads."""
+        self.kv_usage = self._usage("full" if self._capacity["full"] else "sliding")
+
+    def started(self, plan: StepPlan, requests: Iterable[LiveRequest | None], now: float) -> None:
+        """Count requests that leave the queue for the first time.
+
+        Args:
+            requests: of `plan.starts`, in their order; None: ended.
+        """
+        for start, live in zip(plan.starts, requests, strict=True):
+            if live is not None and live.waits:
+                live.waits = False
+                num_cached = plan.num_computed_tokens[plan.seq_ids.index(start.seq_id)]
+                self._metrics.queue_seconds.observe(now - live.submitted_s)
+                self._metrics.prompt_tokens.inc(start.num_prompt_tokens)
+                self._metrics.cached_tokens.inc(min(num_cached, start.num_prompt_tokens))
+
+    def done(self, plan: StepPlan, sent_s: float, num_sampled: int, executor_s: float) -> None:
+        """Measure a step whose result has been handed out.
+
+        Args:
+            sent_s: when it was sent to the ranks.
+            executor_s: seconds that they took.
+        """
+        now = time.monotonic()
+        # A step begins when it was sent or, if the ranks were busy with the one before, when that
+        # one ended.
+        total_s = now - max(sent_s, self._last_result_s)
+        self._last_result_s = now
+        self._metrics.output_tokens.inc(num_sampled)
+        self._metrics.step_seconds.observe(total_s)
+        self._metrics.schedule_seconds.observe(max(total_s - executor_s, 0.0))
+        self._metrics.step_tokens.observe(sum(plan.num_scheduled_tokens))
+        self._metrics.step_sequences.observe(len(plan.seq_ids))
+
+    def set_gauges(self, num_running: int, num_waiting: int) -> None:
+        """Set what is shown between steps."""
+        self._metrics.preemptions.inc(self._scheduler.num_preemptions - self._num_preemptions)
+        self._num_preemptions = self._scheduler.num_preemptions
+        self._metrics.running.set(num_running)
+        self._metrics.waiting.set(num_waiting)
+        for group in KV_GROUPS:
+            self._metrics.kv_usage.labels(group).set(self._usage(group))
+
+    def request_ended(self, reason: FinishReason) -> None:
+        """Count a request."""
+        self._metrics.requests.labels(reason).inc()
+
+    def ended(self) -> None:
+        """Set what is shown once the engine has ended: nothing runs, nothing is used."""
+        self.kv_usage = 0.0
+        self._metrics.running.set(0)
+        self._metrics.waiting.set(0)
+        for group in KV_GROUPS:
+            self._metrics.kv_usage.labels(group).set(0)
+
+    def _usage(self, group: str) -> float:
+        free = dict(zip(KV_GROUPS, self._kv.num_free_blocks, strict=True))[group]
+        capacity = self._capacity[group]
+        return 1.0 - free / capacity if capacity else 0.0
