@@ -24,7 +24,8 @@ from workers.parallel.collectives import Alone
 from workers.rank import runner as runner_module
 from workers.rank.runner import Runner
 from workers.request import SamplingParams
-from workers.scheduler.plan import StepPlan, StepResult, decode_plan, encode_plan, encode_result
+from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan_wire import decode_plan, encode_plan, encode_result
 
 SAMPLING = {
     "greedy": SamplingParams(temperature=0),

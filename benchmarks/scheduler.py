@@ -20,14 +20,8 @@ from workers.config import SchedulerConfig
 from workers.engine.collector import spare_collections
 from workers.kv_cache.manager import KVCacheManager
 from workers.request import EngineRequest, SamplingParams
-from workers.scheduler.plan import (
-    StepPlan,
-    StepResult,
-    decode_plan,
-    decode_result,
-    encode_plan,
-    encode_result,
-)
+from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan_wire import decode_plan, decode_result, encode_plan, encode_result
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Sequence
 

@@ -27,6 +27,13 @@ ALLOWED_IN = {
     "zmq": ("workers/executor/",),
 }
 
+NOT_IMPORTED_BY = {
+    "workers/kv_cache/": ("workers.scheduler", "workers.rank", "workers.engine", "workers.executor"),
+    "workers/scheduler/": ("workers.rank", "workers.engine", "workers.executor"),
+    "workers/constraint/": ("workers.scheduler", "workers.rank", "workers.engine", "workers.executor"),
+}
+"""Folders whose modules know nothing of these."""
+
 
 def imports(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text())):
@@ -54,6 +61,8 @@ def test_imports_follow_the_design(file: Path) -> None:
             assert path.startswith(ALLOWED_IN[top]), (
                 f"{path} imports {module}, which belongs in {', '.join(ALLOWED_IN[top])}"
             )
+        for folder, unknown in NOT_IMPORTED_BY.items():
+            assert not (path.startswith(folder) and module.startswith(unknown)), f"{path} imports {module}"
 
 
 def test_no_relative_imports() -> None:

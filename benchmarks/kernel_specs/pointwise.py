@@ -81,6 +81,7 @@ SPECS = (
         kernel=read_slots_kernel,
         signature={
             "token_ids_ptr": "*i64",
+            "newest_of_ptr": "*i64",
             "slots_ptr": "*i64",
             "newest_ptr": "*i64",
             "tables_ptr": "*i32",
@@ -98,6 +99,7 @@ SPECS = (
         options={"num_warps": 4},
         unaligned=(
             "token_ids_ptr",
+            "newest_of_ptr",
             "slots_ptr",
             "num_tokens",
             "num_seqs",

@@ -12,19 +12,19 @@ BLOCK = 1024
 
 @triton.jit(
     do_not_specialize=["num_tokens", "num_seqs", "num_blocks"],
-    do_not_specialize_on_alignment=["token_ids_ptr", "slots_ptr"],
+    do_not_specialize_on_alignment=["token_ids_ptr", "newest_of_ptr", "slots_ptr"],
 )
 def read_slots_kernel(
-    token_ids_ptr, slots_ptr, newest_ptr, tables_ptr, ids_out_ptr, tables_out_ptr, num_tokens, num_seqs,
-    num_blocks, slot_stride,
-    group_stride, BLOCK: tl.constexpr,
+    token_ids_ptr, newest_of_ptr, slots_ptr, newest_ptr, tables_ptr, ids_out_ptr, tables_out_ptr,
+    num_tokens, num_seqs, num_blocks, slot_stride, group_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token_programs = tl.cdiv(num_tokens, BLOCK)
     if tl.program_id(0) < token_programs:
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         token = tl.load(token_ids_ptr + at, mask=at < num_tokens, other=0)
-        newest = tl.load(newest_ptr - 1 - token, mask=(at < num_tokens) & (token < 0), other=0)
-        tl.store(ids_out_ptr + at, tl.where(token < 0, newest, token), mask=at < num_tokens)
+        slot = tl.load(newest_of_ptr + at, mask=at < num_tokens, other=-1)
+        newest = tl.load(newest_ptr + slot, mask=slot >= 0, other=0)
+        tl.store(ids_out_ptr + at, tl.where(slot >= 0, newest, token), mask=at < num_tokens)
     else:
         pieces = tl.cdiv(num_blocks, BLOCK)
         # of the tables that are written
@@ -41,15 +41,16 @@ def read_slots_kernel(
 
 
 def read_slots(
-    token_ids: Tensor, slots: Tensor, newest: Tensor, tables: Tensor, num_blocks: int
+    token_ids: Tensor, newest_of: Tensor, slots: Tensor, newest: Tensor, tables: Tensor, num_blocks: int
 ) -> tuple[Tensor, Tensor]:
-    """As `kernels.slots.reference.read_slots`, which see; arguments have been checked there.
+    """Do what `kernels.slots.reference.read_slots` does; arguments have been checked there.
 
     Raises:
         ValueError: names the argument that is not contiguous (tables: in its last axis) or on
             another device than tables.
     """
-    for name, vector in (("token_ids", token_ids), ("slots", slots), ("newest", newest)):
+    vectors = (("token_ids", token_ids), ("newest_of", newest_of), ("slots", slots), ("newest", newest))
+    for name, vector in vectors:
         if not vector.is_contiguous() or vector.device != tables.device:
             raise ValueError(
                 f"{name} must be contiguous and on {tables.device} as tables is, got {vector.stride()} on "
@@ -64,6 +65,7 @@ def read_slots(
     if num_programs:
         read_slots_kernel[(num_programs,)](
             token_ids,
+            newest_of,
             slots,
             newest,
             tables,

@@ -29,14 +29,14 @@ def test_reads_by_slot(case: SlotCase) -> None:
 
 
 def test_slots_outside_are_named() -> None:
-    token_ids, slots, newest, tables = SlotCase(4, 3, 6, 5, 2).inputs()
-    for bad in (-7, -(2**40)):
-        with pytest.raises(IndexError, match=r"^token_ids "):
-            read_slots(torch.tensor([3, bad]), slots, newest, tables, 2)
+    token_ids, newest_of, slots, newest, tables = SlotCase(4, 3, 6, 5, 2).inputs()
+    for bad in (6, 2**40):
+        with pytest.raises(IndexError, match=r"^newest_of "):
+            read_slots(token_ids, torch.tensor([3, -1, 0, bad]), slots, newest, tables, 2)
     for bad in (-1, 6):
         with pytest.raises(IndexError, match=r"^slots "):
-            read_slots(token_ids, torch.tensor([0, bad]), newest, tables, 2)
+            read_slots(token_ids, newest_of, torch.tensor([0, bad]), newest, tables, 2)
     with pytest.raises(ValueError, match=r"^newest "):
-        read_slots(token_ids, slots, newest.repeat(2)[::2], tables, 2)
+        read_slots(token_ids, newest_of, slots, newest.repeat(2)[::2], tables, 2)
     with pytest.raises(ValueError, match=r"^tables "):
-        read_slots(token_ids, slots, newest, tables.repeat(1, 1, 2)[:, :, ::2], 2)
+        read_slots(token_ids, newest_of, slots, newest, tables.repeat(1, 1, 2)[:, :, ::2], 2)

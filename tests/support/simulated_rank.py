@@ -8,7 +8,9 @@ checks every key position it sees.
 from collections.abc import Callable, Sequence
 
 from workers.config import BLOCK_SIZE
-from workers.scheduler.plan import NULL_BLOCK, StepPlan, StepResult, decode_plan, encode_plan
+from workers.kv_cache.block_pool import NULL_BLOCK
+from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan_wire import decode_plan, encode_plan
 
 Sampler = Callable[[Sequence[int]], int]
 

@@ -16,23 +16,23 @@ class SlotCase:
     max_blocks: int
     num_blocks: int
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(token_ids, slots, newest, tables); about half of the tokens are those of slots, the last
-        slot's among them."""
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return (token_ids, newest_of, slots, newest, tables); about half of the tokens are of
+        slots, of the last slot too."""
         generator = torch.Generator().manual_seed(self.num_tokens)
 
         def integers(low: int, high: int, *shape: int) -> Tensor:
             return torch.randint(low, high, shape, generator=generator)
 
-        token_ids = torch.where(
-            integers(0, 2, self.num_tokens) == 0,
-            integers(0, 2**31, self.num_tokens),
-            -1 - integers(0, self.num_slots, self.num_tokens),
+        token_ids = integers(0, 2**31, self.num_tokens)
+        newest_of = torch.where(
+            integers(0, 2, self.num_tokens) == 0, -1, integers(0, self.num_slots, self.num_tokens)
         )
-        token_ids[-1:] = -self.num_slots
+        newest_of[-1:] = self.num_slots - 1
         slots = torch.randperm(self.num_slots, generator=generator)[: self.num_seqs]
         return (
             token_ids,
+            newest_of,
             slots,
             integers(0, 2**40, self.num_slots),
             integers(0, 2**31, GROUPS, self.num_slots, self.max_blocks).int(),

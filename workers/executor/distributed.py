@@ -33,7 +33,8 @@ from workers.kv_cache.memory import KVCachePlan, KVMemory, plan_kv_cache
 from workers.parallel.shard import plan_shards
 from workers.rank.process import RankSpec, identity
 from workers.rank.rank import LOAD_TIMEOUT_S, Progress, RankLoaded
-from workers.scheduler.plan import StepPlan, StepResult, decode_result, encode_plan
+from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan_wire import decode_result, encode_plan
 
 logger = logging.getLogger(__name__)
 

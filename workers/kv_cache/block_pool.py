@@ -3,7 +3,9 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from workers.scheduler.plan import NULL_BLOCK
+NULL_BLOCK = 0
+"""Block 0 of each KV group is never handed out: it stands for freed or skipped blocks, and padding
+is written to it."""
 
 
 class BlockPool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from workers.config import BLOCK_SIZE
 from workers.errors import ConfigError
+from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.kv_cache.prefix_cache import (
     CachedPrefix,
     PrefixCache,
@@ -19,7 +20,6 @@ from workers.kv_cache.prefix_cache import (
     first_visible_block,
     pack_tokens,
 )
-from workers.scheduler.plan import NULL_BLOCK
 
 
 def num_blocks_for(num_tokens: int) -> int:

@@ -7,8 +7,7 @@ from array import array
 from collections.abc import Sequence
 
 from workers.config import BLOCK_SIZE
-from workers.kv_cache.block_pool import BlockPool
-from workers.scheduler.plan import NULL_BLOCK
+from workers.kv_cache.block_pool import NULL_BLOCK, BlockPool
 
 HASH_BYTES = 16
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds, sample
 from kernels.sampling import warm_up as warm_up_sampling
 from workers.config import BLOCK_SIZE, KVDtype, SchedulerConfig
+from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.kv_cache.tensors import KV_TORCH_DTYPES
 from workers.model.gpt_oss import GptOss
 from workers.model.step_batch import StepBatch
 from workers.rank.recorded.cuda_graph import DecodeGraphs, GraphReport, multiply, use_cublas_on_next_stream
 from workers.rank.slots import DeviceSlots, SequenceSlots
-from workers.scheduler.plan import NULL_BLOCK
 
 MAX_TOP_LOGPROBS = 20
 """That a request may ask for."""

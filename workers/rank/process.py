@@ -35,7 +35,7 @@ from workers.parallel.shard import plan_shards
 from workers.parent_death import die_with_parent
 from workers.rank.device import check_memory, prepare_device
 from workers.rank.rank import LaunchedStep, Rank
-from workers.scheduler.plan import PLAN_VERSION, decode_plan, encode_result
+from workers.scheduler.plan_wire import PLAN_VERSION, decode_plan, encode_result
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from workers.rank.recorded.cpu_program import DecodePrograms
 from workers.rank.recorded.cuda_graph import DecodeGraphs, GraphReport
 from workers.rank.sampling_state import SamplingState, TokenListener
 from workers.rank.slots import DeviceSlots, SequenceSlots, StepRows
+from workers.rank.step_arrays import EdgeArrays, upload_step
 from workers.rank.step_inputs import InputBuffers
 from workers.request import TokenLogprobs
 from workers.scheduler.plan import StepPlan, StepResult
@@ -164,11 +165,11 @@ class Runner:
         for start in plan.starts:
             self._sampling.start(self._slots.start(start), start)
         rows = self._slots.build(plan)
-        hidden, sampled_slots = self._forward(rows)
+        hidden, edges = self._forward(rows)
         if len(rows.sampled) == 0:
             return PendingStep(plan.step, started, self._model.device)
         output = self._sample(plan, rows, self._model.compute_logits(hidden))
-        self._device_slots.newest.index_copy_(0, sampled_slots, output.token_ids)
+        self._device_slots.newest.index_copy_(0, edges.sampled_slots, output.token_ids)
         return self._pending(plan, started, rows, output)
 
     def _forward_alone(self) -> Callable[[StepBatch], Tensor]:
@@ -177,22 +178,20 @@ class Runner:
         model, kv_caches = self._model, self._kv_caches
         return lambda batch: model.forward(batch, kv_caches)
 
-    def _forward(self, rows: StepRows) -> tuple[Tensor, Tensor]:
-        """([num_samples, hidden] of the rows to sample, [num_samples] their slots)."""
+    def _forward(self, rows: StepRows) -> tuple[Tensor, EdgeArrays[Tensor]]:
+        """([num_samples, hidden] of the rows to sample, what surrounds the model)."""
         if self._graphs is not None and (size := self._graphs.size_for(rows)) is not None:
-            hidden, sample_indices, sampled_slots = self._graphs.replay(rows, size, self._inputs)
+            hidden, edges = self._graphs.replay(rows, size, self._inputs)
         else:
-            arrays = rows.batch_arrays()
-            tensors = self._inputs.upload(arrays + rows.other_arrays())
-            sample_indices, sampled_slots, table_at, table_ids = tensors[len(arrays) :]
-            self._device_slots.set_blocks(table_at, table_ids)
+            arrays, edges = upload_step(self._inputs, rows.model, rows.edges)
+            self._device_slots.set_blocks(edges)
             batch = self._device_slots.batch(
-                tensors[: len(arrays)], sample_indices, rows.num_blocks, rows.max_query_len
+                arrays, edges.sample_indices, rows.num_blocks, rows.max_query_len
             )
             hidden = self._model.forward(batch, self._kv_caches)
-        return hidden[: len(rows.sampled)] if rows.samples_all else hidden.index_select(
-            0, sample_indices
-        ), sampled_slots
+        if rows.samples_all:
+            return hidden[: len(rows.sampled)], edges
+        return hidden.index_select(0, edges.sample_indices), edges
 
     def _sample(self, plan: StepPlan, rows: StepRows, logits: Tensor | None) -> SampleOutput:
         """Rank 0 samples; all ranks need the ids, which are the next step's inputs.
@@ -207,7 +206,7 @@ class Runner:
                     torch.empty(len(rows.sampled), dtype=torch.int64, device=self._model.device)
                 )
             )
-        slots = rows.slots[rows.sampled]
+        slots = rows.sampled_slots
         if self._sampling.listeners(slots):
             while self._unheard:
                 self._unheard.popleft().result()
@@ -217,7 +216,7 @@ class Runner:
         return output
 
     def _pending(self, plan: StepPlan, started: float, rows: StepRows, output: SampleOutput) -> PendingStep:
-        slots = rows.slots[rows.sampled]
+        slots = rows.sampled_slots
         seq_ids = tuple(plan.seq_ids[index] for index in rows.sampled.tolist())
         is_first = self._model.collectives.rank == 0
         listeners = self._sampling.listeners(slots) if is_first else []

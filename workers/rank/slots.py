@@ -14,9 +14,11 @@ from torch import Tensor
 
 from kernels.slots import read_slots
 from workers.config import BLOCK_SIZE
+from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.model.step_batch import StepBatch
+from workers.rank.step_arrays import TOKEN_KNOWN, EdgeArrays, ModelArrays
 from workers.rank.step_inputs import Array
-from workers.scheduler.plan import NULL_BLOCK, SequenceStart, StepPlan
+from workers.scheduler.plan import SequenceStart, StepPlan
 
 Ints = npt.NDArray[np.int64]
 FULL, SLIDING = 0, 1
@@ -24,92 +26,78 @@ FULL, SLIDING = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """What a plan computes, still on the host. T tokens of S sequences, as in StepBatch.
+    """What a plan computes, still on the host.
 
     Attributes:
-        slots: [S] slot of each sequence, in plan order.
-        sampled: [num_samples] indices into `slots` of the sequences that yield a token.
+        model: T tokens of S rows.
+        edges: what surrounds the model.
+        sampled: [num_samples] indices of the rows that yield a token.
         output_positions: [num_samples] index of the token to sample among its sequence's output
             tokens.
-        token_ids: [T] int64; -1 - slot stands for the newest token sampled for that slot, which
-            only the device knows.
-        table_at, table_ids: [n] int64, int32: block table entries that this step sets, as flat
-            indices into `DeviceSlots.tables`.
         num_blocks: of the longest sequence.
     """
 
-    slots: Ints
+    model: ModelArrays[Array]
+    edges: EdgeArrays[Array]
     sampled: Ints
     output_positions: Ints
-    token_ids: Ints
-    positions: Ints
-    slot_mapping_full: Ints
-    slot_mapping_sliding: Ints
-    context_lens: npt.NDArray[np.int32]
-    cu_seqlens_q: npt.NDArray[np.int32]
-    sample_indices: Ints
-    table_at: Ints
-    table_ids: npt.NDArray[np.int32]
     num_blocks: int
 
     @property
+    def num_rows(self) -> int:
+        return len(self.model.slots)
+
+    @property
+    def sampled_slots(self) -> Ints:
+        """[num_samples] slots of the rows that yield a token."""
+        return self.edges.sampled_slots.astype(np.int64, copy=False)
+
+    @property
     def is_decode(self) -> bool:
-        """Whether each sequence computes one token."""
-        return len(self.token_ids) == len(self.slots)
+        """Whether each row is one token."""
+        return len(self.model.token_ids) == len(self.model.slots)
 
     @property
     def samples_all(self) -> bool:
         """Whether each row of a decode yields a token, so that `sample_indices` are the first rows
         in order."""
-        return self.is_decode and len(self.sampled) == len(self.slots)
+        return self.is_decode and len(self.sampled) == self.num_rows
 
     @property
     def max_query_len(self) -> int:
-        """Tokens that one sequence computes at most."""
-        return 1 if self.is_decode else int(np.diff(self.cu_seqlens_q).max())
+        """Tokens of a row at most."""
+        return 1 if self.is_decode else int(np.diff(self.model.cu_seqlens_q).max())
 
-    def batch_arrays(self) -> list[Array]:
-        """What StepBatch is made of on the device; their shapes depend on T and S only."""
-        return [
-            self.token_ids,
-            self.positions,
-            self.slot_mapping_full,
-            self.slot_mapping_sliding,
-            self.slots,
-            self.context_lens,
-            self.cu_seqlens_q,
-        ]
 
-    def other_arrays(self) -> list[Array]:
-        """Inputs around the model: sampled rows, their slots, new block table entries."""
-        return [self.sample_indices, self.slots[self.sampled], self.table_at, self.table_ids]
+def padded(model: ModelArrays[Array], size: int, padding_slot: int) -> ModelArrays[Array]:
+    """Return a decode batch with rows up to `size` that compute a token of a sequence of one,
+    written to and read from NULL_BLOCK.
 
-    def padded(self, size: int, padding_slot: int) -> "StepRows":
-        """A decode batch with rows up to `size` that compute a token of a sequence of one, written
-        to and read from NULL_BLOCK.
+    Args:
+        padding_slot: its block table is all NULL_BLOCK.
+    """
+    missing = size - len(model.slots)
+    assert len(model.token_ids) == len(model.slots), "only decode batches are padded"
+    zeros, ones = np.zeros(missing, dtype=np.int64), np.ones(missing, dtype=np.int32)
+    null = zeros + NULL_BLOCK * BLOCK_SIZE
+    return ModelArrays(
+        token_ids=np.concatenate((model.token_ids, zeros)),
+        newest_of=np.concatenate((model.newest_of, zeros + TOKEN_KNOWN)),
+        positions=np.concatenate((model.positions, zeros)),
+        slot_mapping_full=np.concatenate((model.slot_mapping_full, null)),
+        slot_mapping_sliding=np.concatenate((model.slot_mapping_sliding, null)),
+        slots=np.concatenate((model.slots, zeros + padding_slot)),
+        context_lens=np.concatenate((model.context_lens, ones)),
+        cu_seqlens_q=np.arange(size + 1, dtype=np.int32),
+    )
 
-        Args:
-            padding_slot: its block table is all NULL_BLOCK.
-        """
-        assert self.is_decode, "only decode batches are padded"
-        missing = size - len(self.slots)
-        zeros, ones = np.zeros(missing, dtype=np.int64), np.ones(missing, dtype=np.int32)
-        null = zeros + NULL_BLOCK * BLOCK_SIZE
-        return StepRows(
-            slots=np.concatenate((self.slots, zeros + padding_slot)),
-            sampled=self.sampled,
-            output_positions=self.output_positions,
-            token_ids=np.concatenate((self.token_ids, zeros)),
-            positions=np.concatenate((self.positions, zeros)),
-            slot_mapping_full=np.concatenate((self.slot_mapping_full, null)),
-            slot_mapping_sliding=np.concatenate((self.slot_mapping_sliding, null)),
-            context_lens=np.concatenate((self.context_lens, ones)),
-            cu_seqlens_q=np.arange(size + 1, dtype=np.int32),
-            sample_indices=self.sample_indices,
-            table_at=self.table_at,
-            table_ids=self.table_ids,
-            num_blocks=self.num_blocks,
-        )
+
+def padding(size: int, padding_slot: int) -> ModelArrays[Array]:
+    """Return a decode batch of nothing but padding."""
+    none, ids = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
+    starts = np.zeros(1, dtype=np.int32)
+    empty: ModelArrays[Array] = ModelArrays(none, none, none, none, none, none, ids, starts)
+    return padded(empty, size, padding_slot)
 
 
 class SequenceSlots:
@@ -186,26 +174,34 @@ class SequenceSlots:
         blocks, offsets = positions // BLOCK_SIZE, positions % BLOCK_SIZE
         # A position past the known ones is that of the newest sampled token: the others have been
         # computed.
-        token_ids = -1 - rows
-        known = np.flatnonzero(positions < self._num_known[rows])
+        is_known = positions < self._num_known[rows]
+        known = np.flatnonzero(is_known)
+        token_ids = np.zeros(len(rows), dtype=np.int64)
         token_ids[known] = self._tokens[rows[known], positions[known]]
         sampled = np.flatnonzero(samples)
         sampling = slots[sampled]
         output_positions = num_tokens[sampled] - self._num_prompt_tokens[sampling]
         self._num_tokens[sampling] += 1
+        full, sliding = (self._tables[group, rows, blocks].astype(np.int64) for group in (FULL, SLIDING))
         return StepRows(
-            slots=slots,
+            model=ModelArrays(
+                token_ids=token_ids,
+                newest_of=np.where(is_known, TOKEN_KNOWN, rows),
+                positions=positions,
+                slot_mapping_full=full * BLOCK_SIZE + offsets,
+                slot_mapping_sliding=sliding * BLOCK_SIZE + offsets,
+                slots=slots,
+                context_lens=context_lens.astype(np.int32),
+                cu_seqlens_q=np.concatenate(([0], ends)).astype(np.int32),
+            ),
+            edges=EdgeArrays(
+                sample_indices=ends[sampled] - 1,
+                sampled_slots=sampling,
+                table_at=table_at,
+                table_ids=table_ids,
+            ),
             sampled=sampled,
             output_positions=output_positions,
-            token_ids=token_ids,
-            positions=positions,
-            slot_mapping_full=self._tables[FULL, rows, blocks].astype(np.int64) * BLOCK_SIZE + offsets,
-            slot_mapping_sliding=self._tables[SLIDING, rows, blocks].astype(np.int64) * BLOCK_SIZE + offsets,
-            context_lens=context_lens.astype(np.int32),
-            cu_seqlens_q=np.concatenate(([0], ends)).astype(np.int32),
-            sample_indices=ends[sampled] - 1,
-            table_at=table_at,
-            table_ids=table_ids,
             num_blocks=-(-int(context_lens.max()) // BLOCK_SIZE),
         )
 
@@ -245,34 +241,32 @@ class DeviceSlots:
         )
         self.newest = torch.zeros(slots.max_num_seqs + 1, dtype=torch.int64, device=device)
 
-    def set_blocks(self, table_at: Tensor, table_ids: Tensor) -> None:
-        """Take in what `StepRows` says is new."""
-        if len(table_ids):
-            self.tables.view(-1).index_copy_(0, table_at, table_ids)
+    def set_blocks(self, edges: EdgeArrays[Tensor]) -> None:
+        """Take in the block table entries that are new."""
+        if len(edges.table_ids):
+            self.tables.view(-1).index_copy_(0, edges.table_at, edges.table_ids)
 
     def batch(
-        self, arrays: list[Tensor], sample_indices: Tensor, num_blocks: int, max_query_len: int
+        self, arrays: ModelArrays[Tensor], sample_indices: Tensor, num_blocks: int, max_query_len: int
     ) -> StepBatch:
-        """The model's input from `StepRows.batch_arrays` on the device; reads nothing back, so that
-        a CUDA graph can hold it.
+        """Return the model's input; reads nothing back, so that a CUDA graph can hold it.
 
         Args:
             num_blocks: width of the block tables.
             max_query_len: as in StepBatch.
         """
-        token_ids, positions, slot_mapping_full, slot_mapping_sliding, slots, context_lens, cu_seqlens_q = (
-            arrays
+        token_ids, tables = read_slots(
+            arrays.token_ids, arrays.newest_of, arrays.slots, self.newest, self.tables, num_blocks
         )
-        token_ids, tables = read_slots(token_ids, slots, self.newest, self.tables, num_blocks)
         return StepBatch(
             token_ids=token_ids,
-            positions=positions,
-            slot_mapping_full=slot_mapping_full,
-            slot_mapping_sliding=slot_mapping_sliding,
+            positions=arrays.positions,
+            slot_mapping_full=arrays.slot_mapping_full,
+            slot_mapping_sliding=arrays.slot_mapping_sliding,
             block_table_full=tables[FULL],
             block_table_sliding=tables[SLIDING],
-            context_lens=context_lens,
-            cu_seqlens_q=cu_seqlens_q,
+            context_lens=arrays.context_lens,
+            cu_seqlens_q=arrays.cu_seqlens_q,
             sample_indices=sample_indices,
             max_query_len=max_query_len,
         )

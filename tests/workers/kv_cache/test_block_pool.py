@@ -5,8 +5,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from workers.kv_cache.block_pool import BlockPool
-from workers.scheduler.plan import NULL_BLOCK
+from workers.kv_cache.block_pool import NULL_BLOCK, BlockPool
 
 
 class BlockPoolMachine(RuleBasedStateMachine):

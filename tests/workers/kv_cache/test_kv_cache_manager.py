@@ -6,8 +6,8 @@ from hypothesis import given, settings
 
 from workers.config import BLOCK_SIZE
 from workers.errors import ConfigError
+from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.kv_cache.manager import KVCacheManager, SequenceBlocks, sliding_blocks_per_sequence
-from workers.scheduler.plan import NULL_BLOCK
 
 
 def compute(kv: KVCacheManager, token_ids: list[int], chunk: int = 1000) -> SequenceBlocks:

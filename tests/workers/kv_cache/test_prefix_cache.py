@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from workers.config import BLOCK_SIZE
 from workers.kv_cache import prefix_cache
+from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.kv_cache.prefix_cache import (
     PrefixCache,
     block_hashes,
@@ -17,7 +18,6 @@ from workers.kv_cache.prefix_cache import (
     first_visible_block,
     pack_tokens,
 )
-from workers.scheduler.plan import NULL_BLOCK
 
 
 def tokens(num_blocks: int, *, first: int = 0) -> list[int]:

@@ -9,7 +9,8 @@ from workers.executor import channel as wire
 from workers.rank import process as rank_process
 from workers.rank.process import Engine, EngineLost, Stopped
 from workers.rank.rank import LaunchedStep
-from workers.scheduler.plan import StepPlan, StepResult, decode_result, encode_plan
+from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan_wire import decode_result, encode_plan
 
 
 class Step(LaunchedStep):

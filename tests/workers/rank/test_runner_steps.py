@@ -26,9 +26,11 @@ from workers.rank.recorded.cuda_graph import DecodeGraphs, GraphReport
 from workers.rank.runner import Runner
 from workers.rank.sampling_state import SamplingState, SeenTokens
 from workers.rank.slots import DeviceSlots, SequenceSlots
+from workers.rank.step_arrays import upload_step
 from workers.rank.step_inputs import InputBuffers
 from workers.request import SamplingParams
-from workers.scheduler.plan import SequenceStart, StepPlan, StepResult, decode_plan, encode_plan
+from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
+from workers.scheduler.plan_wire import decode_plan, encode_plan
 
 CPU = torch.device("cpu")
 VOCAB = 40
@@ -97,11 +99,9 @@ def test_batches_equal_a_plain_simulation() -> None:
             num_scheduled_tokens=tuple(counts), samples=samples, new_blocks=tuple(new_blocks),
         )  # fmt: skip
         rows = slots.build(plan)
-        arrays = rows.batch_arrays()
-        uploaded = inputs.upload(arrays + rows.other_arrays())
-        sample_indices, sampled_slots, table_at, table_ids = uploaded[len(arrays) :]
-        device.set_blocks(table_at, table_ids)
-        batch = device.batch(uploaded[: len(arrays)], sample_indices, rows.num_blocks, rows.max_query_len)
+        arrays, edges = upload_step(inputs, rows.model, rows.edges)
+        device.set_blocks(edges)
+        batch = device.batch(arrays, edges.sample_indices, rows.num_blocks, rows.max_query_len)
         where = [
             (seq_id, position)
             for seq_id, count in zip(seq_ids, counts, strict=True)
@@ -141,7 +141,7 @@ def test_batches_equal_a_plain_simulation() -> None:
         assert rows.output_positions.tolist() == [
             len(tokens[seq_id]) - num_prompt[seq_id] for seq_id in sampled
         ]
-        device.newest.index_copy_(0, sampled_slots, torch.tensor(new, dtype=torch.int64))
+        device.newest.index_copy_(0, edges.sampled_slots, torch.tensor(new, dtype=torch.int64))
         for seq_id, count in zip(seq_ids, counts, strict=True):
             computed[seq_id] += count
         for seq_id, token in zip(sampled, new, strict=True):

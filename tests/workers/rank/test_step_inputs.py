@@ -9,12 +9,14 @@ import torch
 
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE
+from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.model.checkpoint import load_model
-from workers.rank.recorded.cuda_graph import graph_size, graph_sizes, padding_rows
-from workers.rank.slots import DeviceSlots, SequenceSlots
+from workers.rank.recorded.cuda_graph import graph_size, graph_sizes
+from workers.rank.slots import DeviceSlots, SequenceSlots, padded, padding
+from workers.rank.step_arrays import upload_model_arrays, upload_step
 from workers.rank.step_inputs import ALIGNMENT, NUM_BUFFERS, InputBuffers, packed_layout
 from workers.request import SamplingParams
-from workers.scheduler.plan import NULL_BLOCK, SequenceStart, StepPlan
+from workers.scheduler.plan import SequenceStart, StepPlan
 
 CPU = torch.device("cpu")
 
@@ -40,7 +42,7 @@ def test_arrays_come_through_a_packed_buffer_unchanged() -> None:
 
 def test_equal_shapes_have_equal_addresses_whatever_follows() -> None:
     """What a graph was captured with is where the replayed batch comes to lie."""
-    captured = padding_rows(24, 7).batch_arrays()
+    captured = padding(24, 7).in_order()
     replayed = [np.full_like(array, 3) for array in captured]
     assert packed_layout(captured)[0] == packed_layout([*replayed, np.zeros(5, dtype=np.int64)])[0][:-1]
 
@@ -89,8 +91,9 @@ def test_the_smallest_graph_that_holds_the_batch() -> None:
 
 
 def test_padding_writes_and_reads_the_null_block_only() -> None:
-    rows = padding_rows(5, 9)
-    assert rows.is_decode
+    rows = padding(5, 9)
+    assert rows.slots.tolist() == [9] * 5
+    assert rows.newest_of.tolist() == [-1] * 5
     assert (
         rows.slot_mapping_full.tolist() == rows.slot_mapping_sliding.tolist() == [NULL_BLOCK * BLOCK_SIZE] * 5
     )
@@ -100,7 +103,7 @@ def test_padding_writes_and_reads_the_null_block_only() -> None:
     device, inputs = DeviceSlots(slots, CPU), InputBuffers(CPU)
     assert device.padding_slot == 9
     batch = device.batch(
-        inputs.upload(rows.batch_arrays()), torch.zeros(0, dtype=torch.int64), slots.max_blocks, 1
+        upload_model_arrays(inputs, rows), torch.zeros(0, dtype=torch.int64), slots.max_blocks, 1
     )
     assert (
         batch.block_table_full.unique().tolist()
@@ -131,17 +134,15 @@ def test_a_padded_batch_computes_what_an_unpadded_one_does(tmp_path: Path) -> No
             StepPlan(1, (), (), (2, 0, 1), (40, 17, 1), (1, 1, 1), (True,) * 3),
         ):
             rows = slots.build(plan)
-            if rows.is_decode and size is not None:
-                rows = rows.padded(size, device.padding_slot)
-            arrays = rows.batch_arrays()
-            uploaded = inputs.upload(arrays + rows.other_arrays())
-            sample_indices, sampled_slots, table_at, table_ids = uploaded[len(arrays) :]
-            device.set_blocks(table_at, table_ids)
+            pads = rows.is_decode and size is not None
+            model_arrays = padded(rows.model, size, device.padding_slot) if pads else rows.model
+            arrays, edges = upload_step(inputs, model_arrays, rows.edges)
+            device.set_blocks(edges)
             width = rows.num_blocks if size is None else slots.max_blocks
             hidden = model.forward(
-                device.batch(uploaded[: len(arrays)], sample_indices, width, rows.max_query_len), caches
-            )[sample_indices]
-            device.newest.index_copy_(0, sampled_slots, torch.tensor([7, 8, 9]))
+                device.batch(arrays, edges.sample_indices, width, rows.max_query_len), caches
+            )[edges.sample_indices]
+            device.newest.index_copy_(0, edges.sampled_slots, torch.tensor([7, 8, 9]))
         return hidden
 
     plain = run(None)
@@ -162,7 +163,7 @@ def test_a_token_that_only_the_device_knows_is_read_there() -> None:
     slots.build(StepPlan(0, (), (), (0, 1), (0, 0), (2, 1), (True, True)))
     # Laid out before the first step's tokens are anywhere.
     rows = slots.build(StepPlan(1, (), (), (1, 0), (1, 2), (1, 1), (True, True)))
-    assert (rows.token_ids < 0).all()
+    assert rows.model.newest_of.tolist() == [slots.slot(1), slots.slot(0)]
     device.newest.index_copy_(0, torch.tensor([slots.slot(0), slots.slot(1)]), torch.tensor([50, 70]))
-    batch = device.batch(inputs.upload(rows.batch_arrays()), torch.zeros(0, dtype=torch.int64), 1, 1)
+    batch = device.batch(upload_model_arrays(inputs, rows.model), torch.zeros(0, dtype=torch.int64), 1, 1)
     assert batch.token_ids.tolist() == [70, 50]

@@ -7,16 +7,8 @@ from hypothesis import given, settings
 
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.request import SamplingParams, TokenLogprobs
-from workers.scheduler.plan import (
-    PLAN_VERSION,
-    SequenceStart,
-    StepPlan,
-    StepResult,
-    decode_plan,
-    decode_result,
-    encode_plan,
-    encode_result,
-)
+from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
+from workers.scheduler.plan_wire import PLAN_VERSION, decode_plan, decode_result, encode_plan, encode_result
 
 int_ids = st.integers(0, 2**32 - 1)
 small_tuples = st.lists(int_ids, max_size=5).map(tuple)

@@ -12,7 +12,8 @@ from workers.config import SchedulerConfig
 from workers.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from workers.kv_cache.manager import KVCacheManager
 from workers.request import EngineRequest, SamplingParams, TokenLogprobs
-from workers.scheduler.plan import StepPlan, StepResult, encode_plan
+from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan_wire import encode_plan
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence import Sequence, SequenceUpdate
 

@@ -16,8 +16,9 @@ from kernels.backend import triton_runs_on
 from kernels.cpu import native
 from kernels.cpu.program import Program, ProgramMemory, record
 from workers.model.step_batch import StepBatch
-from workers.rank.slots import FULL, SLIDING, DeviceSlots, SequenceSlots, StepRows
-from workers.rank.step_inputs import InputBuffers
+from workers.rank.slots import FULL, SLIDING, DeviceSlots, SequenceSlots, StepRows, padding
+from workers.rank.step_arrays import TOKEN_KNOWN, EdgeArrays, upload_edge_arrays
+from workers.rank.step_inputs import Array, InputBuffers
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +50,7 @@ class DecodePrograms:
         self._all_tables = device_slots.tables.numpy()
         self._device_slots = device_slots
         # Inputs, each at one address for all programs.
-        self._token_ids, self._positions, self._full, self._sliding = np.zeros((4, size), dtype=np.int64)
-        self._context_lens = np.zeros(size, dtype=np.int32)
-        self._cu_seqlens_q = torch.arange(size + 1, dtype=torch.int32)
+        self._inputs = padding(size, device_slots.padding_slot)
         self._tables = np.zeros((2, size, slots.max_blocks), dtype=np.int32)
         self._memory = ProgramMemory()
         self._programs: dict[int, tuple[Program, Tensor]] = {}
@@ -59,32 +58,32 @@ class DecodePrograms:
 
     def size_for(self, rows: StepRows) -> int | None:
         """The program that can run this batch; None: it is no decode batch, or too large."""
-        size = len(rows.slots)
+        size = rows.num_rows
         return size if self._recordable and rows.is_decode and size <= self._max_size else None
 
-    def replay(self, rows: StepRows, size: int, buffers: InputBuffers) -> tuple[Tensor, Tensor, Tensor]:
+    def replay(self, rows: StepRows, size: int, buffers: InputBuffers) -> tuple[Tensor, EdgeArrays[Tensor]]:
         """Run a decode batch.
 
         Returns:
-            ([size, hidden], valid until the next call; sample_indices and slots of the sampled
-            rows.)
+            ([size, hidden], valid until the next call; what surrounds the model.)
         """
-        sample_indices, sampled_slots, table_at, table_ids = buffers.upload(rows.other_arrays())
-        self._device_slots.set_blocks(table_at, table_ids)
+        edges = upload_edge_arrays(buffers, rows.edges)
+        self._device_slots.set_blocks(edges)
         self._write_inputs(rows, size)
-        return self._run(size), sample_indices, sampled_slots
+        return self._run(size), edges
 
     def _write_inputs(self, rows: StepRows, size: int) -> None:
-        """Each sequence has one token: its newest sampled one, where the host does not know it."""
-        ids = rows.token_ids
-        self._token_ids[:size] = np.where(ids < 0, self._newest[np.maximum(-1 - ids, 0)], ids)
-        self._positions[:size] = rows.positions
-        self._full[:size] = rows.slot_mapping_full
-        self._sliding[:size] = rows.slot_mapping_sliding
-        self._context_lens[:size] = rows.context_lens
+        """Copy the step's arrays to where programs read them, with the newest tokens in place."""
+        step, inputs = rows.model, self._inputs
+        newest = self._newest[np.maximum(step.newest_of, 0)]
+        inputs.token_ids[:size] = np.where(step.newest_of == TOKEN_KNOWN, step.token_ids, newest)
+        inputs.positions[:size] = step.positions
+        inputs.slot_mapping_full[:size] = step.slot_mapping_full
+        inputs.slot_mapping_sliding[:size] = step.slot_mapping_sliding
+        inputs.context_lens[:size] = step.context_lens
         for group in (FULL, SLIDING):
             self._tables[group, :size, : rows.num_blocks] = self._all_tables[
-                group, rows.slots, : rows.num_blocks
+                group, step.slots, : rows.num_blocks
             ]
 
     def _run(self, size: int) -> Tensor:
@@ -105,19 +104,20 @@ class DecodePrograms:
         return hidden
 
     def _batch(self, size: int) -> StepBatch:
-        def first(array: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]") -> Tensor:
+        def first(array: Array) -> Tensor:
             return torch.from_numpy(array[:size])
 
+        inputs = self._inputs
         return StepBatch(
-            token_ids=first(self._token_ids),
-            positions=first(self._positions),
-            slot_mapping_full=first(self._full),
-            slot_mapping_sliding=first(self._sliding),
+            token_ids=first(inputs.token_ids),
+            positions=first(inputs.positions),
+            slot_mapping_full=first(inputs.slot_mapping_full),
+            slot_mapping_sliding=first(inputs.slot_mapping_sliding),
             block_table_full=first(self._tables[FULL]),
             block_table_sliding=first(self._tables[SLIDING]),
-            context_lens=first(self._context_lens),
-            cu_seqlens_q=self._cu_seqlens_q[: size + 1],
+            context_lens=first(inputs.context_lens),
+            cu_seqlens_q=torch.from_numpy(inputs.cu_seqlens_q[: size + 1]),
             max_query_len=1,
             # The sampled rows are taken outside.
-            sample_indices=first(self._positions),
+            sample_indices=first(inputs.positions),
         )

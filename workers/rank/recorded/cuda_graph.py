@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kernels.backend import has_triton
 from workers.model.step_batch import StepBatch
-from workers.rank.slots import DeviceSlots, SequenceSlots, StepRows
+from workers.rank.slots import DeviceSlots, SequenceSlots, StepRows, padded, padding
+from workers.rank.step_arrays import EdgeArrays, ModelArrays, upload_model_arrays, upload_step
 from workers.rank.step_inputs import InputBuffers, packed_layout
 
 MAX_GRAPH_SIZE = 512
@@ -87,8 +87,7 @@ class DecodeGraphs:
         self._device_slots = device_slots
         self._forward = forward
         self._inputs = torch.zeros(
-            packed_layout(padding_rows(self.sizes[-1], device_slots.padding_slot).batch_arrays())[1]
-            + _ROOM_BYTES,
+            packed_layout(padding(self.sizes[-1], device_slots.padding_slot).in_order())[1] + _ROOM_BYTES,
             dtype=torch.uint8,
             device=device_slots.tables.device,
         )
@@ -111,9 +110,9 @@ class DecodeGraphs:
         pool_bytes, driver_bytes = [], []
         for done, size in enumerate(sizes):
             progress("capture graphs", done, len(sizes))
-            arrays = padding_rows(size, self._device_slots.padding_slot).batch_arrays()
-            tensors = buffers.upload(arrays, self._inputs)
-            self._warm_up(tensors, stream)
+            arrays = padding(size, self._device_slots.padding_slot)
+            inputs = upload_model_arrays(buffers, arrays, self._inputs)
+            self._warm_up(inputs, stream)
             in_pool, beside_torch = _pool_bytes(pool), _bytes_beside_torch(device)
             graph = torch.cuda.CUDAGraph()
             # thread_local: other threads of the process (NCCL's watchdog, the plan channel) may
@@ -122,7 +121,7 @@ class DecodeGraphs:
                 no_kernel_loads(f"a CUDA graph of {size} sequences"),
                 torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
             ):
-                hidden = self._run(tensors)
+                hidden = self._run(inputs)
             self._graphs[size] = graph, hidden
             pool_bytes.append(_pool_bytes(pool) - in_pool)
             driver_bytes.append(_bytes_beside_torch(device) - beside_torch)
@@ -132,35 +131,34 @@ class DecodeGraphs:
     def size_for(self, rows: StepRows) -> int | None:
         """The graph that can run this batch; None: it is no decode batch, too large, or brings too
         many new blocks."""
-        if not rows.is_decode or packed_layout(rows.other_arrays())[1] > _ROOM_BYTES:
+        if not rows.is_decode or packed_layout(rows.edges.in_order())[1] > _ROOM_BYTES:
             return None
-        return graph_size(self.sizes, len(rows.slots))
+        return graph_size(self.sizes, rows.num_rows)
 
-    def replay(self, rows: StepRows, size: int, buffers: InputBuffers) -> tuple[Tensor, Tensor, Tensor]:
+    def replay(self, rows: StepRows, size: int, buffers: InputBuffers) -> tuple[Tensor, EdgeArrays[Tensor]]:
         """Queue a decode batch.
 
         Returns:
-            ([size, hidden], valid until the next replay, as graphs share memory; sample_indices and
-            slots of the sampled rows.)
+            ([size, hidden], valid until the next replay, as graphs share memory; what surrounds the
+            model.)
         """
-        arrays = rows.padded(size, self._device_slots.padding_slot).batch_arrays()
-        tensors = buffers.upload(arrays + rows.other_arrays(), self._inputs)
-        sample_indices, sampled_slots, table_at, table_ids = tensors[len(arrays) :]
-        self._device_slots.set_blocks(table_at, table_ids)
+        arrays = padded(rows.model, size, self._device_slots.padding_slot)
+        _, edges = upload_step(buffers, arrays, rows.edges, self._inputs)
+        self._device_slots.set_blocks(edges)
         graph, hidden = self._graphs[size]
         graph.replay()
-        return hidden, sample_indices, sampled_slots
+        return hidden, edges
 
-    def _warm_up(self, tensors: list[Tensor], stream: torch.cuda.Stream) -> None:
+    def _warm_up(self, inputs: ModelArrays[Tensor], stream: torch.cuda.Stream) -> None:
         """Run once outside the graph: kernels are compiled, libraries allocate their workspaces."""
         stream.wait_stream(torch.cuda.current_stream(self._inputs.device))
         with torch.cuda.stream(stream):
-            self._run(tensors)
+            self._run(inputs)
         torch.cuda.current_stream(self._inputs.device).wait_stream(stream)
 
-    def _run(self, tensors: list[Tensor]) -> Tensor:
+    def _run(self, inputs: ModelArrays[Tensor]) -> Tensor:
         # The sampled rows are taken outside; any tensor stands for them here.
-        return self._forward(self._device_slots.batch(tensors, tensors[0], self._max_blocks, 1))
+        return self._forward(self._device_slots.batch(inputs, inputs.token_ids, self._max_blocks, 1))
 
 
 class CaptureStreams:
@@ -284,13 +282,3 @@ def _bytes_beside_torch(device: torch.device) -> int:
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     return int(total - free - torch.cuda.memory_reserved(device))
-
-
-def padding_rows(size: int, padding_slot: int) -> StepRows:
-    """A decode batch of nothing but padding."""
-    none = np.zeros(0, dtype=np.int64)
-    ids = np.zeros(0, dtype=np.int32)
-    empty = StepRows(
-        none, none, none, none, none, none, none, ids, np.zeros(1, dtype=np.int32), none, none, ids, 1
-    )
-    return empty.padded(size, padding_slot)

@@ -1,0 +1,140 @@
+"""StepPlan and StepResult between processes: msgpack, positional arrays, one version number in
+front."""
+
+from typing import Any
+
+from workers.constraint.automaton import AutomatonState, TokenAutomaton
+from workers.request import SamplingParams, TokenLogprobs
+from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
+
+PLAN_VERSION = 2
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    """A plan as msgpack: positional arrays, one version number in front."""
+    starts = [
+        (
+            start.seq_id,
+            start.token_ids,
+            start.num_prompt_tokens,
+            _sampling_to_wire(start.sampling),
+            start.stop_token_ids,
+            None if start.constraint is None else _automaton_to_wire(start.constraint),
+            start.full_blocks,
+            start.sliding_blocks,
+        )
+        for start in plan.starts
+    ]
+    return _pack(
+        (
+            PLAN_VERSION,
+            plan.step,
+            starts,
+            plan.drops,
+            plan.seq_ids,
+            plan.num_computed_tokens,
+            plan.num_scheduled_tokens,
+            plan.samples,
+            plan.new_blocks,
+            plan.masks,
+        )
+    )
+
+
+def decode_plan(data: bytes) -> StepPlan:
+    """The inverse of `encode_plan`.
+
+    Raises:
+        ValueError: another version of the plan format.
+    """
+    version, step, starts, *rest = _unpack(data)
+    _check_version(version)
+    decoded = tuple(
+        SequenceStart(
+            seq_id=seq_id,
+            token_ids=token_ids,
+            num_prompt_tokens=num_prompt_tokens,
+            sampling=SamplingParams(*sampling),
+            stop_token_ids=stop_token_ids,
+            constraint=None if constraint is None else _automaton_from_wire(constraint),
+            full_blocks=full_blocks,
+            sliding_blocks=sliding_blocks,
+        )
+        for (
+            seq_id,
+            token_ids,
+            num_prompt_tokens,
+            sampling,
+            stop_token_ids,
+            constraint,
+            full_blocks,
+            sliding_blocks,
+        ) in starts
+    )
+    return StepPlan(step, decoded, *rest)
+
+
+def encode_result(result: StepResult) -> bytes:
+    """A result as msgpack."""
+    logprobs = [(seq_id, entry.logprob, entry.top) for seq_id, entry in result.logprobs.items()]
+    return _pack(
+        (
+            PLAN_VERSION,
+            result.step,
+            result.seq_ids,
+            result.token_ids,
+            logprobs,
+            result.elapsed_s,
+            result.error,
+            result.idle_s,
+        )
+    )
+
+
+def decode_result(data: bytes) -> StepResult:
+    """The inverse of `encode_result`.
+
+    Raises:
+        ValueError: another version of the plan format.
+    """
+    version, step, seq_ids, token_ids, logprobs, elapsed_s, error, idle_s = _unpack(data)
+    _check_version(version)
+    decoded = {seq_id: TokenLogprobs(logprob, top) for seq_id, logprob, top in logprobs}
+    return StepResult(step, seq_ids, token_ids, decoded, elapsed_s, error, idle_s)
+
+
+def _check_version(version: int) -> None:
+    if version != PLAN_VERSION:
+        raise ValueError(
+            f"step message has format version {version}, this process speaks {PLAN_VERSION}: update all "
+            f"ranks together"
+        )
+
+
+def _sampling_to_wire(sampling: SamplingParams) -> tuple[Any, ...]:
+    return tuple(getattr(sampling, name) for name in SamplingParams.__slots__)
+
+
+def _automaton_to_wire(automaton: TokenAutomaton) -> tuple[Any, ...]:
+    return automaton.start, [
+        (state.allowed, state.forbidden, state.transitions) for state in automaton.states
+    ]
+
+
+def _automaton_from_wire(wire: tuple[Any, ...]) -> TokenAutomaton:
+    start, states = wire
+    return TokenAutomaton(tuple(AutomatonState(*state) for state in states), start)
+
+
+def _pack(message: tuple[Any, ...]) -> bytes:
+    import msgpack  # here, since only plans that cross processes need it
+
+    packed: bytes = msgpack.packb(message, use_bin_type=True)
+    return packed
+
+
+def _unpack(data: bytes) -> tuple[Any, ...]:
+    import msgpack
+
+    message: tuple[Any, ...] = msgpack.unpackb(data, use_list=False, strict_map_key=False)
+    return message
