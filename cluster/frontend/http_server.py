@@ -7,6 +7,7 @@ place and has bounds of its own (docs/operations.md).
 import asyncio
 import contextlib
 import math
+import re
 import uuid
 from contextlib import nullcontext
 from typing import Any
@@ -26,6 +27,7 @@ _LINGER_S = 5.0
 """Time to read an answer that was sent before the request was complete; then the connection
 closes."""
 _LONGEST_SWEEP_S = 1.0
+_UPGRADE = re.compile(rb"(?<=\r\n)upgrade(?=:)", re.IGNORECASE)
 
 
 class HttpServer(uvicorn.Server):
@@ -102,6 +104,7 @@ class _Protocol(HttpToolsProtocol):
         self._limits = config.limits
         self._bytes_without_body = 0
         self._in_message = False
+        self._in_body = False
         self._refused = False
         # Since when, on the loop's clock, the connection waits: for headers; for the rest of a
         # message that was answered early; for its output to be read before it closes.
@@ -122,7 +125,7 @@ class _Protocol(HttpToolsProtocol):
         if idle and not self._in_message and self._headers_since is None:
             self._headers_since = self.loop.time()
         self._bytes_without_body += len(data)
-        super().data_received(data)
+        super().data_received(data if self._in_body else _without_upgrade(data))
         if self._bytes_without_body > self._limits.max_header_bytes and not self._refused:
             self._refuse(self._headers_too_large())
 
@@ -141,6 +144,7 @@ class _Protocol(HttpToolsProtocol):
         if not self._refused:
             self.scope["extensions"] = {ABORT: {"abort": self.transport.abort}}
             super().on_headers_complete()
+            self._in_body = True
 
     def on_body(self, body: bytes) -> None:
         """See httptools."""
@@ -151,7 +155,7 @@ class _Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """See httptools."""
         self._bytes_without_body = 0
-        self._in_message = False
+        self._in_message = self._in_body = False
         self._rest_since = None
         if not self._refused:
             super().on_message_complete()
@@ -159,11 +163,13 @@ class _Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """See uvicorn."""
         super().on_response_complete()
-        if self._in_message and self.expect_100_continue:
+        if self._is_answered() and self.expect_100_continue:
             # the client may send the body it asked about, or the next request
             self.transport.close()
-        elif self._in_message:
+        elif self._is_answered():
             self._rest_since = self.loop.time()
+        elif self._in_message and not self._in_body:
+            self._headers_since = self.loop.time()  # of a request that was sent before this answer
 
     def send_400_response(self, msg: str) -> None:
         """See uvicorn; in the form of all errors."""
@@ -193,13 +199,19 @@ class _Protocol(HttpToolsProtocol):
             f"The request's headers are larger than the {limit} bytes of this server."
         )
 
+    def _is_answered(self) -> bool:
+        """Return whether the message that is arriving has its answer already."""
+        return self._in_body and self.cycle.response_complete
+
     def _refuse(self, error: CantataError) -> None:
         """Answer in place of the app, drop further input, and close after a time to read the
         answer."""
         self._refused = True
         self._headers_since = None
         status, body = errors.row_of(error).http_status, errors.body(error)
-        if self.cycle is None or self.cycle.response_complete:
+        if self._is_answered():
+            pass  # a second answer would be taken for that of the next request
+        elif self.cycle is None or self.cycle.response_complete:
             self.config.metrics.requests.labels("unknown", str(status)).inc()
             head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
             head += f"x-request-id: {uuid.uuid4().hex}\r\n\r\n"
@@ -215,6 +227,17 @@ class _Protocol(HttpToolsProtocol):
         if cycle.scope["http_version"] == "1.0":
             app = _without_chunks(app, cycle)
         super()._start_asgi_task(cycle, app)
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """Return what begins with headers, or in the middle of them, without the offer of another
+    protocol.
+
+    The parser drops the body of a request with one, and it may be declined: Java's client offers
+    HTTP/2 with its first requests.
+    """
+    head, end, body = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"x-upgrade", head) + end + body
 
 
 def _without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> Any:

@@ -49,6 +49,22 @@ def test_the_choice_is_the_one_defined(
     )
 
 
+def test_what_a_prefix_is_worth() -> None:
+    """Two sequences more are free, each after them costs ten blocks; nine more and half as many
+    again cost everything."""
+
+    def stays(own_blocks: int, load: int, load_of_other: int = 0) -> bool:
+        candidates = [Candidate("home", load, own_blocks=own_blocks), Candidate("other", load_of_other)]
+        return choose(candidates, frozenset(), random.Random(0)) == "home"
+
+    assert stays(1, 2)
+    assert not stays(0, 2)
+    assert (stays(11, 3), stays(10, 3)) == (True, False)
+    assert (stays(61, 8), stays(60, 8)) == (True, False)
+    assert (stays(1000, 8), stays(1000, 9)) == (True, False)
+    assert (stays(1000, 30, 20), stays(1000, 31, 20)) == (True, False)
+
+
 def test_ties_are_drawn_from_the_seed_and_reach_every_replica() -> None:
     candidates = [Candidate(name, 1) for name in "abc"]
     rng = random.Random(7)

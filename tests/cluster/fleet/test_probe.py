@@ -78,6 +78,9 @@ async def test_a_silent_replica_gets_no_new_sequences_until_it_answers(engines: 
         hang(engine, gate)
     reading = asyncio.create_task(cluster.read())
     ((silent, _),) = await cluster.heard(1)
+    hung = next(replica for replica in cluster.replicas.known() if replica.id == silent)
+    for _ in range(5):  # the other one has more to do
+        await cluster.replicas.choose(RoutingHint("r"), frozenset({hung.key}))
     assert {await cluster.chosen() for _ in range(10)} == {"r0", "r1"} - {silent}
     gate.set()
     assert await cluster.heard(2) == [(silent, True), (silent, False)]

@@ -28,6 +28,16 @@ def test_a_failed_replica_is_avoided_for_a_while_but_used_when_it_is_the_only_on
     assert table.pick([A, B], frozenset(), HINT) == A
 
 
+def test_what_was_known_of_a_replica_ends_with_it() -> None:
+    """One that comes back under its key is neither silent nor has it others' load."""
+    table = LoadTable()
+    table.silent(A, True)
+    table.report({"a": 6})
+    assert [table.pick([A, B], frozenset(), HINT) for _ in range(3)] == [B, B, B]
+    table.gone(A)
+    assert table.pick([A, B], frozenset(), HINT) == A
+
+
 async def test_nobody_left() -> None:
     replicas = StaticReplicas([A, B])
     assert list(replicas.known()) == [A, B]

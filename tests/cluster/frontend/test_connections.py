@@ -12,7 +12,7 @@ import pytest
 
 from cluster.config import GatewayConfig
 from cluster.frontend import body
-from cluster.frontend.http_server import HttpServer
+from cluster.frontend.http_server import HttpServer, _Protocol
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
@@ -336,6 +336,60 @@ async def test_a_websocket_is_not_offered(gateway: Gateway) -> None:
     assert (await gateway.http.get("/health", headers=headers)).status_code == 200
 
 
+async def test_an_offer_of_http_2_is_declined(gateway: Gateway) -> None:
+    """With its body: Java's client makes the offer with its first requests."""
+    offer = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    content = json.dumps({"prompt": "hello upgrade: \r\nupgrade: x"})
+    async with connected(gateway) as (reader, writer):
+        for name in ("Upgrade", "upgrade"):
+            writer.write(request(CHAT, extra=offer.replace("Upgrade: ", f"{name}: ")))
+            assert (await answer(reader))[0] == 200
+        data = request(content, path="/tokenize", extra=offer)
+        writer.write(data[:60])
+        writer.write(data[60:])
+        status, _, found = await answer(reader)
+    assert status == 200
+    assert json.loads(found)["count"] == len(gateway.service.encoding.encode("hello upgrade: \r\nupgrade: x"))
+
+
+@pytest.mark.parametrize(
+    "rest", [b"0\r\nA: " + b"x" * 100_000, b"no chunk\r\n"], ids=["trailers", "no-chunk"]
+)
+async def test_a_request_has_one_answer(gateway: Gateway, rest: bytes) -> None:
+    """Also if it was answered before its end, and that is wrong: a proxy may take a second one for
+    another request's."""
+    async with connected(gateway) as (reader, writer):
+        begin = request("", path="/nowhere", extra="Transfer-Encoding: chunked\r\n").replace(
+            b"Content-Length: 0\r\n", b""
+        )
+        writer.write(begin)
+        assert (await answer(reader))[0] == 404
+        writer.write(rest)
+        assert await reader.read() == b""
+
+
+async def test_requests_that_are_sent_before_the_last_answer(gateway: Gateway) -> None:
+    """They have the time that all have, not that of what is left of an answered one."""
+    first, second = b"GET /health HTTP/1.1\r\nHost: t\r\n\r\n", request(CHAT)
+    loop, limits = asyncio.get_running_loop(), GatewayConfig()
+    for begun, left, wait_s, expected in (
+        (second[:-5], second[-5:], limits.body_timeout_s / 2, 200),
+        (second[:30], second[30:], limits.header_timeout_s / 2, 200),
+        (second[:30], b"", 2 * limits.header_timeout_s, 408),
+    ):
+        async with connected(gateway) as (reader, writer):
+            writer.write(first + begun)
+            assert (await answer(reader))[0] == 200
+            name = writer.get_extra_info("sockname")
+            (connection,) = [
+                found for found in gateway.http_server.server_state.connections if found.client == name
+            ]
+            assert isinstance(connection, _Protocol)
+            connection.check(loop.time() + wait_s)
+            writer.write(left)
+            assert (await answer(reader))[0] == expected
+
+
 async def test_a_body_that_is_asked_about_and_refused_ends_the_connection(gateway: Gateway) -> None:
     """The client may send it or not: what comes next could be either."""
     async with connected(gateway) as (reader, writer):
@@ -366,7 +420,7 @@ def test_uvicorn_calls_what_is_overridden() -> None:
     ours = {
         name for name in vars(_Protocol) if callable(getattr(_Protocol, name)) and not name.startswith("__")
     }
-    assert ours - {"check", "_refuse", "_headers_too_large"} <= set(vars(HttpToolsProtocol))
+    assert ours - {"check", "_refuse", "_headers_too_large", "_is_answered"} <= set(vars(HttpToolsProtocol))
     assert {"chunked_encoding", "expected_content_length"} <= set(
         RequestResponseCycle.__init__.__code__.co_names
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.standalone import supervisor
-from cluster.standalone.process_session import live_members
+from cluster.standalone.process_session import end_session, live_members
 from cluster.standalone.supervisor import EngineFailed, EngineProcess
 from tests.support.tiny_model import write_tiny_checkpoint
 from workers.config import CacheConfig, EngineConfig, ParallelConfig
@@ -133,6 +133,28 @@ async def test_a_first_start_that_fails_is_one_sentence() -> None:
     with pytest.raises(EngineFailed, match=r"^engine did not start \(signal SIGABRT\)$") as failed:
         await process.start(20)
     assert not failed.value.explained
+    process = EngineProcess("engine", child("import sys; sys.exit(3)"))
+    with pytest.raises(EngineFailed) as failed:
+        await process.start(20)
+    assert (failed.value.code, failed.value.explained) == (3, False), "only with exit code 1 has it said why"
+
+
+async def test_lines_before_the_message_are_passed_over(engine: EngineProcess) -> None:
+    engine._command = child("print('a library says hello\\n{}\\n[1]')\n" + CHILD)
+    await engine.start(20)
+    assert address(engine) == f"127.0.0.1:{engine.pid}"
+
+
+async def test_a_start_that_fails_leaves_nothing_that_it_started(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    code = f"import os, subprocess, sys\nsubprocess.Popen(['sleep', '600'])\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\nsys.exit(1)"
+    process = EngineProcess("engine", child(code))
+    try:
+        with pytest.raises(EngineFailed):
+            await process.start(20)
+        assert live_members(int(pid.read_text())) == []
+    finally:
+        await end_session(int(pid.read_text()), 20)
 
 
 class NoMemory:
@@ -278,6 +300,15 @@ async def test_the_signal_of_a_real_rank_reaches_the_supervisor(
     )
 
 
+@pytest.mark.parametrize("name", ["SIGILL", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGABRT"])
+async def test_what_is_a_crash(name: str) -> None:
+    process, crash = EngineProcess("engine", []), -signal.Signals[name].value
+    for other in (1, 3, -signal.SIGKILL, -signal.SIGTERM, None):
+        assert not any(process._gives_up(other) for _ in range(2 * supervisor.MAX_SAME_CRASHES))
+    assert [process._gives_up(crash) for _ in range(supervisor.MAX_SAME_CRASHES)] == [False] * 4 + [True]
+    assert name in process.failure
+
+
 async def test_crashes_far_apart_are_not_counted(
     engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +318,7 @@ async def test_crashes_far_apart_are_not_counted(
         assert engine.pid is not None
         os.kill(engine.pid, signal.SIGILL)
         await until(lambda restart=restart: engine.num_restarts == restart + 1)
+        assert engine._backoff_s == 2 * supervisor.FIRST_BACKOFF_S, "the next restart is quick again"
     assert not engine.given_up.is_set()
 
 
