@@ -259,6 +259,7 @@ async def test_a_stream_that_nobody_reads_is_cut_off(
 
 
 async def until_only_the_scraper_is_left(gateway: Gateway) -> None:
+    await gateway.http.get("/health")  # before it the scraper has no connection
     while len(gateway.http_server.server_state.connections) > 1:
         await gateway.http.get("/health")
 
