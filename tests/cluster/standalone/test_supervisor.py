@@ -147,7 +147,10 @@ async def test_lines_before_the_message_are_passed_over(engine: EngineProcess) -
 
 async def test_a_start_that_fails_leaves_nothing_that_it_started(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
-    code = f"import os, subprocess, sys\nsubprocess.Popen(['sleep', '600'])\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\nsys.exit(1)"
+    code = (
+        "import os, subprocess, sys\nsubprocess.Popen(['sleep', '600'])\n"
+        f"open({str(pid)!r}, 'w').write(str(os.getpid()))\nsys.exit(1)"
+    )
     process = EngineProcess("engine", child(code))
     try:
         with pytest.raises(EngineFailed):
