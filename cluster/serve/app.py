@@ -14,10 +14,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from cluster.config import AppConfig, parse_config
-from cluster.serve.cluster_view import deployment_options
+from cluster.serve.cluster_view import serve_options
 from cluster.serve.gateway import GatewayReplica
 from cluster.serve.health import LONGEST_PERIOD_S, health_checks
-from cluster.serve.preflight import check_application, check_deployments
+from cluster.serve.preflight import check_application, check_options
 from cluster.serve.replica import EngineReplica
 from cluster.serve.room import bundle_strategy, replica_bundles
 from workers.cores import thread_environment
@@ -47,7 +47,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     try:
         config = parse_config(AppConfig, args, {})
-        check_deployments(config, deployment_options(args))
+        for options in serve_options(args):
+            check_options(config, options)
         check_application(config)
         return application(config)
     except (ConfigError, CheckpointError) as error:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -32,7 +33,6 @@ ADDRESS_KEY, START_ID_KEY, SECRET_KEY = "engine_address", "engine_start_id", "en
 """Keys of an engine's metadata. The secret is for gateways alone: metadata are neither logged nor
 shown."""
 SERVE_LOGGER = "ray.serve"
-BUILDER = "cluster.serve.app:build"
 
 logger = logging.getLogger(SERVE_LOGGER)
 
@@ -184,22 +184,41 @@ def missing_ingress_variables() -> dict[str, str]:
     return {name: value for name, value in FAST_INGRESS.items() if not in_force[name]}
 
 
-def deployment_options(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the Serve YAML says of each deployment of the application with these `args`, as the
-    controller has it; none without one."""
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What the Serve YAML says of an application beside its `args`.
+
+    Attributes:
+        external_scaler_enabled: with it Serve refuses its own autoscaling, whatever changes later.
+        has_autoscaling_policy: there is one for the whole application.
+        deployments: options by name, those alone that are set.
+    """
+
+    external_scaler_enabled: bool
+    has_autoscaling_policy: bool
+    deployments: Mapping[str, Mapping[str, Any]]
+
+
+def serve_options(args: Mapping[str, Any]) -> list[ServeOptions]:
+    """Return what the controller has of each application with these `args`; none without a YAML."""
     client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     if client is None:
-        return {}
-    # A YAML's application is in here before it is built. Its name is not told to what builds it.
+        return []
+    # A YAML's application is in here before it is built. Its name is not told to what builds it,
+    # and its import path can be written in several ways.
     configs = ray.get(client._controller.get_app_configs.remote(), timeout=_CONTROLLER_TIMEOUT_S)
-    options: dict[str, dict[str, Any]] = {}
-    for config in configs.values():
-        if config.import_path == BUILDER and config.args == args:
-            options |= {
+    return [
+        ServeOptions(
+            external_scaler_enabled=config.external_scaler_enabled,
+            has_autoscaling_policy=config.autoscaling_policy is not None,
+            deployments={
                 deployment.name: deployment.model_dump(exclude_unset=True)
                 for deployment in config.deployments
-            }
-    return options
+            },
+        )
+        for config in configs.values()
+        if config.args == args
+    ]
 
 
 def hard_stop_s() -> float:

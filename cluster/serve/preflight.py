@@ -6,12 +6,11 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from cluster.assembly import load_encoding
 from cluster.commands.gpus import GIB, GPUS, Gpu
 from cluster.config import AppConfig, check_no_settings, reconfigured
-from cluster.serve.cluster_view import SERVE_LOGGER
+from cluster.serve.cluster_view import SERVE_LOGGER, ServeOptions
 from cluster.serve.room import accelerators
 from workers.config import EngineConfig, ModelConfig, check_max_model_len
 from workers.errors import ConfigError
@@ -58,23 +57,32 @@ def check_application(config: AppConfig) -> None:
     check_memory(config, model, shards, accelerators())
 
 
-def check_deployments(config: AppConfig, options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check what the Serve YAML says of the two deployments beside `args`.
+def check_options(config: AppConfig, options: ServeOptions) -> None:
+    """Check what the Serve YAML says of the application beside `args`.
 
-    Args:
-        options: by deployment.
+    Serve builds an application again only where `args`, `import_path` or `runtime_env` change. What
+    is added under `deployments` to one that runs is not seen here: external_scaler_enabled makes
+    Serve itself refuse autoscaling there.
+
     Raises:
-        ConfigError: one of them cannot work.
+        ConfigError: some of it cannot work.
     """
-    for name, said in options.items():
+    reason = "Serve's autoscaling does not see the requests, which go to engines directly"
+    for name, said in options.deployments.items():
         if said.get("autoscaling_config") is not None or said.get("num_replicas") == "auto":
             raise ConfigError(
-                f"deployment {name}: Serve's autoscaling does not see the requests, which go to engines "
-                f"directly, and would stop all "
-                "but min_replicas; set num_replicas to a number instead of autoscaling_config or auto"
+                f"deployment {name}: {reason}, and would stop all but min_replicas; set num_replicas to a "
+                "number instead of autoscaling_config or auto"
             )
-    reconfigured(config.gateway, options.get("gateway", {}).get("user_config"))
-    if options.get("engine", {}).get("user_config"):
+    if options.has_autoscaling_policy:
+        raise ConfigError(f"autoscaling_policy: {reason}; leave it out")
+    if not options.external_scaler_enabled:
+        raise ConfigError(
+            f"external_scaler_enabled: set it to true for this application. {reason}, and with true "
+            "it refuses autoscaling also where it is added to an application that runs"
+        )
+    reconfigured(config.gateway, options.deployments.get("gateway", {}).get("user_config"))
+    if options.deployments.get("engine", {}).get("user_config"):
         raise ConfigError(
             "deployment engine: it has no settings that change at run time; instead of user_config use "
             "args.engine"

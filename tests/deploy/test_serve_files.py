@@ -15,7 +15,8 @@ from benchmarks.parallel_model import BATCHES, best, points
 from cluster.commands.gpus import GIB, GPUS, gpu_kv_cache
 from cluster.config import AppConfig, parse_config
 from cluster.serve.app import ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT
-from cluster.serve.preflight import check_deployments, check_memory
+from cluster.serve.cluster_view import ServeOptions
+from cluster.serve.preflight import check_memory, check_options
 from workers.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from workers.errors import ConfigError
 from workers.model.make_checkpoint import preset_config
@@ -61,8 +62,9 @@ def test_cantata_and_serve_read_the_file(path: Path) -> None:
     )
     assert config.engine_host == "auto", "engines must be reachable from other nodes"
     suffix = path.stem.removeprefix(path.stem.split("-")[0])
-    options = {deployment["name"]: deployment for deployment in content["applications"][0]["deployments"]}
-    check_deployments(config, options)
+    application = content["applications"][0]
+    options = {deployment["name"]: deployment for deployment in application["deployments"]}
+    check_options(config, ServeOptions(application["external_scaler_enabled"], False, options))
     assert set(options) == {ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT}
     assert (options[ENGINE_DEPLOYMENT]["num_replicas"], config.engine.parallel.tensor) == PLANS.get(
         path.stem, PLANS.get(suffix)

@@ -13,7 +13,8 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import RUN_TIME_SETTINGS, AppConfig, GatewayConfig, reconfigured, setting_paths
-from cluster.serve.preflight import check_deployments
+from cluster.serve.cluster_view import ServeOptions
+from cluster.serve.preflight import check_options
 from cluster.serve.ray_environment import CLUSTER_ENVIRONMENT
 from tests.support.helm_chart import CHART, KUBERNETES_VERSION, ROOT, Helm, check_manifest, pod_templates
 from workers.model.make_checkpoint import preset_config
@@ -120,7 +121,7 @@ def test_the_arguments_are_read_by_cantata(helm: Helm) -> None:
         (application,) = serve_config(ray_service(helm, "--values", values))["applications"]
         config = AppConfig.model_validate(application["args"])
         options = {deployment["name"]: deployment for deployment in application["deployments"]}
-        check_deployments(config, options)
+        check_options(config, ServeOptions(application["external_scaler_enabled"], False, options))
         return config, reconfigured(config.gateway, options["gateway"]["user_config"]), options
 
     least, _, least_options = settings(CPU)
@@ -350,6 +351,8 @@ def test_long_release_names_leave_room_for_kuberay(helm: Helm) -> None:
         ("config.engine.model_path=/x", "'model_path' not allowed"),
         ("config.engine.dtype=float16", "/config/engine/dtype"),
         ("config.replicas=two", "/config/replicas"),
+        ("config.replicas=auto", "/config/replicas"),
+        ("config.gateways=auto", "/config/gateways"),
         ("config.replicas=0", "/config/replicas"),
         ("engineSurgePercent=101", "/engineSurgePercent"),
         ("config.engine.parallel.tensor=17", "/config/engine/parallel/tensor"),

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ServeApplicationSchema
 
 from cluster.config import RUN_TIME_SETTINGS, AppConfig, GatewayConfig
 from cluster.generation import ChatDefaults, Limits
 from cluster.harmony.make_tokenizer import write_bpe_tokenizer
+from cluster.serve import cluster_view
 from cluster.serve.app import application, build
+from cluster.serve.cluster_view import ServeOptions
 from cluster.serve.gateway import GatewayReplica
-from cluster.serve.preflight import check_deployments
+from cluster.serve.preflight import check_options
 from cluster.serve.replica import EngineReplica
 from tests.support.tiny_model import TINY
 from workers.config import EngineConfig
@@ -149,11 +152,64 @@ def test_a_node_without_weights_may_build(checkpoint: Path, caplog: pytest.LogCa
 )
 def test_what_stands_beside_the_arguments(said: str, deployments: dict[str, Any]) -> None:
     config = AppConfig(engine=EngineConfig(Path("somewhere")))
-    check_deployments(
-        config, {"engine": {"num_replicas": 2}, "gateway": {"user_config": {"request_timeout_s": 3}}}
-    )
+    right = {"engine": {"num_replicas": 2}, "gateway": {"user_config": {"request_timeout_s": 3}}}
+    check_options(config, ServeOptions(True, False, right))
     with pytest.raises(ConfigError, match=said):
-        check_deployments(config, deployments)
+        check_options(config, ServeOptions(True, False, deployments))
+
+
+class Controller:
+    """Serve's controller, which has been told of these applications."""
+
+    def __init__(self, *applications: dict[str, Any]) -> None:
+        self._configs = {
+            str(number): ServeApplicationSchema.model_validate(application)
+            for number, application in enumerate(applications)
+        }
+        self._controller = self
+        self.get_app_configs = SimpleNamespace(remote=lambda: self._configs)
+
+    def be_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cluster_view, "_get_global_client", lambda **_: self)
+        got = SimpleNamespace(is_initialized=lambda: True, get=lambda configs, timeout: configs)
+        monkeypatch.setattr(cluster_view, "ray", got)
+
+
+AUTO = {"name": "engine", "num_replicas": "auto"}
+NUMBER = {"name": "engine", "num_replicas": 1}
+
+
+@pytest.mark.parametrize(
+    ("said", "applications"),
+    [
+        ("Serve's autoscaling does not see", [{"deployments": [AUTO]}]),
+        # Whatever the builder is called, and whatever else runs with these arguments.
+        ("Serve's autoscaling does not see", [{"import_path": "mine.app", "deployments": [AUTO]}]),
+        ("Serve's autoscaling does not see", [{"deployments": [AUTO]}, {"deployments": [NUMBER]}]),
+        ("autoscaling_policy: ", [{"autoscaling_policy": {"policy_function": "a:b"}}]),
+        ("external_scaler_enabled: set it to true", [{"deployments": [NUMBER]}]),
+    ],
+)
+def test_autoscaling_is_refused_wherever_it_is_switched_on(
+    said: str, applications: list[dict[str, Any]], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = {"import_path": "cluster.serve.app:build", "args": arguments(checkpoint)}
+    Controller(*(mine | application for application in applications)).be_found(monkeypatch)
+    assert said in refusal(arguments(checkpoint))
+    other = mine | {"args": {"something": "else"}, "deployments": [AUTO]}
+    Controller(mine | {"external_scaler_enabled": True, "deployments": [NUMBER]}, other).be_found(monkeypatch)
+    build(arguments(checkpoint))
+
+
+@pytest.mark.parametrize("where", [{}, {"engine": {}}, {"gateway": {}}])
+@pytest.mark.parametrize("setting", ["autoscaling_config", "num_replicas"])
+def test_the_arguments_have_no_autoscaling(where: dict[str, Any], setting: str, checkpoint: Path) -> None:
+    args = arguments(checkpoint)
+    for name in where:
+        args.setdefault(name, {})[setting] = "auto"
+    if not where:
+        args[setting] = "auto"
+    assert f"{setting} is not" in refusal(args)
 
 
 class Service:
