@@ -43,6 +43,13 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt, or prompt plus `max_tokens`, is longer than the model's context."""
 
 
+class UnknownAutomaton(CantataError):
+    """The engine was never sent the automaton that a request names, or has forgotten it. The
+    gateway's client sends it then; no user sees this."""
+
+    status = "FAILED_PRECONDITION"
+
+
 class ModelNotFound(CantataError):
     """No such model here."""
 

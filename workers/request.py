@@ -4,7 +4,7 @@ Knows no text, HTTP or harmony."""
 from dataclasses import dataclass
 from typing import Literal
 
-from workers.constraint.automaton import TokenAutomaton
+from workers.constraint.codec import Constraint
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -31,6 +31,8 @@ class SamplingParams:
         stop_token_ids: end the sequence (the token is reported); not before min_tokens.
         min_tokens: stop tokens cannot be sampled before this many output tokens.
         ignore_eos: stop_token_ids and the model's own end tokens do not end the sequence.
+        prompt_logprobs: number of most likely alternatives reported with each prompt token but the
+            first; 0: that token's own only; None: none. The prefix cache is not read then.
         n: sequences for one prompt. The engine runs one sequence a request: gateway and `LLM` fan
             out, choice i gets seed + i.
     """
@@ -50,6 +52,7 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     n: int = 1
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,9 @@ class EngineRequest:
             they had been sampled here.
         deadline_s: seconds from submission; None: no deadline.
         constraint: the tokens allowed in each state; None: all.
+        adapter: name of the adapter to run with; None: the base model.
+        cache_salt: KV blocks are shared only between requests with the same salt, and the same
+            adapter.
     """
 
     request_id: str
@@ -71,7 +77,9 @@ class EngineRequest:
     sampling: SamplingParams
     output_token_ids: tuple[int, ...] = ()
     deadline_s: float | None = None
-    constraint: TokenAutomaton | None = None
+    constraint: Constraint | None = None
+    adapter: str | None = None
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +104,8 @@ class EngineOutput:
     Attributes:
         token_ids: new ids in order, a stop token included.
         logprobs: one per id where asked for, else empty.
+        prompt_logprobs: of prompt tokens since the last output, from the second on, where asked
+            for; they come before the first output token.
         finish_reason: None while more will come.
         stop_token_id: the token that ended the sequence, with reason `stop`.
         num_cached_tokens: prompt tokens found in the prefix cache (first admission).
@@ -108,6 +118,7 @@ class EngineOutput:
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

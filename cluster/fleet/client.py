@@ -3,8 +3,9 @@
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import NoReturn, TypedDict
 
@@ -13,7 +14,7 @@ import grpc.aio
 from cluster.fleet.probe import Patience, ReplicaWatch
 from cluster.fleet.table import Replica
 from workers.engine.access import authorization
-from workers.errors import CantataError, DeadlineExceeded, EngineDead
+from workers.errors import CantataError, DeadlineExceeded, EngineDead, NoReplica, UnknownAutomaton
 from workers.request import EngineLoad, EngineOutput, EngineRequest
 from workers.rpc import convert, engine_pb2, engine_pb2_grpc
 
@@ -37,6 +38,27 @@ _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
 )
 
+_INFO_TIMEOUT_S = 5.0
+_MAX_SENT_IDS = 4096
+"""Automata remembered as sent, for each replica: 400 kB."""
+
+
+class RecentIds:
+    """Automata that a replica was sent; the least recently used is forgotten first."""
+
+    def __init__(self, max_ids: int = _MAX_SENT_IDS) -> None:
+        self._max_ids = max_ids
+        self._ids: OrderedDict[bytes, None] = OrderedDict()
+
+    def use(self, automaton_id: bytes) -> bool:
+        """Note that one is sent or named now; return whether it was before."""
+        was_sent = automaton_id in self._ids
+        self._ids[automaton_id] = None
+        self._ids.move_to_end(automaton_id)
+        if len(self._ids) > self._max_ids:
+            self._ids.popitem(last=False)
+        return was_sent
+
 
 class EngineClient:
     """One per gateway. Belongs to the event loop it is used in.
@@ -54,6 +76,8 @@ class EngineClient:
         self._closed = False
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._watches: dict[Replica, ReplicaWatch] = {}
+        self._capabilities: dict[Replica, frozenset[str]] = {}
+        self._sent: dict[Replica, RecentIds] = {}
         self._on_silence = on_silence
         self._patience = patience or Patience()
 
@@ -64,19 +88,44 @@ class EngineClient:
         Raises:
             CantataError: what the engine answered; EngineDead if it cannot be reached, no longer
                 answers, or its stream ends early, which says whether the engine had taken the
-                request.
+                request; NoReplica if its version does not know what the request needs.
         """
+        capabilities: frozenset[str] = frozenset()
+        wanted = convert.capabilities_of(request)
+        if wanted or request.constraint is not None:
+            capabilities = await self._capabilities_of(replica)
+        if missing := wanted - capabilities:
+            raise NoReplica(f"The replica's version does not know {', '.join(sorted(missing))}.")
+        by_reference = convert.CONSTRAINT_REF in capabilities
+        sent = self._sent.setdefault(replica, RecentIds()) if by_reference else None
+        knows = request.constraint is not None and sent is not None and sent.use(request.constraint.id)
+        message = convert.request_to_wire(request, by_reference=by_reference, with_body=not knows)
+        try:
+            async with aclosing(self._call(replica, message, request.deadline_s)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        except UnknownAutomaton:
+            # It has forgotten this one; nothing of the sequence has come yet.
+            if not knows:
+                raise
+        message = convert.request_to_wire(request, by_reference=True)
+        async with aclosing(self._call(replica, message, request.deadline_s)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _call(
+        self, replica: Replica, message: engine_pb2.GenerateRequest, deadline_s: float | None
+    ) -> AsyncGenerator[EngineOutput, None]:
         call = self._stub(replica).Generate(
-            convert.request_to_wire(request),
-            timeout=request.deadline_s,
-            metadata=authorization(replica.secret),
+            message, timeout=deadline_s, metadata=authorization(replica.secret)
         )
         watch = self._watch(replica)
         watch.add(call)
         try:
             with _failures():
-                async for message in call:
-                    output = convert.output_from_wire(message)
+                async for response in call:
+                    output = convert.output_from_wire(response)
                     yield output
                     if output.finish_reason is not None:
                         return
@@ -92,9 +141,17 @@ class EngineClient:
     async def info(self, replica: Replica, timeout_s: float) -> convert.EngineInfo:
         """What the replica serves."""
         with _failures():
-            return convert.info_from_wire(
-                await self._stub(replica).GetInfo(engine_pb2.GetInfoRequest(), **_options(replica, timeout_s))
+            answer = await self._stub(replica).GetInfo(
+                engine_pb2.GetInfoRequest(), **_options(replica, timeout_s)
             )
+        info = convert.info_from_wire(answer)
+        self._capabilities[replica] = frozenset(info.capabilities)
+        return info
+
+    async def _capabilities_of(self, replica: Replica) -> frozenset[str]:
+        if replica not in self._capabilities:
+            await self.info(replica, _INFO_TIMEOUT_S)
+        return self._capabilities[replica]
 
     async def load(self, replica: Replica, timeout_s: float) -> EngineLoad:
         """How busy the replica is."""
@@ -114,6 +171,8 @@ class EngineClient:
 
     async def forget(self, replica: Replica) -> None:
         """Close the channel of a replica that is gone for good."""
+        self._capabilities.pop(replica, None)
+        self._sent.pop(replica, None)
         watch = self._watches.pop(replica, None)
         if watch is not None:
             watch.stop()

@@ -67,6 +67,7 @@ class Row:
 TABLE: dict[type[errors.CantataError], Row] = {
     errors.InvalidRequest: Row(400, "invalid_request_error"),
     errors.ContextLengthExceeded: Row(400, "invalid_request_error", "context_length_exceeded"),
+    errors.UnknownAutomaton: Row(500, "server_error", "internal_error"),
     errors.ModelNotFound: Row(404, "invalid_request_error", "model_not_found"),
     errors.Overloaded: Row(429, "rate_limit_error", "overloaded"),
     errors.DeadlineExceeded: Row(504, "timeout_error", "deadline_exceeded"),

@@ -80,9 +80,10 @@ class EngineReplica:
         }
 
     def record_routing_stats(self) -> dict[str, float]:
-        """From time to time: how busy the engine is, for routers and the dashboard."""
+        """Return how many sequences the engine has, which gateways balance by; Serve asks from time
+        to time. How full its KV cache is stands in its metrics and in GetLoad."""
         load = self._server.engine.load()
-        return {"num_running": load.num_running, "num_waiting": load.num_waiting, "kv_usage": load.kv_usage}
+        return {"num_running": load.num_running, "num_waiting": load.num_waiting}
 
     async def check_health(self) -> None:
         """Raise when the engine has ended or hangs, and Serve replaces the replica after some of

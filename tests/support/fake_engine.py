@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import grpc.aio
 
+from workers.constraint.registry import KnownAutomata
 from workers.errors import CantataError
 from workers.request import EngineLoad, EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from workers.rpc import convert, engine_pb2, engine_pb2_grpc
@@ -49,7 +50,7 @@ class FakeEngine:
     """Serve it with `start`; set `answer` to choose the script of each request.
 
     Attributes:
-        requests: in order of arrival.
+        requests: in order of arrival; `messages` also has those that were refused.
         cancelled: request id → monotonic time at which its call was seen to be cancelled.
         gate_of_load: waited for before GetLoad is answered.
         arrivals, cancellations: set whenever a call arrives or is cancelled.
@@ -69,6 +70,9 @@ class FakeEngine:
     max_open: int = 0
     address: str = ""
     start_id: str = ""
+    capabilities: tuple[str, ...] = convert.CAPABILITIES
+    automata: KnownAutomata = field(default_factory=KnownAutomata)
+    messages: list[engine_pb2.GenerateRequest] = field(default_factory=list)
     _server: grpc.aio.Server | None = None
 
     async def start(self) -> "FakeEngine":
@@ -109,6 +113,7 @@ class FakeEngine:
             4096,
             1,
             self.start_id,
+            self.capabilities,
         )
 
 
@@ -123,8 +128,12 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
         engine.num_open += 1
         engine.max_open = max(engine.max_open, engine.num_open)
         try:
+            engine.messages.append(message)
             request = convert.request_from_wire(
-                message, vocab_size=engine.vocab_size, deadline_s=context.time_remaining()
+                message,
+                vocab_size=engine.vocab_size,
+                deadline_s=context.time_remaining(),
+                automata=engine.automata,
             )
             engine.requests.append(request)
             engine.arrivals.set()

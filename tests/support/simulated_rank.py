@@ -50,6 +50,7 @@ class SimulatedRank:
         self._tables: dict[int, tuple[list[int], list[int]]] = {}
         self._next_step = 0
         self.start_order: list[int] = []
+        self.automata: dict[bytes, bytes] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
         """Apply the plan as it comes off the wire, check all that attention reads, and sample."""
@@ -90,8 +91,14 @@ class SimulatedRank:
     def _apply_changes(self, plan: StepPlan) -> None:
         for seq_id in plan.drops:
             del self.tokens[seq_id], self._tables[seq_id]
+        for automaton_id in plan.dropped_automata:
+            del self.automata[automaton_id]
+        for automaton_id, body in plan.automata:
+            assert automaton_id not in self.automata, "an automaton was sent twice"
+            self.automata[automaton_id] = body
         for start in plan.starts:
             assert start.seq_id not in self.tokens
+            assert start.constraint is None or start.constraint in self.automata
             assert 0 < start.num_prompt_tokens <= len(start.token_ids)
             self.tokens[start.seq_id] = list(start.token_ids)
             self._tables[start.seq_id] = (list(start.full_blocks), list(start.sliding_blocks))

@@ -1,5 +1,5 @@
 """A token automaton: which token ids may come next, and where each leads. The engine knows no
-harmony; the gateway builds these."""
+harmony; the gateway builds these. `state` runs them, `codec` carries them between processes."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ class AutomatonState:
     Attributes:
         allowed: ids that may come next; None: every id that is not forbidden.
         forbidden: ids that may not come next; only read when `allowed` is None.
-        transitions: (token id, next state index); any other allowed token stays in this state.
+        transitions: (token id, next state index); any other allowed token stays in this state. Of
+            several for one token id the first counts.
     """
 
     allowed: tuple[int, ...] | None = None
@@ -46,10 +47,3 @@ class TokenAutomaton:
                         f"state {index} leads on token {token_id} to {target}, which is not one of the "
                         f"{len(self.states)} states"
                     )
-
-    def advance(self, state: int, token_id: int) -> int:
-        """The state after `token_id`."""
-        for transition_id, target in self.states[state].transitions:
-            if transition_id == token_id:
-                return target
-        return state

@@ -18,6 +18,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig, longest_context
+from workers.constraint.registry import KnownAutomata
 from workers.engine.access import SecretInterceptor, check_address, close_to_others
 from workers.engine.engine import Engine
 from workers.engine.stream import AsyncReader
@@ -204,6 +205,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self._engine = server.engine
         self._info = info
         self._reader = AsyncReader()
+        self._automata = KnownAutomata()
 
     # A coroutine that writes, not a generator: grpc.aio cancels it wherever it waits, so the
     # request is aborted at once.
@@ -244,7 +246,10 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         if time_remaining_s is not None and time_remaining_s <= 0:
             raise DeadlineExceeded("the request's deadline had passed when it came")
         request = convert.request_from_wire(
-            message, vocab_size=self._info.vocab_size, deadline_s=time_remaining_s
+            message,
+            vocab_size=self._info.vocab_size,
+            deadline_s=time_remaining_s,
+            automata=self._automata,
         )
         if request.sampling.seed is None:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(64)))
@@ -305,4 +310,5 @@ def _engine_info(
         kv_capacity_tokens=((executor.num_full_blocks or executor.num_sliding_blocks) - 1) * BLOCK_SIZE,
         num_ranks=executor.num_ranks,
         start_id=secrets.token_hex(8),
+        capabilities=convert.CAPABILITIES,
     )

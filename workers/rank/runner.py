@@ -124,7 +124,8 @@ class Runner:
         self._slots = SequenceSlots(max_num_seqs, max_model_len)
         self._device_slots = DeviceSlots(self._slots, model.device)
         self._inputs = InputBuffers(model.device)
-        self._sampling = SamplingState(max_num_seqs)
+        # Only rank 0 samples.
+        self._sampling = SamplingState(max_num_seqs) if model.collectives.rank == 0 else None
         self._graphs: DecodeGraphs | DecodePrograms | None = None
         self._next_step = 0
         # Steps whose tokens some sequence's next token depends on, and which may not have come yet.
@@ -160,17 +161,28 @@ class Runner:
         """
         started = time.perf_counter()
         self._check_order(plan.step)
-        for seq_id in plan.drops:
-            self._sampling.drop(self._slots.drop(seq_id))
-        for start in plan.starts:
-            self._sampling.start(self._slots.start(start), start)
+        self._apply_changes(plan)
         rows = self._slots.build(plan)
         hidden, edges = self._forward(rows)
         if len(rows.sampled) == 0:
             return PendingStep(plan.step, started, self._model.device)
-        output = self._sample(plan, rows, self._model.compute_logits(hidden))
+        output = self._sample(rows, self._model.compute_logits(hidden))
         self._device_slots.newest.index_copy_(0, edges.sampled_slots, output.token_ids)
         return self._pending(plan, started, rows, output)
+
+    def _apply_changes(self, plan: StepPlan) -> None:
+        """Forget and take in sequences, and on rank 0 how they are sampled."""
+        sampling = self._sampling
+        for seq_id in plan.drops:
+            slot = self._slots.drop(seq_id)
+            if sampling is not None:
+                sampling.drop(slot)
+        if sampling is not None:
+            sampling.update_automata(plan.automata, plan.dropped_automata)
+        for start in plan.starts:
+            slot = self._slots.start(start)
+            if sampling is not None:
+                sampling.start(slot, start)
 
     def _forward_alone(self) -> Callable[[StepBatch], Tensor]:
         """The model over these caches, without this object: graphs are to end with it, at once,
@@ -193,34 +205,34 @@ class Runner:
             return hidden[: len(rows.sampled)], edges
         return hidden.index_select(0, edges.sample_indices), edges
 
-    def _sample(self, plan: StepPlan, rows: StepRows, logits: Tensor | None) -> SampleOutput:
+    def _sample(self, rows: StepRows, logits: Tensor | None) -> SampleOutput:
         """Rank 0 samples; all ranks need the ids, which are the next step's inputs.
 
         Args:
             logits: None on the other ranks.
         """
         collectives = self._model.collectives
-        if logits is None:
+        sampling = self._sampling
+        if sampling is None or logits is None:
             return SampleOutput(
                 collectives.broadcast(
                     torch.empty(len(rows.sampled), dtype=torch.int64, device=self._model.device)
                 )
             )
         slots = rows.sampled_slots
-        if self._sampling.listeners(slots):
+        if sampling.listeners(slots):
             while self._unheard:
                 self._unheard.popleft().result()
-        masks = {self._slots.slot(seq_id): mask for seq_id, mask in plan.masks}
-        output = sample(logits, self._sampling.build(slots, rows.output_positions, masks, self._inputs))
+        output = sample(logits, sampling.build(slots, rows.output_positions, self._inputs))
         collectives.broadcast(output.token_ids)
         return output
 
     def _pending(self, plan: StepPlan, started: float, rows: StepRows, output: SampleOutput) -> PendingStep:
         slots = rows.sampled_slots
         seq_ids = tuple(plan.seq_ids[index] for index in rows.sampled.tolist())
-        is_first = self._model.collectives.rank == 0
-        listeners = self._sampling.listeners(slots) if is_first else []
-        num_logprobs = self._sampling.num_logprobs(seq_ids, slots)
+        sampling = self._sampling
+        listeners = [] if sampling is None else sampling.listeners(slots)
+        num_logprobs = [] if sampling is None else sampling.num_logprobs(seq_ids, slots)
         pending = PendingStep(
             plan.step, started, self._model.device, seq_ids, output, num_logprobs, listeners
         )

@@ -1,5 +1,5 @@
-"""How each live sequence is sampled: parameters by slot, and for the sequences that need more
-(bias, penalties, constraints, stop tokens before min_tokens) what their next token depends on.
+"""How each live sequence is sampled, on rank 0: parameters by slot, and for the sequences that need
+more (bias, penalties, constraints, stop tokens before min_tokens) what their next token depends on.
 Builds the SamplingBatch of a step."""
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds
-from workers.constraint.automaton import TokenAutomaton
+from kernels.sampling import LogitBias, Penalties, SamplingBatch, TokenIds
+from workers.constraint.state import AutomatonTables, ConstraintState
 from workers.rank.step_inputs import Array, InputBuffers
 from workers.request import SamplingParams
 from workers.scheduler.plan import SequenceStart
@@ -62,44 +62,6 @@ class SeenTokens:
         self._counts[index] += count
 
 
-class ConstraintState:
-    """Where a sequence stands in its token automaton; replays the output it starts with."""
-
-    def __init__(self, automaton: TokenAutomaton, output: tuple[int, ...]) -> None:
-        self._automaton = automaton
-        self._state = automaton.start
-        # By state, made when first entered.
-        self._allowed: dict[int, Ints | None] = {}
-        self._forbidden: dict[int, Ints] = {}
-        self._next: dict[int, dict[int, int]] = {}
-        for token_id in output:
-            self.push(token_id)
-
-    @property
-    def allowed(self) -> Ints | None:
-        """The only ids that may come next; None: all but the forbidden ones."""
-        if self._state not in self._allowed:
-            allowed = self._automaton.states[self._state].allowed
-            self._allowed[self._state] = None if allowed is None else np.array(allowed, dtype=np.int64)
-        return self._allowed[self._state]
-
-    @property
-    def forbidden(self) -> Ints:
-        """Ids that may not come next; to be read where `allowed` is None."""
-        if self._state not in self._forbidden:
-            self._forbidden[self._state] = np.array(
-                self._automaton.states[self._state].forbidden, dtype=np.int64
-            )
-        return self._forbidden[self._state]
-
-    def push(self, token_id: int) -> None:
-        """Advance by one output token."""
-        if self._state not in self._next:
-            # Reversed, because the first of equal transitions counts.
-            self._next[self._state] = dict(reversed(self._automaton.states[self._state].transitions))
-        self._state = self._next[self._state].get(token_id, self._state)
-
-
 @dataclass(slots=True)
 class _Extras:
     """What most sequences do not have."""
@@ -125,7 +87,7 @@ class _Extras:
             self.constraint.push(token_id)
 
     @classmethod
-    def of(cls, start: SequenceStart) -> "_Extras | None":
+    def of(cls, start: SequenceStart, tables: AutomatonTables | None) -> "_Extras | None":
         sampling = start.sampling
         prompt, output = (
             start.token_ids[: start.num_prompt_tokens],
@@ -133,9 +95,7 @@ class _Extras:
         )
         penalised = _penalises(sampling)
         stops = start.stop_token_ids if sampling.min_tokens > 0 else ()
-        if not (
-            sampling.logit_bias or penalised or start.constraint or stops or sampling.logprobs is not None
-        ):
+        if not (sampling.logit_bias or penalised or tables or stops or sampling.logprobs is not None):
             return None
         return cls(
             bias_ids=np.array([token_id for token_id, _ in sampling.logit_bias], dtype=np.int64)
@@ -147,7 +107,7 @@ class _Extras:
             seen=SeenTokens(prompt if sampling.repetition_penalty != 1.0 else (), output)
             if penalised
             else None,
-            constraint=None if start.constraint is None else ConstraintState(start.constraint, output),
+            constraint=None if tables is None else ConstraintState(tables, output),
             stop_token_ids=np.array(stops, dtype=np.int64),
             min_tokens=sampling.min_tokens,
             num_logprobs=sampling.logprobs,
@@ -199,6 +159,14 @@ class SamplingState:
         self._frequency = np.zeros(max_num_seqs, dtype=np.float32)
         self._repetition = np.ones(max_num_seqs, dtype=np.float32)
         self._extras: dict[int, _Extras] = {}
+        self._automata: dict[bytes, AutomatonTables] = {}
+
+    def update_automata(self, new: Sequence[tuple[bytes, bytes]], dropped: Sequence[bytes]) -> None:
+        """Forget and take in automata, as `StepPlan` names them."""
+        for automaton_id in dropped:
+            del self._automata[automaton_id]
+        for automaton_id, body in new:
+            self._automata[automaton_id] = AutomatonTables(body)
 
     def start(self, slot: int, start: SequenceStart) -> None:
         """Take in a sequence with the output it has so far."""
@@ -213,7 +181,7 @@ class SamplingState:
         self._presence[slot] = sampling.presence_penalty
         self._frequency[slot] = sampling.frequency_penalty
         self._repetition[slot] = sampling.repetition_penalty
-        extras = _Extras.of(start)
+        extras = _Extras.of(start, None if start.constraint is None else self._automata[start.constraint])
         if extras is not None:
             self._extras[slot] = extras
 
@@ -243,14 +211,11 @@ class SamplingState:
         extras = [(row, self._extras.get(slot)) for row, slot in enumerate(slots.tolist())]
         return [(row, entry) for row, entry in extras if entry is not None and entry.listens]
 
-    def build(
-        self, slots: Ints, output_positions: Ints, masks: dict[int, bytes], inputs: InputBuffers
-    ) -> SamplingBatch:
+    def build(self, slots: Ints, output_positions: Ints, inputs: InputBuffers) -> SamplingBatch:
         """The batch for one row per slot. The output so far has been pushed to `listeners`.
 
         Args:
             output_positions: [S] index of each slot's next token among its output tokens.
-            masks: slot → bitmask of allowed ids, for sequences in a grammar state.
             inputs: uploads all of it at once; the host does not wait for the device.
         """
         temperature, top_k, top_p, min_p = (
@@ -272,12 +237,13 @@ class SamplingState:
             if extras.seen is not None:
                 seen.add(row, extras.seen.token_ids, extras.seen.output_counts)
             if extras.constraint is not None:
-                if extras.constraint.allowed is not None:
-                    allowed.add(row, extras.constraint.allowed)
+                tables, state = extras.constraint.tables, extras.constraint.state
+                if (ids := tables.allowed(state)) is not None:
+                    allowed.add(row, ids)
                 else:
                     # As a bias: `forbidden_ids` gives way where nothing is left, which is meant for
                     # stop tokens before min_tokens only.
-                    ids = extras.constraint.forbidden
+                    ids = tables.forbidden(state)
                     bias.add(row, ids, np.full(len(ids), -np.inf, dtype=np.float32))
             if len(extras.stop_token_ids) and output_positions[row] < extras.min_tokens:
                 forbidden.add(row, extras.stop_token_ids)
@@ -307,17 +273,14 @@ class SamplingState:
             parts["allowed_ids"] = allowed.arrays()
         if forbidden:
             parts["forbidden_ids"] = forbidden.arrays()
-        if (bits := _allowed_bits(slots, masks)) is not None:
-            parts["allowed_bits"] = bits
         if logprob_rows:
             parts["logprob_rows"] = (np.array(logprob_rows, dtype=np.int64),)
         tensors = _upload(parts, inputs)
         return SamplingBatch(
-            **{name: tensors[name][0] for name in vectors},
+            **{name: tensors[name][0] for name in vectors},  # type: ignore[arg-type]
             logit_bias=LogitBias(*tensors["logit_bias"]) if "logit_bias" in tensors else None,
             penalties=Penalties(*tensors["penalties"]) if "penalties" in tensors else None,
             allowed_ids=TokenIds(*tensors["allowed_ids"]) if "allowed_ids" in tensors else None,
-            allowed_bits=AllowedBits(*tensors["allowed_bits"]) if "allowed_bits" in tensors else None,
             forbidden_ids=TokenIds(*tensors["forbidden_ids"]) if "forbidden_ids" in tensors else None,
             logprob_rows=tensors["logprob_rows"][0] if logprob_rows else None,
             num_top_logprobs=num_top_logprobs,
@@ -336,16 +299,3 @@ def _penalises(sampling: SamplingParams) -> bool:
     return (
         sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or sampling.repetition_penalty != 1
     )
-
-
-def _allowed_bits(slots: Ints, masks: dict[int, bytes]) -> tuple[Ints, npt.NDArray[np.uint8]] | None:
-    """(rows, bits) of AllowedBits; None: no row has a mask."""
-    rows = [row for row, slot in enumerate(slots.tolist()) if slot in masks]
-    if not rows:
-        return None
-    width = max(len(masks[int(slots[row])]) for row in rows)
-    bits = np.zeros((len(rows), width), dtype=np.uint8)
-    for index, row in enumerate(rows):
-        mask = np.frombuffer(masks[int(slots[row])], dtype=np.uint8)
-        bits[index, : len(mask)] = mask
-    return np.array(rows, dtype=np.int64), bits

@@ -5,11 +5,12 @@ What comes in is checked here (`validate.py` has the ranges); what goes out is t
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from workers import errors
-from workers.constraint.automaton import AutomatonState, TokenAutomaton
+from workers.constraint.codec import Constraint, automaton_id, decode
+from workers.constraint.registry import KnownAutomata
 from workers.request import (
     EngineLoad,
     EngineOutput,
@@ -19,7 +20,7 @@ from workers.request import (
     TokenLogprobs,
 )
 from workers.rpc import engine_pb2 as pb
-from workers.rpc.validate import check_request
+from workers.rpc.validate import check_automaton, check_request
 
 ERROR_CLASS_KEY = "error-class"
 PARAM_KEY = "param"
@@ -29,6 +30,12 @@ RETRY_AFTER_KEY = "retry-after-s"
 TAKEN_METADATA = (("cantata-taken", "1"),)
 """Initial metadata of Generate, sent when the engine has taken the request, before its first
 token."""
+
+ADAPTER, CACHE_SALT, PROMPT_LOGPROBS = "adapter", "cache_salt", "prompt_logprobs"
+CONSTRAINT_REF = "constraint_ref"
+CAPABILITIES = (CONSTRAINT_REF,)
+"""What this engine lists in EngineInfo: fields of requests, by name, beyond those of the first
+version. A gateway sends only what an engine lists. No engine has adapters yet."""
 
 _MAX_PARAM_CHARS = 500
 _NOT_METADATA = re.compile(r"[^ -~]")
@@ -56,6 +63,7 @@ class EngineInfo:
     Attributes:
         start_id: drawn at random at the engine's start: tells it from the one before it at the same
             address.
+        capabilities: of CAPABILITIES, those that it understands; an older engine lists none.
     """
 
     version: str
@@ -69,26 +77,61 @@ class EngineInfo:
     kv_capacity_tokens: int
     num_ranks: int
     start_id: str
+    capabilities: tuple[str, ...] = ()
 
 
-def request_to_wire(request: EngineRequest) -> pb.GenerateRequest:
-    """The deadline is not part of the message: it is the call's own."""
-    return pb.GenerateRequest(
+def capabilities_of(request: EngineRequest) -> frozenset[str]:
+    """Return the names in CAPABILITIES that an engine must list to serve this request. Not
+    CONSTRAINT_REF: to others the automaton is sent whole."""
+    wanted = {
+        ADAPTER: request.adapter is not None,
+        CACHE_SALT: request.cache_salt is not None,
+        PROMPT_LOGPROBS: request.sampling.prompt_logprobs is not None,
+    }
+    return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def request_to_wire(
+    request: EngineRequest, *, by_reference: bool = False, with_body: bool = True
+) -> pb.GenerateRequest:
+    """Return the message. The deadline is not part of it: it is the call's own.
+
+    Args:
+        by_reference: name the automaton by its id (CONSTRAINT_REF).
+        with_body: send the automaton along with its id.
+    """
+    message = pb.GenerateRequest(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
         output_token_ids=request.output_token_ids,
         sampling=_sampling_to_wire(request.sampling),
-        constraint=None if request.constraint is None else _automaton_to_wire(request.constraint),
+        adapter=request.adapter,
+        cache_salt=request.cache_salt,
     )
+    constraint = request.constraint
+    if constraint is not None and by_reference:
+        message.constraint_ref.id = constraint.id
+        if with_body:
+            message.constraint_ref.automaton = constraint.body
+    elif constraint is not None:
+        message.constraint.ParseFromString(constraint.body)
+    return message
 
 
 def request_from_wire(
-    message: pb.GenerateRequest, *, vocab_size: int, deadline_s: float | None = None
+    message: pb.GenerateRequest,
+    *,
+    vocab_size: int,
+    deadline_s: float | None = None,
+    automata: KnownAutomata | None = None,
 ) -> EngineRequest:
     """Check a message and convert it.
 
+    Args:
+        automata: those that the engine knows; new ones are added.
     Raises:
         InvalidRequest: a field is missing or outside its range; `param` names it.
+        UnknownAutomaton: its automaton is named, not sent, and not known.
     """
     request = EngineRequest(
         request_id=message.request_id,
@@ -96,26 +139,49 @@ def request_from_wire(
         sampling=_sampling_from_wire(message.sampling),
         output_token_ids=tuple(message.output_token_ids),
         deadline_s=deadline_s,
-        constraint=_automaton_from_wire(message.constraint) if message.HasField("constraint") else None,
+        constraint=_constraint_from_wire(message, vocab_size, automata),
+        adapter=message.adapter if message.HasField("adapter") else None,
+        cache_salt=message.cache_salt if message.HasField("cache_salt") else None,
     )
     check_request(request, vocab_size)
     return request
+
+
+def _constraint_from_wire(
+    message: pb.GenerateRequest, vocab_size: int, automata: KnownAutomata | None
+) -> Constraint | None:
+    if message.HasField("constraint_ref"):
+        ref = message.constraint_ref
+        known = None if automata is None else automata.get(ref.id)
+        if known is not None:
+            return known
+        if not ref.HasField("automaton"):
+            raise errors.UnknownAutomaton("the engine does not know this automaton; send it with its id")
+        if automaton_id(ref.automaton) != ref.id:
+            raise errors.InvalidRequest(
+                "constraint_ref.id must be the hash of constraint_ref.automaton", "constraint_ref.id"
+            )
+        constraint = Constraint(ref.id, ref.automaton)
+    elif message.HasField("constraint"):
+        body = message.constraint.SerializeToString(deterministic=True)
+        constraint = Constraint(automaton_id(body), body)
+    else:
+        return None
+    try:
+        check_automaton(decode(constraint.body), vocab_size)
+    except ValueError as error:
+        raise errors.InvalidRequest(f"constraint: {error}", "constraint") from error
+    if automata is not None:
+        automata.add(constraint)
+    return constraint
 
 
 def output_to_wire(output: EngineOutput) -> pb.GenerateResponse:
     """An engine's output as the next message of a stream."""
     return pb.GenerateResponse(
         token_ids=output.token_ids,
-        logprobs=[
-            pb.TokenLogprobs(
-                logprob=entry.logprob,
-                top=[
-                    pb.TokenLogprobs.Candidate(token_id=token_id, logprob=logprob)
-                    for token_id, logprob in entry.top
-                ],
-            )
-            for entry in output.logprobs
-        ],
+        logprobs=_logprobs_to_wire(output.logprobs),
+        prompt_logprobs=_logprobs_to_wire(output.prompt_logprobs),
         finish_reason=_FINISH_TO_WIRE[output.finish_reason],
         stop_token_id=output.stop_token_id,
         num_cached_tokens=output.num_cached_tokens,
@@ -129,17 +195,35 @@ def output_from_wire(message: pb.GenerateResponse) -> EngineOutput:
     known = message.finish_reason in _FINISH_FROM_WIRE
     return EngineOutput(
         token_ids=tuple(message.token_ids),
-        logprobs=tuple(
-            TokenLogprobs(
-                entry.logprob, tuple((candidate.token_id, candidate.logprob) for candidate in entry.top)
-            )
-            for entry in message.logprobs
-        ),
+        logprobs=_logprobs_from_wire(message.logprobs),
+        prompt_logprobs=_logprobs_from_wire(message.prompt_logprobs),
         finish_reason=_FINISH_FROM_WIRE[message.finish_reason] if known else "error",
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         num_cached_tokens=message.num_cached_tokens,
         error=message.error
         or (None if known else f"the engine ended with the unknown finish reason {message.finish_reason}"),
+    )
+
+
+def _logprobs_to_wire(entries: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:
+    return [
+        pb.TokenLogprobs(
+            logprob=entry.logprob,
+            top=[
+                pb.TokenLogprobs.Candidate(token_id=token_id, logprob=logprob)
+                for token_id, logprob in entry.top
+            ],
+        )
+        for entry in entries
+    ]
+
+
+def _logprobs_from_wire(entries: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(
+            entry.logprob, tuple((candidate.token_id, candidate.logprob) for candidate in entry.top)
+        )
+        for entry in entries
     )
 
 
@@ -157,6 +241,7 @@ def info_to_wire(info: EngineInfo) -> pb.EngineInfo:
         kv_capacity_tokens=info.kv_capacity_tokens,
         num_ranks=info.num_ranks,
         start_id=info.start_id,
+        capabilities=info.capabilities,
     )
 
 
@@ -174,6 +259,7 @@ def info_from_wire(message: pb.EngineInfo) -> EngineInfo:
         kv_capacity_tokens=message.kv_capacity_tokens,
         num_ranks=message.num_ranks,
         start_id=message.start_id,
+        capabilities=tuple(message.capabilities),
     )
 
 
@@ -224,6 +310,7 @@ _CLASS_BY_NAME: dict[str, type[errors.CantataError]] = {
     error_class.__name__: error_class
     for error_class in (
         errors.InvalidRequest,
+        errors.UnknownAutomaton,
         errors.ContextLengthExceeded,
         errors.ModelNotFound,
         errors.Overloaded,
@@ -269,6 +356,7 @@ def _sampling_to_wire(sampling: SamplingParams) -> pb.SamplingParams:
         stop_token_ids=sampling.stop_token_ids,
         min_tokens=sampling.min_tokens,
         ignore_eos=sampling.ignore_eos,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
 
 
@@ -297,41 +385,5 @@ def _sampling_from_wire(message: pb.SamplingParams) -> SamplingParams:
         stop_token_ids=tuple(message.stop_token_ids),
         min_tokens=message.min_tokens if message.HasField("min_tokens") else default.min_tokens,
         ignore_eos=message.ignore_eos if message.HasField("ignore_eos") else default.ignore_eos,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
-
-
-def _automaton_to_wire(automaton: TokenAutomaton) -> pb.TokenAutomaton:
-    return pb.TokenAutomaton(
-        states=[
-            pb.TokenAutomaton.State(
-                restrict=state.allowed is not None,
-                allowed=state.allowed or (),
-                forbidden=state.forbidden,
-                transitions=[
-                    pb.TokenAutomaton.State.Transition(token_id=token_id, state=target)
-                    for token_id, target in state.transitions
-                ],
-            )
-            for state in automaton.states
-        ],
-        start=automaton.start,
-    )
-
-
-def _automaton_from_wire(message: pb.TokenAutomaton) -> TokenAutomaton:
-    try:
-        return TokenAutomaton(
-            tuple(
-                AutomatonState(
-                    allowed=tuple(state.allowed) if state.restrict else None,
-                    forbidden=tuple(state.forbidden),
-                    transitions=tuple(
-                        (transition.token_id, transition.state) for transition in state.transitions
-                    ),
-                )
-                for state in message.states
-            ),
-            message.start,
-        )
-    except ValueError as error:
-        raise errors.InvalidRequest(f"constraint: {error}", "constraint") from error

@@ -72,7 +72,7 @@ class EngineServicer:
 
     def Generate(self, request, context):
         """Generates one sequence. The stream ends with exactly one response that has a finish_reason, or with an error status:
-        INVALID_ARGUMENT, RESOURCE_EXHAUSTED (inbox full; trailing metadata retry-after-s), DEADLINE_EXCEEDED, UNAVAILABLE (shutting down
+        INVALID_ARGUMENT, FAILED_PRECONDITION (constraint_ref names an automaton that the engine does not know: send it), RESOURCE_EXHAUSTED (inbox full; trailing metadata retry-after-s), DEADLINE_EXCEEDED, UNAVAILABLE (shutting down
         or dead), INTERNAL. The call's own deadline is the request's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -38,7 +38,7 @@ class EngineStub:
     def __new__(cls, channel: _aio.Channel) -> EngineAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_engine_pb2.GenerateRequest, _engine_pb2.GenerateResponse]
     """Generates one sequence. The stream ends with exactly one response that has a finish_reason, or with an error status:
-    INVALID_ARGUMENT, RESOURCE_EXHAUSTED (inbox full; trailing metadata retry-after-s), DEADLINE_EXCEEDED, UNAVAILABLE (shutting down
+    INVALID_ARGUMENT, FAILED_PRECONDITION (constraint_ref names an automaton that the engine does not know: send it), RESOURCE_EXHAUSTED (inbox full; trailing metadata retry-after-s), DEADLINE_EXCEEDED, UNAVAILABLE (shutting down
     or dead), INTERNAL. The call's own deadline is the request's.
     """
     GetInfo: _grpc.UnaryUnaryMultiCallable[_engine_pb2.GetInfoRequest, _engine_pb2.EngineInfo]
@@ -62,7 +62,7 @@ class EngineAsyncStub(EngineStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_engine_pb2.GenerateRequest, _engine_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates one sequence. The stream ends with exactly one response that has a finish_reason, or with an error status:
-    INVALID_ARGUMENT, RESOURCE_EXHAUSTED (inbox full; trailing metadata retry-after-s), DEADLINE_EXCEEDED, UNAVAILABLE (shutting down
+    INVALID_ARGUMENT, FAILED_PRECONDITION (constraint_ref names an automaton that the engine does not know: send it), RESOURCE_EXHAUSTED (inbox full; trailing metadata retry-after-s), DEADLINE_EXCEEDED, UNAVAILABLE (shutting down
     or dead), INTERNAL. The call's own deadline is the request's.
     """
     GetInfo: _aio.UnaryUnaryMultiCallable[_engine_pb2.GetInfoRequest, _engine_pb2.EngineInfo]  # type: ignore[assignment]
@@ -89,7 +89,7 @@ class EngineServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_engine_pb2.GenerateResponse], _abc.AsyncIterator[_engine_pb2.GenerateResponse]]:
         """Generates one sequence. The stream ends with exactly one response that has a finish_reason, or with an error status:
-        INVALID_ARGUMENT, RESOURCE_EXHAUSTED (inbox full; trailing metadata retry-after-s), DEADLINE_EXCEEDED, UNAVAILABLE (shutting down
+        INVALID_ARGUMENT, FAILED_PRECONDITION (constraint_ref names an automaton that the engine does not know: send it), RESOURCE_EXHAUSTED (inbox full; trailing metadata retry-after-s), DEADLINE_EXCEEDED, UNAVAILABLE (shutting down
         or dead), INTERNAL. The call's own deadline is the request's.
         """
 

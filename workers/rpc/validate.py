@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from workers.constraint.automaton import TokenAutomaton
-from workers.errors import InvalidRequest
+from workers.errors import InvalidRequest, ModelNotFound
 from workers.request import EngineRequest, SamplingParams
 
 MAX_LOGPROBS = 20
@@ -14,6 +14,7 @@ MAX_LOGIT_BIAS = 100.0
 """Absolute value of a bias; OpenAI's limit."""
 MAX_STOP_TOKEN_IDS = 128
 MAX_AUTOMATON_STATES = 4096
+MAX_SALT_CHARS = 256
 MAX_SEED = 2**64 - 1
 _MAX_COUNT = 2**31 - 1
 
@@ -39,8 +40,13 @@ def check_request(request: EngineRequest, vocab_size: int) -> None:
         )
     if request.deadline_s is not None and not request.deadline_s > 0:
         raise InvalidRequest(f"deadline_s must be above 0, got {request.deadline_s}", "deadline_s")
-    if request.constraint is not None:
-        _check_automaton(request.constraint, vocab_size)
+    if request.adapter is not None:
+        raise ModelNotFound(f"the engine has no adapter {request.adapter!r}")
+    if request.cache_salt is not None and not 0 < len(request.cache_salt) <= MAX_SALT_CHARS:
+        raise InvalidRequest(
+            f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, got {len(request.cache_salt)}",
+            "cache_salt",
+        )
 
 
 def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
@@ -65,6 +71,8 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         _check_integer("seed", sampling.seed, 0, MAX_SEED)
     if sampling.logprobs is not None:
         _check_integer("logprobs", sampling.logprobs, 0, MAX_LOGPROBS)
+    if sampling.prompt_logprobs is not None:
+        _check_integer("prompt_logprobs", sampling.prompt_logprobs, 0, MAX_LOGPROBS)
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(
             f"stop_token_ids has {len(sampling.stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are "
@@ -105,8 +113,13 @@ def _check_ids(token_ids: Sequence[int], param: str, vocab_size: int) -> None:
         )
 
 
-def _check_automaton(automaton: TokenAutomaton, vocab_size: int) -> None:
-    # Indices and empty states were refused when the automaton was built.
+def check_automaton(automaton: TokenAutomaton, vocab_size: int) -> None:
+    """Refuse an automaton that no sequence over this vocabulary can follow. Indices and empty
+    states were refused when it was built.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
     if len(automaton.states) > MAX_AUTOMATON_STATES:
         raise InvalidRequest(
             f"constraint has {len(automaton.states)} states, at most {MAX_AUTOMATON_STATES} are allowed",

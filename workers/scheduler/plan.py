@@ -9,7 +9,6 @@ token ids: prompt tokens came with `SequenceStart`, sampled ones are already on 
 
 from dataclasses import dataclass, field
 
-from workers.constraint.automaton import TokenAutomaton
 from workers.request import SamplingParams, TokenLogprobs
 
 
@@ -22,6 +21,7 @@ class SequenceStart:
             life.
         token_ids: prompt, then output tokens known so far.
         num_prompt_tokens: how many of them are the prompt.
+        constraint: id of its automaton, which the ranks hold; None: all tokens are allowed.
         full_blocks, sliding_blocks: block tables up to the tokens found in the prefix cache;
             NULL_BLOCK where none is needed.
     """
@@ -31,7 +31,7 @@ class SequenceStart:
     num_prompt_tokens: int
     sampling: SamplingParams
     stop_token_ids: tuple[int, ...] = ()
-    constraint: TokenAutomaton | None = None
+    constraint: bytes | None = None
     full_blocks: tuple[int, ...] = ()
     sliding_blocks: tuple[int, ...] = ()
 
@@ -52,8 +52,8 @@ class StepPlan:
         samples: whether the last computed position yields a token.
         new_blocks: (index into seq_ids, full blocks to append, sliding blocks to append), only
             where there are any.
-        masks: (seq_id, bitmask of allowed ids, little-endian bits) for sequences in a grammar
-            state.
+        automata: (id, encoded automaton) new to the ranks; applied before `starts`.
+        dropped_automata: ids that are forgotten; applied before `automata`.
     """
 
     step: int
@@ -64,7 +64,8 @@ class StepPlan:
     num_scheduled_tokens: tuple[int, ...] = ()
     samples: tuple[bool, ...] = ()
     new_blocks: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
-    masks: tuple[tuple[int, bytes], ...] = ()
+    automata: tuple[tuple[bytes, bytes], ...] = ()
+    dropped_automata: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

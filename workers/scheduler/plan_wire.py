@@ -3,11 +3,10 @@ front."""
 
 from typing import Any
 
-from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.request import SamplingParams, TokenLogprobs
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 def encode_plan(plan: StepPlan) -> bytes:
@@ -19,7 +18,7 @@ def encode_plan(plan: StepPlan) -> bytes:
             start.num_prompt_tokens,
             _sampling_to_wire(start.sampling),
             start.stop_token_ids,
-            None if start.constraint is None else _automaton_to_wire(start.constraint),
+            start.constraint,
             start.full_blocks,
             start.sliding_blocks,
         )
@@ -36,7 +35,8 @@ def encode_plan(plan: StepPlan) -> bytes:
             plan.num_scheduled_tokens,
             plan.samples,
             plan.new_blocks,
-            plan.masks,
+            plan.automata,
+            plan.dropped_automata,
         )
     )
 
@@ -56,7 +56,7 @@ def decode_plan(data: bytes) -> StepPlan:
             num_prompt_tokens=num_prompt_tokens,
             sampling=SamplingParams(*sampling),
             stop_token_ids=stop_token_ids,
-            constraint=None if constraint is None else _automaton_from_wire(constraint),
+            constraint=constraint,
             full_blocks=full_blocks,
             sliding_blocks=sliding_blocks,
         )
@@ -113,17 +113,6 @@ def _check_version(version: int) -> None:
 
 def _sampling_to_wire(sampling: SamplingParams) -> tuple[Any, ...]:
     return tuple(getattr(sampling, name) for name in SamplingParams.__slots__)
-
-
-def _automaton_to_wire(automaton: TokenAutomaton) -> tuple[Any, ...]:
-    return automaton.start, [
-        (state.allowed, state.forbidden, state.transitions) for state in automaton.states
-    ]
-
-
-def _automaton_from_wire(wire: tuple[Any, ...]) -> TokenAutomaton:
-    start, states = wire
-    return TokenAutomaton(tuple(AutomatonState(*state) for state in states), start)
 
 
 def _pack(message: tuple[Any, ...]) -> bytes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import compress
 
 from workers.config import BLOCK_SIZE, SchedulerConfig
+from workers.constraint.registry import HeldAutomata
 from workers.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from workers.kv_cache.manager import KVCacheManager
 from workers.request import EngineRequest, FinishReason
@@ -81,6 +82,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._drops: list[int] = []
+        self._automata = HeldAutomata()
         self._in_flight: deque[_InFlight] = deque()
         self.num_preemptions = 0
 
@@ -93,11 +95,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences not admitted yet, or preempted."""
         return len(self._waiting)
-
-    @property
-    def kv_usage(self) -> float:
-        """Share of KV blocks in use, 0 to 1, of the group that is fuller."""
-        return self._kv.usage
 
     @property
     def has_work(self) -> bool:
@@ -232,6 +229,7 @@ class Scheduler:
         sequences, seq_ids, num_computed_tokens, num_scheduled_tokens, sample_flags = zip(
             *entries, strict=True
         )
+        automata, dropped_automata = self._automata.take_changes()
         plan = StepPlan(
             step=self._step,
             starts=tuple(builder.starts),
@@ -241,6 +239,8 @@ class Scheduler:
             num_scheduled_tokens=num_scheduled_tokens,
             samples=sample_flags,
             new_blocks=tuple(builder.new_blocks),
+            automata=automata,
+            dropped_automata=dropped_automata,
         )
         self._step += 1
         self._drops.clear()
@@ -276,7 +276,9 @@ class Scheduler:
             sequence.num_computed_tokens = num_cached
             if sequence.num_preemptions == 0:
                 sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
-            blocks = sequence.blocks
+            blocks, constraint = sequence.blocks, sequence.request.constraint
+            if constraint is not None:
+                self._automata.use(constraint)
             builder.starts.append(
                 SequenceStart(
                     seq_id=sequence.seq_id,
@@ -284,7 +286,7 @@ class Scheduler:
                     num_prompt_tokens=sequence.num_prompt_tokens,
                     sampling=sequence.request.sampling,
                     stop_token_ids=sequence.stop_token_ids,
-                    constraint=sequence.request.constraint,
+                    constraint=None if constraint is None else constraint.id,
                     full_blocks=tuple(blocks.full),
                     sliding_blocks=tuple(blocks.sliding),
                 )
@@ -381,6 +383,8 @@ class Scheduler:
         forget it."""
         self._kv.release(sequence.blocks)
         self._drops.append(sequence.seq_id)
+        if sequence.request.constraint is not None:
+            self._automata.release(sequence.request.constraint)
         for step in self._in_flight:
             step.sequences = [None if entry is sequence else entry for entry in step.sequences]
 

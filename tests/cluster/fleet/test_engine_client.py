@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,9 @@ from cluster.fleet.client import EngineClient
 from cluster.fleet.table import Replica
 from tests.support.fake_engine import FakeEngine, Script
 from workers import errors
+from workers.constraint.automaton import AutomatonState, TokenAutomaton
+from workers.constraint.codec import Constraint
+from workers.constraint.registry import KnownAutomata
 from workers.request import EngineOutput, EngineRequest, SamplingParams
 
 REQUEST = EngineRequest("r1", (5, 6), SamplingParams(seed=1, logprobs=1, stop_token_ids=(9,)))
@@ -71,6 +75,68 @@ async def test_errors_keep_their_class(
     if isinstance(error, errors.Overloaded):
         assert isinstance(caught.value, errors.Overloaded)
         assert caught.value.retry_after_s == 7.0
+
+
+CONSTRAINT = Constraint.of(TokenAutomaton((AutomatonState((5, 9)),)))
+CONSTRAINED = replace(REQUEST, constraint=CONSTRAINT)
+
+
+def refs(engine: FakeEngine) -> list[tuple[bool, bool]]:
+    """(is named, is sent) of each message's automaton."""
+    return [
+        (message.HasField("constraint_ref"), message.constraint_ref.HasField("automaton"))
+        for message in engine.messages
+    ]
+
+
+async def test_an_automaton_is_sent_once_and_named_after_that(
+    client: EngineClient, engine: FakeEngine
+) -> None:
+    engine.answer = lambda request: Script([5, 9])
+    for _ in range(3):
+        assert (await read(client, engine, CONSTRAINED))[-1].token_ids == (9,)
+    assert refs(engine) == [(True, True), (True, False), (True, False)]
+    assert [request.constraint for request in engine.requests] == [CONSTRAINT] * 3
+
+
+async def test_an_engine_that_forgot_an_automaton_is_sent_it_within_the_same_call(
+    client: EngineClient, engine: FakeEngine
+) -> None:
+    engine.answer = lambda request: Script([5, 9])
+    await read(client, engine, CONSTRAINED)
+    engine.automata = KnownAutomata()
+    assert [output.token_ids for output in await read(client, engine, CONSTRAINED)] == [(5,), (9,)]
+    assert refs(engine) == [(True, True), (True, False), (True, True)]
+    assert len(engine.requests) == 2
+
+
+async def test_an_older_engine_is_sent_the_whole_automaton_each_time(
+    client: EngineClient, engine: FakeEngine
+) -> None:
+    engine.capabilities = ()
+    engine.answer = lambda request: Script([5, 9])
+    for _ in range(2):
+        await read(client, engine, CONSTRAINED)
+    assert refs(engine) == [(False, False)] * 2
+    assert [request.constraint for request in engine.requests] == [CONSTRAINT] * 2
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        replace(REQUEST, cache_salt="tenant"),
+        replace(REQUEST, adapter="polite"),
+        replace(REQUEST, sampling=replace(REQUEST.sampling, prompt_logprobs=0)),
+    ],
+    ids=["cache_salt", "adapter", "prompt_logprobs"],
+)
+async def test_what_an_engine_does_not_list_is_not_sent(
+    client: EngineClient, engine: FakeEngine, request_: EngineRequest
+) -> None:
+    engine.capabilities = ()
+    with pytest.raises(errors.NoReplica, match="does not know"):
+        await read(client, engine, request_)
+    assert engine.messages == []
 
 
 async def test_nobody_listening_is_engine_dead_within_seconds(client: EngineClient) -> None:

@@ -21,6 +21,7 @@ CLASSES = [
 STATUSES = {
     "InvalidRequest": 400,
     "ContextLengthExceeded": 400,
+    "UnknownAutomaton": 500,
     "ModelNotFound": 404,
     "Overloaded": 429,
     "DeadlineExceeded": 504,

@@ -17,6 +17,7 @@ import torch
 from kernels.sampling import SamplingBatch, sample
 from tests.support.tiny_model import TINY_BLOCK_BYTES, write_tiny_checkpoint
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
+from workers.constraint.codec import Constraint
 from workers.engine.llm import LLM
 from workers.engine.stream import ThreadReader
 from workers.request import EngineOutput, EngineRequest, SamplingParams
@@ -245,7 +246,7 @@ def test_penalties_bias_and_constraints_survive_preemption_and_resumption(checkp
         logit_bias=((6, 3.0), (7, 3.0)),
     )  # fmt: skip
     requests = [
-        EngineRequest(str(index), prompt, sampling, constraint=alternating)
+        EngineRequest(str(index), prompt, sampling, constraint=Constraint.of(alternating))
         for index, prompt in enumerate(PROMPTS)
     ]
     with LLM(

@@ -18,6 +18,7 @@ from tests.support.thread_ranks import on_ranks
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, ParallelConfig
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
+from workers.constraint.codec import Constraint
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.parallel.collectives import Alone, Collectives
@@ -40,6 +41,8 @@ def start(
     seq_id: int, tokens: tuple[int, ...], num_prompt: int | None = None, **rest: object
 ) -> SequenceStart:
     sampling = rest.pop("sampling", SamplingParams(seed=0))
+    if "constraint" in rest:
+        rest["constraint"] = Constraint.of(rest["constraint"]).id
     return SequenceStart(seq_id, tokens, len(tokens) if num_prompt is None else num_prompt, sampling, **rest)
 
 
@@ -148,27 +151,24 @@ def test_batches_equal_a_plain_simulation() -> None:
             tokens[seq_id].append(token)
 
 
-def build(
-    state: SamplingState, slots: list[int], positions: list[int], masks: dict[int, bytes] | None = None
-) -> SamplingBatch:
-    return state.build(np.array(slots), np.array(positions), masks or {}, InputBuffers(CPU))
+def build(state: SamplingState, slots: list[int], positions: list[int]) -> SamplingBatch:
+    return state.build(np.array(slots), np.array(positions), InputBuffers(CPU))
 
 
-def allowed_tokens(
-    state: SamplingState, slot: int, position: int, masks: dict[int, bytes] | None = None
-) -> set[int]:
+def allowed_tokens(state: SamplingState, slot: int, position: int) -> set[int]:
     """All tokens that can be sampled: with flat logits, each seed chooses one of them."""
-    batch = build(state, [slot], [position], masks)
     seeds = torch.arange(600)
-    many = state.build(
-        np.full(len(seeds), slot),
-        np.full(len(seeds), position),
-        {slot: masks[slot]} if masks else {},
-        InputBuffers(CPU),
-    )
-    assert batch.temperature is not None
+    many = build(state, [slot] * len(seeds), [position] * len(seeds))
+    assert many.temperature is not None
     object.__setattr__(many, "seeds", seeds)
     return set(sample(torch.zeros(len(seeds), VOCAB), many).token_ids.tolist())
+
+
+def sampling_state(num_slots: int, *automata: TokenAutomaton) -> SamplingState:
+    state = SamplingState(num_slots)
+    constraints = [Constraint.of(automaton) for automaton in automata]
+    state.update_automata([(constraint.id, constraint.body) for constraint in constraints], [])
+    return state
 
 
 def push(state: SamplingState, slot: int, token: int) -> None:
@@ -193,7 +193,8 @@ def test_parameters_that_nobody_uses_cost_nothing() -> None:
 
 
 def test_a_slot_forgets_its_last_tenant() -> None:
-    state = SamplingState(1)
+    only_one = TokenAutomaton((AutomatonState((1,)),))
+    state = sampling_state(1, only_one)
     everything = SamplingParams(
         temperature=1, seed=5, top_k=3, top_p=0.5, min_p=0.1, presence_penalty=1, frequency_penalty=1,
         repetition_penalty=2,
@@ -206,7 +207,7 @@ def test_a_slot_forgets_its_last_tenant() -> None:
             (1,),
             sampling=everything,
             stop_token_ids=(3,),
-            constraint=TokenAutomaton((AutomatonState((1,)),)),
+            constraint=only_one,
         ),
     )
     assert build(state, [0], [0]).penalties is not None
@@ -227,7 +228,7 @@ AUTOMATON = TokenAutomaton(
 
 
 def test_the_automaton_decides_what_may_come() -> None:
-    state = SamplingState(1)
+    state = sampling_state(1, AUTOMATON)
     state.start(0, start(0, (4, 5), sampling=SamplingParams(seed=0), constraint=AUTOMATON))
     assert allowed_tokens(state, 0, 0) == {1, 2, 3}
     push(state, 0, 1)
@@ -241,27 +242,29 @@ def test_the_automaton_decides_what_may_come() -> None:
 
 
 def test_the_automaton_replays_output_but_not_the_prompt() -> None:
-    for output in ((), (1,), (1, 2), (2, 5), (2, 5, 3), (2, 9, 9)):
-        state = SamplingState(2)
+    for output, expected in (
+        ((), {1, 2, 3}),
+        ((1,), {1, 2, 3}),
+        ((1, 2), set(range(10))),
+        ((2, 5), {1, 2, 3}),
+        ((2, 5, 3), {7}),
+        ((2, 9, 9), set(range(10))),
+    ):
+        state = sampling_state(2, AUTOMATON)
         state.start(0, start(0, (3, 3), sampling=SamplingParams(seed=0), constraint=AUTOMATON))
         for token in output:
             push(state, 0, token)
         state.start(
             1, start(1, (3, 3, *output), num_prompt=2, sampling=SamplingParams(seed=0), constraint=AUTOMATON)
         )
-        expected = AUTOMATON.start
-        for token in output:
-            expected = AUTOMATON.advance(expected, token)
-        assert allowed_tokens(state, 0, 0) == allowed_tokens(state, 1, 0)
-        assert (allowed_tokens(state, 1, 0) == {7}) == (expected == 2)
+        assert allowed_tokens(state, 0, 0) == allowed_tokens(state, 1, 0) == expected
 
 
-def test_bitmasks_and_automaton_both_hold() -> None:
-    state = SamplingState(1)
-    state.start(0, start(0, (4, 5), sampling=SamplingParams(seed=0), constraint=AUTOMATON))
-    mask = np.packbits([token in (2, 3, 9) for token in range(VOCAB)], bitorder="little").tobytes()
-    assert allowed_tokens(state, 0, 0, {0: mask}) == {2, 3}
-    assert allowed_tokens(state, 0, 0) == {1, 2, 3}
+def test_an_automaton_is_forgotten_and_its_tables_with_it() -> None:
+    state = sampling_state(1, AUTOMATON)
+    state.update_automata([], [Constraint.of(AUTOMATON).id])
+    with pytest.raises(KeyError):
+        state.start(0, start(0, (4, 5), constraint=AUTOMATON))
 
 
 def test_stop_tokens_wait_for_min_tokens() -> None:
@@ -274,14 +277,14 @@ def test_stop_tokens_wait_for_min_tokens() -> None:
 
 
 def test_a_constraint_is_stronger_than_min_tokens() -> None:
-    state = SamplingState(2)
-    sampling = SamplingParams(seed=0, min_tokens=3, max_tokens=9)
     only_stop = TokenAutomaton((AutomatonState(allowed=(5,)),))
-    state.start(0, start(0, (1,), sampling=sampling, stop_token_ids=(5,), constraint=only_stop))
-    assert allowed_tokens(state, 0, 0) == {5}
     all_but_stop_forbidden = TokenAutomaton(
         (AutomatonState(forbidden=tuple(range(5)) + tuple(range(6, VOCAB))),)
     )
+    state = sampling_state(2, only_stop, all_but_stop_forbidden)
+    sampling = SamplingParams(seed=0, min_tokens=3, max_tokens=9)
+    state.start(0, start(0, (1,), sampling=sampling, stop_token_ids=(5,), constraint=only_stop))
+    assert allowed_tokens(state, 0, 0) == {5}
     state.start(1, start(1, (1,), sampling=sampling, stop_token_ids=(5,), constraint=all_but_stop_forbidden))
     assert allowed_tokens(state, 1, 0) == {5}
 

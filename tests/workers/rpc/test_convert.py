@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.automata import automata
 from workers import errors
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
+from workers.constraint.codec import Constraint
+from workers.constraint.registry import KnownAutomata
 from workers.errors import InvalidRequest
 from workers.request import EngineLoad, EngineOutput, EngineRequest, SamplingParams, TokenLogprobs
 from workers.rpc import convert
@@ -23,20 +26,6 @@ REQUEST = EngineRequest("r1", (1, 2, 3), SamplingParams(seed=7))
 token_id = st.integers(0, VOCAB - 1)
 id_list = st.lists(token_id, max_size=6).map(tuple)
 float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
-
-
-@st.composite
-def automata(draw: st.DrawFn) -> TokenAutomaton:
-    count = draw(st.integers(1, 4))
-    state = st.builds(
-        AutomatonState,
-        allowed=st.none() | st.lists(token_id, min_size=1, max_size=4).map(tuple),
-        forbidden=id_list,
-        transitions=st.lists(st.tuples(token_id, st.integers(0, count - 1)), max_size=4).map(tuple),
-    )
-    return TokenAutomaton(
-        tuple(draw(st.lists(state, min_size=count, max_size=count))), draw(st.integers(0, count - 1))
-    )
 
 
 samplings = st.builds(
@@ -57,6 +46,7 @@ samplings = st.builds(
     stop_token_ids=id_list,
     min_tokens=st.integers(0, 100),
     ignore_eos=st.booleans(),
+    prompt_logprobs=st.none() | st.integers(0, MAX_LOGPROBS),
 )
 requests = st.builds(
     EngineRequest,
@@ -64,7 +54,8 @@ requests = st.builds(
     prompt_token_ids=st.lists(token_id, min_size=1, max_size=50).map(tuple),
     sampling=samplings,
     output_token_ids=id_list,
-    constraint=st.none() | automata(),
+    constraint=st.none() | automata(token_id).map(Constraint.of),
+    cache_salt=st.none() | st.text(min_size=1, max_size=20),
 )
 outputs = st.builds(
     EngineOutput,
@@ -77,13 +68,16 @@ outputs = st.builds(
     stop_token_id=st.none() | token_id,
     num_cached_tokens=st.integers(0, 2**31),
     error=st.none() | st.text(min_size=1),
+    prompt_logprobs=st.lists(st.builds(TokenLogprobs, float32), max_size=3).map(tuple),
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(requests, st.none() | st.floats(0.001, 1e6))
-def test_a_request_survives_the_wire(request_: EngineRequest, deadline_s: float | None) -> None:
-    data = convert.request_to_wire(request_).SerializeToString()
+@given(requests, st.none() | st.floats(0.001, 1e6), st.booleans())
+def test_a_request_survives_the_wire(
+    request_: EngineRequest, deadline_s: float | None, by_reference: bool
+) -> None:
+    data = convert.request_to_wire(request_, by_reference=by_reference).SerializeToString()
     back = convert.request_from_wire(
         pb.GenerateRequest.FromString(data), vocab_size=VOCAB, deadline_s=deadline_s
     )
@@ -114,7 +108,9 @@ def test_the_longest_prompt_fits_a_message() -> None:
 
 
 def test_info_and_load_survive_the_wire() -> None:
-    info = convert.EngineInfo("0.1.0", "tiny", "abc", 4096, 512, 16, "cpu", "float32", 10_000, 1, "a1b2")
+    info = convert.EngineInfo(
+        "0.1.0", "tiny", "abc", 4096, 512, 16, "cpu", "float32", 10_000, 1, "a1b2", ("a", "b")
+    )
     assert convert.info_from_wire(convert.info_to_wire(info)) == info
     load = EngineLoad(3, 4, 0.25, False)
     assert convert.load_from_wire(convert.load_to_wire(load)) == load
@@ -150,6 +146,7 @@ def test_info_and_load_survive_the_wire() -> None:
         ({"seed": 2**64}, "seed"),
         ({"logprobs": MAX_LOGPROBS + 1}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
+        ({"prompt_logprobs": MAX_LOGPROBS + 1}, "prompt_logprobs"),
         ({"stop_token_ids": (VOCAB,)}, "stop_token_ids"),
         ({"stop_token_ids": tuple(range(MAX_STOP_TOKEN_IDS + 1))}, "stop_token_ids"),
         ({"min_tokens": -1}, "min_tokens"),
@@ -175,17 +172,8 @@ def test_sampling_outside_its_range_names_the_field(change: dict[str, object], p
         ({"sampling": SamplingParams(n=2)}, "n"),
         ({"deadline_s": 0.0}, "deadline_s"),
         ({"deadline_s": math.nan}, "deadline_s"),
-        ({"constraint": TokenAutomaton((AutomatonState((VOCAB,)),))}, "constraint.states[0].allowed"),
-        ({"constraint": TokenAutomaton((AutomatonState(None, (VOCAB,)),))}, "constraint.states[0].forbidden"),
-        (
-            {"constraint": TokenAutomaton((AutomatonState(None, (), ((VOCAB, 0),)),))},
-            "constraint.states[0].transitions",
-        ),
-        (
-            {"constraint": TokenAutomaton((AutomatonState((1,)), AutomatonState(None, tuple(range(VOCAB)))))},
-            "constraint.states[1].forbidden",
-        ),
-        ({"constraint": TokenAutomaton((AutomatonState(),) * 5000)}, "constraint"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"cache_salt": "s" * 257}, "cache_salt"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -193,6 +181,62 @@ def test_a_request_no_engine_can_run_names_the_field(change: dict[str, object], 
     with pytest.raises(InvalidRequest) as caught:
         check_request(replace(REQUEST, **change), VOCAB)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("automaton", "param"),
+    [
+        (TokenAutomaton((AutomatonState((VOCAB,)),)), "constraint.states[0].allowed"),
+        (TokenAutomaton((AutomatonState(None, (VOCAB,)),)), "constraint.states[0].forbidden"),
+        (TokenAutomaton((AutomatonState(None, (), ((VOCAB, 0),)),)), "constraint.states[0].transitions"),
+        (
+            TokenAutomaton((AutomatonState((1,)), AutomatonState(None, tuple(range(VOCAB))))),
+            "constraint.states[1].forbidden",
+        ),
+        (TokenAutomaton((AutomatonState(),) * 5000), "constraint"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@pytest.mark.parametrize("by_reference", [False, True])
+def test_an_automaton_no_engine_can_run_names_the_field_and_is_not_remembered(
+    automaton: TokenAutomaton, param: str, by_reference: bool
+) -> None:
+    constraint, automata = Constraint.of(automaton), KnownAutomata()
+    message = convert.request_to_wire(replace(REQUEST, constraint=constraint), by_reference=by_reference)
+    with pytest.raises(InvalidRequest) as caught:
+        convert.request_from_wire(message, vocab_size=VOCAB, automata=automata)
+    assert caught.value.param == param
+    assert automata.get(constraint.id) is None
+
+
+def test_an_automaton_is_named_once_it_was_sent() -> None:
+    constraint, automata = Constraint.of(TokenAutomaton((AutomatonState((1,)),))), KnownAutomata()
+    named = convert.request_to_wire(
+        replace(REQUEST, constraint=constraint), by_reference=True, with_body=False
+    )
+    with pytest.raises(errors.UnknownAutomaton):
+        convert.request_from_wire(named, vocab_size=VOCAB, automata=automata)
+    sent = convert.request_to_wire(replace(REQUEST, constraint=constraint), by_reference=True)
+    assert convert.request_from_wire(sent, vocab_size=VOCAB, automata=automata).constraint == constraint
+    assert convert.request_from_wire(named, vocab_size=VOCAB, automata=automata).constraint == constraint
+
+
+def test_an_automaton_under_the_id_of_another_is_refused() -> None:
+    """It would be used for everybody who names that id."""
+    first, second = (Constraint.of(TokenAutomaton((AutomatonState((token,)),))) for token in (1, 2))
+    message = convert.request_to_wire(replace(REQUEST, constraint=first), by_reference=True)
+    message.constraint_ref.automaton = second.body
+    automata = KnownAutomata()
+    with pytest.raises(InvalidRequest) as caught:
+        convert.request_from_wire(message, vocab_size=VOCAB, automata=automata)
+    assert caught.value.param == "constraint_ref.id"
+    assert automata.get(first.id) is None
+
+
+def test_an_adapter_that_the_engine_does_not_have_is_not_found() -> None:
+    message = convert.request_to_wire(replace(REQUEST, adapter="polite"))
+    with pytest.raises(errors.ModelNotFound, match="'polite'"):
+        convert.request_from_wire(message, vocab_size=VOCAB)
 
 
 def test_the_edges_of_the_ranges_are_allowed() -> None:

@@ -5,7 +5,6 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 
-from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.request import SamplingParams, TokenLogprobs
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
 from workers.scheduler.plan_wire import PLAN_VERSION, decode_plan, decode_result, encode_plan, encode_result
@@ -30,21 +29,8 @@ sampling_params = st.builds(
     min_tokens=st.integers(0, 2**31),
     ignore_eos=st.booleans(),
     n=st.integers(1, 128),
+    prompt_logprobs=st.none() | st.integers(0, 20),
 )
-
-
-@st.composite
-def automata(draw: st.DrawFn) -> TokenAutomaton:
-    num_states = draw(st.integers(1, 4))
-    index = st.integers(0, num_states - 1)
-    state = st.builds(
-        AutomatonState,
-        allowed=st.none() | st.lists(int_ids, min_size=1, max_size=4).map(tuple),
-        forbidden=small_tuples,
-        transitions=st.lists(st.tuples(int_ids, index), max_size=3).map(tuple),
-    )
-    states = draw(st.lists(state, min_size=num_states, max_size=num_states))
-    return TokenAutomaton(tuple(states), draw(index))
 
 
 starts = st.builds(
@@ -54,7 +40,7 @@ starts = st.builds(
     num_prompt_tokens=int_ids,
     sampling=sampling_params,
     stop_token_ids=small_tuples,
-    constraint=st.none() | automata(),
+    constraint=st.none() | st.binary(max_size=16),
     full_blocks=small_tuples,
     sliding_blocks=small_tuples,
 )
@@ -68,7 +54,8 @@ plans = st.builds(
     num_scheduled_tokens=small_tuples,
     samples=st.lists(st.booleans(), max_size=5).map(tuple),
     new_blocks=st.lists(st.tuples(int_ids, small_tuples, small_tuples), max_size=3).map(tuple),
-    masks=st.lists(st.tuples(int_ids, st.binary(max_size=9)), max_size=3).map(tuple),
+    automata=st.lists(st.tuples(st.binary(max_size=16), st.binary(max_size=9)), max_size=3).map(tuple),
+    dropped_automata=st.lists(st.binary(max_size=16), max_size=3).map(tuple),
 )
 results = st.builds(
     StepResult,
@@ -107,12 +94,12 @@ def test_every_field_is_on_the_wire() -> None:
     """A field that is added and forgotten in the encoding would pass the tests above with its
     default."""
     sampling = SamplingParams(
-        7, 0.5, 0.9, 5, 0.1, 0.2, 0.3, 1.1, ((3, -1.5),), 2**64 - 1, 4, (8, 9), 2, True, 3
+        7, 0.5, 0.9, 5, 0.1, 0.2, 0.3, 1.1, ((3, -1.5),), 2**64 - 1, 4, (8, 9), 2, True, 3, 6
     )
-    start = SequenceStart(
-        1, (1, 2, 3), 2, sampling, (4, 5), TokenAutomaton((AutomatonState((1,)),)), (6,), (0,)
+    start = SequenceStart(1, (1, 2, 3), 2, sampling, (4, 5), b"id", (6,), (0,))
+    plan = StepPlan(
+        9, (start,), (2,), (1,), (16,), (1,), (True,), ((0, (7,), (8,)),), ((b"id", b"body"),), (b"old",)
     )
-    plan = StepPlan(9, (start,), (2,), (1,), (16,), (1,), (True,), ((0, (7,), (8,)),), ((1, b"\x01"),))
     result = StepResult(9, (1,), (5,), {1: TokenLogprobs(-0.5, ((5, -0.5),))}, 0.25, "broken", 0.5)
     for message, default in ((sampling, SamplingParams()), (plan, StepPlan(0)), (result, StepResult(0))):
         for name in type(message).__slots__:

@@ -301,7 +301,7 @@ def test_fail_all_ends_everything_in_order() -> None:
         SequenceUpdate(seq_id, finish_reason="error", error="rank 0 is gone") for seq_id in range(3)
     ]
     assert not scheduler.has_work
-    assert scheduler.kv_usage == 0
+    assert scheduler._kv.usage == 0
     scheduler.check_integrity()
 
 
@@ -329,7 +329,7 @@ def test_a_stop_token_wastes_one_entry_and_no_block() -> None:
         (STOP, "stop")
     ]
     assert not scheduler.has_work
-    assert scheduler.kv_usage == 0
+    assert scheduler._kv.usage == 0
     add(scheduler, 1, 150)  # needs the freed blocks
     following = scheduler.schedule()
     assert following is not None

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.support.simulated_rank import SimulatedRank
 from workers.config import SchedulerConfig
+from workers.constraint.codec import Constraint, automaton_id
 from workers.kv_cache.manager import KVCacheManager, num_blocks_for, sliding_blocks_per_sequence
 from workers.request import EngineRequest, SamplingParams
 from workers.scheduler.plan import StepPlan
@@ -120,8 +121,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         stop_token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2),
         resume=st.integers(0, 40),
+        constraint=st.none() | st.integers(0, 5),
     )
-    def add(self, prompt, max_tokens, min_tokens, ignore_eos, stop_token_ids, resume):
+    def add(self, prompt, max_tokens, min_tokens, ignore_eos, stop_token_ids, resume, constraint=None):
         prompt = prompt[: self.max_model_len - 1]
         room = self.max_model_len - len(prompt)
         max_tokens = None if max_tokens is None else min(max_tokens, room)
@@ -136,7 +138,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         request = EngineRequest(f"request {seq_id}", tuple(prompt), sampling)
         output, reason, stop = generate_alone(request, self.max_model_len)
         resumed = output[: resume if resume < 20 else 0]
-        request = EngineRequest(request.request_id, request.prompt_token_ids, sampling, tuple(resumed))
+        body = b"" if constraint is None else bytes([constraint])
+        request = EngineRequest(
+            request.request_id,
+            request.prompt_token_ids,
+            sampling,
+            tuple(resumed),
+            constraint=None if constraint is None else Constraint(automaton_id(body), body),
+        )
         self.scheduler.check(request)
         self.expected[seq_id] = (output, reason, stop)
         self.num_resumed[seq_id] = len(resumed)
@@ -211,7 +220,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
             assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.live)
-            assert 0.0 <= self.scheduler.kv_usage <= 1.0
+            assert 0.0 <= self.kv.usage <= 1.0
 
     def teardown(self):
         if hasattr(self, "scheduler"):
@@ -230,7 +239,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             while self.in_flight:
                 self.run_oldest()
             self.scheduler.check_integrity()
-            assert self.scheduler.kv_usage == 0.0
+            assert self.kv.usage == 0.0
+            assert self.scheduler._automata._num_users == {}
             starts = list(dict.fromkeys(self.rank.start_order))
             assert starts == sorted(starts), "admitted out of order"
 
@@ -261,6 +271,7 @@ def test_a_long_run_under_tiny_pools_meets_everything() -> None:
                         ignore_eos=choose.random() < 0.7,
                         stop_token_ids=[],
                         resume=choose.randrange(40),
+                        constraint=choose.choice([None, *range(6)]),
                     )
                     machine.steps(count=choose.randrange(8))
                     machine.plan()

@@ -1,0 +1,95 @@
+"""A token automaton as bytes: the one form in which gateways send it to engines and engines to
+ranks. It is a serialized `TokenAutomaton` of engine.proto, named by a hash of its content."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from workers.constraint.automaton import AutomatonState, TokenAutomaton
+
+if TYPE_CHECKING:
+    from workers.rpc import engine_pb2 as pb
+
+ID_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """An automaton as requests and plans carry it.
+
+    Attributes:
+        id: `automaton_id(body)`.
+        body: `encode` of the automaton.
+    """
+
+    id: bytes
+    body: bytes
+
+    @staticmethod
+    def of(automaton: TokenAutomaton) -> "Constraint":
+        """Encode an automaton."""
+        body = encode(automaton)
+        return Constraint(automaton_id(body), body)
+
+
+def automaton_id(body: bytes) -> bytes:
+    """Return the name of an encoded automaton: BLAKE2b-128 of its bytes."""
+    return hashlib.blake2b(body, digest_size=ID_BYTES).digest()
+
+
+def encode(automaton: TokenAutomaton) -> bytes:
+    """Return the automaton as bytes; equal automata give equal bytes within a version."""
+    from workers.rpc import engine_pb2 as pb  # here, since most processes have no constraint
+
+    message = pb.TokenAutomaton(
+        states=[
+            pb.TokenAutomaton.State(
+                restrict=state.allowed is not None,
+                allowed=state.allowed or (),
+                forbidden=state.forbidden,
+                transitions=[
+                    pb.TokenAutomaton.State.Transition(token_id=token_id, state=target)
+                    for token_id, target in state.transitions
+                ],
+            )
+            for state in automaton.states
+        ],
+        start=automaton.start,
+    )
+    return message.SerializeToString(deterministic=True)
+
+
+def decode(body: bytes) -> TokenAutomaton:
+    """Return the automaton of `encode`.
+
+    Raises:
+        ValueError: one sentence: the bytes are no automaton, or one without sense.
+    """
+    message = parse(body)
+    return TokenAutomaton(
+        tuple(
+            AutomatonState(
+                allowed=tuple(state.allowed) if state.restrict else None,
+                forbidden=tuple(state.forbidden),
+                transitions=tuple((entry.token_id, entry.state) for entry in state.transitions),
+            )
+            for state in message.states
+        ),
+        message.start,
+    )
+
+
+def parse(body: bytes) -> "pb.TokenAutomaton":
+    """Return the message, which takes about as much memory as the bytes do.
+
+    Raises:
+        ValueError: the bytes are no automaton.
+    """
+    from google.protobuf.message import DecodeError
+
+    from workers.rpc import engine_pb2 as pb
+
+    try:
+        return pb.TokenAutomaton.FromString(body)
+    except DecodeError as error:
+        raise ValueError("the bytes are not a TokenAutomaton") from error
