@@ -9,11 +9,12 @@ import pytest
 from cluster.assembly import build_service
 from cluster.config import CantataConfig, load_config
 from cluster.fleet.directory import ReplicaSet
-from cluster.fleet.table import Replica
+from cluster.fleet.probe import Patience
+from cluster.fleet.table import Replica, RoutingHint
 from cluster.generation import CompletionRequest, GenerationService, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.summary import start_up_summary
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import make_encoding
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.errors import NoReplica
@@ -150,3 +151,33 @@ def test_the_summary_says_when_memory_is_the_limit(longest: int, fp8_cache: bool
         needs_key=False,
     )
     assert f"\n  context   {said}" in text
+
+
+async def test_a_silent_replica_is_avoided_after_the_time_that_is_set(
+    tmp_path: Path, encoding: HarmonyEncoding, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.fleet.probe.PROBE_PERIOD_S", 0.01)
+    flags = {"engine.model_path": write_tiny_checkpoint(tmp_path / "model"), "gateway.probe_timeout_s": 0.2}
+    replicas = ReplicaSet()
+    hung, other = [Replica(f"r{index}", engine.address, "1") for index, engine in enumerate(engines[:2])]
+    replicas.replace([hung])
+    config = load_config(None, {}, {**flags, "engine.heartbeat_timeout_s": 7})
+    service, infos = build_service(config, encoding, replicas)
+    gate = asyncio.Event()
+    engines[0].gate_of_load = gate
+    engines[0].answer = lambda request: Script([5, 6], gate=gate, gate_after=1)
+    try:
+        await infos.first()
+        generation = await service.complete(CompletionRequest(prompts=((1, 2, 3),)))
+        replicas.replace([hung, other])
+        busy = [await replicas.choose(RoutingHint("r"), frozenset({hung.key})) for _ in range(3)]
+        async with asyncio.timeout(WAIT_S):
+            while (chosen := await replicas.choose(RoutingHint("r"), frozenset())) == hung:
+                replicas.release(hung)
+                await asyncio.sleep(0.01)
+        assert [*busy, chosen] == [other] * 4
+        assert service._client._patience == Patience(0.2, 7)
+        gate.set()
+        await generation.aclose()
+    finally:
+        await service.close()

@@ -43,6 +43,17 @@ async def test_replicas_that_are_missing_take_no_requests() -> None:
     assert replicas.missing() == ()
 
 
+async def test_silence_of_a_replica_that_has_left_is_not_kept() -> None:
+    """A call there may end after it has left the list; it may come back under its key."""
+    replicas = ReplicaSet()
+    a, b = Replica("a", "127.0.0.1:1"), Replica("b", "127.0.0.1:2")
+    replicas.replace([b])
+    replicas.silent(a, True)
+    replicas.replace([a, b])
+    assert await replicas.choose(HINT, frozenset({"a"})) == b
+    assert await replicas.choose(HINT, NONE) == a, "the least loaded one"
+
+
 async def test_gone_addresses_are_reported_once() -> None:
     replicas = ReplicaSet()
     gone: list[Replica] = []

@@ -4,13 +4,15 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from cluster.fleet import dispatch
 from cluster.fleet.client import EngineClient
 from cluster.fleet.directory import ReplicaSet
 from cluster.fleet.dispatch import MAX_ENGINE_DEATHS, RESUME_WAIT_S, Dispatcher
-from cluster.fleet.table import LoadTable, Replica
+from cluster.fleet.table import LoadTable, Replica, RoutingHint
 from cluster.metrics import GatewayMetrics
 from tests.support.fake_engine import FakeEngine, Script
 from workers import errors
@@ -26,7 +28,7 @@ class Cluster:
         self.engines = engines
         self.client = client
         self.loads = LoadTable(seed=3)
-        self.replicas = [Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)]
+        self.replicas = [Replica(f"r{index}", engine.address, "1") for index, engine in enumerate(engines)]
         self.metrics = GatewayMetrics()
         self.now = 0.0
         self.set = ReplicaSet(self.loads)
@@ -34,7 +36,7 @@ class Cluster:
         self.dispatcher = Dispatcher(self.set, client, self.metrics, clock=lambda: self.now)
 
     async def read(self, deadline: float | None = None) -> list[EngineOutput]:
-        async with aclosing(self.dispatcher.stream(REQUEST, deadline)) as outputs:
+        async with asyncio.timeout(60), aclosing(self.dispatcher.stream(REQUEST, deadline)) as outputs:
             return [output async for output in outputs]
 
     def retries(self, error: str) -> float:
@@ -293,6 +295,70 @@ async def test_a_stream_does_not_wait_for_ever_for_room(cluster: Cluster) -> Non
         engine.answer = answer
     with pytest.raises(errors.Overloaded):
         await cluster.read()
+
+
+async def test_the_wait_for_room_begins_anew_after_each_replica() -> None:
+    """What it waited for before it found room does not count."""
+    engines = [await FakeEngine().start() for _ in range(3)]
+    client = EngineClient()
+    cluster = Cluster(engines, client)
+    full = Script(refusal=errors.Overloaded("full", 0.0))
+    answers = [
+        (0.0, breaks_after(2, GONE)),
+        (0.0, lambda request: full),
+        (0.0, lambda request: full),
+        (0.6 * RESUME_WAIT_S, breaks_after(1, GONE)),
+        (0.6 * RESUME_WAIT_S, lambda request: full),
+        (0.0, goes_on),
+    ]
+
+    def answer(request: EngineRequest) -> Script:
+        passes_s, script = answers.pop(0)
+        cluster.now += passes_s
+        return script(request)
+
+    for engine in engines:
+        engine.answer = answer
+    assert [token for output in await cluster.read() for token in output.token_ids] == TOKENS
+    assert cluster.resumptions() == 2
+    await client.close()
+    for engine in engines:
+        await engine.stop()
+
+
+@pytest.mark.parametrize(("asked_s", "waits_s"), [(0.0, 0.05), (3.0, 3.0), (600.0, 5.0)])
+async def test_a_full_replica_is_asked_again_when_it_said_within_bounds(
+    monkeypatch: pytest.MonkeyPatch, asked_s: float, waits_s: float
+) -> None:
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(dispatch, "asyncio", SimpleNamespace(sleep=sleep))
+    tries = dispatch._Tries(lambda: 0.0)
+    assert tries.may_go_on(Replica("r", "host:1", "1"), errors.Overloaded("full", asked_s))
+    assert await tries.wait_for_room()
+    assert waited == [waits_s]
+
+
+async def test_what_the_router_is_told_of_a_prompt(cluster: Cluster) -> None:
+    """Its full blocks and what follows them, by which prompts part that are no longer."""
+
+    def hint(*tokens: int) -> RoutingHint:
+        return cluster.dispatcher._hint(replace(REQUEST, prompt_token_ids=tokens))
+
+    shared = tuple(range(1, 17))
+    first, second = hint(*shared, 5), hint(*shared, 6)
+    assert first.block_hashes == second.block_hashes
+    assert len(first.block_hashes) == 1
+    assert first.tail != second.tail
+    assert hint(5).tail != first.tail, "it stands for all before it"
+    assert hint(*shared).tail not in (b"", first.tail)
+    long = hint(*shared * 3000)
+    assert (len(long.block_hashes), long.tail) == (2048, b"")
+    cluster.set.replace(cluster.replicas[:1])
+    assert hint(*shared, 5).block_hashes == (), "with one replica there is nothing to choose"
 
 
 async def test_conversations_stay_with_their_replica(cluster: Cluster) -> None:

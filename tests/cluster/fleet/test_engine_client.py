@@ -139,6 +139,21 @@ async def test_what_an_engine_does_not_list_is_not_sent(
     assert engine.messages == []
 
 
+class WrongSecret(errors.CantataError):
+    """What an engine says that was started at the port of another one."""
+
+    status = "UNAUTHENTICATED"
+
+
+async def test_another_engine_at_the_address_is_no_failure_of_the_request(
+    client: EngineClient, engine: FakeEngine
+) -> None:
+    engine.answer = lambda request: Script(refusal=WrongSecret("who are you"))
+    with pytest.raises(errors.EngineDead) as caught:
+        await read(client, engine)
+    assert not caught.value.under_request
+
+
 async def test_nobody_listening_is_engine_dead_within_seconds(client: EngineClient) -> None:
     gone = await FakeEngine().start()
     await gone.stop()

@@ -14,6 +14,7 @@ from cluster.fleet.probe import Patience
 from cluster.fleet.table import Replica, RoutingHint
 from cluster.metrics import GatewayMetrics
 from tests.support.fake_engine import FakeEngine, Script
+from workers.errors import CantataError, DeadlineExceeded, EngineDead
 from workers.request import EngineRequest, SamplingParams
 
 TOKENS = [31, 32, 33, 34, 35, 36]
@@ -122,4 +123,56 @@ async def test_a_replica_without_sequences_is_not_asked(engines: list[FakeEngine
     assert watching is not None
     async with asyncio.timeout(20):
         await watching
+    await cluster.client.close()
+
+
+class NoCall:
+    """A call that is never broken off."""
+
+    def cancel(self) -> bool:
+        raise AssertionError("the replica is not lost yet")
+
+
+@pytest.mark.parametrize("end", [None, EngineDead("refused")], ids=["answers", "is-gone"])
+async def test_silence_is_told_once_and_ends_with_any_answer(
+    end: CantataError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after its last sequence has ended: otherwise it would be avoided for ever."""
+    monkeypatch.setattr(watch, "PROBE_PERIOD_S", 0.01)
+    late = DeadlineExceeded("no answer")
+    answers, silences, call = [late, late, late, end], [], NoCall()
+
+    async def ask(_: float) -> None:
+        await asyncio.sleep(0)
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    def on_silence(is_silent: bool) -> None:
+        silences.append(is_silent)
+        watching.discard(call)
+
+    watching = watch.ReplicaWatch(ask, on_silence, Patience(1.0, 1000.0))
+    watching.add(call)
+    assert watching._task is not None
+    async with asyncio.timeout(20):
+        await watching._task
+    assert silences == [True, False]
+
+
+async def test_a_replica_that_is_gone_for_good_is_not_asked(engines: list[FakeEngine]) -> None:
+    cluster, gate = Cluster(engines, Patience(0.2, 1000.0)), asyncio.Event()
+    for engine in engines:
+        hang(engine, gate)
+    reading = asyncio.create_task(cluster.read())
+    ((silent, _),) = await cluster.heard(1)
+    (replica,) = [replica for replica in cluster.replicas.known() if replica.id == silent]
+    task = cluster.client._watches[replica]._task
+    assert task is not None
+    await cluster.client.forget(replica)
+    async with asyncio.timeout(20):
+        await asyncio.wait([task])
+    assert task.cancelled()
+    assert replica not in cluster.client._watches
+    gate.set()
+    assert await reading == TOKENS
     await cluster.client.close()

@@ -168,7 +168,10 @@ def test_nesting() -> None:
     for _ in range(MAX_DEPTH // 2 - 1):
         schema = {"properties": {"a": schema}}
     assert problem(schema) is None
-    assert problem({"properties": {"a": {"items": schema}}}) == f"is nested deeper than {MAX_DEPTH} levels"
+    deeper = f"is nested deeper than {MAX_DEPTH} levels"
+    assert problem({"properties": {"a": {"items": schema}}}) == deeper
+    assert problem({"items": schema}) is None, "MAX_DEPTH levels, with the empty one inside"
+    assert problem({"items": {"items": schema}}) == deeper
 
 
 def test_a_long_path_is_shown_by_its_end() -> None:

@@ -117,6 +117,15 @@ def test_checkpoints_that_are_not_whole(checkpoint: Path) -> None:
     assert "tokenizer.json" in refusal(arguments(checkpoint))
 
 
+def test_settings_in_the_environment_of_a_node_are_refused(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CANTATA_GATEWAY__API_KEYS", "key")
+    build(arguments(checkpoint))
+    monkeypatch.setenv("CANTATA_ENGINE__DTYPE", "float32")
+    assert refusal(arguments(checkpoint)).startswith("CANTATA_ENGINE__DTYPE is set in the environment")
+
+
 def test_a_node_without_weights_may_build(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     (weights,) = checkpoint.glob("*.safetensors")
     weights.unlink()
