@@ -1,44 +1,12 @@
-"""What a generation produces, independent of transport. The harmony parser makes deltas,
-`cluster.generation` the rest."""
+"""What a generation produces, independent of transport: events of its choices' messages, how each
+choice finished, and what was used."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.harmony.message import MessageEvent
+
 FinishReason = Literal["stop", "length", "tool_calls"]
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningDelta:
-    """Text of the analysis channel."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """Text for the user: the final channel, or a commentary preamble."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallDelta:
-    """A piece of a tool call.
-
-    Attributes:
-        call_index: position among the turn's calls, from 0.
-        name: with the first piece of a call only; without the `functions.` namespace.
-        arguments: the next piece of the arguments' JSON text; may be empty.
-        id: set by the generation service with the first piece.
-    """
-
-    call_index: int
-    name: str | None = None
-    arguments: str = ""
-    id: str | None = None
-
-
-Delta = ReasoningDelta | TextDelta | ToolCallDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +41,19 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """A delta of one of the n choices.
+    """What happened to a message of one of the n choices. A completion is no message: of it there
+    are only pieces of text, each a MessageDelta.
 
     Attributes:
+        event: every MessageStart is followed by its MessageEnd before the choice finishes, unless
+            an error ends the generation.
         logprobs: where asked for; chat: of the text tokens it was made of; completions: one per
             entry of `token_ids`.
         token_ids: all tokens since the choice's previous event, markup included.
     """
 
     choice: int
-    delta: Delta
+    event: MessageEvent
     logprobs: tuple[TokenLogprob, ...] = ()
     token_ids: tuple[int, ...] = ()
 

@@ -1,18 +1,8 @@
-"""`POST /v1/chat/completions`: the body as a ChatRequest, the events of its generation as an answer
-or as chunks."""
+"""`POST /v1/chat/completions`: the body as a ChatRequest, its generation as an answer or chunks."""
 
 from collections.abc import AsyncGenerator, Sequence
 
-from cluster.events import (
-    ChoiceDelta,
-    ChoiceFinish,
-    ReasoningDelta,
-    TextDelta,
-    TokenCandidate,
-    TokenLogprob,
-    ToolCallDelta,
-    Usage,
-)
+from cluster.events import TokenCandidate, TokenLogprob, Usage
 from cluster.frontend import sse
 from cluster.frontend.answers import (
     AnswerMessage,
@@ -22,12 +12,20 @@ from cluster.frontend.answers import (
     ChunkChoice,
     ContentLogprob,
     DeltaBody,
-    FinishReason,
     FunctionBody,
-    ToolCallBody,
     ToolCallDeltaBody,
     TopLogprob,
     UsageBody,
+)
+from cluster.frontend.fold import (
+    AnswerChoice,
+    AnswerDelta,
+    Finish,
+    Fold,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallDelta,
+    whole_answer,
 )
 from cluster.frontend.sampling import check_stream_options, sampling_params, stop_strings
 from cluster.frontend.schema import ChatCompletionRequest, ChatTemplateKwargs, Message, TextPart, Tool
@@ -163,82 +161,46 @@ def _refuse_what_is_not_offered(body: ChatCompletionRequest) -> None:
 
 async def answer(generation: Generation, body: ChatCompletionRequest, fingerprint: str) -> ChatCompletion:
     """The whole answer, when the generation is over."""
-    choices = [_ChoiceBuilder(index, body) for index in range(body.n or 1)]
-    usage: UsageBody | None = None
-    async for event in generation:
-        if isinstance(event, Usage):
-            usage = usage_body(event)
-        else:
-            choices[event.choice].add(event)
-    assert usage is not None
+    whole = await whole_answer(generation, body.n or 1)
     result: ChatCompletion = {
         "id": generation.id,
         "object": "chat.completion",
         "created": generation.created_unix_s,
         "model": generation.model,
         "system_fingerprint": fingerprint or None,
-        "choices": [choice.body() for choice in choices],
-        "usage": usage,
+        "choices": [_choice_body(index, choice, body) for index, choice in enumerate(whole.choices)],
+        "usage": usage_body(whole.usage),
     }
     if body.return_token_ids:
         result["prompt_token_ids"] = list(generation.prompts[0])
     return result
 
 
-class _ChoiceBuilder:
-    def __init__(self, index: int, request: ChatCompletionRequest) -> None:
-        self._index = index
-        self._request = request
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls: list[ToolCallBody] = []
-        self._arguments: list[list[str]] = []
-        self._logprobs: list[ContentLogprob] = []
-        self._token_ids: list[int] = []
-        self._reason: FinishReason = "stop"
-        self._stop_reason: str | int | None = None
-
-    def add(self, event: ChoiceDelta | ChoiceFinish) -> None:
-        self._token_ids += event.token_ids
-        self._logprobs += map(_content_logprob, event.logprobs)
-        if isinstance(event, ChoiceFinish):
-            self._reason, self._stop_reason = event.reason, event.stop_reason
-            return
-        match event.delta:
-            case TextDelta(text):
-                self._text.append(text)
-            case ReasoningDelta(text):
-                self._reasoning.append(text)
-            case ToolCallDelta() as delta:
-                if delta.name is not None:
-                    self._calls.append(
-                        {"id": delta.id or "", "type": "function", "function": {"name": delta.name}}
-                    )
-                    self._arguments.append([])
-                self._arguments[delta.call_index].append(delta.arguments)
-
-    def body(self) -> ChatChoiceBody:
-        message: AnswerMessage = {
-            "role": "assistant",
-            "content": "".join(self._text) if self._text else None,
-            "refusal": None,
-        }
-        if self._reasoning and self._request.include_reasoning is not False:
-            message["reasoning"] = message["reasoning_content"] = "".join(self._reasoning)
-        for call, arguments in zip(self._calls, self._arguments, strict=True):
-            call["function"]["arguments"] = "".join(arguments)
-        if self._calls:
-            message["tool_calls"] = self._calls
-        body: ChatChoiceBody = {
-            "index": self._index,
-            "message": message,
-            "logprobs": {"content": self._logprobs, "refusal": None} if self._request.logprobs else None,
-            "finish_reason": self._reason,
-            "stop_reason": self._stop_reason,
-        }
-        if self._request.return_token_ids:
-            body["token_ids"] = self._token_ids
-        return body
+def _choice_body(index: int, choice: AnswerChoice, asked: ChatCompletionRequest) -> ChatChoiceBody:
+    message: AnswerMessage = {"role": "assistant", "content": choice.content, "refusal": None}
+    if choice.reasoning is not None and asked.include_reasoning is not False:
+        message["reasoning"] = message["reasoning_content"] = choice.reasoning
+    if choice.calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in choice.calls
+        ]
+    body: ChatChoiceBody = {
+        "index": index,
+        "message": message,
+        "logprobs": {"content": [_content_logprob(entry) for entry in choice.logprobs], "refusal": None}
+        if asked.logprobs
+        else None,
+        "finish_reason": choice.finish.reason,
+        "stop_reason": choice.finish.stop_reason,
+    }
+    if asked.return_token_ids:
+        body["token_ids"] = choice.token_ids
+    return body
 
 
 async def chunks(
@@ -251,6 +213,7 @@ async def chunks(
     continuous = include_usage and bool(options and options.continuous_usage_stats)
     include_reasoning = body.include_reasoning is not False
     frame = _ChunkFrame(generation, fingerprint, include_usage, continuous)
+    fold = Fold()
     for index in range(body.n or 1):
         chunk = frame.chunk([_chunk_choice(index, {"role": "assistant", "content": ""})])
         if body.return_token_ids and index == 0:
@@ -261,23 +224,22 @@ async def chunks(
             if include_usage:
                 yield sse.event({**frame.chunk([]), "usage": usage_body(event)})
             continue
-        if (
-            isinstance(event, ChoiceDelta)
-            and isinstance(event.delta, ReasoningDelta)
-            and not include_reasoning
-        ):
-            if not (body.return_token_ids and event.token_ids):
+        shown = fold.add(event)
+        if shown is None:
+            continue
+        if isinstance(shown.delta, ReasoningDelta) and not include_reasoning:
+            if not (body.return_token_ids and shown.token_ids):
                 continue
-            choice = _chunk_choice(event.choice, {})  # its text is left out, its tokens are not
+            choice = _chunk_choice(shown.choice, {})  # its text is left out, its tokens are not
         else:
-            choice = _event_choice(event)
-        if event.logprobs:
+            choice = _shown_choice(shown)
+        if shown.logprobs:
             choice["logprobs"] = {
-                "content": [_content_logprob(entry) for entry in event.logprobs],
+                "content": [_content_logprob(entry) for entry in shown.logprobs],
                 "refusal": None,
             }
         if body.return_token_ids:
-            choice["token_ids"] = list(event.token_ids)
+            choice["token_ids"] = list(shown.token_ids)
         yield sse.event(frame.chunk([choice]))
 
 
@@ -310,19 +272,19 @@ def _chunk_choice(index: int, delta: DeltaBody) -> ChunkChoice:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def _event_choice(event: ChoiceDelta | ChoiceFinish) -> ChunkChoice:
-    if isinstance(event, ChoiceFinish):
-        choice = _chunk_choice(event.choice, {})
-        choice["finish_reason"] = event.reason
-        choice["stop_reason"] = event.stop_reason
-        return choice
-    match event.delta:
+def _shown_choice(shown: AnswerDelta) -> ChunkChoice:
+    match shown.delta:
+        case Finish(reason, stop_reason):
+            choice = _chunk_choice(shown.choice, {})
+            choice["finish_reason"] = reason
+            choice["stop_reason"] = stop_reason
+            return choice
         case TextDelta(text):
-            return _chunk_choice(event.choice, {"content": text})
+            return _chunk_choice(shown.choice, {"content": text})
         case ReasoningDelta(text):
-            return _chunk_choice(event.choice, {"reasoning": text, "reasoning_content": text})
+            return _chunk_choice(shown.choice, {"reasoning": text, "reasoning_content": text})
         case ToolCallDelta() as delta:
-            return _chunk_choice(event.choice, {"tool_calls": [_call_delta(delta)]})
+            return _chunk_choice(shown.choice, {"tool_calls": [_call_delta(delta)]})
 
 
 def _call_delta(delta: ToolCallDelta) -> ToolCallDeltaBody:

@@ -2,16 +2,11 @@
 
 from collections.abc import AsyncGenerator, Sequence
 
-from cluster.events import ChoiceDelta, ChoiceFinish, TextDelta, TokenLogprob, Usage
+from cluster.events import TokenLogprob, Usage
 from cluster.frontend import schema, sse
-from cluster.frontend.answers import (
-    CompletionLogprobs,
-    FinishReason,
-    TextChoiceBody,
-    TextCompletion,
-    UsageBody,
-)
+from cluster.frontend.answers import CompletionLogprobs, FinishReason, TextChoiceBody, TextCompletion
 from cluster.frontend.chat import usage_body
+from cluster.frontend.fold import Finish, Fold, TextDelta, whole_answer
 from cluster.frontend.sampling import check_stream_options, sampling_params, stop_strings
 from cluster.generation import CompletionRequest, Generation
 from workers.errors import InvalidRequest
@@ -56,50 +51,45 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[str
 async def answer(generation: Generation, body: schema.CompletionRequest, fingerprint: str) -> TextCompletion:
     """The whole answer, when the generation is over."""
     n = body.n or 1
+    whole = await whole_answer(generation, n * len(generation.prompts))
     choices = [
-        _ChoiceBuilder(index, body, generation.prompts[index // n])
-        for index in range(n * len(generation.prompts))
+        _choice_body(
+            index,
+            choice.content or "",
+            choice.logprobs,
+            choice.finish,
+            body,
+            token_ids=choice.token_ids,
+            prompt=generation.prompts[index // n],
+        )
+        for index, choice in enumerate(whole.choices)
     ]
-    usage: UsageBody | None = None
-    async for event in generation:
-        if isinstance(event, Usage):
-            usage = usage_body(event)
-        else:
-            choices[event.choice].add(event)
-    return {**_frame(generation, fingerprint, [choice.body() for choice in choices]), "usage": usage}
+    return {**_frame(generation, fingerprint, choices), "usage": usage_body(whole.usage)}
 
 
-class _ChoiceBuilder:
-    def __init__(self, index: int, request: schema.CompletionRequest, prompt: tuple[int, ...]) -> None:
-        self._index = index
-        self._request = request
-        self._prompt = prompt
-        self._text: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._token_ids: list[int] = []
-        self._reason: FinishReason | None = None
-        self._stop_reason: str | int | None = None
-
-    def add(self, event: ChoiceDelta | ChoiceFinish) -> None:
-        self._token_ids += event.token_ids
-        self._logprobs += event.logprobs
-        if isinstance(event, ChoiceFinish):
-            self._reason, self._stop_reason = event.reason, event.stop_reason
-        elif isinstance(event.delta, TextDelta):
-            self._text.append(event.delta.text)
-
-    def body(self) -> TextChoiceBody:
-        body: TextChoiceBody = {
-            "index": self._index,
-            "text": "".join(self._text),
-            "logprobs": _logprobs_body(self._logprobs) if self._request.logprobs is not None else None,
-            "finish_reason": self._reason,
-            "stop_reason": self._stop_reason,
-        }
-        if self._request.return_token_ids:
-            body["token_ids"] = self._token_ids
-            body["prompt_token_ids"] = list(self._prompt)
-        return body
+def _choice_body(
+    index: int,
+    text: str,
+    logprobs: Sequence[TokenLogprob],
+    finish: Finish | None,
+    asked: schema.CompletionRequest,
+    *,
+    token_ids: Sequence[int],
+    prompt: Sequence[int] | None,
+) -> TextChoiceBody:
+    reason: FinishReason | None = None if finish is None else finish.reason
+    body: TextChoiceBody = {
+        "index": index,
+        "text": text,
+        "logprobs": _logprobs_body(logprobs) if asked.logprobs is not None else None,
+        "finish_reason": reason,
+        "stop_reason": None if finish is None else finish.stop_reason,
+    }
+    if asked.return_token_ids:
+        body["token_ids"] = list(token_ids)
+        if prompt is not None:
+            body["prompt_token_ids"] = list(prompt)
+    return body
 
 
 async def chunks(
@@ -112,17 +102,25 @@ async def chunks(
     continuous = include_usage and bool(options and options.continuous_usage_stats)
     n = body.n or 1
     begun: set[int] = set()
+    fold = Fold()
     async for event in generation:
         if isinstance(event, Usage):
             if include_usage:
                 yield sse.event({**_frame(generation, fingerprint, []), "usage": usage_body(event)})
             continue
-        builder = _ChoiceBuilder(event.choice, body, generation.prompts[event.choice // n])
-        builder.add(event)
-        choice = builder.body()
-        if event.choice in begun:
-            choice.pop("prompt_token_ids", None)
-        begun.add(event.choice)
+        shown = fold.add(event)
+        if shown is None:
+            continue
+        choice = _choice_body(
+            shown.choice,
+            shown.delta.text if isinstance(shown.delta, TextDelta) else "",
+            shown.logprobs,
+            shown.delta if isinstance(shown.delta, Finish) else None,
+            body,
+            token_ids=shown.token_ids,
+            prompt=None if shown.choice in begun else generation.prompts[shown.choice // n],
+        )
+        begun.add(shown.choice)
         chunk = _frame(generation, fingerprint, [choice])
         if include_usage:
             chunk["usage"] = usage_body(generation.usage()) if continuous else None

@@ -9,31 +9,20 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc.aio
-from google.protobuf import struct_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.config import GatewayConfig
-from cluster.events import (
-    ChoiceDelta,
-    ChoiceFinish,
-    FinishReason,
-    ReasoningDelta,
-    TextDelta,
-    TokenLogprob,
-    ToolCallDelta,
-    Usage,
-)
 from cluster.frontend.edge import is_known_key
 from cluster.frontend.errors import Unauthenticated, as_cantata_error
+from cluster.frontend.fold import Fold
 from cluster.frontend.grpc_handlers import DecodeErrors, add_InferenceServicer_to_server, decoded
-from cluster.generation import ChatRequest, FieldNames, Generation, GenerationService
+from cluster.frontend.grpc_messages import chat_event, chat_request, chat_response
+from cluster.generation import ChatRequest, GenerationService
 from cluster.generation.requests import check_num_messages
-from cluster.harmony.conversation import ChatMessage, ReasoningEffort, Role, ToolCall, ToolDefinition
 from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
-from workers.errors import CantataError, InvalidRequest
-from workers.request import SamplingParams
+from workers.errors import CantataError
 from workers.rpc.convert import error_to_metadata
 
 if TYPE_CHECKING:
@@ -48,25 +37,6 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_PERIOD_S = 1.0
 _INLINE_BYTES = 64 * 1024
 
-_ROLES: dict[int, Role] = {
-    pb.ROLE_SYSTEM: "system",
-    pb.ROLE_DEVELOPER: "developer",
-    pb.ROLE_USER: "user",
-    pb.ROLE_ASSISTANT: "assistant",
-    pb.ROLE_TOOL: "tool",
-}
-_EFFORTS: dict[int, ReasoningEffort | None] = {
-    pb.REASONING_EFFORT_UNSPECIFIED: None,
-    pb.REASONING_EFFORT_LOW: "low",
-    pb.REASONING_EFFORT_MEDIUM: "medium",
-    pb.REASONING_EFFORT_HIGH: "high",
-}
-_FINISH: dict[FinishReason, pb.FinishReason.ValueType] = {
-    "stop": pb.FINISH_REASON_STOP,
-    "length": pb.FINISH_REASON_LENGTH,
-    "tool_calls": pb.FINISH_REASON_TOOL_CALLS,
-}
-
 
 class InferenceApi:
     """The API in terms of its messages, without a server: errors are raised as CantataError."""
@@ -79,7 +49,7 @@ class InferenceApi:
         """A whole answer."""
         generation = await self._service.chat(await self._asked(request), request_id)
         try:
-            return await _response(generation, request)
+            return await chat_response(generation, request)
         finally:
             await generation.aclose()
 
@@ -90,8 +60,11 @@ class InferenceApi:
         work."""
         generation = await self._service.chat(await self._asked(request), request_id)
         try:
+            fold = Fold()
             async for event in generation:
-                yield _event(generation.id, event)
+                message = chat_event(generation.id, event, fold)
+                if message is not None:
+                    yield message
         finally:
             await generation.aclose()
 
@@ -112,184 +85,6 @@ class InferenceApi:
                 pb.Model(id=model.id, max_model_len=model.max_model_len) for model in self._service.models()
             ]
         )
-
-
-def chat_request(request: pb.ChatRequest) -> ChatRequest:
-    """What the service is asked. Fields are named in errors as the HTTP API spells them.
-
-    Raises:
-        InvalidRequest: a role, effort or schema that is none.
-    """
-    if request.reasoning_effort not in _EFFORTS:
-        raise InvalidRequest("reasoning_effort must be LOW, MEDIUM or HIGH.", "reasoning_effort")
-    return ChatRequest(
-        messages=tuple(
-            _message(message, f"messages[{index}]") for index, message in enumerate(request.messages)
-        ),
-        sampling=_sampling(request),
-        tools=tuple(_tool(tool) for tool in request.tools),
-        stop=tuple(request.stop),
-        reasoning_effort=_EFFORTS[request.reasoning_effort],
-        model=request.model or None,
-        names=FieldNames(logprobs="top_logprobs"),
-    )
-
-
-def _message(message: pb.Message, path: str) -> ChatMessage:
-    if message.role not in _ROLES:
-        raise InvalidRequest(
-            f"{path}.role must be SYSTEM, DEVELOPER, USER, ASSISTANT or TOOL.", f"{path}.role"
-        )
-    role = _ROLES[message.role]
-    return ChatMessage(
-        role=role,
-        content=message.content,
-        reasoning=(message.reasoning or None) if role == "assistant" else None,
-        tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
-        tool_call_id=message.tool_call_id or None,
-    )
-
-
-def _tool(tool: pb.Tool) -> ToolDefinition:
-    return ToolDefinition(
-        tool.name, tool.description, _plain_object(tool.parameters) if tool.HasField("parameters") else None
-    )
-
-
-def _plain_object(struct: struct_pb2.Struct) -> dict[str, object]:
-    # A Struct has no order; sorted, the same tools give the same prompt in every process, and so
-    # the same cached prefix.
-    return {name: _plain(struct.fields[name]) for name in sorted(struct.fields)}
-
-
-def _plain(value: struct_pb2.Value) -> object:
-    """As JSON would have been read: a Struct knows only floating-point numbers, and whole ones are
-    integers."""
-    match value.WhichOneof("kind"):
-        case "number_value":
-            return int(value.number_value) if value.number_value.is_integer() else value.number_value
-        case "string_value":
-            return value.string_value
-        case "bool_value":
-            return value.bool_value
-        case "struct_value":
-            return _plain_object(value.struct_value)
-        case "list_value":
-            return [_plain(entry) for entry in value.list_value.values]
-        case _:
-            return None
-
-
-def _sampling(request: pb.ChatRequest) -> SamplingParams:
-    default = SamplingParams()
-    return SamplingParams(
-        max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
-        temperature=request.temperature if request.HasField("temperature") else default.temperature,
-        top_p=request.top_p if request.HasField("top_p") else default.top_p,
-        top_k=request.top_k if request.HasField("top_k") else default.top_k,
-        min_p=request.min_p if request.HasField("min_p") else default.min_p,
-        presence_penalty=request.presence_penalty
-        if request.HasField("presence_penalty")
-        else default.presence_penalty,
-        frequency_penalty=request.frequency_penalty
-        if request.HasField("frequency_penalty")
-        else default.frequency_penalty,
-        repetition_penalty=request.repetition_penalty
-        if request.HasField("repetition_penalty")
-        else default.repetition_penalty,
-        logit_bias=tuple(sorted(request.logit_bias.items())),
-        seed=request.seed if request.HasField("seed") else None,
-        logprobs=request.top_logprobs if request.HasField("top_logprobs") else None,
-        stop_token_ids=tuple(request.stop_token_ids),
-        min_tokens=request.min_tokens if request.HasField("min_tokens") else default.min_tokens,
-        ignore_eos=request.ignore_eos if request.HasField("ignore_eos") else default.ignore_eos,
-        n=request.n if request.HasField("n") else default.n,
-    )
-
-
-async def _response(generation: Generation, request: pb.ChatRequest) -> pb.ChatResponse:
-    response = pb.ChatResponse(
-        id=generation.id, model=generation.model, created_unix_s=generation.created_unix_s
-    )
-    texts: list[tuple[list[str], list[str]]] = []
-    arguments: list[list[list[str]]] = []
-    for index in range(request.n if request.HasField("n") else 1):
-        response.choices.add(index=index).message.role = pb.ROLE_ASSISTANT
-        texts.append(([], []))
-        arguments.append([])
-    async for event in generation:
-        if isinstance(event, Usage):
-            response.usage.CopyFrom(_usage(event))
-            continue
-        choice = response.choices[event.choice]
-        choice.logprobs.extend(map(_logprob, event.logprobs))
-        if isinstance(event, ChoiceFinish):
-            choice.finish_reason = _FINISH[event.reason]
-            continue
-        match event.delta:
-            case TextDelta(text):
-                texts[event.choice][0].append(text)
-            case ReasoningDelta(text):
-                texts[event.choice][1].append(text)
-            case ToolCallDelta() as delta:
-                if delta.name is not None:
-                    choice.message.tool_calls.add(id=delta.id or "", name=delta.name)
-                    arguments[event.choice].append([])
-                arguments[event.choice][delta.call_index].append(delta.arguments)
-    for choice, (content, reasoning), calls in zip(response.choices, texts, arguments, strict=True):
-        choice.message.content = "".join(content)
-        choice.message.reasoning = "".join(reasoning)
-        for call, pieces in zip(choice.message.tool_calls, calls, strict=True):
-            call.arguments = "".join(pieces)
-    return response
-
-
-def _event(id: str, event: ChoiceDelta | ChoiceFinish | Usage) -> pb.ChatEvent:
-    match event:
-        case Usage():
-            return pb.ChatEvent(id=id, usage=_usage(event))
-        case ChoiceFinish():
-            return pb.ChatEvent(id=id, choice=event.choice, finish=pb.Finish(reason=_FINISH[event.reason]))
-    match event.delta:
-        case TextDelta(text):
-            return pb.ChatEvent(
-                id=id,
-                choice=event.choice,
-                text=pb.TextDelta(text=text, logprobs=map(_logprob, event.logprobs)),
-            )
-        case ReasoningDelta(text):
-            return pb.ChatEvent(id=id, choice=event.choice, reasoning=pb.ReasoningDelta(text=text))
-        case ToolCallDelta() as delta:
-            call = pb.ToolCallDelta(
-                call_index=delta.call_index,
-                id=delta.id or "",
-                name=delta.name or "",
-                arguments=delta.arguments,
-            )
-            return pb.ChatEvent(id=id, choice=event.choice, tool_call=call)
-
-
-def _usage(usage: Usage) -> pb.Usage:
-    return pb.Usage(
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
-        completion_tokens=usage.completion_tokens,
-        reasoning_tokens=usage.reasoning_tokens,
-    )
-
-
-def _logprob(entry: TokenLogprob) -> pb.TokenLogprob:
-    return pb.TokenLogprob(
-        token=entry.chosen.token_bytes,
-        token_id=entry.chosen.token_id,
-        logprob=entry.chosen.logprob,
-        top=[
-            pb.TokenLogprob.Candidate(
-                token=candidate.token_bytes, token_id=candidate.token_id, logprob=candidate.logprob
-            )
-            for candidate in entry.top
-        ],
-    )
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):

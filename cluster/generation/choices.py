@@ -1,27 +1,19 @@
-"""One choice: the engine's tokens in, deltas and the finish out. Pure state machines over token
-ids."""
+"""One choice: the engine's tokens in, events of its messages and the finish out. Pure state
+machines over token ids."""
 
-import uuid
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from cluster.events import (
-    ChoiceDelta,
-    ChoiceFinish,
-    Delta,
-    FinishReason,
-    TextDelta,
-    TokenCandidate,
-    TokenLogprob,
-    ToolCallDelta,
-)
+from cluster.events import ChoiceDelta, ChoiceFinish, FinishReason, TokenLogprob
+from cluster.generation.logprobs import token_logprob
 from cluster.harmony.encoding import HarmonyEncoding, IncrementalDecoder
 from cluster.harmony.header import Repair
+from cluster.harmony.message import Kind, Message, MessageDelta, MessageEnd, MessageEvent, MessageStart, shows
 from cluster.harmony.parse import HarmonyParser
 from cluster.harmony.stop import StopStrings
-from workers.request import EngineOutput, TokenLogprobs
+from workers.request import EngineOutput
 
 ChoiceEvent = ChoiceDelta | ChoiceFinish
 
@@ -47,15 +39,15 @@ class Choice(Protocol):
 
 
 class _EventLog:
-    """The events of one push, neighbours of the same kind joined, each with the tokens since the
-    one before."""
+    """The events of one push, each with the tokens since the one before; pieces of one message are
+    joined."""
 
     def __init__(self, index: int) -> None:
         self._index = index
         self._token_ids: list[int] = []
         self._events: list[ChoiceEvent] = []
-        # The first of the neighbours, the texts of all of them.
-        self._joined: Delta | None = None
+        # The first of the pieces, the texts of all of them.
+        self._joined: MessageStart | MessageDelta | None = None
         self._texts: list[str] = []
         self._joined_logprobs: list[TokenLogprob] = []
         self._joined_ids: list[int] = []
@@ -63,11 +55,16 @@ class _EventLog:
     def token(self, token_id: int) -> None:
         self._token_ids.append(token_id)
 
-    def delta(self, delta: Delta, logprobs: Sequence[TokenLogprob] = ()) -> None:
-        if self._joined is None or not _continues(self._joined, delta):
+    def add(self, event: MessageEvent, logprobs: Sequence[TokenLogprob] = ()) -> None:
+        if isinstance(event, MessageEnd):
             self._close()
-            self._joined = delta
-        self._texts.append(delta.arguments if isinstance(delta, ToolCallDelta) else delta.text)
+            self._events.append(ChoiceDelta(self._index, event, token_ids=tuple(self._token_ids)))
+            self._token_ids.clear()
+            return
+        if self._joined is None or isinstance(event, MessageStart):
+            self._close()
+            self._joined = event
+        self._texts.append(event.text)
         self._joined_logprobs += logprobs
         self._joined_ids += self._token_ids
         self._token_ids.clear()
@@ -88,9 +85,9 @@ class _EventLog:
 
     def _close(self) -> None:
         if self._joined is not None:
-            delta = _with_text(self._joined, "".join(self._texts))
+            event = replace(self._joined, text="".join(self._texts))
             self._events.append(
-                ChoiceDelta(self._index, delta, tuple(self._joined_logprobs), tuple(self._joined_ids))
+                ChoiceDelta(self._index, event, tuple(self._joined_logprobs), tuple(self._joined_ids))
             )
             self._joined = None
             self._texts.clear()
@@ -98,14 +95,68 @@ class _EventLog:
             self._joined_ids.clear()
 
 
-def _continues(left: Delta, right: Delta) -> bool:
-    if isinstance(left, ToolCallDelta) and isinstance(right, ToolCallDelta):
-        return right.name is None and left.call_index == right.call_index
-    return type(left) is type(right)
+class _StopGate:
+    """Holds back the events of text messages as long as their text may become a stop string, which
+    may begin in one message and end in the next.
 
+    Attributes:
+        matched: the stop string that was found.
+    """
 
-def _with_text(delta: Delta, text: str) -> Delta:
-    return replace(delta, arguments=text) if isinstance(delta, ToolCallDelta) else replace(delta, text=text)
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.matched: str | None = None
+        self._strings = StopStrings(stop)
+        self._held: deque[MessageEvent] = deque()
+        # The message that is open for those who see what was let through.
+        self._open: Message | None = None
+        self._shown: list[str] = []
+
+    def push(self, event: MessageEvent) -> list[MessageEvent]:
+        """What may be shown now; with a stop string, all that stands in front of it."""
+        if isinstance(event, MessageEnd):
+            return self.follow(event)
+        self._held.append(event)
+        result = self._strings.push(event.text)
+        self.matched = result.matched
+        released = self._release(len(result.text))
+        return released if self.matched is None else released + self._cut_off()
+
+    def follow(self, event: MessageEvent) -> list[MessageEvent]:
+        """What may be shown now, where an event without text comes after what is held."""
+        self._held.append(event)
+        return self._release(0)
+
+    def flush(self) -> list[MessageEvent]:
+        """What was held back, where something else than text is shown next."""
+        return self._release(len(self._strings.flush()))
+
+    def _release(self, num_chars: int) -> list[MessageEvent]:
+        released: list[MessageEvent] = []
+        while self._held:
+            event = self._held.popleft()
+            if not isinstance(event, MessageEnd) and len(event.text) > num_chars:
+                self._held.appendleft(MessageDelta(event.text[num_chars:]) if num_chars else event)
+                if not num_chars:
+                    break
+                event = replace(event, text=event.text[:num_chars])
+            match event:
+                case MessageStart(_, message, text):
+                    self._open, self._shown = message, [text]
+                    num_chars -= len(text)
+                case MessageDelta(text):
+                    self._shown.append(text)
+                    num_chars -= len(text)
+                case MessageEnd():
+                    self._open = None
+            released.append(event)
+        return released
+
+    def _cut_off(self) -> list[MessageEvent]:
+        """Drop what is held, and end the message that a stop string cut off."""
+        self._held.clear()
+        if self._open is None:
+            return []
+        return [MessageEnd(replace(self._open, content="".join(self._shown)))]
 
 
 class ChatChoice:
@@ -134,11 +185,12 @@ class ChatChoice:
         self.finished = False
         self._encoding = encoding
         self._parser = HarmonyParser(encoding, tools)
-        self._stop = StopStrings(stop) if stop else None
+        self._gate = _StopGate(stop) if stop else None
         self._parallel_tool_calls = parallel_tool_calls
         self._ends_with_turn = ends_with_turn
         self._log = _EventLog(index)
-        self._has_calls = False
+        self._kind: Kind = "text"
+        self._num_calls = 0
         # Logprobs of text tokens whose text is not out yet, and how many characters have been
         # parsed and shown.
         self._pending: deque[TokenLogprob] = deque()
@@ -168,58 +220,66 @@ class ChatChoice:
             ):
                 break  # a stop token that the client named ends the turn and is no part of its text
             before = self._num_parsed
-            deltas = self._parser.push(token_id)
+            events = self._parser.push(token_id)
             if output.logprobs and self._parser.part == "text":
                 self._pending.append(
                     token_logprob(self._encoding, token_id, output.logprobs[position], before)
                 )
-            for delta in deltas:
-                self._take(delta)
+            for event in events:
+                self._take(event)
                 if self.finished:
                     return self._log.take()
         if output.finish_reason is not None or (self._ends_with_turn and self._parser.turn_over):
             self._end(output)
         return self._log.take()
 
-    def _take(self, delta: Delta) -> None:
-        if isinstance(delta, TextDelta):
-            self._num_parsed += len(delta.text)
-            if self._stop is None:
-                self._show(delta.text)
-                return
-            result = self._stop.push(delta.text)
-            self._show(result.text)
-            if result.matched is not None:
-                self._pending.clear()
-                self._finish("tool_calls" if self._has_calls else "stop", result.matched)
+    def _take(self, event: MessageEvent) -> None:
+        if isinstance(event, MessageStart):
+            self._kind = event.message.kind
+        if self._kind != "text":
+            self._take_other(event)
+            return
+        if not isinstance(event, MessageEnd):
+            self._num_parsed += len(event.text)
+        if self._gate is None:
+            self._show(event)
+            return
+        for shown in self._gate.push(event):
+            self._show(shown)
+        if self._gate.matched is not None:
+            self._pending.clear()
+            self._finish("tool_calls" if self._num_calls else "stop", self._gate.matched)
+
+    def _take_other(self, event: MessageEvent) -> None:
+        """An event of reasoning or of a call; stop strings do not concern it."""
+        if self._gate is not None and not shows(event):
+            for shown in self._gate.follow(event):
+                self._show(shown)
             return
         self._show_held()
-        if isinstance(delta, ToolCallDelta):
-            if delta.call_index > 0 and not self._parallel_tool_calls:
+        if isinstance(event, MessageStart) and self._kind == "tool_call":
+            if self._num_calls and not self._parallel_tool_calls:
                 self._finish("tool_calls", None)
                 return
-            if delta.name is not None:
-                self._has_calls = True
-                delta = ToolCallDelta(
-                    delta.call_index, delta.name, delta.arguments, f"call_{uuid.uuid4().hex[:24]}"
-                )
-        self._log.delta(delta)
+            self._num_calls += 1
+        self._log.add(event)
 
-    def _show(self, text: str) -> None:
-        if text:
-            self._num_shown += len(text)
-            logprobs = []
+    def _show(self, event: MessageEvent) -> None:
+        logprobs = []
+        if not isinstance(event, MessageEnd):
+            self._num_shown += len(event.text)
             while self._pending and self._pending[0].text_offset < self._num_shown:
                 logprobs.append(self._pending.popleft())
-            self._log.delta(TextDelta(text), logprobs)
+        self._log.add(event, logprobs)
 
     def _show_held(self) -> None:
-        if self._stop is not None:
-            self._show(self._stop.flush())
+        if self._gate is not None:
+            for event in self._gate.flush():
+                self._show(event)
 
     def _end(self, output: EngineOutput) -> None:
-        for delta in self._parser.finish():
-            self._take(delta)
+        for event in self._parser.finish():
+            self._take(event)
             if self.finished:
                 return
         self._show_held()
@@ -227,7 +287,7 @@ class ChatChoice:
             self._finish("length", None)
             return
         own_end = output.stop_token_id is None or output.stop_token_id in self._encoding.stop_token_ids
-        self._finish("tool_calls" if self._has_calls else "stop", None if own_end else output.stop_token_id)
+        self._finish("tool_calls" if self._num_calls else "stop", None if own_end else output.stop_token_id)
 
     def _finish(self, reason: FinishReason, stop_reason: str | int | None) -> None:
         self.finished = True
@@ -271,7 +331,7 @@ class CompletionChoice:
         """See Choice."""
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         if self._echo:
-            self._log.delta(TextDelta(self._echo))
+            self._log.add(MessageDelta(self._echo))
             self._echo = ""
         for position, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
@@ -311,7 +371,7 @@ class CompletionChoice:
 
     def _show(self, text: str) -> None:
         if text:
-            self._log.delta(TextDelta(text), self._pending)
+            self._log.add(MessageDelta(text), self._pending)
             self._pending.clear()
 
     def _end(self, output: EngineOutput) -> None:
@@ -329,27 +389,3 @@ class CompletionChoice:
     def _finish(self, reason: FinishReason, stop_reason: str | int | None) -> None:
         self.finished = True
         self._log.finish(reason, stop_reason, self._pending)
-
-
-def token_logprob(
-    encoding: HarmonyEncoding, token_id: int, logprobs: TokenLogprobs, text_offset: int
-) -> TokenLogprob:
-    """The engine's numbers with the tokens' texts."""
-    top = tuple(_candidate(encoding, other, logprob) for other, logprob in logprobs.top)
-    return TokenLogprob(_candidate(encoding, token_id, logprobs.logprob), text_offset, top)
-
-
-def _candidate(encoding: HarmonyEncoding, token_id: int, logprob: float) -> TokenCandidate:
-    return TokenCandidate(token_id, token_text(encoding, token_id), encoding.token_bytes(token_id), logprob)
-
-
-def token_text(encoding: HarmonyEncoding, token_id: int) -> str:
-    """How a single token is shown: its text, the name of a special token, or `bytes:` and hex
-    escapes for a part of a character."""
-    token_bytes = encoding.token_bytes(token_id)
-    if not token_bytes:
-        return encoding.decode([token_id], skip_special_tokens=False)
-    try:
-        return token_bytes.decode("utf-8")
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)

@@ -2,13 +2,15 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from cluster.events import ChoiceFinish, GenerationEvent, Usage
+from cluster.events import ChoiceDelta, ChoiceFinish, GenerationEvent, Usage
 from cluster.fleet.dispatch import Dispatcher
 from cluster.generation.choices import Choice, ChoiceEvent
+from cluster.harmony.message import shows
 from cluster.metrics import GatewayMetrics
 from workers.errors import CantataError
 from workers.request import EngineOutput, EngineRequest
@@ -73,7 +75,7 @@ class Generation:
         self._deadline = deadline
         self._on_end = on_end
         self._events: asyncio.Queue[ChoiceEvent | Exception] = asyncio.Queue(_QUEUE_SIZE)
-        self._first: GenerationEvent | None = None
+        self._first: deque[GenerationEvent] = deque()
         self._num_unfinished = len(self._jobs)
         self._usage_sent = False
         self._refused = False
@@ -82,21 +84,24 @@ class Generation:
         self._tasks = [asyncio.create_task(self._run(job)) for job in self._jobs]
 
     async def begin(self) -> None:
-        """Wait for the first event, so that a request that cannot be served fails here and not in
-        its stream.
+        """Wait for the first event that a client sees, so that a request that cannot be served
+        fails here and not in its stream.
 
         Raises:
             CantataError: as iterating does; the generation is closed then.
         """
-        self._first = await self._next()
+        while True:
+            event = await self._next()
+            self._first.append(event)
+            if not isinstance(event, ChoiceDelta) or shows(event.event):
+                return
 
     def __aiter__(self) -> "Generation":
         return self
 
     async def __anext__(self) -> GenerationEvent:
-        if self._first is not None:
-            event, self._first = self._first, None
-            return event
+        if self._first:
+            return self._first.popleft()
         return await self._next()
 
     async def aclose(self) -> None:

@@ -13,7 +13,8 @@ import orjson
 from cluster.fleet.client import EngineClient
 from cluster.fleet.dispatch import Dispatcher
 from cluster.fleet.table import Replica, ReplicaDirectory
-from cluster.generation.choices import ChatChoice, CompletionChoice, token_text
+from cluster.generation.choices import ChatChoice, CompletionChoice
+from cluster.generation.logprobs import token_text
 from cluster.generation.requests import (
     GREEDY_BELOW,
     ChatRequest,

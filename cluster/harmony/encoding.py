@@ -55,6 +55,7 @@ class HarmonyEncoding:
         start, end, message, channel, constrain, return_, call, endoftext: ids of the harmony
             tokens.
         stop_token_ids: the ids that end a turn.
+        control_tokens: the names of the harmony tokens, without their brackets, by id.
         special_ids: ids of all special tokens, reserved ones included.
         max_token_bytes: of the longest token: a text of n characters has at least n /
             max_token_bytes tokens.
@@ -83,6 +84,7 @@ class HarmonyEncoding:
         self.call = special_ids["<|call|>"]
         self.endoftext = special_ids["<|endoftext|>"]
         self.stop_token_ids = (self.return_, self.call, self.endoftext)
+        self.control_tokens = {special_ids[name]: name[2:-2] for name in HARMONY_TOKENS}
         self.special_ids = frozenset(special_ids.values())
         self._special_by_name = special_ids
         self._name_by_special = {token_id: name for name, token_id in special_ids.items()}

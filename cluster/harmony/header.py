@@ -8,8 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-Channel = Literal["analysis", "commentary", "final"]
-CHANNELS: tuple[Channel, ...] = ("analysis", "commentary", "final")
+from cluster.harmony.message import CHANNELS, FUNCTIONS, Channel, Message
 
 Repair = Literal[
     "no_markup",  # text without any markup: a final answer
@@ -41,8 +40,16 @@ Repair = Literal[
 ]
 """How the output departed from the format, and what was made of it."""
 
-MAX_NAME_CHARS = 128
+MAX_NAME_BYTES = 128
+MAX_TYPE_BYTES = 32
+MAX_HEADER_TOKENS = 200
+"""A longer header is no header: what it does not explain is shown as the body. The longest one that
+a message can be written with again has fewer bytes."""
 
+Place = Literal["role", "channel", "constrain"]
+"""The token that header text stands behind; `role` is `<|start|>`."""
+
+_ROLE = "assistant"
 _CHANNEL = re.compile(r"\s*((?:(?!to=)[^\s<{\[(\"])*)")
 _RECIPIENT = re.compile(r"\s*to=(?:[ ](?=functions\.))?([^\s<|>]*)(?:[<|>]\S*)?")
 _BARE_RECIPIENT = re.compile(r"\s*(functions\.[^\s<|>]+)")
@@ -55,45 +62,118 @@ _PEOPLE = frozenset({"", "assistant", "user", "all", "system", "developer", *CHA
 class Segment:
     """Header text behind one control token (or behind the role)."""
 
-    kind: Literal["role", "channel", "constrain"]
+    kind: Place
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class MessageHeader:
-    """What a generated message is.
+class HeaderReader:
+    """Collects the header of one message and says what the message is.
 
     Attributes:
-        channel: None where the header names none.
-        recipient: as written behind `to=`; None: the message is for nobody in particular.
-        content_type: such as `json`; nothing depends on it.
-        tool: name of the called function, without namespace; None: the message is no call.
-        leftover: header text that is none of these; the body's beginning where `<|message|>` was
-            forgotten.
+        place: which control token the text that comes now stands behind.
+        started: whether `<|start|>` stands in front.
+        foreign: the header names another role than the assistant's; nothing else of it counts.
+        num_tokens: tokens of text so far.
     """
 
-    channel: Channel | None = None
-    recipient: str | None = None
-    content_type: str | None = None
-    tool: str | None = None
-    leftover: str = ""
+    def __init__(
+        self,
+        tools: Collection[str] | None,
+        repairs: Counter[Repair],
+        place: Place = "role",
+        *,
+        started: bool = True,
+        text: str = "",
+    ) -> None:
+        """
+        Args:
+            tools: names of the declared functions; None: not known, every name is taken.
+            repairs: departures from the format are counted here.
+            text: what is known to stand there already.
+        """
+        self.place = place
+        self.started = started
+        self.foreign = False
+        self.num_tokens = 0
+        self._tools = tools
+        self._repairs = repairs
+        self._text = text
+        self._segments: list[Segment] = []
 
-    @property
-    def kind(self) -> Literal["reasoning", "text", "tool_call"]:
-        """The recipient, not the channel, makes a message a call."""
-        if self.tool is not None:
-            return "tool_call"
-        return "reasoning" if self.channel == "analysis" else "text"
+    def add(self, text: str) -> None:
+        """Take the text of the next token."""
+        self._text += text
+        self.num_tokens += 1
+
+    def close_segment(self, text: str = "", place: Place | None = None) -> None:
+        """End the text behind the last control token; sets `foreign` if it names another role.
+
+        Args:
+            text: its last characters.
+            place: the control token that follows; None: the header ends here.
+        """
+        text, self._text = self._text + text, ""
+        if self.place == "role":
+            behind_role = self._behind_role(text)
+            if behind_role is None:
+                self.foreign = True
+                return
+            text = behind_role
+        self._segments.append(Segment(self.place, text))
+        if place is not None:
+            self.place = place
+
+    def read(self) -> tuple[Message, str]:
+        """The message without its content, and the header text that is none of channel, recipient
+        and type. The last segment must have been closed."""
+        return read_header(self._segments, self._tools, self._repairs)
+
+    def text_without_markup(self) -> str | None:
+        """What stands there if it cannot be the beginning of a header any more, without the role
+        that began the turn; None while it can."""
+        if self.place != "role" or _may_be_role(self._text, self.started):
+            return None
+        return self._text.lstrip().removeprefix(_ROLE) if self.started else self._text
+
+    def count_unmarked(self, num_messages: int) -> None:
+        """Count that what stands there is no header after all; a role that never was begun counts
+        as missing_start already.
+
+        Args:
+            num_messages: messages of the turn before this one.
+        """
+        if self.place != "role":
+            self._repairs["missing_message"] += 1
+        elif self.started:
+            self._repairs["no_markup" if num_messages == 0 else "missing_message"] += 1
+
+    def _behind_role(self, text: str) -> str | None:
+        stripped = text.lstrip()
+        if stripped.startswith(_ROLE):
+            rest = stripped.removeprefix(_ROLE)
+            if rest.lstrip().startswith(_ROLE):
+                self._repairs["repeated_role"] += 1
+                rest = rest.lstrip().removeprefix(_ROLE)
+            return rest
+        if self.started:
+            if stripped and not stripped.startswith((*CHANNELS, "to=")):
+                self._repairs["foreign_role"] += 1
+                return None
+            self._repairs["missing_role"] += 1
+        return stripped
 
 
 def read_header(
     segments: Sequence[Segment], tools: Collection[str] | None, repairs: Counter[Repair]
-) -> MessageHeader:
-    """Reads the header text behind the role.
+) -> tuple[Message, str]:
+    """Read the header text behind the role.
 
     Args:
         tools: names of the declared functions; None: not known, every name is taken.
         repairs: departures from the format are counted here.
+    Returns:
+        The message, still without content and end, and the text that is none of these: the
+        content's beginning where `<|message|>` was forgotten.
     """
     channels: list[str] = []
     recipients: list[str] = []
@@ -129,17 +209,16 @@ def read_header(
         repairs["repeated_channel"] += 1
     if len(recipients) > 1:
         repairs["repeated_recipient"] += 1
-    recipient = recipients[0] if recipients else None
     channel = _known_channel(channels[0], repairs) if channels else None
-    if recipient is None and channel != "final" and any(segment.kind == "constrain" for segment in segments):
+    if not recipients and channel != "final" and any(segment.kind == "constrain" for segment in segments):
         repairs["constrain_without_recipient"] += 1
-    return MessageHeader(
+    message = Message(
+        "assistant",
+        recipient=_repaired_recipient(recipients[0], tools, repairs) if recipients else None,
         channel=channel,
-        recipient=recipient,
-        content_type=content_type,
-        tool=None if recipient is None else _tool_name(recipient, tools, repairs),
-        leftover="".join(leftovers),
+        content_type=None if content_type is None else _cut(content_type, MAX_TYPE_BYTES),
     )
+    return message, "".join(leftovers)
 
 
 def _known_channel(word: str, repairs: Counter[Repair]) -> Channel:
@@ -154,21 +233,57 @@ def _known_channel(word: str, repairs: Counter[Repair]) -> Channel:
     return cast(Channel, nearest[0]) if nearest else "commentary"
 
 
-def _tool_name(recipient: str, tools: Collection[str] | None, repairs: Counter[Repair]) -> str | None:
-    name = recipient.removeprefix("functions.")
-    if name in _PEOPLE and (name == recipient or not name):
+def _repaired_recipient(written: str, tools: Collection[str] | None, repairs: Counter[Repair]) -> str | None:
+    """The recipient as written, or the declared function that is meant; None: nobody who could be
+    called."""
+    name = written.removeprefix(FUNCTIONS)
+    bare = name == written
+    if name in _PEOPLE and (bare or not name):
         repairs["recipient_not_a_tool"] += 1
         return None
-    if name == recipient:
+    if bare:
         repairs["recipient_without_namespace"] += 1
-    if len(name) > MAX_NAME_CHARS:
+    if (cut := _cut(name, MAX_NAME_BYTES)) != name:
         repairs["recipient_cut"] += 1
-        name = name[:MAX_NAME_CHARS]
-    if tools is None or name in tools:
-        return name
+        name = cut
+    if tools is not None and name not in tools:
+        glued = (channel for channel in CHANNELS if name.endswith(channel))
+        meant = next((short for c in glued if (short := name.removesuffix(c)) in tools), None)
+        if meant is None:
+            repairs["unknown_tool"] += 1
+            return name if bare else FUNCTIONS + name
+        repairs["recipient_cut"] += 1
+        name = meant
+    return name if bare and tools is None else FUNCTIONS + name
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    """The longest beginning of `text` that has at most `max_bytes` bytes."""
+    if len(text) * 4 <= max_bytes:
+        return text
+    return text.encode()[:max_bytes].decode("utf-8", "ignore")
+
+
+def _may_be_role(text: str, started: bool) -> bool:
+    """Whether more text, or a control token, could still make `text` the part of a header in front
+    of `<|channel|>` or `<|message|>`.
+
+    Args:
+        started: whether `<|start|>` stands in front.
+    """
+    rest = text.lstrip()
+    if rest.startswith(_ROLE):
+        rest = rest.removeprefix(_ROLE)
+    elif started or _ROLE.startswith(rest):
+        return True
+    rest = rest.lstrip()
+    if _ROLE.startswith(rest):
+        return True
+    rest = rest.removeprefix(_ROLE).lstrip()
     for channel in CHANNELS:
-        if name.endswith(channel) and name.removesuffix(channel) in tools:
-            repairs["recipient_cut"] += 1
-            return name.removesuffix(channel)
-    repairs["unknown_tool"] += 1
-    return name
+        if channel.startswith(rest):
+            return True
+        if rest.startswith(channel):
+            rest = rest.removeprefix(channel).lstrip()
+            break
+    return rest.startswith("to=") or "to=".startswith(rest)

@@ -1,31 +1,51 @@
-"""Generated harmony tokens as reasoning, text and tool calls, token by token. Total: any ids in any
-order give a turn."""
+"""Generated harmony tokens as messages, token by token. Total: any ids in any order give a turn."""
 
 from collections import Counter
 from collections.abc import Collection
-from enum import Enum, auto
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, cast
 
-from cluster.events import Delta, ReasoningDelta, TextDelta, ToolCallDelta
 from cluster.harmony.encoding import HarmonyEncoding, IncrementalDecoder
-from cluster.harmony.header import CHANNELS, MessageHeader, Repair, Segment, read_header
+from cluster.harmony.header import MAX_HEADER_TOKENS, HeaderReader, Place, Repair
+from cluster.harmony.message import End, Kind, Message, MessageDelta, MessageEnd, MessageEvent, MessageStart
 
-Part = Literal["reasoning", "text", "tool_call", "markup"]
+Part = Kind | Literal["markup"]
 
-MAX_HEADER_TOKENS = 128
-"""A longer header is no header: what it does not explain is shown as the body. The longest name
-takes MAX_NAME_CHARS tokens at most."""
+_AS_WRITTEN: tuple[Repair, ...] = (
+    "after_turn",
+    "unknown_tool",
+    "call_not_closed",
+    "call_without_recipient",
+)
+"""Departures that change nothing of how a message is read: its ids give the same message again."""
 
-_ROLE = "assistant"
 
+class _Trail:
+    """The ids of the message that is being read.
 
-class _State(Enum):
-    ROLE = auto()  # behind <|start|>, or behind <|start|>assistant: role and recipient
-    CHANNEL = auto()  # behind <|channel|>: channel name, recipient, content type
-    CONSTRAIN = auto()  # behind <|constrain|>: content type
-    BODY = auto()  # behind <|message|>
-    BETWEEN = auto()  # behind the end of a message
-    OVER = auto()  # somebody else's message: everything further is dropped
+    Attributes:
+        ids: from `<|start|>` on, or from wherever a message without it began.
+    """
+
+    def __init__(self, start: int, repairs: Counter[Repair]) -> None:
+        self.ids: list[int] = []
+        self._start = start
+        self._repairs = repairs
+        self._num_departures = 0
+
+    def begin(self, ids: list[int]) -> None:
+        """A message begins with these ids."""
+        self.ids = ids
+        self._num_departures = self._count()
+
+    def as_written(self) -> tuple[int, ...] | None:
+        """The ids if they give the same message wherever they stand; None if the message departed
+        from the format."""
+        whole = self.ids[:1] == [self._start] and self._count() == self._num_departures
+        return tuple(self.ids) if whole else None
+
+    def _count(self) -> int:
+        return self._repairs.total() - sum(self._repairs[kind] for kind in _AS_WRITTEN)
 
 
 class HarmonyParser:
@@ -34,16 +54,15 @@ class HarmonyParser:
     The state is a function of the tokens, so a turn can be resumed by pushing its tokens again.
     Well-formed turns give what openai_harmony's StreamableParser gives; where the two differ on a
     malformed one is listed at `cluster.harmony.header.Repair`. Header text is never shown, also
-    when the turn is cut off inside it.
+    when the turn is cut off inside it. Every message that starts ends, the last one in `finish`.
 
     Attributes:
         part: what the last pushed token belonged to. `markup` are control tokens, header text,
             dropped tokens, and also the first tokens of a turn without markup as long as they could
             be a header.
-        has_tool_calls: whether the turn holds a call.
         num_reasoning_tokens: tokens in the bodies of analysis messages.
-        num_messages: messages opened so far; a delta belongs to the last one.
-        header: of the message whose body is being read; None outside.
+        num_messages: messages opened so far; an event belongs to the last one.
+        message: whose body is being read, without its content; None outside.
         turn_over: the turn has ended: `<|return|>`, `<|call|>`, `<|endoftext|>`, or the model
             opened somebody else's message.
         repairs: how often the output departed from the format, by kind.
@@ -55,287 +74,190 @@ class HarmonyParser:
             tools: names of the declared functions, to tell unknown ones; None: not known.
         """
         self.part: Part = "markup"
-        self.has_tool_calls = False
         self.num_reasoning_tokens = 0
         self.num_messages = 0
-        self.header: MessageHeader | None = None
+        self.message: Message | None = None
         self.turn_over = False
         self.repairs: Counter[Repair] = Counter()
         self._encoding = encoding
         self._tools = None if tools is None else frozenset(tools)
         self._decoder = IncrementalDecoder(encoding)
-        self._state = _State.ROLE
-        self._segments: list[Segment] = []
-        self._text = _ROLE
-        self._started = True
-        self._num_header_tokens = 0
-        self._num_calls = 0
-        self._finished = False
+        # A header or a body is being read; between messages neither.
+        self._header: HeaderReader | None = HeaderReader(self._tools, self.repairs, text="assistant")
+        self._kind: Kind = "text"
+        self._content: list[str] = []
+        self._closed = False
+        self._trail = _Trail(encoding.start, self.repairs)
+        self._trail.begin([encoding.start, *encoding.encode_literal("assistant")])
 
-    def push(self, token_id: int) -> list[Delta]:
-        """Takes the next token; the deltas that it completes. Never raises, whatever the id."""
+    def push(self, token_id: int) -> list[MessageEvent]:
+        """Take the next token; the events that it completes. Never raises, whatever the id."""
         self.part = "markup"
-        if self._finished or self._state is _State.OVER:
+        if self._closed:
             return []
-        encoding = self._encoding
-        if token_id == encoding.start:
-            return self._on_start()
-        if token_id in (encoding.channel, encoding.constrain):
-            return self._on_header_token(_State.CHANNEL if token_id == encoding.channel else _State.CONSTRAIN)
-        if token_id == encoding.message:
-            return self._on_message()
-        if token_id == encoding.end or token_id in encoding.stop_token_ids:
-            return self._on_end(token_id)
-        if not encoding.token_bytes(token_id):
-            self.repairs["stray_token"] += 1
-            return []
-        return self._on_body_text(token_id) if self._state is _State.BODY else self._on_header_text(token_id)
+        self._trail.ids.append(token_id)
+        control = self._encoding.control_tokens.get(token_id)
+        if control is None:
+            if not self._encoding.token_bytes(token_id):
+                self.repairs["stray_token"] += 1
+                return []
+            return self._on_header_text(token_id) if self.message is None else self._on_body_text(token_id)
+        match control:
+            case "start":
+                return self._on_start()
+            case "channel" | "constrain":
+                return self._on_header_token(cast(Place, control))
+            case "message":
+                return self._on_message()
+            case _:
+                return self._on_end(control)
 
-    def finish(self) -> list[Delta]:
-        """The last deltas, when no token will come any more: of an unfinished character. An
-        unfinished header is dropped."""
-        if self._finished:
-            return []
-        self._finished = True
-        return self._show(self._decoder.flush()) if self._state is _State.BODY else []
+    def finish(self) -> list[MessageEvent]:
+        """The last events, when no token will come any more: an unfinished character, the end of a
+        message that was cut off. An unfinished header is dropped."""
+        closed, self._closed = self._closed, True
+        return [] if closed or self.message is None else self._close_body(self.message, None)
 
     # Tokens, by kind
 
-    def _on_start(self) -> list[Delta]:
-        deltas = self._leave()
-        if self._state is not _State.OVER:
-            self._open_header(_State.ROLE, started=True)
-        return deltas
+    def _on_start(self) -> list[MessageEvent]:
+        events = self._leave()
+        if not self._closed:
+            self._open_header("role", started=True)
+        return events
 
-    def _on_header_token(self, state: _State) -> list[Delta]:
-        if self._state is _State.BODY and state is _State.CONSTRAIN:
+    def _on_header_token(self, place: Place) -> list[MessageEvent]:
+        if self._header is not None:
+            self._close_segment(self._header, self._decoder.flush(), place)
+            return []
+        if self.message is not None and place == "constrain":
             self.repairs["stray_token"] += 1
             return []
-        deltas: list[Delta] = []
-        if self._state in (_State.BODY, _State.BETWEEN):
-            started = self._state is _State.BODY  # there the missing end is what is wrong
-            deltas = self._leave()
-            self._open_header(state, started=started)
-        elif self._end_header_segment():
-            self._state = state
-        return deltas
+        started = self.message is not None  # there the missing end is what is wrong
+        events = self._leave()
+        self._open_header(place, started=started)
+        return events
 
-    def _on_message(self) -> list[Delta]:
-        if self._state is _State.BODY:
+    def _on_message(self) -> list[MessageEvent]:
+        if self.message is not None:
             self.repairs["stray_token"] += 1
             return []
-        if self._state is _State.BETWEEN:
-            self._open_header(_State.ROLE, started=False)
-        if not self._end_header_segment():
+        header = self._header or self._open_header("role", started=False)
+        if not self._close_segment(header, self._decoder.flush()):
             return []
-        header = read_header(self._segments, self._tools, self.repairs)
-        if header.channel is None and header.tool is None:
+        message, leftover = header.read()
+        if message.channel is None and message.recipient is None:
             self.repairs["missing_channel"] += 1
-        if header.leftover:
+        if leftover:
             self.repairs["unknown_header_text"] += 1
-        return self._open_body(header)
+        return [self._open_body(message)]
 
-    def _on_end(self, token_id: int) -> list[Delta]:
-        encoding = self._encoding
-        if self._state is _State.BETWEEN:
-            self.repairs["stray_token"] += 1
-            deltas: list[Delta] = []
-        else:
-            in_header = self._state is not _State.BODY
-            deltas = (
-                self._leave(called=token_id == encoding.call) if in_header else self._close_body(token_id)
-            )
-        if token_id == encoding.endoftext:
+    def _on_end(self, control: str) -> list[MessageEvent]:
+        if control == "endoftext":
             self.repairs["end_of_text"] += 1
-        if token_id != encoding.end:
+        end = cast(End, "return" if control == "endoftext" else control)
+        events: list[MessageEvent] = []
+        if (message := self.message) is not None:
+            if message.recipient is None and end == "call":
+                self.repairs["call_without_recipient"] += 1
+            if message.recipient is not None and end != "call":
+                self.repairs["call_not_closed"] += 1
+            events = self._close_body(message, end)
+        elif self._header is not None:
+            events = self._close_header(self._header, end)
+        else:
+            self.repairs["stray_token"] += 1
+        if end != "end":
             self.turn_over = True
-        return deltas
+        return events
 
-    def _on_body_text(self, token_id: int) -> list[Delta]:
-        assert self.header is not None
-        self.part = self.header.kind
-        if self.part == "reasoning":
+    def _on_body_text(self, token_id: int) -> list[MessageEvent]:
+        self.part = self._kind
+        if self._kind == "reasoning":
             self.num_reasoning_tokens += 1
-        return self._show(self._decoder.push(token_id))
-
-    def _on_header_text(self, token_id: int) -> list[Delta]:
-        if self._state is _State.BETWEEN:
-            self._open_header(_State.ROLE, started=False)
-        self._text += self._decoder.push(token_id)
-        self._num_header_tokens += 1
-        if self._state is _State.ROLE and not _may_be_role(self._text, self._started):
-            self._count_unmarked()
-            text = self._text.lstrip().removeprefix(_ROLE) if self._started else self._text
-            return self._header_becomes_body(MessageHeader(leftover=text))
-        if self._num_header_tokens > MAX_HEADER_TOKENS:
-            return self._overlong_header()
-        return []
-
-    def _overlong_header(self) -> list[Delta]:
-        if not self._end_segment():
+        text = self._decoder.push(token_id)
+        if not text:
             return []
-        self._count_unmarked()
-        return self._header_becomes_body(read_header(self._segments, self._tools, self.repairs))
+        self._content.append(text)
+        return [MessageDelta(text)]
+
+    def _on_header_text(self, token_id: int) -> list[MessageEvent]:
+        header = self._header or self._open_header("role", started=False)
+        header.add(self._decoder.push(token_id))
+        text = header.text_without_markup()
+        if text is not None:
+            message = Message("assistant", channel="final")
+        elif header.num_tokens > MAX_HEADER_TOKENS:
+            if not self._close_segment(header):
+                return []
+            message, text = header.read()
+        else:
+            return []
+        header.count_unmarked(self.num_messages)
+        start = self._open_body(message, text)
+        self.part = self._kind
+        if self._kind == "reasoning":
+            self.num_reasoning_tokens += 1
+        return [start]
 
     # Changes of state
 
-    def _open_header(self, state: _State, *, started: bool) -> None:
+    def _open_header(self, place: Place, *, started: bool) -> HeaderReader:
+        self._trail.begin([self._encoding.start] if started and place == "role" else [])
         if not started:
             self.repairs["missing_start"] += 1
-        self._state = state
-        self._segments = []
-        self._text = ""
-        self._started = started
-        self._num_header_tokens = 0
-        self.header = None
+        self._header = HeaderReader(self._tools, self.repairs, place, started=started)
+        return self._header
 
-    def _end_segment(self) -> bool:
-        """Keeps the header text behind the last control token. False: it names another role, and
-        the turn is over.
+    def _close_segment(self, header: HeaderReader, rest: str = "", place: Place | None = None) -> bool:
+        """Keep the header text behind the last control token. False: it names another role, and the
+        turn is over.
 
-        An unfinished character stays in the decoder: for the body, where the header turns out to be
-        one.
+        Args:
+            rest: of an unfinished character, which a control token behind it leaves unfinished; in
+                front of text it stays in the decoder, for the body.
+            place: the control token; None: the header ends here.
         """
-        text, self._text = self._text, ""
-        match self._state:
-            case _State.ROLE:
-                behind_role = self._behind_role(text)
-                if behind_role is None:
-                    return False
-                self._segments.append(Segment("role", behind_role))
-            case _State.CHANNEL:
-                self._segments.append(Segment("channel", text))
-            case _State.CONSTRAIN:
-                self._segments.append(Segment("constrain", text))
-        return True
+        header.close_segment(rest, place)
+        if header.foreign:
+            self.turn_over = self._closed = True
+        return not header.foreign
 
-    def _end_header_segment(self) -> bool:
-        """As `_end_segment`, at a control token: an unfinished character in front of it will not be
-        finished."""
-        self._text += self._decoder.flush()
-        return self._end_segment()
-
-    def _behind_role(self, text: str) -> str | None:
-        stripped = text.lstrip()
-        if stripped.startswith(_ROLE):
-            rest = stripped.removeprefix(_ROLE)
-            if rest.lstrip().startswith(_ROLE):
-                self.repairs["repeated_role"] += 1
-                rest = rest.lstrip().removeprefix(_ROLE)
-            return rest
-        if self._started:
-            if stripped and not stripped.startswith((*CHANNELS, "to=")):
-                self._end_turn_for_other_role()
-                return None
-            self.repairs["missing_role"] += 1
-        return stripped
-
-    def _end_turn_for_other_role(self) -> None:
-        self.repairs["foreign_role"] += 1
-        self.turn_over = True
-        self.header = None
-        self._state = _State.OVER
-
-    def _open_body(self, header: MessageHeader) -> list[Delta]:
+    def _open_body(self, message: Message, text: str = "") -> MessageStart:
         if self.turn_over:
             self.repairs["after_turn"] += 1
-        self._state = _State.BODY
-        self.header = header
+        if message.channel is None and message.recipient is None:
+            message = replace(message, channel="final")
+        self._header, self.message, self._kind = None, message, message.kind
+        self._content = [text]
         self.num_messages += 1
-        if header.tool is None:
-            return []
-        self.has_tool_calls = True
-        self._num_calls += 1
-        return [ToolCallDelta(self._num_calls - 1, name=header.tool)]
+        return MessageStart(self.num_messages - 1, message, text)
 
-    def _show(self, text: str) -> list[Delta]:
-        assert self.header is not None
-        if not text:
-            return []
-        match self.header.kind:
-            case "reasoning":
-                return [ReasoningDelta(text)]
-            case "text":
-                return [TextDelta(text)]
-            case "tool_call":
-                return [ToolCallDelta(self._num_calls - 1, arguments=text)]
+    def _close_body(self, message: Message, end: End | None) -> list[MessageEvent]:
+        rest = self._decoder.flush()
+        content = "".join(self._content) + rest
+        whole = replace(message, content=content, end=end, token_ids=self._trail.as_written())
+        self.message = None
+        return [MessageDelta(rest), MessageEnd(whole)] if rest else [MessageEnd(whole)]
 
-    def _close_body(self, token_id: int) -> list[Delta]:
-        assert self.header is not None
-        deltas = self._show(self._decoder.flush())
-        if self.header.tool is None and token_id == self._encoding.call:
-            self.repairs["call_without_recipient"] += 1
-        if self.header.tool is not None and token_id != self._encoding.call:
-            self.repairs["call_not_closed"] += 1
-        self.header = None
-        self._state = _State.BETWEEN
-        return deltas
-
-    def _leave(self, *, called: bool = False) -> list[Delta]:
-        """Ends whatever is being read, for a token that begins or ends a message out of turn. Text
-        that is no header is not lost."""
-        if self._state is _State.BODY:
-            self.repairs["missing_end"] += 1
-            deltas = self._show(self._decoder.flush())
-        elif self._state is _State.BETWEEN:
-            return []
-        else:
-            deltas = self._close_header(called)
-        if self._state is not _State.OVER:
-            self.header = None
-            self._state = _State.BETWEEN
-        return deltas
-
-    def _close_header(self, called: bool) -> list[Delta]:
+    def _close_header(self, header: HeaderReader, end: End) -> list[MessageEvent]:
         """A header that ended without `<|message|>`: what it does not explain is the body; a
         recipient and `<|call|>` are a call."""
-        if not self._end_header_segment():
+        if not self._close_segment(header, self._decoder.flush()):
             return []
-        header = read_header(self._segments, self._tools, self.repairs)
-        if not header.leftover and not (header.tool is not None and called):
+        message, leftover = header.read()
+        self._header = None
+        if not leftover and not (message.recipient is not None and end == "call"):
             self.repairs["empty_message"] += 1
             return []
-        self._count_unmarked()
-        return self._open_body(header) + self._show(header.leftover)
+        header.count_unmarked(self.num_messages)
+        start = self._open_body(message, leftover)
+        return [start, *self._close_body(start.message, end)]
 
-    def _header_becomes_body(self, header: MessageHeader) -> list[Delta]:
-        """Opens a message whose `<|message|>` is missing; what the header does not explain begins
-        its body."""
-        deltas = self._open_body(header)
-        self.part = header.kind
-        if self.part == "reasoning":
-            self.num_reasoning_tokens += 1
-        return deltas + self._show(header.leftover)
-
-    def _count_unmarked(self) -> None:
-        """Counts that what is being read turned out to be no header; a role that never was begun
-        counts as missing_start already."""
-        if self._state is not _State.ROLE:
-            self.repairs["missing_message"] += 1
-        elif self._started:
-            self.repairs["no_markup" if self.num_messages == 0 else "missing_message"] += 1
-
-
-def _may_be_role(text: str, started: bool) -> bool:
-    """Whether more text, or a control token, could still make `text` the part of a header in front
-    of `<|channel|>` or `<|message|>`.
-
-    Args:
-        started: whether `<|start|>` stands in front.
-    """
-    rest = text.lstrip()
-    if rest.startswith(_ROLE):
-        rest = rest.removeprefix(_ROLE)
-    elif started or _ROLE.startswith(rest):
-        return True
-    rest = rest.lstrip()
-    if _ROLE.startswith(rest):
-        return True
-    rest = rest.removeprefix(_ROLE).lstrip()
-    for channel in CHANNELS:
-        if channel.startswith(rest):
-            return True
-        if rest.startswith(channel):
-            rest = rest.removeprefix(channel).lstrip()
-            break
-    return rest.startswith("to=") or "to=".startswith(rest)
+    def _leave(self) -> list[MessageEvent]:
+        """End whatever is being read, for a token that begins a message out of turn. Text that is
+        no header is not lost."""
+        if self.message is not None:
+            self.repairs["missing_end"] += 1
+            return self._close_body(self.message, "end")
+        return [] if self._header is None else self._close_header(self._header, "end")

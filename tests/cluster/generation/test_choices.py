@@ -2,18 +2,19 @@
 tool calls."""
 
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from cluster.events import ChoiceDelta, ChoiceFinish, Delta, ReasoningDelta, TextDelta, ToolCallDelta, Usage
-from cluster.frontend import chat, grpc_api
+from cluster.events import ChoiceDelta, ChoiceFinish, Usage
+from cluster.frontend import chat, grpc_messages
+from cluster.frontend.fold import AnswerDelta, Finish, Fold, ReasoningDelta, TextDelta, ToolCallDelta
 from cluster.frontend.schema import ChatCompletionRequest
 from cluster.generation import Generation
 from cluster.generation.choices import ChatChoice, Choice, CompletionChoice, _EventLog
 from cluster.harmony.encoding import HarmonyEncoding
+from cluster.harmony.message import Message, MessageDelta, MessageEnd, MessageEvent, MessageStart
 from cluster.rpc import inference_pb2 as pb
 from tests.support.gateway import make_encoding, turn
 from workers.request import EngineOutput, FinishReason, TokenLogprobs
@@ -24,7 +25,7 @@ def encoding(tmp_path: Path) -> HarmonyEncoding:
     return make_encoding(tmp_path)
 
 
-def run(
+def events_of(
     choice: Choice,
     ids: list[int],
     *,
@@ -51,18 +52,29 @@ def run(
     return events
 
 
-def text_of(events: list[ChoiceDelta | ChoiceFinish]) -> str:
-    return "".join(
-        event.delta.text
-        for event in events
-        if isinstance(event, ChoiceDelta) and isinstance(event.delta, TextDelta)
-    )
+def run(
+    choice: Choice,
+    ids: list[int],
+    *,
+    size: int = 1,
+    finish: FinishReason = "stop",
+    stop_token: int | None = None,
+    logprobs: bool = False,
+) -> list[AnswerDelta]:
+    """What a client is shown."""
+    events = events_of(choice, ids, size=size, finish=finish, stop_token=stop_token, logprobs=logprobs)
+    fold = Fold()
+    return [shown for event in events if (shown := fold.add(event)) is not None]
 
 
-def finish_of(events: list[ChoiceDelta | ChoiceFinish]) -> ChoiceFinish:
-    assert isinstance(events[-1], ChoiceFinish)
-    assert sum(isinstance(event, ChoiceFinish) for event in events) == 1
-    return events[-1]
+def text_of(events: list[AnswerDelta]) -> str:
+    return "".join(event.delta.text for event in events if isinstance(event.delta, TextDelta))
+
+
+def finish_of(events: list[AnswerDelta]) -> Finish:
+    assert isinstance(events[-1].delta, Finish)
+    assert sum(isinstance(event.delta, Finish) for event in events) == 1
+    return events[-1].delta
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
@@ -71,11 +83,7 @@ def test_grouping_of_tokens_changes_nothing(encoding: HarmonyEncoding, size: int
     choice = ChatChoice(0, encoding)
     events = run(choice, ids, size=size, stop_token=ids[-1])
     assert text_of(events) == "Grüße 🎉 und mehr."
-    reasoning = [
-        event.delta.text
-        for event in events
-        if isinstance(event, ChoiceDelta) and isinstance(event.delta, ReasoningDelta)
-    ]
+    reasoning = [event.delta.text for event in events if isinstance(event.delta, ReasoningDelta)]
     assert "".join(reasoning) == "Let me see."
     assert (finish_of(events).reason, finish_of(events).stop_reason) == ("stop", None)
     assert [token_id for event in events for token_id in event.token_ids] == ids
@@ -113,18 +121,14 @@ def test_logprobs_are_those_of_the_text_tokens(encoding: HarmonyEncoding, size: 
     for entry in entries:
         assert entry.chosen.logprob == -float(entry.chosen.token_id)
     for event in events:
-        if isinstance(event, ChoiceDelta) and not isinstance(event.delta, TextDelta):
+        if not isinstance(event.delta, TextDelta):
             assert not event.logprobs
 
 
 def test_a_tool_call_has_an_id_with_its_first_piece_only(encoding: HarmonyEncoding) -> None:
     ids = turn(encoding, reasoning="call it", text="One moment.", call=("add", '{"a": 1}'))
     events = run(ChatChoice(3, encoding, tools=["add"]), ids, stop_token=ids[-1])
-    calls = [
-        event.delta
-        for event in events
-        if isinstance(event, ChoiceDelta) and isinstance(event.delta, ToolCallDelta)
-    ]
+    calls = [event.delta for event in events if isinstance(event.delta, ToolCallDelta)]
     assert calls[0].name == "add"
     assert calls[0].id is not None
     assert calls[0].id.startswith("call_")
@@ -139,23 +143,11 @@ def test_without_parallel_calls_the_turn_ends_before_the_second(encoding: Harmon
     first = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|end|>"
     ids = encoding.encode_with_special(first + "<|start|>assistant" + first)
     events = run(ChatChoice(0, encoding, tools=["f"], parallel_tool_calls=False), ids)
-    calls = [
-        event.delta
-        for event in events
-        if isinstance(event, ChoiceDelta) and isinstance(event.delta, ToolCallDelta)
-    ]
+    calls = [event.delta for event in events if isinstance(event.delta, ToolCallDelta)]
     assert {call.call_index for call in calls} == {0}
     assert finish_of(events).reason == "tool_calls"
     both = run(ChatChoice(0, encoding, tools=["f"]), ids)
-    assert (
-        sum(
-            isinstance(event, ChoiceDelta)
-            and isinstance(event.delta, ToolCallDelta)
-            and event.delta.name == "f"
-            for event in both
-        )
-        == 2
-    )
+    assert sum(isinstance(event.delta, ToolCallDelta) and event.delta.name == "f" for event in both) == 2
 
 
 def test_length_inside_a_call_is_length(encoding: HarmonyEncoding) -> None:
@@ -167,7 +159,7 @@ def test_length_inside_a_call_is_length(encoding: HarmonyEncoding) -> None:
 def test_length_inside_a_header_shows_nothing_of_it(encoding: HarmonyEncoding) -> None:
     ids = encoding.encode_with_special("<|channel|>commentary to=functions.f")
     assert run(ChatChoice(0, encoding), ids, finish="length") == [
-        ChoiceFinish(0, "length", token_ids=tuple(ids))
+        AnswerDelta(0, Finish("length"), (), tuple(ids))
     ]
 
 
@@ -190,6 +182,43 @@ def test_a_turn_ends_when_the_model_speaks_for_the_user_unless_eos_is_ignored(
     endless = ChatChoice(0, encoding, ends_with_turn=False)
     assert finish_of(run(endless, ids, finish="length")).reason == "length"
     assert endless.num_tokens == len(ids)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("stop", [(), ("look",), ("it.",), ("it.There",), ("re two",), ("nowhere",)])
+def test_every_message_that_starts_ends_as_what_was_shown_of_it(
+    encoding: HarmonyEncoding, stop: tuple[str, ...], size: int
+) -> None:
+    ids = encoding.encode_with_special(
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>I look at "
+        "it.<|end|><|start|>assistant<|channel|>final<|message|>There are two.<|return|>"
+    )
+    contents: list[str] = []
+    content: str | None = None
+    for event in events_of(ChatChoice(0, encoding, stop), ids, size=size, stop_token=ids[-1]):
+        if isinstance(event, ChoiceFinish):
+            break
+        match event.event:
+            case MessageStart(index, message, text):
+                assert content is None
+                assert index == len(contents)
+                content = text
+            case MessageDelta(text):
+                assert content is not None
+                content += text
+            case MessageEnd(message):
+                assert content == message.content
+                assert (message.end is None) == (message.token_ids is None)
+                contents.append(content)
+                content = None
+    assert content is None
+    whole = ["Hm.", "I look at it.", "There are two."]
+    if not stop or stop == ("nowhere",):
+        assert contents == whole
+    else:
+        cut = "".join(whole[1:]).index(stop[0])
+        assert contents[0] == whole[0]
+        assert "".join(contents[1:]) == "".join(whole[1:])[:cut]
 
 
 def test_repairs_are_counted(encoding: HarmonyEncoding) -> None:
@@ -227,23 +256,30 @@ def test_completion_leaves_special_tokens_out_and_stops_at_a_string(encoding: Ha
     assert [entry.chosen.token_id for event in events for entry in event.logprobs] == reported
 
 
-@pytest.mark.parametrize(
-    "first",
-    [TextDelta("x" * 200), ReasoningDelta("x" * 200), ToolCallDelta(0, "f", "x" * 200, "call_1")],
-)
-def test_what_comes_at_once_is_joined_in_one_pass(first: Delta) -> None:
+HEADERS = {
+    "text": Message("assistant", channel="final"),
+    "reasoning": Message("assistant", channel="analysis"),
+    "tool_call": Message("assistant", channel="commentary", recipient="functions.f"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_what_comes_at_once_is_joined_in_one_pass(kind: str) -> None:
     """A push of 200,000 tokens: joined pair by pair, this would copy four terabytes."""
     log = _EventLog(0)
-    following = replace(first, name=None, id=None) if isinstance(first, ToolCallDelta) else first
-    for delta in (first, *[following] * 200_000):
-        log.delta(delta)
-    (event,) = log.take()
-    assert isinstance(event, ChoiceDelta)
-    text = event.delta.arguments if isinstance(event.delta, ToolCallDelta) else event.delta.text
-    assert len(text) == 200 * 200_001
-    if isinstance(first, ToolCallDelta):
-        assert isinstance(event.delta, ToolCallDelta)
-        assert (event.delta.name, event.delta.id) == ("f", "call_1")
+    piece = MessageDelta("x" * 200)
+    events: list[MessageEvent] = [MessageStart(0, HEADERS[kind], "x" * 200), *[piece] * 200_000]
+    for event in events:
+        log.add(event)
+    (joined,) = log.take()
+    assert isinstance(joined, ChoiceDelta)
+    assert isinstance(joined.event, MessageStart)
+    assert len(joined.event.text) == 200 * 200_001
+    shown = Fold().add(joined)
+    assert shown is not None
+    if isinstance(shown.delta, ToolCallDelta):
+        assert shown.delta.name == "f"
+        assert shown.delta.id is not None
 
 
 class Answer:
@@ -255,10 +291,11 @@ class Answer:
         self._events = self._make()
 
     def _make(self) -> Iterator[ChoiceDelta | ChoiceFinish | Usage]:
-        yield ChoiceDelta(0, ToolCallDelta(0, "f", "", "call_1"))
-        piece = ChoiceDelta(0, ToolCallDelta(0, None, "x" * 200))
+        yield ChoiceDelta(0, MessageStart(0, HEADERS["tool_call"]))
+        piece = ChoiceDelta(0, MessageDelta("x" * 200))
         for _ in range(200_000):
             yield piece
+        yield ChoiceDelta(0, MessageEnd(HEADERS["tool_call"]))
         yield ChoiceFinish(0, "tool_calls")
         yield Usage(1, 0, 200_000, 0)
 
@@ -272,11 +309,11 @@ async def test_whole_answers_join_arguments_in_one_pass() -> None:
     body = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "x"}]})
     over_http = await chat.answer(cast(Generation, Answer()), body, "")
     (call,) = over_http["choices"][0]["message"]["tool_calls"]
-    assert (call["id"], call["function"]["name"], len(call["function"]["arguments"])) == (
-        "call_1",
+    assert (call["id"][:5], call["function"]["name"], len(call["function"]["arguments"])) == (
+        "call_",
         "f",
         200 * 200_000,
     )
-    over_grpc = await grpc_api._response(cast(Generation, Answer()), pb.ChatRequest())
+    over_grpc = await grpc_messages.chat_response(cast(Generation, Answer()), pb.ChatRequest())
     (message,) = over_grpc.choices[0].message.tool_calls
-    assert (message.id, message.name, len(message.arguments)) == ("call_1", "f", 200 * 200_000)
+    assert (message.id[:5], message.name, len(message.arguments)) == ("call_", "f", 200 * 200_000)

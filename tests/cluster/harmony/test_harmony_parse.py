@@ -3,51 +3,79 @@ else."""
 
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 
 import openai_harmony as oh
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cluster.events import Delta, ReasoningDelta, TextDelta, ToolCallDelta
 from cluster.harmony.encoding import HarmonyEncoding
-from cluster.harmony.parse import MAX_HEADER_TOKENS, HarmonyParser
+from cluster.harmony.header import MAX_HEADER_TOKENS
+from cluster.harmony.message import Message, MessageDelta, MessageEnd, MessageEvent, MessageStart
+from cluster.harmony.parse import HarmonyParser
 from tests.cluster.harmony.harmony_conversations import TEXTS
 
 
-def joined(deltas: Iterable[Delta]) -> list[tuple[str, ...]]:
-    """Neighbouring deltas of one kind as one item: ("reasoning", text), ("text", text) or ("call",
-    name, arguments)."""
+def joined(events: Iterable[MessageEvent]) -> list[tuple[str, ...]]:
+    """Neighbouring messages of one kind as one item: ("reasoning", text), ("text", text) or
+    ("call", name, arguments)."""
     items: list[list[str]] = []
-    num_calls = 0
-    for delta in deltas:
-        match delta:
-            case ReasoningDelta(text) | TextDelta(text):
-                kind = "reasoning" if isinstance(delta, ReasoningDelta) else "text"
-                if not items or items[-1][0] != kind:
-                    items.append([kind, ""])
-                items[-1][1] += text
-            case ToolCallDelta():
-                assert delta.id is None
-                if delta.name is not None:
-                    assert delta.call_index == num_calls
-                    num_calls += 1
-                    items.append(["call", delta.name, ""])
-                assert delta.call_index == num_calls - 1
-                assert items[-1][0] == "call"
-                items[-1][2] += delta.arguments
+    message = None
+    for event in events:
+        match event:
+            case MessageStart(_, message, _) if message.kind == "tool_call":
+                assert message.recipient is not None
+                items.append(["call", message.recipient.removeprefix("functions."), ""])
+            case MessageEnd():
+                continue
+        assert message is not None
+        if message.kind == "tool_call":
+            items[-1][2] += event.text
+        elif event.text:
+            if not items or items[-1][0] != message.kind:
+                items.append([message.kind, ""])
+            items[-1][1] += event.text
     return [tuple(item) for item in items]
+
+
+def check_shape(events: list[MessageEvent]) -> None:
+    """Messages start in order, end before the next starts, and are what came in between."""
+    num_messages = 0
+    start: MessageStart | None = None
+    content = ""
+    for event in events:
+        match event:
+            case MessageStart():
+                assert start is None
+                assert event.index == num_messages
+                start, content = event, event.text
+                num_messages += 1
+            case MessageDelta(text):
+                assert start is not None
+                assert text
+                content += text
+            case MessageEnd(message):
+                assert start is not None
+                assert replace(message, content="", end=None) == start.message
+                assert message.content == content
+                start = None
+    assert start is None
 
 
 def parse(
     encoding: HarmonyEncoding, ids: Iterable[int], tools: list[str] | None = None
 ) -> tuple[HarmonyParser, list[tuple[str, ...]]]:
     parser = HarmonyParser(encoding, tools)
-    deltas = [delta for token_id in ids for delta in parser.push(token_id)]
-    deltas += parser.finish()
+    events = [event for token_id in ids for event in parser.push(token_id)]
+    events += parser.finish()
     assert parser.finish() == []
-    assert parser.has_tool_calls == any(isinstance(delta, ToolCallDelta) for delta in deltas)
-    return parser, joined(deltas)
+    check_shape(events)
+    return parser, joined(events)
+
+
+def text_of(events: Iterable[MessageEvent]) -> str:
+    return "".join(event.text for event in events if not isinstance(event, MessageEnd))
 
 
 # Well-formed output against the oracle.
@@ -99,21 +127,20 @@ def test_every_state_of_a_well_formed_turn_is_the_oracles(
         bodies: list[str] = []
         for token_id in ids:
             num_before = ours.num_messages
-            deltas = ours.push(token_id)
+            events = ours.push(token_id)
             theirs.process(token_id)
             bodies += [""] * (ours.num_messages - num_before)
-            for delta in deltas:
-                bodies[-1] += delta.arguments if isinstance(delta, ToolCallDelta) else delta.text
+            bodies[-1:] = [bodies[-1] + text_of(events)] if bodies else []
             if theirs.state is oh.StreamState.CONTENT:
-                assert ours.header is not None
-                assert (ours.header.channel, ours.header.recipient) == (
+                assert ours.message is not None
+                assert (ours.message.channel, ours.message.recipient) == (
                     theirs.current_channel,
                     theirs.current_recipient,
                 )
                 assert bodies[-1] == theirs.current_content
                 num_states += 1
             else:
-                assert ours.header is None
+                assert ours.message is None
         assert ours.finish() == []
         assert bodies == [message.content[0].text for message in theirs.messages]
         assert set(ours.repairs) <= {"after_turn"}, (
@@ -158,8 +185,9 @@ def test_arguments_stream_as_they_come(gpt_oss: HarmonyEncoding) -> None:
     parser = HarmonyParser(gpt_oss)
     for token_id in gpt_oss.encode_with_special("<|channel|>commentary to=functions.f <|constrain|>json"):
         assert parser.push(token_id) == []
-    assert parser.push(gpt_oss.message) == [ToolCallDelta(0, name="f")]
-    assert parser.push(gpt_oss.encode('{"')[0]) == [ToolCallDelta(0, arguments='{"')]
+    header = Message("assistant", channel="commentary", recipient="functions.f", content_type="json")
+    assert parser.push(gpt_oss.message) == [MessageStart(0, header)]
+    assert parser.push(gpt_oss.encode('{"')[0]) == [MessageDelta('{"')]
 
 
 # Shapes that models produce, and what they mean here.
@@ -488,11 +516,11 @@ def test_any_ids_give_a_turn(small: HarmonyEncoding, plain_ids: list[int], data:
 def test_a_longer_turn_begins_as_the_shorter_one(small: HarmonyEncoding, text: str) -> None:
     ids = small.encode_with_special(text)
     parser = HarmonyParser(small)
-    shown: list[Delta] = []
+    shown: list[MessageEvent] = []
     for index, token_id in enumerate(ids):
         shown += parser.push(token_id)
         again = HarmonyParser(small)
-        assert [delta for i in ids[: index + 1] for delta in again.push(i)] == shown
+        assert [event for i in ids[: index + 1] for event in again.push(i)] == shown
         assert (again.part, again.repairs, again.num_messages, again.turn_over) == (
             parser.part,
             parser.repairs,
@@ -524,13 +552,11 @@ def test_body_text_is_never_lost(small: HarmonyEncoding, text: str) -> None:
     shown = b""
     told = ""
     for token_id in small.encode_with_special(text):
-        was_body = parser.header is not None
-        deltas = parser.push(token_id)
+        was_body = parser.message is not None
+        events = parser.push(token_id)
         if was_body and parser.part != "markup":
             shown += small.token_bytes(token_id)
-            told += "".join(
-                delta.arguments if isinstance(delta, ToolCallDelta) else delta.text for delta in deltas
-            )
+            told += text_of(events)
     assert told == shown.decode()
 
 

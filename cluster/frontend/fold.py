@@ -1,0 +1,206 @@
+"""Events as an answer with one field for each kind of content: what chat, completions and gRPC
+show, whole or in deltas."""
+
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from cluster.events import ChoiceDelta, ChoiceFinish, FinishReason, TokenLogprob, Usage
+from cluster.generation import Generation
+from cluster.harmony.message import FUNCTIONS, Kind, MessageEnd, MessageEvent, MessageStart
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """Text of the analysis channel."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Text for the user: the final channel, a commentary preamble, or a completion."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a tool call.
+
+    Attributes:
+        call_index: position among the choice's calls, from 0.
+        name: with the first piece of a call only; without the `functions.` namespace.
+        arguments: the next piece of the arguments' JSON text; may be empty.
+        id: drawn for the client; with the first piece only.
+    """
+
+    call_index: int
+    name: str | None = None
+    arguments: str = ""
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The choice is complete; see ChoiceFinish."""
+
+    reason: FinishReason
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDelta:
+    """What a client is shown next of one of the n choices.
+
+    Attributes:
+        logprobs: see ChoiceDelta.
+        token_ids: all tokens since the choice's previous AnswerDelta, markup included.
+    """
+
+    choice: int
+    delta: ReasoningDelta | TextDelta | ToolCallDelta | Finish
+    logprobs: tuple[TokenLogprob, ...]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _ChoiceState:
+    kind: Kind = "text"
+    num_calls: int = 0
+    hidden_ids: list[int] = field(default_factory=list)
+
+
+class Fold:
+    """Makes deltas of the events of one generation. The headers of messages decide what is shown
+    where: the recipient, not the channel, makes a message a tool call."""
+
+    def __init__(self) -> None:
+        self._choices: dict[int, _ChoiceState] = {}
+
+    def add(self, event: ChoiceDelta | ChoiceFinish) -> AnswerDelta | None:
+        """The delta that the event gives; None if it shows nothing."""
+        state = self._choices.setdefault(event.choice, _ChoiceState())
+        delta: ReasoningDelta | TextDelta | ToolCallDelta | Finish | None
+        if isinstance(event, ChoiceFinish):
+            delta = Finish(event.reason, event.stop_reason)
+        else:
+            delta = _shown(event.event, state)
+        token_ids = event.token_ids
+        if state.hidden_ids or delta is None:
+            state.hidden_ids += token_ids
+            if delta is None:
+                return None
+            token_ids = tuple(state.hidden_ids)
+            state.hidden_ids.clear()
+        return AnswerDelta(event.choice, delta, event.logprobs, token_ids)
+
+
+def _shown(event: MessageEvent, state: _ChoiceState) -> ReasoningDelta | TextDelta | ToolCallDelta | None:
+    if isinstance(event, MessageEnd):
+        return None
+    if isinstance(event, MessageStart):
+        state.kind = event.message.kind
+        if event.message.recipient is not None:
+            state.num_calls += 1
+            name = event.message.recipient.removeprefix(FUNCTIONS)
+            return ToolCallDelta(state.num_calls - 1, name, event.text, f"call_{uuid.uuid4().hex[:24]}")
+    if not event.text:
+        return None
+    match state.kind:
+        case "reasoning":
+            return ReasoningDelta(event.text)
+        case "text":
+            return TextDelta(event.text)
+        case "tool_call":
+            return ToolCallDelta(state.num_calls - 1, None, event.text)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerCall:
+    """A tool call of an answer; see ToolCallDelta."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerChoice:
+    """One choice of a whole answer.
+
+    Attributes:
+        content, reasoning: None where the model wrote none.
+        logprobs: of the content's tokens; of a completion of all.
+        token_ids: all tokens, markup included.
+    """
+
+    content: str | None
+    reasoning: str | None
+    calls: tuple[AnswerCall, ...]
+    logprobs: list[TokenLogprob]
+    token_ids: list[int]
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer."""
+
+    choices: tuple[AnswerChoice, ...]
+    usage: Usage
+
+
+async def whole_answer(generation: Generation, num_choices: int) -> Answer:
+    """Everything that a generation gives, when it is over."""
+    fold = Fold()
+    builders = [_AnswerBuilder() for _ in range(num_choices)]
+    usage: Usage | None = None
+    async for event in generation:
+        if isinstance(event, Usage):
+            usage = event
+        elif (delta := fold.add(event)) is not None:
+            builders[delta.choice].add(delta)
+    assert usage is not None
+    return Answer(tuple(builder.choice() for builder in builders), usage)
+
+
+class _AnswerBuilder:
+    """Joins the deltas of a choice once they are all there."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[tuple[str, str, list[str]]] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._token_ids: list[int] = []
+        self._finish = Finish("stop")
+
+    def add(self, answer_delta: AnswerDelta) -> None:
+        self._logprobs += answer_delta.logprobs
+        self._token_ids += answer_delta.token_ids
+        match answer_delta.delta:
+            case TextDelta(text):
+                self._text.append(text)
+            case ReasoningDelta(text):
+                self._reasoning.append(text)
+            case ToolCallDelta(index, name, arguments, id):
+                if name is not None:
+                    self._calls.append((id or "", name, []))
+                self._calls[index][2].append(arguments)
+            case Finish() as finish:
+                self._finish = finish
+
+    def choice(self) -> AnswerChoice:
+        return AnswerChoice(
+            _joined(self._text),
+            _joined(self._reasoning),
+            tuple(AnswerCall(id, name, "".join(arguments)) for id, name, arguments in self._calls),
+            self._logprobs,
+            self._token_ids,
+            self._finish,
+        )
+
+
+def _joined(pieces: Collection[str]) -> str | None:
+    return "".join(pieces) if pieces else None

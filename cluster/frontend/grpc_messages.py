@@ -1,0 +1,202 @@
+"""The public gRPC API's messages as the service's requests, and its answers as those messages."""
+
+from google.protobuf import struct_pb2
+
+from cluster.events import FinishReason, GenerationEvent, TokenLogprob, Usage
+from cluster.frontend.fold import Finish, Fold, ReasoningDelta, TextDelta, ToolCallDelta, whole_answer
+from cluster.generation import ChatRequest, FieldNames, Generation
+from cluster.harmony.conversation import ChatMessage, ReasoningEffort, Role, ToolCall, ToolDefinition
+from cluster.rpc import inference_pb2 as pb
+from workers.errors import InvalidRequest
+from workers.request import SamplingParams
+
+_ROLES: dict[int, Role] = {
+    pb.ROLE_SYSTEM: "system",
+    pb.ROLE_DEVELOPER: "developer",
+    pb.ROLE_USER: "user",
+    pb.ROLE_ASSISTANT: "assistant",
+    pb.ROLE_TOOL: "tool",
+}
+_EFFORTS: dict[int, ReasoningEffort | None] = {
+    pb.REASONING_EFFORT_UNSPECIFIED: None,
+    pb.REASONING_EFFORT_LOW: "low",
+    pb.REASONING_EFFORT_MEDIUM: "medium",
+    pb.REASONING_EFFORT_HIGH: "high",
+}
+_FINISH: dict[FinishReason, pb.FinishReason.ValueType] = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "tool_calls": pb.FINISH_REASON_TOOL_CALLS,
+}
+
+
+def chat_request(request: pb.ChatRequest) -> ChatRequest:
+    """What the service is asked. Fields are named in errors as the HTTP API spells them.
+
+    Raises:
+        InvalidRequest: a role, effort or schema that is none.
+    """
+    if request.reasoning_effort not in _EFFORTS:
+        raise InvalidRequest("reasoning_effort must be LOW, MEDIUM or HIGH.", "reasoning_effort")
+    return ChatRequest(
+        messages=tuple(
+            _message(message, f"messages[{index}]") for index, message in enumerate(request.messages)
+        ),
+        sampling=_sampling(request),
+        tools=tuple(_tool(tool) for tool in request.tools),
+        stop=tuple(request.stop),
+        reasoning_effort=_EFFORTS[request.reasoning_effort],
+        model=request.model or None,
+        names=FieldNames(logprobs="top_logprobs"),
+    )
+
+
+def _message(message: pb.Message, path: str) -> ChatMessage:
+    if message.role not in _ROLES:
+        raise InvalidRequest(
+            f"{path}.role must be SYSTEM, DEVELOPER, USER, ASSISTANT or TOOL.", f"{path}.role"
+        )
+    role = _ROLES[message.role]
+    return ChatMessage(
+        role=role,
+        content=message.content,
+        reasoning=(message.reasoning or None) if role == "assistant" else None,
+        tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
+        tool_call_id=message.tool_call_id or None,
+    )
+
+
+def _tool(tool: pb.Tool) -> ToolDefinition:
+    return ToolDefinition(
+        tool.name, tool.description, _plain_object(tool.parameters) if tool.HasField("parameters") else None
+    )
+
+
+def _plain_object(struct: struct_pb2.Struct) -> dict[str, object]:
+    # A Struct has no order; sorted, the same tools give the same prompt in every process, and so
+    # the same cached prefix.
+    return {name: _plain(struct.fields[name]) for name in sorted(struct.fields)}
+
+
+def _plain(value: struct_pb2.Value) -> object:
+    """As JSON would have been read: a Struct knows only floating-point numbers, and whole ones are
+    integers."""
+    match value.WhichOneof("kind"):
+        case "number_value":
+            return int(value.number_value) if value.number_value.is_integer() else value.number_value
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case "struct_value":
+            return _plain_object(value.struct_value)
+        case "list_value":
+            return [_plain(entry) for entry in value.list_value.values]
+        case _:
+            return None
+
+
+def _sampling(request: pb.ChatRequest) -> SamplingParams:
+    default = SamplingParams()
+    return SamplingParams(
+        max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
+        temperature=request.temperature if request.HasField("temperature") else default.temperature,
+        top_p=request.top_p if request.HasField("top_p") else default.top_p,
+        top_k=request.top_k if request.HasField("top_k") else default.top_k,
+        min_p=request.min_p if request.HasField("min_p") else default.min_p,
+        presence_penalty=request.presence_penalty
+        if request.HasField("presence_penalty")
+        else default.presence_penalty,
+        frequency_penalty=request.frequency_penalty
+        if request.HasField("frequency_penalty")
+        else default.frequency_penalty,
+        repetition_penalty=request.repetition_penalty
+        if request.HasField("repetition_penalty")
+        else default.repetition_penalty,
+        logit_bias=tuple(sorted(request.logit_bias.items())),
+        seed=request.seed if request.HasField("seed") else None,
+        logprobs=request.top_logprobs if request.HasField("top_logprobs") else None,
+        stop_token_ids=tuple(request.stop_token_ids),
+        min_tokens=request.min_tokens if request.HasField("min_tokens") else default.min_tokens,
+        ignore_eos=request.ignore_eos if request.HasField("ignore_eos") else default.ignore_eos,
+        n=request.n if request.HasField("n") else default.n,
+    )
+
+
+async def chat_response(generation: Generation, request: pb.ChatRequest) -> pb.ChatResponse:
+    """The whole answer, when the generation is over."""
+    whole = await whole_answer(generation, request.n if request.HasField("n") else 1)
+    response = pb.ChatResponse(
+        id=generation.id,
+        model=generation.model,
+        created_unix_s=generation.created_unix_s,
+        usage=_usage(whole.usage),
+    )
+    for index, choice in enumerate(whole.choices):
+        response.choices.add(
+            index=index,
+            message=pb.Message(
+                role=pb.ROLE_ASSISTANT,
+                content=choice.content or "",
+                reasoning=choice.reasoning or "",
+                tool_calls=[
+                    pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in choice.calls
+                ],
+            ),
+            finish_reason=_FINISH[choice.finish.reason],
+            logprobs=map(_logprob, choice.logprobs),
+        )
+    return response
+
+
+def chat_event(id: str, event: GenerationEvent, fold: Fold) -> pb.ChatEvent | None:
+    """An event of a generation; None if it shows nothing.
+
+    Args:
+        id: of the generation.
+        fold: the one of this stream.
+    """
+    if isinstance(event, Usage):
+        return pb.ChatEvent(id=id, usage=_usage(event))
+    shown = fold.add(event)
+    if shown is None:
+        return None
+    answer = pb.ChatEvent(id=id, choice=shown.choice)
+    match shown.delta:
+        case Finish(reason):
+            answer.finish.reason = _FINISH[reason]
+        case TextDelta(text):
+            answer.text.text = text
+            answer.text.logprobs.extend(map(_logprob, shown.logprobs))
+        case ReasoningDelta(text):
+            answer.reasoning.text = text
+        case ToolCallDelta(index, name, arguments, call_id):
+            answer.tool_call.call_index = index
+            answer.tool_call.id = call_id or ""
+            answer.tool_call.name = name or ""
+            answer.tool_call.arguments = arguments
+            answer.tool_call.SetInParent()
+    return answer
+
+
+def _usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+    )
+
+
+def _logprob(entry: TokenLogprob) -> pb.TokenLogprob:
+    return pb.TokenLogprob(
+        token=entry.chosen.token_bytes,
+        token_id=entry.chosen.token_id,
+        logprob=entry.chosen.logprob,
+        top=[
+            pb.TokenLogprob.Candidate(
+                token=candidate.token_bytes, token_id=candidate.token_id, logprob=candidate.logprob
+            )
+            for candidate in entry.top
+        ],
+    )

@@ -1,0 +1,29 @@
+"""Tokens as the APIs report them: their texts beside the engine's numbers."""
+
+from cluster.events import TokenCandidate, TokenLogprob
+from cluster.harmony.encoding import HarmonyEncoding
+from workers.request import TokenLogprobs
+
+
+def token_logprob(
+    encoding: HarmonyEncoding, token_id: int, logprobs: TokenLogprobs, text_offset: int
+) -> TokenLogprob:
+    """The engine's numbers with the tokens' texts."""
+    top = tuple(_candidate(encoding, other, logprob) for other, logprob in logprobs.top)
+    return TokenLogprob(_candidate(encoding, token_id, logprobs.logprob), text_offset, top)
+
+
+def _candidate(encoding: HarmonyEncoding, token_id: int, logprob: float) -> TokenCandidate:
+    return TokenCandidate(token_id, token_text(encoding, token_id), encoding.token_bytes(token_id), logprob)
+
+
+def token_text(encoding: HarmonyEncoding, token_id: int) -> str:
+    """How a single token is shown: its text, the name of a special token, or `bytes:` and hex
+    escapes for a part of a character."""
+    token_bytes = encoding.token_bytes(token_id)
+    if not token_bytes:
+        return encoding.decode([token_id], skip_special_tokens=False)
+    try:
+        return token_bytes.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)

@@ -1,0 +1,90 @@
+"""The harmony message: what the parser yields and the renderer takes, and the events in which it
+comes while it is generated. Each API's own shapes are views of it, mapped in the front end."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["developer", "user", "assistant", "tool"]
+Channel = Literal["analysis", "commentary", "final"]
+CHANNELS: tuple[Channel, ...] = ("analysis", "commentary", "final")
+End = Literal["end", "call", "return"]
+Kind = Literal["reasoning", "text", "tool_call"]
+
+FUNCTIONS = "functions."
+"""Namespace of declared functions in recipients and in the names of tools that answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a chat or of a turn.
+
+    Attributes:
+        content: the text; names of special tokens in it are text.
+        name: tool: who answers, such as `functions.f`; user: who speaks; None elsewhere.
+        recipient: as written after `to=`, such as `functions.f`, `browser.search` or `python`;
+            None: the message is for nobody in particular.
+        content_type: such as `json`, written with or without `<|constrain|>`; None: not given.
+        end: the token that closed it; None: it was cut off, or is still being written.
+        token_ids: what it was generated as, from `<|start|>` to its end, while its turn lives;
+            None: it came as text, or departed from the format and is rendered as it was read. Two
+            messages are equal whatever these are.
+    """
+
+    role: Role
+    content: str = ""
+    name: str | None = None
+    recipient: str | None = None
+    channel: Channel | None = None
+    content_type: str | None = None
+    end: End | None = None
+    token_ids: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def kind(self) -> Kind:
+        """What an assistant's message is. The recipient, not the channel, makes it a call."""
+        if self.recipient is not None:
+            return "tool_call"
+        return "reasoning" if self.channel == "analysis" else "text"
+
+
+@dataclass(frozen=True, slots=True)
+class MessageStart:
+    """A message begins.
+
+    Attributes:
+        index: its place in the turn, from 0.
+        message: as far as its header tells it; without content and end.
+        text: the beginning of its content, where that came with the header.
+    """
+
+    index: int
+    message: Message
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageDelta:
+    """The next piece of the content of the message that began last."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class MessageEnd:
+    """The message that began last is complete, or was cut off."""
+
+    message: Message
+
+
+MessageEvent = MessageStart | MessageDelta | MessageEnd
+
+
+def shows(event: MessageEvent) -> bool:
+    """Whether clients see something of an assistant's event: text, or that a call begins."""
+    match event:
+        case MessageStart(_, message, text):
+            return bool(text) or message.kind == "tool_call"
+        case MessageDelta(text):
+            return bool(text)
+        case MessageEnd():
+            return False
