@@ -29,7 +29,9 @@ def build_app(
         cors_origins: web origins whose pages may call the API; none by default.
     """
     config = config or GatewayConfig()
-    limits = body.BodyLimits(config.max_body_bytes, config.body_timeout_s, config.max_messages)
+    limits = body.BodyLimits(
+        config.max_body_bytes, config.body_timeout_s, config.max_messages, config.max_json_values
+    )
     app = FastAPI(
         title="Cantata",
         description="OpenAI's API for gpt-oss.",

@@ -45,11 +45,13 @@ class BodyLimits:
         timeout_s: for the body to arrive, and a second more for each MIN_BYTES_PER_S of it; then
             408.
         max_messages: of a chat, with the parts and calls in them.
+        max_values: objects, arrays and their entries, as `check_num_values` counts them.
     """
 
     max_bytes: int
     timeout_s: float
     max_messages: int
+    max_values: int
 
 
 async def read(
@@ -64,6 +66,7 @@ async def read(
     Raises:
         InvalidRequest: no JSON, not an object, an unknown field, a wrong type or value; `param` is
             a path such as `messages[0].content`.
+        ContextLengthExceeded: more values, messages or entries than the limits allow.
         BodyTooLarge: longer than `limits.max_bytes`; the rest is not read.
         RequestTimeout: it came too slowly, or not at all.
         UnsupportedMediaType: not declared as JSON, or compressed.
@@ -80,6 +83,7 @@ async def read(
     data = await _bytes(request, limits)
 
     def parse() -> tuple[Model, Asked]:
+        check_num_values(data, limits.max_values)
         body = _parse(data, kind, max_items, limits.max_messages)
         return body, convert(body)
 
@@ -99,6 +103,26 @@ def _parse(data: bytes, kind: type[Model], max_items: int, max_messages: int) ->
     if "messages" in kind.model_fields and isinstance(value.get("messages"), list):
         check_num_messages(_num_entries(value["messages"]), max_messages)
     return check(value, kind)
+
+
+def check_num_values(data: bytes, limit: int) -> None:
+    """Refuse JSON that would take long to parse. The parser keeps the GIL, in a thread as well, and
+    its time goes with the number of values more than with the number of bytes. The code is that of
+    a prompt that is too long, which clients shorten.
+
+    Args:
+        limit: of `{`, `[` and `,`, those in texts included.
+    Raises:
+        ContextLengthExceeded: more.
+    """
+    if len(data) <= limit:
+        return
+    count = sum(data.count(mark) for mark in (b"{", b"[", b","))
+    if count > limit:
+        raise ContextLengthExceeded(
+            f"The body has {count} objects, arrays and entries of these, counted by its braces, brackets and "
+            f"commas; this server takes {limit} (gateway.max_json_values)."
+        )
 
 
 def _num_entries(messages: list[object]) -> int:

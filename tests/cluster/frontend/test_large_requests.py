@@ -205,6 +205,34 @@ async def test_messages_have_a_largest_number(
     assert GatewayConfig().max_messages == 10_000
 
 
+async def test_bodies_have_a_largest_number_of_values(
+    encoding: HarmonyEncoding, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted before they are parsed, which would keep all other requests waiting."""
+    async with serving(encoding, [engine], config=GatewayConfig(max_json_values=1000)) as gateway:
+        # Of the other braces, brackets and commas of this body there are few.
+        assert await post(gateway, {"messages": [{"role": "user", "content": "," * 950}]}) is None
+        monkeypatch.setattr(body, "decode", None)
+        for content in ("," * 1000, [{}] * 500, [[]] * 500, [0] * 1000, dict.fromkeys(map(str, range(1000)))):
+            error = await post(gateway, {"messages": [{"role": "user", "content": content}]})
+            assert error is not None
+            assert error["code"] == "context_length_exceeded"
+            assert "this server takes 1000 (gateway.max_json_values)" in error["message"]
+
+
+def test_the_longest_chat_of_tiny_tool_calls_is_within_the_default() -> None:
+    """As many messages as are taken, and texts of JSON with a brace, bracket or comma for each of
+    131072 tokens."""
+    config = GatewayConfig()
+    turn = [call("{}"), {"role": "tool", "tool_call_id": "c", "content": "1"}]
+    messages: list[dict[str, Any]] = turn * (config.max_messages // 3) + [
+        {"role": "user", "content": "[{}]," * 32_768}
+    ]
+    data = orjson.dumps({"model": "m", "messages": messages})
+    assert sum(data.count(mark) for mark in (b"{", b"[", b",")) < 0.8 * config.max_json_values
+    body.check_num_values(data, config.max_json_values)
+
+
 async def test_large_fields_that_are_objects_are_bounded_as_well(gateway: Gateway) -> None:
     error = await post(
         gateway, {"messages": [USER], "logit_bias": dict.fromkeys(map(str, range(100_000)), 1)}
