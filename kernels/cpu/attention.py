@@ -6,38 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import reference
-from kernels.cpu import native
-
-
-class _AttentionArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("q", "keys", "values", "block_table", "context_lens", "cu_seqlens_q", "sinks", "out")
-        ),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("num_tokens", "q_stride", "num_seqs", "max_blocks", "num_blocks", "block_size")
-        ),
-        *((name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "window")),
-        ("scale", ctypes.c_float),
-        ("type", ctypes.c_int32),
-    )
-
-
-class _RopeStoreArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "keys", "values", "slot_mapping")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "num_slots")
-        ),
-        ("type", ctypes.c_int32),
-    )
+from kernels.cpu import native, structures
 
 
 def can_run(tensor: Tensor) -> bool:
@@ -77,7 +46,7 @@ def paged_attention(
     wide_sinks = sinks.float().contiguous()
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype)
     keys, values = kv_cache.unbind(0)
-    arguments = _AttentionArgs(
+    arguments = structures.AttentionArgs(
         q.data_ptr(),  # not contiguous where it is a part of the projection's output
         native.pointer(keys),
         native.pointer(values),
@@ -119,7 +88,7 @@ def rope_and_store_kv(
     qkv, slot_mapping = qkv.contiguous(), slot_mapping.contiguous()
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
     keys, values = kv_cache.unbind(0)
-    arguments = _RopeStoreArgs(
+    arguments = structures.RopeStoreArgs(
         native.pointer(qkv),
         native.pointer(cos),
         native.pointer(sin),

@@ -5,16 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels.cpu import native
-
-
-class _GateTopkArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("logits", "topk_ids", "topk_weights")),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "num_experts", "k")),
-    )
+from kernels.cpu import native, structures
 
 
 def can_run(gate_logits: Tensor) -> bool:
@@ -27,7 +18,7 @@ def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     num_tokens, num_experts = gate_logits.shape
     logits = gate_logits.float().contiguous()
     ids, weights = torch.empty(num_tokens, k, dtype=torch.int32), torch.empty(num_tokens, k)
-    arguments = _GateTopkArgs(
+    arguments = structures.GateTopkArgs(
         native.pointer(logits), native.pointer(ids), native.pointer(weights), num_tokens, num_experts, k
     )
     native.ready().cantata_gate_topk(ctypes.byref(arguments))

@@ -22,8 +22,6 @@ from kernels.cpu import structures
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 6
-"""Of the functions and structures; src/dispatch.cpp says the same."""
 DATA_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """src/ops.h `DataType`."""
 
@@ -84,22 +82,16 @@ def _loaded() -> ctypes.CDLL | str:
         version = loaded.cantata_version()
     except (OSError, AttributeError) as error:
         return f"the C++ kernels cannot be loaded ({error}): install Cantata again on this machine"
-    if version != _VERSION:
+    if version != structures.INTERFACE_VERSION:
         return (
-            f"the C++ kernels in {file.name} are of version {version}, not {_VERSION}: install Cantata again"
+            f"the C++ kernels in {file.name} are of version {version}, not {structures.INTERFACE_VERSION}: "
+            f"install Cantata again"
         )
     loaded.cantata_isa.restype = ctypes.c_char_p
     loaded.cantata_run_program.restype = ctypes.c_int64
-    for name, arguments, result in (
-        ("linear", structures.LinearArgs, None),
-        ("dense", structures.DenseArgs, None),
-        ("experts", structures.ExpertsArgs, None),
-        ("pack_rows16", structures.PackArgs, ctypes.c_int),
-        ("pack_dense", structures.PackDenseArgs, None),
-        ("read_through", structures.ReadArgs, ctypes.c_uint64),
-    ):
+    for name, operation in structures.OPERATIONS.items():
         function = getattr(loaded, f"cantata_{name}")
-        function.restype, function.argtypes = result, (ctypes.POINTER(arguments),)
+        function.restype, function.argtypes = operation.result, (ctypes.POINTER(operation.arguments),)
     return loaded
 
 

@@ -7,52 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.cpu import native
+from kernels.cpu import native, structures
 from kernels.pointwise import reference
-
-
-class _NormArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "delta", "weight", "out")),
-        ("num_rows", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("eps", ctypes.c_float),
-        ("type", ctypes.c_int32),
-        ("weight_type", ctypes.c_int32),
-    )
-
-
-class _EmbedArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("token_ids", "weight", "out")),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "num_rows", "width", "first_id")),
-        ("type", ctypes.c_int32),
-    )
-
-
-class _YarnArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("positions", "frequencies", "cos", "sin")),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "half")),
-        ("concentration", ctypes.c_float),
-    )
-
-
-class _ConvertArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        ("from", ctypes.c_void_p),
-        ("to", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("to_type", ctypes.c_int32),
-    )
 
 
 def can_run(x: Tensor, weight: Tensor) -> bool:
@@ -85,7 +41,7 @@ def _run(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     weight = weight.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
-    arguments = _NormArgs(
+    arguments = structures.NormArgs(
         native.pointer(x),
         native.pointer(delta),
         native.pointer(weight),
@@ -105,7 +61,7 @@ def embed(token_ids: Tensor, weight: Tensor, first_id: int) -> Tensor:
     token_ids, weight = token_ids.contiguous(), weight.contiguous()
     num_rows, width = weight.shape
     out = torch.empty(len(token_ids), width, dtype=weight.dtype)
-    arguments = _EmbedArgs(
+    arguments = structures.EmbedArgs(
         native.pointer(token_ids),
         native.pointer(weight),
         native.pointer(out),
@@ -152,7 +108,7 @@ def yarn_cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -
     positions, frequencies = positions.long().contiguous(), frequencies.contiguous()
     shape = (len(positions), len(frequencies))
     cos, sin = torch.empty(shape), torch.empty(shape)
-    arguments = _YarnArgs(
+    arguments = structures.YarnArgs(
         native.pointer(positions),
         native.pointer(frequencies),
         native.pointer(cos),
@@ -170,6 +126,8 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=dtype)
-    arguments = _ConvertArgs(native.pointer(x), native.pointer(out), x.numel(), native.DATA_TYPES[dtype])
+    arguments = structures.ConvertArgs(
+        native.pointer(x), native.pointer(out), x.numel(), native.DATA_TYPES[dtype]
+    )
     native.ready().cantata_convert(ctypes.byref(arguments))
     return out

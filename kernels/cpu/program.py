@@ -18,12 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.cpu import native
+from kernels.cpu import native, structures
 
 _CHUNK_BYTES = 1 << 24
 _ALIGNMENT = 64
-_RETURN_STATUS = ("attention", "rope_and_store")
-"""Operations that check indices, and so can refuse their arguments."""
 
 
 class ProgramMemory:
@@ -53,17 +51,6 @@ class ProgramMemory:
         part = self._chunks[self._chunk][self._used : self._used + num_bytes]
         self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         return part.view(dtype).view(shape)
-
-
-class _Call(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        ("function", ctypes.c_void_p),
-        ("arguments", ctypes.c_void_p),
-        ("seconds", ctypes.c_void_p),
-        ("returns_status", ctypes.c_int32),
-    )
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -113,7 +100,7 @@ class Program:
         self._names: list[str] = []
         self._arguments: list[Any] = []
         self._recorder = 0
-        self._calls: ctypes.Array[_Call] | None = None
+        self._calls: ctypes.Array[structures.Call] | None = None
         self._seconds: ctypes.Array[ctypes.c_double] | None = None
         self.computed_elsewhere: tuple[str, ...] = ()
 
@@ -157,14 +144,19 @@ class Program:
         self._arguments.append(arguments)
 
     def _build(self) -> None:
-        self._calls = (_Call * len(self._names))(
+        self._calls = (structures.Call * len(self._names))(
             *(
-                _Call(native.address_of(name), ctypes.addressof(arguments), None, name in _RETURN_STATUS)
+                structures.Call(
+                    native.address_of(name),
+                    ctypes.addressof(arguments),
+                    None,
+                    structures.OPERATIONS[name].returns_status,
+                )
                 for name, arguments in zip(self._names, self._arguments, strict=True)
             )
         )
 
-    def _timed_calls(self) -> "ctypes.Array[_Call]":
+    def _timed_calls(self) -> "ctypes.Array[structures.Call]":
         assert self._calls is not None
         self._seconds = (ctypes.c_double * len(self._calls))()
         start = ctypes.addressof(self._seconds)

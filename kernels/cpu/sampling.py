@@ -6,7 +6,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels.cpu import native
+from kernels.cpu import native, structures
 from kernels.sampling import reference
 from kernels.sampling.batch import SampleOutput, SamplingBatch
 
@@ -14,32 +14,6 @@ TOKEN_BLOCK = 512
 """src/sampling.h `kTokenBlock`"""
 MAX_TOP_LOGPROBS = 512
 """Beyond these alternatives, sorted by insertion, the reference is quicker."""
-
-
-class _SampleArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("logits", "temperature", "seeds", "output_positions", "top_k", "top_p", "min_p")
-        ),
-        *((name, ctypes.c_void_p) for name in ("token_ids", "block_maxima", "block_sums")),
-        *((name, ctypes.c_int64) for name in ("num_rows", "vocab", "row_stride")),
-    )
-
-
-class _LogprobArgs(ctypes.Structure):
-    """src/ops.h"""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("logits", "rows", "token_ids", "logprobs", "top_ids", "top_logprobs")
-        ),
-        *((name, ctypes.c_void_p) for name in ("block_maxima", "block_sums")),
-        *((name, ctypes.c_int64) for name in ("num_rows", "vocab", "row_stride", "num_top")),
-    )
 
 
 def can_run(logits: Tensor) -> bool:
@@ -79,7 +53,7 @@ def _choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
     vectors = [None if vector is None else vector.contiguous() for vector in parameters]
     token_ids = torch.empty(num_rows, dtype=torch.int64)
     maxima, sums = _scratch(num_rows, vocab)
-    arguments = _SampleArgs(
+    arguments = structures.SampleArgs(
         logits.data_ptr(),
         *map(native.pointer, vectors),
         native.pointer(token_ids),
@@ -101,7 +75,7 @@ def _logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> 
         torch.empty(len(rows), num_top),
     )
     maxima, sums = _scratch(len(rows), vocab)
-    arguments = _LogprobArgs(
+    arguments = structures.LogprobArgs(
         logits.data_ptr(),
         native.pointer(rows),
         native.pointer(token_ids),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kernels.linear
 import kernels.moe
-from kernels.cpu import dense, experts, linear, native
+from kernels.cpu import dense, experts, linear, native, structures
 from kernels.moe import gate_topk, reference
 from kernels.mxfp4 import NATURAL, ROWS16, PackedMXFP4, choose_layout, from_natural, pack, to_natural, unpack
 
@@ -46,7 +46,7 @@ def test_without_the_library_the_references_run(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_VERSION", 0)
+    monkeypatch.setattr(structures, "INTERFACE_VERSION", 0)
     native._loaded.cache_clear()
     try:
         assert native.shared_library() is None

@@ -22,27 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.cpu import attention, gate, pointwise, sampling, structures
+from kernels.cpu import structures
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "isa_cases.json.gz"
-STRUCTURES: dict[str, type[ctypes.Structure]] = {
-    "linear": structures.LinearArgs,
-    "dense": structures.DenseArgs,
-    "pack_dense": structures.PackDenseArgs,
-    "pack_rows16": structures.PackArgs,
-    "experts": structures.ExpertsArgs,
-    "read_through": structures.ReadArgs,
-    "attention": attention._AttentionArgs,
-    "rope_and_store": attention._RopeStoreArgs,
-    "norm": pointwise._NormArgs,
-    "embed": pointwise._EmbedArgs,
-    "yarn": pointwise._YarnArgs,
-    "convert": pointwise._ConvertArgs,
-    "gate_topk": gate._GateTopkArgs,
-    "sample": sampling._SampleArgs,
-    "logprobs": sampling._LogprobArgs,
-}
-"""Arguments of each operation."""
 FORMATS = {ctypes.c_void_p: "P", ctypes.c_int64: "q", ctypes.c_int32: "i", ctypes.c_float: "f"}
 
 
@@ -80,7 +62,7 @@ class Case:
     def call(self, operation: str, returns: int | None = None, **values: Any) -> "Case":
         """Add a call: each field of its structure is a number, or for a pointer a tensor that is
         read, an Output, a Scratch or None."""
-        structure = STRUCTURES[operation]
+        structure = structures.OPERATIONS[operation].arguments
         assert {name for name, _ in structure._fields_} == set(values), operation
         fields: list[list[Any]] = []
         for name, kind, *_ in structure._fields_:

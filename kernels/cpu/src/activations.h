@@ -1,4 +1,12 @@
 // Activations in fp32 or bf16: loads widen, stores round to nearest, ties to even, as torch does.
+#pragma once
+
+#include <stdint.h>
+
+#include "simd.h"
+
+namespace cantata {
+namespace {
 
 typedef uint32_t BitVec __attribute__((vector_size(kLanes * 4)));
 
@@ -33,3 +41,6 @@ inline void store_values(uint16_t* to, const float* values, long count) {
 // `exponential`, but 0 where e^x is below 1.2e-38, and so for minus infinity.
 inline Vec exponential_or_zero(Vec x) { return x < -87.0f ? Vec{} : exponential(x); }
 inline float exponential_or_zero(float x) { return exponential_or_zero(broadcast(x))[0]; }
+
+}  // namespace
+}  // namespace cantata

@@ -8,6 +8,20 @@
 //
 // Zero times what is not finite is not zero. Values that are not finite are therefore left out of the products and added afterwards, to the
 // rows that see their keys.
+#pragma once
+
+#include <stdint.h>
+
+#include "activations.h"
+#include "ops.h"
+#include "pool.h"
+#include "scratch.h"
+#include "shuffle.h"
+#include "simd.h"
+#include "workspace.h"
+
+namespace cantata {
+namespace {
 
 constexpr long kKeyTile = 256;
 constexpr long kQueryRows = 128;  // of a task at most, unless one query has more heads
@@ -409,3 +423,6 @@ class Attention {
   const long width_, queries_per_tile_;
   long small_key_tiles_ = 0;  // of all small query tiles
 };
+
+}  // namespace
+}  // namespace cantata

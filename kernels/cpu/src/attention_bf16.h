@@ -1,6 +1,21 @@
 // Attention in bf16 by the processor's bf16 instructions, summed in fp32: for heads of a multiple of 32 dimensions. Scores are exact products
 // of queries and keys, the scale is applied to their sums. Weights are added up in fp32 and rounded to bf16 for their product with the
 // values, as flash attention does on GPUs.
+#pragma once
+
+#include <stdint.h>
+
+#include "isa_bf16.h"
+
+#include "activations.h"
+#include "attention.h"
+#include "bf16.h"
+#include "ops.h"
+#include "simd.h"
+#include "workspace.h"
+
+namespace cantata {
+namespace {
 
 constexpr long kRowBlock = 32;  // rows whose scores and weights are in the first-level cache together
 constexpr long kStep = 32;      // elements of a row that one tile multiplies
@@ -514,3 +529,6 @@ class Bf16Reducer {
   TileShape shape_;
   long head_ = 0, found_key_tile_ = -1, found_head_ = 0;  // whose keys `offsets` has
 };
+
+}  // namespace
+}  // namespace cantata

@@ -1,4 +1,16 @@
 // Attention in fp32: queries, keys and values are widened, scores are sums over the dimensions in their order.
+#pragma once
+
+#include <stdint.h>
+
+#include "activations.h"
+#include "attention.h"
+#include "ops.h"
+#include "simd.h"
+#include "workspace.h"
+
+namespace cantata {
+namespace {
 
 constexpr int kScoreRows = kLanes == 16 ? 8 : 4;
 constexpr int kValueRows = 4;
@@ -247,3 +259,6 @@ class Fp32Reducer {
 int attention(const AttentionArgs& args) {
   return args.type == kBfloat16 ? Attention<Fp32Reducer<uint16_t>>(args).run() : Attention<Fp32Reducer<float>>(args).run();
 }
+
+}  // namespace
+}  // namespace cantata

@@ -1,6 +1,19 @@
 // Weights in row groups times rows of bf16 activations, summed in fp32, by the processor's bf16 instructions: vdpbf16ps, or AMX tiles.
 // Decoding to bf16 is exact. Each form sums in an order of its own, which does not depend on the number of tokens and threads: an
 // instruction set uses one of the two for everything.
+#pragma once
+
+#include <stdint.h>
+
+#include <type_traits>
+
+#include "isa_bf16.h"
+
+#include "simd.h"
+#include "weights.h"
+
+namespace cantata {
+namespace {
 
 // 8 columns of a row group → 4 vectors of pairs, the even column in the lower half of a row's lane.
 inline void decode_pairs(const Mxfp4Weights&, const uint8_t* from, __m512i pairs[4]) {
@@ -447,3 +460,6 @@ class Bf16 {
 };
 
 #endif
+
+}  // namespace
+}  // namespace cantata

@@ -1,4 +1,16 @@
 // The operations on bf16 activations; those in fp32, of other shapes, and all others, are AVX-512's.
+#pragma once
+
+#include "isa_bf16.h"
+
+#include "attention_bf16.h"
+#include "bf16.h"
+#include "dense.h"
+#include "experts.h"
+#include "ops.h"
+
+namespace cantata {
+namespace {
 
 void experts(const ExpertsArgs& args) {
   if (args.type == kBfloat16) {
@@ -15,3 +27,6 @@ int attention(const AttentionArgs& args) {
 }
 
 constexpr Bf16Ops kOps{experts, dense, attention};
+
+}  // namespace
+}  // namespace cantata

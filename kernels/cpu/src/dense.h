@@ -1,4 +1,17 @@
 // Dense layers on packed weights (kernels/cpu/dense.py), by the same engines as the experts.
+#pragma once
+
+#include <stdint.h>
+
+#include "activations.h"
+#include "experts.h"
+#include "ops.h"
+#include "pool.h"
+#include "simd.h"
+#include "weights.h"
+
+namespace cantata {
+namespace {
 
 template <typename Engine, typename Weights>
 void dense_rows(const DenseArgs& args, const Weights& weights, const typename Engine::Activation* x) {
@@ -35,3 +48,6 @@ void run_dense(const DenseArgs& args, const typename Engine::Activation* x) {
     dense_rows<Engine>(args, Int8Weights(args.weight, args.width), x);
   }
 }
+
+}  // namespace
+}  // namespace cantata

@@ -93,7 +93,8 @@ const bool chosen_at_load = choose(nullptr);
 }  // namespace
 }  // namespace cantata
 
-EXPORT int cantata_version() { return 6; }
+// Of the operations and their arguments (kernels/cpu/structures.py); setup.py defines it.
+EXPORT int cantata_version() { return CANTATA_INTERFACE_VERSION; }
 
 EXPORT const char* cantata_isa() { return cantata::chosen_name; }
 

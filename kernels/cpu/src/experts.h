@@ -1,4 +1,18 @@
 // The mixture of experts on MXFP4 weights. Rows are sorted by expert first; an engine (fp32.h, bf16.h) multiplies them with row groups.
+#pragma once
+
+#include <stdint.h>
+
+#include "activations.h"
+#include "ops.h"
+#include "pool.h"
+#include "scratch.h"
+#include "simd.h"
+#include "weights.h"
+#include "workspace.h"
+
+namespace cantata {
+namespace {
 
 // The weights of one expert.
 inline Mxfp4Weights expert_weights(const Mxfp4& all, long expert, long rows, long width) {
@@ -183,3 +197,6 @@ void run_experts(const ExpertsArgs& args) {
   };
   parallel_pieces(num_blocks(hidden / kRows), down);
 }
+
+}  // namespace
+}  // namespace cantata

@@ -1,5 +1,14 @@
 // Weights in row groups times rows of fp32 activations. The 32 products of a group of columns are added in order (in kParts sums where the
 // format has several), then scaled and added to the total: the same operations whatever the number of tokens and threads.
+#pragma once
+
+#include <stdint.h>
+
+#include "simd.h"
+#include "weights.h"
+
+namespace cantata {
+namespace {
 
 constexpr long kSlice = 256;  // columns decoded at a time for many tokens: 16 KiB, half of a first-level cache
 
@@ -169,3 +178,6 @@ class Fp32 {
     }
   }
 };
+
+}  // namespace
+}  // namespace cantata

@@ -1,24 +1,17 @@
-// All operations in fp32, for the instruction set that CANTATA_ISA names (simd.h). What comes later uses what comes before.
-#include "simd.h"
-//
-#include "workspace.h"
-//
-#include "activations.h"
-//
-#include "linear.h"
-//
-#include "weights.h"
-//
-#include "fp32.h"
-//
-#include "experts.h"
-//
-#include "dense.h"
-//
+// The operations of an instruction set (isa.h) in fp32, all of them.
+#pragma once
+
 #include "fp32_ops.h"
-//
+#include "linear.h"
+#include "ops.h"
 #include "pack.h"
-//
-#include "stream.h"
-//
 #include "step_ops.h"
+#include "stream.h"
+
+namespace cantata {
+namespace {
+
+constexpr Ops kOps{linear, experts, dense, pack, pack_dense, read_through, kStepOps};
+
+}  // namespace
+}  // namespace cantata

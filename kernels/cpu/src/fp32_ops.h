@@ -1,4 +1,15 @@
 // The operations in fp32.
+#pragma once
+
+#include "dense.h"
+#include "experts.h"
+#include "fp32.h"
+#include "ops.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace cantata {
+namespace {
 
 void experts(const ExpertsArgs& args) { run_experts<Fp32>(args); }
 
@@ -10,3 +21,6 @@ void dense(const DenseArgs& args) {
   parallel_for(args.num_rows, 16, widen_rows);
   run_dense<Fp32>(args, wide);
 }
+
+}  // namespace
+}  // namespace cantata

@@ -1,44 +1,17 @@
 // The operations for processors with AVX-512 and its bf16 instructions.
 #if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 10
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")
-#include <immintrin.h>
-#endif
-#include <stdint.h>
-
-#include "ops.h"
-#include "pool.h"
-#include "scratch.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 10
 #define CANTATA_ISA 2
 #define CANTATA_BF16 1
 
-namespace cantata {
-namespace {
-#include "simd.h"
-//
-#include "workspace.h"
-//
-#include "activations.h"
-//
-#include "weights.h"
-//
-#include "bf16.h"
-//
-#include "experts.h"
-//
-#include "dense.h"
-//
-#include "attention.h"
-//
-#include "attention_bf16.h"
-//
 #include "bf16_ops.h"
-}  // namespace
 
+namespace cantata {
 const Bf16Ops* const avx512_bf16_ops = &kOps;
-}  // namespace cantata
+}
 #else
+#include "ops.h"
+
 namespace cantata {
 const Bf16Ops* const avx512_bf16_ops = nullptr;
 }

@@ -1,5 +1,15 @@
 // Dense layer on weights in rows, [outputs, width]. An output is one vector accumulator over the width, its lanes added at the end and
 // then the remainder: the same operations whatever the number of rows and threads.
+#pragma once
+
+#include <stdint.h>
+
+#include "ops.h"
+#include "pool.h"
+#include "simd.h"
+
+namespace cantata {
+namespace {
 
 constexpr long kOutputsPerTask = 8;
 constexpr long kRowsPerPass = 32;  // activations that stay in the second-level cache while all tasks' weights pass
@@ -66,3 +76,6 @@ void linear(const LinearArgs& args) {
     linear_of<float>(args);
   }
 }
+
+}  // namespace
+}  // namespace cantata

@@ -1,5 +1,15 @@
 // A checkpoint's MXFP4 weights into the layout `rows16`: 16 rows at a time, a column group of 32 after the other, so that both sides are
 // read and written from first to last. 16-byte vectors do for every instruction set: memory is the limit.
+#pragma once
+
+#include <stdint.h>
+
+#include "ops.h"
+#include "shuffle.h"
+#include "simd.h"
+
+namespace cantata {
+namespace {
 
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 typedef uint32_t Words4 __attribute__((vector_size(16)));
@@ -168,3 +178,6 @@ void pack_dense(const PackDenseArgs& args) {
     row += rows;
   }
 }
+
+}  // namespace
+}  // namespace cantata

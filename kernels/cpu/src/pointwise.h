@@ -1,4 +1,15 @@
 // Embedding, RMSNorm, rotary embedding with the KV store, the choice of experts, and conversions between fp32 and bf16. A row's result does not depend on the other rows.
+#pragma once
+
+#include <stdint.h>
+
+#include "activations.h"
+#include "ops.h"
+#include "pool.h"
+#include "simd.h"
+
+namespace cantata {
+namespace {
 
 // Adds delta to a row of the residual stream, rounded to its type, and returns the sum of its squares: kLanes sums over the row, then the rest.
 template <typename Element>
@@ -161,3 +172,6 @@ void convert(const ConvertArgs& args) {
     convert_values<uint16_t, float>(args);
   }
 }
+
+}  // namespace
+}  // namespace cantata

@@ -3,6 +3,18 @@
 // Each row is cut into blocks of kTokenBlock tokens, reduced in parallel: largest logit, sum of weights in fp64. A filter's end is found by
 // threshold: tokens that cannot be kept are left out by a bound, then a histogram over the bits of the logits is refined three times. All
 // sums run over blocks and tokens in their order, so a row's token does not depend on the batch or the threads.
+#pragma once
+
+#include <stdint.h>
+
+#include "activations.h"
+#include "ops.h"
+#include "pool.h"
+#include "scratch.h"
+#include "simd.h"
+
+namespace cantata {
+namespace {
 
 constexpr long kTokenBlock = 512;
 
@@ -375,3 +387,6 @@ void logprobs(const LogprobArgs& args) {
   };
   parallel_for(args.num_rows, 1, finish);
 }
+
+}  // namespace
+}  // namespace cantata

@@ -1,7 +1,13 @@
-// Vectors of the instruction set at hand. Included by each isa_*.cpp after its target pragma, inside an unnamed
-// namespace: no inline function may leak into code for lesser processors.
+// Vectors of the instruction set at hand (isa.h).
+#pragma once
 
-// CANTATA_ISA: 0 portable, 1 AVX2, 2 AVX-512, 3 NEON.
+#include <stdint.h>
+
+#include "isa.h"
+
+namespace cantata {
+namespace {
+
 #if CANTATA_ISA == 2
 constexpr int kLanes = 16;
 #elif CANTATA_ISA == 1
@@ -90,3 +96,6 @@ inline Vec exponential(Vec x) {
   value = value * (x * x) + x + 1.0f;
   return value * (Vec)((exponent + 127) << 23);
 }
+
+}  // namespace
+}  // namespace cantata

@@ -1,4 +1,16 @@
 // Reads memory once as fast as it comes: what the kernels are measured against (benchmarks/cpu.py).
+#pragma once
+
+#include <stdint.h>
+
+#include <atomic>
+
+#include "ops.h"
+#include "pool.h"
+#include "simd.h"
+
+namespace cantata {
+namespace {
 
 uint64_t read_through(const ReadArgs& args) {
   constexpr long kPiece = 1 << 16, kStep = 256, kVectorsOfStep = kStep / (long)sizeof(IntVec);
@@ -24,3 +36,6 @@ uint64_t read_through(const ReadArgs& args) {
   parallel_for(pieces, pieces / (16 * num_threads()), body);
   return total.load();
 }
+
+}  // namespace
+}  // namespace cantata

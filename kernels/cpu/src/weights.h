@@ -1,6 +1,14 @@
 // Weights in groups of 16 rows (kernels/cpu/layout.py), and how 8 columns of a group become vectors of floats: kLanes rows at a time, the
 // v-th of the group. A format says in how many parts a row's sum comes (kParts) and which activations belong to a decoded vector; `fold`
 // turns the parts into one sum for each row.
+#pragma once
+
+#include <stdint.h>
+
+#include "simd.h"
+
+namespace cantata {
+namespace {
 
 constexpr int kRows = 16;                // of a row group
 constexpr int kVectors = kRows / kLanes;  // a column of a row group
@@ -211,3 +219,6 @@ inline void prefetch(const uint8_t* from) {
 #pragma GCC unroll 16
   for (long line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line);
 }
+
+}  // namespace
+}  // namespace cantata

@@ -1,4 +1,10 @@
 // How an operation divides its scratch memory (scratch.h).
+#pragma once
+
+#include <stdint.h>
+
+namespace cantata {
+namespace {
 
 inline long round_up(long number, long multiple) { return (number + multiple - 1) / multiple * multiple; }
 
@@ -19,3 +25,6 @@ class Layout {
   const uintptr_t start_;
   uintptr_t next_;
 };
+
+}  // namespace
+}  // namespace cantata
