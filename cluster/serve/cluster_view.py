@@ -18,7 +18,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private import constants
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, ReplicaState
 from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import gRPCStatusError
@@ -108,7 +108,8 @@ class ServeStanding:
         self._id = context.replica_id.unique_id
         self._on_change = on_change
         self._counted = False
-        own = DeploymentID(name=context.deployment, app_name=context.app_name)
+        self._controller = client._controller
+        self._own = own = DeploymentID(name=context.deployment, app_name=context.app_name)
         listeners: Any = {(LongPollNamespace.DEPLOYMENT_TARGETS, own): self._update}
         self._poll = LongPollClient(
             client._controller,
@@ -120,6 +121,20 @@ class ServeStanding:
     def stop(self) -> None:
         """Hear no more."""
         self._poll.stop()
+
+    async def is_stopping(self) -> bool:
+        """Return whether Serve's controller says that it stops this gateway.
+
+        A controller that has died and starts again lists no gateways until it has found them.
+        """
+        try:
+            async with asyncio.timeout(_PAGE_TIMEOUT_S):
+                details = await self._controller.get_serve_instance_details.remote()
+            replicas = details["applications"][self._own.app_name]["deployments"][self._own.name]["replicas"]
+            states = {str(replica["replica_id"]): replica["state"] for replica in replicas}
+            return bool(states.get(self._id) == ReplicaState.STOPPING)
+        except (TimeoutError, KeyError, RayError):  # the controller starts again
+            return False
 
     def _update(self, targets: Any) -> None:
         ids = {info.replica_id.unique_id for info in targets.running_replicas}

@@ -49,6 +49,8 @@ SHUTDOWN_S = 20.0
 
 Serve's own shutdown kills what runs after 30 s.
 """
+_STANDING_PERIOD_S = 2.0
+"""Seconds between two questions whether this gateway stops."""
 _REPORT_PERIOD_S = 60.0
 """Between two lines in the log that say what is missing while no engine serves."""
 
@@ -195,6 +197,8 @@ class GatewayReplica:
     async def _end_requests(self, grace_s: float) -> None:
         """Wait, then end the requests that are left with an error; Serve would cut them off."""
         await asyncio.sleep(grace_s)
+        while not await self._standing.is_stopping():  # noqa: ASYNC110 - Serve does not tell
+            await asyncio.sleep(_STANDING_PERIOD_S)
         logger.info(
             "This gateway stops: requests that have not ended within %g s end with an error",
             grace_s,

@@ -8,7 +8,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import grpc
@@ -18,6 +20,7 @@ import pytest
 from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
 from tests.e2e import scripts
+from tests.support.clock_offset import ClockOffset
 from tests.support.many_streams import counted, read_many
 from tests.support.processes import marked, none_left
 from tests.support.served import BIN, MODEL_NAME, Served, standalone
@@ -126,13 +129,18 @@ def test_streams_of_an_engine_that_dies_or_hangs_go_on_at_the_other(
         assert not Path(f"/proc/{victim}").exists()
 
 
-def test_a_stop_lets_running_streams_end(model: Path, tmp_path: Path) -> None:
-    """Over HTTP and gRPC; and what happens to the checkpoint of a running server is nothing to
-    it."""
+def test_a_stop_lets_running_streams_end(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over HTTP and gRPC, whatever happens to the checkpoint and the time of day meanwhile."""
+    clock = ClockOffset(tmp_path)
+    for name, value in clock.environment.items():
+        monkeypatch.setenv(name, value)
     served_model = tmp_path / "model"
     shutil.copytree(model, served_model)
-    num_tokens = 200
-    with standalone(tmp_path, served_model, "--api-key", "right") as served:
+    num_tokens = 400
+    flags = ("--api-key", "right", "--request-timeout", "100")
+    with standalone(tmp_path, served_model, *flags) as served:
         os.truncate(served_model / "model.safetensors", 1000)
         (served_model / "config.json").write_text("{}")
         headers = {"authorization": "Bearer right"}
@@ -161,8 +169,12 @@ def test_a_stop_lets_running_streams_end(model: Path, tmp_path: Path) -> None:
             next(events)
             lines = stream.iter_lines()
             first = next(lines)
+            clock.set(3600)
+            until(lambda: time_of_day(served) > time.time() + 1800, 20)
             with ThreadPoolExecutor(1) as pool:
                 stopped = pool.submit(served.stop, signal.SIGTERM)
+                until(lambda: "stopping: running requests have" in served.log.read_text(), 20)
+                clock.set(-3600)
                 rest = [line for line in lines if line]
                 assert first.startswith("data: ")
                 assert rest[-1] == "data: [DONE]"
@@ -172,6 +184,12 @@ def test_a_stop_lets_running_streams_end(model: Path, tmp_path: Path) -> None:
                 assert stopped.result() == 0
         assert none_left(served.mark, 5) == []
         assert "right" not in served.log.read_text()
+
+
+def time_of_day(served: Served) -> float:
+    """What the server takes for the time, in seconds since 1970."""
+    answer = httpx.get(f"{served.url}/health", timeout=60, trust_env=False)
+    return parsedate_to_datetime(answer.headers["date"]).timestamp()
 
 
 def test_a_second_signal_does_not_wait(model: Path, tmp_path: Path) -> None:
