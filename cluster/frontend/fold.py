@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 
 from cluster.events import ChoiceDelta, ChoiceFinish, FinishReason, TokenLogprob, Usage
 from cluster.generation import Generation
-from cluster.harmony.message import FUNCTIONS, Kind, MessageEnd, MessageEvent, MessageStart
+from cluster.harmony.message import (
+    FUNCTIONS,
+    BlankLines,
+    Kind,
+    MessageEnd,
+    MessageEvent,
+    MessageStart,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +76,14 @@ class _ChoiceState:
     kind: Kind = "text"
     num_calls: int = 0
     hidden_ids: list[int] = field(default_factory=list)
+    content: BlankLines = field(default_factory=BlankLines)
+    reasoning: BlankLines = field(default_factory=BlankLines)
 
 
 class Fold:
     """Makes deltas of the events of one generation. The headers of messages decide what is shown
-    where: the recipient, not the channel, makes a message a tool call."""
+    where: the recipient, not the channel, makes a message a tool call. In one field a blank line
+    stands between two messages."""
 
     def __init__(self) -> None:
         self._choices: dict[int, _ChoiceState] = {}
@@ -105,15 +115,15 @@ def _shown(event: MessageEvent, state: _ChoiceState) -> ReasoningDelta | TextDel
             state.num_calls += 1
             name = event.message.recipient.removeprefix(FUNCTIONS)
             return ToolCallDelta(state.num_calls - 1, name, event.text, f"call_{uuid.uuid4().hex[:24]}")
-    if not event.text:
-        return None
     match state.kind:
         case "reasoning":
-            return ReasoningDelta(event.text)
+            text = state.reasoning.before(event) + event.text
+            return ReasoningDelta(text) if text else None
         case "text":
-            return TextDelta(event.text)
+            text = state.content.before(event) + event.text
+            return TextDelta(text) if text else None
         case "tool_call":
-            return ToolCallDelta(state.num_calls - 1, None, event.text)
+            return ToolCallDelta(state.num_calls - 1, None, event.text) if event.text else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,19 @@ from typing import Protocol
 
 from cluster.events import ChoiceDelta, ChoiceFinish, FinishReason, TokenLogprob
 from cluster.generation.logprobs import token_logprob
+from cluster.generation.stop_gate import StopGate
 from cluster.harmony.encoding import HarmonyEncoding, IncrementalDecoder
 from cluster.harmony.header import Repair
-from cluster.harmony.message import Kind, Message, MessageDelta, MessageEnd, MessageEvent, MessageStart, shows
+from cluster.harmony.message import (
+    BLANK_LINE,
+    BlankLines,
+    Kind,
+    MessageDelta,
+    MessageEnd,
+    MessageEvent,
+    MessageStart,
+    shows,
+)
 from cluster.harmony.parse import HarmonyParser
 from cluster.harmony.stop import StopStrings
 from workers.request import EngineOutput
@@ -95,70 +105,6 @@ class _EventLog:
             self._joined_ids.clear()
 
 
-class _StopGate:
-    """Holds back the events of text messages as long as their text may become a stop string, which
-    may begin in one message and end in the next.
-
-    Attributes:
-        matched: the stop string that was found.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self.matched: str | None = None
-        self._strings = StopStrings(stop)
-        self._held: deque[MessageEvent] = deque()
-        # The message that is open for those who see what was let through.
-        self._open: Message | None = None
-        self._shown: list[str] = []
-
-    def push(self, event: MessageEvent) -> list[MessageEvent]:
-        """What may be shown now; with a stop string, all that stands in front of it."""
-        if isinstance(event, MessageEnd):
-            return self.follow(event)
-        self._held.append(event)
-        result = self._strings.push(event.text)
-        self.matched = result.matched
-        released = self._release(len(result.text))
-        return released if self.matched is None else released + self._cut_off()
-
-    def follow(self, event: MessageEvent) -> list[MessageEvent]:
-        """What may be shown now, where an event without text comes after what is held."""
-        self._held.append(event)
-        return self._release(0)
-
-    def flush(self) -> list[MessageEvent]:
-        """What was held back, where something else than text is shown next."""
-        return self._release(len(self._strings.flush()))
-
-    def _release(self, num_chars: int) -> list[MessageEvent]:
-        released: list[MessageEvent] = []
-        while self._held:
-            event = self._held.popleft()
-            if not isinstance(event, MessageEnd) and len(event.text) > num_chars:
-                self._held.appendleft(MessageDelta(event.text[num_chars:]) if num_chars else event)
-                if not num_chars:
-                    break
-                event = replace(event, text=event.text[:num_chars])
-            match event:
-                case MessageStart(_, message, text):
-                    self._open, self._shown = message, [text]
-                    num_chars -= len(text)
-                case MessageDelta(text):
-                    self._shown.append(text)
-                    num_chars -= len(text)
-                case MessageEnd():
-                    self._open = None
-            released.append(event)
-        return released
-
-    def _cut_off(self) -> list[MessageEvent]:
-        """Drop what is held, and end the message that a stop string cut off."""
-        self._held.clear()
-        if self._open is None:
-            return []
-        return [MessageEnd(replace(self._open, content="".join(self._shown)))]
-
-
 class ChatChoice:
     """A harmony turn.
 
@@ -185,7 +131,7 @@ class ChatChoice:
         self.finished = False
         self._encoding = encoding
         self._parser = HarmonyParser(encoding, tools)
-        self._gate = _StopGate(stop) if stop else None
+        self._gate = StopGate(stop) if stop else None
         self._parallel_tool_calls = parallel_tool_calls
         self._ends_with_turn = ends_with_turn
         self._log = _EventLog(index)
@@ -196,6 +142,8 @@ class ChatChoice:
         self._pending: deque[TokenLogprob] = deque()
         self._num_parsed = 0
         self._num_shown = 0
+        self._parsed_blank_lines = BlankLines()
+        self._shown_blank_lines = BlankLines()
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -219,11 +167,11 @@ class ChatChoice:
                 and self._encoding.token_bytes(token_id)
             ):
                 break  # a stop token that the client named ends the turn and is no part of its text
-            before = self._num_parsed
             events = self._parser.push(token_id)
             if output.logprobs and self._parser.part == "text":
+                offset = self._offset_of_next(events)
                 self._pending.append(
-                    token_logprob(self._encoding, token_id, output.logprobs[position], before)
+                    token_logprob(self._encoding, token_id, output.logprobs[position], offset)
                 )
             for event in events:
                 self._take(event)
@@ -233,6 +181,11 @@ class ChatChoice:
             self._end(output)
         return self._log.take()
 
+    def _offset_of_next(self, events: Sequence[MessageEvent]) -> int:
+        """Where the text of the token that gave these events, or will give some, begins."""
+        due = self._parsed_blank_lines.next_is_due(events[0] if events else None)
+        return self._num_parsed + (len(BLANK_LINE) if due else 0)
+
     def _take(self, event: MessageEvent) -> None:
         if isinstance(event, MessageStart):
             self._kind = event.message.kind
@@ -240,7 +193,7 @@ class ChatChoice:
             self._take_other(event)
             return
         if not isinstance(event, MessageEnd):
-            self._num_parsed += len(event.text)
+            self._num_parsed += len(self._parsed_blank_lines.before(event)) + len(event.text)
         if self._gate is None:
             self._show(event)
             return
@@ -267,7 +220,7 @@ class ChatChoice:
     def _show(self, event: MessageEvent) -> None:
         logprobs = []
         if not isinstance(event, MessageEnd):
-            self._num_shown += len(event.text)
+            self._num_shown += len(self._shown_blank_lines.before(event)) + len(event.text)
             while self._pending and self._pending[0].text_offset < self._num_shown:
                 logprobs.append(self._pending.popleft())
         self._log.add(event, logprobs)

@@ -14,6 +14,9 @@ FUNCTIONS = "functions."
 """Namespace of declared functions in recipients and in the names of tools that answer."""
 
 
+BLANK_LINE = "\n\n"
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a chat or of a turn.
@@ -88,3 +91,26 @@ def shows(event: MessageEvent) -> bool:
             return bool(text)
         case MessageEnd():
             return False
+
+
+class BlankLines:
+    """Where blank lines stand in one text that takes the contents of several messages: before the
+    first piece of each but the first."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._due = False
+
+    def before(self, event: MessageStart | MessageDelta) -> str:
+        """What stands in front of the event's text."""
+        if isinstance(event, MessageStart):
+            self._due = self._begun
+        if not event.text:
+            return ""
+        due, self._due, self._begun = self._due, False, True
+        return BLANK_LINE if due else ""
+
+    def next_is_due(self, event: MessageEvent | None) -> bool:
+        """Whether a blank line stands in front of the next piece, which comes with `event` if that
+        is not None."""
+        return self._begun if isinstance(event, MessageStart) else self._due

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from cluster.events import ChoiceDelta, ChoiceFinish, Usage
 from cluster.frontend import chat, grpc_messages
@@ -15,6 +17,7 @@ from cluster.generation import Generation
 from cluster.generation.choices import ChatChoice, Choice, CompletionChoice, _EventLog
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.message import Message, MessageDelta, MessageEnd, MessageEvent, MessageStart
+from cluster.harmony.stop import StopStrings
 from cluster.rpc import inference_pb2 as pb
 from tests.support.gateway import make_encoding, turn
 from workers.request import EngineOutput, FinishReason, TokenLogprobs
@@ -185,7 +188,9 @@ def test_a_turn_ends_when_the_model_speaks_for_the_user_unless_eos_is_ignored(
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-@pytest.mark.parametrize("stop", [(), ("look",), ("it.",), ("it.There",), ("re two",), ("nowhere",)])
+@pytest.mark.parametrize(
+    "stop", [(), ("look",), ("it.\n\n",), ("\n\n",), ("it.\n\nThere",), ("\nThe",), ("re two",), ("nowhere",)]
+)
 def test_every_message_that_starts_ends_as_what_was_shown_of_it(
     encoding: HarmonyEncoding, stop: tuple[str, ...], size: int
 ) -> None:
@@ -216,9 +221,72 @@ def test_every_message_that_starts_ends_as_what_was_shown_of_it(
     if not stop or stop == ("nowhere",):
         assert contents == whole
     else:
-        cut = "".join(whole[1:]).index(stop[0])
+        cut = "\n\n".join(whole[1:]).index(stop[0])
         assert contents[0] == whole[0]
-        assert "".join(contents[1:]) == "".join(whole[1:])[:cut]
+        shown = [whole[1][:cut], whole[2][: max(0, cut - len(whole[1]) - 2)]]
+        assert contents[1:] == (shown if cut >= len(whole[1]) else shown[:1])
+
+
+def flat_text(messages: list[tuple[str, str]], stops: list[str]) -> tuple[str, str, str | None]:
+    """Content and reasoning of a turn, two messages of one kind joined by a blank line, and the
+    stop string that ends the content. Text is searched up to a message of another kind."""
+    content = reasoning = ""
+    search = StopStrings(stops)
+    begun = False
+    for kind, text in messages:
+        if kind == "final":
+            result = search.push(("\n\n" if begun and text else "") + text)
+            begun = begun or bool(text)
+            content += result.text
+            if result.matched is not None:
+                return content, reasoning, result.matched
+        elif kind == "analysis":
+            content += search.flush() if text else ""
+            reasoning += ("\n\n" if reasoning and text else "") + text
+        else:
+            content += search.flush()
+    return content + search.flush(), reasoning, None
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    messages=st.lists(
+        st.tuples(st.sampled_from(["final", "final", "analysis", "call"]), st.text("ab.\né", max_size=6)),
+        max_size=5,
+    ),
+    stops=st.lists(st.text("ab.\n", min_size=1, max_size=4), max_size=2),
+    size=st.sampled_from([1, 2, 5, 1000]),
+)
+@example(messages=[("final", "I will look it up."), ("final", "There are two.")], stops=[], size=1)
+@example(messages=[("final", "a"), ("final", "b")], stops=["\n\n"], size=1)
+@example(messages=[("final", "a"), ("final", ""), ("final", "b")], stops=["a\n\nb"], size=2)
+@example(messages=[("analysis", "a"), ("analysis", "b"), ("final", "c")], stops=[], size=1000)
+def test_two_messages_of_one_kind_are_joined_by_a_blank_line(
+    encoding: HarmonyEncoding, messages: list[tuple[str, str]], stops: list[str], size: int
+) -> None:
+    headers = {"final": "final", "analysis": "analysis", "call": "commentary to=functions.f"}
+    ids: list[int] = []
+    for kind, text in messages:
+        ids += encoding.encode_with_special(
+            f"{'<|start|>assistant' if ids else ''}<|channel|>{headers[kind]}<|message|>"
+        )
+        ids += [*encoding.encode(text), encoding.end]
+    choice = ChatChoice(0, encoding, stops, tools=["f"], ends_with_turn=False)
+    events = run(choice, ids, size=size, finish="length", logprobs=True) if ids else []
+    content, reasoning, matched = flat_text(messages, stops)
+    assert text_of(events) == content
+    assert "".join(e.delta.text for e in events if isinstance(e.delta, ReasoningDelta)) == reasoning
+    calls = [e.delta for e in events if isinstance(e.delta, ToolCallDelta) and e.delta.name is not None]
+    assert matched is not None or len(calls) == sum(kind == "call" for kind, _ in messages)
+    if events:
+        assert finish_of(events).stop_reason == matched
+    for event in events:
+        for entry in event.logprobs:
+            if not entry.chosen.text.startswith("bytes:"):
+                shown = content[entry.text_offset :][: len(entry.chosen.text)]
+                assert shown
+                assert entry.chosen.text.startswith(shown)
+                assert shown == entry.chosen.text or matched is not None
 
 
 def test_repairs_are_counted(encoding: HarmonyEncoding) -> None:
