@@ -32,6 +32,11 @@ class EngineMetrics:
             "Requests refused because the queue was full.",
             registry=registry,
         )
+        self.undecodable = Counter(
+            "cantata_engine_undecodable_messages",
+            "Calls whose message could not be decoded.",
+            registry=registry,
+        )
         self.prompt_tokens = Counter(
             "cantata_engine_prompt_tokens", "Prompt tokens of admitted requests.", registry=registry
         )

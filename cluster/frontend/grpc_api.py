@@ -16,7 +16,7 @@ from cluster.config import GatewayConfig
 from cluster.frontend.edge import is_known_key
 from cluster.frontend.errors import Unauthenticated, as_cantata_error
 from cluster.frontend.fold import Fold
-from cluster.frontend.grpc_handlers import DecodeErrors, add_InferenceServicer_to_server, decoded
+from cluster.frontend.grpc_handlers import add_InferenceServicer_to_server, decoded
 from cluster.frontend.grpc_messages import chat_event, chat_request, chat_response
 from cluster.generation import ChatRequest, GenerationService
 from cluster.generation.requests import check_num_messages
@@ -24,6 +24,7 @@ from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
 from workers.errors import CantataError
 from workers.rpc.convert import error_to_metadata
+from workers.rpc.decode_errors import DecodeErrors
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]

@@ -7,8 +7,7 @@ light.
 """
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
@@ -17,9 +16,6 @@ from grpc_health.v1 import health_pb2
 
 from cluster.rpc import inference_pb2 as pb
 from workers.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    Context = grpc.aio.ServicerContext[object, object]
 
 Kind = TypeVar("Kind", bound=Message)
 
@@ -65,75 +61,3 @@ def _add(service: ServiceDescriptor, servicer: object, server: grpc.aio.Server) 
 
 def _serialized(message: Message) -> bytes:
     return message.SerializeToString()
-
-
-class DecodeErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for type checkers only
-    """Answers INVALID_ARGUMENT to undecodable messages for servicers of libraries (health,
-    reflection).
-
-    Args:
-        count: told the method (`Health/Check`) of each such call.
-    """
-
-    def __init__(self, count: Callable[[str], None]) -> None:
-        self._count = count
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[Any], Awaitable[Any]],
-        handler_call_details: Any,
-    ) -> Any:
-        """Return the handler with a decoder that does not raise."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.request_deserializer is None:
-            return handler
-        service, _, method = handler_call_details.method.rpartition("/")
-        name = f"{service.rpartition('.')[2]}/{method}"
-
-        async def check(request: object, context: "Context") -> None:
-            if isinstance(request, _Undecodable):
-                _log.info("a message to %s cannot be decoded", name)
-                self._count(name)
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "The message cannot be decoded.")
-
-        def one(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-            async def answer(request: Any, context: "Context") -> Any:
-                await check(request, context)
-                return await behaviour(request, context)
-
-            return answer
-
-        def many(
-            behaviour: Callable[[Any, Any], AsyncIterator[Any]],
-        ) -> Callable[[Any, Any], AsyncIterator[Any]]:
-            async def checked(requests: AsyncIterator[Any], context: "Context") -> AsyncIterator[Any]:
-                async for request in requests:
-                    await check(request, context)
-                    yield request
-
-            async def answer(requests: AsyncIterator[Any], context: "Context") -> AsyncIterator[Any]:
-                async for response in behaviour(checked(requests, context), context):
-                    yield response
-
-            return answer
-
-        return handler._replace(
-            request_deserializer=_lenient(handler.request_deserializer),
-            unary_unary=handler.unary_unary and one(handler.unary_unary),
-            unary_stream=handler.unary_stream and one(handler.unary_stream),
-            stream_stream=handler.stream_stream and many(handler.stream_stream),
-        )
-
-
-class _Undecodable:
-    """Stands for a message that could not be decoded."""
-
-
-def _lenient(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def decode(data: bytes) -> Any:
-        try:
-            return deserializer(data)
-        except DecodeError:
-            return _Undecodable()
-
-    return decode

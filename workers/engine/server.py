@@ -32,6 +32,7 @@ from workers.rank.rank import Progress
 from workers.request import EngineRequest
 from workers.rpc import convert, engine_pb2_grpc
 from workers.rpc import engine_pb2 as pb
+from workers.rpc.decode_errors import DecodeErrors
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +124,10 @@ class EngineServer:
         """
         loop = asyncio.get_running_loop()
         check_address(address, self._secret)
-        server = grpc.aio.server(
-            options=_OPTIONS, interceptors=[] if self._secret is None else [SecretInterceptor(self._secret)]
-        )
+        # The secret is asked for first.
+        secret = [] if self._secret is None else [SecretInterceptor(self._secret)]
+        undecodable = DecodeErrors(lambda method: self.metrics.undecodable.inc())
+        server = grpc.aio.server(options=_OPTIONS, interceptors=[*secret, undecodable])
         # Before the model is loaded: a port that is taken should be found out in a second, not
         # after minutes.
         address = _bind(server, address)

@@ -31,6 +31,7 @@ from workers.request import EngineLoad
 from workers.rpc import convert, engine_pb2_grpc
 from workers.rpc import engine_pb2 as pb
 
+ENGINE_METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["Engine"].methods]
 CONFIG_JSON = {
     "model_type": "gpt_oss", "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 32,
     "num_hidden_layers": 2,
@@ -95,6 +96,31 @@ async def status_of(call: Awaitable[object]) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return caught.value
+
+
+@pytest.mark.parametrize("secret", [None, "a secret of some length"], ids=["socket", "port"])
+async def test_messages_that_cannot_be_decoded(
+    checkpoint: Path, secret: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line and a number each; on a port only for callers that have the secret."""
+    methods = [(f"{SERVICE}/{name}", name == "Generate") for name in ENGINE_METHODS]
+    methods += [("grpc.health.v1.Health/Check", False), ("grpc.health.v1.Health/Watch", True)]
+    caplog.set_level("INFO")
+    async with Served(checkpoint, secret) as served:
+        for path, streaming in methods:
+            caplog.clear()
+            make = served.channel.unary_stream if streaming else served.channel.unary_unary
+            call = make(f"/{path}")(b"\xff" * 10, metadata=authorization(secret or ""))
+            error = await status_of(call.read() if streaming else call)
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, path
+            assert "cannot be decoded" in (error.details() or "")
+            (record,) = caplog.records
+            assert "cannot be decoded" in record.getMessage()
+            assert record.exc_info is None
+        assert f"cantata_engine_undecodable_messages_total {len(methods)}.0" in served.server.metrics.render()
+        if secret is not None:
+            stranger = await status_of(served.channel.unary_unary(f"/{SERVICE}/GetInfo")(b"\xff" * 10))
+            assert stranger.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def first(call: grpc.aio.UnaryStreamCall) -> pb.GenerateResponse:
