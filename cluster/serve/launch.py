@@ -16,6 +16,7 @@ from cluster.config import AppConfig, CantataConfig
 from cluster.serve.ray_environment import RAY_ENVIRONMENT
 from cluster.sockets import check_port_is_free
 from cluster.summary import start_up_summary
+from cluster.ways_of_serving import check_on_ray
 from workers.console import keep_output_from_failing
 from workers.cores import engine_threads, usable_cores
 from workers.errors import ConfigError
@@ -37,6 +38,7 @@ def serve_on_ray(config: CantataConfig) -> int:
         ConfigError, CheckpointError: one sentence for the user.
     """
     keep_output_from_failing()
+    check_on_ray(config)
     load_encoding(config)
     _application(config)  # more threads than cores are refused before Ray has started
     check_port_is_free(config.listen.host, config.listen.http_port, "listen.http_port")

@@ -12,6 +12,7 @@ from cluster.commands.gpus import GIB, GPUS, Gpu
 from cluster.config import AppConfig, check_no_settings, reconfigured
 from cluster.serve.cluster_view import SERVE_LOGGER, ServeOptions
 from cluster.serve.room import accelerators
+from cluster.ways_of_serving import check_serve_application
 from workers.config import EngineConfig, ModelConfig, check_max_model_len
 from workers.errors import ConfigError
 from workers.kv_cache.memory import cache_shape, check_kv_dtype, gpu_kv_memory, split_memory
@@ -41,6 +42,7 @@ def check_application(config: AppConfig) -> None:
     """
     engine = config.engine
     check_no_settings(os.environ)
+    check_serve_application(config)
     if config.engine_cpus is not None and config.engine_cpus < 1:
         logger.warning("engine_cpus is %g: engines share CPUs, and are slower for it", config.engine_cpus)
     load_encoding(config)

@@ -25,6 +25,7 @@ from cluster.harmony.encoding import HarmonyEncoding
 from cluster.sockets import bound_socket, check_port_is_free
 from cluster.standalone.supervisor import EngineFailed, EngineProcess
 from cluster.summary import start_up_summary
+from cluster.ways_of_serving import check_standalone
 from workers.config_json import engine_config_to_json
 from workers.console import keep_output_from_failing
 from workers.cores import engine_threads, thread_environment
@@ -56,6 +57,7 @@ def serve_standalone(config: CantataConfig) -> int:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    check_standalone(config)
     return asyncio.run(_serve(config))
 
 

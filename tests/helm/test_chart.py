@@ -168,6 +168,15 @@ def test_what_a_change_replaces(helm: Helm) -> None:
     assert rendered("config.engine.max_model_len=4096")[0] != before[0]
 
 
+def test_the_time_of_idle_connections_goes_to_serve(helm: Helm) -> None:
+    """In the arguments it would have no effect, and is refused."""
+    rendered = serve_config(
+        ray_service(helm, "--values", CPU, "--set", "config.gateway.keep_alive_timeout_s=600")
+    )
+    assert rendered["http_options"]["keep_alive_timeout_s"] == 600
+    assert "keep_alive_timeout_s" not in rendered["applications"][0]["args"]["gateway"]
+
+
 def test_a_surge_has_workers_to_run_on(helm: Helm) -> None:
     for values, replicas, percent, workers in (
         (GPU, 2, 0, 2),
@@ -210,6 +219,7 @@ def test_the_schema_knows_exactly_the_settings(helm: Helm) -> None:
     # The model's path is model.path, keys would stand in the clear, and engines must be reachable
     # from other nodes.
     elsewhere = {"engine.model_path", "gateway.api_keys", "engine_host"}
+    elsewhere |= {"gateway.max_header_bytes", "gateway.header_timeout_s"}  # of --standalone
     deployments = {"replicas", "gateways"}
     assert (
         leaves(schema["properties"]["config"], "") == set(setting_paths(AppConfig)) - elsewhere | deployments

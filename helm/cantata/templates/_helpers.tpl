@@ -22,7 +22,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "cantata.args" -}}
 {{- $args := omit (deepCopy .Values.config) "replicas" "gateways" -}}
 {{- $engine := merge (dict "model_path" (printf "/models/%s" .Values.model.path)) (default dict $args.engine) -}}
-{{- $gateway := omit (default dict $args.gateway) "max_in_flight_requests" "request_timeout_s" "conversation_date" "reasoning_effort" -}}
+{{- $gateway := omit (default dict $args.gateway) "max_in_flight_requests" "request_timeout_s" "conversation_date" "reasoning_effort" "keep_alive_timeout_s" -}}
 {{- if not $gateway.served_model_name -}}
 {{- $_ := set $gateway "served_model_name" (base .Values.model.path) -}}
 {{- end -}}
@@ -38,7 +38,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 http_options:
   host: 0.0.0.0
   port: 8000
-  keep_alive_timeout_s: 120
+  keep_alive_timeout_s: {{ default 120 (default dict .Values.config.gateway).keep_alive_timeout_s }}
 grpc_options:
   port: 9000
   grpc_servicer_functions:

@@ -126,6 +126,12 @@ def test_settings_in_the_environment_of_a_node_are_refused(
     assert refusal(arguments(checkpoint)).startswith("CANTATA_ENGINE__DTYPE is set in the environment")
 
 
+def test_settings_without_an_effect_on_serve_are_refused(checkpoint: Path) -> None:
+    args = arguments(checkpoint) | {"gateway": {"keep_alive_timeout_s": 600}}
+    assert "write http_options.keep_alive_timeout_s in the YAML" in refusal(args)
+    build(arguments(checkpoint) | {"gateway": {"keep_alive_timeout_s": 120}})
+
+
 def test_a_node_without_weights_may_build(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     (weights,) = checkpoint.glob("*.safetensors")
     weights.unlink()

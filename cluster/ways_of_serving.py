@@ -1,0 +1,55 @@
+"""Settings that only one way of serving has. Given to another they would change nothing, so they
+are refused there."""
+
+from collections.abc import Iterable
+
+from pydantic import BaseModel
+
+from cluster.config import AppConfig
+from workers.errors import ConfigError
+
+_STANDALONE_ONLY = ("gateway.max_header_bytes", "gateway.header_timeout_s")
+_RAY_ONLY = ("gateways", "engine_host", "engine_drain_timeout_s", "gateway_drain_timeout_s")
+
+
+def check_standalone(config: AppConfig) -> None:
+    """Check the settings of `cantata serve --standalone`.
+
+    Raises:
+        ConfigError: one has no effect there.
+    """
+    _refuse(config, _RAY_ONLY, "has an effect on Ray only; leave it out, or serve without --standalone")
+
+
+def check_on_ray(config: AppConfig) -> None:
+    """Check the settings of `cantata serve` on Ray.
+
+    Raises:
+        ConfigError: one has no effect there.
+    """
+    reason = "has an effect with --standalone only; on Ray, HAProxy has limits of its own: leave it out"
+    _refuse(config, _STANDALONE_ONLY, reason)
+
+
+def check_serve_application(config: AppConfig) -> None:
+    """Check the arguments of a Serve application.
+
+    Raises:
+        ConfigError: one has no effect there.
+    """
+    check_on_ray(config)
+    reason = (
+        "has no effect in a Serve application's args; write http_options.keep_alive_timeout_s in the YAML"
+    )
+    _refuse(config, ("gateway.keep_alive_timeout_s",), reason)
+
+
+def _refuse(config: AppConfig, paths: Iterable[str], reason: str) -> None:
+    for path in paths:
+        *parents, name = path.split(".")
+        settings: BaseModel = config
+        for parent in parents:
+            settings = getattr(settings, parent)
+        value = getattr(settings, name)
+        if value != type(settings).model_fields[name].default:
+            raise ConfigError(f"{path} is {value}, and {reason}")
