@@ -23,7 +23,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -34,6 +33,7 @@ from pydantic import (
     model_validator,
 )
 
+from cluster.settings_tree import leaves, merge, read_file, set_value
 from workers.config import EngineConfig
 from workers.errors import ConfigError
 
@@ -254,13 +254,13 @@ def load_config(
     origins: dict[str, str] = {}
     values: dict[str, Any] = {}
     if file is not None:
-        _merge(values, _read_file(file))
-        origins |= dict.fromkeys(_leaves(values), str(file))
+        merge(values, read_file(file))
+        origins |= dict.fromkeys(leaves(values), str(file))
     for path, (name, text) in _read_environment(os.environ if environment is None else environment).items():
-        _set(values, path, text, name)
+        set_value(values, path, text, name)
         origins[path] = name
     for path, value in (flags or {}).items():
-        _set(values, path, value, "a flag")
+        set_value(values, path, value, "a flag")
         origins[path] = "the command line"
     if values.get("engine", values) is None:  # `engine:` with nothing under it
         del values["engine"]
@@ -367,21 +367,6 @@ def _paths(kind: object) -> list[tuple[str, ...]]:
     return [(name, *rest) for name, member in members.items() for rest in _paths(member)]
 
 
-def _read_file(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ConfigError(f"{file} is not YAML{f' (line {mark.line + 1})' if mark else ''}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} must hold settings by name, found a {type(values).__name__}")
-    return values
-
-
 def _read_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Path to (variable, text), in the order of the names."""
     found = {}
@@ -396,37 +381,6 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, st
                 f"setting{_suggestion(rest, known, ENVIRONMENT_PREFIX)}"
             )
         found[known[rest]] = (name, environment[name])
-    return found
-
-
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _set(values: dict[str, Any], path: str, value: object, source: str) -> None:
-    *parents, name = path.split(".")
-    for position, parent in enumerate(parents):
-        inner = values.setdefault(parent, {})
-        if inner is None:
-            inner = values[parent] = {}
-        if not isinstance(inner, dict):
-            raise ConfigError(
-                f"{'.'.join(parents[: position + 1])} must hold settings by name, so that {source} can set "
-                f"{path}"
-            )
-        values = inner
-    values[name] = value
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        found += [path, *(_leaves(value, f"{path}.") if isinstance(value, Mapping) else [])]
     return found
 
 

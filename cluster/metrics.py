@@ -3,6 +3,7 @@ knows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -40,68 +41,52 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        registry = self.registry
-        self.requests = Counter(
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.requests = counter(
             "cantata_gateway_requests",
             "Requests answered, by endpoint and final status.",
             ("endpoint", "status"),
-            registry=registry,
         )
-        self.finished_choices = Counter(
-            "cantata_gateway_finished_choices",
-            "Choices completed, by finish reason.",
-            ("finish_reason",),
-            registry=registry,
+        self.finished_choices = counter(
+            "cantata_gateway_finished_choices", "Choices completed, by finish reason.", ("finish_reason",)
         )
-        self.in_flight = Gauge(
-            "cantata_gateway_in_flight_requests", "Choices being generated.", registry=registry
+        self.in_flight = gauge("cantata_gateway_in_flight_requests", "Choices being generated.")
+        self.prompt_tokens = counter(
+            "cantata_gateway_prompt_tokens", "Prompt tokens of generations that began."
         )
-        self.prompt_tokens = Counter(
-            "cantata_gateway_prompt_tokens", "Prompt tokens of generations that began.", registry=registry
+        self.cached_tokens = counter(
+            "cantata_gateway_cached_tokens", "Prompt tokens found in a prefix cache."
         )
-        self.cached_tokens = Counter(
-            "cantata_gateway_cached_tokens", "Prompt tokens found in a prefix cache.", registry=registry
-        )
-        self.output_tokens = Counter(
-            "cantata_gateway_output_tokens", "Tokens generated, reasoning included.", registry=registry
-        )
-        self.reasoning_tokens = Counter(
-            "cantata_gateway_reasoning_tokens", "Tokens of reasoning.", registry=registry
-        )
-        self.time_to_first_token = Histogram(
+        self.output_tokens = counter("cantata_gateway_output_tokens", "Tokens generated, reasoning included.")
+        self.reasoning_tokens = counter("cantata_gateway_reasoning_tokens", "Tokens of reasoning.")
+        self.time_to_first_token = histogram(
             "cantata_gateway_time_to_first_token_seconds",
             "Time from a request's arrival to its first token.",
             buckets=_LATENCIES_S,
-            registry=registry,
         )
-        self.inter_token = Histogram(
+        self.inter_token = histogram(
             "cantata_gateway_inter_token_latency_seconds",
             "Time between two tokens of a choice; tokens that come together share it.",
             buckets=_TOKEN_GAPS_S,
-            registry=registry,
         )
-        self.duration = Histogram(
+        self.duration = histogram(
             "cantata_gateway_request_duration_seconds",
             "Time from a request's arrival to its end, however it ended.",
             buckets=_LATENCIES_S,
-            registry=registry,
         )
-        self.retries = Counter(
-            "cantata_gateway_retries",
-            "Sequences tried again on another replica, by the refusal.",
-            ("error",),
-            registry=registry,
+        self.retries = counter(
+            "cantata_gateway_retries", "Sequences tried again on another replica, by the refusal.", ("error",)
         )
-        self.resumptions = Counter(
+        self.resumptions = counter(
             "cantata_gateway_resumptions",
             "Sequences that went on at another replica after their first token.",
-            registry=registry,
         )
-        self.repairs = Counter(
+        self.repairs = counter(
             "cantata_harmony_repairs",
             "Departures of model output from the harmony format, by kind.",
             ("kind",),
-            registry=registry,
         )
         for reason in get_args(FinishReason):
             self.finished_choices.labels(reason)

@@ -2,8 +2,24 @@
 a request to paste."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from workers.rpc.convert import EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Where a service listens, and who can use it.
+
+    Attributes:
+        http, grpc: host and port.
+        exposure: sentences on what can be reached from other machines.
+    """
+
+    http: tuple[str, int]
+    grpc: tuple[str, int]
+    needs_key: bool
+    exposure: Sequence[str] = ()
 
 
 def start_up_summary(
@@ -13,10 +29,7 @@ def start_up_summary(
     longest_context: int,
     fp8_cache: bool,
     num_replicas: int,
-    http: tuple[str, int],
-    grpc: tuple[str, int],
-    needs_key: bool,
-    exposure: Sequence[str] = (),
+    reach: Reach,
 ) -> str:
     """The text, several lines.
 
@@ -24,11 +37,9 @@ def start_up_summary(
         info: of the replica with the shortest context.
         longest_context: that it would have with enough memory.
         fp8_cache: whether the KV cache is in fp8.
-        http, grpc: host and port.
-        exposure: sentences on what can be reached from other machines.
     """
-    http_address = address(*http)
-    key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
+    http_address = address(*reach.http)
+    key = " -H 'Authorization: Bearer KEY'" if reach.needs_key else ""
     rows = [
         ("model", f"{model_name} (checkpoint {info.model_name}, fingerprint {info.model_fingerprint[:12]})"),
         (
@@ -43,8 +54,8 @@ def start_up_summary(
             f"http://{http_address}/v1  (docs: http://{http_address}/docs, metrics: "
             f"http://{http_address}/metrics)",
         ),
-        ("gRPC", f"{address(*grpc)}  (cantata.inference.v1.Inference, health, reflection)"),
-        *(("note", sentence) for sentence in exposure),
+        ("gRPC", f"{address(*reach.grpc)}  (cantata.inference.v1.Inference, health, reflection)"),
+        *(("note", sentence) for sentence in reach.exposure),
     ]
     lines = [f"  {name:<9} {text}" for name, text in rows]
     request = (

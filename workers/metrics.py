@@ -2,6 +2,7 @@
 do not mix."""
 
 import threading
+from functools import partial
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
@@ -20,66 +21,49 @@ class EngineMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        registry = self.registry
-        self.requests = Counter(
-            "cantata_engine_requests",
-            "Requests that ended, by finish reason.",
-            ("finish_reason",),
-            registry=registry,
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.requests = counter(
+            "cantata_engine_requests", "Requests that ended, by finish reason.", ("finish_reason",)
         )
-        self.refused = Counter(
-            "cantata_engine_refused_requests",
-            "Requests refused because the queue was full.",
-            registry=registry,
+        self.refused = counter(
+            "cantata_engine_refused_requests", "Requests refused because the queue was full."
         )
-        self.undecodable = Counter(
-            "cantata_engine_undecodable_messages",
-            "Calls whose message could not be decoded.",
-            registry=registry,
+        self.undecodable = counter(
+            "cantata_engine_undecodable_messages", "Calls whose message could not be decoded."
         )
-        self.prompt_tokens = Counter(
-            "cantata_engine_prompt_tokens", "Prompt tokens of admitted requests.", registry=registry
+        self.prompt_tokens = counter("cantata_engine_prompt_tokens", "Prompt tokens of admitted requests.")
+        self.cached_tokens = counter(
+            "cantata_engine_cached_tokens", "Prompt tokens found in the prefix cache."
         )
-        self.cached_tokens = Counter(
-            "cantata_engine_cached_tokens", "Prompt tokens found in the prefix cache.", registry=registry
+        self.output_tokens = counter("cantata_engine_output_tokens", "Tokens sampled.")
+        self.preemptions = counter(
+            "cantata_engine_preemptions", "Sequences that lost their KV blocks and wait."
         )
-        self.output_tokens = Counter("cantata_engine_output_tokens", "Tokens sampled.", registry=registry)
-        self.preemptions = Counter(
-            "cantata_engine_preemptions", "Sequences that lost their KV blocks and wait.", registry=registry
+        self.waiting = gauge("cantata_engine_waiting_requests", "Requests accepted but not running.")
+        self.running = gauge("cantata_engine_running_requests", "Requests running.")
+        self.kv_usage = gauge(
+            "cantata_engine_kv_usage_ratio", "Share of a KV group's blocks in use.", ("group",)
         )
-        self.waiting = Gauge(
-            "cantata_engine_waiting_requests", "Requests accepted but not running.", registry=registry
+        self.step_seconds = histogram(
+            "cantata_engine_step_duration_seconds", "Time of one step, schedule to publish.", buckets=_SECONDS
         )
-        self.running = Gauge("cantata_engine_running_requests", "Requests running.", registry=registry)
-        self.kv_usage = Gauge(
-            "cantata_engine_kv_usage_ratio",
-            "Share of a KV group's blocks in use.",
-            ("group",),
-            registry=registry,
-        )
-        self.step_seconds = Histogram(
-            "cantata_engine_step_duration_seconds",
-            "Time of one step, schedule to publish.",
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.schedule_seconds = Histogram(
+        self.schedule_seconds = histogram(
             "cantata_engine_schedule_duration_seconds",
             "Time of one step outside the executor.",
             buckets=(0.00005, 0.0001, 0.00025, 0.0005, *_SECONDS),
-            registry=registry,
         )
-        self.step_tokens = Histogram(
-            "cantata_engine_step_tokens", "Tokens computed in a step.", buckets=_TOKENS, registry=registry
+        self.step_tokens = histogram(
+            "cantata_engine_step_tokens", "Tokens computed in a step.", buckets=_TOKENS
         )
-        self.step_sequences = Histogram(
-            "cantata_engine_step_sequences", "Sequences in a step.", buckets=_TOKENS, registry=registry
+        self.step_sequences = histogram(
+            "cantata_engine_step_sequences", "Sequences in a step.", buckets=_TOKENS
         )
-        self.queue_seconds = Histogram(
+        self.queue_seconds = histogram(
             "cantata_engine_queue_duration_seconds",
             "Time from submission to the first step.",
             buckets=_SECONDS,
-            registry=registry,
         )
         for reason in FINISH_REASONS:
             self.requests.labels(reason)

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from workers.config import CacheConfig, KVDtype, ModelConfig, SchedulerConfig
-from workers.kv_cache.memory import KVCachePlan, cache_shape, check_kv_dtype, gpu_kv_memory, split_memory
+from workers.kv_cache.memory import (
+    GpuMemory,
+    KVCachePlan,
+    cache_shape,
+    check_kv_dtype,
+    gpu_kv_memory,
+    split_memory,
+)
 from workers.parallel.shard import RankShard
 
 GIB = 2**30
@@ -76,10 +83,7 @@ def gpu_kv_cache(
         scheduler,
         dtype=kv_dtype,
         max_model_len=max_model_len,
-        total_bytes=gpu.memory_bytes,
-        used_bytes=weight_bytes,
-        activation_bytes=RESERVE_BYTES,
-        graph_bytes=0,
+        gpu=GpuMemory(total_bytes=gpu.memory_bytes, used_bytes=weight_bytes, activation_bytes=RESERVE_BYTES),
     )
     return split_memory(
         shape,

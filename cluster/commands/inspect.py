@@ -210,19 +210,28 @@ def _text(
     cpu_dense_dtype: DenseDtype,
     kv_dtype: KVDtype,
 ) -> str:
+    experts_in_mxfp4 = model.experts_format == "mxfp4" or quantize == "mxfp4"
+    kept = ["experts in MXFP4, all else in bf16" if experts_in_mxfp4 else "in bf16"]
+    kept += ["attention and lm_head in int8"] * (cpu_dense_dtype == "int8")
+    kept += ["the KV cache in fp8"] * (kv_dtype == "fp8_e4m3")
+    kept += [] if gpu is None else [f"on {_device(gpu)}"]
+    lines = [f"  {name:<12} {value}" for name, value in _model_rows(path, model, quantize)]
+    lines += ["", f"Each rank, {', '.join(kept)}:", "", *_plan_table(plans, gpu)]
+    left_out = [plan.refusal for plan in plans if plan.rank is not None and plan.refusal is not None]
+    if len(left_out) < len(plans):  # otherwise the first of them is the error
+        lines += [f"\n{refusal}" for refusal in left_out]
+    return "\n".join(lines)
+
+
+def _model_rows(path: Path, model: ModelConfig, quantize: str | None) -> list[tuple[str, str]]:
     total, active = count_parameters(model)
     sliding = sum(window is not None for window in model.layer_windows)
     layout = "OpenAI's own layout" if model.layout == "original" else "Hugging Face layout"
-    packed_while_loading = (
-        ", packed to MXFP4 while loading" if quantize and model.experts_format != "mxfp4" else ""
-    )
-    rows = [
+    stored = "MXFP4" if model.experts_format == "mxfp4" else "bf16"
+    packed = ", packed to MXFP4 while loading" if quantize and model.experts_format != "mxfp4" else ""
+    return [
         ("checkpoint", str(checkpoint_folder(path))),
-        (
-            "format",
-            f"{layout}, experts in "
-            f"{'MXFP4' if model.experts_format == 'mxfp4' else 'bf16'}{packed_while_loading}",
-        ),
+        ("format", f"{layout}, experts in {stored}{packed}"),
         ("parameters", f"{total / 1e9:.2f} B, {active / 1e9:.2f} B active for a token"),
         ("layers", f"{model.num_layers}, {sliding} with a window of {model.sliding_window} keys"),
         (
@@ -237,59 +246,31 @@ def _text(
         ("experts", f"{model.num_experts}, {model.num_experts_per_token} for a token"),
         ("context", f"{model.max_context_len} tokens"),
     ]
-    lines = [f"  {name:<12} {value}" for name, value in rows]
-    experts_in_mxfp4 = model.experts_format == "mxfp4" or quantize == "mxfp4"
-    kept = ["experts in MXFP4, all else in bf16" if experts_in_mxfp4 else "in bf16"]
-    kept += ["attention and lm_head in int8"] * (cpu_dense_dtype == "int8")
-    kept += ["the KV cache in fp8"] * (kv_dtype == "fp8_e4m3")
-    kept += [] if gpu is None else [f"on {_device(gpu)}"]
-    lines += [
-        "",
-        f"Each rank, {', '.join(kept)}:",
-        "",
-    ]
-    header = (
-        "tp",
-        "ep",
-        "weights",
-        "attention",
-        "experts",
-        "gate, norms",
-        "embedding",
-        "lm_head",
-        "padding",
-        "KV/token",
-        "KV/seq",
-        "context",
-        "tokens that fit",
-    )
-    lines.append("".join(f"{cell:>{max(len(cell), 9) + 2}}" for cell in header))
+
+
+_COLUMNS = (
+    *("tp", "ep", "weights", "attention", "experts", "gate, norms", "embedding", "lm_head", "padding"),
+    *("KV/token", "KV/seq", "context", "tokens that fit"),
+)
+
+
+def _plan_table(plans: list[Plan], gpu: str | None) -> list[str]:
+    lines = [_row(_COLUMNS)]
     for plan in plans:
         if plan.rank is None or plan.kv is None:
             lines.append(f"{plan.tensor:>11}{plan.expert:>11}  refused: {plan.refusal}")
             continue
         rank, kv = plan.rank, plan.kv
-        fits = "-" if gpu is None else "does not fit" if plan.refusal else f"{plan.kv_tokens:,}"
-        sizes = (
-            rank.total,
-            rank.attention,
-            rank.experts,
-            rank.gate_and_norms,
-            rank.embedding,
-            rank.lm_head,
-            rank.padding,
-            kv.per_token,
-            kv.per_sequence,
-        )
+        weights = (rank.total, rank.attention, rank.experts, rank.gate_and_norms, rank.embedding)
+        sizes = (*weights, rank.lm_head, rank.padding, kv.per_token, kv.per_sequence)
         context = "-" if plan.max_model_len is None else f"{plan.max_model_len:,}"
-        cells = (str(plan.tensor), str(plan.expert), *map(_readable, sizes), context, fits)
-        lines.append(
-            "".join(f"{cell:>{max(len(name), 9) + 2}}" for cell, name in zip(cells, header, strict=True))
-        )
-    left_out = [plan.refusal for plan in plans if plan.rank is not None and plan.refusal is not None]
-    if len(left_out) < len(plans):  # otherwise the first of them is the error
-        lines += [f"\n{refusal}" for refusal in left_out]
-    return "\n".join(lines)
+        fits = "-" if gpu is None else "does not fit" if plan.refusal else f"{plan.kv_tokens:,}"
+        lines.append(_row((str(plan.tensor), str(plan.expert), *map(_readable, sizes), context, fits)))
+    return lines
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "".join(f"{cell:>{max(len(name), 9) + 2}}" for cell, name in zip(cells, _COLUMNS, strict=True))
 
 
 def _device(gpu: str) -> str:

@@ -15,7 +15,7 @@ from cluster.assembly import context_with_enough_memory, load_encoding
 from cluster.config import AppConfig, CantataConfig
 from cluster.serve.ray_environment import RAY_ENVIRONMENT
 from cluster.sockets import check_port_is_free
-from cluster.summary import start_up_summary
+from cluster.summary import Reach, start_up_summary
 from cluster.ways_of_serving import check_on_ray
 from workers.console import keep_output_from_failing
 from workers.cores import engine_threads, usable_cores
@@ -92,14 +92,16 @@ def _summary(config: CantataConfig, info: EngineInfo) -> str:
         longest_context=context_with_enough_memory(config),
         fp8_cache=config.engine.kv_dtype == "fp8_e4m3",
         num_replicas=config.replicas,
-        http=(config.listen.host, config.listen.http_port),
-        grpc=(config.listen.host, config.listen.grpc_port),
-        needs_key=bool(config.gateway.api_keys),
-        exposure=[
-            "Ray Serve also opens ports on all interfaces: HAProxy's statistics and metrics (8404, 9101) "
-            "and the gateways' own gRPC "
-            "(40000 upwards, 9500); close them to others with a firewall, or serve with --standalone",
-        ],
+        reach=Reach(
+            http=(config.listen.host, config.listen.http_port),
+            grpc=(config.listen.host, config.listen.grpc_port),
+            needs_key=bool(config.gateway.api_keys),
+            exposure=[
+                "Ray Serve also opens ports on all interfaces: HAProxy's statistics and metrics (8404, 9101) "
+                "and the gateways' own gRPC "
+                "(40000 upwards, 9500); close them to others with a firewall, or serve with --standalone",
+            ],
+        ),
     )
 
 

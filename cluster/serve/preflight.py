@@ -15,7 +15,7 @@ from cluster.serve.room import accelerators
 from cluster.ways_of_serving import check_serve_application
 from workers.config import EngineConfig, ModelConfig, check_max_model_len
 from workers.errors import ConfigError
-from workers.kv_cache.memory import cache_shape, check_kv_dtype, gpu_kv_memory, split_memory
+from workers.kv_cache.memory import GpuMemory, cache_shape, check_kv_dtype, gpu_kv_memory, split_memory
 from workers.model.sizes import rank_bytes
 from workers.model.stored_model import check_tensors
 from workers.model_config import checkpoint_folder, load_model_config
@@ -136,10 +136,7 @@ def _check_gpu(engine: EngineConfig, shape: ModelConfig, gpu: Gpu, weight_bytes:
         engine.scheduler,
         dtype=engine.kv_dtype,
         max_model_len=engine.max_model_len,
-        total_bytes=gpu.memory_bytes,
-        used_bytes=weight_bytes,
-        activation_bytes=0,
-        graph_bytes=0,
+        gpu=GpuMemory(total_bytes=gpu.memory_bytes, used_bytes=weight_bytes),
     )
     if weight_bytes + memory.num_bytes > gpu.memory_bytes:
         raise ConfigError(

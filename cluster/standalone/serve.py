@@ -24,7 +24,7 @@ from cluster.generation import GenerationService
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.sockets import bound_socket, check_port_is_free
 from cluster.standalone.supervisor import EngineFailed, EngineProcess
-from cluster.summary import start_up_summary
+from cluster.summary import Reach, start_up_summary
 from cluster.ways_of_serving import check_standalone
 from workers.config_json import engine_config_to_json
 from workers.console import keep_output_from_failing
@@ -150,10 +150,12 @@ async def _serve_gateway(
         longest_context=context_with_enough_memory(config),
         fp8_cache=config.engine.kv_dtype == "fp8_e4m3",
         num_replicas=config.replicas,
-        http=(http_host, http_port),
-        grpc=(config.listen.host, grpc_port),
-        needs_key=bool(keys),
-        exposure=_exposure(config.listen, bool(keys)),
+        reach=Reach(
+            http=(http_host, http_port),
+            grpc=(config.listen.host, grpc_port),
+            needs_key=bool(keys),
+            exposure=_exposure(config.listen, bool(keys)),
+        ),
     )
     print(summary, flush=True)
     asked = asyncio.create_task(stop.asked.wait())

@@ -224,7 +224,7 @@ class DistributedExecutor:
             self._progress(f"start rank {number} on {place.host}", 0, 0)
             self._launcher.launch(spec, partial(self._note_exit, number))
         hellos = self._gather(wire.HELLO, parallel.start_timeout_s, "started")
-        self._check_hellos(hellos)
+        _check_hellos(self._config, hellos, self._launcher.host)
         phases_s = {"start ranks": time.perf_counter() - started}
         for number in range(num_ranks):
             channel.send(
@@ -312,24 +312,6 @@ class DistributedExecutor:
                     f"nodes together"
                 )
         return [found[rank] for rank in range(self._size)]
-
-    def _check_hellos(self, hellos: Sequence[wire.Body]) -> None:
-        """All ranks must be the same software on the same checkpoint with the same configuration as
-        this engine.
-
-        Raises:
-            ConfigError: names the rank, its host and what differs.
-        """
-        for what, own in identity(self._config).items():
-            for hello in hellos:
-                theirs = hello["identity"]
-                found = theirs.get(what) if isinstance(theirs, dict) else None
-                if found != own:
-                    raise ConfigError(
-                        f"rank {hello['rank']} on {hello['host']} has another {what} ({str(found)[:12]}) "
-                        f"than its engine on "
-                        f"{self._launcher.host} ({str(own)[:12]}): all nodes need the same"
-                    )
 
     def _receive(self) -> None:
         channel = self._channel
@@ -432,3 +414,22 @@ class DistributedExecutor:
 def _rank_loaded(fields: object) -> RankLoaded:
     assert isinstance(fields, dict)
     return RankLoaded(**{**fields, "kv_memory": KVMemory(**fields["kv_memory"])})
+
+
+def _check_hellos(config: EngineConfig, hellos: Sequence[wire.Body], engine_host: str) -> None:
+    """All ranks must be the same software on the same checkpoint with the same configuration as
+    this engine.
+
+    Raises:
+        ConfigError: names the rank, its host and what differs.
+    """
+    for what, own in identity(config).items():
+        for hello in hellos:
+            theirs = hello["identity"]
+            found = theirs.get(what) if isinstance(theirs, dict) else None
+            if found != own:
+                raise ConfigError(
+                    f"rank {hello['rank']} on {hello['host']} has another {what} ({str(found)[:12]}) "
+                    f"than its engine on "
+                    f"{engine_host} ({str(own)[:12]}): all nodes need the same"
+                )

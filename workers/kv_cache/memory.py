@@ -81,6 +81,22 @@ class KVMemory:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """Memory of one GPU, and what takes it beside the KV cache.
+
+    Attributes:
+        used_bytes: by this rank's weights and by everything else on the GPU.
+        activation_bytes: beyond that, at the peak of the largest step.
+        graph_bytes: of CUDA graphs that are still to be captured.
+    """
+
+    total_bytes: int
+    used_bytes: int
+    activation_bytes: int = 0
+    graph_bytes: int = 0
+
+
 def check_kv_dtype(dtype: KVDtype, target: str) -> None:
     """
     Args:
@@ -134,10 +150,7 @@ def gpu_kv_memory(
     *,
     dtype: KVDtype,
     max_model_len: int | None,
-    total_bytes: int,
-    used_bytes: int,
-    activation_bytes: int,
-    graph_bytes: int,
+    gpu: GpuMemory,
 ) -> KVMemory:
     """`cache.memory_bytes`, or what `cache.gpu_memory_utilization` leaves of a GPU; never more than
     can be of use.
@@ -145,31 +158,31 @@ def gpu_kv_memory(
     Args:
         model: with the key-value heads of the rank.
         max_model_len: as in EngineConfig.
-        total_bytes: of the GPU.
-        used_bytes: by this rank's weights and by everything else on the GPU.
-        activation_bytes: beyond that, at the peak of the largest step.
-        graph_bytes: of CUDA graphs that are still to be captured.
     Raises:
         ConfigError: without a KV cache already it is too much for the GPU.
     """
     if cache.memory_bytes is not None:
         return KVMemory(cache.memory_bytes, "cache.memory_bytes")
     _, useful = _bounds(model, scheduler, dtype, max_model_len)
-    left = int(total_bytes * cache.gpu_memory_utilization) - used_bytes - activation_bytes - graph_bytes
+    left = (
+        int(gpu.total_bytes * cache.gpu_memory_utilization)
+        - gpu.used_bytes
+        - gpu.activation_bytes
+        - gpu.graph_bytes
+    )
     if left <= 0:
         raise ConfigError(
-            f"the model does not fit: {readable(used_bytes)} in use, {readable(activation_bytes)} for "
-            f"activations and "
-            f"{readable(graph_bytes)} for graphs leave nothing of {cache.gpu_memory_utilization:.0%} of "
-            f"the GPU's "
-            f"{readable(total_bytes)}; split it over more ranks (parallel.tensor), take a GPU with more "
+            f"the model does not fit: {readable(gpu.used_bytes)} in use, "
+            f"{readable(gpu.activation_bytes)} for activations and {readable(gpu.graph_bytes)} for "
+            f"graphs leave nothing of {cache.gpu_memory_utilization:.0%} of the GPU's "
+            f"{readable(gpu.total_bytes)}; split it over more ranks (parallel.tensor), take a GPU with more "
             f"memory, or raise "
             "cache.gpu_memory_utilization"
         )
     source = (
-        f"{cache.gpu_memory_utilization:.0%} of the GPU's {readable(total_bytes)} less "
-        f"{readable(used_bytes)} in use, "
-        f"{readable(activation_bytes)} for activations and {readable(graph_bytes)} for graphs; "
+        f"{cache.gpu_memory_utilization:.0%} of the GPU's {readable(gpu.total_bytes)} less "
+        f"{readable(gpu.used_bytes)} in use, "
+        f"{readable(gpu.activation_bytes)} for activations and {readable(gpu.graph_bytes)} for graphs; "
         f"cache.gpu_memory_utilization sets it"
     )
     return KVMemory(min(left, useful), source)

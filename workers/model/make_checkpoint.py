@@ -271,6 +271,9 @@ def config_json(config: ModelConfig) -> dict[str, object]:
         raise ConfigError(
             f"layer_windows has windows {sorted(windows)}; config.json holds one for all sliding layers"
         )
+    layer_types = [
+        "full_attention" if window is None else "sliding_attention" for window in config.layer_windows
+    ]
     fields: dict[str, object] = {
         "architectures": ["GptOssForCausalLM"],
         "attention_bias": True,
@@ -283,9 +286,7 @@ def config_json(config: ModelConfig) -> dict[str, object]:
         "initial_context_length": config.rope.original_max_position_embeddings,
         "initializer_range": 0.02,
         "intermediate_size": config.intermediate_size,
-        "layer_types": [
-            "full_attention" if window is None else "sliding_attention" for window in config.layer_windows
-        ],
+        "layer_types": layer_types,
         "max_position_embeddings": config.max_context_len,
         "model_type": "gpt_oss",
         "num_attention_heads": config.num_heads,

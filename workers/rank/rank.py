@@ -13,6 +13,7 @@ from kernels.backend import architecture
 from workers.config import EngineConfig, ModelConfig, longest_context
 from workers.errors import ConfigError
 from workers.kv_cache.memory import (
+    GpuMemory,
     KVCachePlan,
     KVMemory,
     cache_shape,
@@ -292,10 +293,12 @@ class Rank:
             config.scheduler,
             dtype=config.kv_dtype,
             max_model_len=config.max_model_len,
-            total_bytes=total,
-            used_bytes=total - free,
-            activation_bytes=taken.activation_bytes,
-            graph_bytes=taken.graph_bytes,
+            gpu=GpuMemory(
+                total_bytes=total,
+                used_bytes=total - free,
+                activation_bytes=taken.activation_bytes,
+                graph_bytes=taken.graph_bytes,
+            ),
         )
 
     @contextmanager

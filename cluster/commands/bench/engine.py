@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as of `cantata serve` (default: bf16)",
     )
     add("--cpu-isa", choices=get_args(CpuIsa), default="auto", help="as of `cantata serve` (default: auto)")
+    _add_run(parser)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--input-len", type=positive_int, default=32, metavar="TOKENS", help="of each prompt (default: 32)")
     add(
         "--output-len", type=positive_int, default=128, metavar="TOKENS", help="of each prompt (default: 128)"

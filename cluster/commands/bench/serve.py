@@ -53,6 +53,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--endpoint", choices=("chat", "completions"), default="chat", help="default: chat")
     add("--num-prompts", type=positive_int, default=100, metavar="N", help="requests to send (default: 100)")
+    _add_load(parser)
+    _add_prompts(parser)
+    add(
+        "--warmup",
+        type=at_least(0),
+        default=1,
+        metavar="N",
+        help="requests sent before, one by one, that do not count (default: 1)",
+    )
+    add(
+        "--timeout",
+        type=positive_float,
+        default=300.0,
+        metavar="SECONDS",
+        help="of one request (default: 300)",
+    )
+    add(
+        "--max-time",
+        type=positive_float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="of the whole run; then it is cut off (default: 1800)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the report there as JSON")
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
     load = parser.add_mutually_exclusive_group()
     load.add_argument(
         "--concurrency",
@@ -66,6 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="requests a second on average, at random times",
     )
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--dataset",
         default="random",
@@ -93,28 +124,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--temperature", type=temperature, metavar="T", help="default: the server's")
     add("--seed", type=int, default=0, metavar="N", help="of random prompts and arrival times (default: 0)")
-    add(
-        "--warmup",
-        type=at_least(0),
-        default=1,
-        metavar="N",
-        help="requests sent before, one by one, that do not count (default: 1)",
-    )
-    add(
-        "--timeout",
-        type=positive_float,
-        default=300.0,
-        metavar="SECONDS",
-        help="of one request (default: 300)",
-    )
-    add(
-        "--max-time",
-        type=positive_float,
-        default=1800.0,
-        metavar="SECONDS",
-        help="of the whole run; then it is cut off (default: 1800)",
-    )
-    add("--json", type=Path, metavar="FILE", help="write the report there as JSON")
 
 
 def run(options: argparse.Namespace) -> int:

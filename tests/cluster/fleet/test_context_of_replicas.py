@@ -13,7 +13,7 @@ from cluster.fleet.probe import Patience
 from cluster.fleet.table import Replica, RoutingHint
 from cluster.generation import CompletionRequest, GenerationService, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
-from cluster.summary import start_up_summary
+from cluster.summary import Reach, start_up_summary
 from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import make_encoding
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
@@ -146,9 +146,7 @@ def test_the_summary_says_when_memory_is_the_limit(longest: int, fp8_cache: bool
         longest_context=longest,
         fp8_cache=fp8_cache,
         num_replicas=1,
-        http=("127.0.0.1", 8000),
-        grpc=("127.0.0.1", 9000),
-        needs_key=False,
+        reach=Reach(http=("127.0.0.1", 8000), grpc=("127.0.0.1", 9000), needs_key=False),
     )
     assert f"\n  context   {said}" in text
 

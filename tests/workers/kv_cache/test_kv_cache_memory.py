@@ -14,7 +14,7 @@ from workers.config import CacheConfig, Dtype, ModelConfig, SchedulerConfig
 from workers.errors import ConfigError
 from workers.kv_cache import memory as kv_memory
 from workers.kv_cache.manager import KVCacheManager, num_blocks_for, sliding_blocks_per_sequence
-from workers.kv_cache.memory import KVCachePlan, cpu_kv_memory, gpu_kv_memory, split_memory
+from workers.kv_cache.memory import GpuMemory, KVCachePlan, cpu_kv_memory, gpu_kv_memory, split_memory
 from workers.kv_cache.tensors import allocate_kv_caches
 
 GIB = 1024**3
@@ -236,10 +236,7 @@ def test_the_context_follows_from_free_memory(monkeypatch: pytest.MonkeyPatch) -
         SchedulerConfig(),
         dtype="bfloat16",
         max_model_len=None,
-        total_bytes=20 * GIB,
-        used_bytes=16 * GIB,
-        activation_bytes=GIB,
-        graph_bytes=0,
+        gpu=GpuMemory(total_bytes=20 * GIB, used_bytes=16 * GIB, activation_bytes=GIB),
     )
     plan = split_memory(
         LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=None, memory_bytes=memory.num_bytes
@@ -295,10 +292,9 @@ def test_a_gpu_gives_what_its_share_leaves(
         SchedulerConfig(),
         dtype="bfloat16",
         max_model_len=131072,
-        total_bytes=80 * GIB,
-        used_bytes=used,
-        activation_bytes=activations,
-        graph_bytes=graphs,
+        gpu=GpuMemory(
+            total_bytes=80 * GIB, used_bytes=used, activation_bytes=activations, graph_bytes=graphs
+        ),
     )
     assert memory.num_bytes == pytest.approx(expected, abs=2)
     assert f"{utilization:.0%} of the GPU's 80.00 GiB" in memory.source
@@ -312,10 +308,7 @@ def test_a_model_that_leaves_nothing_is_refused(monkeypatch: pytest.MonkeyPatch)
             SchedulerConfig(),
             dtype="bfloat16",
             max_model_len=None,
-            total_bytes=80 * GIB,
-            used_bytes=72 * GIB,
-            activation_bytes=GIB,
-            graph_bytes=0,
+            gpu=GpuMemory(total_bytes=80 * GIB, used_bytes=72 * GIB, activation_bytes=GIB),
         )
     assert str(raised.value) == (
         "the model does not fit: 72.00 GiB in use, 1.00 GiB for activations and 0 bytes for graphs leave "
@@ -346,10 +339,7 @@ def test_the_operator_decides_on_a_gpu_too() -> None:
         SchedulerConfig(),
         dtype="bfloat16",
         max_model_len=131072,
-        total_bytes=GIB,
-        used_bytes=GIB,
-        activation_bytes=0,
-        graph_bytes=0,
+        gpu=GpuMemory(total_bytes=GIB, used_bytes=GIB),
     )
     assert memory.num_bytes == 3 * GIB
 

@@ -1,0 +1,69 @@
+"""Settings as nested mappings, before they are checked: read from a file, merged, set by path."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from workers.errors import ConfigError
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """Return the settings of a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML, or holds something else.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{file} is not YAML{f' (line {mark.line + 1})' if mark else ''}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold settings by name, found a {type(values).__name__}")
+    return values
+
+
+def merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Put settings over others, name by name."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def set_value(values: dict[str, Any], path: str, value: object, source: str) -> None:
+    """Put a value at a path.
+
+    Args:
+        source: what sets it, for the error.
+    Raises:
+        ConfigError: a part of the path holds a value of its own.
+    """
+    *parents, name = path.split(".")
+    for position, parent in enumerate(parents):
+        inner = values.setdefault(parent, {})
+        if inner is None:
+            inner = values[parent] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(
+                f"{'.'.join(parents[: position + 1])} must hold settings by name, so that {source} can set "
+                f"{path}"
+            )
+        values = inner
+    values[name] = value
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the paths of all settings, of groups as well."""
+    found = []
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        found += [path, *(leaves(value, f"{path}.") if isinstance(value, Mapping) else [])]
+    return found
