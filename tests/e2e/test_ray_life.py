@@ -116,6 +116,7 @@ def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path
         assert "set RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1" in served.log.read_text(
             errors="replace"
         )
+        _a_stopped_rank_ends_with_its_engine(served)
         assert served.stop() == 0
         assert none_left(served.mark, 15) == []
 
@@ -211,6 +212,15 @@ def _kill_a_rank_and_wait_for_the_next_replica(served: Served) -> None:
     os.kill(before[1], signal.SIGKILL)
     until(lambda: not set(before) & set(ranks_of(served)), 20)
     until(lambda: len(ranks_of(served)) == 2 and is_ready(served), 90)
+
+
+def _a_stopped_rank_ends_with_its_engine(served: Served) -> None:
+    """It hears nothing of its engine's death, and would keep its GPU: Ray kills it."""
+    before = ranks_of(served)
+    (engine,) = pids_of(served, "ServeReplica:cantata:engine")
+    os.kill(before[1], signal.SIGSTOP)
+    os.kill(engine, signal.SIGKILL)
+    until(lambda: not set(before) & set(ranks_of(served)), 60)
 
 
 def is_ready(served: Served) -> bool:
