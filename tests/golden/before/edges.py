@@ -214,7 +214,7 @@ def edges() -> Iterator[tuple[str, str, Json]]:
         (CHAT, {"messages": [USER]}, _CHAT),
         (COMPLETIONS, {"prompt": "Once"}, _COMPLETION),
     ):
-        kind = path.rpartition("/")[2]
+        kind = "chat" if path == CHAT else "completion"
         for name in (*_SHARED, *names):
             for number, value in enumerate((*KINDS, *_LIMITS.get(name, ()))):
                 if (name, value) != ("stream", True):

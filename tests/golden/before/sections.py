@@ -196,6 +196,7 @@ async def _at_the_edge(folder: Path) -> Json:
         grpc = Grpc(gateway.grpc_address)
         found: dict[str, Json] = {}
         for name, path, body in edges():
+            assert name not in found, f"two cases have the name {name}"
             before = len(engine.requests)
             request = grpc_request(body) if path == CHAT and "stop" not in name else None
             found[name] = {"http": _refusal(await whole(gateway.http, path, body), engine, before)}
