@@ -78,7 +78,8 @@ def _of_texts(was: str, now: str, path: str) -> Iterator[str]:
             yield f"{path}: {was!r} → {now!r}"
         else:
             begin = max(start - 60, 0)
-            yield f"{path}: from character {start}: …{was[begin : start + 120]!r} → …{now[begin : start + 120]!r}"
+            before, after = was[begin : start + 120], now[begin : start + 120]
+            yield f"{path}: from character {start}: …{before!r} → …{after!r}"
         return
     lines = list(differences(before, after, path))
     yield from lines or [f"{path}: same JSON, in other order or spacing: {_short(was)} → {_short(now)}"]
@@ -95,7 +96,8 @@ def _of_lists(was: list[Json], now: list[Json], path: str) -> Iterator[str]:
         start = next(
             (i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now))
         )
-        yield f"{path}: {len(was)} → {len(now)} entries, from [{start}]: {_short(was[start:])} → {_short(now[start:])}"
+        sizes = f"{len(was)} → {len(now)} entries"
+        yield f"{path}: {sizes}, from [{start}]: {_short(was[start:])} → {_short(now[start:])}"
         return
     for index, (before, after) in enumerate(zip(was, now, strict=False)):
         yield from differences(before, after, f"{path}[{index}]")

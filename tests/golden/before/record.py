@@ -26,7 +26,7 @@ def load(section: str) -> Json:
 
 def run(section: str, folder: Path) -> Json:
     """Return what the section gives now, as JSON stores it."""
-    return json.loads(json.dumps(SECTIONS[section](folder)))
+    return json.loads(json.dumps(SECTIONS[section](folder), default=bytes.hex))
 
 
 def main() -> int:

@@ -352,6 +352,7 @@ def _samples(text: str, name: str) -> Json:
 _LOG_MASKS = (
     (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+", "TIME"),
     (r"unix:\S+", "unix:SOCKET"),
+    (r"(INFO|WARNING|ERROR) (cluster|workers)\.[\w.]+:", r"\1 \2:"),
     (r"127\.0\.0\.1:\d+", "127.0.0.1:PORT"),
     (r"cpu \((\w+), (\w+), (\d+) threads?\)", r"cpu (MACHINE, \2, \3 threads)"),
     (r"\d+\.\d\d s", "N s"),
