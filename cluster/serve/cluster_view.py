@@ -133,7 +133,9 @@ class ServeStanding:
             replicas = details["applications"][self._own.app_name]["deployments"][self._own.name]["replicas"]
             states = {str(replica["replica_id"]): replica["state"] for replica in replicas}
             return bool(states.get(self._id) == ReplicaState.STOPPING)
-        except (TimeoutError, KeyError, RayError):  # the controller starts again
+        except KeyError:  # the application is gone; a controller that starts again knows it at once
+            return True
+        except (TimeoutError, RayError):  # the controller starts again
             return False
 
     def _update(self, targets: Any) -> None:

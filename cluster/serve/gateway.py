@@ -44,11 +44,9 @@ logger = logging.getLogger(SERVE_LOGGER)
 _MAX_UNSENT_EVENTS = 16
 _FIRST_WORD_S = 5.0
 """Seconds in which a new gateway waits for Serve's list of engines and for their answers."""
-SHUTDOWN_S = 20.0
-"""Longest time in seconds for running requests to end when no gateway is left to take others.
-
-Serve's own shutdown kills what runs after 30 s.
-"""
+SHUTDOWN_S = 30.0
+"""Longest time in seconds for running requests to end when no gateway is left to take others, as in
+standalone serving."""
 _STANDING_PERIOD_S = 2.0
 """Seconds between two questions whether this gateway stops."""
 _REPORT_PERIOD_S = 60.0

@@ -135,7 +135,11 @@ def _run(config: CantataConfig) -> int:
         _check_room(config)
         _serve_application(config)
     except KeyboardInterrupt:
-        print("stopping: running requests are given time to end", file=sys.stderr, flush=True)
+        print(
+            "stopping: running requests have 30 s to end; a second signal stops at once",
+            file=sys.stderr,
+            flush=True,
+        )
     except Exception as error:
         # The process's edge: Ray raises what it likes when it or the application cannot start, with
         # the reason in the text.
@@ -214,6 +218,16 @@ def _check_room(config: CantataConfig) -> None:
 
 
 def _shut_serve_down() -> None:
+    """End the application, then Serve, whose own shutdown would kill the proxies first and cut what
+    runs. A signal meanwhile is for haste."""
     from ray import serve
 
+    _on_stop_signals(_interrupt)
+    try:
+        found = serve.status().applications.get(APPLICATION)
+        if found is not None and found.status == "RUNNING":
+            serve.delete(APPLICATION)
+    except (KeyboardInterrupt, Exception) as error:  # Ray raises what it likes; the rest is shut down
+        print(f"stopping at once ({type(error).__name__})", file=sys.stderr, flush=True)
+    _on_stop_signals(signal.SIG_IGN)
     serve.shutdown()  # type: ignore[no-untyped-call]

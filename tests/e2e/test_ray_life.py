@@ -3,6 +3,7 @@ that nobody prepared."""
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -34,8 +35,11 @@ TWO_CORES = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores: each
 
 
 @TWO_CORES
-def test_cantata_serve_from_start_to_ctrl_c(model: Path, tmp_path: Path) -> None:
+def test_cantata_serve_from_start_to_ctrl_c(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Two ranks, experts split between them.
+    monkeypatch.setenv("CANTATA_GATEWAY_DRAIN_TIMEOUT_S", "2")
     with cantata_serve(tmp_path, model, "--api-key", "right", "--tensor-parallel-size", "2") as served:
         body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
         url = f"{served.url}/v1/chat/completions"
@@ -66,7 +70,7 @@ def test_cantata_serve_from_start_to_ctrl_c(model: Path, tmp_path: Path) -> None
 
         assert any("haproxy" in process for process in marked(served.mark))
         # Ctrl-C in a terminal goes to the whole process group.
-        os.killpg(served.process.pid, signal.SIGINT)
+        check_streams_end(served, lambda: os.killpg(served.process.pid, signal.SIGINT), "right")
         assert served.process.wait(90) == 0
         assert none_left(served.mark, 15) == []
         log = served.log.read_text(errors="replace")
@@ -171,6 +175,31 @@ def test_streams_of_a_killed_replica_go_on_at_the_other(model: Path, tmp_path: P
         assert read_many(served, 12, 8) == undisturbed
         assert served.stop() == 0
         assert none_left(served.mark, 15) == []
+
+
+def check_streams_end(served: Served, stop: Callable[[], None], key: str) -> None:
+    """Streams over HTTP and gRPC that outlast a stop end with an error that their clients see."""
+    body = {"model": MODEL_NAME, "prompt": "1 is", "stream": True, "ignore_eos": True, "max_tokens": 16_000}
+    headers = {"authorization": f"Bearer {key}"}
+    message = pb.Message(role=pb.ROLE_USER, content=scripts.GREETING)
+    request = pb.ChatRequest(messages=[message], ignore_eos=True, max_tokens=16_000)
+    url = f"{served.url}/v1/completions"
+    with (
+        httpx.stream("POST", url, json=body, headers=headers, timeout=60, trust_env=False) as stream,
+        grpc.insecure_channel(served.grpc, options=[("grpc.enable_http_proxy", 0)]) as channel,
+    ):
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        events = stub.ChatStream(request, metadata=tuple(headers.items()), timeout=60)
+        next(events)
+        lines = filter(None, stream.iter_lines())
+        assert next(lines).startswith("data: ")
+        stop()
+        *_, error, last = lines
+        assert last == "data: [DONE]"
+        assert '"code":"engine_unavailable"' in error
+        with pytest.raises(grpc.RpcError) as ended:
+            list(events)
+        assert ended.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
 def num_up(served: Served) -> float:
