@@ -110,6 +110,28 @@ def test_every_keyword_of_the_draft_is_checked(keyword: str) -> None:
     assert bool(refused) == (keyword not in ("const", "default"))
 
 
+@pytest.mark.parametrize("keyword", sorted({*KEYWORDS} - {"type"}))
+def test_each_keyword_takes_what_the_draft_takes(keyword: str) -> None:
+    validator = jsonschema.Draft202012Validator(jsonschema.Draft202012Validator.META_SCHEMA)
+    texts: list[Any] = [[], ["a"], ["a", "b"], ["a", "a"], [1, 1]]
+    for value in (
+        None,
+        True,
+        False,
+        -1,
+        0,
+        2.0,
+        1.5,
+        "a",
+        *texts,
+        {},
+        {"a": True},
+        *({"a": each} for each in texts),
+    ):
+        schema = {"type": "object", keyword: value}
+        assert (problem(schema) is None) == validator.is_valid(schema), schema
+
+
 @pytest.mark.filterwarnings("ignore:Possible")
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(PATTERN_PIECES), max_size=12).map("".join) | st.text(max_size=20))
