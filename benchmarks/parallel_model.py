@@ -4,7 +4,7 @@ operations and messages.
     python3 -m benchmarks.parallel_model [--model 120b] [--gpu h100 h200 b200]
         [--plan 1 2 4 8,2] [--batch 1 8 64 256]
                                         [--context 8192] [--output 1024] [--plot
-                                        docs/parallel_model.svg]
+                                        docs/performance/parallel_model.svg]
 
 Requests have prompts of `context` tokens and answers of `output` tokens. Prints, for each GPU and
 plan (ranks, or ranks,groups of experts): a rank's weights, the tokens that the KV cache of a

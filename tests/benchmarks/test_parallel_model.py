@@ -47,7 +47,7 @@ SMALL = ModelConfig(
     layer_windows=(40, None, 40),
     max_context_len=256,
 )
-PERFORMANCE = Path(__file__).parents[2] / "docs" / "performance.md"
+PERFORMANCE = Path(__file__).parents[2] / "docs" / "performance" / "parallel-plans.md"
 
 
 def test_one_token_of_the_large_model_reads_five_gigabytes() -> None:
