@@ -1,9 +1,9 @@
 """The Ray Serve application: `import_path: cluster.serve.app:build` in a Serve YAML, with `args` as
 in `cluster.config.AppConfig`.
 
-Serve starts every replica of both deployments anew when `args` change, since it makes them part of
-the code's version. What may change without that stands in the YAML's `deployments`: how many
-replicas there are, and a gateway's run-time settings in its `user_config`.
+A change of `args` makes Serve restart every replica of both deployments, because `args` are part of
+the code version. Settings that can change without a restart stand under the YAML's `deployments`:
+the number of replicas, and a gateway's run-time settings in its `user_config`.
 """
 
 from typing import Any
@@ -29,18 +29,20 @@ GRPC_SERVICERS = (
     "cluster.frontend.grpc_handlers.add_InferenceServicer_to_server",
     "cluster.frontend.grpc_handlers.add_HealthServicer_to_server",
 )
-"""For Serve's `grpc_options.grpc_servicer_functions`; its gRPC server adds reflection itself."""
+"""Servicers for Serve's `grpc_options.grpc_servicer_functions`. Serve's gRPC server adds reflection
+itself."""
 
 _NO_LIMIT = 1_000_000
-"""The gateway has its own admission control, which answers in OpenAI's form; Serve's would come
-first and answer in its own."""
+"""Serve's own request limits, set too high to apply: the gateway has its own admission control,
+which answers in OpenAI's error format."""
 _STOP_S = 10.0
-"""Seconds that a replica has to end after its running requests have ended or used up their time."""
+"""Seconds a replica gets to end after its running requests have ended or used up their time."""
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Check the arguments and all else that needs no GPU, then return the application. Serve's
-    entry: while this fails, the version that runs goes on.
+    """Check the arguments and everything else that needs no GPU, then return the application.
+
+    This is Serve's entry point. When it fails, the running version stays in service.
 
     Raises:
         RayServeException: one sentence, which Serve shows as the application's status.
@@ -52,15 +54,15 @@ def build(args: dict[str, Any]) -> serve.Application:
         check_application(config)
         return application(config)
     except (ConfigError, CheckpointError) as error:
-        # Of all exceptions, Serve passes on the text of this one alone, and does not try again.
+        # RayServeException is the only exception whose text Serve shows, and it is not retried.
         raise RayServeException(str(error)) from None
 
 
 def application(config: AppConfig, *, replicas: int = 1, gateways: int = 1) -> serve.Application:
-    """Return engines and the gateways before them.
+    """Return the application: the engines and the gateways in front of them.
 
     Args:
-        replicas, gateways: how many, unless the YAML's `deployments` say it.
+        replicas, gateways: default counts; the YAML's `deployments` override them.
     """
     checks = health_checks(config.engine.heartbeat_timeout_s)
     engine: Any = serve.deployment(
@@ -81,11 +83,11 @@ def application(config: AppConfig, *, replicas: int = 1, gateways: int = 1) -> s
         ingress,
         name=GATEWAY_DEPLOYMENT,
         num_replicas=gateways,
-        # A gateway takes what CPU is left: on a small machine it must not wait for an engine to
-        # give one back.
+        # A gateway uses whatever CPU is left. On a small machine it must not wait for an engine to
+        # release one.
         ray_actor_options={"num_cpus": 0},
-        # It needs no GPU either, so there is always room to start the new ones before the old ones
-        # stop.
+        # It needs no GPU either, so there is always room to start the new gateways before the old
+        # ones stop.
         max_surge_percent=100,
         user_config={},
         max_ongoing_requests=_NO_LIMIT,
@@ -102,14 +104,14 @@ def application(config: AppConfig, *, replicas: int = 1, gateways: int = 1) -> s
 
 
 def _resources(args: AppConfig) -> dict[str, Any]:
-    """What Ray reserves for a replica, and its threads. Ray shows a process only the GPUs it
-    has."""
+    """Return the Ray resources and thread settings of one replica. Ray shows a process only the
+    GPUs reserved for it."""
     bundles = replica_bundles(args)
     if len(bundles) == 1:
         options: dict[str, Any] = {"num_cpus": bundles[0]["CPU"], "num_gpus": bundles[0].get("GPU", 0)}
         return {"ray_actor_options": options | _threads(max(1, int(bundles[0]["CPU"])))}
     return {
-        # The engine's process only plans and answers; it runs beside rank 0.
+        # The engine's process only schedules and streams; it runs beside rank 0.
         "ray_actor_options": {"num_cpus": 0} | _threads(1),
         "placement_group_bundles": bundles,
         "placement_group_strategy": bundle_strategy(bundles),
@@ -117,6 +119,6 @@ def _resources(args: AppConfig) -> dict[str, Any]:
 
 
 def _threads(num_threads: int) -> dict[str, Any]:
-    # Ray sets OMP_NUM_THREADS itself, but not where a node was started with one, as `ray up` does,
-    # and says nothing of how threads wait.
+    # Ray sets OMP_NUM_THREADS itself, except where a node was started with it set, as by `ray up`.
+    # It does not set how threads wait.
     return {"runtime_env": {"env_vars": thread_environment(num_threads)}}

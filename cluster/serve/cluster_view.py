@@ -1,10 +1,10 @@
-"""What Ray Serve tells the processes of an application about each other. All use of Ray's private
+"""The view that one process of a Ray Serve application has of the others. All use of Ray's private
 or alpha interfaces is in this module.
 
-Serve's controller sends every change of a deployment's replicas to whoever listens by long poll;
-its own routers live on the same messages. An entry carries what the replica returned from
-`record_replica_metadata`, for an engine the address of its gRPC server, and last from
-`record_routing_stats`, how busy it is.
+Serve's controller sends every change of a deployment's replicas to its long-poll listeners, which
+Serve's own routers use too. An entry carries what the replica returned from
+`record_replica_metadata` (for an engine, the address of its gRPC server) and its latest
+`record_routing_stats` (how busy it is).
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from cluster.metrics import Scrape
 from cluster.serve.ray_environment import FAST_INGRESS
 
 ADDRESS_KEY, START_ID_KEY, SECRET_KEY = "engine_address", "engine_start_id", "engine_secret"
-"""Keys of an engine's metadata. The secret is for gateways alone: metadata are neither logged nor
+"""Keys of an engine's metadata. The secret is for gateways only: metadata is neither logged nor
 shown."""
 SERVE_LOGGER = "ray.serve"
 
@@ -38,18 +38,18 @@ logger = logging.getLogger(SERVE_LOGGER)
 
 _CONTROLLER_TIMEOUT_S = 30.0
 _PAGE_TIMEOUT_S = 2.0
-"""Seconds, of a scrape's 10, that other processes have to answer."""
+"""Seconds that other processes get to answer, out of the 10 s that a scrape may take."""
 
 
 class ServeReplicas(ReplicaSet):
-    """The ready replicas of the engine's deployment, as Serve's controller reports them. Belongs to
-    the loop it is made in."""
+    """The ready replicas of the engine deployment, as Serve's controller reports them. Belongs to
+    the event loop that created it."""
 
     def __init__(self, engine: DeploymentHandle[Any]) -> None:
         super().__init__()
         client = _get_global_client()
         assert client is not None, "made outside a replica"
-        # Ray's annotation of the keys leaves out the ones its own routers use.
+        # Ray's type annotation of the keys omits those that its own routers use.
         listeners: Any = {(LongPollNamespace.DEPLOYMENT_TARGETS, engine.deployment_id): self._update}
         self._poll = LongPollClient(
             client._controller,
@@ -60,11 +60,11 @@ class ServeReplicas(ReplicaSet):
         self._heard = asyncio.Event()
 
     async def heard(self) -> None:
-        """Wait for the controller's first word: the list is empty before."""
+        """Wait for the controller's first update. The list is empty until then."""
         await self._heard.wait()
 
     def stop(self) -> None:
-        """Hear no more."""
+        """Stop listening."""
         self._poll.stop()
 
     def _update(self, targets: Any) -> None:
@@ -93,13 +93,13 @@ class ServeReplicas(ReplicaSet):
 
 
 class ServeStanding:
-    """Whether this gateway is in Serve's list of running gateways.
+    """Tracks whether this gateway is in Serve's list of running gateways.
 
-    Serve calls a replica that it stops only after the last request of the replica has ended.
+    Serve stops a replica only after its last request has ended.
 
     Args:
-        on_change: called in the event loop with whether this gateway is in the list and how many
-            others are, when the former has changed.
+        on_change: called in the event loop when this gateway enters or leaves the list, with
+            whether it is listed and the number of other gateways.
     """
 
     def __init__(self, on_change: Callable[[bool, int], None]) -> None:
@@ -119,13 +119,13 @@ class ServeStanding:
         )
 
     def stop(self) -> None:
-        """Hear no more."""
+        """Stop listening."""
         self._poll.stop()
 
     async def is_stopping(self) -> bool:
-        """Return whether Serve's controller says that it stops this gateway.
+        """Return whether Serve's controller is stopping this gateway.
 
-        A controller that has died and starts again lists no gateways until it has found them.
+        A controller that restarts after a crash lists no gateways until it has found them again.
         """
         try:
             async with asyncio.timeout(_PAGE_TIMEOUT_S):
@@ -133,9 +133,9 @@ class ServeStanding:
             replicas = details["applications"][self._own.app_name]["deployments"][self._own.name]["replicas"]
             states = {str(replica["replica_id"]): replica["state"] for replica in replicas}
             return bool(states.get(self._id) == ReplicaState.STOPPING)
-        except KeyError:  # the application is gone; a controller that starts again knows it at once
+        except KeyError:  # The application is gone. A restarted controller knows this at once.
             return True
-        except (TimeoutError, RayError):  # the controller starts again
+        except (TimeoutError, RayError):  # The controller is restarting.
             return False
 
     def _update(self, targets: Any) -> None:
@@ -147,11 +147,11 @@ class ServeStanding:
 
 
 class ServeFleet:
-    """The `cluster.metrics.FleetView` of a gateway's replica: Serve calls all gateways, and knows
-    how many engines it was asked for.
+    """The `cluster.metrics.FleetView` of a gateway replica. Serve reaches all gateways and knows
+    how many engines were requested.
 
     Args:
-        engine: the engines' deployment.
+        engine: the engine deployment.
     """
 
     def __init__(self, engine: DeploymentHandle[Any]) -> None:
@@ -163,24 +163,24 @@ class ServeFleet:
         )
 
     def page(self, text: str) -> Scrape:
-        """Return this gateway's metrics under its id."""
+        """Return this gateway's metrics, labelled with its id."""
         return Scrape("gateway", "", text, self._id)
 
     async def gateways(self, own: str) -> Sequence[Scrape]:
-        """See FleetView. A gateway that does not answer keeps the others from being shown: only
-        `own` is returned then."""
+        """Return the pages of all gateways (see FleetView), or only `own` if any of them does not
+        answer."""
         try:
             answers = await self._gateways.broadcast("metrics_page").results_async(
                 timeout_s=_PAGE_TIMEOUT_S, return_exceptions=True
             )
-        except Exception as error:  # Serve raises what it likes here; a scrape shows what there is
+        except Exception as error:  # Serve may raise any exception here; the scrape shows what is available.
             logger.warning("The other gateways' metrics are missing: %s", type(error).__name__)
             answers = []
         others = [answer for answer in answers if isinstance(answer, Scrape) and answer.gateway != self._id]
         return [self.page(own), *sorted(others, key=lambda scrape: scrape.gateway)]
 
     async def wanted_replicas(self, num_listed: int) -> int:
-        """See FleetView."""
+        """Return the number of engines requested (see FleetView)."""
         client = _get_global_client()
         assert client is not None, "made outside a replica"
         try:
@@ -188,12 +188,12 @@ class ServeFleet:
                 details = await client._controller.get_serve_instance_details.remote()
             deployments = details["applications"][self._engine.app_name]["deployments"]
             return int(deployments[self._engine.name]["target_num_replicas"])
-        except (TimeoutError, KeyError, RayError):  # the controller starts again
+        except (TimeoutError, KeyError, RayError):  # The controller is restarting.
             return num_listed
 
 
 def missing_ingress_variables() -> dict[str, str]:
-    """The variables of FAST_INGRESS that this Ray was started without."""
+    """Return the variables of FAST_INGRESS that this Ray was started without."""
     in_force = {
         "RAY_SERVE_ENABLE_HA_PROXY": constants.RAY_SERVE_ENABLE_HA_PROXY,
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": constants.RAY_SERVE_THROUGHPUT_OPTIMIZED,
@@ -203,12 +203,13 @@ def missing_ingress_variables() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """What the Serve YAML says of an application beside its `args`.
+    """An application's settings in the Serve YAML, apart from its `args`.
 
     Attributes:
-        external_scaler_enabled: with it Serve refuses its own autoscaling, whatever changes later.
-        has_autoscaling_policy: there is one for the whole application.
-        deployments: options by name, those alone that are set.
+        external_scaler_enabled: whether an external scaler is enabled, which makes Serve refuse its
+            own autoscaling.
+        has_autoscaling_policy: whether the application has an autoscaling policy.
+        deployments: options by deployment name; only those that are set.
     """
 
     external_scaler_enabled: bool
@@ -217,12 +218,13 @@ class ServeOptions:
 
 
 def serve_options(args: Mapping[str, Any]) -> list[ServeOptions]:
-    """Return what the controller has of each application with these `args`; none without a YAML."""
+    """Return the controller's settings of each application with these `args`; empty without a
+    YAML."""
     client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     if client is None:
         return []
-    # A YAML's application is in here before it is built. Its name is not told to what builds it,
-    # and its import path can be written in several ways.
+    # The controller lists a YAML's application before it is built. The builder is not told the
+    # application's name, and its import path can be spelled in several ways.
     configs = ray.get(client._controller.get_app_configs.remote(), timeout=_CONTROLLER_TIMEOUT_S)
     return [
         ServeOptions(
@@ -239,8 +241,8 @@ def serve_options(args: Mapping[str, Any]) -> list[ServeOptions]:
 
 
 def hard_stop_s() -> float:
-    """How long HAProxy keeps streams that began before its last reload, if the nodes were started
-    like this one."""
+    """Return the seconds for which HAProxy keeps streams that began before its last reload,
+    assuming that all nodes were started like this one."""
     return (
         float(constants.RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S)
         if constants.RAY_SERVE_ENABLE_HA_PROXY
@@ -249,11 +251,12 @@ def hard_stop_s() -> float:
 
 
 class RefusedCall(Exception):
-    """Ends a gRPC method of a deployment; the status has been set on Serve's context before."""
+    """Raised to end a gRPC method of a deployment after its status was set on Serve's context."""
 
 
 class _RefusalFilter(logging.Filter):
-    """Drops Serve's traceback for a RefusedCall: a client's mistake is no failure of the server."""
+    """Logging filter that drops Serve's traceback of a RefusedCall: a client's mistake is not a
+    server failure."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None

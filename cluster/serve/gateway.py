@@ -1,5 +1,5 @@
-"""The gateway's deployment, Serve's ingress: HTTP through the FastAPI app, gRPC through methods
-that Serve calls by their names."""
+"""The gateway deployment, which is Serve's ingress: HTTP through the FastAPI app, gRPC through
+methods that Serve calls by name."""
 
 import asyncio
 import contextlib
@@ -43,21 +43,21 @@ logger = logging.getLogger(SERVE_LOGGER)
 
 _MAX_UNSENT_EVENTS = 16
 _FIRST_WORD_S = 5.0
-"""Seconds in which a new gateway waits for Serve's list of engines and for their answers."""
+"""Seconds that a new gateway waits for Serve's list of engines and for their answers."""
 SHUTDOWN_S = 30.0
-"""Longest time in seconds for running requests to end when no gateway is left to take others, as in
-standalone serving."""
+"""Maximum seconds for running requests to end when no other gateway is left, as in standalone
+serving."""
 _STANDING_PERIOD_S = 2.0
-"""Seconds between two questions whether this gateway stops."""
+"""Seconds between two checks of whether this gateway is being stopped."""
 _REPORT_PERIOD_S = 60.0
-"""Between two lines in the log that say what is missing while no engine serves."""
+"""Seconds between two log lines that report what is missing while no engine serves."""
 
 
 class GatewayReplica:
-    """The class behind the deployment `gateway`; `serve.ingress()` makes it an ASGI app.
+    """One replica of the deployment `gateway`. `serve.ingress()` turns the class into an ASGI app.
 
     Args:
-        engine: the engines' deployment; only its identity is used, requests go to the engines' own
+        engine: the engine deployment. Only its identity is used: requests go to the engines' own
             servers.
     """
 
@@ -74,8 +74,8 @@ class GatewayReplica:
         self._ending: asyncio.Task[None] | None = None
         self._standing = ServeStanding(self._note_standing)
         self._watching = asyncio.create_task(_watch_engines(self._replicas, config))
-        # One that takes the place of another should know the engines before it gets requests; the
-        # first one has none to know.
+        # A gateway that replaces another should know the engines before it gets requests. The first
+        # gateway has none to wait for.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_WORD_S):
                 await self._replicas.heard()
@@ -83,45 +83,46 @@ class GatewayReplica:
                     await self._infos.first()
 
     async def reconfigure(self, user_config: object) -> None:
-        """Serve's hook: take over what the YAML's `user_config` says, at the start and whenever it
-        changes.
+        """Apply the YAML's `user_config` at the start and whenever it changes (a hook of Serve).
 
         Raises:
-            ConfigError: it is wrong at the start.
+            ConfigError: it is invalid at the start.
         """
         try:
             gateway = reconfigured(self._config.gateway, user_config)
         except ConfigError as error:
             if not self._configured:
                 raise
-            # Serve would stop this replica, and start others that cannot start.
+            # If this raised, Serve would stop this replica and start others that cannot start
+            # either.
             logger.error("The gateway goes on with the settings it had: %s", error)
             return
         self._service.reconfigure(chat_defaults(gateway), limits(gateway))
         self._configured = True
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve's hook: the app that HTTP requests go to."""
+        """Return the app that serves HTTP requests (a hook of Serve)."""
         return build_app(self._service, self._config.gateway)
 
     async def engine_info(self) -> EngineInfo:
-        """What the engines serve, for the start-up summary; waits until one says it."""
+        """Return what the engines serve, for the start-up summary. Waits until an engine
+        answers."""
         return await self._infos.first()
 
     async def metrics_page(self) -> Scrape:
-        """Return this gateway's own metrics, for the gateway that was asked for all of them."""
+        """Return this gateway's own metrics, for the gateway that was scraped."""
         return self._fleet.page(self._service.metrics.render())
 
     async def Chat(
         self, request: bytes | pb.ChatRequest, grpc_context: RayServegRPCContext
     ) -> pb.ChatResponse:
-        """cantata.inference.v1.Inference"""
+        """Serve cantata.inference.v1.Inference.Chat."""
         return await self._servicer.Chat(request, _as_context(grpc_context))
 
     async def ChatStream(
         self, request: bytes | pb.ChatRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[pb.ChatEvent, None]:
-        """cantata.inference.v1.Inference"""
+        """Serve cantata.inference.v1.Inference.ChatStream."""
         context = _Context(grpc_context)
         call = asyncio.create_task(context.run(self._servicer.ChatStream(request, cast("Context", context))))
         try:
@@ -129,21 +130,21 @@ class GatewayReplica:
                 yield event
             await call
         finally:
-            # Serve closes this generator when the client leaves.
+            # Serve closes this generator when the client disconnects.
             call.cancel()
             await asyncio.wait([call])
 
     async def ListModels(
         self, request: bytes | pb.ListModelsRequest, grpc_context: RayServegRPCContext
     ) -> pb.ListModelsResponse:
-        """cantata.inference.v1.Inference"""
+        """Serve cantata.inference.v1.Inference.ListModels."""
         return await self._servicer.ListModels(request, _as_context(grpc_context))
 
     async def Check(
         self, request: bytes | health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> health_pb2.HealthCheckResponse:
-        """grpc.health.v1.Health: the server as a whole is up; the Inference service serves while a
-        replica answers."""
+        """Serve grpc.health.v1.Health.Check: the server as a whole is up; the Inference service is
+        SERVING while a replica answers."""
         context = _Context(grpc_context)
         try:
             request = decoded(request, health_pb2.HealthCheckRequest)
@@ -163,16 +164,16 @@ class GatewayReplica:
     async def Watch(
         self, request: bytes | health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
-        """grpc.health.v1.Health: refused as its definition allows. Serve ends a replica after its
-        last call, and this has no end."""
+        """Refuse grpc.health.v1.Health.Watch, as its definition allows: Serve ends a replica only
+        after its last call, and a watch has no end."""
         await _Context(grpc_context).abort(
             grpc.StatusCode.UNIMPLEMENTED, "Watch is not offered here; call Check from time to time."
         )
-        yield health_pb2.HealthCheckResponse()  # makes this a stream
+        yield health_pb2.HealthCheckResponse()  # makes this method a stream
 
     async def __del__(self) -> None:
-        # Serve's hook for the end of a replica, after its requests have ended; it may run before
-        # __init__ got far.
+        # Called by Serve at the end of a replica, after its requests; __init__ may not have
+        # completed.
         watching = getattr(self, "_watching", None)
         if watching is not None:
             watching.cancel()
@@ -193,7 +194,8 @@ class GatewayReplica:
         self._ending = None if counted else asyncio.create_task(self._end_requests(grace_s))
 
     async def _end_requests(self, grace_s: float) -> None:
-        """Wait, then end the requests that are left with an error; Serve would cut them off."""
+        """Wait for running requests, then end the rest with an error, since Serve would cut the
+        connections."""
         await asyncio.sleep(grace_s)
         while not await self._standing.is_stopping():  # noqa: ASYNC110 - Serve does not tell
             await asyncio.sleep(_STANDING_PERIOD_S)
@@ -231,8 +233,8 @@ def _warn_of_environment(config: AppConfig) -> None:
 
 
 async def _watch_engines(replicas: ServeReplicas, config: AppConfig) -> None:
-    """While no engine serves, say each minute what is missing: Ray and Serve wait without an end,
-    and say little."""
+    """Log each minute what is missing while no engine serves, since Ray and Serve wait without a
+    limit and report little."""
     bundles, without_since = replica_bundles(config), time.monotonic()
     while True:
         await asyncio.sleep(_REPORT_PERIOD_S)
@@ -256,10 +258,11 @@ async def _watch_engines(replicas: ServeReplicas, config: AppConfig) -> None:
 
 
 class _Context:
-    """The part of grpc.aio.ServicerContext that our servicer uses, over Serve's context.
+    """The part of grpc.aio.ServicerContext that our servicer uses, on top of Serve's context.
 
     Attributes:
-        written: what a streaming method has written and Serve has not yet sent; None ends it.
+        written: messages that a streaming method has written and Serve has not yet sent; None marks
+            the end.
     """
 
     def __init__(self, context: RayServegRPCContext) -> None:
@@ -267,12 +270,12 @@ class _Context:
         self.written: asyncio.Queue[pb.ChatEvent | None] = asyncio.Queue(_MAX_UNSENT_EVENTS)
 
     async def run(self, method: Awaitable[None]) -> None:
-        """A streaming method to its end, then the None behind what it wrote. Cancelled: nobody
-        reads any more."""
+        """Run a streaming method to its end, then queue the closing None. Cancelled when the client
+        stops reading."""
         try:
             await method
         except asyncio.CancelledError:
-            # The client does not read, or has left: nothing more is sent.
+            # The client does not read or has disconnected: nothing more is sent.
             while not self.written.empty():
                 self.written.get_nowait()
             self.written.put_nowait(None)
@@ -283,17 +286,17 @@ class _Context:
         await self.written.put(None)
 
     async def write(self, event: pb.ChatEvent) -> None:
-        """One message of a streaming method; waits while Serve is behind."""
+        """Queue one message of a streaming method; wait while Serve is slower than the method."""
         await self.written.put(event)
 
     def invocation_metadata(self) -> Sequence[tuple[str, str]]:
-        """What the client sent."""
+        """Return the metadata that the client sent."""
         return [(str(name), str(value)) for name, value in self._context.invocation_metadata()]
 
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str]] = ()
     ) -> NoReturn:
-        """Ends the call with a status. Serve sends what its context holds when the method
+        """End the call with a status. Serve sends the status in its context when the method
         raises."""
         self._context.set_code(code)
         self._context.set_details(details)

@@ -1,5 +1,5 @@
-"""`cantata serve` without --standalone: starts a Ray on this machine with Serve's fast ingress,
-runs the application, and takes all of it down again on SIGINT or SIGTERM."""
+"""`cantata serve` without --standalone: start Ray on this machine with Serve's fast ingress, run
+the application, and stop both on SIGINT or SIGTERM."""
 
 import dataclasses
 import logging
@@ -24,15 +24,15 @@ from workers.rpc.convert import EngineInfo
 
 APPLICATION = "cantata"
 OBJECT_STORE_BYTES = 128 * 2**20
-"""Nothing large passes through Ray's object store here."""
+"""Size of Ray's object store in bytes. Nothing large passes through it here."""
 _INFO_TIMEOUT_S = 60.0
 _MOST_OF_A_CPU = 0.99
-"""What is reserved for an engine at most where CPUs are shared: less than one."""
+"""Largest share of a CPU reserved for an engine where engines share CPUs: less than one."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def serve_on_ray(config: CantataConfig) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit code.
+    """Serve until SIGINT or SIGTERM; return the exit code.
 
     Raises:
         ConfigError, CheckpointError: one sentence for the user.
@@ -40,7 +40,7 @@ def serve_on_ray(config: CantataConfig) -> int:
     keep_output_from_failing()
     check_on_ray(config)
     load_encoding(config)
-    _application(config)  # more threads than cores are refused before Ray has started
+    _application(config)  # refuses more threads than cores before Ray starts
     check_port_is_free(config.listen.host, config.listen.http_port, "listen.http_port")
     check_port_is_free(config.listen.host, config.listen.grpc_port, "listen.grpc_port")
     for name, port in (
@@ -58,12 +58,12 @@ def serve_on_ray(config: CantataConfig) -> int:
 
 
 def _application(config: CantataConfig) -> AppConfig:
-    """The arguments of the application, with what is known of this machine filled in."""
+    """Return the application's arguments, with the values that depend on this machine filled in."""
     engine = dataclasses.replace(config.engine, model_path=config.engine.model_path.resolve())
     cpus = config.engine_cpus
     num_ranks = config.replicas * engine.parallel.tensor
     if cpus is None and num_ranks > usable_cores():
-        # Ray would wait for CPUs without an end. Each rank has one thread.
+        # Ray would wait for missing CPUs without a limit. Each rank has one thread.
         cpus = min(usable_cores() / config.replicas, _MOST_OF_A_CPU)
         print(
             f"{num_ranks} ranks share {usable_cores()} CPUs, and are slower for it",
@@ -77,7 +77,7 @@ def _application(config: CantataConfig) -> AppConfig:
     return AppConfig(
         engine=engine,
         gateway=config.gateway.model_copy(update={"served_model_name": config.model_name}),
-        # Everything is on this machine.
+        # All processes are on this machine.
         engine_host="127.0.0.1" if config.engine_host == "auto" else config.engine_host,
         engine_cpus=cpus,
         engine_drain_timeout_s=config.engine_drain_timeout_s,
@@ -106,7 +106,7 @@ def _summary(config: CantataConfig, info: EngineInfo) -> str:
 
 
 def _on_stop_signals(handler: "Callable[[int, FrameType | None], None] | signal.Handlers") -> None:
-    # SIGINT too: a process that a script starts in the background is born with it ignored.
+    # SIGINT too: a process that a script starts in the background inherits it as ignored.
     for number in _STOP_SIGNALS:
         signal.signal(number, handler)
 
@@ -116,7 +116,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _run(config: CantataConfig) -> int:
-    import ray  # only now: Ray reads its variables when it is imported
+    import ray  # imported late: Ray reads its variables on import
 
     previous = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
     _on_stop_signals(_interrupt)
@@ -126,12 +126,12 @@ def _run(config: CantataConfig) -> int:
             address="local",
             namespace="serve",
             include_dashboard=False,
-            # what the engines' threads are counted by; Ray's own count ignores affinity
+            # the engines' threads are counted against it; Ray's own count ignores affinity
             num_cpus=usable_cores(),
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.WARNING,
         )
-        _on_stop_signals(_interrupt)  # Ray has put its own in place
+        _on_stop_signals(_interrupt)  # Ray has installed its own handlers
         _check_room(config)
         _serve_application(config)
     except KeyboardInterrupt:
@@ -141,7 +141,7 @@ def _run(config: CantataConfig) -> int:
             flush=True,
         )
     except Exception as error:
-        # The process's edge: Ray raises what it likes when it or the application cannot start, with
+        # Process edge: Ray may raise any exception when it or the application cannot start, with
         # the reason in the text.
         print(f"{error}\ncantata: serving on Ray did not start; the reason stands above", file=sys.stderr)
         return 1
@@ -156,9 +156,9 @@ def _run(config: CantataConfig) -> int:
 
 
 def _serve_application(config: CantataConfig) -> None:
-    """Returns by KeyboardInterrupt."""
-    # For this process alone, now that Ray's have started: RAY_SERVE_THROUGHPUT_OPTIMIZED takes away
-    # the event loop that a handle needs where none runs.
+    """Run the application until KeyboardInterrupt."""
+    # Set for this process alone, after Ray's processes have started: RAY_SERVE_THROUGHPUT_OPTIMIZED
+    # removes the event loop that a handle needs where none runs.
     os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions
@@ -178,7 +178,7 @@ def _serve_application(config: CantataConfig) -> None:
     )
     try:
         gateway = serve.run(application_of_config, name=APPLICATION, route_prefix="/")
-    except RuntimeError:  # names the deployments that failed, and not why
+    except RuntimeError:  # names the deployments that failed, but not the reason
         failed = serve.status().applications.get(APPLICATION)
         for name, deployment in failed.deployments.items() if failed else ():
             if deployment.status == "DEPLOY_FAILED":
@@ -186,15 +186,15 @@ def _serve_application(config: CantataConfig) -> None:
         raise
     call = gateway.engine_info
     info = call.remote().result(timeout_s=_INFO_TIMEOUT_S)
-    # What it has started to send requests by would go on for nothing, at half a per cent of a core.
+    # Its router, started for this request, would keep running at half a per cent of a core.
     call.shutdown()  # type: ignore[no-untyped-call]
     print(_summary(config, info), flush=True)
     threading.Event().wait()
 
 
 def reason(message: str) -> str:
-    """Shorten what Serve says of a deployment that failed: of a traceback to its last line, which
-    is the error."""
+    """Shorten Serve's message about a failed deployment: reduce a traceback to its last line, the
+    error."""
     return (
         message.strip().rpartition("\n")[2]
         if "Traceback (most recent call last)" in message
@@ -203,10 +203,10 @@ def reason(message: str) -> str:
 
 
 def _check_room(config: CantataConfig) -> None:
-    """This Ray is this machine, and grows no further: what does not fit now never will.
+    """Check that the cluster has room now: it is this machine alone and will not grow.
 
     Raises:
-        ConfigError: says what is free and what is wanted.
+        ConfigError: names the resources that are free and those that are needed.
     """
     from cluster.serve.room import replica_bundles, shortage
 
@@ -218,8 +218,8 @@ def _check_room(config: CantataConfig) -> None:
 
 
 def _shut_serve_down() -> None:
-    """End the application, then Serve, whose own shutdown would kill the proxies first and cut what
-    runs. A signal meanwhile is for haste."""
+    """End the application, then Serve, whose own shutdown would kill the proxies first and cut
+    running requests. A signal during this skips the wait."""
     from ray import serve
 
     _on_stop_signals(_interrupt)
@@ -227,7 +227,8 @@ def _shut_serve_down() -> None:
         found = serve.status().applications.get(APPLICATION)
         if found is not None and found.status == "RUNNING":
             serve.delete(APPLICATION)
-    except (KeyboardInterrupt, Exception) as error:  # Ray raises what it likes; the rest is shut down
+    # Ray may raise any exception; continue with the rest of the shutdown
+    except (KeyboardInterrupt, Exception) as error:
         print(f"stopping at once ({type(error).__name__})", file=sys.stderr, flush=True)
     _on_stop_signals(signal.SIG_IGN)
     serve.shutdown()  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
-"""What can be known of a Serve application before any of it starts. All that needs no GPU is
-checked here: Serve goes on with the version that runs when the next one cannot be built, but not
-when its engines fail."""
+"""Checks of a Serve application before any of it starts. Everything that needs no GPU is checked
+here: Serve keeps the running version when the next one cannot be built, but not when its engines
+fail."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ from workers.parallel.shard import RankShard, plan_shards
 logger = logging.getLogger(SERVE_LOGGER)
 
 _BY_RAYS_NAME: Mapping[str, Gpu] = {
-    # The NVL card, which has the most memory: Ray has one name for all kinds of H100.
+    # The NVL card, which has the most memory: Ray has one name for all variants of the H100.
     "H100": replace(GPUS["h100"], memory_bytes=95_830 * 2**20),
     "H200": GPUS["h200"],
     "B200": GPUS["b200"],
@@ -33,12 +33,12 @@ _BY_RAYS_NAME: Mapping[str, Gpu] = {
 
 
 def check_application(config: AppConfig) -> None:
-    """Check that the checkpoint is whole, that it can be split as configured, and that what each
-    rank holds fits its memory.
+    """Check that the checkpoint is complete, that it can be split as configured, and that each
+    rank's share fits its memory.
 
     Raises:
-        CheckpointError: config, tokenizer or the header of a weight file is missing or wrong.
-        ConfigError: the settings cannot work with this model or on the GPUs that the cluster has.
+        CheckpointError: config, tokenizer or the header of a weight file is missing or invalid.
+        ConfigError: the settings cannot work with this model or on the cluster's GPUs.
     """
     engine = config.engine
     check_no_settings(os.environ)
@@ -60,14 +60,14 @@ def check_application(config: AppConfig) -> None:
 
 
 def check_options(config: AppConfig, options: ServeOptions) -> None:
-    """Check what the Serve YAML says of the application beside `args`.
+    """Check the application's settings in the Serve YAML outside `args`.
 
-    Serve builds an application again only where `args`, `import_path` or `runtime_env` change. What
-    is added under `deployments` to one that runs is not seen here: external_scaler_enabled makes
-    Serve itself refuse autoscaling there.
+    Serve rebuilds an application only when `args`, `import_path` or `runtime_env` change. A later
+    change under `deployments` is not seen here; with external_scaler_enabled Serve itself refuses
+    autoscaling there.
 
     Raises:
-        ConfigError: some of it cannot work.
+        ConfigError: a setting cannot work.
     """
     reason = "Serve's autoscaling does not see the requests, which go to engines directly"
     for name, said in options.deployments.items():
@@ -94,14 +94,14 @@ def check_options(config: AppConfig, options: ServeOptions) -> None:
 def check_memory(
     config: AppConfig, model: ModelConfig, shards: Sequence[RankShard], kinds: Iterable[str] | None
 ) -> None:
-    """Check by arithmetic that a rank's weights and one sequence fit, leaving out what only an
-    engine can measure (activations, libraries).
+    """Check by arithmetic that a rank's weights and one sequence fit, without what only an engine
+    can measure (activations, libraries).
 
     Args:
-        kinds: of the GPUs that the cluster has, by Ray's names; None: not known.
+        kinds: GPU types of the cluster by Ray's names; None if not known.
     Raises:
-        ConfigError: they fit none of these GPUs, or the KV cache of engine.cache.memory_bytes holds
-            no sequence.
+        ConfigError: they fit none of these GPUs, or the KV cache of engine.cache.memory_bytes
+            cannot hold one sequence.
     """
     engine = config.engine
     packed = True if engine.quantize == "mxfp4" else None

@@ -1,5 +1,5 @@
-"""The engine's deployment: one replica is one engine with its gRPC server. Serve starts, watches,
-restarts and drains it; requests do not pass through Serve, gateways call the replica's own
+"""The engine deployment: one replica is one engine with its gRPC server. Serve starts, watches,
+restarts and drains it. Requests do not pass through Serve: gateways call the replica's own
 server."""
 
 import asyncio
@@ -24,15 +24,15 @@ from workers.executor.local import local_executor
 logger = logging.getLogger(SERVE_LOGGER)
 
 _LAST_WORDS_S = 0.3
-"""For the streams of a dead engine to reach their clients."""
+"""Seconds for the last messages of a dead engine's streams to reach their clients."""
 
 
 class EngineReplica:
-    """The class behind the deployment `engine`.
+    """One replica of the deployment `engine`.
 
     Args:
-        host: address the engine's server binds; `auto`: this node's.
-        drain_timeout_s: what running requests get to end when Serve stops the replica.
+        host: address that the engine's server binds; `auto` is this node's address.
+        drain_timeout_s: seconds for running requests to end when Serve stops the replica.
     """
 
     async def __init__(self, config: EngineConfig, host: str, drain_timeout_s: float) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -51,11 +51,11 @@ class EngineReplica:
         self._leaving = asyncio.create_task(self._leave_when_it_ends())
 
     async def reconfigure(self, user_config: object) -> None:
-        """Serve's hook, at the start and when the YAML's `user_config` changes: an engine takes
-        nothing over at run time.
+        """Refuse a `user_config` (a hook of Serve, called at the start and when it changes): an
+        engine has no run-time settings.
 
         Raises:
-            ConfigError: there is something in it at the start.
+            ConfigError: it is not empty at the start.
         """
         if user_config and not self._started:
             raise ConfigError(
@@ -63,7 +63,8 @@ class EngineReplica:
                 "args.engine"
             )
         if user_config:
-            # Serve would stop this replica, and start others that cannot start.
+            # If this raised, Serve would stop this replica and start others that cannot start
+            # either.
             logger.error(
                 "The engine has no settings that change at run time: user_config is not used, put it under "
                 "args.engine"
@@ -71,8 +72,8 @@ class EngineReplica:
         self._started = True
 
     def record_replica_metadata(self) -> dict[str, str]:
-        """Once, when the replica is ready: Serve sends it to every gateway, inside the cluster and
-        nowhere else."""
+        """Return the engine's address and secret once, when the replica is ready. Serve sends them
+        to every gateway and nowhere outside the cluster."""
         return {
             ADDRESS_KEY: self._address,
             START_ID_KEY: self._server.start_up.info.start_id,
@@ -80,14 +81,14 @@ class EngineReplica:
         }
 
     def record_routing_stats(self) -> dict[str, float]:
-        """Return how many sequences the engine has, which gateways balance by; Serve asks from time
-        to time. How full its KV cache is stands in its metrics and in GetLoad."""
+        """Return the number of sequences in the engine, by which gateways balance load. Serve calls
+        this periodically. KV-cache usage is in the metrics and in GetLoad."""
         load = self._server.engine.load()
         return {"num_running": load.num_running, "num_waiting": load.num_waiting}
 
     async def check_health(self) -> None:
-        """Raise when the engine has ended or hangs, and Serve replaces the replica after some of
-        these in a row (`cluster.serve.health`). If the process is stopped, this gives no answer."""
+        """Raise when the engine has ended or hangs; Serve replaces the replica after several
+        consecutive failures (`cluster.serve.health`). A stopped process gives no answer at all."""
         if self._server.ended.is_set():
             raise EngineDead(f"the engine has ended: {self._server.engine.error or 'it was drained'}")
         stalled_s = self._server.engine.watch.stalled_s
@@ -97,8 +98,8 @@ class EngineReplica:
             )
 
     async def _leave_when_it_ends(self) -> None:
-        # Serve would ask for our health three times and then wait for requests to end, and send
-        # more of them meanwhile. A process that is gone is replaced at once.
+        # Serve would check our health three times, then wait for requests to end, and keep sending
+        # more meanwhile. It replaces a process that has exited at once.
         await self._server.ended.wait()
         reason = self._server.engine.error or "it was drained"
         logger.error("the engine has ended, and this replica ends so that Serve starts another: %s", reason)
@@ -107,7 +108,7 @@ class EngineReplica:
         os._exit(1)
 
     async def __del__(self) -> None:
-        # Serve's hook for the end of a replica; it may run before __init__ got far.
+        # Called by Serve at the end of a replica; __init__ may not have completed.
         with contextlib.suppress(AttributeError):
             server = self._server
             self._leaving.cancel()

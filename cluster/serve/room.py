@@ -1,4 +1,4 @@
-"""What an engine's replica wants of a Ray cluster, and whether there is room for it."""
+"""The resources that an engine replica needs from a Ray cluster, and whether they are available."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,8 +13,8 @@ _ACCELERATOR = "accelerator_type:"
 
 
 def replica_bundles(config: AppConfig) -> list[dict[str, float]]:
-    """The resources of a replica, a bundle for each rank. The engine's own process runs beside rank
-    0 and claims nothing."""
+    """Return the resources of a replica, one bundle per rank. The engine's own process runs beside
+    rank 0 and reserves nothing."""
     num_ranks, cpus = config.engine.parallel.tensor, config.engine_cpus or 1
     bundle: dict[str, float] = {"CPU": max(1, cpus // num_ranks) if cpus >= 1 else cpus / num_ranks}
     if not config.engine.device.startswith("cpu"):
@@ -23,16 +23,16 @@ def replica_bundles(config: AppConfig) -> list[dict[str, float]]:
 
 
 def bundle_strategy(bundles: Sequence[Bundle]) -> str:
-    """STRICT_PACK if some node of the running cluster is large enough for all bundles, else PACK:
-    as few nodes as can be."""
+    """Return STRICT_PACK if one node of the running cluster is large enough for all bundles, else
+    PACK (as few nodes as possible)."""
     return (
         "STRICT_PACK" if any(_num_fitting(node, bundles[0]) >= len(bundles) for node in _nodes()) else "PACK"
     )
 
 
 def accelerators() -> set[str] | None:
-    """What kinds of GPUs the running cluster has, by Ray's names; None: a node does not say, or
-    none has any."""
+    """Return the GPU types of the running cluster by Ray's names; None if a node does not report
+    its type or no node has a GPU."""
     found: set[str] = set()
     for node in _nodes():
         if node.get("GPU", 0):
@@ -44,11 +44,11 @@ def accelerators() -> set[str] | None:
 
 
 def shortage(bundles: Sequence[Bundle], num_replicas: int = 1) -> str | None:
-    """Why so many replicas cannot be placed, in half a sentence that says what is wanted and what
-    is free; None if they can be.
+    """Return why the replicas cannot be placed, as a phrase with the resources needed and free;
+    None if they can be placed.
 
     Args:
-        bundles: of one replica, all alike.
+        bundles: the bundles of one replica; all replicas are alike.
     """
     (bundle, *_), num_bundles = bundles, len(bundles) * num_replicas
     if sum(_num_fitting(node, bundle) for node in _nodes()) >= num_bundles and not _is_pending(bundles):
@@ -65,7 +65,8 @@ def shortage(bundles: Sequence[Bundle], num_replicas: int = 1) -> str | None:
 
 
 def _nodes() -> list[dict[str, float]]:
-    """All resources of each node, taken or not; none where no Ray runs, as under `serve build`."""
+    """Return each node's total resources, in use or not; empty without a running Ray, as in `serve
+    build`."""
     if not ray.is_initialized():
         return []
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
@@ -76,7 +77,7 @@ def _num_fitting(node: Bundle, bundle: Bundle) -> int:
 
 
 def _is_pending(bundles: Sequence[Bundle]) -> bool:
-    """Whether Ray looks for room for a placement group of this form."""
+    """Return whether a placement group with these bundles is waiting for room."""
     groups = placement_group_table().values()
     return any(
         group["state"] == "PENDING" and list(group["bundles"].values()) == list(bundles) for group in groups

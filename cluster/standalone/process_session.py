@@ -1,4 +1,4 @@
-"""The processes of a session: a child with a session of its own, and all that it started."""
+"""Processes of a session: a child that leads its own session, and all of its descendants."""
 
 import asyncio
 import contextlib
@@ -10,14 +10,13 @@ _POLL_S = 0.05
 
 
 def live_members(session: int) -> list[int]:
-    """PIDs of a session's processes, without those that have ended and wait for their parent to
-    notice."""
+    """Return the PIDs of a session's processes, without zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            # The command's name, in brackets, may hold anything.
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
+            # The command's name, in brackets, may contain any character.
             state, _parent, _group, its_session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
             if int(its_session) == session and state not in "ZX":
                 found.append(int(entry.name))
@@ -25,7 +24,7 @@ def live_members(session: int) -> list[int]:
 
 
 async def end_session(session: int, timeout_s: float) -> list[int]:
-    """Kill what is left of a session whose leader has ended, and wait until nothing is.
+    """Kill the rest of a session whose leader has ended, and wait until no process is left.
 
     Returns:
         PIDs of those that have not ended within timeout_s: they hang in the kernel, perhaps in a

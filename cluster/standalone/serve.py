@@ -1,5 +1,5 @@
-"""`cantata serve --standalone`: engines as child processes, the gateway's HTTP and gRPC servers in
-this one. No Ray; on loopback."""
+"""`cantata serve --standalone`: engines as child processes, and the gateway's HTTP and gRPC servers
+in this one. No Ray; on loopback."""
 
 import asyncio
 import logging
@@ -38,16 +38,16 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 3600.0
-"""For an engine to load its model: a large checkpoint on a slow disk takes long, and shows how far
-it is."""
+"""Maximum seconds for an engine to load its model. A large checkpoint on a slow disk takes long,
+and its progress is shown."""
 DRAIN_S = 30.0
-"""What running requests get to end after the first SIGINT or SIGTERM."""
+"""Seconds for running requests to end after the first SIGINT or SIGTERM."""
 CUT_S = 5.0
-"""What the servers get after that to tell the clients of those left that they were cut off."""
+"""Seconds after that for the servers to tell the remaining clients that they were cut off."""
 
 
 def serve_standalone(config: CantataConfig) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit code.
+    """Serve until SIGINT or SIGTERM; return the exit code.
 
     Raises:
         ConfigError, CheckpointError: one sentence for the user.
@@ -62,7 +62,8 @@ def serve_standalone(config: CantataConfig) -> int:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: the first asks for a stop, the second for haste."""
+    """The stop signals SIGINT and SIGTERM: the first one asks for a stop, the second one skips the
+    wait."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -71,7 +72,8 @@ class StopSignals:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
 
     async def unless_asked(self, work: Awaitable[T]) -> T | None:
-        """The work's result, or None if a stop was asked for first: the work is cancelled then."""
+        """Return the work's result. If a stop is requested first, cancel the work and return
+        None."""
         task = asyncio.ensure_future(work)
         asked = asyncio.create_task(self.asked.wait())
         try:
@@ -123,11 +125,11 @@ async def _serve_gateway(
     stop: StopSignals,
     engines: Sequence[EngineProcess],
 ) -> None:
-    """Both servers, until a stop is asked for and running requests have ended or have had their
+    """Run both servers until a stop is requested and running requests have ended or used up their
     time.
 
     Raises:
-        EngineFailed: no engine will serve any more.
+        EngineFailed: every engine has been given up.
     """
     keys = config.gateway.api_keys
     grpc_address = _address(config.listen.host, config.listen.grpc_port)

@@ -1,5 +1,5 @@
-"""Engines as child processes of this one: started, watched, restarted when they die, given up when
-they only crash, stopped with it."""
+"""Engines as child processes of this one: started, watched, restarted when they die, given up after
+repeated crashes, and stopped with it."""
 
 import asyncio
 import contextlib
@@ -20,22 +20,23 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 DESCENDANTS_S = 30.0
-"""Seconds that the kernel has to end what a dead child had started; it takes seconds where much
-memory is to be freed."""
+"""Seconds for the kernel to end a dead child's descendants; it takes seconds to free much
+memory."""
 TURN_S = 1.0
-"""Between two looks at whether a child has written a heartbeat."""
+"""Seconds between two checks for a heartbeat from a child."""
 STABLE_AFTER_S = 60.0
-"""A child that lived this long had started well: the next restart is quick again."""
+"""Lifetime in seconds after which a child counts as well started: its next restart is immediate
+again."""
 MAX_SAME_CRASHES = 5
-"""Crashes by the same signal, of the child or a rank of it, one after the other, after which it is
-not started again."""
+"""Consecutive crashes by the same signal, of the child or one of its ranks, after which it is not
+restarted."""
 
 
 class EngineFailed(Exception):
-    """The engine's first start failed.
+    """Raised when an engine's first start failed.
 
     Attributes:
-        explained: the child has said why on stderr, in one sentence.
+        explained: whether the child has printed the reason on stderr, in one sentence.
         code: the exit code, if the child ended by itself.
     """
 
@@ -46,17 +47,17 @@ class EngineFailed(Exception):
 
 
 class EngineProcess:
-    """One engine child. It shares our stderr (its progress and errors) and says on stdout, in a
-    line of JSON, where it serves.
+    """One engine child process. It inherits our stderr (for progress and errors) and reports its
+    address on stdout as a line of JSON.
 
-    The child has a session of its own, so that Ctrl-C in a terminal reaches only the parent, which
+    The child leads its own session, so that Ctrl-C in a terminal reaches only the parent, which
     decides the order of the stop.
 
     Attributes:
-        replica: the child while it serves; None while there is none, or it is starting.
-        num_restarts: how often a child was replaced.
-        given_up: set when no child will be started again, since they crash again and again;
-            `failure` is then the sentence.
+        replica: the serving child; None while there is none or it is starting.
+        num_restarts: number of times that a child was replaced.
+        given_up: set when no child will be started again because of repeated crashes; `failure`
+            then holds the sentence.
     """
 
     def __init__(
@@ -71,11 +72,11 @@ class EngineProcess:
         """
         Args:
             command: prints {"event": "ready", "address": …, "start_id": …} on stdout when it
-                serves; ends with 0 on SIGTERM.
-            environment: added to ours.
-            heartbeat_timeout_s: a child that serves and writes nothing to stdout for so long is
-                killed, and replaced; None: it need not write.
-            on_change: called in the loop after `replica` changed.
+                serves; exits with 0 on SIGTERM.
+            environment: variables added to ours.
+            heartbeat_timeout_s: seconds without output on stdout after which a serving child is
+                killed and replaced; None disables the check.
+            on_change: called in the event loop after `replica` changed.
         """
         self.name = name
         self.replica: Replica | None = None
@@ -116,12 +117,12 @@ class EngineProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the child that runs now."""
+        """PID of the running child, or None."""
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
     async def _spawn(self, timeout_s: float) -> None:
-        # A pipe of our own: asyncio's would make us wait for its end, and what the child has
-        # started may hold it.
+        # Our own pipe: asyncio would wait for the end of its pipe, which the child's descendants
+        # may hold open.
         reading, writing = os.pipe()
         output = asyncio.StreamReader()
         try:
@@ -170,7 +171,7 @@ class EngineProcess:
         )
 
     async def _first_message(self, output: asyncio.StreamReader) -> Replica | None:
-        """Where the child serves; None: it has ended before it said so."""
+        """Return the address at which the child serves; None if it ended before reporting one."""
         async for line in output:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 ready = json.loads(line)
@@ -189,8 +190,8 @@ class EngineProcess:
             if time.monotonic() - started >= STABLE_AFTER_S:
                 self._backoff_s = FIRST_BACKOFF_S
                 self._last_crash = None
-            # Other crashes of a child that served may be due to a request, which the gateway gives
-            # up in time.
+            # Other crashes of a serving child may be caused by a request, which the gateway gives
+            # up after a while.
             if self._gives_up(code if crash(code) == signal.SIGILL else None):
                 return
             logger.error("%s died (%s); it is restarted", self.name, self._ending(code))
@@ -199,10 +200,10 @@ class EngineProcess:
                 return
 
     async def _watch_heartbeat(self, process: asyncio.subprocess.Process) -> int:
-        """Wait for the child's end, and kill it if it hangs; returns its exit code."""
+        """Wait for the child's end, and kill it if it hangs; return its exit code."""
         exiting = asyncio.create_task(process.wait())
-        # Counted in turns of our own, not by the clock: after this process was stopped itself, the
-        # child is not to blame.
+        # Counted in our own turns, not by the clock: if this process was stopped, the child is not
+        # to blame.
         silent_turns, most = (
             0,
             None if self._heartbeat_timeout_s is None else max(1, round(self._heartbeat_timeout_s / TURN_S)),
@@ -239,7 +240,7 @@ class EngineProcess:
             return
 
     def _gives_up(self, code: int | None) -> bool:
-        """Count the crashes; whether this was the last."""
+        """Count a crash; return whether it was the last one allowed."""
         crashed = None if code is None else crash(code)
         if code is not None and self._kills.explain(code):
             crashed = signal.SIGKILL
@@ -282,7 +283,8 @@ class EngineProcess:
         await self._end_descendants(process.pid)
 
     async def _end_descendants(self, pid: int) -> None:
-        """What the child has started holds memory, perhaps of a GPU, that the next one wants."""
+        """End the child's descendants, which hold memory (perhaps of a GPU) that the next child
+        needs."""
         if self._hearing is not None:
             self._hearing.cancel()
         if self._pipe is not None:
@@ -294,6 +296,7 @@ class EngineProcess:
             )
 
     async def _hear(self, output: asyncio.StreamReader) -> None:
-        """Read what a serving child writes: all of it is a heartbeat, and no pipe fills up."""
+        """Read the output of a serving child, so that no pipe fills up. Any output is a
+        heartbeat."""
         while await output.read(65536):
             self._heard = True
