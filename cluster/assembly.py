@@ -1,5 +1,5 @@
-"""Puts a gateway together from the configuration and a directory of replicas: the same under Ray
-Serve and standalone."""
+"""Assembles a gateway from the configuration and a directory of replicas, under Ray Serve and
+standalone alike."""
 
 import asyncio
 import logging
@@ -22,14 +22,15 @@ from workers.rpc.convert import EngineInfo
 _PROBE_TIMEOUT_S = 5.0
 _PROBE_PERIOD_S = 0.1
 _MAX_PROBES = 100
-"""Of a new replica; one that does not answer is asked again when the list changes."""
+"""Maximum number of probes of a new replica. One that does not answer is asked again when the list
+changes."""
 
 logger = logging.getLogger(__name__)
 
 
 def load_encoding(config: AppConfig) -> HarmonyEncoding:
-    """The tokenizer of the configured checkpoint, after a check that folder, config and tokenizer
-    belong together.
+    """Load the tokenizer of the configured checkpoint, after a check that folder, config and
+    tokenizer match.
 
     Raises:
         CheckpointError: one sentence.
@@ -39,7 +40,7 @@ def load_encoding(config: AppConfig) -> HarmonyEncoding:
 
 
 def context_with_enough_memory(config: AppConfig) -> int:
-    """Tokens of a sequence that the engines would take if memory were no limit.
+    """Return the tokens per sequence that the engines would accept if memory were unlimited.
 
     Raises:
         CheckpointError: one sentence.
@@ -50,13 +51,13 @@ def context_with_enough_memory(config: AppConfig) -> int:
 def build_service(
     config: AppConfig, encoding: HarmonyEncoding, replicas: ReplicaSet, fleet: FleetView | None = None
 ) -> "tuple[GenerationService, ReplicaInfos]":
-    """The service over these replicas, whether there are any yet or not: until one is, requests get
-    NoReplica. To be called in an event loop; the caller closes the service."""
+    """Build the service over these replicas, which may be none yet; until there is one, requests
+    get NoReplica. Call it in an event loop; the caller closes the service."""
     gateway, model = config.gateway, load_model_config(config.engine.model_path)
     client = EngineClient(
         replicas.silent, Patience(gateway.probe_timeout_s, config.engine.heartbeat_timeout_s)
     )
-    # Tasks are kept until they end: the event loop holds them only weakly.
+    # Tasks are kept until they end, because the event loop holds only weak references to them.
     closing: set[asyncio.Task[None]] = set()
 
     def forget(replica: Replica) -> None:
@@ -97,21 +98,21 @@ def build_service(
 
 
 def chat_defaults(gateway: GatewayConfig) -> ChatDefaults:
-    """What chats are told that do not say it themselves."""
+    """Return the defaults of chats that do not set these values themselves."""
     return ChatDefaults(gateway.conversation_date, gateway.reasoning_effort)
 
 
 def limits(gateway: GatewayConfig) -> Limits:
-    """How much a gateway takes on."""
+    """Return the gateway's limits."""
     return Limits(gateway.max_in_flight_requests, gateway.request_timeout_s)
 
 
 class ReplicaInfos:
-    """Asks each new replica what it serves. What the service promises is the shortest context among
-    them: without a max_model_len each takes what its memory allows.
+    """Asks each new replica what it serves. The service promises the shortest context among them:
+    without max_model_len each engine takes what its memory allows.
 
     Args:
-        use: called with the info of the replica with the shortest context, whenever that may have
+        use: called with the info of the replica with the shortest context whenever it may have
             changed.
     """
 
@@ -125,8 +126,8 @@ class ReplicaInfos:
         self._answered = asyncio.Event()
 
     async def first(self) -> EngineInfo:
-        """Wait until a replica has answered, and a little for the others that are being asked;
-        return what the service promises."""
+        """Wait for the first answer, and briefly for those of other replicas being asked; return
+        what the service promises."""
         await self._answered.wait()
         if self._asking:
             await asyncio.wait(list(self._asking.values()), timeout=_PROBE_TIMEOUT_S)
@@ -134,7 +135,7 @@ class ReplicaInfos:
         return self._latest
 
     def look(self) -> None:
-        """The list of replicas may have changed: forget those that left, ask those that are new."""
+        """Compare the list of replicas: forget those that have left, ask those that are new."""
         listed = self._replicas.known()
         self._known = {replica: info for replica, info in self._known.items() if replica in listed}
         for replica in listed:
@@ -161,4 +162,4 @@ class ReplicaInfos:
             del self._asking[replica]
         if info is not None:
             self._known[replica] = info
-            self.look()  # it may have left meanwhile
+            self.look()  # the replica may have left meanwhile

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from workers.errors import CheckpointError, ConfigError
 
-# vLLM's names where it has them. (flags, setting's path, metavar, help)
+# Rows of (flags, setting's path, metavar, help), with vLLM's names where it has them.
 SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
     (("--model",), "engine.model_path", "PATH", "folder of a gpt-oss checkpoint in Hugging Face layout"),
     (
@@ -154,13 +154,13 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code. An error the user can mend is one sentence on stderr
-    and exit code 1."""
+    """Run a subcommand; return the exit code. An error that the user can fix is one sentence on
+    stderr and exit code 1."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["bench"]:
-            # Its parser needs the load generator's imports, which --help of the others need not
-            # wait for.
+            # Its parser needs the load generator's imports, for which --help of the others need not
+            # wait.
             from cluster.commands.bench.cli import main as bench
 
             return bench(words[1:])

@@ -1,13 +1,13 @@
-"""The operator's configuration: a YAML file, the environment and flags, read once and handed down
-as frozen objects.
+"""The operator's configuration: a YAML file, the environment and flags, read once and passed on as
+frozen objects.
 
 Precedence: flag, then environment, then file, then default. A setting is named by its path, as in
-    `engine.scheduler.max_num_seqs`:
+`engine.scheduler.max_num_seqs`:
 
 - in the file: nested keys (`engine: {scheduler: {max_num_seqs: 64}}`);
 - in the environment: `CANTATA_` and the path in capitals, parts joined by two underscores
-  (`CANTATA_ENGINE__SCHEDULER__MAX_NUM_SEQS`). Names without two underscores are left alone:
-  Kubernetes sets such ones for a Service named cantata (`CANTATA_PORT`);
+  (`CANTATA_ENGINE__SCHEDULER__MAX_NUM_SEQS`). Names without two underscores are ignored: Kubernetes
+  sets such names for a Service named cantata (`CANTATA_PORT`);
 - as a flag: see `cluster/cli.py`.
 
 Sizes (names that end in `_bytes`) are numbers or texts such as `2GiB`, `512MB`. Unknown names are
@@ -60,7 +60,7 @@ _SIZE_UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `2GiB`, `512 MB`, `1.5g` or `4096`; K, M, G and T alone are powers of 1024.
+    """Parse `2GiB`, `512 MB`, `1.5g` or `4096` into bytes; K, M, G and T alone are powers of 1024.
 
     Raises:
         ValueError: with one sentence.
@@ -99,16 +99,16 @@ def _conversation_date(value: object) -> object:
 
 
 class _Settings(BaseModel):
-    # validate_default is off: the defaults are ours.
+    # validate_default stays off: the defaults are our own.
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ListenConfig(_Settings):
-    """Where the gateway listens.
+    """The addresses on which the gateway listens.
 
     Attributes:
         host: address of both servers; loopback by default.
-        http_port, grpc_port: 0 takes a free port.
+        http_port, grpc_port: 0 selects a free port.
     """
 
     host: str = "127.0.0.1"
@@ -117,36 +117,37 @@ class ListenConfig(_Settings):
 
 
 class GatewayConfig(_Settings):
-    """What a gateway serves and how much of it.
+    """Settings of a gateway: the model name, its limits and its time limits.
 
     Attributes:
-        served_model_name: the name clients use; None: the name of the checkpoint's folder.
-        api_keys: if there are any, a request needs one of them (`Authorization: Bearer …`).
-        max_in_flight_requests: beyond it a request is refused with 429.
-        request_timeout_s: a request's deadline, from its arrival to its last token; None: no
+        served_model_name: model name for clients; None for the name of the checkpoint's folder.
+        api_keys: if not empty, a request needs one of them (`Authorization: Bearer …`).
+        max_in_flight_requests: maximum number of running requests; more are refused with 429.
+        request_timeout_s: a request's deadline, from its arrival to its last token; None for no
             deadline.
-        probe_timeout_s: a replica that has requests and does not answer for so long gets no new
-            ones while there are others.
-        max_body_bytes: of a request; more is refused with 413.
-        max_messages: of a chat, with the parts and calls in them; more is refused with 400, as a
-            prompt that is too long.
-        max_json_values: objects, arrays and their entries in a body, counted by its braces,
-            brackets and commas, those in texts included; more is refused with 400, as a prompt
-            that is too long. While a body is parsed all of the gateway's other requests wait, for
-            0.7 s a million.
-        body_timeout_s: for a request's body to arrive, and a second more for each 16 KiB of it;
-            then 408.
-        max_header_bytes: of a request's line and headers; more is refused with 431. Standalone.
-        header_timeout_s: for a request's headers to arrive; then 408. Standalone.
-        keep_alive_timeout_s: how long an idle connection is kept. Longer than clients and load
-            balancers keep theirs, or they send requests into connections that are being closed.
-            Standalone and `cantata serve`; in a Serve YAML it is
+        probe_timeout_s: seconds after which a replica that has requests and does not answer gets no
+            new ones while there are others.
+        max_body_bytes: maximum size of a request body; a larger one is refused with 413.
+        max_messages: maximum number of messages in a chat, including their parts and calls; more
+            are refused with 400, as a prompt that is too long.
+        max_json_values: maximum number of objects, arrays and their entries in a body, counted by
+            its braces, brackets and commas, including those in strings; more are refused with 400,
+            as a prompt that is too long. While a body is parsed, all other requests of the gateway
+            wait: 0.7 s per million.
+        body_timeout_s: seconds for a request's body to arrive, plus one for each 16 KiB of it; then
+            408.
+        max_header_bytes: maximum size of a request's line and headers; more is refused with 431.
+            Standalone.
+        header_timeout_s: seconds for a request's headers to arrive; then 408. Standalone.
+        keep_alive_timeout_s: seconds for which an idle connection is kept. It must be longer than
+            clients and load balancers keep theirs; otherwise they send requests into connections
+            that are being closed. Standalone and `cantata serve`; in a Serve YAML it is
             `http_options.keep_alive_timeout_s`.
-        send_timeout_s: a client that has taken nothing of its answer for this long is cut off, and
-            what it asked for is cancelled.
-        conversation_date: the date the model is told: `auto` today's in UTC, `none` no date, or a
-            fixed YYYY-MM-DD.
-        reasoning_effort: of requests that do not say.
+        send_timeout_s: seconds after which a client that reads nothing of its answer is
+            disconnected and its request cancelled.
+        conversation_date: the date in the system message: `auto` for today in UTC, `none` for no
+            date, or a fixed YYYY-MM-DD.
+        reasoning_effort: effort for requests that do not set it.
     """
 
     served_model_name: str | None = Field(default=None, min_length=1)
@@ -169,24 +170,24 @@ class GatewayConfig(_Settings):
 
 
 _NUM_REPLICAS_OF = {"replicas": "engine", "gateways": "gateway"}
-"""Setting of `cantata serve` to the deployment whose `num_replicas` it is in a Serve YAML."""
+"""The settings of `cantata serve` that a Serve YAML has as `num_replicas`, with the deployment of
+each."""
 
 
 class AppConfig(_Settings):
-    """One served model: the engine of each replica and the gateways before them: a Serve
-    application's arguments.
+    """One served model: the engine of each replica and the gateways in front of them. These are the
+    arguments of a Serve application.
 
     Attributes:
-        engine_host: address an engine's gRPC server binds under Ray Serve: `auto` is the node's
-            own, reachable from the other nodes.
-        engine_cpus: CPUs that an engine has: its compute threads on the device `cpu`, and what Ray
-            reserves for it; a whole number, or a part of one where engines share CPUs. None: all
-            that there are, shared among the replicas, standalone and with `cantata serve`; 1 in a
-            Serve YAML.
-        engine_drain_timeout_s: what an engine that Serve stops gives its running requests to end;
-            those left go on in another replica.
-        gateway_drain_timeout_s: what a gateway that Serve stops gives its running requests to end;
-            those left are cut off.
+        engine_host: address that an engine's gRPC server binds under Ray Serve; `auto` is the
+            node's own address, reachable from the other nodes.
+        engine_cpus: CPUs of an engine: its compute threads on the device `cpu`, and what Ray
+            reserves for it; a whole number, or a fraction where engines share CPUs. None: all CPUs,
+            divided among the replicas, standalone and with `cantata serve`; 1 in a Serve YAML.
+        engine_drain_timeout_s: seconds for running requests to end in an engine that Serve stops;
+            the rest continue in another replica.
+        gateway_drain_timeout_s: seconds for running requests to end in a gateway that Serve stops;
+            the rest are cut off.
     """
 
     engine: EngineConfig
@@ -211,7 +212,7 @@ class AppConfig(_Settings):
 
     @property
     def model_name(self) -> str:
-        """The name clients use."""
+        """The model name for clients."""
         return self.gateway.served_model_name or self.engine.model_path.resolve().name
 
     @model_validator(mode="after")
@@ -222,11 +223,11 @@ class AppConfig(_Settings):
 
 
 class CantataConfig(AppConfig):
-    """All of `cantata serve`.
+    """All settings of `cantata serve`.
 
     Attributes:
-        replicas: engines.
-        gateways: copies of the gateway (Ray Serve; standalone has one).
+        replicas: number of engines.
+        gateways: number of gateways (Ray Serve; standalone has one).
     """
 
     replicas: int = Field(default=1, ge=1, le=1024)
@@ -245,11 +246,11 @@ def load_config(
     """Read the configuration of `cantata serve`.
 
     Args:
-        file: YAML; None: no file.
-        environment: None: this process's.
-        flags: value by path (`engine.dtype`); texts are converted.
+        file: YAML file, or None.
+        environment: None for this process's environment.
+        flags: value by path (`engine.dtype`); strings are converted.
     Raises:
-        ConfigError: one sentence that names the setting and where it was set.
+        ConfigError: one sentence that names the setting and its source.
     """
     origins: dict[str, str] = {}
     values: dict[str, Any] = {}
@@ -268,7 +269,7 @@ def load_config(
 
 
 def parse_config(kind: type[Config], values: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
-    """Check decoded settings; `origins` says where each path was set.
+    """Validate decoded settings; `origins` maps each path to its source.
 
     Raises:
         ConfigError: as in `load_config`.
@@ -283,15 +284,15 @@ API_KEYS_VARIABLE = f"{ENVIRONMENT_PREFIX}GATEWAY__API_KEYS"
 
 
 def with_api_keys(config: AppConfig, environment: Mapping[str, str] | None = None) -> AppConfig:
-    """A Serve application's settings stand in a file that many can read; its keys may be in the
-    environment of its nodes instead.
+    """Add the API keys of the environment to a Serve application's settings, whose file may be
+    widely readable.
 
     Args:
-        environment: None: this process's.
+        environment: None for this process's environment.
     Returns:
         `config`, with the environment's keys if it has none of its own.
     Raises:
-        ConfigError: the environment's keys are not keys.
+        ConfigError: the environment's value is not a list of keys.
     """
     text = (os.environ if environment is None else environment).get(API_KEYS_VARIABLE)
     if not text or config.gateway.api_keys:
@@ -306,11 +307,11 @@ def with_api_keys(config: AppConfig, environment: Mapping[str, str] | None = Non
 
 
 def check_no_settings(environment: Mapping[str, str]) -> None:
-    """Refuse settings in the environment of a Serve application's node, which has them in its YAML:
-    they would change nothing.
+    """Refuse settings in the environment of a Serve application's node: they would have no effect,
+    since the application has its settings in the YAML.
 
     Raises:
-        ConfigError: one is there, other than API keys.
+        ConfigError: a setting other than API keys is present.
     """
     for _, (name, _text) in _read_environment(environment).items():
         if name != API_KEYS_VARIABLE:
@@ -322,17 +323,16 @@ def check_no_settings(environment: Mapping[str, str]) -> None:
 
 
 RUN_TIME_SETTINGS = ("max_in_flight_requests", "request_timeout_s", "conversation_date", "reasoning_effort")
-"""Settings of `gateway` that a running gateway takes over from the `user_config` of its
-deployment."""
+"""Settings of `gateway` that a running gateway applies from the `user_config` of its deployment."""
 
 
 def reconfigured(gateway: GatewayConfig, values: object) -> GatewayConfig:
-    """The settings of a gateway with those of its deployment's `user_config` in their place.
+    """Return a gateway's settings, overridden by those of its deployment's `user_config`.
 
     Args:
-        values: by name, some of RUN_TIME_SETTINGS; None or empty: `gateway` as it is.
+        values: some of RUN_TIME_SETTINGS by name; None or empty for no change.
     Raises:
-        ConfigError: another name, or a wrong value.
+        ConfigError: another name, or an invalid value.
     """
     if not isinstance(values or {}, Mapping):
         raise ConfigError("user_config of the deployment gateway must hold settings by name")
@@ -353,7 +353,7 @@ def reconfigured(gateway: GatewayConfig, values: object) -> GatewayConfig:
 
 
 def setting_paths(kind: type[AppConfig] = CantataConfig) -> list[str]:
-    """Every setting's path, in order; `docs/operations.md` lists them."""
+    """Return every setting's path, in order; `docs/operations.md` lists them."""
     return [".".join(path) for path in _paths(kind)]
 
 
@@ -368,7 +368,7 @@ def _paths(kind: object) -> list[tuple[str, ...]]:
 
 
 def _read_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Path to (variable, text), in the order of the names."""
+    """Return path → (variable, text), sorted by name."""
     found = {}
     known = {path.upper().replace(".", "__"): path for path in setting_paths()}
     for name in sorted(environment):
@@ -397,7 +397,7 @@ def _sizes_to_bytes(values: Any, path: tuple[str, ...]) -> Any:
 
 def _sentence(kind: type[AppConfig], error: ValidationError, origins: Mapping[str, str]) -> str:
     found = error.errors(include_url=False)
-    # What is wrong before what is missing: a misspelt name is the reason why another is.
+    # Report invalid entries before missing ones: a misspelt name explains a missing one.
     first = next((entry for entry in found if entry["type"] != "missing"), found[0])
     path = ".".join(str(part) for part in first["loc"])
     where = f"{origins[path]}: " if path in origins else ""

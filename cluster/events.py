@@ -1,5 +1,5 @@
-"""What a generation produces, independent of transport: events of its choices' messages, how each
-choice finished, and what was used."""
+"""The events of a generation, independent of transport: events of its choices' messages, the end of
+each choice, and the usage."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,11 +11,11 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True, slots=True)
 class TokenCandidate:
-    """A token that could have been chosen, as the APIs report it.
+    """A candidate for a token, as the APIs report it.
 
     Attributes:
-        text: of a special token its name; `bytes:` and their hex escapes where the bytes are only a
-            part of a character.
+        text: its text; for a special token its name; `bytes:` and hex escapes where the bytes are
+            only part of a character.
         token_bytes: empty for a special token.
     """
 
@@ -27,7 +27,7 @@ class TokenCandidate:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A chosen token with its alternatives.
+    """A sampled token with its alternatives.
 
     Attributes:
         text_offset: characters of the choice's text before this token.
@@ -41,15 +41,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """What happened to a message of one of the n choices. A completion is no message: of it there
-    are only pieces of text, each a MessageDelta.
+    """An event of a message of one of the n choices. A completion has no messages: its events are
+    pieces of text, each a MessageDelta.
 
     Attributes:
         event: every MessageStart is followed by its MessageEnd before the choice finishes, unless
             an error ends the generation.
-        logprobs: where asked for; chat: of the text tokens it was made of; completions: one per
-            entry of `token_ids`.
-        token_ids: all tokens since the choice's previous event, markup included.
+        logprobs: if requested; for chat those of the text's tokens, for completions one per entry
+            of `token_ids`.
+        token_ids: all tokens since the choice's previous event, including markup.
     """
 
     choice: int
@@ -63,9 +63,9 @@ class ChoiceFinish:
     """The terminal event of a choice.
 
     Attributes:
-        stop_reason: the stop string or stop token id that ended it; None for the model's own end.
-        logprobs, token_ids: of the tokens since the choice's previous event, the end token
-            included.
+        stop_reason: the stop string or stop token id that ended it; None if the model ended it.
+        logprobs, token_ids: those of the tokens since the choice's previous event, including the
+        end token.
     """
 
     choice: int
@@ -77,7 +77,7 @@ class ChoiceFinish:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts over all choices; the prompt is counted once. Comes last."""
+    """Token counts over all choices; the prompt is counted once. The last event."""
 
     prompt_tokens: int
     cached_tokens: int

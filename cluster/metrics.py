@@ -1,5 +1,4 @@
-"""Prometheus metrics of one gateway, and the page that joins them with those of the engines it
-knows."""
+"""Prometheus metrics of one gateway, and the page that merges them with those of its engines."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,8 +35,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class GatewayMetrics:
-    """What a gateway counts. Labels hold names of our own only, never anything that a client wrote;
-    where they are known beforehand, their series exist from the start, at zero."""
+    """The counters and histograms of a gateway. Label values come from our own code only, never
+    from a client; series whose labels are known beforehand exist from the start, at zero."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -94,19 +93,19 @@ class GatewayMetrics:
             self.repairs.labels(kind)
 
     def render(self) -> str:
-        """The text exposition of this registry."""
+        """Return the registry in Prometheus' text format."""
         return generate_latest(self.registry).decode()
 
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """One process's metrics.
+    """The metrics of one process.
 
     Attributes:
         process: `gateway` or `engine`.
         replica: the replica's id; empty for a gateway.
-        text: its exposition; None: it did not answer.
-        gateway: the gateway's id where there may be several; empty for an engine.
+        text: in Prometheus' text format; None if the process did not answer.
+        gateway: the gateway's id if there may be several; empty for an engine.
     """
 
     process: str
@@ -116,44 +115,44 @@ class Scrape:
 
 
 class FleetView(Protocol):
-    """What a gateway can learn of the processes beside it that it does not talk to."""
+    """A gateway's view of the processes with which it does not communicate directly."""
 
     async def gateways(self, own: str) -> Sequence[Scrape]:
         """Return the metrics of all gateways.
 
         Args:
-            own: this gateway's.
+            own: this gateway's metrics.
         """
 
     async def wanted_replicas(self, num_listed: int) -> int:
-        """Return how many replicas there should be.
+        """Return the number of replicas that there should be.
 
         Args:
-            num_listed: replicas that this gateway knows, those among them that start again.
+            num_listed: number of replicas this gateway knows, including those that are restarting.
         """
 
 
 class OneGateway:
-    """The FleetView of a gateway that is the only one and starts its engines itself."""
+    """The FleetView of a single gateway that starts its engines itself."""
 
     async def gateways(self, own: str) -> Sequence[Scrape]:
-        """See FleetView."""
+        """Return only `own` (see FleetView)."""
         return [Scrape("gateway", "", own)]
 
     async def wanted_replicas(self, num_listed: int) -> int:
-        """See FleetView."""
+        """Return the number of replicas (see FleetView)."""
         return num_listed
 
 
 def merge(scrapes: Sequence[Scrape], wanted_replicas: int) -> str:
-    """Join the metrics of all processes into one exposition.
+    """Merge the metrics of all processes into one page.
 
     Each sample gets the labels `process`, `replica` and `gateway`, each family appears once, and
-    `cantata_process_up` says which processes answered. A text that cannot be parsed counts as no
+    `cantata_process_up` reports which processes answered. A text that cannot be parsed counts as no
     answer.
 
     Args:
-        wanted_replicas: how many replicas there should be.
+        wanted_replicas: number of replicas that there should be.
     """
     families: dict[str, Metric] = {}
     up = GaugeMetricFamily(
@@ -195,8 +194,8 @@ def _parse(text: str | None) -> list[Metric] | None:
     if text is None:
         return None
     try:
-        # prometheus_client adds a gauge with the creation time of each counter and histogram, for
-        # OpenMetrics: of no use here.
+        # prometheus_client adds a creation-time gauge for each counter and histogram, for
+        # OpenMetrics; it is not used here.
         return [
             family for family in text_string_to_metric_families(text) if not family.name.endswith("_created")
         ]

@@ -1,4 +1,4 @@
-"""Settings as nested mappings, before they are checked: read from a file, merged, set by path."""
+"""Settings as nested mappings before validation: read from a file, merged, set by path."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +30,7 @@ def read_file(file: Path) -> dict[str, Any]:
 
 
 def merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Put settings over others, name by name."""
+    """Merge settings over others, key by key."""
     for key, value in values.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             merge(into[key], value)
@@ -39,12 +39,12 @@ def merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def set_value(values: dict[str, Any], path: str, value: object, source: str) -> None:
-    """Put a value at a path.
+    """Set a value at a path.
 
     Args:
-        source: what sets it, for the error.
+        source: what sets it, for the error message.
     Raises:
-        ConfigError: a part of the path holds a value of its own.
+        ConfigError: a part of the path already holds a plain value.
     """
     *parents, name = path.split(".")
     for position, parent in enumerate(parents):
@@ -61,7 +61,7 @@ def set_value(values: dict[str, Any], path: str, value: object, source: str) -> 
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the paths of all settings, of groups as well."""
+    """Return the paths of all settings, including those of groups."""
     found = []
     for key, value in values.items():
         path = f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""Sockets to listen on, bound before anything slow begins."""
+"""Listening sockets, bound before any slow start-up work."""
 
 import errno
 import socket
@@ -7,11 +7,11 @@ from workers.errors import ConfigError
 
 
 def bound_socket(host: str, port: int, setting: str) -> socket.socket:
-    """A TCP socket bound to host:port that does not listen yet, closed by the caller; port 0 takes
-    a free one.
+    """Return a TCP socket bound to host:port that does not listen yet; the caller closes it. Port 0
+    selects a free port.
 
     Raises:
-        ConfigError: the port is taken, or the address is not this machine's; names `setting`.
+        ConfigError: the port is in use, or the address is not this machine's; names `setting`.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -35,9 +35,9 @@ def bound_socket(host: str, port: int, setting: str) -> socket.socket:
 
 
 def check_port_is_free(host: str, port: int, setting: str) -> None:
-    """Bind and let go: for ports that somebody else will bind later.
+    """Bind and close: for ports that another process will bind later.
 
     Raises:
-        ConfigError: as `bound_socket`.
+        ConfigError: as in `bound_socket`.
     """
     bound_socket(host, port, setting).close()

@@ -1,5 +1,5 @@
-"""What `cantata serve` prints when it serves: the model, where it listens and who can reach it, and
-a request to paste."""
+"""The start-up summary of `cantata serve`: the model, the addresses and who can reach them, and a
+request to paste."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from workers.rpc.convert import EngineInfo
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Where a service listens, and who can use it.
+    """The addresses of a service, and who can use them.
 
     Attributes:
         http, grpc: host and port.
-        exposure: sentences on what can be reached from other machines.
+        exposure: sentences on what other machines can reach.
     """
 
     http: tuple[str, int]
@@ -31,11 +31,11 @@ def start_up_summary(
     num_replicas: int,
     reach: Reach,
 ) -> str:
-    """The text, several lines.
+    """Return the summary, several lines of text.
 
     Args:
         info: of the replica with the shortest context.
-        longest_context: that it would have with enough memory.
+        longest_context: the context that it would have with enough memory.
         fp8_cache: whether the KV cache is in fp8.
     """
     http_address = address(*reach.http)
@@ -77,8 +77,8 @@ def _context(info: EngineInfo, longest: int, fp8_cache: bool) -> str:
 
 
 def address(host: str, port: int) -> str:
-    """host:port as URLs write it; an address that means all interfaces is shown as loopback, which
-    reaches it."""
+    """Return host:port as URLs spell it; an address that stands for all interfaces is shown as
+    loopback, which reaches it."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
     return f"[{shown}]:{port}" if ":" in shown else f"{shown}:{port}"
 

@@ -1,5 +1,5 @@
-"""Settings that only one way of serving has. Given to another they would change nothing, so they
-are refused there."""
+"""Checks of settings that apply to only one way of serving. Another way refuses them, since they
+would have no effect."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ def check_standalone(config: AppConfig) -> None:
     """Check the settings of `cantata serve --standalone`.
 
     Raises:
-        ConfigError: one has no effect there.
+        ConfigError: a setting has no effect there.
     """
     _refuse(config, _RAY_ONLY, "has an effect on Ray only; leave it out, or serve without --standalone")
 
@@ -25,7 +25,7 @@ def check_on_ray(config: AppConfig) -> None:
     """Check the settings of `cantata serve` on Ray.
 
     Raises:
-        ConfigError: one has no effect there.
+        ConfigError: a setting has no effect there.
     """
     reason = "has an effect with --standalone only; on Ray, HAProxy has limits of its own: leave it out"
     _refuse(config, _STANDALONE_ONLY, reason)
@@ -35,7 +35,7 @@ def check_serve_application(config: AppConfig) -> None:
     """Check the arguments of a Serve application.
 
     Raises:
-        ConfigError: one has no effect there.
+        ConfigError: a setting has no effect there.
     """
     check_on_ray(config)
     reason = (

@@ -1,5 +1,4 @@
-"""GPUs by name: what their makers say of them, and the KV cache that a rank would have on one, by
-arithmetic."""
+"""GPUs by name: their data sheets, and the KV cache of a rank on one, by arithmetic."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,18 +18,19 @@ from workers.parallel.shard import RankShard
 GIB = 2**30
 _MIB = 2**20
 RESERVE_BYTES = 3 * GIB
-"""For activations, CUDA graphs and libraries: an assumption, an engine measures it."""
+"""Bytes reserved for activations, CUDA graphs and libraries: an assumption here; an engine measures
+it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU of a server with eight of them (SXM or OAM; the L40S on PCIe), by its data sheet.
+    """One GPU of a server with eight of them (SXM or OAM; the L40S on PCIe), as in its data sheet.
 
     Attributes:
         memory_bytes: as the driver reports it.
-        memory_bandwidth: bytes a second.
-        bf16_flops: dense matrix products, a second.
-        link_bandwidth: bytes a second to the other GPUs of its server, in one direction (NVLink,
+        memory_bandwidth: bytes per second.
+        bf16_flops: dense matrix products, operations per second.
+        link_bandwidth: bytes per second to the other GPUs of its server, in one direction (NVLink,
             Infinity Fabric, PCIe).
         target: its architecture, as compilers name it.
     """
@@ -65,12 +65,12 @@ def gpu_kv_cache(
     max_model_len: int | None,
     kv_dtype: KVDtype = "bfloat16",
 ) -> KVCachePlan:
-    """The KV cache of a rank on such a GPU, as an engine with default cache settings otherwise
-    would size it.
+    """Compute the KV cache of a rank on such a GPU, as an engine with otherwise default cache
+    settings would size it.
 
     Args:
-        weight_bytes: of the rank that holds most.
-        max_model_len: None: the longest context that fits beside the weights.
+        weight_bytes: weights of the rank that holds most.
+        max_model_len: None for the longest context that fits beside the weights.
     Raises:
         ConfigError: one sequence of max_model_len, or of the shortest context, does not fit beside
             the weights, or the GPU has no fp8.

@@ -1,5 +1,5 @@
-"""`cantata inspect`: what a checkpoint is, what each rank would hold, what would be refused. Reads
-config.json and headers only."""
+"""`cantata inspect`: describe a checkpoint, each rank's share of it, and what would be refused.
+Reads only config.json and headers."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ SHOWN_TENSORS = (1, 2, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """How they are held: arguments of `rank_bytes`."""
+    """How weights are stored in memory: arguments of `rank_bytes`."""
 
     packed_experts: bool | None
     cpu_dense_dtype: DenseDtype
@@ -38,13 +38,13 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One way to spread the model.
+    """One parallel plan: a way to split the model over ranks.
 
     Attributes:
         rank: the rank that holds most.
-        kv_tokens: tokens of all sequences together for which the KV cache has room; None: no device
-            was named.
-        max_model_len: tokens of one sequence at most; None: no device was named.
+        kv_tokens: number of tokens, over all sequences, for which the KV cache has room; None if no
+            device was named.
+        max_model_len: maximum tokens of one sequence; None if no device was named.
         refusal: why it cannot work; None if it can.
     """
 
@@ -68,7 +68,8 @@ def run_inspect(
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"],
     as_json: bool,
 ) -> int:
-    """Print what the checkpoint at `path` is; returns 1 if the plan asked for would be refused.
+    """Print a description of the checkpoint at `path`; return 1 if the requested parallel plan
+    would be refused.
 
     Raises:
         CheckpointError, ConfigError: one sentence.
@@ -150,7 +151,7 @@ def _fullest(
 def _kv_cache(
     model: ModelConfig, shard: RankShard, weight_bytes: int, gpu: str, num_ranks: int, kv_dtype: KVDtype
 ) -> KVCachePlan:
-    """What an engine with default settings would give each rank.
+    """Compute the KV cache that an engine with default settings would give each rank.
 
     Raises:
         ConfigError: not even the shortest context fits.
@@ -187,8 +188,8 @@ def _kv_cache(
 
 
 def _fitting(model: ModelConfig, tensor: int, gpu: str, weights: Weights, kv_dtype: KVDtype) -> int | None:
-    """The smallest number of GPUs above `tensor` that holds the model and its whole context; more
-    ranks on one host are no help."""
+    """Return the smallest number of GPUs above `tensor` that holds the model and its whole context;
+    on one host, more ranks do not help."""
     for size, expert in allowed_plans(model):
         if gpu != "cpu" and size > tensor and expert == size:
             shard, rank = _fullest(model, plan_shards(model, ParallelConfig(size)), weights)
@@ -218,7 +219,7 @@ def _text(
     lines = [f"  {name:<12} {value}" for name, value in _model_rows(path, model, quantize)]
     lines += ["", f"Each rank, {', '.join(kept)}:", "", *_plan_table(plans, gpu)]
     left_out = [plan.refusal for plan in plans if plan.rank is not None and plan.refusal is not None]
-    if len(left_out) < len(plans):  # otherwise the first of them is the error
+    if len(left_out) < len(plans):  # if all are left out, the first refusal is the error
         lines += [f"\n{refusal}" for refusal in left_out]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""`cantata make-checkpoint`: random weights of a preset's shape, with a tokenizer, in one
+"""`cantata make-checkpoint`: write random weights of a preset's shape, with a tokenizer, into one
 folder."""
 
 import contextlib
@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
 def run_make_checkpoint(
     out: Path, preset: str, *, seed: int, vocab: int | None, layers: int | None, tokenizer: str, dry_run: bool
 ) -> int:
-    """Write the checkpoint, or with `dry_run` say what would be written; returns the exit code.
+    """Write the checkpoint, or with `dry_run` print what would be written; return the exit code.
 
     Args:
         tokenizer: `bpe`, `harmony`, or the path of a folder with a tokenizer.json.
@@ -77,7 +77,7 @@ def _planned_vocab(preset: str, tokenizer: str) -> int:
 
 
 def _check_out(out: Path) -> None:
-    # make_checkpoint checks as well; here it is seen before a tokenizer is made.
+    # make_checkpoint checks this as well; here it is found before the tokenizer is made.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             f"{out} exists and is not an empty folder; nothing is overwritten, give another path"
@@ -85,7 +85,7 @@ def _check_out(out: Path) -> None:
 
 
 def _write_tokenizer(folder: Path, tokenizer: str, preset: str, vocab: int | None) -> Path:
-    """Returns the folder that holds the tokenizer's files."""
+    """Write the tokenizer's files; return the folder that holds them."""
     if tokenizer == "bpe":
         vocab_size = vocab or DEFAULT_VOCAB[preset]
         _say(f"making a byte-level BPE tokenizer of {vocab_size:,} tokens")

@@ -1,4 +1,4 @@
-"""Calls to engines: one channel per address, kept open; failures come back as the classes of
+"""Calls to engines: one channel per address, kept open. Failures are raised as the classes of
 `workers.errors`."""
 
 import asyncio
@@ -23,35 +23,34 @@ logger = logging.getLogger(__name__)
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", convert.MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", convert.MAX_MESSAGE_BYTES),
-    # A host that vanishes without closing its connections is noticed within 40 s, while calls are
-    # open.
+    # While calls are open, a host that vanishes without closing its connections is noticed within
+    # 40 s.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # A dead address fails a call in about a second instead of gRPC's twenty, and is tried again
-    # soon.
+    # A dead address fails a call in about a second instead of gRPC's twenty, and is retried soon.
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # The router retries, because it knows other replicas; proxies of the environment are for the
-    # internet.
+    # The dispatcher retries, because it knows other replicas. Proxies in the environment are for
+    # the internet.
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
 )
 
 _INFO_TIMEOUT_S = 5.0
 _MAX_SENT_IDS = 4096
-"""Automata remembered as sent, for each replica: 400 kB."""
+"""Maximum number of automata remembered as sent, per replica (400 kB)."""
 
 
 class RecentIds:
-    """Automata that a replica was sent; the least recently used is forgotten first."""
+    """Ids of the automata that a replica was sent; the least recently used is forgotten first."""
 
     def __init__(self, max_ids: int = _MAX_SENT_IDS) -> None:
         self._max_ids = max_ids
         self._ids: OrderedDict[bytes, None] = OrderedDict()
 
     def use(self, automaton_id: bytes) -> bool:
-        """Note that one is sent or named now; return whether it was before."""
+        """Record that an automaton is sent or named now; return whether it was recorded before."""
         was_sent = automaton_id in self._ids
         self._ids[automaton_id] = None
         self._ids.move_to_end(automaton_id)
@@ -61,11 +60,12 @@ class RecentIds:
 
 
 class EngineClient:
-    """One per gateway. Belongs to the event loop it is used in.
+    """The gRPC client for a gateway's engines; one per gateway. Belongs to the event loop in which
+    it is used.
 
     Args:
         on_silence: called with True when a replica with calls from here does not answer, with False
-            when it does again.
+            when it answers again.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class EngineClient:
         in the engine at once.
 
         Raises:
-            CantataError: what the engine answered; EngineDead if it cannot be reached, no longer
-                answers, or its stream ends early, which says whether the engine had taken the
-                request; NoReplica if its version does not know what the request needs.
+            CantataError: the engine's error; EngineDead (which says whether the engine had accepted
+                the request) if it cannot be reached, stops answering, or its stream ends early;
+                NoReplica if its version lacks what the request needs.
         """
         capabilities: frozenset[str] = frozenset()
         wanted = convert.capabilities_of(request)
@@ -106,7 +106,7 @@ class EngineClient:
                     yield output
             return
         except UnknownAutomaton:
-            # It has forgotten this one; nothing of the sequence has come yet.
+            # The engine has forgotten this automaton; the sequence has produced nothing yet.
             if not knows:
                 raise
         message = convert.request_to_wire(request, by_reference=True)
@@ -131,7 +131,7 @@ class EngineClient:
                         return
             raise EngineDead("The replica that served this request ended its stream early; try again.")
         except EngineDead as error:
-            # An engine that has taken a request says so at once, with its first metadata.
+            # An engine that has accepted a request sends its initial metadata at once.
             error.under_request = call.done() and bool(await call.initial_metadata())
             raise
         finally:
@@ -139,7 +139,7 @@ class EngineClient:
             call.cancel()
 
     async def info(self, replica: Replica, timeout_s: float) -> convert.EngineInfo:
-        """What the replica serves."""
+        """Return what the replica serves."""
         with _failures():
             answer = await self._stub(replica).GetInfo(
                 engine_pb2.GetInfoRequest(), **_options(replica, timeout_s)
@@ -154,14 +154,14 @@ class EngineClient:
         return self._capabilities[replica]
 
     async def load(self, replica: Replica, timeout_s: float) -> EngineLoad:
-        """How busy the replica is."""
+        """Return the replica's load."""
         with _failures():
             return convert.load_from_wire(
                 await self._stub(replica).GetLoad(engine_pb2.GetLoadRequest(), **_options(replica, timeout_s))
             )
 
     async def metrics(self, replica: Replica, timeout_s: float) -> str:
-        """The replica's Prometheus text."""
+        """Return the replica's metrics in Prometheus' text format."""
         with _failures():
             return (
                 await self._stub(replica).GetMetrics(
@@ -170,7 +170,7 @@ class EngineClient:
             ).text
 
     async def forget(self, replica: Replica) -> None:
-        """Close the channel of a replica that is gone for good."""
+        """Close the channel of a replica that will not return."""
         self._capabilities.pop(replica, None)
         self._sent.pop(replica, None)
         watch = self._watches.pop(replica, None)
@@ -181,7 +181,7 @@ class EngineClient:
             await channel.close(None)
 
     async def close(self) -> None:
-        """Close all channels. Open and later calls end with EngineDead, so no stream is resumed."""
+        """Close all channels. Open and later calls end with EngineDead and no stream is resumed."""
         self._closed = True
         for watch in self._watches.values():
             watch.stop()
@@ -218,7 +218,7 @@ class EngineClient:
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Failures of a call as the classes of `workers.errors`."""
+    """Convert the failures of a call to the classes of `workers.errors`."""
     try:
         yield
     except grpc.aio.AioRpcError as error:
@@ -227,7 +227,7 @@ def _failures() -> Iterator[None]:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
-        # Nobody cancelled us: gRPC raises this for calls whose channel is closed under them.
+        # Not our own cancellation: gRPC raises this when a channel is closed during a call.
         raise EngineDead("The replica that served this request is gone; try again.") from None
 
 
@@ -236,13 +236,13 @@ def _raise(error: grpc.aio.AioRpcError) -> NoReturn:
     trailing: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]
     metadata = {key: value for key, value in trailing if isinstance(value, str)}
     if status == "UNAVAILABLE" or (status == "CANCELLED" and convert.ERROR_CLASS_KEY not in metadata):
-        # gRPC's own text names addresses; a cancellation that is not ours means the server is going
-        # down.
+        # gRPC's text contains addresses. A cancellation that is not ours means that the server is
+        # stopping.
         raise EngineDead(
             "The replica that served this request is gone or shutting down; try again."
         ) from error
     if status == "UNAUTHENTICATED":
-        # The secret is the listed engine's: another one has its port by now.
+        # The secret belongs to the listed engine: another process has its port by now.
         raise EngineDead("The replica that was to serve this request is gone; try again.") from error
     if status == "DEADLINE_EXCEEDED":
         raise DeadlineExceeded("The request's deadline passed before its last token.") from error

@@ -1,5 +1,5 @@
-"""A directory of replicas whose list changes: what standalone serving and Ray Serve have in
-common."""
+"""A directory of replicas whose list changes: the part that standalone serving and Ray Serve
+share."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +10,8 @@ from cluster.fleet.table import LoadTable, Replica, RoutingHint
 class ReplicaSet:
     """A ReplicaDirectory over a list that is replaced from outside, in the gateway's event loop.
 
-    A replica that leaves the list may still be serving: one that drains finishes what it has. It is
-    gone when its last sequence is.
+    A replica that leaves the list may still be serving: a draining replica finishes its sequences.
+    It is gone when its last sequence has ended.
     """
 
     def __init__(self, loads: LoadTable | None = None) -> None:
@@ -23,40 +23,42 @@ class ReplicaSet:
         self._num_open: Counter[Replica] = Counter()
 
     def replace(self, replicas: Sequence[Replica], missing: Sequence[str] = ()) -> None:
-        """From now on these are all that requests may go to; `missing` are the ids of those that
-        will be back."""
+        """Replace the list of replicas that may get requests. `missing` are the ids of those that
+        will return."""
         before, self._replicas = self._replicas, tuple(replicas)
         self._missing = tuple(missing)
         for replica in before:
             if replica not in self._replicas:
-                # It takes no more requests. What comes under this id again is a new process with an
-                # empty cache.
+                # It gets no more requests. A replica with the same id later is a new process with
+                # an empty cache.
                 self._loads.gone(replica)
             self._report_if_gone(replica)
         self._on_change()
 
     def report(self, loads: Mapping[str, int]) -> None:
-        """Sequences that replicas say they have, by id."""
+        """Record the number of sequences that replicas report, by id."""
         self._loads.report(
             {replica.key: loads[replica.id] for replica in self._replicas if replica.id in loads}
         )
 
     def on_change(self, callback: Callable[[], None]) -> None:
-        """Call this whenever the list has been replaced, by another or by the same."""
+        """Register a callback for each replacement of the list, whether or not its contents
+        changed."""
         self._on_change = callback
 
     def on_gone(self, callback: Callable[[Replica], None]) -> None:
-        """Call this with each replica that has left the list and has no sequence any more."""
+        """Register a callback for each replica that has left the list and whose last sequence has
+        ended."""
         self._on_gone = callback
 
     async def choose(self, hint: RoutingHint, excluded: frozenset[str]) -> Replica:
-        """See ReplicaDirectory."""
+        """Choose a replica (see ReplicaDirectory)."""
         replica = self._loads.pick(self._replicas, excluded, hint)
         self._num_open[replica] += 1
         return replica
 
     def release(self, replica: Replica) -> None:
-        """See ReplicaDirectory."""
+        """Release a replica (see ReplicaDirectory)."""
         self._loads.release(replica)
         self._num_open[replica] -= 1
         if not self._num_open[replica]:
@@ -64,21 +66,21 @@ class ReplicaSet:
             self._report_if_gone(replica)
 
     def failed(self, replica: Replica) -> None:
-        """See ReplicaDirectory."""
+        """Mark a replica as failed (see ReplicaDirectory)."""
         self._loads.failed(replica)
 
     def silent(self, replica: Replica, is_silent: bool) -> None:
-        """A replica with sequences from here does not answer, or does so again: avoid it
-        meanwhile."""
+        """Record whether a replica with sequences from here is failing to answer, and avoid it
+        while it is."""
         if not is_silent or replica in self._replicas:
             self._loads.silent(replica, is_silent)
 
     def known(self) -> Sequence[Replica]:
-        """See ReplicaDirectory."""
+        """Return the replicas of the list (see ReplicaDirectory)."""
         return self._replicas
 
     def missing(self) -> Sequence[str]:
-        """See ReplicaDirectory."""
+        """Return the ids of missing replicas (see ReplicaDirectory)."""
         return self._missing
 
     def _report_if_gone(self, replica: Replica) -> None:

@@ -1,4 +1,4 @@
-"""From one engine request to one stream of outputs, whichever replica serves it."""
+"""Turns one engine request into one stream of outputs, whichever replica serves it."""
 
 import asyncio
 import logging
@@ -26,14 +26,16 @@ _log = logging.getLogger(__name__)
 
 
 MAX_ENGINE_DEATHS = 3
-"""Of replicas that died under one request: it may be the request that kills them."""
+"""Number of replicas that may die under one request before it is given up: the request may be the
+cause."""
 RESUME_WAIT_S = 60.0
-"""Seconds that a sequence whose replica is gone waits for another one, where all live ones are
+"""Seconds for which a sequence whose replica died waits for another one while all live replicas are
 full."""
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
-"""Between two tries, whatever the full replica says."""
+"""Shortest and longest seconds between two attempts, whatever delay the full replica asks for."""
 _MAX_HASHED_BLOCKS = 2048
-"""32 thousand tokens, 4 ms: longer prompts that agree so far belong together anyway."""
+"""Maximum number of blocks hashed (32 thousand tokens, 4 ms). Longer prompts that agree this far
+belong together anyway."""
 
 
 class Dispatcher:
@@ -41,11 +43,11 @@ class Dispatcher:
     it.
 
     After tokens have come, the sequence is resumed elsewhere with these tokens as its output so
-    far: the engine goes on as if it had made them itself, same seed and positions, so the reader
-    sees one unbroken stream.
+    far. The engine continues with the same seed and positions, so the reader sees one unbroken
+    stream.
 
     Args:
-        clock: monotonic seconds, for deadlines.
+        clock: returns monotonic seconds, for deadlines.
     """
 
     def __init__(
@@ -63,13 +65,13 @@ class Dispatcher:
     async def stream(
         self, request: EngineRequest, deadline: float | None
     ) -> AsyncGenerator[EngineOutput, None]:
-        """Outputs up to the one with a finish reason `stop` or `length`. Closing it cancels the
-        sequence in the engine.
+        """Yield outputs up to the one with a finish reason `stop` or `length`. Closing the
+        generator cancels the sequence in the engine.
 
         Args:
-            deadline: on this object's clock; None: none.
+            deadline: on this object's clock; None for no deadline.
         Raises:
-            CantataError: the last replica's refusal or end, when no other is left to go on.
+            CantataError: the last replica's error, when no other replica can continue.
         """
         hint = self._hint(request)
         tries = _Tries(self._clock)
@@ -79,7 +81,8 @@ class Dispatcher:
             try:
                 replica = await self._replicas.choose(hint, tries.excluded)
             except NoReplica as error:
-                # Who has read half an answer cannot come again later, so this waits for room.
+                # A client that has read half an answer cannot retry, so the sequence waits for
+                # room.
                 if not tokens or not await tries.wait_for_room():
                     raise tries.refusal or error from None
                 continue
@@ -89,8 +92,7 @@ class Dispatcher:
                 async with aclosing(self._run(replica, attempt, deadline)) as outputs:
                     async for output in outputs:
                         tokens += output.token_ids
-                        # What the second replica finds in its cache is no merit of the first
-                        # prompt's.
+                        # Hits in the second replica's cache do not count for the original prompt.
                         num_cached = num_cached or (0 if num_before else output.num_cached_tokens)
                         yield replace(output, num_cached_tokens=num_cached)
                 return
@@ -153,12 +155,12 @@ class Dispatcher:
 
 
 class _Tries:
-    """Where one sequence has been refused, or lost its replica.
+    """The attempts of one sequence: the replicas that refused it or died under it.
 
     Attributes:
-        excluded: keys of the replicas that are not asked again; one that was started again has
-            another key.
-        refusal: what the client is told if no replica is left.
+        excluded: keys of the replicas that are not tried again. A restarted replica has another
+            key.
+        refusal: the error for the client if no replica is left.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -171,13 +173,13 @@ class _Tries:
         self._num_deaths = 0
 
     def may_go_on(self, replica: Replica, error: CantataError) -> bool:
-        """Note how a try ended; whether another replica may be asked."""
-        # The request was checked against the shortest context known here: this replica's is shorter
-        # and not known yet.
+        """Record how an attempt ended; return whether another replica may be tried."""
+        # The request was checked against the shortest context known; this replica's is shorter and
+        # was not known yet.
         too_long = isinstance(error, ContextLengthExceeded)
         if isinstance(error, EngineDead):
             self._num_deaths += error.under_request
-            if error.under_request:  # it had found room
+            if error.under_request:  # it had been admitted
                 self._full_since_s = None
         elif isinstance(error, Overloaded):
             self._full |= {replica.key}
@@ -188,8 +190,8 @@ class _Tries:
         return (error.retry_elsewhere or too_long) and self._num_deaths < MAX_ENGINE_DEATHS
 
     async def wait_for_room(self) -> bool:
-        """Wait a little if a replica was only full, and allow it again; False: none was, or none
-        had room for RESUME_WAIT_S."""
+        """Wait briefly if a replica was only full, and allow it again. Return False if none was, or
+        if none had room for RESUME_WAIT_S."""
         if self._full_since_s is None:
             self._full_since_s = self._clock()
         if not self._full or self._clock() - self._full_since_s > RESUME_WAIT_S:

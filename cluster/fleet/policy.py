@@ -1,20 +1,20 @@
-"""Which replica takes a request: a pure choice over what the caller knows, so that it is tested
-without a cluster."""
+"""The policy that picks a replica for a request: a pure function of the caller's knowledge, so that
+it is tested without a cluster."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 BLOCKS_PER_SEQUENCE = 10
-"""KV blocks of a prompt whose computation delays an answer as much as one more running sequence
-does: some 20 ms on a GPU."""
+"""Number of prompt KV blocks whose computation delays an answer as much as one more running
+sequence: some 20 ms on a GPU."""
 FREE_LEAD = 2
-"""Sequences that a replica may have more than the least loaded one before they count against its
-prefix: loads change that fast."""
+"""Number of sequences that a replica may have beyond the least loaded one before they count against
+its prefix: loads change that fast."""
 MAX_LEAD = 8
 LEAD_FACTOR = 1.5
-"""A replica with this many more sequences than the least loaded one, and this many times as many,
-gets no more for its prefix."""
+"""Ratio to the least loaded replica's load. A replica above it, and more than FREE_LEAD ahead, gets
+nothing more for its prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +23,13 @@ class Candidate:
 
     Attributes:
         id: the replica's key (`cluster.fleet.table.Replica`).
-        load: sequences that are, or will be, in it: from this gateway and, as far as known, from
-            others.
-        prefix_blocks: full KV blocks at the beginning of the prompt that it probably has in its
-            prefix cache.
-        own_blocks: those of them beyond what unrelated prompts begin with as well, such as a system
-            message.
-        suspect: it failed a moment ago; taken only if no other is left.
+        load: number of sequences that it has or will have, from this gateway and, as far as known,
+            from others.
+        prefix_blocks: number of full KV blocks at the beginning of the prompt that are probably in
+            its prefix cache.
+        own_blocks: those of prefix_blocks that unrelated prompts do not begin with too, unlike a
+            system message.
+        suspect: whether it failed recently; it is chosen only if no other is left.
     """
 
     id: str
@@ -43,11 +43,11 @@ def choose(candidates: Sequence[Candidate], excluded: frozenset[str], rng: rando
     """Return the id of the candidate whose prefix is worth most against its load, else of the least
     loaded one.
 
-    What unrelated prompts share is worth nothing, or all of them would go where the first one went;
-    among equally loaded candidates it decides nevertheless. Ties are drawn from `rng`.
+    A prefix that unrelated prompts share counts as nothing; otherwise all of them would follow the
+    first prompt. It does decide between equally loaded candidates. Ties are drawn from `rng`.
 
     Returns:
-        None: every candidate is excluded.
+        None if every candidate is excluded.
     """
     left = [candidate for candidate in candidates if candidate.id not in excluded]
     left = [candidate for candidate in left if not candidate.suspect] or left
@@ -64,7 +64,8 @@ def choose(candidates: Sequence[Candidate], excluded: frozenset[str], rng: rando
 
 
 def _worth(candidate: Candidate, least: int) -> int:
-    """Return the blocks that the candidate saves, less what its load beyond `least` costs."""
+    """Return the number of blocks that the candidate saves, minus the cost of its load beyond
+    `least`."""
     if _overloaded(candidate.load, least):
         return 0
     return candidate.own_blocks - BLOCKS_PER_SEQUENCE * max(candidate.load - least - FREE_LEAD, 0)

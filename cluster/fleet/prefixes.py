@@ -1,27 +1,27 @@
-"""What replicas probably have in their prefix caches, guessed from what was sent to them: an engine
-does not tell, and need not."""
+"""An estimate of the replicas' prefix caches, made from what was sent to them. Engines do not
+report their caches and need not."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 MAX_BLOCKS_PER_REPLICA = 65_536
-"""A million tokens, 9 MB for each replica. A replica of several GPUs may hold more; what is
-forgotten here costs a hit there, no more."""
+"""Maximum number of blocks remembered per replica: a million tokens, 9 MB. A replica of several
+GPUs may hold more; a forgotten block only costs a cache hit."""
 MAX_BRANCHES = 32_768
-"""Blocks whose continuations are remembered, 5 MB."""
+"""Maximum number of blocks whose continuations are remembered (5 MB)."""
 SHARED_BY = 4
-"""A block after which prompts went on in this many ways is the beginning of unrelated ones. One
-conversation has up to three ways on from a block: the end of a prompt, the reasoning that a tool
-call follows, and the answer without it."""
+"""Number of different continuations after which a block counts as the beginning of unrelated
+prompts. One conversation has up to three from a block: the end of a prompt, reasoning followed by a
+tool call, and the answer without it."""
 _WAY_BYTES = 4
 
 
 class PrefixIndex:
-    """Block hashes (`workers.kv_cache.prefix_cache.block_hashes`) by replica (its key), the least
-    recently sent forgotten first.
+    """Block hashes (`workers.kv_cache.prefix_cache.block_hashes`) by replica key; the least
+    recently sent are forgotten first.
 
     Args:
-        max_blocks: of each replica.
+        max_blocks: maximum per replica.
     """
 
     def __init__(self, max_blocks: int = MAX_BLOCKS_PER_REPLICA) -> None:
@@ -29,7 +29,7 @@ class PrefixIndex:
         self._sent: dict[str, OrderedDict[bytes, None]] = {}
 
     def match(self, replica_id: str, hashes: Sequence[bytes]) -> int:
-        """Blocks at the beginning that were sent there."""
+        """Return the number of leading blocks that were sent to the replica."""
         sent = self._sent.get(replica_id)
         if not sent:
             return 0
@@ -39,9 +39,9 @@ class PrefixIndex:
         return len(hashes)
 
     def add(self, replica_id: str, hashes: Sequence[bytes]) -> None:
-        """A prompt went there."""
+        """Record that a prompt was sent to the replica."""
         sent = self._sent.setdefault(replica_id, OrderedDict())
-        # From the end: a prefix must outlive what follows it, or it would be found no more.
+        # From the end: a prefix must outlive its continuations, which cannot be found without it.
         for block in reversed(hashes):
             sent[block] = None
             sent.move_to_end(block)
@@ -50,34 +50,36 @@ class PrefixIndex:
 
     @property
     def num_blocks(self) -> Mapping[str, int]:
-        """How many blocks are remembered, by replica."""
+        """Number of blocks remembered, by replica."""
         return {replica_id: len(sent) for replica_id, sent in self._sent.items()}
 
     def forget(self, replica_id: str) -> None:
-        """The replica died, or is gone: its cache with it."""
+        """Forget a replica that died or left, since its cache is lost."""
         self._sent.pop(replica_id, None)
 
 
 class SharedBeginnings:
-    """What prompts of unrelated requests begin with, learnt from how often they part after a block.
+    """The beginnings that unrelated prompts share, learnt from how often prompts diverge after a
+    block.
 
     Args:
-        max_blocks: that are remembered; the least recently seen is forgotten first.
+        max_blocks: maximum number of blocks remembered; the least recently seen is forgotten first.
     """
 
     def __init__(self, max_blocks: int = MAX_BRANCHES) -> None:
         self._max_blocks = max_blocks
-        # Beginnings of the hashes of what came next, joined: at most SHARED_BY different ones.
+        # Prefixes of the hashes of the following blocks, concatenated: at most SHARED_BY different
+        # ones.
         self._ways: OrderedDict[bytes, bytes] = OrderedDict()
 
     def add(self, hashes: Sequence[bytes], tail: bytes) -> int:
-        """Note a prompt.
+        """Record a prompt.
 
         Args:
-            hashes: of its full blocks.
-            tail: hash of what follows these; empty where that is unknown.
+            hashes: hashes of its full blocks.
+            tail: hash of the tokens after these blocks; empty if unknown.
         Returns:
-            Blocks at its beginning that unrelated prompts have as well.
+            Number of leading blocks that unrelated prompts share.
         """
         shared = 0
         nexts = [*hashes[1:], tail]
@@ -97,7 +99,7 @@ class SharedBeginnings:
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks are remembered."""
+        """Number of blocks remembered."""
         return len(self._ways)
 
 

@@ -1,6 +1,6 @@
-"""Replicas that have sequences from this gateway are asked from time to time whether they live: a
-process that is stopped, or a host that is cut off, keeps its connections open for long, and neither
-new nor running sequences should wait for it."""
+"""Probes replicas that have sequences from this gateway. A stopped process or a host that is cut
+off keeps its connections open for a long time, and neither new nor running sequences should wait
+for it."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,7 +10,7 @@ from typing import Protocol
 from workers.errors import CantataError, DeadlineExceeded
 
 PROBE_PERIOD_S = 1.0
-"""Seconds from an answer to the next question."""
+"""Seconds from an answer to the next probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +18,9 @@ class Patience:
     """How long a replica may be silent.
 
     Attributes:
-        suspect_s: without an answer for so long it gets no new sequences while there are other
-            replicas.
-        lost_s: without one for so long its sequences go on elsewhere.
+        suspect_s: seconds without an answer after which it gets no new sequences while there are
+            other replicas.
+        lost_s: seconds without an answer after which its sequences continue elsewhere.
     """
 
     suspect_s: float = 2.0
@@ -28,17 +28,17 @@ class Patience:
 
 
 class Call(Protocol):
-    """What is broken off when the replica is lost."""
+    """A call that is cancelled when its replica is lost."""
 
     def cancel(self) -> bool:
-        """Its reader hears of it."""
+        """Cancel the call; its reader is notified."""
 
 
 class ReplicaWatch:
-    """Asks one replica while it has calls from here, and while it is silent.
+    """Probes one replica while it has calls from here, and while it is silent.
 
     Args:
-        ask: (seconds) → any answer; raises DeadlineExceeded if none came in this time.
+        ask: (seconds) → any answer; raises DeadlineExceeded if none came within this time.
         on_silence: called with True when the replica has become suspect, with False when it answers
             again.
     """
@@ -56,23 +56,23 @@ class ReplicaWatch:
         self._task: asyncio.Task[None] | None = None
 
     def add(self, call: Call) -> None:
-        """A call has begun; `discard` comes when it ends."""
+        """Add a call that has begun; `discard` follows when it ends."""
         self._calls.add(call)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
 
     def discard(self, call: Call) -> None:
-        """It has ended."""
+        """Remove a call that has ended."""
         self._calls.discard(call)
 
     def stop(self) -> None:
-        """Ask no more."""
+        """Stop probing."""
         if self._task is not None:
             self._task.cancel()
 
     async def _run(self) -> None:
-        # Counted in questions, not by the clock: after this process was stopped itself, the replica
-        # is not to blame.
+        # Counted in probes, not by the clock: if this process was stopped, the replica is not to
+        # blame.
         num_unanswered, most = 0, max(1, round(self._patience.lost_s / self._patience.suspect_s))
         await asyncio.sleep(PROBE_PERIOD_S)
         while self._calls or num_unanswered:
@@ -87,7 +87,7 @@ class ReplicaWatch:
                         call.cancel()
                 continue
             except CantataError:
-                pass  # it is gone, which its calls hear of as well
+                pass  # The replica is gone; its calls end too.
             if num_unanswered:
                 num_unanswered = 0
                 self._on_silence(False)

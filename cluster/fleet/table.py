@@ -1,5 +1,5 @@
-"""The replicas a gateway knows, and how busy it keeps each. One interface: a static list here, Ray
-Serve's in `cluster/serve`."""
+"""The replicas a gateway knows and the load on each. One interface, with implementations here and
+in `cluster/serve`."""
 
 import random
 import time
@@ -18,11 +18,11 @@ class Replica:
     """One engine, from its start to its end.
 
     Attributes:
-        id: a label in metrics; an engine that is started again may have the id, and the address, of
-            the one before.
-        address: of its engine gRPC server, as gRPC names it: `host:port` or `unix:PATH`.
-        start_id: drawn at random by the engine at its start.
-        secret: what the engine wants to be sent with each call; empty: nothing.
+        id: a label in metrics. A restarted engine may have the id and the address of its
+            predecessor.
+        address: address of its gRPC server as gRPC spells it: `host:port` or `unix:PATH`.
+        start_id: a random id drawn by the engine at its start.
+        secret: the secret that the engine requires with each call; empty if none.
     """
 
     id: str
@@ -32,17 +32,17 @@ class Replica:
 
     @property
     def key(self) -> str:
-        """Names this engine and none that had, or will have, its id."""
+        """Key of this engine process, unlike `id` never shared with a predecessor or successor."""
         return f"{self.id}@{self.start_id}" if self.start_id else self.id
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingHint:
-    """What the choice of a replica may depend on.
+    """The facts about a request that the choice of a replica may depend on.
 
     Attributes:
-        block_hashes: of the prompt's full KV blocks, from its beginning; may be cut.
-        tail: hash of what follows these blocks; empty where they were cut.
+        block_hashes: hashes of the prompt's full KV blocks, from its beginning; may be truncated.
+        tail: hash of the tokens after these blocks; empty if they were truncated.
     """
 
     request_id: str
@@ -51,43 +51,43 @@ class RoutingHint:
 
 
 class ReplicaDirectory(Protocol):
-    """Where requests can go. Every `choose` is followed by one `release`."""
+    """The replicas that requests can be sent to. Every `choose` is followed by one `release`."""
 
     async def choose(self, hint: RoutingHint, excluded: frozenset[str]) -> Replica:
-        """A replica whose key is not excluded; it counts as busier until `release`.
+        """Return a replica whose key is not excluded. It counts as busier until `release`.
 
         Raises:
             NoReplica: none is left.
         """
 
     def release(self, replica: Replica) -> None:
-        """The sequence that `choose` was called for has ended there."""
+        """Record that the sequence for which `choose` was called has ended there."""
 
     def failed(self, replica: Replica) -> None:
-        """The replica could not be reached or died: avoid it for a short time. `release` comes as
-        well."""
+        """Avoid a replica for a short time because it could not be reached or died. `release` is
+        called as well."""
 
     def known(self) -> Sequence[Replica]:
-        """All replicas that requests may go to, reachable or not."""
+        """Return all replicas that may get requests, reachable or not."""
 
     def missing(self) -> Sequence[str]:
-        """Ids of replicas that should be there and have no address: they died and start again."""
+        """Return the ids of expected replicas without an address: they died and are restarting."""
 
 
 REPORT_AGE_S = 4.0
-"""A report may be this old when it comes: Serve asks engines every 2 s and passes on what it
-heard."""
+"""Maximum age of a report in seconds on arrival: Serve polls engines every 2 s and then forwards
+their reports."""
 
 
 class LoadTable:
-    """What this gateway knows about replicas: its own sequences in flight, what was sent where,
-    recent failures, and the loads that they report, in which other gateways' sequences count.
+    """A gateway's knowledge of its replicas: its own sequences in flight, the prompts sent to each,
+    recent failures, and reported loads, which include other gateways' sequences.
 
     Args:
-        clock: monotonic seconds.
-        penalty_s: how long a replica that failed is avoided while there are others.
-        seed: of the draw between equally loaded replicas.
-        prefixes: what was sent where; None: a new one.
+        clock: returns monotonic seconds.
+        penalty_s: seconds for which a failed replica is avoided while there are others.
+        seed: seed of the draw between equally loaded replicas.
+        prefixes: the prompts sent to each replica; None creates a new index.
     """
 
     def __init__(
@@ -104,16 +104,17 @@ class LoadTable:
         self._in_flight: Counter[str] = Counter()
         self._prefixes = PrefixIndex() if prefixes is None else prefixes
         self._shared = SharedBeginnings()
-        # Most of our own at once in this period of REPORT_AGE_S and in the one before.
+        # Peaks of our own sequences in the current period of REPORT_AGE_S and in the previous one.
         self._peaks: tuple[Counter[str], Counter[str]] = Counter(), Counter()
         self._period_began = clock()
-        # Reported minus the most that may have been our own at that time: what comes from others.
+        # Reported load minus the most that may have been our own at that time: other gateways'
+        # load.
         self._from_others: dict[str, int] = {}
         self._suspect_until: dict[str, float] = {}
         self._silent: set[str] = set()
 
     def pick(self, replicas: Sequence[Replica], excluded: frozenset[str], hint: RoutingHint) -> Replica:
-        """The policy's choice, counted as in flight and as having the prompt.
+        """Pick a replica by the policy, and count it as having the sequence and the prompt.
 
         Raises:
             NoReplica: all of `replicas` are excluded.
@@ -142,26 +143,27 @@ class LoadTable:
         )
 
     def release(self, replica: Replica) -> None:
-        """One sequence less in flight."""
+        """Count one sequence less in flight."""
         self._note_peaks(self._clock())
         self._in_flight[replica.key] -= 1
         if self._in_flight[replica.key] <= 0:
             del self._in_flight[replica.key]
 
     def failed(self, replica: Replica) -> None:
-        """Avoid the replica for `penalty_s`, and expect its cache to be lost."""
+        """Avoid the replica for `penalty_s`, and assume that its cache is lost."""
         self._suspect_until[replica.key] = self._clock() + self._penalty_s
         self._prefixes.forget(replica.key)
 
     def silent(self, replica: Replica, is_silent: bool) -> None:
-        """Avoid the replica as long as it does not answer."""
+        """Avoid the replica while it does not answer."""
         (self._silent.add if is_silent else self._silent.discard)(replica.key)
 
     def report(self, loads: Mapping[str, int]) -> None:
-        """Sequences that each replica says it has, by key; the latest report counts until the next.
+        """Record the number of sequences that each replica reports, by key. The latest report holds
+        until the next one.
 
-        It tells of a moment up to REPORT_AGE_S ago: sequences of ours that have ended since are not
-        taken for somebody else's.
+        A report is up to REPORT_AGE_S old: sequences of ours that have ended since are not counted
+        as another gateway's.
         """
         self._note_peaks(self._clock())
         newer, older = self._peaks
@@ -170,22 +172,22 @@ class LoadTable:
     def _note_peaks(self, now: float) -> None:
         num_periods = int((now - self._period_began) / REPORT_AGE_S)
         if num_periods:
-            # Every change is noted, so in a whole period without a note the numbers were those of
-            # now.
+            # Every change is recorded, so in a whole period without a record the counts equalled
+            # the current ones.
             self._peaks = Counter(), self._peaks[0] if num_periods == 1 else Counter(self._in_flight)
             self._period_began = now
         for key, count in self._in_flight.items():
             self._peaks[0][key] = max(self._peaks[0][key], count)
 
     def gone(self, replica: Replica) -> None:
-        """The replica takes no more requests; what it had cached is of no use. Sequences that still
-        run there are released as ever."""
+        """Forget the cached prompts of a replica that gets no more requests. Its running sequences
+        are released as usual."""
         self._prefixes.forget(replica.key)
         self._from_others.pop(replica.key, None)
         self._silent.discard(replica.key)
 
     def in_flight(self, replica: Replica) -> int:
-        """Sequences open there."""
+        """Return the number of sequences open there."""
         return self._in_flight[replica.key]
 
 
@@ -197,21 +199,21 @@ class StaticReplicas:
         self._loads = loads or LoadTable()
 
     async def choose(self, hint: RoutingHint, excluded: frozenset[str]) -> Replica:
-        """See ReplicaDirectory."""
+        """Choose a replica (see ReplicaDirectory)."""
         return self._loads.pick(self._replicas, excluded, hint)
 
     def release(self, replica: Replica) -> None:
-        """See ReplicaDirectory."""
+        """Release a replica (see ReplicaDirectory)."""
         self._loads.release(replica)
 
     def failed(self, replica: Replica) -> None:
-        """See ReplicaDirectory."""
+        """Mark a replica as failed (see ReplicaDirectory)."""
         self._loads.failed(replica)
 
     def known(self) -> Sequence[Replica]:
-        """See ReplicaDirectory."""
+        """Return the replicas of the list (see ReplicaDirectory)."""
         return self._replicas
 
     def missing(self) -> Sequence[str]:
-        """See ReplicaDirectory."""
+        """Return no ids: a static list misses nothing (see ReplicaDirectory)."""
         return ()

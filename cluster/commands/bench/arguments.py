@@ -1,4 +1,4 @@
-"""Types of the flags of `cantata bench`."""
+"""Argument types of the flags of `cantata bench`."""
 
 import argparse
 import math
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Integers from `least` on."""
+    """Return a parser of integers not below `least`."""
 
     def parse(text: str) -> int:
         value = int(text)
@@ -14,7 +14,7 @@ def at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
         return value
 
-    parse.__name__ = "int"  # argparse names it for text that is none
+    parse.__name__ = "int"  # the type's name in argparse's error for text that is not an integer
     return parse
 
 
@@ -22,7 +22,7 @@ positive_int = at_least(1)
 
 
 def positive_float(text: str) -> float:
-    """A finite number above 0."""
+    """Parse a finite number above 0."""
     value = float(text)
     if not math.isfinite(value) or value <= 0:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
@@ -30,7 +30,7 @@ def positive_float(text: str) -> float:
 
 
 def temperature(text: str) -> float:
-    """A finite number, 0 or above."""
+    """Parse a finite number not below 0."""
     value = float(text)
     if not math.isfinite(value) or value < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or a positive number, got {text}")

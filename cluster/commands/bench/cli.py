@@ -7,10 +7,10 @@ from cluster.commands.bench import engine, serve
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `cantata bench ARGUMENTS…`; returns the exit code.
+    """Run `cantata bench ARGUMENTS…`; return the exit code.
 
     Raises:
-        ConfigError: the benchmark cannot be run as asked.
+        ConfigError: the benchmark cannot be run as requested.
     """
     parser = argparse.ArgumentParser(
         prog="cantata bench",

@@ -24,16 +24,16 @@ _MAX_DETAIL = 200
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What happened to one request. Times are `time.perf_counter` seconds.
+    """The record of one request. Times are `time.perf_counter` seconds.
 
     Attributes:
         started: when the request was sent.
         chunk_times: when each chunk with output was read.
         ended: when the last chunk with a choice was read, or the request failed.
-        prompt_tokens, cached_tokens, output_tokens: from the stream's usage; None where the server
-            reported none.
-        error: kind of failure; None: a whole answer came.
-        detail: the failure in a sentence, shortened.
+        prompt_tokens, cached_tokens, output_tokens: from the stream's usage; None if the server
+        reported none.
+        error: kind of failure; None if the whole answer arrived.
+        detail: the failure in one sentence, shortened.
     """
 
     started: float
@@ -53,11 +53,11 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """What all requests of a run share.
+    """Options that all requests of a run share.
 
     Attributes:
-        timeout_s: of one request, from sending to its last chunk.
-        temperature: None: the server's default.
+        timeout_s: seconds for one request, from sending to its last chunk.
+        temperature: sampling temperature; None for the server's default.
     """
 
     endpoint: Endpoint
@@ -68,7 +68,7 @@ class RequestOptions:
 
 
 class BenchClient:
-    """Talks to one server and no other: follows no redirects and uses no proxy of the environment.
+    """The client of one server. It follows no redirects and uses no proxy from the environment.
 
     Args:
         base_url: without a trailing /v1.
@@ -96,10 +96,10 @@ class BenchClient:
         await self._http.aclose()
 
     async def first_model(self) -> str:
-        """The name of the first model the server lists.
+        """Return the name of the first model that the server lists.
 
         Raises:
-            ConfigError: nothing answers, or not with a list of models.
+            ConfigError: the server does not answer, or not with a list of models.
         """
         try:
             async with asyncio.timeout(30):
@@ -121,7 +121,8 @@ class BenchClient:
         return str(name)
 
     async def tokenize(self, model: str, text: str) -> list[int] | None:
-        """Token ids of `text` from the server's /tokenize; None if it has none."""
+        """Return the token ids of `text` from the server's /tokenize; None if it has no such
+        endpoint."""
         try:
             async with asyncio.timeout(30):
                 response = await self._http.post("/tokenize", json={"model": model, "prompt": text})
@@ -135,8 +136,8 @@ class BenchClient:
         )
 
     async def send(self, prompt: Prompt, options: RequestOptions, record: RequestRecord) -> None:
-        """Send one request and read its stream to the end. Failures go into the record; only
-        cancellation raises."""
+        """Send one request and read its stream to the end. Failures are recorded; only cancellation
+        raises."""
         path = "/v1/chat/completions" if options.endpoint == "chat" else "/v1/completions"
         body = _request_body(prompt, options)
         try:
@@ -184,8 +185,8 @@ async def _read_stream(response: httpx.Response, record: RequestRecord) -> None:
 
 
 async def _events(raw: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The data of server-sent events, which OpenAI's servers put on one line each. Split on bytes:
-    text may hold Unicode line breaks."""
+    """Yield the data of server-sent events, one line each as OpenAI's servers send them. Splits on
+    bytes, since text may contain Unicode line breaks."""
     rest = b""
     async for piece in raw:
         *lines, rest = (rest + piece).split(b"\n")

@@ -12,7 +12,7 @@ from workers.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `cantata bench engine`."""
+    """Add the flags of `cantata bench engine`."""
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="PATH", help="folder of a gpt-oss checkpoint")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the benchmark and print its tables.
 
     Raises:
-        CheckpointError, ConfigError: checkpoint or flags cannot be used.
+        CheckpointError, ConfigError: the checkpoint or the flags cannot be used.
     """
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise ConfigError(f"--json {options.json}: its folder does not exist")
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(
             "--profile times the C++ kernels of this process: it needs --device cpu and one rank"
         )
-    # Brings torch, which --help and `bench serve` need not wait for.
+    # Imports torch, which --help and `bench serve` need not wait for.
     from cluster.commands.bench.offline import measure, table
 
     report = measure(options)

@@ -1,8 +1,8 @@
-"""What `cantata bench engine` measures and reports.
+"""The measurements and report of `cantata bench engine`.
 
 Each iteration submits `--batch-size` random prompts at once and waits for the last token, as vLLM's
-`bench latency` does; with more prompts than `--max-num-seqs` it is vLLM's `bench throughput`.
-Prefill lasts until every prompt has its first token, decode from there to the end.
+`bench latency` does. With more prompts than `--max-num-seqs` it is vLLM's `bench throughput`.
+Prefill lasts until every prompt has its first token; decode is the rest.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """How the run was made; part of the JSON, so that it can be repeated."""
+    """Settings of the run; part of the JSON, so that it can be repeated."""
 
     model: str
     dtype: str
@@ -49,11 +49,11 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True)
 class PhaseProfile:
-    """Where the time of a phase went.
+    """Profile of one phase.
 
     Attributes:
-        num_steps: of the engine.
-        operations: by time, most first; the last row is all that no kernel did.
+        num_steps: number of engine steps.
+        operations: operations by time, longest first; the last row is the time outside kernels.
     """
 
     num_steps: int
@@ -63,11 +63,12 @@ class PhaseProfile:
 
 @dataclass(frozen=True, slots=True)
 class ProfileReport:
-    """One more iteration, with every operation timed, against what the machine was measured to do
-    in the same process.
+    """Profile of one more iteration with every operation timed, beside the machine's limits as
+    measured in the same process.
 
     Attributes:
-        gemm_dtype: of torch's product of square matrices that is the faster here, `fp32` or `bf16`.
+        gemm_dtype: `fp32` or `bf16`, whichever gives torch's faster product of square matrices
+            here.
     """
 
     read_bytes_per_s: float
@@ -82,12 +83,13 @@ class EngineReport:
     """The result of a run; the JSON file has exactly these fields.
 
     Attributes:
-        kernels: operation → what ran it.
-        latency_s: of an iteration, first prompt submitted → last token.
-        prefill_s: of an iteration, first prompt submitted → every prompt has its first token.
-        time_per_output_token_s: of an iteration, the rest of its time by the output tokens of a
-            prompt but the first; null with one.
-        prompt_tokens_per_s: in prefill. The other rates are over all iterations.
+        kernels: operation → its implementation.
+        latency_s: per iteration, from the first prompt submitted to the last token.
+        prefill_s: per iteration, from the first prompt submitted until every prompt has its first
+            token.
+        time_per_output_token_s: per iteration, the time after prefill divided by a prompt's output
+            tokens minus one; null with one output token.
+        prompt_tokens_per_s: rate during prefill. The other rates are over all iterations.
     """
 
     format_version: int
@@ -108,7 +110,7 @@ class EngineReport:
 
 @dataclass(frozen=True, slots=True)
 class _Iteration:
-    """Times of `time.perf_counter`."""
+    """Times of one iteration, from `time.perf_counter`."""
 
     started: float
     prefilled: float
@@ -116,7 +118,7 @@ class _Iteration:
 
 
 def measure(options: argparse.Namespace) -> EngineReport:
-    """Load the model, warm up, run the iterations and, if asked for, the profile."""
+    """Load the model, warm up, run the iterations and, if requested, the profile."""
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with LLM(
         options.model,
@@ -171,7 +173,7 @@ def measure(options: argparse.Namespace) -> EngineReport:
 
 
 def table(report: EngineReport) -> str:
-    """The report for people; times in milliseconds."""
+    """Return the report as a table, with times in milliseconds."""
     lines = [
         f"{'prompt tokens/s in prefill':<28}{report.prompt_tokens_per_s:.1f}",
         f"{'output tokens/s':<28}{report.output_tokens_per_s:.1f}",
@@ -219,8 +221,8 @@ def table(report: EngineReport) -> str:
 def _iterate(
     llm: LLM, options: argparse.Namespace, index: int, profile: StepProfile | None = None
 ) -> _Iteration:
-    """Submit the prompts of an iteration and wait for all their tokens. The profile is told of the
-    start and of the end of prefill."""
+    """Submit the prompts of an iteration and wait for all their tokens. The profile is notified of
+    the start and of the end of prefill."""
     requests = _requests(llm, options, index)
     reader = ThreadReader()
     if profile is not None:
@@ -243,7 +245,7 @@ def _iterate(
 
 
 def _requests(llm: LLM, options: argparse.Namespace, index: int) -> list[EngineRequest]:
-    """No two iterations share prompts."""
+    """Return the requests of an iteration. No two iterations share prompts."""
     generator = random.Random(f"{options.seed}-{index}")
     vocab_size = llm.engine.vocab_size
     sampling = SamplingParams(
@@ -267,7 +269,7 @@ def _profile(llm: LLM, options: argparse.Namespace) -> ProfileReport:
         "profile: measuring how fast memory is read and matrices are multiplied", file=sys.stderr, flush=True
     )
     limits = profile.roofline()
-    # With one output token there is nothing after prefill.
+    # With one output token there is no decode phase.
     decode = phases[1] if options.output_len > 1 else None
     return ProfileReport(
         limits.read_bytes_per_s, limits.gemm.flops_per_s, limits.gemm.dtype, phases[0], decode

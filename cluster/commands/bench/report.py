@@ -1,19 +1,19 @@
-"""From request records to the figures of a benchmark, as a table and as JSON.
+"""The figures of a benchmark from its request records, as a table and as JSON.
 
-Definitions (vLLM `bench serve`, `calculate_metrics`), over the requests that got a whole answer:
+Definitions (vLLM `bench serve`, `calculate_metrics`), over the requests that got a complete answer:
 
-- TTFT, time to first token: sending to the first chunk with output.
+- TTFT, time to first token: from sending to the first chunk with output.
 - ITL, inter-token latency: the times between consecutive chunks with output, of all requests
   together. A chunk may hold several tokens.
-- TPOT, time per output token: (latency - TTFT) / (output tokens - 1), one value a request, for
-  requests with two tokens or more.
-- latency (vLLM: E2EL): sending to the last chunk with a choice.
+- TPOT, time per output token: (latency - TTFT) / (output tokens - 1), one value per request with at
+  least two tokens.
+- latency (vLLM: E2EL): from sending to the last chunk with a choice.
 - throughput: answers, output tokens, prompt and output tokens, each divided by the duration of the
   run.
 - percentiles: linear interpolation (numpy's default).
 
-Output tokens are the server's own count (`usage`). Where it sends none, chunks are counted;
-`num_without_usage` says for how many requests.
+Output tokens are the server's own count (`usage`). If it sends none, chunks are counted;
+`num_without_usage` is the number of such requests.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Seconds."""
+    """Statistics of a set of times, in seconds."""
 
     mean: float
     p50: float
@@ -41,12 +41,12 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How the run was made; part of the JSON, so that it can be repeated.
+    """Settings of the run; part of the JSON, so that it can be repeated.
 
     Attributes:
-        concurrency: requests in flight; None: `request_rate` requests a second leave whatever is
-            still running.
-        input_len: prompt tokens asked for with the random dataset; None with a file.
+        concurrency: requests in flight; None if they are sent at `request_rate` per second
+            regardless of those running.
+        input_len: prompt tokens requested from the random dataset; None with a file.
         dataset: `random` or the file's name.
     """
 
@@ -74,15 +74,15 @@ class Report:
     Attributes:
         started_at: UTC, ISO 8601.
         duration_s: from the first request sent to the end of the last.
-        num_completed, num_failed, num_not_sent: add up to settings.num_prompts; the last were cut
-            off by max_time_s before they left.
+        num_completed, num_failed, num_not_sent: add up to settings.num_prompts; those not sent were
+        cut off by max_time_s.
         errors: failed requests by kind: `http_<status>`, `connect`, `disconnected`, `timeout`,
             `stream_error` (an error event in the stream), `bad_response`, `empty`, `cut_off` (still
             running at max_time_s).
-        error_examples: the first failure of each kind in a sentence.
-        num_without_usage: completed requests whose output tokens had to be counted as chunks.
-        num_chunks: chunks with output.
-        peak_concurrency: most requests in flight at once.
+        error_examples: the first failure of each kind in one sentence.
+        num_without_usage: completed requests whose output tokens were counted as chunks.
+        num_chunks: number of chunks with output.
+        peak_concurrency: maximum number of requests in flight.
         ttft_s, itl_s, tpot_s, latency_s: null without a value.
     """
 
@@ -114,7 +114,7 @@ class Report:
 
 
 def summarise(records: Sequence[RequestRecord], settings: Settings, started_at: str) -> Report:
-    """The figures of a run's records; warm-up requests are not among them."""
+    """Compute the report from a run's records, without warm-up requests."""
     completed = [record for record in records if record.error is None]
     failed = [record for record in records if record.error is not None]
     duration = max((record.ended for record in records), default=0.0) - min(
@@ -151,12 +151,12 @@ def summarise(records: Sequence[RequestRecord], settings: Settings, started_at: 
 
 
 def num_output_tokens(record: RequestRecord) -> int:
-    """The server's count, or the number of chunks."""
+    """Return the server's count of output tokens, or the number of chunks."""
     return len(record.chunk_times) if record.output_tokens is None else record.output_tokens
 
 
 def table(report: Report) -> str:
-    """The report for people; times in milliseconds."""
+    """Return the report as a table, with times in milliseconds."""
     lines = [
         f"{'completed':<28}{report.num_completed} of {report.settings.num_prompts}",
         *(
@@ -198,7 +198,7 @@ def _times_per_output_token(records: Iterable[RequestRecord]) -> Iterable[float]
 
 
 def distribution(values: Iterable[float]) -> Distribution | None:
-    """None without a value."""
+    """Return the statistics of the values; None without a value."""
     array = np.fromiter(values, dtype=np.float64)
     if not len(array):
         return None
@@ -211,7 +211,7 @@ def _rate(count: int, duration_s: float) -> float:
 
 
 def _peak_concurrency(records: Sequence[RequestRecord]) -> int:
-    # At equal times an end comes before a start.
+    # At equal times an end is counted before a start.
     changes = sorted([(record.started, 1) for record in records] + [(record.ended, -1) for record in records])
     peak = running = 0
     for _, change in changes:

@@ -1,9 +1,8 @@
-"""`cantata bench serve`: load for an OpenAI-compatible server over HTTP streaming, and what it made
-of it.
+"""`cantata bench serve`: load an OpenAI-compatible server over HTTP streaming, and measure it.
 
-Either a fixed number of requests in flight (`--concurrency`) or requests that leave at random times
-whatever is still running (`--request-rate`, Poisson). It sends to `--base-url` and to nothing else,
-at most `--num-prompts` requests in at most `--max-time` seconds.
+Either a fixed number of requests in flight (`--concurrency`) or requests sent at random times
+regardless of those running (`--request-rate`, Poisson). It sends only to `--base-url`, at most
+`--num-prompts` requests in at most `--max-time` seconds.
 """
 
 import argparse
@@ -36,7 +35,7 @@ DEFAULT_CONCURRENCY = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `cantata bench serve`."""
+    """Add the flags of `cantata bench serve`."""
     add = parser.add_argument
     add(
         "--base-url",
@@ -127,10 +126,10 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the benchmark and print its table. Returns 1 if no request got an answer.
+    """Run the benchmark and print its table. Return 1 if no request got an answer.
 
     Raises:
-        ConfigError: flags, dataset or server cannot be used.
+        ConfigError: the flags, the dataset or the server cannot be used.
     """
     base_url = _base_url(options.base_url)
     if options.json is not None and not options.json.absolute().parent.is_dir():
@@ -146,7 +145,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def measure(options: argparse.Namespace, base_url: str) -> Report:
-    """Prepare the prompts, warm up, send everything and sum up."""
+    """Prepare the prompts, warm up, send all requests and compute the report."""
     async with BenchClient(base_url, _read_key(options.api_key_file)) as client:
         model = options.model or await client.first_model()
         request = RequestOptions(
@@ -164,8 +163,8 @@ async def measure(options: argparse.Namespace, base_url: str) -> Report:
 
 
 async def _prompts(client: BenchClient, options: argparse.Namespace, model: str) -> list[Prompt]:
-    """Prompts for warm-up and run together, so that warming up puts none of the run's prefixes into
-    the server's cache."""
+    """Return the prompts for warm-up and run, drawn together so that the warm-up puts none of the
+    run's prefixes into the server's cache."""
     count = options.warmup + options.num_prompts
     if options.dataset != "random":
         return read_dataset(Path(options.dataset), options.endpoint, count, options.output_len)
@@ -184,7 +183,7 @@ async def _prompts(client: BenchClient, options: argparse.Namespace, model: str)
 async def _send_all(
     client: BenchClient, prompts: list[Prompt], options: argparse.Namespace, request: RequestOptions
 ) -> list[RequestRecord]:
-    """Records of the requests that were sent, in the order in which they left."""
+    """Return the records of the requests sent, in the order of sending."""
     records: list[RequestRecord] = []
     with tqdm(total=len(prompts), unit="req", disable=None, file=sys.stderr) as progress:
 
@@ -214,7 +213,7 @@ async def _send_all(
 async def _closed_loop(
     prompts: Sequence[Prompt], concurrency: int, send: Callable[[Prompt], Awaitable[None]]
 ) -> None:
-    """Keeps `concurrency` requests in flight."""
+    """Keep `concurrency` requests in flight."""
     waiting = iter(prompts)
 
     async def send_one_after_another() -> None:
@@ -229,7 +228,7 @@ async def _closed_loop(
 async def _open_loop(
     prompts: Sequence[Prompt], times: Sequence[float], send: Callable[[Prompt], Coroutine[None, None, None]]
 ) -> None:
-    """Sends each prompt at its time, whatever is still running."""
+    """Send each prompt at its time, regardless of those still running."""
     start = time.perf_counter()
     async with asyncio.TaskGroup() as senders:
         for prompt, leaves_at in zip(prompts, times, strict=True):

@@ -1,5 +1,5 @@
-"""What a benchmark sends and when: prompts, random or from a file, and arrival times. Seeded; the
-same seed gives the same load."""
+"""The load of a benchmark: prompts, random or from a file, and arrival times. The same seed gives
+the same load."""
 
 import json
 import random
@@ -26,14 +26,14 @@ SAMPLE_TEXT = (
     "socket spiral spring summit "
     "temple thunder timber tulip tunnel valley velvet violet walnut willow window winter yellow zephyr"
 )
-"""Random prompts are made of its words, or of its tokens."""
+"""Text whose words, or tokens, random prompts are made of."""
 
 WORDS = tuple(SAMPLE_TEXT.split())
 
 
 @dataclass(frozen=True, slots=True)
 class Messages:
-    """Chat messages of a dataset, kept as the JSON they came in."""
+    """Chat messages of a dataset, kept as their original JSON."""
 
     as_json: str
 
@@ -43,9 +43,9 @@ class Prompt:
     """One request to send.
 
     Attributes:
-        content: text (a user message for chat), token ids (completions), or whole chat messages as
-            JSON text.
-        max_tokens: output tokens to ask for.
+        content: text (a user message for chat), token ids (completions), or chat messages as JSON
+            text.
+        max_tokens: output tokens to request.
     """
 
     content: str | tuple[int, ...] | Messages
@@ -53,27 +53,28 @@ class Prompt:
 
 
 def random_ids(count: int, length: int, max_tokens: int, pool: Sequence[int], seed: int) -> list[Prompt]:
-    """Prompts of exactly `length` token ids drawn from `pool`; no two share a prefix on purpose."""
+    """Return prompts of exactly `length` token ids drawn from `pool`; shared prefixes are
+    accidental."""
     draw = random.Random(f"{seed}/prompts")
     return [Prompt(tuple(draw.choices(pool, k=length)), max_tokens) for _ in range(count)]
 
 
 def random_text(count: int, length: int, max_tokens: int, tokens_per_word: float, seed: int) -> list[Prompt]:
-    """Prompts of random words, about `length` tokens each (at least one word)."""
+    """Return prompts of random words, about `length` tokens each (at least one word)."""
     draw = random.Random(f"{seed}/prompts")
     num_words = max(1, round(length / tokens_per_word))
     return [Prompt(" ".join(draw.choices(WORDS, k=num_words)), max_tokens) for _ in range(count)]
 
 
 def read_dataset(file: Path, endpoint: Endpoint, count: int, max_tokens: int) -> list[Prompt]:
-    """The first `count` prompts of a JSONL file, from its start again if it has fewer.
+    """Read the first `count` prompts of a JSONL file, repeating it if it has fewer.
 
     Each line is an object with `prompt` (text, or token ids for completions) or `messages` (chat
     only), and optionally `max_tokens`.
 
     Raises:
-        ConfigError: the file cannot be read, has no lines, or a line is not of this form; the line
-            is named.
+        ConfigError: the file cannot be read, has no lines, or contains an invalid line, which is
+            named.
     """
     try:
         with file.open(encoding="utf-8") as lines:
@@ -88,9 +89,9 @@ def read_dataset(file: Path, endpoint: Endpoint, count: int, max_tokens: int) ->
 
 
 def arrival_times(count: int, rate: float, seed: int) -> list[float]:
-    """Seconds after the start at which each request leaves: a Poisson process of `rate` a second,
-    scaled so that the last one leaves at count / rate and runs with other seeds offer the same load
-    (as vLLM's `bench serve` does)."""
+    """Return the seconds after the start at which each request is sent: a Poisson process of `rate`
+    per second, scaled so that the last one is sent at count / rate and all seeds offer the same
+    load (as in vLLM's `bench serve`)."""
     draw = random.Random(f"{seed}/arrivals")
     times = list(accumulate(draw.expovariate(rate) for _ in range(count)))
     scale = count / rate / times[-1]
