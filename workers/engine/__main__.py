@@ -1,13 +1,13 @@
 """The engine process: `python3 -m workers.engine --config JSON-or-path`. It serves on a Unix socket
-that only this user can reach, or with --address HOST:PORT on TCP; then callers have to send the
+that only this user can reach, or with --address HOST:PORT on TCP, where callers have to send the
 secret in $CANTATA_ENGINE_SECRET.
 
-Progress, summary and log go to stderr. On stdout comes exactly one line, when it serves: {"event":
-"ready", "address": …, "start_id": …, "metrics_address": …}; with --heartbeats {"event": "alive"}
-follows each second. Exit code 0 after SIGTERM, SIGINT (a second one skips the grace period) or the
-RPC Drain, 1 if it cannot start or has died, and 128 + N if one of its ranks crashed by signal N
-(`workers.exit_codes`). With --parent-pid the kernel kills it when that process ends: its output has
-no reader then, and its memory is wanted.
+Progress, summary and log go to stderr. When it serves, it prints exactly one line on stdout:
+{"event": "ready", "address": …, "start_id": …, "metrics_address": …}; with --heartbeats {"event":
+"alive"} follows each second. Exit code 0 after SIGTERM, SIGINT (a second one skips the grace
+period) or the RPC Drain, 1 if it cannot start or has died, and 128 + N if one of its ranks crashed
+by signal N (`workers.exit_codes`). With --parent-pid the kernel kills it when that process ends:
+its output has no reader then, and its memory is needed.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from workers.private_folder import PrivateFolder
 
 
 def main() -> int:
-    """Parse the flags and run; returns the exit code."""
+    """Parse the flags and run; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python3 -m workers.engine", description="One engine process of Cantata."
     )
@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def _explain(error: Exception | str) -> int:
-    """Write why the engine ends to stderr; returns the exit code."""
+    """Write why the engine ends to stderr; return the exit code."""
     print(f"error: {error}", file=sys.stderr)
     return exit_code_of_crashed_rank(error.signal) if isinstance(error, RankCrashed) else FAILED
 
@@ -110,13 +110,13 @@ async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespa
         loop.add_signal_handler(number, on_signal)
 
     progress = StartUpProgress()
-    # Taken out of the environment: children need not have it.
+    # Removed from the environment so that children do not inherit it.
     server = EngineServer(progress=progress, secret=os.environ.pop(SECRET_VARIABLE, None))
     starting = asyncio.create_task(server.start(config, address, metrics_port=arguments.metrics_port))
     await _first(starting, stop)
     if not starting.done():
-        # A thread is reading weights and cannot be interrupted; there is nothing to lose. What is
-        # left of a folder, the next start removes.
+        # A thread is reading weights and cannot be interrupted; nothing is lost. The next start
+        # removes a partly written folder.
         drain_output()
         os._exit(0)
     bound = starting.result()
@@ -138,7 +138,7 @@ async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespa
         "metrics_address": server.metrics_address,
     }
     print(json.dumps(ready), flush=True)
-    await asyncio.to_thread(drain_output)  # heartbeats are written past it
+    await asyncio.to_thread(drain_output)  # heartbeats bypass its buffer
     if arguments.heartbeats:
         heartbeat = asyncio.create_task(
             beat(server.engine.watch, say_to(sys.stdout.fileno(), b'{"event": "alive"}\n'))
@@ -151,13 +151,14 @@ async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespa
     if arguments.heartbeats:
         heartbeat.cancel()
     if server.engine.error is not None:
-        # When a rank crashes, others fail as well, and may have been heard first.
+        # When a rank crashes, others fail as well, and their errors may have arrived first.
         return _explain(server.engine.crash or server.engine.error)
     return 0
 
 
 async def _first(*things: "asyncio.Event | asyncio.Task[object]") -> None:
-    """Wait for the first of these; those that were events are no longer waited for, tasks go on."""
+    """Wait for the first of these. The others, if events, are no longer waited for; tasks
+    continue."""
     waits = [
         thing if isinstance(thing, asyncio.Task) else asyncio.create_task(thing.wait()) for thing in things
     ]

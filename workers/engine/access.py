@@ -1,8 +1,8 @@
-"""Who may call an engine: on a Unix socket whoever reaches it, on a TCP port who sends the engine's
-secret.
+"""Access control of an engine: a Unix socket is protected by its permissions, a TCP port by the
+engine's secret.
 
-Callers send it as `authorization: Bearer SECRET`. One call is free of it: the health service's
-Check, for probes that cannot send metadata; it says nothing but that the process serves.
+Callers send it as `authorization: Bearer SECRET`. The only exception is the health service's Check,
+for probes that cannot send metadata; it reveals only that the process serves.
 """
 
 import hmac
@@ -18,19 +18,19 @@ from workers.errors import ConfigError
 from workers.private_folder import LONGEST_SOCKET_PATH
 
 SECRET_VARIABLE = "CANTATA_ENGINE_SECRET"
-"""Environment of `python -m workers.engine`: the secret of a TCP port."""
+"""Environment variable of `python -m workers.engine` with the secret of a TCP port."""
 MIN_SECRET_LENGTH = 16
 _OPEN_METHODS = ("/grpc.health.v1.Health/Check",)
 _UNIX = "unix:"
 
 
 def authorization(secret: str) -> tuple[tuple[str, str], ...]:
-    """Metadata of a call."""
+    """Return the metadata of a call."""
     return (("authorization", f"Bearer {secret}"),) if secret else ()
 
 
 class SecretInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no generic at run time
-    """Refuses calls without the secret, before their messages are read."""
+    """Refuses calls without the secret before their messages are read."""
 
     def __init__(self, secret: str) -> None:
         ((_, wanted),) = authorization(secret)
@@ -41,7 +41,7 @@ class SecretInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any]":
-        """See grpc.aio.ServerInterceptor."""
+        """Check the secret of a call (see grpc.aio.ServerInterceptor)."""
         sent = dict(handler_call_details.invocation_metadata).get("authorization", "")
         if handler_call_details.method in _OPEN_METHODS or hmac.compare_digest(_bytes(sent), self._wanted):
             return await continuation(handler_call_details)
@@ -49,7 +49,7 @@ class SecretInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
 
 
 def check_address(address: str, secret: str | None) -> None:
-    """Refuse an address on which others could use the engine, or that something else serves.
+    """Refuse an address on which other users could reach the engine, or that is in use.
 
     Raises:
         ConfigError: one sentence.
@@ -68,14 +68,14 @@ def check_address(address: str, secret: str | None) -> None:
         raise ConfigError(
             f"the path of the socket {path} is longer than {LONGEST_SOCKET_PATH} bytes: choose a shorter one"
         )
-    # gRPC would take the socket away from a server that lives.
+    # gRPC would take over the socket of a live server.
     with socket.socket(socket.AF_UNIX) as probe:
         if probe.connect_ex(path) == 0:
             raise ConfigError(f"cannot listen on {address}: another server does")
 
 
 def close_to_others(address: str) -> None:
-    """Let only this user connect to a socket that has been bound, whatever folder it is in."""
+    """Restrict a bound socket to this user, whatever folder it is in."""
     if address.startswith(_UNIX):
         Path(address.removeprefix(_UNIX)).chmod(0o600)
 

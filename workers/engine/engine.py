@@ -1,9 +1,9 @@
-"""The engine: one thread that turns requests into steps. It owns the scheduler; other threads talk
-to it through a bounded inbox.
+"""The engine: one thread that turns requests into steps. It owns the scheduler; other threads
+communicate with it through a bounded inbox.
 
 While the ranks compute a step, the engine plans and sends the next one, then waits for the first
-one's result: the ranks need not wait for it. An executor that is done when `execute` returns gets
-one plan at a time by the same loop.
+one's result, so the ranks never wait for it. An executor that has finished when `execute` returns
+gets one plan at a time from the same loop.
 """
 
 import logging
@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 _SHUTTING_DOWN = "the engine is shutting down"
 _STOP_TIMEOUT_S = 60.0
-"""How long `shutdown` waits for a step in flight."""
+"""Seconds for which `shutdown` waits for a step in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A plan on its way."""
+    """A plan in flight."""
 
     plan: StepPlan
     sent_s: float
@@ -55,11 +55,11 @@ class Engine:
         on_death: called on the engine's thread once the engine has failed for good and every
             request has ended.
     Attributes:
-        max_model_len: tokens of a sequence at most, prompt and output; known once the engine has
+        max_model_len: maximum tokens of a sequence, prompt and output; known once the engine has
             started.
-        watch: whether the step loop hangs.
+        watch: detects whether the step loop hangs.
     Raises:
-        ConfigError: max_model_len is set to more than the model's context.
+        ConfigError: max_model_len exceeds the model's context.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Engine:
         self._scheduler: Scheduler
         self._requests = RequestBook(config.scheduler.max_waiting_requests)
         self._stats = StepStats(self.metrics)
-        # Ranks in processes of their own are watched by their executor, on a CPU a step may take
+        # Ranks in their own processes are watched by their executor; on a CPU a step may take
         # minutes.
         watched = config.parallel.tensor == 1 and not config.device.startswith("cpu")
         self.watch = StepLoopWatch(config.parallel.step_timeout_s if watched else None)
@@ -97,7 +97,7 @@ class Engine:
         )
 
     def start(self) -> ExecutorInfo:
-        """Load the model and start the loop; blocks until requests can come.
+        """Load the model and start the loop; block until requests are accepted.
 
         Raises:
             CheckpointError, ConfigError: one sentence for the user.
@@ -126,11 +126,11 @@ class Engine:
         return info
 
     def submit(self, request: EngineRequest, notifier: Notifier) -> OutputStream:
-        """Take a request that passed `workers.rpc.validate.check_request`; its stream ends with
+        """Accept a request that passed `workers.rpc.validate.check_request`; its stream ends with
         exactly one finish reason.
 
         Raises:
-            InvalidRequest, ContextLengthExceeded: it could never run here.
+            InvalidRequest, ContextLengthExceeded: the request could never run here.
             Overloaded: the inbox is full.
             EngineDead: the engine is draining, stopped or dead.
         """
@@ -143,11 +143,11 @@ class Engine:
             raise
 
     def abort(self, stream: OutputStream, reason: str = "the client left") -> None:
-        """End a request with reason `abort`, between two steps; nothing happens if it has ended."""
+        """End a request with reason `abort` between two steps; do nothing if it has ended."""
         self._requests.abort(stream.seq_id, reason)
 
     def load(self) -> EngineLoad:
-        """How busy the engine is now."""
+        """Return the engine's current load."""
         return EngineLoad(
             num_running=self._requests.num_running,
             num_waiting=self._requests.num_waiting,
@@ -157,27 +157,27 @@ class Engine:
 
     @property
     def num_steps(self) -> int:
-        """Steps done so far."""
+        """Number of completed steps."""
         return self._stats.num_steps
 
     @property
     def error(self) -> str | None:
-        """Why the engine died; None while it has not."""
+        """Reason for the engine's death; None while it is alive."""
         return self._loop.error
 
     @property
     def crash(self) -> RankCrashed | None:
-        """The crash of a rank of which the engine died; None: it has not, or of something else.
+        """The crash of a rank that ended the engine; None if it is alive or died of another cause.
         Final after `shutdown`."""
         return self._executor.crash if self.error is not None else None
 
     def wait_stopped(self, timeout_s: float | None = None) -> bool:
-        """Block until the loop has ended, by shutdown or by death; whether it has."""
+        """Block until the loop has ended, by shutdown or by death; return whether it has."""
         return self._loop.join(timeout_s)
 
     def drain(self, grace_s: float) -> int:
-        """Take no more requests and wait for the live ones; after `grace_s` seconds abort those
-        left. Returns how many these were."""
+        """Refuse new requests and wait for the live ones; after `grace_s` seconds abort the rest.
+        Return the number aborted."""
         self._requests.close(_SHUTTING_DOWN)
         self._requests.wait_until_none(max(grace_s, 0.0))
         num_left = self._requests.abort_all(
@@ -200,12 +200,12 @@ class Engine:
 
 
 class StepLoop:
-    """The engine's thread: from requests to plans, and from results to streams.
+    """The engine's thread: turns requests into plans, and results into stream outputs.
 
     Args:
         on_death: called on this thread once it has failed for good and every request has ended.
     Attributes:
-        error: why it failed, a sentence; None while it has not.
+        error: why it failed, one sentence; None while it has not.
     """
 
     def __init__(
@@ -234,12 +234,12 @@ class StepLoop:
         self._flights: deque[_Flight] = deque()
 
     def start(self, scheduler: Scheduler) -> None:
-        """Begin; the scheduler belongs to the loop from now on."""
+        """Start the thread; it owns the scheduler from now on."""
         self._scheduler = scheduler
         self._thread.start()
 
     def join(self, timeout_s: float | None) -> bool:
-        """Block until it has ended; whether it has, or was never started."""
+        """Block until the thread has ended; return whether it has, or was never started."""
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -249,7 +249,7 @@ class StepLoop:
             while self._wait_for_work():
                 self._step()
         except Exception as error:
-            # The edge of the engine's thread: whatever broke, no request may be left without an
+            # The edge of the engine's thread: after any failure every request must still get its
             # end.
             self._die(error)
         self.end_all()
@@ -258,7 +258,7 @@ class StepLoop:
             self._on_death()
 
     def _wait_for_work(self) -> bool:
-        """Sleep while there is nothing to do; False once the engine is to stop."""
+        """Sleep while there is no work; return False when the engine is to stop."""
         if self._check_integrity and not self._scheduler.has_work and not self._flights:
             self._scheduler.check_integrity()
         self._watch.idle()
@@ -272,7 +272,7 @@ class StepLoop:
         self._drain_inbox()
         self._expire(started_s)
         if self._touched:
-            self._publish()  # those that ended do not wait for the step
+            self._publish()  # requests that have ended do not wait for the step
         plan = self._scheduler.schedule()
         if plan is not None:
             self._stats.started(plan, [self._requests.get(start.seq_id) for start in plan.starts], started_s)
@@ -281,8 +281,8 @@ class StepLoop:
             with self._watch.step():
                 self._flights.append(_Flight(plan, started_s, self._executor.execute(plan)))
         elif not self._flights:
-            # schedule() admits whatever fits an idle cache, and check() refused what does not:
-            # waiting on would be for ever.
+            # schedule() admits whatever fits an idle cache, and check() refused what does not: the
+            # wait would never end.
             if self._scheduler.has_work:
                 raise RuntimeError("requests wait, but none of them can be scheduled")
             self._set_gauges()
@@ -291,7 +291,7 @@ class StepLoop:
             self._land(self._flights.popleft())
 
     def _land(self, flight: _Flight) -> None:
-        """Wait for the oldest step and hand out what it brought."""
+        """Wait for the oldest step and distribute its results."""
         with self._watch.step():
             result = flight.result.result()
         if result.error is not None:
@@ -325,7 +325,7 @@ class StepLoop:
                 self._apply(expired, DeadlineExceeded(sentence))
 
     def _apply(self, update: SequenceUpdate, failure: CantataError | None = None) -> None:
-        """Hand an update to its stream; the reader hears of it in `_publish`."""
+        """Pass an update to its stream; `_publish` notifies the reader."""
         live = self._requests.get(update.seq_id)
         if live is None:  # ended by a shutdown that did not wait for this step
             return
@@ -343,7 +343,7 @@ class StepLoop:
             )
 
     def _publish(self) -> None:
-        """Wake the readers, each once, and let go of the requests that ended."""
+        """Wake the readers, each once, and release the requests that have ended."""
         self._stats.look()
         self._requests.let_go(self._touched.values(), self._scheduler.num_running)
         _notify(self._touched.values())
@@ -366,8 +366,8 @@ class StepLoop:
         self._requests.close(sentence, instead=True)
 
     def end_all(self) -> None:
-        """End what is left: with `error` if the engine died, with `abort` if it was told to
-        stop."""
+        """End the remaining requests: with `error` if the engine died, with `abort` if it was
+        stopped."""
         left = self._requests.take_all()
         self._stats.ended()
         sentence = self.error or _SHUTTING_DOWN
@@ -391,7 +391,7 @@ class StepLoop:
 
 
 def _notify(streams: Iterable[OutputStream]) -> None:
-    """One call for each reader, however many of its streams have news."""
+    """Call each reader once, however many of its streams have output."""
     by_notifier: dict[Notifier, list[OutputStream]] = {}
     for stream in streams:
         by_notifier.setdefault(stream.notifier, []).append(stream)

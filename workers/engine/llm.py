@@ -1,5 +1,5 @@
-"""Offline inference: `LLM(path).generate(prompts, SamplingParams())`, after vLLM's class of that
-name. Only here do workers know text."""
+"""Offline inference: `LLM(path).generate(prompts, SamplingParams())`, modelled on vLLM's class of
+that name. The only module of `workers` that handles text."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -50,10 +50,10 @@ class CompletionOutput:
     Attributes:
         text: without special tokens and without the stop token; empty if the checkpoint has no
             tokenizer.
-        token_ids: with the stop token.
-        logprobs: one for each token, if asked for.
-        stop_reason: the stop token id that the caller asked for and that ended it; None for the
-            model's own end and for length.
+        token_ids: including the stop token.
+        logprobs: one per token, if requested.
+        stop_reason: the requested stop token id that ended it; None for the model's own end and for
+            length.
     """
 
     index: int
@@ -66,7 +66,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A prompt and its answers; `prompt` is None where token ids were given."""
+    """A prompt and its answers; `prompt` is None if token ids were given."""
 
     request_id: str
     prompt: str | None
@@ -76,7 +76,7 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class _Choice:
-    """One sequence on its way."""
+    """One running sequence."""
 
     prompt_index: int
     index: int
@@ -87,30 +87,30 @@ class _Choice:
 
 
 class LLM:
-    """A model in this process, or with several ranks in child processes. Use it as a context
-    manager, or call `shutdown`.
+    """A model in this process, or in child processes if there are several ranks. Use it as a
+    context manager, or call `shutdown`.
 
     Args:
         model: folder of a gpt-oss checkpoint.
-        max_model_len: context limit in tokens; None: the model's own, or as much of it as the KV
+        max_model_len: context limit in tokens; None for the model's own, or as much of it as the KV
             cache holds (`info.max_model_len`).
-        kv_cache_bytes: memory of each rank's KV cache; None: chosen from what is free.
-        tensor_parallel_size, expert_parallel_size: ranks, and groups that the experts are split
-            into (None: one for each rank).
+        kv_cache_bytes: size of each rank's KV cache; None chooses it from the free memory.
+        tensor_parallel_size, expert_parallel_size: number of ranks, and number of groups that the
+        experts are split into (None: one per rank).
         quantize: pack the experts of a bf16 checkpoint while loading.
         kv_cache_dtype: as `CacheConfig.dtype`.
         cpu_dense_dtype: int8 quantises attention projections and lm_head, on a CPU.
-        cpu_isa: what a CPU computes with, as `EngineConfig.cpu_isa`, in this whole process: the
-            last LLM that starts decides.
-        moe_activation_dtype: mxfp8 rounds what MXFP4 experts multiply to 8 bits, where the hardware
-            multiplies scaled blocks itself.
-        allow_zero_weights: take matrices, experts and norms that are all zeros.
-        threads: compute threads on a CPU, of this whole process and all ranks together; None: as
-            many as torch uses.
-        executor_factory: what runs the model; None: ranks on this host. Benchmarks give one that
-            has its weights already.
+        cpu_isa: CPU instruction set, as `EngineConfig.cpu_isa`. It applies to the whole process:
+            the LLM started last decides.
+        moe_activation_dtype: mxfp8 rounds the inputs of MXFP4 experts to 8 bits, on hardware with
+            block-scaled matrix products.
+        allow_zero_weights: accept matrices, experts and norms that are all zeros.
+        threads: compute threads on a CPU, for this whole process and all ranks together; None for
+            torch's number.
+        executor_factory: creates the executor that runs the model; None for ranks on this host.
+            Benchmarks pass one whose weights are already loaded.
     Raises:
-        CheckpointError, ConfigError: one sentence that names what is wrong.
+        CheckpointError, ConfigError: one sentence that names the problem.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class LLM:
             moe_activation_dtype=moe_activation_dtype,
             cpu_isa=cpu_isa,
             allow_zero_weights=allow_zero_weights,
-            # All prompts are in memory already: a bound on waiting ones would only refuse them.
+            # All prompts are in memory already: a limit on waiting ones would only refuse them.
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting_requests=_NO_LIMIT),
         )
         self._start(config, executor_factory)
@@ -183,15 +183,15 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer all prompts; returns when the last one is done, in the order of the prompts.
+        """Answer all prompts; return when the last one is done, in the order of the prompts.
 
         Args:
             prompts: texts (special tokens in them are parsed) or token ids; one or many.
-            sampling: for all prompts, or one for each. A missing seed is drawn; choice i gets seed
-                + i.
+            sampling: one for all prompts, or one for each. A missing seed is drawn; choice i gets
+                seed + i.
             use_tqdm: show a progress bar on stderr.
         Raises:
-            InvalidRequest: names the field; then nothing was generated.
+            InvalidRequest: names the field; nothing was generated.
             EngineDead: a step failed.
         """
         prompt_list = _prompt_list(prompts)
@@ -222,13 +222,13 @@ class LLM:
         return results
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Logits after each token of one sequence, computed apart from everything that is being
-        generated.
+        """Compute the logits after each token of one sequence, independently of running
+        generations.
 
         Returns:
             [len(token_ids), vocab_size] fp32.
         Raises:
-            InvalidRequest: no token, an unknown one, or more than the context.
+            InvalidRequest: no tokens, an unknown token, or more tokens than the context.
         """
         request = EngineRequest("logits", tuple(token_ids), SamplingParams())
         check_request(request, self.engine.vocab_size)

@@ -1,5 +1,5 @@
-"""What a person sees while an engine starts: progress of loading, then a table of what was chosen.
-Written to stderr."""
+"""Start-up output of an engine on stderr: the progress of loading, then a table of what was
+selected."""
 
 import sys
 import threading
@@ -15,9 +15,9 @@ _INTERVAL_S = 1.5
 
 
 class StartUpProgress:
-    """On a terminal a bar for each phase that counts, of several ranks below each other; else a
-    line when a phase starts and at least every two seconds while it counts. Called on the loading
-    thread."""
+    """Start-up progress. On a terminal it is a bar for each phase that counts, those of several
+    ranks below each other; otherwise a line when a phase starts and at least every two seconds
+    while it counts. Called on the loading thread."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -26,7 +26,7 @@ class StartUpProgress:
         self._lock = threading.Lock()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        """As `workers.rank.rank.Progress`."""
+        """Report progress, as `workers.rank.rank.Progress`."""
         with self._lock:
             if total == 0:
                 self._print(f"{phase} ...")
@@ -36,7 +36,7 @@ class StartUpProgress:
                 self._print(f"{phase}: {done} of {total} ({100 * done // total} %)")
 
     def close(self) -> None:
-        """End what bars there are."""
+        """Close all bars."""
         for bar in self._bars.values():
             bar.close()
         self._bars.clear()
@@ -52,17 +52,17 @@ class StartUpProgress:
 
     def _print(self, line: str) -> None:
         self._printed_s = time.monotonic()
-        tqdm.write(line, file=sys.stderr)  # above the bars
+        tqdm.write(line, file=sys.stderr)  # printed above the bars
         sys.stderr.flush()
 
 
 def summary(
     info: ExecutorInfo, *, model: str, longest_context: int, address: str, metrics_address: str | None
 ) -> str:
-    """The start-up table.
+    """Return the start-up table.
 
     Args:
-        longest_context: that the engine would have with enough memory.
+        longest_context: the context that the engine would have with enough memory.
     """
     blocks = info.num_full_blocks or info.num_sliding_blocks
     rows = [

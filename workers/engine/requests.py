@@ -1,7 +1,7 @@
-"""Requests between the threads that bring them and the engine's: inbox, live set, deadlines.
+"""Requests between the submitting threads and the engine's thread: inbox, live set, deadlines.
 
-Callers of any thread submit, abort and wait; the engine's thread takes what came, and lets go of
-what ended. One lock guards both sides, and is notified on every change that a thread may wait for.
+Any thread may submit, abort and wait; the engine's thread takes the inbox and releases what has
+ended. One lock guards both sides, and is notified on every change that a thread may wait for.
 """
 
 import heapq
@@ -16,12 +16,12 @@ from workers.errors import EngineDead, Overloaded
 from workers.request import EngineRequest
 
 _SPARE_DEADLINES = 64
-"""Deadlines of ended requests that may stay in the heap before it is made anew."""
+"""Number of ended requests' deadlines that may stay in the heap before it is rebuilt."""
 
 
 @dataclass(slots=True)
 class LiveRequest:
-    """A request that has not ended. `waits` until its first step."""
+    """A request that has not ended. `waits` is true until its first step."""
 
     request: EngineRequest
     stream: OutputStream
@@ -32,31 +32,32 @@ class LiveRequest:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """A wish that a sequence ends."""
+    """A request to end a sequence."""
 
     seq_id: int
     reason: str
 
 
 class Deadlines:
-    """Deadlines of requests, soonest first. Belongs to the engine's thread."""
+    """The deadlines of requests, soonest first. Belongs to the engine's thread."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int]] = []
 
     def add(self, deadline_s: float, seq_id: int) -> None:
-        """Remember the deadline of a sequence, in monotonic seconds."""
+        """Add the deadline of a sequence, in monotonic seconds."""
         heapq.heappush(self._heap, (deadline_s, seq_id))
 
     def expired(self, now: float) -> list[int]:
-        """Sequences whose deadline has passed, each once; some of them may have ended."""
+        """Return the sequences whose deadline has passed, each once; some of them may have
+        ended."""
         seq_ids = []
         while self._heap and self._heap[0][0] <= now:
             seq_ids.append(heapq.heappop(self._heap)[1])
         return seq_ids
 
     def prune(self, num_live: int, is_live: Callable[[int], bool]) -> None:
-        """Drop those of ended sequences, where they are most of all."""
+        """Drop the deadlines of ended sequences once they are the majority."""
         if len(self._heap) > 2 * num_live + _SPARE_DEADLINES:
             self._heap = [entry for entry in self._heap if is_live(entry[1])]
             heapq.heapify(self._heap)
@@ -66,9 +67,9 @@ class RequestBook:
     """All requests of an engine, from submission to their end.
 
     Args:
-        max_waiting: requests that may wait for their first step.
+        max_waiting: maximum number of requests waiting for their first step.
     Attributes:
-        num_running: sequences that the scheduler runs, as of the last `let_go`.
+        num_running: number of sequences that the scheduler runs, as of the last `let_go`.
     """
 
     def __init__(self, max_waiting: int) -> None:
@@ -85,28 +86,28 @@ class RequestBook:
 
     @property
     def refusal(self) -> str | None:
-        """Why no request is taken; None: they are."""
+        """Reason for refusing all requests; None while they are accepted."""
         return self._refusal
 
     @property
     def num_live(self) -> int:
-        """Requests that have not ended."""
+        """Number of requests that have not ended."""
         return len(self._live)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that the scheduler does not run."""
+        """Number of requests that the scheduler does not run."""
         return max(len(self._live) - self.num_running, 0)
 
     def open(self) -> None:
-        """Take requests from now on."""
+        """Accept requests from now on."""
         self._refusal = None
 
     def close(self, sentence: str, *, instead: bool = False) -> None:
-        """Take no more requests.
+        """Refuse requests from now on.
 
         Args:
-            instead: this reason replaces one that was given before.
+            instead: whether this reason replaces an earlier one.
         """
         with self._changed:
             if instead or self._refusal is None:
@@ -116,7 +117,7 @@ class RequestBook:
         """Put a request into the inbox.
 
         Raises:
-            Overloaded: as many wait as may.
+            Overloaded: the maximum number of requests is waiting.
             EngineDead: requests are refused.
         """
         now = time.monotonic()
@@ -135,21 +136,21 @@ class RequestBook:
         return stream
 
     def abort(self, seq_id: int, reason: str) -> None:
-        """Ask for the end of a sequence; nothing happens if it has ended."""
+        """Request the end of a sequence; do nothing if it has ended."""
         with self._changed:
             if seq_id in self._live:
                 self._aborts.append(Abort(seq_id, reason))
                 self._changed.notify_all()
 
     def abort_all(self, reason: str) -> int:
-        """Ask for the end of all that are live; return how many these are."""
+        """Request the end of all live sequences; return their number."""
         with self._changed:
             self._aborts.extend(Abort(seq_id, reason) for seq_id in self._live)
             self._changed.notify_all()
             return len(self._live)
 
     def wait_until_none(self, timeout_s: float) -> None:
-        """Block until no request is live, or the time is over."""
+        """Block until no request is live, or until the timeout."""
         with self._changed:
             self._changed.wait_for(lambda: not self._live, timeout=timeout_s)
 
@@ -157,7 +158,7 @@ class RequestBook:
         """End `wait_for_work` for good.
 
         Args:
-            failure: of the executor, as a sentence; None: the engine is to stop.
+            failure: the executor's failure, as a sentence; None if the engine is to stop.
         """
         with self._changed:
             if failure is None:
@@ -167,10 +168,10 @@ class RequestBook:
             self._changed.notify_all()
 
     def wait_for_work(self, has_work: Callable[[], bool]) -> bool:
-        """Block until there is something to do for the engine's thread; False: it is to stop.
+        """Block until there is work for the engine's thread; return False if it is to stop.
 
         Args:
-            has_work: whether there is, apart from what is here; called under the lock.
+            has_work: returns whether there is work besides the inbox; called under the lock.
         Raises:
             EngineDead: the executor has failed.
         """
@@ -183,7 +184,7 @@ class RequestBook:
             return not self._stopping
 
     def take(self) -> tuple[list[LiveRequest], list[Abort]]:
-        """Empty the inbox: what was submitted, and then the wishes for an end."""
+        """Empty the inbox; return the submitted requests, and then the aborts."""
         with self._changed:
             submitted, aborts = list(self._inbox), list(self._aborts)
             self._inbox.clear()
@@ -191,11 +192,12 @@ class RequestBook:
         return submitted, aborts
 
     def get(self, seq_id: int) -> LiveRequest | None:
-        """The request of a sequence; None: it has ended."""
+        """Return the request of a sequence; None if it has ended."""
         return self._live.get(seq_id)
 
     def let_go(self, streams: Iterable[OutputStream], num_running: int) -> None:
-        """Forget those of these that have ended, and say how many sequences run."""
+        """Forget those of these streams that have ended, and record the number of running
+        sequences."""
         with self._changed:
             for stream in streams:
                 if stream.ended:
@@ -204,7 +206,7 @@ class RequestBook:
             self._changed.notify_all()
 
     def take_all(self) -> list[OutputStream]:
-        """Forget everything; the streams of what was live."""
+        """Forget all requests; return the streams of those that were live."""
         with self._changed:
             left = [live.stream for live in self._live.values()]
             self._live.clear()

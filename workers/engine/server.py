@@ -41,9 +41,9 @@ _MAX_GRACE_S = 24 * 3600.0
 _OPTIONS = (
     ("grpc.max_receive_message_length", convert.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", convert.MAX_MESSAGE_BYTES),
-    # Two engines on one port would share its calls.
+    # Otherwise two engines on one port would share its calls.
     ("grpc.so_reuseport", 0),
-    # A client whose machine is gone is found by pings, and its requests are aborted.
+    # Pings detect a client whose machine is gone, and its requests are aborted.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
@@ -55,10 +55,10 @@ Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 
 @dataclass(frozen=True, slots=True)
 class StartUp:
-    """What start-up found and chose, for the summary.
+    """The findings and selections of start-up, for the summary.
 
     Attributes:
-        longest_context: tokens of a sequence at most if memory were no limit.
+        longest_context: maximum tokens of a sequence if memory were unlimited.
     """
 
     info: convert.EngineInfo
@@ -70,13 +70,13 @@ class EngineServer:
     """One engine and its gRPC server.
 
     Args:
-        progress: hears of start-up phases, on another thread.
-        executor_factory: (config, model) → executor; None: the one for this host.
-        secret: what callers over TCP have to send (`workers.engine.access`); None: it serves on a
-            Unix socket.
+        progress: called with start-up phases, on another thread.
+        executor_factory: (config, model) → executor; None for the default of this host.
+        secret: the secret that callers over TCP have to send (`workers.engine.access`); None if it
+            serves on a Unix socket.
     Attributes:
-        ended: the engine has died, or a caller has drained it: it serves no more, and its process
-            is to end.
+        ended: set when the engine has died or a caller has drained it: it serves no longer, and its
+            process should end.
     """
 
     def __init__(
@@ -102,21 +102,21 @@ class EngineServer:
 
     @property
     def engine(self) -> Engine:
-        """The engine behind the server, once started."""
+        """The engine of this server, once started."""
         assert self._engine is not None, "the server has not started"
         return self._engine
 
     @property
     def metrics_address(self) -> str | None:
-        """host:port of the scrape port, if there is one."""
+        """host:port of the scrape port, or None."""
         return self._metrics_server.address if self._metrics_server else None
 
     async def start(self, config: EngineConfig, address: str, *, metrics_port: int | None = None) -> str:
         """Load the model and serve it.
 
         Args:
-            address: host:port, port 0: any free one; or unix:PATH.
-            metrics_port: of an HTTP scrape port on loopback; 0: any free one; None: none.
+            address: host:port (port 0 selects a free one) or unix:PATH.
+            metrics_port: HTTP scrape port on loopback; 0 selects a free one, None opens none.
         Returns:
             The address, with the port that was bound.
         Raises:
@@ -124,12 +124,12 @@ class EngineServer:
         """
         loop = asyncio.get_running_loop()
         check_address(address, self._secret)
-        # The secret is asked for first.
+        # The secret is checked first.
         secret = [] if self._secret is None else [SecretInterceptor(self._secret)]
         undecodable = DecodeErrors(lambda method: self.metrics.undecodable.inc())
         server = grpc.aio.server(options=_OPTIONS, interceptors=[*secret, undecodable])
-        # Before the model is loaded: a port that is taken should be found out in a second, not
-        # after minutes.
+        # Bound before the model is loaded: a port in use should be found in a second, not after
+        # minutes.
         address = _bind(server, address)
         if metrics_port is not None:
             self._metrics_server = _start_metrics(self.metrics, metrics_port)
@@ -160,21 +160,20 @@ class EngineServer:
         return address
 
     async def drain(self, grace_s: float) -> int:
-        """Refuse new requests, wait for the live ones, abort those left after `grace_s`. Returns
-        how many were aborted."""
+        """Refuse new requests, wait for the live ones, abort those left after `grace_s`. Return the
+        number aborted."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         return await asyncio.get_running_loop().run_in_executor(self._stoppers, self.engine.drain, grace_s)
 
     async def drain_for_caller(self, grace_s: float) -> int:
-        """`drain` as the RPC: however many callers wait, our own drain and stop do not wait for
-        them."""
+        """Run `drain` for the RPC: our own drain and stop never wait for its callers."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         num_aborted = await asyncio.to_thread(self.engine.drain, grace_s)
         self.ended.set()
         return num_aborted
 
     async def stop(self) -> None:
-        """End what still runs and close the ports. Idempotent."""
+        """End running requests and close the ports. Idempotent."""
         if self._engine is not None:
             await self._health.enter_graceful_shutdown()
             await asyncio.get_running_loop().run_in_executor(self._stoppers, self._engine.shutdown)
@@ -200,7 +199,7 @@ class EngineServer:
 
 
 class EngineServicer(engine_pb2_grpc.EngineServicer):
-    """engine.proto over an engine."""
+    """The service of engine.proto for one engine."""
 
     def __init__(self, server: EngineServer, info: convert.EngineInfo) -> None:
         self._server = server
@@ -209,11 +208,11 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self._reader = AsyncReader()
         self._automata = KnownAutomata()
 
-    # A coroutine that writes, not a generator: grpc.aio cancels it wherever it waits, so the
-    # request is aborted at once.
+    # A coroutine that writes, not a generator: grpc.aio cancels it at any wait, so the request is
+    # aborted at once.
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
-        """Streams until the finish reason. A client that leaves cancels this coroutine, and with it
-        the request."""
+        """Stream outputs up to the finish reason. A client that disconnects cancels this coroutine
+        and its request."""
         try:
             async with aclosing(self._outputs(request, context)) as responses:
                 async for response in responses:
@@ -222,7 +221,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         except CantataError as caught:
             error = caught
         except Exception:
-            # The request's edge.
+            # The edge of the request.
             logger.exception("request %s failed", request.request_id)
             error = CantataError(f"internal error; request {request.request_id}")
         await _abort(context, error)

@@ -1,4 +1,4 @@
-"""Where the time of an engine's steps goes, operation by operation, on a CPU."""
+"""A profile of an engine's steps, operation by operation, on a CPU."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,10 @@ OUTSIDE = "outside kernels"
 
 @dataclass(frozen=True, slots=True)
 class OperationRow:
-    """One operation's part of a step.
+    """One operation's share of a step.
 
     Attributes:
-        share: of the step's time.
+        share: fraction of the step's time.
         num_bytes, num_flops: see `kernels.cpu.profile.Work`.
     """
 
@@ -32,7 +32,7 @@ class OperationRow:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What happened between two marks."""
+    """The measurements between two marks."""
 
     num_steps: int
     seconds: float
@@ -43,8 +43,8 @@ class Phase:
         return self.seconds / max(self.num_steps, 1)
 
     def rows(self) -> tuple[OperationRow, ...]:
-        """Operations by time, and last the rest of a step: Python, scheduler, small tensor
-        operations, the reader of the tokens."""
+        """Return the operations by time, and last the rest of a step: Python, scheduler, small
+        tensor operations, the reader of the tokens."""
         steps = max(self.num_steps, 1)
         rows = [
             OperationRow(
@@ -64,9 +64,8 @@ class Phase:
 
 
 class StepProfile:
-    """Times an engine's operations while it runs. The marks are set by whoever reads the engine's
-    tokens, so a step that is under way at a mark counts on both sides of it with what it has done
-    on each.
+    """Measures an engine's operations while it runs. The reader of the tokens sets the marks, so
+    the operations of a step in progress at a mark count on whichever side of it they ran.
 
     Args:
         engine: started, with one rank in this process.
@@ -79,16 +78,16 @@ class StepProfile:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Time operations until the context ends."""
+        """Measure operations until the context ends."""
         with self._profile.recording():
             yield
 
     def mark(self) -> None:
-        """A phase ends here, and the next begins."""
+        """End a phase and begin the next."""
         self._marks.append((time.perf_counter(), self._engine.num_steps, self._profile.snapshot()))
 
     def phases(self) -> list[Phase]:
-        """What lies between the marks."""
+        """Return the phases between the marks."""
         return [
             Phase(end_steps - steps, ended - started, difference(after, before))
             for (started, steps, before), (ended, end_steps, after) in pairwise(self._marks)

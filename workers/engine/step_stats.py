@@ -1,4 +1,4 @@
-"""What an engine's steps tell its metrics."""
+"""Metrics of an engine's steps."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -12,12 +12,12 @@ from workers.scheduler.scheduler import Scheduler
 
 
 class StepStats:
-    """Counts steps and measures how full the KV cache is. Belongs to the engine's thread.
+    """Counts steps and measures KV-cache usage. Belongs to the engine's thread.
 
     Attributes:
-        num_steps: steps done so far.
-        kv_usage: share of the full group's blocks in use (of the sliding one, if no layer is full),
-            as of the last `look`.
+        num_steps: number of completed steps.
+        kv_usage: fraction of the full group's blocks in use (of the sliding group's, if no layer is
+            full), as of the last `look`.
     """
 
     def __init__(self, metrics: EngineMetrics) -> None:
@@ -31,24 +31,24 @@ class StepStats:
         self._last_result_s = 0.0
 
     def watch(self, scheduler: Scheduler, kv: KVCacheManager, capacity: Mapping[str, int]) -> None:
-        """Measure these from now on.
+        """Measure this scheduler and cache from now on.
 
         Args:
-            capacity: blocks of each KV group that sequences can have.
+            capacity: number of blocks of each KV group that sequences can have.
         """
         self._scheduler = scheduler
         self._kv = kv
         self._capacity = capacity
 
     def look(self) -> None:
-        """Note `kv_usage`, for other threads."""
+        """Update `kv_usage`, for other threads."""
         self.kv_usage = self._usage("full" if self._capacity["full"] else "sliding")
 
     def started(self, plan: StepPlan, requests: Iterable[LiveRequest | None], now: float) -> None:
         """Count requests that leave the queue for the first time.
 
         Args:
-            requests: of `plan.starts`, in their order; None: ended.
+            requests: those of `plan.starts`, in order; None if ended.
         """
         for start, live in zip(plan.starts, requests, strict=True):
             if live is not None and live.waits:
@@ -59,15 +59,15 @@ class StepStats:
                 self._metrics.cached_tokens.inc(min(num_cached, start.num_prompt_tokens))
 
     def done(self, plan: StepPlan, sent_s: float, num_sampled: int, executor_s: float) -> None:
-        """Measure a step whose result has been handed out.
+        """Record a step whose result has been distributed.
 
         Args:
             sent_s: when it was sent to the ranks.
-            executor_s: seconds that they took.
+            executor_s: seconds that the ranks took.
         """
         now = time.monotonic()
-        # A step begins when it was sent or, if the ranks were busy with the one before, when that
-        # one ended.
+        # A step begins when it was sent or, if the ranks were still busy, when the previous step
+        # ended.
         total_s = now - max(sent_s, self._last_result_s)
         self._last_result_s = now
         self._metrics.output_tokens.inc(num_sampled)
@@ -77,7 +77,7 @@ class StepStats:
         self._metrics.step_sequences.observe(len(plan.seq_ids))
 
     def set_gauges(self, num_running: int, num_waiting: int) -> None:
-        """Set what is shown between steps."""
+        """Set the gauges shown between steps."""
         self._metrics.preemptions.inc(self._scheduler.num_preemptions - self._num_preemptions)
         self._num_preemptions = self._scheduler.num_preemptions
         self._metrics.running.set(num_running)
@@ -86,11 +86,11 @@ class StepStats:
             self._metrics.kv_usage.labels(group).set(self._usage(group))
 
     def request_ended(self, reason: FinishReason) -> None:
-        """Count a request."""
+        """Count a request that has ended."""
         self._metrics.requests.labels(reason).inc()
 
     def ended(self) -> None:
-        """Set what is shown once the engine has ended: nothing runs, nothing is used."""
+        """Set the gauges of an engine that has ended: nothing is running or in use."""
         self.kv_usage = 0.0
         self._metrics.running.set(0)
         self._metrics.waiting.set(0)

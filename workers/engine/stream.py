@@ -1,9 +1,9 @@
-"""The output side of a request: what the engine's thread has produced and its reader has not yet
-taken.
+"""The output side of a request: output that the engine's thread has produced and its reader has not
+yet taken.
 
 A stream's memory is bounded by `max_tokens`; a slow reader gets several tokens at once. Readers are
-woken once a step, however many streams got tokens: the engine hands each `Notifier` the list of its
-streams that have something new.
+woken once per step, however many streams got tokens: the engine passes each `Notifier` the list of
+its streams with new output.
 """
 
 import asyncio
@@ -17,19 +17,19 @@ from workers.request import EngineOutput, FinishReason, TokenLogprobs
 
 
 class Notifier(Protocol):
-    """Wakes the readers of streams; called on the engine's thread, must not block."""
+    """Wakes the readers of streams. Called on the engine's thread; must not block."""
 
     def notify(self, streams: "Sequence[OutputStream]") -> None:
-        """These streams have something to take."""
+        """Wake the readers of these streams, which have new output."""
 
 
 class OutputStream:
-    """Tokens of one request on their way to its reader.
+    """The output of one request, from the engine's thread to its reader.
 
     Attributes:
         seq_id: the engine's number of the sequence.
-        failure: why the request ended, where the reason is an error with a status of its own
-            (deadline, dead engine). Set before the terminal output can be taken.
+        failure: why the request ended, if the reason is an error with its own status (deadline,
+            dead engine). Set before the terminal output can be taken.
     """
 
     def __init__(self, request_id: str, seq_id: int, notifier: Notifier) -> None:
@@ -46,11 +46,11 @@ class OutputStream:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come; the reader may still have to take it."""
+        """Whether the last output has been produced; the reader may not have taken it yet."""
         return self._terminal is not None
 
     def push(self, token_id: int, logprobs: TokenLogprobs | None, num_cached_tokens: int) -> None:
-        """Engine side: one more token; ignored after the end."""
+        """Add a token (engine side); ignored after the end."""
         with self._lock:
             if self._terminal is not None:
                 return
@@ -67,7 +67,8 @@ class OutputStream:
         error: str | None = None,
         failure: CantataError | None = None,
     ) -> bool:
-        """Engine side: nothing more will come. The first call decides; whether this was it."""
+        """End the output (engine side). Only the first call has an effect; return whether this was
+        it."""
         with self._lock:
             if self._terminal is not None:
                 return False
@@ -76,8 +77,8 @@ class OutputStream:
             return True
 
     def take(self) -> EngineOutput | None:
-        """Reader side: all that came since the last call; None if nothing did. The last output has
-        the finish reason."""
+        """Return all output since the last call (reader side), or None. The last output has the
+        finish reason."""
         with self._lock:
             terminal = self._terminal
             if self._taken or (terminal is None and not self._token_ids):
@@ -97,7 +98,8 @@ class OutputStream:
 
 
 class AsyncReader:
-    """Reads streams in the asyncio loop it was made in: one call into the loop a step."""
+    """Reads streams in the asyncio loop in which it was created, with one call into the loop per
+    step."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -107,17 +109,17 @@ class AsyncReader:
         try:
             self._loop.call_soon_threadsafe(self._wake, [stream.seq_id for stream in streams])
         except RuntimeError:
-            # The loop is closed: its readers are gone, and what they would have read is dropped
-            # with their streams.
+            # The loop is closed: its readers are gone, and their output is dropped with their
+            # streams.
             if not self._loop.is_closed():
                 raise
 
     async def read(self, stream: OutputStream) -> AsyncGenerator[EngineOutput]:
-        """Outputs until the one with the finish reason."""
+        """Yield outputs up to the one with the finish reason."""
         event = self._events[stream.seq_id] = asyncio.Event()
         try:
             while True:
-                event.clear()  # before take(): what comes after it sets the event again
+                event.clear()  # before take(): later output sets the event again
                 output = stream.take()
                 if output is None:
                     await event.wait()
@@ -136,7 +138,7 @@ class AsyncReader:
 
 
 class ThreadReader:
-    """Reads many streams in one thread, in the order in which they have something new."""
+    """Reads many streams in one thread, in the order in which they get output."""
 
     def __init__(self) -> None:
         self._ready: SimpleQueue[Sequence[OutputStream]] = SimpleQueue()
@@ -145,8 +147,8 @@ class ThreadReader:
         self._ready.put(streams)
 
     def read(self, streams: Sequence[OutputStream]) -> Iterator[tuple[OutputStream, EngineOutput]]:
-        """Outputs of all streams until each has ended; blocks while there is none. They must have
-        been submitted with this reader."""
+        """Yield the outputs of all streams until each has ended; block while there is none. They
+        must have been submitted with this reader."""
         unfinished = {stream.seq_id for stream in streams}
         while unfinished:
             for stream in self._ready.get():
