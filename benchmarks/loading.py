@@ -40,7 +40,7 @@ import torch
 from kernels.cpu.memory import zeros
 from workers.config import ParallelConfig
 from workers.model.checkpoint import load_model, touched_extents
-from workers.model.make_checkpoint import make_checkpoint
+from workers.model.make_checkpoint import preset_config, write_checkpoint
 from workers.model.mapped_files import Extent
 from workers.model.sizes import rank_bytes
 from workers.model_config import load_model_config
@@ -290,7 +290,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "20b-part"
-        summary = make_checkpoint(path, "20b", num_layers=options.layers, vocab_size=options.vocab)
+        summary = write_checkpoint(
+            path, preset_config("20b", num_layers=options.layers, vocab_size=options.vocab), seed=0
+        )
         print(
             f"{time.strftime('%Y-%m-%d')}, {summary.num_bytes / 1e9:.2f} GB in all, {options.rounds} "
             f"rounds, {os.cpu_count()} cores\n"

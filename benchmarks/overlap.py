@@ -24,7 +24,7 @@ from workers.engine.engine import Engine
 from workers.engine.stream import ThreadReader
 from workers.executor.distributed import DistributedExecutor
 from workers.executor.launch_processes import ProcessRanks
-from workers.model.make_checkpoint import make_checkpoint
+from workers.model.make_checkpoint import preset_config, write_checkpoint
 from workers.model_config import load_model_config
 from workers.request import EngineRequest, SamplingParams
 from workers.scheduler.plan import StepPlan, StepResult
@@ -118,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = options.model or Path(folder) / "tiny"
         if options.model is None:
-            make_checkpoint(path, "tiny")
+            write_checkpoint(path, preset_config("tiny"), seed=0)
         print(f"{time.strftime('%Y-%m-%d')}, {options.steps} steps each\n")
         print(
             "| ranks | sequences | overlap | step | rank 0 waits | that is |\n"

@@ -24,7 +24,7 @@ from workers.engine.engine import Engine
 from workers.engine.stream import ThreadReader
 from workers.executor.distributed import DistributedExecutor, RankLauncher
 from workers.executor.launch_processes import ProcessRanks
-from workers.model.make_checkpoint import make_checkpoint
+from workers.model.make_checkpoint import preset_config, write_checkpoint
 from workers.model_config import load_model_config
 from workers.request import EngineRequest, SamplingParams
 
@@ -124,7 +124,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny"
-        make_checkpoint(path, "tiny")
+        write_checkpoint(path, preset_config("tiny"), seed=0)
         config = EngineConfig(
             path,
             dtype="float32",

@@ -14,7 +14,13 @@ from tqdm import tqdm
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.make_tokenizer import HARMONY_VOCAB_SIZE, write_bpe_tokenizer, write_harmony_tokenizer
 from workers.errors import CheckpointError, ConfigError
-from workers.model.make_checkpoint import DEFAULT_VOCAB, Summary, make_checkpoint
+from workers.model.make_checkpoint import (
+    DEFAULT_VOCAB,
+    Summary,
+    plan_checkpoint,
+    preset_config,
+    write_checkpoint,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,7 +42,8 @@ def run_make_checkpoint(
     """
     if dry_run:
         planned = vocab or _planned_vocab(preset, tokenizer)
-        summary = make_checkpoint(out, preset, seed=seed, vocab_size=planned, num_layers=layers, dry_run=True)
+        config = preset_config(preset, vocab_size=planned, num_layers=layers)
+        summary = plan_checkpoint(config, seed=seed).summary
         _print_summary(f"{out} would hold", summary)
         return 0
     _check_out(out)
@@ -56,16 +63,10 @@ def run_make_checkpoint(
                 bar.total = total
                 bar.update(done - bar.n)
 
-            summary = make_checkpoint(
-                out,
-                preset,
-                seed=seed,
-                vocab_size=vocab_size,
-                num_layers=layers,
-                stop_token_ids=encoding.stop_token_ids,
-                add_files=add_tokenizer,
-                progress=progress,
+            config = preset_config(
+                preset, vocab_size=vocab_size, num_layers=layers, stop_token_ids=encoding.stop_token_ids
             )
+            summary = write_checkpoint(out, config, seed=seed, add_files=add_tokenizer, progress=progress)
     _print_summary(f"{out} holds", summary)
     return 0
 
@@ -77,7 +78,7 @@ def _planned_vocab(preset: str, tokenizer: str) -> int:
 
 
 def _check_out(out: Path) -> None:
-    # make_checkpoint checks this as well; here it is found before the tokenizer is made.
+    # write_checkpoint checks this as well; here it is found before the tokenizer is made.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             f"{out} exists and is not an empty folder; nothing is overwritten, give another path"

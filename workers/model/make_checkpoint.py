@@ -81,43 +81,6 @@ class Summary:
         return sum(file.num_bytes for file in self.files)
 
 
-def make_checkpoint(
-    out: Path,
-    preset: str,
-    *,
-    seed: int = 0,
-    vocab_size: int | None = None,
-    num_layers: int | None = None,
-    dry_run: bool = False,
-    experts_format: Literal["mxfp4", "bf16"] = "mxfp4",
-    stop_token_ids: Sequence[int] | None = None,
-    add_files: Callable[[Path], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Summary:
-    """Write a preset's checkpoint; see `write_checkpoint` for what is common to both.
-
-    Args:
-        preset: one of PRESETS.
-        vocab_size, num_layers: other than the preset's.
-        dry_run: write nothing, look at no disk.
-        stop_token_ids: ids that end a turn, for config.json and generation_config.json; None: the
-            published ones if the vocabulary has the published size, else none (a tokenizer names
-            them).
-    Raises:
-        ConfigError: as `write_checkpoint`, and for an unknown preset or a size that cannot be.
-    """
-    config = preset_config(
-        preset,
-        vocab_size=vocab_size,
-        num_layers=num_layers,
-        experts_format=experts_format,
-        stop_token_ids=stop_token_ids,
-    )
-    if dry_run:
-        return plan_checkpoint(config, seed=seed).summary
-    return write_checkpoint(out, config, seed=seed, add_files=add_files, progress=progress)
-
-
 def preset_config(
     preset: str,
     *,
@@ -126,8 +89,14 @@ def preset_config(
     experts_format: Literal["mxfp4", "bf16"] = "mxfp4",
     stop_token_ids: Sequence[int] | None = None,
 ) -> ModelConfig:
-    """The config of a preset; arguments as in `make_checkpoint`.
+    """Return the config of a preset.
 
+    Args:
+        preset: one of PRESETS.
+        vocab_size, num_layers: other than the preset's.
+        stop_token_ids: ids that end a turn, for config.json and generation_config.json; None: the
+            published ones if the vocabulary has the published size, else none (a tokenizer names
+            them).
     Raises:
         ConfigError: an unknown preset, or a size that cannot be.
     """
@@ -264,6 +233,14 @@ def write_checkpoint(
     return plan.summary
 
 
+_KEPT_MODULES = (
+    "model.layers.*.self_attn",
+    "model.layers.*.mlp.router",
+    "model.embed_tokens",
+    "lm_head",
+)
+
+
 def config_json(config: ModelConfig) -> dict[str, object]:
     """The fields of a published gpt-oss config.json, with this config's values."""
     windows = {window for window in config.layer_windows if window is not None}
@@ -317,12 +294,7 @@ def config_json(config: ModelConfig) -> dict[str, object]:
         fields["swiglu_alpha"] = config.swiglu_alpha
     if config.experts_format == "mxfp4":
         fields["quantization_config"] = {
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
+            "modules_to_not_convert": list(_KEPT_MODULES),
             "quant_method": "mxfp4",
         }
     return fields

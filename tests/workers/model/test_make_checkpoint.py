@@ -25,7 +25,7 @@ from workers.model.make_checkpoint import (
     DEFAULT_VOCAB,
     PRESETS,
     config_json,
-    make_checkpoint,
+    plan_checkpoint,
     preset_config,
     write_checkpoint,
 )
@@ -60,7 +60,7 @@ class TestPresets:
     def test_published_totals(
         self, preset: str, total: float, active: float, gibibytes: float, tmp_path: Path
     ) -> None:
-        summary = make_checkpoint(tmp_path / "out", preset, dry_run=True)
+        summary = plan_checkpoint(preset_config(preset), seed=0).summary
         assert round(summary.parameters_total / 1e9, 2) == total
         assert round(summary.parameters_active / 1e9, 2) == active
         assert round(summary.num_bytes / 2**30, 1) == gibibytes
@@ -88,7 +88,7 @@ class TestPresets:
         )
         assert (config.head_dim, config.num_experts_per_token) == (64, 4)
         assert config.layer_windows[:4] == (128, None, 128, None)
-        assert make_checkpoint(tmp_path / "out", preset, dry_run=True).parameters_total == sum(
+        assert plan_checkpoint(preset_config(preset), seed=0).summary.parameters_total == sum(
             spec.num_parameters for spec in tensor_specs(config)
         )
         assert DEFAULT_VOCAB[preset] == shape[-1]
@@ -100,7 +100,7 @@ class TestPresets:
         config = preset_config("tiny", num_layers=3)
         with torch.device("meta"):
             model = GptOssForCausalLM(GptOssConfig(**{**config_json(config), "quantization_config": None}))
-        total = make_checkpoint(tmp_path / "out", "tiny", num_layers=3, dry_run=True).parameters_total
+        total = plan_checkpoint(preset_config("tiny", num_layers=3), seed=0).summary.parameters_total
         assert total == sum(parameter.numel() for parameter in model.parameters())
 
     def test_config_json_has_the_published_fields(self) -> None:
@@ -164,8 +164,9 @@ class TestPresets:
         ],
     )
     def test_impossible_arguments(self, tmp_path: Path, arguments: dict[str, object], named: str) -> None:
+        seed = arguments.pop("seed", 0)
         with pytest.raises(ConfigError, match=named):
-            make_checkpoint(tmp_path / "out", **{"preset": "tiny", **arguments})
+            write_checkpoint(tmp_path / "out", preset_config(**{"preset": "tiny", **arguments}), seed=seed)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -211,7 +212,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("experts_format", ["mxfp4", "bf16"])
     def test_preset_loads_and_its_logits_are_sane(self, tmp_path: Path, experts_format: str) -> None:
-        make_checkpoint(tmp_path / "tiny", "tiny", experts_format=experts_format)
+        write_checkpoint(tmp_path / "tiny", preset_config("tiny", experts_format=experts_format), seed=0)
         config = load_model_config(tmp_path / "tiny")
         model = load_model(tmp_path / "tiny", config, dtype=torch.float32, device=torch.device("cpu"))
         logits = whole_prompt_logits(model, random_tokens(config, 100, seed=0))
@@ -305,7 +306,7 @@ class TestRefusals:
     def test_disk_too_small(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=7_000_000_000))
         with pytest.raises(ConfigError, match=r"takes 65\.25 GB .* has 7\.00 GB free"):
-            make_checkpoint(tmp_path / "new" / "out", "120b")
+            write_checkpoint(tmp_path / "new" / "out", preset_config("120b"), seed=0)
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
@@ -355,8 +356,8 @@ def peak_memory(out: Path, arguments: str) -> tuple[int, int]:
     # started it.
     code = (
         "import re, sys; from pathlib import Path; from workers.model.make_checkpoint import "
-        "make_checkpoint; "
-        f"summary = make_checkpoint(Path(sys.argv[1]), {arguments}); "
+        "preset_config, write_checkpoint; "
+        f"summary = write_checkpoint(Path(sys.argv[1]), preset_config({arguments}), seed=0); "
         r"peak = re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text()); "
         "print(int(peak[1]) * 1024, summary.num_bytes)"
     )
