@@ -20,6 +20,8 @@ class CantataError(Exception):
     """Whether the router may try the request on another replica."""
     retry_after_s: float | None = None
     """When the client may try again; None: not as it is, or at once."""
+    param: str | None = None
+    """The field that is wrong, in the client's own spelling."""
 
     def __init__(self, message: str) -> None:
         if len(message) > _MAX_MESSAGE_CHARS:
@@ -54,6 +56,7 @@ class ModelNotFound(CantataError):
     """No such model here."""
 
     status = "NOT_FOUND"
+    param = "model"
 
 
 class Overloaded(CantataError):

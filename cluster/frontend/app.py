@@ -8,18 +8,27 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from cluster.config import GatewayConfig
 from cluster.frontend import answers, body, chat, completions, errors, schema, sse
+from cluster.frontend.docs_page import add_docs
 from cluster.frontend.edge import Edge
 from cluster.frontend.openapi import Schemas
 from cluster.generation import ChatRequest, GenerationService, ModelInfo
 from cluster.metrics import CONTENT_TYPE
 from workers.errors import InvalidRequest, NoReplica
 
+_SHOWN_PATH = 100
+"""Characters of a client's path that an answer repeats."""
+
 
 def build_app(
-    service: GenerationService, config: GatewayConfig | None = None, *, cors_origins: Sequence[str] = ()
+    service: GenerationService,
+    config: GatewayConfig | None = None,
+    *,
+    cors_origins: Sequence[str] = (),
+    server_has_ids: bool = False,
 ) -> FastAPI:
     """An ASGI app. It does not own the service: whoever made that closes it.
 
@@ -27,6 +36,8 @@ def build_app(
         config: its keys, which health, readiness, metrics, version and docs do not ask for, and its
             limits; None: the defaults.
         cors_origins: web origins whose pages may call the API; none by default.
+        server_has_ids: the server gives each request its id in the header `x-request-id`, and puts
+            it into the answer, as Ray Serve does.
     """
     config = config or GatewayConfig()
     limits = body.BodyLimits(
@@ -36,7 +47,7 @@ def build_app(
         title="Cantata",
         description="OpenAI's API for gpt-oss.",
         version=importlib.metadata.version("cantata"),
-        redoc_url=None,
+        openapi_url=None,
         redirect_slashes=False,
     )
     if cors_origins:
@@ -48,13 +59,18 @@ def build_app(
             expose_headers=["x-request-id"],
         )
     app.add_middleware(
-        Edge, metrics=service.metrics, api_keys=config.api_keys, send_timeout_s=config.send_timeout_s
+        Edge,
+        metrics=service.metrics,
+        api_keys=config.api_keys,
+        send_timeout_s=config.send_timeout_s,
+        server_has_ids=server_has_ids,
     )
     app.add_exception_handler(HTTPException, _refuse_route)
     schemas = Schemas()
     _add_generation(app, service, schemas, limits)
     _add_tokens(app, service, schemas, limits)
     _add_status(app, service, schemas)
+    add_docs(app)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -239,4 +255,23 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
         raise errors.WrongMethod(
             f"{request.method} is not allowed on this path{f': use {allow}' if allow else ''}.", allow
         )
-    raise errors.UnknownRoute("There is nothing at this path.")
+    path = str(request.scope["path"])
+    raise errors.UnknownRoute(f"Invalid URL ({request.method} {path[:_SHOWN_PATH]}){_hint(request, path)}")
+
+
+def _hint(request: Request, path: str) -> str:
+    """What a client that asks for an unknown path may have meant, as the end of a sentence."""
+    if path.removeprefix("/v1").startswith("/responses"):
+        return ": the Responses API is not offered yet; use POST /v1/chat/completions."
+    bare = path.rstrip("/")
+    for meant in (bare, f"/v1{bare}", bare.removeprefix("/v1")):
+        if meant != path and _is_known(request, meant):
+            return (
+                f": {'the API is under /v1, ' if meant.startswith('/v1') else ''}use {meant[:_SHOWN_PATH]}."
+            )
+    return "."
+
+
+def _is_known(request: Request, path: str) -> bool:
+    scope = {**request.scope, "path": path}
+    return any(route.matches(scope)[0] is not Match.NONE for route in request.app.routes)

@@ -4,6 +4,7 @@ requests, clients that do not read."""
 import asyncio
 import hmac
 import logging
+import re
 import uuid
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.frontend import errors
+from cluster.frontend.docs_page import DOCS_PATHS
 from cluster.metrics import GatewayMetrics
 from workers.errors import Cancelled, CantataError
 
@@ -19,8 +21,10 @@ _log = logging.getLogger(__name__)
 ABORT = "cantata.abort"
 """Extension of the ASGI scope, where the server is ours: `abort` ends the connection with what is
 still to be sent."""
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"}) | DOCS_PATHS
 """Served without an API key: they tell nothing about requests."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+"""Of a server's header, which may be what the client sent: fit for logs and ids."""
 
 
 class Edge:
@@ -30,15 +34,22 @@ class Edge:
     Args:
         api_keys: if there are any, a request needs one of them as `Authorization: Bearer …`.
         send_timeout_s: a client that takes nothing for this long has left.
+        server_has_ids: take the id from the request's header, and leave the answer's to the server.
     """
 
     def __init__(
-        self, app: ASGIApp, metrics: GatewayMetrics, api_keys: Sequence[str], send_timeout_s: float
+        self,
+        app: ASGIApp,
+        metrics: GatewayMetrics,
+        api_keys: Sequence[str],
+        send_timeout_s: float,
+        server_has_ids: bool,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._api_keys = tuple(api_keys)
         self._send_timeout_s = send_timeout_s
+        self._server_has_ids = server_has_ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; an error of the app never goes further up."""
@@ -46,7 +57,9 @@ class Edge:
             await self._app(scope, receive, send)
             return
         abort = scope.get("extensions", {}).get(ABORT, {}).get("abort")
-        answer = _Answer(send, uuid.uuid4().hex, self._send_timeout_s, abort)
+        given = Headers(scope=scope).get("x-request-id") if self._server_has_ids else None
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        answer = _Answer(send, request_id, given is None, self._send_timeout_s, abort)
         scope.setdefault("state", {})["request_id"] = answer.request_id
         status = 499
         try:
@@ -75,10 +88,12 @@ class Edge:
         if not self._api_keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not is_known_key(key.strip(), self._api_keys):
+        if scheme.lower() != "bearer" or not key.strip():
             raise errors.Unauthenticated(
                 "Send an API key of this server in the header Authorization: Bearer KEY."
             )
+        if not is_known_key(key.strip(), self._api_keys):
+            raise errors.Unauthenticated("Incorrect API key provided.")
 
 
 def is_known_key(key: str, api_keys: Sequence[str]) -> bool:
@@ -91,10 +106,16 @@ class _Answer:
     """The way to the client: adds the request id, remembers the status."""
 
     def __init__(
-        self, send: Send, request_id: str, timeout_s: float, abort: Callable[[], None] | None
+        self,
+        send: Send,
+        request_id: str,
+        shows_id: bool,
+        timeout_s: float,
+        abort: Callable[[], None] | None,
     ) -> None:
         self._send = send
         self.request_id = request_id
+        self._shows_id = shows_id
         self.status: int | None = None
         self._timeout_s = timeout_s
         self._abort = abort
@@ -103,7 +124,9 @@ class _Answer:
         """Raises Cancelled if the client takes nothing for too long."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(raw=message.setdefault("headers", []))["x-request-id"] = self.request_id
+            headers = MutableHeaders(raw=message.setdefault("headers", []))
+            if self._shows_id:
+                headers["x-request-id"] = self.request_id
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._send(message)

@@ -94,15 +94,8 @@ def row_of(error: errors.CantataError) -> Row:
 def body(error: errors.CantataError) -> bytes:
     """OpenAI's error object as JSON."""
     row = row_of(error)
-    param = (
-        error.param
-        if isinstance(error, errors.InvalidRequest)
-        else "model"
-        if isinstance(error, errors.ModelNotFound)
-        else None
-    )
     return orjson.dumps(
-        {"error": {"message": error.message, "type": row.type, "param": param, "code": row.code}}
+        {"error": {"message": error.message, "type": row.type, "param": error.param, "code": row.code}}
     )
 
 

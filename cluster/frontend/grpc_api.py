@@ -164,14 +164,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     def _check_key(self, context: "Context") -> None:
         if not self._api_keys:
             return
+        found = False
         for name, value in context.invocation_metadata() or ():
             scheme, _, key = str(value).partition(" ")
-            if (
-                name == "authorization"
-                and scheme.lower() == "bearer"
-                and is_known_key(key.strip(), self._api_keys)
-            ):
-                return
+            if name == "authorization" and scheme.lower() == "bearer" and key.strip():
+                if is_known_key(key.strip(), self._api_keys):
+                    return
+                found = True
+        if found:
+            raise Unauthenticated("Incorrect API key provided.")
         raise Unauthenticated("Send an API key of this server in the metadata authorization: Bearer KEY.")
 
 

@@ -37,7 +37,11 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
         InvalidRequest: a role, effort or schema that is none.
     """
     if request.reasoning_effort not in _EFFORTS:
-        raise InvalidRequest("reasoning_effort must be LOW, MEDIUM or HIGH.", "reasoning_effort")
+        raise InvalidRequest(
+            "reasoning_effort must be REASONING_EFFORT_LOW, REASONING_EFFORT_MEDIUM or "
+            "REASONING_EFFORT_HIGH.",
+            "reasoning_effort",
+        )
     return ChatRequest(
         messages=tuple(
             _message(message, f"messages[{index}]") for index, message in enumerate(request.messages)
@@ -54,7 +58,8 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
 def _message(message: pb.Message, path: str) -> ChatMessage:
     if message.role not in _ROLES:
         raise InvalidRequest(
-            f"{path}.role must be SYSTEM, DEVELOPER, USER, ASSISTANT or TOOL.", f"{path}.role"
+            f"{path}.role must be ROLE_SYSTEM, ROLE_DEVELOPER, ROLE_USER, ROLE_ASSISTANT or ROLE_TOOL.",
+            f"{path}.role",
         )
     role = _ROLES[message.role]
     return ChatMessage(

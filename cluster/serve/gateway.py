@@ -102,7 +102,7 @@ class GatewayReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the app that serves HTTP requests (a hook of Serve)."""
-        return build_app(self._service, self._config.gateway)
+        return build_app(self._service, self._config.gateway, server_has_ids=True)
 
     async def engine_info(self) -> EngineInfo:
         """Return what the engines serve, for the start-up summary. Waits until an engine

@@ -46,6 +46,7 @@ def test_cantata_serve_from_start_to_ctrl_c(
         headers = {"authorization": "Bearer right"}
         answer = httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False)
         assert answer.json()["choices"][0]["message"]["content"] == scripts.GREETING_ANSWER
+        check_one_id(answer)
         assert httpx.post(url, json=body, timeout=60, trust_env=False).status_code == 401
         with httpx.stream(
             "POST", url, json=body | {"stream": True}, headers=headers, timeout=60, trust_env=False
@@ -91,7 +92,9 @@ def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path
     with serve_run(tmp_path, model, engine=engine, environment=keys) as served:
         body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
         url = f"{served.url}/v1/chat/completions"
-        answer_before = answer_of(httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False))
+        first = httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False)
+        check_one_id(first)
+        answer_before = answer_of(first)
         assert answer_before == scripts.GREETING_ANSWER
         check_threads(served)
         check_answers(served, answers_of_one_rank(model), headers)
@@ -205,6 +208,12 @@ def check_streams_end(served: Served, stop: Callable[[], None], key: str) -> Non
 def num_up(served: Served) -> float:
     """Engines that answer the metrics page."""
     return counted(served, 'cantata_process_up{gateway="",process="engine"')
+
+
+def check_one_id(response: httpx.Response) -> None:
+    """Serve names the request, and the gateway takes its name."""
+    (id,) = response.headers.get_list("x-request-id")
+    assert response.json()["id"] == f"chatcmpl-{id}"
 
 
 def answer_of(response: httpx.Response) -> object:

@@ -282,7 +282,7 @@ def error_to_metadata(error: errors.CantataError) -> tuple[tuple[str, str], ...]
     """Trailing metadata that lets the caller rebuild the error; the status is `error.status`, the
     details `error.message`."""
     metadata = [(ERROR_CLASS_KEY, type(error).__name__)]
-    if isinstance(error, errors.InvalidRequest) and error.param:
+    if error.param:
         metadata.append((PARAM_KEY, _NOT_METADATA.sub("?", error.param[:_MAX_PARAM_CHARS])))
     if error.retry_after_s is not None:
         metadata.append((RETRY_AFTER_KEY, f"{error.retry_after_s:g}"))

@@ -443,6 +443,39 @@ async def test_unknown_models_routes_and_methods(gateway: Gateway) -> None:
         assert response.headers.get("allow") == ALLOWED.get(path), path
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "message"),
+    [
+        ("GET", "/v1/nothing", "Invalid URL (GET /v1/nothing)."),
+        (
+            "POST",
+            "/chat/completions",
+            "Invalid URL (POST /chat/completions): the API is under /v1, use /v1/chat/completions.",
+        ),
+        (
+            "POST",
+            "/v1/completions/",
+            "Invalid URL (POST /v1/completions/): the API is under /v1, use /v1/completions.",
+        ),
+        ("GET", "/models", "Invalid URL (GET /models): the API is under /v1, use /v1/models."),
+        ("POST", "/v1/tokenize", "Invalid URL (POST /v1/tokenize): use /tokenize."),
+        ("GET", "/health/", "Invalid URL (GET /health/): use /health."),
+        (
+            "POST",
+            "/v1/responses",
+            "Invalid URL (POST /v1/responses): the Responses API is not offered yet; "
+            "use POST /v1/chat/completions.",
+        ),
+        ("GET", f"/{'x' * 500}", f"Invalid URL (GET /{'x' * 99})."),
+    ],
+)
+async def test_an_unknown_path_is_named_and_what_may_be_meant(
+    gateway: Gateway, method: str, path: str, message: str
+) -> None:
+    response = await gateway.http.request(method, path)
+    assert (response.status_code, response.json()["error"]["message"]) == (404, message)
+
+
 async def test_errors_and_logs_never_quote_the_prompt(
     gateway: Gateway, engine: FakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

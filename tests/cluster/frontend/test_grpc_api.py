@@ -2,6 +2,8 @@
 statuses with metadata."""
 
 import asyncio
+import re
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -187,10 +189,30 @@ async def test_a_schema_with_a_number_that_is_not_finite(stub: Stub) -> None:
     assert dict(caught.value.trailing_metadata())["param"] == "tools[0].function.parameters"
 
 
+async def test_names_in_errors_are_those_that_a_client_writes(stub: Stub) -> None:
+    for request, kind in (
+        (pb.ChatRequest(messages=[pb.Message(content="Hello")]), pb.Role),
+        (pb.ChatRequest(messages=[HELLO], reasoning_effort=9), pb.ReasoningEffort),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Chat(request)
+        names = re.findall("[A-Z]+_[A-Z_]+", caught.value.details() or "")
+        assert names == [name for name, _ in kind.items() if not name.endswith("UNSPECIFIED")]
+
+
+async def test_the_request_in_the_documentation_works(stub: Stub) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "api.md").read_text(encoding="utf-8")
+    found = re.search(r"grpcurl -plaintext -d '([^']+)' \\\n +\S+:9000 (\S+)/Chat\n", text)
+    assert found is not None
+    assert found[2] == SERVICE
+    assert (await stub.Chat(json_format.Parse(found[1], pb.ChatRequest()))).choices[0].message.content
+
+
 async def test_other_models_are_not_found(stub: Stub) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Chat(pb.ChatRequest(model="other", messages=[HELLO]))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert dict(caught.value.trailing_metadata())["param"] == "model"
     models = await stub.ListModels(pb.ListModelsRequest())
     assert [(model.id, model.max_model_len) for model in models.models] == [("gpt-oss-test", 1024)]
 
@@ -277,10 +299,15 @@ async def test_api_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
         stub = Stub(channel)
         request = pb.ChatRequest(messages=[HELLO])
         assert (await stub.Chat(request, metadata=(("authorization", "Bearer first"),))).choices
-        for metadata in ((), (("authorization", "Bearer other"),), (("authorization", "first"),)):
+        for metadata, said in (
+            ((), "Send an API key"),
+            ((("authorization", "Bearer other"),), "Incorrect API key provided."),
+            ((("authorization", "first"),), "Send an API key"),
+        ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Chat(request, metadata=metadata)
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert said in (caught.value.details() or "")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.ChatStream(request, metadata=metadata).read()
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED

@@ -526,6 +526,10 @@ async def test_api_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
         with pytest.raises(openai.AuthenticationError) as caught:
             await gateway.client.with_options(api_key="wrong").models.list()
         assert caught.value.code == "invalid_api_key"
+        assert "Incorrect API key provided." in caught.value.message
+        assert "wrong" not in caught.value.message
+        without = await gateway.http.get("/v1/models", headers={"authorization": ""})
+        assert "Send an API key" in without.json()["error"]["message"]
         for path in ("/health", "/ready", "/metrics", "/version"):
             assert (await gateway.http.get(path, headers={"authorization": ""})).status_code == 200
         assert (

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.config import GatewayConfig
 from cluster.harmony.encoding import HarmonyEncoding
 from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway, serving, turn
@@ -189,3 +191,20 @@ async def counted(gateway: Gateway, kind: str) -> float:
     page = (await gateway.http.get("/metrics")).text
     families = {family.name: family for family in text_string_to_metric_families(page)}
     return sum(sample.value for sample in families[f"cantata_gateway_{kind}_tokens"].samples)
+
+
+async def test_the_docs_page_needs_no_other_server(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
+    keys = GatewayConfig(api_keys=("first",))
+    async with serving(encoding, [engine], config=keys) as gateway:
+        without_key = {"authorization": ""}
+        page = (await gateway.http.get("/docs", headers=without_key)).text
+        links = re.findall(r'(?:src|href)="([^"]*)"|url: \'([^\']*)\'', page)
+        paths = ["".join(link) for link in links]
+        assert len(paths) == 4
+        assert all(path.startswith("/") for path in paths)
+        for path in paths:
+            assert (await gateway.http.get(path, headers=without_key)).status_code == 200, path
+        metrics = (await gateway.http.get("/metrics")).text
+        for path in ("/docs", "/openapi.json"):
+            assert f'endpoint="{path}",gateway="",process="gateway",replica="",status="200"}} 1.0' in metrics
+        assert 'endpoint="unknown"' not in metrics
