@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect
 
 from cluster.frontend.errors import BodyTooLarge, RequestTimeout, UnsupportedMediaType
-from cluster.generation.requests import check_num_messages
+from cluster.generation.limits import check_num_messages
 from workers.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 
 Model = TypeVar("Model", bound=BaseModel)

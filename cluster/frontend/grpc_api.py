@@ -19,7 +19,7 @@ from cluster.frontend.fold import Fold
 from cluster.frontend.grpc_handlers import add_InferenceServicer_to_server, decoded
 from cluster.frontend.grpc_messages import chat_event, chat_request, chat_response
 from cluster.generation import ChatRequest, GenerationService
-from cluster.generation.requests import check_num_messages
+from cluster.generation.limits import check_num_messages
 from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
 from workers.errors import CantataError

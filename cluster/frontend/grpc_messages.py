@@ -1,5 +1,7 @@
 """The public gRPC API's messages as the service's requests, and its answers as those messages."""
 
+import math
+
 from google.protobuf import struct_pb2
 
 from cluster.events import FinishReason, GenerationEvent, TokenLogprob, Usage
@@ -47,7 +49,9 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
             _message(message, f"messages[{index}]") for index, message in enumerate(request.messages)
         ),
         sampling=_sampling(request),
-        tools=tuple(_tool(tool) for tool in request.tools),
+        tools=tuple(
+            _tool(tool, f"tools[{index}].function.parameters") for index, tool in enumerate(request.tools)
+        ),
         stop=tuple(request.stop),
         reasoning_effort=_EFFORTS[request.reasoning_effort],
         model=request.model or None,
@@ -71,32 +75,36 @@ def _message(message: pb.Message, path: str) -> ChatMessage:
     )
 
 
-def _tool(tool: pb.Tool) -> ToolDefinition:
+def _tool(tool: pb.Tool, path: str) -> ToolDefinition:
     return ToolDefinition(
-        tool.name, tool.description, _plain_object(tool.parameters) if tool.HasField("parameters") else None
+        tool.name,
+        tool.description,
+        _plain_object(tool.parameters, path) if tool.HasField("parameters") else None,
     )
 
 
-def _plain_object(struct: struct_pb2.Struct) -> dict[str, object]:
+def _plain_object(struct: struct_pb2.Struct, path: str) -> dict[str, object]:
     # A Struct has no order; sorted, the same tools give the same prompt in every process, and so
     # the same cached prefix.
-    return {name: _plain(struct.fields[name]) for name in sorted(struct.fields)}
+    return {name: _plain(struct.fields[name], path) for name in sorted(struct.fields)}
 
 
-def _plain(value: struct_pb2.Value) -> object:
+def _plain(value: struct_pb2.Value, path: str) -> object:
     """As JSON would have been read: a Struct knows only floating-point numbers, and whole ones are
     integers."""
     match value.WhichOneof("kind"):
         case "number_value":
+            if not math.isfinite(value.number_value):
+                raise InvalidRequest(f"{path} has a number that is not finite or too large.", path)
             return int(value.number_value) if value.number_value.is_integer() else value.number_value
         case "string_value":
             return value.string_value
         case "bool_value":
             return value.bool_value
         case "struct_value":
-            return _plain_object(value.struct_value)
+            return _plain_object(value.struct_value, path)
         case "list_value":
-            return [_plain(entry) for entry in value.list_value.values]
+            return [_plain(entry, path) for entry in value.list_value.values]
         case _:
             return None
 

@@ -1,5 +1,5 @@
 """The bodies of requests. Types and structure are checked here, ranges in
-`cluster.generation.requests`, which both APIs share.
+`cluster.generation.limits`, which both APIs share.
 
 Tags of unions begin with `<`, which tells them from field names in error paths. What is free JSON
 is typed `object`: pydantic does not walk into it, so its depth is no matter here.

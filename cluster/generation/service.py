@@ -14,16 +14,18 @@ from cluster.fleet.client import EngineClient
 from cluster.fleet.dispatch import Dispatcher
 from cluster.fleet.table import Replica, ReplicaDirectory
 from cluster.generation.choices import ChatChoice, CompletionChoice
-from cluster.generation.logprobs import token_text
-from cluster.generation.requests import (
-    GREEDY_BELOW,
-    ChatRequest,
-    CompletionRequest,
-    FieldNames,
-    check_chat,
-    check_generation,
+from cluster.generation.limits import (
+    check_date,
+    check_prompt_chars,
+    check_prompt_tokens,
+    check_sampling,
+    check_stop,
     check_token_ids,
+    check_tools,
+    num_output_tokens,
 )
+from cluster.generation.logprobs import token_text
+from cluster.generation.requests import ChatRequest, CompletionRequest, FieldNames
 from cluster.generation.running import Generation, Job
 from cluster.generation.settings import ChatDefaults, Limits, ModelInfo
 from cluster.generation.threads import LARGE_CHARS, TextThreads
@@ -31,10 +33,13 @@ from cluster.harmony.conversation import DEFAULT_MODEL_IDENTITY, Conversation
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.render import render
 from cluster.metrics import FleetView, GatewayMetrics, OneGateway, Scrape, merge
-from workers.errors import CantataError, ContextLengthExceeded, InvalidRequest, ModelNotFound, Overloaded
+from workers.errors import CantataError, InvalidRequest, ModelNotFound, Overloaded
 from workers.request import EngineRequest, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy (vLLM's `_SAMPLING_EPS`): dividing logits by them
+overflows."""
 _CHARS_PER_ENTRY = 64
 """What rendering a message, a call or a tool takes beside its text, as text that takes as long."""
 _PROBE_TIMEOUT_S = 2.0
@@ -88,7 +93,8 @@ class GenerationService:
         """
         arrived = time.monotonic()
         self.check_model(request.model)
-        check_generation(request.sampling, request.stop, self.model, request.names)
+        check_sampling(request.sampling, self.model, request.names)
+        check_stop(request.stop)
         release = self._admit(request.sampling.n)
         try:
             prompt = tuple(await self.render_chat(request))
@@ -121,9 +127,8 @@ class GenerationService:
         self.check_model(request.model)
         if not request.prompts:
             raise InvalidRequest("prompt must not be an empty list.", "prompt")
-        check_generation(
-            request.sampling, request.stop, self.model, request.names, num_prompts=len(request.prompts)
-        )
+        check_sampling(request.sampling, self.model, request.names, num_prompts=len(request.prompts))
+        check_stop(request.stop)
         release = self._admit(request.sampling.n * len(request.prompts))
         try:
             several = len(request.prompts) > 1
@@ -168,7 +173,7 @@ class GenerationService:
             ContextLengthExceeded: the prompt fills the context.
         """
         prompt = await self._threads.run(_num_chars(request), lambda: self._render(request))
-        self._check_prompt(len(prompt), "messages")
+        check_prompt_tokens(len(prompt), self.model, "messages")
         return prompt
 
     async def tokenize(self, text: str, param: str = "prompt", limit: int | None = None) -> list[int]:
@@ -180,7 +185,7 @@ class GenerationService:
         Raises:
             ContextLengthExceeded: the text cannot fit into the context, whatever its tokens are.
         """
-        self._check_chars(len(text), param)
+        check_prompt_chars(len(text), self.encoding.max_token_bytes, self.model, param)
         return await self._threads.run(len(text), lambda: self.encoding.encode_with_special(text, limit))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -295,7 +300,8 @@ class GenerationService:
         return generation
 
     def _render(self, request: ChatRequest) -> list[int]:
-        check_chat(request)
+        check_tools(request.tools)
+        check_date(request.current_date)
         return render(
             Conversation(
                 messages=request.messages,
@@ -320,7 +326,7 @@ class GenerationService:
             check_token_ids(ids, self.model, param)
         if not ids:
             raise InvalidRequest(f"{param} must have at least one token.", param)
-        self._check_prompt(len(ids), param)
+        check_prompt_tokens(len(ids), self.model, param)
         return ids
 
     def _echo_text(self, request: CompletionRequest, prompt_index: int, ids: tuple[int, ...]) -> str:
@@ -344,24 +350,14 @@ class GenerationService:
     ) -> SamplingParams:
         """Fills in what the client left open, so that engines need no defaults, and checks the
         length against the context."""
-        left = self.model.max_model_len - num_prompt_tokens
-        max_tokens = sampling.max_tokens
-        if max_tokens is None:
-            max_tokens = left if default_max_tokens is None else min(default_max_tokens, left)
-            if sampling.min_tokens > max_tokens:
-                raise InvalidRequest(
-                    f"min_tokens {sampling.min_tokens} is more than the {max_tokens} tokens to be generated.",
-                    "min_tokens",
-                )
-        elif max_tokens > left:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.model.max_model_len} tokens. However, you "
-                f"requested "
-                f"{num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} in the {prompt_param}, "
-                f"{max_tokens} in the completion). "
-                f"Please reduce the length of the {prompt_param} or {names.max_tokens}.",
-                names.max_tokens,
-            )
+        max_tokens = num_output_tokens(
+            sampling,
+            num_prompt_tokens,
+            self.model,
+            names=names,
+            prompt_param=prompt_param,
+            default=default_max_tokens,
+        )
         return replace(
             sampling,
             max_tokens=max_tokens,
@@ -370,27 +366,6 @@ class GenerationService:
             # With ignore_eos the engine heeds no stop token at all.
             stop_token_ids=tuple(dict.fromkeys((*self.encoding.stop_token_ids, *sampling.stop_token_ids))),
         )
-
-    def _check_prompt(self, num_tokens: int, param: str) -> None:
-        if num_tokens >= self.model.max_model_len:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.model.max_model_len} tokens. However, your "
-                f"{param} resulted in "
-                f"{num_tokens} tokens. Please reduce the length of the {param}.",
-                param,
-            )
-
-    def _check_chars(self, num_chars: int, param: str) -> None:
-        # A token stands for a bounded number of bytes, so very long texts are refused without being
-        # encoded.
-        least = num_chars // self.encoding.max_token_bytes
-        if least >= self.model.max_model_len:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.model.max_model_len} tokens. However, your "
-                f"{param} resulted in at least "
-                f"{least} tokens. Please reduce the length of the {param}.",
-                param,
-            )
 
     async def _accepting(self, replica: Replica) -> bool:
         try:

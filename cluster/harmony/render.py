@@ -13,12 +13,11 @@ from itertools import groupby
 
 from cluster.harmony.conversation import ChatMessage, Conversation, ToolCall, ToolDefinition
 from cluster.harmony.encoding import HarmonyEncoding
-from cluster.harmony.tools import check_schema, typescript_type
+from cluster.harmony.tools import typescript_type
 from workers.errors import ContextLengthExceeded, InvalidRequest
 
 CHANNELS = ("analysis", "commentary", "final")
 
-_TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 # Wider than the rule for declared tools: a name that the model made up comes back in the history
 # and must not end the chat.
 _CALLED_NAME = re.compile(r"[^\s<>|]{1,128}")
@@ -35,13 +34,12 @@ def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: in
             is encoded, or without encoding the rest; None: any length.
     Raises:
         ContextLengthExceeded: longer than max_tokens.
-        InvalidRequest: no messages; a tool, a schema or a name that cannot be used; a tool result
-            without its call, or a second one. `param` names the place as OpenAI's clients spell it,
-            such as `messages[3].tool_call_id`.
+        InvalidRequest: no messages; a name that cannot be used; a tool result without its call, or
+            a second one. `param` names the place as OpenAI's clients spell it, such as
+            `messages[3].tool_call_id`. Tools were checked by `cluster.generation.limits`.
     """
     if not conversation.messages:
         raise InvalidRequest("messages must have at least one message.", "messages")
-    _check_tools(conversation.tools)
     called = _match_results(conversation.messages)
     last_final = _last_final(conversation.messages)
     developer = _developer_text(conversation)
@@ -264,23 +262,6 @@ def _in_call_order(messages: tuple[ChatMessage, ...], called: dict[int, _Call]) 
     for is_result, run in groupby(range(len(messages)), key=lambda index: messages[index].role == "tool"):
         indices = list(run)
         yield from sorted(indices, key=lambda index: called[index].number) if is_result else indices
-
-
-def _check_tools(tools: tuple[ToolDefinition, ...]) -> None:
-    seen: set[str] = set()
-    for index, tool in enumerate(tools):
-        param = f"tools[{index}].function"
-        if not _TOOL_NAME.fullmatch(tool.name):
-            raise InvalidRequest(
-                f"{param}.name must have 1 to 64 characters out of a-z, A-Z, 0-9, _ and -.", f"{param}.name"
-            )
-        if tool.name in seen:
-            raise InvalidRequest(
-                f"{param}.name: there is already a tool with the name {tool.name!r}.", f"{param}.name"
-            )
-        seen.add(tool.name)
-        if tool.parameters is not None:
-            check_schema(tool.parameters, f"{param}.parameters")
 
 
 def _system_text(conversation: Conversation) -> str:

@@ -7,40 +7,14 @@ have no `//`; the first variant of a `oneOf` loses its own description where the
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
-
-from workers.errors import InvalidRequest
-
-MAX_NESTING = 128
-"""Objects and arrays inside each other: 64 levels of schemas, each inside its `properties`."""
-
-_LISTS = ("oneOf", "anyOf", "allOf")
-
-
-def check_schema(schema: object, param: str) -> None:
-    """Refuses what cannot be a schema of arguments, naming the broken part.
-
-    Args:
-        param: how the client calls `schema`, such as `tools[0].function.parameters`.
-    Raises:
-        InvalidRequest: not an object, a keyword has the wrong type, a value that JSON does not
-            have, or deeper than MAX_NESTING.
-    """
-    _check_nesting(schema, param)
-    if not isinstance(schema, Mapping):
-        raise InvalidRequest(
-            f"{param} must be a JSON schema of type object, not {_type_name(schema)}.", param
-        )
-    if schema.get("type", "object") != "object":
-        raise InvalidRequest(
-            f'{param}.type must be "object": the arguments of a function are an object.', f"{param}.type"
-        )
-    _check_keywords(schema, param)
 
 
 def typescript_type(schema: object, indent: str = "") -> str:
-    """The type of a checked schema. Linear in its size times its depth."""
+    """Return the type of a schema that is one, and not deep: `cluster.generation.limits` checks.
+
+    Linear in its size times its depth.
+    """
     if not isinstance(schema, Mapping):
         return "any"
     variants = _sequence(schema.get("oneOf"))
@@ -188,87 +162,9 @@ def _float_text(value: float) -> str:
     return f"{sign}{significant[0]}{tail}e{'+' if point > 0 else ''}{point - 1}"
 
 
-def _check_keywords(schema: Mapping[str, object], param: str) -> None:
-    properties = schema.get("properties", {})
-    if not isinstance(properties, Mapping):
-        raise InvalidRequest(
-            f"{param}.properties must be an object, not {_type_name(properties)}.", f"{param}.properties"
-        )
-    for name, value in properties.items():
-        _check_subschema(value, f"{param}.properties.{name}")
-    if "items" in schema and not isinstance(schema["items"], (list, tuple)):
-        _check_subschema(schema["items"], f"{param}.items")
-    for keyword in _LISTS:
-        if keyword in schema:
-            variants = _sequence(schema[keyword])
-            if variants is None:
-                raise InvalidRequest(
-                    f"{param}.{keyword} must be an array, not {_type_name(schema[keyword])}.",
-                    f"{param}.{keyword}",
-                )
-            for index, variant in enumerate(variants):
-                _check_subschema(variant, f"{param}.{keyword}[{index}]")
-    for keyword in ("required", "enum"):
-        if keyword in schema and _sequence(schema[keyword]) is None:
-            raise InvalidRequest(
-                f"{param}.{keyword} must be an array, not {_type_name(schema[keyword])}.",
-                f"{param}.{keyword}",
-            )
-    kind = schema.get("type", "object")
-    names = [kind] if isinstance(kind, str) else _sequence(kind)
-    if names is None or not all(isinstance(name, str) for name in names):
-        raise InvalidRequest(f"{param}.type must be a string or an array of strings.", f"{param}.type")
-
-
-def _check_subschema(schema: object, param: str) -> None:
-    if isinstance(schema, Mapping):
-        _check_keywords(schema, param)
-    elif not isinstance(schema, bool):
-        raise InvalidRequest(
-            f"{param} must be a JSON schema (an object, or true or false), not {_type_name(schema)}.", param
-        )
-
-
-def _check_nesting(value: object, param: str) -> None:
-    """Breadth first, so that no depth can exhaust the stack of the walks that follow."""
-    level: list[object] = [value]
-    for _ in range(MAX_NESTING + 1):
-        following: list[object] = []
-        for item in level:
-            if isinstance(item, Mapping):
-                if not all(isinstance(key, str) for key in item):
-                    raise InvalidRequest(f"{param} has an object with a key that is not a string.", param)
-                following += item.values()
-            elif isinstance(item, (list, tuple)):
-                following += item
-            elif isinstance(item, (int, float)) and not (abs(item) <= sys.float_info.max):
-                raise InvalidRequest(f"{param} has a number that is not finite or too large.", param)
-            elif not isinstance(item, (str, int, float, bool, type(None))):
-                raise InvalidRequest(f"{param} has a value that is not JSON.", param)
-        if not following:
-            return
-        level = following
-    raise InvalidRequest(f"{param} is nested deeper than {MAX_NESTING // 2} levels of schemas.", param)
-
-
 def _sequence(value: object) -> Sequence[object] | None:
     return value if isinstance(value, (list, tuple)) else None
 
 
 def _get(schema: object, key: str) -> object:
     return schema.get(key) if isinstance(schema, Mapping) else None
-
-
-def _type_name(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case str():
-            return "a string"
-        case int() | float():
-            return "a number"
-        case list() | tuple():
-            return "an array"
-    return "an object"

@@ -12,11 +12,12 @@ MAX_LOGPROBS = 20
 """Alternatives per token; OpenAI's and vLLM's limit."""
 MAX_LOGIT_BIAS = 100.0
 """Absolute value of a bias; OpenAI's limit."""
-MAX_STOP_TOKEN_IDS = 128
+MAX_STOP_TOKEN_IDS = 136
+"""A client's 128 and the model's own."""
 MAX_AUTOMATON_STATES = 4096
 MAX_SALT_CHARS = 256
 MAX_SEED = 2**64 - 1
-_MAX_COUNT = 2**31 - 1
+MAX_COUNT = 2**31 - 1
 
 
 def check_request(request: EngineRequest, vocab_size: int) -> None:
@@ -30,8 +31,8 @@ def check_request(request: EngineRequest, vocab_size: int) -> None:
         raise InvalidRequest("request_id must not be empty", "request_id")
     if not request.prompt_token_ids:
         raise InvalidRequest("the prompt must have at least one token", "prompt")
-    _check_ids(request.prompt_token_ids, "prompt", vocab_size)
-    _check_ids(request.output_token_ids, "output_token_ids", vocab_size)
+    check_ids(request.prompt_token_ids, "prompt", vocab_size)
+    check_ids(request.output_token_ids, "output_token_ids", vocab_size)
     check_sampling(request.sampling, vocab_size)
     if request.sampling.n != 1:
         raise InvalidRequest(
@@ -56,39 +57,38 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         InvalidRequest: with `param`.
     """
     if sampling.max_tokens is not None:
-        _check_integer("max_tokens", sampling.max_tokens, 1, _MAX_COUNT)
-    _check_number("temperature", sampling.temperature, 0.0, math.inf)
-    _check_number("top_p", sampling.top_p, 0.0, 1.0, low_open=True)
-    _check_integer("top_k", sampling.top_k, -1, _MAX_COUNT)
-    _check_number("min_p", sampling.min_p, 0.0, 1.0)
-    _check_number("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
-    _check_number("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
-    _check_number("repetition_penalty", sampling.repetition_penalty, 0.0, math.inf, low_open=True)
-    _check_ids([token_id for token_id, _ in sampling.logit_bias], "logit_bias", vocab_size)
+        check_integer("max_tokens", sampling.max_tokens, 1, MAX_COUNT)
+    check_number("temperature", sampling.temperature, 0.0, math.inf)
+    check_number("top_p", sampling.top_p, 0.0, 1.0, low_open=True)
+    check_integer("top_k", sampling.top_k, -1, MAX_COUNT)
+    check_number("min_p", sampling.min_p, 0.0, 1.0)
+    check_number("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
+    check_number("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
+    check_number("repetition_penalty", sampling.repetition_penalty, 0.0, math.inf, low_open=True)
+    check_ids([token_id for token_id, _ in sampling.logit_bias], "logit_bias", vocab_size)
     for _, bias in sampling.logit_bias:
-        _check_number("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        check_number("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
     if sampling.seed is not None:
-        _check_integer("seed", sampling.seed, 0, MAX_SEED)
+        check_integer("seed", sampling.seed, 0, MAX_SEED)
     if sampling.logprobs is not None:
-        _check_integer("logprobs", sampling.logprobs, 0, MAX_LOGPROBS)
+        check_integer("logprobs", sampling.logprobs, 0, MAX_LOGPROBS)
     if sampling.prompt_logprobs is not None:
-        _check_integer("prompt_logprobs", sampling.prompt_logprobs, 0, MAX_LOGPROBS)
+        check_integer("prompt_logprobs", sampling.prompt_logprobs, 0, MAX_LOGPROBS)
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(
             f"stop_token_ids has {len(sampling.stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are "
             f"allowed",
             "stop_token_ids",
         )
-    _check_ids(sampling.stop_token_ids, "stop_token_ids", vocab_size)
-    _check_integer("min_tokens", sampling.min_tokens, 0, _MAX_COUNT)
+    check_ids(sampling.stop_token_ids, "stop_token_ids", vocab_size)
+    check_integer("min_tokens", sampling.min_tokens, 0, MAX_COUNT)
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
         raise InvalidRequest(
             f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}", "min_tokens"
         )
-    _check_integer("n", sampling.n, 1, _MAX_COUNT)
 
 
-def _check_integer(param: str, value: int, low: int, high: int) -> None:
+def check_integer(param: str, value: int, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidRequest(f"{param} must be a whole number, got {value!r}", param)
     if not low <= value <= high:
@@ -96,7 +96,7 @@ def _check_integer(param: str, value: int, low: int, high: int) -> None:
         raise InvalidRequest(f"{param} must be {wanted}, got {value}", param)
 
 
-def _check_number(param: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
+def check_number(param: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise InvalidRequest(f"{param} must be a finite number, got {value!r}", param)
     if value < low or value > high or (low_open and value == low):
@@ -105,7 +105,7 @@ def _check_number(param: str, value: float, low: float, high: float, *, low_open
         raise InvalidRequest(f"{param} must be {wanted}, got {value:g}", param)
 
 
-def _check_ids(token_ids: Sequence[int], param: str, vocab_size: int) -> None:
+def check_ids(token_ids: Sequence[int], param: str, vocab_size: int) -> None:
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
         raise InvalidRequest(
@@ -127,9 +127,9 @@ def check_automaton(automaton: TokenAutomaton, vocab_size: int) -> None:
         )
     for index, state in enumerate(automaton.states):
         place = f"constraint.states[{index}]"
-        _check_ids(state.allowed or (), f"{place}.allowed", vocab_size)
-        _check_ids(state.forbidden, f"{place}.forbidden", vocab_size)
-        _check_ids([token_id for token_id, _ in state.transitions], f"{place}.transitions", vocab_size)
+        check_ids(state.allowed or (), f"{place}.allowed", vocab_size)
+        check_ids(state.forbidden, f"{place}.forbidden", vocab_size)
+        check_ids([token_id for token_id, _ in state.transitions], f"{place}.transitions", vocab_size)
         if (
             state.allowed is None
             and len(state.forbidden) >= vocab_size

@@ -102,39 +102,31 @@ class Scheduler:
         return bool(self._sequences)
 
     def check(self, request: EngineRequest) -> None:
-        """Refuse what could never run here. Reads only what does not change, so any thread may call
-        it.
+        """Refuse a request, which `workers.rpc.validate` let through, that the context here is too
+        short for. Reads only what does not change, so any thread may call it.
 
         Raises:
             ContextLengthExceeded: prompt, or prompt and max_tokens, do not fit into max_model_len.
-            InvalidRequest: there is no prompt, or max_tokens, min_tokens, n or output_token_ids
-                make no sense.
+            InvalidRequest: min_tokens or output_token_ids are more than may be generated.
         """
         sampling = request.sampling
         num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
         limit = self._max_model_len
-        if num_prompt == 0:
-            raise InvalidRequest("the prompt is empty; give at least one token", "prompt_token_ids")
         if num_prompt >= limit:
             raise ContextLengthExceeded(
                 f"the prompt has {num_prompt} tokens, which leaves no room for output in the context of "
                 f"{limit}; shorten it",
                 "prompt_token_ids",
             )
-        if sampling.max_tokens is not None:
-            if sampling.max_tokens < 1:
-                raise InvalidRequest(
-                    f"max_tokens must be at least 1, got {sampling.max_tokens}", "max_tokens"
-                )
-            if num_prompt + sampling.max_tokens > limit:
-                raise ContextLengthExceeded(
-                    f"the prompt of {num_prompt} tokens and max_tokens {sampling.max_tokens} together "
-                    f"exceed the context of {limit}; "
-                    f"shorten the prompt or set max_tokens to at most {limit - num_prompt}",
-                    "max_tokens",
-                )
+        if sampling.max_tokens is not None and num_prompt + sampling.max_tokens > limit:
+            raise ContextLengthExceeded(
+                f"the prompt of {num_prompt} tokens and max_tokens {sampling.max_tokens} together "
+                f"exceed the context of {limit}; "
+                f"shorten the prompt or set max_tokens to at most {limit - num_prompt}",
+                "max_tokens",
+            )
         max_output = limit - num_prompt if sampling.max_tokens is None else sampling.max_tokens
-        if not 0 <= sampling.min_tokens <= max_output:
+        if sampling.min_tokens > max_output:
             raise InvalidRequest(
                 f"min_tokens must be from 0 to the {max_output} tokens that may be generated, got "
                 f"{sampling.min_tokens}",
@@ -144,10 +136,6 @@ class Scheduler:
             raise InvalidRequest(
                 f"output_token_ids has {num_output} tokens, but at most {max_output} may be generated",
                 "output_token_ids",
-            )
-        if sampling.n != 1:
-            raise InvalidRequest(
-                f"n must be 1 in the engine, got {sampling.n}; send one request for each choice", "n"
             )
 
     def add(self, sequence: Sequence) -> SequenceUpdate | None:
@@ -186,10 +174,6 @@ class Scheduler:
         if sequence is None:
             return None
         return self._end(sequence, "abort", reason)
-
-    def fail_all(self, error: str) -> list[SequenceUpdate]:
-        """End every sequence because the engine cannot go on; in order of arrival."""
-        return [self._end(sequence, "error", error) for sequence in list(self._sequences.values())]
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None if no sequence can compute anything now."""
@@ -304,8 +288,7 @@ class Scheduler:
         order.
 
         Raises:
-            ValueError: the result does not answer that plan, or is an error (after which the engine
-                calls `fail_all`).
+            ValueError: the result does not answer that plan, or is an error.
         """
         if result.error is not None:
             raise ValueError(f"step {result.step} failed: {result.error}")

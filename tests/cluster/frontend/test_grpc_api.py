@@ -313,6 +313,19 @@ async def test_api_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+async def test_a_schema_with_a_number_that_json_does_not_have(gateway: Gateway, number: float) -> None:
+    tool = pb.Tool(name="g")
+    tool.parameters.update({"type": "object", "properties": {"a": {"enum": [1, number]}}})
+    request = pb.ChatRequest(messages=[HELLO], tools=[pb.Tool(name="f"), tool])
+    async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await inference_pb2_grpc.InferenceStub(channel).Chat(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    sentence = "tools[1].function.parameters has a number that is not finite or too large."
+    assert caught.value.details() == sentence
+
+
 def message_of_bad_utf8() -> bytes:
     return (
         pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="abc")])

@@ -151,7 +151,6 @@ def test_info_and_load_survive_the_wire() -> None:
         ({"stop_token_ids": tuple(range(MAX_STOP_TOKEN_IDS + 1))}, "stop_token_ids"),
         ({"min_tokens": -1}, "min_tokens"),
         ({"min_tokens": 17, "max_tokens": 16}, "min_tokens"),
-        ({"n": 0}, "n"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -170,6 +169,8 @@ def test_sampling_outside_its_range_names_the_field(change: dict[str, object], p
         ({"prompt_token_ids": (1, -1)}, "prompt"),
         ({"output_token_ids": (VOCAB,)}, "output_token_ids"),
         ({"sampling": SamplingParams(n=2)}, "n"),
+        ({"sampling": SamplingParams(n=0)}, "n"),
+        ({"sampling": SamplingParams(max_tokens=-1)}, "max_tokens"),
         ({"deadline_s": 0.0}, "deadline_s"),
         ({"deadline_s": math.nan}, "deadline_s"),
         ({"cache_salt": ""}, "cache_salt"),

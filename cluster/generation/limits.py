@@ -1,0 +1,259 @@
+"""What a client may ask for: the one place where a gateway checks ranges, counts and lengths.
+
+Types and structure are checked by the front ends, the order and names of messages by the renderer.
+Engines check again what would harm them (`workers.rpc.validate`); what passes here passes there.
+Fields are named in errors as the HTTP API spells them.
+"""
+
+import datetime
+import math
+import re
+from collections.abc import Sequence
+
+from cluster.generation.json_schema import SchemaCheck
+from cluster.generation.requests import FieldNames
+from cluster.generation.settings import ModelInfo
+from cluster.harmony.conversation import ToolDefinition
+from workers.errors import ContextLengthExceeded, InvalidRequest
+from workers.request import SamplingParams
+from workers.rpc.validate import (
+    MAX_COUNT,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    check_ids,
+    check_integer,
+    check_number,
+)
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_TOOLS = 1024
+MAX_TEMPERATURE = 2.0
+REPETITION_PENALTY_RANGE = (0.01, 100.0)
+
+_SEED_BITS = 64
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
+
+def check_num_messages(count: int, limit: int) -> None:
+    """Refuse a chat before its messages are looked at one by one. The code is that of a prompt that
+    is too long, which clients shorten.
+
+    Args:
+        count: messages, with the parts and calls in them.
+    Raises:
+        ContextLengthExceeded: more than `limit`.
+    """
+    if count > limit:
+        raise ContextLengthExceeded(
+            f"messages has {count} entries, with the parts and calls in them; this server takes {limit} "
+            f"(gateway.max_messages). "
+            "Please reduce the number of messages.",
+            "messages",
+        )
+
+
+def check_tools(tools: Sequence[ToolDefinition]) -> None:
+    """Refuse tools that cannot be shown to the model, or called by it.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequest(f"tools has {len(tools)} entries, at most {MAX_TOOLS} are allowed.", "tools")
+    schemas = SchemaCheck()
+    names: set[str] = set()
+    for index, tool in enumerate(tools):
+        param = f"tools[{index}].function"
+        if not _TOOL_NAME.fullmatch(tool.name):
+            raise InvalidRequest(
+                f"{param}.name must have 1 to 64 characters out of a-z, A-Z, 0-9, _ and -.", f"{param}.name"
+            )
+        if tool.name in names:
+            raise InvalidRequest(
+                f"{param}.name: there is already a tool with the name {tool.name!r}.", f"{param}.name"
+            )
+        names.add(tool.name)
+        problem = None if tool.parameters is None else schemas.problem(tool.parameters)
+        if problem:
+            raise InvalidRequest(f"{param}.parameters {problem}.", f"{param}.parameters")
+
+
+def check_date(date: str | None) -> None:
+    """Refuse a conversation's date that is none.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
+    if date is None:
+        return
+    try:
+        datetime.date.fromisoformat(date)
+    except ValueError:
+        raise InvalidRequest(
+            "current_date must be a date written YYYY-MM-DD.", "chat_template_kwargs.current_date"
+        ) from None
+
+
+def check_sampling(
+    sampling: SamplingParams, model: ModelInfo, names: FieldNames, *, num_prompts: int = 1
+) -> None:
+    """Refuse sampling parameters outside their ranges. `max_tokens` is checked against the context
+    by `num_output_tokens`.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
+    if sampling.max_tokens is not None and sampling.max_tokens < 1:
+        raise InvalidRequest(
+            f"{names.max_tokens} must be at least 1, got {sampling.max_tokens}.", names.max_tokens
+        )
+    if sampling.logprobs is not None:
+        _check_span(names.logprobs, sampling.logprobs, 0, MAX_LOGPROBS)
+    _check_num_choices(sampling.n, num_prompts)
+    if sampling.temperature > MAX_TEMPERATURE:
+        _check_span("temperature", sampling.temperature, 0, MAX_TEMPERATURE)
+    _check_span("repetition_penalty", sampling.repetition_penalty, *REPETITION_PENALTY_RANGE)
+    if sampling.seed is not None and not -(2 ** (_SEED_BITS - 1)) <= sampling.seed < 2**_SEED_BITS:
+        raise InvalidRequest(f"seed must fit in {_SEED_BITS} bits, got {sampling.seed}.", "seed")
+    if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens {sampling.min_tokens} is more than {names.max_tokens} {sampling.max_tokens}.",
+            "min_tokens",
+        )
+    check_number("temperature", sampling.temperature, 0.0, math.inf)
+    check_number("top_p", sampling.top_p, 0.0, 1.0, low_open=True)
+    check_integer("top_k", sampling.top_k, -1, MAX_COUNT)
+    check_number("min_p", sampling.min_p, 0.0, 1.0)
+    check_number("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
+    check_number("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
+    check_ids([token_id for token_id, _ in sampling.logit_bias], "logit_bias", model.vocab_size)
+    for _, bias in sampling.logit_bias:
+        check_number("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(
+            f"stop_token_ids has {len(sampling.stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are "
+            f"allowed",
+            "stop_token_ids",
+        )
+    check_ids(sampling.stop_token_ids, "stop_token_ids", model.vocab_size)
+    check_integer("min_tokens", sampling.min_tokens, 0, MAX_COUNT)
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Refuse stop strings that are too many, too long or empty.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
+    if len(stop) > MAX_STOP_STRINGS:
+        raise InvalidRequest(f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed.", "stop")
+    for index, text in enumerate(stop):
+        if not 1 <= len(text) <= MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"stop[{index}] must be 1 to {MAX_STOP_CHARS} characters, got {len(text)}.", f"stop[{index}]"
+            )
+
+
+def check_token_ids(ids: Sequence[int], model: ModelInfo, param: str) -> None:
+    """Refuse ids that the model does not have.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
+    if ids and not (min(ids) >= 0 and max(ids) < model.vocab_size):
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < model.vocab_size)
+        raise InvalidRequest(
+            f"{param} has token id {wrong}; this model's ids are 0 to {model.vocab_size - 1}.", param
+        )
+
+
+def check_prompt_chars(num_chars: int, max_token_bytes: int, model: ModelInfo, param: str) -> None:
+    """Refuse a text that cannot fit into the context whatever its tokens are, before it is encoded.
+
+    Args:
+        max_token_bytes: bytes of the longest token.
+    Raises:
+        ContextLengthExceeded: with `param`.
+    """
+    least = num_chars // max_token_bytes
+    if least >= model.max_model_len:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {model.max_model_len} tokens. However, your "
+            f"{param} resulted in at least "
+            f"{least} tokens. Please reduce the length of the {param}.",
+            param,
+        )
+
+
+def check_prompt_tokens(num_tokens: int, model: ModelInfo, param: str) -> None:
+    """Refuse a prompt that leaves no room for an answer in the context.
+
+    Raises:
+        ContextLengthExceeded: with `param`.
+    """
+    if num_tokens >= model.max_model_len:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {model.max_model_len} tokens. However, your "
+            f"{param} resulted in "
+            f"{num_tokens} tokens. Please reduce the length of the {param}.",
+            param,
+        )
+
+
+def num_output_tokens(
+    sampling: SamplingParams,
+    num_prompt_tokens: int,
+    model: ModelInfo,
+    *,
+    names: FieldNames,
+    prompt_param: str,
+    default: int | None,
+) -> int:
+    """Return how many tokens may be generated: as many as asked for, which must fit into the
+    context after the prompt.
+
+    Args:
+        default: where the client does not say; None: what the context leaves.
+    Raises:
+        ContextLengthExceeded: prompt and `max_tokens` together exceed the context.
+        InvalidRequest: `min_tokens` is more than that.
+    """
+    left = model.max_model_len - num_prompt_tokens
+    if sampling.max_tokens is None:
+        max_tokens = left if default is None else min(default, left)
+        if sampling.min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens {sampling.min_tokens} is more than the {max_tokens} tokens to be generated.",
+                "min_tokens",
+            )
+        return max_tokens
+    if sampling.max_tokens > left:
+        num_tokens = num_prompt_tokens + sampling.max_tokens
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {model.max_model_len} tokens. However, you "
+            f"requested {num_tokens} tokens ({num_prompt_tokens} in the {prompt_param}, "
+            f"{sampling.max_tokens} in the completion). "
+            f"Please reduce the length of the {prompt_param} or {names.max_tokens}.",
+            names.max_tokens,
+        )
+    return sampling.max_tokens
+
+
+def _check_num_choices(n: int, num_prompts: int) -> None:
+    if num_prompts > MAX_CHOICES:
+        raise InvalidRequest(
+            f"prompt has {num_prompts} entries, at most {MAX_CHOICES} are allowed; send several requests.",
+            "prompt",
+        )
+    if not 1 <= n * num_prompts <= MAX_CHOICES:
+        each = "n" if num_prompts == 1 else f"n times the {num_prompts} prompts"
+        raise InvalidRequest(f"{each} must be 1 to {MAX_CHOICES}, got {n * num_prompts}.", "n")
+
+
+def _check_span(param: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        got = value if isinstance(value, int) else f"{value:g}"
+        raise InvalidRequest(f"{param} must be {low:g} to {high:g}, got {got}.", param)
