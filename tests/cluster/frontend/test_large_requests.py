@@ -2,6 +2,7 @@
 on beside the event loop."""
 
 import asyncio
+import json
 import threading
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from cluster.config import GatewayConfig
 from cluster.frontend import body, chat
 from cluster.generation import GenerationService
-from cluster.generation.threads import LARGE_CHARS
+from cluster.generation.threads import INLINE_CHARS, LARGE_CHARS
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
@@ -169,6 +170,38 @@ async def test_many_messages_are_read_and_rendered_beside_the_loop(
     await post(gateway, {"messages": [{"role": "user", "content": ""}] * 5000})
     assert set(seen) == {"convert", "render"}
     assert threading.main_thread() not in seen.values()
+
+
+@pytest.mark.parametrize("where", ["content", "reasoning", "arguments", "description", "schema"])
+async def test_each_long_text_is_rendered_beside_the_loop(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """One that alone makes the request larger than what the loop renders itself."""
+    text = "x" * (INLINE_CHARS + 1)
+    chats: dict[str, list[dict[str, Any]]] = {
+        "content": [{"role": "user", "content": text}],
+        "reasoning": [{"role": "assistant", "content": "x", "reasoning": text}, USER],
+        "arguments": [USER, call(json.dumps({"a": text})), {"role": "tool", "content": "1"}],
+    }
+    tools = {
+        "description": tool(description=text),
+        "schema": tool(parameters={"type": "object", "description": text}),
+    }
+    seen: list[threading.Thread] = []
+    render = GenerationService._render
+
+    def spied(self: GenerationService, request: Any) -> list[int]:
+        seen.append(threading.current_thread())
+        return render(self, request)
+
+    monkeypatch.setattr(GenerationService, "_render", spied)
+    gateway.service.set_model(replace(gateway.service.model, max_model_len=10**6))
+    content: dict[str, Any] = {"messages": chats.get(where, [USER])}
+    if where in tools:
+        content["tools"] = [tools[where]]
+    await post(gateway, content)
+    assert len(seen) == 1
+    assert seen[0] is not threading.main_thread()
 
 
 async def test_messages_have_a_largest_number(

@@ -19,6 +19,7 @@ import msgpack
 import pytest
 import torch
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from tests.support.processes import marked, new_mark, none_left
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
@@ -419,17 +420,30 @@ def test_more_gpus_than_there_are_are_refused(checkpoint: Path) -> None:
     )
 
 
+def decided(monitor: "zmq.Socket[bytes]") -> zmq.Event:
+    """Wait until the peer of the monitored socket has let it in or has refused it."""
+    assert monitor.poll(int(WAIT_S * 1000)), "the handshake is not decided"
+    return zmq.Event(recv_monitor_message(monitor)["event"])
+
+
 def test_strangers_can_neither_send_nor_take_messages() -> None:
     channel = EngineChannel(1, host="127.0.0.1")
     endpoints = channel.endpoints(0)
     assert endpoints.server_key is not None
     context, rank = zmq.Context(), RankChannel(endpoints)
     strangers: list[zmq.Socket[bytes]] = []
+    monitors: list[zmq.Socket[bytes]] = []
+    refused = (
+        zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+        | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+        | zmq.Event.HANDSHAKE_FAILED_AUTH
+    )
     # One without keys, and one that knows the engine's public key only.
     for keys in (None, zmq.curve_keypair()):
         for kind, address in ((zmq.PUSH, endpoints.results), (zmq.PULL, endpoints.plans)):
             socket = context.socket(kind)
             strangers.append(socket)
+            monitors.append(socket.get_monitor_socket(zmq.Event.HANDSHAKE_SUCCEEDED | refused))
             if keys is not None:
                 socket.curve_serverkey = endpoints.server_key.encode()
                 socket.curve_publickey, socket.curve_secretkey = keys
@@ -437,6 +451,8 @@ def test_strangers_can_neither_send_nor_take_messages() -> None:
             if kind == zmq.PUSH:
                 socket.send_multipart([wire.RESULT, b"forged"])
     try:
+        for monitor in monitors:
+            assert decided(monitor) in refused
         rank.send(wire.HELLO, b"from the rank")
         assert channel.receive(20) == (wire.HELLO, b"from the rank")
         sent = [str(number).encode() for number in range(20)]
@@ -448,9 +464,7 @@ def test_strangers_can_neither_send_nor_take_messages() -> None:
         assert channel.receive(0) is None
         assert not any(socket.poll(0) for socket in strangers if socket.type == zmq.PULL)
     finally:
-        for socket in strangers:
-            socket.close(0)
-        context.term()
+        context.destroy(linger=0)
         rank.close(0)
         channel.close()
 

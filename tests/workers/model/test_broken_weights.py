@@ -207,6 +207,20 @@ def test_logits_that_are_all_the_same_are_refused(folder: Path) -> None:
         start(folder)
 
 
+def test_logits_that_are_all_the_same_after_one_token_are_refused(folder: Path) -> None:
+    """Without biases, a first token whose embedding is zero has only zeros in each layer."""
+
+    def zero(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("bias"):
+                tensor.zero_()
+        tensors["model.embed_tokens.weight"][0].zero_()
+
+    change(folder, zero)
+    with pytest.raises(CheckpointError, match="is the same for every token of the vocabulary"):
+        start(folder)
+
+
 @pytest.mark.parametrize(("scale", "refused"), [(252, False), (253, True), (254, True), (255, True)])
 def test_a_scale_that_makes_values_infinite_is_refused(folder: Path, scale: int, refused: bool) -> None:
     change(folder, lambda tensors: tensors[SCALES][3, 7].fill_(scale))
