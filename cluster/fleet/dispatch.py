@@ -19,7 +19,7 @@ from workers.errors import (
     NoReplica,
     Overloaded,
 )
-from workers.kv_cache.prefix_cache import block_hashes, hash_block, pack_tokens
+from workers.kv_cache.prefix_cache import block_hashes, hash_block, hash_root, pack_tokens
 from workers.request import EngineOutput, EngineRequest
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Dispatcher:
         """
         hint = self._hint(request)
         tries = _Tries(self._clock)
-        num_cached = 0
+        num_cached = num_prompt_logprobs = 0
         tokens: list[int] = []
         while True:
             try:
@@ -88,13 +88,17 @@ class Dispatcher:
                 continue
             try:
                 attempt = replace(request, output_token_ids=(*request.output_token_ids, *tokens))
-                num_before = len(tokens)
+                num_before, num_again = len(tokens), num_prompt_logprobs
                 async with aclosing(self._run(replica, attempt, deadline)) as outputs:
                     async for output in outputs:
                         tokens += output.token_ids
                         # Hits in the second replica's cache do not count for the original prompt.
                         num_cached = num_cached or (0 if num_before else output.num_cached_tokens)
-                        yield replace(output, num_cached_tokens=num_cached)
+                        # A resumed sequence reports its prompt's log-probabilities again.
+                        prompt_logprobs = output.prompt_logprobs[num_again:]
+                        num_again = max(num_again - len(output.prompt_logprobs), 0)
+                        num_prompt_logprobs += len(prompt_logprobs)
+                        yield replace(output, num_cached_tokens=num_cached, prompt_logprobs=prompt_logprobs)
                 return
             except CantataError as error:
                 if isinstance(error, EngineDead):
@@ -109,9 +113,11 @@ class Dispatcher:
         if len(self._replicas.known()) < 2:
             return RoutingHint(request.request_id)
         ids = request.prompt_token_ids
-        hashes = block_hashes(ids[: _MAX_HASHED_BLOCKS * BLOCK_SIZE], BLOCK_SIZE)
+        root = hash_root(request.adapter, request.cache_salt)
+        hashes = block_hashes(ids[: _MAX_HASHED_BLOCKS * BLOCK_SIZE], BLOCK_SIZE, root)
         rest = ids[len(hashes) * BLOCK_SIZE :]
-        tail = hash_block(hashes[-1] if hashes else b"", pack_tokens(rest)) if len(rest) < BLOCK_SIZE else b""
+        parent = hashes[-1] if hashes else root
+        tail = hash_block(parent, pack_tokens(rest)) if len(rest) < BLOCK_SIZE else b""
         return RoutingHint(request.request_id, hashes, tail)
 
     def _count(

@@ -30,9 +30,14 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     token_ids = _choose(_with_rows(reference.modify(raw, batch)), batch)
     if batch.logprob_rows is None:
         return SampleOutput(token_ids)
-    if batch.num_top_logprobs > MAX_TOP_LOGPROBS:
-        return reference.logprobs(raw, token_ids, batch.logprob_rows, batch.num_top_logprobs)
-    return _logprobs(_with_rows(raw), token_ids, batch.logprob_rows, batch.num_top_logprobs)
+    return logprobs(raw, token_ids, batch.logprob_rows, batch.num_top_logprobs)
+
+
+def logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> SampleOutput:
+    """Do what `kernels.sampling.reference.logprobs` does, of fp32 logits."""
+    if num_top > MAX_TOP_LOGPROBS:
+        return reference.logprobs(logits, token_ids, rows, num_top)
+    return _logprobs(_with_rows(logits), token_ids, rows, num_top)
 
 
 def _with_rows(logits: Tensor) -> Tensor:

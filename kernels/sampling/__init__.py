@@ -19,6 +19,7 @@ __all__ = [
     "philox4x32",
     "philox_words",
     "sample",
+    "score",
     "uniform",
     "warm_up",
 ]
@@ -38,6 +39,24 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
         return device.sample(logits, batch)
     run = cpu.sample if cpu.can_run(logits) else reference.sample
     return run(logits, batch)
+
+
+def score(logits: Tensor, token_ids: Tensor, num_top: int) -> SampleOutput:
+    """Return the log probabilities of given tokens, one for each row, and of the most likely ones.
+
+    Args:
+        logits: [S, V] float.
+        token_ids: [S] int64.
+        num_top: alternatives reported for each row, at most V.
+    """
+    reference.check_logits(logits)
+    rows = torch.arange(len(logits), device=logits.device)
+    if runs_triton(logits):
+        from kernels.sampling.logprobs import logprobs
+
+        return logprobs(logits, token_ids, rows, num_top)
+    run = cpu.logprobs if cpu.can_run(logits) else reference.logprobs
+    return run(logits.float(), token_ids, rows, num_top)
 
 
 def warm_up(vocab_size: int, device: torch.device) -> None:

@@ -22,6 +22,7 @@ from kernels.sampling import (
     logprobs,
     modify,
     sample,
+    score,
     warm_up,
 )
 from kernels.sampling import reference as sampling_reference
@@ -220,6 +221,14 @@ def test_wide_strides_bf16_and_no_rows() -> None:
     none_wanted = sample(wide, SamplingBatch(logprob_rows=ints(), num_top_logprobs=4))
     assert none_wanted.top_ids is not None
     assert none_wanted.top_ids.shape == (0, 4)
+
+
+def test_scores_of_given_tokens() -> None:
+    logits, tokens = random_logits(3, 90), ints(0, 89, 5)
+    expected = sampling_reference.logprobs(logits, tokens, torch.arange(3), 2)
+    with recorded_launches() as launches:
+        assert_same(score(logits, tokens, 2), expected)
+    assert launches == ["chunk_logprobs_kernel", "logprobs_kernel"]
 
 
 @pytest.mark.parametrize(

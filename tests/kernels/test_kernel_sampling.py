@@ -20,6 +20,7 @@ from kernels.sampling import (
     philox4x32,
     philox_words,
     sample,
+    score,
     uniform,
 )
 from kernels.sampling import reference as sampling_reference
@@ -441,6 +442,23 @@ def test_logprobs_are_of_the_raw_logits(vocab: int) -> None:
         assert found.top_ids[index].tolist() == order
         assert found.top_logprobs[index].tolist() == pytest.approx(logprobs[order].tolist(), abs=1e-5)
         assert float(found.logprobs[index]) == pytest.approx(logprobs[int(found.token_ids[row])], abs=1e-5)
+
+
+@pytest.mark.parametrize("num_top", [0, 3])
+def test_scores_are_the_log_probabilities_of_given_tokens(num_top: int) -> None:
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(2))
+    tokens = ints(3, 49, 0, 7, 7, 20)
+    found = score(logits, tokens, num_top)
+    expected = logits.double().log_softmax(-1)
+    assert found.logprobs is not None
+    assert found.top_ids is not None
+    assert found.top_logprobs is not None
+    assert found.token_ids.tolist() == tokens.tolist()
+    wanted = expected.gather(1, tokens[:, None])[:, 0].float()
+    torch.testing.assert_close(found.logprobs, wanted, rtol=0, atol=1e-5)
+    top = expected.topk(num_top)
+    assert torch.equal(found.top_ids, top.indices)
+    torch.testing.assert_close(found.top_logprobs, top.values.float(), rtol=0, atol=1e-5)
 
 
 def test_no_alternatives_and_no_logprobs() -> None:

@@ -114,8 +114,10 @@ class FakeExecutor:
                 sampled[seq_id] = (tokens[-1] + 1) % VOCAB
                 tokens.append(sampled[seq_id])
         logprobs = {
-            seq_id: TokenLogprobs(
-                -float(token), tuple((rank, -float(rank)) for rank in range(self._logprobs[seq_id]))
+            seq_id: (
+                TokenLogprobs(
+                    -float(token), tuple((rank, -float(rank)) for rank in range(self._logprobs[seq_id]))
+                ),
             )
             for seq_id, token in sampled.items()
             if seq_id in self._logprobs

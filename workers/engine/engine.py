@@ -331,8 +331,10 @@ class StepLoop:
             return
         stream = live.stream
         self._touched[update.seq_id] = stream
-        if update.token_id is not None:
-            stream.push(update.token_id, update.logprobs, update.num_cached_tokens)
+        if update.prompt_logprobs:
+            stream.push_prompt(update.prompt_logprobs)
+        if update.token_ids:
+            stream.push(update.token_ids, update.logprobs, update.num_cached_tokens)
         if update.finish_reason is not None:
             self._end(
                 stream,

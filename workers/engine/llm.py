@@ -66,12 +66,18 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A prompt and its answers; `prompt` is None if token ids were given."""
+    """A prompt and its answers; `prompt` is None if token ids were given.
+
+    Attributes:
+        prompt_logprobs: one for each prompt token, if requested; None for the first, which follows
+            no token.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: list[CompletionOutput]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -84,6 +90,7 @@ class _Choice:
     wanted_stops: tuple[int, ...]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
 
 
 class LLM:
@@ -214,8 +221,14 @@ class LLM:
             for choice in self._choices(index, f"{first + index}", ids[index], params[index])
         ]
         finished = self._run(choices, use_tqdm)
+        prompt_logprobs = {
+            choice.prompt_index: tuple(choice.prompt_logprobs)
+            for choice in choices
+            if choice.request.sampling.prompt_logprobs is not None
+        }
         results = [
-            RequestOutput(f"{first + index}", texts[index], ids[index], []) for index in range(len(ids))
+            RequestOutput(f"{first + index}", texts[index], ids[index], [], prompt_logprobs.get(index))
+            for index in range(len(ids))
         ]
         for choice, output in zip(choices, finished, strict=True):
             results[choice.prompt_index].outputs.append(output)
@@ -276,7 +289,14 @@ class LLM:
                 EngineRequest(
                     f"{request_id}-{index}",
                     prompt,
-                    replace(sampling, n=1, seed=(seed + index) & MAX_SEED, stop_token_ids=stops),
+                    replace(
+                        sampling,
+                        n=1,
+                        seed=(seed + index) & MAX_SEED,
+                        stop_token_ids=stops,
+                        # Once for all answers.
+                        prompt_logprobs=sampling.prompt_logprobs if index == 0 else None,
+                    ),
                 ),
                 sampling.stop_token_ids,
             )
@@ -299,6 +319,7 @@ class LLM:
                 choice = by_seq_id[stream.seq_id]
                 choice.token_ids += output.token_ids
                 choice.logprobs += output.logprobs
+                choice.prompt_logprobs += output.prompt_logprobs
                 num_tokens += len(output.token_ids)
                 if output.finish_reason in ("abort", "error"):
                     raise stream.failure or EngineDead(output.error or "the engine stopped")

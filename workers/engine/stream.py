@@ -15,6 +15,9 @@ from typing import Protocol
 from workers.errors import CantataError
 from workers.request import EngineOutput, FinishReason, TokenLogprobs
 
+MAX_PROMPT_LOGPROBS = 8192
+"""Entries of one output; with 20 alternatives each they take 3 MB of a message."""
+
 
 class Notifier(Protocol):
     """Wakes the readers of streams. Called on the engine's thread; must not block."""
@@ -40,6 +43,7 @@ class OutputStream:
         self._lock = threading.Lock()
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
         self._num_cached_tokens = 0
         self._terminal: EngineOutput | None = None
         self._taken = False
@@ -49,15 +53,23 @@ class OutputStream:
         """Whether the last output has been produced; the reader may not have taken it yet."""
         return self._terminal is not None
 
-    def push(self, token_id: int, logprobs: TokenLogprobs | None, num_cached_tokens: int) -> None:
-        """Add a token (engine side); ignored after the end."""
+    def push(
+        self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], num_cached_tokens: int
+    ) -> None:
+        """Add tokens (engine side); ignored after the end."""
         with self._lock:
             if self._terminal is not None:
                 return
-            self._token_ids.append(token_id)
+            self._token_ids += token_ids
             self._num_cached_tokens = num_cached_tokens
-            if logprobs is not None:
-                self._logprobs.append(logprobs)
+            if logprobs:
+                self._logprobs += logprobs
+
+    def push_prompt(self, logprobs: tuple[TokenLogprobs, ...]) -> None:
+        """Add log-probabilities of prompt tokens (engine side); ignored after the end."""
+        with self._lock:
+            if self._terminal is None:
+                self._prompt_logprobs += logprobs
 
     def end(
         self,
@@ -81,8 +93,12 @@ class OutputStream:
         finish reason."""
         with self._lock:
             terminal = self._terminal
-            if self._taken or (terminal is None and not self._token_ids):
+            if self._taken or not (terminal or self._token_ids or self._prompt_logprobs):
                 return None
+            prompt_logprobs = tuple(self._prompt_logprobs[:MAX_PROMPT_LOGPROBS])
+            del self._prompt_logprobs[:MAX_PROMPT_LOGPROBS]
+            if self._prompt_logprobs:  # the rest first
+                return EngineOutput(prompt_logprobs=prompt_logprobs)
             output = EngineOutput(
                 token_ids=tuple(self._token_ids),
                 logprobs=tuple(self._logprobs),
@@ -90,6 +106,7 @@ class OutputStream:
                 stop_token_id=terminal.stop_token_id if terminal else None,
                 num_cached_tokens=self._num_cached_tokens,
                 error=terminal.error if terminal else None,
+                prompt_logprobs=prompt_logprobs,
             )
             self._token_ids.clear()
             self._logprobs.clear()
@@ -152,9 +169,7 @@ class ThreadReader:
         unfinished = {stream.seq_id for stream in streams}
         while unfinished:
             for stream in self._ready.get():
-                output = stream.take()
-                if output is None or stream.seq_id not in unfinished:
-                    continue
-                if output.finish_reason is not None:
-                    unfinished.remove(stream.seq_id)
-                yield stream, output
+                while stream.seq_id in unfinished and (output := stream.take()) is not None:
+                    if output.finish_reason is not None:
+                        unfinished.remove(stream.seq_id)
+                    yield stream, output

@@ -36,6 +36,8 @@ def sliding_blocks_per_sequence(window: int, num_tokens: int) -> int:
 class SequenceBlocks:
     """One sequence's part of the KV cache; changed by the manager only.
 
+    Args:
+        root: `hash_root` of the request.
     Attributes:
         full, sliding: block tables.
         capacity: positions from 0 that have blocks.
@@ -50,12 +52,14 @@ class SequenceBlocks:
         "keys",
         "num_committed",
         "parent",
+        "root",
         "sliding",
         "wanted_free",
         "wanted_key",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, root: bytes = b"") -> None:
+        self.root = root
         self.full: list[int] = []
         self.sliding: list[int] = []
         self.capacity = 0
@@ -128,13 +132,17 @@ class KVCacheManager:
             or sliding_blocks_per_sequence(self.window, num_tokens) <= self._sliding.capacity
         )
 
-    def admit(self, blocks: SequenceBlocks, token_ids: Sequence[int]) -> int | None:
+    def admit(
+        self, blocks: SequenceBlocks, token_ids: Sequence[int], max_cached: int | None = None
+    ) -> int | None:
         """Give a sequence without blocks those of its longest cached prefix, if there is room to go
         on behind it.
 
         Room is: the full group could take all of `token_ids` now, and the sliding group what the
         sequence needs to advance. Nothing beyond the prefix is taken yet: `grow` does.
 
+        Args:
+            max_cached: tokens that may be taken from the cache; None: all there are.
         Returns:
             Tokens found, always less than all; None if there is no room, then nothing is taken.
         """
@@ -144,9 +152,11 @@ class KVCacheManager:
         ):
             return None
         chain: list[CachedPrefix] = []
+        root = self._cache.root(blocks.root)
         if self.prefix_caching:
-            extend_hashes(blocks.keys, token_ids)
-            chain = self._cache.lookup(blocks.keys, token_ids)
+            extend_hashes(blocks.keys, token_ids, root=blocks.root)
+            max_blocks = None if max_cached is None else max_cached // BLOCK_SIZE
+            chain = self._cache.lookup(root, blocks.keys, token_ids, max_blocks)
         length = len(chain)
         first_sliding = (
             first_visible_block(length * BLOCK_SIZE, self.window) if self.window is not None else 0
@@ -169,7 +179,7 @@ class KVCacheManager:
         blocks.first_sliding = first_sliding
         blocks.capacity = length * BLOCK_SIZE
         blocks.num_committed = length
-        blocks.parent = chain[-1] if chain else self._cache.root
+        blocks.parent = chain[-1] if chain else root
         blocks.committable = self.prefix_caching
         self._live[blocks] = None
         return length * BLOCK_SIZE
@@ -231,12 +241,12 @@ class KVCacheManager:
         if not blocks.parent.alive:
             # Another sequence's block stood for our prefix, and was evicted: put our own in its
             # place.
-            blocks.parent, blocks.num_committed = self._cache.root, 0
+            blocks.parent, blocks.num_committed = self._cache.root(blocks.root), 0
         keys = blocks.keys
         for index in range(blocks.num_committed, target):
             packed_tokens = pack_tokens(token_ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
             if index == len(keys):
-                append_hash(keys, packed_tokens)
+                append_hash(keys, packed_tokens, blocks.root)
             prefix = self._cache.insert(
                 blocks.parent,
                 keys[index],

@@ -2,9 +2,11 @@
 block is given away."""
 
 import hashlib
+import json
 import sys
 from array import array
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 from workers.config import BLOCK_SIZE
 from workers.kv_cache.block_pool import NULL_BLOCK, BlockPool
@@ -20,30 +22,46 @@ def pack_tokens(token_ids: Sequence[int]) -> bytes:
     return packed.tobytes()
 
 
+def hash_root(adapter: str | None, cache_salt: str | None) -> bytes:
+    """Return what stands in for the hash before the first block: requests share blocks only where
+    both agree. The same in every process; b"" with neither."""
+    if adapter is None and cache_salt is None:
+        return b""
+    # As JSON, which tells None from text and one field from the next.
+    content = json.dumps([adapter, cache_salt]).encode()
+    return hashlib.blake2b(content, digest_size=HASH_BYTES, person=b"cantata-kv-root").digest()
+
+
 def hash_block(parent: bytes, packed_tokens: bytes) -> bytes:
-    """Hash of a block behind `parent`, the hash of the block before it (b"" for the first):
+    """Hash of a block behind `parent`, the hash of the block before it (`hash_root` for the first):
     BLAKE2b-128 over the parent and `pack_tokens` of the block. The same in every process; router
     and engines compare these."""
     return hashlib.blake2b(parent + packed_tokens, digest_size=HASH_BYTES).digest()
 
 
-def append_hash(hashes: list[bytes], packed_tokens: bytes) -> None:
-    """Append the hash of the next block to a chain."""
-    hashes.append(hash_block(hashes[-1] if hashes else b"", packed_tokens))
+def append_hash(hashes: list[bytes], packed_tokens: bytes, root: bytes = b"") -> None:
+    """Append the hash of the next block to a chain that starts from `root`."""
+    hashes.append(hash_block(hashes[-1] if hashes else root, packed_tokens))
 
 
-def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int = BLOCK_SIZE) -> None:
+def extend_hashes(
+    hashes: list[bytes], token_ids: Sequence[int], block_size: int = BLOCK_SIZE, root: bytes = b""
+) -> None:
     """Append to `hashes`, the chain over the first blocks of `token_ids`, those of the further full
     blocks."""
     for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
-        append_hash(hashes, pack_tokens(token_ids[start : start + block_size]))
+        append_hash(hashes, pack_tokens(token_ids[start : start + block_size]), root)
 
 
-def block_hashes(token_ids: Sequence[int], block_size: int = BLOCK_SIZE) -> list[bytes]:
+def block_hashes(token_ids: Sequence[int], block_size: int = BLOCK_SIZE, root: bytes = b"") -> list[bytes]:
     """The chained hash of each full block: entry i stands for all tokens up to `(i + 1) *
-    block_size`."""
+    block_size`.
+
+    Args:
+        root: `hash_root` of the request.
+    """
     hashes: list[bytes] = []
-    extend_hashes(hashes, token_ids, block_size)
+    extend_hashes(hashes, token_ids, block_size, root)
     return hashes
 
 
@@ -55,10 +73,10 @@ class CachedPrefix:
         packed_tokens: the block's tokens.
         full_block, sliding_block: where its KV is; NULL_BLOCK where the group has no layers or its
             block was evicted.
-        alive: in the cache. The root, of length 0, always is.
+        alive: in the cache. A root, of length 0, always is.
     """
 
-    __slots__ = ("alive", "full_block", "key", "packed_tokens", "parent", "sliding_block")
+    __slots__ = ("__weakref__", "alive", "full_block", "key", "packed_tokens", "parent", "sliding_block")
 
     def __init__(self, parent: "CachedPrefix | None", key: bytes, packed_tokens: bytes) -> None:
         self.parent = parent
@@ -85,7 +103,8 @@ class PrefixCache:
     """
 
     def __init__(self, num_full_blocks: int, num_sliding_blocks: int, window: int | None) -> None:
-        self.root = CachedPrefix(None, b"", b"")
+        # A root lives as long as a prefix or a sequence refers to it.
+        self._roots: WeakValueDictionary[bytes, CachedPrefix] = WeakValueDictionary()
         self.full = BlockPool(num_full_blocks, self._on_full_evicted)
         self.sliding = BlockPool(num_sliding_blocks, self._on_sliding_evicted)
         self._window = window
@@ -101,7 +120,21 @@ class PrefixCache:
         """Whether a block with this chained hash can be found."""
         return key in self._by_key
 
-    def lookup(self, keys: Sequence[bytes], token_ids: Sequence[int]) -> list[CachedPrefix]:
+    def root(self, key: bytes = b"") -> CachedPrefix:
+        """Return the prefix of no tokens that chains from `key`, a `hash_root`, begin with: blocks
+        of different roots are never shared, whatever their hashes."""
+        root = self._roots.get(key)
+        if root is None:
+            root = self._roots[key] = CachedPrefix(None, key, b"")
+        return root
+
+    def lookup(
+        self,
+        root: CachedPrefix,
+        keys: Sequence[bytes],
+        token_ids: Sequence[int],
+        max_blocks: int | None = None,
+    ) -> list[CachedPrefix]:
         """The longest chain of `token_ids` that a sequence can start behind, at least one token
         short of all.
 
@@ -109,13 +142,15 @@ class PrefixCache:
         position L * BLOCK_SIZE sees (later queries see fewer of them).
 
         Args:
-            keys: `block_hashes(token_ids)`.
+            keys: `block_hashes(token_ids)` from that root.
+            max_blocks: length of the chain at most; None: no limit.
         """
         chain: list[CachedPrefix] = []
-        parent = self.root
+        parent = root
         usable = 0
         run = 0  # sliding blocks present without a gap at the end of the chain
-        for index in range((len(token_ids) - 1) // BLOCK_SIZE):
+        longest = (len(token_ids) - 1) // BLOCK_SIZE
+        for index in range(longest if max_blocks is None else min(longest, max_blocks)):
             entry = self._by_key.get(keys[index])
             if entry is None or entry.parent is not parent:
                 break

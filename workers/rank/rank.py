@@ -31,8 +31,9 @@ from workers.rank.device import check_mxfp8
 from workers.rank.kernel_table import describe_device, kernel_choices, not_capturable, slow_paths
 from workers.rank.logits import check_weights, sequence_logits
 from workers.rank.memory_profile import profile_step, warm_up
+from workers.rank.pending import PendingStep
 from workers.rank.recorded.cpu_program import programs_run
-from workers.rank.runner import PendingStep, Runner
+from workers.rank.runner import Runner
 from workers.scheduler.plan import StepPlan, StepResult
 
 logger = logging.getLogger(__name__)

@@ -1,110 +1,25 @@
 """The runner: what a rank does with a StepPlan. Every executor runs this one."""
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.sampling import SampleOutput, sample
+from kernels.sampling import SampleOutput, sample, score
 from workers.model.gpt_oss import GptOss
 from workers.model.step_batch import StepBatch
+from workers.rank.drafts import newest_slots
+from workers.rank.pending import PendingStep, PromptScores, Sampled
 from workers.rank.recorded.cpu_program import DecodePrograms
 from workers.rank.recorded.cuda_graph import DecodeGraphs, GraphReport
-from workers.rank.sampling_state import SamplingState, TokenListener
+from workers.rank.sampling_state import SamplingState
 from workers.rank.slots import DeviceSlots, SequenceSlots, StepRows
 from workers.rank.step_arrays import EdgeArrays, upload_step
 from workers.rank.step_inputs import InputBuffers
-from workers.request import TokenLogprobs
 from workers.scheduler.plan import StepPlan, StepResult
-
-
-class PendingStep:
-    """A step that was launched. On a CPU it is done; on a GPU its kernels and the copy of its
-    tokens to the host are queued.
-
-    Args:
-        device: where it runs.
-        output: what was sampled, on the device; None: the step yields no token.
-        num_logprobs: alternatives that each sequence wants, by seq_id, in the order of
-            `output.logprobs`.
-        listeners: (index into seq_ids, what is told that token).
-    """
-
-    def __init__(
-        self,
-        step: int,
-        started: float,
-        device: torch.device,
-        seq_ids: tuple[int, ...] = (),
-        output: SampleOutput | None = None,
-        num_logprobs: Sequence[tuple[int, int]] = (),
-        listeners: Sequence[tuple[int, TokenListener]] = (),
-    ) -> None:
-        self._step = step
-        self._started = started
-        self._seq_ids = seq_ids
-        self._num_logprobs = num_logprobs
-        self._listeners = listeners
-        self._result: StepResult | None = None
-        self._lock = threading.Lock()
-        self._copied: torch.cuda.Event | None = None
-        self._output = output
-        if device.type != "cpu":
-            if output is not None:
-                parts = (output.logprobs, output.top_ids, output.top_logprobs)
-                self._output = SampleOutput(
-                    _to_pinned(output.token_ids),
-                    *(None if part is None else _to_pinned(part) for part in parts),
-                )
-            # Also of a step that yields no token: it is not done before, and only so many may be in
-            # flight.
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
-
-    @property
-    def done(self) -> bool:
-        """Whether `result` returns at once."""
-        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
-
-    def result(self) -> StepResult:
-        """Wait for the step's tokens; the same result each time.
-
-        Raises:
-            RuntimeError: a kernel of this or an earlier step failed on the GPU.
-        """
-        # The next launch may need the tokens while another thread waits for them: listeners hear
-        # each token once.
-        with self._lock:
-            if self._result is None:
-                self._result = self._take()
-            return self._result
-
-    def _take(self) -> StepResult:
-        if self._copied is not None:
-            self._copied.synchronize()
-        token_ids = [] if self._output is None else self._output.token_ids.tolist()
-        for index, listener in self._listeners:
-            listener.push(token_ids[index])
-        return StepResult(
-            step=self._step,
-            seq_ids=self._seq_ids,
-            token_ids=tuple(token_ids),
-            logprobs=self._logprobs(),
-            elapsed_s=time.perf_counter() - self._started,
-        )
-
-    def _logprobs(self) -> dict[int, TokenLogprobs]:
-        output = self._output
-        if output is None or output.logprobs is None or output.top_ids is None or output.top_logprobs is None:
-            return {}
-        chosen, ids, values = output.logprobs.tolist(), output.top_ids.tolist(), output.top_logprobs.tolist()
-        return {
-            seq_id: TokenLogprobs(chosen[row], tuple(zip(ids[row][:count], values[row][:count], strict=True)))
-            for row, (seq_id, count) in enumerate(self._num_logprobs)
-        }
 
 
 class Runner:
@@ -127,6 +42,7 @@ class Runner:
         # Only rank 0 samples.
         self._sampling = SamplingState(max_num_seqs) if model.collectives.rank == 0 else None
         self._graphs: DecodeGraphs | DecodePrograms | None = None
+        self._max_logits = max_num_seqs
         self._next_step = 0
         # Steps whose tokens some sequence's next token depends on, and which may not have come yet.
         self._unheard: deque[PendingStep] = deque()
@@ -164,11 +80,15 @@ class Runner:
         self._apply_changes(plan)
         rows = self._slots.build(plan)
         hidden, edges = self._forward(rows)
+        scores = self._score_prompts(plan, rows, hidden) if plan.prompt_logprobs else None
         if len(rows.sampled) == 0:
-            return PendingStep(plan.step, started, self._model.device)
-        output = self._sample(rows, self._model.compute_logits(hidden))
-        self._device_slots.newest.index_copy_(0, edges.sampled_slots, output.token_ids)
-        return self._pending(plan, started, rows, output)
+            return PendingStep(plan.step, started, self._model.device, scores=scores)
+        wanted = (
+            hidden[: len(rows.sampled)] if rows.samples_all else hidden.index_select(0, edges.sample_indices)
+        )
+        output = self._sample(rows, self._model.compute_logits(wanted))
+        self._note_newest(rows, edges, output.token_ids)
+        return self._pending(plan, started, rows, output, scores)
 
     def _apply_changes(self, plan: StepPlan) -> None:
         """Forget and take in sequences, and on rank 0 how they are sampled."""
@@ -191,7 +111,7 @@ class Runner:
         return lambda batch: model.forward(batch, kv_caches)
 
     def _forward(self, rows: StepRows) -> tuple[Tensor, EdgeArrays[Tensor]]:
-        """([num_samples, hidden] of the rows to sample, what surrounds the model)."""
+        """([T or more, hidden], valid until the next step; what surrounds the model)."""
         if self._graphs is not None and (size := self._graphs.size_for(rows)) is not None:
             hidden, edges = self._graphs.replay(rows, size, self._inputs)
         else:
@@ -201,9 +121,36 @@ class Runner:
                 arrays, edges.sample_indices, rows.num_blocks, rows.max_query_len
             )
             hidden = self._model.forward(batch, self._kv_caches)
-        if rows.samples_all:
-            return hidden[: len(rows.sampled)], edges
-        return hidden.index_select(0, edges.sample_indices), edges
+        return hidden, edges
+
+    def _note_newest(self, rows: StepRows, edges: EdgeArrays[Tensor], token_ids: Tensor) -> None:
+        """Keep each sequence's newest token for the next step, on the device."""
+        slots = edges.sampled_slots
+        if rows.drafts is not None:
+            expected, firsts = self._inputs.upload([rows.drafts.expected, rows.drafts.firsts])
+            slots = newest_slots(token_ids, expected, firsts, slots, self._device_slots.padding_slot)
+        self._device_slots.newest.index_copy_(0, slots, token_ids)
+
+    def _score_prompts(self, plan: StepPlan, rows: StepRows, hidden: Tensor) -> PromptScores:
+        """Log-probabilities of prompt tokens, in pieces for whose logits the rank has sized its
+        memory. All ranks take part."""
+        at, tokens, wanted = [], [], []
+        for index, first, count, num_top in plan.prompt_logprobs:
+            row = int(np.searchsorted(rows.entries, index))
+            # The token at a position follows on the one before it.
+            offset = int(rows.model.cu_seqlens_q[row]) + first - 1 - plan.num_computed_tokens[index]
+            at.append(np.arange(offset, offset + count))
+            tokens.append(self._slots.prompt_tokens(plan.seq_ids[index], first, first + count))
+            wanted.append((plan.seq_ids[index], count, num_top))
+        num_top = max(num_top for _, _, num_top in wanted)
+        indices, targets = self._inputs.upload([np.concatenate(at), np.concatenate(tokens)])
+        parts = []
+        for start in range(0, len(indices), self._max_logits):
+            piece = slice(start, start + self._max_logits)
+            logits = self._model.compute_logits(hidden.index_select(0, indices[piece]))
+            if self._sampling is not None and logits is not None:
+                parts.append(score(logits, targets[piece], num_top))
+        return PromptScores(tuple(wanted), parts)
 
     def _sample(self, rows: StepRows, logits: Tensor | None) -> SampleOutput:
         """Rank 0 samples; all ranks need the ids, which are the next step's inputs.
@@ -223,19 +170,29 @@ class Runner:
         if sampling.listeners(slots):
             while self._unheard:
                 self._unheard.popleft().result()
-        output = sample(logits, sampling.build(slots, rows.output_positions, self._inputs))
+        prefixes = {} if rows.drafts is None else rows.drafts.prefixes
+        output = sample(logits, sampling.build(slots, rows.output_positions, self._inputs, prefixes))
         collectives.broadcast(output.token_ids)
         return output
 
-    def _pending(self, plan: StepPlan, started: float, rows: StepRows, output: SampleOutput) -> PendingStep:
-        slots = rows.sampled_slots
-        seq_ids = tuple(plan.seq_ids[index] for index in rows.sampled.tolist())
-        sampling = self._sampling
+    def _pending(
+        self,
+        plan: StepPlan,
+        started: float,
+        rows: StepRows,
+        output: SampleOutput,
+        scores: PromptScores | None,
+    ) -> PendingStep:
+        slots, sampling = rows.sampled_slots, self._sampling
         listeners = [] if sampling is None else sampling.listeners(slots)
-        num_logprobs = [] if sampling is None else sampling.num_logprobs(seq_ids, slots)
-        pending = PendingStep(
-            plan.step, started, self._model.device, seq_ids, output, num_logprobs, listeners
+        sampled = Sampled(
+            seq_ids=tuple(plan.seq_ids[index] for index in rows.entries[rows.sampled].tolist()),
+            output=output,
+            drafts=rows.drafts,
+            logprob_rows=[] if sampling is None else sampling.logprob_rows(slots),
+            listeners=listeners,
         )
+        pending = PendingStep(plan.step, started, self._model.device, sampled, scores)
         if self._model.device.type == "cpu":
             pending.result()
         elif listeners:
@@ -246,8 +203,3 @@ class Runner:
         if step != self._next_step:
             raise ValueError(f"step {step} came, but step {self._next_step} is due")
         self._next_step = step + 1
-
-
-def _to_pinned(tensor: Tensor) -> Tensor:
-    """A copy on the host, queued behind what computes it."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

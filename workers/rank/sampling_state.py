@@ -2,8 +2,9 @@
 more (bias, penalties, constraints, stop tokens before min_tokens) what their next token depends on.
 Builds the SamplingBatch of a step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from workers.scheduler.plan import SequenceStart
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+_NO_PREFIXES: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 class TokenListener(Protocol):
@@ -52,6 +54,15 @@ class SeenTokens:
     def push(self, token_id: int) -> None:
         """One more output token."""
         self._add(token_id, 1)
+
+    def with_output(self, token_ids: Sequence[int]) -> "SeenTokens":
+        """Return a copy with further output tokens."""
+        copy = SeenTokens((), ())
+        copy._index = dict(self._index)
+        copy._token_ids, copy._counts = self._token_ids.copy(), self._counts.copy()
+        for token_id in token_ids:
+            copy.push(token_id)
+        return copy
 
     def _add(self, token_id: int, count: int) -> None:
         index = self._index.setdefault(token_id, len(self._index))
@@ -189,17 +200,14 @@ class SamplingState:
         """Forget a sequence."""
         self._extras.pop(slot, None)
 
-    def num_logprobs(self, seq_ids: Sequence[int], slots: Ints) -> list[tuple[int, int]]:
-        """(seq_id, alternatives it wants with each token) of those of these sequences that want
-        log-probabilities."""
+    def logprob_rows(self, slots: Ints) -> list[tuple[int, int]]:
+        """(row, alternatives wanted) of the rows whose sequences want log-probabilities."""
         if not self._extras:
             return []
-        extras = [
-            (seq_id, self._extras.get(slot)) for seq_id, slot in zip(seq_ids, slots.tolist(), strict=True)
-        ]
+        extras = [(row, self._extras.get(slot)) for row, slot in enumerate(slots.tolist())]
         return [
-            (seq_id, entry.num_logprobs)
-            for seq_id, entry in extras
+            (row, entry.num_logprobs)
+            for row, entry in extras
             if entry is not None and entry.num_logprobs is not None
         ]
 
@@ -211,12 +219,19 @@ class SamplingState:
         extras = [(row, self._extras.get(slot)) for row, slot in enumerate(slots.tolist())]
         return [(row, entry) for row, entry in extras if entry is not None and entry.listens]
 
-    def build(self, slots: Ints, output_positions: Ints, inputs: InputBuffers) -> SamplingBatch:
+    def build(
+        self,
+        slots: Ints,
+        output_positions: Ints,
+        inputs: InputBuffers,
+        prefixes: Mapping[int, Sequence[int]] = _NO_PREFIXES,
+    ) -> SamplingBatch:
         """The batch for one row per slot. The output so far has been pushed to `listeners`.
 
         Args:
             output_positions: [S] index of each slot's next token among its output tokens.
             inputs: uploads all of it at once; the host does not wait for the device.
+            prefixes: by row, drafts that it follows on beyond the output so far.
         """
         temperature, top_k, top_p, min_p = (
             self._temperature[slots],
@@ -234,10 +249,12 @@ class SamplingState:
                 continue
             if extras.bias_ids is not None:
                 bias.add(row, extras.bias_ids, extras.bias_values)
+            prefix = prefixes.get(row, ())
             if extras.seen is not None:
-                seen.add(row, extras.seen.token_ids, extras.seen.output_counts)
+                tokens = extras.seen.with_output(prefix) if prefix else extras.seen
+                seen.add(row, tokens.token_ids, tokens.output_counts)
             if extras.constraint is not None:
-                tables, state = extras.constraint.tables, extras.constraint.state
+                tables, state = extras.constraint.tables, extras.constraint.after(prefix)
                 if (ids := tables.allowed(state)) is not None:
                     allowed.add(row, ids)
                 else:

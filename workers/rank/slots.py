@@ -16,11 +16,13 @@ from kernels.slots import read_slots
 from workers.config import BLOCK_SIZE
 from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.model.step_batch import StepBatch
+from workers.rank.drafts import NO_DRAFT, DraftRows
 from workers.rank.step_arrays import TOKEN_KNOWN, EdgeArrays, ModelArrays
 from workers.rank.step_inputs import Array
 from workers.scheduler.plan import SequenceStart, StepPlan
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 FULL, SLIDING = 0, 1
 
 
@@ -28,20 +30,27 @@ FULL, SLIDING = 0, 1
 class StepRows:
     """What a plan computes, still on the host.
 
+    An entry of the plan is one row, and each of its drafts another one: so a batch of decodes stays
+    one, and each row yields one token at most.
+
     Attributes:
         model: T tokens of S rows.
         edges: what surrounds the model.
-        sampled: [num_samples] indices of the rows that yield a token.
+        entries: [S] index of each row's entry in the plan.
+        sampled: [num_samples] indices of the rows after which a token is sampled.
         output_positions: [num_samples] index of the token to sample among its sequence's output
             tokens.
         num_blocks: of the longest sequence.
+        drafts: None: there are none.
     """
 
     model: ModelArrays[Array]
     edges: EdgeArrays[Array]
+    entries: Ints
     sampled: Ints
     output_positions: Ints
     num_blocks: int
+    drafts: DraftRows | None
 
     @property
     def num_rows(self) -> int:
@@ -49,7 +58,7 @@ class StepRows:
 
     @property
     def sampled_slots(self) -> Ints:
-        """[num_samples] slots of the rows that yield a token."""
+        """[num_samples] slots of the sequences of `sampled`."""
         return self.edges.sampled_slots.astype(np.int64, copy=False)
 
     @property
@@ -59,8 +68,8 @@ class StepRows:
 
     @property
     def samples_all(self) -> bool:
-        """Whether each row of a decode yields a token, so that `sample_indices` are the first rows
-        in order."""
+        """Whether a token is sampled after each row of a decode, so that `sample_indices` are the
+        first rows in order."""
         return self.is_decode and len(self.sampled) == self.num_rows
 
     @property
@@ -115,7 +124,9 @@ class SequenceSlots:
         self.max_blocks = max_model_len // BLOCK_SIZE + 1
         self._tokens = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
         self._num_known = np.zeros(max_num_seqs, dtype=np.int64)
+        # Tokens of each sequence now: with drafts in the last step, from the one to the other.
         self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
+        self._most_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self._tables = np.full((2, max_num_seqs + 1, self.max_blocks), NULL_BLOCK, dtype=np.int32)
         self._num_blocks = ([0] * max_num_seqs, [0] * max_num_seqs)
@@ -142,7 +153,8 @@ class SequenceSlots:
         slot = self._free.pop()
         self._slot_of[start.seq_id] = slot
         self._tokens[slot, : len(start.token_ids)] = start.token_ids
-        self._num_known[slot] = self._num_tokens[slot] = len(start.token_ids)
+        self._num_known[slot] = len(start.token_ids)
+        self._num_tokens[slot] = self._most_tokens[slot] = len(start.token_ids)
         self._num_prompt_tokens[slot] = start.num_prompt_tokens
         self._num_blocks[FULL][slot] = self._num_blocks[SLIDING][slot] = 0
         self._append_blocks(slot, start.full_blocks, start.sliding_blocks)
@@ -156,15 +168,50 @@ class SequenceSlots:
         )
         for index, full, sliding in plan.new_blocks:
             self._append_blocks(int(slots[index]), full, sliding)
-        table_at, table_ids = self._set_new_blocks()
         computed = np.array(plan.num_computed_tokens, dtype=np.int64)
         scheduled = np.array(plan.num_scheduled_tokens, dtype=np.int64)
         samples = np.array(plan.samples, dtype=bool)
+        num_drafts: Ints | None = None
+        if plan.drafts:
+            num_drafts = np.zeros(len(slots), dtype=np.int64)
+            for index, drafts in plan.drafts:
+                num_drafts[index] = len(drafts)
+            scheduled -= num_drafts
+        self._count(slots, computed + scheduled, samples, num_drafts)
+        entries = np.arange(len(slots))
+        if num_drafts is not None:
+            slots, computed, scheduled, samples, entries = _with_draft_rows(
+                slots, computed, scheduled, samples, num_drafts
+            )
+        return self._lay_out(plan, slots, computed, scheduled, samples, entries)
+
+    def prompt_tokens(self, seq_id: int, start: int, end: int) -> Ints:
+        """Return a live sequence's prompt tokens at these positions."""
+        return self._tokens[self._slot_of[seq_id], start:end].astype(np.int64)
+
+    def _count(self, slots: Ints, lengths: Ints, samples: Bools, num_drafts: Ints | None) -> None:
+        """Check the plan against the tokens that there are, and count those that will come.
+
+        Args:
+            lengths: tokens computed after the step, drafts aside.
+        """
+        fits = (lengths >= self._num_tokens[slots]) & (lengths <= self._most_tokens[slots])
+        assert (fits == samples).all(), "the plan samples where tokens are missing, or not at the end"
+        sampling, following = slots[samples], lengths[samples] + 1
+        self._num_tokens[sampling] = following
+        self._most_tokens[sampling] = following if num_drafts is None else following + num_drafts[samples]
+
+    def _lay_out(
+        self,
+        plan: StepPlan,
+        slots: Ints,
+        computed: Ints,
+        scheduled: Ints,
+        samples: Bools,
+        entries: Ints,
+    ) -> StepRows:
+        table_at, table_ids = self._set_new_blocks()
         context_lens = computed + scheduled
-        num_tokens = self._num_tokens[slots]
-        assert ((context_lens == num_tokens) == samples).all(), (
-            "the plan samples where tokens are missing, or not at the end"
-        )
         ends = np.cumsum(scheduled)
         if int(ends[-1]) == len(slots):
             rows, positions = slots, computed
@@ -178,15 +225,22 @@ class SequenceSlots:
         known = np.flatnonzero(is_known)
         token_ids = np.zeros(len(rows), dtype=np.int64)
         token_ids[known] = self._tokens[rows[known], positions[known]]
+        newest_of = np.where(is_known, TOKEN_KNOWN, rows)
         sampled = np.flatnonzero(samples)
-        sampling = slots[sampled]
-        output_positions = num_tokens[sampled] - self._num_prompt_tokens[sampling]
-        self._num_tokens[sampling] += 1
+        drafts = None
+        if plan.drafts:
+            drafts = _draft_rows(plan, entries[sampled])
+            first_tokens = ends - scheduled
+            for index, ids in plan.drafts:
+                # An entry's drafts are its last rows.
+                last = np.searchsorted(entries, index, side="right")
+                at = first_tokens[last - len(ids) : last]
+                token_ids[at], newest_of[at] = ids, TOKEN_KNOWN
         full, sliding = (self._tables[group, rows, blocks].astype(np.int64) for group in (FULL, SLIDING))
         return StepRows(
             model=ModelArrays(
                 token_ids=token_ids,
-                newest_of=np.where(is_known, TOKEN_KNOWN, rows),
+                newest_of=newest_of,
                 positions=positions,
                 slot_mapping_full=full * BLOCK_SIZE + offsets,
                 slot_mapping_sliding=sliding * BLOCK_SIZE + offsets,
@@ -196,13 +250,15 @@ class SequenceSlots:
             ),
             edges=EdgeArrays(
                 sample_indices=ends[sampled] - 1,
-                sampled_slots=sampling,
+                sampled_slots=slots[sampled],
                 table_at=table_at,
                 table_ids=table_ids,
             ),
+            entries=entries,
             sampled=sampled,
-            output_positions=output_positions,
+            output_positions=context_lens[sampled] - self._num_prompt_tokens[slots[sampled]],
             num_blocks=-(-int(context_lens.max()) // BLOCK_SIZE),
+            drafts=drafts,
         )
 
     def _set_new_blocks(self) -> tuple[Ints, npt.NDArray[np.int32]]:
@@ -223,6 +279,44 @@ class SequenceSlots:
             row = (group * (self.max_num_seqs + 1) + slot) * self.max_blocks
             self._new_at.append(range(row + first, row + end))
             self._new_ids.extend(new)
+
+
+def _with_draft_rows(
+    slots: Ints, computed: Ints, scheduled: Ints, samples: Bools, num_drafts: Ints
+) -> tuple[Ints, Ints, Ints, Bools, Ints]:
+    """Return the entries with a row of one token behind them for each draft: (slots, computed,
+    scheduled, samples, entries) by row.
+
+    Args:
+        scheduled: without the drafts.
+    """
+    entries = np.repeat(np.arange(len(slots)), 1 + num_drafts)
+    firsts = np.cumsum(1 + num_drafts) - 1 - num_drafts
+    nth = np.arange(len(entries)) - firsts[entries]
+    ends = (computed + scheduled)[entries]
+    return (
+        slots[entries],
+        np.where(nth == 0, computed[entries], ends + nth - 1),
+        np.where(nth == 0, scheduled[entries], 1),
+        samples[entries],
+        entries,
+    )
+
+
+def _draft_rows(plan: StepPlan, entries: Ints) -> DraftRows:
+    """Return how the sampled rows hang together.
+
+    Args:
+        entries: [num_samples] the entry of each.
+    """
+    firsts = np.searchsorted(entries, entries)
+    expected = np.full(len(entries), NO_DRAFT, dtype=np.int64)
+    prefixes: dict[int, tuple[int, ...]] = {}
+    for index, ids in plan.drafts:
+        first = int(np.searchsorted(entries, index))
+        expected[first : first + len(ids)] = ids
+        prefixes |= {first + count: ids[:count] for count in range(1, len(ids) + 1)}
+    return DraftRows(expected, firsts, prefixes)
 
 
 class DeviceSlots:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 ALIGNMENT = 16
 """Bytes; what the largest vector loads of kernels need."""
-NUM_BUFFERS = 4
-"""Two uploads a step (inputs, then sampling), two steps in flight: the next step is laid out while
-copies of the last may still wait."""
+NUM_BUFFERS = 8
+"""Two to four uploads a step (inputs, prompts to score, sampling, drafts), two steps in flight: the
+next step is laid out while copies of the last may still wait."""
 
 Array = npt.NDArray[np.generic]
 _TORCH_DTYPES = {

@@ -33,7 +33,7 @@ token."""
 
 ADAPTER, CACHE_SALT, PROMPT_LOGPROBS = "adapter", "cache_salt", "prompt_logprobs"
 CONSTRAINT_REF = "constraint_ref"
-CAPABILITIES = (CONSTRAINT_REF,)
+CAPABILITIES = (CONSTRAINT_REF, CACHE_SALT, PROMPT_LOGPROBS)
 """What this engine lists in EngineInfo: fields of requests, by name, beyond those of the first
 version. A gateway sends only what an engine lists. No engine has adapters yet."""
 

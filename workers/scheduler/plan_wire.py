@@ -6,7 +6,7 @@ from typing import Any
 from workers.request import SamplingParams, TokenLogprobs
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 
 def encode_plan(plan: StepPlan) -> bytes:
@@ -37,6 +37,8 @@ def encode_plan(plan: StepPlan) -> bytes:
             plan.new_blocks,
             plan.automata,
             plan.dropped_automata,
+            plan.drafts,
+            plan.prompt_logprobs,
         )
     )
 
@@ -76,17 +78,18 @@ def decode_plan(data: bytes) -> StepPlan:
 
 def encode_result(result: StepResult) -> bytes:
     """A result as msgpack."""
-    logprobs = [(seq_id, entry.logprob, entry.top) for seq_id, entry in result.logprobs.items()]
     return _pack(
         (
             PLAN_VERSION,
             result.step,
             result.seq_ids,
             result.token_ids,
-            logprobs,
+            _logprobs_to_wire(result.logprobs),
             result.elapsed_s,
             result.error,
             result.idle_s,
+            result.num_tokens,
+            _logprobs_to_wire(result.prompt_logprobs),
         )
     )
 
@@ -97,10 +100,30 @@ def decode_result(data: bytes) -> StepResult:
     Raises:
         ValueError: another version of the plan format.
     """
-    version, step, seq_ids, token_ids, logprobs, elapsed_s, error, idle_s = _unpack(data)
+    version, *fields = _unpack(data)
     _check_version(version)
-    decoded = {seq_id: TokenLogprobs(logprob, top) for seq_id, logprob, top in logprobs}
-    return StepResult(step, seq_ids, token_ids, decoded, elapsed_s, error, idle_s)
+    step, seq_ids, token_ids, logprobs, elapsed_s, error, idle_s, num_tokens, prompt_logprobs = fields
+    return StepResult(
+        step,
+        seq_ids,
+        token_ids,
+        _logprobs_from_wire(logprobs),
+        elapsed_s,
+        error,
+        idle_s,
+        num_tokens,
+        _logprobs_from_wire(prompt_logprobs),
+    )
+
+
+def _logprobs_to_wire(logprobs: dict[int, tuple[TokenLogprobs, ...]]) -> list[tuple[Any, ...]]:
+    return [
+        (seq_id, [(entry.logprob, entry.top) for entry in entries]) for seq_id, entries in logprobs.items()
+    ]
+
+
+def _logprobs_from_wire(wire: tuple[Any, ...]) -> dict[int, tuple[TokenLogprobs, ...]]:
+    return {seq_id: tuple(TokenLogprobs(*entry) for entry in entries) for seq_id, entries in wire}
 
 
 def _check_version(version: int) -> None:

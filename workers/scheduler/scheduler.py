@@ -7,7 +7,7 @@ chunks where the budget is short, and whenever it has caught up the step yields 
 """
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from itertools import compress
 
 from workers.config import BLOCK_SIZE, SchedulerConfig
@@ -16,37 +16,12 @@ from workers.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from workers.kv_cache.manager import KVCacheManager
 from workers.request import EngineRequest, FinishReason
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
+from workers.scheduler.plan_builder import InFlight, PlanBuilder, tokens_of
 from workers.scheduler.sequence import Sequence, SequenceStatus, SequenceUpdate
 
-
-class _PlanBuilder:
-    """The step being planned.
-
-    Attributes:
-        entries: (sequence, its seq_id, num_computed_tokens, num_scheduled_tokens, samples) in batch
-            order.
-    """
-
-    __slots__ = ("entries", "new_blocks", "starts")
-
-    def __init__(self) -> None:
-        self.starts: list[SequenceStart] = []
-        self.entries: list[tuple[Sequence, int, int, int, bool]] = []
-        self.new_blocks: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
-
-    def add_blocks(self, full: tuple[int, ...], sliding: tuple[int, ...]) -> None:
-        """Tell the ranks of blocks at the end of the tables of the sequence that is added next."""
-        if full or sliding:
-            self.new_blocks.append((len(self.entries), full, sliding))
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """A plan whose result is not back. `sequences` runs parallel to `plan.seq_ids`; None: the
-    result is of no use any more."""
-
-    plan: StepPlan
-    sequences: list[Sequence | None]
+Proposer = Callable[[Sequence], Iterable[int]]
+"""A function that guesses what follows on a sequence's tokens, all of which are known; most likely
+nothing. Ids of the vocabulary."""
 
 
 class Scheduler:
@@ -61,13 +36,25 @@ class Scheduler:
     writes (the key of the last token, in a block not yet committed to the prefix cache) comes
     before anything that the new owner writes or reads. Results must come in the order of the plans.
 
+    With `propose`, plans carry drafts, and a sequence is planned only when all its tokens are
+    known. Drafts use what the others leave: budget, free blocks, and rows to sample (max_num_seqs),
+    for which the ranks have sized their memory.
+
     Args:
         max_model_len: tokens of a sequence at most, prompt and output together.
+        propose: makes drafts; None: there are none.
     Raises:
         ConfigError: the KV cache cannot hold one sequence of max_model_len.
     """
 
-    def __init__(self, config: SchedulerConfig, kv: KVCacheManager, *, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv: KVCacheManager,
+        *,
+        max_model_len: int,
+        propose: Proposer | None = None,
+    ) -> None:
         if not kv.fits(max_model_len):
             raise ConfigError(
                 f"max_model_len {max_model_len} is more than the KV cache can hold of one sequence"
@@ -76,14 +63,16 @@ class Scheduler:
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_model_len = max_model_len
         self._kv = kv
+        self._propose = propose
         self._step = 0
         self._sequences: dict[int, Sequence] = {}
+        self._num_scored = 0  # that want log-probabilities of their prompts
         # Both in order of arrival, and everything running arrived before everything waiting.
         self._running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._drops: list[int] = []
         self._automata = HeldAutomata()
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self.num_preemptions = 0
 
     @property
@@ -159,6 +148,7 @@ class Scheduler:
                 stop_token_id=sequence.token_ids[-1] if reason == "stop" else None,
             )
         self._sequences[sequence.seq_id] = sequence
+        self._num_scored += sequence.wants_prompt_logprobs
         self._waiting.append(sequence)
         return None
 
@@ -177,10 +167,13 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None if no sequence can compute anything now."""
-        builder = _PlanBuilder()
+        builder = PlanBuilder()
         budget = self._max_num_batched_tokens
         num_preemptions = self.num_preemptions
         entries = builder.entries
+        propose = self._propose
+        spare_rows = self._max_num_seqs - len(self._sequences)
+        scores_prompts = self._num_scored > 0
         # Preemption, in `_claim_blocks`, takes sequences from the end of this list, behind the one
         # in hand.
         for sequence in self._running:
@@ -189,9 +182,10 @@ class Scheduler:
             num_computed = sequence.num_computed_tokens
             num_pending = sequence.num_pending_tokens
             num_new = len(sequence.token_ids) + num_pending - num_computed
+            # Planned twice, or over with the token in flight; with drafts that may be several.
             if num_pending and (
-                num_new == 0 or num_computed + num_new >= sequence.max_len
-            ):  # planned twice, or over with that token
+                num_new <= 0 or num_computed + num_new >= sequence.max_len or propose is not None
+            ):
                 continue
             samples = num_new <= budget
             if not samples:
@@ -202,6 +196,14 @@ class Scheduler:
                     break
                 samples = samples and num_granted == num_new
                 num_new = num_granted
+            if scores_prompts:
+                builder.ask_prompt_logprobs(sequence, num_computed, num_new)
+            if propose is not None and samples and spare_rows > 0:
+                room = min(spare_rows, budget - num_new)
+                num_drafts = builder.claim_drafts(self._kv, sequence, num_new, propose(sequence), room)
+                sequence.num_draft_tokens = num_drafts
+                spare_rows -= num_drafts
+                num_new += num_drafts
             sequence.num_computed_tokens = num_computed + num_new
             sequence.num_pending_tokens = num_pending + samples
             entries.append((sequence, sequence.seq_id, num_computed, num_new, samples))
@@ -210,28 +212,13 @@ class Scheduler:
             self._admit_waiting(budget, builder)
         if not entries:
             return None
-        sequences, seq_ids, num_computed_tokens, num_scheduled_tokens, sample_flags = zip(
-            *entries, strict=True
-        )
-        automata, dropped_automata = self._automata.take_changes()
-        plan = StepPlan(
-            step=self._step,
-            starts=tuple(builder.starts),
-            drops=tuple(self._drops),
-            seq_ids=seq_ids,
-            num_computed_tokens=num_computed_tokens,
-            num_scheduled_tokens=num_scheduled_tokens,
-            samples=sample_flags,
-            new_blocks=tuple(builder.new_blocks),
-            automata=automata,
-            dropped_automata=dropped_automata,
-        )
+        plan, sequences = builder.build(self._step, tuple(self._drops), self._automata.take_changes())
         self._step += 1
         self._drops.clear()
-        self._in_flight.append(_InFlight(plan, list(sequences)))
+        self._in_flight.append(InFlight(plan, sequences))
         return plan
 
-    def _claim_blocks(self, sequence: Sequence, num_new: int, builder: _PlanBuilder) -> int:
+    def _claim_blocks(self, sequence: Sequence, num_new: int, builder: PlanBuilder) -> int:
         """Get blocks for up to `num_new` further tokens of a running sequence, taking them from the
         newest sequences if need be.
 
@@ -248,10 +235,10 @@ class Scheduler:
         builder.add_blocks(tuple(blocks.full[num_full:]), tuple(blocks.sliding[num_sliding:]))
         return num_granted
 
-    def _admit_waiting(self, budget: int, builder: _PlanBuilder) -> None:
+    def _admit_waiting(self, budget: int, builder: PlanBuilder) -> None:
         while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
             sequence = self._waiting[0]
-            num_cached = self._kv.admit(sequence.blocks, sequence.token_ids)
+            num_cached = self._kv.admit(sequence.blocks, sequence.token_ids, sequence.max_cached_tokens)
             if num_cached is None:
                 return
             self._waiting.popleft()
@@ -278,6 +265,8 @@ class Scheduler:
             num_missing = len(sequence.token_ids) - num_cached
             num_new = self._claim_blocks(sequence, min(num_missing, budget), builder)
             assert num_new > 0, "a sequence was admitted without room to advance"
+            if self._num_scored:
+                builder.ask_prompt_logprobs(sequence, num_cached, num_new)
             sequence.num_computed_tokens = num_cached + num_new
             sequence.num_pending_tokens = int(num_new == num_missing)
             builder.entries.append((sequence, sequence.seq_id, num_cached, num_new, num_new == num_missing))
@@ -295,36 +284,37 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0].plan.step != result.step:
             raise ValueError(f"a result for step {result.step} came, which is not the oldest step in flight")
         plan = self._in_flight[0].plan
-        if result.seq_ids != tuple(compress(plan.seq_ids, plan.samples)) or len(result.token_ids) != len(
-            result.seq_ids
-        ):
-            raise ValueError(
-                f"the result of step {result.step} does not have one token for each sequence that was to "
-                f"yield one"
-            )
+        token_lists = tokens_of(plan, result)
         sequences = self._in_flight.popleft().sequences
         for sequence, start, count in zip(
             sequences, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True
         ):
-            if start % BLOCK_SIZE + count >= BLOCK_SIZE and sequence is not None:
+            if (
+                start % BLOCK_SIZE + count >= BLOCK_SIZE
+                and sequence is not None
+                and not sequence.num_draft_tokens
+            ):
                 self._kv.commit(sequence.blocks, sequence.token_ids, start + count)
         logprobs = result.logprobs
-        updates: list[SequenceUpdate] = []
-        finished = False
-        for sequence, token_id in zip(compress(sequences, plan.samples), result.token_ids, strict=True):
+        updates = _prompt_updates(plan, sequences, result) if plan.prompt_logprobs else []
+        finished, has_drafts = False, bool(plan.drafts)
+        for sequence, token_ids in zip(compress(sequences, plan.samples), token_lists, strict=True):
             if sequence is None:
                 continue
             sequence.num_pending_tokens -= 1
-            reason = sequence.append(token_id)
-            update = SequenceUpdate(sequence.seq_id, token_id)
+            if has_drafts:
+                token_ids, reason = _settle_drafts(self._kv, sequence, token_ids)
+            else:
+                reason = sequence.append(token_ids[0])
+            update = SequenceUpdate(sequence.seq_id, token_ids)
             update.num_cached_tokens = sequence.num_cached_tokens
             updates.append(update)
             if logprobs:
-                update.logprobs = logprobs.get(sequence.seq_id)
+                update.logprobs = logprobs.get(sequence.seq_id, ())[: len(token_ids)]
             if reason is not None:
                 update.finish_reason = reason
                 if reason == "stop":
-                    update.stop_token_id = token_id
+                    update.stop_token_id = token_ids[-1]
                 finished = True
                 self._forget(sequence)
         if finished:
@@ -340,7 +330,8 @@ class Scheduler:
         self._running.pop()
         self._release(sequence)
         sequence.status = SequenceStatus.WAITING
-        sequence.num_computed_tokens = sequence.num_pending_tokens = 0
+        sequence.num_computed_tokens = sequence.num_pending_tokens = sequence.num_draft_tokens = 0
+        sequence.next_prompt_logprob = sequence.first_missing_prompt_logprob
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.appendleft(sequence)
@@ -360,6 +351,7 @@ class Scheduler:
             self._release(sequence)
         sequence.status = SequenceStatus.FINISHED
         del self._sequences[sequence.seq_id]
+        self._num_scored -= sequence.wants_prompt_logprobs
 
     def _release(self, sequence: Sequence) -> None:
         """Give back the blocks of a running sequence and make the ranks and the steps in flight
@@ -387,9 +379,10 @@ class Scheduler:
                 "more tokens are computed than have blocks"
             )
             num_known = len(sequence.token_ids) + sequence.num_pending_tokens
-            assert sequence.num_computed_tokens <= num_known <= sequence.max_len, (
-                "a running sequence is too long"
+            assert sequence.num_computed_tokens - sequence.num_draft_tokens <= num_known, (
+                "more tokens are computed than are known"
             )
+            assert num_known <= sequence.max_len, "a running sequence is too long"
             assert 0 <= sequence.num_pending_tokens <= len(self._in_flight), (
                 "more tokens are awaited than plans are in flight"
             )
@@ -399,3 +392,40 @@ class Scheduler:
             assert sequence.blocks.capacity == 0, "a waiting sequence holds blocks"
         if not self._running:
             assert self._kv.usage == 0.0, "blocks are held, but nothing runs"
+
+
+def _settle_drafts(
+    kv: KVCacheManager, sequence: Sequence, token_ids: tuple[int, ...]
+) -> tuple[tuple[int, ...], FinishReason | None]:
+    """Take in the tokens of an entry that may have had drafts; return those up to one that ends the
+    sequence, and why it ended."""
+    num_kept, reason = sequence.extend(token_ids)
+    if sequence.num_draft_tokens:
+        # Behind these tokens, the last of which was only sampled, drafts were wrong.
+        sequence.num_draft_tokens = 0
+        sequence.num_computed_tokens = len(sequence.token_ids) - 1
+        kv.commit(sequence.blocks, sequence.token_ids, sequence.num_computed_tokens)
+    return token_ids[:num_kept], reason
+
+
+def _prompt_updates(
+    plan: StepPlan, sequences: "list[Sequence | None]", result: StepResult
+) -> list[SequenceUpdate]:
+    """Return log-probabilities of prompt tokens to those that asked and are still there.
+
+    Raises:
+        ValueError: they are not those that the plan asked for.
+    """
+    updates = []
+    for index, first, count, _ in plan.prompt_logprobs:
+        entries = result.prompt_logprobs.get(plan.seq_ids[index], ())
+        if len(entries) != count:
+            raise ValueError(
+                f"the result of step {result.step} has {len(entries)} log-probabilities of prompt tokens "
+                f"where {count} were asked for"
+            )
+        sequence = sequences[index]
+        if sequence is not None:
+            sequence.first_missing_prompt_logprob = first + count
+            updates.append(SequenceUpdate(sequence.seq_id, prompt_logprobs=entries))
+    return updates

@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass
 
 from workers.kv_cache.manager import SequenceBlocks
+from workers.kv_cache.prefix_cache import hash_root
 from workers.request import EngineRequest, FinishReason, TokenLogprobs
 
 
@@ -30,8 +31,11 @@ class Sequence:
         token_ids: prompt, then output.
         stop_token_ids: all that end the sequence, in a fixed order; empty with ignore_eos.
         num_computed_tokens: tokens whose KV is in the cache, or will be when the steps planned so
-            far have run.
-        num_pending_tokens: sampled by plans whose results are not back; 0 or 1.
+            far have run, drafts in flight included.
+        num_pending_tokens: entries that sample in plans whose results are not back; 0 or 1.
+        num_draft_tokens: drafts among `num_computed_tokens`, which may turn out wrong.
+        next_prompt_logprob, first_missing_prompt_logprob: first prompt position whose
+            log-probability no plan asks for yet, and first that has not come.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
         num_preemptions: how often it lost its blocks.
     """
@@ -39,9 +43,12 @@ class Sequence:
     __slots__ = (
         "_stop_token_ids",
         "blocks",
+        "first_missing_prompt_logprob",
         "max_len",
+        "next_prompt_logprob",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_draft_tokens",
         "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
@@ -50,6 +57,7 @@ class Sequence:
         "status",
         "stop_token_ids",
         "token_ids",
+        "wants_prompt_logprobs",
     )
 
     def __init__(
@@ -76,7 +84,19 @@ class Sequence:
         self.num_pending_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
-        self.blocks = SequenceBlocks()
+        self.blocks = SequenceBlocks(hash_root(request.adapter, request.cache_salt))
+        self.num_draft_tokens = 0
+        self.wants_prompt_logprobs = sampling.prompt_logprobs is not None
+        # Nothing precedes the first prompt token.
+        self.next_prompt_logprob = self.first_missing_prompt_logprob = 1
+
+    @property
+    def max_cached_tokens(self) -> int | None:
+        """Tokens that may come from the prefix cache: log-probabilities need the others computed.
+        None: all."""
+        missing = self.first_missing_prompt_logprob
+        is_missing = self.wants_prompt_logprobs and missing < self.num_prompt_tokens
+        return missing - 1 if is_missing else None
 
     @property
     def num_output_tokens(self) -> int:
@@ -102,24 +122,36 @@ class Sequence:
             return self.finish_reason()
         return None
 
+    def extend(self, token_ids: tuple[int, ...]) -> tuple[int, FinishReason | None]:
+        """Take in sampled tokens up to one that ends the sequence; return how many were taken, and
+        `finish_reason`."""
+        for num_kept, token_id in enumerate(token_ids, start=1):
+            reason = self.append(token_id)
+            if reason is not None:
+                return num_kept, reason
+        return len(token_ids), None
+
 
 @dataclass(slots=True)
 class SequenceUpdate:
-    """What became of a sequence: a token, its end, or both. The update with a finish_reason is the
+    """What became of a sequence: tokens, its end, or both. The update with a finish_reason is the
     last and comes exactly once.
 
     Attributes:
-        token_id: the new token; None if it ended without one.
-        stop_token_id: the token that ended it, with reason `stop`; then also `token_id`, if it is
-            new.
+        token_ids: the new tokens; several where drafts were right.
+        logprobs: one for each of them where asked for, else empty.
+        stop_token_id: the token that ended it, with reason `stop`; then also the last of
+            `token_ids`, if it is new.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
+        prompt_logprobs: of further prompt tokens, from the second on.
         error: one sentence, with reason `abort` or `error`.
     """
 
     seq_id: int
-    token_id: int | None = None
-    logprobs: TokenLogprobs | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()

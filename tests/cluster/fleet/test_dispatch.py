@@ -16,7 +16,9 @@ from cluster.fleet.table import LoadTable, Replica, RoutingHint
 from cluster.metrics import GatewayMetrics
 from tests.support.fake_engine import FakeEngine, Script
 from workers import errors
-from workers.request import EngineOutput, EngineRequest, SamplingParams
+from workers.errors import EngineDead
+from workers.kv_cache.prefix_cache import block_hashes, hash_root
+from workers.request import EngineOutput, EngineRequest, SamplingParams, TokenLogprobs
 
 REQUEST = EngineRequest("r1", (5, 6), SamplingParams(seed=1, max_tokens=8))
 
@@ -413,3 +415,47 @@ async def test_after_close_no_stream_goes_on_elsewhere(cluster: Cluster) -> None
     with pytest.raises(errors.EngineDead, match="shutting down"):
         await cluster.read()
     assert sum(cluster.num_requests()) == 1
+
+
+async def test_prompts_with_different_salts_have_nothing_in_common(cluster: Cluster) -> None:
+    """Engines share no KV between them, so that the router must not expect it."""
+    prompt = tuple(range(40))
+    hints = [
+        cluster.dispatcher._hint(replace(REQUEST, prompt_token_ids=prompt, cache_salt=salt, adapter=adapter))
+        for adapter in (None, "a")
+        for salt in (None, "a", "b")
+    ]
+    for hashes in zip(*((*hint.block_hashes, hint.tail) for hint in hints), strict=True):
+        assert len(set(hashes)) == len(hints)
+    for hint, root in zip(
+        hints, (hash_root(a, s) for a in (None, "a") for s in (None, "a", "b")), strict=True
+    ):
+        assert list(hint.block_hashes) == block_hashes(prompt, root=root), "as the engines hash them"
+
+
+async def test_prompt_logprobs_come_once_though_the_replica_dies_among_them(cluster: Cluster) -> None:
+    entries = tuple(TokenLogprobs(-float(position)) for position in range(1, 6))
+    died = EngineDead("gone")
+
+    class Client:
+        num_calls = 0
+
+        async def generate(self, replica: Replica, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+            self.num_calls += 1
+            if self.num_calls == 1:
+                yield EngineOutput(prompt_logprobs=entries[:2])
+                yield EngineOutput(prompt_logprobs=entries[2:3])
+                raise died
+            yield EngineOutput(prompt_logprobs=entries[:1])
+            yield EngineOutput(prompt_logprobs=entries[1:4])
+            yield EngineOutput((7,), prompt_logprobs=entries[4:])
+            if self.num_calls == 2:
+                raise died
+            yield EngineOutput((8,), finish_reason="length")
+
+    dispatcher = Dispatcher(cluster.set, Client(), cluster.metrics)  # type: ignore[arg-type]
+    cluster.set.replace([*cluster.replicas, Replica("r2", "nowhere:1")])
+    async with aclosing(dispatcher.stream(REQUEST, None)) as outputs:
+        found = [output async for output in outputs]
+    assert sum((output.prompt_logprobs for output in found), ()) == entries
+    assert [output.token_ids for output in found if output.token_ids] == [(7,), (7,), (8,)]

@@ -172,7 +172,9 @@ def built_result(draw: random.Random, step: int) -> bytes:
     """Return the wire form of a result."""
     seq_ids = _ids(draw, 6)
     logprobs = {
-        seq_id: TokenLogprobs(-draw.randrange(64) / 8, tuple((token_id, -1.5) for token_id in _ids(draw, 3)))
+        seq_id: (
+            TokenLogprobs(-draw.randrange(64) / 8, tuple((token_id, -1.5) for token_id in _ids(draw, 3))),
+        )
         for seq_id in seq_ids
         if draw.random() < 0.5
     }

@@ -1,5 +1,7 @@
 """Blocks of both groups as sequences are admitted, grow and end."""
 
+import gc
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from workers.config import BLOCK_SIZE
 from workers.errors import ConfigError
 from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.kv_cache.manager import KVCacheManager, SequenceBlocks, sliding_blocks_per_sequence
+from workers.kv_cache.prefix_cache import block_hashes, hash_root
 
 
 def compute(kv: KVCacheManager, token_ids: list[int], chunk: int = 1000) -> SequenceBlocks:
@@ -217,3 +220,57 @@ def test_the_least_that_fits_a_sequence_is_enough_to_compute_it(window: int) -> 
             kv.release(compute(kv, list(range(num_tokens)), chunk=offset))
     kv = KVCacheManager(num_full_blocks=5, num_sliding_blocks=50, window=window)
     assert [kv.fits(length) for length in (64, 65)] == [True, False]
+
+
+def test_blocks_are_shared_only_behind_the_same_root() -> None:
+    kv = KVCacheManager(num_full_blocks=40, num_sliding_blocks=40, window=24)
+    tokens = list(range(50))
+    roots = [hash_root(adapter, salt) for adapter in (None, "a") for salt in (None, "s", "a")]
+    assert len(set(roots)) == 6
+    assert roots[0] == b""
+    for root in roots:
+        for expected in (0, 48):
+            blocks = SequenceBlocks(root)
+            assert kv.admit(blocks, tokens) == expected
+            kv.grow(blocks, expected, 50 - expected)
+            kv.commit(blocks, tokens, 50)
+            assert blocks.keys == block_hashes(tokens, root=root)
+            kv.release(blocks)
+        kv.check_integrity()
+
+
+def test_equal_hashes_behind_different_roots_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.kv_cache.prefix_cache.hash_block", lambda parent, tokens: b"same")
+    kv = KVCacheManager(num_full_blocks=40, num_sliding_blocks=40, window=24)
+    for root in (b"", b"other"):
+        blocks = SequenceBlocks(root)
+        assert kv.admit(blocks, list(range(17))) == 0
+        kv.grow(blocks, 0, 17)
+        kv.commit(blocks, list(range(17)), 17)
+        kv.release(blocks)
+    kv.check_integrity()
+
+
+def test_roots_are_forgotten_with_what_they_lead_to() -> None:
+    kv = KVCacheManager(num_full_blocks=10, num_sliding_blocks=10, window=24)
+    for number in range(50):
+        blocks = SequenceBlocks(hash_root(None, str(number)))
+        assert kv.admit(blocks, list(range(40))) == 0
+        kv.grow(blocks, 0, 40)
+        kv.commit(blocks, list(range(40)), 40)
+        kv.release(blocks)
+    gc.collect()
+    assert 0 < len(kv._cache._roots) <= 6
+    kv.check_integrity()
+
+
+def test_a_limit_on_what_is_taken_from_the_cache() -> None:
+    kv = KVCacheManager(num_full_blocks=20, num_sliding_blocks=20, window=24)
+    tokens = list(range(70))
+    for max_cached, expected in ((None, 0), (None, 64), (0, 0), (15, 0), (16, 16), (40, 32), (1000, 64)):
+        blocks = SequenceBlocks()
+        assert kv.admit(blocks, tokens, max_cached) == expected
+        kv.grow(blocks, expected, 70 - expected)
+        kv.commit(blocks, tokens, 70)
+        kv.release(blocks)
+        kv.check_integrity()

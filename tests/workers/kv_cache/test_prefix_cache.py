@@ -26,7 +26,7 @@ def tokens(num_blocks: int, *, first: int = 0) -> list[int]:
 
 def insert_chain(cache: PrefixCache, token_ids: list[int], sliding: bool = True) -> list[tuple[int, int]]:
     """Commit all full blocks of a sequence and return (full, sliding) blocks, which stay held."""
-    parent, blocks = cache.root, []
+    parent, blocks = cache.root(), []
     for index, key in enumerate(block_hashes(token_ids)):
         [full] = cache.full.allocate(1) if cache.full.num_blocks else [NULL_BLOCK]
         [slide] = cache.sliding.allocate(1) if cache.sliding.num_blocks and sliding else [NULL_BLOCK]
@@ -45,7 +45,7 @@ def release(cache: PrefixCache, blocks: list[tuple[int, int]]) -> None:
 
 
 def hit(cache: PrefixCache, token_ids: list[int]) -> int:
-    return len(cache.lookup(block_hashes(token_ids), token_ids))
+    return len(cache.lookup(cache.root(), block_hashes(token_ids), token_ids))
 
 
 def test_hash_is_the_documented_one() -> None:
@@ -119,7 +119,7 @@ def test_a_hit_is_the_longest_whose_window_is_there(present: list[bool], window:
     find all those before itself."""
     cache = PrefixCache(len(present) + 1, len(present) + 1, window)
     token_ids = tokens(len(present))
-    parent = cache.root
+    parent = cache.root()
     for index, (key, there) in enumerate(zip(block_hashes(token_ids), present, strict=True)):
         [full] = cache.full.allocate(1)
         [sliding] = cache.sliding.allocate(1) if there else [NULL_BLOCK]
@@ -165,10 +165,10 @@ def test_a_colliding_parent_does_not_lend_its_children(monkeypatch: pytest.Monke
     insert_chain(cache, other)
     assert hit(cache, [*other, 7]) == 2
     assert hit(cache, [*mine, 7]) == 0
-    entry = cache.lookup(block_hashes([*other, 7]), [*other, 7])[0]
+    entry = cache.lookup(cache.root(), block_hashes([*other, 7]), [*other, 7])[0]
     # Its parent's place taken again by the first prompt, the second block must go with it.
     [full], [sliding] = cache.full.allocate(1), cache.sliding.allocate(1)
-    assert cache.insert(cache.root, entry.key, pack_tokens(mine[:16]), full, sliding) is not None
+    assert cache.insert(cache.root(), entry.key, pack_tokens(mine[:16]), full, sliding) is not None
     assert hit(cache, [*mine, 7]) == 1
     assert hit(cache, [*other, 7]) == 0
 
@@ -207,7 +207,7 @@ def test_a_lost_sliding_block_is_replaced_by_the_next_sequence_that_computes_it(
     cache.sliding.release([2])
     second = insert_chain(cache, tokens(1))
     assert hit(cache, [*tokens(1), 7]) == 1
-    [entry] = cache.lookup(block_hashes(tokens(1)), [*tokens(1), 7])
+    [entry] = cache.lookup(cache.root(), block_hashes(tokens(1)), [*tokens(1), 7])
     assert (entry.full_block, entry.sliding_block) == (first[0][0], second[0][1])
 
 
@@ -218,4 +218,4 @@ def test_where_all_layers_slide_the_sliding_block_is_the_anchor() -> None:
     assert hit(cache, [*tokens(3), 7]) == 3
     cache.sliding.allocate(3)
     assert hit(cache, [*tokens(3), 7]) == 2
-    assert cache.insert(cache.root, b"unknown", pack_tokens(tokens(1)), NULL_BLOCK, NULL_BLOCK) is None
+    assert cache.insert(cache.root(), b"unknown", pack_tokens(tokens(1)), NULL_BLOCK, NULL_BLOCK) is None

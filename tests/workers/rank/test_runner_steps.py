@@ -214,7 +214,7 @@ def test_a_slot_forgets_its_last_tenant() -> None:
     state.drop(0)
     state.start(0, start(1, (1,), sampling=SamplingParams(temperature=0, seed=1)))
     assert build(state, [0], [0]) == SamplingBatch()
-    assert state.num_logprobs((1,), np.array([0])) == []
+    assert state.logprob_rows(np.array([0])) == []
     assert state.listeners(np.array([0])) == []
 
 
@@ -398,7 +398,7 @@ def test_each_sequence_gets_the_logprobs_it_asked_for(runner: Runner) -> None:
     result = runner.step(decode_plan(encode_plan(plan)))
     assert result.seq_ids == (0, 1)
     assert set(result.logprobs) == {1}
-    entry = result.logprobs[1]
+    (entry,) = result.logprobs[1]
     assert len(entry.top) == 3
     assert entry.top[0] == (result.token_ids[1], entry.logprob)
     assert result.elapsed_s > 0

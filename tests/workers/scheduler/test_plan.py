@@ -56,17 +56,19 @@ plans = st.builds(
     new_blocks=st.lists(st.tuples(int_ids, small_tuples, small_tuples), max_size=3).map(tuple),
     automata=st.lists(st.tuples(st.binary(max_size=16), st.binary(max_size=9)), max_size=3).map(tuple),
     dropped_automata=st.lists(st.binary(max_size=16), max_size=3).map(tuple),
+    drafts=st.lists(st.tuples(int_ids, small_tuples), max_size=3).map(tuple),
+    prompt_logprobs=st.lists(st.tuples(int_ids, int_ids, int_ids, int_ids), max_size=3).map(tuple),
 )
+entries = st.builds(TokenLogprobs, finite, st.lists(st.tuples(int_ids, finite), max_size=3).map(tuple))
+logprobs = st.dictionaries(int_ids, st.lists(entries, max_size=3).map(tuple), max_size=3)
 results = st.builds(
     StepResult,
     step=int_ids,
     seq_ids=small_tuples,
     token_ids=small_tuples,
-    logprobs=st.dictionaries(
-        int_ids,
-        st.builds(TokenLogprobs, finite, st.lists(st.tuples(int_ids, finite), max_size=3).map(tuple)),
-        max_size=3,
-    ),
+    logprobs=logprobs,
+    num_tokens=small_tuples,
+    prompt_logprobs=logprobs,
     elapsed_s=finite,
     error=st.none() | st.text(),
 )
@@ -98,9 +100,11 @@ def test_every_field_is_on_the_wire() -> None:
     )
     start = SequenceStart(1, (1, 2, 3), 2, sampling, (4, 5), b"id", (6,), (0,))
     plan = StepPlan(
-        9, (start,), (2,), (1,), (16,), (1,), (True,), ((0, (7,), (8,)),), ((b"id", b"body"),), (b"old",)
-    )
-    result = StepResult(9, (1,), (5,), {1: TokenLogprobs(-0.5, ((5, -0.5),))}, 0.25, "broken", 0.5)
+        9, (start,), (2,), (1,), (16,), (1,), (True,), ((0, (7,), (8,)),), ((b"id", b"body"),), (b"old",),
+        ((0, (4,)),), ((0, 1, 2, 3),),
+    )  # fmt: skip
+    entry = TokenLogprobs(-0.5, ((5, -0.5),))
+    result = StepResult(9, (1,), (5,), {1: (entry,)}, 0.25, "broken", 0.5, (1,), {2: (entry, entry)})
     for message, default in ((sampling, SamplingParams()), (plan, StepPlan(0)), (result, StepResult(0))):
         for name in type(message).__slots__:
             assert getattr(message, name) != getattr(default, name), (

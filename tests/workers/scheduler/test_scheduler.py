@@ -197,10 +197,10 @@ def test_stop_tokens_end_a_sequence_after_min_tokens() -> None:
     assert plan is not None
     assert [start.stop_token_ids for start in plan.starts] == [(9, STOP), (9, STOP), ()]
     updates = answer(scheduler, plan, STOP)
-    assert [(entry.token_id, entry.finish_reason, entry.stop_token_id) for entry in updates] == [
-        (STOP, "stop", STOP),
-        (STOP, None, None),
-        (STOP, None, None),
+    assert [(entry.token_ids, entry.finish_reason, entry.stop_token_id) for entry in updates] == [
+        ((STOP,), "stop", STOP),
+        ((STOP,), None, None),
+        ((STOP,), None, None),
     ]
     updates = answer(scheduler, scheduler.schedule(), 9)
     assert [(entry.seq_id, entry.finish_reason, entry.stop_token_id) for entry in updates] == [
@@ -272,8 +272,8 @@ def test_logprobs_go_to_their_sequence() -> None:
     plan = scheduler.schedule()
     assert plan is not None
     entry = TokenLogprobs(-0.5, ((5, -0.5),))
-    updates = scheduler.update(StepResult(plan.step, (0, 1), (5, 6), {1: entry}))
-    assert [(update.token_id, update.logprobs) for update in updates] == [(5, None), (6, entry)]
+    updates = scheduler.update(StepResult(plan.step, (0, 1), (5, 6), {1: (entry,)}))
+    assert [(update.token_ids, update.logprobs) for update in updates] == [((5,), ()), ((6,), (entry,))]
 
 
 def test_abort_waiting_running_and_in_flight() -> None:
@@ -300,9 +300,9 @@ def test_a_second_plan_may_leave_before_the_first_result() -> None:
     assert answer(scheduler, first) == []
     third = scheduler.schedule()
     assert summary(third) == [(0, 15, 1, True)]  # its token is in flight; the ranks have it
-    assert [update.token_id for update in answer(scheduler, second)] == [7]
+    assert [update.token_ids for update in answer(scheduler, second)] == [(7,)]
     assert summary(scheduler.schedule()) == [(0, 16, 1, True)]
-    assert [update.token_id for update in answer(scheduler, third)] == [7]
+    assert [update.token_ids for update in answer(scheduler, third)] == [(7,)]
 
 
 def test_a_stop_token_wastes_one_entry_and_no_block() -> None:
@@ -311,8 +311,8 @@ def test_a_stop_token_wastes_one_entry_and_no_block() -> None:
     first = scheduler.schedule()
     wasted = scheduler.schedule()
     assert summary(wasted) == [(0, 20, 1, True)]
-    assert [(update.token_id, update.finish_reason) for update in answer(scheduler, first, STOP)] == [
-        (STOP, "stop")
+    assert [(update.token_ids, update.finish_reason) for update in answer(scheduler, first, STOP)] == [
+        ((STOP,), "stop")
     ]
     assert not scheduler.has_work
     assert scheduler._kv.usage == 0
@@ -348,7 +348,7 @@ def test_a_sequence_that_loses_its_blocks_with_a_token_in_flight_computes_it_aga
         scheduler.schedule()
     )  # 0 needs a fourth block, and takes it from 1, whose second token is in flight
     assert summary(third) == [(0, 48, 1, True)]
-    assert [(update.seq_id, update.token_id) for update in answer(scheduler, second)] == [(0, 7)]
+    assert [(update.seq_id, update.token_ids) for update in answer(scheduler, second)] == [(0, (7,))]
     assert scheduler.num_preemptions == 1
     assert scheduler.num_waiting == 1
     answer(scheduler, third)
@@ -361,6 +361,10 @@ def test_a_sequence_that_loses_its_blocks_with_a_token_in_flight_computes_it_aga
         StepResult(0, (), ()),
         StepResult(0, (1,), (7,)),
         StepResult(0, (0,), ()),
+        StepResult(0, (0,), (7, 8), num_tokens=(2,)),
+        StepResult(0, (0,), (7,), num_tokens=(1, 0)),
+        StepResult(0, (0,), (7, 8), num_tokens=(1,)),
+        StepResult(0, (0,), (), num_tokens=(0,)),
         StepResult(0, (0,), (7,), error="the rank failed"),
     ],
 )

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.support.simulated_rank import SimulatedRank
 from workers.config import SchedulerConfig
 from workers.constraint.codec import Constraint, automaton_id
+from workers.constraint.registry import HeldAutomata
 from workers.kv_cache.manager import KVCacheManager, num_blocks_for, sliding_blocks_per_sequence
 from workers.request import EngineRequest, SamplingParams
 from workers.scheduler.plan import StepPlan
@@ -70,10 +71,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         window=st.sampled_from([None, 1, 2, 15, 16, 17, 18, 33, 50]),
         spare_blocks=st.tuples(st.integers(0, 12), st.integers(0, 12)),
         max_model_len=st.integers(20, 130),
-        max_num_seqs=st.integers(1, 5),
+        max_num_seqs=st.integers(1, 5) | st.just(30),
         max_num_batched_tokens=st.one_of(st.integers(1, 20), st.integers(20, 200)),
         prefix_caching=st.sampled_from([True, True, True, False]),
         collisions=st.booleans(),
+        drafts=st.booleans(),
     )
     def build(
         self,
@@ -85,6 +87,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_batched_tokens,
         prefix_caching,
         collisions,
+        drafts=False,
     ):
         self.patches = ExitStack()
         if collisions:
@@ -104,15 +107,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.config = SchedulerConfig(max_num_seqs, max_num_batched_tokens)
         self.max_model_len = max_model_len
-        self.scheduler = Scheduler(self.config, self.kv, max_model_len=max_model_len)
+        self.guess = random.Random(1)
+        self.scheduler = Scheduler(
+            self.config, self.kv, max_model_len=max_model_len, propose=self.propose if drafts else None
+        )
+        self.scheduler._automata = HeldAutomata(max_bytes=2)
         self.rank = SimulatedRank(num_full, num_sliding, window, sample)
+        self.has_drafts = drafts
         self.in_flight: list[StepPlan] = []
         self.expected = {}
         self.received: dict[int, list[SequenceUpdate]] = {}
         self.num_resumed: dict[int, int] = {}
+        self.prompts: dict[int, tuple[int, ...]] = {}
+        self.prompt_logprobs: dict[int, list[int]] = {}
         self.live: list[int] = []
         self.ended: set[int] = set()
         self.seen: Counter[str] = Counter()
+
+    def propose(self, sequence):
+        """Up to twelve tokens, of which the first few are right, or all, or none."""
+        tokens = list(sequence.token_ids)
+        num_right = self.guess.choice([0, 1, 3, 12])
+        for count in range(self.guess.randrange(13)):
+            tokens.append(sample(tokens) if count < num_right else self.guess.randrange(VOCAB_SIZE))
+        return tokens[len(sequence.token_ids) :]
 
     @rule(
         prompt=prompts,
@@ -122,8 +140,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop_token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2),
         resume=st.integers(0, 40),
         constraint=st.none() | st.integers(0, 5),
+        salt=st.sampled_from([None, None, "a", "b"]),
+        prompt_logprobs=st.sampled_from([None, None, 2]),
     )
-    def add(self, prompt, max_tokens, min_tokens, ignore_eos, stop_token_ids, resume, constraint=None):
+    def add(
+        self,
+        prompt,
+        max_tokens,
+        min_tokens,
+        ignore_eos,
+        stop_token_ids,
+        resume,
+        constraint=None,
+        salt=None,
+        prompt_logprobs=None,
+    ):
         prompt = prompt[: self.max_model_len - 1]
         room = self.max_model_len - len(prompt)
         max_tokens = None if max_tokens is None else min(max_tokens, room)
@@ -133,8 +164,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             ignore_eos=ignore_eos,
             stop_token_ids=tuple(stop_token_ids),
             seed=0,
+            prompt_logprobs=prompt_logprobs,
         )
         seq_id = len(self.expected)
+        self.prompts[seq_id] = tuple(prompt)
+        self.prompt_logprobs[seq_id] = []
+        self.rank.roots[seq_id] = {None: 0, "a": -1, "b": -2}[salt]
         request = EngineRequest(f"request {seq_id}", tuple(prompt), sampling)
         output, reason, stop = generate_alone(request, self.max_model_len)
         resumed = output[: resume if resume < 20 else 0]
@@ -145,6 +180,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             sampling,
             tuple(resumed),
             constraint=None if constraint is None else Constraint(automaton_id(body), body),
+            cache_salt=salt,
         )
         self.scheduler.check(request)
         self.expected[seq_id] = (output, reason, stop)
@@ -179,6 +215,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.in_flight or not self.scheduler.has_work, "there is work, but nothing is scheduled"
             return
         assert 0 < sum(plan.num_scheduled_tokens) <= self.config.max_num_batched_tokens
+        num_rows = sum(plan.samples) + sum(len(drafts) for _, drafts in plan.drafts)
+        assert num_rows <= self.config.max_num_seqs, "more rows are sampled than ranks have room for"
         assert min(plan.num_scheduled_tokens) > 0
         assert len(plan.seq_ids) <= self.config.max_num_seqs
         assert list(plan.seq_ids) == sorted(plan.seq_ids), "first come, first served"
@@ -197,18 +235,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         seq_id = self.live[position]
         update = self.scheduler.abort(seq_id, "the client left")
         assert update is not None
-        assert (update.finish_reason, update.error, update.token_id) == ("abort", "the client left", None)
+        assert (update.finish_reason, update.error, update.token_ids) == ("abort", "the client left", ())
         self.take(update)
         assert self.scheduler.abort(seq_id, "the client left") is None
 
     def take(self, update):
         assert update.seq_id not in self.ended, "an update after the last one"
         self.received[update.seq_id].append(update)
+        wanted = self.prompt_logprobs[update.seq_id]
+        wanted += [int(entry.logprob) for entry in update.prompt_logprobs]
+        prompt = self.prompts[update.seq_id]
+        assert tuple(wanted) == prompt[1 : 1 + len(wanted)]
+        if wanted and update.token_ids:
+            assert len(wanted) == len(prompt) - 1, "a token came before the prompt's log-probabilities"
+            self.seen["prompt log-probabilities"] += 1
         if update.finish_reason is not None:
             self.ended.add(update.seq_id)
             self.live.remove(update.seq_id)
         output, reason, stop = self.expected[update.seq_id]
-        tokens = [entry.token_id for entry in self.received[update.seq_id] if entry.token_id is not None]
+        tokens = [token for entry in self.received[update.seq_id] for token in entry.token_ids]
         start = self.num_resumed[update.seq_id]
         assert tokens == output[start : start + len(tokens)]
         if update.finish_reason not in (None, "abort"):
@@ -241,6 +286,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.check_integrity()
             assert self.kv.usage == 0.0
             assert self.scheduler._automata._num_users == {}
+            if self.has_drafts and self.rank.num_drafts > 50:
+                assert 0 < self.rank.num_right < self.rank.num_drafts
+                self.seen["drafts"] += 1
             starts = list(dict.fromkeys(self.rank.start_order))
             assert starts == sorted(starts), "admitted out of order"
 
@@ -255,9 +303,16 @@ def test_a_long_run_under_tiny_pools_meets_everything() -> None:
     choose = random.Random(4)
     seen: Counter[str] = Counter()
     for collisions in (False, True):
-        for has_full, window in ((True, 18), (True, None), (False, 18), (True, 1)):
+        for has_full, window, drafts in (
+            (True, 18, False),
+            (True, 18, True),
+            (True, None, True),
+            (False, 18, False),
+            (True, 1, True),
+        ):
             machine = SchedulerMachine()
-            machine.build(has_full, window, (3, 2), 120, 4, 48, True, collisions)
+            # Drafts use rows that sequences leave free.
+            machine.build(has_full, window, (3, 2), 120, 100 if drafts else 4, 48, True, collisions, drafts)
             with machine.patches:
                 for _ in range(150):
                     prompt = [
@@ -272,6 +327,8 @@ def test_a_long_run_under_tiny_pools_meets_everything() -> None:
                         stop_token_ids=[],
                         resume=choose.randrange(40),
                         constraint=choose.choice([None, *range(6)]),
+                        salt=choose.choice([None, None, "a"]),
+                        prompt_logprobs=choose.choice([None, None, 2]),
                     )
                     machine.steps(count=choose.randrange(8))
                     machine.plan()
@@ -286,3 +343,5 @@ def test_a_long_run_under_tiny_pools_meets_everything() -> None:
                     >= 5
                 ), machine.seen
     assert min(seen[name] for name in ("preempted", "prefix hit", "complete when added")) >= 50, seen
+    assert seen["drafts"] == 6
+    assert seen["prompt log-probabilities"] > 100

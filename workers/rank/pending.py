@@ -1,0 +1,166 @@
+"""A step that was launched, until its result is taken."""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernels.sampling import SampleOutput
+from workers.rank.drafts import DraftRows, kept_rows
+from workers.rank.sampling_state import TokenListener
+from workers.request import TokenLogprobs
+from workers.scheduler.plan import StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a step samples.
+
+    Attributes:
+        seq_ids: [num_samples] the sequence of each sampled row.
+        output: on the device.
+        drafts: None: each row is a sequence of its own.
+        logprob_rows: (row, alternatives wanted), in the order of `output.logprobs`.
+        listeners: (row, what is told its token).
+    """
+
+    seq_ids: tuple[int, ...]
+    output: SampleOutput
+    drafts: DraftRows | None = None
+    logprob_rows: Sequence[tuple[int, int]] = ()
+    listeners: Sequence[tuple[int, TokenListener]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of prompt tokens.
+
+    Attributes:
+        wanted: (seq_id, number of tokens, alternatives wanted), one after the other.
+        parts: of these tokens, in pieces, on the device; none on ranks that do not sample.
+    """
+
+    wanted: tuple[tuple[int, int, int], ...] = ()
+    parts: list[SampleOutput] = field(default_factory=list)
+
+
+class PendingStep:
+    """A step that was launched. On a CPU it is done; on a GPU its kernels and the copy of its
+    tokens to the host are queued.
+
+    Args:
+        device: where it runs.
+        sampled: None: the step yields no token.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        started: float,
+        device: torch.device,
+        sampled: Sampled | None = None,
+        scores: PromptScores | None = None,
+    ) -> None:
+        self._step = step
+        self._started = started
+        self._sampled = sampled
+        self._wanted = () if scores is None else scores.wanted
+        self._output = None if sampled is None else sampled.output
+        self._scores = [] if scores is None else scores.parts
+        self._result: StepResult | None = None
+        self._lock = threading.Lock()
+        self._copied: torch.cuda.Event | None = None
+        if device.type != "cpu":
+            self._output = None if self._output is None else _to_host(self._output)
+            self._scores = [_to_host(part) for part in self._scores]
+            # Also of a step that yields no token: it is not done before, and only so many may be in
+            # flight.
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` returns at once."""
+        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
+
+    def result(self) -> StepResult:
+        """Wait for the step's tokens; the same result each time.
+
+        Raises:
+            RuntimeError: a kernel of this or an earlier step failed on the GPU.
+        """
+        # The next launch may need the tokens while another thread waits for them: listeners hear
+        # each token once.
+        with self._lock:
+            if self._result is None:
+                self._result = self._take()
+            return self._result
+
+    def _take(self) -> StepResult:
+        if self._copied is not None:
+            self._copied.synchronize()
+        prompt_logprobs = self._prompt_logprobs()
+        sampled, output = self._sampled, self._output
+        if sampled is None or output is None:
+            elapsed_s = time.perf_counter() - self._started
+            return StepResult(self._step, elapsed_s=elapsed_s, prompt_logprobs=prompt_logprobs)
+        token_ids, seq_ids = output.token_ids.tolist(), sampled.seq_ids
+        kept: list[bool] | None = None
+        num_tokens: tuple[int, ...] = ()
+        if sampled.drafts is not None:
+            kept, num_tokens = kept_rows(token_ids, sampled.drafts)
+            seq_ids = tuple(dict.fromkeys(seq_ids))
+        for row, listener in sampled.listeners:
+            if kept is None or kept[row]:
+                listener.push(token_ids[row])
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        for (row, num_top), entry in zip(sampled.logprob_rows, _entries(output), strict=True):
+            if kept is None or kept[row]:
+                logprobs.setdefault(sampled.seq_ids[row], []).append(_cut(entry, num_top))
+        if kept is not None:
+            token_ids = [token_id for token_id, is_kept in zip(token_ids, kept, strict=True) if is_kept]
+        return StepResult(
+            step=self._step,
+            seq_ids=seq_ids,
+            token_ids=tuple(token_ids),
+            logprobs={seq_id: tuple(entries) for seq_id, entries in logprobs.items()},
+            elapsed_s=time.perf_counter() - self._started,
+            num_tokens=num_tokens,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _prompt_logprobs(self) -> dict[int, tuple[TokenLogprobs, ...]]:
+        if not self._scores:
+            return {}
+        entries = iter([entry for part in self._scores for entry in _entries(part)])
+        return {
+            seq_id: tuple(_cut(next(entries), num_top) for _ in range(count))
+            for seq_id, count, num_top in self._wanted
+        }
+
+
+def _entries(output: SampleOutput) -> list[TokenLogprobs]:
+    """One for each row with log-probabilities."""
+    if output.logprobs is None or output.top_ids is None or output.top_logprobs is None:
+        return []
+    rows = zip(output.logprobs.tolist(), output.top_ids.tolist(), output.top_logprobs.tolist(), strict=True)
+    return [TokenLogprobs(chosen, tuple(zip(ids, values, strict=True))) for chosen, ids, values in rows]
+
+
+def _cut(entry: TokenLogprobs, num_top: int) -> TokenLogprobs:
+    return entry if len(entry.top) == num_top else TokenLogprobs(entry.logprob, entry.top[:num_top])
+
+
+def _to_host(output: SampleOutput) -> SampleOutput:
+    """A copy in pinned memory, queued behind what computes it."""
+    parts = (output.logprobs, output.top_ids, output.top_logprobs)
+    return SampleOutput(
+        _to_pinned(output.token_ids), *(None if part is None else _to_pinned(part) for part in parts)
+    )
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

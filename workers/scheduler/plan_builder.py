@@ -1,0 +1,134 @@
+"""A step while it is planned, and what its result is checked against."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import compress, islice
+
+from workers.kv_cache.manager import KVCacheManager
+from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
+from workers.scheduler.sequence import Sequence
+
+
+class PlanBuilder:
+    """The step being planned.
+
+    Attributes:
+        entries: (sequence, its seq_id, num_computed_tokens, num_scheduled_tokens, samples) in batch
+            order.
+    """
+
+    __slots__ = ("drafts", "entries", "new_blocks", "prompt_logprobs", "starts")
+
+    def __init__(self) -> None:
+        self.starts: list[SequenceStart] = []
+        self.entries: list[tuple[Sequence, int, int, int, bool]] = []
+        self.new_blocks: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        self.drafts: list[tuple[int, tuple[int, ...]]] = []
+        self.prompt_logprobs: list[tuple[int, int, int, int]] = []
+
+    def add_blocks(self, full: tuple[int, ...], sliding: tuple[int, ...]) -> None:
+        """Tell the ranks of blocks at the end of the tables of the sequence that is added next."""
+        if full or sliding:
+            self.new_blocks.append((len(self.entries), full, sliding))
+
+    def claim_drafts(
+        self, kv: KVCacheManager, sequence: Sequence, num_new: int, proposed: Iterable[int], limit: int
+    ) -> int:
+        """Add drafts to the sequence that is added next, as far as free blocks last: no other
+        sequence loses its own to them.
+
+        Args:
+            num_new: tokens of the entry, which have blocks.
+            limit: drafts at most.
+        Returns:
+            How many there are.
+        """
+        # With the last token sampled the sequence has max_len at most.
+        limit = min(limit, sequence.max_len - len(sequence.token_ids) - 1)
+        drafts = tuple(islice(proposed, max(limit, 0)))
+        if not drafts:
+            return 0
+        blocks = sequence.blocks
+        num_full, num_sliding = len(blocks.full), len(blocks.sliding)
+        num_granted = kv.grow(blocks, sequence.num_computed_tokens, num_new + len(drafts)) - num_new
+        self.add_blocks(tuple(blocks.full[num_full:]), tuple(blocks.sliding[num_sliding:]))
+        if num_granted > 0:
+            self.drafts.append((len(self.entries), drafts[:num_granted]))
+        return num_granted
+
+    def ask_prompt_logprobs(self, sequence: Sequence, num_computed: int, num_new: int) -> None:
+        """Ask for the log-probabilities of prompt tokens that follow on those of the entry that is
+        added next, if it wants any."""
+        first = max(sequence.next_prompt_logprob, num_computed + 1)
+        end = min(num_computed + num_new + 1, sequence.num_prompt_tokens)
+        num_top = sequence.request.sampling.prompt_logprobs
+        if num_top is not None and first < end:
+            self.prompt_logprobs.append((len(self.entries), first, end - first, num_top))
+            sequence.next_prompt_logprob = end
+
+    def build(
+        self,
+        step: int,
+        drops: tuple[int, ...],
+        automata: tuple[tuple[tuple[bytes, bytes], ...], tuple[bytes, ...]],
+    ) -> tuple[StepPlan, "list[Sequence | None]"]:
+        """Return the plan and its sequences in batch order.
+
+        Args:
+            automata: as of `HeldAutomata.take_changes`.
+        """
+        sequences, seq_ids, num_computed_tokens, num_scheduled_tokens, samples = zip(
+            *self.entries, strict=True
+        )
+        plan = StepPlan(
+            step=step,
+            starts=tuple(self.starts),
+            drops=drops,
+            seq_ids=seq_ids,
+            num_computed_tokens=num_computed_tokens,
+            num_scheduled_tokens=num_scheduled_tokens,
+            samples=samples,
+            new_blocks=tuple(self.new_blocks),
+            automata=automata[0],
+            dropped_automata=automata[1],
+            drafts=tuple(self.drafts),
+            prompt_logprobs=tuple(self.prompt_logprobs),
+        )
+        return plan, list(sequences)
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A plan whose result is not back. `sequences` runs parallel to `plan.seq_ids`; None: the
+    result is of no use any more."""
+
+    plan: StepPlan
+    sequences: list[Sequence | None]
+
+
+def tokens_of(plan: StepPlan, result: StepResult) -> list[tuple[int, ...]]:
+    """Return the tokens of each sequence that was to yield any.
+
+    Raises:
+        ValueError: the result is not one of this plan.
+    """
+    if result.seq_ids != tuple(compress(plan.seq_ids, plan.samples)):
+        raise ValueError(f"the result of step {result.step} is not of the sequences that were to yield any")
+    if not result.num_tokens:
+        if len(result.token_ids) != len(result.seq_ids):
+            raise ValueError(f"the result of step {result.step} does not have one token for each sequence")
+        return list(zip(result.token_ids, strict=True))
+    num_drafts = dict.fromkeys(result.seq_ids, 0) | {
+        plan.seq_ids[index]: len(drafts) for index, drafts in plan.drafts
+    }
+    if (
+        len(result.num_tokens) != len(result.seq_ids)
+        or sum(result.num_tokens) != len(result.token_ids)
+        or any(
+            not 1 <= count <= 1 + num_drafts[seq_id]
+            for seq_id, count in zip(result.seq_ids, result.num_tokens, strict=True)
+        )
+    ):
+        raise ValueError(f"the result of step {result.step} has tokens that its plan does not allow for")
+    tokens = iter(result.token_ids)
+    return [tuple(next(tokens) for _ in range(count)) for count in result.num_tokens]
