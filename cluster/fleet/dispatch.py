@@ -36,6 +36,8 @@ _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
 _MAX_HASHED_BLOCKS = 2048
 """Maximum number of blocks hashed (32 thousand tokens, 4 ms). Longer prompts that agree this far
 belong together anyway."""
+_INLINE_TOKENS = 4096
+"""Prompts up to this length, which take half a millisecond, are hashed on the event loop."""
 
 
 class Dispatcher:
@@ -62,8 +64,17 @@ class Dispatcher:
         self._metrics = metrics
         self._clock = clock
 
+    async def hint(self, request: EngineRequest) -> RoutingHint:
+        """Return what the choice of a replica depends on for this request and others with its
+        prompt, adapter and salt. Long prompts are hashed in a thread."""
+        if len(self._replicas.known()) < 2:
+            return RoutingHint()
+        if len(request.prompt_token_ids) <= _INLINE_TOKENS:
+            return _hint(request)
+        return await asyncio.to_thread(_hint, request)
+
     async def stream(
-        self, request: EngineRequest, deadline: float | None
+        self, request: EngineRequest, deadline: float | None, hint: RoutingHint
     ) -> AsyncGenerator[EngineOutput, None]:
         """Yield outputs up to the one with a finish reason `stop` or `length`. Closing the
         generator cancels the sequence in the engine.
@@ -73,7 +84,6 @@ class Dispatcher:
         Raises:
             CantataError: the last replica's error, when no other replica can continue.
         """
-        hint = self._hint(request)
         tries = _Tries(self._clock)
         num_cached = num_prompt_logprobs = 0
         tokens: list[int] = []
@@ -108,17 +118,6 @@ class Dispatcher:
                 self._count(request, replica, error, went=len(tokens) > num_before, num_tokens=len(tokens))
             finally:
                 self._replicas.release(replica)
-
-    def _hint(self, request: EngineRequest) -> RoutingHint:
-        if len(self._replicas.known()) < 2:
-            return RoutingHint(request.request_id)
-        ids = request.prompt_token_ids
-        root = hash_root(request.adapter, request.cache_salt)
-        hashes = block_hashes(ids[: _MAX_HASHED_BLOCKS * BLOCK_SIZE], BLOCK_SIZE, root)
-        rest = ids[len(hashes) * BLOCK_SIZE :]
-        parent = hashes[-1] if hashes else root
-        tail = hash_block(parent, pack_tokens(rest)) if len(rest) < BLOCK_SIZE else b""
-        return RoutingHint(request.request_id, hashes, tail)
 
     def _count(
         self, request: EngineRequest, replica: Replica, error: CantataError, *, went: bool, num_tokens: int
@@ -158,6 +157,16 @@ class Dispatcher:
                     )
                     raise CantataError("The engine failed on this request.")
                 yield output
+
+
+def _hint(request: EngineRequest) -> RoutingHint:
+    ids = request.prompt_token_ids
+    root = hash_root(request.adapter, request.cache_salt)
+    hashes = block_hashes(ids[: _MAX_HASHED_BLOCKS * BLOCK_SIZE], BLOCK_SIZE, root)
+    rest = ids[len(hashes) * BLOCK_SIZE :]
+    parent = hashes[-1] if hashes else root
+    tail = hash_block(parent, pack_tokens(rest)) if len(rest) < BLOCK_SIZE else b""
+    return RoutingHint(hashes, tail)
 
 
 class _Tries:

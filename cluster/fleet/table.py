@@ -45,7 +45,6 @@ class RoutingHint:
         tail: hash of the tokens after these blocks; empty if they were truncated.
     """
 
-    request_id: str
     block_hashes: Sequence[bytes] = ()
     tail: bytes = b""
 
@@ -104,6 +103,12 @@ class LoadTable:
         self._in_flight: Counter[str] = Counter()
         self._prefixes = PrefixIndex() if prefixes is None else prefixes
         self._shared = SharedBeginnings()
+        # Of the prompt that was looked up last, whose sequences come one after the other: blocks
+        # that unrelated prompts have as well, blocks that replicas have, replicas it was sent to.
+        self._hint: RoutingHint | None = None
+        self._num_shared = 0
+        self._matched: dict[str, int] = {}
+        self._sent_to: set[str] = set()
         # Peaks of our own sequences in the current period of REPORT_AGE_S and in the previous one.
         self._peaks: tuple[Counter[str], Counter[str]] = Counter(), Counter()
         self._period_began = clock()
@@ -121,24 +126,36 @@ class LoadTable:
         """
         now = self._clock()
         self._suspect_until = {key: until for key, until in self._suspect_until.items() if until > now}
-        num_shared = self._shared.add(hint.block_hashes, hint.tail)
-        candidates = [self._candidate(entry.key, hint, num_shared) for entry in replicas]
+        self._look_up(hint)
+        candidates = [self._candidate(entry.key, hint) for entry in replicas]
         chosen = policy.choose(candidates, excluded, self._rng)
         for replica in replicas:
             if replica.key == chosen:
                 self._in_flight[chosen] += 1
                 self._note_peaks(now)
-                self._prefixes.add(chosen, hint.block_hashes)
+                if chosen not in self._sent_to:
+                    self._prefixes.add(chosen, hint.block_hashes)
+                    self._sent_to.add(chosen)
+                    self._matched[chosen] = len(hint.block_hashes)
                 return replica
         raise NoReplica("No replica is ready to take the request; try again in a moment.")
 
-    def _candidate(self, key: str, hint: RoutingHint, num_shared: int) -> policy.Candidate:
-        matched = self._prefixes.match(key, hint.block_hashes)
+    def _look_up(self, hint: RoutingHint) -> None:
+        if hint is not self._hint:
+            self._hint = hint
+            self._num_shared = self._shared.add(hint.block_hashes, hint.tail)
+            self._matched.clear()
+            self._sent_to.clear()
+
+    def _candidate(self, key: str, hint: RoutingHint) -> policy.Candidate:
+        matched = self._matched.get(key)
+        if matched is None:
+            matched = self._matched[key] = self._prefixes.match(key, hint.block_hashes)
         return policy.Candidate(
             key,
             self._in_flight[key] + self._from_others.get(key, 0),
             matched,
-            max(matched - num_shared, 0),
+            max(matched - self._num_shared, 0),
             key in self._suspect_until or key in self._silent,
         )
 
@@ -152,7 +169,7 @@ class LoadTable:
     def failed(self, replica: Replica) -> None:
         """Avoid the replica for `penalty_s`, and assume that its cache is lost."""
         self._suspect_until[replica.key] = self._clock() + self._penalty_s
-        self._prefixes.forget(replica.key)
+        self._forget_cache(replica)
 
     def silent(self, replica: Replica, is_silent: bool) -> None:
         """Avoid the replica while it does not answer."""
@@ -182,38 +199,15 @@ class LoadTable:
     def gone(self, replica: Replica) -> None:
         """Forget the cached prompts of a replica that gets no more requests. Its running sequences
         are released as usual."""
-        self._prefixes.forget(replica.key)
+        self._forget_cache(replica)
         self._from_others.pop(replica.key, None)
         self._silent.discard(replica.key)
+
+    def _forget_cache(self, replica: Replica) -> None:
+        self._prefixes.forget(replica.key)
+        self._matched.pop(replica.key, None)
+        self._sent_to.discard(replica.key)
 
     def in_flight(self, replica: Replica) -> int:
         """Return the number of sequences open there."""
         return self._in_flight[replica.key]
-
-
-class StaticReplicas:
-    """A ReplicaDirectory over a list that never changes."""
-
-    def __init__(self, replicas: Sequence[Replica], loads: LoadTable | None = None) -> None:
-        self._replicas = tuple(replicas)
-        self._loads = loads or LoadTable()
-
-    async def choose(self, hint: RoutingHint, excluded: frozenset[str]) -> Replica:
-        """Choose a replica (see ReplicaDirectory)."""
-        return self._loads.pick(self._replicas, excluded, hint)
-
-    def release(self, replica: Replica) -> None:
-        """Release a replica (see ReplicaDirectory)."""
-        self._loads.release(replica)
-
-    def failed(self, replica: Replica) -> None:
-        """Mark a replica as failed (see ReplicaDirectory)."""
-        self._loads.failed(replica)
-
-    def known(self) -> Sequence[Replica]:
-        """Return the replicas of the list (see ReplicaDirectory)."""
-        return self._replicas
-
-    def missing(self) -> Sequence[str]:
-        """Return no ids: a static list misses nothing (see ReplicaDirectory)."""
-        return ()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cluster.events import ChoiceDelta, ChoiceFinish, GenerationEvent, Usage
 from cluster.fleet.dispatch import Dispatcher
+from cluster.fleet.table import RoutingHint
 from cluster.generation.choices import Choice, ChoiceEvent
 from cluster.harmony.message import shows
 from cluster.metrics import GatewayMetrics
@@ -25,11 +26,13 @@ class Job:
     """One choice: what the engine is asked and who reads its answer.
 
     Attributes:
+        hint: for the choice of its replica.
         prompt_index: which of the generation's prompts it continues.
     """
 
     request: EngineRequest
     choice: Choice
+    hint: RoutingHint
     prompt_index: int = 0
 
 
@@ -149,7 +152,7 @@ class Generation:
 
     async def _run(self, job: Job) -> None:
         try:
-            async with aclosing(self._dispatcher.stream(job.request, self._deadline)) as outputs:
+            async with aclosing(self._dispatcher.stream(job.request, self._deadline, job.hint)) as outputs:
                 previous: float | None = None
                 async for output in outputs:
                     previous = self._observe(len(output.token_ids), previous)

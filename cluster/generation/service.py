@@ -102,9 +102,13 @@ class GenerationService:
                 request.sampling, len(prompt), request.names, "messages", default_max_tokens=None
             )
             id = f"chatcmpl-{request_id or uuid.uuid4().hex}"
+            requests = [
+                _engine_request(f"{id}-{index}", prompt, sampling, index) for index in range(sampling.n)
+            ]
+            hint = await self._dispatcher.hint(requests[0])
             jobs = [
                 Job(
-                    _engine_request(f"{id}-{index}", prompt, sampling, index),
+                    engine_request,
                     ChatChoice(
                         index,
                         self.encoding,
@@ -113,8 +117,9 @@ class GenerationService:
                         parallel_tool_calls=request.parallel_tool_calls,
                         ends_with_turn=not sampling.ignore_eos,
                     ),
+                    hint,
                 )
-                for index in range(sampling.n)
+                for index, engine_request in enumerate(requests)
             ]
         except BaseException:
             release()
@@ -147,8 +152,13 @@ class GenerationService:
                     places[prompt_index],
                     default_max_tokens=DEFAULT_COMPLETION_TOKENS,
                 )
+                requests = [
+                    _engine_request(f"{id}-{prompt_index * sampling.n + offset}", prompt, sampling, offset)
+                    for offset in range(sampling.n)
+                ]
+                hint = await self._dispatcher.hint(requests[0])
                 echo = self._echo_text(request, prompt_index, prompt)
-                for offset in range(sampling.n):
+                for offset, engine_request in enumerate(requests):
                     index = prompt_index * sampling.n + offset
                     choice = CompletionChoice(
                         index,
@@ -158,7 +168,12 @@ class GenerationService:
                         skip_special_tokens=request.skip_special_tokens,
                     )
                     jobs.append(
-                        Job(_engine_request(f"{id}-{index}", prompt, sampling, offset), choice, prompt_index)
+                        Job(
+                            engine_request,
+                            choice,
+                            hint,
+                            prompt_index,
+                        )
                     )
         except BaseException:
             release()

@@ -13,7 +13,8 @@ import openai
 
 from cluster.config import GatewayConfig
 from cluster.fleet.client import EngineClient
-from cluster.fleet.table import Replica, StaticReplicas
+from cluster.fleet.directory import ReplicaSet
+from cluster.fleet.table import Replica
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
 from cluster.frontend.http_server import HttpServer
@@ -81,7 +82,8 @@ async def serving(
     defaults: ChatDefaults | None = None,
 ) -> AsyncIterator[Gateway]:
     """Engines must have been started."""
-    replicas = StaticReplicas([Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)])
+    replicas = ReplicaSet()
+    replicas.replace([Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)])
     model = ModelInfo.from_engine(engines[0].info(), "gpt-oss-test", created_unix_s=1_750_000_000)
     service = GenerationService(
         model,

@@ -168,9 +168,9 @@ async def test_a_silent_replica_is_avoided_after_the_time_that_is_set(
         await infos.first()
         generation = await service.complete(CompletionRequest(prompts=((1, 2, 3),)))
         replicas.replace([hung, other])
-        busy = [await replicas.choose(RoutingHint("r"), frozenset({hung.key})) for _ in range(3)]
+        busy = [await replicas.choose(RoutingHint(), frozenset({hung.key})) for _ in range(3)]
         async with asyncio.timeout(WAIT_S):
-            while (chosen := await replicas.choose(RoutingHint("r"), frozenset())) == hung:
+            while (chosen := await replicas.choose(RoutingHint(), frozenset())) == hung:
                 replicas.release(hung)
                 await asyncio.sleep(0.01)
         assert [*busy, chosen] == [other] * 4

@@ -6,7 +6,7 @@ from cluster.fleet.directory import ReplicaSet
 from cluster.fleet.table import Replica, ReplicaDirectory, RoutingHint
 from workers.errors import NoReplica
 
-HINT = RoutingHint("r")
+HINT = RoutingHint()
 NONE: frozenset[str] = frozenset()
 
 
@@ -88,7 +88,7 @@ async def test_a_replica_that_drains_is_gone_with_its_last_sequence() -> None:
 async def test_a_replica_that_starts_again_has_lost_its_cache() -> None:
     replicas = ReplicaSet()
     a, b, again = Replica("a", "127.0.0.1:1"), Replica("b", "127.0.0.1:2"), Replica("a", "127.0.0.1:3")
-    prompt = RoutingHint("r", [bytes([number]) for number in range(20)])
+    prompt = RoutingHint([bytes([number]) for number in range(20)])
     replicas.replace([a])
     replicas.release(await replicas.choose(prompt, NONE))
     replicas.replace([a, b])
@@ -101,7 +101,7 @@ async def test_a_replica_that_starts_again_has_lost_its_cache() -> None:
 async def test_the_end_of_a_replica_is_not_held_against_its_successor_at_the_same_address() -> None:
     replicas = ReplicaSet()
     a, b, again = Replica("a", "unix:a", "1"), Replica("b", "unix:b", "1"), Replica("a", "unix:a", "2")
-    prompt = RoutingHint("r", [bytes([number]) for number in range(20)])
+    prompt = RoutingHint([bytes([number]) for number in range(20)])
     replicas.replace([a])
     await replicas.choose(prompt, NONE)
     replicas.replace([again])

@@ -1,6 +1,7 @@
 """Which replica a sequence goes to, and where it goes after a refusal."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -38,7 +39,8 @@ class Cluster:
         self.dispatcher = Dispatcher(self.set, client, self.metrics, clock=lambda: self.now)
 
     async def read(self, deadline: float | None = None) -> list[EngineOutput]:
-        async with asyncio.timeout(60), aclosing(self.dispatcher.stream(REQUEST, deadline)) as outputs:
+        stream = self.dispatcher.stream(REQUEST, deadline, RoutingHint())
+        async with asyncio.timeout(60), aclosing(stream) as outputs:
             return [output async for output in outputs]
 
     def retries(self, error: str) -> float:
@@ -163,7 +165,7 @@ async def test_a_resumed_request_is_resumed_behind_all_its_output(cluster: Clust
             goes_on if len(request.output_token_ids) > 2 else breaks_after(2, errors.EngineDead("gone"))
         )(request)
     request = replace(REQUEST, output_token_ids=(31,))
-    async with aclosing(cluster.dispatcher.stream(request, None)) as outputs:
+    async with aclosing(cluster.dispatcher.stream(request, None, RoutingHint())) as outputs:
         assert [token async for output in outputs for token in output.token_ids] == TOKENS[1:]
     assert {engine.requests[0].output_token_ids for engine in cluster.engines} == {(31,), (31, 32, 33)}
 
@@ -184,7 +186,7 @@ async def test_without_another_replica_the_stream_ends_with_what_happened(cluste
     seen: list[int] = []
 
     async def read() -> None:
-        async with aclosing(cluster.dispatcher.stream(REQUEST, None)) as outputs:
+        async with aclosing(cluster.dispatcher.stream(REQUEST, None, RoutingHint())) as outputs:
             async for output in outputs:
                 seen.extend(output.token_ids)
 
@@ -344,23 +346,34 @@ async def test_a_full_replica_is_asked_again_when_it_said_within_bounds(
     assert waited == [waits_s]
 
 
-async def test_what_the_router_is_told_of_a_prompt(cluster: Cluster) -> None:
+async def test_what_the_router_is_told_of_a_prompt(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its full blocks and what follows them, by which prompts part that are no longer."""
 
-    def hint(*tokens: int) -> RoutingHint:
-        return cluster.dispatcher._hint(replace(REQUEST, prompt_token_ids=tokens))
+    threads: list[threading.Thread] = []
+    hashed = dispatch._hint
+
+    def spied(request: EngineRequest) -> RoutingHint:
+        threads.append(threading.current_thread())
+        return hashed(request)
+
+    monkeypatch.setattr(dispatch, "_hint", spied)
+
+    async def hint(*tokens: int) -> RoutingHint:
+        return await cluster.dispatcher.hint(replace(REQUEST, prompt_token_ids=tokens))
 
     shared = tuple(range(1, 17))
-    first, second = hint(*shared, 5), hint(*shared, 6)
+    first, second = await hint(*shared, 5), await hint(*shared, 6)
     assert first.block_hashes == second.block_hashes
     assert len(first.block_hashes) == 1
     assert first.tail != second.tail
-    assert hint(5).tail != first.tail, "it stands for all before it"
-    assert hint(*shared).tail not in (b"", first.tail)
-    long = hint(*shared * 3000)
+    assert (await hint(5)).tail != first.tail, "it stands for all before it"
+    assert (await hint(*shared)).tail not in (b"", first.tail)
+    assert set(threads) == {threading.main_thread()}
+    long = await hint(*shared * 3000)
     assert (len(long.block_hashes), long.tail) == (2048, b"")
+    assert threads[-1] is not threading.main_thread(), "it takes milliseconds"
     cluster.set.replace(cluster.replicas[:1])
-    assert hint(*shared, 5).block_hashes == (), "with one replica there is nothing to choose"
+    assert (await hint(*shared, 5)).block_hashes == (), "with one replica there is nothing to choose"
 
 
 async def test_conversations_stay_with_their_replica(cluster: Cluster) -> None:
@@ -371,9 +384,9 @@ async def test_conversations_stay_with_their_replica(cluster: Cluster) -> None:
     for _ in range(4):
         for number, prompt in turns.items():
             before = cluster.num_requests()
-            async with aclosing(
-                cluster.dispatcher.stream(replace(REQUEST, prompt_token_ids=prompt), None)
-            ) as outputs:
+            request = replace(REQUEST, prompt_token_ids=prompt)
+            hint = await cluster.dispatcher.hint(request)
+            async with aclosing(cluster.dispatcher.stream(request, None, hint)) as outputs:
                 assert [output async for output in outputs]
             (home,) = [index for index in range(2) if cluster.num_requests()[index] > before[index]]
             assert homes.setdefault(number, home) == home
@@ -407,7 +420,7 @@ async def test_after_close_no_stream_goes_on_elsewhere(cluster: Cluster) -> None
     """The server closes the connections soon after: a resumed stream would end without an event."""
     for engine in cluster.engines:
         engine.answer = lambda request: Script([7, 8, 9], gate=asyncio.Event(), gate_after=1)
-    async with aclosing(cluster.dispatcher.stream(REQUEST, None)) as outputs:
+    async with aclosing(cluster.dispatcher.stream(REQUEST, None, RoutingHint())) as outputs:
         assert (await anext(outputs)).token_ids == (7,)
         await cluster.client.close()
         with pytest.raises(errors.EngineDead, match="shutting down"):
@@ -421,7 +434,7 @@ async def test_prompts_with_different_salts_have_nothing_in_common(cluster: Clus
     """Engines share no KV between them, so that the router must not expect it."""
     prompt = tuple(range(40))
     hints = [
-        cluster.dispatcher._hint(replace(REQUEST, prompt_token_ids=prompt, cache_salt=salt, adapter=adapter))
+        dispatch._hint(replace(REQUEST, prompt_token_ids=prompt, cache_salt=salt, adapter=adapter))
         for adapter in (None, "a")
         for salt in (None, "a", "b")
     ]
@@ -455,7 +468,7 @@ async def test_prompt_logprobs_come_once_though_the_replica_dies_among_them(clus
 
     dispatcher = Dispatcher(cluster.set, Client(), cluster.metrics)  # type: ignore[arg-type]
     cluster.set.replace([*cluster.replicas, Replica("r2", "nowhere:1")])
-    async with aclosing(dispatcher.stream(REQUEST, None)) as outputs:
+    async with aclosing(dispatcher.stream(REQUEST, None, RoutingHint())) as outputs:
         found = [output async for output in outputs]
     assert sum((output.prompt_logprobs for output in found), ()) == entries
     assert [output.token_ids for output in found if output.token_ids] == [(7,), (7,), (8,)]

@@ -50,7 +50,7 @@ def test_it_never_holds_more_than_it_may_and_never_a_block_without_its_beginning
 def test_reported_loads_of_others_count_and_our_own_are_not_counted_twice() -> None:
     table = LoadTable(seed=1)
     a, b = Replica("a", "x:1"), Replica("b", "x:2")
-    hint = RoutingHint("r")
+    hint = RoutingHint()
     for _ in range(3):
         table.pick([a], frozenset(), hint)
     table.report({"a": 3, "b": 2})  # the three on a are ours; two on b are somebody else's
@@ -65,16 +65,16 @@ def test_a_replica_that_failed_has_lost_its_cache() -> None:
     now = 0.0
     table = LoadTable(seed=1, clock=lambda: now, penalty_s=2.0)
     a, b = Replica("a", "x:1"), Replica("b", "x:2")
-    hint = RoutingHint("r", blocks("a long conversation"))
+    hint = RoutingHint(blocks("a long conversation"))
     home = table.pick([a, b], frozenset(), hint)
     other = b if home == a else a
     table.release(home)
-    table.pick([other], frozenset(), RoutingHint("s", blocks("else")))
+    table.pick([other], frozenset(), RoutingHint(blocks("else")))
     table.release(other)
     assert table.pick([a, b], frozenset(), hint) == home
     table.release(home)
     table.failed(home)
     now = 5.0
     # No prefix speaks for it any more, so its load decides.
-    table.pick([home], frozenset(), RoutingHint("t"))
+    table.pick([home], frozenset(), RoutingHint())
     assert table.pick([a, b], frozenset(), hint) == other

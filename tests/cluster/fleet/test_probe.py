@@ -49,11 +49,11 @@ class Cluster:
         return self.silences[:count]
 
     async def read(self) -> list[int]:
-        async with aclosing(self.dispatcher.stream(REQUEST, None)) as outputs:
+        async with aclosing(self.dispatcher.stream(REQUEST, None, RoutingHint())) as outputs:
             return [token async for output in outputs for token in output.token_ids]
 
     async def chosen(self) -> str:
-        replica = await self.replicas.choose(RoutingHint("r"), frozenset())
+        replica = await self.replicas.choose(RoutingHint(), frozenset())
         self.replicas.release(replica)
         return replica.id
 
@@ -81,7 +81,7 @@ async def test_a_silent_replica_gets_no_new_sequences_until_it_answers(engines: 
     ((silent, _),) = await cluster.heard(1)
     hung = next(replica for replica in cluster.replicas.known() if replica.id == silent)
     for _ in range(5):  # the other one has more to do
-        await cluster.replicas.choose(RoutingHint("r"), frozenset({hung.key}))
+        await cluster.replicas.choose(RoutingHint(), frozenset({hung.key}))
     assert {await cluster.chosen() for _ in range(10)} == {"r0", "r1"} - {silent}
     gate.set()
     assert await cluster.heard(2) == [(silent, True), (silent, False)]

@@ -33,7 +33,7 @@ class Gateway:
 
     def choose(self, prompt: tuple[bytes, ...], excluded: frozenset[str]) -> Replica | None:
         try:
-            self.replicas.choose(RoutingHint("r", prompt), excluded).send(None)
+            self.replicas.choose(RoutingHint(prompt), excluded).send(None)
         except NoReplica:
             return None
         except StopIteration as done:

@@ -21,7 +21,7 @@ def hint(*texts: str) -> RoutingHint:
     """A prompt: a block for each letter of the texts, equal only where all before is equal, and an
     end of its own."""
     text = "|".join(texts)
-    return RoutingHint("r", [digest(text[: end + 1]) for end in range(len(text))], digest(f"{text} ends"))
+    return RoutingHint([digest(text[: end + 1]) for end in range(len(text))], digest(f"{text} ends"))
 
 
 def digest(text: str) -> bytes:
@@ -54,7 +54,7 @@ def test_unrelated_chats_spread_although_they_begin_alike(
     replicas, system = replicas_of(num_replicas), "s" * num_shared
     chats = [hint(system, chr(1000 + index) * own_blocks) for index in range(48)]
     if own_blocks == 0:
-        chats = [RoutingHint("r", hint(system).block_hashes, digest(f"chat {index}")) for index in range(48)]
+        chats = [RoutingHint(hint(system).block_hashes, digest(f"chat {index}")) for index in range(48)]
     for seed in range(10):
         counts = Counter(spread(LoadTable(seed=seed), replicas, chats, random.Random(seed)))
         assert max(counts.values()) <= 1.5 * 48 / num_replicas, counts

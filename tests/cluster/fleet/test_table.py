@@ -1,11 +1,15 @@
 """In-flight counts and recent failures."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import pytest
 
-from cluster.fleet.table import REPORT_AGE_S, LoadTable, Replica, RoutingHint, StaticReplicas
+from cluster.fleet.prefixes import PrefixIndex
+from cluster.fleet.table import REPORT_AGE_S, LoadTable, Replica, RoutingHint
 from workers.errors import NoReplica
 
-HINT = RoutingHint("r")
+HINT = RoutingHint()
 A, B = Replica("a", "127.0.0.1:1"), Replica("b", "127.0.0.1:2")
 
 
@@ -38,11 +42,41 @@ def test_what_was_known_of_a_replica_ends_with_it() -> None:
     assert table.pick([A, B], frozenset(), HINT) == A
 
 
-async def test_nobody_left() -> None:
-    replicas = StaticReplicas([A, B])
-    assert list(replicas.known()) == [A, B]
+def test_nobody_left() -> None:
     with pytest.raises(NoReplica):
-        await replicas.choose(RoutingHint("r"), frozenset({"a", "b"}))
+        LoadTable().pick([A, B], frozenset({"a", "b"}), HINT)
+
+
+def test_the_sequences_of_a_prompt_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With thousands of blocks, each look-up takes milliseconds of the event loop."""
+    prefixes = PrefixIndex()
+    table = LoadTable(prefixes=prefixes)
+    num_added = Counter[str]()
+    add, match = prefixes.add, prefixes.match
+    num_matched = Counter[str]()
+
+    def spied_add(key: str, hashes: Sequence[bytes]) -> None:
+        num_added[key] += 1
+        add(key, hashes)
+
+    def spied_match(key: str, hashes: Sequence[bytes]) -> int:
+        num_matched[key] += 1
+        return match(key, hashes)
+
+    monkeypatch.setattr(prefixes, "add", spied_add)
+    monkeypatch.setattr(prefixes, "match", spied_match)
+    prompt = RoutingHint([bytes([number]) for number in range(200)])
+    for _ in range(64):
+        table.pick([A, B], frozenset(), prompt)
+    assert num_matched == num_added == {"a": 1, "b": 1}
+    # Another prompt comes between, and a replica loses what it had.
+    table.pick([A, B], frozenset(), HINT)
+    table.pick([A, B], frozenset(), prompt)
+    assert num_matched == {"a": 3, "b": 3}
+    table.failed(A)
+    table.pick([A], frozenset(), prompt)
+    assert num_matched["a"] == 4
+    assert prefixes.match("a", prompt.block_hashes) == 200
 
 
 def test_a_report_that_is_older_than_the_end_of_our_sequences_counts_none_of_them_as_others() -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.fleet.client import EngineClient
-from cluster.fleet.table import StaticReplicas
+from cluster.fleet.directory import ReplicaSet
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import InferenceApi
 from cluster.generation import GenerationService, ModelInfo
@@ -149,9 +149,7 @@ def service(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) ->
 
     async def build(folder: Path) -> GenerationService:
         model = ModelInfo("m", 1024, VOCAB_SIZE)
-        return GenerationService(
-            model, make_encoding(folder), StaticReplicas([]), EngineClient(), GatewayMetrics()
-        )
+        return GenerationService(model, make_encoding(folder), ReplicaSet(), EngineClient(), GatewayMetrics())
 
     service = runner.run(build(tmp_path_factory.mktemp("tokenizer")))
     yield service

@@ -44,8 +44,7 @@ SAMPLING = st.builds(
     logit_bias=st.lists(st.tuples(IDS, NUMBERS), max_size=2).map(tuple),
     seed=st.none() | st.sampled_from([-(2**63) - 1, -(2**63), -1, 0, 2**64 - 1, 2**64]),
     logprobs=st.none() | COUNTS,
-    stop_token_ids=st.lists(IDS, max_size=2).map(tuple)
-    | st.sampled_from([(1,) * MAX_STOP_TOKEN_IDS, (1,) * (MAX_STOP_TOKEN_IDS + 1)]),
+    stop_token_ids=st.lists(IDS, max_size=2).map(tuple),
     min_tokens=COUNTS,
     n=COUNTS,
 )
@@ -59,17 +58,27 @@ def allowed(sampling: SamplingParams) -> bool:
     return True
 
 
+def check_in_engine(sampling: SamplingParams) -> None:
+    seed = None if sampling.seed is None else sampling.seed % 2**64
+    # Beside a client's own stop tokens an engine is sent the model's.
+    stops = (*sampling.stop_token_ids, 2, 3, 4)
+    sent = replace(sampling, n=1, seed=seed, stop_token_ids=stops)
+    check_request(EngineRequest("r", (1,), sent), MODEL.vocab_size)
+
+
 @settings(max_examples=300, deadline=None)
 @given(SAMPLING, st.sampled_from([field.name for field in fields(SamplingParams)]))
 def test_what_passes_here_passes_in_the_engine(drawn: SamplingParams, name: str) -> None:
     """One field at a time, since almost no random combination passes, and all of them."""
     for sampling in (replace(SamplingParams(), **{name: getattr(drawn, name)}), drawn):
         if allowed(sampling):
-            seed = None if sampling.seed is None else sampling.seed % 2**64
-            # Beside a client's own stop tokens an engine is sent the model's.
-            stops = (*sampling.stop_token_ids, 2, 3, 4)
-            sent = replace(sampling, n=1, seed=seed, stop_token_ids=stops)
-            check_request(EngineRequest("r", (1,), sent), MODEL.vocab_size)
+            check_in_engine(sampling)
+
+
+def test_as_many_stop_tokens_as_are_allowed_pass_in_the_engine() -> None:
+    sampling = SamplingParams(stop_token_ids=(1,) * MAX_STOP_TOKEN_IDS)
+    assert allowed(sampling)
+    check_in_engine(sampling)
 
 
 @pytest.mark.parametrize(
