@@ -15,6 +15,9 @@ from pathlib import Path
 _GRACE_S = 5.0
 """Between the signal that makes a process dump its threads and the one that ends it."""
 _PARENT_POLL_S = 0.5
+RESULTS = "GPU_CHECK_TEST_RESULTS"
+"""Environment variable: the file that `gpu_test_results` appends lines to, also of other
+processes."""
 _PARENT = "GPU_CHECK_PARENT"
 """Environment variable: PID of the process that a child is not to outlive."""
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')

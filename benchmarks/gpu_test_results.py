@@ -13,11 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_children import end_with_parent
+from benchmarks.gpu_children import RESULTS, end_with_parent
 from benchmarks.moe_stages import apply_from_environment
 
-RESULTS = "GPU_CHECK_TEST_RESULTS"
-"""Environment variable: the file that lines are appended to, also by other processes."""
 _LONGEST = 500
 """Characters of what a test says."""
 

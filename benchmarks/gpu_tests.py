@@ -7,6 +7,7 @@ ends before its tests are through, because it died or CUDA's context was lost, i
 another with those that are left.
 """
 
+import importlib.util
 import json
 import os
 import sys
@@ -18,8 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_children import end_children, how_it_ended, last_lines, run_child, where_it_was
-from benchmarks.gpu_test_results import RESULTS
+from benchmarks.gpu_children import (
+    RESULTS,
+    end_children,
+    how_it_ended,
+    last_lines,
+    run_child,
+    where_it_was,
+)
 from workers.cores import usable_cores
 
 FOLDER = "tests/gpu"
@@ -69,6 +76,8 @@ def run_tests(
         out: gets tests.jsonl, and in tests/ what each process prints.
         selected: as pytest's -k has it.
     """
+    if importlib.util.find_spec("pytest") is None:
+        return {"failed": f"pytest is not installed for {sys.executable}: pip install pytest"}
     deadline = time.monotonic() + timeout_s
     results, logs = out / "tests.jsonl", out / "tests"
     logs.mkdir(exist_ok=True)

@@ -14,9 +14,10 @@ from cluster.fleet.table import Replica
 from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.metrics import FleetView, GatewayMetrics
-from workers.config import longest_context
+from workers.config import check_max_model_len, longest_context
 from workers.errors import CantataError
 from workers.model_config import load_model_config
+from workers.parallel.shard import plan_shards
 from workers.rpc.convert import EngineInfo
 
 _PROBE_TIMEOUT_S = 5.0
@@ -37,6 +38,17 @@ def load_encoding(config: AppConfig) -> HarmonyEncoding:
     """
     model = load_model_config(config.engine.model_path)
     return HarmonyEncoding.load(config.engine.model_path, model.vocab_size)
+
+
+def check_model(config: AppConfig) -> None:
+    """Check what the configured checkpoint allows, before an engine starts.
+
+    Raises:
+        CheckpointError, ConfigError: one sentence.
+    """
+    model = load_model_config(config.engine.model_path)
+    plan_shards(model, config.engine.parallel)
+    check_max_model_len(config.engine, model)
 
 
 def context_with_enough_memory(config: AppConfig) -> int:

@@ -27,7 +27,7 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         ("--max-model-len",),
         "engine.max_model_len",
         "TOKENS",
-        "context limit (default: the model's, or what fits)",
+        "context limit, such as 32k (default: the model's, or what fits)",
     ),
     (
         ("--max-num-seqs",),
@@ -177,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cantata", description="Serve gpt-oss-120b and gpt-oss-20b.", allow_abbrev=False
     )
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
     _add_inspect(commands)
@@ -260,6 +261,13 @@ def _serve(options: argparse.Namespace) -> int:
 def _version(_options: argparse.Namespace) -> int:
     print(importlib.metadata.version("cantata"))
     return 0
+
+
+class _PrintVersion(argparse.Action):
+    """`--version`; the version is looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.exit(_version(argparse.Namespace()))
 
 
 def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

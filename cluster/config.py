@@ -6,8 +6,9 @@ Precedence: flag, then environment, then file, then default. A setting is named 
 
 - in the file: nested keys (`engine: {scheduler: {max_num_seqs: 64}}`);
 - in the environment: `CANTATA_` and the path in capitals, parts joined by two underscores
-  (`CANTATA_ENGINE__SCHEDULER__MAX_NUM_SEQS`). Names without two underscores are ignored: Kubernetes
-  sets such names for a Service named cantata (`CANTATA_PORT`);
+  (`CANTATA_ENGINE__SCHEDULER__MAX_NUM_SEQS`). A name that is only the end of a setting's
+  (`CANTATA_DTYPE`) is refused. Other names without two underscores are ignored: Kubernetes sets
+  such names for a Service named cantata (`CANTATA_PORT`);
 - as a flag: see `cluster/cli.py`.
 
 Sizes (names that end in `_bytes`) are numbers or texts such as `2GiB`, `512MB`. Unknown names are
@@ -18,7 +19,7 @@ import datetime
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -38,6 +39,10 @@ from workers.config import EngineConfig
 from workers.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "CANTATA_"
+_CPU_ISA_VARIABLE = "CANTATA_CPU_ISA"
+"""The kernels' own variable (`kernels/cpu/native.py`), which is no setting."""
+_KUBERNETES_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+"""What Kubernetes sets `CANTATA_HTTP_PORT` to for a Service named cantata-http."""
 
 ReasoningEffort = Literal["low", "medium", "high"]
 
@@ -69,6 +74,29 @@ def parse_size(text: str) -> int:
     if match is None or match[2].lower() not in _SIZE_UNITS:
         raise ValueError(f"{text!r} is not a size; write bytes or a number with KiB, MiB, GiB, KB, MB or GB")
     return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+
+
+_COUNTS = ("engine.max_model_len", "engine.scheduler.max_num_batched_tokens")
+"""Settings that take texts such as `32k`, as vLLM's flags of these names do."""
+_COUNT_UNITS = {
+    unit: base**power
+    for units, base in (("kmgt", 1000), ("KMGT", 1024))
+    for power, unit in enumerate(units, 1)
+}
+
+
+def parse_count(text: str) -> int:
+    """Tokens of `32k` (32,000), `32K` (32,768), `1.5m` or `4096`, in vLLM's notation.
+
+    Raises:
+        ValueError: with one sentence.
+    """
+    match = re.fullmatch(r"\s*(\d+)(\.\d+)?([kmgtKMGT])?\s*", text)
+    if match is None or (match[2] and (match[3] is None or match[3].isupper())):
+        raise ValueError(
+            f"{text!r} is not a number of tokens; write it in digits or as 32k (32,000) or 32K (32,768)"
+        )
+    return int(float(match[1] + (match[2] or "")) * _COUNT_UNITS.get(match[3], 1))
 
 
 def _split_keys(value: object) -> object:
@@ -208,7 +236,12 @@ class AppConfig(_Settings):
                     f"write `deployments: [{{name: {deployment}, num_replicas: {values[name]}}}]`, which "
                     f"can be changed without that"
                 )
-        return _sizes_to_bytes(values, ())
+        if isinstance(values, Mapping) and "listen" in values and "listen" not in cls.model_fields:
+            raise ValueError(
+                "listen is not a setting of a Serve application's args: addresses are Serve's own options; "
+                "beside applications write http_options (host, port) and grpc_options (port)"
+            )
+        return _texts_to_numbers(values, ())
 
     @property
     def model_name(self) -> str:
@@ -373,7 +406,10 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, st
     known = {path.upper().replace(".", "__"): path for path in setting_paths()}
     for name in sorted(environment):
         rest = name.removeprefix(ENVIRONMENT_PREFIX)
-        if rest == name or ("__" not in rest and rest not in known):
+        if rest == name:
+            continue
+        if "__" not in rest and rest not in known:
+            _refuse_ends(name, rest, environment[name], known)
             continue
         if rest not in known:
             raise ConfigError(
@@ -384,12 +420,31 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, st
     return found
 
 
-def _sizes_to_bytes(values: Any, path: tuple[str, ...]) -> Any:
+def _refuse_ends(name: str, rest: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a name that is only the end of known ones, as `CACHE_DTYPE`: it would change nothing.
+
+    Raises:
+        ConfigError: with the names that are right.
+    """
+    if name == _CPU_ISA_VARIABLE or _KUBERNETES_ADDRESS.match(value):
+        return
+    meant = [one for one in known if rest in _ends(one.split("__"))]
+    if meant:
+        names = " or ".join(f"{ENVIRONMENT_PREFIX}{one}" for one in meant)
+        raise ConfigError(f"{name} in the environment is not a setting; the name is {names}")
+
+
+def _ends(parts: Sequence[str]) -> set[str]:
+    return {"_".join(parts[start:]) for start in range(len(parts))}
+
+
+def _texts_to_numbers(values: Any, path: tuple[str, ...]) -> Any:
     if isinstance(values, Mapping):
-        return {key: _sizes_to_bytes(value, (*path, str(key))) for key, value in values.items()}
-    if path and path[-1].endswith("_bytes") and isinstance(values, str):
+        return {key: _texts_to_numbers(value, (*path, str(key))) for key, value in values.items()}
+    is_size, is_count = bool(path) and path[-1].endswith("_bytes"), ".".join(path) in _COUNTS
+    if (is_size or is_count) and isinstance(values, str):
         try:
-            return parse_size(values)
+            return parse_size(values) if is_size else parse_count(values)
         except ValueError as error:
             raise ValueError(f"{'.'.join(path)}: {error}") from None
     return values

@@ -6,6 +6,7 @@ operator.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -103,9 +104,11 @@ class CacheConfig:
     dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
 
     def __post_init__(self) -> None:
+        if self.memory_bytes is not None and self.memory_bytes <= 0:
+            raise ConfigError(f"engine.cache.memory_bytes must be above 0, got {self.memory_bytes}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
-                f"cache.gpu_memory_utilization must be above 0 and at most 1, got "
+                f"engine.cache.gpu_memory_utilization must be above 0 and at most 1, got "
                 f"{self.gpu_memory_utilization}"
             )
 
@@ -127,7 +130,7 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting_requests"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ConfigError(f"engine.scheduler.{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,17 +156,17 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.tensor <= MAX_RANKS:
-            raise ConfigError(f"parallel.tensor must be 1 to {MAX_RANKS}, got {self.tensor}")
+            raise ConfigError(f"engine.parallel.tensor must be 1 to {MAX_RANKS}, got {self.tensor}")
         if self.expert is not None and (self.expert < 1 or self.tensor % self.expert):
             divisors = [str(number) for number in range(1, self.tensor + 1) if self.tensor % number == 0]
             raise ConfigError(
-                f"parallel.expert must divide parallel.tensor, which is {self.tensor}: "
+                f"engine.parallel.expert must divide engine.parallel.tensor, which is {self.tensor}: "
                 f"{', '.join(divisors)}; got {self.expert}"
             )
         for name in ("step_timeout_s", "start_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(
-                    f"parallel.{name} must be a positive number of seconds, got {getattr(self, name)}"
+                    f"engine.parallel.{name} must be a positive number of seconds, got {getattr(self, name)}"
                 )
 
     @property
@@ -176,8 +179,11 @@ class ParallelConfig:
 class EngineConfig:
     """All that an engine needs.
 
+    Errors name a field by its path in the configuration of `cantata serve`.
+
     Attributes:
         model_path: the checkpoint folder.
+        device: `cpu`, `cuda` (also of ROCm), or `cuda:N` for one GPU of several.
         dtype: of activations and dense weights, and of the KV cache unless cache.dtype says
             otherwise. float32 is the reference numerics; MXFP4 experts stay packed either way.
         max_model_len: context limit, at most the model's; None: the model's own, or as much of it
@@ -216,15 +222,19 @@ class EngineConfig:
     allow_zero_weights: bool = False
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"engine.device must be cpu, cuda or cuda:N, got {self.device!r}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"engine.max_model_len must be at least 2, got {self.max_model_len}")
         if not (math.isfinite(self.heartbeat_timeout_s) and self.heartbeat_timeout_s >= 2):
             raise ConfigError(
-                f"heartbeat_timeout_s must be at least 2, there is a heartbeat each second; got "
+                f"engine.heartbeat_timeout_s must be at least 2, there is a heartbeat each second; got "
                 f"{self.heartbeat_timeout_s}"
             )
         if self.cpu_dense_dtype == "int8" and (self.dtype != "bfloat16" or not self.device.startswith("cpu")):
             raise ConfigError(
-                f"cpu_dense_dtype int8 needs dtype bfloat16 and device cpu, got dtype {self.dtype} and "
-                f"device {self.device}"
+                f"engine.cpu_dense_dtype int8 needs dtype bfloat16 and device cpu, got dtype "
+                f"{self.dtype} and device {self.device}"
             )
 
     @property
@@ -241,7 +251,7 @@ def check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
     """
     if config.max_model_len is not None and not 2 <= config.max_model_len <= model.max_context_len:
         raise ConfigError(
-            f"max_model_len must be 2 to {model.max_context_len}, the model's context; got "
+            f"engine.max_model_len must be 2 to {model.max_context_len}, the model's context; got "
             f"{config.max_model_len}"
         )
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ def load_model_config(path: Path) -> ModelConfig:
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout"
+            f"{_how_to_download(str(path))}"
         )
     path = checkpoint_folder(path)
     file = path / "config.json"
@@ -37,6 +39,14 @@ def load_model_config(path: Path) -> ModelConfig:
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     return parse_model_config(raw, str(file))
+
+
+def _how_to_download(name: str) -> str:
+    """The end of a sentence about a path that is no folder but may be a model's name on a hub."""
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", name):
+        return ""
+    excluded = ' --exclude "original/*" --exclude "metal/*"' if name.startswith("openai/") else ""
+    return f". To download a model of this name: hf download {name}{excluded} --local-dir {Path(name).name}"
 
 
 def parse_model_config(raw: Any, source: str) -> ModelConfig:

@@ -19,7 +19,14 @@ from workers.config import (
     SchedulerConfig,
 )
 from workers.errors import ConfigError
-from workers.kv_cache.memory import KVCachePlan, cache_shape, cpu_kv_memory, host_free_bytes, split_memory
+from workers.kv_cache.memory import (
+    KVCachePlan,
+    cache_shape,
+    check_kv_dtype,
+    cpu_kv_memory,
+    host_free_bytes,
+    split_memory,
+)
 from workers.model.sizes import KVBytes, RankBytes, count_parameters, kv_bytes, rank_bytes
 from workers.model.stored_model import check_tensors
 from workers.model_config import checkpoint_folder, load_model_config
@@ -86,6 +93,8 @@ def run_inspect(
     )
     weights = Weights(True if quantize == "mxfp4" else None, cpu_dense_dtype)
     kv_dtype = EngineConfig(path, cache=CacheConfig(dtype=kv_cache_dtype)).kv_dtype
+    if gpu is not None and gpu != "cpu":
+        check_kv_dtype(kv_dtype, GPUS[gpu].target, way_out="leave out --kv-cache-dtype")
     plans = [_plan(model, parallel, gpu, weights, kv_dtype) for parallel in wanted]
     if as_json:
         total, active = count_parameters(model)
@@ -233,7 +242,7 @@ def _model_rows(path: Path, model: ModelConfig, quantize: str | None) -> list[tu
     return [
         ("checkpoint", str(checkpoint_folder(path))),
         ("format", f"{layout}, experts in {stored}{packed}"),
-        ("parameters", f"{total / 1e9:.2f} B, {active / 1e9:.2f} B active for a token"),
+        ("parameters", f"{_count(total)}, {_count(active)} active for a token"),
         ("layers", f"{model.num_layers}, {sliding} with a window of {model.sliding_window} keys"),
         (
             "hidden size",
@@ -281,6 +290,13 @@ def _device(gpu: str) -> str:
         f"{gpu.upper()} ({_readable(GPUS[gpu].memory_bytes)}, "
         f"{CacheConfig().gpu_memory_utilization:.0%} of it used)"
     )
+
+
+def _count(parameters: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if parameters >= size:
+            return f"{parameters / size:.2f} {unit}"
+    return str(parameters)
 
 
 def _readable(num_bytes: int) -> str:

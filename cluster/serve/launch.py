@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from cluster.assembly import context_with_enough_memory, load_encoding
+from cluster.assembly import check_model, context_with_enough_memory, load_encoding
 from cluster.config import AppConfig, CantataConfig
 from cluster.serve.ray_environment import RAY_ENVIRONMENT
 from cluster.sockets import check_port_is_free
@@ -40,6 +40,7 @@ def serve_on_ray(config: CantataConfig) -> int:
     keep_output_from_failing()
     check_on_ray(config)
     load_encoding(config)
+    check_model(config)
     _application(config)  # refuses more threads than cores before Ray starts
     check_port_is_free(config.listen.host, config.listen.http_port, "listen.http_port")
     check_port_is_free(config.listen.host, config.listen.grpc_port, "listen.grpc_port")

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import uvicorn
 
-from cluster.assembly import build_service, context_with_enough_memory, load_encoding
+from cluster.assembly import build_service, check_model, context_with_enough_memory, load_encoding
 from cluster.config import CantataConfig, ListenConfig
 from cluster.fleet.directory import ReplicaSet
 from cluster.frontend.app import build_app
@@ -92,6 +92,7 @@ class StopSignals:
 async def _serve(config: CantataConfig) -> int:
     stop = StopSignals()
     encoding = load_encoding(config)
+    check_model(config)
     with (
         closing(bound_socket(config.listen.host, config.listen.http_port, "listen.http_port")) as http_socket,
         closing(PrivateFolder()) as sockets,

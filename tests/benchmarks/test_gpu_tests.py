@@ -4,6 +4,8 @@ after a death."""
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,19 @@ def test_tests_that_cannot_be_imported_are_a_result(tmp_path: Path) -> None:
     found = run(tmp_path, "import nothing_of_this_name")
     assert found["failed"].startswith("no tests were found, pytest ended with 2: ")
     assert "nothing_of_this_name" in found["failed"]
+
+
+def test_without_pytest_the_other_parts_can_run(tmp_path: Path) -> None:
+    """pytest is needed by what runs the tests alone, which says so in a sentence."""
+    code = (
+        "import sys\nsys.modules['pytest'] = None\nfrom pathlib import Path\n"
+        "import benchmarks.gpu_check\nfrom benchmarks import gpu_tests\n"
+        "gpu_tests.importlib.util.find_spec = lambda name: None\n"
+        f"print(gpu_tests.run_tests(Path('.'), Path({str(tmp_path)!r}), 1, 9, {{}})['failed'])"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    assert found.stdout == f"pytest is not installed for {sys.executable}: pip install pytest\n", found.stderr
 
 
 def test_some_of_the_tests_can_be_selected(tmp_path: Path) -> None:

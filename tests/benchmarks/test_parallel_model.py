@@ -266,7 +266,7 @@ def test_the_tables_of_the_documentation_are_what_the_program_prints(
     [
         (["--plan", "3"], "64 query heads cannot be split evenly over 3 ranks"),
         (["--plan", "16"], "more than one server"),
-        (["--plan", "4,3"], "parallel.expert must divide parallel.tensor"),
+        (["--plan", "4,3"], "engine.parallel.expert must divide engine.parallel.tensor"),
         (["--plan", "two"], "is no plan"),
         (["--batch", "0"], "is no positive number"),
         (["--context", "131072"], "together are at most 131072"),

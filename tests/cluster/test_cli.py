@@ -10,6 +10,7 @@ import pytest
 from cluster import cli
 from cluster.config import load_config, setting_paths
 from cluster.harmony.encoding import HarmonyEncoding
+from workers.errors import CheckpointError
 from workers.model_config import load_model_config
 
 CANTATA = [sys.executable, "-c", "import sys; from cluster.cli import main; sys.exit(main())"]
@@ -139,6 +140,35 @@ def test_a_checkpoint_that_is_none_is_one_sentence(mode: list[str], tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize("mode", [["--standalone"], []], ids=["standalone", "ray"])
+def test_what_a_model_cannot_do_is_refused_before_anything_starts(
+    mode: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tmp_path / "tiny")
+    assert cli.main(["make-checkpoint", "--preset", "tiny", "--layers", "1", model]) == 0
+    for flags, said in (
+        (("--max-model-len", "200k"), "engine.max_model_len must be 2 to 131072, the model's context"),
+        (("-tp", "5"), "engine.parallel: tensor=5, expert=5 cannot work"),
+    ):
+        capfd.readouterr()
+        assert cli.main(["serve", *mode, "--model", model, *flags]) == 1
+        err = capfd.readouterr().err
+        assert err.startswith(f"cantata: {said}"), err
+        assert err.count("\n") == 1
+
+
+def test_a_models_name_on_a_hub_says_how_to_download_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a folder") as caught:
+        load_model_config(Path("openai/gpt-oss-20b"))
+    command = (
+        'hf download openai/gpt-oss-20b --exclude "original/*" --exclude "metal/*" --local-dir gpt-oss-20b'
+    )
+    assert str(caught.value).endswith(command)
+
+
 def test_an_unknown_flag_is_refused() -> None:
     result = run("serve", "--modle", "x")
     assert result.returncode == 2
@@ -146,7 +176,7 @@ def test_an_unknown_flag_is_refused() -> None:
 
 
 def test_version() -> None:
-    assert run("version").stdout == "0.1.0\n"
+    assert run("version").stdout == run("--version").stdout == "0.1.0\n"
 
 
 def test_make_checkpoint_writes_a_folder_that_loads(

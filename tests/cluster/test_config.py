@@ -13,6 +13,7 @@ from cluster.config import (
     check_no_settings,
     load_config,
     parse_config,
+    parse_count,
     parse_size,
     setting_paths,
     with_api_keys,
@@ -72,6 +73,8 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "engine.cache.dtype": "fp8",
         "engine.heartbeat_timeout_s": "7.5",
         "engine.allow_zero_weights": "true",
+        "engine.max_model_len": "32k",
+        "engine.scheduler.max_num_batched_tokens": "4K",
         "gateway.api_keys": "one, two",
         "gateway.served_model_name": "name",
         "gateway.request_timeout_s": "1.5",
@@ -94,7 +97,9 @@ def test_every_setting_can_come_from_the_environment() -> None:
     assert config.gateway.request_timeout_s == 1.5
     assert config.gateway.max_body_bytes == 65536
     assert config.gateway.conversation_date == "2026-02-03"
-    assert config.engine.max_model_len == config.replicas == config.listen.grpc_port == 1
+    assert config.engine.max_model_len == 32_000
+    assert config.engine.scheduler.max_num_batched_tokens == 4096
+    assert config.replicas == config.listen.grpc_port == 1
 
 
 def test_kubernetes_service_variables_are_left_alone() -> None:
@@ -102,9 +107,45 @@ def test_kubernetes_service_variables_are_left_alone() -> None:
         "CANTATA_PORT": "tcp://10.0.0.1:8000",
         "CANTATA_SERVICE_HOST": "10.0.0.1",
         "CANTATA_ENGINE_PORT_9000_TCP": "x",
+        "CANTATA_SERVICE_PORT_HTTP": "8000",
+        "CANTATA_HTTP_PORT": "tcp://10.0.0.1:8000",
+        "CANTATA_CPU_ISA": "avx2",
         "PATH": "x",
     }
     assert load_config(None, environment, MODEL) == load_config(None, {}, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("API_KEYS", "CANTATA_GATEWAY__API_KEYS"),
+        ("GATEWAY_API_KEYS", "CANTATA_GATEWAY__API_KEYS"),
+        ("DTYPE", "CANTATA_ENGINE__DTYPE or CANTATA_ENGINE__CACHE__DTYPE"),
+        ("CACHE_DTYPE", "CANTATA_ENGINE__CACHE__DTYPE"),
+        ("HTTP_PORT", "CANTATA_LISTEN__HTTP_PORT"),
+        ("MAX_NUM_SEQS", "CANTATA_ENGINE__SCHEDULER__MAX_NUM_SEQS"),
+    ],
+)
+def test_the_end_of_a_settings_name_is_refused_with_the_whole_one(name: str, right: str) -> None:
+    sentence = f"CANTATA_{name} in the environment is not a setting; the name is {right}"
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+        load_config(None, {f"CANTATA_{name}": "secret"}, MODEL)
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+        check_no_settings({f"CANTATA_{name}": "secret"})
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("4096", 4096), ("32k", 32_000), ("32K", 32_768), ("25.6k", 25_600), ("1m", 10**6), ("2M", 2**21)],
+)
+def test_numbers_of_tokens_are_written_as_vllm_takes_them(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "k", "1.5", "1.5K", "-1", "32kb", "nan", "1e3"])
+def test_texts_that_are_no_numbers_of_tokens(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a number of tokens"):
+        parse_count(text)
 
 
 @pytest.mark.parametrize(
@@ -157,10 +198,14 @@ def test_wrong_values_are_named_with_where_they_were_set(tmp_path: Path) -> None
         {"CANTATA_ENGINE__DTYPE": "int8"},
     )
     refused(
-        "the command line: engine.max_model_len must be a valid integer, found 'long'",
+        "engine.max_model_len: 'long' is not a number of tokens; write it in digits or as 32k",
         engine__max_model_len="long",
     )
-    refused("max_num_seqs must be at least 1, got 0", engine__scheduler__max_num_seqs="0")
+    refused("engine.max_model_len must be at least 2, got 0", engine__max_model_len="0")
+    refused("engine.cache.memory_bytes must be above 0, got -5", engine__cache__memory_bytes=-5)
+    for device in ("gpu", "mps", "meta", "cuda:", "cuda:x", "cpu:0"):
+        refused(f"engine.device must be cpu, cuda or cuda:N, got {device!r}", engine__device=device)
+    refused("engine.scheduler.max_num_seqs must be at least 1, got 0", engine__scheduler__max_num_seqs="0")
     refused("engine.cache.memory_bytes: '2Gi' is not a size", engine__cache__memory_bytes="2Gi")
     refused(
         "gateway.conversation_date: 'today' is not a date; write auto, none or YYYY-MM-DD",
@@ -168,9 +213,9 @@ def test_wrong_values_are_named_with_where_they_were_set(tmp_path: Path) -> None
     )
     refused("gateway.request_timeout_s must be a finite number", gateway__request_timeout_s="nan")
     refused("gateway.request_timeout_s must be greater than 0", gateway__request_timeout_s="0")
-    refused("parallel.tensor must be 1 to 16, got 17", engine__parallel__tensor="17")
+    refused("engine.parallel.tensor must be 1 to 16, got 17", engine__parallel__tensor="17")
     refused(
-        "parallel.expert must divide parallel.tensor, which is 6: 1, 2, 3, 6; got 4",
+        "engine.parallel.expert must divide engine.parallel.tensor, which is 6: 1, 2, 3, 6; got 4",
         engine__parallel__tensor="6",
         engine__parallel__expert="4",
     )
@@ -258,7 +303,7 @@ def test_the_model_name_is_the_folders() -> None:
 def test_serve_arguments_take_sizes_and_know_no_listen() -> None:
     args = AppConfig.model_validate({"engine": {"model_path": "m", "cache": {"memory_bytes": "64MiB"}}})
     assert args.engine.cache.memory_bytes == 64 * 2**20
-    with pytest.raises(ValidationError, match="listen"):
+    with pytest.raises(ValidationError, match=r"http_options \(host, port\) and grpc_options"):
         AppConfig.model_validate({"engine": {"model_path": "m"}, "listen": {"http_port": 1}})
     assert issubclass(CantataConfig, AppConfig)
 

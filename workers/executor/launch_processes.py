@@ -42,13 +42,14 @@ class ProcessRanks:
         if device.startswith("cuda"):
             if device != "cuda":
                 raise ConfigError(
-                    f"device {device!r} names one GPU, but {num_ranks} ranks are wanted: set device to cuda"
+                    f"engine.device {device!r} names one GPU, but {num_ranks} ranks are wanted: "
+                    f"set it to cuda"
                 )
             num_gpus = torch.cuda.device_count()
             if num_gpus < num_ranks:
                 raise ConfigError(
-                    f"parallel.tensor wants {num_ranks} GPUs, and this host has {num_gpus}: lower it, or "
-                    f"use several hosts with Ray"
+                    f"engine.parallel.tensor wants {num_ranks} GPUs, and this host has {num_gpus}: lower it, "
+                    f"or use several hosts with Ray"
                 )
         return [
             Placement(self.host, rank, num_ranks, max(1, num_threads // num_ranks))

@@ -97,15 +97,17 @@ class GpuMemory:
     graph_bytes: int = 0
 
 
-def check_kv_dtype(dtype: KVDtype, target: str) -> None:
-    """
+def check_kv_dtype(dtype: KVDtype, target: str, *, way_out: str = "set engine.cache.dtype to auto") -> None:
+    """Refuse a cache for which a device has no kernel.
+
     Args:
         target: the device's architecture, as `kernels.backend.architecture` names it.
+        way_out: what the error advises.
     Raises:
         ConfigError: it has no kernel for such a cache.
     """
     if dtype == "fp8_e4m3" and (reason := fp8_refusal(target)) is not None:
-        raise ConfigError(f"{reason}; set cache.dtype to auto")
+        raise ConfigError(f"{reason}; {way_out}")
 
 
 def cpu_kv_memory(
@@ -129,7 +131,7 @@ def cpu_kv_memory(
         ConfigError: the weights already are too much for the host.
     """
     if cache.memory_bytes is not None:
-        return KVMemory(cache.memory_bytes, "cache.memory_bytes")
+        return KVMemory(cache.memory_bytes, "engine.cache.memory_bytes")
     minimum, useful = _bounds(model, scheduler, dtype, max_model_len)
     available = host_free_bytes() // ranks_on_host
     free = available - weight_bytes
@@ -140,7 +142,7 @@ def cpu_kv_memory(
             f"are free on this host{' for each of its ranks' if ranks_on_host > 1 else ''}"
         )
     num_bytes = min(int(free * CPU_MEMORY_SHARE), max(CPU_MEMORY_BYTES // ranks_on_host, minimum), useful)
-    return KVMemory(num_bytes, f"chosen from {readable(free)} free on cpu; cache.memory_bytes sets it")
+    return KVMemory(num_bytes, f"chosen from {readable(free)} free on cpu; engine.cache.memory_bytes sets it")
 
 
 def gpu_kv_memory(
@@ -162,7 +164,7 @@ def gpu_kv_memory(
         ConfigError: without a KV cache already it is too much for the GPU.
     """
     if cache.memory_bytes is not None:
-        return KVMemory(cache.memory_bytes, "cache.memory_bytes")
+        return KVMemory(cache.memory_bytes, "engine.cache.memory_bytes")
     _, useful = _bounds(model, scheduler, dtype, max_model_len)
     left = (
         int(gpu.total_bytes * cache.gpu_memory_utilization)
@@ -175,15 +177,14 @@ def gpu_kv_memory(
             f"the model does not fit: {readable(gpu.used_bytes)} in use, "
             f"{readable(gpu.activation_bytes)} for activations and {readable(gpu.graph_bytes)} for "
             f"graphs leave nothing of {cache.gpu_memory_utilization:.0%} of the GPU's "
-            f"{readable(gpu.total_bytes)}; split it over more ranks (parallel.tensor), take a GPU with more "
-            f"memory, or raise "
-            "cache.gpu_memory_utilization"
+            f"{readable(gpu.total_bytes)}; split it over more ranks (engine.parallel.tensor), take a GPU "
+            f"with more memory, or raise engine.cache.gpu_memory_utilization"
         )
     source = (
         f"{cache.gpu_memory_utilization:.0%} of the GPU's {readable(gpu.total_bytes)} less "
         f"{readable(gpu.used_bytes)} in use, "
         f"{readable(gpu.activation_bytes)} for activations and {readable(gpu.graph_bytes)} for graphs; "
-        f"cache.gpu_memory_utilization sets it"
+        f"engine.cache.gpu_memory_utilization sets it"
     )
     return KVMemory(min(left, useful), source)
 
@@ -205,7 +206,7 @@ def split_memory(
     dtype: KVDtype,
     max_model_len: int | None,
     memory_bytes: int,
-    source: str = "cache.memory_bytes",
+    source: str = "engine.cache.memory_bytes",
 ) -> KVCachePlan:
     """Decide on the context, and how many blocks each group gets.
 
@@ -379,8 +380,8 @@ def _fitting_context(
         fits = _longest_fitting(model, scheduler, dtype, shortest, memory_bytes)
         raise ConfigError(
             f"a KV cache of {readable(memory_bytes)} ({source}) cannot hold one sequence of {shortest} "
-            f"tokens, the shortest context that "
-            f"is chosen where max_model_len is not set, which needs {readable(needed)}: {_advice(fits)}"
+            f"tokens, the shortest context that is chosen where engine.max_model_len is not set, which needs "
+            f"{readable(needed)}: {_advice(fits)}"
         )
     return max(_longest_fitting(model, scheduler, dtype, longest, memory_bytes, whole_steps=True), shortest)
 
@@ -395,7 +396,7 @@ def _does_not_fit(
 ) -> str:
     fits = _longest_fitting(model, scheduler, dtype, max_model_len, memory_bytes)
     return (
-        f"a KV cache of {readable(memory_bytes)} ({source}) cannot hold one sequence of max_model_len "
+        f"a KV cache of {readable(memory_bytes)} ({source}) cannot hold one sequence of engine.max_model_len "
         f"{max_model_len}, "
         f"which needs {readable(_needed(model, scheduler, dtype, max_model_len))}: {_advice(fits)}"
     )
@@ -403,7 +404,7 @@ def _does_not_fit(
 
 def _advice(fits: int) -> str:
     return (
-        f"set max_model_len to at most {fits} or give the cache more memory"
+        f"set engine.max_model_len to at most {fits} or give the cache more memory"
         if fits
         else "give the cache more memory"
     )
@@ -412,7 +413,7 @@ def _advice(fits: int) -> str:
 def shorter_context(model: ModelConfig, plan: KVCachePlan, dtype: KVDtype, memory: KVMemory) -> str:
     """What to tell the operator where the plan's context is shorter than the model's and nobody
     asked for that."""
-    fp8 = "" if dtype == "fp8_e4m3" else ", or set cache.dtype to fp8 where the device has it"
+    fp8 = "" if dtype == "fp8_e4m3" else ", or set engine.cache.dtype to fp8 where the device has it"
     return (
         f"the context is {plan.max_model_len} tokens of the model's {model.max_context_len}: as much as a "
         f"KV cache of "

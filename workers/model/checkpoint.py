@@ -92,7 +92,7 @@ def load_model(
             "the kernels" if native.shared_library() is not None else f"no kernels: {native.why_missing()}"
         )
         raise ConfigError(
-            f"cpu_dense_dtype int8 needs dtype bfloat16, the device cpu and the C++ kernels; here are "
+            f"engine.cpu_dense_dtype int8 needs dtype bfloat16, the device cpu and the C++ kernels; here are "
             f"{dtype}, {device} and {kernels}"
         )
     if quantize is not None:
@@ -134,8 +134,8 @@ def _check_quantizable(config: ModelConfig) -> None:
     for name, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
         if size % MX_BLOCK:
             raise ConfigError(
-                f"quantize mxfp4 needs a {name} that is a multiple of {MX_BLOCK}, and the checkpoint's is "
-                f"{size}"
+                f"engine.quantize mxfp4 needs a {name} that is a multiple of {MX_BLOCK}, and the "
+                f"checkpoint's is {size}"
             )
 
 

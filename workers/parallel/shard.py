@@ -74,8 +74,8 @@ def plan_shards(model: ModelConfig, parallel: ParallelConfig) -> tuple[RankShard
     reason = _refusal(model, parallel.tensor, parallel.expert_size)
     if reason is not None:
         raise ConfigError(
-            f"parallel tensor={parallel.tensor}, expert={parallel.expert_size} cannot work: {reason}; "
-            f"{_nearest(model, parallel)}"
+            f"engine.parallel: tensor={parallel.tensor}, expert={parallel.expert_size} cannot work: "
+            f"{reason}; {_nearest(model, parallel)}"
         )
     return tuple(_shard(model, parallel, rank) for rank in range(parallel.tensor))
 

@@ -25,9 +25,18 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
             torch.cuda.set_device(device)  # streams and events are those of the current device
             _exact_matmuls()
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, AttributeError) as error:  # the last: torch without CUDA
+        raise ConfigError(f"engine.device {name} cannot be used here: {_why(error)}") from error
     return device
+
+
+def _why(error: Exception) -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            f"the torch that is installed, {torch.__version__}, was built without CUDA and ROCm; remove "
+            f".venv, and install again with TORCH_INDEX_URL naming an index of torch for this GPU"
+        )
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def prepare_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
@@ -78,7 +87,7 @@ def check_memory(
         raise ConfigError(
             f"the weights of rank {shard.tp_rank} take {wanted / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB "
             f"of memory are free {where}: "
-            "end what else uses it, or split the model over more of them (parallel.tensor; `cantata "
+            "end what else uses it, or split the model over more of them (engine.parallel.tensor; `cantata "
             "inspect` says what fits)"
         )
 
@@ -93,13 +102,13 @@ def check_mxfp8(target: str, experts_format: str) -> None:
     """
     if experts_format != "mxfp4":
         raise ConfigError(
-            "moe_activation_dtype mxfp8 needs experts in MXFP4, and the checkpoint's are in bf16: set it to "
-            "auto, or quantize to mxfp4"
+            "engine.moe_activation_dtype mxfp8 needs experts in MXFP4, and the checkpoint's are in bf16: "
+            "set it to auto, or quantize to mxfp4"
         )
     if target not in ("cpu", "gfx950") and not target.startswith("sm_10"):
         raise ConfigError(
-            f"moe_activation_dtype mxfp8 needs sm_100 (B200) or gfx950 (MI355X), and this GPU is {target}: "
-            f"set it to auto"
+            f"engine.moe_activation_dtype mxfp8 needs sm_100 (B200) or gfx950 (MI355X), and this GPU is "
+            f"{target}: set it to auto"
         )
 
 

@@ -2,6 +2,7 @@
 disk, and on broken ones."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -141,14 +142,17 @@ def test_an_fp8_cache_holds_twice_the_tokens(capsys: pytest.CaptureFixture[str],
         "Each rank, experts in MXFP4, all else in bf16, the KV cache in fp8, on H100"
         in inspect(capsys, path, "--gpu", "h100", "--kv-cache-dtype", "fp8")[1]
     )
+    out = inspect(capsys, path)[1]
+    assert re.search(r"parameters +[1-9]\d*\.\d\d [KM], [1-9]\d*\.\d\d [KM] active for a token\n", out)
     code, _, err = inspect(capsys, path, "--tp", 1, "--gpu", "mi300x", "--kv-cache-dtype", "fp8")
     assert code == 1
-    assert "gfx942 has no instructions for float8_e4m3fn" in err
+    assert err.startswith("cantata: gfx942 has no instructions for float8_e4m3fn")
+    assert err.endswith("; leave out --kv-cache-dtype\n")
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(("--tp", 0), "parallel.tensor must be 1 to 16, got 0"), (("--ep", 2), "parallel.expert")],
+    [(("--tp", 0), "engine.parallel.tensor must be 1 to 16, got 0"), (("--ep", 2), "engine.parallel.expert")],
 )
 def test_numbers_of_ranks_that_cannot_be(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: tuple[object, ...], said: str

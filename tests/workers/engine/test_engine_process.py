@@ -194,7 +194,7 @@ def test_what_cannot_start_is_one_sentence_and_exit_code_1(
             "a limit of zero": (
                 str(tmp_path / "file.json"),
                 "127.0.0.1:0",
-                "max_num_seqs must be at least 1, got 0",
+                "engine.scheduler.max_num_seqs must be at least 1, got 0",
             ),
             "a taken port": (
                 engine_config_to_json(config_for(tmp_path)),

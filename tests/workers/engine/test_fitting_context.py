@@ -73,16 +73,16 @@ def test_an_engine_has_the_context_that_fits(
     assert warning.startswith(
         f"the context is {CONTEXT} tokens of the model's 8192: as much as a KV cache of "
     )
-    assert " (cache.memory_bytes) holds of one sequence. " in warning
+    assert " (engine.cache.memory_bytes) holds of one sequence. " in warning
     assert warning.endswith(
-        "For more, give the cache more memory, or set cache.dtype to fp8 where the device has it"
+        "For more, give the cache more memory, or set engine.cache.dtype to fp8 where the device has it"
     )
 
 
 def test_one_that_was_set_is_refused(checkpoint: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"cannot hold one sequence of max_model_len 8192, .* set max_model_len to at most \d+ or",
+        match=r"one sequence of engine.max_model_len 8192, .* set engine.max_model_len to at most \d+ or",
     ):
         LLM(checkpoint, dtype="float32", max_model_len=8192, kv_cache_bytes=CACHE_BYTES)
 

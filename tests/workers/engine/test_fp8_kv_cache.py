@@ -105,7 +105,7 @@ def test_it_holds_more_tokens(checkpoint: Path) -> None:
 def test_a_device_without_it_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank, "architecture", lambda device: "sm_80")
     with pytest.raises(
-        ConfigError, match=r"^sm_80 has no instructions for float8_e4m3fn.*; set cache.dtype to auto$"
+        ConfigError, match=r"^sm_80 has no instructions for float8_e4m3fn.*; set engine.cache.dtype to auto$"
     ):
         engine(checkpoint)
     engine(checkpoint, kv_cache_dtype="auto").shutdown()

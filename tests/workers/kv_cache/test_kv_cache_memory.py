@@ -91,7 +91,7 @@ def test_a_plan_fits_the_memory_and_a_sequence_or_says_what_would(
     if num_needed * layer_block > memory_bytes:
         with pytest.raises(ConfigError, match=f"max_model_len {max_model_len},") as raised:
             plan(max_model_len)
-        fitting = re.search(r"set max_model_len to at most (\d+) or", str(raised.value))
+        fitting = re.search(r"set engine.max_model_len to at most (\d+) or", str(raised.value))
         if fitting is not None:
             assert 0 < int(fitting[1]) < max_model_len
             plan(int(fitting[1]))
@@ -192,7 +192,7 @@ def test_the_model_s_context_is_kept_where_it_just_fits() -> None:
 def test_a_context_that_was_set_is_not_shortened() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"cannot hold one sequence of max_model_len 131072, .*: set max_model_len to at most 43504 or",
+        match=r"of engine.max_model_len 131072, .*: set engine.max_model_len to at most 43504 or",
     ):
         split_memory(LAPTOP, SchedulerConfig(), dtype="bfloat16", max_model_len=131072, memory_bytes=GIB)
 
@@ -202,8 +202,8 @@ def test_a_context_that_was_set_is_not_shortened() -> None:
     [
         (
             40 << 20,
-            "a KV cache of 40.00 MiB (here) {}: set max_model_len to at most 1520 or give the cache more "
-            "memory",
+            "a KV cache of 40.00 MiB (here) {}: set engine.max_model_len to at most 1520 or give the cache "
+            "more memory",
         ),
         (0, "a KV cache of 0 bytes (here) {}: give the cache more memory"),
     ],
@@ -211,7 +211,7 @@ def test_a_context_that_was_set_is_not_shortened() -> None:
 def test_a_cache_for_next_to_nothing_is_refused_by_default_too(num_bytes: int, said: str) -> None:
     why = (
         "cannot hold one sequence of 2048 tokens, the shortest context that is chosen where "
-        "max_model_len is not set, which needs 52.12 MiB"
+        "engine.max_model_len is not set, which needs 52.12 MiB"
     )
     with pytest.raises(ConfigError) as raised:
         split_memory(
@@ -313,8 +313,8 @@ def test_a_model_that_leaves_nothing_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert str(raised.value) == (
         "the model does not fit: 72.00 GiB in use, 1.00 GiB for activations and 0 bytes for graphs leave "
         "nothing of 90% of the GPU's "
-        "80.00 GiB; split it over more ranks (parallel.tensor), take a GPU with more memory, or raise "
-        "cache.gpu_memory_utilization"
+        "80.00 GiB; split it over more ranks (engine.parallel.tensor), take a GPU with more memory, or raise "
+        "engine.cache.gpu_memory_utilization"
     )
     monkeypatch.setattr(kv_memory, "host_free_bytes", lambda: 20 * GIB)
     with pytest.raises(
@@ -349,9 +349,9 @@ def test_the_error_has_the_numbers() -> None:
         on_cpu(BIG, CacheConfig(GIB), max_model_len=131072)
     # 1 GiB = 1820 blocks of 589,824 bytes; 10 for the window, 1 for block 0, so 1809 * 16 tokens.
     assert str(raised.value) == (
-        "a KV cache of 1.00 GiB (cache.memory_bytes) cannot hold one sequence of max_model_len 131072, "
-        "which needs 4.51 GiB: "
-        "set max_model_len to at most 28944 or give the cache more memory"
+        "a KV cache of 1.00 GiB (engine.cache.memory_bytes) cannot hold one sequence of "
+        "engine.max_model_len 131072, which needs 4.51 GiB: "
+        "set engine.max_model_len to at most 28944 or give the cache more memory"
     )
 
 
@@ -380,7 +380,8 @@ def test_on_a_cpu_the_choice_is_modest(
 def test_what_was_chosen_is_said_when_it_is_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_memory, "host_free_bytes", lambda: GIB)
     with pytest.raises(
-        ConfigError, match=r"256\.00 MiB \(chosen from 1\.00 GiB free on cpu; cache\.memory_bytes sets it\)"
+        ConfigError,
+        match=r"256\.00 MiB \(chosen from 1\.00 GiB free on cpu; engine\.cache\.memory_bytes sets it\)",
     ):
         on_cpu(BIG, max_model_len=131072)
 

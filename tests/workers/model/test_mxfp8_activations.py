@@ -32,7 +32,7 @@ def test_it_is_refused_where_it_would_lose_and_not_win(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(tmp_path / "bf16", replace(TINY, experts_format="bf16"), seed=0)
-    with pytest.raises(ConfigError, match=r"^moe_activation_dtype mxfp8 needs experts in MXFP4"):
+    with pytest.raises(ConfigError, match=r"^engine.moe_activation_dtype mxfp8 needs experts in MXFP4"):
         LLM(tmp_path / "bf16", moe_activation_dtype="mxfp8", kv_cache_bytes=4 << 20)
     LLM(tmp_path / "bf16", moe_activation_dtype="mxfp8", quantize="mxfp4", kv_cache_bytes=4 << 20).shutdown()
     path = write_tiny_checkpoint(tmp_path)
