@@ -17,6 +17,7 @@ from cluster.frontend.answers import (
     TopLogprob,
     UsageBody,
 )
+from cluster.frontend.chat_messages import ChatMessage, ToolCall, harmony_messages
 from cluster.frontend.fold import (
     AnswerChoice,
     AnswerDelta,
@@ -28,9 +29,12 @@ from cluster.frontend.fold import (
     whole_answer,
 )
 from cluster.frontend.sampling import check_stream_options, sampling_params, stop_strings
-from cluster.frontend.schema import ChatCompletionRequest, ChatTemplateKwargs, Message, TextPart, Tool
+from cluster.frontend.schema import ChatCompletionRequest, ChatTemplateKwargs, TextPart, Tool
+from cluster.frontend.schema import Message as MessageBody
 from cluster.generation import ChatRequest, FieldNames, Generation
-from cluster.harmony.conversation import ChatMessage, ReasoningEffort, ToolCall, ToolDefinition
+from cluster.harmony.message import Message
+from cluster.harmony.render import ReasoningEffort
+from cluster.harmony.tools import ToolDefinition
 from workers.errors import InvalidRequest
 
 _EFFORTS: dict[str, ReasoningEffort] = {"minimal": "low", "low": "low", "medium": "medium", "high": "high"}
@@ -73,16 +77,18 @@ def chat_request(body: ChatCompletionRequest) -> ChatRequest:
     )
 
 
-def chat_messages(messages: Sequence[Message]) -> tuple[ChatMessage, ...]:
+def chat_messages(messages: Sequence[MessageBody]) -> tuple[Message, ...]:
     """Messages with their parts joined and the three spellings of reasoning read.
 
     Raises:
         InvalidRequest: with `param`.
     """
-    return tuple(_chat_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+    return harmony_messages(
+        [_chat_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    )
 
 
-def _chat_message(message: Message, path: str) -> ChatMessage:
+def _chat_message(message: MessageBody, path: str) -> ChatMessage:
     calls = tuple(
         ToolCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
     )

@@ -5,14 +5,16 @@ import math
 from google.protobuf import struct_pb2
 
 from cluster.events import FinishReason, GenerationEvent, TokenLogprob, Usage
+from cluster.frontend.chat_messages import ChatMessage, ChatRole, ToolCall, harmony_messages
 from cluster.frontend.fold import Finish, Fold, ReasoningDelta, TextDelta, ToolCallDelta, whole_answer
 from cluster.generation import ChatRequest, FieldNames, Generation
-from cluster.harmony.conversation import ChatMessage, ReasoningEffort, Role, ToolCall, ToolDefinition
+from cluster.harmony.render import ReasoningEffort
+from cluster.harmony.tools import ToolDefinition
 from cluster.rpc import inference_pb2 as pb
 from workers.errors import InvalidRequest
 from workers.request import SamplingParams
 
-_ROLES: dict[int, Role] = {
+_ROLES: dict[int, ChatRole] = {
     pb.ROLE_SYSTEM: "system",
     pb.ROLE_DEVELOPER: "developer",
     pb.ROLE_USER: "user",
@@ -45,8 +47,8 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
             "reasoning_effort",
         )
     return ChatRequest(
-        messages=tuple(
-            _message(message, f"messages[{index}]") for index, message in enumerate(request.messages)
+        messages=harmony_messages(
+            [_message(message, f"messages[{index}]") for index, message in enumerate(request.messages)]
         ),
         sampling=_sampling(request),
         tools=tuple(

@@ -1,6 +1,6 @@
 """What a client may ask for: the one place where a gateway checks ranges, counts and lengths.
 
-Types and structure are checked by the front ends, the order and names of messages by the renderer.
+Types and structure are checked by the front ends, as are the order and names of messages.
 Engines check again what would harm them (`workers.rpc.validate`); what passes here passes there.
 Fields are named in errors as the HTTP API spells them.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from cluster.generation.json_schema import SchemaCheck
 from cluster.generation.requests import FieldNames
 from cluster.generation.settings import ModelInfo
-from cluster.harmony.conversation import ToolDefinition
+from cluster.harmony.tools import ToolDefinition
 from workers.errors import ContextLengthExceeded, InvalidRequest
 from workers.request import SamplingParams
 from workers.rpc.validate import (

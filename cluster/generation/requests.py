@@ -3,7 +3,9 @@
 
 from dataclasses import dataclass, field
 
-from cluster.harmony.conversation import ChatMessage, ReasoningEffort, ToolDefinition
+from cluster.harmony.message import Message
+from cluster.harmony.render import ReasoningEffort
+from cluster.harmony.tools import ToolDefinition
 from workers.request import SamplingParams
 
 
@@ -29,7 +31,7 @@ class ChatRequest:
         model: None: the one that is served.
     """
 
-    messages: tuple[ChatMessage, ...]
+    messages: tuple[Message, ...]
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=None))
     tools: tuple[ToolDefinition, ...] = ()
     stop: tuple[str, ...] = ()

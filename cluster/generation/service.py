@@ -29,9 +29,8 @@ from cluster.generation.requests import ChatRequest, CompletionRequest, FieldNam
 from cluster.generation.running import Generation, Job
 from cluster.generation.settings import ChatDefaults, Limits, ModelInfo
 from cluster.generation.threads import LARGE_CHARS, TextThreads
-from cluster.harmony.conversation import DEFAULT_MODEL_IDENTITY, Conversation
 from cluster.harmony.encoding import HarmonyEncoding
-from cluster.harmony.render import render
+from cluster.harmony.render import DEFAULT_MODEL_IDENTITY, Conversation, render
 from cluster.metrics import FleetView, GatewayMetrics, OneGateway, Scrape, merge
 from workers.errors import CantataError, InvalidRequest, ModelNotFound, Overloaded
 from workers.request import EngineRequest, SamplingParams
@@ -41,7 +40,7 @@ GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy (vLLM's `_SAMPLING_EPS`): dividing logits by them
 overflows."""
 _CHARS_PER_ENTRY = 64
-"""What rendering a message, a call or a tool takes beside its text, as text that takes as long."""
+"""What rendering a message or a tool takes beside its text, as text that takes as long."""
 _PROBE_TIMEOUT_S = 2.0
 
 
@@ -398,9 +397,7 @@ class GenerationService:
 def _num_chars(request: ChatRequest) -> int:
     """A measure of the work that rendering is."""
     count = _CHARS_PER_ENTRY * (len(request.messages) + len(request.tools))
-    for message in request.messages:
-        count += len(message.content) + len(message.reasoning or "")
-        count += sum(_CHARS_PER_ENTRY + len(call.arguments) for call in message.tool_calls)
+    count += sum(len(message.content) for message in request.messages)
     return count + sum(len(tool.description) + _json_chars(tool.parameters) for tool in request.tools)
 
 

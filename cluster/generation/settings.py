@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cluster.harmony.conversation import ReasoningEffort
+from cluster.harmony.render import ReasoningEffort
 from workers.rpc.convert import EngineInfo
 
 

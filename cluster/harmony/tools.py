@@ -8,6 +8,20 @@ have no `//`; the first variant of a `oneOf` loses its own description where the
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ToolDefinition:
+    """A function that the model may call.
+
+    Attributes:
+        parameters: JSON schema of the arguments' object; None: the function takes none.
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, object] | None = None
 
 
 def typescript_type(schema: object, indent: str = "") -> str:

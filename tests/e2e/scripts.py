@@ -1,6 +1,8 @@
 """What the model of the end-to-end tests says, and the chats that make it say it."""
 
-from cluster.harmony.conversation import ChatMessage, Conversation, ToolCall, ToolDefinition
+from cluster.frontend.chat_messages import ChatMessage, ToolCall, harmony_messages
+from cluster.harmony.render import Conversation
+from cluster.harmony.tools import ToolDefinition
 from tests.support.scripted_checkpoint import Script
 
 GREETING = "Say hello."
@@ -24,21 +26,25 @@ _QUESTION = ChatMessage("user", QUESTION)
 _CALL = ChatMessage(
     "assistant", reasoning=CALL_REASONING, tool_calls=(ToolCall("call_1", "get_weather", CALL_ARGUMENTS),)
 )
+_RESULT = ChatMessage("tool", TOOL_RESULT, tool_call_id="call_1")
 
 SCRIPTS = (
     Script(
-        Conversation((ChatMessage("user", GREETING),)),
+        Conversation(harmony_messages((ChatMessage("user", GREETING),))),
         f"<|channel|>analysis<|message|>{GREETING_REASONING}<|end|>"
         f"<|start|>assistant<|channel|>final<|message|>{GREETING_ANSWER}<|return|>",
     ),
     Script(
-        Conversation((_QUESTION,), _TOOLS),
+        Conversation(harmony_messages((_QUESTION,)), _TOOLS),
         f"<|channel|>analysis<|message|>{CALL_REASONING}<|end|>"
         f"<|start|>assistant<|channel|>commentary to=functions.get_weather "
         f"<|constrain|>json<|message|>{CALL_ARGUMENTS}<|call|>",
     ),
     Script(
-        Conversation((_QUESTION, _CALL, ChatMessage("tool", TOOL_RESULT, tool_call_id="call_1")), _TOOLS),
+        Conversation(
+            harmony_messages((_QUESTION, _CALL, ChatMessage("tool", TOOL_RESULT, tool_call_id="call_1"))),
+            _TOOLS,
+        ),
         f"<|channel|>final<|message|>{FINAL_ANSWER}<|return|>",
     ),
 )

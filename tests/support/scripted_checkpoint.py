@@ -21,10 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GptOssForCausalLM, Mxfp4Config
 
-from cluster.harmony.conversation import Conversation
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.make_tokenizer import write_bpe_tokenizer
-from cluster.harmony.render import render
+from cluster.harmony.render import Conversation, render
 from workers.config import ModelConfig
 from workers.model.make_checkpoint import write_checkpoint
 from workers.model.safetensors_files import SINGLE_FILE

@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import GptOssForCausalLM, Mxfp4Config
 
-from cluster.harmony.conversation import ChatMessage, Conversation, ToolCall, ToolDefinition
+from cluster.frontend.chat_messages import ChatMessage, ToolCall, harmony_messages
+from cluster.harmony.render import Conversation
+from cluster.harmony.tools import ToolDefinition
 from tests.support.scripted_checkpoint import MIN_MARGIN, Script, scripted_encoding, write_scripted_checkpoint
 from workers.config import Dtype
 from workers.engine.llm import LLM
@@ -26,21 +28,21 @@ CALL = ChatMessage(
 RESULT = ChatMessage("tool", "sunny", tool_call_id="call_1")
 SCRIPTS = (
     Script(
-        Conversation((ASK,), tools=(WEATHER,)),
+        Conversation(harmony_messages((ASK,)), tools=(WEATHER,)),
         f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>commentary "
         f"to=functions.get_weather "
         '<|constrain|>json<|message|>{"city":"Paris"}<|call|>',
     ),
     Script(
-        Conversation((ASK, CALL, RESULT), tools=(WEATHER,)),
+        Conversation(harmony_messages((ASK, CALL, RESULT)), tools=(WEATHER,)),
         "<|channel|>final<|message|>Sunny — 21 °C 😀.<|return|>",
     ),
     Script(
-        Conversation((ChatMessage("user", "Hello"),)),
+        Conversation(harmony_messages((ChatMessage("user", "Hello"),))),
         "<|channel|>final<|message|>Hello! Hello! Hello!<|return|>",
     ),
     Script(
-        Conversation((ChatMessage("user", "Hello!"),)),
+        Conversation(harmony_messages((ChatMessage("user", "Hello!"),))),
         "<|channel|>final<|message|>Hello! Hello! Goodbye.<|return|>",
     ),
     Script((7, 8, 9), (10, 10, 10, 11)),

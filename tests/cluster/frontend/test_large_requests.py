@@ -129,7 +129,7 @@ async def test_a_large_chat_holds_up_no_small_one(gateway: Gateway, monkeypatch:
     render = GenerationService._render
 
     def slow(self: GenerationService, request: Any) -> list[int]:
-        if any(len(message.reasoning or "") > LARGE_CHARS for message in request.messages):
+        if any(len(message.content) > LARGE_CHARS for message in request.messages):
             begun.set()
             gate.wait(LIMIT_S)
         return render(self, request)
@@ -139,7 +139,7 @@ async def test_a_large_chat_holds_up_no_small_one(gateway: Gateway, monkeypatch:
     waiting = [asyncio.create_task(post(gateway, large)) for _ in range(4)]
     try:
         async with asyncio.timeout(LIMIT_S):
-            await asyncio.to_thread(begun.wait)
+            await asyncio.to_thread(begun.wait, LIMIT_S)
             for reasoning in ("", "x" * 100_000):  # on the loop, and in a thread
                 small = [USER, {"role": "assistant", "content": "x", "reasoning": reasoning}, USER]
                 assert await post(gateway, {"messages": small}) is None

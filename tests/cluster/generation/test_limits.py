@@ -16,7 +16,7 @@ from cluster.generation.limits import (
     check_tools,
     num_output_tokens,
 )
-from cluster.harmony.conversation import ToolDefinition
+from cluster.harmony.tools import ToolDefinition
 from workers.errors import ContextLengthExceeded, InvalidRequest
 from workers.request import EngineRequest, SamplingParams
 from workers.rpc.validate import MAX_COUNT, MAX_LOGPROBS, check_request

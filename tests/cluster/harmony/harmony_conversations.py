@@ -3,8 +3,16 @@ for the rest."""
 
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from cluster.harmony.conversation import ChatMessage, Conversation, ToolCall, ToolDefinition
+from cluster.frontend.chat_messages import ChatMessage, ToolCall, harmony_messages
+from cluster.harmony.render import (
+    DEFAULT_KNOWLEDGE_CUTOFF,
+    DEFAULT_MODEL_IDENTITY,
+    Conversation,
+    ReasoningEffort,
+)
+from cluster.harmony.tools import ToolDefinition
 
 TEXTS = (
     "What is 2 + 2?",
@@ -148,6 +156,28 @@ EVERYTHING_SCHEMA: Mapping[str, object] = {
 }
 
 
+@dataclass(frozen=True)
+class Chat:
+    """A conversation whose messages are those of a chat API."""
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[ToolDefinition, ...] = ()
+    reasoning_effort: ReasoningEffort = "medium"
+    current_date: str | None = None
+    knowledge_cutoff: str = DEFAULT_KNOWLEDGE_CUTOFF
+    model_identity: str = DEFAULT_MODEL_IDENTITY
+
+    def conversation(self) -> Conversation:
+        return Conversation(
+            harmony_messages(self.messages),
+            self.tools,
+            self.reasoning_effort,
+            self.current_date,
+            self.knowledge_cutoff,
+            self.model_identity,
+        )
+
+
 def user(text: str, name: str | None = None) -> ChatMessage:
     return ChatMessage("user", text, name=name)
 
@@ -164,7 +194,7 @@ def result(call_id: str, text: str) -> ChatMessage:
     return ChatMessage("tool", text, tool_call_id=call_id)
 
 
-def hand_written() -> list[Conversation]:
+def hand_written() -> list[Chat]:
     a, b, c = (
         ToolCall("a", "get_weather", '{"location": "Paris"}'),
         ToolCall("b", "get_weather", ""),
@@ -212,8 +242,8 @@ def hand_written() -> list[Conversation]:
         (final("I start."), question),
         (system,),
     ]
-    conversations = [Conversation(messages, tools=(WEATHER,)) for messages in histories]
-    conversations += [Conversation(messages) for messages in histories]
+    conversations = [Chat(messages, tools=(WEATHER,)) for messages in histories]
+    conversations += [Chat(messages) for messages in histories]
     tools: list[tuple[ToolDefinition, ...]] = [
         (ToolDefinition("nothing"),),
         (ToolDefinition("empty", "No properties.", {"type": "object", "properties": {}}),),
@@ -222,14 +252,14 @@ def hand_written() -> list[Conversation]:
         (ToolDefinition("everything", "Everything.", EVERYTHING_SCHEMA), WEATHER, ToolDefinition("last")),
         (ToolDefinition("top_one_of", "x", {"oneOf": EVERYTHING_SCHEMA["properties"]["one_of"]["oneOf"]}),),  # type: ignore[index]
     ]
-    conversations += [Conversation((system, question), tools=definitions) for definitions in tools]
-    conversations += [Conversation((question,), tools=definitions) for definitions in tools]
+    conversations += [Chat((system, question), tools=definitions) for definitions in tools]
+    conversations += [Chat((question,), tools=definitions) for definitions in tools]
     conversations += [
-        Conversation((question,), reasoning_effort=effort, current_date="2025-06-28")
+        Chat((question,), reasoning_effort=effort, current_date="2025-06-28")
         for effort in ("low", "medium", "high")
     ]
     conversations.append(
-        Conversation(
+        Chat(
             (question,),
             knowledge_cutoff="2025-01",
             model_identity="You are a parrot.\nPolly.",
@@ -237,23 +267,21 @@ def hand_written() -> list[Conversation]:
         )
     )
     conversations += [
-        Conversation((ChatMessage("developer", text), user(text), final(text), user(text))) for text in TEXTS
+        Chat((ChatMessage("developer", text), user(text), final(text), user(text))) for text in TEXTS
     ]
     conversations += [
-        Conversation(
-            (user("x"), calls(ToolCall("i", "f", text), content=text, reasoning=text), result("i", text))
-        )
+        Chat((user("x"), calls(ToolCall("i", "f", text), content=text, reasoning=text), result("i", text)))
         for text in TEXTS
     ]
     return conversations
 
 
-def generated(count: int, seed: int = 0) -> list[Conversation]:
+def generated(count: int, seed: int = 0) -> list[Chat]:
     rng = random.Random(seed)
     return [_conversation(rng) for _ in range(count)]
 
 
-def _conversation(rng: random.Random) -> Conversation:
+def _conversation(rng: random.Random) -> Chat:
     tools = tuple(
         ToolDefinition(
             f"tool_{index}", rng.choice(["", "One line.", "Two\nlines."]), rng.choice([None, _object(rng, 3)])
@@ -276,7 +304,7 @@ def _conversation(rng: random.Random) -> Conversation:
             messages += rng.sample([result(call.id, _text(rng)) for call in made], rng.randint(0, len(made)))
         if rng.random() < 0.7:
             messages.append(final(_text(rng), rng.choice([None, _text(rng)])))
-    return Conversation(
+    return Chat(
         tuple(messages),
         tools=tools,
         reasoning_effort=rng.choice(["low", "medium", "high"]),  # type: ignore[arg-type]

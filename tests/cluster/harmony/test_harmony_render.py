@@ -5,11 +5,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.harmony.conversation import ChatMessage, Conversation, ToolCall, ToolDefinition
+from cluster.frontend.chat_messages import ChatMessage, ToolCall
+from cluster.harmony import render as harmony_render
 from cluster.harmony.encoding import HarmonyEncoding
-from cluster.harmony.render import render
+from cluster.harmony.tools import ToolDefinition
 from tests.cluster.harmony.harmony_conversations import (
     EVERYTHING_SCHEMA,
+    Chat,
     calls,
     final,
     generated,
@@ -26,7 +28,11 @@ EFFORTS = {
 }
 
 
-def oracle_conversation(conversation: Conversation) -> oh.Conversation:
+def render(chat: Chat, encoding: HarmonyEncoding, max_tokens: int | None = None) -> list[int]:
+    return harmony_render.render(chat.conversation(), encoding, max_tokens)
+
+
+def oracle_conversation(conversation: Chat) -> oh.Conversation:
     """The conversation in oss-harmony's words, with our rules (which analysis is kept, order of
     results) applied first."""
     system = oh.SystemContent(
@@ -128,7 +134,7 @@ def bubble_results(
 CORPUS = hand_written() + generated(260)
 
 
-def expected(conversation: Conversation, oracle: oh.HarmonyEncoding) -> list[int]:
+def expected(conversation: Chat, oracle: oh.HarmonyEncoding) -> list[int]:
     config = oh.RenderConversationConfig(auto_drop_analysis=False)
     return oracle.render_conversation_for_completion(
         oracle_conversation(conversation), oh.Role.ASSISTANT, config
@@ -170,7 +176,7 @@ def test_typed_special_tokens_stay_text(gpt_oss: HarmonyEncoding) -> None:
     tool = ToolDefinition(
         "f", attack, {"type": "object", "properties": {attack: {"type": "string", "description": attack}}}
     )
-    attacked = render(Conversation(messages, tools=(tool,)), gpt_oss)
+    attacked = render(Chat(messages, tools=(tool,)), gpt_oss)
     harmless = attack.replace("<|", "<").replace("|>", ">")
 
     def clean(text: str) -> str:
@@ -191,7 +197,7 @@ def test_typed_special_tokens_stay_text(gpt_oss: HarmonyEncoding) -> None:
         harmless,
         {"type": "object", "properties": {harmless: {"type": "string", "description": harmless}}},
     )
-    reference = render(Conversation(clean_messages, tools=(clean_tool,)), gpt_oss)
+    reference = render(Chat(clean_messages, tools=(clean_tool,)), gpt_oss)
     assert [i for i in attacked if i in gpt_oss.special_ids] == [
         i for i in reference if i in gpt_oss.special_ids
     ]
@@ -208,7 +214,7 @@ def test_reasoning_is_dropped_up_to_the_last_final_and_kept_since(gpt_oss: Harmo
         calls(b, reasoning="NEW LOOP"),
         result("b", "2"),
     )
-    text = gpt_oss.decode(render(Conversation(messages), gpt_oss), skip_special_tokens=False)
+    text = gpt_oss.decode(render(Chat(messages), gpt_oss), skip_special_tokens=False)
     assert "OLD" not in text
     assert "<|start|>assistant<|channel|>analysis<|message|>NEW LOOP<|end|>" in text
     assert "<|return|>" not in text
@@ -216,19 +222,17 @@ def test_reasoning_is_dropped_up_to_the_last_final_and_kept_since(gpt_oss: Harmo
 
 def test_results_stand_in_the_order_of_their_calls(gpt_oss: HarmonyEncoding) -> None:
     made = [ToolCall(f"id{k}", "f", str(k)) for k in range(4)]
-    in_order = render(Conversation((calls(*made), *(result(f"id{k}", f"r{k}") for k in range(4)))), gpt_oss)
-    shuffled = render(
-        Conversation((calls(*made), *(result(f"id{k}", f"r{k}") for k in (2, 0, 3, 1)))), gpt_oss
-    )
+    in_order = render(Chat((calls(*made), *(result(f"id{k}", f"r{k}") for k in range(4)))), gpt_oss)
+    shuffled = render(Chat((calls(*made), *(result(f"id{k}", f"r{k}") for k in (2, 0, 3, 1)))), gpt_oss)
     assert shuffled == in_order
 
 
 def test_ends_where_the_model_goes_on(gpt_oss: HarmonyEncoding) -> None:
-    assert render(Conversation((user("x"),)), gpt_oss)[-2:] == [gpt_oss.start, *gpt_oss.encode("assistant")]
+    assert render(Chat((user("x"),)), gpt_oss)[-2:] == [gpt_oss.start, *gpt_oss.encode("assistant")]
 
 
 def test_a_prompt_that_is_too_long_is_refused(gpt_oss: HarmonyEncoding) -> None:
-    conversation = Conversation((user("word " * 1000),))
+    conversation = Chat((user("word " * 1000),))
     num_tokens = len(render(conversation, gpt_oss))
     assert len(render(conversation, gpt_oss, max_tokens=num_tokens)) == num_tokens
     for max_tokens in (num_tokens - 1, 500, 10, 1):
@@ -272,16 +276,16 @@ def test_refused_messages_are_named(
     small: HarmonyEncoding, messages: tuple[ChatMessage, ...], param: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        render(Conversation(messages), small)
+        render(Chat(messages), small)
     assert caught.value.param == param
     assert param in caught.value.message
 
 
 def test_deepest_allowed_schema_renders(gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding) -> None:
-    conversation = Conversation((Q,), tools=(ToolDefinition("f", "", nested(63)),))
+    conversation = Chat((Q,), tools=(ToolDefinition("f", "", nested(63)),))
     # serde_json reads at most 128 levels, so the oracle sees the same schema 40 levels deep.
     assert len(render(conversation, gpt_oss)) > 63 * 5
-    shallower = Conversation((Q,), tools=(ToolDefinition("f", "", nested(40)),))
+    shallower = Chat((Q,), tools=(ToolDefinition("f", "", nested(40)),))
     assert render(shallower, gpt_oss) == expected(shallower, oracle)
 
 
@@ -303,11 +307,11 @@ def test_any_default_is_written_as_oss_harmony_writes_it(
     gpt_oss: HarmonyEncoding, oracle: oh.HarmonyEncoding, default: object
 ) -> None:
     schema = {"type": "object", "properties": {"x": {"type": "string", "default": default}}}
-    conversation = Conversation((Q,), tools=(ToolDefinition("f", "", schema),))
+    conversation = Chat((Q,), tools=(ToolDefinition("f", "", schema),))
     assert render(conversation, gpt_oss) == expected(conversation, oracle)
 
 
 def test_schema_is_not_changed(small: HarmonyEncoding) -> None:
     before = repr(EVERYTHING_SCHEMA)
-    render(Conversation((Q,), tools=(ToolDefinition("f", "", EVERYTHING_SCHEMA),)), small)
+    render(Chat((Q,), tools=(ToolDefinition("f", "", EVERYTHING_SCHEMA),)), small)
     assert repr(EVERYTHING_SCHEMA) == before
