@@ -181,7 +181,11 @@ async def test_each_long_text_is_rendered_beside_the_loop(
     chats: dict[str, list[dict[str, Any]]] = {
         "content": [{"role": "user", "content": text}],
         "reasoning": [{"role": "assistant", "content": "x", "reasoning": text}, USER],
-        "arguments": [USER, call(json.dumps({"a": text})), {"role": "tool", "content": "1"}],
+        "arguments": [
+            USER,
+            call(json.dumps({"a": text})),
+            {"role": "tool", "tool_call_id": "c", "content": "1"},
+        ],
     }
     tools = {
         "description": tool(description=text),
