@@ -119,8 +119,8 @@ class ConfigError(Exception):
 
 
 class RankCrashed(ConfigError):
-    """A rank ended by a signal that says that its own program is at fault; starting it again as it
-    is will not help.
+    """A rank, or its trial of the C++ kernels, ended by a signal that says that its own program is
+    at fault; starting it again as it is will not help.
 
     Attributes:
         signal: which one, of those that `workers.exit_codes.crash` knows.

@@ -14,7 +14,13 @@ from typing import TypeVar
 
 import uvicorn
 
-from cluster.assembly import build_service, check_model, context_with_enough_memory, load_encoding
+from cluster.assembly import (
+    ReplicaInfos,
+    build_service,
+    check_model,
+    context_with_enough_memory,
+    load_encoding,
+)
 from cluster.config import CantataConfig, ListenConfig
 from cluster.fleet.directory import ReplicaSet
 from cluster.frontend.app import build_app
@@ -238,10 +244,31 @@ async def _start(
         await asyncio.wait(starts)
     service, infos = build_service(config, encoding, replicas)
     try:
-        return service, await infos.first()
+        return service, await _first_info(infos, engines)
     except BaseException:
         await service.close()
         raise
+
+
+async def _first_info(infos: ReplicaInfos, engines: Sequence[EngineProcess]) -> EngineInfo:
+    """Wait for what the first engine says of itself. Engines that served for a moment and died are
+    started again meanwhile.
+
+    Raises:
+        EngineFailed: no engine will serve any more, or none has answered in the time for a start.
+    """
+    first = asyncio.create_task(infos.first())
+    no_engine = asyncio.create_task(_all_given_up(engines))
+    try:
+        await asyncio.wait([first, no_engine], timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if first.done():
+            return first.result()
+        if no_engine.done():
+            raise EngineFailed(engines[0].failure)
+        raise EngineFailed(f"no engine has answered within {START_TIMEOUT_S:.0f} s of its start")
+    finally:
+        first.cancel()
+        no_engine.cancel()
 
 
 def _exposure(listen: ListenConfig, has_keys: bool) -> list[str]:

@@ -300,6 +300,8 @@ class DistributedExecutor:
                     f"{fields['phase']}, rank {rank}", int(str(fields["done"])), int(str(fields["total"]))
                 )
             elif kind == wire.FAILED:
+                if fields["kind"] == RankCrashed.__name__:
+                    raise RankCrashed(str(fields["message"]), signal.Signals(int(str(fields["signal"]))))
                 errors = {error.__name__: error for error in (CheckpointError, ConfigError)}
                 raise errors.get(str(fields["kind"]), EngineDead)(str(fields["message"]))
             elif kind == wanted:

@@ -1,10 +1,12 @@
 """The device of a rank: whether it can be used, and whether it can hold and run the model."""
 
+import signal
+
 import torch
 
 from kernels.cpu import native
 from workers.config import EngineConfig, ModelConfig
-from workers.errors import ConfigError
+from workers.errors import ConfigError, RankCrashed
 from workers.exit_codes import TAKE_ANOTHER_ISA
 from workers.kv_cache.memory import host_free_bytes
 from workers.model.sizes import rank_bytes
@@ -45,6 +47,7 @@ def prepare_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
 
     Raises:
         ConfigError: as `usable_device`; the processor or the build lacks the instruction set.
+        RankCrashed: a process that tried the instruction set died of SIGILL.
     """
     device = usable_device(config.device, local_rank)
     if device.type == "cpu":
@@ -53,9 +56,10 @@ def prepare_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         if not native.runs():
-            raise ConfigError(
+            raise RankCrashed(
                 f"this processor cannot run the C++ kernels for {native.isa()}, tried in a process that "
-                f"died of SIGILL: {TAKE_ANOTHER_ISA}"
+                f"died of SIGILL: {TAKE_ANOTHER_ISA}",
+                signal.SIGILL,
             )
     return device
 

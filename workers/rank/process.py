@@ -24,7 +24,7 @@ from workers.config import EngineConfig
 from workers.config_json import engine_config_from_json, engine_config_to_json
 from workers.console import keep_output_from_failing
 from workers.cores import cores_of_rank
-from workers.errors import CheckpointError, ConfigError
+from workers.errors import CheckpointError, ConfigError, RankCrashed
 from workers.executor import channel as wire
 from workers.executor.channel import Endpoints, RankChannel
 from workers.kv_cache.memory import KVCachePlan
@@ -164,6 +164,9 @@ def serve_rank(spec: RankSpec) -> None:
         logger.error("rank %d has lost its engine and ends", spec.rank)
         logging.shutdown()
         os._exit(1)
+    except RankCrashed as error:
+        message = wire.pack(rank=spec.rank, kind="RankCrashed", message=str(error), signal=int(error.signal))
+        channel.send(wire.FAILED, message)
     except (CheckpointError, ConfigError) as error:
         channel.send(wire.FAILED, wire.pack(rank=spec.rank, kind=type(error).__name__, message=str(error)))
     except Exception as error:

@@ -6,16 +6,19 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from cluster import cli
+from cluster.assembly import ReplicaInfos
 from cluster.config import CantataConfig, load_config
 from cluster.fleet.directory import ReplicaSet
 from cluster.standalone import serve as standalone
 from cluster.standalone import supervisor
-from cluster.standalone.supervisor import EngineProcess
+from cluster.standalone.supervisor import EngineFailed, EngineProcess
 from tests.support.fake_engine import FakeEngine
+from workers.rpc.convert import EngineInfo
 
 CHILD = """
 import json, os, signal, sys
@@ -73,3 +76,30 @@ async def test_the_server_ends_when_no_engine_will_serve_again(
         await asyncio.wait([serving])
         for fake in fakes:
             await fake.stop()
+
+
+class SilentInfos:
+    async def first(self) -> EngineInfo:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+@pytest.mark.parametrize("given_up", [True, False])
+async def test_a_start_ends_when_no_engine_answers(monkeypatch: pytest.MonkeyPatch, given_up: bool) -> None:
+    """Engines that said they were ready, and died for good before they said what they serve; or
+    that never say it."""
+    engines = [EngineProcess(f"engine-{index}", ["unused"]) for index in range(2)]
+    if not given_up:
+        monkeypatch.setattr(standalone, "START_TIMEOUT_S", 0.1)
+    start = asyncio.create_task(standalone._first_info(cast(ReplicaInfos, SilentInfos()), engines))
+    if given_up:
+        for engine in engines:
+            await asyncio.sleep(0)
+            assert not start.done(), "with one engine left it waits"
+            engine.failure = f"{engine.name} crashed"
+            engine.given_up.set()
+    async with asyncio.timeout(20):
+        with pytest.raises(
+            EngineFailed, match="^engine-0 crashed$" if given_up else "within 0 s of its start"
+        ):
+            await start

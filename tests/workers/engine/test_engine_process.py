@@ -17,12 +17,14 @@ from pathlib import Path
 import grpc
 import pytest
 
+from kernels.cpu import native
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import CacheConfig, EngineConfig, SchedulerConfig
 from workers.config_json import engine_config_from_json, engine_config_to_json
 from workers.engine.__main__ import main
 from workers.engine.access import SECRET_VARIABLE
 from workers.errors import ConfigError
+from workers.exit_codes import crash
 from workers.rpc import engine_pb2 as pb
 from workers.rpc import engine_pb2_grpc
 
@@ -245,3 +247,14 @@ def test_the_configuration_survives_json() -> None:
 def test_wrong_configurations_name_the_field(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         engine_config_from_json(text)
+
+
+def test_a_trial_of_the_kernels_that_dies_is_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not an end that another start may mend: a supervisor gives up such an engine."""
+    config = engine_config_to_json(config_for(write_tiny_checkpoint(tmp_path)))
+    monkeypatch.setattr(sys, "argv", ["engine", "--config", config])
+    monkeypatch.setattr(native, "runs", lambda: False)
+    assert crash(main()) == signal.SIGILL
+    assert "error: this processor cannot run the C++ kernels for" in capsys.readouterr().err

@@ -21,6 +21,7 @@ import torch
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from kernels.cpu import native
 from tests.support.processes import marked, new_mark, none_left
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from tests.support.waiting import until
@@ -37,7 +38,7 @@ from workers.executor.launch_processes import ProcessRanks
 from workers.model.make_checkpoint import write_checkpoint
 from workers.model_config import load_model_config
 from workers.private_folder import PrivateFolder
-from workers.rank.process import RankSpec, identity
+from workers.rank.process import RankSpec, identity, serve_rank
 from workers.request import EngineOutput, EngineRequest, SamplingParams
 
 WAIT_S = 60.0
@@ -400,6 +401,26 @@ def test_a_rank_that_dies_while_starting_is_told(checkpoint: Path, number: signa
         assert isinstance(said, RankCrashed)
         assert said.signal == number
         assert "--cpu-isa" in str(said)
+
+
+def test_a_trial_of_the_kernels_that_dies_is_a_crash(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    class Threads(ProcessRanks):
+        def launch(self, spec: RankSpec, on_exit: OnExit) -> None:
+            threads.append(threading.Thread(target=serve_rank, args=(spec,), daemon=True))
+            threads[-1].start()
+
+    monkeypatch.setattr(native, "runs", lambda: False)
+    said = refusal(config_of(checkpoint), Threads())
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert isinstance(said, RankCrashed)
+    assert said.signal == signal.SIGILL
+    assert str(said).startswith("this processor cannot run the C++ kernels")
 
 
 def test_a_plan_that_cannot_work_is_refused_before_anything_starts(checkpoint: Path) -> None:
