@@ -161,7 +161,8 @@ class GatewayConfig(_Settings):
         max_json_values: maximum number of objects, arrays and their entries in a body, counted by
             its braces, brackets and commas, including those in strings; more are refused with 400,
             as a prompt that is too long. While a body is parsed, all other requests of the gateway
-            wait: 0.7 s per million.
+            wait: 0.7 s per million. Also the maximum number of fields in a gRPC request, at all
+            depths: 2 s per million.
         body_timeout_s: seconds for a request's body to arrive, plus one for each 16 KiB of it; then
             408.
         max_header_bytes: maximum size of a request's line and headers; more is refused with 431.

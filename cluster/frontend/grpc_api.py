@@ -18,6 +18,7 @@ from cluster.frontend.errors import Unauthenticated, as_cantata_error
 from cluster.frontend.fold import Fold
 from cluster.frontend.grpc_handlers import add_InferenceServicer_to_server, decoded
 from cluster.frontend.grpc_messages import chat_event, chat_request, chat_response
+from cluster.frontend.grpc_size import check_size
 from cluster.generation import ChatRequest, GenerationService
 from cluster.generation.limits import check_num_messages
 from cluster.rpc import inference_pb2 as pb
@@ -102,11 +103,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._requests = service.metrics.requests
         self._api_keys = config.api_keys
         self._send_timeout_s = config.send_timeout_s
+        self._max_messages, self._max_fields = config.max_messages, config.max_json_values
 
     async def Chat(self, request: bytes | pb.ChatRequest, context: "Context") -> pb.ChatResponse:
         """See inference.proto."""
         return await self._answer(
-            "Chat", context, lambda request_id: self._api.chat(decoded(request, pb.ChatRequest), request_id)
+            "Chat", context, lambda request_id: self._api.chat(self._decoded_chat(request), request_id)
         )
 
     async def ChatStream(self, request: bytes | pb.ChatRequest, context: "Context") -> None:  # type: ignore[override]
@@ -115,9 +117,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         # Written here instead of yielded to grpc, which would leave a generator unclosed when the
         # client leaves while it sends.
         async def write_events(request_id: str) -> None:
-            async with aclosing(
-                self._api.chat_stream(decoded(request, pb.ChatRequest), request_id)
-            ) as events:
+            async with aclosing(self._api.chat_stream(self._decoded_chat(request), request_id)) as events:
                 async for event in events:
                     try:
                         async with asyncio.timeout(self._send_timeout_s):
@@ -160,6 +160,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             raise
         finally:
             self._requests.labels(f"Inference/{method}", status).inc()
+
+    def _decoded_chat(self, request: bytes | pb.ChatRequest) -> pb.ChatRequest:
+        if isinstance(request, bytes):
+            check_size(request, max_messages=self._max_messages, max_fields=self._max_fields)
+        return decoded(request, pb.ChatRequest)
 
     def _check_key(self, context: "Context") -> None:
         if not self._api_keys:

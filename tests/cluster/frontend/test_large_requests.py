@@ -12,7 +12,8 @@ import orjson
 import pytest
 
 from cluster.config import GatewayConfig
-from cluster.frontend import body, chat
+from cluster.frontend import body, chat, grpc_api
+from cluster.frontend.grpc_size import UNCHECKED_BYTES, check_size
 from cluster.generation import GenerationService
 from cluster.generation.threads import INLINE_CHARS, LARGE_CHARS
 from cluster.harmony.encoding import HarmonyEncoding
@@ -20,6 +21,7 @@ from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import Gateway, serving
+from workers.errors import ContextLengthExceeded
 
 LIMIT_S = 20
 USER = {"role": "user", "content": "Hello"}
@@ -240,6 +242,58 @@ async def test_messages_have_a_largest_number(
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "11 entries" in (caught.value.details() or "")
     assert GatewayConfig().max_messages == 10_000
+
+
+@pytest.mark.parametrize(
+    ("field", "setting"),
+    [
+        (b"\x12\x00", "max_messages"),  # an empty message
+        (b"\x12\x02\x22\x00", "max_messages"),  # one with an empty call
+        (b"\x1a\x00", "max_json_values"),  # an empty tool
+        (b"\x7a\x00", "max_json_values"),  # an empty stop string
+        (b"\x48\x01", "max_json_values"),  # top_k
+        (b"\x1a\x04\x1a\x02\x0a\x00", "max_json_values"),  # a tool with an entry in its schema
+        (b"\xfa\x01\x00", "max_json_values"),  # unknown
+    ],
+)
+async def test_grpc_messages_have_a_largest_number_of_fields(
+    encoding: HarmonyEncoding,
+    engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    field: bytes,
+    setting: str,
+) -> None:
+    """Counted before they are parsed, which takes hundreds of bytes for each."""
+    monkeypatch.setattr(grpc_api, "decoded", None)
+    config = GatewayConfig(max_messages=1000, max_json_values=5000)
+    async with (
+        serving(encoding, [engine], config=config) as gateway,
+        grpc.aio.insecure_channel(gateway.grpc_address) as channel,
+    ):
+        data = field * UNCHECKED_BYTES
+        whole = channel.unary_unary("/cantata.inference.v1.Inference/Chat")(data)
+        stream = channel.unary_stream("/cantata.inference.v1.Inference/ChatStream")(data)
+        for answer in (whole, stream):
+            assert await answer.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert f"(gateway.{setting})" in await answer.details()
+
+
+def test_large_grpc_messages_within_the_bounds_pass() -> None:
+    text = "x" * UNCHECKED_BYTES
+    request = pb.ChatRequest(
+        messages=[pb.Message(role=pb.ROLE_USER, content=text, tool_calls=[pb.ToolCall(arguments="{}")])] * 5,
+        temperature=0.5,
+        stop_token_ids=range(1000),
+    )
+    data = request.SerializeToString()
+    # 10 top-level fields at most, and 5 in each message with its call
+    check_size(data, max_messages=10, max_fields=32)
+    with pytest.raises(ContextLengthExceeded):
+        check_size(data, max_messages=9, max_fields=32)
+    with pytest.raises(ContextLengthExceeded):
+        check_size(data, max_messages=10, max_fields=20)
+    for broken in (data + b"\x12", data[:-3], data + b"\xff" * 12, data + b"\x0b", data + b"\x12\xff\x7f"):
+        check_size(broken, max_messages=11, max_fields=32)
 
 
 async def test_bodies_have_a_largest_number_of_values(
