@@ -215,8 +215,8 @@ class AppConfig(_Settings):
             divided among the replicas, standalone and with `cantata serve`; 1 in a Serve YAML.
         engine_drain_timeout_s: seconds for running requests to end in an engine that Serve stops;
             the rest continue in another replica.
-        gateway_drain_timeout_s: seconds for running requests to end in a gateway that Serve stops;
-            the rest are cut off.
+        gateway_drain_timeout_s: seconds for running requests to end in a gateway that stops; the
+            rest are cut off. Standalone the default is 30.
     """
 
     engine: EngineConfig

@@ -9,7 +9,7 @@ from cluster.config import AppConfig
 from workers.errors import ConfigError
 
 _STANDALONE_ONLY = ("gateway.max_header_bytes", "gateway.header_timeout_s")
-_RAY_ONLY = ("gateways", "engine_host", "engine_drain_timeout_s", "gateway_drain_timeout_s")
+_RAY_ONLY = ("gateways", "engine_host", "engine_drain_timeout_s")
 
 
 def check_standalone(config: AppConfig) -> None:

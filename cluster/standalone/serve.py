@@ -47,7 +47,8 @@ START_TIMEOUT_S = 3600.0
 """Maximum seconds for an engine to load its model. A large checkpoint on a slow disk takes long,
 and its progress is shown."""
 DRAIN_S = 30.0
-"""Seconds for running requests to end after the first SIGINT or SIGTERM."""
+"""Seconds for running requests to end after the first SIGINT or SIGTERM, unless
+`gateway_drain_timeout_s` is set, and for an engine to end after that."""
 CUT_S = 5.0
 """Seconds after that for the servers to tell the remaining clients that they were cut off."""
 
@@ -139,6 +140,7 @@ async def _serve_gateway(
         EngineFailed: every engine has been given up.
     """
     keys = config.gateway.api_keys
+    drain_s = _drain_s(config)
     grpc_address = _address(config.listen.host, config.listen.grpc_port)
     try:
         grpc_server = await start_grpc_server(service, grpc_address, config.gateway)
@@ -148,7 +150,7 @@ async def _serve_gateway(
             f"another"
         ) from None
     http_server = HttpServer(
-        build_app(service, config.gateway), config.gateway, service.metrics, graceful_s=DRAIN_S + CUT_S
+        build_app(service, config.gateway), config.gateway, service.metrics, graceful_s=drain_s + CUT_S
     )
     serving = asyncio.create_task(http_server.serve([http_socket]))
     http_host, http_port = http_socket.getsockname()[:2]
@@ -172,8 +174,8 @@ async def _serve_gateway(
     await asyncio.wait([asked, serving, no_engine], return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
     no_engine.cancel()
-    logger.info("stopping: running requests have %.0f s to end; a second signal stops at once", DRAIN_S)
-    await _drain(http_server, serving, grpc_server, service, stop)
+    logger.info("stopping: running requests have %.0f s to end; a second signal stops at once", drain_s)
+    await _drain(http_server, serving, grpc_server, service, stop, drain_s)
     if not stop.asked.is_set() and all(engine.given_up.is_set() for engine in engines):
         raise EngineFailed(engines[0].failure)
 
@@ -189,11 +191,12 @@ async def _drain(
     grpc_server: GrpcServer,
     service: GenerationService,
     stop: StopSignals,
+    drain_s: float,
 ) -> None:
     http_server.should_exit = True
-    stopping = asyncio.create_task(grpc_server.stop(DRAIN_S + CUT_S))
+    stopping = asyncio.create_task(grpc_server.stop(drain_s + CUT_S))
     hurried = asyncio.create_task(_hurry(http_server, grpc_server, stop))
-    _, left = await asyncio.wait([serving, stopping], timeout=DRAIN_S)
+    _, left = await asyncio.wait([serving, stopping], timeout=drain_s)
     if left:
         await service.close()
         await asyncio.wait(left)
@@ -278,6 +281,12 @@ def _exposure(listen: ListenConfig, has_keys: bool) -> list[str]:
         f"{listen.host} can be reached from other machines"
         + ("" if has_keys else "; anyone there can use it: set --api-key")
     ]
+
+
+def _drain_s(config: CantataConfig) -> float:
+    """Return the seconds that running requests get to end; the default is shorter than on Ray."""
+    is_set = "gateway_drain_timeout_s" in config.model_fields_set
+    return config.gateway_drain_timeout_s if is_set else DRAIN_S
 
 
 def _address(host: str, port: int) -> str:

@@ -21,7 +21,6 @@ WAYS: dict[str, tuple[Check, ...]] = {
     "gateways": (check_standalone,),
     "engine_host": (check_standalone,),
     "engine_drain_timeout_s": (check_standalone,),
-    "gateway_drain_timeout_s": (check_standalone,),
 }
 """By setting, where it has no effect."""
 

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -53,9 +53,22 @@ async def test_the_server_ends_when_no_engine_will_serve_again(
             engine._command = [sys.executable, "-c", CHILD, fake.address, str(markers[index])]
         return engines
 
+    drain, drain_times_s = standalone._drain, []
+
+    async def spied(*arguments: Any) -> None:
+        drain_times_s.append(arguments[-1])
+        await drain(*arguments)
+
     monkeypatch.setattr(standalone, "_engines", scripted)
+    monkeypatch.setattr(standalone, "_drain", spied)
     monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
-    flags = {"engine.model_path": str(model), "listen.http_port": 0, "listen.grpc_port": 0, "replicas": 2}
+    flags = {
+        "engine.model_path": str(model),
+        "listen.http_port": 0,
+        "listen.grpc_port": 0,
+        "replicas": 2,
+        "gateway_drain_timeout_s": 7,
+    }
     serving = asyncio.create_task(standalone._serve(load_config(None, {}, flags)))
     try:
         await until(lambda: serving.done() or "Cantata serves:" in capsys.readouterr().out)
@@ -69,6 +82,7 @@ async def test_the_server_ends_when_no_engine_will_serve_again(
             assert await serving == 1
         [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cantata: ")]
         assert line == f"cantata: {engines[0].failure}"
+        assert drain_times_s == [7]
         assert "SIGILL" in line
         assert "--cpu-isa" in line
     finally:

@@ -4,12 +4,15 @@ the servers cut connections."""
 import asyncio
 from typing import cast
 
-import pytest
 import uvicorn
 
+from cluster.config import load_config
 from cluster.frontend.grpc_api import GrpcServer
 from cluster.generation import GenerationService
 from cluster.standalone import serve as standalone
+from cluster.ways_of_serving import check_standalone
+
+DRAIN_S = 0.05
 
 
 class Service:
@@ -22,17 +25,14 @@ class Service:
 
 class Grpc:
     async def stop(self, grace_s: float) -> None:
-        assert grace_s > standalone.DRAIN_S, "the servers cut connections before clients can be told"
+        assert grace_s > DRAIN_S, "the servers cut connections before clients can be told"
 
 
 class Http:
     should_exit = force_exit = False
 
 
-async def test_requests_left_after_the_grace_period_are_ended_by_the_service(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(standalone, "DRAIN_S", 0.05)
+async def test_requests_left_after_the_grace_period_are_ended_by_the_service() -> None:
     service = Service()
 
     async def serve() -> None:
@@ -45,5 +45,14 @@ async def test_requests_left_after_the_grace_period_are_ended_by_the_service(
             cast(GrpcServer, Grpc()),
             cast(GenerationService, service),
             standalone.StopSignals(),
+            DRAIN_S,
         )
     assert service.closed.is_set()
+
+
+def test_the_time_to_drain_is_a_setting_with_a_default_of_its_own() -> None:
+    for value in (None, 0.0, 90.0, 1800.0):
+        given = {} if value is None else {"gateway_drain_timeout_s": value}
+        config = load_config(None, {}, {"engine.model_path": "somewhere", **given})
+        check_standalone(config)
+        assert standalone._drain_s(config) == (30.0 if value is None else value)
