@@ -6,6 +6,7 @@ place and has bounds of its own (docs/operations.md).
 
 import asyncio
 import contextlib
+import logging
 import math
 import re
 import uuid
@@ -23,6 +24,9 @@ from cluster.frontend.edge import ABORT
 from cluster.metrics import GatewayMetrics
 from workers.errors import CantataError, InvalidRequest
 
+_connection_log = logging.getLogger("uvicorn.error.connections")
+# What uvicorn warns of is what a client sent: counted as answers are, not a line for each.
+_connection_log.setLevel(logging.ERROR)
 _LINGER_S = 5.0
 """Time to read an answer that was sent before the request was complete; then the connection
 closes."""
@@ -101,6 +105,7 @@ class _Protocol(HttpToolsProtocol):
         _loop: Any = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.logger = _connection_log
         self._limits = config.limits
         self._bytes_without_body = 0
         self._in_message = False
@@ -213,15 +218,23 @@ class _Protocol(HttpToolsProtocol):
             pass  # a second answer would be taken for that of the next request
         elif self.cycle is None or self.cycle.response_complete:
             self.config.metrics.requests.labels("unknown", str(status)).inc()
-            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
-            head += f"x-request-id: {uuid.uuid4().hex}\r\n\r\n"
-            self.transport.write(STATUS_LINE[status] + head.encode() + body)
-        else:
-            self.transport.close()  # in the middle of an answer
+            self._write_answer(status, body)
+        elif self.pipeline or self.cycle.response_started:
+            self.transport.close()  # in the middle of an answer, or before an earlier one
             return
+        else:
+            # For the app, which counts it, the client has left.
+            self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
+            self.cycle.message_event.set()
+            self._write_answer(status, body)
         # Not closed at once: the reset that follows further input could overtake the answer.
         self._rest_since = self.loop.time()
         self.transport.write_eof()
+
+    def _write_answer(self, status: int, body: bytes) -> None:
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
+        head += f"x-request-id: {uuid.uuid4().hex}\r\n\r\n"
+        self.transport.write(STATUS_LINE[status] + head.encode() + body)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if cycle.scope["http_version"] == "1.0":

@@ -431,8 +431,25 @@ def test_uvicorn_calls_what_is_overridden() -> None:
     ours = {
         name for name in vars(_Protocol) if callable(getattr(_Protocol, name)) and not name.startswith("__")
     }
-    assert ours - {"check", "_refuse", "_headers_too_large", "_is_answered"} <= set(vars(HttpToolsProtocol))
+    assert ours - {"check", "_refuse", "_headers_too_large", "_is_answered", "_write_answer"} <= set(
+        vars(HttpToolsProtocol)
+    )
     assert {"chunked_encoding", "expected_content_length"} <= set(
         RequestResponseCycle.__init__.__code__.co_names
     )
     assert issubclass(HttpServer, object)
+
+
+async def test_a_body_that_is_no_http_is_refused(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
+    """With an answer, and without a line in the log for what any client can send."""
+    chunked = request("", extra="Transfer-Encoding: chunked\r\n").replace(b"Content-Length: 0\r\n", b"")
+    async with connected(gateway) as (reader, writer):
+        writer.write(chunked + b"2\r\n{}\r\n")
+        await until(lambda: any(c.cycle for c in gateway.http_server.server_state.connections))  # type: ignore[union-attr]
+        writer.write(b"no length\r\n")
+        status, headers, content = await answer(reader)
+        assert (status, json.loads(content)["error"]["type"]) == (400, "invalid_request_error")
+        assert headers["connection"] == "close"
+        assert await reader.read() == b""
+    await counted(gateway, "/v1/chat/completions", 499)
+    assert not caplog.records
