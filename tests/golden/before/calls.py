@@ -67,7 +67,10 @@ async def stream(http: httpx.AsyncClient, path: str, body: dict[str, Json], *, e
     response = await http.post(path, json={**body, "stream": True})
     if response.status_code != 200:
         return _answered(response, exact)
-    *events, rest = masked(response.text).split("\n\n")
+    *events, rest = response.text.split("\n\n")
+    if _num_choices(body) > 1:  # ids of calls become numbers in order of appearance
+        events.sort(key=_choice_of)
+    *events, rest = masked("\n\n".join([*events, rest])).split("\n\n")
     assert rest == "", f"the stream ended inside an event: {rest!r}"
     frames = [event.removeprefix("data: ") for event in events]
     assert all(event.startswith("data: ") for event in events)
@@ -96,9 +99,12 @@ def _num_choices(body: dict[str, Json]) -> int:
 def _by_choice(frames: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for frame in frames:
-        index = frame.partition('"index":')[2].split(",")[0] if '"choices":[{' in frame else "none"
-        found.setdefault(index, []).append(frame)
+        found.setdefault(_choice_of(frame), []).append(frame)
     return dict(sorted(found.items()))
+
+
+def _choice_of(frame: str) -> str:
+    return frame.partition('"index":')[2].split(",")[0] if '"choices":[{' in frame else "none"
 
 
 class _Fold:
@@ -231,6 +237,8 @@ class Grpc:
         except grpc.aio.AioRpcError as error:
             failure = {"failure": _status(error)}
         ids = {masked(event.pop("id")) for event in events}
+        if request.n > 1:
+            events.sort(key=lambda event: event.get("choice", 0))
         events = json.loads(masked(json.dumps(events)))
         if exact and request.n <= 1:
             return {"ids": sorted(ids), "events": events} | failure

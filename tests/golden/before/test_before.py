@@ -15,7 +15,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("before")
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+SLOW = ("served", "offline", "disturbed")
+"""Sections with engines of their own: 80 s of processor time together."""
+
+
+@pytest.mark.parametrize(
+    "section", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SECTIONS]
+)
 def test_as_before(section: str, folder: Path) -> None:
     text = report(record.load(section), record.run(section, folder))
     if text:
