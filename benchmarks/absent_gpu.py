@@ -39,12 +39,12 @@ _KERNELS = (
     *(
         "attention.paged",
         "attention.rope_store",
-        "moe.grouped",
+        "moe.on_triton",
         "linear.narrow",
         "pointwise.norm",
         "pointwise.yarn",
     ),
-    *("embedding.lookup", "slots", "sampling", "moe.routing", "mxfp4.layouts"),
+    *("embedding.lookup", "slots", "sampling", "moe.grouped", "moe.routing", "mxfp4.layouts"),
 )
 """Modules that are imported before the names in them are replaced."""
 

@@ -27,6 +27,7 @@ from kernels.cpu.dense import PackedWeight
 from kernels.cpu.memory import zeros
 from kernels.cpu.program import Program, ProgramMemory, record
 from kernels.cpu.roofline import GEMM_DTYPES, Gemm
+from kernels.moe import ExpertWeights
 from kernels.mxfp4 import ROWS16, PackedMXFP4
 from kernels.sampling import SamplingBatch
 
@@ -419,10 +420,15 @@ class ExpertLayer:
         self.num_sets = max(1, size // (self.expert_bytes * NUM_EXPERTS))
         self.num_experts = self.num_sets * NUM_EXPERTS
         self.hidden, self.intermediate = hidden, intermediate
-        self.gate_up = self._random(2 * intermediate, hidden)
-        self.down = self._random(hidden, intermediate)
-        self.gate_up_bias = torch.zeros(self.num_experts, 2 * intermediate, dtype=torch.bfloat16)
-        self.down_bias = torch.zeros(self.num_experts, hidden, dtype=torch.bfloat16)
+        self.weights = ExpertWeights(
+            self._random(2 * intermediate, hidden),
+            torch.zeros(self.num_experts, 2 * intermediate, dtype=torch.bfloat16),
+            self._random(hidden, intermediate),
+            torch.zeros(self.num_experts, hidden, dtype=torch.bfloat16),
+            swiglu_limit=7.0,
+            swiglu_alpha=1.702,
+            num_experts=self.num_experts,
+        )
 
     def _random(self, rows: int, width: int) -> PackedMXFP4:
         blocks = zeros((self.num_experts, rows // 16, width // 8, 64), torch.uint8)
@@ -448,18 +454,7 @@ class ExpertLayer:
         num_hit = sum(len(ids.unique()) for ids in choices) / len(choices)
 
         def run(call: int) -> Tensor:
-            return experts.fused_experts(
-                x,
-                choices[call % len(choices)],
-                weights,
-                self.gate_up,
-                self.gate_up_bias,
-                self.down,
-                self.down_bias,
-                swiglu_limit=7.0,
-                swiglu_alpha=1.702,
-                first_expert=0,
-            )
+            return experts.fused_experts(x, choices[call % len(choices)], weights, self.weights)
 
         operations = 2 * num_tokens * top_k * 3 * self.hidden * self.intermediate
         return Task(name, recorded(run, len(choices)), num_hit * self.expert_bytes, operations)

@@ -89,7 +89,7 @@ class ByteCounter:
         config = model.config
         chance = config.num_experts_per_token / config.num_experts
         share = 1 - (1 - chance) ** batch_size
-        experts = [layer.experts for layer in model.layers]
+        experts = [layer.experts.weights for layer in model.layers]
         packed = [
             part
             for expert in experts
@@ -127,7 +127,7 @@ def _recording(target: str) -> Iterator[list[RecordedLaunch]]:
     for module in (
         "attention.paged",
         "attention.rope_store",
-        "moe.grouped",
+        "moe.on_triton",
         "linear.narrow",
         "pointwise.norm",
         "pointwise.yarn",

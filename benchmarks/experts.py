@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import copy_bandwidth, replayed, wait
 from kernels.formats import MX_BLOCK
-from kernels.moe import gate_topk, gated_experts
+from kernels.moe import ExpertWeights, gate_topk, select
 from kernels.mxfp4 import PackedMXFP4, choose_layout, from_natural
 
 TOP_K = 4
@@ -27,10 +27,8 @@ CACHE_BYTES = 512 << 20
 """More than any device caches: layers are walked in turn until so many bytes were read."""
 
 
-def layer(
-    args: argparse.Namespace, device: torch.device, seed: int
-) -> tuple[PackedMXFP4 | Tensor, Tensor, PackedMXFP4 | Tensor, Tensor]:
-    """gate_up, its bias, down, its bias."""
+def layer(args: argparse.Namespace, device: torch.device, seed: int) -> ExpertWeights:
+    """Random weights."""
     generator = torch.Generator(device).manual_seed(seed)
     dtype = torch.bfloat16
 
@@ -52,11 +50,15 @@ def layer(
         for size in (2 * args.intermediate, args.hidden)
     )
     gate_up_bias, down_bias = biases
-    return (
+    return ExpertWeights(
         weights(2 * args.intermediate, args.hidden),
         gate_up_bias,
         weights(args.hidden, args.intermediate),
         down_bias,
+        swiglu_limit=7.0,
+        swiglu_alpha=1.702,
+        num_experts=args.experts,
+        moe_activation_dtype="mxfp8" if args.mxfp8 else "auto",
     )
 
 
@@ -85,11 +87,12 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     first = layer(args, device, seed=0)
-    layer_bytes = bytes_of(first[0]) + bytes_of(first[2])
+    layer_bytes = bytes_of(first.gate_up) + bytes_of(first.down)
     layers = [
         first,
         *(layer(args, device, seed) for seed in range(1, max(2, -(-CACHE_BYTES // layer_bytes)))),
     ]
+    kernels = [select(weights, torch.bfloat16, device) for weights in layers]
     bandwidth = copy_bandwidth(device, 256 << 20)
     print(
         f"{args.experts} experts, {layer_bytes / 1e6:.0f} MB a layer, {len(layers)} layers, copy "
@@ -104,16 +107,8 @@ def main() -> None:
         logits = torch.randn(num_tokens, args.experts, device=device)
 
         def step(x: Tensor = x, logits: Tensor = logits) -> Tensor:
-            for weights in layers:
-                out = gated_experts(
-                    x,
-                    logits,
-                    TOP_K,
-                    *weights,
-                    swiglu_limit=7.0,
-                    swiglu_alpha=1.702,
-                    mxfp8_activations=args.mxfp8,
-                )
+            for chosen in kernels:
+                out = chosen.run.gated_experts(x, logits, TOP_K)
             return out
 
         run = replayed(step, device)

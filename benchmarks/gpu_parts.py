@@ -35,7 +35,7 @@ from workers.model.make_checkpoint import preset_config
 from workers.model.sizes import count_parameters, rank_bytes
 from workers.model_config import load_model_config
 from workers.parallel.shard import plan_shards
-from workers.rank.kernel_table import kernel_choices, not_capturable
+from workers.rank.kernel_table import model_kernels, not_capturable
 from workers.rank.memory_profile import largest_batch
 from workers.rank.runner import Runner
 
@@ -98,9 +98,9 @@ def measure_step(options: Options, attempts: Attempts) -> None:
     """Whole decode steps, sampling among it, against the bytes that they must read."""
     found = ChosenModel(options)
     model, config, batches = found.model, found.model.config, found.batches
-    kernels = kernel_choices(model)
+    kernels = model_kernels(model)
     result = attempts.begin(
-        found.about | {"kernels": {operation: str(choice) for operation, choice in kernels.items()}},
+        found.about | {"kernels": {operation: str(chosen) for operation, chosen in kernels.items()}},
         lists=("steps",),
     )
     longest = max(batch.context for batch in batches) + options.num_steps

@@ -10,7 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from kernels import attention, moe
 from kernels.formats import MX_BLOCK
+from kernels.moe import ExpertWeights
 from kernels.mxfp4 import PackedMXFP4, allocate, from_natural
 from workers.config import ModelConfig, ParallelConfig
 from workers.model.experts import Experts
@@ -76,11 +78,7 @@ class _Maker:
 
     def _layer(self, window: int | None) -> Layer:
         config = self._config
-        hidden, inner, heads = (
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_heads * config.head_dim,
-        )
+        hidden, heads = config.hidden_size, config.num_heads * config.head_dim
         qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         fp32, gain = torch.float32, 2.0**self._branch_exponent
         return Layer(
@@ -93,23 +91,30 @@ class _Maker:
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
                 window=window,
+                kernels=attention.select(self._dtype, self._dtype, self._device),
             ),
             experts_norm=self._norm(),
-            experts=Experts(
-                gate=Linear(
-                    self._matrix(config.num_experts, hidden, fp32),
-                    self._normal(config.num_experts, std=_BIAS, dtype=fp32),
-                ),
-                gate_up=self._packed(2 * inner, hidden),
-                gate_up_bias=self._normal(config.num_experts, 2 * inner, std=_BIAS),
-                down=self._packed(hidden, inner, self._branch_exponent),
-                down_bias=self._normal(config.num_experts, hidden, std=_BIAS * gain),
-                first_expert=0,
-                num_experts_per_token=config.num_experts_per_token,
-                swiglu_limit=config.swiglu_limit,
-                swiglu_alpha=config.swiglu_alpha,
-            ),
+            experts=self._experts(),
         )
+
+    def _experts(self) -> Experts:
+        config = self._config
+        hidden, inner, gain = config.hidden_size, config.intermediate_size, 2.0**self._branch_exponent
+        gate = Linear(
+            self._matrix(config.num_experts, hidden, torch.float32),
+            self._normal(config.num_experts, std=_BIAS, dtype=torch.float32),
+        )
+        weights = ExpertWeights(
+            gate_up=self._packed(2 * inner, hidden),
+            gate_up_bias=self._normal(config.num_experts, 2 * inner, std=_BIAS),
+            down=self._packed(hidden, inner, self._branch_exponent),
+            down_bias=self._normal(config.num_experts, hidden, std=_BIAS * gain),
+            swiglu_limit=config.swiglu_limit,
+            swiglu_alpha=config.swiglu_alpha,
+            num_experts=config.num_experts,
+        )
+        kernels = moe.select(weights, self._dtype, self._device)
+        return Experts(gate, weights, config.num_experts_per_token, kernels)
 
     def _norm(self) -> Tensor:
         return torch.ones(self._config.hidden_size, dtype=self._dtype, device=self._device)

@@ -1,7 +1,12 @@
 """Number formats, and the architectures that have them: plain facts, without torch."""
 
+from typing import Literal
+
 MX_BLOCK = 32
 """Values that share a scale, along the contraction axis K."""
+
+MoeActivationDtype = Literal["auto", "mxfp8"]
+"""What MXFP4 experts multiply: activations as they are, or rounded to MXFP8."""
 
 
 def fp8_refusal(target: str) -> str | None:

@@ -73,6 +73,8 @@ FOLDERS = {
 """Folders that each folder may import beside itself: of its own process, and what is pure."""
 
 MODULES = {
+    "workers.config": {"kernels.formats"},  # names of number formats, without torch
+    "workers.engine.llm": {"kernels.formats"},
     "workers.constraint.codec": {"workers.rpc.engine_pb2"},  # the one codec, of both wires
     "workers.rank.process": {"workers.executor.channel"},  # the rank's end of it
     "workers.engine.server": {"workers.model.stored_model", "workers.rank.rank"},  # fingerprint, Progress

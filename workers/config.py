@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from kernels.formats import MoeActivationDtype
 from workers.errors import ConfigError
 
 Dtype = Literal["bfloat16", "float32"]
@@ -216,7 +217,7 @@ class EngineConfig:
     quantize: Literal["mxfp4"] | None = None
     enforce_eager: bool = False
     cpu_dense_dtype: DenseDtype = "bf16"
-    moe_activation_dtype: Literal["auto", "mxfp8"] = "auto"
+    moe_activation_dtype: MoeActivationDtype = "auto"
     cpu_isa: CpuIsa = "auto"
     heartbeat_timeout_s: float = 10.0
     allow_zero_weights: bool = False

@@ -9,11 +9,6 @@ from kernels.attention import reference
 from kernels.cpu import native, structures
 
 
-def can_run(tensor: Tensor) -> bool:
-    """Whether this module takes activations like these: fp32 or bf16 on a CPU."""
-    return tensor.is_cpu and tensor.dtype in native.DATA_TYPES and native.shared_library() is not None
-
-
 def paged_attention(
     q: Tensor,
     kv_cache: Tensor,
@@ -24,16 +19,19 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    kv_scales: Tensor | None = None,
+    max_query_len: int | None = None,
 ) -> Tensor:
-    """As `kernels.attention.reference.paged_attention`, which see; a block outside the cache is an
-    IndexError.
+    """As `kernels.attention.reference.paged_attention`, for a cache of q's dtype, which has no
+    scales; a block outside the cache is an IndexError.
 
     A query's result is the same, bit for bit, however its sequence is cut into chunks and whatever
     the batch and the number of threads.
     """
     reference.check_attention(
-        q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window, scale=scale
+        q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window, scale=scale, kv_scales=kv_scales
     )
+    _check_cache_dtype(kv_cache, q.dtype)
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads = kv_cache.shape[1:4]
     if q.stride(2) != 1 or q.stride(1) != head_dim:
@@ -78,11 +76,19 @@ def paged_attention(
 
 
 def rope_and_store_kv(
-    qkv: Tensor, num_heads: int, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    qkv: Tensor,
+    num_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
-    """As `kernels.attention.reference.rope_and_store_kv`, which see. The queries returned are a
-    part of `qkv`, rotated in place."""
-    reference.check_rope_and_store(qkv, num_heads, cos, sin, kv_cache, slot_mapping)
+    """As `kernels.attention.reference.rope_and_store_kv`, for a cache of qkv's dtype, which has no
+    scales. The queries returned are a part of `qkv`, rotated in place."""
+    reference.check_rope_and_store(qkv, num_heads, cos, sin, kv_cache, slot_mapping, kv_scales)
+    _check_cache_dtype(kv_cache, qkv.dtype)
     num_tokens, _, head_dim = qkv.shape
     num_blocks, block_size, num_kv_heads = kv_cache.shape[1:4]
     qkv, slot_mapping = qkv.contiguous(), slot_mapping.contiguous()
@@ -105,3 +111,8 @@ def rope_and_store_kv(
     if native.ready().cantata_rope_and_store(ctypes.byref(arguments)):
         raise IndexError(f"slot_mapping names a slot outside the {num_blocks * block_size} of kv_cache")
     return qkv[:, :num_heads]
+
+
+def _check_cache_dtype(kv_cache: Tensor, dtype: torch.dtype) -> None:
+    if kv_cache.dtype != dtype:
+        raise ValueError(f"kv_cache must be {dtype} as activations are, got {kv_cache.dtype}")

@@ -7,44 +7,41 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import native, structures
+from kernels.moe.weights import ExpertWeights
 from kernels.mxfp4 import ROWS16, PackedMXFP4
 
 
-def can_run(x: Tensor, gate_up: PackedMXFP4, down: PackedMXFP4, bias_dtype: torch.dtype) -> bool:
-    """Whether `fused_experts` takes these: CPU tensors in fp32 or bf16, weights in its layout,
-    biases fp32 or bf16."""
-    in_layout = gate_up.layout == down.layout == ROWS16
-    known = x.dtype in native.DATA_TYPES and bias_dtype in native.DATA_TYPES
-    return in_layout and known and x.is_cpu and native.shared_library() is not None
+def can_run(weights: ExpertWeights, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `fused_experts` takes these weights, in its layout, with activations of this dtype:
+    CPU tensors in fp32 or bf16, biases too."""
+    in_layout = all(
+        isinstance(part, PackedMXFP4) and part.layout == ROWS16 for part in (weights.gate_up, weights.down)
+    )
+    known = dtype in native.DATA_TYPES and weights.gate_up_bias.dtype in native.DATA_TYPES
+    same = weights.gate_up_bias.dtype == weights.down_bias.dtype
+    usable = device.type == "cpu" and native.shared_library() is not None
+    return in_layout and known and same and usable and not weights.mxfp8
 
 
-def fused_experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up: PackedMXFP4,
-    gate_up_bias: Tensor,
-    down: PackedMXFP4,
-    down_bias: Tensor,
-    *,
-    swiglu_limit: float,
-    swiglu_alpha: float,
-    first_expert: int,
-) -> Tensor:
-    """As `kernels.moe.reference.fused_experts`, which see; arguments have been checked there.
+def fused_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> Tensor:
+    """As `kernels.moe.reference.fused_experts`; arguments have been checked there, and `can_run`
+    holds.
 
     A token's result is the same, bit for bit, whatever the other tokens and the number of threads.
     """
+    gate_up, down = weights.gate_up, weights.down
+    assert isinstance(gate_up, PackedMXFP4)
+    assert isinstance(down, PackedMXFP4)
     num_tokens, hidden = x.shape
     num_experts, double_width, _ = gate_up.shape
     x = x.contiguous()
-    ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.contiguous()
-    gate_up_bias, down_bias = gate_up_bias.contiguous(), down_bias.contiguous()
+    ids, factors = topk_ids.to(torch.int32).contiguous(), topk_weights.contiguous()
+    gate_up_bias, down_bias = weights.gate_up_bias.contiguous(), weights.down_bias.contiguous()
     out = torch.empty_like(x)
     arguments = structures.ExpertsArgs(
         x=native.pointer(x),
         topk_ids=native.pointer(ids),
-        topk_weights=native.pointer(weights),
+        topk_weights=native.pointer(factors),
         gate_up_blocks=native.pointer(gate_up.blocks),
         gate_up_scales=native.pointer(gate_up.scales),
         down_blocks=native.pointer(down.blocks),
@@ -56,10 +53,10 @@ def fused_experts(
         top_k=topk_ids.shape[1],
         hidden=hidden,
         intermediate=double_width // 2,
-        first_expert=first_expert,
+        first_expert=weights.first_expert,
         num_experts=num_experts,
-        limit=swiglu_limit,
-        alpha=swiglu_alpha,
+        limit=weights.swiglu_limit,
+        alpha=weights.swiglu_alpha,
         type=native.DATA_TYPES[x.dtype],
         bias_type=native.DATA_TYPES[gate_up_bias.dtype],
     )

@@ -2,23 +2,12 @@
 between fp32 and bf16."""
 
 import ctypes
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from kernels.cpu import native, structures
 from kernels.pointwise import reference
-
-
-def can_run(x: Tensor, weight: Tensor) -> bool:
-    """Whether the norms take these: fp32 or bf16 on a CPU."""
-    return (
-        x.is_cpu
-        and x.dtype in native.DATA_TYPES
-        and weight.dtype in native.DATA_TYPES
-        and native.shared_library() is not None
-    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -75,36 +64,8 @@ def embed(token_ids: Tensor, weight: Tensor, first_id: int) -> Tensor:
     return out
 
 
-def can_rotate(positions: Tensor) -> bool:
-    """Whether `yarn_cos_sin` takes these positions: on a CPU."""
-    return positions.is_cpu and native.shared_library() is not None
-
-
-@cache
-def frequencies(
-    head_dim: int,
-    theta: float,
-    factor: float,
-    beta_fast: float,
-    beta_slow: float,
-    original_max_position_embeddings: int,
-    truncate: bool,
-) -> Tensor:
-    """`reference.yarn_frequencies`, computed once."""
-    return reference.yarn_frequencies(
-        head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate
-    )
-
-
-def yarn_cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of `positions * frequencies`, times the concentration.
-
-    Args:
-        positions: [T] integer.
-        frequencies: [half] fp32.
-    Returns:
-        (cos, sin), each [T, half] fp32.
-    """
+def cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
+    """As `kernels.pointwise.reference.cos_sin`."""
     positions, frequencies = positions.long().contiguous(), frequencies.contiguous()
     shape = (len(positions), len(frequencies))
     cos, sin = torch.empty(shape), torch.empty(shape)

@@ -16,11 +16,6 @@ MAX_TOP_LOGPROBS = 512
 """Beyond these alternatives, sorted by insertion, the reference is quicker."""
 
 
-def can_run(logits: Tensor) -> bool:
-    """Whether `sample` takes these logits: on a CPU."""
-    return logits.is_cpu and native.shared_library() is not None
-
-
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     """As `kernels.sampling.reference.sample`, which see. Weights differ from those in the last bits
     of fp32, so a token differs where the row's random number falls within that of a boundary. A

@@ -14,6 +14,7 @@ from kernels.moe.matmul_natural import expert_matmul_natural
 from kernels.moe.matmul_wgmma import expert_matmul_wgmma
 from kernels.moe.routing import Routing, choose_and_route, route
 from kernels.moe.tile_choice import DENSE, MXFP4, MXFP4_MXFP8, MXFP4_WGMMA, Tile, choose_tile
+from kernels.moe.weights import ExpertWeights
 from kernels.mxfp4 import NATURAL, WGMMA, PackedMXFP4
 
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -31,102 +32,68 @@ class _Layer:
     alpha: float
 
 
-def can_run(
-    x: Tensor, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor, mxfp8_activations: bool
-) -> bool:
-    """Whether there are kernels for these weights: MXFP4 in a layout for GPUs, or dense ones of x's
-    dtype."""
-    kinds = {_kind(x, weights, mxfp8_activations) for weights in (gate_up, down)}
-    return x.dtype in _DTYPES and len(kinds) == 1 and None not in kinds
+def kind_of(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
+    """The kind of product, as `tile_choice` names it, that takes these weights with activations of
+    this dtype: MXFP4 in a layout for GPUs, or dense weights of the same dtype. None: there is
+    none."""
+    kinds = {_kind(part, dtype, weights.mxfp8) for part in (weights.gate_up, weights.down)}
+    return kinds.pop() if dtype in _DTYPES and len(kinds) == 1 else None
 
 
-def _kind(x: Tensor, weights: PackedMXFP4 | Tensor, mxfp8_activations: bool) -> str | None:
-    """As `tile_choice` names it."""
+def _kind(weights: PackedMXFP4 | Tensor, dtype: torch.dtype, mxfp8: bool) -> str | None:
     if not isinstance(weights, PackedMXFP4):
-        return DENSE if weights.dtype == x.dtype and not mxfp8_activations else None
+        return DENSE if weights.dtype == dtype and not mxfp8 else None
     if weights.layout == NATURAL:
-        return MXFP4_MXFP8 if mxfp8_activations else MXFP4
-    return MXFP4_WGMMA if weights.layout == WGMMA and not mxfp8_activations else None
+        return MXFP4_MXFP8 if mxfp8 else MXFP4
+    return MXFP4_WGMMA if weights.layout == WGMMA and not mxfp8 else None
 
 
 def fused_experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up: PackedMXFP4 | Tensor,
-    gate_up_bias: Tensor,
-    down: PackedMXFP4 | Tensor,
-    down_bias: Tensor,
-    *,
-    swiglu_limit: float,
-    swiglu_alpha: float,
-    first_expert: int,
-    num_experts: int,
-    mxfp8_activations: bool,
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights, kind: str
 ) -> tuple[Tensor, Routing]:
-    """The summands of `kernels.moe.reference.fused_experts`, which see; arguments have been checked
-    there, and `can_run` holds.
+    """The summands of `kernels.moe.reference.fused_experts`; arguments have been checked there.
 
+    Args:
+        kind: `kind_of` the weights and x's dtype.
     Returns:
         ([T * k, H] for each token and slot, undefined where the slot's expert is not here;
         routing): for `kernels.moe.combine`.
     """
-    kind, tile = _kind_and_tile(x, topk_ids.shape[1], gate_up, num_experts, mxfp8_activations)
+    tile = _tile(x, topk_ids.shape[1], weights, kind)
     routing = route(
         topk_ids.to(torch.int32).contiguous(),
         topk_weights.contiguous(),
-        first_expert=first_expert,
-        num_local=gate_up.shape[0],
+        first_expert=weights.first_expert,
+        num_local=weights.num_local,
         block_m=tile.block_m,
     )
-    return _compute(
-        x, gate_up, gate_up_bias, down, down_bias, _Layer(routing, tile, kind, swiglu_limit, swiglu_alpha)
-    )
+    return _compute(x, weights, _Layer(routing, tile, kind, weights.swiglu_limit, weights.swiglu_alpha))
 
 
 def gated_experts(
-    x: Tensor,
-    gate_logits: Tensor,
-    k: int,
-    gate_up: PackedMXFP4 | Tensor,
-    gate_up_bias: Tensor,
-    down: PackedMXFP4 | Tensor,
-    down_bias: Tensor,
-    *,
-    swiglu_limit: float,
-    swiglu_alpha: float,
-    first_expert: int,
-    mxfp8_activations: bool,
+    x: Tensor, gate_logits: Tensor, k: int, weights: ExpertWeights, kind: str
 ) -> tuple[Tensor, Routing]:
     """`fused_experts` of the choice that `gate_topk` makes, in one launch less."""
-    kind, tile = _kind_and_tile(x, k, gate_up, gate_logits.shape[1], mxfp8_activations)
+    tile = _tile(x, k, weights, kind)
     routing = choose_and_route(
-        gate_logits, k, first_expert=first_expert, num_local=gate_up.shape[0], block_m=tile.block_m
+        gate_logits,
+        k,
+        first_expert=weights.first_expert,
+        num_local=weights.num_local,
+        block_m=tile.block_m,
     )
-    return _compute(
-        x, gate_up, gate_up_bias, down, down_bias, _Layer(routing, tile, kind, swiglu_limit, swiglu_alpha)
-    )
+    return _compute(x, weights, _Layer(routing, tile, kind, weights.swiglu_limit, weights.swiglu_alpha))
 
 
-def _kind_and_tile(
-    x: Tensor, k: int, gate_up: PackedMXFP4 | Tensor, num_experts: int, mxfp8_activations: bool
-) -> tuple[str, Tile]:
-    kind = _kind(x, gate_up, mxfp8_activations)
-    assert kind is not None
-    fp32 = x.dtype == torch.float32 and not mxfp8_activations
-    return kind, choose_tile(kind, architecture(x.device), x.shape[0] * k, num_experts, fp32=fp32)
+def _tile(x: Tensor, k: int, weights: ExpertWeights, kind: str) -> Tile:
+    fp32 = x.dtype == torch.float32 and kind != MXFP4_MXFP8
+    return choose_tile(kind, architecture(x.device), x.shape[0] * k, weights.num_experts, fp32=fp32)
 
 
-def _compute(
-    x: Tensor,
-    gate_up: PackedMXFP4 | Tensor,
-    gate_up_bias: Tensor,
-    down: PackedMXFP4 | Tensor,
-    down_bias: Tensor,
-    layer: _Layer,
-) -> tuple[Tensor, Routing]:
-    _check_memory(x, gate_up, gate_up_bias, down, down_bias)
-    routing = layer.routing
+def _compute(x: Tensor, weights: ExpertWeights, layer: _Layer) -> tuple[Tensor, Routing]:
+    if x.numel() and x.stride(1) != 1:
+        raise ValueError(f"x must have contiguous rows, got strides {x.stride()}")
+    routing, gate_up, down = layer.routing, weights.gate_up, weights.down
     num_pairs = routing.topk_ids.numel()
     hidden_size, width = down.shape[1:]
     results = x.new_empty((num_pairs, hidden_size))
@@ -134,40 +101,32 @@ def _compute(
         assert isinstance(gate_up, PackedMXFP4)
         assert isinstance(down, PackedMXFP4)
         activations = _empty_mxfp8(num_pairs, width, x.device)
-        _mxfp8_matmul(_quantized(x), gate_up, gate_up_bias, activations, layer)
-        _mxfp8_matmul(activations, down, down_bias, (results, None), layer)
+        _mxfp8_matmul(_quantized(x), gate_up, weights.gate_up_bias, activations, layer)
+        _mxfp8_matmul(activations, down, weights.down_bias, (results, None), layer)
     elif num_pairs:
         unscaled = x.new_empty((num_pairs, width))
-        _matmul(x, gate_up, gate_up_bias, unscaled, layer, gate_up_product=True)
-        _matmul(unscaled, down, down_bias, results, layer, gate_up_product=False)
+        _matmul(x, gate_up, weights.gate_up_bias, unscaled, layer, gate_up_product=True)
+        _matmul(unscaled, down, weights.down_bias, results, layer, gate_up_product=False)
     return results, routing
 
 
-def _check_memory(
-    x: Tensor,
-    gate_up: PackedMXFP4 | Tensor,
-    gate_up_bias: Tensor,
-    down: PackedMXFP4 | Tensor,
-    down_bias: Tensor,
-) -> None:
-    """Refuse what the kernels would read wrongly.
+def check_memory(weights: ExpertWeights, device: torch.device) -> None:
+    """Refuse weights that the kernels would read wrongly.
 
     Raises:
         ValueError: names the argument.
     """
-    if x.numel() and x.stride(1) != 1:
-        raise ValueError(f"x must have contiguous rows, got strides {x.stride()}")
-    parts = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
-    for name, weights in (("gate_up", gate_up), ("down", down)):
-        if isinstance(weights, PackedMXFP4):
-            parts |= {f"{name}.blocks": weights.blocks, f"{name}.scales": weights.scales}
+    parts = {"gate_up_bias": weights.gate_up_bias, "down_bias": weights.down_bias}
+    for name, part in (("gate_up", weights.gate_up), ("down", weights.down)):
+        if isinstance(part, PackedMXFP4):
+            parts |= {f"{name}.blocks": part.blocks, f"{name}.scales": part.scales}
         else:
-            parts[name] = weights
-    for name, part in parts.items():
-        if not part.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {part.stride()}")
-        if part.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} as x is, got {part.device}")
+            parts[name] = part
+    for name, tensor in parts.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+        if tensor.device.type != device.type or device.index not in (None, tensor.device.index):
+            raise ValueError(f"{name} must be on {device} as activations are, got {tensor.device}")
 
 
 def _grid(num_rows: int, layer: _Layer) -> tuple[int, int]:

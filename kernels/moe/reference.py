@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.formats import MX_BLOCK
 from kernels.linear import linear
+from kernels.moe.weights import ExpertWeights
 from kernels.mxfp4 import PackedMXFP4, unpack
 
 _E4M3_EXPONENT, _E4M3_LARGEST = 8, 448.0
@@ -31,61 +32,34 @@ def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ids[:, :k].to(torch.int32), values[:, :k].softmax(dim=-1)
 
 
-def fused_experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up: PackedMXFP4 | Tensor,
-    gate_up_bias: Tensor,
-    down: PackedMXFP4 | Tensor,
-    down_bias: Tensor,
-    *,
-    swiglu_limit: float,
-    swiglu_alpha: float,
-    first_expert: int = 0,
-    num_experts: int | None = None,
-    mxfp8_activations: bool = False,
-) -> Tensor:
+def fused_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> Tensor:
     """Weighted sum of each token's experts: gate_up projection, clamped SwiGLU, down projection,
     both with bias.
 
     With g the even and u the odd rows of gate_up, `g` clamped above at the limit and `u` to both
     sides of it, the activation is `(u + 1) * g * sigmoid(alpha * g)`. Only experts that some token
-    chose are decoded or computed.
-
-    The weights may be those of a part of the experts, `first_expert` to `first_expert + E - 1` of
-    `num_experts`; choices of the others add nothing here.
+    chose are decoded or computed; choices of experts that are not in `weights` add nothing here.
 
     Args:
         x: [T, H] float.
-        topk_ids: [T, k] integer, below num_experts, distinct within a row.
+        topk_ids: [T, k] integer, below weights.num_experts, distinct within a row.
         topk_weights: [T, k] fp32.
-        gate_up: [E, 2I, H], packed or dense.
-        gate_up_bias: [E, 2I] float.
-        down: [E, H, I], packed or dense.
-        down_bias: [E, H] float.
-        num_experts: None: E.
-        mxfp8_activations: changes the numerics: what enters a projection is rounded to MXFP8 first
-            (`round_to_mxfp8`), so that hardware which multiplies MXFP8 with MXFP4 can do that. H
-            and I are multiples of 32 then.
     Returns:
         [T, H], dtype of x.
     Raises:
         ValueError: names the argument of a wrong shape or dtype.
     """
-    check_experts(
-        x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, first_expert, num_experts
-    )
-    check_ids(topk_ids, gate_up.shape[0] if num_experts is None else num_experts)
-    check_mxfp8(mxfp8_activations, gate_up, down)
-    wide = round_to_mxfp8(x) if mxfp8_activations else x.float()
+    check_experts(x, topk_ids, topk_weights, weights)
+    check_ids(topk_ids, weights.num_experts)
+    wide = round_to_mxfp8(x) if weights.mxfp8 else x.float()
     out = torch.zeros_like(wide)
-    for expert, tokens, slots in _tokens_by_expert(topk_ids.long() - first_expert, gate_up.shape[0]):
-        hidden = linear(wide[tokens], _dense_expert(gate_up, expert), gate_up_bias[expert].float())
-        hidden = _swiglu(hidden, swiglu_limit, swiglu_alpha)
-        if mxfp8_activations:
+    for expert, tokens, slots in _tokens_by_expert(topk_ids.long() - weights.first_expert, weights.num_local):
+        bias = weights.gate_up_bias[expert].float()
+        hidden = linear(wide[tokens], _dense_expert(weights.gate_up, expert), bias)
+        hidden = _swiglu(hidden, weights.swiglu_limit, weights.swiglu_alpha)
+        if weights.mxfp8:
             hidden = round_to_mxfp8(hidden)
-        hidden = linear(hidden, _dense_expert(down, expert), down_bias[expert].float())
+        hidden = linear(hidden, _dense_expert(weights.down, expert), weights.down_bias[expert].float())
         out.index_add_(0, tokens, hidden * topk_weights[tokens, slots, None])
     return out.to(x.dtype)
 
@@ -130,19 +104,6 @@ def round_to_mxfp8(x: Tensor) -> Tensor:
     return torch.ldexp(values.float(), exponent).view(x.shape)
 
 
-def check_mxfp8(wanted: bool, gate_up: PackedMXFP4 | Tensor, down: PackedMXFP4 | Tensor) -> None:
-    """Refuse MXFP8 activations for what is no whole number of groups.
-
-    Raises:
-        ValueError: mxfp8_activations is wanted for it.
-    """
-    if wanted and (gate_up.shape[2] % MX_BLOCK or down.shape[2] % MX_BLOCK):
-        raise ValueError(
-            f"mxfp8_activations needs widths that are multiples of {MX_BLOCK}, got {gate_up.shape[2]} of "
-            f"gate_up, {down.shape[2]} of down"
-        )
-
-
 def check_gate(gate_logits: Tensor, k: int) -> None:
     """Refuse what `gate_topk` cannot choose from.
 
@@ -155,31 +116,13 @@ def check_gate(gate_logits: Tensor, k: int) -> None:
         raise ValueError(f"k must be from 1 to the {gate_logits.shape[1]} experts, got {k}")
 
 
-def check_experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up: PackedMXFP4 | Tensor,
-    gate_up_bias: Tensor,
-    down: PackedMXFP4 | Tensor,
-    down_bias: Tensor,
-    first_expert: int,
-    num_experts: int | None,
-) -> None:
+def check_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> None:
     """Refuse what `fused_experts` cannot compute, but for ids out of range (`check_ids`).
 
     Raises:
         ValueError: names the argument.
     """
-    check_weights(
-        x,
-        gate_up,
-        gate_up_bias,
-        down,
-        down_bias,
-        first_expert,
-        gate_up.shape[0] if num_experts is None else num_experts,
-    )
+    check_tokens(x, weights)
     if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0]:
         raise ValueError(f"topk_ids must be [{x.shape[0]}, k], got shape {list(topk_ids.shape)}")
     if topk_ids.dtype.is_floating_point:
@@ -190,38 +133,28 @@ def check_experts(
         raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
 
 
-def check_weights(
-    x: Tensor,
-    gate_up: PackedMXFP4 | Tensor,
-    gate_up_bias: Tensor,
-    down: PackedMXFP4 | Tensor,
-    down_bias: Tensor,
-    first_expert: int,
-    num_experts: int,
-) -> None:
-    """Refuse activations and experts that do not fit together.
+def check_tokens(x: Tensor, weights: ExpertWeights) -> None:
+    """Refuse activations that do not fit the experts.
 
     Raises:
         ValueError: names the argument.
     """
-    if x.ndim != 2:
-        raise ValueError(f"x must be [T, H], got shape {list(x.shape)}")
-    hidden_size = x.shape[1]
-    if len(gate_up.shape) != 3 or gate_up.shape[2] != hidden_size or gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up must be [E, 2I, {hidden_size}], got shape {list(gate_up.shape)}")
-    num_local, double_width, _ = gate_up.shape
-    if not 0 <= first_expert <= num_experts - num_local:
+    if x.ndim != 2 or x.shape[1] != weights.hidden_size:
+        raise ValueError(f"x must be [T, {weights.hidden_size}], got shape {list(x.shape)}")
+
+
+def check_choice(x: Tensor, gate_logits: Tensor, k: int, weights: ExpertWeights) -> None:
+    """Refuse activations and logits that do not fit together or the experts.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    check_gate(gate_logits, k)
+    check_tokens(x, weights)
+    if gate_logits.shape != (x.shape[0], weights.num_experts):
         raise ValueError(
-            f"first_expert must leave room for {num_local} of {num_experts} experts, got {first_expert}"
+            f"gate_logits must be {[x.shape[0], weights.num_experts]}, got shape {list(gate_logits.shape)}"
         )
-    expected = {
-        "gate_up_bias": (gate_up_bias.shape, (num_local, double_width)),
-        "down": (down.shape, (num_local, hidden_size, double_width // 2)),
-        "down_bias": (down_bias.shape, (num_local, hidden_size)),
-    }
-    for name, (shape, wanted) in expected.items():
-        if tuple(shape) != wanted:
-            raise ValueError(f"{name} must be {list(wanted)}, got shape {list(shape)}")
 
 
 def check_ids(topk_ids: Tensor, num_experts: int) -> None:

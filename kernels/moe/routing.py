@@ -246,7 +246,7 @@ def max_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
 def choose(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`kernels.moe.reference.gate_topk`."""
     ids, weights = _chosen(gate_logits.shape[0], k, gate_logits.device)
-    _launch(gate_logits, ids, weights, None)
+    _launch(gate_logits.contiguous(), ids, weights, None)
     return ids, weights
 
 

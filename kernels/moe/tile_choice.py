@@ -111,6 +111,23 @@ def tiles(weights: str, architecture: str) -> Sequence[Tile]:
     return _NATURAL.get(architecture, _NATURAL[family])
 
 
+def why(weights: str, architecture: str) -> str:
+    """What is done to the weights, a clause for the user.
+
+    Args:
+        weights, architecture: as of `tiles`.
+    """
+    if weights == DENSE:
+        return "the checkpoint's weights are not quantised"
+    if weights == MXFP4_MXFP8:
+        return "activations rounded to MXFP8, scaled blocks are multiplied as they are"
+    if weights == MXFP4_WGMMA:
+        return "decoded in registers in front of wgmma"
+    if architecture in ARCHITECTURES or architecture == "cpu":
+        return "decoded by tl.dot_scaled"
+    return f"{architecture} is not known to this version: the checkpoint's layout and tiles of its family"
+
+
 def choose_tile(weights: str, architecture: str, num_pairs: int, num_experts: int, *, fp32: bool) -> Tile:
     """The tile for `num_pairs` (token, slot) pairs that fall on `num_experts` experts."""
     choice = _FP32 if fp32 else tiles(weights, architecture)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.pointwise import reference
+
 MAX_WIDTH = 16384
 """A row must fit into the registers of one program."""
 
@@ -60,11 +62,12 @@ def add_rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `kernels.pointwise.reference.rms_norm`, which see; arguments have been checked there.
+    """As `kernels.pointwise.reference.rms_norm`.
 
     Raises:
         ValueError: the last axis of x or weight is not contiguous, or wider than MAX_WIDTH.
     """
+    reference.check_rms_norm(x, weight)
     width = x.shape[-1]
     rows = x.reshape(-1, width)
     check_layout(x=rows, weight=weight)
@@ -75,12 +78,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `kernels.pointwise.reference.add_rms_norm`, which see; arguments have been checked there.
-    `residual` is overwritten and returned.
+    """As `kernels.pointwise.reference.add_rms_norm`. `residual` is overwritten and returned.
 
     Raises:
         ValueError: as in `rms_norm`.
     """
+    reference.check_add_rms_norm(residual, delta, weight)
     check_layout(residual=residual, delta=delta, weight=weight)
     num_rows, width = residual.shape
     normed = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)

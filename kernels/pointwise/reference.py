@@ -80,8 +80,19 @@ def yarn_cos_sin(
         truncate,
         device=positions.device,
     )
-    angles = positions.float()[:, None] * frequency
-    concentration = yarn_concentration(factor)
+    return cos_sin(positions, frequency, yarn_concentration(factor))
+
+
+def cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of `positions * frequencies`, times the concentration.
+
+    Args:
+        positions: [T] integer.
+        frequencies: [half] fp32.
+    Returns:
+        (cos, sin), each [T, half] fp32.
+    """
+    angles = positions.float()[:, None] * frequencies
     return angles.cos() * concentration, angles.sin() * concentration
 
 

@@ -7,14 +7,10 @@ pi/2 in float64, and the remainder goes through Taylor polynomials: with
 |r| <= pi/4 the first terms left out are below 1e-11.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from kernels.pointwise import reference
 
 BLOCK_TOKENS = 16
 
@@ -67,15 +63,8 @@ def yarn_kernel(
     tl.store(sin_ptr + at, sin, mask=inside)
 
 
-def yarn_cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of `positions * frequencies`, times the concentration.
-
-    Args:
-        positions: [T] integer.
-        frequencies: [half] fp32, contiguous.
-    Returns:
-        (cos, sin), each [T, half] fp32.
-    """
+def cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
+    """As `kernels.pointwise.reference.cos_sin`; frequencies are contiguous."""
     num_tokens, half = len(positions), len(frequencies)
     cos, sin = torch.empty(2, num_tokens, half, dtype=torch.float32, device=positions.device)
     if num_tokens:
@@ -91,21 +80,3 @@ def yarn_cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -
             BLOCK_HALF=triton.next_power_of_2(half),
         )
     return cos, sin
-
-
-@cache
-def frequencies(
-    device: torch.device,
-    head_dim: int,
-    theta: float,
-    factor: float,
-    beta_fast: float,
-    beta_slow: float,
-    original_max_position_embeddings: int,
-    truncate: bool,
-) -> Tensor:
-    """`reference.yarn_frequencies` on a device, computed on the CPU and once: no launch in a step,
-    and the same bits everywhere."""
-    return reference.yarn_frequencies(
-        head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate
-    ).to(device)

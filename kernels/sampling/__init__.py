@@ -1,10 +1,14 @@
 """Choosing the next token of each sequence."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from kernels.backend import runs_triton, triton_runs_on
+from kernels.backend import triton_runs_on
 from kernels.cpu import sampling as cpu
+from kernels.implementation import Implementation, by_device
 from kernels.sampling import reference
 from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds
 from kernels.sampling.reference import philox4x32, philox_words, uniform
@@ -15,14 +19,29 @@ __all__ = [
     "Penalties",
     "SampleOutput",
     "SamplingBatch",
+    "SamplingOperations",
     "TokenIds",
     "philox4x32",
     "philox_words",
     "sample",
     "score",
+    "select",
     "uniform",
     "warm_up",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOperations:
+    """An implementation's functions.
+
+    Attributes:
+        sample: `kernels.sampling.reference.sample`.
+        logprobs: `kernels.sampling.reference.logprobs`.
+    """
+
+    sample: Callable[[Tensor, SamplingBatch], SampleOutput]
+    logprobs: Callable[[Tensor, Tensor, Tensor, int], SampleOutput]
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
@@ -31,14 +50,24 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     On a GPU rows and token ids are not checked, as that would wait for it; entries outside the
     logits are passed over.
     """
-    if runs_triton(logits):
-        from kernels.sampling import device
+    return select(logits.device).run.sample(logits, batch)
 
-        reference.check_logits(logits)
-        batch.check_shapes(*logits.shape)
-        return device.sample(logits, batch)
-    run = cpu.sample if cpu.can_run(logits) else reference.sample
-    return run(logits, batch)
+
+def select(device: torch.device) -> Implementation[SamplingOperations]:
+    """Choose the implementation for logits of any dtype."""
+    return by_device(
+        device,
+        torch.float32,
+        triton=_on_triton,
+        cpp=SamplingOperations(cpu.sample, cpu.logprobs),
+        reference=SamplingOperations(reference.sample, reference.logprobs),
+    )
+
+
+def _on_triton() -> SamplingOperations:
+    from kernels.sampling import device, logprobs
+
+    return SamplingOperations(device.sample, logprobs.logprobs)
 
 
 def score(logits: Tensor, token_ids: Tensor, num_top: int) -> SampleOutput:
@@ -51,12 +80,7 @@ def score(logits: Tensor, token_ids: Tensor, num_top: int) -> SampleOutput:
     """
     reference.check_logits(logits)
     rows = torch.arange(len(logits), device=logits.device)
-    if runs_triton(logits):
-        from kernels.sampling.logprobs import logprobs
-
-        return logprobs(logits, token_ids, rows, num_top)
-    run = cpu.logprobs if cpu.can_run(logits) else reference.logprobs
-    return run(logits.float(), token_ids, rows, num_top)
+    return select(logits.device).run.logprobs(logits.float(), token_ids, rows, num_top)
 
 
 def warm_up(vocab_size: int, device: torch.device) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kernels.sampling import reference
 from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds
 from kernels.sampling.choose import choose
 from kernels.sampling.logprobs import logprobs
@@ -13,12 +14,15 @@ from kernels.sampling.modify import modify
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
-    """As `kernels.sampling.reference.sample`, which see; shapes and dtypes have been checked there,
-    rows and token ids have not.
+    """As `kernels.sampling.reference.sample`; rows and token ids are not checked, as that would
+    wait for the device: entries outside the logits are passed over.
 
     Raises:
-        ValueError: logits is not contiguous in its last axis.
+        ValueError: names the argument of a wrong shape, or logits that are not contiguous in their
+            last axis.
     """
+    reference.check_logits(logits)
+    batch.check_shapes(*logits.shape)
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits must be contiguous in its last axis, got strides {list(logits.stride())}")
     token_ids = choose(modify(logits, batch), batch)

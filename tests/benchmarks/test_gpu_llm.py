@@ -128,6 +128,6 @@ def test_small_branches_leave_most_of_what_passes_by() -> None:
     ]
     one, eighth = (model.layers[0] for model in models)
     assert torch.equal(one.attention.output.weight / 8, eighth.attention.output.weight)  # type: ignore[operator, arg-type]
-    assert torch.equal(one.experts.down_bias / 8, eighth.experts.down_bias)
-    assert torch.equal(one.experts.down.scales.int() - 3, eighth.experts.down.scales.int())  # type: ignore[union-attr]
-    assert torch.equal(one.experts.gate_up.scales, eighth.experts.gate_up.scales)  # type: ignore[union-attr]
+    assert torch.equal(one.experts.weights.down_bias / 8, eighth.experts.weights.down_bias)
+    assert torch.equal(one.experts.weights.down.scales.int() - 3, eighth.experts.weights.down.scales.int())  # type: ignore[union-attr]
+    assert torch.equal(one.experts.weights.gate_up.scales, eighth.experts.weights.gate_up.scales)  # type: ignore[union-attr]

@@ -13,6 +13,7 @@ import torch
 
 from kernels import attention, moe
 from kernels.attention import reference as attention_reference
+from kernels.moe import ExpertWeights
 from kernels.moe import reference as moe_reference
 from kernels.mxfp4 import choose_layout, from_natural, pack, to_natural
 from tests.support.decode_plans import MAX_MODEL_LEN, MAX_NUM_SEQS, MIXED, NUM_BLOCKS, ahead, plans, tokens
@@ -22,7 +23,7 @@ from workers.executor.inline import InlineExecutor
 from workers.model.checkpoint import load_model
 from workers.model.make_checkpoint import write_checkpoint
 from workers.rank.device import usable_device
-from workers.rank.kernel_table import kernel_choices, not_capturable
+from workers.rank.kernel_table import model_kernels, not_capturable
 from workers.rank.memory_profile import activation_bytes, profile_step
 from workers.rank.recorded.cuda_graph import graph_sizes
 from workers.rank.runner import Runner
@@ -117,9 +118,7 @@ def test_an_executor_from_start_to_answer(checkpoint: Path, eager: bool) -> None
 
 
 def test_graph_is_eager_with_the_kernels_that_serve(checkpoint: Path, device: torch.device) -> None:
-    blocking = not_capturable(
-        kernel_choices(load_model(checkpoint, TINY, dtype=torch.float32, device=device))
-    )
+    blocking = not_capturable(model_kernels(load_model(checkpoint, TINY, dtype=torch.float32, device=device)))
     if blocking:
         pytest.skip(f"no graph can hold the kernels for {' and '.join(blocking)}")
     check_graphs(checkpoint, device)
@@ -209,19 +208,16 @@ def test_experts_are_the_reference(device: torch.device) -> None:
     topk_ids, topk_weights = moe.gate_topk(torch.randn(33, 5, generator=generator), 2)
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2)):
         x = torch.randn(33, 64, generator=generator).to(dtype)
-        options = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
-        expected = moe_reference.fused_experts(
-            x, topk_ids, topk_weights, packed[0], biases[0], packed[1], biases[1], **options
-        )
+        held = ExpertWeights(packed[0], biases[0], packed[1], biases[1], 7.0, 1.702, num_experts=5)
+        expected = moe_reference.fused_experts(x, topk_ids, topk_weights, held)
         on_gpu = [
             from_natural(*(part.to(device) for part in to_natural(weights)), choose_layout(device))
             for weights in packed
         ]
         bias_gate_up, bias_down = (bias.to(device) for bias in biases)
         chosen = topk_ids.to(device), topk_weights.to(device)
-        actual = moe.fused_experts(
-            x.to(device), *chosen, on_gpu[0], bias_gate_up, on_gpu[1], bias_down, **options
-        )
+        there = ExpertWeights(on_gpu[0], bias_gate_up, on_gpu[1], bias_down, 7.0, 1.702, num_experts=5)
+        actual = moe.fused_experts(x.to(device), *chosen, there)
         torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
 
 

@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.moe import fused_experts, gate_topk, gated_experts, gated_experts_add_rms_norm, reference
+from kernels.formats import MoeActivationDtype
+from kernels.moe import fused_experts, gate_topk, reference
 from kernels.mxfp4 import NATURAL, WGMMA, choose_layout
 from kernels.pointwise import add_rms_norm
 from tests.support.moe_cases import (
-    ALPHA,
     DENSE_CASES,
-    LIMIT,
     PACKED_CASES,
     Inputs,
     MoeCase,
+    arguments,
     float64,
     gate_logits,
     inputs,
     on_device,
-    options,
+    operations,
 )
 
 pytestmark = [
@@ -49,8 +49,10 @@ def layouts_here(device: torch.device) -> list[str]:
     return sorted({NATURAL, choose_layout(device)})
 
 
-def run(case: MoeCase, values: Inputs, device: torch.device, **more: bool) -> Tensor:
-    return fused_experts(*on_device(values, device), **options(case), **more).cpu()
+def run(
+    case: MoeCase, values: Inputs, device: torch.device, moe_activation_dtype: MoeActivationDtype = "auto"
+) -> Tensor:
+    return fused_experts(*arguments(case, on_device(values, device), moe_activation_dtype)).cpu()
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -80,8 +82,8 @@ def test_dense_experts(case: MoeCase, dtype: torch.dtype, device: torch.device) 
 @pytest.mark.parametrize("case", PACKED_CASES, ids=str)
 def test_mxfp8_activations(case: MoeCase, device: torch.device) -> None:
     values = inputs(case, layout=NATURAL, dtype=torch.bfloat16)
-    expected = reference.fused_experts(*values, **options(case), mxfp8_activations=True)
-    assert_near(run(case, values, device, mxfp8_activations=True), expected, 2**-6)
+    expected = reference.fused_experts(*arguments(case, values, "mxfp8"))
+    assert_near(run(case, values, device, "mxfp8"), expected, 2**-6)
 
 
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)
@@ -89,9 +91,9 @@ def test_widths_of_gpt_oss(case: MoeCase, device: torch.device) -> None:
     """The reference, which takes longest, once for all layouts of the same weights."""
     for layouts in (layouts_here(device), [None]):
         values = inputs(case, layout=None if layouts == [None] else NATURAL, dtype=torch.bfloat16)
-        expected = reference.fused_experts(*values, **options(case))
+        expected = reference.fused_experts(*arguments(case, values))
         for layout in layouts:
-            found = fused_experts(*on_device(values, device, layout), **options(case)).cpu()
+            found = fused_experts(*arguments(case, on_device(values, device, layout))).cpu()
             assert_near(found, expected, 2**-6)
 
 
@@ -114,9 +116,10 @@ def test_a_graph_holds_choice_and_experts(num_tokens: int, device: torch.device)
     case = MoeCase(num_tokens, 4, 12, 96, 64)
     values = on_device(inputs(case, layout=choose_layout(device), dtype=torch.bfloat16), device)
     logits, x = gate_logits(case, seed=0).to(device), values.x.clone()
+    experts = operations(case, values)
 
     def step() -> Tensor:
-        return gated_experts(x, logits, 4, *values[3:], swiglu_limit=LIMIT, swiglu_alpha=ALPHA)
+        return experts.gated_experts(x, logits, 4)
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -135,13 +138,11 @@ def test_the_norm_behind_the_experts_has_the_same_bits_in_their_launch(
 ) -> None:
     case = MoeCase(num_tokens, 4, 12, 2880, 64)
     values = on_device(inputs(case, layout=choose_layout(device), dtype=torch.bfloat16), device)
-    arguments = (values.x, gate_logits(case).to(device), 4, *values[3:])
-    limits = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA}
+    experts, choice = operations(case, values), (values.x, gate_logits(case).to(device), 4)
     residual, weight = values.x.flip(0), values.x[0].clone()
-    expected = add_rms_norm(residual.clone(), gated_experts(*arguments, **limits), weight, 1e-5)
-    for ours, theirs in zip(
-        gated_experts_add_rms_norm(residual, weight, 1e-5, *arguments, **limits), expected, strict=True
-    ):
+    expected = add_rms_norm(residual.clone(), experts.gated_experts(*choice), weight, 1e-5)
+    found = experts.gated_experts_add_rms_norm(*choice, residual, weight, 1e-5)
+    for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -165,10 +166,10 @@ def test_bad_arguments_are_named(device: torch.device, monkeypatch: pytest.Monke
     on_host = inputs(case, layout=choose_layout(device), dtype=torch.bfloat16)
     values = on_device(on_host, device)
     with pytest.raises(ValueError, match=r"^gate_up.blocks must be on cuda"):
-        fused_experts(*values._replace(gate_up=on_host.gate_up), **options(case))
+        fused_experts(*arguments(case, values._replace(gate_up=on_host.gate_up)))
     monkeypatch.setenv("CANTATA_CHECK_INDICES", "1")
     with pytest.raises(ValueError, match=r"^topk_ids "):
-        fused_experts(*values._replace(topk_ids=values.topk_ids + 5), **options(case))
+        fused_experts(*arguments(case, values._replace(topk_ids=values.topk_ids + 5)))
 
 
 def test_both_layouts_of_sm_90_agree(device: torch.device) -> None:
@@ -177,7 +178,7 @@ def test_both_layouts_of_sm_90_agree(device: torch.device) -> None:
     case = MoeCase(40, 4, 8, 2880, 2880)
     values = inputs(case, layout=NATURAL, dtype=torch.bfloat16)
     found, expected = (
-        fused_experts(*on_device(values, device, layout), **options(case)).cpu()
+        fused_experts(*arguments(case, on_device(values, device, layout))).cpu()
         for layout in (WGMMA, NATURAL)
     )
     assert_near(found, expected, 2**-7)

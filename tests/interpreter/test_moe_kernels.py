@@ -1,6 +1,8 @@
 """The mixture of experts by Triton kernels, in the interpreter, against float64 and the
 reference."""
 
+from dataclasses import replace
+
 import hypothesis
 import numpy as np
 import pytest
@@ -11,8 +13,6 @@ from torch import Tensor
 from kernels.moe import (
     fused_experts,
     gate_topk,
-    gated_experts,
-    gated_experts_add_rms_norm,
     grouped,
     reference,
     routing,
@@ -24,17 +24,16 @@ from kernels.pointwise import add_rms_norm
 from tests.interpreter.guards import guarded
 from tests.interpreter.interpreter import recorded_launches
 from tests.support.moe_cases import (
-    ALPHA,
     DENSE_CASES,
-    LIMIT,
     PACKED_CASES,
     Inputs,
     MoeCase,
+    arguments,
     float64,
     gate_logits,
     inputs,
     natural,
-    options,
+    operations,
 )
 from tests.support.ptx import run_ptx
 
@@ -56,7 +55,7 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def run(case: MoeCase, values: Inputs) -> Tensor:
-    return fused_experts(*guarded_inputs(values), **options(case))
+    return fused_experts(*arguments(case, guarded_inputs(values)))
 
 
 @pytest.mark.parametrize("layout", [NATURAL, WGMMA])
@@ -76,7 +75,7 @@ def test_packed_experts_in_fp32_are_the_reference(case: MoeCase, layout: str) ->
     found = run(case, values)
     assert_near(found, float64(case, values), 1e-6)
     torch.testing.assert_close(
-        found, reference.fused_experts(*natural(values), **options(case)), atol=1e-4, rtol=1e-5
+        found, reference.fused_experts(*arguments(case, natural(values))), atol=1e-4, rtol=1e-5
     )
 
 
@@ -184,9 +183,8 @@ def test_gated_experts_is_choice_and_experts_in_few_launches(num_tokens: int) ->
     case = MoeCase(num_tokens, 4, 6, 32, 32, first_expert=1, num_local=4)
     values = inputs(case, layout=NATURAL, dtype=torch.bfloat16)
     logits = gate_logits(case)
-    arguments = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA, "first_expert": 1}
     with recorded_launches() as launches:
-        found = gated_experts(values.x, guarded(logits), 4, *values[3:], **arguments)
+        found = operations(case, values).gated_experts(values.x, guarded(logits), 4)
     place = [] if num_tokens <= routing.SINGLE_TOKENS else ["place_tokens"]
     assert launches == [
         "choose_experts",
@@ -196,7 +194,7 @@ def test_gated_experts_is_choice_and_experts_in_few_launches(num_tokens: int) ->
         "add_slots",
     ]
     # The softmax is computed in another way; weights differ in the last bits.
-    torch.testing.assert_close(found, fused_experts(*values, **options(case)), atol=2**-6, rtol=2**-7)
+    torch.testing.assert_close(found, fused_experts(*arguments(case, values)), atol=2**-6, rtol=2**-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -209,17 +207,16 @@ def test_experts_and_the_norm_behind_them_in_one_launch(
     """With the bits of two; some tokens have none of their experts here."""
     case = MoeCase(num_tokens, k, 7, hidden, 32, first_expert=2, num_local=3)
     values = inputs(case, layout=NATURAL, dtype=dtype)
-    arguments = (values.x, gate_logits(case), k, *values[3:])
-    options = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA, "first_expert": 2}
+    experts, choice = operations(case, values), (values.x, gate_logits(case), k)
     generator = torch.Generator().manual_seed(1)
     wide, weight = (
         torch.randn(num_tokens, hidden + 8, generator=generator).to(dtype),
         torch.randn(hidden, generator=generator).to(dtype),
     )
     residual = wide[:, :hidden]
-    expected = add_rms_norm(residual.clone(), gated_experts(*arguments, **options), weight, 1e-5)
+    expected = add_rms_norm(residual.clone(), experts.gated_experts(*choice), weight, 1e-5)
     with recorded_launches() as launches:
-        found = gated_experts_add_rms_norm(guarded(residual), guarded(weight), 1e-5, *arguments, **options)
+        found = experts.gated_experts_add_rms_norm(*choice, guarded(residual), guarded(weight), 1e-5)
     assert num_tokens == 0 or launches[-2:] == ["expert_matmul_natural", "add_slots_rms_norm"]
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -237,16 +234,8 @@ def test_experts_and_norm_name_the_argument_they_refuse() -> None:
         (x.clone(), torch.ones(128)[::2], "weight"),
     ):
         with pytest.raises(ValueError, match=rf"^{name} "):
-            gated_experts_add_rms_norm(
-                residual,
-                norm_weight,
-                1e-5,
-                x,
-                gate_logits(case),
-                2,
-                *values[3:],
-                swiglu_limit=LIMIT,
-                swiglu_alpha=ALPHA,
+            operations(case, values).gated_experts_add_rms_norm(
+                x, gate_logits(case), 2, residual, norm_weight, 1e-5
             )
 
 
@@ -255,7 +244,8 @@ def test_rows_of_activations_may_be_apart() -> None:
     values = inputs(case, layout=NATURAL, dtype=torch.bfloat16)
     wide = torch.full((5, 100), torch.nan, dtype=torch.bfloat16)
     wide[:, 20:84] = values.x
-    assert torch.equal(fused_experts(wide[:, 20:84], *values[1:], **options(case)), run(case, values))
+    apart = values._replace(x=wide[:, 20:84])
+    assert torch.equal(fused_experts(*arguments(case, apart)), run(case, values))
 
 
 @pytest.mark.parametrize(
@@ -378,14 +368,16 @@ def test_bad_arguments_are_named() -> None:
     for name, replacements in bad.items():
         for value in replacements:
             with pytest.raises(ValueError, match=rf"^{name} "):
-                fused_experts(*values._replace(**{name: value}), **options(case))
-    arguments = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA}
+                fused_experts(*arguments(case, values._replace(**{name: value})))
+    experts = operations(case, values)
     with pytest.raises(ValueError, match=r"^gate_logits "):
-        gated_experts(values.x, torch.zeros(3, 5), 2, *values[3:], **arguments)
+        experts.gated_experts(values.x, torch.zeros(3, 5), 2)
+    with pytest.raises(ValueError, match=r"^gate_logits "):
+        experts.gated_experts(values.x, torch.zeros(4, 6), 2)
     with pytest.raises(ValueError, match=r"^k "):
-        gated_experts(values.x, torch.zeros(4, 5), 6, *values[3:], **arguments)
+        experts.gated_experts(values.x, torch.zeros(4, 5), 6)
     with pytest.raises(ValueError, match=r"^first_expert "):
-        gated_experts(values.x, torch.zeros(4, 5), 2, *values[3:], **arguments, first_expert=1)
+        operations(replace(case, first_expert=1), values)
 
 
 @pytest.mark.parametrize("case", PACKED_CASES[1:], ids=str)
@@ -393,10 +385,10 @@ def test_mxfp8_activations_are_the_reference(case: MoeCase) -> None:
     """Sums in another order round some activations to another e4m3 value, 1/16 away at most;
     several of 32 to 96 in a sum."""
     values = inputs(case, layout=NATURAL, dtype=torch.bfloat16)
-    found = fused_experts(*guarded_inputs(values), **options(case), mxfp8_activations=True)
-    expected = reference.fused_experts(*values, **options(case), mxfp8_activations=True)
+    found = fused_experts(*arguments(case, guarded_inputs(values), "mxfp8"))
+    expected = reference.fused_experts(*arguments(case, values, "mxfp8"))
     assert_near(found, expected.double(), 2**-6)
-    exact = reference.fused_experts(*values, **options(case))
+    exact = reference.fused_experts(*arguments(case, values))
     assert (found - exact).abs().max() > (found - expected).abs().max() or not exact.any(), (
         "it does change the numerics"
     )

@@ -12,6 +12,7 @@ import kernels.linear
 import kernels.moe
 from kernels import attention, pointwise
 from kernels.cpu import dense, native
+from kernels.moe import ExpertWeights
 from kernels.mxfp4 import ROWS16, pack
 from tests.support.attention_cases import SCALE, attention_case
 
@@ -76,17 +77,8 @@ def test_experts(isa: str, way: Way, num_tokens: int, dtype: torch.dtype) -> Non
     def run(move: Way) -> Tensor:
         ids, weights = kernels.moe.gate_topk(move(logits), 3)
         gate_up_bias, down_bias = map(move, biases)
-        return kernels.moe.fused_experts(
-            move(x),
-            move(ids),
-            move(weights),
-            gate_up,
-            gate_up_bias,
-            down,
-            down_bias,
-            swiglu_limit=7.0,
-            swiglu_alpha=1.702,
-        )
+        held = ExpertWeights(gate_up, gate_up_bias, down, down_bias, 7.0, 1.702, num_experts=5)
+        return kernels.moe.fused_experts(move(x), move(ids), move(weights), held)
 
     assert torch.equal(run(way), run(lambda tensor: tensor))
 
@@ -127,13 +119,12 @@ def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
     ) -> Tensor:
         gate_up_bias = torch.zeros(5, 64) if gate_up_bias is None else gate_up_bias
         down_bias = torch.zeros(5, 96) if down_bias is None else down_bias
-        return kernels.moe.fused_experts(
-            x, ids, weights, gate_up, gate_up_bias, down, down_bias, swiglu_limit=7.0, swiglu_alpha=1.702
-        )
+        held = ExpertWeights(gate_up, gate_up_bias, down, down_bias, 7.0, 1.702, num_experts=5)
+        return kernels.moe.fused_experts(x, ids, weights, held)
 
     assert run().shape == (3, 96)
     for arguments, name in (
-        ({"x": torch.zeros(3, 95)}, r"^gate_up must be \[E, 2I, 95\]"),
+        ({"x": torch.zeros(3, 95)}, r"^x must be \[T, 96\]"),
         ({"ids": torch.zeros(2, 2, dtype=torch.int64)}, "^topk_ids"),
         ({"gate_up_bias": torch.zeros(5, 63)}, "^gate_up_bias"),
         ({"down_bias": torch.zeros(4, 96)}, "^down_bias"),

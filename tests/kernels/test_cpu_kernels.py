@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 import kernels.linear
 import kernels.moe
 from kernels.cpu import dense, experts, linear, native, structures
-from kernels.moe import gate_topk, reference
+from kernels.moe import ExpertWeights, gate_topk, reference
 from kernels.mxfp4 import NATURAL, ROWS16, PackedMXFP4, choose_layout, from_natural, pack, to_natural, unpack
 
 LIMIT, ALPHA = 7.0, 1.702
@@ -242,36 +243,26 @@ class Layer:
         layer.gate_up_bias, layer.down_bias = self.gate_up_bias[first:last], self.down_bias[first:last]
         return layer
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, first_expert: int = 0) -> Tensor:
-        return experts.fused_experts(
-            x,
-            ids,
-            weights,
+    def held(self, first_expert: int = 0, num_experts: int | None = None) -> ExpertWeights:
+        """As experts from `first_expert` on, of at least those."""
+        return ExpertWeights(
             self.gate_up,
             self.gate_up_bias,
             self.down,
             self.down_bias,
             swiglu_limit=LIMIT,
             swiglu_alpha=ALPHA,
+            num_experts=num_experts or first_expert + len(self.down_bias),
             first_expert=first_expert,
         )
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, first_expert: int = 0) -> Tensor:
+        return experts.fused_experts(x, ids, weights, self.held(first_expert))
 
     def reference(
         self, x: Tensor, ids: Tensor, weights: Tensor, first_expert: int = 0, num_experts: int | None = None
     ) -> Tensor:
-        return reference.fused_experts(
-            x,
-            ids,
-            weights,
-            self.gate_up,
-            self.gate_up_bias,
-            self.down,
-            self.down_bias,
-            swiglu_limit=LIMIT,
-            swiglu_alpha=ALPHA,
-            first_expert=first_expert,
-            num_experts=num_experts,
-        )
+        return reference.fused_experts(x, ids, weights, self.held(first_expert, num_experts))
 
 
 def choices(num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -335,18 +326,9 @@ def test_extreme_scales_in_bf16(isa: str, row_scales: list[int]) -> None:
             bias = torch.full((1, 64), 20.0)
             bias[0, 1::2] = -1.0
             bias[0, 2 * column + 1] = 0.0
-            out = experts.fused_experts(
-                torch.zeros(tokens, 32).bfloat16(),
-                torch.zeros(tokens, 1, dtype=torch.int32),
-                torch.ones(tokens, 1),
-                gate_up,
-                bias,
-                down,
-                torch.zeros(1, 32),
-                swiglu_limit=1.0,
-                swiglu_alpha=100.0,
-                first_expert=0,
-            ).float()
+            held = ExpertWeights(gate_up, bias, down, torch.zeros(1, 32), 1.0, 100.0, num_experts=1)
+            ids, ones = torch.zeros(tokens, 1, dtype=torch.int32), torch.ones(tokens, 1)
+            out = experts.fused_experts(torch.zeros(tokens, 32).bfloat16(), ids, ones, held).float()
             if expected.isfinite().all():
                 torch.testing.assert_close(out, expected[:, column].expand(tokens, 32), atol=2**-125, rtol=0)
             elif not expected[0, column].isfinite():
@@ -421,18 +403,9 @@ def test_every_code_and_scale_is_decoded_exactly(fp32_isa: str) -> None:
             bias = torch.full((1, 64), 20.0)
             bias[0, 1::2] = -1.0
             bias[0, 2 * column + 1] = 0.0
-            out = experts.fused_experts(
-                torch.zeros(1, 32),
-                torch.zeros(1, 1, dtype=torch.int32),
-                torch.ones(1, 1),
-                gate_up,
-                bias,
-                down,
-                torch.zeros(1, 32),
-                swiglu_limit=1.0,
-                swiglu_alpha=100.0,
-                first_expert=0,
-            )
+            held = ExpertWeights(gate_up, bias, down, torch.zeros(1, 32), 1.0, 100.0, num_experts=1)
+            ids, ones = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+            out = experts.fused_experts(torch.zeros(1, 32), ids, ones, held)
             # sigmoid(100) is 1 in fp32.
             torch.testing.assert_close(out[0], expected[:, column], atol=0, rtol=0)
 
@@ -460,12 +433,9 @@ def test_the_public_functions_take_the_fast_path(monkeypatch: pytest.MonkeyPatch
     layer = Layer(4, 64, 32)
     x = torch.randn(3, 64)
     ids, weights = choices(3, 4, 2)
-    arguments = (x, ids, weights, layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias)
-    assert torch.equal(
-        kernels.moe.fused_experts(*arguments, swiglu_limit=LIMIT, swiglu_alpha=ALPHA), layer(x, ids, weights)
-    )
+    assert torch.equal(kernels.moe.fused_experts(x, ids, weights, layer.held()), layer(x, ids, weights))
     with pytest.raises(ValueError, match=r"^topk_ids must be from 0 to 3"):
-        kernels.moe.fused_experts(x, ids + 4, *arguments[2:], swiglu_limit=LIMIT, swiglu_alpha=ALPHA)
+        kernels.moe.fused_experts(x, ids + 4, weights, layer.held())
 
 
 def test_weights_of_another_layout_run_on_the_reference() -> None:
@@ -476,17 +446,8 @@ def test_weights_of_another_layout_run_on_the_reference() -> None:
     def natural(packed: PackedMXFP4) -> PackedMXFP4:
         return from_natural(*to_natural(packed))
 
-    out = kernels.moe.fused_experts(
-        x,
-        ids,
-        weights,
-        natural(layer.gate_up),
-        layer.gate_up_bias,
-        natural(layer.down),
-        layer.down_bias,
-        swiglu_limit=LIMIT,
-        swiglu_alpha=ALPHA,
-    )
+    held = replace(layer.held(), gate_up=natural(layer.gate_up), down=natural(layer.down))
+    out = kernels.moe.fused_experts(x, ids, weights, held)
     assert torch.equal(out, layer.reference(x, ids, weights))
 
 

@@ -8,7 +8,7 @@ from kernels.cpu import native
 from kernels.cpu.pointwise import converted
 from kernels.cpu.profile import Profile, Work, difference
 from kernels.embedding import embed
-from kernels.moe import fused_experts, gate_topk
+from kernels.moe import ExpertWeights, fused_experts, gate_topk
 from kernels.mxfp4 import ROWS16, pack
 from kernels.pointwise import add_rms_norm, rms_norm, yarn_cos_sin
 from kernels.sampling import SamplingBatch, sample
@@ -61,22 +61,14 @@ def test_experts_count_those_that_are_hit_here() -> None:
     ids = torch.tensor(
         [[0, 4], [5, 6], [9, 1]], dtype=torch.int32
     )  # of experts 4 to 6: 4, 5 and 6, one token each
-    arguments = (
-        torch.randn(3, 96),
-        ids,
-        torch.rand(3, 2),
-        gate_up,
-        torch.zeros(3, 128),
-        down,
-        torch.zeros(3, 96),
+    held = ExpertWeights(
+        *(gate_up, torch.zeros(3, 128), down, torch.zeros(3, 96)),
+        swiglu_limit=7.0,
+        swiglu_alpha=1.7,
+        num_experts=10,
+        first_expert=4,
     )
-    work = only(
-        recorded(
-            lambda: fused_experts(
-                *arguments, swiglu_limit=7.0, swiglu_alpha=1.7, first_expert=4, num_experts=10
-            )
-        ),
-    )
+    work = only(recorded(lambda: fused_experts(torch.randn(3, 96), ids, torch.rand(3, 2), held)))
     weights = 3 * 96 * 64
     assert work.num_bytes == 3 * weights * 17 / 32 + 4 * 3 * 96
     assert work.num_flops == 2 * 3 * weights

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from kernels.moe import fused_experts, gate_topk, reference
+from kernels.formats import MoeActivationDtype
+from kernels.moe import ExpertWeights, fused_experts, gate_topk, reference
 from kernels.mxfp4 import PackedMXFP4, from_natural, pack, unpack
 
 E, H, WIDTH, T, K = 5, 96, 64, 7, 3
@@ -65,19 +66,20 @@ def run(
     expert_weights: Tensor,
     w: Weights,
     packed: tuple[PackedMXFP4, PackedMXFP4] | None = None,
+    moe_activation_dtype: MoeActivationDtype = "auto",
 ) -> Tensor:
     gate_up, down = packed or (w.gate_up, w.down)
-    return fused_experts(
-        x,
-        ids,
-        expert_weights,
+    held = ExpertWeights(
         gate_up,
         w.gate_up_bias,
         down,
         w.down_bias,
         swiglu_limit=LIMIT,
         swiglu_alpha=ALPHA,
+        num_experts=len(w.gate_up_bias),
+        moe_activation_dtype=moe_activation_dtype,
     )
+    return fused_experts(x, ids, expert_weights, held)
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -157,17 +159,8 @@ def test_packed_experts_that_nobody_chose_are_not_decoded() -> None:
 def test_the_gate_is_not_clamped_below() -> None:
     """A gate of -30 lets nothing through; clamped at -7 it would let 4e-4 through."""
     gate_up_bias = torch.tensor([[-30.0, 7.0]])
-    found = fused_experts(
-        torch.zeros(1, 1),
-        torch.zeros(1, 1, dtype=torch.int32),
-        torch.ones(1, 1),
-        torch.zeros(1, 2, 1),
-        gate_up_bias,
-        torch.ones(1, 1, 1),
-        torch.zeros(1, 1),
-        swiglu_limit=LIMIT,
-        swiglu_alpha=ALPHA,
-    )
+    w = Weights(torch.zeros(1, 2, 1), gate_up_bias, torch.ones(1, 1, 1), torch.zeros(1, 1))
+    found = run(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), w)
     assert abs(float(found)) < 1e-15
 
 
@@ -252,20 +245,18 @@ def test_gate_agrees_with_the_reference(num_experts: int, k: int) -> None:
 def test_bad_arguments_are_named() -> None:
     x, ids, expert_weights = inputs()
     w = weights()
-    good = {
-        "x": x,
-        "topk_ids": ids,
-        "topk_weights": expert_weights,
-        "gate_up": w.gate_up,
-        "gate_up_bias": w.gate_up_bias,
-        "down": w.down,
-        "down_bias": w.down_bias,
-    }
+    good = {"x": x, "topk_ids": ids, "topk_weights": expert_weights}
+
+    def run(*, w: Weights = w, **tokens: Tensor) -> None:
+        fused_experts(
+            **tokens, weights=ExpertWeights(*w, swiglu_limit=LIMIT, swiglu_alpha=ALPHA, num_experts=E)
+        )
+
     bad = {
-        "x": [x[0]],
+        "x": [x[0], x[:, 1:]],
         "topk_ids": [ids[:3], ids.float(), ids + E, ids - 5],
         "topk_weights": [expert_weights[:, :1], expert_weights.double()],
-        "gate_up": [w.gate_up[0], w.gate_up.transpose(1, 2), w.gate_up[:, 1:]],
+        "gate_up": [w.gate_up[0], w.gate_up[:, 1:]],
         "gate_up_bias": [w.gate_up_bias[:, 1:]],
         "down": [w.down.transpose(1, 2), pack(w.gate_up)],
         "down_bias": [w.down_bias[1:]],
@@ -273,7 +264,9 @@ def test_bad_arguments_are_named() -> None:
     for name, values in bad.items():
         for value in values:
             with pytest.raises(ValueError, match=rf"^{name} "):
-                fused_experts(**{**good, name: value}, swiglu_limit=LIMIT, swiglu_alpha=ALPHA)
+                run(**({**good, name: value} if name in good else {**good, "w": w._replace(**{name: value})}))
+    with pytest.raises(ValueError, match=r"^gate_up_bias must be \[5, 96\]"):
+        run(**good, w=w._replace(gate_up=w.gate_up.transpose(1, 2)))
     with pytest.raises(ValueError, match=r"^gate_logits"):
         gate_topk(torch.zeros(3), 1)
     for k in (0, E + 1):
@@ -317,39 +310,15 @@ def test_rounding_to_mxfp8_is_to_the_nearest_of_the_groups_values(group: list[fl
 def test_mxfp8_activations_round_what_enters_each_projection() -> None:
     w = weights()
     x, ids, expert_weights = inputs()
-    options = {"swiglu_limit": LIMIT, "swiglu_alpha": ALPHA}
     rounded = reference.round_to_mxfp8(x)
     assert not torch.equal(rounded, x)
-    found = fused_experts(
-        x,
-        ids,
-        expert_weights,
-        w.gate_up,
-        w.gate_up_bias,
-        w.down,
-        w.down_bias,
-        **options,
-        mxfp8_activations=True,
-    )
-    again = fused_experts(
-        rounded,
-        ids,
-        expert_weights,
-        w.gate_up,
-        w.gate_up_bias,
-        w.down,
-        w.down_bias,
-        **options,
-        mxfp8_activations=True,
-    )
+    found = run(x, ids, expert_weights, w, moe_activation_dtype="mxfp8")
+    again = run(rounded, ids, expert_weights, w, moe_activation_dtype="mxfp8")
     assert torch.equal(found, again)
     # Of e4m3's three mantissa bits; the second rounding is why this is not that of `rounded`
     # without the argument.
     assert_near(found, oracle(x, ids, expert_weights, w), 2**-4)
     assert not torch.equal(found, run(rounded, ids, expert_weights, w))
-    with pytest.raises(ValueError, match=r"^mxfp8_activations needs widths"):
-        fused_experts(
-            x[:, :40], ids, expert_weights, w.gate_up[..., :40], w.gate_up_bias, w.down[:, :40],
-            w.down_bias[:, :40], **options,
-            mxfp8_activations=True,
-        )  # fmt: skip
+    narrow = Weights(w.gate_up[..., :40], w.gate_up_bias, w.down[:, :40], w.down_bias[:, :40])
+    with pytest.raises(ValueError, match=r"^moe_activation_dtype mxfp8 needs widths"):
+        run(x[:, :40], ids, expert_weights, narrow, moe_activation_dtype="mxfp8")

@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.attention import reference as attention_reference
 from kernels.cpu import native, sampling
 from kernels.embedding import reference as embedding_reference
+from kernels.moe import ExpertWeights
 from kernels.moe import reference as moe_reference
 from kernels.mxfp4 import from_natural
 from kernels.pointwise import reference as pointwise_reference
@@ -154,13 +155,14 @@ def experts() -> Iterator[Case]:
             ids = torch.tensor([inputs.permutation(of)[:top_k] for _ in range(tokens)], dtype=torch.int32)
             weights = inputs.bytes(tokens, top_k).float() / 256
             gate_up, down = (from_natural(*weights) for weights in natural)
-            expected = moe_reference.fused_experts(
-                *(x.float(), ids, weights, gate_up, gate_up_bias, down, down_bias),
+            experts = ExpertWeights(
+                *(gate_up, gate_up_bias, down, down_bias),
                 swiglu_limit=7.0,
                 swiglu_alpha=1.702,
-                first_expert=first,
                 num_experts=of,
+                first_expert=first,
             )
+            expected = moe_reference.fused_experts(x.float(), ids, weights, experts)
             # Values of order 1000; with bf16, rounded to 8 bits between the projections and at the
             # end, and here.
             tolerance = {"atol": 2e-3, "rtol": 1e-5} if dtype == torch.float32 else {"norm": 5e-3}

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.formats import MX_BLOCK
-from kernels.moe import reference
+from kernels.formats import MX_BLOCK, MoeActivationDtype
+from kernels.moe import ExpertOperations, ExpertWeights, reference, select
 from kernels.mxfp4 import PackedMXFP4, from_natural, to_natural, unpack
 
 LIMIT, ALPHA = 7.0, 1.702
@@ -90,7 +90,7 @@ DENSE_CASES = [
 
 
 class Inputs(NamedTuple):
-    """The first arguments of `fused_experts`."""
+    """Tokens, their choices, and weights: what `arguments` makes arguments of."""
 
     x: Tensor
     topk_ids: Tensor
@@ -149,14 +149,30 @@ def num_local(case: MoeCase) -> int:
     return case.num_experts - case.first_expert if case.num_local is None else case.num_local
 
 
-def options(case: MoeCase) -> dict[str, float]:
-    """The keyword arguments of `fused_experts`."""
-    return {
-        "swiglu_limit": LIMIT,
-        "swiglu_alpha": ALPHA,
-        "first_expert": case.first_expert,
-        "num_experts": case.num_experts,
-    }
+def expert_weights(
+    case: MoeCase, given: Inputs, moe_activation_dtype: MoeActivationDtype = "auto"
+) -> ExpertWeights:
+    """The weights of the inputs."""
+    return ExpertWeights(
+        *given[3:],
+        swiglu_limit=LIMIT,
+        swiglu_alpha=ALPHA,
+        num_experts=case.num_experts,
+        first_expert=case.first_expert,
+        moe_activation_dtype=moe_activation_dtype,
+    )
+
+
+def arguments(
+    case: MoeCase, given: Inputs, moe_activation_dtype: MoeActivationDtype = "auto"
+) -> tuple[Tensor, Tensor, Tensor, ExpertWeights]:
+    """The arguments of `fused_experts`."""
+    return (*given[:3], expert_weights(case, given, moe_activation_dtype))
+
+
+def operations(case: MoeCase, given: Inputs) -> ExpertOperations:
+    """Those of the implementation that is chosen for the inputs."""
+    return select(expert_weights(case, given), given.x.dtype, given.x.device).run
 
 
 def float64(case: MoeCase, given: Inputs) -> Tensor:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
+from kernels.formats import MoeActivationDtype
 from workers.config import (
     CacheConfig,
     CpuIsa,
@@ -138,7 +139,7 @@ class LLM:
         enforce_eager: bool = False,
         kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto",
         cpu_dense_dtype: DenseDtype = "bf16",
-        moe_activation_dtype: Literal["auto", "mxfp8"] = "auto",
+        moe_activation_dtype: MoeActivationDtype = "auto",
         cpu_isa: CpuIsa = "auto",
         allow_zero_weights: bool = False,
         threads: int | None = None,

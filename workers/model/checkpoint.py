@@ -7,6 +7,7 @@ no tensor twice, and experts go to the kernels' layout on the way.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels import attention, moe
 from kernels.cpu import dense as packed_dense
 from kernels.cpu import native
 from kernels.cpu.memory import zeros
-from kernels.formats import MX_BLOCK
+from kernels.formats import MX_BLOCK, MoeActivationDtype
 from kernels.linear import PackedWeight
+from kernels.moe import ExpertWeights
 from kernels.mxfp4 import NATURAL, PackedMXFP4, allocate, choose_layout, pack, write_expert
 from workers.config import DenseDtype, ModelConfig, ParallelConfig
 from workers.errors import CheckpointError, ConfigError
@@ -53,6 +56,26 @@ _QUANTIZE_ROWS = 256
 """Rows of an expert that are quantised at a time, which bounds the memory for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What is made of a checkpoint's weights.
+
+    Attributes:
+        quantize: pack the experts of a bf16 checkpoint; no effect on one that is packed.
+        cpu_dense_dtype: int8 quantises attention projections and lm_head; with bfloat16 on a CPU
+            with the C++ kernels only.
+        moe_activation_dtype: of the experts (`kernels.moe.ExpertWeights`).
+        kv_dtype: of the KV caches that the model will be given; None: that of activations.
+        allow_zero_weights: take matrices, experts and norms that are all zeros.
+    """
+
+    quantize: Literal["mxfp4"] | None = None
+    cpu_dense_dtype: DenseDtype = "bf16"
+    moe_activation_dtype: MoeActivationDtype = "auto"
+    kv_dtype: torch.dtype | None = None
+    allow_zero_weights: bool = False
+
+
 def load_model(
     path: Path,
     config: ModelConfig,
@@ -61,10 +84,7 @@ def load_model(
     device: torch.device,
     shard: RankShard | None = None,
     collectives: Collectives | None = None,
-    quantize: Literal["mxfp4"] | None = None,
-    cpu_dense_dtype: DenseDtype = "bf16",
-    mxfp8_activations: bool = False,
-    allow_zero_weights: bool = False,
+    options: LoadOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GptOss:
     """Load the weights in `path`, which must be exactly those that `config` describes.
@@ -74,11 +94,7 @@ def load_model(
             the layout that suits `device`.
         shard: the rank's part; None: all of it.
         collectives: how the rank meets the others while it computes; None: alone.
-        quantize: pack the experts of a bf16 checkpoint; no effect on one that is packed.
-        cpu_dense_dtype: int8 quantises attention projections and lm_head; bfloat16 on a CPU with
-            the C++ kernels only.
-        mxfp8_activations: of the experts, see Experts.
-        allow_zero_weights: take matrices, experts and norms that are all zeros.
+        options: None: as they are.
         progress: called with (pieces loaded, pieces in all) after each one, a few megabytes.
     Raises:
         CheckpointError: one sentence naming file and tensor: a file is missing, cut off or
@@ -86,8 +102,9 @@ def load_model(
             all zeros; an MXFP4 scale is NaN or infinite.
         ConfigError: the checkpoint's sizes cannot be quantised; cpu_dense_dtype cannot be had here.
     """
+    options = options or LoadOptions()
     tensors = check_tensors(path, config)
-    if cpu_dense_dtype == "int8" and not packed_dense.can_run(device, dtype):
+    if options.cpu_dense_dtype == "int8" and not packed_dense.can_run(device, dtype):
         kernels = (
             "the kernels" if native.shared_library() is not None else f"no kernels: {native.why_missing()}"
         )
@@ -95,20 +112,10 @@ def load_model(
             f"engine.cpu_dense_dtype int8 needs dtype bfloat16, the device cpu and the C++ kernels; here are "
             f"{dtype}, {device} and {kernels}"
         )
-    if quantize is not None:
+    if options.quantize is not None:
         _check_quantizable(config)
     shard = plan_shards(config, ParallelConfig())[0] if shard is None else shard
-    weights = _Weights(
-        tensors,
-        config,
-        shard,
-        dtype,
-        device,
-        quantize is not None,
-        cpu_dense_dtype,
-        mxfp8_activations,
-        allow_zero_weights,
-    )
+    weights = _Weights(tensors, config, shard, dtype, device, options)
     model = weights.model(tensor_names(config), Alone() if collectives is None else collectives)
     weights.reader.run(progress)
     weights.zeros.check()
@@ -123,9 +130,8 @@ def touched_extents(path: Path, config: ModelConfig, shard: RankShard) -> list[E
         CheckpointError: as `load_model`.
     """
     tensors = check_tensors(path, config)
-    weights = _Weights(
-        tensors, config, shard, torch.bfloat16, torch.device("cpu"), False, "bf16", False, True
-    )
+    options = LoadOptions(allow_zero_weights=True)
+    weights = _Weights(tensors, config, shard, torch.bfloat16, torch.device("cpu"), options)
     weights.model(tensor_names(config), Alone())
     return weights.reader.extents
 
@@ -158,23 +164,21 @@ class _Weights:
         shard: RankShard,
         dtype: torch.dtype,
         device: torch.device,
-        quantize: bool,
-        cpu_dense_dtype: DenseDtype,
-        mxfp8_activations: bool,
-        allow_zero_weights: bool,
+        options: LoadOptions,
     ) -> None:
         self.reader = ShardReader(tensors, self._see)
-        self.zeros = ZeroWeights(self.reader.files, tensors, allowed=allow_zero_weights)
+        self.zeros = ZeroWeights(self.reader.files, tensors, allowed=options.allow_zero_weights)
         self._tensors = tensors
         self._config = config
         self._shard = shard
         self._dtype = dtype
         self._device = device
-        self._quantize = quantize
+        self._quantize = options.quantize is not None
         self._layout = choose_layout(device)
         self._packs_dense = packed_dense.can_run(device, dtype)
-        self._mxfp8_activations = mxfp8_activations
-        self._dense_dtype = torch.int8 if cpu_dense_dtype == "int8" else torch.bfloat16
+        self._moe_activation_dtype = options.moe_activation_dtype
+        self._attention_kernels = attention.select(dtype, options.kv_dtype or dtype, device)
+        self._dense_dtype = torch.int8 if options.cpu_dense_dtype == "int8" else torch.bfloat16
 
     def model(self, names: Names, collectives: Collectives) -> GptOss:
         """All of it."""
@@ -196,8 +200,7 @@ class _Weights:
         )
 
     def _layer(self, names: LayerNames, window: int | None, kv_scales: Tensor | None) -> Layer:
-        shard, config = self._shard, self._config
-        gate_up_rows = _scaled(shard.intermediate, 2)
+        config = self._config
         for name in (names.attention_norm, names.output.weight, names.experts_norm, names.gate.weight):
             self._expect(name)
         # One tensor or three.
@@ -211,25 +214,30 @@ class _Weights:
             attention_norm=self._vector(names.attention_norm),
             attention=self._attention(names, window, kv_scales),
             experts_norm=self._vector(names.experts_norm),
-            experts=Experts(
-                # fp32: see Experts.
-                gate=Linear(
-                    self._rows(names.gate.weight, _whole(config.num_experts), torch.float32),
-                    self._vector(names.gate.bias, torch.float32),
-                ),
-                gate_up=self._experts(names.gate_up, gate_up_rows, _whole(config.hidden_size)),
-                gate_up_bias=self._expert_bias(names.gate_up.bias, gate_up_rows),
-                down=self._experts(names.down, _whole(config.hidden_size), shard.intermediate),
-                down_bias=self._expert_bias(
-                    names.down.bias, _whole(config.hidden_size), here=shard.adds_down_bias
-                ),
-                first_expert=shard.experts.start,
-                num_experts_per_token=config.num_experts_per_token,
-                swiglu_limit=config.swiglu_limit,
-                swiglu_alpha=config.swiglu_alpha,
-                mxfp8_activations=self._mxfp8_activations,
-            ),
+            experts=self._moe(names),
         )
+
+    def _moe(self, names: LayerNames) -> Experts:
+        shard, config = self._shard, self._config
+        gate_up_rows, hidden = _scaled(shard.intermediate, 2), _whole(config.hidden_size)
+        weights = ExpertWeights(
+            gate_up=self._experts(names.gate_up, gate_up_rows, hidden),
+            gate_up_bias=self._expert_bias(names.gate_up.bias, gate_up_rows),
+            down=self._experts(names.down, hidden, shard.intermediate),
+            down_bias=self._expert_bias(names.down.bias, hidden, here=shard.adds_down_bias),
+            swiglu_limit=config.swiglu_limit,
+            swiglu_alpha=config.swiglu_alpha,
+            num_experts=config.num_experts,
+            first_expert=shard.experts.start,
+            moe_activation_dtype=self._moe_activation_dtype,
+        )
+        # fp32: see Experts.
+        gate = Linear(
+            self._rows(names.gate.weight, _whole(config.num_experts), torch.float32),
+            self._vector(names.gate.bias, torch.float32),
+        )
+        kernels = moe.select(weights, self._dtype, self._device)
+        return Experts(gate, weights, config.num_experts_per_token, kernels)
 
     def _attention(self, names: LayerNames, window: int | None, kv_scales: Tensor | None) -> Attention:
         shard, config = self._shard, self._config
@@ -246,6 +254,7 @@ class _Weights:
             num_kv_heads=shard.kv_heads.length,
             head_dim=config.head_dim,
             window=window,
+            kernels=self._attention_kernels,
             kv_scales=kv_scales,
         )
 

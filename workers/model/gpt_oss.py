@@ -8,17 +8,19 @@ nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kernels.attention import paged_attention, rope_and_store_kv
+from kernels import embedding, pointwise
+from kernels.attention import AttentionOperations
 from kernels.attention.fp8 import FP8
-from kernels.embedding import embed
+from kernels.embedding import Embed
+from kernels.implementation import Implementation
 from kernels.linear import PackedWeight
 from kernels.mxfp4 import PackedMXFP4
-from kernels.pointwise import add_rms_norm, rms_norm, yarn_cos_sin
+from kernels.pointwise import PointwiseOperations, yarn_concentration, yarn_frequencies
 from workers.config import ModelConfig
 from workers.model.experts import Experts
 from workers.model.linear import Linear
@@ -38,6 +40,8 @@ class Attention:
         num_heads, num_kv_heads: of this rank.
         window: keys a query sees, itself included; None for all. Also says which KV group the layer
             belongs to.
+        kernels: what computes attention over caches of a certain dtype, chosen when the layer was
+            loaded.
         kv_scales: [2, num_kv_heads] fp32 of an fp8 KV cache; without effect on others. None: all 1.
     """
 
@@ -48,6 +52,7 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     window: int | None
+    kernels: Implementation[AttentionOperations]
     kv_scales: Tensor | None = None
 
     def __call__(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -64,8 +69,12 @@ class Attention:
         else:
             slot_mapping, block_table = batch.slot_mapping_sliding, batch.block_table_sliding
         kv_scales = self.kv_scales if kv_cache.dtype == FP8 else None
-        attended = paged_attention(
-            rope_and_store_kv(qkv, self.num_heads, cos, sin, kv_cache, slot_mapping, kv_scales=kv_scales),
+        operations = self.kernels.run
+        q = operations.rope_and_store_kv(
+            qkv, self.num_heads, cos, sin, kv_cache, slot_mapping, kv_scales=kv_scales
+        )
+        attended = operations.paged_attention(
+            q,
             kv_cache,
             block_table,
             batch.context_lens,
@@ -99,6 +108,8 @@ class GptOss:
         final_norm: [hidden].
         lm_head: hidden → shard.vocab.size (rows past the length are padding), not tied to the
             embedding.
+        pointwise, embed: what computes norms and rotary angles, and what looks up the embedding;
+            chosen when the model is made.
     """
 
     config: ModelConfig
@@ -108,6 +119,12 @@ class GptOss:
     layers: tuple[Layer, ...]
     final_norm: Tensor
     lm_head: Linear
+    pointwise: Implementation[PointwiseOperations] = field(init=False)
+    embed: Implementation[Embed] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pointwise", pointwise.select(self.dtype, self.device))
+        object.__setattr__(self, "embed", embedding.select(self.dtype, self.device))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,18 +163,9 @@ class GptOss:
             [T, hidden], after the final norm; `compute_logits` takes the rows of it that are
             wanted.
         """
-        rope = self.config.rope
         eps = self.config.rms_norm_eps
-        cos, sin = yarn_cos_sin(
-            batch.positions,
-            self.config.head_dim,
-            theta=rope.theta,
-            factor=rope.factor,
-            beta_fast=rope.beta_fast,
-            beta_slow=rope.beta_slow,
-            original_max_position_embeddings=rope.original_max_position_embeddings,
-            truncate=rope.truncate,
-        )
+        rms_norm, add_rms_norm = self.pointwise.run.rms_norm, self.pointwise.run.add_rms_norm
+        cos, sin = self._angles(batch.positions)
         add_up = self.collectives.all_reduce
         observe = observe or (lambda what, values: None)
         residual = self._embed(batch.token_ids)
@@ -190,9 +198,24 @@ class GptOss:
             [part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1
         ).float()
 
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the rotary angles, each [T, head_dim / 2] fp32."""
+        rope = self.config.rope
+        frequencies = yarn_frequencies(
+            positions.device,
+            self.config.head_dim,
+            rope.theta,
+            rope.factor,
+            rope.beta_fast,
+            rope.beta_slow,
+            rope.original_max_position_embeddings,
+            rope.truncate,
+        )
+        return self.pointwise.run.cos_sin(positions, frequencies, yarn_concentration(rope.factor))
+
     def _embed(self, token_ids: Tensor) -> Tensor:
         """[T] → [T, hidden]. Each token's row is on one rank; the others add zeros."""
-        rows = embed(token_ids, self.embedding, self.shard.vocab.start)
+        rows = self.embed.run(token_ids, self.embedding, self.shard.vocab.start)
         return rows if self.collectives.size == 1 else self.collectives.all_reduce(rows)
 
     def _weights(self) -> Iterator[Tensor | PackedWeight]:
@@ -203,14 +226,14 @@ class GptOss:
                 layer.attention_norm,
                 layer.experts_norm,
                 attention.sinks,
-                experts.gate_up_bias,
-                experts.down_bias,
+                experts.weights.gate_up_bias,
+                experts.weights.down_bias,
             )
             for linear in (attention.qkv, attention.output, experts.gate):
                 yield linear.weight
                 if linear.bias is not None:
                     yield linear.bias
-            for projection in (experts.gate_up, experts.down):
+            for projection in (experts.weights.gate_up, experts.weights.down):
                 yield from (
                     (projection.blocks, projection.scales)
                     if isinstance(projection, PackedMXFP4)

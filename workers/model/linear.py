@@ -1,11 +1,13 @@
 """Dense projections. A rank's shard of one is the same class with fewer rows (heads) or columns, so
 sharding stays in the loader."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kernels.linear import PackedWeight, linear
+from kernels.implementation import Implementation
+from kernels.linear import PackedWeight, select
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +18,16 @@ class Linear:
         weight: [out_features, in_features]; packed where the kernels of this device and dtype want
             it so.
         bias: [out_features], or None.
+        kernel: what computes it, chosen when the layer is made.
     """
 
     weight: Tensor | PackedWeight
     bias: Tensor | None = None
+    kernel: Implementation[Callable[[Tensor], Tensor]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kernel", select(self.weight, self.bias))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, in_features] → [T, out_features], in the dtype of x."""
-        return linear(x, self.weight, self.bias)
+        """[T, in_features] → [T, out_features], in the dtype of the weight."""
+        return self.kernel.run(x)

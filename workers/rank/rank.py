@@ -21,14 +21,14 @@ from workers.kv_cache.memory import (
     cpu_kv_memory,
     gpu_kv_memory,
 )
-from workers.kv_cache.tensors import TORCH_DTYPES, allocate_kv_caches
-from workers.model.checkpoint import load_model
+from workers.kv_cache.tensors import KV_TORCH_DTYPES, TORCH_DTYPES, allocate_kv_caches
+from workers.model.checkpoint import LoadOptions, load_model
 from workers.model.gpt_oss import GptOss
 from workers.out_of_memory import WHAT_HELPS, is_out_of_memory
 from workers.parallel.collectives import Collectives
 from workers.parallel.shard import RankShard
 from workers.rank.device import check_mxfp8
-from workers.rank.kernel_table import describe_device, kernel_choices, not_capturable, slow_paths
+from workers.rank.kernel_table import describe_device, model_kernels, not_capturable, slow_paths
 from workers.rank.logits import check_weights, sequence_logits
 from workers.rank.memory_profile import profile_step, warm_up
 from workers.rank.pending import PendingStep
@@ -139,8 +139,7 @@ class Rank:
             CheckpointError, ConfigError: one sentence for the user.
         """
         check_kv_dtype(self._config.kv_dtype, architecture(self._device))
-        mxfp8_activations = self._config.moe_activation_dtype == "mxfp8"
-        if mxfp8_activations:
+        if self._config.moe_activation_dtype == "mxfp8":
             check_mxfp8(
                 architecture(self._device), self._config.quantize or self._model_config.experts_format
             )
@@ -152,21 +151,24 @@ class Rank:
                 device=self._device,
                 shard=self._shard,
                 collectives=self._collectives,
-                quantize=self._config.quantize,
-                cpu_dense_dtype=self._config.cpu_dense_dtype,
-                mxfp8_activations=mxfp8_activations,
-                allow_zero_weights=self._config.allow_zero_weights,
+                options=LoadOptions(
+                    quantize=self._config.quantize,
+                    cpu_dense_dtype=self._config.cpu_dense_dtype,
+                    moe_activation_dtype=self._config.moe_activation_dtype,
+                    kv_dtype=KV_TORCH_DTYPES[self._config.kv_dtype],
+                    allow_zero_weights=self._config.allow_zero_weights,
+                ),
                 progress=lambda done, total: self._progress("load weights", done, total),
             )
-        choices = kernel_choices(self._model, self._config.kv_dtype)
-        for sentence in slow_paths(choices, self._device):
+        kernels = model_kernels(self._model)
+        for sentence in slow_paths(kernels, self._device):
             logger.warning("%s", sentence)
-        if self._device.type == "cuda" and (blocking := not_capturable(choices)):
+        if self._device.type == "cuda" and (blocking := not_capturable(kernels)):
             logger.warning(
                 "no CUDA graphs: the kernels for %s read sizes back to the host", " and ".join(blocking)
             )
-        kernels = {operation: str(choice) for operation, choice in choices.items()}
-        return RankLoaded(describe_device(self._device), self._model.weight_bytes, self._kv_memory(), kernels)
+        table = {operation: str(chosen) for operation, chosen in kernels.items()}
+        return RankLoaded(describe_device(self._device), self._model.weight_bytes, self._kv_memory(), table)
 
     def allocate(self, plan: KVCachePlan) -> None:
         """Allocate the KV cache and run a few tokens through the model. All ranks do this at the
@@ -261,7 +263,7 @@ class Rank:
         return (
             self._device.type == "cuda"
             and not self._config.enforce_eager
-            and not not_capturable(kernel_choices(model, self._config.kv_dtype))
+            and not not_capturable(model_kernels(model))
         )
 
     def _kv_memory(self) -> KVMemory:

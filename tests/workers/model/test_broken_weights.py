@@ -17,7 +17,7 @@ from workers.config import CacheConfig, EngineConfig, ParallelConfig
 from workers.errors import CheckpointError
 from workers.executor.inline import InlineExecutor
 from workers.kv_cache.memory import plan_kv_cache
-from workers.model.checkpoint import load_model
+from workers.model.checkpoint import LoadOptions, load_model
 from workers.model_config import load_model_config
 from workers.parallel.shard import plan_shards
 from workers.rank.rank import Rank
@@ -99,7 +99,7 @@ def test_zeros_are_refused_unless_they_are_allowed(folder: Path, fault: str) -> 
     assert said in str(caught.value)
     assert "--allow-zero-weights" in str(caught.value)
     assert "\n" not in str(caught.value)
-    load_model(folder, TINY, dtype=torch.float32, device=CPU, allow_zero_weights=True)
+    load_model(folder, TINY, dtype=torch.float32, device=CPU, options=LoadOptions(allow_zero_weights=True))
     if fault not in ("the output head", "the embedding"):  # those make all logits the same
         start(folder, allow_zero_weights=True)
 

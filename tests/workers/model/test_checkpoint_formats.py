@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.support.model_steps import random_tokens, whole_prompt_logits
 from tests.support.thread_ranks import ThreadRank, on_ranks
 from workers.config import ModelConfig, ParallelConfig
 from workers.errors import CheckpointError, ConfigError
-from workers.model.checkpoint import load_model
+from workers.model.checkpoint import LoadOptions, load_model
 from workers.model.gpt_oss import GptOss
 from workers.model.make_checkpoint import write_checkpoint
 from workers.model.stored_model import fingerprint
@@ -112,11 +113,19 @@ def test_scales_of_a_kv_cache_beside_bf16_weights(folders: dict[str, Path], tmp_
 
 
 def test_quantising_what_was_unpacked_gives_it_back(folders: dict[str, Path]) -> None:
-    assert load(folders["bf16"]).weight_bytes > load(folders["bf16"], quantize="mxfp4").weight_bytes
-    torch.testing.assert_close(
-        logits(folders["bf16"], quantize="mxfp4"), logits(folders["mxfp4"]), atol=0, rtol=0
+    assert (
+        load(folders["bf16"]).weight_bytes
+        > load(folders["bf16"], options=LoadOptions(quantize="mxfp4")).weight_bytes
     )
-    assert torch.equal(logits(folders["mxfp4"], quantize="mxfp4"), logits(folders["mxfp4"]))
+    torch.testing.assert_close(
+        logits(folders["bf16"], options=LoadOptions(quantize="mxfp4")),
+        logits(folders["mxfp4"]),
+        atol=0,
+        rtol=0,
+    )
+    assert torch.equal(
+        logits(folders["mxfp4"], options=LoadOptions(quantize="mxfp4")), logits(folders["mxfp4"])
+    )
 
 
 def test_transformers_reads_the_bf16_form_the_same(folders: dict[str, Path]) -> None:
@@ -131,11 +140,11 @@ def test_transformers_reads_the_bf16_form_the_same(folders: dict[str, Path]) -> 
 @pytest.mark.parametrize("plan", [(2, 2), (4, 2), (2, 1), (4, 1)], ids=str)
 @pytest.mark.parametrize(("name", "quantize"), [("original", None), ("bf16", None), ("bf16", "mxfp4")])
 def test_every_format_can_be_sharded(
-    folders: dict[str, Path], name: str, quantize: str | None, plan: tuple[int, int]
+    folders: dict[str, Path], name: str, quantize: Literal["mxfp4"] | None, plan: tuple[int, int]
 ) -> None:
     def work(rank: ThreadRank) -> torch.Tensor:
         shard = plan_shards(CONFIG, ParallelConfig(*plan))[rank.rank]
-        return logits(folders[name], shard=shard, collectives=rank, quantize=quantize)
+        return logits(folders[name], shard=shard, collectives=rank, options=LoadOptions(quantize=quantize))
 
     torch.testing.assert_close(on_ranks(plan[0], work)[0], logits(folders["mxfp4"]), atol=1e-4, rtol=0)
 
@@ -216,4 +225,4 @@ def test_sizes_that_cannot_be_quantised_are_refused(tmp_path: Path) -> None:
         ConfigError,
         match="quantize mxfp4 needs a hidden_size that is a multiple of 32, and the checkpoint's is 100",
     ):
-        load(tmp_path / "odd", quantize="mxfp4")
+        load(tmp_path / "odd", options=LoadOptions(quantize="mxfp4"))

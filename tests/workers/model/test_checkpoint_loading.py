@@ -122,28 +122,34 @@ class TestLoaded:
             )
             assert torch.equal(layer.experts.gate.weight, stored[f"{prefix}mlp.router.weight"].float())
             assert torch.equal(
-                layer.experts.gate_up_bias, stored[f"{prefix}mlp.experts.gate_up_proj_bias"].to(dtype)
+                layer.experts.weights.gate_up_bias, stored[f"{prefix}mlp.experts.gate_up_proj_bias"].to(dtype)
             )
             assert torch.equal(
-                layer.experts.down_bias, stored[f"{prefix}mlp.experts.down_proj_bias"].to(dtype)
+                layer.experts.weights.down_bias, stored[f"{prefix}mlp.experts.down_proj_bias"].to(dtype)
             )
             assert layer.attention.window == CONFIG.layer_windows[number]
 
     def test_mxfp4_experts_stay_packed(self, checkpoint: Path) -> None:
         stored = weights(checkpoint)
         for number, layer in enumerate(load(checkpoint).layers):
-            for name, packed in (("gate_up_proj", layer.experts.gate_up), ("down_proj", layer.experts.down)):
+            for name, packed in (
+                ("gate_up_proj", layer.experts.weights.gate_up),
+                ("down_proj", layer.experts.weights.down),
+            ):
                 blocks, scales = to_natural(packed)
                 assert torch.equal(blocks, stored[f"model.layers.{number}.mlp.experts.{name}_blocks"])
                 assert torch.equal(scales, stored[f"model.layers.{number}.mlp.experts.{name}_scales"])
-            assert layer.experts.gate_up.shape == (5, 192, 64)
-            assert layer.experts.down.shape == (5, 64, 96)
+            assert layer.experts.weights.gate_up.shape == (5, 192, 64)
+            assert layer.experts.weights.down.shape == (5, 64, 96)
 
     def test_unpacked_experts_are_turned_output_first(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "bf16", BF16_CONFIG, seed=1)
         stored = weights(tmp_path / "bf16")
         for number, layer in enumerate(load(tmp_path / "bf16", BF16_CONFIG).layers):
-            for name, dense in (("gate_up_proj", layer.experts.gate_up), ("down_proj", layer.experts.down)):
+            for name, dense in (
+                ("gate_up_proj", layer.experts.weights.gate_up),
+                ("down_proj", layer.experts.weights.down),
+            ):
                 assert torch.equal(
                     dense, stored[f"model.layers.{number}.mlp.experts.{name}"].transpose(1, 2).float()
                 )
@@ -178,13 +184,13 @@ class TestLoaded:
 
     def test_model_does_not_need_the_files_any_more(self, checkpoint: Path) -> None:
         model = load(checkpoint, dtype=torch.bfloat16)
-        blocks = to_natural(model.layers[0].experts.down)[0].clone()
+        blocks = to_natural(model.layers[0].experts.weights.down)[0].clone()
         embedding = model.embedding.clone()
         with (checkpoint / "model.safetensors").open("r+b") as file:
             size = file.seek(0, 2)
             file.seek(0)
             file.write(b"\xff" * size)
-        assert torch.equal(to_natural(model.layers[0].experts.down)[0], blocks)
+        assert torch.equal(to_natural(model.layers[0].experts.weights.down)[0], blocks)
         assert torch.equal(model.embedding, embedding)
 
 

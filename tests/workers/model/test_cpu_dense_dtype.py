@@ -11,12 +11,12 @@ from kernels.linear import PackedWeight
 from tests.support.model_steps import random_tokens, whole_prompt_logits
 from workers.config import DenseDtype, EngineConfig, ModelConfig, ParallelConfig
 from workers.errors import ConfigError
-from workers.model.checkpoint import load_model
+from workers.model.checkpoint import LoadOptions, load_model
 from workers.model.gpt_oss import GptOss
 from workers.model.make_checkpoint import write_checkpoint
 from workers.model.sizes import rank_bytes
 from workers.parallel.shard import plan_shards
-from workers.rank.kernel_table import kernel_choices
+from workers.rank.kernel_table import model_kernels
 
 CONFIG = ModelConfig(
     vocab_size=77,
@@ -42,7 +42,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, cpu_dense_dtype: DenseDtype, dtype: torch.dtype = torch.bfloat16) -> GptOss:
     return load_model(
-        folder, CONFIG, dtype=dtype, device=torch.device("cpu"), cpu_dense_dtype=cpu_dense_dtype
+        folder,
+        CONFIG,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        options=LoadOptions(cpu_dense_dtype=cpu_dense_dtype),
     )
 
 
@@ -56,7 +60,7 @@ def test_the_large_dense_weights_are_int8(folder: Path) -> None:
     (shard,) = plan_shards(CONFIG, ParallelConfig())
     assert model.weight_bytes == rank_bytes(CONFIG, shard, "bfloat16", cpu_dense_dtype="int8").total
     assert model.weight_bytes < load(folder, "bf16").weight_bytes
-    assert kernel_choices(model)["dense layers"].layout == "packed int8"
+    assert model_kernels(model)["dense layers"].layout == "packed int8"
 
 
 def test_logits_stay_close(folder: Path) -> None:

@@ -140,7 +140,8 @@ def test_bfloat16_is_near_float32(checkpoint: Path, model: GptOss) -> None:
 
 def test_weight_bytes_counts_packed_experts_as_packed(model: GptOss) -> None:
     packed = sum(
-        layer.experts.gate_up.blocks.nbytes + layer.experts.down.blocks.nbytes for layer in model.layers
+        layer.experts.weights.gate_up.blocks.nbytes + layer.experts.weights.down.blocks.nbytes
+        for layer in model.layers
     )
     expert_values = 4 * 7 * (2 * 64 * 96 + 96 * 64)
     assert packed == expert_values // 2

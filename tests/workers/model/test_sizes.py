@@ -11,7 +11,7 @@ from tests.support.thread_ranks import ThreadRank, on_ranks
 from workers.config import Dtype, ModelConfig, ParallelConfig, SchedulerConfig
 from workers.kv_cache.memory import cache_shape, split_memory
 from workers.kv_cache.tensors import TORCH_DTYPES, allocate_kv_caches
-from workers.model.checkpoint import load_model
+from workers.model.checkpoint import LoadOptions, load_model
 from workers.model.make_checkpoint import preset_config, write_checkpoint
 from workers.model.safetensors_writer import stored_bytes
 from workers.model.sizes import count_parameters, kv_bytes, rank_bytes
@@ -92,7 +92,7 @@ def test_each_rank_loads_what_was_predicted(
                 device=torch.device("cpu"),
                 shard=shards[rank.rank],
                 collectives=rank,
-                quantize=quantize,
+                options=LoadOptions(quantize=quantize),
             ).weight_bytes
 
         return bytes_of(None), bytes_of("mxfp4") if experts_format == "bf16" else None

@@ -119,8 +119,8 @@ def test_a_shard_holds_its_part_only(checkpoints: dict[Format, Path]) -> None:
             collectives=rank,
         )
         experts = model.layers[0].experts
-        assert experts.gate_up.shape == (shard.experts.length, 2 * 4 * 32, 96)
-        assert experts.down.shape == (shard.experts.length, 96, 4 * 32)
+        assert experts.weights.gate_up.shape == (shard.experts.length, 2 * 4 * 32, 96)
+        assert experts.weights.down.shape == (shard.experts.length, 96, 4 * 32)
         assert model.layers[0].attention.qkv.weight.shape == (4 * 10, 96)
         assert model.layers[0].attention.output.weight.shape == (96, 2 * 10)
         return model.weight_bytes

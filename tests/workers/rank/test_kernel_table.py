@@ -1,23 +1,23 @@
 """The table of kernels, and what follows from it."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kernels import attention, embedding, linear, moe, pointwise
 from kernels.cpu import native
-from kernels.mxfp4 import NATURAL
+from kernels.mxfp4 import NATURAL, WGMMA
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.model import checkpoint
-from workers.model.checkpoint import load_model
+from workers.model.checkpoint import LoadOptions, load_model
 from workers.model.gpt_oss import GptOss
-from workers.rank import kernel_table as kernel_choice
 from workers.rank.kernel_table import (
-    REFERENCE,
-    KernelChoice,
     describe_device,
-    kernel_choices,
+    model_kernels,
     not_capturable,
     slow_paths,
 )
@@ -31,33 +31,33 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("models"))
 
 
-def loaded(path: Path, dtype: torch.dtype = torch.float32) -> GptOss:
-    return load_model(path, TINY, dtype=dtype, device=CPU)
+def loaded(path: Path, dtype: torch.dtype = torch.float32, kv_dtype: torch.dtype | None = None) -> GptOss:
+    return load_model(path, TINY, dtype=dtype, device=CPU, options=LoadOptions(kv_dtype=kv_dtype))
 
 
 @pytest.mark.skipif(native.shared_library() is None, reason="the C++ library was not built")
 def test_on_a_cpu_the_cpp_kernels(path: Path) -> None:
-    choices = kernel_choices(loaded(path))
+    choices = model_kernels(loaded(path))
     assert choices.keys() == OPERATIONS
-    assert {choice.implementation for operation, choice in choices.items() if operation != "embedding"} == {
+    assert {choice.name for operation, choice in choices.items() if operation != "embedding"} == {
         f"C++ {native.isa()}"
     }
     assert choices["experts"].layout == "MXFP4 layout rows16"
     assert not not_capturable(choices)
     assert not slow_paths(choices, CPU)
     assert f", {native.isa()}, " in describe_device(CPU)
-    fp8 = kernel_choices(loaded(path), "fp8_e4m3")
+    fp8 = dict(model_kernels(loaded(path, kv_dtype=torch.float8_e4m3fn)))
     assert (
         str(fp8.pop("attention")) == "torch reference (of an fp8 KV cache, which only Triton's kernel takes)"
     )
-    assert choices.items() >= fp8.items()
+    assert all(str(choices[operation]) == str(choice) for operation, choice in fp8.items())
 
 
 def test_without_the_library_the_references_and_why(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         native, "_loaded", lambda: "the C++ kernels cannot be loaded (wrong ELF class): install Cantata again"
     )
-    choices = kernel_choices(loaded(path))
+    choices = model_kernels(loaded(path))
     assert not_capturable(choices) == ["attention", "experts"]
     assert str(choices["attention"]) == f"torch reference ({native._loaded()})"
     assert str(choices["experts"]) == f"torch reference, MXFP4 layout natural ({native._loaded()})"
@@ -68,13 +68,6 @@ def test_without_the_library_the_references_and_why(path: Path, monkeypatch: pyt
     ]
 
 
-class _OnGpu:
-    """A loaded model as if its tensors were on a GPU."""
-
-    def __init__(self, model: GptOss) -> None:
-        self.device, self.dtype, self.embedding, self.layers = GPU, model.dtype, model.embedding, model.layers
-
-
 def on_gpu(
     path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -83,11 +76,35 @@ def on_gpu(
     layout: str = NATURAL,
     triton: bool = True,
 ) -> GptOss:
+    """What `model_kernels` reads of a model whose tensors are on a GPU of that architecture."""
     monkeypatch.setattr(checkpoint, "choose_layout", lambda device: layout)
-    monkeypatch.setattr(kernel_choice, "architecture", lambda device: architecture)
-    monkeypatch.setattr(kernel_choice, "has_triton", lambda: triton)
-    monkeypatch.setattr(kernel_choice, "triton_runs_on", lambda device: triton)
-    return _OnGpu(loaded(path, torch.bfloat16))  # type: ignore[return-value]
+    weights = loaded(path, torch.bfloat16).layers[0].experts.weights
+    if triton:
+        pytest.importorskip("triton")
+        from kernels.moe import grouped
+
+        monkeypatch.setattr(grouped, "check_memory", lambda weights, device: None)
+    for name, module in list(sys.modules.items()):
+        for function, found in (
+            ("architecture", architecture),
+            ("has_triton", triton),
+            ("triton_runs_on", triton),
+        ):
+            if name.startswith(("kernels.", "workers.rank.")) and hasattr(module, function):
+                monkeypatch.setattr(module, function, lambda *args, found=found: found)
+    dtype = torch.bfloat16
+    layer = SimpleNamespace(
+        attention=SimpleNamespace(kernels=attention.select(dtype, dtype, GPU)),
+        experts=SimpleNamespace(kernels=moe.select(weights, dtype, GPU)),
+    )
+    weight = SimpleNamespace(device=GPU, dtype=dtype)
+    return SimpleNamespace(  # type: ignore[return-value]
+        device=GPU,
+        layers=(layer,),
+        lm_head=SimpleNamespace(kernel=linear.select(weight)),  # type: ignore[arg-type]
+        pointwise=pointwise.select(dtype, GPU),
+        embed=embedding.select(dtype, GPU),
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,10 +129,11 @@ def test_on_a_gpu_triton(
     path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, layout: str, why: str
 ) -> None:
     pytest.importorskip("triton")
-    choices = kernel_choices(on_gpu(path, monkeypatch, architecture, layout=layout))
+    choices = model_kernels(on_gpu(path, monkeypatch, architecture, layout=layout))
     assert choices.keys() == OPERATIONS
-    assert choices["experts"] == KernelChoice(f"Triton {architecture}", why, f"MXFP4 layout {layout}")
-    assert choices["attention"] == choices["sampling"] == KernelChoice(f"Triton {architecture}", "on a GPU")
+    assert str(choices["experts"]) == f"Triton {architecture}, MXFP4 layout {layout} ({why})"
+    assert str(choices["attention"]) == str(choices["sampling"]) == f"Triton {architecture} (on a GPU)"
+    assert str(choices["dense layers"]) == "cuBLAS (through torch; the gate by Triton)"
     assert not not_capturable(choices)
     assert not slow_paths(choices, GPU)
 
@@ -142,24 +160,29 @@ def test_a_gpu_without_matrix_instructions_is_said(
         f"attention and experts will be slow: {architecture} has no instructions for products of "
         f"bf16 matrices"
     )
-    assert slow_paths(kernel_choices(model), GPU) == [sentence] * slow
+    assert slow_paths(model_kernels(model), GPU) == [sentence] * slow
 
 
 def test_a_slow_path_on_a_gpu_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    choices = kernel_choices(on_gpu(path, monkeypatch, "sm_100", layout="rows16"))
+    choices = model_kernels(on_gpu(path, monkeypatch, "sm_100", layout="rows16"))
     assert not_capturable(choices) == ["experts"]
     assert slow_paths(choices, GPU) == [
         "experts will be slow, on the torch reference: no Triton kernel takes these weights with "
         "torch.bfloat16 activations"
     ]
-    without = kernel_choices(on_gpu(path, monkeypatch, "sm_100", triton=False))
+    without = model_kernels(on_gpu(path, monkeypatch, "sm_100", triton=False))
     assert not_capturable(without) == ["attention", "experts"]
     assert slow_paths(without, GPU) == [
         "attention, experts, norms, RoPE, embedding, sampling will be slow, on the torch reference: Triton "
         "is not installed"
     ]
-    assert not_capturable(
-        without | {"attention": replace(without["attention"], implementation="Triton sm_90")}
-    ) == ["experts"]
-    assert without["attention"].implementation == REFERENCE
+    assert without["attention"].is_slow
+
+
+def test_what_can_be_captured_is_a_property_not_a_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = dict(model_kernels(on_gpu(path, monkeypatch, "sm_90", layout=WGMMA)))
+    choices["embedding"] = replace(choices["embedding"], name="torch reference", is_slow=True)
+    assert not_capturable(choices) == []
+    choices["experts"] = replace(choices["experts"], is_capturable=False)
+    assert not_capturable(choices) == ["experts"]

@@ -11,7 +11,8 @@ import torch
 from tests.support.fake_cuda import FakeCuda, Taken
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, EngineConfig, KVDtype, ParallelConfig, SchedulerConfig
-from workers.model.checkpoint import load_model
+from workers.kv_cache.tensors import KV_TORCH_DTYPES
+from workers.model.checkpoint import LoadOptions, load_model
 from workers.model.gpt_oss import GptOss
 from workers.parallel.collectives import Alone
 from workers.parallel.shard import plan_shards
@@ -52,7 +53,10 @@ def test_the_largest_batch(
 def test_the_model_runs_it_and_samples_every_sequence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_dtype: KVDtype
 ) -> None:
-    model = load_model(write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=CPU)
+    options = LoadOptions(kv_dtype=KV_TORCH_DTYPES[kv_dtype])
+    model = load_model(
+        write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=CPU, options=options
+    )
     sampled = []
     real = memory_profile.sample
     monkeypatch.setattr(

@@ -1,0 +1,94 @@
+"""What runs an operation, and why: chosen once, by the `select` of the operation's package, for the
+weights and the device. What depends on the shape of an input is left to the implementation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from kernels.backend import architecture, triton_runs_on
+from kernels.cpu import native
+
+REFERENCE = "torch reference"
+"""Name of implementations that are right everywhere and slow."""
+
+Run = TypeVar("Run", covariant=True)
+_Run = TypeVar("_Run")
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation(Generic[Run]):
+    """What runs an operation.
+
+    Attributes:
+        run: what to call; the operation's package says how.
+        name: for the user: `Triton sm_90`, `C++ avx512`, `cuBLAS`, REFERENCE.
+        why: a clause for the user.
+        layout: of the weights; empty where there is nothing to choose.
+        is_slow: a user should know, for a faster one exists elsewhere.
+        is_capturable: a CUDA graph can hold it; others read sizes back to the host.
+    """
+
+    run: Run
+    name: str
+    why: str
+    layout: str = ""
+    is_slow: bool = False
+    is_capturable: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.name}{', ' + self.layout if self.layout else ''} ({self.why})"
+
+
+def by_device(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    triton: Callable[[], _Run],
+    cpp: _Run,
+    reference: _Run,
+    is_capturable: bool = True,
+) -> Implementation[_Run]:
+    """What most operations are chosen by: Triton's where it runs, on a CPU the C++ one for its
+    dtypes, else the reference.
+
+    Args:
+        triton: returns that implementation; called where Triton is installed.
+        is_capturable: of the reference.
+    """
+    if triton_runs_on(device):
+        where = "in Triton's interpreter" if device.type == "cpu" else "on a GPU"
+        return Implementation(triton(), triton_name(device), where)
+    if device.type == "cpu" and dtype in native.DATA_TYPES and native.shared_library() is not None:
+        return Implementation(cpp, cpp_name(), _why_this_isa())
+    return slow_reference(reference, why_not_compiled(device, dtype), is_capturable=is_capturable)
+
+
+def slow_reference(run: _Run, why: str, layout: str = "", *, is_capturable: bool) -> Implementation[_Run]:
+    """The reference of an operation."""
+    return Implementation(run, REFERENCE, why, layout, is_slow=True, is_capturable=is_capturable)
+
+
+def triton_name(device: torch.device) -> str:
+    """Name of a Triton kernel."""
+    return f"Triton {architecture(device)}"
+
+
+def cpp_name() -> str:
+    """Name of a C++ kernel, with the instruction set in use."""
+    return f"C++ {native.isa()}"
+
+
+def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the reference runs on a device without Triton."""
+    if device.type == "cuda":
+        return "Triton is not installed"
+    if native.shared_library() is None:
+        return native.why_missing()
+    return f"the C++ kernels do not take {dtype} or these weights"
+
+
+def _why_this_isa() -> str:
+    setting = native.chosen_by()
+    return "the widest instructions of this processor" if setting is None else f"as {setting} says"
