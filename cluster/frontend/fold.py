@@ -90,7 +90,9 @@ class Fold:
 
     def add(self, event: ChoiceDelta | ChoiceFinish) -> AnswerDelta | None:
         """The delta that the event gives; None if it shows nothing."""
-        state = self._choices.setdefault(event.choice, _ChoiceState())
+        state = self._choices.get(event.choice)
+        if state is None:
+            state = self._choices[event.choice] = _ChoiceState()
         delta: ReasoningDelta | TextDelta | ToolCallDelta | Finish | None
         if isinstance(event, ChoiceFinish):
             delta = Finish(event.reason, event.stop_reason)

@@ -95,7 +95,9 @@ class _EventLog:
 
     def _close(self) -> None:
         if self._joined is not None:
-            event = replace(self._joined, text="".join(self._texts))
+            event = self._joined
+            if len(self._texts) > 1:
+                event = replace(event, text="".join(self._texts))
             self._events.append(
                 ChoiceDelta(self._index, event, tuple(self._joined_logprobs), tuple(self._joined_ids))
             )

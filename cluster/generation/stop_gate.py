@@ -31,9 +31,15 @@ class StopGate:
         if isinstance(event, MessageEnd):
             return self.follow(event)
         blank_line = self._blank_lines.before(event)
-        self._held.append((event, len(blank_line)))
         result = self._strings.push(blank_line + event.text)
         self.matched = result.matched
+        if not self._held and len(result.text) == len(blank_line) + len(event.text):
+            if isinstance(event, MessageDelta):
+                self._shown.append(event.text)
+            else:
+                self._note(event)
+            return [event]
+        self._held.append((event, len(blank_line)))
         released = self._release(len(result.text))
         return released if self.matched is None else released + self._cut_off()
 
@@ -57,17 +63,20 @@ class StopGate:
                     break
                 self._held.appendleft((MessageDelta(event.text[num_shown:]), 0))
                 event = replace(event, text=event.text[:num_shown])
-            match event:
-                case MessageStart(_, message, text):
-                    self._open, self._shown = message, [text]
-                    num_chars -= num_blank + len(text)
-                case MessageDelta(text):
-                    self._shown.append(text)
-                    num_chars -= num_blank + len(text)
-                case MessageEnd():
-                    self._open = None
+            if not isinstance(event, MessageEnd):
+                num_chars -= num_blank + len(event.text)
+            self._note(event)
             released.append(event)
         return released
+
+    def _note(self, event: MessageEvent) -> None:
+        match event:
+            case MessageStart(_, message, text):
+                self._open, self._shown = message, [text]
+            case MessageDelta(text):
+                self._shown.append(text)
+            case MessageEnd():
+                self._open = None
 
     def _cut_off(self) -> list[MessageEvent]:
         """Drop what is held, and end the message that a stop string cut off."""

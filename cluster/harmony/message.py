@@ -105,7 +105,7 @@ class BlankLines:
         """What stands in front of the event's text."""
         if isinstance(event, MessageStart):
             self._due = self._begun
-        if not event.text:
+        if not event.text or (self._begun and not self._due):
             return ""
         due, self._due, self._begun = self._due, False, True
         return BLANK_LINE if due else ""

@@ -232,14 +232,20 @@ def flat_text(messages: list[tuple[str, str]], stops: list[str]) -> tuple[str, s
     stop string that ends the content. Text is searched up to a message of another kind."""
     content = reasoning = ""
     search = StopStrings(stops)
-    begun = False
+    num_chars = 0
+    blank_lines: list[int] = []
     for kind, text in messages:
         if kind == "final":
-            result = search.push(("\n\n" if begun and text else "") + text)
-            begun = begun or bool(text)
+            if num_chars and text:
+                blank_lines.append(num_chars)
+                text = "\n\n" + text
+            num_chars += len(text)
+            result = search.push(text)
             content += result.text
             if result.matched is not None:
-                return content, reasoning, result.matched
+                # A blank line comes with the text behind it, or not at all.
+                cut = next((start for start in blank_lines if start < len(content) <= start + 2), None)
+                return content[:cut], reasoning, result.matched
         elif kind == "analysis":
             content += search.flush() if text else ""
             reasoning += ("\n\n" if reasoning and text else "") + text
@@ -259,6 +265,7 @@ def flat_text(messages: list[tuple[str, str]], stops: list[str]) -> tuple[str, s
 )
 @example(messages=[("final", "I will look it up."), ("final", "There are two.")], stops=[], size=1)
 @example(messages=[("final", "a"), ("final", "b")], stops=["\n\n"], size=1)
+@example(messages=[("final", "a"), ("final", "."), ("final", "b")], stops=[".\n\nb"], size=1)
 @example(messages=[("final", "a"), ("final", ""), ("final", "b")], stops=["a\n\nb"], size=2)
 @example(messages=[("analysis", "a"), ("analysis", "b"), ("final", "c")], stops=[], size=1000)
 def test_two_messages_of_one_kind_are_joined_by_a_blank_line(
