@@ -14,7 +14,7 @@ TEST_SUMMARY := .venv/test-summary.txt
 
 serve: ## Serve $(MODEL) (a random tiny demo model is made if it is not there) on loopback.
 	@scripts/install.sh
-	@[ "$(MODEL)" != checkpoints/tiny ] || $(MAKE) --no-print-directory checkpoints/tiny
+	@[ "$(MODEL)" != checkpoints/tiny ] || $(MAKE) --silent --no-print-directory checkpoints/tiny
 	@exec $(VENV)/cantata serve --standalone --model $(MODEL) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) $(SERVE_FLAGS)
 
 checkpoints/tiny: ## The demo model: a tiny one of the right shape, with random weights.

@@ -244,11 +244,14 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _serve(options: argparse.Namespace) -> int:
     from cluster.config import load_config, setting_paths
+    from workers.model_config import load_model_config
 
     known = set(setting_paths())
     config = load_config(
         options.config, flags={path: value for path, value in vars(options).items() if path in known}
     )
+    load_model_config(config.engine.model_path)  # a path that is wrong is an error at once
+    print(f"Starting to serve {config.engine.model_path}", file=sys.stderr, flush=True)
     if options.standalone:
         from cluster.standalone.serve import serve_standalone
 

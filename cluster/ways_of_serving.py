@@ -1,5 +1,5 @@
-"""Checks of settings that apply to only one way of serving. Another way refuses them, since they
-would have no effect."""
+"""What the ways of serving share, and checks of settings that apply to only one of them, which
+another way refuses, since they would have no effect."""
 
 from collections.abc import Iterable
 
@@ -8,6 +8,9 @@ from pydantic import BaseModel
 from cluster.config import AppConfig
 from workers.errors import ConfigError
 
+DRAIN_S = 30.0
+"""Seconds for running requests to end after the first SIGINT or SIGTERM to `cantata serve`:
+standalone unless `gateway_drain_timeout_s` is set, on Ray at most."""
 _STANDALONE_ONLY = ("gateway.max_header_bytes", "gateway.header_timeout_s")
 _RAY_ONLY = ("gateways", "engine_host", "engine_drain_timeout_s")
 

@@ -146,6 +146,14 @@ class ServeStanding:
             self._on_change(counted, len(ids) - counted)
 
 
+@dataclass(frozen=True, slots=True)
+class Listens:
+    """Host and port of Serve's HTTP and gRPC."""
+
+    http: tuple[str, int]
+    grpc: tuple[str, int]
+
+
 class ServeFleet:
     """The `cluster.metrics.FleetView` of a gateway replica. Serve reaches all gateways and knows
     how many engines were requested.
@@ -190,6 +198,18 @@ class ServeFleet:
             return int(deployments[self._engine.name]["target_num_replicas"])
         except (TimeoutError, KeyError, RayError):  # The controller is restarting.
             return num_listed
+
+    async def listens(self) -> Listens | None:
+        """Return where Serve listens; None if its controller does not answer."""
+        client = _get_global_client()
+        assert client is not None, "made outside a replica"
+        try:
+            async with asyncio.timeout(_CONTROLLER_TIMEOUT_S):
+                details = await client._controller.get_serve_instance_details.remote()
+            http, grpc = details["http_options"], details["grpc_options"]
+            return Listens((http["host"], http["port"]), (http["host"], grpc["port"]))
+        except (TimeoutError, KeyError, TypeError, RayError):
+            return None
 
 
 def missing_ingress_variables() -> dict[str, str]:

@@ -33,6 +33,8 @@ from cluster.serve.cluster_view import (
 )
 from cluster.serve.ray_environment import HAPROXY_HARD_STOP_S
 from cluster.serve.room import replica_bundles, shortage
+from cluster.summary import address
+from cluster.ways_of_serving import DRAIN_S
 from workers.errors import ConfigError, InvalidRequest
 from workers.rpc.convert import EngineInfo
 
@@ -44,9 +46,6 @@ logger = logging.getLogger(SERVE_LOGGER)
 _MAX_UNSENT_EVENTS = 16
 _FIRST_WORD_S = 5.0
 """Seconds that a new gateway waits for Serve's list of engines and for their answers."""
-SHUTDOWN_S = 30.0
-"""Maximum seconds for running requests to end when no other gateway is left, as in standalone
-serving."""
 _STANDING_PERIOD_S = 2.0
 """Seconds between two checks of whether this gateway is being stopped."""
 _REPORT_PERIOD_S = 60.0
@@ -74,6 +73,7 @@ class GatewayReplica:
         self._ending: asyncio.Task[None] | None = None
         self._standing = ServeStanding(self._note_standing)
         self._watching = asyncio.create_task(_watch_engines(self._replicas, config))
+        self._announcing = asyncio.create_task(self._announce())
         # A gateway that replaces another should know the engines before it gets requests. The first
         # gateway has none to wait for.
         with contextlib.suppress(TimeoutError):
@@ -177,11 +177,25 @@ class GatewayReplica:
         watching = getattr(self, "_watching", None)
         if watching is not None:
             watching.cancel()
+            self._announcing.cancel()
             self._replicas.stop()
             self._standing.stop()
             if self._ending is not None:
                 self._ending.cancel()
             await self._service.close()
+
+    async def _announce(self) -> None:
+        """Log what is served and where, once an engine serves."""
+        info = await self._infos.first()
+        found = await self._fleet.listens()
+        if found is not None:
+            logger.info(
+                "This gateway serves %s, up to %d tokens of context: HTTP http://%s/v1, gRPC %s",
+                self._config.model_name,
+                info.max_model_len,
+                address(*found.http),
+                address(*found.grpc),
+            )
 
     def _note_standing(self, counted: bool, num_others: int) -> None:
         if self._ending is not None:
@@ -189,7 +203,7 @@ class GatewayReplica:
         grace_s = (
             self._config.gateway_drain_timeout_s
             if num_others
-            else min(self._config.gateway_drain_timeout_s, SHUTDOWN_S)
+            else min(self._config.gateway_drain_timeout_s, DRAIN_S)
         )
         self._ending = None if counted else asyncio.create_task(self._end_requests(grace_s))
 

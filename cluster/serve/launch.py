@@ -16,7 +16,7 @@ from cluster.config import AppConfig, CantataConfig
 from cluster.serve.ray_environment import RAY_ENVIRONMENT
 from cluster.sockets import check_port_is_free
 from cluster.summary import Reach, start_up_summary
-from cluster.ways_of_serving import check_on_ray
+from cluster.ways_of_serving import DRAIN_S, check_on_ray
 from workers.console import keep_output_from_failing
 from workers.cores import engine_threads, usable_cores
 from workers.errors import ConfigError
@@ -137,7 +137,8 @@ def _run(config: CantataConfig) -> int:
         _serve_application(config)
     except KeyboardInterrupt:
         print(
-            "stopping: running requests have 30 s to end; a second signal stops at once",
+            f"stopping: running requests have {min(config.gateway_drain_timeout_s, DRAIN_S):g} s to end, "
+            f"then they end with an error; a second signal stops at once",
             file=sys.stderr,
             flush=True,
         )

@@ -14,6 +14,7 @@ from cluster.serve.cluster_view import ADDRESS_KEY, SECRET_KEY, SERVE_LOGGER, ST
 from cluster.serve.health import health_checks
 from workers.config import EngineConfig, ModelConfig
 from workers.engine.collector import spare_collections
+from workers.engine.progress import summary
 from workers.engine.server import EngineServer
 from workers.errors import ConfigError, EngineDead
 from workers.executor.base import Executor
@@ -46,8 +47,15 @@ class EngineReplica:
         bind = _node_address() if host == "auto" else host
         self._address = await self._server.start(config, f"[{bind}]:0" if ":" in bind else f"{bind}:0")
         spare_collections()
-        info = self._server.start_up
-        logger.info("engine serves %s on %s: %s", config.model_path, self._address, info.executor)
+        start_up = self._server.start_up
+        table = summary(
+            start_up.executor,
+            model=f"{config.model_path} ({start_up.info.model_fingerprint[:12]})",
+            longest_context=start_up.longest_context,
+            address=self._address,
+            metrics_address=None,
+        )
+        logger.info("Cantata engine %s\n%s", start_up.info.version, table)
         self._leaving = asyncio.create_task(self._leave_when_it_ends())
 
     async def reconfigure(self, user_config: object) -> None:

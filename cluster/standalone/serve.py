@@ -31,7 +31,7 @@ from cluster.harmony.encoding import HarmonyEncoding
 from cluster.sockets import bound_socket, check_port_is_free
 from cluster.standalone.supervisor import EngineFailed, EngineProcess
 from cluster.summary import Reach, start_up_summary
-from cluster.ways_of_serving import check_standalone
+from cluster.ways_of_serving import DRAIN_S, check_standalone
 from workers.config_json import engine_config_to_json
 from workers.console import keep_output_from_failing
 from workers.cores import engine_threads, thread_environment
@@ -46,9 +46,6 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 3600.0
 """Maximum seconds for an engine to load its model. A large checkpoint on a slow disk takes long,
 and its progress is shown."""
-DRAIN_S = 30.0
-"""Seconds for running requests to end after the first SIGINT or SIGTERM, unless
-`gateway_drain_timeout_s` is set, and for an engine to end after that."""
 CUT_S = 5.0
 """Seconds after that for the servers to tell the remaining clients that they were cut off."""
 

@@ -153,8 +153,25 @@ def test_what_a_model_cannot_do_is_refused_before_anything_starts(
         capfd.readouterr()
         assert cli.main(["serve", *mode, "--model", model, *flags]) == 1
         err = capfd.readouterr().err
-        assert err.startswith(f"cantata: {said}"), err
-        assert err.count("\n") == 1
+        first, sentence = err.splitlines()
+        assert first == f"Starting to serve {model}"
+        assert sentence.startswith(f"cantata: {said}"), err
+
+
+def test_the_first_line_does_not_wait_for_large_imports(tmp_path: Path) -> None:
+    model = str(tmp_path / "tiny")
+    assert cli.main(["make-checkpoint", "--preset", "tiny", "--layers", "1", model]) == 0
+    code = (
+        "import builtins, sys\nfrom cluster.cli import main\nsay = builtins.print\n"
+        "def watched(*words, **options):\n"
+        "    if words[0].startswith('Starting'):\n"
+        "        say(sorted({'torch', 'ray', 'grpc', 'fastapi', 'tokenizers', 'numpy'} & set(sys.modules)))\n"
+        "    say(*words, **options)\n"
+        "builtins.print = watched\n"
+        f"sys.exit(main(['serve', '--standalone', '--model', {model!r}, '--max-model-len', '200k']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "[]\n", result.stderr
 
 
 def test_a_models_name_on_a_hub_says_how_to_download_it(
@@ -217,6 +234,7 @@ def test_more_threads_than_cores_are_one_sentence(mode: list[str], tmp_path: Pat
     assert result.returncode == 1
     assert result.stdout == ""
     sentence = (
+        rf"Starting to serve {re.escape(str(out))}\n"
         r"cantata: engine_cpus \(--threads\) is 4096, and this process may use (\d+) cores: at most \1\n"
     )
     assert re.fullmatch(sentence, result.stderr), result.stderr

@@ -2,6 +2,7 @@
 that nobody prepared."""
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,7 @@ def test_cantata_serve_from_start_to_ctrl_c(
         assert none_left(served.mark, 15) == []
         log = served.log.read_text(errors="replace")
         assert "Cantata serves:" in log
+        assert "running requests have 2 s to end, then they end with an error" in log
         assert "slower ingress" not in log
         assert "Traceback" not in log
         assert "right" not in log
@@ -115,6 +117,7 @@ def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path
             with pytest.raises(grpc.RpcError) as refused:
                 stub.Chat(pb.ChatRequest(), metadata=metadata, timeout=60)
             assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        check_start_up_is_said(served)
         _kill_a_rank_and_wait_for_the_next_replica(served)
         assert (
             answer_of(httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False))
@@ -208,6 +211,16 @@ def check_streams_end(served: Served, stop: Callable[[], None], key: str) -> Non
 def num_up(served: Served) -> float:
     """Engines that answer the metrics page."""
     return counted(served, 'cantata_process_up{gateway="",process="engine"')
+
+
+def check_start_up_is_said(served: Served) -> None:
+    """The engine's table, and where the gateway can be reached."""
+    address = r"[\d.]+:\d+"
+    said = rf"This gateway serves {MODEL_NAME}, .*: HTTP http://{address}/v1, gRPC {address}"
+    until(lambda: re.search(said, served.log.read_text(errors="replace")) is not None, 30)
+    log = served.log.read_text(errors="replace")
+    assert re.search(r"shards +2 ranks, weights ", log)
+    assert "ExecutorInfo(" not in log
 
 
 def check_one_id(response: httpx.Response) -> None:

@@ -97,7 +97,7 @@ def _context(info: ExecutorInfo, longest: int) -> str:
     cache = f"a KV cache of {_readable(info.kv_cache_bytes // info.num_ranks)}{each}"
     return (
         f"{info.max_model_len} tokens of the model's {longest}, as much as {cache} holds; "
-        f"cache.memory_bytes gives it more"
+        f"engine.cache.memory_bytes gives it more"
     )
 
 

@@ -68,7 +68,7 @@ async def test_a_controller_that_starts_again_ends_nothing(monkeypatch: pytest.M
 
 
 async def test_the_last_gateway_has_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway, "SHUTDOWN_S", 0.0)
+    monkeypatch.setattr(gateway, "DRAIN_S", 0.0)
     monkeypatch.setattr(Config, "gateway_drain_timeout_s", 3600.0)
     one, other = replica(Standing(True)), replica(Standing(True))
     other._note_standing(False, 1)

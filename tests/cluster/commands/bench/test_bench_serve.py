@@ -408,6 +408,11 @@ def test_no_server_is_one_sentence() -> None:
         cli.main(["serve", "--base-url", "http://127.0.0.1:9"])
 
 
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/"])
+def test_a_base_url_may_be_that_of_the_api(path: str) -> None:
+    assert serve._base_url(f"http://127.0.0.1:8000/cantata{path}") == "http://127.0.0.1:8000/cantata"
+
+
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8000", "ftp://a", "http://", "http://user:pass@a", "http://a?x=1"]
 )
