@@ -3,7 +3,7 @@ more (bias, penalties, constraints, stop tokens before min_tokens) what their ne
 Builds the SamplingBatch of a step."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
@@ -153,6 +153,18 @@ class _Pairs:
         return np.concatenate(self._values)
 
 
+@dataclass(slots=True)
+class _Sparse:
+    """The parts of a batch that few rows have."""
+
+    bias: _Pairs
+    seen: _Pairs
+    allowed: _Pairs
+    forbidden: _Pairs
+    logprob_rows: list[int] = field(default_factory=list)
+    num_top_logprobs: int = 0
+
+
 class SamplingState:
     """Sampling parameters and states by slot.
 
@@ -240,33 +252,7 @@ class SamplingState:
             self._min_p[slots],
         )
         random = bool((temperature > 0).any())
-        bias, allowed, forbidden, seen = _Pairs(), _Pairs(), _Pairs(), _Pairs()
-        logprob_rows: list[int] = []
-        num_top_logprobs = 0
-        for row, slot in enumerate(slots.tolist()) if self._extras else ():
-            extras = self._extras.get(slot)
-            if extras is None:
-                continue
-            if extras.bias_ids is not None:
-                bias.add(row, extras.bias_ids, extras.bias_values)
-            prefix = prefixes.get(row, ())
-            if extras.seen is not None:
-                tokens = extras.seen.with_output(prefix) if prefix else extras.seen
-                seen.add(row, tokens.token_ids, tokens.output_counts)
-            if extras.constraint is not None:
-                tables, state = extras.constraint.tables, extras.constraint.after(prefix)
-                if (ids := tables.allowed(state)) is not None:
-                    allowed.add(row, ids)
-                else:
-                    # As a bias: `forbidden_ids` gives way where nothing is left, which is meant for
-                    # stop tokens before min_tokens only.
-                    ids = tables.forbidden(state)
-                    bias.add(row, ids, np.full(len(ids), -np.inf, dtype=np.float32))
-            if len(extras.stop_token_ids) and output_positions[row] < extras.min_tokens:
-                forbidden.add(row, extras.stop_token_ids)
-            if extras.num_logprobs is not None:
-                logprob_rows.append(row)
-                num_top_logprobs = max(num_top_logprobs, extras.num_logprobs)
+        sparse = self._gather(slots, output_positions, prefixes)
         parts: dict[str, tuple[Array, ...]] = {}
         if random:
             parts |= {
@@ -281,17 +267,17 @@ class SamplingState:
             )
             parts |= {name: (values,) for name, values, used in filters if used}
         vectors = tuple(parts)
-        if bias:
-            parts["logit_bias"] = (*bias.arrays(), bias.values())
-        if seen:
+        if sparse.bias:
+            parts["logit_bias"] = (*sparse.bias.arrays(), sparse.bias.values())
+        if sparse.seen:
             limits = (self._presence[slots], self._frequency[slots], self._repetition[slots])
-            parts["penalties"] = (*seen.arrays(), seen.values(), *limits)
-        if allowed:
-            parts["allowed_ids"] = allowed.arrays()
-        if forbidden:
-            parts["forbidden_ids"] = forbidden.arrays()
-        if logprob_rows:
-            parts["logprob_rows"] = (np.array(logprob_rows, dtype=np.int64),)
+            parts["penalties"] = (*sparse.seen.arrays(), sparse.seen.values(), *limits)
+        if sparse.allowed:
+            parts["allowed_ids"] = sparse.allowed.arrays()
+        if sparse.forbidden:
+            parts["forbidden_ids"] = sparse.forbidden.arrays()
+        if sparse.logprob_rows:
+            parts["logprob_rows"] = (np.array(sparse.logprob_rows, dtype=np.int64),)
         tensors = _upload(parts, inputs)
         return SamplingBatch(
             **{name: tensors[name][0] for name in vectors},  # type: ignore[arg-type]
@@ -299,9 +285,40 @@ class SamplingState:
             penalties=Penalties(*tensors["penalties"]) if "penalties" in tensors else None,
             allowed_ids=TokenIds(*tensors["allowed_ids"]) if "allowed_ids" in tensors else None,
             forbidden_ids=TokenIds(*tensors["forbidden_ids"]) if "forbidden_ids" in tensors else None,
-            logprob_rows=tensors["logprob_rows"][0] if logprob_rows else None,
-            num_top_logprobs=num_top_logprobs,
+            logprob_rows=tensors["logprob_rows"][0] if sparse.logprob_rows else None,
+            num_top_logprobs=sparse.num_top_logprobs,
         )
+
+    def _gather(
+        self, slots: Ints, output_positions: Ints, prefixes: Mapping[int, Sequence[int]]
+    ) -> "_Sparse":
+        """What few rows have."""
+        sparse = _Sparse(_Pairs(), _Pairs(), _Pairs(), _Pairs())
+        for row, slot in enumerate(slots.tolist()) if self._extras else ():
+            extras = self._extras.get(slot)
+            if extras is None:
+                continue
+            prefix = prefixes.get(row, ())
+            if extras.bias_ids is not None:
+                sparse.bias.add(row, extras.bias_ids, extras.bias_values)
+            if extras.seen is not None:
+                tokens = extras.seen.with_output(prefix) if prefix else extras.seen
+                sparse.seen.add(row, tokens.token_ids, tokens.output_counts)
+            if extras.constraint is not None:
+                tables, state = extras.constraint.tables, extras.constraint.after(prefix)
+                if (ids := tables.allowed(state)) is not None:
+                    sparse.allowed.add(row, ids)
+                else:
+                    # As a bias: `forbidden_ids` gives way where nothing is left, which is meant for
+                    # stop tokens before min_tokens only.
+                    ids = tables.forbidden(state)
+                    sparse.bias.add(row, ids, np.full(len(ids), -np.inf, dtype=np.float32))
+            if len(extras.stop_token_ids) and output_positions[row] < extras.min_tokens:
+                sparse.forbidden.add(row, extras.stop_token_ids)
+            if extras.num_logprobs is not None:
+                sparse.logprob_rows.append(row)
+                sparse.num_top_logprobs = max(sparse.num_top_logprobs, extras.num_logprobs)
+        return sparse
 
 
 def _upload(parts: dict[str, tuple[Array, ...]], inputs: InputBuffers) -> dict[str, list[Tensor]]:
