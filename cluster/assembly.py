@@ -2,29 +2,28 @@
 standalone alike."""
 
 import asyncio
+import datetime
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cluster.config import AppConfig, GatewayConfig
 from cluster.fleet.client import EngineClient
 from cluster.fleet.directory import ReplicaSet
+from cluster.fleet.dispatch import Dispatcher
+from cluster.fleet.infos import ReplicaInfos
 from cluster.fleet.probe import Patience
-from cluster.fleet.table import Replica
-from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInfo
+from cluster.fleet.status import FleetStatus
+from cluster.fleet.table import Replica, ReplicaDirectory
+from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInfo, Prompts, ServedModel
+from cluster.generation.prompts import utc_today
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.metrics import FleetView, GatewayMetrics
 from workers.config import check_max_model_len, longest_context
-from workers.errors import CantataError
 from workers.model_config import load_model_config
 from workers.parallel.shard import plan_shards
 from workers.rpc.convert import EngineInfo
-
-_PROBE_TIMEOUT_S = 5.0
-_PROBE_PERIOD_S = 0.1
-_MAX_PROBES = 100
-"""Maximum number of probes of a new replica. One that does not answer is asked again when the list
-changes."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +59,46 @@ def context_with_enough_memory(config: AppConfig) -> int:
     return longest_context(load_model_config(config.engine.model_path), config.engine.max_model_len)
 
 
-def build_service(
-    config: AppConfig, encoding: HarmonyEncoding, replicas: ReplicaSet, fleet: FleetView | None = None
-) -> "tuple[GenerationService, ReplicaInfos]":
-    """Build the service over these replicas, which may be none yet; until there is one, requests
-    get NoReplica. Call it in an event loop; the caller closes the service."""
-    gateway, model = config.gateway, load_model_config(config.engine.model_path)
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """The parts of a gateway; the service is closed by its owner."""
+
+    service: GenerationService
+    status: FleetStatus
+
+
+def connect(
+    model: ModelInfo,
+    encoding: HarmonyEncoding,
+    replicas: ReplicaDirectory,
+    client: EngineClient,
+    *,
+    defaults: ChatDefaults | None = None,
+    limits: Limits | None = None,
+    view: FleetView | None = None,
+    today: Callable[[], datetime.date] = utc_today,
+) -> Gateway:
+    """Build a gateway over these replicas. Call it in an event loop; the client is closed with the
+    service.
+
+    Args:
+        view: the processes beside this one, for the metrics; None: there is one gateway.
+        today: the current day in UTC, for `conversation_date: auto`.
+    """
+    metrics, served = GatewayMetrics(), ServedModel(model)
+    prompts = Prompts(encoding, served, defaults, today)
+    service = GenerationService(served, prompts, Dispatcher(replicas, client, metrics), metrics, limits)
+    return Gateway(service, FleetStatus(replicas, client, metrics, view))
+
+
+def build_gateway(
+    config: AppConfig, encoding: HarmonyEncoding, replicas: ReplicaSet, view: FleetView | None = None
+) -> tuple[Gateway, ReplicaInfos]:
+    """Build the configured gateway over these replicas, which may be none yet; until there is one,
+    requests get NoReplica. Call it in an event loop; the caller closes the service."""
+    settings, model = config.gateway, load_model_config(config.engine.model_path)
     client = EngineClient(
-        replicas.silent, Patience(gateway.probe_timeout_s, config.engine.heartbeat_timeout_s)
+        replicas.silent, Patience(settings.probe_timeout_s, config.engine.heartbeat_timeout_s)
     )
     # Tasks are kept until they end, because the event loop holds only weak references to them.
     closing: set[asyncio.Task[None]] = set()
@@ -79,34 +110,30 @@ def build_service(
 
     replicas.on_gone(forget)
     created_unix_s = int(time.time())
-    service = GenerationService(
-        ModelInfo(
-            config.model_name,
-            longest_context(model, config.engine.max_model_len),
-            model.vocab_size,
-            created_unix_s=created_unix_s,
-        ),
+    context = longest_context(model, config.engine.max_model_len)
+    gateway = connect(
+        ModelInfo(config.model_name, context, model.vocab_size, created_unix_s=created_unix_s),
         encoding,
         replicas,
         client,
-        GatewayMetrics(),
-        defaults=chat_defaults(gateway),
-        limits=limits(gateway),
-        fleet=fleet,
+        defaults=chat_defaults(settings),
+        limits=limits(settings),
+        view=view,
     )
+    served = gateway.service.served
 
     def serve_as(info: EngineInfo) -> None:
-        if info.max_model_len != service.model.max_model_len:
+        if info.max_model_len != served.info.max_model_len:
             logger.info(
                 "requests may have %d tokens from now on: the shortest context of a replica",
                 info.max_model_len,
             )
-        service.set_model(ModelInfo.from_engine(info, config.model_name, created_unix_s))
+        served.info = ModelInfo.from_engine(info, config.model_name, created_unix_s)
 
     infos = ReplicaInfos(replicas, client, serve_as)
     replicas.on_change(infos.look)
     infos.look()
-    return service, infos
+    return gateway, infos
 
 
 def chat_defaults(gateway: GatewayConfig) -> ChatDefaults:
@@ -117,61 +144,3 @@ def chat_defaults(gateway: GatewayConfig) -> ChatDefaults:
 def limits(gateway: GatewayConfig) -> Limits:
     """Return the gateway's limits."""
     return Limits(gateway.max_in_flight_requests, gateway.request_timeout_s)
-
-
-class ReplicaInfos:
-    """Asks each new replica what it serves. The service promises the shortest context among them:
-    without max_model_len each engine takes what its memory allows.
-
-    Args:
-        use: called with the info of the replica with the shortest context whenever it may have
-            changed.
-    """
-
-    def __init__(self, replicas: ReplicaSet, client: EngineClient, use: Callable[[EngineInfo], None]) -> None:
-        self._replicas = replicas
-        self._client = client
-        self._use = use
-        self._known: dict[Replica, EngineInfo] = {}
-        self._asking: dict[Replica, asyncio.Task[None]] = {}
-        self._latest: EngineInfo | None = None
-        self._answered = asyncio.Event()
-
-    async def first(self) -> EngineInfo:
-        """Wait for the first answer, and briefly for those of other replicas being asked; return
-        what the service promises."""
-        await self._answered.wait()
-        if self._asking:
-            await asyncio.wait(list(self._asking.values()), timeout=_PROBE_TIMEOUT_S)
-        assert self._latest is not None
-        return self._latest
-
-    def look(self) -> None:
-        """Compare the list of replicas: forget those that have left, ask those that are new."""
-        listed = self._replicas.known()
-        self._known = {replica: info for replica, info in self._known.items() if replica in listed}
-        for replica in listed:
-            if replica not in self._known and replica not in self._asking:
-                self._asking[replica] = asyncio.ensure_future(self._ask(replica))
-        if self._known:
-            self._latest = min(self._known.values(), key=lambda info: info.max_model_len)
-            self._use(self._latest)
-            self._answered.set()
-
-    async def _ask(self, replica: Replica) -> None:
-        info = None
-        try:
-            for _ in range(_MAX_PROBES):
-                if replica not in self._replicas.known():
-                    return
-                try:
-                    info = await self._client.info(replica, _PROBE_TIMEOUT_S)
-                except CantataError:
-                    await asyncio.sleep(_PROBE_PERIOD_S)
-                else:
-                    break
-        finally:
-            del self._asking[replica]
-        if info is not None:
-            self._known[replica] = info
-            self.look()  # the replica may have left meanwhile

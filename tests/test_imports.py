@@ -81,6 +81,7 @@ MODULES = {
     "workers.engine.step_profile": {"kernels.cpu.profile", "kernels.cpu.roofline"},
     "cluster.fleet.client": {"workers.engine.access"},
     "cluster.fleet.dispatch": {"workers.kv_cache.prefix_cache"},  # the same hashes
+    "cluster.frontend.app": {"cluster.fleet.status"},  # for /ready and /metrics
     "cluster.serve.preflight": {"cluster.commands.gpus"},
 }
 """Modules that single modules may import beside."""

@@ -119,6 +119,10 @@ class Dispatcher:
             finally:
                 self._replicas.release(replica)
 
+    async def close(self) -> None:
+        """Close the connections to engines; what still runs ends with an error."""
+        await self._client.close()
+
     def _count(
         self, request: EngineRequest, replica: Replica, error: CantataError, *, went: bool, num_tokens: int
     ) -> None:

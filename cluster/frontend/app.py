@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from cluster.config import GatewayConfig
+from cluster.fleet.status import FleetStatus
 from cluster.frontend import answers, body, chat, completions, errors, schema, sse
 from cluster.frontend.docs_page import add_docs
 from cluster.frontend.edge import Edge
@@ -25,6 +26,7 @@ _SHOWN_PATH = 100
 
 def build_app(
     service: GenerationService,
+    status: FleetStatus,
     config: GatewayConfig | None = None,
     *,
     cors_origins: Sequence[str] = (),
@@ -69,7 +71,7 @@ def build_app(
     schemas = Schemas()
     _add_generation(app, service, schemas, limits)
     _add_tokens(app, service, schemas, limits)
-    _add_status(app, service, schemas)
+    _add_status(app, service, status, schemas)
     add_docs(app)
 
     def openapi() -> dict[str, Any]:
@@ -93,17 +95,21 @@ def _add_generation(
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
         asked, wanted = await body.read(
-            request, schema.ChatCompletionRequest, limits, service.model.max_model_len, chat.chat_request
+            request,
+            schema.ChatCompletionRequest,
+            limits,
+            service.served.info.max_model_len,
+            chat.chat_request,
         )
         request_id: str = request.state.request_id
         generation = await sse.begin(request, service.chat(wanted, request_id))
         if asked.stream:
             return sse.EventStream(
-                generation, chat.chunks(generation, asked, service.model.fingerprint), request_id
+                generation, chat.chunks(generation, asked, service.served.info.fingerprint), request_id
             )
         try:
             return _json(
-                await sse.until_gone(request, chat.answer(generation, asked, service.model.fingerprint))
+                await sse.until_gone(request, chat.answer(generation, asked, service.served.info.fingerprint))
             )
         finally:
             await generation.aclose()
@@ -120,19 +126,19 @@ def _add_generation(
             request,
             schema.CompletionRequest,
             limits,
-            service.model.max_model_len,
+            service.served.info.max_model_len,
             completions.completion_request,
         )
         request_id: str = request.state.request_id
         generation = await sse.begin(request, service.complete(wanted, request_id))
         if asked.stream:
             return sse.EventStream(
-                generation, completions.chunks(generation, asked, service.model.fingerprint), request_id
+                generation, completions.chunks(generation, asked, service.served.info.fingerprint), request_id
             )
         try:
             return _json(
                 await sse.until_gone(
-                    request, completions.answer(generation, asked, service.model.fingerprint)
+                    request, completions.answer(generation, asked, service.served.info.fingerprint)
                 )
             )
         finally:
@@ -144,15 +150,17 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limi
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt, or of a chat as the model sees it."""
         asked, wanted = await body.read(
-            request, schema.TokenizeRequest, limits, service.model.max_model_len, _to_tokenize
+            request, schema.TokenizeRequest, limits, service.served.info.max_model_len, _to_tokenize
         )
-        service.check_model(asked.model)
-        ids = await (service.tokenize(wanted) if isinstance(wanted, str) else service.render_chat(wanted))
+        service.served.check(asked.model)
+        ids = await (
+            service.prompts.tokenize(wanted) if isinstance(wanted, str) else service.prompts.chat(wanted)
+        )
         answer: answers.TokenizeAnswer = {
             "count": len(ids),
-            "max_model_len": service.model.max_model_len,
+            "max_model_len": service.served.info.max_model_len,
             "tokens": ids,
-            "token_strs": service.token_texts(ids) if asked.return_token_strs else None,
+            "token_strs": service.prompts.token_texts(ids) if asked.return_token_strs else None,
         }
         return _json(answer)
 
@@ -162,10 +170,14 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limi
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         asked, tokens = await body.read(
-            request, schema.DetokenizeRequest, limits, service.model.max_model_len, lambda body: body.tokens
+            request,
+            schema.DetokenizeRequest,
+            limits,
+            service.served.info.max_model_len,
+            lambda body: body.tokens,
         )
-        service.check_model(asked.model)
-        answer: answers.DetokenizeAnswer = {"prompt": await service.detokenize(tokens)}
+        service.served.check(asked.model)
+        answer: answers.DetokenizeAnswer = {"prompt": await service.prompts.detokenize(tokens)}
         return _json(answer)
 
 
@@ -186,7 +198,7 @@ def _to_tokenize(asked: schema.TokenizeRequest) -> str | ChatRequest:
     )
 
 
-def _add_status(app: FastAPI, service: GenerationService, schemas: Schemas) -> None:
+def _add_status(app: FastAPI, service: GenerationService, status: FleetStatus, schemas: Schemas) -> None:
     version: answers.VersionAnswer = {"version": app.version}
 
     @app.get("/v1/models", openapi_extra=schemas.describe(None, answers.ModelList))
@@ -194,15 +206,15 @@ def _add_status(app: FastAPI, service: GenerationService, schemas: Schemas) -> N
         """What is served."""
         models: answers.ModelList = {
             "object": "list",
-            "data": [_model_body(model) for model in service.models()],
+            "data": [_model_body(service.served.info)],
         }
         return _json(models)
 
     @app.get("/v1/models/{model_id:path}", openapi_extra=schemas.describe(None, answers.ModelBody))
     async def get_model(model_id: str) -> Response:
         """One model."""
-        service.check_model(model_id)
-        return _json(_model_body(service.model))
+        service.served.check(model_id)
+        return _json(_model_body(service.served.info))
 
     @app.get("/health", openapi_extra=schemas.describe(None, answers.StatusAnswer))
     async def health() -> Response:
@@ -213,7 +225,7 @@ def _add_status(app: FastAPI, service: GenerationService, schemas: Schemas) -> N
     @app.get("/ready", openapi_extra=schemas.describe(None, answers.StatusAnswer))
     async def ready() -> Response:
         """Some replica takes requests; 503 until then."""
-        if not await service.ready():
+        if not await status.ready():
             raise NoReplica("No replica answers yet.")
         answer: answers.StatusAnswer = {"status": "ready"}
         return _json(answer)
@@ -226,7 +238,7 @@ def _add_status(app: FastAPI, service: GenerationService, schemas: Schemas) -> N
     )
     async def metrics() -> Response:
         """Metrics of this gateway and of the engines it knows."""
-        return Response(await service.metrics_text(), headers={"content-type": CONTENT_TYPE})
+        return Response(await status.metrics_text(), headers={"content-type": CONTENT_TYPE})
 
     @app.get("/version", openapi_extra=schemas.describe(None, answers.VersionAnswer))
     async def get_version() -> Response:

@@ -82,11 +82,8 @@ class InferenceApi:
 
     def list_models(self) -> pb.ListModelsResponse:
         """What is served."""
-        return pb.ListModelsResponse(
-            models=[
-                pb.Model(id=model.id, max_model_len=model.max_model_len) for model in self._service.models()
-            ]
-        )
+        model = self._service.served.info
+        return pb.ListModelsResponse(models=[pb.Model(id=model.id, max_model_len=model.max_model_len)])
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
@@ -205,10 +202,13 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
 
-async def start_grpc_server(service: GenerationService, address: str, config: GatewayConfig) -> GrpcServer:
+async def start_grpc_server(
+    service: GenerationService, ready: Callable[[], Awaitable[bool]], address: str, config: GatewayConfig
+) -> GrpcServer:
     """Serve the public API, health and reflection.
 
     Args:
+        ready: whether some replica takes requests.
         address: `host:port`; port 0 takes a free one.
     Raises:
         OSError: the address cannot be bound.
@@ -232,19 +232,20 @@ async def start_grpc_server(service: GenerationService, address: str, config: Ga
     except RuntimeError as error:
         raise OSError(f"{address} cannot be bound: {error}") from error
     await server.start()
-    watch = asyncio.create_task(_watch_health(service, health_servicer.set))
+    watch = asyncio.create_task(_watch_health(ready, health_servicer.set))
     return GrpcServer(server, f"{address.rpartition(':')[0]}:{port}", watch)
 
 
 async def _watch_health(
-    service: GenerationService, set_status: Callable[[str, int], Awaitable[None]]
+    ready: Callable[[], Awaitable[bool]], set_status: Callable[[str, int], Awaitable[None]]
 ) -> None:
     """The server as a whole is up; the Inference service is serving while a replica answers."""
     await set_status("", health_pb2.HealthCheckResponse.SERVING)
     while True:
-        ready = await service.ready()
         status = (
-            health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+            health_pb2.HealthCheckResponse.SERVING
+            if await ready()
+            else health_pb2.HealthCheckResponse.NOT_SERVING
         )
         await set_status(SERVICE_NAME, status)
         await asyncio.sleep(_HEALTH_PERIOD_S)

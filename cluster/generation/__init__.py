@@ -1,9 +1,10 @@
 """The transport-neutral service under both APIs: requests in, events out."""
 
+from cluster.generation.prompts import Prompts
 from cluster.generation.requests import ChatRequest, CompletionRequest, FieldNames
 from cluster.generation.running import Generation
 from cluster.generation.service import GenerationService
-from cluster.generation.settings import ChatDefaults, Limits, ModelInfo
+from cluster.generation.settings import ChatDefaults, Limits, ModelInfo, ServedModel
 
 __all__ = [
     "ChatDefaults",
@@ -14,4 +15,6 @@ __all__ = [
     "GenerationService",
     "Limits",
     "ModelInfo",
+    "Prompts",
+    "ServedModel",
 ]

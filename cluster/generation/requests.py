@@ -63,3 +63,7 @@ class CompletionRequest:
     skip_special_tokens: bool = True
     model: str | None = None
     names: FieldNames = field(default_factory=FieldNames)
+
+    def place(self, index: int) -> str:
+        """Return how the client spells one of the prompts."""
+        return f"prompt[{index}]" if len(self.prompts) > 1 else "prompt"

@@ -3,37 +3,21 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 
 from cluster.events import ChoiceDelta, ChoiceFinish, GenerationEvent, Usage
 from cluster.fleet.dispatch import Dispatcher
-from cluster.fleet.table import RoutingHint
-from cluster.generation.choices import Choice, ChoiceEvent
+from cluster.generation.admission import Ticket
+from cluster.generation.choices import ChoiceEvent
+from cluster.generation.turn import Job, Turn
 from cluster.harmony.message import shows
 from cluster.metrics import GatewayMetrics
 from workers.errors import CantataError
-from workers.request import EngineOutput, EngineRequest
+from workers.request import EngineOutput
 
 _QUEUE_SIZE = 64
 """Events made but not read. When it is full a choice stops reading from its engine, which then
 sends several tokens a message."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One choice: what the engine is asked and who reads its answer.
-
-    Attributes:
-        hint: for the choice of its replica.
-        prompt_index: which of the generation's prompts it continues.
-    """
-
-    request: EngineRequest
-    choice: Choice
-    hint: RoutingHint
-    prompt_index: int = 0
 
 
 class Generation:
@@ -49,34 +33,20 @@ class Generation:
         prompts: token ids of each prompt.
     """
 
-    def __init__(
-        self,
-        id: str,
-        model: str,
-        prompts: Sequence[tuple[int, ...]],
-        jobs: Sequence[Job],
-        dispatcher: Dispatcher,
-        metrics: GatewayMetrics,
-        *,
-        arrived: float,
-        deadline: float | None,
-        on_end: Callable[[], None],
-    ) -> None:
+    def __init__(self, turn: Turn, dispatcher: Dispatcher, metrics: GatewayMetrics, ticket: Ticket) -> None:
         """
         Args:
-            arrived, deadline: monotonic seconds.
-            on_end: called once, when the generation is over.
+            ticket: given back when the generation is over.
         """
-        self.id = id
-        self.model = model
+        self.id = turn.id
+        self.model = turn.model
         self.created_unix_s = int(time.time())
-        self.prompts = tuple(prompts)
-        self._jobs = tuple(jobs)
+        self.prompts = turn.prompts
+        self._turn = turn
+        self._jobs = turn.jobs
         self._dispatcher = dispatcher
         self._metrics = metrics
-        self._arrived = arrived
-        self._deadline = deadline
-        self._on_end = on_end
+        self._ticket = ticket
         self._events: asyncio.Queue[ChoiceEvent | Exception] = asyncio.Queue(_QUEUE_SIZE)
         self._first: deque[GenerationEvent] = deque()
         self._num_unfinished = len(self._jobs)
@@ -152,7 +122,9 @@ class Generation:
 
     async def _run(self, job: Job) -> None:
         try:
-            async with aclosing(self._dispatcher.stream(job.request, self._deadline, job.hint)) as outputs:
+            async with aclosing(
+                self._dispatcher.stream(job.request, self._turn.deadline, job.hint)
+            ) as outputs:
                 previous: float | None = None
                 async for output in outputs:
                     previous = self._observe(len(output.token_ids), previous)
@@ -183,7 +155,7 @@ class Generation:
             return previous
         now = time.monotonic()
         if previous is None:
-            self._metrics.time_to_first_token.observe(now - self._arrived)
+            self._metrics.time_to_first_token.observe(now - self._turn.arrived)
         else:
             for _ in range(num_tokens):
                 self._metrics.inter_token.observe((now - previous) / num_tokens)
@@ -200,10 +172,10 @@ class Generation:
         finally:
             if not self._refused:
                 self._record()
-            self._on_end()
+            self._ticket.give_back()
 
     def _record(self) -> None:
-        self._metrics.duration.observe(time.monotonic() - self._arrived)
+        self._metrics.duration.observe(time.monotonic() - self._turn.arrived)
         for job in self._jobs:
             for kind, count in job.choice.repairs.items():
                 self._metrics.repairs.labels(kind).inc(count)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.harmony.render import ReasoningEffort
+from workers.errors import ModelNotFound
 from workers.rpc.convert import EngineInfo
 
 
@@ -29,6 +30,26 @@ class ModelInfo:
         return cls(
             id or info.model_name, info.max_model_len, info.vocab_size, info.model_fingerprint, created_unix_s
         )
+
+
+class ServedModel:
+    """What is served now; its context is the shortest among the replicas, which come and go.
+
+    Attributes:
+        info: may be replaced while requests run.
+    """
+
+    def __init__(self, info: ModelInfo) -> None:
+        self.info = info
+
+    def check(self, name: str | None) -> None:
+        """Refuse another model's name.
+
+        Raises:
+            ModelNotFound: and says which one is served.
+        """
+        if name is not None and name != self.info.id:
+            raise ModelNotFound(f"The model {name[:100]!r} does not exist; this server has {self.info.id!r}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from cluster.assembly import build_service, chat_defaults, limits, load_encoding
+from cluster.assembly import build_gateway, chat_defaults, limits, load_encoding
 from cluster.config import AppConfig, reconfigured, with_api_keys
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import SERVICE_NAME, InferenceServicer
@@ -68,7 +68,8 @@ class GatewayReplica:
         self._configured = False
         self._replicas = ServeReplicas(engine)
         self._fleet = ServeFleet(engine)
-        self._service, self._infos = build_service(config, load_encoding(config), self._replicas, self._fleet)
+        gateway, self._infos = build_gateway(config, load_encoding(config), self._replicas, self._fleet)
+        self._service, self._status = gateway.service, gateway.status
         self._servicer = InferenceServicer(self._service, config.gateway)
         self._ending: asyncio.Task[None] | None = None
         self._standing = ServeStanding(self._note_standing)
@@ -102,7 +103,7 @@ class GatewayReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the app that serves HTTP requests (a hook of Serve)."""
-        return build_app(self._service, self._config.gateway, server_has_ids=True)
+        return build_app(self._service, self._status, self._config.gateway, server_has_ids=True)
 
     async def engine_info(self) -> EngineInfo:
         """Return what the engines serve, for the start-up summary. Waits until an engine
@@ -155,7 +156,7 @@ class GatewayReplica:
             await context.abort(
                 grpc.StatusCode.NOT_FOUND, f"There is no service {request.service[:100]!r} here."
             )
-        serving = request.service == "" or await self._service.ready()
+        serving = request.service == "" or await self._status.ready()
         status = (
             health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         )

@@ -15,14 +15,15 @@ from typing import TypeVar
 import uvicorn
 
 from cluster.assembly import (
-    ReplicaInfos,
-    build_service,
+    Gateway,
+    build_gateway,
     check_model,
     context_with_enough_memory,
     load_encoding,
 )
 from cluster.config import CantataConfig, ListenConfig
 from cluster.fleet.directory import ReplicaSet
+from cluster.fleet.infos import ReplicaInfos
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
 from cluster.frontend.http_server import HttpServer
@@ -107,11 +108,11 @@ async def _serve(config: CantataConfig) -> int:
         try:
             started = await stop.unless_asked(_start(config, encoding, engines, replicas))
             if started is not None:
-                service, info = started
+                gateway, info = started
                 try:
-                    await _serve_gateway(config, service, info, http_socket, stop, engines)
+                    await _serve_gateway(config, gateway, info, http_socket, stop, engines)
                 finally:
-                    await service.close()
+                    await gateway.service.close()
         except EngineFailed as error:
             if not error.explained:
                 print(f"cantata: {error}", file=sys.stderr)
@@ -124,7 +125,7 @@ async def _serve(config: CantataConfig) -> int:
 
 async def _serve_gateway(
     config: CantataConfig,
-    service: GenerationService,
+    gateway: Gateway,
     info: EngineInfo,
     http_socket: socket.socket,
     stop: StopSignals,
@@ -136,18 +137,21 @@ async def _serve_gateway(
     Raises:
         EngineFailed: every engine has been given up.
     """
-    keys = config.gateway.api_keys
+    keys, service = config.gateway.api_keys, gateway.service
     drain_s = _drain_s(config)
     grpc_address = _address(config.listen.host, config.listen.grpc_port)
     try:
-        grpc_server = await start_grpc_server(service, grpc_address, config.gateway)
+        grpc_server = await start_grpc_server(service, gateway.status.ready, grpc_address, config.gateway)
     except OSError:
         raise ConfigError(
             f"cannot listen on {config.listen.host} port {config.listen.grpc_port}; set listen.grpc_port to "
             f"another"
         ) from None
     http_server = HttpServer(
-        build_app(service, config.gateway), config.gateway, service.metrics, graceful_s=drain_s + CUT_S
+        build_app(service, gateway.status, config.gateway),
+        config.gateway,
+        service.metrics,
+        graceful_s=drain_s + CUT_S,
     )
     serving = asyncio.create_task(http_server.serve([http_socket]))
     http_host, http_port = http_socket.getsockname()[:2]
@@ -234,7 +238,7 @@ def _engines(config: CantataConfig, replicas: ReplicaSet, sockets: Path) -> list
 
 async def _start(
     config: CantataConfig, encoding: HarmonyEncoding, engines: list[EngineProcess], replicas: ReplicaSet
-) -> tuple[GenerationService, EngineInfo]:
+) -> tuple[Gateway, EngineInfo]:
     starts = [asyncio.create_task(engine.start(START_TIMEOUT_S)) for engine in engines]
     try:
         await asyncio.gather(*starts)
@@ -242,11 +246,11 @@ async def _start(
         for start in starts:
             start.cancel()
         await asyncio.wait(starts)
-    service, infos = build_service(config, encoding, replicas)
+    gateway, infos = build_gateway(config, encoding, replicas)
     try:
-        return service, await _first_info(infos, engines)
+        return gateway, await _first_info(infos, engines)
     except BaseException:
-        await service.close()
+        await gateway.service.close()
         raise
 
 

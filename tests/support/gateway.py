@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import openai
 
+from cluster.assembly import connect
 from cluster.config import GatewayConfig
 from cluster.fleet.client import EngineClient
 from cluster.fleet.directory import ReplicaSet
@@ -21,7 +22,6 @@ from cluster.frontend.http_server import HttpServer
 from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.make_tokenizer import write_bpe_tokenizer
-from cluster.metrics import GatewayMetrics
 from tests.support.fake_engine import FakeEngine
 
 VOCAB_SIZE = 2048
@@ -85,23 +85,23 @@ async def serving(
     replicas = ReplicaSet()
     replicas.replace([Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)])
     model = ModelInfo.from_engine(engines[0].info(), "gpt-oss-test", created_unix_s=1_750_000_000)
-    service = GenerationService(
+    connected = connect(
         model,
         encoding,
         replicas,
         EngineClient(),
-        GatewayMetrics(),
         limits=limits,
         defaults=defaults,
         today=lambda: datetime.date(2026, 1, 2),
     )
+    service, status = connected.service, connected.status
     config = config or GatewayConfig()
     # It listens from here on, so a client that is early waits instead of being refused.
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = HttpServer(build_app(service, config), config, service.metrics)
+    server = HttpServer(build_app(service, status, config), config, service.metrics)
     running = asyncio.create_task(server.serve(sockets=[listener]))
-    grpc_server = await start_grpc_server(service, "127.0.0.1:0", config)
+    grpc_server = await start_grpc_server(service, status.ready, "127.0.0.1:0", config)
     key = config.api_keys[0] if config.api_keys else None
     headers = {"authorization": f"Bearer {key}"} if key else {}
     # Certificates are of no use on loopback and take half a second to load.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.assembly import build_service
+from cluster.assembly import build_gateway
 from cluster.config import CantataConfig, load_config
 from cluster.fleet.directory import ReplicaSet
 from cluster.fleet.probe import Patience
@@ -37,7 +37,7 @@ class Late(FakeEngine):
 
 async def becomes(service: GenerationService, length: int) -> None:
     async with asyncio.timeout(WAIT_S):
-        while service.models()[0].max_model_len != length:  # noqa: ASYNC110 - nobody is told
+        while service.served.info.max_model_len != length:  # noqa: ASYNC110 - nobody is told
             await asyncio.sleep(0.01)
 
 
@@ -65,10 +65,11 @@ async def test_the_shortest_counts_as_replicas_come_and_go(
     four, two, eight, three = [Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)]
     replicas = ReplicaSet()
     replicas.replace([four, eight])
-    service, infos = build_service(config, encoding, replicas)
+    gateway, infos = build_gateway(config, encoding, replicas)
+    service = gateway.service
 
     try:
-        assert (await infos.first()).max_model_len == service.models()[0].max_model_len == 4096
+        assert (await infos.first()).max_model_len == service.served.info.max_model_len == 4096
         replicas.replace([four, two, eight])
         await becomes(service, 2048)
         replicas.replace([four, eight])
@@ -88,7 +89,8 @@ async def test_a_replica_that_does_not_answer_yet_is_asked_again(
 ) -> None:
     replicas = ReplicaSet()
     replicas.replace([Replica("a", engines[0].address)])
-    service, _ = build_service(config, encoding, replicas)
+    gateway, _ = build_gateway(config, encoding, replicas)
+    service = gateway.service
     late = Late(max_model_len=1024)
     await late.start()
     try:
@@ -104,20 +106,21 @@ async def test_a_service_without_replicas_refuses_and_serves_once_there_is_one(
     config: CantataConfig, encoding: HarmonyEncoding, engines: list[FakeEngine]
 ) -> None:
     replicas = ReplicaSet()
-    service, infos = build_service(config, encoding, replicas)
+    gateway, infos = build_gateway(config, encoding, replicas)
+    service = gateway.service
     first = asyncio.create_task(infos.first())
     try:
-        (model,) = service.models()
+        model = service.served.info
         assert (model.id, model.max_model_len) == ("tiny-0", TINY.max_context_len)
-        assert not await service.ready()
+        assert not await gateway.status.ready()
         with pytest.raises(NoReplica):
             await service.complete(CompletionRequest(prompts=((1, 2, 3),)))
         assert not first.done()
         replicas.replace([Replica("a", engines[0].address)])
         async with asyncio.timeout(WAIT_S):
             info = await first
-        assert service.models()[0] == ModelInfo.from_engine(info, "tiny-0", model.created_unix_s)
-        assert await service.ready()
+        assert service.served.info == ModelInfo.from_engine(info, "tiny-0", model.created_unix_s)
+        assert await gateway.status.ready()
     finally:
         await service.close()
 
@@ -160,7 +163,8 @@ async def test_a_silent_replica_is_avoided_after_the_time_that_is_set(
     hung, other = [Replica(f"r{index}", engine.address, "1") for index, engine in enumerate(engines[:2])]
     replicas.replace([hung])
     config = load_config(None, {}, {**flags, "engine.heartbeat_timeout_s": 7})
-    service, infos = build_service(config, encoding, replicas)
+    gateway, infos = build_gateway(config, encoding, replicas)
+    service = gateway.service
     gate = asyncio.Event()
     engines[0].gate_of_load = gate
     engines[0].answer = lambda request: Script([5, 6], gate=gate, gate_after=1)
@@ -174,7 +178,7 @@ async def test_a_silent_replica_is_avoided_after_the_time_that_is_set(
                 replicas.release(hung)
                 await asyncio.sleep(0.01)
         assert [*busy, chosen] == [other] * 4
-        assert service._client._patience == Patience(0.2, 7)
+        assert service._dispatcher._client._patience == Patience(0.2, 7)
         gate.set()
         await generation.aclose()
     finally:

@@ -14,12 +14,12 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cluster.assembly import Gateway, connect
 from cluster.fleet.client import EngineClient
 from cluster.fleet.directory import ReplicaSet
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import InferenceApi
 from cluster.generation import GenerationService, ModelInfo
-from cluster.metrics import GatewayMetrics
 from cluster.rpc import inference_pb2 as pb
 from tests.support.gateway import VOCAB_SIZE, make_encoding
 from workers.errors import CantataError
@@ -144,21 +144,26 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @pytest.fixture(scope="module")
-def service(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GenerationService]:
+def gateway(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """Without engines: what is right gets 503."""
 
-    async def build(folder: Path) -> GenerationService:
+    async def build(folder: Path) -> Gateway:
         model = ModelInfo("m", 1024, VOCAB_SIZE)
-        return GenerationService(model, make_encoding(folder), ReplicaSet(), EngineClient(), GatewayMetrics())
+        return connect(model, make_encoding(folder), ReplicaSet(), EngineClient())
 
-    service = runner.run(build(tmp_path_factory.mktemp("tokenizer")))
-    yield service
-    runner.run(service.close())
+    gateway = runner.run(build(tmp_path_factory.mktemp("tokenizer")))
+    yield gateway
+    runner.run(gateway.service.close())
 
 
 @pytest.fixture(scope="module")
-def app(service: GenerationService) -> FastAPI:
-    return build_app(service)
+def service(gateway: Gateway) -> GenerationService:
+    return gateway.service
+
+
+@pytest.fixture(scope="module")
+def app(gateway: Gateway) -> FastAPI:
+    return build_app(gateway.service, gateway.status)
 
 
 @settings(

@@ -360,7 +360,9 @@ async def test_an_offer_of_http_2_is_declined(gateway: Gateway) -> None:
         writer.write(data[60:])
         status, _, found = await answer(reader)
     assert status == 200
-    assert json.loads(found)["count"] == len(gateway.service.encoding.encode("hello upgrade: \r\nupgrade: x"))
+    assert json.loads(found)["count"] == len(
+        gateway.service.prompts.encoding.encode("hello upgrade: \r\nupgrade: x")
+    )
 
 
 @pytest.mark.parametrize(

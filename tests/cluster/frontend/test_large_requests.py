@@ -14,7 +14,7 @@ import pytest
 from cluster.config import GatewayConfig
 from cluster.frontend import body, chat, grpc_api
 from cluster.frontend.grpc_size import UNCHECKED_BYTES, check_size
-from cluster.generation import GenerationService
+from cluster.generation import Prompts
 from cluster.generation.threads import INLINE_CHARS, LARGE_CHARS
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.rpc import inference_pb2 as pb
@@ -128,15 +128,15 @@ async def test_what_fits_is_never_refused_by_its_characters(
 
 async def test_a_large_chat_holds_up_no_small_one(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, begun = threading.Event(), threading.Event()
-    render = GenerationService._render
+    render = Prompts._render
 
-    def slow(self: GenerationService, request: Any) -> list[int]:
+    def slow(self: Prompts, request: Any) -> list[int]:
         if any(len(message.content) > LARGE_CHARS for message in request.messages):
             begun.set()
             gate.wait(LIMIT_S)
         return render(self, request)
 
-    monkeypatch.setattr(GenerationService, "_render", slow)
+    monkeypatch.setattr(Prompts, "_render", slow)
     large = {"messages": [USER, {"role": "assistant", "content": "x", "reasoning": LONG}, USER]}
     waiting = [asyncio.create_task(post(gateway, large)) for _ in range(4)]
     try:
@@ -156,19 +156,19 @@ async def test_many_messages_are_read_and_rendered_beside_the_loop(
 ) -> None:
     """However little text they have."""
     seen: dict[str, threading.Thread] = {}
-    convert, render = chat.chat_messages, GenerationService._render
+    convert, render = chat.chat_messages, Prompts._render
 
     def spied_convert(messages: Any) -> Any:
         seen["convert"] = threading.current_thread()
         return convert(messages)
 
-    def spied_render(self: GenerationService, request: Any) -> list[int]:
+    def spied_render(self: Prompts, request: Any) -> list[int]:
         seen["render"] = threading.current_thread()
         return render(self, request)
 
     monkeypatch.setattr(chat, "chat_messages", spied_convert)
-    monkeypatch.setattr(GenerationService, "_render", spied_render)
-    gateway.service.set_model(replace(gateway.service.model, max_model_len=10**6))
+    monkeypatch.setattr(Prompts, "_render", spied_render)
+    gateway.service.served.info = replace(gateway.service.served.info, max_model_len=10**6)
     await post(gateway, {"messages": [{"role": "user", "content": ""}] * 5000})
     assert set(seen) == {"convert", "render"}
     assert threading.main_thread() not in seen.values()
@@ -194,14 +194,14 @@ async def test_each_long_text_is_rendered_beside_the_loop(
         "schema": tool(parameters={"type": "object", "description": text}),
     }
     seen: list[threading.Thread] = []
-    render = GenerationService._render
+    render = Prompts._render
 
-    def spied(self: GenerationService, request: Any) -> list[int]:
+    def spied(self: Prompts, request: Any) -> list[int]:
         seen.append(threading.current_thread())
         return render(self, request)
 
-    monkeypatch.setattr(GenerationService, "_render", spied)
-    gateway.service.set_model(replace(gateway.service.model, max_model_len=10**6))
+    monkeypatch.setattr(Prompts, "_render", spied)
+    gateway.service.served.info = replace(gateway.service.served.info, max_model_len=10**6)
     content: dict[str, Any] = {"messages": chats.get(where, [USER])}
     if where in tools:
         content["tools"] = [tools[where]]
@@ -337,13 +337,13 @@ async def test_schemas_that_cannot_be_measured_are_not_rendered_on_the_loop(
 ) -> None:
     """orjson knows no integers above 64 bits, which a Struct can hold."""
     threads: list[threading.Thread] = []
-    render = GenerationService._render
+    render = Prompts._render
 
-    def spied(self: GenerationService, request: Any) -> list[int]:
+    def spied(self: Prompts, request: Any) -> list[int]:
         threads.append(threading.current_thread())
         return render(self, request)
 
-    monkeypatch.setattr(GenerationService, "_render", spied)
+    monkeypatch.setattr(Prompts, "_render", spied)
     request = pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="x")], tools=[pb.Tool(name="f")])
     request.tools[0].parameters.update({"type": "object", "properties": {"a": {"maximum": 1e300}}})
     async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:

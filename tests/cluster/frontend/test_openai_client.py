@@ -277,7 +277,7 @@ async def test_reasoning_is_accepted_under_its_three_names(gateway: Gateway, eng
         await gateway.client.chat.completions.create(model=MODEL, messages=messages)  # type: ignore[arg-type]
         prompts.append(engine.requests[-1].prompt_token_ids)
     assert prompts[0] == prompts[1] == prompts[2]
-    assert "Because." in gateway.service.encoding.decode(prompts[0])
+    assert "Because." in gateway.service.prompts.encoding.decode(prompts[0])
 
 
 async def test_effort_identity_and_date_reach_the_prompt(

@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 
 from cluster import cli
-from cluster.assembly import ReplicaInfos
 from cluster.config import CantataConfig, load_config
 from cluster.fleet.directory import ReplicaSet
+from cluster.fleet.infos import ReplicaInfos
 from cluster.standalone import serve as standalone
 from cluster.standalone import supervisor
 from cluster.standalone.supervisor import EngineFailed, EngineProcess

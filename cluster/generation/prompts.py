@@ -1,0 +1,149 @@
+"""Prompts as token ids, and token ids as text."""
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+
+import orjson
+
+from cluster.generation.limits import (
+    check_date,
+    check_prompt_chars,
+    check_prompt_tokens,
+    check_token_ids,
+    check_tools,
+)
+from cluster.generation.logprobs import token_text
+from cluster.generation.requests import ChatRequest
+from cluster.generation.settings import ChatDefaults, ServedModel
+from cluster.generation.threads import LARGE_CHARS, TextThreads
+from cluster.harmony.encoding import HarmonyEncoding
+from cluster.harmony.render import DEFAULT_MODEL_IDENTITY, Conversation, render
+from workers.errors import InvalidRequest
+
+_CHARS_PER_ENTRY = 64
+"""What rendering a message or a tool takes beside its text, as text that takes as long."""
+
+
+def utc_today() -> datetime.date:
+    """Return the current day in UTC."""
+    return datetime.datetime.now(datetime.UTC).date()
+
+
+class Prompts:
+    """Makes prompts of what clients sent; large ones in threads. Belongs to one event loop; the
+    owner calls `close`.
+
+    Args:
+        today: the current day in UTC, for `conversation_date: auto`.
+
+    Attributes:
+        defaults: for chats that do not say it themselves; may be changed while requests run.
+    """
+
+    def __init__(
+        self,
+        encoding: HarmonyEncoding,
+        served: ServedModel,
+        defaults: ChatDefaults | None = None,
+        today: Callable[[], datetime.date] = utc_today,
+    ) -> None:
+        self.encoding = encoding
+        self.defaults = defaults or ChatDefaults()
+        self._served = served
+        self._today = today
+        self._threads = TextThreads()
+
+    async def chat(self, request: ChatRequest) -> list[int]:
+        """Return the prompt of a chat, up to and including the words that the model goes on from.
+
+        Raises:
+            InvalidRequest: the messages or tools are wrong.
+            ContextLengthExceeded: the prompt fills the context.
+        """
+        prompt = await self._threads.run(_num_chars(request), lambda: self._render(request))
+        check_prompt_tokens(len(prompt), self._served.info, "messages")
+        return prompt
+
+    async def completion(self, prompt: str | tuple[int, ...], param: str) -> tuple[int, ...]:
+        """Return the token ids of a prompt that is continued as it is.
+
+        Args:
+            param: how the client spells the prompt's field.
+        Raises:
+            InvalidRequest: it is empty, or has an id that the model does not have.
+            ContextLengthExceeded: it fills the context.
+        """
+        model = self._served.info
+        if isinstance(prompt, str):
+            ids = tuple(await self.tokenize(prompt, param, limit=model.max_model_len))
+        else:
+            ids = prompt
+            check_token_ids(ids, model, param)
+        if not ids:
+            raise InvalidRequest(f"{param} must have at least one token.", param)
+        check_prompt_tokens(len(ids), model, param)
+        return ids
+
+    async def tokenize(self, text: str, param: str = "prompt", limit: int | None = None) -> list[int]:
+        """Return the token ids of a text in which the names of special tokens mean these tokens.
+
+        Args:
+            param: how the client spells the text's field.
+            limit: see HarmonyEncoding.encode.
+        Raises:
+            ContextLengthExceeded: the text cannot fit into the context, whatever its tokens are.
+        """
+        check_prompt_chars(len(text), self.encoding.max_token_bytes, self._served.info, param)
+        return await self._threads.run(len(text), lambda: self.encoding.encode_with_special(text, limit))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens by name.
+
+        Raises:
+            InvalidRequest: an id that the model does not have.
+        """
+        check_token_ids(token_ids, self._served.info, "tokens")
+        return await self._threads.run(
+            len(token_ids), lambda: self.encoding.decode(token_ids, skip_special_tokens=False)
+        )
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Return how each token is shown by itself."""
+        return [token_text(self.encoding, token_id) for token_id in token_ids]
+
+    def close(self) -> None:
+        """Start no more work."""
+        self._threads.close()
+
+    def _render(self, request: ChatRequest) -> list[int]:
+        check_tools(request.tools)
+        check_date(request.current_date)
+        return render(
+            Conversation(
+                messages=request.messages,
+                tools=request.tools,
+                reasoning_effort=request.reasoning_effort or self.defaults.reasoning_effort,
+                current_date=request.current_date or self._date(),
+                model_identity=request.model_identity or DEFAULT_MODEL_IDENTITY,
+            ),
+            self.encoding,
+            self._served.info.max_model_len,
+        )
+
+    def _date(self) -> str | None:
+        date = self.defaults.conversation_date
+        return self._today().isoformat() if date == "auto" else None if date == "none" else date
+
+
+def _num_chars(request: ChatRequest) -> int:
+    """A measure of the work that rendering is."""
+    count = _CHARS_PER_ENTRY * (len(request.messages) + len(request.tools))
+    count += sum(len(message.content) for message in request.messages)
+    return count + sum(len(tool.description) + _json_chars(tool.parameters) for tool in request.tools)
+
+
+def _json_chars(parameters: Mapping[str, object] | None) -> int:
+    try:
+        return len(orjson.dumps(parameters))
+    except TypeError:  # nested too deeply or with numbers too large: in no case done on the event loop
+        return LARGE_CHARS

@@ -1,0 +1,154 @@
+"""What a request has generated: its prompts, and for each choice what an engine is asked and what
+reads its answer."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from cluster.fleet.table import RoutingHint
+from cluster.generation.choices import ChatChoice, Choice, CompletionChoice
+from cluster.generation.limits import num_output_tokens
+from cluster.generation.requests import ChatRequest, CompletionRequest
+from cluster.generation.settings import ModelInfo
+from cluster.harmony.encoding import HarmonyEncoding
+from workers.request import EngineRequest, SamplingParams
+
+DEFAULT_COMPLETION_TOKENS = 16
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy (vLLM's `_SAMPLING_EPS`): dividing logits by them
+overflows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One choice: what the engine is asked and who reads its answer.
+
+    Attributes:
+        hint: for the choice of its replica; one object for all jobs of a prompt.
+        prompt_index: which of the turn's prompts it continues.
+    """
+
+    request: EngineRequest
+    choice: Choice
+    hint: RoutingHint = field(default_factory=RoutingHint)
+    prompt_index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One request's work.
+
+    Attributes:
+        id: of the request, as clients see it.
+        model: the name of the model that answers.
+        prompts: token ids of each prompt.
+        arrived, deadline: monotonic seconds; deadline None: there is none.
+    """
+
+    id: str
+    model: str
+    prompts: tuple[tuple[int, ...], ...]
+    jobs: tuple[Job, ...]
+    arrived: float
+    deadline: float | None
+
+
+def chat_jobs(
+    id: str, request: ChatRequest, prompt: tuple[int, ...], model: ModelInfo, encoding: HarmonyEncoding
+) -> list[Job]:
+    """Return the choices of a chat.
+
+    Raises:
+        ContextLengthExceeded, InvalidRequest: see `num_output_tokens`.
+    """
+    max_tokens = num_output_tokens(
+        request.sampling, len(prompt), model, names=request.names, prompt_param="messages", default=None
+    )
+    sampling = _complete(request.sampling, max_tokens, encoding)
+    tools = [tool.name for tool in request.tools]
+    return [
+        Job(
+            _engine_request(f"{id}-{index}", prompt, sampling, index),
+            ChatChoice(
+                index,
+                encoding,
+                request.stop,
+                tools=tools,
+                parallel_tool_calls=request.parallel_tool_calls,
+                ends_with_turn=not sampling.ignore_eos,
+            ),
+        )
+        for index in range(sampling.n)
+    ]
+
+
+def completion_jobs(
+    id: str,
+    request: CompletionRequest,
+    prompt_index: int,
+    prompt: tuple[int, ...],
+    model: ModelInfo,
+    encoding: HarmonyEncoding,
+) -> list[Job]:
+    """Return the choices of one of a request's prompts.
+
+    Raises:
+        ContextLengthExceeded, InvalidRequest: see `num_output_tokens`.
+    """
+    max_tokens = num_output_tokens(
+        request.sampling,
+        len(prompt),
+        model,
+        names=request.names,
+        prompt_param=request.place(prompt_index),
+        default=DEFAULT_COMPLETION_TOKENS,
+    )
+    sampling = _complete(request.sampling, max_tokens, encoding)
+    echo = _echo(request, prompt_index, prompt, encoding)
+    first = prompt_index * sampling.n
+    return [
+        Job(
+            _engine_request(f"{id}-{first + offset}", prompt, sampling, offset),
+            CompletionChoice(
+                first + offset,
+                encoding,
+                request.stop,
+                echo=echo,
+                skip_special_tokens=request.skip_special_tokens,
+            ),
+            prompt_index=prompt_index,
+        )
+        for offset in range(sampling.n)
+    ]
+
+
+def _echo(
+    request: CompletionRequest, prompt_index: int, ids: Sequence[int], encoding: HarmonyEncoding
+) -> str:
+    if not request.echo:
+        return ""
+    prompt = request.prompts[prompt_index]
+    return (
+        prompt
+        if isinstance(prompt, str)
+        else encoding.decode(ids, skip_special_tokens=request.skip_special_tokens)
+    )
+
+
+def _complete(sampling: SamplingParams, max_tokens: int, encoding: HarmonyEncoding) -> SamplingParams:
+    """Fill in what the client left open, so that engines need no defaults."""
+    return replace(
+        sampling,
+        max_tokens=max_tokens,
+        temperature=0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature,
+        seed=secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64,
+        # With ignore_eos the engine heeds no stop token at all.
+        stop_token_ids=tuple(dict.fromkeys((*encoding.stop_token_ids, *sampling.stop_token_ids))),
+    )
+
+
+def _engine_request(id: str, prompt: tuple[int, ...], sampling: SamplingParams, offset: int) -> EngineRequest:
+    """Return one of the n sequences of a prompt; its seed is the request's plus its place among
+    them."""
+    assert sampling.seed is not None
+    return EngineRequest(id, prompt, replace(sampling, n=1, seed=(sampling.seed + offset) % 2**64))
