@@ -217,6 +217,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert 0 < sum(plan.num_scheduled_tokens) <= self.config.max_num_batched_tokens
         num_rows = sum(plan.samples) + sum(len(drafts) for _, drafts in plan.drafts)
         assert num_rows <= self.config.max_num_seqs, "more rows are sampled than ranks have room for"
+        ends = map(sum, zip(plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True))
+        assert max(ends) <= self.max_model_len, "drafts go past the longest sequence"
         assert min(plan.num_scheduled_tokens) > 0
         assert len(plan.seq_ids) <= self.config.max_num_seqs
         assert list(plan.seq_ids) == sorted(plan.seq_ids), "first come, first served"
