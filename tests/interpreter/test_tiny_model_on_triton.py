@@ -25,7 +25,7 @@ from tests.support.model_steps import PagedSequences
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, Dtype
 from workers.engine.llm import LLM, RequestOutput
-from workers.model import checkpoint as model_checkpoint
+from workers.model import expert_loader
 from workers.model.checkpoint import load_model
 from workers.parallel.collectives import Alone
 from workers.rank.runner import Runner
@@ -116,7 +116,7 @@ def test_logits_in_bf16(checkpoint: Path, layout: str, monkeypatch: pytest.Monke
     logit."""
     with on_references(), loaded(checkpoint, "bfloat16") as llm:
         expected = llm.logits(PROMPTS[1])
-    monkeypatch.setattr(model_checkpoint, "choose_layout", lambda device: layout)
+    monkeypatch.setattr(expert_loader, "choose_layout", lambda device: layout)
     with recorded_launches() as names, loaded(checkpoint, "bfloat16") as llm:
         found = llm.logits(PROMPTS[1])
     assert {NATURAL: "expert_matmul_natural", WGMMA: "expert_matmul_wgmma"}[layout] in names

@@ -18,13 +18,12 @@ from torch.nn import functional
 from kernels import attention, moe
 from kernels.cpu import dense as packed_dense
 from kernels.cpu import native
-from kernels.cpu.memory import zeros
 from kernels.formats import MX_BLOCK, MoeActivationDtype
 from kernels.linear import PackedWeight
 from kernels.moe import ExpertWeights
-from kernels.mxfp4 import NATURAL, PackedMXFP4, allocate, choose_layout, pack, write_expert
 from workers.config import DenseDtype, ModelConfig, ParallelConfig
-from workers.errors import CheckpointError, ConfigError
+from workers.errors import ConfigError
+from workers.model.expert_loader import ExpertLoader, empty
 from workers.model.experts import Experts
 from workers.model.gpt_oss import Attention, GptOss, Layer
 from workers.model.kv_scales import read_kv_scales
@@ -33,10 +32,9 @@ from workers.model.mapped_files import Extent
 from workers.model.safetensors_files import (
     StoredTensor,
 )
-from workers.model.shard_reader import ShardReader, copy_values
+from workers.model.shard_reader import ShardReader
 from workers.model.stored_model import check_tensors
 from workers.model.tensor_specs import (
-    ExpertNames,
     LayerNames,
     Names,
     Rows,
@@ -46,14 +44,8 @@ from workers.model.zero_weights import ZeroWeights
 from workers.parallel.collectives import Alone, Collectives
 from workers.parallel.shard import RankShard, Span, plan_shards
 
-_NAN_SCALE = 255
-"""NaN by the OCP Microscaling specification."""
-_MAX_SCALE = 252
-"""Largest scale of MXFP4: with a larger one 6, the largest value, is infinite."""
 _PACK_ROWS = 64
 """Dense rows that are converted at a time where they are not stored as they are wanted."""
-_QUANTIZE_ROWS = 256
-"""Rows of an expert that are quantised at a time, which bounds the memory for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +165,16 @@ class _Weights:
         self._shard = shard
         self._dtype = dtype
         self._device = device
-        self._quantize = options.quantize is not None
-        self._layout = choose_layout(device)
+        self._experts = ExpertLoader(
+            self.reader,
+            self.zeros,
+            tensors,
+            config,
+            shard.experts,
+            dtype,
+            device,
+            quantize=options.quantize is not None,
+        )
         self._packs_dense = packed_dense.can_run(device, dtype)
         self._moe_activation_dtype = options.moe_activation_dtype
         self._attention_kernels = attention.select(dtype, options.kv_dtype or dtype, device)
@@ -221,9 +221,9 @@ class _Weights:
         shard, config = self._shard, self._config
         gate_up_rows, hidden = _scaled(shard.intermediate, 2), _whole(config.hidden_size)
         weights = ExpertWeights(
-            gate_up=self._experts(names.gate_up, gate_up_rows, hidden),
+            gate_up=self._experts.projection(names.gate_up, gate_up_rows, hidden),
             gate_up_bias=self._expert_bias(names.gate_up.bias, gate_up_rows),
-            down=self._experts(names.down, hidden, shard.intermediate),
+            down=self._experts.projection(names.down, hidden, shard.intermediate),
             down_bias=self._expert_bias(names.down.bias, hidden, here=shard.adds_down_bias),
             swiglu_limit=config.swiglu_limit,
             swiglu_alpha=config.swiglu_alpha,
@@ -331,120 +331,5 @@ class _Weights:
             self.reader.copy(to[:, : span.length], name, experts.start, columns=slice(span.start, span.stop))
         return to
 
-    def _experts(self, names: ExpertNames, rows: Span, columns: Span) -> PackedMXFP4 | Tensor:
-        """A projection of this rank's experts, [E, N, K], sliced along N or K."""
-        for name in (
-            (names.blocks, names.scales) if self._config.experts_format == "mxfp4" else (names.dense,)
-        ):
-            for expert in range(
-                self._shard.experts.start, self._shard.experts.start + self._shard.experts.length
-            ):
-                self.zeros.expect(name, expert, expert + 1, f" in expert {expert}")
-        shape = (self._shard.experts.length, rows.size, columns.size)
-        if self._config.experts_format == "mxfp4":
-            packed = allocate(shape, self._layout, self._device)
-            for index in range(shape[0]):
-                self._add_packed(packed, index, names, rows, columns)
-            return packed
-        if self._quantize:
-            packed = allocate(shape, self._layout, self._device)
-            for index in range(shape[0]):
-                self._add_quantized(packed, index, names.dense, rows, columns)
-            return packed
-        dense = self._empty(shape)
-        for index in range(shape[0]):
-            self._add_dense(dense[index, : rows.length, : columns.length], index, names.dense, rows, columns)
-        return dense
-
-    def _add_packed(
-        self, packed: PackedMXFP4, index: int, names: ExpertNames, rows: Span, columns: Span
-    ) -> None:
-        files, expert = self.reader.files, self._shard.experts.start + index
-        first = expert * self._tensors[names.scales].shape[1]
-        groups = slice(columns.start // MX_BLOCK, columns.stop // MX_BLOCK)
-
-        def move() -> None:
-            blocks, scales = (
-                files.view(name, expert, expert + 1)[0, rows.start : rows.stop, groups]
-                for name in (names.blocks, names.scales)
-            )
-            self._refuse_large_scale(names.scales, expert, scales)
-            for name, values in ((names.blocks, blocks), (names.scales, scales)):
-                self.zeros.see(name, expert, values[None])
-            try:
-                write_expert(packed, index, blocks, scales)
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{self._tensors[names.blocks].file}: tensor {names.blocks} cannot be used: {error}"
-                ) from error
-
-        self.reader.add(
-            [
-                files.extent(name, first + rows.start, first + rows.stop, dims=2)
-                for name in (names.blocks, names.scales)
-            ],
-            move,
-        )
-
-    def _refuse_large_scale(self, name: str, expert: int, here: Tensor) -> None:
-        """Look at the scales of this rank's slice; what is wrong is named by its place in the whole
-        expert."""
-        if here.numel() and int(here.max()) > _MAX_SCALE:
-            scales = self.reader.files.view(name, expert, expert + 1)[0]
-            at = (scales > _MAX_SCALE).nonzero()[0].tolist()
-            scale = int(scales[tuple(at)])
-            reason = "NaN" if scale == _NAN_SCALE else "too large for its values to be finite"
-            raise CheckpointError(
-                f"{self._tensors[name].file}: tensor {name} has scale {scale}, which is {reason}, at "
-                f"{[expert, *at]}"
-            )
-
-    def _add_dense(self, to: Tensor, index: int, name: str, rows: Span, columns: Span) -> None:
-        extent, view = self._dense_expert(index, name, rows, columns)
-        self.reader.add([extent], lambda: copy_values(to, view()))
-
-    def _add_quantized(self, packed: PackedMXFP4, index: int, name: str, rows: Span, columns: Span) -> None:
-        extent, view = self._dense_expert(index, name, rows, columns)
-
-        def move() -> None:
-            pieces = []
-            for piece in torch.split(view(), _QUANTIZE_ROWS):
-                try:
-                    pieces.append(pack(piece[None].contiguous(), NATURAL))
-                except ValueError as error:
-                    raise CheckpointError(
-                        f"{self._tensors[name].file}: tensor {name} cannot be quantised: {error}"
-                    ) from error
-            write_expert(
-                packed,
-                index,
-                torch.cat([piece.blocks[0] for piece in pieces]),
-                torch.cat([piece.scales[0] for piece in pieces]),
-            )
-
-        self.reader.add([extent], move)
-
-    def _dense_expert(
-        self, index: int, name: str, rows: Span, columns: Span
-    ) -> tuple[Extent, Callable[[], Tensor]]:
-        """An expert that is stored input-first: where it is, and how it looks output-first."""
-        files, expert = self.reader.files, self._shard.experts.start + index
-        first = expert * self._tensors[name].shape[1]
-
-        def view() -> Tensor:
-            stored = files.view(name, expert, expert + 1)[
-                0, columns.start : columns.stop, rows.start : rows.stop
-            ]
-            self.zeros.see(name, expert, stored[None])
-            return stored.T
-
-        return files.extent(name, first + columns.start, first + columns.stop, dims=2), view
-
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Zeros."""
-        dtype = dtype or self._dtype
-        return (
-            zeros(shape, dtype)
-            if self._device.type == "cpu"
-            else torch.zeros(shape, dtype=dtype, device=self._device)
-        )
+        return empty(shape, dtype or self._dtype, self._device)

@@ -18,7 +18,7 @@ from kernels.linear import PackedWeight
 from kernels.mxfp4 import WGMMA, to_natural
 from workers.config import ModelConfig, ParallelConfig
 from workers.errors import CheckpointError
-from workers.model import checkpoint as model_checkpoint
+from workers.model import expert_loader
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.model.linear import Linear
@@ -251,7 +251,7 @@ class TestWrongTensors:
     def test_scale_that_the_layout_cannot_hold(
         self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(model_checkpoint, "choose_layout", lambda device: WGMMA)
+        monkeypatch.setattr(expert_loader, "choose_layout", lambda device: WGMMA)
         change(checkpoint, lambda tensors: tensors[SCALES][3, 7].fill_(128))
         load(checkpoint)
         change(checkpoint, lambda tensors: tensors[SCALES][3, 7].fill_(129))

@@ -12,7 +12,7 @@ from kernels import attention, embedding, linear, moe, pointwise
 from kernels.cpu import native
 from kernels.mxfp4 import NATURAL, WGMMA
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
-from workers.model import checkpoint
+from workers.model import expert_loader
 from workers.model.checkpoint import LoadOptions, load_model
 from workers.model.gpt_oss import GptOss
 from workers.rank.kernel_table import (
@@ -77,7 +77,7 @@ def on_gpu(
     triton: bool = True,
 ) -> GptOss:
     """What `model_kernels` reads of a model whose tensors are on a GPU of that architecture."""
-    monkeypatch.setattr(checkpoint, "choose_layout", lambda device: layout)
+    monkeypatch.setattr(expert_loader, "choose_layout", lambda device: layout)
     weights = loaded(path, torch.bfloat16).layers[0].experts.weights
     if triton:
         pytest.importorskip("triton")
