@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private.worker import global_worker
 from ray.exceptions import RayError
 from ray.serve._private import constants
 from ray.serve._private.common import DeploymentID, ReplicaState
@@ -210,6 +211,19 @@ class ServeFleet:
             return Listens((http["host"], http["port"]), (http["host"], grpc["port"]))
         except (TimeoutError, KeyError, TypeError, RayError):
             return None
+
+
+def end_serve() -> None:
+    """End Serve, of a Ray that this process ends next.
+
+    Ray prints that it will call Serve's controller again, without limit, when the controller ends
+    as it was asked to: what Ray's processes report is not shown from here on.
+    """
+    worker: Any = global_worker
+    worker.threads_stopped.set()
+    worker.gcs_error_subscriber.close()
+    worker.listener_thread.join(_PAGE_TIMEOUT_S)
+    serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def missing_ingress_variables() -> dict[str, str]:

@@ -224,6 +224,8 @@ def _shut_serve_down() -> None:
     running requests. A signal during this skips the wait."""
     from ray import serve
 
+    from cluster.serve.cluster_view import end_serve
+
     _on_stop_signals(_interrupt)
     try:
         found = serve.status().applications.get(APPLICATION)
@@ -233,4 +235,4 @@ def _shut_serve_down() -> None:
     except (KeyboardInterrupt, Exception) as error:
         print(f"stopping at once ({type(error).__name__})", file=sys.stderr, flush=True)
     _on_stop_signals(signal.SIG_IGN)
-    serve.shutdown()  # type: ignore[no-untyped-call]
+    end_serve()
