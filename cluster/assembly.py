@@ -125,7 +125,7 @@ def build_gateway(
     def serve_as(info: EngineInfo) -> None:
         if info.max_model_len != served.info.max_model_len:
             logger.info(
-                "requests may have %d tokens from now on: the shortest context of a replica",
+                "the context limit is now %d tokens, the shortest of all replicas",
                 info.max_model_len,
             )
         served.info = ModelInfo.from_engine(info, config.model_name, created_unix_s)

@@ -16,9 +16,9 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         ("--served-model-name",),
         "gateway.served_model_name",
         "NAME",
-        "the model's name for clients (default: the folder's name)",
+        "model name for clients (default: the folder's name)",
     ),
-    (("--host",), "listen.host", "ADDRESS", "where HTTP and gRPC listen (default: 127.0.0.1)"),
+    (("--host",), "listen.host", "ADDRESS", "address that HTTP and gRPC bind (default: 127.0.0.1)"),
     (("--http-port", "--port"), "listen.http_port", "PORT", "HTTP port (default: 8000)"),
     (("--grpc-port",), "listen.grpc_port", "PORT", "gRPC port (default: 9000)"),
     (("--dtype",), "engine.dtype", "TYPE", "bfloat16 or float32 (default: bfloat16)"),
@@ -33,37 +33,37 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         ("--max-num-seqs",),
         "engine.scheduler.max_num_seqs",
         "N",
-        "sequences running at once, per engine (default: 256)",
+        "maximum running sequences per engine (default: 256)",
     ),
     (
         ("--max-num-batched-tokens",),
         "engine.scheduler.max_num_batched_tokens",
         "TOKENS",
-        "tokens computed in a step at most (default: 2048)",
+        "maximum tokens per step (default: 2048)",
     ),
     (
         ("--max-waiting-requests",),
         "engine.scheduler.max_waiting_requests",
         "N",
-        "queue of an engine (default: 1024)",
+        "maximum waiting requests per engine (default: 1024)",
     ),
     (
         ("--kv-cache-memory", "--kv-cache-memory-bytes"),
         "engine.cache.memory_bytes",
         "SIZE",
-        "KV cache, such as 2GiB (default: from free memory)",
+        "KV cache size, such as 2GiB (default: chosen from free memory)",
     ),
     (
         ("--gpu-memory-utilization",),
         "engine.cache.gpu_memory_utilization",
         "SHARE",
-        "of a GPU's memory, for weights, activations and KV cache (default: 0.9)",
+        "share of a GPU's memory for weights, activations and KV cache (default: 0.9)",
     ),
     (
         ("--kv-cache-dtype",),
         "engine.cache.dtype",
         "TYPE",
-        "auto, fp8 or fp8_e4m3: of cached keys and values (default: auto, the model's)",
+        "dtype of cached keys and values: auto, fp8 or fp8_e4m3 (default: auto, the model's)",
     ),
     (
         ("--quantize",),
@@ -75,7 +75,7 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         ("--cpu-dense-dtype",),
         "engine.cpu_dense_dtype",
         "FORMAT",
-        "bf16 or int8: attention projections and lm_head in memory, on a CPU (default: bf16)",
+        "bf16 or int8: storage of attention projections and lm_head on a CPU (default: bf16)",
     ),
     (
         ("--cpu-isa",),
@@ -83,58 +83,58 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         "NAME",
         "instruction set of the CPU kernels: amx, avx512_bf16, avx512, avx2, neon, portable, or reference "
         "for torch "
-        "(default: CANTATA_CPU_ISA, else the best of this processor)",
+        "(default: CANTATA_CPU_ISA, else the best that the processor has)",
     ),
     (
         ("--moe-activation-dtype",),
         "engine.moe_activation_dtype",
         "TYPE",
-        "auto or mxfp8: what MXFP4 experts multiply; mxfp8 changes results, on sm_100 and gfx950 (default: "
-        "auto, as they are)",
+        "auto or mxfp8: dtype of the inputs of MXFP4 experts; mxfp8 changes results and needs sm_100 or "
+        "gfx950 (default: auto, not converted)",
     ),
     (("--tensor-parallel-size", "-tp"), "engine.parallel.tensor", "N", "ranks per replica (default: 1)"),
     (
         ("--expert-parallel-size",),
         "engine.parallel.expert",
         "N",
-        "groups of experts, a divisor of the ranks (default: the ranks)",
+        "number of expert groups, a divisor of the ranks (default: the ranks)",
     ),
     (
         ("--step-timeout",),
         "engine.parallel.step_timeout_s",
         "SECONDS",
-        "when a step of several ranks counts as hung (default: 30)",
+        "seconds after which a step of several ranks counts as hung (default: 30)",
     ),
     (
         ("--heartbeat-timeout",),
         "engine.heartbeat_timeout_s",
         "SECONDS",
-        "without one, an engine counts as hung and is replaced (default: 10)",
+        "seconds without a heartbeat after which an engine is replaced (default: 10)",
     ),
     (
         ("--start-timeout",),
         "engine.parallel.start_timeout_s",
         "SECONDS",
-        "for several ranks to be placed and start (default: 300)",
+        "seconds for several ranks to be placed and to start (default: 300)",
     ),
     (
         ("--threads",),
         "engine_cpus",
         "N",
-        "compute threads of each engine on a CPU (default: the cores, shared among the replicas)",
+        "compute threads of each engine on a CPU (default: the cores, divided among the replicas)",
     ),
-    (("--replicas",), "replicas", "N", "engines (default: 1)"),
+    (("--replicas",), "replicas", "N", "number of engines (default: 1)"),
     (
         ("--max-in-flight-requests",),
         "gateway.max_in_flight_requests",
         "N",
-        "requests served at once (default: 1024)",
+        "maximum running requests; more are refused with 429 (default: 1024)",
     ),
     (
         ("--probe-timeout",),
         "gateway.probe_timeout_s",
         "SECONDS",
-        "of an engine to answer, before new requests avoid it (default: 2)",
+        "seconds without an answer after which an engine gets no new requests (default: 2)",
     ),
     (("--request-timeout",), "gateway.request_timeout_s", "SECONDS", "deadline of a request (default: none)"),
     (("--max-body",), "gateway.max_body_bytes", "SIZE", "largest request body (default: 32MiB)"),
@@ -142,13 +142,13 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         ("--conversation-date",),
         "gateway.conversation_date",
         "DATE",
-        "date told to the model: auto, none or YYYY-MM-DD (default: auto)",
+        "date in the system message: auto, none or YYYY-MM-DD (default: auto)",
     ),
     (
         ("--reasoning-effort",),
         "gateway.reasoning_effort",
         "EFFORT",
-        "low, medium or high, of requests that do not say (default: medium)",
+        "low, medium or high, for requests that do not set it (default: medium)",
     ),
 )
 
@@ -195,11 +195,11 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "serve",
         allow_abbrev=False,
         help="serve a model over HTTP (OpenAI API) and gRPC",
-        description="Serve a model: on a Ray that this command starts, or with --standalone as plain "
+        description="Serve a model: on Ray, which this command starts, or with --standalone as plain "
         "processes on this machine.",
-        epilog="Every setting can also stand in the file (engine.dtype) or in the environment "
-        "(CANTATA_ENGINE__DTYPE); flags come first, "
-        "then the environment. docs/operations.md lists them.",
+        epilog="Every setting can also be given in the file (engine.dtype) or in the environment "
+        "(CANTATA_ENGINE__DTYPE); flags take precedence, then the environment. docs/operations.md lists "
+        "the settings.",
     )
     serve.add_argument(
         "--standalone", action="store_true", help="without Ray: one engine process, the gateway in this one"
@@ -214,15 +214,14 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="KEY",
         default=argparse.SUPPRESS,
         help="accept only requests with this key; may be repeated. Other users of this machine can see "
-        "flags: "
-        "CANTATA_GATEWAY__API_KEYS or the file keep it from them",
+        "flags; CANTATA_GATEWAY__API_KEYS and the file are private",
     )
     serve.add_argument(
         "--enable-prefix-caching",
         dest="engine.cache.prefix_caching",
         action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
-        help="find shared prompt beginnings in the KV cache (default: yes)",
+        help="reuse the KV cache of shared prompt prefixes (default: yes)",
     )
     serve.add_argument(
         "--enforce-eager",
@@ -236,8 +235,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         dest="engine.allow_zero_weights",
         action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
-        help="load matrices, experts and norms that are all zeros, as pruned models may have them (default: "
-        "no)",
+        help="accept matrices, experts and norms that are all zeros, as in pruned models (default: no)",
     )
     serve.set_defaults(run=_serve)
 
@@ -277,7 +275,7 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     inspect = commands.add_parser(
         "inspect",
         allow_abbrev=False,
-        help="what a checkpoint is and what each rank would hold; loads nothing",
+        help="describe a checkpoint and each rank's share; loads no weights",
         description="Print a checkpoint's format, shapes and parameters, each rank's bytes, and the tokens "
         "whose KV cache fits.",
     )
@@ -287,28 +285,32 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--tensor-parallel-size",
         type=int,
         metavar="N",
-        help="ranks (default: a table of 1, 2, 4 and 8)",
+        help="number of ranks (default: a table of 1, 2, 4 and 8)",
     )
     inspect.add_argument(
-        "--ep", "--expert-parallel-size", type=int, metavar="N", help="groups of experts (default: the ranks)"
+        "--ep",
+        "--expert-parallel-size",
+        type=int,
+        metavar="N",
+        help="number of expert groups (default: the ranks)",
     )
     inspect.add_argument(
         "--gpu",
         choices=("a100", "l40s", "h100", "h200", "b200", "mi300x", "mi355x", "cpu"),
-        help="device whose memory is to hold it",
+        help="device that should hold the model",
     )
-    inspect.add_argument("--quantize", choices=("mxfp4",), help="sizes as with this flag of `cantata serve`")
+    inspect.add_argument("--quantize", choices=("mxfp4",), help="show sizes for this flag of `cantata serve`")
     inspect.add_argument(
         "--cpu-dense-dtype",
         choices=("bf16", "int8"),
         default="bf16",
-        help="likewise; int8 with --gpu cpu only",
+        help="likewise; int8 only with --gpu cpu",
     )
     inspect.add_argument(
         "--kv-cache-dtype",
         choices=("auto", "fp8", "fp8_e4m3"),
         default="auto",
-        help="sizes as with this flag of `cantata serve`",
+        help="show sizes for this flag of `cantata serve`",
     )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
@@ -333,16 +335,16 @@ def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.Argument
     make = commands.add_parser(
         "make-checkpoint",
         allow_abbrev=False,
-        help="write a checkpoint of exact shape with random weights, for trying and measuring",
+        help="write a checkpoint of a model's exact shape with random weights, for trials and benchmarks",
     )
     make.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
     make.add_argument(
         "--preset", required=True, choices=("tiny", "small", "20b", "120b"), help="shape of the model"
     )
-    make.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
+    make.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
     make.add_argument("--vocab", type=int, help="vocabulary size (default: the tokenizer's)")
     make.add_argument(
-        "--layers", type=int, help="layers, to make a part of a large model (default: the preset's)"
+        "--layers", type=int, help="number of layers, to make part of a large model (default: the preset's)"
     )
     make.add_argument(
         "--tokenizer",
@@ -351,7 +353,7 @@ def _add_make_checkpoint(commands: "argparse._SubParsersAction[argparse.Argument
         help="bpe: a small byte-level one; harmony: the real vocabulary; or a folder with a tokenizer.json "
         "(default: bpe)",
     )
-    make.add_argument("--dry-run", action="store_true", help="print what would be written")
+    make.add_argument("--dry-run", action="store_true", help="only print what would be written")
     make.set_defaults(run=_make_checkpoint)
 
 

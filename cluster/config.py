@@ -232,10 +232,10 @@ class AppConfig(_Settings):
         for name, deployment in _NUM_REPLICAS_OF.items():
             if isinstance(values, Mapping) and name in values and name not in cls.model_fields:
                 raise ValueError(
-                    f"{name} is not a setting of a Serve application's args, where a change replaces every "
-                    f"engine and gateway; beside args "
-                    f"write `deployments: [{{name: {deployment}, num_replicas: {values[name]}}}]`, which "
-                    f"can be changed without that"
+                    f"{name} is not a setting of a Serve application's args, where a change would replace "
+                    f"every engine and gateway; write it beside args as `deployments: "
+                    f"[{{name: {deployment}, num_replicas: {values[name]}}}]`, where it can be changed "
+                    f"without a restart"
                 )
         if isinstance(values, Mapping) and "listen" in values and "listen" not in cls.model_fields:
             raise ValueError(
@@ -350,9 +350,8 @@ def check_no_settings(environment: Mapping[str, str]) -> None:
     for _, (name, _text) in _read_environment(environment).items():
         if name != API_KEYS_VARIABLE:
             raise ConfigError(
-                f"{name} is set in the environment that Ray was started with, and a Serve application's "
-                f"settings stand under args in its "
-                f"YAML: write it there, and start Ray without it"
+                f"{name} is set in the environment that Ray was started with, where it has no effect: "
+                f"write it under args in the Serve YAML, and start Ray without it"
             )
 
 
@@ -369,14 +368,13 @@ def reconfigured(gateway: GatewayConfig, values: object) -> GatewayConfig:
         ConfigError: another name, or an invalid value.
     """
     if not isinstance(values or {}, Mapping):
-        raise ConfigError("user_config of the deployment gateway must hold settings by name")
+        raise ConfigError("user_config of the deployment gateway must be a mapping of settings")
     changes = dict(values or {})  # type: ignore[call-overload]  # a mapping, as checked
     for name in changes:
         if name not in RUN_TIME_SETTINGS:
             raise ConfigError(
-                f"user_config of the deployment gateway: {name} is no setting that changes at run time, "
-                f"which are "
-                f"{', '.join(RUN_TIME_SETTINGS)}; others belong under args"
+                f"user_config of the deployment gateway: {name} is not a run-time setting; those are "
+                f"{', '.join(RUN_TIME_SETTINGS)}; other settings belong under args"
             )
     try:
         return GatewayConfig.model_validate(gateway.model_dump() | changes)
@@ -462,11 +460,11 @@ def _sentence(kind: type[AppConfig], error: ValidationError, origins: Mapping[st
         groups = {name.rsplit(".", 1)[0] for name in known if "." in name}
         return f"{where}{path} is not a known setting{_suggestion(path, [*known, *sorted(groups)])}"
     if first["type"] == "missing" and kind is CantataConfig and path in ("engine", "engine.model_path"):
-        return "no model is given; name the folder of a checkpoint with --model, or set engine.model_path"
+        return "no model is given; pass the folder of a checkpoint with --model, or set engine.model_path"
     if first["type"] == "missing":
         return f"{where}{path} is missing"
     if first["type"] in ("dataclass_type", "model_type"):
-        return f"{where}{path or 'the configuration'} must hold settings by name"
+        return f"{where}{path or 'the configuration'} must be a mapping of settings"
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{where}{path}: {reason}" if path else f"{where}{reason}"

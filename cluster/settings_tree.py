@@ -25,7 +25,7 @@ def read_file(file: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{file} must hold settings by name, found a {type(values).__name__}")
+        raise ConfigError(f"{file} must be a mapping of settings, found a {type(values).__name__}")
     return values
 
 
@@ -53,7 +53,7 @@ def set_value(values: dict[str, Any], path: str, value: object, source: str) -> 
             inner = values[parent] = {}
         if not isinstance(inner, dict):
             raise ConfigError(
-                f"{'.'.join(parents[: position + 1])} must hold settings by name, so that {source} can set "
+                f"{'.'.join(parents[: position + 1])} must be a mapping of settings, since {source} sets "
                 f"{path}"
             )
         values = inner

@@ -63,7 +63,7 @@ def start_up_summary(
         f'    -d \'{{"model": "{model_name}", "messages": [{{"role": "user", "content": "Hello!"}}], '
         f'"max_tokens": 50}}\''
     )
-    return "\n".join(["Cantata serves:", *lines, "", "Try it:", f"  {request}", "", "Ctrl-C stops it."])
+    return "\n".join(["Cantata serves:", *lines, "", "Try it:", f"  {request}", "", "Press Ctrl-C to stop."])
 
 
 def _context(info: EngineInfo, longest: int, fp8_cache: bool) -> str:
@@ -71,8 +71,8 @@ def _context(info: EngineInfo, longest: int, fp8_cache: bool) -> str:
         return f"{longest:,} tokens"
     fp8 = "" if fp8_cache else ", --kv-cache-dtype fp8 where the device has it"
     return (
-        f"{info.max_model_len:,} tokens of the model's {longest:,}, as much as the KV cache holds; "
-        f"for more: --kv-cache-memory{fp8}, or a machine with more memory"
+        f"{info.max_model_len:,} tokens of the model's {longest:,}, limited by the KV cache; to raise it: "
+        f"--kv-cache-memory{fp8}, or a machine with more memory"
     )
 
 

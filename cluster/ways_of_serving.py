@@ -21,7 +21,7 @@ def check_standalone(config: AppConfig) -> None:
     Raises:
         ConfigError: a setting has no effect there.
     """
-    _refuse(config, _RAY_ONLY, "has an effect on Ray only; leave it out, or serve without --standalone")
+    _refuse(config, _RAY_ONLY, "applies only on Ray; remove it, or serve without --standalone")
 
 
 def check_on_ray(config: AppConfig) -> None:
@@ -30,7 +30,7 @@ def check_on_ray(config: AppConfig) -> None:
     Raises:
         ConfigError: a setting has no effect there.
     """
-    reason = "has an effect with --standalone only; on Ray, HAProxy has limits of its own: leave it out"
+    reason = "applies only with --standalone; on Ray, HAProxy has its own limits: remove it"
     _refuse(config, _STANDALONE_ONLY, reason)
 
 
@@ -55,4 +55,4 @@ def _refuse(config: AppConfig, paths: Iterable[str], reason: str) -> None:
             settings = getattr(settings, parent)
         value = getattr(settings, name)
         if value != type(settings).model_fields[name].default:
-            raise ConfigError(f"{path} is {value}, and {reason}")
+            raise ConfigError(f"{path} is {value}, which {reason}")

@@ -229,7 +229,7 @@ class EngineConfig:
             raise ConfigError(f"engine.max_model_len must be at least 2, got {self.max_model_len}")
         if not (math.isfinite(self.heartbeat_timeout_s) and self.heartbeat_timeout_s >= 2):
             raise ConfigError(
-                f"engine.heartbeat_timeout_s must be at least 2, there is a heartbeat each second; got "
+                f"engine.heartbeat_timeout_s must be at least 2, since heartbeats come once per second; got "
                 f"{self.heartbeat_timeout_s}"
             )
         if self.cpu_dense_dtype == "int8" and (self.dtype != "bfloat16" or not self.device.startswith("cpu")):

@@ -119,7 +119,7 @@ class QueuedOutput(io.TextIOBase):
         lost = self.num_dropped_lines - self._num_told
         if lost:
             self._num_told = self.num_dropped_lines
-            note = f"cantata: {lost} lines of this log could not be written and are lost\n"
+            note = f"cantata: {lost} lines of this log could not be written and were dropped\n"
             self._append(f"{chr(10) * self._in_line}{note}".encode())
         self._append(data)
         self._changed.notify_all()

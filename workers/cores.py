@@ -35,10 +35,10 @@ def engine_threads(wanted: int | None, num_engines: int = 1, *, setting: str) ->
         raise ConfigError(f"{setting} must be at least 1, got {wanted}")
     if wanted * num_engines > cores:
         engines = (
-            "" if num_engines == 1 else f" for each of {num_engines} engines, {wanted * num_engines} together"
+            "" if num_engines == 1 else f" for each of {num_engines} engines, {wanted * num_engines} in total"
         )
         raise ConfigError(
-            f"{setting} is {wanted}{engines}, and this process may use {cores} cores: at most "
+            f"{setting} is {wanted}{engines}, but this process may use {cores} cores: set at most "
             f"{max(1, cores // num_engines)}"
         )
     return wanted

@@ -44,7 +44,7 @@ def ending(code: int, *, out_of_memory: bool = False) -> str:
         out_of_memory: the kernel has probably killed it (`workers.out_of_memory`).
     """
     if out_of_memory:
-        return f"signal SIGKILL, from the kernel, which had no memory left: {WHAT_HELPS}"
+        return f"signal SIGKILL, from the kernel, which was out of memory: {WHAT_HELPS}"
     crashed = crash(code)
     if code >= 0 and crashed is None:
         return f"exit code {code}"
@@ -54,5 +54,5 @@ def ending(code: int, *, out_of_memory: bool = False) -> str:
     except ValueError:  # a real-time signal
         name = str(-code)
     if crashed == signal.SIGILL:
-        return f"{whose} {name}, an instruction that this processor does not have: {TAKE_ANOTHER_ISA}"
+        return f"{whose} {name}, an instruction that this processor lacks: {TAKE_ANOTHER_ISA}"
     return f"{whose} {name}"

@@ -60,7 +60,9 @@ def parse_model_config(raw: Any, source: str) -> ModelConfig:
     if "model_type" not in raw and "rope_ntk_alpha" in raw:
         return _parse_original_config(raw, source)
     if raw.get("model_type") != "gpt_oss":
-        raise CheckpointError(f"{source}: model_type is {raw.get('model_type')!r}; only 'gpt_oss' is served")
+        raise CheckpointError(
+            f"{source}: model_type is {raw.get('model_type')!r}; only 'gpt_oss' is supported"
+        )
     fields = _Fields(raw, source)
     num_layers = fields.integer("num_hidden_layers")
     hidden_size = fields.integer("hidden_size")
@@ -237,7 +239,7 @@ def _rope(fields: _Fields) -> RopeConfig:
         raise CheckpointError(f"{fields.source}: field rope_scaling (or rope_parameters) is missing")
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind != "yarn":
-        raise CheckpointError(f"{source}.rope_type is {kind!r}; only 'yarn' is served")
+        raise CheckpointError(f"{source}.rope_type is {kind!r}; only 'yarn' is supported")
     nested = _Fields(scaling, source)
     theta = nested.number("rope_theta", default=fields.number("rope_theta", default=150000.0))
     truncate = scaling.get("truncate", True)
@@ -251,7 +253,7 @@ def _rope(fields: _Fields) -> RopeConfig:
     for name in ("attention_factor", "mscale", "mscale_all_dim"):
         value = scaling.get(name)
         if value is not None and not (name == "attention_factor" and value == concentration):
-            raise CheckpointError(f"{source}.{name} is {value!r}; this is not served, remove it")
+            raise CheckpointError(f"{source}.{name} is {value!r}; this is not supported, remove it")
     return RopeConfig(
         theta=theta,
         factor=factor,

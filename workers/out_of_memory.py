@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 
 WHAT_HELPS = (
-    "give the KV cache less (--kv-cache-memory, engine.cache.memory_bytes; on a GPU "
-    "--gpu-memory-utilization), or this machine or container more memory"
+    "make the KV cache smaller (--kv-cache-memory, engine.cache.memory_bytes; on a GPU "
+    "--gpu-memory-utilization), or give this machine or container more memory"
 )
 """Advice for messages."""
 _VMSTAT = Path("/proc/vmstat")

@@ -25,7 +25,7 @@ def die_with_parent(parent_pid: int) -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0) != 0:
         logger.warning(
-            "this process will outlive its parent if that is killed: prctl says %s",
+            "this process will outlive its parent if that is killed: prctl failed with %s",
             os.strerror(ctypes.get_errno()),
         )
     # It may have died before the call.

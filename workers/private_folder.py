@@ -47,7 +47,7 @@ class PrivateFolder:
             self._lock = _lock(self.path)
             if self._lock >= 0:
                 return
-        raise ConfigError(f"no folder for sockets can be kept in {root}: another process removes them")
+        raise ConfigError(f"no folder for sockets can be kept in {root}: another process keeps removing it")
 
     def close(self) -> None:
         """Remove the folder and what is in it. Idempotent."""

@@ -134,7 +134,7 @@ def _plan(
                 f"a rank: {error}"
             )
             larger = _fitting(model, parallel.tensor, gpu, weights, kv_dtype)
-            refusal += f"; tensor={larger} fits" if larger else ""
+            refusal += f"; tensor={larger} would fit" if larger else ""
     return Plan(
         parallel.tensor,
         parallel.expert_size,
@@ -242,7 +242,7 @@ def _model_rows(path: Path, model: ModelConfig, quantize: str | None) -> list[tu
     return [
         ("checkpoint", str(checkpoint_folder(path))),
         ("format", f"{layout}, experts in {stored}{packed}"),
-        ("parameters", f"{_count(total)}, {_count(active)} active for a token"),
+        ("parameters", f"{_count(total)}, {_count(active)} active per token"),
         ("layers", f"{model.num_layers}, {sliding} with a window of {model.sliding_window} keys"),
         (
             "hidden size",
@@ -253,7 +253,7 @@ def _model_rows(path: Path, model: ModelConfig, quantize: str | None) -> list[tu
             f"{model.num_heads} query heads, {model.num_kv_heads} key-value heads, dimension "
             f"{model.head_dim}",
         ),
-        ("experts", f"{model.num_experts}, {model.num_experts_per_token} for a token"),
+        ("experts", f"{model.num_experts}, {model.num_experts_per_token} active per token"),
         ("context", f"{model.max_context_len} tokens"),
     ]
 

@@ -81,7 +81,7 @@ def _check_out(out: Path) -> None:
     # write_checkpoint checks this as well; here it is found before the tokenizer is made.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
-            f"{out} exists and is not an empty folder; nothing is overwritten, give another path"
+            f"{out} exists and is not an empty folder; give another path (nothing is overwritten)"
         )
 
 

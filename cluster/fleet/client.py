@@ -95,7 +95,7 @@ class EngineClient:
         if wanted or request.constraint is not None:
             capabilities = await self._capabilities_of(replica)
         if missing := wanted - capabilities:
-            raise NoReplica(f"The replica's version does not know {', '.join(sorted(missing))}.")
+            raise NoReplica(f"The replica's version does not support {', '.join(sorted(missing))}.")
         by_reference = convert.CONSTRAINT_REF in capabilities
         sent = self._sent.setdefault(replica, RecentIds()) if by_reference else None
         knows = request.constraint is not None and sent is not None and sent.use(request.constraint.id)
@@ -201,7 +201,7 @@ class EngineClient:
         logger.warning(
             "replica %s %s",
             replica.id,
-            f"gives no answer for {self._patience.suspect_s:g} s" if silent else "answers again",
+            f"has not answered for {self._patience.suspect_s:g} s" if silent else "answers again",
         )
         self._on_silence(replica, silent)
 

@@ -129,7 +129,7 @@ class Dispatcher:
         name = type(error).__name__
         if went:
             _log.warning(
-                "request %s: replica %s left it after %d tokens: %s",
+                "request %s: replica %s failed after %d tokens: %s",
                 request.request_id,
                 replica.id,
                 num_tokens,
@@ -146,7 +146,7 @@ class Dispatcher:
         if deadline is not None:
             left_s = deadline - self._clock()
             if left_s <= 0:
-                raise DeadlineExceeded("The request's time was over before a replica took it.")
+                raise DeadlineExceeded("The request's deadline passed before a replica accepted it.")
             request = replace(request, deadline_s=left_s)
         async with aclosing(self._client.generate(replica, request)) as outputs:
             async for output in outputs:

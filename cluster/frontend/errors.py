@@ -118,9 +118,9 @@ def as_cantata_error(error: Exception, request_id: str) -> errors.CantataError:
     if isinstance(error, errors.CantataError) and type(error) is not errors.CantataError:
         return error
     if isinstance(error, MemoryError):
-        _log.error("request %s found no memory in this process", request_id)
+        _log.error("request %s: this process is out of memory", request_id)
         return errors.Overloaded(
-            "The server has no memory for this request now; send a smaller one, or try again."
+            "The server has too little memory for this request now; send a smaller one, or retry later."
         )
     # The frames and the type, never the exception's text: it may quote a prompt.
     frames = "".join(traceback.format_tb(error.__traceback__))

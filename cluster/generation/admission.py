@@ -47,10 +47,12 @@ class Admission:
         limit = self.max_in_flight
         if num_choices > limit:
             raise InvalidRequest(
-                f"n asks for {num_choices} choices at once; this server takes on {limit} at most.", "n"
+                f"n requests {num_choices} choices at once; this server allows {limit} "
+                f"(gateway.max_in_flight_requests).",
+                "n",
             )
         if self._num_in_flight + num_choices > limit:
-            raise Overloaded("The server has as many requests as it takes on; try again in a moment.")
+            raise Overloaded("The server is at capacity (gateway.max_in_flight_requests); retry after 1 s.")
         self._count(num_choices)
         ticket = Ticket(self, num_choices)
         try:

@@ -40,7 +40,7 @@ class TextThreads:
         if num_chars <= INLINE_CHARS:
             return work()
         if self._waiting_chars and self._waiting_chars + num_chars > MAX_WAITING_CHARS:
-            raise Overloaded("The server is reading as many large requests as it can; try again in a moment.")
+            raise Overloaded("The server is at capacity for large prompts; retry after 1 s.")
         loop = asyncio.get_running_loop()
         self._waiting_chars += num_chars
 

@@ -183,7 +183,7 @@ class ServeFleet:
                 timeout_s=_PAGE_TIMEOUT_S, return_exceptions=True
             )
         except Exception as error:  # Serve may raise any exception here; the scrape shows what is available.
-            logger.warning("The other gateways' metrics are missing: %s", type(error).__name__)
+            logger.warning("the metrics of the other gateways are missing: %s", type(error).__name__)
             answers = []
         others = [answer for answer in answers if isinstance(answer, Scrape) and answer.gateway != self._id]
         return [self.page(own), *sorted(others, key=lambda scrape: scrape.gateway)]

@@ -96,7 +96,7 @@ class GatewayReplica:
                 raise
             # If this raised, Serve would stop this replica and start others that cannot start
             # either.
-            logger.error("The gateway goes on with the settings it had: %s", error)
+            logger.error("the gateway keeps its previous settings: %s", error)
             return
         self._service.reconfigure(chat_defaults(gateway), limits(gateway))
         self._configured = True
@@ -154,7 +154,7 @@ class GatewayReplica:
             await context.abort(grpc.StatusCode[error.status], error.message)
         if request.service not in ("", SERVICE_NAME):
             await context.abort(
-                grpc.StatusCode.NOT_FOUND, f"There is no service {request.service[:100]!r} here."
+                grpc.StatusCode.NOT_FOUND, f"This server has no service {request.service[:100]!r}."
             )
         serving = request.service == "" or await self._status.ready()
         status = (
@@ -168,7 +168,7 @@ class GatewayReplica:
         """Refuse grpc.health.v1.Health.Watch, as its definition allows: Serve ends a replica only
         after its last call, and a watch has no end."""
         await _Context(grpc_context).abort(
-            grpc.StatusCode.UNIMPLEMENTED, "Watch is not offered here; call Check from time to time."
+            grpc.StatusCode.UNIMPLEMENTED, "Watch is not supported; poll Check instead."
         )
         yield health_pb2.HealthCheckResponse()  # makes this method a stream
 
@@ -215,14 +215,14 @@ class GatewayReplica:
         while not await self._standing.is_stopping():  # noqa: ASYNC110 - Serve does not tell
             await asyncio.sleep(_STANDING_PERIOD_S)
         logger.info(
-            "This gateway stops: requests that have not ended within %g s end with an error",
+            "this gateway is stopping: requests still running after %g s will end with an error",
             grace_s,
         )
         await self._service.close()
 
 
 def _way_out(config: AppConfig) -> str:
-    share = "" if config.engine.device != "cpu" else ", let engines share CPUs with an engine_cpus below 1,"
+    share = "" if config.engine.device != "cpu" else ", set engine_cpus below 1 so that engines share CPUs,"
     return f"lower engine.parallel.tensor{share} or add nodes"
 
 
@@ -259,15 +259,17 @@ async def _watch_engines(replicas: ServeReplicas, config: AppConfig) -> None:
         try:
             lack = await asyncio.to_thread(shortage, bundles)
         except Exception:
-            logger.exception("Ray does not say what it has room for")
+            logger.exception("Ray did not report its free resources")
             continue
         waited_s = time.monotonic() - without_since
         if lack is not None:
-            logger.warning("No engine can start, for %.0f s now: %s; %s", waited_s, lack, _way_out(config))
+            logger.warning(
+                "no engine has been able to start for %.0f s: %s; %s", waited_s, lack, _way_out(config)
+            )
         else:
             logger.warning(
-                "No engine serves, for %.0f s now: there is room, so they are loading or fail (`serve "
-                "status` says)",
+                "no engine has served for %.0f s: there is room, so they are loading or failing; see "
+                "`serve status`",
                 waited_s,
             )
 

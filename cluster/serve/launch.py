@@ -50,8 +50,8 @@ def serve_on_ray(config: CantataConfig) -> int:
     ):
         if port == 0:
             raise ConfigError(
-                f"{name} is 0, a free port, which Ray Serve cannot choose; give a number, or serve with "
-                f"--standalone"
+                f"{name} is 0 (any free port), which Ray Serve does not support; give a port number, or "
+                f"use --standalone"
             )
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -67,7 +67,7 @@ def _application(config: CantataConfig) -> AppConfig:
         # Ray would wait for missing CPUs without a limit. Each rank has one thread.
         cpus = min(usable_cores() / config.replicas, _MOST_OF_A_CPU)
         print(
-            f"{num_ranks} ranks share {usable_cores()} CPUs, and are slower for it",
+            f"{num_ranks} ranks share {usable_cores()} CPUs, which makes them slower",
             file=sys.stderr,
             flush=True,
         )
@@ -137,15 +137,15 @@ def _run(config: CantataConfig) -> int:
         _serve_application(config)
     except KeyboardInterrupt:
         print(
-            f"stopping: running requests have {min(config.gateway_drain_timeout_s, DRAIN_S):g} s to end, "
-            f"then they end with an error; a second signal stops at once",
+            f"stopping: running requests have {min(config.gateway_drain_timeout_s, DRAIN_S):g} s to finish, "
+            f"then they end with an error; a second signal stops immediately",
             file=sys.stderr,
             flush=True,
         )
     except Exception as error:
         # Process edge: Ray may raise any exception when it or the application cannot start, with
         # the reason in the text.
-        print(f"{error}\ncantata: serving on Ray did not start; the reason stands above", file=sys.stderr)
+        print(f"{error}\ncantata: serving on Ray did not start; the reason is printed above", file=sys.stderr)
         return 1
     finally:
         _on_stop_signals(signal.SIG_IGN)
@@ -233,6 +233,6 @@ def _shut_serve_down() -> None:
             serve.delete(APPLICATION)
     # Ray may raise any exception; continue with the rest of the shutdown
     except (KeyboardInterrupt, Exception) as error:
-        print(f"stopping at once ({type(error).__name__})", file=sys.stderr, flush=True)
+        print(f"stopping immediately ({type(error).__name__})", file=sys.stderr, flush=True)
     _on_stop_signals(signal.SIG_IGN)
     end_serve()

@@ -44,7 +44,7 @@ def check_application(config: AppConfig) -> None:
     check_no_settings(os.environ)
     check_serve_application(config)
     if config.engine_cpus is not None and config.engine_cpus < 1:
-        logger.warning("engine_cpus is %g: engines share CPUs, and are slower for it", config.engine_cpus)
+        logger.warning("engine_cpus is %g: engines share CPUs, which makes them slower", config.engine_cpus)
     load_encoding(config)
     model = load_model_config(engine.model_path)
     shards = plan_shards(model, engine.parallel)
@@ -53,7 +53,7 @@ def check_application(config: AppConfig) -> None:
         check_tensors(engine.model_path, model)
     else:
         logger.warning(
-            "%s has no weights on the node that builds the application; engines check theirs",
+            "%s has no weights on the node that builds the application; each engine checks its own copy",
             engine.model_path,
         )
     check_memory(config, model, shards, accelerators())
@@ -73,8 +73,8 @@ def check_options(config: AppConfig, options: ServeOptions) -> None:
     for name, said in options.deployments.items():
         if said.get("autoscaling_config") is not None or said.get("num_replicas") == "auto":
             raise ConfigError(
-                f"deployment {name}: {reason}, and would stop all but min_replicas; set num_replicas to a "
-                "number instead of autoscaling_config or auto"
+                f"deployment {name}: {reason}, so it would stop all but min_replicas; set num_replicas to "
+                f"a number instead of autoscaling_config or auto"
             )
     if options.has_autoscaling_policy:
         raise ConfigError(f"autoscaling_policy: {reason}; leave it out")
@@ -86,8 +86,7 @@ def check_options(config: AppConfig, options: ServeOptions) -> None:
     reconfigured(config.gateway, options.deployments.get("gateway", {}).get("user_config"))
     if options.deployments.get("engine", {}).get("user_config"):
         raise ConfigError(
-            "deployment engine: it has no settings that change at run time; instead of user_config use "
-            "args.engine"
+            "deployment engine: it has no run-time settings; use args.engine instead of user_config"
         )
 
 
@@ -125,7 +124,7 @@ def check_memory(
         except ConfigError as error:
             refusals.append(f"on {kind}: {error}")
     if refusals:
-        raise ConfigError(f"the cluster has no GPU that holds a rank; {'; '.join(refusals)}")
+        raise ConfigError(f"the cluster has no GPU that can hold a rank; {'; '.join(refusals)}")
 
 
 def _check_gpu(engine: EngineConfig, shape: ModelConfig, gpu: Gpu, weight_bytes: int) -> None:
@@ -140,9 +139,9 @@ def _check_gpu(engine: EngineConfig, shape: ModelConfig, gpu: Gpu, weight_bytes:
     )
     if weight_bytes + memory.num_bytes > gpu.memory_bytes:
         raise ConfigError(
-            f"{weight_bytes / GIB:.2f} GiB of weights and {memory.num_bytes / GIB:.2f} of KV cache are more "
-            f"than its "
-            f"{gpu.memory_bytes / GIB:.2f}; lower engine.cache.memory_bytes or raise engine.parallel.tensor"
+            f"{weight_bytes / GIB:.2f} GiB of weights and {memory.num_bytes / GIB:.2f} GiB of KV cache "
+            f"exceed its {gpu.memory_bytes / GIB:.2f} GiB; lower engine.cache.memory_bytes or raise "
+            f"engine.parallel.tensor"
         )
     _check_kv(engine, shape, memory.num_bytes, memory.source)
 

@@ -67,15 +67,13 @@ class EngineReplica:
         """
         if user_config and not self._started:
             raise ConfigError(
-                "deployment engine: it has no settings that change at run time; instead of user_config use "
-                "args.engine"
+                "deployment engine: it has no run-time settings; use args.engine instead of user_config"
             )
         if user_config:
             # If this raised, Serve would stop this replica and start others that cannot start
             # either.
             logger.error(
-                "The engine has no settings that change at run time: user_config is not used, put it under "
-                "args.engine"
+                "the engine has no run-time settings: user_config is ignored; move it to args.engine"
             )
         self._started = True
 
@@ -101,9 +99,7 @@ class EngineReplica:
             raise EngineDead(f"the engine has ended: {self._server.engine.error or 'it was drained'}")
         stalled_s = self._server.engine.watch.stalled_s
         if stalled_s > self._stalled_s:
-            raise EngineDead(
-                f"the engine hangs: its step loop has shown no sign of life for {stalled_s:.0f} s"
-            )
+            raise EngineDead(f"the engine hangs: its step loop has made no progress for {stalled_s:.0f} s")
 
     async def _leave_when_it_ends(self) -> None:
         # Serve would check our health three times, then wait for requests to end, and keep sending

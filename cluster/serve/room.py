@@ -59,8 +59,8 @@ def shortage(bundles: Sequence[Bundle], num_replicas: int = 1) -> str | None:
     there = " and ".join(f"{free.get(name, 0):g} of {_amount(name, total.get(name, 0))}" for name in bundle)
     of = f"of {len(bundles)} rank{'s' * (len(bundles) > 1)}"
     return (
-        f"{num_replicas} replica{'s' * (num_replicas > 1)} {of} want{'s' * (num_replicas == 1)} "
-        f"{wanted}, free are {there}"
+        f"{num_replicas} replica{'s' * (num_replicas > 1)} {of} need{'s' * (num_replicas == 1)} "
+        f"{wanted}; {there} free"
     )
 
 

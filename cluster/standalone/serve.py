@@ -175,7 +175,9 @@ async def _serve_gateway(
     await asyncio.wait([asked, serving, no_engine], return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
     no_engine.cancel()
-    logger.info("stopping: running requests have %.0f s to end; a second signal stops at once", drain_s)
+    logger.info(
+        "stopping: running requests have %.0f s to finish; a second signal stops immediately", drain_s
+    )
     await _drain(http_server, serving, grpc_server, service, stop, drain_s)
     if not stop.asked.is_set() and all(engine.given_up.is_set() for engine in engines):
         raise EngineFailed(engines[0].failure)
@@ -279,8 +281,8 @@ def _exposure(listen: ListenConfig, has_keys: bool) -> list[str]:
     if listen.host in ("127.0.0.1", "::1", "localhost"):
         return []
     return [
-        f"{listen.host} can be reached from other machines"
-        + ("" if has_keys else "; anyone there can use it: set --api-key")
+        f"{listen.host} is reachable from other machines"
+        + ("" if has_keys else ", whose users need no key: set --api-key")
     ]
 
 

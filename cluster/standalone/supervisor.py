@@ -176,7 +176,7 @@ class EngineProcess:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 ready = json.loads(line)
                 return Replica(self.name, str(ready["address"]), str(ready["start_id"]))
-            logger.warning("%s wrote a line that is no message of an engine", self.name)
+            logger.warning("%s wrote a line that is not a message of an engine", self.name)
         return None
 
     async def _keep_alive(self, timeout_s: float) -> None:
@@ -194,7 +194,7 @@ class EngineProcess:
             # up after a while.
             if self._gives_up(code if crash(code) == signal.SIGILL else None):
                 return
-            logger.error("%s died (%s); it is restarted", self.name, self._ending(code))
+            logger.error("%s died (%s); restarting it", self.name, self._ending(code))
             await self._restart(timeout_s)
             if self.given_up.is_set():
                 return
@@ -215,7 +215,7 @@ class EngineProcess:
                 self._heard = False
                 if silent_turns == most and not exiting.done():
                     logger.error(
-                        "%s hangs: no heartbeat for %g s; it is killed", self.name, self._heartbeat_timeout_s
+                        "%s hangs: no heartbeat for %g s; killing it", self.name, self._heartbeat_timeout_s
                     )
                     self._kills = OomKills()
                     with contextlib.suppress(ProcessLookupError):
@@ -233,7 +233,7 @@ class EngineProcess:
             except (EngineFailed, OSError) as error:
                 if self._gives_up(error.code if isinstance(error, EngineFailed) else None):
                     return
-                logger.error("%s; next try in %.1f s", error, self._backoff_s)
+                logger.error("%s; retrying in %.1f s", error, self._backoff_s)
                 continue
             self.num_restarts += 1
             logger.warning("%s serves again", self.name)
@@ -251,7 +251,7 @@ class EngineProcess:
         if code is None or self._num_same_crashes < MAX_SAME_CRASHES:
             return False
         self.failure = (
-            f"{self.name} crashed {MAX_SAME_CRASHES} times in a row and is not started again "
+            f"{self.name} crashed {MAX_SAME_CRASHES} times in a row and will not be restarted "
             f"({self._ending(code)})"
         )
         logger.error("%s", self.failure)
@@ -276,7 +276,7 @@ class EngineProcess:
             async with asyncio.timeout(grace_s if grace_s > 0 else None):
                 await process.wait()
         except TimeoutError:
-            logger.warning("%s did not end within %.0f s; it is killed", self.name, grace_s)
+            logger.warning("%s did not end within %.0f s; killing it", self.name, grace_s)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
@@ -292,7 +292,9 @@ class EngineProcess:
         left = await end_session(pid, DESCENDANTS_S)
         if left:
             logger.error(
-                "processes %s of %s do not end: they hang in the kernel", ", ".join(map(str, left)), self.name
+                "processes %s of %s cannot be killed: they hang in the kernel",
+                ", ".join(map(str, left)),
+                self.name,
             )
 
     async def _hear(self, output: asyncio.StreamReader) -> None:

@@ -102,7 +102,7 @@ def test_flags_not_given_leave_the_file_alone(tmp_path: Path) -> None:
     [
         (
             ["serve"],
-            "cantata: no model is given; name the folder of a checkpoint with --model, or set "
+            "cantata: no model is given; pass the folder of a checkpoint with --model, or set "
             "engine.model_path\n",
         ),
         (
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_is_none_is_one_sentence(mode: list[str], tmp_path: Pa
     assert result.returncode == 1
     assert (
         result.stderr
-        == f"cantata: {foreign / 'config.json'}: model_type is 'llama'; only 'gpt_oss' is served\n"
+        == f"cantata: {foreign / 'config.json'}: model_type is 'llama'; only 'gpt_oss' is supported\n"
     )
 
 
@@ -212,7 +212,7 @@ def test_make_checkpoint_writes_a_folder_that_loads(
 
     again = run("make-checkpoint", "--preset", "tiny", str(out))
     sentence = (
-        f"cantata: {out} exists and is not an empty folder; nothing is overwritten, give another path\n"
+        f"cantata: {out} exists and is not an empty folder; give another path (nothing is overwritten)\n"
     )
     assert (again.returncode, again.stderr) == (1, sentence)
 
@@ -235,7 +235,7 @@ def test_more_threads_than_cores_are_one_sentence(mode: list[str], tmp_path: Pat
     assert result.stdout == ""
     sentence = (
         rf"Starting to serve {re.escape(str(out))}\n"
-        r"cantata: engine_cpus \(--threads\) is 4096, and this process may use (\d+) cores: at most \1\n"
+        r"cantata: engine_cpus \(--threads\) is 4096, but this process may use (\d+) cores: set at most \1\n"
     )
     assert re.fullmatch(sentence, result.stderr), result.stderr
 

@@ -231,11 +231,11 @@ def test_broken_files(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\xff")
     refused("c.yaml is not YAML", file=file)
     file.write_text("- a list")
-    refused("c.yaml must hold settings by name, found a list", file=file)
+    refused("c.yaml must be a mapping of settings, found a list", file=file)
     file.write_text("engine: 3")
-    refused("engine must hold settings by name", file=file)
+    refused("engine must be a mapping of settings", file=file)
     file.write_text("listen: [1]")
-    refused("listen must hold settings by name", file=file)
+    refused("listen must be a mapping of settings", file=file)
 
 
 def test_an_empty_file_and_an_empty_section_are_fine(tmp_path: Path) -> None:
@@ -257,8 +257,8 @@ def test_no_model_says_how_to_give_one() -> None:
         ("engine: {}", "no model is given"),
         ("engine:", "no model is given"),
         ("replicas: 2", "no model is given"),
-        ("engine: 3", "engine must hold settings by name"),
-        ("engine: model_path", "engine must hold settings by name"),
+        ("engine: 3", "engine must be a mapping of settings"),
+        ("engine: model_path", "engine must be a mapping of settings"),
         (
             "engine: {modle_path: m}",
             "engine.modle_path is not a known setting; did you mean engine.model_path?",

@@ -42,7 +42,7 @@ def test_a_setting_without_an_effect_is_refused(path: str) -> None:
 
 
 def test_each_way_of_serving_checks() -> None:
-    with pytest.raises(ConfigError, match="gateways is 3, and has an effect on Ray only"):
+    with pytest.raises(ConfigError, match="gateways is 3, which applies only on Ray"):
         serve_standalone(config_with("gateways", 3))
     with pytest.raises(ConfigError, match=r"gateway\.header_timeout_s is 3"):
         serve_on_ray(config_with("gateway.header_timeout_s", 3))

@@ -101,11 +101,11 @@ def test_what_build_checks_without_a_gpu_holds(path: Path) -> None:
 @pytest.mark.parametrize(
     ("experts", "cache", "kinds", "said"),
     [
-        (256, CacheConfig(), ["H100"], "no GPU that holds a rank; on H100: "),
+        (256, CacheConfig(), ["H100"], "no GPU that can hold a rank; on H100: "),
         (256, CacheConfig(), ["H100", "H200"], None),
         (256, CacheConfig(), ["H100", "unheard of"], None),
         (256, CacheConfig(), None, None),
-        (128, CacheConfig(memory_bytes=60 * GIB), ["H100"], "60.00 of KV cache are more than its 93.58"),
+        (128, CacheConfig(memory_bytes=60 * GIB), ["H100"], "60.00 GiB of KV cache exceed its 93.58 GiB"),
         (128, CacheConfig(memory_bytes=GIB), None, "cannot hold one sequence"),
         (128, CacheConfig(dtype="fp8"), ["H100"], None),
     ],

@@ -103,7 +103,7 @@ def test_gateways_take_settings_over_while_they_run(served: Deployments) -> None
             assert served.deploy(application) is None
             # Each of some requests to each gateway.
             until(lambda wanted=status: {ask(served, n=5).status_code for _ in range(6)} == {wanted}, 30)  # type: ignore[misc]
-        assert "The gateway goes on with the settings it had: user_config" in served.logs(GATEWAY)
+        assert "the gateway keeps its previous settings: user_config" in served.logs(GATEWAY)
         streams.go_on()
         streams.check()
         assert (served.pids(ENGINE), served.pids(GATEWAY)) == (engines, gateways)

@@ -156,8 +156,8 @@ def test_more_ranks_than_this_machine_has_room_for(model: Path, tmp_path: Path) 
         assert served.process.wait(120) == 1
         assert none_left(served.mark, 15) == []
     log = served.log.read_text(errors="replace")
-    wanted = f"{replicas} replicas of 2 ranks want {2 * replicas} CPUs and {2 * replicas} GPUs"
-    assert f"{wanted}, free are {usable_cores()} of {usable_cores()} CPU" in log
+    wanted = f"{replicas} replicas of 2 ranks need {2 * replicas} CPUs and {2 * replicas} GPUs"
+    assert f"{wanted}; {usable_cores()} of {usable_cores()} CPU" in log
     assert "Traceback" not in log
 
 

@@ -200,7 +200,7 @@ def test_a_second_signal_does_not_wait(model: Path, tmp_path: Path) -> None:
         ) as stream:
             next(stream.iter_lines())
             served.process.send_signal(signal.SIGINT)
-            until(lambda: "a second signal stops at once" in served.log.read_text(), 10)
+            until(lambda: "a second signal stops immediately" in served.log.read_text(), 10)
             assert served.stop(timeout_s=15) == 0
         assert none_left(served.mark, 5) == []
 

@@ -33,7 +33,10 @@ STEP_TIMEOUT_S = 3.0
 NUM_STREAMS = 4
 PLACEMENT = [{"engine": 1, "rank": 1}, {"engine": 0, "rank": 1}]
 """On the head and on the other node."""
-WATCHDOG = f"has no result after {STEP_TIMEOUT_S:g} s: a rank hangs, or the network between ranks is cut"
+WATCHDOG = (
+    f"has no result after {STEP_TIMEOUT_S:g} s (engine.parallel.step_timeout_s): a rank hangs, "
+    "or the network between ranks is down"
+)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def test_a_pipe_that_nobody_reads_holds_nothing_up(pipe: tuple[int, int]) -> Non
     assert output.drain(LIMIT_S)
     print("the end of one that is lost", file=output)  # taken is what begins with a line
     print("it goes on", file=output)
-    note = f"cantata: {10_001 - len(kept)} lines of this log could not be written and are lost"
+    note = f"cantata: {10_001 - len(kept)} lines of this log could not be written and were dropped"
     assert read_until(pipe[0], b"it goes on\n").decode().splitlines() == [note, "it goes on"]
 
 

@@ -31,11 +31,11 @@ def test_threads_of_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine_threads(None, 1, setting="threads") == 6
     assert engine_threads(None, 4, setting="threads") == engine_threads(None, 7, setting="threads") == 1
     assert engine_threads(2, 3, setting="threads") == 2
-    with pytest.raises(ConfigError, match=r"^threads is 7, and this process may use 6 cores: at most 6$"):
+    with pytest.raises(ConfigError, match=r"^threads is 7, but this process may use 6 cores: set at most 6$"):
         engine_threads(7, setting="threads")
     with pytest.raises(
         ConfigError,
-        match=r"^n is 4 for each of 2 engines, 8 together, and this process may use 6 cores: at most 3$",
+        match=r"^n is 4 for each of 2 engines, 8 in total, but this process may use 6 cores: set at most 3$",
     ):
         engine_threads(4, 2, setting="n")
     with pytest.raises(ConfigError, match=r"^threads must be at least 1, got 0$"):
@@ -43,7 +43,7 @@ def test_threads_of_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_offline_engine_refuses_before_it_reads_anything(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^threads is 4096, and this process may use \d+ cores"):
+    with pytest.raises(ConfigError, match=r"^threads is 4096, but this process may use \d+ cores"):
         LLM(tmp_path / "no model", threads=4096)
 
 

@@ -81,4 +81,4 @@ def test_what_the_kernel_kills_for_want_of_memory(cgroup: Path) -> None:
     process.communicate(b"go on\n", timeout=60)
     assert process.returncode == -9
     assert kills.explain(process.returncode)
-    assert "no memory left" in ending(process.returncode, out_of_memory=True)
+    assert "was out of memory" in ending(process.returncode, out_of_memory=True)

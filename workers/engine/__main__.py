@@ -45,25 +45,23 @@ def main() -> int:
     )
     parser.add_argument(
         "--address",
-        help=f"where to serve gRPC: unix:PATH, or HOST:PORT (port 0: any free one) with a secret in "
+        help=f"gRPC address: unix:PATH, or HOST:PORT (port 0 selects a free one) with a secret in "
         f"${SECRET_VARIABLE}; by default a "
         "socket in a new folder that only this user can reach",
     )
     parser.add_argument(
         "--metrics-port",
         type=int,
-        help="serve Prometheus metrics over HTTP on this port of 127.0.0.1; 0: any free one",
+        help="serve Prometheus metrics over HTTP on this port of 127.0.0.1; 0 selects a free one",
     )
     parser.add_argument(
-        "--grace-s", type=float, default=30.0, help="seconds that running requests have to end after SIGTERM"
+        "--grace-s", type=float, default=30.0, help="seconds for running requests to finish after SIGTERM"
     )
-    parser.add_argument(
-        "--parent-pid", type=int, help="the process that starts this one, and with which it ends"
-    )
+    parser.add_argument("--parent-pid", type=int, help="PID of the parent process, with which this one ends")
     parser.add_argument(
         "--heartbeats",
         action="store_true",
-        help="write a line to stdout, which is a pipe, each second that the engine lives",
+        help="write a heartbeat line to stdout (a pipe) each second",
     )
     arguments = parser.parse_args()
     keep_output_from_failing()

@@ -57,8 +57,7 @@ def check_address(address: str, secret: str | None) -> None:
     if not address.startswith(_UNIX):
         if secret is None or len(secret) < MIN_SECRET_LENGTH:
             raise ConfigError(
-                f"an engine on a TCP port needs a secret of {MIN_SECRET_LENGTH} characters or more, which "
-                f"its callers send: set "
+                f"an engine on a TCP port needs a secret of at least {MIN_SECRET_LENGTH} characters: set "
                 f"{SECRET_VARIABLE} in its environment, or leave --address out for a Unix socket that only "
                 f"this user can reach"
             )
@@ -66,12 +65,12 @@ def check_address(address: str, secret: str | None) -> None:
     path = address.removeprefix(_UNIX)
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
         raise ConfigError(
-            f"the path of the socket {path} is longer than {LONGEST_SOCKET_PATH} bytes: choose a shorter one"
+            f"the socket path {path} is longer than {LONGEST_SOCKET_PATH} bytes: choose a shorter one"
         )
     # gRPC would take over the socket of a live server.
     with socket.socket(socket.AF_UNIX) as probe:
         if probe.connect_ex(path) == 0:
-            raise ConfigError(f"cannot listen on {address}: another server does")
+            raise ConfigError(f"cannot listen on {address}: another server uses it")
 
 
 def close_to_others(address: str) -> None:
@@ -82,7 +81,7 @@ def close_to_others(address: str) -> None:
 
 async def _refuse(requests: object, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
     await context.abort(
-        grpc.StatusCode.UNAUTHENTICATED, "this engine wants its secret in the metadata of a call"
+        grpc.StatusCode.UNAUTHENTICATED, "this engine requires its secret in the call's metadata"
     )
 
 

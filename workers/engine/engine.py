@@ -192,7 +192,7 @@ class Engine:
         self._requests.end_wait()
         if not self.wait_stopped(_STOP_TIMEOUT_S):
             logger.error(
-                "the step in flight has not ended after %g s; its requests are ended without it",
+                "the step in flight did not end within %g s; its requests are ended without it",
                 _STOP_TIMEOUT_S,
             )
             self._loop.end_all()
@@ -284,7 +284,7 @@ class StepLoop:
             # schedule() admits whatever fits an idle cache, and check() refused what does not: the
             # wait would never end.
             if self._scheduler.has_work:
-                raise RuntimeError("requests wait, but none of them can be scheduled")
+                raise RuntimeError("requests are waiting, but none of them can be scheduled")
             self._set_gauges()
             return
         if plan is None or len(self._flights) == MAX_IN_FLIGHT or self._flights[0].result.done():
@@ -362,7 +362,7 @@ class StepLoop:
         else:
             sentence = f"the engine failed ({type(error).__name__}); its log has the details"
             if is_out_of_memory(error):
-                sentence = f"the engine has no memory left: {WHAT_HELPS}"
+                sentence = f"the engine ran out of memory: {WHAT_HELPS}"
             logger.error("the engine is dead", exc_info=error)
         self.error = sentence
         self._requests.close(sentence, instead=True)

@@ -211,9 +211,7 @@ class LLM:
             else list(sampling)
         )
         if len(params) != len(ids):
-            raise InvalidRequest(
-                f"{len(ids)} prompts came with {len(params)} sampling parameters", "sampling"
-            )
+            raise InvalidRequest(f"{len(ids)} prompts but {len(params)} sampling parameters", "sampling")
         first = self._num_requests
         self._num_requests += len(ids)
         choices = [

@@ -96,8 +96,8 @@ def _context(info: ExecutorInfo, longest: int) -> str:
     each = " each" if info.num_ranks > 1 else ""
     cache = f"a KV cache of {_readable(info.kv_cache_bytes // info.num_ranks)}{each}"
     return (
-        f"{info.max_model_len} tokens of the model's {longest}, as much as {cache} holds; "
-        f"engine.cache.memory_bytes gives it more"
+        f"{info.max_model_len} tokens of the model's {longest}, limited by {cache}; raise "
+        f"engine.cache.memory_bytes for more"
     )
 
 

@@ -125,7 +125,10 @@ class RequestBook:
             if self._refusal is not None:
                 raise EngineDead(self._refusal)
             if len(self._live) - self.num_running >= self._max_waiting:
-                raise Overloaded(f"{self._max_waiting} requests wait already; try again later")
+                raise Overloaded(
+                    f"{self._max_waiting} requests are waiting (engine.scheduler.max_waiting_requests); "
+                    f"retry after 1 s"
+                )
             stream = OutputStream(request.request_id, self._next_seq_id, notifier)
             self._next_seq_id += 1
             deadline_s = None if request.deadline_s is None else now + request.deadline_s

@@ -283,7 +283,7 @@ def _bind(server: grpc.aio.Server, address: str) -> str:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
         raise ConfigError(
-            f"cannot listen on {address}: the port is taken, or the address is not one of this machine"
+            f"cannot listen on {address}: the port is in use, or the address is not this machine's"
         ) from error
     close_to_others(address)
     return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"

@@ -186,8 +186,7 @@ class _Keys:
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
         if not zmq.has("curve"):
             raise ConfigError(
-                "ranks on several hosts need a libzmq that can encrypt (CURVE), as the wheels of pyzmq "
-                "bring it"
+                "ranks on several hosts need a libzmq with encryption (CURVE), as in pyzmq's wheels"
             )
         public, self._secret = zmq.curve_keypair()
         self._rank_public, rank_secret = zmq.curve_keypair()

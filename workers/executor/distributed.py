@@ -287,7 +287,7 @@ class DistributedExecutor:
             )
             if message is None:
                 if self._error is not None:
-                    raise EngineDead(f"before all ranks were ready, {self._error}; its output stands above")
+                    raise EngineDead(f"before all ranks were ready, {self._error}; see its output above")
                 if time.monotonic() >= deadline:
                     missing = ", ".join(str(rank) for rank in range(self._size) if rank not in found)
                     raise ConfigError(f"after {timeout_s:g} s these ranks have not {doing}: {missing}")
@@ -310,8 +310,8 @@ class DistributedExecutor:
                     self._progress("start ranks", len(found), self._size)
             else:
                 raise ConfigError(
-                    f"rank {rank} sent {kind.decode()!r} where {wanted.decode()!r} was due: update all "
-                    f"nodes together"
+                    f"rank {rank} sent {kind.decode()!r} instead of {wanted.decode()!r}: run the same "
+                    f"version on all nodes"
                 )
         return [found[rank] for rank in range(self._size)]
 
@@ -350,7 +350,7 @@ class DistributedExecutor:
                 self._oldest_since_s = time.monotonic()
             if result.step != plan.step:
                 self._fail(
-                    f"rank 0 answered step {result.step} where step {plan.step} was due", [(plan, future)]
+                    f"rank 0 answered step {result.step} instead of step {plan.step}", [(plan, future)]
                 )
             else:
                 future.set_result(result)
@@ -374,8 +374,9 @@ class DistributedExecutor:
             step = self._in_flight[0][0].step if waits else None
         if waits:
             self._fail(
-                f"step {step} has no result after {timeout_s:g} s: a rank hangs, or the network between "
-                f"ranks is cut"
+                f"step {step} has no result after {timeout_s:g} s (engine.parallel.step_timeout_s): a rank "
+                f"hangs, "
+                f"or the network between ranks is down"
             )
 
     def _note_exit(self, rank: int, how: str, crashed: signal.Signals | None) -> None:

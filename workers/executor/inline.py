@@ -36,7 +36,7 @@ class InlineExecutor:
         progress: Progress | None = None,
         loader: Loader | None = None,
     ) -> None:
-        assert config.parallel.tensor == 1, "several ranks need processes of their own"
+        assert config.parallel.tensor == 1, "several ranks need their own processes"
         self._config = config
         self._model = model
         self._progress = progress

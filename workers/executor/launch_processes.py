@@ -42,13 +42,12 @@ class ProcessRanks:
         if device.startswith("cuda"):
             if device != "cuda":
                 raise ConfigError(
-                    f"engine.device {device!r} names one GPU, but {num_ranks} ranks are wanted: "
-                    f"set it to cuda"
+                    f"engine.device {device!r} names one GPU, but there are {num_ranks} ranks: set it to cuda"
                 )
             num_gpus = torch.cuda.device_count()
             if num_gpus < num_ranks:
                 raise ConfigError(
-                    f"engine.parallel.tensor wants {num_ranks} GPUs, and this host has {num_gpus}: lower it, "
+                    f"engine.parallel.tensor needs {num_ranks} GPUs, but this host has {num_gpus}: lower it, "
                     f"or use several hosts with Ray"
                 )
         return [

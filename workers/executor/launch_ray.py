@@ -51,18 +51,20 @@ class RayRanks:
         if group is None or len(group.bundle_specs) < num_ranks:
             found = 0 if group is None else len(group.bundle_specs)
             raise ConfigError(
-                f"{num_ranks} ranks want a placement group with a bundle for each, this process runs in one "
+                f"{num_ranks} ranks need a placement group with one bundle each; this process runs in one "
                 f"with {found}"
             )
         if not group.wait(timeout_s):
             free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
             total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             amounts = ", ".join(
-                f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s are free"
+                f"{free.get(name, 0):g} of {total.get(name, 0):g} {name} free"
                 for name in group.bundle_specs[0]
             )
             raise ConfigError(
-                f"after {timeout_s:g} s there is no room for {num_ranks} ranks of {group.bundle_specs[0]}: "
+                f"after {timeout_s:g} s (engine.parallel.start_timeout_s) there is no room for {num_ranks} "
+                f"ranks "
+                f"of {group.bundle_specs[0]}: "
                 f"{amounts}"
             )
         nodes = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]

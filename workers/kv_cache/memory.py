@@ -137,12 +137,13 @@ def cpu_kv_memory(
     free = available - weight_bytes
     if free <= 0:
         raise ConfigError(
-            f"the model does not fit: {readable(weight_bytes)} of weights are more than the "
-            f"{readable(available)} of memory that "
-            f"are free on this host{' for each of its ranks' if ranks_on_host > 1 else ''}"
+            f"the model does not fit: {readable(weight_bytes)} of weights exceed the {readable(available)} "
+            f"of free memory on this host{' for each of its ranks' if ranks_on_host > 1 else ''}"
         )
     num_bytes = min(int(free * CPU_MEMORY_SHARE), max(CPU_MEMORY_BYTES // ranks_on_host, minimum), useful)
-    return KVMemory(num_bytes, f"chosen from {readable(free)} free on cpu; engine.cache.memory_bytes sets it")
+    return KVMemory(
+        num_bytes, f"chosen from {readable(free)} free on cpu; override with engine.cache.memory_bytes"
+    )
 
 
 def gpu_kv_memory(
@@ -184,7 +185,7 @@ def gpu_kv_memory(
         f"{cache.gpu_memory_utilization:.0%} of the GPU's {readable(gpu.total_bytes)} less "
         f"{readable(gpu.used_bytes)} in use, "
         f"{readable(gpu.activation_bytes)} for activations and {readable(gpu.graph_bytes)} for graphs; "
-        f"engine.cache.gpu_memory_utilization sets it"
+        "adjust with engine.cache.gpu_memory_utilization"
     )
     return KVMemory(min(left, useful), source)
 
@@ -380,7 +381,7 @@ def _fitting_context(
         fits = _longest_fitting(model, scheduler, dtype, shortest, memory_bytes)
         raise ConfigError(
             f"a KV cache of {readable(memory_bytes)} ({source}) cannot hold one sequence of {shortest} "
-            f"tokens, the shortest context that is chosen where engine.max_model_len is not set, which needs "
+            f"tokens, the shortest context chosen without engine.max_model_len, which needs "
             f"{readable(needed)}: {_advice(fits)}"
         )
     return max(_longest_fitting(model, scheduler, dtype, longest, memory_bytes, whole_steps=True), shortest)
@@ -415,10 +416,9 @@ def shorter_context(model: ModelConfig, plan: KVCachePlan, dtype: KVDtype, memor
     asked for that."""
     fp8 = "" if dtype == "fp8_e4m3" else ", or set engine.cache.dtype to fp8 where the device has it"
     return (
-        f"the context is {plan.max_model_len} tokens of the model's {model.max_context_len}: as much as a "
-        f"KV cache of "
-        f"{readable(memory.num_bytes)} ({memory.source}) holds of one sequence. For more, give the cache "
-        f"more memory{fp8}"
+        f"the context is {plan.max_model_len} tokens of the model's {model.max_context_len}: the most "
+        f"that a KV cache of {readable(memory.num_bytes)} ({memory.source}) can hold of one sequence. "
+        f"For more, give the cache more memory{fp8}"
     )
 
 

@@ -61,9 +61,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout"
         )
     if index.is_file() and single.is_file():
-        raise CheckpointError(
-            f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is left over"
-        )
+        raise CheckpointError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}; remove the stale one")
     if index.is_file():
         return sorted({_shard_path(folder, tensor, name) for tensor, name in _read_weight_map(index).items()})
     if single.is_file():
@@ -107,29 +105,29 @@ def read_header(file: Path) -> list[StoredTensor]:
         header = json.loads(header_bytes)
         tensors = sorted(_parse_entries(file, header, start), key=lambda tensor: tensor.offset)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} has a broken safetensors header; fetch the file again") from error
+        raise CheckpointError(f"{file} has a broken safetensors header; download the file again") from error
     expected = start
     for tensor in tensors:
         if tensor.offset != expected:
             raise CheckpointError(
-                f"{file}: tensor {tensor.name} begins at byte {tensor.offset}, wanted {expected}; the "
+                f"{file}: tensor {tensor.name} begins at byte {tensor.offset}, expected {expected}; the "
                 f"header is broken"
             )
         if tensor.dtype in _ITEM_BYTES and tensor.num_bytes != prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
             raise CheckpointError(
-                f"{file}: tensor {tensor.name} has {tensor.num_bytes} bytes, wanted "
+                f"{file}: tensor {tensor.name} has {tensor.num_bytes} bytes, expected "
                 f"{prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]} "
                 f"for shape {list(tensor.shape)} of {tensor.dtype}; the header is broken"
             )
         expected = tensor.offset + tensor.num_bytes
         if expected > start + data_bytes:
             raise CheckpointError(
-                f"{file} is cut off: tensor {tensor.name} ends at byte {expected}, the file has "
-                f"{start + data_bytes}; fetch the file again"
+                f"{file} is truncated: tensor {tensor.name} ends at byte {expected}, the file has "
+                f"{start + data_bytes}; download the file again"
             )
     if expected != start + data_bytes:
         raise CheckpointError(
-            f"{file} has {start + data_bytes - expected} bytes behind its last tensor; fetch the file again"
+            f"{file} has {start + data_bytes - expected} bytes after its last tensor; download the file again"
         )
     return tensors
 
@@ -152,7 +150,7 @@ def read_header_bytes(file: Path) -> bytes:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < _LENGTH_BYTES or not 0 < length <= min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
                 raise CheckpointError(
-                    f"{file} ({size} bytes) is cut off or not a safetensors file; fetch the file again"
+                    f"{file} ({size} bytes) is truncated or not a safetensors file; download the file again"
                 )
             return stream.read(length)
     except OSError as error:

@@ -53,12 +53,12 @@ def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
 def _check_tensor(spec: TensorSpec, tensor: StoredTensor) -> None:
     if tensor.shape != spec.shape:
         raise CheckpointError(
-            f"{tensor.file}: tensor {spec.name} has shape {list(tensor.shape)}, wanted {list(spec.shape)}"
+            f"{tensor.file}: tensor {spec.name} has shape {list(tensor.shape)}, expected {list(spec.shape)}"
         )
     wanted = _STORED_DTYPES[spec.kind]
     if tensor.dtype not in wanted:
         raise CheckpointError(
-            f"{tensor.file}: tensor {spec.name} has dtype {tensor.dtype}, wanted {' or '.join(wanted)}"
+            f"{tensor.file}: tensor {spec.name} has dtype {tensor.dtype}, expected {' or '.join(wanted)}"
         )
 
 
@@ -77,8 +77,8 @@ def check_kv_scales(tensors: Mapping[str, StoredTensor], config: ModelConfig, pa
             sizes = tuple(size for size in tensor.shape if size != 1)
             if sizes not in ((), (config.num_kv_heads,)) or tensor.dtype not in ("F32", "BF16", "F16"):
                 raise CheckpointError(
-                    f"{tensor.file}: tensor {name} is {tensor.dtype} of shape {list(tensor.shape)}, wanted "
-                    f"floats of shape [], [1] or "
+                    f"{tensor.file}: tensor {name} is {tensor.dtype} of shape {list(tensor.shape)}, "
+                    f"expected floats of shape [], [1] or "
                     f"[{config.num_kv_heads}]"
                 )
             found.append(name)

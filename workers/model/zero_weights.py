@@ -75,8 +75,8 @@ class ZeroWeights:
                     for start in starts
                 ):
                     raise CheckpointError(
-                        f"{self._tensors[name].file}: tensor {name} is all zeros{part.what}; "
-                        "if the model was pruned like that, set --allow-zero-weights "
+                        f"{self._tensors[name].file}: tensor {name} is all zeros{part.what}; if the model "
+                        f"was pruned this way, set --allow-zero-weights "
                         "(engine.allow_zero_weights)"
                     )
 

@@ -131,7 +131,7 @@ def meet_at(store: Store, place: str, size: int, timeout_s: float) -> None:
     # Looked at from time to time: a waiting call would keep the store from the group's own threads.
     while here < size:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"after {timeout_s:g} s only {here} of {size} ranks have come to: {place}")
+            raise RuntimeError(f"after {timeout_s:g} s only {here} of {size} ranks have reached: {place}")
         time.sleep(_MEET_POLL_S)
         here = store.add(key, 0)
 

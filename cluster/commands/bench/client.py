@@ -106,7 +106,7 @@ class BenchClient:
                 response = await self._http.get("/v1/models")
             if response.status_code != 200:
                 raise ConfigError(
-                    f"{self._base_url}/v1/models answers with status {response.status_code}: "
+                    f"{self._base_url}/v1/models returned status {response.status_code}: "
                     f"{_server_message(response.content)}"
                 )
             name = orjson.loads(response.content)["data"][0]["id"]
@@ -150,7 +150,7 @@ class BenchClient:
                     else:
                         record.fail(f"http_{response.status_code}", _server_message(await response.aread()))
         except TimeoutError:
-            record.fail("timeout", f"no end of the answer within {options.timeout_s:g} s")
+            record.fail("timeout", f"the answer did not end within {options.timeout_s:g} s")
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             record.fail("connect", _reason(error))
         except httpx.HTTPError as error:

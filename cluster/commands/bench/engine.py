@@ -23,17 +23,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cpu-dense-dtype",
         choices=("bf16", "int8"),
         default="bf16",
-        help="as of `cantata serve` (default: bf16)",
+        help="as for `cantata serve` (default: bf16)",
     )
-    add("--cpu-isa", choices=get_args(CpuIsa), default="auto", help="as of `cantata serve` (default: auto)")
+    add("--cpu-isa", choices=get_args(CpuIsa), default="auto", help="as for `cantata serve` (default: auto)")
     _add_run(parser)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input-len", type=positive_int, default=32, metavar="TOKENS", help="of each prompt (default: 32)")
     add(
-        "--output-len", type=positive_int, default=128, metavar="TOKENS", help="of each prompt (default: 128)"
+        "--input-len",
+        type=positive_int,
+        default=32,
+        metavar="TOKENS",
+        help="tokens of each prompt (default: 32)",
+    )
+    add(
+        "--output-len",
+        type=positive_int,
+        default=128,
+        metavar="TOKENS",
+        help="output tokens of each prompt (default: 128)",
     )
     add(
         "--batch-size",
@@ -42,42 +52,42 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompts submitted at once (default: 8)",
     )
-    add("--num-iters", type=positive_int, default=10, metavar="N", help="iterations that count (default: 10)")
+    add("--num-iters", type=positive_int, default=10, metavar="N", help="measured iterations (default: 10)")
     add(
         "--num-iters-warmup",
         type=at_least(0),
         default=1,
         metavar="N",
-        help="iterations before them (default: 1)",
+        help="warm-up iterations (default: 1)",
     )
     add(
         "--max-num-seqs",
         type=positive_int,
         default=256,
         metavar="N",
-        help="sequences running at once (default: 256)",
+        help="maximum running sequences (default: 256)",
     )
     add(
         "--max-num-batched-tokens",
         type=positive_int,
         default=2048,
         metavar="TOKENS",
-        help="computed in a step at most (default: 2048)",
+        help="maximum tokens per step (default: 2048)",
     )
     add(
         "--kv-cache-memory",
         type=_size,
         metavar="SIZE",
-        help="KV cache, such as 2GiB (default: from free memory)",
+        help="KV cache size, such as 2GiB (default: chosen from free memory)",
     )
     add("--temperature", type=temperature, default=1.0, metavar="T", help="default: 1")
-    add("--seed", type=int, default=0, metavar="N", help="of prompts and sampling (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of prompts and sampling (default: 0)")
     add(
         "--profile",
         action="store_true",
-        help="then one more iteration with time and bytes of each operation (CPU)",
+        help="add an iteration that measures time and bytes of each operation (CPU)",
     )
-    add("--json", type=Path, metavar="FILE", help="write the report there as JSON")
+    add("--json", type=Path, metavar="FILE", help="write the report to this file as JSON")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -192,18 +192,18 @@ def table(report: EngineReport) -> str:
     if profile is not None:
         lines += [
             "",
-            f"memory is read at {profile.read_bytes_per_s / 1e9:.1f} GB/s, torch multiplies "
+            f"memory reads run at {profile.read_bytes_per_s / 1e9:.1f} GB/s, torch multiplies "
             f"{profile.gemm_dtype} matrices, ",
         ]
         lines[-1] += (
-            f"the faster of fp32 and bf16 here, at {profile.gemm_flops_per_s / 1e9:.0f} GFLOP/s (both just "
-            f"measured)"
+            f"the faster of fp32 and bf16 here, at {profile.gemm_flops_per_s / 1e9:.0f} GFLOP/s (both "
+            f"measured just now)"
         )
         for name, phase in (("prefill", profile.prefill), ("decode", profile.decode)):
             if phase is not None:
                 lines += [
                     "",
-                    f"{name}: {phase.num_steps} steps of {phase.step_s * 1e3:.2f} ms; the columns are of a "
+                    f"{name}: {phase.num_steps} steps of {phase.step_s * 1e3:.2f} ms; the columns are per "
                     f"step",
                     "",
                 ]

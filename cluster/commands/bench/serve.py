@@ -43,15 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help=f"the server, without /v1 (default: {DEFAULT_URL})",
     )
-    add("--model", metavar="NAME", help="model to ask for (default: the first that the server lists)")
+    add("--model", metavar="NAME", help="model to request (default: the first that the server lists)")
     add(
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help="file whose content is the key to send (default: no key)",
+        help="file that contains the API key (default: no key)",
     )
     add("--endpoint", choices=("chat", "completions"), default="chat", help="default: chat")
-    add("--num-prompts", type=positive_int, default=100, metavar="N", help="requests to send (default: 100)")
+    add(
+        "--num-prompts", type=positive_int, default=100, metavar="N", help="number of requests (default: 100)"
+    )
     _add_load(parser)
     _add_prompts(parser)
     add(
@@ -59,23 +61,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(0),
         default=1,
         metavar="N",
-        help="requests sent before, one by one, that do not count (default: 1)",
+        help="warm-up requests, sent one by one and not measured (default: 1)",
     )
     add(
         "--timeout",
         type=positive_float,
         default=300.0,
         metavar="SECONDS",
-        help="of one request (default: 300)",
+        help="time limit of one request (default: 300)",
     )
     add(
         "--max-time",
         type=positive_float,
         default=1800.0,
         metavar="SECONDS",
-        help="of the whole run; then it is cut off (default: 1800)",
+        help="time limit of the whole run, which is then cut off (default: 1800)",
     )
-    add("--json", type=Path, metavar="FILE", help="write the report there as JSON")
+    add("--json", type=Path, metavar="FILE", help="write the report to this file as JSON")
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +92,7 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         "--request-rate",
         type=positive_float,
         metavar="R",
-        help="requests a second on average, at random times",
+        help="average requests per second, sent at random times",
     )
 
 
@@ -107,22 +109,28 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=128,
         metavar="TOKENS",
-        help="of a random prompt (default: 128; about that many for chat)",
+        help="tokens of a random prompt (default: 128; approximate for chat)",
     )
     add(
         "--output-len",
         type=positive_int,
         default=64,
         metavar="TOKENS",
-        help="most output tokens of a request (default: 64)",
+        help="maximum output tokens of a request (default: 64)",
     )
     add(
         "--ignore-eos",
         action="store_true",
-        help="answers do not end before --output-len (an extension: vLLM and Cantata know it)",
+        help="answers do not end before --output-len (an extension of vLLM and Cantata)",
     )
     add("--temperature", type=temperature, metavar="T", help="default: the server's")
-    add("--seed", type=int, default=0, metavar="N", help="of random prompts and arrival times (default: 0)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of random prompts and arrival times (default: 0)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -171,7 +179,8 @@ async def _prompts(client: BenchClient, options: argparse.Namespace, model: str)
     ids = await client.tokenize(model, SAMPLE_TEXT)
     if ids is None:
         print(
-            "the server has no /tokenize: random prompts are words, one counted as a token", file=sys.stderr
+            "the server has no /tokenize: random prompts are words, each counted as one token",
+            file=sys.stderr,
         )
     elif options.endpoint == "completions":
         return random_ids(count, options.input_len, options.output_len, sorted(set(ids)), options.seed)

@@ -45,7 +45,7 @@ def test_the_large_model_is_described_without_reading_it(
     assert on_disk < 50 * 2**20 < 60 * 10**9 < sum(file.stat().st_size for file in large.iterdir())
     code, out, err = inspect(capsys, large, "--gpu", "h100")
     assert (code, err) == (0, "")
-    assert "116.83 B, 5.13 B active for a token" in out
+    assert "116.83 B, 5.13 B active per token" in out
     assert "Hugging Face layout, experts in MXFP4" in out
     assert "64 query heads, 8 key-value heads, dimension 64" in out
     table = [
@@ -83,11 +83,11 @@ def test_what_does_not_fit_is_refused_with_what_does(
         "does not fit"
     )
     assert "KV cache" not in err
-    assert err.endswith("; tensor=4 fits\n")
+    assert err.endswith("; tensor=4 would fit\n")
     # In the table of all plans the reason stands below it.
     code, out, err = inspect(capsys, large, "--gpu", "h100")
     assert (code, err) == (0, "")
-    refusals = [line for line in out.splitlines() if line.endswith("; tensor=4 fits")]
+    refusals = [line for line in out.splitlines() if line.endswith("; tensor=4 would fit")]
     assert [line.split()[0] for line in refusals] == ["tensor=1"]
     assert out.count("does not fit\n") == 1
     # Two ranks hold the weights and a part of the context, four all of it.
@@ -143,7 +143,7 @@ def test_an_fp8_cache_holds_twice_the_tokens(capsys: pytest.CaptureFixture[str],
         in inspect(capsys, path, "--gpu", "h100", "--kv-cache-dtype", "fp8")[1]
     )
     out = inspect(capsys, path)[1]
-    assert re.search(r"parameters +[1-9]\d*\.\d\d [KM], [1-9]\d*\.\d\d [KM] active for a token\n", out)
+    assert re.search(r"parameters +[1-9]\d*\.\d\d [KM], [1-9]\d*\.\d\d [KM] active per token\n", out)
     code, _, err = inspect(capsys, path, "--tp", 1, "--gpu", "mi300x", "--kv-cache-dtype", "fp8")
     assert code == 1
     assert err.startswith("cantata: gfx942 has no instructions for float8_e4m3fn")
@@ -193,7 +193,7 @@ def test_a_broken_checkpoint_is_the_loaders_sentence(
     file.write_bytes(file.read_bytes()[:-10])
     code, out, err = inspect(capsys, path)
     assert (code, out) == (1, "")
-    assert err.startswith(f"cantata: {file} is cut off: tensor lm_head.weight")
+    assert err.startswith(f"cantata: {file} is truncated: tensor lm_head.weight")
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -214,4 +214,4 @@ def test_a_model_that_fits_nowhere_is_refused_with_its_size(
         "cantata: tensor=1 on L40S (44.99 GiB, 90% of it used), 60.79 GiB of weights on a rank: the model "
         "does not fit"
     )
-    assert err.endswith("; tensor=2 fits\n")
+    assert err.endswith("; tensor=2 would fit\n")

@@ -126,7 +126,7 @@ async def test_a_service_without_replicas_refuses_and_serves_once_there_is_one(
 
 
 OF_THE_MODEL = (
-    "1,024 tokens of the model's 131,072, as much as the KV cache holds; for more: --kv-cache-memory, "
+    "1,024 tokens of the model's 131,072, limited by the KV cache; to raise it: --kv-cache-memory, "
 )
 
 

@@ -134,7 +134,7 @@ async def test_what_an_engine_does_not_list_is_not_sent(
     client: EngineClient, engine: FakeEngine, request_: EngineRequest
 ) -> None:
     engine.capabilities = ()
-    with pytest.raises(errors.NoReplica, match="does not know"):
+    with pytest.raises(errors.NoReplica, match="does not support"):
         await read(client, engine, request_)
     assert engine.messages == []
 

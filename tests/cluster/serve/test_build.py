@@ -155,14 +155,14 @@ def test_a_node_without_weights_may_build(checkpoint: Path, caplog: pytest.LogCa
             {"gateway": {"num_replicas": "auto"}},
         ),
         (
-            "max_body_bytes is no setting that changes at run time",
+            "max_body_bytes is not a run-time setting",
             {"gateway": {"user_config": {"max_body_bytes": 1}}},
         ),
         (
             "gateway: max_in_flight_requests must be greater than or equal to 1",
             {"gateway": {"user_config": {"max_in_flight_requests": 0}}},
         ),
-        ("instead of user_config use args.engine", {"engine": {"user_config": {"dtype": "float32"}}}),
+        ("use args.engine instead of user_config", {"engine": {"user_config": {"dtype": "float32"}}}),
     ],
 )
 def test_what_stands_beside_the_arguments(said: str, deployments: dict[str, Any]) -> None:
@@ -250,7 +250,7 @@ async def test_a_running_gateway_takes_settings_over_and_survives_wrong_ones(
     await GatewayReplica.reconfigure(replica, {"max_in_flight_requests": 7, "conversation_date": "none"})
     await GatewayReplica.reconfigure(replica, wrong)
     assert (
-        "goes on with the settings it had: user_config of the deployment gateway: max_in_flight_requests"
+        "keeps its previous settings: user_config of the deployment gateway: max_in_flight_requests"
         in caplog.text
     )
     await GatewayReplica.reconfigure(replica, {"request_timeout_s": None, "reasoning_effort": "high"})
@@ -266,9 +266,9 @@ async def test_a_running_gateway_takes_settings_over_and_survives_wrong_ones(
 
 async def test_a_running_engine_survives_a_user_config(caplog: pytest.LogCaptureFixture) -> None:
     replica: Any = SimpleNamespace(_started=False)
-    with pytest.raises(ConfigError, match="instead of user_config use"):
+    with pytest.raises(ConfigError, match=r"use args\.engine instead of user_config"):
         await EngineReplica.reconfigure(replica, {"dtype": "float32"})
     await EngineReplica.reconfigure(replica, {})
     with caplog.at_level(logging.ERROR):
         await EngineReplica.reconfigure(replica, {"dtype": "float32"})
-    assert "user_config is not used" in caplog.text
+    assert "user_config is ignored" in caplog.text

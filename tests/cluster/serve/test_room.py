@@ -96,7 +96,7 @@ def test_more_ranks_than_cores_share_them(
             2,
             [EIGHT_GPUS],
             "STRICT_PACK",
-            "2 replicas of 8 ranks want 16 CPUs and 16 GPUs, free are 64 of 64 CPUs and 8 of 8 GPUs",
+            "2 replicas of 8 ranks need 16 CPUs and 16 GPUs; 64 of 64 CPUs and 8 of 8 GPUs free",
         ),
         (16, 1, [EIGHT_GPUS, EIGHT_GPUS], "PACK", None),
         (
@@ -104,7 +104,7 @@ def test_more_ranks_than_cores_share_them(
             1,
             [EIGHT_GPUS],
             "PACK",
-            "1 replica of 9 ranks wants 9 CPUs and 9 GPUs, free are 64 of 64 CPUs and 8 of 8 GPUs",
+            "1 replica of 9 ranks needs 9 CPUs and 9 GPUs; 64 of 64 CPUs and 8 of 8 GPUs free",
         ),
         # Enough of each, but not on the same nodes.
         (
@@ -112,16 +112,16 @@ def test_more_ranks_than_cores_share_them(
             1,
             [{"CPU": 64.0}, {"GPU": 8.0}],
             "PACK",
-            "1 replica of 2 ranks wants 2 CPUs and 2 GPUs, free are 64 of 64 CPUs and 8 of 8 GPUs",
+            "1 replica of 2 ranks needs 2 CPUs and 2 GPUs; 64 of 64 CPUs and 8 of 8 GPUs free",
         ),
         (
             1,
             1,
             [{"CPU": 1.0}],
             "PACK",
-            "1 replica of 1 rank wants 1 CPU and 1 GPU, free are 1 of 1 CPU and 0 of 0 GPUs",
+            "1 replica of 1 rank needs 1 CPU and 1 GPU; 1 of 1 CPU and 0 of 0 GPUs free",
         ),
-        (1, 1, [], "PACK", "1 replica of 1 rank wants 1 CPU and 1 GPU, free are 0 of 0 CPUs and 0 of 0 GPUs"),
+        (1, 1, [], "PACK", "1 replica of 1 rank needs 1 CPU and 1 GPU; 0 of 0 CPUs and 0 of 0 GPUs free"),
     ],
 )
 def test_what_fits_and_what_does_not(
@@ -143,7 +143,7 @@ def test_what_others_use_is_not_free(cluster: Cluster) -> None:
     cluster.has([EIGHT_GPUS], used={"GPU": 6}, pending=[{"CPU": 1.0, "GPU": 1.0}] * 4)
     assert (
         room.shortage(bundles)
-        == "1 replica of 4 ranks wants 4 CPUs and 4 GPUs, free are 64 of 64 CPUs and 2 of 8 GPUs"
+        == "1 replica of 4 ranks needs 4 CPUs and 4 GPUs; 64 of 64 CPUs and 2 of 8 GPUs free"
     )
     # Our engines have theirs and load; somebody else waits for something else.
     cluster.has([EIGHT_GPUS], used={"GPU": 6}, pending=[{"CPU": 1.0, "GPU": 1.0}] * 5)
@@ -181,11 +181,11 @@ def test_kinds_of_gpus(cluster: Cluster, nodes: list[Mapping[str, float]], kinds
 @pytest.mark.parametrize(
     ("used", "said"),
     [
-        ({}, r"No engine serves, for \d+ s now: there is room, so they are loading or fail"),
+        ({}, r"no engine has served for \d+ s: there is room, so they are loading or fail"),
         (
             {"CPU": 2},
-            r"No engine can start, for \d+ s now: 1 replica of 4 ranks wants 4 CPUs, "
-            r"free are 2 of 4 CPUs; lower",
+            r"no engine has been able to start for \d+ s: 1 replica of 4 ranks needs 4 CPUs; "
+            r"2 of 4 CPUs free; lower",
         ),
     ],
 )

@@ -201,9 +201,7 @@ async def test_an_illegal_instruction_is_explained_and_tried_once(tmp_path: Path
     starts = tmp_path / "starts"
     code = f"import os, signal\nopen({str(starts)!r}, 'a').write('x')\nos.kill(os.getpid(), signal.SIGILL)"
     process = EngineProcess("engine", child(code))
-    sentence = re.escape(
-        "engine did not start (signal SIGILL, an instruction that this processor does not have: "
-    )
+    sentence = re.escape("engine did not start (signal SIGILL, an instruction that this processor lacks: ")
     with pytest.raises(
         EngineFailed, match=f"^{sentence}.*--cpu-isa.*CANTATA_CPU_ISA.*portable.*reference"
     ) as failed:
@@ -241,7 +239,7 @@ async def test_a_served_engine_that_only_dies_of_an_instruction_is_given_up(
     assert engine.pid is None
     whose = "signal" if own else "a rank's signal"
     assert engine.failure.startswith(
-        f"engine crashed 5 times in a row and is not started again ({whose} SIGILL, "
+        f"engine crashed 5 times in a row and will not be restarted ({whose} SIGILL, "
     )
     assert "--cpu-isa or CANTATA_CPU_ISA" in engine.failure
     assert engine.failure in caplog.text
@@ -294,8 +292,7 @@ async def test_the_signal_of_a_real_rank_reaches_the_supervisor(
     finally:
         await process.stop(5)
     assert (
-        "(a rank's signal SIGILL, an instruction that this processor does not have: set --cpu-isa"
-        in process.failure
+        "(a rank's signal SIGILL, an instruction that this processor lacks: set --cpu-isa" in process.failure
     )
     [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.match(

@@ -280,7 +280,7 @@ def test_no_memory_for_a_step_is_said_with_what_helps() -> None:
         reader = ThreadReader()
         [output] = read_all(reader, engine.submit(request(1), reader))
         assert output.finish_reason == "error"
-        assert "no memory left" in (output.error or "")
+        assert "ran out of memory" in (output.error or "")
         assert "--kv-cache-memory" in (output.error or "")
 
 

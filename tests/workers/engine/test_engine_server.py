@@ -393,7 +393,7 @@ async def test_on_tcp_a_call_needs_the_engine_s_secret(checkpoint: Path) -> None
 
 @pytest.mark.parametrize("secret", [None, "", "short"])
 async def test_on_tcp_there_is_no_engine_without_a_secret(checkpoint: Path, secret: str | None) -> None:
-    with pytest.raises(ConfigError, match="needs a secret of 16 characters or more"):
+    with pytest.raises(ConfigError, match="needs a secret of at least 16 characters"):
         await EngineServer(secret=secret).start(EngineConfig(checkpoint), "127.0.0.1:0")
 
 
@@ -412,7 +412,7 @@ async def test_only_its_user_reaches_a_unix_socket(served: Served) -> None:
 
 
 async def test_a_socket_of_a_server_that_lives_is_not_taken(served: Served) -> None:
-    with pytest.raises(ConfigError, match="another server does"):
+    with pytest.raises(ConfigError, match="another server uses it"):
         await EngineServer().start(served.config, served.address)
     assert (await served.stub.GetLoad(pb.GetLoadRequest())).accepting
     with pytest.raises(ConfigError, match="longer than 107 bytes"):

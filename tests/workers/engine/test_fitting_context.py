@@ -71,9 +71,9 @@ def test_an_engine_has_the_context_that_fits(
             llm.generate([[1] * (CONTEXT - 60)], SamplingParams(max_tokens=61), use_tqdm=False)
     (warning,) = [record.getMessage() for record in caplog.records if "context" in record.getMessage()]
     assert warning.startswith(
-        f"the context is {CONTEXT} tokens of the model's 8192: as much as a KV cache of "
+        f"the context is {CONTEXT} tokens of the model's 8192: the most that a KV cache of "
     )
-    assert " (engine.cache.memory_bytes) holds of one sequence. " in warning
+    assert " (engine.cache.memory_bytes) can hold of one sequence. " in warning
     assert warning.endswith(
         "For more, give the cache more memory, or set engine.cache.dtype to fp8 where the device has it"
     )
@@ -134,8 +134,7 @@ async def test_what_it_says_over_grpc_is_what_it_holds_requests_to(checkpoint: P
             metrics_address=None,
         )
         said = (
-            f"{CONTEXT} tokens of the model's 8192, as much as a KV cache of "
-            f"{CACHE_BYTES / 1024:.1f} KiB holds; "
+            f"{CONTEXT} tokens of the model's 8192, limited by a KV cache of {CACHE_BYTES / 1024:.1f} KiB; "
         )
         assert said in table
         whole = replace(start_up.executor, max_model_len=8192)

@@ -379,7 +379,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said_once(tmp_path: Path) -> None:
     file = tmp_path / "broken/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     said = str(refusal(config_of(tmp_path / "broken"), ProcessRanks()))
-    assert said.startswith(f"{file} is cut off: tensor lm_head.weight")
+    assert said.startswith(f"{file} is truncated: tensor lm_head.weight")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGILL])
@@ -394,8 +394,7 @@ def test_a_rank_that_dies_while_starting_is_told(checkpoint: Path, number: signa
     if number == signal.SIGKILL:
         assert type(said) is ConfigError
         assert (
-            str(said)
-            == "before all ranks were ready, rank 1 ended with signal SIGKILL; its output stands above"
+            str(said) == "before all ranks were ready, rank 1 ended with signal SIGKILL; see its output above"
         )
     else:
         assert isinstance(said, RankCrashed)
@@ -436,7 +435,7 @@ def test_more_gpus_than_there_are_are_refused(checkpoint: Path) -> None:
     config = replace(config_of(checkpoint), device="cuda")
     if torch.cuda.device_count() >= 3:
         pytest.skip("this host has three GPUs")
-    assert f"parallel.tensor wants 3 GPUs, and this host has {torch.cuda.device_count()}" in str(
+    assert f"engine.parallel.tensor needs 3 GPUs, but this host has {torch.cuda.device_count()}" in str(
         refusal(config, ProcessRanks())
     )
 

@@ -210,8 +210,8 @@ def test_a_context_that_was_set_is_not_shortened() -> None:
 )
 def test_a_cache_for_next_to_nothing_is_refused_by_default_too(num_bytes: int, said: str) -> None:
     why = (
-        "cannot hold one sequence of 2048 tokens, the shortest context that is chosen where "
-        "engine.max_model_len is not set, which needs 52.12 MiB"
+        "cannot hold one sequence of 2048 tokens, the shortest context chosen without "
+        "engine.max_model_len, which needs 52.12 MiB"
     )
     with pytest.raises(ConfigError) as raised:
         split_memory(
@@ -319,7 +319,7 @@ def test_a_model_that_leaves_nothing_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kv_memory, "host_free_bytes", lambda: 20 * GIB)
     with pytest.raises(
         ConfigError,
-        match=r"^the model does not fit: 11.00 GiB .* the 10.00 GiB of memory .* for each of its ranks$",
+        match=r"^the model does not fit: 11.00 GiB .* the 10.00 GiB of free memory .* for each of its ranks$",
     ):
         cpu_kv_memory(
             BIG,
@@ -381,7 +381,7 @@ def test_what_was_chosen_is_said_when_it_is_too_little(monkeypatch: pytest.Monke
     monkeypatch.setattr(kv_memory, "host_free_bytes", lambda: GIB)
     with pytest.raises(
         ConfigError,
-        match=r"256\.00 MiB \(chosen from 1\.00 GiB free on cpu; engine\.cache\.memory_bytes sets it\)",
+        match=r"256\.00 MiB \(chosen from 1\.00 GiB free on cpu; override with engine\.cache\.memory_bytes\)",
     ):
         on_cpu(BIG, max_model_len=131072)
 

@@ -197,7 +197,7 @@ def test_openais_files_are_checked_like_others(folders: dict[str, Path], tmp_pat
     broken = copied(folders["original"], tmp_path / "original")
     file = broken / "model--00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"model--00002-of-00002\.safetensors is cut off: tensor"):
+    with pytest.raises(CheckpointError, match=r"model--00002-of-00002\.safetensors is truncated: tensor"):
         load(broken)
 
 

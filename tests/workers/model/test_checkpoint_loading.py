@@ -273,7 +273,7 @@ class TestDamagedFiles:
             checkpoint,
             "model.safetensors",
             "lm_head.weight",
-            "cut off",
+            "truncated",
             str(len(content)),
             str(len(content) - 100),
         )
@@ -282,12 +282,12 @@ class TestDamagedFiles:
     def test_cut_off_inside_the_header(self, checkpoint: Path, length: int) -> None:
         file = checkpoint / "model.safetensors"
         file.write_bytes(file.read_bytes()[:length])
-        refusal(checkpoint, "model.safetensors", "cut off", f"{length} bytes")
+        refusal(checkpoint, "model.safetensors", "truncated", f"{length} bytes")
 
     def test_surplus_bytes(self, checkpoint: Path) -> None:
         with (checkpoint / "model.safetensors").open("ab") as file:
             file.write(b"surplus")
-        refusal(checkpoint, "model.safetensors", "7 bytes behind")
+        refusal(checkpoint, "model.safetensors", "7 bytes after")
 
     def test_git_lfs_pointer(self, checkpoint: Path) -> None:
         (checkpoint / "model.safetensors").write_text(
@@ -318,7 +318,7 @@ class TestDamagedFiles:
     @pytest.mark.parametrize(
         ("entry", "message"),
         [
-            ('"shape":[3],"data_offsets":[0,4]', "has 4 bytes, wanted 6"),
+            ('"shape":[3],"data_offsets":[0,4]', "has 4 bytes, expected 6"),
             ('"shape":[2],"data_offsets":[2,6]', "begins at byte"),
         ],
     )
@@ -410,7 +410,7 @@ class TestFingerprint:
 
     def test_damaged_file(self, checkpoint: Path) -> None:
         (checkpoint / "model.safetensors").write_bytes(b"xx")
-        with pytest.raises(CheckpointError, match="cut off"):
+        with pytest.raises(CheckpointError, match="truncated"):
             fingerprint(checkpoint)
 
 
@@ -490,7 +490,7 @@ class TestKVScales:
         ("k", "v", "named"),
         [
             (torch.tensor(1.0), None, "v_scale is missing"),
-            (torch.ones(3), torch.ones(3), "wanted floats of shape [], [1] or [2]"),
+            (torch.ones(3), torch.ones(3), "expected floats of shape [], [1] or [2]"),
             (torch.tensor(1), torch.tensor(1), "I64"),
             (torch.tensor(0.0), torch.tensor(1.0), "positive"),
             (torch.tensor(1.0), torch.tensor(torch.inf), "positive"),

@@ -17,7 +17,7 @@ def test_nobody_goes_on_before_the_last_has_come() -> None:
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(meet_at, stores[rank], "weights", 3, TIMEOUT_S) for rank in (0, 1)]
         with pytest.raises(
-            RuntimeError, match=r"^after 0\.1 s only 1 of 2 ranks have come to: another place$"
+            RuntimeError, match=r"^after 0\.1 s only 1 of 2 ranks have reached: another place$"
         ):
             meet_at(stores[2], "another place", 2, 0.1)
         assert not any(future.done() for future in waiting)

@@ -203,7 +203,7 @@ def test_without_usage_chunks_are_counted(server: Server) -> None:
         (200, ["{no json"], "bad_response", "an event of the stream is not a completion chunk"),
         (200, ['["list"]'], "bad_response", "an event of the stream is not a completion chunk"),
         (200, [usage(3, 0), "[DONE]"], "empty", "the stream ended without an answer"),
-        (200, [chat(content="a"), "forever"], "timeout", "no end of the answer within 0.3 s"),
+        (200, [chat(content="a"), "forever"], "timeout", "the answer did not end within 0.3 s"),
     ],
 )
 def test_failures_are_counted_by_kind_and_do_not_enter_the_figures(
