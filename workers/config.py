@@ -1,5 +1,5 @@
-"""Frozen configuration of one engine. Each field exists in exactly one class; nobody changes a
-config after it is built.
+"""Frozen configuration of one engine. Each field exists in exactly one class, and no config is
+changed after it is built.
 
 `ModelConfig` comes from the checkpoint's `config.json` (`load_model_config`), the rest from the
 operator.
@@ -16,16 +16,17 @@ from workers.errors import ConfigError
 
 Dtype = Literal["bfloat16", "float32"]
 DenseDtype = Literal["bf16", "int8"]
-"""Of dense weights in memory on a CPU."""
+"""Dtypes of dense weights in memory on a CPU."""
 CpuIsa = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "neon", "portable", "reference"]
-"""Instruction sets of the C++ kernels (`kernels/cpu/native.py`), the best of this processor, or the
-torch references."""
+"""Instruction sets of the C++ kernels (`kernels/cpu/native.py`), `auto` for the processor's best,
+or the torch references."""
 KVDtype = Dtype | Literal["fp8_e4m3"]
-"""Of cached keys and values."""
+"""Dtypes of cached keys and values."""
 BLOCK_SIZE = 16
-"""KV positions in a block; part of the cache layout's contract with kernels and router."""
+"""Number of KV positions in a block; part of the cache layout's contract with kernels and
+router."""
 MAX_RANKS = 16
-"""Of one replica: two nodes of eight GPUs."""
+"""Maximum number of ranks of one replica: two nodes of eight GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,13 @@ class ModelConfig:
     """The shape of a gpt-oss model.
 
     Attributes:
-        layer_windows: per layer the number of keys a query sees, itself included; None for all.
-        max_context_len: positions the model was built for.
+        layer_windows: per layer the number of keys visible to a query, itself included; None for
+            all.
+        max_context_len: number of positions the model was built for.
         swiglu_limit: clamp of the gate (above) and the up projection (both sides).
         stop_token_ids: the config's own end tokens; the tokenizer's are added by name.
         experts_format: `mxfp4` or `bf16`, as stored.
-        layout: whose names the checkpoint's files use: Hugging Face's, or OpenAI's own
+        layout: naming scheme of the checkpoint's files: Hugging Face's, or OpenAI's own
             (`original`).
     """
 
@@ -86,17 +88,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """KV cache.
+    """Settings of the KV cache.
 
     Attributes:
-        memory_bytes: of each rank, for both groups together; None: chosen from the memory that is
-            free (`kv_cache/memory.py`).
-        prefix_caching: find full blocks again by hash.
+        memory_bytes: bytes per rank, for both groups together; None chooses it from the free memory
+            (`kv_cache/memory.py`).
+        prefix_caching: whether full blocks are found again by hash.
         gpu_memory_utilization: share of a GPU's memory for weights, activations and KV cache
             together; not used on a CPU.
-        dtype: `auto`: the model's; `fp8_e4m3`, or `fp8` for short: half of bf16's memory and reads,
-            and other numerics. Each KV head's scales are the checkpoint's where it has them
-            (`workers/model/kv_scales.py`), else 1.
+        dtype: `auto` is the model's; `fp8_e4m3`, or `fp8` for short, takes half of bf16's memory
+            and reads and changes the numerics. Each KV head's scales are the checkpoint's if it has
+            them (`workers/model/kv_scales.py`), else 1.
     """
 
     memory_bytes: int | None = None
@@ -119,9 +121,9 @@ class SchedulerConfig:
     """Limits of one engine's scheduler.
 
     Attributes:
-        max_num_seqs: sequences running at once.
+        max_num_seqs: maximum number of running sequences.
         max_num_batched_tokens: token budget of a step.
-        max_waiting_requests: bound of the inbox; beyond it a request is refused with Overloaded.
+        max_waiting_requests: size of the inbox; a request beyond it is refused with Overloaded.
     """
 
     max_num_seqs: int = 256
@@ -136,18 +138,18 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    """How one replica's model is spread over ranks. `workers/parallel/shard.py` says which plans a
-    model allows.
+    """How one replica's model is split over ranks. `workers/parallel/shard.py` decides which
+    parallel plans a model allows.
 
     Attributes:
-        tensor: ranks of a replica. Attention and vocabulary are split over all of them.
-        expert: into how many groups the experts are split, a divisor of `tensor`; None: `tensor`.
-            The ranks of a group split each of its experts between them (tensor / expert ranks a
-            group).
-        step_timeout_s: seconds after which a step whose result is not back counts as hung and the
-            replica ends.
-        start_timeout_s: seconds that the ranks have to be placed on devices and to start, before
-            they load.
+        tensor: number of ranks of a replica. Attention and vocabulary are split over all of them.
+        expert: number of groups that the experts are split into, a divisor of `tensor`; None for
+            `tensor`. The ranks of a group (tensor / expert of them) split each of its experts among
+            themselves.
+        step_timeout_s: seconds without a result after which a step counts as hung and the replica
+            ends.
+        start_timeout_s: seconds for the ranks to be placed on devices and to start, before they
+            load.
     """
 
     tensor: int = 1
@@ -172,13 +174,13 @@ class ParallelConfig:
 
     @property
     def expert_size(self) -> int:
-        """Groups that the experts are split into, the default resolved."""
+        """Number of groups that the experts are split into, with the default resolved."""
         return self.tensor if self.expert is None else self.expert
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """All that an engine needs.
+    """The complete configuration of an engine.
 
     Errors name a field by its path in the configuration of `cantata serve`.
 
@@ -191,20 +193,20 @@ class EngineConfig:
             as the KV cache holds.
         quantize: `mxfp4` packs the experts of a bf16 checkpoint while loading; None: kept as
             stored.
-        enforce_eager: no CUDA graphs; without effect on a CPU.
-        cpu_dense_dtype: of attention projections and lm_head in memory. int8, with a scale a row,
-            halves what a token reads of them, for bfloat16 on a CPU only; `docs/performance.md` has
-            its error.
-        allow_zero_weights: take matrices, experts and norms that are all zeros, as pruned models
-            may have them.
+        enforce_eager: disable CUDA graphs; no effect on a CPU.
+        cpu_dense_dtype: storage dtype of attention projections and lm_head. int8, with one scale
+            per row, halves the bytes of them read per token; for bfloat16 on a CPU only;
+            `docs/performance.md` has its error.
+        allow_zero_weights: accept matrices, experts and norms that are all zeros, as in pruned
+            models.
         heartbeat_timeout_s: seconds without a heartbeat (`workers/engine/heartbeat.py`) after which
             an engine counts as hung and is killed.
-        moe_activation_dtype: what MXFP4 experts multiply. `mxfp8` rounds activations to 8 bits,
-            which changes results, for hardware that multiplies scaled blocks itself; auto: the
-            activations as they are.
-        cpu_isa: what a CPU computes with, in the whole process of a rank. auto: what
-            CANTATA_CPU_ISA in its environment names, else the best that its processor has;
-            `reference`: in torch, slowly. Without effect on a GPU.
+        moe_activation_dtype: dtype of the inputs of MXFP4 experts. `mxfp8` rounds activations to 8
+            bits, which changes results, for hardware with block-scaled matrix products; auto leaves
+            them as they are.
+        cpu_isa: CPU instruction set, for the whole process of a rank. auto takes CANTATA_CPU_ISA
+            from its environment, else the processor's best; `reference` computes in torch, slowly.
+            No effect on a GPU.
     """
 
     model_path: Path
@@ -240,12 +242,12 @@ class EngineConfig:
 
     @property
     def kv_dtype(self) -> KVDtype:
-        """Of cached keys and values, `auto` resolved."""
+        """Dtype of cached keys and values, with `auto` resolved."""
         return self.dtype if self.cache.dtype == "auto" else "fp8_e4m3"
 
 
 def check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
-    """Refuse more than the model was built for.
+    """Refuse a limit above the context that the model was built for.
 
     Raises:
         ConfigError: one sentence.
@@ -258,6 +260,6 @@ def check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
 
 
 def longest_context(model: ModelConfig, max_model_len: int | None) -> int:
-    """Tokens of a sequence at most if memory is no limit: `max_model_len`, or the model's own where
-    that is None."""
+    """Return the maximum tokens of a sequence with unlimited memory: `max_model_len`, or the
+    model's own if that is None."""
     return model.max_context_len if max_model_len is None else max_model_len

@@ -1,5 +1,5 @@
-"""EngineConfig as JSON: how a supervisor hands an engine process its configuration. Unknown and
-mistyped fields are refused by name."""
+"""EngineConfig as JSON: the form in which a supervisor passes an engine process its configuration.
+Unknown fields and fields of a wrong type are refused by name."""
 
 import json
 import types
@@ -14,12 +14,12 @@ from workers.errors import ConfigError
 
 
 def engine_config_to_json(config: EngineConfig) -> str:
-    """One line; `engine_config_from_json` reads it back."""
+    """Encode a config as one line; `engine_config_from_json` decodes it."""
     return json.dumps(asdict(config), default=str)
 
 
 def engine_config_from_json(text: str) -> EngineConfig:
-    """Read what `engine_config_to_json` wrote, or a person did; absent fields take their defaults.
+    """Decode JSON written by `engine_config_to_json` or by hand; absent fields take their defaults.
 
     Raises:
         ConfigError: names the field.

@@ -1,7 +1,7 @@
-"""Output that never raises and never blocks: a queue, and a thread that writes.
+"""Output that never raises and never blocks: a queue, and a thread that writes it.
 
-The disk under a log may be full, a pipe may have no reader, or one that does not read. Python's own
-streams raise or block then, in a step, in an event loop, or while an engine starts again.
+The disk under a log may be full, or a pipe may have no reader or a slow one. Python's own streams
+then raise or block: in a step, in an event loop, or while an engine restarts.
 """
 
 import atexit
@@ -17,7 +17,7 @@ import time
 MAX_QUEUED_BYTES = 1 << 20
 """Size of the queue of each stream; further output is dropped and counted."""
 _LAST_WORDS_S = 2.0
-"""Time to write the rest of the queue when the process ends."""
+"""Seconds to write the rest of the queue when the process ends."""
 
 
 class QueuedOutput(io.TextIOBase):
@@ -27,8 +27,8 @@ class QueuedOutput(io.TextIOBase):
         num_dropped_lines: lines lost because the queue was full or writing failed.
 
     Args:
-        descriptor: where a thread writes what was printed.
-        max_bytes: of the queue.
+        descriptor: file descriptor that the thread writes to.
+        max_bytes: size of the queue.
     """
 
     encoding = "utf-8"
@@ -43,7 +43,7 @@ class QueuedOutput(io.TextIOBase):
         self._num_told = 0
         self._writing = False
         self._closing = False
-        # From the first piece that finds no room to the end of a line after there is room again.
+        # Set from the first piece that does not fit to the end of a line after there is room again.
         self._dropping = False
         self._in_line = False
         # Reentrant: a signal handler may print while its thread does.
@@ -52,7 +52,7 @@ class QueuedOutput(io.TextIOBase):
         self._thread.start()
 
     def write(self, text: str) -> int:
-        """Queue the text. Returns its length, also where it is dropped."""
+        """Queue the text. Return its length, even if it is dropped."""
         data = text.encode("utf-8", "backslashreplace")
         with self._changed:
             if self._closing:
@@ -65,7 +65,7 @@ class QueuedOutput(io.TextIOBase):
         """Do nothing: the thread writes at once. `drain` waits for it."""
 
     def drain(self, timeout_s: float) -> bool:
-        """Wait until the queue is empty and written, at most `timeout_s`; returns whether it is."""
+        """Wait until the queue is written, at most `timeout_s`; return whether it is."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             return self._changed.wait_for(
@@ -80,15 +80,15 @@ class QueuedOutput(io.TextIOBase):
         self._closing = True
 
     def fileno(self) -> int:
-        """See io.IOBase."""
+        """Return the file descriptor (see io.IOBase)."""
         return self._descriptor
 
     def isatty(self) -> bool:
-        """See io.IOBase."""
+        """Return whether the descriptor is a terminal (see io.IOBase)."""
         return os.isatty(self._descriptor)
 
     def writable(self) -> bool:
-        """See io.IOBase."""
+        """Return True (see io.IOBase)."""
         return True
 
     def _run(self) -> None:
@@ -97,8 +97,7 @@ class QueuedOutput(io.TextIOBase):
                 self._changed.wait_for(lambda: bool(self._queue))
                 data = b"".join(self._queue)
                 self._queue.clear()
-                # Counted until it is written: a blocked write must not make room for another
-                # megabyte.
+                # Counted until written: a blocked write must not make room for another megabyte.
                 self._writing = True
             written = self._write(data)
             with self._changed:
@@ -113,7 +112,7 @@ class QueuedOutput(io.TextIOBase):
             self._dropping = True
         if self._dropping:
             self.num_dropped_lines += data.count(b"\n")
-            # Half-empty again, and a line begins: what comes next is taken.
+            # The queue is half empty again and a line begins: what follows is accepted.
             self._dropping = not (data.endswith(b"\n") and self._num_bytes <= self._max_bytes // 2)
             return
         lost = self.num_dropped_lines - self._num_told
@@ -134,7 +133,7 @@ class QueuedOutput(io.TextIOBase):
         while view:
             try:
                 view = view[os.write(self._descriptor, view) :]
-            except BlockingIOError:  # another process that shares the descriptor has made it so
+            except BlockingIOError:  # another process that shares the descriptor has made it non-blocking
                 select.select((), (self._descriptor,), ())
             except (OSError, ValueError):
                 return False
@@ -149,9 +148,9 @@ class QueuedOutput(io.TextIOBase):
 def keep_output_from_failing() -> None:
     """Replace `sys.stdout` and `sys.stderr` by queued outputs.
 
-    Call it before anything keeps `sys.stderr`, such as a log's handler. Streams that are not the
-    process's own, as in tests, stay as they are. One that was closed when the process started is
-    connected to the null device.
+    Call it before anything stores `sys.stderr`, such as a log handler. Streams that are not the
+    process's own, as in tests, stay as they are. A stream that was closed when the process started
+    is connected to the null device.
     """
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
@@ -168,16 +167,16 @@ def keep_output_from_failing() -> None:
 
 
 def drain_output(timeout_s: float = _LAST_WORDS_S) -> None:
-    """Write what is queued; call it before `os._exit`, which runs no exit handlers."""
+    """Write the queued output; call it before `os._exit`, which runs no exit handlers."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, QueuedOutput):
             stream.drain(timeout_s)
 
 
 def _occupy(descriptor: int) -> None:
-    """Open the null device as this descriptor if it is free.
+    """Open the null device as this descriptor if it is unused.
 
-    A socket that got its number would receive what libraries print there.
+    Otherwise a socket could get its number and receive what libraries print there.
     """
     try:
         os.fstat(descriptor)

@@ -1,4 +1,4 @@
-"""How many cores this process may use, and how many compute threads an engine gets of them."""
+"""The number of cores this process may use, and of compute threads an engine gets."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def usable_cores(quota_file: Path = _QUOTA_FILE) -> int:
-    """Cores in this process's affinity mask, or fewer where its container has a quota."""
+    """Return the cores in this process's affinity mask, or fewer if its container has a quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = quota_file.read_text(encoding="ascii").split()
@@ -20,13 +20,14 @@ def usable_cores(quota_file: Path = _QUOTA_FILE) -> int:
 
 
 def engine_threads(wanted: int | None, num_engines: int = 1, *, setting: str) -> int:
-    """Compute threads of each of several engines on this machine.
+    """Return the compute threads of each of several engines on this machine.
 
     Args:
-        wanted: None: an equal share of the cores.
-        setting: what the user calls it.
+        wanted: requested number; None for an equal share of the cores.
+        setting: the setting's name for the user.
     Raises:
-        ConfigError: there are not so many cores; more threads than cores only wait for each other.
+        ConfigError: there are too few cores; more threads than cores would only wait for each
+            other.
     """
     cores = usable_cores()
     if wanted is None:
@@ -45,20 +46,21 @@ def engine_threads(wanted: int | None, num_engines: int = 1, *, setting: str) ->
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:
-    """The environment of a process with so many compute threads. torch's own, which are idle nearly
-    always, sleep when they have nothing to do, instead of keeping the cores from the threads of the
-    C++ kernels for milliseconds."""
+    """Return the environment of a process with `num_threads` compute threads. torch's own threads,
+    which are nearly always idle, then sleep instead of keeping the cores from the C++ kernels'
+    threads for milliseconds."""
     return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def cores_of_rank(number: int, num_ranks: int, num_threads: int, topology: Path = _TOPOLOGY) -> list[int]:
-    """The cores that a rank has to itself where the ranks of its replica take all that there are;
-    else none, for others may be told the same ones, and the system spreads them better. Neighbours
-    in the machine go together: a rank has a socket, or a part of one, and both threads of a core.
+    """Return the cores reserved for a rank if the ranks of its replica use all cores. Otherwise
+    return none: other processes may be assigned the same ones, and the system balances them better.
+    Neighbouring cores go together: a rank has a socket, or a part of one, and both threads of a
+    core.
 
     Args:
-        number: of the rank among the num_ranks of this host, each with so many threads.
-        topology: holds cpuN/topology/physical_package_id and core_id.
+        number: index of the rank among the num_ranks of this host, each with num_threads threads.
+        topology: folder with cpuN/topology/physical_package_id and core_id.
     """
     if not hasattr(os, "sched_getaffinity"):
         return []
@@ -71,7 +73,7 @@ def cores_of_rank(number: int, num_ranks: int, num_threads: int, topology: Path 
 
 
 def _place(folder: Path) -> tuple[int, int]:
-    """Socket, and core in it; zeros where the system does not say."""
+    """Return the socket, and the core in it; zeros if the system does not report them."""
     try:
         return int((folder / "physical_package_id").read_text()), int((folder / "core_id").read_text())
     except (OSError, ValueError):

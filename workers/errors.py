@@ -1,4 +1,5 @@
-"""The errors that cross a process, each with its gRPC status and one sentence for the user.
+"""The errors that cross a process boundary, each with its gRPC status and one sentence for the
+user.
 
 `cluster.frontend.errors` maps the same classes to HTTP; the edges translate by lookup and never
 parse a message.
@@ -8,7 +9,7 @@ import signal
 from typing import ClassVar
 
 _MAX_MESSAGE_CHARS = 1000
-"""Longest text of a message, which may quote a name or an id that the client sent."""
+"""Maximum characters of a message, which may quote a name or an id from the client."""
 
 
 class CantataError(Exception):
@@ -19,7 +20,8 @@ class CantataError(Exception):
     retry_elsewhere: ClassVar[bool] = False
     """Whether the router may try the request on another replica."""
     retry_after_s: float | None = None
-    """When the client may try again; None: not as it is, or at once."""
+    """Seconds after which the client may retry; None if it should change the request, or may retry
+    at once."""
     param: str | None = None
     """The field that is wrong, in the client's own spelling."""
 
@@ -42,12 +44,12 @@ class InvalidRequest(CantataError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt, or prompt plus `max_tokens`, is longer than the model's context."""
+    """Raised when a request names an automaton that the engine was never sent or has forgotten. The
+    gateway's client then sends it; users never see this error."""
 
 
 class UnknownAutomaton(CantataError):
-    """The engine was never sent the automaton that a request names, or has forgotten it. The
-    gateway's client sends it then; no user sees this."""
+    """The named model does not exist here."""
 
     status = "FAILED_PRECONDITION"
 
@@ -72,24 +74,25 @@ class Overloaded(CantataError):
 
 
 class DeadlineExceeded(CantataError):
-    """The request's deadline passed before its last token."""
+    """The client disconnected."""
 
     status = "DEADLINE_EXCEEDED"
 
 
 class Cancelled(CantataError):
-    """The client left."""
+    """The engine, or one of its ranks, is gone or shutting down.
+
+    Attributes:
+        under_request: whether it died while running the request, which may be the cause; False if
+            it was not reached or is shutting down.
+    """
 
     status = "CANCELLED"
 
 
 class EngineDead(CantataError):
-    """The engine, or one of its ranks, is gone or shutting down.
-
-    Attributes:
-        under_request: it died with the request in it, which may be the cause; False: it was not
-            reached, or is shutting down.
-    """
+    """No replica is ready to take the request: they are starting or restarting, which takes seconds
+    at least."""
 
     status = "UNAVAILABLE"
     retry_elsewhere = True
@@ -101,8 +104,8 @@ class EngineDead(CantataError):
 
 
 class NoReplica(CantataError):
-    """No replica is ready to take the request: it starts, or starts again, which takes seconds at
-    least."""
+    """A checkpoint cannot be loaded; the message is one sentence that names the file, tensor or
+    field. Raised only at start-up."""
 
     status = "UNAVAILABLE"
     retry_elsewhere = True
@@ -110,12 +113,16 @@ class NoReplica(CantataError):
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be loaded; the message is one sentence that names the file, tensor or
-    field. Seen at start-up only."""
+    """The configuration cannot work; the message names the field. Raised only at start-up."""
 
 
 class ConfigError(Exception):
-    """The configuration cannot work; the message names the field. Seen at start-up only."""
+    """A rank was ended by a signal that indicates a fault in its own program; restarting it
+    unchanged will not help.
+
+    Attributes:
+        signal: one of the signals that `workers.exit_codes.crash` returns.
+    """
 
 
 class RankCrashed(ConfigError):

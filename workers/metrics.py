@@ -1,5 +1,5 @@
-"""Prometheus metrics of one engine. Each object has its own registry, so two engines in a process
-do not mix."""
+"""Prometheus metrics of one engine. Each object has its own registry, so that two engines in one
+process stay separate."""
 
 import threading
 from functools import partial
@@ -16,8 +16,8 @@ FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 
 
 class EngineMetrics:
-    """What an engine counts. All series exist from the start, at zero, so that rates work from the
-    first request on."""
+    """The metrics of an engine. All series exist from the start, at zero, so that rates are correct
+    from the first request."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -71,7 +71,7 @@ class EngineMetrics:
             self.kv_usage.labels(group)
 
     def render(self) -> str:
-        """The text exposition of this registry."""
+        """Return the registry in Prometheus' text format."""
         return generate_latest(self.registry).decode()
 
 
@@ -79,7 +79,7 @@ class MetricsServer:
     """A scrape port, on loopback unless another address is given.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is in use.
     """
 
     def __init__(self, metrics: EngineMetrics, port: int, host: str = "127.0.0.1") -> None:
@@ -89,7 +89,7 @@ class MetricsServer:
         self.address = f"{host}:{self._server.server_port}"
 
     def close(self) -> None:
-        """Stop serving; returns when the port is free."""
+        """Stop serving; return when the port is free."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -1,4 +1,4 @@
-"""The config.json of a checkpoint, read and checked: Hugging Face's and OpenAI's spelling."""
+"""The config.json of a checkpoint, read and validated, in Hugging Face's or OpenAI's spelling."""
 
 import json
 import math
@@ -12,14 +12,14 @@ from workers.errors import CheckpointError
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """Where a checkpoint's config and weights are: the folder itself, or its `original/` if only
-    that is there."""
+    """Return the folder of a checkpoint's config and weights: the folder itself, or its `original/`
+    if only that exists."""
     inner = path / "original"
     return inner if not (path / "config.json").exists() and (inner / "config.json").is_file() else path
 
 
 def load_model_config(path: Path) -> ModelConfig:
-    """Read and check a checkpoint's `config.json`, Hugging Face's or OpenAI's own.
+    """Read and validate a checkpoint's `config.json`, Hugging Face's or OpenAI's own.
 
     Raises:
         CheckpointError: the folder or file is missing, is not a gpt-oss config, or a field is
@@ -50,7 +50,7 @@ def _how_to_download(name: str) -> str:
 
 
 def parse_model_config(raw: Any, source: str) -> ModelConfig:
-    """Check a decoded config.json; `source` names it in errors.
+    """Validate a decoded config.json; `source` names it in errors.
 
     Raises:
         CheckpointError: as in `load_model_config`.
@@ -112,9 +112,9 @@ def parse_model_config(raw: Any, source: str) -> ModelConfig:
 
 
 def _experts_format(quantization: Any, source: str) -> Literal["mxfp4", "bf16"]:
-    """What is stored: MXFP4 experts, or nothing that is quantised. A checkpoint of the second kind
-    may still name a quantiser that has found scales for an fp8 KV cache and nothing else
-    (llm-compressor with a `kv_cache_scheme` alone, ModelOpt likewise)."""
+    """Return the stored format: `mxfp4` experts, or `bf16` if nothing is quantised. A checkpoint of
+    the second kind may still name a quantiser that only calibrated scales of an fp8 KV cache
+    (llm-compressor with just a `kv_cache_scheme`, ModelOpt likewise)."""
     if quantization is None:
         return "bf16"
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -130,7 +130,7 @@ def _experts_format(quantization: Any, source: str) -> Literal["mxfp4", "bf16"]:
 
 
 def _leaves_weights(quantization: dict[str, Any]) -> bool:
-    """Whether a config of compressed-tensors or ModelOpt is of an fp8 KV cache alone."""
+    """Return whether a config of compressed-tensors or ModelOpt describes only an fp8 KV cache."""
     groups, scheme = quantization.get("config_groups") or {}, quantization.get("kv_cache_scheme")
     return (
         quantization.get("quant_method") in ("compressed-tensors", "modelopt")
@@ -144,8 +144,8 @@ def _leaves_weights(quantization: dict[str, Any]) -> bool:
 
 
 def _parse_original_config(raw: dict[str, Any], source: str) -> ModelConfig:
-    """The config.json of OpenAI's `original/` folder: openai/gpt-oss `torch/model.py` ModelConfig,
-    which builds a fixed kind of model."""
+    """Parse the config.json of OpenAI's `original/` folder: openai/gpt-oss `torch/model.py`
+    ModelConfig, which builds a fixed kind of model."""
     known = {
         "num_hidden_layers": "num_hidden_layers",
         "num_experts": "num_local_experts",
@@ -248,7 +248,7 @@ def _rope(fields: _Fields) -> RopeConfig:
     if theta <= 1:
         raise CheckpointError(f"{source}: rope_theta must be more than 1, found {theta}")
     factor = nested.number("factor", default=32.0)
-    # These would replace the factor's own attention concentration; gpt-oss sets none of them.
+    # These would replace the factor's own attention concentration; gpt-oss sets neither.
     concentration = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     for name in ("attention_factor", "mscale", "mscale_all_dim"):
         value = scaling.get(name)

@@ -1,4 +1,4 @@
-"""Memory that has run out: how it is noticed, and what helps. Imports nothing large."""
+"""Detection of memory exhaustion, and advice about it. Imports nothing large."""
 
 import contextlib
 import signal
@@ -8,12 +8,12 @@ WHAT_HELPS = (
     "make the KV cache smaller (--kv-cache-memory, engine.cache.memory_bytes; on a GPU "
     "--gpu-memory-utilization), or give this machine or container more memory"
 )
-"""Advice for messages."""
+"""Advice for error messages."""
 _VMSTAT = Path("/proc/vmstat")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation has failed: of Python, or of torch on a GPU or a CPU."""
+    """Return whether the error is a failed allocation, by Python, or by torch on a GPU or a CPU."""
     # torch's allocator for CPUs raises a plain RuntimeError.
     return (
         isinstance(error, MemoryError)
@@ -23,7 +23,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class OomKills:
-    """The kernel's count of processes that it has killed on this machine since memory was short.
+    """The kernel's count of processes that it has killed on this machine for lack of memory.
 
     The count rises before the killed process ends.
     """
@@ -32,11 +32,8 @@ class OomKills:
         self._count = _count()
 
     def explain(self, code: int) -> bool:
-        """Return whether a process with this `returncode` was probably killed for want of memory.
-
-        That is the case if it was killed by SIGKILL and the count has risen since this object was
-        made.
-        """
+        """Return whether a process with this `returncode` was probably killed for lack of memory:
+        it was killed by SIGKILL and the count has risen since this object was created."""
         return code == -signal.SIGKILL and _count() > self._count
 
 

@@ -1,8 +1,8 @@
 """Folders for Unix sockets that only this user can reach: under $XDG_RUNTIME_DIR, else in the
 folder for temporary files.
 
-A folder is locked (flock) while the process that made it lives. A process that was killed cannot
-remove its folder; the next one that makes a folder finds it unlocked, and removes it.
+A folder is locked (flock) while the process that created it lives. A killed process cannot remove
+its folder; the next process that creates one finds it unlocked, and removes it.
 """
 
 import contextlib
@@ -16,20 +16,20 @@ from pathlib import Path
 from workers.errors import ConfigError
 
 LONGEST_SOCKET_PATH = 107
-"""Bytes of a Unix socket's path, by the kernel's sockaddr_un."""
+"""Maximum length of a Unix socket's path in bytes, by the kernel's sockaddr_un."""
 _LONGEST_FOLDER = 85
-"""Bytes; the name of a socket comes behind it."""
+"""Maximum length of a folder's path in bytes; the name of a socket follows it."""
 _MAX_TRIES = 20
-"""Most attempts to make a folder: before it is locked, another process may remove it."""
+"""Maximum attempts to create a folder: another process may remove it before it is locked."""
 
 
 class PrivateFolder:
     """A new folder of this process (mode 0700).
 
     Attributes:
-        path: where it is.
+        path: its path.
     Raises:
-        ConfigError: there is no place for it.
+        ConfigError: no folder can be created.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class PrivateFolder:
         raise ConfigError(f"no folder for sockets can be kept in {root}: another process keeps removing it")
 
     def close(self) -> None:
-        """Remove the folder and what is in it. Idempotent."""
+        """Remove the folder and its contents. Idempotent."""
         if self._lock >= 0:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
@@ -58,15 +58,15 @@ class PrivateFolder:
 
 
 def _root() -> Path | None:
-    """The folder of all of this user's folders; None: none that is private and whose path is
-    short."""
+    """Return the folder of all of this user's folders; None if there is no private one with a short
+    path."""
     name = f"cantata-{os.geteuid()}"
     places = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
     for root in (Path(place) / name for place in places if place):
         with contextlib.suppress(OSError):
             root.mkdir(mode=0o700, exist_ok=True)
             found = root.lstat()
-            # Another user may have made it first, or a link to it.
+            # Another user may have created it first, or a link to it.
             private = (
                 stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
             )
@@ -86,7 +86,7 @@ def _lock(folder: Path) -> int:
     except BlockingIOError:
         os.close(lock)
         return -1
-    except OSError:  # a file system without locks; then nothing is removed from it either
+    except OSError:  # A file system without locks: nothing is removed from it either.
         return lock
     if not folder.exists():
         os.close(lock)
@@ -96,7 +96,7 @@ def _lock(folder: Path) -> int:
 
 def _remove_abandoned(root: Path) -> None:
     for folder in root.iterdir():
-        with contextlib.suppress(OSError):  # it has an owner, or another process removes it
+        with contextlib.suppress(OSError):  # it has an owner, or another process is removing it
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,5 @@
-"""What one client asks of an engine (token ids, how to sample, when to stop) and what it answers.
-Knows no text, HTTP or harmony."""
+"""A request to an engine (token ids, sampling, stop conditions) and its outputs. Independent of
+text, HTTP and harmony."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,30 +11,30 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen and when the sequence ends. Names and defaults are vLLM's where
+    """How the next token is sampled and when the sequence ends. Names and defaults are vLLM's where
     OpenAI has none.
 
     Attributes:
-        max_tokens: output tokens at most, >= 1; None: up to the end of the context.
+        max_tokens: maximum output tokens, >= 1; None for up to the end of the context.
         temperature: >= 0; 0 is greedy (ties: the lowest id).
         top_p: (0, 1]; the smallest set of most likely tokens whose probabilities sum to at least
             top_p.
-        top_k: keep the k most likely tokens; 0 or -1: all.
+        top_k: keep the k most likely tokens; 0 or -1 for all.
         min_p: [0, 1]; keep tokens at least min_p times as likely as the most likely one.
         presence_penalty, frequency_penalty: [-2, 2], over output tokens.
         repetition_penalty: > 0, over prompt and output tokens; 1 is off.
         logit_bias: (token id, bias) pairs, added to the logits.
-        seed: 64 bits; the same seed gives the same tokens whatever else is in the batch. None:
-            drawn by the gateway (or `LLM`).
-        logprobs: number of most likely alternatives reported with each token; 0: the chosen token's
-            only; None: none.
-        stop_token_ids: end the sequence (the token is reported); not before min_tokens.
-        min_tokens: stop tokens cannot be sampled before this many output tokens.
+        seed: 64 bits; the same seed gives the same tokens whatever else is in the batch. If None,
+            the gateway (or `LLM`) draws one.
+        logprobs: number of most likely alternatives reported with each token; 0 for the sampled
+            token only; None for none.
+        stop_token_ids: tokens that end the sequence (and are reported); not before min_tokens.
+        min_tokens: number of output tokens before which stop tokens cannot be sampled.
         ignore_eos: stop_token_ids and the model's own end tokens do not end the sequence.
         prompt_logprobs: number of most likely alternatives reported with each prompt token but the
-            first; 0: that token's own only; None: none. The prefix cache is not read then.
-        n: sequences for one prompt. The engine runs one sequence a request: gateway and `LLM` fan
-            out, choice i gets seed + i.
+            first; 0 for that token only; None for none. The prefix cache is then not read.
+        n: number of sequences for one prompt. The engine runs one sequence per request: gateway and
+            `LLM` fan out, and choice i gets seed + i.
     """
 
     max_tokens: int | None = 16
@@ -63,12 +63,12 @@ class EngineRequest:
         request_id: unique among the engine's live requests.
         prompt_token_ids: at least one id.
         sampling: n is 1 and seed is set.
-        output_token_ids: already generated on another replica; generation resumes behind them as if
+        output_token_ids: tokens generated on another replica; generation continues after them as if
             they had been sampled here.
-        deadline_s: seconds from submission; None: no deadline.
-        constraint: the tokens allowed in each state; None: all.
-        adapter: name of the adapter to run with; None: the base model.
-        cache_salt: KV blocks are shared only between requests with the same salt, and the same
+        deadline_s: seconds from submission; None for no deadline.
+        constraint: the tokens allowed in each state; None for all.
+        adapter: name of the adapter to run with; None for the base model.
+        cache_salt: KV blocks are shared only between requests with the same salt and the same
             adapter.
     """
 
@@ -88,8 +88,8 @@ class TokenLogprobs:
     penalties and masks (vLLM's `raw_logprobs`).
 
     Attributes:
-        logprob: of the chosen token.
-        top: (token id, logprob), most likely first; as many as were asked for.
+        logprob: that of the sampled token.
+        top: (token id, logprob), most likely first; as many as requested.
     """
 
     logprob: float
@@ -98,15 +98,15 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """Tokens since the last output of the same request; the last one has a finish reason and comes
-    exactly once.
+    """Tokens since the last output of the same request. The last output has a finish reason and
+    comes exactly once.
 
     Attributes:
-        token_ids: new ids in order, a stop token included.
-        logprobs: one per id where asked for, else empty.
-        prompt_logprobs: of prompt tokens since the last output, from the second on, where asked
-            for; they come before the first output token.
-        finish_reason: None while more will come.
+        token_ids: new ids in order, including a stop token.
+        logprobs: one per id if requested, else empty.
+        prompt_logprobs: those of prompt tokens since the last output, from the second token on, if
+            requested; they come before the first output token.
+        finish_reason: None while more output will come.
         stop_token_id: the token that ended the sequence, with reason `stop`.
         num_cached_tokens: prompt tokens found in the prefix cache (first admission).
         error: one sentence, with reason `error` or `abort`.
@@ -123,11 +123,11 @@ class EngineOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """How busy an engine is.
+    """The load of an engine.
 
     Attributes:
         num_waiting: requests accepted but not running.
-        kv_usage: share of the full group's blocks in use, 0 to 1.
+        kv_usage: fraction of the full group's blocks in use, 0 to 1.
         accepting: False while draining or dead.
     """
 

@@ -1,4 +1,4 @@
-"""The Executor protocol: who runs a StepPlan on the ranks. One implementation runs in the engine's
+"""The Executor protocol: runs StepPlans on the ranks. One implementation runs in the engine's
 process, one drives other processes."""
 
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from workers.scheduler.plan import StepPlan, StepResult
 
 @dataclass(frozen=True, slots=True)
 class ExecutorInfo:
-    """What was chosen while starting; printed in the start-up summary.
+    """The selections made at start-up; printed in the start-up summary.
 
     Attributes:
-        max_model_len: tokens of a sequence at most: what EngineConfig says, or as many as the model
+        max_model_len: maximum tokens of a sequence: EngineConfig's value, or as many as the model
             and the KV cache allow.
-        num_full_blocks, num_sliding_blocks: blocks of each KV group, NULL_BLOCK included.
+        num_full_blocks, num_sliding_blocks: blocks of each KV group, including NULL_BLOCK.
         kv_cache_bytes, weight_bytes: over all ranks.
         phases_s: seconds by start-up phase, in order.
         kernels: operation → implementation, layout and why (`workers.rank.kernel_table`).
@@ -38,37 +38,38 @@ class ExecutorInfo:
 
 
 MAX_IN_FLIGHT = 2
-"""Plans sent and not answered: while the ranks compute one, the next already waits for them."""
+"""Maximum number of plans sent and not answered: while the ranks compute one, the next one already
+waits."""
 
 
 class Executor(Protocol):
-    """Runs plans in order. Failure of a step is a StepResult with `error`, never an exception of
-    the future.
+    """Runs plans in order. A failed step is a StepResult with `error`, never an exception of the
+    future.
 
     Attributes:
-        crash: the crash of the rank that ended first; None: it was no crash, or that is not known.
-            Final after `shutdown`.
+        crash: the crash of the rank that ended first; None if it did not crash, or if that is not
+            known. Final after `shutdown`.
     """
 
     crash: RankCrashed | None
 
     def start(self) -> ExecutorInfo:
-        """Load the model and size the KV cache; blocks until ready.
+        """Load the model and size the KV cache; block until ready.
 
         Raises:
-            CheckpointError, ConfigError, RankCrashed among them: with one sentence for the user.
+            CheckpointError, ConfigError (including RankCrashed): with one sentence for the user.
         """
 
     def execute(self, plan: StepPlan) -> "Future[StepResult]":
         """Queue a plan; plans run in the order given. At most MAX_IN_FLIGHT may be in flight."""
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Logits after each token of one sequence, apart from the steps: [len(token_ids),
-        vocab_size] fp32."""
+        """Compute the logits after each token of one sequence, independently of the steps:
+        [len(token_ids), vocab_size] fp32."""
 
     def on_failure(self, callback: Callable[[str], None]) -> None:
-        """Call this, once and from any thread, with a sentence if the ranks fail, also while no
-        plan is in flight."""
+        """Register a callback for a failure of the ranks, also while no plan is in flight. It is
+        called once, from any thread, with a sentence."""
 
     def shutdown(self) -> None:
-        """Release everything; idempotent. Futures still open get an error result."""
+        """Release everything; idempotent. Open futures get an error result."""

@@ -1,9 +1,9 @@
 """Messages between an engine and its ranks, over ZMQ: a PUSH socket to each rank, one PULL socket
-back. Within a host they are Unix sockets in a private folder, across hosts TCP on the engine's own
-address, encrypted (CURVE) with keys drawn for this replica: who does not have them can neither send
-nor take a message.
+back. Within a host they are Unix sockets in a private folder; across hosts TCP on the engine's own
+address, encrypted (CURVE) with keys drawn for this replica, without which messages can be neither
+sent nor read.
 
-A message is two parts: its kind, its body (msgpack).
+A message has two parts: its kind and its body (msgpack).
 """
 
 import threading
@@ -16,7 +16,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from workers.errors import ConfigError
 from workers.private_folder import PrivateFolder
 
-# From a rank.
+# Kinds of messages from a rank.
 HELLO, PROGRESS, LOADED, READY, RESULT, LOGITS, FAILED = (
     b"hello",
     b"progress",
@@ -26,7 +26,7 @@ HELLO, PROGRESS, LOADED, READY, RESULT, LOGITS, FAILED = (
     b"logits",
     b"failed",
 )
-# To a rank.
+# Kinds of messages to a rank.
 JOIN, ALLOCATE, PLAN, COMPUTE_LOGITS, ALIVE, STOP = (
     b"join",
     b"allocate",
@@ -41,11 +41,11 @@ Body = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """What a rank needs to reach its engine.
+    """The addresses and keys with which a rank reaches its engine.
 
     Attributes:
-        server_key, rank_key: the engine's public key and the ranks' secret one, for TCP (Z85);
-            None: Unix sockets.
+        server_key, rank_key: the engine's public key and the ranks' secret key, for TCP (Z85); None
+        for Unix sockets.
     """
 
     plans: str
@@ -58,10 +58,10 @@ class EngineChannel:
     """The engine's end. `send` is called by one thread at a time, `receive` by another one.
 
     Args:
-        num_ranks: ranks that will connect.
-        host: address to bind for TCP; None: Unix sockets, all ranks are on this host.
+        num_ranks: number of ranks that will connect.
+        host: address to bind for TCP; None for Unix sockets, with all ranks on this host.
     Raises:
-        ConfigError: there is no folder for the sockets, or libzmq cannot encrypt.
+        ConfigError: there is no folder for the sockets, or libzmq has no encryption.
     """
 
     def __init__(self, num_ranks: int, *, host: str | None = None) -> None:
@@ -73,7 +73,7 @@ class EngineChannel:
         self._results, self._results_address = self._bind(zmq.PULL, host, "results")
 
     def endpoints(self, rank: int) -> Endpoints:
-        """For the rank of that number."""
+        """Return the endpoints for a rank."""
         addresses = self._plans[rank][1], self._results_address
         return (
             Endpoints(*addresses)
@@ -82,10 +82,10 @@ class EngineChannel:
         )
 
     def send(self, rank: int, kind: bytes, body: bytes, *, connect_s: float = 0.0) -> None:
-        """Queue a message; what a rank that is gone was to hear is dropped.
+        """Queue a message; messages to a rank that is gone are dropped.
 
         Args:
-            connect_s: how long to wait for a rank whose connection may not be there yet.
+            connect_s: seconds to wait for a rank that may not have connected yet.
         """
         socket = self._plans[rank][0]
         with self._send_lock:
@@ -93,13 +93,13 @@ class EngineChannel:
                 socket.send_multipart([kind, body], zmq.DONTWAIT)
 
     def receive(self, timeout_s: float) -> tuple[bytes, bytes] | None:
-        """(kind, body) of the next message of any rank; None: none came in time."""
+        """Return (kind, body) of the next message of any rank; None if none came in time."""
         if not self._results.poll(max(int(timeout_s * 1000), 0)):
             return None
         return _parts(self._results)
 
     def close(self) -> None:
-        """Drop what is unsent; idempotent. Nobody may use the channel any more."""
+        """Drop unsent messages; idempotent. The channel must not be used afterwards."""
         for socket, _ in self._plans:
             socket.close(linger=0)
         self._results.close(linger=0)
@@ -124,7 +124,7 @@ class EngineChannel:
 
 
 class RankChannel:
-    """A rank's end, for its one thread; `send` may be called by another one as well."""
+    """A rank's end, for its one thread; `send` may also be called by one other thread."""
 
     def __init__(self, endpoints: Endpoints) -> None:
         self._context = zmq.Context()
@@ -145,26 +145,26 @@ class RankChannel:
             self._results.send_multipart([kind, body], zmq.DONTWAIT)
 
     def receive(self, timeout_s: float) -> tuple[bytes, bytes] | None:
-        """(kind, body) of the next message; None: none came in time."""
+        """Return (kind, body) of the next message; None if none came in time."""
         if not self._plans.poll(int(timeout_s * 1000)):
             return None
         return _parts(self._plans)
 
     def close(self, linger_s: float = 2.0) -> None:
-        """Send what is queued, for at most linger_s."""
+        """Send queued messages for at most linger_s."""
         self._plans.close(linger=0)
         self._results.close(linger=int(linger_s * 1000))
         self._context.term()
 
 
 def pack(**fields: object) -> bytes:
-    """A message's body."""
+    """Encode a message's body."""
     packed: bytes = msgpack.packb(fields)
     return packed
 
 
 def unpack(body: bytes) -> Body:
-    """The inverse of `pack`."""
+    """Decode a message's body, the inverse of `pack`."""
     fields: Body = msgpack.unpackb(body)
     return fields
 
@@ -175,12 +175,12 @@ def _parts(socket: "zmq.Socket[bytes]") -> tuple[bytes, bytes]:
 
 
 class _Keys:
-    """Key pairs of one replica: the engine's and the one that all of its ranks have. Closed before
+    """Key pairs of one replica: the engine's, and the one shared by all of its ranks. Closed before
     its context.
 
     Attributes:
         server_key: the engine's public key (Z85).
-        rank_key: the ranks' secret one.
+        rank_key: the ranks' secret key.
     """
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
@@ -196,11 +196,11 @@ class _Keys:
         self._authenticator.configure_curve_callback(domain="*", credentials_provider=self)
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Whether a peer with this public key is a rank of ours."""
+        """Return whether a peer with this public key is one of our ranks."""
         return key == self._rank_public
 
     def protect(self, socket: "zmq.Socket[bytes]") -> None:
-        """Before it is bound."""
+        """Set up a socket's encryption, before it is bound."""
         socket.curve_server = True
         socket.curve_secretkey = self._secret
 

@@ -1,10 +1,9 @@
 """DistributedExecutor: the engine's side of several ranks, however they are started.
 
-Start: every rank says hello (version, checkpoint), all join, load, allocate one KV plan, and are
-    ready. Then plans go out to all ranks and
-rank 0's results come back. A rank that dies, says that it failed, or lets a step wait longer than
-the step timeout ends the executor: open futures get an error result, the engine is told, and the
-ranks are killed, since without one the others are of no use.
+Start-up: every rank sends a hello (version, checkpoint), then all join, load, allocate one KV plan,
+and are ready. Plans then go to all ranks and rank 0's results come back. A rank that dies, reports
+a failure, or exceeds the step timeout ends the executor: open futures get an error result, the
+engine is notified, and the ranks are killed, since they cannot work without it.
 """
 
 import logging
@@ -39,30 +38,30 @@ from workers.scheduler.plan_wire import decode_result, encode_plan
 logger = logging.getLogger(__name__)
 
 _STOP_S = 5.0
-"""What ranks get to end by themselves."""
+"""Seconds for ranks to end by themselves."""
 _CONNECT_S = 10.0
-"""For a rank that said hello to connect its other socket."""
+"""Seconds for a rank that sent its hello to connect its other socket."""
 _EXPLANATION_S = 0.05
-"""For whoever watches a rank's process to say how it ended, once the others have felt it; requests
-are to end within 0.1 s."""
+"""Seconds for a rank's watcher to report how the rank ended once the others have noticed. Requests
+should end within 0.1 s."""
 _POLL_S = 0.5
 _ALIVE_S = 1.0
-"""Between two signs of life to ranks that listen; one that hears none for long takes the engine for
-lost."""
+"""Seconds between two heartbeats to listening ranks. A rank that receives none for long considers
+its engine lost."""
 
 
 OnExit = Callable[[str, signal.Signals | None], None]
-"""Hears how a rank has ended, and the signal if it crashed and that is known."""
+"""Callback with how a rank has ended, and the signal if it is known to have crashed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a rank will run.
+    """The place where a rank will run.
 
     Attributes:
         host: the node's address.
-        local_rank: its GPU's number among those that it sees; on a CPU its own among the ranks of
-            its host.
+        local_rank: index of its GPU among those it sees; on a CPU its index among the ranks of its
+            host.
         num_threads: compute threads on a CPU.
     """
 
@@ -85,22 +84,22 @@ class RankLauncher(Protocol):
         Args:
             num_threads: compute threads that the engine's own process may use.
         Raises:
-            ConfigError: there is not enough; says what is free and what is wanted.
+            ConfigError: there is not enough room; names the resources free and needed.
         """
 
     def launch(self, spec: RankSpec, on_exit: OnExit) -> None:
         """Start a rank; `on_exit` is called once, from any thread, when it has ended."""
 
     def end(self, grace_s: float) -> None:
-        """Wait for the ranks to end by themselves, then kill those left; idempotent. When it
-        returns none is left, and `on_exit` has been called for each."""
+        """Wait for the ranks to end by themselves, then kill the rest; idempotent. On return no
+        rank is left, and `on_exit` has been called for each."""
 
 
 class DistributedExecutor:
     """Runs plans on several ranks.
 
     Args:
-        progress: hears of each phase of each rank, on the starting thread.
+        progress: called with each phase of each rank, on the starting thread.
     Attributes:
         crash: see Executor.
     """
@@ -134,21 +133,21 @@ class DistributedExecutor:
         self._on_failure: Callable[[str], None] = lambda sentence: None
 
     def on_failure(self, callback: Callable[[str], None]) -> None:
-        """See Executor."""
+        """Register a failure callback (see Executor)."""
         self._on_failure = callback
 
     def start(self) -> ExecutorInfo:
         """Start the ranks and wait until all are ready.
 
         Raises:
-            CheckpointError, ConfigError, RankCrashed among them: one sentence for the user.
+            CheckpointError, ConfigError (including RankCrashed): one sentence for the user.
         """
         shards = plan_shards(self._model, self._config.parallel)
         try:
             return self._start(shards[0].tp_size)
         except EngineDead as error:
             self.shutdown()
-            # When a rank crashes, others fail as well, and may have been heard first.
+            # When a rank crashes, others fail as well, and their errors may have arrived first.
             raise self.crash or ConfigError(error.message) from error
         except BaseException:
             self.shutdown()
@@ -171,7 +170,7 @@ class DistributedExecutor:
         return future
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """See Executor.
+        """Compute the logits of one sequence (see Executor).
 
         Raises:
             EngineDead: a rank failed.
@@ -269,10 +268,10 @@ class DistributedExecutor:
         )
 
     def _gather(self, wanted: bytes, timeout_s: float, doing: str) -> list[wire.Body]:
-        """One message of that kind from every rank, by rank.
+        """Receive one message of a kind from every rank; return them by rank.
 
         Raises:
-            CheckpointError, ConfigError: a rank says what is wrong, or not all came in time.
+            CheckpointError, ConfigError: a rank reports an error, or not all messages came in time.
             EngineDead: a rank failed or ended.
         """
         channel = self._channel
@@ -280,8 +279,8 @@ class DistributedExecutor:
         found: dict[int, wire.Body] = {}
         deadline = time.monotonic() + timeout_s
         while len(found) < self._size:
-            self._tell_alive(channel, found)  # these have nothing to do but listen
-            # What a rank said before it ended explains more than how it ended.
+            self._tell_alive(channel, found)  # these ranks are idle and only listen
+            # A rank's last message explains more than its exit code.
             message = channel.receive(
                 0 if self._error is not None else min(_POLL_S, max(deadline - time.monotonic(), 0))
             )
@@ -338,7 +337,7 @@ class DistributedExecutor:
         if kind == wire.RESULT:
             result = decode_result(body)
             if result.error is not None:
-                # A rank that dies makes the others' collectives fail; how it ended is the better
+                # A dying rank makes the others' collectives fail; how it ended is the better
                 # explanation.
                 if not self._failed.wait(_EXPLANATION_S):
                     self._fail(result.error)
@@ -380,17 +379,17 @@ class DistributedExecutor:
             )
 
     def _note_exit(self, rank: int, how: str, crashed: signal.Signals | None) -> None:
-        """Take note that a rank has ended; from any thread."""
+        """Record that a rank has ended; called from any thread."""
         sentence = f"rank {rank} {how}"
         with self._lock:
-            # Those that end after the first do so because of it.
+            # Ranks that end later do so because of the first one.
             if crashed is not None and not self._one_has_ended:
                 self.crash = RankCrashed(sentence, crashed)
             self._one_has_ended = True
         self._fail(sentence)
 
     def _fail(self, sentence: str, more: Sequence[tuple[StepPlan, "Future[StepResult]"]] = ()) -> None:
-        """End everything, once; from any thread."""
+        """End everything, once; called from any thread."""
         with self._lock:
             if self._error is not None:
                 return
@@ -420,11 +419,11 @@ def _rank_loaded(fields: object) -> RankLoaded:
 
 
 def _check_hellos(config: EngineConfig, hellos: Sequence[wire.Body], engine_host: str) -> None:
-    """All ranks must be the same software on the same checkpoint with the same configuration as
-    this engine.
+    """Check that all ranks run the same software on the same checkpoint with the same configuration
+    as this engine.
 
     Raises:
-        ConfigError: names the rank, its host and what differs.
+        ConfigError: names the rank, its host and the difference.
     """
     for what, own in identity(config).items():
         for hello in hellos:

@@ -21,11 +21,11 @@ class InlineExecutor:
     can be made meanwhile.
 
     Args:
-        config: its parallel plan is one rank.
-        progress: hears of each phase as it starts, and of tensors loaded.
-        loader: as `Rank` has it; room for the weights is then its own concern.
+        config: its parallel plan has one rank.
+        progress: called with each phase as it starts, and with the tensors loaded.
+        loader: as in `Rank`; it then provides the memory for the weights itself.
     Attributes:
-        crash: None: a crash ends this process.
+        crash: always None, since a crash ends this process.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class InlineExecutor:
         self.crash: RankCrashed | None = None
         self._rank: Rank | None = None
         # Waits for the GPU, one step after the other; its thread starts with the first step that is
-        # not done at once.
+        # not finished at once.
         self._waiter = ThreadPoolExecutor(1, "cantata-gpu-steps")
 
     def start(self) -> ExecutorInfo:
@@ -84,7 +84,7 @@ class InlineExecutor:
         )
 
     def execute(self, plan: StepPlan) -> "Future[StepResult]":
-        """On a CPU the plan has run when this returns; on a GPU its kernels are queued."""
+        """Run a plan. On a CPU it has run when this returns; on a GPU its kernels are queued."""
         future: Future[StepResult] = Future()
         if self._rank is None:
             future.set_result(StepResult(plan.step, error="the executor has shut down"))
@@ -96,17 +96,17 @@ class InlineExecutor:
         return future
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """See Executor."""
+        """Compute the logits of one sequence (see Executor)."""
         assert self._rank is not None, "the executor has not started"
         logits = self._rank.logits(token_ids)
         assert logits is not None
         return logits
 
     def on_failure(self, callback: Callable[[str], None]) -> None:
-        """See Executor: between plans nothing happens here that could fail."""
+        """Ignore the callback (see Executor): nothing runs between plans that could fail."""
 
     def shutdown(self) -> None:
-        """Let go of weights and caches."""
+        """Release weights and caches."""
         self._waiter.shutdown()
         if self._rank is not None:
             self._rank.close()

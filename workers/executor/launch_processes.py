@@ -20,11 +20,11 @@ from workers.out_of_memory import OomKills
 from workers.rank.process import RankSpec
 
 _KILL_S = 10.0
-"""For the kernel to end a killed process."""
+"""Seconds for the kernel to end a killed process."""
 
 
 class ProcessRanks:
-    """A RankLauncher."""
+    """A RankLauncher that starts child processes."""
 
     host = "127.0.0.1"
 
@@ -34,11 +34,11 @@ class ProcessRanks:
 
     @property
     def pids(self) -> list[int]:
-        """Of the ranks, by rank."""
+        """PIDs of the ranks, by rank."""
         return [process.pid for process in self._processes]
 
     def place(self, num_ranks: int, device: str, num_threads: int, timeout_s: float) -> Sequence[Placement]:
-        """See RankLauncher."""
+        """Place all ranks on this host (see RankLauncher)."""
         if device.startswith("cuda"):
             if device != "cuda":
                 raise ConfigError(
@@ -56,7 +56,7 @@ class ProcessRanks:
         ]
 
     def launch(self, spec: RankSpec, on_exit: OnExit) -> None:
-        """See RankLauncher."""
+        """Start a rank (see RankLauncher)."""
         started: Future[subprocess.Popen[str]] = Future()
         watcher = threading.Thread(
             target=_run, args=(spec, started, on_exit), name=f"cantata-rank-{spec.rank}", daemon=True
@@ -66,28 +66,28 @@ class ProcessRanks:
         process = started.result()
         self._processes.append(process)
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once; the watcher says how
+        with contextlib.suppress(BrokenPipeError):  # it died at once; its watcher reports how
             process.stdin.write(spec.to_json() + "\n")
             process.stdin.close()
 
     def end(self, grace_s: float) -> None:
-        """See RankLauncher."""
+        """End the ranks (see RankLauncher)."""
         deadline = time.monotonic() + grace_s
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(deadline - time.monotonic(), 0))
         for process in self._processes:
             if process.poll() is None:
-                process.kill()  # also ends one that is stopped
+                process.kill()  # also ends a stopped process
         for process in self._processes:
             process.wait(_KILL_S)
         for watcher in self._watchers:
             if watcher is not threading.current_thread():
-                watcher.join(_KILL_S)  # all have said how their ranks ended
+                watcher.join(_KILL_S)  # all watchers have reported how their ranks ended
 
 
 def _run(spec: RankSpec, started: "Future[subprocess.Popen[str]]", on_exit: OnExit) -> None:
-    """Start a rank and wait for its end: it lives no longer than the thread that starts it
+    """Start a rank and wait for its end. It lives no longer than the thread that starts it
     (`workers.parent_death`)."""
     kills = OomKills()
     try:
@@ -96,7 +96,7 @@ def _run(spec: RankSpec, started: "Future[subprocess.Popen[str]]", on_exit: OnEx
             stdin=subprocess.PIPE,
             stdout=sys.stderr.fileno()
             if _has_fileno(sys.stderr)
-            else subprocess.DEVNULL,  # the engine's stdout has one line, not ours
+            else subprocess.DEVNULL,  # the engine's stdout is reserved for its one line
             env={**os.environ, **thread_environment(spec.num_threads)},
             text=True,
         )

@@ -20,19 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 class _RankActor:
-    """One rank. Its one call lasts as long as the rank."""
+    """One rank. Its only call lasts as long as the rank."""
 
     def run(self, spec: str) -> None:
-        """Serve until the engine says stop."""
+        """Serve until the engine sends STOP."""
         # The engine's process owns this actor: Ray ends it when that process is gone.
         serve_rank(RankSpec.from_json(spec))
 
 
 class RayRanks:
-    """A RankLauncher. Made in a process that runs in a placement group with a bundle for each rank.
+    """A RankLauncher for Ray actors. Created in a process of a placement group with a bundle for
+    each rank.
 
     Args:
-        group: None: the one this process runs in.
+        group: None for the group of this process.
     """
 
     def __init__(self, group: PlacementGroup | None = None) -> None:
@@ -42,11 +43,11 @@ class RayRanks:
 
     @property
     def host(self) -> str:
-        """See RankLauncher."""
+        """The engine's own address (see RankLauncher)."""
         return str(get_node_ip_address())  # type: ignore[no-untyped-call]
 
     def place(self, num_ranks: int, device: str, num_threads: int, timeout_s: float) -> Sequence[Placement]:
-        """See RankLauncher."""
+        """Wait for the placement group (see RankLauncher)."""
         group = self._group = self._group or get_current_placement_group()
         if group is None or len(group.bundle_specs) < num_ranks:
             found = 0 if group is None else len(group.bundle_specs)
@@ -70,7 +71,7 @@ class RayRanks:
         nodes = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]
         by_bundle = placement_group_table(group)["bundles_to_node_id"]
         hosts = [nodes[by_bundle[index]] for index in range(num_ranks)]
-        # Ray shows each actor its own GPU only, as the first one.
+        # Ray shows each actor only its own GPU, as the first one.
         alone = not device.startswith("cpu")
         return [
             Placement(
@@ -83,7 +84,7 @@ class RayRanks:
         ]
 
     def launch(self, spec: RankSpec, on_exit: OnExit) -> None:
-        """See RankLauncher."""
+        """Start a rank (see RankLauncher)."""
         assert self._group is not None
         bundle = self._group.bundle_specs[spec.rank]
         actor_class: Any = ray.remote(_RankActor)
@@ -107,7 +108,7 @@ class RayRanks:
         watcher.start()
 
     def end(self, grace_s: float) -> None:
-        """See RankLauncher."""
+        """End the ranks (see RankLauncher)."""
         for watcher in self._watchers:
             watcher.join(grace_s / max(len(self._watchers), 1))
         for actor, watcher in zip(self._actors, self._watchers, strict=True):
@@ -119,7 +120,7 @@ class RayRanks:
 
 
 _KILL_S = 10.0
-"""For Ray to end a killed actor."""
+"""Seconds for Ray to end a killed actor."""
 
 
 def _watch(running: "ray.ObjectRef[None]", on_exit: OnExit) -> None:
@@ -127,5 +128,5 @@ def _watch(running: "ray.ObjectRef[None]", on_exit: OnExit) -> None:
         ray.get(running)
         on_exit("ended by itself", None)
     except ray.exceptions.RayError as error:
-        # Ray knows that the actor's process is gone, and not by which signal.
+        # Ray knows that the actor's process is gone, but not by which signal.
         on_exit(f"ended ({type(error).__name__})", None)

@@ -1,4 +1,5 @@
-"""The blocks of one KV group: who holds them, and in which order free ones are given out again."""
+"""The blocks of one KV group: their reference counts, and the order in which free ones are
+reused."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -11,13 +12,14 @@ is written to it."""
 class BlockPool:
     """A fixed number of blocks with reference counts.
 
-    A free block whose content is in the prefix cache keeps it until the block is handed out again.
-    Free blocks are taken in this order: those without cached content first, then the least recently
-    used (after vLLM's `v1/core/block_pool.py`).
+    A free block whose content is in the prefix cache keeps it until the block is allocated again.
+    Free blocks are allocated in this order: those without cached content first, then the least
+    recently used (after vLLM's `v1/core/block_pool.py`).
 
     Args:
-        num_blocks: NULL_BLOCK included, which is never handed out. 0: the group has no layers.
-        on_evict: called with a cached block that is about to be handed out for new content.
+        num_blocks: number of blocks, including NULL_BLOCK, which is never allocated; 0 if the group
+            has no layers.
+        on_evict: called with a cached block that is about to be allocated for new content.
     """
 
     def __init__(self, num_blocks: int, on_evict: Callable[[int], None]) -> None:
@@ -25,31 +27,31 @@ class BlockPool:
         self._on_evict = on_evict
         self._ref_counts = [0] * num_blocks
         self._cached = [False] * num_blocks
-        # First entry: next to be handed out.
+        # The first entry is allocated next.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(NULL_BLOCK + 1, num_blocks))
 
     @property
     def capacity(self) -> int:
-        """Blocks that can be in use at once."""
+        """Maximum number of blocks in use at once."""
         return max(self.num_blocks - 1, 0)
 
     @property
     def num_free(self) -> int:
-        """Blocks that `allocate` can hand out now, cached content or not."""
+        """Number of blocks that `allocate` can return now, with cached content or without."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Blocks that somebody holds."""
+        """Number of blocks with references."""
         return self.capacity - len(self._free)
 
     def is_free(self, block: int) -> bool:
-        """Whether nobody holds `block`."""
+        """Return whether `block` has no references."""
         return block in self._free
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks (at most `num_free`) for new content; each has one reference. Evicts
-        what they cached."""
+        """Allocate `count` blocks (at most `num_free`) for new content, with one reference each.
+        Evicts their cached content."""
         assert count <= len(self._free), f"{count} blocks asked for, {len(self._free)} are free"
         blocks = []
         for _ in range(count):
@@ -69,8 +71,8 @@ class BlockPool:
         self._ref_counts[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Drop one reference of each block, skipping NULL_BLOCK. Of cached blocks freed here the
-        first are reused first."""
+        """Drop one reference of each block, skipping NULL_BLOCK. Of the cached blocks freed here,
+        the first are reused first."""
         for block in blocks:
             if block == NULL_BLOCK:
                 continue
@@ -82,26 +84,26 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def mark_cached(self, block: int) -> None:
-        """The content of `block`, which somebody holds, can be found in the prefix cache from now
-        on."""
+        """Mark the content of `block`, which has references, as findable in the prefix cache."""
         assert self._ref_counts[block] > 0, f"block {block} is cached, but nobody holds it"
         assert not self._cached[block], f"block {block} is cached already"
         self._cached[block] = True
 
     def forget(self, block: int) -> None:
-        """The prefix cache dropped the content of `block`: if free, it is the next to be reused."""
+        """Record that the prefix cache dropped the content of `block`; if free, it is reused
+        next."""
         assert self._cached[block], f"block {block} is not cached"
         self._cached[block] = False
         if block in self._free:
             self._free.move_to_end(block, last=False)
 
     def check_integrity(self, expected_ref_counts: dict[int, int], cached: set[int]) -> None:
-        """Assert that counts, free list and cached marks agree with each other and with what the
-        holders say.
+        """Assert that counts, free list and cached marks agree with each other and with the
+        holders' counts.
 
         Args:
-            expected_ref_counts: references by block; blocks that nobody holds may be left out.
-            cached: blocks that the prefix cache points at.
+            expected_ref_counts: references by block; blocks without references may be omitted.
+            cached: blocks that the prefix cache points to.
         """
         assert NULL_BLOCK not in self._free, "NULL_BLOCK is in the free list"
         assert NULL_BLOCK not in expected_ref_counts, "somebody holds NULL_BLOCK"

@@ -1,9 +1,9 @@
-"""KV blocks of every sequence in both groups: taken as it grows, freed behind the window, found
-again by prefix.
+"""KV blocks of every sequence in both groups: allocated as it grows, freed once outside the window,
+found again by prefix.
 
 Both tables of a sequence are indexed by position // BLOCK_SIZE. In the sliding group an entry is
-NULL_BLOCK where the block was freed behind the window or skipped by a prefix hit. A group without
-layers has no blocks and its tables stay empty.
+NULL_BLOCK where the block left the window or was skipped by a prefix hit. A group without layers
+has no blocks and its tables stay empty.
 """
 
 from collections import Counter
@@ -23,25 +23,25 @@ from workers.kv_cache.prefix_cache import (
 
 
 def num_blocks_for(num_tokens: int) -> int:
-    """Blocks that hold `num_tokens` positions from 0 on."""
+    """Return the number of blocks that hold `num_tokens` positions from 0 on."""
     return -(-num_tokens // BLOCK_SIZE)
 
 
 def sliding_blocks_per_sequence(window: int, num_tokens: int) -> int:
-    """Sliding blocks that one sequence of `num_tokens` needs at once to advance by at least a
-    block: those that the query at the start of a block sees behind it, and that block."""
+    """Return the sliding blocks that one sequence of `num_tokens` needs at once to advance by at
+    least a block: those visible to the query at the start of a block, and that block."""
     return min(num_blocks_for(window - 1) + 1, num_blocks_for(num_tokens))
 
 
 class SequenceBlocks:
-    """One sequence's part of the KV cache; changed by the manager only.
+    """One sequence's part of the KV cache; changed only by the manager.
 
     Args:
         root: `hash_root` of the request.
     Attributes:
         full, sliding: block tables.
-        capacity: positions from 0 that have blocks.
-        keys: hashes of the full blocks of tokens so far; kept over preemption.
+        capacity: number of positions from 0 that have blocks.
+        keys: hashes of the sequence's full blocks so far; kept over preemption.
     """
 
     __slots__ = (
@@ -66,28 +66,28 @@ class SequenceBlocks:
         self.keys: list[bytes] = []
         # First index of `sliding` that may hold a block.
         self.first_sliding = 0
-        # The first num_committed blocks are in the prefix cache, `parent` is the last of these
+        # The first num_committed blocks are in the prefix cache; `parent` is the last of these
         # prefixes.
         self.num_committed = 0
         self.parent: CachedPrefix | None = None
         self.committable = True
-        # Free blocks (full, sliding) without which the last `admit` failed. Not tried again with
-        # fewer, unless the first block that was not found has been computed since: a sequence with
-        # the same beginning runs, and there will be less to compute.
+        # Free blocks (full, sliding) without which the last `admit` failed. It is not retried with
+        # fewer unless the first missing block has been computed since: a sequence with the same
+        # prefix is then running, and less remains to compute.
         self.wanted_free = (0, 0)
         self.wanted_key: bytes | None = None
 
 
 class KVCacheManager:
-    """Blocks of both groups and the prefix cache over them.
+    """The blocks of both groups and the prefix cache over them.
 
     Args:
-        num_full_blocks, num_sliding_blocks: NULL_BLOCK included; 0 where no layer belongs to the
-            group.
-        window: keys that a query of the sliding group sees, itself included; None: no layer slides.
-        prefix_caching: find full blocks again by hash.
+        num_full_blocks, num_sliding_blocks: including NULL_BLOCK; 0 if the group has no layers.
+        window: keys visible to a query of the sliding group, itself included; None if no layer
+            slides.
+        prefix_caching: whether full blocks are found again by hash.
     Raises:
-        ConfigError: blocks and window do not fit together.
+        ConfigError: the numbers of blocks and the window are inconsistent.
     """
 
     def __init__(
@@ -116,17 +116,17 @@ class KVCacheManager:
 
     @property
     def usage(self) -> float:
-        """Share of blocks that sequences hold, of the group that is fuller; 0 to 1. Cached blocks
-        that nobody holds count as free."""
+        """Fraction of blocks that sequences hold, in the fuller group; 0 to 1. Cached blocks
+        without references count as free."""
         return max(pool.num_used / pool.capacity for pool in (self._full, self._sliding) if pool.capacity)
 
     @property
     def num_free_blocks(self) -> tuple[int, int]:
-        """Free blocks of the full and the sliding group."""
+        """Number of free blocks of the full and the sliding group."""
         return self._full.num_free, self._sliding.num_free
 
     def fits(self, num_tokens: int) -> bool:
-        """Whether a sequence can grow to `num_tokens` when it is alone."""
+        """Return whether a sequence can grow to `num_tokens` when it is alone."""
         return (not self._has_full or num_blocks_for(num_tokens) <= self._full.capacity) and (
             self.window is None
             or sliding_blocks_per_sequence(self.window, num_tokens) <= self._sliding.capacity
@@ -138,13 +138,15 @@ class KVCacheManager:
         """Give a sequence without blocks those of its longest cached prefix, if there is room to go
         on behind it.
 
-        Room is: the full group could take all of `token_ids` now, and the sliding group what the
-        sequence needs to advance. Nothing beyond the prefix is taken yet: `grow` does.
+        There is room if the full group could hold all of `token_ids` now, and the sliding group
+        what the sequence needs to advance. Only the prefix is allocated here; `grow` allocates the
+        rest.
 
         Args:
             max_cached: tokens that may be taken from the cache; None: all there are.
         Returns:
-            Tokens found, always less than all; None if there is no room, then nothing is taken.
+            Number of tokens found, always less than all; None if there is no room, with nothing
+            allocated.
         """
         assert blocks not in self._live, "admitted twice"
         if self._lacks(blocks.wanted_free) and (
@@ -188,8 +190,8 @@ class KVCacheManager:
         return self._full.num_free < wanted_free[0] or self._sliding.num_free < wanted_free[1]
 
     def _wanted_free(self, chain: list[CachedPrefix], first_sliding: int, num_blocks: int) -> tuple[int, int]:
-        """Free blocks of each group that admission needs: new ones, and those of the chain that
-        nobody holds."""
+        """Return the free blocks of each group that admission needs: new ones, and those of the
+        chain without references."""
         full = sliding = 0
         if self._has_full:
             full = num_blocks - len(chain) + sum(self._full.is_free(prefix.full_block) for prefix in chain)
@@ -201,12 +203,12 @@ class KVCacheManager:
         return full, sliding
 
     def grow(self, blocks: SequenceBlocks, num_computed_tokens: int, num_wanted: int) -> int:
-        """Take blocks for the next `num_wanted` tokens behind `num_computed_tokens`, or for as many
-        of them as there are blocks for; in both groups alike. Sliding blocks that no further query
-        sees are freed first.
+        """Allocate blocks for up to `num_wanted` tokens after `num_computed_tokens`, as far as
+        there are blocks, in both groups alike. Sliding blocks that no further query sees are freed
+        first.
 
         Returns:
-            The number of tokens that have blocks now, 0 to `num_wanted`.
+            Number of these tokens that have blocks now, 0 to `num_wanted`.
         """
         if self._has_sliding:
             self._free_behind_window(blocks, num_computed_tokens)
@@ -233,7 +235,7 @@ class KVCacheManager:
 
     def commit(self, blocks: SequenceBlocks, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         """Make the full blocks among the first `num_computed_tokens` findable. Call it before
-        `grow` frees blocks behind the window."""
+        `grow` frees blocks outside the window."""
         if not blocks.committable:
             return
         assert blocks.parent is not None, "committed without being admitted"
@@ -261,8 +263,8 @@ class KVCacheManager:
             blocks.num_committed = index + 1
 
     def release(self, blocks: SequenceBlocks) -> None:
-        """Give all blocks back; committed ones stay findable until reused, the end of the sequence
-        being reused first."""
+        """Release all blocks. Committed ones stay findable until reused; the end of the sequence is
+        reused first."""
         del self._live[blocks]
         self._full.release(reversed(blocks.full))
         self._sliding.release(reversed(blocks.sliding))

@@ -1,4 +1,4 @@
-"""How large the KV cache is and the context that it holds: arithmetic, without torch.
+"""The size of the KV cache and the context that it holds: arithmetic, without torch.
 
 Both groups share the memory. A block of a group is BLOCK_SIZE positions of K and V of all layers of
 that group.
@@ -31,24 +31,23 @@ DTYPE_BYTES: dict[Dtype | KVDtype, int] = {"bfloat16": 2, "float32": 4, "fp8_e4m
 
 CPU_MEMORY_SHARE = 0.25
 CPU_MEMORY_BYTES = 4 * 1024**3
-"""On a CPU the cache takes this much at most unless one sequence needs more: the machine is
-somebody's."""
+"""Maximum bytes of the cache on a CPU unless one sequence needs more: the host is usually
+shared."""
 SHORTEST_CONTEXT = 2048
-"""Where max_model_len is not set, no shorter context is chosen: a cache that cannot hold it is more
-likely a mistake."""
+"""Shortest context in tokens that is chosen if max_model_len is not set: a cache too small for it
+is more likely a mistake."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVCachePlan:
-    """Sizes of both groups.
+    """The sizes of both groups.
 
     Attributes:
-        num_full_blocks, num_sliding_blocks: NULL_BLOCK included; 0 where no layer belongs to the
-            group.
-        total_bytes: of all tensors.
-        kv_capacity_tokens: tokens of all sequences together that the full group holds (the sliding
+        num_full_blocks, num_sliding_blocks: including NULL_BLOCK; 0 if the group has no layers.
+        total_bytes: size of all tensors.
+        kv_capacity_tokens: tokens, over all sequences, that the full group holds (the sliding
             group, if no layer is full).
-        max_model_len: tokens of one sequence at most, resolved.
+        max_model_len: maximum tokens of one sequence, resolved.
     """
 
     num_full_blocks: int
@@ -60,8 +59,8 @@ class KVCachePlan:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Sizes of one group: bytes of a block, the blocks that one sequence of max_model_len needs,
-    those of all tokens of a step, and those that can ever be of use."""
+    """Sizes of one group: bytes of a block, blocks for one sequence of max_model_len, blocks for
+    all tokens of a step, and the most that can be useful."""
 
     block_bytes: int
     minimum: int
@@ -71,7 +70,7 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class KVMemory:
-    """What a rank can give its KV cache.
+    """Memory that a rank has for its KV cache.
 
     Attributes:
         source: where num_bytes comes from, for errors.
@@ -83,12 +82,12 @@ class KVMemory:
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
-    """Memory of one GPU, and what takes it beside the KV cache.
+    """Memory of one GPU, and its uses besides the KV cache.
 
     Attributes:
-        used_bytes: by this rank's weights and by everything else on the GPU.
-        activation_bytes: beyond that, at the peak of the largest step.
-        graph_bytes: of CUDA graphs that are still to be captured.
+        used_bytes: used by this rank's weights and by everything else on the GPU.
+        activation_bytes: additional bytes at the peak of the largest step.
+        graph_bytes: bytes of CUDA graphs that are still to be captured.
     """
 
     total_bytes: int
@@ -120,15 +119,15 @@ def cpu_kv_memory(
     ranks_on_host: int = 1,
     weight_bytes: int = 0,
 ) -> KVMemory:
-    """`cache.memory_bytes`, or chosen from what is free on this host, which its ranks share; never
-    more than can be of use.
+    """Return `cache.memory_bytes`, or memory chosen from what is free on this host, which its ranks
+    share; never more than is useful.
 
     Args:
         model: with the key-value heads of the rank.
         max_model_len: as in EngineConfig.
-        weight_bytes: that each rank has still to load.
+        weight_bytes: bytes that each rank has still to load.
     Raises:
-        ConfigError: the weights already are too much for the host.
+        ConfigError: the weights alone exceed the host's memory.
     """
     if cache.memory_bytes is not None:
         return KVMemory(cache.memory_bytes, "engine.cache.memory_bytes")
@@ -155,14 +154,14 @@ def gpu_kv_memory(
     max_model_len: int | None,
     gpu: GpuMemory,
 ) -> KVMemory:
-    """`cache.memory_bytes`, or what `cache.gpu_memory_utilization` leaves of a GPU; never more than
-    can be of use.
+    """Return `cache.memory_bytes`, or what `cache.gpu_memory_utilization` leaves of a GPU; never
+    more than is useful.
 
     Args:
         model: with the key-value heads of the rank.
         max_model_len: as in EngineConfig.
     Raises:
-        ConfigError: without a KV cache already it is too much for the GPU.
+        ConfigError: the GPU has too little memory even without a KV cache.
     """
     if cache.memory_bytes is not None:
         return KVMemory(cache.memory_bytes, "engine.cache.memory_bytes")
@@ -193,8 +192,8 @@ def gpu_kv_memory(
 def _bounds(
     model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int | None
 ) -> tuple[int, int]:
-    """Bytes that one sequence of the longest context needs to be computed by whole steps, and bytes
-    that can ever be of use."""
+    """Return the bytes that one sequence of the longest context needs to be computed in whole
+    steps, and the most bytes that can be useful."""
     length = longest_context(model, max_model_len)
     useful = sum(group.useful * group.block_bytes for group in _groups(model, scheduler, dtype, length))
     return _needed(model, scheduler, dtype, length, whole_steps=True), useful
@@ -209,7 +208,7 @@ def split_memory(
     memory_bytes: int,
     source: str = "engine.cache.memory_bytes",
 ) -> KVCachePlan:
-    """Decide on the context, and how many blocks each group gets.
+    """Choose the context and the number of blocks of each group.
 
     First each group gets what one sequence of max_model_len needs. Half of the rest goes to the
     sliding group, until it holds the windows of max_num_seqs running sequences, as many again for
@@ -217,8 +216,8 @@ def split_memory(
 
     Args:
         model: with the key-value heads of the rank.
-        max_model_len: None: the longest that fits, at most the model's.
-        source: says in errors where memory_bytes comes from.
+        max_model_len: None for the longest that fits, at most the model's.
+        source: where memory_bytes comes from, for errors.
     Raises:
         ConfigError: one sequence of max_model_len does not fit; if that is None, not even one of
             SHORTEST_CONTEXT.
@@ -249,15 +248,15 @@ def split_memory(
 
 
 def cache_shape(model: ModelConfig, shard: RankShard) -> ModelConfig:
-    """The model as a rank's KV cache sees it: with this rank's key-value heads."""
+    """Return the model as a rank's KV cache sees it: with this rank's key-value heads."""
     return replace(model, num_kv_heads=shard.kv_heads.length)
 
 
 def plan_kv_cache(
     config: EngineConfig, model: ModelConfig, shard: RankShard, memories: Sequence[KVMemory]
 ) -> KVCachePlan:
-    """The one plan that all ranks allocate, and with it the context, from the rank that has the
-    least memory.
+    """Return the one cache size and context that all ranks use, from the rank with the least
+    memory.
 
     Raises:
         ConfigError: as `split_memory`.
@@ -277,8 +276,8 @@ def plan_kv_cache(
 
 
 def host_free_bytes() -> int:
-    """Memory that can be allocated on this host now: what the system and the process's control
-    group leave."""
+    """Return the memory that can be allocated on this host now, by the system and the process's
+    control group."""
     return min(_system_free_bytes(), _cgroup_free_bytes())
 
 
@@ -286,15 +285,15 @@ def _system_free_bytes() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        # Not Linux: what is installed, less half for the rest of the system.
+        # Not Linux: half of the installed memory, leaving the rest to the system.
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     fields = dict(line.split(":", 1) for line in lines)
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a version 2 control group leaves, as containers see it; the largest integer where there
-    is no limit."""
+    """Return the memory left in a version 2 control group, as containers see it; the largest
+    integer without a limit."""
     unlimited = 2**63 - 1
     try:
         limit = (root / "memory.max").read_text().strip()
@@ -307,7 +306,7 @@ def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
 def _groups(
     model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, max_model_len: int
 ) -> tuple[_Group, _Group]:
-    """The full and the sliding group; all zeros where no layer belongs to it. Blocks include
+    """Return the full and the sliding group, all zeros for a group without layers. Blocks include
     NULL_BLOCK."""
     layer_bytes = 2 * BLOCK_SIZE * model.num_kv_heads * model.head_dim * DTYPE_BYTES[dtype]
     num_full_layers = sum(window is None for window in model.layer_windows)
@@ -333,12 +332,12 @@ def _groups(
 def _needed(
     model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, length: int, *, whole_steps: bool = False
 ) -> int:
-    """Bytes that one sequence of that length needs.
+    """Return the bytes that one sequence of `length` tokens needs.
 
     Args:
-        whole_steps: to advance by all tokens of a step. Without that it may be a block at a time,
+        whole_steps: advance by all tokens of a step. Otherwise it may advance one block at a time,
             which makes long prompts slow: `split_memory` gives the sliding group half of what is
-            beyond the least, so that is counted twice, once for each group.
+            beyond the minimum, so that part is counted twice, once for each group.
     """
     groups = _groups(model, scheduler, dtype, length)
     return sum(
@@ -356,8 +355,8 @@ def _longest_fitting(
     *,
     whole_steps: bool = False,
 ) -> int:
-    """The most tokens below `limit`, in whole blocks, of which one sequence fits; 0 if not even a
-    block does."""
+    """Return the most tokens up to `limit`, in whole blocks, of which one sequence fits; 0 if not
+    even a block does."""
     fits, too_long = 0, num_blocks_for(limit)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
@@ -371,8 +370,8 @@ def _longest_fitting(
 def _fitting_context(
     model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, memory_bytes: int, source: str
 ) -> int:
-    """The model's context, or as much of it as fits: then with room to compute prompts by whole
-    steps, if SHORTEST_CONTEXT leaves that."""
+    """Return the model's context, or as much of it as fits, with room to compute prompts in whole
+    steps if SHORTEST_CONTEXT leaves it."""
     longest = model.max_context_len
     if _needed(model, scheduler, dtype, longest) <= memory_bytes:
         return longest
@@ -423,7 +422,7 @@ def shorter_context(model: ModelConfig, plan: KVCachePlan, dtype: KVDtype, memor
 
 
 def readable(num_bytes: int) -> str:
-    """Bytes for people; exact below 1 MiB."""
+    """Format bytes for users; exact below 1 MiB."""
     for unit, size in (("GiB", 1024**3), ("MiB", 1024**2)):
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"

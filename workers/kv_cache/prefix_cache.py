@@ -1,5 +1,5 @@
-"""Full blocks found again by a chained hash of their tokens, with the tokens compared before any
-block is given away."""
+"""The prefix cache: full blocks found again by a chained hash of their tokens. The tokens are
+compared before a block is reused."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ HASH_BYTES = 16
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
-    """Token ids as little-endian int64: equal bytes are equal tokens."""
+    """Return token ids as little-endian int64: equal bytes are equal tokens."""
     packed = array("q", token_ids)
     if sys.byteorder == "big":
         packed.byteswap()
@@ -66,8 +66,8 @@ def block_hashes(token_ids: Sequence[int], block_size: int = BLOCK_SIZE, root: b
 
 
 class CachedPrefix:
-    """A full block of tokens behind a given parent. Identity counts: a child belongs to exactly
-    this object, not to its hash.
+    """A full block of tokens after a given parent. Identity counts: a child belongs to exactly this
+    object, not to its hash.
 
     Attributes:
         packed_tokens: the block's tokens.
@@ -88,18 +88,19 @@ class CachedPrefix:
 
 
 class PrefixCache:
-    """Finds blocks of both groups by the tokens up to and in them. Owns no references, only the
+    """Finds blocks of both groups by the tokens up to their end. Owns no references, only the
     pools' `cached` marks.
 
-    A prefix lives as long as its *anchor*: the full block, or the sliding block where no layer is
-    full. Evicting the anchor forgets both. With an anchor in the full group a chain loses its end
-    first (a sequence's last blocks are released first); where all layers slide it loses its start
-    first, so a prefix is found only as long as none of its blocks was reused.
+    A prefix lives as long as its *anchor*: the full block, or the sliding block if no layer is
+    full. Evicting the anchor forgets both blocks. With an anchor in the full group a chain loses
+    its end first (a sequence's last blocks are released first). If all layers slide, it loses its
+    start first, so a prefix is found only while none of its blocks was reused.
 
     Args:
-        num_full_blocks, num_sliding_blocks: of each pool, NULL_BLOCK included; 0: the group has no
-            layers.
-        window: keys that a query of the sliding group sees, itself included; None: no layer slides.
+        num_full_blocks, num_sliding_blocks: size of each pool, including NULL_BLOCK; 0 if the group
+        has no layers.
+        window: keys visible to a query of the sliding group, itself included; None if no layer
+            slides.
     """
 
     def __init__(self, num_full_blocks: int, num_sliding_blocks: int, window: int | None) -> None:
@@ -113,11 +114,11 @@ class PrefixCache:
         self._by_sliding_block: dict[int, CachedPrefix] = {}
 
     def __len__(self) -> int:
-        """Prefixes that can be found."""
+        """Return the number of prefixes that can be found."""
         return len(self._by_key)
 
     def __contains__(self, key: bytes) -> bool:
-        """Whether a block with this chained hash can be found."""
+        """Return whether a block with this chained hash can be found."""
         return key in self._by_key
 
     def root(self, key: bytes = b"") -> CachedPrefix:
@@ -138,8 +139,8 @@ class PrefixCache:
         """The longest chain of `token_ids` that a sequence can start behind, at least one token
         short of all.
 
-        A chain of L blocks needs the full blocks of all, and the sliding blocks that the query at
-        position L * BLOCK_SIZE sees (later queries see fewer of them).
+        A chain of L blocks needs the full blocks of all, and the sliding blocks visible to the
+        query at position L * BLOCK_SIZE (later queries see fewer of them).
 
         Args:
             keys: `block_hashes(token_ids)` from that root.
@@ -167,16 +168,16 @@ class PrefixCache:
     def insert(
         self, parent: CachedPrefix, key: bytes, packed_tokens: bytes, full_block: int, sliding_block: int
     ) -> CachedPrefix | None:
-        """Make a computed block findable behind `parent`, which is alive.
+        """Make a computed block findable after `parent`, which is alive.
 
-        If the same prefix is there already its blocks stay, and only what it lacks is taken over.
-        Another prefix under the same key (a collision, or behind a parent that is gone) makes way.
+        If the same prefix is cached already, its blocks stay, and only those it lacks are added.
+        Another prefix under the same key (a collision, or one after a parent that is gone) is
+        replaced.
 
         Args:
-            full_block, sliding_block: blocks that the caller holds; NULL_BLOCK where it has none.
+            full_block, sliding_block: blocks that the caller holds; NULL_BLOCK if none.
         Returns:
-            The prefix now in the cache; None if it is not there and the caller has no anchor for
-            it.
+            The cached prefix; None if it is not cached and the caller has no anchor for it.
         """
         entry = self._by_key.get(key)
         if entry is not None and (entry.parent is not parent or entry.packed_tokens != packed_tokens):
@@ -222,7 +223,8 @@ class PrefixCache:
             entry.sliding_block = NULL_BLOCK
 
     def check_integrity(self, full_ref_counts: dict[int, int], sliding_ref_counts: dict[int, int]) -> None:
-        """Assert that prefixes and pools agree; references by block as their holders count them."""
+        """Assert that prefixes and pools agree; references are given by block, as their holders
+        count them."""
         for key, entry in self._by_key.items():
             assert entry.alive, "a removed prefix can be found"
             assert entry.key == key, "a prefix is filed under another key"
@@ -248,6 +250,6 @@ class PrefixCache:
 
 
 def first_visible_block(position: int, window: int) -> int:
-    """Index of the first block with a key that the query at `position`, or a later one, sees: keys
-    are (position - window, position]."""
+    """Return the index of the first block with a key visible to the query at `position` or a later
+    one: keys are (position - window, position]."""
     return max(position - window + 1, 0) // BLOCK_SIZE

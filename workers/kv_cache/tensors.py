@@ -18,14 +18,14 @@ KV_TORCH_DTYPES: dict[KVDtype, torch.dtype] = {
 def allocate_kv_caches(
     model: ModelConfig, plan: KVCachePlan, *, dtype: KVDtype, device: torch.device
 ) -> list[torch.Tensor]:
-    """Each layer's cache, [2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim], uninitialised: [0]
-    is K, [1] is V.
+    """Allocate each layer's cache, [2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim],
+    uninitialised: [0] is K, [1] is V.
 
-    On a CPU a page costs memory once it is written, so a cache that is larger than the load needs
-    costs nothing.
+    On a CPU a page costs memory only once it is written, so a cache larger than needed costs
+    nothing.
 
     Raises:
-        ConfigError: the device has not enough memory.
+        ConfigError: the device has too little memory.
     """
     caches = []
     for window in model.layer_windows:

@@ -1,9 +1,9 @@
-"""Loads a gpt-oss checkpoint, whole or a rank's shard of it: names, shapes and dtypes are checked
-first, then each rank reads its slices.
+"""Loads a gpt-oss checkpoint, or a rank's shard of it: names, shapes and dtypes are checked first,
+then each rank reads its slices.
 
 All of the shard's memory is allocated first, which costs nothing, and filled piece by piece
-straight out of the mapped files: a rank reads the pages of its own slices and nothing else, holds
-no tensor twice, and experts go to the kernels' layout on the way.
+directly from the mapped files. A rank reads only the pages of its own slices, holds no tensor
+twice, and converts experts to the kernels' layout on the way.
 """
 
 from collections.abc import Callable, Mapping
@@ -89,10 +89,11 @@ def load_model(
         options: None: as they are.
         progress: called with (pieces loaded, pieces in all) after each one, a few megabytes.
     Raises:
-        CheckpointError: one sentence naming file and tensor: a file is missing, cut off or
+        CheckpointError: one sentence naming file and tensor: a file is missing, truncated or
             disagrees with the index; a tensor is missing, unknown, of another shape or dtype, or
             all zeros; an MXFP4 scale is NaN or infinite.
-        ConfigError: the checkpoint's sizes cannot be quantised; cpu_dense_dtype cannot be had here.
+        ConfigError: the checkpoint's sizes cannot be quantised, or cpu_dense_dtype is not available
+            here.
     """
     options = options or LoadOptions()
     tensors = check_tensors(path, config)
@@ -115,8 +116,8 @@ def load_model(
 
 
 def touched_extents(path: Path, config: ModelConfig, shard: RankShard) -> list[Extent]:
-    """What loading a shard reads of the files, in their order: whole rows where the rank takes a
-    part of each.
+    """Return what loading a shard reads from the files, in their order: whole rows where the rank
+    takes part of each.
 
     Raises:
         CheckpointError: as `load_model`.
@@ -181,7 +182,7 @@ class _Weights:
         self._dense_dtype = torch.int8 if options.cpu_dense_dtype == "int8" else torch.bfloat16
 
     def model(self, names: Names, collectives: Collectives) -> GptOss:
-        """All of it."""
+        """Build the whole model."""
         vocab = self._shard.vocab
         for name in (names.embedding, names.final_norm, names.lm_head):
             self._expect(name)
@@ -203,7 +204,7 @@ class _Weights:
         config = self._config
         for name in (names.attention_norm, names.output.weight, names.experts_norm, names.gate.weight):
             self._expect(name)
-        # One tensor or three.
+        # One stored tensor or three.
         for rows, num_heads in (
             (names.query, config.num_heads),
             (names.key, config.num_kv_heads),
@@ -265,17 +266,17 @@ class _Weights:
         self.zeros.see(name, first, rows)
 
     def _vector(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of one dimension that every rank holds."""
+        """Return a one-dimensional tensor that every rank holds."""
         return self._rows(name, _whole(self._tensors[name].shape[0]), dtype)
 
     def _rows(self, name: str, span: Span, dtype: torch.dtype | None = None) -> Tensor:
-        """A slice of the first dimension."""
+        """Return a slice of the first dimension."""
         to = self._empty((span.size, *self._tensors[name].shape[1:]), dtype)
         self.reader.copy(to[: span.length], name, span.start)
         return to
 
     def _joined(self, parts: list[tuple[Rows, Span]]) -> Linear:
-        """Several projections, one behind the other."""
+        """Concatenate several projections."""
         size = sum(span.size for _, span in parts)
         weight = self._dense(
             size,
@@ -292,8 +293,8 @@ class _Weights:
     def _dense(
         self, num_rows: int, width: int, parts: list[tuple[str, int, Span]], *, columns: slice | None = None
     ) -> Tensor | PackedWeight:
-        """[num_rows, width] of the parts (tensor, its first row, how many) one behind the other; of
-        each row `columns`."""
+        """Return [num_rows, width], the parts (tensor, its first row, number of rows) concatenated;
+        `columns` of each row."""
         to = (
             packed_dense.allocate(num_rows, width, self._dense_dtype)
             if self._packs_dense
@@ -304,7 +305,7 @@ class _Weights:
             if isinstance(to, PackedWeight):
                 self._pack(to, start, name, first, span.length, columns)
             else:
-                # Fewer columns than `width` where the shard is padded.
+                # Fewer columns than `width` if the shard is padded.
                 length = width if columns is None else columns.stop - columns.start
                 self.reader.copy(to[start : start + span.length, :length], name, first, columns=columns)
             start += span.size
@@ -324,7 +325,7 @@ class _Weights:
         self.reader.read(name, first, num_rows, take)
 
     def _expert_bias(self, name: str, span: Span, *, here: bool = True) -> Tensor:
-        """[this rank's experts, span.size]; zeros if another rank adds it."""
+        """Return [this rank's experts, span.size]; zeros if another rank adds it."""
         experts = self._shard.experts
         to = self._empty((experts.length, span.size))
         if here:

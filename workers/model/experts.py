@@ -1,7 +1,6 @@
-"""The MoE layer: gate, top-k, and the experts of this rank. Every rank sees every token, computes
-what its own experts add, and the caller adds the ranks up. Attention data-parallelism with the
-experts spread over all ranks, where tokens travel to their experts, would live here.
-"""
+"""The MoE layer: gate, top-k, and the experts of this rank. Every rank sees every token and
+computes its own experts' part; the caller adds the parts up. Attention data-parallelism with the
+experts spread over all ranks, where tokens travel to their experts, would live here."""
 
 from dataclasses import dataclass
 

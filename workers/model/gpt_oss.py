@@ -56,8 +56,8 @@ class Attention:
     kv_scales: Tensor | None = None
 
     def __call__(self, x: Tensor, batch: StepBatch, kv_cache: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[T, hidden] → [T, hidden], this rank's summand; stores the new keys and values in
-        `kv_cache` first.
+        """Compute [T, hidden] → [T, hidden], this rank's summand, after storing the new keys and
+        values in `kv_cache`.
 
         Args:
             kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim].
@@ -100,8 +100,8 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class GptOss:
-    """A loaded model, or one rank's shard of it. It keeps no state between steps: what a step needs
-    is in its StepBatch and the KV caches.
+    """A loaded model, or one rank's shard of it. It keeps no state between steps: a step's state is
+    in its StepBatch and the KV caches.
 
     Attributes:
         embedding: [shard.vocab.length, hidden].
@@ -128,7 +128,7 @@ class GptOss:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and dense weights."""
+        """Dtype of activations and dense weights."""
         return self.embedding.dtype
 
     @property
@@ -137,12 +137,12 @@ class GptOss:
 
     @property
     def num_kv_heads(self) -> int:
-        """Of this rank; the size of its KV caches."""
+        """Number of key-value heads of this rank's KV caches."""
         return self.shard.kv_heads.length
 
     @property
     def weight_bytes(self) -> int:
-        """Memory held by the weights of this rank, packed experts as packed."""
+        """Bytes of this rank's weights in memory, with packed experts as packed."""
         return sum(tensor.nbytes for tensor in self._weights())
 
     @torch.inference_mode()
@@ -157,11 +157,10 @@ class GptOss:
         Args:
             kv_caches: one for each layer, [2, num_blocks, block_size, num_kv_heads, head_dim] of
                 the model's dtype or float8_e4m3fn; written to.
-            observe: called with what has just computed and the residual stream after it, which all
-                ranks have alike.
+            observe: called with the name of the part just computed and the residual stream after
+                it, which is the same on all ranks.
         Returns:
-            [T, hidden], after the final norm; `compute_logits` takes the rows of it that are
-            wanted.
+            [T, hidden], after the final norm; `compute_logits` takes the rows that are needed.
         """
         eps = self.config.rms_norm_eps
         rms_norm, add_rms_norm = self.pointwise.run.rms_norm, self.pointwise.run.add_rms_norm
@@ -188,8 +187,8 @@ class GptOss:
 
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor | None:
-        """[rows, hidden] as `forward` returned them → [rows, vocab_size] fp32 on rank 0, None on
-        the others."""
+        """Compute [rows, hidden] as `forward` returned them → [rows, vocab_size] fp32 on rank 0,
+        None on the others."""
         parts = self.collectives.gather(self.lm_head(hidden))
         if parts is None or len(parts) == 1:
             return None if parts is None else parts[0].float()

@@ -1,6 +1,6 @@
-"""Scales of an fp8 KV cache that a checkpoint may bring, for each layer one number for all KV heads
-or one for each, under one of the names that quantisers give them (`tensor_specs.kv_scale_names`).
-The cache holds a value divided by its head's scale."""
+"""Scales of an fp8 KV cache from a checkpoint: for each layer one number for all KV heads or one
+for each, under one of the names that quantisers use (`tensor_specs.kv_scale_names`). The cache
+holds a value divided by its head's scale."""
 
 from collections.abc import Mapping
 
@@ -18,11 +18,11 @@ from workers.parallel.shard import Span
 def read_kv_scales(
     tensors: Mapping[str, StoredTensor], config: ModelConfig, kv_heads: Span, device: torch.device
 ) -> list[Tensor | None]:
-    """For each layer [2, kv_heads.length] fp32, of K and of V, or None where the checkpoint has
+    """Return [2, kv_heads.length] fp32 for each layer, for K and V, or None if the checkpoint has
     none.
 
     Args:
-        tensors: as `check_kv_scales` passed them.
+        tensors: as validated by `check_kv_scales`.
     Raises:
         CheckpointError: a scale is not a positive number.
     """

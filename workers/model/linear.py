@@ -12,11 +12,11 @@ from kernels.linear import PackedWeight, select
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """`x @ weight.T + bias`, the same for a row whatever else is in the batch.
+    """A projection `x @ weight.T + bias`. A row's result is the same whatever else is in the batch.
 
     Attributes:
-        weight: [out_features, in_features]; packed where the kernels of this device and dtype want
-            it so.
+        weight: [out_features, in_features]; packed if the kernels of this device and dtype require
+            it.
         bias: [out_features], or None.
         kernel: what computes it, chosen when the layer is made.
     """

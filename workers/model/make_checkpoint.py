@@ -21,10 +21,10 @@ from workers.model.tensor_specs import EMBEDDING, TensorSpec, tensor_specs
 MAX_SHARD_BYTES = 5_000_000_000
 _WINDOW = 128
 _SWIGLU_ALPHA = 1.702
-"""Published configs leave this value out."""
+"""Alpha of the SwiGLU, which published configs omit."""
 _HARMONY_VOCAB = 201_088
 _HARMONY_STOP_IDS = (200_002, 199_999, 200_012)
-"""<|return|>, <|endoftext|>, <|call|> of the published vocabulary, in the order of its
+"""Ids of <|return|>, <|endoftext|>, <|call|> in the published vocabulary, in the order of its
 generation_config.json."""
 _DISK_MARGIN_BYTES = 64 << 20
 
@@ -63,10 +63,10 @@ class CheckpointFile:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What was, or with `dry_run` would be, written.
+    """The checkpoint written, or that would be written with `dry_run`.
 
     Attributes:
-        files: those that make_checkpoint writes itself, in order; not the ones of `add_files`.
+        files: those that make_checkpoint writes itself, in order; not those of `add_files`.
         parameters_total: as the gpt-oss model card counts (arXiv 2508.10925, table 1): an MXFP4
             value is one parameter, its scales none.
         parameters_active: used for one token: all but the embedding and the experts not chosen.
@@ -93,12 +93,12 @@ def preset_config(
 
     Args:
         preset: one of PRESETS.
-        vocab_size, num_layers: other than the preset's.
-        stop_token_ids: ids that end a turn, for config.json and generation_config.json; None: the
-            published ones if the vocabulary has the published size, else none (a tokenizer names
-            them).
+        vocab_size, num_layers: overrides of the preset's values.
+        stop_token_ids: ids that end a turn, for config.json and generation_config.json; None for
+            the published ones if the vocabulary has the published size, else none (a tokenizer
+            names them).
     Raises:
-        ConfigError: an unknown preset, or a size that cannot be.
+        ConfigError: an unknown preset or an invalid size.
     """
     if preset not in _SHAPES:
         raise ConfigError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
@@ -137,7 +137,7 @@ class CheckpointPlan:
     Attributes:
         texts: (name, content).
         shards: (name, its tensors).
-        metadata: of each shard's header.
+        metadata: metadata of each shard's header.
     """
 
     texts: tuple[tuple[str, str], ...]
@@ -149,8 +149,8 @@ class CheckpointPlan:
 def plan_checkpoint(
     config: ModelConfig, *, seed: int, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> CheckpointPlan:
-    """Decide the files, their contents' order and their sizes. A tensor larger than
-    `max_shard_bytes` gets a file of its own.
+    """Plan the files, the order of their contents and their sizes. A tensor larger than
+    `max_shard_bytes` gets its own file.
 
     Raises:
         ConfigError: the seed is negative.
@@ -203,12 +203,12 @@ def write_checkpoint(
     """Write a checkpoint of random weights. The same seed gives the same tensors, however they are
     split into files.
 
-    The files are written to a hidden folder beside `out` that is renamed at the end: an interrupted
-    run leaves no half checkpoint.
+    The files are written to a hidden folder beside `out` that is renamed at the end, so that an
+    interrupted run leaves no partial checkpoint.
 
     Args:
-        out: the folder to make; may exist if it is empty. Its parents are made.
-        add_files: called with the folder before the rename, to put more into it (a tokenizer).
+        out: the folder to create; may exist if empty. Its parents are created.
+        add_files: called with the folder before the rename, to add files to it (a tokenizer).
         progress: called with (bytes written, bytes in all) of the weight files.
     Raises:
         ConfigError: `out` is not empty or not a folder, the disk is too small, or writing failed;
@@ -228,7 +228,8 @@ def write_checkpoint(
     except OSError as error:
         raise ConfigError(f"cannot write the checkpoint to {out}: {error.strerror or error}") from error
     finally:
-        # After the rename it is gone; after anything else, an interrupt included, it must go.
+        # After the rename it no longer exists; in any other case, including an interrupt, it must
+        # be removed.
         shutil.rmtree(unfinished, ignore_errors=True)
     return plan.summary
 
@@ -242,7 +243,7 @@ _KEPT_MODULES = (
 
 
 def config_json(config: ModelConfig) -> dict[str, object]:
-    """The fields of a published gpt-oss config.json, with this config's values."""
+    """Return the fields of a published gpt-oss config.json, with this config's values."""
     windows = {window for window in config.layer_windows if window is not None}
     if len(windows) > 1:
         raise ConfigError(
@@ -301,7 +302,7 @@ def config_json(config: ModelConfig) -> dict[str, object]:
 
 
 def generation_config_json(config: ModelConfig) -> dict[str, object]:
-    """The fields of a published generation_config.json."""
+    """Return the fields of a published generation_config.json."""
     return {
         "do_sample": True,
         "eos_token_id": list(config.stop_token_ids) or None,
@@ -314,8 +315,8 @@ def _pad_token_id(config: ModelConfig) -> int | None:
 
 
 def _active_parameters(config: ModelConfig, specs: Sequence[TensorSpec]) -> int:
-    # The experts' tensors, biases included, are the ones with the number of experts in front; a
-    # token meets num_experts_per_token of them.
+    # The experts' tensors, including biases, have the number of experts as first dimension; a token
+    # uses num_experts_per_token of them.
     active = 0
     for spec in specs:
         if spec.name == EMBEDDING:

@@ -1,5 +1,5 @@
-"""Tensors of checkpoint files without copying them: each file is mapped, a tensor is a view, and
-the kernel is told what is needed next and what no more."""
+"""Tensors of checkpoint files without copies: each file is mapped, a tensor is a view, and the
+kernel is told what is needed next and what is no longer needed."""
 
 import ctypes
 import errno
@@ -18,10 +18,10 @@ from workers.model.safetensors_files import StoredTensor
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 _PAGE = mmap.PAGESIZE
 _POPULATE_READ = 22
-"""Linux 5.14; `mmap` has no name for it."""
+"""Value of MADV_POPULATE_READ (Linux 5.14), for which `mmap` has no name."""
 _ADVICE_BYTES = 256 << 10
-"""The kernel reads no more ahead at a time than its device's own limit, whatever it is asked for,
-and some have 128 or 256 KiB."""
+"""Bytes per read-ahead request: the kernel reads no more ahead at a time than its device's limit,
+which is 128 or 256 KiB on some."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -29,7 +29,7 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Consecutive bytes of a stored tensor, counted from the file's first."""
+    """A contiguous range of a stored tensor's bytes, counted from the start of the file."""
 
     tensor: StoredTensor
     start: int
@@ -50,7 +50,8 @@ class MappedTensors:
         self._lock = threading.Lock()
 
     def extent(self, name: str, first: int, last: int, dims: int = 1) -> Extent:
-        """Where the rows first:last are, the first `dims` dimensions taken as one."""
+        """Return the extent of the rows first:last, with the first `dims` dimensions taken as
+        one."""
         stored = self._tensors[name]
         num_rows = 1
         for size in stored.shape[:dims]:
@@ -59,8 +60,8 @@ class MappedTensors:
         return Extent(stored, stored.offset + first * row_bytes, stored.offset + last * row_bytes)
 
     def view(self, name: str, first: int, last: int) -> Tensor:
-        """[last - first, …]: rows of the tensor as stored. Only what is read of them is fetched;
-        nobody may write to them.
+        """Return [last - first, …]: rows of the tensor as stored. Only what is read of them is
+        fetched; they must not be written to.
 
         Raises:
             CheckpointError: the file cannot be mapped.
@@ -72,17 +73,17 @@ class MappedTensors:
             return torch.empty(shape, dtype=dtype)
         raw = self._file(extent.tensor)[extent.start : extent.stop]
         if raw.data_ptr() % dtype.itemsize:
-            # The format leaves alignment to the writer; what is misaligned is copied.
+            # The format does not guarantee alignment; misaligned tensors are copied.
             raw = raw.clone()
         return raw.view(dtype).view(shape)
 
     def read_ahead(self, extent: Extent) -> None:
-        """Begin to read the pages into the file cache; returns before they are there."""
+        """Start reading the pages into the file cache; return before they are there."""
         for start in range(extent.start, extent.stop, _ADVICE_BYTES):
             self._advise(extent.tensor, start, min(start + _ADVICE_BYTES, extent.stop), mmap.MADV_WILLNEED)
 
     def fetch(self, extent: Extent) -> None:
-        """Wait for the pages and map them, which costs a fraction of a fault for each of them.
+        """Wait for the pages and map them, at a fraction of the cost of a page fault each.
 
         Raises:
             CheckpointError: they cannot be read; touching them would have killed the process.
@@ -95,14 +96,13 @@ class MappedTensors:
             )
 
     def release(self, extent: Extent) -> None:
-        """Give back the pages, but for those shared with a neighbour; they stay in the file
-        cache."""
+        """Release the pages except those shared with a neighbour; they stay in the file cache."""
         first, last = -(-extent.start // _PAGE) * _PAGE, extent.stop // _PAGE * _PAGE
         if last > first:
             self._advise(extent.tensor, first, last, mmap.MADV_DONTNEED)
 
     def _advise(self, tensor: StoredTensor, start: int, stop: int, advice: int) -> int:
-        """The error number, 0 for none."""
+        """Advise the kernel; return the error number, 0 for none."""
         first = start // _PAGE * _PAGE
         if stop <= first:
             return 0
@@ -111,12 +111,12 @@ class MappedTensors:
         return ctypes.get_errno()
 
     def _file(self, stored: StoredTensor) -> Tensor:
-        """All bytes of a tensor's file."""
+        """Return all bytes of a tensor's file."""
         with self._lock:
             if stored.file not in self._files:
                 try:
                     with stored.file.open("rb") as file:
-                        # Private and writable, because torch warns of buffers that are not; it is
+                        # Private and writable, because torch warns about read-only buffers; it is
                         # never written to.
                         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
                 except (OSError, ValueError) as error:

@@ -16,20 +16,20 @@ from numpy.typing import NDArray
 from workers.model.tensor_specs import EMBEDDING, TensorSpec
 
 _PIECE_ELEMENTS = 1 << 16
-"""Small enough that a piece stays in the processor's cache; a multiple of 8, so that the streams do
-not depend on it."""
+"""Elements per piece: small enough to stay in the processor's cache; a multiple of 8, so that the
+streams do not depend on it."""
 _E2M1_RMS = math.sqrt(sum(value * value for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)) / 8)
 _SCALE_STEPS = (-1, 0, 1)
-"""Exponents around the wanted one that the groups' scales take."""
+"""Offsets of the groups' scale exponents from the wanted exponent."""
 _SCALE_RMS = math.sqrt(sum(4.0**step for step in _SCALE_STEPS) / len(_SCALE_STEPS))
 _E8M0_BIAS = 127
 _QUERY_KEY_GAIN = 1.5
-"""Attention scores of about this size squared: a few keys stand out, so that the output depends on
-the context."""
+"""Gain of queries and keys. Attention scores have about this size squared: a few keys stand out, so
+that the output depends on the context."""
 
 
 def random_pieces(spec: TensorSpec, seed: int) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of one tensor as consecutive uint8 arrays of at most 128 KiB."""
+    """Yield the bytes of one tensor as consecutive uint8 arrays of at most 128 KiB."""
     bits = _bit_stream(spec.name, seed)
     remaining = spec.num_elements
     while remaining:
@@ -81,8 +81,8 @@ def _random_bf16(bits: np.random.SFC64, count: int, mean: float, std: float) -> 
 
 
 def _round_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Nearest even, in place, of finite numbers. Not in torch, whose threads cost more than they do
-    on pieces of this size."""
+    """Round finite numbers to nearest even, in place. Not in torch, whose threads cost more than
+    they save on pieces of this size."""
     words = values.view(np.uint32)
     words += 0x7FFF + (words >> 16 & 1)
     words >>= 16

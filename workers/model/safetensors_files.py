@@ -1,5 +1,5 @@
-"""What tensors a checkpoint folder holds and where: the index and the safetensors headers, checked
-before any weight is read."""
+"""The tensors of a checkpoint folder and their locations: the index and the safetensors headers,
+checked before any weight is read."""
 
 import json
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from workers.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ORIGINAL_FILES = "model--*.safetensors"
-"""OpenAI's own layout has no index."""
+"""Glob of the weight files in OpenAI's own layout, which has no index."""
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""Maximum bytes of a header, as the format defines."""
 _ITEM_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -33,11 +33,11 @@ _ITEM_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor is.
+    """The location of a stored tensor.
 
     Attributes:
         dtype: as safetensors spells it: BF16, U8, ….
-        offset: of its first byte in the file.
+        offset: position of its first byte in the file.
     """
 
     name: str
@@ -49,10 +49,10 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sorted by name.
+    """Return the safetensors files of a checkpoint, sorted by name.
 
     Raises:
-        CheckpointError: there are none, one is missing, or index and single file are both there.
+        CheckpointError: there are none, one is missing, or both index and single file exist.
     """
     index = folder / INDEX_FILE
     single = folder / SINGLE_FILE
@@ -73,10 +73,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint by name.
+    """Return all tensors of a checkpoint by name.
 
     Raises:
-        CheckpointError: a file is missing, cut off or not safetensors, or the index and the files
+        CheckpointError: a file is missing, truncated or not safetensors, or the index and the files
             disagree.
     """
     tensors: dict[str, StoredTensor] = {}
@@ -93,10 +93,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of one safetensors file, in the order of their bytes.
+    """Return the tensors of one safetensors file, in the order of their bytes.
 
     Raises:
-        CheckpointError: the file is cut off, has surplus bytes, or is not safetensors.
+        CheckpointError: the file is truncated, has surplus bytes, or is not safetensors.
     """
     header_bytes = read_header_bytes(file)
     start = _LENGTH_BYTES + len(header_bytes)
@@ -133,10 +133,10 @@ def read_header(file: Path) -> list[StoredTensor]:
 
 
 def read_header_bytes(file: Path) -> bytes:
-    """The JSON header of a safetensors file, as stored.
+    """Return the JSON header of a safetensors file, as stored.
 
     Raises:
-        CheckpointError: the file cannot be read, is cut off inside the header, or is not
+        CheckpointError: the file cannot be read, is truncated inside the header, or is not
             safetensors.
     """
     try:

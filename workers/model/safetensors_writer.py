@@ -1,7 +1,7 @@
 """Writes a safetensors file front to back from pieces, so that its size is not bounded by memory.
 
-Format (safetensors README, "Format"): 8 bytes little-endian header length, JSON header, then the
-    tensors' bytes without gaps.
+Format (safetensors README, "Format"): an 8-byte little-endian header length, the JSON header, then
+the tensors' bytes without gaps.
 """
 
 import json
@@ -19,12 +19,12 @@ _ALIGNMENT = 8
 
 
 def stored_bytes(spec: TensorSpec) -> int:
-    """Size of a tensor in a file."""
+    """Return the size of a tensor in a file, in bytes."""
     return spec.num_elements * ITEM_BYTES[spec.kind]
 
 
 def safetensors_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """All that stands before the first tensor's bytes, the length field included."""
+    """Return everything before the first tensor's bytes, including the length field."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for spec in specs:

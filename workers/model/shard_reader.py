@@ -1,5 +1,5 @@
-"""Reads a shard: what is wanted is planned piece by piece, then done in the order of the files by
-several threads, the disk kept busy ahead of them."""
+"""Reads a shard: the reading is planned piece by piece, then done in the order of the files by
+several threads, with the disk kept busy ahead of them."""
 
 import threading
 from bisect import bisect_left
@@ -16,14 +16,14 @@ from workers.model.mapped_files import Extent, MappedTensors
 from workers.model.safetensors_files import StoredTensor
 
 _PIECE_BYTES = 8 << 20
-"""Of dense tensors; about an expert's. Small enough to spread over the threads, large enough that
-Python does not count."""
+"""Bytes per piece of a dense tensor; about the size of an expert. Small enough to spread over the
+threads, large enough that Python's overhead does not matter."""
 _AHEAD_BYTES = 64 << 20
-"""Read ahead of the threads: keeps a fast disk busy and is a small part of any memory."""
+"""Bytes read ahead of the threads: keeps a fast disk busy and is a small part of any memory."""
 _MAX_THREADS = 16
-"""More do not copy faster."""
+"""Maximum number of threads; more do not copy faster."""
 _TORCH_GRAIN = 32768
-"""Elements from which on torch brings in threads of its own."""
+"""Number of elements from which torch uses its own threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +37,18 @@ class _Piece:
 
 
 class ShardReader:
-    """Plans and carries out the reading of a rank's slices; whoever plans a piece owns the memory
-    it goes to."""
+    """Plans and carries out the reading of a rank's slices. The caller that plans a piece owns its
+    destination memory."""
 
     def __init__(
         self,
         tensors: Mapping[str, StoredTensor],
         see: Callable[[str, int, Tensor], None] = lambda name, first, rows: None,
     ) -> None:
-        """
+        """Create a reader.
+
         Args:
-            see: gets the rows that `read` and `copy` read, with the tensor's name and the first
+            see: called with the rows that `read` and `copy` read, the tensor's name and the first
                 row's number; on any thread.
         """
         self.files = MappedTensors(tensors)
@@ -57,7 +58,7 @@ class ShardReader:
 
     @property
     def extents(self) -> list[Extent]:
-        """What will be read, in the order of the files."""
+        """The extents that will be read, in the order of the files."""
         return sorted(
             (extent for piece in self._pieces for extent in piece.extents),
             key=lambda extent: (extent.tensor.file, extent.start),
@@ -65,12 +66,12 @@ class ShardReader:
 
     def add(self, extents: Sequence[Extent], move: Callable[[], None]) -> None:
         """Plan a piece: `move` runs on any thread when the extents are in memory, and takes what it
-        wants of them from `files`."""
+        needs from `files`."""
         self._pieces.append(_Piece(tuple(extents), move))
 
     def copy(self, to: Tensor, name: str, first: int = 0, *, columns: slice | None = None) -> None:
-        """Plan copying a tensor's rows from `first` on, as many as `to` has, into it; of each row
-        `columns`."""
+        """Plan to copy a tensor's rows from `first` on into `to`, as many as it has; `columns` of
+        each row."""
 
         def take(start: int, stored: Tensor) -> None:
             copy_values(to[start : start + len(stored)], stored if columns is None else stored[:, columns])
@@ -78,7 +79,7 @@ class ShardReader:
         self.read(name, first, to.shape[0], take)
 
     def read(self, name: str, first: int, num_rows: int, take: Callable[[int, Tensor], None]) -> None:
-        """Plan reading a tensor's rows from `first` on; `take` gets them piece by piece, with the
+        """Plan to read a tensor's rows from `first` on; `take` gets them piece by piece, with the
         number of rows before each."""
         row_bytes = self.files.extent(name, 0, 1).num_bytes
         step = max(1, _PIECE_BYTES // max(row_bytes, 1))
@@ -96,12 +97,12 @@ class ShardReader:
         self.add([self.files.extent(name, first + start, first + end)], move)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Do all that is planned.
+        """Carry out the plan.
 
         Args:
-            progress: called with (pieces done, pieces in all) after each one, on this thread.
+            progress: called with (pieces done, pieces in all) after each piece, on this thread.
         Raises:
-            CheckpointError: the first thing that was wrong; what is still to do is left.
+            CheckpointError: the first error; the remaining pieces are not read.
         """
         self._pieces.sort(key=lambda piece: (piece.extents[0].tensor.file, piece.extents[0].start))
         ahead = _ReadAhead(self.files, self._pieces)
@@ -129,7 +130,7 @@ class ShardReader:
 
 
 class _ReadAhead:
-    """Asks the kernel for pieces a bounded number of bytes before they are worked on."""
+    """Requests pieces from the kernel a bounded number of bytes before they are processed."""
 
     def __init__(self, files: MappedTensors, pieces: Sequence[_Piece]) -> None:
         self._files = files
@@ -139,9 +140,9 @@ class _ReadAhead:
         self._lock = threading.Lock()
 
     def reach(self, index: int) -> None:
-        """Piece `index` is being worked on; asks for those that follow it."""
+        """Record that piece `index` is being processed; request those that follow it."""
         if not self._lock.acquire(blocking=False):
-            return  # another thread is asking
+            return  # another thread is requesting
         try:
             last = bisect_left(self._ends, self._ends[index] + _AHEAD_BYTES)
             for piece in self._pieces[max(self._next, index + 1) : last]:
@@ -153,10 +154,10 @@ class _ReadAhead:
 
 
 def copy_values(to: Tensor, stored: Tensor) -> None:
-    """Copy, converting the dtype where it differs, on this thread alone: the caller is one of
+    """Copy, converting the dtype if it differs, on this thread alone: the caller is one of
     several."""
     if to.device.type != "cpu" or stored.stride(-1) != 1:
-        to.copy_(stored)  # a transposed matrix as a whole: torch goes by tiles then, on this thread
+        to.copy_(stored)  # a transposed matrix as a whole: torch then copies by tiles, on this thread
     elif to.dtype == stored.dtype and to.stride(-1) == 1:
         np.copyto(to.view(torch.uint8).numpy(), stored.view(torch.uint8).numpy())
     else:

@@ -1,5 +1,5 @@
-"""How large a model is, and each rank's part of it, from its shape alone: arithmetic over
-`tensor_specs` and shards, nothing is loaded."""
+"""The size of a model, and of each rank's part of it, from its shape alone: arithmetic over
+`tensor_specs` and shards, without loading anything."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ from workers.model.tensor_specs import PACKED_BYTES, tensor_names, tensor_specs
 from workers.parallel.shard import RankShard, Span
 
 _GATE_BYTES = _SINK_BYTES = 4
-"""The gate and the sinks are fp32 whatever the model's dtype."""
+"""Bytes per element of the gate and the sinks, which are fp32 whatever the model's dtype."""
 _ROW_SCALE_BYTES = 4
-"""Of an int8 weight."""
+"""Bytes of the scale of an int8 row."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankBytes:
-    """Memory of one rank's weights by kind.
+    """Bytes of one rank's weights by kind.
 
     Attributes:
-        padding: of these, zeros that make all ranks' shapes equal.
+        padding: the part of these that is zeros which make all ranks' shapes equal.
     """
 
     attention: int
@@ -37,12 +37,11 @@ class RankBytes:
 
 @dataclass(frozen=True, slots=True)
 class KVBytes:
-    """Memory of one rank's KV cache.
+    """Bytes of one rank's KV cache.
 
     Attributes:
         per_token: of the full layers, for each token of a sequence.
-        per_sequence: of the sliding layers, which keep a window, once a sequence is longer than
-            that.
+        per_sequence: of the sliding layers, which keep a window, for a sequence longer than it.
     """
 
     per_token: int
@@ -50,9 +49,9 @@ class KVBytes:
 
 
 def count_parameters(model: ModelConfig) -> tuple[int, int]:
-    """(all, used for one token) as the gpt-oss model card counts them (arXiv 2508.10925, table 1):
-    an MXFP4 value is one parameter, its scale none; the embedding and the experts that are not
-    chosen are not used."""
+    """Return (all parameters, those used for one token) as the gpt-oss model card counts them
+    (arXiv 2508.10925, table 1): an MXFP4 value is one parameter, its scale none; the embedding and
+    the experts not chosen are not used."""
     names = tensor_names(model)
     of_experts = {
         name
@@ -78,13 +77,13 @@ def rank_bytes(
     packed_experts: bool | None = None,
     cpu_dense_dtype: DenseDtype = "bf16",
 ) -> RankBytes:
-    """The weights that a rank holds once loaded; without what a layout of the experts pads, which
-    for gpt-oss is nothing while the ranks do not split experts, and under 2 % else (`wgmma.v1` pads
-    the intermediate columns of down to 64).
+    """Return the bytes of the weights that a rank holds once loaded. Padding that an expert layout
+    adds is left out: for gpt-oss it is nothing while the ranks do not split experts, and under 2 %
+    otherwise (`wgmma.v1` pads the intermediate columns of down to 64).
 
     Args:
-        packed_experts: whether the experts are MXFP4 in memory; None: as they are stored.
-        cpu_dense_dtype: of attention projections and lm_head.
+        packed_experts: whether the experts are MXFP4 in memory; None for as stored.
+        cpu_dense_dtype: dtype of attention projections and lm_head.
     """
 
     def dense(rows: int, width: int) -> int:
@@ -116,7 +115,7 @@ def rank_bytes(
 
 
 def kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype) -> KVBytes:
-    """The KV cache that a rank needs, in whole blocks where that is how it is held."""
+    """Return the KV-cache bytes that a rank needs, in whole blocks where it is held in blocks."""
     layer = 2 * shard.kv_heads.length * model.head_dim * DTYPE_BYTES[dtype]
     num_full = sum(window is None for window in model.layer_windows)
     window = model.sliding_window or 0
@@ -127,8 +126,8 @@ def kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype) -> KVBytes:
 
 
 def sequence_kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype, num_tokens: int) -> int:
-    """Keys and values on a rank that the last of a sequence's num_tokens sees: all in full layers,
-    the window in sliding ones."""
+    """Return the bytes of keys and values on a rank that the last of a sequence's num_tokens sees:
+    all in full layers, the window in sliding ones."""
     layer = 2 * shard.kv_heads.length * model.head_dim * DTYPE_BYTES[dtype]
     return layer * sum(
         num_tokens if window is None else min(num_tokens, window) for window in model.layer_windows
@@ -136,14 +135,15 @@ def sequence_kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype, num_
 
 
 def expected_experts_hit(model: ModelConfig, num_tokens: int) -> float:
-    """Experts of a layer that at least one of num_tokens tokens chooses, if each token's choice is
-    independent and even."""
+    """Return the expected number of experts of a layer that at least one of num_tokens tokens
+    chooses, if choices are independent and uniform."""
     missed: float = (1 - model.num_experts_per_token / model.num_experts) ** num_tokens
     return model.num_experts * (1 - missed)
 
 
 def _expert_bytes(hidden: int, width: int, item: int, packed: bool) -> int:
-    """One expert: gate_up [2 * width, hidden], down [hidden, width], and their biases."""
+    """Return the bytes of one expert: gate_up [2 * width, hidden], down [hidden, width], and their
+    biases."""
     if packed:
         groups = 2 * width * (hidden // MX_BLOCK) + hidden * (width // MX_BLOCK)
         weights = groups * (PACKED_BYTES + 1)

@@ -18,15 +18,15 @@ class StepBatch:
         token_ids: [T] int64.
         positions: [T] int64, position of each token in its sequence.
         slot_mapping_full, slot_mapping_sliding: [T] int64, `block id * block_size + offset` of each
-            new token in the group's caches.
+        new token in the group's caches.
         block_table_full, block_table_sliding: [S, max_blocks] int32, indexed by `position //
-            block_size`. Entries past the last block are not read; in the sliding table blocks
-            behind the window may be NULL_BLOCK.
+        block_size`. Entries past the last block are not read; in the sliding table blocks before
+        the window may be NULL_BLOCK.
         context_lens: [S] int32, tokens in the cache once this step's are stored (computed +
             scheduled).
         cu_seqlens_q: [S + 1] int32, from 0 to T.
-        sample_indices: [num_samples] int64, rows whose logits are wanted.
-        max_query_len: new tokens of a sequence at most, on the host: 1 where all decode.
+        sample_indices: [num_samples] int64, rows whose logits are needed.
+        max_query_len: maximum number of new tokens of a sequence, on the host: 1 if all decode.
     """
 
     token_ids: Tensor

@@ -1,5 +1,5 @@
-"""What a checkpoint folder holds against what its config describes, by headers alone: nothing is
-loaded, and torch is not needed."""
+"""Comparison of a checkpoint folder with its config, by headers alone: nothing is loaded, and torch
+is not needed."""
 
 import hashlib
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ _SAMPLE_BYTES = 4096
 
 
 def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint by name, which are exactly those that `config` describes, and
-    scales of an fp8 KV cache if it brings them; only headers are read.
+    """Check and return the tensors of a checkpoint by name: exactly those that `config` describes,
+    and scales of an fp8 KV cache if present. Only headers are read.
 
     Raises:
         CheckpointError: as `load_model`.
@@ -63,7 +63,7 @@ def _check_tensor(spec: TensorSpec, tensor: StoredTensor) -> None:
 
 
 def check_kv_scales(tensors: Mapping[str, StoredTensor], config: ModelConfig, path: Path) -> frozenset[str]:
-    """The names of those that are there.
+    """Check and return the names of the KV scales present.
 
     Raises:
         CheckpointError: a layer has only one of the two, or both under several names, or one is of
@@ -88,7 +88,7 @@ def check_kv_scales(tensors: Mapping[str, StoredTensor], config: ModelConfig, pa
 def _present(
     spellings: list[tuple[str, str]], tensors: Mapping[str, StoredTensor], path: Path
 ) -> tuple[str, str] | None:
-    """The names under which a layer has them."""
+    """Return the names under which a layer has KV scales."""
     present = [pair for pair in spellings if pair[0] in tensors or pair[1] in tensors]
     if len(present) > 1:
         raise CheckpointError(
@@ -104,12 +104,12 @@ def _present(
 
 
 def fingerprint(path: Path) -> str:
-    """Hex digest that tells checkpoints apart without reading all of them: over config.json, the
-    index, and each weight file's name, size, header and the first 4 KiB of each of its tensors (a
-    fine-tune differs from its base model in nothing else).
+    """Return a hex digest that identifies a checkpoint without reading all of it: over config.json,
+    the index, and each weight file's name, size, header and the first 4 KiB of each of its tensors
+    (a fine-tune may differ from its base model only in these).
 
     Raises:
-        CheckpointError: a file is missing or cut off.
+        CheckpointError: a file is missing or truncated.
     """
     path = checkpoint_folder(path)
     digest = hashlib.sha256()
@@ -126,7 +126,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _add(digest: "hashlib._Hash", *parts: bytes) -> None:
-    # Lengths in front keep ("ab", "c") apart from ("a", "bc").
+    # Length prefixes keep ("ab", "c") apart from ("a", "bc").
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)

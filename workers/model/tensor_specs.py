@@ -2,8 +2,7 @@
 (`original/`) store them: the one table that reading and writing share.
 
 OpenAI's layout (openai/gpt-oss `torch/weights.py` and `torch/model.py`) has other names and one
-fused qkv projection, the rows of q, k and v one behind the other; numbers and their order are the
-same.
+fused qkv projection, the rows of q, k and v concatenated; numbers and their order are the same.
 """
 
 from collections.abc import Iterator
@@ -26,8 +25,8 @@ class TensorSpec:
     Attributes:
         kind: `dense` is floating point (bf16 in the published checkpoints), the MXFP4 kinds are
             uint8.
-        fan_in: inputs that are summed into one output; 0 for what is no matrix product (biases,
-            norms, sinks, embedding).
+        fan_in: number of inputs summed into one output; 0 for tensors outside matrix products
+            (biases, norms, sinks, embedding).
     """
 
     name: str
@@ -41,13 +40,13 @@ class TensorSpec:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the model that the tensor holds; a group's scale is not one."""
+        """Number of model parameters in the tensor; a group's scale is not a parameter."""
         return {"dense": 1, "mxfp4_blocks": 2, "mxfp4_scales": 0}[self.kind] * self.num_elements
 
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
-"""Of Hugging Face's layout, which is what is written."""
+"""Name in Hugging Face's layout, the one that is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class Rows:
     """Rows of a stored projection.
 
     Attributes:
-        first: of weight and bias alike.
+        first: first row, of weight and bias alike.
     """
 
     weight: str
@@ -65,7 +64,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class ExpertNames:
-    """The tensors of one projection of all experts; `dense` where they are not packed."""
+    """The tensors of one projection of all experts; `dense` if they are not packed."""
 
     blocks: str
     scales: str
@@ -100,7 +99,7 @@ class Names:
 
 
 def tensor_names(config: ModelConfig) -> Names:
-    """What the tensors are called in this checkpoint's layout."""
+    """Return the tensor names in this checkpoint's layout."""
     if config.layout == "original":
         layers = tuple(_original_layer(config, f"block.{layer}.") for layer in range(config.num_layers))
         return Names("embedding.weight", "norm.scale", "unembedding.weight", layers)
@@ -158,12 +157,12 @@ _KV_SCALES = (
     ("k_proj.output_scale", "v_proj.output_scale"),
     ("attn.k_scale", "attn.v_scale"),
 )
-"""As compressed-tensors, ModelOpt, Quark and vLLM call a layer's."""
+"""Suffixes of a layer's KV scales in compressed-tensors, ModelOpt, Quark and vLLM."""
 
 
 def kv_scale_names(config: ModelConfig) -> list[list[tuple[str, str]]]:
-    """For each layer, (K's, V's) in each spelling: tensors that a checkpoint may have beside those
-    of `tensor_specs`; only in Hugging Face's layout."""
+    """Return, for each layer, (K's, V's) names in each spelling: optional tensors beside those of
+    `tensor_specs`, only in Hugging Face's layout."""
     if config.layout == "original":
         return []
     stems = [f"model.layers.{layer}.self_attn" for layer in range(config.num_layers)]
@@ -171,7 +170,7 @@ def kv_scale_names(config: ModelConfig) -> list[list[tuple[str, str]]]:
 
 
 def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
-    """All tensors of a checkpoint, in the order of the forward pass."""
+    """Yield all tensors of a checkpoint, in the order of the forward pass."""
     names = tensor_names(config)
     yield TensorSpec(names.embedding, (config.vocab_size, config.hidden_size))
     for layer in names.layers:

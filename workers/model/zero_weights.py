@@ -1,5 +1,5 @@
-"""Weights that are all zeros: what a conversion leaves that has lost a tensor. A model answers with
-them, and what it says is noise."""
+"""Detection of weights that are all zeros, which a conversion leaves when it loses a tensor. The
+model still answers, but with noise."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from workers.model.mapped_files import MappedTensors
 from workers.model.safetensors_files import StoredTensor
 
 _MAGNITUDES = 0x77
-"""Mask of the two e2m1 values in a byte; their signs are left out, since -0 is zero, too."""
+"""Mask of the two e2m1 values in a byte without their signs, since -0 is zero too."""
 _ROWS = 4096
-"""Rows of a suspect tensor that are looked at at a time."""
+"""Rows of a suspect tensor checked at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,30 +27,29 @@ class _Part:
 
 
 class ZeroWeights:
-    """Looks at what a rank reads anyway, and only as far as the first row with a value in it. A
-    rank's slice may be zeros where the whole is not: then the whole is looked at, so that all ranks
-    find the same.
+    """Checks what a rank reads anyway, only as far as the first row with a nonzero value. If a
+    rank's slice is all zeros, the whole tensor is checked, so that all ranks find the same.
 
     Args:
-        allowed: there may be such weights; nothing is looked at.
+        allowed: whether such weights are accepted; nothing is then checked.
     """
 
     def __init__(self, files: MappedTensors, tensors: Mapping[str, StoredTensor], *, allowed: bool) -> None:
         self._files = files
         self._tensors = tensors
         self._allowed = allowed
-        # Those in which no value has been seen, by name and first row. Threads take parts out; none
-        # puts one in.
+        # Parts without a nonzero value so far, by name and first row. Threads remove parts; none
+        # adds one.
         self._suspects: dict[str, dict[int, _Part]] = {}
 
     def expect(self, name: str, first: int, last: int, what: str = "") -> None:
-        """Values should be in the rows first:last of a tensor; `what` says which part of it that
-        is."""
+        """Expect nonzero values in the rows first:last of a tensor; `what` names that part of
+        it."""
         if not self._allowed:
             self._suspects.setdefault(name, {})[first] = _Part(first, last, what)
 
     def see(self, name: str, first: int, values: Tensor) -> None:
-        """These are, or are a part of, a tensor's rows from `first` on. Any thread."""
+        """Check values from a tensor's rows from `first` on. Any thread may call this."""
         suspects = self._suspects.get(name)
         if not suspects:
             return
@@ -62,7 +61,7 @@ class ZeroWeights:
                     suspects.pop(part.first, None)
 
     def check(self) -> None:
-        """After all has been read.
+        """Check for remaining suspects after everything has been read.
 
         Raises:
             CheckpointError: names the first tensor, and the expert.

@@ -1,5 +1,5 @@
-"""What ranks say to each other while they compute. The model sees only this interface, so the same
-code runs alone, over torch.distributed, and over threads in tests."""
+"""Communication between ranks while they compute. The model sees only this interface, so the same
+code runs with one rank, over torch.distributed, and over threads in tests."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
 _SIOCGIFADDR = 0x8915
-"""Linux: the IPv4 address of an interface."""
+"""Linux ioctl for the IPv4 address of an interface."""
 _MEET_POLL_S = 0.02
 
 
@@ -32,18 +32,18 @@ class Collectives(Protocol):
         """Number of ranks."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, in place where that is possible; returns the sum."""
+        """Sum over the ranks, in place if possible; return the sum."""
 
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        """Every rank's tensor, by rank, on rank 0; None on the others."""
+        """Return every rank's tensor, by rank, on rank 0; None on the others."""
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's values, written into every rank's `tensor`; returns it."""
+        """Copy rank 0's values into every rank's `tensor`; return it."""
 
     def meet(self, place: str, timeout_s: float) -> None:
-        """Wait on the host until every rank has come to this place; each place is for once. The
-        other calls give up after the timeout of a step, which is too short where one rank loads or
-        compiles for longer than another.
+        """Wait on the host until every rank has reached this place; each place is used once. The
+        other calls time out after a step, which is too short where one rank loads or compiles for
+        longer than another.
 
         Raises:
             RuntimeError: not all ranks came in time.
@@ -51,39 +51,40 @@ class Collectives(Protocol):
 
 
 class Alone:
-    """One rank: nothing to exchange."""
+    """The collectives of a single rank, which exchanges nothing."""
 
     rank = 0
     size = 1
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """See Collectives."""
+        """Return the tensor (see Collectives)."""
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        """See Collectives."""
+        """Return the tensor in a list (see Collectives)."""
         return [tensor]
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """See Collectives."""
+        """Return the tensor (see Collectives)."""
         return tensor
 
     def meet(self, place: str, timeout_s: float) -> None:
-        """See Collectives."""
+        """Return at once (see Collectives)."""
 
 
 class TorchDistributed:
     """Ranks over torch.distributed: NCCL between GPUs, gloo between CPUs. Partial sums travel in
     the model's dtype.
 
-    A call that some rank does not make raises after the group's timeout.
+    A call that not every rank makes raises after the group's timeout.
     """
 
     def __init__(self, rank: int, size: int, store: Store, device: torch.device, *, timeout_s: float) -> None:
-        """Meet the other ranks; returns when all are there.
+        """Join the other ranks; return when all are present.
 
         Args:
-            store: where the ranks find each other, see `serve_store` and `join_store`.
+            store: store through which the ranks find each other, see `serve_store` and
+                `join_store`.
         Raises:
             RuntimeError: not all ranks came in time, or they cannot reach each other.
         """
@@ -100,23 +101,23 @@ class TorchDistributed:
         )
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """See Collectives."""
+        """Sum over the ranks (see Collectives)."""
         dist.all_reduce(tensor)
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        """See Collectives."""
+        """Gather tensors on rank 0 (see Collectives)."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(tensor, parts, dst=0)
         return parts
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """See Collectives."""
+        """Broadcast rank 0's tensor (see Collectives)."""
         dist.broadcast(tensor, src=0)
         return tensor
 
     def meet(self, place: str, timeout_s: float) -> None:
-        """See Collectives."""
+        """Wait for all ranks (see Collectives)."""
         meet_at(self._store, place, self.size, timeout_s)
 
     def close(self) -> None:
@@ -125,10 +126,10 @@ class TorchDistributed:
 
 
 def meet_at(store: Store, place: str, size: int, timeout_s: float) -> None:
-    """`Collectives.meet` of `size` ranks that share a store."""
+    """Run `Collectives.meet` for `size` ranks that share a store."""
     key, deadline = f"cantata/{place}", time.monotonic() + timeout_s
     here = store.add(key, 1)
-    # Looked at from time to time: a waiting call would keep the store from the group's own threads.
+    # Polled: a blocking call would keep the group's own threads from the store.
     while here < size:
         if time.monotonic() > deadline:
             raise RuntimeError(f"after {timeout_s:g} s only {here} of {size} ranks have reached: {place}")
@@ -137,32 +138,32 @@ def meet_at(store: Store, place: str, size: int, timeout_s: float) -> None:
 
 
 def serve_store(host: str, *, timeout_s: float) -> TCPStore:
-    """Rank 0's: the store that all ranks join, at `host` and a free port (`.port`)."""
+    """Create rank 0's store, which all ranks join, at `host` and a free port (`.port`)."""
     return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
 
 
 def join_store(host: str, port: int, *, timeout_s: float) -> TCPStore:
-    """The other ranks'."""
+    """Join rank 0's store from another rank."""
     return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
 def use_interface_of(host: str) -> None:
-    """Let this process's collectives talk over the network interface that has the IPv4 address
-    `host`, before any group is made.
+    """Make this process's collectives use the network interface with the IPv4 address `host`;
+    called before any group is created.
 
-    Left alone, gloo takes the interface that the machine's own name resolves to, which need not
-    reach the other ranks. What the operator has set stands.
+    By default gloo uses the interface that the machine's own name resolves to, which may not reach
+    the other ranks. Variables that the operator has set take precedence.
 
     Raises:
         OSError: no interface has that address.
     """
     name = interface_of(host)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without the sign eth1 is eth10, too
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without the equals sign, eth1 matches eth10 too
 
 
 def interface_of(host: str) -> str:
-    """The name of the network interface with the IPv4 address `host`.
+    """Return the name of the network interface with the IPv4 address `host`.
 
     Raises:
         OSError: there is none.

@@ -1,10 +1,10 @@
-"""Which part of a model each rank holds: plain arithmetic over the shape, made once and passed to
+"""The part of a model that each rank holds: arithmetic over the shape, computed once and passed to
 loader, model and KV cache.
 
 Attention and vocabulary are split over all `tp_size` ranks. The experts are split into `ep_size`
 groups of ranks; the `tp_size / ep_size` ranks of a group split the intermediate dimension of each
-of the group's experts, in units of MX_BLOCK columns. Every rank sees every token, computes its
-part, and one all-reduce after attention and one after the experts add the parts up.
+of the group's experts, in units of MX_BLOCK columns. Every rank sees every token and computes its
+part; one all-reduce after attention and one after the experts add the parts up.
 """
 
 from dataclasses import dataclass
@@ -25,20 +25,20 @@ class Span:
 
     @property
     def length(self) -> int:
-        """Without padding."""
+        """Length without padding."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class RankShard:
-    """What one rank holds.
+    """The shard of one rank.
 
     Attributes:
         heads: query heads.
-        kv_heads: key and value heads; where there are more ranks than these, neighbouring ranks
-            hold the same one.
+        kv_heads: key and value heads; if there are more ranks than heads, neighbouring ranks hold
+            the same one.
         vocab: rows of embedding and lm_head.
-        experts: this rank's experts, all of their hidden dimension.
+        experts: this rank's experts, with their whole hidden dimension.
         intermediate: columns of the experts' intermediate dimension (gate and up rows of gate_up:
             twice as many, interleaved).
         adds_output_bias: whether this rank adds the attention output's bias; one rank does.
@@ -65,11 +65,11 @@ class RankShard:
 
 
 def plan_shards(model: ModelConfig, parallel: ParallelConfig) -> tuple[RankShard, ...]:
-    """The shard of every rank, by tp_rank.
+    """Return the shard of every rank, by tp_rank.
 
     Raises:
-        ConfigError: the model's heads or experts do not allow the plan; names the nearest plans
-            that they do.
+        ConfigError: the model's heads or experts do not allow the parallel plan; names the nearest
+            allowed ones.
     """
     reason = _refusal(model, parallel.tensor, parallel.expert_size)
     if reason is not None:
@@ -81,12 +81,12 @@ def plan_shards(model: ModelConfig, parallel: ParallelConfig) -> tuple[RankShard
 
 
 def vocab_lengths(model: ModelConfig, tensor: int) -> tuple[int, ...]:
-    """Rows of the vocabulary that each rank holds, without padding."""
+    """Return the rows of the vocabulary that each rank holds, without padding."""
     return tuple(_balanced(model.vocab_size, tensor, rank).length for rank in range(tensor))
 
 
 def allowed_plans(model: ModelConfig) -> list[tuple[int, int]]:
-    """All (tensor, expert) that the model allows, in ascending order."""
+    """Return all (tensor, expert) that the model allows, in ascending order."""
     sizes = range(1, MAX_RANKS + 1)
     return [
         (tensor, expert)
@@ -97,7 +97,7 @@ def allowed_plans(model: ModelConfig) -> list[tuple[int, int]]:
 
 
 def _refusal(model: ModelConfig, tensor: int, expert: int) -> str | None:
-    """Why a plan cannot work; None if it can. `expert` divides `tensor`."""
+    """Return why a parallel plan cannot work; None if it can. `expert` divides `tensor`."""
     if model.num_heads % tensor:
         return f"{model.num_heads} query heads cannot be split evenly over {tensor} ranks"
     if model.num_kv_heads % tensor and tensor % model.num_kv_heads:
@@ -117,7 +117,7 @@ def _refusal(model: ModelConfig, tensor: int, expert: int) -> str | None:
 
 
 def _nearest(model: ModelConfig, parallel: ParallelConfig) -> str:
-    """The closest plans that work, as a sentence part."""
+    """Return the nearest parallel plans that work, as part of a sentence."""
     wanted = (parallel.tensor, parallel.expert_size)
     plans = sorted(
         allowed_plans(model), key=lambda plan: (abs(plan[0] - wanted[0]), abs(plan[1] - wanted[1]), plan)
@@ -149,8 +149,8 @@ def _shard(model: ModelConfig, parallel: ParallelConfig, rank: int) -> RankShard
 
 
 def _balanced(total: int, parts: int, index: int) -> Span:
-    """Part `index` of `total`, the first `total % parts` parts one longer, padded to the
-    longest."""
+    """Return part `index` of `total`: the first `total % parts` parts are one longer, all are
+    padded to the longest."""
     base, longer = divmod(total, parts)
     start = index * base + min(index, longer)
     return Span(start, start + base + (index < longer), base + (longer > 0))
