@@ -77,7 +77,7 @@ def test_cantata_serve_from_start_to_ctrl_c(
         assert none_left(served.mark, 15) == []
         log = served.log.read_text(errors="replace")
         assert "Cantata serves:" in log
-        assert "running requests have 2 s to end, then they end with an error" in log
+        assert "running requests have 2 s to finish, then they end with an error" in log
         assert "retries remaining" not in log
         assert "slower ingress" not in log
         assert "Traceback" not in log
