@@ -42,7 +42,8 @@ ENVIRONMENT_PREFIX = "CANTATA_"
 _CPU_ISA_VARIABLE = "CANTATA_CPU_ISA"
 """The kernels' own variable (`kernels/cpu/native.py`), which is no setting."""
 _KUBERNETES_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
-"""What Kubernetes sets `CANTATA_HTTP_PORT` to for a Service named cantata-http."""
+"""Pattern of the value that Kubernetes gives `CANTATA_HTTP_PORT` for a Service named
+cantata-http."""
 
 ReasoningEffort = Literal["low", "medium", "high"]
 

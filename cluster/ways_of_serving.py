@@ -1,5 +1,5 @@
-"""What the ways of serving share, and checks of settings that apply to only one of them, which
-another way refuses, since they would have no effect."""
+"""The constants that all ways of serving share, and checks of settings that apply to only one of
+them. Another way refuses them, since they would have no effect."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""What the replicas serve: asked of each when it joins the list."""
+"""The replicas' infos: each replica is asked what it serves when it joins the list."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from workers.rpc.convert import EngineInfo
 _PROBE_TIMEOUT_S = 5.0
 _PROBE_PERIOD_S = 0.1
 _MAX_PROBES = 100
-"""Of a new replica; one that does not answer is asked again when the list changes."""
+"""Maximum number of probes of a new replica. One that does not answer is asked again when the list
+changes."""
 
 
 class ReplicaInfos:

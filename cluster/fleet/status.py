@@ -1,4 +1,4 @@
-"""Whether the replicas that a gateway knows take requests, and the metrics of all processes."""
+"""Readiness of the replicas that a gateway knows, and the metrics of all processes."""
 
 import asyncio
 

@@ -203,7 +203,7 @@ def _add_status(app: FastAPI, service: GenerationService, status: FleetStatus, s
 
     @app.get("/v1/models", openapi_extra=schemas.describe(None, answers.ModelList))
     async def list_models() -> Response:
-        """What is served."""
+        """List the served model."""
         models: answers.ModelList = {
             "object": "list",
             "data": [_model_body(service.served.info)],
@@ -272,7 +272,8 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
 
 
 def _hint(request: Request, path: str) -> str:
-    """What a client that asks for an unknown path may have meant, as the end of a sentence."""
+    """Return a hint at the path that was probably meant by an unknown one, as the end of a
+    sentence."""
     if path.removeprefix("/v1").startswith("/responses"):
         return ": the Responses API is not offered yet; use POST /v1/chat/completions."
     bare = path.rstrip("/")

@@ -33,7 +33,7 @@ _JSON_KINDS = {
     "bool_type": "true or false",
     "none_required": "null",
 }
-"""What a value should have been, by pydantic's error type: in the words of JSON, not of Python."""
+"""The expected kind of value by pydantic's error type, in JSON's terms instead of Python's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,8 @@ def check_num_values(data: bytes, limit: int) -> None:
 
 
 def _num_entries(messages: list[object]) -> int:
-    """Of a chat that is not yet checked: what pydantic would make an object of each."""
+    """Return the number of objects that pydantic would create from each message of a chat that has
+    not been validated."""
     lists = [
         message.get(name)
         for message in messages

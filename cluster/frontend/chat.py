@@ -41,10 +41,10 @@ _EFFORTS: dict[str, ReasoningEffort] = {"minimal": "low", "low": "low", "medium"
 
 
 def chat_request(body: ChatCompletionRequest) -> ChatRequest:
-    """What the service is asked.
+    """Convert a body to the service's request.
 
     Raises:
-        InvalidRequest: a field asks for something that is not offered, or contradicts another.
+        InvalidRequest: a field requests something that is not supported, or contradicts another.
     """
     _refuse_what_is_not_offered(body)
     check_stream_options(body)
@@ -250,7 +250,7 @@ async def chunks(
 
 
 class _ChunkFrame:
-    """What all chunks of a generation have in common."""
+    """The fields that all chunks of a generation share."""
 
     def __init__(
         self, generation: Generation, fingerprint: str, include_usage: bool, continuous: bool

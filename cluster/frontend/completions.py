@@ -13,10 +13,10 @@ from workers.errors import InvalidRequest
 
 
 def completion_request(body: schema.CompletionRequest) -> CompletionRequest:
-    """What the service is asked.
+    """Convert a body to the service's request.
 
     Raises:
-        InvalidRequest: a field asks for something that is not offered.
+        InvalidRequest: a field requests something that is not supported.
     """
     check_stream_options(body)
     if body.suffix:

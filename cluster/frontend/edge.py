@@ -24,7 +24,8 @@ still to be sent."""
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"}) | DOCS_PATHS
 """Served without an API key: they tell nothing about requests."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-"""Of a server's header, which may be what the client sent: fit for logs and ids."""
+"""Pattern of a request id from a header, possibly the client's own, that is fit for logs and
+ids."""
 
 
 class Edge:
@@ -97,7 +98,7 @@ class Edge:
 
 
 def is_known_key(key: str, api_keys: Sequence[str]) -> bool:
-    """Whether it is one of the keys; takes the same time whichever it is."""
+    """Return whether the key is one of the known keys, in the same time for all."""
     matches = [hmac.compare_digest(key.encode("utf-8", "replace"), known.encode()) for known in api_keys]
     return any(matches)
 

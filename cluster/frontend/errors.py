@@ -53,10 +53,10 @@ class WrongMethod(errors.CantataError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """How HTTP tells an error class.
+    """The HTTP form of an error class.
 
     Attributes:
-        type, code: of OpenAI's error object.
+        type, code: fields of OpenAI's error object.
     """
 
     http_status: int
@@ -100,7 +100,7 @@ def body(error: errors.CantataError) -> bytes:
 
 
 def headers(error: errors.CantataError) -> dict[str, str]:
-    """What a status needs besides its body."""
+    """Return the headers that an error's status needs."""
     if error.retry_after_s is not None:
         return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     if isinstance(error, RequestTimeout):

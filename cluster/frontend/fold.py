@@ -58,11 +58,11 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class AnswerDelta:
-    """What a client is shown next of one of the n choices.
+    """The next visible part of one of the n choices.
 
     Attributes:
         logprobs: see ChoiceDelta.
-        token_ids: all tokens since the choice's previous AnswerDelta, markup included.
+        token_ids: all tokens since the choice's previous AnswerDelta, including markup.
     """
 
     choice: int

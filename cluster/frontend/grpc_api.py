@@ -81,7 +81,7 @@ class InferenceApi:
         return await asyncio.to_thread(chat_request, request)
 
     def list_models(self) -> pb.ListModelsResponse:
-        """What is served."""
+        """List the served model."""
         model = self._service.served.info
         return pb.ListModelsResponse(models=[pb.Model(id=model.id, max_model_len=model.max_model_len)])
 

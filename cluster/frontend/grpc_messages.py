@@ -35,10 +35,10 @@ _FINISH: dict[FinishReason, pb.FinishReason.ValueType] = {
 
 
 def chat_request(request: pb.ChatRequest) -> ChatRequest:
-    """What the service is asked. Fields are named in errors as the HTTP API spells them.
+    """Convert a message to the service's request. Errors name fields as the HTTP API spells them.
 
     Raises:
-        InvalidRequest: a role, effort or schema that is none.
+        InvalidRequest: a role, effort or schema is invalid.
     """
     if request.reasoning_effort not in _EFFORTS:
         raise InvalidRequest(
@@ -92,8 +92,8 @@ def _plain_object(struct: struct_pb2.Struct, path: str) -> dict[str, object]:
 
 
 def _plain(value: struct_pb2.Value, path: str) -> object:
-    """As JSON would have been read: a Struct knows only floating-point numbers, and whole ones are
-    integers."""
+    """Convert a Struct's value to what JSON would have given: a Struct has only floating-point
+    numbers, and whole ones become integers."""
     match value.WhichOneof("kind"):
         case "number_value":
             if not math.isfinite(value.number_value):

@@ -11,7 +11,7 @@ from workers.errors import ContextLengthExceeded
 UNCHECKED_BYTES = 64 * 1024
 """A message of this size is parsed in a few milliseconds, whatever is in it."""
 _COUNTED = {pb.Message.DESCRIPTOR, pb.ToolCall.DESCRIPTOR}
-"""What `gateway.max_messages` counts."""
+"""Message types counted by `gateway.max_messages`."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
 

@@ -147,7 +147,7 @@ ToolChoice = Annotated[
 
 
 class StreamOptions(_Body):
-    """What a stream reports besides its deltas."""
+    """Options for what a stream reports besides its deltas."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -168,7 +168,7 @@ class Reasoning(_Body):
 
 
 class ChatTemplateKwargs(_Body):
-    """What a chat template of gpt-oss would read."""
+    """Arguments that a chat template of gpt-oss would read."""
 
     reasoning_effort: str | None = None
     model_identity: str | None = None
@@ -184,7 +184,7 @@ Stop = Annotated[
 
 
 class SamplingFields(_Body):
-    """What chat and text completions share."""
+    """The fields that chat and text completions share."""
 
     model: str | None = Field(default=None, description="The served model by default.")
     max_tokens: int | None = None

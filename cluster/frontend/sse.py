@@ -28,7 +28,8 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def begin(request: Request, start: Coroutine[Any, Any, Generation]) -> Generation:
-    """As `until_gone`, for a generation: one that began after its client had left is closed."""
+    """Run `until_gone` for a generation. One that began after its client had disconnected is
+    closed."""
     worker = asyncio.create_task(start)
     try:
         return await until_gone(request, _result(worker))

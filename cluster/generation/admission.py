@@ -1,4 +1,4 @@
-"""How much a gateway takes on at once."""
+"""Admission: the limit on what a gateway runs at once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -29,7 +29,7 @@ ChoiceEvent = ChoiceDelta | ChoiceFinish
 
 
 class Choice(Protocol):
-    """What runs a sequence feeds with the engine's outputs."""
+    """The consumer of one sequence's engine outputs."""
 
     num_tokens: int
     num_cached_tokens: int
@@ -44,8 +44,8 @@ class Choice(Protocol):
         """Departures from the harmony format, by kind."""
 
     def push(self, output: EngineOutput) -> list[ChoiceEvent]:
-        """What these tokens add; the last event of a choice is its ChoiceFinish, and `finished` is
-        set with it."""
+        """Return the events that these tokens add; the last event of a choice is its ChoiceFinish,
+        with which `finished` is set."""
 
 
 class _EventLog:
@@ -184,7 +184,7 @@ class ChatChoice:
         return self._log.take()
 
     def _offset_of_next(self, events: Sequence[MessageEvent]) -> int:
-        """Where the text of the token that gave these events, or will give some, begins."""
+        """Return where the text begins of the token that gave, or will give, these events."""
         due = self._parsed_blank_lines.next_is_due(events[0] if events else None)
         return self._num_parsed + (len(BLANK_LINE) if due else 0)
 

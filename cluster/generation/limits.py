@@ -1,8 +1,8 @@
-"""What a client may ask for: the one place where a gateway checks ranges, counts and lengths.
+"""The limits of client requests: the one place where a gateway checks ranges, counts and lengths.
 
-Types and structure are checked by the front ends, as are the order and names of messages.
-Engines check again what would harm them (`workers.rpc.validate`); what passes here passes there.
-Fields are named in errors as the HTTP API spells them.
+Types and structure are checked by the front ends, as are the order and names of messages. Engines
+check again what could harm them (`workers.rpc.validate`); what passes here passes there. Errors
+name fields as the HTTP API spells them.
 """
 
 import datetime

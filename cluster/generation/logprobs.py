@@ -18,8 +18,8 @@ def _candidate(encoding: HarmonyEncoding, token_id: int, logprob: float) -> Toke
 
 
 def token_text(encoding: HarmonyEncoding, token_id: int) -> str:
-    """How a single token is shown: its text, the name of a special token, or `bytes:` and hex
-    escapes for a part of a character."""
+    """Return how a single token is shown: its text, the name of a special token, or `bytes:` and
+    hex escapes for part of a character."""
     token_bytes = encoding.token_bytes(token_id)
     if not token_bytes:
         return encoding.decode([token_id], skip_special_tokens=False)

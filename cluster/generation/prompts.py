@@ -21,7 +21,8 @@ from cluster.harmony.render import DEFAULT_MODEL_IDENTITY, Conversation, render
 from workers.errors import InvalidRequest
 
 _CHARS_PER_ENTRY = 64
-"""What rendering a message or a tool takes beside its text, as text that takes as long."""
+"""Cost of rendering a message or a tool besides its text, in characters of text that take as
+long."""
 
 
 def utc_today() -> datetime.date:

@@ -1,4 +1,4 @@
-"""What a client asked for, independent of transport; ranges are the check of
+"""Client requests, independent of transport. Their ranges are checked by
 `cluster.generation.limits`."""
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from workers.request import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class FieldNames:
-    """How this client spells the fields that have several names."""
+    """A client's spelling of the fields that have several names."""
 
     max_tokens: str = "max_tokens"
     logprobs: str = "logprobs"

@@ -1,4 +1,4 @@
-"""What a GenerationService is built with: the model, the deployment's defaults and its limits."""
+"""The settings of a GenerationService: the model, the deployment's defaults and its limits."""
 
 from dataclasses import dataclass
 
@@ -26,14 +26,14 @@ class ModelInfo:
 
     @classmethod
     def from_engine(cls, info: EngineInfo, id: str | None = None, created_unix_s: int = 0) -> "ModelInfo":
-        """What an engine says it serves, under the name `id`, or the checkpoint's own."""
+        """Return what an engine reports to serve, under the name `id` or the checkpoint's own."""
         return cls(
             id or info.model_name, info.max_model_len, info.vocab_size, info.model_fingerprint, created_unix_s
         )
 
 
 class ServedModel:
-    """What is served now; its context is the shortest among the replicas, which come and go.
+    """The model served now; its context is the shortest among the current replicas.
 
     Attributes:
         info: may be replaced while requests run.
@@ -54,7 +54,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class ChatDefaults:
-    """What a chat is told that does not say it itself.
+    """Defaults for chats that do not set these values themselves.
 
     Attributes:
         conversation_date: `auto` for the current day in UTC, `none`, or YYYY-MM-DD.
@@ -66,12 +66,12 @@ class ChatDefaults:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much one gateway takes on.
+    """Limits of one gateway.
 
     Attributes:
-        max_in_flight_requests: beyond it a request is refused with Overloaded; each choice of a
-            request counts.
-        request_timeout_s: from arrival to last token; None: no deadline.
+        max_in_flight_requests: maximum number of running choices; a request beyond it is refused
+            with Overloaded.
+        request_timeout_s: seconds from arrival to last token; None for no deadline.
     """
 
     max_in_flight_requests: int = 1024

@@ -27,7 +27,7 @@ class StopGate:
         self._shown: list[str] = []
 
     def push(self, event: MessageEvent) -> list[MessageEvent]:
-        """What may be shown now; with a stop string, all that stands in front of it."""
+        """Return the events that may be shown now; with a stop string, all text before it."""
         if isinstance(event, MessageEnd):
             return self.follow(event)
         blank_line = self._blank_lines.before(event)
@@ -44,12 +44,13 @@ class StopGate:
         return released if self.matched is None else released + self._cut_off()
 
     def follow(self, event: MessageEvent) -> list[MessageEvent]:
-        """What may be shown now, where an event without text comes after what is held."""
+        """Return the events that may be shown now that an event without text follows the held
+        ones."""
         self._held.append((event, 0))
         return self._release(0)
 
     def flush(self) -> list[MessageEvent]:
-        """What was held back, where something else than text is shown next."""
+        """Return the held events, before something other than text is shown."""
         return self._release(len(self._strings.flush()))
 
     def _release(self, num_chars: int) -> list[MessageEvent]:

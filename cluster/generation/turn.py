@@ -1,5 +1,5 @@
-"""What a request has generated: its prompts, and for each choice what an engine is asked and what
-reads its answer."""
+"""A request being generated: its prompts, and for each choice the engine's request and the reader
+of its answer."""
 
 import secrets
 from collections.abc import Sequence

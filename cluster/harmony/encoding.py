@@ -151,7 +151,7 @@ class HarmonyEncoding:
         return ids
 
     def encode_with_special(self, text: str, limit: int | None = None) -> list[int]:
-        """As `encode`, but names of special tokens in `text` become those tokens: for raw harmony
+        """Encode text in which names of special tokens become those tokens: for raw harmony
         prompts, never for a chat's content."""
         ids: list[int] = []
         plain_from = 0
@@ -166,8 +166,8 @@ class HarmonyEncoding:
         return ids + self.encode(text[plain_from:], limit)
 
     def encode_literal(self, text: str) -> tuple[int, ...]:
-        """As `encode`, remembered for good: for the fixed words of the format only, never for a
-        client's text."""
+        """Encode the format's fixed words and cache the result for good; never for a client's
+        text."""
         ids = self._literals.get(text)
         if ids is None:
             ids = self._literals[text] = tuple(self.encode(text))
@@ -212,7 +212,7 @@ class IncrementalDecoder:
 
 
 def _bytes_of_tokens(tokenizer: Tokenizer, source: str) -> list[bytes]:
-    """By id: the bytes of each token, b"" for special tokens and gaps."""
+    """Return the bytes of each token by id, b"" for special tokens and gaps."""
     alphabet = byte_alphabet()
     vocab = tokenizer.get_vocab(with_added_tokens=False)
     added = tokenizer.get_added_tokens_decoder()

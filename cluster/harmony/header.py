@@ -38,7 +38,7 @@ Repair = Literal[
     "call_not_closed",  # a call that ended with another token than <|call|>
     "end_of_text",  # <|endoftext|> instead of <|return|>
 ]
-"""How the output departed from the format, and what was made of it."""
+"""Kinds of departures from the format, and how they were repaired."""
 
 MAX_NAME_BYTES = 128
 MAX_TYPE_BYTES = 32
@@ -129,7 +129,7 @@ class HeaderReader:
         return read_header(self._segments, self._tools, self._repairs)
 
     def text_without_markup(self) -> str | None:
-        """What stands there if it cannot be the beginning of a header any more, without the role
+        """Return the text if it cannot become the beginning of a header any more, without the role
         that began the turn; None while it can."""
         if self.place != "role" or _may_be_role(self._text, self.started):
             return None
@@ -265,11 +265,11 @@ def _cut(text: str, max_bytes: int) -> str:
 
 
 def _may_be_role(text: str, started: bool) -> bool:
-    """Whether more text, or a control token, could still make `text` the part of a header in front
-    of `<|channel|>` or `<|message|>`.
+    """Return whether more text, or a control token, could still make `text` the part of a header
+    before `<|channel|>` or `<|message|>`.
 
     Args:
-        started: whether `<|start|>` stands in front.
+        started: whether `<|start|>` precedes it.
     """
     rest = text.lstrip()
     if rest.startswith(_ROLE):

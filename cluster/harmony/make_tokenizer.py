@@ -30,7 +30,7 @@ O200K_PATTERN = "|".join(
         r"\s+",
     )
 )
-"""How o200k cuts text before BPE (tiktoken `tiktoken_ext/openai_public.py`)."""
+"""Pattern by which o200k splits text before BPE (tiktoken `tiktoken_ext/openai_public.py`)."""
 
 FORMAT_TOKENS = (
     "<|startoftext|>",

@@ -44,7 +44,7 @@ class Message:
 
     @property
     def kind(self) -> Kind:
-        """What an assistant's message is. The recipient, not the channel, makes it a call."""
+        """Kind of an assistant's message. The recipient, not the channel, makes it a call."""
         if self.recipient is not None:
             return "tool_call"
         return "reasoning" if self.channel == "analysis" else "text"
@@ -83,7 +83,8 @@ MessageEvent = MessageStart | MessageDelta | MessageEnd
 
 
 def shows(event: MessageEvent) -> bool:
-    """Whether clients see something of an assistant's event: text, or that a call begins."""
+    """Return whether clients see a part of an assistant's event: text, or the beginning of a
+    call."""
     match event:
         case MessageStart(_, message, text):
             return bool(text) or message.kind == "tool_call"
@@ -94,15 +95,15 @@ def shows(event: MessageEvent) -> bool:
 
 
 class BlankLines:
-    """Where blank lines stand in one text that takes the contents of several messages: before the
-    first piece of each but the first."""
+    """Positions of blank lines in one text made of several messages: before the first piece of each
+    message but the first."""
 
     def __init__(self) -> None:
         self._begun = False
         self._due = False
 
     def before(self, event: MessageStart | MessageDelta) -> str:
-        """What stands in front of the event's text."""
+        """Return what precedes the event's text."""
         if isinstance(event, MessageStart):
             self._due = self._begun
         if not event.text or (self._begun and not self._due):
@@ -111,6 +112,6 @@ class BlankLines:
         return BLANK_LINE if due else ""
 
     def next_is_due(self, event: MessageEvent | None) -> bool:
-        """Whether a blank line stands in front of the next piece, which comes with `event` if that
-        is not None."""
+        """Return whether a blank line precedes the next piece, which comes with `event` if that is
+        not None."""
         return self._begun if isinstance(event, MessageStart) else self._due

@@ -82,8 +82,8 @@ def render_turn(messages: Sequence[Message], encoding: HarmonyEncoding) -> list[
 
 
 def history(messages: Sequence[Message]) -> Iterator[Message]:
-    """What the model sees again of a chat: everything but the analysis in front of the last final
-    answer. Analysis since then belongs to a tool loop that goes on."""
+    """Yield the messages of a chat that the model sees again: all but the analysis before the last
+    final answer. Analysis since then belongs to an unfinished tool loop."""
     last_final = max(
         (index for index, m in enumerate(messages) if m.role == "assistant" and m.channel == "final"),
         default=-1,
@@ -207,7 +207,8 @@ def _namespace_lines(tools: Iterable[ToolDefinition]) -> Iterator[str]:
 
 
 def _lines(text: str) -> list[str]:
-    """As Rust's `str::lines`: cut at \\n and \\r\\n only, no empty line after the last break."""
+    """Split like Rust's `str::lines`: at \\n and \\r\\n only, with no empty line after the last
+    break."""
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()

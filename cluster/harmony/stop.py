@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StopResult:
-    """What may be shown now.
+    """The text that may be shown now.
 
     Attributes:
-        text: text that belongs to no stop string any more.
+        text: text that can no longer be part of a stop string.
         matched: the stop string that was found; nothing may be shown after it.
     """
 

@@ -43,10 +43,10 @@ class KnownAutomata:
 
 
 class HeldAutomata:
-    """What the ranks hold, decided in the scheduler for all of them.
+    """The automata that the ranks hold, decided by the scheduler for all of them.
 
     Args:
-        max_bytes: of all bodies, as far as running sequences leave a choice.
+        max_bytes: maximum size of all bodies, as far as running sequences allow.
     """
 
     def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:

@@ -1,4 +1,4 @@
-"""Where sequences stand in their automata while they are generated; on rank 0, which samples."""
+"""The states of sequences in their automata during generation; on rank 0, which samples."""
 
 from collections.abc import Iterable
 
