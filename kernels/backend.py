@@ -14,8 +14,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether the Triton kernels take this tensor: it is on a GPU and Triton is installed, or on
-    the CPU while Triton's interpreter is on (TRITON_INTERPRET=1)."""
+    """Return whether the Triton kernels take this tensor: it is on a GPU and Triton is installed,
+    or on the CPU while Triton's interpreter is on (TRITON_INTERPRET=1)."""
     return triton_runs_on(tensor.device)
 
 
@@ -26,7 +26,7 @@ def triton_runs_on(device: torch.device) -> bool:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed; it comes with torch's builds for GPUs."""
+    """Return whether Triton is installed; it comes with torch's builds for GPUs."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -38,9 +38,9 @@ def _interpreting() -> bool:
 
 
 def checks_indices() -> bool:
-    """Whether launchers read indices (expert ids, block tables) back to check their range, which
-    stops the host until the device is there: in the interpreter, and where CANTATA_CHECK_INDICES=1
-    says so."""
+    """Return whether launchers read indices (expert ids, block tables) back to check their
+    range, which makes the host wait for the device: in the interpreter, and with
+    CANTATA_CHECK_INDICES=1."""
     return _interpreting() or os.environ.get("CANTATA_CHECK_INDICES", "") == "1"
 
 

@@ -6,18 +6,18 @@ MX_BLOCK = 32
 """Values that share a scale, along the contraction axis K."""
 
 MoeActivationDtype = Literal["auto", "mxfp8"]
-"""What MXFP4 experts multiply: activations as they are, or rounded to MXFP8."""
+"""Dtypes of the inputs of MXFP4 experts: not converted, or rounded to MXFP8."""
 
 
 def fp8_refusal(target: str) -> str | None:
-    """Why an architecture cannot have an fp8 KV cache, a sentence; None: it can.
+    """Return why an architecture cannot have an fp8 KV cache, as a sentence; None if it can.
 
     Args:
         target: as `kernels.backend.architecture` names it; "cpu" runs the reference or Triton's
             interpreter.
 
-    NVIDIA's convert e4m3 from sm_89 on, AMD's from gfx950 on. gfx942 has another e4m3 of its own;
-    conversion of this one in software takes ten times the instructions of the rest of the kernel.
+    NVIDIA's convert e4m3 from sm_89 on, AMD's from gfx950 on. gfx942 has a different e4m3;
+    converting this one in software takes ten times the instructions of the rest of the kernel.
     """
     if (
         target == "cpu"

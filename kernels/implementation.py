@@ -1,5 +1,6 @@
-"""What runs an operation, and why: chosen once, by the `select` of the operation's package, for the
-weights and the device. What depends on the shape of an input is left to the implementation."""
+"""The implementation of an operation: selected once for the weights and the device, by the `select`
+of the operation's package. Decisions that depend on the shape of an input are left to the
+implementation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,15 +20,15 @@ _Run = TypeVar("_Run")
 
 @dataclass(frozen=True, slots=True)
 class Implementation(Generic[Run]):
-    """What runs an operation.
+    """An implementation of an operation.
 
     Attributes:
-        run: what to call; the operation's package says how.
-        name: for the user: `Triton sm_90`, `C++ avx512`, `cuBLAS`, REFERENCE.
-        why: a clause for the user.
-        layout: of the weights; empty where there is nothing to choose.
-        is_slow: a user should know, for a faster one exists elsewhere.
-        is_capturable: a CUDA graph can hold it; others read sizes back to the host.
+        run: the function to call, as the operation's package defines.
+        name: name for the user: `Triton sm_90`, `C++ avx512`, `cuBLAS`, REFERENCE.
+        why: the reason for selecting it, a clause for the user.
+        layout: layout of the weights; empty if there is only one.
+        is_slow: whether the user should be warned, since a faster implementation exists.
+        is_capturable: whether a CUDA graph can hold it; others read sizes back to the host.
     """
 
     run: Run
@@ -50,12 +51,12 @@ def by_device(
     reference: _Run,
     is_capturable: bool = True,
 ) -> Implementation[_Run]:
-    """What most operations are chosen by: Triton's where it runs, on a CPU the C++ one for its
-    dtypes, else the reference.
+    """Select an implementation as most operations do: Triton's where it runs, on a CPU the C++ one
+    for its dtypes, else the reference.
 
     Args:
-        triton: returns that implementation; called where Triton is installed.
-        is_capturable: of the reference.
+        triton: returns Triton's implementation; called if Triton is installed.
+        is_capturable: that of the reference.
     """
     if triton_runs_on(device):
         where = "in Triton's interpreter" if device.type == "cpu" else "on a GPU"
@@ -81,7 +82,7 @@ def cpp_name() -> str:
 
 
 def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the reference runs on a device without Triton."""
+    """Return why the reference runs on a device without Triton."""
     if device.type == "cuda":
         return "Triton is not installed"
     if native.shared_library() is None:

@@ -47,8 +47,8 @@ PROGRAMS_OF_A_DECODE = 256
 MAX_GROUP = 128
 """Query heads of a KV head; each query is that many rows of a tile."""
 MIN_PROGRAMS = 4
-"""For a decode and KV head in a batch that fills the GPU without: one long context among short ones
-does not wait for a single program."""
+"""Minimum number of programs per decode and KV head in a batch that fills the GPU anyway, so that
+one long context among short ones does not wait for a single program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,10 @@ class Tiles:
 
 
 _SAFE = Tiles(64, 32, 32, num_warps=4, num_stages=2)
-"""At most 24 KiB of shared memory at a head_dim of 64 in 16 bits, no spills on any target: for all
-that is not known. Not pipelined."""
+"""Tiles for all unknown cases: at most 24 KiB of shared memory at a head_dim of 64 in 16 bits, no
+spills on any target. Not pipelined."""
 _SMALL = Tiles(32, 16, 16, num_warps=4, num_stages=2)
-"""For heads so large that few of them fit into shared memory."""
+"""Tiles for heads so large that few of them fit into shared memory."""
 _FULL = Tiles(128, 64, 128, num_warps=8, num_stages=3, max_registers=128)
 _WINDOWED = Tiles(128, 64, 64, num_warps=8, num_stages=3, max_registers=128)
 _WINDOWED_BLACKWELL = Tiles(64, 64, 64, num_warps=8, num_stages=3)
@@ -129,7 +129,7 @@ def _splits(context_len, first_key, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.cons
 
 @triton.jit
 def _first_key(position, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
-    """Where the key tiles of a query begin: at the tile with the oldest key it sees."""
+    """Return where a query's key tiles begin: at the tile with the oldest key visible to it."""
     if WINDOW > 0:
         return tl.maximum(position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     return position * 0
@@ -652,5 +652,6 @@ def _split_limit(num_kv_heads: int) -> int:
 
 @cache
 def _num_processors(device: torch.device) -> int:
-    """Of a GPU; for the interpreter few enough that a program takes several splits."""
+    """Return the number of a GPU's processors; for the interpreter a number small enough that a
+    program takes several splits."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1

@@ -22,11 +22,11 @@ def paged_attention(
     kv_scales: Tensor | None = None,
     max_query_len: int | None = None,
 ) -> Tensor:
-    """As `kernels.attention.reference.paged_attention`, for a cache of q's dtype, which has no
+    """Compute `kernels.attention.reference.paged_attention` for a cache of q's dtype, which has no
     scales; a block outside the cache is an IndexError.
 
-    A query's result is the same, bit for bit, however its sequence is cut into chunks and whatever
-    the batch and the number of threads.
+    A query's result is the same, bit for bit, however its sequence is split into chunks and
+    whatever the batch and the number of threads.
     """
     reference.check_attention(
         q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window, scale=scale, kv_scales=kv_scales
@@ -85,8 +85,8 @@ def rope_and_store_kv(
     *,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    """As `kernels.attention.reference.rope_and_store_kv`, for a cache of qkv's dtype, which has no
-    scales. The queries returned are a part of `qkv`, rotated in place."""
+    """Compute `kernels.attention.reference.rope_and_store_kv` for a cache of qkv's dtype, which has
+    no scales. The returned queries are a part of `qkv`, rotated in place."""
     reference.check_rope_and_store(qkv, num_heads, cos, sin, kv_cache, slot_mapping, kv_scales)
     _check_cache_dtype(kv_cache, qkv.dtype)
     num_tokens, _, head_dim = qkv.shape

@@ -44,7 +44,7 @@ class PackedWeight:
 
 
 def can_run(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether weights of activations of this dtype are packed here: bf16 on a CPU, with the
+    """Return whether weights for activations of this dtype are packed here: bf16 on a CPU, with the
     library."""
     return device.type == "cpu" and dtype == torch.bfloat16 and native.shared_library() is not None
 

@@ -12,8 +12,8 @@ from kernels.mxfp4 import ROWS16, PackedMXFP4
 
 
 def can_run(weights: ExpertWeights, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `fused_experts` takes these weights, in its layout, with activations of this dtype:
-    CPU tensors in fp32 or bf16, biases too."""
+    """Return whether `fused_experts` takes these weights, in its layout, with activations of this
+    dtype: CPU tensors in fp32 or bf16, including biases."""
     in_layout = all(
         isinstance(part, PackedMXFP4) and part.layout == ROWS16 for part in (weights.gate_up, weights.down)
     )
@@ -24,7 +24,7 @@ def can_run(weights: ExpertWeights, dtype: torch.dtype, device: torch.device) ->
 
 
 def fused_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> Tensor:
-    """As `kernels.moe.reference.fused_experts`; arguments have been checked there, and `can_run`
+    """Compute `kernels.moe.reference.fused_experts`; arguments have been checked, and `can_run`
     holds.
 
     A token's result is the same, bit for bit, whatever the other tokens and the number of threads.

@@ -9,12 +9,12 @@ from kernels.cpu import native, structures
 
 
 def can_run(device: torch.device) -> bool:
-    """Whether `gate_topk` takes logits of this device: on a CPU."""
+    """Return whether `gate_topk` takes logits on this device: a CPU."""
     return device.type == "cpu" and native.shared_library() is not None
 
 
 def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As `kernels.moe.reference.gate_topk`, which see; arguments have been checked there."""
+    """Compute `kernels.moe.reference.gate_topk`; arguments have been checked there."""
     num_tokens, num_experts = gate_logits.shape
     logits = gate_logits.float().contiguous()
     ids, weights = torch.empty(num_tokens, k, dtype=torch.int32), torch.empty(num_tokens, k)

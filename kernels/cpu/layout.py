@@ -21,7 +21,7 @@ ROWS = 16
 
 
 def shapes(num_rows: int, num_groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of an expert's blocks and scales.
+    """Return the shapes of an expert's blocks and scales.
 
     Raises:
         ValueError: N is not a multiple of 16.

@@ -10,14 +10,14 @@ from kernels.cpu.pointwise import converted
 
 
 def can_run(x: Tensor) -> bool:
-    """Whether `linear` takes x: fp32 or bf16 on the CPU. A BLAS may be faster for many rows, but
-    not the same for any number of them."""
+    """Return whether `linear` takes x: fp32 or bf16 on the CPU. A BLAS may be faster for many rows,
+    but its result depends on their number."""
     return x.is_cpu and x.dtype in native.DATA_TYPES and native.shared_library() is not None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `kernels.linear.reference.linear`, which see; arguments have been checked there. Rounded
-    to bf16 once, at the end.
+    """Compute `kernels.linear.reference.linear`; arguments have been checked there. Rounded to bf16
+    once, at the end.
 
     A row's result is the same, bit for bit, whatever the other rows and the number of threads.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
-"""Of x86 and of ARM with pages of 4 KiB."""
+"""Bytes of a huge page on x86, and on ARM with pages of 4 KiB."""
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -33,17 +33,17 @@ ISAS: tuple[Isa, ...] = (
 )
 """Instruction sets of this architecture, the best first."""
 AUTO, REFERENCE = "auto", "reference"
-"""What `choose` takes beside them."""
+"""Further values that `choose` accepts."""
 ISA_VARIABLE = "CANTATA_CPU_ISA"
 _TRIAL_TIMEOUT_S = 60.0
 
 
 class _Choice:
-    """What this process runs on.
+    """The kernels that this process uses.
 
     Attributes:
-        reference: the torch references, though the library is there.
-        setting: what named it; None: nothing did.
+        reference: whether the torch references are used although the library is present.
+        setting: the setting that selected it; None if there was none.
     """
 
     reference = False
@@ -59,7 +59,7 @@ def shared_library() -> ctypes.CDLL | None:
 
 
 def why_missing() -> str:
-    """Why `shared_library` is None, and what to do, in a clause."""
+    """Return why `shared_library` is None, and what to do, as a clause."""
     loaded = _loaded()
     if _choice.reference:
         return f"{_choice.setting} is {REFERENCE}"
@@ -160,9 +160,9 @@ def available() -> list[Isa]:
 
 
 def runs() -> bool:
-    """Whether a child process lived that ran kernels of the instruction set in use: if the
-    processor, or what emulates it, stops at one of their instructions, that process dies of it,
-    instead of this one. True where the references run."""
+    """Return whether a child process survived running kernels of the instruction set in use: if the
+    processor, or its emulator, stops at one of their instructions, the child dies instead of this
+    process. True if the references run."""
     name, loaded = isa(), shared_library()
     return name is None or loaded is None or _trial(str(loaded._name), name) != -signal.SIGILL
 
@@ -239,7 +239,7 @@ def observing(observer: Observer) -> Iterator[None]:
 
 
 def observed() -> bool:
-    """Whether anybody observes."""
+    """Return whether an observer is set."""
     return bool(_observers)
 
 
@@ -268,7 +268,7 @@ def ready() -> Any:
 
 
 def pointer(tensor: Tensor | None) -> int:
-    """Where a contiguous CPU tensor begins; 0 for None."""
+    """Return the address of a contiguous CPU tensor; 0 for None."""
     if tensor is None:
         return 0
     assert tensor.is_contiguous()
@@ -277,7 +277,7 @@ def pointer(tensor: Tensor | None) -> int:
 
 
 def address_of(name: str) -> int:
-    """Of the function of an operation."""
+    """Return the address of an operation's function."""
     loaded = _library()
     assert loaded is not None
     address = ctypes.cast(getattr(loaded, f"cantata_{name}"), ctypes.c_void_p).value

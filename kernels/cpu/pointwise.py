@@ -11,15 +11,15 @@ from kernels.pointwise import reference
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `kernels.pointwise.reference.rms_norm`, which see. A row's result is the same whatever the
-    other rows and threads."""
+    """Compute `kernels.pointwise.reference.rms_norm`. A row's result is the same whatever the other
+    rows and threads."""
     reference.check_rms_norm(x, weight)
     x = x.contiguous()
     return _run(x, None, weight, eps)
 
 
 def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `kernels.pointwise.reference.add_rms_norm`, which see; `residual` is overwritten if it is
+    """Compute `kernels.pointwise.reference.add_rms_norm`; `residual` is overwritten if it is
     contiguous."""
     reference.check_add_rms_norm(residual, delta, weight)
     residual, delta = residual.contiguous(), delta.contiguous()
@@ -46,7 +46,7 @@ def _run(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
 
 
 def embed(token_ids: Tensor, weight: Tensor, first_id: int) -> Tensor:
-    """As `kernels.embedding.reference.embed`, which see; arguments have been checked there."""
+    """Compute `kernels.embedding.reference.embed`; arguments have been checked there."""
     token_ids, weight = token_ids.contiguous(), weight.contiguous()
     num_rows, width = weight.shape
     out = torch.empty(len(token_ids), width, dtype=weight.dtype)
@@ -65,7 +65,7 @@ def embed(token_ids: Tensor, weight: Tensor, first_id: int) -> Tensor:
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
-    """As `kernels.pointwise.reference.cos_sin`."""
+    """Compute `kernels.pointwise.reference.cos_sin`."""
     positions, frequencies = positions.long().contiguous(), frequencies.contiguous()
     shape = (len(positions), len(frequencies))
     cos, sin = torch.empty(shape), torch.empty(shape)

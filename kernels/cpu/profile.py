@@ -1,5 +1,4 @@
-"""What the C++ operations took and how much they moved, for comparison with what the machine can
-do."""
+"""Time and memory traffic of the C++ operations, for comparison with the machine's limits."""
 
 import ctypes
 import threading
@@ -16,17 +15,17 @@ from kernels.cpu import native
 
 _ITEM_BYTES = {code: dtype.itemsize for dtype, code in native.DATA_TYPES.items()}
 _MXFP4_BYTES = 17 / 32
-"""Of a weight: four bits, and a byte of scale for 32."""
+"""Bytes per MXFP4 weight: four bits, and one byte of scale for 32 weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Of one operation, or of many calls of it.
+    """The work of one operation, or of many calls of it.
 
     Attributes:
         num_bytes: weights, cache and logits that had to be read, and activations; each counted once
-            a call.
-        num_flops: a multiplication and an addition are two.
+            per call.
+        num_flops: a multiplication and an addition count as two.
     """
 
     calls: int = 0

@@ -25,8 +25,8 @@ _ALIGNMENT = 64
 
 
 class ProgramMemory:
-    """What programs take their tensors from. All begin at its start: only one runs at a time, and
-    its results last until the next one."""
+    """Memory for the tensors of programs. All programs begin at its start: only one runs at a time,
+    and its results last until the next one."""
 
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
@@ -83,7 +83,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _memory_of(values: Any) -> set[int]:
-    """Where the tensors among these keep their elements."""
+    """Return the addresses of the memory of the tensors among these values."""
     return {
         leaf.untyped_storage().data_ptr()
         for leaf in tree_leaves(values)

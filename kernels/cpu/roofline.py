@@ -120,8 +120,8 @@ class _Product:
         self._product, self._clock = product, clock
 
     def fits(self, size: int, end: float) -> bool:
-        """Whether a run with these matrices takes no more than its share of the time until `end`,
-        by the best run of the last size; True before the first run."""
+        """Return whether a run with these matrices takes no more than its share of the time until
+        `end`, by the best run of the previous size; True before the first run."""
         if self.size == 0:
             return True
         return self._last_s * (size / self.size) ** 3 <= LONGEST_CALL * (end - self._clock())

@@ -17,9 +17,9 @@ MAX_TOP_LOGPROBS = 512
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
-    """As `kernels.sampling.reference.sample`, which see. Weights differ from those in the last bits
-    of fp32, so a token differs where the row's random number falls within that of a boundary. A
-    row's token is the same whatever the other rows and the number of threads."""
+    """Compute `kernels.sampling.reference.sample`. Weights differ from the reference's in the last
+    bits of fp32, so a token differs if the row's random number is that close to a boundary. A row's
+    token is the same whatever the other rows and the number of threads."""
     reference.check(logits, batch)
     raw = logits.float()
     token_ids = _choose(_with_rows(reference.modify(raw, batch)), batch)
@@ -36,7 +36,7 @@ def logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> S
 
 
 def _with_rows(logits: Tensor) -> Tensor:
-    """With the tokens of a row side by side."""
+    """Return the logits with the tokens of a row adjacent in memory."""
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 

@@ -6,8 +6,8 @@ import ctypes
 from dataclasses import dataclass
 
 INTERFACE_VERSION = 6
-"""Of the operations and their arguments. setup.py compiles it into the library, which is refused
-where it differs: raise it with every change that a library from before could not serve."""
+"""Version of the operations and their arguments. setup.py compiles it into the library, which is
+refused if it differs: raise it with every change that an older library could not serve."""
 
 
 class LinearArgs(ctypes.Structure):
@@ -229,4 +229,4 @@ OPERATIONS = {
     "yarn": Operation(YarnArgs),
     "convert": Operation(ConvertArgs),
 }
-"""By name."""
+"""Operations by name."""

@@ -25,7 +25,7 @@ def embed_kernel(
 
 
 def embed(token_ids: Tensor, weight: Tensor, first_id: int) -> Tensor:
-    """As `kernels.embedding.reference.embed`, which see; arguments have been checked there.
+    """Compute `kernels.embedding.reference.embed`; arguments have been checked there.
 
     Raises:
         ValueError: weight is not contiguous in its last axis.

@@ -17,7 +17,7 @@ BLOCK_N = 4
 microsecond."""
 _FEW = {"BLOCK_M": 1, "BLOCK_K": 1024, "num_warps": 4}
 _MANY = {"BLOCK_M": 8, "BLOCK_K": 256, "num_warps": 4}
-"""From 8 tokens on: weights come from the L2 cache once for 8 of them."""
+"""Tiles from 8 tokens on: weights are read from the L2 cache once for 8 tokens."""
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -46,8 +46,8 @@ def narrow_linear_kernel(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `kernels.linear.reference.linear`, which see, for fp32 weights; arguments have been
-    checked there.
+    """Compute `kernels.linear.reference.linear` for fp32 weights; arguments have been checked
+    there.
 
     Raises:
         ValueError: names the argument whose rows are not contiguous.

@@ -23,7 +23,7 @@ _QUANTIZED_COLUMNS = 1024
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What both products need to know."""
+    """Arguments shared by both products."""
 
     routing: Routing
     tile: Tile

@@ -268,7 +268,7 @@ def choose_and_route(
 def route(
     topk_ids: Tensor, topk_weights: Tensor, *, first_expert: int, num_local: int, block_m: int
 ) -> Routing:
-    """As `choose_and_route`, for a choice that is made.
+    """Run `choose_and_route` for a choice of experts that has been made.
 
     Args:
         topk_ids: [T, k] int32, contiguous, distinct within a row.

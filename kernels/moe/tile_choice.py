@@ -112,10 +112,10 @@ def tiles(weights: str, architecture: str) -> Sequence[Tile]:
 
 
 def why(weights: str, architecture: str) -> str:
-    """What is done to the weights, a clause for the user.
+    """Return how the weights are processed, as a clause for the user.
 
     Args:
-        weights, architecture: as of `tiles`.
+        weights, architecture: as for `tiles`.
     """
     if weights == DENSE:
         return "the checkpoint's weights are not quantised"

@@ -78,7 +78,7 @@ class ExpertWeights:
 
     @property
     def layout(self) -> str:
-        """How the weights lie in memory, for the user."""
+        """Layout of the weights in memory, for the user."""
         if isinstance(self.gate_up, PackedMXFP4):
             return f"MXFP4 layout {self.gate_up.layout}"
         return f"dense {self.gate_up.dtype}".replace("torch.", "")

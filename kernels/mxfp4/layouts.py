@@ -66,13 +66,13 @@ class PackedMXFP4:
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """How a layout is written expert by expert, without a tensor in between.
+    """Writes a layout expert by expert, without an intermediate tensor.
 
     Attributes:
         shapes: (N, K/32) → the shapes of one expert's blocks and scales.
-        write: (blocks, scales) of one expert in the layout, in memory of zeros, then natural [N,
-            K/32, 16] and [N, K/32], of any distance between rows and at most as many rows and
-            groups: writes the former; a ValueError says that a scale is NaN.
+        write: (blocks, scales) of one expert in the layout, in zeroed memory, then natural [N,
+            K/32, 16] and [N, K/32], with any stride between rows and at most as many rows and
+            groups: writes the former; raises ValueError if a scale is NaN.
     """
 
     shapes: Callable[[int, int], tuple[tuple[int, ...], tuple[int, ...]]]

@@ -13,7 +13,7 @@ from kernels.formats import MX_BLOCK
 from kernels.mxfp4.layouts import NATURAL, PackedMXFP4, from_natural, to_natural
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""By code 0 to 7; codes 8 to 15 are their negatives, 8 being -0."""
+"""Magnitudes of codes 0 to 7; codes 8 to 15 are their negatives, 8 being -0."""
 
 _LARGEST_EXPONENT = 2
 """floor(log2(6)): the largest binade of e2m1."""
@@ -114,7 +114,7 @@ def unpack(packed: PackedMXFP4, dtype: torch.dtype) -> Tensor:
 
 
 def unpack_experts(packed: PackedMXFP4, expert_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `unpack`, for the experts at `expert_ids` ([n] integer) only; the others are not decoded.
+    """Run `unpack` only for the experts at `expert_ids` ([n] integer); the others are not decoded.
 
     Returns:
         [n, N, K] of `dtype`.

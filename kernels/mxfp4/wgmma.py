@@ -34,8 +34,8 @@ CHUNK = 64
 FOLDED_EXPONENT = 126
 _LARGEST_SCALE = 254 - FOLDED_EXPONENT
 ROTATIONS = (((0x81C081C0, 0),), ((0x81C081C0, 4),), ((0x81C081C0, 10),), ((0x80C080C0, 6), (0x01000100, 14)))
-"""For each register: masks of its bits, and how far these are rotated right on their way into the
-word."""
+"""Masks of each register's bits, and the distance by which they are rotated right on their way into
+the word."""
 
 
 def from_natural(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

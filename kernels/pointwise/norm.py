@@ -62,7 +62,7 @@ def add_rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `kernels.pointwise.reference.rms_norm`.
+    """Compute `kernels.pointwise.reference.rms_norm`.
 
     Raises:
         ValueError: the last axis of x or weight is not contiguous, or wider than MAX_WIDTH.
@@ -78,7 +78,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `kernels.pointwise.reference.add_rms_norm`. `residual` is overwritten and returned.
+    """Compute `kernels.pointwise.reference.add_rms_norm`. `residual` is overwritten and returned.
 
     Raises:
         ValueError: as in `rms_norm`.

@@ -135,7 +135,7 @@ def yarn_frequencies(
 
 
 def yarn_concentration(factor: float) -> float:
-    """What cosine and sine are multiplied by."""
+    """Return the factor of cosine and sine."""
     return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
 
 

@@ -64,7 +64,7 @@ def yarn_kernel(
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
-    """As `kernels.pointwise.reference.cos_sin`; frequencies are contiguous."""
+    """Compute `kernels.pointwise.reference.cos_sin`; frequencies are contiguous."""
     num_tokens, half = len(positions), len(frequencies)
     cos, sin = torch.empty(2, num_tokens, half, dtype=torch.float32, device=positions.device)
     if num_tokens:

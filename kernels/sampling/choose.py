@@ -112,7 +112,7 @@ def _leading_bits(key, levels, BITS: tl.constexpr):
 
 @triton.jit
 def _searches(row, temperature_ptr, top_k_ptr, top_p_ptr, vocab_size, MASS: tl.constexpr):
-    """Whether this row has an end to be found."""
+    """Return whether the end of this row's order has to be found."""
     if MASS:
         wanted = tl.load(top_p_ptr + row) < 1
     else:
@@ -415,8 +415,8 @@ def choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _end_of_order(logits: Tensor, best: Tensor, batch: SamplingBatch) -> tuple[Tensor | None, Tensor | None]:
-    """What top_k and top_p keep of each row: ([S] the lowest key kept, [S] how many tokens of this
-    key), int64; None: no row has either."""
+    """Return what top_k and top_p keep of each row: ([S] the lowest key kept, [S] number of tokens
+    with this key), int64; None if no row has either."""
     end, ties, excess = None, None, None
     if batch.top_k is not None:
         excess = torch.empty(len(logits), dtype=torch.float64, device=logits.device)

@@ -14,8 +14,8 @@ from kernels.sampling.modify import modify
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
-    """As `kernels.sampling.reference.sample`; rows and token ids are not checked, as that would
-    wait for the device: entries outside the logits are passed over.
+    """Compute `kernels.sampling.reference.sample`. Rows and token ids are not checked, as that
+    would wait for the device: entries outside the logits are skipped.
 
     Raises:
         ValueError: names the argument of a wrong shape, or logits that are not contiguous in their

@@ -411,8 +411,7 @@ def _advice(fits: int) -> str:
 
 
 def shorter_context(model: ModelConfig, plan: KVCachePlan, dtype: KVDtype, memory: KVMemory) -> str:
-    """What to tell the operator where the plan's context is shorter than the model's and nobody
-    asked for that."""
+    """Return the warning for a context shorter than the model's that was not requested."""
     fp8 = "" if dtype == "fp8_e4m3" else ", or set engine.cache.dtype to fp8 where the device has it"
     return (
         f"the context is {plan.max_model_len} tokens of the model's {model.max_context_len}: the most "

@@ -50,15 +50,15 @@ _PACK_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """What is made of a checkpoint's weights.
+    """Options for converting a checkpoint's weights.
 
     Attributes:
-        quantize: pack the experts of a bf16 checkpoint; no effect on one that is packed.
-        cpu_dense_dtype: int8 quantises attention projections and lm_head; with bfloat16 on a CPU
-            with the C++ kernels only.
-        moe_activation_dtype: of the experts (`kernels.moe.ExpertWeights`).
-        kv_dtype: of the KV caches that the model will be given; None: that of activations.
-        allow_zero_weights: take matrices, experts and norms that are all zeros.
+        quantize: pack the experts of a bf16 checkpoint; no effect on a packed one.
+        cpu_dense_dtype: int8 quantises attention projections and lm_head; only for bfloat16 on a
+            CPU with the C++ kernels.
+        moe_activation_dtype: activation dtype of the experts (`kernels.moe.ExpertWeights`).
+        kv_dtype: dtype of the model's KV caches; None for that of activations.
+        allow_zero_weights: accept matrices, experts and norms that are all zeros.
     """
 
     quantize: Literal["mxfp4"] | None = None

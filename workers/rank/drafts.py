@@ -16,13 +16,13 @@ NO_DRAFT = -1
 
 @dataclass(frozen=True, slots=True)
 class DraftRows:
-    """How the sampled rows of a step hang together.
+    """The relations between the sampled rows of a step.
 
     Attributes:
         expected: [num_samples] int64: the draft that the next row computes; NO_DRAFT at the last
             row of an entry.
         firsts: [num_samples] int64: index of the first sampled row of the same entry.
-        prefixes: by row, the drafts that it follows on, where there are any.
+        prefixes: by row, the drafts that precede it, if any.
     """
 
     expected: Ints

@@ -14,11 +14,12 @@ from kernels.implementation import Implementation
 from workers.model.gpt_oss import GptOss
 
 Kernels = Mapping[str, Implementation[object]]
-"""By operation."""
+"""Implementations by operation."""
 
 
 def model_kernels(model: GptOss) -> Kernels:
-    """What runs each operation of a step. Layers are alike: the first one is looked at."""
+    """Return the implementation of each operation of a step. Layers are alike, so the first one
+    represents all."""
     layer = model.layers[0]
     return {
         "attention": layer.attention.kernels,

@@ -144,9 +144,9 @@ def activation_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: i
 
 
 def _captured_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> int:
-    """What the graphs of all sizes will keep: the two largest are captured, and let go of. A newer
-    torch frees what cuBLAS took for their stream with them; afterwards it is in use again, as while
-    graphs live."""
+    """Return the bytes that the graphs of all sizes will keep: the two largest are captured and
+    released. A newer torch frees cuBLAS's memory for their stream with them; it is allocated again
+    afterwards, as while graphs live."""
     slots = SequenceSlots(scheduler.max_num_seqs, max_model_len)
     kv_caches = _null_caches(model, kv_dtype)
     graphs = DecodeGraphs(

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _GPU_POLL_S = 5e-5
-"""Between looks for a GPU step's end and for the next plan, whichever comes first."""
+"""Seconds between two checks for a GPU step's end and for the next plan."""
 _PROGRESS_INTERVAL_S = 0.5
 
 
@@ -75,7 +75,7 @@ class RankSpec:
 
 
 def identity(config: EngineConfig) -> dict[str, object]:
-    """What all ranks and their engine must have in common, by what it is called.
+    """Return what all ranks and their engine must have in common, by name.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.

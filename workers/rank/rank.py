@@ -39,8 +39,8 @@ from workers.scheduler.plan import StepPlan, StepResult
 logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 3600.0
-"""For the slowest rank to load its weights: a large checkpoint on a slow disk takes long, and shows
-how far it is."""
+"""Seconds for the slowest rank to load its weights. A large checkpoint on a slow disk takes long,
+and its progress is shown."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while starting; total is 0 where a phase has no steps to
@@ -51,7 +51,7 @@ Loader = Callable[..., GptOss]
 
 @dataclass(frozen=True, slots=True)
 class RankLoaded:
-    """What a rank says when its weights are there."""
+    """A rank's report when its weights are loaded."""
 
     device: str
     weight_bytes: int
@@ -73,7 +73,7 @@ class LaunchedStep:
 
     @property
     def done(self) -> bool:
-        """Whether `result` returns at once; also of a step that fails."""
+        """Whether `result` returns at once, also for a step that fails."""
         try:
             return self._pending is None or self._pending.done
         except RuntimeError:  # a kernel failed; `result` says so

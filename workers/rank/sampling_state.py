@@ -1,6 +1,6 @@
-"""How each live sequence is sampled, on rank 0: parameters by slot, and for the sequences that need
-more (bias, penalties, constraints, stop tokens before min_tokens) what their next token depends on.
-Builds the SamplingBatch of a step."""
+"""The sampling state of each live sequence, on rank 0: parameters by slot, and for the sequences
+that need more (bias, penalties, constraints, stop tokens before min_tokens) what their next token
+depends on. Builds the SamplingBatch of a step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +23,8 @@ _NO_PREFIXES: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 class TokenListener(Protocol):
-    """What a sequence's next token depends on beside the model, and so must hear of each token
-    before the next is sampled."""
+    """A dependency of a sequence's next token besides the model, which must be given each token
+    before the next one is sampled."""
 
     def push(self, token_id: int) -> None:
         """One more output token."""
@@ -75,7 +75,7 @@ class SeenTokens:
 
 @dataclass(slots=True)
 class _Extras:
-    """What most sequences do not have."""
+    """State that most sequences do not need."""
 
     bias_ids: Ints | None
     bias_values: Floats | None
@@ -292,7 +292,7 @@ class SamplingState:
     def _gather(
         self, slots: Ints, output_positions: Ints, prefixes: Mapping[int, Sequence[int]]
     ) -> "_Sparse":
-        """What few rows have."""
+        """Gather the parts of the batch that few rows use."""
         sparse = _Sparse(_Pairs(), _Pairs(), _Pairs(), _Pairs())
         for row, slot in enumerate(slots.tolist()) if self._extras else ():
             extras = self._extras.get(slot)

@@ -138,7 +138,7 @@ class SequenceSlots:
         self._new_ids: list[int] = []
 
     def slot(self, seq_id: int) -> int:
-        """Where a live sequence lives."""
+        """Return the slot of a live sequence."""
         return self._slot_of[seq_id]
 
     def drop(self, seq_id: int) -> int:

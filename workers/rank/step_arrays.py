@@ -9,7 +9,7 @@ from torch import Tensor
 from workers.rank.step_inputs import Array, InputBuffers
 
 A = TypeVar("A", Array, Tensor)
-"""Where the arrays are: numpy on the host, torch on the device."""
+"""Type of the arrays: numpy on the host, torch on the device."""
 
 TOKEN_KNOWN = -1
 """In `ModelArrays.newest_of`: the host knows this token."""

@@ -1,5 +1,5 @@
-"""How a step's small arrays reach the device: packed into one host buffer, pinned on a GPU, and
-sent by one asynchronous copy."""
+"""Transfer of a step's small arrays to the device: packed into one host buffer, pinned on a GPU,
+and sent by one asynchronous copy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

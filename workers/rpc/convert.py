@@ -34,16 +34,16 @@ token."""
 ADAPTER, CACHE_SALT, PROMPT_LOGPROBS = "adapter", "cache_salt", "prompt_logprobs"
 CONSTRAINT_REF = "constraint_ref"
 CAPABILITIES = (CONSTRAINT_REF, CACHE_SALT, PROMPT_LOGPROBS)
-"""What this engine lists in EngineInfo: fields of requests, by name, beyond those of the first
-version. A gateway sends only what an engine lists. No engine has adapters yet."""
+"""Request fields, by name, beyond the first version that this engine lists in EngineInfo. A gateway
+sends only what an engine lists. No engine has adapters yet."""
 
 _MAX_PARAM_CHARS = 500
 _NOT_METADATA = re.compile(r"[^ -~]")
-"""What gRPC refuses to send as the value of a text entry."""
+"""Pattern of characters that gRPC refuses to send in a text entry."""
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-"""Of one gRPC message, both ways. A prompt of 131,072 tokens packs into at most 0.4 MB; the rest is
-room for constraints and metrics."""
+"""Maximum bytes of one gRPC message, both ways. A prompt of 131,072 tokens packs into at most 0.4
+MB; the rest is room for constraints and metrics."""
 
 _FINISH_TO_WIRE: dict[FinishReason | None, pb.FinishReason.ValueType] = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -228,7 +228,7 @@ def _logprobs_from_wire(entries: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogpr
 
 
 def info_to_wire(info: EngineInfo) -> pb.EngineInfo:
-    """As a message."""
+    """Convert to a message."""
     return pb.EngineInfo(
         version=info.version,
         model_name=info.model_name,
@@ -264,7 +264,7 @@ def info_from_wire(message: pb.EngineInfo) -> EngineInfo:
 
 
 def load_to_wire(load: EngineLoad) -> pb.EngineLoad:
-    """As a message."""
+    """Convert to a message."""
     return pb.EngineLoad(
         num_running=load.num_running,
         num_waiting=load.num_waiting,

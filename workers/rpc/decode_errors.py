@@ -1,5 +1,5 @@
-"""What a gRPC server answers to messages that cannot be decoded. gRPC itself answers UNKNOWN with
-the name of a Python class, and writes a traceback."""
+"""A gRPC server's answers to messages that cannot be decoded. gRPC itself answers UNKNOWN with the
+name of a Python class, and writes a traceback."""
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable

@@ -1,4 +1,4 @@
-"""What a request may ask of an engine: the ranges of `SamplingParams`' docstring. Each refusal
+"""Validation of requests to an engine: the ranges in `SamplingParams`' docstring. Each refusal
 names the field as OpenAI spells it."""
 
 import math

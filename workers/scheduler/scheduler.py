@@ -87,7 +87,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is not finished."""
+        """Whether any sequence is unfinished."""
         return bool(self._sequences)
 
     def check(self, request: EngineRequest) -> None:

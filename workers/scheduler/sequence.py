@@ -104,11 +104,10 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     def finish_reason(self) -> FinishReason | None:
-        """Why the sequence is over with its last token; None while it goes on. A prompt's own last
-        token never ends it.
+        """Return why the sequence ends with its last token; None while it continues. A prompt's own
+        last token never ends it.
 
-        A stop token counts once min_tokens came before it, which is when the sampler may choose
-        one.
+        A stop token counts only after min_tokens tokens, when the sampler may choose one.
         """
         num_output = len(self.token_ids) - self.num_prompt_tokens
         if self.token_ids[-1] in self._stop_token_ids and num_output > self.request.sampling.min_tokens:

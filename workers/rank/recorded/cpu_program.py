@@ -28,7 +28,7 @@ which a program keeps apart, would."""
 
 
 def programs_run() -> bool:
-    """Whether this installation has what runs programs, and CPU tensors go to it."""
+    """Return whether this installation can run programs on CPU tensors."""
     return native.shared_library() is not None and not triton_runs_on(torch.device("cpu"))
 
 
