@@ -19,10 +19,11 @@ import threading
 from collections import defaultdict
 from pathlib import Path
 
+from cluster.sizes import parse_size
+
 from benchmarks.processes import process_tree
 from benchmarks.serving import standalone
 from cluster.commands.bench import serve
-from cluster.config import parse_size
 from workers.config import DenseDtype, ParallelConfig
 from workers.model.sizes import rank_bytes
 from workers.model_config import load_model_config

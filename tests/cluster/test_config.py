@@ -13,11 +13,10 @@ from cluster.config import (
     check_no_settings,
     load_config,
     parse_config,
-    parse_count,
-    parse_size,
     setting_paths,
     with_api_keys,
 )
+from cluster.numbers_as_text import parse_count, parse_size
 from workers.errors import ConfigError
 
 MODEL = {"engine.model_path": "somewhere/tiny"}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from cluster.commands.bench.arguments import at_least, positive_int, temperature
-from cluster.config import parse_size
+from cluster.numbers_as_text import parse_size
 from workers.config import CpuIsa
 from workers.errors import ConfigError
 
