@@ -174,7 +174,7 @@ async def test_a_start_that_the_kernel_ends_for_want_of_memory_is_explained(
     with pytest.raises(EngineFailed, match=r"^engine did not start \(signal SIGKILL\)$"):
         await EngineProcess("engine", child(code)).start(20)
     monkeypatch.setattr(supervisor, "OomKills", NoMemory)
-    with pytest.raises(EngineFailed, match=r"SIGKILL, from the kernel.*no memory.*--kv-cache-memory"):
+    with pytest.raises(EngineFailed, match=r"SIGKILL, from the kernel.*out of memory.*--kv-cache-memory"):
         await EngineProcess("engine", child(code)).start(20)
 
 
