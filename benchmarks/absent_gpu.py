@@ -50,10 +50,10 @@ _KERNELS = (
 
 
 class Launches:
-    """What a `FakeDriver` was asked for.
+    """The record of a `FakeDriver`.
 
     Attributes:
-        count: of launches.
+        count: number of launches.
         loaded: names of the kernels that were loaded, in order.
     """
 
@@ -73,7 +73,7 @@ class Launches:
 
 
 def can_build_launchers() -> bool:
-    """Whether there are a C compiler and Python's headers."""
+    """Return whether there are a C compiler and Python's headers."""
     return shutil.which("gcc") is not None and has_python_h()
 
 
@@ -219,6 +219,6 @@ _FAKE_CUDA: dict[str, Callable[..., object]] = {
 
 
 def _allocate(buffers: object, num_bytes: int) -> step_inputs._HostBuffer:
-    """Not pinned."""
+    """Allocate a buffer that is not pinned."""
     tensor = torch.empty(num_bytes, dtype=torch.uint8)
     return step_inputs._HostBuffer(tensor, tensor.numpy())

@@ -32,7 +32,7 @@ from kernels.mxfp4 import ROWS16, PackedMXFP4
 from kernels.sampling import SamplingBatch
 
 HIDDEN = INTERMEDIATE = 2880
-"""Of gpt-oss."""
+"""The hidden and the intermediate size of gpt-oss."""
 NUM_EXPERTS = 32
 TOP_K = 4
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 64, 8, 64
@@ -48,11 +48,11 @@ _PROGRESS_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is measured.
+    """One measurement.
 
     Attributes:
-        run: called with 0, 1, 2, …: which weights to take, so that they come from memory.
-        num_bytes, num_operations: of one call; 0: not told.
+        run: called with 0, 1, 2, …: the index of the weights to use, so that they come from memory.
+        num_bytes, num_operations: of one call; 0 if not reported.
     """
 
     name: str
@@ -170,7 +170,8 @@ def measure(
 
 
 def _goes_on(call: int, used: float, seconds_each: float) -> bool:
-    """Whether a task that has been called `call` times, for `used` seconds, is called again."""
+    """Return whether a task that has been called `call` times, for `used` seconds, is called
+    again."""
     return call == 0 or used < seconds_each or (call < _LEAST_CALLS and used < _MOST_OVERTIME * seconds_each)
 
 
@@ -409,10 +410,10 @@ def dense_weights(rows: int, width: int, dtype: torch.dtype, size: int) -> list[
 
 
 class ExpertLayer:
-    """As many random experts as fill `size` bytes, used in turn.
+    """Random experts that fill `size` bytes, used in turn.
 
     Args:
-        hidden, intermediate: of an expert.
+        hidden, intermediate: sizes of an expert.
     """
 
     def __init__(self, hidden: int, intermediate: int, size: int) -> None:

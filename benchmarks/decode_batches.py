@@ -25,8 +25,8 @@ WARM_UP_STEPS = 5
 RUNS = 5
 GREEDY = SamplingParams(temperature=0, seed=0)
 RESERVE_BYTES = 4 << 30
-"""Of a GPU: its context, libraries, graphs, and activations beside logits and attention's
-scratch."""
+"""Bytes of a GPU reserved for its context, libraries, graphs, and activations besides logits and
+attention's scratch."""
 _MOST_SPLITS = 64
 _SPLIT_BYTES = 4
 _FIRST_BLOCK = 1
@@ -182,7 +182,7 @@ class Decoder:
         self._live: tuple[int, ...] = ()
 
     def time(self, batch: Batch) -> StepTime:
-        """Of a decode step, each launched before the result of the one before was taken."""
+        """Return the time of a decode step, each launched before the previous result was taken."""
         self._start(batch)
         warm_up(self._device)
         self._decode(batch.context, WARM_UP_STEPS)

@@ -55,16 +55,16 @@ class Attempts:
             write_result(self._path, self.result)
 
     def was_tried(self, name: str) -> bool:
-        """Whether `run` would leave the piece out."""
+        """Return whether `run` would skip the piece."""
         return name in self.result.get(TRIED, ())
 
     def run(self, name: str, piece: Callable[[], None], *, again: bool = False) -> bool:
-        """Whether the piece did what it should; False where it raised, or was tried by an earlier
+        """Run a piece; return whether it succeeded: False if it raised, or was tried by an earlier
         process.
 
         Args:
-            again: run it also where an earlier process got through it, since what it leaves behind
-                is wanted.
+            again: run it even if an earlier process completed it, since its side effects are
+                needed.
         """
         if self.was_tried(name):
             return False
@@ -96,7 +96,7 @@ class Attempts:
 
 
 def is_context_lost(device: "torch.device") -> bool:
-    """Whether CUDA answers with an error whatever it is asked."""
+    """Return whether CUDA answers every call with an error."""
     if device.type != "cuda":
         return False
     import torch

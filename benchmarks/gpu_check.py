@@ -63,7 +63,7 @@ PROBE_S = 60.0
 PART_SHARE = 0.6
 """Share of the time left that a part gets when others follow it."""
 LEAST_S = 20.0
-"""Under which no process is begun."""
+"""Minimum seconds left for starting a process."""
 SHOWN_LINES = 40
 """Number of lines shown of what a failed part printed."""
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _GRACE_S = 5.0
-"""Between the signal that makes a process dump its threads and the one that ends it."""
+"""Seconds between the signal that makes a process dump its threads and the one that ends it."""
 _PARENT_POLL_S = 0.5
 RESULTS = "GPU_CHECK_TEST_RESULTS"
 """Environment variable: the file that `gpu_test_results` appends lines to, also of other

@@ -31,8 +31,8 @@ add up in another order and, where two experts are all but equally good, choose 
 times as much as bf16 and fp32 were seen to differ by on a CPU (`small` with BRANCH_EXPONENT: median
 0.01, at most 0.08)."""
 BRANCH_EXPONENT = -3
-"""Of random weights: with 0, bf16 and fp32 differ by 0.5 nats in the median, and no tolerance tells
-rounding from a fault."""
+"""Exponent of random weights: with 0, bf16 and fp32 differ by 0.5 nats in the median, and no
+tolerance separates rounding from an error."""
 _ALTERNATIVES = 20
 _MAX_MODEL_LEN = 1024
 _KV_CACHE_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}

@@ -1,5 +1,5 @@
-"""What a GPU machine has that a check of it depends on. Nothing here makes a CUDA context, which
-would take memory from those checked."""
+"""Properties of a GPU machine on which a check of it depends. Nothing here creates a CUDA context,
+which would take memory from the processes being checked."""
 
 import os
 import platform
@@ -37,8 +37,8 @@ def describe() -> dict[str, str]:
 
 
 def triton_target() -> str | None:
-    """What Triton compiles for on the first GPU of NVIDIA's, as "sm_90"; None where nvidia-smi does
-    not say."""
+    """Return Triton's target for the first NVIDIA GPU, as "sm_90"; None if nvidia-smi does not
+    report one."""
     said = _said("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split("\n")[0].strip()
     return f"sm_{said.replace('.', '')}" if said.replace(".", "").isdigit() else None
 
@@ -69,7 +69,7 @@ def _python_h() -> str:
 
 
 def has_python_h() -> bool:
-    """Whether C modules can be compiled, as Triton does for its launchers."""
+    """Return whether C modules can be compiled, as Triton does for its launchers."""
     return (_headers() / "Python.h").exists()
 
 

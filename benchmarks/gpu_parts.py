@@ -41,7 +41,7 @@ from workers.rank.runner import Runner
 
 DTYPE: Dtype = "bfloat16"
 PRESETS = ("120b", "20b", "small")
-"""From the largest; the first that fits is the default on a GPU."""
+"""Presets, largest first; the first that fits is the default on a GPU."""
 TIMED_LAYERS = 8
 """Whose launches are kept with all that they read and write, for batches above SMALL_BATCH; of a
 smaller batch, all layers': together their weights then are more than an L2 cache holds."""
@@ -75,7 +75,7 @@ class Options:
 
     @property
     def num_steps(self) -> int:
-        """Of a batch's life."""
+        """Number of steps in a batch's life."""
         return WARM_UP_STEPS + self.steps + 1
 
 
@@ -282,8 +282,8 @@ def measure_prefill(options: Options, attempts: Attempts) -> None:
 
 
 def prefill_flops(config: ModelConfig, num_tokens: int) -> float:
-    """Of the matrix products of one prompt: weights that a token uses, and the keys that it sees;
-    logits of the last token alone."""
+    """Return the operations of the matrix products of one prompt: the weights that a token uses,
+    the keys that it sees, and the logits of the last token."""
     active = count_parameters(config)[1] - config.vocab_size * config.hidden_size
     keys = sum(_keys_seen(num_tokens, window) for window in config.layer_windows)
     return (
@@ -294,7 +294,7 @@ def prefill_flops(config: ModelConfig, num_tokens: int) -> float:
 
 
 def _keys_seen(num_tokens: int, window: int | None) -> int:
-    """By all queries of a prompt together."""
+    """Return the number of keys seen by all queries of a prompt together."""
     seen = num_tokens if window is None else min(window, num_tokens)
     return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
 
@@ -407,7 +407,7 @@ def _weight_bytes(config: ModelConfig) -> int:
 
 
 def _card(device: torch.device) -> Result:
-    """What this device reaches at best, beside which a table shows its figures."""
+    """Return the best rates that this device reaches, shown beside the results of a table."""
     return {
         "bandwidth": _bandwidth(device),
         "gemm": asdict(fastest_gemm(device)),
@@ -428,7 +428,7 @@ def _triton_version() -> str:
 
 
 def _driver() -> str:
-    """As nvidia-smi names it."""
+    """Return the driver's version as nvidia-smi reports it."""
     try:
         said = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],

@@ -24,7 +24,8 @@ _LAUNCHES = {
     ("expert_matmul_natural", 1): "experts, down",
     ("add_slots_rms_norm", 0): "combine, residual, norm",
 }
-"""What a launch is for, by its name and how many of that name come before it in a layer."""
+"""The purpose of a launch, by its name and the number of launches of that name before it in a
+layer."""
 _SAMPLING_IN_L2 = (
     "`in L2`: the logits fit into twice the second-level cache, as in a step, where they have just "
     "been computed."
@@ -199,12 +200,12 @@ def _prefill(result: Result) -> list[str]:
 
 
 def _card(result: Result) -> str:
-    """What the device reached in the process that measured the rest."""
+    """Return a sentence on what the device reached in the process that measured the rest."""
     return f"A copy reads and writes {result['bandwidth'] / 1e9:.0f} GB/s, {_gemm(result)}."
 
 
 def _about_l2(result: Result, rows: Sequence[Result]) -> list[str]:
-    """Why some shares are above what memory gives; nothing where there are none."""
+    """Return why some shares exceed the memory's bandwidth; empty if none does."""
     if not any(row["in_l2"] for row in rows):
         return []
     return [

@@ -60,8 +60,8 @@ class _Results:
 
 
 def context_is_lost() -> bool:
-    """As `gpu_attempts.is_context_lost`, of the device in use; a process that has not imported
-    torch has none to lose."""
+    """Return `gpu_attempts.is_context_lost` for the device in use; a process that has not imported
+    torch has no context to lose."""
     import sys
 
     if "torch" not in sys.modules:

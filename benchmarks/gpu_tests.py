@@ -37,7 +37,7 @@ ALONE_SHARE = 0.25
 COLLECT_S = 90.0
 """Seconds in which pytest has to list the tests: it imports torch and Triton once."""
 LEAST_S = 5.0
-"""Under which no process is begun."""
+"""Minimum seconds left for starting a process."""
 WEIGHTS = Path(__file__).parent / "gpu_test_weights.json"
 """Seconds of a case, by test: file's name, two colons, function's name. Written by `python3 -m
 benchmarks.gpu_test_weights TESTS.JSONL`."""
@@ -119,7 +119,7 @@ def run_tests(
 
 
 def so_far(out: Path) -> dict[str, Any]:
-    """What `run_tests` has found when it is broken off."""
+    """Return the results of `run_tests` so far, when it is interrupted."""
     results = out / "tests.jsonl"
     return _summary(results, None, []) if results.exists() else {}
 

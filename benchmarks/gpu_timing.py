@@ -23,8 +23,7 @@ kernel."""
 _GEMM_SIZE = 8192
 """Rows and columns of the matrices that a GPU multiplies."""
 _WARM_S, _ROUND_S = 0.02, 0.002
-"""How long work runs before it is timed, and a round of it, at least; a round is one run at
-least."""
+"""Minimum seconds of work before timing, and of a timed round; a round is at least one run."""
 _ROUNDS, _FEWEST_ROUNDS = 9, 3
 _ENOUGH_S = 1.0
 """Seconds of rounds after which the fewest are enough."""

@@ -68,7 +68,7 @@ _NAMES = (
 
 
 def name_of(command: str) -> str:
-    """Of a process, for the table."""
+    """Return a process's name for the table."""
     for pattern, name in _NAMES:
         if found := pattern.search(command):
             return found.expand(name)
@@ -76,7 +76,7 @@ def name_of(command: str) -> str:
 
 
 def command_of(way: str, model: Path) -> list[str]:
-    """What serves in that way until SIGINT, and prints READY."""
+    """Return the command that serves in that way until SIGINT, and prints READY."""
     if way == "empty":
         return [sys.executable, "-c", EMPTY_APPLICATION]
     flags = ["--model", str(model), "--kv-cache-memory", "256MiB"]

@@ -29,7 +29,8 @@ import triton
 KERNELS = Path(__file__).parent.parent / "kernels"
 _MANIFEST = "manifest.json"
 _KEPT = (".cubin", ".json", ".so")
-"""What is read again; the stages before the binary are ten times as much."""
+"""Suffixes of the files that are read again; the stages before the binary are ten times as
+large."""
 _GROUP = "__grp__"
 """Begins the names of the files in which Triton lists, by absolute paths, what belongs to a
 kernel."""
@@ -37,10 +38,10 @@ kernel."""
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a packed cache was made of.
+    """The versions from which a packed cache was made.
 
     Attributes:
-        triton: version and a hash of what it consists of.
+        triton: version and a hash of its components.
         python: suffix of C modules, as ".cpython-312-x86_64-linux-gnu.so".
         target: as "sm_90".
         kernels: digests of the files under kernels/, by path.

@@ -103,12 +103,12 @@ class MachineCode:
 
     @property
     def loaded_bytes(self) -> int:
-        """What the loads of one pass of the main loop fetch for a program; not counting loads by
+        """Bytes that the loads of one pass of the main loop fetch for a program, without loads by
         TMA."""
         return sum(bits // 8 * count for bits, count in self.loads.items()) * self.threads
 
     def narrow_share(self, bits: int) -> float:
-        """Of these bytes, the share that comes by loads of fewer bits."""
+        """Return the share of these bytes that come by loads of fewer bits."""
         narrow = sum(width // 8 * count for width, count in self.loads.items() if width < bits) * self.threads
         return narrow / self.loaded_bytes if self.loaded_bytes else 0.0
 
@@ -139,7 +139,7 @@ class MachineCode:
 
 
 def violations(code: MachineCode, spec: KernelSpec, target: str) -> list[str]:
-    """What the code does not keep to of the spec's limits for the target, a sentence each."""
+    """Return the violations of the spec's limits for the target, one sentence each."""
     limits = spec.limits.get(target, Limits())
     found = []
     if code.spilled_bytes > limits.spilled_bytes or (code.spills and not limits.spilled_bytes):

@@ -36,8 +36,11 @@ COLUMNS = (*_TEXT, "matrix", "loads", *_NUMBERS)
 def compile_all(
     jobs: Iterable[tuple[str, str]], num_processes: int
 ) -> Iterator[tuple[str, str, "Future[MachineCode]"]]:
-    """Compile (spec name, target) pairs in processes of their own; yields them in order, each with
-    its finished future."""
+    """Return all specs by name.
+
+    Raises:
+        ValueError: two have the same name.
+    """
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [(name, target, pool.submit(_compile, name, target)) for name, target in jobs]
         for name, target, future in futures:

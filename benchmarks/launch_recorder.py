@@ -46,7 +46,7 @@ class RecordedLaunch:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What two views of the same memory have in common."""
+    """Return an id that two views of the same memory share."""
     return int(tensor.untyped_storage()._cdata)
 
 

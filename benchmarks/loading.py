@@ -54,7 +54,7 @@ _COMPARED = {"read": "read", "fill": "read into memory", "copy": "copy"}
 
 
 class _Rank:
-    """As many collectives as loading needs: none."""
+    """The collectives that loading needs: none."""
 
     rank = 0
 
@@ -246,7 +246,7 @@ def copy_plainly(num_bytes: int) -> tuple[float, float]:
 
 
 def rows(plan: tuple[int, int], found: dict[str, list[float]]) -> list[str]:
-    """Of the table: cold, and warm compared with both."""
+    """Return the rows of the table: cold, and warm compared with both."""
     peak, limit = max(found["peak"]), 1.1 * found["held"][0] + 300e6
     lines = []
     touched, stored = found["read_bytes"][0], found["stored"][0]

@@ -31,7 +31,7 @@ from workers.parallel.shard import plan_shards
 
 _SAMPLE_S = 0.01
 _TREE_SAMPLES = 10
-"""Between two looks for new processes."""
+"""Samples between two checks for new processes."""
 ALLOWANCE_BYTES = 600_000_000
 PROCESSES = {"engine": "workers.engine", "gateway": "cantata serve"}
 
@@ -111,7 +111,7 @@ def measure(model: Path, dense: str, kv: str) -> Watch:
 
 
 def row(model: Path, dense: DenseDtype, kv: str, watch: Watch) -> str:
-    """Of the table, in MB."""
+    """Return a row of the table, in MB."""
     config = load_model_config(model)
     (shard,) = plan_shards(config, ParallelConfig())
     weights = rank_bytes(config, shard, "bfloat16", cpu_dense_dtype=dense).total

@@ -245,7 +245,8 @@ def kv_capacity(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu) -> int:
 
 
 def most_sequences(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, context: int) -> int:
-    """How many sequences of so many tokens a replica holds at once, up to MAX_BATCH."""
+    """Return the number of sequences of `context` tokens that a replica holds at once, up to
+    MAX_BATCH."""
     return bisect.bisect_left(
         range(1, MAX_BATCH + 1), True, key=lambda batch: not _fits(model, parallel, gpu, batch, context)
     )
@@ -304,7 +305,7 @@ def _kv_cache(
 
 
 def _fits(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, batch: int, context: int) -> bool:
-    """Whether the KV cache of an engine for that batch holds it."""
+    """Return whether an engine's KV cache holds that batch."""
     plan = _kv_cache(model, parallel, gpu, batch)
     if plan is None:
         return False

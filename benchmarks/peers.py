@@ -59,7 +59,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is measured."""
+    """One measurement."""
 
     server: str
     dense: str

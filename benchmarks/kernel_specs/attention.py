@@ -11,7 +11,8 @@ from kernels.formats import fp8_refusal
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
 
 _PREFILL_MATRIX = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-"""Of prefill tiles, 64 or 128 rows; those of decodes, 16 rows, are HMMA's on both."""
+"""Matrix instructions of prefill tiles with 64 or 128 rows; those of decodes, with 16 rows, are
+HMMA on both."""
 
 _SIGNATURE = {
     "q_ptr": "*bf16",

@@ -1,4 +1,4 @@
-"""How a Triton kernel is compiled for the report and the gate, and what the result must keep to."""
+"""How a Triton kernel is compiled for the report and the gate, and the limits for the result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
-"""What the report covers: A100, L40S, H100 and H200, B200, RTX PRO 6000, MI300X, MI355X."""
+"""Targets of the report: A100, L40S, H100 and H200, B200, RTX PRO 6000, MI300X, MI355X."""
 
 GATED_TARGETS = ("sm_90", "sm_100", "gfx950")
-"""What the test compiles."""
+"""Targets that the test compiles."""
 
 
 @dataclass(frozen=True, slots=True)
