@@ -15,6 +15,7 @@ from cluster.assembly import connect
 from cluster.config import GatewayConfig
 from cluster.fleet.client import EngineClient
 from cluster.fleet.directory import ReplicaSet
+from cluster.fleet.status import FleetStatus
 from cluster.fleet.table import Replica
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
@@ -61,6 +62,7 @@ class Gateway:
     """What a test talks to."""
 
     service: GenerationService
+    status: FleetStatus
     url: str
     grpc_server: GrpcServer
     http: httpx.AsyncClient
@@ -113,7 +115,7 @@ async def serving(
         http_client=httpx.AsyncClient(timeout=30, verify=False),
     )
     try:
-        yield Gateway(service, url, grpc_server, http, client, server)
+        yield Gateway(service, status, url, grpc_server, http, client, server)
     finally:
         await client.close()
         await http.aclose()

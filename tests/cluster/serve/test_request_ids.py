@@ -22,7 +22,7 @@ async def test_one_id_which_ids_of_generations_end_in(tmp_path: Path, given: str
     engine.answer = lambda request: Script(ids)
     try:
         async with serving(encoding, [engine]) as gateway:
-            app = RequestIdMiddleware(build_app(gateway.service, server_has_ids=True))
+            app = RequestIdMiddleware(build_app(gateway.service, gateway.status, server_has_ids=True))
             transport = httpx.ASGITransport(app=app)
             async with httpx.AsyncClient(transport=transport, base_url="http://serve") as http:
                 headers = {} if given is None else {"x-request-id": given}
