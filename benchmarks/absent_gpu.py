@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.gpu_machine import has_python_h
 from kernels import backend
 from kernels.linear import reference as linear_reference
-from workers.rank import runner, step_inputs
+from workers.rank import pending, step_inputs
 
 META = torch.device("meta")
 PROCESSORS = 132
@@ -179,7 +179,7 @@ def meta_as(target: str) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, function, replacement))
         stack.enter_context(
             mock.patch.object(
-                runner, "_to_pinned", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype)
+                pending, "_to_pinned", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype)
             )
         )
         stack.enter_context(mock.patch.object(step_inputs.InputBuffers, "_allocate", _allocate))
