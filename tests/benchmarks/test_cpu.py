@@ -95,7 +95,8 @@ def test_weights_and_experts_are_what_is_counted() -> None:
     task = layer.task("experts", 5, 4)
     assert task.num_operations == 2 * 5 * 4 * 3 * 64 * 32
     assert 4 * layer.expert_bytes <= task.num_bytes <= 20 * layer.expert_bytes
-    assert layer.expert_bytes == layer.gate_up.num_bytes // 32 + layer.down.num_bytes // 32
+    gate_up, down = layer.weights.gate_up, layer.weights.down
+    assert layer.expert_bytes == gate_up.num_bytes // 32 + down.num_bytes // 32
     assert task.run(3).isfinite().all()  # type: ignore[attr-defined]
 
 

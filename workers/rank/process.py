@@ -98,7 +98,7 @@ class EngineLost(Exception):
     stopped."""
 
 
-class Engine:
+class EngineLink:
     """The engine as a rank hears it: what it wants next, or that it is no more.
 
     It says each second that it is alive, which is heard here and goes no further.
@@ -199,7 +199,7 @@ def _serve(spec: RankSpec, channel: RankChannel) -> None:
     )
     # The engine's watchdog is to be first: it can say which step, and it ends all ranks.
     patience_s = 2 * parallel.step_timeout_s + 10
-    engine = Engine(channel, patience_s)
+    engine = EngineLink(channel, patience_s)
     join = wire.unpack(engine.expect(wire.JOIN))
     store = own_store or join_store(
         str(join["host"]), int(str(join["port"])), timeout_s=parallel.start_timeout_s
@@ -233,7 +233,7 @@ def _serve(spec: RankSpec, channel: RankChannel) -> None:
         collectives.close()
 
 
-def _run_plans(number: int, rank: Rank, channel: RankChannel, engine: Engine) -> None:
+def _run_plans(number: int, rank: Rank, channel: RankChannel, engine: EngineLink) -> None:
     launched: deque[tuple[LaunchedStep, float]] = deque()
     while True:
         free_since = time.perf_counter()
@@ -252,7 +252,7 @@ def _run_plans(number: int, rank: Rank, channel: RankChannel, engine: Engine) ->
 
 
 def _receive_while(
-    number: int, launched: deque[tuple[LaunchedStep, float]], channel: RankChannel, engine: Engine
+    number: int, launched: deque[tuple[LaunchedStep, float]], channel: RankChannel, engine: EngineLink
 ) -> tuple[bytes, bytes]:
     """The next message. Meanwhile results are sent as they come: on a GPU the next plan is launched
     while the last one runs."""

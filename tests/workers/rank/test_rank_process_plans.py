@@ -7,7 +7,7 @@ import pytest
 
 from workers.executor import channel as wire
 from workers.rank import process as rank_process
-from workers.rank.process import Engine, EngineLost, Stopped
+from workers.rank.process import EngineLink, EngineLost, Stopped
 from workers.rank.rank import LaunchedStep
 from workers.scheduler.plan import StepPlan, StepResult
 from workers.scheduler.plan_wire import decode_result, encode_plan
@@ -67,7 +67,7 @@ def run(script: list[int | str], number: int = 0) -> tuple[list[str], list[int]]
     rank = Rank(log)
     channel = Channel(rank, script)
     with pytest.raises(Stopped):
-        rank_process._run_plans(number, rank, channel, Engine(channel, 60))
+        rank_process._run_plans(number, rank, channel, EngineLink(channel, 60))
     return log, channel.sent
 
 
@@ -106,7 +106,7 @@ class Silence:
 def listen(script: list[bytes | None]) -> tuple[tuple[bytes, bytes], float]:
     channel = Silence(script)
     # 2.5 s of silence are too much, and a look takes one second.
-    return Engine(channel, 2.5, lambda: channel.now_s).wait(), channel.now_s
+    return EngineLink(channel, 2.5, lambda: channel.now_s).wait(), channel.now_s
 
 
 def test_an_engine_that_says_nothing_for_too_long_is_lost() -> None:
