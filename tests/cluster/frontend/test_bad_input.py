@@ -496,7 +496,7 @@ async def test_errors_and_logs_never_quote_the_prompt(
     def broken(*_: object) -> None:
         raise KeyError(secret)
 
-    monkeypatch.setattr("cluster.generation.service.render", broken)
+    monkeypatch.setattr("cluster.generation.prompts.render", broken)
     response = await gateway.http.post("/v1/chat/completions", json={"messages": [message]})
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
     assert response.headers["x-request-id"] in response.text
