@@ -242,8 +242,10 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _serve(options: argparse.Namespace) -> int:
     from cluster.config import load_config, setting_paths
+    from workers.console import keep_output_from_failing
     from workers.model_config import load_model_config
 
+    keep_output_from_failing()
     known = set(setting_paths())
     config = load_config(
         options.config, flags={path: value for path, value in vars(options).items() if path in known}

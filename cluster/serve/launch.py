@@ -17,7 +17,6 @@ from cluster.serve.ray_environment import RAY_ENVIRONMENT
 from cluster.sockets import check_port_is_free
 from cluster.summary import Reach, start_up_summary
 from cluster.ways_of_serving import DRAIN_S, check_on_ray
-from workers.console import keep_output_from_failing
 from workers.cores import engine_threads, usable_cores
 from workers.errors import ConfigError
 from workers.rpc.convert import EngineInfo
@@ -37,7 +36,6 @@ def serve_on_ray(config: CantataConfig) -> int:
     Raises:
         ConfigError, CheckpointError: one sentence for the user.
     """
-    keep_output_from_failing()
     check_on_ray(config)
     load_encoding(config)
     check_model(config)

@@ -34,7 +34,6 @@ from cluster.standalone.supervisor import EngineFailed, EngineProcess
 from cluster.summary import Reach, start_up_summary
 from cluster.ways_of_serving import DRAIN_S, check_standalone
 from workers.config_json import engine_config_to_json
-from workers.console import keep_output_from_failing
 from workers.cores import engine_threads, thread_environment
 from workers.errors import ConfigError
 from workers.private_folder import PrivateFolder
@@ -57,7 +56,6 @@ def serve_standalone(config: CantataConfig) -> int:
     Raises:
         ConfigError, CheckpointError: one sentence for the user.
     """
-    keep_output_from_failing()
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
