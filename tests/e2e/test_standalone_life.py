@@ -236,11 +236,10 @@ def test_a_port_that_is_taken_is_found_out_at_once(model: Path, flag: str) -> No
         result = _serve(model, flag, str(port))
     setting = "listen.http_port" if flag == "--http-port" else "listen.grpc_port"
     assert result.returncode == 1
-    assert (
-        result.stderr
-        == f"cantata: cannot listen on 127.0.0.1 port {port}: Address already in use; set {setting} to "
-        f"another\n"
-    )
+    assert result.stderr.splitlines() == [
+        f"Starting to serve {model}",
+        f"cantata: cannot listen on 127.0.0.1 port {port}: Address already in use; set {setting} to another",
+    ]
 
 
 def _serve(model: Path, *flags: str) -> "subprocess.CompletedProcess[str]":

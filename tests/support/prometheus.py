@@ -11,6 +11,8 @@ from pathlib import Path
 import httpx
 import yaml
 
+from tests.support.waiting import until
+
 FOLDER = Path(__file__).parents[2] / "deploy" / "prometheus"
 
 
@@ -57,6 +59,8 @@ def prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
         with httpx.Client(
             base_url=f"http://{address}", transport=httpx.HTTPTransport(retries=20), timeout=30
         ) as http:
+            # It listens, and answers 503, before its storage is open.
+            until(lambda: http.get("/-/ready").status_code == 200, 60)
             yield Prometheus(http)
     finally:
         process.terminate()
