@@ -1,4 +1,4 @@
-"""The device of a rank: whether it can be used, and whether it can hold and run the model."""
+"""The device of a rank: checks that it can be used, and that it can hold and run the model."""
 
 import signal
 
@@ -14,20 +14,20 @@ from workers.parallel.shard import RankShard
 
 
 def usable_device(name: str, local_rank: int = 0) -> torch.device:
-    """The torch device of a rank: `cuda` alone is the local_rank-th GPU.
+    """Return the torch device of a rank; `cuda` without an index is the GPU number local_rank.
 
     Raises:
-        ConfigError: it cannot be used here.
+        ConfigError: the device cannot be used here.
     """
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # streams and events are those of the current device
+            torch.cuda.set_device(device)  # streams and events belong to the current device
             _exact_matmuls()
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, AttributeError) as error:  # the last: torch without CUDA
+    except (RuntimeError, AssertionError, AttributeError) as error:  # AttributeError: no CUDA in torch
         raise ConfigError(f"engine.device {name} cannot be used here: {_why(error)}") from error
     return device
 
@@ -42,12 +42,11 @@ def _why(error: Exception) -> str:
 
 
 def prepare_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
-    """The device of a rank; on a CPU this process runs on the instruction set of the configuration
-    from now on.
+    """Return the device of a rank. On a CPU, switch this process to the configured instruction set.
 
     Raises:
-        ConfigError: as `usable_device`; the processor or the build lacks the instruction set.
-        RankCrashed: a process that tried the instruction set died of SIGILL.
+        ConfigError: as in `usable_device`; or the processor or the build lacks the instruction set.
+        RankCrashed: a child process that tried the instruction set died of SIGILL.
     """
     device = usable_device(config.device, local_rank)
     if device.type == "cpu":
@@ -72,11 +71,11 @@ def check_memory(
     *,
     ranks_on_host: int = 1,
 ) -> None:
-    """Refuse weights for which there is no room. On a CPU all ranks of a host ask before any of
-    them loads.
+    """Refuse weights that do not fit into memory. On a CPU all ranks of a host call this before any
+    of them loads.
 
     Raises:
-        ConfigError: with what is wanted and what is free.
+        ConfigError: names the bytes needed and the bytes free.
     """
     packed = True if config.quantize == "mxfp4" else None
     wanted = rank_bytes(
@@ -97,12 +96,12 @@ def check_memory(
 
 
 def check_mxfp8(target: str, experts_format: str) -> None:
-    """Refuse MXFP8 activations where they would lose precision and win nothing; a CPU runs the
-    reference, to try what they do.
+    """Refuse MXFP8 activations where they would lose precision and gain nothing. A CPU runs the
+    reference, so that their effect on results can be tried.
 
     Raises:
-        ConfigError: the experts are not in MXFP4, or the architecture does not multiply scaled
-            blocks itself.
+        ConfigError: the experts are not in MXFP4, or the architecture has no instructions for
+            products of scaled blocks.
     """
     if experts_format != "mxfp4":
         raise ConfigError(
@@ -117,7 +116,7 @@ def check_mxfp8(target: str, experts_format: str) -> None:
 
 
 def _exact_matmuls() -> None:
-    """cuBLAS adds up in fp32 and multiplies fp32 as such: the gate decides by it. Images for GPUs
-    come with other defaults."""
+    """Make cuBLAS accumulate in fp32 and multiply fp32 without TF32: the gate's decisions depend on
+    it. Images for GPUs come with other defaults."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

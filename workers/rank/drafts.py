@@ -1,7 +1,7 @@
-"""Drafts of a step: guesses of what follows, each computed as a row of its own behind the newest
-token, and sampled after like any other. A draft was right if the token sampled before it is the
-same: the tokens are those that would have come one by one, greedy or drawn, since a draw depends on
-seed and position alone."""
+"""Drafts of a step: guesses of the next tokens. Each is computed as a row of its own after the
+newest token, and a token is sampled after it as after any other. A draft is right if it equals the
+token sampled before it. The output is the same as without drafts, for greedy and random sampling,
+since a draw depends on seed and position alone."""
 
 from dataclasses import dataclass
 
@@ -19,10 +19,10 @@ class DraftRows:
     """The relations between the sampled rows of a step.
 
     Attributes:
-        expected: [num_samples] int64: the draft that the next row computes; NO_DRAFT at the last
+        expected: [num_samples] int64: the draft that the next row computes; NO_DRAFT in the last
             row of an entry.
         firsts: [num_samples] int64: index of the first sampled row of the same entry.
-        prefixes: by row, the drafts that precede it, if any.
+        prefixes: by row, the drafts before it; rows without any are absent.
     """
 
     expected: Ints
@@ -31,8 +31,8 @@ class DraftRows:
 
 
 def kept_rows(token_ids: list[int], drafts: DraftRows) -> tuple[list[bool], tuple[int, ...]]:
-    """Return whether each row's token is one of its sequence, and how many each entry has: the
-    drafts that were right, and the token after them."""
+    """Return whether each row's token belongs to its sequence, and the number of tokens of each
+    entry: its right drafts and the token after them."""
     kept: list[bool] = []
     counts: list[int] = []
     goes_on = False
@@ -51,14 +51,16 @@ def kept_rows(token_ids: list[int], drafts: DraftRows) -> tuple[list[bool], tupl
 def newest_slots(
     token_ids: Tensor, expected: Tensor, firsts: Tensor, slots: Tensor, padding_slot: int
 ) -> Tensor:
-    """Return where each row's token is to be written as its slot's newest one: that of the last row
-    that `kept_rows` keeps to its slot, all others to `padding_slot`. Stays on the device.
+    """Return the slot to which each row's token is written as the newest one: the row's own slot
+    for the last row that `kept_rows` keeps of an entry, `padding_slot` for all others. The result
+    stays on the device.
 
     Args:
         token_ids, expected, firsts, slots: [num_samples] int64, of the sampled rows.
     """
     misses = (token_ids != expected).to(torch.int64)
     misses_before = misses.cumsum(0) - misses
-    # An entry's first miss ends what is kept, and its last row, which expects nothing, is one.
+    # The first wrong draft ends what is kept. The last row of an entry expects nothing, so it
+    # counts as wrong.
     is_last = (misses == 1) & (misses_before == misses_before.index_select(0, firsts))
     return torch.where(is_last, slots, padding_slot)

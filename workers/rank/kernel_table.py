@@ -1,6 +1,6 @@
-"""Which kernels a loaded model runs on, and why: what the start-up table shows and what decides
-whether steps can be captured. The model's layers hold the implementations that were chosen when
-they were loaded; here they are only listed."""
+"""The kernels that a loaded model runs on, and the reason for each: the content of the start-up
+table, and the basis for the decision whether steps can be captured. The implementations were
+selected when the model's layers were loaded; this module only lists them."""
 
 import platform
 from collections.abc import Mapping
@@ -32,12 +32,12 @@ def model_kernels(model: GptOss) -> Kernels:
 
 
 def not_capturable(kernels: Kernels) -> list[str]:
-    """Operations whose implementation no CUDA graph can hold."""
+    """Return the operations whose implementation cannot be part of a CUDA graph."""
     return [operation for operation, chosen in kernels.items() if not chosen.is_capturable]
 
 
 def slow_paths(kernels: Kernels, device: torch.device) -> list[str]:
-    """A sentence for each reason why operations run slower than a user expects."""
+    """Return one sentence for each reason why operations run slower than a user expects."""
     by_reason: dict[str, list[str]] = {}
     for operation, chosen in kernels.items():
         if chosen.is_slow:
@@ -54,16 +54,16 @@ def slow_paths(kernels: Kernels, device: torch.device) -> list[str]:
 
 
 def _has_no_bf16_matrices(name: str) -> bool:
-    """Turing and older, and AMD's without MFMA or WMMA: kernels compile for them, to one product at
-    a time."""
+    """Return whether a GPU lacks bf16 matrix instructions (Turing and older, AMD's without MFMA or
+    WMMA): kernels compile for it, but to one product at a time."""
     if name.startswith("sm_"):
         return int(name.removeprefix("sm_")) < 80
     return name.startswith(("gfx8", "gfx900", "gfx906", "gfx10"))
 
 
 def describe_device(device: torch.device) -> str:
-    """Its name and architecture; of a CPU the instruction set in use and how many threads
-    compute."""
+    """Return the device's name and architecture; for a CPU the instruction set in use and the
+    number of compute threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)}, {architecture(device)})"
     kernels = native.isa() or "no C++ kernels"

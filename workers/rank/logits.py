@@ -1,4 +1,5 @@
-"""Logits of one sequence apart from the steps, and the check of freshly loaded weights by them."""
+"""Logits of one sequence, computed outside the steps, and the check of freshly loaded weights that
+uses them."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ from workers.model.gpt_oss import GptOss
 from workers.model.step_batch import StepBatch
 
 _NUM_CHECK_TOKENS = 16
-"""Cheap beside loading, and enough to reach many experts."""
+"""Number of tokens in the check: cheap compared with loading, and enough to reach many experts."""
 
 
 def sequence_logits(
@@ -21,10 +22,11 @@ def sequence_logits(
     token_ids: Sequence[int],
     observe: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor | None:
-    """Logits after each token of one sequence, in a KV cache of its own. All ranks take part.
+    """Return the logits after each token of one sequence, computed in a KV cache of its own. All
+    ranks take part.
 
     Args:
-        observe: as of `GptOss.forward`.
+        observe: as in `GptOss.forward`.
     Returns:
         [len(token_ids), vocab_size] fp32 on rank 0, None on the others.
     """
@@ -48,11 +50,11 @@ def sequence_logits(
 
 
 def check_weights(model: GptOss, config: EngineConfig) -> None:
-    """Run a few tokens from all over the vocabulary: NaN in a matrix, or values that overflow,
-    would otherwise be served as token 0. All ranks take part.
+    """Run a few tokens from all over the vocabulary. Without this check, NaN in a matrix, or values
+    that overflow, would be served as token 0. All ranks take part.
 
     Raises:
-        CheckpointError: what the model computes is not finite, or the same for every token.
+        CheckpointError: the model's output is not finite, or is the same for every token.
     """
     size = model.config.vocab_size
     not_finite: list[str] = []
@@ -73,7 +75,8 @@ def check_weights(model: GptOss, config: EngineConfig) -> None:
 
 
 def _chunk_batch(token_ids: Sequence[int], start: int, end: int, device: torch.device) -> StepBatch:
-    """Tokens start..end of a sequence whose block i lies in slot block i."""
+    """Return the batch of the tokens start..end of a sequence; its block i is block i of the
+    cache."""
     positions = torch.arange(start, end, device=device)
     blocks = torch.arange(-(-end // BLOCK_SIZE), dtype=torch.int32, device=device)[None]
     return StepBatch(

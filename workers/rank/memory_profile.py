@@ -1,12 +1,12 @@
-"""Steps that are run before there are requests: smaller ones, so that their kernels are compiled,
-and the largest and CUDA graphs, to see what they take beyond the weights before the KV cache is
+"""Steps that run before there are requests: small ones, so that their kernels are compiled; and the
+largest one and CUDA graphs, to measure their memory beyond the weights before the KV cache is
 sized.
 
-Counted is what a rank takes while it serves: weights, CUDA's context, compiled kernels, NCCL's
-buffers and cuBLAS's workspaces, as they are in use when this is done; the peak of the largest step
-with the most expensive sampling; graphs. Not counted, and left to what
-`cache.gpu_memory_utilization` leaves: entries of penalties and biases beyond one a row (20 bytes
-each), block tables, and processes that come later.
+Counted is the memory of a serving rank: weights, CUDA's context, compiled kernels, NCCL's buffers
+and cuBLAS's workspaces, as they are in use at the end of the profile; the peak of the largest step
+with the most expensive sampling; graphs. Not counted, and covered by the share of memory that
+`cache.gpu_memory_utilization` leaves free: entries of penalties and biases beyond one per row (20
+bytes each), block tables, and processes that start later.
 """
 
 import threading
@@ -26,14 +26,14 @@ from workers.rank.recorded.cuda_graph import DecodeGraphs, GraphReport, multiply
 from workers.rank.slots import DeviceSlots, SequenceSlots
 
 MAX_TOP_LOGPROBS = 20
-"""That a request may ask for."""
+"""Maximum number of alternatives that a request may ask for."""
 SAMPLED_GRAPHS = 2
 MIN_GRAPH_BYTES = 1 << 20
 
 
 def largest_batch(scheduler: SchedulerConfig, max_model_len: int, device: torch.device) -> StepBatch:
-    """max_num_batched_tokens tokens of as many sequences as may sample, all keys in NULL_BLOCK, as
-    even as they come."""
+    """Return a batch of max_num_batched_tokens tokens, spread as evenly as possible over as many
+    sequences as may sample. All keys go to NULL_BLOCK."""
     num_tokens = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max_model_len)
     num_seqs = min(scheduler.max_num_seqs, num_tokens)
     base, longer = divmod(num_tokens, num_seqs)
@@ -42,7 +42,7 @@ def largest_batch(scheduler: SchedulerConfig, max_model_len: int, device: torch.
     ends = lengths.cumsum(0, dtype=torch.int64)
     positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
     slots = positions % BLOCK_SIZE + NULL_BLOCK * BLOCK_SIZE
-    # As wide as a captured graph's, since attention's scratch grows with it.
+    # As wide as in a captured graph, since attention's scratch memory grows with the width.
     table = torch.full((num_seqs, max_model_len // BLOCK_SIZE + 1), NULL_BLOCK, dtype=torch.int32)
     cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(torch.int32)
     # Different tokens choose different experts, so that all of them take part.
@@ -66,8 +66,8 @@ def largest_batch(scheduler: SchedulerConfig, max_model_len: int, device: torch.
 def run_largest_step(
     model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype
 ) -> None:
-    """Forward, logits and sampling of the largest step; keys and values go to one block that is let
-    go of. All ranks take part."""
+    """Run forward, logits and sampling of the largest step. Keys and values go to one block that is
+    freed afterwards. All ranks take part."""
     batch = largest_batch(scheduler, max_model_len, model.device)
     batch.token_ids.remainder_(model.config.vocab_size)
     logits = model.compute_logits(model.forward(batch, _null_caches(model, kv_dtype))[batch.sample_indices])
@@ -76,8 +76,8 @@ def run_largest_step(
 
 
 def everything_wanted(num_rows: int, vocab_size: int, device: torch.device) -> SamplingBatch:
-    """The sampling that takes most memory: a second copy of the logits, which biases and masks
-    change, and all searches over it."""
+    """Return the sampling that takes the most memory: a second copy of the logits, changed by
+    biases and masks, and all searches over it."""
     rows = torch.arange(num_rows, device=device)
     tokens = rows % vocab_size
     ones, counts = torch.ones(num_rows, device=device), torch.ones(num_rows, dtype=torch.int32, device=device)
@@ -103,11 +103,11 @@ def everything_wanted(num_rows: int, vocab_size: int, device: torch.device) -> S
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """Bytes of GPU memory beyond what is in use now: the largest step's peak, and CUDA graphs.
+    """Bytes of GPU memory beyond those in use now: the largest step's peak, and CUDA graphs.
 
-    Both are counted by torch for this process alone, except for the driver's part of a graph, which
-    shows only in the whole GPU's free memory. Of the sampled graphs the one with the least counts,
-    so that what another process takes meanwhile is not multiplied by the number of graphs.
+    Torch counts both for this process alone, except for the driver's part of a graph, which shows
+    only in the whole GPU's free memory. The sampled graph with the smallest driver part counts, so
+    that memory taken meanwhile by another process is not multiplied by the number of graphs.
     """
 
     activation_bytes: int
@@ -117,8 +117,8 @@ class StepMemory:
 def profile_step(
     model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype, *, graphs: bool
 ) -> StepMemory:
-    """Run what is largest and see (CUDA only). What stays allocated afterwards, such as libraries'
-    workspaces, is in use and not counted. All ranks take part.
+    """Run the largest step and measure its memory (CUDA only). Memory that stays allocated
+    afterwards, such as libraries' workspaces, is in use and not counted. All ranks take part.
 
     Args:
         graphs: whether decode steps will be captured.
@@ -132,8 +132,8 @@ def profile_step(
 
 
 def activation_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> int:
-    """Bytes of GPU memory that the largest step takes at its peak beyond what is in use now (CUDA
-    only), as torch takes it from the driver: in whole segments."""
+    """Return the bytes of GPU memory that the largest step takes at its peak beyond those in use
+    now (CUDA only), as torch takes them from the driver: in whole segments."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
@@ -145,8 +145,8 @@ def activation_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: i
 
 def _captured_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> int:
     """Return the bytes that the graphs of all sizes will keep: the two largest are captured and
-    released. A newer torch frees cuBLAS's memory for their stream with them; it is allocated again
-    afterwards, as while graphs live."""
+    released. A newer torch frees cuBLAS's memory for their stream with them; it is then allocated
+    again, since it exists while graphs do."""
     slots = SequenceSlots(scheduler.max_num_seqs, max_model_len)
     kv_caches = _null_caches(model, kv_dtype)
     graphs = DecodeGraphs(
@@ -160,18 +160,19 @@ def _captured_bytes(model: GptOss, scheduler: SchedulerConfig, max_model_len: in
 
 
 def expected_graph_bytes(sampled: GraphReport, num_graphs: int) -> int:
-    """The first graph's pool is shared by those that are smaller; what each of these takes beside
-    it is taken to be what the last sampled one did. As vLLM estimates it
-    (`profile_cudagraph_memory`). For each graph the driver takes the least that it took for a
-    sampled one, and at least MIN_GRAPH_BYTES."""
+    """Return the bytes of all graphs, estimated from the sampled ones. The smaller graphs share the
+    first graph's pool; each is assumed to need as much beyond it as the last sampled one (as vLLM's
+    `profile_cudagraph_memory` does). The driver's part of each graph is assumed to be the smallest
+    of the sampled ones, and at least MIN_GRAPH_BYTES."""
     pools = sampled.pool_bytes
     others = (num_graphs - len(pools)) * (pools[-1] if len(pools) > 1 else 0)
     return sum(pools) + others + num_graphs * max(min(sampled.driver_bytes), MIN_GRAPH_BYTES)
 
 
 def _run_in_another_thread(device: torch.device) -> None:
-    """A matrix product on a thread that ends: cuBLAS has a handle for each thread, with a workspace
-    for each stream. The thread that will run the steps takes over this one's."""
+    """Compute a matrix product on a thread that ends. cuBLAS has a handle for each thread, with a
+    workspace for each stream; the thread that will run the steps takes over this thread's
+    handle."""
 
     def run() -> None:
         torch.cuda.set_device(device)
@@ -183,17 +184,17 @@ def _run_in_another_thread(device: torch.device) -> None:
 
 
 def _null_caches(model: GptOss, kv_dtype: KVDtype) -> list[Tensor]:
-    """A layer's each, of one block."""
+    """Return a KV cache of one block for each layer."""
     shape = (2, NULL_BLOCK + 1, BLOCK_SIZE, model.num_kv_heads, model.config.head_dim)
     return [torch.zeros(shape, dtype=KV_TORCH_DTYPES[kv_dtype], device=model.device) for _ in model.layers]
 
 
 def warm_up(model: GptOss, scheduler: SchedulerConfig, max_model_len: int, kv_dtype: KVDtype) -> None:
-    """Prompts of 1, 2, 4, … tokens up to the budget of a step, then each way to sample. All ranks
-    take part.
+    """Run prompts of 1, 2, 4, … tokens up to the token budget of a step, then each way to sample.
+    All ranks take part.
 
-    Triton compiles a kernel when it first meets a kind of step, which takes seconds and must not
-    happen while requests wait.
+    Triton compiles a kernel at the first step of a kind, which takes seconds and must not happen
+    while requests wait.
     """
     num_tokens = 1
     while num_tokens < scheduler.max_num_batched_tokens:

@@ -1,4 +1,4 @@
-"""A step that was launched, until its result is taken."""
+"""A step that was launched and whose result has not been taken."""
 
 import threading
 import time
@@ -17,14 +17,14 @@ from workers.scheduler.plan import StepResult
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What a step samples.
+    """The sampled tokens of a step, on the device.
 
     Attributes:
-        seq_ids: [num_samples] the sequence of each sampled row.
-        output: on the device.
-        drafts: None: each row is a sequence of its own.
-        logprob_rows: (row, alternatives wanted), in the order of `output.logprobs`.
-        listeners: (row, what is told its token).
+        seq_ids: [num_samples] sequence of each sampled row.
+        output: tensors on the device.
+        drafts: None if each row is a sequence of its own.
+        logprob_rows: (row, number of alternatives), in the order of `output.logprobs`.
+        listeners: (row, listener that receives the row's token).
     """
 
     seq_ids: tuple[int, ...]
@@ -39,8 +39,9 @@ class PromptScores:
     """Log-probabilities of prompt tokens.
 
     Attributes:
-        wanted: (seq_id, number of tokens, alternatives wanted), one after the other.
-        parts: of these tokens, in pieces, on the device; none on ranks that do not sample.
+        wanted: (seq_id, number of tokens, number of alternatives), one after the other.
+        parts: log-probabilities of these tokens, in pieces, on the device; empty on ranks that do
+            not sample.
     """
 
     wanted: tuple[tuple[int, int, int], ...] = ()
@@ -48,12 +49,12 @@ class PromptScores:
 
 
 class PendingStep:
-    """A step that was launched. On a CPU it is done; on a GPU its kernels and the copy of its
-    tokens to the host are queued.
+    """A launched step. On a CPU it is done; on a GPU its kernels and the copy of its tokens to the
+    host are queued.
 
     Args:
-        device: where it runs.
-        sampled: None: the step yields no token.
+        device: the device that the step runs on.
+        sampled: None if the step yields no token.
     """
 
     def __init__(
@@ -76,24 +77,24 @@ class PendingStep:
         if device.type != "cpu":
             self._output = None if self._output is None else _to_host(self._output)
             self._scores = [_to_host(part) for part in self._scores]
-            # Also of a step that yields no token: it is not done before, and only so many may be in
-            # flight.
+            # Also recorded for a step that yields no token: it is not done before this event, and
+            # the number of steps in flight is limited.
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
     @property
     def done(self) -> bool:
-        """Whether `result` returns at once."""
+        """True if `result` returns at once."""
         return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> StepResult:
-        """Wait for the step's tokens; the same result each time.
+        """Wait for the step's tokens and return them; every call returns the same result.
 
         Raises:
             RuntimeError: a kernel of this or an earlier step failed on the GPU.
         """
-        # The next launch may need the tokens while another thread waits for them: listeners hear
-        # each token once.
+        # The next launch may need the tokens while another thread waits for them: each token goes
+        # to its listeners once.
         with self._lock:
             if self._result is None:
                 self._result = self._take()
@@ -143,7 +144,7 @@ class PendingStep:
 
 
 def _entries(output: SampleOutput) -> list[TokenLogprobs]:
-    """One for each row with log-probabilities."""
+    """Return one entry for each row with log-probabilities."""
     if output.logprobs is None or output.top_ids is None or output.top_logprobs is None:
         return []
     rows = zip(output.logprobs.tolist(), output.top_ids.tolist(), output.top_logprobs.tolist(), strict=True)
@@ -155,7 +156,8 @@ def _cut(entry: TokenLogprobs, num_top: int) -> TokenLogprobs:
 
 
 def _to_host(output: SampleOutput) -> SampleOutput:
-    """A copy in pinned memory, queued behind what computes it."""
+    """Return a copy in pinned memory; the copy is queued after the kernels that compute the
+    output."""
     parts = (output.logprobs, output.top_ids, output.top_logprobs)
     return SampleOutput(
         _to_pinned(output.token_ids), *(None if part is None else _to_pinned(part) for part in parts)

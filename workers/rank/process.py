@@ -1,8 +1,9 @@
-"""A rank in a process of its own: joins the engine's channel and the other ranks, loads, and runs
-the plans that come.
+"""A rank in a process of its own: joins the engine's channel and the other ranks, loads its
+weights, and runs the plans that it receives.
 
-`serve_rank` is the whole life, whoever started the process: `python -m workers.rank.process` for
-child processes (its RankSpec is the JSON on stdin), the actor of `ray_executor` under Ray.
+`serve_rank` is the whole life of the process, however it was started: `python -m
+workers.rank.process` for child processes (the RankSpec is JSON on stdin), the actor of
+`ray_executor` under Ray.
 """
 
 import hashlib
@@ -41,18 +42,18 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _GPU_POLL_S = 5e-5
-"""Seconds between two checks for a GPU step's end and for the next plan."""
+"""Interval in seconds between two checks for the end of a GPU step and for the next plan."""
 _PROGRESS_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class RankSpec:
-    """All that a rank is told when it starts.
+    """Everything that a rank receives at its start.
 
     Attributes:
         config: EngineConfig as JSON.
         host: this node's address, for the collectives.
-        local_rank, ranks_on_host, num_threads: as of `Placement`.
+        local_rank, ranks_on_host, num_threads: as in `Placement`.
     """
 
     config: str
@@ -64,18 +65,18 @@ class RankSpec:
     num_threads: int
 
     def to_json(self) -> str:
-        """One line."""
+        """Return the spec as one line of JSON."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> "RankSpec":
-        """The inverse of `to_json`."""
+        """Parse a line from `to_json`."""
         fields = json.loads(text)
         return RankSpec(**{**fields, "endpoints": Endpoints(**fields["endpoints"])})
 
 
 def identity(config: EngineConfig) -> dict[str, object]:
-    """Return what all ranks and their engine must have in common, by name.
+    """Return the facts, by name, on which all ranks and their engine must agree.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -90,22 +91,22 @@ def identity(config: EngineConfig) -> dict[str, object]:
 
 
 class Stopped(Exception):
-    """The engine wants this rank to end."""
+    """The engine asked this rank to end."""
 
 
 class EngineLost(Exception):
-    """The engine has been silent for too long: its host is gone or cannot be reached, or it is
-    stopped."""
+    """The engine has been silent for too long: its host is down or cannot be reached, or its
+    process is stopped."""
 
 
 class EngineLink:
-    """The engine as a rank hears it: what it wants next, or that it is no more.
+    """A rank's view of the engine: the next message, or the fact that the engine is lost.
 
-    It says each second that it is alive, which is heard here and goes no further.
+    The engine sends a sign of life each second, which is consumed here.
 
     Args:
-        silence_s: how long it may say nothing while this rank listens.
-        clock: monotonic seconds.
+        silence_s: longest silence in seconds that is tolerated while this rank listens.
+        clock: returns monotonic seconds.
     """
 
     def __init__(
@@ -116,10 +117,10 @@ class EngineLink:
         self._clock = clock
 
     def wait(self) -> tuple[bytes, bytes]:
-        """(kind, body) of the next message.
+        """Return (kind, body) of the next message.
 
         Raises:
-            Stopped, EngineLost: there will be none.
+            Stopped, EngineLost: no message will come.
         """
         heard_s = self._clock()
         while True:
@@ -133,16 +134,16 @@ class EngineLink:
                 return _not_stop(message)
 
     def look(self) -> tuple[bytes, bytes] | None:
-        """The next message if it is there.
+        """Return the next message if it has arrived, else None.
 
         Raises:
-            Stopped: it says so.
+            Stopped: the message asks this rank to stop.
         """
         message = self._channel.receive(0)
         return None if message is None or message[0] == wire.ALIVE else _not_stop(message)
 
     def expect(self, wanted: bytes) -> bytes:
-        """The body of the next message, which has to be of that kind."""
+        """Return the body of the next message, which must be of the given kind."""
         kind, body = self.wait()
         if kind != wanted:
             raise ValueError(f"the engine sent {kind!r} where {wanted!r} was due")
@@ -150,10 +151,10 @@ class EngineLink:
 
 
 def serve_rank(spec: RankSpec) -> None:
-    """Run until the engine says stop. A failure is told to the engine, in one sentence.
+    """Run until the engine asks for the stop. A failure is reported to the engine in one sentence.
 
-    If the engine is lost, this ends the process: nobody is left who could, and what it holds of a
-    GPU is wanted.
+    If the engine is lost, this function ends the process: no other component can, and the GPU
+    memory that the process holds is needed.
     """
     channel = RankChannel(spec.endpoints)
     try:
@@ -170,7 +171,7 @@ def serve_rank(spec: RankSpec) -> None:
     except (CheckpointError, ConfigError) as error:
         channel.send(wire.FAILED, wire.pack(rank=spec.rank, kind=type(error).__name__, message=str(error)))
     except Exception as error:
-        # The process's edge.
+        # The outermost frame of the process: every failure is reported.
         logger.exception("rank %d failed", spec.rank)
         sentence = f"rank {spec.rank} failed ({type(error).__name__}); its log has the details"
         channel.send(wire.FAILED, wire.pack(rank=spec.rank, kind="", message=sentence))
@@ -197,7 +198,7 @@ def _serve(spec: RankSpec, channel: RankChannel) -> None:
             store_port=0 if own_store is None else own_store.port,
         ),
     )
-    # The engine's watchdog is to be first: it can say which step, and it ends all ranks.
+    # The engine's watchdog must act first: it can name the step, and it ends all ranks.
     patience_s = 2 * parallel.step_timeout_s + 10
     engine = EngineLink(channel, patience_s)
     join = wire.unpack(engine.expect(wire.JOIN))
@@ -209,8 +210,8 @@ def _serve(spec: RankSpec, channel: RankChannel) -> None:
         cores_of_rank(spec.local_rank, spec.ranks_on_host, spec.num_threads) if device.type == "cpu" else []
     )
     if cores:
-        # This thread, and those that it starts from now on. Those of the channel and the
-        # collectives may run anywhere, beside it.
+        # Applies to this thread and of those that it starts from now on. The threads of the channel
+        # and of the collectives may run on any core.
         os.sched_setaffinity(0, cores)
     rank = Rank(
         config,
@@ -254,8 +255,8 @@ def _run_plans(number: int, rank: Rank, channel: RankChannel, engine: EngineLink
 def _receive_while(
     number: int, launched: deque[tuple[LaunchedStep, float]], channel: RankChannel, engine: EngineLink
 ) -> tuple[bytes, bytes]:
-    """The next message. Meanwhile results are sent as they come: on a GPU the next plan is launched
-    while the last one runs."""
+    """Return the next message. Results are sent meanwhile as steps end: on a GPU the next plan is
+    launched while the last one runs."""
     while launched:
         step, idle_s = launched[0]
         if step.done:
@@ -277,7 +278,7 @@ def _not_stop(message: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
 
 
 class _Reporter:
-    """Sends progress, but not more often than anyone can read it."""
+    """Sends progress messages at a limited rate."""
 
     def __init__(self, rank: int, channel: RankChannel) -> None:
         self._rank = rank
@@ -293,13 +294,14 @@ class _Reporter:
 
 
 def main() -> int:
-    """Read the spec from stdin and serve; the argument is the PID of the engine's process, with
-    which this one ends."""
+    """Read the spec from stdin and serve. The argument is the PID of the engine's process; this
+    process ends when that one does."""
     keep_output_from_failing()
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    # Ctrl-C in a terminal reaches the whole group; the engine decides the order of the stop.
+    # Ctrl-C in a terminal reaches the whole process group; the engine decides the order of the
+    # shutdown.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A rank that is stopped, or waits in a collective or a driver, would keep its GPU.
     if not die_with_parent(int(sys.argv[1])):

@@ -1,4 +1,5 @@
-"""Rank: one rank's life, from loading its shard to running steps, whoever sends it the plans."""
+"""The life of one rank, from loading its shard to running steps, independent of where its plans
+come from."""
 
 import logging
 import time
@@ -39,19 +40,19 @@ from workers.scheduler.plan import StepPlan, StepResult
 logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 3600.0
-"""Seconds for the slowest rank to load its weights. A large checkpoint on a slow disk takes long,
-and its progress is shown."""
+"""Maximum seconds for the slowest rank to load its weights. A large checkpoint on a slow disk takes
+long, and its progress is shown."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with (phase, done, total) while starting; total is 0 where a phase has no steps to
-count."""
+"""Function called with (phase, done, total) during the start; total is 0 for a phase without steps
+to count."""
 Loader = Callable[..., GptOss]
-"""A function that takes `load_model`'s arguments."""
+"""Function that takes the arguments of `load_model` and returns the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankLoaded:
-    """A rank's report when its weights are loaded."""
+    """A rank's report once its weights are loaded."""
 
     device: str
     weight_bytes: int
@@ -60,11 +61,11 @@ class RankLoaded:
 
 
 class LaunchedStep:
-    """A plan on its way.
+    """A plan that was launched.
 
     Args:
-        failed: the result if it fails.
-        pending: None: it has failed.
+        failed: the result to return if the step fails.
+        pending: None if the launch has failed.
     """
 
     def __init__(self, failed: StepResult, pending: PendingStep | None = None) -> None:
@@ -73,14 +74,14 @@ class LaunchedStep:
 
     @property
     def done(self) -> bool:
-        """Whether `result` returns at once, also for a step that fails."""
+        """True if `result` returns at once, also for a step that fails."""
         try:
             return self._pending is None or self._pending.done
-        except RuntimeError:  # a kernel failed; `result` says so
+        except RuntimeError:  # a kernel failed; `result` reports it
             return True
 
     def result(self) -> StepResult:
-        """Wait for it."""
+        """Wait for the step and return its result."""
         if self._pending is None:
             return self._failed
         try:
@@ -101,11 +102,10 @@ class Rank:
 
     Args:
         shard: this rank's part of the model.
-        collectives: the other ranks.
+        collectives: communication with the other ranks.
         ranks_on_host: ranks that share this host's memory and, on a CPU, its cores.
-        progress: hears of each phase as it starts, and of tensors loaded.
-        loader: makes the model; called as `load_model`, which reads the checkpoint and is the
-            default.
+        progress: called at the start of each phase, and as tensors are loaded.
+        loader: builds the model; called as `load_model`, the default, which reads the checkpoint.
     """
 
     def __init__(
@@ -133,10 +133,10 @@ class Rank:
         self.phases_s: dict[str, float] = {}
 
     def load(self) -> RankLoaded:
-        """Read this rank's weights and see how much memory is left for the KV cache.
+        """Read this rank's weights and return how much memory is left for the KV cache.
 
         Raises:
-            CheckpointError, ConfigError: one sentence for the user.
+            CheckpointError, ConfigError: with one sentence for the user.
         """
         check_kv_dtype(self._config.kv_dtype, architecture(self._device))
         if self._config.moe_activation_dtype == "mxfp8":
@@ -171,13 +171,13 @@ class Rank:
         return RankLoaded(describe_device(self._device), self._model.weight_bytes, self._kv_memory(), table)
 
     def allocate(self, plan: KVCachePlan) -> None:
-        """Allocate the KV cache and run a few tokens through the model. All ranks do this at the
+        """Allocate the KV cache and run a few tokens through the model. All ranks call this at the
         same time.
 
         Raises:
-            CheckpointError: the weights are broken: what the model computes is not finite, or the
+            CheckpointError: the weights are broken: the model's output is not finite, or is the
                 same for every token.
-            ConfigError: there is less memory than there was.
+            ConfigError: less memory is free than when the cache was sized.
         """
         with self._phase("allocate KV cache"):
             kv_caches = allocate_kv_caches(
@@ -214,12 +214,12 @@ class Rank:
         self._runner = runner
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Run one plan; a failure is a result with `error`."""
+        """Run one plan and return its result; a failure is a result with `error`."""
         return self.launch(plan).result()
 
     def launch(self, plan: StepPlan) -> "LaunchedStep":
-        """Start one plan, before the result of the last one is taken if that is still to come; a
-        failure is a result with `error`."""
+        """Start one plan, possibly before the result of the previous one was taken. A failure is a
+        result with `error`."""
         if self._runner is None:
             return LaunchedStep(StepResult(plan.step, error="the executor has shut down"))
         failed = StepResult(
@@ -229,18 +229,18 @@ class Rank:
             self._enter_device()
             return LaunchedStep(failed, self._runner.launch(plan))
         except Exception as error:
-            # The edge of the rank: the protocol turns a failure into a result.
+            # The outermost frame of the rank: the protocol turns a failure into a result.
             logger.exception("step %d failed", plan.step)
             return LaunchedStep(_result_of_failure(failed, error))
 
     def logits(
         self, token_ids: Sequence[int], observe: Callable[[str, Tensor], None] | None = None
     ) -> Tensor | None:
-        """Logits after each token of one sequence, in a KV cache of its own: steps in between are
-        not disturbed. All ranks take part.
+        """Return the logits after each token of one sequence, computed in a KV cache of its own, so
+        that running sequences are not disturbed. All ranks take part.
 
         Args:
-            observe: as of `GptOss.forward`.
+            observe: as in `GptOss.forward`.
         Returns:
             [len(token_ids), vocab_size] fp32 on rank 0, None on the others.
         """
@@ -249,13 +249,13 @@ class Rank:
         return sequence_logits(self._model, self._config, token_ids, observe)
 
     def close(self) -> None:
-        """Let go of weights and caches."""
+        """Release weights and caches."""
         self._runner = None
         self._model = None
 
     def _enter_device(self) -> None:
-        """Each thread has a current device of its own, at first GPU 0; Triton launches there, and
-        events are recorded there."""
+        """Make this rank's device the current one of the calling thread. A new thread starts with
+        GPU 0; Triton launches on the current device, and events are recorded there."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
@@ -283,10 +283,10 @@ class Rank:
         )
         assert model is not None
         self._collectives.meet("load weights", LOAD_TIMEOUT_S)
-        # Before the profile, since compiled kernels take memory, too.
+        # Before the profile, since compiled kernels take memory too.
         with self._phase("compile kernels"):
             warm_up(model, *limits)
-            self._collectives.meet("compile kernels", LOAD_TIMEOUT_S)  # rank 0 has more of them
+            self._collectives.meet("compile kernels", LOAD_TIMEOUT_S)  # rank 0 compiles more
         with self._phase("profile memory"):
             taken = profile_step(model, *limits, graphs=self._captures_graphs(model))
         free, total = torch.cuda.mem_get_info(self._device)

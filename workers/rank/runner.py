@@ -1,4 +1,4 @@
-"""The runner: what a rank does with a StepPlan. Every executor runs this one."""
+"""The runner, which executes a StepPlan on a rank. Every executor uses it."""
 
 import time
 from collections import deque
@@ -26,9 +26,9 @@ class Runner:
     """A model, its KV caches and the state of the sequences that live on this rank.
 
     Args:
-        kv_caches: a layer's each, as `GptOss.forward` takes them.
-        max_num_seqs: sequences known at once.
-        max_model_len: tokens of a sequence at most.
+        kv_caches: one for each layer, as `GptOss.forward` takes them.
+        max_num_seqs: maximum number of live sequences.
+        max_model_len: maximum tokens of a sequence.
     """
 
     def __init__(
@@ -44,12 +44,13 @@ class Runner:
         self._graphs: DecodeGraphs | DecodePrograms | None = None
         self._max_logits = max_num_seqs
         self._next_step = 0
-        # Steps whose tokens some sequence's next token depends on, and which may not have come yet.
+        # Steps whose sampled tokens decide the next token of some sequence, and whose tokens may
+        # not have arrived yet.
         self._unheard: deque[PendingStep] = deque()
 
     def capture_graphs(self, progress: Callable[[str, int, int], None]) -> GraphReport:
-        """Record the model's decode step for all padded batch sizes (CUDA only). All ranks do this
-        at the same time, before any step.
+        """Record the model's decode step for all padded batch sizes (CUDA only). All ranks call
+        this at the same time, before any step.
 
         Args:
             progress: called with ("capture graphs", done, total).
@@ -59,21 +60,21 @@ class Runner:
         return graphs.capture(progress)
 
     def record_programs(self) -> None:
-        """Run decode steps as programs of C++ operations (CPU only, one rank)."""
+        """Run decode steps as programs of C++ operations from now on (CPU only, one rank)."""
         self._graphs = DecodePrograms(self._slots, self._device_slots, self._forward_alone())
 
     def step(self, plan: StepPlan) -> StepResult:
-        """`launch` and wait for the result."""
+        """Launch the plan, wait, and return its result."""
         return self.launch(plan).result()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Apply the plan, run the model, sample. The next plan may be launched before this one's
-        result was taken.
+        """Apply the plan, run the model, and sample. The next plan may be launched before this
+        one's result was taken.
 
         Raises:
-            ValueError: a step is missing between the last plan and this one; the rank's state would
-                be wrong from here on.
+            ValueError: a step is missing between the previous plan and this one, so the rank's
+                state would be wrong from here on.
         """
         started = time.perf_counter()
         self._check_order(plan.step)
@@ -91,7 +92,7 @@ class Runner:
         return self._pending(plan, started, rows, output, scores)
 
     def _apply_changes(self, plan: StepPlan) -> None:
-        """Forget and take in sequences, and on rank 0 how they are sampled."""
+        """Drop and add sequences, and on rank 0 their sampling state."""
         sampling = self._sampling
         for seq_id in plan.drops:
             slot = self._slots.drop(seq_id)
@@ -105,13 +106,14 @@ class Runner:
                 sampling.start(slot, start)
 
     def _forward_alone(self) -> Callable[[StepBatch], Tensor]:
-        """The model over these caches, without this object: graphs are to end with it, at once,
-        since NCCL waits for those that hold its calls before it lets a group be left."""
+        """Return the model over these caches as a function without a reference to this object.
+        Graphs must be destroyed at once when this object is: NCCL does not leave a group while
+        graphs hold calls to it."""
         model, kv_caches = self._model, self._kv_caches
         return lambda batch: model.forward(batch, kv_caches)
 
     def _forward(self, rows: StepRows) -> tuple[Tensor, EdgeArrays[Tensor]]:
-        """([T or more, hidden], valid until the next step; what surrounds the model)."""
+        """Return ([T or more, hidden], valid until the next step; the arrays around the model)."""
         if self._graphs is not None and (size := self._graphs.size_for(rows)) is not None:
             hidden, edges = self._graphs.replay(rows, size, self._inputs)
         else:
@@ -124,7 +126,7 @@ class Runner:
         return hidden, edges
 
     def _note_newest(self, rows: StepRows, edges: EdgeArrays[Tensor], token_ids: Tensor) -> None:
-        """Keep each sequence's newest token for the next step, on the device."""
+        """Store each sequence's newest token on the device, for the next step."""
         slots = edges.sampled_slots
         if rows.drafts is not None:
             expected, firsts = self._inputs.upload([rows.drafts.expected, rows.drafts.firsts])
@@ -132,12 +134,12 @@ class Runner:
         self._device_slots.newest.index_copy_(0, slots, token_ids)
 
     def _score_prompts(self, plan: StepPlan, rows: StepRows, hidden: Tensor) -> PromptScores:
-        """Log-probabilities of prompt tokens, in pieces for whose logits the rank has sized its
-        memory. All ranks take part."""
+        """Return log-probabilities of prompt tokens, computed in pieces whose logits fit into the
+        memory that the rank reserved. All ranks take part."""
         at, tokens, wanted = [], [], []
         for index, first, count, num_top in plan.prompt_logprobs:
             row = int(np.searchsorted(rows.entries, index))
-            # The token at a position follows on the one before it.
+            # The token at a position is predicted by the logits of the position before it.
             offset = int(rows.model.cu_seqlens_q[row]) + first - 1 - plan.num_computed_tokens[index]
             at.append(np.arange(offset, offset + count))
             tokens.append(self._slots.prompt_tokens(plan.seq_ids[index], first, first + count))
@@ -153,10 +155,10 @@ class Runner:
         return PromptScores(tuple(wanted), parts)
 
     def _sample(self, rows: StepRows, logits: Tensor | None) -> SampleOutput:
-        """Rank 0 samples; all ranks need the ids, which are the next step's inputs.
+        """Sample on rank 0 and send the ids to all ranks, whose next step needs them as inputs.
 
         Args:
-            logits: None on the other ranks.
+            logits: None on ranks other than 0.
         """
         collectives = self._model.collectives
         sampling = self._sampling

@@ -1,6 +1,6 @@
 """The sampling state of each live sequence, on rank 0: parameters by slot, and for the sequences
-that need more (bias, penalties, constraints, stop tokens before min_tokens) what their next token
-depends on. Builds the SamplingBatch of a step."""
+with a bias, penalties, a constraint or stop tokens before min_tokens also the state that their next
+token depends on. Builds the SamplingBatch of a step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,16 +23,16 @@ _NO_PREFIXES: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 class TokenListener(Protocol):
-    """A dependency of a sequence's next token besides the model, which must be given each token
-    before the next one is sampled."""
+    """A state, besides the model's, that a sequence's next token depends on. It must receive each
+    token before the next one is sampled."""
 
     def push(self, token_id: int) -> None:
-        """One more output token."""
+        """Add one output token."""
 
 
 class SeenTokens:
-    """Distinct tokens of a sequence and how often each is among its output, kept up to date token
-    by token."""
+    """The distinct tokens of a sequence and how often each occurs in its output, updated token by
+    token."""
 
     def __init__(self, prompt: tuple[int, ...], output: tuple[int, ...]) -> None:
         self._index: dict[int, int] = {}
@@ -52,7 +52,7 @@ class SeenTokens:
         return self._counts[: len(self._index)]
 
     def push(self, token_id: int) -> None:
-        """One more output token."""
+        """Add one output token."""
         self._add(token_id, 1)
 
     def with_output(self, token_ids: Sequence[int]) -> "SeenTokens":
@@ -87,11 +87,11 @@ class _Extras:
 
     @property
     def listens(self) -> bool:
-        """Whether the next token depends on the output so far."""
+        """True if the next token depends on the output so far."""
         return self.seen is not None or self.constraint is not None
 
     def push(self, token_id: int) -> None:
-        """One more output token."""
+        """Add one output token."""
         if self.seen is not None:
             self.seen.push(token_id)
         if self.constraint is not None:
@@ -126,7 +126,7 @@ class _Extras:
 
 
 class _Pairs:
-    """(row, token id) pairs, with a value each, gathered row by row."""
+    """(row, token id) pairs with a value each, collected row by row."""
 
     def __init__(self) -> None:
         self._rows: list[int] = []
@@ -143,7 +143,7 @@ class _Pairs:
         return any(len(token_ids) for token_ids in self._token_ids)
 
     def arrays(self) -> tuple[Ints, Ints]:
-        """(rows, token ids)."""
+        """Return (rows, token ids)."""
         rows = np.repeat(
             np.array(self._rows, dtype=np.int64), [len(token_ids) for token_ids in self._token_ids]
         )
@@ -155,7 +155,7 @@ class _Pairs:
 
 @dataclass(slots=True)
 class _Sparse:
-    """The parts of a batch that few rows have."""
+    """The parts of a batch that only few rows have."""
 
     bias: _Pairs
     seen: _Pairs
@@ -185,18 +185,18 @@ class SamplingState:
         self._automata: dict[bytes, AutomatonTables] = {}
 
     def update_automata(self, new: Sequence[tuple[bytes, bytes]], dropped: Sequence[bytes]) -> None:
-        """Forget and take in automata, as `StepPlan` names them."""
+        """Drop and add automata, as listed in `StepPlan`."""
         for automaton_id in dropped:
             del self._automata[automaton_id]
         for automaton_id, body in new:
             self._automata[automaton_id] = AutomatonTables(body)
 
     def start(self, slot: int, start: SequenceStart) -> None:
-        """Take in a sequence with the output it has so far."""
+        """Add a sequence with its output so far."""
         sampling = start.sampling
         assert sampling.seed is not None, "the engine got a request without a seed"
         self._temperature[slot] = sampling.temperature
-        # The same 64 bits, as a signed number.
+        # The same 64 bits as a signed number.
         self._seed[slot] = sampling.seed - (1 << 64) if sampling.seed >= 1 << 63 else sampling.seed
         self._top_k[slot] = max(sampling.top_k, 0)
         self._top_p[slot] = sampling.top_p
@@ -209,11 +209,12 @@ class SamplingState:
             self._extras[slot] = extras
 
     def drop(self, slot: int) -> None:
-        """Forget a sequence."""
+        """Drop a sequence."""
         self._extras.pop(slot, None)
 
     def logprob_rows(self, slots: Ints) -> list[tuple[int, int]]:
-        """(row, alternatives wanted) of the rows whose sequences want log-probabilities."""
+        """Return (row, number of alternatives) of the rows whose sequences want
+        log-probabilities."""
         if not self._extras:
             return []
         extras = [(row, self._extras.get(slot)) for row, slot in enumerate(slots.tolist())]
@@ -224,8 +225,8 @@ class SamplingState:
         ]
 
     def listeners(self, slots: Ints) -> list[tuple[int, TokenListener]]:
-        """(row, what must be told its token) of the slots that need it. They stay those of the
-        present tenants if a slot changes hands."""
+        """Return (row, listener) of the slots that have one. The listeners stay those of the
+        present sequences if a slot is reused."""
         if not self._extras:
             return []
         extras = [(row, self._extras.get(slot)) for row, slot in enumerate(slots.tolist())]
@@ -238,12 +239,12 @@ class SamplingState:
         inputs: InputBuffers,
         prefixes: Mapping[int, Sequence[int]] = _NO_PREFIXES,
     ) -> SamplingBatch:
-        """The batch for one row per slot. The output so far has been pushed to `listeners`.
+        """Return the batch for one row per slot. The output so far has been pushed to `listeners`.
 
         Args:
             output_positions: [S] index of each slot's next token among its output tokens.
-            inputs: uploads all of it at once; the host does not wait for the device.
-            prefixes: by row, drafts that it follows on beyond the output so far.
+            inputs: uploads all arrays at once; the host does not wait for the device.
+            prefixes: by row, the drafts between the output so far and the row.
         """
         temperature, top_k, top_p, min_p = (
             self._temperature[slots],
@@ -292,7 +293,7 @@ class SamplingState:
     def _gather(
         self, slots: Ints, output_positions: Ints, prefixes: Mapping[int, Sequence[int]]
     ) -> "_Sparse":
-        """Gather the parts of the batch that few rows use."""
+        """Collect the parts of the batch that few rows use."""
         sparse = _Sparse(_Pairs(), _Pairs(), _Pairs(), _Pairs())
         for row, slot in enumerate(slots.tolist()) if self._extras else ():
             extras = self._extras.get(slot)
@@ -309,8 +310,8 @@ class SamplingState:
                 if (ids := tables.allowed(state)) is not None:
                     sparse.allowed.add(row, ids)
                 else:
-                    # As a bias: `forbidden_ids` gives way where nothing is left, which is meant for
-                    # stop tokens before min_tokens only.
+                    # As a bias, not as `forbidden_ids`: those are ignored where no other token is
+                    # left, which is meant for stop tokens before min_tokens only.
                     ids = tables.forbidden(state)
                     sparse.bias.add(row, ids, np.full(len(ids), -np.inf, dtype=np.float32))
             if len(extras.stop_token_ids) and output_positions[row] < extras.min_tokens:
@@ -322,7 +323,7 @@ class SamplingState:
 
 
 def _upload(parts: dict[str, tuple[Array, ...]], inputs: InputBuffers) -> dict[str, list[Tensor]]:
-    """All arrays in one copy, which the host does not wait for."""
+    """Upload all arrays in one copy, without waiting for it."""
     if not parts:
         return {}
     tensors = iter(inputs.upload([array for arrays in parts.values() for array in arrays]))

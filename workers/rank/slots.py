@@ -1,8 +1,8 @@
-"""A rank's memory of its live sequences, by slot, so that a step's batch is built by indexing.
+"""A rank's state of its live sequences, by slot, so that a step's batch is built by indexing.
 
 Lengths and prompts are on the host. Block tables and each sequence's newest sampled token are on
-the device: the host lays out the next step without having seen the tokens of the last one, and a
-step uploads only the blocks that are new.
+the device: the host prepares the next step without having seen the tokens of the last one, and a
+step uploads only new blocks.
 """
 
 from dataclasses import dataclass
@@ -28,20 +28,20 @@ FULL, SLIDING = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """What a plan computes, still on the host.
+    """The computation of a plan, still on the host.
 
-    An entry of the plan is one row, and each of its drafts another one: so a batch of decodes stays
-    one, and each row yields one token at most.
+    An entry of the plan is one row, and each of its drafts is another: so a batch of decodes stays
+    one, and each row yields at most one token.
 
     Attributes:
         model: T tokens of S rows.
-        edges: what surrounds the model.
+        edges: input around the model.
         entries: [S] index of each row's entry in the plan.
         sampled: [num_samples] indices of the rows after which a token is sampled.
         output_positions: [num_samples] index of the token to sample among its sequence's output
             tokens.
-        num_blocks: of the longest sequence.
-        drafts: None: there are none.
+        num_blocks: number of blocks of the longest sequence.
+        drafts: None if the plan has none.
     """
 
     model: ModelArrays[Array]
@@ -58,32 +58,32 @@ class StepRows:
 
     @property
     def sampled_slots(self) -> Ints:
-        """[num_samples] slots of the sequences of `sampled`."""
+        """[num_samples] slots of the sequences in `sampled`."""
         return self.edges.sampled_slots.astype(np.int64, copy=False)
 
     @property
     def is_decode(self) -> bool:
-        """Whether each row is one token."""
+        """True if each row is one token."""
         return len(self.model.token_ids) == len(self.model.slots)
 
     @property
     def samples_all(self) -> bool:
-        """Whether a token is sampled after each row of a decode, so that `sample_indices` are the
+        """True if a token is sampled after each row of a decode, so that `sample_indices` are the
         first rows in order."""
         return self.is_decode and len(self.sampled) == self.num_rows
 
     @property
     def max_query_len(self) -> int:
-        """Tokens of a row at most."""
+        """Maximum number of tokens of a row."""
         return 1 if self.is_decode else int(np.diff(self.model.cu_seqlens_q).max())
 
 
 def padded(model: ModelArrays[Array], size: int, padding_slot: int) -> ModelArrays[Array]:
-    """Return a decode batch with rows up to `size` that compute a token of a sequence of one,
-    written to and read from NULL_BLOCK.
+    """Return a decode batch extended to `size` rows. Each added row computes one token of a
+    sequence of length one, whose KV is written to and read from NULL_BLOCK.
 
     Args:
-        padding_slot: its block table is all NULL_BLOCK.
+        padding_slot: slot whose block table is all NULL_BLOCK.
     """
     missing = size - len(model.slots)
     assert len(model.token_ids) == len(model.slots), "only decode batches are padded"
@@ -102,7 +102,7 @@ def padded(model: ModelArrays[Array], size: int, padding_slot: int) -> ModelArra
 
 
 def padding(size: int, padding_slot: int) -> ModelArrays[Array]:
-    """Return a decode batch of nothing but padding."""
+    """Return a decode batch that consists of padding only."""
     none, ids = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
     starts = np.zeros(1, dtype=np.int32)
     empty: ModelArrays[Array] = ModelArrays(none, none, none, none, none, none, ids, starts)
@@ -110,21 +110,22 @@ def padding(size: int, padding_slot: int) -> ModelArrays[Array]:
 
 
 class SequenceSlots:
-    """The host's part. Pages of `_tokens` are only touched as far as prompts are long.
+    """The slots' state on the host. Pages of `_tokens` are only touched as far as prompts are long.
 
     Args:
-        max_num_seqs: sequences known at once.
-        max_model_len: tokens of a sequence at most.
+        max_num_seqs: maximum number of live sequences.
+        max_model_len: maximum tokens of a sequence.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
         self.max_num_seqs = max_num_seqs
-        # A sequence that is complete may be planned once more before that is known: one further
+        # A complete sequence may be planned once more before its end is known: one further
         # position.
         self.max_blocks = max_model_len // BLOCK_SIZE + 1
         self._tokens = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
         self._num_known = np.zeros(max_num_seqs, dtype=np.int64)
-        # Tokens of each sequence now: with drafts in the last step, from the one to the other.
+        # Bounds on the current number of tokens of each sequence; they differ if the last step had
+        # drafts.
         self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self._most_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
@@ -132,8 +133,8 @@ class SequenceSlots:
         self._num_blocks = ([0] * max_num_seqs, [0] * max_num_seqs)
         self._slot_of: dict[int, int] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
-        # Table entries to be set, here and on the device, with the next step: flat indices and
-        # block ids.
+        # Table entries to set with the next step, here and on the device: flat indices and block
+        # ids.
         self._new_at: list[range] = []
         self._new_ids: list[int] = []
 
@@ -142,13 +143,13 @@ class SequenceSlots:
         return self._slot_of[seq_id]
 
     def drop(self, seq_id: int) -> int:
-        """Forget a sequence; returns the slot it had."""
+        """Drop a sequence and return its slot."""
         slot = self._slot_of.pop(seq_id)
         self._free.append(slot)
         return slot
 
     def start(self, start: SequenceStart) -> int:
-        """Take in a sequence; returns its slot."""
+        """Add a sequence and return its slot."""
         assert start.seq_id not in self._slot_of, f"sequence {start.seq_id} started twice"
         slot = self._free.pop()
         self._slot_of[start.seq_id] = slot
@@ -161,8 +162,8 @@ class SequenceSlots:
         return slot
 
     def build(self, plan: StepPlan) -> StepRows:
-        """Append the plan's new blocks, lay out its tokens, and count the tokens it samples. Drops
-        and starts have been applied."""
+        """Append the plan's new blocks, lay out its tokens, and count the tokens that it samples.
+        The plan's drops and starts must have been applied."""
         slots = np.fromiter(
             map(self._slot_of.__getitem__, plan.seq_ids), dtype=np.int64, count=len(plan.seq_ids)
         )
@@ -186,14 +187,14 @@ class SequenceSlots:
         return self._lay_out(plan, slots, computed, scheduled, samples, entries)
 
     def prompt_tokens(self, seq_id: int, start: int, end: int) -> Ints:
-        """Return a live sequence's prompt tokens at these positions."""
+        """Return the prompt tokens of a live sequence at positions start..end."""
         return self._tokens[self._slot_of[seq_id], start:end].astype(np.int64)
 
     def _count(self, slots: Ints, lengths: Ints, samples: Bools, num_drafts: Ints | None) -> None:
-        """Check the plan against the tokens that there are, and count those that will come.
+        """Check the plan against the existing tokens, and count those that the step will add.
 
         Args:
-            lengths: tokens computed after the step, drafts aside.
+            lengths: tokens computed after the step, without drafts.
         """
         fits = (lengths >= self._num_tokens[slots]) & (lengths <= self._most_tokens[slots])
         assert (fits == samples).all(), "the plan samples where tokens are missing, or not at the end"
@@ -219,7 +220,7 @@ class SequenceSlots:
             rows = np.repeat(slots, scheduled)
             positions = np.arange(ends[-1]) + np.repeat(context_lens - ends, scheduled)
         blocks, offsets = positions // BLOCK_SIZE, positions % BLOCK_SIZE
-        # A position past the known ones is that of the newest sampled token: the others have been
+        # A position past the known ones holds the newest sampled token: all others have been
         # computed.
         is_known = positions < self._num_known[rows]
         known = np.flatnonzero(is_known)
@@ -262,7 +263,7 @@ class SequenceSlots:
         )
 
     def _set_new_blocks(self) -> tuple[Ints, npt.NDArray[np.int32]]:
-        """Set the table entries that are new; returns them, for the device."""
+        """Set the new table entries on the host and return them for the device."""
         table_at = np.fromiter(
             (at for part in self._new_at for at in part), dtype=np.int64, count=len(self._new_ids)
         )
@@ -284,11 +285,11 @@ class SequenceSlots:
 def _with_draft_rows(
     slots: Ints, computed: Ints, scheduled: Ints, samples: Bools, num_drafts: Ints
 ) -> tuple[Ints, Ints, Ints, Bools, Ints]:
-    """Return the entries with a row of one token behind them for each draft: (slots, computed,
-    scheduled, samples, entries) by row.
+    """Return the entries with one row of one token added after them for each draft: (slots,
+    computed, scheduled, samples, entries) by row.
 
     Args:
-        scheduled: without the drafts.
+        scheduled: token counts without the drafts.
     """
     entries = np.repeat(np.arange(len(slots)), 1 + num_drafts)
     firsts = np.cumsum(1 + num_drafts) - 1 - num_drafts
@@ -304,10 +305,10 @@ def _with_draft_rows(
 
 
 def _draft_rows(plan: StepPlan, entries: Ints) -> DraftRows:
-    """Return how the sampled rows hang together.
+    """Return the relations between the sampled rows.
 
     Args:
-        entries: [num_samples] the entry of each.
+        entries: [num_samples] index of each row's entry.
     """
     firsts = np.searchsorted(entries, entries)
     expected = np.full(len(entries), NO_DRAFT, dtype=np.int64)
@@ -320,8 +321,8 @@ def _draft_rows(plan: StepPlan, entries: Ints) -> DraftRows:
 
 
 class DeviceSlots:
-    """The device's part: block tables and newest tokens by slot. The slot behind the last is that
-    of padding rows.
+    """The slots' state on the device: block tables and newest tokens by slot. The slot after the
+    last one is that of padding rows.
 
     Attributes:
         tables: [2, max_num_seqs + 1, max_blocks] int32: full, sliding.
@@ -336,14 +337,14 @@ class DeviceSlots:
         self.newest = torch.zeros(slots.max_num_seqs + 1, dtype=torch.int64, device=device)
 
     def set_blocks(self, edges: EdgeArrays[Tensor]) -> None:
-        """Take in the block table entries that are new."""
+        """Store new block table entries."""
         if len(edges.table_ids):
             self.tables.view(-1).index_copy_(0, edges.table_at, edges.table_ids)
 
     def batch(
         self, arrays: ModelArrays[Tensor], sample_indices: Tensor, num_blocks: int, max_query_len: int
     ) -> StepBatch:
-        """Return the model's input; reads nothing back, so that a CUDA graph can hold it.
+        """Return the model's input. Nothing is read back, so a CUDA graph can hold this.
 
         Args:
             num_blocks: width of the block tables.

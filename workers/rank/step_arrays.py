@@ -1,5 +1,5 @@
-"""The arrays of one step, between what lays them out (`slots`), what uploads them (`step_inputs`)
-and what runs the model over them (`runner`, `recorded/`)."""
+"""The arrays of one step, passed from the module that lays them out (`slots`) to the one that
+uploads them (`step_inputs`) and those that run the model over them (`runner`, `recorded/`)."""
 
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -12,19 +12,19 @@ A = TypeVar("A", Array, Tensor)
 """Type of the arrays: numpy on the host, torch on the device."""
 
 TOKEN_KNOWN = -1
-"""In `ModelArrays.newest_of`: the host knows this token."""
+"""Value in `ModelArrays.newest_of` for a token that the host knows."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelArrays(Generic[A]):
     """Input of the model: T tokens of S rows. A row is a run of consecutive tokens of one sequence.
-    Shapes depend on T and S only, so that a batch comes to lie where a CUDA graph of its size was
-    captured.
+    Shapes depend on T and S only, so that every batch of a size fits the addresses at which a CUDA
+    graph of that size was captured.
 
     Attributes:
         token_ids: [T] int64; 0 where `newest_of` names a slot.
-        newest_of: [T] int64: the slot whose newest sampled token this is, which only the device
-            knows; TOKEN_KNOWN: the token is `token_ids`.
+        newest_of: [T] int64: slot whose newest sampled token this is, known only to the device;
+            TOKEN_KNOWN if the token is in `token_ids`.
         positions: [T] int64, position of each token in its sequence.
         slot_mapping_full, slot_mapping_sliding: [T] int64, as in StepBatch.
         slots: [S] int64, the slot of each row's sequence.
@@ -82,19 +82,19 @@ class EdgeArrays(Generic[A]):
 def upload_model_arrays(
     buffers: InputBuffers, arrays: ModelArrays[Array], into: Tensor | None = None
 ) -> ModelArrays[Tensor]:
-    """Copy the model's input to the device; as `InputBuffers.upload`."""
+    """Copy the model's input to the device, as `InputBuffers.upload` does."""
     return ModelArrays(*buffers.upload(arrays.in_order(), into))
 
 
 def upload_edge_arrays(buffers: InputBuffers, arrays: EdgeArrays[Array]) -> EdgeArrays[Tensor]:
-    """Copy what surrounds the model to the device; as `InputBuffers.upload`."""
+    """Copy the input around the model to the device, as `InputBuffers.upload` does."""
     return EdgeArrays(*buffers.upload(arrays.in_order()))
 
 
 def upload_step(
     buffers: InputBuffers, model: ModelArrays[Array], edges: EdgeArrays[Array], into: Tensor | None = None
 ) -> tuple[ModelArrays[Tensor], EdgeArrays[Tensor]]:
-    """Copy all arrays of a step to the device at once, the model's in front; as
-    `InputBuffers.upload`."""
+    """Copy all arrays of a step to the device at once, the model's first, as `InputBuffers.upload`
+    does."""
     tensors = buffers.upload(model.in_order() + edges.in_order(), into)
     return ModelArrays(*tensors[:NUM_MODEL_ARRAYS]), EdgeArrays(*tensors[NUM_MODEL_ARRAYS:])

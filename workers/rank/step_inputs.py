@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16
-"""Bytes; what the largest vector loads of kernels need."""
+"""Alignment in bytes, as the largest vector loads of kernels need it."""
 NUM_BUFFERS = 8
-"""Two to four uploads a step (inputs, prompts to score, sampling, drafts), two steps in flight: the
-next step is laid out while copies of the last may still wait."""
+"""Number of host buffers. A step has two to four uploads (inputs, prompts to score, sampling,
+drafts), and two steps are in flight: the next step is prepared while copies of the last may still
+wait."""
 
 Array = npt.NDArray[np.generic]
 _TORCH_DTYPES = {
@@ -25,8 +26,8 @@ _TORCH_DTYPES = {
 
 
 def packed_layout(arrays: Sequence[Array]) -> tuple[list[int], int]:
-    """Offset of each array in bytes, and the size of the whole. Depends on sizes only, so equal
-    shapes have equal addresses."""
+    """Return the offset of each array in bytes, and the total size. Both depend on sizes only, so
+    equal shapes have equal addresses."""
     offsets, end = [], 0
     for array in arrays:
         offsets.append(end)
@@ -35,8 +36,8 @@ def packed_layout(arrays: Sequence[Array]) -> tuple[list[int], int]:
 
 
 def packed_views(packed: Tensor, arrays: Sequence[Array], offsets: Sequence[int]) -> list[Tensor]:
-    """The arrays, by shape and dtype, as parts of a packed [n] uint8 tensor."""
-    # One view of the whole for each dtype, then one operation an array: this runs for a dozen
+    """Return the arrays, by shape and dtype, as views of a packed [n] uint8 tensor."""
+    # One view of the whole for each dtype, then one operation per array: this runs for a dozen
     # arrays in every step.
     typed = {dtype: packed.view(_TORCH_DTYPES[dtype]) for dtype in {array.dtype for array in arrays}}
     views = []
@@ -48,7 +49,7 @@ def packed_views(packed: Tensor, arrays: Sequence[Array], offsets: Sequence[int]
 
 @dataclass(slots=True)
 class _HostBuffer:
-    """`copied` is None until a first copy was queued, and on a CPU."""
+    """One host buffer. `copied` is None before the first copy, and always on a CPU."""
 
     tensor: Tensor
     array: npt.NDArray[np.uint8]
@@ -56,8 +57,8 @@ class _HostBuffer:
 
 
 class InputBuffers:
-    """Host buffers, taken in turn. On a CPU the tensors handed out are the buffer itself and last
-    for NUM_BUFFERS - 1 further uploads."""
+    """Host buffers used in turn. On a CPU the returned tensors are views of the buffer and stay
+    valid for NUM_BUFFERS - 1 further uploads."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -65,13 +66,13 @@ class InputBuffers:
         self._turn = 0
 
     def upload(self, arrays: Sequence[Array], into: Tensor | None = None) -> list[Tensor]:
-        """Copies of the arrays on the device, ordered before everything queued on its current
+        """Return copies of the arrays on the device, ordered before all work queued on its current
         stream after this call.
 
         Args:
             arrays: int64, int32, float32 or uint8.
-            into: [n] uint8 on the device, where the arrays come to lie as `packed_layout` says;
-                None: new memory. Not on a CPU.
+            into: [n] uint8 on the device, where `packed_layout` places the arrays; None for new
+                memory. Not supported on a CPU.
         """
         offsets, num_bytes = packed_layout(arrays)
         buffer = self._next_buffer(num_bytes)

@@ -1,5 +1,5 @@
-"""The decode step on a CPU as one call: the model's operations recorded once for each batch size
-and run from C++ after that.
+"""The decode step on a CPU as one call: the model's operations are recorded once for each batch
+size and run from C++ after that.
 
 The counterpart of CUDA graphs. Only the model is recorded; logits and sampling, whose work depends
 on the batch, run after it.
@@ -23,8 +23,8 @@ from workers.rank.step_inputs import Array, InputBuffers
 logger = logging.getLogger(__name__)
 
 MAX_PROGRAM_SIZE = 32
-"""Sequences; in a larger step what Python costs does not show, and the activations of all layers,
-which a program keeps apart, would."""
+"""Maximum number of sequences in a program. In a larger step the overhead of Python is negligible,
+but the activations of all layers, which a program keeps apart, are not."""
 
 
 def programs_run() -> bool:
@@ -33,11 +33,11 @@ def programs_run() -> bool:
 
 
 class DecodePrograms:
-    """The programs of one runner, and the memory that they read their inputs from. A size is
-    recorded when it is first met.
+    """The programs of one runner, and the memory from which they read their inputs. A size is
+    recorded at its first use.
 
     Args:
-        forward: the model: a batch → [T, hidden].
+        forward: the model, a function from a batch to [T, hidden].
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class DecodePrograms:
         self._newest = device_slots.newest.numpy()
         self._all_tables = device_slots.tables.numpy()
         self._device_slots = device_slots
-        # Inputs, each at one address for all programs.
+        # Inputs, each at one address that all programs share.
         self._inputs = padding(size, device_slots.padding_slot)
         self._tables = np.zeros((2, size, slots.max_blocks), dtype=np.int32)
         self._memory = ProgramMemory()
@@ -57,7 +57,8 @@ class DecodePrograms:
         self._recordable = True
 
     def size_for(self, rows: StepRows) -> int | None:
-        """The program that can run this batch; None: it is no decode batch, or too large."""
+        """Return the size of the program that can run this batch; None if it is no decode batch or
+        too large."""
         size = rows.num_rows
         return size if self._recordable and rows.is_decode and size <= self._max_size else None
 
@@ -65,7 +66,7 @@ class DecodePrograms:
         """Run a decode batch.
 
         Returns:
-            ([size, hidden], valid until the next call; what surrounds the model.)
+            ([size, hidden], valid until the next call; the arrays around the model).
         """
         edges = upload_edge_arrays(buffers, rows.edges)
         self._device_slots.set_blocks(edges)
@@ -73,7 +74,8 @@ class DecodePrograms:
         return self._run(size), edges
 
     def _write_inputs(self, rows: StepRows, size: int) -> None:
-        """Copy the step's arrays to where programs read them, with the newest tokens in place."""
+        """Copy the step's arrays to the addresses that programs read, with the newest tokens filled
+        in."""
         step, inputs = rows.model, self._inputs
         newest = self._newest[np.maximum(step.newest_of, 0)]
         inputs.token_ids[:size] = np.where(step.newest_of == TOKEN_KNOWN, step.token_ids, newest)
@@ -118,6 +120,6 @@ class DecodePrograms:
             context_lens=first(inputs.context_lens),
             cu_seqlens_q=torch.from_numpy(inputs.cu_seqlens_q[: size + 1]),
             max_query_len=1,
-            # The sampled rows are taken outside.
+            # The sampled rows are selected outside the program.
             sample_indices=first(inputs.positions),
         )

@@ -1,11 +1,11 @@
-"""CUDA graphs of the decode step: the model's kernels recorded once for each padded batch size and
-launched as one.
+"""CUDA graphs of the decode step: the model's kernels are recorded once for each padded batch size
+and launched as one.
 
-Only the model is recorded; the layers' all-reduces are NCCL calls, which can be. Logits and
-sampling, whose work depends on the batch, run after it. Sizes follow vLLM's (`vllm/config`,
+Only the model is recorded. The layers' all-reduces are NCCL calls, which a graph can hold. Logits
+and sampling, whose work depends on the batch, run after it. Sizes follow vLLM's (`vllm/config`,
 cudagraph_capture_sizes).
 
-Nothing of this has run on a GPU yet.
+This module has not run on a GPU yet.
 """
 
 import bisect
@@ -26,24 +26,24 @@ from workers.rank.step_arrays import EdgeArrays, ModelArrays, upload_model_array
 from workers.rank.step_inputs import InputBuffers, packed_layout
 
 MAX_GRAPH_SIZE = 512
-"""Sequences; larger batches keep the GPU busy without graphs."""
+"""Maximum number of sequences in a graph; larger batches keep the GPU busy without graphs."""
 _TORCH_STREAMS = 32
 """Number of streams of a device at one priority (c10/cuda/CUDAStream.cpp)."""
 _ROOM_BYTES = 64 * 1024
-"""Beyond the batch, for sampled rows and new blocks; a step that needs more runs without a
-graph."""
+"""Bytes reserved beyond the batch, for sampled rows and new blocks; a step that needs more runs
+without a graph."""
 
 
 def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """Padded batch sizes, ascending: 1, 2, 4, by eights to 256, by sixteens to MAX_GRAPH_SIZE, and
-    max_num_seqs itself below that."""
+    """Return the padded batch sizes, ascending: 1, 2, 4, multiples of 8 to 256, multiples of 16 to
+    MAX_GRAPH_SIZE, and max_num_seqs itself below that."""
     largest = min(max_num_seqs, MAX_GRAPH_SIZE)
     steps = (1, 2, 4, *range(8, 256, 8), *range(256, MAX_GRAPH_SIZE + 1, 16))
     return tuple(sorted({size for size in steps if size < largest} | {largest}))
 
 
 def graph_size(sizes: tuple[int, ...], num_seqs: int) -> int | None:
-    """The smallest size that holds the batch; None if none does."""
+    """Return the smallest size that holds the batch; None if there is none."""
     index = bisect.bisect_left(sizes, num_seqs)
     return sizes[index] if index < len(sizes) else None
 
@@ -53,11 +53,11 @@ class GraphReport:
     """Bytes of GPU memory that each graph keeps, in the order of capture, the largest graph first.
 
     Attributes:
-        pool_bytes: what the graphs' own pool grew by, in whole segments of torch's allocator.
-            Exact: neither another thread's tensors nor another process's memory is in it.
-        driver_bytes: what the driver took beside torch, for the graph itself. The driver says only
-            for the whole GPU how much is free, so this is wrong, in either direction, for a graph
-            during whose capture another process took or freed memory.
+        pool_bytes: growth of the graphs' own pool, in whole segments of torch's allocator. Exact:
+            it contains neither tensors of other threads nor memory of other processes.
+        driver_bytes: memory that the driver took outside torch for the graph itself. The driver
+            reports free memory only for the whole GPU, so this is wrong, in either direction, if
+            another process took or freed memory during the capture.
     """
 
     pool_bytes: tuple[int, ...]
@@ -73,10 +73,10 @@ class GraphReport:
 
 
 class DecodeGraphs:
-    """The graphs of one runner, and the memory that they read their inputs from.
+    """The graphs of one runner, and the memory from which they read their inputs.
 
     Args:
-        forward: the model: a batch → [T, hidden].
+        forward: the model, a function from a batch to [T, hidden].
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[str, int, int], None], *, limit: int | None = None) -> GraphReport:
-        """Record all sizes, or so many, the largest first: the smaller ones then fit into its
-        memory, which they share. Once only.
+        """Record all sizes, or the `limit` largest. The largest is recorded first: smaller ones
+        then fit into its memory, which they share. May be called once.
 
         Raises:
-            RuntimeError: a kernel was loaded while a graph was captured.
+            RuntimeError: a kernel was loaded while a graph was being captured.
         """
         device = self._inputs.device
         buffers = InputBuffers(device)
@@ -129,8 +129,8 @@ class DecodeGraphs:
         return GraphReport(tuple(pool_bytes), tuple(driver_bytes))
 
     def size_for(self, rows: StepRows) -> int | None:
-        """The graph that can run this batch; None: it is no decode batch, too large, or brings too
-        many new blocks."""
+        """Return the size of the graph that can run this batch; None if it is no decode batch, is
+        too large, or brings too many new blocks."""
         if not rows.is_decode or packed_layout(rows.edges.in_order())[1] > _ROOM_BYTES:
             return None
         return graph_size(self.sizes, rows.num_rows)
@@ -139,8 +139,8 @@ class DecodeGraphs:
         """Queue a decode batch.
 
         Returns:
-            ([size, hidden], valid until the next replay, as graphs share memory; what surrounds the
-            model.)
+            ([size, hidden], valid until the next replay, as graphs share memory; the arrays around
+            the model).
         """
         arrays = padded(rows.model, size, self._device_slots.padding_slot)
         _, edges = upload_step(buffers, arrays, rows.edges, self._inputs)
@@ -150,25 +150,27 @@ class DecodeGraphs:
         return hidden, edges
 
     def _warm_up(self, inputs: ModelArrays[Tensor], stream: torch.cuda.Stream) -> None:
-        """Run once outside the graph: kernels are compiled, libraries allocate their workspaces."""
+        """Run once outside the graph, so that kernels are compiled and libraries allocate their
+        workspaces."""
         stream.wait_stream(torch.cuda.current_stream(self._inputs.device))
         with torch.cuda.stream(stream):
             self._run(inputs)
         torch.cuda.current_stream(self._inputs.device).wait_stream(stream)
 
     def _run(self, inputs: ModelArrays[Tensor]) -> Tensor:
-        # The sampled rows are taken outside; any tensor stands for them here.
+        # The sampled rows are selected outside the graph; any tensor can stand in for them here.
         return self._forward(self._device_slots.batch(inputs, inputs.token_ids, self._max_blocks, 1))
 
 
 class CaptureStreams:
-    """The streams of this process that graphs are captured on: one for each living set of graphs,
-    and the next set's once that set is gone.
+    """The streams of this process on which graphs are captured: one for each living set of graphs,
+    reused by the next set once that set is gone.
 
-    cuBLAS works in memory that torch gives it, 32 MiB on sm_90, for each stream, and a graph holds
-    its address. Versions of torch after 2.11 free the memory of a stream with any graph that was
-    captured on it (pytorch issue 193402), also where other graphs hold it: two sets must not share
-    a stream. A stream for every set there ever was would keep its memory in an older torch.
+    For each stream cuBLAS works in memory that it gets from torch (32 MiB on sm_90), and a graph
+    holds its address. Versions of torch after 2.11 free the memory of a stream with any graph that
+    was captured on it (pytorch issue 193402), even if other graphs hold it, so two sets must not
+    share a stream. With a new stream for every set, an older torch would keep the memory of all of
+    them.
     """
 
     def __init__(self) -> None:
@@ -177,22 +179,22 @@ class CaptureStreams:
         self._known: set[tuple[torch.device, int]] = set()
 
     def take(self, device: torch.device) -> torch.cuda.Stream:
-        """A stream that no living set of graphs uses.
+        """Return a stream that no living set of graphs uses.
 
         Raises:
-            RuntimeError: all streams that torch has are in use.
+            RuntimeError: all of torch's streams are in use.
         """
         with self._lock:
             free = self._free.setdefault(device, [])
             return free.pop() if free else self._new(device)
 
     def give_back(self, device: torch.device, stream: torch.cuda.Stream) -> None:
-        """The graphs that were captured on it are gone."""
+        """Return a stream to the free ones, once the graphs captured on it are gone."""
         with self._lock:
             self._free[device].append(stream)
 
     def _new(self, device: torch.device) -> torch.cuda.Stream:
-        # torch has so many streams for a device and gives them out in turn.
+        # torch has a fixed number of streams for a device and hands them out in turn.
         for _ in range(_TORCH_STREAMS):
             stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             if (device, stream.cuda_stream) not in self._known:
@@ -212,14 +214,14 @@ def _let_go(
     device: torch.device,
     stream: torch.cuda.Stream,
 ) -> None:
-    """Destroy the graphs, and only then let others capture on their stream."""
+    """Destroy the graphs, and only then release their stream for other captures."""
     graphs.clear()
     streams.give_back(device, stream)
 
 
 def use_cublas_on_next_stream(device: torch.device) -> None:
-    """Have cuBLAS take its memory for the stream that the next set of graphs will be captured on,
-    so that it is in use from now on."""
+    """Make cuBLAS allocate its memory for the stream of the next set of graphs, so that it counts
+    as in use from now on."""
     stream = _streams.take(device)
     with torch.cuda.stream(stream):
         multiply(device)
@@ -228,8 +230,8 @@ def use_cublas_on_next_stream(device: torch.device) -> None:
 
 
 def multiply(device: torch.device) -> None:
-    """Make both kinds of product that a model has, with and without a bias: cuBLAS and cuBLASLt
-    take memory."""
+    """Run both kinds of product that a model has, with and without a bias, so that cuBLAS and
+    cuBLASLt allocate their memory."""
     square = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
     functional.linear(square, square, square[0])
     square @ square
@@ -237,15 +239,15 @@ def multiply(device: torch.device) -> None:
 
 @contextmanager
 def no_kernel_loads(what: str) -> Iterator[None]:
-    """While entered, raise RuntimeError where this thread makes Triton load a kernel, before it is
-    loaded.
+    """Raise RuntimeError if this thread makes Triton load a kernel within the context; the kernel
+    is not loaded.
 
-    Loading may call CUDA functions that spoil a capture; and a kernel that the run before the
-    capture did not load says that it was another run. Other threads may load. Kernels of libraries,
-    such as cuBLAS's, are not watched.
+    Loading may call CUDA functions that break a capture; and a kernel that was not loaded in the
+    run before the capture shows that the two runs differ. Other threads may load kernels. Kernels
+    of libraries, such as cuBLAS's, are not watched.
 
     Args:
-        what: is captured.
+        what: name of what is being captured, for the error.
     """
     if not has_triton():
         yield
@@ -270,7 +272,7 @@ def no_kernel_loads(what: str) -> Iterator[None]:
 
 
 def _pool_bytes(pool: tuple[int, int]) -> int:
-    """That torch's allocator holds for the graphs of this pool."""
+    """Return the bytes that torch's allocator holds for the graphs of this pool."""
     segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
     return sum(
         segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool)
@@ -278,7 +280,7 @@ def _pool_bytes(pool: tuple[int, int]) -> int:
 
 
 def _bytes_beside_torch(device: torch.device) -> int:
-    """GPU memory in use that is not this process's torch's."""
+    """Return the bytes of GPU memory in use outside this process's torch allocator."""
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     return int(total - free - torch.cuda.memory_reserved(device))
