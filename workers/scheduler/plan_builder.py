@@ -1,4 +1,4 @@
-"""A step while it is planned, and what its result is checked against."""
+"""A step while it is planned, and the record against which its result is checked."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,23 +27,23 @@ class PlanBuilder:
         self.prompt_logprobs: list[tuple[int, int, int, int]] = []
 
     def add_blocks(self, full: tuple[int, ...], sliding: tuple[int, ...]) -> None:
-        """Tell the ranks of blocks at the end of the tables of the sequence that is added next."""
+        """Append blocks to the tables of the sequence that is added next, on the ranks."""
         if full or sliding:
             self.new_blocks.append((len(self.entries), full, sliding))
 
     def claim_drafts(
         self, kv: KVCacheManager, sequence: Sequence, num_new: int, proposed: Iterable[int], limit: int
     ) -> int:
-        """Add drafts to the sequence that is added next, as far as free blocks last: no other
-        sequence loses its own to them.
+        """Add drafts to the sequence that is added next, as far as there are free blocks: no other
+        sequence loses blocks to them.
 
         Args:
-            num_new: tokens of the entry, which have blocks.
-            limit: drafts at most.
+            num_new: number of tokens of the entry, which have blocks.
+            limit: maximum number of drafts.
         Returns:
-            How many there are.
+            Number of drafts added.
         """
-        # With the last token sampled the sequence has max_len at most.
+        # Together with the token sampled last, the sequence has at most max_len tokens.
         limit = min(limit, sequence.max_len - len(sequence.token_ids) - 1)
         drafts = tuple(islice(proposed, max(limit, 0)))
         if not drafts:
@@ -57,8 +57,8 @@ class PlanBuilder:
         return num_granted
 
     def ask_prompt_logprobs(self, sequence: Sequence, num_computed: int, num_new: int) -> None:
-        """Ask for the log-probabilities of prompt tokens that follow on those of the entry that is
-        added next, if it wants any."""
+        """Ask for the log-probabilities of the prompt tokens that follow those of the entry that is
+        added next, if its sequence wants any."""
         first = max(sequence.next_prompt_logprob, num_computed + 1)
         end = min(num_computed + num_new + 1, sequence.num_prompt_tokens)
         num_top = sequence.request.sampling.prompt_logprobs
@@ -75,7 +75,7 @@ class PlanBuilder:
         """Return the plan and its sequences in batch order.
 
         Args:
-            automata: as of `HeldAutomata.take_changes`.
+            automata: as returned by `HeldAutomata.take_changes`.
         """
         sequences, seq_ids, num_computed_tokens, num_scheduled_tokens, samples = zip(
             *self.entries, strict=True
@@ -99,18 +99,18 @@ class PlanBuilder:
 
 @dataclass(slots=True)
 class InFlight:
-    """A plan whose result is not back. `sequences` runs parallel to `plan.seq_ids`; None: the
-    result is of no use any more."""
+    """A plan whose result is not back. `sequences` runs parallel to `plan.seq_ids`; None for a
+    sequence that no longer needs the result."""
 
     plan: StepPlan
     sequences: list[Sequence | None]
 
 
 def tokens_of(plan: StepPlan, result: StepResult) -> list[tuple[int, ...]]:
-    """Return the tokens of each sequence that was to yield any.
+    """Return the new tokens of each sequence that samples.
 
     Raises:
-        ValueError: the result is not one of this plan.
+        ValueError: the result does not belong to this plan.
     """
     if result.seq_ids != tuple(compress(plan.seq_ids, plan.samples)):
         raise ValueError(f"the result of step {result.step} is not of the sequences that were to yield any")

@@ -1,5 +1,5 @@
-"""StepPlan and StepResult between processes: msgpack, positional arrays, one version number in
-front."""
+"""StepPlan and StepResult between processes: msgpack of positional arrays, with one version number
+in front."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ PLAN_VERSION = 4
 
 
 def encode_plan(plan: StepPlan) -> bytes:
-    """A plan as msgpack: positional arrays, one version number in front."""
+    """Return a plan as msgpack: positional arrays, with one version number in front."""
     starts = [
         (
             start.seq_id,
@@ -44,10 +44,10 @@ def encode_plan(plan: StepPlan) -> bytes:
 
 
 def decode_plan(data: bytes) -> StepPlan:
-    """The inverse of `encode_plan`.
+    """Return the plan that `encode_plan` encoded.
 
     Raises:
-        ValueError: another version of the plan format.
+        ValueError: the data has another version of the plan format.
     """
     version, step, starts, *rest = _unpack(data)
     _check_version(version)
@@ -77,7 +77,7 @@ def decode_plan(data: bytes) -> StepPlan:
 
 
 def encode_result(result: StepResult) -> bytes:
-    """A result as msgpack."""
+    """Return a result as msgpack."""
     return _pack(
         (
             PLAN_VERSION,
@@ -95,10 +95,10 @@ def encode_result(result: StepResult) -> bytes:
 
 
 def decode_result(data: bytes) -> StepResult:
-    """The inverse of `encode_result`.
+    """Return the result that `encode_result` encoded.
 
     Raises:
-        ValueError: another version of the plan format.
+        ValueError: the data has another version of the plan format.
     """
     version, *fields = _unpack(data)
     _check_version(version)
@@ -139,7 +139,7 @@ def _sampling_to_wire(sampling: SamplingParams) -> tuple[Any, ...]:
 
 
 def _pack(message: tuple[Any, ...]) -> bytes:
-    import msgpack  # here, since only plans that cross processes need it
+    import msgpack  # imported here, since only plans that cross processes need it
 
     packed: bytes = msgpack.packb(message, use_bin_type=True)
     return packed

@@ -1,5 +1,5 @@
-"""Continuous batching: which sequences compute how many tokens in the next step. No clocks, threads
-or tensors.
+"""Continuous batching: selects the sequences of the next step and the number of tokens that each
+computes. No clocks, threads or tensors.
 
 A sequence has no prefill or decode phase: `num_computed_tokens` catches up with its tokens, in
 chunks where the budget is short, and whenever it has caught up the step yields one more token
@@ -20,29 +20,29 @@ from workers.scheduler.plan_builder import InFlight, PlanBuilder, tokens_of
 from workers.scheduler.sequence import Sequence, SequenceStatus, SequenceUpdate
 
 Proposer = Callable[[Sequence], Iterable[int]]
-"""A function that guesses what follows on a sequence's tokens, all of which are known; most likely
-nothing. Ids of the vocabulary."""
+"""Function that guesses the tokens after a sequence's tokens, all of which are known; it returns
+ids of the vocabulary, in most cases none."""
 
 
 class Scheduler:
     """Plans steps and takes in their results. Running sequences come first, then waiting ones in
-    order of arrival; when blocks run out the newest running sequence loses its own and is computed
-    again later.
+    order of arrival. When blocks run out, the newest running sequence loses its blocks and is
+    computed again later.
 
     `schedule` may be called again before `update`: a sequence whose next token is still in flight
-    is planned one token further, for the ranks have that token themselves. If it turns out to end
-    the sequence, this one entry was wasted. The blocks it had are free from then on and may be
-    given away in the plan after the wasted one: ranks run plans in order, so what the wasted entry
-    writes (the key of the last token, in a block not yet committed to the prefix cache) comes
-    before anything that the new owner writes or reads. Results must come in the order of the plans.
+    is planned one token further, since the ranks have that token. If the token turns out to end the
+    sequence, this one entry was wasted. The sequence's blocks are free from then on and may be
+    given away in the plan after the wasted one: ranks run plans in order, so the writes of the
+    wasted entry (the key of the last token, in a block not yet committed to the prefix cache) come
+    before any write or read of the new owner. Results must come in the order of the plans.
 
     With `propose`, plans carry drafts, and a sequence is planned only when all its tokens are
-    known. Drafts use what the others leave: budget, free blocks, and rows to sample (max_num_seqs),
-    for which the ranks have sized their memory.
+    known. Drafts use what the other entries leave: budget, free blocks, and rows to sample
+    (max_num_seqs), for which the ranks have sized their memory.
 
     Args:
-        max_model_len: tokens of a sequence at most, prompt and output together.
-        propose: makes drafts; None: there are none.
+        max_model_len: maximum tokens of a sequence, prompt and output together.
+        propose: makes drafts; None for no drafts.
     Raises:
         ConfigError: the KV cache cannot hold one sequence of max_model_len.
     """
@@ -66,8 +66,8 @@ class Scheduler:
         self._propose = propose
         self._step = 0
         self._sequences: dict[int, Sequence] = {}
-        self._num_scored = 0  # that want log-probabilities of their prompts
-        # Both in order of arrival, and everything running arrived before everything waiting.
+        self._num_scored = 0  # number of sequences that want log-probabilities of their prompts
+        # Both in order of arrival; every running sequence arrived before every waiting one.
         self._running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._drops: list[int] = []
@@ -77,26 +77,28 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold KV blocks."""
+        """Number of sequences that hold KV blocks."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences not admitted yet, or preempted."""
+        """Number of sequences not admitted yet, or preempted."""
         return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is unfinished."""
+        """True if any sequence is unfinished."""
         return bool(self._sequences)
 
     def check(self, request: EngineRequest) -> None:
-        """Refuse a request, which `workers.rpc.validate` let through, that the context here is too
-        short for. Reads only what does not change, so any thread may call it.
+        """Refuse a request that passed `workers.rpc.validate` but does not fit into the context.
+        Reads only constants, so any thread may call it.
 
         Raises:
-            ContextLengthExceeded: prompt, or prompt and max_tokens, do not fit into max_model_len.
-            InvalidRequest: min_tokens or output_token_ids are more than may be generated.
+            ContextLengthExceeded: the prompt, or prompt and max_tokens together, exceed
+                max_model_len.
+            InvalidRequest: min_tokens or output_token_ids exceed the number of tokens that may be
+                generated.
         """
         sampling = request.sampling
         num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
@@ -131,8 +133,8 @@ class Scheduler:
         """Queue a sequence whose request passed `check`.
 
         Returns:
-            None; or its end, if it resumes with output that is complete already: then it is not
-            queued.
+            None; or the sequence's end, if it resumes with output that is already complete: it is
+            then not queued.
         """
         assert sequence.seq_id not in self._sequences, f"sequence {sequence.seq_id} was added twice"
         max_tokens = sequence.request.sampling.max_tokens
@@ -153,12 +155,12 @@ class Scheduler:
         return None
 
     def abort(self, seq_id: int, reason: str) -> SequenceUpdate | None:
-        """End a sequence now; a result of it that is still to come is ignored.
+        """End a sequence now; a result for it that arrives later is ignored.
 
         Args:
             reason: one sentence, which becomes the update's `error`.
         Returns:
-            Its last update; None if it ended before, or never was.
+            Its last update; None if it has ended before or is unknown.
         """
         sequence = self._sequences.get(seq_id)
         if sequence is None:
@@ -174,15 +176,16 @@ class Scheduler:
         propose = self._propose
         spare_rows = self._max_num_seqs - len(self._sequences)
         scores_prompts = self._num_scored > 0
-        # Preemption, in `_claim_blocks`, takes sequences from the end of this list, behind the one
-        # in hand.
+        # Preemption, in `_claim_blocks`, takes sequences from the end of this list, after the
+        # current one.
         for sequence in self._running:
             if budget == 0:
                 break
             num_computed = sequence.num_computed_tokens
             num_pending = sequence.num_pending_tokens
             num_new = len(sequence.token_ids) + num_pending - num_computed
-            # Planned twice, or over with the token in flight; with drafts that may be several.
+            # Skip if planned twice, or complete with the token in flight; with drafts any number of
+            # tokens may be in flight.
             if num_pending and (
                 num_new <= 0 or num_computed + num_new >= sequence.max_len or propose is not None
             ):
@@ -220,10 +223,11 @@ class Scheduler:
 
     def _claim_blocks(self, sequence: Sequence, num_new: int, builder: PlanBuilder) -> int:
         """Get blocks for up to `num_new` further tokens of a running sequence, taking them from the
-        newest sequences if need be.
+        newest sequences if necessary.
 
         Returns:
-            Tokens there are blocks for; 0 if the sequence itself was the newest and lost its own.
+            Number of tokens with blocks; 0 if the sequence itself was the newest and lost its
+            blocks.
         """
         blocks = sequence.blocks
         num_full, num_sliding = len(blocks.full), len(blocks.sliding)
@@ -273,11 +277,11 @@ class Scheduler:
             budget -= num_new
 
     def update(self, result: StepResult) -> list[SequenceUpdate]:
-        """Take in the result of the oldest plan that has none yet: new tokens and ends, in batch
-        order.
+        """Take in the result of the oldest plan without one, and return new tokens and ends, in
+        batch order.
 
         Raises:
-            ValueError: the result does not answer that plan, or is an error.
+            ValueError: the result does not belong to that plan, or is an error.
         """
         if result.error is not None:
             raise ValueError(f"step {result.step} failed: {result.error}")
@@ -324,7 +328,7 @@ class Scheduler:
         return updates
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take the blocks of the newest running sequence; it waits in front of all others and
+        """Take the blocks of the newest running sequence. It becomes the first waiting sequence and
         starts again with all its tokens."""
         assert self._running[-1] is sequence
         self._running.pop()
@@ -354,8 +358,8 @@ class Scheduler:
         self._num_scored -= sequence.wants_prompt_logprobs
 
     def _release(self, sequence: Sequence) -> None:
-        """Give back the blocks of a running sequence and make the ranks and the steps in flight
-        forget it."""
+        """Free the blocks of a running sequence, and make the ranks and the steps in flight drop
+        it."""
         self._kv.release(sequence.blocks)
         self._drops.append(sequence.seq_id)
         if sequence.request.constraint is not None:
@@ -364,8 +368,7 @@ class Scheduler:
             step.sequences = [None if entry is sequence else entry for entry in step.sequences]
 
     def check_integrity(self) -> None:
-        """Assert that queues, sequences and KV blocks agree. For tests, and for the engine when it
-        is idle."""
+        """Assert that queues, sequences and KV blocks agree. For tests, and for an idle engine."""
         self._kv.check_integrity()
         assert len(self._running) <= self._max_num_seqs, "more sequences run than may"
         members = [*self._running, *self._waiting]
@@ -397,11 +400,11 @@ class Scheduler:
 def _settle_drafts(
     kv: KVCacheManager, sequence: Sequence, token_ids: tuple[int, ...]
 ) -> tuple[tuple[int, ...], FinishReason | None]:
-    """Take in the tokens of an entry that may have had drafts; return those up to one that ends the
-    sequence, and why it ended."""
+    """Take in the tokens of an entry that may have had drafts. Return the tokens up to one that
+    ends the sequence, and why it ended."""
     num_kept, reason = sequence.extend(token_ids)
     if sequence.num_draft_tokens:
-        # Behind these tokens, the last of which was only sampled, drafts were wrong.
+        # The last of these tokens was only sampled, not computed; drafts after it were wrong.
         sequence.num_draft_tokens = 0
         sequence.num_computed_tokens = len(sequence.token_ids) - 1
         kv.commit(sequence.blocks, sequence.token_ids, sequence.num_computed_tokens)
@@ -411,10 +414,10 @@ def _settle_drafts(
 def _prompt_updates(
     plan: StepPlan, sequences: "list[Sequence | None]", result: StepResult
 ) -> list[SequenceUpdate]:
-    """Return log-probabilities of prompt tokens to those that asked and are still there.
+    """Return log-probabilities of prompt tokens for the sequences that asked and are still live.
 
     Raises:
-        ValueError: they are not those that the plan asked for.
+        ValueError: they are not the ones that the plan asked for.
     """
     updates = []
     for index, first, count, _ in plan.prompt_logprobs:

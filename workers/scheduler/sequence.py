@@ -1,5 +1,5 @@
-"""A sequence: the running state of one request in the engine, and what the engine is told of it
-after a step."""
+"""A sequence: the running state of one request in the engine, and the update that the engine
+receives about it after a step."""
 
 import enum
 from array import array
@@ -11,7 +11,7 @@ from workers.request import EngineRequest, FinishReason, TokenLogprobs
 
 
 class SequenceStatus(enum.Enum):
-    """WAITING: not admitted yet, or preempted."""
+    """State of a sequence in the scheduler; WAITING: not admitted yet, or preempted."""
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
@@ -19,25 +19,26 @@ class SequenceStatus(enum.Enum):
 
 
 class Sequence:
-    """One request's tokens and progress. The scheduler changes it; everybody else reads.
+    """One request's tokens and progress. Only the scheduler changes it; all other code reads it.
 
     Args:
-        seq_id: not used before in this engine's life.
+        seq_id: never used before in the life of this engine.
         request: checked by `Scheduler.check`; its output_token_ids count as sampled.
         model_stop_token_ids: the model's own end tokens, which end the sequence unless the request
             ignores them.
 
     Attributes:
         token_ids: prompt, then output.
-        stop_token_ids: all that end the sequence, in a fixed order; empty with ignore_eos.
-        num_computed_tokens: tokens whose KV is in the cache, or will be when the steps planned so
+        stop_token_ids: all tokens that end the sequence, in a fixed order; empty with ignore_eos.
+        num_computed_tokens: tokens whose KV is in the cache, or will be after the steps planned so
             far have run, drafts in flight included.
-        num_pending_tokens: entries that sample in plans whose results are not back; 0 or 1.
-        num_draft_tokens: drafts among `num_computed_tokens`, which may turn out wrong.
+        num_pending_tokens: number of entries that sample in plans whose results are not back; 0 or
+            1.
+        num_draft_tokens: number of drafts among `num_computed_tokens`, which may turn out wrong.
         next_prompt_logprob, first_missing_prompt_logprob: first prompt position whose
-            log-probability no plan asks for yet, and first that has not come.
-        num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
-        num_preemptions: how often it lost its blocks.
+            log-probability no plan has asked for, and first whose log-probability has not arrived.
+        num_cached_tokens: number of prompt tokens found in the prefix cache at the first admission.
+        num_preemptions: number of preemptions so far.
     """
 
     __slots__ = (
@@ -65,8 +66,8 @@ class Sequence:
     ) -> None:
         self.seq_id = seq_id
         self.request = request
-        # An array, not a list: the garbage collector would walk a list's elements, 50 ms a
-        # collection at 1024 sequences.
+        # An array, not a list: the garbage collector would walk a list's elements, which takes 50
+        # ms per collection at 1024 sequences.
         self.token_ids = array("q", (*request.prompt_token_ids, *request.output_token_ids))
         self.num_prompt_tokens = len(request.prompt_token_ids)
         sampling = request.sampling
@@ -76,8 +77,7 @@ class Sequence:
             else tuple(dict.fromkeys((*sampling.stop_token_ids, *model_stop_token_ids)))
         )
         self._stop_token_ids = frozenset(self.stop_token_ids)
-        # Set by the scheduler, which knows the context limit: the sequence ends when it is this
-        # long.
+        # Set by the scheduler, which knows the context limit: the sequence ends at this length.
         self.max_len = 0
         self.status = SequenceStatus.WAITING
         self.num_computed_tokens = 0
@@ -87,25 +87,25 @@ class Sequence:
         self.blocks = SequenceBlocks(hash_root(request.adapter, request.cache_salt))
         self.num_draft_tokens = 0
         self.wants_prompt_logprobs = sampling.prompt_logprobs is not None
-        # Nothing precedes the first prompt token.
+        # No logits precede the first prompt token.
         self.next_prompt_logprob = self.first_missing_prompt_logprob = 1
 
     @property
     def max_cached_tokens(self) -> int | None:
-        """Tokens that may come from the prefix cache: log-probabilities need the others computed.
-        None: all."""
+        """Maximum tokens that may come from the prefix cache, since log-probabilities need the
+        others computed; None if there is no limit."""
         missing = self.first_missing_prompt_logprob
         is_missing = self.wants_prompt_logprobs and missing < self.num_prompt_tokens
         return missing - 1 if is_missing else None
 
     @property
     def num_output_tokens(self) -> int:
-        """Output tokens so far, those from before a resumption included."""
+        """Number of output tokens so far, including those from before a resumption."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     def finish_reason(self) -> FinishReason | None:
-        """Return why the sequence ends with its last token; None while it continues. A prompt's own
-        last token never ends it.
+        """Return why the sequence ends with its last token; None while it continues. The last token
+        of a prompt never ends it.
 
         A stop token counts only after min_tokens tokens, when the sampler may choose one.
         """
@@ -115,15 +115,15 @@ class Sequence:
         return "length" if len(self.token_ids) >= self.max_len else None
 
     def append(self, token_id: int) -> FinishReason | None:
-        """Take in a sampled token; returns `finish_reason`."""
+        """Add a sampled token and return `finish_reason`."""
         self.token_ids.append(token_id)
         if token_id in self._stop_token_ids or len(self.token_ids) >= self.max_len:
             return self.finish_reason()
         return None
 
     def extend(self, token_ids: tuple[int, ...]) -> tuple[int, FinishReason | None]:
-        """Take in sampled tokens up to one that ends the sequence; return how many were taken, and
-        `finish_reason`."""
+        """Add sampled tokens up to one that ends the sequence. Return the number of tokens added,
+        and `finish_reason`."""
         for num_kept, token_id in enumerate(token_ids, start=1):
             reason = self.append(token_id)
             if reason is not None:
@@ -133,16 +133,16 @@ class Sequence:
 
 @dataclass(slots=True)
 class SequenceUpdate:
-    """What became of a sequence: tokens, its end, or both. The update with a finish_reason is the
-    last and comes exactly once.
+    """A change of a sequence: new tokens, its end, or both. The update with a finish_reason is the
+    last one and comes exactly once.
 
     Attributes:
-        token_ids: the new tokens; several where drafts were right.
-        logprobs: one for each of them where asked for, else empty.
-        stop_token_id: the token that ended it, with reason `stop`; then also the last of
-            `token_ids`, if it is new.
-        num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
-        prompt_logprobs: of further prompt tokens, from the second on.
+        token_ids: the new tokens; more than one if drafts were right.
+        logprobs: one entry for each new token if the request asked for them, else empty.
+        stop_token_id: token that ended the sequence, with reason `stop`; also the last of
+            `token_ids` if it is new.
+        num_cached_tokens: number of prompt tokens found in the prefix cache at the first admission.
+        prompt_logprobs: entries of further prompt tokens, starting with the second.
         error: one sentence, with reason `abort` or `error`.
     """
 
