@@ -1,19 +1,20 @@
-"""A token automaton: which token ids may come next, and where each leads. The engine knows no
-harmony; the gateway builds these. `state` runs them, `codec` carries them between processes."""
+"""A token automaton: the token ids that may come next in each state, and the state after each. The
+engine knows no harmony; the gateway builds these. `state` runs them, `codec` carries them between
+processes."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class AutomatonState:
-    """One state. A token is allowed if `allowed` is None and it is not in `forbidden`, or if it is
-    in `allowed`.
+    """One state. A token is allowed if it is in `allowed`, or if `allowed` is None and it is not in
+    `forbidden`.
 
     Attributes:
-        allowed: ids that may come next; None: every id that is not forbidden.
-        forbidden: ids that may not come next; only read when `allowed` is None.
-        transitions: (token id, next state index); any other allowed token stays in this state. Of
-            several for one token id the first counts.
+        allowed: ids that may come next; None for all ids that are not forbidden.
+        forbidden: ids that may not come next; read only if `allowed` is None.
+        transitions: (token id, next state index); any other allowed token stays in this state. If
+            there are several for one token id, the first counts.
     """
 
     allowed: tuple[int, ...] | None = None

@@ -1,5 +1,6 @@
-"""A token automaton as bytes: the one form in which gateways send it to engines and engines to
-ranks. It is a serialized `TokenAutomaton` of engine.proto, named by a hash of its content."""
+"""A token automaton as bytes: the one form in which gateways send it to engines, and engines to
+ranks. The bytes are a serialized `TokenAutomaton` of engine.proto, identified by a hash of its
+content."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ ID_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """An automaton as requests and plans carry it.
+    """An encoded automaton, as requests and plans carry it.
 
     Attributes:
         id: `automaton_id(body)`.
@@ -27,19 +28,19 @@ class Constraint:
 
     @staticmethod
     def of(automaton: TokenAutomaton) -> "Constraint":
-        """Encode an automaton."""
+        """Return the encoded form of an automaton."""
         body = encode(automaton)
         return Constraint(automaton_id(body), body)
 
 
 def automaton_id(body: bytes) -> bytes:
-    """Return the name of an encoded automaton: BLAKE2b-128 of its bytes."""
+    """Return the id of an encoded automaton: BLAKE2b-128 of its bytes."""
     return hashlib.blake2b(body, digest_size=ID_BYTES).digest()
 
 
 def encode(automaton: TokenAutomaton) -> bytes:
     """Return the automaton as bytes; equal automata give equal bytes within a version."""
-    from workers.rpc import engine_pb2 as pb  # here, since most processes have no constraint
+    from workers.rpc import engine_pb2 as pb  # lazy: most processes have no constraint
 
     message = pb.TokenAutomaton(
         states=[
@@ -60,10 +61,10 @@ def encode(automaton: TokenAutomaton) -> bytes:
 
 
 def decode(body: bytes) -> TokenAutomaton:
-    """Return the automaton of `encode`.
+    """Return the automaton that `encode` encoded.
 
     Raises:
-        ValueError: one sentence: the bytes are no automaton, or one without sense.
+        ValueError: in one sentence: the bytes are no automaton, or an invalid one.
     """
     message = parse(body)
     return TokenAutomaton(

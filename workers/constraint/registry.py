@@ -1,23 +1,23 @@
-"""Automata by id: those that an engine knows, so that gateways send each once, and those that its
-ranks hold, so that a plan carries each once."""
+"""Automata by id: those known to an engine, so that gateways send each once, and those held by its
+ranks, so that plans carry each once."""
 
 from collections import OrderedDict
 
 from workers.constraint.codec import Constraint
 
 MAX_KNOWN_BYTES = 64 * 1024 * 1024
-"""Encoded automata that an engine remembers."""
+"""Maximum bytes of encoded automata that an engine remembers."""
 MAX_HELD_BYTES = 64 * 1024 * 1024
-"""Encoded automata that ranks keep beyond those in use; rank 0's tables take a few times as
-much."""
+"""Maximum bytes of encoded automata that ranks keep beyond those in use; rank 0's tables take a few
+times as much."""
 
 
 class KnownAutomata:
-    """Automata that an engine has been sent; the least recently used is forgotten first. Belongs to
+    """Automata that an engine has received; the least recently used is dropped first. Belongs to
     the thread that serves requests.
 
     Args:
-        max_bytes: of all bodies.
+        max_bytes: maximum size of all bodies.
     """
 
     def __init__(self, max_bytes: int = MAX_KNOWN_BYTES) -> None:
@@ -26,14 +26,14 @@ class KnownAutomata:
         self._known: OrderedDict[bytes, Constraint] = OrderedDict()
 
     def get(self, automaton_id: bytes) -> Constraint | None:
-        """Return the automaton; None: it is not known, or no longer."""
+        """Return the automaton; None if it is unknown, or no longer kept."""
         constraint = self._known.get(automaton_id)
         if constraint is not None:
             self._known.move_to_end(automaton_id)
         return constraint
 
     def add(self, constraint: Constraint) -> None:
-        """Remember an automaton that was checked."""
+        """Add an automaton that was checked."""
         if constraint.id not in self._known:
             self._known[constraint.id] = constraint
             self._num_bytes += len(constraint.body)
@@ -54,13 +54,13 @@ class HeldAutomata:
         self._num_bytes = 0
         self._num_users: dict[bytes, int] = {}
         self._size_of: dict[bytes, int] = {}
-        # Held and used by no running sequence, the least recently used first.
+        # Held, but used by no running sequence; the least recently used first.
         self._idle: OrderedDict[bytes, None] = OrderedDict()
         self._new: list[tuple[bytes, bytes]] = []
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all bodies held."""
+        """Size of all held bodies in bytes."""
         return self._num_bytes
 
     def use(self, constraint: Constraint) -> None:
@@ -74,7 +74,7 @@ class HeldAutomata:
         self._num_users[key] = self._num_users.get(key, 0) + 1
 
     def release(self, constraint: Constraint) -> None:
-        """Note that a sequence that `use` was called for runs no more."""
+        """Note that a sequence for which `use` was called no longer runs."""
         key = constraint.id
         self._num_users[key] -= 1
         if not self._num_users[key]:
@@ -82,8 +82,8 @@ class HeldAutomata:
             self._idle[key] = None
 
     def take_changes(self) -> tuple[tuple[tuple[bytes, bytes], ...], tuple[bytes, ...]]:
-        """Return what the next plan tells the ranks: ((id, body) of new automata, ids of those to
-        drop before)."""
+        """Return the changes for the next plan: ((id, body) of new automata, ids of those to drop
+        before)."""
         if not self._new:
             return (), ()
         dropped = []

@@ -1,4 +1,4 @@
-"""The states of sequences in their automata during generation; on rank 0, which samples."""
+"""States of sequences in their automata during generation, on rank 0, which samples."""
 
 from collections.abc import Iterable
 
@@ -11,8 +11,8 @@ Ints = npt.NDArray[np.int64]
 
 
 class AutomatonTables:
-    """An automaton as the sampler reads it. What a state needs is made when a sequence first enters
-    it, and is shared by all sequences.
+    """An automaton in the form that the sampler reads. The tables of a state are built when the
+    first sequence enters it, and shared by all sequences.
 
     Args:
         body: the encoded automaton, checked by the engine.
@@ -27,14 +27,14 @@ class AutomatonTables:
         self._next: dict[int, dict[int, int]] = {}
 
     def allowed(self, state: int) -> Ints | None:
-        """Return the only ids that may come next; None: all but the forbidden ones."""
+        """Return the only ids that may come next; None for all but the forbidden ones."""
         if state not in self._allowed:
             entry = self._states[state]
             self._allowed[state] = np.array(entry.allowed, dtype=np.int64) if entry.restrict else None
         return self._allowed[state]
 
     def forbidden(self, state: int) -> Ints:
-        """Return the ids that may not come next; to be read where `allowed` is None."""
+        """Return the ids that may not come next. Valid only where `allowed` is None."""
         if state not in self._forbidden:
             self._forbidden[state] = np.array(self._states[state].forbidden, dtype=np.int64)
         return self._forbidden[state]
@@ -44,7 +44,7 @@ class AutomatonTables:
         for token_id in token_ids:
             following = self._next.get(state)
             if following is None:
-                # Reversed, because the first of equal transitions counts.
+                # Reversed, because of several transitions for one token the first counts.
                 entries = reversed(self._states[state].transitions)
                 following = self._next[state] = {entry.token_id: entry.state for entry in entries}
             state = following.get(token_id, state)
@@ -55,7 +55,7 @@ class ConstraintState:
     """The state of one sequence.
 
     Args:
-        output: tokens that it starts with.
+        output: the sequence's output tokens so far.
     """
 
     def __init__(self, tables: AutomatonTables, output: Iterable[int]) -> None:
@@ -67,5 +67,5 @@ class ConstraintState:
         self.state = self.tables.advance(self.state, (token_id,))
 
     def after(self, token_ids: Iterable[int]) -> int:
-        """Return the state that these further tokens would lead to."""
+        """Return the state after these further tokens, without a change to this one."""
         return self.tables.advance(self.state, token_ids)
