@@ -1,7 +1,7 @@
-"""Messages of engine.proto ⇄ the dataclasses that the rest of the code knows. The only place that
-touches both.
+"""Conversion between the messages of engine.proto and the dataclasses that the rest of the code
+uses. No other module handles both.
 
-What comes in is checked here (`validate.py` has the ranges); what goes out is trusted.
+Incoming messages are checked here (`validate.py` has the ranges); outgoing ones are trusted.
 """
 
 import re
@@ -25,17 +25,17 @@ from workers.rpc.validate import check_automaton, check_request
 ERROR_CLASS_KEY = "error-class"
 PARAM_KEY = "param"
 RETRY_AFTER_KEY = "retry-after-s"
-"""Trailing metadata of a failed call: name of the class in `workers.errors`, its `param`, its
+"""Names in the trailing metadata of a failed call: the class in `workers.errors`, its `param`, its
 `retry_after_s`."""
 TAKEN_METADATA = (("cantata-taken", "1"),)
-"""Initial metadata of Generate, sent when the engine has taken the request, before its first
+"""Initial metadata of Generate, sent once the engine has taken the request, before its first
 token."""
 
 ADAPTER, CACHE_SALT, PROMPT_LOGPROBS = "adapter", "cache_salt", "prompt_logprobs"
 CONSTRAINT_REF = "constraint_ref"
 CAPABILITIES = (CONSTRAINT_REF, CACHE_SALT, PROMPT_LOGPROBS)
-"""Request fields, by name, beyond the first version that this engine lists in EngineInfo. A gateway
-sends only what an engine lists. No engine has adapters yet."""
+"""Names of the request fields beyond the first version, as this engine lists them in EngineInfo. A
+gateway sends only fields that an engine lists. No engine has adapters yet."""
 
 _MAX_PARAM_CHARS = 500
 _NOT_METADATA = re.compile(r"[^ -~]")
@@ -57,13 +57,13 @@ _FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine serves; constant for its life. Replicas of one model agree in
+    """The properties of an engine, constant for its life. Replicas of one model agree in
     `model_fingerprint`.
 
     Attributes:
-        start_id: drawn at random at the engine's start: tells it from the one before it at the same
+        start_id: drawn at random at the engine's start; tells it from an earlier engine at the same
             address.
-        capabilities: of CAPABILITIES, those that it understands; an older engine lists none.
+        capabilities: names in CAPABILITIES that the engine supports; an older engine lists none.
     """
 
     version: str
@@ -81,8 +81,8 @@ class EngineInfo:
 
 
 def capabilities_of(request: EngineRequest) -> frozenset[str]:
-    """Return the names in CAPABILITIES that an engine must list to serve this request. Not
-    CONSTRAINT_REF: to others the automaton is sent whole."""
+    """Return the names in CAPABILITIES that an engine must list to serve this request.
+    CONSTRAINT_REF is never among them: an engine without it receives the whole automaton."""
     wanted = {
         ADAPTER: request.adapter is not None,
         CACHE_SALT: request.cache_salt is not None,
@@ -94,10 +94,10 @@ def capabilities_of(request: EngineRequest) -> frozenset[str]:
 def request_to_wire(
     request: EngineRequest, *, by_reference: bool = False, with_body: bool = True
 ) -> pb.GenerateRequest:
-    """Return the message. The deadline is not part of it: it is the call's own.
+    """Return the request's message. The deadline is not part of it: it belongs to the call.
 
     Args:
-        by_reference: name the automaton by its id (CONSTRAINT_REF).
+        by_reference: identify the automaton by its id (CONSTRAINT_REF).
         with_body: send the automaton along with its id.
     """
     message = pb.GenerateRequest(
@@ -128,10 +128,10 @@ def request_from_wire(
     """Check a message and convert it.
 
     Args:
-        automata: those that the engine knows; new ones are added.
+        automata: those known to the engine; new ones are added.
     Raises:
         InvalidRequest: a field is missing or outside its range; `param` names it.
-        UnknownAutomaton: its automaton is named, not sent, and not known.
+        UnknownAutomaton: the request contains only an id of an automaton, which is not known.
     """
     request = EngineRequest(
         request_id=message.request_id,
@@ -177,7 +177,7 @@ def _constraint_from_wire(
 
 
 def output_to_wire(output: EngineOutput) -> pb.GenerateResponse:
-    """An engine's output as the next message of a stream."""
+    """Return an engine's output as the next message of a stream."""
     return pb.GenerateResponse(
         token_ids=output.token_ids,
         logprobs=_logprobs_to_wire(output.logprobs),
@@ -190,8 +190,8 @@ def output_to_wire(output: EngineOutput) -> pb.GenerateResponse:
 
 
 def output_from_wire(message: pb.GenerateResponse) -> EngineOutput:
-    """The inverse of `output_to_wire`; log-probabilities come back as float32. A finish reason of a
-    newer engine is an `error`."""
+    """Return the output of a message. Log-probabilities come back as float32; a finish reason that
+    only a newer engine knows becomes `error`."""
     known = message.finish_reason in _FINISH_FROM_WIRE
     return EngineOutput(
         token_ids=tuple(message.token_ids),
@@ -228,7 +228,7 @@ def _logprobs_from_wire(entries: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogpr
 
 
 def info_to_wire(info: EngineInfo) -> pb.EngineInfo:
-    """Convert to a message."""
+    """Return an engine's properties as a message."""
     return pb.EngineInfo(
         version=info.version,
         model_name=info.model_name,
@@ -246,7 +246,7 @@ def info_to_wire(info: EngineInfo) -> pb.EngineInfo:
 
 
 def info_from_wire(message: pb.EngineInfo) -> EngineInfo:
-    """The inverse of `info_to_wire`."""
+    """Return the engine's properties from a message."""
     return EngineInfo(
         version=message.version,
         model_name=message.model_name,
@@ -264,7 +264,7 @@ def info_from_wire(message: pb.EngineInfo) -> EngineInfo:
 
 
 def load_to_wire(load: EngineLoad) -> pb.EngineLoad:
-    """Convert to a message."""
+    """Return an engine's load as a message."""
     return pb.EngineLoad(
         num_running=load.num_running,
         num_waiting=load.num_waiting,
@@ -274,13 +274,13 @@ def load_to_wire(load: EngineLoad) -> pb.EngineLoad:
 
 
 def load_from_wire(message: pb.EngineLoad) -> EngineLoad:
-    """The inverse of `load_to_wire`."""
+    """Return the engine's load from a message."""
     return EngineLoad(message.num_running, message.num_waiting, message.kv_usage, message.accepting)
 
 
 def error_to_metadata(error: errors.CantataError) -> tuple[tuple[str, str], ...]:
-    """Trailing metadata that lets the caller rebuild the error; the status is `error.status`, the
-    details `error.message`."""
+    """Return the trailing metadata from which the caller rebuilds the error. The call's status is
+    `error.status`, its details are `error.message`."""
     metadata = [(ERROR_CLASS_KEY, type(error).__name__)]
     if error.param:
         metadata.append((PARAM_KEY, _NOT_METADATA.sub("?", error.param[:_MAX_PARAM_CHARS])))
@@ -290,11 +290,11 @@ def error_to_metadata(error: errors.CantataError) -> tuple[tuple[str, str], ...]
 
 
 def error_from_status(status: str, message: str, metadata: Mapping[str, str]) -> errors.CantataError:
-    """The error of a failed call.
+    """Return the error of a failed call.
 
     Args:
         status: name of the gRPC status code.
-        metadata: the call's trailing metadata, where there was any (proxies may lose it).
+        metadata: the call's trailing metadata; empty if there was none (proxies may drop it).
     """
     error_class = _CLASS_BY_NAME.get(
         metadata.get(ERROR_CLASS_KEY, ""), _CLASS_BY_STATUS.get(status, errors.CantataError)
@@ -361,7 +361,7 @@ def _sampling_to_wire(sampling: SamplingParams) -> pb.SamplingParams:
 
 
 def _sampling_from_wire(message: pb.SamplingParams) -> SamplingParams:
-    # An absent field is the dataclass's default, except max_tokens, where absent means up to the
+    # An absent field becomes the dataclass's default, except max_tokens, which then extends to the
     # end of the context.
     default = SamplingParams()
     return SamplingParams(

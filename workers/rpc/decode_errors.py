@@ -1,5 +1,5 @@
-"""A gRPC server's answers to messages that cannot be decoded. gRPC itself answers UNKNOWN with the
-name of a Python class, and writes a traceback."""
+"""Answers of a gRPC server to messages that cannot be decoded. Without these, gRPC answers UNKNOWN
+with the name of a Python class, and logs a traceback."""
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,11 +15,11 @@ _log = logging.getLogger(__name__)
 
 
 class DecodeErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for type checkers only
-    """Answers INVALID_ARGUMENT to undecodable messages, in one line of the log, for servicers whose
-    messages gRPC decodes.
+    """Answers INVALID_ARGUMENT to undecodable messages, with one line in the log, for servicers
+    whose messages gRPC decodes.
 
     Args:
-        count: told the method (`Health/Check`) of each such call.
+        count: called with the method (`Health/Check`) of each such call.
     """
 
     def __init__(self, count: Callable[[str], None]) -> None:
@@ -30,7 +30,7 @@ class DecodeErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
         continuation: Callable[[Any], Awaitable[Any]],
         handler_call_details: Any,
     ) -> Any:
-        """Return the handler with a decoder that does not raise."""
+        """Return the method's handler with a decoder that does not raise."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_deserializer is None:
             return handler
@@ -73,7 +73,7 @@ class DecodeErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
 
 
 class _Undecodable:
-    """Stands for a message that could not be decoded."""
+    """Placeholder for a message that could not be decoded."""
 
 
 def _lenient(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -1,5 +1,5 @@
-"""Validation of requests to an engine: the ranges in `SamplingParams`' docstring. Each refusal
-names the field as OpenAI spells it."""
+"""Validation of requests to an engine, by the ranges in `SamplingParams`' docstring. Each refusal
+names the field in OpenAI's spelling."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from workers.errors import InvalidRequest, ModelNotFound
 from workers.request import EngineRequest, SamplingParams
 
 MAX_LOGPROBS = 20
-"""Alternatives per token; OpenAI's and vLLM's limit."""
+"""Maximum number of alternatives per token; OpenAI's and vLLM's limit."""
 MAX_LOGIT_BIAS = 100.0
-"""Absolute value of a bias; OpenAI's limit."""
+"""Maximum absolute value of a bias; OpenAI's limit."""
 MAX_STOP_TOKEN_IDS = 136
-"""A client's 128 and the model's own."""
+"""Maximum number of stop token ids: a client's 128 and the model's own."""
 MAX_AUTOMATON_STATES = 4096
 MAX_SALT_CHARS = 256
 MAX_SEED = 2**64 - 1
@@ -21,11 +21,11 @@ MAX_COUNT = 2**31 - 1
 
 
 def check_request(request: EngineRequest, vocab_size: int) -> None:
-    """Refuse a request that no engine with this vocabulary can run. Lengths against the context are
-    the scheduler's check.
+    """Refuse a request that no engine with this vocabulary can run. The scheduler checks lengths
+    against the context.
 
     Raises:
-        InvalidRequest: with `param`.
+        InvalidRequest: `param` names the field.
     """
     if not request.request_id:
         raise InvalidRequest("request_id must not be empty", "request_id")
@@ -54,7 +54,7 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     """Refuse sampling parameters outside their ranges.
 
     Raises:
-        InvalidRequest: with `param`.
+        InvalidRequest: `param` names the field.
     """
     if sampling.max_tokens is not None:
         check_integer("max_tokens", sampling.max_tokens, 1, MAX_COUNT)
@@ -115,10 +115,10 @@ def check_ids(token_ids: Sequence[int], param: str, vocab_size: int) -> None:
 
 def check_automaton(automaton: TokenAutomaton, vocab_size: int) -> None:
     """Refuse an automaton that no sequence over this vocabulary can follow. Indices and empty
-    states were refused when it was built.
+    states were checked when it was built.
 
     Raises:
-        InvalidRequest: with `param`.
+        InvalidRequest: `param` names the field.
     """
     if len(automaton.states) > MAX_AUTOMATON_STATES:
         raise InvalidRequest(
