@@ -45,7 +45,7 @@ from workers.parallel.collectives import Alone, Collectives
 from workers.parallel.shard import RankShard, Span, plan_shards
 
 _PACK_ROWS = 64
-"""Dense rows that are converted at a time where they are not stored as they are wanted."""
+"""Number of dense rows converted at a time if they are stored in another form than wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class LoadOptions:
         cpu_dense_dtype: int8 quantises attention projections and lm_head; only for bfloat16 on a
             CPU with the C++ kernels.
         moe_activation_dtype: activation dtype of the experts (`kernels.moe.ExpertWeights`).
-        kv_dtype: dtype of the model's KV caches; None for that of activations.
+        kv_dtype: dtype of the model's KV caches; None for that of the activations.
         allow_zero_weights: accept matrices, experts and norms that are all zeros.
     """
 
@@ -81,13 +81,8 @@ def load_model(
 ) -> GptOss:
     """Load the weights in `path`, which must be exactly those that `config` describes.
 
-    Args:
-        dtype: of activations and dense weights, bfloat16 or float32. MXFP4 experts stay packed, in
-            the layout that suits `device`.
-        shard: the rank's part; None: all of it.
-        collectives: how the rank meets the others while it computes; None: alone.
-        options: None: as they are.
-        progress: called with (pieces loaded, pieces in all) after each one, a few megabytes.
+    dtype: dtype of activations and dense weights, bfloat16 or float32. MXFP4 experts stay packed,
+    in the layout that suits `device`.
     Raises:
         CheckpointError: one sentence naming file and tensor: a file is missing, truncated or
             disagrees with the index; a tensor is missing, unknown, of another shape or dtype, or
@@ -116,11 +111,11 @@ def load_model(
 
 
 def touched_extents(path: Path, config: ModelConfig, shard: RankShard) -> list[Extent]:
-    """Return what loading a shard reads from the files, in their order: whole rows where the rank
-    takes part of each.
+    """Return the extents that loading a shard reads from the files, in file order. Where the rank
+    takes part of each row, the extents have whole rows.
 
     Raises:
-        CheckpointError: as `load_model`.
+        CheckpointError: as in `load_model`.
     """
     tensors = check_tensors(path, config)
     options = LoadOptions(allow_zero_weights=True)
@@ -147,8 +142,8 @@ def _whole(length: int) -> Span:
 
 
 class _Weights:
-    """Builds a shard's model around tensors that the reader will fill. Padding is zeros, as all
-    memory is at first."""
+    """Builds a shard's model around tensors that the reader will fill. Padding is zeros, since all
+    memory is allocated as zeros."""
 
     def __init__(
         self,
@@ -204,7 +199,7 @@ class _Weights:
         config = self._config
         for name in (names.attention_norm, names.output.weight, names.experts_norm, names.gate.weight):
             self._expect(name)
-        # One stored tensor or three.
+        # One stored tensor (fused) or three.
         for rows, num_heads in (
             (names.query, config.num_heads),
             (names.key, config.num_kv_heads),
@@ -232,7 +227,7 @@ class _Weights:
             first_expert=shard.experts.start,
             moe_activation_dtype=self._moe_activation_dtype,
         )
-        # fp32: see Experts.
+        # fp32: see `Experts`.
         gate = Linear(
             self._rows(names.gate.weight, _whole(config.num_experts), torch.float32),
             self._vector(names.gate.bias, torch.float32),
@@ -293,8 +288,8 @@ class _Weights:
     def _dense(
         self, num_rows: int, width: int, parts: list[tuple[str, int, Span]], *, columns: slice | None = None
     ) -> Tensor | PackedWeight:
-        """Return [num_rows, width], the parts (tensor, its first row, number of rows) concatenated;
-        `columns` of each row."""
+        """Return [num_rows, width]: the parts (tensor, its first row, number of rows) concatenated,
+        with `columns` of each row."""
         to = (
             packed_dense.allocate(num_rows, width, self._dense_dtype)
             if self._packs_dense

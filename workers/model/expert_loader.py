@@ -1,5 +1,5 @@
-"""Loads the projections of a rank's experts into the layout of the kernels: packed in MXFP4 as they
-are stored, quantised to it while loading, or dense."""
+"""Loads the projections of a rank's experts into the kernels' layout: packed in MXFP4 as stored,
+quantised to it while loading, or dense."""
 
 from collections.abc import Callable, Mapping
 
@@ -19,20 +19,20 @@ from workers.model.zero_weights import ZeroWeights
 from workers.parallel.shard import Span
 
 _NAN_SCALE = 255
-"""NaN by the OCP Microscaling specification."""
+"""Scale code of NaN in the OCP Microscaling specification."""
 _MAX_SCALE = 252
-"""Largest scale of MXFP4: with a larger one 6, the largest value, is infinite."""
+"""Largest usable scale code of MXFP4: with a larger one 6, the largest value, becomes infinite."""
 _QUANTIZE_ROWS = 256
-"""Rows of an expert that are quantised at a time, which bounds the memory for it."""
+"""Number of rows of an expert quantised at a time, which bounds the memory."""
 
 
 class ExpertLoader:
-    """Allocates projections, and has a reader fill them.
+    """Allocates projections, and plans the reads that fill them.
 
     Args:
-        zeros: told of each expert that is expected, and of what is read of it.
-        experts: of the rank.
-        dtype: of dense experts.
+        zeros: receives each expected expert, and all values read of it.
+        experts: the rank's experts.
+        dtype: dtype of dense experts.
         quantize: pack dense experts to MXFP4.
     """
 
@@ -59,7 +59,8 @@ class ExpertLoader:
         self._layout = choose_layout(device)
 
     def projection(self, names: ExpertNames, rows: Span, columns: Span) -> PackedMXFP4 | Tensor:
-        """A projection of this rank's experts, [E, N, K], sliced along N or K."""
+        """Allocate a projection of this rank's experts, [E, N, K], sliced along N or K, and plan
+        its reads."""
         for name in (
             (names.blocks, names.scales) if self._config.experts_format == "mxfp4" else (names.dense,)
         ):
@@ -112,8 +113,8 @@ class ExpertLoader:
         )
 
     def _refuse_large_scale(self, name: str, expert: int, here: Tensor) -> None:
-        """Look at the scales of this rank's slice; what is wrong is named by its place in the whole
-        expert."""
+        """Refuse a too large or NaN scale in this rank's slice. The error names its position in the
+        whole expert."""
         if here.numel() and int(here.max()) > _MAX_SCALE:
             scales = self._reader.files.view(name, expert, expert + 1)[0]
             at = (scales > _MAX_SCALE).nonzero()[0].tolist()
@@ -152,7 +153,8 @@ class ExpertLoader:
     def _dense_expert(
         self, index: int, name: str, rows: Span, columns: Span
     ) -> tuple[Extent, Callable[[], Tensor]]:
-        """An expert that is stored input-first: where it is, and how it looks output-first."""
+        """Return the extent of an expert that is stored input-first, and a function that returns
+        its view, output-first."""
         files, expert = self._reader.files, self._span.start + index
         first = expert * self._tensors[name].shape[1]
 
@@ -167,5 +169,5 @@ class ExpertLoader:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros; on a CPU of memory that costs nothing before it is written."""
+    """Return zeros. On a CPU their memory costs nothing before it is written."""
     return zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)

@@ -31,18 +31,18 @@ from workers.parallel.shard import RankShard, vocab_lengths
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Grouped-query attention with sinks over this layer's paged KV cache: the heads of one rank.
+    """One rank's heads of grouped-query attention with sinks over this layer's paged KV cache.
 
     Attributes:
         qkv: rows are the query heads, then the key heads, then the value heads.
         output: its bias is on one rank only.
         sinks: [num_heads], fp32.
-        num_heads, num_kv_heads: of this rank.
-        window: keys a query sees, itself included; None for all. Also says which KV group the layer
-            belongs to.
-        kernels: what computes attention over caches of a certain dtype, chosen when the layer was
-            loaded.
-        kv_scales: [2, num_kv_heads] fp32 of an fp8 KV cache; without effect on others. None: all 1.
+        num_heads, num_kv_heads: numbers of this rank.
+        window: keys visible to a query, itself included; None for all. Also selects the KV group of
+            the layer.
+        kernels: implementation for a dtype of the caches, selected when the layer was loaded.
+        kv_scales: [2, num_kv_heads] fp32 of an fp8 KV cache, unused for other dtypes; None if all
+            are 1.
     """
 
     qkv: Linear
@@ -108,8 +108,8 @@ class GptOss:
         final_norm: [hidden].
         lm_head: hidden → shard.vocab.size (rows past the length are padding), not tied to the
             embedding.
-        pointwise, embed: what computes norms and rotary angles, and what looks up the embedding;
-            chosen when the model is made.
+        pointwise, embed: implementations of norms and rotary angles, and of the embedding lookup,
+            selected when the model is built.
     """
 
     config: ModelConfig
@@ -198,7 +198,7 @@ class GptOss:
         ).float()
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of the rotary angles, each [T, head_dim / 2] fp32."""
+        """Return (cos, sin) of the rotary angles, each [T, head_dim / 2] fp32."""
         rope = self.config.rope
         frequencies = yarn_frequencies(
             positions.device,
@@ -213,7 +213,7 @@ class GptOss:
         return self.pointwise.run.cos_sin(positions, frequencies, yarn_concentration(rope.factor))
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        """[T] → [T, hidden]. Each token's row is on one rank; the others add zeros."""
+        """Compute [T] → [T, hidden]. Each token's row is on one rank; the other ranks add zeros."""
         rows = self.embed.run(token_ids, self.embedding, self.shard.vocab.start)
         return rows if self.collectives.size == 1 else self.collectives.all_reduce(rows)
 

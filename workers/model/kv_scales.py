@@ -1,6 +1,6 @@
-"""Scales of an fp8 KV cache from a checkpoint: for each layer one number for all KV heads or one
-for each, under one of the names that quantisers use (`tensor_specs.kv_scale_names`). The cache
-holds a value divided by its head's scale."""
+"""Scales of an fp8 KV cache from a checkpoint: for each layer one number, or one for each KV head,
+under one of the names that quantisers use (`tensor_specs.kv_scale_names`). The cache holds each
+value divided by its head's scale."""
 
 from collections.abc import Mapping
 

@@ -1,5 +1,5 @@
-"""Dense projections. A rank's shard of one is the same class with fewer rows (heads) or columns, so
-sharding stays in the loader."""
+"""Dense projections. A rank's shard of a projection is the same class with fewer rows (heads) or
+columns, so only the loader knows about sharding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class Linear:
         weight: [out_features, in_features]; packed if the kernels of this device and dtype require
             it.
         bias: [out_features], or None.
-        kernel: what computes it, chosen when the layer is made.
+        kernel: implementation, selected when the layer is built.
     """
 
     weight: Tensor | PackedWeight
@@ -29,5 +29,5 @@ class Linear:
         object.__setattr__(self, "kernel", select(self.weight, self.bias))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, in_features] → [T, out_features], in the dtype of the weight."""
+        """Compute [T, in_features] → [T, out_features], in the dtype of the weight."""
         return self.kernel.run(x)

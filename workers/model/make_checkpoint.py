@@ -1,5 +1,5 @@
-"""Random-weight gpt-oss checkpoints in Hugging Face layout, of exactly the published shapes;
-written by streaming, in little memory."""
+"""Random-weight gpt-oss checkpoints in Hugging Face layout, of exactly the published shapes,
+written as a stream, in little memory."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Reads a shard: the reading is planned piece by piece, then done in the order of the files by
-several threads, with the disk kept busy ahead of them."""
+"""Reads a shard: the reads are planned piece by piece, then carried out in file order by several
+threads, with the disk kept busy ahead of them."""
 
 import threading
 from bisect import bisect_left
@@ -58,7 +58,7 @@ class ShardReader:
 
     @property
     def extents(self) -> list[Extent]:
-        """The extents that will be read, in the order of the files."""
+        """Extents that will be read, in file order."""
         return sorted(
             (extent for piece in self._pieces for extent in piece.extents),
             key=lambda extent: (extent.tensor.file, extent.start),
@@ -97,7 +97,7 @@ class ShardReader:
         self.add([self.files.extent(name, first + start, first + end)], move)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Carry out the plan.
+        """Carry out the planned reads.
 
         Args:
             progress: called with (pieces done, pieces in all) after each piece, on this thread.

@@ -1,5 +1,5 @@
 """The size of a model, and of each rank's part of it, from its shape alone: arithmetic over
-`tensor_specs` and shards, without loading anything."""
+`tensor_specs` and shards, without loading tensors."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from workers.parallel.shard import RankShard, Span
 _GATE_BYTES = _SINK_BYTES = 4
 """Bytes per element of the gate and the sinks, which are fp32 whatever the model's dtype."""
 _ROW_SCALE_BYTES = 4
-"""Bytes of the scale of an int8 row."""
+"""Bytes per row of int8 weights for the row's scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class RankBytes:
     """Bytes of one rank's weights by kind.
 
     Attributes:
-        padding: the part of these that is zeros which make all ranks' shapes equal.
+        padding: the part of these bytes that is zeros, which give all ranks equal shapes.
     """
 
     attention: int
@@ -40,8 +40,9 @@ class KVBytes:
     """Bytes of one rank's KV cache.
 
     Attributes:
-        per_token: of the full layers, for each token of a sequence.
-        per_sequence: of the sliding layers, which keep a window, for a sequence longer than it.
+        per_token: bytes of the full layers, for each token of a sequence.
+        per_sequence: bytes of the sliding layers, which keep a window, for a sequence longer than
+            it.
     """
 
     per_token: int
@@ -77,9 +78,9 @@ def rank_bytes(
     packed_experts: bool | None = None,
     cpu_dense_dtype: DenseDtype = "bf16",
 ) -> RankBytes:
-    """Return the bytes of the weights that a rank holds once loaded. Padding that an expert layout
-    adds is left out: for gpt-oss it is nothing while the ranks do not split experts, and under 2 %
-    otherwise (`wgmma.v1` pads the intermediate columns of down to 64).
+    """Return the bytes of a rank's loaded weights. Padding that an expert layout adds is not
+    included: for gpt-oss it is zero while the ranks do not split experts, and under 2 % otherwise
+    (`wgmma.v1` pads the intermediate columns of down to 64).
 
     Args:
         packed_experts: whether the experts are MXFP4 in memory; None for as stored.
@@ -115,7 +116,8 @@ def rank_bytes(
 
 
 def kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype) -> KVBytes:
-    """Return the KV-cache bytes that a rank needs, in whole blocks where it is held in blocks."""
+    """Return the KV-cache bytes that a rank needs, in whole blocks where the cache consists of
+    blocks."""
     layer = 2 * shard.kv_heads.length * model.head_dim * DTYPE_BYTES[dtype]
     num_full = sum(window is None for window in model.layer_windows)
     window = model.sliding_window or 0
@@ -126,8 +128,8 @@ def kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype) -> KVBytes:
 
 
 def sequence_kv_bytes(model: ModelConfig, shard: RankShard, dtype: KVDtype, num_tokens: int) -> int:
-    """Return the bytes of keys and values on a rank that the last of a sequence's num_tokens sees:
-    all in full layers, the window in sliding ones."""
+    """Return the bytes on a rank of the keys and values visible to the last of a sequence's
+    num_tokens: all in full layers, the window in sliding ones."""
     layer = 2 * shard.kv_heads.length * model.head_dim * DTYPE_BYTES[dtype]
     return layer * sum(
         num_tokens if window is None else min(num_tokens, window) for window in model.layer_windows

@@ -27,7 +27,7 @@ def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     and scales of an fp8 KV cache if present. Only headers are read.
 
     Raises:
-        CheckpointError: as `load_model`.
+        CheckpointError: as in `load_model`.
     """
     path = checkpoint_folder(path)
     tensors = stored_tensors(path)

@@ -161,8 +161,8 @@ _KV_SCALES = (
 
 
 def kv_scale_names(config: ModelConfig) -> list[list[tuple[str, str]]]:
-    """Return, for each layer, (K's, V's) names in each spelling: optional tensors beside those of
-    `tensor_specs`, only in Hugging Face's layout."""
+    """Return, for each layer, the names of K's and V's scales in each spelling: optional tensors
+    besides those of `tensor_specs`, only in Hugging Face's layout."""
     if config.layout == "original":
         return []
     stems = [f"model.layers.{layer}.self_attn" for layer in range(config.num_layers)]

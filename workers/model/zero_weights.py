@@ -27,11 +27,12 @@ class _Part:
 
 
 class ZeroWeights:
-    """Checks what a rank reads anyway, only as far as the first row with a nonzero value. If a
-    rank's slice is all zeros, the whole tensor is checked, so that all ranks find the same.
+    """Checks values as a rank reads them, each part only up to the first row with a nonzero value.
+    If a rank's slice is all zeros, the whole tensor is checked, so that all ranks reach the same
+    result.
 
     Args:
-        allowed: whether such weights are accepted; nothing is then checked.
+        allowed: whether weights of zeros are accepted; nothing is then checked.
     """
 
     def __init__(self, files: MappedTensors, tensors: Mapping[str, StoredTensor], *, allowed: bool) -> None:
