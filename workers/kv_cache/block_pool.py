@@ -5,8 +5,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 NULL_BLOCK = 0
-"""Block 0 of each KV group is never handed out: it stands for freed or skipped blocks, and padding
-is written to it."""
+"""Id of the block of each KV group that is never handed out: it stands for freed or skipped blocks,
+and padding is written to it."""
 
 
 class BlockPool:

@@ -1,5 +1,5 @@
 """KV blocks of every sequence in both groups: allocated as it grows, freed once outside the window,
-found again by prefix.
+and found again by prefix.
 
 Both tables of a sequence are indexed by position // BLOCK_SIZE. In the sliding group an entry is
 NULL_BLOCK where the block left the window or was skipped by a prefix hit. A group without layers
@@ -135,15 +135,15 @@ class KVCacheManager:
     def admit(
         self, blocks: SequenceBlocks, token_ids: Sequence[int], max_cached: int | None = None
     ) -> int | None:
-        """Give a sequence without blocks those of its longest cached prefix, if there is room to go
-        on behind it.
+        """Give a sequence without blocks those of its longest cached prefix, if there is room to
+        continue after it.
 
         There is room if the full group could hold all of `token_ids` now, and the sliding group
         what the sequence needs to advance. Only the prefix is allocated here; `grow` allocates the
         rest.
 
         Args:
-            max_cached: tokens that may be taken from the cache; None: all there are.
+            max_cached: maximum tokens to take from the cache; None for no limit.
         Returns:
             Number of tokens found, always less than all; None if there is no room, with nothing
             allocated.
@@ -241,7 +241,7 @@ class KVCacheManager:
         assert blocks.parent is not None, "committed without being admitted"
         target = num_computed_tokens // BLOCK_SIZE
         if not blocks.parent.alive:
-            # Another sequence's block stood for our prefix, and was evicted: put our own in its
+            # Another sequence's block served our prefix and was evicted: put our own block in its
             # place.
             blocks.parent, blocks.num_committed = self._cache.root(blocks.root), 0
         keys = blocks.keys

@@ -60,7 +60,7 @@ class KVCachePlan:
 @dataclass(frozen=True, slots=True)
 class _Group:
     """Sizes of one group: bytes of a block, blocks for one sequence of max_model_len, blocks for
-    all tokens of a step, and the most that can be useful."""
+    all tokens of a step, and the maximum number of useful blocks."""
 
     block_bytes: int
     minimum: int
@@ -101,9 +101,9 @@ def check_kv_dtype(dtype: KVDtype, target: str, *, way_out: str = "set engine.ca
 
     Args:
         target: the device's architecture, as `kernels.backend.architecture` names it.
-        way_out: what the error advises.
+        way_out: advice in the error.
     Raises:
-        ConfigError: it has no kernel for such a cache.
+        ConfigError: the device has no kernel for such a cache.
     """
     if dtype == "fp8_e4m3" and (reason := fp8_refusal(target)) is not None:
         raise ConfigError(f"{reason}; {way_out}")
@@ -355,8 +355,8 @@ def _longest_fitting(
     *,
     whole_steps: bool = False,
 ) -> int:
-    """Return the most tokens up to `limit`, in whole blocks, of which one sequence fits; 0 if not
-    even a block does."""
+    """Return the maximum number of tokens up to `limit`, in whole blocks, such that one sequence of
+    them fits; 0 if not even one block does."""
     fits, too_long = 0, num_blocks_for(limit)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
@@ -370,8 +370,8 @@ def _longest_fitting(
 def _fitting_context(
     model: ModelConfig, scheduler: SchedulerConfig, dtype: KVDtype, memory_bytes: int, source: str
 ) -> int:
-    """Return the model's context, or as much of it as fits, with room to compute prompts in whole
-    steps if SHORTEST_CONTEXT leaves it."""
+    """Return the model's context, or the longest that fits, with room to compute prompts in whole
+    steps if that leaves at least SHORTEST_CONTEXT."""
     longest = model.max_context_len
     if _needed(model, scheduler, dtype, longest) <= memory_bytes:
         return longest

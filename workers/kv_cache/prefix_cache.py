@@ -23,19 +23,19 @@ def pack_tokens(token_ids: Sequence[int]) -> bytes:
 
 
 def hash_root(adapter: str | None, cache_salt: str | None) -> bytes:
-    """Return what stands in for the hash before the first block: requests share blocks only where
-    both agree. The same in every process; b"" with neither."""
+    """Return the value that replaces the hash before the first block: requests share blocks only if
+    they agree in both arguments. It is the same in every process, and b"" without either."""
     if adapter is None and cache_salt is None:
         return b""
-    # As JSON, which tells None from text and one field from the next.
+    # As JSON, which distinguishes None from text and one field from the next.
     content = json.dumps([adapter, cache_salt]).encode()
     return hashlib.blake2b(content, digest_size=HASH_BYTES, person=b"cantata-kv-root").digest()
 
 
 def hash_block(parent: bytes, packed_tokens: bytes) -> bytes:
-    """Hash of a block behind `parent`, the hash of the block before it (`hash_root` for the first):
-    BLAKE2b-128 over the parent and `pack_tokens` of the block. The same in every process; router
-    and engines compare these."""
+    """Return the hash of a block that follows `parent`, the hash of the block before it
+    (`hash_root` for the first): BLAKE2b-128 over the parent and `pack_tokens` of the block. It is
+    the same in every process; router and engines compare these."""
     return hashlib.blake2b(parent + packed_tokens, digest_size=HASH_BYTES).digest()
 
 
@@ -47,14 +47,14 @@ def append_hash(hashes: list[bytes], packed_tokens: bytes, root: bytes = b"") ->
 def extend_hashes(
     hashes: list[bytes], token_ids: Sequence[int], block_size: int = BLOCK_SIZE, root: bytes = b""
 ) -> None:
-    """Append to `hashes`, the chain over the first blocks of `token_ids`, those of the further full
-    blocks."""
+    """Append to `hashes`, the chain over the first blocks of `token_ids`, the hashes of the further
+    full blocks."""
     for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
         append_hash(hashes, pack_tokens(token_ids[start : start + block_size]), root)
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int = BLOCK_SIZE, root: bytes = b"") -> list[bytes]:
-    """The chained hash of each full block: entry i stands for all tokens up to `(i + 1) *
+    """Return the chained hash of each full block: entry i stands for all tokens up to `(i + 1) *
     block_size`.
 
     Args:
@@ -71,9 +71,9 @@ class CachedPrefix:
 
     Attributes:
         packed_tokens: the block's tokens.
-        full_block, sliding_block: where its KV is; NULL_BLOCK where the group has no layers or its
-            block was evicted.
-        alive: in the cache. A root, of length 0, always is.
+        full_block, sliding_block: blocks that hold its KV; NULL_BLOCK if the group has no layers or
+            the block was evicted.
+        alive: True while it is in the cache. A root, of length 0, always is.
     """
 
     __slots__ = ("__weakref__", "alive", "full_block", "key", "packed_tokens", "parent", "sliding_block")
@@ -122,7 +122,7 @@ class PrefixCache:
         return key in self._by_key
 
     def root(self, key: bytes = b"") -> CachedPrefix:
-        """Return the prefix of no tokens that chains from `key`, a `hash_root`, begin with: blocks
+        """Return the prefix of no tokens with which chains from `key`, a `hash_root`, begin. Blocks
         of different roots are never shared, whatever their hashes."""
         root = self._roots.get(key)
         if root is None:
@@ -136,15 +136,15 @@ class PrefixCache:
         token_ids: Sequence[int],
         max_blocks: int | None = None,
     ) -> list[CachedPrefix]:
-        """The longest chain of `token_ids` that a sequence can start behind, at least one token
-        short of all.
+        """Return the longest chain of `token_ids` after which a sequence can start, at least one
+        token shorter than all.
 
         A chain of L blocks needs the full blocks of all, and the sliding blocks visible to the
         query at position L * BLOCK_SIZE (later queries see fewer of them).
 
         Args:
             keys: `block_hashes(token_ids)` from that root.
-            max_blocks: length of the chain at most; None: no limit.
+            max_blocks: maximum length of the chain; None for no limit.
         """
         chain: list[CachedPrefix] = []
         parent = root
@@ -223,8 +223,8 @@ class PrefixCache:
             entry.sliding_block = NULL_BLOCK
 
     def check_integrity(self, full_ref_counts: dict[int, int], sliding_ref_counts: dict[int, int]) -> None:
-        """Assert that prefixes and pools agree; references are given by block, as their holders
-        count them."""
+        """Assert that prefixes and pools agree. References are given by block, as counted by their
+        holders."""
         for key, entry in self._by_key.items():
             assert entry.alive, "a removed prefix can be found"
             assert entry.key == key, "a prefix is filed under another key"

@@ -1,4 +1,4 @@
-"""The KV cache's tensors."""
+"""Tensors of the KV cache."""
 
 import torch
 
