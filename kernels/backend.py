@@ -1,4 +1,4 @@
-"""Which implementation of an operation takes a tensor: Triton's, the C++ one, or the reference in
+"""Selection of an operation's implementation for a tensor: Triton, C++, or the reference in
 torch."""
 
 import importlib.util
@@ -8,8 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Whether a product and a sum are fused where a kernel does not say. Triton 3.10 turns the default
-# around; results must not.
+# Fixes whether a product and a sum are fused where a kernel does not say. Triton 3.10 reverses the
+# default; results must not change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
@@ -20,7 +20,7 @@ def runs_triton(tensor: Tensor) -> bool:
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """`runs_triton` for the tensors of a device."""
+    """Return whether `runs_triton` holds for the tensors of a device."""
     return (device.type == "cuda" and has_triton()) or (device.type == "cpu" and _interpreting())
 
 
@@ -32,8 +32,8 @@ def has_triton() -> bool:
 
 @cache
 def _interpreting() -> bool:
-    # Triton reads the variable as each kernel is decorated, so it is fixed for a process. Not asked
-    # of Triton itself, whose import takes a second that a server on the CPU need not wait for.
+    # Triton reads the variable as each kernel is decorated, so it is fixed for a process. It is not
+    # read through Triton itself, whose import takes a second that a server on the CPU can save.
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes") and has_triton()
 
 
@@ -46,7 +46,8 @@ def checks_indices() -> bool:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The target that Triton compiles for: sm_90, gfx950 and so on; "cpu" for its interpreter."""
+    """Return the target that Triton compiles for: sm_90, gfx950 and so on; "cpu" for its
+    interpreter."""
     if device.type != "cuda":
         return "cpu"
     if torch.version.hip:

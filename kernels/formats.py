@@ -1,12 +1,12 @@
-"""Number formats, and the architectures that have them: plain facts, without torch."""
+"""Number formats, and the architectures that support them: plain facts, without torch."""
 
 from typing import Literal
 
 MX_BLOCK = 32
-"""Values that share a scale, along the contraction axis K."""
+"""Number of values that share a scale, along the contraction axis K."""
 
 MoeActivationDtype = Literal["auto", "mxfp8"]
-"""Dtypes of the inputs of MXFP4 experts: not converted, or rounded to MXFP8."""
+"""Dtypes of the inputs of MXFP4 experts: `auto` for unconverted, `mxfp8` for rounded to MXFP8."""
 
 
 def fp8_refusal(target: str) -> str | None:

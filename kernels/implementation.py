@@ -12,7 +12,7 @@ from kernels.backend import architecture, triton_runs_on
 from kernels.cpu import native
 
 REFERENCE = "torch reference"
-"""Name of implementations that are right everywhere and slow."""
+"""Name of implementations that run everywhere but are slow."""
 
 Run = TypeVar("Run", covariant=True)
 _Run = TypeVar("_Run")
@@ -51,12 +51,12 @@ def by_device(
     reference: _Run,
     is_capturable: bool = True,
 ) -> Implementation[_Run]:
-    """Select an implementation as most operations do: Triton's where it runs, on a CPU the C++ one
-    for its dtypes, else the reference.
+    """Return the implementation that most operations select: Triton's where it runs, on a CPU the
+    C++ one for its dtypes, else the reference.
 
     Args:
-        triton: returns Triton's implementation; called if Triton is installed.
-        is_capturable: that of the reference.
+        triton: returns Triton's implementation; called only if Triton is installed.
+        is_capturable: value for the reference.
     """
     if triton_runs_on(device):
         where = "in Triton's interpreter" if device.type == "cpu" else "on a GPU"
@@ -67,17 +67,17 @@ def by_device(
 
 
 def slow_reference(run: _Run, why: str, layout: str = "", *, is_capturable: bool) -> Implementation[_Run]:
-    """The reference of an operation."""
+    """Return the reference as an implementation that is slow."""
     return Implementation(run, REFERENCE, why, layout, is_slow=True, is_capturable=is_capturable)
 
 
 def triton_name(device: torch.device) -> str:
-    """Name of a Triton kernel."""
+    """Return the name of a Triton kernel."""
     return f"Triton {architecture(device)}"
 
 
 def cpp_name() -> str:
-    """Name of a C++ kernel, with the instruction set in use."""
+    """Return the name of a C++ kernel, with the instruction set in use."""
     return f"C++ {native.isa()}"
 
 

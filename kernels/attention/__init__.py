@@ -16,7 +16,7 @@ __all__ = ["AttentionOperations", "paged_attention", "rope_and_store_kv", "selec
 
 
 class PagedAttention(Protocol):
-    """`kernels.attention.reference.paged_attention`."""
+    """Signature of `kernels.attention.reference.paged_attention`."""
 
     def __call__(
         self,
@@ -32,11 +32,11 @@ class PagedAttention(Protocol):
         kv_scales: Tensor | None = None,
         max_query_len: int | None = None,
     ) -> Tensor:
-        """Compute it."""
+        """Compute attention for the queries of one step."""
 
 
 class RopeAndStoreKV(Protocol):
-    """`kernels.attention.reference.rope_and_store_kv`."""
+    """Signature of `kernels.attention.reference.rope_and_store_kv`."""
 
     def __call__(
         self,
@@ -49,7 +49,7 @@ class RopeAndStoreKV(Protocol):
         *,
         kv_scales: Tensor | None = None,
     ) -> Tensor:
-        """Compute it."""
+        """Rotate queries and keys, store keys and values, and return the queries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class AttentionOperations:
 def select(
     dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device
 ) -> Implementation[AttentionOperations]:
-    """Choose the implementation for activations of `dtype` and caches of `kv_dtype`."""
+    """Select the implementation for activations of `dtype` and caches of `kv_dtype`."""
     slow = AttentionOperations(reference.paged_attention, reference.rope_and_store_kv)
     if kv_dtype != dtype and not triton_runs_on(device):
         why = "of an fp8 KV cache, which only Triton's kernel takes"
@@ -91,8 +91,7 @@ def paged_attention(
     kv_scales: Tensor | None = None,
     max_query_len: int | None = None,
 ) -> Tensor:
-    """`kernels.attention.reference.paged_attention`, which defines it, by the kernel for this
-    device."""
+    """Compute `kernels.attention.reference.paged_attention` with the kernel for this device."""
     return select(q.dtype, kv_cache.dtype, q.device).run.paged_attention(
         q,
         kv_cache,
@@ -117,7 +116,6 @@ def rope_and_store_kv(
     *,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.attention.reference.rope_and_store_kv`, which defines it, by the kernel for this
-    device."""
+    """Compute `kernels.attention.reference.rope_and_store_kv` with the kernel for this device."""
     operations = select(qkv.dtype, kv_cache.dtype, qkv.device).run
     return operations.rope_and_store_kv(qkv, num_heads, cos, sin, kv_cache, slot_mapping, kv_scales=kv_scales)

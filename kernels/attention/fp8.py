@@ -1,4 +1,4 @@
-"""The fp8 KV cache: float8_e4m3fn (OCP), a scale for each KV head."""
+"""The fp8 KV cache: float8_e4m3fn (OCP), with one scale for each KV head."""
 
 import torch
 

@@ -6,7 +6,7 @@
     (FlashAttention-2, arXiv 2307.08691)
 
 The rows of a tile are (query, head of the KV head's group) pairs, so a key is read once for all
-heads that share it. There are two kinds of program, told apart by their number:
+heads that share it. There are two kinds of Triton program, distinguished by their number:
 
 - prefill tiles: BLOCK_M // GROUP queries of a sequence that has more than one, over all keys that
   they see. Tiles of keys that every row sees are taken without masks, those at the diagonal after
@@ -16,10 +16,10 @@ heads that share it. There are two kinds of program, told apart by their number:
   meet in `_merge_splits`, where the sink counts too, in the sum and in its maximum. A context that
   is one split is finished at once, as a prefill tile is.
 
-Which tile or split a key falls into depends on its sequence alone, so a result does not depend on
-the batch. Nothing depends on data that the host would have to read: the number of programs comes
-from shapes and `max_query_len`, surplus ones end at once. A sequence's first tile is found as in
-vLLM's unified attention: cu_seqlens_q[s] // queries + s, which leaves each sequence room for a part
+The tile or split of a key depends on its sequence alone, so a result does not depend on the batch.
+Nothing depends on data that the host would have to read: the number of programs follows from shapes
+and `max_query_len`, and surplus programs end at once. A sequence's first tile is found as in vLLM's
+unified attention: cu_seqlens_q[s] // queries + s, which leaves each sequence room for a partial
 tile.
 """
 
@@ -40,12 +40,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(3.0e38)
 
 MIN_SPLIT = 256
-"""Keys in a split at the least: 64 KiB of K and V in bf16, beside which the sums that a split
-leaves are 6 %."""
+"""Minimum number of keys in a split: 64 KiB of K and V in bf16, to which the sums that a split
+leaves add 6 %."""
 PROGRAMS_OF_A_DECODE = 256
-"""Over all splits and KV heads, at most: two for each processor of an H100."""
+"""Maximum number of programs of a decode, over all splits and KV heads: two for each processor of
+an H100."""
 MAX_GROUP = 128
-"""Query heads of a KV head; each query is that many rows of a tile."""
+"""Maximum number of query heads per KV head; each query takes that many rows of a tile."""
 MIN_PROGRAMS = 4
 """Minimum number of programs per decode and KV head in a batch that fills the GPU anyway, so that
 one long context among short ones does not wait for a single program."""
@@ -58,7 +59,7 @@ class Tiles:
     Attributes:
         block_m: rows of a prefill tile.
         block_n, decode_n: keys of a tile, in prefill and in decode.
-        max_registers: of a thread; None: as the compiler likes.
+        max_registers: maximum number of registers per thread; None for the compiler's choice.
     """
 
     block_m: int
@@ -81,7 +82,7 @@ _AMPERE = Tiles(64, 32, 64, num_warps=4, num_stages=3)
 _AMD = Tiles(64, 64, 64, num_warps=4, num_stages=2)
 _TILES = {
     # (without, with a window), from the kernel report. Two programs of 8 warps and 128 registers
-    # fit a processor of NVIDIA's. With a window 128 rows spill on sm_100; on sm_90 8 warps on 64
+    # fit one of NVIDIA's processors. With a window 128 rows spill on sm_100; on sm_90 8 warps on 64
     # rows compute every weight twice.
     "sm_80": (_AMPERE, _AMPERE),
     "sm_86": (_AMPERE, _AMPERE),
@@ -96,21 +97,21 @@ _TILES = {
 
 
 def choose_tiles(target: str, dtype: torch.dtype, head_dim: int, window: int | None) -> Tiles:
-    """The tile constants for an architecture; the choice does not depend on the batch, so neither
-    do results.
+    """Return the tile constants for an architecture. They do not depend on the batch, so neither do
+    results.
 
     Args:
-        target: as `kernels.backend.architecture` names it.
-        dtype: of the queries.
+        target: architecture, as `kernels.backend.architecture` names it.
+        dtype: dtype of the queries.
     """
-    if dtype.itemsize > 2 or head_dim > 64:  # of tests, and of models that are not gpt-oss
+    if dtype.itemsize > 2 or head_dim > 64:  # tests, and models other than gpt-oss
         return _SAFE if head_dim * dtype.itemsize <= 256 else _SMALL
     return _TILES.get(target, (_SAFE, _SAFE))[window is not None]
 
 
 @triton.jit
 def _sequence_of_tile(cu_seqlens_ptr, tile, num_seqs, QUERIES: tl.constexpr):
-    """The last sequence whose first tile is not after `tile`."""
+    """Return the last sequence whose first tile is not after `tile`."""
     seq = -1
     for base in range(0, num_seqs, 128):
         index = base + tl.arange(0, 128)
@@ -121,7 +122,8 @@ def _sequence_of_tile(cu_seqlens_ptr, tile, num_seqs, QUERIES: tl.constexpr):
 
 @triton.jit
 def _splits(context_len, first_key, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """(keys of a split, number of splits) of the decode that sees first_key .. context_len."""
+    """Return (keys of a split, number of splits) of the decode that sees first_key ..
+    context_len."""
     num_keys = context_len - first_key
     split_len = tl.cdiv(tl.maximum(num_keys, 1), MAX_SPLITS * MIN_SPLIT) * MIN_SPLIT
     return split_len, tl.cdiv(num_keys, split_len)
@@ -129,7 +131,8 @@ def _splits(context_len, first_key, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.cons
 
 @triton.jit
 def _first_key(position, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
-    """Return where a query's key tiles begin: at the tile with the oldest key visible to it."""
+    """Return the start of a query's key tiles: that of the tile with the oldest key visible to
+    it."""
     if WINDOW > 0:
         return tl.maximum(position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     return position * 0
@@ -137,11 +140,12 @@ def _first_key(position, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
 
 @triton.jit
 def _convert(x, dtype: tl.constexpr):
-    """Keys or values [BLOCK_N, BLOCK_D] as the matrix product takes them.
+    """Return keys or values [BLOCK_N, BLOCK_D] in the form that the matrix product takes.
 
-    The sum over an axis of length 1 is no instruction. Over it the compiler does not carry the
-    product's register layout back to the load: fp8 would come 8 or 4 bytes a thread, values byte by
-    byte from shared memory, and each warp would convert what all of them need.
+    The sum over an axis of length 1 compiles to no instruction, but the compiler does not carry the
+    product's register layout back to the load across it. Otherwise fp8 would be loaded in 8 or 4
+    bytes per thread, values would come byte by byte from shared memory, and each warp would convert
+    the data that all of them need.
     """
     if x.dtype == tl.float8e4nv:
         return tl.sum(tl.reshape(x.to(dtype), (x.shape[0], 1, x.shape[1])), 1)
@@ -155,12 +159,12 @@ def _key_tile(
     maximum,  # [ROWS] fp32, base 2
     total,  # [ROWS] fp32
     start,
-    position,  # [ROWS] of each row's query
+    position,  # [ROWS], position of each row's query
     oldest_key,
     end_key,
-    k_ptr,  # at this KV head
+    k_ptr,  # base at this KV head
     v_ptr,
-    table_ptr,  # at this sequence
+    table_ptr,  # base at this sequence
     log2_scale,
     SLOT: tl.constexpr,
     PAGE: tl.constexpr,
@@ -170,8 +174,8 @@ def _key_tile(
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Keys start .. start + BLOCK_N. With MASKED, only those that a row sees count, and only
-    oldest_key .. end_key are read."""
+    """Add the keys start .. start + BLOCK_N. With MASKED, a row counts only the keys that it sees,
+    and only oldest_key .. end_key are read."""
     key = start + tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     if MASKED:
@@ -181,7 +185,7 @@ def _key_tile(
         block = tl.load(table_ptr + key // PAGE)
     offset = (block.to(tl.int64) * PAGE + key % PAGE)[:, None] * SLOT + dim[None, :]
     if MASKED:
-        # What was never written may be NaN: weights of 0 would not keep it out.
+        # Memory that was never written may be NaN, which weights of 0 would not remove.
         needed = stored[:, None] & (dim < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + offset, mask=needed, other=0.0)  # [BLOCK_N, BLOCK_D]
         v = tl.load(v_ptr + offset, mask=needed, other=0.0)
@@ -210,11 +214,11 @@ def _key_tile(
 @triton.jit
 def _attend_keys(
     q,
-    maximum,  # [ROWS] fp32, of what the softmax starts with, as `total`
+    maximum,  # [ROWS] fp32, at the start of the softmax, as `total`
     total,
     start,
     end_key,
-    seen_by_all,  # keys before this one are seen by all rows
+    seen_by_all,  # keys before this one are visible to all rows
     position,
     oldest_key,
     k_ptr,
@@ -229,7 +233,7 @@ def _attend_keys(
     WINDOW: tl.constexpr,
     ONE_QUERY: tl.constexpr,
 ):
-    """Keys start .. end_key; start is a multiple of BLOCK_N. Returns (sums [ROWS, BLOCK_D],
+    """Add the keys start .. end_key; start is a multiple of BLOCK_N. Return (sums [ROWS, BLOCK_D],
     maximum, total)."""
     sums = tl.zeros((q.shape[0], BLOCK_D), tl.float32)
     if WINDOW == 0:
@@ -241,8 +245,8 @@ def _attend_keys(
                 SLOT, PAGE, HEAD_DIM, BLOCK_D, BLOCK_N, WINDOW, False,
             )  # fmt: skip
         start = masked_from
-    # Without a window what is left is a tile or two: not worth the registers of a pipeline, of a
-    # decode not even of a loop.
+    # Without a window one or two tiles are left: not worth the registers of a pipeline, or, for a
+    # decode, even a loop.
     if WINDOW == 0 and ONE_QUERY:
         if start < end_key:
             sums, maximum, total = _key_tile(
@@ -262,7 +266,7 @@ def _attend_keys(
 
 @triton.jit
 def _load_sinks(sinks_ptr, head, mask):
-    """In base 2, kept finite."""
+    """Return the sinks in base 2, kept finite."""
     return tl.clamp(tl.load(sinks_ptr + head, mask=mask, other=0.0).to(tl.float32) * LOG2E, -LARGEST, LARGEST)
 
 
@@ -270,13 +274,13 @@ def _load_sinks(sinks_ptr, head, mask):
 def _load_queries(
     q_ptr, row, stride, head, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FROM_FP8: tl.constexpr
 ):
-    """[ROWS, BLOCK_D], of zeros where masked or past HEAD_DIM."""
+    """Return the queries [ROWS, BLOCK_D], zeros where masked or past HEAD_DIM."""
     dim = tl.arange(0, BLOCK_D)
     pointers = q_ptr + row.to(tl.int64)[:, None] * stride + head[:, None] * HEAD_DIM + dim[None, :]
     q = tl.load(pointers, mask=mask[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     if FROM_FP8 and q.dtype == tl.bfloat16:
-        # fp16 holds every fp8 key and value, and one instruction converts to it; of queries it cuts
-        # off what no model has.
+        # fp16 holds every fp8 key and value, and one instruction converts to it. It cuts off
+        # queries only at magnitudes that no model has.
         q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
     return q
 
@@ -305,8 +309,8 @@ def _attend(
     scale,
     q_stride,
     v_offset,
-    num_tiles,  # prefill programs of a KV head
-    num_programs,  # of a decode and KV head
+    num_tiles,  # prefill programs per KV head
+    num_programs,  # programs per decode and KV head
     num_seqs,
     max_blocks,
     max_splits,
@@ -334,7 +338,7 @@ def _attend(
         log2_scale *= tl.load(scales_ptr + kv_head)
     dim = tl.arange(0, BLOCK_D)
     if work < num_tiles:
-        # The last tile of a sequence sees most keys: it starts first.
+        # The last tile of a sequence sees most keys, so it starts first.
         tile = num_tiles - 1 - work
         QUERIES: tl.constexpr = BLOCK_M // GROUP
         seq = _sequence_of_tile(cu_seqlens_ptr, tile, num_seqs, QUERIES)
@@ -460,7 +464,7 @@ def _merge_splits(
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
 ):
-    """A program adds up the splits of one decode and query head."""
+    """Add up the splits of one decode and query head, one program for each."""
     seq = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     row = tl.load(cu_seqlens_ptr + seq)
@@ -500,13 +504,14 @@ def paged_attention(
     kv_scales: Tensor | None = None,
     max_query_len: int | None = None,
 ) -> Tensor:
-    """`kernels.attention.reference.paged_attention`, which defines it. Waits for nothing, so that a
-    CUDA graph can hold it; what is in block_table, context_lens and cu_seqlens_q is checked where
-    `checks_indices` says so.
+    """Compute `kernels.attention.reference.paged_attention`. There is no wait for the device, so a
+    CUDA graph can hold this; the contents of block_table, context_lens and cu_seqlens_q are checked
+    only if `checks_indices`.
 
     Raises:
-        ValueError: as there; also a q that is not contiguous in each row, more than MAX_GROUP query
-            heads to a KV head, or an fp8 cache on a GPU whose instructions do not convert it.
+        ValueError: as in the reference; also if q is not contiguous in each row, if there are more
+            than MAX_GROUP query heads per KV head, or for an fp8 cache on a GPU without
+            instructions that convert it.
     """
     check_attention(
         q,
@@ -633,7 +638,7 @@ def _check_block_table(
     cu_seqlens_q: list[int],
     window: int | None,
 ) -> None:
-    """Refuse an entry that would be read and is no block of kv_cache."""
+    """Refuse an entry that would be read and is not a block of kv_cache."""
     _, num_blocks, block_size, _, _ = kv_cache.shape
     for seq, (context_len, table) in enumerate(zip(context_lens, block_table.tolist(), strict=True)):
         num_queries = cu_seqlens_q[seq + 1] - cu_seqlens_q[seq]
@@ -646,12 +651,12 @@ def _check_block_table(
 
 
 def _split_limit(num_kv_heads: int) -> int:
-    """Splits of a decode at most, a power of two."""
+    """Return the maximum number of splits of a decode, a power of two."""
     return min(max(1 << (-(-PROGRAMS_OF_A_DECODE // num_kv_heads) - 1).bit_length(), 8), 64)
 
 
 @cache
 def _num_processors(device: torch.device) -> int:
-    """Return the number of a GPU's processors; for the interpreter a number small enough that a
-    program takes several splits."""
+    """Return the number of a GPU's processors; for the interpreter a number so small that a program
+    takes several splits."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1

@@ -1,13 +1,13 @@
 """Paged attention with sinks in torch, fp32 inside.
 
-Queries are taken in tiles, keys in tiles that start at multiples of the tile's length, with a
-running maximum and sum (FlashAttention-2), so memory is bounded whatever the lengths. Decodes of
-many sequences, and the query tiles of prefill chunks, each run as one batch.
+Queries are processed in tiles, keys in tiles that start at multiples of the tile's length, with a
+running maximum and sum (FlashAttention-2), so memory is bounded for all lengths. Decodes of many
+sequences, and the query tiles of prefill chunks, each run as one batch.
 
-A query's result does not depend on how its sequence was cut into chunks or what else is in the
-batch, bit for bit on CPU: it meets the same key tiles in the same order always, key tiles it cannot
-see add exact zeros, and the products have shapes for which a row's result was found not to depend
-on the other rows (see `kernels/linear/reference.py`).
+A query's result does not depend on how its sequence was cut into chunks or on the rest of the
+batch, bit for bit on CPU: the query always meets the same key tiles in the same order, key tiles
+that it cannot see add exact zeros, and the products have shapes for which a row's result was found
+not to depend on the other rows (see `kernels/linear/reference.py`).
 """
 
 from dataclasses import dataclass
@@ -20,24 +20,24 @@ from kernels.attention.fp8 import FP8, FP8_MAX
 from kernels.pointwise.reference import apply_rope
 
 QUERY_TILES = (1, 16, 128)
-"""Queries of a sequence that are computed together; a chunk is cut by the largest, its rest padded
-to the smallest that holds it."""
+"""Numbers of queries of a sequence that are computed together; a chunk is cut by the largest, and
+its rest is padded to the smallest that holds it."""
 
 KEY_TILE = 512
-"""Keys in a tile; less for a smaller window."""
+"""Number of keys in a tile; less for a smaller window."""
 
 MIN_ROWS = 16
-"""Rows of a product, and the multiple its columns are padded to; below it the BLAS sums in another
-order."""
+"""Minimum number of rows of a product, and the multiple to which its columns are padded; with fewer
+rows the BLAS sums in another order."""
 
 MAX_ELEMENTS = 1 << 22
-"""Bound on the elements of a batch's scores, and of its gathered keys."""
+"""Maximum number of elements in a batch's scores, and in its gathered keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class _QueryTile:
-    """`num_queries` rows of q from `row` on, of sequence `seq`, the first at `position`; they see
-    keys of `num_key_tiles` tiles."""
+    """`num_queries` rows of q, starting at `row`, of sequence `seq`; the first is at `position`.
+    They see keys of `num_key_tiles` tiles."""
 
     seq: int
     row: int
@@ -54,12 +54,12 @@ def store_kv(
 
     Args:
         k, v: [T, num_kv_heads, head_dim], dtype of kv_cache; any float where that is fp8.
-        kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], this layer's. float8_e4m3fn
-            holds `value / scale` to the nearest even, at most ±448.
-        slot_mapping: [T] int64, block * block_size + offset for each token; distinct but for those
-            of the null block.
-        kv_scales: [2, num_kv_heads] fp32, positive, of K and of V; only for an fp8 cache. None: all
-            1.
+        kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim] of this layer. float8_e4m3fn
+            holds `value / scale`, rounded to nearest even, at most ±448.
+        slot_mapping: [T] int64, block * block_size + offset for each token; distinct except for
+            slots of the null block.
+        kv_scales: [2, num_kv_heads] fp32, positive, for K and for V; only for an fp8 cache. None if
+            all are 1.
     Raises:
         ValueError: names the argument of a wrong shape or dtype.
         IndexError: a slot is outside the cache.
@@ -79,7 +79,7 @@ def store_kv(
         slots = kv_cache[part].view(-1, num_kv_heads, head_dim)
         if kv_cache.dtype == FP8:
             wide = new.float() if kv_scales is None else new.float() / kv_scales[part][:, None]
-            # As bytes: torch copies no fp8 by index.
+            # As bytes: torch cannot index-copy fp8.
             slots, new = slots.view(torch.uint8), wide.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
         slots.index_copy_(0, slot_mapping, new)
 
@@ -100,7 +100,7 @@ def rope_and_store_kv(
     Args:
         qkv: [T, num_heads + 2 * num_kv_heads, head_dim]: query heads, key heads, value heads. May
             be overwritten.
-        num_heads: query heads.
+        num_heads: number of query heads.
         cos, sin: [T, head_dim / 2] fp32.
         kv_cache, slot_mapping, kv_scales: as in `store_kv`; keys are rounded to qkv's dtype first.
     Returns:
@@ -128,8 +128,8 @@ def paged_attention(
     kv_scales: Tensor | None = None,
     max_query_len: int | None = None,
 ) -> Tensor:
-    """Causal attention with learned sinks over a paged KV cache, for prefill chunks and decodes in
-    one batch.
+    """Compute causal attention with learned sinks over a paged KV cache, for prefill chunks and
+    decodes in one batch.
 
     The last query of a sequence is at position context_len - 1, those before it at the positions
     before.
@@ -137,18 +137,17 @@ def paged_attention(
     Args:
         q: [T, num_heads, head_dim] float.
         kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], dtype of q or float8_e4m3fn,
-            this layer's; K and V of q already stored.
-        block_table: [num_seqs, max_blocks] int32 by position // block_size; entries past a
-            sequence's last block, and those wholly behind the window of its every query, are not
-            read.
-        context_lens: [num_seqs] int32, the tokens of q included.
+            of this layer; K and V of q already stored.
+        block_table: [num_seqs, max_blocks] int32 by position // block_size; not read are entries
+            past a sequence's last block, and entries older than the window of all its queries.
+        context_lens: [num_seqs] int32, lengths including the tokens of q.
         cu_seqlens_q: [num_seqs + 1] int32, the first row of each sequence in q, then T.
         sinks: [num_heads] float, finite: a logit in the softmax denominator, without a value.
-        scale: multiplies q·k, positive; the sink is not scaled.
+        scale: positive factor of q·k; the sink is not scaled.
         window: keys visible to a query, itself included; None for all.
         kv_scales: as in `store_kv`.
-        max_query_len: queries of a sequence at most, where the host knows it: spares the GPU
-            programs that find nothing to do.
+        max_query_len: maximum number of queries of a sequence, if the host knows it: saves the GPU
+            programs without work.
     Returns:
         [T, num_heads, head_dim], dtype of q.
     Raises:
@@ -177,8 +176,8 @@ def paged_attention(
     group = q.shape[1] // num_kv_heads
     out = torch.empty_like(q)
     for num_queries in QUERY_TILES:
-        # Longest first: the tiles that still have keys to see are then a prefix of the batch at
-        # each step.
+        # Longest first: at each step the tiles that still have keys to see are then a prefix of the
+        # batch.
         batch = sorted(
             (tile for tile in tiles if _padded(tile) == num_queries), key=lambda tile: -tile.num_key_tiles
         )
@@ -234,11 +233,11 @@ def _attend(
     window: int | None,
     out: Tensor,
 ) -> None:
-    """Attention of the query tiles in `batch` (B), each padded to `num_queries` (Q) by its last
-    query; writes their rows of `out`.
+    """Compute attention of the query tiles in `batch` (B), each padded to `num_queries` (Q) by
+    repeating its last query, and write their rows of `out`.
 
-    Inside, a row is a query and a head of a KV head's group, R = Q * group of them, padded to
-    MIN_ROWS.
+    Inside, a row is a (query, head of a KV head's group) pair; there are R = Q * group of them,
+    padded to MIN_ROWS.
     """
     device = q.device
     num_kv_heads, head_dim = kv_cache.shape[3:]
@@ -304,16 +303,16 @@ def _gather(
     oldest_key: Tensor,
     newest_key: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One tile of keys for each of n query tiles.
+    """Return one tile of keys for each of n query tiles.
 
     Args:
-        block_table: [n, max_blocks]; only entries of blocks with keys from oldest_key to newest_key
-            are read.
+        block_table: [n, max_blocks]; entries are read only for blocks with keys from oldest_key to
+            newest_key.
         key_tiles, oldest_key, newest_key: [n].
     Returns:
         (keys [n, KV, key_tile, D] fp32, values [n, KV, key_tile, D padded to MIN_ROWS] fp32, key
-        positions [n, key_tile]). Values of other keys than those are zero, as 0 times what an
-        unwritten slot holds may be NaN; such keys themselves are anything.
+        positions [n, key_tile]). Outside oldest_key to newest_key, values are zero, since 0 times
+        an unwritten slot may be NaN; keys there are arbitrary.
     """
     block_size, num_kv_heads, head_dim = kv_cache.shape[2:]
     key_position = key_tiles[:, None] * key_tile + torch.arange(key_tile, device=kv_cache.device)
@@ -322,7 +321,7 @@ def _gather(
     column = (first_positions // block_size).clamp(max=block_table.shape[1] - 1)
     blocks = block_table.gather(1, column).long().masked_fill(~needed, 0).flatten()
     shape = (len(key_tiles), key_tile, num_kv_heads, head_dim)
-    as_bytes = kv_cache.dtype == FP8  # torch takes no fp8 by index
+    as_bytes = kv_cache.dtype == FP8  # torch cannot index fp8
     keys, values = (
         part.index_select(0, blocks).view(shape)
         for part in (kv_cache.view(torch.uint8) if as_bytes else kv_cache)
@@ -374,7 +373,8 @@ def check_cache(kv_cache: Tensor, kv_scales: Tensor | None) -> None:
 
 
 def check_slots(slot_mapping: Tensor, num_tokens: int) -> None:
-    """
+    """Refuse a slot mapping of a wrong shape or dtype.
+
     Raises:
         ValueError: slot_mapping is not [num_tokens] int64.
     """
@@ -428,8 +428,8 @@ def check_attention(
     kv_scales: Tensor | None = None,
     max_query_len: int | None = None,
 ) -> None:
-    """Refuse shapes, dtypes and numbers that `paged_attention` cannot take; what the tensors hold
-    is for `check_lengths`.
+    """Refuse shapes, dtypes and numbers that `paged_attention` cannot take; `check_lengths` checks
+    the tensors' contents.
 
     Raises:
         ValueError: names the argument.
@@ -477,8 +477,8 @@ def check_lengths(
     """Refuse lengths that do not fit together.
 
     Args:
-        num_rows: of q.
-        max_context_len: positions that a row of the block table holds.
+        num_rows: number of rows of q.
+        max_context_len: number of positions that a row of the block table covers.
         max_query_len: as in `paged_attention`.
     Raises:
         ValueError: names the argument.

@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Rotary embedding of queries and keys, and the store of keys and values into the paged cache, in
-Triton, as one launch.
+Triton, in one launch.
 
     (first, second) halves of a head → (first cos - second sin, second cos + first sin)
 
-Everything is read once and written once: at 64 + 2 * 8 heads of 64 in bf16, 10 KiB each way for a
-token. A program takes BLOCK_H heads of one token, whichever of queries, keys and values these are:
-a token of a decode is spread over several processors.
+Everything is read once and written once: with 64 + 2 * 8 heads of 64 in bf16, 10 KiB each way per
+token. A program takes BLOCK_H heads of one token, which may be query, key or value heads: so a
+token of a decode is spread over several processors.
 """
 
 import torch
@@ -20,15 +20,16 @@ from kernels.backend import architecture, checks_indices
 from kernels.formats import fp8_refusal
 
 BLOCK_H = 16
-"""Heads of a program: with half heads of 32 elements in bf16, one load of 16 bytes for each of 64
-threads, and one for the other halves."""
+"""Number of heads per program: with half heads of 32 elements in bf16, one load of 16 bytes for
+each of 64 threads, and one for the other halves."""
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 
 
 @triton.jit
 def _to_cache(x, scale, kv_ptr, IS_FP8: tl.constexpr):
-    """[BLOCK_H, BLOCK_HALF] as the cache holds it, keys rounded to the model's dtype before."""
+    """Return [BLOCK_H, BLOCK_HALF] as the cache holds it; keys are first rounded to the model's
+    dtype."""
     if IS_FP8:
         x = tl.clamp(tl.div_rn(x.to(tl.float32), scale), -_FP8_MAX, _FP8_MAX)
     return x.to(kv_ptr.dtype.element_ty)
@@ -101,13 +102,13 @@ def rope_and_store_kv(
     *,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.attention.reference.rope_and_store_kv`, which defines it. Waits for nothing; checks
-    slots where `checks_indices`.
+    """Compute `kernels.attention.reference.rope_and_store_kv` without a wait for the device. Slots
+    are checked only if `checks_indices`.
 
     Raises:
-        ValueError: as there; also a qkv that is not contiguous in each row, tables that are not
-            contiguous fp32, tensors on other devices, an fp8 cache on a GPU whose instructions do
-            not convert to it.
+        ValueError: as in the reference; also if qkv is not contiguous in each row, if cos or sin is
+            not contiguous fp32, if tensors are on different devices, or for an fp8 cache on a GPU
+            without instructions that convert to it.
         IndexError: a slot is outside the cache.
     """
     check_rope_and_store(qkv, num_heads, cos, sin, kv_cache, slot_mapping, kv_scales)

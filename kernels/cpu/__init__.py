@@ -1,2 +1,2 @@
-"""CPU kernels in C++ (src/), called through ctypes. Where they were not built,
-`native.shared_library()` is None and the references run."""
+"""CPU kernels in C++ (src/), called through ctypes. If they were not built,
+`native.shared_library()` returns None and the references run."""

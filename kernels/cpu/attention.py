@@ -1,4 +1,4 @@
-"""Sink attention over the paged cache, which is read where it lies, and RoPE with the KV store."""
+"""Sink attention that reads the paged cache in place, and RoPE with the KV store."""
 
 import ctypes
 
@@ -22,11 +22,11 @@ def paged_attention(
     kv_scales: Tensor | None = None,
     max_query_len: int | None = None,
 ) -> Tensor:
-    """Compute `kernels.attention.reference.paged_attention` for a cache of q's dtype, which has no
-    scales; a block outside the cache is an IndexError.
+    """Compute `kernels.attention.reference.paged_attention` for a cache of q's dtype, without
+    scales. A block outside the cache raises IndexError.
 
-    A query's result is the same, bit for bit, however its sequence is split into chunks and
-    whatever the batch and the number of threads.
+    A query's result is the same, bit for bit, for all splits of its sequence into chunks, all
+    batches and all numbers of threads.
     """
     reference.check_attention(
         q, kv_cache, block_table, context_lens, cu_seqlens_q, sinks, window, scale=scale, kv_scales=kv_scales
@@ -45,7 +45,7 @@ def paged_attention(
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=q.dtype)
     keys, values = kv_cache.unbind(0)
     arguments = structures.AttentionArgs(
-        q.data_ptr(),  # not contiguous where it is a part of the projection's output
+        q.data_ptr(),  # not contiguous if it is a part of the projection's output
         native.pointer(keys),
         native.pointer(values),
         native.pointer(block_table),
@@ -85,8 +85,8 @@ def rope_and_store_kv(
     *,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    """Compute `kernels.attention.reference.rope_and_store_kv` for a cache of qkv's dtype, which has
-    no scales. The returned queries are a part of `qkv`, rotated in place."""
+    """Compute `kernels.attention.reference.rope_and_store_kv` for a cache of qkv's dtype, without
+    scales. The returned queries are a part of `qkv`, rotated in place."""
     reference.check_rope_and_store(qkv, num_heads, cos, sin, kv_cache, slot_mapping, kv_scales)
     _check_cache_dtype(kv_cache, qkv.dtype)
     num_tokens, _, head_dim = qkv.shape

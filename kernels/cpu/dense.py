@@ -23,7 +23,7 @@ _COLUMNS = 32
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A dense weight [N, K] in the order in which the CPU kernels read it.
+    """A dense weight [N, K] in the order of the CPU kernels.
 
     Attributes:
         values: bf16 or int8.
@@ -37,7 +37,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Memory of values and scales, without the padding of odd shapes."""
+        """Bytes of values and scales, without the padding of odd shapes."""
         return self.shape[0] * self.shape[1] * self.values.itemsize + (
             0 if self.scales is None else self.scales.nbytes
         )
@@ -50,7 +50,7 @@ def can_run(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def allocate(num_rows: int, width: int, dtype: torch.dtype) -> PackedWeight:
-    """Zeros [num_rows, width].
+    """Return a packed weight [num_rows, width] of zeros.
 
     Raises:
         ValueError: dtype is neither torch.bfloat16 nor torch.int8.
@@ -66,7 +66,8 @@ def allocate(num_rows: int, width: int, dtype: torch.dtype) -> PackedWeight:
 
 
 def write_rows(packed: PackedWeight, first: int, rows: Tensor) -> None:
-    """Set the rows from `first` on, on the caller's thread; others may write other rows meanwhile.
+    """Set the rows from `first` on, on the caller's thread; other threads may write other rows
+    meanwhile.
 
     Args:
         rows: [n, K] bf16.
@@ -96,7 +97,7 @@ def write_rows(packed: PackedWeight, first: int, rows: Tensor) -> None:
 
 
 def pack(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
-    """A weight [N, K] bf16, packed.
+    """Return a weight [N, K] bf16 in packed form.
 
     Raises:
         ValueError: names the argument.
@@ -109,7 +110,7 @@ def pack(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
 
 
 def unpack(packed: PackedWeight) -> Tensor:
-    """[N, K] fp32, what the values stand for."""
+    """Return the represented values, [N, K] fp32."""
     num_rows, width = packed.shape
     if packed.scales is None:
         rows = packed.values.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -121,8 +122,8 @@ def unpack(packed: PackedWeight) -> Tensor:
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`, the same for a row, bit for bit, whatever the other rows and the
-    number of threads.
+    """Return `x @ weight.T + bias`. A row's result is the same, bit for bit, whatever the other
+    rows and the number of threads.
 
     Args:
         x: [T, K] bf16.

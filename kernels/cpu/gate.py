@@ -1,4 +1,4 @@
-"""The choice of experts."""
+"""The gate's selection of experts."""
 
 import ctypes
 

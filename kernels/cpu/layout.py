@@ -1,10 +1,10 @@
 """The layout `rows16`: MXFP4 weights in groups of 16 rows, so that a column of a group is a vector.
 
-blocks uint8 [E, N/16, K/8, 64]: 8 columns of a group as 16 little-endian words of 32 bits, a row
-each. Bits 4j to 4j + 3 of it are column 2j and bits 16 + 4j to 19 + 4j column 2j + 1, so that
-shifting a vector of words by 4j brings a pair of neighbouring columns to where a lookup by 16-bit
-halves (vpermw) makes bf16 pairs of it. scales uint8 [E, N/16, K/32, 16], by row. N must be a
-multiple of 16.
+blocks uint8 [E, N/16, K/8, 64]: 8 columns of a group as 16 little-endian words of 32 bits, one for
+each row. Bits 4j to 4j + 3 of a word are column 2j and bits 16 + 4j to 19 + 4j column 2j + 1:
+shifted by 4j, a vector of words has a pair of neighbouring columns in the positions from which a
+lookup by 16-bit halves (vpermw) makes bf16 pairs. scales uint8 [E, N/16, K/32, 16], by row. N must
+be a multiple of 16.
 """
 
 import ctypes
@@ -34,8 +34,8 @@ def shapes(num_rows: int, num_groups: int) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def write(packed_blocks: Tensor, packed_scales: Tensor, blocks: Tensor, scales: Tensor) -> None:
-    """One expert, on the caller's thread: [N, K/32, 16] and [N, K/32] natural, rows any distance
-    apart, to the layout's; where it has more rows or groups, these are left as they are.
+    """Write one expert, on the caller's thread, from natural [N, K/32, 16] and [N, K/32], with any
+    distance between rows, to the layout. Further rows or groups of the layout stay unchanged.
 
     Raises:
         ValueError: N is not a multiple of 16; a scale is NaN.
@@ -62,10 +62,10 @@ def write(packed_blocks: Tensor, packed_scales: Tensor, blocks: Tensor, scales: 
 
 
 def from_natural(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """[E, N, K/32, 16] and [E, N, K/32] → the layout's.
+    """Convert [E, N, K/32, 16] and [E, N, K/32] to blocks and scales of the layout.
 
     Raises:
-        ValueError: as `write`.
+        ValueError: as in `write`.
     """
     num_experts, num_rows, num_groups = scales.shape
     packed_blocks, packed_scales = (
@@ -77,7 +77,7 @@ def from_natural(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_natural(packed: PackedMXFP4) -> tuple[Tensor, Tensor]:
-    """The inverse."""
+    """Return (blocks, scales) in the natural layout."""
     num_experts, num_rows, width = packed.shape
     # [expert, group, chunk, row, odd, byte] with the two nibbles last: column 4 * byte + 2 * nibble
     # + odd of the chunk.

@@ -11,7 +11,7 @@ from kernels.cpu.pointwise import converted
 
 def can_run(x: Tensor) -> bool:
     """Return whether `linear` takes x: fp32 or bf16 on the CPU. A BLAS may be faster for many rows,
-    but its result depends on their number."""
+    but its results depend on their number."""
     return x.is_cpu and x.dtype in native.DATA_TYPES and native.shared_library() is not None
 
 

@@ -1,5 +1,5 @@
-"""The C++ library: found, checked and called. Tensors go in as pointers; the caller has checked
-shapes and dtypes and keeps them alive."""
+"""The C++ library: finds, checks and calls it. Tensors are passed as pointers; the caller has
+checked shapes and dtypes and keeps the tensors alive."""
 
 import ctypes
 import logging
@@ -23,7 +23,7 @@ from kernels.cpu import structures
 logger = logging.getLogger(__name__)
 
 DATA_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""src/ops.h `DataType`."""
+"""Codes of data types, as in src/ops.h `DataType`."""
 
 Isa = Literal["amx", "avx512_bf16", "avx512", "avx2", "neon", "portable"]
 ISAS: tuple[Isa, ...] = (
@@ -39,7 +39,7 @@ _TRIAL_TIMEOUT_S = 60.0
 
 
 class _Choice:
-    """The kernels that this process uses.
+    """The kernels selected for this process.
 
     Attributes:
         reference: whether the torch references are used although the library is present.
@@ -54,12 +54,13 @@ _choice = _Choice()
 
 
 def shared_library() -> ctypes.CDLL | None:
-    """The library; None where there is none that can be loaded, and after `choose(REFERENCE)`."""
+    """Return the library; None if there is none that can be loaded, and after
+    `choose(REFERENCE)`."""
     return None if _choice.reference else _library()
 
 
 def why_missing() -> str:
-    """Return why `shared_library` is None, and what to do, as a clause."""
+    """Return why `shared_library` returns None, and the remedy, as a clause."""
     loaded = _loaded()
     if _choice.reference:
         return f"{_choice.setting} is {REFERENCE}"
@@ -67,13 +68,13 @@ def why_missing() -> str:
 
 
 def library_file() -> Path | None:
-    """Return where the library was built; None where it was not."""
+    """Return the path of the built library; None if it was not built."""
     return next(iter(sorted(Path(__file__).parent.glob("_native*.so"))), None)
 
 
 @cache
 def _loaded() -> ctypes.CDLL | str:
-    """The library, or why it cannot be had."""
+    """Return the library, or why it is not available."""
     file = library_file()
     if file is None:
         return "the C++ kernels were not built: install a C++ compiler, then Cantata again"
@@ -101,26 +102,26 @@ def _library() -> ctypes.CDLL | None:
 
 
 def isa() -> str | None:
-    """The instruction set in use, one of ISAS; None without the library."""
+    """Return the instruction set in use, one of ISAS; None without the library."""
     loaded = shared_library()
     return None if loaded is None else str(loaded.cantata_isa().decode())
 
 
 def chosen_by() -> str | None:
-    """The setting that `choose` obeyed; None if it took the best."""
+    """Return the setting that selected the instruction set; None if `choose` took the best."""
     return _choice.setting
 
 
 def choose(name: str) -> None:
-    """Take an instruction set for this whole process, or the torch references: what an engine does
-    before it loads its weights.
+    """Select an instruction set, or the torch references, for this whole process. An engine calls
+    this before it loads its weights.
 
-    Models that are loaded already go on, with the same weights: their layout does not depend on the
-    instruction set.
+    Models that are already loaded continue with the same weights: their layout does not depend on
+    the instruction set.
 
     Args:
-        name: one of ISAS, REFERENCE, or AUTO: what CANTATA_CPU_ISA in the environment names, else
-            the best of this processor.
+        name: one of ISAS, REFERENCE, or AUTO, which is the value of CANTATA_CPU_ISA in the
+            environment, else the best set of this processor.
     Raises:
         ValueError: in one sentence: the processor or this build lacks it, or the library cannot be
             loaded.
@@ -148,8 +149,8 @@ def choose(name: str) -> None:
 
 
 def available() -> list[Isa]:
-    """Return the ISAS that this processor and this build have, the best first; which one is in use
-    stays as it is."""
+    """Return the ISAS that this processor and this build have, the best first. The one in use is
+    not changed."""
     loaded = _library()
     if loaded is None:
         return []
@@ -161,7 +162,7 @@ def available() -> list[Isa]:
 
 def runs() -> bool:
     """Return whether a child process survived running kernels of the instruction set in use: if the
-    processor, or its emulator, stops at one of their instructions, the child dies instead of this
+    processor, or its emulator, rejects one of their instructions, the child dies instead of this
     process. True if the references run."""
     name, loaded = isa(), shared_library()
     return name is None or loaded is None or _trial(str(loaded._name), name) != -signal.SIGILL
@@ -169,7 +170,7 @@ def runs() -> bool:
 
 @cache
 def _trial(file: str, name: str) -> int | None:
-    """The exit code of `kernels.cpu.trial`; None if it could not be had."""
+    """Return the exit code of `kernels.cpu.trial`; None if it is not available."""
     try:
         command = [sys.executable, "-m", "kernels.cpu.trial", file, name]
         done = subprocess.run(
@@ -187,8 +188,8 @@ def _trial(file: str, name: str) -> int | None:
 
 @contextmanager
 def using_isa(name: str) -> Iterator[bool]:
-    """Run on another instruction set, for tests and comparisons; yields False, and changes nothing,
-    where the processor lacks it."""
+    """Run on another instruction set within the context, for tests and comparisons. Yields False,
+    and changes nothing, if the processor lacks it."""
     loaded, before = shared_library(), isa()
     if loaded is None or before is None:
         yield False
@@ -201,12 +202,12 @@ def using_isa(name: str) -> Iterator[bool]:
 
 
 Observer = Callable[[str, Any, float], None]
-"""Called after each operation with its name, its arguments (a structure of src/ops.h) and the
-seconds it took."""
+"""Function called after each operation with its name, its arguments (a structure of src/ops.h) and
+its duration in seconds."""
 
 
 class _Observed:
-    """The library with observers of its operations."""
+    """Wrapper of the library that reports its operations to observers."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
@@ -244,7 +245,7 @@ def observed() -> bool:
 
 
 def report(name: str, arguments: Any, seconds: float) -> None:
-    """Tell the observers of an operation."""
+    """Call the observers with an operation."""
     for observer in list(_observers):
         observer(name, arguments, seconds)
 
@@ -257,7 +258,7 @@ def _observed_library() -> _Observed:
 
 
 def ready() -> Any:
-    """The library, set to as many threads as torch uses. Its operations are
+    """Return the library, set to the number of threads that torch uses. Its operations are
     `cantata_NAME(byref(arguments))`."""
     loaded = _library()
     assert loaded is not None, "called without the library"
@@ -286,8 +287,8 @@ def address_of(name: str) -> int:
 
 
 def run_program(calls: int, count: int) -> int:
-    """Run `count` calls at that address (src/ops.h `Call`); returns how many were done before one
-    refused its arguments."""
+    """Run `count` calls at that address (src/ops.h `Call`). Return the number of calls done before
+    one refused its arguments."""
     ready()
     loaded = _library()
     assert loaded is not None
@@ -295,7 +296,7 @@ def run_program(calls: int, count: int) -> int:
 
 
 def read_through(memory: Tensor) -> int:
-    """Read a tensor's bytes once with all threads; the XOR of its 32-bit words, of whole vectors.
-    For measuring memory."""
+    """Read a tensor's bytes once with all threads, to measure memory. Return the XOR of its 32-bit
+    words, up to the last whole vector."""
     arguments = structures.ReadArgs(pointer(memory), memory.nbytes)
     return int(ready().cantata_read_through(ctypes.byref(arguments)))

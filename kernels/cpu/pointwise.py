@@ -1,5 +1,5 @@
-"""Embedding, RMSNorm, alone and with the residual add before it, rotary angles, and conversions
-between fp32 and bf16."""
+"""Embedding, RMSNorm, alone and after a residual add, rotary angles, and conversions between fp32
+and bf16."""
 
 import ctypes
 
@@ -82,7 +82,7 @@ def cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -> tup
 
 
 def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)` for fp32 and bf16 on a CPU; x itself if it is of that dtype."""
+    """Return `x.to(dtype)` for fp32 and bf16 on a CPU; x itself if it has that dtype."""
     if x.dtype == dtype:
         return x
     x = x.contiguous()

@@ -23,8 +23,8 @@ class Work:
     """The work of one operation, or of many calls of it.
 
     Attributes:
-        num_bytes: weights, cache and logits that had to be read, and activations; each counted once
-            per call.
+        num_bytes: bytes of the weights, cache and logits that had to be read, and of activations;
+            each counted once per call.
         num_flops: a multiplication and an addition count as two.
     """
 
@@ -60,12 +60,12 @@ class Profile:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Take in all C++ operations of this process."""
+        """Record all C++ operations of this process within the context."""
         with native.observing(self._observe):
             yield
 
     def snapshot(self) -> dict[str, Work]:
-        """The sums so far, in the order in which operations were first met."""
+        """Return the sums so far, in the order in which operations first occurred."""
         with self._lock:
             return dict(self._work)
 
@@ -77,7 +77,7 @@ class Profile:
 
 
 def difference(later: dict[str, Work], earlier: dict[str, Work]) -> dict[str, Work]:
-    """The work between two snapshots."""
+    """Return the work between two snapshots."""
     return {label: work - earlier.get(label, Work()) for label, work in later.items()}
 
 

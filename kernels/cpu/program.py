@@ -1,9 +1,10 @@
-"""A sequence of C++ operations that was recorded once and is run by one call.
+"""A sequence of C++ operations, recorded once and run by one call.
 
-A decode step is some two hundred operations, each of which costs Python more than it computes for a
-small model. They, and the addresses they read and write, are the same in every step with as many
-sequences; only what lies at these addresses differs. As with CUDA graphs, the first such step runs
-as always and is written down, and later ones run what was written.
+A decode step is about two hundred operations, each of which costs more time in Python than in
+computation for a small model. The operations, and the addresses that they read and write, are the
+same in every step with the same number of sequences; only the contents of these addresses differ.
+As with CUDA graphs, the first such step runs as usual and is recorded, and later steps run the
+recording.
 """
 
 import ctypes
@@ -38,11 +39,11 @@ class ProgramMemory:
         return sum(chunk.nbytes for chunk in self._chunks)
 
     def rewind(self) -> None:
-        """The next tensor comes from the start."""
+        """Make the next tensor start at the beginning."""
         self._chunk = self._used = 0
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Room for a contiguous tensor; nothing is written to it."""
+        """Return memory for a contiguous tensor; it is not initialised."""
         num_bytes = math.prod(shape) * dtype.itemsize
         while self._chunk < len(self._chunks) and self._used + num_bytes > self._chunks[self._chunk].nbytes:
             self._chunk, self._used = self._chunk + 1, 0
@@ -54,8 +55,8 @@ class ProgramMemory:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Takes the room for new tensors from the program's memory, and notes what torch computes
-    itself, which no program repeats."""
+    """Takes the memory of new tensors from the program's, and notes the operations that torch
+    computes itself, which no program repeats."""
 
     def __init__(self, memory: ProgramMemory) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -64,8 +65,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: torch would import its compiler with the first operation, which takes two seconds,
-        and nothing is compiled here."""
+        """Return False: otherwise torch would import its compiler with the first operation, which
+        takes two seconds, and nothing is compiled here."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,8 +76,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.empty_like.default and args[0].is_contiguous() and args[0].is_cpu:
             return self._memory.take(tuple(args[0].shape), kwargs.get("dtype") or args[0].dtype)
         result = func(*args, **kwargs)
-        # Not every operation that is called a view makes one: `to` and `contiguous` copy where they
-        # must.
+        # Not every operation called a view makes one: `to` and `contiguous` copy where necessary.
         if not func.is_view or not _memory_of(result) <= _memory_of((args, kwargs)):
             self.computed.append(str(func))
         return result
@@ -92,8 +92,8 @@ def _memory_of(values: Any) -> set[int]:
 
 
 class Program:
-    """Operations, in order, with the addresses of what they read and write. What was there when it
-    was recorded must stay there: weights, caches and inputs; their values may change."""
+    """Operations in order, with the addresses that they read and write. Weights, caches and inputs
+    must stay at the addresses that they had during the recording; their values may change."""
 
     def __init__(self, memory: ProgramMemory) -> None:
         self._memory = memory
@@ -106,8 +106,8 @@ class Program:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record the operations that this thread runs. Afterwards `computed_elsewhere` names what
-        torch computed among them: a program that has any of it must not be run."""
+        """Record the operations of this thread. Afterwards `computed_elsewhere` names the
+        operations that torch computed meanwhile; a program with any of these must not be run."""
         self._memory.rewind()
         watch = _Watch(self._memory)
         self._recorder = threading.get_ident()
@@ -120,7 +120,7 @@ class Program:
         """Run all operations again.
 
         Raises:
-            IndexError: one of them found a slot or block outside its cache.
+            IndexError: an operation found a slot or block outside its cache.
         """
         assert self._calls is not None, "nothing was recorded"
         assert not self.computed_elsewhere, f"a program without {self.computed_elsewhere}"
@@ -174,8 +174,8 @@ class Program:
 
 
 def record(memory: ProgramMemory, forward: Callable[[], Tensor]) -> tuple[Program, Tensor]:
-    """Run `forward` and record it; returns the program and the result, which each `run` of the
-    program writes anew."""
+    """Run `forward` and record it. Return the program and the result, which each `run` of the
+    program writes again."""
     program = Program(memory)
     with program.recording():
         result = forward()

@@ -1,5 +1,5 @@
 """The speed at which this machine reads memory and multiplies matrices, measured with as many
-threads as torch uses: what the kernels are compared with."""
+threads as torch uses: the reference for the speed of the kernels."""
 
 import math
 import time
@@ -13,20 +13,20 @@ from torch import Tensor
 from kernels.cpu import memory, native
 
 _READ_BYTES = 1 << 29
-"""Size of the memory that is read: more than the caches of most machines."""
+"""Bytes of memory that are read: more than the caches of most machines."""
 _REPEATS = 7
 GEMM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Data types of torch's product. Which is faster depends on the processor: bf16 several times with
 AMX, fp32 up to a hundred times where the processor has no instructions for bf16."""
 GEMM_SIZES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Rows and columns of the matrices. The first product is small enough for any machine; each has at
-most 3.4 times the work of the one before, so that its time can be estimated."""
+"""Numbers of rows and columns of the matrices. The first product is small enough for any machine;
+each has at most 3.4 times the work of the one before, so that its time can be estimated."""
 _READ_SECONDS = 1.0
-"""Time for reading, after the first time."""
+"""Maximum seconds of reading, not counting the first run."""
 GEMM_SECONDS = 1.5
-"""Time for the products of all data types together."""
+"""Seconds for the products of all data types together."""
 LONGEST_CALL = 0.25
-"""Longest product that is tried by its estimate, as a share of the time that is left."""
+"""Longest product that is tried, by its estimated time, as a fraction of the remaining time."""
 _WARM_UP_RUNS = 2
 
 
@@ -36,8 +36,8 @@ class Gemm:
 
     Attributes:
         dtype: a key of GEMM_DTYPES.
-        size: rows and columns of the largest matrices that there was time for.
-        flops_per_s: of the best run of any size.
+        size: rows and columns of the largest matrices for which there was time.
+        flops_per_s: speed of the best run of any size.
     """
 
     dtype: str
@@ -47,7 +47,7 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """The best of several runs each.
+    """The best of several runs of each measurement.
 
     Attributes:
         read_bytes_per_s: the library's threads reading memory in order.
@@ -58,7 +58,7 @@ class Roofline:
 
 
 def measure() -> Roofline:
-    """Measure both, in about two seconds. Needs the C++ library."""
+    """Measure reading and multiplication, in about two seconds. Needs the C++ library."""
     area = memory.zeros((_READ_BYTES,), torch.uint8)
     area.fill_(1)  # pages that were never written to are all the same one
     return Roofline(_READ_BYTES / _best_seconds(lambda: native.read_through(area)), fastest_gemm())
@@ -69,11 +69,12 @@ def fastest_gemm(
 ) -> Gemm:
     """Measure torch's product in each data type within GEMM_SECONDS, and return the fastest.
 
-    On one thread the data types take turns with ever larger matrices, and each stops where its next
-    product would take too long. The fastest goes on with all threads, then is repeated in the time
-    that is left. They do not start with all threads because these wait for each other on a busy
-    machine, some for hundreds of milliseconds in a product that takes one alone, and the slower
-    data type could win. Each runs at least once, however long it takes.
+    On one thread the data types take turns with ever larger matrices, and each stops when its next
+    product would take too long. The fastest continues with all threads, then repeats its product in
+    the remaining time. They do not start with all threads because threads wait for each other on a
+    busy machine, sometimes for hundreds of milliseconds in a product that takes one millisecond
+    alone, and the slower data type could win. Each data type runs at least once, however long it
+    takes.
 
     Args:
         product, clock: replaced by tests.
@@ -127,7 +128,7 @@ class _Product:
         return self._last_s * (size / self.size) ** 3 <= LONGEST_CALL * (end - self._clock())
 
     def run(self, size: int, times: int, end: float) -> None:
-        """Multiply some times, fewer when the clock reaches `end`."""
+        """Multiply `times` times, fewer if the clock reaches `end`."""
         left, right = (torch.ones(size, size, dtype=GEMM_DTYPES[self.dtype]) for _ in range(2))
         self.size, self._last_s = size, math.inf
         for _ in range(times):

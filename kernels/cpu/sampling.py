@@ -1,5 +1,5 @@
-"""Sampling and log probabilities. Penalties, biases and masks, which touch few logits, are the
-reference's."""
+"""Sampling and log probabilities. The reference applies penalties, biases and masks, which touch
+few logits."""
 
 import ctypes
 
@@ -11,15 +11,16 @@ from kernels.sampling import reference
 from kernels.sampling.batch import SampleOutput, SamplingBatch
 
 TOKEN_BLOCK = 512
-"""src/sampling.h `kTokenBlock`"""
+"""Block size in tokens, as in src/sampling.h `kTokenBlock`."""
 MAX_TOP_LOGPROBS = 512
-"""Beyond these alternatives, sorted by insertion, the reference is quicker."""
+"""Maximum number of alternatives, which are sorted by insertion; the reference is faster for
+more."""
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     """Compute `kernels.sampling.reference.sample`. Weights differ from the reference's in the last
     bits of fp32, so a token differs if the row's random number is that close to a boundary. A row's
-    token is the same whatever the other rows and the number of threads."""
+    token does not depend on the other rows or the number of threads."""
     reference.check(logits, batch)
     raw = logits.float()
     token_ids = _choose(_with_rows(reference.modify(raw, batch)), batch)
@@ -29,14 +30,14 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> SampleOutput:
-    """Do what `kernels.sampling.reference.logprobs` does, of fp32 logits."""
+    """Compute `kernels.sampling.reference.logprobs` for fp32 logits."""
     if num_top > MAX_TOP_LOGPROBS:
         return reference.logprobs(logits, token_ids, rows, num_top)
     return _logprobs(_with_rows(logits), token_ids, rows, num_top)
 
 
 def _with_rows(logits: Tensor) -> Tensor:
-    """Return the logits with the tokens of a row adjacent in memory."""
+    """Return the logits with each row contiguous in memory."""
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 

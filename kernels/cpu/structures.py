@@ -1,13 +1,13 @@
 """The interface between Python and the C++ library: its version, the structures of the operations'
-arguments, and which operation takes which. src/ops.h declares the same structures and describes
-their fields. Without torch."""
+arguments, and the structure of each operation. src/ops.h declares the same structures and describes
+their fields. Needs no torch."""
 
 import ctypes
 from dataclasses import dataclass
 
 INTERFACE_VERSION = 6
 """Version of the operations and their arguments. setup.py compiles it into the library, which is
-refused if it differs: raise it with every change that an older library could not serve."""
+refused if it differs. Increment it with every change that an older library does not support."""
 
 
 class LinearArgs(ctypes.Structure):
@@ -122,7 +122,7 @@ class RopeStoreArgs(ctypes.Structure):
 
 
 class GateTopkArgs(ctypes.Structure):
-    """Arguments of the choice of experts."""
+    """Arguments of the gate's top-k."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("logits", "topk_ids", "topk_weights")),
@@ -203,8 +203,8 @@ class Operation:
     """A function `cantata_NAME` of the library, which takes a pointer to its arguments.
 
     Attributes:
-        result: its ctypes type; None: nothing.
-        returns_status: it checks indices, and refuses arguments by another status than 0.
+        result: its ctypes type; None for no result.
+        returns_status: True if it checks indices, and refuses arguments with a status other than 0.
     """
 
     arguments: type[ctypes.Structure]

@@ -1,8 +1,8 @@
 """`python -m kernels.cpu.trial LIBRARY ISA`: run kernels of an instruction set once, in a process
-that may die of it. Without torch, in some 0.1 s. `kernels.cpu.native.runs` starts it.
+that may die of it. Needs no torch and takes about 0.1 s. `kernels.cpu.native.runs` starts it.
 
-Dense layers in fp32 and bf16 are enough: their inner loops have the instructions by which the sets
-differ, products of bf16 and tiles too.
+Dense layers in fp32 and bf16 are enough: their inner loops contain the instructions in which the
+sets differ, including products of bf16 and tiles.
 """
 
 import ctypes
@@ -17,7 +17,8 @@ _NUM_ROWS = (1, 33)
 
 
 def main(file: str, name: str) -> int:
-    """Returns the exit code: 2 if the library does not have this instruction set here."""
+    """Run the kernels and return the exit code: 2 if the library does not support this instruction
+    set here."""
     library = ctypes.CDLL(file)
     if not library.cantata_use_isa(name.encode()):
         return 2
@@ -47,11 +48,11 @@ def main(file: str, name: str) -> int:
 
 
 _buffers: list[ctypes.Array[ctypes.c_char]] = []
-"""Keeps memory alive whose address is all that the library gets."""
+"""Buffers that must stay alive: the library gets only their addresses."""
 
 
 def _zeros(num_bytes: int) -> int:
-    """The address of so many bytes, on the boundary on which tensors begin."""
+    """Return the address of `num_bytes` zero bytes, aligned as tensors are."""
     buffer = ctypes.create_string_buffer(num_bytes + _ALIGNMENT)
     _buffers.append(buffer)
     return -(-ctypes.addressof(buffer) // _ALIGNMENT) * _ALIGNMENT

@@ -12,11 +12,11 @@ from kernels.implementation import Implementation, by_device
 __all__ = ["Embed", "embed", "select"]
 
 Embed = Callable[[Tensor, Tensor, int], Tensor]
-"""`kernels.embedding.reference.embed`."""
+"""Signature of `kernels.embedding.reference.embed`."""
 
 
 def select(dtype: torch.dtype, device: torch.device) -> Implementation[Embed]:
-    """Choose the implementation for an embedding of this dtype."""
+    """Select the implementation for an embedding of this dtype."""
     return by_device(device, dtype, triton=_on_triton, cpp=cpu.embed, reference=reference.embed)
 
 
@@ -27,6 +27,6 @@ def _on_triton() -> Embed:
 
 
 def embed(token_ids: Tensor, weight: Tensor, first_id: int = 0) -> Tensor:
-    """`kernels.embedding.reference.embed`, which defines it, by the kernel for this device."""
+    """Compute `kernels.embedding.reference.embed` with the kernel for this device."""
     reference.check_embed(token_ids, weight, first_id)
     return select(weight.dtype, weight.device).run(token_ids, weight, first_id)

@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Embedding lookup of the rows that a rank holds: a copy, or zeros for tokens of other ranks. A
-program a token and a piece of its row."""
+"""Embedding lookup of the rows that a rank holds: a copy, or zeros for tokens of other ranks. There
+is one program for each token and piece of its row."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
-"""Elements of a program: one 128-bit load a thread of 4 warps in bf16."""
+"""Number of elements per program: one 128-bit load for each thread of 4 warps in bf16."""
 
 
 @triton.jit(do_not_specialize=["first_id", "num_rows"])

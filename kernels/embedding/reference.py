@@ -6,7 +6,7 @@ from torch.nn import functional
 
 
 def embed(token_ids: Tensor, weight: Tensor, first_id: int = 0) -> Tensor:
-    """The row of each token; zeros for tokens whose row is on another rank.
+    """Return the row of each token; zeros for tokens whose row is on another rank.
 
     Args:
         token_ids: [T] int64.
@@ -26,7 +26,7 @@ def embed(token_ids: Tensor, weight: Tensor, first_id: int = 0) -> Tensor:
 
 
 def check_embed(token_ids: Tensor, weight: Tensor, first_id: int) -> None:
-    """Refuse what `embed` cannot look up.
+    """Refuse arguments that `embed` cannot take.
 
     Raises:
         ValueError: names the argument.

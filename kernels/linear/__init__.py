@@ -1,5 +1,5 @@
-"""Linear layers whose result for a row does not depend on the other rows, on a CPU; on a GPU,
-cuBLAS or hipBLASLt."""
+"""Linear layers. On a CPU the result of a row does not depend on the other rows; a GPU uses cuBLAS
+or hipBLASLt."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,8 +20,8 @@ from kernels.linear import reference
 __all__ = ["PackedWeight", "linear", "select"]
 
 MAX_NARROW_TOKENS = 256
-"""Beyond it a matrix product by tiles is better for the gate, too, and its launches do not
-matter."""
+"""Maximum number of tokens for the gate's kernel. With more, a tiled matrix product is better for
+the gate too, and its launches do not matter."""
 
 _Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -29,10 +29,10 @@ _Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 def select(
     weight: Tensor | PackedWeight, bias: Tensor | None = None
 ) -> Implementation[Callable[[Tensor], Tensor]]:
-    """Choose the implementation for a layer; its `run` takes activations.
+    """Select the implementation for a layer; its `run` takes activations.
 
     Args:
-        weight, bias: as of `linear`.
+        weight, bias: as in `linear`.
     """
     if isinstance(weight, PackedWeight):
         layout = f"packed {weight.values.dtype}".replace("torch.", "")
@@ -49,7 +49,7 @@ _SAME_IN_EVERY_BATCH = "a row's result does not depend on its batch"
 
 
 def _product(weight: Tensor) -> tuple[_Product, str, str]:
-    """(run, name, why)."""
+    """Return (run, name, why)."""
     if weight.device.type == "cuda":
         why = "through torch; the gate by Triton" if has_triton() else "through torch"
         return _blas, "hipBLASLt" if torch.version.hip else "cuBLAS", why
@@ -59,7 +59,8 @@ def _product(weight: Tensor) -> tuple[_Product, str, str]:
 
 
 def _narrow_or(otherwise: _Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The gate's kernel for a few tokens of another dtype."""
+    """Compute the product with the gate's kernel for a few tokens of another dtype, else with
+    `otherwise`."""
     if x.dtype == weight.dtype or x.shape[0] > MAX_NARROW_TOKENS:
         return otherwise(x, weight, bias)
     from kernels.linear import narrow
@@ -69,8 +70,8 @@ def _narrow_or(otherwise: _Product, x: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def _blas(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One launch, the bias in its epilogue. Its order of summation depends on the number of
-    rows."""
+    """Compute the product in one launch, with the bias in its epilogue. Its order of summation
+    depends on the number of rows."""
     reference.check_linear(x, weight, bias)
     return functional.linear(_as(weight.dtype, x), weight, bias)
 
@@ -91,10 +92,9 @@ def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """`kernels.linear.reference.linear`, which defines it, by the implementation that `select`
-    chooses.
+    """Compute `kernels.linear.reference.linear` with the implementation that `select` returns.
 
     Args:
-        weight: as there, or packed by `kernels.cpu.dense` for bf16 activations on a CPU.
+        weight: as in the reference, or packed by `kernels.cpu.dense` for bf16 activations on a CPU.
     """
     return select(weight, bias).run(x)

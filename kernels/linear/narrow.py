@@ -2,8 +2,8 @@
 """`x @ weight.T + bias` in fp32 for a few tokens and few outputs: the gate of the experts, from
 bf16 activations in one launch.
 
-A BLAS wants fp32 activations, and splits so long a sum over so few outputs into launches of its
-own. Here a program has a few outputs of a few tokens, its threads lie along the sum, and products
+A BLAS needs fp32 activations, and splits so long a sum over so few outputs into several launches.
+Here a program computes a few outputs of a few tokens, its threads lie along the sum, and products
 are added up elementwise before one reduction at the end.
 """
 
@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_N = 4
-"""Outputs of a program: 32 programs for 128 experts, which is what reads their weights in about a
+"""Number of outputs per program: 32 programs for 128 experts, which read their weights in about a
 microsecond."""
 _FEW = {"BLOCK_M": 1, "BLOCK_K": 1024, "num_warps": 4}
 _MANY = {"BLOCK_M": 8, "BLOCK_K": 256, "num_warps": 4}
-"""Tiles from 8 tokens on: weights are read from the L2 cache once for 8 tokens."""
+"""Tiles for 8 or more tokens: weights are read from the L2 cache once for 8 tokens."""
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -68,5 +68,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def tile_for(num_tokens: int) -> dict[str, int]:
-    """Tile constants and warps."""
+    """Return the tile constants and the number of warps."""
     return _FEW if num_tokens < 8 else _MANY

@@ -1,11 +1,11 @@
 """Linear layer in torch, as independent of the batch it runs in as a BLAS allows.
 
-A BLAS picks another summation order for matrices of a few rows (matrix-vector kernels, remainder
-tiles), so the same row times the same weight differs in the last bits between a batch of 1 and a
-batch of 100. With at least `MIN_ROWS` rows and sums of a few hundred products each row's result was
-found independent of their number and of its place among them (MKL 2024.2 and oneDNN 3.12 under
-torch 2.13, outputs of at least two columns); with sums of thousands it is not, so the CPU's own
-kernel is taken wherever it was built.
+A BLAS uses another summation order for matrices of a few rows (matrix-vector kernels, remainder
+tiles), so the product of the same row and weight differs in the last bits between a batch of 1 and
+a batch of 100. With at least `MIN_ROWS` rows and sums of a few hundred products the result of a row
+was found independent of the number of rows and of its position among them (MKL 2024.2 and oneDNN
+3.12 under torch 2.13, outputs of at least two columns); with sums of thousands it is not, so the
+CPU's own kernel is used wherever it was built.
 """
 
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 MIN_ROWS = 16
-"""Smaller inputs are padded with zero rows."""
+"""Minimum number of rows; smaller inputs are padded with zero rows."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`; bit for bit the same for a row whatever the other rows are, as far as
-    the BLAS allows (see the module).
+    """Return `x @ weight.T + bias`. A row's result is the same, bit for bit, whatever the other
+    rows are, as far as the BLAS allows (see the module).
 
     Args:
         x: [T, K] float.
@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Refuse what `linear` cannot compute.
+    """Refuse arguments that `linear` cannot take.
 
     Raises:
         ValueError: names the argument.

@@ -1,4 +1,4 @@
-"""Mixture of experts: choice of experts and their computation."""
+"""Mixture of experts: selection of each token's experts, and their computation."""
 
 from collections.abc import Callable
 
@@ -21,13 +21,14 @@ __all__ = ["ExpertOperations", "ExpertWeights", "fused_experts", "gate_topk", "s
 def select(
     weights: ExpertWeights, dtype: torch.dtype, device: torch.device
 ) -> Implementation[ExpertOperations]:
-    """Choose the implementation for these experts.
+    """Select the implementation for these experts.
 
     Args:
-        dtype: of activations.
-        device: of activations and weights.
+        dtype: dtype of the activations.
+        device: device of the activations and weights.
     Raises:
-        ValueError: names a part of the weights that a kernel could not read as it lies.
+        ValueError: names a part of the weights that a kernel could not read in its present memory
+            layout.
     """
     if triton_runs_on(device):
         from kernels.moe import grouped, on_triton, tile_choice
@@ -61,8 +62,8 @@ def _in_steps(
 
 
 def _gate(device: torch.device) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """`kernels.moe.reference.gate_topk` by the kernel for this device; arguments have been checked
-    there."""
+    """Return the kernel of `kernels.moe.reference.gate_topk` for this device; arguments must have
+    been checked."""
     if triton_runs_on(device):
         from kernels.moe import routing
 
@@ -71,12 +72,12 @@ def _gate(device: torch.device) -> Callable[[Tensor, int], tuple[Tensor, Tensor]
 
 
 def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`kernels.moe.reference.gate_topk`, which defines it, by the kernel for this device."""
+    """Compute `kernels.moe.reference.gate_topk` with the kernel for this device."""
     reference.check_gate(gate_logits, k)
     return _gate(gate_logits.device)(gate_logits, k)
 
 
 def fused_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> Tensor:
-    """`kernels.moe.reference.fused_experts`, which defines it, by the implementation that `select`
-    chooses. A caller with many inputs for the same weights keeps that."""
+    """Compute `kernels.moe.reference.fused_experts` with the implementation that `select` returns.
+    Callers with many inputs for the same weights should keep that implementation."""
     return select(weights, x.dtype, x.device).run.fused_experts(x, topk_ids, topk_weights)

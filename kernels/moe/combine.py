@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""A token's experts added up: `out[t] = results[t * k] + ... + results[t * k + k - 1]` over the
+"""The sum of a token's experts: `out[t] = results[t * k] + ... + results[t * k + k - 1]` over the
 slots whose expert is here, in fp32, in the order of the slots, so that a token's sum is the same in
-every batch and every run. Alone, for an all-reduce; or in one launch with what follows where there
-is none, the addition to the residual stream and the next RMSNorm, with the same bits."""
+every batch and every run. It runs alone, before an all-reduce; or, without one, in one launch with
+the addition to the residual stream and the next RMSNorm, with the same bits."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,8 @@ _BLOCK_H = 1024
 
 @triton.jit
 def _sum_of_slots(results_ptr, ids_ptr, token, h, hidden_size, first_expert, num_local, TOP_K: tl.constexpr):
-    """[BLOCK] columns `h` of a token's sum, rounded to the dtype of results; 0 past hidden_size."""
+    """Return columns `h` [BLOCK] of a token's sum, rounded to the dtype of results; 0 past
+    hidden_size."""
     total = tl.zeros(h.shape, tl.float32)
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
@@ -90,8 +91,8 @@ def combine(results: Tensor, routing: Routing) -> Tensor:
 def combine_add_rms_norm(
     results: Tensor, routing: Routing, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.pointwise.add_rms_norm` of a residual stream and `combine`; arguments have been
-    checked as there.
+    """Compute `kernels.pointwise.add_rms_norm` of a residual stream and `combine`; arguments have
+    been checked by the caller.
 
     Args:
         residual: [T, H], dtype of results; overwritten.

@@ -1,5 +1,5 @@
-"""The mixture of experts by Triton kernels: route and two grouped products. Adding up is
-`combine.py`'s."""
+"""The mixture of experts by Triton kernels: routing and two grouped products. `combine.py` adds up
+the results."""
 
 from dataclasses import dataclass
 
@@ -33,9 +33,9 @@ class _Layer:
 
 
 def kind_of(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
-    """The kind of product, as `tile_choice` names it, that takes these weights with activations of
-    this dtype: MXFP4 in a layout for GPUs, or dense weights of the same dtype. None: there is
-    none."""
+    """Return the kind of product, as `tile_choice` names it, that takes these weights with
+    activations of this dtype: MXFP4 in a layout for GPUs, or dense weights of the same dtype. None
+    if there is none."""
     kinds = {_kind(part, dtype, weights.mxfp8) for part in (weights.gate_up, weights.down)}
     return kinds.pop() if dtype in _DTYPES and len(kinds) == 1 else None
 
@@ -51,10 +51,11 @@ def _kind(weights: PackedMXFP4 | Tensor, dtype: torch.dtype, mxfp8: bool) -> str
 def fused_experts(
     x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights, kind: str
 ) -> tuple[Tensor, Routing]:
-    """The summands of `kernels.moe.reference.fused_experts`; arguments have been checked there.
+    """Compute the summands of `kernels.moe.reference.fused_experts`; arguments must have been
+    checked.
 
     Args:
-        kind: `kind_of` the weights and x's dtype.
+        kind: `kind_of` for the weights and x's dtype.
     Returns:
         ([T * k, H] for each token and slot, undefined where the slot's expert is not here;
         routing): for `kernels.moe.combine`.
@@ -73,7 +74,7 @@ def fused_experts(
 def gated_experts(
     x: Tensor, gate_logits: Tensor, k: int, weights: ExpertWeights, kind: str
 ) -> tuple[Tensor, Routing]:
-    """`fused_experts` of the choice that `gate_topk` makes, in one launch less."""
+    """Compute `fused_experts` for the experts that `gate_topk` selects, with one launch less."""
     tile = _tile(x, k, weights, kind)
     routing = choose_and_route(
         gate_logits,
@@ -111,7 +112,7 @@ def _compute(x: Tensor, weights: ExpertWeights, layer: _Layer) -> tuple[Tensor, 
 
 
 def check_memory(weights: ExpertWeights, device: torch.device) -> None:
-    """Refuse weights that the kernels would read wrongly.
+    """Refuse weights whose layout in memory the kernels would misread.
 
     Raises:
         ValueError: names the argument.
@@ -175,7 +176,8 @@ def _matmul(
 
 
 def _empty_mxfp8(num_rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(values [num_rows, width] e4m3, scales [num_rows, width / 32] e8m0 as uint8)."""
+    """Return uninitialised (values [num_rows, width] e4m3, scales [num_rows, width / 32] e8m0 as
+    uint8)."""
     return (
         torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=device),
         torch.empty(num_rows, width // MX_BLOCK, dtype=torch.uint8, device=device),
@@ -183,7 +185,7 @@ def _empty_mxfp8(num_rows: int, width: int, device: torch.device) -> tuple[Tenso
 
 
 def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`round_to_mxfp8` as values and scales."""
+    """Return `round_to_mxfp8` of x as values and scales."""
     num_tokens, width = x.shape
     values, scales = _empty_mxfp8(num_tokens, width, x.device)
     grid = (num_tokens, triton.cdiv(width, _QUANTIZED_COLUMNS))
@@ -198,7 +200,7 @@ def _mxfp8_matmul(
     out: tuple[Tensor, Tensor | None],
     layer: _Layer,
 ) -> None:
-    """The gate_up product where `out` has scales, else the down product."""
+    """Compute the gate_up product if `out` has scales, else the down product."""
     _, num_rows, width = weights.shape
     routing, tile = layer.routing, layer.tile
     expert_matmul_mxfp8[_grid(num_rows, layer)](

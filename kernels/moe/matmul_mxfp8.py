@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Grouped product of tokens in MXFP8 with MXFP4 experts in the layout `natural`, for hardware that
-multiplies blocks with scales itself (sm_100, gfx950). Rounding activations to 8 bits changes
-results: `kernels.moe.reference.round_to_mxfp8` defines it.
+"""Grouped product of tokens in MXFP8 with MXFP4 experts in the layout `natural`, for hardware with
+instructions for products of scaled blocks (sm_100, gfx950). Rounding activations to 8 bits changes
+results, as defined by `kernels.moe.reference.round_to_mxfp8`.
 
-Weights are the left operand: tcgen05 wants 128 rows there, and there are few tokens. The gate_up
-product writes what the down product reads, rounded in its epilogue.
+Weights are the left operand: tcgen05 requires 128 rows there, and there are few tokens. The gate_up
+product writes the input of the down product, rounded in its epilogue.
 
 Follows: OCP Microscaling Formats (MX) Specification 1.0, section 6.3.
 """
@@ -17,7 +17,7 @@ from kernels.moe.tiles import rows_to_write, swiglu, tile_rows
 
 @triton.jit
 def to_mxfp8(values):
-    """[..., 32] fp32 → e4m3 of that shape, and e8m0 scales without the last axis."""
+    """Convert [..., 32] fp32 to e4m3 of that shape, and e8m0 scales without the last axis."""
     largest = tl.max(tl.abs(values), -1)
     # 2^(floor(log2(largest)) - 8), 8 being e4m3's largest exponent; at least 2^-126, whose inverse
     # is finite.
@@ -29,7 +29,7 @@ def to_mxfp8(values):
 
 @triton.jit
 def quantize_rows(x_ptr, values_ptr, scales_ptr, width, x_stride, BLOCK: tl.constexpr):
-    """A row of activations; one program for BLOCK columns of it."""
+    """Quantise a row of activations, with one program for each BLOCK columns."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * x_stride + column, mask=column < width, other=0.0).to(tl.float32)
@@ -67,8 +67,8 @@ def expert_matmul_mxfp8(
     if tl.max(exists.to(tl.int32), 0) == 0:
         return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Past the last row it is read again, and nothing of that is stored. Offsets within an expert
-    # fit in 32 bits.
+    # Past the last row the last row is read again; its results are not stored. Offsets within an
+    # expert fit in 32 bits.
     row = tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K)
     in_row, in_scales = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 32)

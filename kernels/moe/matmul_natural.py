@@ -1,13 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Grouped product of tokens with experts whose rows lie as in checkpoints: MXFP4 in the layout
-`natural`, or dense.
+"""Grouped product of tokens with experts whose rows are stored as in checkpoints: MXFP4 in the
+layout `natural`, or dense.
 
     out[row] = SwiGLU(W[e] x[token] + bias[e])              for the gate_up product
     out[pair] = gate weight * (W[e] x[row] + bias[e])       for the down product
 
-MXFP4 goes through `tl.dot_scaled`, which is decoding instructions or bit operations and a bf16
-product, as the hardware has it; with fp32 activations it is decoded here, exactly, and multiplied
-in fp32.
+MXFP4 goes through `tl.dot_scaled`, which compiles to decoding instructions or bit operations and a
+bf16 product, depending on the hardware; with fp32 activations it is decoded here, exactly, and
+multiplied in fp32.
 """
 
 import triton
@@ -18,10 +18,11 @@ from kernels.moe.tiles import rows_to_write, swiglu, tile_rows
 
 @triton.jit
 def decode_e2m1(blocks, exponents, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """uint8 [BLOCK_N, BLOCK_K / 2], two values each, and e8m0 [BLOCK_N, BLOCK_K / 32] → fp32
-    [BLOCK_N, BLOCK_K]."""
+    """Decode uint8 [BLOCK_N, BLOCK_K / 2], two values each, and e8m0 [BLOCK_N, BLOCK_K / 32] to
+    fp32 [BLOCK_N, BLOCK_K]."""
     codes = tl.join(blocks & 15, blocks >> 4).reshape(BLOCK_N, BLOCK_K).to(tl.uint32)
-    # As the fp32 that is too small by 2^126; the scale's exponent 0 is a subnormal, half of 2^-126.
+    # As an fp32 number that is too small by 2^126; the scale's exponent 0 is a subnormal, half of
+    # 2^-126.
     values = (((codes & 8) << 28) | ((codes & 7) << 22)).to(tl.float32, bitcast=True) * 2.0**126
     exponents = exponents.to(tl.uint32)
     scales = tl.where(exponents == 0, 1 << 22, exponents << 23).to(tl.float32, bitcast=True)
@@ -58,8 +59,8 @@ def expert_matmul_natural(
     if tl.max(exists.to(tl.int32), 0) == 0:
         return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Past the last row it is read again, and nothing of that is stored. Offsets within an expert
-    # fit in 32 bits.
+    # Past the last row the last row is read again; its results are not stored. Offsets within an
+    # expert fit in 32 bits.
     row = tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K)
     in_row, in_scales = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 32)

@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Grouped product of tokens with MXFP4 experts in the layout `wgmma.v1` (`kernels/mxfp4/wgmma.py`):
-weights are the left operand, which wgmma takes from registers, so they go from memory over shared
-memory into registers, are decoded there and used.
+"""Grouped product of tokens with MXFP4 experts in the layout `wgmma.v1` (`kernels/mxfp4/wgmma.py`).
+Weights are the left operand, which wgmma takes from registers, so they go from memory through
+shared memory into registers, are decoded there and used.
 
     out[row] = SwiGLU(W[e] x[token] + bias[e])              for the gate_up product
     out[pair] = gate weight * (W[e] x[row] + bias[e])       for the down product
 
-A thread's 16 bytes, one load, are its fragments of four matrix instructions.
+The 16 bytes of a thread, one load, are its fragments of four matrix instructions.
 """
 
 import triton
@@ -31,14 +31,14 @@ DECODE = tl.constexpr("""{ // mxfp4x8_bf16
     or.b32 $3, r, s;
     mul.bf16x2 $3, $3, $6;
 }""")
-"""A word of 8 values ($4) and, twice in a register each, the scales of its even ($5) and odd row
-($6) → a fragment's registers."""
+"""Assembly that decodes one word of 8 values ($4), with the scales of its even ($5) and odd row
+($6), each twice in a register, to the registers of a fragment."""
 
 
 @triton.jit
 def bf16_pair(register):
-    """uint32 → [..., 2] bf16, the low half first. The compiler makes nothing of it: both are where
-    they were."""
+    """Convert uint32 to [..., 2] bf16, the low half first. It compiles to nothing: both halves are
+    already in place."""
     low = register.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     high = (register >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return tl.join(low, high)
@@ -46,8 +46,8 @@ def bf16_pair(register):
 
 @triton.jit
 def decode(words, exponents, STRIPS: tl.constexpr, CHUNKS: tl.constexpr):
-    """uint32 [STRIPS, CHUNKS * 128] and uint8 [STRIPS, CHUNKS * 32] → bf16 [STRIPS * 16, CHUNKS *
-    64]. Within a strip the even rows come first, as the layout's fragments have them."""
+    """Decode uint32 [STRIPS, CHUNKS * 128] and uint8 [STRIPS, CHUNKS * 32] to bf16 [STRIPS * 16,
+    CHUNKS * 64]. Within a strip the even rows come first, as in the layout's fragments."""
     scales = exponents.to(tl.uint32) << 7  # bf16
     scales = (
         (scales | (scales << 16)).reshape(STRIPS, CHUNKS, 8, 2, 2).trans(0, 1, 2, 4, 3)
@@ -55,8 +55,8 @@ def decode(words, exponents, STRIPS: tl.constexpr, CHUNKS: tl.constexpr):
     even, odd = scales.reshape(STRIPS, CHUNKS, 8, 1, 2, 1, 2).split()
     even = tl.broadcast_to(even, (STRIPS, CHUNKS, 8, 4, 2, 2)).reshape(STRIPS, CHUNKS * 128)
     odd = tl.broadcast_to(odd, (STRIPS, CHUNKS, 8, 4, 2, 2)).reshape(STRIPS, CHUNKS * 128)
-    # One word at a time: which elements of a tensor Triton gives to one piece of assembly that
-    # takes several is not defined.
+    # One word at a time: Triton does not define which elements of a tensor it passes to a piece of
+    # assembly that takes several.
     r0, r1, r2, r3 = tl.inline_asm_elementwise(
         DECODE,
         "=r,=r,=r,=r,r,r,r",
@@ -102,8 +102,8 @@ def expert_matmul_wgmma(
         return
     num_strips = tl.cdiv(N, 16)
     num_chunks = tl.cdiv(K, 64)
-    # Past the last strip it is read again, and nothing of that is stored. Offsets within an expert
-    # fit in 32 bits.
+    # Past the last strip the last strip is read again; its results are not stored. Offsets within
+    # an expert fit in 32 bits.
     strip = tl.minimum(tl.program_id(0) * STRIPS + tl.arange(0, STRIPS), num_strips - 1)
     k = tl.arange(0, BLOCK_K)
     in_words, in_scales = tl.arange(0, CHUNKS * 128), tl.arange(0, CHUNKS * 32)
@@ -126,7 +126,7 @@ def expert_matmul_wgmma(
         else:
             total = tl.dot(weights, x, total)
     out_rows, pairs, exists = rows_to_write(tiles_ptr, pairs_ptr, BLOCK_M, GATE_UP)
-    # Row 2i of an expert and its row 2i + 1 are in one thread.
+    # Row 2i of an expert and its row 2i + 1 are in the same thread.
     even, odd = total.reshape(STRIPS, 2, 8, BLOCK_M).trans(0, 2, 3, 1).split()
     even, odd = even.reshape(BLOCK_N // 2, BLOCK_M), odd.reshape(BLOCK_N // 2, BLOCK_M)
     half = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)

@@ -1,4 +1,4 @@
-"""The mixture of experts by Triton kernels: choice and routing are one launch, and so are the sum
+"""The mixture of experts by Triton kernels: top-k and routing share one launch, and so do the sum
 over a token's experts and the norm after it."""
 
 import torch
@@ -12,10 +12,10 @@ from kernels.moe.weights import ExpertWeights
 
 
 class OnTriton:
-    """`kernels.moe.operations.ExpertOperations`.
+    """Triton's implementation of `kernels.moe.operations.ExpertOperations`.
 
     Args:
-        kind: `grouped.kind_of` the weights.
+        kind: `grouped.kind_of` for the weights.
     Raises:
         ValueError: names a part of the weights that is not contiguous or not on the device.
     """
@@ -26,7 +26,7 @@ class OnTriton:
         self._kind = kind
 
     def fused_experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Compute as the protocol says; expert ids are taken as they are
+        """Compute as the protocol defines; expert ids are not checked
         (`kernels.backend.checks_indices`)."""
         reference.check_experts(x, topk_ids, topk_weights, self._weights)
         if checks_indices():
@@ -34,13 +34,13 @@ class OnTriton:
         return combine.combine(*grouped.fused_experts(x, topk_ids, topk_weights, self._weights, self._kind))
 
     def gated_experts(self, x: Tensor, gate_logits: Tensor, k: int) -> Tensor:
-        """Compute as the protocol says."""
+        """Compute as the protocol defines."""
         return combine.combine(*self._summands(x, gate_logits, k))
 
     def gated_experts_add_rms_norm(
         self, x: Tensor, gate_logits: Tensor, k: int, residual: Tensor, norm_weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """Compute as the protocol says."""
+        """Compute as the protocol defines."""
         check_residual(x, residual, norm_weight)
         summands = self._summands(x, gate_logits, k)
         return combine.combine_add_rms_norm(*summands, residual, norm_weight, eps)

@@ -1,5 +1,6 @@
-"""What implementations of the mixture of experts offer, and the one that calls an operation after
-the other: the C++ kernels and the reference. `on_triton.py` has the other one."""
+"""The interface of implementations of the mixture of experts, and the implementation that calls its
+operations one by one, for the C++ kernels and the reference. `on_triton.py` has the other
+implementation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ class ExpertOperations(Protocol):
     """Operations of the experts of one layer on this rank, bound to their weights."""
 
     def fused_experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """`kernels.moe.reference.fused_experts`."""
+        """Compute `kernels.moe.reference.fused_experts`."""
 
     def gated_experts(self, x: Tensor, gate_logits: Tensor, k: int) -> Tensor:
-        """`fused_experts` of the choice that `gate_topk` makes.
+        """Compute `fused_experts` for the experts that `gate_topk` selects.
 
         Args:
             gate_logits: [T, num_experts] float.
@@ -27,23 +28,23 @@ class ExpertOperations(Protocol):
     def gated_experts_add_rms_norm(
         self, x: Tensor, gate_logits: Tensor, k: int, residual: Tensor, norm_weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """`kernels.pointwise.add_rms_norm` of a residual stream and `gated_experts`, with the bits
-        of the two.
+        """Compute `kernels.pointwise.add_rms_norm` of a residual stream and `gated_experts`, with
+        the same bits as the two separately.
 
         Args:
             residual: [T, H], dtype of x; may be overwritten.
             norm_weight: [H] float.
         Returns:
-            (the sum, its RMSNorm), both as residual.
+            (the sum, its RMSNorm), both with shape and dtype of residual.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class InSteps:
-    """Choice of experts, experts, and the norm after them, one after the other.
+    """An implementation in separate steps: top-k, experts, and the norm after them.
 
     Attributes:
-        gate_topk, experts, add_rms_norm: the implementations.
+        gate_topk, experts, add_rms_norm: the implementations of the steps.
     """
 
     weights: ExpertWeights
@@ -52,26 +53,27 @@ class InSteps:
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
     def fused_experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Compute as the protocol says, with ids checked."""
+        """Compute as the protocol defines, after a check of the ids."""
         reference.check_experts(x, topk_ids, topk_weights, self.weights)
         reference.check_ids(topk_ids, self.weights.num_experts)
         return self.experts(x, topk_ids, topk_weights, self.weights)
 
     def gated_experts(self, x: Tensor, gate_logits: Tensor, k: int) -> Tensor:
-        """Compute as the protocol says."""
+        """Compute as the protocol defines."""
         reference.check_choice(x, gate_logits, k, self.weights)
         return self.experts(x, *self.gate_topk(gate_logits, k), self.weights)
 
     def gated_experts_add_rms_norm(
         self, x: Tensor, gate_logits: Tensor, k: int, residual: Tensor, norm_weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """Compute as the protocol says."""
+        """Compute as the protocol defines."""
         check_residual(x, residual, norm_weight)
         return self.add_rms_norm(residual, self.gated_experts(x, gate_logits, k), norm_weight, eps)
 
 
 def check_residual(x: Tensor, residual: Tensor, norm_weight: Tensor) -> None:
-    """Refuse what the experts' result cannot be added to, or a norm of another width.
+    """Refuse a residual stream to which the experts' result cannot be added, or a norm of another
+    width.
 
     Raises:
         ValueError: names the argument.

@@ -17,8 +17,8 @@ _E4M3_EXPONENT, _E4M3_LARGEST = 8, 448.0
 
 
 def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k experts of highest logit for each token, most likely first, and the softmax over just
-    these. Ties: the lower expert id.
+    """Return the k experts of highest logit for each token, most likely first, and the softmax over
+    only these. Of equal logits, the lower expert id comes first.
 
     Args:
         gate_logits: [T, E] float.
@@ -33,12 +33,12 @@ def gate_topk(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def fused_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> Tensor:
-    """Weighted sum of each token's experts: gate_up projection, clamped SwiGLU, down projection,
-    both with bias.
+    """Return the weighted sum of each token's experts: gate_up projection, clamped SwiGLU, down
+    projection, both with bias.
 
-    With g the even and u the odd rows of gate_up, `g` clamped above at the limit and `u` to both
-    sides of it, the activation is `(u + 1) * g * sigmoid(alpha * g)`. Only experts that some token
-    chose are decoded or computed; choices of experts that are not in `weights` add nothing here.
+    With g the even and u the odd rows of gate_up, `g` clamped from above at the limit and `u` on
+    both sides, the activation is `(u + 1) * g * sigmoid(alpha * g)`. Only experts chosen by some
+    token are decoded or computed; chosen experts that are not in `weights` add nothing here.
 
     Args:
         x: [T, H] float.
@@ -65,8 +65,8 @@ def fused_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: Ex
 
 
 def _tokens_by_expert(local_ids: Tensor, num_local: int) -> list[tuple[int, Tensor, Tensor]]:
-    """(expert, tokens [n] ascending, their slots [n]) of the experts 0 to num_local - 1 that are
-    hit, in ascending order."""
+    """Return (expert, tokens [n] ascending, their slots [n]) for the experts 0 to num_local - 1
+    with at least one token, in ascending order."""
     k = local_ids.shape[1]
     pairs = ((local_ids >= 0) & (local_ids < num_local)).reshape(-1).nonzero()[:, 0]
     experts = local_ids.reshape(-1)[pairs]
@@ -75,24 +75,25 @@ def _tokens_by_expert(local_ids: Tensor, num_local: int) -> list[tuple[int, Tens
 
 
 def _dense_expert(weights: PackedMXFP4 | Tensor, expert: int) -> Tensor:
-    """[N, K] fp32."""
+    """Return an expert's weights, [N, K] fp32."""
     if isinstance(weights, PackedMXFP4):
         return unpack(weights.expert(expert), torch.float32)[0]
     return weights[expert].float()
 
 
 def _swiglu(hidden: Tensor, limit: float, alpha: float) -> Tensor:
-    """[n, 2I], gate and up interleaved → [n, I]."""
+    """Compute [n, 2I], gate and up interleaved → [n, I]."""
     gate = hidden[:, 0::2].clamp(max=limit)
     up = hidden[:, 1::2].clamp(min=-limit, max=limit)
     # Not torch.sigmoid: its vectorised loop and its remainder loop round differently, so a row's
-    # result would depend on its place.
+    # result would depend on its position.
     return (up + 1) * (gate / (1 + torch.exp(gate * -alpha)))
 
 
 def round_to_mxfp8(x: Tensor) -> Tensor:
-    """The values of MXFP8 (e4m3) for [..., K], K a multiple of 32, in fp32: groups of 32 share the
-    scale 2^(floor(log2(max|x|)) - 8), but at least 2^-126; to nearest even, saturating at 448.
+    """Return the values of MXFP8 (e4m3) for [..., K], K a multiple of 32, in fp32: groups of 32
+    share the scale 2^(floor(log2(max|x|)) - 8), but at least 2^-126. Values are rounded to nearest
+    even and saturate at 448.
 
     Follows: OCP Microscaling Formats (MX) Specification 1.0, section 6.3.
     """
@@ -105,7 +106,7 @@ def round_to_mxfp8(x: Tensor) -> Tensor:
 
 
 def check_gate(gate_logits: Tensor, k: int) -> None:
-    """Refuse what `gate_topk` cannot choose from.
+    """Refuse arguments that `gate_topk` cannot take.
 
     Raises:
         ValueError: names the argument.
@@ -117,7 +118,7 @@ def check_gate(gate_logits: Tensor, k: int) -> None:
 
 
 def check_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> None:
-    """Refuse what `fused_experts` cannot compute, but for ids out of range (`check_ids`).
+    """Refuse arguments that `fused_experts` cannot take, except ids out of range (`check_ids`).
 
     Raises:
         ValueError: names the argument.
@@ -158,7 +159,7 @@ def check_choice(x: Tensor, gate_logits: Tensor, k: int, weights: ExpertWeights)
 
 
 def check_ids(topk_ids: Tensor, num_experts: int) -> None:
-    """Refuse ids that are no experts; reads them back.
+    """Refuse ids of experts that do not exist. Reads the ids back from the device.
 
     Raises:
         ValueError: names the argument.

@@ -1,11 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""From gate logits or chosen experts to the tiles of the grouped products (`kernels/moe/tiles.py`),
-without a shape that depends on data.
+"""The way from gate logits or chosen experts to the tiles of the grouped products
+(`kernels/moe/tiles.py`), without shapes that depend on data.
 
 The (token, slot) pairs of this rank's experts are counted and sorted by expert, tokens ascending,
-by prefix sums over a [tokens, experts] matrix of who chose whom. Up to SINGLE_TOKENS tokens one
-program does all of it, with the choice itself: one launch. More tokens go by blocks: the first
-launch chooses and counts, the second adds up the counts of the blocks before, and places."""
+by prefix sums over a [tokens, experts] matrix that marks the chosen experts. Up to SINGLE_TOKENS
+tokens one program does all of it, including top-k: one launch. More tokens are processed in blocks:
+the first launch selects experts and counts, the second adds up the counts of the preceding blocks,
+and places the pairs."""
 
 from dataclasses import dataclass
 
@@ -15,25 +16,25 @@ import triton.language as tl
 from torch import Tensor
 
 SINGLE_TOKENS = 64
-"""More, and the matrix of one program does not fit in registers (64 x 128 experts are 64 of them in
-128 threads)."""
+"""Maximum number of tokens in a single program: with more, its matrix does not fit in registers (64
+x 128 experts take 64 registers in each of 128 threads)."""
 _BLOCK_TOKENS = 32
 _BLOCK_TILES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Whose tokens go where, on the device.
+    """The assignment of tokens to experts and tiles, on the device.
 
     Attributes:
         topk_ids: [T, k] int32, global ids, distinct within a row.
         topk_weights: [T, k] fp32.
-        tiles: [max_tiles, 4] int32: (local expert, place of the first row, number of rows, 0); no
-            rows where a tile is not needed.
+        tiles: [max_tiles, 4] int32: (local expert, position of the first row, number of rows, 0);
+            no rows in a tile that is not needed.
         pairs: [T * k] int32: token * k + slot, sorted by local expert; undefined past the last pair
             of a local expert.
-        block_m: rows of a tile.
-        first_expert, num_local: the experts that `tiles` and `pairs` are about.
+        block_m: number of rows of a tile.
+        first_expert, num_local: range of the experts in `tiles` and `pairs`.
     """
 
     topk_ids: Tensor
@@ -54,12 +55,12 @@ def top_k(
     EXPERTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """[BLOCK_T, EXPERTS] fp32 → ids int32 and softmax over the chosen, both [BLOCK_T, SLOTS]. Ties:
-    the lower id. Slots past TOP_K: -1, 0."""
+    """Return ids int32 and softmax over the chosen, both [BLOCK_T, SLOTS], for logits [BLOCK_T,
+    EXPERTS] fp32. Of equal logits, the lower id comes first. Slots past TOP_K are -1 and 0."""
     LEAST: tl.constexpr = -(2**31)
     expert, slots = tl.arange(0, EXPERTS), tl.arange(0, SLOTS)
     bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 is 0
-    # Integers in the order of the numbers, so that no NaN and no infinity is chosen twice, or
+    # Integers in the order of the numbers, so that a NaN or an infinity is not chosen twice, nor
     # padding instead of it.
     keys = tl.where((expert < num_experts)[None, :], bits ^ ((bits >> 31) & 0x7FFFFFFF), LEAST)
     values = tl.full((BLOCK_T, SLOTS), float("-inf"), tl.float32)
@@ -77,7 +78,7 @@ def top_k(
 
 @triton.jit
 def slot_of(ids, slot, SLOTS: tl.constexpr):
-    """Column `slot` of [BLOCK_T, SLOTS]."""
+    """Return column `slot` of [BLOCK_T, SLOTS]."""
     return tl.sum(tl.where((tl.arange(0, SLOTS) == slot)[None, :], ids, 0), 1)
 
 
@@ -85,7 +86,8 @@ def slot_of(ids, slot, SLOTS: tl.constexpr):
 def members(
     ids, num_local, TOP_K: tl.constexpr, SLOTS: tl.constexpr, LOCAL: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """Local ids [BLOCK_T, SLOTS] → [BLOCK_T, LOCAL] int32: 1 where the token chose the expert."""
+    """Convert local ids [BLOCK_T, SLOTS] to [BLOCK_T, LOCAL] int32: 1 if the token chose the
+    expert."""
     local = tl.arange(0, LOCAL)
     chosen = tl.zeros((BLOCK_T, LOCAL), tl.int32)
     for slot in tl.static_range(TOP_K):
@@ -97,8 +99,8 @@ def members(
 def place_pairs(
     pairs_ptr, ids, chosen, places, tokens, TOP_K: tl.constexpr, SLOTS: tl.constexpr, LOCAL: tl.constexpr
 ):
-    """Store each pair of a local expert at its token's place, [BLOCK_T, LOCAL], among the expert's
-    rows."""
+    """Store each pair of a local expert at its token's position, [BLOCK_T, LOCAL], among the
+    expert's rows."""
     local = tl.arange(0, LOCAL)
     for slot in tl.static_range(TOP_K):
         mine = (slot_of(ids, slot, SLOTS)[:, None] == local[None, :]) & (chosen > 0)
@@ -110,7 +112,7 @@ def place_pairs(
 def write_tiles(
     tiles_ptr, first, last, counts, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TILES: tl.constexpr
 ):
-    """Tiles `first` to `last` - 1, of experts that have counts [LOCAL] rows."""
+    """Write the tiles `first` to `last` - 1 for experts with counts [LOCAL] of rows."""
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
     ends = tl.cumsum(tiles, 0)
     starts = ends - tiles
@@ -131,7 +133,7 @@ def write_tiles(
         tl.store(at + 3, tl.zeros((BLOCK_TILES,), tl.int32), mask=tile < last)
 
 
-# What changes from step to step must not mean another compilation.
+# Arguments that change from step to step must not cause another compilation.
 @triton.jit(do_not_specialize=["num_tokens", "first_expert", "max_tiles"])
 def choose_experts(
     logits_ptr,
@@ -155,9 +157,10 @@ def choose_experts(
     FROM_LOGITS: tl.constexpr,
     ROUTES: tl.constexpr,
 ):
-    """Top-k and softmax of BLOCK_T tokens (unless not FROM_LOGITS: then the ids are there), and
-    what ROUTES says: "nothing"; "counts", how many of these tokens chose each local expert; "all",
-    places and tiles of this program's tokens, which are all."""
+    """Compute top-k and softmax of BLOCK_T tokens (if FROM_LOGITS; otherwise the ids are given),
+    and the part of the routing that ROUTES selects: "nothing"; "counts", the number of these tokens
+    that chose each local expert; "all", positions and tiles of this program's tokens, which are all
+    tokens."""
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     exists = tokens < num_tokens
     slots = tl.arange(0, SLOTS)
@@ -205,8 +208,8 @@ def place_tokens(
     BLOCK_M: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
-    """Places of the tokens of one block, and this program's share of the tiles, from the counts of
-    all blocks [cdiv(T, BLOCK_T), num_local]."""
+    """Compute positions of the tokens of one block, and this program's share of the tiles, from the
+    counts of all blocks [cdiv(T, BLOCK_T), num_local]."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     local = tl.arange(0, LOCAL)
     counts = tl.zeros((LOCAL,), tl.int32)
@@ -238,13 +241,14 @@ def place_tokens(
 
 
 def max_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
-    """Tiles of block_m rows that the pairs fill at the most, however they fall on the experts."""
+    """Return the maximum number of tiles of block_m rows that the pairs fill, for any assignment to
+    experts."""
     started = min(num_pairs, num_experts)
     return started + (num_pairs - started) // block_m
 
 
 def choose(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`kernels.moe.reference.gate_topk`."""
+    """Compute `kernels.moe.reference.gate_topk`."""
     ids, weights = _chosen(gate_logits.shape[0], k, gate_logits.device)
     _launch(gate_logits.contiguous(), ids, weights, None)
     return ids, weights
@@ -253,7 +257,7 @@ def choose(gate_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def choose_and_route(
     gate_logits: Tensor, k: int, *, first_expert: int, num_local: int, block_m: int
 ) -> Routing:
-    """Choice of the k experts of highest logit, and the tiles of experts first_expert to
+    """Select the k experts of highest logit, and compute the tiles of experts first_expert to
     first_expert + num_local - 1.
 
     Args:
@@ -268,7 +272,7 @@ def choose_and_route(
 def route(
     topk_ids: Tensor, topk_weights: Tensor, *, first_expert: int, num_local: int, block_m: int
 ) -> Routing:
-    """Run `choose_and_route` for a choice of experts that has been made.
+    """Run `choose_and_route` for experts that were already selected.
 
     Args:
         topk_ids: [T, k] int32, contiguous, distinct within a row.

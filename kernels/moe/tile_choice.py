@@ -1,19 +1,20 @@
-"""Which tile the grouped products take, by weights, architecture and how many rows an expert has.
+"""Selection of the tile of the grouped products, by weights, architecture and number of rows per
+expert.
 
-Chosen by what compilers make of them (`python3 -m benchmarks.kernel_report`, table in
-docs/kernels.md), never timed: no spills; few instructions a weight, so that memory and not the
-processor limits small batches; and with one row an expert narrow tiles, because four experts of
-5760 rows are only 180 tiles of 128 rows for 132 processors."""
+The tiles are selected by their compiled code (`python3 -m benchmarks.kernel_report`, table in
+docs/kernels.md), never by timing: no spills; few instructions per weight, so that memory and not
+the processor limits small batches; and with one row per expert narrow tiles, because four experts
+of 5760 rows are only 180 tiles of 128 rows for 132 processors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 MXFP4 = "mxfp4"
-"""In the layout `natural`."""
+"""Weights in the layout `natural`."""
 MXFP4_WGMMA = "mxfp4 wgmma"
 DENSE = "dense"
 MXFP4_MXFP8 = "mxfp4 x mxfp8"
-"""In the layout `natural`, with activations in MXFP8."""
+"""Weights in the layout `natural`, with activations in MXFP8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +22,11 @@ class Tile:
     """Constants of one grouped product.
 
     Attributes:
-        block_m: tokens; the same for both products of a layer, which share their tiles.
-        block_n: rows of the weights.
-        block_k: columns of these in one pass.
-        max_rows: twice the mean rows of an expert up to which the tile is taken; None: block_m.
+        block_m: number of tokens; the same for both products of a layer, which share their tiles.
+        block_n: number of rows of the weights.
+        block_k: number of columns of these in one pass.
+        max_rows: maximum of twice the mean rows of an expert for which the tile is taken; None for
+            block_m.
     """
 
     block_m: int
@@ -35,8 +37,8 @@ class Tile:
     max_rows: int | None = None
 
 
-# By ascending block_m. Never 8 rows: Triton 3.7, which comes with torch 2.13, makes no wgmma of
-# those and decodes by way of shared memory.
+# By ascending block_m. Never 8 rows: for those Triton 3.7, which comes with torch 2.13, generates
+# no wgmma, and decodes through shared memory.
 _WGMMA = (
     Tile(16, 64, 256, 4, 4, max_rows=8),
     Tile(16, 128, 128, 4, 4),
@@ -61,10 +63,10 @@ _AMPERE = (
 _NATURAL = {
     "sm_80": _AMPERE,
     "sm_89": _AMPERE,
-    # Where the checkpoint's layout is kept on sm_90; `wgmma.v1` is better.
+    # For the checkpoint's layout on sm_90; `wgmma.v1` is better.
     "sm_90": (Tile(16, 128, 128, 4, 3), Tile(64, 64, 128, 4, 3)),
-    # Under 256 rows decoding takes longer than the product itself, with Triton 3.7 at 128 rows
-    # twice as long.
+    # With fewer than 256 rows decoding takes longer than the product itself; with Triton 3.7 at 128
+    # rows, twice as long.
     "sm_100": (
         Tile(16, 64, 256, 4, 3),
         Tile(32, 128, 128, 4, 3),
@@ -87,18 +89,18 @@ _NATURAL = {
     ),
 }
 ARCHITECTURES = tuple(_NATURAL)
-"""Those with tiles of their own."""
+"""Architectures with tiles of their own."""
 _FP32 = (Tile(16, 64, 64, 8, 2),)
-"""Tests and comparisons."""
+"""Tiles for tests and comparisons."""
 
 
 def tiles(weights: str, architecture: str) -> Sequence[Tile]:
-    """Those that `choose_tile` has for bf16 activations, by ascending block_m.
+    """Return the tiles from which `choose_tile` selects for bf16 activations, by ascending block_m.
 
     Args:
         weights: MXFP4, MXFP4_WGMMA, MXFP4_MXFP8 or DENSE.
-        architecture: as `kernels.backend.architecture` names it. One that has no tiles gets those
-            of its family.
+        architecture: as `kernels.backend.architecture` names it. One without tiles of its own gets
+            those of its family.
     """
     if weights != MXFP4:
         return {MXFP4_WGMMA: _WGMMA, MXFP4_MXFP8: _MXFP8, DENSE: _DENSE}[weights]
@@ -129,8 +131,8 @@ def why(weights: str, architecture: str) -> str:
 
 
 def choose_tile(weights: str, architecture: str, num_pairs: int, num_experts: int, *, fp32: bool) -> Tile:
-    """The tile for `num_pairs` (token, slot) pairs that fall on `num_experts` experts."""
+    """Return the tile for `num_pairs` (token, slot) pairs spread over `num_experts` experts."""
     choice = _FP32 if fp32 else tiles(weights, architecture)
-    # Twice the mean: a popular expert should not need a second pass over its weights.
+    # Twice the mean: a popular expert should not require a second pass over its weights.
     wanted = 2 * num_pairs / num_experts
     return next((tile for tile in choice if (tile.max_rows or tile.block_m) >= wanted), choice[-1])

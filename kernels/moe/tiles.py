@@ -1,15 +1,15 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""What the grouped matrix products of the experts share: their tiles' rows, and what is done to a
-finished tile.
+"""Code shared by the grouped matrix products of the experts: the rows of their tiles, and the
+processing of a finished tile.
 
 A tile is BLOCK_M tokens of one expert by BLOCK_N of its output rows. `tiles` int32 [max_tiles, 4]
-has for each (local expert, place of the first row, number of rows, 0), rows counted in the order of
-`pairs` int32 [T * k], the (token, slot) pairs sorted by expert; a pair is token * k + slot. Tiles
-that are not needed have no rows.
+has for each (local expert, position of the first row, number of rows, 0), rows counted in the order
+of `pairs` int32 [T * k], the (token, slot) pairs sorted by expert; a pair is token * k + slot.
+Tiles that are not needed have no rows.
 
 The gate_up product gathers: row `place` of its output is token `pairs[place] // k` of its input.
 The down product scatters: row `place` of its input goes to row `pairs[place]` of its output, times
-the pair's gate weight. So each pair's result has a place of its own, and adding a token's k results
+the pair's gate weight. So each pair's result has a row of its own, and adding a token's k results
 up in a fixed order needs no atomics."""
 
 import triton
@@ -18,8 +18,8 @@ import triton.language as tl
 
 @triton.jit
 def tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M: tl.constexpr, GATHER: tl.constexpr):
-    """The tile of this program, by axis 1 of the grid: (local expert, rows to read, which of them
-    exist)."""
+    """Return the tile of this program, by axis 1 of the grid: (local expert, rows to read, mask of
+    those that exist)."""
     tile = tiles_ptr + tl.program_id(1) * 4
     expert = tl.load(tile)
     first = tl.load(tile + 1)
@@ -34,11 +34,11 @@ def tile_rows(tiles_ptr, pairs_ptr, top_k, BLOCK_M: tl.constexpr, GATHER: tl.con
 
 @triton.jit
 def rows_to_write(tiles_ptr, pairs_ptr, BLOCK_M: tl.constexpr, GATHER: tl.constexpr):
-    """For after the loop: (rows to write, their pairs, which of them exist).
+    """Return, for use after the loop, (rows to write, their pairs, mask of those that exist).
 
-    They are loaded anew, and in a way (`.ca`, which is how loads are cached anyhow) that the
-    compiler does not take for the loads of `tile_rows`: a thread that kept them would hold a
-    register or more for every row of the tile throughout the loop."""
+    They are loaded again, and with a modifier (`.ca`, the default caching) by which the compiler
+    does not take them for the loads of `tile_rows`: otherwise a thread would hold a register or
+    more for every row of the tile throughout the loop."""
     tile = tiles_ptr + tl.program_id(1) * 4
     row = tl.arange(0, BLOCK_M)
     places = tl.load(tile + 1, cache_modifier=".ca") + row
@@ -51,8 +51,8 @@ def rows_to_write(tiles_ptr, pairs_ptr, BLOCK_M: tl.constexpr, GATHER: tl.conste
 
 @triton.jit
 def swiglu(gate, up, alpha, limit):
-    """gpt-oss's: `(up + 1) * gate * sigmoid(alpha * gate)`, gate clamped above, up on both sides;
-    fp32."""
+    """Compute gpt-oss's SwiGLU, `(up + 1) * gate * sigmoid(alpha * gate)`, gate clamped from above,
+    up on both sides; in fp32."""
     gate = tl.minimum(gate, limit)
     up = tl.minimum(tl.maximum(up, -limit), limit)
     return (up + 1.0) * (gate / (1.0 + tl.exp(-alpha * gate)))

@@ -1,4 +1,4 @@
-"""The experts of a rank: their weights, and what all operations on them need to know."""
+"""The experts of a rank: their weights, and the parameters that all operations on them need."""
 
 from dataclasses import dataclass
 
@@ -17,13 +17,13 @@ class ExpertWeights:
         gate_up_bias: [E, 2I] float.
         down: [E, H, I], packed or dense.
         down_bias: [E, H] float.
-        swiglu_limit: bound of the gate above, and of up on both sides.
+        swiglu_limit: upper bound of gate, and bound of up on both sides.
         swiglu_alpha: factor of the gate in its sigmoid.
-        num_experts: of all ranks.
-        moe_activation_dtype: `auto` takes activations as they are. `mxfp8` changes the numerics:
-            what enters a projection is rounded to MXFP8 first
-            (`kernels.moe.reference.round_to_mxfp8`), so that hardware which multiplies MXFP8 with
-            MXFP4 can do that. H and I are multiples of 32 then.
+        num_experts: number of experts over all ranks.
+        moe_activation_dtype: `auto` does not convert activations. `mxfp8` changes the numerics: the
+            input of a projection is first rounded to MXFP8
+            (`kernels.moe.reference.round_to_mxfp8`), for hardware that multiplies MXFP8 with MXFP4.
+            H and I must then be multiples of 32.
     Raises:
         ValueError: names the argument whose shape does not fit the others, or the range.
     """
@@ -63,17 +63,17 @@ class ExpertWeights:
 
     @property
     def num_local(self) -> int:
-        """E."""
+        """Number of experts on this rank, E."""
         return self.gate_up.shape[0]
 
     @property
     def hidden_size(self) -> int:
-        """H."""
+        """Width of the residual stream, H."""
         return self.gate_up.shape[2]
 
     @property
     def mxfp8(self) -> bool:
-        """Whether activations are rounded to MXFP8."""
+        """True if activations are rounded to MXFP8."""
         return self.moe_activation_dtype == "mxfp8"
 
     @property

@@ -1,10 +1,10 @@
 """Storage layouts of MXFP4 expert weights.
 
-`natural` is the checkpoints' own: blocks uint8 [E, N, K/32, 16], two values a byte with the lower
+`natural` is the checkpoints' own: blocks uint8 [E, N, K/32, 16], two values per byte with the lower
 index in the low nibble, and scales uint8 [E, N, K/32], the exponent of a power of two biased by
-127. A kernel that wants another order registers it with `register_layout`; every layout keeps the
-expert as first axis of blocks and scales, so that single experts can be picked without converting
-the rest.
+127. A kernel that needs another order registers it with `register_layout`. In every layout the
+expert is the first axis of blocks and scales, so that single experts can be picked without
+converting the rest.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from kernels.formats import MX_BLOCK
 
 NATURAL = "natural"
 ROWS16 = "rows16"
-"""The CPU kernels' (`kernels/cpu/layout.py`)."""
+"""Layout of the CPU kernels (`kernels/cpu/layout.py`)."""
 WGMMA = "wgmma.v1"
-"""The Triton kernels' on sm_90 (`kernels/mxfp4/wgmma.py`)."""
+"""Layout of the Triton kernels on sm_90 (`kernels/mxfp4/wgmma.py`)."""
 SCALE_NAN = 255
-"""The e8m0 code that stands for NaN (OCP Microscaling Formats 1.0, section 5.4.1); never a weight's
-scale."""
+"""Code of NaN in e8m0 (OCP Microscaling Formats 1.0, section 5.4.1); never the scale of a
+weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class PackedMXFP4:
 
     Attributes:
         layout: name of the layout.
-        blocks, scales: uint8, shapes as the layout says; first axis E.
+        blocks, scales: uint8, in the shapes that the layout defines; first axis E.
         shape: logical (E, N, K), without any padding of the layout.
     """
 
@@ -46,11 +46,11 @@ class PackedMXFP4:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of blocks and scales."""
+        """Bytes of blocks and scales."""
         return self.blocks.nbytes + self.scales.nbytes
 
     def select(self, expert_ids: Tensor) -> "PackedMXFP4":
-        """The experts at `expert_ids` ([n] integer), in that order."""
+        """Return the experts at `expert_ids` ([n] integer), in that order."""
         return PackedMXFP4(
             self.layout,
             self.blocks[expert_ids],
@@ -59,7 +59,7 @@ class PackedMXFP4:
         )
 
     def expert(self, index: int) -> "PackedMXFP4":
-        """One expert, as [1, N, K], sharing memory."""
+        """Return one expert, as [1, N, K], sharing memory."""
         part = slice(index, index + 1)
         return PackedMXFP4(self.layout, self.blocks[part], self.scales[part], (1, *self.shape[1:]))
 
@@ -69,10 +69,10 @@ class InPlace:
     """Writes a layout expert by expert, without an intermediate tensor.
 
     Attributes:
-        shapes: (N, K/32) → the shapes of one expert's blocks and scales.
-        write: (blocks, scales) of one expert in the layout, in zeroed memory, then natural [N,
-            K/32, 16] and [N, K/32], with any stride between rows and at most as many rows and
-            groups: writes the former; raises ValueError if a scale is NaN.
+        shapes: function from (N, K/32) to the shapes of one expert's blocks and scales.
+        write: function of (blocks, scales) of one expert in the layout, in zeroed memory, and of
+            natural [N, K/32, 16] and [N, K/32], with any stride between rows and at most as many
+            rows and groups. It writes the former, and raises ValueError if a scale is NaN.
     """
 
     shapes: Callable[[int, int], tuple[tuple[int, ...], tuple[int, ...]]]
@@ -96,14 +96,14 @@ def register_layout(
     to_natural: Callable[[PackedMXFP4], tuple[Tensor, Tensor]],
     in_place: InPlace | None = None,
 ) -> None:
-    """Make a layout known, once, at import of the module that defines it.
+    """Register a layout, once, at import of the module that defines it.
 
     Args:
-        from_natural: (blocks, scales) natural → (blocks, scales) of the layout.
-        to_natural: the exact inverse, from a PackedMXFP4 of the layout.
-        in_place: a faster way for single experts; by default they are converted and copied.
+        from_natural: function from (blocks, scales) natural to (blocks, scales) of the layout.
+        to_natural: its exact inverse, for a PackedMXFP4 of the layout.
+        in_place: faster functions for single experts; by default they are converted and copied.
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already registered.
     """
     if name in _LAYOUTS:
         raise ValueError(f"name: layout {name!r} is already registered")
@@ -111,22 +111,22 @@ def register_layout(
 
 
 def layout_names() -> tuple[str, ...]:
-    """All registered layouts."""
+    """Return the names of all registered layouts."""
     return tuple(_LAYOUTS)
 
 
 def choose_layout(device: torch.device) -> str:
-    """The layout that this device's kernels read. The reference kernels, which run everywhere, read
-    `natural` fastest, and so do Triton's everywhere but on sm_90, also on architectures that nobody
-    knew when this was written."""
+    """Return the layout that this device's kernels read. The reference kernels, which run
+    everywhere, are fastest with `natural`, and so are Triton's on every architecture but sm_90,
+    including architectures that are not known here."""
     if triton_runs_on(device):
         return WGMMA if architecture(device) == "sm_90" and has_triton() else NATURAL
     return ROWS16 if device.type == "cpu" and native.shared_library() is not None else NATURAL
 
 
 def from_natural(blocks: Tensor, scales: Tensor, layout: str = NATURAL) -> PackedMXFP4:
-    """Checked weights in `layout` from checkpoint tensors; shares memory with them where the layout
-    is `natural`.
+    """Return checked weights in `layout` from checkpoint tensors. They share memory with these if
+    the layout is `natural`.
 
     Args:
         blocks: [E, N, K/32, 16] uint8.
@@ -153,7 +153,7 @@ def from_natural(blocks: Tensor, scales: Tensor, layout: str = NATURAL) -> Packe
 
 
 def allocate(shape: tuple[int, int, int], layout: str, device: torch.device) -> PackedMXFP4:
-    """Weights [E, N, K], all zero, for `write_expert`.
+    """Return weights [E, N, K], all zero, for `write_expert`.
 
     Raises:
         ValueError: layout is unknown, or cannot hold the shape.
@@ -165,20 +165,20 @@ def allocate(shape: tuple[int, int, int], layout: str, device: torch.device) -> 
 
 
 def write_expert(packed: PackedMXFP4, index: int, blocks: Tensor, scales: Tensor) -> None:
-    """Write an expert of weights from `allocate`, once; other threads may write others.
+    """Write one expert of weights from `allocate`, once; other threads may write other experts.
 
     Args:
-        blocks: [N, K/32, 16] uint8 natural, or fewer rows or groups: the others stay zero.
+        blocks: [N, K/32, 16] uint8 natural, or fewer rows or groups: the rest stays zero.
         scales: [N, K/32] uint8.
     Raises:
-        ValueError: a scale is NaN, or one that the layout cannot hold.
+        ValueError: a scale is NaN, or cannot be represented in the layout.
     """
     in_place = _lookup(packed.layout).in_place
     if in_place is not None:
         in_place.write(packed.blocks[index], packed.scales[index], blocks, scales)
         return
     num_rows, num_groups = packed.shape[1], packed.shape[2] // MX_BLOCK
-    # Converted where it will be: a GPU's layout leaves the host's cores to the reading.
+    # Converted on the target device: with a GPU's layout the host's cores stay free for reading.
     device = packed.blocks.device
     whole_blocks, whole_scales = (_padded(part, num_rows, num_groups).to(device) for part in (blocks, scales))
     one = from_natural(whole_blocks, whole_scales, packed.layout)
@@ -195,7 +195,8 @@ def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _padded(part: Tensor, num_rows: int, num_groups: int) -> Tensor:
-    """[1, num_rows, num_groups, …]; code 0 is the value 0 whatever the scale."""
+    """Return the part padded to [1, num_rows, num_groups, …]; code 0 is the value 0 for every
+    scale."""
     if part.shape[:2] == (num_rows, num_groups):
         return part[None]
     whole = part.new_zeros(1, num_rows, num_groups, *part.shape[2:])
@@ -214,7 +215,7 @@ def _expert_shapes(layout: str, num_rows: int, num_groups: int) -> tuple[tuple[i
 
 
 def to_natural(packed: PackedMXFP4) -> tuple[Tensor, Tensor]:
-    """(blocks, scales) in the natural layout.
+    """Return (blocks, scales) in the natural layout.
 
     Raises:
         ValueError: packed.layout is unknown.

@@ -16,7 +16,7 @@ E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of codes 0 to 7; codes 8 to 15 are their negatives, 8 being -0."""
 
 _LARGEST_EXPONENT = 2
-"""floor(log2(6)): the largest binade of e2m1."""
+"""Exponent of the largest binade of e2m1, floor(log2(6))."""
 
 _BIAS = 127
 
@@ -25,8 +25,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def _pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[256]: both values of each byte, low nibble first, as one integer of twice the width: a
-    single gather fetches both."""
+    """Return [256]: both values of each byte, low nibble first, as one integer of twice the width,
+    so that a single gather fetches both."""
     codes = torch.arange(256)
     values = torch.tensor([*E2M1_MAGNITUDES, *(-magnitude for magnitude in E2M1_MAGNITUDES)], dtype=dtype)
     pairs = torch.stack((values[codes & 15], values[codes >> 4]), dim=-1)
@@ -35,16 +35,16 @@ def _pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @cache
 def _scale_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[256]: 2^(s - 127); the last is NaN."""
+    """Return [256]: 2^(s - 127); the last is NaN."""
     table = torch.tensor([2.0 ** (code - _BIAS) for code in range(255)] + [torch.nan], dtype=torch.float64)
     return table.to(dtype).to(device)
 
 
 @cache
 def _rounding_boundaries(device: torch.device) -> Tensor:
-    """[7]: a magnitude above the i-th rounds to code i + 1 or more. Midpoints go to the even code,
-    so a midpoint below an even code counts as above its boundary, which therefore lies one fp32
-    step lower."""
+    """Return [7]: a magnitude above the i-th rounds to code i + 1 or more. Midpoints go to the even
+    code, so a midpoint below an even code counts as above its boundary, which therefore lies one
+    fp32 step lower."""
     boundaries = []
     for code in range(7):
         midpoint = torch.tensor((E2M1_MAGNITUDES[code] + E2M1_MAGNITUDES[code + 1]) / 2, dtype=torch.float32)
@@ -53,10 +53,10 @@ def _rounding_boundaries(device: torch.device) -> Tensor:
 
 
 def pack(dense: Tensor, layout: str = NATURAL) -> PackedMXFP4:
-    """Quantise: per group of 32 along K the scale 2^(floor(log2(max|x|)) - 2), values rounded to
-    nearest even, saturating at 6.
+    """Quantise: for each group of 32 along K the scale is 2^(floor(log2(max|x|)) - 2); values are
+    rounded to nearest even and saturate at 6.
 
-    What `unpack` returns packs again to the same values. A group of zeros gets scale 0.
+    The result of `unpack` packs to the same values again. A group of zeros gets scale 0.
 
     Args:
         dense: [E, N, K] fp32, bf16 or fp16, finite.
@@ -91,15 +91,15 @@ def pack(dense: Tensor, layout: str = NATURAL) -> PackedMXFP4:
 
 
 def unpack(packed: PackedMXFP4, dtype: torch.dtype) -> Tensor:
-    """Decode all experts, exactly: code value times scale, rounded once to `dtype` (which only
-    overflow or underflow of dtype can need).
+    """Decode all experts, exactly: code value times scale, rounded once to `dtype` (which changes a
+    value only if dtype overflows or underflows).
 
     Args:
         dtype: float32, bfloat16 or float16.
     Returns:
         [E, N, K] of `dtype`; NaN where a scale is 255.
     Raises:
-        ValueError: another dtype, or an unknown layout.
+        ValueError: dtype is another one, or the layout is unknown.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -114,7 +114,7 @@ def unpack(packed: PackedMXFP4, dtype: torch.dtype) -> Tensor:
 
 
 def unpack_experts(packed: PackedMXFP4, expert_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Run `unpack` only for the experts at `expert_ids` ([n] integer); the others are not decoded.
+    """Decode only the experts at `expert_ids` ([n] integer), as `unpack` does.
 
     Returns:
         [n, N, K] of `dtype`.

@@ -1,5 +1,5 @@
-"""The layout `wgmma.v1`: MXFP4 weights in the order in which a warp group's matrix instructions on
-sm_90 want them in registers.
+"""The layout `wgmma.v1`: MXFP4 weights in the register order of a warp group's matrix instructions
+on sm_90.
 
 wgmma takes its left operand from registers as m16k16 fragments: lane 4g + t of a warp holds rows g
 and g + 8 at columns 2t, 2t + 1, 2t + 8 and 2t + 9. Rows go by strips of 16, of which row 2g is the
@@ -34,12 +34,12 @@ CHUNK = 64
 FOLDED_EXPONENT = 126
 _LARGEST_SCALE = 254 - FOLDED_EXPONENT
 ROTATIONS = (((0x81C081C0, 0),), ((0x81C081C0, 4),), ((0x81C081C0, 10),), ((0x80C080C0, 6), (0x01000100, 14)))
-"""Masks of each register's bits, and the distance by which they are rotated right on their way into
-the word."""
+"""Masks of each register's bits, and the distance in bits by which they are rotated right into the
+word."""
 
 
 def from_natural(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """[E, N, K/32, 16] and [E, N, K/32] → the layout's.
+    """Convert [E, N, K/32, 16] and [E, N, K/32] to blocks and scales of the layout.
 
     Raises:
         ValueError: a scale is above 2, whose code plus 126 is no finite number's exponent.
@@ -68,7 +68,7 @@ def from_natural(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_natural(packed: PackedMXFP4) -> tuple[Tensor, Tensor]:
-    """The inverse, without the padding."""
+    """Return (blocks, scales) in the natural layout, without the padding."""
     num_experts, num_rows, width = packed.shape
     _, strips, chunks = packed.scales.shape[:3]
     words = packed.blocks.view(torch.int32).view(num_experts, strips, chunks, 8, 4, 4)
@@ -92,28 +92,28 @@ def to_natural(packed: PackedMXFP4) -> tuple[Tensor, Tensor]:
 
 
 def _spread(byte: Tensor) -> Tensor:
-    """Two e2m1 values in the low byte, the first in its low half → a register's bits. int32
-    both."""
+    """Return the register bits of two e2m1 values in the low byte, the first in its low half. Both
+    int32."""
     return ((byte & 8) << 12) | ((byte & 7) << 6) | ((byte & 0x80) << 24) | ((byte & 0x70) << 18)
 
 
 def _gather(register: Tensor) -> Tensor:
-    """The inverse of `_spread`."""
+    """Return the byte from which `_spread` made the register bits."""
     return (
         ((register >> 12) & 8) | ((register >> 6) & 7) | ((register >> 24) & 0x80) | ((register >> 18) & 0x70)
     )
 
 
 def _rotate_left(word: Tensor, distance: int) -> Tensor:
-    """int32; distance from 0 to 32."""
+    """Rotate int32 words left by `distance`, 0 to 32 bits."""
     if distance % 32 == 0:
         return word
-    # The shift to the right is arithmetic.
+    # The right shift is arithmetic.
     return (word << distance) | ((word >> (32 - distance)) & ((1 << distance) - 1))
 
 
 def _int32(mask: int) -> int:
-    """A mask of 32 bits as the signed number that torch takes."""
+    """Return a mask of 32 bits as the signed number that torch accepts."""
     return mask - (1 << 32) if mask >> 31 else mask
 
 

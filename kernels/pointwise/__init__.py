@@ -35,7 +35,7 @@ class PointwiseOperations:
 
 
 def select(dtype: torch.dtype, device: torch.device) -> Implementation[PointwiseOperations]:
-    """Choose the implementation for activations and weights of this dtype."""
+    """Select the implementation for activations and weights of this dtype."""
     return by_device(
         device,
         dtype,
@@ -52,13 +52,12 @@ def _on_triton() -> PointwiseOperations:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`kernels.pointwise.reference.rms_norm`, which defines it, by the kernel for this device."""
+    """Compute `kernels.pointwise.reference.rms_norm` with the kernel for this device."""
     return select(_dtype(x, weight), x.device).run.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`kernels.pointwise.reference.add_rms_norm`, which defines it, by the kernel for this
-    device."""
+    """Compute `kernels.pointwise.reference.add_rms_norm` with the kernel for this device."""
     operations = select(_dtype(residual, weight), residual.device).run
     return operations.add_rms_norm(residual, delta, weight, eps)
 
@@ -74,8 +73,7 @@ def yarn_cos_sin(
     original_max_position_embeddings: int,
     truncate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.pointwise.reference.yarn_cos_sin`, which defines it, by the kernel for this
-    device."""
+    """Compute `kernels.pointwise.reference.yarn_cos_sin` with the kernel for this device."""
     reference.check_positions(positions, head_dim)
     shape = (head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate)
     frequencies = yarn_frequencies(positions.device, *shape)
@@ -95,14 +93,14 @@ def yarn_frequencies(
     original_max_position_embeddings: int,
     truncate: bool,
 ) -> Tensor:
-    """`reference.yarn_frequencies` on a device, computed on the CPU and once: no launch in a step,
-    and the same bits everywhere."""
+    """Return `reference.yarn_frequencies` on a device. They are computed once, on the CPU: no
+    launch in a step, and the same bits everywhere."""
     return reference.yarn_frequencies(
         head_dim, theta, factor, beta_fast, beta_slow, original_max_position_embeddings, truncate
     ).to(device)
 
 
 def _dtype(*tensors: Tensor) -> torch.dtype:
-    """The first one's, or that of one that the C++ kernels do not take."""
+    """Return the dtype of the first tensor, or of one that the C++ kernels do not take."""
     unknown = (tensor.dtype for tensor in tensors if tensor.dtype not in DATA_TYPES)
     return next(unknown, tensors[0].dtype)

@@ -2,9 +2,9 @@
 """RMSNorm, alone or of the residual stream after an addition to it: `x / sqrt(mean(x^2) + eps) *
 weight` over rows.
 
-One program a row, which it holds in registers: each element is read and written once. fp32 inside;
-the sum of a residual and a delta is rounded to the stream's dtype before the norm sees it, as the
-reference does.
+There is one program per row, which holds the row in registers: each element is read and written
+once. fp32 inside; the sum of a residual and a delta is rounded to the stream's dtype before the
+norm uses it, as in the reference.
 """
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 from kernels.pointwise import reference
 
 MAX_WIDTH = 16384
-"""A row must fit into the registers of one program."""
+"""Maximum number of elements in a row, which must fit into the registers of one program."""
 
 
 @triton.jit
 def norm_row(x, weight_ptr, at, in_row, width, eps):
-    """[BLOCK] fp32 → fp32; elements outside the row are 0."""
+    """Return the norm of [BLOCK] fp32, in fp32; elements outside the row are 0."""
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
     return tl.load(weight_ptr + at, mask=in_row, other=0.0).to(tl.float32) * (x * scale)
 
@@ -104,8 +104,8 @@ def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) ->
 
 
 def tile(width: int) -> dict[str, int]:
-    """One vector load a thread and tensor up to 2048 elements; 8 warps beyond, for the bytes in
-    flight that one row a batch needs."""
+    """Return the tile: one vector load per thread and tensor up to 2048 elements; 8 warps beyond,
+    so that a batch of one row has enough bytes in flight."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
 

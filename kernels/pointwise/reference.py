@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; multiplied by the weight in fp32,
-    before the cast back.
+    """Return `x / sqrt(mean(x^2) + eps) * weight` over the last axis, multiplied by the weight in
+    fp32, before the cast back.
 
     Args:
         x: [..., H] float.
@@ -25,8 +25,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream, then RMSNorm of the sum; the norm sees the sum as it was rounded
-    to the stream's dtype.
+    """Add to the residual stream, then compute the RMSNorm of the sum, as rounded to the stream's
+    dtype.
 
     Args:
         residual, delta: [T, H], same dtype.
@@ -53,11 +53,11 @@ def yarn_cos_sin(
     original_max_position_embeddings: int,
     truncate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of YaRN's rotary angles, both multiplied by the attention concentration `0.1
-    ln(factor) + 1`.
+    """Return cosine and sine of YaRN's rotary angles, both multiplied by the attention
+    concentration `0.1 ln(factor) + 1`.
 
     Dimensions that turn more than beta_fast times within the original context keep their frequency,
-    those that turn less than beta_slow times have it divided by `factor`, a linear ramp lies
+    for those that turn less than beta_slow times it is divided by `factor`, and a linear ramp lies
     between.
 
     Args:
@@ -84,7 +84,7 @@ def yarn_cos_sin(
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of `positions * frequencies`, times the concentration.
+    """Return cosine and sine of `positions * frequencies`, times the concentration.
 
     Args:
         positions: [T] integer.
@@ -107,10 +107,11 @@ def yarn_frequencies(
     *,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Radians a position of each pair of dimensions, [head_dim / 2] fp32."""
+    """Return the radians per position for each pair of dimensions, [head_dim / 2] fp32."""
 
     def dimension_turning(times: float) -> float:
-        """The (fractional) dimension whose angle makes `times` turns over the original context."""
+        """Return the (fractional) dimension whose angle makes `times` turns over the original
+        context."""
         return (
             head_dim
             * math.log(original_max_position_embeddings / (times * 2 * math.pi))
@@ -130,7 +131,7 @@ def yarn_frequencies(
     )
     kept = 1 - ramp
     # As products with reciprocals, in transformers' order: at position 131071 one rounding of a
-    # frequency is 1e-4 of an angle.
+    # frequency changes an angle by 1e-4.
     return (1 / (factor * period)) * (1 - kept) + (1 / period) * kept
 
 
@@ -140,7 +141,7 @@ def yarn_concentration(factor: float) -> float:
 
 
 def check_positions(positions: Tensor, head_dim: int) -> None:
-    """Refuse what `yarn_cos_sin` cannot compute.
+    """Refuse arguments that `yarn_cos_sin` cannot take.
 
     Raises:
         ValueError: names the argument.
@@ -176,7 +177,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def check_rms_norm(x: Tensor, weight: Tensor) -> None:
-    """Refuse what `rms_norm` cannot compute.
+    """Refuse arguments that `rms_norm` cannot take.
 
     Raises:
         ValueError: names the argument.
@@ -188,7 +189,7 @@ def check_rms_norm(x: Tensor, weight: Tensor) -> None:
 
 
 def check_add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor) -> None:
-    """Refuse what `add_rms_norm` cannot compute.
+    """Refuse arguments that `add_rms_norm` cannot take.
 
     Raises:
         ValueError: names the argument.

@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Cosine and sine of YaRN's rotary angles, for all tokens of a step in one launch.
 
-At position 131071 an angle has 17 bits in front of the point. The fast sine of GPUs knows nothing
-of such arguments, so the angle, an fp32 product as in the reference, is reduced by multiples of
-pi/2 in float64, and the remainder goes through Taylor polynomials: with
-|r| <= pi/4 the first terms left out are below 1e-11.
+At position 131071 an angle has 17 bits before the binary point. The fast sine of GPUs is inaccurate
+for such arguments, so the angle, an fp32 product as in the reference, is reduced by multiples of
+pi/2 in float64, and the remainder goes through Taylor polynomials: with |r| <= pi/4 the first
+omitted terms are below 1e-11.
 """
 
 import torch
@@ -64,7 +64,7 @@ def yarn_kernel(
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
-    """Compute `kernels.pointwise.reference.cos_sin`; frequencies are contiguous."""
+    """Compute `kernels.pointwise.reference.cos_sin`; frequencies must be contiguous."""
     num_tokens, half = len(positions), len(frequencies)
     cos, sin = torch.empty(2, num_tokens, half, dtype=torch.float32, device=positions.device)
     if num_tokens:

@@ -1,4 +1,4 @@
-"""Choosing the next token of each sequence."""
+"""Sampling of the next token of each sequence."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,16 +45,16 @@ class SamplingOperations:
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
-    """`kernels.sampling.reference.sample`, which defines it, by the kernels for this device.
+    """Compute `kernels.sampling.reference.sample` with the kernels for this device.
 
-    On a GPU rows and token ids are not checked, as that would wait for it; entries outside the
-    logits are passed over.
+    On a GPU rows and token ids are not checked, since that would wait for the device; entries
+    outside the logits are skipped.
     """
     return select(logits.device).run.sample(logits, batch)
 
 
 def select(device: torch.device) -> Implementation[SamplingOperations]:
-    """Choose the implementation for logits of any dtype."""
+    """Select the implementation for logits of any dtype."""
     return by_device(
         device,
         torch.float32,
@@ -76,7 +76,7 @@ def score(logits: Tensor, token_ids: Tensor, num_top: int) -> SampleOutput:
     Args:
         logits: [S, V] float.
         token_ids: [S] int64.
-        num_top: alternatives reported for each row, at most V.
+        num_top: number of alternatives reported for each row, at most V.
     """
     reference.check_logits(logits)
     rows = torch.arange(len(logits), device=logits.device)
@@ -84,7 +84,7 @@ def score(logits: Tensor, token_ids: Tensor, num_top: int) -> SampleOutput:
 
 
 def warm_up(vocab_size: int, device: torch.device) -> None:
-    """Have each kernel of `sample` for this device compiled."""
+    """Compile each kernel of `sample` for this device."""
     if triton_runs_on(device):
         from kernels.sampling import device as on_device
 

@@ -1,4 +1,4 @@
-"""What `sample` needs beside the logits: parameters for S rows over a vocabulary of V tokens.
+"""Input of `sample` besides the logits: parameters for S rows over a vocabulary of V tokens.
 
 Every part that no row of a batch uses is None and costs nothing. Parts that few rows use are
 sparse: parallel vectors with one entry for each (row, token) pair. All tensors are on the device of
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LogitBias:
-    """Added to the logits.
+    """Values to add to the logits.
 
     Attributes:
         rows, token_ids: [n] int64; pairs that occur twice are added twice.
@@ -33,8 +33,8 @@ class Penalties:
     Attributes:
         rows, token_ids: [n] int64: the distinct (row, token) pairs of a row's output tokens, and of
             its prompt tokens if its repetition penalty is not 1.
-        output_counts: [n] int32, how often the token is among the row's output tokens; 0 if only in
-            the prompt.
+        output_counts: [n] int32, number of times that the token occurs in the row's output; 0 if it
+            is only in the prompt.
         presence, frequency, repetition: [S] fp32; 0, 0 and 1 are off.
     """
 
@@ -77,21 +77,21 @@ class SamplingBatch:
     """Parameters of S rows.
 
     Attributes:
-        temperature: [S] fp32; 0: greedy. None: every row is greedy.
-        seeds: [S] int64, the bits of the unsigned 64-bit seed. Needed unless temperature is None,
+        temperature: [S] fp32; 0 is greedy. None if every row is greedy.
+        seeds: [S] int64, the bits of the unsigned 64-bit seed. Required unless temperature is None,
             as is output_positions.
         output_positions: [S] int64, index of the token to sample among the sequence's output
             tokens, from 0.
-        top_k: [S] int64; 0 or less: all.
+        top_k: [S] int64; 0 or less keeps all tokens.
         top_p: [S] fp32 in (0, 1].
         min_p: [S] fp32 in [0, 1].
-        logit_bias, penalties: applied in this order, to greedy rows too.
-        allowed_ids: a row that has entries may only take these tokens.
-        allowed_bits: likewise as bitmasks; a row in both may take what both allow.
-        forbidden_ids: tokens a row may not take: stop tokens before min_tokens, and those of its
-            automaton state. Ignored for a row that would have no token left.
-        logprob_rows: [L] int64, the rows whose log probabilities are wanted.
-        num_top_logprobs: alternatives reported for each of them, at most V.
+        logit_bias, penalties: applied in this order, also to greedy rows.
+        allowed_ids: a row with entries may take only these tokens.
+        allowed_bits: likewise as bitmasks; a row in both may take the tokens that both allow.
+        forbidden_ids: tokens that a row may not take: stop tokens before min_tokens, and those of
+            its automaton state. Ignored for a row that would have no token left.
+        logprob_rows: [L] int64, rows whose log probabilities are wanted.
+        num_top_logprobs: number of alternatives reported for each of them, at most V.
     """
 
     temperature: Tensor | None = None
@@ -125,7 +125,7 @@ class SamplingBatch:
             _check_range("logprob_rows", self.logprob_rows, num_rows)
 
     def check_shapes(self, num_rows: int, vocab_size: int) -> None:
-        """What `check` does, but for ranges, whose check waits for the device.
+        """Check everything that `check` does except ranges, whose check waits for the device.
 
         Raises:
             ValueError: names the field.
@@ -187,12 +187,12 @@ class SamplingBatch:
 
 @dataclass(frozen=True, slots=True)
 class SampleOutput:
-    """The chosen tokens.
+    """The sampled tokens.
 
     Attributes:
         token_ids: [S] int64.
-        logprobs: [L] fp32, natural logarithm of the chosen tokens' probabilities, parallel to
-            `logprob_rows`; None without those.
+        logprobs: [L] fp32, natural logarithm of the probabilities of the sampled tokens, parallel
+            to `logprob_rows`; None without logprob_rows.
         top_ids: [L, num_top_logprobs] int64, most likely first, ties by id; None without
             logprob_rows.
         top_logprobs: [L, num_top_logprobs] fp32.

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Choosing a token of each row on the device: steps 2 to 4 of `kernels/sampling/reference.py`,
-which has the definition.
+"""Selection of a token for each row on the device: steps 2 to 4 of `kernels/sampling/reference.py`,
+which defines them.
 
-A row is cut into chunks, so that one row alone keeps a good part of the GPU busy; what chunks find
-is put together in a fixed order.
+A row is cut into chunks, so that even a single row keeps much of the GPU busy; the results of the
+chunks are combined in a fixed order.
 
 - Greedy: the best candidate of each chunk, then of the row. Two launches.
 - Random: the weights' sum in each chunk, then the chunk in which the running sum passes the target,
@@ -14,8 +14,8 @@ is put together in a fixed order.
   inside this bin. No sorting, no atomics, BITS of 32 a launch, and chunks that hold none of the bin
   just pass by.
 
-Weights are fp32, their sums float64, as in the reference; what is not a matter of rounding is the
-same, bit for bit.
+Weights are fp32, their sums float64, as in the reference; everything that does not depend on
+rounding is the same, bit for bit.
 """
 
 import torch
@@ -35,12 +35,12 @@ from kernels.sampling.keys import (
 )
 
 CHUNK = 8192
-"""Tokens of a program: 25 programs for a row of gpt-oss, each with 32 KiB in flight."""
+"""Number of tokens per program: 25 programs for a row of gpt-oss, each with 32 KiB in flight."""
 TILE = 256
-"""Tokens of a program's pass of the search: 16 bins of float64 for each are 32 registers of a
-thread."""
+"""Number of tokens in one pass of a search program: 16 bins of float64 for each take 32 registers
+of a thread."""
 SKIP = 2048
-"""Tokens that are passed over at once if none is in the bin."""
+"""Number of tokens that are skipped at once if none is in the bin."""
 BITS = 4
 NUM_BINS = 1 << BITS
 NUM_LEVELS = 32 // BITS
@@ -70,21 +70,23 @@ def greedy_kernel(best_ptr, token_ids_ptr, num_chunks, BLOCK_CHUNKS: tl.constexp
 
 @triton.jit
 def _weights(x, top, temperature, min_p_ptr, has_min_p, row):
-    """fp32, 1 for the largest logit; those below min_p, where it holds one, are 0."""
-    # Not left to exp: 0 / temperature is NaN where a tiny temperature's reciprocal is infinite, and
-    # so is inf - inf.
+    """Return fp32 weights, 1 for the largest logit; those below min_p, where the vector holds one,
+    are 0."""
+    # The case x >= top is not left to exp: 0 / temperature is NaN if the reciprocal of a tiny
+    # temperature is infinite, and so is inf - inf.
     weight = tl.where(x >= top, 1.0, tl.exp((x - top) / temperature))
     return tl.where((has_min_p != 0) & (weight < tl.load(min_p_ptr + row)), 0.0, weight)
 
 
 @triton.jit
 def _narrowed(bins, prefix, above, wanted, NUM_BINS: tl.constexpr):
-    """The bin in which the end lies: the highest for which it and what lies above it are enough.
+    """Return the bin of the end: the highest for which its measure and that of all above it are
+    enough.
 
     Args:
-        bins: [NUM_BINS] float64, the measure in each bin of the present one.
-        prefix: the present bin: the keys' leading bits, uint32.
-        above: the measure of all keys above it.
+        bins: [NUM_BINS] float64, measure of each bin of the present level.
+        prefix: the leading bits of the keys in the present bin, uint32.
+        above: measure of all keys above it.
     Returns:
         (prefix with the bin's bits appended, measure above it, measure in it)
     """
@@ -98,7 +100,7 @@ def _narrowed(bins, prefix, above, wanted, NUM_BINS: tl.constexpr):
 
 @triton.jit
 def _load_bins(bins_ptr, row, num_chunks, BLOCK_CHUNKS: tl.constexpr, NUM_BINS: tl.constexpr):
-    """[NUM_BINS], summed over the row's chunks."""
+    """Return [NUM_BINS], summed over the row's chunks."""
     chunk, index = tl.arange(0, BLOCK_CHUNKS)[:, None], tl.arange(0, NUM_BINS)[None, :]
     at = (row * num_chunks + chunk) * NUM_BINS + index
     return tl.sum(tl.load(bins_ptr + at, mask=chunk < num_chunks, other=0.0), axis=0)
@@ -106,13 +108,13 @@ def _load_bins(bins_ptr, row, num_chunks, BLOCK_CHUNKS: tl.constexpr, NUM_BINS: 
 
 @triton.jit
 def _leading_bits(key, levels, BITS: tl.constexpr):
-    """The bits of so many levels, uint32."""
+    """Return the leading bits of a key after `levels` levels, uint32."""
     return (key.to(tl.uint64) >> (32 - BITS * levels).to(tl.uint64)).to(tl.uint32)
 
 
 @triton.jit
 def _searches(row, temperature_ptr, top_k_ptr, top_p_ptr, vocab_size, MASS: tl.constexpr):
-    """Return whether the end of this row's order has to be found."""
+    """Return whether the search has to find the end of this row's order."""
     if MASS:
         wanted = tl.load(top_p_ptr + row) < 1
     else:
@@ -125,8 +127,9 @@ def _searches(row, temperature_ptr, top_k_ptr, top_p_ptr, vocab_size, MASS: tl.c
 def _state(
     level_bins, level, row, prefix_ptr, amounts_ptr, top_k_ptr, top_p_ptr, excess_ptr, MASS: tl.constexpr
 ):
-    """(prefix, above, wanted) after so many levels but the last one's bins, which are `level_bins`.
-    The first leaves nothing else."""
+    """Return (prefix, above, wanted) of the search at this level: the state before its bins, which
+    are `level_bins`. At the first level it is the initial state, and wanted is computed from the
+    parameters and the bins."""
     if MASS:
         total = tl.sum(level_bins, axis=0)
         if excess_ptr is not None:
@@ -238,8 +241,8 @@ def finish_search_kernel(
     NUM_BINS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
 ):
-    """The last level's bins → the end: the lowest key kept, how many tokens of exactly this key
-    are, and the weight of those that are not.
+    """Compute the end from the last level's bins: the lowest key kept, the number of kept tokens
+    with exactly this key, and the weight of those with it that are not kept.
 
     A row without a search keeps the end of the search before (`floor`), or all tokens.
     """
@@ -280,8 +283,8 @@ def chunk_sum_kernel(
     vocab_size, CHUNK: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """The weight of each chunk's tokens, of those above the end if there is one, and how many are
-    at it."""
+    """Compute the weight of each chunk's tokens, of those above the end if there is one, and the
+    number of tokens at the end."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_chunks = tl.num_programs(1)
     temperature = tl.load(temperature_ptr + row)
@@ -360,13 +363,13 @@ def pick_kernel(
     weights = tl.where(kept, _weights(x, top, temperature, min_p_ptr, has_min_p, row), 0.0).to(tl.float64)
     passed = before + tl.cumsum(weights, axis=0) > target
     first = tl.min(tl.where(passed & (weights > 0), at, vocab_size), axis=0)
-    # Rounding alone may let the sum end at the target: then it is the last one kept.
+    # Because of rounding alone, the sum may not pass the target: then the last kept token is taken.
     last = tl.max(tl.where(weights > 0, at, 0), axis=0)
     tl.store(token_ids_ptr + row, tl.where(first < vocab_size, first, last).to(tl.int64))
 
 
 def choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """The token of each row.
+    """Return the sampled token of each row.
 
     Args:
         logits: [S, V] float, contiguous in the last axis, after step 1.
@@ -415,8 +418,8 @@ def choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _end_of_order(logits: Tensor, best: Tensor, batch: SamplingBatch) -> tuple[Tensor | None, Tensor | None]:
-    """Return what top_k and top_p keep of each row: ([S] the lowest key kept, [S] number of tokens
-    with this key), int64; None if no row has either."""
+    """Return the part of each row that top_k and top_p keep: ([S] lowest key kept, [S] number of
+    tokens with this key), int64; None if no row has either."""
     end, ties, excess = None, None, None
     if batch.top_k is not None:
         excess = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
@@ -435,18 +438,18 @@ def _search(
     floor_excess: Tensor | None,
     excess: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One search: for top_k, or for top_p below the end that top_k found.
+    """Run one search: for top_k, or for top_p below the end that top_k found.
 
     Args:
         floor, floor_ties, floor_excess: that end, and the weight of its ties that are not kept;
-            None for top_k, or without it.
+            None for top_k, or if there is no such end.
         excess: [S] float64, receives that weight; None for top_p.
     """
     mass = excess is None
     num_rows, vocab_size = logits.shape
     num_chunks = best.shape[1]
     block = {"BLOCK_CHUNKS": triton.next_power_of_2(num_chunks)}
-    # What one level leaves for the next, in turn.
+    # Two buffers each, in turn: what one level leaves for the next.
     bins = torch.empty(2, num_rows, num_chunks, NUM_BINS, dtype=torch.float64, device=logits.device)
     prefixes = torch.empty(2, num_rows, dtype=torch.int64, device=logits.device)
     amounts = torch.empty(2, num_rows, 2, dtype=torch.float64, device=logits.device)
@@ -501,5 +504,6 @@ def _search(
 
 
 def _min_p(batch: SamplingBatch) -> tuple[Tensor | None, int]:
-    """(a vector, whether it is min_p): no kernel of its own for batches without it."""
+    """Return (a vector, whether it is min_p), so that batches without min_p need no kernel of their
+    own."""
     return (batch.temperature, 0) if batch.min_p is None else (batch.min_p, 1)

@@ -1,4 +1,4 @@
-"""Sampling by Triton kernels: nothing comes back to the host and no shape depends on data, so a
+"""Sampling by Triton kernels. No data comes back to the host and no shape depends on data, so a
 CUDA graph can hold it."""
 
 from dataclasses import replace
@@ -32,7 +32,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
 
 
 def warm_up(vocab_size: int, device: torch.device) -> None:
-    """Sample once in each way that has a kernel, or a variant of one, of its own."""
+    """Sample once in each way that has a kernel, or a kernel variant, of its own."""
     logits = torch.zeros(1, vocab_size, device=device)
     zero, one = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, device=device)
     count = zero.to(torch.int32)

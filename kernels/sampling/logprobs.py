@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Log probabilities of chosen tokens and of the most likely ones, on the device: a pass over the
-chunks of each row, then one over what they found. The best n are taken one by one; n is at most a
+"""Log probabilities of the sampled tokens and of the most likely ones, on the device: one pass over
+the chunks of each row, then one over their results. The best n are taken one by one; n is at most a
 few dozen, and a packed candidate (`keys.py`) makes the order exact."""
 
 import torch
@@ -12,9 +12,10 @@ from kernels.sampling.batch import SampleOutput
 from kernels.sampling.keys import LEAST, candidate_id, candidate_value, candidates, load_logits
 
 CHUNK = 4096
-"""Tokens of a program."""
+"""Number of tokens per program."""
 USUAL_TOP = 20
-"""Alternatives that a request may ask for; up to here all numbers share a compiled kernel."""
+"""Number of alternatives up to which all numbers share a compiled kernel; the maximum of a
+request."""
 
 
 @triton.jit(
@@ -92,11 +93,11 @@ def logprobs_kernel(
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> SampleOutput:
-    """Log probabilities of the raw logits.
+    """Return log probabilities of the raw logits.
 
     Args:
         logits: [S, V] float, contiguous in the last axis.
-        token_ids: [S] int64, the chosen ones.
+        token_ids: [S] int64, the sampled tokens.
         rows: [L] int64.
     """
     num_wanted, vocab_size = len(rows), logits.shape[1]

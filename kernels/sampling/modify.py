@@ -2,8 +2,8 @@
 """Step 1 of `kernels/sampling/reference.py` on the device: logit bias, penalties, allowed and
 forbidden tokens, on a copy of the logits.
 
-Sparse parts are applied entry by entry; entries outside the logits, which the reference refuses,
-are passed over, since looking for them would need the host. Sets of tokens become bitmasks, and one
+Sparse parts are applied entry by entry. Entries outside the logits, which the reference refuses,
+are skipped, since looking for them would need the host. Sets of tokens become bitmasks, and one
 pass over the rows that have one applies them. Sizes that change from step to step do not specialise
 a kernel: each new one would be compiled while requests wait.
 """
@@ -17,14 +17,14 @@ from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SamplingBa
 from kernels.sampling.reference import MAX_PENALISED
 
 ENTRIES = 256
-"""Entries of a program."""
+"""Number of entries per program."""
 CHUNK = 4096
-"""Tokens of a program of the passes over rows; a multiple of 32."""
+"""Number of tokens per program in the passes over rows; a multiple of 32."""
 
 
 @triton.jit
 def _entries(rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, ENTRIES: tl.constexpr):
-    """(index, row, token, whether it is one) of this program's entries."""
+    """Return (index, row, token, whether it is valid) of this program's entries."""
     entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     row = tl.load(rows_ptr + entry, mask=entry < num_entries, other=-1)
     token = tl.load(token_ids_ptr + entry, mask=entry < num_entries, other=-1)
@@ -64,7 +64,7 @@ def penalties_kernel(
     count = tl.load(counts_ptr + entry, mask=valid, other=0)
     repeated = tl.where(seen > 0, tl.div_rn(seen, repetition), seen * repetition)
     repeated = tl.minimum(tl.maximum(repeated, -limit), limit)
-    # Not NaN and not infinite.
+    # True only for finite logits.
     seen = tl.where(seen - seen == 0, repeated, seen)
     seen = seen - frequency * count.to(tl.float32)
     tl.store(at, seen - tl.where(count > 0, presence, 0.0), mask=valid)
@@ -74,7 +74,7 @@ def penalties_kernel(
 def mark_kernel(
     bits_ptr, rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, num_words, ENTRIES: tl.constexpr
 ):
-    """Sets the bit of each entry, and the first one of the word behind a row's last."""
+    """Set the bit of each entry, and the first bit of the word after a row's last one."""
     _, row, token, valid = _entries(rows_ptr, token_ids_ptr, num_entries, num_rows, vocab_size, ENTRIES)
     words = bits_ptr + row * (num_words + 1)
     one = tl.full((ENTRIES,), 1, tl.int32)
@@ -92,7 +92,7 @@ def _bit(bits_ptr, row, at, inside, num_words):
 def restrict_kernel(
     logits_ptr, allowed_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CHUNK: tl.constexpr
 ):
-    """Applies the allowed tokens, and says of a row with forbidden ones whether something would be
+    """Apply the allowed tokens, and record for a row with forbidden ones whether any token would be
     left without them."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -143,8 +143,8 @@ def allow_bits_kernel(
 
 
 def modify(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """The logits after step 1: themselves if the batch has no part that changes them, else a
-    changed fp32 copy."""
+    """Return the logits after step 1: the input itself if the batch has no part that changes them,
+    else a changed fp32 copy."""
     parts = (batch.logit_bias, batch.penalties, batch.allowed_ids, batch.allowed_bits, batch.forbidden_ids)
     if all(part is None for part in parts) or logits.shape[0] == 0:
         return logits
@@ -202,8 +202,8 @@ def _restrict(logits: Tensor, allowed: TokenIds | None, forbidden: TokenIds | No
     num_rows, vocab_size = logits.shape
     num_words = triton.cdiv(vocab_size, 32)
     sets = [tokens for tokens in (allowed, forbidden) if tokens is not None]
-    # For each set the rows' bitmasks and a word behind each that says whether there is one; behind
-    # all, what is left of each row.
+    # For each set the rows' bitmasks, each followed by a word that tells whether the row has one;
+    # after all sets, a word per row that tells whether any token is left.
     size = num_rows * (num_words + 1)
     scratch = torch.zeros(len(sets) * size + num_rows, dtype=torch.int32, device=logits.device)
     masks = [scratch[index * size : (index + 1) * size] for index in range(len(sets))]

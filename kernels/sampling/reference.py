@@ -1,4 +1,4 @@
-"""Sampling in torch; the definition that other implementations match.
+"""Sampling in torch: the definition that other implementations match.
 
 For each row, from the fp32 logits x:
 
@@ -14,8 +14,8 @@ For each row, from the fp32 logits x:
 4. With u the row's uniform number and c_i the running sum of the kept weights in ascending order of
    ids (in float64), the token is the first with `c_i > u * c_last`.
 
-The order of operations is vLLM's. Only exact ties go another way: there `top_k` keeps all tokens
-equal to the k-th.
+The order of operations is vLLM's. Only exact ties differ: vLLM's `top_k` keeps all tokens equal to
+the k-th.
 
 Randomness is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2,
 3", SC 2011; Random123). The key is (seed mod 2^32, seed div 2^32); the counter is (position mod
@@ -30,14 +30,15 @@ from torch import Tensor
 from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds
 
 MAX_ELEMENTS = 1 << 24
-"""Bound on the weights that are held in float64 at once."""
+"""Maximum number of weights held in float64 at once."""
 
 MAX_PENALISED = 1e30
-"""Bound on a logit after the repetition penalty: extreme penalties must not make it infinite, since
-weights would be NaN."""
+"""Maximum magnitude of a logit after the repetition penalty: extreme penalties must not make it
+infinite, since weights would be NaN."""
 
 FIRST_CANDIDATES = 256
-"""Tokens that are sorted first to find the end of top_p; more only if these do not reach it."""
+"""Number of tokens that are sorted first to find the end of top_p; more are sorted only if these do
+not reach it."""
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -46,11 +47,11 @@ _NUM_ROUNDS = 10
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox4x32-10.
+    """Compute Philox4x32-10.
 
     Args:
         counter: [..., 4] int64 holding 32-bit words.
-        key: [..., 2] likewise.
+        key: [..., 2] int64 holding 32-bit words.
     Returns:
         [..., 4] int64 holding 32-bit words.
     """
@@ -65,19 +66,21 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def philox_words(seeds: Tensor, positions: Tensor) -> Tensor:
-    """The four words of each (seed, output position): [n] int64, [n] int64 → [n, 4] int64."""
+    """Return the four words of each (seed, output position): [n] int64, [n] int64 → [n, 4]
+    int64."""
     zero = torch.zeros_like(positions)
     counter = torch.stack((positions & _WORD, (positions >> 32) & _WORD, zero, zero), dim=-1)
     return philox4x32(counter, torch.stack((seeds & _WORD, (seeds >> 32) & _WORD), dim=-1))
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """One number in (0, 1) for each (seed, output position): [n] int64, [n] int64 → [n] float64."""
+    """Return one number in (0, 1) for each (seed, output position): [n] int64, [n] int64 → [n]
+    float64."""
     return (philox_words(seeds, positions)[..., 0].double() + 0.5) / 2.0**32
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
-    """One token for each row of logits, as the module defines it.
+    """Sample one token for each row of logits, as the module defines it.
 
     Args:
         logits: [S, V] float; not changed.
@@ -96,7 +99,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
 
 
 def check(logits: Tensor, batch: SamplingBatch) -> None:
-    """Refuse what `sample` cannot sample from.
+    """Refuse arguments that `sample` cannot take.
 
     Raises:
         ValueError: names the argument or field.
@@ -106,7 +109,7 @@ def check(logits: Tensor, batch: SamplingBatch) -> None:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Refuse what `sample` cannot read.
+    """Refuse logits that `sample` cannot read.
 
     Raises:
         ValueError: names the argument.
@@ -118,14 +121,14 @@ def check_logits(logits: Tensor) -> None:
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """(high, low) 32 bits of the product. It overflows int64, which keeps its low 64 bits; the
-    shift copies the sign, the mask drops it."""
+    """Return the (high, low) 32 bits of the product. It overflows int64, which keeps its low 64
+    bits; the shift copies the sign, the mask drops it."""
     product = word * multiplier
     return (product >> 32) & _WORD, product & _WORD
 
 
 def modify(raw: Tensor, batch: SamplingBatch) -> Tensor:
-    """Step 1. Returns `raw` itself if there is nothing to do, else a changed copy."""
+    """Apply step 1. Return `raw` itself if nothing changes, else a changed copy."""
     parts = (batch.logit_bias, batch.penalties, batch.allowed_ids, batch.allowed_bits, batch.forbidden_ids)
     if all(part is None for part in parts):
         return raw
@@ -184,7 +187,7 @@ def _forbid_ids(logits: Tensor, forbidden: TokenIds) -> None:
 
 
 def _choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Steps 2 to 4: [S] int64."""
+    """Apply steps 2 to 4 and return the tokens, [S] int64."""
     token_ids = logits.argmax(-1)
     if batch.temperature is None or batch.seeds is None or batch.output_positions is None:
         return token_ids
@@ -201,8 +204,8 @@ def _choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def _filter(logits: Tensor, weights: Tensor, rows: Tensor, batch: SamplingBatch) -> None:
-    """Step 3: sets the weights of tokens that are not kept to zero. Row i of logits and weights [R,
-    V] is row rows[i] of the batch."""
+    """Apply step 3: set the weights of tokens that are not kept to zero. Row i of logits and
+    weights [R, V] is row rows[i] of the batch."""
     vocab_size = logits.shape[1]
     if batch.min_p is not None:
         weights.masked_fill_(weights < batch.min_p[rows, None], 0)
@@ -225,13 +228,13 @@ def _filter(logits: Tensor, weights: Tensor, rows: Tensor, batch: SamplingBatch)
 
 
 def _count_kept(weights: Tensor, candidates: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tokens from the front of the order top_k and top_p keep: [R] int64, and [R] bool:
-    whether the candidates could tell.
+    """Return the number of tokens from the front of the order that top_k and top_p keep, [R] int64,
+    and whether the candidates were enough to tell, [R] bool.
 
     Args:
         weights: [R, V].
-        candidates: [R, c], the front of the order; ties may be in any order, which the sums do not
-            show, as equal logits weigh the same.
+        candidates: [R, c], the front of the order; ties may be in any order, which does not affect
+            the sums, as equal logits have equal weights.
     """
     vocab_size, num_candidates = weights.shape[1], candidates.shape[1]
     sums = weights.gather(1, candidates).cumsum(-1, dtype=torch.float64)
@@ -244,8 +247,8 @@ def _count_kept(weights: Tensor, candidates: Tensor, top_k: Tensor, top_p: Tenso
 
 
 def _leading_mask(values: Tensor, leading: Tensor, counts: Tensor) -> Tensor:
-    """[R, V] bool: the first counts[i] of each row of values [R, V] in descending order, ties by
-    lowest id.
+    """Return [R, V] bool: the first counts[i] of each row of values [R, V] in descending order,
+    ties by lowest id.
 
     Args:
         leading: [R, c], the largest values of each row, descending; c is at least every count.
@@ -260,17 +263,18 @@ def _leading_mask(values: Tensor, leading: Tensor, counts: Tensor) -> Tensor:
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, rows: Tensor, num_top: int) -> SampleOutput:
-    """Log probabilities of the chosen tokens and of the num_top most likely ones in the given rows
-    of logits."""
+    """Return log probabilities of the sampled tokens and of the num_top most likely ones in the
+    given rows of logits."""
     wanted = logits[rows]
     normaliser = wanted.logsumexp(-1)
     chosen = wanted.gather(1, token_ids[rows, None])[:, 0] - normaliser
     top_ids = torch.empty(len(rows), 0, dtype=torch.int64, device=logits.device)
     if num_top and len(rows):
-        # Logits may be broken, the number of alternatives may not: NaN counts as least likely.
+        # Logits may be broken, but the number of alternatives must be right: NaN counts as least
+        # likely.
         values = wanted.masked_fill(wanted.isnan(), -torch.inf)
         mask = _leading_mask(values, values.topk(num_top).values, torch.full_like(rows, num_top))
-        # ascending; a stable sort keeps ties so
+        # ascending ids, which a stable sort keeps among ties
         top_ids = mask.nonzero()[:, 1].view(len(rows), num_top)
         top_ids = top_ids.gather(1, wanted.gather(1, top_ids).argsort(dim=-1, descending=True, stable=True))
     return SampleOutput(token_ids, chosen, top_ids, wanted.gather(1, top_ids) - normaliser[:, None])

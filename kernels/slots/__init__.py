@@ -1,4 +1,4 @@
-"""What a step reads of the memory that a device keeps of its sequences, by slot."""
+"""Reads of a step from the device's state of its sequences, by slot."""
 
 from torch import Tensor
 
@@ -11,9 +11,9 @@ __all__ = ["read_slots"]
 def read_slots(
     token_ids: Tensor, newest_of: Tensor, slots: Tensor, newest: Tensor, tables: Tensor, num_blocks: int
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.slots.reference.read_slots`, which defines it, by the kernel for this device.
+    """Compute `kernels.slots.reference.read_slots` with the kernel for this device.
 
-    On a GPU, slots are taken as they are (`kernels.backend.checks_indices`).
+    On a GPU, slots are not checked (`kernels.backend.checks_indices`).
     """
     if not runs_triton(tables):
         return reference.read_slots(token_ids, newest_of, slots, newest, tables, num_blocks)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""A step's token ids and block tables by slot in Triton, as one launch: a program takes BLOCK
+"""A step's token ids and block tables by slot in Triton, in one launch: a program takes BLOCK
 tokens, or BLOCK entries of one table."""
 
 import torch
@@ -27,7 +27,7 @@ def read_slots_kernel(
         tl.store(ids_out_ptr + at, tl.where(slot >= 0, newest, token), mask=at < num_tokens)
     else:
         pieces = tl.cdiv(num_blocks, BLOCK)
-        # of the tables that are written
+        # row of the output tables
         row = ((tl.program_id(0) - token_programs) // pieces).to(tl.int64)
         at = (tl.program_id(0) - token_programs) % pieces * BLOCK + tl.arange(0, BLOCK)
         table = (
@@ -43,7 +43,7 @@ def read_slots_kernel(
 def read_slots(
     token_ids: Tensor, newest_of: Tensor, slots: Tensor, newest: Tensor, tables: Tensor, num_blocks: int
 ) -> tuple[Tensor, Tensor]:
-    """Do what `kernels.slots.reference.read_slots` does; arguments have been checked there.
+    """Compute `kernels.slots.reference.read_slots`; arguments have been checked there.
 
     Raises:
         ValueError: names the argument that is not contiguous (tables: in its last axis) or on

@@ -7,15 +7,17 @@ from torch import Tensor
 def read_slots(
     token_ids: Tensor, newest_of: Tensor, slots: Tensor, newest: Tensor, tables: Tensor, num_blocks: int
 ) -> tuple[Tensor, Tensor]:
-    """Tokens that only the device knows, and the block tables of a step's sequences.
+    """Return a step's token ids, of which some are known only to the device, and the block tables
+    of its sequences.
 
     Args:
         token_ids: [T] int64.
-        newest_of: [T] int64: the slot whose newest token it is; below 0: the token is `token_ids`.
+        newest_of: [T] int64: slot whose newest token this is; negative if the token is in
+            `token_ids`.
         slots: [S] int64.
         newest: [num_slots] int64.
         tables: [groups, num_slots, max_blocks] int32.
-        num_blocks: entries of each table that are wanted, its first.
+        num_blocks: number of entries wanted from the start of each table.
     Returns:
         (token ids [T] int64, tables of these slots [groups, S, num_blocks] int32, contiguous).
     Raises:
@@ -29,7 +31,7 @@ def read_slots(
 def check_read_slots(
     token_ids: Tensor, newest_of: Tensor, slots: Tensor, newest: Tensor, tables: Tensor, num_blocks: int
 ) -> None:
-    """Refuse what `read_slots` cannot read, but for slots out of range (`check_slots`).
+    """Refuse arguments that `read_slots` cannot take, except slots out of range (`check_slots`).
 
     Raises:
         ValueError: names the argument.
@@ -52,7 +54,7 @@ def check_read_slots(
 
 
 def check_slots(newest_of: Tensor, slots: Tensor, num_slots: int) -> None:
-    """Refuse slots that are none; reads them back.
+    """Refuse slots that do not exist. Reads the indices back from the device.
 
     Raises:
         IndexError: names the argument.
