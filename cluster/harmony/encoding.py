@@ -1,5 +1,5 @@
-"""Text to token ids and back, over the tokenizer.json of a checkpoint, with the harmony special
-tokens found by name."""
+"""Conversion of text to token ids and back with a checkpoint's tokenizer.json; the harmony special
+tokens are found by name."""
 
 import codecs
 import ctypes
@@ -23,11 +23,11 @@ HARMONY_TOKENS = (
 )
 
 CHUNK_CHARS = 1 << 17
-"""Longer texts are encoded in pieces of about this size, so that memory follows the piece and not
-the text."""
+"""Approximate length of the pieces, in characters, in which longer texts are encoded, so that
+memory depends on the piece and not on the text."""
 MAX_UNBROKEN_CHARS = 1 << 20
-"""A text without any of the cuts below (one word, one script without punctuation) is cut here,
-though that may change the ids around it."""
+"""Longest text, in characters, without any of the cuts below (one word, one script without
+punctuation). Longer text is cut here, though that may change the ids around the cut."""
 
 # Pre-tokenizers of this family (GPT-2, cl100k, o200k) never put these neighbours into one piece, so
 # a cut between them is harmless.
@@ -37,8 +37,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The 256 characters in which a byte-level BPE spells bytes (GPT-2's `bytes_to_unicode`):
-    printable Latin-1 stands for itself, the other bytes for the characters from U+0100 on."""
+    """Return the 256 characters in which a byte-level BPE spells bytes (GPT-2's
+    `bytes_to_unicode`): printable Latin-1 stands for itself, the other bytes for the characters
+    from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -57,14 +58,14 @@ class HarmonyEncoding:
         stop_token_ids: the ids that end a turn.
         control_tokens: the names of the harmony tokens, without their brackets, by id.
         special_ids: ids of all special tokens, reserved ones included.
-        max_token_bytes: of the longest token: a text of n characters has at least n /
-            max_token_bytes tokens.
+        max_token_bytes: length of the longest token in bytes: a text of n characters has at least n
+            / max_token_bytes tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str = "the tokenizer") -> None:
         """
         Args:
-            source: how an error names where the tokenizer came from.
+            source: name of the tokenizer's origin in error messages.
         Raises:
             CheckpointError: not a byte-level BPE, or a harmony token is missing.
         """
@@ -105,10 +106,10 @@ class HarmonyEncoding:
 
     @classmethod
     def load(cls, path: Path, vocab_size: int | None = None) -> "HarmonyEncoding":
-        """Reads `tokenizer.json` of the checkpoint folder `path`.
+        """Read `tokenizer.json` of the checkpoint folder `path`.
 
         Args:
-            vocab_size: of the model; None: not checked.
+            vocab_size: the model's; None: not checked.
         Raises:
             CheckpointError: the file is missing or foreign, lacks a harmony token, or has ids that
                 the model does not have.
@@ -122,7 +123,7 @@ class HarmonyEncoding:
             ) from error
         try:
             tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the binding raises bare Exception for whatever is wrong with the file
+        except Exception as error:  # the binding raises bare Exception for any fault of the file
             raise CheckpointError(f"{file} is not a tokenizer: {_one_line(error)}.") from error
         encoding = cls(tokenizer, str(file))
         _give_back_free_memory()
@@ -134,8 +135,8 @@ class HarmonyEncoding:
         return encoding
 
     def encode(self, text: str, limit: int | None = None) -> list[int]:
-        """Token ids of `text`; special tokens typed in it are plain text. A lone surrogate counts
-        as U+FFFD.
+        """Return the token ids of `text`; special tokens typed in it are plain text. A lone
+        surrogate counts as U+FFFD.
 
         Args:
             limit: stop soon after this many ids: a longer result says only that the text is too
@@ -174,13 +175,13 @@ class HarmonyEncoding:
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that the token stands for, possibly a part of a character; b"" for special
+        """Return the bytes that the token stands for, possibly part of a character; b"" for special
         tokens and for ids without a token."""
         return self._bytes_of[token_id] if 0 <= token_id < self.vocab_size else b""
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Special tokens are left out,
-        or spelled with their names."""
+        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD. Special tokens are left
+        out, or spelled with their names."""
         names = {} if skip_special_tokens else self._name_by_special
         return b"".join(names[i].encode() if i in names else self.token_bytes(i) for i in ids).decode(
             "utf-8", "replace"
@@ -193,19 +194,21 @@ class HarmonyEncoding:
 
 
 class IncrementalDecoder:
-    """Turns one message's tokens into text as they come, and keeps an unfinished character back."""
+    """A decoder of one message's tokens, which returns text as tokens come and keeps an unfinished
+    character back."""
 
     def __init__(self, encoding: HarmonyEncoding) -> None:
         self._encoding = encoding
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The characters that this token completes; invalid bytes give U+FFFD, as
+        """Return the characters that this token completes; invalid bytes give U+FFFD, as
         `bytes.decode(errors="replace")` does."""
         return self._utf8.decode(self._encoding.token_bytes(token_id))
 
     def flush(self) -> str:
-        """U+FFFD for an unfinished character, or nothing. The decoder is empty afterwards."""
+        """Return U+FFFD for an unfinished character, or nothing. The decoder is empty
+        afterwards."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
@@ -232,8 +235,8 @@ def _bytes_of_tokens(tokenizer: Tokenizer, source: str) -> list[bytes]:
 
 
 def _give_back_free_memory() -> None:
-    """The parser of tokenizer.json leaves three quarters of its memory free and unused: 260 MB with
-    the vocabulary of gpt-oss."""
+    """Return the free memory that the parser of tokenizer.json keeps to the system: three quarters
+    of what it allocated, 260 MB with the vocabulary of gpt-oss."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)

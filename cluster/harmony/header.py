@@ -1,4 +1,4 @@
-"""Reads the header of a generated message: channel, recipient and content type, whatever shape the
+"""Reading of a generated message's header: channel, recipient and content type, whatever shape the
 model gave it."""
 
 import difflib
@@ -15,12 +15,12 @@ Repair = Literal[
     "missing_start",  # a message without <|start|>
     "missing_role",  # <|start|> without a role: the assistant's
     "repeated_role",  # assistant, twice
-    "missing_channel",  # a message to nobody in no channel: final
+    "missing_channel",  # a message without recipient and channel: final
     "missing_message",  # a header that ran into its body without <|message|>
     "missing_end",  # a new header inside a body
     "empty_message",  # a header that ended without a body
-    "foreign_role",  # the model spoke for somebody else: the turn is over
-    "after_turn",  # tokens behind the end of the turn
+    "foreign_role",  # the model opened a message of another role: the turn is over
+    "after_turn",  # tokens after the end of the turn
     # a control token where it means nothing, a reserved token, an id without a token: dropped
     "stray_token",
     "unknown_header_text",  # a header with words that mean nothing: dropped
@@ -30,24 +30,25 @@ Repair = Literal[
     "repeated_recipient",  # the first one counts
     "recipient_without_to",
     "recipient_without_namespace",
-    "recipient_not_a_tool",  # to=user, to=assistant, or nothing behind to=: not a call
+    "recipient_not_a_tool",  # to=user, to=assistant, or nothing after to=: not a call
     "recipient_cut",  # something was glued to the name, or it was too long
     "unknown_tool",  # a call of a tool that was not declared: kept
     "constrain_without_recipient",  # <|constrain|> on a message that is neither a call nor final
-    "call_without_recipient",  # <|call|> behind a message to nobody
+    "call_without_recipient",  # <|call|> after a message without recipient
     "call_not_closed",  # a call that ended with another token than <|call|>
     "end_of_text",  # <|endoftext|> instead of <|return|>
 ]
-"""Kinds of departures from the format, and how they were repaired."""
+"""Kinds of departures from the format, and how each is repaired."""
 
 MAX_NAME_BYTES = 128
 MAX_TYPE_BYTES = 32
 MAX_HEADER_TOKENS = 200
-"""A longer header is no header: what it does not explain is shown as the body. The longest one that
-a message can be written with again has fewer bytes."""
+"""Maximum number of tokens in a header. Longer text is not a header: the part that a header does
+not explain is shown as the body. The longest header with which a message can be written again has
+fewer bytes."""
 
 Place = Literal["role", "channel", "constrain"]
-"""The token that header text stands behind; `role` is `<|start|>`."""
+"""The control token that precedes header text; `role` is `<|start|>`."""
 
 _ROLE = "assistant"
 _CHANNEL = re.compile(r"\s*((?:(?!to=)[^\s<{\[(\"])*)")
@@ -60,19 +61,19 @@ _PEOPLE = frozenset({"", "assistant", "user", "all", "system", "developer", *CHA
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Header text behind one control token (or behind the role)."""
+    """Header text after one control token (or after the role)."""
 
     kind: Place
     text: str
 
 
 class HeaderReader:
-    """Collects the header of one message and says what the message is.
+    """The reader of one message's header.
 
     Attributes:
-        place: which control token the text that comes now stands behind.
-        started: whether `<|start|>` stands in front.
-        foreign: the header names another role than the assistant's; nothing else of it counts.
+        place: the control token that precedes the text to come.
+        started: whether `<|start|>` precedes the header.
+        foreign: the header names another role than the assistant's; the rest of it does not count.
         num_tokens: tokens of text so far.
     """
 
@@ -88,8 +89,8 @@ class HeaderReader:
         """
         Args:
             tools: names of the declared functions; None: not known, every name is taken.
-            repairs: departures from the format are counted here.
-            text: what is known to stand there already.
+            repairs: counter of departures from the format, which is updated.
+            text: header text that is already known.
         """
         self.place = place
         self.started = started
@@ -106,7 +107,7 @@ class HeaderReader:
         self.num_tokens += 1
 
     def close_segment(self, text: str = "", place: Place | None = None) -> None:
-        """End the text behind the last control token; sets `foreign` if it names another role.
+        """End the text after the last control token; sets `foreign` if it names another role.
 
         Args:
             text: its last characters.
@@ -124,20 +125,20 @@ class HeaderReader:
             self.place = place
 
     def read(self) -> tuple[Message, str]:
-        """The message without its content, and the header text that is none of channel, recipient
-        and type. The last segment must have been closed."""
+        """Return the message without its content, and the header text that is none of channel,
+        recipient and type. The last segment must have been closed."""
         return read_header(self._segments, self._tools, self._repairs)
 
     def text_without_markup(self) -> str | None:
-        """Return the text if it cannot become the beginning of a header any more, without the role
+        """Return the text if it can no longer become the beginning of a header, without the role
         that began the turn; None while it can."""
         if self.place != "role" or _may_be_role(self._text, self.started):
             return None
         return self._text.lstrip().removeprefix(_ROLE) if self.started else self._text
 
     def count_unmarked(self, num_messages: int) -> None:
-        """Count that what stands there is no header after all; a role that never was begun counts
-        as missing_start already.
+        """Count that the text is not a header after all; a role that was never begun already counts
+        as missing_start.
 
         Args:
             num_messages: messages of the turn before this one.
@@ -166,11 +167,11 @@ class HeaderReader:
 def read_header(
     segments: Sequence[Segment], tools: Collection[str] | None, repairs: Counter[Repair]
 ) -> tuple[Message, str]:
-    """Read the header text behind the role.
+    """Read the header text that follows the role.
 
     Args:
         tools: names of the declared functions; None: not known, every name is taken.
-        repairs: departures from the format are counted here.
+        repairs: counter of departures from the format, which is updated.
     Returns:
         The message, still without content and end, and the text that is none of these: the
         content's beginning where `<|message|>` was forgotten.
@@ -234,8 +235,8 @@ def _known_channel(word: str, repairs: Counter[Repair]) -> Channel:
 
 
 def _repaired_recipient(written: str, tools: Collection[str] | None, repairs: Counter[Repair]) -> str | None:
-    """The recipient as written, or the declared function that is meant; None: nobody who could be
-    called."""
+    """Return the recipient as written, or the declared function that it means; None if
+    it names a role or a channel."""
     name = written.removeprefix(FUNCTIONS)
     bare = name == written
     if name in _PEOPLE and (bare or not name):
@@ -258,7 +259,7 @@ def _repaired_recipient(written: str, tools: Collection[str] | None, repairs: Co
 
 
 def _cut(text: str, max_bytes: int) -> str:
-    """The longest beginning of `text` that has at most `max_bytes` bytes."""
+    """Return the longest beginning of `text` that has at most `max_bytes` bytes."""
     if len(text) * 4 <= max_bytes:
         return text
     return text.encode()[:max_bytes].decode("utf-8", "ignore")

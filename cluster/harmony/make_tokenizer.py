@@ -63,7 +63,7 @@ Progress = Callable[[str], None]
 
 
 def write_bpe_tokenizer(path: Path, vocab_size: int = 2048) -> None:
-    """Trains a byte-level BPE on the built-in corpus and writes tokenizer.json and
+    """Train a byte-level BPE on the built-in corpus and write tokenizer.json and
     tokenizer_config.json into the folder `path`.
 
     The same size gives the same files on every machine. Text tokens come first; the harmony special
@@ -95,7 +95,7 @@ def write_bpe_tokenizer(path: Path, vocab_size: int = 2048) -> None:
 
 
 def write_harmony_tokenizer(path: Path, progress: Progress | None = None) -> None:
-    """Writes gpt-oss's own tokenizer (201,088 ids, about 28 MB) as tokenizer.json and
+    """Write gpt-oss's own tokenizer (201,088 ids, about 28 MB) as tokenizer.json and
     tokenizer_config.json into the folder `path`.
 
     The vocabulary comes from the installed `oss-harmony`; nothing is downloaded. Takes some
@@ -135,7 +135,7 @@ def _text_ranks(oracle: "OracleEncoding") -> dict[bytes, int]:
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
-    """All pairs of tokens whose concatenation is a token, in the order of its rank.
+    """Return all pairs of tokens whose concatenation is a token, in the order of its rank.
 
     tiktoken keeps no merges: it joins the neighbours that make the token of lowest rank, whichever
     pair they are. So every cut of a token into two tokens is a merge (as transformers'

@@ -1,5 +1,5 @@
-"""The harmony message: what the parser yields and the renderer takes, and the events in which it
-comes while it is generated. Each API's own shapes are views of it, mapped in the front end."""
+"""The harmony message, which the parser yields and the renderer takes, and the events of its
+generation. The front end maps each API's own shapes to and from these."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,14 +23,14 @@ class Message:
 
     Attributes:
         content: the text; names of special tokens in it are text.
-        name: tool: who answers, such as `functions.f`; user: who speaks; None elsewhere.
+        name: tool: the tool that answers, such as `functions.f`; user: the speaker; None elsewhere.
         recipient: as written after `to=`, such as `functions.f`, `browser.search` or `python`;
-            None: the message is for nobody in particular.
+            None: the message has no recipient.
         content_type: such as `json`, written with or without `<|constrain|>`; None: not given.
         end: the token that closed it; None: it was cut off, or is still being written.
-        token_ids: what it was generated as, from `<|start|>` to its end, while its turn lives;
-            None: it came as text, or departed from the format and is rendered as it was read. Two
-            messages are equal whatever these are.
+        token_ids: the ids as which it was generated, from `<|start|>` to its end, while its turn
+            lives; None: it came as text, or departed from the format and is rendered as it was
+            read. Equality of messages ignores them.
     """
 
     role: Role
@@ -56,8 +56,8 @@ class MessageStart:
 
     Attributes:
         index: its place in the turn, from 0.
-        message: as far as its header tells it; without content and end.
-        text: the beginning of its content, where that came with the header.
+        message: the fields that its header gives; without content and end.
+        text: the beginning of its content, if it came with the header.
     """
 
     index: int
@@ -96,7 +96,7 @@ def shows(event: MessageEvent) -> bool:
 
 class BlankLines:
     """Positions of blank lines in one text made of several messages: before the first piece of each
-    message but the first."""
+    message except the first."""
 
     def __init__(self) -> None:
         self._begun = False

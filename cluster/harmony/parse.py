@@ -1,4 +1,5 @@
-"""Generated harmony tokens as messages, token by token. Total: any ids in any order give a turn."""
+"""Parser of generated harmony tokens into messages, token by token. It accepts any ids in any
+order."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -17,14 +18,14 @@ _AS_WRITTEN: tuple[Repair, ...] = (
     "call_not_closed",
     "call_without_recipient",
 )
-"""Departures that change nothing of how a message is read: its ids give the same message again."""
+"""Departures that do not change how a message is read: its ids give the same message again."""
 
 
 class _Trail:
     """The ids of the message that is being read.
 
     Attributes:
-        ids: from `<|start|>` on, or from wherever a message without it began.
+        ids: all ids from `<|start|>` on, or from the first token of a message without it.
     """
 
     def __init__(self, start: int, repairs: Counter[Repair]) -> None:
@@ -34,13 +35,13 @@ class _Trail:
         self._num_departures = 0
 
     def begin(self, ids: list[int]) -> None:
-        """A message begins with these ids."""
+        """Begin a message with these ids."""
         self.ids = ids
         self._num_departures = self._count()
 
     def as_written(self) -> tuple[int, ...] | None:
-        """The ids if they give the same message wherever they stand; None if the message departed
-        from the format."""
+        """Return the ids if they give the same message at any position; None if the message
+        departed from the format."""
         whole = self.ids[:1] == [self._start] and self._count() == self._num_departures
         return tuple(self.ids) if whole else None
 
@@ -49,23 +50,24 @@ class _Trail:
 
 
 class HarmonyParser:
-    """Parses one turn; the first token is the one behind the prompt's `<|start|>assistant`.
+    """The parser of one turn; the first token is the one after the prompt's `<|start|>assistant`.
 
     The state is a function of the tokens, so a turn can be resumed by pushing its tokens again.
-    Well-formed turns give what openai_harmony's StreamableParser gives; where the two differ on a
-    malformed one is listed at `cluster.harmony.header.Repair`. Header text is never shown, also
-    when the turn is cut off inside it. Every message that starts ends, the last one in `finish`.
+    Well-formed turns give what openai_harmony's StreamableParser gives;
+    `cluster.harmony.header.Repair` lists where the two differ on malformed ones. Header text is
+    never shown, also when the turn is cut off inside it. Every message that starts ends, the last
+    one in `finish`.
 
     Attributes:
-        part: what the last pushed token belonged to. `markup` are control tokens, header text,
-            dropped tokens, and also the first tokens of a turn without markup as long as they could
-            be a header.
+        part: the part of a message to which the last pushed token belonged. `markup` are control
+            tokens, header text, dropped tokens, and also the first tokens of a turn without markup
+            as long as they could be a header.
         num_reasoning_tokens: tokens in the bodies of analysis messages.
         num_messages: messages opened so far; an event belongs to the last one.
-        message: whose body is being read, without its content; None outside.
+        message: the message whose body is being read, without its content; None outside a body.
         turn_over: the turn has ended: `<|return|>`, `<|call|>`, `<|endoftext|>`, or the model
-            opened somebody else's message.
-        repairs: how often the output departed from the format, by kind.
+            opened a message of another role.
+        repairs: number of departures from the format, by kind.
     """
 
     def __init__(self, encoding: HarmonyEncoding, tools: Collection[str] | None = None) -> None:
@@ -91,7 +93,8 @@ class HarmonyParser:
         self._trail.begin([encoding.start, *encoding.encode_literal("assistant")])
 
     def push(self, token_id: int) -> list[MessageEvent]:
-        """Take the next token; the events that it completes. Never raises, whatever the id."""
+        """Take the next token; return the events that it completes. Never raises, whatever the
+        id."""
         self.part = "markup"
         if self._closed:
             return []
@@ -113,7 +116,7 @@ class HarmonyParser:
                 return self._on_end(control)
 
     def finish(self) -> list[MessageEvent]:
-        """The last events, when no token will come any more: an unfinished character, the end of a
+        """Return the last events, after the last token: an unfinished character, the end of a
         message that was cut off. An unfinished header is dropped."""
         closed, self._closed = self._closed, True
         return [] if closed or self.message is None else self._close_body(self.message, None)
@@ -133,7 +136,7 @@ class HarmonyParser:
         if self.message is not None and place == "constrain":
             self.repairs["stray_token"] += 1
             return []
-        started = self.message is not None  # there the missing end is what is wrong
+        started = self.message is not None  # in a message the departure is the missing end
         events = self._leave()
         self._open_header(place, started=started)
         return events
@@ -210,12 +213,12 @@ class HarmonyParser:
         return self._header
 
     def _close_segment(self, header: HeaderReader, rest: str = "", place: Place | None = None) -> bool:
-        """Keep the header text behind the last control token. False: it names another role, and the
-        turn is over.
+        """Keep the header text after the last control token. Return False if it names another role:
+        the turn is over.
 
         Args:
-            rest: of an unfinished character, which a control token behind it leaves unfinished; in
-                front of text it stays in the decoder, for the body.
+            rest: text of an unfinished character, which a control token after it leaves unfinished;
+                before text it stays in the decoder, for the body.
             place: the control token; None: the header ends here.
         """
         header.close_segment(rest, place)
@@ -241,8 +244,8 @@ class HarmonyParser:
         return [MessageDelta(rest), MessageEnd(whole)] if rest else [MessageEnd(whole)]
 
     def _close_header(self, header: HeaderReader, end: End) -> list[MessageEvent]:
-        """A header that ended without `<|message|>`: what it does not explain is the body; a
-        recipient and `<|call|>` are a call."""
+        """Close a header that ended without `<|message|>`: the text that a header does not explain
+        is the body; a recipient and `<|call|>` are a call."""
         if not self._close_segment(header, self._decoder.flush()):
             return []
         message, leftover = header.read()
@@ -255,8 +258,8 @@ class HarmonyParser:
         return [start, *self._close_body(start.message, end)]
 
     def _leave(self) -> list[MessageEvent]:
-        """End whatever is being read, for a token that begins a message out of turn. Text that is
-        no header is not lost."""
+        """End the open header or body, for a token that begins a message out of turn. Text that is
+        not a header is kept."""
         if self.message is not None:
             self.repairs["missing_end"] += 1
             return self._close_body(self.message, "end")

@@ -1,4 +1,4 @@
-"""A conversation as the token ids of a harmony prompt.
+"""Renderer of a conversation as the token ids of a harmony prompt.
 
 Equal, token for token, to what openai/harmony's own renderer writes (oss-harmony 0.0.11) with two
 rules on top: all developer messages become one, and analysis before the last final answer is left
@@ -22,7 +22,7 @@ DEFAULT_KNOWLEDGE_CUTOFF = "2024-06"
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Everything that the prompt is made of.
+    """The contents of a prompt.
 
     Attributes:
         messages: those with the role `developer` are instructions, wherever they stand.
@@ -39,13 +39,13 @@ class Conversation:
 
 
 def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: int | None = None) -> list[int]:
-    """The prompt, up to and including `<|start|>assistant`.
+    """Return the token ids of the prompt, up to and including `<|start|>assistant`.
 
     Time is linear in the conversation's length, or in `max_tokens` where that is less. A message
     that carries its ids is written with them.
 
     Args:
-        max_tokens: refuse a longer prompt as soon as that shows: by its characters before anything
+        max_tokens: refuse a longer prompt as early as possible: by its characters before anything
             is encoded, or without encoding the rest; None: any length.
     Raises:
         ContextLengthExceeded: longer than max_tokens.
@@ -69,7 +69,8 @@ def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: in
 
 
 def render_turn(messages: Sequence[Message], encoding: HarmonyEncoding) -> list[int]:
-    """The turn as it was generated, from behind the prompt's `<|start|>assistant` on.
+    """Return the token ids of the turn as it was generated, starting after the prompt's
+    `<|start|>assistant`.
 
     Args:
         messages: the assistant's. A message without its ids is encoded anew; one that was cut off
@@ -82,8 +83,8 @@ def render_turn(messages: Sequence[Message], encoding: HarmonyEncoding) -> list[
 
 
 def history(messages: Sequence[Message]) -> Iterator[Message]:
-    """Yield the messages of a chat that the model sees again: all but the analysis before the last
-    final answer. Analysis since then belongs to an unfinished tool loop."""
+    """Yield the messages of a chat that the model sees again: all except the analysis before the
+    last final answer. Later analysis belongs to an unfinished tool loop."""
     last_final = max(
         (index for index, m in enumerate(messages) if m.role == "assistant" and m.channel == "final"),
         default=-1,
@@ -103,11 +104,11 @@ def _too_long(max_tokens: int) -> ContextLengthExceeded:
 
 
 class _Writer:
-    """Appends whole messages.
+    """A writer that appends whole messages to one list of ids.
 
     Attributes:
-        ids: written so far.
-        assistant: how an assistant's message begins.
+        ids: the ids written so far.
+        assistant: the ids that begin an assistant's message.
     """
 
     def __init__(self, encoding: HarmonyEncoding, max_tokens: int | None) -> None:
@@ -138,7 +139,7 @@ class _Writer:
         self._check_length()
 
     def text(self, role: str, content: str) -> None:
-        """Append a message that has nothing but a role and a text."""
+        """Append a message that has only a role and a text."""
         self.ids += (self._encoding.start, *self._encoding.encode_literal(role))
         self._body(content)
         self.ids.append(self._encoding.end)
@@ -158,7 +159,7 @@ class _Writer:
             ids += encoding.encode_literal(message.role)
             ids += encoding.encode(f":{message.name}") if message.name is not None else ()
         recipient = () if message.recipient is None else encoding.encode(f" to={message.recipient}")
-        # As oss-harmony: only on commentary the recipient stands behind the channel.
+        # As oss-harmony: only on commentary the recipient follows the channel.
         if message.channel != "commentary":
             ids += recipient
         if message.channel is not None:

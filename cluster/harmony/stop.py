@@ -1,4 +1,4 @@
-"""Stop strings over streamed text."""
+"""Search for stop strings in streamed text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ class StopResult:
 
 
 class StopStrings:
-    """Finds the stop string that is complete first, and holds back only text that may still become
-    one.
+    """A search for the first stop string that is complete, which holds back only text that may
+    still become one.
 
     Of several stop strings that end at the same character the longest is taken, so the answer does
     not depend on how the text is split.
-    Follows: Aho and Corasick, "Efficient string matching", CACM 1975. Building takes time and
-        memory in proportion to the stop strings,
-    a push in proportion to its text.
+    Building takes time and memory in proportion to the stop strings, a push in proportion to its
+    text.
+    Follows: Aho and Corasick, "Efficient string matching", CACM 1975.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ class StopStrings:
         self._matched: str | None = None
 
     def push(self, text: str) -> StopResult:
-        """Takes the next piece of text. After a match everything further is swallowed."""
+        """Take the next piece of text. After a match all further text is dropped."""
         if self._matched is not None:
             return StopResult("", self._matched)
         pending = self._held + text
@@ -62,7 +62,7 @@ class StopStrings:
         return StopResult(pending[:safe])
 
     def flush(self) -> str:
-        """The text that was held back, now that no more will come; nothing after a match."""
+        """Return the text that was held back, after the last piece; nothing after a match."""
         held, self._held, self._node = self._held, "", 0
         return held
 
@@ -79,7 +79,7 @@ class StopStrings:
         self._match[node] = stop
 
     def _link(self) -> None:
-        """Gives each node, breadth first, the node of its longest proper suffix that is also a
+        """Give each node, breadth first, the node of its longest proper suffix that is also a
         beginning of a stop string."""
         queue = list(self._next[0].values())
         for node in queue:

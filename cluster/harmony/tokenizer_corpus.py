@@ -2,7 +2,7 @@
 chats become words, not bytes."""
 
 # Often enough that every word of the format is one token, at the beginning of a text as well as
-# behind a blank.
+# after a blank.
 _FORMAT_WORDS = (
     "assistant\nanalysis\ncommentary\nfinal\nuser\nsystem\ndeveloper\nfunctions\njson\n to=functions.x\n "
     "to=assistant\n" * 12
@@ -172,5 +172,5 @@ Hola, ¿cómo estás? Quisiera saber dónde está la estación. Muchas gracias, 
 😀 😂 👍 🎉 ❤️ 🚀 ✅ → ← “quoted” ‘single’ – — … • € £ ° é è ü ö ä ß ñ ç
 """,
 )
-"""Written for this purpose; a list of documents. A change here changes the ids of every demo
-checkpoint made afterwards."""
+"""The documents of the corpus, written for this purpose. A change here changes the ids of every
+demo checkpoint made afterwards."""

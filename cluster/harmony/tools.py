@@ -1,4 +1,4 @@
-"""A tool's JSON schema as the TypeScript-like type that gpt-oss was trained to read.
+"""Rendering of a tool's JSON schema as the TypeScript-like type that gpt-oss was trained to read.
 
 The text equals what openai/harmony's renderer writes (`json_schema_to_typescript` in its
 src/encoding.rs), oddities included: the models know no other form. Among them: `anyOf`, `allOf` and
@@ -25,7 +25,8 @@ class ToolDefinition:
 
 
 def typescript_type(schema: object, indent: str = "") -> str:
-    """Return the type of a schema that is one, and not deep: `cluster.generation.limits` checks.
+    """Return the TypeScript type of a schema that is valid and not deep:
+    `cluster.generation.limits` checks both.
 
     Linear in its size times its depth.
     """
@@ -142,7 +143,7 @@ def _default(schema: Mapping[str, object], quote_enum: bool = False) -> str:
 
 
 def json_text(value: object) -> str:
-    """JSON as Rust's serde_json writes it: no blanks, characters unescaped, floats in their
+    """Return JSON as Rust's serde_json writes it: no blanks, characters unescaped, floats in their
     shortest form."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{json_text(key)}:{json_text(item)}" for key, item in value.items()) + "}"
