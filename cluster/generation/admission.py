@@ -1,4 +1,4 @@
-"""Admission: the limit on what a gateway runs at once."""
+"""Admission: the limit on the number of choices that a gateway runs at once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,25 +9,25 @@ from workers.errors import InvalidRequest, Overloaded
 
 
 class Ticket:
-    """The place of a request among those in flight. It is given back once, however often it is
-    returned."""
+    """The place of a request among those in flight. It is given back once; later calls do
+    nothing."""
 
     def __init__(self, admission: "Admission", num_choices: int) -> None:
         self._admission: Admission | None = admission
         self._num_choices = num_choices
 
     def give_back(self) -> None:
-        """Make room for others. Calls after the first do nothing."""
+        """Free the place for other requests. Calls after the first do nothing."""
         admission, self._admission = self._admission, None
         if admission is not None:
             admission._count(-self._num_choices)
 
 
 class Admission:
-    """Counts the choices in flight and refuses those that are too many.
+    """The counter of choices in flight, which refuses choices over the limit.
 
     Attributes:
-        max_in_flight: choices at once; may be changed while requests run.
+        max_in_flight: maximum number of choices at once; may be changed while requests run.
     """
 
     def __init__(self, max_in_flight: int, gauge: Gauge) -> None:
@@ -37,12 +37,12 @@ class Admission:
 
     @contextmanager
     def admit(self, num_choices: int) -> Iterator[Ticket]:
-        """Yield a ticket, which is given back if the block fails, and else belongs to what the
-        block handed it to.
+        """Yield a ticket. It is given back if the block fails; otherwise the receiver in the block
+        owns it.
 
         Raises:
-            InvalidRequest: more choices than there is room for at any time.
-            Overloaded: more than there is room for now.
+            InvalidRequest: more choices than the limit allows at any time.
+            Overloaded: more choices than there is room for now.
         """
         limit = self.max_in_flight
         if num_choices > limit:

@@ -1,5 +1,5 @@
-"""One choice: the engine's tokens in, events of its messages and the finish out. Pure state
-machines over token ids."""
+"""State of one choice: takes the engine's tokens, returns events of its messages and the finish.
+Pure state machines over token ids."""
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -37,11 +37,11 @@ class Choice(Protocol):
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """Output tokens that were reasoning."""
+        """Number of output tokens that were reasoning."""
 
     @property
     def repairs(self) -> Mapping[Repair, int]:
-        """Departures from the harmony format, by kind."""
+        """Number of departures from the harmony format, by kind."""
 
     def push(self, output: EngineOutput) -> list[ChoiceEvent]:
         """Return the events that these tokens add; the last event of a choice is its ChoiceFinish,
@@ -49,8 +49,8 @@ class Choice(Protocol):
 
 
 class _EventLog:
-    """The events of one push, each with the tokens since the one before; pieces of one message are
-    joined."""
+    """The events of one push, each with the tokens since the previous one; pieces of one message
+    are joined."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -108,14 +108,14 @@ class _EventLog:
 
 
 class ChatChoice:
-    """A harmony turn.
+    """A choice that is a harmony turn.
 
     Args:
         stop: strings that end the text.
         tools: names of the declared functions.
         parallel_tool_calls: if False the turn ends with its first call.
-        ends_with_turn: stop when the model's turn is over, also where no stop token of the engine
-            says so; not with ignore_eos.
+        ends_with_turn: stop when the model's turn is over, also without a stop token of the engine;
+            False with ignore_eos.
     """
 
     def __init__(
@@ -184,7 +184,8 @@ class ChatChoice:
         return self._log.take()
 
     def _offset_of_next(self, events: Sequence[MessageEvent]) -> int:
-        """Return where the text begins of the token that gave, or will give, these events."""
+        """Return the offset at which the text begins of the token that gave, or will give, these
+        events."""
         due = self._parsed_blank_lines.next_is_due(events[0] if events else None)
         return self._num_parsed + (len(BLANK_LINE) if due else 0)
 
@@ -206,7 +207,7 @@ class ChatChoice:
             self._finish("tool_calls" if self._num_calls else "stop", self._gate.matched)
 
     def _take_other(self, event: MessageEvent) -> None:
-        """An event of reasoning or of a call; stop strings do not concern it."""
+        """Take an event of reasoning or of a call, to which stop strings do not apply."""
         if self._gate is not None and not shows(event):
             for shown in self._gate.follow(event):
                 self._show(shown)
@@ -250,11 +251,11 @@ class ChatChoice:
 
 
 class CompletionChoice:
-    """A continuation as plain text.
+    """A choice that continues a prompt as plain text.
 
     Args:
         stop: strings that end the text.
-        echo: text that comes first, with the first tokens.
+        echo: text that precedes the output, returned with the first tokens.
         skip_special_tokens: leave the names of special tokens out of the text.
     """
 

@@ -1,4 +1,4 @@
-"""Check of a tool's JSON schema against draft 2020-12: what its metaschema asks of each keyword.
+"""Check of a tool's JSON schema against draft 2020-12: the metaschema's conditions on each keyword.
 
 One pass over the schema. The reference validator for Python takes a second for 90 kB of schema, and
 raises on patterns that `re` cannot compile, so it serves as the tests' oracle only.
@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable, Mapping
 
 MAX_DEPTH = 64
-"""Objects and arrays inside each other."""
+"""Maximum nesting depth of objects and arrays."""
 MAX_PATTERN_CHARS = 65_536
-"""Characters of all regular expressions in a request's tools; compiling takes 4 to 20 µs each."""
+"""Maximum number of characters of all regular expressions in a request's tools; compiling takes 4
+to 20 µs each."""
 
 _PURGE_FROM_CHARS = 256
 _MAX_SHOWN_CHARS = 200
@@ -112,7 +113,7 @@ _NAMED_SCHEMAS = frozenset(
 
 
 class SchemaCheck:
-    """The check of the schemas of one request, which share a bound on their regular expressions."""
+    """The check of one request's schemas, which share a bound on their regular expressions."""
 
     def __init__(self) -> None:
         self._pattern_chars_left = MAX_PATTERN_CHARS
@@ -218,7 +219,7 @@ def _set_in_python(members: str) -> str:
 
 
 def _shown(path: _Path) -> str:
-    """`properties.a.oneOf[2]`: its end, where it is long."""
+    """Return a schema's path such as `properties.a.oneOf[2]`; only its end where it is long."""
     parts: list[str] = []
     length = 0
     while path is not None and length <= _MAX_SHOWN_CHARS:

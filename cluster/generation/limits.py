@@ -38,8 +38,8 @@ _TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 def check_num_messages(count: int, limit: int) -> None:
-    """Refuse a chat before its messages are looked at one by one. The code is that of a prompt that
-    is too long, which clients shorten.
+    """Refuse a chat before its messages are looked at one by one. The error's code is that of a
+    prompt that is too long, on which clients shorten the chat.
 
     Args:
         count: messages, with the parts and calls in them.
@@ -82,7 +82,7 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
 
 
 def check_date(date: str | None) -> None:
-    """Refuse a conversation's date that is none.
+    """Refuse a conversation's date that is not a date.
 
     Raises:
         InvalidRequest: with `param`.
@@ -212,11 +212,11 @@ def num_output_tokens(
     prompt_param: str,
     default: int | None,
 ) -> int:
-    """Return how many tokens may be generated: as many as asked for, which must fit into the
-    context after the prompt.
+    """Return the number of tokens that may be generated: the number requested, which must fit into
+    the context after the prompt.
 
     Args:
-        default: where the client does not say; None: what the context leaves.
+        default: used if the client gives none; None: what the context leaves.
     Raises:
         ContextLengthExceeded: prompt and `max_tokens` together exceed the context.
         InvalidRequest: `min_tokens` is more than that.

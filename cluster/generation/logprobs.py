@@ -1,4 +1,4 @@
-"""Tokens as the APIs report them: their texts beside the engine's numbers."""
+"""Tokens as the APIs report them: their texts with the engine's log probabilities."""
 
 from cluster.events import TokenCandidate, TokenLogprob
 from cluster.harmony.encoding import HarmonyEncoding
@@ -8,7 +8,7 @@ from workers.request import TokenLogprobs
 def token_logprob(
     encoding: HarmonyEncoding, token_id: int, logprobs: TokenLogprobs, text_offset: int
 ) -> TokenLogprob:
-    """The engine's numbers with the tokens' texts."""
+    """Return the engine's log probabilities of a token, with the texts of all tokens in them."""
     top = tuple(_candidate(encoding, other, logprob) for other, logprob in logprobs.top)
     return TokenLogprob(_candidate(encoding, token_id, logprobs.logprob), text_offset, top)
 
@@ -18,8 +18,8 @@ def _candidate(encoding: HarmonyEncoding, token_id: int, logprob: float) -> Toke
 
 
 def token_text(encoding: HarmonyEncoding, token_id: int) -> str:
-    """Return how a single token is shown: its text, the name of a special token, or `bytes:` and
-    hex escapes for part of a character."""
+    """Return the displayed form of a single token: its text, the name of a special token, or
+    `bytes:` and hex escapes for part of a character."""
     token_bytes = encoding.token_bytes(token_id)
     if not token_bytes:
         return encoding.decode([token_id], skip_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Prompts as token ids, and token ids as text."""
+"""Conversion of prompts to token ids, and of token ids to text."""
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
@@ -31,14 +31,14 @@ def utc_today() -> datetime.date:
 
 
 class Prompts:
-    """Makes prompts of what clients sent; large ones in threads. Belongs to one event loop; the
-    owner calls `close`.
+    """The maker of prompts from client requests; large ones are made in threads. Belongs to one
+    event loop; the owner calls `close`.
 
     Args:
         today: the current day in UTC, for `conversation_date: auto`.
 
     Attributes:
-        defaults: for chats that do not say it themselves; may be changed while requests run.
+        defaults: values of chats that do not set them; may be changed while requests run.
     """
 
     def __init__(
@@ -55,7 +55,8 @@ class Prompts:
         self._threads = TextThreads()
 
     async def chat(self, request: ChatRequest) -> list[int]:
-        """Return the prompt of a chat, up to and including the words that the model goes on from.
+        """Return the prompt of a chat, up to and including the words after which the model
+        continues.
 
         Raises:
             InvalidRequest: the messages or tools are wrong.
@@ -69,10 +70,10 @@ class Prompts:
         """Return the token ids of a prompt that is continued as it is.
 
         Args:
-            param: how the client spells the prompt's field.
+            param: name of the prompt's field in the client's API.
         Raises:
-            InvalidRequest: it is empty, or has an id that the model does not have.
-            ContextLengthExceeded: it fills the context.
+            InvalidRequest: the prompt is empty, or has an id that the model does not have.
+            ContextLengthExceeded: the prompt fills the context.
         """
         model = self._served.info
         if isinstance(prompt, str):
@@ -89,7 +90,7 @@ class Prompts:
         """Return the token ids of a text in which the names of special tokens mean these tokens.
 
         Args:
-            param: how the client spells the text's field.
+            param: name of the text's field in the client's API.
             limit: see HarmonyEncoding.encode.
         Raises:
             ContextLengthExceeded: the text cannot fit into the context, whatever its tokens are.
@@ -109,7 +110,7 @@ class Prompts:
         )
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Return how each token is shown by itself."""
+        """Return the displayed form of each token by itself."""
         return [token_text(self.encoding, token_id) for token_id in token_ids]
 
     def close(self) -> None:
@@ -137,7 +138,7 @@ class Prompts:
 
 
 def _num_chars(request: ChatRequest) -> int:
-    """A measure of the work that rendering is."""
+    """Return a measure of the work of rendering, in characters."""
     count = _CHARS_PER_ENTRY * (len(request.messages) + len(request.tools))
     count += sum(len(message.content) for message in request.messages)
     return count + sum(len(tool.description) + _json_chars(tool.parameters) for tool in request.tools)

@@ -11,7 +11,7 @@ from workers.request import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class FieldNames:
-    """A client's spelling of the fields that have several names."""
+    """The client API's names for the fields that have several."""
 
     max_tokens: str = "max_tokens"
     logprobs: str = "logprobs"
@@ -25,10 +25,10 @@ class ChatRequest:
         sampling: `max_tokens` None: up to the end of the context; `seed` may be any integer of 64
             bits, signed or not.
         stop: strings that end the text for the user; reasoning and tool calls are not searched.
-        tools: none if the client forbids calls.
-        parallel_tool_calls: if False a choice ends with its first call.
-        reasoning_effort, model_identity, current_date: None: the deployment's.
-        model: None: the one that is served.
+        tools: empty if the client forbids calls.
+        parallel_tool_calls: if False a choice ends after its first call.
+        reasoning_effort, model_identity, current_date: None: the deployment's value.
+        model: None: the served model.
     """
 
     messages: tuple[Message, ...]
@@ -50,9 +50,10 @@ class CompletionRequest:
     Attributes:
         prompts: each a text, in which the names of special tokens mean these tokens, or token ids.
             Choice `i * n + j` is the j-th of prompt i.
-        sampling: as in ChatRequest; `max_tokens` None: 16 or what the context leaves, as OpenAI.
+        sampling: as in ChatRequest; `max_tokens` None: 16 or what the context leaves, as in
+            OpenAI's API.
         stop: strings that end the text.
-        echo: the text begins with the prompt.
+        echo: whether the text begins with the prompt.
         skip_special_tokens: leave the names of special tokens out of the text.
     """
 
@@ -65,5 +66,5 @@ class CompletionRequest:
     names: FieldNames = field(default_factory=FieldNames)
 
     def place(self, index: int) -> str:
-        """Return how the client spells one of the prompts."""
+        """Return the client API's name for one of the prompts."""
         return f"prompt[{index}]" if len(self.prompts) > 1 else "prompt"

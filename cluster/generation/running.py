@@ -1,4 +1,4 @@
-"""A generation under way: its choices run at once, their events come out as one stream."""
+"""A running generation: its choices run at once, their events come out as one stream."""
 
 import asyncio
 import time
@@ -16,19 +16,19 @@ from workers.errors import CantataError
 from workers.request import EngineOutput
 
 _QUEUE_SIZE = 64
-"""Events made but not read. When it is full a choice stops reading from its engine, which then
-sends several tokens a message."""
+"""Maximum number of unread events. When the queue is full a choice stops reading from its engine,
+which then sends several tokens a message."""
 
 
 class Generation:
     """The answer to one request: an async iterator of ChoiceDelta and ChoiceFinish (exactly one per
     choice) and, last, one Usage.
 
-    It begins when it is made and must be closed by whoever got it; `aclose` cancels what still runs
-    in engines. An error ends it: it is raised once, by the read that meets it.
+    It begins when it is made and its receiver must close it; `aclose` cancels the engines' calls
+    that still run. An error ends it: it is raised once, by the read that meets it.
 
     Attributes:
-        id: of the request, as clients see it.
+        id: the request's, as clients see it.
         model: the name of the model that answers.
         prompts: token ids of each prompt.
     """
@@ -78,11 +78,11 @@ class Generation:
         return await self._next()
 
     async def aclose(self) -> None:
-        """Stop everything that still runs; returns when the engines' calls are cancelled. Harmless
-        when called again."""
+        """Stop all running work; returns when the engines' calls are cancelled. Harmless when
+        called again."""
         if self._closing is None:
             self._closing = asyncio.create_task(self._close())
-        # Shielded: a second cancellation of the caller does not leave calls open behind it.
+        # Shielded: a second cancellation of the caller does not leave calls open.
         await asyncio.shield(self._closing)
 
     async def _next(self) -> GenerationEvent:
@@ -111,7 +111,7 @@ class Generation:
         return self.usage()
 
     def usage(self) -> Usage:
-        """Tokens so far."""
+        """Return the token counts so far."""
         cached = {job.prompt_index: job.choice.num_cached_tokens for job in reversed(self._jobs)}
         return Usage(
             prompt_tokens=sum(map(len, self.prompts)),
@@ -137,8 +137,8 @@ class Generation:
             await self._events.put(error)
 
     def _push(self, job: Job, output: EngineOutput) -> list[ChoiceEvent]:
-        """Have the choice read an output, and count it: a rate over long answers must not jump when
-        they end."""
+        """Have the choice read an output, and count it now: a rate over long answers must not jump
+        at their end."""
         choice, metrics = job.choice, self._metrics
         num_tokens, num_reasoning = choice.num_tokens, choice.num_reasoning_tokens
         events = choice.push(output)

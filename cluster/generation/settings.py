@@ -9,12 +9,12 @@ from workers.rpc.convert import EngineInfo
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The one model that is served.
+    """The served model.
 
     Attributes:
         id: the name clients use.
-        max_model_len: prompt and output tokens at most.
-        fingerprint: of the checkpoint; `system_fingerprint` in answers.
+        max_model_len: maximum number of prompt and output tokens together.
+        fingerprint: the checkpoint's; `system_fingerprint` in answers.
         created_unix_s: `created` in the list of models.
     """
 
@@ -26,7 +26,7 @@ class ModelInfo:
 
     @classmethod
     def from_engine(cls, info: EngineInfo, id: str | None = None, created_unix_s: int = 0) -> "ModelInfo":
-        """Return what an engine reports to serve, under the name `id` or the checkpoint's own."""
+        """Return the model that an engine reports, under the name `id` or the checkpoint's own."""
         return cls(
             id or info.model_name, info.max_model_len, info.vocab_size, info.model_fingerprint, created_unix_s
         )
@@ -46,7 +46,7 @@ class ServedModel:
         """Refuse another model's name.
 
         Raises:
-            ModelNotFound: and says which one is served.
+            ModelNotFound: names the served model.
         """
         if name is not None and name != self.info.id:
             raise ModelNotFound(f"The model {name[:100]!r} does not exist; this server has {self.info.id!r}.")
@@ -54,7 +54,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class ChatDefaults:
-    """Defaults for chats that do not set these values themselves.
+    """Defaults for chats that do not set these values.
 
     Attributes:
         conversation_date: `auto` for the current day in UTC, `none`, or YYYY-MM-DD.

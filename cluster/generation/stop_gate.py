@@ -1,4 +1,4 @@
-"""Stop strings over the text of a turn's messages."""
+"""Search for stop strings in the text of a turn's messages."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from cluster.harmony.stop import StopStrings
 
 
 class StopGate:
-    """Holds back the events of text messages as long as their text may become a stop string. It is
-    looked for in all of the text, blank lines between messages included.
+    """A gate that holds back the events of text messages as long as their text may become a stop
+    string. All of the text is searched, blank lines between messages included.
 
     Attributes:
         matched: the stop string that was found.
@@ -27,7 +27,7 @@ class StopGate:
         self._shown: list[str] = []
 
     def push(self, event: MessageEvent) -> list[MessageEvent]:
-        """Return the events that may be shown now; with a stop string, all text before it."""
+        """Return the events that may be shown now; at a stop string, all text before it."""
         if isinstance(event, MessageEnd):
             return self.follow(event)
         blank_line = self._blank_lines.before(event)
@@ -44,13 +44,13 @@ class StopGate:
         return released if self.matched is None else released + self._cut_off()
 
     def follow(self, event: MessageEvent) -> list[MessageEvent]:
-        """Return the events that may be shown now that an event without text follows the held
-        ones."""
+        """Return the events that may be shown now, given that an event without text follows the
+        held ones."""
         self._held.append((event, 0))
         return self._release(0)
 
     def flush(self) -> list[MessageEvent]:
-        """Return the held events, before something other than text is shown."""
+        """Return the held events, before an event other than text is shown."""
         return self._release(len(self._strings.flush()))
 
     def _release(self, num_chars: int) -> list[MessageEvent]:
@@ -80,7 +80,7 @@ class StopGate:
                 self._open = None
 
     def _cut_off(self) -> list[MessageEvent]:
-        """Drop what is held, and end the message that a stop string cut off."""
+        """Drop the held events, and end the message that a stop string cut off."""
         self._held.clear()
         if self._open is None:
             return []

@@ -14,12 +14,13 @@ from workers.errors import Overloaded
 T = TypeVar("T")
 
 INLINE_CHARS = 8192
-"""Up to this length the event loop does the work itself, in a millisecond or two."""
+"""Longest text, in characters, that the event loop handles itself, which takes a millisecond or
+two."""
 LARGE_CHARS = 1 << 18
-"""Above this length, which takes a second or more, texts share one thread and wait for each
-other."""
+"""Length, in characters, above which texts share one thread and wait for each other; such a text
+takes a second or more."""
 MAX_WAITING_CHARS = 1 << 28
-"""Characters of all texts that threads work on or have queued."""
+"""Maximum number of characters of all texts that threads work on or have queued."""
 _NUM_MEDIUM_THREADS = 2
 
 

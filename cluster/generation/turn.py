@@ -1,5 +1,5 @@
-"""A request being generated: its prompts, and for each choice the engine's request and the reader
-of its answer."""
+"""The work of one request: its prompts, and for each choice the engine's request and the reader of
+its answer."""
 
 import secrets
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from workers.request import EngineRequest, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 GREEDY_BELOW = 1e-5
-"""Temperatures under this are greedy (vLLM's `_SAMPLING_EPS`): dividing logits by them
-overflows."""
+"""Temperature below which sampling is greedy (vLLM's `_SAMPLING_EPS`): dividing logits by it would
+overflow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One choice: what the engine is asked and who reads its answer.
+    """One choice: its request to the engine and the reader of its answer.
 
     Attributes:
-        hint: for the choice of its replica; one object for all jobs of a prompt.
-        prompt_index: which of the turn's prompts it continues.
+        hint: the router's input; one object for all jobs of a prompt.
+        prompt_index: index of its prompt among the turn's prompts.
     """
 
     request: EngineRequest
@@ -36,13 +36,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One request's work.
+    """The work of one request.
 
     Attributes:
-        id: of the request, as clients see it.
+        id: the request's, as clients see it.
         model: the name of the model that answers.
         prompts: token ids of each prompt.
-        arrived, deadline: monotonic seconds; deadline None: there is none.
+        arrived, deadline: monotonic seconds; deadline None: no deadline.
     """
 
     id: str
@@ -136,19 +136,19 @@ def _echo(
 
 
 def _complete(sampling: SamplingParams, max_tokens: int, encoding: HarmonyEncoding) -> SamplingParams:
-    """Fill in what the client left open, so that engines need no defaults."""
+    """Fill in the parameters that the client left open, so that engines need no defaults."""
     return replace(
         sampling,
         max_tokens=max_tokens,
         temperature=0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature,
         seed=secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64,
-        # With ignore_eos the engine heeds no stop token at all.
+        # With ignore_eos the engine ignores all stop tokens.
         stop_token_ids=tuple(dict.fromkeys((*encoding.stop_token_ids, *sampling.stop_token_ids))),
     )
 
 
 def _engine_request(id: str, prompt: tuple[int, ...], sampling: SamplingParams, offset: int) -> EngineRequest:
-    """Return one of the n sequences of a prompt; its seed is the request's plus its place among
-    them."""
+    """Return the engine's request for one of the n sequences of a prompt; its seed is the request's
+    plus its index among them."""
     assert sampling.seed is not None
     return EngineRequest(id, prompt, replace(sampling, n=1, seed=(sampling.seed + offset) % 2**64))
