@@ -21,7 +21,7 @@ from cluster.metrics import CONTENT_TYPE
 from workers.errors import InvalidRequest, NoReplica
 
 _SHOWN_PATH = 100
-"""Characters of a client's path that an answer repeats."""
+"""Maximum number of characters of a client's path that an answer repeats."""
 
 
 def build_app(
@@ -32,11 +32,11 @@ def build_app(
     cors_origins: Sequence[str] = (),
     server_has_ids: bool = False,
 ) -> FastAPI:
-    """An ASGI app. It does not own the service: whoever made that closes it.
+    """Build the ASGI app. It does not own the service: the service's creator closes it.
 
     Args:
-        config: its keys, which health, readiness, metrics, version and docs do not ask for, and its
-            limits; None: the defaults.
+        config: its API keys, which health, readiness, metrics, version and docs do not require, and
+            its limits; None: the defaults.
         cors_origins: web origins whose pages may call the API; none by default.
         server_has_ids: the server gives each request its id in the header `x-request-id`, and puts
             it into the answer, as Ray Serve does.
@@ -261,7 +261,7 @@ def _json(value: object) -> Response:
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
-    """Routing's own refusals, raised again as ours for the edge to answer."""
+    """Raise routing's own refusals again as ours, for the edge to answer."""
     if isinstance(error, HTTPException) and error.status_code == 405:
         allow = (error.headers or {}).get("Allow", "")
         raise errors.WrongMethod(

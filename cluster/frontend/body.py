@@ -38,14 +38,15 @@ _JSON_KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """Limits of every request's body.
+    """Limits on every request's body.
 
     Attributes:
-        max_bytes: more is refused with 413.
-        timeout_s: for the body to arrive, and a second more for each MIN_BYTES_PER_S of it; then
-            408.
-        max_messages: of a chat, with the parts and calls in them.
-        max_values: objects, arrays and their entries, as `check_num_values` counts them.
+        max_bytes: longest body; a longer one is refused with 413.
+        timeout_s: seconds for the body to arrive, and one second more for each MIN_BYTES_PER_S of
+            it; then 408.
+        max_messages: maximum number of a chat's messages, with the parts and calls in them.
+        max_values: maximum number of objects, arrays and their entries, as `check_num_values`
+            counts them.
     """
 
     max_bytes: int
@@ -57,14 +58,14 @@ class BodyLimits:
 async def read(
     request: Request, kind: type[Model], limits: BodyLimits, max_items: int, convert: Callable[[Model], Asked]
 ) -> tuple[Model, Asked]:
-    """The body as `kind` and as what `convert` makes of it. Large ones are decoded, checked and
-    converted in a thread, so that other requests go on.
+    """Return the body as `kind` and the result of `convert` on it. Large ones are decoded, checked
+    and converted in a thread, so that other requests go on.
 
     Args:
-        max_items: entries of an array at most; the context's tokens, since an entry of a message or
-            prompt list takes at least one.
+        max_items: maximum number of entries of an array: the context's tokens, since an entry of a
+            message or prompt list takes at least one.
     Raises:
-        InvalidRequest: no JSON, not an object, an unknown field, a wrong type or value; `param` is
+        InvalidRequest: not JSON, not an object, an unknown field, a wrong type or value; `param` is
             a path such as `messages[0].content`.
         ContextLengthExceeded: more values, messages or entries than the limits allow.
         BodyTooLarge: longer than `limits.max_bytes`; the rest is not read.
@@ -107,13 +108,13 @@ def _parse(data: bytes, kind: type[Model], max_items: int, max_messages: int) ->
 
 def check_num_values(data: bytes, limit: int) -> None:
     """Refuse JSON that would take long to parse. The parser keeps the GIL, in a thread as well, and
-    its time goes with the number of values more than with the number of bytes. The code is that of
-    a prompt that is too long, which clients shorten.
+    its time depends on the number of values more than on the number of bytes. The error's code is
+    that of a prompt that is too long, on which clients shorten the chat.
 
     Args:
-        limit: of `{`, `[` and `,`, those in texts included.
+        limit: maximum number of `{`, `[` and `,`, those in texts included.
     Raises:
-        ContextLengthExceeded: more.
+        ContextLengthExceeded: there are more.
     """
     if len(data) <= limit:
         return
@@ -164,10 +165,10 @@ async def _bytes(request: Request, limits: BodyLimits) -> bytes:
 
 
 def decode(data: bytes) -> object:
-    """JSON as RFC 8259 has it: UTF-8, no NaN or Infinity, nesting within bounds.
+    """Decode JSON as RFC 8259 defines it: UTF-8, no NaN or Infinity, nesting within bounds.
 
     Raises:
-        InvalidRequest: says where; a number that is not finite is named by its field.
+        InvalidRequest: names the position; a number that is not finite is named by its field.
     """
     try:
         return orjson.loads(data)
@@ -179,7 +180,7 @@ def decode(data: bytes) -> object:
 
 
 def _not_finite(data: bytes) -> str | None:
-    """The path of the first NaN or infinity, if the body is valid JSON apart from them."""
+    """Return the path of the first NaN or infinity, if the body is otherwise valid JSON."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -197,7 +198,7 @@ def _not_finite(data: bytes) -> str | None:
 
 
 def check(value: object, kind: type[Model]) -> Model:
-    """`value` as `kind`.
+    """Validate `value` and return it as `kind`.
 
     Raises:
         InvalidRequest: see `read`.

@@ -78,7 +78,7 @@ def chat_request(body: ChatCompletionRequest) -> ChatRequest:
 
 
 def chat_messages(messages: Sequence[MessageBody]) -> tuple[Message, ...]:
-    """Messages with their parts joined and the three spellings of reasoning read.
+    """Return messages with their parts joined and the three spellings of reasoning read.
 
     Raises:
         InvalidRequest: with `param`.
@@ -118,7 +118,7 @@ def _chat_message(message: MessageBody, path: str) -> ChatMessage:
 
 
 def tool_definitions(tools: Sequence[Tool]) -> tuple[ToolDefinition, ...]:
-    """Tools as the prompt needs them."""
+    """Return tools in the form that the prompt needs."""
     return tuple(
         ToolDefinition(tool.function.name, tool.function.description or "", tool.function.parameters)
         for tool in tools
@@ -126,7 +126,7 @@ def tool_definitions(tools: Sequence[Tool]) -> tuple[ToolDefinition, ...]:
 
 
 def reasoning_effort(text: str | None, param: str) -> ReasoningEffort | None:
-    """`minimal` is gpt-oss's lowest effort, low.
+    """Return the effort; `minimal` is gpt-oss's lowest effort, low.
 
     Raises:
         InvalidRequest: another word.
@@ -166,7 +166,7 @@ def _refuse_what_is_not_offered(body: ChatCompletionRequest) -> None:
 
 
 async def answer(generation: Generation, body: ChatCompletionRequest, fingerprint: str) -> ChatCompletion:
-    """The whole answer, when the generation is over."""
+    """Return the whole answer, when the generation is over."""
     whole = await whole_answer(generation, body.n or 1)
     result: ChatCompletion = {
         "id": generation.id,
@@ -212,8 +212,8 @@ def _choice_body(index: int, choice: AnswerChoice, asked: ChatCompletionRequest)
 async def chunks(
     generation: Generation, body: ChatCompletionRequest, fingerprint: str
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events: the role of each choice, its deltas, its finish reason; usage last, where
-    asked for."""
+    """Yield server-sent events: the role of each choice, its deltas, its finish reason; usage last,
+    if requested."""
     options = body.stream_options
     include_usage = bool(options and options.include_usage)
     continuous = include_usage and bool(options and options.continuous_usage_stats)
@@ -321,7 +321,7 @@ def _top_logprob(candidate: TokenCandidate) -> TopLogprob:
 
 
 def usage_body(usage: Usage) -> UsageBody:
-    """Token counts as OpenAI names them."""
+    """Return token counts under OpenAI's names."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

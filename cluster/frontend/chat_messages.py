@@ -1,5 +1,5 @@
-"""Messages as chat APIs have them, with content, reasoning and calls in one, as harmony messages.
-The way back is `cluster.frontend.fold`.
+"""Conversion of chat APIs' messages, with content, reasoning and calls in one, to harmony messages.
+`cluster.frontend.fold` converts the other way.
 
 Results of parallel calls stand in the order of the calls. Errors name places as OpenAI's clients
 spell them, such as `messages[3].tool_call_id`.
@@ -28,7 +28,7 @@ class ToolCall:
 
     Attributes:
         id: the client's handle; a tool message names it in `tool_call_id`.
-        name: of the function, without the `functions.` namespace.
+        name: the function's, without the `functions.` namespace.
         arguments: JSON text as the model wrote it; rendered unchanged, may be empty.
     """
 
@@ -46,10 +46,10 @@ class ChatMessage:
             developer message.
         content: the text; multi-part text content arrives here joined. Text of special tokens in it
             stays text.
-        reasoning: assistant only: what it thought before this message.
+        reasoning: assistant only: its reasoning before this message.
         tool_calls: assistant only: the calls it made after `content`.
-        tool_call_id: tool only, and required there: which call this answers.
-        name: user only: who speaks; ignored on other roles.
+        tool_call_id: tool only, and required there: id of the call that this answers.
+        name: user only: the speaker; ignored on other roles.
     """
 
     role: ChatRole
@@ -62,14 +62,15 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call of the history; `number` counts all of them."""
+    """A call of the history; `number` is its index among all of them."""
 
     number: int
     name: str
 
 
 def harmony_messages(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
-    """The messages that the model sees: an assistant's reasoning, text and calls are one each.
+    """Return the messages that the model sees: an assistant's reasoning, text and calls are one
+    each.
 
     Raises:
         InvalidRequest: a name that cannot be used; a tool result without its call, or a second one.
@@ -124,7 +125,7 @@ def _user_name(message: ChatMessage, index: int) -> str | None:
 
 
 def _match_results(messages: Sequence[ChatMessage]) -> dict[int, _Call]:
-    """The call that each tool message answers, by the message's index.
+    """Return the call that each tool message answers, by the message's index.
 
     An id may be used again once its call was answered, as clients that count calls per turn do.
     """
@@ -179,8 +180,8 @@ def _take_call(call_id: str | None, open_calls: dict[str, _Call], answered: set[
 
 
 def _in_call_order(messages: Sequence[ChatMessage], called: dict[int, _Call]) -> Iterator[int]:
-    """Message indices in the order of rendering: neighbouring tool results in the order of their
-    calls.
+    """Return message indices in the order of rendering: neighbouring tool results in the order of
+    their calls.
 
     Harmony has no call ids, so with two calls of one function the order alone tells the model which
     result is whose.

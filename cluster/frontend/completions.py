@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: raw prompts, texts or token ids, continued as they are."""
+"""`POST /v1/completions`: raw prompts, texts or token ids, and their continuations."""
 
 from collections.abc import AsyncGenerator, Sequence
 
@@ -49,7 +49,7 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[str
 
 
 async def answer(generation: Generation, body: schema.CompletionRequest, fingerprint: str) -> TextCompletion:
-    """The whole answer, when the generation is over."""
+    """Return the whole answer, when the generation is over."""
     n = body.n or 1
     whole = await whole_answer(generation, n * len(generation.prompts))
     choices = [
@@ -95,8 +95,8 @@ def _choice_body(
 async def chunks(
     generation: Generation, body: schema.CompletionRequest, fingerprint: str
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events: text as it comes, each choice's finish reason; usage last, where asked
-    for."""
+    """Yield server-sent events: text as it comes, each choice's finish reason; usage last, if
+    requested."""
     options = body.stream_options
     include_usage = bool(options and options.include_usage)
     continuous = include_usage and bool(options and options.continuous_usage_stats)

@@ -1,5 +1,5 @@
 """The page that shows the HTTP API, `/docs`: Swagger UI, served from this process, so that it works
-where browsers cannot reach the internet."""
+for browsers that cannot reach the internet."""
 
 from importlib.resources import files
 
@@ -12,7 +12,7 @@ PAGE = "/docs"
 DOCUMENT = "/openapi.json"
 _FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
 DOCS_PATHS = frozenset({PAGE, DOCUMENT, *(f"{PAGE}/{name}" for name in _FILES)})
-"""All that a browser needs to show the page."""
+"""Paths of everything that a browser needs to show the page."""
 
 
 def add_docs(app: FastAPI) -> None:

@@ -19,22 +19,21 @@ from workers.errors import Cancelled, CantataError
 _log = logging.getLogger(__name__)
 
 ABORT = "cantata.abort"
-"""Extension of the ASGI scope, where the server is ours: `abort` ends the connection with what is
-still to be sent."""
+"""Extension of the ASGI scope that our own server provides: `abort` ends the connection and drops
+unsent output."""
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"}) | DOCS_PATHS
-"""Served without an API key: they tell nothing about requests."""
+"""Paths served without an API key; their answers contain no data of requests."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-"""Pattern of a request id from a header, possibly the client's own, that is fit for logs and
-ids."""
+"""Pattern of a request id from a header, possibly the client's own, that may enter logs and ids."""
 
 
 class Edge:
-    """Gives each request an id (`scope["state"]["request_id"]`, header `x-request-id`), lets it in,
-    and answers what it raises.
+    """The layer that gives each request an id (`scope["state"]["request_id"]`, header
+    `x-request-id`), admits it, and turns its errors into answers.
 
     Args:
         api_keys: if there are any, a request needs one of them as `Authorization: Bearer …`.
-        send_timeout_s: a client that takes nothing for this long has left.
+        send_timeout_s: seconds without progress in sending after which the client counts as gone.
         server_has_ids: take the id from the request's header, and leave the answer's to the server.
     """
 
@@ -53,7 +52,7 @@ class Edge:
         self._server_has_ids = server_has_ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request; an error of the app never goes further up."""
+        """Handle one request; an error of the app is not passed up."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -104,7 +103,7 @@ def is_known_key(key: str, api_keys: Sequence[str]) -> bool:
 
 
 class _Answer:
-    """The way to the client: adds the request id, remembers the status."""
+    """The path to the client: adds the request id, remembers the status."""
 
     def __init__(
         self,
@@ -122,7 +121,7 @@ class _Answer:
         self._abort = abort
 
     async def send(self, message: Message) -> None:
-        """Raises Cancelled if the client takes nothing for too long."""
+        """Send a message. Raises Cancelled if the client takes nothing for too long."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(raw=message.setdefault("headers", []))

@@ -36,7 +36,7 @@ class UnsupportedMediaType(errors.InvalidRequest):
 
 
 class UnknownRoute(errors.CantataError):
-    """No such path."""
+    """The path does not exist."""
 
     status = "UNIMPLEMENTED"
 
@@ -83,16 +83,16 @@ TABLE: dict[type[errors.CantataError], Row] = {
     UnknownRoute: Row(404, "invalid_request_error", "unknown_route"),
     WrongMethod: Row(405, "invalid_request_error", "method_not_allowed"),
 }
-"""Every class has a row; a test looks for those without."""
+"""HTTP form by error class. Every class has a row; a test looks for those without."""
 
 
 def row_of(error: errors.CantataError) -> Row:
-    """The row of the error's class."""
+    """Return the row of the error's class."""
     return TABLE[type(error)]
 
 
 def body(error: errors.CantataError) -> bytes:
-    """OpenAI's error object as JSON."""
+    """Return OpenAI's error object as JSON."""
     row = row_of(error)
     return orjson.dumps(
         {"error": {"message": error.message, "type": row.type, "param": error.param, "code": row.code}}
@@ -113,8 +113,8 @@ def headers(error: errors.CantataError) -> dict[str, str]:
 
 
 def as_cantata_error(error: Exception, request_id: str) -> errors.CantataError:
-    """The error a client may see. Anything that is not ours is logged and becomes a generic one
-    with the request id."""
+    """Return the error that a client may see. An exception of another kind is logged and becomes a
+    generic error with the request id."""
     if isinstance(error, errors.CantataError) and type(error) is not errors.CantataError:
         return error
     if isinstance(error, MemoryError):

@@ -1,5 +1,5 @@
-"""Events as an answer with one field for each kind of content: what chat, completions and gRPC
-show, whole or in deltas."""
+"""Conversion of events to an answer with one field for each kind of content, as chat, completions
+and gRPC show it, whole or in deltas."""
 
 import uuid
 from collections.abc import Collection
@@ -37,7 +37,7 @@ class ToolCallDelta:
 
     Attributes:
         call_index: position among the choice's calls, from 0.
-        name: with the first piece of a call only; without the `functions.` namespace.
+        name: given with the first piece of a call only; without the `functions.` namespace.
         arguments: the next piece of the arguments' JSON text; may be empty.
         id: drawn for the client; with the first piece only.
     """
@@ -81,15 +81,15 @@ class _ChoiceState:
 
 
 class Fold:
-    """Makes deltas of the events of one generation. The headers of messages decide what is shown
-    where: the recipient, not the channel, makes a message a tool call. In one field a blank line
-    stands between two messages."""
+    """The converter of one generation's events to deltas. The headers of messages decide where they
+    are shown: the recipient, not the channel, makes a message a tool call. In one field a blank
+    line stands between two messages."""
 
     def __init__(self) -> None:
         self._choices: dict[int, _ChoiceState] = {}
 
     def add(self, event: ChoiceDelta | ChoiceFinish) -> AnswerDelta | None:
-        """The delta that the event gives; None if it shows nothing."""
+        """Return the delta that the event gives; None if it shows nothing."""
         state = self._choices.get(event.choice)
         if state is None:
             state = self._choices[event.choice] = _ChoiceState()
@@ -143,7 +143,7 @@ class AnswerChoice:
 
     Attributes:
         content, reasoning: None where the model wrote none.
-        logprobs: of the content's tokens; of a completion of all.
+        logprobs: those of the content's tokens; in a completion, of all tokens.
         token_ids: all tokens, markup included.
     """
 
@@ -164,7 +164,7 @@ class Answer:
 
 
 async def whole_answer(generation: Generation, num_choices: int) -> Answer:
-    """Everything that a generation gives, when it is over."""
+    """Return the content of a generation, when it is over."""
     fold = Fold()
     builders = [_AnswerBuilder() for _ in range(num_choices)]
     usage: Usage | None = None
@@ -178,7 +178,7 @@ async def whole_answer(generation: Generation, num_choices: int) -> Answer:
 
 
 class _AnswerBuilder:
-    """Joins the deltas of a choice once they are all there."""
+    """The builder that joins the deltas of one choice when all of them are there."""
 
     def __init__(self) -> None:
         self._text: list[str] = []

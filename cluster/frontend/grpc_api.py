@@ -48,7 +48,7 @@ class InferenceApi:
         self._max_messages = max_messages
 
     async def chat(self, request: pb.ChatRequest, request_id: str | None = None) -> pb.ChatResponse:
-        """A whole answer."""
+        """Return a whole answer."""
         generation = await self._service.chat(await self._asked(request), request_id)
         try:
             return await chat_response(generation, request)
@@ -58,8 +58,8 @@ class InferenceApi:
     async def chat_stream(
         self, request: pb.ChatRequest, request_id: str | None = None
     ) -> AsyncGenerator[pb.ChatEvent, None]:
-        """Deltas, one Finish per choice, then Usage. Closing the iterator cancels the engines'
-        work."""
+        """Yield deltas, one Finish per choice, then Usage. Closing the iterator cancels the
+        engines' work."""
         generation = await self._service.chat(await self._asked(request), request_id)
         try:
             fold = Fold()
@@ -71,7 +71,7 @@ class InferenceApi:
             await generation.aclose()
 
     async def _asked(self, request: pb.ChatRequest) -> ChatRequest:
-        """Large requests are converted in a thread."""
+        """Convert a request; large ones are converted in a thread."""
         check_num_messages(
             len(request.messages) + sum(len(message.tool_calls) for message in request.messages),
             self._max_messages,
@@ -91,8 +91,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     counts requests.
 
     Args:
-        config: its keys, of which a call needs one in the metadata `authorization: Bearer …` if
-            there are any, and its limits.
+        config: its API keys and limits. If there are keys, a call needs one in the metadata
+            `authorization: Bearer …`.
     """
 
     def __init__(self, service: GenerationService, config: GatewayConfig) -> None:
@@ -125,7 +125,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                             request_id,
                             self._send_timeout_s,
                         )
-                        # A status would wait behind what is not read; a call whose servicer is
+                        # A status would wait for unread output to go; a call whose servicer is
                         # cancelled is reset.
                         raise asyncio.CancelledError from None
 
@@ -186,7 +186,7 @@ class GrpcServer:
     """A running server.
 
     Attributes:
-        address: `host:port` it is bound to.
+        address: `host:port` to which it is bound.
     """
 
     def __init__(self, server: grpc.aio.Server, address: str, health_watch: "asyncio.Task[None]") -> None:
@@ -195,7 +195,7 @@ class GrpcServer:
         self._health_watch = health_watch
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more calls; those that run have `grace_s` seconds to end, then they are
+        """Refuse new calls; running calls have `grace_s` seconds to end, then they are
         cancelled."""
         self._health_watch.cancel()
         await asyncio.gather(self._health_watch, return_exceptions=True)
@@ -208,7 +208,7 @@ async def start_grpc_server(
     """Serve the public API, health and reflection.
 
     Args:
-        ready: whether some replica takes requests.
+        ready: returns whether a replica takes requests.
         address: `host:port`; port 0 takes a free one.
     Raises:
         OSError: the address cannot be bound.
@@ -239,7 +239,8 @@ async def start_grpc_server(
 async def _watch_health(
     ready: Callable[[], Awaitable[bool]], set_status: Callable[[str, int], Awaitable[None]]
 ) -> None:
-    """The server as a whole is up; the Inference service is serving while a replica answers."""
+    """Keep the health statuses current: the server as a whole is up; the Inference service is
+    serving while a replica answers."""
     await set_status("", health_pb2.HealthCheckResponse.SERVING)
     while True:
         status = (

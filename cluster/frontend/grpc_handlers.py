@@ -1,5 +1,5 @@
-"""gRPC handlers whose servicers decode messages themselves, so that they answer for undecodable
-ones.
+"""gRPC handlers whose servicers decode messages themselves, so that they can answer undecodable
+messages.
 
 The generated code leaves decoding to gRPC, which answers UNKNOWN with the name of a Python class
 and writes a traceback, before any key was checked. Serve's proxies import this module: keep it
@@ -23,10 +23,10 @@ _log = logging.getLogger(__name__)
 
 
 def decoded(data: bytes | Kind, kind: type[Kind]) -> Kind:
-    """Return the message; a server without these handlers has decoded it already.
+    """Return the message; a server without these handlers has already decoded it.
 
     Raises:
-        InvalidRequest: the bytes are no such message.
+        InvalidRequest: the bytes are not such a message.
     """
     if not isinstance(data, bytes):
         return data

@@ -1,4 +1,5 @@
-"""The public gRPC API's messages as the service's requests, and its answers as those messages."""
+"""Conversion of the public gRPC API's messages to the service's requests, and of answers to its
+messages."""
 
 import math
 
@@ -92,8 +93,8 @@ def _plain_object(struct: struct_pb2.Struct, path: str) -> dict[str, object]:
 
 
 def _plain(value: struct_pb2.Value, path: str) -> object:
-    """Convert a Struct's value to what JSON would have given: a Struct has only floating-point
-    numbers, and whole ones become integers."""
+    """Convert a Struct's value to the value that JSON would have given: a Struct has only
+    floating-point numbers, and whole ones become integers."""
     match value.WhichOneof("kind"):
         case "number_value":
             if not math.isfinite(value.number_value):
@@ -139,7 +140,7 @@ def _sampling(request: pb.ChatRequest) -> SamplingParams:
 
 
 async def chat_response(generation: Generation, request: pb.ChatRequest) -> pb.ChatResponse:
-    """The whole answer, when the generation is over."""
+    """Return the whole answer, when the generation is over."""
     whole = await whole_answer(generation, request.n if request.HasField("n") else 1)
     response = pb.ChatResponse(
         id=generation.id,
@@ -165,11 +166,11 @@ async def chat_response(generation: Generation, request: pb.ChatRequest) -> pb.C
 
 
 def chat_event(id: str, event: GenerationEvent, fold: Fold) -> pb.ChatEvent | None:
-    """An event of a generation; None if it shows nothing.
+    """Return the message for an event of a generation; None if it shows nothing.
 
     Args:
-        id: of the generation.
-        fold: the one of this stream.
+        id: the generation's.
+        fold: this stream's.
     """
     if isinstance(event, Usage):
         return pb.ChatEvent(id=id, usage=_usage(event))

@@ -1,5 +1,5 @@
 """The number of fields in a serialized message, checked before it is parsed: an empty message takes
-two bytes on the wire and some hundred in memory."""
+two bytes on the wire and hundreds in memory."""
 
 from functools import cache
 
@@ -9,7 +9,8 @@ from cluster.rpc import inference_pb2 as pb
 from workers.errors import ContextLengthExceeded
 
 UNCHECKED_BYTES = 64 * 1024
-"""A message of this size is parsed in a few milliseconds, whatever is in it."""
+"""Largest size, in bytes, of a message that is not checked: it is parsed in a few milliseconds,
+whatever its fields."""
 _COUNTED = {pb.Message.DESCRIPTOR, pb.ToolCall.DESCRIPTOR}
 """Message types counted by `gateway.max_messages`."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -17,7 +18,7 @@ _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
 
 
 def check_size(data: bytes, *, max_messages: int, max_fields: int) -> None:
-    """Check a serialized ChatRequest. What is no valid message is left to the parser.
+    """Check a serialized ChatRequest. A message that is not valid is left to the parser.
 
     Raises:
         ContextLengthExceeded: it has more messages, with the calls in them, or more fields at all
@@ -74,7 +75,7 @@ def _message_fields(kind: Descriptor) -> dict[int, Descriptor]:
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """Return the number there and the position after it.
+    """Return the number at the position and the position after it.
 
     Raises:
         IndexError: the data end within it, or it is longer than 64 bits.

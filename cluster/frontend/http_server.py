@@ -1,4 +1,4 @@
-"""The HTTP server of standalone serving: uvicorn with bounds on what a connection may cost.
+"""The HTTP server of standalone serving: uvicorn with bounds on the cost of a connection.
 
 uvicorn bounds only the time that an idle connection is kept. On Ray, Serve's HAProxy stands in its
 place and has bounds of its own (docs/operations.md).
@@ -25,21 +25,21 @@ from cluster.metrics import GatewayMetrics
 from workers.errors import CantataError, InvalidRequest
 
 _connection_log = logging.getLogger("uvicorn.error.connections")
-# What uvicorn warns of is what a client sent: counted as answers are, not a line for each.
+# uvicorn warns of faulty requests: these are counted like answers, not logged one by one.
 _connection_log.setLevel(logging.ERROR)
 _LINGER_S = 5.0
-"""Time to read an answer that was sent before the request was complete; then the connection
+"""Seconds to read an answer that was sent before the request was complete; then the connection
 closes."""
 _LONGEST_SWEEP_S = 1.0
 _UPGRADE = re.compile(rb"(?<=\r\n)upgrade(?=:)", re.IGNORECASE)
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without signal handlers of its own, with limits.
+    """A uvicorn server without signal handlers of its own, with limits.
 
     Args:
-        metrics: counts the answers that the app did not give.
-        graceful_s: what running requests get to end after `should_exit`; None: no bound.
+        metrics: counter of the answers that the app did not give.
+        graceful_s: seconds that running requests have to end after `should_exit`; None: no bound.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class _Config(uvicorn.Config):
 
 
 class _Protocol(HttpToolsProtocol):
-    """A connection that knows since when it waits for what."""
+    """A connection that knows what it waits for, and since when."""
 
     config: _Config
 
@@ -177,12 +177,12 @@ class _Protocol(HttpToolsProtocol):
             self._headers_since = self.loop.time()  # of a request that was sent before this answer
 
     def send_400_response(self, msg: str) -> None:
-        """See uvicorn; in the form of all errors."""
+        """See uvicorn; the body has the form of all errors."""
         if not self._refused:
             self._refuse(InvalidRequest("The request is not valid HTTP."))
 
     def check(self, now: float) -> None:
-        """Close the connection if it has taken too long at something."""
+        """Close the connection if one of its waits has taken too long."""
         limits = self._limits
         if self.transport.is_closing():
             self._closing_since = now if self._closing_since is None else self._closing_since
@@ -205,7 +205,7 @@ class _Protocol(HttpToolsProtocol):
         )
 
     def _is_answered(self) -> bool:
-        """Return whether the message that is arriving has its answer already."""
+        """Return whether the message that is arriving has already been answered."""
         return self._in_body and self.cycle.response_complete
 
     def _refuse(self, error: CantataError) -> None:
@@ -243,7 +243,7 @@ class _Protocol(HttpToolsProtocol):
 
 
 def _without_upgrade(data: bytes) -> bytes:
-    """Return what begins with headers, or in the middle of them, without the offer of another
+    """Return data that begin with headers, or in the middle of them, without the offer of another
     protocol.
 
     The parser drops the body of a request with one, and it may be declined: Java's client offers

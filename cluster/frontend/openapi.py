@@ -12,16 +12,16 @@ _REF = "#/components/schemas/{model}"
 
 
 class Schemas:
-    """The types that routes read and answer."""
+    """The types that routes read and answer, with their schemas."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, type] = {}
 
     def describe(self, request: type | None, answer: type, *, stream: type | None = None) -> dict[str, Any]:
-        """`openapi_extra` of a route; errors are the same everywhere.
+        """Return a route's `openapi_extra`; errors are the same everywhere.
 
         Args:
-            stream: of the events, where the answer can be streamed.
+            stream: type of the events, if the answer can be streamed.
         """
         content = {"application/json": {"schema": self._ref(answer)}}
         if stream is not None:
@@ -46,7 +46,7 @@ class Schemas:
         return extra
 
     def document(self, app: FastAPI) -> dict[str, Any]:
-        """The whole document, with every schema that `describe` referred to."""
+        """Return the whole document, with every schema to which `describe` referred."""
         found = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )

@@ -1,4 +1,4 @@
-"""The sampling fields of a body as the service takes them."""
+"""Conversion of a body's sampling fields to the service's parameters."""
 
 import re
 from collections.abc import Mapping
@@ -14,10 +14,11 @@ _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def sampling_params(body: SamplingFields, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-    """Fields that are absent or null take their defaults; ranges are the service's check.
+    """Return the service's parameters. Fields that are absent or null take their defaults; ranges
+    are the service's check.
 
     Raises:
-        InvalidRequest: a key of logit_bias is no token id.
+        InvalidRequest: a key of logit_bias is not a token id.
     """
     default = SamplingParams()
     return SamplingParams(
@@ -40,12 +41,12 @@ def sampling_params(body: SamplingFields, max_tokens: int | None, logprobs: int 
 
 
 def stop_strings(body: SamplingFields) -> tuple[str, ...]:
-    """One string or several."""
+    """Return the stop strings of a field that holds one string or several."""
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
 def check_stream_options(body: SamplingFields) -> None:
-    """Refuse options of a stream where there is none.
+    """Refuse stream options in a request that does not stream.
 
     Raises:
         InvalidRequest: with `param`.

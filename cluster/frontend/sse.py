@@ -18,8 +18,8 @@ DONE = b"data: [DONE]\n\n"
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled at once if the client leaves first. The body must
-    have been read.
+    """Return the result of `work`, which is cancelled at once if the client leaves first. The body
+    must have been read.
 
     Raises:
         Cancelled: the client left.
@@ -28,8 +28,8 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def begin(request: Request, start: Coroutine[Any, Any, Generation]) -> Generation:
-    """Run `until_gone` for a generation. One that began after its client had disconnected is
-    closed."""
+    """Run `until_gone` for a generation. A generation that began after its client had disconnected
+    is closed."""
     worker = asyncio.create_task(start)
     try:
         return await until_gone(request, _result(worker))
@@ -64,14 +64,14 @@ async def _race(work: Coroutine[Any, Any, T], gone: Coroutine[Any, Any, None]) -
 
 
 def event(body: object) -> bytes:
-    """One server-sent event."""
+    """Return one server-sent event."""
     return b"data: " + orjson.dumps(body) + b"\n\n"
 
 
 class EventStream(Response):
-    """Sends the chunks of a generation whose first event is there. An error after the status
-    becomes an error event; then the stream ends. The generation is closed in every case; if the
-    client leaves, at once.
+    """An answer that sends the chunks of a generation whose first event is there. An error after
+    the status becomes an error event; then the stream ends. The generation is closed in every case;
+    if the client leaves, at once.
 
     Args:
         chunks: complete server-sent events; made from `generation`.
@@ -87,7 +87,8 @@ class EventStream(Response):
         self._request_id = request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises Cancelled if the client leaves, the generation's error after it has been sent."""
+        """Send the stream. Raises Cancelled if the client leaves, the generation's error after it
+        has been sent."""
         try:
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
@@ -109,9 +110,7 @@ class EventStream(Response):
             raise
         except OSError as error:
             raise Cancelled("The client left.") from error
-        except (
-            Exception
-        ) as error:  # the request's edge: told to the client in the stream, to the log where it is not ours
+        except Exception as error:  # the request's edge: sent in the stream; logged if not ours
             failure = errors.as_cantata_error(error, self._request_id)
             await send(
                 {
