@@ -1,5 +1,5 @@
 """Batches of sequences over a paged KV cache, in which everything that may not be read is NaN or
-out of range, and what comes of them."""
+out of range, and their results."""
 
 from dataclasses import dataclass, replace
 
@@ -34,22 +34,22 @@ class AttentionCase:
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
-        """The tensors, in order."""
+        """The tensors, in order of the arguments."""
         return self.q, self.kv_cache, self.block_table, self.context_lens, self.cu_seqlens_q, self.sinks
 
     def to(self, device: torch.device) -> "AttentionCase":
-        """The same on another device; keys and values stay."""
+        """Return the case on another device; keys and values stay."""
         names = ("q", "kv_cache", "block_table", "context_lens", "cu_seqlens_q", "sinks")
         scales = None if self.kv_scales is None else self.kv_scales.to(device)
         return replace(self, kv_scales=scales, **{name: getattr(self, name).to(device) for name in names})
 
     def reference(self) -> Tensor:
-        """By the reference, on the CPU."""
+        """Return the reference's result, on the CPU."""
         return paged_attention(*self.arguments, scale=SCALE, window=self.window, kv_scales=self.kv_scales)
 
     def expected(self) -> Tensor:
-        """Query by query over exactly the keys it may see, with the sink as one more column;
-        float64."""
+        """Return the result, query by query over exactly the keys it may see, with the sink as one
+        more column; float64."""
         out = torch.empty(self.q.shape, dtype=torch.float64)
         group = self.q.shape[1] // self.kv_cache.shape[3]
         for seq, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
@@ -76,16 +76,16 @@ def attention_case(
     scales: bool = False,
     seed: int = 0,
 ) -> AttentionCase:
-    """Random queries, keys, values and sinks.
+    """Return a case with random queries, keys, values and sinks.
 
-    Unwritten slots, other blocks, the null block and blocks wholly behind the window are NaN. Table
-    entries past a sequence's last block are out of range, those wholly behind the window are the
+    Unwritten slots, other blocks, the null block and blocks wholly before the window are NaN. Table
+    entries past a sequence's last block are out of range, those wholly before the window are the
     null block.
 
     Args:
         lengths: (query_len, context_len) of each sequence.
         heads: query heads, KV heads.
-        scales: of each KV head of an fp8 cache; else none.
+        scales: for each KV head of an fp8 cache; else none.
     """
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
@@ -128,6 +128,7 @@ def attention_case(
 
 
 def _as_stored(part: Tensor, factor: Tensor) -> Tensor:
-    """What an fp8 cache holds of it. Saturating: torch's own cast gives NaN in torch 2.11."""
+    """Return the tensor as an fp8 cache holds it. Saturating: torch's own cast gives NaN in torch
+    2.11."""
     largest = torch.finfo(FP8).max
     return (part.float() / factor).clamp(-largest, largest).to(FP8).float() * factor

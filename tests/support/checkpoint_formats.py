@@ -21,8 +21,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def write_original(source: Path, folder: Path, config: ModelConfig) -> Path:
-    """As openai/gpt-oss `torch/weights.py` reads it: other names, one qkv, no index, a config.json
-    of its own."""
+    """Write the weights as openai/gpt-oss `torch/weights.py` reads them: other names, one qkv, no
+    index, a config.json of its own."""
     weights = read_weights(source)
     renamed = {
         "embedding.weight": weights["model.embed_tokens.weight"],
@@ -74,8 +74,8 @@ def write_original(source: Path, folder: Path, config: ModelConfig) -> Path:
 
 
 def write_bf16(source: Path, folder: Path, config: ModelConfig) -> Path:
-    """As transformers saves a model that was trained in bf16: experts input-first, no
-    quantization_config."""
+    """Write the weights as transformers saves a model that was trained in bf16: experts
+    input-first, no quantization_config."""
     weights = read_weights(source)
     for layer in range(config.num_layers):
         for name in ("gate_up_proj", "down_proj"):

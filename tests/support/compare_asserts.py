@@ -27,7 +27,7 @@ from pathlib import Path
 
 Asserts = Counter[str]
 Key = tuple[str, str]
-"""File, and function with the classes and functions around it."""
+"""The file, and the function with the classes and functions around it."""
 
 _CHECKS = ("pytest.raises", "pytest.warns", "pytest.fail", "pytest.skip", "pytest.xfail")
 _ENOUGH = 0.5
@@ -114,7 +114,7 @@ def _in_statements(nodes: "list[ast.stmt] | list[ast.AST]") -> Iterator[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue  # listed by its own name
         if isinstance(node, ast.Assert):
-            yield f"assert {ast.unparse(node.test)}"  # without its message, which is no condition
+            yield f"assert {ast.unparse(node.test)}"  # without its message, which is not a condition
         elif isinstance(node, ast.Call) and _is_check(ast.unparse(node.func)):
             yield ast.unparse(node)
         yield from _in_statements(list(ast.iter_child_nodes(node)))
@@ -128,7 +128,7 @@ def compare(old: Mapping[Key, Asserts], new: Mapping[Key, Asserts], files: Mappi
     """Return the differences as lines, a function's under its name.
 
     Args:
-        files: where a file of `old` went; itself if it is not in here.
+        files: new path of a file of `old`; its old one if it is not in here.
     """
     unmatched = dict(new)
     pairs: list[tuple[Key, Key | None]] = []

@@ -1,4 +1,4 @@
-"""Plans of a prefill and many decode steps, for runners of the tiny model, and running them ahead
+"""Plans of a prefill and many decode steps, for runners of the tiny model, and a run of them ahead
 of their results."""
 
 from workers.rank.runner import Runner
@@ -20,8 +20,8 @@ MAX_MODEL_LEN = 96
 
 
 def plans(sampling: tuple[SamplingParams, ...]) -> list[StepPlan]:
-    """Prompts of 4, 5, … tokens, then decode steps; half-way a sequence ends and another takes its
-    slot. A sequence has six blocks."""
+    """Return plans of prompts of 4, 5, … tokens, then decode steps; half-way a sequence ends and
+    another takes its slot. A sequence has six blocks."""
     count = len(sampling)
     starts = tuple(
         SequenceStart(seq, tuple(range(1, 5 + seq)), 4 + seq, params) for seq, params in enumerate(sampling)
@@ -58,7 +58,7 @@ def plans(sampling: tuple[SamplingParams, ...]) -> list[StepPlan]:
 
 
 def ahead(runner: Runner, steps: list[StepPlan]) -> list[StepResult]:
-    """Each step launched before the result of the one before was taken."""
+    """Launch each step before the result of the previous one was taken."""
     results = []
     pending = runner.launch(steps[0])
     for plan in steps[1:]:

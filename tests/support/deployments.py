@@ -1,5 +1,5 @@
-"""A Ray of one node whose Serve application a test changes, as an operator does with `serve
-deploy`, while it is used."""
+"""A Ray cluster of one node whose Serve application a test changes while it is used, as an operator
+does with `serve deploy`."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ from tests.support.waiting import until
 ENGINE, GATEWAY = "engine", "gateway"
 _HTTP_PORT, _GRPC_PORT = 8000, 9000
 NUM_CPUS = 8
-"""That the node says it has: more engines than cores are enough for what is tested here."""
+"""Number of CPUs that the node reports: more engines than cores are enough for these tests."""
 _HAPROXY = f"{DISK}/haproxy"
 _ENVIRONMENT = FAST_INGRESS | {
     # On the host's own disk; Ray's default is one folder in /tmp for all HAProxy on a machine.
@@ -46,7 +46,7 @@ class Deployments:
     """The cluster, and the config that was deployed last.
 
     Attributes:
-        config: of Serve; change a copy and `deploy` it.
+        config: Serve's; change a copy and `deploy` it.
     """
 
     host: Host
@@ -56,13 +56,13 @@ class Deployments:
 
     @property
     def application(self) -> dict[str, Any]:
-        """A copy of the config, of which the first application is this."""
+        """A copy of the first application in the config."""
         application: dict[str, Any] = copy.deepcopy(self.config["applications"][0])
         return application
 
     def deploy(self, application: Mapping[str, Any]) -> str | None:
-        """Deploy this application; returns what Serve says against it at once, None if it takes
-        it."""
+        """Deploy this application; return Serve's immediate error, None if it accepts the
+        application."""
         config = self.config | {"applications": [dict(application)]}
         answer = self._ask({"deploy": config})
         if "error" not in answer:
@@ -70,22 +70,22 @@ class Deployments:
         return answer.get("error")
 
     def scale(self, deployment: str, num_replicas: int) -> None:
-        """Change nothing but how many replicas the deployment has."""
+        """Change only the number of the deployment's replicas."""
         application = self.application
         option(application, deployment)["num_replicas"] = num_replicas
         assert self.deploy(application) is None
 
     def take(self, num_cpus: int) -> None:
-        """Have something else use so many of the node's NUM_CPUS from now on."""
+        """Have another application use this many of the node's NUM_CPUS from now on."""
         assert "error" not in self._ask({"take": num_cpus})
 
     def status(self) -> dict[str, Any]:
-        """Of the application: status, message, and those of its deployments."""
+        """Return the application's status, message, and the statuses of its deployments."""
         answer: dict[str, Any] = self._ask({"status": True})["cantata"]
         return answer
 
     def wait_for(self, status: str, timeout_s: float = _START_S) -> dict[str, Any]:
-        """Wait until the application has this status; returns all of it."""
+        """Wait until the application has this status; return all of its status."""
         found: dict[str, Any] = {}
 
         def reached() -> bool:
@@ -97,8 +97,8 @@ class Deployments:
         return found
 
     def settle(self, timeout_s: float = _START_S, **num_replicas: int) -> None:
-        """Wait until the application runs, with so many replicas of each deployment, and none that
-        is stopping or starting."""
+        """Wait until the application runs, with this many replicas of each deployment, and none
+        that is stopping or starting."""
 
         def settled() -> bool:
             found = self.status()
@@ -111,7 +111,7 @@ class Deployments:
         until(settled, timeout_s)
 
     def pids(self, deployment: str) -> set[int]:
-        """Processes of its replicas, whatever their state."""
+        """Return the PIDs of the deployment's replicas, whatever their state."""
         return {
             int(process.split()[0])
             for process in marked(self.served.mark)
@@ -119,13 +119,13 @@ class Deployments:
         }
 
     def logs(self, deployment: str) -> str:
-        """What its replicas have logged."""
+        """Return the logs of the deployment's replicas."""
         disk = Path(f"/proc/{self.host.pid}/root{DISK}")
         files = sorted(disk.glob(f"ray/session_2*/logs/serve/replica_*{deployment}*.log"))
         return "".join(file.read_text(errors="replace") for file in files)
 
     def haproxy_config(self) -> str:
-        """What HAProxy was started with."""
+        """Return the config with which HAProxy was started."""
         (file,) = Path(f"/proc/{self.host.pid}/root{_HAPROXY}").rglob(
             "haproxy.cfg"
         )  # in a folder for each node
@@ -143,7 +143,7 @@ class Deployments:
 
 
 def option(application: Mapping[str, Any], deployment: str) -> dict[str, Any]:
-    """What the application's config says of this deployment."""
+    """Return an option of this deployment in the application's config."""
     (found,) = (entry for entry in application["deployments"] if entry["name"] == deployment)
     options: dict[str, Any] = found
     return options
@@ -153,11 +153,11 @@ def option(application: Mapping[str, Any], deployment: str) -> dict[str, Any]:
 def deployments(
     folder: Path, model: Path, *, step_s: float = 0.0, environment: Mapping[str, str] | None = None
 ) -> Iterator[Deployments]:
-    """A running Ray on a host of its own, without an application.
+    """Yield a running Ray on a host of its own, without an application.
 
     Args:
-        step_s: how much longer than it takes a step of an engine is to take.
-        environment: added to that of the node.
+        step_s: seconds by which each step of an engine is made longer.
+        environment: added to the node's.
     """
     mark = new_mark()
     slow = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support/slow_steps'}", "CANTATA_TEST_STEP_S": str(step_s)}
@@ -197,8 +197,8 @@ class Stream:
     """One client's stream.
 
     Attributes:
-        num_events: that have come.
-        end: None while it runs; then `enough` if the client left it, else what happened.
+        num_events: number of events received.
+        end: None while it runs; then `enough` if the client left it, else the reason of its end.
     """
 
     prompt: str
@@ -208,8 +208,8 @@ class Stream:
 
 
 class LongStreams:
-    """Clients that read long answers until the block ends: two of each prompt, so that what they
-    get can be compared."""
+    """Clients that read long answers until the block ends: two for each prompt, so that their texts
+    can be compared."""
 
     def __init__(self, served: Served, num_streams: int) -> None:
         self.streams = [Stream(f"{number // 2} is a number") for number in range(num_streams)]
@@ -233,7 +233,7 @@ class LongStreams:
         self._pool.shutdown()
 
     def check(self) -> None:
-        """None has ended, and those of one prompt have the same text."""
+        """Check that no stream has ended, and that those of one prompt have the same text."""
         self.check_running()
         for one, other in zip(self.streams[::2], self.streams[1::2], strict=True):
             length = min(len(one.text), len(other.text))
@@ -241,7 +241,7 @@ class LongStreams:
             assert one.text[:length] == other.text[:length]
 
     def go_on(self, num_events: int = 10) -> None:
-        """Wait until each has so many events more."""
+        """Wait until each stream has this many events more."""
         wanted = [stream.num_events + num_events for stream in self.streams]
 
         def came() -> bool:
@@ -253,7 +253,7 @@ class LongStreams:
         until(came, 60)
 
     def check_running(self) -> None:
-        """None has ended."""
+        """Check that no stream has ended."""
         assert [stream.end for stream in self.streams] == [None] * len(self.streams)
 
     def _read(self, stream: Stream) -> None:

@@ -1,4 +1,5 @@
-"""What capturing CUDA graphs asks of torch.cuda, without a GPU: streams, graphs, memory."""
+"""The part of torch.cuda that capturing CUDA graphs needs, without a GPU: streams, graphs,
+memory."""
 
 import weakref
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from workers.rank.recorded import cuda_graph
 from workers.rank.recorded.cuda_graph import CaptureStreams
 
 OTHERS_BYTES = 1 << 30
-"""In torch's ordinary pool."""
+"""Bytes in torch's ordinary pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,8 @@ class FakeCuda:
     """A GPU that does the work at once.
 
     Args:
-        taken: by each capture, in order.
-        num_streams: that torch has.
+        taken: the bytes taken by each capture, in order.
+        num_streams: number of streams that torch has.
     Attributes:
         captured_on: the stream of each capture.
         living: the graphs that are not destroyed.
@@ -67,7 +68,8 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, value)
 
     def _new_stream(self, device: torch.device) -> SimpleNamespace:
-        """As torch: one of a fixed number, in turn, and a new object each time."""
+        """Return a stream as torch does: one of a fixed number, in turn, and a new object each
+        time."""
         self._num_asked += 1
         return SimpleNamespace(
             cuda_stream=(self._num_asked - 1) % self._num_streams, wait_stream=lambda other: None

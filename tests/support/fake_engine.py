@@ -1,5 +1,5 @@
-"""A gRPC engine without a model: it answers each Generate with a script, and remembers what it was
-asked and what was cancelled."""
+"""A gRPC engine without a model: it answers each Generate with a script, and records requests and
+cancellations."""
 
 import asyncio
 import time
@@ -21,17 +21,17 @@ cantata_engine_preemptions_total 3.0
 
 @dataclass
 class Script:
-    """One sequence.
+    """The script of one sequence.
 
     Attributes:
-        token_ids: what is generated; cut at the request's max_tokens with reason `length`.
+        token_ids: the generated tokens; cut at the request's max_tokens with reason `length`.
         finish: reason after the last token; `stop` names it as the stop token if it is one of the
             request's.
-        per_message: tokens in each message.
-        gate: waited for after `gate_after` tokens.
-        refusal: the call fails with it before its first token.
-        break_after: the call fails with `failure` after so many tokens.
-        num_cached_tokens: reported with the first message.
+        per_message: number of tokens in each message.
+        gate: event awaited after `gate_after` tokens.
+        refusal: error with which the call fails before its first token.
+        break_after: number of tokens after which the call fails with `failure`.
+        num_cached_tokens: count reported with the first message.
     """
 
     token_ids: Sequence[int] = ()
@@ -47,12 +47,12 @@ class Script:
 
 @dataclass
 class FakeEngine:
-    """Serve it with `start`; set `answer` to choose the script of each request.
+    """A fake engine. Serve it with `start`; set `answer` to choose the script of each request.
 
     Attributes:
-        requests: in order of arrival; `messages` also has those that were refused.
+        requests: in order of arrival; `messages` also has refused ones.
         cancelled: request id → monotonic time at which its call was seen to be cancelled.
-        gate_of_load: waited for before GetLoad is answered.
+        gate_of_load: event awaited before GetLoad is answered.
         arrivals, cancellations: set whenever a call arrives or is cancelled.
     """
 
@@ -84,13 +84,13 @@ class FakeEngine:
         return self
 
     async def arrived(self, count: int) -> None:
-        """Wait until so many requests have arrived."""
+        """Wait until this many requests have arrived."""
         while len(self.requests) < count:
             self.arrivals.clear()
             await self.arrivals.wait()
 
     async def was_cancelled(self, count: int) -> None:
-        """Wait until so many calls were cancelled."""
+        """Wait until this many calls were cancelled."""
         while len(self.cancelled) < count:
             self.cancellations.clear()
             await self.cancellations.wait()
@@ -209,8 +209,8 @@ async def _play(script: Script, request: EngineRequest) -> AsyncIterator[EngineO
 
 
 def _logprobs(ids: Sequence[int], request: EngineRequest) -> tuple[TokenLogprobs, ...]:
-    """-0.5 for the chosen token, -1, -2 … for alternatives: the chosen token and the ids after
-    it."""
+    """Return -0.5 for the chosen token, -1, -2 … for alternatives: the chosen token and the ids
+    after it."""
     count = request.sampling.logprobs
     if count is None:
         return ()

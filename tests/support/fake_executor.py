@@ -1,5 +1,5 @@
-"""An executor without a model: each sequence's next token is its last one plus one. It checks what
-a rank would check."""
+"""An executor without a model: each sequence's next token is its last one plus one. It makes the
+checks that a rank would make."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ MODEL = ModelConfig(
 
 
 class FakeExecutor:
-    """Runs in the engine's thread.
+    """A fake executor, which runs in the engine's thread.
 
     Attributes:
         gate: while it is not set, a step hangs (at most 30 s).

@@ -30,7 +30,7 @@ _ENCODINGS: dict[int, HarmonyEncoding] = {}
 
 
 def make_encoding(folder: Path) -> HarmonyEncoding:
-    """The small tokenizer; made once a process."""
+    """Return the small tokenizer; made once a process."""
     if VOCAB_SIZE not in _ENCODINGS:
         write_bpe_tokenizer(folder, VOCAB_SIZE)
         _ENCODINGS[VOCAB_SIZE] = HarmonyEncoding.load(folder, VOCAB_SIZE)
@@ -40,7 +40,7 @@ def make_encoding(folder: Path) -> HarmonyEncoding:
 def turn(
     encoding: HarmonyEncoding, *, reasoning: str = "", text: str = "", call: tuple[str, str] | None = None
 ) -> list[int]:
-    """What a well-behaved model generates."""
+    """Return the token ids that a well-behaved model generates."""
     messages = []
     if reasoning:
         messages.append(f"<|channel|>analysis<|message|>{reasoning}<|end|>")
@@ -59,7 +59,7 @@ def turn(
 
 @dataclass
 class Gateway:
-    """What a test talks to."""
+    """The gateway and its clients, as a test uses them."""
 
     service: GenerationService
     status: FleetStatus
@@ -83,7 +83,7 @@ async def serving(
     limits: Limits | None = None,
     defaults: ChatDefaults | None = None,
 ) -> AsyncIterator[Gateway]:
-    """Engines must have been started."""
+    """Yield a gateway over engines that have been started."""
     replicas = ReplicaSet()
     replicas.replace([Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)])
     model = ModelInfo.from_engine(engines[0].info(), "gpt-oss-test", created_unix_s=1_750_000_000)

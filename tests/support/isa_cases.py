@@ -566,7 +566,7 @@ def _program(
 
 
 def cases() -> list[dict[str, Any]]:
-    """All of them, in a few hundred milliseconds."""
+    """Return all cases, in a few hundred milliseconds."""
     kinds = (
         linears,
         dense_layers,

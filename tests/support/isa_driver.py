@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 GUARD = b"\xa5" * 64
-"""Lies on both sides of each buffer; nothing may write there."""
+"""Bytes on both sides of each buffer; nothing may write there."""
 RETURN_STATUS = ("attention", "rope_and_store")
 RETURNS = {
     "attention": ctypes.c_int,
@@ -52,7 +52,7 @@ class Buffer:
         ctypes.memmove(self.address - 64, GUARD + self.before + GUARD, self.size + 128)
 
     def faults(self) -> str | None:
-        """Return what is wrong with the contents after the calls; None if nothing."""
+        """Return the faults of the contents after the calls; None if there are none."""
         found = ctypes.string_at(self.address - 64, self.size + 128)
         if found[:64] != GUARD or found[-64:] != GUARD:
             return "memory beside it was written"
@@ -72,7 +72,7 @@ def numbers(data: bytes, kind: str) -> array:
 
 
 def difference(found: bytes, expected: bytes, tolerance: dict[str, Any]) -> str | None:
-    """Return how the elements differ by more than the tolerance; None if they do not.
+    """Return the way in which elements differ by more than the tolerance; None if they do not.
 
     The tolerance is `atol + rtol * |expected|` for each element or, where `norm` is given, `norm`
     times the norm of what is expected for all of them together.
@@ -107,7 +107,7 @@ def arguments(call: dict[str, Any], buffers: list[Buffer]) -> ctypes.Array:
 
 
 def run(library: ctypes.CDLL, case: dict[str, Any]) -> list[str]:
-    """Run a case once and return what was wrong."""
+    """Run a case once and return its faults."""
     buffers = [Buffer(description) for description in case["buffers"]]
     structures = [arguments(call, buffers) for call in case["calls"]]
     functions = [library[f"cantata_{call['operation']}"] for call in case["calls"]]

@@ -3,6 +3,6 @@
 from kernels.cpu import native
 
 BF16_ISAS = [isa for isa in native.ISAS if isa in ("amx", "avx512_bf16")]
-"""Those with bf16 arithmetic."""
+"""Names of instruction sets with bf16 arithmetic."""
 FP32_ISAS = [isa for isa in native.ISAS if isa not in BF16_ISAS]
-"""Those that differ in fp32."""
+"""Names of instruction sets that differ in fp32."""

@@ -1,4 +1,4 @@
-"""Which functions of a library for x86-64 have instructions beyond that architecture's first
+"""The functions of a library for x86-64 with instructions beyond that architecture's first
 processors, by objdump and readelf."""
 
 import bisect
@@ -83,7 +83,7 @@ def extension(code: bytes, mnemonic: str) -> str | None:
         return EVEX
     if rest[0] in (0xC4, 0xC5) or (rest[0] == 0x8F and rest[1] & 0x1F >= 8):  # 8F: XOP, or pop
         return TILE if re.match(r"tile|tdp|ldtilecfg|sttilecfg", mnemonic) else VEX
-    opcode = rest[1:] if rest[0] & 0xF0 == 0x40 else rest  # behind REX
+    opcode = rest[1:] if rest[0] & 0xF0 == 0x40 else rest  # after REX
     if opcode[0] != 0x0F:
         return None
     before = code[:prefixes]

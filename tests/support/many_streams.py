@@ -11,18 +11,18 @@ from tests.support.served import MODEL_NAME, Served
 
 FIRST_CHUNKS = 3
 NUM_TOKENS = 400
-"""Of each stream: an engine is to be far from done with those that run when the reader hears of
-their first."""
+"""Number of tokens of each stream: an engine is to be far from done with the running streams when
+the reader gets their first tokens."""
 
 
 def read_many(
     served: Served, num_streams: int, num_running: int, then: Callable[[], None] = lambda: None
 ) -> list[str]:
-    """The texts of greedy completions of different prompts, all asked for at once.
+    """Return the texts of greedy completions of different prompts, all requested at once.
 
     Args:
-        num_running: how many run at a time; the others wait in their engines.
-        then: called when so many have sent FIRST_CHUNKS chunks.
+        num_running: number of streams that run at a time; the others wait in their engines.
+        then: called when this many have sent FIRST_CHUNKS chunks.
     Raises:
         AssertionError: a stream was refused, broke off or sent an error.
     """
@@ -70,6 +70,6 @@ async def _read(client: httpx.AsyncClient, index: int, began: Counter[int], came
 
 
 def counted(served: Served, name: str) -> float:
-    """The sum of the samples on the metrics page whose line starts with `name`."""
+    """Return the sum of the samples on the metrics page whose line starts with `name`."""
     page = httpx.get(f"{served.url}/metrics", timeout=30, trust_env=False).text
     return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(name))

@@ -37,7 +37,7 @@ class PagedSequences:
         self._num_computed: dict[int, int] = {}
 
     def step(self, tokens: dict[int, Sequence[int]]) -> dict[int, Tensor]:
-        """Append tokens to sequences (made on first use) in one forward; the logits of each
+        """Append tokens to sequences (made on first use) in one forward; return the logits of each
         sequence's new tokens, [len, vocab]."""
         starts = {seq: self._num_computed.get(seq, 0) for seq in tokens}
         for seq, new in tokens.items():
@@ -64,13 +64,13 @@ class PagedSequences:
         )
         hidden = self.model.forward(batch, self.kv_caches)
         logits = self.model.compute_logits(hidden[batch.sample_indices])
-        if logits is None:  # not the first rank: it learns the tokens from there
+        if logits is None:  # not the first rank, which alone has the logits
             logits = torch.zeros(len(positions), self.config.vocab_size)
         assert logits.isfinite().all(), "the model read a slot that it must not read"
         return dict(zip(tokens, logits.split(lengths), strict=True))
 
     def generate(self, prompts: dict[int, Sequence[int]], num_tokens: int) -> dict[int, list[int]]:
-        """Greedy tokens of all sequences, one step at a time."""
+        """Return greedy tokens of all sequences, computed one step at a time."""
         out: dict[int, list[int]] = {seq: [] for seq in prompts}
         new: dict[int, Sequence[int]] = prompts
         for _ in range(num_tokens):
@@ -114,13 +114,13 @@ class PagedSequences:
 
 
 def random_tokens(config: ModelConfig, length: int, seed: int) -> list[int]:
-    """Uniform token ids."""
+    """Return uniform random token ids."""
     return torch.randint(
         0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)
     ).tolist()
 
 
 def whole_prompt_logits(model: GptOss, token_ids: Sequence[int]) -> Tensor:
-    """[len, vocab] fp32 of one sequence computed in a single step."""
+    """Return [len, vocab] fp32 logits of one sequence computed in a single step."""
     num_blocks = -(-len(token_ids) // BLOCK_SIZE) + 1
     return PagedSequences(model, num_blocks).step({0: token_ids})[0]

@@ -12,7 +12,7 @@ from kernels.mxfp4 import PackedMXFP4, from_natural, to_natural, unpack
 
 LIMIT, ALPHA = 7.0, 1.702
 _SIZE = 0.7
-"""Of weights: large enough that both sides of the clamp are met."""
+"""Standard deviation of weights: large enough that both sides of the clamp are met."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ DENSE_CASES = [
 
 
 class Inputs(NamedTuple):
-    """Tokens, their choices, and weights: what `arguments` makes arguments of."""
+    """Tokens, their choices, and weights, from which `arguments` makes arguments."""
 
     x: Tensor
     topk_ids: Tensor
@@ -102,7 +102,7 @@ class Inputs(NamedTuple):
 
 
 def gate_logits(case: MoeCase, seed: int = 0) -> Tensor:
-    """[T, E] fp32, by which the case's choice is made."""
+    """Return [T, E] fp32 logits that lead to the case's choice."""
     logits = torch.randn(case.num_tokens, case.num_experts, generator=torch.Generator().manual_seed(seed))
     local = slice(case.first_expert, case.first_expert + num_local(case))
     if case.chosen == "one":
@@ -115,7 +115,7 @@ def gate_logits(case: MoeCase, seed: int = 0) -> Tensor:
 
 
 def inputs(case: MoeCase, *, layout: str | None, dtype: torch.dtype, seed: int = 1) -> Inputs:
-    """Random ones on the CPU; layout None: dense weights of `dtype`."""
+    """Return random inputs on the CPU; layout None: dense weights of `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     local, width, hidden = num_local(case), case.width, case.hidden
     shapes = ((local, 2 * width, hidden), (local, hidden, width))
@@ -135,8 +135,8 @@ def inputs(case: MoeCase, *, layout: str | None, dtype: torch.dtype, seed: int =
 
 
 def _packed(shape: tuple[int, int, int], layout: str, generator: torch.Generator) -> PackedMXFP4:
-    """All codes, under two scales: drawn as they lie in memory, as packing numbers of gpt-oss's
-    widths takes seconds."""
+    """Return random codes under two scales, drawn as they lie in memory: packing numbers of
+    gpt-oss's widths takes seconds."""
     num_experts, num_rows, width = shape
     groups = (num_experts, num_rows, width // MX_BLOCK)
     blocks = torch.randint(0, 256, (*groups, MX_BLOCK // 2), dtype=torch.uint8, generator=generator)
@@ -152,7 +152,7 @@ def num_local(case: MoeCase) -> int:
 def expert_weights(
     case: MoeCase, given: Inputs, moe_activation_dtype: MoeActivationDtype = "auto"
 ) -> ExpertWeights:
-    """The weights of the inputs."""
+    """Return the weights of the inputs."""
     return ExpertWeights(
         *given[3:],
         swiglu_limit=LIMIT,
@@ -166,17 +166,17 @@ def expert_weights(
 def arguments(
     case: MoeCase, given: Inputs, moe_activation_dtype: MoeActivationDtype = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, ExpertWeights]:
-    """The arguments of `fused_experts`."""
+    """Return the arguments of `fused_experts`."""
     return (*given[:3], expert_weights(case, given, moe_activation_dtype))
 
 
 def operations(case: MoeCase, given: Inputs) -> ExpertOperations:
-    """Those of the implementation that is chosen for the inputs."""
+    """Return the operations of the implementation that is selected for the inputs."""
     return select(expert_weights(case, given), given.x.dtype, given.x.device).run
 
 
 def float64(case: MoeCase, given: Inputs) -> Tensor:
-    """[T, H] float64: the definition, without any of the references' operations."""
+    """Return [T, H] float64: the definition, without any of the references' operations."""
     gate_up, down = (_dense(weights).double() for weights in (given.gate_up, given.down))
     x = given.x.double()
     out = torch.zeros_like(x)
@@ -195,8 +195,8 @@ def float64(case: MoeCase, given: Inputs) -> Tensor:
 
 
 def on_device(given: Inputs, device: torch.device, layout: str | None = None) -> Inputs:
-    """A copy there, packed weights in the same layout, or in another one that they are brought to
-    there."""
+    """Return a copy on the device, packed weights in the same layout, or in another one into which
+    they are brought there."""
 
     def moved(value: PackedMXFP4 | Tensor) -> PackedMXFP4 | Tensor:
         if isinstance(value, Tensor):
@@ -208,7 +208,7 @@ def on_device(given: Inputs, device: torch.device, layout: str | None = None) ->
 
 
 def natural(given: Inputs) -> Inputs:
-    """With the weights in the layout that the reference reads."""
+    """Return the inputs with the weights in the layout that the reference reads."""
     converted = {
         name: from_natural(*to_natural(value))
         for name, value in given._asdict().items()

@@ -21,7 +21,7 @@ CLONE_NEWNET = 0x40000000
 
 @functools.cache
 def can_isolate() -> bool:
-    """Whether this process may make network namespaces and enter them."""
+    """Return whether this process may make network namespaces and enter them."""
     if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None:
         return False
     return (
@@ -33,14 +33,14 @@ def can_isolate() -> bool:
 
 
 def isolated(command: Sequence[str]) -> list[str]:
-    """The command, run in a new namespace with loopback only; its process id is the one of what is
-    started."""
+    """Return the command, to be run in a new namespace with loopback only; its process id is that
+    of the started program."""
     return ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
 
 
 class Relay:
-    """Accepts connections on a free port of our loopback and connects each to 127.0.0.1:port in the
-    namespace of a process.
+    """A relay that accepts connections on a free port of our loopback and connects each to
+    127.0.0.1:port in the namespace of a process.
 
     A thread of its own is moved into the namespace; what it listens on was opened before, out here.
     An end that closes its connection closes the other end's.

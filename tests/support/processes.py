@@ -12,12 +12,12 @@ VARIABLE = "CANTATA_TEST_MARK"
 
 
 def new_mark() -> dict[str, str]:
-    """Add this to the environment of what is started."""
+    """Return a new mark, to be added to the environment of processes."""
     return {VARIABLE: uuid.uuid4().hex}
 
 
 def marked(mark: dict[str, str]) -> list[str]:
-    """Pid and command line of every live process with the mark."""
+    """Return PID and command line of every live process with the mark."""
     wanted = f"{VARIABLE}={mark[VARIABLE]}".encode()
     found = []
     for entry in Path("/proc").iterdir():
@@ -31,7 +31,7 @@ def marked(mark: dict[str, str]) -> list[str]:
 
 
 def none_left(mark: dict[str, str], timeout_s: float) -> list[str]:
-    """Wait until no process has the mark; returns those that still do after timeout_s."""
+    """Wait until no process has the mark; return those that still do after timeout_s."""
     deadline = time.monotonic() + timeout_s
     while left := marked(mark):
         if time.monotonic() > deadline:

@@ -35,13 +35,13 @@ def run_ptx(text: str, num_outputs: int, inputs: Sequence[Array]) -> list[Array]
 
 
 def _halves(word: Array) -> Array:
-    """uint32 → [..., 2] float32: the two bf16 in it, low first."""
+    """Convert uint32 to [..., 2] float32: the two bf16 in it, low first."""
     bits = np.stack((word << np.uint32(16), word & np.uint32(0xFFFF0000)), axis=-1)
     return bits.view(np.float32)
 
 
 def _pair(values: Array) -> Array:
-    """[..., 2] float32 → uint32: both as bf16, rounded to nearest even."""
+    """Convert [..., 2] float32 to uint32: both as bf16, rounded to nearest even."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return rounded[..., 0] | (rounded[..., 1] << np.uint32(16))

@@ -1,5 +1,5 @@
-"""A Ray of several nodes, each on a host of its own (tests/support/hosts.py), started with `ray
-start` as an operator does it, and `serve run` on the first of them."""
+"""A Ray cluster of several nodes, each on a host of its own (tests/support/hosts.py), started with
+`ray start` as by an operator, and `serve run` on the first of them."""
 
 import contextlib
 import json
@@ -27,7 +27,8 @@ from tests.support.served import (
 
 GCS_PORT = 6379
 HEAD_ONLY = "head_only"
-"""A resource that only the first node has, so that a Serve file can keep something there."""
+"""Name of a resource that only the first node has, so that a Serve file can keep something
+there."""
 CPUS_PER_NODE = 1
 _STOP_S = 20.0
 
@@ -52,12 +53,12 @@ def ray_nodes(
     num_cpus: int = CPUS_PER_NODE,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
-    """A head on the first host and a node that joins it on each of the others; ended, with all that
-    has the mark, at the end.
+    """Yield a head on the first host and a node that joins it on each of the others; at the end all
+    processes with the mark are ended.
 
     Args:
-        num_cpus: that each node says it has.
-        environment: added to that of each node.
+        num_cpus: number of CPUs that each node reports.
+        environment: added to each node's.
     """
     with ExitStack() as stack:
         stack.callback(kill_marked, mark)
@@ -97,7 +98,8 @@ def ray_nodes(
 def serve_run_on(
     host: Host, folder: Path, model: Path, mark: dict[str, str], *, parallel: Mapping[str, float]
 ) -> Iterator[Served]:
-    """`serve run` on that host with a copy of deploy/local.yaml for several nodes, in float32.
+    """Start `serve run` on that host with a copy of deploy/local.yaml for several nodes, in
+    float32.
 
     A rank wants all CPUs of a node, so that no two can share one. The gateway, the engine and its
     rank 0 stay on the head.
@@ -125,7 +127,7 @@ def serve_run_on(
 
 
 def _stop(node: Served) -> None:
-    """As an operator ends `ray start --block`."""
+    """End `ray start --block` as an operator does."""
     if node.process.poll() is None:
         node.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -133,7 +135,7 @@ def _stop(node: Served) -> None:
 
 
 def engine_log(host: Host) -> str:
-    """What the engines on this host have logged."""
+    """Return the logs of the engines on this host."""
     disk = Path(f"/proc/{host.pid}/root{DISK}")
     return "".join(
         file.read_text(errors="replace")

@@ -1,8 +1,8 @@
-"""What a run of the tests must not hide: a plugin of pytest that tests/conftest.py registers.
+"""Facts that a run of the tests must not hide: a plugin of pytest that tests/conftest.py registers.
 
 With `CI=true` a test that is skipped fails, unless its reason is one of ALLOWED_SKIPS: a package
 that is missing there would take the tests that need it out of every run without a word. At the end
-a run says how the tests of each marker ended, and on which instruction sets the CPU kernels ran;
+a run prints how the tests of each marker ended, and on which instruction sets the CPU kernels ran;
 `--summary-to FILE` appends the same lines to a file, which `make test` prints last.
 """
 
@@ -23,8 +23,8 @@ ALLOWED_SKIPS = {
     r"transparent huge pages are off on this system": "a setting of the kernel",
     r"what others do with freed memory is theirs": "another C library",
 }
-"""What a reason begins with, and what is missing then. No package stands here: what tests need is
-in scripts/ci_packages.txt."""
+"""The kind of missing thing, by a pattern for the beginning of the reason. No package stands here:
+packages that tests need are in scripts/ci_packages.txt."""
 
 MARKERS = ("isa", "netns", "prometheus", "ray", "slow", "gpu")
 """Markers that the last lines count, as declared in pyproject.toml."""
@@ -41,11 +41,11 @@ def is_allowed(reason: str) -> bool:
 
 
 class RunReport:
-    """Fails skips that CI does not allow and summarises the run.
+    """A plugin that fails skips that CI does not allow and summarises the run.
 
     Args:
         in_ci: whether skips are failures.
-        summary: gets the last lines appended; None for no file.
+        summary: file to which the last lines are appended; None for no file.
     """
 
     def __init__(self, in_ci: bool, summary: Path | None) -> None:
@@ -104,12 +104,12 @@ class RunReport:
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str | None:
-    """Return why a test was skipped; None where pytest does not say."""
+    """Return the reason of a test's skip; None where pytest gives none."""
     return report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else None
 
 
 def summary_lines(reports: list[pytest.TestReport]) -> Iterator[str]:
-    """One line for all tests, one for each marker that ran, one for the instruction sets."""
+    """Return one line for all tests, one for each marker that ran, one for the instruction sets."""
     if not reports:
         return
     files = {report.nodeid.split("::")[0] for report in reports}

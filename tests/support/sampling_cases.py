@@ -1,4 +1,4 @@
-"""Sampling batches that use everything at once, for the comparison of implementations."""
+"""Sampling batches that use every parameter at once, for the comparison of implementations."""
 
 from dataclasses import fields, is_dataclass
 
@@ -13,7 +13,7 @@ def ints(*values: int) -> Tensor:
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0, levels: int = 0) -> Tensor:
-    """Normal; `levels`: rounded to so few distinct ones, which makes ties."""
+    """Return normal logits; `levels`: rounded to this many distinct values, which makes ties."""
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
     return (logits * levels / 8).round() * 8 / levels if levels else logits
 
@@ -21,8 +21,8 @@ def random_logits(rows: int, vocab: int, seed: int = 0, levels: int = 0) -> Tens
 def random_batch(
     rows: int, vocab: int, seed: int = 0, parts: str = "k p m bias penalties allowed bits forbidden logprobs"
 ) -> SamplingBatch:
-    """A batch in which rows differ in every parameter, with the named parts; every third row is
-    greedy."""
+    """Return a batch in which rows differ in every parameter, with the named parts; every third row
+    is greedy."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform_in(low: float, high: float) -> Tensor:
@@ -84,7 +84,8 @@ def random_batch(
 
 
 def assert_same(found: SampleOutput, expected: SampleOutput) -> None:
-    """Log probabilities: sums of some hundred fp32 exponentials in another order, 1e-5."""
+    """Compare two results. Log probabilities are sums of some hundred fp32 exponentials in another
+    order: 1e-5."""
     assert torch.equal(found.token_ids, expected.token_ids)
     assert (found.logprobs is None) == (expected.logprobs is None)
     if found.logprobs is not None:
@@ -94,7 +95,7 @@ def assert_same(found: SampleOutput, expected: SampleOutput) -> None:
 
 
 def on_device(batch: SamplingBatch, device: torch.device) -> SamplingBatch:
-    """The same batch there."""
+    """Return the same batch on the device."""
 
     def moved(part: object) -> object:
         if isinstance(part, Tensor):

@@ -1,5 +1,5 @@
-"""A small gpt-oss checkpoint that says, greedily, what a test wrote for it: real weights, real
-forward passes, known answers.
+"""A small gpt-oss checkpoint that gives, greedily, the answers that a test wrote for it: real
+weights, real forward passes, known answers.
 
 All weights but the output head are random. The scripts are run through the random model with their
 own tokens as input; the last hidden states at the positions of the answers are then the inputs of a
@@ -41,11 +41,11 @@ _RIDGE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """One prompt and what the model answers to it.
+    """One prompt and the model's answer to it.
 
     Attributes:
         prompt: a conversation, rendered as the gateway renders it, or token ids.
-        completion: what follows `<|start|>assistant`, with the names of special tokens in it and
+        completion: the text after `<|start|>assistant`, with the names of special tokens in it and
             with its end token; or token ids.
     """
 
@@ -62,7 +62,7 @@ class Script:
 
 
 def scripted_encoding(vocab_size: int = VOCAB_SIZE) -> HarmonyEncoding:
-    """The tokenizer that a scripted checkpoint of this vocabulary has; building it needs no
+    """Return the tokenizer of a scripted checkpoint with this vocabulary; building it needs no
     checkpoint."""
     with TemporaryDirectory() as folder:
         write_bpe_tokenizer(Path(folder), vocab_size)
@@ -181,8 +181,8 @@ def _round_activations(model: GptOssForCausalLM) -> None:
 
 
 def _solve_head(states: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """[vocab_size, hidden_size] bfloat16, minimising |states @ head.T - GAIN * one_hot(targets)|² +
-    a ridge."""
+    """Return [vocab_size, hidden_size] bfloat16, minimising |states @ head.T - GAIN *
+    one_hot(targets)|² + a ridge."""
     rows = states.double()
     system = rows.T @ rows + _RIDGE * torch.eye(rows.shape[1], dtype=torch.float64)
     tokens, columns = targets.unique(return_inverse=True)

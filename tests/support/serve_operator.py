@@ -1,8 +1,8 @@
-"""What `serve deploy` and `serve status` do, in one process that stays: each of these commands
-takes seconds to start.
+"""`serve deploy` and `serve status` in one process that stays: each of these commands takes seconds
+to start.
 
 Reads a line of JSON for each command from stdin and answers with one: {"deploy": CONFIG} → {},
-{"status": true} → {application: …}, {"take": NUMBER} → {} when something else has so many of the
+{"status": true} → {application: …}, {"take": NUMBER} → {} when an actor has this many of the
 cluster's CPUs (0: no longer). {"error": …} for a config that Serve refuses.
 """
 
@@ -31,7 +31,7 @@ def deploy(content: dict[str, Any]) -> dict[str, Any]:
 
 
 class Taker:
-    """Has CPUs."""
+    """An actor that holds CPUs."""
 
     def here(self) -> bool:
         return True
@@ -74,7 +74,7 @@ def status() -> dict[str, Any]:
 
 
 def main() -> None:
-    # Ray prints what it likes to stdout.
+    # Ray prints to stdout as well.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     ray.init(address="auto", namespace="serve", log_to_driver=False)

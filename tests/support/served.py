@@ -54,7 +54,7 @@ class Served:
     Attributes:
         http, grpc: host:port, as the test process reaches them.
         mark: finds its processes.
-        log: what it printed.
+        log: file of its output.
     """
 
     name: str
@@ -76,10 +76,10 @@ class Served:
 
 @contextmanager
 def standalone(folder: Path, model: Path, *flags: str, stderr: int = subprocess.STDOUT) -> Iterator[Served]:
-    """`cantata serve --standalone` on free ports.
+    """Start `cantata serve --standalone` on free ports.
 
     Args:
-        stderr: descriptor that its log goes to; by default the same file as the rest.
+        stderr: descriptor of its log; by default the file of its other output.
     """
     command = [
         str(BIN / "cantata"),
@@ -109,8 +109,8 @@ def serve_run(
     replicas: int = 1,
     gateways: int = 1,
 ) -> Iterator[Served]:
-    """`serve run` with a copy of deploy/local.yaml that has our model and ports, and settings of
-    the engine."""
+    """Start `serve run` with a copy of deploy/local.yaml that has our model and ports, and settings
+    of the engine."""
     ports = _ray_ports()
     config = serve_config(model, ports, engine or {})
     for deployment, number in zip(
@@ -130,7 +130,8 @@ def serve_run(
 
 
 def serve_config(model: Path, ports: tuple[int, int], engine: Mapping[str, object]) -> dict[str, Any]:
-    """deploy/local.yaml with our model and settings of the engine; HTTP and gRPC on these ports."""
+    """Return deploy/local.yaml with our model and settings of the engine; HTTP and gRPC on these
+    ports."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/local.yaml").read_text())
     config["http_options"]["port"], config["grpc_options"]["port"] = ports
     arguments = config["applications"][0]["args"]
@@ -145,7 +146,7 @@ def serve_config(model: Path, ports: tuple[int, int], engine: Mapping[str, objec
 
 @contextmanager
 def cantata_serve(folder: Path, model: Path, *flags: str) -> Iterator[Served]:
-    """`cantata serve` on a Ray that it starts."""
+    """Start `cantata serve` on a Ray that it starts."""
     ports = _ray_ports()
     command = [
         str(BIN / "cantata"),
@@ -179,7 +180,7 @@ def _ray_started(
 
 
 def isolated_if_possible(command: Sequence[str]) -> list[str]:
-    """The command, in a network namespace of its own where we may make one."""
+    """Return the command, in a network namespace of its own where we may make one."""
     return isolated(command) if can_isolate() else list(command)
 
 
@@ -192,10 +193,10 @@ def started(
     mark: dict[str, str] | None = None,
     stderr: int = subprocess.STDOUT,
 ) -> Iterator[Served]:
-    """The command, until the block ends; whatever has its mark then is killed.
+    """Run the command until the block ends; then kill all processes with its mark.
 
     Args:
-        mark: None: one of its own. One that was given is the caller's, and what else has it stays.
+        mark: None: a new one. A given mark is the caller's, and its other processes stay.
     """
     own = mark is None
     mark = mark or new_mark()
@@ -260,7 +261,7 @@ def _wait_for_namespace(served: Served, timeout_s: float = 20) -> None:
 
 
 def wait_until_ready(served: Served, timeout_s: float = 180) -> None:
-    """Wait until some engine takes requests."""
+    """Wait until an engine takes requests."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:

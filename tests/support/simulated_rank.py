@@ -1,5 +1,5 @@
-"""A rank without a model: it keeps what StepPlans tell it, and proves that attention would read the
-right keys.
+"""A rank without a model: it keeps the state that StepPlans describe, and proves that attention
+would read the right keys.
 
 Instead of K and V it stores in each slot which token prefix the slot belongs to. A query then
 checks every key position it sees.
@@ -17,13 +17,14 @@ Sampler = Callable[[Sequence[int]], int]
 
 
 class PrefixNumbers:
-    """Numbers token prefixes exactly: equal numbers mean equal tokens from position 0 on."""
+    """A numbering of token prefixes, exactly: equal numbers mean equal tokens from position 0
+    on."""
 
     def __init__(self) -> None:
         self._numbers: dict[tuple[int, int], int] = {}
 
     def of(self, token_ids: Sequence[int], root: int = 0) -> list[int]:
-        """For each position the number of the prefix that ends with it.
+        """Return for each position the number of the prefix that ends with it.
 
         Args:
             root: 0, or below: prefixes of different roots are different.
@@ -36,14 +37,14 @@ class PrefixNumbers:
 
 
 class SimulatedRank:
-    """Applies plans in order.
+    """A rank that applies plans in order.
 
     Args:
         num_full_blocks, num_sliding_blocks, window: as KVCacheManager's.
         sampler: the next token of a sequence from all its tokens.
     Attributes:
         roots: by seq_id, below 0: sequences with different ones may share no KV.
-        num_drafts, num_right: drafts that came, and those that were right.
+        num_drafts, num_right: number of drafts received, and of right ones.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class SimulatedRank:
         )
 
     def _prompt_logprobs(self, plan: StepPlan) -> dict[int, tuple[TokenLogprobs, ...]]:
-        """The token itself stands for its logarithm."""
+        """Return the prompt's log probabilities; the token itself stands for its logarithm."""
         found = {}
         for index, first, count, num_top in plan.prompt_logprobs:
             seq_id, computed = plan.seq_ids[index], plan.num_computed_tokens[index]

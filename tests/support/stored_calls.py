@@ -30,11 +30,11 @@ FORMATS = {ctypes.c_void_p: "P", ctypes.c_int64: "q", ctypes.c_int32: "i", ctype
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What an operation is to write.
+    """An operation's output.
 
     Attributes:
-        expected: fp32 where rounding matters; `dtype` is what is written.
-        before: what is there first; None: bytes of 255.
+        expected: fp32 where rounding matters; `dtype` is the type that is written.
+        before: contents before the call; None: bytes of 255.
         tolerance: atol, rtol, norm as in isa_driver.py; nothing: exactly this.
     """
 
@@ -128,7 +128,8 @@ class Inputs:
 
 
 def packed_dense(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The layout of kernels/cpu/dense.py: (values, scales, what they stand for [N, K] fp32)."""
+    """Return the layout of kernels/cpu/dense.py: (values, scales, the weights that they stand for
+    [N, K] fp32)."""
     num_rows, width = weight.shape
     groups, columns = -(-num_rows // 16), -(-width // 32) * 32
     wide, scales = weight.float(), None
@@ -146,8 +147,8 @@ def packed_dense(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | N
 
 
 def rows16(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The layout of kernels/cpu/layout.py, from natural blocks [E, N, K/32, 16] and scales [E, N,
-    K/32]."""
+    """Return the layout of kernels/cpu/layout.py, from natural blocks [E, N, K/32, 16] and scales
+    [E, N, K/32]."""
     num_experts, num_rows, num_groups = scales.shape
     columns = torch.stack((blocks & 15, blocks >> 4), dim=-1).view(
         num_experts, num_rows // 16, 16, num_groups * 4, 2, 2, 2
@@ -161,7 +162,7 @@ def rows16(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def load() -> list[dict[str, Any]]:
-    """What is stored."""
+    """Return the stored cases."""
     stored: list[dict[str, Any]] = json.loads(gzip.decompress(GOLDEN.read_bytes()))
     return stored
 

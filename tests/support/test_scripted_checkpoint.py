@@ -1,5 +1,5 @@
-"""The scripted checkpoint says what it was told: through transformers, and through our engine with
-all scripts in one batch."""
+"""The scripted checkpoint gives its scripts' answers: through transformers, and through our engine
+with all scripts in one batch."""
 
 from pathlib import Path
 

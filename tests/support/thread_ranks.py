@@ -14,8 +14,8 @@ TIMEOUT_S = 60.0
 
 
 class Meeting:
-    """Where the ranks of one replica meet. A rank that fails breaks the barrier, so that the others
-    end too."""
+    """The meeting point of a replica's ranks. A rank that fails breaks the barrier, so that the
+    others end too."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -23,7 +23,7 @@ class Meeting:
         self._tensors: list[Tensor | None] = [None] * size
 
     def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, by rank."""
+        """Return every rank's tensor, by rank."""
         self._tensors[rank] = tensor.clone()
         self._barrier.wait()
         tensors = [entry for entry in self._tensors if entry is not None]
@@ -62,8 +62,8 @@ class ThreadRank:
 
 
 def on_ranks(size: int, work: Callable[[ThreadRank], T]) -> list[T]:
-    """Run `work` on every rank at once; their results, by rank. Raises what the first rank to fail
-    raised."""
+    """Run `work` on every rank at once; return the results, by rank. Raises the error of the first
+    rank to fail."""
     meeting = Meeting(size)
 
     def run(rank: int) -> T:

@@ -23,11 +23,11 @@ TINY = ModelConfig(
 
 
 TINY_BLOCK_BYTES = 2 * 16 * TINY.num_kv_heads * TINY.head_dim * 4
-"""Of one KV block of either group, in float32."""
+"""Bytes of one KV block of either group, in float32."""
 
 
 def write_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """Write it into a new folder of `folder`; returns its path."""
+    """Write the checkpoint into a new folder of `folder`; return its path."""
     path = folder / f"tiny-{seed}"
     write_checkpoint(path, TINY, seed=seed)
     return path

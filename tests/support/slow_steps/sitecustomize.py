@@ -1,6 +1,6 @@
-"""On PYTHONPATH of an engine: each of its steps takes CANTATA_TEST_STEP_S seconds longer, so that a
-tiny model streams for as long as a large one and leaves the processor to others. Python imports
-this at its start; the engine's module is changed when it is imported."""
+"""Module on PYTHONPATH of an engine: each of its steps takes CANTATA_TEST_STEP_S seconds longer, so
+that a tiny model streams for as long as a large one and leaves the processor to others. Python
+imports this at its start; the engine's module is changed when it is imported."""
 
 import importlib.abc
 import importlib.machinery
@@ -16,7 +16,7 @@ _STEP_S = float(os.environ.get("CANTATA_TEST_STEP_S", "0"))
 
 
 class _Slowing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads the module as ever, then changes it."""
+    """A loader that loads the module unchanged, then changes it."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
