@@ -1,5 +1,5 @@
-"""A GPU that is not here: Triton compiles kernels for it, by the way that it goes on such a GPU,
-and their launches do nothing.
+"""A GPU that is absent: Triton compiles kernels for it, in the same way as on such a GPU, and their
+launches do nothing.
 
 Tensors without memory (device "meta") stand for those of the GPU: shapes, strides and alignments
 are right, which is all that the choice of a kernel's variant reads. What runs inside sees no
@@ -67,7 +67,7 @@ class Launches:
     def load_binary(
         self, name: str, binary: bytes, shared_bytes: int, device: int
     ) -> tuple[int, int, int, int, int]:
-        """(module, function, registers, spills, most threads of a block)."""
+        """Return (module, function, registers, spills, most threads of a block)."""
         self.loaded.append(name)
         return 1, 1, 0, 0, _MAX_THREADS
 
@@ -79,10 +79,10 @@ def can_build_launchers() -> bool:
 
 @contextmanager
 def fake_driver(target: str, *, build_launchers: bool = False) -> Iterator[Launches]:
-    """Triton's driver for CUDA, as if it had found a GPU of that target.
+    """Set Triton's driver for CUDA, as if it had found a GPU of that target.
 
     Args:
-        target: as "sm_90".
+        target: such as "sm_90".
         build_launchers: also compile, into Triton's cache, the C modules by which the driver loads
             and launches kernels.
     """
@@ -105,8 +105,8 @@ def fake_driver(target: str, *, build_launchers: bool = False) -> Iterator[Launc
     with ExitStack() as stack:
         if build_launchers:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            # Modules name the library that they need; all that they call in it is found when they
-            # are loaded.
+            # Modules name the library that they need; the functions that they call are looked up
+            # when they are loaded.
             stub = [
                 "gcc",
                 "-shared",
@@ -148,7 +148,7 @@ def fake_driver(target: str, *, build_launchers: bool = False) -> Iterator[Launc
 
 
 def _forget_shared_memory() -> None:
-    """Triton keeps it by the device's number."""
+    """Clear Triton's record of shared memory, which it keeps by the device's number."""
     from triton.compiler import compiler
 
     compiler.max_shared_mem.cache_clear()
@@ -156,7 +156,7 @@ def _forget_shared_memory() -> None:
 
 @contextmanager
 def meta_as(target: str) -> Iterator[None]:
-    """Tensors without memory count as those of a GPU of that target: kernels are chosen for it;
+    """Treat tensors without memory as those of a GPU of that target: kernels are selected for it;
     graphs, events and copies to the host do nothing."""
     for module in _KERNELS:
         importlib.import_module(f"kernels.{module}")
@@ -187,7 +187,7 @@ def meta_as(target: str) -> Iterator[None]:
 
 
 class _Nothing:
-    """A stream, event or graph of which nothing is asked but that it is there."""
+    """A stream, event or graph that only has to exist."""
 
     def __init__(self, *args: object, **options: object) -> None:
         self.cuda_stream = 0

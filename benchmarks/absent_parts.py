@@ -1,5 +1,5 @@
-"""Runs the parts of `benchmarks/gpu_check.py` on a GPU that is not here: each launches what it
-launches there, and times nothing."""
+"""Runs the parts of `benchmarks/gpu_check.py` on a GPU that is absent: each makes its launches, and
+times nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ from workers.model.make_checkpoint import preset_config
 from workers.rank.runner import Runner
 
 MEMORY_BYTES = 79 << 30
-"""Free, of an H100."""
+"""Free memory of an H100, in bytes."""
 LAYERS = 2
 """Layers kept of a preset: one of each window; the others launch the same kernels."""
 PARTS: tuple[Callable[[Options, Attempts], None], ...] = (
@@ -32,10 +32,10 @@ PARTS: tuple[Callable[[Options, Attempts], None], ...] = (
 
 
 def launch_parts(target: str, options: Options) -> list[str]:
-    """Returns what failed, a line each.
+    """Run the parts; return the failures, a line each.
 
     Args:
-        options: with a preset, and META for the device.
+        options: settings with a preset, and META for the device.
     """
     failures = []
     with _parts_on_meta(target):
@@ -50,7 +50,8 @@ def launch_parts(target: str, options: Options) -> list[str]:
 
 
 def _graphs(options: Options, attempts: Attempts) -> None:
-    """Those of the steps, which `measure_step` captures where the device is a GPU by its type."""
+    """Capture the graphs of the steps, which `measure_step` captures where the device is a GPU by
+    its type."""
     found = ChosenModel(options)
     sizes, contexts = ([getattr(batch, name) for batch in found.batches] for name in ("size", "context"))
     caches = random_caches(found.model, found.batches, options.num_steps)

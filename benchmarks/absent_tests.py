@@ -21,14 +21,15 @@ from benchmarks.gpu_tests import ROOT, run_tests
 from kernels.moe import reference
 
 TARGET = "GPU_CHECK_ABSENT_TARGET"
-"""Environment variable: as "sm_90"."""
+"""Environment variable: a target such as "sm_90"."""
 LONGEST_S = 7200.0
-"""Seconds that all tests have together."""
+"""Maximum seconds for all tests together."""
 _cpu, _tolist = torch.Tensor.cpu, torch.Tensor.tolist
 
 
 def launch_tests(target: str, num_processes: int, cache: Path) -> str:
-    """Have what tests/gpu launch compiled into Triton's cache; returns a sentence about it."""
+    """Have the kernels that tests/gpu launch compiled into Triton's cache; return a sentence about
+    it."""
     env = os.environ | {TARGET: target, "TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
     # Without assertions.
     env |= {"PYTHONOPTIMIZE": "1", "PYTEST_ADDOPTS": f"-p {__name__} --assert=plain"}
@@ -61,7 +62,7 @@ _NOTHING_IS_READ = (
     ),
     (torch, "equal", lambda left, right: True),
     (torch.testing, "assert_close", lambda *args, **options: None),
-    # Its result is compared and no more.
+    # Its result is only compared.
     (reference, "fused_experts", lambda x, *args, **options: torch.zeros_like(x)),
 )
 

@@ -41,8 +41,8 @@ VOCAB_SIZE = 201_088
 BLOCK_SIZE = 16
 _LEAST_CALLS = 4
 _MOST_OVERTIME = 4
-"""Times its seconds that a task may use for its least calls. One that uses them up in its first
-call ends with it."""
+"""Multiple of its seconds that a task may use for its minimum number of calls. A task that uses
+them up in its first call ends with it."""
 _PROGRESS_S = 2.0
 
 
@@ -52,7 +52,7 @@ class Task:
 
     Attributes:
         run: called with 0, 1, 2, …: the index of the weights to use, so that they come from memory.
-        num_bytes, num_operations: of one call; 0 if not reported.
+        num_bytes, num_operations: for one call; 0 if not reported.
     """
 
     name: str
@@ -176,7 +176,7 @@ def _goes_on(call: int, used: float, seconds_each: float) -> bool:
 
 
 def print_table(title: str, results: Sequence[tuple[Task, float]]) -> None:
-    """The first two are the yardsticks."""
+    """Print the table; the first two results are the yardsticks."""
     (memory, memory_s), (product, product_s), *others = results
     bandwidth, rate = memory.num_bytes / memory_s, product.num_operations / product_s
     print(
@@ -200,8 +200,8 @@ def bandwidth_task(size: int) -> Task:
 
 
 def recorded(run: Callable[[int], Tensor], num_calls: int) -> Callable[[int], Tensor]:
-    """The first `num_calls` calls as programs, in turn: the operation as a decode step runs it,
-    without the Python around it. A result is valid until the next call."""
+    """Return the first `num_calls` calls as programs, in turn: the operation as a decode step runs
+    it, without the Python around it. A result is valid until the next call."""
     recordings: list[tuple[Program, Tensor]] = []
     memory = ProgramMemory()
     for call in range(num_calls):
@@ -219,8 +219,8 @@ def recorded(run: Callable[[int], Tensor], num_calls: int) -> Callable[[int], Te
 
 
 def gemm_task(gemm: Gemm) -> Task:
-    """torch's product of square matrices, of the data type and size that `roofline` found the
-    fastest."""
+    """Return torch's product of square matrices, of the data type and size that `roofline` found
+    the fastest."""
     left, right = (torch.ones(gemm.size, gemm.size, dtype=GEMM_DTYPES[gemm.dtype]) for _ in range(2))
     return Task(
         f"torch {gemm.dtype} GEMM", lambda call: torch.matmul(left, right), num_operations=2 * gemm.size**3
@@ -228,7 +228,7 @@ def gemm_task(gemm: Gemm) -> Task:
 
 
 def matrix_vector_tasks(size: int) -> list[Task]:
-    """One token times dense layers and single experts."""
+    """Return the products of one token with dense layers and single experts."""
     tasks = []
     for rows, width in ((5120, HIDDEN), (HIDDEN, 4096), (HIDDEN, 2 * INTERMEDIATE)):
         x = torch.randn(1, width).bfloat16()
@@ -243,7 +243,7 @@ def matrix_vector_tasks(size: int) -> list[Task]:
 
 
 def expert_tasks(size: int) -> list[Task]:
-    """A layer of the 20b: 32 experts, 4 for each token."""
+    """Return the tasks of a layer of the 20b: 32 experts, 4 for each token."""
     layer = ExpertLayer(HIDDEN, INTERMEDIATE, size)
     return [
         layer.task(f"experts, {counted(num_tokens)}", num_tokens, TOP_K)
@@ -252,7 +252,8 @@ def expert_tasks(size: int) -> list[Task]:
 
 
 def dense_tasks(size: int, torch_dtype: str) -> list[Task]:
-    """Dense layers at batch sizes, ours and torch's, the latter in a data type of GEMM_DTYPES."""
+    """Return dense layers at batch sizes, ours and torch's, the latter in a data type of
+    GEMM_DTYPES."""
     tasks = []
     rows, width, plain_dtype = 5120, HIDDEN, GEMM_DTYPES[torch_dtype]
     plain = [
@@ -293,7 +294,8 @@ def counted(num_tokens: int) -> str:
 
 
 def attention_tasks(size: int) -> list[Task]:
-    """Prompts, chunks behind a context, and decodes of one and of many sequences."""
+    """Return attention of prompts, of chunks after a context, and of decodes of one and of many
+    sequences."""
     caches = attention_caches(size)
     tasks = []
     for num_seqs, query_len, context_len, window in (
@@ -313,8 +315,8 @@ def attention_tasks(size: int) -> list[Task]:
 
 
 def sampling_tasks(vocab_size: int) -> list[Task]:
-    """Tokens of 1 and of 16 rows of logits: flat ones, and peaked ones, where about a hundred
-    tokens have nearly all of the weight."""
+    """Return the sampling of tokens from 1 and from 16 rows of logits: flat ones, and peaked ones,
+    where about a hundred tokens have nearly all of the weight."""
     tasks = []
     for num_rows, (kind, raised) in itertools.product((1, 16), (("flat", 0.0), ("peaked", 14.0))):
         logits = [
@@ -340,13 +342,13 @@ def sampling_tasks(vocab_size: int) -> list[Task]:
 
 
 def run_sampling(logits: Sequence[Tensor], batch: SamplingBatch) -> Callable[[int], Tensor]:
-    """Each call with the next logits; returns the tokens."""
+    """Sample in each call from the next logits; return the tokens."""
     return lambda call: sampling.sample(logits[call % len(logits)], batch).token_ids
 
 
 def attention_caches(size: int) -> Tensor:
-    """[num_layers, 2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM] bf16, `size` bytes or more: a
-    layer holds 16 sequences of 8192."""
+    """Return [num_layers, 2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM] bf16, `size` bytes or
+    more: a layer holds 16 sequences of 8192."""
     num_blocks = 16 * 8192 // BLOCK_SIZE
     shape = (2, num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
     layers = zeros((-(-size // (2 * prod(shape))), *shape), torch.bfloat16)
@@ -357,8 +359,8 @@ def attention_caches(size: int) -> Tensor:
 def attention_task(
     layers: Tensor, num_seqs: int, query_len: int, context_len: int, window: int | None
 ) -> Task:
-    """The last `query_len` tokens of each of `num_seqs` sequences, which lie elsewhere with every
-    call; blocks in no order."""
+    """Return attention of the last `query_len` tokens of each of `num_seqs` sequences, which are
+    others with every call; blocks are in no order."""
     num_blocks, blocks_per_seq = layers.shape[2], -(-context_len // BLOCK_SIZE)
     generator = torch.Generator().manual_seed(context_len)
     free = torch.randperm(num_blocks, generator=generator).to(torch.int32)
@@ -392,13 +394,13 @@ def attention_task(
 
 
 def run_dense(x: Tensor, weights: Sequence[PackedWeight]) -> Callable[[int], Tensor]:
-    """Each call with the next weight."""
+    """Run each call with the next weight."""
     return lambda call: dense.linear(x, weights[call % len(weights)], None)
 
 
 def dense_weights(rows: int, width: int, dtype: torch.dtype, size: int) -> list[PackedWeight]:
-    """Several of one shape, `size` bytes together: any bytes are int8 weights, and small ones bf16
-    weights."""
+    """Return weights of one shape, `size` bytes together: any bytes are int8 weights, and small
+    ones bf16 weights."""
     made = []
     for _ in range(max(2, size // (rows * width * dtype.itemsize))):
         packed = dense.allocate(rows, width, dtype)
@@ -410,7 +412,7 @@ def dense_weights(rows: int, width: int, dtype: torch.dtype, size: int) -> list[
 
 
 class ExpertLayer:
-    """Random experts that fill `size` bytes, used in turn.
+    """A layer of random experts that fill `size` bytes, used in turn.
 
     Args:
         hidden, intermediate: sizes of an expert.
@@ -440,7 +442,8 @@ class ExpertLayer:
         return PackedMXFP4(ROWS16, blocks, scales, (self.num_experts, rows, width))
 
     def task(self, name: str, num_tokens: int, top_k: int) -> Task:
-        """Tokens that choose among 32 experts at random, other experts with every call."""
+        """Return the task of tokens that choose among 32 experts at random, other experts with
+        every call."""
         generator = torch.Generator().manual_seed(num_tokens)
         x = torch.randn(num_tokens, self.hidden, generator=generator).bfloat16()
         choices = []
@@ -462,7 +465,7 @@ class ExpertLayer:
 
 
 def cache_text() -> str:
-    """The size of the last-level cache, as Linux tells it."""
+    """Return the size of the last-level cache, as Linux reports it."""
     try:
         with open("/sys/devices/system/cpu/cpu0/cache/index3/size", encoding="ascii") as file:
             return f"last-level cache {file.read().strip()}"

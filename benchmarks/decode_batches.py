@@ -1,6 +1,6 @@
-"""Batches of equal sequences that decode over a KV cache of random keys and values: nothing was
-computed before, so a step of any context can be timed at once. Which of them a device has room for
-is arithmetic."""
+"""Batches of equal sequences that decode over a KV cache of random keys and values: no prompt was
+computed, so a step of any context can be timed at once. The batches for which a device has room
+follow from arithmetic."""
 
 import time
 from collections import deque
@@ -34,7 +34,7 @@ _FIRST_BLOCK = 1
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences that decode, and the tokens that each has behind it."""
+    """Sequences that decode, and the number of tokens before the first step."""
 
     size: int
     context: int
@@ -43,8 +43,8 @@ class Batch:
 def decode_step_bytes(
     model: ModelConfig, shard: RankShard, dtype: Dtype, batch_size: int, context_len: int
 ) -> float:
-    """Bytes that a rank must read in a decode step of batch_size sequences of context_len tokens;
-    of the embedding only a row each."""
+    """Return the bytes that a rank must read in a decode step of batch_size sequences of
+    context_len tokens; of the embedding only a row each."""
     sizes = rank_bytes(model, shard, dtype)
     missed = 1 - expected_experts_hit(model, batch_size) / model.num_experts
     kv = batch_size * sequence_kv_bytes(model, shard, dtype, context_len)
@@ -52,15 +52,15 @@ def decode_step_bytes(
 
 
 def cache_blocks(model: ModelConfig, batch: Batch, num_steps: int) -> tuple[int, int]:
-    """(blocks of a full layer, blocks of a sliding one) for `num_steps` more tokens, NULL_BLOCK
-    included. In a sliding layer a sequence has its window's blocks, used in turn."""
+    """Return (blocks of a full layer, blocks of a sliding one) for `num_steps` more tokens,
+    NULL_BLOCK included. In a sliding layer a sequence has its window's blocks, used in turn."""
     full = num_blocks_for(batch.context + num_steps)
     return _FIRST_BLOCK + batch.size * full, _FIRST_BLOCK + batch.size * min(full, _window_blocks(model))
 
 
 def batches_bytes(model: ModelConfig, batches: Sequence[Batch], num_steps: int, item: int) -> int:
-    """Memory that a runner of these takes beside the weights and RESERVE_BYTES: its KV cache,
-    logits and attention's scratch.
+    """Return the bytes that a runner of these batches takes besides the weights and RESERVE_BYTES:
+    its KV cache, logits and attention's scratch.
 
     Args:
         item: bytes of a cached number.
@@ -83,10 +83,10 @@ def batches_bytes(model: ModelConfig, batches: Sequence[Batch], num_steps: int, 
 def what_fits(
     model: ModelConfig, batches: Sequence[Batch], num_steps: int, item: int, free_bytes: int
 ) -> list[Batch]:
-    """Those for which there is room together, the first ones first.
+    """Return the batches for which there is room together, the first ones first.
 
     Args:
-        free_bytes: beside the weights.
+        free_bytes: bytes free besides the weights.
     """
     fits: list[Batch] = []
     for batch in batches:
@@ -101,7 +101,7 @@ def _most_blocks(model: ModelConfig, batches: Sequence[Batch], num_steps: int) -
 
 
 def random_caches(model: GptOss, batches: Sequence[Batch], num_steps: int) -> list[Tensor]:
-    """A layer's each, large enough for any of the batches."""
+    """Return a cache for each layer, large enough for any of the batches."""
     most = _most_blocks(model.config, batches, num_steps)
     caches = []
     for window in model.config.layer_windows:
@@ -113,7 +113,7 @@ def random_caches(model: GptOss, batches: Sequence[Batch], num_steps: int) -> li
 def block_tables(
     model: ModelConfig, batch: Batch, num_steps: int
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """(full, sliding) block ids of each sequence."""
+    """Return (full, sliding) block ids of each sequence."""
     length, window = num_blocks_for(batch.context + num_steps), _window_blocks(model)
     ring = min(length, window)
     full = [
@@ -128,7 +128,8 @@ def block_tables(
 
 
 def decode_batch(model: GptOss, batch: Batch) -> StepBatch:
-    """The model's input in which each sequence computes its token at position context - 1."""
+    """Return the model's input in which each sequence computes its token at position context -
+    1."""
     full, sliding = (torch.tensor(table, dtype=torch.int32) for table in block_tables(model.config, batch, 0))
     at, block = batch.context - 1, (batch.context - 1) // BLOCK_SIZE
     slots = [
@@ -151,12 +152,12 @@ def decode_batch(model: GptOss, batch: Batch) -> StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Means over the decode steps of a run.
+    """Times of the decode steps of a run, as means unless stated.
 
     Attributes:
-        seconds: from step to step, in the best run.
-        launch_s: what launching a step takes the host, in the best run by that.
-        median_s: from step to step, in the median run.
+        seconds: time from step to step, in the best run.
+        launch_s: time of the host to launch a step, in the best run by that.
+        median_s: time from step to step, in the median run.
     """
 
     seconds: float
@@ -165,11 +166,11 @@ class StepTime:
 
 
 class Decoder:
-    """Batches on one runner. A batch's sequences are dropped when the next one starts.
+    """A timer of batches on one runner. A batch's sequences are dropped when the next one starts.
 
     Args:
-        num_steps: that are timed, in RUNS runs; WARM_UP_STEPS come before.
-        device: whose clocks are brought up before a batch is timed.
+        num_steps: number of steps that are timed, in RUNS runs; WARM_UP_STEPS come before.
+        device: the device whose clocks are brought up before a batch is timed.
     """
 
     def __init__(self, runner: Runner, model: ModelConfig, num_steps: int, device: torch.device) -> None:
@@ -197,7 +198,7 @@ class Decoder:
         return StepTime(steps.best_s, min(launch_s), steps.median_s)
 
     def _start(self, batch: Batch) -> None:
-        """The first step: all but the last token of each sequence count as computed."""
+        """Run the first step: all but the last token of each sequence count as computed."""
         seq_ids = tuple(range(self._num_sequences, self._num_sequences + batch.size))
         self._num_sequences += batch.size
         vocab, length, size = self._model.vocab_size, batch.context, batch.size
@@ -216,7 +217,7 @@ class Decoder:
         self._step += 1
 
     def _decode(self, context: int, num_steps: int) -> float:
-        """Returns the time that launching took."""
+        """Run the steps; return the seconds that launching took."""
         seq_ids, size = self._live, len(self._live)
         in_flight: deque[PendingStep] = deque()
         launch_s = 0.0
@@ -234,5 +235,6 @@ class Decoder:
 
 
 def _window_blocks(model: ModelConfig) -> int:
-    """A window that begins inside a block, and the block that is written next."""
+    """Return the blocks of a window that begins inside a block, and of the block that is written
+    next."""
     return num_blocks_for(model.sliding_window or BLOCK_SIZE) + 2

@@ -57,10 +57,10 @@ class Launch:
 def layer_launches(
     config: ModelConfig, window: int | None, target: str, batch_size: int, context: int
 ) -> list[Launch]:
-    """Those of one layer of that window."""
+    """Return the launches of one layer of that window."""
     with _recording(target) as recorded:
         counts = []
-        # What the first run makes once, and keeps, is none of a layer's.
+        # Launches that only the first run makes are not a layer's.
         for num_layers in (1, 1, 2):
             layers = replace(config, num_layers=num_layers, layer_windows=(window,) * num_layers)
             model = random_model(layers, META, WGMMA if target == "sm_90" else NATURAL, dtype=DTYPE)
@@ -76,10 +76,11 @@ def layer_launches(
 
 
 class ByteCounter:
-    """Bytes of a launch's tensors by what they are, for the launches of one layer in their order.
+    """A counter of the bytes of a launch's tensors by kind, for the launches of one layer in their
+    order.
 
     Args:
-        window: of the layer.
+        window: the layer's.
         context: tokens of each of the batch's sequences.
     """
 
@@ -122,8 +123,8 @@ class ByteCounter:
 
 @contextmanager
 def _recording(target: str) -> Iterator[list[RecordedLaunch]]:
-    """Yields what is launched inside, which does nothing; tensors without memory count as those of
-    a GPU of that target."""
+    """Yield the launches made inside, which do nothing; tensors without memory count as those of a
+    GPU of that target."""
     for module in (
         "attention.paged",
         "attention.rope_store",
@@ -168,12 +169,12 @@ def _decode_batch(batch_size: int, context: int) -> StepBatch:
 
 
 def least_bytes(launches: list[Launch]) -> float:
-    """Weights and KV cache of a layer, once each."""
+    """Return the bytes of a layer's weights and KV cache, once each."""
     return sum(launch.weight_bytes + launch.kv_bytes for launch in launches)
 
 
 def _labels(launches: list[Launch]) -> list[tuple[str, int]]:
-    """(name, how many of that name come before)."""
+    """Return (name, number of launches of that name before it) for each launch."""
     names = [launch.name for launch in launches]
     return [(name, names[:index].count(name)) for index, name in enumerate(names)]
 

@@ -24,11 +24,11 @@ from kernels.mxfp4 import PackedMXFP4, choose_layout, from_natural
 
 TOP_K = 4
 CACHE_BYTES = 512 << 20
-"""More than any device caches: layers are walked in turn until so many bytes were read."""
+"""Bytes to read before a layer is used again, more than any device caches."""
 
 
 def layer(args: argparse.Namespace, device: torch.device, seed: int) -> ExpertWeights:
-    """Random weights."""
+    """Return a layer of random weights."""
     generator = torch.Generator(device).manual_seed(seed)
     dtype = torch.bfloat16
 

@@ -23,7 +23,7 @@ Result = dict[str, Any]
 CONTEXT_LOST = 70
 """Exit code of a process whose CUDA context is unusable."""
 DOING, TRIED, FAILURES = "doing", "tried", "failures"
-"""Keys of a result: the piece that is running, the names of those that were begun, [{"what",
+"""Keys of a result: the piece that is running, the names of those that were begun, and [{"what",
 "error"}] of those that failed."""
 
 
@@ -31,8 +31,8 @@ class Attempts:
     """The pieces of one part, and its result.
 
     Args:
-        path: where the result is written; what an earlier process of the part wrote there is taken
-            over. None: nowhere.
+        path: file of the result; the result that an earlier process of the part wrote there is
+            taken over. None: no file.
     """
 
     def __init__(self, device: "torch.device", path: Path | None = None) -> None:
@@ -42,7 +42,8 @@ class Attempts:
         self.result.pop(DOING, None)
 
     def begin(self, about: Result, *, lists: tuple[str, ...] = ()) -> Result:
-        """The result, with `about` in it, and these keys lists: of an earlier process, or empty."""
+        """Return the result, with `about` in it and a list under each of these keys: an earlier
+        process's, or empty."""
         self.result |= about
         for key in lists:
             self.result.setdefault(key, [])
@@ -107,12 +108,12 @@ def is_context_lost(device: "torch.device") -> bool:
         torch.cuda.synchronize(device)
         return bool(torch.ones(1, device=device).item() != 1)
     except RuntimeError as error:
-        # Memory that has run out passes.
+        # A lack of memory is temporary.
         return not isinstance(error, torch.OutOfMemoryError)
 
 
 def add_failure(result: Result, what: str, error: str) -> None:
-    """A piece that failed counts as tried."""
+    """Add a failure; a piece that failed counts as tried."""
     result.setdefault(FAILURES, []).append({"what": what, "error": error})
     tried = result.setdefault(TRIED, [])
     if what not in tried:
@@ -120,12 +121,12 @@ def add_failure(result: Result, what: str, error: str) -> None:
 
 
 def read_result(path: Path) -> Result:
-    """Empty where nothing was written."""
+    """Return the result in the file; empty if there is no file."""
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def write_result(path: Path, result: Result) -> None:
-    """All or nothing: the process may be stopped meanwhile."""
+    """Write all or nothing: the process may be stopped meanwhile."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(result, indent=1))
     beside.replace(path)

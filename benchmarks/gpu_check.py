@@ -57,9 +57,10 @@ TESTS, PROBE = "tests", "probe"
 RUNS = {PROBE: probe, **PARTS, "llm": measure_llm}
 ORDER = (*RUNS, TESTS)
 PACKED_PRESETS = ("20b", "120b")
-"""Whose kernels --pack-cache compiles by default: the probe's, and what an H100 has room for."""
+"""Presets whose kernels --pack-cache compiles by default: the probe's, and the one for which an
+H100 has room."""
 PROBE_S = 60.0
-"""The probe's time, at most."""
+"""Maximum seconds of the probe."""
 PART_SHARE = 0.6
 """Share of the time left that a part gets when others follow it."""
 LEAST_S = 20.0
@@ -165,7 +166,7 @@ def _options(args: argparse.Namespace, device: torch.device, preset: str | None)
 
 
 def _run_part(args: argparse.Namespace) -> int:
-    """In the part's own process."""
+    """Run a part, in its own process."""
     end_with_parent()
     moe_stages.apply_from_environment()
     options = _options(args, usable_device(args.device), args.preset)
@@ -276,7 +277,7 @@ class _Check:
 
 
 def _flags(args: argparse.Namespace) -> list[str]:
-    """Those that a part reads."""
+    """Return the flags that a part reads."""
     numbers = {"--batch-sizes": args.batch_sizes, "--contexts": args.contexts, "--prompts": args.prompts}
     values = {flag: ",".join(map(str, value)) for flag, value in numbers.items()} | {
         "--steps": args.steps,
@@ -287,11 +288,12 @@ def _flags(args: argparse.Namespace) -> list[str]:
 
 
 def child_environment(out: Path, moe_num_stages: int | None) -> dict[str, str]:
-    """This process's, with all caches under `out`; a TRITON_CACHE_DIR that is set stays."""
+    """Return this process's environment, with all caches under `out`; a TRITON_CACHE_DIR that is
+    set stays."""
     cache = out / "cache"
     env = {"TRITON_CACHE_DIR": str(cache / "triton")} | dict(os.environ)
     env |= {"CUDA_CACHE_PATH": str(cache / "cuda"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
-    # What is read again are the binaries alone; all stages of a compilation are ten times as much.
+    # Only the binaries are read again; all stages of a compilation are ten times as much.
     env |= {"TRITON_STORE_BINARY_ONLY": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if moe_num_stages is not None:
         env[moe_stages.ENVIRONMENT] = str(moe_num_stages)
@@ -301,8 +303,8 @@ def child_environment(out: Path, moe_num_stages: int | None) -> dict[str, str]:
 def run_part(
     name: str, command: Sequence[str], out: Path, timeout_s: float, env: dict[str, str]
 ) -> dict[str, Any]:
-    """What the part has found, also where it failed: `failed` says of the whole part why it ended
-    early, `failures` of which pieces.
+    """Run a part and return its result, also after a failure: `failed` gives the reason if the
+    whole part ended early, `failures` those of single pieces.
 
     Args:
         command: writes its result, piece by piece, to the file that `--result` names

@@ -1,6 +1,6 @@
-"""Processes that `benchmarks/gpu_check.py` starts. What they print goes to a file at once; one that
-reaches its limit leaves a traceback of each thread there; none outlives the process that started
-it."""
+"""Processes that `benchmarks/gpu_check.py` starts. Their output goes to a file at once; a process
+that reaches its limit leaves a traceback of each thread there; none outlives the process that
+started it."""
 
 import contextlib
 import os
@@ -33,12 +33,12 @@ class ChildrenEnded(Exception):
 def run_child(
     command: Sequence[str], log: Path, timeout_s: float, *, cwd: Path, env: Mapping[str, str]
 ) -> int | None:
-    """Run to its end, or to its limit.
+    """Run a process to its end, or to its limit.
 
     Args:
-        log: gets stdout and stderr, after what is in it.
-        timeout_s: `_GRACE_S` before it, faulthandler dumps all threads into the log and the process
-            is over.
+        log: file to which stdout and stderr are appended.
+        timeout_s: limit in seconds; `_GRACE_S` before it, faulthandler dumps all threads into the
+            log and the process is over.
         env: the whole environment.
     Returns:
         its exit code, minus the signal's number for a death of a signal; None: it was stopped at
@@ -80,7 +80,7 @@ def _wait(process: "subprocess.Popen[bytes]", timeout_s: float) -> int:
 
 
 def end_children() -> None:
-    """Those that other threads wait for; no other is started in this process."""
+    """End the children for which other threads wait; no other is started in this process."""
     _ending.set()
     for process in tuple(_running):
         _end(process)
@@ -94,8 +94,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def end_with_parent() -> None:
-    """In a child: end, from a thread of its own, when the process that started it is gone. Does
-    nothing in a process started otherwise."""
+    """End this child process, from a thread of its own, when the process that started it is gone.
+    Does nothing in a process started otherwise."""
     parent = os.environ.get(_PARENT)
     if parent is None or int(parent) != os.getppid():
         return
@@ -109,7 +109,7 @@ def end_with_parent() -> None:
 
 
 def how_it_ended(code: int) -> str:
-    """An exit code in words."""
+    """Describe an exit code in words."""
     if code >= 0:
         return f"ended with {code}"
     try:
@@ -119,9 +119,10 @@ def how_it_ended(code: int) -> str:
 
 
 def where_it_was(log: Path, root: Path) -> str:
-    """The innermost function of this repository that the main thread was in when faulthandler last
-    dumped all threads, as "function (file:line)"; empty if the log holds no dump."""
-    # That of the thread which got the signal, which is the main one unless it is busy for good.
+    """Return the innermost function of this repository that the main thread was in when
+    faulthandler last dumped all threads, as "function (file:line)"; empty if the log holds no
+    dump."""
+    # The dump of the thread that got the signal, which is the main one unless it is busy for good.
     _, found, dump = log.read_text(errors="replace").rpartition("Current thread ")
     if not found:
         return ""

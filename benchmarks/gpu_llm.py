@@ -28,8 +28,8 @@ PRESETS = {"cuda": "20b", "cpu": "tiny"}
 TOLERANCE = 0.25
 """Nats by which a token's log probability may differ between two ways to compute it in bf16, which
 add up in another order and, where two experts are all but equally good, choose the other one. Three
-times as much as bf16 and fp32 were seen to differ by on a CPU (`small` with BRANCH_EXPONENT: median
-0.01, at most 0.08)."""
+times the difference seen between bf16 and fp32 on a CPU (`small` with BRANCH_EXPONENT: median 0.01,
+at most 0.08)."""
 BRANCH_EXPONENT = -3
 """Exponent of random weights: with 0, bf16 and fp32 differ by 0.5 nats in the median, and no
 tolerance separates rounding from an error."""
@@ -38,13 +38,13 @@ _MAX_MODEL_LEN = 1024
 _KV_CACHE_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 
 Step = tuple[int, TokenLogprobs]
-"""A token, and the log probabilities that it was chosen by."""
+"""A token, and the log probabilities from which it was chosen."""
 Answer = Sequence[Step]
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far two sets of greedy answers agree.
+    """The agreement of two sets of greedy answers.
 
     Attributes:
         same: sequences with the same tokens.
@@ -79,8 +79,8 @@ def compare(expected: Sequence[Answer], actual: Sequence[Answer]) -> Agreement:
 
 
 def _compare(expected: Answer, actual: Answer) -> tuple[float, list[float]]:
-    """(by how much the first answer prefers its own token to the other's where they part, 0 where
-    they do not; the differences of log probabilities before that)."""
+    """Return (by how much the first answer prefers its own token to the other's where they part, 0
+    where they do not; the differences of log probabilities before that)."""
     differences: list[float] = []
     for (token, chosen), (other, seen) in zip(expected, actual, strict=True):
         if token != other:
@@ -90,8 +90,8 @@ def _compare(expected: Answer, actual: Answer) -> tuple[float, list[float]]:
 
 
 def measure_llm(options: Options, attempts: Attempts) -> None:
-    """Three engines on the same weights: an eager one, one with graphs, and a second one with
-    graphs that is closed beside it."""
+    """Measure three engines on the same weights: an eager one, one with graphs, and a second one
+    with graphs that is closed beside it."""
     on_gpu = options.device.type == "cuda"
     preset = options.preset or (None if options.model else PRESETS[options.device.type])
     chosen = ChosenModel(
@@ -175,8 +175,8 @@ def measure_llm(options: Options, attempts: Attempts) -> None:
 
 
 def start_engine(options: Options, attempts: Attempts) -> None:
-    """Launch what an engine of `measure_llm` launches before it answers, as a rank does; no part of
-    a check."""
+    """Launch the kernels that an engine of `measure_llm` launches before it answers, as a rank
+    does; no part of a check."""
     model = ChosenModel(replace(options, batch_sizes=(NUM_PROMPTS,), contexts=(_MAX_MODEL_LEN,))).model
     limits = SchedulerConfig(NUM_PROMPTS, _MAX_MODEL_LEN), _MAX_MODEL_LEN, DTYPE
     attempts.run("warm up", lambda: warm_up(model, *limits))
@@ -185,8 +185,8 @@ def start_engine(options: Options, attempts: Attempts) -> None:
 
 @contextmanager
 def _engines(options: Options, chosen: ChosenModel) -> "Iterator[Callable[..., LLM]]":
-    """Yields what makes an engine of this model. It is in memory once, for all of them."""
-    # Here, since the rest of a check needs fewer packages.
+    """Yield a maker of engines of this model. It is in memory once, for all of them."""
+    # Imported here, since the rest of a check needs fewer packages.
     from workers.engine.llm import LLM
     from workers.executor.inline import InlineExecutor
 
@@ -204,7 +204,7 @@ def _engines(options: Options, chosen: ChosenModel) -> "Iterator[Callable[..., L
             max_num_seqs=NUM_PROMPTS,
             max_num_batched_tokens=_MAX_MODEL_LEN,
             kv_cache_bytes=_KV_CACHE_BYTES[options.device.type],
-            # What is found in it was computed in other batches.
+            # Its blocks were computed in other batches.
             prefix_caching=False,
             executor_factory=lambda config, model: InlineExecutor(
                 config, model, loader=lambda *args, **options: chosen.model

@@ -10,12 +10,12 @@ from importlib import metadata
 from pathlib import Path
 
 _LONGEST_S = 30.0
-"""Seconds that a tool has to answer."""
+"""Maximum seconds for a tool's answer."""
 
 
 def describe() -> dict[str, str]:
-    """By name: Python, torch, Triton, GPU, driver, its free memory, the C compiler that Triton
-    takes, and where Python.h is; each in words, also where it is missing."""
+    """Return by name: Python, torch, Triton, GPU, driver, its free memory, the C compiler that
+    Triton takes, and where Python.h is; each in words, also where it is missing."""
     gpu = _said(
         "nvidia-smi", "--query-gpu=name,driver_version,memory.free,memory.total", "--format=csv,noheader"
     ).split("\n")[0]
@@ -44,7 +44,7 @@ def triton_target() -> str | None:
 
 
 def sentence(machine: dict[str, str]) -> str:
-    """One line."""
+    """Return the description as one line."""
     return ", ".join(f"{name}: {value}" for name, value in machine.items())
 
 

@@ -1,5 +1,6 @@
-"""What `benchmarks/gpu_check.py` measures, part by part. Each part returns what is written as JSON,
-numbers in SI units and the words around them; `gpu_report.py` makes tables of it."""
+"""Measurements of `benchmarks/gpu_check.py`, part by part. Each part returns a result that is
+written as JSON, numbers in SI units and the words around them; `gpu_report.py` makes tables of
+it."""
 
 import platform
 import subprocess
@@ -43,22 +44,23 @@ DTYPE: Dtype = "bfloat16"
 PRESETS = ("120b", "20b", "small")
 """Presets, largest first; the first that fits is the default on a GPU."""
 TIMED_LAYERS = 8
-"""Whose launches are kept with all that they read and write, for batches above SMALL_BATCH; of a
-smaller batch, all layers': together their weights then are more than an L2 cache holds."""
+"""Number of layers whose launches are kept with all that they read and write, for batches above
+SMALL_BATCH; of a smaller batch, all layers': together their weights then are more than an L2 cache
+holds."""
 SMALL_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is measured.
+    """Settings of the measurements.
 
     Attributes:
         model: a checkpoint's folder; None: random weights of `preset`.
-        preset: as of `cantata make-checkpoint`; None: the largest of PRESETS that fits, on a CPU
+        preset: one of `cantata make-checkpoint`; None: the largest of PRESETS that fits, on a CPU
             `tiny`.
         batch_sizes, contexts: each with each; those for which there is no room are left out.
-        steps: of decode that are timed.
-        prompts: tokens of each prefill that is timed.
+        steps: number of decode steps that are timed.
+        prompts: number of tokens of each prefill that is timed.
     """
 
     device: torch.device
@@ -80,7 +82,7 @@ class Options:
 
 
 def measure_device(options: Options, attempts: Attempts) -> None:
-    """The machine and what it reaches at best."""
+    """Measure the machine and its best rates."""
     device = options.device
     on_gpu = device.type == "cuda"
     about = {
@@ -95,7 +97,7 @@ def measure_device(options: Options, attempts: Attempts) -> None:
 
 
 def measure_step(options: Options, attempts: Attempts) -> None:
-    """Whole decode steps, sampling among it, against the bytes that they must read."""
+    """Measure whole decode steps, sampling among it, against the bytes that they must read."""
     found = ChosenModel(options)
     model, config, batches = found.model, found.model.config, found.batches
     kernels = model_kernels(model)
@@ -155,8 +157,8 @@ def measure_step(options: Options, attempts: Attempts) -> None:
 
 
 def measure_kernels(options: Options, attempts: Attempts) -> None:
-    """Each launch of a decode step by itself, replayed layer after layer, against the bytes that it
-    reads and writes."""
+    """Measure each launch of a decode step by itself, replayed layer after layer, against the bytes
+    that it reads and writes."""
     if not triton_runs_on(options.device):
         attempts.begin({"skipped": "no Triton kernels run here"})
         return
@@ -180,7 +182,7 @@ def measure_kernels(options: Options, attempts: Attempts) -> None:
 
 @torch.inference_mode()
 def _launches(model: GptOss, batch: Batch, card: Result, rows: Result, attempts: Attempts) -> None:
-    """Fills in `rows`."""
+    """Measure the launches into `rows`."""
     from benchmarks.decode_traffic import ByteCounter
     from benchmarks.launch_recorder import RecordedLaunch, recording_launches, split_layers
 
@@ -233,8 +235,8 @@ def _named(batch: Batch) -> str:
 
 
 def stays_in_cache(num_bytes: float, l2_bytes: int) -> bool:
-    """Whether launches that read and write so many bytes in turn may find some of them in the
-    second-level cache again: then their time is not that of memory, and their share of its
+    """Return whether launches that read and write this many bytes in turn may find some of them in
+    the second-level cache again: then their time is not that of memory, and their share of its
     bandwidth can be above 100 %."""
     return num_bytes < 2 * l2_bytes
 
@@ -244,7 +246,7 @@ def _seconds(took: Timing) -> Result:
 
 
 def measure_prefill(options: Options, attempts: Attempts) -> None:
-    """One step of prompts of one sequence, against the products that it needs."""
+    """Measure one step of prompts of one sequence, against the products that it needs."""
     found = ChosenModel(options)
     model, config = found.model, found.model.config
     card = _card(options.device)
@@ -300,7 +302,7 @@ def _keys_seen(num_tokens: int, window: int | None) -> int:
 
 
 def measure_sampling(options: Options, attempts: Attempts) -> None:
-    """Each way to sample, against one pass over the logits."""
+    """Measure each way to sample, against one pass over the logits."""
     vocab = (
         load_model_config(options.model)
         if options.model
@@ -328,7 +330,7 @@ def measure_sampling(options: Options, attempts: Attempts) -> None:
 
 
 def sampling_ways(rows: int, vocab: int, device: torch.device) -> dict[str, SamplingBatch]:
-    """The same for all rows."""
+    """Return the ways to sample, each the same for all rows."""
     index = torch.arange(rows, device=device)
     ones, counts = torch.ones(rows, device=device), torch.ones(rows, dtype=torch.int32, device=device)
     tokens = index * 31 % vocab
@@ -360,7 +362,7 @@ class ChosenModel:
     """The model that is measured, and the batches that there is room for beside it.
 
     Args:
-        branch_exponent: of random weights, as `random_model` has it.
+        branch_exponent: exponent of random weights, see `random_model`.
     """
 
     def __init__(self, options: Options, *, branch_exponent: int = 0) -> None:

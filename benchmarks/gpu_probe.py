@@ -18,7 +18,7 @@ PRESETS = {"cuda": "20b", "cpu": "tiny"}
 
 
 def probe(options: Options, attempts: Attempts) -> None:
-    """Three pieces: the device, eager steps, steps from a graph."""
+    """Run three pieces: the device, eager steps, steps from a graph."""
     device = options.device
     result = attempts.begin({"architecture": architecture(device)})
 
@@ -32,7 +32,7 @@ def probe(options: Options, attempts: Attempts) -> None:
 
 
 def decode_ways(options: Options, attempts: Attempts) -> None:
-    """The same steps launched one by one and, on a GPU, from a graph."""
+    """Time the same steps launched one by one and, on a GPU, from a graph."""
     device = options.device
     preset = options.preset or (None if options.model else PRESETS[device.type])
     found = ChosenModel(

@@ -1,5 +1,4 @@
-"""Tables of what `benchmarks/gpu_check.py` has found, in Markdown, as `docs/performance.md` has
-them."""
+"""Tables of the results of `benchmarks/gpu_check.py`, in Markdown, as in `docs/performance.md`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,11 +32,11 @@ _SAMPLING_IN_L2 = (
 
 
 def report(found: Mapping[str, Result]) -> str:
-    """All parts that are there.
+    """Return the tables of all parts that are there.
 
     Args:
-        found: by name, as `gpu_parts.PARTS` and the tests have them; a part that did not end has
-            `failed`.
+        found: results by name of the part in `gpu_parts.PARTS`, and of the tests; a part that did
+            not end has `failed`.
     """
     sections = {
         "machine": _machine,
@@ -200,7 +199,8 @@ def _prefill(result: Result) -> list[str]:
 
 
 def _card(result: Result) -> str:
-    """Return a sentence on what the device reached in the process that measured the rest."""
+    """Return a sentence on the rates that the device reached in the process that measured the
+    rest."""
     return f"A copy reads and writes {result['bandwidth'] / 1e9:.0f} GB/s, {_gemm(result)}."
 
 
@@ -225,7 +225,7 @@ def _gemm(result: Result) -> str:
 
 
 def _tflops(flops_per_s: float) -> str:
-    """In 10^12 a second; of a CPU, which makes fewer than ten, with two more digits."""
+    """Return a rate in 10^12 a second; of a CPU, which is slower than ten, with two more digits."""
     return f"{flops_per_s / 1e12:.0f}" if flops_per_s >= 1e13 else f"{flops_per_s / 1e12:.2f}"
 
 
@@ -293,7 +293,7 @@ def _left_out(result: Result) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Cells that look like numbers to the right."""
+    """Return a table, with cells that look like numbers to the right."""
     numeric = [all(row[column][:1].isdigit() for row in rows) for column in range(len(header))]
     separator = ["---:" if right else "---" for right in numeric]
     return ["| " + " | ".join(cells) + " |" for cells in (header, separator, *rows)]

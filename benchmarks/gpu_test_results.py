@@ -17,7 +17,7 @@ from benchmarks.gpu_children import RESULTS, end_with_parent
 from benchmarks.moe_stages import apply_from_environment
 
 _LONGEST = 500
-"""Characters of what a test says."""
+"""Maximum number of characters of a test's message."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

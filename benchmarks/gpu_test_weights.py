@@ -14,7 +14,7 @@ from benchmarks.gpu_tests import DEFAULT_WEIGHT, WEIGHTS, name_of_test, read_lin
 
 
 def weights_of(results: Path) -> dict[str, float]:
-    """Mean seconds of a case, by test, of those that take longer than the default."""
+    """Return the mean seconds of a case, by test, for those that take longer than the default."""
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     for line in read_lines(results):
         if line.get("outcome") in ("passed", "failed"):

@@ -31,7 +31,7 @@ from workers.cores import usable_cores
 
 FOLDER = "tests/gpu"
 ALONE = ("roofline", "graphs_keep")
-"""In the names of the tests that no other process may disturb."""
+"""Parts of the names of tests that no other process may disturb."""
 ALONE_SHARE = 0.25
 """Share of the time kept for the tests that run alone."""
 COLLECT_S = 90.0
@@ -42,7 +42,7 @@ WEIGHTS = Path(__file__).parent / "gpu_test_weights.json"
 """Seconds of a case, by test: file's name, two colons, function's name. Written by `python3 -m
 benchmarks.gpu_test_weights TESTS.JSONL`."""
 DEFAULT_WEIGHT = 0.5
-"""Weight of a test that is not among them."""
+"""Weight, in seconds, of a test that is not among them."""
 ROOT = Path(__file__).parent.parent
 # Without the project's own options, which need plugins that a GPU machine may lack.
 PYTEST = [
@@ -69,12 +69,12 @@ def run_tests(
     folder: str = FOLDER,
     selected: str = "",
 ) -> dict[str, Any]:
-    """{"summary", "problems": a line each, "printed": what the tests that run alone print,
-    "advice", "failed" if something did}.
+    """Run the tests; return {"summary", "problems": a line each, "printed": output of the tests
+    that run alone, "advice", "failed" if there was a failure}.
 
     Args:
-        out: gets tests.jsonl, and in tests/ what each process prints.
-        selected: as pytest's -k has it.
+        out: folder that gets tests.jsonl, and in tests/ the output of each process.
+        selected: an expression for pytest's -k.
     """
     if importlib.util.find_spec("pytest") is None:
         return {"failed": f"pytest is not installed for {sys.executable}: pip install pytest"}
@@ -127,7 +127,7 @@ def so_far(out: Path) -> dict[str, Any]:
 def _listed(
     root: Path, log: Path, timeout_s: float, env: Mapping[str, str], folder: str, selected: str
 ) -> list[str] | str:
-    """The tests' ids, or why there are none."""
+    """Return the tests' ids, or the reason for which there are none."""
     log.unlink(missing_ok=True)
     command = [*PYTEST, "--collect-only", *(["-k", selected] if selected else []), folder]
     code = run_child(command, log, timeout_s, cwd=root, env=env)
@@ -142,8 +142,8 @@ def _listed(
 
 
 def deal(ids: Sequence[str], num_parts: int, weights: Mapping[str, float] | None = None) -> list[list[str]]:
-    """At most num_parts parts of about equal weight, the heaviest tests first to whichever part has
-    least.
+    """Return at most num_parts parts of about equal weight, the heaviest tests first to whichever
+    part has least.
 
     Each part is in the order of `ids`, but begins at another place: neighbours use the same
     kernels, and when a part comes to them another has compiled them.
@@ -183,7 +183,7 @@ class _Shard:
     """Tests that run one after the other.
 
     Attributes:
-        log: gets what pytest prints, of all its processes.
+        log: file for pytest's output, of all its processes.
         problems: a line each: deaths, and tests for which there was no time.
     """
 
@@ -195,7 +195,7 @@ class _Shard:
     problems: list[str] = field(default_factory=list)
 
     def run(self, deadline: float) -> None:
-        """Until all are through or time is."""
+        """Run until all tests are through or the time is over."""
         self.log.unlink(missing_ok=True)
         left = self.ids
         while left:
@@ -237,7 +237,7 @@ class _Shard:
 
 
 def read_lines(results: Path) -> list[dict[str, Any]]:
-    """All but one that is not written to its end."""
+    """Return all results but a last one that was not written to its end."""
     return [json.loads(line) for line in results.read_text().splitlines() if line.endswith("}")]
 
 
@@ -257,8 +257,8 @@ def _summary(results: Path, num_listed: int | None, problems: list[str]) -> dict
 
 
 def advice(failed: Sequence[str]) -> list[str]:
-    """Commands that narrow a failure of the experts' kernels down, if some of these tests are of
-    them."""
+    """Return commands that narrow a failure of the experts' kernels down, if some of these tests
+    are of them."""
     moe = [id for id in failed if "moe" in id.partition("::")[0]]
     if not moe:
         return []

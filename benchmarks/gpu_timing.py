@@ -16,10 +16,10 @@ from kernels.cpu.roofline import Gemm
 
 WARM_UP_S = 0.3
 """Seconds of work after which a GPU's clocks have risen; an idle H100 runs at 345 MHz, a sixth of
-what it reaches."""
+its maximum."""
 GRAPH_LAUNCHES = 20
-"""In one graph, at least: it takes the host longer to start a graph than the GPU to run one small
-kernel."""
+"""Minimum number of launches in one graph: it takes the host longer to start a graph than the GPU
+to run one small kernel."""
 _GEMM_SIZE = 8192
 """Rows and columns of the matrices that a GPU multiplies."""
 _WARM_S, _ROUND_S = 0.02, 0.002
@@ -33,8 +33,8 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds that one call took over several rounds: in the best one, which nothing disturbed, and
-    in the median one. Where these are far apart, something disturbed many."""
+    """Seconds that one call took over several rounds: in the best one, which was undisturbed, and
+    in the median one. Where these are far apart, many rounds were disturbed."""
 
     best_s: float
     median_s: float
@@ -45,7 +45,7 @@ class Timing:
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
-    """Bytes a second read and written by a copy of `num_bytes`."""
+    """Return the bytes a second read and written by a copy of `num_bytes`."""
     warm_up(device)
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -65,7 +65,8 @@ def fastest_gemm(device: torch.device) -> Gemm:
 
 
 def l2_cache_bytes(device: torch.device) -> int:
-    """Size of a GPU's second-level cache; 0 of a CPU, whose caches are not looked at."""
+    """Return the size of a GPU's second-level cache in bytes; 0 for a CPU, whose caches are not
+    looked at."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
@@ -84,7 +85,7 @@ def warm_up(device: torch.device) -> None:
 
 
 def replayed(work: Work, device: torch.device) -> Work:
-    """The work as a CUDA graph, or itself on a CPU; it has run once."""
+    """Return the work as a CUDA graph, or itself on a CPU; it has run once."""
     work()
     if device.type != "cuda":
         return work
@@ -95,14 +96,14 @@ def replayed(work: Work, device: torch.device) -> Work:
 
 
 def timed(works: Sequence[Work], device: torch.device, *, graph: bool = True) -> Timing:
-    """The time of one of these works, which are run one after the other, over and over.
+    """Return the time of one of these works, which are run one after the other, over and over.
 
     Work after work on tensors of its own finds in the second-level cache only what the works
     together leave there: where they read more than that cache holds, each one reads from memory.
 
     Args:
-        graph: on a GPU, time a CUDA graph of GRAPH_LAUNCHES of them or more, which leaves out what
-            they cost the host.
+        graph: on a GPU, time a CUDA graph of GRAPH_LAUNCHES of them or more, which leaves out their
+            cost on the host.
     """
     in_graph = graph and device.type == "cuda"
     works = [*works] * (-(-GRAPH_LAUNCHES // len(works)) if in_graph else 1)
@@ -120,13 +121,13 @@ def timed(works: Sequence[Work], device: torch.device, *, graph: bool = True) ->
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what is queued."""
+    """Wait until the device has done the queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _warmed(run: Work, device: torch.device) -> float:
-    """Seconds of a run, once it has been running for some time."""
+    """Return the seconds of a run, once it has been running for some time."""
     started = time.perf_counter()
     while True:
         took = _round(run, device, 1)

@@ -86,7 +86,7 @@ def command_of(way: str, model: Path) -> list[str]:
 
 @contextmanager
 def running(command: list[str]) -> Iterator[int]:
-    """The command, from when it is ready; its process id."""
+    """Run the command; yield its process id when it is ready."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -100,7 +100,7 @@ def running(command: list[str]) -> Iterator[int]:
 
 
 def idle_cores(pid: int, settle_s: float, seconds: float) -> dict[str, float]:
-    """Cores used by a process and its descendants, by name."""
+    """Return the cores used by a process and its descendants, by name."""
     time.sleep(settle_s)
     begin_s, before = time.perf_counter(), {process.pid: process.cpu_s for process in process_tree(pid)}
     time.sleep(seconds)
@@ -112,7 +112,8 @@ def idle_cores(pid: int, settle_s: float, seconds: float) -> dict[str, float]:
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """Markdown: per cent of a core, a row for each kind of process, a column for each way."""
+    """Return Markdown: per cent of a core, a row for each kind of process, a column for each
+    way."""
     names = sorted(
         {name for used in found.values() for name in used},
         key=lambda name: -max(used.get(name, 0.0) for used in found.values()),

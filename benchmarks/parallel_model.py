@@ -69,18 +69,18 @@ KERNEL_S = 2e-6
 COLLECTIVE_S = 6e-6
 HOP_S = 1e-6
 BATCHES = tuple(sorted({base << shift for base in (2, 3) for shift in range(10)} | {1}))
-"""1, 2, 3, 4, 6, 8, 12, … 1536: where the curves are computed."""
+"""Batch sizes at which the curves are computed: 1, 2, 3, 4, 6, 8, 12, … 1536."""
 MAX_BATCH = 1024
 PROMPT_CHUNK = 4096
-"""Tokens of a step that reads a prompt."""
+"""Number of tokens of a step that reads a prompt."""
 USER_RATES = (20, 40, 80, 160)
 """Tokens a second for each user, below which a plan does not count in the last table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One kind of work in a step: what the rank with most of it reads (of collectives: sends), its
-    operations, its time."""
+    """One kind of work in a step: the bytes that the busiest rank reads (of collectives: sends),
+    its operations, its time."""
 
     num_bytes: float
     flops: float
@@ -94,9 +94,9 @@ class Step:
     Attributes:
         attention: the projections.
         keys: attention itself, over the KV cache.
-        experts: of the busiest group.
+        experts: those of the busiest group.
         other: embedding rows, norms, gates.
-        lm_head: with the logits on rank 0.
+        lm_head: includes the logits on rank 0.
     """
 
     attention: Part
@@ -155,11 +155,11 @@ class Point:
 def model_step(
     model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, *, batch: int, context: int, query_len: int = 1
 ) -> Step:
-    """A step with the next query_len tokens of `batch` sequences: one decodes, more are a chunk of
-    a prompt.
+    """Return a step with the next query_len tokens of `batch` sequences: one decodes, more are a
+    chunk of a prompt.
 
     Args:
-        context: tokens of each sequence before them.
+        context: number of tokens of each sequence before them.
     Raises:
         ConfigError: the model does not allow the plan.
     """
@@ -194,7 +194,7 @@ def model_step(
 
 
 def all_reduce(num_bytes: float, num_ranks: int, link_bandwidth: float) -> Part:
-    """The faster of one-shot and ring; bytes are those that one rank sends."""
+    """Return the faster of one-shot and ring; bytes are those that one rank sends."""
     if num_ranks == 1:
         return Part(0, 0, 0)
     one_shot, ring = (num_ranks - 1) * num_bytes, 2 * (num_ranks - 1) / num_ranks * num_bytes
@@ -210,8 +210,8 @@ def all_reduce(num_bytes: float, num_ranks: int, link_bandwidth: float) -> Part:
 def busiest_experts(
     model: ModelConfig, groups: tuple[tuple[int, int], ...], num_tokens: int
 ) -> tuple[float, float]:
-    """Expected number of experts that are hit, and of (token, expert) pairs, in that group of a
-    layer which has most of them.
+    """Return the expected number of experts that are hit, and of (token, expert) pairs, in that
+    group of a layer which has most of them.
 
     Args:
         groups: start and stop of each group's experts. One group is computed, several are drawn at
@@ -238,8 +238,8 @@ def busiest_experts(
 
 
 def kv_capacity(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu) -> int:
-    """Tokens that the KV cache of a replica holds with an engine's default settings; 0 if its
-    weights leave no room for a full context."""
+    """Return the tokens that the KV cache of a replica holds with an engine's default settings; 0
+    if its weights leave no room for a full context."""
     plan = _kv_cache(model, parallel, gpu, SchedulerConfig().max_num_seqs)
     return 0 if plan is None else plan.kv_capacity_tokens
 
@@ -253,7 +253,7 @@ def most_sequences(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, conte
 
 
 def prompt_seconds(model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, length: int) -> float:
-    """Time to read a prompt in chunks, each as long as one in the middle takes."""
+    """Return the time to read a prompt in chunks, each as long as one in the middle takes."""
     chunk = min(length, PROMPT_CHUNK)
     step = model_step(model, parallel, gpu, batch=1, context=(length - chunk) // 2, query_len=chunk)
     return step.seconds * length / chunk
@@ -268,7 +268,7 @@ def points(
     context: int,
     output: int,
 ) -> list[Point]:
-    """The plan at each of the batches whose sequences fit."""
+    """Return the plan at each of the batches whose sequences fit."""
     most = most_sequences(model, parallel, gpu, context + output)
     prompt_s = prompt_seconds(model, parallel, gpu, context)
     return [
@@ -281,7 +281,8 @@ def points(
 
 
 def best(points: Sequence[Point], user_rate: float) -> Point | None:
-    """The one with most tokens per GPU among those that give each user at least `user_rate`."""
+    """Return the point with most tokens per GPU among those that give each user at least
+    `user_rate`."""
     return max(
         (point for point in points if point.user_rate >= user_rate),
         key=lambda point: point.gpu_rate,
@@ -292,7 +293,8 @@ def best(points: Sequence[Point], user_rate: float) -> Point | None:
 def _kv_cache(
     model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, max_num_seqs: int
 ) -> KVCachePlan | None:
-    """The KV cache of each rank, as an engine would size it; None: not one full context fits."""
+    """Return the KV cache of each rank, as an engine would size it; None: not one full context
+    fits."""
     shards = plan_shards(model, parallel)
     weights = max(rank_bytes(model, shard, DTYPE).total for shard in shards)
     scheduler = SchedulerConfig(max_num_seqs=max_num_seqs)
@@ -327,7 +329,8 @@ def _part(gpu: Gpu, num_bytes: float, flops: float) -> Part:
 def _collectives(
     model: ModelConfig, parallel: ParallelConfig, gpu: Gpu, shard: RankShard, batch: int, tokens: int
 ) -> Part:
-    """Two all-reduces a layer, one of the embedding; logits to rank 0; sampled ids from it."""
+    """Return two all-reduces a layer, one of the embedding; logits to rank 0; sampled ids from
+    it."""
     if parallel.tensor == 1:
         return Part(0, 0, 0)
     link = gpu.link_bandwidth * LINK_SHARE
@@ -339,7 +342,7 @@ def _collectives(
 
 
 def plan_name(parallel: ParallelConfig) -> str:
-    """TP4, TP4 EP2."""
+    """Return a name such as TP4 or TP4 EP2."""
     expert = parallel.expert_size
     return f"TP{parallel.tensor}" if expert == parallel.tensor else f"TP{parallel.tensor} EP{expert}"
 
@@ -353,7 +356,7 @@ def report(
     context: int,
     output: int,
 ) -> Iterator[str]:
-    """The tables of one GPU, as lines of Markdown."""
+    """Yield the tables of one GPU, as lines of Markdown."""
     gpu = GPUS[name]
     yield f"\n{name.upper()}, prompts of {context} tokens, answers of {output}\n"
     yield (
@@ -415,7 +418,7 @@ def draw(
     context: int,
     output: int,
 ) -> None:
-    """A panel for each GPU, a curve for each plan."""
+    """Draw a panel for each GPU, a curve for each plan."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -458,7 +461,7 @@ def draw(
 
 
 def parse_plan(text: str) -> ParallelConfig:
-    """`8` or `8,2`.
+    """Parse `8` or `8,2`.
 
     Raises:
         argparse.ArgumentTypeError: it is no plan.

@@ -39,15 +39,15 @@ from workers.cores import usable_cores
 CANTATA, ON_RAY, LLAMA_CPP = "Cantata", "Cantata on Ray", "llama.cpp"
 SAME_MODEL_PROMPTS = 16
 TOKEN_IDS = range(256, 199_000)
-"""Ordinary tokens of the harmony vocabulary."""
+"""Ids of ordinary tokens of the harmony vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One server with a number of clients in one round.
+    """The figures of one server with a number of clients in one round.
 
     Attributes:
-        others: share of all cores that others used.
+        others: share of all cores that other processes used.
     """
 
     output_tokens_per_s: float
@@ -67,11 +67,11 @@ class Step:
 
 
 Results = Mapping[Step, Sequence[Figures]]
-"""Of every step one value a round."""
+"""One value per round for every step."""
 
 
 def write_prompts(file: Path, num_prompts: int, length: int, vocab_size: int, seed: str) -> None:
-    """A dataset of random prompts of token ids for `cantata bench serve`."""
+    """Write a dataset of random prompts of token ids for `cantata bench serve`."""
     draw, ids = (
         random.Random(seed),
         range(min(TOKEN_IDS.start, vocab_size // 2), min(TOKEN_IDS.stop, vocab_size)),
@@ -125,8 +125,8 @@ def num_requests(clients: int, options: argparse.Namespace) -> int:
 
 
 def first_tokens(url: str, prompts: Path) -> list[str]:
-    """The greedy token, as text, after each of some prompts of one token: longer ones go through
-    more near-ties of random gates."""
+    """Return the greedy token, as text, after each of some prompts of one token: longer ones go
+    through more near-ties of random gates."""
     answers = []
     with httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
         body = {"model": client.get("/v1/models").json()["data"][0]["id"], "max_tokens": 1, "temperature": 0}
@@ -143,7 +143,7 @@ def first_tokens(url: str, prompts: Path) -> list[str]:
 def servers(
     options: argparse.Namespace, program: Path, logs: Path
 ) -> dict[tuple[str, str], AbstractContextManager[str]]:
-    """By server and dense format: a context that runs it and gives its URL."""
+    """Return by server and dense format: a context that runs it and gives its URL."""
     found: dict[tuple[str, str], AbstractContextManager[str]] = {}
     tokens, slots = options.input_len + options.output_len + 8, max(options.clients)
     for dense in options.dense:
@@ -161,7 +161,7 @@ def servers(
 
 @contextmanager
 def prompt_files(options: argparse.Namespace, round_: int) -> Iterator[dict[int, Path]]:
-    """A dataset for each number of clients, gone afterwards."""
+    """Yield a dataset for each number of clients, removed afterwards."""
     vocab_size = json.loads((options.model / "config.json").read_text())["vocab_size"]
     with tempfile.TemporaryDirectory() as folder:
         files = {clients: Path(folder) / f"{clients}.jsonl" for clients in options.clients}
@@ -173,7 +173,7 @@ def prompt_files(options: argparse.Namespace, round_: int) -> Iterator[dict[int,
 
 
 def run(options: argparse.Namespace) -> tuple[Results, dict[tuple[str, str], list[str]]]:
-    """All rounds; also the first tokens that each server answered."""
+    """Run all rounds; return also the first tokens that each server answered."""
     program = llama_cpp.server_program(options.cache)
     results: dict[Step, list[Figures]] = defaultdict(list)
     tokens: dict[tuple[str, str], list[str]] = {}
@@ -196,7 +196,7 @@ def run(options: argparse.Namespace) -> tuple[Results, dict[tuple[str, str], lis
 
 
 def ratio(results: Results, step: Step, value: str = "output_tokens_per_s") -> float:
-    """Median over the rounds of the step's value over llama.cpp's."""
+    """Return the median over the rounds of the step's value over llama.cpp's."""
     peers = results[Step(LLAMA_CPP, step.dense, step.clients)]
     return statistics.median(
         getattr(ours, value) / getattr(peer, value) for ours, peer in zip(results[step], peers, strict=True)
@@ -204,7 +204,7 @@ def ratio(results: Results, step: Step, value: str = "output_tokens_per_s") -> f
 
 
 def table(results: Results, input_len: int) -> str:
-    """Markdown: medians over the rounds."""
+    """Return Markdown: medians over the rounds."""
     lines = [
         "| dense | clients | server | output tok/s | llama.cpp = 1 | TTFT p50 ms | llama.cpp = 1 | TPOT ms "
         "| prompt tok/s | others |",

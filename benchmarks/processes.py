@@ -1,5 +1,4 @@
-"""A process that a benchmark starts and all that descend from it: their processor time and
-memory."""
+"""A process that a benchmark starts and all its descendants: their processor time and memory."""
 
 import os
 from collections import defaultdict
@@ -12,29 +11,30 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One of them; what is read of one that has ended is zero."""
+    """One of these processes; all values of a process that has ended are zero."""
 
     pid: int
     command: str
 
     @property
     def cpu_s(self) -> float:
-        """Processor time of all its threads, in user mode and in the kernel."""
+        """Seconds of processor time of all its threads, in user mode and in the kernel."""
         return self._seconds(11)
 
     @property
     def waited_cpu_s(self) -> float:
-        """Processor time of its children that ended and that it waited for, and of theirs."""
+        """Seconds of processor time of its children that ended and for which it waited, and of
+        theirs."""
         return self._seconds(13)
 
     @property
     def private_bytes(self) -> int:
-        """Anonymous and shared pages in memory: all but those of mapped files."""
+        """Bytes of anonymous and shared pages in memory: all but those of mapped files."""
         return self._sum(Path(f"/proc/{self.pid}/status"), "RssAnon", "RssShmem")
 
     @property
     def file_bytes(self) -> int:
-        """Pages of mapped files in memory, libraries among them."""
+        """Bytes of pages of mapped files in memory, libraries among them."""
         return self._sum(Path(f"/proc/{self.pid}/status"), "RssFile")
 
     def _seconds(self, first: int) -> float:
@@ -51,10 +51,10 @@ class Process:
 
 
 def process_tree(root: int) -> list[Process]:
-    """A process and all that descend from it, as they are now."""
+    """Return a process and all its descendants, as they are now."""
     children: dict[int, list[int]] = defaultdict(list)
     for entry in Path("/proc").iterdir():
-        with suppress(OSError, ValueError):  # gone, or no process
+        with suppress(OSError, ValueError):  # gone, or not a process
             children[int(_stat(pid := int(entry.name))[1])].append(pid)
     found, left = [], [root]
     while left:
@@ -73,5 +73,5 @@ def process_tree(root: int) -> list[Process]:
 
 
 def _stat(pid: int) -> list[str]:
-    """From the process's state on; its parent comes next."""
+    """Return the fields of a process's status from its state on; its parent comes next."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,5 +1,5 @@
-"""A gpt-oss model of random weights made where it will be, without a checkpoint: 120b takes seconds
-on a GPU, and no disk.
+"""A gpt-oss model of random weights made on its device, without a checkpoint: 120b takes seconds on
+a GPU, and no disk.
 
 Weights have the size that keeps activations near 1, as `workers/model/random_weights.py` draws them
 for checkpoints.
@@ -22,7 +22,8 @@ from workers.parallel.collectives import Alone
 from workers.parallel.shard import plan_shards
 
 _EXPERTS_AT_ONCE = 8
-"""Converted to the layout together, which bounds the memory that this takes beside the weights."""
+"""Number of experts converted to the layout together, which bounds the memory that this takes
+besides the weights."""
 _E2M1_TIMES_SCALES = 3.87
 """Root of the mean square of a random code, times that of one scale of three neighbouring
 exponents."""
@@ -38,8 +39,8 @@ def random_model(
     seed: int = 0,
     branch_exponent: int = 0,
 ) -> GptOss:
-    """The whole model, all its experts in MXFP4 in `layout`; on the device "meta" in its shapes
-    alone.
+    """Return the whole model, all its experts in MXFP4 in `layout`; on the device "meta" in its
+    shapes alone.
 
     Args:
         branch_exponent: attention and experts add 2^this times as much to what passes by them. At 0

@@ -35,7 +35,7 @@ MAX_MODEL_LEN = 1024
 
 @contextmanager
 def launcher_of(kind: str, num_ranks: int) -> Iterator[RankLauncher]:
-    """New ranks of that kind; of Ray's, in a placement group of their own."""
+    """Return new ranks of that kind; of Ray's, in a placement group of their own."""
     if kind == "process":
         yield ProcessRanks()
         return
@@ -51,7 +51,8 @@ def launcher_of(kind: str, num_ranks: int) -> Iterator[RankLauncher]:
 
 
 def rank_pids() -> list[int]:
-    """Of this benchmark's ranks, oldest first: what is started from here on inherits the mark."""
+    """Return the PIDs of this benchmark's ranks, oldest first; processes started from here on
+    inherit the mark."""
     found = []
     for entry in Path("/proc").iterdir():
         with suppress(OSError):  # gone, or another user's
@@ -67,7 +68,7 @@ def rank_pids() -> list[int]:
 def turn(
     config: EngineConfig, model: ModelConfig, launcher: RankLauncher, number: signal.Signals
 ) -> tuple[float, str]:
-    """(seconds from the signal to the last end, what the streams were told)."""
+    """Return (seconds from the signal to the last end, the errors that the streams got)."""
     before = set(rank_pids())
     engine = Engine(config, model, DistributedExecutor(config, model, launcher))
     engine.start()
@@ -93,7 +94,7 @@ def turn(
 
 
 def start_ray(num_cpus: int) -> Any:
-    """A Ray on loopback."""
+    """Run a Ray on loopback."""
     os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     import ray
 

@@ -36,8 +36,8 @@ VOCAB_SIZE = 1024
 
 
 class NoModel:
-    """Answers at once, with tensors of the right shapes. The seconds that this and the sampler take
-    are not the runner's."""
+    """A model that answers at once, with tensors of the right shapes. The seconds that this and the
+    sampler take are not the runner's."""
 
     device = torch.device("cpu")
     collectives = Alone()
@@ -65,7 +65,7 @@ class NoModel:
 
 
 def measure(num_seqs: int, num_steps: int, sampling: SamplingParams) -> list[float]:
-    """Milliseconds of each step of num_seqs decoding sequences."""
+    """Return the milliseconds of each step of num_seqs decoding sequences."""
     model = NoModel()
     runner = Runner(cast(GptOss, model), [], max_num_seqs=num_seqs, max_model_len=MAX_MODEL_LEN)
     costs: list[float] = []

@@ -48,7 +48,7 @@ class StepCost:
 
 
 def null_result(plan: StepPlan) -> StepResult:
-    """What an executor without a model answers."""
+    """Return the result of an executor without a model."""
     seq_ids = tuple(seq_id for seq_id, samples in zip(plan.seq_ids, plan.samples, strict=True) if samples)
     return StepResult(plan.step, seq_ids, (7,) * len(seq_ids))
 
@@ -59,11 +59,11 @@ def build(
     sampling: SamplingParams | None = None,
     execute: Callable[[StepPlan], StepResult] = null_result,
 ) -> Scheduler:
-    """A scheduler whose sequences have all computed their prompts.
+    """Return a scheduler whose sequences have all computed their prompts.
 
     Args:
-        sampling: of all sequences; each has a seed of its own and no limit.
-        execute: who runs the plans.
+        sampling: parameters of all sequences; each has a seed of its own and no limit.
+        execute: runs the plans.
     """
     blocks_per_sequence = (2 * NUM_PROMPT_TOKENS) // 16 + 64
     kv = KVCacheManager(
@@ -126,7 +126,7 @@ def measure(num_seqs: int, num_steps: int) -> StepCost:
 
 
 def table(costs: list[StepCost]) -> str:
-    """Markdown; the last column compares the engine's cost per sequence with that of 64."""
+    """Return Markdown; the last column compares the engine's cost per sequence with that of 64."""
     lines = [
         "| running | schedule ms | encode plan ms | decode result ms | update ms | engine total ms | p99 ms "
         "| rank: decode plan ms | largest plan, bytes | total per sequence, 64 = 1 |",

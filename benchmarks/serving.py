@@ -26,13 +26,13 @@ HTTP = re.compile(r"HTTP +(http://[\d.]+:\d+)/v1")
 
 
 def standalone(model: Path, dtype: str, *flags: str) -> AbstractContextManager[str]:
-    """`served` with `--standalone`."""
+    """Run `served` with `--standalone`."""
     return served(model, "--standalone", "--dtype", dtype, *flags)
 
 
 @contextmanager
 def served(model: Path, *flags: str) -> Iterator[str]:
-    """`cantata serve` with more flags on free ports; yields its URL."""
+    """Run `cantata serve` with more flags on free ports; yield its URL."""
     command = [
         str(Path(sys.executable).with_name("cantata")),
         "serve",
@@ -58,7 +58,7 @@ def served(model: Path, *flags: str) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A port on loopback that was free just now."""
+    """Return a port on loopback that was free just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -66,7 +66,7 @@ def free_port() -> int:
 
 
 def measure(url: str, clients: int, options: argparse.Namespace) -> Report:
-    """One step: four requests a client, at least sixteen."""
+    """Run one step: four requests a client, at least sixteen."""
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     flags = [
@@ -92,7 +92,7 @@ def measure(url: str, clients: int, options: argparse.Namespace) -> Report:
 
 
 def table(reports: dict[int, Report]) -> str:
-    """Markdown; the last column compares output tokens a second with the first row's."""
+    """Return Markdown; the last column compares output tokens a second with the first row's."""
     lines = [
         "| clients | requests | output tok/s | TTFT p50 / p99 ms | ITL p50 / p99 ms | TPOT mean ms | "
         "latency p50 ms | first = 1 |",

@@ -72,7 +72,7 @@ class Table:
 
 
 def engine_phases(model: Path, dtype: str) -> dict[str, float]:
-    """Seconds by phase of one engine in a new process."""
+    """Return the seconds by phase of one engine in a new process."""
     config = json.dumps({"model_path": str(model), "dtype": dtype})
     command = [sys.executable, "-c", ENGINE_CHILD, str(time.time()), config]
     done = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT_S, check=True, text=True)
@@ -81,8 +81,8 @@ def engine_phases(model: Path, dtype: str) -> dict[str, float]:
 
 
 def standalone_phases(model: Path, dtype: str) -> dict[str, float]:
-    """Seconds by phase of `cantata serve --standalone`, seen from outside, until it has answered a
-    chat with one token."""
+    """Return the seconds by phase of `cantata serve --standalone`, seen from outside, until it has
+    answered a chat with one token."""
     command = [
         str(Path(sys.executable).with_name("cantata")),
         "serve",
@@ -132,7 +132,7 @@ def standalone_phases(model: Path, dtype: str) -> dict[str, float]:
 
 
 def medians(name: str, runs: Sequence[dict[str, float]]) -> Table:
-    """The runs have the same phases."""
+    """Return the medians; the runs have the same phases."""
     return Table(name, len(runs), {phase: statistics.median(run[phase] for run in runs) for phase in runs[0]})
 
 

@@ -6,7 +6,7 @@ from benchmarks.kernel_specs.spec import KernelSpec
 
 
 def all_specs() -> dict[str, KernelSpec]:
-    """By name.
+    """Return all specs by name.
 
     Raises:
         ValueError: two have one name.

@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache, for gpt-oss's heads on one GPU, and what prepares it."""
+"""Attention over the paged KV cache, for gpt-oss's heads on one GPU, and its preparation."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ _UNALIGNED = (
 
 
 def _attend_specs(window: int | None, fp8: bool) -> list[KernelSpec]:
-    """One for each choice of tiles, for the targets that have it."""
+    """Return one spec for each choice of tiles, for the targets that have it."""
     targets: dict[paged.Tiles, list[str]] = {}
     for target in TARGETS:
         if not fp8 or fp8_refusal(target) is None:

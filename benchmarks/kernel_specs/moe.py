@@ -1,4 +1,4 @@
-"""Mixture of experts, with every tile that the launchers choose from."""
+"""Mixture of experts, with every tile that the launchers select."""
 
 from collections.abc import Iterator, Mapping
 
@@ -62,7 +62,7 @@ def _matmuls(weights: str, target: str) -> Iterator[KernelSpec]:
 
 
 def _fp32() -> Iterator[KernelSpec]:
-    """For comparisons, so without limits but on spills."""
+    """Yield specs for comparisons, so without limits except on spills."""
     tile = choose_tile(MXFP4, "cpu", 1, 1, fp32=True)
     signature = {name: "*fp32" if kind == "*bf16" else kind for name, kind in _MATMUL.items()}
     constexprs = {

@@ -1,4 +1,4 @@
-"""What is around the layers: RMSNorm, YaRN tables, embedding lookup and reads by slot, at the
+"""Operations around the layers: RMSNorm, YaRN tables, embedding lookup and reads by slot, at the
 widths of gpt-oss."""
 
 from benchmarks.kernel_specs.spec import KernelSpec, Limits, Pass

@@ -1,4 +1,4 @@
-"""How a Triton kernel is compiled for the report and the gate, and the limits for the result."""
+"""The compilation of a Triton kernel for the report and the gate, and the limits for the result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ GATED_TARGETS = ("sm_90", "sm_100", "gfx950")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the machine code of one kernel for one target must keep to; None: no limit.
+    """Limits on the machine code of one kernel for one target; None: no limit.
 
     Attributes:
         matrix: start of the matrix instruction that the main loop must hold: HGMMA, UTCHMMA,
@@ -25,13 +25,13 @@ class Limits:
             several loops that matter.
         nowhere: regular expressions of instructions that the kernel must not hold, in whatever
             loop.
-        load_bits: at least this wide must be the loads that bring most of what the main loop reads:
-            all but `narrow_share` of its bytes.
+        load_bits: minimum width of the loads that bring most of what the main loop reads: all but
+            `narrow_share` of its bytes.
         narrow_share: see `load_bits`.
         instructions: thread-instructions of the main loop for 8 weights.
-        registers: of a thread.
-        spilled_bytes: of stack that registers were spilled to; 0 unless a kernel is known to be
-            best with some.
+        registers: number per thread.
+        spilled_bytes: bytes of stack to which registers were spilled; 0 unless a kernel is known to
+            be best with some.
         shared_stores: instructions of the main loop that store to shared memory.
         traffic: bytes that loads of the main loop fetch, as a multiple of what `Pass` says.
     """
@@ -50,13 +50,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What one program must read in one pass of its main loop, or altogether where the kernel has
-    no loop.
+    """The data that one program must read in one pass of its main loop, or altogether where the
+    kernel has no loop.
 
     Attributes:
-        bytes: from memory, each byte once.
+        bytes: number of bytes from memory, each counted once.
         weights: number of weights among these; 0 where it reads none.
-        cached_bytes: what it reads besides that other programs read too, so that most of it comes
+        cached_bytes: bytes read besides that other programs read too, so that most of them come
             from a cache.
     """
 
@@ -76,7 +76,7 @@ class KernelSpec:
             that are not in `constexprs`.
         constexprs: argument → value.
         options: num_warps, num_stages, maxnreg and other options of the launch.
-        targets: what it is meant for.
+        targets: the targets for which it is meant.
         unaligned: pointers and integers that are not multiples of 16.
         large: pointers to tensors of 2 GiB or more.
         work: the minimum that one pass reads; None leaves the columns for it empty.
