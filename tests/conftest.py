@@ -1,4 +1,4 @@
-"""What is said of all tests together. That `tests` is a package puts the repository's root on the
+"""Hooks and options of all tests. That `tests` is a package puts the repository's root on the
 path, however pytest is started."""
 
 import os

@@ -31,7 +31,7 @@ OF_C = ("system_clock", "gettimeofday", "CLOCK_REALTIME", "wait_until", "pthread
 
 
 def readings(file: Path) -> Iterator[int]:
-    """Lines that read the time of day."""
+    """Yield the lines that read the time of day."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Attribute):
             owner = node.value

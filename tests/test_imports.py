@@ -88,7 +88,7 @@ MODULES = {
 
 
 def imported_modules(file: Path) -> Iterator[str]:
-    """Modules of ours that a file imports."""
+    """Yield the modules of ours that a file imports."""
     for node in ast.walk(ast.parse(file.read_text())):
         names = []
         if isinstance(node, ast.Import):
@@ -107,7 +107,7 @@ def is_module(name: str) -> bool:
 
 
 def folder_of(module: str) -> str:
-    """`a.b` for the module a.b.c, and for the package a.b itself."""
+    """Return `a.b` for the module a.b.c, and for the package a.b itself."""
     return module if (ROOT / module.replace(".", "/")).is_dir() else module.rpartition(".")[0]
 
 

@@ -47,7 +47,7 @@ def test_known(): assert False
 
 
 def run(folder: Path, ci: str) -> tuple[int, str, list[str]]:
-    """(exit code, output, lines of the summary's file)."""
+    """Return (exit code, output, lines of the summary's file)."""
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_some.py").write_text(TESTS)
     (folder / "test_other.py").write_text('import pytest\npytest.importorskip("not_a_package")\n')
@@ -126,7 +126,7 @@ def test_markers_of_the_summary_and_of_the_packages_are_declared() -> None:
 
 
 def test_packages_that_are_missing_are_named_where_they_cannot_be_installed(tmp_path: Path) -> None:
-    """Without rights or without apt the script says what to install, and goes on."""
+    """Without rights or without apt the script names the packages to install, and goes on."""
     for tool in ("sed", "dirname", "bash"):
         (tmp_path / tool).symlink_to(f"/usr/bin/{tool}")
     (tmp_path / "id").write_text("#!/usr/bin/env bash\necho 1000\n")

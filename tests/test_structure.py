@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.test_imports import ROOT, sources
 
 MAX_LINES = 60
-"""Of a function outside kernels/."""
+"""Maximum number of lines of a function outside kernels/."""
 MAX_METHODS = 16
 MAX_PARAMETERS = 8
 MAX_FILE_LINES = 450
@@ -35,7 +35,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def definitions(file: Path) -> Iterator[tuple[str, ast.ClassDef | Definition]]:
-    """Every class and function of a file with its name, methods after their class's."""
+    """Yield every class and function of a file with its name, methods after their class's."""
     pending: list[tuple[str, ast.AST]] = [("", ast.parse(file.read_text()))]
     while pending:
         prefix, parent = pending.pop()

@@ -1,5 +1,5 @@
-"""The CPU benchmark measures what it says: operations and bytes of its tasks, the best of runs
-taken in turn, ratios to the yardsticks."""
+"""The CPU benchmark's figures are right: operations and bytes of its tasks, the best of runs taken
+in turn, ratios to the yardsticks."""
 
 from types import SimpleNamespace
 

@@ -127,7 +127,7 @@ def test_steps_are_measured_eagerly_where_graphs_cannot_be_captured(
 
 
 class _CudaInName:
-    """A device that only says that it is one."""
+    """A device that has only the type of a CUDA device."""
 
     type = "cuda"
 

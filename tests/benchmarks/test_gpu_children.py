@@ -44,7 +44,7 @@ def test_how_a_process_ended_and_what_it_printed(tmp_path: Path) -> None:
 def test_a_process_at_its_limit_leaves_where_each_thread_was_and_no_children(
     tmp_path: Path, limits: Limits
 ) -> None:
-    """Of a hang in the middle of C code, which takes no Python signal handler."""
+    """The process hangs in the middle of C code, which takes no Python signal handler."""
     log, pid_file, source = tmp_path / "log.txt", tmp_path / "pid", tmp_path / "hangs.py"
     source.write_text(
         textwrap.dedent(
@@ -102,7 +102,7 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """A zombie is not."""
+    """Return whether the process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

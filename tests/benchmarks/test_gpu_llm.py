@@ -57,7 +57,7 @@ def test_an_exact_tie_parts_sequences_that_agree() -> None:
 
 
 def test_it_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where every way gives the same answers to the bit."""
+    """On a CPU every way gives the same answers, bit for bit."""
     found = measured(measure_llm, OPTIONS)
     assert "failures" not in found
     assert [(row["way"], row["sequences"], row["tokens"]) for row in found["ways"]] == [

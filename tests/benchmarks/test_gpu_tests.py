@@ -31,7 +31,7 @@ def run(
     conftest: str = "",
     selected: str = "",
 ) -> dict[str, Any]:
-    """What is found of a folder of one file of tests; OUT is tmp_path / "out"."""
+    """Return the results of a folder with one file of tests; OUT is tmp_path / "out"."""
     folder, out = tmp_path / "gpu", tmp_path / "out"
     folder.mkdir()
     out.mkdir()
@@ -157,7 +157,7 @@ def test_tests_that_cannot_be_imported_are_a_result(tmp_path: Path) -> None:
 
 
 def test_without_pytest_the_other_parts_can_run(tmp_path: Path) -> None:
-    """pytest is needed by what runs the tests alone, which says so in a sentence."""
+    """Only the part that runs the tests needs pytest; it reports a missing one in a sentence."""
     code = (
         "import sys\nsys.modules['pytest'] = None\nfrom pathlib import Path\n"
         "import benchmarks.gpu_check\nfrom benchmarks import gpu_tests\n"

@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 
 
 class Device:
-    """A GPU on which each launch takes as long as it says, three times as long until the clocks are
-    up."""
+    """A GPU on which each launch takes the time that it names, three times as long until the clocks
+    are up."""
 
     type = "cuda"
 

@@ -40,7 +40,7 @@ def launch(cache: Path | None = None) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Path]:
-    """Triton's cache, for this test."""
+    """Return Triton's cache, for this test."""
     with triton.knobs.cache.scope(), triton.knobs.compilation.scope():
         triton.knobs.cache.dir = str(tmp_path / "triton")
         yield tmp_path / "triton"
@@ -176,7 +176,7 @@ class _Compiled:
 
 
 def test_parts_launch_their_kernels_on_a_gpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In all their ways, graphs among them, for tensors without memory."""
+    """The parts launch in all their ways, graphs among them, on tensors without memory."""
     compiled: list[str] = []
 
     def compile_source(source: SimpleNamespace, **options: object) -> _Compiled:

@@ -226,7 +226,7 @@ def test_as_many_sequences_fit_as_the_cache_takes(context: int) -> None:
 
 
 def _computed(manager: KVCacheManager, blocks: SequenceBlocks, length: int) -> int:
-    """Tokens that get blocks, one after the other."""
+    """Return the number of tokens that get blocks, one after the other."""
     return next((done for done in range(length) if manager.grow(blocks, done, 1) == 0), length)
 
 

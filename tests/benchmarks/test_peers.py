@@ -1,5 +1,5 @@
-"""What the comparison with llama.cpp makes of its figures; the servers themselves need minutes and
-a compiler."""
+"""Figures and table of the comparison with llama.cpp; the servers themselves need minutes and a
+compiler."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The merged page, and that docs/metrics.md has every metric and no other."""
+"""The merged page, and a check that docs/metrics.md has every metric and no other."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from cluster.metrics import GatewayMetrics, Scrape, merge
 from workers.metrics import EngineMetrics
 
 JOINED = {"cantata_process_up", "cantata_replicas_wanted", "cantata_replicas_ready"}
-"""Of the joined page alone."""
+"""Names of metrics that only the joined page has."""
 DOC = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 

@@ -22,7 +22,7 @@ WAYS: dict[str, tuple[Check, ...]] = {
     "engine_host": (check_standalone,),
     "engine_drain_timeout_s": (check_standalone,),
 }
-"""By setting, where it has no effect."""
+"""Checks of the ways of serving in which a setting has no effect, by setting."""
 
 
 def config_with(path: str, value: object) -> Any:

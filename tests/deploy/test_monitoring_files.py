@@ -38,8 +38,8 @@ def test_panels_show_every_documented_metric_and_no_other() -> None:
 
 
 def labels_of(metric: str) -> set[str]:
-    """As docs/metrics.md lists them, which has its own test against the registries, and those of
-    the joined page and of histograms."""
+    """Return the metric's labels as docs/metrics.md lists them, which has its own test against the
+    registries, and those of the joined page and of histograms."""
     rows = [line.split("|") for line in METRICS_PAGE.splitlines() if line.startswith(f"| `{metric}`")]
     return {*re.findall(r"`(\w+)`", rows[0][2]), "process", "replica", "gateway", "le"}
 

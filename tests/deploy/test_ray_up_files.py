@@ -27,7 +27,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def exported(command: str) -> dict[str, str]:
-    """What the shell command exports before `ray start`."""
+    """Return the variables that the shell command exports before `ray start`."""
     found: dict[str, str] = {}
     for part in command.split("ray start")[0].split(";"):
         words = shlex.split(part)
@@ -38,7 +38,8 @@ def exported(command: str) -> dict[str, str]:
 
 
 def downloads(text: str) -> list[argparse.Namespace]:
-    """The `hf download` commands in it, read as that command reads them: a flag takes one value."""
+    """Return the `hf download` commands in it, read as that command reads them: a flag takes one
+    value."""
     parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("repository")
     parser.add_argument("--include", action="append")
@@ -116,7 +117,7 @@ def test_the_head_has_the_clouds_libraries_and_no_weights(cloud: str) -> None:
 
 
 def test_images_are_named() -> None:
-    """Without one Ray takes an old image of its own list."""
+    """If no image is named Ray takes an old one of its own list."""
     nodes = read(FOLDER / "aws.yaml")["available_node_types"].values()
     assert all(node["node_config"]["ImageId"].startswith("ami-") for node in nodes)
     for node in read(FOLDER / "gcp.yaml")["available_node_types"].values():

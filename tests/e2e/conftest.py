@@ -10,7 +10,7 @@ from tests.support.scripted_checkpoint import write_scripted_checkpoint
 from tests.support.served import FAST_INGRESS, MODEL_NAME, Served, serve_run, standalone
 
 NUM_GATEWAYS = 2
-"""On Ray."""
+"""Number of gateways on Ray."""
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""What one rank answers in float32, in the test's own process, and whether a server over several
-ranks answers the same."""
+"""The answers of one rank in float32, in the test's own process, and a check that a server over
+several ranks gives the same."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Answer:
 
 
 def answers_of_one_rank(model: Path) -> list[Answer]:
-    """To PROMPTS."""
+    """Return one rank's answers to PROMPTS."""
     with LLM(model, dtype="float32", max_model_len=MAX_MODEL_LEN, kv_cache_bytes=64 << 20) as llm:
         sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
         outputs = [output.outputs[0] for output in llm.generate(PROMPTS, sampling, use_tqdm=False)]
@@ -37,8 +37,8 @@ def answers_of_one_rank(model: Path) -> list[Answer]:
 
 
 def check_answers(served: Served, expected: list[Answer], headers: Mapping[str, str] | None = None) -> None:
-    """The server answers PROMPTS with the same tokens and, within 1e-4, the same log-probabilities:
-    fp32 sums in another order."""
+    """Check that the server answers PROMPTS with the same tokens and, within 1e-4, the same
+    log-probabilities: fp32 sums in another order."""
     body = completion(PROMPTS, logprobs=0, return_token_ids=True)
     response = httpx.post(
         f"{served.url}/v1/completions", json=body, headers=headers, timeout=120, trust_env=False
@@ -50,7 +50,7 @@ def check_answers(served: Served, expected: list[Answer], headers: Mapping[str, 
 
 
 def completion(prompt: list[int] | list[list[int]], **fields: object) -> dict[str, object]:
-    """The body of a request for a greedy completion."""
+    """Return the body of a request for a greedy completion."""
     return {
         "model": MODEL_NAME,
         "prompt": prompt,

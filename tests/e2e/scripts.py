@@ -1,4 +1,4 @@
-"""What the model of the end-to-end tests says, and the chats that make it say it."""
+"""The answers of the end-to-end tests' model, and the chats that lead to them."""
 
 from cluster.frontend.chat_messages import ChatMessage, ToolCall, harmony_messages
 from cluster.harmony.render import Conversation

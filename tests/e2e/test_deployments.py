@@ -246,7 +246,7 @@ class killing:
 
 
 def check_refused(served: Deployments, application: dict[str, Any], said: str) -> None:
-    """The application fails with this sentence, and goes on serving."""
+    """Check that the application fails with this sentence, and goes on serving."""
     assert served.deploy(application) is None
     until(lambda: said in served.status()["message"], 60)
     assert served.status()["status"] == "DEPLOY_FAILED"
@@ -254,12 +254,12 @@ def check_refused(served: Deployments, application: dict[str, Any], said: str) -
 
 
 def running(served: Deployments, deployment: str) -> int:
-    """Replicas that serve; those that stop are not counted."""
+    """Return the number of replicas that serve; those that stop are not counted."""
     return replicas(served, deployment).get("RUNNING", 0)
 
 
 def replicas(served: Deployments, deployment: str) -> dict[str, int]:
-    """How many there are in each state."""
+    """Return the number of the deployment's replicas in each state."""
     found: dict[str, int] = served.status()["deployments"].get(deployment, {}).get("replicas", {})
     return found
 

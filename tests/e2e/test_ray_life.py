@@ -1,5 +1,5 @@
 """The other ways to start on Ray: `cantata serve` with a Ray of its own, and `serve run` on a Ray
-that nobody prepared."""
+without preparation."""
 
 import os
 import re
@@ -164,8 +164,8 @@ def test_more_ranks_than_this_machine_has_room_for(model: Path, tmp_path: Path) 
 @TWO_CORES
 @pytest.mark.slow
 def test_streams_of_a_killed_replica_go_on_at_the_other(model: Path, tmp_path: Path) -> None:
-    """As without Ray (test_standalone_life): twelve streams, four run on each of two replicas, one
-    of which is killed."""
+    """The case is that of test_standalone_life without Ray: twelve streams, four run on each of two
+    replicas, one of which is killed."""
     with serve_run(
         tmp_path, model, environment=FAST_INGRESS, replicas=2, engine={"scheduler": {"max_num_seqs": 4}}
     ) as served:
@@ -185,7 +185,8 @@ def test_streams_of_a_killed_replica_go_on_at_the_other(model: Path, tmp_path: P
 
 
 def check_streams_end(served: Served, stop: Callable[[], None], key: str) -> None:
-    """Streams over HTTP and gRPC that outlast a stop end with an error that their clients see."""
+    """Check that streams over HTTP and gRPC that outlast a stop end with an error that their
+    clients see."""
     body = {"model": MODEL_NAME, "prompt": "1 is", "stream": True, "ignore_eos": True, "max_tokens": 16_000}
     headers = {"authorization": f"Bearer {key}"}
     message = pb.Message(role=pb.ROLE_USER, content=scripts.GREETING)
@@ -210,12 +211,12 @@ def check_streams_end(served: Served, stop: Callable[[], None], key: str) -> Non
 
 
 def num_up(served: Served) -> float:
-    """Engines that answer the metrics page."""
+    """Return the number of engines that answer the metrics page."""
     return counted(served, 'cantata_process_up{gateway="",process="engine"')
 
 
 def check_start_up_is_said(served: Served) -> None:
-    """The engine's table, and where the gateway can be reached."""
+    """Check the engine's table in the log, and the addresses of the gateway."""
     address = r"[\d.]+:\d+"
     said = rf"This gateway serves {MODEL_NAME}, .*: HTTP http://{address}/v1, gRPC {address}"
     until(lambda: re.search(said, served.log.read_text(errors="replace")) is not None, 30)
@@ -235,8 +236,8 @@ def answer_of(response: httpx.Response) -> object:
 
 
 def check_threads(served: Served) -> None:
-    """Of an engine whose two ranks have a CPU each: one compute thread, on a core that is the
-    rank's own where there are two in all."""
+    """Check the threads of an engine whose two ranks have a CPU each: one compute thread, on a core
+    that is the rank's own where there are two in all."""
     engine, ranks = pids_of(served, "ServeReplica:cantata:engine"), pids_of(served, "_RankActor")
     assert (len(engine), len(ranks)) == (1, 2)
     for pid in (*engine, *ranks):
@@ -258,7 +259,8 @@ def pids_of(served: Served, name: str) -> list[int]:
 
 
 def _kill_a_rank_and_wait_for_the_next_replica(served: Served) -> None:
-    """The whole replica goes with its rank, and Serve starts another one, with ranks of its own."""
+    """Check that the whole replica goes with its rank, and that Serve starts another one, with
+    ranks of its own."""
     before = ranks_of(served)
     assert len(before) == 2
     os.kill(before[1], signal.SIGKILL)
@@ -267,7 +269,8 @@ def _kill_a_rank_and_wait_for_the_next_replica(served: Served) -> None:
 
 
 def _a_stopped_rank_ends_with_its_engine(served: Served) -> None:
-    """It hears nothing of its engine's death, and would keep its GPU: Ray kills it."""
+    """Check that Ray kills a stopped rank: it does not notice its engine's death, and would keep
+    its GPU."""
     before = ranks_of(served)
     (engine,) = pids_of(served, "ServeReplica:cantata:engine")
     os.kill(before[1], signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""What Prometheus makes of a served model, with several gateways behind the one address that it
+"""Prometheus's view of a served model, with several gateways behind the one address that it
 scrapes."""
 
 import shutil

@@ -1,7 +1,7 @@
 """A real server, used as its users use it: OpenAI's client, gRPC with and without stubs, a scraper,
-and people who send nonsense.
+and clients that send invalid requests.
 
-The model is real and says what `scripts.py` wrote for it. Every test runs against `cantata serve
+The model is real and gives the answers of `scripts.py`. Every test runs against `cantata serve
 --standalone` and against `serve run`.
 """
 
@@ -48,7 +48,7 @@ def channel(server: Served) -> Iterator[grpc.Channel]:
 
 
 def metric(http: httpx.Client, name: str) -> float:
-    """The sum of a metric over all processes."""
+    """Return the sum of a metric over all processes."""
     samples = [
         sample.value
         for family in text_string_to_metric_families(http.get("/metrics").text)

@@ -42,8 +42,8 @@ def chat(served: Served, **fields: object) -> httpx.Response:
 
 
 def test_an_engine_that_ends_is_replaced(model: Path, tmp_path: Path) -> None:
-    """Here one that was drained over its own socket, which only this user can reach; a killed one:
-    below and in test_supervisor."""
+    """This engine is drained over its own socket, which only this user can reach; killed ones are
+    tested below and in test_supervisor."""
     with standalone(tmp_path, model) as served:
         pid = engine_pid(served)
         arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
@@ -132,7 +132,8 @@ def test_streams_of_an_engine_that_dies_or_hangs_go_on_at_the_other(
 def test_a_stop_lets_running_streams_end(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over HTTP and gRPC, whatever happens to the checkpoint and the time of day meanwhile."""
+    """Streams over HTTP and gRPC end, whatever happens to the checkpoint and the time of day
+    meanwhile."""
     clock = ClockOffset(tmp_path)
     for name, value in clock.environment.items():
         monkeypatch.setenv(name, value)
@@ -187,7 +188,7 @@ def test_a_stop_lets_running_streams_end(
 
 
 def time_of_day(served: Served) -> float:
-    """What the server takes for the time, in seconds since 1970."""
+    """Return the server's time of day, in seconds since 1970."""
     answer = httpx.get(f"{served.url}/health", timeout=60, trust_env=False)
     return parsedate_to_datetime(answer.headers["date"]).timestamp()
 

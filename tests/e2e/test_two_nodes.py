@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.netns, pytest.mark.ray]
 STEP_TIMEOUT_S = 3.0
 NUM_STREAMS = 4
 PLACEMENT = [{"engine": 1, "rank": 1}, {"engine": 0, "rank": 1}]
-"""On the head and on the other node."""
+"""Placement of the ranks: one on the head, one on the other node."""
 WATCHDOG = (
     f"has no result after {STEP_TIMEOUT_S:g} s (engine.parallel.step_timeout_s): a rank hangs, "
     "or the network between ranks is down"
@@ -55,7 +55,7 @@ class TwoNodes:
         return self.network.hosts[1]
 
     def replica(self, host: Host) -> dict[str, list[int]]:
-        """Process ids of engines and ranks on that host."""
+        """Return the process ids of engines and ranks on that host."""
         found: dict[str, list[int]] = {"engine": [], "rank": []}
         for process in marked(self.served.mark):
             pid = int(process.split()[0])
@@ -65,7 +65,7 @@ class TwoNodes:
         return found
 
     def pids(self, *hosts: Host) -> set[int]:
-        """Of engines and ranks together, on these hosts or on all."""
+        """Return the PIDs of engines and ranks together, on these hosts or on all."""
         return {
             pid
             for host in hosts or self.network.hosts
@@ -148,7 +148,7 @@ def test_it_stops_cleanly_and_leaves_nothing(two_nodes: TwoNodes) -> None:
 
 
 def check_cut_off(events: list[dict[str, Any]]) -> None:
-    """Tokens, then one error, then the end of the stream."""
+    """Check that a stream has tokens, then one error, then the end."""
     *tokens, error, end = events
     assert end == {}
     assert error["error"]["code"] == "engine_unavailable"
@@ -157,15 +157,14 @@ def check_cut_off(events: list[dict[str, Any]]) -> None:
 
 
 def greeting(served: Served) -> str:
-    """What the model was made to answer, if it is whole."""
+    """Return the answer to the greeting, which is the model's scripted one if all ranks work."""
     body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": scripts.GREETING}]}
     answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60, trust_env=False)
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
 def read_stream(served: Served, number: int, began: Semaphore) -> list[dict[str, Any]]:
-    """The events of a stream that would go on for long, {} for the one that says that it is
-    over."""
+    """Return the events of a stream that would go on for long; {} stands for its end event."""
     body = completion(PROMPTS[number % len(PROMPTS)], max_tokens=16_000, stream=True)
     events: list[dict[str, Any]] = []
     # A read times out if nothing comes for so long: an end that does not come fails the test.

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
-"""As in the interpreter's tests: dots of fp32 are not TF32's."""
+"""Tolerances by dtype, as in the interpreter's tests: dots of fp32 are not TF32's."""
 RAGGED = [
     (1, 1),
     (129, 129),
@@ -181,8 +181,8 @@ def test_rope_and_store(device: torch.device, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scales", [False, True])
 def test_rope_and_store_in_fp8(fp8_device: torch.device, scales: bool) -> None:
-    """What is divided by a scale may round to a neighbour in fp8, 1/8 away at most, where it lies
-    half-way between two."""
+    """A quotient half-way between two fp8 numbers may round to either, which differ by 1/8 at
+    most."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(37, 10 + 2 * 3, 64, generator=generator).bfloat16()
     qkv[1] *= 1e4  # saturates
@@ -211,7 +211,7 @@ def test_rope_and_store_in_fp8(fp8_device: torch.device, scales: bool) -> None:
 
 
 def test_bad_arguments_are_named(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block tables are looked at where the environment says so; a tensor that was left on the host
+    """Block tables are checked if the environment requests it; a tensor that was left on the host
     is refused."""
     case = attention_case([(1, 40), (3, 20)], heads=(8, 1), head_dim=64, dtype=torch.bfloat16).to(device)
     with pytest.raises(ValueError, match=r"^context_lens must be contiguous and on cuda"):
@@ -225,7 +225,7 @@ def test_bad_arguments_are_named(device: torch.device, monkeypatch: pytest.Monke
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of one call, the median of twenty, each with a cold L2 cache."""
+    """Return the seconds of one call: the median of twenty, each with a cold L2 cache."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     work()
     times = []
@@ -241,7 +241,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes a second that a large copy reads and writes."""
+    """Return the bytes a second that a large copy reads and writes."""
     source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds(lambda: target.copy_(source))

@@ -83,7 +83,7 @@ def test_the_same_tokens_as_on_a_cpu_with_steps_launched_ahead(
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_an_executor_from_start_to_answer(checkpoint: Path, eager: bool) -> None:
-    """What an engine starts: kernels compiled, memory profiled, the cache sized by it, graphs
+    """The start is an engine's: kernels compiled, memory profiled, the cache sized by it, graphs
     captured; the tokens are a CPU's."""
     steps = plans(MIXED)
     config = EngineConfig(
@@ -164,8 +164,8 @@ def test_the_profiled_step_takes_memory(checkpoint: Path, device: torch.device) 
 
 
 def test_the_profile_foresees_what_graphs_keep(checkpoint: Path, device: torch.device) -> None:
-    """And leaves nothing behind. Tiny graphs: what the driver takes for each is rounded to its
-    pages, so half as much more is allowed."""
+    """The profile also leaves nothing in memory. The graphs are tiny: the driver rounds the memory
+    of each to its pages, so half as much more is allowed."""
     model = load_model(checkpoint, TINY, dtype=torch.float32, device=device)
     scheduler = SchedulerConfig(MAX_NUM_SEQS, 64)
     profile_step(model, scheduler, MAX_MODEL_LEN, "float32", graphs=True)  # as above

@@ -56,7 +56,7 @@ def run(
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Relative to the largest entry: sums of hundreds of terms cancel."""
+    """Compare relative to the largest entry: sums of hundreds of terms cancel."""
     assert found.isfinite().all()
     largest = float(expected.abs().max()) if expected.numel() else 1.0
     torch.testing.assert_close(found.double(), expected.double(), atol=tolerance * largest, rtol=0)
@@ -160,7 +160,7 @@ def test_choice_is_the_reference(num_tokens: int, num_experts: int, k: int, devi
 
 
 def test_bad_arguments_are_named(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids are looked at where the environment says so; weights that were left on the host are
+    """Ids are checked if the environment requests it; weights that were left on the host are
     refused."""
     case = MoeCase(4, 2, 5, 64, 32)
     on_host = inputs(case, layout=choose_layout(device), dtype=torch.bfloat16)

@@ -142,8 +142,8 @@ def test_the_arguments_are_read_by_cantata(helm: Helm) -> None:
 
 
 def test_what_a_change_replaces(helm: Helm) -> None:
-    """Of the Serve config, all that counts for that is `args`; of the cluster, KubeRay leaves out
-    how many workers a group has."""
+    """In the Serve config only `args` count; in the cluster's, KubeRay ignores the number of
+    workers in a group."""
 
     def rendered(*settings: str) -> tuple[dict[str, Any], dict[str, Any]]:
         service = ray_service(
@@ -169,7 +169,7 @@ def test_what_a_change_replaces(helm: Helm) -> None:
 
 
 def test_the_time_of_idle_connections_goes_to_serve(helm: Helm) -> None:
-    """In the arguments it would have no effect, and is refused."""
+    """As an argument of the application the time would have no effect, and is refused."""
     rendered = serve_config(
         ray_service(helm, "--values", CPU, "--set", "config.gateway.keep_alive_timeout_s=600")
     )

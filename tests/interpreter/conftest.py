@@ -39,7 +39,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 @pytest.fixture(autouse=INTERPRETING)
 def guarded_allocations() -> Iterator[None]:
-    """What a kernel's launcher allocates is full of NaN at first, and nothing may be written around
-    it."""
+    """Fill allocations of kernels' launchers with NaN, and check that nothing is written around
+    them."""
     with GuardedAllocations():
         yield

@@ -9,6 +9,6 @@ from tests.support.ptx import run_ptx
 
 @emulates_asm("mxfp4x8_bf16")
 def run_decode(operands: Sequence[Array], pack: int) -> Sequence[Array]:
-    """The assembly itself, on numpy arrays."""
+    """Run the assembly itself, on numpy arrays."""
     assert pack == 1
     return run_ptx(DECODE.value, 4, operands)

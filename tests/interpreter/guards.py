@@ -9,19 +9,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 GUARD_BYTES = 4096
-"""On each side; NaN in every float type, -1 or the largest value in the integers."""
+"""Bytes on each side of an allocation; they hold NaN in every float type, -1 or the largest value
+in the integers."""
 _CANARY = 0xFF
 _ALLOCATING = (torch.empty, torch.empty_like, Tensor.new_empty)
 
 
 def guarded(tensor: Tensor) -> Tensor:
-    """A copy with the same strides, NaN around it; what reads past its end gets NaN."""
+    """Return a copy with the same strides, NaN around it; what reads past its end gets NaN."""
     copy = _inside_guards(tensor)[1]
     return copy.copy_(tensor)
 
 
 class GuardedAllocations(TorchFunctionMode):
-    """While entered, `torch.empty` and its kin return memory full of NaN between canaries, which
+    """A mode in which `torch.empty` and its kin return memory full of NaN between canaries, which
     are checked on leaving."""
 
     def __init__(self) -> None:
@@ -56,15 +57,15 @@ class GuardedAllocations(TorchFunctionMode):
 
 
 def _inside_guards(like: Tensor) -> tuple[Tensor, Tensor]:
-    """(the whole as [n] uint8, a tensor of `like`'s shape, strides and dtype in its middle), all
-    bytes canaries."""
+    """Return (the whole as [n] uint8, a tensor of `like`'s shape, strides and dtype in its middle),
+    all bytes canaries."""
     extent = (
         1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
         if like.numel()
         else 0
     )
     num_bytes = extent * like.element_size()
-    # The middle starts at a multiple of 16 bytes, as kernels may assume; the guard behind it starts
+    # The middle starts at a multiple of 16 bytes, as kernels may assume; the guard after it starts
     # where it ends.
     buffer = torch.full((2 * GUARD_BYTES + num_bytes,), _CANARY, dtype=torch.uint8)
     middle = buffer[GUARD_BYTES : GUARD_BYTES + num_bytes].view(like.dtype)

@@ -41,7 +41,7 @@ _FP8 = {
 _E2M1 = np.array(
     [sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], dtype=np.float32
 )
-"""By code."""
+"""Values of E2M1, by code."""
 _emulations: dict[str, AsmEmulation] = {}
 
 
@@ -63,7 +63,7 @@ def emulates_asm(marker: str) -> Callable[[AsmEmulation], AsmEmulation]:
 
 @contextmanager
 def recorded_launches() -> Iterator[list[str]]:
-    """Yields a list to which the name of each kernel is appended that is launched inside."""
+    """Yield a list to which the name of each kernel is appended that is launched inside."""
     names: list[str] = []
     run = InterpretedFunction.run
 
@@ -80,7 +80,7 @@ def recorded_launches() -> Iterator[list[str]]:
 
 @contextmanager
 def unrepaired() -> Iterator[None]:
-    """Triton's own interpreter, for a while."""
+    """Restore Triton's own interpreter for a while."""
     _use(InterpreterBuilder)
     try:
         yield
@@ -89,17 +89,17 @@ def unrepaired() -> Iterator[None]:
 
 
 def widen_bf16(bits: Array) -> Array:
-    """uint16 → float32."""
+    """Convert uint16 to float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def round_to_bf16(values: Array) -> Array:
-    """Float → uint16, to nearest, ties to even, rounded once also from float64."""
+    """Convert float to uint16, to nearest, ties to even, rounded once also from float64."""
     values = np.asarray(values)
     narrow = np.ascontiguousarray(values, dtype=np.float32).reshape(values.shape)
     bits = narrow.view(np.uint32)
     if values.dtype == np.float64:
-        # To odd: the last bit says that something was cut off, so that the second rounding meets no
+        # To odd: the last bit records that bits were cut off, so that the second rounding meets no
         # false tie.
         back = narrow.astype(np.float64)
         bits = (bits - (np.abs(back) > np.abs(values))) | ((back != values) & ~np.isnan(values))
@@ -245,7 +245,8 @@ def _widen_fp8(handle: TensorHandle) -> Array:
 
 
 def _round_to_fp8(values: Array, dtype: torch.dtype) -> Array:
-    """Saturating, as the instructions that Triton compiles to: no infinity, NaN stays."""
+    """Round with saturation, as the instructions to which Triton compiles: no infinity, NaN
+    stays."""
     limit = torch.finfo(dtype).max
     return (
         torch.from_numpy(np.ascontiguousarray(values))
@@ -257,14 +258,14 @@ def _round_to_fp8(values: Array, dtype: torch.dtype) -> Array:
 
 
 def _widen_operand(handle: TensorHandle) -> TensorHandle:
-    """What `tl.dot` multiplies: fp32 for bf16 and fp8, which is exact."""
+    """Return an operand as `tl.dot` multiplies it: fp32 for bf16 and fp8, which is exact."""
     if _is_bf16(handle):
         return TensorHandle(widen_bf16(handle.data), tl.float32)
     return TensorHandle(_widen_fp8(handle), tl.float32) if handle.dtype.scalar in _FP8 else handle
 
 
 def _scaled_rows(data: Array, handle: TensorHandle, scale: TensorHandle | None) -> Array:
-    """[rows, K] fp32: an operand of `tl.dot_scaled`, times its e8m0 scales.
+    """Return [rows, K] fp32: an operand of `tl.dot_scaled`, times its e8m0 scales.
 
     Args:
         data: `handle`'s, as [rows, K], or [rows, K / 2] of two e2m1 values a byte, low nibble
@@ -283,7 +284,7 @@ def _scaled_rows(data: Array, handle: TensorHandle, scale: TensorHandle | None) 
 
 @cache
 def _languages(function: Callable[..., Any]) -> tuple[Any, ...]:
-    """The modules that `_patch_lang` patches for a function."""
+    """Return the modules that `_patch_lang` patches for a function."""
     return tuple(value for value in function.__globals__.values() if value is tl or value is tl.core)
 
 
@@ -320,8 +321,8 @@ def _dot_scaled(
     rhs_format: str,
     *options: Any,
 ) -> Any:
-    """Before Triton 3.9 the formats must be constants of a kernel, and the interpreter gives
-    texts."""
+    """Convert formats to constants: before Triton 3.9 they must be constants of a kernel, and the
+    interpreter gives texts."""
     formats = tl.constexpr(lhs_format), tl.constexpr(rhs_format)
     return _own_dot_scaled(self, lhs, lhs_scale, formats[0], rhs, rhs_scale, formats[1], *options)
 

@@ -31,7 +31,7 @@ _FREE = (
 
 
 class LaunchCounter(TorchDispatchMode):
-    """While entered, `launches` grows by the name of each kernel and of each torch operation, in
+    """A mode in which `launches` grows by the name of each kernel and of each torch operation, in
     order."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class LaunchCounter(TorchDispatchMode):
 
 
 class NoHostReads(TorchFunctionMode):
-    """While entered, fails where torch would wait for a device."""
+    """A mode that fails where torch would wait for a device."""
 
     READS = (
         Tensor.item,

@@ -43,7 +43,8 @@ def test_whole_prefill(window: int | None, lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("window", [None, 20, 127, 128, 129])
 def test_decodes(window: int | None) -> None:
-    """Of one split and of several; with a window, oldest keys at all places of a tile."""
+    """Contexts have one split and several; with a window, the oldest keys are at all places of a
+    tile."""
     lengths = [1, 15, 16, 17, 127, 128, 129, 255, 256, 257, 1000]
     check(attention_case([(1, length) for length in lengths], window=window), max_query_len=1)
 
@@ -111,8 +112,8 @@ def test_a_long_context_takes_longer_splits(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_number_of_sequences_does_not_matter() -> None:
-    """Nor what they are: the same bits alone as among others, which changes the programs of a
-    decode and the tiles of a chunk."""
+    """The other sequences do not matter either: a sequence has the same bits alone as among others,
+    which changes the programs of a decode and the tiles of a chunk."""
     for window in (None, 128):
         lengths = [(1, 1 + i % 20) for i in range(140)] + [(1, 700), (40, 40), (5, 300), (1, 130)]
         batch = attention_case(lengths, heads=(2, 1), head_dim=8, window=window, dtype=torch.bfloat16)
@@ -142,7 +143,7 @@ def test_a_decode_is_the_same_in_a_batch_of_decodes_and_beside_chunks() -> None:
 
 
 def test_the_width_of_the_block_table_does_not_matter() -> None:
-    """As for a captured graph, whose tables hold max_model_len."""
+    """A captured graph's tables are wider: they hold max_model_len."""
     case = attention_case([(1, 300), (1, 20), (4, 20)])
     wide = torch.full((3, 400), 2**31 - 1, dtype=torch.int32)
     wide[:, : case.block_table.shape[1]] = case.block_table
@@ -257,7 +258,7 @@ def test_bad_arguments() -> None:
 def rope_arguments(
     heads: tuple[int, int], head_dim: int, dtype: torch.dtype, slots: list[int]
 ) -> tuple[Tensor, ...]:
-    """qkv in rows that lie apart, cos, sin, slots."""
+    """Return qkv in rows that lie apart, cos, sin, slots."""
     num_heads, num_kv_heads = heads
     rows = num_heads + 2 * num_kv_heads
     generator = torch.Generator().manual_seed(len(slots))

@@ -131,7 +131,7 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> T
 
 
 def binary(op: str) -> tuple[Tensor, Tensor]:
-    """(the kernel's, torch's)"""
+    """Return (the kernel's result, torch's)."""
     x, y = random(N), random(N, seed=1)
     y[::3] = x[::3]
     out = torch.empty(N, dtype=torch.bfloat16)
@@ -146,7 +146,7 @@ def casted(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dot(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(the kernel's, torch's), fp32"""
+    """Return (the kernel's result, torch's), fp32"""
     x, y = random(16, 64, dtype=dtype), random(64, 32, dtype=dtype, seed=1)
     out = torch.empty(16, 32)
     dot_kernel[(1,)](x, y, out, M=16, N=32, K=64)
@@ -154,7 +154,7 @@ def dot(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def dot_scaled(magnitude: float) -> tuple[Tensor, Tensor]:
-    """(the kernel's, torch's), fp32; all weights are 1."""
+    """Return (the kernel's result, torch's), fp32; all weights are 1."""
     x = random(16, 64) * magnitude
     weights, scales = (
         torch.full((32, 32), 0x22, dtype=torch.uint8),
@@ -269,8 +269,8 @@ def test_the_guards_see_reads_and_writes_past_the_end() -> None:
 
 @pytest.mark.skipif(not hasattr(InterpreterBuilder, "create_dot_scaled"), reason="a Triton before 3.9")
 class TestWithoutTheRepairs:
-    """A failure here says that Triton does this right by now: drop the repair, once no older Triton
-    is supported."""
+    """Tests of faults in Triton's interpreter. A failure here means that Triton has mended one:
+    drop the repair, once no older Triton is supported."""
 
     @pytest.mark.parametrize("op", ["add", "mul", "less", "neg"])
     def test_arithmetic_is_wrong(self, op: str) -> None:

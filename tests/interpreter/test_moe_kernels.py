@@ -48,7 +48,7 @@ def guarded_inputs(values: Inputs) -> Inputs:
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Relative to the largest entry: sums of hundreds of terms cancel."""
+    """Compare relative to the largest entry: sums of hundreds of terms cancel."""
     assert found.isfinite().all()
     largest = float(expected.abs().max()) if expected.numel() else 1.0
     torch.testing.assert_close(found.double(), expected, atol=tolerance * largest, rtol=0)
@@ -204,7 +204,7 @@ def test_gated_experts_is_choice_and_experts_in_few_launches(num_tokens: int) ->
 def test_experts_and_the_norm_behind_them_in_one_launch(
     num_tokens: int, k: int, hidden: int, dtype: torch.dtype
 ) -> None:
-    """With the bits of two; some tokens have none of their experts here."""
+    """The bits are those of two launches; some tokens have none of their experts here."""
     case = MoeCase(num_tokens, k, 7, hidden, 32, first_expert=2, num_local=3)
     values = inputs(case, layout=NATURAL, dtype=dtype)
     experts, choice = operations(case, values), (values.x, gate_logits(case), k)

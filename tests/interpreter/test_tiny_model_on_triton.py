@@ -52,7 +52,7 @@ SAMPLING = [
 
 @contextmanager
 def on_references() -> Iterator[None]:
-    """Torch alone: neither Triton nor the C++ library."""
+    """Run torch alone: neither Triton nor the C++ library."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(backend, "_interpreting", lambda: False)
         patched.setattr(native, "shared_library", lambda: None)
@@ -124,7 +124,7 @@ def test_logits_in_bf16(checkpoint: Path, layout: str, monkeypatch: pytest.Monke
 
 
 def test_logits_of_experts_in_bf16(checkpoint: Path, tmp_path: Path) -> None:
-    """As of a fine-tune that was not quantised; the same allowance."""
+    """A fine-tune that was not quantised has such experts; the allowance is the same."""
     dense = write_bf16(checkpoint, tmp_path / "bf16", TINY)
     with on_references(), loaded(dense, "bfloat16") as llm:
         expected = llm.logits(PROMPTS[1])
@@ -147,13 +147,14 @@ AROUND_ATTENTION = [
         "add_slots_rms_norm",
     ],
 ]
-"""Of a layer that decodes. RoPE with the KV store and attention are between the dense layers."""
+"""Launches of a layer that decodes. RoPE with the KV store and attention are between the dense
+layers."""
 
 
 @pytest.fixture
 def runner(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    """Of a bf16 model, as on a GPU: dense layers are one call of a BLAS each, indices go unchecked,
-    and results are not waited for."""
+    """Return the runner of a bf16 model that works as on a GPU: dense layers are one call of a BLAS
+    each, indices go unchecked, and results are not waited for."""
     monkeypatch.setattr(cpu_dense, "can_run", lambda device, dtype: False)
     monkeypatch.setattr(cpu_linear, "can_run", lambda x: False)
     monkeypatch.setattr(linear_reference, "linear", functional.linear)
@@ -190,13 +191,13 @@ def test_launches_of_a_decode_step(runner: Runner) -> None:
 
 
 class OneOfTwo(Alone):
-    """Of two ranks, whose other adds nothing."""
+    """The collectives of one of two ranks; the other adds nothing."""
 
     size = 2
 
 
 def test_a_rank_alone_has_the_bits_of_one_that_adds_up_first(checkpoint: Path) -> None:
-    """Alone, the experts' sum and the norm behind it are one launch; with others an all-reduce
+    """Alone, the experts' sum and the norm after it are one launch; with others an all-reduce
     stands between."""
     hidden = []
     for collectives, launches in ((Alone(), {"add_slots_rms_norm"}), (OneOfTwo(), {"add_slots"})):

@@ -70,7 +70,7 @@ def test_norms_of_rows_in_a_wider_tensor_and_of_more_axes() -> None:
 
 
 def test_the_norm_sees_the_sum_as_it_was_rounded() -> None:
-    """Of the unrounded sum, about a fifth of the results would differ in their last bit."""
+    """With the unrounded sum, about a fifth of the results would differ in their last bit."""
     x, delta = (random(4, 1000, dtype=torch.bfloat16, seed=seed) for seed in range(2))
     weight = random(1000, seed=2)
     expected = pointwise_reference.add_rms_norm(x, delta, weight, 1e-5)[1]

@@ -32,7 +32,7 @@ from tests.interpreter.launches import NoHostReads
 from tests.support.sampling_cases import assert_same, ints, random_batch, random_logits
 
 SMALL = {"CHUNK": 64, "SKIP": 32, "TILE": 16}
-"""So that rows of a few hundred tokens have several chunks, and chunks several passes."""
+"""Sizes with which rows of a few hundred tokens have several chunks, and chunks several passes."""
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_filters_with_ties(seed: int, rows: int, vocab: int, levels: int, parts:
 
 @contextmanager
 def small() -> Iterator[None]:
-    """As the fixture, for tests by hypothesis; two passes a chunk."""
+    """Apply the fixture's settings in tests by hypothesis; two passes a chunk."""
     with pytest.MonkeyPatch.context() as patched:
         for name, value in {"CHUNK": 64, "SKIP": 64, "TILE": 32}.items():
             patched.setattr(choose, name, value)

@@ -16,8 +16,8 @@ Recorder = Callable[[str, object], None]
 def implementation(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, record_property: Recorder
 ) -> Iterator[str]:
-    """The public functions run the reference in torch, then the C++ kernels on each instruction set
-    of this processor."""
+    """Run the public functions on the reference in torch, then on the C++ kernels on each
+    instruction set of this processor."""
     if request.param == "reference":
         monkeypatch.setattr(native, "shared_library", lambda: None)
         yield request.param
@@ -27,24 +27,24 @@ def implementation(
 
 @pytest.fixture(params=native.ISAS)
 def isa(request: pytest.FixtureRequest, record_property: Recorder) -> Iterator[str]:
-    """Each instruction set of this processor."""
+    """Run the test on each instruction set of this processor."""
     yield from running(request.param, record_property)
 
 
 @pytest.fixture(params=BF16_ISAS)
 def bf16_isa(request: pytest.FixtureRequest, record_property: Recorder) -> Iterator[str]:
-    """Those with bf16 arithmetic."""
+    """Run the test on each instruction set with bf16 arithmetic."""
     yield from running(request.param, record_property)
 
 
 @pytest.fixture(params=FP32_ISAS)
 def fp32_isa(request: pytest.FixtureRequest, record_property: Recorder) -> Iterator[str]:
-    """Those that differ in fp32."""
+    """Run the test on each instruction set that differs in fp32."""
     yield from running(request.param, record_property)
 
 
 def running(isa: str, record_property: Recorder) -> Iterator[str]:
-    """The C++ kernels run on this instruction set meanwhile; skips the test where the processor
+    """Run the C++ kernels on this instruction set meanwhile; skip the test where the processor
     lacks it."""
     with native.using_isa(isa) as there:
         if not there:

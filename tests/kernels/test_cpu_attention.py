@@ -18,7 +18,7 @@ KEY_TILE = 256
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """For comparisons in which a NaN equals itself."""
+    """Return the bits as integers, for comparisons in which a NaN equals itself."""
     return tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
 
 
@@ -26,7 +26,7 @@ class Sequence:
     """One sequence in a cache whose blocks are in no order.
 
     Args:
-        length: of the sequence; all its keys and values are there.
+        length: the sequence's; all its keys and values are there.
         heads: query heads, KV heads.
     """
 
@@ -51,11 +51,11 @@ class Sequence:
         self.window = window
 
     def at(self, half: int, position: int) -> Tensor:
-        """[num_kv_heads, head_dim], a key (half 0) or value (half 1) in the cache."""
+        """Return [num_kv_heads, head_dim], a key (half 0) or value (half 1) in the cache."""
         return self.kv_cache[half, self.table[0, position // self.block_size], position % self.block_size]
 
     def run(self, spans: list[tuple[int, int]]) -> list[Tensor]:
-        """Queries [first, end) of the sequence for each span, all in one batch."""
+        """Run queries [first, end) of the sequence for each span, all in one batch."""
         sizes = [end - first for first, end in spans]
         out = paged_attention(
             torch.cat([self.q[first:end] for first, end in spans]),
@@ -72,7 +72,7 @@ class Sequence:
 
 @cache
 def bf16_case(heads: tuple[int, int], head_dim: int, window: int | None) -> tuple[AttentionCase, Tensor]:
-    """A batch, and what comes of it in float64."""
+    """Return a batch, and its result in float64."""
     lengths = [(1, 1), (31, 31), (33, 33), (1, 255), (1, 256), (1, 257), (1, 700), (45, 301), (0, 9)]
     case = attention_case(lengths, heads=heads, head_dim=head_dim, window=window, dtype=torch.bfloat16)
     return case, case.expected()
@@ -99,7 +99,7 @@ def test_bf16_is_as_exact_as_bf16(
 
 
 def test_weights_are_rounded_and_nothing_else(bf16_isa: str) -> None:
-    """Where the weights are powers of two in a key tile, the result is rounded once."""
+    """If the weights are powers of two in a key tile, the result is rounded once."""
     sequence = Sequence(600, (8, 1), 64, None)
     sequence.q[:], sequence.kv_cache[0], sequence.kv_cache[1] = 0, 0, 0
     sequence.sinks[:] = 0
@@ -133,7 +133,7 @@ def test_extreme_logits_and_sinks_in_bf16(bf16_isa: str) -> None:
 
 
 def test_what_bf16_does_not_take_is_as_in_avx512(bf16_isa: str) -> None:
-    """By the shape and the dtype alone: float32, and heads that are no multiple of 32."""
+    """The shape and the dtype alone decide: float32, and heads that are no multiple of 32."""
     for head_dim, dtype in (
         (64, torch.float32),
         (48, torch.bfloat16),
@@ -173,8 +173,8 @@ def test_a_query_has_the_same_bits_however_it_comes(
     window: int | None,
     odd: list[tuple[int, float]],
 ) -> None:
-    """As a decode, in a chunk, in any batch, on any number of threads; also where values are not
-    finite."""
+    """The query comes as a decode, in a chunk, in any batch, on any number of threads; also with
+    values that are not finite."""
     sequence = Sequence(LENGTH, heads, head_dim, window)
     for position, value in odd:
         sequence.at(1, position)[position % heads[1], position % head_dim] = value
@@ -187,8 +187,8 @@ def test_a_query_has_the_same_bits_however_it_comes(
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_decodes_have_the_bits_of_a_prompt(bf16_isa: str, window: int | None) -> None:
-    """So many that a sum in another order, which is another bf16 once in some 100,000 times, would
-    show."""
+    """There are enough decodes to show a sum in another order, which is another bf16 once in some
+    100,000 times."""
     sequence = Sequence(LENGTH, (64, 8), 64, window)
     [prompt] = sequence.run([(0, LENGTH)])
     decodes = torch.cat(sequence.run([(position, position + 1) for position in range(LENGTH)]))
@@ -198,7 +198,7 @@ def test_decodes_have_the_bits_of_a_prompt(bf16_isa: str, window: int | None) ->
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("block_size", [1, 8, 24, 32])
 def test_the_size_of_a_block_does_not_show(isa: str, block_size: int, window: int | None) -> None:
-    """Whether or not the keys that are multiplied together lie in one block."""
+    """The keys that are multiplied together may lie in one block or in several."""
     spans = [(position, position + 1) for position in range(0, LENGTH, 7)] + [(200, 290)]
     usual, other = (
         Sequence(LENGTH, (16, 2), 64, window),
@@ -244,8 +244,8 @@ def test_what_is_not_finite_reaches_only_queries_that_see_it(
 
 
 def test_slots_that_nothing_sees_are_not_read(isa: str) -> None:
-    """Blocks of freed sequences hold anything: what lies behind the last token and before the
-    window is infinite or NaN here."""
+    """Blocks of freed sequences hold anything: slots after the last token and before the
+    window are infinite or NaN here."""
     for window in (None, 33):
         sequence = Sequence(300, (8, 2), 64, window)
         expected = sequence.run([(280, 293)])[0]

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(native.shared_library() is None, reason="the C++
 
 
 def misaligned(tensor: Tensor) -> Tensor:
-    """The same, one element behind a boundary of 64 bytes; NaN or the largest number around it."""
+    """Return a copy one element after a boundary of 64 bytes; NaN or the largest number around
+    it."""
     memory = torch.full(
         (tensor.numel() + 64,), torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
     ).to(tensor.dtype)
@@ -32,7 +33,7 @@ def misaligned(tensor: Tensor) -> Tensor:
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same with other values between its rows."""
+    """Return a copy with other values between its rows."""
     wide = torch.stack((tensor, torch.full_like(tensor, 3)), dim=1)
     assert not wide[:, 0].is_contiguous()
     return wide[:, 0]

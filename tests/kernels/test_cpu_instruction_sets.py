@@ -35,7 +35,7 @@ Recorder = Callable[[str, object], None]
 
 
 def drive(*options: str, cases: Path = stored_calls.GOLDEN, emulator: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return what the driver says of all instruction sets."""
+    """Return the driver's output on all instruction sets."""
     library = native.library_file()
     assert library is not None, "the C++ library was not built"
     command = [*emulator, sys.executable, "-I", "-S", str(DRIVER), str(library), str(cases)]
@@ -88,7 +88,7 @@ def test_this_processor(record_property: Recorder) -> None:
 
 
 def test_what_is_stored_is_what_the_references_give() -> None:
-    """If not, `python -m tests.support.isa_cases` stores them again."""
+    """If this fails, `python -m tests.support.isa_cases` stores the results again."""
     stored, made = stored_calls.load(), json.loads(json.dumps(isa_cases.cases()))
     assert [case["name"] for case in stored] == [case["name"] for case in made]
     for old, new in zip(stored, made, strict=True):

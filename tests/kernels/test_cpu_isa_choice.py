@@ -129,7 +129,7 @@ def library_file() -> str:
 
 
 def interpreter(folder: Path, line: str) -> str:
-    """A program in place of Python that ends as the line says."""
+    """Return the path of a program in place of Python that ends with the given line."""
     file = folder / "python"
     file.write_text(f'#!/bin/sh\necho $$ "$@" >>{folder}/calls\n{line}\n')
     file.chmod(0o755)
@@ -147,7 +147,7 @@ def test_a_trial_that_dies_of_an_instruction(
         assert not native.runs()
         [call] = (tmp_path / "calls").read_text().splitlines()
         assert call.endswith(f"-m kernels.cpu.trial {library_file()} portable")
-        # What says nothing about instructions stops nobody.
+        # Output that does not concern instructions stops no process.
         for line in ("exit 3", f"kill -{signal.SIGKILL.value} $$"):
             native._trial.cache_clear()
             monkeypatch.setattr(sys, "executable", interpreter(tmp_path, line))

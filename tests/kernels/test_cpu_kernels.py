@@ -204,7 +204,7 @@ def test_what_packed_layers_refuse() -> None:
 
 
 def test_nothing_is_written_past_the_outputs(isa: str) -> None:
-    """What lies behind the last output and the last token stays as it was."""
+    """Memory after the last output and the last token stays as it was."""
     memory = torch.full((6 * 21 + 64,), 7.0).bfloat16()
     packed = dense.pack(torch.randn(21, 64).bfloat16())
     x = torch.randn(6, 64).bfloat16()
@@ -244,7 +244,8 @@ class Layer:
         return layer
 
     def held(self, first_expert: int = 0, num_experts: int | None = None) -> ExpertWeights:
-        """As experts from `first_expert` on, of at least those."""
+        """Return the layer's experts as those from `first_expert` on, of at least that many in
+        all."""
         return ExpertWeights(
             self.gate_up,
             self.gate_up_bias,
@@ -466,7 +467,7 @@ CORES = sorted(os.sched_getaffinity(0))
 
 
 def pool_affinities(num_threads: int) -> list[list[int]]:
-    """Of the pool's threads beside the caller's, in a process of its own."""
+    """Return the affinities of the pool's threads besides the caller's, in a process of its own."""
     command = [sys.executable, "-c", _THREADS, str(num_threads)]
     out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     affinities: list[list[int]] = ast.literal_eval(out)

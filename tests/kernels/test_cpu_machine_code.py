@@ -47,15 +47,15 @@ def only_x86() -> None:
 
 
 def misplaced(needs: dict[Function, set[str]]) -> set[str]:
-    """Functions that need more than every processor has, where such are not allowed."""
+    """Return the functions that need more than every processor has, where such are not allowed."""
     return {
         function.name for function, found in needs.items() if not found <= BEYOND.get(function.file, set())
     }
 
 
 def run_at_load(needs: dict[Function, set[str]]) -> set[str]:
-    """Functions of the files of an instruction set that are not of their anonymous namespace:
-    initialisers."""
+    """Return the functions of the files of an instruction set that are not of their anonymous
+    namespace: initialisers."""
     return {f.name for f in needs if f.file.startswith("isa_") and "(anonymous namespace)" not in f.name}
 
 
@@ -67,7 +67,7 @@ def compiler() -> str:
 
 
 def flags() -> list[str]:
-    """Those of setup.py."""
+    """Return the compiler's flags in setup.py."""
     for node in ast.walk(ast.parse(SETUP.read_text())):
         if isinstance(node, ast.keyword) and node.arg == "extra_compile_args":
             return [*ast.literal_eval(node.value), "-fPIC"]

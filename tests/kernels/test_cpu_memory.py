@@ -46,7 +46,7 @@ def test_huge_pages_where_the_system_gives_them() -> None:
 
 
 def mapping_of(address: int) -> dict[str, str]:
-    """The fields of the memory area that holds an address."""
+    """Return the fields of the memory area that holds an address."""
     lines = iter(Path("/proc/self/smaps").read_text().splitlines())
     for line in lines:
         bounds = line.split(" ", 1)[0].split("-")

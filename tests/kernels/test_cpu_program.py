@@ -155,7 +155,7 @@ def test_conversions_are_those_of_torch(count: int) -> None:
     x = torch.randn(count) * 10.0 ** torch.randint(-40, 38, (count,)).float()
     x[: min(count, 4)] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-45])[: min(count, 4)]
     half = converted(x, torch.bfloat16)
-    # NaN stays NaN; which one is not said.
+    # NaN stays NaN; its bits are open.
     assert torch.equal(half.nan_to_num(nan=0.0), x.bfloat16().nan_to_num(nan=0.0))
     assert torch.equal(half.isnan(), x.isnan())
     assert torch.equal(converted(half, torch.float32).nan_to_num(nan=0.0), half.float().nan_to_num(nan=0.0))

@@ -68,7 +68,7 @@ def test_a_fast_machine_multiplies_the_largest_matrices() -> None:
 @pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("stall_s", [0.04, 1.0])
 def test_threads_that_wait_for_each_other_do_not_hide_the_faster_product(stall_s: float) -> None:
-    """With other processes on the cores."""
+    """Threads wait for each other if other processes use the cores."""
     torch.set_num_threads(2)
     machine = Machine({torch.float32: 1e11, torch.bfloat16: 1e9}, stall_s)
     gemm = fastest_gemm(machine.product, machine.clock)

@@ -27,7 +27,7 @@ NESTED = {
 
 
 def all_structures() -> dict[str, type[ctypes.Structure]]:
-    """By their names in C++."""
+    """Return all structures by their names in C++."""
     classes = [value for value in vars(structures).values() if isinstance(value, type)]
     return {found.__name__: found for found in classes if issubclass(found, ctypes.Structure)}
 

@@ -133,7 +133,8 @@ def test_without_triton_a_gpu_gets_the_layout_of_the_reference(monkeypatch: pyte
     ],
 )
 def test_every_architecture_has_tiles(architecture: str, weights: str) -> None:
-    """Also those that nobody knew; larger for more rows, and the smallest for a single token."""
+    """Unknown architectures have tiles too; they are larger for more rows, and the smallest for a
+    single token."""
     choice = tiles(weights, architecture)
     limits = [tile.max_rows or tile.block_m for tile in choice]
     assert limits == sorted(set(limits))
@@ -151,8 +152,8 @@ def test_every_architecture_has_tiles(architecture: str, weights: str) -> None:
 
 
 def test_a_few_tokens_take_the_narrow_tile_of_wgmma() -> None:
-    """Of 64 rows of the weights while an expert has 8 tokens by twice the mean, and of at least 16
-    tokens, which all of Triton knows."""
+    """The tile has 64 rows of the weights while an expert has at most 8 tokens by twice the mean,
+    and at least 16 tokens, which every version of Triton supports."""
     shapes = [
         (tile.block_m, tile.block_n)
         for tile in (choose_tile(MXFP4_WGMMA, "sm_90", n, 128, fp32=False) for n in (4, 512, 513, 1024))

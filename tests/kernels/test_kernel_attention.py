@@ -52,7 +52,8 @@ class Case:
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None) -> Tensor:
-    """All queries at once over plain keys, masked, with the sink as one more column; float64."""
+    """Return attention of all queries at once over plain keys, masked, with the sink as one more
+    column; float64."""
     group = q.shape[1] // k.shape[1]
     keys, values = (tensor.double().repeat_interleave(group, dim=1).transpose(0, 1) for tensor in (k, v))
     logits = q.double().transpose(0, 1) @ keys.transpose(1, 2) * SCALE  # [heads, queries, keys]
@@ -76,7 +77,7 @@ def make_case(
 ) -> Case:
     """`lengths` are (query_len, context_len). All that may not be read is NaN or out of range:
     unwritten slots, other blocks, the null block, table entries past the last block; blocks wholly
-    behind the window are the null block."""
+    before the window are the null block."""
     generator = torch.Generator().manual_seed(seed)
     max_blocks = max(-(-context // BLOCK_SIZE) for _, context in lengths) + 2
     num_blocks = 1 + sum(-(-context // BLOCK_SIZE) for _, context in lengths) + 5
@@ -248,7 +249,7 @@ def test_a_query_is_the_same_however_its_sequence_is_cut(
     sinks = torch.randn(heads, generator=generator)
 
     def run(spans: list[tuple[int, int]]) -> list[Tensor]:
-        """Queries [first, end) of the sequence for each span, all in one batch."""
+        """Run queries [first, end) of the sequence for each span, all in one batch."""
         sizes = [end - first for first, end in spans]
         out = paged_attention(
             torch.cat([q[first:end] for first, end in spans]),

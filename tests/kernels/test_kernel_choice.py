@@ -1,5 +1,5 @@
-"""An operation's implementation is chosen by `select`, from what is known when a model is loaded,
-and the object that is chosen is what runs and what the table of kernels prints."""
+"""An operation's implementation is selected by `select`, from facts known when a model is loaded,
+and the selected object is the one that runs and that the table of kernels prints."""
 
 import re
 import subprocess

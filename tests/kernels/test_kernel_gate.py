@@ -35,7 +35,7 @@ LIMITED = [
 
 
 def torchs_triton() -> str:
-    """Its version."""
+    """Return the version of torch's Triton."""
     versions = [
         found.version for found in metadata.distributions(path=[str(TORCHS_TRITON)]) if found.name == "triton"
     ]
@@ -79,7 +79,8 @@ def test_machine_code_keeps_to_its_limits_with_the_triton_of_torch() -> None:
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str], "Future[MachineCode]"]:
-    """All that the selected tests want, by (spec, target): one pool for the module."""
+    """Return the compilations for the selected tests, by (spec, target): one pool for the
+    module."""
     items = [
         item
         for item in request.session.items
@@ -103,7 +104,7 @@ def test_machine_code_keeps_to_its_limits(
 
 @triton.jit
 def matmul(a, b, c, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[M, K] bf16 by [N, K] bf16 → [M, N] bf16, M and N multiples of the blocks."""
+    """Multiply [M, K] bf16 by [N, K] bf16 → [M, N] bf16, M and N multiples of the blocks."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -256,8 +257,8 @@ def test_loops_of_amd_assembly() -> None:
 
 
 def test_a_part_of_a_loop_that_lies_elsewhere_belongs_to_it() -> None:
-    """As LLVM places what a mask skips: behind the loop, with a jump back into it, which is no loop
-    of its own."""
+    """LLVM places the code that a mask skips after the loop, with a jump back into it; it is not a
+    loop of its own."""
     lines = [
         "s_mov_b32",
         "head:",

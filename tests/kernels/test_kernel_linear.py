@@ -8,7 +8,7 @@ from kernels.linear import linear
 
 SHAPES = [(384, 256), (33, 31), (5, 96), (1000, 96), (8, 256), (96, 67)]
 LARGE_SHAPES = [(512, 2880), (32, 2880), (2880, 4096)] if native.shared_library() is not None else []
-"""Those of gpt-oss: here a BLAS, which runs where the C++ library was not built, cuts the sums of
+"""Shapes of gpt-oss: here a BLAS, which runs where the C++ library was not built, cuts the sums of
 few rows in another way than of many."""
 
 

@@ -35,7 +35,7 @@ def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> Weights:
 
 
 def oracle(x: Tensor, ids: Tensor, expert_weights: Tensor, w: Weights) -> Tensor:
-    """Token by token, neuron by neuron, in float64."""
+    """Compute token by token, neuron by neuron, in float64."""
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token in range(x.shape[0]):
         for slot in range(ids.shape[1]):
@@ -83,7 +83,7 @@ def run(
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Relative to the largest entry: sums of hundreds of terms cancel."""
+    """Compare relative to the largest entry: sums of hundreds of terms cancel."""
     torch.testing.assert_close(found.double(), expected, atol=tolerance * float(expected.abs().max()), rtol=0)
 
 
@@ -275,8 +275,8 @@ def test_bad_arguments_are_named() -> None:
 
 
 def e4m3(code: int) -> Fraction:
-    """The value of a positive code from its fields: four exponent bits of bias 7, three mantissa
-    bits; exponent 0 is subnormal."""
+    """Return the value of a positive code from its fields: four exponent bits of bias 7, three
+    mantissa bits; exponent 0 is subnormal."""
     exponent, mantissa = code >> 3, code & 7
     return (
         Fraction(mantissa, 8) * Fraction(2) ** -6

@@ -28,15 +28,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def e2m1(code: int) -> Fraction:
-    """The value of a code from its fields: sign, two exponent bits of bias 1, one mantissa bit;
-    exponent 0 is subnormal."""
+    """Return the value of a code from its fields: sign, two exponent bits of bias 1, one mantissa
+    bit; exponent 0 is subnormal."""
     sign, exponent, mantissa = code >> 3, (code >> 1) & 3, code & 1
     magnitude = Fraction(mantissa, 2) if exponent == 0 else Fraction(2 + mantissa, 2) * 2 ** (exponent - 1)
     return -magnitude if sign else magnitude
 
 
 def oracle(blocks: Tensor, scales: Tensor) -> np.ndarray:
-    """[E, N, K] float64, one value at a time."""
+    """Return [E, N, K] float64, one value at a time."""
     experts, rows, groups = scales.shape
     dense = np.empty((experts, rows, groups * MX_BLOCK))
     for index in np.ndindex(dense.shape):
@@ -108,8 +108,8 @@ def test_experts_are_picked_in_the_order_asked_for() -> None:
 
 
 def nearest_code_values(scaled: float) -> set[float]:
-    """The e2m1 values nearest to `scaled`, or of two equally near ones that with an even mantissa
-    bit."""
+    """Return the e2m1 values nearest to `scaled`, or of two equally near ones that with an even
+    mantissa bit."""
     values = [(abs(e2m1(code) - Fraction(scaled)), code) for code in range(16)]
     distance = min(values)[0]
     nearest = [code for found, code in values if found == distance]

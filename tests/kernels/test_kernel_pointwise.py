@@ -97,7 +97,7 @@ def test_norms_of_other_values() -> None:
 
 
 def yarn_frequency(dimension: int, head_dim: int, truncate: bool, **rope: float) -> float:
-    """The frequency of a pair, from the paper's ramp over the number of turns' dimension, in
+    """Return the frequency of a pair, from the paper's ramp over the number of turns' dimension, in
     float64."""
 
     def dimension_of(turns: float) -> float:

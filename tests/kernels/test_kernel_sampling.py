@@ -44,7 +44,7 @@ def random_logits(rows: int, vocab: int, seed: int = 0, spread: float = 2.0) -> 
 def distribution(
     logits: list[float], *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> np.ndarray:
-    """The filtered distribution in float64."""
+    """Return the filtered distribution in float64."""
     scaled = np.array(logits, dtype=np.float64) / temperature
     weights = np.exp(scaled - scaled.max())
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
@@ -63,7 +63,7 @@ def distribution(
 
 
 def python_philox(seed: int, position: int) -> list[int]:
-    """Philox4x32-10 in Python integers."""
+    """Compute Philox4x32-10 in Python integers."""
     mask = 2**32 - 1
     counter, key = [position & mask, position >> 32, 0, 0], [seed & mask, seed >> 32]
     for _ in range(10):
@@ -226,7 +226,7 @@ def test_each_token_is_the_one_the_definition_gives(
 
 
 def everything_on(rows: int, vocab: int, seed: int = 0) -> SamplingBatch:
-    """A batch in which rows differ in every parameter."""
+    """Return a batch in which rows differ in every parameter."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform_in(low: float, high: float) -> Tensor:
@@ -257,7 +257,7 @@ def everything_on(rows: int, vocab: int, seed: int = 0) -> SamplingBatch:
 
 
 def only_row(batch: SamplingBatch, row: int) -> SamplingBatch:
-    """The same parameters for one row alone."""
+    """Return the same parameters for one row alone."""
 
     def of(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[row : row + 1]
@@ -321,8 +321,8 @@ def test_seed_and_position_both_matter() -> None:
 
 
 def greedy_after(logits: Tensor, **parts: object) -> list[int]:
-    """Token ids from best to worst as the modified logits order them, found by forbidding the best
-    again and again."""
+    """Return token ids from best to worst as the modified logits order them, found by forbidding
+    the best again and again."""
     found: list[int] = []
     for _ in range(logits.shape[1]):
         batch = SamplingBatch(**parts, forbidden_ids=TokenIds(ints(*([0] * len(found))), ints(*found)))  # type: ignore[arg-type]
@@ -586,8 +586,8 @@ def test_extreme_repetition_penalties_leave_a_choice(
     ids=str,
 )
 def test_the_whole_vocabulary_against_the_reference(implementation: str, filters: dict[str, float]) -> None:
-    """Over gpt-oss's vocabulary, with logits that were rounded to bf16, as the model's are: many
-    are equal."""
+    """The vocabulary is gpt-oss's; logits were rounded to bf16, as the model's are: many are
+    equal."""
     rows = 6
     logits = random_logits(rows, 201_088, seed=11, spread=1.5).bfloat16().float()
     logits[:2] *= 4  # some peaked distributions

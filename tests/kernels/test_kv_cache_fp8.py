@@ -60,8 +60,9 @@ def test_attention_over_what_is_stored(scales: bool, window: int | None) -> None
 
 
 def test_the_whole_error_of_attention() -> None:
-    """With all scales 1, normal keys and values: a value's 2^-4 is averaged away, a logit is off by
-    2^-4 * |q| |k| / sqrt(d) at most and by far less mostly. 0.1 where outputs are up to 1."""
+    """All scales are 1, keys and values normal: a value's 2^-4 is averaged away, a logit is off by
+    2^-4 * |q| |k| / sqrt(d) at most and by far less mostly. The bound is 0.1 where outputs are up
+    to 1."""
     exact = attention_case([(30, 400)], seed=3)
     fp8 = attention_case([(30, 400)], seed=3, fp8=True)
     torch.testing.assert_close(fp8.reference(), exact.reference(), atol=0.1, rtol=0)

@@ -21,7 +21,7 @@ LAYOUTS = (NATURAL, ROWS16, "turned")
 
 
 def turned(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """A layout that knows nothing of writing in place."""
+    """Return the weights in a layout without the function for writing in place."""
     return blocks.transpose(1, 2).contiguous(), scales.transpose(1, 2).contiguous()
 
 

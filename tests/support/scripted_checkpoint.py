@@ -160,8 +160,8 @@ def _check_runs(runs: Sequence[tuple[list[int], list[int]]]) -> None:
 
 @torch.inference_mode()
 def _hidden_states(model: GptOssForCausalLM, runs: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """[positions, hidden_size] float32: the final-normed state from which each completion token is
-    predicted."""
+    """Return [positions, hidden_size] float32: the final-normed state from which each completion
+    token is predicted."""
     rows = []
     for prompt, completion in runs:
         output = model.model(torch.tensor([prompt + completion[:-1]]))

@@ -119,7 +119,7 @@ class Inputs:
         return torch.frombuffer(bytearray(self._random.randbytes(count)), dtype=torch.uint8).view(shape)
 
     def floats(self, *shape: int, dtype: torch.dtype = torch.float32, bits: int = 4) -> Tensor:
-        """Numbers from -4 to 4, of so few bits that the file is small and bf16 holds them
+        """Return numbers from -4 to 4, of so few bits that the file is small and bf16 holds them
         exactly."""
         return (((self.bytes(*shape) >> (8 - bits)).float() - 2 ** (bits - 1)) / 2 ** (bits - 3)).to(dtype)
 

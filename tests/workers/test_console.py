@@ -1,5 +1,5 @@
-"""Printing never raises and never waits: full disks, pipes without a reader, pipes that nobody
-reads, closed descriptors."""
+"""Printing never raises and never waits: full disks, pipes without a reader, pipes that are not
+read, closed descriptors."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ LIMIT_S = 20
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Reading and writing end; a small one."""
+    """Yield the reading and writing end of a small pipe."""
     reading, writing = os.pipe()
     yield reading, writing
     for end in (reading, writing):

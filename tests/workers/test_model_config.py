@@ -14,7 +14,7 @@ from workers.model_config import load_model_config, parse_model_config
 
 
 def published() -> dict[str, Any]:
-    """The fields of gpt-oss-120b's config.json that matter, as published."""
+    """Return the fields of gpt-oss-120b's config.json that matter, as published."""
     return {
         "architectures": ["GptOssForCausalLM"],
         "attention_bias": True,
@@ -73,7 +73,8 @@ KV_ONLY = {
     },
     "quant_method": "compressed-tensors",
 }
-"""As llm-compressor writes it where it calibrated a KV cache and left the weights alone."""
+"""Quantization config that llm-compressor writes where it calibrated a KV cache and left the
+weights alone."""
 QUARK = {
     "quant_method": "quark",
     "global_quant_config": {
@@ -82,7 +83,7 @@ QUARK = {
     },
     "kv_cache_quant_config": {"*k_proj": {"output_tensors": {"dtype": "fp8_e4m3"}}},
 }
-"""As of amd/gpt-oss-120b-w-mxfp4-a-fp8, whose experts are stored one by one."""
+"""Quantization config of amd/gpt-oss-120b-w-mxfp4-a-fp8, whose experts are stored one by one."""
 
 
 @pytest.mark.parametrize(

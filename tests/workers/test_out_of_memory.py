@@ -59,7 +59,7 @@ def test_only_a_kill_with_a_new_count_is_one_of_the_kernel(
 
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    """A control group whose processes have MEMORY_BYTES, where we may make one."""
+    """Yield a control group whose processes have MEMORY_BYTES, where we may make one."""
     first, second = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
     root, limit = (first, "memory.limit_in_bytes") if first.is_dir() else (second, "memory.max")
     group = root / "cantata-test"

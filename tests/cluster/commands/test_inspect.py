@@ -21,8 +21,8 @@ from workers.model.make_checkpoint import preset_config, write_checkpoint
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All files of gpt-oss-120b with their exact headers and sizes, and holes where the weights
-    would be."""
+    """Return a folder with all files of gpt-oss-120b: exact headers and sizes, and holes where the
+    weights would be."""
     return write_hollow_checkpoint(tmp_path_factory.mktemp("large") / "gpt-oss-120b", preset_config("120b"))
 
 

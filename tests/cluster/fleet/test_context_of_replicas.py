@@ -24,7 +24,7 @@ WAIT_S = 10.0
 
 
 class Late(FakeEngine):
-    """Fails twice before it says what it serves."""
+    """An engine that fails twice before it answers with its model."""
 
     num_asked = 0
 
@@ -37,7 +37,7 @@ class Late(FakeEngine):
 
 async def becomes(service: GenerationService, length: int) -> None:
     async with asyncio.timeout(WAIT_S):
-        while service.served.info.max_model_len != length:  # noqa: ASYNC110 - nobody is told
+        while service.served.info.max_model_len != length:  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0.01)
 
 
@@ -76,7 +76,7 @@ async def test_the_shortest_counts_as_replicas_come_and_go(
         await becomes(service, 4096)
         replicas.replace([eight])
         await becomes(service, 8192)
-        replicas.replace([])  # nobody is there to ask
+        replicas.replace([])  # no replica to ask
         await becomes(service, 8192)
         replicas.replace([Replica(eight.id, three.address)])  # started again, with less memory
         await becomes(service, 3072)

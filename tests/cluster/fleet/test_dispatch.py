@@ -1,4 +1,4 @@
-"""Which replica a sequence goes to, and where it goes after a refusal."""
+"""The choice of a sequence's replica, at first and after a refusal."""
 
 import asyncio
 import threading
@@ -118,7 +118,7 @@ async def test_what_is_too_long_for_one_replica_may_fit_another(cluster: Cluster
 async def test_what_is_too_long_wherever_there_is_room_is_refused(
     cluster: Cluster, other: errors.CantataError
 ) -> None:
-    """If the one that could take it is full, the client may come again."""
+    """If the replica that could take it is full, the client may come again."""
     for engine, refusal in zip(cluster.engines, (TOO_LONG, other), strict=True):
         engine.answer = lambda request, refusal=refusal: Script(refusal=refusal)
     with pytest.raises(type(other)):
@@ -131,7 +131,7 @@ TOKENS = [31, 32, 33, 34, 35, 36]
 
 
 def goes_on(request: EngineRequest) -> Script:
-    """As an engine does: what is there already is not sent again."""
+    """Answer as an engine does: tokens of the request are not sent again."""
     return Script(TOKENS[len(request.output_token_ids) :], num_cached_tokens=1)
 
 
@@ -302,7 +302,7 @@ async def test_a_stream_does_not_wait_for_ever_for_room(cluster: Cluster) -> Non
 
 
 async def test_the_wait_for_room_begins_anew_after_each_replica() -> None:
-    """What it waited for before it found room does not count."""
+    """The time that a sequence waited before it found room does not count."""
     engines = [await FakeEngine().start() for _ in range(3)]
     client = EngineClient()
     cluster = Cluster(engines, client)

@@ -82,7 +82,7 @@ CONSTRAINED = replace(REQUEST, constraint=CONSTRAINT)
 
 
 def refs(engine: FakeEngine) -> list[tuple[bool, bool]]:
-    """(is named, is sent) of each message's automaton."""
+    """Return (is named, is sent) of each message's automaton."""
     return [
         (message.HasField("constraint_ref"), message.constraint_ref.HasField("automaton"))
         for message in engine.messages
@@ -140,7 +140,7 @@ async def test_what_an_engine_does_not_list_is_not_sent(
 
 
 class WrongSecret(errors.CantataError):
-    """What an engine says that was started at the port of another one."""
+    """The error of an engine that was started at another engine's port."""
 
     status = "UNAUTHENTICATED"
 

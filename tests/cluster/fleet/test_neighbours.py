@@ -47,13 +47,13 @@ def previous() -> tuple[descriptor_pb2.FileDescriptorProto, DescriptorPool]:
 
 
 def previous_class(name: str) -> type[Message]:
-    """A message of the previous version; today's stubs stay out of its pool."""
+    """Return a message class of the previous version; today's stubs stay out of its pool."""
     _, pool = previous()
     return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"cantata.engine.v1.{name}"))
 
 
 def unknown_fields(message: Message) -> list[str]:
-    """Fields of this message, or of one inside, that its version does not know."""
+    """Return the fields of this message, or of one inside, that its version does not know."""
     found = [f"{message.DESCRIPTOR.name}.{field.field_number}" for field in UnknownFieldSet(message)]
     for field, value in message.ListFields():
         if field.message_type is not None and not field.message_type.GetOptions().map_entry:
@@ -100,7 +100,7 @@ def test_the_contract_only_grows() -> None:
 
 
 class PreviousEngine:
-    """Serves Generate and GetInfo with the previous version's messages."""
+    """An engine that serves Generate and GetInfo with the previous version's messages."""
 
     def __init__(self) -> None:
         self.requests: list[Message] = []

@@ -1,4 +1,4 @@
-"""What was sent where, and for how long that is remembered."""
+"""The record of prompts by replica, and how long it lasts."""
 
 import random
 
@@ -7,7 +7,8 @@ from cluster.fleet.table import LoadTable, Replica, RoutingHint
 
 
 def blocks(text: str) -> list[bytes]:
-    """One block a letter; as chained hashes, equal only behind equal beginnings."""
+    """Return one block for each letter; as with chained hashes, blocks are equal only after equal
+    beginnings."""
     return [text[: end + 1].encode() for end in range(len(text))]
 
 
@@ -53,7 +54,7 @@ def test_reported_loads_of_others_count_and_our_own_are_not_counted_twice() -> N
     hint = RoutingHint()
     for _ in range(3):
         table.pick([a], frozenset(), hint)
-    table.report({"a": 3, "b": 2})  # the three on a are ours; two on b are somebody else's
+    table.report({"a": 3, "b": 2})  # the three on a are ours; two on b are another gateway's
     assert table.pick([a, b], frozenset(), hint) == b
     table.report({"a": 0, "b": 9})
     assert table.pick([a, b], frozenset(), hint) == a

@@ -41,7 +41,7 @@ class Cluster:
         self.changed.set()
 
     async def heard(self, count: int) -> list[tuple[str, bool]]:
-        """The first `count` changes, once they have come."""
+        """Return the first `count` changes, once they have come."""
         async with asyncio.timeout(20):
             while len(self.silences) < count:
                 self.changed.clear()
@@ -137,7 +137,8 @@ class NoCall:
 async def test_silence_is_told_once_and_ends_with_any_answer(
     end: CantataError | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after its last sequence has ended: otherwise it would be avoided for ever."""
+    """Silence also ends after the last sequence has ended: otherwise the replica would be avoided
+    for ever."""
     monkeypatch.setattr(watch, "PROBE_PERIOD_S", 0.01)
     late = DeadlineExceeded("no answer")
     answers, silences, call = [late, late, late, end], [], NoCall()

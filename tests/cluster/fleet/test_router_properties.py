@@ -66,7 +66,7 @@ class RouterMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES))
     def start_or_restart(self, name: str) -> None:
-        """A new process serves under this name, at an address of its own."""
+        """Start a new process under this name, at an address of its own."""
         before = self.listed.get(name)
         self.num_started += 1
         self.listed[name] = Replica(name, f"host:{self.num_started}")
@@ -102,7 +102,7 @@ class RouterMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule(data=st.data(), died=st.booleans())
     def end(self, data: st.DataObject, died: bool) -> None:
-        """A sequence ends, or its replica is found dead."""
+        """End a sequence, also because its replica is found dead."""
         replica = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
         for gateway in (self.gateway, self.twin):
             if died:

@@ -1,5 +1,5 @@
-"""Where requests go over a while: unrelated chats spread, conversations stay. A simulation of
-gateways' tables, without engines."""
+"""The distribution of requests over time: unrelated chats spread, conversations stay. A simulation
+of gateways' tables, without engines."""
 
 import hashlib
 import random
@@ -18,8 +18,8 @@ def replicas_of(count: int) -> list[Replica]:
 
 
 def hint(*texts: str) -> RoutingHint:
-    """A prompt: a block for each letter of the texts, equal only where all before is equal, and an
-    end of its own."""
+    """Return a prompt: a block for each letter of the texts, equal only where all before is equal,
+    and an end of its own."""
     text = "|".join(texts)
     return RoutingHint([digest(text[: end + 1]) for end in range(len(text))], digest(f"{text} ends"))
 

@@ -48,7 +48,7 @@ def test_nobody_left() -> None:
 
 
 def test_the_sequences_of_a_prompt_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With thousands of blocks, each look-up takes milliseconds of the event loop."""
+    """For thousands of blocks, each look-up takes milliseconds of the event loop."""
     prefixes = PrefixIndex()
     table = LoadTable(prefixes=prefixes)
     num_added = Counter[str]()

@@ -122,7 +122,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @st.composite
 def changed(draw: st.DrawFn, body: dict[str, Any]) -> dict[str, Any]:
-    """The body with other JSON in one to three places, or under a new name."""
+    """Return the body with other JSON in one to three places, or under a new name."""
     body = copy.deepcopy(body)
     for _ in range(draw(st.integers(1, 3))):
         *parents, last = draw(st.sampled_from(list(places(body))))
@@ -145,7 +145,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.fixture(scope="module")
 def gateway(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """Without engines: what is right gets 503."""
+    """Yield a gateway without engines: a correct request gets 503."""
 
     async def build(folder: Path) -> Gateway:
         model = ModelInfo("m", 1024, VOCAB_SIZE)

@@ -197,7 +197,7 @@ async def refusal(gateway: Gateway, path: str, content: bytes) -> tuple[int, dic
 
 @pytest.fixture
 async def undisturbed(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding) -> AsyncIterator[None]:
-    """A stream that is open while the test runs and must end as if nothing had happened."""
+    """Yield a stream that is open while the test runs and must end as if nothing had happened."""
     gate = asyncio.Event()
     ids = turn(encoding, text="Still here.")
     engine.answer = lambda request: Script(ids, gate=gate, gate_after=4)

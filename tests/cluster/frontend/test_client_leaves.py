@@ -19,7 +19,7 @@ LIMIT_S = 0.1
 async def http_request(
     gateway: Gateway, body: str, path: str = "/v1/chat/completions"
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A bare connection, so that leaving is closing the socket and nothing else."""
+    """Open a bare connection, so that leaving is closing the socket and nothing else."""
     host, port = gateway.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     head = (
@@ -32,7 +32,7 @@ async def http_request(
 
 
 async def eventually(gateway: Gateway, *lines: str) -> None:
-    """The gateway's own bookkeeping ends a moment after the engine's."""
+    """Wait for the gateway's own bookkeeping, which ends a moment after the engine's."""
     async with asyncio.timeout(5):
         page = ""
         while not all(line in page for line in lines):

@@ -1,5 +1,5 @@
-"""What a connection may cost: sizes and times of headers, bodies, idle connections and unread
-answers, over bare sockets."""
+"""Limits of a connection: sizes and times of headers, bodies, idle connections and unread answers,
+over bare sockets."""
 
 import asyncio
 import json
@@ -74,7 +74,7 @@ def request(
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
-    """A response with a length."""
+    """Read a response with a length."""
     status, headers = await head(reader)
     return status, headers, await reader.readexactly(int(headers["content-length"]))
 
@@ -86,7 +86,7 @@ async def head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
 
 
 async def counted(gateway: Gateway, endpoint: str, status: int | str) -> None:
-    """The count of the answer comes a moment after it."""
+    """Wait until the answer is counted, a moment after it."""
     registry = gateway.service.metrics.registry
     labels = {"endpoint": endpoint, "status": str(status)}
     await until(lambda: bool(registry.get_sample_value("cantata_gateway_requests_total", labels)))
@@ -101,7 +101,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("shape", ["one-value", "many-headers", "url", "trailers", "chunk-extension"])
 async def test_headers_have_a_largest_size(quick: Gateway, shape: str) -> None:
-    """However much is sent; a small request after it is served."""
+    """The bound holds however much is sent; a small request after it is served."""
     piece = b"x" * 65536
     begin = {
         "one-value": b"GET /health HTTP/1.1\r\nHost: t\r\nA: ",
@@ -253,7 +253,7 @@ async def test_by_default_longer_than_clients_and_load_balancers_keep_theirs(gat
 async def test_a_stream_that_nobody_reads_is_cut_off(
     encoding: HarmonyEncoding, engine: FakeEngine, read_first: bool
 ) -> None:
-    """And its place in the engine is free again."""
+    """The stream's place in the engine is free again."""
     engine.answer = lambda request: Script([5] * 10**4, per_message=100)
     engine.max_model_len = 10**8
     async with serving(encoding, [engine], config=QUICK) as gateway:
@@ -348,7 +348,8 @@ async def test_a_websocket_is_not_offered(gateway: Gateway) -> None:
 
 
 async def test_an_offer_of_http_2_is_declined(gateway: Gateway) -> None:
-    """With its body: Java's client makes the offer with its first requests."""
+    """The request is answered with its body: Java's client makes the offer with its first
+    requests."""
     offer = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
     content = json.dumps({"prompt": "hello upgrade: \r\nupgrade: x"})
     async with connected(gateway) as (reader, writer):
@@ -369,8 +370,8 @@ async def test_an_offer_of_http_2_is_declined(gateway: Gateway) -> None:
     "rest", [b"0\r\nA: " + b"x" * 100_000, b"no chunk\r\n"], ids=["trailers", "no-chunk"]
 )
 async def test_a_request_has_one_answer(gateway: Gateway, rest: bytes) -> None:
-    """Also if it was answered before its end, and that is wrong: a proxy may take a second one for
-    another request's."""
+    """This holds also if the request was answered before its end and its end is wrong: a proxy may
+    take a second answer for another request's."""
     async with connected(gateway) as (reader, writer):
         begin = request("", path="/nowhere", extra="Transfer-Encoding: chunked\r\n").replace(
             b"Content-Length: 0\r\n", b""
@@ -443,7 +444,7 @@ def test_uvicorn_calls_what_is_overridden() -> None:
 
 
 async def test_a_body_that_is_no_http_is_refused(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
-    """With an answer, and without a line in the log for what any client can send."""
+    """The refusal is an answer, without a line in the log: any client can send such a body."""
     chunked = request("", extra="Transfer-Encoding: chunked\r\n").replace(b"Content-Length: 0\r\n", b"")
     async with connected(gateway) as (reader, writer):
         writer.write(chunked + b"2\r\n{}\r\n")

@@ -61,7 +61,7 @@ PARTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Characters of each text that is encoded."""
+    """Return a list that grows by the number of characters of each text that is encoded."""
     lengths: list[int] = []
     encode = HarmonyEncoding._encode_chunk
 
@@ -74,7 +74,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 async def post(gateway: Gateway, content: dict[str, Any]) -> dict[str, Any] | None:
-    """The error."""
+    """Return the error in the answer; None if there is none."""
     response = await gateway.http.post(
         "/v1/chat/completions", content=orjson.dumps(content), headers={"content-type": "application/json"}
     )
@@ -154,7 +154,7 @@ async def test_a_large_chat_holds_up_no_small_one(gateway: Gateway, monkeypatch:
 async def test_many_messages_are_read_and_rendered_beside_the_loop(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However little text they have."""
+    """The event loop stays free however little text the messages have."""
     seen: dict[str, threading.Thread] = {}
     convert, render = chat.chat_messages, Prompts._render
 
@@ -312,8 +312,8 @@ async def test_bodies_have_a_largest_number_of_values(
 
 
 def test_the_longest_chat_of_tiny_tool_calls_is_within_the_default() -> None:
-    """As many messages as are taken, and texts of JSON with a brace, bracket or comma for each of
-    131072 tokens."""
+    """The chat has the maximum number of messages, and texts of JSON with a brace, bracket or comma
+    for each of 131072 tokens."""
     config = GatewayConfig()
     turn = [call("{}"), {"role": "tool", "tool_call_id": "c", "content": "1"}]
     messages: list[dict[str, Any]] = turn * (config.max_messages // 3) + [

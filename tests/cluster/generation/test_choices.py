@@ -64,7 +64,7 @@ def run(
     stop_token: int | None = None,
     logprobs: bool = False,
 ) -> list[AnswerDelta]:
-    """What a client is shown."""
+    """Return the deltas that a client sees."""
     events = events_of(choice, ids, size=size, finish=finish, stop_token=stop_token, logprobs=logprobs)
     fold = Fold()
     return [shown for event in events if (shown := fold.add(event)) is not None]
@@ -228,8 +228,8 @@ def test_every_message_that_starts_ends_as_what_was_shown_of_it(
 
 
 def flat_text(messages: list[tuple[str, str]], stops: list[str]) -> tuple[str, str, str | None]:
-    """Content and reasoning of a turn, two messages of one kind joined by a blank line, and the
-    stop string that ends the content. Text is searched up to a message of another kind."""
+    """Return the content and reasoning of a turn, two messages of one kind joined by a blank line,
+    and the stop string that ends the content. Text is searched up to a message of another kind."""
     content = reasoning = ""
     search = StopStrings(stops)
     num_chars = 0
@@ -243,7 +243,7 @@ def flat_text(messages: list[tuple[str, str]], stops: list[str]) -> tuple[str, s
             result = search.push(text)
             content += result.text
             if result.matched is not None:
-                # A blank line comes with the text behind it, or not at all.
+                # A blank line comes with the text after it, or not at all.
                 cut = next((start for start in blank_lines if start < len(content) <= start + 2), None)
                 return content[:cut], reasoning, result.matched
         elif kind == "analysis":
@@ -380,7 +380,7 @@ class Answer:
 
 
 async def test_whole_answers_join_arguments_in_one_pass() -> None:
-    """As above."""
+    """The arguments of a whole answer are joined once, not again for each piece."""
     body = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "x"}]})
     over_http = await chat.answer(cast(Generation, Answer()), body, "")
     (call,) = over_http["choices"][0]["message"]["tool_calls"]

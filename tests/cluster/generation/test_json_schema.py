@@ -101,7 +101,7 @@ def test_it_agrees_with_the_reference_validator(schema: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("keyword", KEYWORDS)
 def test_every_keyword_of_the_draft_is_checked(keyword: str) -> None:
-    """Those that take anything are the two that hold a value of the described document."""
+    """The two keywords that take anything hold a value of the described document."""
     refused = [
         value
         for value in (None, 5, "5", [5], {"a": 5}, True, -1, {})

@@ -1,4 +1,4 @@
-"""What the service asks engines for, without servers."""
+"""The requests that the service sends to engines, without servers."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -74,7 +74,7 @@ async def read(generation: Generation) -> None:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Prompts that were hashed."""
+    """Return a list that grows by each prompt that is hashed."""
     prompts: list[tuple[int, ...]] = []
     make: Callable[[EngineRequest], Any] = dispatch._hint
 

@@ -1,5 +1,5 @@
-"""Threads for large texts: small work does not wait for large, what nobody waits for any more is
-not begun, and what waits is bounded."""
+"""Threads for large texts: small work does not wait for large work, abandoned work is not begun,
+and waiting work is bounded."""
 
 import asyncio
 import threading

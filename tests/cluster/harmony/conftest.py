@@ -23,7 +23,7 @@ def gpt_oss_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def gpt_oss(gpt_oss_folder: Path) -> HarmonyEncoding:
-    """gpt-oss's own vocabulary."""
+    """Return gpt-oss's own vocabulary."""
     return HarmonyEncoding.load(gpt_oss_folder, HARMONY_VOCAB_SIZE)
 
 
@@ -36,5 +36,5 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small(small_folder: Path) -> HarmonyEncoding:
-    """The demo vocabulary."""
+    """Return the demo vocabulary."""
     return HarmonyEncoding.load(small_folder, 4096)

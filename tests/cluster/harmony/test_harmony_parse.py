@@ -18,7 +18,7 @@ from tests.cluster.harmony.harmony_conversations import TEXTS
 
 
 def joined(events: Iterable[MessageEvent]) -> list[tuple[str, ...]]:
-    """Neighbouring messages of one kind as one item: ("reasoning", text), ("text", text) or
+    """Return neighbouring messages of one kind as one item: ("reasoning", text), ("text", text) or
     ("call", name, arguments)."""
     items: list[list[str]] = []
     message = None
@@ -40,7 +40,8 @@ def joined(events: Iterable[MessageEvent]) -> list[tuple[str, ...]]:
 
 
 def check_shape(events: list[MessageEvent]) -> None:
-    """Messages start in order, end before the next starts, and are what came in between."""
+    """Check that messages start in order, end before the next starts, and consist of the events
+    between."""
     num_messages = 0
     start: MessageStart | None = None
     content = ""
@@ -107,7 +108,7 @@ def well_formed_turn(rng: random.Random) -> str:
 
 
 def spelled(encoding: HarmonyEncoding, ids: list[int], rng: random.Random) -> list[int]:
-    """The same bytes in other tokens: some tokens are replaced by one token per byte."""
+    """Return the same bytes in other tokens: some tokens are replaced by one token per byte."""
     byte_ids = {encoding.token_bytes(token_id): token_id for token_id in range(256)}
     out: list[int] = []
     for token_id in ids:
@@ -479,7 +480,7 @@ RELAXED = settings(
 
 @pytest.fixture(scope="module")
 def plain_ids(small: HarmonyEncoding) -> list[int]:
-    """Tokens that cannot spell a control token."""
+    """Return tokens that cannot spell a control token."""
     return [
         i
         for i in range(small.vocab_size)

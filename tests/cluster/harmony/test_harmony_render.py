@@ -33,8 +33,8 @@ def render(chat: Chat, encoding: HarmonyEncoding, max_tokens: int | None = None)
 
 
 def oracle_conversation(conversation: Chat) -> oh.Conversation:
-    """The conversation in oss-harmony's words, with our rules (which analysis is kept, order of
-    results) applied first."""
+    """Return the conversation in oss-harmony's words, with our rules (which analysis is kept, order
+    of results) applied first."""
     system = oh.SystemContent(
         model_identity=conversation.model_identity,
         reasoning_effort=EFFORTS[conversation.reasoning_effort],
@@ -118,7 +118,7 @@ def oracle_conversation(conversation: Chat) -> oh.Conversation:
 def bubble_results(
     messages: list[tuple[oh.Message, str]], call_names: dict[str, tuple[int, str]]
 ) -> list[oh.Message]:
-    """Neighbouring results exchanged until they stand in the order of their calls."""
+    """Return neighbouring results exchanged until they stand in the order of their calls."""
     messages = list(messages)
     swapped = True
     while swapped:

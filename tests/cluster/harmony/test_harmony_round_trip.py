@@ -1,4 +1,5 @@
-"""What was parsed, rendered and parsed again is the same; what was well formed, token for token."""
+"""Messages that were parsed, rendered and parsed again are the same; well-formed ones, token for
+token."""
 
 import random
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ def test_the_longest_header_that_is_kept_is_read_again(small: HarmonyEncoding) -
 
 
 def test_well_formed_turns_keep_their_ids(gpt_oss: HarmonyEncoding) -> None:
-    """Also where they are spelled in other tokens than the renderer would write."""
+    """This holds also where they are spelled in other tokens than the renderer would write."""
     rng = random.Random(7)
     for _ in range(150):
         text = well_formed_turn(rng)

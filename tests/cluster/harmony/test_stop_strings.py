@@ -11,8 +11,8 @@ PIECES = st.lists(st.text(alphabet="abc\n", max_size=5), max_size=15)
 
 
 def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
-    """Where the first complete stop string begins: the one that ends first, of those the
-    longest."""
+    """Return the start of the first complete stop string, and the string: the one that ends first,
+    of those the longest."""
     found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in stops if stop in text]
     return (min(found)[1], min(found)[2]) if found else None
 

@@ -1,4 +1,5 @@
-"""What Serve is given, and what is refused before it starts or replaces anything."""
+"""The application that Serve gets, and the configs refused before anything is started or
+replaced."""
 
 import logging
 import shutil
@@ -52,7 +53,7 @@ def refusal(args: dict[str, Any]) -> str:
 
 
 def options(app: Any) -> dict[str, Any]:
-    """Each deployment's config, by name, as Serve will read it."""
+    """Return each deployment's config, by name, as Serve will read it."""
     gateway = app._bound_deployment
     engine = gateway._replica_config.init_args[0]._bound_deployment
     return {deployment.name: deployment._deployment_config for deployment in (engine, gateway)}
@@ -228,7 +229,7 @@ def test_the_arguments_have_no_autoscaling(where: dict[str, Any], setting: str, 
 
 
 class Service:
-    """What a gateway tells its service."""
+    """A service that records its gateway's calls."""
 
     def __init__(self) -> None:
         self.told: list[tuple[ChatDefaults, Limits]] = []

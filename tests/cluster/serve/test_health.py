@@ -21,7 +21,7 @@ from workers.config import EngineConfig
 from workers.errors import EngineDead
 
 TURN_S = 0.1
-"""Between two turns of Serve's controller."""
+"""Seconds between two turns of Serve's controller."""
 HANGS_AT_S = 20.0
 
 
@@ -50,11 +50,11 @@ class Engine:
         return SimpleNamespace(remote=lambda: self.now_s)
 
     def is_answered(self, asked_s: float) -> bool:
-        """An answer takes 20 ms."""
+        """Return whether the replica has answered; an answer takes 20 ms."""
         return self.now_s >= asked_s + 0.02 and not (self.stopped and self.hangs)
 
     def answer(self, asked_s: float) -> None:
-        """What the replica says."""
+        """Answer as the replica would."""
         stalled_s = self.now_s - HANGS_AT_S if self.hangs else 0.0
         server = SimpleNamespace(
             ended=SimpleNamespace(is_set=lambda: False),
@@ -72,15 +72,15 @@ class Engine:
 
 
 def deployed(heartbeat_timeout_s: float) -> Any:
-    """The engine's deployment as Serve reads it."""
+    """Return the engine's deployment as Serve reads it."""
     config = AppConfig(engine=EngineConfig(Path("somewhere"), heartbeat_timeout_s=heartbeat_timeout_s))
     gateway: Any = application(config)._bound_deployment
     return gateway._replica_config.init_args[0]._bound_deployment._deployment_config
 
 
 def found_hung_after_s(engine: Engine, deployment: object, monkeypatch: pytest.MonkeyPatch) -> float:
-    """Seconds from the beginning of the hang until Serve finds the replica unhealthy; infinity: it
-    does not."""
+    """Return the seconds from the beginning of the hang until Serve finds the replica unhealthy;
+    infinity: it does not."""
     monkeypatch.setattr(deployment_state, "time", engine)
     monkeypatch.setattr(deployment_state, "check_obj_ref_ready_nowait", engine.is_answered)
     monkeypatch.setattr(deployment_state, "ray", SimpleNamespace(get=engine.answer))

@@ -1,5 +1,5 @@
-"""What `cantata serve` on Ray says when Serve cannot start the application: why, which Serve's own
-error leaves out."""
+"""The reason that `cantata serve` on Ray reports when Serve cannot start the application; Serve's
+own error leaves it out."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Whether a cluster has room for a replica, and what is said where it has none."""
+"""The check that a cluster has room for a replica, and the message if it has none."""
 
 import asyncio
 import re
@@ -30,7 +30,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> "Cluster":
 
 
 class Cluster:
-    """What Ray says."""
+    """A cluster with the resources that a test sets, as Ray reports them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._patch = monkeypatch
@@ -145,7 +145,7 @@ def test_what_others_use_is_not_free(cluster: Cluster) -> None:
         room.shortage(bundles)
         == "1 replica of 4 ranks needs 4 CPUs and 4 GPUs; 64 of 64 CPUs and 2 of 8 GPUs free"
     )
-    # Our engines have theirs and load; somebody else waits for something else.
+    # Our engines have their GPUs and load; another application waits for other resources.
     cluster.has([EIGHT_GPUS], used={"GPU": 6}, pending=[{"CPU": 1.0, "GPU": 1.0}] * 5)
     assert room.shortage(bundles) is None
 

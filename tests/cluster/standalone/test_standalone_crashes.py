@@ -100,8 +100,8 @@ class SilentInfos:
 
 @pytest.mark.parametrize("given_up", [True, False])
 async def test_a_start_ends_when_no_engine_answers(monkeypatch: pytest.MonkeyPatch, given_up: bool) -> None:
-    """Engines that said they were ready, and died for good before they said what they serve; or
-    that never say it."""
+    """Engines reported that they were ready, and died for good before they reported their model; or
+    they never report it."""
     engines = [EngineProcess(f"engine-{index}", ["unused"]) for index in range(2)]
     if not given_up:
         monkeypatch.setattr(standalone, "START_TIMEOUT_S", 0.1)

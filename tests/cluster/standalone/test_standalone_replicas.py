@@ -1,4 +1,4 @@
-"""What standalone serving tells its gateway about engines that died: unreachable until they serve
+"""The state of dead engines in standalone serving: unreachable for the gateway until they serve
 again, on the metrics page too."""
 
 from pathlib import Path
@@ -37,7 +37,7 @@ async def test_a_dead_engine_stays_on_the_metrics_page_as_down(tmp_path: Path) -
 
 
 async def up(status: FleetStatus) -> dict[str, str]:
-    """Replica to the value of its `cantata_process_up`."""
+    """Return the value of `cantata_process_up` by replica."""
     prefix = 'cantata_process_up{gateway="",process="engine",replica="'
     lines = [
         line.removeprefix(prefix)

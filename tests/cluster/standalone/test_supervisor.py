@@ -214,7 +214,8 @@ async def test_an_illegal_instruction_is_explained_and_tried_once(tmp_path: Path
 async def test_a_served_engine_that_only_dies_of_an_instruction_is_given_up(
     engine: EngineProcess, own: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whether it serves in between or not, and whether it dies itself or of a rank that did."""
+    """The engine is given up whether or not it serves in between, and whether it dies itself or
+    because a rank did."""
     starts = tmp_path / "starts"
     dies = (
         "os.kill(os.getpid(), signal.SIGILL)"
@@ -406,7 +407,8 @@ sleeper.wait()
 async def test_what_a_dead_child_has_started_is_gone_before_the_next_one_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if it is stopped: it would keep its memory, of a GPU for example."""
+    """A process that is stopped (SIGSTOP) is ended too: it would keep its memory, of a GPU for
+    example."""
     monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
     (tmp_path / "started").touch()
     process = EngineProcess("engine", [*child(WITH_DESCENDANT), str(tmp_path / "started")])

@@ -50,7 +50,7 @@ def request(
 
 
 def read_all(reader: ThreadReader, *streams: OutputStream) -> list[EngineOutput]:
-    """Each stream's outputs joined, in order of `streams`."""
+    """Return each stream's outputs joined, in order of `streams`."""
     outputs: dict[int, list[EngineOutput]] = {stream.seq_id: [] for stream in streams}
     for stream, output in reader.read(streams):
         outputs[stream.seq_id].append(output)

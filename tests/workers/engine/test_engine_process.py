@@ -147,7 +147,7 @@ def test_an_orphan_ends(checkpoint: Path, children: list[subprocess.Popen[str]])
 
 
 def one_sentence(errors: str) -> str:
-    """The error message; asserts that it is the last and only one."""
+    """Return the error message; assert that it is the last and only one."""
     assert "Traceback" not in errors
     messages = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1
@@ -252,7 +252,7 @@ def test_wrong_configurations_name_the_field(text: str, message: str) -> None:
 def test_a_trial_of_the_kernels_that_dies_is_a_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not an end that another start may mend: a supervisor gives up such an engine."""
+    """It is not an end that another start may mend: a supervisor gives up such an engine."""
     config = engine_config_to_json(config_for(write_tiny_checkpoint(tmp_path)))
     monkeypatch.setattr(sys, "argv", ["engine", "--config", config])
     monkeypatch.setattr(native, "runs", lambda: False)

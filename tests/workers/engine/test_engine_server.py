@@ -128,7 +128,7 @@ async def first(call: grpc.aio.UnaryStreamCall) -> pb.GenerateResponse:
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> float:
-    """Seconds until the condition held."""
+    """Wait until the condition holds; return the seconds."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < timeout_s
@@ -362,7 +362,7 @@ SECRET = "a secret of some length"
 def _calls(
     served: Served, metadata: tuple[tuple[str, str], ...]
 ) -> dict[str, Callable[[], Awaitable[object]]]:
-    """Every kind of call, by name."""
+    """Return every kind of call, by name."""
     stub, health = served.stub, health_pb2_grpc.HealthStub(served.channel)
     reflection = reflection_pb2_grpc.ServerReflectionStub(served.channel)
     asked = [reflection_pb2.ServerReflectionRequest(list_services="")]

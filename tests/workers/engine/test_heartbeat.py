@@ -1,4 +1,4 @@
-"""What is a hang and what is not."""
+"""Detection of a hang, and of pauses that are not one."""
 
 import asyncio
 import os
@@ -48,7 +48,7 @@ def running() -> Iterator[Running]:
 
 
 async def beats_go_on(watch: StepLoopWatch, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether three heartbeats come; False: none came in many turns."""
+    """Return whether three heartbeats come; False: none came in many turns."""
     monkeypatch.setattr(heartbeat, "BEAT_S", 0.001)
     num_beats, turns = 0, 0
 

@@ -1,4 +1,4 @@
-"""What is shown while an engine starts: every rank's own progress, on a terminal and in a file."""
+"""The progress shown while an engine starts: every rank's own, on a terminal and in a file."""
 
 import io
 import re

@@ -54,7 +54,7 @@ def one_thread() -> Iterator[None]:
 
 
 def run(llm: LLM, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
-    """All at once; each stream's outputs joined."""
+    """Run all requests at once; return each stream's outputs joined."""
     reader = ThreadReader()
     streams = [llm.engine.submit(request, reader) for request in requests]
     tokens: dict[int, list[int]] = {stream.seq_id: [] for stream in streams}
@@ -77,7 +77,8 @@ def metric(llm: LLM, name: str) -> float:
 
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path) -> dict[str, list[Tokens]]:
-    """The answers one request at a time, whole prefill, no cache: what all others must equal."""
+    """Return the answers to one request at a time, whole prefill, no cache: all others must equal
+    them."""
     with LLM(
         checkpoint, dtype="float32", max_num_seqs=1, prefix_caching=False, kv_cache_bytes=4 << 20
     ) as llm:
@@ -116,7 +117,7 @@ def test_seeded_tokens_are_what_the_sampler_defines_for_seed_and_position(
 
 
 def test_the_answers_are_not_all_alike(alone: dict[str, list[Tokens]]) -> None:
-    """Guards the tests below: a model that always says the same would pass them all."""
+    """Guards the tests below: a model with one answer to everything would pass them all."""
     for outputs in alone.values():
         assert len(set(outputs)) == len(outputs)
         assert sum(len(set(output)) > 5 for output in outputs) > len(outputs) // 2

@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mark(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Everything that is started from here on can be found by this."""
+    """Return a variable that marks all processes started from here on."""
     mark = new_mark()
     for name, value in mark.items():
         monkeypatch.setenv(name, value)
@@ -134,7 +134,7 @@ def test_ranks_run_on_the_instruction_set_that_was_chosen(
 
 
 def last_outputs(serving: Serving, streams: Sequence[OutputStream]) -> list[EngineOutput]:
-    """The end of each stream; a stream that has two ends fails."""
+    """Return the end of each stream; a stream that has two ends fails."""
     ends: dict[int, EngineOutput] = {}
     for stream, output in serving.reader.read(streams):
         if output.finish_reason is not None:
@@ -173,8 +173,8 @@ def test_three_ranks_answer_as_one(checkpoint: Path, mark: dict[str, str]) -> No
 
 
 def ended_by(serving: Serving, harm: Callable[[int], None]) -> tuple[str, float]:
-    """Harm rank 1 in the middle of three streams; the one sentence that ends them all, and how long
-    that took."""
+    """Harm rank 1 in the middle of three streams; return the one sentence that ends them all, and
+    the time until then."""
     streams = [serving.submit(200) for _ in range(3)]
     for num_seen, _ in enumerate(serving.reader.read(streams), start=1):
         if num_seen == 6:
@@ -267,7 +267,8 @@ def test_ranks_outlive_the_thread_that_starts_them(checkpoint: Path) -> None:
 
 
 def held(pid: int) -> set[str]:
-    """Sockets that a process has open, and files that it has mapped to be written by all."""
+    """Return the sockets that a process has open, and the files that it has mapped to be written by
+    all."""
     sockets = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.exists()}
     maps = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
     return {name for name in sockets if name.startswith("socket:")} | {
@@ -322,7 +323,7 @@ def test_ranks_with_different_checkpoints_do_not_start(checkpoint: Path, tmp_pat
 
 
 class Greeters(ProcessRanks):
-    """Ranks that say hello and no more, without processes; rank 1 says something else, or
+    """Ranks that greet and do no more, without processes; rank 1 sends something else, or
     nothing."""
 
     def __init__(self, **says: object) -> None:

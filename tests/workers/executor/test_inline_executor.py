@@ -1,4 +1,4 @@
-"""InlineExecutor with a rank whose steps end when the test says, as on a GPU."""
+"""InlineExecutor with a rank whose steps end when the test decides, as on a GPU."""
 
 import threading
 from concurrent.futures import wait

@@ -28,7 +28,7 @@ def compute(kv: KVCacheManager, token_ids: list[int], chunk: int = 1000) -> Sequ
 
 
 def cached_tokens(kv: KVCacheManager, token_ids: list[int]) -> int | None:
-    """What a sequence admitted now would find."""
+    """Return the number of cached tokens that a sequence admitted now would find."""
     blocks = SequenceBlocks()
     found = kv.admit(blocks, token_ids)
     if found is not None:
@@ -123,7 +123,7 @@ def test_grow_gives_as_much_as_there_is_in_both_groups() -> None:
     assert kv.admit(blocks, list(range(200))) == 0
     assert kv.grow(blocks, 0, 200) == 64  # four sliding blocks
     assert (len(blocks.full), len(blocks.sliding)) == (4, 4)
-    assert kv.grow(blocks, 64, 136) == 48  # the query at 64 sees 15 keys behind it: one block stays
+    assert kv.grow(blocks, 64, 136) == 48  # the query at 64 sees 15 keys before it: one block stays
     assert kv.grow(blocks, 112, 1) == 1
     kv.check_integrity()
 

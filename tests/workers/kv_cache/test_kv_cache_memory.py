@@ -1,4 +1,4 @@
-"""How memory is split between the groups, and the tensors that come of it."""
+"""The split of memory between the groups, and the resulting tensors."""
 
 import os
 import re

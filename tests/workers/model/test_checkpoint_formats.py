@@ -87,7 +87,8 @@ def test_bf16_experts_are_the_same_model(folders: dict[str, Path]) -> None:
 
 
 def test_scales_of_a_kv_cache_beside_bf16_weights(folders: dict[str, Path], tmp_path: Path) -> None:
-    """As llm-compressor writes them: the config names a quantiser, no weight is quantised."""
+    """The files are as llm-compressor writes them: the config names a quantiser, no weight is
+    quantised."""
     folder = shutil.copytree(folders["bf16"], tmp_path / "calibrated")
     fields = json.loads((folder / "config.json").read_text())
     scheme = {"dynamic": False, "num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"}

@@ -1,4 +1,4 @@
-"""What is loaded is what is stored, and every damaged or foreign checkpoint ends in one sentence
+"""Loaded weights equal stored ones, and every damaged or foreign checkpoint ends in one sentence
 naming file and tensor."""
 
 import json
@@ -53,14 +53,14 @@ def load(path: Path, config: ModelConfig = CONFIG, dtype: torch.dtype = torch.fl
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """One file."""
+    """Return a checkpoint of one file."""
     write_checkpoint(tmp_path / "model", CONFIG, seed=1)
     return tmp_path / "model"
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """Several files and an index."""
+    """Return a checkpoint of several files and an index."""
     write_checkpoint(tmp_path / "sharded", CONFIG, seed=1, max_shard_bytes=60_000)
     return tmp_path / "sharded"
 
@@ -83,7 +83,7 @@ def change_index(path: Path, edit: Callable[[dict[str, str]], object]) -> None:
 
 
 def refusal(path: Path, *named: str, config: ModelConfig = CONFIG) -> str:
-    """The message of the refusal; it is one sentence and has each of `named`."""
+    """Return the message of the refusal; it is one sentence and has each of `named`."""
     with pytest.raises(CheckpointError) as caught:
         load(path, config)
     message = str(caught.value)
@@ -94,7 +94,7 @@ def refusal(path: Path, *named: str, config: ModelConfig = CONFIG) -> str:
 
 
 def values(linear: Linear) -> Tensor:
-    """A layer's weight, unpacked where it is packed."""
+    """Return a layer's weight, unpacked where it is packed."""
     return unpack(linear.weight).bfloat16() if isinstance(linear.weight, PackedWeight) else linear.weight
 
 

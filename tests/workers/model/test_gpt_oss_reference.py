@@ -17,7 +17,8 @@ from workers.model.make_checkpoint import write_checkpoint
 from workers.model_config import load_model_config
 
 TOLERANCE = 1e-4
-"""Of the largest logit's magnitude. Two fp32 formulations measure around 3e-6 here."""
+"""Tolerance as a share of the largest logit's magnitude. Two fp32 formulations measure around 3e-6
+here."""
 NEAR_TIE = 1e-5
 """Gate logits this close may be ordered either way by rounding; the token then meets another
 expert."""
@@ -125,8 +126,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def reference(pair: Pair, token_ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits [T, vocab], and [T] the smallest distance over all layers of the last chosen to the
-    first rejected expert's gate logit."""
+    """Return the logits [T, vocab], and [T] the smallest distance over all layers of the last
+    chosen to the first rejected expert's gate logit."""
     gaps: list[Tensor] = []
 
     def keep_gap(_module: torch.nn.Module, _args: object, output: tuple[Tensor, ...]) -> None:

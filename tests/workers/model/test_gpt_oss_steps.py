@@ -30,7 +30,8 @@ CONFIG = ModelConfig(
 )
 NUM_BLOCKS = 64
 TOLERANCE = 1e-5
-"""Of the largest logit: fp32 rounding, since products of other shapes add in another order."""
+"""Tolerance as a share of the largest logit: fp32 rounding, since products of other shapes add in
+another order."""
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +106,8 @@ def test_greedy_continuation_is_what_the_whole_sequence_says(model: GptOss) -> N
 
 
 def test_window_limits_what_is_seen(model: GptOss) -> None:
-    """With every layer sliding, a change `num_layers * (window - 1)` positions back is the last one
-    that reaches a token."""
+    """Every layer slides: a change `num_layers * (window - 1)` positions back is the last one that
+    reaches a token."""
     layers = tuple(layer for layer in model.layers if layer.attention.window == 40)
     sliding = replace(model, layers=layers)
     reach = len(layers) * 39

@@ -351,7 +351,7 @@ def test_added_files_are_there_when_the_checkpoint_appears(tmp_path: Path) -> No
 
 
 def peak_memory(out: Path, arguments: str) -> tuple[int, int]:
-    """(peak resident bytes, bytes written) of a fresh process that makes a checkpoint."""
+    """Return (peak resident bytes, bytes written) of a fresh process that makes a checkpoint."""
     # Not getrusage: its maximum survives exec, so a child starts with the size of the process that
     # started it.
     code = (
@@ -370,7 +370,8 @@ def peak_memory(out: Path, arguments: str) -> tuple[int, int]:
 
 @pytest.fixture
 def big_folder(tmp_path: Path) -> Iterator[Path]:
-    """A place for a checkpoint of gigabytes, which is removed at once (pytest keeps tmp_path)."""
+    """Yield a place for a checkpoint of gigabytes, which is removed at once (pytest keeps
+    tmp_path)."""
     yield tmp_path / "big"
     shutil.rmtree(tmp_path / "big", ignore_errors=True)
 

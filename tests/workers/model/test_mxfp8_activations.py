@@ -1,5 +1,5 @@
-"""moe_activation_dtype mxfp8: what it changes, what says so, and where it is refused. Kernels and
-reference have tests of their own."""
+"""moe_activation_dtype mxfp8: its effects, where it is reported, and where it is refused. Kernels
+and reference have tests of their own."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Which part of a model a rank holds: every head, column, expert and row exactly once, or as often
-as the plan says."""
+"""The part of a model that a rank holds: every head, column, expert and row exactly once, or as
+often as the plan says."""
 
 from dataclasses import replace
 

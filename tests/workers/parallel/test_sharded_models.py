@@ -57,7 +57,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Format, Path]:
 def run_rank(
     path: Path, model: ModelConfig, plan: tuple[int, int], rank: ThreadRank
 ) -> tuple[torch.Tensor, dict[int, list[int]]]:
-    """Logits of one prompt in two chunks, then greedy tokens of all prompts together."""
+    """Return the logits of one prompt in two chunks, then greedy tokens of all prompts together."""
     shard = plan_shards(model, ParallelConfig(*plan))[rank.rank]
     loaded = load_model(
         path, model, dtype=torch.float32, device=torch.device("cpu"), shard=shard, collectives=rank

@@ -102,7 +102,8 @@ def test_a_stream_is_free_only_once_its_graphs_are_destroyed(monkeypatch: pytest
 
 
 class TestKernelLoads:
-    """With Triton's hook as it calls it; that it calls it is Triton's."""
+    """Loads of kernels, reported through Triton's hook as Triton calls it; that Triton calls it is
+    not tested here."""
 
     def load(self, name: str) -> None:
         knobs = pytest.importorskip("triton.knobs")

@@ -88,7 +88,8 @@ def generate(
     propose: Proposer | None = None,
     send: Callable[[StepPlan], object] = lambda plan: None,
 ) -> tuple[list[Answer], int]:
-    """(answers, number of steps), with plans one by one; `send` hears of each first."""
+    """Return (answers, number of steps), with plans run one by one; `send` is called with each plan
+    first."""
     kv = KVCacheManager(num_full_blocks=NUM_BLOCKS, num_sliding_blocks=NUM_BLOCKS, window=24)
     scheduler = Scheduler(SchedulerConfig(40, 300), kv, max_model_len=200, propose=propose)
     answers = [Answer() for _ in requests]
@@ -111,7 +112,8 @@ def generate(
 
 
 def proposer(answers: list[Answer], num_right: Callable[[int], int], length: int) -> Proposer:
-    """Guesses of `length` tokens of which the first num_right(output position) are right."""
+    """Return a function that guesses `length` tokens of `length` tokens of which the first
+    num_right(output position) are right."""
 
     def propose(sequence: Sequence) -> Iterable[int]:
         position = sequence.num_output_tokens
@@ -244,7 +246,7 @@ def test_a_sequence_ends_inside_of_drafts_that_are_right(
 def test_what_drafts_left_in_the_cache_is_what_others_may_read(
     model: GptOss, plain: tuple[list[Answer], int]
 ) -> None:
-    """A further turn behind an answer finds blocks that drafts, right and wrong, went through."""
+    """A turn after an answer finds blocks that drafts, right and wrong, went through."""
     answers, _ = plain
     request = REQUESTS[0]
     turn = replace(

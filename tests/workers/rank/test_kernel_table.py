@@ -76,7 +76,8 @@ def on_gpu(
     layout: str = NATURAL,
     triton: bool = True,
 ) -> GptOss:
-    """What `model_kernels` reads of a model whose tensors are on a GPU of that architecture."""
+    """Return a model with the fields that `model_kernels` reads, as if its tensors were on a GPU of
+    that architecture."""
     monkeypatch.setattr(expert_loader, "choose_layout", lambda device: layout)
     weights = loaded(path, torch.bfloat16).layers[0].experts.weights
     if triton:

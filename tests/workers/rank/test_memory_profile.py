@@ -86,8 +86,8 @@ def test_the_model_runs_it_and_samples_every_sequence(
 def test_the_memory_of_all_graphs_from_the_largest_two(
     taken: tuple[tuple[int, ...], tuple[int, ...]], num_graphs: int, expected: int
 ) -> None:
-    """In MiB: (of the pool, of the driver). What another process takes or frees meanwhile is no
-    graph's."""
+    """Memory is in MiB: (of the pool, of the driver). Memory that another process takes or frees
+    meanwhile is no graph's."""
     pool, driver = (tuple(number * MIB for number in numbers) for numbers in taken)
     assert expected_graph_bytes(GraphReport(pool, driver), num_graphs) == expected * MIB
 
@@ -133,7 +133,7 @@ def test_a_gpu_s_cache_is_sized_after_kernels_are_compiled_by_what_the_profile_l
 def test_the_profile_is_the_largest_step_s_peak_and_what_graphs_will_keep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool
 ) -> None:
-    """After cuBLAS was used on another thread, as the one that serves will use it."""
+    """cuBLAS was used on another thread before, as the serving thread will use it."""
     model = load_model(write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=CPU)
     cuda = FakeCuda([Taken(70 * MIB, 4 * MIB), Taken(5 * MIB, 2 * MIB)])
     cuda.install(monkeypatch)

@@ -1,5 +1,4 @@
-"""The order of launches and results in a rank's loop, with steps that take as long as the test
-says."""
+"""The order of launches and results in a rank's loop, with steps whose length the test sets."""
 
 from collections import deque
 
@@ -40,8 +39,8 @@ class Rank:
 
 
 class Channel:
-    """Hands out what it is told to, one entry a call: a step number is that plan, "finish" ends the
-    oldest step on the GPU."""
+    """A channel that delivers a script, one entry a call: a step number is that plan, "finish" ends
+    the oldest step on the GPU."""
 
     def __init__(self, rank: Rank, script: list[int | str]) -> None:
         self._rank, self._script = rank, deque(script)
@@ -90,8 +89,7 @@ def test_other_ranks_take_their_results_but_are_silent() -> None:
 
 
 class Silence:
-    """A channel on which an engine says what it is told to, and time that passes while it is
-    listened to."""
+    """A channel on which an engine sends a script, and time that passes while the rank listens."""
 
     def __init__(self, script: list[bytes | None]) -> None:
         self._script = deque(script)

@@ -1,4 +1,5 @@
-"""A rank that finds no memory says so, with what helps, in place of the library's own words."""
+"""A rank that finds no memory reports it and names the setting that helps, in place of the
+library's own words."""
 
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_another_error_while_it_loads_stays() -> None:
 
 
 class Runner:
-    """Fails at once, or when the result is taken."""
+    """A runner that fails at once, or when the result is taken."""
 
     done = True
 

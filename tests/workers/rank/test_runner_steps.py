@@ -156,7 +156,7 @@ def build(state: SamplingState, slots: list[int], positions: list[int]) -> Sampl
 
 
 def allowed_tokens(state: SamplingState, slot: int, position: int) -> set[int]:
-    """All tokens that can be sampled: with flat logits, each seed chooses one of them."""
+    """Return all tokens that can be sampled: with flat logits, each seed chooses one of them."""
     seeds = torch.arange(600)
     many = build(state, [slot] * len(seeds), [position] * len(seeds))
     assert many.temperature is not None
@@ -362,8 +362,8 @@ def test_a_missing_step_is_refused(runner: Runner) -> None:
 def test_recorded_steps_end_with_their_runner(
     model: GptOss, monkeypatch: pytest.MonkeyPatch, record: Callable[[Runner], object]
 ) -> None:
-    """At once, not when cycles are collected: leaving a group of NCCL waits for graphs that hold
-    its calls."""
+    """They end at once, not when cycles are collected: leaving a group of NCCL waits for graphs
+    that hold its calls."""
     monkeypatch.setattr(DecodeGraphs, "capture", lambda self, progress: GraphReport((), ()))
     runner = Runner(model, PagedSequences(model, 8).kv_caches, max_num_seqs=2, max_model_len=64)
     record(runner)
@@ -406,7 +406,7 @@ def test_each_sequence_gets_the_logprobs_it_asked_for(runner: Runner) -> None:
 
 def test_a_finished_sequence_may_be_planned_once_more(model: GptOss) -> None:
     """The plan after a sequence's last token may be on its way already: it computes one position
-    past the end, and harms nobody."""
+    past the end, which does no harm."""
     caches = [torch.zeros(2, 8, BLOCK_SIZE, TINY.num_kv_heads, TINY.head_dim) for _ in TINY.layer_windows]
     runner = Runner(model, caches, max_num_seqs=1, max_model_len=16)
     prompt = tuple(range(1, 16))

@@ -1,4 +1,4 @@
-"""What a step uploads: packing, padding and the choice of a CUDA graph, as far as they need no
+"""The upload of a step: packing, padding and the choice of a CUDA graph, as far as they need no
 GPU."""
 
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_arrays_come_through_a_packed_buffer_unchanged() -> None:
 
 
 def test_equal_shapes_have_equal_addresses_whatever_follows() -> None:
-    """What a graph was captured with is where the replayed batch comes to lie."""
+    """The replayed batch lies at the addresses with which the graph was captured."""
     captured = padding(24, 7).in_order()
     replayed = [np.full_like(array, 3) for array in captured]
     assert packed_layout(captured)[0] == packed_layout([*replayed, np.zeros(5, dtype=np.int64)])[0][:-1]

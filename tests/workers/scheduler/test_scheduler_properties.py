@@ -26,13 +26,13 @@ MODEL_STOP_TOKEN = 39
 
 
 def sample(token_ids):
-    """A token that depends on every token before it, and is the same in every process."""
+    """Return a token that depends on every token before it, and is the same in every process."""
     digest = hashlib.sha256(bytes(token_ids)).digest()
     return digest[0] % VOCAB_SIZE
 
 
 def generate_alone(request, max_model_len):
-    """What a request must yield whatever else runs: (output tokens, finish_reason,
+    """Return the answer to a request, whatever else runs: (output tokens, finish_reason,
     stop_token_id)."""
     sampling = request.sampling
     stops = set() if sampling.ignore_eos else {MODEL_STOP_TOKEN, *sampling.stop_token_ids}
@@ -49,7 +49,7 @@ def generate_alone(request, max_model_len):
 
 
 def weak_hash(parent, packed_tokens):
-    """Two bits: prompts collide all the time, also behind the same parent."""
+    """Return two bits: prompts collide all the time, also after the same parent."""
     return bytes([hashlib.sha256(parent + packed_tokens).digest()[0] % 4])
 
 
@@ -125,7 +125,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seen: Counter[str] = Counter()
 
     def propose(self, sequence):
-        """Up to twelve tokens, of which the first few are right, or all, or none."""
+        """Return up to twelve tokens, of which the first few are right, or all, or none."""
         tokens = list(sequence.token_ids)
         num_right = self.guess.choice([0, 1, 3, 12])
         for count in range(self.guess.randrange(13)):
@@ -195,7 +195,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 12))
     def steps(self, count):
-        """The engine's turns: plan, run, take in."""
+        """Run the engine's turns: plan, run, take in."""
         for _ in range(count):
             self.plan()
             while self.in_flight:
@@ -276,7 +276,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 event(name)
 
     def finish(self):
-        """No new requests: everything ends, once, and nothing is held."""
+        """Stop new requests and check that everything ends, once, and that nothing is held."""
         with self.patches:
             for _ in range(3 * sum(len(output) + 130 for output, _, _ in self.expected.values()) + 1):
                 if not self.scheduler.has_work:

@@ -22,8 +22,8 @@ Event = dict[str, object] | str
 
 @dataclass
 class Script:
-    """What the server does; `answer` maps a request's body to a status and either its events or its
-    error body."""
+    """The behaviour of the server; `answer` maps a request's body to a status and either its events
+    or its error body."""
 
     answer: Callable[[dict[str, object]], tuple[int, Sequence[Event]]]
     tokenize: Callable[[str], list[int]] | None = None
