@@ -181,7 +181,7 @@ def test_a_full_inbox_refuses_and_recovers() -> None:
         streams = [engine.submit(request(1, max_tokens=1), reader)]
         assert executor.entered.wait(WAIT_S)
         streams += [engine.submit(request(1, max_tokens=1), reader) for _ in range(2)]
-        with pytest.raises(Overloaded, match="2 requests wait") as caught:
+        with pytest.raises(Overloaded, match="2 requests are waiting") as caught:
             engine.submit(request(1, max_tokens=1), reader)
         assert caught.value.retry_after_s > 0
         assert (engine.load().num_running, engine.load().num_waiting) == (1, 2)
