@@ -2,12 +2,15 @@
 these tests run in one of their own: `TRITON_INTERPRET=1 python3 -m pytest tests/interpreter`, which
 `make test` does. Elsewhere each module is one skip."""
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import kernels
 from kernels.backend import runs_triton
 
 INTERPRETING = runs_triton(torch.empty(0))
@@ -16,6 +19,10 @@ if INTERPRETING:
     import tests.interpreter.emulations
     import tests.interpreter.interpreter  # noqa: F401 - repairs the interpreter
     from tests.interpreter.guards import GuardedAllocations
+
+    # Before a test replaces a function that some of them import by name.
+    for found in pkgutil.walk_packages(kernels.__path__, "kernels."):
+        importlib.import_module(found.name)
 
     # The interpreter's tensors are small: threads cost more than they bring.
     torch.set_num_threads(1)
