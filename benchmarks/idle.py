@@ -1,4 +1,4 @@
-"""What serving costs while nobody asks: processor time of all processes, of `cantata serve` without
+"""Cost of serving without requests: processor time of all processes, of `cantata serve` without
 and with Ray and of an empty Serve application on the same Ray.
 
     python3 -m benchmarks.idle --model checkpoints/tiny [--seconds 60] [--settle 20]

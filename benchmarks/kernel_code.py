@@ -253,7 +253,8 @@ def _grouped_assembly(kernel: CompiledKernel) -> int:
 # NVIDIA: SASS as nvdisasm prints it.
 
 _SASS_LINE = re.compile(
-    r"^(?P<label>\.L_\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)(?P<operands>.*?);",
+    r"^(?P<label>\.L_\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?"
+    r"(?P<name>[A-Z][\w.]*)(?P<operands>.*?);",
     re.MULTILINE,
 )
 _SASS_MATRIX = re.compile(r"(H|Q|I|O|D)G?MMA|UTC\w*MMA|BMMA")

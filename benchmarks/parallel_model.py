@@ -11,16 +11,16 @@ plan (ranks, or ranks,groups of experts): a rank's weights, the tokens that the 
 replica holds, and how fast prompts are read; for each batch of sequences: what one rank reads by
 kind in a decode step, its operations, the bytes it sends, the step's time, and tokens of answers a
 second for each user and for each GPU; and which plan gives most of them per GPU while each user
-gets at least so many. --plot draws these two against each other for each plan (needs the extra
+gets at least a given rate. --plot draws these two against each other for each plan (needs the extra
 `bench`).
 
 A step's time is the sum of its parts, each as long as its bytes or its operations take, whichever
 is longer, plus collectives, plus the launches. The sizes are those of `workers/model/sizes.py` over
 the shards of `workers/parallel/shard.py`. Assumptions:
 
-- All ranks of a replica are in one server. Batches stay full: whoever ends is followed by the next,
-  whose prompt is read in chunks of PROMPT_CHUNK tokens, all of it (no prefix cache), while the
-  others wait. All sequences have `context` tokens when they decode.
+- All ranks of a replica are in one server. Batches stay full: a sequence that ends is followed by
+  another, whose prompt is read in chunks of PROMPT_CHUNK tokens, all of it (no prefix cache), while
+  the others wait. All sequences have `context` tokens when they decode.
 - Each token's experts are independent and equally likely. A layer lasts as long as the group of
   experts with most to do.
 - Kernels reach MEMORY_SHARE of the memory's bandwidth and MATH_SHARE of the bf16 peak (MXFP4 is

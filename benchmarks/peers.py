@@ -247,7 +247,10 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument(
-        "--min-requests", type=int, default=8, help="four a client, but at least so many (default: 8)"
+        "--min-requests",
+        type=int,
+        default=8,
+        help="minimum number of requests; otherwise four per client (default: 8)",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(

@@ -12,7 +12,10 @@ torch=torch==$TORCH
 torchs_triton=triton==$TRITON
 stamp=.venv/.installed${extra:+-$extra}
 
-state() { cat scripts/install.sh scripts/torch_versions.env pyproject.toml setup.py kernels/cpu/structures.py kernels/cpu/src/*; }
+state() {
+  cat scripts/install.sh scripts/torch_versions.env pyproject.toml setup.py kernels/cpu/structures.py \
+    kernels/cpu/src/*
+}
 
 if [ -f "$stamp" ] && state | cmp -s - "$stamp"; then exit 0; fi
 if [ ! -x .venv/bin/python ]; then

@@ -28,7 +28,9 @@ rm -rf "$root/src"
 mkdir "$root/src"
 git ls-files -co --exclude-standard | tar -cf - -T - | tar -xf - -C "$root/src"
 version=$(python3 -c 'import runpy; print(runpy.run_path("kernels/cpu/structures.py")["INTERFACE_VERSION"])')
-aarch64-linux-gnu-g++ "-DCANTATA_INTERFACE_VERSION=$version" -O3 -std=gnu++17 -ffp-contract=fast -fvisibility=hidden -fno-exceptions -fPIC -shared -pthread -Wno-psabi \
+aarch64-linux-gnu-g++ "-DCANTATA_INTERFACE_VERSION=$version" \
+  -O3 -std=gnu++17 -ffp-contract=fast -fvisibility=hidden -fno-exceptions \
+  -fPIC -shared -pthread -Wno-psabi \
   -o "$root/src/kernels/cpu/_native.cpython-311-aarch64-linux-gnu.so" kernels/cpu/src/*.cpp
 # Not what is for GPUs, nor what the emulation does not show.
 [ $# -gt 0 ] || set -- tests/kernels --ignore tests/kernels/test_gpu_layouts.py --ignore tests/kernels/test_kv_cache_fp8.py \

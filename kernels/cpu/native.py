@@ -67,7 +67,7 @@ def why_missing() -> str:
     return loaded if isinstance(loaded, str) else "the C++ kernels are not in use"
 
 
-def library_file() -> Path | None:
+def built_file() -> Path | None:
     """Return the path of the built library; None if it was not built."""
     return next(iter(sorted(Path(__file__).parent.glob("_native*.so"))), None)
 
@@ -75,7 +75,7 @@ def library_file() -> Path | None:
 @cache
 def _loaded() -> ctypes.CDLL | str:
     """Return the library, or why it is not available."""
-    file = library_file()
+    file = built_file()
     if file is None:
         return "the C++ kernels were not built: install a C++ compiler, then Cantata again"
     try:

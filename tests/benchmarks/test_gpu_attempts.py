@@ -34,7 +34,7 @@ def test_a_piece_that_raises_is_recorded_and_the_next_one_runs(
     result = attempts.begin({"model": "m"}, lists=("rows",))
     assert not attempts.run("first", fail)
     assert attempts.run("second", lambda: (result["rows"].append(2), on_disk.append(read_result(path))))  # type: ignore[func-returns-value]
-    assert on_disk[0]["doing"] == "second", "so that whoever stops the process can say what it was at"
+    assert on_disk[0]["doing"] == "second", "so that the process that stops it can name the piece"
     failures = [{"what": "first", "error": "ValueError: no such thing"}]
     assert read_result(path) == {
         "model": "m",

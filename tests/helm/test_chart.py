@@ -169,7 +169,7 @@ def test_what_a_change_replaces(helm: Helm) -> None:
 
 
 def test_the_time_of_idle_connections_goes_to_serve(helm: Helm) -> None:
-    """As an argument of the application the time would have no effect, and is refused."""
+    """The chart passes the time to Serve; an application's argument would have no effect."""
     rendered = serve_config(
         ray_service(helm, "--values", CPU, "--set", "config.gateway.keep_alive_timeout_s=600")
     )

@@ -36,7 +36,7 @@ Recorder = Callable[[str, object], None]
 
 def drive(*options: str, cases: Path = stored_calls.GOLDEN, emulator: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the driver's output on all instruction sets."""
-    library = native.library_file()
+    library = native.built_file()
     assert library is not None, "the C++ library was not built"
     command = [*emulator, sys.executable, "-I", "-S", str(DRIVER), str(library), str(cases)]
     command += ["--names", ",".join(native.ISAS), *options]

@@ -99,7 +99,7 @@ def weak_symbols(sources: list[Path], folder: Path) -> set[str]:
 
 def test_instructions_of_an_instruction_set_are_only_in_its_operations() -> None:
     only_x86()
-    library = native.library_file()
+    library = native.built_file()
     assert library is not None, "the C++ library was not built"
     needs = extensions(library)
     found = {file: set().union(*(kinds for f, kinds in needs.items() if f.file == file)) for file in BEYOND}

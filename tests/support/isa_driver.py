@@ -144,14 +144,14 @@ def run(library: ctypes.CDLL, case: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("library", type=Path)
+    parser.add_argument("shared_object", type=Path)
     parser.add_argument("cases", type=Path)
     parser.add_argument("--names", required=True)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", default="1")
     options = parser.parse_args()
     cases = json.loads(gzip.decompress(options.cases.read_bytes()))
-    library = ctypes.CDLL(str(options.library))
+    library = ctypes.CDLL(str(options.shared_object))
     library.cantata_isa.restype = ctypes.c_char_p
     result: dict[str, Any] = {"picked": library.cantata_isa().decode(), "ran": {}, "faults": []}
     for name in options.names.split(","):

@@ -58,7 +58,7 @@ def test_what_is_printed_comes_out_in_order(pipe: tuple[int, int]) -> None:
     assert output.num_dropped_lines == 0
 
 
-def test_a_pipe_that_nobody_reads_holds_nothing_up(pipe: tuple[int, int]) -> None:
+def test_an_unread_pipe_holds_nothing_up(pipe: tuple[int, int]) -> None:
     full = fill(pipe[1])
     output = QueuedOutput(pipe[1], max_bytes=1000)
     for _ in range(10_000):  # would block for good

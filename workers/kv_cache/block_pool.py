@@ -76,7 +76,7 @@ class BlockPool:
         for block in blocks:
             if block == NULL_BLOCK:
                 continue
-            assert self._ref_counts[block] > 0, f"block {block} is released, but nobody holds it"
+            assert self._ref_counts[block] > 0, f"block {block} is released, but no sequence holds it"
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 self._free[block] = None
@@ -85,7 +85,7 @@ class BlockPool:
 
     def mark_cached(self, block: int) -> None:
         """Mark the content of `block`, which has references, as findable in the prefix cache."""
-        assert self._ref_counts[block] > 0, f"block {block} is cached, but nobody holds it"
+        assert self._ref_counts[block] > 0, f"block {block} is cached, but no sequence holds it"
         assert not self._cached[block], f"block {block} is cached already"
         self._cached[block] = True
 
@@ -106,7 +106,7 @@ class BlockPool:
             cached: blocks that the prefix cache points to.
         """
         assert NULL_BLOCK not in self._free, "NULL_BLOCK is in the free list"
-        assert NULL_BLOCK not in expected_ref_counts, "somebody holds NULL_BLOCK"
+        assert NULL_BLOCK not in expected_ref_counts, "a sequence holds NULL_BLOCK"
         for block in range(NULL_BLOCK + 1, self.num_blocks):
             expected = expected_ref_counts.get(block, 0)
             assert self._ref_counts[block] == expected, (
@@ -120,5 +120,5 @@ class BlockPool:
             )
         assert len(self._free) <= self.capacity, "the free list holds blocks that do not exist"
         assert all(0 < block < self.num_blocks for block in expected_ref_counts), (
-            "somebody holds a block that does not exist"
+            "a sequence holds a block that does not exist"
         )

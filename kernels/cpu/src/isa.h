@@ -1,10 +1,12 @@
-// The instruction set that a source file is for. The file says so before it includes anything: by its target pragma, and with
+// The instruction set of a source file. The file declares it before it includes anything: by its
+// target pragma, and with
 //
 //   CANTATA_ISA   0 portable, 1 AVX2, 2 AVX-512, 3 NEON
 //   CANTATA_BF16  beside AVX-512: 1 its bf16 instructions, 2 AMX; else 0
 //
-// What depends on these stands in unnamed namespaces, also in headers: each source file has a copy of its own, and no inline function leaks
-// into code for lesser processors. A header that is compiled by itself, as editors do, is for any processor.
+// What depends on these is in unnamed namespaces, also in headers: each source file has its own
+// copy, and no inline function leaks into code for lesser processors. A header that is compiled by
+// itself, as editors do, is for any processor.
 #pragma once
 
 #ifndef CANTATA_ISA

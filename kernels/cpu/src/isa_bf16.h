@@ -1,4 +1,5 @@
-// As isa.h, for what needs bf16 instructions, before any other header: compiled by itself, it is for AVX-512 with these.
+// isa.h for code that needs bf16 instructions; included before any other header. Compiled by
+// itself, it is for AVX-512 with bf16.
 #pragma once
 
 #ifndef CANTATA_BF16

@@ -154,7 +154,7 @@ async def test_another_engine_at_the_address_is_no_failure_of_the_request(
     assert not caught.value.under_request
 
 
-async def test_nobody_listening_is_engine_dead_within_seconds(client: EngineClient) -> None:
+async def test_an_address_without_a_listener_is_engine_dead_within_seconds(client: EngineClient) -> None:
     gone = await FakeEngine().start()
     await gone.stop()
     async with asyncio.timeout(5):

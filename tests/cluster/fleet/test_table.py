@@ -42,13 +42,13 @@ def test_what_was_known_of_a_replica_ends_with_it() -> None:
     assert table.pick([A, B], frozenset(), HINT) == A
 
 
-def test_nobody_left() -> None:
+def test_no_replica_is_left() -> None:
     with pytest.raises(NoReplica):
         LoadTable().pick([A, B], frozenset({"a", "b"}), HINT)
 
 
 def test_the_sequences_of_a_prompt_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For thousands of blocks, each look-up takes milliseconds of the event loop."""
+    """Each look-up of thousands of blocks takes milliseconds of the event loop."""
     prefixes = PrefixIndex()
     table = LoadTable(prefixes=prefixes)
     num_added = Counter[str]()

@@ -250,7 +250,7 @@ async def test_by_default_longer_than_clients_and_load_balancers_keep_theirs(gat
 
 
 @pytest.mark.parametrize("read_first", [False, True])
-async def test_a_stream_that_nobody_reads_is_cut_off(
+async def test_an_unread_stream_is_cut_off(
     encoding: HarmonyEncoding, engine: FakeEngine, read_first: bool
 ) -> None:
     """The stream's place in the engine is free again."""
@@ -274,9 +274,7 @@ async def until_closed(gateway: Gateway, writer: asyncio.StreamWriter) -> None:
     await until(lambda: all(found.client != name for found in connections))
 
 
-async def test_a_whole_answer_that_nobody_reads_is_dropped(
-    encoding: HarmonyEncoding, engine: FakeEngine
-) -> None:
+async def test_an_unread_whole_answer_is_dropped(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
     engine.answer = lambda request: Script([5] * 7000, per_message=7000)
     engine.max_model_len = 10**8
     async with (
@@ -288,9 +286,7 @@ async def test_a_whole_answer_that_nobody_reads_is_dropped(
         await until_closed(gateway, writer)
 
 
-async def test_a_grpc_stream_that_nobody_reads_is_cut_off(
-    encoding: HarmonyEncoding, engine: FakeEngine
-) -> None:
+async def test_an_unread_grpc_stream_is_cut_off(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
     engine.answer = lambda request: Script([5] * 10**6, per_message=1000)
     engine.max_model_len = 10**8
     options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))

@@ -14,7 +14,8 @@ from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway
 
 TURN = (
-    "<|channel|>analysis<|message|>First.<|end|><|start|>assistant<|channel|>analysis<|message|>Second.<|end|>"
+    "<|channel|>analysis<|message|>First.<|end|>"
+    "<|start|>assistant<|channel|>analysis<|message|>Second.<|end|>"
     "<|start|>assistant<|channel|>commentary<|message|>I will look it up.<|end|>"
     "<|start|>assistant<|channel|>final<|message|>There are two.<|return|>"
 )

@@ -45,7 +45,7 @@ _FLAGS = (
 )
 _NUM_STREAMS, _NUM_TOKENS = 4, 400
 _DEADLINE_S = 4.0
-"""For the first tokens of an engine to come through, also where the machine is busy."""
+"""Deadline in seconds: the first tokens arrive before it, even on a busy machine."""
 _TIMEOUT_S = 120.0
 
 

@@ -382,7 +382,7 @@ async def test_on_tcp_a_call_needs_the_engine_s_secret(checkpoint: Path) -> None
         for wrong in ((), authorization("another secret of some length"), (("authorization", SECRET),)):
             for name, call in _calls(served, wrong).items():
                 assert (await status_of(call())).code() == grpc.StatusCode.UNAUTHENTICATED, name
-        assert served.server.engine.load().accepting, "nobody has drained it"
+        assert served.server.engine.load().accepting, "it has not been drained"
         assert served.executor.plans == []
         assert await _health(served, SERVICE) == health_pb2.HealthCheckResponse.SERVING, (
             "probes cannot send a secret"

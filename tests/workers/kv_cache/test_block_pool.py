@@ -114,7 +114,7 @@ def test_misuse_is_caught() -> None:
     with pytest.raises(AssertionError, match="cached already"):
         pool.mark_cached(block)
     pool.release([block])
-    with pytest.raises(AssertionError, match="nobody holds it"):
+    with pytest.raises(AssertionError, match="no sequence holds it"):
         pool.release([block])
 
 

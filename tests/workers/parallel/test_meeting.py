@@ -11,7 +11,7 @@ from workers.parallel.collectives import join_store, meet_at, serve_store, use_i
 TIMEOUT_S = 30.0
 
 
-def test_nobody_goes_on_before_the_last_has_come() -> None:
+def test_no_rank_goes_on_before_the_last_has_come() -> None:
     first = serve_store("127.0.0.1", timeout_s=TIMEOUT_S)
     stores = [first, *(join_store("127.0.0.1", first.port, timeout_s=TIMEOUT_S) for _ in range(2))]
     with ThreadPoolExecutor(2) as pool:
