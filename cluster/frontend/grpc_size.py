@@ -13,7 +13,7 @@ UNCHECKED_BYTES = 64 * 1024
 whatever its fields."""
 _COUNTED = {pb.Message.DESCRIPTOR, pb.ToolCall.DESCRIPTOR}
 """Message types counted by `gateway.max_messages`."""
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT, _FIXED64, _BYTES, _BEGIN_GROUP, _END_GROUP, _FIXED32 = range(6)
 _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
 
 
@@ -45,8 +45,12 @@ def check_size(data: bytes, *, max_messages: int, max_fields: int) -> None:
                 if wire_type in _FIXED_BYTES:
                     position += _FIXED_BYTES[wire_type]
                     continue
+                if wire_type in (_BEGIN_GROUP, _END_GROUP):
+                    # No message of ours has groups, but the parser skips them: what is in one
+                    # counts as if it were beside it.
+                    continue
                 if wire_type not in (_VARINT, _BYTES):
-                    return  # a group, which no message of ours has
+                    return
                 value, position = _varint(data, position)
             except IndexError:
                 return

@@ -296,6 +296,17 @@ def test_large_grpc_messages_within_the_bounds_pass() -> None:
         check_size(broken, max_messages=11, max_fields=32)
 
 
+def test_an_unknown_group_hides_no_messages() -> None:
+    """A parser skips a group that it does not know, and goes on with what follows."""
+    message = pb.ChatRequest(messages=[pb.Message(content="x" * UNCHECKED_BYTES)] * 3).SerializeToString()
+    for group in (b"\xa3\x06\xa4\x06", b"\xa3\x06\x08\x01\xa4\x06"):
+        data = group + message
+        assert len(pb.ChatRequest.FromString(data).messages) == 3
+        check_size(data, max_messages=3, max_fields=20)
+        with pytest.raises(ContextLengthExceeded):
+            check_size(data, max_messages=2, max_fields=20)
+
+
 async def test_bodies_have_a_largest_number_of_values(
     encoding: HarmonyEncoding, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
