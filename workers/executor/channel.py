@@ -7,6 +7,7 @@ A message has two parts: its kind and its body (msgpack).
 """
 
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgpack
@@ -88,7 +89,8 @@ class EngineChannel:
             connect_s: seconds to wait for a rank that may not have connected yet.
         """
         socket = self._plans[rank][0]
-        with self._send_lock:
+        # A rank can end between the two calls.
+        with self._send_lock, suppress(zmq.Again):
             if socket.poll(int(connect_s * 1000), zmq.POLLOUT):
                 socket.send_multipart([kind, body], zmq.DONTWAIT)
 

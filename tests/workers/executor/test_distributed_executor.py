@@ -499,6 +499,16 @@ def test_within_a_host_the_channel_is_in_a_private_folder() -> None:
     assert not path.parent.exists()
 
 
+def test_a_message_to_a_rank_that_ends_meanwhile_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = EngineChannel(1)
+    try:
+        # what a rank leaves that ends between the question and the message
+        monkeypatch.setattr(zmq.Socket, "poll", lambda *_: zmq.POLLOUT)
+        channel.send(0, wire.STOP, b"")
+    finally:
+        channel.close()
+
+
 def test_placements_say_who_shares_a_host() -> None:
     assert ProcessRanks().place(3, "cpu", 7, 1) == [Placement("127.0.0.1", rank, 3, 2) for rank in range(3)]
 
