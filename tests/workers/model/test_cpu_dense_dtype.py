@@ -76,7 +76,8 @@ def test_int8_is_refused_where_it_cannot_be_had(
 ) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^engine.cpu_dense_dtype int8 needs .* device cpu, got dtype float32 and device cpu$",
+        match=r"^engine\.cpu_dense_dtype int8 needs dtype bfloat16 and device cpu, "
+        r"got dtype float32 and device cpu$",
     ):
         EngineConfig(folder, dtype="float32", cpu_dense_dtype="int8")
     with pytest.raises(ConfigError, match=r"got dtype bfloat16 and device cuda:1$"):
