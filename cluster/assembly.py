@@ -16,7 +16,7 @@ from cluster.fleet.infos import ReplicaInfos
 from cluster.fleet.probe import Patience
 from cluster.fleet.status import FleetStatus
 from cluster.fleet.table import Replica, ReplicaDirectory
-from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInfo, Prompts, ServedModel
+from cluster.generation import Capacity, ChatDefaults, GenerationService, ModelInfo, Prompts, ServedModel
 from cluster.generation.prompts import utc_today
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.metrics import FleetView, GatewayMetrics
@@ -74,7 +74,7 @@ def connect(
     client: EngineClient,
     *,
     defaults: ChatDefaults | None = None,
-    limits: Limits | None = None,
+    capacity: Capacity | None = None,
     view: FleetView | None = None,
     today: Callable[[], datetime.date] = utc_today,
 ) -> Gateway:
@@ -87,7 +87,7 @@ def connect(
     """
     metrics, served = GatewayMetrics(), ServedModel(model)
     prompts = Prompts(encoding, served, defaults, today)
-    service = GenerationService(served, prompts, Dispatcher(replicas, client, metrics), metrics, limits)
+    service = GenerationService(served, prompts, Dispatcher(replicas, client, metrics), metrics, capacity)
     return Gateway(service, FleetStatus(replicas, client, metrics, view))
 
 
@@ -117,7 +117,7 @@ def build_gateway(
         replicas,
         client,
         defaults=chat_defaults(settings),
-        limits=limits(settings),
+        capacity=capacity(settings),
         view=view,
     )
     served = gateway.service.served
@@ -141,6 +141,6 @@ def chat_defaults(gateway: GatewayConfig) -> ChatDefaults:
     return ChatDefaults(gateway.conversation_date, gateway.reasoning_effort)
 
 
-def limits(gateway: GatewayConfig) -> Limits:
-    """Return the gateway's limits."""
-    return Limits(gateway.max_in_flight_requests, gateway.request_timeout_s)
+def capacity(gateway: GatewayConfig) -> Capacity:
+    """Return the gateway's capacity."""
+    return Capacity(gateway.max_in_flight_requests, gateway.request_timeout_s)

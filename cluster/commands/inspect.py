@@ -44,8 +44,8 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One parallel plan: a way to split the model over ranks.
+class Split:
+    """A way to split the model over ranks.
 
     Attributes:
         rank: the rank that holds most.
@@ -75,7 +75,7 @@ def run_inspect(
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"],
     as_json: bool,
 ) -> int:
-    """Print a description of the checkpoint at `path`; return 1 if the requested parallel plan
+    """Print a description of the checkpoint at `path`; return 1 if the requested split
     would be refused.
 
     Raises:
@@ -95,33 +95,33 @@ def run_inspect(
     kv_dtype = EngineConfig(path, cache=CacheConfig(dtype=kv_cache_dtype)).kv_dtype
     if gpu is not None and gpu != "cpu":
         check_kv_dtype(kv_dtype, GPUS[gpu].target, way_out="leave out --kv-cache-dtype")
-    plans = [_plan(model, parallel, gpu, weights, kv_dtype) for parallel in wanted]
+    splits = [_split(model, parallel, gpu, weights, kv_dtype) for parallel in wanted]
     if as_json:
         total, active = count_parameters(model)
         found = {
             "model": asdict(model),
             "parameters": total,
             "active_parameters": active,
-            "plans": [asdict(plan) for plan in plans],
+            "plans": [asdict(split) for split in splits],
         }
         print(json.dumps(found))
     else:
-        print(_text(path, model, plans, gpu, quantize, cpu_dense_dtype, kv_dtype))
-    refused = [plan for plan in plans if plan.refusal is not None]
-    if len(refused) < len(plans):
+        print(_text(path, model, splits, gpu, quantize, cpu_dense_dtype, kv_dtype))
+    refused = [split for split in splits if split.refusal is not None]
+    if len(refused) < len(splits):
         return 0
     if not as_json:
         print(f"cantata: {refused[0].refusal}", file=sys.stderr)
     return 1
 
 
-def _plan(
+def _split(
     model: ModelConfig, parallel: ParallelConfig, gpu: str | None, weights: Weights, kv_dtype: KVDtype
-) -> Plan:
+) -> Split:
     try:
         shards = plan_shards(model, parallel)
     except ConfigError as error:
-        return Plan(parallel.tensor, parallel.expert_size, None, None, None, None, str(error))
+        return Split(parallel.tensor, parallel.expert_size, None, None, None, None, str(error))
     shard, rank = _fullest(model, shards, weights)
     refusal, tokens, context = None, None, None
     if gpu is not None:
@@ -135,7 +135,7 @@ def _plan(
             )
             larger = _fitting(model, parallel.tensor, gpu, weights, kv_dtype)
             refusal += f"; tensor={larger} would fit" if larger else ""
-    return Plan(
+    return Split(
         parallel.tensor,
         parallel.expert_size,
         rank,
@@ -214,7 +214,7 @@ def _fitting(model: ModelConfig, tensor: int, gpu: str, weights: Weights, kv_dty
 def _text(
     path: Path,
     model: ModelConfig,
-    plans: list[Plan],
+    splits: list[Split],
     gpu: str | None,
     quantize: str | None,
     cpu_dense_dtype: DenseDtype,
@@ -226,9 +226,9 @@ def _text(
     kept += ["the KV cache in fp8"] * (kv_dtype == "fp8_e4m3")
     kept += [] if gpu is None else [f"on {_device(gpu)}"]
     lines = [f"  {name:<12} {value}" for name, value in _model_rows(path, model, quantize)]
-    lines += ["", f"Each rank, {', '.join(kept)}:", "", *_plan_table(plans, gpu)]
-    left_out = [plan.refusal for plan in plans if plan.rank is not None and plan.refusal is not None]
-    if len(left_out) < len(plans):  # if all are left out, the first refusal is the error
+    lines += ["", f"Each rank, {', '.join(kept)}:", "", *_table(splits, gpu)]
+    left_out = [split.refusal for split in splits if split.rank is not None and split.refusal is not None]
+    if len(left_out) < len(splits):  # if all are left out, the first refusal is the error
         lines += [f"\n{refusal}" for refusal in left_out]
     return "\n".join(lines)
 
@@ -264,18 +264,18 @@ _COLUMNS = (
 )
 
 
-def _plan_table(plans: list[Plan], gpu: str | None) -> list[str]:
+def _table(splits: list[Split], gpu: str | None) -> list[str]:
     lines = [_row(_COLUMNS)]
-    for plan in plans:
-        if plan.rank is None or plan.kv is None:
-            lines.append(f"{plan.tensor:>11}{plan.expert:>11}  refused: {plan.refusal}")
+    for split in splits:
+        if split.rank is None or split.kv is None:
+            lines.append(f"{split.tensor:>11}{split.expert:>11}  refused: {split.refusal}")
             continue
-        rank, kv = plan.rank, plan.kv
+        rank, kv = split.rank, split.kv
         weights = (rank.total, rank.attention, rank.experts, rank.gate_and_norms, rank.embedding)
         sizes = (*weights, rank.lm_head, rank.padding, kv.per_token, kv.per_sequence)
-        context = "-" if plan.max_model_len is None else f"{plan.max_model_len:,}"
-        fits = "-" if gpu is None else "does not fit" if plan.refusal else f"{plan.kv_tokens:,}"
-        lines.append(_row((str(plan.tensor), str(plan.expert), *map(_readable, sizes), context, fits)))
+        context = "-" if split.max_model_len is None else f"{split.max_model_len:,}"
+        fits = "-" if gpu is None else "does not fit" if split.refusal else f"{split.kv_tokens:,}"
+        lines.append(_row((str(split.tensor), str(split.expert), *map(_readable, sizes), context, fits)))
     return lines
 
 

@@ -127,7 +127,7 @@ def _add_generation(
             schema.CompletionRequest,
             limits,
             service.served.info.max_model_len,
-            completions.completion_request,
+            lambda body, _: completions.completion_request(body),
         )
         request_id: str = request.state.request_id
         generation = await sse.begin(request, service.complete(wanted, request_id))
@@ -174,14 +174,14 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limi
             schema.DetokenizeRequest,
             limits,
             service.served.info.max_model_len,
-            lambda body: body.tokens,
+            lambda body, _: body.tokens,
         )
         service.served.check(asked.model)
         answer: answers.DetokenizeAnswer = {"prompt": await service.prompts.detokenize(tokens)}
         return _json(answer)
 
 
-def _to_tokenize(asked: schema.TokenizeRequest) -> str | ChatRequest:
+def _to_tokenize(asked: schema.TokenizeRequest, num_bytes: int) -> str | ChatRequest:
     if asked.prompt is not None and asked.messages is None:
         return asked.prompt
     if asked.messages is None or asked.prompt is not None:
@@ -190,6 +190,7 @@ def _to_tokenize(asked: schema.TokenizeRequest) -> str | ChatRequest:
     effort = chat.reasoning_effort(asked.reasoning_effort, "reasoning_effort")
     return ChatRequest(
         messages=chat.chat_messages(asked.messages),
+        num_bytes=num_bytes,
         tools=chat.tool_definitions(asked.tools or ()),
         reasoning_effort=effort
         or chat.reasoning_effort(kwargs.reasoning_effort, "chat_template_kwargs.reasoning_effort"),

@@ -56,10 +56,14 @@ class BodyLimits:
 
 
 async def read(
-    request: Request, kind: type[Model], limits: BodyLimits, max_items: int, convert: Callable[[Model], Asked]
+    request: Request,
+    kind: type[Model],
+    limits: BodyLimits,
+    max_items: int,
+    convert: Callable[[Model, int], Asked],
 ) -> tuple[Model, Asked]:
-    """Return the body as `kind` and the result of `convert` on it. Large ones are decoded, checked
-    and converted in a thread, so that other requests go on.
+    """Return the body as `kind` and the result of `convert` on it and its size in bytes. Large ones
+    are decoded, checked and converted in a thread, so that other requests go on.
 
     Args:
         max_items: maximum number of entries of an array: the context's tokens, since an entry of a
@@ -86,7 +90,7 @@ async def read(
     def parse() -> tuple[Model, Asked]:
         check_num_values(data, limits.max_values)
         body = _parse(data, kind, max_items, limits.max_messages)
-        return body, convert(body)
+        return body, convert(body, len(data))
 
     return parse() if len(data) <= _INLINE_BYTES else await asyncio.to_thread(parse)
 

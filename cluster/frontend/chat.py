@@ -40,8 +40,8 @@ from workers.errors import InvalidRequest
 _EFFORTS: dict[str, ReasoningEffort] = {"minimal": "low", "low": "low", "medium": "medium", "high": "high"}
 
 
-def chat_request(body: ChatCompletionRequest) -> ChatRequest:
-    """Convert a body to the service's request.
+def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
+    """Convert a body of `num_bytes` to the service's request.
 
     Raises:
         InvalidRequest: a field requests something that is not supported, or contradicts another.
@@ -63,6 +63,7 @@ def chat_request(body: ChatCompletionRequest) -> ChatRequest:
     kwargs = body.chat_template_kwargs or ChatTemplateKwargs()
     return ChatRequest(
         messages=chat_messages(body.messages),
+        num_bytes=num_bytes,
         sampling=sampling_params(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None),
         tools=() if body.tool_choice == "none" else tool_definitions(body.tools or ()),
         stop=stop_strings(body),

@@ -51,6 +51,7 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
         messages=harmony_messages(
             [_message(message, f"messages[{index}]") for index, message in enumerate(request.messages)]
         ),
+        num_bytes=request.ByteSize(),
         sampling=_sampling(request),
         tools=tuple(
             _tool(tool, f"tools[{index}].function.parameters") for index, tool in enumerate(request.tools)

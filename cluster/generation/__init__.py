@@ -4,16 +4,16 @@ from cluster.generation.prompts import Prompts
 from cluster.generation.requests import ChatRequest, CompletionRequest, FieldNames
 from cluster.generation.running import Generation
 from cluster.generation.service import GenerationService
-from cluster.generation.settings import ChatDefaults, Limits, ModelInfo, ServedModel
+from cluster.generation.settings import Capacity, ChatDefaults, ModelInfo, ServedModel
 
 __all__ = [
+    "Capacity",
     "ChatDefaults",
     "ChatRequest",
     "CompletionRequest",
     "FieldNames",
     "Generation",
     "GenerationService",
-    "Limits",
     "ModelInfo",
     "Prompts",
     "ServedModel",

@@ -1,9 +1,7 @@
 """Conversion of prompts to token ids, and of token ids to text."""
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
-
-import orjson
+from collections.abc import Callable, Sequence
 
 from cluster.generation.limits import (
     check_date,
@@ -15,14 +13,13 @@ from cluster.generation.limits import (
 from cluster.generation.logprobs import token_text
 from cluster.generation.requests import ChatRequest
 from cluster.generation.settings import ChatDefaults, ServedModel
-from cluster.generation.threads import LARGE_CHARS, TextThreads
+from cluster.generation.threads import TextThreads
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.render import DEFAULT_MODEL_IDENTITY, Conversation, render
 from workers.errors import InvalidRequest
 
-_CHARS_PER_ENTRY = 64
-"""Cost of rendering a message or a tool besides its text, in characters of text that take as
-long."""
+_BYTES_PER_ENTRY = 64
+"""Cost of rendering a message or a tool besides its text, in bytes of text that take as long."""
 
 
 def utc_today() -> datetime.date:
@@ -62,7 +59,8 @@ class Prompts:
             InvalidRequest: the messages or tools are wrong.
             ContextLengthExceeded: the prompt fills the context.
         """
-        prompt = await self._threads.run(_num_chars(request), lambda: self._render(request))
+        work = request.num_bytes + _BYTES_PER_ENTRY * (len(request.messages) + len(request.tools))
+        prompt = await self._threads.run(work, lambda: self._render(request))
         check_prompt_tokens(len(prompt), self._served.info, "messages")
         return prompt
 
@@ -135,17 +133,3 @@ class Prompts:
     def _date(self) -> str | None:
         date = self.defaults.conversation_date
         return self._today().isoformat() if date == "auto" else None if date == "none" else date
-
-
-def _num_chars(request: ChatRequest) -> int:
-    """Return a measure of the work of rendering, in characters."""
-    count = _CHARS_PER_ENTRY * (len(request.messages) + len(request.tools))
-    count += sum(len(message.content) for message in request.messages)
-    return count + sum(len(tool.description) + _json_chars(tool.parameters) for tool in request.tools)
-
-
-def _json_chars(parameters: Mapping[str, object] | None) -> int:
-    try:
-        return len(orjson.dumps(parameters))
-    except TypeError:  # nested too deeply or with numbers too large: in no case done on the event loop
-        return LARGE_CHARS

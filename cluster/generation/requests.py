@@ -22,6 +22,7 @@ class ChatRequest:
     """A chat.
 
     Attributes:
+        num_bytes: size of the client's message, a measure of the work of rendering it.
         sampling: `max_tokens` None: up to the end of the context; `seed` may be any integer of 64
             bits, signed or not.
         stop: strings that end the text for the user; reasoning and tool calls are not searched.
@@ -32,6 +33,7 @@ class ChatRequest:
     """
 
     messages: tuple[Message, ...]
+    num_bytes: int = field(kw_only=True)
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=None))
     tools: tuple[ToolDefinition, ...] = ()
     stop: tuple[str, ...] = ()

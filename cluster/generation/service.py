@@ -11,7 +11,7 @@ from cluster.generation.limits import check_sampling, check_stop
 from cluster.generation.prompts import Prompts
 from cluster.generation.requests import ChatRequest, CompletionRequest
 from cluster.generation.running import Generation
-from cluster.generation.settings import ChatDefaults, Limits, ServedModel
+from cluster.generation.settings import Capacity, ChatDefaults, ServedModel
 from cluster.generation.turn import Job, Turn, chat_jobs, completion_jobs
 from cluster.metrics import GatewayMetrics
 from workers.errors import InvalidRequest
@@ -31,14 +31,14 @@ class GenerationService:
         prompts: Prompts,
         dispatcher: Dispatcher,
         metrics: GatewayMetrics,
-        limits: Limits | None = None,
+        capacity: Capacity | None = None,
     ) -> None:
         self.served = served
         self.prompts = prompts
         self.metrics = metrics
         self._dispatcher = dispatcher
-        self._limits = limits or Limits()
-        self._admission = Admission(self._limits.max_in_flight_requests, metrics.in_flight)
+        self._capacity = capacity or Capacity()
+        self._admission = Admission(self._capacity.max_in_flight_requests, metrics.in_flight)
 
     async def chat(self, request: ChatRequest, request_id: str | None = None) -> Generation:
         """Begin a chat; returns with its first event ready. The caller closes the generation.
@@ -83,11 +83,11 @@ class GenerationService:
                 )
             return await self._begin(id, prompts, jobs, arrived, ticket)
 
-    def reconfigure(self, defaults: ChatDefaults, limits: Limits) -> None:
+    def reconfigure(self, defaults: ChatDefaults, capacity: Capacity) -> None:
         """Use these settings for later requests."""
         self.prompts.defaults = defaults
-        self._limits = limits
-        self._admission.max_in_flight = limits.max_in_flight_requests
+        self._capacity = capacity
+        self._admission.max_in_flight = capacity.max_in_flight_requests
 
     async def close(self) -> None:
         """Close the connections to engines; running generations end with an error."""
@@ -108,7 +108,7 @@ class GenerationService:
         arrived: float,
         ticket: Ticket,
     ) -> Generation:
-        timeout_s = self._limits.request_timeout_s
+        timeout_s = self._capacity.request_timeout_s
         deadline = None if timeout_s is None else arrived + timeout_s
         turn = Turn(id, self.served.info.id, prompts, tuple(jobs), arrived, deadline)
         generation = Generation(turn, self._dispatcher, self.metrics, ticket)

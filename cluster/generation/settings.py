@@ -1,4 +1,4 @@
-"""The settings of a GenerationService: the model, the deployment's defaults and its limits."""
+"""The settings of a GenerationService: the model, the deployment's defaults and its capacity."""
 
 from dataclasses import dataclass
 
@@ -65,8 +65,8 @@ class ChatDefaults:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Limits of one gateway.
+class Capacity:
+    """How much work one gateway takes on, and for how long.
 
     Attributes:
         max_in_flight_requests: maximum number of running choices; a request beyond it is refused

@@ -68,20 +68,6 @@ def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: in
     return writer.finish()
 
 
-def render_turn(messages: Sequence[Message], encoding: HarmonyEncoding) -> list[int]:
-    """Return the token ids of the turn as it was generated, starting after the prompt's
-    `<|start|>assistant`.
-
-    Args:
-        messages: the assistant's. A message without its ids is encoded anew; one that was cut off
-            has no end.
-    """
-    writer = _Writer(encoding, None)
-    for message in messages:
-        writer.message(message, as_generated=True)
-    return writer.ids[len(writer.assistant) :]
-
-
 def history(messages: Sequence[Message]) -> Iterator[Message]:
     """Yield the messages of a chat that the model sees again: all except the analysis before the
     last final answer. Later analysis belongs to an unfinished tool loop."""
@@ -117,25 +103,15 @@ class _Writer:
         self._encoding = encoding
         self._max_tokens = max_tokens
 
-    def message(self, message: Message, *, as_generated: bool = False) -> None:
-        """Append a message.
-
-        Args:
-            as_generated: it ends as it did; else as in a chat's history, where only calls differ
-                from others.
-        """
-        encoding = self._encoding
-        ends = {"end": encoding.end, "call": encoding.call, "return": encoding.return_, None: None}
-        end = ends[message.end]
+    def message(self, message: Message) -> None:
+        """Append a message of the history, in which every message has an end, and only calls have
+        one of their own."""
         if message.token_ids is None:
             self._header(message)
             self._body(message.content)
         else:
-            self.ids += message.token_ids if end is None else message.token_ids[:-1]
-        if not as_generated and end != encoding.call:
-            end = encoding.end
-        if end is not None:
-            self.ids.append(end)
+            self.ids += message.token_ids if message.end is None else message.token_ids[:-1]
+        self.ids.append(self._encoding.call if message.end == "call" else self._encoding.end)
         self._check_length()
 
     def text(self, role: str, content: str) -> None:

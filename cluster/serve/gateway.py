@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from cluster.assembly import build_gateway, chat_defaults, limits, load_encoding
+from cluster.assembly import build_gateway, capacity, chat_defaults, load_encoding
 from cluster.config import AppConfig, reconfigured, with_api_keys
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import SERVICE_NAME, InferenceServicer
@@ -98,7 +98,7 @@ class GatewayReplica:
             # either.
             logger.error("the gateway keeps its previous settings: %s", error)
             return
-        self._service.reconfigure(chat_defaults(gateway), limits(gateway))
+        self._service.reconfigure(chat_defaults(gateway), capacity(gateway))
         self._configured = True
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -20,7 +20,7 @@ from cluster.fleet.table import Replica
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
 from cluster.frontend.http_server import HttpServer
-from cluster.generation import ChatDefaults, GenerationService, Limits, ModelInfo
+from cluster.generation import Capacity, ChatDefaults, GenerationService, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.make_tokenizer import write_bpe_tokenizer
 from tests.support.fake_engine import FakeEngine
@@ -80,7 +80,7 @@ async def serving(
     engines: Sequence[FakeEngine],
     *,
     config: GatewayConfig | None = None,
-    limits: Limits | None = None,
+    capacity: Capacity | None = None,
     defaults: ChatDefaults | None = None,
 ) -> AsyncIterator[Gateway]:
     """Yield a gateway over engines that have been started."""
@@ -92,7 +92,7 @@ async def serving(
         encoding,
         replicas,
         EngineClient(),
-        limits=limits,
+        capacity=capacity,
         defaults=defaults,
         today=lambda: datetime.date(2026, 1, 2),
     )

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cluster.generation import Limits
+from cluster.generation import Capacity
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
@@ -119,7 +119,7 @@ async def test_requests_over_the_limit_are_refused_until_others_end(
     gate = asyncio.Event()
     engine.answer = lambda request: Script(turn(encoding, text="x"), gate=gate)
     body = {"messages": [{"role": "user", "content": "x"}]}
-    async with serving(encoding, [engine], limits=Limits(max_in_flight_requests=3)) as gateway:
+    async with serving(encoding, [engine], capacity=Capacity(max_in_flight_requests=3)) as gateway:
         running = [
             asyncio.create_task(gateway.http.post("/v1/chat/completions", json=body)) for _ in range(2)
         ]
@@ -140,7 +140,7 @@ async def test_the_deadline_reaches_the_engine_and_is_504(
     encoding: HarmonyEncoding, engine: FakeEngine
 ) -> None:
     engine.answer = lambda request: Script(turn(encoding, text="x"), gate=asyncio.Event())
-    async with serving(encoding, [engine], limits=Limits(request_timeout_s=0.3)) as gateway:
+    async with serving(encoding, [engine], capacity=Capacity(request_timeout_s=0.3)) as gateway:
         response = await gateway.http.post(
             "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}
         )

@@ -343,10 +343,9 @@ async def test_large_fields_that_are_objects_are_bounded_as_well(gateway: Gatewa
     assert (error["code"], error["param"]) == ("context_length_exceeded", "logit_bias")
 
 
-async def test_schemas_that_cannot_be_measured_are_not_rendered_on_the_loop(
+async def test_a_long_schema_over_grpc_is_rendered_beside_the_loop(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """orjson knows no integers above 64 bits, which a Struct can hold."""
     threads: list[threading.Thread] = []
     render = Prompts._render
 
@@ -356,7 +355,7 @@ async def test_schemas_that_cannot_be_measured_are_not_rendered_on_the_loop(
 
     monkeypatch.setattr(Prompts, "_render", spied)
     request = pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="x")], tools=[pb.Tool(name="f")])
-    request.tools[0].parameters.update({"type": "object", "properties": {"a": {"maximum": 1e300}}})
+    request.tools[0].parameters.update({"type": "object", "description": "x" * (INLINE_CHARS + 1)})
     async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
         assert (await inference_pb2_grpc.InferenceStub(channel).Chat(request)).choices
     assert threads

@@ -13,11 +13,11 @@ from cluster.fleet.client import EngineClient
 from cluster.fleet.directory import ReplicaSet
 from cluster.fleet.table import Replica
 from cluster.generation import (
+    Capacity,
     ChatRequest,
     CompletionRequest,
     Generation,
     GenerationService,
-    Limits,
     ModelInfo,
 )
 from cluster.harmony.message import Message
@@ -54,7 +54,7 @@ async def service(client: Client, tmp_path: Path) -> AsyncIterator[GenerationSer
     replicas = ReplicaSet()
     replicas.replace([Replica("a", "host:1"), Replica("b", "host:2")])
     model, engines = ModelInfo("m", 4096, VOCAB_SIZE), cast(EngineClient, client)
-    gateway = connect(model, make_encoding(tmp_path), replicas, engines, limits=Limits(8, None))
+    gateway = connect(model, make_encoding(tmp_path), replicas, engines, capacity=Capacity(8, None))
     yield gateway.service
     await gateway.service.close()
     assert client.closed
@@ -90,7 +90,7 @@ async def test_each_prompt_is_hashed_once(
     service: GenerationService, client: Client, hashed: list[tuple[int, ...]]
 ) -> None:
     sampling = SamplingParams(max_tokens=1, n=4, seed=-1)
-    await read(await service.chat(ChatRequest((Message("user", "Hi"),), sampling)))
+    await read(await service.chat(ChatRequest((Message("user", "Hi"),), sampling, num_bytes=2)))
     assert len(client.requests) == 4
     assert hashed == [client.requests[0].prompt_token_ids]
     assert [request.sampling.seed for request in client.requests] == [2**64 - 1, 0, 1, 2]
@@ -105,16 +105,16 @@ async def test_each_prompt_is_hashed_once(
 
 async def test_every_way_out_gives_the_place_back(service: GenerationService, client: Client) -> None:
     user, two = (Message("user", "Hi"),), SamplingParams(max_tokens=1, n=2)
-    generation = await service.chat(ChatRequest(user, two))
+    generation = await service.chat(ChatRequest(user, two, num_bytes=2))
     assert in_flight(service) == 2
     await read(generation)
     assert in_flight(service) == 0
     await generation.aclose()
     assert in_flight(service) == 0
     with pytest.raises(InvalidRequest):
-        await service.chat(ChatRequest((), two))
+        await service.chat(ChatRequest((), two, num_bytes=0))
     with pytest.raises(ModelNotFound):
-        await service.chat(ChatRequest(user, two, model="other"))
+        await service.chat(ChatRequest(user, two, model="other", num_bytes=2))
     with pytest.raises(InvalidRequest):
         await service.complete(CompletionRequest(((VOCAB_SIZE,),), two))
     client.failure = CantataError("broken")
@@ -124,7 +124,7 @@ async def test_every_way_out_gives_the_place_back(service: GenerationService, cl
     client.failure = None
     held = await service.complete(CompletionRequest(((1,), (2,), (3,)), two))
     with pytest.raises(Overloaded):
-        await service.chat(ChatRequest(user, SamplingParams(max_tokens=1, n=3)))
+        await service.chat(ChatRequest(user, SamplingParams(max_tokens=1, n=3), num_bytes=2))
     assert in_flight(service) == 6
     await held.aclose()
     assert in_flight(service) == 0

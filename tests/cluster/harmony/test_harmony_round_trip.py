@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.message import Channel, End, Message, MessageEnd
 from cluster.harmony.parse import HarmonyParser
-from cluster.harmony.render import Conversation, history, render, render_turn
+from cluster.harmony.render import Conversation, history, render
 from tests.cluster.harmony.harmony_conversations import TEXTS
 from tests.cluster.harmony.test_harmony_parse import CONTROL, RELAXED, WORDS, spelled, well_formed_turn
 
@@ -47,6 +47,20 @@ def parsed(encoding: HarmonyEncoding, ids: Sequence[int], tools: list[str] | Non
 
 def without_ids(messages: Sequence[Message]) -> list[Message]:
     return [replace(message, token_ids=None) for message in messages]
+
+
+def render_turn(messages: Sequence[Message], encoding: HarmonyEncoding) -> list[int]:
+    """Return the token ids of a turn after the prompt's `<|start|>assistant`: each message as
+    `render` writes it into a history, but with the end that it had."""
+    ends = {"end": [encoding.end], "call": [encoding.call], "return": [encoding.return_], None: []}
+    assistant = len([encoding.start, *encoding.encode("assistant")])
+    question = Message("user", "x")
+    before = len(render(Conversation((question,)), encoding)) - assistant
+    ids: list[int] = []
+    for message in messages:
+        prompt = render(Conversation((question, message)), encoding)
+        ids += prompt[before : -assistant - 1] + ends[message.end]
+    return ids[assistant:]
 
 
 def check_round_trip(encoding: HarmonyEncoding, ids: Sequence[int], tools: list[str] | None) -> None:

@@ -13,7 +13,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeApplicationSchema
 
 from cluster.config import RUN_TIME_SETTINGS, AppConfig, GatewayConfig
-from cluster.generation import ChatDefaults, Limits
+from cluster.generation import Capacity, ChatDefaults
 from cluster.harmony.make_tokenizer import write_bpe_tokenizer
 from cluster.serve import cluster_view
 from cluster.serve.app import application, build
@@ -232,10 +232,10 @@ class Service:
     """A service that records its gateway's calls."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[ChatDefaults, Limits]] = []
+        self.told: list[tuple[ChatDefaults, Capacity]] = []
 
-    def reconfigure(self, defaults: ChatDefaults, limits: Limits) -> None:
-        self.told.append((defaults, limits))
+    def reconfigure(self, defaults: ChatDefaults, capacity: Capacity) -> None:
+        self.told.append((defaults, capacity))
 
 
 async def test_a_running_gateway_takes_settings_over_and_survives_wrong_ones(
@@ -256,9 +256,9 @@ async def test_a_running_gateway_takes_settings_over_and_survives_wrong_ones(
     )
     await GatewayReplica.reconfigure(replica, {"request_timeout_s": None, "reasoning_effort": "high"})
     assert replica._service.told == [
-        (ChatDefaults("auto", "low"), Limits(1024, 30)),
-        (ChatDefaults("none", "low"), Limits(7, 30)),
-        (ChatDefaults("auto", "high"), Limits(1024, None)),
+        (ChatDefaults("auto", "low"), Capacity(1024, 30)),
+        (ChatDefaults("none", "low"), Capacity(7, 30)),
+        (ChatDefaults("auto", "high"), Capacity(1024, None)),
     ]
     assert {"max_in_flight_requests", "conversation_date", "request_timeout_s", "reasoning_effort"} == set(
         RUN_TIME_SETTINGS
