@@ -355,7 +355,7 @@ async def test_a_long_schema_over_grpc_is_rendered_beside_the_loop(
 
     monkeypatch.setattr(Prompts, "_render", spied)
     request = pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="x")], tools=[pb.Tool(name="f")])
-    request.tools[0].parameters.update({"type": "object", "description": "x" * (INLINE_CHARS + 1)})
+    request.tools[0].parameters.update({"type": "object", "$comment": "x" * (INLINE_CHARS + 1)})
     async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
         assert (await inference_pb2_grpc.InferenceStub(channel).Chat(request)).choices
     assert threads
