@@ -139,6 +139,12 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
     (("--request-timeout",), "gateway.request_timeout_s", "SECONDS", "deadline of a request (default: none)"),
     (("--max-body",), "gateway.max_body_bytes", "SIZE", "largest request body (default: 32MiB)"),
     (
+        ("--unknown-fields",),
+        "gateway.unknown_fields",
+        "ACTION",
+        "ignore or refuse: request fields that this server does not know (default: ignore)",
+    ),
+    (
         ("--conversation-date",),
         "gateway.conversation_date",
         "DATE",

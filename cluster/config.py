@@ -113,6 +113,9 @@ class GatewayConfig(_Settings):
             as a prompt that is too long. While a body is parsed, all other requests of the gateway
             wait: 0.7 s per million. Also the maximum number of fields in a gRPC request, at all
             depths: 2 s per million.
+        unknown_fields: treatment of fields in an HTTP body that this server does not know: `ignore`
+            them, with those of the top level named in the header `x-cantata-ignored-fields`, or
+            `refuse` the request.
         body_timeout_s: seconds for a request's body to arrive, plus one for each 16 KiB of it; then
             408.
         max_header_bytes: maximum size of a request's line and headers; more is refused with 431.
@@ -139,6 +142,7 @@ class GatewayConfig(_Settings):
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     max_messages: int = Field(default=10_000, ge=1)
     max_json_values: int = Field(default=500_000, ge=1)
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
     body_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     max_header_bytes: int = Field(default=64 * 2**10, ge=1024)
     header_timeout_s: float = Field(default=10.0, gt=0, allow_inf_nan=False)

@@ -48,6 +48,11 @@ class GatewayMetrics:
             "Requests answered, by endpoint and final status.",
             ("endpoint", "status"),
         )
+        self.ignored_fields = counter(
+            "cantata_gateway_ignored_fields",
+            "Fields of requests that this server does not know and ignored, by endpoint.",
+            ("endpoint",),
+        )
         self.finished_choices = counter(
             "cantata_gateway_finished_choices", "Choices completed, by finish reason.", ("finish_reason",)
         )

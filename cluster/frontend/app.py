@@ -12,7 +12,7 @@ from starlette.routing import Match
 
 from cluster.config import GatewayConfig
 from cluster.fleet.status import FleetStatus
-from cluster.frontend import answers, body, chat, completions, errors, schema, sse
+from cluster.frontend import answers, body, chat, completions, errors, reasoning, schema, sse
 from cluster.frontend.docs_page import add_docs
 from cluster.frontend.edge import Edge
 from cluster.frontend.openapi import Schemas
@@ -42,9 +42,7 @@ def build_app(
             it into the answer, as Ray Serve does.
     """
     config = config or GatewayConfig()
-    limits = body.BodyLimits(
-        config.max_body_bytes, config.body_timeout_s, config.max_messages, config.max_json_values
-    )
+    limits = body.BodyLimits.of(config)
     app = FastAPI(
         title="Cantata",
         description="OpenAI's API for gpt-oss.",
@@ -187,13 +185,12 @@ def _to_tokenize(asked: schema.TokenizeRequest, num_bytes: int) -> str | ChatReq
     if asked.messages is None or asked.prompt is not None:
         raise InvalidRequest("prompt or messages must be given, one of them.", "prompt")
     kwargs = asked.chat_template_kwargs or schema.ChatTemplateKwargs()
-    effort = chat.reasoning_effort(asked.reasoning_effort, "reasoning_effort")
+    effort = reasoning.reasoning_effort(asked.reasoning_effort, "reasoning_effort")
     return ChatRequest(
         messages=chat.chat_messages(asked.messages),
         num_bytes=num_bytes,
         tools=chat.tool_definitions(asked.tools or ()),
-        reasoning_effort=effort
-        or chat.reasoning_effort(kwargs.reasoning_effort, "chat_template_kwargs.reasoning_effort"),
+        reasoning_effort=effort or reasoning.template_effort(kwargs),
         model_identity=kwargs.model_identity,
         current_date=kwargs.current_date,
     )

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect
 
+from cluster.config import GatewayConfig
 from cluster.frontend.errors import BodyTooLarge, RequestTimeout, UnsupportedMediaType
+from cluster.frontend.unknown_fields import ignored_fields
 from cluster.generation.limits import check_num_messages
 from workers.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 
@@ -47,12 +49,25 @@ class BodyLimits:
         max_messages: maximum number of a chat's messages, with the parts and calls in them.
         max_values: maximum number of objects, arrays and their entries, as `check_num_values`
             counts them.
+        refuse_unknown: refuse fields that the schema does not have; else they are ignored.
     """
 
     max_bytes: int
     timeout_s: float
     max_messages: int
     max_values: int
+    refuse_unknown: bool
+
+    @classmethod
+    def of(cls, config: GatewayConfig) -> "BodyLimits":
+        """Return the limits of a gateway's settings."""
+        return cls(
+            max_bytes=config.max_body_bytes,
+            timeout_s=config.body_timeout_s,
+            max_messages=config.max_messages,
+            max_values=config.max_json_values,
+            refuse_unknown=config.unknown_fields == "refuse",
+        )
 
 
 async def read(
@@ -63,13 +78,14 @@ async def read(
     convert: Callable[[Model, int], Asked],
 ) -> tuple[Model, Asked]:
     """Return the body as `kind` and the result of `convert` on it and its size in bytes. Large ones
-    are decoded, checked and converted in a thread, so that other requests go on.
+    are decoded, checked and converted in a thread, so that other requests go on. The names of
+    ignored fields are put into `request.state.ignored_fields`, for the edge to show.
 
     Args:
         max_items: maximum number of entries of an array: the context's tokens, since an entry of a
             message or prompt list takes at least one.
     Raises:
-        InvalidRequest: not JSON, not an object, an unknown field, a wrong type or value; `param` is
+        InvalidRequest: not JSON, not an object, a misspelt field, a wrong type or value; `param` is
             a path such as `messages[0].content`.
         ContextLengthExceeded: more values, messages or entries than the limits allow.
         BodyTooLarge: longer than `limits.max_bytes`; the rest is not read.
@@ -89,13 +105,19 @@ async def read(
 
     def parse() -> tuple[Model, Asked]:
         check_num_values(data, limits.max_values)
-        body = _parse(data, kind, max_items, limits.max_messages)
+        value = _object(data, kind, max_items, limits.max_messages)
+        ignored = ignored_fields(value, kind.model_fields, refuse=limits.refuse_unknown)
+        request.state.ignored_fields = ignored
+        if limits.refuse_unknown:
+            value = {name: field for name, field in value.items() if name in kind.model_fields}
+        body = check(value, kind, refuse_unknown=limits.refuse_unknown)
         return body, convert(body, len(data))
 
     return parse() if len(data) <= _INLINE_BYTES else await asyncio.to_thread(parse)
 
 
-def _parse(data: bytes, kind: type[Model], max_items: int, max_messages: int) -> Model:
+def _object(data: bytes, kind: type[BaseModel], max_items: int, max_messages: int) -> dict[str, object]:
+    """Return a body whose lists are short enough to be validated."""
     value = decode(data)
     if not isinstance(value, dict):
         raise InvalidRequest(f"The body must be a JSON object, got {_kind(value)}.")
@@ -107,7 +129,7 @@ def _parse(data: bytes, kind: type[Model], max_items: int, max_messages: int) ->
             raise ContextLengthExceeded(reason, name)
     if "messages" in kind.model_fields and isinstance(value.get("messages"), list):
         check_num_messages(_num_entries(value["messages"]), max_messages)
-    return check(value, kind)
+    return value
 
 
 def check_num_values(data: bytes, limit: int) -> None:
@@ -201,14 +223,16 @@ def _not_finite(data: bytes) -> str | None:
     return None
 
 
-def check(value: object, kind: type[Model]) -> Model:
+def check(value: object, kind: type[Model], *, refuse_unknown: bool) -> Model:
     """Validate `value` and return it as `kind`.
 
+    Args:
+        refuse_unknown: refuse fields that the schema does not have, at all depths.
     Raises:
         InvalidRequest: see `read`.
     """
     try:
-        return kind.model_validate(value)
+        return kind.model_validate(value, extra="forbid" if refuse_unknown else None)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
     path = _path(first["loc"])

@@ -28,16 +28,22 @@ from cluster.frontend.fold import (
     ToolCallDelta,
     whole_answer,
 )
+from cluster.frontend.reasoning import chat_effort, earlier_reasoning, shows_reasoning
 from cluster.frontend.sampling import check_stream_options, sampling_params, stop_strings
-from cluster.frontend.schema import ChatCompletionRequest, ChatTemplateKwargs, TextPart, Tool
+from cluster.frontend.schema import (
+    ChatCompletionRequest,
+    ChatTemplateKwargs,
+    ContentPart,
+    ReasoningPart,
+    RefusalPart,
+    TextPart,
+    Tool,
+)
 from cluster.frontend.schema import Message as MessageBody
 from cluster.generation import ChatRequest, FieldNames, Generation
 from cluster.harmony.message import Message
-from cluster.harmony.render import ReasoningEffort
 from cluster.harmony.tools import ToolDefinition
 from workers.errors import InvalidRequest
-
-_EFFORTS: dict[str, ReasoningEffort] = {"minimal": "low", "low": "low", "medium": "medium", "high": "high"}
 
 
 def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
@@ -68,7 +74,7 @@ def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
         tools=() if body.tool_choice == "none" else tool_definitions(body.tools or ()),
         stop=stop_strings(body),
         parallel_tool_calls=body.parallel_tool_calls is not False,
-        reasoning_effort=_effort(body, kwargs),
+        reasoning_effort=chat_effort(body, kwargs),
         model_identity=kwargs.model_identity,
         current_date=kwargs.current_date,
         model=body.model,
@@ -79,7 +85,7 @@ def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
 
 
 def chat_messages(messages: Sequence[MessageBody]) -> tuple[Message, ...]:
-    """Return messages with their parts joined and the three spellings of reasoning read.
+    """Return messages with their parts joined and their reasoning read.
 
     Raises:
         InvalidRequest: with `param`.
@@ -99,23 +105,29 @@ def _chat_message(message: MessageBody, path: str) -> ChatMessage:
     if content is None:
         raise InvalidRequest(f"{path}.content is missing.", f"{path}.content")
     if not isinstance(content, str):
-        content = "".join(part.text for part in content if isinstance(part, TextPart))
-    reasoning = next(
-        (
-            text
-            for text in (message.reasoning, message.reasoning_content, message.thinking)
-            if text is not None
-        ),
-        None,
-    )
+        content = _text(content, message.role, f"{path}.content")
     return ChatMessage(
         role=message.role,
         content=content,
-        reasoning=reasoning if message.role == "assistant" else None,
+        reasoning=earlier_reasoning(message) if message.role == "assistant" else None,
         tool_calls=calls,
         tool_call_id=message.tool_call_id,
         name=message.name,
     )
+
+
+def _text(parts: Sequence[ContentPart], role: str, path: str) -> str:
+    """Return the text of content in parts, refusals included."""
+    texts = []
+    for index, part in enumerate(parts):
+        if isinstance(part, TextPart):
+            texts.append(part.text)
+        elif isinstance(part, RefusalPart):
+            texts.append(part.refusal)
+        elif isinstance(part, ReasoningPart) and role != "assistant":
+            place = f"{path}[{index}]"
+            raise InvalidRequest(f"{place} is reasoning, which only an assistant message has.", place)
+    return "".join(texts)
 
 
 def tool_definitions(tools: Sequence[Tool]) -> tuple[ToolDefinition, ...]:
@@ -126,32 +138,9 @@ def tool_definitions(tools: Sequence[Tool]) -> tuple[ToolDefinition, ...]:
     )
 
 
-def reasoning_effort(text: str | None, param: str) -> ReasoningEffort | None:
-    """Return the effort; `minimal` is gpt-oss's lowest effort, low.
-
-    Raises:
-        InvalidRequest: another word.
-    """
-    if text is None:
-        return None
-    if text == "none":
-        raise InvalidRequest(
-            f"{param} cannot be 'none': gpt-oss always reasons; use 'low' for the least of it.", param
-        )
-    if text not in _EFFORTS:
-        raise InvalidRequest(f"{param} must be 'low', 'medium' or 'high'.", param)
-    return _EFFORTS[text]
-
-
-def _effort(body: ChatCompletionRequest, kwargs: ChatTemplateKwargs) -> ReasoningEffort | None:
-    return (
-        reasoning_effort(body.reasoning_effort, "reasoning_effort")
-        or reasoning_effort(body.reasoning.effort if body.reasoning else None, "reasoning.effort")
-        or reasoning_effort(kwargs.reasoning_effort, "chat_template_kwargs.reasoning_effort")
-    )
-
-
 def _refuse_what_is_not_offered(body: ChatCompletionRequest) -> None:
+    if body.audio is not None:
+        raise InvalidRequest("audio is not offered: the model writes text only.", "audio")
     if body.functions is not None:
         raise InvalidRequest("functions was removed from OpenAI's API: use tools.", "functions")
     if body.function_call is not None:
@@ -185,7 +174,7 @@ async def answer(generation: Generation, body: ChatCompletionRequest, fingerprin
 
 def _choice_body(index: int, choice: AnswerChoice, asked: ChatCompletionRequest) -> ChatChoiceBody:
     message: AnswerMessage = {"role": "assistant", "content": choice.content, "refusal": None}
-    if choice.reasoning is not None and asked.include_reasoning is not False:
+    if choice.reasoning is not None and shows_reasoning(asked):
         message["reasoning"] = message["reasoning_content"] = choice.reasoning
     if choice.calls:
         message["tool_calls"] = [
@@ -218,7 +207,7 @@ async def chunks(
     options = body.stream_options
     include_usage = bool(options and options.include_usage)
     continuous = include_usage and bool(options and options.continuous_usage_stats)
-    include_reasoning = body.include_reasoning is not False
+    include_reasoning = shows_reasoning(body)
     frame = _ChunkFrame(generation, fingerprint, include_usage, continuous)
     fold = Fold()
     for index in range(body.n or 1):

@@ -7,11 +7,12 @@ import logging
 import re
 import uuid
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.frontend import errors
+from cluster.frontend import errors, unknown_fields
 from cluster.frontend.docs_page import DOCS_PATHS
 from cluster.metrics import GatewayMetrics
 from workers.errors import Cancelled, CantataError
@@ -29,7 +30,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 class Edge:
     """The layer that gives each request an id (`scope["state"]["request_id"]`, header
-    `x-request-id`), admits it, and turns its errors into answers.
+    `x-request-id`), admits it, turns its errors into answers, and names the fields of its body that
+    were ignored (`scope["state"]["ignored_fields"]`).
 
     Args:
         api_keys: if there are any, a request needs one of them as `Authorization: Bearer …`.
@@ -59,8 +61,9 @@ class Edge:
         abort = scope.get("extensions", {}).get(ABORT, {}).get("abort")
         given = Headers(scope=scope).get("x-request-id") if self._server_has_ids else None
         request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        answer = _Answer(send, request_id, given is None, self._send_timeout_s, abort)
-        scope.setdefault("state", {})["request_id"] = answer.request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        answer = _Answer(send, state, given is None, self._send_timeout_s, abort)
         status = 499
         try:
             status = await self._serve(scope, receive, answer)
@@ -72,6 +75,8 @@ class Edge:
             # Left by an exception, the client is gone: 499.
             endpoint = getattr(scope.get("route"), "path", "unknown")
             self._metrics.requests.labels(endpoint, str(status)).inc()
+            if ignored := state.get("ignored_fields"):
+                self._metrics.ignored_fields.labels(endpoint).inc(len(ignored))
 
     async def _serve(self, scope: Scope, receive: Receive, answer: "_Answer") -> int:
         try:
@@ -103,18 +108,20 @@ def is_known_key(key: str, api_keys: Sequence[str]) -> bool:
 
 
 class _Answer:
-    """The path to the client: adds the request id, remembers the status."""
+    """The path to the client: adds the request id and the names of ignored fields, remembers the
+    status."""
 
     def __init__(
         self,
         send: Send,
-        request_id: str,
+        state: dict[str, Any],
         shows_id: bool,
         timeout_s: float,
         abort: Callable[[], None] | None,
     ) -> None:
         self._send = send
-        self.request_id = request_id
+        self.request_id: str = state["request_id"]
+        self._state = state
         self._shows_id = shows_id
         self.status: int | None = None
         self._timeout_s = timeout_s
@@ -127,6 +134,8 @@ class _Answer:
             headers = MutableHeaders(raw=message.setdefault("headers", []))
             if self._shows_id:
                 headers["x-request-id"] = self.request_id
+            if ignored := self._state.get("ignored_fields"):
+                headers[unknown_fields.HEADER] = unknown_fields.header_value(ignored)
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._send(message)

@@ -1,5 +1,6 @@
 """The bodies of requests. Types and structure are checked here, ranges in
-`cluster.generation.limits`, which both APIs share.
+`cluster.generation.limits`, which both APIs share. Fields that are not here are ignored, or
+refused if `gateway.unknown_fields` says so; `unknown_fields.py` looks at those of the top level.
 
 Tags of unions begin with `<`, which tells them from field names in error paths. What is free JSON
 is typed `object`: pydantic does not walk into it, so its depth is no matter here.
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag
 
 class _Body(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, hide_input_in_errors=True
+        extra="ignore", strict=True, allow_inf_nan=False, frozen=True, hide_input_in_errors=True
     )
 
 
@@ -23,28 +24,61 @@ def _text_or_list(value: Any) -> str | None:
 class TextPart(_Body):
     """A piece of text content."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
+
+
+class RefusalPart(_Body):
+    """An assistant's refusal; read as its text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+class ReasoningPart(_Body):
+    """An assistant's reasoning, under one of the names that clients use for its text; encrypted
+    reasoning has none and is ignored."""
+
+    type: Literal["thinking", "reasoning", "redacted_thinking"]
+    thinking: str | None = None
+    reasoning: str | None = None
+    text: str | None = None
+    signature: object = Field(default=None, description="Ignored.")
+    data: object = Field(default=None, description="Ignored.")
+
+
+_PARTS = {
+    "text": "<text_part>",
+    "input_text": "<text_part>",
+    "output_text": "<text_part>",
+    "refusal": "<refusal_part>",
+    "thinking": "<reasoning_part>",
+    "reasoning": "<reasoning_part>",
+    "redacted_thinking": "<reasoning_part>",
+}
 
 
 def _content_part(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "<other_part>" if isinstance(kind, str) and kind != "text" else "<text_part>"
+    return _PARTS.get(kind, "<other_part>") if isinstance(kind, str) else "<text_part>"
 
 
 class OtherPart(_Body):
     """Content that is not text; refused, because the model reads text only."""
 
-    model_config = ConfigDict(extra="allow")
     type: str
 
-    @model_validator(mode="after")
-    def _refuse(self) -> "OtherPart":
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, value: Any) -> Any:
         raise ValueError("is not text; this model reads text only, so send parts of type 'text'")
 
 
 ContentPart = Annotated[
-    Annotated[TextPart, Tag("<text_part>")] | Annotated[OtherPart, Tag("<other_part>")],
+    Annotated[TextPart, Tag("<text_part>")]
+    | Annotated[RefusalPart, Tag("<refusal_part>")]
+    | Annotated[ReasoningPart, Tag("<reasoning_part>")]
+    | Annotated[OtherPart, Tag("<other_part>")],
     Discriminator(
         _content_part, custom_error_type="content_part", custom_error_message="an object with type 'text'"
     ),
@@ -85,6 +119,11 @@ class Message(_Body):
     reasoning: str | None = None
     reasoning_content: str | None = None
     thinking: str | None = None
+    provider_specific_fields: object = Field(
+        default=None, description="A proxy's copy of `reasoning`; read if the message has none itself."
+    )
+    thinking_blocks: object = Field(default=None, description="Likewise, in Anthropic's form.")
+    reasoning_details: object = Field(default=None, description="Likewise, in OpenRouter's form.")
     tool_calls: list[AssistantToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = Field(
@@ -157,20 +196,32 @@ class StreamOptions(_Body):
 class ResponseFormat(_Body):
     """Only text is made."""
 
-    model_config = ConfigDict(extra="allow")
     type: str
+    json_schema: object = None
 
 
 class Reasoning(_Body):
-    """Another spelling of reasoning_effort."""
+    """The options of reasoning, as OpenAI and OpenRouter spell them."""
 
-    effort: str | None = None
+    effort: str | None = Field(default=None, description="As reasoning_effort.")
+    summary: object = Field(default=None, description="Ignored: reasoning is shown as it is.")
+    exclude: bool | None = Field(default=None, description="True leaves the reasoning out of the answer.")
+    enabled: bool | None = Field(default=None, description="False is the lowest effort.")
+    max_tokens: object = Field(default=None, description="Ignored; max_tokens limits the whole answer.")
+
+
+class Thinking(_Body):
+    """Anthropic's option of reasoning."""
+
+    type: str
+    budget_tokens: object = Field(default=None, description="Ignored, as reasoning.max_tokens.")
 
 
 class ChatTemplateKwargs(_Body):
     """Arguments that a chat template of gpt-oss would read."""
 
     reasoning_effort: str | None = None
+    enable_thinking: bool | None = Field(default=None, description="False is the lowest effort.")
     model_identity: str | None = None
     current_date: str | None = Field(default=None, description="YYYY-MM-DD; the deployment's by default.")
 
@@ -223,9 +274,12 @@ class ChatCompletionRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, description="0 to 20.")
     reasoning_effort: str | None = Field(
-        default=None, description="low, medium or high; minimal counts as low."
+        default=None,
+        description="low, medium or high; none and minimal count as low, xhigh and max as high.",
     )
     reasoning: Reasoning | None = None
+    thinking: Thinking | None = Field(default=None, description="Of type 'disabled': the lowest effort.")
+    enable_thinking: bool | None = Field(default=None, description="False is the lowest effort.")
     include_reasoning: bool | None = Field(
         default=None, description="False leaves the reasoning out of the answer."
     )
@@ -234,13 +288,18 @@ class ChatCompletionRequest(SamplingFields):
     modalities: list[Literal["text"]] | None = None
     functions: object = Field(default=None, description="Removed by OpenAI; use tools.")
     function_call: object = Field(default=None, description="Removed by OpenAI; use tool_choice.")
-    metadata: dict[str, str] | None = Field(default=None, description="Ignored.")
+    audio: object = Field(default=None, description="Only null: the model writes text.")
+    metadata: dict[str, object] | None = Field(default=None, description="Ignored.")
     store: bool | None = Field(default=None, description="Ignored; nothing is stored.")
     service_tier: str | None = Field(default=None, description="Ignored.")
     prediction: object = Field(default=None, description="Ignored.")
     prompt_cache_key: str | None = Field(default=None, description="Ignored; prefixes are cached by content.")
+    prompt_cache_options: object = Field(default=None, description="Ignored.")
     prompt_cache_retention: str | None = Field(default=None, description="Ignored.")
     safety_identifier: str | None = Field(default=None, description="Ignored.")
+    moderation: object = Field(default=None, description="Ignored.")
+    verbosity: str | None = Field(default=None, description="Ignored; ask for it in a message.")
+    web_search_options: object = Field(default=None, description="Ignored; nothing is searched.")
 
 
 def _prompt_kind(value: Any) -> str | None:

@@ -76,6 +76,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "engine.scheduler.max_num_batched_tokens": "4K",
         "gateway.api_keys": "one, two",
         "gateway.served_model_name": "name",
+        "gateway.unknown_fields": "refuse",
         "gateway.request_timeout_s": "1.5",
         "gateway.max_header_bytes": "32KiB",
         "gateway.conversation_date": "2026-02-03",
@@ -93,6 +94,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
     assert config.engine.kv_dtype == "fp8_e4m3"
     assert config.engine.cpu_isa == "portable"
     assert config.gateway.api_keys == ("one", "two")
+    assert config.gateway.unknown_fields == "refuse"
     assert config.gateway.request_timeout_s == 1.5
     assert config.gateway.max_body_bytes == 65536
     assert config.gateway.conversation_date == "2026-02-03"

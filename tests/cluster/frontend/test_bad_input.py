@@ -30,7 +30,7 @@ def tool(**function: Any) -> dict[str, Any]:
 
 
 # Fields beside a good message, and the param that the refusal must name.
-CHAT: list[tuple[dict[str, Any], str | None]] = [
+CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
     ({"messages": "Hello"}, "messages"),
@@ -47,7 +47,6 @@ CHAT: list[tuple[dict[str, Any], str | None]] = [
         "messages[0].content[0]",
     ),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
-    ({"messages": [{"role": "user", "content": "x", "colour": "red"}]}, "messages[0].colour"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
     (
         {"messages": [USER, {"role": "tool", "content": "x", "tool_call_id": "c9"}]},
@@ -110,7 +109,6 @@ CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"stream": True, "stream_options": {"every": 1}}, "stream_options.every"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
     ({"tools": [tool(name="")]}, "tools[0].function.name"),
@@ -148,16 +146,14 @@ CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"function_call": "auto"}, "function_call"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-    ({"reasoning_effort": "none"}, "reasoning_effort"),
     ({"reasoning_effort": "extreme"}, "reasoning_effort"),
     ({"reasoning": {"effort": "extreme"}}, "reasoning.effort"),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs.enable_thinking"),
+    ({"chat_template_kwargs": {"enable_thinking": "no"}}, "chat_template_kwargs.enable_thinking"),
     ({"chat_template_kwargs": {"current_date": "today"}}, "chat_template_kwargs.current_date"),
     ({"modalities": ["audio"]}, "modalities[0]"),
-    ({"metadata": {"a": 1}}, "metadata.a"),
     ({"model": 5}, "model"),
-    ({"frobnicate": 1}, "frobnicate"),
-    ({"": 1}, None),
+    ({"metadata": 1}, "metadata"),
+    ({"temprature": 1}, "temprature"),
 ]
 COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": None}, "prompt"),
@@ -183,7 +179,6 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"suffix": "end"}, "suffix"),
     ({"best_of": 3}, "best_of"),
     ({"max_tokens": 0}, "max_tokens"),
-    ({"messages": [USER]}, "messages"),
 ]
 
 
@@ -245,8 +240,7 @@ async def test_wrong_chats_are_refused_by_field(gateway: Gateway, engine: FakeEn
             fields.keys(),
             error,
         )
-        if param:
-            assert param.split(".")[-1].split("[")[0] in error["message"], error
+        assert param.split(".")[-1].split("[")[0] in error["message"], error
     assert len(engine.requests) == 1, "a refused request reached the engine"
 
 

@@ -1,0 +1,117 @@
+"""What a chat's body says about reasoning: the effort, whether it is shown, and the reasoning of
+earlier turns, under the names that clients and proxies use."""
+
+from collections.abc import Iterator, Sequence
+
+from cluster.frontend.schema import ChatCompletionRequest, ChatTemplateKwargs, Message, ReasoningPart
+from cluster.harmony.render import ReasoningEffort
+from workers.errors import InvalidRequest
+
+_EFFORTS: dict[str, ReasoningEffort] = {
+    "none": "low",
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "high",
+    "max": "high",
+}
+"""gpt-oss's effort by the word of the API. It always reasons, and has three efforts."""
+
+
+def reasoning_effort(text: str | None, param: str) -> ReasoningEffort | None:
+    """Return the effort that a word means.
+
+    Raises:
+        InvalidRequest: another word.
+    """
+    if text is None:
+        return None
+    if text not in _EFFORTS:
+        raise InvalidRequest(
+            f"{param} must be 'low', 'medium' or 'high' (or 'none' or 'minimal' for low, 'xhigh' or 'max' "
+            f"for high).",
+            param,
+        )
+    return _EFFORTS[text]
+
+
+def template_effort(kwargs: ChatTemplateKwargs) -> ReasoningEffort | None:
+    """Return the effort that a chat template's arguments request.
+
+    Raises:
+        InvalidRequest: an unknown word.
+    """
+    effort = reasoning_effort(kwargs.reasoning_effort, "chat_template_kwargs.reasoning_effort")
+    return effort or ("low" if kwargs.enable_thinking is False else None)
+
+
+def chat_effort(body: ChatCompletionRequest, kwargs: ChatTemplateKwargs) -> ReasoningEffort | None:
+    """Return the effort that a chat requests: the first that is named; else low if one of the
+    switches turns reasoning off; else None.
+
+    Raises:
+        InvalidRequest: an unknown word.
+    """
+    named = (
+        reasoning_effort(body.reasoning_effort, "reasoning_effort")
+        or reasoning_effort(body.reasoning.effort if body.reasoning else None, "reasoning.effort")
+        or template_effort(kwargs)
+    )
+    turned_off = (
+        body.enable_thinking is False
+        or (body.reasoning is not None and body.reasoning.enabled is False)
+        or (body.thinking is not None and body.thinking.type == "disabled")
+    )
+    return named or ("low" if turned_off else None)
+
+
+def shows_reasoning(body: ChatCompletionRequest) -> bool:
+    """Return whether the answer has the model's reasoning."""
+    excluded = body.reasoning is not None and body.reasoning.exclude is True
+    return body.include_reasoning is not False and not excluded
+
+
+def earlier_reasoning(message: Message) -> str | None:
+    """Return the reasoning of an assistant's message of the history: that of the first place which
+    has any, since proxies repeat it in several. None if there is none."""
+    for text in (message.reasoning, message.reasoning_content, message.thinking):
+        if text:
+            return text
+    places = (
+        _provider_fields(message.provider_specific_fields),
+        _part_texts(message.content),
+        _block_texts(message.thinking_blocks),
+        _block_texts(message.reasoning_details),
+    )
+    for texts in places:
+        if joined := "\n\n".join(text for text in texts if text):
+            return joined
+    return None
+
+
+def _provider_fields(fields: object) -> Iterator[str]:
+    """Yield the reasoning in a proxy's copy of the fields that it does not know."""
+    if isinstance(fields, dict):
+        for name in ("reasoning", "reasoning_content"):
+            if isinstance(text := fields.get(name), str):
+                yield text
+                return
+
+
+def _part_texts(content: object) -> Iterator[str]:
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, ReasoningPart):
+            yield next((text for text in (part.thinking, part.reasoning, part.text) if text), "")
+
+
+def _block_texts(blocks: object) -> Iterator[str]:
+    """Yield the texts of Anthropic's thinking blocks or OpenRouter's reasoning details, whatever
+    else they carry."""
+    entries: Sequence[object] = blocks if isinstance(blocks, list) else ()
+    for block in entries:
+        if isinstance(block, dict):
+            for name in ("thinking", "text", "summary"):
+                if isinstance(text := block.get(name), str):
+                    yield text
+                    break
