@@ -10,10 +10,10 @@ import math
 import re
 from collections.abc import Sequence
 
-from cluster.generation.json_schema import SchemaCheck
 from cluster.generation.requests import FieldNames
 from cluster.generation.settings import ModelInfo
-from cluster.harmony.tools import ToolDefinition
+from cluster.harmony.header import MAX_NAME_BYTES
+from cluster.harmony.tools import ToolDefinition, schema_problem
 from workers.errors import ContextLengthExceeded, InvalidRequest
 from workers.request import SamplingParams
 from workers.rpc.validate import (
@@ -34,7 +34,7 @@ MAX_TEMPERATURE = 2.0
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
 
 _SEED_BITS = 64
-_TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_TOOL_NAME = re.compile(rf"[a-zA-Z0-9_.-]{{1,{MAX_NAME_BYTES}}}")
 
 
 def check_num_messages(count: int, limit: int) -> None:
@@ -63,20 +63,21 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
     """
     if len(tools) > MAX_TOOLS:
         raise InvalidRequest(f"tools has {len(tools)} entries, at most {MAX_TOOLS} are allowed.", "tools")
-    schemas = SchemaCheck()
     names: set[str] = set()
     for index, tool in enumerate(tools):
         param = f"tools[{index}].function"
         if not _TOOL_NAME.fullmatch(tool.name):
             raise InvalidRequest(
-                f"{param}.name must have 1 to 64 characters out of a-z, A-Z, 0-9, _ and -.", f"{param}.name"
+                f"{param}.name must have 1 to {MAX_NAME_BYTES} characters out of a-z, A-Z, 0-9, _, - and "
+                f"dots.",
+                f"{param}.name",
             )
         if tool.name in names:
             raise InvalidRequest(
                 f"{param}.name: there is already a tool with the name {tool.name!r}.", f"{param}.name"
             )
         names.add(tool.name)
-        problem = None if tool.parameters is None else schemas.problem(tool.parameters)
+        problem = None if tool.parameters is None else schema_problem(tool.parameters)
         if problem:
             raise InvalidRequest(f"{param}.parameters {problem}.", f"{param}.parameters")
 

@@ -41,6 +41,7 @@ Repair = Literal[
 """Kinds of departures from the format, and how each is repaired."""
 
 MAX_NAME_BYTES = 128
+"""Maximum bytes of a function's name, without its namespace; MCP's limit for the names of tools."""
 MAX_TYPE_BYTES = 32
 MAX_HEADER_TOKENS = 200
 """Maximum number of tokens in a header. Longer text is not a header: the part that a header does
@@ -238,6 +239,8 @@ def _repaired_recipient(written: str, tools: Collection[str] | None, repairs: Co
     """Return the recipient as written, or the declared function that it means; None if
     it names a role or a channel."""
     name = written.removeprefix(FUNCTIONS)
+    if tools is not None and name not in tools and written in tools:
+        name = written  # a declared name that itself begins with `functions.`
     bare = name == written
     if name in _PEOPLE and (bare or not name):
         repairs["recipient_not_a_tool"] += 1

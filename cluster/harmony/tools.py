@@ -1,4 +1,5 @@
-"""Rendering of a tool's JSON schema as the TypeScript-like type that gpt-oss was trained to read.
+"""Rendering of a tool's JSON schema as the TypeScript-like type that gpt-oss was trained to read,
+and the check that it can be rendered.
 
 The text equals what openai/harmony's renderer writes (`json_schema_to_typescript` in its
 src/encoding.rs), oddities included: the models know no other form. Among them: `anyOf`, `allOf` and
@@ -7,8 +8,14 @@ have no `//`; the first variant of a `oneOf` loses its own description where the
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+MAX_SCHEMA_DEPTH = 64
+"""Maximum nesting depth of a schema's objects and arrays."""
+
+_MAX_SHOWN_CHARS = 200
+_Path = tuple["_Path", object] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +31,101 @@ class ToolDefinition:
     parameters: Mapping[str, object] | None = None
 
 
-def typescript_type(schema: object, indent: str = "") -> str:
-    """Return the TypeScript type of a schema that is valid and not deep:
-    `cluster.generation.limits` checks both.
+def schema_problem(schema: Mapping[str, object]) -> str | None:
+    """Return why the schema of a function's arguments cannot be shown to the model, or None.
 
-    Linear in its size times its depth.
+    Only the keywords that change what `typescript_type` writes are checked, and each may have the
+    form of any draft; null counts as absent. The other keywords can have any value.
+
+    Returns:
+        The rest of a sentence that begins with the schema's name. Takes time in proportion to the
+        schema and never raises.
+    """
+    if _deeper_than(schema, MAX_SCHEMA_DEPTH):
+        return f"is nested deeper than {MAX_SCHEMA_DEPTH} levels"
+    kind = schema.get("type")
+    if kind not in (None, "object") and not (isinstance(kind, list) and "object" in kind):
+        return "must describe an object: set type to 'object'"
+    pending: list[tuple[_Path, object]] = [(None, schema)]
+    while pending:
+        path, node = pending.pop()
+        if node is None or isinstance(node, bool):
+            continue
+        if not isinstance(node, Mapping):
+            return f"is not a JSON schema: {_shown(path)} must be a schema: an object, true or false"
+        for keyword, (form, fits) in _FORMS.items():
+            value = node.get(keyword)
+            if value is not None and not fits(value):
+                return f"is not a JSON schema: {_shown((path, keyword))} must be {form}"
+        pending += _inner_schemas(path, node)
+    return None
+
+
+def _is_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+_FORMS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
+    "type": (
+        "the name of a JSON type, or an array of names",
+        lambda value: isinstance(value, str) or _is_strings(value),
+    ),
+    "properties": ("an object of schemas", lambda value: isinstance(value, Mapping)),
+    # In drafts before 4 a property says of itself whether it is required.
+    "required": (
+        "an array of names of properties",
+        lambda value: isinstance(value, bool) or _is_strings(value),
+    ),
+    "enum": ("an array", lambda value: isinstance(value, list)),
+    "oneOf": ("an array of schemas", lambda value: isinstance(value, list)),
+    # Drafts before 2020-12 also describe a tuple by an array, which is shown as any[].
+    "items": (
+        "a schema: an object, true or false",
+        lambda value: isinstance(value, Mapping | bool | list),
+    ),
+}
+"""The keywords that decide a type's text, with the form that their value must have."""
+
+
+def _inner_schemas(path: _Path, schema: Mapping[str, object]) -> Iterator[tuple[_Path, object]]:
+    """Yield the schemas inside one whose keywords have their forms, with their paths."""
+    properties, variants, items = schema.get("properties"), schema.get("oneOf"), schema.get("items")
+    for name, inner in properties.items() if isinstance(properties, Mapping) else ():
+        yield ((path, "properties"), name), inner
+    for index, inner in enumerate(_sequence(variants) or ()):
+        yield ((path, "oneOf"), index), inner
+    if isinstance(items, Mapping):
+        yield (path, "items"), items
+
+
+def _shown(path: _Path) -> str:
+    """Return a path such as `properties.a.oneOf[2]`; only its end where it is long."""
+    parts: list[str] = []
+    length = 0
+    while path is not None and length <= _MAX_SHOWN_CHARS:
+        path, part = path
+        text = f"[{part}]" if isinstance(part, int) else str(part)[:_MAX_SHOWN_CHARS]
+        parts.append(text if isinstance(part, int) or path is None else f".{text}")
+        length += len(parts[-1])
+    text = "".join(reversed(parts))
+    return f"…{text[-_MAX_SHOWN_CHARS:]}" if len(text) > _MAX_SHOWN_CHARS or path is not None else text
+
+
+def _deeper_than(value: object, limit: int) -> bool:
+    level: list[object] = [value]
+    for _ in range(limit):
+        containers = [node for node in level if isinstance(node, Mapping | list)]
+        values = (node.values() if isinstance(node, Mapping) else node for node in containers)
+        level = [child for entries in values for child in entries]
+        if not level:
+            return False
+    return True
+
+
+def typescript_type(schema: object, indent: str = "") -> str:
+    """Return the TypeScript type of a schema that is not deep, as `schema_problem` checks.
+
+    Any value has a text. Linear in its size times its depth.
     """
     if not isinstance(schema, Mapping):
         return "any"
