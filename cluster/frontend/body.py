@@ -25,6 +25,10 @@ Asked = TypeVar("Asked")
 
 MIN_BYTES_PER_S = 16 * 1024
 _INLINE_BYTES = 64 * 1024
+_LONE_SURROGATE = (
+    "has half of a surrogate pair (\\ud800 to \\udfff), which is no character: a text was probably cut in "
+    "the middle of one."
+)
 _JSON_KINDS = {
     "model_type": "an object",
     "dict_type": "an object",
@@ -194,33 +198,46 @@ def decode(data: bytes) -> object:
     """Decode JSON as RFC 8259 defines it: UTF-8, no NaN or Infinity, nesting within bounds.
 
     Raises:
-        InvalidRequest: names the position; a number that is not finite is named by its field.
+        InvalidRequest: names the position, or the field with a number that is not finite or a text
+            that is not Unicode.
     """
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        path = _not_finite(data)
-        if path is not None:
-            raise InvalidRequest(f"{path or 'The body'} must be a finite number.", path or None) from None
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+        raise _wrong_value(data) or InvalidRequest(f"The body is not valid JSON: {error}.") from None
 
 
-def _not_finite(data: bytes) -> str | None:
-    """Return the path of the first NaN or infinity, if the body is otherwise valid JSON."""
+def _wrong_value(data: bytes) -> InvalidRequest | None:
+    """Return the error of a value which Python's own parser accepts and RFC 8259 does not: NaN, an
+    infinity, half of a surrogate pair; None if there is none."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return None
     pending: list[tuple[tuple[str | int, ...], object]] = [((), value)]
     while pending:
-        path, node = pending.pop()
+        place, node = pending.pop()
+        path = _path(place)
         if isinstance(node, float) and not math.isfinite(node):
-            return _path(path)
+            return InvalidRequest(f"{path or 'The body'} must be a finite number.", path or None)
+        if isinstance(node, str) and not _is_unicode(node):
+            return InvalidRequest(f"{path or 'The body'} {_LONE_SURROGATE}", path or None)
         if isinstance(node, dict):
-            pending += [((*path, key), child) for key, child in node.items()]
+            if not all(map(_is_unicode, node)):
+                where = f"A field name in {path}" if path else "A field name"
+                return InvalidRequest(f"{where} {_LONE_SURROGATE}", path or None)
+            pending += [((*place, key), child) for key, child in node.items()]
         elif isinstance(node, list):
-            pending += [((*path, index), child) for index, child in enumerate(node)]
+            pending += [((*place, index), child) for index, child in enumerate(node)]
     return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check(value: object, kind: type[Model], *, refuse_unknown: bool) -> Model:

@@ -64,7 +64,7 @@ def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
             "max_completion_tokens",
         )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
     kwargs = body.chat_template_kwargs or ChatTemplateKwargs()
     return ChatRequest(

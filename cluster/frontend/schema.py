@@ -6,15 +6,48 @@ Tags of unions begin with `<`, which tells them from field names in error paths.
 is typed `object`: pydantic does not walk into it, so its depth is no matter here.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictStr, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictStr,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
+
+_EXACT = 2**53
+"""Bound below which every whole number is exact as a float."""
+_NUMBER = r"-?[0-9]{1,20}(\.[0-9]{1,20})?"
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(
         extra="ignore", strict=True, allow_inf_nan=False, frozen=True, hide_input_in_errors=True
     )
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT else value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and re.fullmatch(_NUMBER, value) else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+"""An integer; JSON writes 20 and 20.0 for the same number."""
+Bias = Annotated[
+    float,
+    BeforeValidator(_number),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": f"^{_NUMBER}$"}]}),
+]
+"""A number, or a text of one, as some clients write the values of `logit_bias`."""
 
 
 def _text_or_list(value: Any) -> str | None:
@@ -107,7 +140,7 @@ class AssistantToolCall(_Body):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: int | None = None
+    index: Whole | None = None
 
 
 class Message(_Body):
@@ -238,23 +271,21 @@ class SamplingFields(_Body):
     """The fields that chat and text completions share."""
 
     model: str | None = Field(default=None, description="The served model by default.")
-    max_tokens: int | None = None
+    max_tokens: Whole | None = None
     temperature: float | None = Field(default=None, description="0 to 2, default 1.")
-    top_p: float | None = Field(default=None, description="Above 0, at most 1.")
-    top_k: int | None = Field(default=None, description="0 or -1: all.")
+    top_p: float | None = Field(default=None, description="0 to 1; 0 is greedy.")
+    top_k: Whole | None = Field(default=None, description="0 or -1: all.")
     min_p: float | None = Field(default=None, description="0 to 1.")
     presence_penalty: float | None = Field(default=None, description="-2 to 2.")
     frequency_penalty: float | None = Field(default=None, description="-2 to 2.")
     repetition_penalty: float | None = Field(default=None, description="0.01 to 100.")
-    logit_bias: dict[str, float] | None = Field(
-        default=None, description="Token id to a bias of -100 to 100."
-    )
-    seed: int | None = None
+    logit_bias: dict[str, Bias] | None = Field(default=None, description="Token id to a bias of -100 to 100.")
+    seed: Whole | None = None
     stop: Stop | None = None
     stop_token_ids: list[int] | None = None
-    min_tokens: int | None = None
+    min_tokens: Whole | None = None
     ignore_eos: bool | None = None
-    n: int | None = None
+    n: Whole | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -265,14 +296,14 @@ class ChatCompletionRequest(SamplingFields):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Whole | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = Field(
         default=None, description="'auto' or 'none'; forced calls are not offered yet."
     )
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, description="0 to 20.")
+    top_logprobs: Whole | None = Field(default=None, description="0 to 20.")
     reasoning_effort: str | None = Field(
         default=None,
         description="low, medium or high; none and minimal count as low, xhigh and max as high.",
@@ -288,6 +319,9 @@ class ChatCompletionRequest(SamplingFields):
     modalities: list[Literal["text"]] | None = None
     functions: object = Field(default=None, description="Removed by OpenAI; use tools.")
     function_call: object = Field(default=None, description="Removed by OpenAI; use tool_choice.")
+    skip_special_tokens: bool | None = Field(
+        default=None, description="No effect: special tokens are never part of the answer's text."
+    )
     audio: object = Field(default=None, description="Only null: the model writes text.")
     metadata: dict[str, object] | None = Field(default=None, description="Ignored.")
     store: bool | None = Field(default=None, description="Ignored; nothing is stored.")
@@ -334,13 +368,13 @@ class CompletionRequest(SamplingFields):
     """`POST /v1/completions`. In a text prompt the names of special tokens mean these tokens."""
 
     prompt: Prompt
-    logprobs: int | None = Field(default=None, description="0 to 20.")
+    logprobs: Whole | None = Field(default=None, description="0 to 20.")
     echo: bool | None = None
     add_special_tokens: bool | None = Field(
         default=None, description="No effect: the gpt-oss tokenizer adds none."
     )
     skip_special_tokens: bool | None = Field(default=None, description="True by default.")
-    best_of: int | None = Field(default=None, description="Only as n.")
+    best_of: Whole | None = Field(default=None, description="Only as n.")
     suffix: str | None = Field(default=None, description="Not offered.")
 
 

@@ -125,7 +125,7 @@ def check_sampling(
             "min_tokens",
         )
     check_number("temperature", sampling.temperature, 0.0, math.inf)
-    check_number("top_p", sampling.top_p, 0.0, 1.0, low_open=True)
+    check_number("top_p", sampling.top_p, 0.0, 1.0)
     check_integer("top_k", sampling.top_k, -1, MAX_COUNT)
     check_number("min_p", sampling.min_p, 0.0, 1.0)
     check_number("presence_penalty", sampling.presence_penalty, -2.0, 2.0)

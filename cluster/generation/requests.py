@@ -24,7 +24,7 @@ class ChatRequest:
     Attributes:
         num_bytes: size of the client's message, a measure of the work of rendering it.
         sampling: `max_tokens` None: up to the end of the context; `seed` may be any integer of 64
-            bits, signed or not.
+            bits, signed or not; `top_p` may be 0, which is greedy.
         stop: strings that end the text for the user; reasoning and tool calls are not searched.
         tools: empty if the client forbids calls.
         parallel_tool_calls: if False a choice ends after its first call.

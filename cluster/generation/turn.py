@@ -136,11 +136,14 @@ def _echo(
 
 
 def _complete(sampling: SamplingParams, max_tokens: int, encoding: HarmonyEncoding) -> SamplingParams:
-    """Fill in the parameters that the client left open, so that engines need no defaults."""
+    """Fill in the parameters that the client left open, so that engines need no defaults. A top_p
+    of 0 keeps the most likely token alone, so it is greedy too."""
+    greedy = sampling.temperature < GREEDY_BELOW or sampling.top_p == 0
     return replace(
         sampling,
         max_tokens=max_tokens,
-        temperature=0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature,
+        temperature=0.0 if greedy else sampling.temperature,
+        top_p=sampling.top_p or 1.0,
         seed=secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64,
         # With ignore_eos the engine ignores all stop tokens.
         stop_token_ids=tuple(dict.fromkeys((*encoding.stop_token_ids, *sampling.stop_token_ids))),

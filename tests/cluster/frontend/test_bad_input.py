@@ -65,6 +65,7 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": True}, "max_tokens"),
     ({"max_tokens": 10**9}, "max_tokens"),
     ({"max_tokens": 10**30}, "max_tokens"),
+    ({"max_tokens": 1e30}, "max_tokens"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": 10**6}, "max_completion_tokens"),
     ({"max_completion_tokens": 5, "max_tokens": 6}, "max_completion_tokens"),
@@ -72,7 +73,7 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 2.1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": True}, "temperature"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": -0.1}, "top_p"),
     ({"top_p": 1.1}, "top_p"),
     ({"top_k": -2}, "top_k"),
     ({"top_k": 2.5}, "top_k"),
@@ -86,6 +87,9 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"-1": 1}}, "logit_bias"),
     ({"logit_bias": {"5": 101}}, "logit_bias"),
     ({"logit_bias": {"5": "x"}}, "logit_bias.5"),
+    ({"logit_bias": {"5": ""}}, "logit_bias.5"),
+    ({"logit_bias": {"5": "1e999"}}, "logit_bias.5"),
+    ({"logit_bias": {"5": "101"}}, "logit_bias"),
     ({"logit_bias": []}, "logit_bias"),
     ({"seed": 2**64}, "seed"),
     ({"seed": 1.5}, "seed"),
@@ -254,6 +258,24 @@ async def test_wrong_completions_are_refused_by_field(gateway: Gateway, engine: 
 async def test_numbers_that_are_not_finite(gateway: Gateway, number: str, body: str, param: str) -> None:
     status, error = await refusal(gateway, "/v1/chat/completions", (body % number).encode())
     assert (status, error["param"]) == (400, param)
+
+
+async def test_half_a_surrogate_pair_is_named_by_its_field(gateway: Gateway) -> None:
+    """A text that was cut in the middle of an emoji, as an escape and as its bytes."""
+    for half in (b"\\ud83d", b"\\udE00", b"\xed\xa0\xbd"):
+        for content, param in (
+            (b'{"messages": [{"role": "user", "content": "hi %s"}]}', "messages[0].content"),
+            (b'{"messages": [], "tools": [{"a": ["x", "%s"]}]}', "tools[0].a[1]"),
+            (b'{"messages": [{"role": "user", "c%s": "hi"}]}', "messages[0]"),
+            (b'{"messages": [{"z%s": "\\ud800"}]}', "messages[0]"),
+            (b'{"messages": [], "%s": 1}', None),
+        ):
+            status, error = await refusal(gateway, "/v1/chat/completions", content % half)
+            assert (status, error["param"]) == (400, param)
+            assert "half of a surrogate pair" in error["message"]
+    good = b'{"messages": [{"role": "user", "content": "\\ud83d\\ude00"}]}'
+    headers = {"content-type": "application/json"}
+    assert (await gateway.http.post("/v1/chat/completions", content=good, headers=headers)).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_as_many_stop_tokens_as_are_allowed_pass_in_the_engine() -> None:
         ({"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
         ({"temperature": float("nan")}, "temperature must be a finite number, got nan"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be 0.01 to 100, got 0."),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0"),
+        ({"top_p": -0.1}, "top_p must be at least 0 and at most 1, got -0.1"),
         ({"top_k": -2}, "top_k must be at least -1, got -2"),
         ({"seed": 2**64}, f"seed must fit in 64 bits, got {2**64}."),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens 5 is more than max_completion_tokens 4."),
