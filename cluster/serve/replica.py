@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import secrets
+from typing import TYPE_CHECKING
 
 from ray.util import get_node_ip_address
 
@@ -14,13 +15,12 @@ from cluster.serve.cluster_view import ADDRESS_KEY, SECRET_KEY, SERVE_LOGGER, ST
 from cluster.serve.health import health_checks
 from workers.config import EngineConfig, ModelConfig
 from workers.engine.collector import spare_collections
-from workers.engine.progress import summary
-from workers.engine.server import EngineServer
 from workers.errors import ConfigError, EngineDead
-from workers.executor.base import Executor
-from workers.executor.distributed import DistributedExecutor
-from workers.executor.launch_ray import RayRanks
-from workers.executor.local import local_executor
+
+# What runs an engine imports torch, which takes seconds: it is imported where a replica starts, and
+# not where an application is built or sent.
+if TYPE_CHECKING:
+    from workers.executor.base import Executor
 
 logger = logging.getLogger(SERVE_LOGGER)
 
@@ -37,6 +37,9 @@ class EngineReplica:
     """
 
     async def __init__(self, config: EngineConfig, host: str, drain_timeout_s: float) -> None:  # type: ignore[misc]  # Serve awaits it
+        from workers.engine.progress import summary
+        from workers.engine.server import EngineServer
+
         self._drain_timeout_s = drain_timeout_s
         self._started = False
         # An engine that cannot start raises CheckpointError or ConfigError here; Serve shows it as
@@ -120,7 +123,11 @@ class EngineReplica:
             await server.stop()
 
 
-def _executor(config: EngineConfig, model: ModelConfig) -> Executor:
+def _executor(config: EngineConfig, model: ModelConfig) -> "Executor":
+    from workers.executor.distributed import DistributedExecutor
+    from workers.executor.launch_ray import RayRanks
+    from workers.executor.local import local_executor
+
     if config.parallel.tensor == 1:
         return local_executor(config, model, progress=_log_progress)
     return DistributedExecutor(config, model, RayRanks(), progress=_log_progress)
