@@ -9,6 +9,8 @@ SERVE_FLAGS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--kv-cache-memory 256MiB
 GPU_CHECK_FLAGS ?=
 # The last lines of each run of pytest in `make test`, shown again at its end.
 TEST_SUMMARY := .venv/test-summary.txt
+# Tests run side by side: a process per core, four at most, since each needs 1 GB.
+PYTEST := $(VENV)/python -m pytest -q -n logical --maxprocesses 4
 
 .PHONY: serve test test-isa test-slow gpu-check lint proto clean
 
@@ -25,9 +27,9 @@ test: ## Lint, type check and the tests.
 	@scripts/install.sh dev
 	@$(MAKE) --no-print-directory lint
 	@rm -f $(TEST_SUMMARY)
-	@$(VENV)/python -m pytest -q -m "not slow and not gpu" --ignore=tests/interpreter --summary-to $(TEST_SUMMARY)
+	@$(PYTEST) --dist loadgroup -m "not slow and not gpu" --ignore=tests/interpreter --summary-to $(TEST_SUMMARY)
 	@echo "Triton kernels, in Triton's interpreter:"
-	@TRITON_INTERPRET=1 $(VENV)/python -m pytest -q -m "not slow and not gpu" tests/interpreter --summary-to $(TEST_SUMMARY)
+	@TRITON_INTERPRET=1 $(PYTEST) -m "not slow and not gpu" tests/interpreter --summary-to $(TEST_SUMMARY)
 	@echo "All of it:"
 	@cat $(TEST_SUMMARY)
 

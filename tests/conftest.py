@@ -1,7 +1,6 @@
 """Hooks and options of all tests. That `tests` is a package puts the repository's root on the
 path, however pytest is started."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,21 +11,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from tests.support.run_report import RunReport
+    from tests.support.run_report import register
 
-    config.pluginmanager.register(RunReport(os.environ.get("CI") == "true", config.getoption("--summary-to")))
+    register(config, config.getoption("--summary-to"))
 
 
-ONE_PROCESS = ("tests/cluster/harmony", "tests/e2e/test_served.py", "tests/e2e/test_scraped.py")
-"""What shares fixtures of a session that cost more than running beside each other saves: a folder,
-and files."""
+SHARED_FIXTURES = {
+    "tests/cluster/harmony/": "the tokenizer of oss-harmony",
+    "tests/e2e/test_served.py": "servers",
+    "tests/e2e/test_scraped.py": "servers",
+}
+"""Beginnings of the paths of tests that share fixtures of the session, which take longer than the
+tests, and a name for each kind."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let each process of `pytest -n` take whole files, whose fixtures are then made once."""
+    """Let each process of `pytest -n` run whole files, and all that share such fixtures."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
         file = item.path.relative_to(config.rootpath).as_posix()
-        shared = next((str(Path(name).parent) for name in ONE_PROCESS if file.startswith(name)), None)
-        item.add_marker(pytest.mark.xdist_group(shared or file))
+        group = next((name for path, name in SHARED_FIXTURES.items() if file.startswith(path)), file)
+        item.add_marker(pytest.mark.xdist_group(group))

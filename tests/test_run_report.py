@@ -15,12 +15,11 @@ from tests.support.run_report import ALLOWED_SKIPS, MARKERS, is_allowed
 ROOT = Path(__file__).parent.parent
 
 CONFTEST = """
-import os
 from pathlib import Path
-from tests.support.run_report import RunReport
+from tests.support.run_report import register
 
 def pytest_configure(config):
-    config.pluginmanager.register(RunReport(os.environ.get("CI") == "true", Path("summary.txt")))
+    register(config, Path("summary.txt"))
 """
 TESTS = """
 import pytest
@@ -46,7 +45,7 @@ def test_known(): assert False
 """
 
 
-def run(folder: Path, ci: str) -> tuple[int, str, list[str]]:
+def run(folder: Path, ci: str, *flags: str) -> tuple[int, str, list[str]]:
     """Return (exit code, output, lines of the summary's file)."""
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_some.py").write_text(TESTS)
@@ -64,6 +63,7 @@ def run(folder: Path, ci: str) -> tuple[int, str, list[str]]:
             "--rootdir",
             ".",
             "--continue-on-collection-errors",
+            *flags,
         ],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT), "CI": ci},
@@ -93,8 +93,9 @@ def test_a_skip_fails_in_ci_unless_its_reason_is_allowed(tmp_path: Path) -> None
 
 
 def test_elsewhere_a_skip_is_a_skip(tmp_path: Path) -> None:
-    code, output, summary = run(tmp_path, "")
+    code, output, summary = run(tmp_path, "", "-n", "2")
     assert code == 0, output
+    assert summary[0] == "test_some.py: 2 passed, 4 skipped"  # one summary of both processes
     assert "  marker netns: 1 skipped; ip not installed" in summary
 
 

@@ -40,6 +40,16 @@ def is_allowed(reason: str) -> bool:
     return any(re.match(pattern, reason.removeprefix("Skipped: ")) for pattern in ALLOWED_SKIPS)
 
 
+def register(config: pytest.Config, summary: Path | None) -> None:
+    """Add the plugin to a run.
+
+    Args:
+        summary: file to which the last lines are appended; None for no file.
+    """
+    is_worker = hasattr(config, "workerinput")  # of pytest -n: its controller gets all reports
+    config.pluginmanager.register(RunReport(os.environ.get("CI") == "true", None if is_worker else summary))
+
+
 class RunReport:
     """A plugin that fails skips that CI does not allow and summarises the run.
 
