@@ -14,7 +14,7 @@ import pytest
 from tests.support.waiting import until
 from workers.console import QueuedOutput
 
-LIMIT_S = 20
+LIMIT_S = 60
 
 
 @pytest.fixture

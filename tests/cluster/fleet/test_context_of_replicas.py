@@ -20,7 +20,7 @@ from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.errors import NoReplica
 from workers.rpc.convert import EngineInfo
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Late(FakeEngine):

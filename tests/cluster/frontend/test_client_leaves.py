@@ -33,7 +33,7 @@ async def http_request(
 
 async def eventually(gateway: Gateway, *lines: str) -> None:
     """Wait for the gateway's own bookkeeping, which ends a moment after the engine's."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         page = ""
         while not all(line in page for line in lines):
             page = (await gateway.http.get("/metrics")).text

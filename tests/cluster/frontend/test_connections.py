@@ -2,6 +2,7 @@
 over bare sockets."""
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -20,7 +21,7 @@ from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway, serving
 
 SHORT_S = 0.3
-LONG_S = 60.0
+LONG_S = 600.0
 QUICK = GatewayConfig(
     keep_alive_timeout_s=SHORT_S,
     header_timeout_s=SHORT_S,
@@ -28,7 +29,7 @@ QUICK = GatewayConfig(
     send_timeout_s=SHORT_S,
     max_header_bytes=4096,
 )
-LIMIT_S = 20
+LIMIT_S = 60
 CHAT = json.dumps({"messages": [{"role": "user", "content": "x"}]})
 # More than the kernels' buffers hold: 1.5 kB a token.
 LARGE = ', "logprobs": true, "top_logprobs": 20, "max_tokens": 10000}'
@@ -415,8 +416,10 @@ async def test_many_stalled_connections_are_all_closed(quick: Gateway) -> None:
         for _, writer in stalled:
             writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost")
         for reader, writer in stalled:
-            data = await reader.read()
-            # closed without a word where it had not begun in time
+            data = b""
+            # closed without a word, or before the line came, where it had not begun in time
+            with contextlib.suppress(ConnectionResetError):
+                data = await reader.read()
             assert not data or b" 408 " in data
             writer.close()
 

@@ -261,7 +261,7 @@ async def test_health_follows_the_replicas(gateway: Gateway, engine: FakeEngine)
         assert (
             await stub.Check(health_pb2.HealthCheckRequest())
         ).status == health_pb2.HealthCheckResponse.SERVING
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
             status = (await watch.read()).status
             # before the first look at the replicas

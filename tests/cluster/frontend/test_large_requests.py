@@ -23,7 +23,7 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import Gateway, serving
 from workers.errors import ContextLengthExceeded
 
-LIMIT_S = 20
+LIMIT_S = 60
 USER = {"role": "user", "content": "Hello"}
 LONG = "word " * 1_000_000
 

@@ -11,7 +11,7 @@ from cluster.generation import threads
 from cluster.generation.threads import INLINE_CHARS, LARGE_CHARS, TextThreads
 from workers.errors import Overloaded
 
-LIMIT_S = 20
+LIMIT_S = 60
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ async def test_requests_left_after_the_grace_period_are_ended_by_the_service() -
     async def serve() -> None:
         await service.closed.wait()
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await standalone._drain(
             cast(uvicorn.Server, Http()),
             asyncio.create_task(serve()),

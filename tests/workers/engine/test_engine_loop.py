@@ -25,7 +25,7 @@ from workers.errors import (
 )
 from workers.request import EngineOutput, EngineRequest, SamplingParams
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def config_of(
     tensor: int = 3,
     expert: int | None = None,
     step_timeout_s: float = 30.0,
-    start_timeout_s: float = 60.0,
+    start_timeout_s: float = 180.0,
 ) -> EngineConfig:
     return EngineConfig(
         path,

@@ -11,7 +11,7 @@ from workers.config import EngineConfig
 from workers.executor.inline import InlineExecutor
 from workers.scheduler.plan import StepPlan, StepResult
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 class Step:
