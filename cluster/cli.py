@@ -139,6 +139,12 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
     (("--request-timeout",), "gateway.request_timeout_s", "SECONDS", "deadline of a request (default: none)"),
     (("--max-body",), "gateway.max_body_bytes", "SIZE", "largest request body (default: 32MiB)"),
     (
+        ("--cors-origins",),
+        "gateway.cors_origins",
+        "LIST",
+        "web origins whose pages may call the API, separated by commas, or * for all (default: none)",
+    ),
+    (
         ("--unknown-fields",),
         "gateway.unknown_fields",
         "ACTION",

@@ -46,16 +46,28 @@ _KUBERNETES_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 """Pattern of the value that Kubernetes gives `CANTATA_HTTP_PORT` for a Service named
 cantata-http."""
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s,?#@]+")
+"""Pattern of a web origin as browsers send it: without a path, not even a slash at its end."""
+
 ReasoningEffort = Literal["low", "medium", "high"]
 
 
-def _split_keys(value: object) -> object:
+def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 def _check_keys(value: tuple[str, ...]) -> tuple[str, ...]:
     if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in value):
         raise ValueError("a key is empty or has characters other than printable ASCII without spaces")
+    return value
+
+
+def _check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
+    for origin in value:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"{origin!r} is not a web origin; write *, or SCHEME://HOST or SCHEME://HOST:PORT"
+            )
     return value
 
 
@@ -100,6 +112,7 @@ class GatewayConfig(_Settings):
     Attributes:
         served_model_name: model name for clients; None for the name of the checkpoint's folder.
         api_keys: if not empty, a request needs one of them (`Authorization: Bearer …`).
+        cors_origins: web origins whose pages may call the API from a browser; `*` for all.
         max_in_flight_requests: maximum number of running requests; more are refused with 429.
         request_timeout_s: a request's deadline, from its arrival to its last token; None for no
             deadline.
@@ -133,9 +146,10 @@ class GatewayConfig(_Settings):
     """
 
     served_model_name: str | None = Field(default=None, min_length=1)
-    api_keys: Annotated[tuple[str, ...], BeforeValidator(_split_keys), AfterValidator(_check_keys)] = Field(
+    api_keys: Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_check_keys)] = Field(
         default=(), repr=False
     )
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_check_origins)] = ()
     max_in_flight_requests: int = Field(default=1024, ge=1)
     request_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     probe_timeout_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)

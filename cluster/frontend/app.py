@@ -1,7 +1,6 @@
 """The HTTP app: OpenAI's API over a GenerationService."""
 
 import importlib.metadata
-from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -16,6 +15,7 @@ from cluster.frontend import answers, body, chat, completions, errors, reasoning
 from cluster.frontend.docs_page import add_docs
 from cluster.frontend.edge import Edge
 from cluster.frontend.openapi import Schemas
+from cluster.frontend.unknown_fields import HEADER as IGNORED_FIELDS
 from cluster.generation import ChatRequest, GenerationService, ModelInfo
 from cluster.metrics import CONTENT_TYPE
 from workers.errors import InvalidRequest, NoReplica
@@ -29,15 +29,13 @@ def build_app(
     status: FleetStatus,
     config: GatewayConfig | None = None,
     *,
-    cors_origins: Sequence[str] = (),
     server_has_ids: bool = False,
 ) -> FastAPI:
     """Build the ASGI app. It does not own the service: the service's creator closes it.
 
     Args:
-        config: its API keys, which health, readiness, metrics, version and docs do not require, and
-            its limits; None: the defaults.
-        cors_origins: web origins whose pages may call the API; none by default.
+        config: its API keys, which health, readiness, metrics, version and docs do not require, its
+            limits, and the web origins whose pages may call the API; None: the defaults.
         server_has_ids: the server gives each request its id in the header `x-request-id`, and puts
             it into the answer, as Ray Serve does.
     """
@@ -50,14 +48,6 @@ def build_app(
         openapi_url=None,
         redirect_slashes=False,
     )
-    if cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(cors_origins),
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id"],
-        )
     app.add_middleware(
         Edge,
         metrics=service.metrics,
@@ -65,6 +55,14 @@ def build_app(
         send_timeout_s=config.send_timeout_s,
         server_has_ids=server_has_ids,
     )
+    if config.cors_origins:  # outside the edge, so that a page can read errors too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after", IGNORED_FIELDS),
+        )
     app.add_exception_handler(HTTPException, _refuse_route)
     schemas = Schemas()
     _add_generation(app, service, schemas, limits)

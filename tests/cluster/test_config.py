@@ -75,6 +75,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "engine.max_model_len": "32k",
         "engine.scheduler.max_num_batched_tokens": "4K",
         "gateway.api_keys": "one, two",
+        "gateway.cors_origins": "https://a.example, http://localhost:3000",
         "gateway.served_model_name": "name",
         "gateway.unknown_fields": "refuse",
         "gateway.request_timeout_s": "1.5",
@@ -94,6 +95,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
     assert config.engine.kv_dtype == "fp8_e4m3"
     assert config.engine.cpu_isa == "portable"
     assert config.gateway.api_keys == ("one", "two")
+    assert config.gateway.cors_origins == ("https://a.example", "http://localhost:3000")
     assert config.gateway.unknown_fields == "refuse"
     assert config.gateway.request_timeout_s == 1.5
     assert config.gateway.max_body_bytes == 65536
