@@ -21,7 +21,6 @@ from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway, serving
 
 SHORT_S = 0.3
-LONG_S = 600.0
 QUICK = GatewayConfig(
     keep_alive_timeout_s=SHORT_S,
     header_timeout_s=SHORT_S,
@@ -29,7 +28,7 @@ QUICK = GatewayConfig(
     send_timeout_s=SHORT_S,
     max_header_bytes=4096,
 )
-LIMIT_S = 60
+LIMIT_S = 20
 CHAT = json.dumps({"messages": [{"role": "user", "content": "x"}]})
 # More than the kernels' buffers hold: 1.5 kB a token.
 LARGE = ', "logprobs": true, "top_logprobs": 20, "max_tokens": 10000}'
