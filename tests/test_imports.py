@@ -74,6 +74,8 @@ FOLDERS = {
 
 MODULES = {
     "workers.config": {"kernels.formats"},  # names of number formats, without torch
+    # the experts' format is the stored one
+    "workers.model_config": {"workers.model.safetensors_files", "workers.model.tensor_specs"},
     "workers.engine.llm": {"kernels.formats"},
     "workers.constraint.codec": {"workers.rpc.engine_pb2"},  # the one codec, of both wires
     "workers.rank.process": {"workers.executor.channel"},  # the rank's end of it

@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 from workers.config import ModelConfig, RopeConfig
 from workers.errors import CheckpointError
+from workers.model.safetensors_files import stored_names
+from workers.model.tensor_specs import tensor_names
+
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -19,12 +23,43 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def load_model_config(path: Path) -> ModelConfig:
-    """Read and validate a checkpoint's `config.json`, Hugging Face's or OpenAI's own.
+    """Read and validate a checkpoint's `config.json`, Hugging Face's or OpenAI's own. The format of
+    the experts is the one in which they are stored; without weights beside it, the config's.
 
     Raises:
         CheckpointError: the folder or file is missing, is not a gpt-oss config, or a field is
             missing, of a wrong type or out of range.
     """
+    return _read_model_config(path)[1]
+
+
+def checkpoint_warnings(path: Path) -> list[str]:
+    """Return a sentence for each entry of a checkpoint that contradicts its weights, or belongs to
+    something that is not loaded.
+
+    Raises:
+        CheckpointError: as in `load_model_config`.
+    """
+    said, model = _read_model_config(path)
+    folder = checkpoint_folder(path)
+    warnings = []
+    if said.experts_format != model.experts_format:
+        names = {"mxfp4": "MXFP4", "bf16": "bf16"}
+        entry = "quant_method 'mxfp4'" if said.experts_format == "mxfp4" else "no quant_method 'mxfp4'"
+        warnings.append(
+            f"{folder / 'config.json'}: quantization_config has {entry}, but the experts are stored in "
+            f"{names[model.experts_format]} and are read as that; correct the entry"
+        )
+    if (folder / _ADAPTER_CONFIG).is_file():
+        warnings.append(
+            f"{folder / _ADAPTER_CONFIG} describes an adapter, which is not applied: only the model beside "
+            f"it is served; to serve the adapter, merge it into the model"
+        )
+    return warnings
+
+
+def _read_model_config(path: Path) -> tuple[ModelConfig, ModelConfig]:
+    """Return the model as config.json describes it, and as its experts are stored."""
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout"
@@ -32,13 +67,32 @@ def load_model_config(path: Path) -> ModelConfig:
         )
     path = checkpoint_folder(path)
     file = path / "config.json"
+    if not file.is_file() and (path / _ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{path} holds an adapter ({_ADAPTER_CONFIG}) without its base model; merge it into the model "
+            f"and give the merged checkpoint"
+        )
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; {path} is not a Hugging Face checkpoint")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    return parse_model_config(raw, str(file))
+    said = parse_model_config(raw, str(file))
+    return said, replace(said, experts_format=_stored_experts_format(path, said))
+
+
+def _stored_experts_format(folder: Path, config: ModelConfig) -> Literal["mxfp4", "bf16"]:
+    """Return the format in which the experts are stored. Tools that merge or convert a checkpoint
+    may keep a `quantization_config` that no longer holds."""
+    try:
+        stored = stored_names(folder)
+    except CheckpointError:
+        return config.experts_format  # the loader says what is broken
+    experts = tensor_names(config).layers[0].gate_up
+    if experts.blocks in stored:
+        return "mxfp4"
+    return "bf16" if experts.dense in stored else config.experts_format
 
 
 def _how_to_download(name: str) -> str:

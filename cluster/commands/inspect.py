@@ -29,7 +29,7 @@ from workers.kv_cache.memory import (
 )
 from workers.model.sizes import KVBytes, RankBytes, count_parameters, kv_bytes, rank_bytes
 from workers.model.stored_model import check_tensors
-from workers.model_config import checkpoint_folder, load_model_config
+from workers.model_config import checkpoint_folder, checkpoint_warnings, load_model_config
 from workers.parallel.shard import RankShard, allowed_plans, plan_shards
 
 SHOWN_TENSORS = (1, 2, 4, 8)
@@ -85,6 +85,7 @@ def run_inspect(
         raise ConfigError("--cpu-dense-dtype int8 needs --gpu cpu")
     model = load_model_config(path)
     check_tensors(path, model)
+    warnings = checkpoint_warnings(path)
     asked = tensor is not None or expert is not None
     wanted = (
         [ParallelConfig(1 if tensor is None else tensor, expert)]
@@ -103,10 +104,13 @@ def run_inspect(
             "parameters": total,
             "active_parameters": active,
             "plans": [asdict(split) for split in splits],
+            "warnings": warnings,
         }
         print(json.dumps(found))
     else:
         print(_text(path, model, splits, gpu, quantize, cpu_dense_dtype, kv_dtype))
+        for sentence in warnings:
+            print(f"cantata: warning: {sentence}", file=sys.stderr)
     refused = [split for split in splits if split.refusal is not None]
     if len(refused) < len(splits):
         return 0

@@ -18,7 +18,7 @@ from workers.errors import ConfigError
 from workers.kv_cache.memory import GpuMemory, cache_shape, check_kv_dtype, gpu_kv_memory, split_memory
 from workers.model.sizes import rank_bytes
 from workers.model.stored_model import check_tensors
-from workers.model_config import checkpoint_folder, load_model_config
+from workers.model_config import checkpoint_folder, checkpoint_warnings, load_model_config
 from workers.parallel.shard import RankShard, plan_shards
 
 logger = logging.getLogger(SERVE_LOGGER)
@@ -56,6 +56,8 @@ def check_application(config: AppConfig) -> None:
             "%s has no weights on the node that builds the application; each engine checks its own copy",
             engine.model_path,
         )
+    for sentence in checkpoint_warnings(engine.model_path):
+        logger.warning("%s", sentence)
     check_memory(config, model, shards, accelerators())
 
 

@@ -13,6 +13,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ORIGINAL_FILES = "model--*.safetensors"
 """Glob of the weight files in OpenAI's own layout, which has no index."""
+ADAPTER_FILE = "adapter_model.safetensors"
+"""Name under which the PEFT library stores an adapter's weights."""
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 """Maximum bytes of a header, as the format defines."""
@@ -52,7 +54,8 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint, sorted by name.
 
     Raises:
-        CheckpointError: there are none, one is missing, or both index and single file exist.
+        CheckpointError: there are none, one is missing, or beside a single file there is an index
+            of others.
     """
     index = folder / INDEX_FILE
     single = folder / SINGLE_FILE
@@ -60,8 +63,11 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder} is not a folder; give the path of a gpt-oss checkpoint in Hugging Face layout"
         )
-    if index.is_file() and single.is_file():
-        raise CheckpointError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}; remove the stale one")
+    if index.is_file() and single.is_file() and {*_read_weight_map(index).values()} != {SINGLE_FILE}:
+        raise CheckpointError(
+            f"{folder} has both {SINGLE_FILE} and an {INDEX_FILE} that names other files; remove the stale "
+            f"one"
+        )
     if index.is_file():
         return sorted({_shard_path(folder, tensor, name) for tensor, name in _read_weight_map(index).items()})
     if single.is_file():
@@ -69,7 +75,24 @@ def weight_files(folder: Path) -> list[Path]:
     original = sorted(folder.glob(ORIGINAL_FILES))
     if original:
         return original
-    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; its weights are missing")
+    adapter = f": {ADAPTER_FILE} holds those of an adapter" if (folder / ADAPTER_FILE).is_file() else ""
+    raise CheckpointError(
+        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; its weights are missing{adapter}"
+    )
+
+
+def stored_names(folder: Path) -> frozenset[str]:
+    """Return the names of a checkpoint's tensors: those in the index if there is one, whose files
+    are not looked at. None if there is neither an index nor a weight file.
+
+    Raises:
+        CheckpointError: the index or a file's header is broken.
+    """
+    if (folder / INDEX_FILE).is_file():
+        return frozenset(_read_weight_map(folder / INDEX_FILE))
+    if not (folder / SINGLE_FILE).is_file() and not any(folder.glob(ORIGINAL_FILES)):
+        return frozenset()
+    return frozenset(tensor.name for file in weight_files(folder) for tensor in read_header(file))
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -20,17 +20,22 @@ from workers.model_config import checkpoint_folder
 
 _STORED_DTYPES = {"dense": ("BF16", "F16", "F32"), "mxfp4_blocks": ("U8",), "mxfp4_scales": ("U8",)}
 _SAMPLE_BYTES = 4096
+_RECOMPUTED = "rotary_emb.inv_freq"
+"""End of the names of tensors that old tools store and that follow from the config."""
 
 
 def check_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """Check and return the tensors of a checkpoint by name: exactly those that `config` describes,
-    and scales of an fp8 KV cache if present. Only headers are read.
+    and scales of an fp8 KV cache if present. Stored frequencies of the rotary embedding are left
+    out. Only headers are read.
 
     Raises:
         CheckpointError: as in `load_model`.
     """
     path = checkpoint_folder(path)
-    tensors = stored_tensors(path)
+    tensors = {
+        name: tensor for name, tensor in stored_tensors(path).items() if not name.endswith(_RECOMPUTED)
+    }
     unknown = dict(tensors)
     for spec in tensor_specs(config):
         if spec.name not in tensors:

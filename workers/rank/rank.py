@@ -25,6 +25,7 @@ from workers.kv_cache.memory import (
 from workers.kv_cache.tensors import KV_TORCH_DTYPES, TORCH_DTYPES, allocate_kv_caches
 from workers.model.checkpoint import LoadOptions, load_model
 from workers.model.gpt_oss import GptOss
+from workers.model_config import checkpoint_warnings
 from workers.out_of_memory import WHAT_HELPS, is_out_of_memory
 from workers.parallel.collectives import Collectives
 from workers.parallel.shard import RankShard
@@ -143,6 +144,9 @@ class Rank:
             check_mxfp8(
                 architecture(self._device), self._config.quantize or self._model_config.experts_format
             )
+        if self._loader is None and self._collectives.rank == 0:
+            for sentence in checkpoint_warnings(self._config.model_path):
+                logger.warning("%s", sentence)
         with self._phase("load weights"):
             self._model = (self._loader or load_model)(
                 self._config.model_path,

@@ -11,12 +11,13 @@ import pytest
 
 from cluster.cli import main
 from cluster.commands.gpus import GIB, GPUS
-from tests.support.checkpoint_formats import write_original
+from tests.support.checkpoint_formats import write_bf16, write_original
 from tests.support.hollow_checkpoint import write_hollow_checkpoint
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, DenseDtype, EngineConfig
 from workers.executor.inline import InlineExecutor
 from workers.model.make_checkpoint import preset_config, write_checkpoint
+from workers.model_config import checkpoint_warnings
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +195,20 @@ def test_a_broken_checkpoint_is_the_loaders_sentence(
     code, out, err = inspect(capsys, path)
     assert (code, out) == (1, "")
     assert err.startswith(f"cantata: {file} is truncated: tensor lm_head.weight")
+
+
+def test_what_has_no_effect_is_warned_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    packed = write_tiny_checkpoint(tmp_path)
+    path = write_bf16(packed, tmp_path / "merged", TINY)
+    (path / "config.json").write_bytes((packed / "config.json").read_bytes())
+    (path / "adapter_config.json").write_text("{}")
+    code, out, err = inspect(capsys, path)
+    assert code == 0
+    assert "experts in bf16" in out
+    warnings = checkpoint_warnings(path)
+    assert len(warnings) == 2
+    assert err == "".join(f"cantata: warning: {sentence}\n" for sentence in warnings)
+    assert as_json(capsys, path)["warnings"] == warnings
 
 
 @pytest.mark.parametrize("gpu", GPUS)

@@ -1,6 +1,7 @@
 """The application that Serve gets, and the configs refused before anything is started or
 replaced."""
 
+import json
 import logging
 import shutil
 from dataclasses import replace
@@ -138,6 +139,18 @@ def test_a_node_without_weights_may_build(checkpoint: Path, caplog: pytest.LogCa
     weights.unlink()
     build(arguments(checkpoint))
     assert "has no weights on the node that builds the application" in caplog.text
+
+
+def test_what_has_no_effect_in_a_checkpoint_is_warned_of(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = json.loads((checkpoint / "config.json").read_text())
+    del fields["quantization_config"]
+    (checkpoint / "config.json").write_text(json.dumps(fields))
+    (checkpoint / "adapter_config.json").write_text("{}")
+    build(arguments(checkpoint))
+    assert "the experts are stored in MXFP4 and are read as that" in caplog.text
+    assert "adapter_config.json describes an adapter, which is not applied" in caplog.text
 
 
 @pytest.mark.parametrize(
