@@ -82,11 +82,12 @@ async def serving(
     config: GatewayConfig | None = None,
     capacity: Capacity | None = None,
     defaults: ChatDefaults | None = None,
+    model_name: str = "gpt-oss-test",
 ) -> AsyncIterator[Gateway]:
     """Yield a gateway over engines that have been started."""
     replicas = ReplicaSet()
     replicas.replace([Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)])
-    model = ModelInfo.from_engine(engines[0].info(), "gpt-oss-test", created_unix_s=1_750_000_000)
+    model = ModelInfo.from_engine(engines[0].info(), model_name, created_unix_s=1_750_000_000)
     connected = connect(
         model,
         encoding,
