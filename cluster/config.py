@@ -140,6 +140,11 @@ class GatewayConfig(_Settings):
             `http_options.keep_alive_timeout_s`.
         send_timeout_s: seconds after which a client that reads nothing of its answer is
             disconnected and its request cancelled.
+        stream_headers_s: seconds that a stream waits for its first token before it sends its HTTP
+            headers (gRPC: its initial metadata). A request that is refused later gets an error
+            event instead of a status.
+        stream_keep_alive_s: seconds of silence after which a stream over HTTP sends a comment, so
+            that clients and proxies keep the connection.
         conversation_date: the date in the system message: `auto` for today in UTC, `none` for no
             date, or a fixed YYYY-MM-DD.
         reasoning_effort: effort for requests that do not set it.
@@ -162,6 +167,8 @@ class GatewayConfig(_Settings):
     header_timeout_s: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     keep_alive_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     send_timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    stream_headers_s: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    stream_keep_alive_s: float = Field(default=15.0, gt=0, allow_inf_nan=False)
     conversation_date: Annotated[str, BeforeValidator(_conversation_date)] = "auto"
     reasoning_effort: ReasoningEffort = "medium"
 

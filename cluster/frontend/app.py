@@ -1,6 +1,7 @@
 """The HTTP app: OpenAI's API over a GenerationService."""
 
 import importlib.metadata
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 import orjson
@@ -16,7 +17,7 @@ from cluster.frontend.docs_page import add_docs
 from cluster.frontend.edge import Edge
 from cluster.frontend.openapi import Schemas
 from cluster.frontend.unknown_fields import HEADER as IGNORED_FIELDS
-from cluster.generation import ChatRequest, GenerationService, ModelInfo
+from cluster.generation import ChatRequest, Generation, GenerationService, ModelInfo
 from cluster.metrics import CONTENT_TYPE
 from workers.errors import InvalidRequest, NoReplica
 
@@ -65,7 +66,9 @@ def build_app(
         )
     app.add_exception_handler(HTTPException, _refuse_route)
     schemas = Schemas()
-    _add_generation(app, service, schemas, limits)
+    _add_generation(
+        app, service, schemas, limits, sse.StreamTimes(config.stream_headers_s, config.stream_keep_alive_s)
+    )
     _add_tokens(app, service, schemas, limits)
     _add_status(app, service, status, schemas)
     add_docs(app)
@@ -80,7 +83,11 @@ def build_app(
 
 
 def _add_generation(
-    app: FastAPI, service: GenerationService, schemas: Schemas, limits: body.BodyLimits
+    app: FastAPI,
+    service: GenerationService,
+    schemas: Schemas,
+    limits: body.BodyLimits,
+    times: sse.StreamTimes,
 ) -> None:
     @app.post(
         "/v1/chat/completions",
@@ -97,18 +104,14 @@ def _add_generation(
             service.served.info.max_model_len,
             chat.chat_request,
         )
-        request_id: str = request.state.request_id
-        generation = await sse.begin(request, service.chat(wanted, request_id))
-        if asked.stream:
-            return sse.EventStream(
-                generation, chat.chunks(generation, asked, service.served.info.fingerprint), request_id
-            )
-        try:
-            return _json(
-                await sse.until_gone(request, chat.answer(generation, asked, service.served.info.fingerprint))
-            )
-        finally:
-            await generation.aclose()
+        fingerprint = service.served.info.fingerprint
+        return await _answer(
+            request,
+            service.chat(wanted, request.state.request_id),
+            lambda generation: chat.answer(generation, asked, fingerprint),
+            lambda generation: chat.chunks(generation, asked, fingerprint),
+            times if asked.stream else None,
+        )
 
     @app.post(
         "/v1/completions",
@@ -125,20 +128,32 @@ def _add_generation(
             service.served.info.max_model_len,
             lambda body, _: completions.completion_request(body),
         )
-        request_id: str = request.state.request_id
-        generation = await sse.begin(request, service.complete(wanted, request_id))
-        if asked.stream:
-            return sse.EventStream(
-                generation, completions.chunks(generation, asked, service.served.info.fingerprint), request_id
-            )
-        try:
-            return _json(
-                await sse.until_gone(
-                    request, completions.answer(generation, asked, service.served.info.fingerprint)
-                )
-            )
-        finally:
-            await generation.aclose()
+        fingerprint = service.served.info.fingerprint
+        return await _answer(
+            request,
+            service.complete(wanted, request.state.request_id),
+            lambda generation: completions.answer(generation, asked, fingerprint),
+            lambda generation: completions.chunks(generation, asked, fingerprint),
+            times if asked.stream else None,
+        )
+
+
+async def _answer(
+    request: Request,
+    start: Coroutine[Any, Any, Generation],
+    whole: Callable[[Generation], Coroutine[Any, Any, object]],
+    chunks: Callable[[Generation], AsyncGenerator[bytes, None]],
+    times: sse.StreamTimes | None,
+) -> Response:
+    """Return the answer that a generation gives: a stream of its chunks, or without `times` the
+    whole of it."""
+    if times is not None:
+        return await sse.stream(request, start, chunks, times, request.state.request_id)
+    generation = await sse.begin(request, start)
+    try:
+        return _json(await sse.until_gone(request, whole(generation)))
+    finally:
+        await generation.aclose()
 
 
 def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limits: body.BodyLimits) -> None:

@@ -100,6 +100,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._requests = service.metrics.requests
         self._api_keys = config.api_keys
         self._send_timeout_s = config.send_timeout_s
+        self._stream_headers_s = config.stream_headers_s
         self._max_messages, self._max_fields = config.max_messages, config.max_json_values
 
     async def Chat(self, request: bytes | pb.ChatRequest, context: "Context") -> pb.ChatResponse:
@@ -115,21 +116,46 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         # client leaves while it sends.
         async def write_events(request_id: str) -> None:
             async with aclosing(self._api.chat_stream(self._decoded_chat(request), request_id)) as events:
-                async for event in events:
-                    try:
-                        async with asyncio.timeout(self._send_timeout_s):
-                            await context.write(event)
-                    except TimeoutError:
-                        _log.info(
-                            "request %s: the client has taken nothing for %g s and is cut off",
-                            request_id,
-                            self._send_timeout_s,
-                        )
-                        # A status would wait for unread output to go; a call whose servicer is
-                        # cancelled is reset.
-                        raise asyncio.CancelledError from None
+                event = await self._first(events, context)
+                while event is not None:
+                    await self._write(event, context, request_id)
+                    event = await anext(events, None)
 
         await self._answer("ChatStream", context, write_events)
+
+    async def _first(
+        self, events: AsyncGenerator[pb.ChatEvent, None], context: "Context"
+    ) -> pb.ChatEvent | None:
+        """Return a stream's first message. If it takes long, send the initial metadata
+        meanwhile."""
+
+        async def first() -> pb.ChatEvent | None:
+            return await anext(events, None)
+
+        waiting = asyncio.create_task(first())
+        try:
+            done, _ = await asyncio.wait({waiting}, timeout=self._stream_headers_s)
+            if not done:
+                await context.send_initial_metadata(())
+            return await waiting
+        finally:
+            if not waiting.done():
+                waiting.cancel()
+                await asyncio.wait({waiting})
+
+    async def _write(self, event: pb.ChatEvent, context: "Context", request_id: str) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await context.write(event)
+        except TimeoutError:
+            _log.info(
+                "request %s: the client has taken nothing for %g s and is cut off",
+                request_id,
+                self._send_timeout_s,
+            )
+            # A status would wait for unread output to go; a call whose servicer is cancelled is
+            # reset.
+            raise asyncio.CancelledError from None
 
     async def ListModels(
         self, request: bytes | pb.ListModelsRequest, context: "Context"

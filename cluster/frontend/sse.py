@@ -1,7 +1,9 @@
 """Answers over HTTP that end when the client leaves: whole ones and server-sent events."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
@@ -15,6 +17,22 @@ from workers.errors import Cancelled
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients skip."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTimes:
+    """When a stream sends something although there is no event.
+
+    Attributes:
+        headers_s: seconds that a stream waits for its first event before it sends its headers; a
+            refusal in this time has its own status.
+        keep_alive_s: seconds of silence after which a stream sends a comment.
+    """
+
+    headers_s: float
+    keep_alive_s: float
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -30,19 +48,51 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 async def begin(request: Request, start: Coroutine[Any, Any, Generation]) -> Generation:
     """Run `until_gone` for a generation. A generation that began after its client had disconnected
     is closed."""
-    worker = asyncio.create_task(start)
+    opening = asyncio.create_task(start)
     try:
-        return await until_gone(request, _result(worker))
+        return await until_gone(request, _result(opening))
     except BaseException:
-        worker.cancel()
-        await asyncio.wait({worker})
-        if not worker.cancelled() and worker.exception() is None:
-            await worker.result().aclose()
+        await _close(opening)
         raise
+
+
+async def stream(
+    request: Request,
+    start: Coroutine[Any, Any, Generation],
+    chunks: Callable[[Generation], AsyncGenerator[bytes, None]],
+    times: StreamTimes,
+    request_id: str,
+) -> "EventStream":
+    """Return the stream of a generation when its first event is there, or when it has been awaited
+    for `times.headers_s`.
+
+    Args:
+        start: returns the generation with its first event ready.
+        chunks: yields the generation's complete server-sent events.
+    Raises:
+        CantataError: the generation failed before that, or the client left.
+    """
+    opening = asyncio.create_task(start)
+    try:
+        await until_gone(request, asyncio.wait({opening}, timeout=times.headers_s))
+        if opening.done():
+            opening.result()
+    except BaseException:
+        await _close(opening)
+        raise
+    return EventStream(opening, chunks, times, request_id)
 
 
 async def _result(task: "asyncio.Task[T]") -> T:
     return await task
+
+
+async def _close(opening: "asyncio.Task[Generation]") -> None:
+    """End the task and the generation that it may have begun."""
+    opening.cancel()
+    await asyncio.wait({opening})
+    if not opening.cancelled() and opening.exception() is None:
+        await opening.result().aclose()
 
 
 async def _gone(receive: Receive) -> None:
@@ -50,17 +100,22 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _race(work: Coroutine[Any, Any, T], gone: Coroutine[Any, Any, None]) -> T:
-    worker, watcher = asyncio.create_task(work), asyncio.create_task(gone)
+async def _race(work: Coroutine[Any, Any, T], *watches: Coroutine[Any, Any, None]) -> T:
+    """Return the result of `work`; a watch ends first, by returning or raising, if the client
+    left."""
+    worker, watchers = asyncio.create_task(work), [asyncio.create_task(watch) for watch in watches]
     try:
-        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({worker, *watchers}, return_when=asyncio.FIRST_COMPLETED)
         if worker.done():
             return worker.result()
+        for watcher in watchers:
+            if watcher.done():
+                watcher.result()
         raise Cancelled("The client left.")
     finally:
-        for task in (worker, watcher):
+        for task in (worker, *watchers):
             task.cancel()
-        await asyncio.gather(worker, watcher, return_exceptions=True)
+        await asyncio.gather(worker, *watchers, return_exceptions=True)
 
 
 def event(body: object) -> bytes:
@@ -69,21 +124,29 @@ def event(body: object) -> bytes:
 
 
 class EventStream(Response):
-    """An answer that sends the chunks of a generation whose first event is there. An error after
-    the status becomes an error event; then the stream ends. The generation is closed in every case;
-    if the client leaves, at once.
+    """An answer that sends the chunks of a generation, which may not have begun yet, and comments
+    while there are none. An error after the status becomes an error event; then the stream ends.
+    The generation is closed in every case; if the client leaves, at once.
 
     Args:
-        chunks: complete server-sent events; made from `generation`.
+        opening: returns the generation with its first event ready.
+        chunks: yields the generation's complete server-sent events.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, chunks: AsyncGenerator[bytes, None], request_id: str) -> None:
+    def __init__(
+        self,
+        opening: "asyncio.Task[Generation]",
+        chunks: Callable[[Generation], AsyncGenerator[bytes, None]],
+        times: StreamTimes,
+        request_id: str,
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._generation = generation
+        self._opening = opening
         self._chunks = chunks
+        self._times = times
         self._request_id = request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,32 +156,60 @@ class EventStream(Response):
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
-            failure = await _race(self._send_all(send), _gone(receive))
+            output = _Output(send, self._times.keep_alive_s)
+            failure = await _race(self._send_all(output), output.keep_alive(), _gone(receive))
         finally:
-            # First the engines' calls, then the generator over them.
-            await self._generation.aclose()
-            await self._chunks.aclose()
+            await _close(self._opening)
         if failure is not None:
             raise failure
 
-    async def _send_all(self, send: Send) -> Exception | None:
+    async def _send_all(self, output: "_Output") -> Exception | None:
         failure = None
         try:
-            async for chunk in self._chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            async with aclosing(self._chunks(await self._opening)) as chunks:
+                async for chunk in chunks:
+                    await output.send(chunk)
         except Cancelled:
             raise
-        except OSError as error:
-            raise Cancelled("The client left.") from error
         except Exception as error:  # the request's edge: sent in the stream; logged if not ours
             failure = errors.as_cantata_error(error, self._request_id)
-            await send(
-                {
-                    "type": "http.response.body",
-                    "body": b"data: " + errors.body(failure) + b"\n\n",
-                    "more_body": True,
-                }
-            )
-        await send({"type": "http.response.body", "body": DONE, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await output.send(b"data: " + errors.body(failure) + b"\n\n")
+        await output.send(DONE)
+        await output.send(b"", more=False)
         return failure
+
+
+class _Output:
+    """The body of a stream: one message at a time, and a comment after each silence.
+
+    Args:
+        keep_alive_s: the longest silence, in seconds.
+    """
+
+    def __init__(self, send: Send, keep_alive_s: float) -> None:
+        self._send = send
+        self._keep_alive_s = keep_alive_s
+        self._now_s = asyncio.get_running_loop().time
+        self._last_s = self._now_s()
+        self._turn = asyncio.Lock()
+
+    async def send(self, data: bytes, *, more: bool = True) -> None:
+        """Send a part of the body. Raises Cancelled if the client has left."""
+        async with self._turn:
+            await self._put(data, more)
+
+    async def keep_alive(self) -> None:
+        """Send comments until cancelled. Raises Cancelled if the client has left."""
+        while True:
+            last_s = self._last_s
+            await asyncio.sleep(last_s + self._keep_alive_s - self._now_s())
+            async with self._turn:
+                if self._last_s == last_s:
+                    await self._put(KEEP_ALIVE, more=True)
+
+    async def _put(self, data: bytes, more: bool) -> None:
+        try:
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except OSError as error:
+            raise Cancelled("The client left.") from error
+        self._last_s = self._now_s()

@@ -306,6 +306,9 @@ class _Context:
         """Queue one message of a streaming method; wait while Serve is slower than the method."""
         await self.written.put(event)
 
+    async def send_initial_metadata(self, metadata: Sequence[tuple[str, str]]) -> None:
+        """Do nothing: Serve's proxy sends them with the first message."""
+
     def invocation_metadata(self) -> Sequence[tuple[str, str]]:
         """Return the metadata that the client sent."""
         return [(str(name), str(value)) for name, value in self._context.invocation_metadata()]

@@ -210,6 +210,27 @@ def test_a_client_that_disconnects_frees_the_engine(server: Served, http: httpx.
     assert until(lambda: metric(http, "cantata_engine_running_requests") == before, 5) < 2
 
 
+def test_a_stream_without_a_token_to_show_opens_all_the_same(server: Served, http: httpx.Client) -> None:
+    before = metric(http, "cantata_engine_running_requests")
+    hidden = http.post("/tokenize", json={"model": MODEL_NAME, "prompt": "<|end|>"}).json()["tokens"]
+    body = {
+        "model": MODEL_NAME,
+        "prompt": hidden,
+        "logit_bias": {str(hidden[0]): 100},
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+        "max_tokens": 16_000,
+    }
+    with httpx.stream(
+        "POST", f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False
+    ) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert metric(http, "cantata_engine_running_requests") == before + 1, "its answer is not over"
+    until(lambda: metric(http, "cantata_engine_running_requests") == before, 5)
+
+
 def test_a_grpc_client_that_cancels_frees_the_engine(
     server: Served, http: httpx.Client, channel: grpc.Channel
 ) -> None:

@@ -98,7 +98,8 @@ async def serving(
         today=lambda: datetime.date(2026, 1, 2),
     )
     service, status = connected.service, connected.status
-    config = config or GatewayConfig()
+    # A refusal has its status also where the machine is slow.
+    config = config or GatewayConfig(stream_headers_s=60.0)
     # It listens from here on, so a client that is early waits instead of being refused.
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

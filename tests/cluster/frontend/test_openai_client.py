@@ -3,7 +3,10 @@ completions, errors."""
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from typing import cast
 
+import httpx
 import openai
 import pytest
 
@@ -537,3 +540,73 @@ async def test_api_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
                 "/tokenize", json={"prompt": "x"}, headers={"authorization": "Basic first"}
             )
         ).status_code == 401
+
+
+class _Comments(httpx.AsyncHTTPTransport):
+    """A transport that tells when an answer has had three comments."""
+
+    def __init__(self) -> None:
+        super().__init__(verify=False)
+        self.came = asyncio.Event()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        response = await super().handle_async_request(request)
+        return httpx.Response(
+            response.status_code, headers=response.headers, stream=_Watched(response, self.came)
+        )
+
+
+class _Watched(httpx.AsyncByteStream):
+    def __init__(self, response: httpx.Response, came: asyncio.Event) -> None:
+        self._response = response
+        self._came = came
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        data = b""
+        async for chunk in cast(httpx.AsyncByteStream, self._response.stream):
+            data += chunk
+            if data.count(b": keep-alive\n\n") >= 3:
+                self._came.set()
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._response.aclose()
+
+
+@pytest.mark.parametrize("gate_after", [0, 8], ids=["before-the-first-token", "between-tokens"])
+async def test_a_stream_opens_before_its_first_token_and_its_comments_are_skipped(
+    engine: FakeEngine, encoding: HarmonyEncoding, gate_after: int
+) -> None:
+    transport = _Comments()
+    engine.answer = lambda request: Script(
+        turn(encoding, text=TEXT), gate=transport.came, gate_after=gate_after
+    )
+    config = GatewayConfig(stream_headers_s=0.01, stream_keep_alive_s=0.01)
+    async with asyncio.timeout(30), serving(encoding, [engine], config=config) as gateway:
+        client = openai.AsyncOpenAI(
+            base_url=f"{gateway.url}/v1",
+            api_key="none",
+            max_retries=0,
+            http_client=httpx.AsyncClient(transport=transport),
+        )
+        async with client:
+            stream = await client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+            chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == TEXT
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+async def test_an_error_after_the_headers_reaches_the_client_as_one(
+    engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
+    gate = asyncio.Event()
+    engine.answer = lambda request: Script(
+        turn(encoding, text=TEXT), gate=gate, break_after=0, failure=errors.Overloaded("Full.")
+    )
+    config = GatewayConfig(stream_headers_s=0.01)
+    async with asyncio.timeout(30), serving(encoding, [engine], config=config) as gateway:
+        stream = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+        gate.set()
+        with pytest.raises(openai.APIError, match="Full") as caught:
+            await anext(stream)
+    assert (caught.value.type, caught.value.code) == ("rate_limit_error", "overloaded")
