@@ -89,10 +89,15 @@ async def _result(task: "asyncio.Task[T]") -> T:
 
 async def _close(opening: "asyncio.Task[Generation]") -> None:
     """End the task and the generation that it may have begun."""
-    opening.cancel()
-    await asyncio.wait({opening})
-    if not opening.cancelled() and opening.exception() is None:
-        await opening.result().aclose()
+
+    async def close() -> None:
+        opening.cancel()
+        await asyncio.wait({opening})
+        if not opening.cancelled() and opening.exception() is None:
+            await opening.result().aclose()
+
+    # Shielded: Serve cancels the request of a client that has left, possibly in the middle of this.
+    await asyncio.shield(asyncio.create_task(close()))
 
 
 async def _gone(receive: Receive) -> None:

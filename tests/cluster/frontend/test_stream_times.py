@@ -79,6 +79,7 @@ async def gateway(encoding: HarmonyEncoding, engines: Engines) -> AsyncIterator[
     model = ModelInfo("m", 4096, VOCAB_SIZE)
     connected = connect(model, encoding, replicas, cast(EngineClient, engines))
     yield connected
+    await asyncio.sleep(1.0)  # what is shielded from a cancellation ends after the app
     await connected.service.close()
     in_flight = connected.service.metrics.registry.get_sample_value("cantata_gateway_in_flight_requests")
     assert in_flight == 0
@@ -91,12 +92,21 @@ class HttpCall:
         sent: what the client got, with the time of each message.
         leaves_at: when the client closes its connection.
         stalls_at: from when on it reads nothing.
+        cancelled_after: number of turns of the event loop between the message that the client has
+            left and the end of the app's task, which Serve cancels.
     """
 
-    def __init__(self, leaves_at: float | None = None, stalls_at: float | None = None) -> None:
+    def __init__(
+        self,
+        leaves_at: float | None = None,
+        stalls_at: float | None = None,
+        cancelled_after: int | None = None,
+    ) -> None:
         self.sent: list[tuple[float, Message]] = []
         self.leaves_at = leaves_at
         self.stalls_at = stalls_at
+        self.cancelled_after = cancelled_after
+        self._gone = asyncio.Event()
 
     async def run(self, gateway: Gateway, path: str, body: dict[str, Any]) -> "HttpCall":
         """Send the request and read the answer to its end."""
@@ -109,6 +119,7 @@ class HttpCall:
                 await asyncio.get_running_loop().create_future()
             else:
                 await asyncio.sleep(self.leaves_at - now_s())
+            self._gone.set()
             return {"type": "http.disconnect"}
 
         async def send(message: Message) -> None:
@@ -123,7 +134,15 @@ class HttpCall:
             "query_string": b"",
             "headers": [(b"content-type", b"application/json")],
         }
-        await build_app(gateway.service, gateway.status, GatewayConfig())(scope, receive, send)
+        app = build_app(gateway.service, gateway.status, GatewayConfig())
+        serving = asyncio.create_task(app(scope, receive, send))
+        if self.cancelled_after is not None:
+            await self._gone.wait()
+            for _ in range(self.cancelled_after):
+                await asyncio.sleep(0)
+            serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
         return self
 
     @property
@@ -268,6 +287,18 @@ def test_a_client_that_leaves_is_noticed_at_once(
     call = post(encoding, engines, path, HttpCall(leaves_at=leaves_at))
     assert engines.left == [leaves_at]
     assert max((time_s for time_s, _ in call.sent), default=0.0) <= leaves_at
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("leaves_at", [0.5, 5.0, 101.0], ids=["before-headers", "before-token", "in-a-gap"])
+def test_nor_is_its_request_left_behind_by_a_server_that_cancels_it_too(
+    encoding: HarmonyEncoding, leaves_at: float, stream: bool, path: str
+) -> None:
+    for num_turns in range(12):
+        engines = Engines(tokens(encoding, 100.0, 0.0, 50.0))
+        call = HttpCall(leaves_at=leaves_at, cancelled_after=num_turns)
+        post(encoding, engines, path, call, stream=stream)
+        assert engines.left == [leaves_at], num_turns
 
 
 @pytest.mark.parametrize("stalls_at", [2.0, 101.0], ids=["before-token", "in-a-gap"])
