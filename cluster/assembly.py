@@ -112,7 +112,13 @@ def build_gateway(
     created_unix_s = int(time.time())
     context = longest_context(model, config.engine.max_model_len)
     gateway = connect(
-        ModelInfo(config.model_name, context, model.vocab_size, created_unix_s=created_unix_s),
+        ModelInfo(
+            config.model_name,
+            context,
+            model.vocab_size,
+            created_unix_s=created_unix_s,
+            root=config.engine.model_path.resolve().name,
+        ),
         encoding,
         replicas,
         client,

@@ -78,7 +78,7 @@ class ChatChoiceBody(TypedDict):
     logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason
     stop_reason: str | int | None
-    token_ids: NotRequired[list[int]]
+    token_ids: list[int] | None
 
 
 class ChatCompletion(TypedDict):
@@ -89,7 +89,7 @@ class ChatCompletion(TypedDict):
     system_fingerprint: str | None
     choices: list[ChatChoiceBody]
     usage: UsageBody
-    prompt_token_ids: NotRequired[list[int]]
+    prompt_token_ids: list[int] | None
 
 
 class DeltaBody(TypedDict, total=False):
@@ -133,8 +133,8 @@ class TextChoiceBody(TypedDict):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
-    token_ids: NotRequired[list[int]]
-    prompt_token_ids: NotRequired[list[int]]
+    token_ids: NotRequired[list[int] | None]
+    prompt_token_ids: NotRequired[list[int] | None]
 
 
 class TextCompletion(TypedDict):
@@ -152,6 +152,8 @@ class ModelBody(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: None
     max_model_len: int
 
 
@@ -173,6 +175,10 @@ class DetokenizeAnswer(TypedDict):
 
 class StatusAnswer(TypedDict):
     status: str
+
+
+class LoadAnswer(TypedDict):
+    server_load: int
 
 
 class VersionAnswer(TypedDict):

@@ -71,6 +71,7 @@ def build_app(
     )
     _add_tokens(app, service, schemas, limits)
     _add_status(app, service, status, schemas)
+    _add_probes(app, service, status, schemas)
     add_docs(app)
 
     def openapi() -> dict[str, Any]:
@@ -165,7 +166,9 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limi
         )
         service.served.check(asked.model)
         ids = await (
-            service.prompts.tokenize(wanted) if isinstance(wanted, str) else service.prompts.chat(wanted)
+            service.prompts.tokenize(wanted)
+            if isinstance(wanted, str)
+            else service.prompts.chat(wanted, begins_answer=asked.add_generation_prompt is not False)
         )
         answer: answers.TokenizeAnswer = {
             "count": len(ids),
@@ -227,20 +230,6 @@ def _add_status(app: FastAPI, service: GenerationService, status: FleetStatus, s
         service.served.check(model_id)
         return _json(_model_body(service.served.info))
 
-    @app.get("/health", openapi_extra=schemas.describe(None, answers.StatusAnswer))
-    async def health() -> Response:
-        """This process is alive."""
-        alive: answers.StatusAnswer = {"status": "ok"}
-        return _json(alive)
-
-    @app.get("/ready", openapi_extra=schemas.describe(None, answers.StatusAnswer))
-    async def ready() -> Response:
-        """Some replica takes requests; 503 until then."""
-        if not await status.ready():
-            raise NoReplica("No replica answers yet.")
-        answer: answers.StatusAnswer = {"status": "ready"}
-        return _json(answer)
-
     @app.get(
         "/metrics",
         openapi_extra={
@@ -257,12 +246,44 @@ def _add_status(app: FastAPI, service: GenerationService, status: FleetStatus, s
         return _json(version)
 
 
+def _add_probes(app: FastAPI, service: GenerationService, status: FleetStatus, schemas: Schemas) -> None:
+    @app.get("/health", openapi_extra=schemas.describe(None, answers.StatusAnswer))
+    async def health() -> Response:
+        """This process is alive."""
+        alive: answers.StatusAnswer = {"status": "ok"}
+        return _json(alive)
+
+    @app.get("/ready", openapi_extra=schemas.describe(None, answers.StatusAnswer))
+    async def ready() -> Response:
+        """Some replica takes requests; 503 until then."""
+        if not await status.ready():
+            raise NoReplica("No replica answers yet.")
+        answer: answers.StatusAnswer = {"status": "ready"}
+        return _json(answer)
+
+    @app.get("/load", openapi_extra=schemas.describe(None, answers.LoadAnswer))
+    async def load() -> Response:
+        """The number of choices that this gateway is generating, as vLLM reports its load."""
+        current: answers.LoadAnswer = {"server_load": service.num_in_flight}
+        return _json(current)
+
+    @app.get("/ping")
+    @app.post("/ping")
+    async def ping() -> Response:
+        """Some replica takes requests; 503 until then. The body is empty, as SageMaker expects."""
+        if not await status.ready():
+            raise NoReplica("No replica answers yet.")
+        return Response()
+
+
 def _model_body(model: ModelInfo) -> answers.ModelBody:
     return {
         "id": model.id,
         "object": "model",
         "created": model.created_unix_s,
         "owned_by": "cantata",
+        "root": model.root,
+        "parent": None,
         "max_model_len": model.max_model_len,
     }
 

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from cluster.config import GatewayConfig
 from cluster.frontend.errors import BodyTooLarge, RequestTimeout, UnsupportedMediaType
 from cluster.frontend.unknown_fields import ignored_fields
-from cluster.generation.limits import check_num_messages
+from cluster.generation.limits import MAX_CUT_CONTEXTS, check_num_messages
 from workers.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -125,10 +125,12 @@ def _object(data: bytes, kind: type[BaseModel], max_items: int, max_messages: in
     value = decode(data)
     if not isinstance(value, dict):
         raise InvalidRequest(f"The body must be a JSON object, got {_kind(value)}.")
+    if value.get("truncate_prompt_tokens") is not None:
+        max_items *= MAX_CUT_CONTEXTS
     for name, field in value.items():
         if isinstance(field, list | dict) and len(field) > max_items and name in kind.model_fields:
             reason = (
-                f"{name} has {len(field)} entries, more than the {max_items} tokens of this model's context."
+                f"{name} has {len(field)} entries, more than the {max_items} tokens that this model takes."
             )
             raise ContextLengthExceeded(reason, name)
     if "messages" in kind.model_fields and isinstance(value.get("messages"), list):

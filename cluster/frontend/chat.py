@@ -9,8 +9,8 @@ from cluster.frontend.answers import (
     ChatChoiceBody,
     ChatCompletion,
     ChatCompletionChunk,
+    ChoiceLogprobs,
     ChunkChoice,
-    ContentLogprob,
     DeltaBody,
     FunctionBody,
     ToolCallDeltaBody,
@@ -29,7 +29,7 @@ from cluster.frontend.fold import (
     whole_answer,
 )
 from cluster.frontend.reasoning import chat_effort, earlier_reasoning, shows_reasoning
-from cluster.frontend.sampling import check_stream_options, sampling_params, stop_strings
+from cluster.frontend.sampling import check_stream_options, options, sampling_params, stop_strings
 from cluster.frontend.schema import (
     ChatCompletionRequest,
     ChatTemplateKwargs,
@@ -81,6 +81,7 @@ def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
         names=FieldNames(
             "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"
         ),
+        options=options(body),
     )
 
 
@@ -158,7 +159,7 @@ def _refuse_what_is_not_offered(body: ChatCompletionRequest) -> None:
 async def answer(generation: Generation, body: ChatCompletionRequest, fingerprint: str) -> ChatCompletion:
     """Return the whole answer, when the generation is over."""
     whole = await whole_answer(generation, body.n or 1)
-    result: ChatCompletion = {
+    return {
         "id": generation.id,
         "object": "chat.completion",
         "created": generation.created_unix_s,
@@ -166,10 +167,8 @@ async def answer(generation: Generation, body: ChatCompletionRequest, fingerprin
         "system_fingerprint": fingerprint or None,
         "choices": [_choice_body(index, choice, body) for index, choice in enumerate(whole.choices)],
         "usage": usage_body(whole.usage),
+        "prompt_token_ids": list(generation.prompts[0]) if body.return_token_ids else None,
     }
-    if body.return_token_ids:
-        result["prompt_token_ids"] = list(generation.prompts[0])
-    return result
 
 
 def _choice_body(index: int, choice: AnswerChoice, asked: ChatCompletionRequest) -> ChatChoiceBody:
@@ -185,18 +184,14 @@ def _choice_body(index: int, choice: AnswerChoice, asked: ChatCompletionRequest)
             }
             for call in choice.calls
         ]
-    body: ChatChoiceBody = {
+    return {
         "index": index,
         "message": message,
-        "logprobs": {"content": [_content_logprob(entry) for entry in choice.logprobs], "refusal": None}
-        if asked.logprobs
-        else None,
+        "logprobs": _logprobs_body(choice.logprobs, asked) if asked.logprobs else None,
         "finish_reason": choice.finish.reason,
         "stop_reason": choice.finish.stop_reason,
+        "token_ids": choice.token_ids if asked.return_token_ids else None,
     }
-    if asked.return_token_ids:
-        body["token_ids"] = choice.token_ids
-    return body
 
 
 async def chunks(
@@ -230,10 +225,7 @@ async def chunks(
         else:
             choice = _shown_choice(shown)
         if shown.logprobs:
-            choice["logprobs"] = {
-                "content": [_content_logprob(entry) for entry in shown.logprobs],
-                "refusal": None,
-            }
+            choice["logprobs"] = _logprobs_body(shown.logprobs, body)
         if body.return_token_ids:
             choice["token_ids"] = list(shown.token_ids)
         yield sse.event(frame.chunk([choice]))
@@ -295,19 +287,31 @@ def _call_delta(delta: ToolCallDelta) -> ToolCallDeltaBody:
     }
 
 
-def _content_logprob(entry: TokenLogprob) -> ContentLogprob:
+def _logprobs_body(entries: Sequence[TokenLogprob], asked: ChatCompletionRequest) -> ChoiceLogprobs:
+    as_ids = bool(asked.return_tokens_as_token_ids)
     return {
-        **_top_logprob(entry.chosen),
-        "top_logprobs": [_top_logprob(candidate) for candidate in entry.top],
+        "content": [
+            {
+                **_top_logprob(entry.chosen, as_ids),
+                "top_logprobs": [_top_logprob(candidate, as_ids) for candidate in entry.top],
+            }
+            for entry in entries
+        ],
+        "refusal": None,
     }
 
 
-def _top_logprob(candidate: TokenCandidate) -> TopLogprob:
+def _top_logprob(candidate: TokenCandidate, as_ids: bool) -> TopLogprob:
     return {
-        "token": candidate.text,
+        "token": token_name(candidate, as_ids),
         "logprob": candidate.logprob,
         "bytes": list(candidate.token_bytes) or None,
     }
+
+
+def token_name(candidate: TokenCandidate, as_ids: bool) -> str:
+    """Return a token's text, or its id in the form of vLLM's `return_tokens_as_token_ids`."""
+    return f"token_id:{candidate.token_id}" if as_ids else candidate.text
 
 
 def usage_body(usage: Usage) -> UsageBody:

@@ -5,9 +5,9 @@ from collections.abc import AsyncGenerator, Sequence
 from cluster.events import TokenLogprob, Usage
 from cluster.frontend import schema, sse
 from cluster.frontend.answers import CompletionLogprobs, FinishReason, TextChoiceBody, TextCompletion
-from cluster.frontend.chat import usage_body
+from cluster.frontend.chat import token_name, usage_body
 from cluster.frontend.fold import Finish, Fold, TextDelta, whole_answer
-from cluster.frontend.sampling import check_stream_options, sampling_params, stop_strings
+from cluster.frontend.sampling import check_stream_options, options, sampling_params, stop_strings
 from cluster.generation import CompletionRequest, Generation
 from workers.errors import InvalidRequest
 
@@ -34,6 +34,7 @@ def completion_request(body: schema.CompletionRequest) -> CompletionRequest:
         echo=bool(body.echo),
         skip_special_tokens=body.skip_special_tokens is not False,
         model=body.model,
+        options=options(body),
     )
 
 
@@ -64,6 +65,8 @@ async def answer(generation: Generation, body: schema.CompletionRequest, fingerp
         )
         for index, choice in enumerate(whole.choices)
     ]
+    for choice_body in () if body.return_token_ids else choices:  # null, as in vLLM; absent from streams
+        choice_body["token_ids"] = choice_body["prompt_token_ids"] = None
     return {**_frame(generation, fingerprint, choices), "usage": usage_body(whole.usage)}
 
 
@@ -81,7 +84,9 @@ def _choice_body(
     body: TextChoiceBody = {
         "index": index,
         "text": text,
-        "logprobs": _logprobs_body(logprobs) if asked.logprobs is not None else None,
+        "logprobs": _logprobs_body(logprobs, bool(asked.return_tokens_as_token_ids))
+        if asked.logprobs is not None
+        else None,
         "finish_reason": reason,
         "stop_reason": None if finish is None else finish.stop_reason,
     }
@@ -138,14 +143,14 @@ def _frame(generation: Generation, fingerprint: str, choices: list[TextChoiceBod
     }
 
 
-def _logprobs_body(entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
+def _logprobs_body(entries: Sequence[TokenLogprob], as_ids: bool) -> CompletionLogprobs:
     return {
-        "tokens": [entry.chosen.text for entry in entries],
+        "tokens": [token_name(entry.chosen, as_ids) for entry in entries],
         "token_logprobs": [entry.chosen.logprob for entry in entries],
         # OpenAI's legacy format has the chosen token among its alternatives even if it is not one
         # of the most likely.
         "top_logprobs": [
-            {candidate.text: candidate.logprob for candidate in (*entry.top, entry.chosen)}
+            {token_name(candidate, as_ids): candidate.logprob for candidate in (*entry.top, entry.chosen)}
             for entry in entries
         ],
         "text_offset": [entry.text_offset for entry in entries],

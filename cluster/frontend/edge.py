@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 ABORT = "cantata.abort"
 """Extension of the ASGI scope that our own server provides: `abort` ends the connection and drops
 unsent output."""
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"}) | DOCS_PATHS
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/load", "/metrics", "/version"}) | DOCS_PATHS
 """Paths served without an API key; their answers contain no data of requests."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 """Pattern of a request id from a header, possibly the client's own, that may enter logs and ids."""

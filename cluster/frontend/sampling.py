@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from cluster.frontend.schema import SamplingFields
+from cluster.generation import Options, Truncation
 from workers.errors import InvalidRequest
 from workers.request import SamplingParams
 
@@ -37,6 +38,15 @@ def sampling_params(body: SamplingFields, max_tokens: int | None, logprobs: int 
         min_tokens=_or(body.min_tokens, default.min_tokens),
         ignore_eos=_or(body.ignore_eos, default.ignore_eos),
         n=_or(body.n, default.n),
+    )
+
+
+def options(body: SamplingFields) -> Options:
+    """Return the service's options of a request."""
+    cut = body.truncate_prompt_tokens
+    return Options(
+        truncation=None if cut is None else Truncation(cut, keeps_end=body.truncation_side != "right"),
+        cache_salt=body.cache_salt,
     )
 
 

@@ -289,6 +289,19 @@ class SamplingFields(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None, description="Log-probabilities name tokens as `token_id:5`."
+    )
+    truncate_prompt_tokens: Whole | None = Field(
+        default=None,
+        description="Keep this many tokens of a longer prompt; -1: what the context leaves for it.",
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        default=None, description="The side that is cut off; left by default."
+    )
+    cache_salt: str | None = Field(
+        default=None, description="Share cached prefixes only with requests that have the same salt."
+    )
     user: str | None = Field(default=None, description="Ignored.")
 
 
@@ -390,7 +403,9 @@ class TokenizeRequest(_Body):
     add_special_tokens: bool | None = Field(
         default=None, description="No effect: the gpt-oss tokenizer adds none."
     )
-    add_generation_prompt: Literal[True] | None = None
+    add_generation_prompt: bool | None = Field(
+        default=None, description="False leaves out the words that begin the answer; true by default."
+    )
     return_token_strs: bool | None = None
 
 

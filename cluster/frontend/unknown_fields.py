@@ -35,7 +35,7 @@ requested: refused, except for null and for these values, which are those server
 
 KNOWN_ELSEWHERE = frozenset(
     (  # noqa: SIM905 - a line each would be 50 lines
-        "bootstrap_host bootstrap_port bootstrap_room cache_salt chat_template custom_labels "
+        "bootstrap_host bootstrap_port bootstrap_room chat_template custom_labels "
         "custom_logit_processor custom_params data_parallel_rank disagg_prefill_dp_rank documents "
         "ec_transfer_params extra_key guided_decoding_backend guided_whitespace_pattern images_config "
         "kv_transfer_params length_penalty logits_processors logprob_token_ids lora_path max_dynamic_patch "
@@ -44,7 +44,7 @@ KNOWN_ELSEWHERE = frozenset(
         "return_prompt_text return_prompt_token_ids return_routed_experts return_token_offsets rid "
         "routed_dp_rank routed_experts_prompt_start routed_experts_start_len separate_reasoning session_id "
         "session_params spaces_between_special_tokens stream_interval stream_reasoning task "
-        "thinking_token_budget truncation_side use_audio_in_video vllm_xargs watermarking"
+        "thinking_token_budget use_audio_in_video vllm_xargs watermarking"
     ).split()
 )
 """Fields of vLLM and SGLang that have no effect here, and OpenRouter's `models`, which looks like a

@@ -1,7 +1,7 @@
 """The transport-neutral service under both APIs: requests in, events out."""
 
 from cluster.generation.prompts import Prompts
-from cluster.generation.requests import ChatRequest, CompletionRequest, FieldNames
+from cluster.generation.requests import ChatRequest, CompletionRequest, FieldNames, Options, Truncation
 from cluster.generation.running import Generation
 from cluster.generation.service import GenerationService
 from cluster.generation.settings import Capacity, ChatDefaults, ModelInfo, ServedModel
@@ -15,6 +15,8 @@ __all__ = [
     "Generation",
     "GenerationService",
     "ModelInfo",
+    "Options",
     "Prompts",
     "ServedModel",
+    "Truncation",
 ]

@@ -28,12 +28,13 @@ class Admission:
 
     Attributes:
         max_in_flight: maximum number of choices at once; may be changed while requests run.
+        num_in_flight: number of choices now.
     """
 
     def __init__(self, max_in_flight: int, gauge: Gauge) -> None:
         self.max_in_flight = max_in_flight
         self._gauge = gauge
-        self._num_in_flight = 0
+        self.num_in_flight = 0
 
     @contextmanager
     def admit(self, num_choices: int) -> Iterator[Ticket]:
@@ -51,7 +52,7 @@ class Admission:
                 f"(gateway.max_in_flight_requests).",
                 "n",
             )
-        if self._num_in_flight + num_choices > limit:
+        if self.num_in_flight + num_choices > limit:
             raise Overloaded("The server is at capacity (gateway.max_in_flight_requests); retry after 1 s.")
         self._count(num_choices)
         ticket = Ticket(self, num_choices)
@@ -62,5 +63,5 @@ class Admission:
             raise
 
     def _count(self, change: int) -> None:
-        self._num_in_flight += change
-        self._gauge.set(self._num_in_flight)
+        self.num_in_flight += change
+        self._gauge.set(self.num_in_flight)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from cluster.generation.requests import FieldNames
+from cluster.generation.requests import FieldNames, Options, Truncation
 from cluster.generation.settings import ModelInfo
 from cluster.harmony.header import MAX_NAME_BYTES
 from cluster.harmony.tools import ToolDefinition, schema_problem
@@ -20,6 +20,7 @@ from workers.rpc.validate import (
     MAX_COUNT,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
+    MAX_SALT_CHARS,
     check_ids,
     check_integer,
     check_number,
@@ -31,6 +32,8 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_TOOLS = 1024
 MAX_TEMPERATURE = 2.0
+MAX_CUT_CONTEXTS = 8
+"""Maximum length of a prompt that is truncated, in contexts of the model."""
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
 
 _SEED_BITS = 64
@@ -143,6 +146,41 @@ def check_sampling(
     check_integer("min_tokens", sampling.min_tokens, 0, MAX_COUNT)
 
 
+def check_options(options: Options) -> None:
+    """Refuse options outside their ranges.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
+    cut = options.truncation
+    if cut is not None and cut.num_tokens != -1:
+        check_integer("truncate_prompt_tokens", cut.num_tokens, 1, MAX_COUNT)
+    if options.cache_salt is not None and not 1 <= len(options.cache_salt) <= MAX_SALT_CHARS:
+        raise InvalidRequest(
+            f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, got {len(options.cache_salt)}.",
+            "cache_salt",
+        )
+
+
+def longest_prompt(cut: Truncation | None, model: ModelInfo) -> int:
+    """Return the number of tokens beyond which a prompt is refused before all of it is encoded."""
+    return model.max_model_len * (1 if cut is None else MAX_CUT_CONTEXTS)
+
+
+def truncated(
+    ids: Sequence[int], cut: Truncation | None, max_tokens: int | None, model: ModelInfo
+) -> Sequence[int]:
+    """Return the part of a prompt that is kept."""
+    if cut is None:
+        return ids
+    num_kept = cut.num_tokens
+    if num_kept == -1:
+        num_kept = max(1, model.max_model_len - max(1, max_tokens or 1))
+    if len(ids) <= num_kept:
+        return ids
+    return ids[-num_kept:] if cut.keeps_end else ids[:num_kept]
+
+
 def check_stop(stop: Sequence[str]) -> None:
     """Refuse stop strings that are too many, too long or empty.
 
@@ -171,16 +209,19 @@ def check_token_ids(ids: Sequence[int], model: ModelInfo, param: str) -> None:
         )
 
 
-def check_prompt_chars(num_chars: int, max_token_bytes: int, model: ModelInfo, param: str) -> None:
+def check_prompt_chars(
+    num_chars: int, max_token_bytes: int, model: ModelInfo, param: str, longest: int | None = None
+) -> None:
     """Refuse a text that cannot fit into the context whatever its tokens are, before it is encoded.
 
     Args:
         max_token_bytes: bytes of the longest token.
+        longest: maximum number of tokens; None: the context.
     Raises:
         ContextLengthExceeded: with `param`.
     """
     least = num_chars // max_token_bytes
-    if least >= model.max_model_len:
+    if least >= (longest or model.max_model_len):
         raise ContextLengthExceeded(
             f"This model's maximum context length is {model.max_model_len} tokens. However, your "
             f"{param} resulted in at least "

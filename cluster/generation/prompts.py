@@ -9,9 +9,11 @@ from cluster.generation.limits import (
     check_prompt_tokens,
     check_token_ids,
     check_tools,
+    longest_prompt,
+    truncated,
 )
 from cluster.generation.logprobs import token_text
-from cluster.generation.requests import ChatRequest
+from cluster.generation.requests import ChatRequest, CompletionRequest
 from cluster.generation.settings import ChatDefaults, ServedModel
 from cluster.generation.threads import TextThreads
 from cluster.harmony.encoding import HarmonyEncoding
@@ -51,34 +53,38 @@ class Prompts:
         self._today = today
         self._threads = TextThreads()
 
-    async def chat(self, request: ChatRequest) -> list[int]:
+    async def chat(self, request: ChatRequest, *, begins_answer: bool = True) -> list[int]:
         """Return the prompt of a chat, up to and including the words after which the model
         continues.
 
+        Args:
+            begins_answer: False leaves these words out.
         Raises:
             InvalidRequest: the messages or tools are wrong.
             ContextLengthExceeded: the prompt fills the context.
         """
         work = request.num_bytes + _BYTES_PER_ENTRY * (len(request.messages) + len(request.tools))
-        prompt = await self._threads.run(work, lambda: self._render(request))
-        check_prompt_tokens(len(prompt), self._served.info, "messages")
+        ids = await self._threads.run(work, lambda: self._render(request, begins_answer))
+        model = self._served.info
+        prompt = list(truncated(ids, request.options.truncation, request.sampling.max_tokens, model))
+        check_prompt_tokens(len(prompt), model, "messages")
         return prompt
 
-    async def completion(self, prompt: str | tuple[int, ...], param: str) -> tuple[int, ...]:
-        """Return the token ids of a prompt that is continued as it is.
+    async def completion(self, request: CompletionRequest, index: int) -> tuple[int, ...]:
+        """Return the token ids of one of a request's prompts, which is continued as it is.
 
-        Args:
-            param: name of the prompt's field in the client's API.
         Raises:
             InvalidRequest: the prompt is empty, or has an id that the model does not have.
             ContextLengthExceeded: the prompt fills the context.
         """
-        model = self._served.info
+        prompt, param = request.prompts[index], request.place(index)
+        model, cut = self._served.info, request.options.truncation
         if isinstance(prompt, str):
-            ids = tuple(await self.tokenize(prompt, param, limit=model.max_model_len))
+            ids = tuple(await self.tokenize(prompt, param, limit=longest_prompt(cut, model)))
         else:
             ids = prompt
             check_token_ids(ids, model, param)
+        ids = tuple(truncated(ids, cut, request.sampling.max_tokens, model))
         if not ids:
             raise InvalidRequest(f"{param} must have at least one token.", param)
         check_prompt_tokens(len(ids), model, param)
@@ -89,11 +95,11 @@ class Prompts:
 
         Args:
             param: name of the text's field in the client's API.
-            limit: see HarmonyEncoding.encode.
+            limit: see HarmonyEncoding.encode; None: no limit but the context's for its characters.
         Raises:
-            ContextLengthExceeded: the text cannot fit into the context, whatever its tokens are.
+            ContextLengthExceeded: the text cannot fit into `limit`, whatever its tokens are.
         """
-        check_prompt_chars(len(text), self.encoding.max_token_bytes, self._served.info, param)
+        check_prompt_chars(len(text), self.encoding.max_token_bytes, self._served.info, param, limit)
         return await self._threads.run(len(text), lambda: self.encoding.encode_with_special(text, limit))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -115,7 +121,7 @@ class Prompts:
         """Start no more work."""
         self._threads.close()
 
-    def _render(self, request: ChatRequest) -> list[int]:
+    def _render(self, request: ChatRequest, begins_answer: bool) -> list[int]:
         check_tools(request.tools)
         check_date(request.current_date)
         return render(
@@ -127,7 +133,8 @@ class Prompts:
                 model_identity=request.model_identity or DEFAULT_MODEL_IDENTITY,
             ),
             self.encoding,
-            self._served.info.max_model_len,
+            longest_prompt(request.options.truncation, self._served.info),
+            begins_answer=begins_answer,
         )
 
     def _date(self) -> str | None:

@@ -18,6 +18,32 @@ class FieldNames:
 
 
 @dataclass(frozen=True, slots=True)
+class Truncation:
+    """A cut of prompts that are too long.
+
+    Attributes:
+        num_tokens: number of tokens that are kept; -1: what the context leaves beside `max_tokens`.
+        keeps_end: keep the last tokens; else the first.
+    """
+
+    num_tokens: int
+    keeps_end: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of a request besides its prompt and the sampling.
+
+    Attributes:
+        truncation: None: a prompt that is too long is refused.
+        cache_salt: KV blocks are shared only among requests with the same salt.
+    """
+
+    truncation: Truncation | None = None
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
     """A chat.
 
@@ -43,6 +69,7 @@ class ChatRequest:
     current_date: str | None = None
     model: str | None = None
     names: FieldNames = field(default_factory=FieldNames)
+    options: Options = field(default_factory=Options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +93,7 @@ class CompletionRequest:
     skip_special_tokens: bool = True
     model: str | None = None
     names: FieldNames = field(default_factory=FieldNames)
+    options: Options = field(default_factory=Options)
 
     def place(self, index: int) -> str:
         """Return the client API's name for one of the prompts."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from cluster.fleet.dispatch import Dispatcher
 from cluster.generation.admission import Admission, Ticket
-from cluster.generation.limits import check_sampling, check_stop
+from cluster.generation.limits import check_options, check_sampling, check_stop
 from cluster.generation.prompts import Prompts
 from cluster.generation.requests import ChatRequest, CompletionRequest
 from cluster.generation.running import Generation
@@ -53,6 +53,7 @@ class GenerationService:
         self.served.check(request.model)
         check_sampling(request.sampling, self.served.info, request.names)
         check_stop(request.stop)
+        check_options(request.options)
         with self._admission.admit(request.sampling.n) as ticket:
             prompt = tuple(await self.prompts.chat(request))
             id = f"chatcmpl-{request_id or uuid.uuid4().hex}"
@@ -68,13 +69,9 @@ class GenerationService:
         num_prompts = len(request.prompts)
         check_sampling(request.sampling, self.served.info, request.names, num_prompts=num_prompts)
         check_stop(request.stop)
+        check_options(request.options)
         with self._admission.admit(request.sampling.n * num_prompts) as ticket:
-            prompts = tuple(
-                [
-                    await self.prompts.completion(prompt, request.place(index))
-                    for index, prompt in enumerate(request.prompts)
-                ]
-            )
+            prompts = tuple([await self.prompts.completion(request, index) for index in range(num_prompts)])
             id = f"cmpl-{request_id or uuid.uuid4().hex}"
             jobs: list[Job] = []
             for index, prompt in enumerate(prompts):
@@ -88,6 +85,11 @@ class GenerationService:
         self.prompts.defaults = defaults
         self._capacity = capacity
         self._admission.max_in_flight = capacity.max_in_flight_requests
+
+    @property
+    def num_in_flight(self) -> int:
+        """Number of choices that are running or waiting."""
+        return self._admission.num_in_flight
 
     async def close(self) -> None:
         """Close the connections to engines; running generations end with an error."""

@@ -16,6 +16,7 @@ class ModelInfo:
         max_model_len: maximum number of prompt and output tokens together.
         fingerprint: the checkpoint's; `system_fingerprint` in answers.
         created_unix_s: `created` in the list of models.
+        root: name of the checkpoint's folder.
     """
 
     id: str
@@ -23,12 +24,18 @@ class ModelInfo:
     vocab_size: int
     fingerprint: str = ""
     created_unix_s: int = 0
+    root: str = ""
 
     @classmethod
     def from_engine(cls, info: EngineInfo, id: str | None = None, created_unix_s: int = 0) -> "ModelInfo":
         """Return the model that an engine reports, under the name `id` or the checkpoint's own."""
         return cls(
-            id or info.model_name, info.max_model_len, info.vocab_size, info.model_fingerprint, created_unix_s
+            id or info.model_name,
+            info.max_model_len,
+            info.vocab_size,
+            info.model_fingerprint,
+            created_unix_s,
+            info.model_name,
         )
 
 

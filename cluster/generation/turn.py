@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from cluster.fleet.table import RoutingHint
 from cluster.generation.choices import ChatChoice, Choice, CompletionChoice
 from cluster.generation.limits import num_output_tokens
-from cluster.generation.requests import ChatRequest, CompletionRequest
+from cluster.generation.requests import ChatRequest, CompletionRequest, Options
 from cluster.generation.settings import ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from workers.request import EngineRequest, SamplingParams
@@ -68,7 +68,7 @@ def chat_jobs(
     tools = [tool.name for tool in request.tools]
     return [
         Job(
-            _engine_request(f"{id}-{index}", prompt, sampling, index),
+            _engine_request(f"{id}-{index}", prompt, sampling, index, request.options),
             ChatChoice(
                 index,
                 encoding,
@@ -108,7 +108,7 @@ def completion_jobs(
     first = prompt_index * sampling.n
     return [
         Job(
-            _engine_request(f"{id}-{first + offset}", prompt, sampling, offset),
+            _engine_request(f"{id}-{first + offset}", prompt, sampling, offset, request.options),
             CompletionChoice(
                 first + offset,
                 encoding,
@@ -130,7 +130,7 @@ def _echo(
     prompt = request.prompts[prompt_index]
     return (
         prompt
-        if isinstance(prompt, str)
+        if isinstance(prompt, str) and request.options.truncation is None
         else encoding.decode(ids, skip_special_tokens=request.skip_special_tokens)
     )
 
@@ -150,8 +150,11 @@ def _complete(sampling: SamplingParams, max_tokens: int, encoding: HarmonyEncodi
     )
 
 
-def _engine_request(id: str, prompt: tuple[int, ...], sampling: SamplingParams, offset: int) -> EngineRequest:
+def _engine_request(
+    id: str, prompt: tuple[int, ...], sampling: SamplingParams, offset: int, options: Options
+) -> EngineRequest:
     """Return the engine's request for one of the n sequences of a prompt; its seed is the request's
     plus its index among them."""
     assert sampling.seed is not None
-    return EngineRequest(id, prompt, replace(sampling, n=1, seed=(sampling.seed + offset) % 2**64))
+    sampling = replace(sampling, n=1, seed=(sampling.seed + offset) % 2**64)
+    return EngineRequest(id, prompt, sampling, cache_salt=options.cache_salt)

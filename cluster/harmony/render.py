@@ -38,7 +38,13 @@ class Conversation:
     model_identity: str = DEFAULT_MODEL_IDENTITY
 
 
-def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: int | None = None) -> list[int]:
+def render(
+    conversation: Conversation,
+    encoding: HarmonyEncoding,
+    max_tokens: int | None = None,
+    *,
+    begins_answer: bool = True,
+) -> list[int]:
     """Return the token ids of the prompt, up to and including `<|start|>assistant`.
 
     Time is linear in the conversation's length, or in `max_tokens` where that is less. A message
@@ -47,6 +53,7 @@ def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: in
     Args:
         max_tokens: refuse a longer prompt as early as possible: by its characters before anything
             is encoded, or without encoding the rest; None: any length.
+        begins_answer: end with `<|start|>assistant`; else with the last message.
     Raises:
         ContextLengthExceeded: longer than max_tokens.
         InvalidRequest: no messages. Tools were checked by `cluster.generation.limits`.
@@ -65,7 +72,9 @@ def render(conversation: Conversation, encoding: HarmonyEncoding, max_tokens: in
         writer.text("developer", developer)
     for message in messages:
         writer.message(message)
-    return writer.finish()
+    if begins_answer:
+        writer.begin_answer()
+    return writer.ids
 
 
 def history(messages: Sequence[Message]) -> Iterator[Message]:
@@ -121,10 +130,9 @@ class _Writer:
         self.ids.append(self._encoding.end)
         self._check_length()
 
-    def finish(self) -> list[int]:
+    def begin_answer(self) -> None:
         self.ids += self.assistant
         self._check_length()
-        return self.ids
 
     def _header(self, message: Message) -> None:
         encoding, ids = self._encoding, self.ids

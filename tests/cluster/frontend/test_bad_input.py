@@ -494,7 +494,7 @@ async def test_errors_and_logs_never_quote_the_prompt(
         assert response.status_code == 400
         assert secret not in response.text
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError(secret)
 
     monkeypatch.setattr("cluster.generation.prompts.render", broken)
