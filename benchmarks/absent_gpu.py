@@ -44,7 +44,7 @@ _KERNELS = (
         "pointwise.norm",
         "pointwise.yarn",
     ),
-    *("embedding.lookup", "slots", "sampling", "moe.grouped", "moe.routing", "mxfp4.layouts"),
+    *("embedding.lookup", "slots.read", "sampling.device", "moe.grouped", "moe.routing", "mxfp4.layouts"),
 )
 """Modules that are imported before the names in them are replaced."""
 
@@ -164,7 +164,6 @@ def meta_as(target: str) -> Iterator[None]:
         "triton_runs_on": lambda device: True,
         "architecture": lambda device: target,
         "_num_processors": lambda device: PROCESSORS,
-        "runs_triton": lambda tensor: True,
         "checks_indices": lambda: False,
     }
     with ExitStack() as stack:

@@ -1,26 +1,20 @@
-"""Selection of an operation's implementation for a tensor: Triton, C++, or the reference in
-torch."""
+"""What an operation's implementation is selected by: whether Triton is there, and for what it
+compiles."""
 
 import importlib.util
 import os
 from functools import cache
 
 import torch
-from torch import Tensor
 
 # Fixes whether a product and a sum are fused where a kernel does not say. Triton 3.10 reverses the
 # default; results must not change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-def runs_triton(tensor: Tensor) -> bool:
-    """Return whether the Triton kernels take this tensor: it is on a GPU and Triton is installed,
-    or on the CPU while Triton's interpreter is on (TRITON_INTERPRET=1)."""
-    return triton_runs_on(tensor.device)
-
-
 def triton_runs_on(device: torch.device) -> bool:
-    """Return whether `runs_triton` holds for the tensors of a device."""
+    """Return whether the Triton kernels take tensors of a device: a GPU, with Triton installed, or
+    the CPU while Triton's interpreter is on (TRITON_INTERPRET=1)."""
     return (device.type == "cuda" and has_triton()) or (device.type == "cpu" and _interpreting())
 
 

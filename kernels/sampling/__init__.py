@@ -24,7 +24,6 @@ __all__ = [
     "philox4x32",
     "philox_words",
     "sample",
-    "score",
     "select",
     "uniform",
     "warm_up",
@@ -43,9 +42,22 @@ class SamplingOperations:
     sample: Callable[[Tensor, SamplingBatch], SampleOutput]
     logprobs: Callable[[Tensor, Tensor, Tensor, int], SampleOutput]
 
+    def score(self, logits: Tensor, token_ids: Tensor, num_top: int) -> SampleOutput:
+        """Return the log probabilities of given tokens, one for each row, and of the most likely
+        ones.
+
+        Args:
+            logits: [S, V] float.
+            token_ids: [S] int64.
+            num_top: number of alternatives reported for each row, at most V.
+        """
+        reference.check_logits(logits)
+        rows = torch.arange(len(logits), device=logits.device)
+        return self.logprobs(logits.float(), token_ids, rows, num_top)
+
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
-    """Compute `kernels.sampling.reference.sample` with the kernels for this device.
+    """Compute `kernels.sampling.reference.sample` with the implementation that `select` returns.
 
     On a GPU rows and token ids are not checked, since that would wait for the device; entries
     outside the logits are skipped.
@@ -68,19 +80,6 @@ def _on_triton() -> SamplingOperations:
     from kernels.sampling import device, logprobs
 
     return SamplingOperations(device.sample, logprobs.logprobs)
-
-
-def score(logits: Tensor, token_ids: Tensor, num_top: int) -> SampleOutput:
-    """Return the log probabilities of given tokens, one for each row, and of the most likely ones.
-
-    Args:
-        logits: [S, V] float.
-        token_ids: [S] int64.
-        num_top: number of alternatives reported for each row, at most V.
-    """
-    reference.check_logits(logits)
-    rows = torch.arange(len(logits), device=logits.device)
-    return select(logits.device).run.logprobs(logits.float(), token_ids, rows, num_top)
 
 
 def warm_up(vocab_size: int, device: torch.device) -> None:

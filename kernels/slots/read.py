@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import checks_indices
+from kernels.slots.reference import check_read_slots, check_slots
+
 BLOCK = 1024
 
 
@@ -43,12 +46,16 @@ def read_slots_kernel(
 def read_slots(
     token_ids: Tensor, newest_of: Tensor, slots: Tensor, newest: Tensor, tables: Tensor, num_blocks: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute `kernels.slots.reference.read_slots`; arguments have been checked there.
+    """Compute `kernels.slots.reference.read_slots`; slots are checked only if `checks_indices`.
 
     Raises:
-        ValueError: names the argument that is not contiguous (tables: in its last axis) or on
-            another device than tables.
+        ValueError: as there; or names the argument that is not contiguous (tables: in its last
+            axis) or on another device than tables.
+        IndexError: names the argument with a slot that does not exist.
     """
+    check_read_slots(token_ids, newest_of, slots, newest, tables, num_blocks)
+    if checks_indices():
+        check_slots(newest_of, slots, len(newest))
     vectors = (("token_ids", token_ids), ("newest_of", newest_of), ("slots", slots), ("newest", newest))
     for name, vector in vectors:
         if not vector.is_contiguous() or vector.device != tables.device:

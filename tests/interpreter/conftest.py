@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import kernels
-from kernels.backend import runs_triton
+from kernels.backend import triton_runs_on
 
-INTERPRETING = runs_triton(torch.empty(0))
+INTERPRETING = triton_runs_on(torch.device("cpu"))
 
 if INTERPRETING:
     import tests.interpreter.emulations

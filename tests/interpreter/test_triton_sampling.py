@@ -22,7 +22,7 @@ from kernels.sampling import (
     logprobs,
     modify,
     sample,
-    score,
+    select,
     warm_up,
 )
 from kernels.sampling import reference as sampling_reference
@@ -227,7 +227,7 @@ def test_scores_of_given_tokens() -> None:
     logits, tokens = random_logits(3, 90), ints(0, 89, 5)
     expected = sampling_reference.logprobs(logits, tokens, torch.arange(3), 2)
     with recorded_launches() as launches:
-        assert_same(score(logits, tokens, 2), expected)
+        assert_same(select(logits.device).run.score(logits, tokens, 2), expected)
     assert launches == ["chunk_logprobs_kernel", "logprobs_kernel"]
 
 

@@ -20,7 +20,7 @@ from kernels.sampling import (
     philox4x32,
     philox_words,
     sample,
-    score,
+    select,
     uniform,
 )
 from kernels.sampling import reference as sampling_reference
@@ -448,7 +448,7 @@ def test_logprobs_are_of_the_raw_logits(vocab: int) -> None:
 def test_scores_are_the_log_probabilities_of_given_tokens(num_top: int) -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(2))
     tokens = ints(3, 49, 0, 7, 7, 20)
-    found = score(logits, tokens, num_top)
+    found = select(logits.device).run.score(logits, tokens, num_top)
     expected = logits.double().log_softmax(-1)
     assert found.logprobs is not None
     assert found.top_ids is not None

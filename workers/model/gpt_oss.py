@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels import embedding, pointwise
+from kernels import embedding, pointwise, sampling
 from kernels.attention import AttentionOperations
 from kernels.attention.fp8 import FP8
 from kernels.embedding import Embed
@@ -21,6 +21,7 @@ from kernels.implementation import Implementation
 from kernels.linear import PackedWeight
 from kernels.mxfp4 import PackedMXFP4
 from kernels.pointwise import PointwiseOperations, yarn_concentration, yarn_frequencies
+from kernels.sampling import SamplingOperations
 from workers.config import ModelConfig
 from workers.model.experts import Experts
 from workers.model.linear import Linear
@@ -108,8 +109,8 @@ class GptOss:
         final_norm: [hidden].
         lm_head: hidden → shard.vocab.size (rows past the length are padding), not tied to the
             embedding.
-        pointwise, embed: implementations of norms and rotary angles, and of the embedding lookup,
-            selected when the model is built.
+        pointwise, embed, sampling: implementations of norms and rotary angles, of the embedding
+            lookup, and of sampling from the logits, selected when the model is built.
     """
 
     config: ModelConfig
@@ -121,10 +122,12 @@ class GptOss:
     lm_head: Linear
     pointwise: Implementation[PointwiseOperations] = field(init=False)
     embed: Implementation[Embed] = field(init=False)
+    sampling: Implementation[SamplingOperations] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pointwise", pointwise.select(self.dtype, self.device))
         object.__setattr__(self, "embed", embedding.select(self.dtype, self.device))
+        object.__setattr__(self, "sampling", sampling.select(self.device))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import torch
 
-from kernels import sampling
 from kernels.backend import architecture
 from kernels.cpu import native
 from kernels.implementation import Implementation
@@ -27,7 +26,7 @@ def model_kernels(model: GptOss) -> Kernels:
         "dense layers": model.lm_head.kernel,
         "norms, RoPE": model.pointwise,
         "embedding": model.embed,
-        "sampling": sampling.select(model.device),
+        "sampling": model.sampling,
     }
 
 

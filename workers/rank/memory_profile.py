@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds, sample
+from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds
 from kernels.sampling import warm_up as warm_up_sampling
 from workers.config import BLOCK_SIZE, KVDtype, SchedulerConfig
 from workers.kv_cache.block_pool import NULL_BLOCK
@@ -72,7 +72,7 @@ def run_largest_step(
     batch.token_ids.remainder_(model.config.vocab_size)
     logits = model.compute_logits(model.forward(batch, _null_caches(model, kv_dtype))[batch.sample_indices])
     if logits is not None:
-        sample(logits, everything_wanted(logits.shape[0], logits.shape[1], model.device))
+        model.sampling.run.sample(logits, everything_wanted(logits.shape[0], logits.shape[1], model.device))
 
 
 def everything_wanted(num_rows: int, vocab_size: int, device: torch.device) -> SamplingBatch:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.sampling import SampleOutput, sample, score
+from kernels.sampling import SampleOutput
 from workers.model.gpt_oss import GptOss
 from workers.model.step_batch import StepBatch
 from workers.rank.drafts import newest_slots
@@ -136,6 +136,7 @@ class Runner:
     def _score_prompts(self, plan: StepPlan, rows: StepRows, hidden: Tensor) -> PromptScores:
         """Return log-probabilities of prompt tokens, computed in pieces whose logits fit into the
         memory that the rank reserved. All ranks take part."""
+        model = self._model
         at, tokens, wanted = [], [], []
         for index, first, count, num_top in plan.prompt_logprobs:
             row = int(np.searchsorted(rows.entries, index))
@@ -149,9 +150,9 @@ class Runner:
         parts = []
         for start in range(0, len(indices), self._max_logits):
             piece = slice(start, start + self._max_logits)
-            logits = self._model.compute_logits(hidden.index_select(0, indices[piece]))
+            logits = model.compute_logits(hidden.index_select(0, indices[piece]))
             if self._sampling is not None and logits is not None:
-                parts.append(score(logits, targets[piece], num_top))
+                parts.append(model.sampling.run.score(logits, targets[piece], num_top))
         return PromptScores(tuple(wanted), parts)
 
     def _sample(self, rows: StepRows, logits: Tensor | None) -> SampleOutput:
@@ -173,7 +174,8 @@ class Runner:
             while self._unheard:
                 self._unheard.popleft().result()
         prefixes = {} if rows.drafts is None else rows.drafts.prefixes
-        output = sample(logits, sampling.build(slots, rows.output_positions, self._inputs, prefixes))
+        batch = sampling.build(slots, rows.output_positions, self._inputs, prefixes)
+        output = self._model.sampling.run.sample(logits, batch)
         collectives.broadcast(output.token_ids)
         return output
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.slots import read_slots
+from kernels.slots import select as select_slots
 from workers.config import BLOCK_SIZE
 from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.model.step_batch import StepBatch
@@ -331,6 +331,7 @@ class DeviceSlots:
 
     def __init__(self, slots: SequenceSlots, device: torch.device) -> None:
         self.padding_slot = slots.max_num_seqs
+        self._read_slots = select_slots(device).run
         self.tables = torch.full(
             (2, slots.max_num_seqs + 1, slots.max_blocks), NULL_BLOCK, dtype=torch.int32, device=device
         )
@@ -350,7 +351,7 @@ class DeviceSlots:
             num_blocks: width of the block tables.
             max_query_len: as in StepBatch.
         """
-        token_ids, tables = read_slots(
+        token_ids, tables = self._read_slots(
             arrays.token_ids, arrays.newest_of, arrays.slots, self.newest, self.tables, num_blocks
         )
         return StepBatch(

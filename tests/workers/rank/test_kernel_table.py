@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import attention, embedding, linear, moe, pointwise
+from kernels import attention, embedding, linear, moe, pointwise, sampling
 from kernels.cpu import native
 from kernels.mxfp4 import NATURAL, WGMMA
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
@@ -105,6 +105,7 @@ def on_gpu(
         lm_head=SimpleNamespace(kernel=linear.select(weight)),  # type: ignore[arg-type]
         pointwise=pointwise.select(dtype, GPU),
         embed=embedding.select(dtype, GPU),
+        sampling=sampling.select(GPU),
     )
 
 

@@ -2,12 +2,13 @@
 model can run it."""
 
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from kernels.sampling import SampleOutput, SamplingBatch
 from tests.support.fake_cuda import FakeCuda, Taken
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, EngineConfig, KVDtype, ParallelConfig, SchedulerConfig
@@ -58,10 +59,15 @@ def test_the_model_runs_it_and_samples_every_sequence(
         write_tiny_checkpoint(tmp_path), TINY, dtype=torch.float32, device=CPU, options=options
     )
     sampled = []
-    real = memory_profile.sample
-    monkeypatch.setattr(
-        memory_profile, "sample", lambda logits, batch: sampled.append((batch, real(logits, batch).token_ids))
-    )
+    operations = model.sampling.run
+
+    def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampleOutput:
+        output = operations.sample(logits, batch)
+        sampled.append((batch, output.token_ids))
+        return output
+
+    spied = replace(model.sampling, run=replace(operations, sample=sample))
+    object.__setattr__(model, "sampling", spied)  # the model is frozen
     run_largest_step(model, SchedulerConfig(7, 300), 100, kv_dtype)
     ((batch, token_ids),) = sampled
     assert len(token_ids) == 7

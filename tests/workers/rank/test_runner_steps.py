@@ -3,8 +3,10 @@ from each sequence."""
 
 import gc
 import random
+import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +350,20 @@ def plan_of(
 ) -> StepPlan:
     blocks = tuple((index, (2 * index + 1,), (2 * index + 1,)) for index in range(len(starts)))
     return StepPlan(step, starts, (), seq_ids, computed, scheduled, (samples,) * len(seq_ids), blocks)
+
+
+def test_no_kernel_is_selected_in_a_step(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*facts: object, **others: object) -> None:
+        raise AssertionError("kernels are selected when the model is loaded")
+
+    for name, module in list(sys.modules.items()):
+        for function in ("triton_runs_on", "by_device"):
+            if name.startswith(("kernels.", "workers.")) and hasattr(module, function):
+                monkeypatch.setattr(module, function, asked)
+    plan = plan_of(0, start(0, (1, 2, 3)), seq_ids=(0,), computed=(0,), scheduled=(3,), samples=True)
+    result = runner.step(replace(plan, prompt_logprobs=((0, 1, 2, 3),)))
+    assert len(result.token_ids) == 1
+    assert len(result.prompt_logprobs[0]) == 2
 
 
 def test_a_missing_step_is_refused(runner: Runner) -> None:
