@@ -12,7 +12,7 @@ TEST_SUMMARY := .venv/test-summary.txt
 # Tests run side by side: a process per core, four at most, since each needs 1 GB.
 PYTEST := $(VENV)/python -m pytest -q -n logical --maxprocesses 4
 
-.PHONY: serve test test-isa test-slow gpu-check lint proto clean
+.PHONY: serve test test-clients test-isa test-slow gpu-check lint proto clean
 
 serve: ## Serve $(MODEL) (a random tiny demo model is made if it is not there) on loopback.
 	@scripts/install.sh
@@ -25,13 +25,19 @@ checkpoints/tiny: ## The demo model: a tiny one of the right shape, with random 
 
 test: ## Lint, type check and the tests.
 	@scripts/install.sh dev
+	@scripts/install_clients.sh
 	@$(MAKE) --no-print-directory lint
 	@rm -f $(TEST_SUMMARY)
-	@$(PYTEST) --dist loadgroup -m "not slow and not gpu" --ignore=tests/interpreter --summary-to $(TEST_SUMMARY)
+	@$(PYTEST) --dist loadgroup -m "not slow and not gpu and not npm" --ignore=tests/interpreter --summary-to $(TEST_SUMMARY)
 	@echo "Triton kernels, in Triton's interpreter:"
 	@TRITON_INTERPRET=1 $(PYTEST) -m "not slow and not gpu" tests/interpreter --summary-to $(TEST_SUMMARY)
 	@echo "All of it:"
 	@cat $(TEST_SUMMARY)
+
+test-clients: ## Programs of client libraries (openai, Vercel ai, LangChain, litellm …), which it installs; needs Node.js. `make test` runs the Python ones.
+	@scripts/install.sh dev
+	@scripts/install_clients.sh npm
+	@$(VENV)/python -m pytest -q tests/clients
 
 test-isa: ## Every CPU kernel on emulated x86 processors with and without AVX2, against stored results.
 	@scripts/install.sh dev
@@ -56,4 +62,4 @@ proto: ## Regenerate the gRPC stubs.
 	@PYTHON=$(VENV)/python PATH="$(CURDIR)/$(VENV):$$PATH" proto/generate.sh
 
 clean:
-	rm -rf .venv checkpoints build *.egg-info
+	rm -rf .venv tests/clients/programs/node_modules checkpoints build *.egg-info
