@@ -9,13 +9,16 @@ know how to compile the sources and headers.
 """
 
 import json
+import os
 import re
 import runpy
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from setuptools import Command, Extension, setup
+from setuptools.command.build_ext import build_ext
 
 SOURCES, HEADERS = sorted(glob("kernels/cpu/src/*.cpp")), sorted(glob("kernels/cpu/src/*.h"))
 STRUCTURES = "kernels/cpu/structures.py"
@@ -43,6 +46,24 @@ EXTENSION = Extension(
     extra_link_args=["-pthread"],
     optional=True,
 )
+
+
+class BuildSideBySide(build_ext):
+    """Compiles the source files side by side, on all cores that this process may use."""
+
+    MAX_COMPILERS = 8  # of up to 1 GB each
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_all = self.compiler.compile
+
+        def compile_each(sources: list[str], **arguments: Any) -> list[str]:
+            allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+            with ThreadPoolExecutor(min(len(allowed), self.MAX_COMPILERS)) as pool:
+                made = list(pool.map(lambda source: compile_all([source], **arguments), sources))
+            return [file for files in made for file in files]
+
+        self.compiler.compile = compile_each
+        super().build_extension(ext)
 
 
 class CompileCommands(Command):
@@ -84,4 +105,4 @@ def targets(file: Path) -> list[str]:
     return [f"-m{name}" for name in pragma[1].split(",")] if pragma else []
 
 
-setup(ext_modules=[EXTENSION], cmdclass={"compile_commands": CompileCommands})
+setup(ext_modules=[EXTENSION], cmdclass={"build_ext": BuildSideBySide, "compile_commands": CompileCommands})
