@@ -26,7 +26,7 @@ if [ ! -x .venv/bin/python ]; then
 fi
 
 # uv, where the index has it: it downloads side by side, and compiles the CPU kernels meanwhile.
-[ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv 2>/dev/null || true
+[ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1' 2>/dev/null || true
 
 # Installs and shows what is being downloaded: the first time this takes minutes.
 install() {
@@ -34,7 +34,7 @@ install() {
     (
       eval "$(.venv/bin/python scripts/uv_settings.py)"
       .venv/bin/uv pip install --python .venv/bin/python "$@" 2>&1
-    ) | sed -un -e '/^Using Python\|^Resolved\|^Audited\|^ [-+~] \|^ *Downloaded /d' -e 's/^ *Downloading/  downloading/' \
+    ) | sed -un -e '/^Using \|^Resolved\|^Audited\|^Uninstalled\|^ [-+~] \|^ *Downloaded /d' -e 's/^ *Downloading/  downloading/' \
       -e '/^warning: Failed to hardlink/,/^$/d' -e '/^warning:/d' -e 's/^ *\(Building\|Built\|Prepared\|Installed\)/  \L\1/' -e p
   else
     .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "$@" |
