@@ -567,3 +567,28 @@ def test_after_finish_nothing_happens(small: HarmonyEncoding) -> None:
     assert [
         parser.push(token_id) for token_id in small.encode_with_special("<|channel|>final<|message|>x")
     ] == [[], [], [], []]
+
+
+@pytest.mark.parametrize(
+    ("written", "declared", "recipient", "repairs"),
+    [
+        ("functions.f", ["f"], "functions.f", []),
+        ("a.b-c", ["a.b-c"], "functions.a.b-c", ["recipient_without_namespace"]),
+        ("python", ["python"], "functions.python", ["recipient_without_namespace"]),
+        ("browser.search", ["f"], "browser.search", ["recipient_without_namespace", "unknown_tool"]),
+        ("functions.f", ["functions.f"], "functions.functions.f", ["recipient_without_namespace"]),
+        ("functions.f", ["f", "functions.f"], "functions.f", []),
+        ("functions.functions.f", ["functions.f"], "functions.functions.f", []),
+        ("functions.g", ["functions.f"], "functions.g", ["unknown_tool"]),
+        ("a.bcommentary", ["a.b"], "functions.a.b", ["recipient_cut", "recipient_without_namespace"]),
+    ],
+)
+def test_the_recipient_is_the_declared_tool_or_stays_as_written(
+    small: HarmonyEncoding, written: str, declared: list[str], recipient: str, repairs: list[str]
+) -> None:
+    parser = HarmonyParser(small, declared)
+    ids = small.encode_with_special(f"<|channel|>commentary to={written} <|constrain|>json<|message|>")
+    (start,) = [event for token_id in ids for event in parser.push(token_id)]
+    assert isinstance(start, MessageStart)
+    assert start.message.recipient == recipient
+    assert sorted(parser.repairs) == repairs
