@@ -26,7 +26,7 @@ if [ ! -x .venv/bin/python ]; then
 fi
 
 # uv, where the index has it: it downloads side by side, and compiles the CPU kernels meanwhile.
-[ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1' 2>/dev/null || true
+[ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.13,<1' 2>/dev/null || true
 
 # Installs and shows what is being downloaded: the first time this takes minutes.
 install() {

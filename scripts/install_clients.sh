@@ -8,6 +8,7 @@ stamp=.venv/clients/.installed
 if ! cmp -s "$requirements" "$stamp"; then
   echo "Installing the client libraries of the tests"
   # uv, since pip takes minutes to choose among the versions of what these want.
+  eval "$(.venv/bin/python scripts/uv_settings.py)"
   .venv/bin/uv venv --quiet --clear --python .venv/bin/python .venv/clients
   .venv/bin/uv pip install --quiet --python .venv/clients/bin/python -r "$requirements"
   cp "$requirements" "$stamp"
