@@ -33,6 +33,9 @@ class SamplingParams:
         ignore_eos: stop_token_ids and the model's own end tokens do not end the sequence.
         prompt_logprobs: number of most likely alternatives reported with each prompt token but the
             first; 0 for that token only; None for none. The prefix cache is then not read.
+        allowed_token_ids: the only tokens that may be sampled; empty for all.
+        bad_words_token_ids: token sequences that the output must not contain. A token that would
+            complete one is not sampled, unless no other is left.
         n: number of sequences for one prompt. The engine runs one sequence per request: gateway and
             `LLM` fan out, and choice i gets seed + i.
     """
@@ -53,6 +56,8 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     prompt_logprobs: int | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Conversion of a body's sampling fields to the service's parameters."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from cluster.frontend.schema import SamplingFields
@@ -19,7 +19,7 @@ def sampling_params(body: SamplingFields, max_tokens: int | None, logprobs: int 
     are the service's check.
 
     Raises:
-        InvalidRequest: a key of logit_bias is not a token id.
+        InvalidRequest: a key of logit_bias is not a token id; no token is allowed.
     """
     default = SamplingParams()
     return SamplingParams(
@@ -38,6 +38,7 @@ def sampling_params(body: SamplingFields, max_tokens: int | None, logprobs: int 
         min_tokens=_or(body.min_tokens, default.min_tokens),
         ignore_eos=_or(body.ignore_eos, default.ignore_eos),
         n=_or(body.n, default.n),
+        allowed_token_ids=_allowed(body.allowed_token_ids),
     )
 
 
@@ -47,6 +48,7 @@ def options(body: SamplingFields) -> Options:
     return Options(
         truncation=None if cut is None else Truncation(cut, keeps_end=body.truncation_side != "right"),
         cache_salt=body.cache_salt,
+        bad_words=tuple(body.bad_words or ()),
     )
 
 
@@ -67,6 +69,12 @@ def check_stream_options(body: SamplingFields) -> None:
 
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
+
+
+def _allowed(token_ids: Sequence[int] | None) -> tuple[int, ...]:
+    if token_ids is not None and not token_ids:
+        raise InvalidRequest("allowed_token_ids must have at least one token id.", "allowed_token_ids")
+    return tuple(sorted(set(token_ids or ())))
 
 
 def _logit_bias(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:

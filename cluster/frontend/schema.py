@@ -299,6 +299,10 @@ class SamplingFields(_Body):
     truncation_side: Literal["left", "right"] | None = Field(
         default=None, description="The side that is cut off; left by default."
     )
+    allowed_token_ids: list[int] | None = Field(
+        default=None, description="The only tokens that may be generated, markup included."
+    )
+    bad_words: list[StrictStr] | None = Field(default=None, description="Texts that must not be generated.")
     cache_salt: str | None = Field(
         default=None, description="Share cached prefixes only with requests that have the same salt."
     )

@@ -31,6 +31,8 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_TOOLS = 1024
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARS = 256
 MAX_TEMPERATURE = 2.0
 MAX_CUT_CONTEXTS = 8
 """Maximum length of a prompt that is truncated, in contexts of the model."""
@@ -144,6 +146,7 @@ def check_sampling(
         )
     check_ids(sampling.stop_token_ids, "stop_token_ids", model.vocab_size)
     check_integer("min_tokens", sampling.min_tokens, 0, MAX_COUNT)
+    check_ids(sampling.allowed_token_ids, "allowed_token_ids", model.vocab_size)
 
 
 def check_options(options: Options) -> None:
@@ -160,6 +163,17 @@ def check_options(options: Options) -> None:
             f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, got {len(options.cache_salt)}.",
             "cache_salt",
         )
+    if len(options.bad_words) > MAX_BAD_WORDS:
+        raise InvalidRequest(
+            f"bad_words has {len(options.bad_words)} entries, at most {MAX_BAD_WORDS} are allowed.",
+            "bad_words",
+        )
+    for index, word in enumerate(options.bad_words):
+        if not word.strip() or len(word) > MAX_BAD_WORD_CHARS:
+            raise InvalidRequest(
+                f"bad_words[{index}] must have 1 to {MAX_BAD_WORD_CHARS} characters, not only blanks.",
+                f"bad_words[{index}]",
+            )
 
 
 def longest_prompt(cut: Truncation | None, model: ModelInfo) -> int:

@@ -37,10 +37,12 @@ class Options:
     Attributes:
         truncation: None: a prompt that is too long is refused.
         cache_salt: KV blocks are shared only among requests with the same salt.
+        bad_words: texts that the model must not write, each by itself or after a blank.
     """
 
     truncation: Truncation | None = None
     cache_salt: str | None = None
+    bad_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

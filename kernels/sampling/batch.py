@@ -88,8 +88,8 @@ class SamplingBatch:
         logit_bias, penalties: applied in this order, also to greedy rows.
         allowed_ids: a row with entries may take only these tokens.
         allowed_bits: likewise as bitmasks; a row in both may take the tokens that both allow.
-        forbidden_ids: tokens that a row may not take: stop tokens before min_tokens, and those of
-            its automaton state. Ignored for a row that would have no token left.
+        forbidden_ids: tokens that a row may not take: stop tokens before min_tokens, and ends of
+            bad words. Ignored for a row that would have no token left.
         logprob_rows: [L] int64, rows whose log probabilities are wanted.
         num_top_logprobs: number of alternatives reported for each of them, at most V.
     """

@@ -1,6 +1,6 @@
 """The sampling state of each live sequence, on rank 0: parameters by slot, and for the sequences
-with a bias, penalties, a constraint or stop tokens before min_tokens also the state that their next
-token depends on. Builds the SamplingBatch of a step."""
+with a bias, penalties, a constraint, allowed tokens, bad words or stop tokens before min_tokens
+also the state that their next token depends on. Builds the SamplingBatch of a step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.sampling import LogitBias, Penalties, SamplingBatch, TokenIds
 from workers.constraint.state import AutomatonTables, ConstraintState
+from workers.rank.bad_words import BadWords
 from workers.rank.step_inputs import Array, InputBuffers
 from workers.request import SamplingParams
 from workers.scheduler.plan import SequenceStart
@@ -81,6 +82,8 @@ class _Extras:
     bias_values: Floats | None
     seen: SeenTokens | None
     constraint: ConstraintState | None
+    allowed_ids: Ints | None
+    bad_words: BadWords | None
     stop_token_ids: Ints
     min_tokens: int
     num_logprobs: int | None
@@ -88,7 +91,11 @@ class _Extras:
     @property
     def listens(self) -> bool:
         """True if the next token depends on the output so far."""
-        return self.seen is not None or self.constraint is not None
+        return (
+            self.seen is not None
+            or self.constraint is not None
+            or (self.bad_words is not None and self.bad_words.depend_on_output)
+        )
 
     def push(self, token_id: int) -> None:
         """Add one output token."""
@@ -96,6 +103,8 @@ class _Extras:
             self.seen.push(token_id)
         if self.constraint is not None:
             self.constraint.push(token_id)
+        if self.bad_words is not None:
+            self.bad_words.push(token_id)
 
     @classmethod
     def of(cls, start: SequenceStart, tables: AutomatonTables | None) -> "_Extras | None":
@@ -106,7 +115,8 @@ class _Extras:
         )
         penalised = _penalises(sampling)
         stops = start.stop_token_ids if sampling.min_tokens > 0 else ()
-        if not (sampling.logit_bias or penalised or tables or stops or sampling.logprobs is not None):
+        filtered = sampling.logit_bias or sampling.allowed_token_ids or sampling.bad_words_token_ids
+        if not (filtered or penalised or tables or stops or sampling.logprobs is not None):
             return None
         return cls(
             bias_ids=np.array([token_id for token_id, _ in sampling.logit_bias], dtype=np.int64)
@@ -119,6 +129,12 @@ class _Extras:
             if penalised
             else None,
             constraint=None if tables is None else ConstraintState(tables, output),
+            allowed_ids=np.array(sampling.allowed_token_ids, dtype=np.int64)
+            if sampling.allowed_token_ids
+            else None,
+            bad_words=BadWords(sampling.bad_words_token_ids, output)
+            if sampling.bad_words_token_ids
+            else None,
             stop_token_ids=np.array(stops, dtype=np.int64),
             min_tokens=sampling.min_tokens,
             num_logprobs=sampling.logprobs,
@@ -305,21 +321,37 @@ class SamplingState:
             if extras.seen is not None:
                 tokens = extras.seen.with_output(prefix) if prefix else extras.seen
                 sparse.seen.add(row, tokens.token_ids, tokens.output_counts)
+            allowed = extras.allowed_ids
             if extras.constraint is not None:
                 tables, state = extras.constraint.tables, extras.constraint.after(prefix)
                 if (ids := tables.allowed(state)) is not None:
-                    sparse.allowed.add(row, ids)
+                    allowed = _narrowed(ids, allowed)
                 else:
                     # As a bias, not as `forbidden_ids`: those are ignored where no other token is
                     # left, which is meant for stop tokens before min_tokens only.
                     ids = tables.forbidden(state)
                     sparse.bias.add(row, ids, np.full(len(ids), -np.inf, dtype=np.float32))
+                    if allowed is not None and np.isin(allowed, ids).all():
+                        allowed = None
+            if allowed is not None:
+                sparse.allowed.add(row, allowed)
+            if extras.bad_words is not None:
+                sparse.forbidden.add(row, extras.bad_words.forbidden(prefix))
             if len(extras.stop_token_ids) and output_positions[row] < extras.min_tokens:
                 sparse.forbidden.add(row, extras.stop_token_ids)
             if extras.num_logprobs is not None:
                 sparse.logprob_rows.append(row)
                 sparse.num_top_logprobs = max(sparse.num_top_logprobs, extras.num_logprobs)
         return sparse
+
+
+def _narrowed(constraint: Ints, allowed: Ints | None) -> Ints:
+    """Return the tokens that a constraint and the request allow; the constraint's alone if there
+    are none."""
+    if allowed is None:
+        return constraint
+    both = np.intersect1d(constraint, allowed)
+    return both if len(both) else constraint
 
 
 def _upload(parts: dict[str, tuple[Array, ...]], inputs: InputBuffers) -> dict[str, list[Tensor]]:

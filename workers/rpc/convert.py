@@ -32,8 +32,9 @@ TAKEN_METADATA = (("cantata-taken", "1"),)
 token."""
 
 ADAPTER, CACHE_SALT, PROMPT_LOGPROBS = "adapter", "cache_salt", "prompt_logprobs"
+ALLOWED_TOKEN_IDS, BAD_WORDS = "allowed_token_ids", "bad_words"
 CONSTRAINT_REF = "constraint_ref"
-CAPABILITIES = (CONSTRAINT_REF, CACHE_SALT, PROMPT_LOGPROBS)
+CAPABILITIES = (CONSTRAINT_REF, CACHE_SALT, PROMPT_LOGPROBS, ALLOWED_TOKEN_IDS, BAD_WORDS)
 """Names of the request fields beyond the first version, as this engine lists them in EngineInfo. A
 gateway sends only fields that an engine lists. No engine has adapters yet."""
 
@@ -87,6 +88,8 @@ def capabilities_of(request: EngineRequest) -> frozenset[str]:
         ADAPTER: request.adapter is not None,
         CACHE_SALT: request.cache_salt is not None,
         PROMPT_LOGPROBS: request.sampling.prompt_logprobs is not None,
+        ALLOWED_TOKEN_IDS: bool(request.sampling.allowed_token_ids),
+        BAD_WORDS: bool(request.sampling.bad_words_token_ids),
     }
     return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
 
@@ -357,6 +360,8 @@ def _sampling_to_wire(sampling: SamplingParams) -> pb.SamplingParams:
         min_tokens=sampling.min_tokens,
         ignore_eos=sampling.ignore_eos,
         prompt_logprobs=sampling.prompt_logprobs,
+        allowed_token_ids=sampling.allowed_token_ids,
+        bad_words=[pb.SamplingParams.Word(token_ids=word) for word in sampling.bad_words_token_ids],
     )
 
 
@@ -386,4 +391,6 @@ def _sampling_from_wire(message: pb.SamplingParams) -> SamplingParams:
         min_tokens=message.min_tokens if message.HasField("min_tokens") else default.min_tokens,
         ignore_eos=message.ignore_eos if message.HasField("ignore_eos") else default.ignore_eos,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        allowed_token_ids=tuple(message.allowed_token_ids),
+        bad_words_token_ids=tuple(tuple(word.token_ids) for word in message.bad_words),
     )

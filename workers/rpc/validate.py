@@ -15,6 +15,8 @@ MAX_LOGIT_BIAS = 100.0
 MAX_STOP_TOKEN_IDS = 136
 """Maximum number of stop token ids: a client's 128 and the model's own."""
 MAX_AUTOMATON_STATES = 4096
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_TOKENS = 2048
 MAX_SALT_CHARS = 256
 MAX_SEED = 2**64 - 1
 MAX_COUNT = 2**31 - 1
@@ -81,11 +83,32 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
             "stop_token_ids",
         )
     check_ids(sampling.stop_token_ids, "stop_token_ids", vocab_size)
+    check_ids(sampling.allowed_token_ids, "allowed_token_ids", vocab_size)
+    if len(sampling.allowed_token_ids) > vocab_size:
+        raise InvalidRequest(
+            f"allowed_token_ids has {len(sampling.allowed_token_ids)} ids, at most {vocab_size} are allowed",
+            "allowed_token_ids",
+        )
+    _check_bad_words(sampling.bad_words_token_ids, vocab_size)
     check_integer("min_tokens", sampling.min_tokens, 0, MAX_COUNT)
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
         raise InvalidRequest(
             f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}", "min_tokens"
         )
+
+
+def _check_bad_words(words: Sequence[Sequence[int]], vocab_size: int) -> None:
+    if len(words) > MAX_BAD_WORDS:
+        raise InvalidRequest(
+            f"bad_words has {len(words)} entries, at most {MAX_BAD_WORDS} are allowed", "bad_words"
+        )
+    for index, word in enumerate(words):
+        param = f"bad_words[{index}]"
+        if not 1 <= len(word) <= MAX_BAD_WORD_TOKENS:
+            raise InvalidRequest(
+                f"{param} must have 1 to {MAX_BAD_WORD_TOKENS} tokens, got {len(word)}", param
+            )
+        check_ids(word, param, vocab_size)
 
 
 def check_integer(param: str, value: int, low: int, high: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from workers.request import SamplingParams, TokenLogprobs
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 
 
 def encode_plan(plan: StepPlan) -> bytes:

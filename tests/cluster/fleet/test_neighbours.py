@@ -162,6 +162,8 @@ async def test_todays_gateway_sends_an_engine_of_the_previous_version_what_that_
             replace(REQUEST, cache_salt="tenant"),
             replace(REQUEST, adapter="polite"),
             replace(REQUEST, sampling=replace(EVERYTHING, prompt_logprobs=1)),
+            replace(REQUEST, sampling=replace(EVERYTHING, allowed_token_ids=(5, 6))),
+            replace(REQUEST, sampling=replace(EVERYTHING, bad_words_token_ids=((5, 6),))),
         ):
             with pytest.raises(errors.NoReplica):
                 await read(client, engine.address, wanted)

@@ -169,8 +169,53 @@ async def test_ping_and_load_need_no_key(encoding: HarmonyEncoding, engine: Fake
         assert await load() == {"server_load": 0}
 
 
+async def test_allowed_tokens_reach_the_engine(gateway: Gateway, engine: FakeEngine) -> None:
+    for path in (CHAT, COMPLETIONS):
+        await post(gateway, path, allowed_token_ids=[9, 5, 9])
+        assert engine.requests[-1].sampling.allowed_token_ids == (5, 9)
+        await post(gateway, path)
+        assert engine.requests[-1].sampling.allowed_token_ids == ()
+        for wrong in ([], [-1], [2048], [5, 99999]):
+            assert await refusal(gateway, path, allowed_token_ids=wrong) == (400, "allowed_token_ids", None)
+
+
+async def test_bad_words_reach_the_engine_as_tokens(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
+    for path in (CHAT, COMPLETIONS):
+        await post(gateway, path, bad_words=["Paris", " New York"], n=2)
+        texts = ("Paris", " Paris", "New York", " New York")
+        wanted = {tuple(encoding.encode(text)) for text in texts}
+        assert len(wanted) == 4
+        for request in engine.requests[-2:]:
+            assert set(request.sampling.bad_words_token_ids) == wanted
+        for wrong, param in (
+            ([""], "bad_words[0]"),
+            (["x", " "], "bad_words[1]"),
+            (["x" * 257], "bad_words[0]"),
+        ):
+            assert await refusal(gateway, path, bad_words=wrong) == (400, param, None)
+        assert await refusal(gateway, path, bad_words=["x"] * 65) == (400, "bad_words", None)
+        assert await refusal(gateway, path, bad_words="x") == (400, "bad_words", None)
+        assert await refusal(gateway, path, bad_words=["x", 5]) == (400, "bad_words[1]", None)
+        await post(gateway, path, bad_words=["🎉" * 256] * 64)
+
+
+async def test_words_of_the_format_cannot_be_bad_in_a_chat(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
+    first = encoding.decode(encoding.encode_literal("commentary")[:1])
+    for word in ("final", "analysis", "commentary", "assistant", first):
+        assert await refusal(gateway, CHAT, bad_words=["x y", word]) == (400, "bad_words[1]", None)
+        await post(gateway, COMPLETIONS, bad_words=[word])
+
+
 async def test_nulls_are_no_request(gateway: Gateway, engine: FakeEngine) -> None:
-    fields = ("return_tokens_as_token_ids", "truncate_prompt_tokens", "truncation_side", "cache_salt")
+    fields = (
+        *("return_tokens_as_token_ids", "truncate_prompt_tokens", "truncation_side"),
+        *("cache_salt", "allowed_token_ids", "bad_words"),
+    )
     for path in (CHAT, COMPLETIONS):
         await post(gateway, path, **dict.fromkeys(fields))
-    assert len(engine.requests) == 2
+        await post(gateway, path, bad_words=[])
+    assert len(engine.requests) == 4

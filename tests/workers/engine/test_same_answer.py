@@ -9,6 +9,7 @@ The engine's steps are checked against `logits`, which computes each sequence wh
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,40 @@ def test_penalties_bias_and_constraints_survive_preemption_and_resumption(checkp
         expected = [run(llm, [request])[0].token_ids for request in requests]
         for tokens in expected:
             assert [token % 2 for token in tokens] == [1, 0] * 15
+    with LLM(checkpoint, dtype="float32", max_model_len=200, kv_cache_bytes=40 * TINY_BLOCK_BYTES) as llm:
+        assert [output.token_ids for output in run(llm, requests)] == expected
+        assert metric(llm, "preemptions_total") > 0
+        resumed = [
+            replace(request, output_token_ids=tokens[:13])
+            for request, tokens in zip(requests, expected, strict=True)
+        ]
+        assert [output.token_ids for output in run(llm, resumed)] == [tokens[13:] for tokens in expected]
+
+
+def test_bad_words_and_allowed_tokens_survive_preemption_and_resumption(checkpoint: Path) -> None:
+    allowed = tuple(range(0, 200, 9))
+    sampling = SamplingParams(
+        max_tokens=30, temperature=2.0, seed=11, ignore_eos=True, allowed_token_ids=allowed,
+    )  # fmt: skip
+    requests = [EngineRequest(str(index), prompt, sampling) for index, prompt in enumerate(PROMPTS)]
+
+    def pairs(outputs: Sequence[Tokens]) -> set[Tokens]:
+        return {pair for tokens in outputs for pair in pairwise(tokens)}
+
+    with LLM(
+        checkpoint, dtype="float32", max_num_seqs=1, prefix_caching=False, kv_cache_bytes=4 << 20
+    ) as llm:
+        free = [run(llm, [request])[0].token_ids for request in requests]
+        assert {token for tokens in free for token in tokens} <= set(allowed)
+        # What the model likes to write, so that it has to be kept from it.
+        bad = ((free[0][0],), *sorted(pairs(free))[:100:2])
+        requests = [
+            replace(request, sampling=replace(sampling, bad_words_token_ids=bad)) for request in requests
+        ]
+        expected = [run(llm, [request])[0].token_ids for request in requests]
+    assert expected != free
+    assert {token for tokens in expected for token in tokens} <= set(allowed) - {free[0][0]}
+    assert pairs(expected) & set(bad) == set()
     with LLM(checkpoint, dtype="float32", max_model_len=200, kv_cache_bytes=40 * TINY_BLOCK_BYTES) as llm:
         assert [output.token_ids for output in run(llm, requests)] == expected
         assert metric(llm, "preemptions_total") > 0

@@ -64,6 +64,19 @@ REQUESTS = [
         (9, 8),
         replace(LONG, temperature=1.5, seed=9, min_tokens=20, stop_token_ids=tuple(range(100))),
     ),
+    EngineRequest(
+        "bad words",
+        (5, 6),
+        replace(
+            LONG,
+            temperature=1.0,
+            seed=10,
+            allowed_token_ids=tuple(range(0, 200, 20)),
+            bad_words_token_ids=tuple(
+                (first, second) for first in range(0, 200, 20) for second in (0, 60, 100)
+            ),
+        ),
+    ),
 ]
 
 

@@ -291,6 +291,60 @@ def test_a_constraint_is_stronger_than_min_tokens() -> None:
     assert allowed_tokens(state, 1, 0) == {5}
 
 
+def test_only_allowed_tokens_come() -> None:
+    state = sampling_state(3, AUTOMATON)
+    sampling = SamplingParams(seed=0, allowed_token_ids=(2, 3, 11))
+    state.start(0, start(0, (1,), sampling=sampling))
+    assert allowed_tokens(state, 0, 0) == {2, 3, 11}
+    assert state.listeners(np.array([0])) == [], "it depends on no token"
+    state.start(1, start(1, (1,), sampling=sampling, constraint=AUTOMATON))
+    assert allowed_tokens(state, 1, 0) == {2, 3}
+    push(state, 1, 2)
+    assert allowed_tokens(state, 1, 1) == {2, 3}, "11 is forbidden in this state"
+    push(state, 1, 5)
+    push(state, 1, 3)
+    assert allowed_tokens(state, 1, 3) == {7}, "a constraint is stronger"
+    state.start(
+        2, start(2, (1,), sampling=SamplingParams(seed=0, allowed_token_ids=(20,)), constraint=AUTOMATON)
+    )
+    push(state, 2, 2)
+    assert allowed_tokens(state, 2, 1) == set(range(10)), "a constraint is stronger"
+
+
+def test_bad_words_are_never_completed() -> None:
+    everything = set(range(VOCAB))
+    words = ((3,), (4, 5), (6, 7, 8), (7, 9), (4, 4, 5))
+    state = SamplingState(3)
+    state.start(0, start(0, (4,), sampling=SamplingParams(seed=0, bad_words_token_ids=words)))
+    assert allowed_tokens(state, 0, 0) == everything - {3}, "the prompt does not count"
+    for position, (token, forbidden) in enumerate(
+        ((4, {5}), (4, {5}), (6, set()), (7, {8, 9}), (7, {9}), (6, set()), (1, set())), start=1
+    ):
+        push(state, 0, token)
+        assert allowed_tokens(state, 0, position) == everything - {3} - forbidden, position
+    output = (1, 6, 7)
+    state.start(
+        1, start(1, (2, *output), num_prompt=1, sampling=SamplingParams(seed=0, bad_words_token_ids=words))
+    )
+    assert allowed_tokens(state, 1, 3) == everything - {3, 8, 9}, "the output of another replica counts"
+    drafts = {0: (), 1: (4,), 2: (6, 7)}
+    state.start(2, start(2, (2,), sampling=SamplingParams(seed=0, bad_words_token_ids=words)))
+    batch = state.build(np.array([2, 2, 2]), np.array([0, 1, 2]), InputBuffers(CPU), drafts)
+    assert batch.forbidden_ids is not None
+    found = list(zip(batch.forbidden_ids.rows.tolist(), batch.forbidden_ids.token_ids.tolist(), strict=True))
+    assert sorted(found) == [(0, 3), (1, 3), (1, 5), (2, 3), (2, 8), (2, 9)]
+
+
+def test_bad_words_of_one_token_depend_on_no_other() -> None:
+    state = SamplingState(2)
+    state.start(0, start(0, (1,), sampling=SamplingParams(seed=0, bad_words_token_ids=((3,), (9,)))))
+    assert state.listeners(np.array([0])) == []
+    assert allowed_tokens(state, 0, 0) == set(range(VOCAB)) - {3, 9}
+    only = SamplingParams(seed=0, bad_words_token_ids=((3,),), allowed_token_ids=(3,))
+    state.start(1, start(1, (1,), sampling=only))
+    assert allowed_tokens(state, 1, 0) == {3}, "no other token is left"
+
+
 def test_seen_tokens_are_counted() -> None:
     draw = random.Random(1)
     prompt, output = (

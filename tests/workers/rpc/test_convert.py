@@ -2,6 +2,7 @@
 with the field's name."""
 
 import math
+import re
 from dataclasses import replace
 
 import grpc
@@ -18,7 +19,14 @@ from workers.errors import InvalidRequest
 from workers.request import EngineLoad, EngineOutput, EngineRequest, SamplingParams, TokenLogprobs
 from workers.rpc import convert
 from workers.rpc import engine_pb2 as pb
-from workers.rpc.validate import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, check_request, check_sampling
+from workers.rpc.validate import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    check_request,
+    check_sampling,
+)
 
 VOCAB = 1000
 REQUEST = EngineRequest("r1", (1, 2, 3), SamplingParams(seed=7))
@@ -47,6 +55,10 @@ samplings = st.builds(
     min_tokens=st.integers(0, 100),
     ignore_eos=st.booleans(),
     prompt_logprobs=st.none() | st.integers(0, MAX_LOGPROBS),
+    allowed_token_ids=id_list,
+    bad_words_token_ids=st.lists(st.lists(token_id, min_size=1, max_size=4).map(tuple), max_size=3).map(
+        tuple
+    ),
 )
 requests = st.builds(
     EngineRequest,
@@ -149,13 +161,19 @@ def test_info_and_load_survive_the_wire() -> None:
         ({"prompt_logprobs": MAX_LOGPROBS + 1}, "prompt_logprobs"),
         ({"stop_token_ids": (VOCAB,)}, "stop_token_ids"),
         ({"stop_token_ids": tuple(range(MAX_STOP_TOKEN_IDS + 1))}, "stop_token_ids"),
+        ({"allowed_token_ids": (1, VOCAB)}, "allowed_token_ids"),
+        ({"allowed_token_ids": (1,) * (VOCAB + 1)}, "allowed_token_ids"),
+        ({"bad_words_token_ids": ((1,), (VOCAB,))}, "bad_words[1]"),
+        ({"bad_words_token_ids": ((1,), ())}, "bad_words[1]"),
+        ({"bad_words_token_ids": ((1,) * (MAX_BAD_WORD_TOKENS + 1),)}, "bad_words[0]"),
+        ({"bad_words_token_ids": ((1,),) * (MAX_BAD_WORDS + 1)}, "bad_words"),
         ({"min_tokens": -1}, "min_tokens"),
         ({"min_tokens": 17, "max_tokens": 16}, "min_tokens"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_sampling_outside_its_range_names_the_field(change: dict[str, object], param: str) -> None:
-    with pytest.raises(InvalidRequest, match=param) as caught:
+    with pytest.raises(InvalidRequest, match=re.escape(param)) as caught:
         check_sampling(replace(SamplingParams(), **change), VOCAB)
     assert caught.value.param == param
 

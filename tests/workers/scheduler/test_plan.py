@@ -96,7 +96,7 @@ def test_every_field_is_on_the_wire() -> None:
     """A field that is added and forgotten in the encoding would pass the tests above with its
     default."""
     sampling = SamplingParams(
-        7, 0.5, 0.9, 5, 0.1, 0.2, 0.3, 1.1, ((3, -1.5),), 2**64 - 1, 4, (8, 9), 2, True, 3, 6
+        7, 0.5, 0.9, 5, 0.1, 0.2, 0.3, 1.1, ((3, -1.5),), 2**64 - 1, 4, (8, 9), 2, True, 3, 6, (5,), ((7, 8),)
     )
     start = SequenceStart(1, (1, 2, 3), 2, sampling, (4, 5), b"id", (6,), (0,))
     plan = StepPlan(
