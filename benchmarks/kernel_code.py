@@ -188,7 +188,13 @@ def violations(code: MachineCode, spec: KernelSpec, target: str) -> list[str]:
 
 
 def compile_kernel(spec: KernelSpec, target: str) -> MachineCode:
-    """Compile the kernel anew, never from a cache.
+    """Compile the kernel and read its machine code. Raises as `compile_anew`."""
+    kernel = compile_anew(spec, target)
+    return _nvidia(kernel) if target.startswith("sm_") else _amd(kernel)
+
+
+def compile_anew(spec: KernelSpec, target: str) -> CompiledKernel:
+    """Compile the kernel, never from a cache.
 
     Raises:
         ValueError: an argument of the kernel has no type and no value, or one is unknown.
@@ -214,8 +220,7 @@ def compile_kernel(spec: KernelSpec, target: str) -> MachineCode:
     source = ASTSource(fn=spec.kernel, signature=signature, constexprs=dict(spec.constexprs), attrs=known)
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     with _no_cache(), _quiet():
-        kernel = triton.compile(source, target=gpu, options={"enable_fp_fusion": True, **spec.options})
-    return _nvidia(kernel) if nvidia else _amd(kernel)
+        return triton.compile(source, target=gpu, options={"enable_fp_fusion": True, **spec.options})
 
 
 @contextmanager

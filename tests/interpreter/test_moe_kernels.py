@@ -286,7 +286,9 @@ def test_choice_is_the_reference(num_tokens: int, num_experts: int, k: int) -> N
     ):
         expected = reference.gate_topk(logits, k)
         found = gate_topk(guarded(logits), k)
-        assert torch.equal(found[0], expected[0]), "ties too"
+        # The interpreter chooses among ties as the reference whatever the kernel says;
+        # tests/kernels/test_kernel_gate.py reads how the compiled kernel does.
+        assert torch.equal(found[0], expected[0])
         torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-6)
 
 
@@ -300,10 +302,11 @@ def test_choice_among_zeros_infinities_and_nan() -> None:
             [-inf, 1.0, -inf],
             [inf, 0.0, inf],
             [nan, nan, nan],
+            [-1.0000001, -1.0, 1.0],  # neighbours in fp32
         ]
     )
-    assert gate_topk(logits, 2)[0].tolist() == [[0, 1], [0, 1], [0, 1], [1, 0], [0, 2], [0, 1]]
-    assert gate_topk(logits, 3)[0].sort(dim=1).values.tolist() == [[0, 1, 2]] * 6
+    assert gate_topk(logits, 2)[0].tolist() == [[0, 1], [0, 1], [0, 1], [1, 0], [0, 2], [0, 1], [2, 1]]
+    assert gate_topk(logits, 3)[0].sort(dim=1).values.tolist() == [[0, 1, 2]] * 7
 
 
 @hypothesis.settings(max_examples=25, deadline=None)

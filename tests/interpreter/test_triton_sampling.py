@@ -29,7 +29,14 @@ from kernels.sampling import reference as sampling_reference
 from tests.interpreter.guards import guarded
 from tests.interpreter.interpreter import recorded_launches
 from tests.interpreter.launches import NoHostReads
-from tests.support.sampling_cases import assert_same, ints, random_batch, random_logits
+from tests.support.sampling_cases import (
+    assert_same,
+    drawn_by_case,
+    exact_thresholds,
+    ints,
+    random_batch,
+    random_logits,
+)
 
 SMALL = {"CHUNK": 64, "SKIP": 32, "TILE": 16}
 """Sizes with which rows of a few hundred tokens have several chunks, and chunks several passes."""
@@ -99,17 +106,10 @@ def small() -> Iterator[None]:
         yield
 
 
-def test_top_p_is_of_what_top_k_keeps_among_ties() -> None:
-    """Weights 1 and four of 0.5; top_k keeps 1.5 of 3, of which 0.6 is the first token alone."""
-    logits = torch.tensor([0.5, 1.0, 0.5, 0.5, 0.5]).log().expand(24, -1).contiguous()
-    batch = SamplingBatch(
-        torch.ones(24),
-        torch.arange(24),
-        torch.arange(24),
-        top_k=torch.full((24,), 2),
-        top_p=torch.full((24,), 0.6),
-    )
-    assert sample(logits, batch).token_ids.tolist() == [1] * 24
+@pytest.mark.usefixtures("small_chunks")
+def test_a_threshold_met_exactly_keeps_what_meets_it() -> None:
+    logits, batch, kept = exact_thresholds()
+    assert drawn_by_case(sample(logits, batch).token_ids) == kept
 
 
 def test_a_row_of_gpt_oss() -> None:

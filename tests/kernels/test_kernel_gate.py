@@ -21,7 +21,14 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from benchmarks.kernel_code import MachineCode, compile_kernel, parse_gcn, parse_sass, violations  # noqa: E402
+from benchmarks.kernel_code import (  # noqa: E402
+    MachineCode,
+    compile_anew,
+    compile_kernel,
+    parse_gcn,
+    parse_sass,
+    violations,
+)
 from benchmarks.kernel_report import COLUMNS, compile_all, markdown, row  # noqa: E402
 from benchmarks.kernel_specs import all_specs  # noqa: E402
 from benchmarks.kernel_specs.spec import GATED_TARGETS, KernelSpec, Limits, Pass  # noqa: E402
@@ -200,6 +207,18 @@ def test_a_compiled_kernel_never_comes_from_the_cache() -> None:
 def test_a_signature_that_does_not_match_is_named() -> None:
     with pytest.raises(ValueError, match="BLOCK_K"):
         compile_kernel(spec_of(16, 16, 16, constexprs={"BLOCK_M": 16, "BLOCK_N": 16}), "sm_80")
+
+
+def test_of_equal_gate_logits_the_lower_expert_is_chosen() -> None:
+    """The interpreter takes the first of equals whatever the kernel says, so the compiled code is
+    read: a maximum and its place are combined by the comparison of both."""
+    kernel = compile_anew(all_specs()["moe/choose and route 1 token"], "sm_80")
+    pattern = r'"tt.reduce"\(%\w+, %\w+\)[^\n]*\n(.*?)tt.reduce.return'
+    combined = re.findall(pattern, kernel.asm["ttir"], re.DOTALL)
+    assert len(combined) == 4, "one for each of the experts chosen"
+    for body in combined:
+        operations = re.findall(r"arith\.(\w+(?: \w+,)?)", body)
+        assert operations[:5] == ["cmpi eq,", "cmpi slt,", "andi", "cmpi sgt,", "ori"], operations
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from kernels.sampling import (
 )
 from kernels.sampling import reference as sampling_reference
 from tests.support.isas import FP32_ISAS
+from tests.support.sampling_cases import drawn_by_case, exact_thresholds
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -169,6 +170,11 @@ def test_frequencies_follow_the_filtered_distribution(filters: dict[str, float])
     # The mean of chi-square is its degrees of freedom, its deviation sqrt(2 * degrees): five
     # deviations, and seeds are fixed.
     assert chi_square <= degrees + 5 * math.sqrt(2 * degrees)
+
+
+def test_a_threshold_met_exactly_keeps_what_meets_it() -> None:
+    logits, batch, kept = exact_thresholds()
+    assert drawn_by_case(sample(logits, batch).token_ids) == kept
 
 
 # The implementation is the same for all examples.

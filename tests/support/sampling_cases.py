@@ -1,11 +1,20 @@
 """Sampling batches that use every parameter at once, for the comparison of implementations."""
 
+import math
 from dataclasses import fields, is_dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.sampling import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds
+from kernels.sampling import (
+    AllowedBits,
+    LogitBias,
+    Penalties,
+    SampleOutput,
+    SamplingBatch,
+    TokenIds,
+    philox_words,
+)
 
 
 def ints(*values: int) -> Tensor:
@@ -107,3 +116,42 @@ def on_device(batch: SamplingBatch, device: torch.device) -> SamplingBatch:
     found = moved(batch)
     assert isinstance(found, SamplingBatch)
     return found
+
+
+_HALF = -math.log(2)  # a logit whose weight beside a logit of 0, rounded to fp32, is 0.5 exactly
+_NEVER = -math.inf
+# (logits, top_k, top_p, min_p, first and last token kept), with thresholds that a token or a sum
+# meets exactly.
+_EXACT: list[tuple[list[float], int, float, float, set[int]]] = [
+    ([0.0, 3.0, 3.0, 1.0, 2.0], 0, 1.0, 1.0, {1, 2}),
+    ([_HALF, 0.0, _HALF, -9.0, -9.0], 0, 1.0, 0.5, {0, 2}),
+    ([2.0, 2.0, 2.0, 2.0, _NEVER], 0, 0.5, 0.0, {0, 1}),
+    ([_HALF, 0.0, _HALF, _NEVER, _NEVER], 0, 0.5, 0.0, {1}),
+    ([_HALF, 0.0, _HALF, _NEVER, _NEVER], 0, 0.75, 0.0, {0, 1}),
+    ([_HALF, _HALF, 0.0, _HALF, _HALF], 3, 0.5, 0.0, {2}),
+]
+
+
+def exact_thresholds() -> tuple[Tensor, SamplingBatch, list[set[int]]]:
+    """Return logits and a batch of cases whose thresholds are met exactly, each drawn with a number
+    near 0 and one near 1, and the set of the two tokens that each case yields."""
+    numbers = philox_words(torch.full((2000,), 5), torch.arange(2000))[:, 0]
+
+    def per_row(column: int) -> Tensor:
+        return torch.tensor([case[column] for case in _EXACT]).repeat_interleave(2, 0)
+
+    rows = 2 * len(_EXACT)
+    batch = SamplingBatch(
+        torch.ones(rows),
+        torch.full((rows,), 5),
+        torch.stack((numbers.argmin(), numbers.argmax())).repeat(len(_EXACT)),
+        top_k=per_row(1),
+        top_p=per_row(2),
+        min_p=per_row(3),
+    )
+    return per_row(0), batch, [case[4] for case in _EXACT]
+
+
+def drawn_by_case(token_ids: Tensor) -> list[set[int]]:
+    """Return the tokens drawn in each case of `exact_thresholds`."""
+    return [set(tokens) for tokens in token_ids.reshape(-1, 2).tolist()]

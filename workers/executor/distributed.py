@@ -100,6 +100,7 @@ class DistributedExecutor:
 
     Args:
         progress: called with each phase of each rank, on the starting thread.
+        clock: returns monotonic seconds, by which steps are timed.
     Attributes:
         crash: see Executor.
     """
@@ -111,12 +112,14 @@ class DistributedExecutor:
         launcher: RankLauncher,
         *,
         progress: Progress | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.crash: RankCrashed | None = None
         self._config = config
         self._model = model
         self._launcher = launcher
         self._progress = progress or (lambda phase, done, total: None)
+        self._clock = clock
         self._size = config.parallel.tensor
         self._channel: EngineChannel | None = None
         self._receiver = threading.Thread(target=self._receive, name="cantata-results", daemon=True)
@@ -162,7 +165,7 @@ class DistributedExecutor:
                 return future
             assert len(self._in_flight) < MAX_IN_FLIGHT, "more plans in flight than ranks look ahead"
             if not self._in_flight:
-                self._oldest_since_s = time.monotonic()
+                self._oldest_since_s = self._clock()
             self._in_flight.append((plan, future))
             body = encode_plan(plan)
             for rank in range(self._size):
@@ -346,7 +349,7 @@ class DistributedExecutor:
                 if not self._in_flight:  # failed meanwhile
                     return
                 plan, future = self._in_flight.popleft()
-                self._oldest_since_s = time.monotonic()
+                self._oldest_since_s = self._clock()
             if result.step != plan.step:
                 self._fail(
                     f"rank 0 answered step {result.step} instead of step {plan.step}", [(plan, future)]
@@ -369,7 +372,7 @@ class DistributedExecutor:
     def _check_time(self) -> None:
         timeout_s = self._config.parallel.step_timeout_s
         with self._lock:
-            waits = bool(self._in_flight) and time.monotonic() - self._oldest_since_s > timeout_s
+            waits = bool(self._in_flight) and self._clock() - self._oldest_since_s > timeout_s
             step = self._in_flight[0][0].step if waits else None
         if waits:
             self._fail(

@@ -61,8 +61,8 @@ class ProcessRanks:
         watcher = threading.Thread(
             target=_run, args=(spec, started, on_exit), name=f"cantata-rank-{spec.rank}", daemon=True
         )
-        self._watchers.append(watcher)
         watcher.start()
+        self._watchers.append(watcher)  # from here on `end` may join it, also on another watcher
         process = started.result()
         self._processes.append(process)
         assert process.stdin is not None

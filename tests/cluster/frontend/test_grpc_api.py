@@ -302,7 +302,12 @@ async def test_api_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
         for metadata, said in (
             ((), "Send an API key"),
             ((("authorization", "Bearer other"),), "Incorrect API key provided."),
+            ((("authorization", "Bearer firs"),), "Incorrect API key provided."),
+            ((("authorization", "Bearer firstly"),), "Incorrect API key provided."),
             ((("authorization", "first"),), "Send an API key"),
+            ((("authorization", "Bearer"),), "Send an API key"),
+            ((("authorization", "Bearer "),), "Send an API key"),
+            ((("x-authorization", "Bearer first"),), "Send an API key"),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Chat(request, metadata=metadata)

@@ -526,20 +526,26 @@ async def test_api_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
     async with serving(encoding, [engine], config=GatewayConfig(api_keys=("first", "second"))) as gateway:
         await gateway.client.chat.completions.create(model=MODEL, messages=HELLO)
         await gateway.client.with_options(api_key="second").models.list()
-        with pytest.raises(openai.AuthenticationError) as caught:
-            await gateway.client.with_options(api_key="wrong").models.list()
-        assert caught.value.code == "invalid_api_key"
-        assert "Incorrect API key provided." in caught.value.message
-        assert "wrong" not in caught.value.message
-        without = await gateway.http.get("/v1/models", headers={"authorization": ""})
-        assert "Send an API key" in without.json()["error"]["message"]
+        for wrong in ("wrong", "f", "firs", "firstly", "FIRST", "first second", "first,second"):
+            with pytest.raises(openai.AuthenticationError) as caught:
+                await gateway.client.with_options(api_key=wrong).models.list()
+            assert caught.value.code == "invalid_api_key"
+            assert caught.value.body == {
+                "message": "Incorrect API key provided.",
+                "type": "invalid_request_error",
+                "param": None,
+                "code": "invalid_api_key",
+            }
+        for header in ("", "Bearer", "first", "Basic first"):
+            without = await gateway.http.get("/v1/models", headers={"authorization": header})
+            assert without.status_code == 401
+            assert "Send an API key" in without.json()["error"]["message"]
         for path in ("/health", "/ready", "/metrics", "/version"):
             assert (await gateway.http.get(path, headers={"authorization": ""})).status_code == 200
-        assert (
-            await gateway.http.post(
-                "/tokenize", json={"prompt": "x"}, headers={"authorization": "Basic first"}
-            )
-        ).status_code == 401
+        tokenized = await gateway.http.post(
+            "/tokenize", json={"prompt": "x"}, headers={"authorization": "Basic first"}
+        )
+        assert tokenized.status_code == 401
 
 
 class _Comments(httpx.AsyncHTTPTransport):

@@ -1,8 +1,10 @@
 """The requests that the service sends to engines, without servers."""
 
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,6 +22,8 @@ from cluster.generation import (
     GenerationService,
     ModelInfo,
 )
+from cluster.generation import running as running_module
+from cluster.generation import service as service_module
 from cluster.harmony.message import Message
 from tests.support.gateway import VOCAB_SIZE, make_encoding
 from workers.errors import CantataError, InvalidRequest, ModelNotFound, Overloaded
@@ -27,10 +31,15 @@ from workers.request import EngineOutput, EngineRequest, SamplingParams
 
 
 class Client:
-    """An EngineClient whose engines answer one token, or fail."""
+    """An EngineClient whose engines answer one token, or fail, or do as told.
+
+    Attributes:
+        play: makes the outputs of a request.
+    """
 
     def __init__(self) -> None:
         self.requests: list[EngineRequest] = []
+        self.play: Callable[[], Iterable[EngineOutput]] = lambda: [EngineOutput((5,), finish_reason="length")]
         self.failure: CantataError | None = None
         self.closed = False
 
@@ -38,7 +47,8 @@ class Client:
         self.requests.append(request)
         if self.failure is not None:
             raise self.failure
-        yield EngineOutput((5,), finish_reason="length")
+        for output in self.play():
+            yield output
 
     async def close(self) -> None:
         self.closed = True
@@ -128,3 +138,34 @@ async def test_every_way_out_gives_the_place_back(service: GenerationService, cl
     assert in_flight(service) == 6
     await held.aclose()
     assert in_flight(service) == 0
+
+
+async def test_latencies_are_those_of_tokens(
+    service: GenerationService, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seconds to the first two tokens; then one token after 0.015 s, three after 0.12 s."""
+    now = [1000.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time)
+    monkeypatch.setattr(running_module, "time", clock)
+    monkeypatch.setattr(service_module, "time", clock)
+
+    def play() -> Iterator[EngineOutput]:
+        for after_s, num_tokens in ((2.0, 2), (0.015, 1), (0.5, 0), (0.12 - 0.5, 3), (4.0, 0)):
+            now[0] += after_s
+            yield EngineOutput((5,) * num_tokens, finish_reason="length" if after_s == 4 else None)
+
+    client.play = play
+    await read(await service.complete(CompletionRequest(((1, 2, 3),), SamplingParams(max_tokens=9))))
+    value = service.metrics.registry.get_sample_value
+    gaps = "cantata_gateway_inter_token_latency_seconds"
+    assert value(f"{gaps}_count") == 4
+    assert value(f"{gaps}_sum") == pytest.approx(0.135)
+    assert [value(f"{gaps}_bucket", {"le": bound}) for bound in ("0.01", "0.02", "0.03", "0.05")] == [
+        0,
+        1,
+        1,
+        4,
+    ]
+    first, whole = "cantata_gateway_time_to_first_token_seconds", "cantata_gateway_request_duration_seconds"
+    assert [value(f"{first}_{part}") for part in ("count", "sum")] == [1, pytest.approx(2.0)]
+    assert [value(f"{whole}_{part}") for part in ("count", "sum")] == [1, pytest.approx(6.135)]

@@ -5,13 +5,16 @@ import random
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support.fake_executor import MODEL, VOCAB, FakeExecutor
+from tests.support.waiting import until
 from workers.config import CacheConfig, EngineConfig, SchedulerConfig
 from workers.engine.engine import Engine
 from workers.engine.stream import OutputStream, ThreadReader
@@ -24,6 +27,7 @@ from workers.errors import (
     Overloaded,
 )
 from workers.request import EngineOutput, EngineRequest, SamplingParams
+from workers.scheduler.plan import StepPlan, StepResult
 
 WAIT_S = 60.0
 
@@ -394,6 +398,71 @@ def test_metrics_count_what_happened() -> None:
         line for line in text.splitlines() if line.startswith("cantata_engine_cached_tokens_total ")
     )
     assert float(cached.split()[1]) >= 32
+
+
+def test_a_preempted_request_is_counted_once() -> None:
+    """Two sequences of 100 tokens over 8 blocks of 16: the second loses its blocks and starts
+    again."""
+    reader = ThreadReader()
+    executor = FakeExecutor(num_full_blocks=9)
+    executor.gate.clear()
+    with running(executor, max_model_len=100) as engine:
+        prompts = [range(100, 120), range(200, 220)]
+        streams = [engine.submit(request(*prompt, max_tokens=80), reader) for prompt in prompts]
+        executor.gate.set()
+        outputs = read_all(reader, *streams)
+        engine.drain(WAIT_S)
+        text = engine.metrics.render()
+    assert [output.num_cached_tokens for output in outputs] == [0, 0]
+    assert sum(len(plan.starts) for plan in executor.plans) == 3
+    for line in (
+        "cantata_engine_preemptions_total 1.0",
+        "cantata_engine_prompt_tokens_total 40.0",
+        "cantata_engine_cached_tokens_total 0.0",
+        "cantata_engine_output_tokens_total 160.0",
+        "cantata_engine_queue_duration_seconds_count 2.0",
+        'cantata_engine_requests_total{finish_reason="length"} 2.0',
+    ):
+        assert f"{line}\n" in text, line
+
+
+class QueuedExecutor(FakeExecutor):
+    """Plans wait until the test lets the oldest one run.
+
+    Attributes:
+        num_ahead: for each plan, the number of plans without a result when it came.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_ahead: list[int] = []
+        self._queue: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+
+    def execute(self, plan: StepPlan) -> "Future[StepResult]":
+        future: Future[StepResult] = Future()
+        self.num_ahead.append(len(self._queue))
+        self._queue.append((plan, future))
+        self.plans.append(plan)
+        return future
+
+    def run_oldest(self) -> None:
+        plan, future = self._queue.popleft()
+        future.set_result(self._run(plan))
+
+
+def test_the_next_plan_comes_before_the_result() -> None:
+    """The ranks never wait for the engine: while they compute a step, the next plan is there, and
+    no more than that one."""
+    reader = ThreadReader()
+    executor = QueuedExecutor()
+    with running(executor) as engine:
+        streams = [engine.submit(request(1, max_tokens=6), reader)]
+        for step in range(6):
+            until(lambda step=step: len(executor.plans) >= min(step + 2, 6), WAIT_S)
+            executor.run_oldest()
+        [output] = read_all(reader, *streams)
+    assert output == EngineOutput((2, 3, 4, 5, 6, 7), finish_reason="length")
+    assert executor.num_ahead == [0] + [1] * 5
 
 
 def test_a_crowd_that_comes_leaves_and_is_preempted_ends_once_each() -> None:
