@@ -10,14 +10,23 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import compress
 
-from workers.config import BLOCK_SIZE, SchedulerConfig
+from workers.config import SchedulerConfig
 from workers.constraint.registry import HeldAutomata
 from workers.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from workers.kv_cache.manager import KVCacheManager
 from workers.request import EngineRequest, FinishReason
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
-from workers.scheduler.plan_builder import InFlight, PlanBuilder, tokens_of
 from workers.scheduler.sequence import Sequence, SequenceStatus, SequenceUpdate
+from workers.scheduler.step import (
+    InFlight,
+    PlanBuilder,
+    append_tokens,
+    check_result,
+    commit,
+    prompt_updates,
+    settle_drafts,
+    tokens_of,
+)
 
 Proposer = Callable[[Sequence], Iterable[int]]
 """Function that guesses the tokens after a sequence's tokens, all of which are known; it returns
@@ -176,6 +185,7 @@ class Scheduler:
         propose = self._propose
         spare_rows = self._max_num_seqs - len(self._sequences)
         scores_prompts = self._num_scored > 0
+        has_extras = scores_prompts or propose is not None
         # Preemption, in `_claim_blocks`, takes sequences from the end of this list, after the
         # current one.
         for sequence in self._running:
@@ -199,14 +209,15 @@ class Scheduler:
                     break
                 samples = samples and num_granted == num_new
                 num_new = num_granted
-            if scores_prompts:
-                builder.ask_prompt_logprobs(sequence, num_computed, num_new)
-            if propose is not None and samples and spare_rows > 0:
-                room = min(spare_rows, budget - num_new)
-                num_drafts = builder.claim_drafts(self._kv, sequence, num_new, propose(sequence), room)
-                sequence.num_draft_tokens = num_drafts
-                spare_rows -= num_drafts
-                num_new += num_drafts
+            if has_extras:
+                if scores_prompts:
+                    builder.ask_prompt_logprobs(sequence, num_computed, num_new)
+                if propose is not None and samples and spare_rows > 0:
+                    room = min(spare_rows, budget - num_new)
+                    num_drafts = builder.claim_drafts(self._kv, sequence, num_new, propose(sequence), room)
+                    sequence.num_draft_tokens = num_drafts
+                    spare_rows -= num_drafts
+                    num_new += num_drafts
             sequence.num_computed_tokens = num_computed + num_new
             sequence.num_pending_tokens = num_pending + samples
             entries.append((sequence, sequence.seq_id, num_computed, num_new, samples))
@@ -288,40 +299,23 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0].plan.step != result.step:
             raise ValueError(f"a result for step {result.step} came, which is not the oldest step in flight")
         plan = self._in_flight[0].plan
-        token_lists = tokens_of(plan, result)
+        check_result(plan, result)
         sequences = self._in_flight.popleft().sequences
-        for sequence, start, count in zip(
-            sequences, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True
-        ):
-            if (
-                start % BLOCK_SIZE + count >= BLOCK_SIZE
-                and sequence is not None
-                and not sequence.num_draft_tokens
-            ):
-                self._kv.commit(sequence.blocks, sequence.token_ids, start + count)
-        logprobs = result.logprobs
-        updates = _prompt_updates(plan, sequences, result) if plan.prompt_logprobs else []
-        finished, has_drafts = False, bool(plan.drafts)
-        for sequence, token_ids in zip(compress(sequences, plan.samples), token_lists, strict=True):
-            if sequence is None:
-                continue
-            sequence.num_pending_tokens -= 1
-            if has_drafts:
-                token_ids, reason = _settle_drafts(self._kv, sequence, token_ids)
-            else:
-                reason = sequence.append(token_ids[0])
-            update = SequenceUpdate(sequence.seq_id, token_ids)
-            update.num_cached_tokens = sequence.num_cached_tokens
-            updates.append(update)
-            if logprobs:
-                update.logprobs = logprobs.get(sequence.seq_id, ())[: len(token_ids)]
-            if reason is not None:
-                update.finish_reason = reason
-                if reason == "stop":
-                    update.stop_token_id = token_ids[-1]
-                finished = True
+        commit(self._kv, plan, sequences)
+        updates = prompt_updates(plan, sequences, result) if plan.prompt_logprobs else []
+        sampling = compress(sequences, plan.samples)
+        if plan.drafts:
+            ends = settle_drafts(self._kv, sampling, tokens_of(result), updates)
+        else:
+            ends = append_tokens(sampling, result.token_ids, updates)
+        if result.logprobs:
+            for update in updates:
+                update.logprobs = result.logprobs.get(update.seq_id, ())[: len(update.token_ids)]
+        if ends:
+            for sequence, update in ends:
+                if update.finish_reason == "stop":
+                    update.stop_token_id = update.token_ids[-1]
                 self._forget(sequence)
-        if finished:
             self._running = [
                 sequence for sequence in self._running if sequence.status is SequenceStatus.RUNNING
             ]
@@ -395,40 +389,3 @@ class Scheduler:
             assert sequence.blocks.capacity == 0, "a waiting sequence holds blocks"
         if not self._running:
             assert self._kv.usage == 0.0, "blocks are held, but nothing runs"
-
-
-def _settle_drafts(
-    kv: KVCacheManager, sequence: Sequence, token_ids: tuple[int, ...]
-) -> tuple[tuple[int, ...], FinishReason | None]:
-    """Take in the tokens of an entry that may have had drafts. Return the tokens up to one that
-    ends the sequence, and why it ended."""
-    num_kept, reason = sequence.extend(token_ids)
-    if sequence.num_draft_tokens:
-        # The last of these tokens was only sampled, not computed; drafts after it were wrong.
-        sequence.num_draft_tokens = 0
-        sequence.num_computed_tokens = len(sequence.token_ids) - 1
-        kv.commit(sequence.blocks, sequence.token_ids, sequence.num_computed_tokens)
-    return token_ids[:num_kept], reason
-
-
-def _prompt_updates(
-    plan: StepPlan, sequences: "list[Sequence | None]", result: StepResult
-) -> list[SequenceUpdate]:
-    """Return log-probabilities of prompt tokens for the sequences that asked and are still live.
-
-    Raises:
-        ValueError: they are not the ones that the plan asked for.
-    """
-    updates = []
-    for index, first, count, _ in plan.prompt_logprobs:
-        entries = result.prompt_logprobs.get(plan.seq_ids[index], ())
-        if len(entries) != count:
-            raise ValueError(
-                f"the result of step {result.step} has {len(entries)} log-probabilities of prompt tokens "
-                f"where {count} were asked for"
-            )
-        sequence = sequences[index]
-        if sequence is not None:
-            sequence.first_missing_prompt_logprob = first + count
-            updates.append(SequenceUpdate(sequence.seq_id, prompt_logprobs=entries))
-    return updates

@@ -148,9 +148,9 @@ class SequenceUpdate:
 
     seq_id: int
     token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
     num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    stop_token_id: int | None = None
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()

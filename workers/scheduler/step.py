@@ -1,12 +1,14 @@
-"""A step while it is planned, and the record against which its result is checked."""
+"""One step: how its plan is built, the record of it while it is in flight, and how its result is
+taken in."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import compress, islice
 
+from workers.config import BLOCK_SIZE
 from workers.kv_cache.manager import KVCacheManager
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
-from workers.scheduler.sequence import Sequence
+from workers.scheduler.sequence import Sequence, SequenceUpdate
 
 
 class PlanBuilder:
@@ -106,8 +108,9 @@ class InFlight:
     sequences: list[Sequence | None]
 
 
-def tokens_of(plan: StepPlan, result: StepResult) -> list[tuple[int, ...]]:
-    """Return the new tokens of each sequence that samples.
+def check_result(plan: StepPlan, result: StepResult) -> None:
+    """Refuse a result that does not have one token, or with drafts as many as may be, for each
+    sequence that samples.
 
     Raises:
         ValueError: the result does not belong to this plan.
@@ -117,7 +120,7 @@ def tokens_of(plan: StepPlan, result: StepResult) -> list[tuple[int, ...]]:
     if not result.num_tokens:
         if len(result.token_ids) != len(result.seq_ids):
             raise ValueError(f"the result of step {result.step} does not have one token for each sequence")
-        return list(zip(result.token_ids, strict=True))
+        return
     num_drafts = dict.fromkeys(result.seq_ids, 0) | {
         plan.seq_ids[index]: len(drafts) for index, drafts in plan.drafts
     }
@@ -130,5 +133,90 @@ def tokens_of(plan: StepPlan, result: StepResult) -> list[tuple[int, ...]]:
         )
     ):
         raise ValueError(f"the result of step {result.step} has tokens that its plan does not allow for")
+
+
+def tokens_of(result: StepResult) -> list[tuple[int, ...]]:
+    """Return the new tokens of each sequence of a result that passed `check_result`."""
     tokens = iter(result.token_ids)
-    return [tuple(next(tokens) for _ in range(count)) for count in result.num_tokens]
+    return [tuple(islice(tokens, count)) for count in result.num_tokens or (1,) * len(result.seq_ids)]
+
+
+def commit(kv: KVCacheManager, plan: StepPlan, sequences: "list[Sequence | None]") -> None:
+    """Give the prefix cache the blocks that the plan has filled, except those of entries with
+    drafts."""
+    entries = zip(sequences, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)
+    filled = [
+        (sequence, start + count)
+        for sequence, start, count in entries
+        if start % BLOCK_SIZE + count >= BLOCK_SIZE
+    ]
+    for sequence, num_tokens in filled:
+        if sequence is not None and not sequence.num_draft_tokens:
+            kv.commit(sequence.blocks, sequence.token_ids, num_tokens)
+
+
+def append_tokens(
+    sequences: "Iterable[Sequence | None]", token_ids: tuple[int, ...], updates: list[SequenceUpdate]
+) -> list[tuple[Sequence, SequenceUpdate]]:
+    """Take in one token of each sequence and append the updates; return those that end one. Most
+    of a step's time in `update` is spent here."""
+    ends = []
+    for sequence, token_id in zip(sequences, token_ids, strict=True):
+        if sequence is None:
+            continue
+        sequence.num_pending_tokens -= 1
+        reason = sequence.append(token_id)
+        update = SequenceUpdate(sequence.seq_id, (token_id,), sequence.num_cached_tokens, reason)
+        updates.append(update)
+        if reason is not None:
+            ends.append((sequence, update))
+    return ends
+
+
+def settle_drafts(
+    kv: KVCacheManager,
+    sequences: "Iterable[Sequence | None]",
+    token_lists: Iterable[tuple[int, ...]],
+    updates: list[SequenceUpdate],
+) -> list[tuple[Sequence, SequenceUpdate]]:
+    """As `append_tokens`, for entries that may have had drafts: take in each sequence's tokens up
+    to one that ends it."""
+    ends = []
+    for sequence, token_ids in zip(sequences, token_lists, strict=True):
+        if sequence is None:
+            continue
+        sequence.num_pending_tokens -= 1
+        num_kept, reason = sequence.extend(token_ids)
+        if sequence.num_draft_tokens:
+            # The last of these tokens was only sampled, not computed; drafts after it were wrong.
+            sequence.num_draft_tokens = 0
+            sequence.num_computed_tokens = len(sequence.token_ids) - 1
+            kv.commit(sequence.blocks, sequence.token_ids, sequence.num_computed_tokens)
+        update = SequenceUpdate(sequence.seq_id, token_ids[:num_kept], sequence.num_cached_tokens, reason)
+        updates.append(update)
+        if reason is not None:
+            ends.append((sequence, update))
+    return ends
+
+
+def prompt_updates(
+    plan: StepPlan, sequences: "list[Sequence | None]", result: StepResult
+) -> list[SequenceUpdate]:
+    """Return log-probabilities of prompt tokens for the sequences that asked and are still live.
+
+    Raises:
+        ValueError: they are not the ones that the plan asked for.
+    """
+    updates = []
+    for index, first, count, _ in plan.prompt_logprobs:
+        entries = result.prompt_logprobs.get(plan.seq_ids[index], ())
+        if len(entries) != count:
+            raise ValueError(
+                f"the result of step {result.step} has {len(entries)} log-probabilities of prompt tokens "
+                f"where {count} were asked for"
+            )
+        sequence = sequences[index]
+        if sequence is not None:
+            sequence.first_missing_prompt_logprob = first + count
+            updates.append(SequenceUpdate(sequence.seq_id, prompt_logprobs=entries))
+    return updates
