@@ -75,6 +75,8 @@ class EngineRequest:
         adapter: name of the adapter to run with; None for the base model.
         cache_salt: KV blocks are shared only between requests with the same salt and the same
             adapter.
+        priority: of waiting requests the one with the lowest value is admitted first, of running
+            ones that with the highest is preempted first; equal ones in order of arrival.
     """
 
     request_id: str
@@ -85,6 +87,7 @@ class EngineRequest:
     constraint: Constraint | None = None
     adapter: str | None = None
     cache_salt: str | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,14 +92,17 @@ class EngineClient:
         """
         capabilities: frozenset[str] = frozenset()
         wanted = convert.capabilities_of(request)
-        if wanted or request.constraint is not None:
+        if wanted or request.priority or request.constraint is not None:
             capabilities = await self._capabilities_of(replica)
         if missing := wanted - capabilities:
             raise NoReplica(f"The replica's version does not support {', '.join(sorted(missing))}.")
         by_reference = convert.CONSTRAINT_REF in capabilities
         sent = self._sent.setdefault(replica, RecentIds()) if by_reference else None
         knows = request.constraint is not None and sent is not None and sent.use(request.constraint.id)
-        message = convert.request_to_wire(request, by_reference=by_reference, with_body=not knows)
+        with_priority = convert.PRIORITY in capabilities
+        message = convert.request_to_wire(
+            request, by_reference=by_reference, with_body=not knows, with_priority=with_priority
+        )
         try:
             async with aclosing(self._call(replica, message, request.deadline_s)) as outputs:
                 async for output in outputs:
@@ -109,7 +112,7 @@ class EngineClient:
             # The engine has forgotten this automaton; the sequence has produced nothing yet.
             if not knows:
                 raise
-        message = convert.request_to_wire(request, by_reference=True)
+        message = convert.request_to_wire(request, by_reference=True, with_priority=with_priority)
         async with aclosing(self._call(replica, message, request.deadline_s)) as outputs:
             async for output in outputs:
                 yield output

@@ -49,6 +49,7 @@ def options(body: SamplingFields) -> Options:
         truncation=None if cut is None else Truncation(cut, keeps_end=body.truncation_side != "right"),
         cache_salt=body.cache_salt,
         bad_words=tuple(body.bad_words or ()),
+        priority=_or(body.priority, 0),
     )
 
 

@@ -303,6 +303,7 @@ class SamplingFields(_Body):
         default=None, description="The only tokens that may be generated, markup included."
     )
     bad_words: list[StrictStr] | None = Field(default=None, description="Texts that must not be generated.")
+    priority: Whole | None = Field(default=None, description="Lower values are served earlier; 0 by default.")
     cache_salt: str | None = Field(
         default=None, description="Share cached prefixes only with requests that have the same salt."
     )

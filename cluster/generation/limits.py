@@ -20,6 +20,7 @@ from workers.rpc.validate import (
     MAX_COUNT,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
+    MAX_PRIORITY,
     MAX_SALT_CHARS,
     check_ids,
     check_integer,
@@ -163,6 +164,7 @@ def check_options(options: Options) -> None:
             f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, got {len(options.cache_salt)}.",
             "cache_salt",
         )
+    check_integer("priority", options.priority, -MAX_PRIORITY - 1, MAX_PRIORITY)
     if len(options.bad_words) > MAX_BAD_WORDS:
         raise InvalidRequest(
             f"bad_words has {len(options.bad_words)} entries, at most {MAX_BAD_WORDS} are allowed.",

@@ -37,12 +37,14 @@ class Options:
     Attributes:
         truncation: None: a prompt that is too long is refused.
         cache_salt: KV blocks are shared only among requests with the same salt.
+        priority: requests with lower values are served earlier.
         bad_words: texts that the model must not write, each by itself or after a blank.
     """
 
     truncation: Truncation | None = None
     cache_salt: str | None = None
     bad_words: tuple[str, ...] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,4 +163,4 @@ def _engine_request(
     plus its index among them."""
     assert sampling.seed is not None
     sampling = replace(sampling, n=1, seed=(sampling.seed + offset) % 2**64)
-    return EngineRequest(id, prompt, sampling, cache_salt=options.cache_salt)
+    return EngineRequest(id, prompt, sampling, cache_salt=options.cache_salt, priority=options.priority)

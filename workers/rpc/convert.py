@@ -33,8 +33,8 @@ token."""
 
 ADAPTER, CACHE_SALT, PROMPT_LOGPROBS = "adapter", "cache_salt", "prompt_logprobs"
 ALLOWED_TOKEN_IDS, BAD_WORDS = "allowed_token_ids", "bad_words"
-CONSTRAINT_REF = "constraint_ref"
-CAPABILITIES = (CONSTRAINT_REF, CACHE_SALT, PROMPT_LOGPROBS, ALLOWED_TOKEN_IDS, BAD_WORDS)
+CONSTRAINT_REF, PRIORITY = "constraint_ref", "priority"
+CAPABILITIES = (CONSTRAINT_REF, CACHE_SALT, PROMPT_LOGPROBS, ALLOWED_TOKEN_IDS, BAD_WORDS, PRIORITY)
 """Names of the request fields beyond the first version, as this engine lists them in EngineInfo. A
 gateway sends only fields that an engine lists. No engine has adapters yet."""
 
@@ -83,7 +83,8 @@ class EngineInfo:
 
 def capabilities_of(request: EngineRequest) -> frozenset[str]:
     """Return the names in CAPABILITIES that an engine must list to serve this request.
-    CONSTRAINT_REF is never among them: an engine without it receives the whole automaton."""
+    Two are never among them: without CONSTRAINT_REF an engine receives the whole automaton, without
+    PRIORITY it serves the request in its turn."""
     wanted = {
         ADAPTER: request.adapter is not None,
         CACHE_SALT: request.cache_salt is not None,
@@ -95,13 +96,18 @@ def capabilities_of(request: EngineRequest) -> frozenset[str]:
 
 
 def request_to_wire(
-    request: EngineRequest, *, by_reference: bool = False, with_body: bool = True
+    request: EngineRequest,
+    *,
+    by_reference: bool = False,
+    with_body: bool = True,
+    with_priority: bool = True,
 ) -> pb.GenerateRequest:
     """Return the request's message. The deadline is not part of it: it belongs to the call.
 
     Args:
         by_reference: identify the automaton by its id (CONSTRAINT_REF).
         with_body: send the automaton along with its id.
+        with_priority: send the priority (PRIORITY).
     """
     message = pb.GenerateRequest(
         request_id=request.request_id,
@@ -110,6 +116,7 @@ def request_to_wire(
         sampling=_sampling_to_wire(request.sampling),
         adapter=request.adapter,
         cache_salt=request.cache_salt,
+        priority=request.priority if with_priority and request.priority else None,
     )
     constraint = request.constraint
     if constraint is not None and by_reference:
@@ -145,6 +152,7 @@ def request_from_wire(
         constraint=_constraint_from_wire(message, vocab_size, automata),
         adapter=message.adapter if message.HasField("adapter") else None,
         cache_salt=message.cache_salt if message.HasField("cache_salt") else None,
+        priority=message.priority if message.HasField("priority") else 0,
     )
     check_request(request, vocab_size)
     return request

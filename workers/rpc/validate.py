@@ -20,6 +20,7 @@ MAX_BAD_WORD_TOKENS = 2048
 MAX_SALT_CHARS = 256
 MAX_SEED = 2**64 - 1
 MAX_COUNT = 2**31 - 1
+MAX_PRIORITY = 2**63 - 1
 
 
 def check_request(request: EngineRequest, vocab_size: int) -> None:
@@ -50,6 +51,7 @@ def check_request(request: EngineRequest, vocab_size: int) -> None:
             f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, got {len(request.cache_salt)}",
             "cache_salt",
         )
+    check_integer("priority", request.priority, -MAX_PRIORITY - 1, MAX_PRIORITY)
 
 
 def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:

@@ -6,6 +6,7 @@ chunks where the budget is short, and whenever it has caught up the step yields 
 (after vLLM's `v1/core/sched/scheduler.py`).
 """
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import compress
@@ -34,9 +35,9 @@ ids of the vocabulary, in most cases none."""
 
 
 class Scheduler:
-    """Plans steps and takes in their results. Running sequences come first, then waiting ones in
-    order of arrival. When blocks run out, the newest running sequence loses its blocks and is
-    computed again later.
+    """Plans steps and takes in their results. Running sequences come first, then waiting ones, both
+    by priority and, among equals, by arrival. When blocks run out, the last of the running
+    sequences loses its blocks and is computed again later.
 
     `schedule` may be called again before `update`: a sequence whose next token is still in flight
     is planned one token further, since the ranks have that token. If the token turns out to end the
@@ -76,7 +77,7 @@ class Scheduler:
         self._step = 0
         self._sequences: dict[int, Sequence] = {}
         self._num_scored = 0  # number of sequences that want log-probabilities of their prompts
-        # Both in order of arrival; every running sequence arrived before every waiting one.
+        # Both in the order of `_order`.
         self._running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._drops: list[int] = []
@@ -160,7 +161,7 @@ class Scheduler:
             )
         self._sequences[sequence.seq_id] = sequence
         self._num_scored += sequence.wants_prompt_logprobs
-        self._waiting.append(sequence)
+        insort(self._waiting, sequence, key=_order)
         return None
 
     def abort(self, seq_id: int, reason: str) -> SequenceUpdate | None:
@@ -205,7 +206,7 @@ class Scheduler:
                 num_new = budget
             if num_computed + num_new > sequence.blocks.capacity:
                 num_granted = self._claim_blocks(sequence, num_new, builder)
-                if num_granted == 0:  # it was the newest itself
+                if num_granted == 0:  # it was the last itself
                     break
                 samples = samples and num_granted == num_new
                 num_new = num_granted
@@ -234,18 +235,17 @@ class Scheduler:
 
     def _claim_blocks(self, sequence: Sequence, num_new: int, builder: PlanBuilder) -> int:
         """Get blocks for up to `num_new` further tokens of a running sequence, taking them from the
-        newest sequences if necessary.
+        last sequences if necessary.
 
         Returns:
-            Number of tokens with blocks; 0 if the sequence itself was the newest and lost its
-            blocks.
+            Number of tokens with blocks; 0 if the sequence itself was the last and lost its blocks.
         """
         blocks = sequence.blocks
         num_full, num_sliding = len(blocks.full), len(blocks.sliding)
         while (num_granted := self._kv.grow(blocks, sequence.num_computed_tokens, num_new)) == 0:
-            newest = self._running[-1]
-            self._preempt(newest)
-            if newest is sequence:
+            last = self._running[-1]
+            self._preempt(last)
+            if last is sequence:
                 return 0
         builder.add_blocks(tuple(blocks.full[num_full:]), tuple(blocks.sliding[num_sliding:]))
         return num_granted
@@ -257,7 +257,7 @@ class Scheduler:
             if num_cached is None:
                 return
             self._waiting.popleft()
-            self._running.append(sequence)
+            insort(self._running, sequence, key=_order)
             sequence.status = SequenceStatus.RUNNING
             sequence.num_computed_tokens = num_cached
             if sequence.num_preemptions == 0:
@@ -322,8 +322,8 @@ class Scheduler:
         return updates
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take the blocks of the newest running sequence. It becomes the first waiting sequence and
-        starts again with all its tokens."""
+        """Take the blocks of the last running sequence. It waits again, in its place, and starts
+        again with all its tokens."""
         assert self._running[-1] is sequence
         self._running.pop()
         self._release(sequence)
@@ -332,7 +332,7 @@ class Scheduler:
         sequence.next_prompt_logprob = sequence.first_missing_prompt_logprob
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting.appendleft(sequence)
+        insort(self._waiting, sequence, key=_order)
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str) -> SequenceUpdate:
         if sequence.status is SequenceStatus.RUNNING:
@@ -366,6 +366,8 @@ class Scheduler:
         self._kv.check_integrity()
         assert len(self._running) <= self._max_num_seqs, "more sequences run than may"
         members = [*self._running, *self._waiting]
+        for queue in (self._running, self._waiting):
+            assert list(queue) == sorted(queue, key=_order), "a queue is out of order"
         assert len(members) == len(self._sequences), "a sequence is in no queue, or in two"
         assert all(self._sequences.get(sequence.seq_id) is sequence for sequence in members), (
             "a queue holds a sequence that ended"
@@ -389,3 +391,8 @@ class Scheduler:
             assert sequence.blocks.capacity == 0, "a waiting sequence holds blocks"
         if not self._running:
             assert self._kv.usage == 0.0, "blocks are held, but nothing runs"
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    """Return a sequence's place in a queue."""
+    return sequence.request.priority, sequence.seq_id

@@ -168,6 +168,8 @@ async def test_todays_gateway_sends_an_engine_of_the_previous_version_what_that_
             with pytest.raises(errors.NoReplica):
                 await read(client, engine.address, wanted)
         assert len(engine.requests) == 1
+        await read(client, engine.address, replace(REQUEST, priority=-3))  # served, in its turn
+        assert unknown_fields(engine.requests[1]) == []
         info = await client.info(Replica("r", engine.address), 5)
         assert (info.max_model_len, info.capabilities) == (100, ())
     finally:

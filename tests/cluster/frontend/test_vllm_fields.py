@@ -179,6 +179,17 @@ async def test_allowed_tokens_reach_the_engine(gateway: Gateway, engine: FakeEng
             assert await refusal(gateway, path, allowed_token_ids=wrong) == (400, "allowed_token_ids", None)
 
 
+async def test_the_priority_reaches_the_engine(gateway: Gateway, engine: FakeEngine) -> None:
+    for path in (CHAT, COMPLETIONS):
+        for priority in (-(2**63), -1, 3.0, 2**63 - 1):
+            await post(gateway, path, priority=priority, n=2)
+            assert [request.priority for request in engine.requests[-2:]] == [priority, priority]
+        await post(gateway, path)
+        assert engine.requests[-1].priority == 0
+        for wrong in (2**63, -(2**63) - 1, 0.5, "high"):
+            assert await refusal(gateway, path, priority=wrong) == (400, "priority", None)
+
+
 async def test_bad_words_reach_the_engine_as_tokens(
     gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
 ) -> None:
@@ -213,7 +224,7 @@ async def test_words_of_the_format_cannot_be_bad_in_a_chat(
 async def test_nulls_are_no_request(gateway: Gateway, engine: FakeEngine) -> None:
     fields = (
         *("return_tokens_as_token_ids", "truncate_prompt_tokens", "truncation_side"),
-        *("cache_salt", "allowed_token_ids", "bad_words"),
+        *("cache_salt", "allowed_token_ids", "bad_words", "priority"),
     )
     for path in (CHAT, COMPLETIONS):
         await post(gateway, path, **dict.fromkeys(fields))

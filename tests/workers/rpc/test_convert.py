@@ -68,6 +68,7 @@ requests = st.builds(
     output_token_ids=id_list,
     constraint=st.none() | automata(token_id).map(Constraint.of),
     cache_salt=st.none() | st.text(min_size=1, max_size=20),
+    priority=st.just(0) | st.integers(-(2**63), 2**63 - 1),
 )
 outputs = st.builds(
     EngineOutput,

@@ -21,10 +21,15 @@ STOP = 2
 
 
 def request(
-    num_prompt: int, *, output: tuple[int, ...] = (), first: int = 1000, **sampling: object
+    num_prompt: int,
+    *,
+    output: tuple[int, ...] = (),
+    first: int = 1000,
+    priority: int = 0,
+    **sampling: object,
 ) -> EngineRequest:
     params = replace(SamplingParams(max_tokens=None, seed=0), **sampling)
-    return EngineRequest("r", tuple(range(first, first + num_prompt)), params, output)
+    return EngineRequest("r", tuple(range(first, first + num_prompt)), params, output, priority=priority)
 
 
 def build(
@@ -116,6 +121,51 @@ def test_a_waiting_sequence_is_not_overtaken_by_a_smaller_one() -> None:
         assert summary(plan)[0][0] == 0
         assert len(summary(plan)) == 1
     assert scheduler.num_waiting == 2
+
+
+def test_waiting_sequences_begin_by_priority_and_arrival() -> None:
+    scheduler = build(seqs=1)
+    for seq_id, priority in enumerate((0, 5, 0, -3, 5, -3)):
+        add(scheduler, seq_id, 5, max_tokens=1, priority=priority)
+        scheduler.check_integrity()
+    begun = []
+    while (plan := scheduler.schedule()) is not None:
+        begun += plan.seq_ids
+        answer(scheduler, plan)
+    assert begun == [3, 5, 0, 2, 1, 4]
+
+
+def test_a_running_sequence_is_not_interrupted_by_a_more_urgent_one() -> None:
+    scheduler = build(seqs=1)
+    add(scheduler, 0, 5, max_tokens=3)
+    answer(scheduler, scheduler.schedule())
+    add(scheduler, 1, 5, max_tokens=1, priority=-1)
+    for _ in range(2):
+        plan = scheduler.schedule()
+        assert plan is not None
+        assert plan.seq_ids == (0,)
+        answer(scheduler, plan)
+    assert summary(scheduler.schedule()) == [(1, 0, 5, True)]
+
+
+def test_the_least_urgent_sequence_is_preempted_and_waits_behind_the_others() -> None:
+    scheduler = build(num_full=13, budget=200, max_model_len=190)
+    add(scheduler, 0, 60, priority=2)
+    answer(scheduler, scheduler.schedule())
+    add(scheduler, 1, 60, priority=1)
+    add(scheduler, 2, 60, priority=1)
+    answer(scheduler, scheduler.schedule())
+    assert scheduler.num_running == 3
+    add(scheduler, 3, 5, priority=2)
+    plan = scheduler.schedule()
+    while plan is not None and not plan.drops:  # until one needs a fifth block
+        answer(scheduler, plan)
+        plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.drops == (0,)
+    assert set(plan.seq_ids) == {1, 2}
+    answer(scheduler, plan)
+    assert [sequence.seq_id for sequence in scheduler._waiting] == [0, 3]
 
 
 def test_the_newest_sequence_is_preempted_and_computed_again_with_its_output() -> None:

@@ -120,6 +120,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_resumed: dict[int, int] = {}
         self.prompts: dict[int, tuple[int, ...]] = {}
         self.prompt_logprobs: dict[int, list[int]] = {}
+        self.priorities: dict[int, int] = {}
         self.live: list[int] = []
         self.ended: set[int] = set()
         self.seen: Counter[str] = Counter()
@@ -142,6 +143,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         constraint=st.none() | st.integers(0, 5),
         salt=st.sampled_from([None, None, "a", "b"]),
         prompt_logprobs=st.sampled_from([None, None, 2]),
+        priority=st.sampled_from([0, 0, 0, -1, 1]),
     )
     def add(
         self,
@@ -154,6 +156,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         constraint=None,
         salt=None,
         prompt_logprobs=None,
+        priority=0,
     ):
         prompt = prompt[: self.max_model_len - 1]
         room = self.max_model_len - len(prompt)
@@ -181,7 +184,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             tuple(resumed),
             constraint=None if constraint is None else Constraint(automaton_id(body), body),
             cache_salt=salt,
+            priority=priority,
         )
+        self.priorities[seq_id] = priority
         self.scheduler.check(request)
         self.expected[seq_id] = (output, reason, stop)
         self.num_resumed[seq_id] = len(resumed)
@@ -221,10 +226,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert max(ends) <= self.max_model_len, "drafts go past the longest sequence"
         assert min(plan.num_scheduled_tokens) > 0
         assert len(plan.seq_ids) <= self.config.max_num_seqs
-        assert list(plan.seq_ids) == sorted(plan.seq_ids), "first come, first served"
+        begun = [start.seq_id for start in plan.starts]
+        running = [seq_id for seq_id in plan.seq_ids if seq_id not in begun]
+        assert running == sorted(running, key=self.order)
+        assert begun == sorted(begun, key=self.order)
+        waiting = [sequence.seq_id for sequence in self.scheduler._waiting]
+        if begun and waiting:
+            assert max(map(self.order, begun)) < min(map(self.order, waiting)), (
+                "overtaken by a less urgent one"
+            )
+            self.seen["others waited"] += 1
         if any(block for start in plan.starts for block in (*start.full_blocks, *start.sliding_blocks)):
             self.seen["prefix hit"] += 1
         self.in_flight.append(plan)
+
+    def order(self, seq_id):
+        return self.priorities[seq_id], seq_id
 
     def run_oldest(self):
         for update in self.scheduler.update(self.rank.run(self.in_flight.pop(0))):
@@ -291,8 +308,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.has_drafts and self.rank.num_drafts > 50:
                 assert 0 < self.rank.num_right < self.rank.num_drafts
                 self.seen["drafts"] += 1
-            starts = list(dict.fromkeys(self.rank.start_order))
-            assert starts == sorted(starts), "admitted out of order"
+            for priority in set(self.priorities.values()):
+                equal = [seq_id for seq_id in self.rank.start_order if self.priorities[seq_id] == priority]
+                starts = list(dict.fromkeys(equal))
+                assert starts == sorted(starts), "admitted out of order"
 
 
 SchedulerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
@@ -331,6 +350,7 @@ def test_a_long_run_under_tiny_pools_meets_everything() -> None:
                         constraint=choose.choice([None, *range(6)]),
                         salt=choose.choice([None, None, "a"]),
                         prompt_logprobs=choose.choice([None, None, 2]),
+                        priority=choose.choice([0, 0, -5, 3]),
                     )
                     machine.steps(count=choose.randrange(8))
                     machine.plan()
@@ -347,3 +367,4 @@ def test_a_long_run_under_tiny_pools_meets_everything() -> None:
     assert min(seen[name] for name in ("preempted", "prefix hit", "complete when added")) >= 50, seen
     assert seen["drafts"] == 6
     assert seen["prompt log-probabilities"] > 100
+    assert seen["others waited"] > 20
