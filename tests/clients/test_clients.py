@@ -41,7 +41,8 @@ class Program:
 
     Attributes:
         file: in FOLDER.
-        has_tools: it asks for the weather in Paris, then in Oslo, with get_weather.
+        has_tools: it asks for the weather in Paris, then in Oslo, with get_weather; and for a
+            greeting, with low effort.
         returns_reasoning: its library sends the reasoning before a call back with the call.
     """
 
@@ -109,7 +110,7 @@ async def run(command: list[str], folder: Path) -> list[str]:
 
 
 def check_prompts(program: Program, prompts: list[str]) -> None:
-    """Check what the model got to see of the conversation with a tool."""
+    """Check what the model got to see of the conversation with a tool, and of the effort."""
     if not program.has_tools:
         return
     after_result = prompt_that_ends_in(RESULT, prompts)
@@ -120,6 +121,8 @@ def check_prompts(program: Program, prompts: list[str]) -> None:
     assert CALL + RESULT in next_turn
     assert "<|channel|>final<|message|>The weather: sunny, 21 degrees.<|end|>" in next_turn
     assert CALL_REASONING not in next_turn  # it is of use only until the final answer
+    (low,) = (prompt for prompt in prompts if "\nReasoning: low\n" in prompt)
+    assert low.endswith("<|start|>user<|message|>Say hello.<|end|><|start|>assistant")
 
 
 def prompt_that_ends_in(message: str, prompts: list[str]) -> str:

@@ -88,6 +88,9 @@ for (const [provider, thought] of [
   assert.equal(broken.errors.length, 1);
 }
 
+const low = { cantata: { reasoningEffort: "low" } };
+assert.equal((await generateText({ model, prompt: "Say hello.", providerOptions: low })).text, whole.text);
+
 const refused = (options, status, code, param) =>
   assert.rejects(generateText({ model, prompt: "Say hello.", ...options }), (error) => {
     assert(APICallError.isInstance(error), error);

@@ -26,11 +26,12 @@ from instructor.core.exceptions import InstructorRetryException
 # In the first answer the year was a word; a report of that led to the second.
 assert person.model_dump() == {"name": "Ada Lovelace", "year": 1843}
 
+server = openai.OpenAI()
 QUESTION = [{"role": "user", "content": "Who wrote the first program?"}]
 
 
 def ask(mode: instructor.Mode, model: str = "gpt-oss-20b", **options: object) -> Person:
-    return instructor.from_openai(openai.OpenAI(), mode=mode).chat.completions.create(
+    return instructor.from_openai(server, mode=mode).chat.completions.create(
         **{"model": model, "messages": QUESTION, "response_model": Person, "max_retries": 1} | options
     )
 
@@ -41,7 +42,7 @@ person, answer = client.chat.completions.create_with_completion(
 assert answer.choices[0].message.content == '```json\n{"name": "Ada Lovelace", "year": 1843}\n```'
 # That of both attempts together; the second has the first in its prompt.
 assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-once = openai.OpenAI().chat.completions.create(model="gpt-oss-20b", messages=QUESTION)
+once = server.chat.completions.create(model="gpt-oss-20b", messages=QUESTION)
 assert answer.usage.prompt_tokens > 2 * once.usage.prompt_tokens
 assert answer.usage.completion_tokens > once.usage.completion_tokens
 

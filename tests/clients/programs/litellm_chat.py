@@ -83,7 +83,7 @@ assert [choice.message.content for choice in say("Pick a number.", n=2, seed=4).
 assert say("Count.", stop=[" four"]).choices[0].message.content == "one two three"
 logprobs = say("Count.", logprobs=True, top_logprobs=2).choices[0].logprobs.content
 assert "".join(token.token for token in logprobs) == "one two three four five"
-low = say("Say hello.", reasoning_effort="low", allowed_openai_params=["reasoning_effort"], temperature=0.1)
+low = say("Say hello.", reasoning_effort="low", temperature=0.1)
 assert low.choices[0].message.content == "Hello! How can I help?"
 
 

@@ -84,6 +84,8 @@ assert.equal(await runner.finalContent(), "The weather: rain, 4 degrees.");
 
 const numbers = await say("Pick a number.", { n: 3, seed: 4 });
 assert.deepEqual(numbers.choices.map((choice) => choice.message.content), ["4", "5", "6"]);
+const low = await say("Say hello.", { reasoning_effort: "low", temperature: 0.2 });
+assert.equal(low.choices[0].message.content, "Hello! How can I help?");
 assert.equal((await say("Count.", { stop: [" four"] })).choices[0].message.content, "one two three");
 const { content } = (await say("Count.", { logprobs: true, top_logprobs: 2 })).choices[0].logprobs;
 assert.equal(content.map((token) => token.token).join(""), "one two three four five");

@@ -77,6 +77,8 @@ assert whole.usage.prompt_tokens == counted["count"] == len(counted["tokens"])
 assert whole.usage.completion_tokens_details.reasoning_tokens > 0
 
 assert [choice.message.content for choice in say("Pick a number.", n=3, seed=4).choices] == ["4", "5", "6"]
+low = say("Say hello.", reasoning_effort="low", temperature=0.2)
+assert low.choices[0].message.content == "Hello! How can I help?"
 (stopped,) = say("Count.", stop=[" four"]).choices
 assert (stopped.message.content, stopped.finish_reason) == ("one two three", "stop")
 (cut,) = say("Count.", max_completion_tokens=6).choices
