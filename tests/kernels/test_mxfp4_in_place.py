@@ -99,6 +99,7 @@ def test_a_nan_scale_beside_the_slice_does_not_count(fp32_isa: str) -> None:
     scales[0, :, 20] = 255
     packed = allocate((1, 32, 20 * 32), ROWS16, CPU)
     write_expert(packed, 0, blocks[0, :, :20], scales[0, :, :20])
+    assert all(map(torch.equal, to_natural(packed), (blocks[:, :, :20], scales[:, :, :20])))
 
 
 def test_shapes_that_the_layout_cannot_hold_are_refused() -> None:

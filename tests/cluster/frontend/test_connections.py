@@ -284,6 +284,7 @@ async def test_an_unread_whole_answer_is_dropped(encoding: HarmonyEncoding, engi
         writer.write(request(CHAT[:-1] + LARGE))
         await engine.arrived(1)
         await until_closed(gateway, writer)
+        assert gateway.service.num_in_flight == 0
 
 
 async def test_an_unread_grpc_stream_is_cut_off(encoding: HarmonyEncoding, engine: FakeEngine) -> None:

@@ -4,6 +4,7 @@ completions, errors."""
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import cast
 
 import httpx
@@ -350,10 +351,14 @@ async def test_token_ids_are_returned(
     ]
 
 
-async def test_fields_that_clients_send_and_nobody_needs_are_accepted(gateway: Gateway) -> None:
-    await gateway.client.chat.completions.create(
+async def test_fields_that_clients_send_and_nobody_needs_change_nothing(
+    gateway: Gateway, engine: FakeEngine
+) -> None:
+    plain = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, seed=7)
+    adorned = await gateway.client.chat.completions.create(
         model=MODEL,
         messages=HELLO,
+        seed=7,
         user="u",
         metadata={"a": "b"},
         store=False,
@@ -364,6 +369,10 @@ async def test_fields_that_clients_send_and_nobody_needs_are_accepted(gateway: G
         prompt_cache_key="k",
         safety_identifier="s",
     )
+    assert adorned.choices == plain.choices
+    assert adorned.usage == plain.usage
+    first, second = (replace(request, request_id="") for request in engine.requests)
+    assert first == second
 
 
 async def test_completions_of_text_ids_and_lists(

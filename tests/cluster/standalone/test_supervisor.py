@@ -364,6 +364,7 @@ async def test_a_talkative_child_does_not_block(engine: EngineProcess, tmp_path:
     engine._command = child(CHILD.replace("while True:", talk))
     await engine.start(20)
     await until(marker.exists)
+    assert address(engine) == f"127.0.0.1:{engine.pid}", "it serves, and is the one that was started"
 
 
 BEATING = CHILD.replace(

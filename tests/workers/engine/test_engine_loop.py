@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support.fake_executor import MODEL, VOCAB, FakeExecutor
 from tests.support.waiting import until
 from workers.config import CacheConfig, EngineConfig, SchedulerConfig
+from workers.engine import engine as engine_module
+from workers.engine import requests as requests_module
 from workers.engine.engine import Engine
 from workers.engine.stream import OutputStream, ThreadReader
 from workers.errors import (
@@ -158,20 +161,28 @@ def test_a_waiting_request_can_be_aborted() -> None:
     assert (outputs[1].token_ids, outputs[1].finish_reason) == ((), "abort")
 
 
-def test_a_deadline_ends_running_and_waiting_requests() -> None:
+def test_a_deadline_ends_running_and_waiting_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes in the fourth step only."""
     reader = ThreadReader()
     executor = FakeExecutor()
-    late = threading.Event()
-    executor.before_step = lambda plan: late.wait(WAIT_S) if plan.step == 3 else None
+    now = [100.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(requests_module, "time", clock)
+
+    def pass_time(plan: StepPlan) -> None:
+        now[0] += 0.2 if plan.step == 3 else 0.0
+
+    executor.before_step = pass_time
+    executor.gate.clear()
     with running(executor, max_num_seqs=1) as engine:
         first = engine.submit(request(1, max_tokens=400, deadline_s=0.2), reader)
         second = engine.submit(request(1, max_tokens=400, deadline_s=0.2), reader)
-        third = engine.submit(request(1, max_tokens=3, deadline_s=WAIT_S), reader)
-        threading.Timer(0.3, late.set).start()
+        third = engine.submit(request(1, max_tokens=3, deadline_s=0.3), reader)
+        executor.gate.set()
         outputs = read_all(reader, first, second, third)
     assert [output.finish_reason for output in outputs] == ["abort", "abort", "length"]
-    assert 0 < len(outputs[0].token_ids) < 10
-    assert outputs[1].token_ids == ()
+    assert [output.token_ids for output in outputs] == [(2, 3, 4, 5), (), (2, 3, 4)]
     assert isinstance(first.failure, DeadlineExceeded)
     assert isinstance(second.failure, DeadlineExceeded)
     assert third.failure is None
@@ -360,19 +371,28 @@ def test_a_slow_reader_gets_all_tokens_at_once_and_readers_are_woken_once_a_step
     assert notified == [1] + [8] * 49, "one wake for each step, with all its streams"
 
 
-def test_an_idle_engine_uses_no_cpu() -> None:
+def test_an_idle_engine_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread waits until it is woken, however long that takes."""
+    waits: list[tuple[threading.Condition, float | None]] = []
+    wait = threading.Condition.wait
+
+    def note(condition: threading.Condition, timeout: float | None = None) -> bool:
+        if threading.current_thread().name == "cantata-engine":
+            waits.append((condition, timeout))
+        return wait(condition, timeout)
+
+    monkeypatch.setattr(threading.Condition, "wait", note)
     reader = ThreadReader()
     with running(FakeExecutor()) as engine:
-        read_all(reader, engine.submit(request(1, max_tokens=2), reader))
-        thread_id = engine._loop._thread.native_id
-
-        def cpu_ticks() -> int:
-            fields = Path(f"/proc/self/task/{thread_id}/stat").read_text().rsplit(")", 1)[1].split()
-            return int(fields[11]) + int(fields[12])
-
-        before = cpu_ticks()
-        time.sleep(0.5)  # the thing measured
-        assert cpu_ticks() - before <= 1
+        for _ in range(2):
+            read_all(reader, engine.submit(request(1, max_tokens=2), reader))
+            engine.drain(WAIT_S)
+            engine._requests.open()
+        of_requests = engine._requests._changed
+        until(lambda: engine.watch._stalls_at_s is None, WAIT_S)
+    timeouts = [timeout for condition, timeout in waits if condition is of_requests]
+    assert timeouts
+    assert set(timeouts) == {None}
 
 
 def test_metrics_count_what_happened() -> None:

@@ -121,11 +121,14 @@ def test_a_step_of_a_gpu_in_the_engine_s_process_has_a_limit(device: str, tensor
 
 def test_a_heartbeat_that_is_not_read_blocks_nothing() -> None:
     reading, writing = os.pipe()
-    say = say_to(writing, b"x" * 1000)
+    say = say_to(writing, b"x" * 999 + b"\n")
     for _ in range(200):  # more than a pipe holds
         say()
+    lines = os.read(reading, 1 << 20)
+    assert len(lines) >= 1000
+    assert set(lines.splitlines()) == {b"x" * 999}, "only whole lines"
     os.close(reading)
-    say()
+    say()  # into a pipe that none reads
     os.close(writing)
 
 

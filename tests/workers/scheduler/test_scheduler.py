@@ -404,6 +404,44 @@ def test_a_sequence_that_loses_its_blocks_with_a_token_in_flight_computes_it_aga
     answer(scheduler, third)
 
 
+def test_a_preempted_prompt_is_scored_again_if_its_scores_are_in_flight() -> None:
+    scheduler = build(num_full=8, budget=200, max_model_len=100)
+    add(scheduler, 0, 48)
+    add(scheduler, 1, 60, prompt_logprobs=2)
+    first = scheduler.schedule()
+    assert summary(first) == [(0, 0, 48, True), (1, 0, 60, True)]
+    assert first is not None
+    assert first.prompt_logprobs == ((1, 1, 59, 2),)
+    second = scheduler.schedule()  # 0 needs a fourth block, and takes it from 1
+    assert summary(second) == [(0, 48, 1, True)]
+    scores = {1: (TokenLogprobs(-1.0),) * 59}
+    updates = scheduler.update(StepResult(first.step, (0, 1), (7, 7), prompt_logprobs=scores))
+    assert [update.seq_id for update in updates] == [0]
+    answer(scheduler, second)
+    scheduler.abort(0, "enough")
+    third = scheduler.schedule()
+    assert third is not None
+    assert summary(third) == [(1, 0, 60, True)]
+    assert third.prompt_logprobs == ((0, 1, 59, 2),)
+
+
+def test_drafts_share_the_rows_that_are_left_and_end_with_the_sequence() -> None:
+    kv = KVCacheManager(num_full_blocks=50, num_sliding_blocks=0, window=None)
+    config = SchedulerConfig(max_num_seqs=5, max_num_batched_tokens=100)
+    scheduler = Scheduler(config, kv, max_model_len=200, propose=lambda sequence: (8,) * 4)
+    add(scheduler, 0, 5, max_tokens=4)
+    add(scheduler, 1, 5)
+    answer(scheduler, scheduler.schedule())
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.drafts == ((0, (8, 8)), (1, (8,))), "three rows are left, and two tokens before the last"
+    scheduler.abort(1, "enough")
+    scheduler.update(StepResult(plan.step, (0, 1), (7, 7), num_tokens=(1, 1)))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.drafts == ((0, (8,)),), "one token before the last"
+
+
 @pytest.mark.parametrize(
     "result",
     [
