@@ -70,7 +70,8 @@ _FORMS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
         "the name of a JSON type, or an array of names",
         lambda value: isinstance(value, str) or _is_strings(value),
     ),
-    "properties": ("an object of schemas", lambda value: isinstance(value, Mapping)),
+    # PHP writes its empty arrays as [], whatever they stand for.
+    "properties": ("an object of schemas", lambda value: isinstance(value, Mapping) or value == []),
     # In drafts before 4 a property says of itself whether it is required.
     "required": (
         "an array of names of properties",

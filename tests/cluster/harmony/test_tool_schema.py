@@ -73,6 +73,7 @@ def with_property(**keywords: object) -> dict[str, Any]:
     [
         {},
         {"type": ["object", "null"]},
+        {"type": "object", "properties": []},
         {"type": None, "properties": None, "required": None, "description": None},
         {
             "$schema": "http://json-schema.org/draft-07/schema#",
