@@ -198,7 +198,7 @@ class KVCacheManager:
         if self.window is not None:
             visible = chain[first_sliding:]
             enough = sliding_blocks_per_sequence(self.window, num_blocks * BLOCK_SIZE)
-            new = max(min(enough - len(visible), num_blocks - len(chain)), 1)
+            new = min(enough - len(visible), num_blocks - len(chain))
             sliding = new + sum(self._sliding.is_free(prefix.sliding_block) for prefix in visible)
         return full, sliding
 

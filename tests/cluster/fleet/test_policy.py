@@ -65,6 +65,15 @@ def test_what_a_prefix_is_worth() -> None:
     assert (stays(1000, 30, 20), stays(1000, 31, 20)) == (True, False)
 
 
+def test_a_prefix_that_unrelated_prompts_share_decides_between_equal_loads_only() -> None:
+    def chosen(load_of_holder: int) -> set[str | None]:
+        candidates = [Candidate("a", 3), Candidate("b", load_of_holder, prefix_blocks=1), Candidate("c", 3)]
+        return {choose(candidates, frozenset(), random.Random(seed)) for seed in range(20)}
+
+    assert chosen(3) == {"b"}
+    assert chosen(4) == {"a", "c"}
+
+
 def test_ties_are_drawn_from_the_seed_and_reach_every_replica() -> None:
     candidates = [Candidate(name, 1) for name in "abc"]
     rng = random.Random(7)

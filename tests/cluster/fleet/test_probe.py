@@ -160,6 +160,35 @@ async def test_silence_is_told_once_and_ends_with_any_answer(
     assert silences == [True, False]
 
 
+async def test_calls_are_broken_off_after_as_many_silent_probes_as_a_hang_lasts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "PROBE_PERIOD_S", 0.01)
+    asked: list[float] = []
+    events: list[object] = []
+
+    async def ask(seconds: float) -> None:
+        await asyncio.sleep(0)
+        asked.append(seconds)
+        if len(asked) <= 7:
+            raise DeadlineExceeded("no answer")
+
+    class Broken:
+        def cancel(self) -> bool:
+            events.append(len(asked))
+            watching.discard(self)
+            return True
+
+    watching = watch.ReplicaWatch(ask, events.append, Patience(suspect_s=2.0, lost_s=10.0))
+    watching.add(Broken())
+    watching.add(Broken())
+    assert watching._task is not None
+    async with asyncio.timeout(20):
+        await watching._task
+    assert events == [True, 5, 5, False]
+    assert asked == [2.0] * 8
+
+
 async def test_a_replica_that_is_gone_for_good_is_not_asked(engines: list[FakeEngine]) -> None:
     cluster, gate = Cluster(engines, Patience(0.2, 1000.0)), asyncio.Event()
     for engine in engines:

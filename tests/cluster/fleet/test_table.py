@@ -98,6 +98,24 @@ def test_a_report_that_is_older_than_the_end_of_our_sequences_counts_none_of_the
     assert table.pick(replicas, frozenset(), HINT) == B
 
 
+def test_sequences_that_ended_in_the_period_before_the_report_are_our_own() -> None:
+    now = 100.0
+    table = LoadTable(clock=lambda: now)
+    for _ in range(6):
+        table.pick([A], frozenset(), HINT)
+    now = 101.0
+    for _ in range(6):
+        table.release(A)
+    for periods in (1.5, 1.9):
+        now = 100.0 + periods * REPORT_AGE_S
+        table.report({"a": 6, "b": 1})
+        assert table.pick([A, B], frozenset(), HINT) == A
+        table.release(A)
+    now = 100.0 + 2.5 * REPORT_AGE_S
+    table.report({"a": 6, "b": 1})
+    assert table.pick([A, B], frozenset(), HINT) == B
+
+
 def test_long_running_sequences_stay_our_own() -> None:
     now = 0.0
     table = LoadTable(clock=lambda: now)

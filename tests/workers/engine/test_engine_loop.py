@@ -446,6 +446,19 @@ def test_a_preempted_request_is_counted_once() -> None:
         assert f"{line}\n" in text, line
 
 
+@pytest.mark.parametrize(("num_full", "num_sliding"), [(20, 200), (200, 20), (0, 20)])
+def test_the_load_is_that_of_the_full_layers_if_there_are_any(num_full: int, num_sliding: int) -> None:
+    reader = ThreadReader()
+    executor = FakeExecutor(num_full, num_sliding)
+    executor.gate.clear()
+    with running(executor, max_model_len=200) as engine:
+        stream = engine.submit(request(*range(40), max_tokens=1), reader)
+        assert executor.entered.wait(WAIT_S)
+        assert engine.load().kv_usage == pytest.approx(3 / ((num_full or num_sliding) - 1))
+        executor.gate.set()
+        read_all(reader, stream)
+
+
 class QueuedExecutor(FakeExecutor):
     """Plans wait until the test lets the oldest one run.
 

@@ -54,6 +54,15 @@ def test_both_groups_grow_alike_and_blocks_behind_the_window_are_freed() -> None
     kv.check_integrity()
 
 
+def test_of_an_ended_sequence_the_last_blocks_are_given_away_first() -> None:
+    kv = KVCacheManager(num_full_blocks=6, num_sliding_blocks=0, window=None)
+    prompt = list(range(80))
+    kv.release(compute(kv, prompt))
+    other = compute(kv, list(range(500, 520)))
+    kv.release(other)
+    assert cached_tokens(kv, prompt) == 48
+
+
 @pytest.mark.parametrize(("num_full", "num_sliding", "window"), [(40, 0, None), (0, 40, 20)])
 def test_a_group_without_layers_has_no_blocks(num_full: int, num_sliding: int, window: int | None) -> None:
     kv = KVCacheManager(num_full_blocks=num_full, num_sliding_blocks=num_sliding, window=window)
