@@ -130,11 +130,11 @@ async def test_a_large_chat_holds_up_no_small_one(gateway: Gateway, monkeypatch:
     gate, begun = threading.Event(), threading.Event()
     render = Prompts._render
 
-    def slow(self: Prompts, request: Any) -> list[int]:
+    def slow(self: Prompts, request: Any, begins_answer: bool) -> list[int]:
         if any(len(message.content) > LARGE_CHARS for message in request.messages):
             begun.set()
             gate.wait(LIMIT_S)
-        return render(self, request)
+        return render(self, request, begins_answer)
 
     monkeypatch.setattr(Prompts, "_render", slow)
     large = {"messages": [USER, {"role": "assistant", "content": "x", "reasoning": LONG}, USER]}
@@ -162,9 +162,9 @@ async def test_many_messages_are_read_and_rendered_beside_the_loop(
         seen["convert"] = threading.current_thread()
         return convert(messages)
 
-    def spied_render(self: Prompts, request: Any) -> list[int]:
+    def spied_render(self: Prompts, request: Any, begins_answer: bool) -> list[int]:
         seen["render"] = threading.current_thread()
-        return render(self, request)
+        return render(self, request, begins_answer)
 
     monkeypatch.setattr(chat, "chat_messages", spied_convert)
     monkeypatch.setattr(Prompts, "_render", spied_render)
@@ -196,9 +196,9 @@ async def test_each_long_text_is_rendered_beside_the_loop(
     seen: list[threading.Thread] = []
     render = Prompts._render
 
-    def spied(self: Prompts, request: Any) -> list[int]:
+    def spied(self: Prompts, request: Any, begins_answer: bool) -> list[int]:
         seen.append(threading.current_thread())
-        return render(self, request)
+        return render(self, request, begins_answer)
 
     monkeypatch.setattr(Prompts, "_render", spied)
     gateway.service.served.info = replace(gateway.service.served.info, max_model_len=10**6)
@@ -349,9 +349,9 @@ async def test_a_long_schema_over_grpc_is_rendered_beside_the_loop(
     threads: list[threading.Thread] = []
     render = Prompts._render
 
-    def spied(self: Prompts, request: Any) -> list[int]:
+    def spied(self: Prompts, request: Any, begins_answer: bool) -> list[int]:
         threads.append(threading.current_thread())
-        return render(self, request)
+        return render(self, request, begins_answer)
 
     monkeypatch.setattr(Prompts, "_render", spied)
     request = pb.ChatRequest(messages=[pb.Message(role=pb.ROLE_USER, content="x")], tools=[pb.Tool(name="f")])
