@@ -44,18 +44,18 @@ class InvalidRequest(CantataError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Raised when a request names an automaton that the engine was never sent or has forgotten. The
-    gateway's client then sends it; users never see this error."""
+    """The prompt, or the prompt and the requested output, is longer than the context."""
 
 
 class UnknownAutomaton(CantataError):
-    """The named model does not exist here."""
+    """A request names an automaton that the engine was never sent or has forgotten. The gateway's
+    client then sends it; users never see this error."""
 
     status = "FAILED_PRECONDITION"
 
 
 class ModelNotFound(CantataError):
-    """No such model here."""
+    """The named model does not exist here."""
 
     status = "NOT_FOUND"
     param = "model"
@@ -74,25 +74,24 @@ class Overloaded(CantataError):
 
 
 class DeadlineExceeded(CantataError):
-    """The client disconnected."""
+    """The request's deadline passed before its last token."""
 
     status = "DEADLINE_EXCEEDED"
 
 
 class Cancelled(CantataError):
+    """The client disconnected."""
+
+    status = "CANCELLED"
+
+
+class EngineDead(CantataError):
     """The engine, or one of its ranks, is gone or shutting down.
 
     Attributes:
         under_request: whether it died while running the request, which may be the cause; False if
             it was not reached or is shutting down.
     """
-
-    status = "CANCELLED"
-
-
-class EngineDead(CantataError):
-    """No replica is ready to take the request: they are starting or restarting, which takes seconds
-    at least."""
 
     status = "UNAVAILABLE"
     retry_elsewhere = True
@@ -104,8 +103,8 @@ class EngineDead(CantataError):
 
 
 class NoReplica(CantataError):
-    """A checkpoint cannot be loaded; the message is one sentence that names the file, tensor or
-    field. Raised only at start-up."""
+    """No replica is ready to take the request: they are starting or restarting, which takes seconds
+    at least."""
 
     status = "UNAVAILABLE"
     retry_elsewhere = True
@@ -113,24 +112,20 @@ class NoReplica(CantataError):
 
 
 class CheckpointError(Exception):
-    """The configuration cannot work; the message names the field. Raised only at start-up."""
+    """A checkpoint cannot be loaded; the message is one sentence that names the file, tensor or
+    field. Raised only at start-up."""
 
 
 class ConfigError(Exception):
-    """A rank was ended by a signal that indicates a fault in its own program; restarting it
-    unchanged will not help.
-
-    Attributes:
-        signal: one of the signals that `workers.exit_codes.crash` returns.
-    """
+    """The configuration cannot work; the message names the field. Raised only at start-up."""
 
 
 class RankCrashed(ConfigError):
-    """A rank, or its trial of the C++ kernels, ended by a signal that says that its own program is
-    at fault; starting it again as it is will not help.
+    """A rank, or its trial of the C++ kernels, was ended by a signal that indicates a fault in its
+    own program; restarting it unchanged will not help.
 
     Attributes:
-        signal: which one, of those that `workers.exit_codes.crash` knows.
+        signal: one of the signals that `workers.exit_codes.crash` returns.
     """
 
     def __init__(self, message: str, number: signal.Signals) -> None:

@@ -15,9 +15,8 @@ from grpc_reflection.v1alpha import reflection
 from cluster.config import GatewayConfig
 from cluster.frontend.edge import is_known_key
 from cluster.frontend.errors import Unauthenticated, as_cantata_error
-from cluster.frontend.fold import Fold
 from cluster.frontend.grpc_handlers import add_InferenceServicer_to_server, decoded
-from cluster.frontend.grpc_messages import chat_event, chat_request, chat_response
+from cluster.frontend.grpc_messages import ChatEvents, chat_request, chat_response
 from cluster.frontend.grpc_size import check_size
 from cluster.generation import ChatRequest, GenerationService
 from cluster.generation.limits import check_num_messages
@@ -51,7 +50,7 @@ class InferenceApi:
         """Return a whole answer."""
         generation = await self._service.chat(await self._asked(request), request_id)
         try:
-            return await chat_response(generation, request)
+            return await chat_response(generation, request, self._service.served.info.fingerprint)
         finally:
             await generation.aclose()
 
@@ -62,9 +61,9 @@ class InferenceApi:
         engines' work."""
         generation = await self._service.chat(await self._asked(request), request_id)
         try:
-            fold = Fold()
+            messages = ChatEvents(generation, request, self._service.served.info.fingerprint)
             async for event in generation:
-                message = chat_event(generation.id, event, fold)
+                message = messages.add(event)
                 if message is not None:
                     yield message
         finally:

@@ -28,6 +28,12 @@ _EFFORTS: dict[int, ReasoningEffort | None] = {
     pb.REASONING_EFFORT_MEDIUM: "medium",
     pb.REASONING_EFFORT_HIGH: "high",
 }
+_SHOWS_TOOLS = {
+    pb.TOOL_CHOICE_UNSPECIFIED: True,
+    pb.TOOL_CHOICE_AUTO: True,
+    pb.TOOL_CHOICE_NONE: False,
+}
+"""Whether the model sees the tools, by the choices that are offered."""
 _FINISH: dict[FinishReason, pb.FinishReason.ValueType] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -39,7 +45,7 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
     """Convert a message to the service's request. Errors name fields as the HTTP API spells them.
 
     Raises:
-        InvalidRequest: a role, effort or schema is invalid.
+        InvalidRequest: a role, effort, tool choice or schema is invalid.
     """
     if request.reasoning_effort not in _EFFORTS:
         raise InvalidRequest(
@@ -47,6 +53,12 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
             "REASONING_EFFORT_HIGH.",
             "reasoning_effort",
         )
+    if request.tool_choice not in _SHOWS_TOOLS:
+        raise InvalidRequest(
+            "tool_choice must be TOOL_CHOICE_AUTO or TOOL_CHOICE_NONE: forcing a call is not offered yet.",
+            "tool_choice",
+        )
+    shown_tools = request.tools if _SHOWS_TOOLS[request.tool_choice] else ()
     return ChatRequest(
         messages=harmony_messages(
             [_message(message, f"messages[{index}]") for index, message in enumerate(request.messages)]
@@ -54,10 +66,13 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
         num_bytes=request.ByteSize(),
         sampling=_sampling(request),
         tools=tuple(
-            _tool(tool, f"tools[{index}].function.parameters") for index, tool in enumerate(request.tools)
+            _tool(tool, f"tools[{index}].function.parameters") for index, tool in enumerate(shown_tools)
         ),
         stop=tuple(request.stop),
+        parallel_tool_calls=request.parallel_tool_calls or not request.HasField("parallel_tool_calls"),
         reasoning_effort=_EFFORTS[request.reasoning_effort],
+        model_identity=request.model_identity if request.HasField("model_identity") else None,
+        current_date=request.current_date if request.HasField("current_date") else None,
         model=request.model or None,
         names=FieldNames(logprobs="top_logprobs"),
     )
@@ -76,6 +91,7 @@ def _message(message: pb.Message, path: str) -> ChatMessage:
         reasoning=(message.reasoning or None) if role == "assistant" else None,
         tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
         tool_call_id=message.tool_call_id or None,
+        name=message.name or None,
     )
 
 
@@ -140,14 +156,20 @@ def _sampling(request: pb.ChatRequest) -> SamplingParams:
     )
 
 
-async def chat_response(generation: Generation, request: pb.ChatRequest) -> pb.ChatResponse:
+def _shows_reasoning(request: pb.ChatRequest) -> bool:
+    return request.include_reasoning or not request.HasField("include_reasoning")
+
+
+async def chat_response(generation: Generation, request: pb.ChatRequest, fingerprint: str) -> pb.ChatResponse:
     """Return the whole answer, when the generation is over."""
     whole = await whole_answer(generation, request.n if request.HasField("n") else 1)
     response = pb.ChatResponse(
         id=generation.id,
         model=generation.model,
         created_unix_s=generation.created_unix_s,
+        system_fingerprint=fingerprint,
         usage=_usage(whole.usage),
+        prompt_token_ids=generation.prompts[0] if request.return_token_ids else (),
     )
     for index, choice in enumerate(whole.choices):
         response.choices.add(
@@ -155,45 +177,77 @@ async def chat_response(generation: Generation, request: pb.ChatRequest) -> pb.C
             message=pb.Message(
                 role=pb.ROLE_ASSISTANT,
                 content=choice.content or "",
-                reasoning=choice.reasoning or "",
+                reasoning=(choice.reasoning or "") if _shows_reasoning(request) else "",
                 tool_calls=[
                     pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in choice.calls
                 ],
             ),
             finish_reason=_FINISH[choice.finish.reason],
+            stop_reason=None
+            if choice.finish.stop_reason is None
+            else _stop_reason(choice.finish.stop_reason),
             logprobs=map(_logprob, choice.logprobs),
+            token_ids=choice.token_ids if request.return_token_ids else (),
         )
     return response
 
 
-def chat_event(id: str, event: GenerationEvent, fold: Fold) -> pb.ChatEvent | None:
-    """Return the message for an event of a generation; None if it shows nothing.
+def _stop_reason(reason: str | int) -> pb.StopReason:
+    return pb.StopReason(text=reason) if isinstance(reason, str) else pb.StopReason(token_id=reason)
 
-    Args:
-        id: the generation's.
-        fold: this stream's.
-    """
-    if isinstance(event, Usage):
-        return pb.ChatEvent(id=id, usage=_usage(event))
-    shown = fold.add(event)
-    if shown is None:
-        return None
-    answer = pb.ChatEvent(id=id, choice=shown.choice)
-    match shown.delta:
-        case Finish(reason):
-            answer.finish.reason = _FINISH[reason]
-        case TextDelta(text):
-            answer.text.text = text
-            answer.text.logprobs.extend(map(_logprob, shown.logprobs))
-        case ReasoningDelta(text):
-            answer.reasoning.text = text
-        case ToolCallDelta(index, name, arguments, call_id):
-            answer.tool_call.call_index = index
-            answer.tool_call.id = call_id or ""
-            answer.tool_call.name = name or ""
-            answer.tool_call.arguments = arguments
-            answer.tool_call.SetInParent()
-    return answer
+
+class ChatEvents:
+    """The converter of one generation's events to a stream's messages."""
+
+    def __init__(self, generation: Generation, request: pb.ChatRequest, fingerprint: str) -> None:
+        self._id = generation.id
+        self._fold = Fold()
+        self._shows_reasoning = _shows_reasoning(request)
+        self._shows_ids = request.return_token_ids
+        self._head: pb.StreamHead | None = pb.StreamHead(
+            model=generation.model,
+            created_unix_s=generation.created_unix_s,
+            system_fingerprint=fingerprint,
+            prompt_token_ids=generation.prompts[0] if self._shows_ids else (),
+        )
+
+    def add(self, event: GenerationEvent) -> pb.ChatEvent | None:
+        """Return the message for an event; None if it shows nothing."""
+        message = self._message(event)
+        if message is not None and self._head is not None:
+            message.head.CopyFrom(self._head)
+            self._head = None
+        return message
+
+    def _message(self, event: GenerationEvent) -> pb.ChatEvent | None:
+        if isinstance(event, Usage):
+            return pb.ChatEvent(id=self._id, usage=_usage(event))
+        shown = self._fold.add(event)
+        if shown is None:
+            return None
+        answer = pb.ChatEvent(id=self._id, choice=shown.choice)
+        if self._shows_ids:
+            answer.token_ids.extend(shown.token_ids)
+        match shown.delta:
+            case Finish(reason, stop_reason):
+                answer.finish.reason = _FINISH[reason]
+                if stop_reason is not None:
+                    answer.finish.stop_reason.CopyFrom(_stop_reason(stop_reason))
+                answer.finish.logprobs.extend(map(_logprob, shown.logprobs))
+            case TextDelta(text):
+                answer.text.text = text
+                answer.text.logprobs.extend(map(_logprob, shown.logprobs))
+            case ReasoningDelta(text) if self._shows_reasoning:
+                answer.reasoning.text = text
+            case ReasoningDelta():
+                return answer if answer.token_ids else None  # its text is left out, its tokens are not
+            case ToolCallDelta(index, name, arguments, call_id):
+                answer.tool_call.call_index = index
+                answer.tool_call.id = call_id or ""
+                answer.tool_call.name = name or ""
+                answer.tool_call.arguments = arguments
+                answer.tool_call.SetInParent()
+        return answer
 
 
 def _usage(usage: Usage) -> pb.Usage:
