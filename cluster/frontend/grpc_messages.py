@@ -8,7 +8,7 @@ from google.protobuf import struct_pb2
 from cluster.events import FinishReason, GenerationEvent, TokenLogprob, Usage
 from cluster.frontend.chat_messages import ChatMessage, ChatRole, ToolCall, harmony_messages
 from cluster.frontend.fold import Finish, Fold, ReasoningDelta, TextDelta, ToolCallDelta, whole_answer
-from cluster.generation import ChatRequest, FieldNames, Generation
+from cluster.generation import ChatRequest, FieldNames, Generation, Options, Truncation
 from cluster.harmony.render import ReasoningEffort
 from cluster.harmony.tools import ToolDefinition
 from cluster.rpc import inference_pb2 as pb
@@ -75,7 +75,20 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
         current_date=request.current_date if request.HasField("current_date") else None,
         model=request.model or None,
         names=FieldNames(logprobs="top_logprobs"),
+        options=_options(request),
     )
+
+
+def _options(request: pb.ChatRequest) -> Options:
+    if request.truncation_side not in pb.TruncationSide.values():
+        raise InvalidRequest(
+            "truncation_side must be TRUNCATION_SIDE_LEFT or TRUNCATION_SIDE_RIGHT.", "truncation_side"
+        )
+    truncation = None
+    if request.HasField("truncate_prompt_tokens"):
+        keeps_end = request.truncation_side != pb.TRUNCATION_SIDE_RIGHT
+        truncation = Truncation(request.truncate_prompt_tokens, keeps_end=keeps_end)
+    return Options(truncation, request.cache_salt if request.HasField("cache_salt") else None)
 
 
 def _message(message: pb.Message, path: str) -> ChatMessage:
