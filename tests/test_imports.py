@@ -18,6 +18,7 @@ ALLOWED_IN = {
         "workers/engine/server.py",
         "workers/engine/access.py",
         "cluster/frontend/grpc_api.py",
+        "cluster/frontend/grpc_reflection.py",
         "cluster/frontend/grpc_handlers.py",
         "cluster/fleet/client.py",
         "cluster/serve/gateway.py",

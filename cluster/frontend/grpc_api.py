@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from cluster.config import GatewayConfig
 from cluster.frontend.edge import is_known_key
 from cluster.frontend.errors import Unauthenticated, as_cantata_error
 from cluster.frontend.grpc_handlers import add_InferenceServicer_to_server, decoded
 from cluster.frontend.grpc_messages import ChatEvents, chat_request, chat_response
+from cluster.frontend.grpc_reflection import add_reflection
 from cluster.frontend.grpc_size import check_size
 from cluster.generation import ChatRequest, GenerationService
 from cluster.generation.limits import check_num_messages
@@ -251,7 +251,7 @@ async def start_grpc_server(
     add_InferenceServicer_to_server(InferenceServicer(service, config), server)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    add_reflection(server)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:

@@ -88,7 +88,8 @@ def _options(request: pb.ChatRequest) -> Options:
     if request.HasField("truncate_prompt_tokens"):
         keeps_end = request.truncation_side != pb.TRUNCATION_SIDE_RIGHT
         truncation = Truncation(request.truncate_prompt_tokens, keeps_end=keeps_end)
-    return Options(truncation, request.cache_salt if request.HasField("cache_salt") else None)
+    salt = request.cache_salt if request.HasField("cache_salt") else None
+    return Options(truncation, salt, tuple(request.bad_words))
 
 
 def _message(message: pb.Message, path: str) -> ChatMessage:
@@ -163,6 +164,7 @@ def _sampling(request: pb.ChatRequest) -> SamplingParams:
         seed=request.seed if request.HasField("seed") else None,
         logprobs=request.top_logprobs if request.HasField("top_logprobs") else None,
         stop_token_ids=tuple(request.stop_token_ids),
+        allowed_token_ids=tuple(sorted(set(request.allowed_token_ids))),
         min_tokens=request.min_tokens if request.HasField("min_tokens") else default.min_tokens,
         ignore_eos=request.ignore_eos if request.HasField("ignore_eos") else default.ignore_eos,
         n=request.n if request.HasField("n") else default.n,

@@ -11,7 +11,7 @@ import pytest
 from google.protobuf import descriptor_pool, json_format, message_factory
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from cluster.config import GatewayConfig
 from cluster.frontend.errors import TABLE
@@ -217,18 +217,27 @@ async def test_other_models_are_not_found(stub: Stub) -> None:
     assert [(model.id, model.max_model_len) for model in models.models] == [("gpt-oss-test", 1024)]
 
 
-async def test_a_client_that_knows_only_the_address(gateway: Gateway) -> None:
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_a_client_that_knows_only_the_address(gateway: Gateway, version: str) -> None:
     """Finds the service by reflection, builds its messages from the descriptors, and calls it."""
     async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        call = stub.ServerReflectionInfo()
+        service = f"grpc.reflection.{version}.ServerReflection"
+        call = channel.stream_stream(
+            f"/{service}/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )()
 
         async def ask(**fields: str) -> reflection_pb2.ServerReflectionResponse:
             await call.write(reflection_pb2.ServerReflectionRequest(**fields))
             return await call.read()
 
         services = {service.name for service in (await ask(list_services="")).list_services_response.service}
-        assert {SERVICE, "grpc.health.v1.Health"} <= services
+        assert {SERVICE, "grpc.health.v1.Health", service} <= services
+        for name in services:
+            described = (await ask(file_containing_symbol=name)).file_descriptor_response
+            files = [FileDescriptorProto.FromString(data) for data in described.file_descriptor_proto]
+            assert name in {f"{file.package}.{found.name}" for file in files for found in file.service}
         pool = descriptor_pool.DescriptorPool()
         pending = (await ask(file_containing_symbol=SERVICE)).file_descriptor_response.file_descriptor_proto
         files = [FileDescriptorProto.FromString(data) for data in pending]
@@ -399,9 +408,10 @@ async def test_messages_that_cannot_be_decoded(
     assert engine.requests == []
 
 
-async def test_a_reflection_request_that_cannot_be_decoded(gateway: Gateway) -> None:
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_a_reflection_request_that_cannot_be_decoded(gateway: Gateway, version: str) -> None:
     async with grpc.aio.insecure_channel(gateway.grpc_address) as channel:
-        call = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")()
+        call = channel.stream_stream(f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo")()
         await call.write(b"\xff" * 10)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()

@@ -256,6 +256,8 @@ SAME = [
     {"ignore_eos": True},
     {"ignore_eos": False},
     {"stop_token_ids": [5, 9]},
+    {"allowed_token_ids": [9, 5]},
+    {"bad_words": ["no", "never"]},
     {"cache_salt": "tenant"},
     {"truncate_prompt_tokens": 4},
     {"model": "gpt-oss-test"},
@@ -298,8 +300,8 @@ def test_every_field_has_a_case() -> None:
     tried = {name for _, fields_ in CASES for name in fields_} | OF_ANSWERS | {"messages"}
     assert tried == set(pb.ChatRequest.DESCRIPTOR.fields_by_name)
     sampling = {name for case, _ in CASES for name in case} & {entry.name for entry in fields(SamplingParams)}
-    internal = {"prompt_logprobs", "max_tokens", "logprobs"}
-    assert {entry.name for entry in fields(SamplingParams)} - sampling - internal == set()
+    not_of_clients = {"prompt_logprobs", "bad_words_token_ids"}
+    assert {entry.name for entry in fields(SamplingParams)} - sampling == not_of_clients
 
 
 @pytest.mark.parametrize(("http", "grpc"), CASES, ids=lambda case: ",".join(case) or "nothing")
