@@ -89,7 +89,7 @@ def _options(request: pb.ChatRequest) -> Options:
         keeps_end = request.truncation_side != pb.TRUNCATION_SIDE_RIGHT
         truncation = Truncation(request.truncate_prompt_tokens, keeps_end=keeps_end)
     salt = request.cache_salt if request.HasField("cache_salt") else None
-    return Options(truncation, salt, tuple(request.bad_words))
+    return Options(truncation, salt, tuple(request.bad_words), request.priority)
 
 
 def _message(message: pb.Message, path: str) -> ChatMessage:

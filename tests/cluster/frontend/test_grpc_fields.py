@@ -259,6 +259,7 @@ SAME = [
     {"allowed_token_ids": [9, 5]},
     {"bad_words": ["no", "never"]},
     {"cache_salt": "tenant"},
+    {"priority": -3},
     {"truncate_prompt_tokens": 4},
     {"model": "gpt-oss-test"},
 ]
