@@ -8,6 +8,7 @@ JavaScript into programs/node_modules.
 import asyncio
 import os
 import shutil
+import subprocess
 from asyncio.subprocess import PIPE, STDOUT
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ CALL = (
 RESULT = "<|start|>functions.get_weather<|channel|>commentary to=assistant<|message|>sunny, 21 degrees<|end|>"
 
 pytestmark = pytest.mark.clients
+needs_python_libraries = pytest.mark.skipif(
+    not PYTHON.exists(), reason="the client libraries are not installed: make test-clients"
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ PYTHON_PROGRAMS = (
 NODE_PROGRAMS = (Program("openai_chat.mjs"), Program("ai_chat.mjs"))
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason="the client libraries are not installed: make test-clients")
+@needs_python_libraries
 @pytest.mark.parametrize("program", PYTHON_PROGRAMS, ids=lambda program: program.file)
 async def test_python_client(program: Program, tmp_path: Path) -> None:
     check_prompts(program, await run([str(PYTHON), str(FOLDER / program.file)], tmp_path))
@@ -76,6 +80,23 @@ async def test_python_client(program: Program, tmp_path: Path) -> None:
 @pytest.mark.parametrize("program", NODE_PROGRAMS, ids=lambda program: program.file)
 async def test_javascript_client(program: Program, tmp_path: Path) -> None:
     check_prompts(program, await run(["node", str(FOLDER / program.file)], tmp_path))
+
+
+@needs_python_libraries
+def test_without_node_the_installation_says_what_to_install(tmp_path: Path) -> None:
+    for tool in ("cmp", "dirname"):
+        (tmp_path / tool).symlink_to(f"/usr/bin/{tool}")
+    said = subprocess.run(
+        ["/bin/bash", ROOT / "scripts/install_clients.sh", "npm"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert said.returncode == 1
+    assert "need node" in said.stderr
+    assert "apt-get install nodejs npm" in said.stderr
 
 
 async def run(command: list[str], folder: Path) -> list[str]:
