@@ -36,9 +36,14 @@ WAIT_S = 60.0
 
 
 @contextmanager
-def running(executor: FakeExecutor, *, max_model_len: int | None = None, **limits: int) -> Iterator[Engine]:
+def running(
+    executor: FakeExecutor, *, max_model_len: int | None = None, prefix_caching: bool = True, **limits: int
+) -> Iterator[Engine]:
     config = EngineConfig(
-        Path("nowhere"), max_model_len=max_model_len, cache=CacheConfig(), scheduler=SchedulerConfig(**limits)
+        Path("nowhere"),
+        max_model_len=max_model_len,
+        cache=CacheConfig(prefix_caching=prefix_caching),
+        scheduler=SchedulerConfig(**limits),
     )
     executor.max_model_len = max_model_len or MODEL.max_context_len
     engine = Engine(config, MODEL, executor, check_integrity=True)
@@ -418,6 +423,15 @@ def test_metrics_count_what_happened() -> None:
         line for line in text.splitlines() if line.startswith("cantata_engine_cached_tokens_total ")
     )
     assert float(cached.split()[1]) >= 32
+
+
+@pytest.mark.parametrize(("prefix_caching", "num_cached"), [(True, 32), (False, 0)])
+def test_prefixes_are_found_if_that_is_set(prefix_caching: bool, num_cached: int) -> None:
+    reader = ThreadReader()
+    with running(FakeExecutor(), prefix_caching=prefix_caching) as engine:
+        for wanted in (0, num_cached):
+            [output] = read_all(reader, engine.submit(request(*range(100, 140), max_tokens=2), reader))
+            assert output.num_cached_tokens == wanted
 
 
 def test_a_preempted_request_is_counted_once() -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from tests.support.fake_executor import VOCAB, FakeExecutor
 from workers.config import EngineConfig, SchedulerConfig
-from workers.engine.access import authorization
+from workers.engine.access import authorization, check_address
 from workers.engine.server import SERVICE, EngineServer
 from workers.errors import CheckpointError, ConfigError
 from workers.private_folder import PrivateFolder
@@ -377,7 +377,10 @@ def _calls(
 
 async def test_on_tcp_a_call_needs_the_engine_s_secret(checkpoint: Path) -> None:
     async with Served(checkpoint, SECRET) as served:
-        for wrong in ((), authorization("another secret of some length"), (("authorization", SECRET),)):
+        wrongs = [
+            authorization(secret) for secret in ("another secret of some length", SECRET[:-1], f"{SECRET}s")
+        ]
+        for wrong in ((), *wrongs, (("authorization", SECRET),)):
             for name, call in _calls(served, wrong).items():
                 assert (await status_of(call())).code() == grpc.StatusCode.UNAUTHENTICATED, name
         assert served.server.engine.load().accepting, "it has not been drained"
@@ -389,10 +392,11 @@ async def test_on_tcp_a_call_needs_the_engine_s_secret(checkpoint: Path) -> None
             assert await call() is not None, name
 
 
-@pytest.mark.parametrize("secret", [None, "", "short"])
+@pytest.mark.parametrize("secret", [None, "", "s" * 15])
 async def test_on_tcp_there_is_no_engine_without_a_secret(checkpoint: Path, secret: str | None) -> None:
     with pytest.raises(ConfigError, match="needs a secret of at least 16 characters"):
         await EngineServer(secret=secret).start(EngineConfig(checkpoint), "127.0.0.1:0")
+    check_address("127.0.0.1:0", "s" * 16)
 
 
 async def test_only_its_user_reaches_a_unix_socket(served: Served) -> None:

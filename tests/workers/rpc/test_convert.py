@@ -264,9 +264,26 @@ def test_the_edges_of_the_ranges_are_allowed() -> None:
         max_tokens=1, temperature=0.0, top_p=1.0, top_k=-1, min_p=1.0, presence_penalty=-2.0,
         frequency_penalty=2.0,
         logit_bias=((0, -100.0), (VOCAB - 1, 100.0)), seed=2**64 - 1, logprobs=MAX_LOGPROBS, min_tokens=1,
-        stop_token_ids=tuple(range(MAX_STOP_TOKEN_IDS)),
+        stop_token_ids=tuple(range(MAX_STOP_TOKEN_IDS)), prompt_logprobs=MAX_LOGPROBS,
+        allowed_token_ids=(VOCAB - 1,) * VOCAB,
+        bad_words_token_ids=((1,) * MAX_BAD_WORD_TOKENS,) * MAX_BAD_WORDS,
     )  # fmt: skip
-    check_request(replace(REQUEST, sampling=edges), VOCAB)
+    check_request(replace(REQUEST, sampling=edges, cache_salt="s" * 256), VOCAB)
+
+
+def test_a_request_needs_the_capabilities_of_what_it_has() -> None:
+    def needed(*, sampling: dict[str, object] | None = None, **request: object) -> set[str]:
+        params = replace(SamplingParams(), **(sampling or {}))
+        return set(convert.capabilities_of(EngineRequest("r", (1,), params, **request)))
+
+    assert needed() == set()
+    assert needed(adapter="a") == {"adapter"}
+    assert needed(cache_salt="s") == {"cache_salt"}
+    assert needed(sampling={"prompt_logprobs": 0}) == {"prompt_logprobs"}
+    assert needed(sampling={"allowed_token_ids": (0,)}) == {"allowed_token_ids"}
+    assert needed(sampling={"bad_words_token_ids": ((0,),)}) == {"bad_words"}
+    automaton = Constraint.of(TokenAutomaton((AutomatonState((1,)),)))
+    assert needed(constraint=automaton) == set(), "an old engine is sent all of it"
 
 
 def test_unknown_states_on_the_wire_are_refused() -> None:
@@ -307,6 +324,11 @@ def test_every_error_crosses_by_class(error_class: type[errors.CantataError]) ->
     )
     assert type(back) is error_class
     assert back.message == "why"
+
+
+def test_a_param_is_sent_as_far_as_grpc_can_carry_it() -> None:
+    metadata = dict(convert.error_to_metadata(InvalidRequest("no", "tools[0].größe\n" + "x" * 600)))
+    assert metadata[convert.PARAM_KEY] == ("tools[0].gr??e?" + "x" * 600)[:500]
 
 
 def test_param_and_retry_after_cross_with_the_error() -> None:
