@@ -189,9 +189,18 @@ def test_parameters_that_nobody_uses_cost_nothing() -> None:
     assert batch.seeds is not None
     assert batch.output_positions is not None
     assert batch.temperature.tolist() == [0.0, 0.5]
-    assert batch.seeds.tolist() == [1, -1], "the same 64 bits"
+    assert batch.seeds.tolist() == [1, -1]
     assert batch.output_positions.tolist() == [0, 7]
     assert (batch.top_k, batch.top_p, batch.min_p, batch.penalties, batch.logit_bias) == (None,) * 5
+
+
+def test_a_seed_keeps_its_64_bits() -> None:
+    state = SamplingState(4)
+    for slot, seed in enumerate((0, 2**63 - 1, 2**63, 2**64 - 1)):
+        state.start(slot, start(slot, (1,), sampling=SamplingParams(seed=seed)))
+    seeds = build(state, [0, 1, 2, 3], [0] * 4).seeds
+    assert seeds is not None
+    assert seeds.tolist() == [0, 2**63 - 1, -(2**63), -1]
 
 
 def test_a_slot_forgets_its_last_tenant() -> None:
