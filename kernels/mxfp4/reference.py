@@ -77,7 +77,7 @@ def pack(dense: Tensor, layout: str = NATURAL) -> PackedMXFP4:
     largest = groups.abs().amax(-1)
     # frexp's mantissa is in [0.5, 1): its exponent is one more than floor(log2).
     exponent = torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT
-    scales = (exponent + _BIAS).clamp(0, 254).to(torch.uint8)
+    scales = (exponent + _BIAS).clamp(min=0).to(torch.uint8)  # at most 252: fp32 ends at 2^128
     scales[largest == 0] = 0
     # 2^(127 - s) is exact, and so is the product, up to the magnitudes that saturate or round to
     # zero anyway.

@@ -138,7 +138,13 @@ def test_yarn_against_float64(head_dim: int, truncate: bool) -> None:
 
 @pytest.mark.parametrize("truncate", [False, True])
 @pytest.mark.parametrize(
-    "changes", [{}, {"head_dim": 10}, {"factor": 8.0, "theta": 10000.0, "original": 256}]
+    "changes",
+    [
+        {},
+        {"head_dim": 10},
+        {"factor": 8.0, "theta": 10000.0, "original": 256},
+        {"factor": 32.0, "theta": 100.0, "original": 262_144},  # the ramp would end past the last dimension
+    ],
 )
 def test_yarn_equals_transformers(truncate: bool, changes: dict[str, float]) -> None:
     head_dim = int(changes.get("head_dim", 64))

@@ -389,6 +389,6 @@ async def test_whole_answers_join_arguments_in_one_pass() -> None:
         "f",
         200 * 200_000,
     )
-    over_grpc = await grpc_messages.chat_response(cast(Generation, Answer()), pb.ChatRequest())
+    over_grpc = await grpc_messages.chat_response(cast(Generation, Answer()), pb.ChatRequest(), "fp")
     (message,) = over_grpc.choices[0].message.tool_calls
     assert (message.id[:5], message.name, len(message.arguments)) == ("call_", "f", 200 * 200_000)
