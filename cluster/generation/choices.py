@@ -139,8 +139,9 @@ class ChatChoice:
         self._log = _EventLog(index)
         self._kind: Kind = "text"
         self._num_calls = 0
-        # Logprobs of text tokens whose text is not out yet, and how many characters have been
-        # parsed and shown.
+        # Only with logprobs: those of text tokens whose text is not out yet, and how many
+        # characters have been parsed and shown.
+        self._has_logprobs = False
         self._pending: deque[TokenLogprob] = deque()
         self._num_parsed = 0
         self._num_shown = 0
@@ -160,6 +161,8 @@ class ChatChoice:
     def push(self, output: EngineOutput) -> list[ChoiceEvent]:
         """See Choice."""
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        has_logprobs = bool(output.logprobs)
+        self._has_logprobs |= has_logprobs
         for position, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
             self._log.token(token_id)
@@ -170,7 +173,7 @@ class ChatChoice:
             ):
                 break  # a stop token that the client named ends the turn and is no part of its text
             events = self._parser.push(token_id)
-            if output.logprobs and self._parser.part == "text":
+            if has_logprobs and self._parser.part == "text":
                 offset = self._offset_of_next(events)
                 self._pending.append(
                     token_logprob(self._encoding, token_id, output.logprobs[position], offset)
@@ -195,7 +198,7 @@ class ChatChoice:
         if self._kind != "text":
             self._take_other(event)
             return
-        if not isinstance(event, MessageEnd):
+        if self._has_logprobs and not isinstance(event, MessageEnd):
             self._num_parsed += len(self._parsed_blank_lines.before(event)) + len(event.text)
         if self._gate is None:
             self._show(event)
@@ -221,8 +224,8 @@ class ChatChoice:
         self._log.add(event)
 
     def _show(self, event: MessageEvent) -> None:
-        logprobs = []
-        if not isinstance(event, MessageEnd):
+        logprobs: list[TokenLogprob] = []
+        if self._has_logprobs and not isinstance(event, MessageEnd):
             self._num_shown += len(self._shown_blank_lines.before(event)) + len(event.text)
             while self._pending and self._pending[0].text_offset < self._num_shown:
                 logprobs.append(self._pending.popleft())

@@ -1,10 +1,11 @@
 """Search for stop strings in streamed text."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would triple the time to make one for each token
 class StopResult:
     """The text that may be shown now.
 
@@ -24,7 +25,7 @@ class StopStrings:
     Of several stop strings that end at the same character the longest is taken, so the answer does
     not depend on how the text is split.
     Building takes time and memory in proportion to the stop strings, a push in proportion to its
-    text.
+    text; text in which none of them begins is searched by a regular expression.
     Follows: Aho and Corasick, "Efficient string matching", CACM 1975.
     """
 
@@ -42,6 +43,7 @@ class StopStrings:
             self._insert(stop)
         self._fallback = [0] * len(self._next)
         self._link()
+        self._begin = re.compile("|".join(map(re.escape, self._next[0])))
         self._node = 0
         self._held = ""
         self._matched: str | None = None
@@ -51,8 +53,15 @@ class StopStrings:
         if self._matched is not None:
             return StopResult("", self._matched)
         pending = self._held + text
-        for position, character in enumerate(text, start=len(self._held) + 1):
-            self._node = self._step(self._node, character)
+        position = len(self._held)
+        while position < len(pending):
+            if not self._node:
+                begin = self._begin.search(pending, position)
+                if begin is None:
+                    break
+                position = begin.start()
+            self._node = self._step(self._node, pending[position])
+            position += 1
             self._matched = self._match[self._node]
             if self._matched is not None:
                 self._held = ""
