@@ -1,6 +1,7 @@
 """Fields that the server does not know: ignored and named, unless they are typing errors or the
 operator wants them refused."""
 
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -135,6 +136,12 @@ async def test_what_is_not_offered_is_refused_unless_it_is_off(gateway: Gateway)
         on = not offs[0] if offs else {"a": 1}
         response = await gateway.http.post(CHAT, json={"messages": [USER], name: on})
         assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+
+
+def test_what_is_not_offered_is_documented() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "api.md").read_text()
+    missing = [name for name in NOT_OFFERED if f"`{name}" not in page and not name.startswith("guided_")]
+    assert missing == []
 
 
 EVERYWHERE: list[tuple[dict[str, Any], str]] = [
