@@ -177,6 +177,44 @@ def test_the_time_of_idle_connections_goes_to_serve(helm: Helm) -> None:
     assert "keep_alive_timeout_s" not in rendered["applications"][0]["args"]["gateway"]
 
 
+def test_what_is_set_reaches_pods_service_gateways_and_monitor(helm: Helm) -> None:
+    settings = {
+        "image.pullPolicy": "Never",
+        "probes.startup.failureThreshold": 71,
+        "probes.liveness.failureThreshold": 72,
+        "probes.readiness.failureThreshold": 73,
+        "securityContext.runAsUser": 1234,
+        "securityContext.fsGroup": 1235,
+        "service.type": "LoadBalancer",
+        "serviceMonitor.interval": "41s",
+        "config.gateway.reasoning_effort": "high",
+    }
+    arguments = [part for path, value in settings.items() for part in ("--set", f"{path}={value}")]
+    manifests = {manifest["kind"]: manifest["spec"] for manifest in helm.render("--values", GPU, *arguments)}
+    service = {"spec": manifests["RayService"]}
+    head, *workers = (template["spec"] for template in pod_templates(service))
+    for pod in (head, *workers):
+        (container,) = pod["containers"]
+        assert container["imagePullPolicy"] == "Never"
+        assert container["startupProbe"]["failureThreshold"] == 71
+        assert container["livenessProbe"]["failureThreshold"] == 72
+        assert (pod["securityContext"]["runAsUser"], pod["securityContext"]["fsGroup"]) == (1234, 1235)
+    http_port = serve_config(service)["http_options"]["port"]
+    for pod in workers:
+        probe = pod["containers"][0]["readinessProbe"]
+        assert probe["failureThreshold"] == 73
+        assert f"http://127.0.0.1:{http_port}/-/healthz" in probe["exec"]["command"][-1]
+    made = manifests["RayService"]["serveService"]["spec"]
+    assert made["type"] == "LoadBalancer"
+    assert made["ports"][0]["targetPort"] == http_port
+    (endpoint,) = manifests["ServiceMonitor"]["endpoints"]
+    assert (endpoint["interval"], endpoint["honorLabels"]) == ("41s", True), "the page has labels of its own"
+    (application,) = serve_config(service)["applications"]
+    options = {deployment["name"]: deployment for deployment in application["deployments"]}
+    args = AppConfig.model_validate(application["args"])
+    assert reconfigured(args.gateway, options["gateway"]["user_config"]).reasoning_effort == "high"
+
+
 def test_a_surge_has_workers_to_run_on(helm: Helm) -> None:
     for values, replicas, percent, workers in (
         (GPU, 2, 0, 2),
