@@ -16,7 +16,18 @@ from kernels.attention import reference as attention_reference
 from kernels.moe import ExpertWeights
 from kernels.moe import reference as moe_reference
 from kernels.mxfp4 import choose_layout, from_natural, pack, to_natural
-from tests.support.decode_plans import MAX_MODEL_LEN, MAX_NUM_SEQS, MIXED, NUM_BLOCKS, ahead, plans, tokens
+from tests.support.decode_plans import (
+    GREEDY,
+    MAX_MODEL_LEN,
+    MAX_NUM_SEQS,
+    MIXED,
+    NUM_BLOCKS,
+    ahead,
+    check_drafts,
+    plans,
+    tokens,
+    with_drafts,
+)
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, EngineConfig, SchedulerConfig
 from workers.executor.inline import InlineExecutor
@@ -79,6 +90,20 @@ def test_the_same_tokens_as_on_a_cpu_with_steps_launched_ahead(
     for left, right in zip(actual, expected, strict=True):
         for seq_id, entry in right.logprobs.items():
             assert left.logprobs[seq_id].logprob == pytest.approx(entry.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_drafts_and_log_probabilities_of_prompts(checkpoint: Path, device: torch.device, eager: bool) -> None:
+    steps = plans((GREEDY, GREEDY))
+    on_cpu = new_runner(checkpoint, CPU)
+    answers = [on_cpu.step(plan) for plan in steps[:4]]
+    drafted = with_drafts(steps, answers)
+    on_cpu = new_runner(checkpoint, CPU)
+    expected = [on_cpu.step(plan) for plan in drafted]
+    runner = new_runner(checkpoint, device)
+    if not eager:
+        runner.capture_graphs(lambda phase, done, total: None)
+    check_drafts([runner.step(plan) for plan in drafted], expected, answers)
 
 
 @pytest.mark.parametrize("eager", [False, True])

@@ -20,7 +20,16 @@ from kernels.sampling import choose
 from tests.interpreter.interpreter import recorded_launches
 from tests.interpreter.launches import LaunchCounter, NoHostReads
 from tests.support.checkpoint_formats import write_bf16
-from tests.support.decode_plans import GREEDY, MAX_MODEL_LEN, MAX_NUM_SEQS, MIXED, NUM_BLOCKS, plans
+from tests.support.decode_plans import (
+    GREEDY,
+    MAX_MODEL_LEN,
+    MAX_NUM_SEQS,
+    MIXED,
+    NUM_BLOCKS,
+    check_drafts,
+    plans,
+    with_drafts,
+)
 from tests.support.model_steps import PagedSequences
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, Dtype
@@ -188,6 +197,27 @@ def test_launches_of_a_decode_step(runner: Runner) -> None:
         assert layer[-len(after) :] == after
     ends = launches[first + TINY.num_layers * per_layer :]
     assert ends == ["linear", "to", "chunk_best_kernel", "greedy_kernel", "index_copy_"]
+
+
+def new_runner(checkpoint: Path) -> Runner:
+    model = load_model(checkpoint, TINY, dtype=torch.float32, device=torch.device("cpu"))
+    shape = (2, NUM_BLOCKS, BLOCK_SIZE, TINY.num_kv_heads, TINY.head_dim)
+    return Runner(model, [torch.zeros(shape) for _ in model.layers], max_num_seqs=2, max_model_len=64)
+
+
+def test_drafts_and_log_probabilities_of_prompts(checkpoint: Path) -> None:
+    steps = plans((GREEDY, GREEDY))
+    with on_references():
+        runner = new_runner(checkpoint)
+        answers = [runner.step(plan) for plan in steps[:4]]
+        drafted = with_drafts(steps, answers)
+        runner = new_runner(checkpoint)
+        expected = [runner.step(plan) for plan in drafted]
+    with recorded_launches() as names:
+        runner = new_runner(checkpoint)
+        found = [runner.step(plan) for plan in drafted]
+    check_drafts(found, expected, answers)
+    assert {"read_slots_kernel", "logprobs_kernel", "greedy_kernel"} <= set(names)
 
 
 class OneOfTwo(Alone):

@@ -1,6 +1,8 @@
 """Plans of a prefill and many decode steps, for runners of the tiny model, and a run of them ahead
 of their results."""
 
+from dataclasses import replace
+
 from workers.rank.runner import Runner
 from workers.request import SamplingParams
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
@@ -70,3 +72,38 @@ def ahead(runner: Runner, steps: list[StepPlan]) -> list[StepResult]:
 
 def tokens(results: list[StepResult]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     return [(result.seq_ids, result.token_ids) for result in results]
+
+
+def with_drafts(steps: list[StepPlan], answers: list[StepResult]) -> list[StepPlan]:
+    """Return two plans for two sequences: the prefill, which also asks for log-probabilities of the
+    prompts, and a step with two drafts each, of which the second sequence's last one is wrong.
+
+    Args:
+        steps: `plans` for two sequences.
+        answers: results of the first four.
+    """
+    first, second = zip(*(result.token_ids for result in answers[:4]), strict=True)
+    prefill, decode = steps[:2]
+    wrong = (second[2] + 1) % 100
+    return [
+        replace(prefill, prompt_logprobs=((0, 1, 3, 2), (1, 1, 4, 1))),
+        replace(
+            decode,
+            num_scheduled_tokens=(3, 3),
+            drafts=((0, (first[1], first[2])), (1, (second[1], wrong))),
+        ),
+    ]
+
+
+def check_drafts(found: list[StepResult], expected: list[StepResult], answers: list[StepResult]) -> None:
+    """Check the results of the plans of `with_drafts` against a reference's, and their tokens
+    against those that came one by one."""
+    first, second = zip(*(result.token_ids for result in answers[:4]), strict=True)
+    assert found[1].num_tokens == (3, 2)
+    assert found[1].token_ids == (*first[1:4], *second[1:3])
+    assert tokens(found) == tokens(expected)
+    assert {seq_id: len(entries) for seq_id, entries in found[0].prompt_logprobs.items()} == {0: 3, 1: 4}
+    for seq_id, entries in expected[0].prompt_logprobs.items():
+        for ours, theirs in zip(found[0].prompt_logprobs[seq_id], entries, strict=True):
+            assert abs(ours.logprob - theirs.logprob) < 1e-3
+            assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
