@@ -2,6 +2,7 @@
 is ignored and named in a header of the answer, since clients gain new fields all the time."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from workers.errors import InvalidRequest
@@ -50,7 +51,7 @@ KNOWN_ELSEWHERE = frozenset(
 """Fields of vLLM and SGLang that have no effect here, and OpenRouter's `models`, which looks like a
 typing error. They are ignored even if unknown fields are refused."""
 
-_MAX_EXAMINED = 64
+_MAX_EXAMINED = 16
 """Maximum number of unknown fields that are compared with the known ones."""
 _MAX_NAME = 64
 _MAX_SHOWN = 16
@@ -136,13 +137,14 @@ def _errors(typed: str, field: str) -> int | None:
         return None
     if length < 8 and len(typed) == len(field) and sorted(typed) != sorted(field):
         return None
-    edits = num_edits(typed, field)
-    return edits if edits <= allowed else None
+    if sum((Counter(typed) - Counter(field)).values()) > allowed:
+        return None  # each edit adds one character at most
+    return num_edits(typed, field, allowed)
 
 
-def num_edits(first: str, second: str) -> int:
+def num_edits(first: str, second: str, most: int) -> int | None:
     """Return how many characters to insert, delete, replace or swap with their neighbour make one
-    text the other (optimal string alignment)."""
+    text the other (optimal string alignment); None if they are more than `most`."""
     before: list[int] = []
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
@@ -152,4 +154,6 @@ def num_edits(first: str, second: str) -> int:
             if i > 1 and j > 1 and a == second[j - 2] and first[i - 2] == b:
                 cost = min(cost, last[j - 2] + 1)
             row.append(cost)
-    return row[-1]
+        if min(row) > most:
+            return None
+    return row[-1] if row[-1] <= most else None

@@ -72,7 +72,8 @@ def test_edits() -> None:
         ("kitten", "sitting", 3),
     )
     for first, second, count in pairs:
-        assert num_edits(first, second) == num_edits(second, first) == count
+        assert num_edits(first, second, count) == num_edits(second, first, 9) == count
+        assert count == 0 or num_edits(first, second, count - 1) is None
 
 
 async def test_an_unknown_field_is_ignored_named_and_counted(gateway: Gateway) -> None:
