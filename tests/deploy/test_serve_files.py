@@ -60,6 +60,7 @@ def test_cantata_and_serve_read_the_file(path: Path) -> None:
         name,
         "cuda",
     )
+    assert config.engine.max_model_len == model_of(path).max_context_len, "the whole context"
     assert config.engine_host == "auto", "engines must be reachable from other nodes"
     suffix = path.stem.removeprefix(path.stem.split("-")[0])
     application = content["applications"][0]

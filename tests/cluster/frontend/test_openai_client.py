@@ -57,6 +57,7 @@ async def test_a_whole_answer(gateway: Gateway, engine: FakeEngine, encoding: Ha
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(engine.requests[0].prompt_token_ids)
     assert answer.usage.completion_tokens == len(turn(encoding, reasoning="Thinking.", text=TEXT))
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == 32
     assert answer.usage.completion_tokens_details is not None
