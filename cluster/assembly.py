@@ -144,7 +144,7 @@ def build_gateway(
 
 def chat_defaults(gateway: GatewayConfig) -> ChatDefaults:
     """Return the defaults of chats that do not set these values themselves."""
-    return ChatDefaults(gateway.conversation_date, gateway.reasoning_effort)
+    return ChatDefaults(gateway.conversation_date, gateway.reasoning_effort, gateway.harmony_constraint)
 
 
 def capacity(gateway: GatewayConfig) -> Capacity:

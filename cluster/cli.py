@@ -162,6 +162,13 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         "EFFORT",
         "low, medium or high, for requests that do not set it (default: medium)",
     ),
+    (
+        ("--harmony-constraint",),
+        "gateway.harmony_constraint",
+        "MODE",
+        "headers lets the model write only well-formed turns, off anything; for chats that do not set it "
+        "(default: off)",
+    ),
 )
 
 

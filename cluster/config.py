@@ -15,7 +15,6 @@ Sizes (names that end in `_bytes`) are numbers or texts such as `2GiB`, `512MB`.
 refused.
 """
 
-import datetime
 import difflib
 import os
 import re
@@ -34,6 +33,7 @@ from pydantic import (
     model_validator,
 )
 
+from cluster import setting_values as values
 from cluster.numbers_as_text import texts_to_numbers
 from cluster.settings_tree import leaves, merge, read_file, set_value
 from workers.config import EngineConfig
@@ -46,46 +46,8 @@ _KUBERNETES_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 """Pattern of the value that Kubernetes gives `CANTATA_HTTP_PORT` for a Service named
 cantata-http."""
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s,?#@]+")
-"""Pattern of a web origin as browsers send it: without a path, not even a slash at its end."""
-
 ReasoningEffort = Literal["low", "medium", "high"]
-
-
-def _split(value: object) -> object:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
-def _check_keys(value: tuple[str, ...]) -> tuple[str, ...]:
-    if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in value):
-        raise ValueError("a key is empty or has characters other than printable ASCII without spaces")
-    return value
-
-
-def _check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
-    for origin in value:
-        if origin != "*" and not _ORIGIN.fullmatch(origin):
-            raise ValueError(
-                f"{origin!r} is not a web origin; write *, or SCHEME://HOST or SCHEME://HOST:PORT"
-            )
-    return value
-
-
-def _check_cpus(value: float | None) -> float | None:
-    if value is not None and value > 1 and not value.is_integer():
-        raise ValueError(f"{value:g} is neither a whole number nor less than 1")
-    return value
-
-
-def _conversation_date(value: object) -> object:
-    if isinstance(value, datetime.date):
-        return value.isoformat()
-    if isinstance(value, str) and value not in ("auto", "none"):
-        try:
-            datetime.date.fromisoformat(value)
-        except ValueError:
-            raise ValueError(f"{value!r} is not a date; write auto, none or YYYY-MM-DD") from None
-    return value
+HarmonyConstraint = Literal["off", "headers"]
 
 
 class _Settings(BaseModel):
@@ -148,13 +110,18 @@ class GatewayConfig(_Settings):
         conversation_date: the date in the system message: `auto` for today in UTC, `none` for no
             date, or a fixed YYYY-MM-DD.
         reasoning_effort: effort for requests that do not set it.
+        harmony_constraint: for chats that do not set it: `headers` lets the model write only
+            well-formed headers, recipients that are declared tools, and the end that belongs to
+            each message; `off` lets it write anything.
     """
 
     served_model_name: str | None = Field(default=None, min_length=1)
-    api_keys: Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_check_keys)] = Field(
-        default=(), repr=False
+    api_keys: Annotated[tuple[str, ...], BeforeValidator(values.split), AfterValidator(values.check_keys)] = (
+        Field(default=(), repr=False)
     )
-    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_check_origins)] = ()
+    cors_origins: Annotated[
+        tuple[str, ...], BeforeValidator(values.split), AfterValidator(values.check_origins)
+    ] = ()
     max_in_flight_requests: int = Field(default=1024, ge=1)
     request_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     probe_timeout_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
@@ -169,8 +136,9 @@ class GatewayConfig(_Settings):
     send_timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     stream_headers_s: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     stream_keep_alive_s: float = Field(default=15.0, gt=0, allow_inf_nan=False)
-    conversation_date: Annotated[str, BeforeValidator(_conversation_date)] = "auto"
+    conversation_date: Annotated[str, BeforeValidator(values.conversation_date)] = "auto"
     reasoning_effort: ReasoningEffort = "medium"
+    harmony_constraint: Annotated[HarmonyConstraint, BeforeValidator(values.off)] = "off"
 
 
 _NUM_REPLICAS_OF = {"replicas": "engine", "gateways": "gateway"}
@@ -197,7 +165,7 @@ class AppConfig(_Settings):
     engine: EngineConfig
     gateway: GatewayConfig = GatewayConfig()
     engine_host: str = "auto"
-    engine_cpus: Annotated[float | None, AfterValidator(_check_cpus)] = Field(default=None, gt=0)
+    engine_cpus: Annotated[float | None, AfterValidator(values.check_cpus)] = Field(default=None, gt=0)
     engine_drain_timeout_s: float = Field(default=300.0, ge=0, allow_inf_nan=False)
     gateway_drain_timeout_s: float = Field(default=1800.0, ge=0, allow_inf_nan=False)
 
@@ -330,7 +298,13 @@ def check_no_settings(environment: Mapping[str, str]) -> None:
             )
 
 
-RUN_TIME_SETTINGS = ("max_in_flight_requests", "request_timeout_s", "conversation_date", "reasoning_effort")
+RUN_TIME_SETTINGS = (
+    "max_in_flight_requests",
+    "request_timeout_s",
+    "conversation_date",
+    "reasoning_effort",
+    "harmony_constraint",
+)
 """Settings of `gateway` that a running gateway applies from the `user_config` of its deployment."""
 
 

@@ -52,9 +52,11 @@ FOLDERS = {
         *("workers", "workers.constraint", "workers.executor", "workers.kv_cache", "workers.rpc"),
         "workers.scheduler",
     },
-    "cluster.harmony": {"cluster", "workers"},
+    "cluster.harmony": {"cluster", "workers", "workers.constraint"},
     "cluster.fleet": {"cluster", "workers", "workers.rpc"},
-    "cluster.generation": {"cluster", "cluster.fleet", "cluster.harmony", "workers", "workers.rpc"},
+    "cluster.generation": {
+        *("cluster", "cluster.fleet", "cluster.harmony", "workers", "workers.constraint", "workers.rpc"),
+    },
     "cluster.frontend": {
         *("cluster", "cluster.generation", "cluster.harmony", "cluster.rpc", "workers", "workers.rpc"),
     },

@@ -77,6 +77,7 @@ def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
         reasoning_effort=chat_effort(body, kwargs),
         model_identity=kwargs.model_identity,
         current_date=kwargs.current_date,
+        harmony_constraint=body.harmony_constraint,
         model=body.model,
         names=FieldNames(
             "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"

@@ -9,6 +9,7 @@ from cluster.events import FinishReason, GenerationEvent, TokenLogprob, Usage
 from cluster.frontend.chat_messages import ChatMessage, ChatRole, ToolCall, harmony_messages
 from cluster.frontend.fold import Finish, Fold, ReasoningDelta, TextDelta, ToolCallDelta, whole_answer
 from cluster.generation import ChatRequest, FieldNames, Generation, Options, Truncation
+from cluster.harmony.automaton import HarmonyConstraint
 from cluster.harmony.render import ReasoningEffort
 from cluster.harmony.tools import ToolDefinition
 from cluster.rpc import inference_pb2 as pb
@@ -28,6 +29,11 @@ _EFFORTS: dict[int, ReasoningEffort | None] = {
     pb.REASONING_EFFORT_MEDIUM: "medium",
     pb.REASONING_EFFORT_HIGH: "high",
 }
+_CONSTRAINTS: dict[int, HarmonyConstraint | None] = {
+    pb.HARMONY_CONSTRAINT_UNSPECIFIED: None,
+    pb.HARMONY_CONSTRAINT_OFF: "off",
+    pb.HARMONY_CONSTRAINT_HEADERS: "headers",
+}
 _SHOWS_TOOLS = {
     pb.TOOL_CHOICE_UNSPECIFIED: True,
     pb.TOOL_CHOICE_AUTO: True,
@@ -45,13 +51,18 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
     """Convert a message to the service's request. Errors name fields as the HTTP API spells them.
 
     Raises:
-        InvalidRequest: a role, effort, tool choice or schema is invalid.
+        InvalidRequest: a role, effort, constraint, tool choice or schema is invalid.
     """
     if request.reasoning_effort not in _EFFORTS:
         raise InvalidRequest(
             "reasoning_effort must be REASONING_EFFORT_LOW, REASONING_EFFORT_MEDIUM or "
             "REASONING_EFFORT_HIGH.",
             "reasoning_effort",
+        )
+    if request.harmony_constraint not in _CONSTRAINTS:
+        raise InvalidRequest(
+            "harmony_constraint must be HARMONY_CONSTRAINT_OFF or HARMONY_CONSTRAINT_HEADERS.",
+            "harmony_constraint",
         )
     if request.tool_choice not in _SHOWS_TOOLS:
         raise InvalidRequest(
@@ -73,6 +84,7 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
         reasoning_effort=_EFFORTS[request.reasoning_effort],
         model_identity=request.model_identity if request.HasField("model_identity") else None,
         current_date=request.current_date if request.HasField("current_date") else None,
+        harmony_constraint=_CONSTRAINTS[request.harmony_constraint],
         model=request.model or None,
         names=FieldNames(logprobs="top_logprobs"),
         options=_options(request),

@@ -326,6 +326,10 @@ class ChatCompletionRequest(SamplingFields):
         default=None,
         description="low, medium or high; none and minimal count as low, xhigh and max as high.",
     )
+    harmony_constraint: Literal["off", "headers"] | None = Field(
+        default=None,
+        description="'headers' lets the model write only well-formed turns; the deployment's by default.",
+    )
     reasoning: Reasoning | None = None
     thinking: Thinking | None = Field(default=None, description="Of type 'disabled': the lowest effort.")
     enable_thinking: bool | None = Field(default=None, description="False is the lowest effort.")

@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, field
 
+from cluster.harmony.automaton import HarmonyConstraint
 from cluster.harmony.message import Message
 from cluster.harmony.render import ReasoningEffort
 from cluster.harmony.tools import ToolDefinition
@@ -58,7 +59,8 @@ class ChatRequest:
         stop: strings that end the text for the user; reasoning and tool calls are not searched.
         tools: empty if the client forbids calls.
         parallel_tool_calls: if False a choice ends after its first call.
-        reasoning_effort, model_identity, current_date: None: the deployment's value.
+        reasoning_effort, model_identity, current_date, harmony_constraint: None: the deployment's
+            value.
         model: None: the served model.
     """
 
@@ -71,6 +73,7 @@ class ChatRequest:
     reasoning_effort: ReasoningEffort | None = None
     model_identity: str | None = None
     current_date: str | None = None
+    harmony_constraint: HarmonyConstraint | None = None
     model: str | None = None
     names: FieldNames = field(default_factory=FieldNames)
     options: Options = field(default_factory=Options)

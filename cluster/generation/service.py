@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from cluster.fleet.dispatch import Dispatcher
 from cluster.generation.admission import Admission, Ticket
+from cluster.generation.constraints import TurnConstraints
 from cluster.generation.limits import check_options, check_sampling, check_stop
 from cluster.generation.prompts import Prompts
 from cluster.generation.requests import ChatRequest, CompletionRequest
@@ -36,6 +37,7 @@ class GenerationService:
         self.served = served
         self.prompts = prompts
         self.metrics = metrics
+        self._constraints = TurnConstraints(prompts, served.info.vocab_size)
         self._dispatcher = dispatcher
         self._capacity = capacity or Capacity()
         self._admission = Admission(self._capacity.max_in_flight_requests, metrics.in_flight)
@@ -57,7 +59,10 @@ class GenerationService:
         with self._admission.admit(request.sampling.n) as ticket:
             prompt = tuple(await self.prompts.chat(request))
             id = f"chatcmpl-{request_id or uuid.uuid4().hex}"
-            jobs = await self._routed(chat_jobs(id, request, prompt, self.served.info, self.prompts.encoding))
+            constraint = await self._constraints.of(request)
+            jobs = await self._routed(
+                chat_jobs(id, request, prompt, self.served.info, self.prompts.encoding, constraint)
+            )
             return await self._begin(id, (prompt,), jobs, arrived, ticket)
 
     async def complete(self, request: CompletionRequest, request_id: str | None = None) -> Generation:

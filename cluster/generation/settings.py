@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cluster.harmony.automaton import HarmonyConstraint
 from cluster.harmony.render import ReasoningEffort
 from workers.errors import ModelNotFound
 from workers.rpc.convert import EngineInfo
@@ -69,6 +70,7 @@ class ChatDefaults:
 
     conversation_date: str = "none"
     reasoning_effort: ReasoningEffort = "medium"
+    harmony_constraint: HarmonyConstraint = "off"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from cluster.generation.limits import num_output_tokens
 from cluster.generation.requests import ChatRequest, CompletionRequest, Options
 from cluster.generation.settings import ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
+from workers.constraint.codec import Constraint
 from workers.request import EngineRequest, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -55,10 +56,17 @@ class Turn:
 
 
 def chat_jobs(
-    id: str, request: ChatRequest, prompt: tuple[int, ...], model: ModelInfo, encoding: HarmonyEncoding
+    id: str,
+    request: ChatRequest,
+    prompt: tuple[int, ...],
+    model: ModelInfo,
+    encoding: HarmonyEncoding,
+    constraint: Constraint | None = None,
 ) -> list[Job]:
     """Return the choices of a chat.
 
+    Args:
+        constraint: the automaton of its turns; None: any token may come next.
     Raises:
         ContextLengthExceeded, InvalidRequest: see `num_output_tokens`.
         InvalidRequest: see `check_headers_can_be_written`.
@@ -71,7 +79,10 @@ def chat_jobs(
     tools = [tool.name for tool in request.tools]
     return [
         Job(
-            _engine_request(f"{id}-{index}", prompt, sampling, index, request.options),
+            replace(
+                _engine_request(f"{id}-{index}", prompt, sampling, index, request.options),
+                constraint=constraint,
+            ),
             ChatChoice(
                 index,
                 encoding,

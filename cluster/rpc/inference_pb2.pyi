@@ -62,6 +62,29 @@ REASONING_EFFORT_MEDIUM: ReasoningEffort.ValueType  # 2
 REASONING_EFFORT_HIGH: ReasoningEffort.ValueType  # 3
 Global___ReasoningEffort: _TypeAlias = ReasoningEffort  # noqa: Y015
 
+class _HarmonyConstraint:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HarmonyConstraintEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HarmonyConstraint.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HARMONY_CONSTRAINT_UNSPECIFIED: _HarmonyConstraint.ValueType  # 0
+    """The deployment's."""
+    HARMONY_CONSTRAINT_OFF: _HarmonyConstraint.ValueType  # 1
+    """The model may write anything."""
+    HARMONY_CONSTRAINT_HEADERS: _HarmonyConstraint.ValueType  # 2
+    """The model can write only well-formed turns."""
+
+class HarmonyConstraint(_HarmonyConstraint, metaclass=_HarmonyConstraintEnumTypeWrapper): ...
+
+HARMONY_CONSTRAINT_UNSPECIFIED: HarmonyConstraint.ValueType  # 0
+"""The deployment's."""
+HARMONY_CONSTRAINT_OFF: HarmonyConstraint.ValueType  # 1
+"""The model may write anything."""
+HARMONY_CONSTRAINT_HEADERS: HarmonyConstraint.ValueType  # 2
+"""The model can write only well-formed turns."""
+Global___HarmonyConstraint: _TypeAlias = HarmonyConstraint  # noqa: Y015
+
 class _ToolChoice:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -283,6 +306,7 @@ class ChatRequest(_message.Message):
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     BAD_WORDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    HARMONY_CONSTRAINT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     reasoning_effort: Global___ReasoningEffort.ValueType
     max_tokens: _builtins.int
@@ -318,6 +342,7 @@ class ChatRequest(_message.Message):
     """Share cached prefixes only with requests that have the same salt."""
     priority: _builtins.int
     """Lower values are served earlier; 0 by default."""
+    harmony_constraint: Global___HarmonyConstraint.ValueType
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]: ...
     @_builtins.property
@@ -371,10 +396,11 @@ class ChatRequest(_message.Message):
         allowed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         bad_words: _abc.Iterable[_builtins.str] | None = ...,
         priority: _builtins.int | None = ...,
+        harmony_constraint: Global___HarmonyConstraint.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_current_date", b"_current_date", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_include_reasoning", b"_include_reasoning", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_model_identity", b"_model_identity", "_n", b"_n", "_parallel_tool_calls", b"_parallel_tool_calls", "_presence_penalty", b"_presence_penalty", "_priority", b"_priority", "_repetition_penalty", b"_repetition_penalty", "_return_token_ids", b"_return_token_ids", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_logprobs", b"_top_logprobs", "_top_p", b"_top_p", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "cache_salt", b"cache_salt", "current_date", b"current_date", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "include_reasoning", b"include_reasoning", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "model_identity", b"model_identity", "n", b"n", "parallel_tool_calls", b"parallel_tool_calls", "presence_penalty", b"presence_penalty", "priority", b"priority", "repetition_penalty", b"repetition_penalty", "return_token_ids", b"return_token_ids", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_current_date", b"_current_date", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_include_reasoning", b"_include_reasoning", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_model_identity", b"_model_identity", "_n", b"_n", "_parallel_tool_calls", b"_parallel_tool_calls", "_presence_penalty", b"_presence_penalty", "_priority", b"_priority", "_repetition_penalty", b"_repetition_penalty", "_return_token_ids", b"_return_token_ids", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_logprobs", b"_top_logprobs", "_top_p", b"_top_p", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "cache_salt", b"cache_salt", "current_date", b"current_date", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "include_reasoning", b"include_reasoning", "logit_bias", b"logit_bias", "max_tokens", b"max_tokens", "messages", b"messages", "min_p", b"min_p", "min_tokens", b"min_tokens", "model", b"model", "model_identity", b"model_identity", "n", b"n", "parallel_tool_calls", b"parallel_tool_calls", "presence_penalty", b"presence_penalty", "priority", b"priority", "reasoning_effort", b"reasoning_effort", "repetition_penalty", b"repetition_penalty", "return_token_ids", b"return_token_ids", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "tool_choice", b"tool_choice", "tools", b"tools", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p", "truncate_prompt_tokens", b"truncate_prompt_tokens", "truncation_side", b"truncation_side"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_current_date", b"_current_date", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_include_reasoning", b"_include_reasoning", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_model_identity", b"_model_identity", "_n", b"_n", "_parallel_tool_calls", b"_parallel_tool_calls", "_presence_penalty", b"_presence_penalty", "_priority", b"_priority", "_repetition_penalty", b"_repetition_penalty", "_return_token_ids", b"_return_token_ids", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_logprobs", b"_top_logprobs", "_top_p", b"_top_p", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "cache_salt", b"cache_salt", "current_date", b"current_date", "frequency_penalty", b"frequency_penalty", "harmony_constraint", b"harmony_constraint", "ignore_eos", b"ignore_eos", "include_reasoning", b"include_reasoning", "logit_bias", b"logit_bias", "max_tokens", b"max_tokens", "messages", b"messages", "min_p", b"min_p", "min_tokens", b"min_tokens", "model", b"model", "model_identity", b"model_identity", "n", b"n", "parallel_tool_calls", b"parallel_tool_calls", "presence_penalty", b"presence_penalty", "priority", b"priority", "reasoning_effort", b"reasoning_effort", "repetition_penalty", b"repetition_penalty", "return_token_ids", b"return_token_ids", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "tool_choice", b"tool_choice", "tools", b"tools", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p", "truncate_prompt_tokens", b"truncate_prompt_tokens", "truncation_side", b"truncation_side"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_salt: _TypeAlias = _typing.Literal["cache_salt"]  # noqa: Y015
     _WhichOneofArgType__cache_salt: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt"]  # noqa: Y015

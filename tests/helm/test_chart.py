@@ -26,9 +26,7 @@ TP2 = CHART / "ci" / "gpu-tp2.yaml"
 TP8 = CHART / "ci" / "gpu-tp8.yaml"
 PLACED = CHART / "ci" / "placed.yaml"
 ALL = [CPU, GPU, TP2, TP8, PLACED]
-RUN_TIME_LIMITS = [
-    name for name in RUN_TIME_SETTINGS if name not in ("conversation_date", "reasoning_effort")
-]
+RUN_TIME_LIMITS = [name for name in RUN_TIME_SETTINGS if name.startswith(("max_", "request_"))]
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +159,12 @@ def test_what_a_change_replaces(helm: Helm) -> None:
         for name in ("replicas", "gateways", *(f"gateway.{name}" for name in RUN_TIME_LIMITS))
     ]
     assert (
-        rendered(*scaled, "config.gateway.reasoning_effort=high", "config.gateway.conversation_date=none")
+        rendered(
+            *scaled,
+            "config.gateway.reasoning_effort=high",
+            "config.gateway.conversation_date=none",
+            "config.gateway.harmony_constraint=headers",
+        )
         == before
     )
     assert rendered("config.engine.max_model_len=4096")[1] == before[1]

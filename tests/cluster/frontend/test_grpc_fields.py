@@ -272,6 +272,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"reasoning_effort": "low"}, {"reasoning_effort": "REASONING_EFFORT_LOW"}),
     ({"reasoning_effort": "medium"}, {"reasoning_effort": "REASONING_EFFORT_MEDIUM"}),
     ({"reasoning_effort": "high"}, {"reasoning_effort": "REASONING_EFFORT_HIGH"}),
+    ({"harmony_constraint": "off"}, {"harmony_constraint": "HARMONY_CONSTRAINT_OFF"}),
+    ({"harmony_constraint": "headers"}, {"harmony_constraint": "HARMONY_CONSTRAINT_HEADERS"}),
     ({"messages": HISTORY, "tools": [TOOL]}, {"messages": GRPC_HISTORY, "tools": [GRPC_TOOL]}),
     ({"tools": [TOOL]}, {"tools": [GRPC_TOOL]}),
     ({"tools": [TOOL], "tool_choice": "auto"}, {"tools": [GRPC_TOOL], "tool_choice": "TOOL_CHOICE_AUTO"}),
@@ -334,6 +336,7 @@ NEUTRAL = (
     {"presence_penalty": 0},
     {"ignore_eos": False},
     {"reasoning_effort": "REASONING_EFFORT_MEDIUM"},
+    {"harmony_constraint": "HARMONY_CONSTRAINT_OFF"},
     {"n": 3},
 )
 """Cases that ask for what is the default; `n` is the number of requests."""

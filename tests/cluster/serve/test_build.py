@@ -268,14 +268,15 @@ async def test_a_running_gateway_takes_settings_over_and_survives_wrong_ones(
         in caplog.text
     )
     await GatewayReplica.reconfigure(replica, {"request_timeout_s": None, "reasoning_effort": "high"})
+    await GatewayReplica.reconfigure(replica, {"harmony_constraint": "headers"})
     assert replica._service.told == [
         (ChatDefaults("auto", "low"), Capacity(1024, 30)),
         (ChatDefaults("none", "low"), Capacity(7, 30)),
         (ChatDefaults("auto", "high"), Capacity(1024, None)),
+        (ChatDefaults("auto", "low", "headers"), Capacity(1024, 30)),
     ]
-    assert {"max_in_flight_requests", "conversation_date", "request_timeout_s", "reasoning_effort"} == set(
-        RUN_TIME_SETTINGS
-    )
+    tried = {"max_in_flight_requests", "conversation_date", "request_timeout_s", "reasoning_effort"}
+    assert tried | {"harmony_constraint"} == set(RUN_TIME_SETTINGS)
 
 
 async def test_a_running_engine_survives_a_user_config(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,98 @@
+"""Which chats have a constraint, and which one."""
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import openai
+import pytest
+
+from cluster.generation import ChatDefaults
+from cluster.harmony.automaton import TurnAutomata, TurnGrammar
+from cluster.harmony.encoding import HarmonyEncoding
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import Gateway, serving
+from workers.constraint.codec import Constraint
+
+HELLO = [{"role": "user", "content": "hello"}]
+NAMES = ("look_up", "mcp.server-1")
+TOOLS = [{"type": "function", "function": {"name": name}} for name in NAMES]
+ON, OFF = {"harmony_constraint": "headers"}, {"harmony_constraint": "off"}
+
+
+@pytest.fixture
+async def strict(encoding: HarmonyEncoding, engine: FakeEngine) -> AsyncIterator[Gateway]:
+    """A gateway whose default is on."""
+    async with serving(encoding, [engine], defaults=ChatDefaults(harmony_constraint="headers")) as gateway:
+        yield gateway
+
+
+async def constraint_of(
+    gateway: Gateway, engine: FakeEngine, extra: Mapping[str, Any], **fields: Any
+) -> Constraint | None:
+    before = len(engine.requests)
+    await gateway.client.chat.completions.create(
+        model=gateway.service.served.info.id, messages=HELLO, extra_body=extra, **fields
+    )
+    (request,) = engine.requests[before:]
+    return request.constraint
+
+
+async def test_a_request_or_the_deployment_asks_for_it(
+    gateway: Gateway, strict: Gateway, engine: FakeEngine
+) -> None:
+    assert await constraint_of(gateway, engine, {}) is None
+    assert await constraint_of(gateway, engine, OFF) is None
+    asked = await constraint_of(gateway, engine, ON)
+    assert asked is not None
+    assert await constraint_of(strict, engine, {}) == await constraint_of(strict, engine, ON) == asked
+    assert await constraint_of(strict, engine, OFF) is None
+
+
+async def test_it_allows_calls_of_the_tools_that_the_model_sees(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
+    automata = TurnAutomata(encoding, gateway.service.served.info.vocab_size)
+    none = Constraint.of(automata.of(TurnGrammar()))
+    auto = Constraint.of(automata.of(TurnGrammar(NAMES, "allowed")))
+    assert await constraint_of(gateway, engine, ON) == none
+    assert await constraint_of(gateway, engine, ON, tools=TOOLS) == auto
+    assert await constraint_of(gateway, engine, ON, tools=TOOLS, tool_choice="none") == none
+    assert none.id != auto.id
+
+
+async def test_what_goes_on_after_a_turns_end_has_none(strict: Gateway, engine: FakeEngine) -> None:
+    assert await constraint_of(strict, engine, {"ignore_eos": True}) is None
+
+
+async def test_completions_have_none(strict: Gateway, engine: FakeEngine) -> None:
+    await strict.client.completions.create(model=strict.service.served.info.id, prompt="a")
+    assert engine.requests[-1].constraint is None
+
+
+async def test_another_value_is_refused_by_name(gateway: Gateway) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        await gateway.client.chat.completions.create(
+            model=gateway.service.served.info.id, messages=HELLO, extra_body={"harmony_constraint": "on"}
+        )
+    assert refused.value.param == "harmony_constraint"
+    assert "'off' or 'headers'" in refused.value.message
+
+
+async def test_what_is_kept_is_bounded(
+    gateway: Gateway, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least recently used is made again, and is the same."""
+    made = []
+    make = TurnAutomata.of
+
+    def counted(self: TurnAutomata, grammar: TurnGrammar) -> Any:
+        made.append(grammar.tools)
+        return make(self, grammar)
+
+    monkeypatch.setattr(TurnAutomata, "of", counted)
+    monkeypatch.setattr("cluster.generation.constraints.MAX_KEPT_BYTES", 1)
+    first = await constraint_of(gateway, engine, ON)
+    assert await constraint_of(gateway, engine, ON) == first
+    await constraint_of(gateway, engine, ON, tools=TOOLS)
+    assert await constraint_of(gateway, engine, ON) == first
+    assert made == [(), NAMES, ()]
