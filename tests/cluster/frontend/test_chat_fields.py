@@ -1,10 +1,12 @@
 """Fields of a chat's body that change the prompt or end the answer."""
 
+import json
+
 import pytest
 
 from cluster.harmony.encoding import HarmonyEncoding
 from tests.support.fake_engine import FakeEngine, Script
-from tests.support.gateway import Gateway
+from tests.support.gateway import Gateway, turn
 
 CHAT = "/v1/chat/completions"
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -33,3 +35,26 @@ async def test_the_name_of_a_user_is_shown_to_the_model(
     assert (await gateway.http.post(CHAT, json={"messages": messages})).status_code == 200
     prompt = encoding.decode(engine.requests[-1].prompt_token_ids, skip_special_tokens=False)
     assert "<|start|>user:anna<|message|>x<|end|><|start|>user<|message|>y<|end|>" in prompt
+
+
+@pytest.mark.parametrize(
+    ("stop", "reason"), [({"stop": ["wo"]}, "wo"), ({"stop_token_ids": [33]}, 33), ({}, None)]
+)
+async def test_whole_or_in_a_stream_the_answer_names_the_stop_and_the_checkpoint(
+    gateway: Gateway,
+    engine: FakeEngine,
+    encoding: HarmonyEncoding,
+    stop: dict[str, object],
+    reason: str | int | None,
+) -> None:
+    ids = turn(encoding, text="one two")
+    engine.answer = lambda request: Script([*ids[:-1], 33] if reason == 33 else ids)
+    body = {"messages": [{"role": "user", "content": "x"}], **stop}
+    whole = (await gateway.http.post(CHAT, json=body)).json()
+    lines = (await gateway.http.post(CHAT, json={**body, "stream": True})).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert {chunk["system_fingerprint"] for chunk in (whole, *chunks)} == {"fp_fake"}
+    finished = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["finish_reason"]]
+    for choice in (*whole["choices"], *finished):
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", reason)
+    assert len(finished) == 1
