@@ -30,6 +30,7 @@ MISSPELT = {
     "modell": "model",
     "steam": "stream",
     "message": "messages",
+    "masseges": "messages",
     "tool": "tools",
     "stops": "stop",
     "sede": "seed",
