@@ -185,7 +185,7 @@ class EventStream(Response):
 
 
 class _Output:
-    """The body of a stream: one message at a time, and a comment after each silence.
+    """The body of a stream, and a comment after each silence.
 
     Args:
         keep_alive_s: the longest silence, in seconds.
@@ -196,25 +196,24 @@ class _Output:
         self._keep_alive_s = keep_alive_s
         self._now_s = asyncio.get_running_loop().time
         self._last_s = self._now_s()
-        self._turn = asyncio.Lock()
+        self._is_sending = False
 
     async def send(self, data: bytes, *, more: bool = True) -> None:
         """Send a part of the body. Raises Cancelled if the client has left."""
-        async with self._turn:
-            await self._put(data, more)
+        self._is_sending = True
+        try:
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except OSError as error:
+            raise Cancelled("The client left.") from error
+        self._is_sending = False
+        self._last_s = self._now_s()
 
     async def keep_alive(self) -> None:
         """Send comments until cancelled. Raises Cancelled if the client has left."""
         while True:
             last_s = self._last_s
-            await asyncio.sleep(last_s + self._keep_alive_s - self._now_s())
-            async with self._turn:
-                if self._last_s == last_s:
-                    await self._put(KEEP_ALIVE, more=True)
-
-    async def _put(self, data: bytes, more: bool) -> None:
-        try:
-            await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        except OSError as error:
-            raise Cancelled("The client left.") from error
-        self._last_s = self._now_s()
+            # A client that takes nothing gets no comments on top.
+            rest_s = 0.0 if self._is_sending else self._now_s() - last_s
+            await asyncio.sleep(self._keep_alive_s - rest_s)
+            if self._last_s == last_s and not self._is_sending:
+                await self.send(KEEP_ALIVE)
