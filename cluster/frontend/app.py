@@ -76,7 +76,7 @@ def build_app(
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = schemas.document(app)
+            app.openapi_schema = schemas.document(app, service.served.info.vocab_size)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -196,17 +196,18 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limi
 
 
 def _to_tokenize(asked: schema.TokenizeRequest, num_bytes: int) -> str | ChatRequest:
+    kwargs = asked.chat_template_kwargs or schema.ChatTemplateKwargs()
+    effort = reasoning.reasoning_effort(asked.reasoning_effort, "reasoning_effort")
+    effort = effort or reasoning.template_effort(kwargs)
     if asked.prompt is not None and asked.messages is None:
         return asked.prompt
     if asked.messages is None or asked.prompt is not None:
         raise InvalidRequest("prompt or messages must be given, one of them.", "prompt")
-    kwargs = asked.chat_template_kwargs or schema.ChatTemplateKwargs()
-    effort = reasoning.reasoning_effort(asked.reasoning_effort, "reasoning_effort")
     return ChatRequest(
         messages=chat.chat_messages(asked.messages),
         num_bytes=num_bytes,
         tools=chat.tool_definitions(asked.tools or ()),
-        reasoning_effort=effort or reasoning.template_effort(kwargs),
+        reasoning_effort=effort,
         model_identity=kwargs.model_identity,
         current_date=kwargs.current_date,
     )

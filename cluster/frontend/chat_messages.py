@@ -18,8 +18,8 @@ ChatRole = Literal["system", "developer", "user", "assistant", "tool"]
 
 # Wider than the rule for declared tools: a name that the model made up comes back in the history
 # and must not end the chat.
-_CALLED_NAME = re.compile(r"[^\s<>|]{1,128}")
-_USER_NAME = re.compile(r"[^\s<|\\/>]{1,64}")
+CALLED_NAME = r"[^\s<>|]{1,128}"
+USER_NAME = r"[^\s<|\\/>]{1,64}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _harmony_messages(message: ChatMessage, index: int, called: dict[int, _Call]
 def _user_name(message: ChatMessage, index: int) -> str | None:
     if message.name is None:
         return None
-    if not _USER_NAME.fullmatch(message.name):
+    if not re.fullmatch(USER_NAME, message.name):
         raise InvalidRequest(
             f"messages[{index}].name must have 1 to 64 characters, without blanks and without < > | / and "
             f"backslash.",
@@ -157,7 +157,7 @@ def _check_call(call: ToolCall, open_calls: dict[str, _Call], param: str) -> Non
         raise InvalidRequest(
             f"{param}.id: an earlier call without a result has the same id {call.id!r}.", f"{param}.id"
         )
-    if not _CALLED_NAME.fullmatch(call.name):
+    if not re.fullmatch(CALLED_NAME, call.name):
         param = f"{param}.function.name"
         raise InvalidRequest(
             f"{param} must have 1 to 128 characters, without blanks and without < > and |.", param

@@ -7,6 +7,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
 from cluster.frontend.answers import ErrorAnswer
+from cluster.frontend.openapi_ranges import state_ranges
 
 _REF = "#/components/schemas/{model}"
 
@@ -45,8 +46,9 @@ class Schemas:
             }
         return extra
 
-    def document(self, app: FastAPI) -> dict[str, Any]:
-        """Return the whole document, with every schema to which `describe` referred."""
+    def document(self, app: FastAPI, vocab_size: int) -> dict[str, Any]:
+        """Return the whole document, with every schema to which `describe` referred, and in it the
+        ranges that requests are checked for."""
         found = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
@@ -54,6 +56,7 @@ class Schemas:
             (name, "validation", TypeAdapter(kind)) for name, kind in sorted(self._kinds.items())
         ]
         _, schemas = TypeAdapter.json_schemas(adapters, ref_template=_REF)
+        state_ranges(schemas["$defs"], vocab_size)
         found.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
         return found
 

@@ -7,7 +7,7 @@ from cluster.frontend.schema import ChatCompletionRequest, ChatTemplateKwargs, M
 from cluster.harmony.render import ReasoningEffort
 from workers.errors import InvalidRequest
 
-_EFFORTS: dict[str, ReasoningEffort] = {
+EFFORTS: dict[str, ReasoningEffort] = {
     "none": "low",
     "minimal": "low",
     "low": "low",
@@ -27,13 +27,13 @@ def reasoning_effort(text: str | None, param: str) -> ReasoningEffort | None:
     """
     if text is None:
         return None
-    if text not in _EFFORTS:
+    if text not in EFFORTS:
         raise InvalidRequest(
             f"{param} must be 'low', 'medium' or 'high' (or 'none' or 'minimal' for low, 'xhigh' or 'max' "
             f"for high).",
             param,
         )
-    return _EFFORTS[text]
+    return EFFORTS[text]
 
 
 def template_effort(kwargs: ChatTemplateKwargs) -> ReasoningEffort | None:

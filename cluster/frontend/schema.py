@@ -20,6 +20,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic.json_schema import SkipJsonSchema
 
 _EXACT = 2**53
 """Bound below which every whole number is exact as a float."""
@@ -111,7 +112,7 @@ ContentPart = Annotated[
     Annotated[TextPart, Tag("<text_part>")]
     | Annotated[RefusalPart, Tag("<refusal_part>")]
     | Annotated[ReasoningPart, Tag("<reasoning_part>")]
-    | Annotated[OtherPart, Tag("<other_part>")],
+    | Annotated[SkipJsonSchema[OtherPart], Tag("<other_part>")],
     Discriminator(
         _content_part, custom_error_type="content_part", custom_error_message="an object with type 'text'"
     ),
@@ -213,7 +214,7 @@ def _choice_kind(value: Any) -> str | None:
 
 ToolChoice = Annotated[
     Annotated[Literal["auto", "none", "required"], Tag("<word>")]
-    | Annotated[NamedToolChoice, Tag("<named>")],
+    | Annotated[SkipJsonSchema[NamedToolChoice], Tag("<named>")],
     Discriminator(_choice_kind, custom_error_type="tool_choice", custom_error_message="'auto' or 'none'"),
 ]
 

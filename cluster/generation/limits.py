@@ -8,7 +8,7 @@ name fields as the HTTP API spells them.
 import datetime
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cluster.generation.requests import FieldNames, Options, Truncation
 from cluster.generation.settings import ModelInfo
@@ -34,13 +34,27 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_TOOLS = 1024
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 256
-MAX_TEMPERATURE = 2.0
 MAX_CUT_CONTEXTS = 8
 """Maximum length of a prompt that is truncated, in contexts of the model."""
-REPETITION_PENALTY_RANGE = (0.01, 100.0)
-
-_SEED_BITS = 64
-_TOOL_NAME = re.compile(rf"[a-zA-Z0-9_.-]{{1,{MAX_NAME_BYTES}}}")
+NUMBERS: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+    "logit_bias": (-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS),
+}
+INTEGERS: Mapping[str, tuple[int, int]] = {
+    "top_k": (-1, MAX_COUNT),
+    "logprobs": (0, MAX_LOGPROBS),
+    "seed": (-(2**63), 2**64 - 1),
+    "min_tokens": (0, MAX_COUNT),
+    "n": (1, MAX_CHOICES),
+    "priority": (-MAX_PRIORITY - 1, MAX_PRIORITY),
+}
+"""Least and greatest values, both included; the OpenAPI document states them, too."""
+TOOL_NAME = rf"[a-zA-Z0-9_.-]{{1,{MAX_NAME_BYTES}}}"
 
 
 def check_num_messages(count: int, limit: int) -> None:
@@ -72,7 +86,7 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
     names: set[str] = set()
     for index, tool in enumerate(tools):
         param = f"tools[{index}].function"
-        if not _TOOL_NAME.fullmatch(tool.name):
+        if not re.fullmatch(TOOL_NAME, tool.name):
             raise InvalidRequest(
                 f"{param}.name must have 1 to {MAX_NAME_BYTES} characters out of a-z, A-Z, 0-9, _, - and "
                 f"dots.",
@@ -118,27 +132,27 @@ def check_sampling(
             f"{names.max_tokens} must be at least 1, got {sampling.max_tokens}.", names.max_tokens
         )
     if sampling.logprobs is not None:
-        _check_span(names.logprobs, sampling.logprobs, 0, MAX_LOGPROBS)
+        _check_span(names.logprobs, sampling.logprobs, *INTEGERS["logprobs"])
     _check_num_choices(sampling.n, num_prompts)
-    if sampling.temperature > MAX_TEMPERATURE:
-        _check_span("temperature", sampling.temperature, 0, MAX_TEMPERATURE)
-    _check_span("repetition_penalty", sampling.repetition_penalty, *REPETITION_PENALTY_RANGE)
-    if sampling.seed is not None and not -(2 ** (_SEED_BITS - 1)) <= sampling.seed < 2**_SEED_BITS:
-        raise InvalidRequest(f"seed must fit in {_SEED_BITS} bits, got {sampling.seed}.", "seed")
+    if sampling.temperature > NUMBERS["temperature"][1]:
+        _check_span("temperature", sampling.temperature, *NUMBERS["temperature"])
+    _check_span("repetition_penalty", sampling.repetition_penalty, *NUMBERS["repetition_penalty"])
+    if sampling.seed is not None and not INTEGERS["seed"][0] <= sampling.seed <= INTEGERS["seed"][1]:
+        raise InvalidRequest(f"seed must fit in 64 bits, got {sampling.seed}.", "seed")
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
         raise InvalidRequest(
             f"min_tokens {sampling.min_tokens} is more than {names.max_tokens} {sampling.max_tokens}.",
             "min_tokens",
         )
     check_number("temperature", sampling.temperature, 0.0, math.inf)
-    check_number("top_p", sampling.top_p, 0.0, 1.0)
-    check_integer("top_k", sampling.top_k, -1, MAX_COUNT)
-    check_number("min_p", sampling.min_p, 0.0, 1.0)
-    check_number("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
-    check_number("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
+    check_number("top_p", sampling.top_p, *NUMBERS["top_p"])
+    check_integer("top_k", sampling.top_k, *INTEGERS["top_k"])
+    check_number("min_p", sampling.min_p, *NUMBERS["min_p"])
+    check_number("presence_penalty", sampling.presence_penalty, *NUMBERS["presence_penalty"])
+    check_number("frequency_penalty", sampling.frequency_penalty, *NUMBERS["frequency_penalty"])
     check_ids([token_id for token_id, _ in sampling.logit_bias], "logit_bias", model.vocab_size)
     for _, bias in sampling.logit_bias:
-        check_number("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        check_number("logit_bias", bias, *NUMBERS["logit_bias"])
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(
             f"stop_token_ids has {len(sampling.stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are "
@@ -146,7 +160,7 @@ def check_sampling(
             "stop_token_ids",
         )
     check_ids(sampling.stop_token_ids, "stop_token_ids", model.vocab_size)
-    check_integer("min_tokens", sampling.min_tokens, 0, MAX_COUNT)
+    check_integer("min_tokens", sampling.min_tokens, *INTEGERS["min_tokens"])
     check_ids(sampling.allowed_token_ids, "allowed_token_ids", model.vocab_size)
 
 
@@ -164,7 +178,7 @@ def check_options(options: Options) -> None:
             f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, got {len(options.cache_salt)}.",
             "cache_salt",
         )
-    check_integer("priority", options.priority, -MAX_PRIORITY - 1, MAX_PRIORITY)
+    check_integer("priority", options.priority, *INTEGERS["priority"])
     if len(options.bad_words) > MAX_BAD_WORDS:
         raise InvalidRequest(
             f"bad_words has {len(options.bad_words)} entries, at most {MAX_BAD_WORDS} are allowed.",

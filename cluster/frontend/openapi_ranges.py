@@ -1,0 +1,135 @@
+"""The ranges in the OpenAPI document: what `cluster.generation.limits` and the conversion of bodies
+check, as keywords of JSON Schema. Rules between fields are not stated, nor what depends on the
+length of the prompt."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.frontend.chat_messages import CALLED_NAME, USER_NAME
+from cluster.frontend.reasoning import EFFORTS
+from cluster.generation import limits
+from workers.rpc.validate import MAX_COUNT, MAX_SALT_CHARS
+
+Keywords = dict[str, Any]
+"""Keywords by name; each applies to values of one kind only, as in JSON Schema."""
+
+_NULL: Keywords = {"type": "null"}
+_EFFORT: Keywords = {"enum": list(EFFORTS)}
+_OUTPUT_TOKENS: Keywords = {"minimum": 1, "maximum": MAX_COUNT}
+
+
+def state_ranges(schemas: dict[str, Any], vocab_size: int) -> None:
+    """Add the ranges to the schemas of requests."""
+    for (kind, name), keywords in _ranges(vocab_size).items():
+        _state(schemas[kind]["properties"][name], keywords)
+    for kind in ("ChatCompletionRequest", "CompletionRequest"):
+        for name, keywords in _sampling(vocab_size).items():
+            _state(schemas[kind]["properties"][name], keywords)
+    schemas["TokenizeRequest"]["oneOf"] = [
+        {"required": [one], "properties": {one: {"type": kind}, other: _NULL}}
+        for one, kind, other in (("prompt", "string", "messages"), ("messages", "array", "prompt"))
+    ]
+
+
+def _ranges(vocab_size: int) -> Mapping[tuple[str, str], Keywords]:
+    """Return the keywords of fields by schema and name."""
+    token_id = _token_id(vocab_size)
+    logprobs = _span(limits.INTEGERS["logprobs"])
+    tools: Keywords = {"maxItems": limits.MAX_TOOLS}
+    return {
+        ("ChatCompletionRequest", "messages"): {"minItems": 1},
+        ("ChatCompletionRequest", "max_completion_tokens"): _OUTPUT_TOKENS,
+        ("ChatCompletionRequest", "tools"): tools,
+        ("ChatCompletionRequest", "tool_choice"): {"enum": ["auto", "none"]},
+        ("ChatCompletionRequest", "top_logprobs"): logprobs,
+        ("ChatCompletionRequest", "reasoning_effort"): _EFFORT,
+        ("ChatCompletionRequest", "functions"): _NULL,
+        ("ChatCompletionRequest", "function_call"): _NULL,
+        ("ChatCompletionRequest", "audio"): _NULL,
+        ("ResponseFormat", "type"): {"enum": ["text"]},
+        ("Reasoning", "effort"): _EFFORT,
+        ("ChatTemplateKwargs", "reasoning_effort"): _EFFORT,
+        ("ChatTemplateKwargs", "current_date"): {"format": "date"},
+        ("Message", "name"): {"pattern": f"^{USER_NAME}$"},
+        ("AssistantToolCall", "index"): {"minimum": -(2**63), "maximum": 2**64 - 1},
+        ("FunctionCall", "name"): {"pattern": f"^{CALLED_NAME}$"},
+        ("Function", "name"): {"pattern": f"^{limits.TOOL_NAME}$"},
+        ("CompletionRequest", "prompt"): {
+            "minLength": 1,
+            "minItems": 1,
+            "items": {"minLength": 1, "minItems": 1, "items": token_id, **token_id},
+        },
+        ("CompletionRequest", "logprobs"): logprobs,
+        ("CompletionRequest", "best_of"): _span(limits.INTEGERS["n"]),
+        ("CompletionRequest", "suffix"): {"maxLength": 0},
+        ("TokenizeRequest", "messages"): {"minItems": 1},
+        ("TokenizeRequest", "tools"): tools,
+        ("TokenizeRequest", "reasoning_effort"): _EFFORT,
+        ("DetokenizeRequest", "tokens"): {"items": token_id},
+    }
+
+
+def _sampling(vocab_size: int) -> Mapping[str, Keywords]:
+    """Return the keywords of the fields that chat and text completions share."""
+    token_id = _token_id(vocab_size)
+    stop: Keywords = {"minLength": 1, "maxLength": limits.MAX_STOP_CHARS}
+    word: Keywords = {"maxLength": limits.MAX_BAD_WORD_CHARS, "pattern": r"\S"}
+    spans = {**limits.NUMBERS, **limits.INTEGERS}
+    numbers = {name: _span(span) for name, span in spans.items() if name not in ("logit_bias", "logprobs")}
+    return numbers | {
+        "max_tokens": _OUTPUT_TOKENS,
+        "logit_bias": {
+            "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
+            "additionalProperties": _span(limits.NUMBERS["logit_bias"]),
+        },
+        "stop": {**stop, "maxItems": limits.MAX_STOP_STRINGS, "items": stop},
+        "stop_token_ids": {"maxItems": limits.MAX_STOP_TOKEN_IDS, "items": token_id},
+        "allowed_token_ids": {"minItems": 1, "items": token_id},
+        "bad_words": {"maxItems": limits.MAX_BAD_WORDS, "items": word},
+        "truncate_prompt_tokens": {"minimum": -1, "maximum": MAX_COUNT, "not": {"const": 0}},
+        "cache_salt": {"minLength": 1, "maxLength": MAX_SALT_CHARS},
+    }
+
+
+def _token_id(vocab_size: int) -> Keywords:
+    return {"minimum": 0, "maximum": vocab_size - 1}
+
+
+def _span(span: tuple[float, float]) -> Keywords:
+    return {"minimum": span[0], "maximum": span[1]}
+
+
+_APPLY_TO = {
+    "minimum": ("integer", "number"),
+    "maximum": ("integer", "number"),
+    "not": ("integer",),
+    "minLength": ("string",),
+    "maxLength": ("string",),
+    "pattern": ("string",),
+    "format": ("string",),
+    "enum": ("string",),
+    "minItems": ("array",),
+    "maxItems": ("array",),
+    "items": ("array",),
+    "propertyNames": ("object",),
+    "additionalProperties": ("object",),
+}
+"""Type of the values to which a keyword applies."""
+_OF_PARTS = ("items", "additionalProperties")
+
+
+def _state(schema: dict[str, Any], keywords: Keywords) -> None:
+    """Add to a schema, in each of its alternatives, the keywords that apply to its type."""
+    for alternative in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
+        _state(alternative, keywords)
+    if "type" not in schema:
+        if "type" in keywords:
+            schema.update(keywords)
+        return
+    for name, value in keywords.items():
+        if schema["type"] not in _APPLY_TO[name]:
+            continue
+        if name in _OF_PARTS and isinstance(schema.get(name), dict):
+            _state(schema[name], value)
+        else:
+            schema[name] = value
