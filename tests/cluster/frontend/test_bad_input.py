@@ -122,7 +122,7 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"tools": [tool(), tool()]}, "tools[1].function.name"),
     ({"tools": [tool(parameters=[])]}, "tools[0].function.parameters"),
     ({"tools": [tool(parameters={"type": "array"})]}, "tools[0].function.parameters"),
-    ({"tools": [tool(parameters={"type": "object", "properties": []})]}, "tools[0].function.parameters"),
+    ({"tools": [tool(parameters={"type": "object", "properties": ["a"]})]}, "tools[0].function.parameters"),
     ({"tools": [tool(parameters={"type": "object", "required": "a"})]}, "tools[0].function.parameters"),
     ({"tools": [tool(parameters=deep(40))]}, "tools[0].function.parameters"),
     ({"tools": [tool(parameters=deep(400))]}, "tools[0].function.parameters"),
