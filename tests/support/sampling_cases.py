@@ -128,7 +128,7 @@ _EXACT: list[tuple[list[float], int, float, float, set[int]]] = [
     ([2.0, 2.0, 2.0, 2.0, _NEVER], 0, 0.5, 0.0, {0, 1}),
     ([_HALF, 0.0, _HALF, _NEVER, _NEVER], 0, 0.5, 0.0, {1}),
     ([_HALF, 0.0, _HALF, _NEVER, _NEVER], 0, 0.75, 0.0, {0, 1}),
-    ([_HALF, _HALF, 0.0, _HALF, _HALF], 3, 0.5, 0.0, {2}),
+    ([0.0, _HALF, _HALF, _HALF, _HALF], 3, 0.75, 0.0, {0, 1}),
 ]
 
 
