@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import grpc.aio
 
 from workers.constraint.registry import KnownAutomata
+from workers.engine.access import SecretInterceptor
 from workers.errors import CantataError
 from workers.request import EngineLoad, EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from workers.rpc import convert, engine_pb2, engine_pb2_grpc
@@ -52,6 +53,7 @@ class FakeEngine:
     Attributes:
         requests: in order of arrival; `messages` also has refused ones.
         cancelled: request id → monotonic time at which its call was seen to be cancelled.
+        secret: what each call must carry; empty: nothing.
         gate_of_load: event awaited before GetLoad is answered.
         arrivals, cancellations: set whenever a call arrives or is cancelled.
     """
@@ -70,13 +72,14 @@ class FakeEngine:
     max_open: int = 0
     address: str = ""
     start_id: str = ""
+    secret: str = ""
     capabilities: tuple[str, ...] = convert.CAPABILITIES
     automata: KnownAutomata = field(default_factory=KnownAutomata)
     messages: list[engine_pb2.GenerateRequest] = field(default_factory=list)
     _server: grpc.aio.Server | None = None
 
     async def start(self) -> "FakeEngine":
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(interceptors=[SecretInterceptor(self.secret)] if self.secret else None)
         engine_pb2_grpc.add_EngineServicer_to_server(_Servicer(self), self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()

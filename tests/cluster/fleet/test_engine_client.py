@@ -211,3 +211,20 @@ async def test_info_load_and_metrics(client: EngineClient, engine: FakeEngine) -
     assert "cantata_engine_preemptions_total" in await client.metrics(replica, 1.0)
     await client.forget(replica)
     assert (await client.load(replica, 1.0)).accepting
+
+
+async def test_each_call_carries_the_secret_of_its_replica(client: EngineClient) -> None:
+    engine = await FakeEngine(secret="a secret of some length", answer=lambda request: Script([7])).start()
+    for secret, is_known in (("", False), ("another secret of some length", False), (engine.secret, True)):
+        replica = Replica("r", engine.address, secret=secret)
+
+        async def generate(replica: Replica = replica) -> object:
+            async with aclosing(client.generate(replica, REQUEST)) as outputs:
+                return [output.token_ids async for output in outputs]
+
+        calls = (generate(), client.info(replica, 20), client.load(replica, 20), client.metrics(replica, 20))
+        for call in calls:
+            with contextlib.nullcontext() if is_known else pytest.raises(errors.EngineDead):
+                assert await call
+    assert len(engine.requests) == 1
+    await engine.stop()

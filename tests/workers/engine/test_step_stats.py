@@ -1,6 +1,7 @@
 """The values of an engine's metrics of steps and of requests that leave the queue."""
 
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -8,9 +9,11 @@ from workers.engine import step_stats
 from workers.engine.requests import LiveRequest
 from workers.engine.step_stats import StepStats
 from workers.engine.stream import OutputStream, ThreadReader
+from workers.kv_cache.manager import KVCacheManager
 from workers.metrics import EngineMetrics
 from workers.request import EngineRequest, SamplingParams
 from workers.scheduler.plan import SequenceStart, StepPlan
+from workers.scheduler.scheduler import Scheduler
 
 
 def sums(metrics: EngineMetrics, *names: str) -> list[float | None]:
@@ -68,3 +71,19 @@ def test_a_request_is_counted_when_it_leaves_the_queue() -> None:
     assert value("cantata_engine_cached_tokens_total") == 30
     assert value("cantata_engine_queue_duration_seconds_count") == 2
     assert sums(metrics, "queue_duration_seconds") == pytest.approx([1.5 + 1.25])
+
+
+def test_gauges_show_what_they_are_named_for() -> None:
+    metrics = EngineMetrics()
+    stats, scheduler = StepStats(metrics), SimpleNamespace(num_preemptions=3)
+    kv = SimpleNamespace(num_free_blocks=(6, 9))
+    stats.watch(cast(Scheduler, scheduler), cast(KVCacheManager, kv), {"full": 8, "sliding": 10})
+    value = metrics.registry.get_sample_value
+    for scheduler.num_preemptions in (3, 4):
+        stats.set_gauges(num_running=2, num_waiting=5)
+        assert value("cantata_engine_preemptions_total") == scheduler.num_preemptions
+    assert value("cantata_engine_running_requests") == 2
+    assert value("cantata_engine_waiting_requests") == 5
+    usage = "cantata_engine_kv_usage_ratio"
+    assert value(usage, {"group": "full"}) == pytest.approx(0.25)
+    assert value(usage, {"group": "sliding"}) == pytest.approx(0.1)

@@ -440,6 +440,8 @@ def test_drafts_share_the_rows_that_are_left_and_end_with_the_sequence() -> None
     plan = scheduler.schedule()
     assert plan is not None
     assert plan.drafts == ((0, (8,)),), "one token before the last"
+    (update,) = scheduler.update(StepResult(plan.step, (0,), (8, STOP), num_tokens=(2,)))
+    assert (update.token_ids, update.finish_reason, update.stop_token_id) == ((8, STOP), "stop", STOP)
 
 
 @pytest.mark.parametrize(
