@@ -99,6 +99,7 @@ class GenerationService:
     async def close(self) -> None:
         """Close the connections to engines; running generations end with an error."""
         self.prompts.close()
+        self._constraints.close()
         await self._dispatcher.close()
 
     async def _routed(self, jobs: Sequence[Job]) -> list[Job]:

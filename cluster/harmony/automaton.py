@@ -16,7 +16,8 @@ from typing import Literal
 
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.message import FUNCTIONS
-from workers.constraint.automaton import AutomatonState, TokenAutomaton
+from workers.constraint.automaton import MAX_AUTOMATON_STATES, AutomatonState, TokenAutomaton
+from workers.errors import InvalidRequest
 
 HarmonyConstraint = Literal["off", "headers"]
 """How far a turn is constrained: not at all, or to well-formed headers and ends of messages."""
@@ -52,15 +53,24 @@ class TurnAutomata:
 
     Args:
         vocab_size: the model's, which can be larger than the tokenizer's.
+        max_states: maximum number of an automaton's states, which engines accept.
     """
 
-    def __init__(self, encoding: HarmonyEncoding, vocab_size: int) -> None:
+    def __init__(
+        self, encoding: HarmonyEncoding, vocab_size: int, max_states: int = MAX_AUTOMATON_STATES
+    ) -> None:
         self._encoding = encoding
         self._vocab_size = vocab_size
+        self._max_states = max_states
 
     def of(self, grammar: TurnGrammar) -> TokenAutomaton:
-        """Return the automaton of a turn, which begins after the prompt's `<|start|>assistant`."""
-        return _TokenStates(_Headers(grammar, self._encoding), self._texts, self._not_text).automaton()
+        """Return the automaton of a turn, which begins after the prompt's `<|start|>assistant`.
+
+        Raises:
+            InvalidRequest: the names of the tools take more than `max_states`.
+        """
+        headers = _Headers(grammar, self._encoding, self._max_states)
+        return _TokenStates(headers, self._texts, self._not_text).automaton()
 
     @cached_property
     def _texts(self) -> "_Texts":
@@ -138,6 +148,11 @@ class _Graph:
             state = self._step(state, symbol, None)
         return self._step(state, symbols[-1], end)
 
+    def join(self, state: int, other: int) -> None:
+        """Let what begins in the other state begin in this one too."""
+        assert not self.edges[state].keys() & self.edges[other].keys(), "two paths begin alike"
+        self.edges[state] |= self.edges[other]
+
     def _step(self, state: int, symbol: _Symbol, end: int | None) -> int:
         following = self.edges[state].get(symbol)
         if following is None:
@@ -152,10 +167,14 @@ class _Headers:
     Attributes:
         graph: of headers and bodies.
         start: the state after the prompt.
+
+    Raises:
+        InvalidRequest: more than `max_states`.
     """
 
-    def __init__(self, grammar: TurnGrammar, encoding: HarmonyEncoding) -> None:
+    def __init__(self, grammar: TurnGrammar, encoding: HarmonyEncoding, max_states: int) -> None:
         self._encoding = encoding
+        self._max_states = max_states
         self._channel, self._constrain, self._message = (
             _CONTROL + token_id for token_id in (encoding.channel, encoding.constrain, encoding.message)
         )
@@ -178,13 +197,16 @@ class _Headers:
                 self._constrained(final, blank, answer)
         if grammar.calls != "forbidden":
             call = self._body(encoding.call, over)
-            for channel in (reasoning, preamble):
-                for end in self._recipients(channel, grammar.tools):
-                    self._typed(end, call)
+            recipient = graph.path(reasoning, b" ")
+            graph.path(preamble, b" ", recipient)  # the names' states are shared
+            types = graph.state()
+            self._typed(types, call)
+            for end in self._recipients(recipient, b"", grammar.tools):
+                graph.join(end, types)
             named = graph.state()
             for channel_name in (b"commentary", b"analysis"):
                 self._typed(graph.path(named, channel_name), call)
-            for end in self._recipients(self.start, grammar.tools):
+            for end in self._recipients(self.start, b" ", grammar.tools):
                 graph.path(end, [self._channel], named)
 
     def _body(self, end: int, following: int) -> int:
@@ -196,10 +218,17 @@ class _Headers:
         """Let the header end here."""
         self.graph.path(state, [self._message], body)
 
-    def _recipients(self, state: int, tools: Sequence[str]) -> Iterator[int]:
-        """Add ` to=` and the tools' names; yield the state after each."""
+    def _recipients(self, state: int, blank: bytes, tools: Sequence[str]) -> Iterator[int]:
+        """Add `to=` and the tools' names; yield the state after each."""
         for name in tools:
-            yield self.graph.path(state, f" to={FUNCTIONS}{name}".encode())
+            yield self.graph.path(state, blank + f"to={FUNCTIONS}{name}".encode())
+            if len(self.graph.edges) > self._max_states:
+                raise InvalidRequest(
+                    f"tools has names that are too long together for harmony_constraint 'headers': they take "
+                    f"more than {self._max_states} states. Send fewer tools or shorter names, or "
+                    f"harmony_constraint 'off'.",
+                    "tools",
+                )
 
     def _typed(self, state: int, body: int) -> None:
         """Let the header end here, after a content type or without one."""

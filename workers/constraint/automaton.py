@@ -4,6 +4,10 @@ processes."""
 
 from dataclasses import dataclass
 
+MAX_AUTOMATON_STATES = 8192
+"""Maximum number of states that an engine accepts. Checking that many takes 0.1 s, once for each
+automaton. A tool's name takes about two states for each of its characters."""
+
 
 @dataclass(frozen=True, slots=True)
 class AutomatonState:

@@ -4,7 +4,7 @@ names the field in OpenAI's spelling."""
 import math
 from collections.abc import Sequence
 
-from workers.constraint.automaton import TokenAutomaton
+from workers.constraint.automaton import MAX_AUTOMATON_STATES, TokenAutomaton
 from workers.errors import InvalidRequest, ModelNotFound
 from workers.request import EngineRequest, SamplingParams
 
@@ -14,7 +14,6 @@ MAX_LOGIT_BIAS = 100.0
 """Maximum absolute value of a bias; OpenAI's limit."""
 MAX_STOP_TOKEN_IDS = 136
 """Maximum number of stop token ids: a client's 128 and the model's own."""
-MAX_AUTOMATON_STATES = 4096
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 2048
 MAX_SALT_CHARS = 256

@@ -1,6 +1,8 @@
 """Which chats have a constraint, and which one."""
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import openai
@@ -56,6 +58,7 @@ async def test_it_allows_calls_of_the_tools_that_the_model_sees(
     auto = Constraint.of(automata.of(TurnGrammar(NAMES, "allowed")))
     assert await constraint_of(gateway, engine, ON) == none
     assert await constraint_of(gateway, engine, ON, tools=TOOLS) == auto
+    assert await constraint_of(gateway, engine, ON, tools=TOOLS[::-1]) == auto
     assert await constraint_of(gateway, engine, ON, tools=TOOLS, tool_choice="none") == none
     assert none.id != auto.id
 
@@ -76,6 +79,53 @@ async def test_another_value_is_refused_by_name(gateway: Gateway) -> None:
         )
     assert refused.value.param == "harmony_constraint"
     assert "'off' or 'headers'" in refused.value.message
+
+
+async def test_too_many_long_names_of_tools_are_refused_before_an_engine_refuses_them(
+    gateway: Gateway, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway.service._constraints._automata, "_max_states", 150)
+    tools = [{"type": "function", "function": {"name": f"{i:03}long"}} for i in range(10)]
+    with pytest.raises(openai.BadRequestError) as refused:
+        await constraint_of(gateway, engine, ON, tools=tools)
+    assert refused.value.param == "tools"
+    assert not engine.requests
+    assert await constraint_of(gateway, engine, OFF, tools=tools) is None
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0.001)
+
+
+async def test_one_automaton_is_made_at_a_time(
+    gateway: Gateway, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after the client that asked for it has left."""
+    begun, go_on, order = threading.Event(), threading.Event(), []
+    make = TurnAutomata.of
+
+    def slow(self: TurnAutomata, grammar: TurnGrammar) -> Any:
+        order.append(grammar.tools)
+        if not grammar.tools:
+            begun.set()
+            assert go_on.wait(60)
+            order.append("made")
+        return make(self, grammar)
+
+    monkeypatch.setattr(TurnAutomata, "of", slow)
+    first = asyncio.create_task(constraint_of(gateway, engine, ON))
+    assert await asyncio.to_thread(begun.wait, 60)
+    first.cancel()
+    await asyncio.wait({first})
+    await until(lambda: not gateway.service.num_in_flight)
+    second = asyncio.create_task(constraint_of(gateway, engine, ON, tools=TOOLS))
+    await until(lambda: gateway.service.num_in_flight > 0)
+    assert order == [()]
+    go_on.set()
+    assert await second is not None
+    assert order == [(), "made", NAMES]
 
 
 async def test_what_is_kept_is_bounded(

@@ -18,6 +18,8 @@ from tests.cluster.harmony.test_harmony_parse import spelled
 from workers.constraint.automaton import TokenAutomaton
 from workers.constraint.codec import encode
 from workers.constraint.state import AutomatonTables
+from workers.errors import InvalidRequest
+from workers.rpc.validate import check_automaton
 
 # One name is the beginning of another, one looks like a channel, one has all characters.
 TOOLS = ("get", "get_weather", "commentary", "mcp.server-1_Z", "a" * 128)
@@ -215,3 +217,19 @@ def test_equal_grammars_have_equal_automata(
     again = TurnAutomata(gpt_oss, HARMONY_VOCAB_SIZE).of(GRAMMARS["auto"])
     assert encode(again) == encode(automata["auto"])
     assert encode(automata["auto"]) != encode(automata["required"])
+
+
+def test_engines_take_the_automata_of_many_tools(gpt_oss: HarmonyEncoding) -> None:
+    """A header is written in two orders; each character of a name takes a state in each of them."""
+    names = tuple(f"mcp__server_{i % 4}__{i:02}_list_all_of_the_entries" for i in range(60))
+    made = TurnAutomata(gpt_oss, HARMONY_VOCAB_SIZE).of(TurnGrammar(names, "allowed"))
+    check_automaton(made, HARMONY_VOCAB_SIZE)
+    num_prefixes = len({name[:end] for name in names for end in range(1, len(name) + 1)})
+    assert 2 * num_prefixes < len(made.states) < 2.5 * num_prefixes
+
+
+def test_names_that_are_too_long_together_are_refused(gpt_oss: HarmonyEncoding) -> None:
+    names = tuple(f"{i:03}{'a' * 100}" for i in range(1000))
+    with pytest.raises(InvalidRequest, match="harmony_constraint") as refused:
+        TurnAutomata(gpt_oss, HARMONY_VOCAB_SIZE).of(TurnGrammar(names, "allowed"))
+    assert refused.value.param == "tools"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support.automata import automata
 from workers import errors
-from workers.constraint.automaton import AutomatonState, TokenAutomaton
+from workers.constraint.automaton import MAX_AUTOMATON_STATES, AutomatonState, TokenAutomaton
 from workers.constraint.codec import Constraint
 from workers.constraint.registry import KnownAutomata
 from workers.errors import InvalidRequest
@@ -213,7 +213,7 @@ def test_a_request_no_engine_can_run_names_the_field(change: dict[str, object], 
             TokenAutomaton((AutomatonState((1,)), AutomatonState(None, tuple(range(VOCAB))))),
             "constraint.states[1].forbidden",
         ),
-        (TokenAutomaton((AutomatonState(),) * 5000), "constraint"),
+        (TokenAutomaton((AutomatonState(),) * (MAX_AUTOMATON_STATES + 1)), "constraint"),
     ],
     ids=lambda value: str(value)[:40],
 )
