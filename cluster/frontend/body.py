@@ -22,6 +22,8 @@ from workers.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 
 Model = TypeVar("Model", bound=BaseModel)
 Asked = TypeVar("Asked")
+_Place = tuple["_Place", str | int] | None
+"""A value's place in a body, from its end: the place of the value around it, and its key there."""
 
 MIN_BYTES_PER_S = 16 * 1024
 _INLINE_BYTES = 64 * 1024
@@ -216,22 +218,32 @@ def _wrong_value(data: bytes) -> InvalidRequest | None:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    pending: list[tuple[tuple[str | int, ...], object]] = [((), value)]
+    pending: list[tuple[_Place, object]] = [(None, value)]
     while pending:
         place, node = pending.pop()
-        path = _path(place)
         if isinstance(node, float) and not math.isfinite(node):
+            path = _path(_loc(place))
             return InvalidRequest(f"{path or 'The body'} must be a finite number.", path or None)
         if isinstance(node, str) and not _is_unicode(node):
+            path = _path(_loc(place))
             return InvalidRequest(f"{path or 'The body'} {_LONE_SURROGATE}", path or None)
         if isinstance(node, dict):
             if not all(map(_is_unicode, node)):
+                path = _path(_loc(place))
                 where = f"A field name in {path}" if path else "A field name"
                 return InvalidRequest(f"{where} {_LONE_SURROGATE}", path or None)
-            pending += [((*place, key), child) for key, child in node.items()]
+            pending += [((place, key), child) for key, child in node.items()]
         elif isinstance(node, list):
-            pending += [((*place, index), child) for index, child in enumerate(node)]
+            pending += [((place, index), child) for index, child in enumerate(node)]
     return None
+
+
+def _loc(place: _Place) -> tuple[str | int, ...]:
+    parts: list[str | int] = []
+    while place is not None:
+        place, part = place
+        parts.append(part)
+    return tuple(reversed(parts))
 
 
 def _is_unicode(text: str) -> bool:

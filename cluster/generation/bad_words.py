@@ -11,29 +11,30 @@ Tokens = tuple[int, ...]
 _HEADER_WORDS = (*CHANNELS, "assistant")
 
 
-def bad_word_tokens(words: Sequence[str], encoding: HarmonyEncoding) -> tuple[Tokens, ...]:
-    """Return the tokens of each word, by itself and after a blank, as a text may have it."""
-    texts = [text for word in words for text in (word.lstrip(), f" {word.lstrip()}")]
-    return tuple(dict.fromkeys(tuple(encoding.encode(text)) for text in texts))
+def bad_word_tokens(
+    words: Sequence[str], encoding: HarmonyEncoding, *, writes_headers: bool
+) -> tuple[Tokens, ...]:
+    """Return the tokens of each word, by itself and after a blank, as a text may have it.
 
-
-def check_headers_can_be_written(words: Sequence[str], encoding: HarmonyEncoding) -> None:
-    """Refuse bad words without which a model cannot write the headers of a chat's messages.
-
+    Args:
+        writes_headers: refuse words without which a model cannot write the headers of a chat's
+            messages.
     Raises:
         InvalidRequest: with `param`.
     """
-    if not words:
-        return
-    headers = [tuple(encoding.encode_literal(text)) for text in _HEADER_WORDS]
+    headers = [tuple(encoding.encode_literal(text)) for text in _HEADER_WORDS] if writes_headers else []
+    found: dict[Tokens, None] = {}
     for index, word in enumerate(words):
-        for tokens in bad_word_tokens([word], encoding):
+        for text in (word.lstrip(), f" {word.lstrip()}"):
+            tokens = tuple(encoding.encode(text))
             if any(_occurs(tokens, header) for header in headers):
                 raise InvalidRequest(
                     f"bad_words[{index}] is part of the headers of messages (analysis, commentary, final, "
                     f"assistant), which the model has to write.",
                     f"bad_words[{index}]",
                 )
+            found[tokens] = None
+    return tuple(found)
 
 
 def _occurs(tokens: Tokens, header: Tokens) -> bool:

@@ -3,6 +3,7 @@
 import datetime
 from collections.abc import Callable, Sequence
 
+from cluster.generation.bad_words import Tokens, bad_word_tokens
 from cluster.generation.limits import (
     check_date,
     check_prompt_chars,
@@ -101,6 +102,15 @@ class Prompts:
         """
         check_prompt_chars(len(text), self.encoding.max_token_bytes, self._served.info, param, limit)
         return await self._threads.run(len(text), lambda: self.encoding.encode_with_special(text, limit))
+
+    async def bad_words(self, words: Sequence[str], *, writes_headers: bool) -> tuple[Tokens, ...]:
+        """Return the tokens of a request's bad words; see `bad_word_tokens`."""
+        if not words:
+            return ()
+        return await self._threads.run(
+            2 * sum(map(len, words)),
+            lambda: bad_word_tokens(words, self.encoding, writes_headers=writes_headers),
+        )
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens by name.

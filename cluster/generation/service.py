@@ -57,11 +57,12 @@ class GenerationService:
         check_stop(request.stop)
         check_options(request.options)
         with self._admission.admit(request.sampling.n) as ticket:
+            bad_words = await self.prompts.bad_words(request.options.bad_words, writes_headers=True)
             prompt = tuple(await self.prompts.chat(request))
             id = f"chatcmpl-{request_id or uuid.uuid4().hex}"
             constraint = await self._constraints.of(request)
             jobs = await self._routed(
-                chat_jobs(id, request, prompt, self.served.info, self.prompts.encoding, constraint)
+                chat_jobs(id, request, prompt, self.served.info, self.prompts.encoding, bad_words, constraint)
             )
             return await self._begin(id, (prompt,), jobs, arrived, ticket)
 
@@ -76,12 +77,15 @@ class GenerationService:
         check_stop(request.stop)
         check_options(request.options)
         with self._admission.admit(request.sampling.n * num_prompts) as ticket:
+            bad_words = await self.prompts.bad_words(request.options.bad_words, writes_headers=False)
             prompts = tuple([await self.prompts.completion(request, index) for index in range(num_prompts)])
             id = f"cmpl-{request_id or uuid.uuid4().hex}"
             jobs: list[Job] = []
             for index, prompt in enumerate(prompts):
                 jobs += await self._routed(
-                    completion_jobs(id, request, index, prompt, self.served.info, self.prompts.encoding)
+                    completion_jobs(
+                        id, request, index, prompt, self.served.info, self.prompts.encoding, bad_words
+                    )
                 )
             return await self._begin(id, prompts, jobs, arrived, ticket)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from cluster.fleet.table import RoutingHint
-from cluster.generation.bad_words import bad_word_tokens, check_headers_can_be_written
+from cluster.generation.bad_words import Tokens
 from cluster.generation.choices import ChatChoice, Choice, CompletionChoice
 from cluster.generation.limits import num_output_tokens
 from cluster.generation.requests import ChatRequest, CompletionRequest, Options
@@ -61,21 +61,21 @@ def chat_jobs(
     prompt: tuple[int, ...],
     model: ModelInfo,
     encoding: HarmonyEncoding,
+    bad_words: tuple[Tokens, ...] = (),
     constraint: Constraint | None = None,
 ) -> list[Job]:
     """Return the choices of a chat.
 
     Args:
+        bad_words: tokens of the request's bad words.
         constraint: the automaton of its turns; None: any token may come next.
     Raises:
         ContextLengthExceeded, InvalidRequest: see `num_output_tokens`.
-        InvalidRequest: see `check_headers_can_be_written`.
     """
-    check_headers_can_be_written(request.options.bad_words, encoding)
     max_tokens = num_output_tokens(
         request.sampling, len(prompt), model, names=request.names, prompt_param="messages", default=None
     )
-    sampling = _complete(request.sampling, max_tokens, request.options, encoding)
+    sampling = _complete(request.sampling, max_tokens, bad_words, encoding)
     tools = [tool.name for tool in request.tools]
     return [
         Job(
@@ -103,9 +103,12 @@ def completion_jobs(
     prompt: tuple[int, ...],
     model: ModelInfo,
     encoding: HarmonyEncoding,
+    bad_words: tuple[Tokens, ...] = (),
 ) -> list[Job]:
     """Return the choices of one of a request's prompts.
 
+    Args:
+        bad_words: tokens of the request's bad words.
     Raises:
         ContextLengthExceeded, InvalidRequest: see `num_output_tokens`.
     """
@@ -117,7 +120,7 @@ def completion_jobs(
         prompt_param=request.place(prompt_index),
         default=DEFAULT_COMPLETION_TOKENS,
     )
-    sampling = _complete(request.sampling, max_tokens, request.options, encoding)
+    sampling = _complete(request.sampling, max_tokens, bad_words, encoding)
     echo = _echo(request, prompt_index, prompt, encoding)
     first = prompt_index * sampling.n
     return [
@@ -150,7 +153,7 @@ def _echo(
 
 
 def _complete(
-    sampling: SamplingParams, max_tokens: int, options: Options, encoding: HarmonyEncoding
+    sampling: SamplingParams, max_tokens: int, bad_words: tuple[Tokens, ...], encoding: HarmonyEncoding
 ) -> SamplingParams:
     """Fill in the parameters that the client left open, so that engines need no defaults. A top_p
     of 0 keeps the most likely token alone, so it is greedy too."""
@@ -161,7 +164,7 @@ def _complete(
         temperature=0.0 if greedy else sampling.temperature,
         top_p=sampling.top_p or 1.0,
         seed=secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64,
-        bad_words_token_ids=bad_word_tokens(options.bad_words, encoding),
+        bad_words_token_ids=bad_words,
         # With ignore_eos the engine ignores all stop tokens.
         stop_token_ids=tuple(dict.fromkeys((*encoding.stop_token_ids, *sampling.stop_token_ids))),
     )

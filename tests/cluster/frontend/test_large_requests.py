@@ -4,6 +4,7 @@ on beside the event loop."""
 import asyncio
 import json
 import threading
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import Gateway, serving
-from workers.errors import ContextLengthExceeded
+from workers.errors import ContextLengthExceeded, InvalidRequest
 
 LIMIT_S = 60
 USER = {"role": "user", "content": "Hello"}
@@ -360,3 +361,15 @@ async def test_a_long_schema_over_grpc_is_rendered_beside_the_loop(
         assert (await inference_pb2_grpc.InferenceStub(channel).Chat(request)).choices
     assert threads
     assert threading.main_thread() not in threads
+
+
+def test_the_search_for_a_wrong_value_takes_no_path_for_each_value() -> None:
+    """Paths as long as the nesting, for each of the values, took 4 s and 60 MB for this body."""
+    data = b'{"b":NaN,"a":' + b"[" * 900 + b",".join([b"1"] * 8000) + b"]" * 900 + b"}"
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match="b must be a finite number"):
+            body.decode(data)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()

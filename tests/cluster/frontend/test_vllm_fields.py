@@ -1,9 +1,13 @@
 """Fields and routes that vLLM adds to OpenAI's API."""
 
 import asyncio
+import threading
 from typing import Any
 
+import pytest
+
 from cluster.config import GatewayConfig
+from cluster.generation import prompts
 from cluster.harmony.encoding import HarmonyEncoding
 from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway, serving, turn
@@ -210,6 +214,24 @@ async def test_bad_words_reach_the_engine_as_tokens(
         assert await refusal(gateway, path, bad_words="x") == (400, "bad_words", None)
         assert await refusal(gateway, path, bad_words=["x", 5]) == (400, "bad_words[1]", None)
         await post(gateway, path, bad_words=["🎉" * 256] * 64)
+
+
+async def test_long_bad_words_are_encoded_once_and_beside_the_loop(
+    gateway: Gateway, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 of 256 characters take 0.1 s."""
+    encode, threads = prompts.bad_word_tokens, []
+
+    def watched(*args: Any, **keywords: Any) -> Any:
+        threads.append(threading.current_thread())
+        return encode(*args, **keywords)
+
+    monkeypatch.setattr(prompts, "bad_word_tokens", watched)
+    await post(gateway, COMPLETIONS, prompt=["x", "y", "z"], bad_words=["a b " * 64] * 64)
+    await post(gateway, CHAT, bad_words=["a b " * 64] * 64)
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+    assert all(request.sampling.bad_words_token_ids for request in engine.requests)
 
 
 async def test_words_of_the_format_cannot_be_bad_in_a_chat(
