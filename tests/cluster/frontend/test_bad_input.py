@@ -190,7 +190,7 @@ async def undisturbed(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEnc
         assert response.status_code == 200
         yield
         gate.set()
-        lines = [line async for line in response.aiter_lines() if line]
+        lines = [line async for line in response.aiter_lines() if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]"
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "Still here."
