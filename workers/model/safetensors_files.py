@@ -83,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def stored_names(folder: Path) -> frozenset[str]:
     """Return the names of a checkpoint's tensors: those in the index if there is one, whose files
-    are not looked at. None if there is neither an index nor a weight file.
+    are not looked at. The empty set if there is neither an index nor a weight file.
 
     Raises:
         CheckpointError: the index or a file's header is broken.
