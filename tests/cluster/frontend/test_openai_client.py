@@ -352,7 +352,7 @@ async def test_token_ids_are_returned(
     ]
 
 
-async def test_fields_that_clients_send_and_nobody_needs_change_nothing(
+async def test_fields_that_clients_send_and_that_have_no_effect_change_nothing(
     gateway: Gateway, engine: FakeEngine
 ) -> None:
     plain = await gateway.client.chat.completions.create(model=MODEL, messages=HELLO, seed=7)

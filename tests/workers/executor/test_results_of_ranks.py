@@ -48,7 +48,7 @@ class AtWork:
         self.executor._take(wire.RESULT, encode_result(StepResult(step)))
 
     def fails_after(self, seconds: float) -> bool:
-        """Return whether the step timeout has passed in so many seconds from now."""
+        """Return whether the step timeout will have passed this many seconds from now."""
         self.now += seconds
         self.executor._check_time()
         return bool(self.failures)
