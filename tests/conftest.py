@@ -16,20 +16,19 @@ def pytest_configure(config: pytest.Config) -> None:
     register(config, config.getoption("--summary-to"))
 
 
-SHARED_FIXTURES = {
-    "tests/cluster/harmony/": "the tokenizer of oss-harmony",
-    "tests/e2e/test_served.py": "servers",
-    "tests/e2e/test_scraped.py": "servers",
-}
-"""Beginnings of the paths of tests that share fixtures of the session, which take longer than the
-tests, and a name for each kind."""
+ONE_PROCESS = {"tests/e2e/": "servers", "tests/cluster/harmony/": "the tokenizer of oss-harmony"}
+"""Beginnings of the paths of tests that one process runs, and a name for each: tests that share
+fixtures of the session which take longer than they do, and those that use all cores of a small
+machine for minutes, which start first."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let each process of `pytest -n` run whole files, and all that share such fixtures."""
+    """Let each process of `pytest -n` run whole files."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
         file = item.path.relative_to(config.rootpath).as_posix()
-        group = next((name for path, name in SHARED_FIXTURES.items() if file.startswith(path)), file)
+        group = next((name for path, name in ONE_PROCESS.items() if file.startswith(path)), file)
         item.add_marker(pytest.mark.xdist_group(group))
+    if hasattr(config, "workerinput"):  # a process of pytest -n
+        items.sort(key=lambda item: "tests/e2e/" not in item.path.as_posix())
