@@ -28,7 +28,7 @@ test: ## Lint, type check and the tests.
 	@scripts/install_clients.sh
 	@$(MAKE) --no-print-directory lint
 	@rm -f $(TEST_SUMMARY)
-	@$(PYTEST) --dist loadgroup --no-loadscope-reorder -m "not slow and not gpu and not npm" --ignore=tests/interpreter --summary-to $(TEST_SUMMARY)
+	@$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not npm" --ignore=tests/interpreter --summary-to $(TEST_SUMMARY)
 	@echo "Triton kernels, in Triton's interpreter:"
 	@TRITON_INTERPRET=1 $(PYTEST) -m "not slow and not gpu" tests/interpreter --summary-to $(TEST_SUMMARY)
 	@echo "All of it:"

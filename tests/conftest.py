@@ -2,6 +2,7 @@
 path, however pytest is started."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,12 +24,20 @@ machine for minutes, which start first."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let each process of `pytest -n` run whole files."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        file = item.path.relative_to(config.rootpath).as_posix()
-        group = next((name for path, name in ONE_PROCESS.items() if file.startswith(path)), file)
-        item.add_marker(pytest.mark.xdist_group(group))
     if hasattr(config, "workerinput"):  # a process of pytest -n
         items.sort(key=lambda item: "tests/e2e/" not in item.path.as_posix())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let each process of `pytest -n --dist loadfile` run whole files, and all of ONE_PROCESS."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class WholeFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return next((name for path, name in ONE_PROCESS.items() if file.startswith(path)), file)
+
+    return WholeFiles(config, log)
