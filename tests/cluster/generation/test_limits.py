@@ -63,7 +63,7 @@ def allowed(sampling: SamplingParams) -> bool:
 def check_in_engine(sampling: SamplingParams) -> None:
     model_stops = cast(HarmonyEncoding, SimpleNamespace(stop_token_ids=(2, 3, 4)))
     max_tokens = sampling.max_tokens or MODEL.max_model_len
-    sent = turn._complete(sampling, max_tokens, Options(), model_stops)
+    sent = turn._complete(sampling, max_tokens, (), model_stops)
     if sent.min_tokens <= max_tokens:  # otherwise `num_output_tokens` has refused it
         check_request(turn._engine_request("r", (1,), sent, 0, Options()), MODEL.vocab_size)
 
