@@ -179,8 +179,8 @@ def settle_drafts(
     token_lists: Iterable[tuple[int, ...]],
     updates: list[SequenceUpdate],
 ) -> list[tuple[Sequence, SequenceUpdate]]:
-    """As `append_tokens`, for entries that may have had drafts: take in each sequence's tokens up
-    to one that ends it."""
+    """Take in each sequence's tokens up to one that ends it: `append_tokens` for entries that may
+    have had drafts."""
     ends = []
     for sequence, token_ids in zip(sequences, token_lists, strict=True):
         if sequence is None:
