@@ -17,7 +17,11 @@ state() {
     kernels/cpu/src/*
 }
 
-if [ -f "$stamp" ] && state | cmp -s - "$stamp"; then exit 0; fi
+stamps=("$stamp")
+[ -n "$extra" ] || stamps+=(.venv/.installed-dev) # the dev extra installs all that is needed without it, too
+for made in "${stamps[@]}"; do
+  if [ -f "$made" ] && state | cmp -s - "$made"; then exit 0; fi
+done
 if [ ! -x .venv/bin/python ]; then
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "Cantata needs Python 3.11 or newer; set PYTHON to one (found $("$python" --version))" >&2; exit 1; }
