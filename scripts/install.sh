@@ -38,8 +38,9 @@ install() {
     (
       eval "$(.venv/bin/python scripts/uv_settings.py)"
       .venv/bin/uv pip install --python .venv/bin/python "$@" 2>&1
-    ) | sed -un -e '/^Using \|^Resolved\|^Audited\|^Uninstalled\|^ [-+~] \|^ *Downloaded /d' -e 's/^ *Downloading/  downloading/' \
-      -e '/^warning: Failed to hardlink/,/^$/d' -e '/^warning:/d' -e 's/^ *\(Building\|Built\|Prepared\|Installed\)/  \L\1/' -e p
+    ) | sed -un -e '/^Using /d' -e '/^Resolved/d' -e '/^Audited/d' -e '/^Uninstalled/d' -e '/^ [-+~] /d' -e '/^ *Downloaded /d' \
+      -e '/^warning: Failed to hardlink/,/^$/d' -e '/^warning:/d' -e 's/^ *Downloading/  downloading/' -e 's/^ *Building/  building/' \
+      -e 's/^ *Built/  built/' -e 's/^Prepared/  prepared/' -e 's/^Installed/  installed/' -e p
   else
     .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "$@" |
       sed -un -e 's/^ *Downloading \([^ ]*\/\)\{0,1\}/  downloading /p' -e 's/^ *Using cached \([^ ]*\/\)\{0,1\}/  cached /p' \
