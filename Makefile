@@ -12,6 +12,10 @@ TEST_SUMMARY := .venv/test-summary.txt
 # Tests run side by side: a process per core, four at most, since each needs 1 GB.
 PYTEST := $(VENV)/python -m pytest -q -n logical --maxprocesses 4
 
+# Installers leave the libraries uncompiled. Without this each process, not the first alone, would take 5 s to compile torch and Ray
+# where an image sets the variable.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: serve test test-clients test-isa test-slow gpu-check lint proto clean
 
 serve: ## Serve $(MODEL) (a random tiny demo model is made if it is not there) on loopback.

@@ -1,4 +1,4 @@
-"""scripts/install.sh: what uv is told of pip's settings."""
+"""scripts/install.sh: what uv is told of pip's settings; Makefile: the environment of commands."""
 
 import os
 import runpy
@@ -58,3 +58,17 @@ def test_the_script_prints_commands_for_a_shell(tmp_path: Path) -> None:
         check=True,
     ).stdout
     assert said == "/a,/b file:///x\n"
+
+
+def test_make_lets_python_keep_what_it_compiles() -> None:
+    """Images set this variable, and uv compiles nothing: every process would compile torch anew."""
+    said = subprocess.run(
+        ["make", "--no-print-directory", "--eval", "show:; @env", "show"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OTHER": "stays"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert "OTHER=stays" in said
+    assert not any(line.startswith("PYTHONDONTWRITEBYTECODE=") for line in said)
