@@ -4,6 +4,7 @@ text, HTTP and harmony."""
 from dataclasses import dataclass
 from typing import Literal
 
+from workers.constraint.automaton import NO_LIMITS, ConstraintLimits
 from workers.constraint.codec import Constraint
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -72,6 +73,8 @@ class EngineRequest:
             they had been sampled here.
         deadline_s: seconds from submission; None for no deadline.
         constraint: the tokens allowed in each state; None for all.
+        constraint_limits: when the constraint's automaton takes the overflow of its states.
+        ignored_stop_token_ids: end tokens of the model that do not end this sequence.
         adapter: name of the adapter to run with; None for the base model.
         cache_salt: KV blocks are shared only between requests with the same salt and the same
             adapter.
@@ -85,6 +88,8 @@ class EngineRequest:
     output_token_ids: tuple[int, ...] = ()
     deadline_s: float | None = None
     constraint: Constraint | None = None
+    constraint_limits: ConstraintLimits = NO_LIMITS
+    ignored_stop_token_ids: tuple[int, ...] = ()
     adapter: str | None = None
     cache_salt: str | None = None
     priority: int = 0

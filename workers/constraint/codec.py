@@ -3,7 +3,7 @@ ranks. The bytes are a serialized `TokenAutomaton` of engine.proto, identified b
 content."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
@@ -21,16 +21,22 @@ class Constraint:
     Attributes:
         id: `automaton_id(body)`.
         body: `encode` of the automaton.
+        extended: whether the automaton has grammars, counted states or overflows, which engines of
+            the first version do not know; set where automata are made.
     """
 
     id: bytes
     body: bytes
+    extended: bool = field(default=False, compare=False)
 
     @staticmethod
     def of(automaton: TokenAutomaton) -> "Constraint":
         """Return the encoded form of an automaton."""
         body = encode(automaton)
-        return Constraint(automaton_id(body), body)
+        extended = bool(automaton.grammars) or any(
+            state.counted or state.overflow is not None for state in automaton.states
+        )
+        return Constraint(automaton_id(body), body, extended)
 
 
 def automaton_id(body: bytes) -> bytes:
@@ -52,10 +58,14 @@ def encode(automaton: TokenAutomaton) -> bytes:
                     pb.TokenAutomaton.State.Transition(token_id=token_id, state=target)
                     for token_id, target in state.transitions
                 ],
+                grammar=state.grammar,
+                counted=state.counted or None,
+                overflow=state.overflow,
             )
             for state in automaton.states
         ],
         start=automaton.start,
+        grammars=automaton.grammars,
     )
     return message.SerializeToString(deterministic=True)
 
@@ -73,10 +83,14 @@ def decode(body: bytes) -> TokenAutomaton:
                 allowed=tuple(state.allowed) if state.restrict else None,
                 forbidden=tuple(state.forbidden),
                 transitions=tuple((entry.token_id, entry.state) for entry in state.transitions),
+                grammar=state.grammar if state.HasField("grammar") else None,
+                counted=state.counted,
+                overflow=state.overflow if state.HasField("overflow") else None,
             )
             for state in message.states
         ),
         message.start,
+        tuple(message.grammars),
     )
 
 

@@ -128,7 +128,7 @@ class _Extras:
             seen=SeenTokens(prompt if sampling.repetition_penalty != 1.0 else (), output)
             if penalised
             else None,
-            constraint=None if tables is None else ConstraintState(tables, output),
+            constraint=None if tables is None else ConstraintState(tables, output, start.constraint_limits),
             allowed_ids=np.array(sampling.allowed_token_ids, dtype=np.int64)
             if sampling.allowed_token_ids
             else None,
@@ -323,7 +323,7 @@ class SamplingState:
                 sparse.seen.add(row, tokens.token_ids, tokens.output_counts)
             allowed = extras.allowed_ids
             if extras.constraint is not None:
-                tables, state = extras.constraint.tables, extras.constraint.after(prefix)
+                tables, state = extras.constraint.tables, extras.constraint.after(prefix).state
                 if (ids := tables.allowed(state)) is not None:
                     allowed = _narrowed(ids, allowed)
                 else:

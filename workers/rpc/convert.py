@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from workers import errors
+from workers.constraint.automaton import NO_LIMITS, ConstraintLimits
 from workers.constraint.codec import Constraint, automaton_id, decode
 from workers.constraint.registry import KnownAutomata
 from workers.request import (
@@ -34,7 +35,19 @@ token."""
 ADAPTER, CACHE_SALT, PROMPT_LOGPROBS = "adapter", "cache_salt", "prompt_logprobs"
 ALLOWED_TOKEN_IDS, BAD_WORDS = "allowed_token_ids", "bad_words"
 CONSTRAINT_REF, PRIORITY = "constraint_ref", "priority"
-CAPABILITIES = (CONSTRAINT_REF, CACHE_SALT, PROMPT_LOGPROBS, ALLOWED_TOKEN_IDS, BAD_WORDS, PRIORITY)
+CONSTRAINT_GRAMMARS, CONSTRAINT_LIMITS = "constraint_grammars", "constraint_limits"
+IGNORED_STOP_TOKEN_IDS = "ignored_stop_token_ids"
+CAPABILITIES = (
+    CONSTRAINT_REF,
+    CACHE_SALT,
+    PROMPT_LOGPROBS,
+    ALLOWED_TOKEN_IDS,
+    BAD_WORDS,
+    PRIORITY,
+    CONSTRAINT_GRAMMARS,
+    CONSTRAINT_LIMITS,
+    IGNORED_STOP_TOKEN_IDS,
+)
 """Names of the request fields beyond the first version, as this engine lists them in EngineInfo. A
 gateway sends only fields that an engine lists. No engine has adapters yet."""
 
@@ -91,6 +104,9 @@ def capabilities_of(request: EngineRequest) -> frozenset[str]:
         PROMPT_LOGPROBS: request.sampling.prompt_logprobs is not None,
         ALLOWED_TOKEN_IDS: bool(request.sampling.allowed_token_ids),
         BAD_WORDS: bool(request.sampling.bad_words_token_ids),
+        CONSTRAINT_GRAMMARS: request.constraint is not None and request.constraint.extended,
+        CONSTRAINT_LIMITS: request.constraint_limits != NO_LIMITS,
+        IGNORED_STOP_TOKEN_IDS: bool(request.ignored_stop_token_ids),
     }
     return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
 
@@ -117,7 +133,13 @@ def request_to_wire(
         adapter=request.adapter,
         cache_salt=request.cache_salt,
         priority=request.priority if with_priority and request.priority else None,
+        ignored_stop_token_ids=request.ignored_stop_token_ids,
     )
+    limits = request.constraint_limits
+    if limits != NO_LIMITS:
+        message.constraint_limits.CopyFrom(
+            pb.ConstraintLimits(max_counted_tokens=limits.max_counted_tokens, max_length=limits.max_length)
+        )
     constraint = request.constraint
     if constraint is not None and by_reference:
         message.constraint_ref.id = constraint.id
@@ -153,6 +175,8 @@ def request_from_wire(
         adapter=message.adapter if message.HasField("adapter") else None,
         cache_salt=message.cache_salt if message.HasField("cache_salt") else None,
         priority=message.priority if message.HasField("priority") else 0,
+        constraint_limits=_limits_from_wire(message.constraint_limits),
+        ignored_stop_token_ids=tuple(message.ignored_stop_token_ids),
     )
     check_request(request, vocab_size)
     return request
@@ -185,6 +209,13 @@ def _constraint_from_wire(
     if automata is not None:
         automata.add(constraint)
     return constraint
+
+
+def _limits_from_wire(message: pb.ConstraintLimits) -> ConstraintLimits:
+    return ConstraintLimits(
+        message.max_counted_tokens if message.HasField("max_counted_tokens") else None,
+        message.max_length if message.HasField("max_length") else None,
+    )
 
 
 def output_to_wire(output: EngineOutput) -> pb.GenerateResponse:

@@ -53,6 +53,8 @@ class GenerateRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_LIMITS_FIELD_NUMBER: _builtins.int
+    IGNORED_STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     adapter: _builtins.str
     """The adapter to run with; its KV blocks are its own."""
@@ -76,6 +78,14 @@ class GenerateRequest(_message.Message):
     def constraint_ref(self) -> Global___ConstraintRef:
         """Fields from here on are sent only to engines whose EngineInfo.capabilities list them by name."""
 
+    @_builtins.property
+    def constraint_limits(self) -> Global___ConstraintLimits:
+        """Capability constraint_limits: when the automaton takes its states' overflow."""
+
+    @_builtins.property
+    def ignored_stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Capability ignored_stop_token_ids: end tokens of the model that do not end this sequence."""
+
     def __init__(
         self,
         *,
@@ -88,15 +98,19 @@ class GenerateRequest(_message.Message):
         adapter: _builtins.str | None = ...,
         cache_salt: _builtins.str | None = ...,
         priority: _builtins.int | None = ...,
+        constraint_limits: Global___ConstraintLimits | None = ...,
+        ignored_stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "_cache_salt", b"_cache_salt", "_priority", b"_priority", "adapter", b"adapter", "cache_salt", b"cache_salt", "constraint", b"constraint", "constraint_ref", b"constraint_ref", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "_cache_salt", b"_cache_salt", "_constraint_limits", b"_constraint_limits", "_priority", b"_priority", "adapter", b"adapter", "cache_salt", b"cache_salt", "constraint", b"constraint", "constraint_limits", b"constraint_limits", "constraint_ref", b"constraint_ref", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "_cache_salt", b"_cache_salt", "_priority", b"_priority", "adapter", b"adapter", "cache_salt", b"cache_salt", "constraint", b"constraint", "constraint_ref", b"constraint_ref", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "_cache_salt", b"_cache_salt", "_constraint_limits", b"_constraint_limits", "_priority", b"_priority", "adapter", b"adapter", "cache_salt", b"cache_salt", "constraint", b"constraint", "constraint_limits", b"constraint_limits", "constraint_ref", b"constraint_ref", "ignored_stop_token_ids", b"ignored_stop_token_ids", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter: _TypeAlias = _typing.Literal["adapter"]  # noqa: Y015
     _WhichOneofArgType__adapter: _TypeAlias = _typing.Literal["_adapter", b"_adapter"]  # noqa: Y015
     _WhichOneofReturnType__cache_salt: _TypeAlias = _typing.Literal["cache_salt"]  # noqa: Y015
     _WhichOneofArgType__cache_salt: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt"]  # noqa: Y015
+    _WhichOneofReturnType__constraint_limits: _TypeAlias = _typing.Literal["constraint_limits"]  # noqa: Y015
+    _WhichOneofArgType__constraint_limits: _TypeAlias = _typing.Literal["_constraint_limits", b"_constraint_limits"]  # noqa: Y015
     _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     @_typing.overload
@@ -104,9 +118,42 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_salt) -> _WhichOneofReturnType__cache_salt | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__constraint_limits) -> _WhichOneofReturnType__constraint_limits | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class ConstraintLimits(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_COUNTED_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    max_counted_tokens: _builtins.int
+    """Tokens that came in counted states; absent: no limit."""
+    max_length: _builtins.int
+    """Output tokens; absent: no limit."""
+    def __init__(
+        self,
+        *,
+        max_counted_tokens: _builtins.int | None = ...,
+        max_length: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_counted_tokens", b"_max_counted_tokens", "_max_length", b"_max_length", "max_counted_tokens", b"max_counted_tokens", "max_length", b"max_length"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_counted_tokens", b"_max_counted_tokens", "_max_length", b"_max_length", "max_counted_tokens", b"max_counted_tokens", "max_length", b"max_length"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_counted_tokens: _TypeAlias = _typing.Literal["max_counted_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_counted_tokens: _TypeAlias = _typing.Literal["_max_counted_tokens", b"_max_counted_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__max_length: _TypeAlias = _typing.Literal["max_length"]  # noqa: Y015
+    _WhichOneofArgType__max_length: _TypeAlias = _typing.Literal["_max_length", b"_max_length"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_counted_tokens) -> _WhichOneofReturnType__max_counted_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length) -> _WhichOneofReturnType__max_length | None: ...
+
+Global___ConstraintLimits: _TypeAlias = ConstraintLimits  # noqa: Y015
 
 @_typing.final
 class ConstraintRef(_message.Message):
@@ -336,8 +383,19 @@ class TokenAutomaton(_message.Message):
         ALLOWED_FIELD_NUMBER: _builtins.int
         FORBIDDEN_FIELD_NUMBER: _builtins.int
         TRANSITIONS_FIELD_NUMBER: _builtins.int
+        GRAMMAR_FIELD_NUMBER: _builtins.int
+        COUNTED_FIELD_NUMBER: _builtins.int
+        OVERFLOW_FIELD_NUMBER: _builtins.int
         restrict: _builtins.bool
         """If `restrict` is true only `allowed` may come next, else everything but `forbidden`."""
+        grammar: _builtins.int
+        """Capability constraint_grammars, as are the other fields from here on. Index into `grammars`: the tokens that come in this state, except
+        those with a transition, spell a text of this grammar; those with a transition may come only where the text is complete.
+        """
+        counted: _builtins.bool
+        """Tokens that come in this state count against constraint_limits.max_counted_tokens."""
+        overflow: _builtins.int
+        """The state that is entered in place of this one once a limit of the request is reached."""
         @_builtins.property
         def allowed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
         @_builtins.property
@@ -351,27 +409,47 @@ class TokenAutomaton(_message.Message):
             allowed: _abc.Iterable[_builtins.int] | None = ...,
             forbidden: _abc.Iterable[_builtins.int] | None = ...,
             transitions: _abc.Iterable[Global___TokenAutomaton.State.Transition] | None = ...,
+            grammar: _builtins.int | None = ...,
+            counted: _builtins.bool | None = ...,
+            overflow: _builtins.int | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_counted", b"_counted", "_grammar", b"_grammar", "_overflow", b"_overflow", "counted", b"counted", "grammar", b"grammar", "overflow", b"overflow"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed", b"allowed", "forbidden", b"forbidden", "restrict", b"restrict", "transitions", b"transitions"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_counted", b"_counted", "_grammar", b"_grammar", "_overflow", b"_overflow", "allowed", b"allowed", "counted", b"counted", "forbidden", b"forbidden", "grammar", b"grammar", "overflow", b"overflow", "restrict", b"restrict", "transitions", b"transitions"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
+        _WhichOneofReturnType__counted: _TypeAlias = _typing.Literal["counted"]  # noqa: Y015
+        _WhichOneofArgType__counted: _TypeAlias = _typing.Literal["_counted", b"_counted"]  # noqa: Y015
+        _WhichOneofReturnType__grammar: _TypeAlias = _typing.Literal["grammar"]  # noqa: Y015
+        _WhichOneofArgType__grammar: _TypeAlias = _typing.Literal["_grammar", b"_grammar"]  # noqa: Y015
+        _WhichOneofReturnType__overflow: _TypeAlias = _typing.Literal["overflow"]  # noqa: Y015
+        _WhichOneofArgType__overflow: _TypeAlias = _typing.Literal["_overflow", b"_overflow"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__counted) -> _WhichOneofReturnType__counted | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__grammar) -> _WhichOneofReturnType__grammar | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__overflow) -> _WhichOneofReturnType__overflow | None: ...
 
     STATES_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
+    GRAMMARS_FIELD_NUMBER: _builtins.int
     start: _builtins.int
     @_builtins.property
     def states(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenAutomaton.State]: ...
+    @_builtins.property
+    def grammars(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Each as llguidance reads it."""
+
     def __init__(
         self,
         *,
         states: _abc.Iterable[Global___TokenAutomaton.State] | None = ...,
         start: _builtins.int = ...,
+        grammars: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["start", b"start", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammars", b"grammars", "start", b"start", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

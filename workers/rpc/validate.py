@@ -17,6 +17,10 @@ MAX_STOP_TOKEN_IDS = 136
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 2048
 MAX_SALT_CHARS = 256
+MAX_GRAMMARS = 512
+"""Maximum number of an automaton's grammars: one for each tool's arguments, and the answer's."""
+MAX_GRAMMAR_CHARS = 4 * 2**20
+"""Maximum number of characters of an automaton's grammars together."""
 MAX_SEED = 2**64 - 1
 MAX_COUNT = 2**31 - 1
 MAX_PRIORITY = 2**63 - 1
@@ -51,6 +55,17 @@ def check_request(request: EngineRequest, vocab_size: int) -> None:
             "cache_salt",
         )
     check_integer("priority", request.priority, -MAX_PRIORITY - 1, MAX_PRIORITY)
+    check_ids(request.ignored_stop_token_ids, "ignored_stop_token_ids", vocab_size)
+    if len(request.ignored_stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(
+            f"ignored_stop_token_ids has {len(request.ignored_stop_token_ids)} ids, at most "
+            f"{MAX_STOP_TOKEN_IDS} are allowed",
+            "ignored_stop_token_ids",
+        )
+    limits = request.constraint_limits
+    for name in ("max_counted_tokens", "max_length"):
+        if (value := getattr(limits, name)) is not None:
+            check_integer(f"constraint_limits.{name}", value, 0, MAX_COUNT)
 
 
 def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
@@ -148,6 +163,13 @@ def check_automaton(automaton: TokenAutomaton, vocab_size: int) -> None:
         raise InvalidRequest(
             f"constraint has {len(automaton.states)} states, at most {MAX_AUTOMATON_STATES} are allowed",
             "constraint",
+        )
+    num_chars = sum(map(len, automaton.grammars))
+    if len(automaton.grammars) > MAX_GRAMMARS or num_chars > MAX_GRAMMAR_CHARS:
+        raise InvalidRequest(
+            f"constraint has {len(automaton.grammars)} grammars of {num_chars} characters, at most "
+            f"{MAX_GRAMMARS} of {MAX_GRAMMAR_CHARS} together are allowed",
+            "constraint.grammars",
         )
     for index, state in enumerate(automaton.states):
         place = f"constraint.states[{index}]"

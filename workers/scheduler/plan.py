@@ -10,6 +10,7 @@ the exception: guesses of the next tokens, which the rank checks by sampling aft
 
 from dataclasses import dataclass, field
 
+from workers.constraint.automaton import NO_LIMITS, ConstraintLimits
 from workers.request import SamplingParams, TokenLogprobs
 
 
@@ -23,6 +24,7 @@ class SequenceStart:
         token_ids: prompt, then output tokens known so far.
         num_prompt_tokens: how many of them are the prompt.
         constraint: id of its automaton, which the ranks hold; None if all tokens are allowed.
+        constraint_limits: the limits after which the automaton's states overflow.
         full_blocks, sliding_blocks: block tables up to the tokens found in the prefix cache;
             NULL_BLOCK where none is needed.
     """
@@ -33,6 +35,7 @@ class SequenceStart:
     sampling: SamplingParams
     stop_token_ids: tuple[int, ...] = ()
     constraint: bytes | None = None
+    constraint_limits: ConstraintLimits = NO_LIMITS
     full_blocks: tuple[int, ...] = ()
     sliding_blocks: tuple[int, ...] = ()
 

@@ -3,10 +3,11 @@ in front."""
 
 from typing import Any
 
+from workers.constraint.automaton import ConstraintLimits
 from workers.request import SamplingParams, TokenLogprobs
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
 
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 
 
 def encode_plan(plan: StepPlan) -> bytes:
@@ -19,6 +20,7 @@ def encode_plan(plan: StepPlan) -> bytes:
             _sampling_to_wire(start.sampling),
             start.stop_token_ids,
             start.constraint,
+            (start.constraint_limits.max_counted_tokens, start.constraint_limits.max_length),
             start.full_blocks,
             start.sliding_blocks,
         )
@@ -59,6 +61,7 @@ def decode_plan(data: bytes) -> StepPlan:
             sampling=SamplingParams(*sampling),
             stop_token_ids=stop_token_ids,
             constraint=constraint,
+            constraint_limits=ConstraintLimits(*limits),
             full_blocks=full_blocks,
             sliding_blocks=sliding_blocks,
         )
@@ -69,6 +72,7 @@ def decode_plan(data: bytes) -> StepPlan:
             sampling,
             stop_token_ids,
             constraint,
+            limits,
             full_blocks,
             sliding_blocks,
         ) in starts

@@ -273,6 +273,7 @@ class Scheduler:
                     sampling=sequence.request.sampling,
                     stop_token_ids=sequence.stop_token_ids,
                     constraint=None if constraint is None else constraint.id,
+                    constraint_limits=sequence.request.constraint_limits,
                     full_blocks=tuple(blocks.full),
                     sliding_blocks=tuple(blocks.sliding),
                 )

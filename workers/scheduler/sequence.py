@@ -25,7 +25,7 @@ class Sequence:
         seq_id: never used before in the life of this engine.
         request: checked by `Scheduler.check`; its output_token_ids count as sampled.
         model_stop_token_ids: the model's own end tokens, which end the sequence unless the request
-            ignores them.
+            ignores them, all or those of its `ignored_stop_token_ids`.
 
     Attributes:
         token_ids: prompt, then output.
@@ -74,7 +74,14 @@ class Sequence:
         self.stop_token_ids = (
             ()
             if sampling.ignore_eos
-            else tuple(dict.fromkeys((*sampling.stop_token_ids, *model_stop_token_ids)))
+            else tuple(
+                dict.fromkeys(
+                    (
+                        *sampling.stop_token_ids,
+                        *(i for i in model_stop_token_ids if i not in request.ignored_stop_token_ids),
+                    )
+                )
+            )
         )
         self._stop_token_ids = frozenset(self.stop_token_ids)
         # Set by the scheduler, which knows the context limit: the sequence ends at this length.

@@ -15,7 +15,7 @@ from cluster.harmony.make_tokenizer import HARMONY_VOCAB_SIZE
 from cluster.harmony.message import MessageEnd
 from cluster.harmony.parse import HarmonyParser
 from tests.cluster.harmony.test_harmony_parse import spelled
-from workers.constraint.automaton import TokenAutomaton
+from workers.constraint.automaton import NO_LIMITS, TokenAutomaton
 from workers.constraint.codec import encode
 from workers.constraint.state import AutomatonTables
 from workers.errors import InvalidRequest
@@ -205,7 +205,7 @@ def test_ids_without_a_text_are_in_no_body(
     """Reserved tokens, and ids beyond the tokenizer's that a padded model has."""
     larger = TurnAutomata(gpt_oss, HARMONY_VOCAB_SIZE + 64).of(TurnGrammar())
     begun = gpt_oss.encode_with_special("<|channel|>analysis<|message|>")
-    state = AutomatonTables(encode(larger)).advance(larger.start, begun)
+    state = AutomatonTables(encode(larger)).begin(begun, NO_LIMITS).state
     allowed = set(range(HARMONY_VOCAB_SIZE + 64)) - set(larger.states[state].forbidden)
     assert allowed == {i for i in range(HARMONY_VOCAB_SIZE) if gpt_oss.token_bytes(i)} | {gpt_oss.end}
 

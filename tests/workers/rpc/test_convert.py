@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from tests.support.automata import automata
 from workers import errors
-from workers.constraint.automaton import MAX_AUTOMATON_STATES, AutomatonState, TokenAutomaton
+from workers.constraint.automaton import (
+    MAX_AUTOMATON_STATES,
+    AutomatonState,
+    ConstraintLimits,
+    TokenAutomaton,
+)
 from workers.constraint.codec import Constraint
 from workers.constraint.registry import KnownAutomata
 from workers.errors import InvalidRequest
@@ -69,6 +74,10 @@ requests = st.builds(
     constraint=st.none() | automata(token_id).map(Constraint.of),
     cache_salt=st.none() | st.text(min_size=1, max_size=20),
     priority=st.just(0) | st.integers(-(2**63), 2**63 - 1),
+    constraint_limits=st.builds(
+        ConstraintLimits, st.none() | st.integers(0, 2**31 - 1), st.none() | st.integers(0, 2**31 - 1)
+    ),
+    ignored_stop_token_ids=id_list,
 )
 outputs = st.builds(
     EngineOutput,

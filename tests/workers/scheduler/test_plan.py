@@ -5,6 +5,7 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 
+from workers.constraint.automaton import NO_LIMITS, ConstraintLimits
 from workers.request import SamplingParams, TokenLogprobs
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
 from workers.scheduler.plan_wire import PLAN_VERSION, decode_plan, decode_result, encode_plan, encode_result
@@ -98,7 +99,7 @@ def test_every_field_is_on_the_wire() -> None:
     sampling = SamplingParams(
         7, 0.5, 0.9, 5, 0.1, 0.2, 0.3, 1.1, ((3, -1.5),), 2**64 - 1, 4, (8, 9), 2, True, 3, 6, (5,), ((7, 8),)
     )
-    start = SequenceStart(1, (1, 2, 3), 2, sampling, (4, 5), b"id", (6,), (0,))
+    start = SequenceStart(1, (1, 2, 3), 2, sampling, (4, 5), b"id", ConstraintLimits(8, 9), (6,), (0,))
     plan = StepPlan(
         9, (start,), (2,), (1,), (16,), (1,), (True,), ((0, (7,), (8,)),), ((b"id", b"body"),), (b"old",),
         ((0, (4,)),), ((0, 1, 2, 3),),
@@ -111,7 +112,7 @@ def test_every_field_is_on_the_wire() -> None:
                 f"{name} has its default value: give it another here"
             )
     for name in SequenceStart.__slots__:
-        assert getattr(start, name)
+        assert getattr(start, name) not in (NO_LIMITS, None, ())
     assert decode_plan(encode_plan(plan)) == plan
     assert decode_result(encode_result(result)) == result
 
