@@ -52,10 +52,12 @@ FOLDERS = {
         *("workers", "workers.constraint", "workers.executor", "workers.kv_cache", "workers.rpc"),
         "workers.scheduler",
     },
-    "cluster.harmony": {"cluster", "workers", "workers.constraint"},
+    "cluster.harmony": {"cluster", "cluster.grammars", "workers", "workers.constraint"},
+    "cluster.grammars": {"cluster", "workers"},
     "cluster.fleet": {"cluster", "workers", "workers.rpc"},
     "cluster.generation": {
-        *("cluster", "cluster.fleet", "cluster.harmony", "workers", "workers.constraint", "workers.rpc"),
+        *("cluster", "cluster.fleet", "cluster.grammars", "cluster.harmony", "workers"),
+        *("workers.constraint", "workers.rpc"),
     },
     "cluster.frontend": {
         *("cluster", "cluster.generation", "cluster.harmony", "cluster.rpc", "workers", "workers.rpc"),

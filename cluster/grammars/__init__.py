@@ -1,0 +1,1 @@
+"""Grammars of what clients ask for, and the check that they compile within bounds."""

@@ -1,0 +1,190 @@
+"""Grammars of bodies: a JSON schema, a regular expression, a list of texts or a Lark grammar, as
+llguidance reads them.
+
+The makers check only the form of what a client sent. Whether a grammar compiles is for
+`cluster.grammars.check`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import orjson
+
+from cluster.grammars.reduced import reduced
+from workers.errors import InvalidRequest
+
+MAX_GRAMMAR_BYTES = 2**20
+"""Maximum length of a grammar's text in bytes."""
+MAX_CHOICES = 20_000
+"""Maximum number of texts to choose from."""
+
+_WHITESPACE = r"\x20|\r?\n[\x20\t]{0,64}"
+"""What may stand between two tokens of a JSON text: one space, or a line break with an indent. A
+model that could write any whitespace there may write nothing else."""
+_JSON_OPTIONS = {
+    "whitespace_pattern": _WHITESPACE,
+    "json_allow_general_unicode_escapes": True,
+}
+_OPTIONS_KEY = "x-guidance"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A grammar of a body.
+
+    Attributes:
+        text: in llguidance's JSON form.
+    """
+
+    text: str
+
+
+def json_object() -> Grammar:
+    """Return the grammar of any JSON object."""
+    return _of_schema({"type": "object"})
+
+
+def json_schema(schema: object, param: str) -> Grammar:
+    """Return the grammar of JSON texts that are valid against a schema. Objects have the declared
+    properties in the order in which the schema names them.
+
+    Args:
+        schema: a decoded JSON text.
+        param: path of the schema in the request.
+    Raises:
+        InvalidRequest: it is no schema, cannot be written as JSON, or is too long.
+    """
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict) and schema is not False:
+        raise InvalidRequest(f"{param} must be a JSON schema: an object, true or false.", param)
+    try:
+        return _of_schema(schema)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{param} cannot be written as JSON: {error}.", param) from None
+    except _TooLong as error:
+        raise InvalidRequest(f"{param} {error}", param) from None
+
+
+def schema_types(schema: object) -> Grammar:
+    """Return the grammar of objects whose parts have the types and enums of a schema, in any order.
+    No property is required, and further ones are allowed; keywords beside `type`, `properties`,
+    `items`, `enum` and references inside the schema do not count."""
+    try:
+        return _of_schema(reduced(schema))
+    except (TypeError, ValueError, _TooLong):
+        return json_object()
+
+
+def regex(pattern: object, param: str) -> Grammar:
+    """Return the grammar of the texts that a regular expression matches as a whole.
+
+    Args:
+        pattern: in the syntax of Rust's `regex`: no look-around and no back-references.
+        param: its path in the request.
+    Raises:
+        InvalidRequest: it is no text, or too long.
+    """
+    pattern = _checked_text(pattern, param)
+    return _of_lark(f"start: /{_in_slashes(pattern)}/", param)
+
+
+def choice(options: object, param: str) -> Grammar:
+    """Return the grammar of the texts in a list.
+
+    Args:
+        options: distinct texts.
+        param: path of the list in the request.
+    Raises:
+        InvalidRequest: they are no texts, none, or too many.
+    """
+    if not isinstance(options, Sequence) or isinstance(options, str) or not options:
+        raise InvalidRequest(f"{param} must be a list of one or more texts.", param)
+    if len(options) > MAX_CHOICES:
+        raise InvalidRequest(f"{param} must have at most {MAX_CHOICES} texts, not {len(options)}.", param)
+    texts = [_checked_text(option, f"{param}[{index}]") for index, option in enumerate(options)]
+    if texts == [""]:
+        raise InvalidRequest(f"{param} must have a text that is not empty.", param)
+    # One terminal: alternatives of a rule are items of the parser, which are few.
+    alternatives = "|".join(orjson.dumps(text).decode() for text in dict.fromkeys(texts))
+    return _of_lark(f"start: CHOICE\nCHOICE: {alternatives}", param)
+
+
+def lark(text: object, param: str) -> Grammar:
+    """Return a grammar in llguidance's variant of Lark, whose first rule is called `start`.
+
+    Args:
+        param: its path in the request.
+    Raises:
+        InvalidRequest: it is no text, too long, or names tokens of the vocabulary.
+    """
+    text = _checked_text(text, param)
+    for found in _LARK_PARTS.finditer(text):
+        if reason := _UNSUPPORTED.get(str(found.lastgroup)):
+            raise InvalidRequest(f"{param} has {found[0]!r}: {reason}", param)
+    return _of_lark(text, param)
+
+
+_LARK_PARTS = re.compile(
+    r"""
+      "(?:\\.|[^"\\\n])*"                 # a string
+    | /(?![/*])(?:\\.|[^/\\\n])+/         # a regular expression
+    | //[^\n]* | \#[^\n]*                 # a comment
+    | (?P<token><[^>\n]*>)
+    | (?P<option>\b(?:max_tokens|temperature|stop|stop_capture)\s*=)
+    """,
+    re.VERBOSE,
+)
+_UNSUPPORTED = {
+    "token": "special tokens cannot be part of a grammar.",
+    "option": "this option is not supported; `suffix` and `lazy` are.",
+}
+
+
+class _TooLong(Exception):
+    """A grammar is longer than MAX_GRAMMAR_BYTES; the message is the rest of a sentence."""
+
+
+def _of_schema(schema: dict[str, object] | Literal[False]) -> Grammar:
+    if schema is False:
+        return _of_document({"json_schema": False})
+    options = {_OPTIONS_KEY: _JSON_OPTIONS}
+    return _of_document({"json_schema": {**options, **schema, **options}})
+
+
+def _of_lark(text: str, param: str) -> Grammar:
+    try:
+        return _of_document({"lark_grammar": text})
+    except _TooLong as error:
+        raise InvalidRequest(f"{param} {error}", param) from None
+
+
+def _of_document(grammar: dict[str, object]) -> Grammar:
+    """Raises TypeError for what is no JSON."""
+    text = orjson.dumps({"grammars": [grammar]})
+    if len(text) > MAX_GRAMMAR_BYTES:
+        raise _TooLong(f"has {len(text)} bytes as JSON; the maximum is {MAX_GRAMMAR_BYTES}.")
+    return Grammar(text.decode())
+
+
+def _checked_text(text: object, param: str) -> str:
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{param} must be a text.", param)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"{param} must be Unicode text without lone surrogates.", param) from None
+    return text
+
+
+def _in_slashes(pattern: str) -> str:
+    """Return a regular expression as it stands between slashes in Lark."""
+    return re.sub(
+        r"\\(.)|[/\n]",
+        lambda found: {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}.get(found[0], found[0]),
+        pattern,
+        flags=re.DOTALL,
+    )
