@@ -9,9 +9,9 @@ from cluster.events import FinishReason, GenerationEvent, TokenLogprob, Usage
 from cluster.frontend.chat_messages import ChatMessage, ChatRole, ToolCall, harmony_messages
 from cluster.frontend.fold import Finish, Fold, ReasoningDelta, TextDelta, ToolCallDelta, whole_answer
 from cluster.generation import ChatRequest, FieldNames, Generation, Options, Truncation
-from cluster.harmony.automaton import HarmonyConstraint
 from cluster.harmony.render import ReasoningEffort
 from cluster.harmony.tools import ToolDefinition
+from cluster.harmony.turn_grammar import HarmonyConstraint
 from cluster.rpc import inference_pb2 as pb
 from workers.errors import InvalidRequest
 from workers.request import SamplingParams

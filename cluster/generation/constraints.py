@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cluster.generation.prompts import Prompts
 from cluster.generation.requests import ChatRequest
-from cluster.harmony.automaton import TurnAutomata, TurnGrammar
+from cluster.harmony.automaton import TurnAutomata
+from cluster.harmony.turn_grammar import ToolBody, TurnGrammar
 from workers.constraint.codec import Constraint
 
 MAX_KEPT_BYTES = 16 * 2**20
@@ -41,7 +42,7 @@ class TurnConstraints:
         mode = request.harmony_constraint or self._prompts.defaults.harmony_constraint
         if mode == "off" or request.sampling.ignore_eos:
             return None
-        tools = tuple(sorted(tool.name for tool in request.tools))
+        tools = tuple(ToolBody(name) for name in sorted(tool.name for tool in request.tools))
         grammar = TurnGrammar(tools, "allowed" if tools else "forbidden")
         if grammar not in self._kept:
             async with self._making:

@@ -3,10 +3,10 @@
 
 from dataclasses import dataclass, field
 
-from cluster.harmony.automaton import HarmonyConstraint
 from cluster.harmony.message import Message
 from cluster.harmony.render import ReasoningEffort
 from cluster.harmony.tools import ToolDefinition
+from cluster.harmony.turn_grammar import HarmonyConstraint
 from workers.request import SamplingParams
 
 

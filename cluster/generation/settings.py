@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from cluster.harmony.automaton import HarmonyConstraint
 from cluster.harmony.render import ReasoningEffort
+from cluster.harmony.turn_grammar import HarmonyConstraint
 from workers.errors import ModelNotFound
 from workers.rpc.convert import EngineInfo
 

@@ -4,48 +4,19 @@ well-formed turn whatever its weights are.
 Headers are a regular language over bytes and control tokens. It has the spellings that the models
 are known to use: channel or recipient first, calls on `commentary` and `analysis`, a content type
 with or without `<|constrain|>` or none. From it follow the ids in each state, in every
-tokenization. Bodies are free but for special tokens; each ends with the one control token that
-belongs there.
+tokenization. Bodies are texts without special tokens, some of a grammar; each ends with the one
+control token that belongs there.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
 
 from cluster.harmony.encoding import HarmonyEncoding
-from cluster.harmony.message import FUNCTIONS
+from cluster.harmony.turn_grammar import TurnGrammar
+from cluster.harmony.turn_graph import SPELLINGS, TOKEN, TooManyStates, TurnGraph
 from workers.constraint.automaton import MAX_AUTOMATON_STATES, AutomatonState, TokenAutomaton
 from workers.errors import InvalidRequest
-
-HarmonyConstraint = Literal["off", "headers"]
-"""How far a turn is constrained: not at all, or to well-formed headers and ends of messages."""
-Calls = Literal["allowed", "required", "forbidden"]
-
-_ROLE = "assistant"
-_CONTENT_TYPES = ("json", "code")
-_CONSTRAINED_TYPES = (*_CONTENT_TYPES, "JSON")
-
-_Symbol = int
-"""A byte, or 256 plus the id of a control token."""
-_CONTROL = 256
-
-
-@dataclass(frozen=True, slots=True)
-class TurnGrammar:
-    """What a turn may consist of.
-
-    Attributes:
-        tools: names of the functions that may be called.
-        calls: `required`: the turn ends in a call.
-    """
-
-    tools: tuple[str, ...] = ()
-    calls: Calls = "forbidden"
-
-    def __post_init__(self) -> None:
-        assert self.tools or self.calls == "forbidden"
 
 
 class TurnAutomata:
@@ -69,8 +40,18 @@ class TurnAutomata:
         Raises:
             InvalidRequest: the names of the tools take more than `max_states`.
         """
-        headers = _Headers(grammar, self._encoding, self._max_states)
-        return _TokenStates(headers, self._texts, self._not_text).automaton()
+        for spelling in SPELLINGS:
+            try:
+                graph = TurnGraph(grammar, self._encoding, spelling, self._max_states)
+            except TooManyStates:
+                continue
+            return _TokenStates(graph, self._texts, self._not_text).automaton()
+        raise InvalidRequest(
+            f"tools has names that are too long together for harmony_constraint 'headers': they take "
+            f"more than {self._max_states} states. Send fewer tools or shorter names, or "
+            f"harmony_constraint 'off'.",
+            "tools",
+        )
 
     @cached_property
     def _texts(self) -> "_Texts":
@@ -107,174 +88,51 @@ class _Texts:
         return True, ids
 
 
-@dataclass(slots=True)
-class _Body:
-    """The state of a body.
-
-    Attributes:
-        end: the id that ends it.
-        next: state after its end.
-    """
-
-    end: int
-    next: int
-
-
-@dataclass(slots=True)
-class _Graph:
-    """A deterministic automaton over symbols.
-
-    Attributes:
-        edges: of each state, the next state by symbol. Bodies have none.
-        bodies: the states that are bodies.
-    """
-
-    edges: list[dict[_Symbol, int]] = field(default_factory=list)
-    bodies: dict[int, _Body] = field(default_factory=dict)
-
-    def state(self) -> int:
-        """Add a state."""
-        self.edges.append({})
-        return len(self.edges) - 1
-
-    def path(self, start: int, symbols: Sequence[_Symbol], end: int | None = None) -> int:
-        """Add a path along these symbols, as far as it is not there; return its last state.
-
-        Args:
-            end: the last state; None: one of its own.
-        """
-        state = start
-        for symbol in symbols[:-1]:
-            state = self._step(state, symbol, None)
-        return self._step(state, symbols[-1], end)
-
-    def join(self, state: int, other: int) -> None:
-        """Let what begins in the other state begin in this one too."""
-        assert not self.edges[state].keys() & self.edges[other].keys(), "two paths begin alike"
-        self.edges[state] |= self.edges[other]
-
-    def _step(self, state: int, symbol: _Symbol, end: int | None) -> int:
-        following = self.edges[state].get(symbol)
-        if following is None:
-            following = self.edges[state][symbol] = self.state() if end is None else end
-        assert end is None or following == end, "two paths end in different states"
-        return following
-
-
-class _Headers:
-    """The automaton of a turn over symbols.
-
-    Attributes:
-        graph: of headers and bodies.
-        start: the state after the prompt.
-
-    Raises:
-        InvalidRequest: more than `max_states`.
-    """
-
-    def __init__(self, grammar: TurnGrammar, encoding: HarmonyEncoding, max_states: int) -> None:
-        self._encoding = encoding
-        self._max_states = max_states
-        self._channel, self._constrain, self._message = (
-            _CONTROL + token_id for token_id in (encoding.channel, encoding.constrain, encoding.message)
-        )
-        graph = self.graph = _Graph()
-        self.start = graph.state()
-        over, between = graph.state(), graph.state()
-        graph.bodies[over] = _Body(encoding.return_, over)
-        graph.path(between, [_CONTROL + encoding.start, *_ROLE.encode()], self.start)
-
-        channels = graph.path(self.start, [self._channel])
-        reasoning = graph.path(channels, b"analysis")
-        self._open(reasoning, self._body(encoding.end, between))
-        preamble = graph.path(channels, b"commentary")
-        self._open(preamble, self._body(encoding.end, between))
-        if grammar.calls != "required":
-            final = graph.path(channels, b"final")
-            answer = self._body(encoding.return_, over)
-            self._open(final, answer)
-            for blank in (b"", b" "):
-                self._constrained(final, blank, answer)
-        if grammar.calls != "forbidden":
-            call = self._body(encoding.call, over)
-            recipient = graph.path(reasoning, b" ")
-            graph.path(preamble, b" ", recipient)  # the names' states are shared
-            types = graph.state()
-            self._typed(types, call)
-            for end in self._recipients(recipient, b"", grammar.tools):
-                graph.join(end, types)
-            named = graph.state()
-            for channel_name in (b"commentary", b"analysis"):
-                self._typed(graph.path(named, channel_name), call)
-            for end in self._recipients(self.start, b" ", grammar.tools):
-                graph.path(end, [self._channel], named)
-
-    def _body(self, end: int, following: int) -> int:
-        state = self.graph.state()
-        self.graph.bodies[state] = _Body(end, following)
-        return state
-
-    def _open(self, state: int, body: int) -> None:
-        """Let the header end here."""
-        self.graph.path(state, [self._message], body)
-
-    def _recipients(self, state: int, blank: bytes, tools: Sequence[str]) -> Iterator[int]:
-        """Add `to=` and the tools' names; yield the state after each."""
-        for name in tools:
-            yield self.graph.path(state, blank + f"to={FUNCTIONS}{name}".encode())
-            if len(self.graph.edges) > self._max_states:
-                raise InvalidRequest(
-                    f"tools has names that are too long together for harmony_constraint 'headers': they take "
-                    f"more than {self._max_states} states. Send fewer tools or shorter names, or "
-                    f"harmony_constraint 'off'.",
-                    "tools",
-                )
-
-    def _typed(self, state: int, body: int) -> None:
-        """Let the header end here, after a content type or without one."""
-        self._open(state, body)
-        for name in _CONTENT_TYPES:
-            self._open(self.graph.path(state, f" {name}".encode()), body)
-        for blank in (b"", b" "):
-            self._constrained(state, blank, body)
-
-    def _constrained(self, state: int, blank: bytes, body: int) -> None:
-        for name in _CONSTRAINED_TYPES:
-            self._open(self.graph.path(state, [*blank, self._constrain, *name.encode()]), body)
-
-
 class _TokenStates:
     """The states of a graph that lie between tokens, with the ids that lead from one to the
     next."""
 
-    def __init__(self, headers: _Headers, texts: _Texts, not_text: Sequence[int]) -> None:
-        self._graph = headers.graph
-        self._start = headers.start
+    def __init__(self, turn: TurnGraph, texts: _Texts, not_text: Sequence[int]) -> None:
+        self._graph = turn.graph
+        self._start = turn.start
         self._texts = texts
         self._not_text = not_text
+        self._forbidden: dict[int, tuple[int, ...]] = {}
+        self._grammars: dict[str, int] = {}
 
     def automaton(self) -> TokenAutomaton:
         """Return the automaton over token ids."""
         order = {self._start: 0}
-        states = []
         pending = [self._start]
+        all_steps = []
         for state in pending:  # grows while it is read
             steps = self._steps(state)
-            for following in steps.values():
+            all_steps.append(steps)
+            overflow = self._graph.overflows.get(state)
+            for following in (*steps.values(), *(() if overflow is None else (overflow,))):
                 if following not in order:
                     order[following] = len(order)
                     pending.append(following)
-            body = self._graph.bodies.get(state)
-            states.append((steps, body))
-        return TokenAutomaton(
-            tuple(
-                AutomatonState(
-                    allowed=tuple(sorted(steps)) if body is None else None,
-                    forbidden=() if body is None else tuple(i for i in self._not_text if i != body.end),
-                    transitions=tuple((token_id, order[steps[token_id]]) for token_id in sorted(steps)),
-                )
-                for steps, body in states
-            )
+        states = tuple(self._state(at, steps, order) for at, steps in zip(pending, all_steps, strict=True))
+        return TokenAutomaton(states, grammars=tuple(self._grammars))
+
+    def _state(self, state: int, steps: dict[int, int], order: dict[int, int]) -> AutomatonState:
+        transitions = tuple((token_id, order[steps[token_id]]) for token_id in sorted(steps))
+        at = self._graph.overflows.get(state)
+        overflow = None if at is None else order[at]
+        body = self._graph.bodies.get(state)
+        if body is None:
+            return AutomatonState(tuple(sorted(steps)), transitions=transitions, overflow=overflow)
+        if body.end not in self._forbidden:
+            self._forbidden[body.end] = tuple(i for i in self._not_text if i != body.end)
+        return AutomatonState(
+            forbidden=self._forbidden[body.end],
+            transitions=transitions,
+            grammar=None
+            if body.grammar is None
+            else self._grammars.setdefault(body.grammar, len(self._grammars)),
+            counted=body.counted,
+            overflow=overflow,
         )
 
     def _steps(self, state: int) -> dict[int, int]:
@@ -286,9 +144,9 @@ class _TokenStates:
         while pending:
             at, text = pending.pop()
             for symbol, following in self._graph.edges[at].items():
-                if symbol >= _CONTROL:
+                if symbol >= TOKEN:
                     if not text:
-                        found[symbol - _CONTROL] = following
+                        found[symbol - TOKEN] = following
                     continue
                 longer = text + bytes((symbol,))
                 more, ids = self._texts.beginning_with(longer)

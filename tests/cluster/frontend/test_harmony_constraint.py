@@ -9,8 +9,9 @@ import openai
 import pytest
 
 from cluster.generation import ChatDefaults
-from cluster.harmony.automaton import TurnAutomata, TurnGrammar
+from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
+from cluster.harmony.turn_grammar import ToolBody, TurnGrammar
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import Gateway, serving
 from workers.constraint.codec import Constraint
@@ -55,7 +56,7 @@ async def test_it_allows_calls_of_the_tools_that_the_model_sees(
 ) -> None:
     automata = TurnAutomata(encoding, gateway.service.served.info.vocab_size)
     none = Constraint.of(automata.of(TurnGrammar()))
-    auto = Constraint.of(automata.of(TurnGrammar(NAMES, "allowed")))
+    auto = Constraint.of(automata.of(TurnGrammar(tuple(map(ToolBody, NAMES)), "allowed")))
     assert await constraint_of(gateway, engine, ON) == none
     assert await constraint_of(gateway, engine, ON, tools=TOOLS) == auto
     assert await constraint_of(gateway, engine, ON, tools=TOOLS[::-1]) == auto
@@ -103,11 +104,12 @@ async def test_one_automaton_is_made_at_a_time(
     gateway: Gateway, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after the client that asked for it has left."""
-    begun, go_on, order = threading.Event(), threading.Event(), []
+    begun, go_on = threading.Event(), threading.Event()
+    order: list[object] = []
     make = TurnAutomata.of
 
     def slow(self: TurnAutomata, grammar: TurnGrammar) -> Any:
-        order.append(grammar.tools)
+        order.append(tuple(tool.name for tool in grammar.tools))
         if not grammar.tools:
             begun.set()
             assert go_on.wait(60)
@@ -136,7 +138,7 @@ async def test_what_is_kept_is_bounded(
     make = TurnAutomata.of
 
     def counted(self: TurnAutomata, grammar: TurnGrammar) -> Any:
-        made.append(grammar.tools)
+        made.append(tuple(tool.name for tool in grammar.tools))
         return make(self, grammar)
 
     monkeypatch.setattr(TurnAutomata, "of", counted)

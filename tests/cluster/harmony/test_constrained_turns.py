@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.harmony.automaton import TurnAutomata, TurnGrammar
+from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.parse import HarmonyParser
+from cluster.harmony.turn_grammar import ToolBody, TurnGrammar
 from tests.support.gateway import VOCAB_SIZE, make_encoding
 from tests.support.tiny_model import TINY
 from workers.constraint.codec import Constraint
@@ -20,10 +21,11 @@ from workers.request import EngineOutput, EngineRequest, SamplingParams
 
 NUM_TURNS = 170
 NAMES = ("get", "get_weather", "mcp.server-1")
+BODIES = tuple(map(ToolBody, NAMES))
 GRAMMARS = {
     "no tools": TurnGrammar(),
-    "auto": TurnGrammar(NAMES, "allowed"),
-    "required": TurnGrammar(NAMES, "required"),
+    "auto": TurnGrammar(BODIES, "allowed"),
+    "required": TurnGrammar(BODIES, "required"),
 }
 
 
@@ -93,7 +95,7 @@ def test_constrained_turns_need_no_repair(llm: LLM, encoding: HarmonyEncoding, n
     before = llm.engine.metrics.registry.get_sample_value("cantata_engine_preemptions_total") or 0
     ends: Counter[object] = Counter()
     for output in turns(llm, encoding, constraint):
-        parser = parsed(encoding, output, grammar.tools)
+        parser = parsed(encoding, output, NAMES)
         in_header = parser.message is None and not parser.turn_over
         parser.finish()
         assert parser.repairs.total() == 0, (parser.repairs, output.token_ids)

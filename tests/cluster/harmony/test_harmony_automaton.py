@@ -9,11 +9,12 @@ from functools import cache
 import openai_harmony as oh
 import pytest
 
-from cluster.harmony.automaton import TurnAutomata, TurnGrammar
+from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.make_tokenizer import HARMONY_VOCAB_SIZE
 from cluster.harmony.message import MessageEnd
 from cluster.harmony.parse import HarmonyParser
+from cluster.harmony.turn_grammar import ToolBody, TurnGrammar
 from tests.cluster.harmony.test_harmony_parse import spelled
 from workers.constraint.automaton import NO_LIMITS, TokenAutomaton
 from workers.constraint.codec import encode
@@ -23,11 +24,12 @@ from workers.rpc.validate import check_automaton
 
 # One name is the beginning of another, one looks like a channel, one has all characters.
 TOOLS = ("get", "get_weather", "commentary", "mcp.server-1_Z", "a" * 128)
+BODIES = tuple(map(ToolBody, TOOLS))
 GRAMMARS = {
     "no tools": TurnGrammar(),
-    "auto": TurnGrammar(TOOLS, "allowed"),
-    "required": TurnGrammar(TOOLS, "required"),
-    "named": TurnGrammar(("get_weather",), "required"),
+    "auto": TurnGrammar(BODIES, "allowed"),
+    "required": TurnGrammar(BODIES, "required"),
+    "named": TurnGrammar((ToolBody("get_weather"),), "required"),
 }
 
 
@@ -93,7 +95,7 @@ def test_whatever_is_allowed_parses_without_a_repair(
     for _ in range(300):
         walk.state = automaton.start
         parser, theirs = (
-            HarmonyParser(gpt_oss, grammar.tools),
+            HarmonyParser(gpt_oss, [tool.name for tool in grammar.tools]),
             oh.StreamableParser(oracle, role=oh.Role.ASSISTANT),
         )
         messages = []
@@ -114,7 +116,7 @@ def test_whatever_is_allowed_parses_without_a_repair(
         assert all(message.kind != "tool_call" for message in messages[:-1])
         if grammar.calls == "required" or last.kind == "tool_call":
             assert last.recipient is not None
-            assert last.recipient.removeprefix("functions.") in grammar.tools
+            assert last.recipient.removeprefix("functions.") in [tool.name for tool in grammar.tools]
             assert last.end == "call"
         else:
             assert (last.channel, last.end) == ("final", "return")
@@ -222,7 +224,7 @@ def test_equal_grammars_have_equal_automata(
 def test_engines_take_the_automata_of_many_tools(gpt_oss: HarmonyEncoding) -> None:
     """A header is written in two orders; each character of a name takes a state in each of them."""
     names = tuple(f"mcp__server_{i % 4}__{i:02}_list_all_of_the_entries" for i in range(60))
-    made = TurnAutomata(gpt_oss, HARMONY_VOCAB_SIZE).of(TurnGrammar(names, "allowed"))
+    made = TurnAutomata(gpt_oss, HARMONY_VOCAB_SIZE).of(TurnGrammar(tuple(map(ToolBody, names)), "allowed"))
     check_automaton(made, HARMONY_VOCAB_SIZE)
     num_prefixes = len({name[:end] for name in names for end in range(1, len(name) + 1)})
     assert 2 * num_prefixes < len(made.states) < 2.5 * num_prefixes
@@ -231,5 +233,5 @@ def test_engines_take_the_automata_of_many_tools(gpt_oss: HarmonyEncoding) -> No
 def test_names_that_are_too_long_together_are_refused(gpt_oss: HarmonyEncoding) -> None:
     names = tuple(f"{i:03}{'a' * 100}" for i in range(1000))
     with pytest.raises(InvalidRequest, match="harmony_constraint") as refused:
-        TurnAutomata(gpt_oss, HARMONY_VOCAB_SIZE).of(TurnGrammar(names, "allowed"))
+        TurnAutomata(gpt_oss, HARMONY_VOCAB_SIZE).of(TurnGrammar(tuple(map(ToolBody, names)), "allowed"))
     assert refused.value.param == "tools"
