@@ -8,6 +8,7 @@ from typing import Protocol
 
 from cluster.events import ChoiceDelta, ChoiceFinish, FinishReason, TokenLogprob
 from cluster.generation.logprobs import token_logprob
+from cluster.generation.repeated_calls import RepeatedCalls
 from cluster.generation.stop_gate import StopGate
 from cluster.harmony.encoding import HarmonyEncoding, IncrementalDecoder
 from cluster.harmony.header import Repair
@@ -114,6 +115,8 @@ class ChatChoice:
         stop: strings that end the text.
         tools: names of the declared functions.
         parallel_tool_calls: if False the turn ends with its first call.
+        max_calls: if above 1, a call does not end the turn, as long as it is one of fewer calls and
+            repeats none of them; a call that does is left out.
         ends_with_turn: stop when the model's turn is over, also without a stop token of the engine;
             False with ignore_eos.
     """
@@ -126,15 +129,18 @@ class ChatChoice:
         *,
         tools: Collection[str] = (),
         parallel_tool_calls: bool = True,
+        max_calls: int = 1,
         ends_with_turn: bool = True,
     ) -> None:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.finished = False
         self._encoding = encoding
-        self._parser = HarmonyParser(encoding, tools)
+        self._parser = HarmonyParser(encoding, tools, several_calls=max_calls > 1)
         self._gate = StopGate(stop) if stop else None
         self._parallel_tool_calls = parallel_tool_calls
+        self._max_calls = max_calls
+        self._repeated = RepeatedCalls() if max_calls > 1 else None
         self._ends_with_turn = ends_with_turn
         self._log = _EventLog(index)
         self._kind: Kind = "text"
@@ -195,6 +201,9 @@ class ChatChoice:
     def _take(self, event: MessageEvent) -> None:
         if isinstance(event, MessageStart):
             self._kind = event.message.kind
+        if self._kind == "tool_call" and self._repeated is not None:
+            self._take_call(event, self._repeated)
+            return
         if self._kind != "text":
             self._take_other(event)
             return
@@ -208,6 +217,15 @@ class ChatChoice:
         if self._gate.matched is not None:
             self._pending.clear()
             self._finish("tool_calls" if self._num_calls else "stop", self._gate.matched)
+
+    def _take_call(self, event: MessageEvent, repeated: RepeatedCalls) -> None:
+        """Take an event of one of several calls."""
+        for shown in repeated.push(event):
+            self._take_other(shown)
+        ends = isinstance(event, MessageEnd) and event.message.end == "call"
+        if repeated.found or (ends and self._num_calls >= self._max_calls):
+            self._show_held()
+            self._finish("tool_calls", None)
 
     def _take_other(self, event: MessageEvent) -> None:
         """Take an event of reasoning or of a call, to which stop strings do not apply."""

@@ -102,6 +102,11 @@ class HeaderReader:
         self._text = text
         self._segments: list[Segment] = []
 
+    @property
+    def opens_result(self) -> bool:
+        """Whether the header so far is the beginning of a function's result."""
+        return self.place == "role" and self.started and self._text == FUNCTIONS[:-1]
+
     def add(self, text: str) -> None:
         """Take the text of the next token."""
         self._text += text

@@ -65,15 +65,23 @@ class HarmonyParser:
         num_reasoning_tokens: tokens in the bodies of analysis messages.
         num_messages: messages opened so far; an event belongs to the last one.
         message: the message whose body is being read, without its content; None outside a body.
-        turn_over: the turn has ended: `<|return|>`, `<|call|>`, `<|endoftext|>`, or the model
-            opened a message of another role.
+        turn_over: the turn has ended: `<|return|>`, `<|call|>` unless there may be several,
+            `<|endoftext|>`, or the model opened a message of another role.
         repairs: number of departures from the format, by kind.
     """
 
-    def __init__(self, encoding: HarmonyEncoding, tools: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        encoding: HarmonyEncoding,
+        tools: Collection[str] | None = None,
+        *,
+        several_calls: bool = False,
+    ) -> None:
         """
         Args:
             tools: names of the declared functions, to tell unknown ones; None: not known.
+            several_calls: a call does not end the turn. Then `<|return|>` does, also after the
+                beginning of a result, `<|start|>functions`.
         """
         self.part: Part = "markup"
         self.num_reasoning_tokens = 0
@@ -89,6 +97,8 @@ class HarmonyParser:
         self._kind: Kind = "text"
         self._content: list[str] = []
         self._closed = False
+        self._several_calls = several_calls
+        self._after_call = False
         self._trail = _Trail(encoding.start, self.repairs)
         self._trail.begin([encoding.start, *encoding.encode_literal("assistant")])
 
@@ -160,18 +170,23 @@ class HarmonyParser:
             self.repairs["end_of_text"] += 1
         end = cast(End, "return" if control == "endoftext" else control)
         events: list[MessageEvent] = []
+        goes_on = False
         if (message := self.message) is not None:
+            goes_on = self._several_calls and message.recipient is not None and end == "call"
             if message.recipient is None and end == "call":
                 self.repairs["call_without_recipient"] += 1
             if message.recipient is not None and end != "call":
                 self.repairs["call_not_closed"] += 1
             events = self._close_body(message, end)
+        elif self._after_call and end == "return" and (self._header is None or self._header.opens_result):
+            self._header = None
         elif self._header is not None:
             events = self._close_header(self._header, end)
         else:
             self.repairs["stray_token"] += 1
-        if end != "end":
+        if end != "end" and not goes_on:
             self.turn_over = True
+        self._after_call = goes_on
         return events
 
     def _on_body_text(self, token_id: int) -> list[MessageEvent]:

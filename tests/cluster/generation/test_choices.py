@@ -1,7 +1,7 @@
 """One choice: tokens in any grouping give the same answer; stop strings, stop tokens, logprobs and
 tool calls."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -151,6 +151,67 @@ def test_without_parallel_calls_the_turn_ends_before_the_second(encoding: Harmon
     assert finish_of(events).reason == "tool_calls"
     both = run(ChatChoice(0, encoding, tools=["f"]), ids)
     assert sum(isinstance(event.delta, ToolCallDelta) and event.delta.name == "f" for event in both) == 2
+
+
+def several(encoding: HarmonyEncoding, *arguments: str, end: str = "") -> list[int]:
+    call = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>"
+    return encoding.encode_with_special(
+        "<|start|>assistant".join(f"{call}{text}<|call|>" for text in arguments) + end
+    )
+
+
+def arguments_of(events: Sequence[AnswerDelta]) -> list[str]:
+    """Return the arguments of each call."""
+    texts: dict[int, str] = {}
+    for event in events:
+        if isinstance(call := event.delta, ToolCallDelta):
+            texts[call.call_index] = texts.get(call.call_index, "") + call.arguments
+    return list(texts.values())
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [("<|return|>", "stop"), ("<|start|>functions<|return|>", "stop"), ("<|start|>assistant", "length")],
+)
+def test_several_calls_are_one_turn(encoding: HarmonyEncoding, end: str, reason: FinishReason) -> None:
+    ids = several(encoding, '{"a": 1}', '{"a": 12}', '{"a": 1, "b": 2}', end=end)
+    choice = ChatChoice(0, encoding, tools=["f"], max_calls=4)
+    events = run(choice, ids, finish=reason, stop_token=ids[-1] if reason == "stop" else None)
+    assert arguments_of(events) == ['{"a": 1}', '{"a": 12}', '{"a": 1, "b": 2}']
+    assert finish_of(events).reason == ("tool_calls" if reason == "stop" else "length")
+    assert not choice.repairs
+
+
+def test_the_last_of_several_calls_ends_the_turn(encoding: HarmonyEncoding) -> None:
+    ids = several(encoding, "{}", '{"a": 1}', '{"a": 2}')
+    choice = ChatChoice(0, encoding, tools=["f"], max_calls=2)
+    events = run(choice, ids)
+    assert arguments_of(events) == ["{}", '{"a": 1}']
+    assert finish_of(events).reason == "tool_calls"
+    assert choice.num_tokens == len(several(encoding, "{}", '{"a": 1}'))
+    assert not choice.repairs
+
+
+@pytest.mark.parametrize("stop", [(), ("never",)])
+def test_a_call_that_repeats_another_is_left_out_and_ends_the_turn(
+    encoding: HarmonyEncoding, stop: Sequence[str]
+) -> None:
+    ids = several(encoding, '{"a": 1}', '{"a": 2}', '{"a": 1}', '{"a": 3}')
+    choice = ChatChoice(0, encoding, stop, tools=["f"], max_calls=16)
+    events = run(choice, ids)
+    assert arguments_of(events) == ['{"a": 1}', '{"a": 2}']
+    assert finish_of(events).reason == "tool_calls"
+    assert choice.num_tokens == len(several(encoding, '{"a": 1}', '{"a": 2}', '{"a": 1}'))
+
+
+def test_a_call_that_was_cut_off_before_it_differed_is_shown(encoding: HarmonyEncoding) -> None:
+    ids = several(encoding, '{"a": 1}', '{"a": 1}')[:-2]
+    events = run(ChatChoice(0, encoding, tools=["f"], max_calls=2), ids, finish="length")
+    whole, cut = arguments_of(events)
+    assert whole == '{"a": 1}'
+    assert cut
+    assert whole.startswith(cut)
+    assert finish_of(events).reason == "length"
 
 
 def test_length_inside_a_call_is_length(encoding: HarmonyEncoding) -> None:
