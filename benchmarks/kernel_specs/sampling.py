@@ -143,27 +143,22 @@ SPECS = (
         constexprs={"ENTRIES": modify.ENTRIES},
         unaligned=("bits_ptr", "num_entries", "num_rows", "num_words"),
     ),
-    KernelSpec(
-        name="sampling/restrict",
-        kernel=modify.restrict_kernel,
-        signature=_LOGITS
-        | {
-            "allowed_ptr": "*i32",
-            "forbidden_ptr": "*i32",
-            "left_ptr": "*i32",
-            "vocab_size": "i32",
-            "num_words": "i32",
-        },
-        constexprs={"CHUNK": modify.CHUNK},
-        unaligned=("num_words",),
-    ),
-    KernelSpec(
-        name="sampling/forbid",
-        kernel=modify.forbid_kernel,
-        signature=_LOGITS
-        | {"forbidden_ptr": "*i32", "left_ptr": "*i32", "vocab_size": "i32", "num_words": "i32"},
-        constexprs={"CHUNK": modify.CHUNK},
-        unaligned=("num_words",),
+    *(
+        KernelSpec(
+            name=f"sampling/{name}",
+            kernel=kernel,
+            signature=_LOGITS
+            | {
+                "allowed_ptr": "*i32",
+                "forbidden_ptr": "*i32",
+                "left_ptr": "*i32",
+                "vocab_size": "i32",
+                "num_words": "i32",
+            },
+            constexprs={"CHUNK": modify.CHUNK},
+            unaligned=("num_words",),
+        )
+        for name, kernel in (("look", modify.look_kernel), ("restrict", modify.restrict_kernel))
     ),
     KernelSpec(
         name="sampling/allow_bits",

@@ -6,6 +6,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from kernels.automaton import reference as automaton_reference
 from kernels.cpu import native, structures
 from kernels.sampling import reference
 from kernels.sampling.batch import SampleOutput, SamplingBatch
@@ -24,6 +25,8 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     reference.check(logits, batch)
     raw = logits.float()
     token_ids = _choose(_with_rows(reference.modify(raw, batch)), batch)
+    if batch.automaton is not None:
+        automaton_reference.advance(batch.automaton, token_ids)
     if batch.logprob_rows is None:
         return SampleOutput(token_ids)
     return logprobs(raw, token_ids, batch.logprob_rows, batch.num_top_logprobs)

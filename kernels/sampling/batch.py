@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.automaton.layout import AutomatonRows
+
 
 @dataclass(frozen=True, slots=True)
 class LogitBias:
@@ -85,13 +87,17 @@ class SamplingBatch:
         top_k: [S] int64; 0 or less keeps all tokens.
         top_p: [S] fp32 in (0, 1].
         min_p: [S] fp32 in [0, 1].
-        logit_bias, penalties: applied in this order, also to greedy rows.
-        allowed_ids: a row with entries may take only these tokens.
-        allowed_bits: likewise as bitmasks; a row in both may take the tokens that both allow.
+        logit_bias, penalties, automaton, allowed_bits, allowed_ids, forbidden_ids: applied in this
+            order, also to greedy rows.
+        automaton: rows that may take only the tokens of their state; `sample` advances the state.
+        allowed_bits: tokens that a row may take, as bitmasks.
+        allowed_ids: likewise as ids; ignored for a row that would have no token left.
         forbidden_ids: tokens that a row may not take: stop tokens before min_tokens, and ends of
             bad words. Ignored for a row that would have no token left.
         logprob_rows: [L] int64, rows whose log probabilities are wanted.
         num_top_logprobs: number of alternatives reported for each of them, at most V.
+        overwrite_logits: whether the logits given to `sample` may be changed. They are not if
+            log probabilities are wanted, which are those of the logits as they were.
     """
 
     temperature: Tensor | None = None
@@ -102,11 +108,13 @@ class SamplingBatch:
     min_p: Tensor | None = None
     logit_bias: LogitBias | None = None
     penalties: Penalties | None = None
+    automaton: AutomatonRows | None = None
     allowed_ids: TokenIds | None = None
     allowed_bits: AllowedBits | None = None
     forbidden_ids: TokenIds | None = None
     logprob_rows: Tensor | None = None
     num_top_logprobs: int = 0
+    overwrite_logits: bool = False
 
     def check(self, num_rows: int, vocab_size: int) -> None:
         """Check shapes, dtypes and the range of rows and token ids against logits [num_rows,
@@ -119,6 +127,8 @@ class SamplingBatch:
         for name, part in self._index_parts():
             _check_range(f"{name}.rows", part.rows, num_rows)
             _check_range(f"{name}.token_ids", part.token_ids, vocab_size)
+        if self.automaton is not None:
+            self.automaton.check(num_rows)
         if self.allowed_bits is not None:
             _check_range("allowed_bits.rows", self.allowed_bits.rows, num_rows)
         if self.logprob_rows is not None:
@@ -161,6 +171,8 @@ class SamplingBatch:
             )
             for name in ("presence", "frequency", "repetition"):
                 _check_vector(f"penalties.{name}", getattr(self.penalties, name), torch.float32, num_rows)
+        if self.automaton is not None:
+            self.automaton.check_shapes()
         if self.allowed_bits is not None:
             _check_indices("allowed_bits.rows", self.allowed_bits.rows)
             bits, num_masks = self.allowed_bits.bits, self.allowed_bits.rows.numel()
@@ -175,6 +187,20 @@ class SamplingBatch:
             raise ValueError(
                 f"num_top_logprobs must be from 0 to the {vocab_size} tokens, got {self.num_top_logprobs}"
             )
+
+    @property
+    def changes_logits(self) -> bool:
+        """True if a part changes the logits before a token is selected."""
+        parts = (
+            *(self.logit_bias, self.penalties, self.automaton),
+            *(self.allowed_ids, self.allowed_bits, self.forbidden_ids),
+        )
+        return any(part is not None for part in parts)
+
+    @property
+    def keeps_logits(self) -> bool:
+        """True if the logits must be what they were after sampling."""
+        return not self.overwrite_logits or self.logprob_rows is not None
 
     def _index_parts(self) -> Iterator[tuple[str, LogitBias | Penalties | TokenIds]]:
         parts = (self.logit_bias, self.penalties, self.allowed_ids, self.forbidden_ids)

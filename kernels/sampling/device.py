@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kernels.automaton import reference as automaton_reference
 from kernels.sampling import reference
 from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds
 from kernels.sampling.choose import choose
@@ -26,6 +27,8 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits must be contiguous in its last axis, got strides {list(logits.stride())}")
     token_ids = choose(modify(logits, batch), batch)
+    if batch.automaton is not None:
+        automaton_reference.advance(batch.automaton, token_ids)
     if batch.logprob_rows is None:
         return SampleOutput(token_ids)
     return logprobs(logits, token_ids, batch.logprob_rows, batch.num_top_logprobs)

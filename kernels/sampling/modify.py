@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Step 1 of `kernels/sampling/reference.py` on the device: logit bias, penalties, allowed and
-forbidden tokens, on a copy of the logits.
+"""Step 1 of `kernels/sampling/reference.py` on the device: logit bias, penalties, automata, allowed
+and forbidden tokens, on a copy of the logits unless they may be overwritten.
 
 Sparse parts are applied entry by entry. Entries outside the logits, which the reference refuses,
 are skipped, since looking for them would need the host. Sets of tokens become bitmasks, and one
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.automaton import reference as automaton_reference
 from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds
 from kernels.sampling.reference import MAX_PENALISED
 
@@ -88,41 +89,70 @@ def _bit(bits_ptr, row, at, inside, num_words):
     return ((word >> (at & 31)) & 1) != 0
 
 
+@triton.jit
+def _has_set(bits_ptr, row, num_words):
+    """Return whether the row has a set; a scalar."""
+    return tl.load(bits_ptr + row * (num_words + 1) + num_words) != 0
+
+
 @triton.jit(do_not_specialize_on_alignment=["allowed_ptr", "forbidden_ptr", "left_ptr"])
-def restrict_kernel(
-    logits_ptr, allowed_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CHUNK: tl.constexpr
-):
-    """Apply the allowed tokens, and record for a row with forbidden ones whether any token would be
-    left without them."""
+def look_kernel(logits_ptr, allowed_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CHUNK: tl.constexpr):
+    """Add to a row's word of `left`: 1 if the allowed tokens leave any, 2 if all but the forbidden
+    ones do, 4 if both sets together do."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = at < vocab_size
     restricted = False
     forbids = False
     if allowed_ptr is not None:
-        restricted = tl.load(allowed_ptr + row * (num_words + 1) + num_words) != 0
+        restricted = _has_set(allowed_ptr, row, num_words)
     if forbidden_ptr is not None:
-        forbids = tl.load(forbidden_ptr + row * (num_words + 1) + num_words) != 0
+        forbids = _has_set(forbidden_ptr, row, num_words)
     if restricted | forbids:
         x = tl.load(logits_ptr + row * vocab_size + at, mask=inside, other=float("-inf"))  # [CHUNK]
+        left = x > float("-inf")
+        found = tl.zeros((CHUNK,), tl.int32)
         if allowed_ptr is not None:
-            x = tl.where(restricted & (_bit(allowed_ptr, row, at, inside, num_words) == 0), float("-inf"), x)
-            tl.store(logits_ptr + row * vocab_size + at, x, mask=inside)
+            allowed = left & _bit(allowed_ptr, row, at, inside, num_words)
+            found |= tl.where(allowed, 1, 0)
         if forbidden_ptr is not None:
-            left = (x > float("-inf")) & (_bit(forbidden_ptr, row, at, inside, num_words) == 0)
-            if tl.max(left.to(tl.int32), axis=0) > 0:
-                tl.store(left_ptr + row, 1)
+            kept = left & (_bit(forbidden_ptr, row, at, inside, num_words) == 0)
+            found |= tl.where(kept, 2, 0)
+            if allowed_ptr is not None:
+                found |= tl.where(kept & allowed, 4, 0)
+        found = tl.reduce(found, 0, _or)
+        if found != 0:
+            tl.atomic_or(left_ptr + row, found)
 
 
-@triton.jit(do_not_specialize_on_alignment=["forbidden_ptr", "left_ptr"])
-def forbid_kernel(logits_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CHUNK: tl.constexpr):
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit(do_not_specialize_on_alignment=["allowed_ptr", "forbidden_ptr", "left_ptr"])
+def restrict_kernel(
+    logits_ptr, allowed_ptr, forbidden_ptr, left_ptr, vocab_size, num_words, CHUNK: tl.constexpr
+):
+    """Apply the allowed tokens, then the forbidden ones, each if it leaves any token."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = at < vocab_size
-    if (tl.load(forbidden_ptr + row * (num_words + 1) + num_words) != 0) & (tl.load(left_ptr + row) != 0):
-        forbidden = inside & _bit(forbidden_ptr, row, at, inside, num_words)
+    left = tl.load(left_ptr + row)
+    restricts = (left & 1) != 0  # also says that the row has such a set
+    forbids = False
+    if forbidden_ptr is not None:
+        forbids = _has_set(forbidden_ptr, row, num_words) & ((left & tl.where(restricts, 4, 2)) != 0)
+    if restricts | forbids:
+        banned = at < 0
+        if allowed_ptr is not None:
+            banned |= restricts & (_bit(allowed_ptr, row, at, inside, num_words) == 0)
+        if forbidden_ptr is not None:
+            banned |= forbids & _bit(forbidden_ptr, row, at, inside, num_words)
         tl.store(
-            logits_ptr + row * vocab_size + at, tl.full((CHUNK,), float("-inf"), tl.float32), mask=forbidden
+            logits_ptr + row * vocab_size + at,
+            tl.full((CHUNK,), float("-inf"), tl.float32),
+            mask=banned & inside,
         )
 
 
@@ -144,15 +174,18 @@ def allow_bits_kernel(
 
 def modify(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """Return the logits after step 1: the input itself if the batch has no part that changes them,
-    else a changed fp32 copy."""
-    parts = (batch.logit_bias, batch.penalties, batch.allowed_ids, batch.allowed_bits, batch.forbidden_ids)
-    if all(part is None for part in parts) or logits.shape[0] == 0:
+    or it is fp32, contiguous and may be overwritten; else a changed fp32 copy."""
+    if not batch.changes_logits or logits.shape[0] == 0:
         return logits
-    modified = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).copy_(logits)
+    modified = logits
+    if batch.keeps_logits or logits.dtype != torch.float32 or not logits.is_contiguous():
+        modified = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).copy_(logits)
     if batch.logit_bias is not None:
         _add_bias(modified, batch.logit_bias)
     if batch.penalties is not None:
         _penalise(modified, batch.penalties)
+    if batch.automaton is not None:
+        automaton_reference.mask(modified, batch.automaton)
     if batch.allowed_bits is not None:
         _allow_bits(modified, batch.allowed_bits)
     if batch.allowed_ids is not None or batch.forbidden_ids is not None:
@@ -203,7 +236,7 @@ def _restrict(logits: Tensor, allowed: TokenIds | None, forbidden: TokenIds | No
     num_words = triton.cdiv(vocab_size, 32)
     sets = [tokens for tokens in (allowed, forbidden) if tokens is not None]
     # For each set the rows' bitmasks, each followed by a word that tells whether the row has one;
-    # after all sets, a word per row that tells whether any token is left.
+    # after all sets, a word per row that tells which of them leave any token.
     size = num_rows * (num_words + 1)
     scratch = torch.zeros(len(sets) * size + num_rows, dtype=torch.int32, device=logits.device)
     masks = [scratch[index * size : (index + 1) * size] for index in range(len(sets))]
@@ -224,6 +257,5 @@ def _restrict(logits: Tensor, allowed: TokenIds | None, forbidden: TokenIds | No
     grid = (num_rows, triton.cdiv(vocab_size, CHUNK))
     allowed_mask = masks[0] if allowed is not None else None
     forbidden_mask = masks[-1] if forbidden is not None else None
-    restrict_kernel[grid](logits, allowed_mask, forbidden_mask, left, vocab_size, num_words, CHUNK=CHUNK)
-    if forbidden_mask is not None:
-        forbid_kernel[grid](logits, forbidden_mask, left, vocab_size, num_words, CHUNK=CHUNK)
+    for kernel in (look_kernel, restrict_kernel):
+        kernel[grid](logits, allowed_mask, forbidden_mask, left, vocab_size, num_words, CHUNK=CHUNK)

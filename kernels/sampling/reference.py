@@ -4,8 +4,9 @@ For each row, from the fp32 logits x:
 
 1. `x += logit_bias`; then for tokens seen before, in this order: repetition (`x / r` where x > 0,
    else `x * r`; a finite x is then cut to [-1e30, 1e30]), frequency (`x -= f * output_count`),
-   presence (`x -= p` if output_count > 0); then tokens that are not allowed, or forbidden, become
-   -inf.
+   presence (`x -= p` if output_count > 0); then tokens that the automaton's state, allowed_bits,
+   allowed_ids or forbidden_ids do not allow become -inf, except that the last two are each ignored
+   for a row in which they would leave nothing.
 2. Temperature 0: the token of largest x, ties by lowest id. Otherwise the weight of token i is `w_i
     = exp((x_i - max x) / temperature)`.
 3. Order the tokens by x descending, ties by id ascending. Keep the ones with `w_i >= min_p`; of
@@ -22,11 +23,17 @@ Randomness is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random number
 2^32, position div 2^32, 0, 0), position being the token's index among its sequence's output tokens.
 Of the four 32-bit words the first, W, gives `u = (W + 0.5) / 2^32`, exact in float64 and inside (0,
 1). A row's token is thus a function of its logits, parameters, seed and position, not of the batch.
+
+Last, the places of the rows' sequences in their automata advance (`kernels.automaton.reference`).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from kernels.automaton import reference as automaton_reference
+from kernels.automaton.layout import AutomatonRows
 from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds
 
 MAX_ELEMENTS = 1 << 24
@@ -39,6 +46,8 @@ infinite, since weights would be NaN."""
 FIRST_CANDIDATES = 256
 """Number of tokens that are sorted first to find the end of top_p; more are sorted only if these do
 not reach it."""
+
+MaskAutomaton = Callable[[Tensor, AutomatonRows], None]
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -83,7 +92,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     """Sample one token for each row of logits, as the module defines it.
 
     Args:
-        logits: [S, V] float; not changed.
+        logits: [S, V] float; changed only if `SamplingBatch.overwrite_logits` allows it.
     Returns:
         See SampleOutput. Log probabilities are those of `logits` itself, before step 1. A row
         without any finite logit gets some valid id.
@@ -93,6 +102,8 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     check(logits, batch)
     raw = logits.float()
     token_ids = _choose(modify(raw, batch), batch)
+    if batch.automaton is not None:
+        automaton_reference.advance(batch.automaton, token_ids)
     if batch.logprob_rows is None:
         return SampleOutput(token_ids)
     return logprobs(raw, token_ids, batch.logprob_rows, batch.num_top_logprobs)
@@ -127,20 +138,26 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _WORD, product & _WORD
 
 
-def modify(raw: Tensor, batch: SamplingBatch) -> Tensor:
-    """Apply step 1. Return `raw` itself if nothing changes, else a changed copy."""
-    parts = (batch.logit_bias, batch.penalties, batch.allowed_ids, batch.allowed_bits, batch.forbidden_ids)
-    if all(part is None for part in parts):
+def modify(raw: Tensor, batch: SamplingBatch, mask: MaskAutomaton = automaton_reference.mask) -> Tensor:
+    """Apply step 1. Return `raw` itself if nothing changes or it may be overwritten, else a changed
+    copy.
+
+    Args:
+        mask: computes `kernels.automaton.reference.mask`.
+    """
+    if not batch.changes_logits:
         return raw
-    logits = raw.clone()
+    logits = raw.clone() if batch.keeps_logits else raw
     if batch.logit_bias is not None:
         _add_bias(logits, batch.logit_bias)
     if batch.penalties is not None:
         _penalise(logits, batch.penalties)
-    if batch.allowed_ids is not None:
-        _allow_ids(logits, batch.allowed_ids)
+    if batch.automaton is not None:
+        mask(logits, batch.automaton)
     if batch.allowed_bits is not None:
         _allow_bits(logits, batch.allowed_bits)
+    if batch.allowed_ids is not None:
+        _allow_ids(logits, batch.allowed_ids)
     if batch.forbidden_ids is not None:
         _forbid_ids(logits, batch.forbidden_ids)
     return logits
@@ -165,7 +182,7 @@ def _penalise(logits: Tensor, penalties: Penalties) -> None:
 def _allow_ids(logits: Tensor, allowed: TokenIds) -> None:
     kept = logits[allowed.rows, allowed.token_ids]
     restricted = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    restricted[allowed.rows] = True
+    restricted[allowed.rows[kept > -torch.inf]] = True  # the others would have nothing left
     logits[restricted] = -torch.inf
     logits[allowed.rows, allowed.token_ids] = kept
 

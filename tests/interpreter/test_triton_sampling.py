@@ -251,7 +251,10 @@ def test_scores_of_given_tokens() -> None:
             "greedy logprobs",
             ["chunk_best_kernel", "greedy_kernel", "chunk_logprobs_kernel", "logprobs_kernel"],
         ),
-        ("greedy allowed", ["mark_kernel", "restrict_kernel", "chunk_best_kernel", "greedy_kernel"]),
+        (
+            "greedy allowed",
+            ["mark_kernel", "look_kernel", "restrict_kernel", "chunk_best_kernel", "greedy_kernel"],
+        ),
     ],
 )
 def test_launches(parts: str, launches: list[str]) -> None:

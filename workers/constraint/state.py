@@ -23,7 +23,7 @@ class AutomatonTables:
     def __init__(self, body: bytes) -> None:
         message = parse(body)
         self.start = message.start
-        self._states = message.states
+        self.states = message.states
         self._allowed: dict[int, Ints | None] = {}
         self._forbidden: dict[int, Ints] = {}
         self._next: dict[int, dict[int, int]] = {}
@@ -31,14 +31,14 @@ class AutomatonTables:
     def allowed(self, state: int) -> Ints | None:
         """Return the only ids that may come next; None for all but the forbidden ones."""
         if state not in self._allowed:
-            entry = self._states[state]
+            entry = self.states[state]
             self._allowed[state] = np.array(entry.allowed, dtype=np.int64) if entry.restrict else None
         return self._allowed[state]
 
     def forbidden(self, state: int) -> Ints:
         """Return the ids that may not come next. Valid only where `allowed` is None."""
         if state not in self._forbidden:
-            self._forbidden[state] = np.array(self._states[state].forbidden, dtype=np.int64)
+            self._forbidden[state] = np.array(self.states[state].forbidden, dtype=np.int64)
         return self._forbidden[state]
 
     def begin(self, output: Iterable[int], limits: ConstraintLimits) -> "Place":
@@ -54,19 +54,19 @@ class AutomatonTables:
         following = self._next.get(state)
         if following is None:
             # Reversed, because of several transitions for one token the first counts.
-            entries = reversed(self._states[state].transitions)
+            entries = reversed(self.states[state].transitions)
             following = self._next[state] = {entry.token_id: entry.state for entry in entries}
         return self._overflowed(
             Place(
                 following.get(token_id, state),
-                place.num_counted + self._states[state].counted,
+                place.num_counted + self.states[state].counted,
                 place.num_tokens + 1,
             ),
             limits,
         )
 
     def _overflowed(self, place: "Place", limits: ConstraintLimits) -> "Place":
-        state = self._states[place.state]
+        state = self.states[place.state]
         if not state.HasField("overflow") or not place.reaches(limits):
             return place
         return replace(place, state=state.overflow)

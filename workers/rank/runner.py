@@ -40,7 +40,7 @@ class Runner:
         self._device_slots = DeviceSlots(self._slots, model.device)
         self._inputs = InputBuffers(model.device)
         # Only rank 0 samples.
-        self._sampling = SamplingState(max_num_seqs) if model.collectives.rank == 0 else None
+        self._sampling = SamplingState(max_num_seqs, model.device) if model.collectives.rank == 0 else None
         self._graphs: DecodeGraphs | DecodePrograms | None = None
         self._max_logits = max_num_seqs
         self._next_step = 0
@@ -173,8 +173,7 @@ class Runner:
         if sampling.listeners(slots):
             while self._unheard:
                 self._unheard.popleft().result()
-        prefixes = {} if rows.drafts is None else rows.drafts.prefixes
-        batch = sampling.build(slots, rows.output_positions, self._inputs, prefixes)
+        batch = sampling.build(slots, rows.output_positions, self._inputs, rows.drafts)
         output = self._model.sampling.run.sample(logits, batch)
         collectives.broadcast(output.token_ids)
         return output

@@ -1,6 +1,6 @@
 """The sampling state of each live sequence, on rank 0: parameters by slot, and for the sequences
-with a bias, penalties, a constraint, allowed tokens, bad words or stop tokens before min_tokens
-also the state that their next token depends on. Builds the SamplingBatch of a step."""
+with a bias, penalties, allowed tokens, bad words or stop tokens before min_tokens also the state
+that their next token depends on; automata are in `automata`. Builds the SamplingBatch of a step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +9,13 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from kernels.sampling import LogitBias, Penalties, SamplingBatch, TokenIds
-from workers.constraint.state import AutomatonTables, ConstraintState
+from workers.rank.automata import Automata
 from workers.rank.bad_words import BadWords
+from workers.rank.drafts import DraftRows
 from workers.rank.step_inputs import Array, InputBuffers
 from workers.request import SamplingParams
 from workers.scheduler.plan import SequenceStart
@@ -81,7 +83,6 @@ class _Extras:
     bias_ids: Ints | None
     bias_values: Floats | None
     seen: SeenTokens | None
-    constraint: ConstraintState | None
     allowed_ids: Ints | None
     bad_words: BadWords | None
     stop_token_ids: Ints
@@ -91,23 +92,17 @@ class _Extras:
     @property
     def listens(self) -> bool:
         """True if the next token depends on the output so far."""
-        return (
-            self.seen is not None
-            or self.constraint is not None
-            or (self.bad_words is not None and self.bad_words.depend_on_output)
-        )
+        return self.seen is not None or (self.bad_words is not None and self.bad_words.depend_on_output)
 
     def push(self, token_id: int) -> None:
         """Add one output token."""
         if self.seen is not None:
             self.seen.push(token_id)
-        if self.constraint is not None:
-            self.constraint.push(token_id)
         if self.bad_words is not None:
             self.bad_words.push(token_id)
 
     @classmethod
-    def of(cls, start: SequenceStart, tables: AutomatonTables | None) -> "_Extras | None":
+    def of(cls, start: SequenceStart) -> "_Extras | None":
         sampling = start.sampling
         prompt, output = (
             start.token_ids[: start.num_prompt_tokens],
@@ -116,7 +111,7 @@ class _Extras:
         penalised = _penalises(sampling)
         stops = start.stop_token_ids if sampling.min_tokens > 0 else ()
         filtered = sampling.logit_bias or sampling.allowed_token_ids or sampling.bad_words_token_ids
-        if not (filtered or penalised or tables or stops or sampling.logprobs is not None):
+        if not (filtered or penalised or stops or sampling.logprobs is not None):
             return None
         return cls(
             bias_ids=np.array([token_id for token_id, _ in sampling.logit_bias], dtype=np.int64)
@@ -128,7 +123,6 @@ class _Extras:
             seen=SeenTokens(prompt if sampling.repetition_penalty != 1.0 else (), output)
             if penalised
             else None,
-            constraint=None if tables is None else ConstraintState(tables, output, start.constraint_limits),
             allowed_ids=np.array(sampling.allowed_token_ids, dtype=np.int64)
             if sampling.allowed_token_ids
             else None,
@@ -186,9 +180,10 @@ class SamplingState:
 
     Args:
         max_num_seqs: number of slots.
+        device: the device that samples.
     """
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
         self._temperature = np.zeros(max_num_seqs, dtype=np.float32)
         self._seed = np.zeros(max_num_seqs, dtype=np.int64)
         self._top_k = np.zeros(max_num_seqs, dtype=np.int64)
@@ -198,14 +193,11 @@ class SamplingState:
         self._frequency = np.zeros(max_num_seqs, dtype=np.float32)
         self._repetition = np.ones(max_num_seqs, dtype=np.float32)
         self._extras: dict[int, _Extras] = {}
-        self._automata: dict[bytes, AutomatonTables] = {}
+        self._automata = Automata(max_num_seqs, device)
 
     def update_automata(self, new: Sequence[tuple[bytes, bytes]], dropped: Sequence[bytes]) -> None:
         """Drop and add automata, as listed in `StepPlan`."""
-        for automaton_id in dropped:
-            del self._automata[automaton_id]
-        for automaton_id, body in new:
-            self._automata[automaton_id] = AutomatonTables(body)
+        self._automata.update(new, dropped)
 
     def start(self, slot: int, start: SequenceStart) -> None:
         """Add a sequence with its output so far."""
@@ -220,13 +212,15 @@ class SamplingState:
         self._presence[slot] = sampling.presence_penalty
         self._frequency[slot] = sampling.frequency_penalty
         self._repetition[slot] = sampling.repetition_penalty
-        extras = _Extras.of(start, None if start.constraint is None else self._automata[start.constraint])
+        self._automata.start(slot, start)
+        extras = _Extras.of(start)
         if extras is not None:
             self._extras[slot] = extras
 
     def drop(self, slot: int) -> None:
         """Drop a sequence."""
         self._extras.pop(slot, None)
+        self._automata.drop(slot)
 
     def logprob_rows(self, slots: Ints) -> list[tuple[int, int]]:
         """Return (row, number of alternatives) of the rows whose sequences want
@@ -249,18 +243,15 @@ class SamplingState:
         return [(row, entry) for row, entry in extras if entry is not None and entry.listens]
 
     def build(
-        self,
-        slots: Ints,
-        output_positions: Ints,
-        inputs: InputBuffers,
-        prefixes: Mapping[int, Sequence[int]] = _NO_PREFIXES,
+        self, slots: Ints, output_positions: Ints, inputs: InputBuffers, drafts: DraftRows | None = None
     ) -> SamplingBatch:
-        """Return the batch for one row per slot. The output so far has been pushed to `listeners`.
+        """Return the batch for one row per slot, which must be sampled. The output so far has been
+        pushed to `listeners`.
 
         Args:
             output_positions: [S] index of each slot's next token among its output tokens.
             inputs: uploads all arrays at once; the host does not wait for the device.
-            prefixes: by row, the drafts between the output so far and the row.
+            drafts: the relations between the rows; None if each is a sequence of its own.
         """
         temperature, top_k, top_p, min_p = (
             self._temperature[slots],
@@ -269,7 +260,7 @@ class SamplingState:
             self._min_p[slots],
         )
         random = bool((temperature > 0).any())
-        sparse = self._gather(slots, output_positions, prefixes)
+        sparse = self._gather(slots, output_positions, _NO_PREFIXES if drafts is None else drafts.prefixes)
         parts: dict[str, tuple[Array, ...]] = {}
         if random:
             parts |= {
@@ -293,6 +284,8 @@ class SamplingState:
             parts["allowed_ids"] = sparse.allowed.arrays()
         if sparse.forbidden:
             parts["forbidden_ids"] = sparse.forbidden.arrays()
+        if (rows := self._automata.rows(slots, output_positions, drafts)) is not None:
+            parts["automaton"] = (rows,)
         if sparse.logprob_rows:
             parts["logprob_rows"] = (np.array(sparse.logprob_rows, dtype=np.int64),)
         tensors = _upload(parts, inputs)
@@ -300,10 +293,12 @@ class SamplingState:
             **{name: tensors[name][0] for name in vectors},  # type: ignore[arg-type]
             logit_bias=LogitBias(*tensors["logit_bias"]) if "logit_bias" in tensors else None,
             penalties=Penalties(*tensors["penalties"]) if "penalties" in tensors else None,
+            automaton=self._automata.on_device(tensors["automaton"][0]) if "automaton" in tensors else None,
             allowed_ids=TokenIds(*tensors["allowed_ids"]) if "allowed_ids" in tensors else None,
             forbidden_ids=TokenIds(*tensors["forbidden_ids"]) if "forbidden_ids" in tensors else None,
             logprob_rows=tensors["logprob_rows"][0] if sparse.logprob_rows else None,
             num_top_logprobs=sparse.num_top_logprobs,
+            overwrite_logits=True,
         )
 
     def _gather(
@@ -321,20 +316,8 @@ class SamplingState:
             if extras.seen is not None:
                 tokens = extras.seen.with_output(prefix) if prefix else extras.seen
                 sparse.seen.add(row, tokens.token_ids, tokens.output_counts)
-            allowed = extras.allowed_ids
-            if extras.constraint is not None:
-                tables, state = extras.constraint.tables, extras.constraint.after(prefix).state
-                if (ids := tables.allowed(state)) is not None:
-                    allowed = _narrowed(ids, allowed)
-                else:
-                    # As a bias, not as `forbidden_ids`: those are ignored where no other token is
-                    # left, which is meant for stop tokens before min_tokens only.
-                    ids = tables.forbidden(state)
-                    sparse.bias.add(row, ids, np.full(len(ids), -np.inf, dtype=np.float32))
-                    if allowed is not None and np.isin(allowed, ids).all():
-                        allowed = None
-            if allowed is not None:
-                sparse.allowed.add(row, allowed)
+            if extras.allowed_ids is not None:
+                sparse.allowed.add(row, extras.allowed_ids)
             if extras.bad_words is not None:
                 sparse.forbidden.add(row, extras.bad_words.forbidden(prefix))
             if len(extras.stop_token_ids) and output_positions[row] < extras.min_tokens:
@@ -343,15 +326,6 @@ class SamplingState:
                 sparse.logprob_rows.append(row)
                 sparse.num_top_logprobs = max(sparse.num_top_logprobs, extras.num_logprobs)
         return sparse
-
-
-def _narrowed(constraint: Ints, allowed: Ints | None) -> Ints:
-    """Return the tokens that a constraint and the request allow; the constraint's alone if there
-    are none."""
-    if allowed is None:
-        return constraint
-    both = np.intersect1d(constraint, allowed)
-    return both if len(both) else constraint
 
 
 def _upload(parts: dict[str, tuple[Array, ...]], inputs: InputBuffers) -> dict[str, list[Tensor]]:

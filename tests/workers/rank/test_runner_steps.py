@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.sampling import SamplingBatch, sample
+from kernels.automaton import reference as automaton_reference
+from kernels.sampling import SamplingBatch
+from kernels.sampling import reference as sampling_reference
 from tests.support import decode_plans
 from tests.support.model_steps import PagedSequences
 from tests.support.thread_ranks import on_ranks
@@ -25,6 +27,7 @@ from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.parallel.collectives import Alone, Collectives
 from workers.parallel.shard import plan_shards
+from workers.rank.drafts import DraftRows
 from workers.rank.recorded.cuda_graph import DecodeGraphs, GraphReport
 from workers.rank.runner import Runner
 from workers.rank.sampling_state import SamplingState, SeenTokens
@@ -157,32 +160,34 @@ def build(state: SamplingState, slots: list[int], positions: list[int]) -> Sampl
     return state.build(np.array(slots), np.array(positions), InputBuffers(CPU))
 
 
-def allowed_tokens(state: SamplingState, slot: int, position: int) -> set[int]:
-    """Return all tokens that can be sampled: with flat logits, each seed chooses one of them."""
-    seeds = torch.arange(600)
-    many = build(state, [slot] * len(seeds), [position] * len(seeds))
-    assert many.temperature is not None
-    object.__setattr__(many, "seeds", seeds)
-    return set(sample(torch.zeros(len(seeds), VOCAB), many).token_ids.tolist())
+def allowed_tokens(state: SamplingState, slot: int, position: int, then: int | None = None) -> set[int]:
+    """Return all tokens that can be sampled.
+
+    Args:
+        then: the token that is sampled, if any more are.
+    """
+    batch = build(state, [slot], [position])
+    logits = sampling_reference.modify(torch.zeros(1, VOCAB), batch)
+    if then is not None:
+        if batch.automaton is not None:
+            automaton_reference.advance(batch.automaton, torch.tensor([then]))
+        for _, listener in state.listeners(np.array([slot])):
+            listener.push(then)
+    return set(logits.isfinite()[0].nonzero()[:, 0].tolist())
 
 
 def sampling_state(num_slots: int, *automata: TokenAutomaton) -> SamplingState:
-    state = SamplingState(num_slots)
+    state = SamplingState(num_slots, CPU)
     constraints = [Constraint.of(automaton) for automaton in automata]
     state.update_automata([(constraint.id, constraint.body) for constraint in constraints], [])
     return state
 
 
-def push(state: SamplingState, slot: int, token: int) -> None:
-    ((_, listener),) = state.listeners(np.array([slot]))
-    listener.push(token)
-
-
 def test_parameters_that_nobody_uses_cost_nothing() -> None:
-    state = SamplingState(4)
+    state = SamplingState(4, CPU)
     state.start(0, start(0, (1,), sampling=SamplingParams(temperature=0, seed=1)))
     state.start(1, start(1, (1,), sampling=SamplingParams(temperature=0, seed=1)))
-    assert build(state, [0, 1], [0, 0]) == SamplingBatch()
+    assert build(state, [0, 1], [0, 0]) == SamplingBatch(overwrite_logits=True)
     state.start(2, start(2, (1,), sampling=SamplingParams(temperature=0.5, seed=2**64 - 1, top_k=-1)))
     batch = build(state, [0, 2], [0, 7])
     assert batch.temperature is not None
@@ -195,7 +200,7 @@ def test_parameters_that_nobody_uses_cost_nothing() -> None:
 
 
 def test_a_seed_keeps_its_64_bits() -> None:
-    state = SamplingState(4)
+    state = SamplingState(4, CPU)
     for slot, seed in enumerate((0, 2**63 - 1, 2**63, 2**64 - 1)):
         state.start(slot, start(slot, (1,), sampling=SamplingParams(seed=seed)))
     seeds = build(state, [0, 1, 2, 3], [0] * 4).seeds
@@ -221,10 +226,12 @@ def test_a_slot_forgets_its_last_tenant() -> None:
             constraint=only_one,
         ),
     )
-    assert build(state, [0], [0]).penalties is not None
+    batch = build(state, [0], [0])
+    assert batch.penalties is not None
+    assert batch.automaton is not None
     state.drop(0)
     state.start(0, start(1, (1,), sampling=SamplingParams(temperature=0, seed=1)))
-    assert build(state, [0], [0]) == SamplingBatch()
+    assert build(state, [0], [0]) == SamplingBatch(overwrite_logits=True)
     assert state.logprob_rows(np.array([0])) == []
     assert state.listeners(np.array([0])) == []
 
@@ -241,14 +248,11 @@ AUTOMATON = TokenAutomaton(
 def test_the_automaton_decides_what_may_come() -> None:
     state = sampling_state(1, AUTOMATON)
     state.start(0, start(0, (4, 5), sampling=SamplingParams(seed=0), constraint=AUTOMATON))
-    assert allowed_tokens(state, 0, 0) == {1, 2, 3}
-    push(state, 0, 1)
-    assert allowed_tokens(state, 0, 1) == {1, 2, 3}, "a token without a transition stays"
-    push(state, 0, 2)
-    assert allowed_tokens(state, 0, 2) == set(range(10))
-    push(state, 0, 5)
-    assert allowed_tokens(state, 0, 3) == {1, 2, 3}, "the first of equal transitions counts"
-    push(state, 0, 3)
+    assert state.listeners(np.array([0])) == [], "the device follows it"
+    assert allowed_tokens(state, 0, 0, then=1) == {1, 2, 3}
+    assert allowed_tokens(state, 0, 1, then=2) == {1, 2, 3}, "a token without a transition stays"
+    assert allowed_tokens(state, 0, 2, then=5) == set(range(10))
+    assert allowed_tokens(state, 0, 3, then=3) == {1, 2, 3}, "the first of equal transitions counts"
     assert allowed_tokens(state, 0, 4) == {7}
 
 
@@ -263,12 +267,13 @@ def test_the_automaton_replays_output_but_not_the_prompt() -> None:
     ):
         state = sampling_state(2, AUTOMATON)
         state.start(0, start(0, (3, 3), sampling=SamplingParams(seed=0), constraint=AUTOMATON))
-        for token in output:
-            push(state, 0, token)
+        for position, token in enumerate(output):
+            allowed_tokens(state, 0, position, then=token)
         state.start(
             1, start(1, (3, 3, *output), num_prompt=2, sampling=SamplingParams(seed=0), constraint=AUTOMATON)
         )
-        assert allowed_tokens(state, 0, 0) == allowed_tokens(state, 1, 0) == expected
+        position = len(output)
+        assert allowed_tokens(state, 0, position) == allowed_tokens(state, 1, position) == expected
 
 
 def test_an_automaton_is_forgotten_and_its_tables_with_it() -> None:
@@ -279,7 +284,7 @@ def test_an_automaton_is_forgotten_and_its_tables_with_it() -> None:
 
 
 def test_stop_tokens_wait_for_min_tokens() -> None:
-    state = SamplingState(1)
+    state = SamplingState(1, CPU)
     sampling = SamplingParams(seed=0, min_tokens=3, max_tokens=9)
     state.start(0, start(0, (1,), sampling=sampling, stop_token_ids=(0, 39)))
     everything = set(range(VOCAB))
@@ -307,36 +312,32 @@ def test_only_allowed_tokens_come() -> None:
     assert allowed_tokens(state, 0, 0) == {2, 3, 11}
     assert state.listeners(np.array([0])) == [], "it depends on no token"
     state.start(1, start(1, (1,), sampling=sampling, constraint=AUTOMATON))
-    assert allowed_tokens(state, 1, 0) == {2, 3}
-    push(state, 1, 2)
-    assert allowed_tokens(state, 1, 1) == {2, 3}, "11 is forbidden in this state"
-    push(state, 1, 5)
-    push(state, 1, 3)
+    assert allowed_tokens(state, 1, 0, then=2) == {2, 3}
+    assert allowed_tokens(state, 1, 1, then=5) == {2, 3}, "11 is forbidden in this state"
+    assert allowed_tokens(state, 1, 2, then=3) == {2, 3}
     assert allowed_tokens(state, 1, 3) == {7}, "a constraint is stronger"
     state.start(
         2, start(2, (1,), sampling=SamplingParams(seed=0, allowed_token_ids=(20,)), constraint=AUTOMATON)
     )
-    push(state, 2, 2)
+    assert allowed_tokens(state, 2, 0, then=2) == {1, 2, 3}, "a constraint is stronger"
     assert allowed_tokens(state, 2, 1) == set(range(10)), "a constraint is stronger"
 
 
 def test_bad_words_are_never_completed() -> None:
     everything = set(range(VOCAB))
     words = ((3,), (4, 5), (6, 7, 8), (7, 9), (4, 4, 5))
-    state = SamplingState(3)
+    state = SamplingState(3, CPU)
     state.start(0, start(0, (4,), sampling=SamplingParams(seed=0, bad_words_token_ids=words)))
-    assert allowed_tokens(state, 0, 0) == everything - {3}, "the prompt does not count"
-    for position, (token, forbidden) in enumerate(
-        ((4, {5}), (4, {5}), (6, set()), (7, {8, 9}), (7, {9}), (6, set()), (1, set())), start=1
-    ):
-        push(state, 0, token)
-        assert allowed_tokens(state, 0, position) == everything - {3} - forbidden, position
+    tokens = (4, 4, 6, 7, 7, 6, 1, 1)
+    forbidden = (set(), {5}, {5}, set(), {8, 9}, {9}, set(), set())
+    for position, (token, ends) in enumerate(zip(tokens, forbidden, strict=True)):
+        assert allowed_tokens(state, 0, position, then=token) == everything - {3} - ends, position
     output = (1, 6, 7)
     state.start(
         1, start(1, (2, *output), num_prompt=1, sampling=SamplingParams(seed=0, bad_words_token_ids=words))
     )
     assert allowed_tokens(state, 1, 3) == everything - {3, 8, 9}, "the output of another replica counts"
-    drafts = {0: (), 1: (4,), 2: (6, 7)}
+    drafts = DraftRows(np.array([4, 7, -1]), np.zeros(3, dtype=np.int64), {1: (4,), 2: (6, 7)})
     state.start(2, start(2, (2,), sampling=SamplingParams(seed=0, bad_words_token_ids=words)))
     batch = state.build(np.array([2, 2, 2]), np.array([0, 1, 2]), InputBuffers(CPU), drafts)
     assert batch.forbidden_ids is not None
@@ -345,7 +346,7 @@ def test_bad_words_are_never_completed() -> None:
 
 
 def test_bad_words_of_one_token_depend_on_no_other() -> None:
-    state = SamplingState(2)
+    state = SamplingState(2, CPU)
     state.start(0, start(0, (1,), sampling=SamplingParams(seed=0, bad_words_token_ids=((3,), (9,)))))
     assert state.listeners(np.array([0])) == []
     assert allowed_tokens(state, 0, 0) == set(range(VOCAB)) - {3, 9}
@@ -369,7 +370,7 @@ def test_seen_tokens_are_counted() -> None:
 
 
 def test_only_repetition_looks_at_the_prompt() -> None:
-    state = SamplingState(2)
+    state = SamplingState(2, CPU)
     state.start(
         0, start(0, (1, 2, 2, 3), num_prompt=3, sampling=SamplingParams(seed=0, presence_penalty=0.5))
     )
