@@ -1,10 +1,15 @@
 """Hooks and options of all tests. That `tests` is a package puts the repository's root on the
 path, however pytest is started."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# torch reads it on import. Where more processes run than there are cores, threads that wait for
+# each other in a loop take five times as long as what they compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

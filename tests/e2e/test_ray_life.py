@@ -89,7 +89,8 @@ def test_cantata_serve_from_start_to_ctrl_c(
 def test_a_bare_serve_run_works_and_says_what_to_set(model: Path, tmp_path: Path) -> None:
     # Two ranks, each with a part of every expert.
     # Ray's processes have been told another number of threads, as `ray up` does.
-    keys = {"CANTATA_GATEWAY__API_KEYS": "right, other", "OMP_NUM_THREADS": "7"}
+    keys = {"CANTATA_GATEWAY__API_KEYS": "right, other"}
+    keys |= {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}
     headers = {"authorization": "Bearer right"}
     engine = {"dtype": "float32", "parallel": {"tensor": 2, "expert": 1}}
     with serve_run(tmp_path, model, engine=engine, environment=keys) as served:
