@@ -58,13 +58,13 @@ def test_kernels_are_compiled_and_not_launched(cache: Path) -> None:
     assert not add_one.device_caches, "a real driver must not be given what this one has loaded"
 
 
-@pytest.fixture
-def packed(cache: Path, tmp_path: Path) -> Path:
-    file = tmp_path / "kernels.xz"
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a packed cache, compiled in a folder that is gone."""
+    file = tmp_path_factory.mktemp("packed") / "kernels.xz"
     assert pack(file, TARGET, launch).startswith(
         f"{file}: 2 kernels for sm_90 of Triton {triton.__version__}, 0.0 MB"
     )
-    assert not cache.exists()
     return file
 
 

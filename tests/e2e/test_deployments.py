@@ -177,7 +177,10 @@ def test_requests_after_the_only_gateway_died_wait_for_the_next(served: Deployme
     (victim,) = served.pids(GATEWAY)
     os.kill(victim, signal.SIGKILL)
     until(lambda: victim not in served.pids(GATEWAY), 10)
-    assert {ask(served).status_code for _ in range(4)} <= {200, 503}
+    for answer in (ask(served) for _ in range(4)):
+        # HAProxy has its own answer to a request that it had sent to the gateway before it noticed.
+        own = answer.status_code == 500 and answer.text == "Internal Server Error"
+        assert answer.status_code in (200, 503) or own, answer.text
     until(lambda: ask(served).status_code == 200, 60)
     served.settle(engine=2, gateway=1)
 
