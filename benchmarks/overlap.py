@@ -27,7 +27,7 @@ from workers.executor.launch_processes import ProcessRanks
 from workers.model.make_checkpoint import preset_config, write_checkpoint
 from workers.model_config import load_model_config
 from workers.request import EngineRequest, SamplingParams
-from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan import StepMasks, StepPlan, StepResult
 
 MAX_MODEL_LEN = 2048
 
@@ -41,8 +41,8 @@ class Watched(DistributedExecutor):
         self.num_sequences = num_sequences
         self.results: list[StepResult] = []
 
-    def execute(self, plan: StepPlan) -> "Future[StepResult]":
-        future = super().execute(plan)
+    def execute(self, plan: StepPlan, masks: "Future[StepMasks] | None" = None) -> "Future[StepResult]":
+        future = super().execute(plan, masks)
         if len(plan.seq_ids) == sum(plan.num_scheduled_tokens) == self.num_sequences:
             future.add_done_callback(lambda done: self.results.append(done.result()))
         return future

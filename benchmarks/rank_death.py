@@ -22,8 +22,9 @@ from typing import Any
 from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig
 from workers.engine.engine import Engine
 from workers.engine.stream import ThreadReader
-from workers.executor.distributed import DistributedExecutor, RankLauncher
+from workers.executor.distributed import DistributedExecutor
 from workers.executor.launch_processes import ProcessRanks
+from workers.executor.launcher import RankLauncher
 from workers.model.make_checkpoint import preset_config, write_checkpoint
 from workers.model_config import load_model_config
 from workers.request import EngineRequest, SamplingParams

@@ -11,7 +11,7 @@ from workers.config import ModelConfig
 from workers.errors import RankCrashed
 from workers.executor.base import ExecutorInfo
 from workers.request import TokenLogprobs
-from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan import StepMasks, StepPlan, StepResult
 
 VOCAB = 1000
 
@@ -82,7 +82,8 @@ class FakeExecutor:
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         raise NotImplementedError("there is no model")
 
-    def execute(self, plan: StepPlan) -> "Future[StepResult]":
+    def execute(self, plan: StepPlan, masks: "Future[StepMasks] | None" = None) -> "Future[StepResult]":
+        assert plan.awaits_masks == (masks is not None)
         self.plans.append(plan)
         self.before_step(plan)
         self.entered.set()

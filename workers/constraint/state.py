@@ -18,12 +18,15 @@ class AutomatonTables:
 
     Args:
         body: the encoded automaton, checked by the engine.
+    Attributes:
+        grammars: those of its states, as llguidance reads them.
     """
 
     def __init__(self, body: bytes) -> None:
         message = parse(body)
         self.start = message.start
         self.states = message.states
+        self.grammars = tuple(message.grammars)
         self._allowed: dict[int, Ints | None] = {}
         self._forbidden: dict[int, Ints] = {}
         self._next: dict[int, dict[int, int]] = {}

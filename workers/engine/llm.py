@@ -25,6 +25,9 @@ from workers.config import (
     ParallelConfig,
     SchedulerConfig,
 )
+from workers.constraint.automaton import TokenAutomaton
+from workers.constraint.codec import Constraint
+from workers.constraint.compiler import COMPILE_TIMEOUT_S, TOO_SLOW, PreparedConstraint
 from workers.cores import engine_threads
 from workers.engine.engine import Engine
 from workers.engine.progress import StartUpProgress
@@ -34,7 +37,7 @@ from workers.executor.base import Executor
 from workers.executor.local import local_executor
 from workers.model_config import load_model_config
 from workers.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
-from workers.rpc.validate import MAX_SEED, check_request
+from workers.rpc.validate import MAX_SEED, check_automaton, check_request
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
 
@@ -89,6 +92,7 @@ class _Choice:
     index: int
     request: EngineRequest
     wanted_stops: tuple[int, ...]
+    prepared: PreparedConstraint | None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
@@ -189,6 +193,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        constraints: TokenAutomaton | Sequence[TokenAutomaton | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer all prompts; return when the last one is done, in the order of the prompts.
@@ -197,6 +202,8 @@ class LLM:
             prompts: texts (special tokens in them are parsed) or token ids; one or many.
             sampling: one for all prompts, or one for each. A missing seed is drawn; choice i gets
                 seed + i.
+            constraints: the tokens that may come next; one automaton for all prompts, or one (or
+                None) for each.
             use_tqdm: show a progress bar on stderr.
         Raises:
             InvalidRequest: names the field; nothing was generated.
@@ -212,12 +219,13 @@ class LLM:
         )
         if len(params) != len(ids):
             raise InvalidRequest(f"{len(ids)} prompts but {len(params)} sampling parameters", "sampling")
+        prepared = self._prepare(constraints, len(ids))
         first = self._num_requests
         self._num_requests += len(ids)
         choices = [
             choice
             for index in range(len(ids))
-            for choice in self._choices(index, f"{first + index}", ids[index], params[index])
+            for choice in self._choices(index, f"{first + index}", ids[index], params[index], prepared[index])
         ]
         finished = self._run(choices, use_tqdm)
         prompt_logprobs = {
@@ -273,8 +281,36 @@ class LLM:
             )
         return tuple(self._tokenizer.encode(prompt).ids)
 
+    def _prepare(
+        self, constraints: TokenAutomaton | Sequence[TokenAutomaton | None] | None, num_prompts: int
+    ) -> list[tuple[Constraint, PreparedConstraint] | None]:
+        """Return the constraint of each prompt, ready to run.
+
+        Raises:
+            InvalidRequest: an automaton or a grammar is refused.
+        """
+        if not isinstance(constraints, Sequence):
+            constraints = [constraints] * num_prompts
+        if len(constraints) != num_prompts:
+            raise InvalidRequest(f"{num_prompts} prompts but {len(constraints)} constraints", "constraints")
+        distinct = {id(automaton): automaton for automaton in constraints if automaton is not None}
+        ready: dict[int | None, tuple[Constraint, PreparedConstraint] | None] = {None: None}
+        for key, automaton in distinct.items():
+            check_automaton(automaton, self.engine.vocab_size)
+            constraint = Constraint.of(automaton)
+            try:
+                ready[key] = constraint, self.engine.prepare(constraint).result(COMPILE_TIMEOUT_S)
+            except TimeoutError:
+                raise InvalidRequest(TOO_SLOW, "constraints") from None
+        return [ready[None if automaton is None else id(automaton)] for automaton in constraints]
+
     def _choices(
-        self, prompt_index: int, request_id: str, prompt: tuple[int, ...], sampling: SamplingParams
+        self,
+        prompt_index: int,
+        request_id: str,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        constraint: tuple[Constraint, PreparedConstraint] | None,
     ) -> list[_Choice]:
         check_request(EngineRequest(request_id, prompt, replace(sampling, n=1)), self.engine.vocab_size)
         if not isinstance(sampling.n, int) or sampling.n < 1:
@@ -296,8 +332,10 @@ class LLM:
                         # Once for all answers.
                         prompt_logprobs=sampling.prompt_logprobs if index == 0 else None,
                     ),
+                    constraint=None if constraint is None else constraint[0],
                 ),
                 sampling.stop_token_ids,
+                None if constraint is None else constraint[1],
             )
             for index in range(sampling.n)
         ]
@@ -311,7 +349,7 @@ class LLM:
         )
         try:
             for choice in choices:
-                streams.append(self.engine.submit(choice.request, reader))
+                streams.append(self.engine.submit(choice.request, reader, choice.prepared))
             by_seq_id = {stream.seq_id: choice for stream, choice in zip(streams, choices, strict=True)}
             num_tokens = 0
             for stream, output in reader.read(streams):

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from workers.constraint.compiler import PreparedConstraint
 from workers.engine.stream import Notifier, OutputStream
 from workers.errors import EngineDead, Overloaded
 from workers.request import EngineRequest
@@ -27,6 +28,7 @@ class LiveRequest:
     stream: OutputStream
     submitted_s: float
     deadline_s: float | None
+    prepared: PreparedConstraint | None = None
     waits: bool = True
 
 
@@ -113,9 +115,13 @@ class RequestBook:
             if instead or self._refusal is None:
                 self._refusal = sentence
 
-    def submit(self, request: EngineRequest, notifier: Notifier) -> OutputStream:
+    def submit(
+        self, request: EngineRequest, notifier: Notifier, prepared: PreparedConstraint | None = None
+    ) -> OutputStream:
         """Put a request into the inbox.
 
+        Args:
+            prepared: its constraint, ready to run.
         Raises:
             Overloaded: the maximum number of requests is waiting.
             EngineDead: requests are refused.
@@ -132,7 +138,7 @@ class RequestBook:
             stream = OutputStream(request.request_id, self._next_seq_id, notifier)
             self._next_seq_id += 1
             deadline_s = None if request.deadline_s is None else now + request.deadline_s
-            live = LiveRequest(request, stream, now, deadline_s)
+            live = LiveRequest(request, stream, now, deadline_s, prepared)
             self._live[stream.seq_id] = live
             self._inbox.append(live)
             self._changed.notify_all()

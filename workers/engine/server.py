@@ -18,6 +18,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from workers.config import BLOCK_SIZE, EngineConfig, ModelConfig, longest_context
+from workers.constraint.compiler import COMPILE_TIMEOUT_S, TOO_SLOW, PreparedConstraint
 from workers.constraint.registry import KnownAutomata
 from workers.engine.access import SecretInterceptor, check_address, close_to_others
 from workers.engine.engine import Engine
@@ -230,7 +231,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self, message: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateResponse]:
         request = self._request(message, context.time_remaining())
-        stream = self._engine.submit(request, self._reader)
+        stream = self._engine.submit(request, self._reader, await self._prepared(request))
         try:
             await context.send_initial_metadata(convert.TAKEN_METADATA)
             async with aclosing(self._reader.read(stream)) as outputs:
@@ -242,6 +243,23 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
                     yield convert.output_to_wire(output)
         finally:
             self._engine.abort(stream)
+
+    async def _prepared(self, request: EngineRequest) -> PreparedConstraint | None:
+        """Return the request's constraint ready to run; None if it has none.
+
+        Raises:
+            InvalidRequest: a grammar is refused, or takes too long to compile.
+        """
+        if request.constraint is None:
+            return None
+        future = self._engine.prepare(request.constraint)
+        if future.done():
+            return future.result()
+        try:
+            # Others may wait for the same one: a caller that leaves does not cancel it.
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), COMPILE_TIMEOUT_S)
+        except TimeoutError:
+            raise InvalidRequest(TOO_SLOW, "constraint.grammars") from None
 
     def _request(self, message: pb.GenerateRequest, time_remaining_s: float | None) -> EngineRequest:
         if time_remaining_s is not None and time_remaining_s <= 0:

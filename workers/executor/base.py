@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from workers.errors import RankCrashed
-from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan import StepMasks, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,14 @@ class Executor(Protocol):
             CheckpointError, ConfigError (including RankCrashed): with one sentence for the user.
         """
 
-    def execute(self, plan: StepPlan) -> "Future[StepResult]":
-        """Queue a plan; plans run in the order given. At most MAX_IN_FLIGHT may be in flight."""
+    def execute(self, plan: StepPlan, masks: "Future[StepMasks] | None" = None) -> "Future[StepResult]":
+        """Queue a plan; plans run in the order given. At most MAX_IN_FLIGHT may be in flight.
+
+        Args:
+            masks: of a plan that awaits masks; done at some time after the result of the plan
+                before, without this call's thread unless no plan is in flight. If they fail or take
+                longer than parallel.step_timeout_s, so does the step.
+        """
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Compute the logits after each token of one sequence, independently of the steps:

@@ -28,10 +28,11 @@ HELLO, PROGRESS, LOADED, READY, RESULT, LOGITS, FAILED = (
     b"failed",
 )
 # Kinds of messages to a rank.
-JOIN, ALLOCATE, PLAN, COMPUTE_LOGITS, ALIVE, STOP = (
+JOIN, ALLOCATE, PLAN, MASKS, COMPUTE_LOGITS, ALIVE, STOP = (
     b"join",
     b"allocate",
     b"plan",
+    b"masks",
     b"compute logits",
     b"alive",
     b"stop",

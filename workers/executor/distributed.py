@@ -13,9 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from typing import Protocol
 
 import msgpack
 import numpy as np
@@ -28,12 +27,14 @@ from workers.errors import CheckpointError, ConfigError, EngineDead, RankCrashed
 from workers.executor import channel as wire
 from workers.executor.base import MAX_IN_FLIGHT, ExecutorInfo
 from workers.executor.channel import EngineChannel
+from workers.executor.launcher import RankLauncher
 from workers.kv_cache.memory import KVCachePlan, KVMemory, plan_kv_cache
 from workers.parallel.shard import plan_shards
 from workers.rank.process import RankSpec, identity
 from workers.rank.rank import LOAD_TIMEOUT_S, Progress, RankLoaded
-from workers.scheduler.plan import StepPlan, StepResult
-from workers.scheduler.plan_wire import decode_result, encode_plan
+from workers.scheduler.masks import masks_failed
+from workers.scheduler.plan import StepMasks, StepPlan, StepResult
+from workers.scheduler.plan_wire import decode_result, encode_masks, encode_plan
 
 logger = logging.getLogger(__name__)
 
@@ -48,51 +49,6 @@ _POLL_S = 0.5
 _ALIVE_S = 1.0
 """Seconds between two heartbeats to listening ranks. A rank that receives none for long considers
 its engine lost."""
-
-
-OnExit = Callable[[str, signal.Signals | None], None]
-"""Callback with how a rank has ended, and the signal if it is known to have crashed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """The place where a rank will run.
-
-    Attributes:
-        host: the node's address.
-        local_rank: index of its GPU among those it sees; on a CPU its index among the ranks of its
-            host.
-        num_threads: compute threads on a CPU.
-    """
-
-    host: str
-    local_rank: int
-    ranks_on_host: int
-    num_threads: int
-
-
-class RankLauncher(Protocol):
-    """Starts and ends the processes of ranks."""
-
-    @property
-    def host(self) -> str:
-        """The engine's own address."""
-
-    def place(self, num_ranks: int, device: str, num_threads: int, timeout_s: float) -> Sequence[Placement]:
-        """Find room for all ranks.
-
-        Args:
-            num_threads: compute threads that the engine's own process may use.
-        Raises:
-            ConfigError: there is not enough room; names the resources free and needed.
-        """
-
-    def launch(self, spec: RankSpec, on_exit: OnExit) -> None:
-        """Start a rank; `on_exit` is called once, from any thread, when it has ended."""
-
-    def end(self, grace_s: float) -> None:
-        """Wait for the ranks to end by themselves, then kill the rest; idempotent. On return no
-        rank is left, and `on_exit` has been called for each."""
 
 
 class DistributedExecutor:
@@ -125,7 +81,7 @@ class DistributedExecutor:
         self._receiver = threading.Thread(target=self._receive, name="cantata-results", daemon=True)
         self._stopping = threading.Event()
         self._failed = threading.Event()
-        self._alive_told_s = 0.0
+        self._heartbeats = _Heartbeats()
         # Guarded by _lock.
         self._lock = threading.Lock()
         self._error: str | None = None
@@ -156,8 +112,8 @@ class DistributedExecutor:
             self.shutdown()
             raise
 
-    def execute(self, plan: StepPlan) -> "Future[StepResult]":
-        """Send the plan to all ranks."""
+    def execute(self, plan: StepPlan, masks: "Future[StepMasks] | None" = None) -> "Future[StepResult]":
+        """Send the plan to all ranks, and its masks to rank 0 once they are there."""
         future: Future[StepResult] = Future()
         with self._lock:
             if self._error is not None or self._channel is None:
@@ -170,7 +126,20 @@ class DistributedExecutor:
             body = encode_plan(plan)
             for rank in range(self._size):
                 self._channel.send(rank, wire.PLAN, body)
+        if masks is not None:
+            masks.add_done_callback(partial(self._send_masks, plan.step))
         return future
+
+    def _send_masks(self, step: int, masks: "Future[StepMasks]") -> None:
+        """Send masks to the rank that samples; called from any thread."""
+        error = masks.exception()
+        if error is not None:
+            self._fail(masks_failed(step, error))
+            return
+        body = encode_masks(masks.result())
+        with self._lock:
+            if self._channel is not None:
+                self._channel.send(0, wire.MASKS, body)
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Compute the logits of one sequence (see Executor).
@@ -282,7 +251,7 @@ class DistributedExecutor:
         found: dict[int, wire.Body] = {}
         deadline = time.monotonic() + timeout_s
         while len(found) < self._size:
-            self._tell_alive(channel, found)  # these ranks are idle and only listen
+            self._heartbeats.tell(channel, found)  # these ranks are idle and only listen
             # A rank's last message explains more than its exit code.
             message = channel.receive(
                 0 if self._error is not None else min(_POLL_S, max(deadline - time.monotonic(), 0))
@@ -326,15 +295,8 @@ class DistributedExecutor:
             )
             if message is not None:
                 self._take(*message)
-            self._tell_alive(channel, range(self._size))
+            self._heartbeats.tell(channel, range(self._size))
             self._check_time()
-
-    def _tell_alive(self, channel: EngineChannel, ranks: Iterable[int]) -> None:
-        now = time.monotonic()
-        if now - self._alive_told_s >= _ALIVE_S:
-            self._alive_told_s = now
-            for rank in ranks:
-                channel.send(rank, wire.ALIVE, b"")
 
     def _take(self, kind: bytes, body: bytes) -> None:
         if kind == wire.RESULT:
@@ -414,6 +376,21 @@ class DistributedExecutor:
             future.set_result(StepResult(plan.step, error=sentence))
         if logits is not None:
             logits.set_exception(EngineDead(sentence))
+
+
+class _Heartbeats:
+    """The signs of life that listening ranks get from their engine."""
+
+    def __init__(self) -> None:
+        self._told_s = 0.0
+
+    def tell(self, channel: EngineChannel, ranks: Iterable[int]) -> None:
+        """Send one to these ranks if it is due."""
+        now = time.monotonic()
+        if now - self._told_s >= _ALIVE_S:
+            self._told_s = now
+            for rank in ranks:
+                channel.send(rank, wire.ALIVE, b"")
 
 
 def _rank_loaded(fields: object) -> RankLoaded:

@@ -1,7 +1,7 @@
 """InlineExecutor: one rank, in the engine's own process and thread."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from torch import Tensor
 
@@ -12,8 +12,9 @@ from workers.kv_cache.memory import plan_kv_cache
 from workers.parallel.collectives import Alone
 from workers.parallel.shard import plan_shards
 from workers.rank.device import check_memory, prepare_device
-from workers.rank.rank import Loader, Progress, Rank
-from workers.scheduler.plan import StepPlan, StepResult
+from workers.rank.rank import LaunchedStep, Loader, Progress, Rank
+from workers.scheduler.masks import MasksFailed, wait_for_masks
+from workers.scheduler.plan import StepMasks, StepPlan, StepResult
 
 
 class InlineExecutor:
@@ -46,6 +47,9 @@ class InlineExecutor:
         # Waits for the GPU, one step after the other; its thread starts with the first step that is
         # not finished at once.
         self._waiter = ThreadPoolExecutor(1, "cantata-gpu-steps")
+        self._on_gpu = not config.device.startswith("cpu")
+        # The sampling of the last step, while it waits for masks on the waiter's thread.
+        self._sampling: Future[None] | None = None
 
     def start(self) -> ExecutorInfo:
         """Load the model, allocate the KV cache, run one token through both.
@@ -83,17 +87,37 @@ class InlineExecutor:
             phases_s=dict(rank.phases_s),
         )
 
-    def execute(self, plan: StepPlan) -> "Future[StepResult]":
-        """Run a plan. On a CPU it has run when this returns; on a GPU its kernels are queued."""
+    def execute(self, plan: StepPlan, masks: "Future[StepMasks] | None" = None) -> "Future[StepResult]":
+        """Run a plan. On a CPU it has run when this returns; on a GPU its kernels are queued, or
+        those of its forward pass if it awaits masks."""
         future: Future[StepResult] = Future()
         if self._rank is None:
             future.set_result(StepResult(plan.step, error="the executor has shut down"))
             return future
+        if self._sampling is not None:
+            # The forward pass reads the tokens of the step before. Its masks do not depend on this
+            # thread: the result of the step before that one has been taken.
+            wait([self._sampling])
+            self._sampling = None
         launched = self._rank.launch(plan)
+        if launched.awaits_masks:
+            assert masks is not None, "a plan that awaits masks came without"
+            if not self._on_gpu:
+                self._sample(launched, plan.step, masks)
+            else:
+                # The masks may need the result of the step before, which this thread takes.
+                self._sampling = self._waiter.submit(self._sample, launched, plan.step, masks)
+                return self._waiter.submit(launched.result)
         if not launched.done:
             return self._waiter.submit(launched.result)
         future.set_result(launched.result())
         return future
+
+    def _sample(self, launched: LaunchedStep, step: int, masks: "Future[StepMasks]") -> None:
+        try:
+            launched.sample(wait_for_masks(step, masks, self._config.parallel.step_timeout_s))
+        except MasksFailed as error:
+            launched.fail(str(error))
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Compute the logits of one sequence (see Executor)."""

@@ -14,7 +14,7 @@ import torch
 
 from workers.cores import thread_environment
 from workers.errors import ConfigError
-from workers.executor.distributed import OnExit, Placement
+from workers.executor.launcher import OnExit, Placement
 from workers.exit_codes import crash, ending
 from workers.out_of_memory import OomKills
 from workers.rank.process import RankSpec

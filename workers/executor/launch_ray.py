@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from workers.cores import thread_environment
 from workers.errors import ConfigError
-from workers.executor.distributed import OnExit, Placement
+from workers.executor.launcher import OnExit, Placement
 from workers.rank.process import RankSpec, serve_rank
 
 logger = logging.getLogger(__name__)

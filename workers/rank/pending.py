@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from kernels.sampling import SampleOutput
 from workers.rank.drafts import DraftRows, kept_rows
 from workers.rank.sampling_state import TokenListener
 from workers.request import TokenLogprobs
-from workers.scheduler.plan import StepResult
+from workers.scheduler.plan import StepMasks, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,17 @@ class PendingStep:
             seq_id: tuple(_cut(next(entries), num_top) for _ in range(count))
             for seq_id, count, num_top in self._wanted
         }
+
+
+@dataclass(frozen=True, slots=True)
+class UnsampledStep:
+    """A launched step that awaits masks.
+
+    Attributes:
+        sample: samples with the masks; called once, before the next launch, from any thread.
+    """
+
+    sample: Callable[[StepMasks], PendingStep]
 
 
 def _entries(output: SampleOutput) -> list[TokenLogprobs]:

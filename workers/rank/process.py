@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import msgpack
 import torch
@@ -36,7 +37,8 @@ from workers.parallel.shard import plan_shards
 from workers.parent_death import die_with_parent
 from workers.rank.device import check_memory, prepare_device
 from workers.rank.rank import LaunchedStep, Rank
-from workers.scheduler.plan_wire import PLAN_VERSION, decode_plan, encode_result
+from workers.scheduler.masks import masks_late
+from workers.scheduler.plan_wire import PLAN_VERSION, decode_masks, decode_plan, encode_result
 
 logger = logging.getLogger(__name__)
 
@@ -107,14 +109,18 @@ class EngineLink:
     Args:
         silence_s: longest silence in seconds that is tolerated while this rank listens.
         clock: returns monotonic seconds.
+    Attributes:
+        clock: as given.
     """
 
     def __init__(
         self, channel: RankChannel, silence_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self.clock = clock
         self._channel = channel
         self._silence_s = silence_s
-        self._clock = clock
+        # Messages that came before masks that were waited for.
+        self._held: deque[tuple[bytes, bytes]] = deque()
 
     def wait(self) -> tuple[bytes, bytes]:
         """Return (kind, body) of the next message.
@@ -122,14 +128,16 @@ class EngineLink:
         Raises:
             Stopped, EngineLost: no message will come.
         """
-        heard_s = self._clock()
+        if self._held:
+            return _not_stop(self._held.popleft())
+        heard_s = self.clock()
         while True:
             message = self._channel.receive(_POLL_S)
             if message is None:
-                if self._clock() - heard_s > self._silence_s:
+                if self.clock() - heard_s > self._silence_s:
                     raise EngineLost
             elif message[0] == wire.ALIVE:
-                heard_s = self._clock()
+                heard_s = self.clock()
             else:
                 return _not_stop(message)
 
@@ -139,8 +147,26 @@ class EngineLink:
         Raises:
             Stopped: the message asks this rank to stop.
         """
+        if self._held:
+            return _not_stop(self._held.popleft())
         message = self._channel.receive(0)
         return None if message is None or message[0] == wire.ALIVE else _not_stop(message)
+
+    def look_for_masks(self, timeout_s: float) -> bytes | None:
+        """Return the body of the next message if it is masks, else None; other messages are kept
+        for `wait` and `look`: the next plan may come before the masks of this one.
+
+        Raises:
+            Stopped: the engine asks this rank to stop.
+        """
+        message = self._channel.receive(timeout_s)
+        if message is None or message[0] == wire.ALIVE:
+            return None
+        kind, body = _not_stop(message)
+        if kind == wire.MASKS:
+            return body
+        self._held.append((kind, body))
+        return None
 
     def expect(self, wanted: bytes) -> bytes:
         """Return the body of the next message, which must be of the given kind."""
@@ -228,20 +254,28 @@ def _serve(spec: RankSpec, channel: RankChannel) -> None:
         plan: dict[str, int] = msgpack.unpackb(engine.expect(wire.ALLOCATE))
         rank.allocate(KVCachePlan(**plan))
         channel.send(wire.READY, wire.pack(rank=spec.rank, phases_s=rank.phases_s))
-        _run_plans(spec.rank, rank, channel, engine)
+        _run_plans(spec.rank, rank, channel, engine, parallel.step_timeout_s)
     finally:
         rank.close()
         collectives.close()
 
 
-def _run_plans(number: int, rank: Rank, channel: RankChannel, engine: EngineLink) -> None:
+def _run_plans(
+    number: int, rank: Rank, channel: RankChannel, engine: EngineLink, masks_timeout_s: float
+) -> None:
     launched: deque[tuple[LaunchedStep, float]] = deque()
     while True:
         free_since = time.perf_counter()
         kind, body = _receive_while(number, launched, channel, engine)
         if kind == wire.PLAN:
             idle_s = 0.0 if launched else time.perf_counter() - free_since
-            launched.append((rank.launch(decode_plan(body)), idle_s))
+            plan = decode_plan(body)
+            step = rank.launch(plan)
+            if step.awaits_masks:
+                _wait_for_masks(
+                    plan.step, step, partial(_send_ended, number, launched, channel), engine, masks_timeout_s
+                )
+            launched.append((step, idle_s))
         elif kind == wire.COMPUTE_LOGITS:
             logits = rank.logits(msgpack.unpackb(body))
             if logits is not None:
@@ -258,17 +292,47 @@ def _receive_while(
     """Return the next message. Results are sent meanwhile as steps end: on a GPU the next plan is
     launched while the last one runs."""
     while launched:
-        step, idle_s = launched[0]
-        if step.done:
-            launched.popleft()
-            result = replace(step.result(), idle_s=idle_s)
-            if number == 0 or result.error is not None:
-                channel.send(wire.RESULT, encode_result(result))
-        elif (message := engine.look()) is not None:
+        if _send_ended(number, launched, channel):
+            continue
+        if (message := engine.look()) is not None:
             return message
-        else:
-            time.sleep(_GPU_POLL_S)
+        time.sleep(_GPU_POLL_S)
     return engine.wait()
+
+
+def _send_ended(number: int, launched: deque[tuple[LaunchedStep, float]], channel: RankChannel) -> bool:
+    """Send the result of the oldest step if it has ended; return whether it has."""
+    if not launched or not launched[0][0].done:
+        return False
+    step, idle_s = launched.popleft()
+    result = replace(step.result(), idle_s=idle_s)
+    if number == 0 or result.error is not None:
+        channel.send(wire.RESULT, encode_result(result))
+    return True
+
+
+def _wait_for_masks(
+    number: int, step: LaunchedStep, send_ended: Callable[[], bool], engine: EngineLink, timeout_s: float
+) -> None:
+    """Sample a step once its masks have come. They depend on the results of the steps before, which
+    are sent meanwhile.
+
+    Args:
+        number: of the step.
+    """
+    ends_s = engine.clock() + timeout_s
+    while engine.clock() < ends_s:
+        if send_ended():
+            continue
+        body = engine.look_for_masks(_GPU_POLL_S)
+        if body is None:
+            continue
+        masks = decode_masks(body)
+        if masks.step != number:
+            raise ValueError(f"the engine sent masks of step {masks.step} where those of {number} were due")
+        step.sample(masks)
+        return
+    step.fail(masks_late(number, timeout_s))
 
 
 def _not_stop(message: tuple[bytes, bytes]) -> tuple[bytes, bytes]:

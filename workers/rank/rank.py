@@ -33,10 +33,10 @@ from workers.rank.device import check_mxfp8
 from workers.rank.kernel_table import describe_device, model_kernels, not_capturable, slow_paths
 from workers.rank.logits import check_weights, sequence_logits
 from workers.rank.memory_profile import profile_step, warm_up
-from workers.rank.pending import PendingStep
+from workers.rank.pending import PendingStep, UnsampledStep
 from workers.rank.recorded.cpu_program import programs_run
 from workers.rank.runner import Runner
-from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan import StepMasks, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -66,16 +66,40 @@ class LaunchedStep:
 
     Args:
         failed: the result to return if the step fails.
-        pending: None if the launch has failed.
+        pending: None if the launch has failed; an UnsampledStep if it awaits masks: then call
+            `sample` or `fail` before the next launch, and before `result`.
     """
 
-    def __init__(self, failed: StepResult, pending: PendingStep | None = None) -> None:
+    def __init__(self, failed: StepResult, pending: PendingStep | UnsampledStep | None = None) -> None:
         self._failed = failed
         self._pending = pending
 
     @property
+    def awaits_masks(self) -> bool:
+        """True until `sample` or `fail` is called, for a step that needs masks."""
+        return isinstance(self._pending, UnsampledStep)
+
+    def sample(self, masks: StepMasks) -> None:
+        """Sample with these masks; a failure is a result with `error`."""
+        assert isinstance(self._pending, UnsampledStep)
+        try:
+            self._pending = self._pending.sample(masks)
+        except Exception as error:
+            # As in `Rank.launch`.
+            logger.exception("step %d failed", self._failed.step)
+            self._failed = _result_of_failure(self._failed, error)
+            self._pending = None
+
+    def fail(self, sentence: str) -> None:
+        """Give up a step whose masks do not come; the sentence becomes its error."""
+        self._failed = replace(self._failed, error=sentence)
+        self._pending = None
+
+    @property
     def done(self) -> bool:
         """True if `result` returns at once, also for a step that fails."""
+        if isinstance(self._pending, UnsampledStep):
+            return False
         try:
             return self._pending is None or self._pending.done
         except RuntimeError:  # a kernel failed; `result` reports it
@@ -83,6 +107,7 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         """Wait for the step and return its result."""
+        assert not isinstance(self._pending, UnsampledStep), "the step was not sampled"
         if self._pending is None:
             return self._failed
         try:
@@ -222,7 +247,8 @@ class Rank:
         return self.launch(plan).result()
 
     def launch(self, plan: StepPlan) -> "LaunchedStep":
-        """Start one plan, possibly before the result of the previous one was taken. A failure is a
+        """Start one plan, possibly before the result of the previous one was taken. If the plan
+        awaits masks, rank 0 does not sample yet (`LaunchedStep.awaits_masks`). A failure is a
         result with `error`."""
         if self._runner is None:
             return LaunchedStep(StepResult(plan.step, error="the executor has shut down"))

@@ -3,23 +3,25 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.sampling import SampleOutput
+from kernels.sampling import AllowedBits, SampleOutput
 from workers.model.gpt_oss import GptOss
 from workers.model.step_batch import StepBatch
 from workers.rank.drafts import newest_slots
-from workers.rank.pending import PendingStep, PromptScores, Sampled
+from workers.rank.pending import PendingStep, PromptScores, Sampled, UnsampledStep
 from workers.rank.recorded.cpu_program import DecodePrograms
 from workers.rank.recorded.cuda_graph import DecodeGraphs, GraphReport
 from workers.rank.sampling_state import SamplingState
 from workers.rank.slots import DeviceSlots, SequenceSlots, StepRows
 from workers.rank.step_arrays import EdgeArrays, upload_step
 from workers.rank.step_inputs import InputBuffers
-from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan import StepMasks, StepPlan, StepResult
 
 
 class Runner:
@@ -64,13 +66,16 @@ class Runner:
         self._graphs = DecodePrograms(self._slots, self._device_slots, self._forward_alone())
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Launch the plan, wait, and return its result."""
-        return self.launch(plan).result()
+        """Launch a plan that awaits no masks, wait, and return its result."""
+        launched = self.launch(plan)
+        assert isinstance(launched, PendingStep), "the plan awaits masks"
+        return launched.result()
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> PendingStep:
-        """Apply the plan, run the model, and sample. The next plan may be launched before this
-        one's result was taken.
+    def launch(self, plan: StepPlan) -> PendingStep | UnsampledStep:
+        """Apply the plan, run the model, and sample, or, if the plan awaits masks and this rank
+        samples, return what is left to do. The next plan may be launched before this one's result
+        was taken, but not before it was sampled.
 
         Raises:
             ValueError: a step is missing between the previous plan and this one, so the rank's
@@ -87,7 +92,26 @@ class Runner:
         wanted = (
             hidden[: len(rows.sampled)] if rows.samples_all else hidden.index_select(0, edges.sample_indices)
         )
-        output = self._sample(rows, self._model.compute_logits(wanted))
+        logits = self._model.compute_logits(wanted)
+        if plan.awaits_masks and self._sampling is not None:
+            return UnsampledStep(partial(self._finish, plan, started, rows, edges, logits, scores))
+        return self._finish(plan, started, rows, edges, logits, scores)
+
+    @torch.inference_mode()
+    def _finish(
+        self,
+        plan: StepPlan,
+        started: float,
+        rows: StepRows,
+        edges: EdgeArrays[Tensor],
+        logits: Tensor | None,
+        scores: PromptScores | None,
+        masks: StepMasks | None = None,
+    ) -> PendingStep:
+        """Sample a step whose forward pass was launched, in whichever thread has its masks."""
+        if masks is not None and self._model.device.type == "cuda":
+            torch.cuda.set_device(self._model.device)
+        output = self._sample(rows, logits, masks)
         self._note_newest(rows, edges, output.token_ids)
         return self._pending(plan, started, rows, output, scores)
 
@@ -155,11 +179,12 @@ class Runner:
                 parts.append(model.sampling.run.score(logits, targets[piece], num_top))
         return PromptScores(tuple(wanted), parts)
 
-    def _sample(self, rows: StepRows, logits: Tensor | None) -> SampleOutput:
+    def _sample(self, rows: StepRows, logits: Tensor | None, masks: StepMasks | None) -> SampleOutput:
         """Sample on rank 0 and send the ids to all ranks, whose next step needs them as inputs.
 
         Args:
             logits: None on ranks other than 0.
+            masks: of the rows in a grammar; None if there are none.
         """
         collectives = self._model.collectives
         sampling = self._sampling
@@ -174,6 +199,8 @@ class Runner:
             while self._unheard:
                 self._unheard.popleft().result()
         batch = sampling.build(slots, rows.output_positions, self._inputs, rows.drafts)
+        if masks is not None and len(masks.rows):
+            batch = replace(batch, allowed_bits=AllowedBits(*self._inputs.upload([masks.rows, masks.bits])))
         output = self._model.sampling.run.sample(logits, batch)
         collectives.broadcast(output.token_ids)
         return output

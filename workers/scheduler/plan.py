@@ -10,6 +10,9 @@ the exception: guesses of the next tokens, which the rank checks by sampling aft
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from workers.constraint.automaton import NO_LIMITS, ConstraintLimits
 from workers.request import SamplingParams, TokenLogprobs
 
@@ -65,6 +68,8 @@ class StepPlan:
         prompt_logprobs: (index into seq_ids, first prompt position, number of positions, number of
             alternatives): asks for the log-probabilities of these prompt tokens, each of which
             follows a token that the entry computes.
+        awaits_masks: whether rank 0 gets `StepMasks` for this step, without which it must not
+            sample.
     """
 
     step: int
@@ -79,6 +84,24 @@ class StepPlan:
     dropped_automata: tuple[bytes, ...] = ()
     drafts: tuple[tuple[int, tuple[int, ...]], ...] = ()
     prompt_logprobs: tuple[tuple[int, int, int, int], ...] = ()
+    awaits_masks: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepMasks:
+    """The tokens that sequences in a grammar may take in a step. They can only be computed once the
+    tokens of the step before are known, so they follow the plan.
+
+    Attributes:
+        step: number of the plan, whose `awaits_masks` is true.
+        rows: [n] int64, distinct, in ascending order: indices among the sampled rows, which are
+            those of the entries that sample, in order, each followed by those of its drafts.
+        bits: [n, num_bytes] uint8: bit i of byte b is token 8 * b + i. At least one is set.
+    """
+
+    step: int
+    rows: npt.NDArray[np.int64]
+    bits: npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)

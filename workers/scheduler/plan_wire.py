@@ -3,11 +3,13 @@ in front."""
 
 from typing import Any
 
+import numpy as np
+
 from workers.constraint.automaton import ConstraintLimits
 from workers.request import SamplingParams, TokenLogprobs
-from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
+from workers.scheduler.plan import SequenceStart, StepMasks, StepPlan, StepResult
 
-PLAN_VERSION = 6
+PLAN_VERSION = 7
 
 
 def encode_plan(plan: StepPlan) -> bytes:
@@ -41,6 +43,7 @@ def encode_plan(plan: StepPlan) -> bytes:
             plan.dropped_automata,
             plan.drafts,
             plan.prompt_logprobs,
+            plan.awaits_masks,
         )
     )
 
@@ -78,6 +81,24 @@ def decode_plan(data: bytes) -> StepPlan:
         ) in starts
     )
     return StepPlan(step, decoded, *rest)
+
+
+def encode_masks(masks: StepMasks) -> bytes:
+    """Return masks as msgpack."""
+    return _pack((PLAN_VERSION, masks.step, masks.rows.tobytes(), masks.bits.shape, masks.bits.tobytes()))
+
+
+def decode_masks(data: bytes) -> StepMasks:
+    """Return the masks that `encode_masks` encoded.
+
+    Raises:
+        ValueError: the data has another version of the plan format.
+    """
+    version, step, rows, shape, bits = _unpack(data)
+    _check_version(version)
+    return StepMasks(
+        step, np.frombuffer(rows, dtype=np.int64), np.frombuffer(bits, dtype=np.uint8).reshape(shape)
+    )
 
 
 def encode_result(result: StepResult) -> bytes:

@@ -164,18 +164,19 @@ class Scheduler:
         insort(self._waiting, sequence, key=_order)
         return None
 
-    def abort(self, seq_id: int, reason: str) -> SequenceUpdate | None:
+    def abort(self, seq_id: int, reason: str, finish_reason: FinishReason = "abort") -> SequenceUpdate | None:
         """End a sequence now; a result for it that arrives later is ignored.
 
         Args:
             reason: one sentence, which becomes the update's `error`.
+            finish_reason: `abort` or `error`.
         Returns:
             Its last update; None if it has ended before or is unknown.
         """
         sequence = self._sequences.get(seq_id)
         if sequence is None:
             return None
-        return self._end(sequence, "abort", reason)
+        return self._end(sequence, finish_reason, reason)
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None if no sequence can compute anything now."""

@@ -17,8 +17,8 @@ import pytest
 from tests.support.fake_executor import MODEL, VOCAB, FakeExecutor
 from tests.support.waiting import until
 from workers.config import CacheConfig, EngineConfig, SchedulerConfig
-from workers.engine import engine as engine_module
 from workers.engine import requests as requests_module
+from workers.engine import step_loop
 from workers.engine.engine import Engine
 from workers.engine.stream import OutputStream, ThreadReader
 from workers.errors import (
@@ -30,7 +30,7 @@ from workers.errors import (
     Overloaded,
 )
 from workers.request import EngineOutput, EngineRequest, SamplingParams
-from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan import StepMasks, StepPlan, StepResult
 
 WAIT_S = 60.0
 
@@ -172,7 +172,7 @@ def test_a_deadline_ends_running_and_waiting_requests(monkeypatch: pytest.Monkey
     executor = FakeExecutor()
     now = [100.0]
     clock = SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(step_loop, "time", clock)
     monkeypatch.setattr(requests_module, "time", clock)
 
     def pass_time(plan: StepPlan) -> None:
@@ -485,7 +485,7 @@ class QueuedExecutor(FakeExecutor):
         self.num_ahead: list[int] = []
         self._queue: deque[tuple[StepPlan, Future[StepResult]]] = deque()
 
-    def execute(self, plan: StepPlan) -> "Future[StepResult]":
+    def execute(self, plan: StepPlan, masks: "Future[StepMasks] | None" = None) -> "Future[StepResult]":
         future: Future[StepResult] = Future()
         self.num_ahead.append(len(self._queue))
         self._queue.append((plan, future))

@@ -33,8 +33,9 @@ from workers.engine.stream import OutputStream, ThreadReader
 from workers.errors import CheckpointError, ConfigError, EngineDead, RankCrashed
 from workers.executor import channel as wire
 from workers.executor.channel import EngineChannel, RankChannel
-from workers.executor.distributed import DistributedExecutor, OnExit, Placement
+from workers.executor.distributed import DistributedExecutor
 from workers.executor.launch_processes import ProcessRanks
+from workers.executor.launcher import OnExit, Placement
 from workers.model.make_checkpoint import write_checkpoint
 from workers.model_config import load_model_config
 from workers.private_folder import PrivateFolder

@@ -15,6 +15,8 @@ TIMEOUT_S = 60.0
 
 
 class Step:
+    awaits_masks = False
+
     def __init__(self, plan: StepPlan) -> None:
         self.end = threading.Event()
         self._plan = plan

@@ -15,6 +15,7 @@ from workers.scheduler.plan_wire import decode_result, encode_plan
 class Step(LaunchedStep):
     def __init__(self, plan: StepPlan, log: list[str]) -> None:
         self.finished = False
+        self._pending = None
         self._plan, self._log = plan, log
 
     @property
@@ -66,7 +67,7 @@ def run(script: list[int | str], number: int = 0) -> tuple[list[str], list[int]]
     rank = Rank(log)
     channel = Channel(rank, script)
     with pytest.raises(Stopped):
-        rank_process._run_plans(number, rank, channel, EngineLink(channel, 60))
+        rank_process._run_plans(number, rank, channel, EngineLink(channel, 60), 30.0)
     return log, channel.sent
 
 

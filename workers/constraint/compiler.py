@@ -1,0 +1,219 @@
+"""Makes constraints ready to run: reads their automata and compiles their grammars, in threads of
+its own, each once, and keeps the results within a bound in bytes."""
+
+import hashlib
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from workers.config import GrammarConfig
+from workers.constraint.codec import Constraint
+from workers.constraint.tables import HostTables
+from workers.errors import CantataError, InvalidRequest, Overloaded
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from workers.constraint.grammar import GrammarTokenizer
+
+logger = logging.getLogger(__name__)
+
+COMPILE_TIMEOUT_S = 10.0
+"""Maximum seconds that a request waits for its constraint. A compilation cannot be interrupted, so
+it may go on for others."""
+TOO_SLOW = (
+    f"the grammar took longer than {COMPILE_TIMEOUT_S:g} s to compile; make it simpler, or retry if the "
+    f"server is overloaded"
+)
+NUM_THREADS = 2
+MAX_QUEUED = 256
+"""Maximum number of constraints that wait for a thread; a request beyond it is refused."""
+_BYTES_PER_GRAMMAR = 1 << 20
+_BYTES_PER_CHAR = 64
+"""A compiled grammar's memory: at least a megabyte, with the lexer that its texts warm up."""
+_BYTES_PER_BODY_BYTE = 4
+
+T = TypeVar("T")
+_Key = bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedConstraint:
+    """A constraint that is ready to run.
+
+    Attributes:
+        tables: its automaton.
+        matchers: by grammar, at the beginning of a text; never advanced, only copied, so that the
+            copies share a warm lexer.
+    """
+
+    tables: HostTables
+    matchers: "tuple[LLMatcher, ...]" = ()
+
+
+class _Kept(Generic[T]):
+    """Results, or results to come, by key; the least recently used goes first. Guarded by the
+    compiler's lock."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[_Key, tuple[Future[T], int]] = OrderedDict()
+        self.num_bytes = 0
+
+    def get(self, key: _Key) -> "Future[T] | None":
+        found = self._kept.get(key)
+        if found is None:
+            return None
+        self._kept.move_to_end(key)
+        return found[0]
+
+    def add(self, key: _Key, future: "Future[T]", num_bytes: int) -> None:
+        self._kept[key] = future, num_bytes
+        self.num_bytes += num_bytes
+        while self.num_bytes > self._max_bytes and len(self._kept) > 1:
+            self.drop(next(iter(self._kept)))
+
+    def drop(self, key: _Key) -> None:
+        _, num_bytes = self._kept.pop(key, (None, 0))
+        self.num_bytes -= num_bytes
+
+
+class GrammarCompiler:
+    """The compiler of one engine. Any thread may call `prepare`.
+
+    Args:
+        folder: the checkpoint, with its tokenizer.json.
+        vocab_size: the model's.
+        observe: called with the seconds of each compilation, and whether it succeeded.
+    Attributes:
+        tokenizer: loaded with the first grammar, or by `load`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        vocab_size: int,
+        config: GrammarConfig,
+        observe: Callable[[float, bool], object] = lambda seconds, succeeded: None,
+    ) -> None:
+        self._folder = folder
+        self._vocab_size = vocab_size
+        self._observe = observe
+        self._lock = threading.Lock()
+        self._prepared: _Kept[PreparedConstraint] = _Kept(config.cache_bytes)
+        self._compiled: _Kept[LLMatcher] = _Kept(config.cache_bytes)
+        self._loading = threading.Lock()
+        self.tokenizer: GrammarTokenizer | None = None
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_QUEUED)
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def load(self) -> "GrammarTokenizer":
+        """Load the tokenizer, unless it is loaded.
+
+        Raises:
+            ConfigError: the checkpoint has none.
+        """
+        from workers.constraint.grammar import GrammarTokenizer
+
+        with self._loading:
+            if self.tokenizer is None:
+                started = time.monotonic()
+                self.tokenizer = GrammarTokenizer(self._folder, self._vocab_size)
+                logger.info("loaded the tokenizer of grammars in %.1f s", time.monotonic() - started)
+            return self.tokenizer
+
+    def prepare(self, constraint: Constraint) -> "Future[PreparedConstraint]":
+        """Return the constraint ready to run; at once if it is known.
+
+        Raises (the future):
+            InvalidRequest: llguidance refuses a grammar.
+            Overloaded: too many wait for compilation.
+        """
+        with self._lock:
+            found = self._prepared.get(constraint.id)
+            if found is not None:
+                return found
+            future: Future[PreparedConstraint] = Future()
+            if self._closed:
+                future.set_exception(Overloaded("the engine is shutting down"))
+                return future
+            try:
+                self._jobs.put_nowait(lambda: self._prepare(constraint, future))
+            except queue.Full:
+                future.set_exception(
+                    Overloaded(f"{MAX_QUEUED} constraints wait for compilation; retry after 1 s")
+                )
+                return future
+            self._prepared.add(constraint.id, future, _BYTES_PER_BODY_BYTE * len(constraint.body))
+            if len(self._threads) < NUM_THREADS:
+                # Daemons: llguidance cannot be interrupted, and must not delay the end of the
+                # process.
+                thread = threading.Thread(target=self._run, name="cantata-grammars", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        return future
+
+    def close(self) -> None:
+        """Compile nothing further. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            threads = list(self._threads)
+        while True:
+            try:
+                self._jobs.get_nowait()
+            except queue.Empty:
+                break
+        for _ in threads:
+            self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def _prepare(self, constraint: Constraint, future: "Future[PreparedConstraint]") -> None:
+        try:
+            tables = HostTables(constraint.body)
+            matchers = tuple(self._matcher(grammar) for grammar in tables.grammars)
+            if matchers:
+                tables.set_texts(self.load().texts)
+            future.set_result(PreparedConstraint(tables, matchers))
+        except InvalidRequest as error:
+            future.set_exception(error)  # kept: it would be refused again
+        except Exception as error:
+            # The edge of the thread: what waits must get its end.
+            if not isinstance(error, CantataError):
+                logger.exception("a constraint could not be prepared")
+            with self._lock:
+                self._prepared.drop(constraint.id)
+            future.set_exception(error)
+
+    def _matcher(self, grammar: str) -> "LLMatcher":
+        tokenizer = self.load()
+        key = hashlib.blake2b(grammar.encode(), digest_size=16).digest()
+        with self._lock:
+            found = self._compiled.get(key)
+            if found is None:
+                mine: Future[LLMatcher] = Future()
+                self._compiled.add(key, mine, _BYTES_PER_GRAMMAR + _BYTES_PER_CHAR * len(grammar))
+        if found is not None:
+            return found.result()
+        started = time.perf_counter()
+        try:
+            matcher = tokenizer.compile(grammar)
+        except BaseException as error:
+            mine.set_exception(error)
+            self._observe(time.perf_counter() - started, False)
+            raise
+        mine.set_result(matcher)
+        self._observe(time.perf_counter() - started, True)
+        return matcher

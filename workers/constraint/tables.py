@@ -1,0 +1,92 @@
+"""An automaton as the engine's process follows it: which states have a grammar, or are one token
+before such a state, and which tokens are forced."""
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.constraint.state import AutomatonTables
+
+Bits = npt.NDArray[np.uint8]
+
+
+def mask_words(vocab_size: int) -> int:
+    """Return the number of 32-bit words of a mask."""
+    return -(-vocab_size // 32)
+
+
+LONG_CHAIN = 3
+"""Number of forced tokens in a row from which it pays to follow a sequence for their sake alone."""
+
+
+class HostTables(AutomatonTables):
+    """Tables of an automaton for the engine's process.
+
+    Attributes:
+        grammars: its grammars, as llguidance reads them.
+        grammar_of: by state, the index of its grammar; None without one.
+        nears: by state, whether the next token, or one more, may come in a state with a grammar.
+        forced: by state, the only token that may come next; None if there are several.
+        ends: by state, the tokens with a transition: they end the text of a state with a grammar.
+        texts: by state with a grammar, the tokens that may spell its text, as a bitmask.
+        is_followed: whether the engine has to follow sequences with this automaton.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__(body)
+        states = self.states
+        self.grammar_of = [state.grammar if state.HasField("grammar") else None for state in states]
+        overflow = [state.overflow if state.HasField("overflow") else None for state in states]
+        self.forced = [
+            state.allowed[0] if state.restrict and len(set(state.allowed)) == 1 else None for state in states
+        ]
+        following = [
+            {index, *(entry.state for entry in state.transitions)} for index, state in enumerate(states)
+        ]
+        self.nears = [
+            any(
+                self.grammar_of[place] is not None
+                for target in targets
+                for place in (target, overflow[target])
+                if place is not None
+            )
+            for targets in following
+        ]
+        self.is_followed = bool(self.grammars) or self._has_long_chain()
+        self.ends = [tuple(dict.fromkeys(entry.token_id for entry in state.transitions)) for state in states]
+        self.texts: dict[int, Bits] = {}
+
+    def set_texts(self, texts: Bits) -> None:
+        """Compute `texts`.
+
+        Args:
+            texts: the vocabulary's tokens that are text, as a bitmask.
+        """
+        shared: dict[bytes, Bits] = {}
+        for state, grammar in enumerate(self.grammar_of):
+            if grammar is not None:
+                bits = self._text_bits(state, texts)
+                self.texts[state] = shared.setdefault(bits.tobytes(), bits)
+
+    def _text_bits(self, state: int, texts: Bits) -> Bits:
+        entry, bits = self.states[state], texts.copy()
+        if entry.restrict:
+            allowed = np.zeros(len(texts) * 8, dtype=np.uint8)
+            allowed[np.array(entry.allowed, dtype=np.int64)] = 1
+            bits &= np.packbits(allowed, bitorder="little")
+        removed = [*self.ends[state], *(() if entry.restrict else entry.forbidden)]
+        for token_id in removed:
+            bits[token_id >> 3] &= ~(1 << (token_id & 7)) & 0xFF
+        return bits
+
+    def _has_long_chain(self) -> bool:
+        """Return whether tokens are forced LONG_CHAIN times in a row, in different states."""
+        return any(len(self._chain(state)) >= LONG_CHAIN for state in range(len(self.forced)))
+
+    def _chain(self, state: int) -> list[int]:
+        """Return the first LONG_CHAIN forced states from this one on."""
+        chain: list[int] = []
+        while self.forced[state] is not None and state not in chain and len(chain) < LONG_CHAIN:
+            chain.append(state)
+            entries = self.states[state].transitions
+            state = next((entry.state for entry in entries if entry.token_id == self.forced[state]), state)
+        return chain

@@ -1,0 +1,192 @@
+"""Masks of the rows of a step whose sequences spell a text of a grammar, computed by llguidance
+while the ranks run the model."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.constraint.tables import Bits
+from workers.scheduler.plan import StepMasks
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
+
+logger = logging.getLogger(__name__)
+
+MAX_FORCED = 32
+"""Maximum number of forced tokens that are looked ahead."""
+
+
+class Body:
+    """A text that a sequence spells in a state with a grammar. The engine's thread appends its
+    tokens; all else belongs to the thread that computes masks.
+
+    Args:
+        grammar: a matcher at the beginning of a text, which is copied.
+    Attributes:
+        tokens: the tokens of the text that are known.
+        forced: tokens that follow the first `forced_after` ones, if the text is written as the
+            tokenizer would; (number of tokens, forced tokens).
+    """
+
+    __slots__ = ("forced", "grammar", "matcher", "num_consumed", "tokens")
+
+    def __init__(self, grammar: "LLMatcher") -> None:
+        self.grammar = grammar
+        self.tokens: list[int] = []
+        self.matcher: LLMatcher | None = None
+        self.num_consumed = 0
+        self.forced: tuple[int, tuple[int, ...]] = (0, ())
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRow:
+    """A row of a step that needs a mask.
+
+    Attributes:
+        row: index among the step's sampled rows.
+        body: the text, as far as it is known.
+        num_tokens: number of its tokens that come before the row.
+        drafts: further tokens of the text before the row, which may be wrong.
+        text: bitmask of the tokens that may spell the text.
+        ends: tokens that may come where the text is complete.
+    """
+
+    row: int
+    seq_id: int
+    body: Body
+    num_tokens: int
+    drafts: tuple[int, ...]
+    text: Bits
+    ends: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class MaskJob:
+    """The masks of one step.
+
+    Attributes:
+        result: the masks; its rows may be fewer than the step's.
+        failed: by sequence, why its text cannot go on; complete once `result` is there.
+    """
+
+    step: int
+    result: "Future[StepMasks]" = field(default_factory=Future)
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+class MaskThread:
+    """Computes masks, one step after the other, in one thread that spreads the work over others.
+
+    Args:
+        num_threads: how many.
+        observe: called with the seconds that each job took, and its number of rows.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        num_threads: int,
+        observe: Callable[[float, int], object] = lambda seconds, rows: None,
+    ) -> None:
+        self._num_threads = num_threads
+        self._observe = observe
+        # Whole words of 32 bits, as llguidance writes them.
+        self._num_words = -(-vocab_size // 32)
+        self._executor: LLExecutor | None = None
+        self._jobs: queue.SimpleQueue[tuple[MaskJob, Sequence[MaskRow]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def compute(self, job: MaskJob, rows: Sequence[MaskRow]) -> None:
+        """Compute the masks of the job's rows; returns at once."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="cantata-masks", daemon=True)
+            self._thread.start()
+        self._jobs.put((job, rows))
+
+    def close(self) -> None:
+        """End the thread after the jobs in its queue."""
+        if self._thread is not None:
+            self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (entry := self._jobs.get()) is not None:
+            job, rows = entry
+            started = time.perf_counter()
+            try:
+                masks = self._compute(job, rows)
+            except Exception as error:
+                # The edge of the thread: the step that waits must get its end. Errors of a single
+                # text are not exceptions.
+                logger.exception("the masks of step %d failed", job.step)
+                job.result.set_exception(error)
+            else:
+                self._observe(time.perf_counter() - started, len(rows))
+                job.result.set_result(masks)
+
+    def _compute(self, job: MaskJob, rows: Sequence[MaskRow]) -> StepMasks:
+        if self._executor is None:
+            from llguidance import LLExecutor
+
+            self._executor = LLExecutor(self._num_threads)
+        self._catch_up(rows)
+        matchers = [_matcher_of(row) for row in rows]
+        words: npt.NDArray[np.uint32] = np.zeros((len(rows), self._num_words), dtype=np.uint32)
+        self._executor.unsafe_compute_mask_ptr(
+            [(matcher, index) for index, matcher in enumerate(matchers)],
+            words.ctypes.data,
+            self._num_words * words.itemsize,
+            len(rows),
+        )
+        bits = words.view(np.uint8)
+        for mask, row, matcher in zip(bits, rows, matchers, strict=True):
+            mask &= row.text
+            if matcher.is_error() and not row.drafts:
+                # The token of this row is not used, but there must be one.
+                job.failed[row.seq_id] = _failure(matcher.get_error())
+                mask[:] = row.text
+            elif matcher.is_accepting() or not mask.any():
+                for token_id in row.ends:
+                    mask[token_id >> 3] |= 1 << (token_id & 7)
+            if not row.drafts:
+                row.body.forced = row.num_tokens, tuple(matcher.compute_ff_tokens()[:MAX_FORCED])
+        return StepMasks(job.step, np.array([row.row for row in rows], dtype=np.int64), bits)
+
+    def _catch_up(self, rows: Sequence[MaskRow]) -> None:
+        """Let each row's text consume its tokens."""
+        assert self._executor is not None
+        singles: list[tuple[LLMatcher, int]] = []
+        for row in rows:
+            body = row.body
+            if body.matcher is None:
+                body.matcher = body.grammar.deep_copy()
+            new = body.tokens[body.num_consumed : row.num_tokens]
+            body.num_consumed += len(new)
+            if len(new) == 1:
+                singles.append((body.matcher, new[0]))
+            elif new:
+                body.matcher.consume_tokens(new)
+        if singles:
+            self._executor.consume_token_par(singles)
+
+
+def _matcher_of(row: MaskRow) -> "LLMatcher":
+    matcher = row.body.matcher
+    assert matcher is not None
+    if row.drafts:
+        matcher = matcher.deep_copy()
+        matcher.consume_tokens(list(row.drafts))
+    return matcher
+
+
+def _failure(error: str) -> str:
+    """Return why a text cannot go on, as a sentence for the client."""
+    return f"the output's grammar failed: {error.partition(chr(10))[0].strip()}"
