@@ -184,18 +184,19 @@ class GrammarConfig:
     the engine's process.
 
     Attributes:
-        load: when its tokenizer is loaded, which takes 0.5 GiB and 3 s of gpt-oss's vocabulary:
-            with the `first` grammar, or at the `start` of the engine.
-        num_threads: number of threads that compute masks.
-        cache_bytes: size of the compiled grammars that are kept, approximately.
+        load: when its tokenizer is loaded, 0.5 GiB and 3 s of gpt-oss's vocabulary: at the
+            `first_use` of a grammar, or at the `start` of the engine.
+        num_threads: number of threads that compute masks; None: a quarter of the CPUs that the
+            engine's process may use, from 1 to 8.
+        cache_bytes: approximate size of the compiled grammars that are kept.
     """
 
-    load: Literal["first", "start"] = "first"
-    num_threads: int = 2
+    load: Literal["first_use", "start"] = "first_use"
+    num_threads: int | None = None
     cache_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_threads <= 256:
+        if self.num_threads is not None and not 1 <= self.num_threads <= 256:
             raise ConfigError(f"engine.grammars.num_threads must be 1 to 256, got {self.num_threads}")
         if self.cache_bytes < 1:
             raise ConfigError(f"engine.grammars.cache_bytes must be above 0, got {self.cache_bytes}")

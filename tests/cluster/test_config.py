@@ -70,6 +70,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "engine.cache.prefix_caching": "false",
         "engine.cache.memory_bytes": "1.5GiB",
         "engine.cache.dtype": "fp8",
+        "engine.grammars.load": "start",
         "engine.heartbeat_timeout_s": "7.5",
         "engine.allow_zero_weights": "true",
         "engine.max_model_len": "32k",

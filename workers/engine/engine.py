@@ -2,6 +2,7 @@
 threads communicate with it through a bounded inbox."""
 
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -10,7 +11,7 @@ from workers.constraint.codec import Constraint
 from workers.constraint.compiler import GrammarCompiler, PreparedConstraint
 from workers.engine.grammars import GrammarSteps
 from workers.engine.heartbeat import StepLoopWatch
-from workers.engine.masks import MaskThread
+from workers.engine.masks import MaskThread, mask_threads
 from workers.engine.requests import RequestBook
 from workers.engine.step_loop import SHUTTING_DOWN, StepLoop
 from workers.engine.step_stats import StepStats
@@ -69,8 +70,11 @@ class Engine:
         # minutes.
         watched = config.parallel.tensor == 1 and not config.device.startswith("cpu")
         self.watch = StepLoopWatch(config.parallel.step_timeout_s if watched else None)
-        self._compiler = GrammarCompiler(config.model_path, model.vocab_size, config.grammars)
-        self._masks = MaskThread(model.vocab_size, config.grammars.num_threads)
+        self._compiler = GrammarCompiler(
+            config.model_path, model.vocab_size, config.grammars, self._stats.grammar_compiled
+        )
+        num_threads = config.grammars.num_threads or mask_threads(len(os.sched_getaffinity(0)))
+        self._masks = MaskThread(model.vocab_size, num_threads, self._stats.masks_computed)
         self._loop = StepLoop(
             executor,
             GrammarSteps(self._masks),

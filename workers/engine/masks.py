@@ -25,6 +25,11 @@ MAX_FORCED = 32
 """Maximum number of forced tokens that are looked ahead."""
 
 
+def mask_threads(num_cpus: int) -> int:
+    """Return the number of threads that compute masks, of a process that may use so many CPUs."""
+    return min(max(num_cpus // 4, 1), 8)
+
+
 class Body:
     """A text that a sequence spells in a state with a grammar. The engine's thread appends its
     tokens; all else belongs to the thread that computes masks.

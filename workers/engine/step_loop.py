@@ -148,6 +148,7 @@ class StepLoop:
         for seq_id, sentence in flight.masks.failed.items() if flight.masks is not None else ():
             failed = self._scheduler.abort(seq_id, sentence, "error")
             if failed is not None:
+                self._stats.grammar_failed()
                 self._apply(failed, InvalidRequest(sentence, "constraint"))
         for update in self._scheduler.update(result):
             self._apply(update)
