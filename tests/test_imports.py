@@ -53,7 +53,7 @@ FOLDERS = {
         "workers.scheduler",
     },
     "cluster.harmony": {"cluster", "cluster.grammars", "workers", "workers.constraint"},
-    "cluster.grammars": {"cluster", "workers"},
+    "cluster.grammars": {"cluster", "workers", "workers.constraint"},
     "cluster.fleet": {"cluster", "workers", "workers.rpc"},
     "cluster.generation": {
         *("cluster", "cluster.fleet", "cluster.grammars", "cluster.harmony", "workers"),

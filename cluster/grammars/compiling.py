@@ -6,11 +6,12 @@ import re
 import time
 from collections.abc import Callable
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
 from cluster.grammars.byte_tokenizer import byte_tokenizer
 from cluster.grammars.subschemas import Place, Subschemas
 from cluster.grammars.wire import Verdict
+from workers.constraint.parser_limits import parser_limits
 
 _MAX_REASON_CHARS = 400
 _MAX_PATH_CHARS = 200
@@ -26,7 +27,7 @@ class Compiler:
 
     def __init__(self) -> None:
         self._tokenizer: LLTokenizer = byte_tokenizer()
-        self._limits = LLParserLimits(verbose_errors=False)
+        self._limits = parser_limits()
 
     def verdict(self, text: str, on_error: Callable[[], None] = lambda: None) -> Verdict:
         """Compile a grammar.

@@ -12,6 +12,7 @@ from typing import Literal
 
 import orjson
 
+from cluster.grammars.annotations import may_have_annotations, without_annotations
 from cluster.grammars.reduced import reduced
 from workers.errors import InvalidRequest
 
@@ -26,6 +27,7 @@ model that could write any whitespace there may write nothing else."""
 _JSON_OPTIONS = {
     "whitespace_pattern": _WHITESPACE,
     "json_allow_general_unicode_escapes": True,
+    "coerce_one_of": True,
 }
 _OPTIONS_KEY = "x-guidance"
 
@@ -61,7 +63,10 @@ def json_schema(schema: object, param: str) -> Grammar:
     if not isinstance(schema, dict) and schema is not False:
         raise InvalidRequest(f"{param} must be a JSON schema: an object, true or false.", param)
     try:
-        return _of_schema(schema)
+        grammar = _of_schema(schema)
+        if schema and may_have_annotations(grammar.text):
+            grammar = _of_schema(without_annotations(schema))
+        return grammar
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"{param} cannot be written as JSON: {error}.", param) from None
     except _TooLong as error:

@@ -4,14 +4,11 @@ grammar, as llguidance and its tokenizer take hundreds of megabytes."""
 from pathlib import Path
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
+from workers.constraint.parser_limits import parser_limits
 from workers.constraint.tables import Bits, mask_words
 from workers.errors import ConfigError, InvalidRequest
-
-MAX_LEXER_STATES = 50_000
-"""Maximum number of states of a grammar's lexer, each about 2 kB: they are made as texts come, and
-kept as long as the grammar."""
 
 
 class GrammarTokenizer:
@@ -48,8 +45,7 @@ class GrammarTokenizer:
         Raises:
             InvalidRequest: llguidance does not take the grammar; the sentence may quote it.
         """
-        limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits)
+        matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=parser_limits())
         if matcher.is_error():
             raise InvalidRequest(
                 f"the grammar was refused: {first_line(matcher.get_error())}", "constraint.grammars"

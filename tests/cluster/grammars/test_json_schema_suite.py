@@ -1,0 +1,160 @@
+"""JSON Schema's own test suite (draft 2020-12), and the table in docs/structured-output.md: what is
+enforced lets no invalid instance through, what is approximated does, and the rest is refused."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.grammars.annotations import FORMATS
+from cluster.grammars.compiling import Compiler
+from cluster.grammars.grammar import Grammar, json_schema
+from tests.support.grammars import Texts
+from workers.errors import InvalidRequest
+
+ROOT = Path(__file__).parents[3]
+SUITE = ROOT / "tests/golden/json_schema_suite"
+
+STRICTER = {
+    "allOf": 2,  # the instance has another order than the schema
+    "const": 5,  # 0.0 for 0; another order of an object
+    "enum": 4,
+    "ref": 2,  # another order
+    "type": 1,  # 1.0 as an integer
+    "format/email": 4,  # quoted local parts, addresses as domains
+    "format/ipv6": 4,  # with the last part as an IPv4 address
+}
+"""Number of valid instances of each file that are not allowed."""
+LOOSER = {
+    "oneOf": 8,  # valid against several
+    "format/date": 2,  # 29 February
+    "format/date-time": 2,  # leap seconds at any time
+    "format/time": 10,
+}
+"""Number of invalid instances of each file that are allowed."""
+REFUSED = {
+    "additionalProperties": 2,  # `propertyNames`, `dependentSchemas`
+    "allOf": 2,  # no instance is valid
+    "anyOf": 1,
+    "boolean_schema": 1,  # false
+    "maxItems": 1,  # 2.0
+    "maxLength": 1,
+    "maxProperties": 1,
+    "minItems": 1,
+    "minLength": 1,
+    "minProperties": 1,
+    "multipleOf": 1,
+    "oneOf": 1,
+    "patternProperties": 3,  # patterns overlap
+    "ref": 6,  # a remote one, and keywords that are refused
+}
+"""Number of schemas of each file that are refused."""
+
+SCHEMAS_OF_REFUSED = {"uniqueItems": True, "unevaluatedItems": False, "minContains": 2, "$dynamicRef": "#"}
+"""Values of keywords that are refused; `{}` for the others."""
+
+
+@dataclass
+class Counts:
+    refused: int = 0
+    looser: int = 0
+    stricter: int = 0
+
+
+def texts(grammar: Grammar) -> Texts | None:
+    return None if Compiler().verdict(grammar.text).reason else Texts(grammar)
+
+
+def counted(file: Path) -> Counts:
+    counts = Counts()
+    for group in json.loads(file.read_text()):
+        try:
+            allowed = texts(json_schema(group["schema"], "schema"))
+        except InvalidRequest:
+            allowed = None
+        if allowed is None:
+            counts.refused += 1
+            continue
+        for test in group["tests"]:
+            text = json.dumps(test["data"], ensure_ascii=False)
+            counts.looser += text in allowed and not test["valid"]
+            counts.stricter += text not in allowed and test["valid"]
+    return counts
+
+
+def files() -> list[str]:
+    return sorted(file.relative_to(SUITE).with_suffix("").as_posix() for file in SUITE.rglob("*.json"))
+
+
+@pytest.mark.parametrize("name", files())
+def test_json_schema_suite(name: str) -> None:
+    counts = counted(SUITE / f"{name}.json")
+    assert counts == Counts(REFUSED.get(name, 0), LOOSER.get(name, 0), STRICTER.get(name, 0))
+
+
+def table() -> Iterator[tuple[list[str], str]]:
+    """Yield the keywords of a row of the documented table, and what they are."""
+    for line in (ROOT / "docs/structured-output.md").read_text().splitlines():
+        if found := re.match(r"\| (`[^|]*) \| (enforced|approximated|refused) \|", line):
+            yield re.findall(r"`([^`]+)`", found[1]), found[2]
+
+
+def test_the_table_says_what_the_suite_shows() -> None:
+    kinds = {keyword: kind for keywords, kind in table() for keyword in keywords}
+    for name in files():
+        keyword = "format" if name.startswith("format/") else name
+        if keyword in ("boolean_schema", "infinite-loop-detection", "default"):
+            continue
+        kind = kinds.pop(keyword, None) or ("approximated" if keyword == "format" else kinds["$" + keyword])
+        assert kind == ("approximated" if name in LOOSER or keyword == "format" else "enforced"), name
+    assert kinds.keys() - {"$ref", "$anchor", "$defs", "definitions"} == {
+        keyword for keyword, kind in kinds.items() if kind == "refused"
+    }
+
+
+@pytest.mark.parametrize(
+    "keyword", [keyword for keywords, kind in table() if kind == "refused" for keyword in keywords]
+)
+def test_what_the_table_calls_refused_is_refused_with_its_name(keyword: str) -> None:
+    schema = {"properties": {"a": {keyword: SCHEMAS_OF_REFUSED.get(keyword, {})}}}
+    verdict = Compiler().verdict(json_schema(schema, "schema").text)
+    assert verdict.place == f".properties.a.{keyword}"
+
+
+def test_the_table_names_the_formats_that_are_enforced() -> None:
+    (line,) = [
+        line
+        for line in (ROOT / "docs/structured-output.md").read_text().splitlines()
+        if line.startswith("| `format` |")
+    ]
+    assert set(re.findall(r"`([^`]+)`", line)) - {"format"} == set(FORMATS) - {"unknown"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "format": "password"},
+        {"type": "string", "format": "uri-reference"},
+        {"type": "array", "uniqueItems": False},
+        {"$schema": "https://example.com/my-dialect"},
+        {"properties": {"a": {"discriminator": {}, "anyOf": [{"$ref": "#"}, {"type": "null"}]}}},
+    ],
+)  # fmt: skip
+def test_annotations_do_not_count(schema: object) -> None:
+    assert texts(json_schema(schema, "schema")) is not None
+
+
+def test_what_looks_like_an_annotation_but_is_data_stays() -> None:
+    schema = {
+        "properties": {
+            "discriminator": {"type": "integer"},
+            "format": {"const": {"format": "x", "$schema": 1}},
+        }
+    }
+    allowed = Texts(json_schema({"type": "object", **schema}, "schema"))
+    assert '{"discriminator": 1, "format": {"format": "x", "$schema": 1}}' in allowed
+    assert '{"discriminator": "x"}' not in allowed
+    assert '{"format": {}}' not in allowed
