@@ -28,7 +28,7 @@ QUICK = GatewayConfig(
     send_timeout_s=SHORT_S,
     max_header_bytes=4096,
 )
-LIMIT_S = 20
+LIMIT_S = 120
 CHAT = json.dumps({"messages": [{"role": "user", "content": "x"}]})
 # More than the kernels' buffers hold: 1.5 kB a token.
 LARGE = ', "logprobs": true, "top_logprobs": 20, "max_tokens": 10000}'
