@@ -86,6 +86,7 @@ def connect(
         today: the current day in UTC, for `conversation_date: auto`.
     """
     metrics, served = GatewayMetrics(), ServedModel(model)
+    client.on_constraint_left_out = metrics.constraints_left_out.labels("engine_version").inc
     prompts = Prompts(encoding, served, defaults, today)
     service = GenerationService(served, prompts, Dispatcher(replicas, client, metrics), metrics, capacity)
     return Gateway(service, FleetStatus(replicas, client, metrics, view))
@@ -144,7 +145,14 @@ def build_gateway(
 
 def chat_defaults(gateway: GatewayConfig) -> ChatDefaults:
     """Return the defaults of chats that do not set these values themselves."""
-    return ChatDefaults(gateway.conversation_date, gateway.reasoning_effort, gateway.harmony_constraint)
+    return ChatDefaults(
+        gateway.conversation_date,
+        gateway.reasoning_effort,
+        gateway.harmony_constraint,
+        gateway.tool_arguments,
+        gateway.reasoning_wrap_up,
+        gateway.reserve_answer,
+    )
 
 
 def capacity(gateway: GatewayConfig) -> Capacity:

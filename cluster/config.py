@@ -48,6 +48,8 @@ cantata-http."""
 
 ReasoningEffort = Literal["low", "medium", "high"]
 HarmonyConstraint = Literal["off", "headers"]
+ToolArguments = Literal["schema_types", "json", "free"]
+WRAP_UP = "\n\nThat is enough thinking. I will now write the final answer."
 
 
 class _Settings(BaseModel):
@@ -113,6 +115,12 @@ class GatewayConfig(_Settings):
         harmony_constraint: for chats that do not set it: `headers` lets the model write only
             well-formed headers, recipients that are declared tools, and the end that belongs to
             each message; `off` lets it write anything.
+        tool_arguments: in constrained chats, arguments of functions that are neither strict nor
+            forced: `schema_types` for JSON with the types of the function's schema, `json` for any
+            JSON object, `free` for any text.
+        reasoning_wrap_up: text that ends reasoning which reaches a limit, in constrained chats.
+        reserve_answer: in constrained chats a share of `max_tokens` stays for the answer: a
+            quarter, 32 to 4096 tokens; below 128 half of it.
     """
 
     served_model_name: str | None = Field(default=None, min_length=1)
@@ -139,6 +147,9 @@ class GatewayConfig(_Settings):
     conversation_date: Annotated[str, BeforeValidator(values.conversation_date)] = "auto"
     reasoning_effort: ReasoningEffort = "medium"
     harmony_constraint: Annotated[HarmonyConstraint, BeforeValidator(values.off)] = "off"
+    tool_arguments: ToolArguments = "schema_types"
+    reasoning_wrap_up: str = Field(default=WRAP_UP, max_length=1000)
+    reserve_answer: bool = True
 
 
 _NUM_REPLICAS_OF = {"replicas": "engine", "gateways": "gateway"}
@@ -304,6 +315,9 @@ RUN_TIME_SETTINGS = (
     "conversation_date",
     "reasoning_effort",
     "harmony_constraint",
+    "tool_arguments",
+    "reasoning_wrap_up",
+    "reserve_answer",
 )
 """Settings of `gateway` that a running gateway applies from the `user_config` of its deployment."""
 

@@ -92,10 +92,31 @@ class GatewayMetrics:
             "Departures of model output from the harmony format, by kind.",
             ("kind",),
         )
+        self._add_constraints(counter)
         for reason in get_args(FinishReason):
             self.finished_choices.labels(reason)
         for kind in get_args(Repair):
             self.repairs.labels(kind)
+
+    def _add_constraints(self, counter: "partial[Counter]") -> None:
+        self.structured_requests = counter(
+            "cantata_gateway_structured_requests",
+            "Requests for a form of the answer, by its kind, or for a call.",
+            ("kind",),
+        )
+        self.reasoning_cuts = counter(
+            "cantata_gateway_reasoning_cuts", "Choices whose reasoning was ended by a limit."
+        )
+        self.schema_fallbacks = counter(
+            "cantata_gateway_schema_fallbacks",
+            "Tools whose schema did not compile, so that their arguments may be any JSON object; counted "
+            "once for each set of tools.",
+        )
+        self.constraints_left_out = counter(
+            "cantata_gateway_constraints_left_out",
+            "Sequences without the deployment's constraint, which could not be made or run.",
+            ("reason",),
+        )
 
     def render(self) -> str:
         """Return the registry in Prometheus' text format."""

@@ -60,7 +60,8 @@ FOLDERS = {
         *("workers.constraint", "workers.rpc"),
     },
     "cluster.frontend": {
-        *("cluster", "cluster.generation", "cluster.harmony", "cluster.rpc", "workers", "workers.rpc"),
+        *("cluster", "cluster.generation", "cluster.grammars", "cluster.harmony", "cluster.rpc"),
+        *("workers", "workers.rpc"),
     },
     "cluster.standalone": {
         *("cluster", "cluster.fleet", "cluster.frontend", "cluster.generation", "cluster.harmony"),

@@ -66,6 +66,10 @@ class EngineClient:
     Args:
         on_silence: called with True when a replica with calls from here does not answer, with False
             when it answers again.
+
+    Attributes:
+        on_constraint_left_out: called when a sequence runs without its optional constraint, because
+            the replica's version lacks what that needs.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class EngineClient:
         self._watches: dict[Replica, ReplicaWatch] = {}
         self._capabilities: dict[Replica, frozenset[str]] = {}
         self._sent: dict[Replica, RecentIds] = {}
+        self.on_constraint_left_out: Callable[[], object] = lambda: None
         self._on_silence = on_silence
         self._patience = patience or Patience()
 
@@ -95,6 +100,11 @@ class EngineClient:
         if wanted or request.priority or request.constraint is not None:
             capabilities = await self._capabilities_of(replica)
         if missing := wanted - capabilities:
+            reduced = convert.without_optional(request, missing)
+            if reduced is not request:
+                self.on_constraint_left_out()
+                request, missing = reduced, frozenset()
+        if missing:
             raise NoReplica(f"The replica's version does not support {', '.join(sorted(missing))}.")
         by_reference = convert.CONSTRAINT_REF in capabilities
         sent = self._sent.setdefault(replica, RecentIds()) if by_reference else None

@@ -50,17 +50,24 @@ class FunctionBody(TypedDict, total=False):
     arguments: str
 
 
+class CustomBody(TypedDict, total=False):
+    name: str
+    input: str
+
+
 class ToolCallBody(TypedDict):
     id: str
-    type: Literal["function"]
-    function: FunctionBody
+    type: Literal["function", "custom"]
+    function: NotRequired[FunctionBody]
+    custom: NotRequired[CustomBody]
 
 
 class ToolCallDeltaBody(TypedDict):
     index: int
     id: NotRequired[str]
-    type: NotRequired[Literal["function"]]
-    function: FunctionBody
+    type: NotRequired[Literal["function", "custom"]]
+    function: NotRequired[FunctionBody]
+    custom: NotRequired[CustomBody]
 
 
 class AnswerMessage(TypedDict):

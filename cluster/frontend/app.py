@@ -207,7 +207,7 @@ def _to_tokenize(asked: schema.TokenizeRequest, num_bytes: int) -> str | ChatReq
         messages=chat.chat_messages(asked.messages),
         num_bytes=num_bytes,
         tools=chat.tool_definitions(asked.tools or ()),
-        reasoning_effort=effort,
+        reasoning_effort=reasoning.shown_effort(effort),
         model_identity=kwargs.model_identity,
         current_date=kwargs.current_date,
     )

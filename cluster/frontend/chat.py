@@ -11,14 +11,17 @@ from cluster.frontend.answers import (
     ChatCompletionChunk,
     ChoiceLogprobs,
     ChunkChoice,
+    CustomBody,
     DeltaBody,
     FunctionBody,
+    ToolCallBody,
     ToolCallDeltaBody,
     TopLogprob,
     UsageBody,
 )
 from cluster.frontend.chat_messages import ChatMessage, ToolCall, harmony_messages
 from cluster.frontend.fold import (
+    AnswerCall,
     AnswerChoice,
     AnswerDelta,
     Finish,
@@ -28,7 +31,13 @@ from cluster.frontend.fold import (
     ToolCallDelta,
     whole_answer,
 )
-from cluster.frontend.reasoning import chat_effort, earlier_reasoning, shows_reasoning
+from cluster.frontend.reasoning import (
+    chat_effort,
+    earlier_reasoning,
+    reasoning_budget,
+    shown_effort,
+    shows_reasoning,
+)
 from cluster.frontend.sampling import check_stream_options, options, sampling_params, stop_strings
 from cluster.frontend.schema import (
     ChatCompletionRequest,
@@ -37,10 +46,22 @@ from cluster.frontend.schema import (
     ReasoningPart,
     RefusalPart,
     TextPart,
-    Tool,
 )
 from cluster.frontend.schema import Message as MessageBody
-from cluster.generation import ChatRequest, FieldNames, Generation
+from cluster.frontend.schema_tools import (
+    AllowedToolChoice,
+    AssistantToolCall,
+    CustomTool,
+    CustomToolCall,
+    GrammarInput,
+    NamedCustomTool,
+    NamedFunction,
+    NamedTool,
+    Tool,
+)
+from cluster.frontend.structure import body_structure
+from cluster.frontend.tool_choices import Named, text_input, tool_choice
+from cluster.generation import ChatRequest, FieldNames, Generation, ToolChoice
 from cluster.harmony.message import Message
 from cluster.harmony.tools import ToolDefinition
 from workers.errors import InvalidRequest
@@ -67,14 +88,20 @@ def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
     kwargs = body.chat_template_kwargs or ChatTemplateKwargs()
+    effort = chat_effort(body, kwargs)
+    tools = () if body.tool_choice == "none" else tool_definitions(body.tools or ())
     return ChatRequest(
         messages=chat_messages(body.messages),
         num_bytes=num_bytes,
         sampling=sampling_params(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None),
-        tools=() if body.tool_choice == "none" else tool_definitions(body.tools or ()),
+        tools=tools,
+        tool_choice=_tool_choice(body, tools),
         stop=stop_strings(body),
         parallel_tool_calls=body.parallel_tool_calls is not False,
-        reasoning_effort=chat_effort(body, kwargs),
+        structure=body_structure(body),
+        skips_reasoning=effort == "none",
+        max_reasoning_tokens=reasoning_budget(body),
+        reasoning_effort=shown_effort(effort),
         model_identity=kwargs.model_identity,
         current_date=kwargs.current_date,
         harmony_constraint=body.harmony_constraint,
@@ -98,9 +125,7 @@ def chat_messages(messages: Sequence[MessageBody]) -> tuple[Message, ...]:
 
 
 def _chat_message(message: MessageBody, path: str) -> ChatMessage:
-    calls = tuple(
-        ToolCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
-    )
+    calls = tuple(_earlier_call(call) for call in message.tool_calls or ())
     content = message.content
     if content is None and message.role == "assistant":
         content = message.refusal or ""
@@ -132,12 +157,63 @@ def _text(parts: Sequence[ContentPart], role: str, path: str) -> str:
     return "".join(texts)
 
 
+def _earlier_call(call: AssistantToolCall) -> ToolCall:
+    if isinstance(call, CustomToolCall):
+        return ToolCall(call.id, call.custom.name, call.custom.input, custom=True)
+    return ToolCall(call.id, call.function.name, call.function.arguments)
+
+
 def tool_definitions(tools: Sequence[Tool]) -> tuple[ToolDefinition, ...]:
-    """Return tools in the form that the prompt needs."""
-    return tuple(
-        ToolDefinition(tool.function.name, tool.function.description or "", tool.function.parameters)
-        for tool in tools
+    """Return tools in the form that the prompt needs.
+
+    Raises:
+        InvalidRequest: the grammar of a custom tool is wrong.
+    """
+    return tuple(_tool_definition(tool, index) for index, tool in enumerate(tools))
+
+
+def _tool_definition(tool: Tool, index: int) -> ToolDefinition:
+    if isinstance(tool, CustomTool):
+        custom, grammar = tool.custom, None
+        if isinstance(custom.format, GrammarInput):
+            grammar = custom.format.grammar
+        text = text_input(
+            None if grammar is None else grammar.syntax,
+            "" if grammar is None else grammar.definition,
+            f"tools[{index}].custom.format.grammar.definition",
+        )
+        return ToolDefinition(custom.name, custom.description or "", text=text)
+    function = tool.function
+    return ToolDefinition(
+        function.name, function.description or "", function.parameters, strict=bool(function.strict)
     )
+
+
+def _tool_choice(body: ChatCompletionRequest, tools: Sequence[ToolDefinition]) -> ToolChoice:
+    choice, named, required, param = body.tool_choice, None, False, "tool_choice"
+    match choice:
+        case NamedFunction() | NamedCustomTool():
+            named, required = [_named(choice, param)], True
+        case AllowedToolChoice(allowed_tools=allowed):
+            param = "tool_choice.allowed_tools.tools"
+            named = [_named(tool, f"{param}[{index}]") for index, tool in enumerate(allowed.tools)]
+            required = allowed.mode == "required"
+        case _:
+            required = choice == "required"
+    return tool_choice(
+        tools,
+        named,
+        required=required,
+        max_calls=body.max_parallel_tool_calls,
+        parallel=body.parallel_tool_calls,
+        param=param,
+    )
+
+
+def _named(tool: NamedTool, place: str) -> Named:
+    if isinstance(tool, NamedCustomTool):
+        return Named(tool.custom.name, f"{place}.custom.name", custom=True)
+    return Named(tool.function.name, f"{place}.function.name", custom=False)
 
 
 def _refuse_what_is_not_offered(body: ChatCompletionRequest) -> None:
@@ -147,19 +223,11 @@ def _refuse_what_is_not_offered(body: ChatCompletionRequest) -> None:
         raise InvalidRequest("functions was removed from OpenAI's API: use tools.", "functions")
     if body.function_call is not None:
         raise InvalidRequest("function_call was removed from OpenAI's API: use tool_choice.", "function_call")
-    if body.tool_choice is not None and body.tool_choice not in ("auto", "none"):
-        raise InvalidRequest(
-            "tool_choice must be 'auto' or 'none': forcing a call is not offered yet.", "tool_choice"
-        )
-    if body.response_format is not None and body.response_format.type != "text":
-        raise InvalidRequest(
-            "response_format.type must be 'text': structured output is not offered yet.", "response_format"
-        )
 
 
 async def answer(generation: Generation, body: ChatCompletionRequest, fingerprint: str) -> ChatCompletion:
     """Return the whole answer, when the generation is over."""
-    whole = await whole_answer(generation, body.n or 1)
+    whole = await whole_answer(generation, body.n or 1, _custom_tools(body))
     return {
         "id": generation.id,
         "object": "chat.completion",
@@ -177,14 +245,7 @@ def _choice_body(index: int, choice: AnswerChoice, asked: ChatCompletionRequest)
     if choice.reasoning is not None and shows_reasoning(asked):
         message["reasoning"] = message["reasoning_content"] = choice.reasoning
     if choice.calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in choice.calls
-        ]
+        message["tool_calls"] = [_call_body(call) for call in choice.calls]
     return {
         "index": index,
         "message": message,
@@ -193,6 +254,20 @@ def _choice_body(index: int, choice: AnswerChoice, asked: ChatCompletionRequest)
         "stop_reason": choice.finish.stop_reason,
         "token_ids": choice.token_ids if asked.return_token_ids else None,
     }
+
+
+def _call_body(call: AnswerCall) -> ToolCallBody:
+    if call.custom:
+        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": call.arguments}}
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def _custom_tools(body: ChatCompletionRequest) -> frozenset[str]:
+    return frozenset(tool.custom.name for tool in body.tools or () if isinstance(tool, CustomTool))
 
 
 async def chunks(
@@ -205,7 +280,7 @@ async def chunks(
     continuous = include_usage and bool(options and options.continuous_usage_stats)
     include_reasoning = shows_reasoning(body)
     frame = _ChunkFrame(generation, fingerprint, include_usage, continuous)
-    fold = Fold()
+    fold = Fold(_custom_tools(body))
     for index in range(body.n or 1):
         chunk = frame.chunk([_chunk_choice(index, {"role": "assistant", "content": ""})])
         if body.return_token_ids and index == 0:
@@ -277,15 +352,17 @@ def _shown_choice(shown: AnswerDelta) -> ChunkChoice:
 
 
 def _call_delta(delta: ToolCallDelta) -> ToolCallDeltaBody:
-    function: FunctionBody = {"arguments": delta.arguments}
-    if delta.name is None:
-        return {"index": delta.call_index, "function": function}
-    return {
-        "index": delta.call_index,
-        "id": delta.id or "",
-        "type": "function",
-        "function": {"name": delta.name, **function},
-    }
+    body: ToolCallDeltaBody = {"index": delta.call_index}
+    if delta.name is not None:
+        body["id"] = delta.id or ""
+        body["type"] = "custom" if delta.custom else "function"
+    if delta.custom:
+        custom: CustomBody = {"input": delta.arguments}
+        body["custom"] = custom if delta.name is None else {"name": delta.name, **custom}
+    else:
+        function: FunctionBody = {"arguments": delta.arguments}
+        body["function"] = function if delta.name is None else {"name": delta.name, **function}
+    return body
 
 
 def _logprobs_body(entries: Sequence[TokenLogprob], asked: ChatCompletionRequest) -> ChoiceLogprobs:

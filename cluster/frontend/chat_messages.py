@@ -29,12 +29,15 @@ class ToolCall:
     Attributes:
         id: the client's handle; a tool message names it in `tool_call_id`.
         name: the function's, without the `functions.` namespace.
-        arguments: JSON text as the model wrote it; rendered unchanged, may be empty.
+        arguments: JSON text as the model wrote it, or a custom tool's input; rendered unchanged,
+            may be empty.
+        custom: it is a call of a custom tool.
     """
 
     id: str
     name: str
     arguments: str
+    custom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,7 @@ def _harmony_messages(message: ChatMessage, index: int, called: dict[int, _Call]
                     call.arguments,
                     recipient=FUNCTIONS + call.name,
                     channel="commentary",
-                    content_type="json",
+                    content_type=None if call.custom else "json",
                     end="call",
                 )
 
@@ -158,7 +161,7 @@ def _check_call(call: ToolCall, open_calls: dict[str, _Call], param: str) -> Non
             f"{param}.id: an earlier call without a result has the same id {call.id!r}.", f"{param}.id"
         )
     if not re.fullmatch(CALLED_NAME, call.name):
-        param = f"{param}.function.name"
+        param = f"{param}.{'custom' if call.custom else 'function'}.name"
         raise InvalidRequest(
             f"{param} must have 1 to 128 characters, without blanks and without < > and |.", param
         )

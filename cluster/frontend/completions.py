@@ -8,6 +8,7 @@ from cluster.frontend.answers import CompletionLogprobs, FinishReason, TextChoic
 from cluster.frontend.chat import token_name, usage_body
 from cluster.frontend.fold import Finish, Fold, TextDelta, whole_answer
 from cluster.frontend.sampling import check_stream_options, options, sampling_params, stop_strings
+from cluster.frontend.structure import body_structure
 from cluster.generation import CompletionRequest, Generation
 from workers.errors import InvalidRequest
 
@@ -31,6 +32,7 @@ def completion_request(body: schema.CompletionRequest) -> CompletionRequest:
         prompts=_prompts(body.prompt),
         sampling=sampling_params(body, body.max_tokens, body.logprobs),
         stop=stop_strings(body),
+        structure=body_structure(body),
         echo=bool(body.echo),
         skip_special_tokens=body.skip_special_tokens is not False,
         model=body.model,

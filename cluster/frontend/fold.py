@@ -38,14 +38,17 @@ class ToolCallDelta:
     Attributes:
         call_index: position among the choice's calls, from 0.
         name: given with the first piece of a call only; without the `functions.` namespace.
-        arguments: the next piece of the arguments' JSON text; may be empty.
+        arguments: the next piece of the arguments' JSON text, or of a custom tool's input; may be
+            empty.
         id: drawn for the client; with the first piece only.
+        custom: it is a call of a custom tool.
     """
 
     call_index: int
     name: str | None = None
     arguments: str = ""
     id: str | None = None
+    custom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class AnswerDelta:
 class _ChoiceState:
     kind: Kind = "text"
     num_calls: int = 0
+    calls_custom_tool: bool = False
     hidden_ids: list[int] = field(default_factory=list)
     content: BlankLines = field(default_factory=BlankLines)
     reasoning: BlankLines = field(default_factory=BlankLines)
@@ -83,9 +87,14 @@ class _ChoiceState:
 class Fold:
     """The converter of one generation's events to deltas. The headers of messages decide where they
     are shown: the recipient, not the channel, makes a message a tool call. In one field a blank
-    line stands between two messages."""
+    line stands between two messages.
 
-    def __init__(self) -> None:
+    Args:
+        custom_tools: names of the declared custom tools.
+    """
+
+    def __init__(self, custom_tools: Collection[str] = ()) -> None:
+        self._custom_tools = custom_tools
         self._choices: dict[int, _ChoiceState] = {}
 
     def add(self, event: ChoiceDelta | ChoiceFinish) -> AnswerDelta | None:
@@ -97,7 +106,7 @@ class Fold:
         if isinstance(event, ChoiceFinish):
             delta = Finish(event.reason, event.stop_reason)
         else:
-            delta = _shown(event.event, state)
+            delta = _shown(event.event, state, self._custom_tools)
         token_ids = event.token_ids
         if state.hidden_ids or delta is None:
             state.hidden_ids += token_ids
@@ -108,7 +117,9 @@ class Fold:
         return AnswerDelta(event.choice, delta, event.logprobs, token_ids)
 
 
-def _shown(event: MessageEvent, state: _ChoiceState) -> ReasoningDelta | TextDelta | ToolCallDelta | None:
+def _shown(
+    event: MessageEvent, state: _ChoiceState, custom_tools: Collection[str]
+) -> ReasoningDelta | TextDelta | ToolCallDelta | None:
     if isinstance(event, MessageEnd):
         return None
     if isinstance(event, MessageStart):
@@ -116,7 +127,9 @@ def _shown(event: MessageEvent, state: _ChoiceState) -> ReasoningDelta | TextDel
         if event.message.recipient is not None:
             state.num_calls += 1
             name = event.message.recipient.removeprefix(FUNCTIONS)
-            return ToolCallDelta(state.num_calls - 1, name, event.text, f"call_{uuid.uuid4().hex[:24]}")
+            state.calls_custom_tool = name in custom_tools
+            call_id = f"call_{uuid.uuid4().hex[:24]}"
+            return ToolCallDelta(state.num_calls - 1, name, event.text, call_id, state.calls_custom_tool)
     match state.kind:
         case "reasoning":
             text = state.reasoning.before(event) + event.text
@@ -125,7 +138,9 @@ def _shown(event: MessageEvent, state: _ChoiceState) -> ReasoningDelta | TextDel
             text = state.content.before(event) + event.text
             return TextDelta(text) if text else None
         case "tool_call":
-            return ToolCallDelta(state.num_calls - 1, None, event.text) if event.text else None
+            if not event.text:
+                return None
+            return ToolCallDelta(state.num_calls - 1, None, event.text, custom=state.calls_custom_tool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +150,7 @@ class AnswerCall:
     id: str
     name: str
     arguments: str
+    custom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +179,11 @@ class Answer:
     usage: Usage
 
 
-async def whole_answer(generation: Generation, num_choices: int) -> Answer:
+async def whole_answer(
+    generation: Generation, num_choices: int, custom_tools: Collection[str] = ()
+) -> Answer:
     """Return the content of a generation, when it is over."""
-    fold = Fold()
+    fold = Fold(custom_tools)
     builders = [_AnswerBuilder() for _ in range(num_choices)]
     usage: Usage | None = None
     async for event in generation:
@@ -183,7 +201,7 @@ class _AnswerBuilder:
     def __init__(self) -> None:
         self._text: list[str] = []
         self._reasoning: list[str] = []
-        self._calls: list[tuple[str, str, list[str]]] = []
+        self._calls: list[tuple[ToolCallDelta, list[str]]] = []
         self._logprobs: list[TokenLogprob] = []
         self._token_ids: list[int] = []
         self._finish = Finish("stop")
@@ -196,10 +214,10 @@ class _AnswerBuilder:
                 self._text.append(text)
             case ReasoningDelta(text):
                 self._reasoning.append(text)
-            case ToolCallDelta(index, name, arguments, id):
+            case ToolCallDelta(index, name, arguments) as delta:
                 if name is not None:
-                    self._calls.append((id or "", name, []))
-                self._calls[index][2].append(arguments)
+                    self._calls.append((delta, []))
+                self._calls[index][1].append(arguments)
             case Finish() as finish:
                 self._finish = finish
 
@@ -207,7 +225,10 @@ class _AnswerBuilder:
         return AnswerChoice(
             _joined(self._text),
             _joined(self._reasoning),
-            tuple(AnswerCall(id, name, "".join(arguments)) for id, name, arguments in self._calls),
+            tuple(
+                AnswerCall(first.id or "", first.name or "", "".join(arguments), first.custom)
+                for first, arguments in self._calls
+            ),
             self._logprobs,
             self._token_ids,
             self._finish,

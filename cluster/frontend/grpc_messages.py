@@ -1,16 +1,13 @@
 """Conversion of the public gRPC API's messages to the service's requests, and of answers to its
 messages."""
 
-import math
-
-from google.protobuf import struct_pb2
-
 from cluster.events import FinishReason, GenerationEvent, TokenLogprob, Usage
 from cluster.frontend.chat_messages import ChatMessage, ChatRole, ToolCall, harmony_messages
 from cluster.frontend.fold import Finish, Fold, ReasoningDelta, TextDelta, ToolCallDelta, whole_answer
+from cluster.frontend.grpc_tools import answer_structure, tools_and_choice
 from cluster.generation import ChatRequest, FieldNames, Generation, Options, Truncation
+from cluster.generation.limits import check_reasoning_budget
 from cluster.harmony.render import ReasoningEffort
-from cluster.harmony.tools import ToolDefinition
 from cluster.harmony.turn_grammar import HarmonyConstraint
 from cluster.rpc import inference_pb2 as pb
 from workers.errors import InvalidRequest
@@ -28,18 +25,13 @@ _EFFORTS: dict[int, ReasoningEffort | None] = {
     pb.REASONING_EFFORT_LOW: "low",
     pb.REASONING_EFFORT_MEDIUM: "medium",
     pb.REASONING_EFFORT_HIGH: "high",
+    pb.REASONING_EFFORT_NONE: "low",
 }
 _CONSTRAINTS: dict[int, HarmonyConstraint | None] = {
     pb.HARMONY_CONSTRAINT_UNSPECIFIED: None,
     pb.HARMONY_CONSTRAINT_OFF: "off",
     pb.HARMONY_CONSTRAINT_HEADERS: "headers",
 }
-_SHOWS_TOOLS = {
-    pb.TOOL_CHOICE_UNSPECIFIED: True,
-    pb.TOOL_CHOICE_AUTO: True,
-    pb.TOOL_CHOICE_NONE: False,
-}
-"""Whether the model sees the tools, by the choices that are offered."""
 _FINISH: dict[FinishReason, pb.FinishReason.ValueType] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -55,8 +47,8 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
     """
     if request.reasoning_effort not in _EFFORTS:
         raise InvalidRequest(
-            "reasoning_effort must be REASONING_EFFORT_LOW, REASONING_EFFORT_MEDIUM or "
-            "REASONING_EFFORT_HIGH.",
+            "reasoning_effort must be REASONING_EFFORT_LOW, REASONING_EFFORT_MEDIUM, REASONING_EFFORT_HIGH "
+            "or REASONING_EFFORT_NONE.",
             "reasoning_effort",
         )
     if request.harmony_constraint not in _CONSTRAINTS:
@@ -64,23 +56,23 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
             "harmony_constraint must be HARMONY_CONSTRAINT_OFF or HARMONY_CONSTRAINT_HEADERS.",
             "harmony_constraint",
         )
-    if request.tool_choice not in _SHOWS_TOOLS:
-        raise InvalidRequest(
-            "tool_choice must be TOOL_CHOICE_AUTO or TOOL_CHOICE_NONE: forcing a call is not offered yet.",
-            "tool_choice",
-        )
-    shown_tools = request.tools if _SHOWS_TOOLS[request.tool_choice] else ()
+    tools, choice = tools_and_choice(request)
+    budget = request.max_reasoning_tokens if request.HasField("max_reasoning_tokens") else None
+    if budget is not None:
+        check_reasoning_budget(budget, "max_reasoning_tokens")
     return ChatRequest(
         messages=harmony_messages(
             [_message(message, f"messages[{index}]") for index, message in enumerate(request.messages)]
         ),
         num_bytes=request.ByteSize(),
         sampling=_sampling(request),
-        tools=tuple(
-            _tool(tool, f"tools[{index}].function.parameters") for index, tool in enumerate(shown_tools)
-        ),
+        tools=tools,
+        tool_choice=choice,
         stop=tuple(request.stop),
         parallel_tool_calls=request.parallel_tool_calls or not request.HasField("parallel_tool_calls"),
+        structure=answer_structure(request),
+        skips_reasoning=request.reasoning_effort == pb.REASONING_EFFORT_NONE,
+        max_reasoning_tokens=budget,
         reasoning_effort=_EFFORTS[request.reasoning_effort],
         model_identity=request.model_identity if request.HasField("model_identity") else None,
         current_date=request.current_date if request.HasField("current_date") else None,
@@ -115,44 +107,14 @@ def _message(message: pb.Message, path: str) -> ChatMessage:
         role=role,
         content=message.content,
         reasoning=(message.reasoning or None) if role == "assistant" else None,
-        tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
+        tool_calls=tuple(_earlier_call(call) for call in message.tool_calls),
         tool_call_id=message.tool_call_id or None,
         name=message.name or None,
     )
 
 
-def _tool(tool: pb.Tool, path: str) -> ToolDefinition:
-    return ToolDefinition(
-        tool.name,
-        tool.description,
-        _plain_object(tool.parameters, path) if tool.HasField("parameters") else None,
-    )
-
-
-def _plain_object(struct: struct_pb2.Struct, path: str) -> dict[str, object]:
-    # A Struct has no order; sorted, the same tools give the same prompt in every process, and so
-    # the same cached prefix.
-    return {name: _plain(struct.fields[name], path) for name in sorted(struct.fields)}
-
-
-def _plain(value: struct_pb2.Value, path: str) -> object:
-    """Convert a Struct's value to the value that JSON would have given: a Struct has only
-    floating-point numbers, and whole ones become integers."""
-    match value.WhichOneof("kind"):
-        case "number_value":
-            if not math.isfinite(value.number_value):
-                raise InvalidRequest(f"{path} has a number that is not finite or too large.", path)
-            return int(value.number_value) if value.number_value.is_integer() else value.number_value
-        case "string_value":
-            return value.string_value
-        case "bool_value":
-            return value.bool_value
-        case "struct_value":
-            return _plain_object(value.struct_value, path)
-        case "list_value":
-            return [_plain(entry, path) for entry in value.list_value.values]
-        case _:
-            return None
+def _earlier_call(call: pb.ToolCall) -> ToolCall:
+    return ToolCall(call.id, call.name, call.arguments, custom=call.type == pb.TOOL_TYPE_CUSTOM)
 
 
 def _sampling(request: pb.ChatRequest) -> SamplingParams:
@@ -189,7 +151,7 @@ def _shows_reasoning(request: pb.ChatRequest) -> bool:
 
 async def chat_response(generation: Generation, request: pb.ChatRequest, fingerprint: str) -> pb.ChatResponse:
     """Return the whole answer, when the generation is over."""
-    whole = await whole_answer(generation, request.n if request.HasField("n") else 1)
+    whole = await whole_answer(generation, request.n if request.HasField("n") else 1, _custom_tools(request))
     response = pb.ChatResponse(
         id=generation.id,
         model=generation.model,
@@ -206,7 +168,10 @@ async def chat_response(generation: Generation, request: pb.ChatRequest, fingerp
                 content=choice.content or "",
                 reasoning=(choice.reasoning or "") if _shows_reasoning(request) else "",
                 tool_calls=[
-                    pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in choice.calls
+                    pb.ToolCall(
+                        id=call.id, name=call.name, arguments=call.arguments, type=_tool_type(call.custom)
+                    )
+                    for call in choice.calls
                 ],
             ),
             finish_reason=_FINISH[choice.finish.reason],
@@ -219,6 +184,14 @@ async def chat_response(generation: Generation, request: pb.ChatRequest, fingerp
     return response
 
 
+def _custom_tools(request: pb.ChatRequest) -> frozenset[str]:
+    return frozenset(tool.name for tool in request.tools if tool.type == pb.TOOL_TYPE_CUSTOM)
+
+
+def _tool_type(custom: bool) -> pb.ToolType.ValueType:
+    return pb.TOOL_TYPE_CUSTOM if custom else pb.TOOL_TYPE_FUNCTION
+
+
 def _stop_reason(reason: str | int) -> pb.StopReason:
     return pb.StopReason(text=reason) if isinstance(reason, str) else pb.StopReason(token_id=reason)
 
@@ -228,7 +201,7 @@ class ChatEvents:
 
     def __init__(self, generation: Generation, request: pb.ChatRequest, fingerprint: str) -> None:
         self._id = generation.id
-        self._fold = Fold()
+        self._fold = Fold(_custom_tools(request))
         self._shows_reasoning = _shows_reasoning(request)
         self._shows_ids = request.return_token_ids
         self._head: pb.StreamHead | None = pb.StreamHead(
@@ -268,11 +241,12 @@ class ChatEvents:
                 answer.reasoning.text = text
             case ReasoningDelta():
                 return answer if answer.token_ids else None  # its text is left out, its tokens are not
-            case ToolCallDelta(index, name, arguments, call_id):
+            case ToolCallDelta(index, name, arguments, call_id, custom):
                 answer.tool_call.call_index = index
                 answer.tool_call.id = call_id or ""
                 answer.tool_call.name = name or ""
                 answer.tool_call.arguments = arguments
+                answer.tool_call.type = _tool_type(custom)
                 answer.tool_call.SetInParent()
         return answer
 

@@ -15,6 +15,7 @@ Keywords = dict[str, Any]
 
 _NULL: Keywords = {"type": "null"}
 _EFFORT: Keywords = {"enum": list(EFFORTS)}
+_INDEX: Keywords = {"minimum": -(2**63), "maximum": 2**64 - 1}
 _OUTPUT_TOKENS: Keywords = {"minimum": 1, "maximum": MAX_COUNT}
 
 
@@ -40,20 +41,36 @@ def _ranges(vocab_size: int) -> Mapping[tuple[str, str], Keywords]:
         ("ChatCompletionRequest", "messages"): {"minItems": 1},
         ("ChatCompletionRequest", "max_completion_tokens"): _OUTPUT_TOKENS,
         ("ChatCompletionRequest", "tools"): tools,
-        ("ChatCompletionRequest", "tool_choice"): {"enum": ["auto", "none"]},
+        ("ChatCompletionRequest", "max_reasoning_tokens"): _span(limits.INTEGERS["max_reasoning_tokens"]),
+        ("ChatCompletionRequest", "thinking_token_budget"): {
+            **_span(limits.INTEGERS["max_reasoning_tokens"]),
+            "minimum": -1,
+        },
+        ("ChatCompletionRequest", "max_parallel_tool_calls"): _span(
+            limits.INTEGERS["max_parallel_tool_calls"]
+        ),
         ("ChatCompletionRequest", "top_logprobs"): logprobs,
         ("ChatCompletionRequest", "reasoning_effort"): _EFFORT,
         ("ChatCompletionRequest", "functions"): _NULL,
         ("ChatCompletionRequest", "function_call"): _NULL,
         ("ChatCompletionRequest", "audio"): _NULL,
-        ("ResponseFormat", "type"): {"enum": ["text"]},
+        ("JsonSchema", "name"): {"pattern": f"^{limits.FORMAT_NAME}$"},
+        ("StructuredOutputs", "choice"): {"minItems": 1},
+        ("StructuredOutputs", "structural_tag"): _NULL,
+        ("StructuredOutputs", "disable_additional_properties"): {"const": False},
         ("Reasoning", "effort"): _EFFORT,
+        ("Reasoning", "max_tokens"): _span(limits.INTEGERS["max_reasoning_tokens"]),
+        ("Thinking", "budget_tokens"): _span(limits.INTEGERS["max_reasoning_tokens"]),
         ("ChatTemplateKwargs", "reasoning_effort"): _EFFORT,
         ("ChatTemplateKwargs", "current_date"): {"format": "date"},
         ("Message", "name"): {"pattern": f"^{USER_NAME}$"},
-        ("AssistantToolCall", "index"): {"minimum": -(2**63), "maximum": 2**64 - 1},
+        ("FunctionToolCall", "index"): _INDEX,
+        ("CustomToolCall", "index"): _INDEX,
         ("FunctionCall", "name"): {"pattern": f"^{CALLED_NAME}$"},
         ("Function", "name"): {"pattern": f"^{limits.TOOL_NAME}$"},
+        ("Custom", "name"): {"pattern": f"^{limits.TOOL_NAME}$"},
+        ("CustomCall", "name"): {"pattern": f"^{CALLED_NAME}$"},
+        ("AllowedTools", "tools"): {"minItems": 1},
         ("CompletionRequest", "prompt"): {
             "minLength": 1,
             "minItems": 1,
@@ -75,7 +92,7 @@ def _sampling(vocab_size: int) -> Mapping[str, Keywords]:
     stop: Keywords = {"minLength": 1, "maxLength": limits.MAX_STOP_CHARS}
     word: Keywords = {"maxLength": limits.MAX_BAD_WORD_CHARS, "pattern": r"\S"}
     spans = {**limits.NUMBERS, **limits.INTEGERS}
-    numbers = {name: _span(span) for name, span in spans.items() if name not in ("logit_bias", "logprobs")}
+    numbers = {name: _span(span) for name, span in spans.items() if name not in _OF_OTHER_FIELDS}
     return numbers | {
         "max_tokens": _OUTPUT_TOKENS,
         "logit_bias": {
@@ -89,6 +106,9 @@ def _sampling(vocab_size: int) -> Mapping[str, Keywords]:
         "truncate_prompt_tokens": {"minimum": -1, "maximum": MAX_COUNT, "not": {"const": 0}},
         "cache_salt": {"minLength": 1, "maxLength": MAX_SALT_CHARS},
     }
+
+
+_OF_OTHER_FIELDS = ("logit_bias", "logprobs", "max_reasoning_tokens", "max_parallel_tool_calls")
 
 
 def _token_id(vocab_size: int) -> Keywords:
@@ -108,6 +128,7 @@ _APPLY_TO = {
     "pattern": ("string",),
     "format": ("string",),
     "enum": ("string",),
+    "const": ("boolean",),
     "minItems": ("array",),
     "maxItems": ("array",),
     "items": ("array",),

@@ -2,13 +2,17 @@
 earlier turns, under the names that clients and proxies use."""
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from cluster.frontend.schema import ChatCompletionRequest, ChatTemplateKwargs, Message, ReasoningPart
+from cluster.generation.limits import check_reasoning_budget
 from cluster.harmony.render import ReasoningEffort
 from workers.errors import InvalidRequest
 
-EFFORTS: dict[str, ReasoningEffort] = {
-    "none": "low",
+Effort = ReasoningEffort | Literal["none"]
+
+EFFORTS: dict[str, Effort] = {
+    "none": "none",
     "minimal": "low",
     "low": "low",
     "medium": "medium",
@@ -16,10 +20,10 @@ EFFORTS: dict[str, ReasoningEffort] = {
     "xhigh": "high",
     "max": "high",
 }
-"""gpt-oss's effort by the word of the API. It always reasons, and has three efforts."""
+"""The effort by the word of the API. gpt-oss has three; `none` makes the answer begin at once."""
 
 
-def reasoning_effort(text: str | None, param: str) -> ReasoningEffort | None:
+def reasoning_effort(text: str | None, param: str) -> Effort | None:
     """Return the effort that a word means.
 
     Raises:
@@ -29,25 +33,30 @@ def reasoning_effort(text: str | None, param: str) -> ReasoningEffort | None:
         return None
     if text not in EFFORTS:
         raise InvalidRequest(
-            f"{param} must be 'low', 'medium' or 'high' (or 'none' or 'minimal' for low, 'xhigh' or 'max' "
-            f"for high).",
+            f"{param} must be 'none', 'low', 'medium' or 'high' (or 'minimal' for low, 'xhigh' or 'max' for "
+            f"high).",
             param,
         )
     return EFFORTS[text]
 
 
-def template_effort(kwargs: ChatTemplateKwargs) -> ReasoningEffort | None:
+def shown_effort(effort: Effort | None) -> ReasoningEffort | None:
+    """Return the effort that the prompt names."""
+    return "low" if effort == "none" else effort
+
+
+def template_effort(kwargs: ChatTemplateKwargs) -> Effort | None:
     """Return the effort that a chat template's arguments request.
 
     Raises:
         InvalidRequest: an unknown word.
     """
     effort = reasoning_effort(kwargs.reasoning_effort, "chat_template_kwargs.reasoning_effort")
-    return effort or ("low" if kwargs.enable_thinking is False else None)
+    return effort or ("none" if kwargs.enable_thinking is False else None)
 
 
-def chat_effort(body: ChatCompletionRequest, kwargs: ChatTemplateKwargs) -> ReasoningEffort | None:
-    """Return the effort that a chat requests: the first that is named; else low if one of the
+def chat_effort(body: ChatCompletionRequest, kwargs: ChatTemplateKwargs) -> Effort | None:
+    """Return the effort that a chat requests: the first that is named; else `none` if one of the
     switches turns reasoning off; else None.
 
     Raises:
@@ -63,7 +72,29 @@ def chat_effort(body: ChatCompletionRequest, kwargs: ChatTemplateKwargs) -> Reas
         or (body.reasoning is not None and body.reasoning.enabled is False)
         or (body.thinking is not None and body.thinking.type == "disabled")
     )
-    return named or ("low" if turned_off else None)
+    return named or ("none" if turned_off else None)
+
+
+def reasoning_budget(body: ChatCompletionRequest) -> int | None:
+    """Return the maximum number of reasoning tokens that a chat requests, the first that is named;
+    None: no limit.
+
+    Raises:
+        InvalidRequest: out of range.
+    """
+    budgets = {
+        "max_reasoning_tokens": body.max_reasoning_tokens,
+        "thinking_token_budget": body.thinking_token_budget,
+        "reasoning.max_tokens": body.reasoning.max_tokens if body.reasoning else None,
+        "thinking.budget_tokens": body.thinking.budget_tokens if body.thinking else None,
+    }
+    for param, tokens in budgets.items():
+        if tokens is not None:
+            if param == "thinking_token_budget" and tokens == -1:
+                return None
+            check_reasoning_budget(tokens, param)
+            return tokens
+    return None
 
 
 def shows_reasoning(body: ChatCompletionRequest) -> bool:

@@ -6,70 +6,35 @@ Tags of unions begin with `<`, which tells them from field names in error paths.
 is typed `object`: pydantic does not walk into it, so its depth is no matter here.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StrictStr,
-    Tag,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import Discriminator, Field, StrictStr, Tag, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-_EXACT = 2**53
-"""Bound below which every whole number is exact as a float."""
-_NUMBER = r"-?[0-9]{1,20}(\.[0-9]{1,20})?"
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(
-        extra="ignore", strict=True, allow_inf_nan=False, frozen=True, hide_input_in_errors=True
-    )
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT else value
-
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) and re.fullmatch(_NUMBER, value) else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-"""An integer; JSON writes 20 and 20.0 for the same number."""
-Bias = Annotated[
-    float,
-    BeforeValidator(_number),
-    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": f"^{_NUMBER}$"}]}),
-]
-"""A number, or a text of one, as some clients write the values of `logit_bias`."""
+from cluster.frontend.schema_base import Bias, Body, Whole
+from cluster.frontend.schema_formats import ResponseFormat, StructuredOutputs
+from cluster.frontend.schema_tools import AssistantToolCall, Tool, ToolChoice
 
 
 def _text_or_list(value: Any) -> str | None:
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """A piece of text content."""
 
     type: Literal["text", "input_text", "output_text"]
     text: str
 
 
-class RefusalPart(_Body):
+class RefusalPart(Body):
     """An assistant's refusal; read as its text."""
 
     type: Literal["refusal"]
     refusal: str
 
 
-class ReasoningPart(_Body):
+class ReasoningPart(Body):
     """An assistant's reasoning, under one of the names that clients use for its text; encrypted
     reasoning has none and is ignored."""
 
@@ -97,7 +62,7 @@ def _content_part(value: Any) -> str | None:
     return _PARTS.get(kind, "<other_part>") if isinstance(kind, str) else "<text_part>"
 
 
-class OtherPart(_Body):
+class OtherPart(Body):
     """Content that is not text; refused, because the model reads text only."""
 
     type: str
@@ -125,26 +90,7 @@ Content = Annotated[
 ]
 
 
-class FunctionCall(_Body):
-    """The function of a call."""
-
-    name: str
-    arguments: str = ""
-    parsed_arguments: object = Field(
-        default=None, description="Ignored; openai's `parse` and `stream` helpers add it."
-    )
-
-
-class AssistantToolCall(_Body):
-    """A call in an assistant message; `index` is what a stream's deltas carry."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-    index: Whole | None = None
-
-
-class Message(_Body):
+class Message(Body):
     """One message of a chat. `reasoning`, `reasoning_content` and `thinking` are the same field."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -169,57 +115,7 @@ class Message(_Body):
     parsed: object = Field(default=None, description="Ignored; openai's `parse` and `stream` helpers add it.")
 
 
-class Function(_Body):
-    """A function the model may call."""
-
-    name: str
-    description: str | None = None
-    parameters: dict[str, object] | None = None
-    strict: bool | None = Field(
-        default=None, description="Accepted; arguments are not yet constrained to the schema."
-    )
-
-
-class Tool(_Body):
-    """A tool; functions are the only kind."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class NamedFunction(_Body):
-    """A function by name."""
-
-    name: str
-
-
-class NamedToolChoice(_Body):
-    """Forces one function; refused, see tool_choice."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-def _choice_kind(value: Any) -> str | None:
-    if isinstance(value, dict):
-        return "<named>" if value.get("type") == "function" else None
-    return (
-        "<named>"
-        if isinstance(value, NamedToolChoice)
-        else "<word>"
-        if value in ("auto", "none", "required")
-        else None
-    )
-
-
-ToolChoice = Annotated[
-    Annotated[Literal["auto", "none", "required"], Tag("<word>")]
-    | Annotated[SkipJsonSchema[NamedToolChoice], Tag("<named>")],
-    Discriminator(_choice_kind, custom_error_type="tool_choice", custom_error_message="'auto' or 'none'"),
-]
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Options for what a stream reports besides its deltas."""
 
     include_usage: bool | None = None
@@ -227,31 +123,24 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = Field(default=None, description="Accepted; nothing is obfuscated.")
 
 
-class ResponseFormat(_Body):
-    """Only text is made."""
-
-    type: str
-    json_schema: object = None
-
-
-class Reasoning(_Body):
+class Reasoning(Body):
     """The options of reasoning, as OpenAI and OpenRouter spell them."""
 
     effort: str | None = Field(default=None, description="As reasoning_effort.")
     summary: object = Field(default=None, description="Ignored: reasoning is shown as it is.")
     exclude: bool | None = Field(default=None, description="True leaves the reasoning out of the answer.")
     enabled: bool | None = Field(default=None, description="False is the lowest effort.")
-    max_tokens: object = Field(default=None, description="Ignored; max_tokens limits the whole answer.")
+    max_tokens: Whole | None = Field(default=None, description="As max_reasoning_tokens.")
 
 
-class Thinking(_Body):
+class Thinking(Body):
     """Anthropic's option of reasoning."""
 
     type: str
-    budget_tokens: object = Field(default=None, description="Ignored, as reasoning.max_tokens.")
+    budget_tokens: Whole | None = Field(default=None, description="As max_reasoning_tokens.")
 
 
-class ChatTemplateKwargs(_Body):
+class ChatTemplateKwargs(Body):
     """Arguments that a chat template of gpt-oss would read."""
 
     reasoning_effort: str | None = None
@@ -268,7 +157,7 @@ Stop = Annotated[
 ]
 
 
-class SamplingFields(_Body):
+class SamplingFields(Body):
     """The fields that chat and text completions share."""
 
     model: str | None = Field(default=None, description="The served model by default.")
@@ -308,6 +197,12 @@ class SamplingFields(_Body):
     cache_salt: str | None = Field(
         default=None, description="Share cached prefixes only with requests that have the same salt."
     )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: object = Field(default=None, description="As structured_outputs.json.")
+    guided_regex: str | None = Field(default=None, description="As structured_outputs.regex.")
+    guided_choice: list[StrictStr] | None = Field(default=None, description="As structured_outputs.choice.")
+    guided_grammar: str | None = Field(default=None, description="As structured_outputs.grammar.")
     user: str | None = Field(default=None, description="Ignored.")
 
 
@@ -318,14 +213,24 @@ class ChatCompletionRequest(SamplingFields):
     max_completion_tokens: Whole | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = Field(
-        default=None, description="'auto' or 'none'; forced calls are not offered yet."
+        default=None, description="'auto' by default; every other choice but 'none' forces a call."
     )
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="A turn has one call at most, unless max_parallel_tool_calls allows more."
+    )
+    max_parallel_tool_calls: Whole | None = Field(default=None, description="1 to 16; 1 by default.")
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(default=None, description="0 to 20.")
     reasoning_effort: str | None = Field(
         default=None,
-        description="low, medium or high; none and minimal count as low, xhigh and max as high.",
+        description="low, medium or high; minimal counts as low, xhigh and max as high. none: no reasoning "
+        "if there are no tools, else low.",
+    )
+    max_reasoning_tokens: Whole | None = Field(
+        default=None, description="Number of tokens after which reasoning ends and the answer begins."
+    )
+    thinking_token_budget: Whole | None = Field(
+        default=None, description="As max_reasoning_tokens (vLLM's name); -1: no limit."
     )
     harmony_constraint: Literal["off", "headers"] | None = Field(
         default=None,
@@ -338,7 +243,6 @@ class ChatCompletionRequest(SamplingFields):
         default=None, description="False leaves the reasoning out of the answer."
     )
     chat_template_kwargs: ChatTemplateKwargs | None = None
-    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     functions: object = Field(default=None, description="Removed by OpenAI; use tools.")
     function_call: object = Field(default=None, description="Removed by OpenAI; use tool_choice.")
@@ -401,7 +305,7 @@ class CompletionRequest(SamplingFields):
     suffix: str | None = Field(default=None, description="Not offered.")
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """`POST /tokenize`: of a prompt, or of a chat's messages as the model would see them."""
 
     model: str | None = None
@@ -419,7 +323,7 @@ class TokenizeRequest(_Body):
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
     model: str | None = None

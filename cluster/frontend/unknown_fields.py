@@ -16,10 +16,6 @@ NOT_OFFERED: Mapping[str, tuple[object, ...]] = {
     "echo": (False,),
     "ebnf": (),
     "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "input_ids": (),
     "json_schema": (),
@@ -28,7 +24,6 @@ NOT_OFFERED: Mapping[str, tuple[object, ...]] = {
     "prompt_logprobs": (),
     "regex": (),
     "stop_regex": (),
-    "structured_outputs": (),
     "use_beam_search": (False,),
 }
 """Fields of vLLM, SGLang and llama.cpp without which the answer would be another than the one
@@ -45,7 +40,7 @@ KNOWN_ELSEWHERE = frozenset(
         "return_prompt_text return_prompt_token_ids return_routed_experts return_token_offsets rid "
         "routed_dp_rank routed_experts_prompt_start routed_experts_start_len separate_reasoning session_id "
         "session_params spaces_between_special_tokens stream_interval stream_reasoning task "
-        "thinking_token_budget use_audio_in_video vllm_xargs watermarking"
+        "use_audio_in_video vllm_xargs watermarking"
     ).split()
 )
 """Fields of vLLM and SGLang that have no effect here, and OpenRouter's `models`, which looks like a

@@ -1,7 +1,15 @@
 """The transport-neutral service under both APIs: requests in, events out."""
 
 from cluster.generation.prompts import Prompts
-from cluster.generation.requests import ChatRequest, CompletionRequest, FieldNames, Options, Truncation
+from cluster.generation.requests import (
+    ChatRequest,
+    CompletionRequest,
+    FieldNames,
+    Options,
+    Structure,
+    ToolChoice,
+    Truncation,
+)
 from cluster.generation.running import Generation
 from cluster.generation.service import GenerationService
 from cluster.generation.settings import Capacity, ChatDefaults, ModelInfo, ServedModel
@@ -18,5 +26,7 @@ __all__ = [
     "Options",
     "Prompts",
     "ServedModel",
+    "Structure",
+    "ToolChoice",
     "Truncation",
 ]

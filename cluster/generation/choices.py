@@ -3,7 +3,7 @@ Pure state machines over token ids."""
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cluster.events import ChoiceDelta, ChoiceFinish, FinishReason, TokenLogprob
@@ -24,9 +24,34 @@ from cluster.harmony.message import (
 )
 from cluster.harmony.parse import HarmonyParser
 from cluster.harmony.stop import StopStrings
+from workers.constraint.automaton import ConstraintLimits
 from workers.request import EngineOutput
 
 ChoiceEvent = ChoiceDelta | ChoiceFinish
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningLimit:
+    """The limits that end a turn's reasoning.
+
+    Attributes:
+        num_wrap_up: number of tokens that then end it.
+    """
+
+    limits: ConstraintLimits
+    num_wrap_up: int = 0
+
+    def ended(self, num_reasoning_tokens: int, num_tokens: int) -> bool:
+        """Return whether a limit ended the reasoning that has just ended.
+
+        Args:
+            num_reasoning_tokens: of the turn so far.
+            num_tokens: of the turn so far, the end of the reasoning's message included.
+        """
+        counted, length = self.limits.max_counted_tokens, self.limits.max_length
+        return (counted is not None and num_reasoning_tokens - self.num_wrap_up >= counted) or (
+            length is not None and num_tokens - 1 - self.num_wrap_up >= length
+        )
 
 
 class Choice(Protocol):
@@ -35,6 +60,7 @@ class Choice(Protocol):
     num_tokens: int
     num_cached_tokens: int
     finished: bool
+    reasoning_was_cut: bool
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -119,6 +145,9 @@ class ChatChoice:
             repeats none of them; a call that does is left out.
         ends_with_turn: stop when the model's turn is over, also without a stop token of the engine;
             False with ignore_eos.
+
+    Attributes:
+        reasoning_limit: of the sequence's constraint; None: none. Set before the first output.
     """
 
     def __init__(
@@ -135,6 +164,8 @@ class ChatChoice:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.finished = False
+        self.reasoning_was_cut = False
+        self.reasoning_limit: ReasoningLimit | None = None
         self._encoding = encoding
         self._parser = HarmonyParser(encoding, tools, several_calls=max_calls > 1)
         self._gate = StopGate(stop) if stop else None
@@ -229,6 +260,10 @@ class ChatChoice:
 
     def _take_other(self, event: MessageEvent) -> None:
         """Take an event of reasoning or of a call, to which stop strings do not apply."""
+        limit = self.reasoning_limit
+        if limit is not None and isinstance(event, MessageEnd) and event.message.kind == "reasoning":
+            ended = event.message.end is not None
+            self.reasoning_was_cut |= ended and limit.ended(self.num_reasoning_tokens, self.num_tokens)
         if self._gate is not None and not shows(event):
             for shown in self._gate.follow(event):
                 self._show(shown)
@@ -281,6 +316,7 @@ class CompletionChoice:
     """
 
     num_reasoning_tokens = 0
+    reasoning_was_cut = False
     repairs: Mapping[Repair, int] = {}
 
     def __init__(

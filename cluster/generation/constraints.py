@@ -1,67 +1,188 @@
-"""The automata of chats, made once for each set of tools."""
+"""The constraints of chats and completions, made once for each set of tools and forms of the
+text."""
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from cluster.generation.prompts import Prompts
-from cluster.generation.requests import ChatRequest
+from cluster.generation.requests import ChatRequest, Structure
+from cluster.generation.turn_rules import WantedTurn, bounded, promise, wanted_turn
+from cluster.grammars.check import GrammarChecker
+from cluster.grammars.grammar import json_object
 from cluster.harmony.automaton import TurnAutomata
-from cluster.harmony.turn_grammar import ToolBody, TurnGrammar
+from cluster.harmony.encoding import HarmonyEncoding
+from cluster.harmony.text_automaton import text_automaton
+from cluster.harmony.turn_grammar import ToolBody, TurnGrammar, turn_limits
+from cluster.metrics import GatewayMetrics
+from workers.constraint.automaton import ConstraintLimits, TokenAutomaton
 from workers.constraint.codec import Constraint
+from workers.errors import InvalidRequest
+
+T = TypeVar("T")
 
 MAX_KEPT_BYTES = 16 * 2**20
-"""Maximum bytes of encoded automata that are kept."""
+"""Maximum bytes of the kept constraints, and of the grammars that they were made from."""
 
 
-class TurnConstraints:
-    """The maker of the constraints of chats. Belongs to one event loop; the owner calls `close`.
+@dataclass(frozen=True, slots=True)
+class TurnConstraint:
+    """The constraint of a chat.
+
+    Attributes:
+        grammar: what its turns may consist of.
+        max_reasoning_tokens: None: no limit.
+        reserves_answer: a share of the turn's length stays for the answer.
+    """
+
+    constraint: Constraint
+    grammar: TurnGrammar
+    max_reasoning_tokens: int | None = None
+    reserves_answer: bool = False
+
+    def limits(self, max_tokens: int | None, encoding: HarmonyEncoding) -> ConstraintLimits:
+        """Return the limits of a turn.
+
+        Args:
+            max_tokens: maximum length of the turn; None: no maximum.
+        """
+        return turn_limits(
+            self.grammar,
+            encoding,
+            max_tokens=max_tokens if self.reserves_answer else None,
+            max_reasoning_tokens=self.max_reasoning_tokens,
+        )
+
+
+class Constraints:
+    """The maker of constraints. Belongs to one event loop; the owner calls `close`.
 
     Args:
         prompts: has the tokenizer and the deployment's defaults.
         vocab_size: the model's.
+        checker: tells whether grammars compile; closed with this object.
     """
 
-    def __init__(self, prompts: Prompts, vocab_size: int) -> None:
+    def __init__(
+        self, prompts: Prompts, vocab_size: int, checker: GrammarChecker, metrics: GatewayMetrics
+    ) -> None:
         self._prompts = prompts
+        self._vocab_size = vocab_size
         self._automata = TurnAutomata(prompts.encoding, vocab_size)
-        self._kept: OrderedDict[TurnGrammar, Constraint] = OrderedDict()
-        self._num_bytes = 0
+        self._checker = checker
+        self._metrics = metrics
+        self._turns: _Kept[TurnConstraint] = _Kept()
+        self._texts: _Kept[Constraint] = _Kept()
         # One thread: making an automaton takes up to a second with many tools, and goes on after
         # its client has left.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cantata-constraints")
         self._making = asyncio.Lock()
 
-    async def of(self, request: ChatRequest) -> Constraint | None:
-        """Return the constraint of a chat whose tools were checked; None if it has none. Text that
-        goes on after the end of a turn (`ignore_eos`) has none.
+    async def of_chat(self, request: ChatRequest) -> TurnConstraint | None:
+        """Return the constraint of a chat whose tools were checked; None if it has none.
+
+        What the client did not ask for is left out where it cannot be made: such a constraint is
+        `optional`. Text that goes on after the end of a turn (`ignore_eos`) has none.
 
         Raises:
-            InvalidRequest: the names of the tools are too long together.
+            InvalidRequest: a grammar that the client asked for does not compile; the names of the
+                tools are too long together.
         """
         mode = request.harmony_constraint or self._prompts.defaults.harmony_constraint
-        if mode == "off" or request.sampling.ignore_eos:
+        promised = promise(request) is not None
+        if not promised and (mode == "off" or request.sampling.ignore_eos):
             return None
-        tools = tuple(ToolBody(name) for name in sorted(tool.name for tool in request.tools))
-        grammar = TurnGrammar(tools, "allowed" if tools else "forbidden")
-        if grammar not in self._kept:
-            async with self._making:
-                if grammar not in self._kept:
-                    made = asyncio.get_running_loop().run_in_executor(self._thread, self._make, grammar)
-                    self._keep(grammar, await made)
-        self._kept.move_to_end(grammar)
-        return self._kept[grammar]
+        wanted = wanted_turn(request, self._prompts.defaults)
+        optional = not promised and request.harmony_constraint is None
+        try:
+            found = await self._turn(wanted)
+        except InvalidRequest:
+            if not optional:
+                raise
+            self._metrics.constraints_left_out.labels("tools").inc()
+            return None
+        return replace(
+            found,
+            constraint=replace(found.constraint, optional=optional),
+            max_reasoning_tokens=request.max_reasoning_tokens,
+            reserves_answer=self._prompts.defaults.reserves_answer,
+        )
+
+    async def of_text(self, structure: Structure) -> Constraint:
+        """Return the constraint of a completion.
+
+        Raises:
+            InvalidRequest: its grammar does not compile.
+        """
+        grammar = structure.grammar
+        async with self._making:
+            if (kept := self._texts.get(grammar)) is not None:
+                return kept
+            await self._checker.check(grammar, structure.param)
+            encoding = self._prompts.encoding
+            made = await self._encoded(lambda: text_automaton(grammar, encoding, self._vocab_size))
+            self._texts.keep(grammar, made, len(made.body))
+            return made
 
     def close(self) -> None:
         """Make no more."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._checker.close()
 
-    def _make(self, grammar: TurnGrammar) -> Constraint:
-        return Constraint.of(self._automata.of(grammar))
+    async def _turn(self, wanted: WantedTurn) -> TurnConstraint:
+        key = wanted.key()
+        if (kept := self._turns.get(key)) is None:
+            grammar = await self._compiling(wanted)
+            async with self._making:
+                if (kept := self._turns.get(key)) is None:
+                    kept = TurnConstraint(await self._encoded(lambda: self._automata.of(grammar)), grammar)
+                    # The key has other grammars than the automaton where some did not compile.
+                    self._turns.keep(key, kept, len(kept.constraint.body) + wanted.num_chars())
+        return kept
 
-    def _keep(self, grammar: TurnGrammar, constraint: Constraint) -> None:
-        self._kept[grammar] = constraint
-        self._num_bytes += len(constraint.body)
-        while self._num_bytes > MAX_KEPT_BYTES and len(self._kept) > 1:
-            _, forgotten = self._kept.popitem(last=False)
-            self._num_bytes -= len(forgotten.body)
+    async def _compiling(self, wanted: WantedTurn) -> TurnGrammar:
+        """Return the grammar of a turn with bodies that compile."""
+        if wanted.structure is not None:
+            await self._checker.check(wanted.structure.grammar, wanted.structure.param)
+        bodies: list[ToolBody] = []
+        for tool in wanted.bodies:
+            body = tool.body
+            if body.arguments is not None:
+                try:
+                    await self._checker.check(body.arguments, tool.param)
+                except InvalidRequest:
+                    if tool.promised:
+                        raise
+                    self._metrics.schema_fallbacks.inc()
+                    body = replace(body, arguments=json_object())
+            bodies.append(body)
+        return bounded(wanted.grammar(bodies), {tool.body.name for tool in wanted.bodies if tool.promised})
+
+    async def _encoded(self, make: Callable[[], TokenAutomaton]) -> Constraint:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, lambda: Constraint.of(make()))
+
+
+class _Kept(Generic[T]):
+    """Results by what they were made from; the least recently used is dropped first."""
+
+    def __init__(self) -> None:
+        self._results: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
+        self._num_bytes = 0
+
+    def get(self, key: Hashable) -> T | None:
+        found = self._results.get(key)
+        if found is None:
+            return None
+        self._results.move_to_end(key)
+        return found[0]
+
+    def keep(self, key: Hashable, result: T, num_bytes: int) -> None:
+        self._results[key] = (result, num_bytes)
+        self._num_bytes += num_bytes
+        while self._num_bytes > MAX_KEPT_BYTES and len(self._results) > 1:
+            _, (_, dropped) = self._results.popitem(last=False)
+            self._num_bytes -= dropped

@@ -34,6 +34,8 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_TOOLS = 1024
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 256
+MAX_PARALLEL_CALLS = 16
+"""Maximum number of calls in a turn that a request can ask for."""
 MAX_CUT_CONTEXTS = 8
 """Maximum length of a prompt that is truncated, in contexts of the model."""
 NUMBERS: Mapping[str, tuple[float, float]] = {
@@ -52,8 +54,11 @@ INTEGERS: Mapping[str, tuple[int, int]] = {
     "min_tokens": (0, MAX_COUNT),
     "n": (1, MAX_CHOICES),
     "priority": (-MAX_PRIORITY - 1, MAX_PRIORITY),
+    "max_reasoning_tokens": (0, MAX_COUNT),
+    "max_parallel_tool_calls": (1, MAX_PARALLEL_CALLS),
 }
 """Least and greatest values, both included; the OpenAPI document states them, too."""
+FORMAT_NAME = r"[a-zA-Z0-9_-]{1,64}"
 TOOL_NAME = rf"[a-zA-Z0-9_.-]{{1,{MAX_NAME_BYTES}}}"
 
 
@@ -85,7 +90,7 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
         raise InvalidRequest(f"tools has {len(tools)} entries, at most {MAX_TOOLS} are allowed.", "tools")
     names: set[str] = set()
     for index, tool in enumerate(tools):
-        param = f"tools[{index}].function"
+        param = f"tools[{index}].{'function' if tool.text is None else 'custom'}"
         if not re.fullmatch(TOOL_NAME, tool.name):
             raise InvalidRequest(
                 f"{param}.name must have 1 to {MAX_NAME_BYTES} characters out of a-z, A-Z, 0-9, _, - and "
@@ -100,6 +105,42 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
         problem = None if tool.parameters is None else schema_problem(tool.parameters)
         if problem:
             raise InvalidRequest(f"{param}.parameters {problem}.", f"{param}.parameters")
+
+
+def check_max_calls(max_calls: int | None, parallel: bool | None) -> None:
+    """Refuse a maximum number of calls that is out of range or contradicts `parallel_tool_calls`.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
+    if max_calls is None:
+        return
+    check_integer("max_parallel_tool_calls", max_calls, *INTEGERS["max_parallel_tool_calls"])
+    if parallel is False and max_calls > 1:
+        raise InvalidRequest(
+            f"max_parallel_tool_calls {max_calls} contradicts parallel_tool_calls false; leave one of them "
+            f"out.",
+            "max_parallel_tool_calls",
+        )
+
+
+def check_reasoning_budget(tokens: int, param: str) -> None:
+    """Refuse a maximum number of reasoning tokens that is out of range.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
+    check_integer(param, tokens, *INTEGERS["max_reasoning_tokens"])
+
+
+def check_format_name(name: str, param: str) -> None:
+    """Refuse a name of a response format that could not be shown to the model.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
+    if not re.fullmatch(FORMAT_NAME, name):
+        raise InvalidRequest(f"{param} must have 1 to 64 characters out of a-z, A-Z, 0-9, _ and -.", param)
 
 
 def check_date(date: str | None) -> None:

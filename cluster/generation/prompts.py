@@ -138,6 +138,7 @@ class Prompts:
             Conversation(
                 messages=request.messages,
                 tools=request.tools,
+                response_format=None if request.structure is None else request.structure.shown,
                 reasoning_effort=request.reasoning_effort or self.defaults.reasoning_effort,
                 current_date=request.current_date or self._date(),
                 model_identity=request.model_identity or DEFAULT_MODEL_IDENTITY,

@@ -2,9 +2,11 @@
 `cluster.generation.limits`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
+from cluster.grammars.grammar import Grammar
 from cluster.harmony.message import Message
-from cluster.harmony.render import ReasoningEffort
+from cluster.harmony.render import ReasoningEffort, ResponseFormat
 from cluster.harmony.tools import ToolDefinition
 from cluster.harmony.turn_grammar import HarmonyConstraint
 from workers.request import SamplingParams
@@ -48,6 +50,42 @@ class Options:
     priority: int = 0
 
 
+StructureKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The form that the text of an answer must have.
+
+    Attributes:
+        kind: what the client sent, for metrics.
+        param: the field that asks for it, as the client's API names it.
+        shown: what the model is told of it; None: nothing.
+    """
+
+    kind: StructureKind
+    grammar: Grammar
+    param: str
+    shown: ResponseFormat | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Which of the declared tools may be called, and how often.
+
+    Attributes:
+        required: the turn ends in a call.
+        names: the only tools that may be called; None: all.
+        param: the field that restricts them, as the client's API names it.
+        max_calls: maximum number of calls in a turn.
+    """
+
+    required: bool = False
+    names: frozenset[str] | None = None
+    param: str = "tool_choice"
+    max_calls: int = 1
+
+
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
     """A chat.
@@ -57,8 +95,12 @@ class ChatRequest:
         sampling: `max_tokens` None: up to the end of the context; `seed` may be any integer of 64
             bits, signed or not; `top_p` may be 0, which is greedy.
         stop: strings that end the text for the user; reasoning and tool calls are not searched.
-        tools: empty if the client forbids calls.
-        parallel_tool_calls: if False a choice ends after its first call.
+        tools: those that the model sees; empty if the client forbids calls.
+        parallel_tool_calls: without a constraint: if False a choice ends after its first call.
+        structure: the form of the text of the final message; None: any.
+        skips_reasoning: the final message begins at once if there are no tools.
+        max_reasoning_tokens: number of tokens after which reasoning is ended; None: no limit but
+            the share of the answer.
         reasoning_effort, model_identity, current_date, harmony_constraint: None: the deployment's
             value.
         model: None: the served model.
@@ -68,8 +110,12 @@ class ChatRequest:
     num_bytes: int = field(kw_only=True)
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=None))
     tools: tuple[ToolDefinition, ...] = ()
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
     stop: tuple[str, ...] = ()
     parallel_tool_calls: bool = True
+    structure: Structure | None = None
+    skips_reasoning: bool = False
+    max_reasoning_tokens: int | None = None
     reasoning_effort: ReasoningEffort | None = None
     model_identity: str | None = None
     current_date: str | None = None
@@ -89,6 +135,7 @@ class CompletionRequest:
         sampling: as in ChatRequest; `max_tokens` None: 16 or what the context leaves, as in
             OpenAI's API.
         stop: strings that end the text.
+        structure: the form of the text; None: any.
         echo: whether the text begins with the prompt.
         skip_special_tokens: leave the names of special tokens out of the text.
     """
@@ -96,6 +143,7 @@ class CompletionRequest:
     prompts: tuple[str | tuple[int, ...], ...]
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=None))
     stop: tuple[str, ...] = ()
+    structure: Structure | None = None
     echo: bool = False
     skip_special_tokens: bool = True
     model: str | None = None

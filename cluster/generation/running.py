@@ -177,5 +177,6 @@ class Generation:
     def _record(self) -> None:
         self._metrics.duration.observe(time.monotonic() - self._turn.arrived)
         for job in self._jobs:
+            self._metrics.reasoning_cuts.inc(job.choice.reasoning_was_cut)
             for kind, count in job.choice.repairs.items():
                 self._metrics.repairs.labels(kind).inc(count)

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 from cluster.fleet.dispatch import Dispatcher
 from cluster.generation.admission import Admission, Ticket
-from cluster.generation.constraints import TurnConstraints
+from cluster.generation.constraints import Constraints
 from cluster.generation.limits import check_options, check_sampling, check_stop
 from cluster.generation.prompts import Prompts
-from cluster.generation.requests import ChatRequest, CompletionRequest
+from cluster.generation.requests import ChatRequest, CompletionRequest, Structure
 from cluster.generation.running import Generation
 from cluster.generation.settings import Capacity, ChatDefaults, ServedModel
 from cluster.generation.turn import Job, Turn, chat_jobs, completion_jobs
+from cluster.generation.turn_rules import check_promises, check_text_promise
+from cluster.grammars.check import GrammarChecker
 from cluster.metrics import GatewayMetrics
 from workers.errors import InvalidRequest
 
@@ -37,7 +39,7 @@ class GenerationService:
         self.served = served
         self.prompts = prompts
         self.metrics = metrics
-        self._constraints = TurnConstraints(prompts, served.info.vocab_size)
+        self._constraints = Constraints(prompts, served.info.vocab_size, GrammarChecker(), metrics)
         self._dispatcher = dispatcher
         self._capacity = capacity or Capacity()
         self._admission = Admission(self._capacity.max_in_flight_requests, metrics.in_flight)
@@ -56,11 +58,13 @@ class GenerationService:
         check_sampling(request.sampling, self.served.info, request.names)
         check_stop(request.stop)
         check_options(request.options)
+        check_promises(request)
         with self._admission.admit(request.sampling.n) as ticket:
             bad_words = await self.prompts.bad_words(request.options.bad_words, writes_headers=True)
             prompt = tuple(await self.prompts.chat(request))
             id = f"chatcmpl-{request_id or uuid.uuid4().hex}"
-            constraint = await self._constraints.of(request)
+            constraint = await self._constraints.of_chat(request)
+            self._count(request.structure, forces_call=request.tool_choice.required)
             jobs = await self._routed(
                 chat_jobs(id, request, prompt, self.served.info, self.prompts.encoding, bad_words, constraint)
             )
@@ -76,15 +80,26 @@ class GenerationService:
         check_sampling(request.sampling, self.served.info, request.names, num_prompts=num_prompts)
         check_stop(request.stop)
         check_options(request.options)
+        check_text_promise(request)
         with self._admission.admit(request.sampling.n * num_prompts) as ticket:
             bad_words = await self.prompts.bad_words(request.options.bad_words, writes_headers=False)
             prompts = tuple([await self.prompts.completion(request, index) for index in range(num_prompts)])
             id = f"cmpl-{request_id or uuid.uuid4().hex}"
+            asked = request.structure
+            constraint = None if asked is None else await self._constraints.of_text(asked)
+            self._count(asked)
             jobs: list[Job] = []
             for index, prompt in enumerate(prompts):
                 jobs += await self._routed(
                     completion_jobs(
-                        id, request, index, prompt, self.served.info, self.prompts.encoding, bad_words
+                        id,
+                        request,
+                        index,
+                        prompt,
+                        self.served.info,
+                        self.prompts.encoding,
+                        bad_words,
+                        constraint,
                     )
                 )
             return await self._begin(id, prompts, jobs, arrived, ticket)
@@ -105,6 +120,13 @@ class GenerationService:
         self.prompts.close()
         self._constraints.close()
         await self._dispatcher.close()
+
+    def _count(self, structure: Structure | None, *, forces_call: bool = False) -> None:
+        """Count a request for a form of its answer."""
+        if structure is not None:
+            self.metrics.structured_requests.labels(structure.kind).inc()
+        if forces_call:
+            self.metrics.structured_requests.labels("call").inc()
 
     async def _routed(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs of one prompt, with the data on which the choice of their replicas

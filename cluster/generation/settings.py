@@ -1,6 +1,7 @@
 """The settings of a GenerationService: the model, the deployment's defaults and its capacity."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cluster.harmony.render import ReasoningEffort
 from cluster.harmony.turn_grammar import HarmonyConstraint
@@ -60,17 +61,28 @@ class ServedModel:
             raise ModelNotFound(f"The model {name[:100]!r} does not exist; this server has {self.info.id!r}.")
 
 
+ToolArguments = Literal["schema_types", "json", "free"]
+"""What arguments of functions may be that are neither strict nor forced: JSON with the types of the
+schema, any JSON object, any text."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChatDefaults:
-    """Defaults for chats that do not set these values.
+    """What the deployment decides for chats that do not set these values, and for all chats.
 
     Attributes:
         conversation_date: `auto` for the current day in UTC, `none`, or YYYY-MM-DD.
+        tool_arguments: of constrained chats.
+        wrap_up: end of reasoning that reaches a limit.
+        reserves_answer: a share of `max_tokens` stays for the answer, see `turn_limits`.
     """
 
     conversation_date: str = "none"
     reasoning_effort: ReasoningEffort = "medium"
     harmony_constraint: HarmonyConstraint = "off"
+    tool_arguments: ToolArguments = "schema_types"
+    wrap_up: str = ""
+    reserves_answer: bool = True
 
 
 @dataclass(frozen=True, slots=True)

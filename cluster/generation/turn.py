@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from cluster.fleet.table import RoutingHint
 from cluster.generation.bad_words import Tokens
-from cluster.generation.choices import ChatChoice, Choice, CompletionChoice
+from cluster.generation.choices import ChatChoice, Choice, CompletionChoice, ReasoningLimit
+from cluster.generation.constraints import TurnConstraint
 from cluster.generation.limits import num_output_tokens
 from cluster.generation.requests import ChatRequest, CompletionRequest, Options
 from cluster.generation.settings import ModelInfo
@@ -62,13 +63,13 @@ def chat_jobs(
     model: ModelInfo,
     encoding: HarmonyEncoding,
     bad_words: tuple[Tokens, ...] = (),
-    constraint: Constraint | None = None,
+    constraint: TurnConstraint | None = None,
 ) -> list[Job]:
     """Return the choices of a chat.
 
     Args:
         bad_words: tokens of the request's bad words.
-        constraint: the automaton of its turns; None: any token may come next.
+        constraint: of its turns; None: any token may come next.
     Raises:
         ContextLengthExceeded, InvalidRequest: see `num_output_tokens`.
     """
@@ -77,23 +78,24 @@ def chat_jobs(
     )
     sampling = _complete(request.sampling, max_tokens, bad_words, encoding)
     tools = [tool.name for tool in request.tools]
-    return [
-        Job(
-            replace(
-                _engine_request(f"{id}-{index}", prompt, sampling, index, request.options),
-                constraint=constraint,
-            ),
-            ChatChoice(
-                index,
-                encoding,
-                request.stop,
-                tools=tools,
-                parallel_tool_calls=request.parallel_tool_calls,
-                ends_with_turn=not sampling.ignore_eos,
-            ),
+    jobs = []
+    for index in range(sampling.n):
+        asked = _engine_request(f"{id}-{index}", prompt, sampling, index, request.options)
+        choice = ChatChoice(
+            index,
+            encoding,
+            request.stop,
+            tools=tools,
+            parallel_tool_calls=request.parallel_tool_calls,
+            max_calls=1 if constraint is None else constraint.grammar.max_calls,
+            ends_with_turn=not sampling.ignore_eos,
         )
-        for index in range(sampling.n)
-    ]
+        if constraint is not None:
+            asked = _constrained(asked, constraint, encoding)
+            num_wrap_up = len(encoding.encode(constraint.grammar.wrap_up))
+            choice.reasoning_limit = ReasoningLimit(asked.constraint_limits, num_wrap_up)
+        jobs.append(Job(asked, choice))
+    return jobs
 
 
 def completion_jobs(
@@ -104,11 +106,13 @@ def completion_jobs(
     model: ModelInfo,
     encoding: HarmonyEncoding,
     bad_words: tuple[Tokens, ...] = (),
+    constraint: Constraint | None = None,
 ) -> list[Job]:
     """Return the choices of one of a request's prompts.
 
     Args:
         bad_words: tokens of the request's bad words.
+        constraint: of the text; None: any.
     Raises:
         ContextLengthExceeded, InvalidRequest: see `num_output_tokens`.
     """
@@ -125,7 +129,10 @@ def completion_jobs(
     first = prompt_index * sampling.n
     return [
         Job(
-            _engine_request(f"{id}-{first + offset}", prompt, sampling, offset, request.options),
+            replace(
+                _engine_request(f"{id}-{first + offset}", prompt, sampling, offset, request.options),
+                constraint=constraint,
+            ),
             CompletionChoice(
                 first + offset,
                 encoding,
@@ -137,6 +144,16 @@ def completion_jobs(
         )
         for offset in range(sampling.n)
     ]
+
+
+def _constrained(request: EngineRequest, turn: TurnConstraint, encoding: HarmonyEncoding) -> EngineRequest:
+    """Return the request for a turn with its constraint."""
+    return replace(
+        request,
+        constraint=turn.constraint,
+        constraint_limits=turn.limits(request.sampling.max_tokens, encoding),
+        ignored_stop_token_ids=(encoding.call,) if turn.grammar.max_calls > 1 else (),
+    )
 
 
 def _echo(

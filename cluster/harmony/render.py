@@ -5,19 +5,34 @@ rules on top: all developer messages become one, and analysis before the last fi
 out. Text of clients and tools is always encoded with special tokens disabled.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import orjson
+
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.message import CHANNELS, Message
-from cluster.harmony.tools import ToolDefinition, typescript_type
+from cluster.harmony.tools import TextInput, ToolDefinition, typescript_type
 from workers.errors import ContextLengthExceeded, InvalidRequest
 
 ReasoningEffort = Literal["low", "medium", "high"]
 
 DEFAULT_MODEL_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 DEFAULT_KNOWLEDGE_CUTOFF = "2024-06"
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """What the model is told of the form of its final message.
+
+    Attributes:
+        schema: a JSON schema.
+    """
+
+    name: str
+    schema: Mapping[str, object]
+    description: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +47,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[ToolDefinition, ...] = ()
+    response_format: ResponseFormat | None = None
     reasoning_effort: ReasoningEffort = "medium"
     current_date: str | None = None
     knowledge_cutoff: str = DEFAULT_KNOWLEDGE_CUTOFF
@@ -177,6 +193,10 @@ def _developer_text(conversation: Conversation) -> str:
     sections = ["# Instructions", *instructions] if instructions else []
     if conversation.tools:
         sections += ["# Tools", "\n".join(_namespace_lines(conversation.tools))]
+    if (shown := conversation.response_format) is not None:
+        lines = [f"// {line}" for line in _lines(shown.description)]
+        schema = orjson.dumps(shown.schema).decode()
+        sections += ["# Response Formats", f"## {shown.name}", "\n".join((*lines, schema))]
     return "\n\n".join(sections)
 
 
@@ -186,9 +206,21 @@ def _namespace_lines(tools: Iterable[ToolDefinition]) -> Iterator[str]:
     for tool in tools:
         for line in _lines(tool.description):
             yield f"// {line}"
-        arguments = "" if tool.parameters is None else f"_: {typescript_type(tool.parameters)}"
+        if tool.text is not None:
+            yield from _text_input_lines(tool.text)
+            arguments = "_: string"
+        else:
+            arguments = "" if tool.parameters is None else f"_: {typescript_type(tool.parameters)}"
         yield f"type {tool.name} = ({arguments}) => any;\n"
     yield "} // namespace functions"
+
+
+def _text_input_lines(text: TextInput) -> Iterator[str]:
+    """Yield what tells a custom tool from a function, for which harmony has no form of its own."""
+    yield "// The body of the call is the input itself, as plain text and not as JSON."
+    if text.shown:
+        yield "// The input matches this grammar:"
+        yield from (f"// {line}" for line in _lines(text.shown))
 
 
 def _lines(text: str) -> list[str]:

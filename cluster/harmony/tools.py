@@ -11,6 +11,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.grammars.grammar import Grammar
+
 MAX_SCHEMA_DEPTH = 64
 """Maximum nesting depth of a schema's objects and arrays."""
 
@@ -19,16 +21,33 @@ _Path = tuple["_Path", object] | None
 
 
 @dataclass(frozen=True, slots=True)
-class ToolDefinition:
-    """A function that the model may call.
+class TextInput:
+    """The input of a tool that takes a text instead of JSON.
 
     Attributes:
-        parameters: JSON schema of the arguments' object; None: the function takes none.
+        grammar: of the text; None: any text.
+        shown: the grammar as the client wrote it; empty: none.
+    """
+
+    grammar: Grammar | None = None
+    shown: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolDefinition:
+    """A tool that the model may call: a function, or a custom tool, which takes a text.
+
+    Attributes:
+        parameters: JSON schema of a function's arguments; None: the function takes none.
+        strict: the arguments must match the schema.
+        text: the input of a custom tool; None: it is a function.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, object] | None = None
+    strict: bool = False
+    text: TextInput | None = None
 
 
 def schema_problem(schema: Mapping[str, object]) -> str | None:

@@ -84,6 +84,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "gateway.conversation_date": "2026-02-03",
         "gateway.reasoning_effort": "high",
         "gateway.harmony_constraint": "headers",
+        "gateway.tool_arguments": "json",
         "listen.host": "::1",
         "engine_host": "127.0.0.1",
     }

@@ -23,11 +23,14 @@ class Constraint:
         body: `encode` of the automaton.
         extended: whether the automaton has grammars, counted states or overflows, which engines of
             the first version do not know; set where automata are made.
+        optional: an engine that does not know what it needs may run the sequence without it; never
+            sent.
     """
 
     id: bytes
     body: bytes
     extended: bool = field(default=False, compare=False)
+    optional: bool = field(default=False, compare=False)
 
     @staticmethod
     def of(automaton: TokenAutomaton) -> "Constraint":

@@ -5,8 +5,8 @@ Incoming messages are checked here (`validate.py` has the ranges); outgoing ones
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from workers import errors
 from workers.constraint.automaton import NO_LIMITS, ConstraintLimits
@@ -109,6 +109,19 @@ def capabilities_of(request: EngineRequest) -> frozenset[str]:
         IGNORED_STOP_TOKEN_IDS: bool(request.ignored_stop_token_ids),
     }
     return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def without_optional(request: EngineRequest, missing: Collection[str]) -> EngineRequest:
+    """Return the request without its constraint, if that is optional and an engine lacks nothing
+    but what the constraint needs; else the request itself.
+
+    Args:
+        missing: names in CAPABILITIES that the engine does not list.
+    """
+    of_constraint = {CONSTRAINT_GRAMMARS, CONSTRAINT_LIMITS, IGNORED_STOP_TOKEN_IDS}
+    if request.constraint is None or not request.constraint.optional or not of_constraint.issuperset(missing):
+        return request
+    return replace(request, constraint=None, constraint_limits=NO_LIMITS, ignored_stop_token_ids=())
 
 
 def request_to_wire(

@@ -22,7 +22,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "cantata.args" -}}
 {{- $args := omit (deepCopy .Values.config) "replicas" "gateways" -}}
 {{- $engine := merge (dict "model_path" (printf "/models/%s" .Values.model.path)) (default dict $args.engine) -}}
-{{- $gateway := omit (default dict $args.gateway) "max_in_flight_requests" "request_timeout_s" "conversation_date" "reasoning_effort" "harmony_constraint" "keep_alive_timeout_s" -}}
+{{- $gateway := omit (default dict $args.gateway) "max_in_flight_requests" "request_timeout_s" "conversation_date" "reasoning_effort" "harmony_constraint" "tool_arguments" "reasoning_wrap_up" "reserve_answer" "keep_alive_timeout_s" -}}
 {{- if not $gateway.served_model_name -}}
 {{- $_ := set $gateway "served_model_name" (base .Values.model.path) -}}
 {{- end -}}
@@ -31,7 +31,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{/* What a running gateway takes over. */}}
 {{- define "cantata.gatewayUserConfig" -}}
-{{- toYaml (pick (default dict .Values.config.gateway) "max_in_flight_requests" "request_timeout_s" "conversation_date" "reasoning_effort" "harmony_constraint") -}}
+{{- toYaml (pick (default dict .Values.config.gateway) "max_in_flight_requests" "request_timeout_s" "conversation_date" "reasoning_effort" "harmony_constraint" "tool_arguments" "reasoning_wrap_up" "reserve_answer") -}}
 {{- end -}}
 
 {{- define "cantata.serveConfig" -}}

@@ -30,6 +30,74 @@ def tool(**function: Any) -> dict[str, Any]:
 
 
 # Fields beside a good message, and the param that the refusal must name.
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+CUSTOM = {"type": "custom", "custom": {"name": "g"}}
+OBJECT = {"type": "json_object"}
+FORMS: list[tuple[dict[str, Any], str]] = [
+    ({"response_format": {"type": "structural_tag"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+        "response_format.json_schema.schema",
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}},
+        "response_format.json_schema.name",
+    ),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": 5}}, "structured_outputs.json"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+    (
+        {"structured_outputs": {"regex": "a", "disable_additional_properties": True}},
+        "structured_outputs.disable_additional_properties",
+    ),
+    ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+    ({"guided_json": {"type": "string"}, "response_format": OBJECT}, "guided_json"),
+    ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+    ({"response_format": OBJECT, "harmony_constraint": "off"}, "harmony_constraint"),
+    ({"max_reasoning_tokens": 9, "harmony_constraint": "off"}, "harmony_constraint"),
+    ({"max_reasoning_tokens": -1}, "max_reasoning_tokens"),
+    ({"thinking_token_budget": -2}, "thinking_token_budget"),
+    ({"reasoning": {"max_tokens": -1}}, "reasoning.max_tokens"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 2**31}}, "thinking.budget_tokens"),
+    ({"tools": [FUNCTION], "max_parallel_tool_calls": 17}, "max_parallel_tool_calls"),
+    (
+        {"tools": [FUNCTION], "max_parallel_tool_calls": 2, "parallel_tool_calls": False},
+        "max_parallel_tool_calls",
+    ),
+    (
+        {"tools": [FUNCTION], "tool_choice": {"type": "custom", "custom": {"name": "f"}}},
+        "tool_choice.custom.name",
+    ),
+    (
+        {
+            "tools": [CUSTOM],
+            "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+        },
+        "tool_choice.allowed_tools.tools",
+    ),
+    (
+        {
+            "tools": [CUSTOM],
+            "tool_choice": {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "required", "tools": [CUSTOM, FUNCTION]},
+            },
+        },
+        "tool_choice.allowed_tools.tools[1].function.name",
+    ),
+    (
+        {"tools": [{"type": "custom", "custom": {"name": "g", "format": {"type": "json"}}}]},
+        "tools[0].custom.format",
+    ),
+    ({"tools": [CUSTOM, CUSTOM]}, "tools[1].custom.name"),
+]
+"""Forms of answers and choices of tools that are wrong."""
+
 CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
@@ -114,7 +182,7 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
-    ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
+    ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0]"),
     ({"tools": [tool(name="")]}, "tools[0].function.name"),
     ({"tools": [tool(name="a b")]}, "tools[0].function.name"),
     ({"tools": [tool(name="a" * 129)]}, "tools[0].function.name"),
@@ -133,8 +201,7 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": 1}, "tool_choice"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"function_call": "auto"}, "function_call"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    *FORMS,
     ({"reasoning_effort": "extreme"}, "reasoning_effort"),
     ({"reasoning": {"effort": "extreme"}}, "reasoning.effort"),
     ({"chat_template_kwargs": {"enable_thinking": "no"}}, "chat_template_kwargs.enable_thinking"),
@@ -203,15 +270,22 @@ async def undisturbed(gateway: Gateway, engine: FakeEngine, encoding: HarmonyEnc
         ({"messages": ["Hello"]}, "messages[0] must be an object."),
         ({"messages": [{"role": "user", "content": ["Hello"]}]}, "messages[0].content[0] must be an object."),
         ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio must be null."),
-        ({"response_format": "json"}, "response_format must be an object."),
+        (
+            {"response_format": "json"},
+            "response_format must be an object with type 'text', 'json_object' or 'json_schema' "
+            "(structural_tag is not offered).",
+        ),
         ({"logit_bias": []}, "logit_bias must be an object."),
         ({"max_tokens": "10"}, "max_tokens must be an integer."),
         ({"temperature": "hot"}, "temperature must be a number."),
         ({"stream": "yes"}, "stream must be true or false."),
         ({"stop": ["a", 5]}, "stop[1] must be a string."),
-        # Not 'required', which is refused as well.
-        ({"tool_choice": "sometimes"}, "tool_choice must be 'auto' or 'none'."),
-        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice must be 'auto' or 'none'."),
+        (
+            {"tool_choice": "sometimes"},
+            "tool_choice must be 'auto', 'none', 'required', or an object with type 'function', 'custom' or "
+            "'allowed_tools'.",
+        ),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools is missing."),
     ],
 )
 async def test_refusals_speak_of_json(gateway: Gateway, fields: dict[str, Any], message: str) -> None:

@@ -41,49 +41,10 @@ class Refusal:
 NOT_YET = (
     Refusal(
         400,
-        "structured output is not offered yet",
-        "response_format",
-        (
-            "litellm: openai json_schema",
-            "langchain: with_structured_output json_schema (default)",
-            "langchain: with_structured_output json_mode",
-            "pydantic-ai: chat NativeOutput",
-            "pydantic-ai: chat PromptedOutput",
-            "instructor: instructor JSON",
-            "instructor: instructor JSON_SCHEMA",
-            "guidance: guidance OpenAI json",
-            "openai-agents: chat output_type",
-            "llm: schema",
-            "smolagents: CodeAgent structured (response_format)",
-            "openai3: parse response_format=pydantic",
-            "openai3: response_format json_object",
-        ),
-    ),
-    Refusal(
-        400,
-        "guided_grammar is not offered",
-        "guided_grammar",
+        "has 'max_tokens=': this option is not supported",
+        "structured_outputs.grammar",
         ("guidance: guidance VLLMModel (regex / llguidance)",),
     ),
-    Refusal(
-        400,
-        "tool_choice must be 'auto' or 'none'",
-        "tool_choice",
-        (
-            "langchain: with_structured_output function_calling",
-            "langchain: tool_choice any",
-            "langchain: create_agent response_format",
-            "pydantic-ai: chat output_type (tool, default)",
-            "instructor: instructor TOOLS",
-            "openai-agents: chat tool_choice=required",
-            "smolagents: ToolCallingAgent (tool_choice=required)",
-            "openai3: tool_choice required",
-            "openai3: tool_choice named",
-            "openai3: tool_choice allowed_tools",
-            "hand-written: allowed_tools auto",
-        ),
-    ),
-    Refusal(400, "tools[0].type must be 'function'", "tools[0].type", ("openai3: custom tool",)),
     Refusal(
         400,
         "echo cannot be combined with logprobs",
@@ -244,4 +205,4 @@ def check_prompt(name: str, body: dict[str, Any], prompt: str) -> None:
             assert f"to=functions.{call['function']['name']} " in prompt, (name, call)
     if body.get("tool_choice") != "none":
         for tool in body.get("tools") or ():
-            assert f"\ntype {tool['function']['name']} = (" in prompt, (name, tool)
+            assert f"\ntype {tool[tool['type']]['name']} = (" in prompt, (name, tool)

@@ -1,5 +1,6 @@
 """The gRPC API has every field that chat has over HTTP, and each of them does the same."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from google.protobuf.descriptor import Descriptor
 from pydantic import BaseModel
 
 from cluster.events import ChoiceFinish, TokenCandidate, TokenLogprob
-from cluster.frontend import answers, schema
+from cluster.frontend import answers, schema, schema_formats, schema_tools
 from cluster.frontend.grpc_messages import ChatEvents
 from cluster.generation import Generation
 from cluster.harmony.encoding import HarmonyEncoding
@@ -41,7 +42,6 @@ class Pair:
 
 IGNORED, OTHER_NAME = "accepted and ignored over HTTP", "another name of a field that is there"
 NOT_OFFERED = "refused over HTTP, or accepted only where it asks for nothing"
-FUNCTIONS_ONLY = "functions are the only kind"
 PAIRS = [
     Pair(
         schema.ChatCompletionRequest,
@@ -54,8 +54,14 @@ PAIRS = [
             "chat_template_kwargs": "its fields are the request's own",
             "skip_special_tokens": "no effect",
         }
-        | dict.fromkeys(("max_completion_tokens", "reasoning", "thinking", "enable_thinking"), OTHER_NAME)
-        | dict.fromkeys(("audio", "functions", "function_call", "modalities", "response_format"), NOT_OFFERED)
+        | dict.fromkeys(
+            [
+                *("max_completion_tokens", "reasoning", "thinking", "enable_thinking"),
+                *("thinking_token_budget", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+            ],
+            OTHER_NAME,
+        )
+        | dict.fromkeys(("audio", "functions", "function_call", "modalities"), NOT_OFFERED)
         | dict.fromkeys(
             [
                 "metadata",
@@ -96,14 +102,51 @@ PAIRS = [
         | dict.fromkeys(("annotations", "audio", "function_call", "parsed"), IGNORED),
     ),
     Pair(
-        schema.AssistantToolCall,
+        schema_tools.FunctionToolCall,
         pb.ToolCall.DESCRIPTOR,
         elsewhere={"function": "name"},
-        without={"type": FUNCTIONS_ONLY, "index": IGNORED},
+        without={"index": IGNORED},
     ),
-    Pair(schema.FunctionCall, pb.ToolCall.DESCRIPTOR, without={"parsed_arguments": IGNORED}),
-    Pair(schema.Tool, pb.Tool.DESCRIPTOR, elsewhere={"function": "name"}, without={"type": FUNCTIONS_ONLY}),
-    Pair(schema.Function, pb.Tool.DESCRIPTOR),
+    Pair(
+        schema_tools.CustomToolCall,
+        pb.ToolCall.DESCRIPTOR,
+        elsewhere={"custom": "name"},
+        without={"index": IGNORED},
+    ),
+    Pair(schema_tools.FunctionCall, pb.ToolCall.DESCRIPTOR, without={"parsed_arguments": IGNORED}),
+    Pair(schema_tools.CustomCall, pb.ToolCall.DESCRIPTOR, elsewhere={"input": "arguments"}),
+    Pair(schema_tools.FunctionTool, pb.Tool.DESCRIPTOR, elsewhere={"function": "name"}),
+    Pair(schema_tools.CustomTool, pb.Tool.DESCRIPTOR, elsewhere={"custom": "name"}),
+    Pair(schema_tools.Function, pb.Tool.DESCRIPTOR),
+    Pair(schema_tools.Custom, pb.Tool.DESCRIPTOR),
+    Pair(schema_tools.ToolGrammar, pb.ToolGrammar.DESCRIPTOR),
+    Pair(
+        schema_tools.AllowedTools,
+        pb.ChatRequest.DESCRIPTOR,
+        elsewhere={"mode": "tool_choice"},
+    ),
+    Pair(
+        schema_formats.JsonSchemaFormat,
+        pb.ResponseFormat.DESCRIPTOR,
+        without={"type": "the member of the oneof"},
+    ),
+    Pair(
+        schema_formats.JsonObjectFormat,
+        pb.ResponseFormat.DESCRIPTOR,
+        elsewhere={"type": "json_object"},
+        without={"schema": "structured_outputs.json"},
+    ),
+    Pair(
+        schema_formats.JsonSchema,
+        pb.JsonSchemaFormat.DESCRIPTOR,
+        without={"strict": "no effect"},
+    ),
+    Pair(
+        schema_formats.StructuredOutputs,
+        pb.StructuredOutputs.DESCRIPTOR,
+        without=dict.fromkeys(("disable_any_whitespace", "whitespace_pattern"), "no effect")
+        | dict.fromkeys(("disable_additional_properties", "structural_tag"), NOT_OFFERED),
+    ),
     Pair(
         answers.ChatCompletion,
         pb.ChatResponse.DESCRIPTOR,
@@ -119,9 +162,9 @@ PAIRS = [
     Pair(
         answers.ToolCallBody,
         pb.ToolCall.DESCRIPTOR,
-        elsewhere={"function": "name"},
-        without={"type": FUNCTIONS_ONLY},
+        elsewhere={"function": "name", "custom": "name"},
     ),
+    Pair(answers.CustomBody, pb.ToolCall.DESCRIPTOR, elsewhere={"input": "arguments"}),
     Pair(
         answers.UsageBody,
         pb.Usage.DESCRIPTOR,
@@ -171,15 +214,16 @@ PAIRS = [
     Pair(
         answers.ToolCallDeltaBody,
         pb.ToolCallDelta.DESCRIPTOR,
-        elsewhere={"index": "call_index", "function": "name"},
-        without={"type": FUNCTIONS_ONLY},
+        elsewhere={"index": "call_index", "function": "name", "custom": "name"},
     ),
     Pair(answers.FunctionBody, pb.ToolCallDelta.DESCRIPTOR),
 ]
 
 
 def http_fields(kind: type) -> set[str]:
-    return set(kind.model_fields if issubclass(kind, BaseModel) else kind.__annotations__)
+    if issubclass(kind, BaseModel):
+        return {field.alias or name for name, field in kind.model_fields.items()}
+    return set(kind.__annotations__)
 
 
 def has(message: Descriptor, path: str) -> bool:
@@ -208,7 +252,8 @@ TOOL = {
         "name": "f",
         "description": "It.",
         "strict": True,
-        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+        # In the order of a Struct: another order is another grammar.
+        "parameters": {"properties": {"a": {"type": "integer"}}, "type": "object"},
     },
 }
 HISTORY = [
@@ -234,6 +279,28 @@ GRPC_HISTORY = [
     },
     {"role": "ROLE_TOOL", "tool_call_id": "c", "content": "3"},
 ]
+CUSTOM = {"type": "custom", "custom": {"name": "g", "description": "It."}}
+PATCH = {"syntax": "regex", "definition": "[a-z]+"}
+CUSTOM_PATCH = {
+    "type": "custom",
+    "custom": {"name": "g", "format": {"type": "grammar", "grammar": PATCH}},
+}
+CUSTOM_HISTORY = [
+    {
+        "role": "assistant",
+        "tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "g", "input": "x"}}],
+    },
+    {"role": "tool", "tool_call_id": "c", "content": "3"},
+]
+GRPC_CUSTOM_HISTORY = [
+    {
+        "role": "ROLE_ASSISTANT",
+        "tool_calls": [{"id": "c", "name": "g", "arguments": "x", "type": "TOOL_TYPE_CUSTOM"}],
+    },
+    {"role": "ROLE_TOOL", "tool_call_id": "c", "content": "3"},
+]
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}, "a": {"type": "string"}}}
+NAMED_F = {"type": "function", "function": {"name": "f"}}
 LONG = "one two three four five six seven"
 SAME = [
     {"max_tokens": 5},
@@ -278,6 +345,68 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"tools": [TOOL]}, {"tools": [GRPC_TOOL]}),
     ({"tools": [TOOL], "tool_choice": "auto"}, {"tools": [GRPC_TOOL], "tool_choice": "TOOL_CHOICE_AUTO"}),
     ({"tools": [TOOL], "tool_choice": "none"}, {"tools": [GRPC_TOOL], "tool_choice": "TOOL_CHOICE_NONE"}),
+    (
+        {"tools": [TOOL], "tool_choice": "required"},
+        {"tools": [GRPC_TOOL], "tool_choice": "TOOL_CHOICE_REQUIRED"},
+    ),
+    (
+        {"tools": [TOOL], "tool_choice": NAMED_F},
+        {"tools": [GRPC_TOOL], "tool_choice": "TOOL_CHOICE_REQUIRED", "allowed_tools": ["f"]},
+    ),
+    (
+        {
+            "tools": [TOOL, CUSTOM],
+            "tool_choice": {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [{"type": "custom", "custom": {"name": "g"}}]},
+            },
+        },
+        {
+            "tools": [GRPC_TOOL, {"name": "g", "description": "It.", "type": "TOOL_TYPE_CUSTOM"}],
+            "allowed_tools": ["g"],
+        },
+    ),
+    (
+        {"tools": [CUSTOM_PATCH], "messages": CUSTOM_HISTORY},
+        {
+            "tools": [
+                {
+                    "name": "g",
+                    "type": "TOOL_TYPE_CUSTOM",
+                    "format": {"syntax": "GRAMMAR_SYNTAX_REGEX", "definition": "[a-z]+"},
+                }
+            ],
+            "messages": GRPC_CUSTOM_HISTORY,
+        },
+    ),
+    (
+        {"tools": [TOOL], "max_parallel_tool_calls": 3},
+        {"tools": [GRPC_TOOL], "max_parallel_tool_calls": 3},
+    ),
+    ({"reasoning_effort": "none"}, {"reasoning_effort": "REASONING_EFFORT_NONE"}),
+    ({"max_reasoning_tokens": 7}, {"max_reasoning_tokens": 7}),
+    ({"thinking_token_budget": 7}, {"max_reasoning_tokens": 7}),
+    ({"reasoning": {"max_tokens": 0}}, {"max_reasoning_tokens": 0}),
+    ({"response_format": {"type": "json_object"}}, {"response_format": {"json_object": True}}),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "point", "description": "A.\nB.", "schema": POINT},
+            }
+        },
+        {
+            "response_format": {
+                "json_schema": {"name": "point", "description": "A.\nB.", "schema": json.dumps(POINT)}
+            }
+        },
+    ),
+    ({"structured_outputs": {"json": POINT}}, {"structured_outputs": {"json": json.dumps(POINT)}}),
+    ({"guided_json": json.dumps(POINT)}, {"structured_outputs": {"json": json.dumps(POINT)}}),
+    ({"guided_regex": "[a-z]+"}, {"structured_outputs": {"regex": "[a-z]+"}}),
+    ({"guided_choice": ["yes", "no"]}, {"structured_outputs": {"choice": ["yes", "no"]}}),
+    ({"guided_grammar": 'start: "a"'}, {"structured_outputs": {"grammar": 'start: "a"'}}),
+    ({"structured_outputs": {"json_object": True}}, {"structured_outputs": {"json_object": True}}),
     ({"chat_template_kwargs": {"model_identity": "You are X."}}, {"model_identity": "You are X."}),
     ({"chat_template_kwargs": {"current_date": "2025-12-31"}}, {"current_date": "2025-12-31"}),
     (

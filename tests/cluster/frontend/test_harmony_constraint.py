@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from cluster.generation import ChatDefaults
+from cluster.grammars.grammar import json_object
 from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.turn_grammar import ToolBody, TurnGrammar
@@ -55,8 +56,9 @@ async def test_it_allows_calls_of_the_tools_that_the_model_sees(
     gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
 ) -> None:
     automata = TurnAutomata(encoding, gateway.service.served.info.vocab_size)
+    bodies = tuple(ToolBody(name, json_object()) for name in NAMES)
     none = Constraint.of(automata.of(TurnGrammar()))
-    auto = Constraint.of(automata.of(TurnGrammar(tuple(map(ToolBody, NAMES)), "allowed")))
+    auto = Constraint.of(automata.of(TurnGrammar(bodies, "allowed")))
     assert await constraint_of(gateway, engine, ON) == none
     assert await constraint_of(gateway, engine, ON, tools=TOOLS) == auto
     assert await constraint_of(gateway, engine, ON, tools=TOOLS[::-1]) == auto

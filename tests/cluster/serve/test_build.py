@@ -13,7 +13,7 @@ import pytest
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeApplicationSchema
 
-from cluster.config import RUN_TIME_SETTINGS, AppConfig, GatewayConfig
+from cluster.config import RUN_TIME_SETTINGS, WRAP_UP, AppConfig, GatewayConfig
 from cluster.generation import Capacity, ChatDefaults
 from cluster.harmony.make_tokenizer import write_bpe_tokenizer
 from cluster.serve import cluster_view
@@ -268,15 +268,21 @@ async def test_a_running_gateway_takes_settings_over_and_survives_wrong_ones(
         in caplog.text
     )
     await GatewayReplica.reconfigure(replica, {"request_timeout_s": None, "reasoning_effort": "high"})
-    await GatewayReplica.reconfigure(replica, {"harmony_constraint": "headers"})
+    constraint = {
+        "harmony_constraint": "headers",
+        "tool_arguments": "json",
+        "reasoning_wrap_up": "So.",
+        "reserve_answer": False,
+    }
+    await GatewayReplica.reconfigure(replica, constraint)
     assert replica._service.told == [
-        (ChatDefaults("auto", "low"), Capacity(1024, 30)),
-        (ChatDefaults("none", "low"), Capacity(7, 30)),
-        (ChatDefaults("auto", "high"), Capacity(1024, None)),
-        (ChatDefaults("auto", "low", "headers"), Capacity(1024, 30)),
+        (ChatDefaults("auto", "low", wrap_up=WRAP_UP), Capacity(1024, 30)),
+        (ChatDefaults("none", "low", wrap_up=WRAP_UP), Capacity(7, 30)),
+        (ChatDefaults("auto", "high", wrap_up=WRAP_UP), Capacity(1024, None)),
+        (ChatDefaults("auto", "low", "headers", "json", "So.", False), Capacity(1024, 30)),
     ]
     tried = {"max_in_flight_requests", "conversation_date", "request_timeout_s", "reasoning_effort"}
-    assert tried | {"harmony_constraint"} == set(RUN_TIME_SETTINGS)
+    assert tried | constraint.keys() == set(RUN_TIME_SETTINGS)
 
 
 async def test_a_running_engine_survives_a_user_config(caplog: pytest.LogCaptureFixture) -> None:
