@@ -3,6 +3,7 @@
 import triton
 
 from benchmarks.kernel_specs.spec import KernelSpec, Limits, Pass
+from kernels.automaton import device as automaton
 from kernels.sampling import choose, logprobs, modify
 
 _VOCAB_SIZE = 201088
@@ -17,6 +18,7 @@ _SIZES = {"stride": "i32", "vocab_size": "i32", "num_chunks": "i32"}
 _END = {"end_ptr": "*i64", "end_ties_ptr": "*i64"}
 _ENTRIES = {"rows_ptr": "*i64", "token_ids_ptr": "*i64"}
 _COUNTS = {"num_entries": "i32", "num_rows": "i32", "vocab_size": "i32"}
+_AUTOMATON = {"words_ptr": "*i32", "places_ptr": "*i32", "rows_ptr": "*i32"}
 _UNALIGNED = ("num_chunks",)
 
 
@@ -168,6 +170,22 @@ SPECS = (
         | {"num_bytes": "i32", "bits_stride": "i32"},
         constexprs={"CHUNK": modify.CHUNK},
         unaligned=("num_rows", "num_bytes", "bits_stride"),
+    ),
+    KernelSpec(
+        name="sampling/automaton mask",
+        kernel=automaton.mask_kernel,
+        signature=_LOGITS | _AUTOMATON | {"num_rows": "i32", "num_logits_rows": "i32", "vocab_size": "i32"},
+        constexprs={"CHUNK": automaton.CHUNK},
+        options={"num_warps": automaton.NUM_WARPS},
+        unaligned=("num_rows", "num_logits_rows"),
+    ),
+    KernelSpec(
+        name="sampling/automaton advance",
+        kernel=automaton.advance_kernel,
+        signature=_AUTOMATON | {"token_ids_ptr": "*i64", "num_rows": "i32"},
+        constexprs={},
+        options={"num_warps": 1},
+        unaligned=("num_rows",),
     ),
     KernelSpec(
         name="sampling/chunk_logprobs",

@@ -156,6 +156,11 @@ def _logprobs(args: Any) -> Description:
     return "log probabilities", args.num_rows * args.vocab * 8, 0.0
 
 
+def _automaton(args: Any) -> Description:
+    # A row's vectors; what else is touched depends on its state.
+    return "automata", args.num_rows * 40, 0.0
+
+
 def _embed(args: Any) -> Description:
     return "embedding", 2 * args.num_tokens * args.width * _ITEM_BYTES[args.type], 0.0
 
@@ -178,6 +183,8 @@ _OPERATIONS: dict[str, Callable[[Any], Description]] = {
     "gate_topk": _gate_topk,
     "sample": _sample,
     "logprobs": _logprobs,
+    "automaton_mask": _automaton,
+    "automaton_advance": _automaton,
     "embed": _embed,
     "yarn": _yarn,
     "convert": _convert,

@@ -1,13 +1,12 @@
-"""Sampling and log probabilities. The reference applies penalties, biases and masks, which touch
-few logits."""
+"""Sampling and log probabilities. The reference applies penalties, biases and masks but those of
+automata, which touch few logits."""
 
 import ctypes
 
 import torch
 from torch import Tensor
 
-from kernels.automaton import reference as automaton_reference
-from kernels.cpu import native, structures
+from kernels.cpu import automaton, native, structures
 from kernels.sampling import reference
 from kernels.sampling.batch import SampleOutput, SamplingBatch
 
@@ -23,10 +22,10 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     bits of fp32, so a token differs if the row's random number is that close to a boundary. A row's
     token does not depend on the other rows or the number of threads."""
     reference.check(logits, batch)
-    raw = logits.float()
-    token_ids = _choose(_with_rows(reference.modify(raw, batch)), batch)
+    raw = _with_rows(logits.float())
+    token_ids = _choose(reference.modify(raw, batch, automaton.mask), batch)
     if batch.automaton is not None:
-        automaton_reference.advance(batch.automaton, token_ids)
+        automaton.advance(batch.automaton, token_ids)
     if batch.logprob_rows is None:
         return SampleOutput(token_ids)
     return logprobs(raw, token_ids, batch.logprob_rows, batch.num_top_logprobs)

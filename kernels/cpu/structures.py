@@ -5,7 +5,7 @@ their fields. Needs no torch."""
 import ctypes
 from dataclasses import dataclass
 
-INTERFACE_VERSION = 6
+INTERFACE_VERSION = 7
 """Version of the operations and their arguments. setup.py compiles it into the library, which is
 refused if it differs. Increment it with every change that an older library does not support."""
 
@@ -156,6 +156,15 @@ class LogprobArgs(ctypes.Structure):
     )
 
 
+class AutomatonArgs(ctypes.Structure):
+    """Arguments of the automata's mask, and of what advances them."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "words", "places", "rows", "token_ids")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "vocab", "row_stride")),
+    )
+
+
 class EmbedArgs(ctypes.Structure):
     """Arguments of the embedding lookup."""
 
@@ -225,6 +234,8 @@ OPERATIONS = {
     "gate_topk": Operation(GateTopkArgs),
     "sample": Operation(SampleArgs),
     "logprobs": Operation(LogprobArgs),
+    "automaton_mask": Operation(AutomatonArgs),
+    "automaton_advance": Operation(AutomatonArgs),
     "embed": Operation(EmbedArgs),
     "yarn": Operation(YarnArgs),
     "convert": Operation(ConvertArgs),

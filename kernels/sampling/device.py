@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.automaton import reference as automaton_reference
+from kernels.automaton import layout
+from kernels.automaton.device import advance
 from kernels.sampling import reference
 from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds
 from kernels.sampling.choose import choose
@@ -28,7 +29,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
         raise ValueError(f"logits must be contiguous in its last axis, got strides {list(logits.stride())}")
     token_ids = choose(modify(logits, batch), batch)
     if batch.automaton is not None:
-        automaton_reference.advance(batch.automaton, token_ids)
+        advance(batch.automaton, token_ids)
     if batch.logprob_rows is None:
         return SampleOutput(token_ids)
     return logprobs(logits, token_ids, batch.logprob_rows, batch.num_top_logprobs)
@@ -41,8 +42,13 @@ def warm_up(vocab_size: int, device: torch.device) -> None:
     count = zero.to(torch.int32)
     plain = SamplingBatch(one, zero, zero)
     tokens = TokenIds(zero, zero)
+    words = torch.from_numpy(
+        layout.pack(layout.StateLists([False], [[0]], [[]], [[]], [False], [layout.NO_STATE]))
+    )
+    rows = torch.zeros(layout.NUM_ROW_VECTORS, 1, dtype=torch.int32, device=device)
     everything_else = replace(
         plain,
+        automaton=layout.AutomatonRows(words.to(device), rows.new_zeros(1, 2), rows),
         logit_bias=LogitBias(zero, zero, one),
         penalties=Penalties(zero, zero, count, one, one, one),
         allowed_bits=AllowedBits(zero, torch.ones(1, 1, dtype=torch.uint8, device=device)),

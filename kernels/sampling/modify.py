@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.automaton import reference as automaton_reference
+from kernels.automaton import device as automaton_device
 from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds
 from kernels.sampling.reference import MAX_PENALISED
 
@@ -185,7 +185,7 @@ def modify(logits: Tensor, batch: SamplingBatch) -> Tensor:
     if batch.penalties is not None:
         _penalise(modified, batch.penalties)
     if batch.automaton is not None:
-        automaton_reference.mask(modified, batch.automaton)
+        automaton_device.mask(modified, batch.automaton)
     if batch.allowed_bits is not None:
         _allow_bits(modified, batch.allowed_bits)
     if batch.allowed_ids is not None or batch.forbidden_ids is not None:

@@ -8,8 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.automaton import device as automaton_device
 from kernels.embedding import embed
 from kernels.linear import linear
 from kernels.linear import reference as linear_reference
@@ -19,6 +22,7 @@ from kernels.sampling import SampleOutput, SamplingBatch, sample
 from kernels.sampling import reference as sampling_reference
 from kernels.slots import read_slots
 from kernels.slots import reference as slots_reference
+from tests.support.automaton_cases import AutomatonSteps
 from tests.support.sampling_cases import assert_same, on_device, random_batch, random_logits
 from tests.support.slot_cases import SLOT_CASES, SlotCase
 
@@ -107,16 +111,29 @@ def test_gate(device: torch.device, tokens: int) -> None:
         "k",
         "p",
         "k p m",
-        "bias penalties allowed bits forbidden logprobs",
+        "automaton",
+        "bias penalties automaton allowed bits forbidden logprobs",
         "k p m bias penalties logprobs",
     ],
 )
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, 8191), (3, 8193), (9, 20_000), (4, VOCAB)])
 def test_the_reference_s_tokens(device: torch.device, rows: int, vocab: int, parts: str) -> None:
     logits, batch = random_logits(rows, vocab, seed=rows), random_batch(rows, vocab, seed=vocab, parts=parts)
-    assert_same(
-        on_cpu(sample(logits.to(device), on_device(batch, device))), sampling_reference.sample(logits, batch)
-    )
+    moved = on_device(batch, device)
+    assert_same(on_cpu(sample(logits.to(device), moved)), sampling_reference.sample(logits, batch))
+    if batch.automaton is not None and moved.automaton is not None:
+        assert torch.equal(moved.automaton.places.cpu(), batch.automaton.places)
+
+
+def test_automata(device: torch.device) -> None:
+    """Sequences that come and go, drafts and limits, as on the host."""
+
+    @settings(deadline=None, max_examples=100, derandomize=True, database=None)
+    @given(st.data())
+    def follow(data: st.DataObject) -> None:
+        AutomatonSteps(automaton_device.mask, automaton_device.advance, device).run(data)
+
+    follow()
 
 
 def test_sampling_in_a_graph(device: torch.device) -> None:

@@ -33,6 +33,8 @@ from tests.support.decode_plans import (
 from tests.support.model_steps import PagedSequences
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, Dtype
+from workers.constraint.automaton import AutomatonState, TokenAutomaton
+from workers.constraint.codec import Constraint
 from workers.engine.llm import LLM, RequestOutput
 from workers.model import expert_loader
 from workers.model.checkpoint import load_model
@@ -178,8 +180,12 @@ def runner(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
     return runner
 
 
-def test_launches_of_a_decode_step(runner: Runner) -> None:
-    prefill, decode = plans((GREEDY, GREEDY))[:2]
+EVEN = TokenAutomaton((AutomatonState(allowed=tuple(range(0, 100, 2))),))
+
+
+@pytest.mark.parametrize("constraint", [None, Constraint.of(EVEN)], ids=["free", "constrained"])
+def test_launches_of_a_decode_step(runner: Runner, constraint: Constraint | None) -> None:
+    prefill, decode = plans((GREEDY, GREEDY), constraint)[:2]
     runner.launch(prefill)
     with LaunchCounter() as counter:
         runner.launch(decode)
@@ -196,7 +202,9 @@ def test_launches_of_a_decode_step(runner: Runner) -> None:
         assert layer[: len(before)] == before
         assert layer[-len(after) :] == after
     ends = launches[first + TINY.num_layers * per_layer :]
-    assert ends == ["linear", "to", "chunk_best_kernel", "greedy_kernel", "index_copy_"]
+    mask, advance = ([], []) if constraint is None else (["mask_kernel"], ["advance_kernel"])
+    sampling = [*mask, "chunk_best_kernel", "greedy_kernel", *advance]
+    assert ends == ["linear", "to", *sampling, "index_copy_"]
 
 
 def new_runner(checkpoint: Path) -> Runner:
@@ -245,6 +253,6 @@ def test_a_step_reads_nothing_back(runner: Runner) -> None:
         *MIXED[:2],
         SamplingParams(temperature=0.7, top_k=5, min_p=0.02, seed=3, logit_bias=((4, 2.0),), logprobs=2),
     )
-    for plan in plans(sampling)[:3]:
+    for plan in plans(sampling, Constraint.of(EVEN))[:3]:
         with NoHostReads():
             runner.launch(plan)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from kernels.automaton import device as automaton_device
 from kernels.sampling import (
     AllowedBits,
     LogitBias,
@@ -40,6 +41,7 @@ from tests.support.sampling_cases import (
 
 SMALL = {"CHUNK": 64, "SKIP": 32, "TILE": 16}
 """Sizes with which rows of a few hundred tokens have several chunks, and chunks several passes."""
+EVERYTHING = "bias penalties automaton allowed bits forbidden"
 
 
 @pytest.fixture
@@ -47,6 +49,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SMALL.items():
         monkeypatch.setattr(choose, name, value)
     monkeypatch.setattr(modify, "CHUNK", 32)
+    monkeypatch.setattr(automaton_device, "CHUNK", 64)
     monkeypatch.setattr(modify, "ENTRIES", 8)
     monkeypatch.setattr(logprobs, "CHUNK", 32)
 
@@ -61,8 +64,14 @@ def one_pass_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(logits: Tensor, batch: SamplingBatch) -> None:
     expected = sampling_reference.sample(logits, batch)
     original = logits.clone()
+    places = None if batch.automaton is None else batch.automaton.places.clone()
     assert_same(sample(guarded(logits), batch), expected)
     assert torch.equal(logits, original)
+    if batch.automaton is not None:
+        assert torch.equal(batch.automaton.places, places)
+    changed = guarded(logits)
+    assert_same(sample(changed, replace(batch, overwrite_logits=True)), expected)
+    assert torch.equal(changed, original) == (batch.logprob_rows is not None or not batch.changes_logits)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -75,7 +84,10 @@ def test_the_reference_s_tokens_at_every_boundary(vocab: int) -> None:
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     "parts",
-    ["", "k", "p", "m", "k p", "p m", "bias", "penalties", "allowed", "bits", "forbidden", "logprobs"],
+    [
+        *("", "k", "p", "m", "k p", "p m", "bias", "penalties", "automaton", "allowed", "bits", "forbidden"),
+        "logprobs",
+    ],
 )
 def test_each_part_alone(parts: str) -> None:
     check(random_logits(4, 130, seed=1), random_batch(4, 130, seed=2, parts=parts))
@@ -165,10 +177,11 @@ def test_broken_logits_give_valid_ids() -> None:
 @pytest.mark.usefixtures("small_chunks")
 def test_changed_logits_are_the_reference_s_bit_for_bit() -> None:
     for seed, parts in enumerate(
-        ("bias", "penalties", "bias penalties", "allowed bits", "bias penalties allowed bits forbidden")
+        ("bias", "penalties", "automaton", "automaton allowed", "allowed bits", EVERYTHING)
     ):
         logits, batch = random_logits(4, 77, seed=seed), random_batch(4, 77, seed=seed, parts=parts)
         logits[0, :40] = -torch.inf
+        logits[3, 1:] = -torch.inf
         assert torch.equal(modify.modify(logits, batch), sampling_reference.modify(logits, batch)), parts
     assert modify.modify(logits, SamplingBatch()) is logits
 
@@ -251,6 +264,7 @@ def test_scores_of_given_tokens() -> None:
             "greedy logprobs",
             ["chunk_best_kernel", "greedy_kernel", "chunk_logprobs_kernel", "logprobs_kernel"],
         ),
+        ("greedy automaton", ["mask_kernel", "chunk_best_kernel", "greedy_kernel", "advance_kernel"]),
         (
             "greedy allowed",
             ["mark_kernel", "look_kernel", "restrict_kernel", "chunk_best_kernel", "greedy_kernel"],
@@ -269,14 +283,14 @@ def test_launches(parts: str, launches: list[str]) -> None:
 def test_warm_up_meets_every_kernel() -> None:
     kernels = {
         name
-        for module in (choose, logprobs, modify)
+        for module in (automaton_device, choose, logprobs, modify)
         for name, value in vars(module).items()
         if isinstance(value, InterpretedFunction) and name.endswith("_kernel")
     }
     with recorded_launches() as names:
         warm_up(40, torch.device("cpu"))
     assert set(names) == kernels
-    assert len(kernels) > 12
+    assert len(kernels) > 14
 
 
 def test_nothing_is_read_back() -> None:

@@ -3,6 +3,7 @@ of their results."""
 
 from dataclasses import replace
 
+from workers.constraint.codec import Constraint
 from workers.rank.runner import Runner
 from workers.request import SamplingParams
 from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
@@ -21,13 +22,21 @@ NUM_BLOCKS = 32
 MAX_MODEL_LEN = 96
 
 
-def plans(sampling: tuple[SamplingParams, ...]) -> list[StepPlan]:
+def plans(sampling: tuple[SamplingParams, ...], constraint: Constraint | None = None) -> list[StepPlan]:
     """Return plans of prompts of 4, 5, … tokens, then decode steps; half-way a sequence ends and
-    another takes its slot. A sequence has six blocks."""
+    another takes its slot. A sequence has six blocks.
+
+    Args:
+        constraint: that of the first sequence.
+    """
     count = len(sampling)
     starts = tuple(
         SequenceStart(seq, tuple(range(1, 5 + seq)), 4 + seq, params) for seq, params in enumerate(sampling)
     )
+    automata: tuple[tuple[bytes, bytes], ...] = ()
+    if constraint is not None:
+        automata = ((constraint.id, constraint.body),)
+        starts = (replace(starts[0], constraint=constraint.id), *starts[1:])
     blocks = tuple(
         (seq, tuple(range(1 + 6 * seq, 7 + 6 * seq)), tuple(range(1 + 6 * seq, 7 + 6 * seq)))
         for seq in range(count)
@@ -35,7 +44,15 @@ def plans(sampling: tuple[SamplingParams, ...]) -> list[StepPlan]:
     lengths = {seq: 4 + seq for seq in range(count)}
     made = [
         StepPlan(
-            0, starts, (), tuple(lengths), (0,) * count, tuple(lengths.values()), (True,) * count, blocks
+            0,
+            starts,
+            (),
+            tuple(lengths),
+            (0,) * count,
+            tuple(lengths.values()),
+            (True,) * count,
+            blocks,
+            automata,
         )
     ]
     for step in range(1, NUM_STEPS):

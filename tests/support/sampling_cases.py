@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 import torch
 from torch import Tensor
 
+from kernels.automaton.layout import NO_STATE, UNLIMITED, AutomatonRows, StateLists, pack
 from kernels.sampling import (
     AllowedBits,
     LogitBias,
@@ -28,7 +29,10 @@ def random_logits(rows: int, vocab: int, seed: int = 0, levels: int = 0) -> Tens
 
 
 def random_batch(
-    rows: int, vocab: int, seed: int = 0, parts: str = "k p m bias penalties allowed bits forbidden logprobs"
+    rows: int,
+    vocab: int,
+    seed: int = 0,
+    parts: str = "k p m bias penalties automaton allowed bits forbidden logprobs",
 ) -> SamplingBatch:
     """Return a batch in which rows differ in every parameter, with the named parts; every third row
     is greedy."""
@@ -74,6 +78,7 @@ def random_batch(
         )
         if "penalties" in has
         else None,
+        automaton=random_automaton(rows, vocab, generator) if "automaton" in has else None,
         allowed_ids=TokenIds(allowed_rows, torch.cat((allowed_tokens, allowed_tokens[:1])))
         if "allowed" in has
         else None,
@@ -89,6 +94,35 @@ def random_batch(
         if "logprobs" in has
         else None,
         num_top_logprobs=min(3, vocab) if "logprobs" in has else 0,
+    )
+
+
+def random_automaton(rows: int, vocab: int, generator: torch.Generator) -> AutomatonRows:
+    """Return all rows but the second in random states of one automaton, each of which allows token
+    0."""
+    num_states = 6
+
+    def some(count: int) -> list[int]:
+        return torch.randint(1, max(vocab, 2), (count,), generator=generator).tolist()
+
+    tokens = [some(vocab // 4 * (state % 3)) for state in range(num_states)]
+    words = pack(
+        StateLists(
+            forbids=[state % 2 == 0 for state in range(num_states)],
+            tokens=[ids if state % 2 == 0 else [0, *ids] for state, ids in enumerate(tokens)],
+            next_tokens=[[0, *some(state)] for state in range(num_states)],
+            next_states=[list(range(state + 1)) for state in range(num_states)],
+            counted=[state % 2 == 1 for state in range(num_states)],
+            overflow=[NO_STATE] * num_states,
+        )
+    )
+    at = [row for row in range(rows) if row != 1]
+    state = torch.randint(0, num_states, (len(at),), generator=generator)
+    columns = [(row, row, 0, int(state[i]), 5, 9, UNLIMITED, UNLIMITED, 0, -1) for i, row in enumerate(at)]
+    return AutomatonRows(
+        torch.from_numpy(words),
+        torch.zeros(rows, 2, dtype=torch.int32),
+        torch.tensor(columns, dtype=torch.int32).T.contiguous(),
     )
 
 

@@ -125,6 +125,10 @@ EXPORT void cantata_sample(const cantata::SampleArgs* args) { cantata::chosen.st
 
 EXPORT void cantata_logprobs(const cantata::LogprobArgs* args) { cantata::chosen.step.logprobs(*args); }
 
+EXPORT void cantata_automaton_mask(const cantata::AutomatonArgs* args) { cantata::chosen.step.automaton_mask(*args); }
+
+EXPORT void cantata_automaton_advance(const cantata::AutomatonArgs* args) { cantata::chosen.step.automaton_advance(*args); }
+
 EXPORT void cantata_embed(const cantata::EmbedArgs* args) { cantata::chosen.step.embed(*args); }
 
 EXPORT void cantata_yarn(const cantata::YarnArgs* args) { cantata::chosen.step.yarn(*args); }

@@ -138,6 +138,16 @@ struct LogprobArgs {
   int64_t num_rows, vocab, row_stride, num_top;
 };
 
+// The automata of some rows, see kernels/automaton/layout.py.
+struct AutomatonArgs {
+  float* logits;             // the mask's: rows of vocab, each row_stride after the last
+  const int32_t* words;
+  int32_t* places;           // [num_slots, 2]; the mask only reads them
+  const int32_t* rows;       // [10, num_rows]
+  const int64_t* token_ids;  // what advances them: of all rows of the logits
+  int64_t num_rows, vocab, row_stride;
+};
+
 struct EmbedArgs {
   const int64_t* token_ids;  // [num_tokens]
   const void* weight;        // [num_rows, width] of type, tokens first_id to first_id + num_rows - 1
@@ -177,6 +187,8 @@ struct StepOps {
   void (*gate_topk)(const GateTopkArgs&);
   void (*sample)(const SampleArgs&);
   void (*logprobs)(const LogprobArgs&);
+  void (*automaton_mask)(const AutomatonArgs&);
+  void (*automaton_advance)(const AutomatonArgs&);
   void (*embed)(const EmbedArgs&);
   void (*yarn)(const YarnArgs&);
   void (*convert)(const ConvertArgs&);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_fp32.h"
+#include "automaton.h"
 #include "ops.h"
 #include "pointwise.h"
 #include "sampling.h"
@@ -9,7 +10,8 @@
 namespace cantata {
 namespace {
 
-constexpr StepOps kStepOps{attention, norm, rope_and_store, gate_topk, sample, logprobs, embed, yarn, convert};
+constexpr StepOps kStepOps{attention, norm, rope_and_store, gate_topk, sample, logprobs, automaton_mask,
+                           automaton_advance, embed, yarn, convert};
 
 }  // namespace
 }  // namespace cantata

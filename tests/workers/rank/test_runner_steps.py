@@ -23,6 +23,7 @@ from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, ParallelConfig
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.constraint.codec import Constraint
+from workers.constraint.state import AutomatonTables, ConstraintState
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.parallel.collectives import Alone, Collectives
@@ -461,6 +462,47 @@ def test_a_step_that_samples_nothing_returns_nothing(runner: Runner) -> None:
         plan_of(0, start(0, (1, 2, 3)), seq_ids=(0,), computed=(0,), scheduled=(2,), samples=False)
     )
     assert (result.step, result.seq_ids, result.token_ids, result.error) == (0, (), (), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "waits"),
+    [
+        ({}, False),
+        ({"constraint": AUTOMATON}, False),
+        ({"sampling": SamplingParams(seed=0, presence_penalty=1)}, True),
+    ],
+    ids=["plain", "constrained", "penalised"],
+)
+def test_a_step_waits_for_the_one_before_only_if_the_host_needs_its_tokens(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], waits: bool
+) -> None:
+    """As on a GPU, where launched steps are not waited for."""
+
+    class InFlight:
+        num_waits = 0
+
+        def result(self) -> None:
+            InFlight.num_waits += 1
+
+    monkeypatch.setattr(runner, "_pending", lambda *args: runner._unheard.append(InFlight()))
+    plan = plan_of(0, start(0, (1, 2), **change), seq_ids=(0,), computed=(0,), scheduled=(2,), samples=True)
+    constraint = Constraint.of(AUTOMATON)
+    runner.launch(replace(plan, automata=((constraint.id, constraint.body),)))
+    found = [int(runner._device_slots.newest[0])]
+    for step in range(1, 5):
+        runner.launch(plan_of(step, seq_ids=(0,), computed=(1 + step,), scheduled=(1,), samples=True))
+        found.append(int(runner._device_slots.newest[0]))
+    assert InFlight.num_waits == (4 if waits else 0)
+    if "constraint" in change:
+        state = ConstraintState(AutomatonTables(constraint.body), ())
+        for token in found:
+            allowed = state.tables.allowed(state.place.state)
+            assert (
+                token not in state.tables.forbidden(state.place.state)
+                if allowed is None
+                else token in allowed
+            )
+            state.push(token)
 
 
 def test_each_sequence_gets_the_logprobs_it_asked_for(runner: Runner) -> None:
