@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from workers.config import GrammarConfig
 from workers.constraint.codec import Constraint
-from workers.constraint.tables import HostTables
+from workers.constraint.tables import MAX_FORCED, HostTables
 from workers.errors import CantataError, InvalidRequest, Overloaded
 
 if TYPE_CHECKING:
@@ -52,10 +52,18 @@ class PreparedConstraint:
         tables: its automaton.
         matchers: by grammar, at the beginning of a text; never advanced, only copied, so that the
             copies share a warm lexer.
+        forced: by grammar, the tokens with which its texts begin.
     """
 
     tables: HostTables
     matchers: "tuple[LLMatcher, ...]" = ()
+    forced: tuple[tuple[int, ...], ...] = ()
+
+
+def forced_tokens(matcher: "LLMatcher") -> tuple[int, ...]:
+    """Return the tokens that come next whatever the text is, as the tokenizer would write them; at
+    most MAX_FORCED. Other tokens that spell the same are allowed too, so these are guesses."""
+    return tuple(matcher.compute_ff_tokens()[:MAX_FORCED])
 
 
 class _Kept(Generic[T]):
@@ -186,7 +194,9 @@ class GrammarCompiler:
             matchers = tuple(self._matcher(grammar) for grammar in tables.grammars)
             if matchers:
                 tables.set_texts(self.load().texts)
-            future.set_result(PreparedConstraint(tables, matchers))
+            # Of copies: a matcher that computes has its state changed.
+            forced = tuple(forced_tokens(matcher.deep_copy()) for matcher in matchers)
+            future.set_result(PreparedConstraint(tables, matchers, forced))
         except InvalidRequest as error:
             future.set_exception(error)  # kept: it would be refused again
         except Exception as error:

@@ -14,6 +14,8 @@ def mask_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
+MAX_FORCED = 32
+"""Maximum number of forced tokens that are looked ahead."""
 LONG_CHAIN = 3
 """Number of forced tokens in a row from which it pays to follow a sequence for their sake alone."""
 
@@ -26,6 +28,7 @@ class HostTables(AutomatonTables):
         grammar_of: by state, the index of its grammar; None without one.
         nears: by state, whether the next token, or one more, may come in a state with a grammar.
         forced: by state, the only token that may come next; None if there are several.
+        chains: by state, the tokens that are forced from there on, in a row.
         ends: by state, the tokens with a transition: they end the text of a state with a grammar.
         texts: by state with a grammar, the tokens that may spell its text, as a bitmask.
         is_followed: whether the engine has to follow sequences with this automaton.
@@ -39,6 +42,7 @@ class HostTables(AutomatonTables):
         self.forced = [
             state.allowed[0] if state.restrict and len(set(state.allowed)) == 1 else None for state in states
         ]
+        self.chains = [self._forced_from(state) for state in range(len(states))]
         following = [
             {index, *(entry.state for entry in state.transitions)} for index, state in enumerate(states)
         ]
@@ -51,7 +55,7 @@ class HostTables(AutomatonTables):
             )
             for targets in following
         ]
-        self.is_followed = bool(self.grammars) or self._has_long_chain()
+        self.is_followed = bool(self.grammars) or max(map(len, self.chains)) >= LONG_CHAIN
         self.ends = [tuple(dict.fromkeys(entry.token_id for entry in state.transitions)) for state in states]
         self.texts: dict[int, Bits] = {}
 
@@ -78,15 +82,14 @@ class HostTables(AutomatonTables):
             bits[token_id >> 3] &= ~(1 << (token_id & 7)) & 0xFF
         return bits
 
-    def _has_long_chain(self) -> bool:
-        """Return whether tokens are forced LONG_CHAIN times in a row, in different states."""
-        return any(len(self._chain(state)) >= LONG_CHAIN for state in range(len(self.forced)))
-
-    def _chain(self, state: int) -> list[int]:
-        """Return the first LONG_CHAIN forced states from this one on."""
-        chain: list[int] = []
-        while self.forced[state] is not None and state not in chain and len(chain) < LONG_CHAIN:
-            chain.append(state)
+    def _forced_from(self, state: int) -> tuple[int, ...]:
+        """Return the tokens that come from this state on if each state on the way allows only
+        one."""
+        tokens: list[int] = []
+        seen = set()
+        while (token_id := self.forced[state]) is not None and state not in seen and len(tokens) < MAX_FORCED:
+            seen.add(state)
+            tokens.append(token_id)
             entries = self.states[state].transitions
-            state = next((entry.state for entry in entries if entry.token_id == self.forced[state]), state)
-        return chain
+            state = next((entry.state for entry in entries if entry.token_id == token_id), state)
+        return tuple(tokens)

@@ -13,6 +13,11 @@ from workers.engine.masks import Body, MaskJob, MaskRow, MaskThread
 from workers.errors import EngineDead
 from workers.request import EngineRequest
 from workers.scheduler.plan import StepPlan
+from workers.scheduler.sequence import Sequence
+
+MIN_DRAFTS = 2
+"""Number of forced tokens from which they are fed ahead. A sequence with drafts skips the plan that
+would be sent while they are in flight, so that one would save nothing."""
 
 
 class _Position(NamedTuple):
@@ -32,14 +37,14 @@ class _Position(NamedTuple):
 class _Followed:
     """A sequence that the engine follows."""
 
-    __slots__ = ("_limits", "_matchers", "num_prompt_tokens", "position", "tables")
+    __slots__ = ("_limits", "_prepared", "num_prompt_tokens", "position", "tables")
 
     def __init__(
         self, prepared: PreparedConstraint, limits: ConstraintLimits, num_prompt_tokens: int
     ) -> None:
         self.tables = prepared.tables
         self.num_prompt_tokens = num_prompt_tokens
-        self._matchers = prepared.matchers
+        self._prepared = prepared
         self._limits = limits
         place = self.tables.begin((), limits)
         self.position = _Position(place, self._body(place))
@@ -75,7 +80,17 @@ class _Followed:
 
     def _body(self, place: Place) -> Body | None:
         grammar = self.tables.grammar_of[place.state]
-        return None if grammar is None else Body(self._matchers[grammar])
+        if grammar is None:
+            return None
+        return Body(self._prepared.matchers[grammar], self._prepared.forced[grammar])
+
+    def forced(self) -> tuple[int, ...]:
+        """Return the tokens that come next, as far as they are forced, or would be if the model
+        wrote as the tokenizer does."""
+        body = self.position.body
+        if body is not None:
+            return body.forced_after(self.position.num_tokens)
+        return self.tables.chains[self.position.place.state]
 
 
 class _Wanted(NamedTuple):
@@ -130,6 +145,20 @@ class GrammarSteps:
     def end(self, seq_id: int) -> None:
         """Forget a sequence."""
         self._followed.pop(seq_id, None)
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no sequence is followed."""
+        return not self._followed
+
+    def propose(self, sequence: Sequence, num_pending: int) -> tuple[int, ...]:
+        """Return the forced tokens of a sequence as drafts, if there are enough of them
+        (`workers.scheduler.scheduler.Proposer`)."""
+        followed = self._followed.get(sequence.seq_id)
+        if followed is None:
+            return ()
+        drafts = followed.forced()[num_pending:]
+        return drafts if len(drafts) >= MIN_DRAFTS else ()
 
     def plan(self, plan: StepPlan) -> tuple[StepPlan, MaskJob | None]:
         """Return the plan as it is to be sent, and its masks; None if no row can need any. They are

@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from workers.constraint.tables import Bits
+from workers.constraint.compiler import forced_tokens
+from workers.constraint.tables import Bits, mask_words
 from workers.scheduler.plan import StepMasks
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
 
 logger = logging.getLogger(__name__)
-
-MAX_FORCED = 32
-"""Maximum number of forced tokens that are looked ahead."""
 
 
 def mask_threads(num_cpus: int) -> int:
@@ -32,24 +30,31 @@ def mask_threads(num_cpus: int) -> int:
 
 class Body:
     """A text that a sequence spells in a state with a grammar. The engine's thread appends its
-    tokens; all else belongs to the thread that computes masks.
+    tokens; all else is written by the thread that computes masks.
 
     Args:
         grammar: a matcher at the beginning of a text, which is copied.
+        forced: the tokens with which the text begins.
     Attributes:
         tokens: the tokens of the text that are known.
-        forced: tokens that follow the first `forced_after` ones, if the text is written as the
-            tokenizer would; (number of tokens, forced tokens).
+        forced: (number of tokens, tokens that follow those if the text goes on as the tokenizer
+            would write it).
     """
 
     __slots__ = ("forced", "grammar", "matcher", "num_consumed", "tokens")
 
-    def __init__(self, grammar: "LLMatcher") -> None:
+    def __init__(self, grammar: "LLMatcher", forced: tuple[int, ...]) -> None:
         self.grammar = grammar
         self.tokens: list[int] = []
         self.matcher: LLMatcher | None = None
         self.num_consumed = 0
-        self.forced: tuple[int, tuple[int, ...]] = (0, ())
+        self.forced = (0, forced)
+
+    def forced_after(self, num_tokens: int) -> tuple[int, ...]:
+        """Return the forced tokens after the first so many tokens, as far as they are known."""
+        since, forced = self.forced
+        num_new = num_tokens - since
+        return forced[num_new:] if forced[:num_new] == tuple(self.tokens[since:num_tokens]) else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ class MaskThread:
         self._num_threads = num_threads
         self._observe = observe
         # Whole words of 32 bits, as llguidance writes them.
-        self._num_words = -(-vocab_size // 32)
+        self._num_words = mask_words(vocab_size)
         self._executor: LLExecutor | None = None
         self._jobs: queue.SimpleQueue[tuple[MaskJob, Sequence[MaskRow]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -162,7 +167,7 @@ class MaskThread:
                 for token_id in row.ends:
                     mask[token_id >> 3] |= 1 << (token_id & 7)
             if not row.drafts:
-                row.body.forced = row.num_tokens, tuple(matcher.compute_ff_tokens()[:MAX_FORCED])
+                row.body.forced = row.num_tokens, forced_tokens(matcher)
         return StepMasks(job.step, np.array([row.row for row in rows], dtype=np.int64), bits)
 
     def _catch_up(self, rows: Sequence[MaskRow]) -> None:

@@ -119,6 +119,7 @@ class StepLoop:
         self._expire(started_s)
         if self._touched:
             self._publish()  # requests that have ended do not wait for the step
+        self._scheduler.propose = None if self._grammars.is_empty else self._grammars.propose
         plan = self._scheduler.schedule()
         if plan is not None:
             self._stats.started(plan, [self._requests.get(start.seq_id) for start in plan.starts], started_s)
@@ -154,6 +155,9 @@ class StepLoop:
             self._apply(update)
         self._grammars.advance()
         self._publish()
+        if flight.plan.drafts:
+            num_drafts = sum(len(drafts) for _, drafts in flight.plan.drafts)
+            self._stats.drafts_checked(num_drafts, len(result.token_ids) - len(result.seq_ids))
         self._stats.done(flight.plan, flight.sent_s, len(result.token_ids), result.elapsed_s)
         self._set_gauges()
 

@@ -29,9 +29,9 @@ from workers.scheduler.step import (
     tokens_of,
 )
 
-Proposer = Callable[[Sequence], Iterable[int]]
-"""Function that guesses the tokens after a sequence's tokens, all of which are known; it returns
-ids of the vocabulary, in most cases none."""
+Proposer = Callable[[Sequence, int], Iterable[int]]
+"""Function that guesses the tokens after a sequence's tokens and those in flight, whose number (0
+or 1) is the second argument; it returns ids of the vocabulary, in most cases none."""
 
 
 class Scheduler:
@@ -46,13 +46,15 @@ class Scheduler:
     wasted entry (the key of the last token, in a block not yet committed to the prefix cache) come
     before any write or read of the new owner. Results must come in the order of the plans.
 
-    With `propose`, plans carry drafts, and a sequence is planned only when all its tokens are
-    known. Drafts use what the other entries leave: budget, free blocks, and rows to sample
+    With `propose`, plans carry drafts. A sequence with drafts in flight is planned again when their
+    result is back. Drafts use what the other entries leave: budget, free blocks, and rows to sample
     (max_num_seqs), for which the ranks have sized their memory.
 
     Args:
         max_model_len: maximum tokens of a sequence, prompt and output together.
         propose: makes drafts; None for no drafts.
+    Attributes:
+        propose: as given; may be set between two plans.
     Raises:
         ConfigError: the KV cache cannot hold one sequence of max_model_len.
     """
@@ -73,7 +75,7 @@ class Scheduler:
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_model_len = max_model_len
         self._kv = kv
-        self._propose = propose
+        self.propose = propose
         self._step = 0
         self._sequences: dict[int, Sequence] = {}
         self._num_scored = 0  # number of sequences that want log-probabilities of their prompts
@@ -184,7 +186,7 @@ class Scheduler:
         budget = self._max_num_batched_tokens
         num_preemptions = self.num_preemptions
         entries = builder.entries
-        propose = self._propose
+        propose = self.propose
         spare_rows = self._max_num_seqs - len(self._sequences)
         scores_prompts = self._num_scored > 0
         has_extras = scores_prompts or propose is not None
@@ -196,11 +198,9 @@ class Scheduler:
             num_computed = sequence.num_computed_tokens
             num_pending = sequence.num_pending_tokens
             num_new = len(sequence.token_ids) + num_pending - num_computed
-            # Skip if planned twice, or complete with the token in flight; with drafts any number of
-            # tokens may be in flight.
-            if num_pending and (
-                num_new <= 0 or num_computed + num_new >= sequence.max_len or propose is not None
-            ):
+            # Skip if planned twice, as sequences with drafts in flight count, or complete with the
+            # token in flight.
+            if num_pending and (num_new <= 0 or num_computed + num_new >= sequence.max_len):
                 continue
             samples = num_new <= budget
             if not samples:
@@ -216,7 +216,8 @@ class Scheduler:
                     builder.ask_prompt_logprobs(sequence, num_computed, num_new)
                 if propose is not None and samples and spare_rows > 0:
                     room = min(spare_rows, budget - num_new)
-                    num_drafts = builder.claim_drafts(self._kv, sequence, num_new, propose(sequence), room)
+                    proposed = propose(sequence, num_pending)
+                    num_drafts = builder.claim_drafts(self._kv, sequence, num_new, proposed, room)
                     sequence.num_draft_tokens = num_drafts
                     spare_rows -= num_drafts
                     num_new += num_drafts
@@ -307,7 +308,7 @@ class Scheduler:
         updates = prompt_updates(plan, sequences, result) if plan.prompt_logprobs else []
         sampling = compress(sequences, plan.samples)
         if plan.drafts:
-            ends = settle_drafts(self._kv, sampling, tokens_of(result), updates)
+            ends = settle_drafts(self._kv, plan, sampling, tokens_of(result), updates)
         else:
             ends = append_tokens(sampling, result.token_ids, updates)
         if result.logprobs:

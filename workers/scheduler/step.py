@@ -45,8 +45,10 @@ class PlanBuilder:
         Returns:
             Number of drafts added.
         """
-        # Together with the token sampled last, the sequence has at most max_len tokens.
-        limit = min(limit, sequence.max_len - len(sequence.token_ids) - 1)
+        # Together with the tokens in flight and the one sampled last, the sequence has at most
+        # max_len tokens.
+        num_known = len(sequence.token_ids) + sequence.num_pending_tokens
+        limit = min(limit, sequence.max_len - num_known - 1)
         drafts = tuple(islice(proposed, max(limit, 0)))
         if not drafts:
             return 0
@@ -175,19 +177,21 @@ def append_tokens(
 
 def settle_drafts(
     kv: KVCacheManager,
+    plan: StepPlan,
     sequences: "Iterable[Sequence | None]",
     token_lists: Iterable[tuple[int, ...]],
     updates: list[SequenceUpdate],
 ) -> list[tuple[Sequence, SequenceUpdate]]:
     """Take in each sequence's tokens up to one that ends it: `append_tokens` for entries that may
-    have had drafts."""
+    have had drafts. Drafts of a sequence in the next plan stay open."""
     ends = []
+    drafted = {plan.seq_ids[index] for index, _ in plan.drafts}
     for sequence, token_ids in zip(sequences, token_lists, strict=True):
         if sequence is None:
             continue
         sequence.num_pending_tokens -= 1
         num_kept, reason = sequence.extend(token_ids)
-        if sequence.num_draft_tokens:
+        if sequence.seq_id in drafted:
             # The last of these tokens was only sampled, not computed; drafts after it were wrong.
             sequence.num_draft_tokens = 0
             sequence.num_computed_tokens = len(sequence.token_ids) - 1

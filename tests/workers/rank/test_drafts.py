@@ -128,8 +128,8 @@ def proposer(answers: list[Answer], num_right: Callable[[int], int], length: int
     """Return a function that guesses `length` tokens of `length` tokens of which the first
     num_right(output position) are right."""
 
-    def propose(sequence: Sequence) -> Iterable[int]:
-        position = sequence.num_output_tokens
+    def propose(sequence: Sequence, num_pending: int) -> Iterable[int]:
+        position = sequence.num_output_tokens + num_pending
         known = answers[sequence.seq_id].tokens[position : position + num_right(position)]
         return [*known, *((token * 7 + position) % 200 for token in range(length))][:length]
 

@@ -102,7 +102,7 @@ def test_every_field_is_on_the_wire() -> None:
     start = SequenceStart(1, (1, 2, 3), 2, sampling, (4, 5), b"id", ConstraintLimits(8, 9), (6,), (0,))
     plan = StepPlan(
         9, (start,), (2,), (1,), (16,), (1,), (True,), ((0, (7,), (8,)),), ((b"id", b"body"),), (b"old",),
-        ((0, (4,)),), ((0, 1, 2, 3),),
+        ((0, (4,)),), ((0, 1, 2, 3),), True,
     )  # fmt: skip
     entry = TokenLogprobs(-0.5, ((5, -0.5),))
     result = StepResult(9, (1,), (5,), {1: (entry,)}, 0.25, "broken", 0.5, (1,), {2: (entry, entry)})

@@ -428,7 +428,7 @@ def test_a_preempted_prompt_is_scored_again_if_its_scores_are_in_flight() -> Non
 def test_drafts_share_the_rows_that_are_left_and_end_with_the_sequence() -> None:
     kv = KVCacheManager(num_full_blocks=50, num_sliding_blocks=0, window=None)
     config = SchedulerConfig(max_num_seqs=5, max_num_batched_tokens=100)
-    scheduler = Scheduler(config, kv, max_model_len=200, propose=lambda sequence: (8,) * 4)
+    scheduler = Scheduler(config, kv, max_model_len=200, propose=lambda sequence, num_pending: (8,) * 4)
     add(scheduler, 0, 5, max_tokens=4)
     add(scheduler, 1, 5)
     answer(scheduler, scheduler.schedule())

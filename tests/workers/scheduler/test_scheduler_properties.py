@@ -125,13 +125,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ended: set[int] = set()
         self.seen: Counter[str] = Counter()
 
-    def propose(self, sequence):
-        """Return up to twelve tokens, of which the first few are right, or all, or none."""
+    def propose(self, sequence, num_pending):
+        """Return up to twelve tokens, of which the first few are right, or all, or none, also after
+        a token in flight that was guessed wrong."""
         tokens = list(sequence.token_ids)
         num_right = self.guess.choice([0, 1, 3, 12])
-        for count in range(self.guess.randrange(13)):
+        for count in range(num_pending + self.guess.randrange(13)):
             tokens.append(sample(tokens) if count < num_right else self.guess.randrange(VOCAB_SIZE))
-        return tokens[len(sequence.token_ids) :]
+        drafts = tokens[len(sequence.token_ids) + num_pending :]
+        self.seen["drafts after a token in flight"] += bool(num_pending and drafts)
+        return drafts
 
     @rule(
         prompt=prompts,
@@ -366,5 +369,6 @@ def test_a_long_run_under_tiny_pools_meets_everything() -> None:
                 ), machine.seen
     assert min(seen[name] for name in ("preempted", "prefix hit", "complete when added")) >= 50, seen
     assert seen["drafts"] == 6
+    assert seen["drafts after a token in flight"] > 100
     assert seen["prompt log-probabilities"] > 100
     assert seen["others waited"] > 20
