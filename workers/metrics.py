@@ -15,6 +15,31 @@ KV_GROUPS = ("full", "sliding")
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 
 
+class GrammarMetrics:
+    """The metrics of grammars, and of the tokens that they force."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        counter = partial(Counter, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        self.compile_seconds = histogram(
+            "cantata_engine_grammar_compile_duration_seconds",
+            "Time of compiling one grammar.",
+            buckets=_SECONDS,
+        )
+        self.refused = counter("cantata_engine_refused_grammars", "Grammars that could not be compiled.")
+        self.failed = counter(
+            "cantata_engine_failed_grammars", "Requests ended because their grammar could not go on."
+        )
+        self.mask_seconds = histogram(
+            "cantata_engine_mask_duration_seconds",
+            "Time of computing the masks of one step.",
+            buckets=(0.0001, 0.00025, 0.0005, *_SECONDS),
+        )
+        self.masks = counter("cantata_engine_masks", "Masks computed, one for each token of a grammar.")
+        self.drafts = counter("cantata_engine_draft_tokens", "Forced tokens fed ahead, to be checked.")
+        self.right_drafts = counter("cantata_engine_accepted_draft_tokens", "Those that were right.")
+
+
 class EngineMetrics:
     """The metrics of an engine. All series exist from the start, at zero, so that rates are correct
     from the first request."""
@@ -65,25 +90,7 @@ class EngineMetrics:
             "Time from submission to the first step.",
             buckets=_SECONDS,
         )
-        self.grammar_seconds = histogram(
-            "cantata_engine_grammar_compile_duration_seconds",
-            "Time of compiling one grammar.",
-            buckets=_SECONDS,
-        )
-        self.refused_grammars = counter(
-            "cantata_engine_refused_grammars", "Grammars that could not be compiled."
-        )
-        self.failed_grammars = counter(
-            "cantata_engine_failed_grammars", "Requests ended because their grammar could not go on."
-        )
-        self.mask_seconds = histogram(
-            "cantata_engine_mask_duration_seconds",
-            "Time of computing the masks of one step.",
-            buckets=(0.0001, 0.00025, 0.0005, *_SECONDS),
-        )
-        self.masks = counter("cantata_engine_masks", "Masks computed, one for each token of a grammar.")
-        self.drafts = counter("cantata_engine_draft_tokens", "Forced tokens fed ahead, to be checked.")
-        self.right_drafts = counter("cantata_engine_accepted_draft_tokens", "Those that were right.")
+        self.grammars = GrammarMetrics(self.registry)
         for reason in FINISH_REASONS:
             self.requests.labels(reason)
         for group in KV_GROUPS:

@@ -88,24 +88,24 @@ class StepStats:
     def grammar_compiled(self, seconds: float, succeeded: bool) -> None:
         """Count a grammar that was compiled or refused; called from any thread."""
         if succeeded:
-            self._metrics.grammar_seconds.observe(seconds)
+            self._metrics.grammars.compile_seconds.observe(seconds)
         else:
-            self._metrics.refused_grammars.inc()
+            self._metrics.grammars.refused.inc()
 
     def masks_computed(self, seconds: float, num_rows: int) -> None:
         """Record the masks of a step; called from the thread that computes them."""
         if num_rows:
-            self._metrics.mask_seconds.observe(seconds)
-            self._metrics.masks.inc(num_rows)
+            self._metrics.grammars.mask_seconds.observe(seconds)
+            self._metrics.grammars.masks.inc(num_rows)
 
     def grammar_failed(self) -> None:
         """Count a request that its grammar has ended."""
-        self._metrics.failed_grammars.inc()
+        self._metrics.grammars.failed.inc()
 
     def drafts_checked(self, num_drafts: int, num_right: int) -> None:
         """Count the drafts of a step."""
-        self._metrics.drafts.inc(num_drafts)
-        self._metrics.right_drafts.inc(num_right)
+        self._metrics.grammars.drafts.inc(num_drafts)
+        self._metrics.grammars.right_drafts.inc(num_right)
 
     def request_ended(self, reason: FinishReason) -> None:
         """Count a request that has ended."""

@@ -57,7 +57,13 @@ def one_thread() -> Iterator[None]:
 def run(llm: LLM, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
     """Run all requests at once; return each stream's outputs joined."""
     reader = ThreadReader()
-    streams = [llm.engine.submit(request, reader) for request in requests]
+    prepared = [
+        None if request.constraint is None else llm.engine.prepare(request.constraint).result(60)
+        for request in requests
+    ]
+    streams = [
+        llm.engine.submit(request, reader, ready) for request, ready in zip(requests, prepared, strict=True)
+    ]
     tokens: dict[int, list[int]] = {stream.seq_id: [] for stream in streams}
     last: dict[int, EngineOutput] = {}
     for stream, output in reader.read(streams):
