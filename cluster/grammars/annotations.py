@@ -8,11 +8,12 @@ FORMATS = (
 )
 """The formats that are enforced."""
 
-_DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/20(19-09|20-12))/schema#?")
+_DRAFT = r"https?://json-schema\.org/(draft-0[467]|draft/20(19-09|20-12))/schema#?"
 _OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords with schemas by name."""
 _FOREIGN = re.compile(
-    rf'"discriminator":|"uniqueItems":false|"\$schema":|"format":"(?!({"|".join(FORMATS)})")'
+    r'"discriminator":|"uniqueItems":false'
+    rf'|"\$schema":(?!"{_DRAFT}")|"format":"(?!({"|".join(FORMATS)})")'
 )
 _DATA = ("enum", "const", "default", "examples")
 
@@ -51,5 +52,5 @@ def _is_annotation(keyword: str, value: object) -> bool:
         case "uniqueItems":
             return value is False
         case "$schema":
-            return not isinstance(value, str) or not _DRAFTS.fullmatch(value)
+            return not isinstance(value, str) or not re.fullmatch(_DRAFT, value)
     return keyword == "discriminator"

@@ -8,6 +8,7 @@ The makers check only the form of what a client sent. Whether a grammar compiles
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import orjson
@@ -29,6 +30,7 @@ _JSON_OPTIONS = {
     "json_allow_general_unicode_escapes": True,
     "coerce_one_of": True,
 }
+_MAX_CACHED_CHARS = 2**14
 _OPTIONS_KEY = "x-guidance"
 
 
@@ -78,9 +80,16 @@ def schema_types(schema: object) -> Grammar:
     No property is required, and further ones are allowed; keywords beside `type`, `properties`,
     `items`, `enum` and references inside the schema do not count."""
     try:
-        return _of_schema(reduced(schema))
+        text = orjson.dumps(schema)
+        return _types(text) if len(text) <= _MAX_CACHED_CHARS else _of_schema(reduced(schema))
     except (TypeError, ValueError, _TooLong):
         return json_object()
+
+
+@lru_cache(maxsize=512)
+def _types(text: bytes) -> Grammar:
+    """Return `schema_types` of a schema as JSON: the same tools come with every request."""
+    return _of_schema(reduced(orjson.loads(text)))
 
 
 def regex(pattern: object, param: str) -> Grammar:
