@@ -108,6 +108,8 @@ async def test_a_lark_grammar_is_refused_with_its_reason(
     [
         of({"type": "string", "maxLength": 10**8}),
         of({"type": "array", "minItems": 10**5}),
+        of({"type": "integer", "multipleOf": 97, "maximum": 10**12}),
+        lark('start: %regex {"substring_chars": "' + "ab" * 500 + '"}', "g"),
         of({"enum": [f"value {number}" for number in range(20_000)]}),
         of({"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}}),
         regex("(a|b)*a(a|b){200}", "r"),
