@@ -14,7 +14,7 @@ from cluster.grammars.grammar import (
     lark,
     regex,
 )
-from tests.support.grammars import Texts
+from tests.support.grammar_texts import Texts
 from workers.errors import InvalidRequest
 
 SCHEMA = {

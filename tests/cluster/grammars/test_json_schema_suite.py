@@ -12,7 +12,7 @@ import pytest
 from cluster.grammars.annotations import FORMATS
 from cluster.grammars.compiling import Compiler
 from cluster.grammars.grammar import Grammar, json_schema
-from tests.support.grammars import Texts
+from tests.support.grammar_texts import Texts
 from workers.errors import InvalidRequest
 
 ROOT = Path(__file__).parents[3]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cluster.grammars.grammar import json_object, schema_types
-from tests.support.grammars import Texts
+from tests.support.grammar_texts import Texts
 
 TREE = {
     "type": "object",

@@ -1,0 +1,21 @@
+"""Which texts a grammar has."""
+
+from llguidance import LLMatcher
+
+from cluster.grammars.byte_tokenizer import byte_tokenizer
+from cluster.grammars.grammar import Grammar
+
+_TOKENIZER = byte_tokenizer()
+
+
+class Texts:
+    """The texts of a grammar, asked for with `in`; fails for a grammar that does not compile."""
+
+    def __init__(self, grammar: Grammar) -> None:
+        self._matcher = LLMatcher(_TOKENIZER, grammar.text, log_level=0)
+        assert not self._matcher.is_error(), self._matcher.get_error()
+
+    def __contains__(self, text: str) -> bool:
+        matcher = self._matcher.deep_copy()
+        tokens = list(text.encode())
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
