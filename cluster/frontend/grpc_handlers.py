@@ -22,6 +22,15 @@ Kind = TypeVar("Kind", bound=Message)
 _log = logging.getLogger(__name__)
 
 
+class ReceivedHere(bytes):
+    """A message that a gRPC server of this process has received. Another process to which it is
+    sent gets plain bytes."""
+
+    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
+        """Return what pickle makes of it."""
+        return bytes, (bytes(self),)
+
+
 def decoded(data: bytes | Kind, kind: type[Kind]) -> Kind:
     """Return the message; a server without these handlers has already decoded it.
 
@@ -55,7 +64,9 @@ def _add(service: ServiceDescriptor, servicer: object, server: grpc.aio.Server) 
     for method in service.methods:
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         make = stream if method.server_streaming else unary
-        handlers[method.name] = make(getattr(servicer, method.name), response_serializer=_serialized)
+        handlers[method.name] = make(
+            getattr(servicer, method.name), request_deserializer=ReceivedHere, response_serializer=_serialized
+        )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
 

@@ -18,7 +18,7 @@ from cluster.assembly import build_gateway, capacity, chat_defaults, load_encodi
 from cluster.config import AppConfig, reconfigured, with_api_keys
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import SERVICE_NAME, InferenceServicer
-from cluster.frontend.grpc_handlers import decoded
+from cluster.frontend.grpc_handlers import ReceivedHere, decoded
 from cluster.metrics import Scrape
 from cluster.rpc import inference_pb2 as pb
 from cluster.serve.cluster_view import (
@@ -118,7 +118,9 @@ class GatewayReplica:
         self, request: bytes | pb.ChatRequest, grpc_context: RayServegRPCContext
     ) -> pb.ChatResponse:
         """Serve cantata.inference.v1.Inference.Chat."""
-        return await self._servicer.Chat(request, _as_context(grpc_context))
+        with contextlib.suppress(RefusedCall):
+            return await self._servicer.Chat(request, _as_context(grpc_context))
+        return pb.ChatResponse()
 
     async def ChatStream(
         self, request: bytes | pb.ChatRequest, grpc_context: RayServegRPCContext
@@ -130,6 +132,10 @@ class GatewayReplica:
             while (event := await context.written.get()) is not None:
                 yield event
             await call
+        except RefusedCall:
+            # A proxy of Serve learns the status from a message or an exception, not from the end.
+            if not isinstance(request, ReceivedHere):
+                raise
         finally:
             # Serve closes this generator when the client disconnects.
             call.cancel()
@@ -139,14 +145,22 @@ class GatewayReplica:
         self, request: bytes | pb.ListModelsRequest, grpc_context: RayServegRPCContext
     ) -> pb.ListModelsResponse:
         """Serve cantata.inference.v1.Inference.ListModels."""
-        return await self._servicer.ListModels(request, _as_context(grpc_context))
+        with contextlib.suppress(RefusedCall):
+            return await self._servicer.ListModels(request, _as_context(grpc_context))
+        return pb.ListModelsResponse()
 
     async def Check(
         self, request: bytes | health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> health_pb2.HealthCheckResponse:
         """Serve grpc.health.v1.Health.Check: the server as a whole is up; the Inference service is
         SERVING while a replica answers."""
-        context = _Context(grpc_context)
+        with contextlib.suppress(RefusedCall):
+            return await self._check(request, _Context(grpc_context))
+        return health_pb2.HealthCheckResponse()
+
+    async def _check(
+        self, request: bytes | health_pb2.HealthCheckRequest, context: "_Context"
+    ) -> health_pb2.HealthCheckResponse:
         try:
             request = decoded(request, health_pb2.HealthCheckRequest)
         except InvalidRequest as error:
@@ -316,8 +330,11 @@ class _Context:
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str]] = ()
     ) -> NoReturn:
-        """End the call with a status. Serve sends the status in its context when the method
-        raises."""
+        """End the call with a status, by raising RefusedCall.
+
+        Serve sends the status in its context when the method returns. When the method raises, it
+        omits the trailing metadata.
+        """
         self._context.set_code(code)
         self._context.set_details(details)
         self._context.set_trailing_metadata([*self._context.trailing_metadata(), *trailing_metadata])

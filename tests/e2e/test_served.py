@@ -266,6 +266,7 @@ def test_grpc_refusals(channel: grpc.Channel) -> None:
             call(pb.ChatRequest(model=MODEL_NAME), timeout=60)
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert "messages" in refused.value.details()
+        assert ("param", "messages") in refused.value.trailing_metadata()
     with pytest.raises(grpc.RpcError) as refused:
         stub.Chat(_grpc_greeting(model="gpt-4"), timeout=60)
     assert refused.value.code() == grpc.StatusCode.NOT_FOUND
