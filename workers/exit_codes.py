@@ -10,6 +10,12 @@ TAKE_ANOTHER_ISA = (
     "reference for torch's slow kernels"
 )
 """Advice for a processor that stops at an instruction of the C++ kernels."""
+MAX_SAME_CRASHES = 5
+"""Consecutive crashes by the same signal, of an engine or one of its ranks, after which it is not
+restarted."""
+STABLE_AFTER_S = 60.0
+"""Lifetime in seconds after which a process counts as well started, and earlier crashes no
+more."""
 FAILED = 1
 """Exit code of an engine that cannot start or has died. It has written one sentence to stderr."""
 _CRASHES = {signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT}

@@ -14,8 +14,9 @@ from ray.util import get_node_ip_address
 from cluster.serve.cluster_view import ADDRESS_KEY, SECRET_KEY, SERVE_LOGGER, START_ID_KEY
 from cluster.serve.health import health_checks
 from workers.config import EngineConfig, ModelConfig
+from workers.config_json import engine_config_to_json
 from workers.engine.collector import spare_collections
-from workers.errors import ConfigError, EngineDead
+from workers.errors import ConfigError, EngineDead, RankCrashed
 
 # What runs an engine imports torch, which takes seconds: it is imported where a replica starts, and
 # not where an application is built or sent.
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(SERVE_LOGGER)
 
+_CRASHED_PAUSE_S = 10.0
+"""Seconds before a replica gives up that cannot start because its processes crash."""
 _LAST_WORDS_S = 0.3
 """Seconds for the last messages of a dead engine's streams to reach their clients."""
 
@@ -39,6 +42,7 @@ class EngineReplica:
     async def __init__(self, config: EngineConfig, host: str, drain_timeout_s: float) -> None:  # type: ignore[misc]  # Serve awaits it
         from workers.engine.progress import summary
         from workers.engine.server import EngineServer
+        from workers.executor.launch_ray import crash_notes
 
         self._drain_timeout_s = drain_timeout_s
         self._started = False
@@ -48,7 +52,13 @@ class EngineReplica:
         self._secret = secrets.token_urlsafe(32)
         self._server = EngineServer(executor_factory=_executor, secret=self._secret)
         bind = _node_address() if host == "auto" else host
-        self._address = await self._server.start(config, f"[{bind}]:0" if ":" in bind else f"{bind}:0")
+        try:
+            crash_notes(engine_config_to_json(config)).begin()
+            self._address = await self._server.start(config, f"[{bind}]:0" if ":" in bind else f"{bind}:0")
+        except RankCrashed:
+            # Serve tries again at once, and without a limit if a replica has served before.
+            await asyncio.sleep(_CRASHED_PAUSE_S)
+            raise
         spare_collections()
         start_up = self._server.start_up
         table = summary(

@@ -1,9 +1,11 @@
 """Ranks as Ray actors, each in its bundle of the placement group of the process that starts
 them."""
 
+import hashlib
 import logging
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,6 +14,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from workers.cores import thread_environment
+from workers.crash_notes import CrashNotes
 from workers.errors import ConfigError
 from workers.executor.launcher import OnExit, Placement
 from workers.rank.process import RankSpec, serve_rank
@@ -25,7 +28,16 @@ class _RankActor:
     def run(self, spec: str) -> None:
         """Serve until the engine sends STOP."""
         # The engine's process owns this actor: Ray ends it when that process is gone.
-        serve_rank(RankSpec.from_json(spec))
+        rank = RankSpec.from_json(spec)
+        serve_rank(rank, begin=lambda: crash_notes(rank.config).begin())
+
+
+def crash_notes(config: str) -> CrashNotes:
+    """Return the notes of the crashes on this node, in this Ray session, of engines with this
+    configuration (JSON) and of their ranks."""
+    context = ray.get_runtime_context()
+    name = hashlib.sha256(config.encode()).hexdigest()[:32]
+    return CrashNotes(Path(context.get_temp_dir()) / context.get_session_name() / "cantata-crashes" / name)
 
 
 class RayRanks:
@@ -128,5 +140,5 @@ def _watch(running: "ray.ObjectRef[None]", on_exit: OnExit) -> None:
         ray.get(running)
         on_exit("ended by itself", None)
     except ray.exceptions.RayError as error:
-        # Ray knows that the actor's process is gone, but not by which signal.
+        # Ray does not report the signal; the next rank there does (`workers.crash_notes`).
         on_exit(f"ended ({type(error).__name__})", None)

@@ -176,14 +176,18 @@ class EngineLink:
         return body
 
 
-def serve_rank(spec: RankSpec) -> None:
+def serve_rank(spec: RankSpec, begin: Callable[[], None] = lambda: None) -> None:
     """Run until the engine asks for the stop. A failure is reported to the engine in one sentence.
 
     If the engine is lost, this function ends the process: no other component can, and the GPU
     memory that the process holds is needed.
+
+    Args:
+        begin: called first; may raise the errors of a start.
     """
     channel = RankChannel(spec.endpoints)
     try:
+        begin()
         _serve(spec, channel)
     except Stopped:
         pass
