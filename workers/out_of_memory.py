@@ -9,16 +9,18 @@ WHAT_HELPS = (
     "--gpu-memory-utilization), or give this machine or container more memory"
 )
 """Advice for error messages."""
+_SIGNS = ("can't allocate memory", "can't start new thread")
 _VMSTAT = Path("/proc/vmstat")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the error is a failed allocation, by Python, or by torch on a GPU or a CPU."""
-    # torch's allocator for CPUs raises a plain RuntimeError.
+    """Return whether the error is a failed allocation, by Python, or by torch on a GPU or a CPU, or
+    a thread for which there is no memory or no room in the process limit."""
+    # torch's allocator for CPUs and Python's threads raise a plain RuntimeError.
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS))
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import orjson
 
 from workers import errors
+from workers.out_of_memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def as_cantata_error(error: Exception, request_id: str) -> errors.CantataError:
     generic error with the request id."""
     if isinstance(error, errors.CantataError) and type(error) is not errors.CantataError:
         return error
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         _log.error("request %s: this process is out of memory", request_id)
         return errors.Overloaded(
             "The server has too little memory for this request now; send a smaller one, or retry later."

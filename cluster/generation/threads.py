@@ -43,7 +43,6 @@ class TextThreads:
         if self._waiting_chars and self._waiting_chars + num_chars > MAX_WAITING_CHARS:
             raise Overloaded("The server is at capacity for large prompts; retry after 1 s.")
         loop = asyncio.get_running_loop()
-        self._waiting_chars += num_chars
 
         def done(_: "Future[T]") -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -52,6 +51,7 @@ class TextThreads:
         # The thread's own future: work that has begun goes on after its client has left, and
         # counts.
         future = (self._medium if num_chars <= LARGE_CHARS else self._large).submit(work)
+        self._waiting_chars += num_chars
         future.add_done_callback(done)
         return await asyncio.wrap_future(future)
 

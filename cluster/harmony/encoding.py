@@ -102,6 +102,9 @@ class HarmonyEncoding:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        # The library starts its threads at the first use, and never again if there is no memory for
+        # them then.
+        self._encode_chunk("")
         self._literals: dict[str, tuple[int, ...]] = {}
 
     @classmethod
@@ -188,8 +191,14 @@ class HarmonyEncoding:
         )
 
     def _encode_chunk(self, text: str) -> list[int]:
-        # encode_batch_fast, because it releases the GIL (encode does not) and computes no offsets.
-        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            # encode_batch_fast releases the GIL, unlike encode, and computes no offsets.
+            ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except BaseException as error:
+            # What the library calls a panic is not an Exception, and would pass every edge.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise RuntimeError("the tokenizer panicked") from None
         return ids
 
 

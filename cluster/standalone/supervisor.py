@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from cluster.fleet.table import Replica
 from cluster.standalone.process_session import end_session
-from workers.exit_codes import crash, ending, is_explained
+from workers.exit_codes import MAX_SAME_CRASHES, STABLE_AFTER_S, crash, ending, is_explained
 from workers.out_of_memory import OomKills
 
 logger = logging.getLogger(__name__)
@@ -24,12 +24,6 @@ DESCENDANTS_S = 30.0
 memory."""
 TURN_S = 1.0
 """Seconds between two checks for a heartbeat from a child."""
-STABLE_AFTER_S = 60.0
-"""Lifetime in seconds after which a child counts as well started: its next restart is immediate
-again."""
-MAX_SAME_CRASHES = 5
-"""Consecutive crashes by the same signal, of the child or one of its ranks, after which it is not
-restarted."""
 
 
 class EngineFailed(Exception):
@@ -180,24 +174,26 @@ class EngineProcess:
         return None
 
     async def _keep_alive(self, timeout_s: float) -> None:
-        while True:
-            process = self._process
-            assert process is not None
-            started = time.monotonic()
-            code = await self._watch_heartbeat(process)
-            self._set_replica(None)
-            await self._end_descendants(process.pid)
-            if time.monotonic() - started >= STABLE_AFTER_S:
-                self._backoff_s = FIRST_BACKOFF_S
-                self._last_crash = None
-            # Other crashes of a serving child may be caused by a request, which the gateway gives
-            # up after a while.
-            if self._gives_up(code if crash(code) == signal.SIGILL else None):
-                return
-            logger.error("%s died (%s); restarting it", self.name, self._ending(code))
-            await self._restart(timeout_s)
-            if self.given_up.is_set():
-                return
+        while not self.given_up.is_set():
+            try:
+                process = self._process
+                assert process is not None
+                started = time.monotonic()
+                code = await self._watch_heartbeat(process)
+                self._set_replica(None)
+                await self._end_descendants(process.pid)
+                if time.monotonic() - started >= STABLE_AFTER_S:
+                    self._backoff_s = FIRST_BACKOFF_S
+                    self._last_crash = None
+                # Other crashes of a serving child may be caused by a request, which the gateway
+                # gives up after a while.
+                if not self._gives_up(code if crash(code) == signal.SIGILL else None):
+                    logger.error("%s died (%s); restarting it", self.name, self._ending(code))
+                    await self._restart(timeout_s)
+            except Exception:
+                # No memory or descriptors, for example. Nothing else would start the child again.
+                logger.exception("%s could not be replaced; retrying in %.1f s", self.name, self._backoff_s)
+                await asyncio.sleep(self._backoff_s)
 
     async def _watch_heartbeat(self, process: asyncio.subprocess.Process) -> int:
         """Wait for the child's end, and kill it if it hangs; return its exit code."""

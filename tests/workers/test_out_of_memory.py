@@ -29,6 +29,7 @@ for page in range(0, len(memory), 4096):
         ("bytearray(sys.maxsize)", True),
         ("torch.empty(1 << 60, dtype=torch.uint8)", True),
         ("raise_(torch.OutOfMemoryError('CUDA out of memory'))", True),
+        ('raise_(RuntimeError("can\'t start new thread"))', True),
         ("torch.empty(2) @ torch.empty(3)", False),
         ("1 / 0", False),
     ],

@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import math
 import secrets
+import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -98,7 +99,7 @@ class EngineServer:
         self._health = HealthServicer()
         self._metrics_server: MetricsServer | None = None
         # For our own drain and stop: callers of Drain may keep all of the loop's threads waiting.
-        self._stoppers = ThreadPoolExecutor(2, thread_name_prefix="cantata-stop")
+        self._stoppers = _started(ThreadPoolExecutor(2, thread_name_prefix="cantata-stop"), 2)
         self.start_up: StartUp
 
     @property
@@ -197,6 +198,15 @@ class EngineServer:
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
             self._metrics_server = None
+
+
+def _started(executor: ThreadPoolExecutor, num_threads: int) -> ThreadPoolExecutor:
+    """Start the executor's threads now, since later there may be no memory for them; return it."""
+    all_run = threading.Barrier(num_threads + 1)
+    for _ in range(num_threads):
+        executor.submit(all_run.wait)
+    all_run.wait()
+    return executor
 
 
 class EngineServicer(engine_pb2_grpc.EngineServicer):

@@ -88,3 +88,4 @@ def test_a_request_without_memory_may_come_again(caplog: pytest.LogCaptureFixtur
     assert row_of(shown).http_status == 429
     assert "memory" in shown.message
     assert "id-1" in caplog.text
+    assert row_of(as_cantata_error(RuntimeError("can't start new thread"), "id-2")).http_status == 429

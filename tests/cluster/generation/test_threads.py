@@ -57,6 +57,21 @@ async def test_what_waits_is_bounded(pool: TextThreads, monkeypatch: pytest.Monk
         )
 
 
+async def test_work_without_a_thread_does_not_count(
+    pool: TextThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_memory)
+        with pytest.raises(RuntimeError):
+            await pool.run(threads.MAX_WAITING_CHARS, lambda: None)
+    async with asyncio.timeout(LIMIT_S):
+        assert await pool.run(threads.MAX_WAITING_CHARS, lambda: "done") == "done"
+        assert await pool.run(LARGE_CHARS, lambda: "done") == "done"
+
+
 async def test_work_that_nobody_waits_for_is_not_begun(pool: TextThreads) -> None:
     gate = threading.Event()
     begun: list[int] = []

@@ -1,9 +1,11 @@
 """Encoding and decoding against oss-harmony, and tokenizers that must be refused."""
 
+import copy
 import json
 import platform
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from cluster.harmony import encoding as encoding_module
 from cluster.harmony.encoding import HarmonyEncoding, IncrementalDecoder
+from cluster.harmony.make_tokenizer import write_bpe_tokenizer
 from tests.cluster.harmony.harmony_conversations import TEXTS
 from workers.errors import CheckpointError
 
@@ -169,6 +172,46 @@ def test_threads_may_share_an_encoding(small: HarmonyEncoding) -> None:
     with ThreadPoolExecutor(8) as pool:
         for together in pool.map(lambda _: [small.encode(text) for text in texts], range(16)):
             assert together == alone
+
+
+THREADS = """
+import os, sys
+from pathlib import Path
+from cluster.harmony.encoding import HarmonyEncoding
+encoding = HarmonyEncoding.load(Path(sys.argv[1]))
+before = len(os.listdir("/proc/self/task"))
+encoding.encode("Hello")
+print(before, len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_the_librarys_threads_are_there_before_the_first_request(tmp_path: Path) -> None:
+    """The library tries once: if it finds no memory for them then, no text is encoded any more."""
+    write_bpe_tokenizer(tmp_path, 2048)
+    child = subprocess.run(
+        [sys.executable, "-c", THREADS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    before, after = map(int, child.stdout.split())
+    assert before == after > 1
+
+
+def test_a_panic_of_the_library_is_an_exception_without_the_text(small: HarmonyEncoding) -> None:
+    class PanicException(BaseException): ...
+
+    class Panicking:
+        def encode_batch_fast(self, texts: list[str], **_: object) -> None:
+            raise PanicException(texts[0])
+
+    encoding = copy.copy(small)
+    encoding._tokenizer = Panicking()
+    text = str(2**70)
+    with pytest.raises(RuntimeError, match="the tokenizer panicked") as caught:
+        encoding.encode(text)
+    assert text not in "".join(traceback.format_exception(caught.value))
 
 
 def edited(folder: Path, target: Path, change: Callable[[dict], object]) -> Path:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +102,33 @@ async def test_a_child_that_cannot_start_again_is_tried_with_growing_pauses(
     assert engine.replica is None
     marker.unlink()
     await until(lambda: engine.replica is not None)
+
+
+async def test_a_child_is_replaced_although_its_supervisor_has_no_memory(
+    engine: EngineProcess, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What fails is the look for the child's descendants, then twice the start of a child."""
+    failures: list[Exception] = [OSError("Too many open files"), MemoryError(), RuntimeError("no thread")]
+    make = asyncio.create_subprocess_exec
+
+    async def no_memory(*arguments: Any, **options: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return await make(*arguments, **options)
+
+    async def no_files(session: int, timeout_s: float) -> list[int]:
+        if len(failures) == 3:
+            raise failures.pop(0)
+        return await end_session(session, timeout_s)
+
+    await engine.start(20)
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", no_memory)
+    monkeypatch.setattr(supervisor, "end_session", no_files)
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: engine.num_restarts == 1)
+    assert failures == []
+    assert caplog.text.count("engine could not be replaced") == 3
 
 
 async def test_the_pause_is_bounded(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -303,6 +304,17 @@ async def test_callers_of_drain_do_not_hold_up_a_shutdown(served: Served) -> Non
         assert await served.server.drain(0.1) == 1
         await asyncio.gather(*drains)
     assert [response async for response in call][-1].finish_reason == pb.FINISH_REASON_ABORT
+
+
+async def test_a_stop_needs_no_new_thread(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be no memory for one any more."""
+
+    def no_memory(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_memory)
+    assert await served.server.drain(0.1) == 0
+    await served.server.stop()
 
 
 async def test_drain_refuses_a_wrong_grace_period(served: Served) -> None:
