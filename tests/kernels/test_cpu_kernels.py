@@ -457,29 +457,29 @@ import os, sys
 import torch
 from kernels.cpu import dense
 x, packed = torch.ones(4, 64).bfloat16(), dense.pack(torch.ones(256, 64).bfloat16())
-torch.set_num_threads(int(sys.argv[1]))  # has threads of its own
-before = set(os.listdir("/proc/self/task"))
-dense.linear(x, packed, None)
-new = sorted(set(os.listdir("/proc/self/task")) - before, key=int)
-print([sorted(os.sched_getaffinity(int(thread))) for thread in new])
+for num_threads in map(int, sys.argv[1:]):
+    torch.set_num_threads(num_threads)  # has threads of its own
+    before = set(os.listdir("/proc/self/task"))
+    dense.linear(x, packed, None)
+    new = sorted(set(os.listdir("/proc/self/task")) - before, key=int)
+    print([sorted(os.sched_getaffinity(int(thread))) for thread in new])
 """
 CORES = sorted(os.sched_getaffinity(0))
 
 
-def pool_affinities(num_threads: int) -> list[list[int]]:
-    """Return the affinities of the pool's threads besides the caller's, in a process of its own."""
-    command = [sys.executable, "-c", _THREADS, str(num_threads)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    affinities: list[list[int]] = ast.literal_eval(out)
-    return affinities
-
-
-def test_one_thread_a_core_is_pinned_to_it() -> None:
-    assert pool_affinities(len(CORES)) == [[core] for core in CORES[1:]]
-
-
-def test_more_or_fewer_threads_than_cores_are_not_pinned() -> None:
-    assert pool_affinities(len(CORES) + 2) == [CORES] * (len(CORES) + 1)
+def test_threads_are_pinned_where_there_is_one_for_each_core() -> None:
+    """Those of the pool besides the caller's; in a process of their own."""
+    numbers = (len(CORES), len(CORES) + 2)
+    out = subprocess.run(
+        [sys.executable, "-c", _THREADS, *map(str, numbers)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+    as_many, more = (ast.literal_eval(line) for line in out.splitlines())
+    assert as_many == [[core] for core in CORES[1:]]
+    assert more == [CORES] * (len(CORES) + 1)
 
 
 _FORK = """
