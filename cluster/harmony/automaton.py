@@ -43,9 +43,9 @@ class TurnAutomata:
         for spelling in SPELLINGS:
             try:
                 graph = TurnGraph(grammar, self._encoding, spelling, self._max_states)
+                return _TokenStates(graph, self._texts, self._not_text).automaton(self._max_states)
             except TooManyStates:
-                continue
-            return _TokenStates(graph, self._texts, self._not_text).automaton()
+                pass
         raise InvalidRequest(
             f"tools has names that are too long together for harmony_constraint 'headers': they take "
             f"more than {self._max_states} states. Send fewer tools or shorter names, or "
@@ -100,8 +100,12 @@ class _TokenStates:
         self._forbidden: dict[int, tuple[int, ...]] = {}
         self._grammars: dict[str, int] = {}
 
-    def automaton(self) -> TokenAutomaton:
-        """Return the automaton over token ids."""
+    def automaton(self, max_states: int) -> TokenAutomaton:
+        """Return the automaton over token ids.
+
+        Raises:
+            TooManyStates: more than `max_states`.
+        """
         order = {self._start: 0}
         pending = [self._start]
         all_steps = []
@@ -113,6 +117,8 @@ class _TokenStates:
                 if following not in order:
                     order[following] = len(order)
                     pending.append(following)
+            if len(order) > max_states:
+                raise TooManyStates
         states = tuple(self._state(at, steps, order) for at, steps in zip(pending, all_steps, strict=True))
         return TokenAutomaton(states, grammars=tuple(self._grammars))
 

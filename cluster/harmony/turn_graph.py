@@ -10,8 +10,9 @@ from cluster.harmony.message import FUNCTIONS
 from cluster.harmony.turn_grammar import ROLE, TurnGrammar
 
 Spelling = Literal["any", "names", "usual"]
-"""Which tokenizations a header has: any; any of the tools' names, but of what follows only the
-tokenizer's; only the tokenizer's. The last two take fewer states for each tool."""
+"""Which tokenizations the header of a call has. `any`: all. `names`: all of the tools' names, but
+of what follows them only the tokenizer's. `usual`: only the tokenizer's. Each takes fewer states
+than the one before."""
 SPELLINGS: tuple[Spelling, ...] = ("any", "names", "usual")
 
 TOKEN = 256
@@ -98,7 +99,7 @@ class TurnGraph:
         start: the state after the prompt.
 
     Raises:
-        TooManyStates: more than `max_states`.
+        TooManyStates: far more than `max_states`.
     """
 
     def __init__(
@@ -209,9 +210,8 @@ class TurnGraph:
                     graph.path(named[kind], self._word(channel), typed[kind])
             recipient = f" to={FUNCTIONS}{tool.name}"
             graph.join(graph.path(self._recipients, self._name(recipient)), typed[kind])
-            graph.path(
-                graph.path(self._recipients_first, self._name(recipient)), [self._channel], named[kind]
-            )
+            named_end = graph.path(self._recipients_first, self._name(recipient))
+            graph.path(named_end, [self._channel], named[kind])
             self._check_size()
 
     def _add_types(self, state: int, body: int, plain: Sequence[str], constrained: Sequence[str]) -> None:
@@ -249,5 +249,6 @@ class TurnGraph:
         return [TOKEN + i for i in self._encoding.encode_with_special(text)]
 
     def _check_size(self) -> None:
-        if len(self.graph.edges) > self._max_states:
+        # Not all of them lie between tokens.
+        if len(self.graph.edges) > 2 * self._max_states:
             raise TooManyStates

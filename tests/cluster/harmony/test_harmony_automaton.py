@@ -9,6 +9,7 @@ from functools import cache
 import openai_harmony as oh
 import pytest
 
+from cluster.grammars.grammar import Grammar
 from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.make_tokenizer import HARMONY_VOCAB_SIZE
@@ -230,8 +231,35 @@ def test_engines_take_the_automata_of_many_tools(gpt_oss: HarmonyEncoding) -> No
     assert 2 * num_prefixes < len(made.states) < 2.5 * num_prefixes
 
 
+@pytest.mark.parametrize("num_tools", [150, 512])
+def test_with_very_many_tools_headers_have_the_tokenizers_spelling(
+    gpt_oss: HarmonyEncoding, num_tools: int
+) -> None:
+    """Each tool has a schema of its own, and a name of 64 characters."""
+    tools = tuple(
+        ToolBody(f"{i % 64:02}_{'list_all_of_the_entries_' * 3}"[:61] + f"{i:03}", Grammar(str(i)))
+        for i in range(num_tools)
+    )
+    made = TurnAutomata(gpt_oss, HARMONY_VOCAB_SIZE).of(TurnGrammar(tools, "required"))
+    check_automaton(made, HARMONY_VOCAB_SIZE)
+    assert len(made.grammars) == num_tools
+    for header in (
+        "<|channel|>commentary to=functions.{} <|constrain|>json",
+        "<|channel|>analysis to=functions.{}<|constrain|>JSON",
+        " to=functions.{}<|channel|>commentary json",
+        " to=functions.{}<|channel|>analysis",
+    ):
+        for index in (0, num_tools // 2, num_tools - 1):
+            walk = Walk(made)
+            text = f"{header.format(tools[index].name)}<|message|>"
+            assert all(map(walk.push, gpt_oss.encode_with_special(text))), text
+            grammar = made.states[walk.state].grammar
+            assert grammar is not None
+            assert made.grammars[grammar] == str(index)
+
+
 def test_names_that_are_too_long_together_are_refused(gpt_oss: HarmonyEncoding) -> None:
-    names = tuple(f"{i:03}{'a' * 100}" for i in range(1000))
+    names = tuple(f"{i:03}{'a1' * 50}" for i in range(1000))
     with pytest.raises(InvalidRequest, match="harmony_constraint") as refused:
         TurnAutomata(gpt_oss, HARMONY_VOCAB_SIZE).of(TurnGrammar(tuple(map(ToolBody, names)), "allowed"))
     assert refused.value.param == "tools"
