@@ -127,6 +127,38 @@ async def test_requests_over_the_limit_are_refused_until_others_end(
         assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
 
 
+async def test_64_clients_at_a_limit_of_16_lose_nothing(
+    encoding: HarmonyEncoding, engine: FakeEngine
+) -> None:
+    """Streams over HTTP; a client that is refused comes again. More than 16 never run at once."""
+    limit, gate, ended = 16, asyncio.Event(), asyncio.Semaphore(0)
+    engine.answer = lambda request: Script(turn(encoding, text="x"), gate=gate)
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    num_refused = 0
+
+    async def client(gateway: Gateway) -> str:
+        nonlocal num_refused
+        while True:
+            answer = await gateway.http.post("/v1/chat/completions", json=body)
+            if answer.status_code != 429:
+                assert answer.status_code == 200
+                ended.release()
+                return answer.text.splitlines()[-2]
+            assert int(answer.headers["retry-after"]) >= 1
+            num_refused += 1
+            if num_refused == 64 - limit:
+                gate.set()  # until then those that were admitted do not end
+            if num_refused <= 64 - limit:
+                await ended.acquire()
+
+    async with serving(encoding, [engine], capacity=Capacity(max_in_flight_requests=limit)) as gateway:
+        last_lines = await asyncio.gather(*(client(gateway) for _ in range(64)))
+        page = (await gateway.http.get("/metrics")).text
+    assert last_lines == ["data: [DONE]"] * 64
+    assert len(engine.requests) == 64, "what is refused does not reach an engine"
+    assert 'cantata_gateway_in_flight_requests{gateway="",process="gateway",replica=""} 0.0' in page
+
+
 async def test_the_deadline_reaches_the_engine_and_is_504(
     encoding: HarmonyEncoding, engine: FakeEngine
 ) -> None:
