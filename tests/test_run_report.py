@@ -69,7 +69,7 @@ def run(folder: Path, ci: str, *flags: str) -> tuple[int, str, list[str]]:
         env=os.environ | {"PYTHONPATH": str(ROOT), "CI": ci},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     return ran.returncode, ran.stdout, (folder / "summary.txt").read_text().splitlines()
@@ -138,7 +138,7 @@ def test_packages_that_are_missing_are_named_where_they_cannot_be_installed(tmp_
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert said.returncode == 0, said.stderr
