@@ -32,7 +32,7 @@ from workers.kv_cache.memory import KVCachePlan, KVMemory, plan_kv_cache
 from workers.parallel.shard import plan_shards
 from workers.rank.process import RankSpec, identity
 from workers.rank.rank import LOAD_TIMEOUT_S, Progress, RankLoaded
-from workers.scheduler.masks import masks_failed
+from workers.scheduler.masks import masks_failed, masks_late
 from workers.scheduler.plan import StepMasks, StepPlan, StepResult
 from workers.scheduler.plan_wire import decode_result, encode_masks, encode_plan
 
@@ -87,6 +87,7 @@ class DistributedExecutor:
         self._error: str | None = None
         self._one_has_ended = False
         self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+        self._masks: Future[StepMasks] | None = None  # of the last plan that awaits any
         self._oldest_since_s = 0.0
         self._logits: Future[Tensor] | None = None
         self._on_failure: Callable[[str], None] = lambda sentence: None
@@ -127,6 +128,7 @@ class DistributedExecutor:
             for rank in range(self._size):
                 self._channel.send(rank, wire.PLAN, body)
         if masks is not None:
+            self._masks = masks
             masks.add_done_callback(partial(self._send_masks, plan.step))
         return future
 
@@ -335,13 +337,9 @@ class DistributedExecutor:
         timeout_s = self._config.parallel.step_timeout_s
         with self._lock:
             waits = bool(self._in_flight) and self._clock() - self._oldest_since_s > timeout_s
-            step = self._in_flight[0][0].step if waits else None
+            step = self._in_flight[0][0].step if waits else 0
         if waits:
-            self._fail(
-                f"step {step} has no result after {timeout_s:g} s (engine.parallel.step_timeout_s): a rank "
-                f"hangs, "
-                f"or the network between ranks is down"
-            )
+            self._fail(_late(step, timeout_s, self._masks))
 
     def _note_exit(self, rank: int, how: str, crashed: signal.Signals | None) -> None:
         """Record that a rank has ended; called from any thread."""
@@ -376,6 +374,16 @@ class DistributedExecutor:
             future.set_result(StepResult(plan.step, error=sentence))
         if logits is not None:
             logits.set_exception(EngineDead(sentence))
+
+
+def _late(step: int, timeout_s: float, masks: "Future[StepMasks] | None") -> str:
+    """Return the error of a step without a result."""
+    if masks is not None and not masks.done():
+        return masks_late(step, timeout_s)
+    return (
+        f"step {step} has no result after {timeout_s:g} s (engine.parallel.step_timeout_s): a rank hangs, "
+        f"or the network between ranks is down"
+    )
 
 
 class _Heartbeats:

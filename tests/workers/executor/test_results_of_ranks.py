@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.tiny_model import TINY
@@ -13,7 +14,7 @@ from workers.executor import launch_processes
 from workers.executor.distributed import DistributedExecutor
 from workers.executor.launch_processes import ProcessRanks
 from workers.rank.process import RankSpec
-from workers.scheduler.plan import StepPlan, StepResult
+from workers.scheduler.plan import StepMasks, StepPlan, StepResult
 from workers.scheduler.plan_wire import encode_result
 
 STEP_TIMEOUT_S = 30.0
@@ -41,8 +42,8 @@ class AtWork:
         self.executor.on_failure(self.failures.append)
         self.executor._channel = self.sent  # type: ignore[assignment]
 
-    def execute(self, step: int) -> "Future[StepResult]":
-        return self.executor.execute(StepPlan(step))
+    def execute(self, step: int, masks: "Future[StepMasks] | None" = None) -> "Future[StepResult]":
+        return self.executor.execute(StepPlan(step, awaits_masks=masks is not None), masks)
 
     def answer(self, step: int) -> None:
         self.executor._take(wire.RESULT, encode_result(StepResult(step)))
@@ -92,6 +93,35 @@ def test_the_result_of_another_step_ends_everything() -> None:
     assert [result.result(0) for result in results] == [StepResult(step, error=sentence) for step in (0, 1)]
     assert work.failures == [sentence]
     assert work.execute(2).result(0).error == sentence
+
+
+def test_masks_go_to_the_rank_that_samples_once_they_are_there() -> None:
+    work = AtWork()
+    masks: Future[StepMasks] = Future()
+    result = work.execute(0, masks)
+    work.execute(1)
+    assert work.sent.messages == [(rank, wire.PLAN) for rank in range(3)] * 2
+    masks.set_result(StepMasks(0, np.array([0]), np.full((1, 4), 255, np.uint8)))
+    assert work.sent.messages[6:] == [(0, wire.MASKS)]
+    work.answer(0)
+    assert result.result(0) == StepResult(0)
+
+
+def test_masks_that_fail_end_the_step_by_name() -> None:
+    work = AtWork()
+    masks: Future[StepMasks] = Future()
+    result = work.execute(0, masks)
+    masks.set_exception(MemoryError())
+    sentence = "the masks of step 0 failed (MemoryError); the engine's log has the details"
+    assert result.result(0).error == sentence
+    assert work.failures == [sentence]
+
+
+def test_a_step_that_waits_for_its_masks_says_so() -> None:
+    work = AtWork()
+    result = work.execute(0, Future())
+    assert work.fails_after(31)
+    assert (result.result(0).error or "").startswith("step 0 has no masks of its grammars after 30 s")
 
 
 def test_a_rank_may_die_while_another_one_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,30 +2,43 @@
 
 from collections import deque
 
+import numpy as np
 import pytest
 
 from workers.executor import channel as wire
 from workers.rank import process as rank_process
 from workers.rank.process import EngineLink, EngineLost, Stopped
 from workers.rank.rank import LaunchedStep
-from workers.scheduler.plan import StepPlan, StepResult
-from workers.scheduler.plan_wire import decode_result, encode_plan
+from workers.scheduler.plan import StepMasks, StepPlan, StepResult
+from workers.scheduler.plan_wire import decode_result, encode_masks, encode_plan
 
 
 class Step(LaunchedStep):
     def __init__(self, plan: StepPlan, log: list[str]) -> None:
         self.finished = False
-        self._pending = None
         self._plan, self._log = plan, log
+        self._waits = plan.awaits_masks
+        self._error: str | None = None
+
+    @property
+    def awaits_masks(self) -> bool:
+        return self._waits
+
+    def sample(self, masks: StepMasks) -> None:
+        self._log.append(f"sample {self._plan.step} with {masks.rows.tolist()}")
+        self._waits = False
+
+    def fail(self, sentence: str) -> None:
+        self._error, self._waits, self.finished = sentence, False, True
 
     @property
     def done(self) -> bool:
-        return self.finished
+        return self.finished and not self._waits
 
     def result(self) -> StepResult:
-        assert self.finished
+        assert self.done
         self._log.append(f"result {self._plan.step}")
-        return StepResult(self._plan.step)
+        return StepResult(self._plan.step, error=self._error)
 
 
 class Rank:
@@ -41,25 +54,40 @@ class Rank:
 
 class Channel:
     """A channel that delivers a script, one entry a call: a step number is that plan, "finish" ends
-    the oldest step on the GPU."""
+    the oldest step on the GPU, "awaits 2" is plan 2, which awaits masks, and "masks 2" are these.
+    After its end there is nothing but the time that passes."""
 
     def __init__(self, rank: Rank, script: list[int | str]) -> None:
         self._rank, self._script = rank, deque(script)
         self.sent: list[int] = []
+        self.errors: list[str] = []
+        self.now_s = 0.0
 
     def receive(self, timeout_s: float) -> tuple[bytes, bytes] | None:
+        if not self._script:
+            self.now_s += timeout_s
+            return None
         entry = self._script.popleft()
         if entry == "stop":
             return wire.STOP, b""
         if entry == "finish":
             next(step for step in self._rank.steps if not step.finished).finished = True
             return None
-        assert isinstance(entry, int)
-        return wire.PLAN, encode_plan(StepPlan(entry))
+        if isinstance(entry, int):
+            return wire.PLAN, encode_plan(StepPlan(entry))
+        kind, step = entry.split()
+        if kind == "awaits":
+            return wire.PLAN, encode_plan(StepPlan(int(step), awaits_masks=True))
+        assert kind == "masks"
+        return wire.MASKS, encode_masks(StepMasks(int(step), np.array([3]), np.full((1, 4), 255, np.uint8)))
 
     def send(self, kind: bytes, body: bytes) -> None:
         assert kind == wire.RESULT
-        self.sent.append(decode_result(body).step)
+        result = decode_result(body)
+        self.sent.append(result.step)
+        if result.error is not None:
+            self.errors.append(result.error)
+            self._script.append("stop")
 
 
 def run(script: list[int | str], number: int = 0) -> tuple[list[str], list[int]]:
@@ -87,6 +115,33 @@ def test_other_ranks_take_their_results_but_are_silent() -> None:
     log, sent = run([0, 1, "finish", "finish", "stop"], number=1)
     assert log == ["launch 0", "launch 1", "result 0", "result 1"]
     assert sent == []
+
+
+def test_a_step_waits_for_its_masks_and_the_result_before_is_sent_meanwhile() -> None:
+    log, sent = run([0, "awaits 1", "finish", "masks 1", "finish", "stop"])
+    assert log == ["launch 0", "launch 1", "result 0", "sample 1 with [3]", "result 1"]
+    assert sent == [0, 1]
+
+
+def test_the_next_plan_may_come_before_the_masks() -> None:
+    log, sent = run([0, "awaits 1", "finish", "awaits 2", "masks 1", "masks 2", "finish", "finish", "stop"])
+    assert log == [
+        *("launch 0", "launch 1", "result 0", "sample 1 with [3]", "launch 2", "sample 2 with [3]"),
+        *("result 1", "result 2"),
+    ]
+    assert sent == [0, 1, 2]
+
+
+def test_a_step_without_its_masks_fails_in_time() -> None:
+    log: list[str] = []
+    rank = Rank(log)
+    channel = Channel(rank, ["awaits 0"])
+    with pytest.raises(Stopped):
+        rank_process._run_plans(0, rank, channel, EngineLink(channel, 60, lambda: channel.now_s), 0.01)
+    assert channel.sent == [0]
+    assert channel.errors[0].startswith(
+        "step 0 has no masks of its grammars after 0.01 s (engine.parallel.step_timeout_s)"
+    )
 
 
 class Silence:

@@ -2,13 +2,22 @@
 
 import hypothesis.strategies as st
 import msgpack
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from workers.constraint.automaton import NO_LIMITS, ConstraintLimits
 from workers.request import SamplingParams, TokenLogprobs
-from workers.scheduler.plan import SequenceStart, StepPlan, StepResult
-from workers.scheduler.plan_wire import PLAN_VERSION, decode_plan, decode_result, encode_plan, encode_result
+from workers.scheduler.plan import SequenceStart, StepMasks, StepPlan, StepResult
+from workers.scheduler.plan_wire import (
+    PLAN_VERSION,
+    decode_masks,
+    decode_plan,
+    decode_result,
+    encode_masks,
+    encode_plan,
+    encode_result,
+)
 
 int_ids = st.integers(0, 2**32 - 1)
 small_tuples = st.lists(int_ids, max_size=5).map(tuple)
@@ -115,6 +124,16 @@ def test_every_field_is_on_the_wire() -> None:
         assert getattr(start, name) not in (NO_LIMITS, None, ())
     assert decode_plan(encode_plan(plan)) == plan
     assert decode_result(encode_result(result)) == result
+
+
+def test_masks_come_back_equal() -> None:
+    masks = StepMasks(7, np.array([0, 5]), np.arange(24, dtype=np.uint8).reshape(2, 12))
+    decoded = decode_masks(encode_masks(masks))
+    assert decoded.step == 7
+    np.testing.assert_array_equal(decoded.rows, masks.rows)
+    np.testing.assert_array_equal(decoded.bits, masks.bits)
+    with pytest.raises(ValueError, match="format version"):
+        decode_masks(msgpack.packb([PLAN_VERSION + 1, 7, b"", (0, 0), b""]))
 
 
 @pytest.mark.parametrize("decode", [decode_plan, decode_result])
