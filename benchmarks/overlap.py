@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from workers.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
-from workers.engine import engine as engine_module
+from workers.engine import step_loop
 from workers.engine.engine import Engine
 from workers.engine.stream import ThreadReader
 from workers.executor.distributed import DistributedExecutor
@@ -51,12 +51,12 @@ class Watched(DistributedExecutor):
 @contextmanager
 def in_flight(limit: int) -> Iterator[None]:
     """Let engines have this many plans in flight; with one there is no overlap."""
-    before = engine_module.MAX_IN_FLIGHT
-    engine_module.MAX_IN_FLIGHT = limit
+    before = step_loop.MAX_IN_FLIGHT
+    step_loop.MAX_IN_FLIGHT = limit
     try:
         yield
     finally:
-        engine_module.MAX_IN_FLIGHT = before
+        step_loop.MAX_IN_FLIGHT = before
 
 
 def measure(engine: Engine, executor: Watched, num_sequences: int, num_steps: int) -> tuple[float, float]:

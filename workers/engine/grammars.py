@@ -37,13 +37,14 @@ class _Position(NamedTuple):
 class _Followed:
     """A sequence that the engine follows."""
 
-    __slots__ = ("_limits", "_prepared", "num_prompt_tokens", "position", "tables")
+    __slots__ = ("_limits", "_prepared", "eos", "num_prompt_tokens", "position", "tables")
 
     def __init__(
         self, prepared: PreparedConstraint, limits: ConstraintLimits, num_prompt_tokens: int
     ) -> None:
         self.tables = prepared.tables
         self.num_prompt_tokens = num_prompt_tokens
+        self.eos = prepared.eos
         self._prepared = prepared
         self._limits = limits
         place = self.tables.begin((), limits)
@@ -229,4 +230,5 @@ class GrammarSteps:
                     drafts=at.drafts,
                     text=sequence.tables.texts[state],
                     ends=sequence.tables.ends[state],
+                    eos=sequence.eos,
                 )

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_NARROW_BYTES = 32
+"""Number of bytes of a mask with any token, up to which forced tokens are looked for."""
+
+
 def mask_threads(num_cpus: int) -> int:
     """Return the number of threads that compute masks, of a process that may use so many CPUs."""
     return min(max(num_cpus // 4, 1), 8)
@@ -68,6 +72,7 @@ class MaskRow:
         drafts: further tokens of the text before the row, which may be wrong.
         text: bitmask of the tokens that may spell the text.
         ends: tokens that may come where the text is complete.
+        eos: the token that llguidance allows there.
     """
 
     row: int
@@ -77,6 +82,7 @@ class MaskRow:
     drafts: tuple[int, ...]
     text: Bits
     ends: tuple[int, ...]
+    eos: int
 
 
 @dataclass(slots=True)
@@ -158,16 +164,20 @@ class MaskThread:
         )
         bits = words.view(np.uint8)
         for mask, row, matcher in zip(bits, rows, matchers, strict=True):
+            may_end = mask[row.eos >> 3] >> (row.eos & 7) & 1
             mask &= row.text
+            num_bytes = np.count_nonzero(mask)
             if matcher.is_error() and not row.drafts:
                 # The token of this row is not used, but there must be one.
                 job.failed[row.seq_id] = _failure(matcher.get_error())
                 mask[:] = row.text
-            elif matcher.is_accepting() or not mask.any():
+            elif not num_bytes or (may_end and matcher.is_accepting()):
                 for token_id in row.ends:
                     mask[token_id >> 3] |= 1 << (token_id & 7)
             if not row.drafts:
-                row.body.forced = row.num_tokens, forced_tokens(matcher)
+                # Tokens that begin alike are few; where there are more, nothing is forced.
+                is_narrow = 0 < num_bytes <= _NARROW_BYTES
+                row.body.forced = row.num_tokens, forced_tokens(matcher) if is_narrow else ()
         return StepMasks(job.step, np.array([row.row for row in rows], dtype=np.int64), bits)
 
     def _catch_up(self, rows: Sequence[MaskRow]) -> None:
