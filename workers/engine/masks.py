@@ -156,12 +156,13 @@ class MaskThread:
         self._catch_up(rows)
         matchers = [_matcher_of(row) for row in rows]
         words: npt.NDArray[np.uint32] = np.zeros((len(rows), self._num_words), dtype=np.uint32)
-        self._executor.unsafe_compute_mask_ptr(
-            [(matcher, index) for index, matcher in enumerate(matchers)],
-            words.ctypes.data,
-            self._num_words * words.itemsize,
-            len(rows),
-        )
+        if rows:  # none is left if their sequences have gone on to free text, or ended
+            self._executor.unsafe_compute_mask_ptr(
+                [(matcher, index) for index, matcher in enumerate(matchers)],
+                words.ctypes.data,
+                self._num_words * words.itemsize,
+                len(rows),
+            )
         bits = words.view(np.uint8)
         for mask, row, matcher in zip(bits, rows, matchers, strict=True):
             may_end = mask[row.eos >> 3] >> (row.eos & 7) & 1
