@@ -184,14 +184,15 @@ class GrammarConfig:
     the engine's process.
 
     Attributes:
-        load: when its tokenizer is loaded, 0.5 GiB and 3 s of gpt-oss's vocabulary: at the
-            `first_use` of a grammar, or at the `start` of the engine.
+        load: when its tokenizer is loaded, 0.5 GiB and 3 s of gpt-oss's vocabulary: at the `start`
+            of the engine, beside the weights, or at the `first_use` of a grammar. Loading holds
+            Python's lock: at the first use every stream of the engine waits for it.
         num_threads: number of threads that compute masks; None: a quarter of the CPUs that the
             engine's process may use, from 1 to 8.
         cache_bytes: approximate size of the compiled grammars that are kept.
     """
 
-    load: Literal["first_use", "start"] = "first_use"
+    load: Literal["start", "first_use"] = "start"
     num_threads: int | None = None
     cache_bytes: int = 256 * 2**20
 

@@ -7,8 +7,9 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from workers.config import GrammarConfig
 from workers.constraint.codec import Constraint
 from workers.constraint.tables import MAX_FORCED, HostTables
-from workers.errors import CantataError, InvalidRequest, Overloaded
+from workers.errors import CantataError, ConfigError, InvalidRequest, Overloaded
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -139,6 +140,28 @@ class GrammarCompiler:
                 self.tokenizer = GrammarTokenizer(self._folder, self._vocab_size)
                 logger.info("loaded the tokenizer of grammars in %.1f s", time.monotonic() - started)
             return self.tokenizer
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Load the tokenizer in a thread during the block, whose end waits for it. A checkpoint
+        without one, or whose tokenizer llguidance cannot read, is served without grammars."""
+
+        def load() -> None:
+            try:
+                self.load()
+            except ConfigError as error:
+                logger.warning("%s", error)
+
+        if not (self._folder / "tokenizer.json").is_file():
+            yield
+            return
+        # Not a daemon's: the interpreter's end waits until it is out of llguidance.
+        thread = threading.Thread(target=load, name="cantata-grammar-tokenizer")
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
 
     def prepare(self, constraint: Constraint) -> "Future[PreparedConstraint]":
         """Return the constraint ready to run; at once if it is known.

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 
 from workers.config import EngineConfig, ModelConfig, check_max_model_len
 from workers.constraint.codec import Constraint
@@ -92,10 +93,9 @@ class Engine:
         Raises:
             CheckpointError, ConfigError: one sentence for the user.
         """
-        if self._config.grammars.load == "start":
-            self._compiler.load()
         self._executor.on_failure(self._requests.end_wait)
-        info = self._executor.start()
+        with self._compiler.loading() if self._config.grammars.load == "start" else nullcontext():
+            info = self._executor.start()
         self.max_model_len = info.max_model_len
         try:
             kv = KVCacheManager(

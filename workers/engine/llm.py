@@ -21,6 +21,7 @@ from workers.config import (
     DenseDtype,
     Dtype,
     EngineConfig,
+    GrammarConfig,
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
@@ -164,6 +165,7 @@ class LLM:
             moe_activation_dtype=moe_activation_dtype,
             cpu_isa=cpu_isa,
             allow_zero_weights=allow_zero_weights,
+            grammars=GrammarConfig(load="first_use"),
             # All prompts are in memory already: a limit on waiting ones would only refuse them.
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_waiting_requests=_NO_LIMIT),
         )

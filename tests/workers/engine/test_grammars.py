@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import jsonschema
 import numpy as np
@@ -24,7 +25,7 @@ from tests.support.grammars import (
     write_checkpoint_with_tokenizer,
 )
 from tests.support.tiny_model import TINY_BLOCK_BYTES
-from workers.config import GrammarConfig
+from workers.config import EngineConfig, GrammarConfig
 from workers.constraint.codec import Constraint
 from workers.constraint.compiler import GrammarCompiler, PreparedConstraint
 from workers.constraint.grammar import GrammarTokenizer
@@ -35,6 +36,8 @@ from workers.engine.llm import LLM, SamplingParams
 from workers.engine.masks import MaskThread
 from workers.engine.stream import ThreadReader
 from workers.errors import InvalidRequest
+from workers.executor.inline import InlineExecutor
+from workers.model_config import load_model_config
 from workers.request import EngineOutput, EngineRequest
 
 WAIT_S = 60.0
@@ -335,3 +338,26 @@ def test_token_texts_are_those_of_the_tokenizer(checkpoint: Path, tokenizer: Tok
     ]
     for token_id in np.flatnonzero(text):
         assert grammar.tokenizer.decode_bytes([int(token_id)]) == encoding.token_bytes(int(token_id))
+
+
+def test_the_tokenizer_is_loaded_beside_the_weights(checkpoint: Path, tmp_path: Path) -> None:
+    compiler = GrammarCompiler(checkpoint, VOCAB_SIZE, GrammarConfig())
+    with compiler.loading():
+        pass
+    assert compiler.tokenizer is not None
+    without = GrammarCompiler(tmp_path, VOCAB_SIZE, GrammarConfig())
+    with without.loading():
+        pass  # served without grammars
+    assert without.tokenizer is None
+
+
+@pytest.mark.parametrize("load", ["start", "first_use"])
+def test_an_engine_loads_it_when_it_is_set_to(checkpoint: Path, load: Literal["start", "first_use"]) -> None:
+    config = EngineConfig(checkpoint, dtype="float32", grammars=GrammarConfig(load=load))
+    model = load_model_config(checkpoint)
+    engine = Engine(config, model, InlineExecutor(config, model))
+    try:
+        engine.start()
+        assert (engine._compiler.tokenizer is not None) == (load == "start")
+    finally:
+        engine.shutdown()
