@@ -90,8 +90,8 @@ def write_bpe_tokenizer(path: Path, vocab_size: int = 2048) -> None:
     reserved = [
         f"<|reserved_{token_id}|>" for token_id in range(num_text_tokens, vocab_size - len(FORMAT_TOKENS))
     ]
-    _add_specials(tokenizer, [*reserved, *FORMAT_TOKENS])
-    _save(tokenizer, path)
+    add_special_tokens(tokenizer, [*reserved, *FORMAT_TOKENS])
+    save_tokenizer(tokenizer, path)
 
 
 def write_harmony_tokenizer(path: Path, progress: Progress | None = None) -> None:
@@ -125,8 +125,10 @@ def write_harmony_tokenizer(path: Path, progress: Progress | None = None) -> Non
     tokenizer = _with_o200k_pipeline(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     names = {token_id: name for name, token_id in HARMONY_SPECIAL_IDS.items()}
     special_ids = range(NUM_HARMONY_TEXT_TOKENS, HARMONY_VOCAB_SIZE)
-    _add_specials(tokenizer, [names.get(token_id, f"<|reserved_{token_id}|>") for token_id in special_ids])
-    _save(tokenizer, path)
+    add_special_tokens(
+        tokenizer, [names.get(token_id, f"<|reserved_{token_id}|>") for token_id in special_ids]
+    )
+    save_tokenizer(tokenizer, path)
 
 
 def _text_ranks(oracle: "OracleEncoding") -> dict[bytes, int]:
@@ -159,11 +161,13 @@ def _with_o200k_pipeline(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def _add_specials(tokenizer: Tokenizer, names: list[str]) -> None:
+def add_special_tokens(tokenizer: Tokenizer, names: list[str]) -> None:
+    """Give the special tokens the next ids, in this order."""
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
 
 
-def _save(tokenizer: Tokenizer, path: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json into the folder `path`, which is made."""
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
     config = {

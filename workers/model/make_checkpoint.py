@@ -163,8 +163,8 @@ def plan_checkpoint(
     # their data.
     metadata = {"format": "pt", "seed": str(seed)}
     texts = [
-        ("config.json", _to_json(config_json(config))),
-        ("generation_config.json", _to_json(generation_config_json(config))),
+        ("config.json", to_json(config_json(config))),
+        ("generation_config.json", to_json(generation_config_json(config))),
     ]
     if len(shards) > 1:
         weight_map = {spec.name: name for name, tensors in shards for spec in tensors}
@@ -172,7 +172,7 @@ def plan_checkpoint(
         texts.append(
             (
                 INDEX_FILE,
-                _to_json(
+                to_json(
                     {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
                 ),
             )
@@ -349,7 +349,8 @@ def _name_shards(shards: Sequence[tuple[TensorSpec, ...]]) -> tuple[tuple[str, t
     )
 
 
-def _to_json(value: object) -> str:
+def to_json(value: object) -> str:
+    """Return the text of a JSON file of a checkpoint."""
     return json.dumps(value, indent=2) + "\n"
 
 

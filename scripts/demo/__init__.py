@@ -1,0 +1,1 @@
+"""The demo model: its conversations, tokenizer, network, training and evaluation."""
