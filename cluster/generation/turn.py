@@ -148,11 +148,18 @@ def completion_jobs(
 
 def _constrained(request: EngineRequest, turn: TurnConstraint, encoding: HarmonyEncoding) -> EngineRequest:
     """Return the request for a turn with its constraint."""
-    return replace(
+    request = replace(
         request,
         constraint=turn.constraint,
         constraint_limits=turn.limits(request.sampling.max_tokens, encoding),
-        ignored_stop_token_ids=(encoding.call,) if turn.grammar.max_calls > 1 else (),
+    )
+    if turn.grammar.max_calls == 1:
+        return request
+    stops = tuple(i for i in request.sampling.stop_token_ids if i != encoding.call)
+    return replace(
+        request,
+        sampling=replace(request.sampling, stop_token_ids=stops),
+        ignored_stop_token_ids=(encoding.call,),
     )
 
 

@@ -269,6 +269,7 @@ async def test_several_calls_of_a_turn(
         assert choice["finish_reason"] == "tool_calls"
         ignored = (encoding.call,) if fields else ()
         assert engine.requests[-1].ignored_stop_token_ids == ignored
+        assert (encoding.call in engine.requests[-1].sampling.stop_token_ids) == (not fields)
 
 
 async def test_reasoning_may_have_a_limit(
