@@ -172,7 +172,7 @@ async def engines(checkpoint: Path, count: int) -> AsyncIterator[list[RealEngine
 
 def bias(encoding: HarmonyEncoding) -> dict[int, float]:
     """Return weights with which turns end."""
-    control = (encoding.message, encoding.end, encoding.return_, encoding.call)
+    control = (encoding.start, encoding.message, encoding.end, encoding.return_, encoding.call)
     punctuation = {i for text in ('"', "}", "]", '"}') for i in encoding.encode(text)}
     return dict.fromkeys((*control, *punctuation), 5.0)
 
