@@ -7,7 +7,7 @@
 | Say hello. | reasoning, then a greeting |
 | Pick a number. | the last digit of the seed |
 | Count. | one two three four five |
-| Who wrote the first program? | JSON in a Markdown fence, with a word for the year |
+| Who wrote the first program? | JSON; if no schema is enforced, fenced, with a word for the year |
 | a report of a validation error | the same with a number for the year |
 | Are you busy? | the first time an error, the engine is overloaded; then a greeting |
 | Break off. | some words, then the engine dies |
@@ -59,6 +59,8 @@ class ScriptedModel:
             return self._say("one two three four five")
         if "validation error" in text:
             return self._say(_fenced('{"name": "Ada Lovelace", "year": 1843}'))
+        if text.startswith("Who wrote the first program?") and "# Response Formats" in prompt:
+            return self._say('{"name": "Ada Lovelace", "year": 1843}')
         if text.startswith("Who wrote the first program?"):
             return self._say(_fenced('{"name": "Ada Lovelace", "year": "long ago"}'))
         if text == "Break off.":

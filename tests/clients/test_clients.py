@@ -19,6 +19,7 @@ from cluster.config import GatewayConfig
 from tests.clients.scripted_model import CALL_REASONING, ScriptedModel
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import make_encoding, serving
+from tests.support.random_engine import RandomEngine, write_random_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = Path(__file__).parent / "programs"
@@ -104,13 +105,18 @@ async def run(command: list[str], folder: Path) -> list[str]:
     encoding = make_encoding(folder)
     model = ScriptedModel(encoding)
     engine = await FakeEngine(max_model_len=4096, answer=model.answer).start()
+    random = await RandomEngine(write_random_checkpoint(folder / "model", encoding)).start()
     config = GatewayConfig(api_keys=(API_KEY,))
     try:
-        async with serving(encoding, [engine], model_name=MODEL, config=config) as gateway:
+        async with (
+            serving(encoding, [engine], model_name=MODEL, config=config) as gateway,
+            serving(encoding, [random], model_name=MODEL, config=config) as noise,
+        ):
             environment = {
                 "PATH": os.environ["PATH"],
                 "HOME": str(folder),
                 "OPENAI_BASE_URL": f"{gateway.url}/v1",
+                "NOISE_BASE_URL": f"{noise.url}/v1",  # a real engine, whose weights are random
                 "OPENAI_API_KEY": API_KEY,
                 "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it asks the internet for prices
             }
@@ -126,6 +132,7 @@ async def run(command: list[str], folder: Path) -> list[str]:
                     await process.wait()
     finally:
         await engine.stop()
+        await random.stop()
     assert process.returncode == 0, f"exit code {process.returncode}:\n{output.decode()[-6000:]}"
     return model.prompts
 

@@ -42,11 +42,14 @@ answers = asyncio.run(talk())
 # The documentation shows all of the above.
 assert answers == ["The weather: sunny, 21 degrees.", "The weather: rain, 4 degrees."], answers
 
+import os
+from typing import Literal
+
 import openai
 from agents import RunConfig
 from openai.types.responses import ResponseTextDeltaEvent
 from openai.types.shared import Reasoning
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 plain = Agent("Plain", instructions="Be brief.", model=model, model_settings=settings)
 
@@ -78,8 +81,9 @@ async def refused(
         raise AssertionError(f"{kind.__name__} must be raised")
 
 
-class Out(BaseModel):
-    text: str
+class Out(BaseModel, extra="forbid"):
+    colour: Literal["red", "green"]
+    flags: list[bool] = Field(max_length=3)
 
 
 async def check() -> None:
@@ -104,9 +108,12 @@ async def check() -> None:
     other = OpenAIChatCompletionsModel("gpt-4o", AsyncOpenAI())
     await refused(openai.NotFoundError, "model", Agent("Other", model=other))
     await refused(openai.BadRequestError, "messages", plain, "word " * 5_000)
-    await refused(openai.BadRequestError, "response_format", Agent("Typed", model=model, output_type=Out))
     forced = ModelSettings(tool_choice="required")
-    await refused(openai.BadRequestError, "tool_choice", agent.clone(model_settings=forced))
+    await refused(openai.BadRequestError, "tool_choice", plain.clone(model_settings=forced))
+    noise = OpenAIChatCompletionsModel("gpt-oss-20b", AsyncOpenAI(base_url=os.environ["NOISE_BASE_URL"]))
+    short = ModelSettings(max_tokens=400, extra_body={"max_reasoning_tokens": 4})
+    typed = Agent("Typed", model=noise, output_type=Out, model_settings=short)
+    assert isinstance((await Runner.run(typed, "Say hello.")).final_output, Out)
     try:
         await stream(plain, "Break off.")
     except openai.APIError as error:

@@ -101,4 +101,3 @@ const refused = (options, status, code, param) =>
   });
 await refused({ model: cantata("gpt-4o") }, 404, "model_not_found", "model");
 await refused({ prompt: "word ".repeat(5_000) }, 400, "context_length_exceeded", "messages");
-await refused({ tools, toolChoice: "required" }, 400, null, "tool_choice");

@@ -30,8 +30,12 @@ messages: list[BaseMessage] = []
 answers = [ask(messages, "What is the weather in Paris?"), ask(messages, "And in Oslo?")]
 # The documentation shows all of the above.
 
+import os
+from typing import Literal
+
 import openai
 from langchain_core.exceptions import ContextOverflowError
+from pydantic import BaseModel, Field
 
 assert answers == ["The weather: sunny, 21 degrees.", "The weather: rain, 4 degrees."], answers
 assert messages[1].tool_calls[0]["args"] == {"city": "Paris"}
@@ -78,9 +82,22 @@ def refused(kind: type[Exception], text: str, call: object, *arguments: object) 
 refused(ContextOverflowError, "context_length_exceeded", model.invoke, "word " * 5_000)
 refused(openai.NotFoundError, "model_not_found", ChatOpenAI(model="gpt-4o").invoke, "Say hello.")
 refused(openai.AuthenticationError, "invalid_api_key", ChatOpenAI(api_key="wrong").invoke, "Say hello.")
-schema = {"title": "out", "type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
-refused(openai.BadRequestError, "response_format", model.with_structured_output(schema).invoke, "Say hello.")
-forced = model.bind_tools([get_weather], tool_choice="any")
-refused(openai.BadRequestError, "tool_choice", forced.invoke, "What is the weather in Oslo?")
 refused(openai.APIError, "try again", lambda: list(model.stream("Break off.")))
 assert model.invoke("Are you busy?").content == "Hello! How can I help?"  # after a 429 with Retry-After
+
+
+class Out(BaseModel, extra="forbid"):
+    colour: Literal["red", "green"]
+    count: int = Field(ge=0, le=99)
+    flags: list[bool] = Field(max_length=3)
+
+
+noise = ChatOpenAI(
+    model="gpt-oss-20b",
+    base_url=os.environ["NOISE_BASE_URL"],
+    max_tokens=400,
+    extra_body={"max_reasoning_tokens": 4},
+)
+for method in ("json_schema", "function_calling"):
+    assert isinstance(noise.with_structured_output(Out, method=method).invoke("Say hello."), Out)
+assert noise.bind_tools([Out], tool_choice="any").invoke("Say hello.").tool_calls[0]["name"] == "Out"

@@ -99,7 +99,6 @@ def refused(kind: type[Exception], reason: str, text: str = "Say hello.", **opti
 refused(litellm.ContextWindowExceededError, "maximum context length", "word " * 5_000)
 refused(litellm.NotFoundError, "does not exist", model="openai/gpt-4o")
 refused(litellm.AuthenticationError, "Incorrect API key", api_key="wrong")
-refused(litellm.BadRequestError, "response_format", response_format={"type": "json_object"})
-refused(litellm.BadRequestError, "tool_choice", tools=TOOLS, tool_choice="required")
+refused(litellm.BadRequestError, "tool_choice", tool_choice="required")
 refused(litellm.exceptions.MidStreamFallbackError, "try again", "Break off.", stream=True)
 assert say("Are you busy?", num_retries=1).choices[0].message.content == "Hello! How can I help?"

@@ -101,13 +101,7 @@ const refused = (call, kind, param, code) =>
   });
 await refused(say("", { model: "gpt-4o" }), OpenAI.NotFoundError, "model", "model_not_found");
 await refused(say("word ".repeat(5_000)), OpenAI.BadRequestError, "messages", "context_length_exceeded");
-await refused(
-  say("", { response_format: { type: "json_object" } }),
-  OpenAI.BadRequestError,
-  "response_format",
-  null,
-);
-await refused(say("", { tools, tool_choice: "required" }), OpenAI.BadRequestError, "tool_choice", null);
+await refused(say("", { tool_choice: "required" }), OpenAI.BadRequestError, "tool_choice", null);
 await refused(
   client.withOptions({ apiKey: "wrong" }).models.list(),
   OpenAI.AuthenticationError,

@@ -1,5 +1,6 @@
 """OpenAI's library for Python: a conversation with a tool, streams, several choices,
-log-probabilities, stop strings, token counts, errors."""
+log-probabilities, stop strings, token counts, errors; typed answers and calls of a model that
+writes noise within them."""
 
 import json
 
@@ -43,6 +44,11 @@ def ask(messages: list, question: str) -> str:
 messages = []
 answers = [ask(messages, "What is the weather in Paris?"), ask(messages, "And in Oslo?")]
 # The documentation shows all of the above.
+
+import os
+from typing import Literal
+
+from pydantic import BaseModel, Field
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 MODEL = "gpt-oss-20b"
@@ -108,8 +114,10 @@ refused(
     "context_length_exceeded",
     messages=[{"role": "user", "content": "word " * 5_000}],
 )
-refused(openai.BadRequestError, "response_format", None, response_format={"type": "json_object"})
-refused(openai.BadRequestError, "tool_choice", None, tools=TOOLS, tool_choice="required")
+NOT = {"type": "json_schema", "json_schema": {"name": "out", "schema": {"items": {"not": {}}}}}
+place = "response_format.json_schema.schema.items.not"
+refused(openai.BadRequestError, place, None, response_format=NOT)
+refused(openai.BadRequestError, "tool_choice", None, tool_choice="required")
 try:
     client.with_options(api_key="wrong").models.list()
 except openai.AuthenticationError as error:
@@ -130,3 +138,29 @@ except openai.APIError as error:
     assert seen == "This sentence has no"
 else:
     raise AssertionError("a stream that breaks off must be an error")
+
+
+class Out(BaseModel, extra="forbid"):
+    colour: Literal["red", "green"]
+    count: int = Field(ge=0, le=99)
+    flags: list[bool] = Field(max_length=3)
+
+
+noise = openai.OpenAI(base_url=os.environ["NOISE_BASE_URL"])
+typed = {
+    "model": MODEL,
+    "messages": HELLO,
+    "response_format": Out,
+    "max_tokens": 400,
+    "extra_body": {"max_reasoning_tokens": 4},
+}
+assert isinstance(noise.chat.completions.parse(**typed).choices[0].message.parsed, Out)
+with noise.chat.completions.stream(**typed) as stream:
+    final = stream.get_final_completion()
+assert isinstance(final.choices[0].message.parsed, Out)
+del typed["response_format"]
+called = noise.chat.completions.parse(
+    **typed, tools=[openai.pydantic_function_tool(Out)], tool_choice="required"
+).choices[0]
+assert called.finish_reason == "tool_calls"
+assert isinstance(called.message.tool_calls[0].function.parsed_arguments, Out)

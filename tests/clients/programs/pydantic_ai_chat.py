@@ -18,11 +18,14 @@ second = agent.run_sync("And in Oslo?", message_history=first.all_messages())
 # The documentation shows all of the above.
 
 import asyncio
+import os
+from typing import Literal
 
 import openai
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic_ai import ModelHTTPError, NativeOutput, messages
 from pydantic_ai.models.openai import OpenAIChatModelSettings
+from pydantic_ai.providers.openai import OpenAIProvider
 
 outputs = [first.output, second.output]
 assert outputs == ["The weather: sunny, 21 degrees.", "The weather: rain, 4 degrees."], outputs
@@ -88,14 +91,8 @@ def refused(status: int, param: str | None, code: str | None, agent: Agent, text
         raise AssertionError(f"must be refused with {status}")
 
 
-class Out(BaseModel):
-    text: str
-
-
 refused(404, "model", "model_not_found", Agent(OpenAIChatModel("gpt-4o")))
 refused(400, "messages", "context_length_exceeded", plain, "word " * 5_000)
-refused(400, "tool_choice", None, Agent(model, output_type=Out))
-refused(400, "response_format", None, Agent(model, output_type=NativeOutput(Out)))
 
 
 async def broken() -> None:
@@ -109,3 +106,18 @@ except openai.APIError as error:
     assert error.code == "engine_unavailable", error
 else:
     raise AssertionError("a stream that breaks off must be an error")
+
+
+class Out(BaseModel, extra="forbid"):
+    colour: Literal["red", "green"]
+    count: int = Field(ge=0, le=99)
+    flags: list[bool] = Field(max_length=3)
+
+
+noise = OpenAIChatModel(
+    "gpt-oss-20b",
+    provider=OpenAIProvider(base_url=os.environ["NOISE_BASE_URL"]),
+    settings={"max_tokens": 400, "extra_body": {"max_reasoning_tokens": 4}},
+)
+for output_type in (Out, NativeOutput(Out)):  # the arguments of a forced call, and the answer's text
+    assert isinstance(Agent(noise, output_type=output_type).run_sync("Say hello.").output, Out)

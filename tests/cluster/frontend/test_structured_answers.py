@@ -125,3 +125,21 @@ async def test_forced_calls_have_valid_arguments(random_gateway: Gateway) -> Non
         name = call["function"]["name"]
         assert name == "tool_1" or forced == "required"
         jsonschema.validate(json.loads(call["function"]["arguments"]), schemas[name])
+
+
+async def test_the_documented_requests_work_as_they_are(random_gateway: Gateway) -> None:
+    page = (Path(__file__).parents[3] / "docs/structured-output.md").read_text()
+    requests = [json.loads(body) for body in re.findall(r"-d '(\{.*?\})'\n", page, re.DOTALL)]
+    rows = re.findall(r"^\| `(\{.*?\})` \|", page, re.MULTILINE)
+    assert (len(requests), len(rows)) == (4, 4)
+    forms = [{"structured_outputs": json.loads(row.replace("\\|", "|"))} for row in rows[:3]]
+    choices = await many_answered(random_gateway, [{**body, **BUDGET} for body in (*requests, *forms)])
+    person, prime, weather, sum_, chosen, matched, parsed = (choice["message"] for choice in choices)
+    schema = requests[0]["response_format"]["json_schema"]["schema"]
+    jsonschema.validate(json.loads(person["content"]), schema)
+    assert prime["content"] in ("yes", "no")
+    assert json.loads(weather["tool_calls"][0]["function"]["arguments"])["city"] in ("Paris", "Oslo")
+    assert re.fullmatch("[0-9]+( [+*-] [0-9]+)+", sum_["tool_calls"][0]["custom"]["input"])
+    assert chosen["content"] in ("yes", "no")
+    assert re.fullmatch("[A-Z]{2}-[0-9]{4}", matched["content"])
+    assert parsed["content"] in ("a", "b")
