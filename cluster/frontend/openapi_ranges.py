@@ -36,18 +36,21 @@ def _ranges(vocab_size: int) -> Mapping[tuple[str, str], Keywords]:
     """Return the keywords of fields by schema and name."""
     token_id = _token_id(vocab_size)
     logprobs = _span(limits.INTEGERS["logprobs"])
+    budget = _span(limits.CHAT_INTEGERS["max_reasoning_tokens"])
     tools: Keywords = {"maxItems": limits.MAX_TOOLS}
     return {
         ("ChatCompletionRequest", "messages"): {"minItems": 1},
         ("ChatCompletionRequest", "max_completion_tokens"): _OUTPUT_TOKENS,
         ("ChatCompletionRequest", "tools"): tools,
-        ("ChatCompletionRequest", "max_reasoning_tokens"): _span(limits.INTEGERS["max_reasoning_tokens"]),
+        ("ChatCompletionRequest", "max_reasoning_tokens"): _span(
+            limits.CHAT_INTEGERS["max_reasoning_tokens"]
+        ),
         ("ChatCompletionRequest", "thinking_token_budget"): {
-            **_span(limits.INTEGERS["max_reasoning_tokens"]),
+            **_span(limits.CHAT_INTEGERS["max_reasoning_tokens"]),
             "minimum": -1,
         },
         ("ChatCompletionRequest", "max_parallel_tool_calls"): _span(
-            limits.INTEGERS["max_parallel_tool_calls"]
+            limits.CHAT_INTEGERS["max_parallel_tool_calls"]
         ),
         ("ChatCompletionRequest", "top_logprobs"): logprobs,
         ("ChatCompletionRequest", "reasoning_effort"): _EFFORT,
@@ -59,8 +62,8 @@ def _ranges(vocab_size: int) -> Mapping[tuple[str, str], Keywords]:
         ("StructuredOutputs", "structural_tag"): _NULL,
         ("StructuredOutputs", "disable_additional_properties"): {"const": False},
         ("Reasoning", "effort"): _EFFORT,
-        ("Reasoning", "max_tokens"): _span(limits.INTEGERS["max_reasoning_tokens"]),
-        ("Thinking", "budget_tokens"): _span(limits.INTEGERS["max_reasoning_tokens"]),
+        ("Reasoning", "max_tokens"): budget,
+        ("Thinking", "budget_tokens"): budget,
         ("ChatTemplateKwargs", "reasoning_effort"): _EFFORT,
         ("ChatTemplateKwargs", "current_date"): {"format": "date"},
         ("Message", "name"): {"pattern": f"^{USER_NAME}$"},
@@ -92,7 +95,7 @@ def _sampling(vocab_size: int) -> Mapping[str, Keywords]:
     stop: Keywords = {"minLength": 1, "maxLength": limits.MAX_STOP_CHARS}
     word: Keywords = {"maxLength": limits.MAX_BAD_WORD_CHARS, "pattern": r"\S"}
     spans = {**limits.NUMBERS, **limits.INTEGERS}
-    numbers = {name: _span(span) for name, span in spans.items() if name not in _OF_OTHER_FIELDS}
+    numbers = {name: _span(span) for name, span in spans.items() if name not in ("logit_bias", "logprobs")}
     return numbers | {
         "max_tokens": _OUTPUT_TOKENS,
         "logit_bias": {
@@ -106,9 +109,6 @@ def _sampling(vocab_size: int) -> Mapping[str, Keywords]:
         "truncate_prompt_tokens": {"minimum": -1, "maximum": MAX_COUNT, "not": {"const": 0}},
         "cache_salt": {"minLength": 1, "maxLength": MAX_SALT_CHARS},
     }
-
-
-_OF_OTHER_FIELDS = ("logit_bias", "logprobs", "max_reasoning_tokens", "max_parallel_tool_calls")
 
 
 def _token_id(vocab_size: int) -> Keywords:

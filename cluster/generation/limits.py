@@ -54,6 +54,8 @@ INTEGERS: Mapping[str, tuple[int, int]] = {
     "min_tokens": (0, MAX_COUNT),
     "n": (1, MAX_CHOICES),
     "priority": (-MAX_PRIORITY - 1, MAX_PRIORITY),
+}
+CHAT_INTEGERS: Mapping[str, tuple[int, int]] = {
     "max_reasoning_tokens": (0, MAX_COUNT),
     "max_parallel_tool_calls": (1, MAX_PARALLEL_CALLS),
 }
@@ -115,7 +117,7 @@ def check_max_calls(max_calls: int | None, parallel: bool | None) -> None:
     """
     if max_calls is None:
         return
-    check_integer("max_parallel_tool_calls", max_calls, *INTEGERS["max_parallel_tool_calls"])
+    check_integer("max_parallel_tool_calls", max_calls, *CHAT_INTEGERS["max_parallel_tool_calls"])
     if parallel is False and max_calls > 1:
         raise InvalidRequest(
             f"max_parallel_tool_calls {max_calls} contradicts parallel_tool_calls false; leave one of them "
@@ -130,7 +132,7 @@ def check_reasoning_budget(tokens: int, param: str) -> None:
     Raises:
         InvalidRequest: with `param`.
     """
-    check_integer(param, tokens, *INTEGERS["max_reasoning_tokens"])
+    check_integer(param, tokens, *CHAT_INTEGERS["max_reasoning_tokens"])
 
 
 def check_format_name(name: str, param: str) -> None:

@@ -47,11 +47,11 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[ToolDefinition, ...] = ()
-    response_format: ResponseFormat | None = None
     reasoning_effort: ReasoningEffort = "medium"
     current_date: str | None = None
     knowledge_cutoff: str = DEFAULT_KNOWLEDGE_CUTOFF
     model_identity: str = DEFAULT_MODEL_IDENTITY
+    response_format: ResponseFormat | None = None
 
 
 def render(

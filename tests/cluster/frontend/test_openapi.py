@@ -34,6 +34,8 @@ USER = {"role": "user", "content": "Hello"}
 PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
 CHUNKS = {"/v1/chat/completions": "ChatCompletionChunk", "/v1/completions": "TextCompletion"}
 CONTRADICTING = ("model", "stream_options", "top_logprobs", "min_tokens", "max_tokens")
+CONTRADICTING += ("response_format", "structured_outputs", "tool_choice", "harmony_constraint", "ignore_eos")
+CONTRADICTING += ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "parallel_tool_calls")
 CONTRADICTING += ("max_completion_tokens", "tools", "best_of", "echo", "logit_bias", "n", "bad_words")
 RULES_BETWEEN_FIELDS = (
     "min_tokens .* is more than",
@@ -47,6 +49,11 @@ RULES_BETWEEN_FIELDS = (
     "tool_call_id|tool message|tool_calls",
     "there is already a tool with the name",
     r"bad_words\[.*\] is part of the headers of messages",
+    "requires a call, but tools has no|tools has no .* of that name|contradicts",
+    "ask for different forms of the answer|must have exactly one of json",
+    # What a text is: a schema, a regular expression, a grammar.
+    "cannot be enforced|is a text that is not JSON|must be a JSON schema|a text that is not empty",
+    "special tokens cannot be part|this option is not supported",
     "logit_bias has token id",  # the names of a JSON object's fields have no range
 )
 """Refusals that a schema of single fields cannot foresee."""
@@ -218,9 +225,15 @@ EDGES: list[tuple[str, str, Any, Any]] = [
     ("/v1/completions", "prompt", [0, VOCAB_SIZE - 1], [-1]),
     ("/v1/completions", "prompt", [[0]], [[VOCAB_SIZE]]),
     ("/v1/chat/completions", "messages", [USER], []),
-    ("/v1/chat/completions", "tool_choice", "none", "required"),
+    ("/v1/chat/completions", "tool_choice", "none", "sometimes"),
+    *(
+        ("/v1/chat/completions", name, edge, wrong)
+        for name, (low, high) in limits.CHAT_INTEGERS.items()
+        for edge, wrong in ((low, low - 1), (high, high + 1))
+    ),
+    ("/v1/chat/completions", "thinking_token_budget", -1, -2),
     ("/v1/chat/completions", "reasoning_effort", "max", "most"),
-    ("/v1/chat/completions", "response_format", {"type": "text"}, {"type": "json_object"}),
+    ("/v1/chat/completions", "response_format", {"type": "json_object"}, {"type": "structural_tag"}),
     ("/v1/chat/completions", "functions", None, []),
     ("/v1/chat/completions", "chat_template_kwargs", {"current_date": "2026-01-02"}, {"current_date": "x"}),
     ("/tokenize", "prompt", "x", None),
