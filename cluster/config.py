@@ -146,7 +146,7 @@ class GatewayConfig(_Settings):
     stream_keep_alive_s: float = Field(default=15.0, gt=0, allow_inf_nan=False)
     conversation_date: Annotated[str, BeforeValidator(values.conversation_date)] = "auto"
     reasoning_effort: ReasoningEffort = "medium"
-    harmony_constraint: Annotated[HarmonyConstraint, BeforeValidator(values.off)] = "off"
+    harmony_constraint: Annotated[HarmonyConstraint, BeforeValidator(values.off)] = "headers"
     tool_arguments: ToolArguments = "schema_types"
     reasoning_wrap_up: str = Field(default=WRAP_UP, max_length=1000)
     reserve_answer: bool = True

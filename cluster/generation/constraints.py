@@ -80,6 +80,8 @@ class Constraints:
         # its client has left.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cantata-constraints")
         self._making = asyncio.Lock()
+        if prompts.defaults.harmony_constraint != "off":
+            self._thread.submit(self._automata.prepare)
 
     async def of_chat(self, request: ChatRequest) -> TurnConstraint | None:
         """Return the constraint of a chat whose tools were checked; None if it has none.

@@ -79,7 +79,7 @@ class ChatDefaults:
 
     conversation_date: str = "none"
     reasoning_effort: ReasoningEffort = "medium"
-    harmony_constraint: HarmonyConstraint = "off"
+    harmony_constraint: HarmonyConstraint = "headers"
     tool_arguments: ToolArguments = "schema_types"
     wrap_up: str = ""
     reserves_answer: bool = True

@@ -83,7 +83,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "gateway.max_header_bytes": "32KiB",
         "gateway.conversation_date": "2026-02-03",
         "gateway.reasoning_effort": "high",
-        "gateway.harmony_constraint": "headers",
+        "gateway.harmony_constraint": "off",
         "gateway.tool_arguments": "json",
         "listen.host": "::1",
         "engine_host": "127.0.0.1",
@@ -343,6 +343,8 @@ def test_settings_in_the_environment_of_a_serve_application_are_refused() -> Non
 
 def test_yaml_reads_off_as_false(tmp_path: Path) -> None:
     file = tmp_path / "cantata.yaml"
+    file.write_text("engine: {model_path: a}")
+    assert load_config(file, {}).gateway.harmony_constraint == "headers"
     file.write_text("engine: {model_path: a}\ngateway: {harmony_constraint: off}")
     assert load_config(file, {}).gateway.harmony_constraint == "off"
     refused("gateway.harmony_constraint must be 'off' or 'headers'", gateway__harmony_constraint=True)

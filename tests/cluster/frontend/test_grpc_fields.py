@@ -465,7 +465,7 @@ NEUTRAL = (
     {"presence_penalty": 0},
     {"ignore_eos": False},
     {"reasoning_effort": "REASONING_EFFORT_MEDIUM"},
-    {"harmony_constraint": "HARMONY_CONSTRAINT_OFF"},
+    {"harmony_constraint": "HARMONY_CONSTRAINT_HEADERS"},
     {"n": 3},
 )
 """Cases that ask for what is the default; `n` is the number of requests."""

@@ -24,9 +24,9 @@ ON, OFF = {"harmony_constraint": "headers"}, {"harmony_constraint": "off"}
 
 
 @pytest.fixture
-async def strict(encoding: HarmonyEncoding, engine: FakeEngine) -> AsyncIterator[Gateway]:
-    """A gateway whose default is on."""
-    async with serving(encoding, [engine], defaults=ChatDefaults(harmony_constraint="headers")) as gateway:
+async def loose(encoding: HarmonyEncoding, engine: FakeEngine) -> AsyncIterator[Gateway]:
+    """A gateway whose default is off."""
+    async with serving(encoding, [engine], defaults=ChatDefaults(harmony_constraint="off")) as gateway:
         yield gateway
 
 
@@ -42,14 +42,14 @@ async def constraint_of(
 
 
 async def test_a_request_or_the_deployment_asks_for_it(
-    gateway: Gateway, strict: Gateway, engine: FakeEngine
+    gateway: Gateway, loose: Gateway, engine: FakeEngine
 ) -> None:
-    assert await constraint_of(gateway, engine, {}) is None
-    assert await constraint_of(gateway, engine, OFF) is None
-    asked = await constraint_of(gateway, engine, ON)
+    assert await constraint_of(loose, engine, {}) is None
+    assert await constraint_of(loose, engine, OFF) is None
+    asked = await constraint_of(loose, engine, ON)
     assert asked is not None
-    assert await constraint_of(strict, engine, {}) == await constraint_of(strict, engine, ON) == asked
-    assert await constraint_of(strict, engine, OFF) is None
+    assert await constraint_of(gateway, engine, {}) == await constraint_of(gateway, engine, ON) == asked
+    assert await constraint_of(gateway, engine, OFF) is None
 
 
 async def test_it_allows_calls_of_the_tools_that_the_model_sees(
@@ -66,12 +66,12 @@ async def test_it_allows_calls_of_the_tools_that_the_model_sees(
     assert none.id != auto.id
 
 
-async def test_what_goes_on_after_a_turns_end_has_none(strict: Gateway, engine: FakeEngine) -> None:
-    assert await constraint_of(strict, engine, {"ignore_eos": True}) is None
+async def test_what_goes_on_after_a_turns_end_has_none(gateway: Gateway, engine: FakeEngine) -> None:
+    assert await constraint_of(gateway, engine, {"ignore_eos": True}) is None
 
 
-async def test_completions_have_none(strict: Gateway, engine: FakeEngine) -> None:
-    await strict.client.completions.create(model=strict.service.served.info.id, prompt="a")
+async def test_completions_have_none(gateway: Gateway, engine: FakeEngine) -> None:
+    await gateway.client.completions.create(model=gateway.service.served.info.id, prompt="a")
     assert engine.requests[-1].constraint is None
 
 

@@ -23,7 +23,7 @@ from cluster.fleet.table import Replica
 from cluster.frontend.app import build_app
 from cluster.frontend.errors import TABLE
 from cluster.frontend.grpc_api import InferenceServicer
-from cluster.generation import ModelInfo
+from cluster.generation import ChatDefaults, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.rpc import inference_pb2 as pb
 from cluster.serve.gateway import _Context
@@ -77,7 +77,9 @@ async def gateway(encoding: HarmonyEncoding, engines: Engines) -> AsyncIterator[
     replicas = ReplicaSet()
     replicas.replace([Replica("a", "host:1")])
     model = ModelInfo("m", 4096, VOCAB_SIZE)
-    connected = connect(model, encoding, replicas, cast(EngineClient, engines))
+    # An automaton is made in a thread, for which virtual time does not wait.
+    defaults = ChatDefaults(harmony_constraint="off")
+    connected = connect(model, encoding, replicas, cast(EngineClient, engines), defaults=defaults)
     yield connected
     await asyncio.sleep(1.0)  # what is shielded from a cancellation ends after the app
     await connected.service.close()

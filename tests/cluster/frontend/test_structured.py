@@ -96,6 +96,7 @@ async def test_the_final_message_has_the_form(
 
 
 async def test_nothing_is_constrained_that_nobody_asked_for(gateway: Gateway, engine: FakeEngine) -> None:
+    gateway.service.reconfigure(ChatDefaults(harmony_constraint="off"), Capacity())
     for body in (
         {},
         {"response_format": {"type": "text"}},
@@ -289,7 +290,8 @@ async def test_reasoning_may_have_a_limit(
         assert request.constraint_limits == limits
         assert limits.max_counted_tokens == most
     unlimited = await asked(gateway, engine, thinking_token_budget=-1)
-    assert unlimited.constraint is None
+    assert unlimited.constraint == expected(gateway, encoding, plain)
+    assert unlimited.constraint_limits == turn_limits(plain, encoding, max_tokens=rest)
     for body in ({"max_reasoning_tokens": 0}, {"reasoning_effort": "none", "guided_regex": "a"}):
         request = await asked(gateway, engine, **body)
         answer = grammars.regex("a", "") if "guided_regex" in body else None
