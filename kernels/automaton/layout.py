@@ -118,16 +118,17 @@ class AutomatonRows:
             ValueError: names the field.
         """
         self.check_shapes()
-        for vector, bound in (
-            (Row.ROW, num_rows),
-            (Row.SLOT, len(self.places)),
-            (Row.BASE, len(self.words)),
-        ):
-            values = self.rows[vector]
-            if len(values) and not 0 <= int(values.min()) <= int(values.max()) < bound:
+        if not self.num_rows:
+            return
+        bounds = {Row.ROW: num_rows, Row.SLOT: len(self.places), Row.BASE: len(self.words)}
+        # By numpy, as this runs in each step on a CPU: the first vectors are those checked.
+        checked = self.rows[: len(bounds)].cpu().numpy()
+        least, greatest = checked.min(axis=1).tolist(), checked.max(axis=1).tolist()
+        for vector, bound in bounds.items():
+            if not 0 <= least[vector] <= greatest[vector] < bound:
                 raise ValueError(
                     f"automaton.rows[{vector.name}] must be from 0 to {bound - 1}, found "
-                    f"{int(values.min())} to {int(values.max())}"
+                    f"{least[vector]} to {greatest[vector]}"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Token automata in C++."""
+"""Token automata in C++. The caller has checked the rows (`AutomatonRows.check`)."""
 
 import ctypes
 
@@ -14,14 +14,12 @@ def mask(logits: Tensor, automaton: AutomatonRows) -> None:
     Args:
         logits: [S, V] fp32, rows contiguous; changed.
     """
-    automaton.check(len(logits))
     arguments = _arguments(automaton, logits=logits)
     native.ready().cantata_automaton_mask(ctypes.byref(arguments))
 
 
 def advance(automaton: AutomatonRows, token_ids: Tensor) -> None:
     """Compute `kernels.automaton.reference.advance`."""
-    automaton.check(len(token_ids))
     arguments = _arguments(automaton, token_ids=token_ids)
     native.ready().cantata_automaton_advance(ctypes.byref(arguments))
 

@@ -12,6 +12,7 @@ from kernels.automaton import reference
 from kernels.automaton.layout import AutomatonRows, Row
 from kernels.cpu import automaton as cpp
 from kernels.cpu import native
+from kernels.sampling import SamplingBatch, sample
 from tests.support.automaton_cases import AutomatonSteps
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.constraint.codec import Constraint
@@ -82,14 +83,12 @@ def test_memory_is_used_again() -> None:
 def test_an_argument_that_is_wrong_is_named() -> None:
     found = rows_of(held(ANY, ONE_THEN_TWO), 0, 1)
     assert found.num_rows == 2
-    implementations = [reference] if native.shared_library() is None else [reference, cpp]
     for vector in (Row.ROW, Row.SLOT, Row.BASE):
         for value in (-1, 10_000):
             wrong = AutomatonRows(found.words, found.places, found.rows.clone())
             wrong.rows[vector, 1] = value
-            for implementation in implementations:
-                with pytest.raises(ValueError, match=rf"automaton\.rows\[{vector.name}\]"):
-                    implementation.mask(torch.zeros(2, VOCAB), wrong)
+            with pytest.raises(ValueError, match=rf"automaton\.rows\[{vector.name}\]"):
+                sample(torch.zeros(2, VOCAB), SamplingBatch(automaton=wrong))
     for wrong in (
         AutomatonRows(found.words.long(), found.places, found.rows),
         AutomatonRows(found.words, found.places[:, :1], found.rows),
