@@ -83,6 +83,7 @@ MODULES = {
     # the experts' format is the stored one
     "workers.model_config": {"workers.model.safetensors_files", "workers.model.tensor_specs"},
     "workers.engine.llm": {"kernels.formats"},
+    "workers.engine.engine": {"workers.model.sizes"},  # arithmetic, for the summary
     "workers.constraint.codec": {"workers.rpc.engine_pb2"},  # the one codec, of both wires
     "workers.rank.process": {"workers.executor.channel"},  # the rank's end of it
     "workers.engine.server": {"workers.model.stored_model", "workers.rank.rank"},  # fingerprint, Progress

@@ -27,7 +27,14 @@ from workers.kv_cache.memory import (
     host_free_bytes,
     split_memory,
 )
-from workers.model.sizes import KVBytes, RankBytes, count_parameters, kv_bytes, rank_bytes
+from workers.model.sizes import (
+    KVBytes,
+    RankBytes,
+    count_parameters,
+    grammar_tokenizer_bytes,
+    kv_bytes,
+    rank_bytes,
+)
 from workers.model.stored_model import check_tensors
 from workers.model_config import checkpoint_folder, checkpoint_warnings, load_model_config
 from workers.parallel.shard import RankShard, allowed_plans, plan_shards
@@ -103,6 +110,7 @@ def run_inspect(
             "model": asdict(model),
             "parameters": total,
             "active_parameters": active,
+            "grammar_tokenizer_bytes": grammar_tokenizer_bytes(model.vocab_size),
             "plans": [asdict(split) for split in splits],
             "warnings": warnings,
         }
@@ -259,6 +267,11 @@ def _model_rows(path: Path, model: ModelConfig, quantize: str | None) -> list[tu
         ),
         ("experts", f"{model.num_experts}, {model.num_experts_per_token} active per token"),
         ("context", f"{model.max_context_len} tokens"),
+        (
+            "grammars",
+            f"{_readable(grammar_tokenizer_bytes(model.vocab_size))} in each engine's process once a request "
+            f"needs one",
+        ),
     ]
 
 

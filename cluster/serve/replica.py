@@ -67,6 +67,7 @@ class EngineReplica:
             longest_context=start_up.longest_context,
             address=self._address,
             metrics_address=None,
+            grammars=self._server.engine.grammars,
         )
         logger.info("Cantata engine %s\n%s", start_up.info.version, table)
         self._leaving = asyncio.create_task(self._leave_when_it_ends())

@@ -127,6 +127,7 @@ async def _serve(config: EngineConfig, address: str, arguments: argparse.Namespa
         longest_context=start_up.longest_context,
         address=bound,
         metrics_address=server.metrics_address,
+        grammars=server.engine.grammars,
     )
     print(f"Cantata engine {start_up.info.version}\n{table}", file=sys.stderr, flush=True)
     ready = {

@@ -21,6 +21,7 @@ from workers.errors import ConfigError, Overloaded, RankCrashed
 from workers.executor.base import Executor, ExecutorInfo
 from workers.kv_cache.manager import KVCacheManager
 from workers.metrics import EngineMetrics
+from workers.model.sizes import grammar_tokenizer_bytes
 from workers.request import EngineLoad, EngineRequest
 from workers.scheduler.scheduler import Scheduler
 
@@ -74,8 +75,8 @@ class Engine:
         self._compiler = GrammarCompiler(
             config.model_path, model.vocab_size, config.grammars, self._stats.grammar_compiled
         )
-        num_threads = config.grammars.num_threads or mask_threads(len(os.sched_getaffinity(0)))
-        self._masks = MaskThread(model.vocab_size, num_threads, self._stats.masks_computed)
+        self._num_mask_threads = config.grammars.num_threads or mask_threads(len(os.sched_getaffinity(0)))
+        self._masks = MaskThread(model.vocab_size, self._num_mask_threads, self._stats.masks_computed)
         self._loop = StepLoop(
             executor,
             GrammarSteps(self._masks),
@@ -160,6 +161,15 @@ class Engine:
             kv_usage=self._stats.kv_usage,
             accepting=self._requests.refusal is None,
         )
+
+    @property
+    def grammars(self) -> str:
+        """How this engine computes grammars, for the start-up summary."""
+        threads = f"{self._num_mask_threads} thread{'s' if self._num_mask_threads > 1 else ''}"
+        size = f"about {grammar_tokenizer_bytes(self.vocab_size) / 2**20:.0f} MiB"
+        if self._config.grammars.load == "start":
+            return f"{threads}; tokenizer loaded, {size}"
+        return f"{threads}; tokenizer loaded when first used, {size} (engine.grammars.load)"
 
     @property
     def num_steps(self) -> int:

@@ -57,12 +57,19 @@ class StartUpProgress:
 
 
 def summary(
-    info: ExecutorInfo, *, model: str, longest_context: int, address: str, metrics_address: str | None
+    info: ExecutorInfo,
+    *,
+    model: str,
+    longest_context: int,
+    address: str,
+    metrics_address: str | None,
+    grammars: str,
 ) -> str:
     """Return the start-up table.
 
     Args:
         longest_context: the context that the engine would have with enough memory.
+        grammars: `Engine.grammars`.
     """
     blocks = info.num_full_blocks or info.num_sliding_blocks
     rows = [
@@ -84,6 +91,7 @@ def summary(
             f"{_readable(info.kv_cache_bytes)}, {(blocks - 1) * BLOCK_SIZE} tokens; "
             f"blocks of {BLOCK_SIZE}: {info.num_full_blocks} full, {info.num_sliding_blocks} sliding",
         ),
+        ("grammars", grammars),
         ("start-up", ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in info.phases_s.items())),
     ]
     width = max(len(name) for name, _ in rows)

@@ -156,3 +156,13 @@ def _expert_bytes(hidden: int, width: int, item: int, packed: bool) -> int:
 
 def _expert_padding(hidden: int, width: Span, item: int, packed: bool) -> int:
     return _expert_bytes(hidden, width.size, item, packed) - _expert_bytes(hidden, width.length, item, packed)
+
+
+_GRAMMAR_BYTES_PER_TOKEN = 2500
+"""Bytes of llguidance's tokenizer for each token: 476 MiB for gpt-oss's 201,088."""
+
+
+def grammar_tokenizer_bytes(vocab_size: int) -> int:
+    """Return the approximate size of the tokenizer of grammars, which an engine's process loads
+    once a request needs it."""
+    return vocab_size * _GRAMMAR_BYTES_PER_TOKEN

@@ -49,6 +49,7 @@ def test_the_large_model_is_described_without_reading_it(
     assert "116.83 B, 5.13 B active per token" in out
     assert "Hugging Face layout, experts in MXFP4" in out
     assert "64 query heads, 8 key-value heads, dimension 64" in out
+    assert "479.43 MiB in each engine's process once a request needs one" in out
     table = [
         line.split() for line in out.splitlines() if line.strip() and line.split()[0] in ("1", "2", "4", "8")
     ]
@@ -63,6 +64,7 @@ def test_one_plan_as_json(large: Path, capsys: pytest.CaptureFixture[str]) -> No
     found = as_json(capsys, large, "--tp", 4, "--ep", 1, "--gpu", "h200")
     assert found["code"] == 0
     assert found["parameters"] == 116_829_156_672
+    assert found["grammar_tokenizer_bytes"] == 201_088 * 2500
     (plan,) = found["plans"]  # type: ignore[misc]
     assert (plan["tensor"], plan["expert"], plan["refusal"]) == (4, 1, None)
     # 90 groups of columns over 4 ranks: 23 each, two of them with one group of zeros.

@@ -132,13 +132,18 @@ async def test_what_it_says_over_grpc_is_what_it_holds_requests_to(checkpoint: P
             longest_context=start_up.longest_context,
             address=address,
             metrics_address=None,
+            grammars=server.engine.grammars,
         )
+        row = next(line for line in table.splitlines() if line.startswith("  grammars "))
+        assert "tokenizer loaded when first used, about " in row
         said = (
             f"{CONTEXT} tokens of the model's 8192, limited by a KV cache of {CACHE_BYTES / 1024:.1f} KiB; "
         )
         assert said in table
         whole = replace(start_up.executor, max_model_len=8192)
-        table = summary(whole, model="long", longest_context=8192, address=address, metrics_address=None)
+        table = summary(
+            whole, model="long", longest_context=8192, address=address, metrics_address=None, grammars="none"
+        )
         assert [line.split(maxsplit=1)[1] for line in table.splitlines() if line.startswith("  context")] == [
             "8192 tokens"
         ]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import jsonschema
 import pytest
@@ -16,7 +17,7 @@ from tests.support.grammars import (
     text_automaton,
     write_checkpoint_with_tokenizer,
 )
-from workers.config import EngineConfig, SchedulerConfig
+from workers.config import EngineConfig, GrammarConfig, SchedulerConfig
 from workers.constraint.codec import Constraint
 from workers.engine.engine import Engine
 from workers.engine.grammars import GrammarSteps
@@ -112,3 +113,21 @@ def test_masks_that_fail_end_the_engine_by_name(
     (output,) = [output for _, output in reader.read([stream])]
     assert output.finish_reason == "error"
     assert output.error == "the masks of step 0 failed (ValueError); the engine's log has the details"
+
+
+@pytest.mark.parametrize(("load", "words"), [("start", "about 2 MiB"), ("first_use", "when first used")])
+def test_the_tokenizer_is_loaded_when_the_setting_says(
+    checkpoint: Path, load: Literal["start", "first_use"], words: str
+) -> None:
+    config = EngineConfig(checkpoint, max_model_len=512, grammars=GrammarConfig(load, num_threads=3))
+    engine = Engine(config, load_model_config(checkpoint), PipelinedRank(VOCAB_SIZE))
+    engine.start()
+    assert (engine._compiler.tokenizer is not None) == (load == "start")
+    assert engine.grammars.startswith("3 threads; tokenizer loaded")
+    assert words in engine.grammars
+    constraint = Constraint.of(text_automaton(checkpoint, schema_grammar(SCHEMA)))
+    engine.prepare(constraint).result(60)
+    tokenizer = engine._compiler.tokenizer
+    assert tokenizer is not None
+    assert engine._compiler.load() is tokenizer, "there is one"
+    engine.shutdown()
