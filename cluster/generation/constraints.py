@@ -20,7 +20,7 @@ from cluster.harmony.turn_grammar import ToolBody, TurnGrammar, turn_limits
 from cluster.metrics import GatewayMetrics
 from workers.constraint.automaton import ConstraintLimits, TokenAutomaton
 from workers.constraint.codec import Constraint
-from workers.errors import InvalidRequest
+from workers.errors import InvalidRequest, Overloaded
 
 T = TypeVar("T")
 
@@ -119,15 +119,14 @@ class Constraints:
         Raises:
             InvalidRequest: its grammar does not compile.
         """
-        grammar = structure.grammar
-        async with self._making:
-            if (kept := self._texts.get(grammar)) is not None:
-                return kept
+        grammar, encoding = structure.grammar, self._prompts.encoding
+        if (kept := self._texts.get(grammar)) is None:
             await self._checker.check(grammar, structure.param)
-            encoding = self._prompts.encoding
-            made = await self._encoded(lambda: text_automaton(grammar, encoding, self._vocab_size))
-            self._texts.keep(grammar, made, len(made.body))
-            return made
+            async with self._making:
+                if (kept := self._texts.get(grammar)) is None:
+                    kept = await self._encoded(lambda: text_automaton(grammar, encoding, self._vocab_size))
+                    self._texts.keep(grammar, kept, len(kept.body))
+        return kept
 
     def close(self) -> None:
         """Make no more."""
@@ -137,16 +136,20 @@ class Constraints:
     async def _turn(self, wanted: WantedTurn) -> TurnConstraint:
         key = wanted.key()
         if (kept := self._turns.get(key)) is None:
-            grammar = await self._compiling(wanted)
+            grammar, settled = await self._compiling(wanted)
             async with self._making:
                 if (kept := self._turns.get(key)) is None:
                     kept = TurnConstraint(await self._encoded(lambda: self._automata.of(grammar)), grammar)
                     # The key has other grammars than the automaton where some did not compile.
-                    self._turns.keep(key, kept, len(kept.constraint.body) + wanted.num_chars())
+                    if settled:
+                        num_bytes = len(kept.constraint.body) + wanted.num_chars()
+                        self._turns.keep(key, kept, num_bytes)
         return kept
 
-    async def _compiling(self, wanted: WantedTurn) -> TurnGrammar:
-        """Return the grammar of a turn with bodies that compile."""
+    async def _compiling(self, wanted: WantedTurn) -> tuple[TurnGrammar, bool]:
+        """Return the grammar of a turn with bodies that compile, and whether it would be the same
+        again: a default that cannot be checked now is any JSON object for this time."""
+        settled = True
         if wanted.structure is not None:
             await self._checker.check(wanted.structure.grammar, wanted.structure.param)
         bodies: list[ToolBody] = []
@@ -155,13 +158,15 @@ class Constraints:
             if body.arguments is not None:
                 try:
                     await self._checker.check(body.arguments, tool.param)
-                except InvalidRequest:
+                except (InvalidRequest, Overloaded) as error:
                     if tool.promised:
                         raise
+                    settled = settled and not isinstance(error, Overloaded)
                     self._metrics.schema_fallbacks.inc()
                     body = replace(body, arguments=json_object())
             bodies.append(body)
-        return bounded(wanted.grammar(bodies), {tool.body.name for tool in wanted.bodies if tool.promised})
+        promised = {tool.body.name for tool in wanted.bodies if tool.promised}
+        return bounded(wanted.grammar(bodies), promised), settled
 
     async def _encoded(self, make: Callable[[], TokenAutomaton]) -> Constraint:
         loop = asyncio.get_running_loop()

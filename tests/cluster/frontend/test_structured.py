@@ -1,6 +1,7 @@
 """What engines are asked for the forms of answers and for forced calls, and how calls of custom
 tools are answered."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway, turn
 from workers.constraint.automaton import NO_LIMITS
 from workers.constraint.codec import Constraint, decode
-from workers.errors import InvalidRequest
+from workers.errors import InvalidRequest, Overloaded
 from workers.request import EngineRequest
 from workers.rpc import convert
 
@@ -363,6 +364,54 @@ async def test_a_default_that_does_not_compile_is_any_object(
         request = await asked(gateway, engine, tools=[LOOK])
         assert request.constraint == expected(gateway, encoding, grammar)
     assert gateway.service.metrics.schema_fallbacks._value.get() == 1
+
+
+async def test_a_default_that_cannot_be_checked_now_is_any_object_for_this_time(
+    gateway: Gateway, encoding: HarmonyEncoding, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(grammar: grammars.Grammar, param: str) -> None:
+        raise Overloaded("Too many checks.")
+
+    gateway.service.reconfigure(ChatDefaults(harmony_constraint="headers"), Capacity())
+    with monkeypatch.context() as busy:
+        busy.setattr(gateway.service._constraints._checker, "check", full)
+        request = await asked(gateway, engine, tools=[LOOK])
+        any_object = TurnGrammar((ToolBody("look_up", grammars.json_object()),), "allowed")
+        assert request.constraint == expected(gateway, encoding, any_object)
+        body = {"messages": HELLO, "response_format": {"type": "json_object"}}
+        answer = await gateway.http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 429
+    request = await asked(gateway, engine, tools=[LOOK])
+    types = TurnGrammar((ToolBody("look_up", grammars.schema_types(POINT)),), "allowed")
+    assert request.constraint == expected(gateway, encoding, types)
+
+
+async def test_others_do_not_wait_for_a_check(
+    gateway: Gateway, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checker, begun, go_on = gateway.service._constraints._checker, asyncio.Event(), asyncio.Event()
+    check = checker.check
+
+    async def slow(grammar: grammars.Grammar, param: str) -> None:
+        if param == "guided_regex":
+            begun.set()
+            await go_on.wait()
+        await check(grammar, param)
+
+    monkeypatch.setattr(checker, "check", slow)
+    for path, field in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": HELLO})):
+        body = {**field, "guided_regex": f"a{len(path)}"}
+        waiting = asyncio.create_task(gateway.http.post(path, json=body))
+        async with asyncio.timeout(60):
+            await begun.wait()
+            await asked(gateway, engine, guided_choice=[path])
+            completion = {"prompt": "a", "guided_choice": [path]}
+            assert (await gateway.http.post("/v1/completions", json=completion)).status_code == 200
+        assert not waiting.done()
+        go_on.set()
+        assert (await waiting).status_code == 200
+        begun.clear()
+        go_on.clear()
 
 
 class Point(BaseModel):
