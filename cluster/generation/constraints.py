@@ -97,7 +97,8 @@ class Constraints:
         promised = promise(request) is not None
         if not promised and (mode == "off" or request.sampling.ignore_eos):
             return None
-        wanted = wanted_turn(request, self._prompts.defaults)
+        defaults, size = self._prompts.defaults, request.num_bytes if request.tools else 0
+        wanted = await self._prompts.threads.run(size, lambda: wanted_turn(request, defaults))
         optional = not promised and request.harmony_constraint is None
         try:
             found = await self._turn(wanted)
@@ -110,7 +111,7 @@ class Constraints:
             found,
             constraint=replace(found.constraint, optional=optional),
             max_reasoning_tokens=request.max_reasoning_tokens,
-            reserves_answer=self._prompts.defaults.reserves_answer,
+            reserves_answer=defaults.reserves_answer,
         )
 
     async def of_text(self, structure: Structure) -> Constraint:

@@ -39,6 +39,7 @@ class Prompts:
 
     Attributes:
         defaults: values of chats that do not set them; may be changed while requests run.
+        threads: for work on large requests.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Prompts:
         self.defaults = defaults or ChatDefaults()
         self._served = served
         self._today = today
-        self._threads = TextThreads()
+        self.threads = TextThreads()
 
     async def chat(self, request: ChatRequest, *, begins_answer: bool = True) -> list[int]:
         """Return the prompt of a chat, up to and including the words after which the model
@@ -65,7 +66,7 @@ class Prompts:
             ContextLengthExceeded: the prompt fills the context.
         """
         work = request.num_bytes + _BYTES_PER_ENTRY * (len(request.messages) + len(request.tools))
-        ids = await self._threads.run(work, lambda: self._render(request, begins_answer))
+        ids = await self.threads.run(work, lambda: self._render(request, begins_answer))
         model = self._served.info
         prompt = list(truncated(ids, request.options.truncation, request.sampling.max_tokens, model))
         check_prompt_tokens(len(prompt), model, "messages")
@@ -101,13 +102,13 @@ class Prompts:
             ContextLengthExceeded: the text cannot fit into `limit`, whatever its tokens are.
         """
         check_prompt_chars(len(text), self.encoding.max_token_bytes, self._served.info, param, limit)
-        return await self._threads.run(len(text), lambda: self.encoding.encode_with_special(text, limit))
+        return await self.threads.run(len(text), lambda: self.encoding.encode_with_special(text, limit))
 
     async def bad_words(self, words: Sequence[str], *, writes_headers: bool) -> tuple[Tokens, ...]:
         """Return the tokens of a request's bad words; see `bad_word_tokens`."""
         if not words:
             return ()
-        return await self._threads.run(
+        return await self.threads.run(
             2 * sum(map(len, words)),
             lambda: bad_word_tokens(words, self.encoding, writes_headers=writes_headers),
         )
@@ -119,7 +120,7 @@ class Prompts:
             InvalidRequest: an id that the model does not have.
         """
         check_token_ids(token_ids, self._served.info, "tokens")
-        return await self._threads.run(
+        return await self.threads.run(
             len(token_ids), lambda: self.encoding.decode(token_ids, skip_special_tokens=False)
         )
 
@@ -129,7 +130,7 @@ class Prompts:
 
     def close(self) -> None:
         """Start no more work."""
-        self._threads.close()
+        self.threads.close()
 
     def _render(self, request: ChatRequest, begins_answer: bool) -> list[int]:
         check_tools(request.tools)

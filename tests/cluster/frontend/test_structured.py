@@ -3,6 +3,7 @@ tools are answered."""
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import openai
@@ -10,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from cluster.generation import Capacity, ChatDefaults
+from cluster.generation.turn_rules import WantedTurn, wanted_turn
 from cluster.grammars import grammar as grammars
 from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
@@ -412,6 +414,26 @@ async def test_others_do_not_wait_for_a_check(
         assert (await waiting).status_code == 200
         begun.clear()
         go_on.clear()
+
+
+async def test_many_schemas_are_read_in_a_thread(
+    gateway: Gateway, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def noted(*arguments: Any) -> WantedTurn:
+        threads.append(threading.current_thread())
+        return wanted_turn(*arguments)
+
+    monkeypatch.setattr("cluster.generation.constraints.wanted_turn", noted)
+    long = {"properties": {f"p{i}": {"type": "string", "description": "long" * 50} for i in range(100)}}
+    for parameters in (POINT, long):
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        body = {"messages": HELLO, "tools": [tool], "harmony_constraint": "headers"}
+        await gateway.http.post("/v1/chat/completions", json=body)
+    small, large = threads
+    assert small is threading.main_thread()
+    assert large is not small
 
 
 class Point(BaseModel):
