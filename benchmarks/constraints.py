@@ -236,7 +236,7 @@ def measure_masks(
     take turns."""
     num_rows = options.sequences // 2
     num_threads = mask_threads(2)
-    ours = MaskThread(vocab_size, num_threads)
+    ours = MaskThread(compiler, vocab_size, num_threads)
     steps = GrammarSteps(ours)
     requests = [EngineRequest(str(i), PROMPT, SamplingParams(seed=0)) for i in range(num_rows)]
     for index, request in enumerate(requests):

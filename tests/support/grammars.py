@@ -162,7 +162,9 @@ class PipelinedRank:
                 allowed[tables.forbidden(place.state)] = False
             assert tables.states[place.state].HasField("grammar") == (bits is not None)
         if bits is not None:
-            allowed &= np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
+            mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
+            assert not (mask & ~allowed).any(), "a mask has special tokens, or ids without a token"
+            allowed &= mask
             self.num_masked += 1
         ids = np.flatnonzero(allowed)
         assert len(ids), "nothing is allowed"

@@ -54,13 +54,11 @@ class PreparedConstraint:
         matchers: by grammar, at the beginning of a text; never advanced, only copied, so that the
             copies share a warm lexer.
         forced: by grammar, the tokens with which its texts begin.
-        eos: the token that a mask of llguidance has where the text may end.
     """
 
     tables: HostTables
     matchers: "tuple[LLMatcher, ...]" = ()
     forced: tuple[tuple[int, ...], ...] = ()
-    eos: int = 0
 
 
 def forced_tokens(matcher: "LLMatcher") -> tuple[int, ...]:
@@ -217,14 +215,11 @@ class GrammarCompiler:
         try:
             tables = HostTables(constraint.body)
             matchers = tuple(self._matcher(grammar) for grammar in tables.grammars)
-            eos = 0
             if matchers:
-                tokenizer = self.load()
-                tables.set_texts(tokenizer.texts)
-                eos = tokenizer.tokenizer.eos_token
+                tables.set_texts(self.load().texts)
             # Of copies: a matcher that computes has its state changed.
             forced = tuple(forced_tokens(matcher.deep_copy()) for matcher in matchers)
-            future.set_result(PreparedConstraint(tables, matchers, forced, eos))
+            future.set_result(PreparedConstraint(tables, matchers, forced))
         except InvalidRequest as error:
             future.set_exception(error)  # kept: it would be refused again
         except Exception as error:

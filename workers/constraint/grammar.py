@@ -19,6 +19,8 @@ class GrammarTokenizer:
         vocab_size: the model's, which can be larger than the tokenizer's.
     Attributes:
         texts: the tokens that are text, as a bitmask of whole words of 32 bits.
+        eos: the token that a mask has where the text may end.
+        bytes: the tokens of one byte.
     Raises:
         ConfigError: the folder has no tokenizer.json, or it cannot be read.
     """
@@ -37,6 +39,11 @@ class GrammarTokenizer:
         is_text = np.zeros(mask_words(vocab_size) * 32, dtype=np.uint8)
         is_text[:vocab_size] = [not self.tokenizer.is_special_token(i) for i in range(vocab_size)]
         self.texts: Bits = np.packbits(is_text, bitorder="little")
+        self.eos: int = self.tokenizer.eos_token
+        self.bytes = np.array(
+            [i for i in np.flatnonzero(is_text).tolist() if len(self.tokenizer.decode_bytes([i])) == 1],
+            dtype=np.int64,
+        )
 
     def compile(self, grammar: str) -> LLMatcher:
         """Return a matcher at the beginning of a text. Releases the GIL; takes milliseconds, or

@@ -30,7 +30,8 @@ class HostTables(AutomatonTables):
         forced: by state, the only token that may come next; None if there are several.
         chains: by state, the tokens that are forced from there on, in a row.
         ends: by state, the tokens with a transition: they end the text of a state with a grammar.
-        texts: by state with a grammar, the tokens that may spell its text, as a bitmask.
+        texts: by state, the tokens that may spell the text of its grammar, as a bitmask; only
+            states for which llguidance's mask alone does not say it.
         is_followed: whether the engine has to follow sequences with this automaton.
     """
 
@@ -67,9 +68,23 @@ class HostTables(AutomatonTables):
         """
         shared: dict[bytes, Bits] = {}
         for state, grammar in enumerate(self.grammar_of):
-            if grammar is not None:
+            if grammar is not None and self._restricts(state, self.grammars[grammar], texts):
                 bits = self._text_bits(state, texts)
                 self.texts[state] = shared.setdefault(bits.tobytes(), bits)
+
+    def _restricts(self, state: int, grammar: str, texts: Bits) -> bool:
+        """Return whether the state keeps tokens from its text that the grammar may allow: only Lark
+        grammars with `<|name|>` or `<[id]>` allow special tokens."""
+        return (
+            self.states[state].restrict
+            or any(texts[token_id >> 3] >> (token_id & 7) & 1 for token_id in self._kept_out(state))
+            or "<|" in grammar
+            or "<[" in grammar
+        )
+
+    def _kept_out(self, state: int) -> list[int]:
+        entry = self.states[state]
+        return [*self.ends[state], *(() if entry.restrict else entry.forbidden)]
 
     def _text_bits(self, state: int, texts: Bits) -> Bits:
         entry, bits = self.states[state], texts.copy()
@@ -77,8 +92,7 @@ class HostTables(AutomatonTables):
             allowed = np.zeros(len(texts) * 8, dtype=np.uint8)
             allowed[np.array(entry.allowed, dtype=np.int64)] = 1
             bits &= np.packbits(allowed, bitorder="little")
-        removed = [*self.ends[state], *(() if entry.restrict else entry.forbidden)]
-        for token_id in removed:
+        for token_id in self._kept_out(state):
             bits[token_id >> 3] &= ~(1 << (token_id & 7)) & 0xFF
         return bits
 

@@ -76,7 +76,9 @@ class Engine:
             config.model_path, model.vocab_size, config.grammars, self._stats.grammar_compiled
         )
         self._num_mask_threads = config.grammars.num_threads or mask_threads(len(os.sched_getaffinity(0)))
-        self._masks = MaskThread(model.vocab_size, self._num_mask_threads, self._stats.masks_computed)
+        self._masks = MaskThread(
+            self._compiler, model.vocab_size, self._num_mask_threads, self._stats.masks_computed
+        )
         self._loop = StepLoop(
             executor,
             GrammarSteps(self._masks),

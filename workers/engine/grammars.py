@@ -37,14 +37,13 @@ class _Position(NamedTuple):
 class _Followed:
     """A sequence that the engine follows."""
 
-    __slots__ = ("_limits", "_prepared", "eos", "num_prompt_tokens", "position", "tables")
+    __slots__ = ("_limits", "_prepared", "num_prompt_tokens", "position", "tables")
 
     def __init__(
         self, prepared: PreparedConstraint, limits: ConstraintLimits, num_prompt_tokens: int
     ) -> None:
         self.tables = prepared.tables
         self.num_prompt_tokens = num_prompt_tokens
-        self.eos = prepared.eos
         self._prepared = prepared
         self._limits = limits
         place = self.tables.begin((), limits)
@@ -228,7 +227,6 @@ class GrammarSteps:
                     body=at.body,
                     num_tokens=at.num_tokens,
                     drafts=at.drafts,
-                    text=sequence.tables.texts[state],
+                    text=sequence.tables.texts.get(state),
                     ends=sequence.tables.ends[state],
-                    eos=sequence.eos,
                 )

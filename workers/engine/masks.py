@@ -13,18 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from workers.constraint.compiler import forced_tokens
+from workers.constraint.compiler import GrammarCompiler, forced_tokens
 from workers.constraint.tables import Bits, mask_words
 from workers.scheduler.plan import StepMasks
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
 
+    from workers.constraint.grammar import GrammarTokenizer
+
 logger = logging.getLogger(__name__)
-
-
-_NARROW_BYTES = 32
-"""Number of bytes of a mask with any token, up to which forced tokens are looked for."""
 
 
 def mask_threads(num_cpus: int) -> int:
@@ -70,9 +68,8 @@ class MaskRow:
         body: the text, as far as it is known.
         num_tokens: number of its tokens that come before the row.
         drafts: further tokens of the text before the row, which may be wrong.
-        text: bitmask of the tokens that may spell the text.
+        text: bitmask of the tokens that may spell the text; None if llguidance's mask says it.
         ends: tokens that may come where the text is complete.
-        eos: the token that llguidance allows there.
     """
 
     row: int
@@ -80,9 +77,8 @@ class MaskRow:
     body: Body
     num_tokens: int
     drafts: tuple[int, ...]
-    text: Bits
+    text: Bits | None
     ends: tuple[int, ...]
-    eos: int
 
 
 @dataclass(slots=True)
@@ -103,21 +99,25 @@ class MaskThread:
     """Computes masks, one step after the other, in one thread that spreads the work over others.
 
     Args:
-        num_threads: how many.
+        compiler: has the tokenizer.
+        num_threads: number of these others.
         observe: called with the seconds that each job took, and its number of rows.
     """
 
     def __init__(
         self,
+        compiler: GrammarCompiler,
         vocab_size: int,
         num_threads: int,
         observe: Callable[[float, int], object] = lambda seconds, rows: None,
     ) -> None:
+        self._compiler = compiler
         self._num_threads = num_threads
         self._observe = observe
         # Whole words of 32 bits, as llguidance writes them.
         self._num_words = mask_words(vocab_size)
         self._executor: LLExecutor | None = None
+        self._tokenizer: GrammarTokenizer
         self._jobs: queue.SimpleQueue[tuple[MaskJob, Sequence[MaskRow]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -153,6 +153,7 @@ class MaskThread:
             from llguidance import LLExecutor
 
             self._executor = LLExecutor(self._num_threads)
+            self._tokenizer = self._compiler.load()
         self._catch_up(rows)
         matchers = [_matcher_of(row) for row in rows]
         words: npt.NDArray[np.uint32] = np.zeros((len(rows), self._num_words), dtype=np.uint32)
@@ -164,22 +165,38 @@ class MaskThread:
                 len(rows),
             )
         bits = words.view(np.uint8)
-        for mask, row, matcher in zip(bits, rows, matchers, strict=True):
-            may_end = mask[row.eos >> 3] >> (row.eos & 7) & 1
-            mask &= row.text
-            num_bytes = np.count_nonzero(mask)
-            if matcher.is_error() and not row.drafts:
-                # The token of this row is not used, but there must be one.
-                job.failed[row.seq_id] = _failure(matcher.get_error())
-                mask[:] = row.text
-            elif not num_bytes or (may_end and matcher.is_accepting()):
-                for token_id in row.ends:
-                    mask[token_id >> 3] |= 1 << (token_id & 7)
+        may_end = self._take_ends(bits)
+        # If two tokens that differ in their first byte may come, nothing is forced.
+        single = self._tokenizer.bytes
+        num_beginnings = (bits[:, single >> 3] >> (single & 7) & 1).sum(1)
+        for index, (row, matcher) in enumerate(zip(rows, matchers, strict=True)):
+            if row.text is not None:
+                bits[index] &= row.text
+            if may_end[index] or (row.text is not None and not bits[index].any()):
+                self._end(job, row, matcher, bits[index])
             if not row.drafts:
-                # Tokens that begin alike are few; where there are more, nothing is forced.
-                is_narrow = 0 < num_bytes <= _NARROW_BYTES
-                row.body.forced = row.num_tokens, forced_tokens(matcher) if is_narrow else ()
+                forced = forced_tokens(matcher) if num_beginnings[index] < 2 else ()
+                row.body.forced = row.num_tokens, forced
         return StepMasks(job.step, np.array([row.row for row in rows], dtype=np.int64), bits)
+
+    def _take_ends(self, bits: Bits) -> npt.NDArray[np.bool_]:
+        """Clear the token by which llguidance says that a text may end, which it also does after an
+        error; return the rows that had it."""
+        eos = self._tokenizer.eos
+        column, bit = bits[:, eos >> 3], np.uint8(1 << (eos & 7))
+        found: npt.NDArray[np.bool_] = (column & bit) != 0
+        column &= ~bit
+        return found
+
+    def _end(self, job: MaskJob, row: MaskRow, matcher: "LLMatcher", mask: Bits) -> None:
+        """Allow the tokens that end a text where it is complete, or where nothing else is left."""
+        if matcher.is_error() and not row.drafts:
+            # The token of this row is not used, but there must be one.
+            job.failed[row.seq_id] = _failure(matcher.get_error())
+            mask[:] = 255
+        elif matcher.is_accepting() or not mask.any():
+            for token_id in row.ends:
+                mask[token_id >> 3] |= 1 << (token_id & 7)
 
     def _catch_up(self, rows: Sequence[MaskRow]) -> None:
         """Let each row's text consume its tokens."""

@@ -326,6 +326,19 @@ def test_compiled_grammars_are_kept_within_the_bound(checkpoint: Path) -> None:
     compiler.close()
 
 
+def test_a_grammar_that_names_special_tokens_gets_none(llm: LLM, checkpoint: Path) -> None:
+    """Control tokens belong to the automaton alone."""
+    lark = LLMatcher.grammar_from_lark('start: "a" (<|start|> "b")? "c"')
+    automaton = text_automaton(checkpoint, lark)
+    prepared = llm.engine.prepare(Constraint.of(automaton)).result(WAIT_S)
+    assert set(prepared.tables.texts) == {0}
+    plain = text_automaton(checkpoint, LLMatcher.grammar_from_lark('start: "a" "b"? "c"'))
+    assert not llm.engine.prepare(Constraint.of(plain)).result(WAIT_S).tables.texts
+    params = [replace(SAMPLING, seed=seed) for seed in range(20)]
+    outputs = llm.generate([[1]] * 20, params, constraints=automaton, use_tqdm=False)
+    assert {result.outputs[0].text for result in outputs} == {"ac"}
+
+
 def test_token_texts_are_those_of_the_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
     """Neither special tokens nor ids without a token are text, nor the byte 0xFF, which no text in
     UTF-8 has; every other token has its bytes."""
