@@ -30,8 +30,9 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher
 from torch import Tensor
 
-from cluster.harmony.automaton import TurnAutomata, TurnGrammar
+from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
+from cluster.harmony.turn_grammar import TurnGrammar
 from workers.config import EngineConfig, GrammarConfig, ModelConfig, SchedulerConfig
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.constraint.codec import Constraint

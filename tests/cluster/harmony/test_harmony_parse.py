@@ -403,6 +403,35 @@ def test_turn_over(small: HarmonyEncoding) -> None:
         assert parser.turn_over is over
 
 
+CALL_F = "<|channel|>commentary to=functions.f<|message|>{}<|call|>"
+
+
+@pytest.mark.parametrize(
+    ("rest", "over", "repairs"),
+    [
+        ("", False, {}),
+        ("<|return|>", True, {}),
+        ("<|start|>functions<|return|>", True, {}),
+        (f"<|start|>assistant{CALL_F}", False, {}),
+        (f"<|start|>assistant{CALL_F}<|return|>", True, {}),
+        ("<|start|>functions", False, {}),
+        ("<|start|>functions.f to=assistant<|channel|>", True, {"foreign_role": 1}),
+        ("<|start|>assistant<|return|>", True, {"empty_message": 1}),
+        ("<|end|>", False, {"stray_token": 1}),
+        ("<|end|><|return|>", True, {"stray_token": 2}),
+        ("<|call|>", True, {"stray_token": 1}),
+        ("<|return|><|return|>", True, {"stray_token": 1}),
+    ],
+)
+def test_several_calls(small: HarmonyEncoding, rest: str, over: bool, repairs: dict[str, int]) -> None:
+    parser = HarmonyParser(small, ["f"], several_calls=True)
+    for token_id in small.encode_with_special(CALL_F + rest):
+        parser.push(token_id)
+    parser.finish()
+    assert (parser.turn_over, dict(parser.repairs)) == (over, repairs)
+    assert parser.num_messages == 1 + rest.count(CALL_F)
+
+
 def test_a_character_cut_off_is_replaced_once(gpt_oss: HarmonyEncoding) -> None:
     byte_ids = {gpt_oss.token_bytes(token_id): token_id for token_id in range(256)}
     begin = gpt_oss.encode_with_special("<|channel|>final<|message|>a")
