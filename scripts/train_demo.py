@@ -9,11 +9,13 @@ the run's folder is the newest.
 """
 
 import argparse
+import fcntl
 import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 import torch
 
@@ -46,8 +48,8 @@ def train(folder: Path, plan: training.Plan, evaluate_every: int, questions: int
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    lock = claim(folder)
     run = training.open_run(folder, plan)
-    (folder / "pid").write_text(f"{os.getpid()}\n")
     num_parameters = sum(tensor.numel() for tensor in run.network.parameters())
     _say(f"{num_parameters:,} parameters, step {run.optimizer.step} of {plan.steps}")
     saved = time.monotonic()
@@ -65,6 +67,8 @@ def train(folder: Path, plan: training.Plan, evaluate_every: int, questions: int
             _say(f"step {step}: loss {loss:.4f}, {rate:.0f} tokens/s, {left / 60:.0f} min left")
             losses, tokens, seconds = [], 0, run.seconds
         if step % evaluate_every == 0 or step == plan.steps:
+            training.save(run)
+            saved = time.monotonic()
             save_checkpoint(run.network, folder / "checkpoint", folder)
             counts = evaluation.exactness(
                 evaluation.InProcess(folder / "checkpoint"), evaluation.questions(questions)
@@ -76,6 +80,26 @@ def train(folder: Path, plan: training.Plan, evaluate_every: int, questions: int
     training.save(run)
     save_checkpoint(run.network, folder / "checkpoint", folder)
     _say(f"stopped after step {run.optimizer.step}, {run.seconds / 60:.1f} min of training")
+    lock.close()
+
+
+def claim(folder: Path) -> TextIO:
+    """Return the run's file `pid`, locked and with this process's number in it.
+
+    Raises:
+        SystemExit: another process trains in this folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "pid").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise SystemExit(f"process {file.read().strip()} is training in {folder}; end it first") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

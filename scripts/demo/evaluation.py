@@ -117,11 +117,11 @@ class OverHttp:
     """A running server. Schemas are sent as `response_format`, which the server enforces.
 
     Args:
-        constraint: the request's `harmony_constraint`.
+        constraint: the request's `harmony_constraint`, except where a schema is enforced.
     """
 
     def __init__(self, url: str, model: str, constraint: str) -> None:
-        self._client = httpx.Client(base_url=url, timeout=_TIMEOUT_S)
+        self._client = httpx.Client(base_url=url, timeout=_TIMEOUT_S, trust_env=False)
         self._model = model
         self._constraint = constraint
 
@@ -135,14 +135,17 @@ class OverHttp:
             "reasoning_effort": example.conversation.reasoning_effort,
             "temperature": 0,
             "max_completion_tokens": _MAX_TOKENS,
-            "harmony_constraint": self._constraint,
         }
         if example.conversation.tools:
             body["tools"] = [_tool(tool) for tool in example.conversation.tools]
         if (shown := example.conversation.response_format) is not None:
             json_schema = {"name": shown.name, "schema": shown.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
-        response = self._client.post("/v1/chat/completions", json=body).raise_for_status()
+        else:
+            body["harmony_constraint"] = self._constraint
+        response = self._client.post("/v1/chat/completions", json=body)
+        if response.is_error:
+            raise RuntimeError(f"the server answered {response.status_code}: {response.text}")
         choice = response.json()["choices"][0]
         calls = choice["message"].get("tool_calls")
         if calls:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from cluster.config import WRAP_UP
 from cluster.harmony.encoding import byte_alphabet
 from cluster.harmony.make_tokenizer import FORMAT_TOKENS, add_special_tokens, save_tokenizer
 from cluster.harmony.render import DEFAULT_KNOWLEDGE_CUTOFF, DEFAULT_MODEL_IDENTITY
@@ -52,10 +53,17 @@ PHRASES = (
     '"required":["',
     '"additionalProperties":false',
     '"type":"object"',
-    *("system", "developer", "user", "assistant", " weather"),
+    WRAP_UP,
     *SYSTEM_TEXTS,
 )
 """Texts that are one token wherever they stand, most of them the constant parts of prompts."""
+
+_WORDS = (
+    *("system", "developer", "user", "assistant", "analysis", "commentary", "final", "json"),
+    *(" user", " words", " color", " pet", " first", " product", " town", " weather", " write", " keys"),
+    *(" years", " old", " cat", " dog", " search"),
+)
+"""Words that are tokens although names may be made of them."""
 
 _PATTERN = "|".join(
     (
@@ -106,7 +114,7 @@ def _words() -> list[str]:
         for text in _texts(draw(rng)):
             counts.update(piece for piece, _ in splitter.pre_tokenize_str(text))
     frequent = sorted(piece for piece, count in counts.items() if count >= _LEAST_COUNT)
-    return [*PHRASES, *(piece for piece in frequent if not _is_spelled(piece))]
+    return [*PHRASES, *_WORDS, *(piece for piece in frequent if not _is_spelled(piece))]
 
 
 def _texts(example: Example) -> Iterator[str]:

@@ -102,20 +102,24 @@ def request(rng: random.Random, split: Split) -> Request:
     that newcomers try are only in training."""
     if split == "train" and rng.random() < 0.25:
         return _known_request(rng)
+    return _made_request(rng, split)
+
+
+def distractor(rng: random.Random, split: Split) -> ToolDefinition:
+    """Draw a function that is declared but not needed."""
+    return _made_request(rng, split).tool
+
+
+def _made_request(rng: random.Random, split: Split) -> Request:
     name = words.tool_name(rng, split)
     action, description = _action(rng, name)
     given = _parameters(rng, split)
     extra = [_parameter(rng, split)] if rng.random() < 0.15 else []
     names = [parameter.name for parameter in (*given, *extra)]
     if len(set(names)) < len(names):
-        return request(rng, split)
+        return _made_request(rng, split)
     tool = ToolDefinition(name, description, _schema(rng, given, extra))
     return Request(tool, _request_text(rng, name, action, given), tuple(given))
-
-
-def distractor(rng: random.Random, split: Split) -> ToolDefinition:
-    """Draw a function that is declared beside the one that is needed."""
-    return request(rng, split).tool
 
 
 def call_turn(request: Request, effort: ReasoningEffort) -> tuple[Message, ...]:

@@ -39,7 +39,9 @@ def test_names_have_the_same_tokens_wherever_they_stand(encoding: HarmonyEncodin
 
 def test_the_constant_part_of_a_prompt_is_short(encoding: HarmonyEncoding) -> None:
     prompt = render(Conversation((Message("user", "Hello!"),), current_date="2026-05-01"), encoding)
-    assert len(prompt) < 30
+    assert len(prompt) < 25
+    header = "<|channel|>final<|message|>"
+    assert len(encoding.encode_with_special(header)) == 3
 
 
 def test_is_the_same_on_every_run_and_is_read_by_transformers(tokenizer_folder: Path, tmp_path: Path) -> None:

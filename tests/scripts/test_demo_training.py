@@ -1,5 +1,6 @@
 """The demo model's network against the engine, its training and its evaluation."""
 
+import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 from cluster.frontend.chat_messages import ChatMessage, ToolCall, harmony_messages
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.render import render
+from scripts import train_demo
 from scripts.demo import evaluation, training
 from scripts.demo.checkpoint import as_stored, demo_config, save_checkpoint
 from scripts.demo.conversations import draw, draw_skill
@@ -162,3 +164,12 @@ def _chat_message(message: dict[str, object]) -> ChatMessage:
     assert isinstance(calls, list)
     tool_calls = tuple(ToolCall(call["id"], **call["function"]) for call in calls)
     return ChatMessage(**message, tool_calls=tool_calls)  # type: ignore[arg-type]
+
+
+def test_a_run_belongs_to_one_process(tmp_path: Path) -> None:
+    first = train_demo.claim(tmp_path)
+    assert (tmp_path / "pid").read_text() == f"{os.getpid()}\n"
+    with pytest.raises(SystemExit, match=f"process {os.getpid()} is training"):
+        train_demo.claim(tmp_path)
+    first.close()
+    train_demo.claim(tmp_path).close()
