@@ -86,7 +86,7 @@ def connect(
         today: the current day in UTC, for `conversation_date: auto`.
     """
     metrics, served = GatewayMetrics(), ServedModel(model)
-    client.on_constraint_left_out = metrics.constraints_left_out.labels("engine_version").inc
+    client.on_constraint_left_out = lambda reason: metrics.constraints_left_out.labels(reason).inc()
     prompts = Prompts(encoding, served, defaults, today)
     service = GenerationService(served, prompts, Dispatcher(replicas, client, metrics), metrics, capacity)
     return Gateway(service, FleetStatus(replicas, client, metrics, view))

@@ -14,7 +14,14 @@ import grpc.aio
 from cluster.fleet.probe import Patience, ReplicaWatch
 from cluster.fleet.table import Replica
 from workers.engine.access import authorization
-from workers.errors import CantataError, DeadlineExceeded, EngineDead, NoReplica, UnknownAutomaton
+from workers.errors import (
+    CantataError,
+    DeadlineExceeded,
+    EngineDead,
+    InvalidRequest,
+    NoReplica,
+    UnknownAutomaton,
+)
 from workers.request import EngineLoad, EngineOutput, EngineRequest
 from workers.rpc import convert, engine_pb2, engine_pb2_grpc
 
@@ -68,8 +75,9 @@ class EngineClient:
             when it answers again.
 
     Attributes:
-        on_constraint_left_out: called when a sequence runs without its optional constraint, because
-            the replica's version lacks what that needs.
+        on_constraint_left_out: called when a sequence runs without its optional constraint: with
+            `engine_version` because the replica's version lacks what that needs, with `engine`
+            because the replica refused it.
     """
 
     def __init__(
@@ -82,7 +90,7 @@ class EngineClient:
         self._watches: dict[Replica, ReplicaWatch] = {}
         self._capabilities: dict[Replica, frozenset[str]] = {}
         self._sent: dict[Replica, RecentIds] = {}
-        self.on_constraint_left_out: Callable[[], object] = lambda: None
+        self.on_constraint_left_out: Callable[[str], object] = lambda reason: None
         self._on_silence = on_silence
         self._patience = patience or Patience()
 
@@ -99,13 +107,31 @@ class EngineClient:
         wanted = convert.capabilities_of(request)
         if wanted or request.priority or request.constraint is not None:
             capabilities = await self._capabilities_of(replica)
+        optional = request.constraint is not None and request.constraint.optional
         if missing := wanted - capabilities:
-            reduced = convert.without_optional(request, missing)
-            if reduced is not request:
-                self.on_constraint_left_out()
-                request, missing = reduced, frozenset()
-        if missing:
-            raise NoReplica(f"The replica's version does not support {', '.join(sorted(missing))}.")
+            if not optional or not convert.OF_CONSTRAINTS.issuperset(missing):
+                raise NoReplica(f"The replica's version does not support {', '.join(sorted(missing))}.")
+            self.on_constraint_left_out("engine_version")
+            request = convert.without_constraint(request)
+        try:
+            async with aclosing(self._generate(replica, request, capabilities)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        except InvalidRequest as error:
+            # Such a refusal comes before the first token.
+            if not optional or (error.param or "").partition(".")[0] != "constraint":
+                raise
+        self.on_constraint_left_out("engine")
+        request = convert.without_constraint(request)
+        async with aclosing(self._generate(replica, request, capabilities)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _generate(
+        self, replica: Replica, request: EngineRequest, capabilities: frozenset[str]
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """Run a sequence; its automaton is sent if the engine does not know it."""
         by_reference = convert.CONSTRAINT_REF in capabilities
         sent = self._sent.setdefault(replica, RecentIds()) if by_reference else None
         knows = request.constraint is not None and sent is not None and sent.use(request.constraint.id)

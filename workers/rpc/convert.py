@@ -5,7 +5,7 @@ Incoming messages are checked here (`validate.py` has the ranges); outgoing ones
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from workers import errors
@@ -50,6 +50,9 @@ CAPABILITIES = (
 )
 """Names of the request fields beyond the first version, as this engine lists them in EngineInfo. A
 gateway sends only fields that an engine lists. No engine has adapters yet."""
+
+OF_CONSTRAINTS = frozenset((CONSTRAINT_GRAMMARS, CONSTRAINT_LIMITS, IGNORED_STOP_TOKEN_IDS))
+"""Those that only a request with a constraint needs."""
 
 _MAX_PARAM_CHARS = 500
 _NOT_METADATA = re.compile(r"[^ -~]")
@@ -111,16 +114,8 @@ def capabilities_of(request: EngineRequest) -> frozenset[str]:
     return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
 
 
-def without_optional(request: EngineRequest, missing: Collection[str]) -> EngineRequest:
-    """Return the request without its constraint, if that is optional and an engine lacks nothing
-    but what the constraint needs; else the request itself.
-
-    Args:
-        missing: names in CAPABILITIES that the engine does not list.
-    """
-    of_constraint = {CONSTRAINT_GRAMMARS, CONSTRAINT_LIMITS, IGNORED_STOP_TOKEN_IDS}
-    if request.constraint is None or not request.constraint.optional or not of_constraint.issuperset(missing):
-        return request
+def without_constraint(request: EngineRequest) -> EngineRequest:
+    """Return the request without its constraint and what belongs to that."""
     return replace(request, constraint=None, constraint_limits=NO_LIMITS, ignored_stop_token_ids=())
 
 

@@ -41,12 +41,6 @@ class Refusal:
 NOT_YET = (
     Refusal(
         400,
-        "has 'max_tokens=': this option is not supported",
-        "structured_outputs.grammar",
-        ("guidance: guidance VLLMModel (regex / llguidance)",),
-    ),
-    Refusal(
-        400,
         "echo cannot be combined with logprobs",
         "echo",
         (
@@ -85,6 +79,13 @@ NOT_YET = (
 """What this server lacks and will have."""
 
 WRONG = (
+    # llguidance forgets how many tokens such a rule has had when a draft's tokens are taken back.
+    Refusal(
+        400,
+        "has 'max_tokens=': this option is not supported",
+        "structured_outputs.grammar",
+        ("guidance: guidance VLLMModel (regex / llguidance)",),
+    ),
     Refusal(400, "best_of is not offered", "best_of", ("openai3: completions suffix/best_of",)),
     Refusal(404, "Invalid URL (POST /v1/embeddings)", None, ("openai3: embeddings (NotFound expected)",)),
     Refusal(404, "Invalid URL (GET /v1/files)", None, ("openai3: moderations / files / batches",)),
@@ -98,7 +99,7 @@ WRONG = (
     Refusal(400, "you requested 1000000", "max_tokens", ("openai3: errors: types (6)",)),
     Refusal(400, "is not text", "messages[0].content[0]", ("openai3: errors: types (7)",)),
 )
-"""What no server of a text model takes, sent to see the error."""
+"""What this server does not take: mostly sent to see the error."""
 
 
 def requests() -> dict[str, dict[str, Any]]:

@@ -344,6 +344,27 @@ async def test_an_older_engine_runs_without_a_default_constraint(
     assert left_out._value.get() == 1
 
 
+async def test_an_engine_that_cannot_prepare_a_default_runs_without_it(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
+    answer = turn(encoding, text="Yes.")
+
+    def script(request: EngineRequest) -> Script:
+        if request.constraint is None:
+            return Script(answer)
+        return Script(refusal=InvalidRequest("it takes too long", "constraint.grammars"))
+
+    engine.answer = script
+    gateway.service.reconfigure(ChatDefaults(harmony_constraint="headers"), Capacity())
+    body = {"messages": HELLO, "tools": [LOOK], "max_tokens": 200}
+    served = (await gateway.http.post("/v1/chat/completions", json=body)).json()
+    assert served["choices"][0]["message"]["content"] == "Yes."
+    assert [request.constraint is None for request in engine.requests] == [False, True]
+    assert gateway.service.metrics.constraints_left_out.labels("engine")._value.get() == 1
+    assert (await refused(gateway, guided_regex="a"))["param"] == "constraint.grammars"
+    assert len(engine.requests) == 3
+
+
 async def test_requests_for_a_form_are_counted_by_kind(gateway: Gateway, engine: FakeEngine) -> None:
     await asked(gateway, engine, response_format={"type": "json_object"})
     await asked(gateway, engine, guided_choice=["a"], tools=[LOOK], tool_choice="required")
