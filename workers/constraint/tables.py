@@ -32,6 +32,7 @@ class HostTables(AutomatonTables):
         ends: by state, the tokens with a transition: they end the text of a state with a grammar.
         texts: by state, the tokens that may spell the text of its grammar, as a bitmask; only
             states for which llguidance's mask alone does not say it.
+        is_plain: by state, whether a token that comes in it changes nothing but the position.
         is_followed: whether the engine has to follow sequences with this automaton.
     """
 
@@ -56,6 +57,7 @@ class HostTables(AutomatonTables):
             )
             for targets in following
         ]
+        self.is_plain = [not state.counted and not state.HasField("overflow") for state in states]
         self.is_followed = bool(self.grammars) or max(map(len, self.chains)) >= LONG_CHAIN
         self.ends = [tuple(dict.fromkeys(entry.token_id for entry in state.transitions)) for state in states]
         self.texts: dict[int, Bits] = {}

@@ -55,11 +55,16 @@ class _Followed:
 
     def push(self, token_id: int) -> None:
         """Advance by one output token."""
-        body = self.position.body
-        self.position = after = self._after(self.position, token_id)
+        place, body, num_tokens, _ = self.position
+        state = place.state
+        if body is not None and self.tables.is_plain[state] and token_id not in self.tables.ends[state]:
+            after = _Position(Place(state, place.num_counted, place.num_tokens + 1), body)
+        else:
+            after = self._after(self.position, token_id)
         if body is not None and after.body is body:
             body.tokens.append(token_id)
-            self.position = after._replace(num_tokens=after.num_tokens + 1, drafts=())
+            after = _Position(after.place, body, num_tokens + 1)
+        self.position = after
 
     def along(self, drafts: Iterable[int]) -> Iterator[_Position]:
         """Yield the position, and that after each draft."""

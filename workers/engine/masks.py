@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from workers.constraint.grammar import GrammarTokenizer
 
 logger = logging.getLogger(__name__)
+
+
+_MAX_FORCED_BYTES = 256
+"""Length in bytes of forced text above which it is not fed ahead."""
+_MAX_KEPT_FORCED = 4096
 
 
 def mask_threads(num_cpus: int) -> int:
@@ -59,8 +64,7 @@ class Body:
         return forced[num_new:] if forced[:num_new] == tuple(self.tokens[since:num_tokens]) else ()
 
 
-@dataclass(frozen=True, slots=True)
-class MaskRow:
+class MaskRow(NamedTuple):
     """A row of a step that needs a mask.
 
     Attributes:
@@ -118,6 +122,7 @@ class MaskThread:
         self._num_words = mask_words(vocab_size)
         self._executor: LLExecutor | None = None
         self._tokenizer: GrammarTokenizer
+        self._forced: dict[bytes, tuple[int, ...]] = {}
         self._jobs: queue.SimpleQueue[tuple[MaskJob, Sequence[MaskRow]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -156,7 +161,7 @@ class MaskThread:
             self._tokenizer = self._compiler.load()
         self._catch_up(rows)
         matchers = [_matcher_of(row) for row in rows]
-        words: npt.NDArray[np.uint32] = np.zeros((len(rows), self._num_words), dtype=np.uint32)
+        words: npt.NDArray[np.uint32] = np.empty((len(rows), self._num_words), dtype=np.uint32)
         if rows:  # none is left if their sequences have gone on to free text, or ended
             self._executor.unsafe_compute_mask_ptr(
                 [(matcher, index) for index, matcher in enumerate(matchers)],
@@ -175,9 +180,22 @@ class MaskThread:
             if may_end[index] or (row.text is not None and not bits[index].any()):
                 self._end(job, row, matcher, bits[index])
             if not row.drafts:
-                forced = forced_tokens(matcher) if num_beginnings[index] < 2 else ()
+                forced = self._forced_tokens(matcher) if num_beginnings[index] < 2 else ()
                 row.body.forced = row.num_tokens, forced
         return StepMasks(job.step, np.array([row.row for row in rows], dtype=np.int64), bits)
+
+    def _forced_tokens(self, matcher: "LLMatcher") -> tuple[int, ...]:
+        """Return the tokens of the bytes that come next whatever the text is; the same bytes have
+        the same tokens here, which is a guess, since cutting them takes longer than a mask."""
+        text = matcher.compute_ff_bytes()
+        if len(text) > _MAX_FORCED_BYTES:
+            return ()
+        found = self._forced.get(text)
+        if found is None:
+            if len(self._forced) >= _MAX_KEPT_FORCED:
+                self._forced.clear()
+            found = self._forced[text] = forced_tokens(matcher)
+        return found
 
     def _take_ends(self, bits: Bits) -> npt.NDArray[np.bool_]:
         """Clear the token by which llguidance says that a text may end, which it also does after an
