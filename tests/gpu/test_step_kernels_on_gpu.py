@@ -22,7 +22,7 @@ from kernels.sampling import SampleOutput, SamplingBatch, sample
 from kernels.sampling import reference as sampling_reference
 from kernels.slots import read_slots
 from kernels.slots import reference as slots_reference
-from tests.support.automaton_cases import AutomatonSteps
+from tests.support.automaton_cases import AutomatonSteps, follow_limits
 from tests.support.sampling_cases import assert_same, on_device, random_batch, random_logits
 from tests.support.slot_cases import SLOT_CASES, SlotCase
 
@@ -134,6 +134,7 @@ def test_automata(device: torch.device) -> None:
         AutomatonSteps(automaton_device.mask, automaton_device.advance, device).run(data)
 
     follow()
+    follow_limits(automaton_device.mask, automaton_device.advance, device)
 
 
 def test_sampling_in_a_graph(device: torch.device) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.automaton.layout import AutomatonRows
 from tests.support.automata import automata
-from workers.constraint.automaton import ConstraintLimits
+from workers.constraint.automaton import AutomatonState, ConstraintLimits, TokenAutomaton
 from workers.constraint.codec import Constraint
 from workers.constraint.state import AutomatonTables, ConstraintState
 from workers.rank.automata import Automata
@@ -143,3 +143,64 @@ class AutomatonSteps:
         tables, state = sequence.tables, sequence.after(prefix).state
         allowed = tables.allowed(state)
         return set(range(VOCAB)) - set(tables.forbidden(state)) if allowed is None else set(allowed)
+
+
+THINKS, ANSWERS, CUT, OVER = range(4)
+LIMITED = TokenAutomaton(
+    (
+        AutomatonState(
+            forbidden=tuple(range(40, VOCAB)), transitions=((9, ANSWERS),), counted=True, overflow=CUT
+        ),
+        AutomatonState(allowed=(8, 9, 10), transitions=((8, OVER), (9, THINKS))),
+        AutomatonState(allowed=(20,), transitions=((20, ANSWERS),)),
+        AutomatonState(allowed=(30,)),
+    )
+)
+STEPS: tuple[tuple[list[int], list[int], list[int]], ...] = (
+    ([], [1], [THINKS]),
+    ([9, 10], [9, 10, 9], [THINKS, ANSWERS, ANSWERS]),
+    # The first draft is wrong; what follows it does not count.
+    ([2, 9], [1, 20, 20], [THINKS, CUT, CUT]),
+    ([20, 9], [20, 9, 20], [CUT, ANSWERS, CUT]),
+    ([], [9], [ANSWERS]),
+    ([20, 8], [20, 8, 30], [CUT, ANSWERS, OVER]),
+    ([], [30], [OVER]),
+)
+"""(drafts, tokens sampled after each, states in which they are) of a sequence of LIMITED that may
+have three counted tokens."""
+MAX_LENGTH = 4
+
+
+def follow_limits(
+    mask: Callable[[Tensor, AutomatonRows], None],
+    advance: Callable[[AutomatonRows, Tensor], None],
+    device: torch.device,
+) -> None:
+    """Take STEPS beside a sequence that thinks until it has MAX_LENGTH tokens."""
+    constraint = Constraint.of(LIMITED)
+    followed = Automata(2, device)
+    followed.update([(constraint.id, constraint.body)], [])
+    for slot, limits in enumerate((ConstraintLimits(3), ConstraintLimits(None, MAX_LENGTH))):
+        start = SequenceStart(
+            slot, PROMPT, 3, SamplingParams(seed=0), constraint=constraint.id, constraint_limits=limits
+        )
+        followed.start(slot, start)
+    tables = AutomatonTables(constraint.body)
+    num_tokens = 0
+    for step, (drafts, sampled, states) in enumerate(STEPS):
+        count = len(sampled)
+        relations = DraftRows(np.array([NO_DRAFT, *drafts, NO_DRAFT]), np.array([0, *[1] * count]), {})
+        positions = np.array([step, *range(num_tokens, num_tokens + count)])
+        rows = followed.rows(np.array([1, *[0] * count]), positions, relations)
+        assert rows is not None
+        automaton = followed.on_device(torch.from_numpy(rows).to(device))
+        logits = torch.zeros(1 + count, VOCAB, device=device)
+        mask(logits, automaton)
+        for row, state in enumerate((THINKS if step < MAX_LENGTH else CUT, *states)):
+            allowed = tables.allowed(state)
+            wanted = set(range(40)) if allowed is None else set(allowed.tolist())
+            assert set(logits[row].isfinite().nonzero()[:, 0].tolist()) == wanted, (drafts, sampled, row)
+        tokens = [5, *sampled]
+        advance(automaton, torch.tensor(tokens, device=device))
+        _, (_, num_kept) = kept_rows(tokens, relations)
+        num_tokens += num_kept

@@ -6,7 +6,7 @@ Counted is the memory of a serving rank: weights, CUDA's context, compiled kerne
 and cuBLAS's workspaces, as they are in use at the end of the profile; the peak of the largest step
 with the most expensive sampling; graphs. Not counted, and covered by the share of memory that
 `cache.gpu_memory_utilization` leaves free: entries of penalties and biases beyond one per row (20
-bytes each), block tables, and processes that start later.
+bytes each), block tables, tables of automata, and processes that start later.
 """
 
 import threading

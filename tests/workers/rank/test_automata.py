@@ -13,7 +13,7 @@ from kernels.automaton.layout import AutomatonRows, Row
 from kernels.cpu import automaton as cpp
 from kernels.cpu import native
 from kernels.sampling import SamplingBatch, sample
-from tests.support.automaton_cases import AutomatonSteps
+from tests.support.automaton_cases import AutomatonSteps, follow_limits
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.constraint.codec import Constraint
 from workers.rank import automata
@@ -47,6 +47,12 @@ def test_cpp_follows_automata_as_the_host_does(data: st.DataObject) -> None:
     if native.shared_library() is None:
         pytest.skip("this installation has no C++ kernels")
     AutomatonSteps(cpp.mask, cpp.advance, CPU).run(data)
+
+
+def test_limits_and_drafts() -> None:
+    follow_limits(reference.mask, reference.advance, CPU)
+    if native.shared_library() is not None:
+        follow_limits(cpp.mask, cpp.advance, CPU)
 
 
 def held(*constrained: TokenAutomaton) -> Automata:
