@@ -135,6 +135,13 @@ async def test_hostile_grammars_delay_no_others(
     assert caught.value.param == PARAM
 
 
+async def test_what_takes_longer_is_tried_again_with_more_time(
+    checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "QUICK_CPU_S", 0.01)
+    await checker.check(of({"enum": [f"text {number}" for number in range(10_000)]}), PARAM)
+
+
 async def test_a_grammar_that_needs_much_memory_is_refused(
     checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
