@@ -64,7 +64,7 @@ SCHEMA: dict[str, object] = {
     },
 }
 SCHEMAS: dict[str, dict[str, object]] = {
-    "3 fields": SCHEMA,
+    "3 fields": {**SCHEMA, "minItems": 2},
     "formats, nested arrays": {
         "type": "object",
         "properties": {
