@@ -30,7 +30,7 @@ from cluster.frontend.http_server import HttpServer
 from cluster.generation import GenerationService
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.sockets import bound_socket, check_port_is_free
-from cluster.standalone.supervisor import EngineFailed, EngineProcess
+from cluster.standalone.supervisor import EngineFailed, EngineProcess, watch_children_without_threads
 from cluster.summary import Reach, start_up_summary
 from cluster.ways_of_serving import DRAIN_S, check_standalone
 from workers.config_json import engine_config_to_json
@@ -61,6 +61,7 @@ def serve_standalone(config: CantataConfig) -> int:
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     check_standalone(config)
+    watch_children_without_threads()
     return asyncio.run(_serve(config))
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -38,6 +39,18 @@ class EngineFailed(Exception):
         super().__init__(message)
         self.explained = explained
         self.code = code
+
+
+def watch_children_without_threads() -> None:
+    """Let asyncio learn of a child's end from the kernel, as it does by itself from Python 3.12 on.
+    Python 3.11 starts a thread for each child, and waits for ever where there is no memory for
+    one."""
+    if sys.version_info < (3, 12) and hasattr(os, "pidfd_open"):
+        try:
+            os.close(os.pidfd_open(os.getpid()))
+        except OSError:  # a kernel or a sandbox without it
+            return
+        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
 
 
 class EngineProcess:

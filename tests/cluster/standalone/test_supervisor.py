@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from cluster.standalone import supervisor
 from cluster.standalone.process_session import end_session, live_members
-from cluster.standalone.supervisor import EngineFailed, EngineProcess
+from cluster.standalone.supervisor import EngineFailed, EngineProcess, watch_children_without_threads
 from tests.support.tiny_model import write_tiny_checkpoint
 from workers.config import CacheConfig, EngineConfig, ParallelConfig
 from workers.config_json import engine_config_to_json
@@ -452,3 +453,25 @@ async def test_what_a_dead_child_has_started_is_gone_before_the_next_one_starts(
     assert second is not None
     await process.stop(0)
     assert live_members(second) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the kernel has no pidfd")
+def test_a_child_s_end_needs_no_thread() -> None:
+    """A gateway without memory for a thread must still see that an engine has ended, and start
+    another."""
+
+    async def threads_while_a_child_runs() -> tuple[list[str], int]:
+        process = await asyncio.create_subprocess_exec("cat", stdin=asyncio.subprocess.PIPE)
+        names = [thread.name for thread in threading.enumerate()]
+        await process.communicate(b"")
+        return names, await process.wait()
+
+    before = [thread.name for thread in threading.enumerate()]
+    watch_children_without_threads()
+    try:
+        names, code = asyncio.run(threads_while_a_child_runs())
+    finally:
+        if sys.version_info < (3, 12):
+            asyncio.set_child_watcher(None)
+    assert sorted(names) == sorted(before)
+    assert code == 0
