@@ -10,23 +10,26 @@ import pytest
 
 from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding, byte_alphabet
+from cluster.harmony.make_tokenizer import write_bpe_tokenizer
 from cluster.harmony.message import Message, MessageEnd
 from cluster.harmony.parse import HarmonyParser
 from cluster.harmony.turn_grammar import TurnGrammar, turn_limits
 from tests.cluster.harmony.random_turns import Grammars, RandomTurns, all_grammars
-from tests.support.gateway import VOCAB_SIZE, make_encoding
+from tests.support.gateway import VOCAB_SIZE
 
 MANY = 10_000
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tokenizer")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_bpe_tokenizer(folder, VOCAB_SIZE)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def encoding(folder: Path) -> HarmonyEncoding:
-    return make_encoding(folder)
+    return HarmonyEncoding.load(folder, VOCAB_SIZE)
 
 
 class Oracle:
