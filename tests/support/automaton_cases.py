@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kernels.automaton.layout import AutomatonRows
 from tests.support.automata import automata
+from tests.support.host_automaton import ConstraintState, allowed_in
 from workers.constraint.automaton import AutomatonState, ConstraintLimits, TokenAutomaton
 from workers.constraint.codec import Constraint
-from workers.constraint.state import AutomatonTables, ConstraintState
+from workers.constraint.state import AutomatonTables
 from workers.rank.automata import Automata
 from workers.rank.drafts import NO_DRAFT, DraftRows, kept_rows
 from workers.request import SamplingParams
@@ -140,9 +141,7 @@ class AutomatonSteps:
         sequence = self._sequences[slot].state
         if sequence is None:
             return set(range(VOCAB))
-        tables, state = sequence.tables, sequence.after(prefix).state
-        allowed = tables.allowed(state)
-        return set(range(VOCAB)) - set(tables.forbidden(state)) if allowed is None else set(allowed)
+        return allowed_in(sequence.tables, sequence.after(prefix).state, VOCAB)
 
 
 THINKS, ANSWERS, CUT, OVER = range(4)
@@ -197,8 +196,7 @@ def follow_limits(
         logits = torch.zeros(1 + count, VOCAB, device=device)
         mask(logits, automaton)
         for row, state in enumerate((THINKS if step < MAX_LENGTH else CUT, *states)):
-            allowed = tables.allowed(state)
-            wanted = set(range(40)) if allowed is None else set(allowed.tolist())
+            wanted = allowed_in(tables, state, VOCAB)
             assert set(logits[row].isfinite().nonzero()[:, 0].tolist()) == wanted, (drafts, sampled, row)
         tokens = [5, *sampled]
         advance(automaton, torch.tensor(tokens, device=device))

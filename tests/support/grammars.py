@@ -155,11 +155,9 @@ class PipelinedRank:
         if start.constraint is not None:
             tables = self._automata[start.constraint]
             place = tables.begin(tokens[start.num_prompt_tokens :], start.constraint_limits)
-            if (only := tables.allowed(place.state)) is not None:
-                allowed[:] = False
-                allowed[only] = True
-            else:
-                allowed[tables.forbidden(place.state)] = False
+            entry = tables.states[place.state]
+            allowed[:] = not entry.restrict
+            allowed[list(entry.allowed if entry.restrict else entry.forbidden)] = entry.restrict
             assert tables.states[place.state].HasField("grammar") == (bits is not None)
         if bits is not None:
             mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)

@@ -1,8 +1,9 @@
 """The state of a sequence in its automaton: transitions, limits, overflow."""
 
+from tests.support.host_automaton import ConstraintState
 from workers.constraint.automaton import NO_LIMITS, AutomatonState, ConstraintLimits, TokenAutomaton
 from workers.constraint.codec import encode
-from workers.constraint.state import AutomatonTables, ConstraintState
+from workers.constraint.state import AutomatonTables
 
 THINKS, ANSWERS, OVER = 0, 1, 2
 TABLES = AutomatonTables(

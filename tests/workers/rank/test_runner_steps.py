@@ -17,13 +17,14 @@ from kernels.automaton import reference as automaton_reference
 from kernels.sampling import SamplingBatch
 from kernels.sampling import reference as sampling_reference
 from tests.support import decode_plans
+from tests.support.host_automaton import ConstraintState, allowed_in
 from tests.support.model_steps import PagedSequences
 from tests.support.thread_ranks import on_ranks
 from tests.support.tiny_model import TINY, write_tiny_checkpoint
 from workers.config import BLOCK_SIZE, ParallelConfig
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.constraint.codec import Constraint
-from workers.constraint.state import AutomatonTables, ConstraintState
+from workers.constraint.state import AutomatonTables
 from workers.model.checkpoint import load_model
 from workers.model.gpt_oss import GptOss
 from workers.parallel.collectives import Alone, Collectives
@@ -496,12 +497,7 @@ def test_a_step_waits_for_the_one_before_only_if_the_host_needs_its_tokens(
     if "constraint" in change:
         state = ConstraintState(AutomatonTables(constraint.body), ())
         for token in found:
-            allowed = state.tables.allowed(state.place.state)
-            assert (
-                token not in state.tables.forbidden(state.place.state)
-                if allowed is None
-                else token in allowed
-            )
+            assert token in allowed_in(state.tables, state.place.state, TINY.vocab_size)
             state.push(token)
 
 
