@@ -6,6 +6,7 @@ import logging
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,8 @@ from workers.constraint.codec import Constraint
 from workers.constraint.compiler import GrammarCompiler, PreparedConstraint
 from workers.constraint.grammar import GrammarTokenizer
 from workers.constraint.tables import HostTables
+from workers.engine import llm as llm_module
+from workers.engine import server
 from workers.engine.engine import Engine
 from workers.engine.grammars import GrammarSteps
 from workers.engine.llm import LLM, SamplingParams
@@ -374,3 +377,23 @@ def test_an_engine_loads_it_when_it_is_set_to(checkpoint: Path, load: Literal["s
         assert (engine._compiler.tokenizer is not None) == (load == "start")
     finally:
         engine.shutdown()
+
+
+async def test_a_request_waits_for_its_grammar_for_a_bounded_time(
+    llm: LLM, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over gRPC and offline; the compilation goes on for others."""
+    never: Future[PreparedConstraint] = Future()
+    monkeypatch.setattr(llm.engine._compiler, "prepare", lambda constraint: never)
+    monkeypatch.setattr(server, "COMPILE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(llm_module, "COMPILE_TIMEOUT_S", 0.01)
+    servicer = server.EngineServicer.__new__(server.EngineServicer)
+    servicer._engine = llm.engine
+    (request,) = requests_of(checkpoint, 1)
+    with pytest.raises(InvalidRequest, match="took longer than"):
+        await servicer._prepared(request)
+    assert not never.cancelled()
+    automaton = text_automaton(checkpoint, schema_grammar(SCHEMA))
+    with pytest.raises(InvalidRequest, match="took longer than"):
+        llm.generate([[1]], SAMPLING, constraints=automaton, use_tqdm=False)
+    assert await servicer._prepared(replace(request, constraint=None)) is None
