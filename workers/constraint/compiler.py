@@ -244,6 +244,9 @@ class GrammarCompiler:
         try:
             matcher = tokenizer.compile(grammar)
         except BaseException as error:
+            if not isinstance(error, InvalidRequest):  # as when memory runs out: it may go well later
+                with self._lock:
+                    self._compiled.drop(key)
             mine.set_exception(error)
             self._observe(time.perf_counter() - started, False)
             raise

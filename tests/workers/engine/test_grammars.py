@@ -317,6 +317,23 @@ def test_a_grammar_is_compiled_once_whatever_the_automaton(checkpoint: Path) -> 
     compiler.close()
 
 
+def test_a_failure_that_is_not_the_grammars_is_not_kept(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = GrammarCompiler(checkpoint, VOCAB_SIZE, GrammarConfig())
+    constraint = Constraint.of(text_automaton(checkpoint, schema_grammar(SCHEMA)))
+
+    def no_memory(*arguments: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GrammarTokenizer, "compile", no_memory)
+        with pytest.raises(MemoryError):
+            compiler.prepare(constraint).result(WAIT_S)
+    assert compiler.prepare(constraint).result(WAIT_S).matchers
+    compiler.close()
+
+
 def test_compiled_grammars_are_kept_within_the_bound(checkpoint: Path) -> None:
     compiler = GrammarCompiler(checkpoint, VOCAB_SIZE, GrammarConfig(cache_bytes=3 << 20))
     constraints = [
