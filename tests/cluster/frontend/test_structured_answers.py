@@ -1,4 +1,4 @@
-"""Answers of a real engine with random weights over HTTP and gRPC: whatever the model is, what it
+"""Answers of a real engine with random weights over HTTP: whatever the model is, what it
 writes is valid against the schema that the request has."""
 
 import asyncio
