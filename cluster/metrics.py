@@ -109,8 +109,8 @@ class GatewayMetrics:
         )
         self.schema_fallbacks = counter(
             "cantata_gateway_schema_fallbacks",
-            "Tools whose schema did not compile, so that their arguments may be any JSON object; counted "
-            "once for each set of tools.",
+            "Tools whose schema could not be enforced, so that their arguments have its types alone or may "
+            "be any JSON object; counted once for each set of tools.",
         )
         self.constraints_left_out = counter(
             "cantata_gateway_constraints_left_out",

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from cluster.generation.prompts import Prompts
 from cluster.generation.requests import ChatRequest, Structure
-from cluster.generation.turn_rules import WantedTurn, bounded, promise, wanted_turn
+from cluster.generation.turn_rules import WantedBody, WantedTurn, bounded, promise, wanted_turn
 from cluster.grammars.check import GrammarChecker
 from cluster.grammars.grammar import json_object
 from cluster.harmony.automaton import TurnAutomata
@@ -155,19 +155,31 @@ class Constraints:
             await self._checker.check(wanted.structure.grammar, wanted.structure.param)
         bodies: list[ToolBody] = []
         for tool in wanted.bodies:
-            body = tool.body
-            if body.arguments is not None:
-                try:
-                    await self._checker.check(body.arguments, tool.param)
-                except (InvalidRequest, Overloaded) as error:
-                    if tool.promised:
-                        raise
-                    settled = settled and not isinstance(error, Overloaded)
-                    self._metrics.schema_fallbacks.inc()
-                    body = replace(body, arguments=json_object())
+            body, checked = await self._compiling_body(tool)
+            settled = settled and checked
             bodies.append(body)
         promised = {tool.body.name for tool in wanted.bodies if tool.promised}
         return bounded(wanted.grammar(bodies), promised), settled
+
+    async def _compiling_body(self, tool: WantedBody) -> tuple[ToolBody, bool]:
+        """Return a body that compiles, and whether it would be the same again."""
+        if tool.body.arguments is None:
+            return tool.body, True
+        found, settled = json_object(), True
+        for grammar in (tool.body.arguments, *tool.looser):
+            try:
+                await self._checker.check(grammar, tool.param)
+            except (InvalidRequest, Overloaded) as error:
+                if tool.promised:
+                    raise
+                if isinstance(error, Overloaded):
+                    settled = False
+                    break
+            else:
+                found = grammar
+                break
+        self._metrics.schema_fallbacks.inc(tool.fell_back or found != tool.body.arguments)
+        return replace(tool.body, arguments=found), settled
 
     async def _encoded(self, make: Callable[[], TokenAutomaton]) -> Constraint:
         loop = asyncio.get_running_loop()

@@ -23,13 +23,17 @@ class WantedBody:
 
     Attributes:
         param: what its grammar comes from, as the client's API names it.
-        promised: the client asked for this grammar; else it is a default, which may be replaced by
-            one that compiles.
+        promised: the client asked for this grammar; else it is a default, and any JSON object takes
+            its place if it does not compile.
+        looser: grammars to try before that, the strictest first.
+        fell_back: the body's own is such a one, as a stricter one could not be made.
     """
 
     body: ToolBody
     param: str
     promised: bool
+    looser: tuple[Grammar, ...] = ()
+    fell_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,8 @@ class WantedTurn:
 
     def key(self) -> Hashable:
         """Return what decides which automaton is made."""
-        return self.grammar(tool.body for tool in self.bodies), tuple(tool.promised for tool in self.bodies)
+        rest = tuple((tool.promised, tool.looser) for tool in self.bodies)
+        return self.grammar(tool.body for tool in self.bodies), rest
 
     def num_chars(self) -> int:
         """Return the number of characters of the grammars."""
@@ -184,12 +189,27 @@ def _body(tool: ToolDefinition, place: str, arguments: ToolArguments, *, forced:
         param = f"{place}.custom.format.grammar.definition"
         return WantedBody(ToolBody(tool.name, tool.text.grammar, "text"), param, promised=True)
     param = f"{place}.function.parameters"
-    promised = forced or tool.strict
-    if promised:
-        schema = NO_ARGUMENTS if tool.parameters is None else tool.parameters
-        grammar: Grammar | None = grammars.json_schema(schema, param)
-    elif arguments == "schema_types":
-        grammar = grammars.schema_types(tool.parameters or {})
-    else:
-        grammar = grammars.json_object() if arguments == "json" else None
-    return WantedBody(ToolBody(tool.name, grammar), param, promised)
+    if tool.strict:
+        return WantedBody(ToolBody(tool.name, _arguments(tool, param)), param, promised=True)
+    if not forced and arguments == "free":
+        return WantedBody(ToolBody(tool.name), param, promised=False)
+    types = forced or arguments == "schema_types"
+    options = [grammars.schema_types(tool.parameters or {}) if types else grammars.json_object()]
+    fell_back = False
+    if forced:
+        try:
+            options.insert(0, _arguments(tool, param))
+        except InvalidRequest:
+            fell_back = True
+    body, looser = ToolBody(tool.name, options[0]), tuple(options[1:])
+    return WantedBody(body, param, promised=False, looser=looser, fell_back=fell_back)
+
+
+def _arguments(tool: ToolDefinition, param: str) -> Grammar:
+    """Return the grammar of a function's arguments, which are an object whatever the schema says.
+
+    Raises:
+        InvalidRequest: the schema is none.
+    """
+    schema = NO_ARGUMENTS if tool.parameters is None else {**tool.parameters, "type": "object"}
+    return grammars.json_schema(schema, param)

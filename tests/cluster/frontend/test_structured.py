@@ -8,11 +8,13 @@ from typing import Any
 
 import openai
 import pytest
+from llguidance import LLMatcher
 from pydantic import BaseModel
 
 from cluster.generation import Capacity, ChatDefaults
 from cluster.generation.turn_rules import WantedTurn, wanted_turn
 from cluster.grammars import grammar as grammars
+from cluster.grammars.byte_tokenizer import byte_tokenizer
 from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.turn_grammar import ToolBody, TurnGrammar, turn_limits
@@ -181,8 +183,8 @@ async def test_arguments_of_other_tools_follow_the_setting(
 async def test_a_schema_that_does_not_compile_is_refused_where_it_is_promised(
     gateway: Gateway, engine: FakeEngine
 ) -> None:
-    named = {"type": "function", "function": {"name": "move"}}
-    error = await refused(gateway, tools=[LOOK, MOVE], tool_choice=named)
+    strict = {"type": "function", "function": {**MOVE["function"], "strict": True}}
+    error = await refused(gateway, tools=[LOOK, strict], tool_choice="required")
     assert error["param"].startswith("tools[1].function.parameters")
     assert "(?=a)" not in error["message"]
     shape = {"type": "json_schema", "json_schema": {"name": "a", "schema": NESTED}}
@@ -195,6 +197,62 @@ async def test_a_schema_that_does_not_compile_is_refused_where_it_is_promised(
     error = await refused(gateway, tools=[forbidding])
     assert error["param"].startswith("tools[0].function.parameters")
     assert not engine.requests
+
+
+NOT_ENFORCED: list[dict[str, Any]] = [
+    {"properties": {"a": {"type": "object", "propertyNames": {"pattern": "a"}}}},
+    {"properties": {"a": {"type": "string", "pattern": "(?=a)"}}},
+    {"properties": {"a": {"type": "array", "uniqueItems": True}}},
+    {"properties": []},
+    {"properties": {"a": {"type": "string"}}, "required": None, "minProperties": "a"},
+    {"properties": {"a": {"not": {"type": "string"}}}},
+    {"properties": {"a": {"$ref": "https://example.com/schema"}}},
+    {"properties": {"a": {"type": "string"}}, "$comment": 2**20 * "a"},  # too long
+]
+
+
+async def test_a_forced_tool_that_is_not_strict_has_what_can_be_enforced(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
+    """As agent libraries send all their tools with `required`."""
+    fallbacks = gateway.service.metrics.schema_fallbacks._value
+    for schema in NOT_ENFORCED:
+        before = fallbacks.get()
+        other = {"type": "function", "function": {"name": "other", "parameters": schema}}
+        for choice in ("required", {"type": "function", "function": {"name": "other"}}):
+            request = await asked(gateway, engine, tools=[LOOK, other], tool_choice=choice)
+            bodies = (
+                ToolBody("look_up", grammars.json_schema(POINT, "")),
+                ToolBody("other", grammars.schema_types(schema)),
+            )
+            found = TurnGrammar(bodies if choice == "required" else bodies[1:], "required")
+            assert request.constraint == expected(gateway, encoding, found), (schema, choice)
+        assert fallbacks.get() == before + 2
+    strict = {"type": "function", "function": {"name": "f", "parameters": NOT_ENFORCED[-1], "strict": True}}
+    assert (await refused(gateway, tools=[strict]))["param"] == "tools[0].function.parameters"
+
+
+async def test_arguments_that_are_enforced_are_an_object(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
+) -> None:
+    tokenizer = byte_tokenizer()
+    node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "required": ["next"]}
+    for schema in (
+        {},
+        {"properties": {"x": {"type": "integer"}}, "required": ["x"]},
+        {"type": ["object", "null"]},
+        {"type": None, "anyOf": [POINT, {"type": "string"}]},
+        {"$defs": {"node": {"anyOf": [node, {"type": "null"}]}}, "$ref": "#/$defs/node"},
+    ):
+        for extra, choice in (({"strict": True}, "auto"), ({}, "required")):
+            function = {"name": "f", "parameters": schema, **extra}
+            tools = [{"type": "function", "function": function}]
+            request = await asked(gateway, engine, tools=tools, tool_choice=choice)
+            assert request.constraint is not None
+            (text,) = decode(request.constraint.body).grammars
+            assert text == grammars.json_schema({**schema, "type": "object"}, "").text
+            first = LLMatcher(tokenizer, text).compute_bitmask()
+            assert [i for i in range(256) if first[i // 8] >> i % 8 & 1] == [ord("{")], schema
 
 
 async def test_a_custom_tool_is_called_with_text(
