@@ -73,6 +73,11 @@ class Overloaded(CantataError):
         self.retry_after_s = retry_after_s
 
 
+class ConstraintNotReady(Overloaded):
+    """The engine had no room or no time to prepare the request's constraint, because of its load or
+    of a grammar that is slow to compile."""
+
+
 class DeadlineExceeded(CantataError):
     """The request's deadline passed before its last token."""
 

@@ -3,9 +3,11 @@
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import NoReturn, TypedDict
 
@@ -16,6 +18,7 @@ from cluster.fleet.table import Replica
 from workers.engine.access import authorization
 from workers.errors import (
     CantataError,
+    ConstraintNotReady,
     DeadlineExceeded,
     EngineDead,
     InvalidRequest,
@@ -77,7 +80,7 @@ class EngineClient:
     Attributes:
         on_constraint_left_out: called when a sequence runs without its optional constraint: with
             `engine_version` because the replica's version lacks what that needs, with `engine`
-            because the replica refused it.
+            because the replica refused it, had it not ready in time, or could not go on with it.
     """
 
     def __init__(
@@ -113,20 +116,28 @@ class EngineClient:
                 raise NoReplica(f"The replica's version does not support {', '.join(sorted(missing))}.")
             self.on_constraint_left_out("engine_version")
             request = convert.without_constraint(request)
-        try:
+        if not optional or request.constraint is None:
             async with aclosing(self._generate(replica, request, capabilities)) as outputs:
                 async for output in outputs:
                     yield output
             return
+        sent = _Progress(request)
+        try:
+            async with aclosing(self._generate(replica, request, capabilities)) as outputs:
+                async for output in outputs:
+                    sent.add(output)
+                    yield output
+            return
         except InvalidRequest as error:
-            # Such a refusal comes before the first token.
-            if not optional or (error.param or "").partition(".")[0] != "constraint":
+            # Before the first token, or where a text cannot go on.
+            if (error.param or "").partition(".")[0] != "constraint":
                 raise
+        except ConstraintNotReady:
+            pass
         self.on_constraint_left_out("engine")
-        request = convert.without_constraint(request)
-        async with aclosing(self._generate(replica, request, capabilities)) as outputs:
+        async with aclosing(self._generate(replica, sent.rest(), capabilities)) as outputs:
             async for output in outputs:
-                yield output
+                yield sent.unsent(output)
 
     async def _generate(
         self, replica: Replica, request: EngineRequest, capabilities: frozenset[str]
@@ -253,6 +264,48 @@ class EngineClient:
                 replica.address, options=_CHANNEL_OPTIONS
             )
         return engine_pb2_grpc.EngineStub(channel)
+
+
+class _Progress:
+    """What the reader of a sequence has got, for a second call that goes on from there without the
+    constraint."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        self._request = request
+        self._started_s = time.monotonic()
+        self._token_ids: list[int] = []
+        self._num_prompt_logprobs = 0
+
+    def add(self, output: EngineOutput) -> None:
+        self._token_ids += output.token_ids
+        self._num_prompt_logprobs += len(output.prompt_logprobs)
+
+    def rest(self) -> EngineRequest:
+        """Return the request of the rest of the sequence, within what is left of its deadline.
+
+        Raises:
+            DeadlineExceeded: nothing is left.
+        """
+        request = convert.without_constraint(self._request)
+        left_s = request.deadline_s
+        if left_s is not None:
+            left_s -= time.monotonic() - self._started_s
+            if left_s <= 0:
+                raise DeadlineExceeded("The request's deadline passed before its last token.")
+        output_token_ids = (*request.output_token_ids, *self._token_ids)
+        return replace(request, output_token_ids=output_token_ids, deadline_s=left_s)
+
+    def unsent(self, output: EngineOutput) -> EngineOutput:
+        """Return an output of the second call without what came with the first: the prompt's
+        log-probabilities, and the number of cached tokens, which now would count the output's."""
+        num_again = min(self._num_prompt_logprobs, len(output.prompt_logprobs))
+        self._num_prompt_logprobs -= num_again
+        num_cached_tokens = 0 if self._token_ids else output.num_cached_tokens
+        return replace(
+            output,
+            prompt_logprobs=output.prompt_logprobs[num_again:],
+            num_cached_tokens=num_cached_tokens,
+        )
 
 
 @contextmanager

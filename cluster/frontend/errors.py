@@ -71,6 +71,7 @@ TABLE: dict[type[errors.CantataError], Row] = {
     errors.UnknownAutomaton: Row(500, "server_error", "internal_error"),
     errors.ModelNotFound: Row(404, "invalid_request_error", "model_not_found"),
     errors.Overloaded: Row(429, "rate_limit_error", "overloaded"),
+    errors.ConstraintNotReady: Row(429, "rate_limit_error", "overloaded"),
     errors.DeadlineExceeded: Row(504, "timeout_error", "deadline_exceeded"),
     errors.Cancelled: Row(499, "client_closed_request", "cancelled"),
     errors.EngineDead: Row(503, "server_error", "engine_unavailable"),

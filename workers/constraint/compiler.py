@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from workers.config import GrammarConfig
 from workers.constraint.codec import Constraint
 from workers.constraint.tables import MAX_FORCED, HostTables
-from workers.errors import CantataError, ConfigError, InvalidRequest, Overloaded
+from workers.errors import CantataError, ConfigError, ConstraintNotReady, InvalidRequest, Overloaded
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -29,10 +29,7 @@ logger = logging.getLogger(__name__)
 COMPILE_TIMEOUT_S = 10.0
 """Maximum seconds that a request waits for its constraint. A compilation cannot be interrupted, so
 it may go on for others."""
-TOO_SLOW = (
-    f"the grammar took longer than {COMPILE_TIMEOUT_S:g} s to compile; make it simpler, or retry if the "
-    f"server is overloaded"
-)
+TOO_SLOW = f"the grammar was not ready within {COMPILE_TIMEOUT_S:g} s; retry, or make it simpler"
 NUM_THREADS = 2
 MAX_QUEUED = 256
 """Maximum number of constraints that wait for a thread; a request beyond it is refused."""
@@ -166,7 +163,8 @@ class GrammarCompiler:
 
         Raises (the future):
             InvalidRequest: llguidance refuses a grammar.
-            Overloaded: too many wait for compilation.
+            ConstraintNotReady: too many wait for compilation.
+            Overloaded: the engine is shutting down.
         """
         with self._lock:
             found = self._prepared.get(constraint.id)
@@ -180,7 +178,7 @@ class GrammarCompiler:
                 self._jobs.put_nowait(lambda: self._prepare(constraint, future))
             except queue.Full:
                 future.set_exception(
-                    Overloaded(f"{MAX_QUEUED} constraints wait for compilation; retry after 1 s")
+                    ConstraintNotReady(f"{MAX_QUEUED} constraints wait for compilation; retry after 1 s")
                 )
                 return future
             self._prepared.add(constraint.id, future, _BYTES_PER_BODY_BYTE * len(constraint.body))

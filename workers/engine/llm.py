@@ -33,7 +33,7 @@ from workers.cores import engine_threads
 from workers.engine.engine import Engine
 from workers.engine.progress import StartUpProgress
 from workers.engine.stream import OutputStream, ThreadReader
-from workers.errors import CheckpointError, EngineDead, InvalidRequest
+from workers.errors import CheckpointError, ConstraintNotReady, EngineDead, InvalidRequest
 from workers.executor.base import Executor
 from workers.executor.local import local_executor
 from workers.model_config import load_model_config
@@ -290,6 +290,7 @@ class LLM:
 
         Raises:
             InvalidRequest: an automaton or a grammar is refused.
+            ConstraintNotReady: a grammar takes too long to compile.
         """
         if not isinstance(constraints, Sequence):
             constraints = [constraints] * num_prompts
@@ -303,7 +304,7 @@ class LLM:
             try:
                 ready[key] = constraint, self.engine.prepare(constraint).result(COMPILE_TIMEOUT_S)
             except TimeoutError:
-                raise InvalidRequest(TOO_SLOW, "constraints") from None
+                raise ConstraintNotReady(TOO_SLOW) from None
         return [ready[None if automaton is None else id(automaton)] for automaton in constraints]
 
     def _choices(

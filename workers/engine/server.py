@@ -24,7 +24,7 @@ from workers.constraint.registry import KnownAutomata
 from workers.engine.access import SecretInterceptor, check_address, close_to_others
 from workers.engine.engine import Engine
 from workers.engine.stream import AsyncReader
-from workers.errors import CantataError, ConfigError, DeadlineExceeded, InvalidRequest
+from workers.errors import CantataError, ConfigError, ConstraintNotReady, DeadlineExceeded, InvalidRequest
 from workers.executor.base import Executor, ExecutorInfo
 from workers.executor.local import local_executor
 from workers.metrics import EngineMetrics, MetricsServer
@@ -258,7 +258,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         """Return the request's constraint ready to run; None if it has none.
 
         Raises:
-            InvalidRequest: a grammar is refused, or takes too long to compile.
+            InvalidRequest: a grammar is refused.
+            ConstraintNotReady: it waits too long for compilation, or takes too long to compile.
         """
         if request.constraint is None:
             return None
@@ -269,7 +270,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             # Others may wait for the same one: a caller that leaves does not cancel it.
             return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), COMPILE_TIMEOUT_S)
         except TimeoutError:
-            raise InvalidRequest(TOO_SLOW, "constraint.grammars") from None
+            raise ConstraintNotReady(TOO_SLOW) from None
 
     def _request(self, message: pb.GenerateRequest, time_remaining_s: float | None) -> EngineRequest:
         if time_remaining_s is not None and time_remaining_s <= 0:

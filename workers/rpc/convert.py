@@ -364,6 +364,7 @@ _CLASS_BY_NAME: dict[str, type[errors.CantataError]] = {
         errors.ContextLengthExceeded,
         errors.ModelNotFound,
         errors.Overloaded,
+        errors.ConstraintNotReady,
         errors.DeadlineExceeded,
         errors.Cancelled,
         errors.EngineDead,

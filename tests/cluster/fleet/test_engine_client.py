@@ -2,20 +2,21 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
 
-from cluster.fleet.client import EngineClient
+from cluster.fleet.client import EngineClient, _Progress
 from cluster.fleet.table import Replica
 from tests.support.fake_engine import FakeEngine, Script
 from workers import errors
 from workers.constraint.automaton import AutomatonState, TokenAutomaton
 from workers.constraint.codec import Constraint
 from workers.constraint.registry import KnownAutomata
-from workers.request import EngineOutput, EngineRequest, SamplingParams
+from workers.request import EngineOutput, EngineRequest, SamplingParams, TokenLogprobs
 
 REQUEST = EngineRequest("r1", (5, 6), SamplingParams(seed=1, logprobs=1, stop_token_ids=(9,)))
 
@@ -56,6 +57,7 @@ async def test_outputs_arrive_as_they_were_sent(client: EngineClient, engine: Fa
         errors.InvalidRequest("top_k is odd", "top_k"),
         errors.ContextLengthExceeded("too long", "prompt"),
         errors.Overloaded("full", 7.0),
+        errors.ConstraintNotReady("queued", 7.0),
         errors.DeadlineExceeded("late"),
         errors.EngineDead("dead"),
         errors.CantataError("broken"),
@@ -119,6 +121,75 @@ async def test_an_older_engine_is_sent_the_whole_automaton_each_time(
         await read(client, engine, CONSTRAINED)
     assert refs(engine) == [(False, False)] * 2
     assert [request.constraint for request in engine.requests] == [CONSTRAINT] * 2
+
+
+REFUSED = errors.InvalidRequest("the grammar was refused", "constraint.grammars")
+OPTIONAL = replace(CONSTRAINED, constraint=replace(CONSTRAINT, optional=True), deadline_s=60.0)
+
+
+@pytest.mark.parametrize("error", [REFUSED, errors.ConstraintNotReady("queued")])
+async def test_an_optional_constraint_that_is_not_ready_is_left_out(
+    client: EngineClient, engine: FakeEngine, error: errors.CantataError
+) -> None:
+    reasons: list[str] = []
+    client.on_constraint_left_out = reasons.append
+    engine.answer = lambda request: Script([7, 9], refusal=error if request.constraint else None)
+    assert [output.token_ids for output in await read(client, engine, OPTIONAL)] == [(7,), (9,)]
+    assert reasons == ["engine"]
+    assert engine.requests[-1].output_token_ids == ()
+    with pytest.raises(type(error)):
+        await read(client, engine, CONSTRAINED)
+
+
+async def test_a_full_engine_is_not_asked_again_without_the_constraint(
+    client: EngineClient, engine: FakeEngine
+) -> None:
+    engine.answer = lambda request: Script(refusal=errors.Overloaded("full"))
+    with pytest.raises(errors.Overloaded):
+        await read(client, engine, OPTIONAL)
+    assert len(engine.requests) == 1
+
+
+async def test_an_optional_constraint_that_fails_in_a_text_repeats_no_token(
+    client: EngineClient, engine: FakeEngine
+) -> None:
+    """The sequence goes on from the tokens that the reader has."""
+    failure = errors.InvalidRequest("the output's grammar failed", "constraint")
+
+    def answer(request: EngineRequest) -> Script:
+        if request.constraint is not None:
+            return Script([7, 8, 9], break_after=2, failure=failure, num_cached_tokens=3)
+        return Script([6, 9], num_cached_tokens=5)
+
+    engine.answer = answer
+    known = replace(OPTIONAL, output_token_ids=(4,))
+    outputs = await read(client, engine, known)
+    assert [output.token_ids for output in outputs] == [(7,), (8,), (6,), (9,)]
+    assert [output.num_cached_tokens for output in outputs] == [3, 0, 0, 0]
+    assert outputs[-1].finish_reason == "stop"
+    first, second = engine.requests
+    assert (first.output_token_ids, second.output_token_ids) == ((4,), (4, 7, 8))
+    assert (second.constraint, second.sampling) == (None, first.sampling)
+
+
+def test_what_a_reader_has_is_not_sent_again() -> None:
+    progress = _Progress(OPTIONAL)
+    first, second = TokenLogprobs(-1.0), TokenLogprobs(-2.0)
+    progress.add(EngineOutput(prompt_logprobs=(first,)))
+    later = EngineOutput((7,), prompt_logprobs=(first, second), num_cached_tokens=2)
+    assert progress.unsent(later) == replace(later, prompt_logprobs=(second,))
+    assert progress.unsent(later) == later, "only as many as came"
+
+
+def test_the_rest_of_a_sequence_has_the_rest_of_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    progress = _Progress(OPTIONAL)
+    now = 145.0
+    assert progress.rest().deadline_s == 15.0
+    now = 160.0
+    with pytest.raises(errors.DeadlineExceeded):
+        progress.rest()
 
 
 @pytest.mark.parametrize(

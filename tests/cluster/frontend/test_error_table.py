@@ -24,6 +24,7 @@ STATUSES = {
     "UnknownAutomaton": 500,
     "ModelNotFound": 404,
     "Overloaded": 429,
+    "ConstraintNotReady": 429,
     "DeadlineExceeded": 504,
     "Cancelled": 499,
     "EngineDead": 503,

@@ -38,7 +38,7 @@ from workers.engine.grammars import GrammarSteps
 from workers.engine.llm import LLM, SamplingParams
 from workers.engine.masks import MaskThread
 from workers.engine.stream import ThreadReader
-from workers.errors import InvalidRequest
+from workers.errors import ConstraintNotReady, InvalidRequest
 from workers.executor.inline import InlineExecutor
 from workers.model_config import load_model_config
 from workers.request import EngineOutput, EngineRequest
@@ -407,10 +407,10 @@ async def test_a_request_waits_for_its_grammar_for_a_bounded_time(
     servicer = server.EngineServicer.__new__(server.EngineServicer)
     servicer._engine = llm.engine
     (request,) = requests_of(checkpoint, 1)
-    with pytest.raises(InvalidRequest, match="took longer than"):
+    with pytest.raises(ConstraintNotReady, match="not ready within"):
         await servicer._prepared(request)
     assert not never.cancelled()
     automaton = text_automaton(checkpoint, schema_grammar(SCHEMA))
-    with pytest.raises(InvalidRequest, match="took longer than"):
+    with pytest.raises(ConstraintNotReady, match="not ready within"):
         llm.generate([[1]], SAMPLING, constraints=automaton, use_tqdm=False)
     assert await servicer._prepared(replace(request, constraint=None)) is None
