@@ -135,19 +135,25 @@ def lark(text: object, param: str) -> Grammar:
         InvalidRequest: it is no text, too long, or names tokens of the vocabulary.
     """
     text = _checked_text(text, param)
-    for found in _LARK_PARTS.finditer(text):
-        if reason := _UNSUPPORTED.get(str(found.lastgroup)):
-            raise InvalidRequest(f"{param} has {found[0]!r}: {reason}", param)
+    if found := _UNSUPPORTED_PART.match(text):
+        part, reason = found[str(found.lastgroup)], _UNSUPPORTED[str(found.lastgroup)]
+        raise InvalidRequest(f"{param} has {part!r}: {reason}", param)
     return _of_lark(text, param)
 
 
-_LARK_PARTS = re.compile(
-    r"""
-      "(?:\\.|[^"\\\n])*"                 # a string
-    | /(?![/*])(?:\\.|[^/\\\n])+/         # a regular expression
-    | //[^\n]* | \#[^\n]*                 # a comment
-    | (?P<token><[^>\n]*>)
-    | (?P<option>\b(?:max_tokens|temperature|stop|stop_capture)\s*=)
+_OPTION = r"\b(?:max_tokens|temperature|stop|stop_capture)(?=\s*+=)"
+# A grammar up to the first part that is not supported, divided as llguidance's lexer does. No part
+# gives back what it has read, even if its end is missing (which llguidance refuses): the time is in
+# proportion to the text.
+_UNSUPPORTED_PART = re.compile(
+    rf"""
+    (?: "[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"?      # a string
+      | //[^\n]*+ | \#[^\n]*+                # a comment
+      | /[^/\\]*+(?:\\.[^/\\]*+)*+/?          # a regular expression, of one or more lines
+      | [^"/\#<mst]++
+      | (?!{_OPTION})[mst]
+    )*+
+    (?: (?P<token><[^<>\s]{{0,64}}>?) | (?P<option>{_OPTION}) )
     """,
     re.VERBOSE,
 )
@@ -186,6 +192,10 @@ def _of_document(grammar: dict[str, object]) -> Grammar:
 def _checked_text(text: object, param: str) -> str:
     if not isinstance(text, str):
         raise InvalidRequest(f"{param} must be a text.", param)
+    if len(text) > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(
+            f"{param} has {len(text)} characters; the maximum is {MAX_GRAMMAR_BYTES} bytes as JSON.", param
+        )
     if not text.isascii():
         try:
             text.encode()
@@ -195,10 +205,8 @@ def _checked_text(text: object, param: str) -> str:
 
 
 def _in_slashes(pattern: str) -> str:
-    """Return a regular expression as it stands between slashes in Lark."""
-    return re.sub(
-        r"\\(.)|[/\n]",
-        lambda found: {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}.get(found[0], found[0]),
-        pattern,
-        flags=re.DOTALL,
-    )
+    """Return a regular expression, without lone surrogates, as it stands between slashes in
+    Lark."""
+    pattern = pattern.replace("\\\\", "\ud800")  # a backslash that escapes the next one is no other's
+    pattern = pattern.replace("\\/", "/").replace("\\\n", "\n")
+    return pattern.replace("/", "\\/").replace("\n", "\\n").replace("\ud800", "\\\\")

@@ -1,6 +1,8 @@
 """Grammars have the texts that a client asked for, and no others."""
 
+import contextlib
 import json
+import time
 
 import pytest
 
@@ -163,6 +165,9 @@ def test_a_lark_grammar() -> None:
         "start: <[*]>",
         'start: "a"\nb[max_tokens=3]: /a/',
         'a[stop = ""]: /b/',
+        'start: /a\n"/ <[97]> "b"',
+        'start: "a" /* b "*/ <[97]> "',
+        'start: "a\\\\" <[97]> "b"',
     ],
 )
 def test_what_is_about_tokens_is_no_part_of_a_lark_grammar(text: str) -> None:
@@ -176,6 +181,26 @@ def test_what_is_no_text_is_refused(make: object, text: object) -> None:
     assert callable(make)
     with pytest.raises(InvalidRequest, match=r"^t "):
         make(text, "t")
+
+
+UNCLOSED = ["<", "</", '"\\"', '\\"', "/\\", "/a", '"/', '/\n"', "stop ", "#/", "\\", "\n", "\\/"]
+
+
+@pytest.mark.parametrize("start", ["", '"', "/", "<", "stop"])
+@pytest.mark.parametrize("part", UNCLOSED)
+def test_the_time_for_a_lark_grammar_or_regex_is_in_proportion_to_its_length(part: str, start: str) -> None:
+    text = start + part * (2**18 // len(part))
+    began_s = time.process_time()
+    for make in (lark, regex):
+        with contextlib.suppress(InvalidRequest):
+            make(text, "t")
+    # A twentieth of a second; minutes if each opening character reads up to the end.
+    assert time.process_time() - began_s < 5
+
+
+def test_what_is_too_long_is_not_read() -> None:
+    with pytest.raises(InvalidRequest, match=r"^t has \d+ characters; the maximum is"):
+        lark("<" * (MAX_GRAMMAR_BYTES + 1), "t")
 
 
 def test_grammars_are_equal_by_text() -> None:
