@@ -87,7 +87,9 @@ class Constraints:
         """Return the constraint of a chat whose tools were checked; None if it has none.
 
         What the client did not ask for is left out where it cannot be made: such a constraint is
-        `optional`. Text that goes on after the end of a turn (`ignore_eos`) has none.
+        `optional`. Text that goes on after the end of a turn (`ignore_eos`) has none, nor have by
+        default turns of certain tokens (`allowed_token_ids`), which are often one token without a
+        header.
 
         Raises:
             InvalidRequest: a grammar that the client asked for does not compile; the names of the
@@ -95,7 +97,9 @@ class Constraints:
         """
         mode = request.harmony_constraint or self._prompts.defaults.harmony_constraint
         promised = promise(request) is not None
-        if not promised and (mode == "off" or request.sampling.ignore_eos):
+        sampling = request.sampling
+        bare = bool(sampling.allowed_token_ids) and request.harmony_constraint is None
+        if not promised and (mode == "off" or sampling.ignore_eos or bare):
             return None
         defaults, size = self._prompts.defaults, request.num_bytes if request.tools else 0
         wanted = await self._prompts.threads.run(size, lambda: wanted_turn(request, defaults))

@@ -70,6 +70,17 @@ async def test_what_goes_on_after_a_turns_end_has_none(gateway: Gateway, engine:
     assert await constraint_of(gateway, engine, {"ignore_eos": True}) is None
 
 
+async def test_turns_of_certain_tokens_have_one_only_if_it_is_asked_for(
+    gateway: Gateway, engine: FakeEngine
+) -> None:
+    """Classification takes one token of a few, without a header."""
+    tokens = {"allowed_token_ids": [65, 66], "max_tokens": 1}
+    assert await constraint_of(gateway, engine, tokens) is None
+    plain = await constraint_of(gateway, engine, {})
+    assert await constraint_of(gateway, engine, tokens | ON) == plain
+    assert await constraint_of(gateway, engine, tokens | {"guided_regex": "A|B"}) not in (None, plain)
+
+
 async def test_completions_have_none(gateway: Gateway, engine: FakeEngine) -> None:
     await gateway.client.completions.create(model=gateway.service.served.info.id, prompt="a")
     assert engine.requests[-1].constraint is None
