@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
+from typing import NamedTuple
 
 import msgpack
 import numpy as np
@@ -49,6 +50,14 @@ _POLL_S = 0.5
 _ALIVE_S = 1.0
 """Seconds between two heartbeats to listening ranks. A rank that receives none for long considers
 its engine lost."""
+
+
+class _Flight(NamedTuple):
+    """A step in flight; `masks` is None if it awaits none."""
+
+    plan: StepPlan
+    result: "Future[StepResult]"
+    masks: "Future[StepMasks] | None"
 
 
 class DistributedExecutor:
@@ -86,8 +95,7 @@ class DistributedExecutor:
         self._lock = threading.Lock()
         self._error: str | None = None
         self._one_has_ended = False
-        self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
-        self._masks: Future[StepMasks] | None = None  # of the last plan that awaits any
+        self._in_flight: deque[_Flight] = deque()
         self._oldest_since_s = 0.0
         self._logits: Future[Tensor] | None = None
         self._on_failure: Callable[[str], None] = lambda sentence: None
@@ -123,18 +131,19 @@ class DistributedExecutor:
             assert len(self._in_flight) < MAX_IN_FLIGHT, "more plans in flight than ranks look ahead"
             if not self._in_flight:
                 self._oldest_since_s = self._clock()
-            self._in_flight.append((plan, future))
+            self._in_flight.append(_Flight(plan, future, masks))
             body = encode_plan(plan)
             for rank in range(self._size):
                 self._channel.send(rank, wire.PLAN, body)
         if masks is not None:
-            self._masks = masks
             masks.add_done_callback(partial(self._send_masks, plan.step))
         return future
 
     def _send_masks(self, step: int, masks: "Future[StepMasks]") -> None:
         """Send masks to the rank that samples; called from any thread."""
         error = masks.exception()
+        if isinstance(error, EngineDead):  # the engine's loop has ended, and shuts down this executor
+            return
         if error is not None:
             self._fail(masks_failed(step, error))
             return
@@ -312,14 +321,13 @@ class DistributedExecutor:
             with self._lock:
                 if not self._in_flight:  # failed meanwhile
                     return
-                plan, future = self._in_flight.popleft()
+                flight = self._in_flight.popleft()
                 self._oldest_since_s = self._clock()
-            if result.step != plan.step:
-                self._fail(
-                    f"rank 0 answered step {result.step} instead of step {plan.step}", [(plan, future)]
-                )
+            step = flight.plan.step
+            if result.step != step:
+                self._fail(f"rank 0 answered step {result.step} instead of step {step}", flight)
             else:
-                future.set_result(result)
+                flight.result.set_result(result)
         elif kind == wire.LOGITS:
             fields = msgpack.unpackb(body)
             with self._lock:
@@ -337,9 +345,9 @@ class DistributedExecutor:
         timeout_s = self._config.parallel.step_timeout_s
         with self._lock:
             waits = bool(self._in_flight) and self._clock() - self._oldest_since_s > timeout_s
-            step = self._in_flight[0][0].step if waits else 0
-        if waits:
-            self._fail(_late(step, timeout_s, self._masks))
+            oldest = self._in_flight[0] if waits else None
+        if oldest is not None:
+            self._fail(_late(oldest, timeout_s))
 
     def _note_exit(self, rank: int, how: str, crashed: signal.Signals | None) -> None:
         """Record that a rank has ended; called from any thread."""
@@ -351,16 +359,20 @@ class DistributedExecutor:
             self._one_has_ended = True
         self._fail(sentence)
 
-    def _fail(self, sentence: str, more: Sequence[tuple[StepPlan, "Future[StepResult]"]] = ()) -> None:
-        """End everything, once; called from any thread."""
+    def _fail(self, sentence: str, landed: _Flight | None = None) -> None:
+        """End everything, once; called from any thread.
+
+        Args:
+            landed: a step that is no longer in flight and has no result yet.
+        """
         with self._lock:
             if self._error is not None:
                 return
             self._error = sentence
         self._failed.set()
         logger.error("the ranks have failed: %s", sentence)
-        for plan, future in more:
-            future.set_result(StepResult(plan.step, error=sentence))
+        if landed is not None:
+            landed.result.set_result(StepResult(landed.plan.step, error=sentence))
         self._resolve_all(sentence)
         self._on_failure(sentence)
         self._launcher.end(0.0)
@@ -370,15 +382,16 @@ class DistributedExecutor:
             left = list(self._in_flight)
             self._in_flight.clear()
             logits, self._logits = self._logits, None
-        for plan, future in left:
-            future.set_result(StepResult(plan.step, error=sentence))
+        for plan, result, _ in left:
+            result.set_result(StepResult(plan.step, error=sentence))
         if logits is not None:
             logits.set_exception(EngineDead(sentence))
 
 
-def _late(step: int, timeout_s: float, masks: "Future[StepMasks] | None") -> str:
+def _late(flight: _Flight, timeout_s: float) -> str:
     """Return the error of a step without a result."""
-    if masks is not None and not masks.done():
+    step = flight.plan.step
+    if flight.masks is not None and not flight.masks.done():
         return masks_late(step, timeout_s)
     return (
         f"step {step} has no result after {timeout_s:g} s (engine.parallel.step_timeout_s): a rank hangs, "

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.tiny_model import TINY
 from workers.config import EngineConfig, ParallelConfig
+from workers.errors import EngineDead
 from workers.executor import channel as wire
 from workers.executor import launch_processes
 from workers.executor.distributed import DistributedExecutor
@@ -122,6 +123,27 @@ def test_a_step_that_waits_for_its_masks_says_so() -> None:
     result = work.execute(0, Future())
     assert work.fails_after(31)
     assert (result.result(0).error or "").startswith("step 0 has no masks of its grammars after 30 s")
+
+
+def test_a_rank_that_hangs_is_not_taken_for_masks_of_the_next_step() -> None:
+    work = AtWork()
+    there: Future[StepMasks] = Future()
+    there.set_result(StepMasks(0, np.array([0]), np.full((1, 4), 255, np.uint8)))
+    result = work.execute(0, there)
+    work.execute(1, Future())
+    assert work.fails_after(31)
+    assert (result.result(0).error or "").startswith("step 0 has no result after 30 s")
+
+
+def test_masks_that_an_engine_leaves_when_it_stops_are_no_failure_of_a_rank(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The shutdown of the executor follows, and is what ends the step."""
+    work = AtWork()
+    masks: Future[StepMasks] = Future()
+    result = work.execute(0, masks)
+    masks.set_exception(EngineDead("the engine is shutting down"))
+    assert (work.failures, caplog.messages, result.done()) == ([], [], False)
 
 
 def test_a_rank_may_die_while_another_one_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
