@@ -44,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _GPU_POLL_S = 5e-5
-"""Interval in seconds between two checks for the end of a GPU step and for the next plan."""
+"""Interval in seconds between two checks for the end of a GPU step, and for the next plan or
+masks."""
 _PROGRESS_INTERVAL_S = 0.5
 
 
@@ -152,14 +153,15 @@ class EngineLink:
         message = self._channel.receive(0)
         return None if message is None or message[0] == wire.ALIVE else _not_stop(message)
 
-    def look_for_masks(self, timeout_s: float) -> bytes | None:
-        """Return the body of the next message if it is masks, else None; other messages are kept
-        for `wait` and `look`: the next plan may come before the masks of this one.
+    def look_for_masks(self) -> bytes | None:
+        """Return the body of the next message if it has arrived and is masks, else None; other
+        messages are kept for `wait` and `look`: the next plan may come before the masks of this
+        one.
 
         Raises:
             Stopped: the engine asks this rank to stop.
         """
-        message = self._channel.receive(timeout_s)
+        message = self._channel.receive(0)
         if message is None or message[0] == wire.ALIVE:
             return None
         kind, body = _not_stop(message)
@@ -328,8 +330,9 @@ def _wait_for_masks(
     while engine.clock() < ends_s:
         if send_ended():
             continue
-        body = engine.look_for_masks(_GPU_POLL_S)
+        body = engine.look_for_masks()
         if body is None:
+            time.sleep(_GPU_POLL_S)
             continue
         masks = decode_masks(body)
         if masks.step != number:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 ALIGNMENT = 16
 """Alignment in bytes, as the largest vector loads of kernels need it."""
-NUM_BUFFERS = 8
-"""Number of host buffers. A step has two to four uploads (inputs, prompts to score, sampling,
-drafts), and two steps are in flight: the next step is prepared while copies of the last may still
-wait."""
+NUM_BUFFERS = 10
+"""Number of host buffers. A step has up to five uploads (inputs, prompts to score, sampling,
+drafts, masks), and two steps are in flight: the next step is prepared while copies of the last may
+still wait."""
 
 Array = npt.NDArray[np.generic]
 _TORCH_DTYPES = {

@@ -1,6 +1,8 @@
 """The order of launches and results in a rank's loop, with steps whose length the test sets."""
 
+import time
 from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,17 +57,22 @@ class Rank:
 class Channel:
     """A channel that delivers a script, one entry a call: a step number is that plan, "finish" ends
     the oldest step on the GPU, "awaits 2" is plan 2, which awaits masks, and "masks 2" are these.
-    After its end there is nothing but the time that passes."""
+    After its end nothing comes, and `sleep` passes the time."""
 
     def __init__(self, rank: Rank, script: list[int | str]) -> None:
         self._rank, self._script = rank, deque(script)
         self.sent: list[int] = []
         self.errors: list[str] = []
         self.now_s = 0.0
+        self.num_looks = 0
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
 
     def receive(self, timeout_s: float) -> tuple[bytes, bytes] | None:
         if not self._script:
-            self.now_s += timeout_s
+            self.num_looks += 1
+            assert self.num_looks < 1000, "the rank's thread never rests"
             return None
         entry = self._script.popleft()
         if entry == "stop":
@@ -132,10 +139,12 @@ def test_the_next_plan_may_come_before_the_masks() -> None:
     assert sent == [0, 1, 2]
 
 
-def test_a_step_without_its_masks_fails_in_time() -> None:
+def test_a_step_without_its_masks_fails_in_time_and_its_thread_rests(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     rank = Rank(log)
     channel = Channel(rank, ["awaits 0"])
+    clocks = SimpleNamespace(sleep=channel.sleep, perf_counter=time.perf_counter)
+    monkeypatch.setattr(rank_process, "time", clocks)
     with pytest.raises(Stopped):
         rank_process._run_plans(0, rank, channel, EngineLink(channel, 60, lambda: channel.now_s), 0.01)
     assert channel.sent == [0]
