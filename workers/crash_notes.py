@@ -31,7 +31,7 @@ _MAX_BYTES = 2**20
 
 
 class CrashNotes:
-    """The notes of all processes that run one configuration on this host.
+    """The notes of the processes that follow one another in one place of an engine on this host.
 
     Args:
         file: holds the notes since the last process that ran for STABLE_AFTER_S; its folder is
@@ -43,15 +43,20 @@ class CrashNotes:
         self._own: BinaryIO | None = None
 
     def begin(self) -> None:
-        """Read the notes and log the last crash; from now on a crash of this process is noted.
+        """Read the notes and log the last crash; from now on a crash of this process is noted. A
+        file that cannot be written, as on a full disk, is a warning: only the notes are missing.
 
         Raises:
             RankCrashed: the last MAX_SAME_CRASHES crashes were illegal instructions (SIGILL), which
                 come again.
         """
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._own = self._file.open("ab", buffering=0)
-        notes = self._notes()
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._own = self._file.open("ab", buffering=0)
+            notes = self._notes()
+        except OSError as error:
+            logger.warning("a crash of this process cannot be noted in %s: %s", self._file, error.strerror)
+            return
         if notes:
             number, note = notes[-1]
             logger.error("a process that ran here before crashed (%s):\n%s", ending(-number), note)

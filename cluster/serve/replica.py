@@ -53,7 +53,7 @@ class EngineReplica:
         self._server = EngineServer(executor_factory=_executor, secret=self._secret)
         bind = _node_address() if host == "auto" else host
         try:
-            crash_notes(engine_config_to_json(config)).begin()
+            crash_notes(engine_config_to_json(config), "engine").begin()
             self._address = await self._server.start(config, f"[{bind}]:0" if ":" in bind else f"{bind}:0")
         except RankCrashed:
             # Serve tries again at once, and without a limit if a replica has served before.

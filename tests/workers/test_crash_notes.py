@@ -119,6 +119,15 @@ def test_a_process_that_runs_for_long_ends_the_row(file: Path, monkeypatch: pyte
     assert noted_in == [notes._own]
 
 
+def test_a_process_runs_without_notes_where_they_cannot_be_written(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file.parent.write_text("a file instead of the folder")
+    begin(file)
+    (line,) = caplog.messages
+    assert line == f"a crash of this process cannot be noted in {file}: File exists"
+
+
 def test_what_else_is_in_the_file_is_no_crash(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     file.parent.mkdir()
     file.write_bytes(b"\xff\nFatal Python error: a new kind\n  File x\n" + b"\0" * 100)

@@ -29,15 +29,22 @@ class _RankActor:
         """Serve until the engine sends STOP."""
         # The engine's process owns this actor: Ray ends it when that process is gone.
         rank = RankSpec.from_json(spec)
-        serve_rank(rank, begin=lambda: crash_notes(rank.config).begin())
+        serve_rank(rank, begin=lambda: crash_notes(rank.config, f"rank-{rank.local_rank}").begin())
 
 
-def crash_notes(config: str) -> CrashNotes:
+def crash_notes(config: str, place: str) -> CrashNotes:
     """Return the notes of the crashes on this node, in this Ray session, of engines with this
-    configuration (JSON) and of their ranks."""
+    configuration (JSON) or of their ranks.
+
+    Args:
+        place: part of the file's name: `engine`, or the rank's number on this node. A crash of all
+            ranks at once is one crash of each.
+    """
     context = ray.get_runtime_context()
     name = hashlib.sha256(config.encode()).hexdigest()[:32]
-    return CrashNotes(Path(context.get_temp_dir()) / context.get_session_name() / "cantata-crashes" / name)
+    return CrashNotes(
+        Path(context.get_temp_dir()) / context.get_session_name() / "cantata-crashes" / f"{name}-{place}"
+    )
 
 
 class RayRanks:

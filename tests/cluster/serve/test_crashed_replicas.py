@@ -18,6 +18,7 @@ from workers.rank import process
 from workers.rank.process import RankSpec
 
 CONFIG = EngineConfig(Path("nowhere"), cpu_isa="avx2")
+LOCAL_RANK = 1
 NOTE = b"Fatal Python error: Illegal instruction\n\nStack\n"
 
 
@@ -32,6 +33,10 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "session"
 
 
+def notes_of(config: EngineConfig, place: str) -> Path:
+    return launch_ray.crash_notes(engine_config_to_json(config), place)._file
+
+
 async def start_engine() -> None:
     engine: Any = SimpleNamespace()
     await EngineReplica.__init__(engine, CONFIG, "127.0.0.1", 1.0)
@@ -41,7 +46,7 @@ def start_rank() -> None:
     endpoints = channel.Endpoints(
         **dict.fromkeys(channel.Endpoints.__dataclass_fields__, "")  # type: ignore[arg-type]
     )
-    spec = RankSpec(engine_config_to_json(CONFIG), 0, endpoints, "127.0.0.1", 0, 1, 1)
+    spec = RankSpec(engine_config_to_json(CONFIG), 9, endpoints, "127.0.0.1", LOCAL_RANK, 8, 1)
     launch_ray._RankActor().run(spec.to_json())
 
 
@@ -71,13 +76,27 @@ async def test_neither_engine_nor_rank_loads_after_five_crashes(
     monkeypatch.setattr("workers.engine.server.EngineServer.start", start)
     monkeypatch.setattr(process, "_serve", lambda *_: loading.append("rank"))
     monkeypatch.setattr(process, "RankChannel", lambda _: Channel(sent))
-    notes = launch_ray.crash_notes(engine_config_to_json(CONFIG))._file
-    assert notes.is_relative_to(session)
-    notes.parent.mkdir(parents=True)
-    notes.write_bytes(NOTE * num_crashes)
+    for place in ("engine", f"rank-{LOCAL_RANK}"):
+        notes = notes_of(CONFIG, place)
+        assert notes.is_relative_to(session)
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        notes.write_bytes(NOTE * num_crashes)
     with pytest.raises(ValueError if num_crashes == 4 else RankCrashed, match=r"loads|SIGILL.*--cpu-isa"):
         await start_engine()
     start_rank()
     assert loading == (["engine", "rank"] if num_crashes == 4 else [])
     assert [b"RankCrashed" in message for message in sent] == ([] if num_crashes == 4 else [True])
-    assert launch_ray.crash_notes(engine_config_to_json(EngineConfig(Path("nowhere"))))._file != notes
+    assert notes_of(EngineConfig(Path("nowhere")), f"rank-{LOCAL_RANK}") != notes
+
+
+def test_a_crash_of_all_ranks_of_a_node_counts_once(session: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading: list[str] = []
+    monkeypatch.setattr(process, "_serve", lambda *_: loading.append("rank"))
+    monkeypatch.setattr(process, "RankChannel", lambda _: Channel([]))
+    for local_rank in range(8):
+        notes = notes_of(CONFIG, f"rank-{local_rank}")
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        notes.write_bytes(NOTE)
+    start_rank()
+    assert loading == ["rank"]
+    assert len(list(notes.parent.iterdir())) == 8  # it read one of these
