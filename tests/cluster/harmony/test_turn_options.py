@@ -159,7 +159,7 @@ CALL_HEADER = f"<|end|>{HEADER}<|channel|>commentary to=functions"
     [
         (TurnGrammar(), ANSWER_HEADER),
         (TurnGrammar(wrap_up=WRAP_UP), WRAP_UP + ANSWER_HEADER),
-        (TurnGrammar(TOOLS, "allowed", Grammar("answer"), wrap_up=WRAP_UP), WRAP_UP + ANSWER_HEADER),
+        (TurnGrammar(TOOLS, "allowed", Grammar("answer"), wrap_up=WRAP_UP), f"{WRAP_UP}<|end|>{HEADER}"),
         (TurnGrammar(TOOLS, "required", wrap_up=WRAP_UP), WRAP_UP + CALL_HEADER),
         (TurnGrammar(TOOLS, "required"), CALL_HEADER),
     ],
@@ -177,6 +177,7 @@ def test_reasoning_that_reaches_a_limit_is_followed_by_the_whole_header(
         assert walk.takes("typed <|constrain|>json<|message|>")
     else:
         assert walk.forced() == forced
+        assert grammar.calls == "forbidden" or walk.takes(FINAL)
     assert walk.body() == ("answer" if grammar.answer else "typed" if grammar.calls == "required" else None)
 
 
@@ -201,7 +202,25 @@ def test_a_preamble_that_reaches_a_limit_has_no_wrap_up(encoding: HarmonyEncodin
     assert walk.takes("<|channel|>commentary<|message|>")
     while walk.num_tokens < 8:
         assert walk.takes("a")
-    assert walk.forced() == ANSWER_HEADER
+    assert walk.forced() == f"<|end|>{HEADER}"
+
+
+def test_after_a_limit_the_model_may_call_a_tool_and_not_go_on_reasoning(encoding: HarmonyEncoding) -> None:
+    """Nor is one that would go on made to call a tool."""
+    grammar = TurnGrammar(TOOLS, "allowed", wrap_up=WRAP_UP)
+    for text, expected in {
+        FINAL: True,
+        CALL: True,
+        " to=functions.typed<|channel|>analysis <|constrain|>json<|message|>": True,
+        PREAMBLE: False,
+        "<|channel|>analysis": False,
+    }.items():
+        for limits in (ConstraintLimits(5), ConstraintLimits(None, 8)):
+            walk = Walk(encoding, grammar, limits)
+            assert walk.takes("<|channel|>analysis<|message|>aaaaa")
+            assert walk.forced() == f"{WRAP_UP}<|end|>{HEADER}"
+            assert walk.takes(text) == expected, text
+        assert Walk(encoding, TurnGrammar(TOOLS, "allowed", reasoning="none")).takes(text) == expected, text
 
 
 def test_several_calls_end_at_a_limit(encoding: HarmonyEncoding) -> None:
@@ -223,12 +242,14 @@ def test_reasoning_and_all_that_is_forced_leave_the_answers_share(encoding: Harm
         TurnGrammar(wrap_up=WRAP_UP),
         TurnGrammar(wrap_up=9 * WRAP_UP),
         TurnGrammar(answer=Grammar("answer")),
+        TurnGrammar(TOOLS, "allowed", wrap_up=WRAP_UP),
     ):
         for max_tokens in (*range(20, 200, 7), 500):
             limits = turn_limits(grammar, encoding, max_tokens=max_tokens)
             assert limits.max_length is not None
             headers: Sequence[str] = ("<|channel|>analysis<|message|>", "<|channel|>commentary<|message|>")
-            for header in headers if grammar.answer is None else headers[:1]:
+            # With tools the channel of preambles leads to a call, which has no share.
+            for header in headers if not grammar.tools and grammar.answer is None else headers[:1]:
                 used = answer_begins(encoding, grammar, limits, header)
                 assert max_tokens - used >= answer_share(max_tokens) or limits.max_length == 0, max_tokens
                 assert used >= limits.max_length
