@@ -49,7 +49,7 @@ cantata-http."""
 ReasoningEffort = Literal["low", "medium", "high"]
 HarmonyConstraint = Literal["off", "headers"]
 ToolArguments = Literal["schema_types", "json", "free"]
-WRAP_UP = "\n\nThat is enough thinking. I will now write the final answer."
+WRAP_UP = "\n\nThat is enough thinking. I will now act on what I have."
 
 
 class _Settings(BaseModel):

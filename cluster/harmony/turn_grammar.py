@@ -19,6 +19,7 @@ _SHORT_TURN = 4 * MIN_ANSWER_TOKENS
 """Length in tokens below which the answer's share is half of the turn."""
 
 ROLE = "assistant"
+_ANSWER_HEADER = "<|channel|>final<|message|>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,7 @@ class TurnGrammar:
             turn ends it at the last one, and at one that repeats another
             (`cluster.generation.choices`). A turn with several needs
             `EngineRequest.ignored_stop_token_ids` with `<|call|>`, and its parser `several_calls`.
-        wrap_up: text at the end of reasoning that reaches a limit; the header of the answer
-            follows, or of a call that is required.
+        wrap_up: text at the end of reasoning that reaches a limit; the answer or a call follows.
     """
 
     tools: tuple[ToolBody, ...] = ()
@@ -67,9 +67,16 @@ class TurnGrammar:
 
     @property
     def forced_header(self) -> str:
-        """The header after reasoning that reached a limit, from the end of the reasoning on."""
-        rest = f"commentary to={FUNCTIONS[:-1]}" if self.calls == "required" else "final<|message|>"
-        return f"<|end|><|start|>{ROLE}<|channel|>{rest}"
+        """The header after reasoning that reached a limit, from the end of the reasoning on, as far
+        as the turn has no choice: calls that are allowed can follow as well as the answer."""
+        begun = f"<|end|><|start|>{ROLE}"
+        match self.calls:
+            case "allowed":
+                return begun
+            case "required":
+                return f"{begun}<|channel|>commentary to={FUNCTIONS[:-1]}"
+            case "forbidden":
+                return f"{begun}{_ANSWER_HEADER}"
 
 
 def turn_limits(
@@ -98,7 +105,8 @@ def turn_limits(
     if max_reasoning_tokens is not None:
         max_counted = max(0, max_reasoning_tokens - wrap_up)
     if max_tokens is not None:
-        forced = wrap_up + len(encoding.encode_with_special(grammar.forced_header))
+        header = grammar.forced_header + (_ANSWER_HEADER if grammar.calls == "allowed" else "")
+        forced = wrap_up + len(encoding.encode_with_special(header))
         begun = len(encoding.encode_with_special("<|channel|>commentary<|message|>")) - 1
         max_length = max(0, max_tokens - answer_share(max_tokens) - forced - begun)
     return ConstraintLimits(max_counted, max_length)

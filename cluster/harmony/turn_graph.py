@@ -146,8 +146,10 @@ class TurnGraph:
 
         ended = graph.state()
         forced = self._tokens(grammar.forced_header)
-        if grammar.calls != "required":
+        if grammar.calls == "forbidden":
             graph.path(ended, forced, self._answer)
+        elif grammar.calls == "allowed":
+            graph.path(ended, forced, direct)
         elif self._spelling == "usual":
             graph.path(ended, self._tokens(grammar.forced_header.partition(" ")[0]), self._recipients)
         else:
@@ -171,7 +173,9 @@ class TurnGraph:
         for name, body in ((b"analysis", reasoning), (b"commentary", preamble)):
             if body is not None:
                 graph.path(graph.path(channels, name), [self._message], body)
-            if calls:
+            # Without reasoning, a model that opened its channel all the same would have to call a
+            # tool, and could not answer.
+            if calls and not (name == b"analysis" and reasoning is None and answer):
                 graph.join(graph.path(channels, name), self._recipients)
         if answer:
             final = graph.path(channels, b"final")
