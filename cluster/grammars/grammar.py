@@ -121,8 +121,10 @@ def choice(options: object, param: str) -> Grammar:
     texts = [_checked_text(option, f"{param}[{index}]") for index, option in enumerate(options)]
     if texts == [""]:
         raise InvalidRequest(f"{param} must have a text that is not empty.", param)
-    # One terminal: alternatives of a rule are items of the parser, which are few.
+    # One terminal: alternatives of a rule are items of the parser, which are few. A string of
+    # Lark is one of JSON, but without U+007F.
     alternatives = "|".join(orjson.dumps(text).decode() for text in dict.fromkeys(texts))
+    alternatives = alternatives.replace("\x7f", r"\u007f")
     return _of_lark(f"start: CHOICE\nCHOICE: {alternatives}", param)
 
 

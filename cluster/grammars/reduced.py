@@ -2,12 +2,16 @@
 advice to the model and no promise to the client."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 _MAX_DEPTH = 64
 """Maximum nesting depth of what is kept of a schema."""
 _MAX_PARTS = 5_000
 """Maximum number of subschemas and enum values that are kept."""
+_MAX_TEXT_CHARS = 20_000
+"""Maximum length of the enums' texts and the names of properties that are kept: llguidance makes a
+state of its lexer for each character that a text has had, of at most
+`workers.constraint.parser_limits.MAX_LEXER_STATES`."""
 _MAX_PROPERTIES = 32
 """Maximum number of an object's properties whose types are kept: llguidance takes 10 ms to compile
 so many that may come in any order, and 4 s for 200."""
@@ -33,6 +37,9 @@ class _Reduction:
     def __init__(self, root: object) -> None:
         self._root = root
         self._num_parts = 0
+        self._num_text_chars = 0
+        self._targets: dict[str, object] = {}
+        """What a reference names, by reference: each may be long, and stand in every part."""
         self._names: dict[str, str] = {}
         """The name under `$defs` by reference."""
         self._pending: list[tuple[str, object]] = []
@@ -51,8 +58,15 @@ class _Reduction:
         for _ in range(_MAX_DEPTH):
             if not isinstance(schema, Mapping) or "$ref" not in schema:
                 return schema
-            schema = _target(self._root, schema["$ref"])
+            schema = self._target(schema["$ref"])
         return None
+
+    def _target(self, reference: object) -> object:
+        if not isinstance(reference, str):
+            return None
+        if reference not in self._targets:
+            self._targets[reference] = _target(self._root, reference)
+        return self._targets[reference]
 
     def _object(self, schema: object, depth: int) -> dict[str, object]:
         whole = self._keywords(schema, depth) if isinstance(schema, Mapping) else {}
@@ -88,6 +102,7 @@ class _Reduction:
             isinstance(properties, Mapping)
             and 0 < len(properties) <= _MAX_PROPERTIES
             and (not types or "object" in types)
+            and self._takes_texts(properties)
         ):
             # llguidance enforces the order of `properties`; a model that wrote a later one first
             # could not write the others.
@@ -95,7 +110,9 @@ class _Reduction:
                 f"^{re.escape(name)}$": self._part(inner, depth + 1) for name, inner in properties.items()
             }
         items = schema.get("items")
-        if isinstance(items, Mapping) and (not types or "array" in types):
+        # After `prefixItems` it describes only the entries that follow these.
+        is_of_all = isinstance(items, Mapping) and schema.get("prefixItems") is None
+        if is_of_all and (not types or "array" in types):
             result["items"] = self._part(items, depth + 1)
         return result
 
@@ -112,7 +129,14 @@ class _Reduction:
         kept = [value for value in values if not types or any(_is_of(value, name) for name in types)]
         if not kept or any(isinstance(value, dict | list | float) for value in kept):
             return None
-        return kept
+        return kept if self._takes_texts(kept) else None
+
+    def _takes_texts(self, values: Iterable[object]) -> bool:
+        """Return whether there is room for these texts."""
+        num_chars = sum(len(value) for value in values if isinstance(value, str))
+        fits = self._num_text_chars + num_chars <= _MAX_TEXT_CHARS
+        self._num_text_chars += num_chars if fits else 0
+        return fits
 
 
 def _types(schema: Mapping[str, object]) -> Iterator[str]:
@@ -144,9 +168,9 @@ def _is_of(value: object, name: str) -> bool:
             return name == "object"
 
 
-def _target(root: object, reference: object) -> object:
+def _target(root: object, reference: str) -> object:
     """Return the part of the schema that a reference such as `#/$defs/a` names, or None."""
-    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+    if not (reference == "#" or reference.startswith("#/")):
         return None
     node = root
     for step in reference.split("/")[1:]:

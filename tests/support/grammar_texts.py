@@ -1,6 +1,6 @@
 """Which texts a grammar has."""
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits
 
 from cluster.grammars.byte_tokenizer import byte_tokenizer
 from cluster.grammars.grammar import Grammar
@@ -11,8 +11,8 @@ _TOKENIZER = byte_tokenizer()
 class Texts:
     """The texts of a grammar, asked for with `in`; fails for a grammar that does not compile."""
 
-    def __init__(self, grammar: Grammar) -> None:
-        self._matcher = LLMatcher(_TOKENIZER, grammar.text, log_level=0)
+    def __init__(self, grammar: Grammar, limits: LLParserLimits | None = None) -> None:
+        self._matcher = LLMatcher(_TOKENIZER, grammar.text, log_level=0, limits=limits)
         assert not self._matcher.is_error(), self._matcher.get_error()
 
     def __contains__(self, text: str) -> bool:

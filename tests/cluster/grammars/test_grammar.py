@@ -126,7 +126,7 @@ def test_a_regex_matches_the_whole_text(pattern: str, text: str, other: str) -> 
 
 
 def test_a_choice_has_its_texts() -> None:
-    options = ["yes", "yes, but", 'a "quoted"\n\\text', "é😀", "", "yes"]
+    options = ["yes", "yes, but", 'a "quoted"\n\\text', "é😀", "", "\x7f\x1b\b", "yes"]
     texts = Texts(choice(options, "c"))
     assert all(option in texts for option in options)
     assert "ye" not in texts

@@ -53,7 +53,15 @@ REFUSED = {
 }
 """Number of schemas of each file that are refused."""
 
-SCHEMAS_OF_REFUSED = {"uniqueItems": True, "unevaluatedItems": False, "minContains": 2, "$dynamicRef": "#"}
+SCHEMAS_OF_REFUSED = {
+    "not": {"type": "null"},
+    "uniqueItems": True,
+    "propertyNames": {"maxLength": 3},
+    "unevaluatedItems": False,
+    "unevaluatedProperties": False,
+    "minContains": 2,
+    "$dynamicRef": "#",
+}
 """Values of keywords that are refused; `{}` for the others."""
 
 
@@ -141,10 +149,46 @@ def test_the_table_names_the_formats_that_are_enforced() -> None:
         {"type": "array", "uniqueItems": False},
         {"$schema": "https://example.com/my-dialect"},
         {"properties": {"a": {"discriminator": {}, "anyOf": [{"$ref": "#"}, {"type": "null"}]}}},
+        {"propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}},
+        {"propertyNames": {}},
+        {"propertyNames": True},
+        {"unevaluatedProperties": True, "properties": {"a": {"unevaluatedItems": {}}}},
+        {"properties": {"a": {"type": "integer", "required": False}}},
+        {"required": None, "enum": None, "type": None, "title": None, "items": None, "minItems": None},
+        {"properties": {"a": None, "b": {"pattern": None, "anyOf": None, "additionalProperties": None}}},
+        {"properties": [], "patternProperties": [], "$defs": [], "additionalProperties": []},
     ],
 )  # fmt: skip
 def test_annotations_do_not_count(schema: object) -> None:
-    assert texts(json_schema(schema, "schema")) is not None
+    allowed = texts(json_schema(schema, "schema"))
+    assert allowed is not None
+    assert any(text in allowed for text in ("{}", "[]", '""'))
+
+
+def test_a_schema_of_nothing_is_enforced() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"not": {}}},
+        "additionalProperties": {"description": "none", "not": True},
+    }
+    allowed = Texts(json_schema(schema, "schema"))
+    assert '{"a": 1}' in allowed
+    assert '{"b": 1}' not in allowed
+    assert '{"c": 1}' not in allowed
+
+
+def test_null_is_data_where_it_is_a_value() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"const": None}, "b": {"enum": [None, {"enum": None}]}, "c": {"minimum": None}},
+        "propertyNames": {},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    allowed = Texts(json_schema(schema, "schema"))
+    assert '{"a": null, "b": {"enum": null}, "c": 1}' in allowed
+    assert '{"a": 1, "b": null}' not in allowed
+    assert '{"a": null, "b": {}}' not in allowed
 
 
 def test_what_looks_like_an_annotation_but_is_data_stays() -> None:

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from cluster.grammars.grammar import json_object, schema_types
+from cluster.grammars.reduced import reduced
 from tests.support.grammar_texts import Texts
+from workers.constraint.parser_limits import parser_limits
 
 TREE = {
     "type": "object",
@@ -77,6 +79,12 @@ def test_other_types_are_not_allowed(value: object) -> None:
         {"type": "object", "properties": {"value": {"type": ["string", "file"]}}},
         {"type": "object", "properties": {"value": {"enum": [{"a": 1}, 1.5]}}},
         {"type": "object", "properties": {"value": {"type": "array", "items": [{"type": "string"}]}}},
+        {
+            "type": "object",
+            "properties": {
+                "value": {"type": "array", "prefixItems": [{"type": "integer"}], "items": {"type": "string"}}
+            },
+        },
         {"type": "object", "properties": {"value": {"$ref": "#/properties/value"}}},
         {"type": "object", "properties": {"value": {"$ref": 3}}},
         {"type": "object", "properties": {"value": False}},
@@ -104,3 +112,44 @@ def test_what_is_kept_is_bounded() -> None:
     wide = schema_types({"$ref": "#/$defs/d0", "$defs": {**definitions, "d30": {"type": "integer"}}})
     assert len(wide.text) < 10_000
     assert wide != json_object()
+
+
+def of_enum(num_values: int) -> tuple[object, list[str]]:
+    values = [f"{number:040x}"[::-1] for number in range(num_values)]
+    halves = {"a": {"enum": values[::2]}, "b": {"type": "array", "items": {"enum": values[1::2]}}}
+    return {"type": "object", "properties": halves}, values
+
+
+def test_enums_have_no_more_texts_than_the_lexer_has_states_for() -> None:
+    schema, values = of_enum(480)
+    texts = Texts(schema_types(schema), parser_limits())
+    assert '{"a": "x"}' not in texts
+    assert '{"b": ["x"]}' not in texts
+    for a, b in zip(values[::2], values[1::2], strict=True):
+        assert json.dumps({"a": a, "b": [b]}) in texts
+    schema, _ = of_enum(2000)
+    assert '{"a": "x", "b": ["x"]}' in Texts(schema_types(schema))
+    schema, _ = of_enum(700)  # one of the two
+    texts = Texts(schema_types(schema))
+    assert '{"a": "x"}' not in texts
+    assert '{"b": ["x"]}' in texts
+
+
+def test_the_names_of_properties_count_as_texts() -> None:
+    schema = {"properties": {f"{number:1000}": {"type": "integer"} for number in range(25)}}
+    assert schema_types(schema) == json_object()
+
+
+def test_a_long_reference_is_followed_once() -> None:
+    steps = 0
+
+    class Reference(str):
+        def split(self, *args: object) -> list[str]:  # type: ignore[override]
+            nonlocal steps
+            steps += 1
+            return str.split(self, "/")
+
+    long = Reference("#/$defs" + "/a" * 100)
+    schema = {"properties": {f"p{n}": {"$ref": Reference(long)} for n in range(30)}}
+    assert reduced(schema) == {"type": "object", "patternProperties": {f"^p{n}$": {} for n in range(30)}}
+    assert steps == 1
