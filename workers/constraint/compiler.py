@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from workers.config import GrammarConfig
 from workers.constraint.codec import Constraint
 from workers.constraint.tables import MAX_FORCED, HostTables
-from workers.errors import CantataError, ConfigError, ConstraintNotReady, InvalidRequest, Overloaded
+from workers.errors import CantataError, ConfigError, ConstraintNotReady, EngineDead, InvalidRequest
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -89,6 +89,10 @@ class _Kept(Generic[T]):
     def drop(self, key: _Key) -> None:
         _, num_bytes = self._kept.pop(key, (None, 0))
         self.num_bytes -= num_bytes
+
+
+def _stopped() -> EngineDead:
+    return EngineDead("the engine is shutting down", under_request=False)
 
 
 class GrammarCompiler:
@@ -164,7 +168,7 @@ class GrammarCompiler:
         Raises (the future):
             InvalidRequest: llguidance refuses a grammar.
             ConstraintNotReady: too many wait for compilation.
-            Overloaded: the engine is shutting down.
+            EngineDead: the engine is shutting down.
         """
         with self._lock:
             found = self._prepared.get(constraint.id)
@@ -172,7 +176,7 @@ class GrammarCompiler:
                 return found
             future: Future[PreparedConstraint] = Future()
             if self._closed:
-                future.set_exception(Overloaded("the engine is shutting down"))
+                future.set_exception(_stopped())
                 return future
             try:
                 self._jobs.put_nowait(lambda: self._prepare(constraint, future))
@@ -184,14 +188,15 @@ class GrammarCompiler:
             self._prepared.add(constraint.id, future, _BYTES_PER_BODY_BYTE * len(constraint.body))
             if len(self._threads) < NUM_THREADS:
                 # Daemons: llguidance cannot be interrupted, and must not delay the end of the
-                # process.
+                # process for longer than `close` waits.
                 thread = threading.Thread(target=self._run, name="cantata-grammars", daemon=True)
                 self._threads.append(thread)
                 thread.start()
         return future
 
     def close(self) -> None:
-        """Compile nothing further. Idempotent."""
+        """Compile nothing further, and wait for what is being compiled, at most COMPILE_TIMEOUT_S:
+        a process that ends while a thread is in llguidance crashes. Idempotent."""
         with self._lock:
             if self._closed:
                 return
@@ -199,17 +204,25 @@ class GrammarCompiler:
             threads = list(self._threads)
         while True:
             try:
-                self._jobs.get_nowait()
+                job = self._jobs.get_nowait()
             except queue.Empty:
                 break
+            if job is not None:
+                job()  # ends at once
         for _ in threads:
             self._jobs.put(None)
+        deadline_s = time.monotonic() + COMPILE_TIMEOUT_S
+        for thread in threads:
+            thread.join(max(deadline_s - time.monotonic(), 0.0))
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
 
     def _prepare(self, constraint: Constraint, future: "Future[PreparedConstraint]") -> None:
+        if self._closed:
+            future.set_exception(_stopped())
+            return
         try:
             tables = HostTables(constraint.body)
             matchers = tuple(self._matcher(grammar) for grammar in tables.grammars)

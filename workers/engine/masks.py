@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _MAX_FORCED_BYTES = 256
 """Length in bytes of forced text above which it is not fed ahead."""
 _MAX_KEPT_FORCED = 4096
+_CLOSE_TIMEOUT_S = 10.0
 
 
 def mask_threads(num_cpus: int) -> int:
@@ -134,9 +135,11 @@ class MaskThread:
         self._jobs.put((job, rows))
 
     def close(self) -> None:
-        """End the thread after the jobs in its queue."""
+        """End the thread after the jobs in its queue, and wait for it, at most _CLOSE_TIMEOUT_S: a
+        process that ends while a thread is in llguidance crashes."""
         if self._thread is not None:
             self._jobs.put(None)
+            self._thread.join(_CLOSE_TIMEOUT_S)
 
     def _run(self) -> None:
         while (entry := self._jobs.get()) is not None:
