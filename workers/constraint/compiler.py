@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from workers.config import GrammarConfig
 from workers.constraint.codec import Constraint
@@ -64,16 +64,27 @@ def forced_tokens(matcher: "LLMatcher") -> tuple[int, ...]:
     return tuple(matcher.compute_ff_tokens()[:MAX_FORCED])
 
 
+class _Refusal(NamedTuple):
+    """What is kept of an InvalidRequest. The error itself would hold the frames of all callers to
+    which it was raised, with their requests."""
+
+    message: str
+    param: str | None
+
+    def error(self) -> InvalidRequest:
+        return InvalidRequest(self.message, self.param)
+
+
 class _Kept(Generic[T]):
-    """Results, or results to come, by key; the least recently used goes first. Guarded by the
-    compiler's lock."""
+    """Results, results to come, or refusals, by key; the least recently used goes first. Guarded by
+    the compiler's lock."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[_Key, tuple[Future[T], int]] = OrderedDict()
+        self._kept: OrderedDict[_Key, tuple[Future[T] | _Refusal, int]] = OrderedDict()
         self.num_bytes = 0
 
-    def get(self, key: _Key) -> "Future[T] | None":
+    def get(self, key: _Key) -> "Future[T] | _Refusal | None":
         found = self._kept.get(key)
         if found is None:
             return None
@@ -85,6 +96,11 @@ class _Kept(Generic[T]):
         self.num_bytes += num_bytes
         while self.num_bytes > self._max_bytes and len(self._kept) > 1:
             self.drop(next(iter(self._kept)))
+
+    def refuse(self, key: _Key, error: InvalidRequest) -> None:
+        """Keep the refusal instead of the result to come: it would be refused again."""
+        if key in self._kept:
+            self._kept[key] = _Refusal(error.message, error.param), self._kept[key][1]
 
     def drop(self, key: _Key) -> None:
         _, num_bytes = self._kept.pop(key, (None, 0))
@@ -172,9 +188,12 @@ class GrammarCompiler:
         """
         with self._lock:
             found = self._prepared.get(constraint.id)
-            if found is not None:
+            if isinstance(found, Future):
                 return found
             future: Future[PreparedConstraint] = Future()
+            if found is not None:
+                future.set_exception(found.error())
+                return future
             if self._closed:
                 future.set_exception(_stopped())
                 return future
@@ -218,6 +237,7 @@ class GrammarCompiler:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+            del job  # it holds its future, which may hold an error with the frames of callers
 
     def _prepare(self, constraint: Constraint, future: "Future[PreparedConstraint]") -> None:
         if self._closed:
@@ -232,7 +252,9 @@ class GrammarCompiler:
             forced = tuple(forced_tokens(matcher.deep_copy()) for matcher in matchers)
             future.set_result(PreparedConstraint(tables, matchers, forced))
         except InvalidRequest as error:
-            future.set_exception(error)  # kept: it would be refused again
+            with self._lock:
+                self._prepared.refuse(constraint.id, error)
+            future.set_exception(error)
         except Exception as error:
             # The edge of the thread: what waits must get its end.
             if not isinstance(error, CantataError):
@@ -249,14 +271,18 @@ class GrammarCompiler:
             if found is None:
                 mine: Future[LLMatcher] = Future()
                 self._compiled.add(key, mine, _BYTES_PER_GRAMMAR + _BYTES_PER_CHAR * len(grammar))
-        if found is not None:
+        if isinstance(found, Future):
             return found.result()
+        if found is not None:
+            raise found.error()
         started = time.perf_counter()
         try:
             matcher = tokenizer.compile(grammar)
         except BaseException as error:
-            if not isinstance(error, InvalidRequest):  # as when memory runs out: it may go well later
-                with self._lock:
+            with self._lock:
+                if isinstance(error, InvalidRequest):
+                    self._compiled.refuse(key, error)
+                else:  # as when memory runs out: it may go well later
                     self._compiled.drop(key)
             mine.set_exception(error)
             self._observe(time.perf_counter() - started, False)

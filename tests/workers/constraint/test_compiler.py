@@ -1,6 +1,8 @@
 """Constraints on their way through the compiler's threads: stops, refusals and what is kept."""
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from workers.constraint.codec import Constraint
 from workers.constraint.compiler import GrammarCompiler
 from workers.constraint.grammar import GrammarTokenizer
 from workers.engine.masks import MaskJob, MaskThread
-from workers.errors import EngineDead
+from workers.errors import EngineDead, InvalidRequest
 from workers.scheduler.plan import StepMasks
 
 WAIT_S = 60.0
@@ -78,3 +80,29 @@ def test_a_stop_waits_for_the_thread_that_computes_masks(
     assert masks._thread is not None
     assert not masks._thread.is_alive()
     assert job.result.result(0).step == 0
+
+
+class Prompt:
+    """What a request's frames hold."""
+
+
+def test_a_refusal_is_kept_without_those_to_whom_it_was_raised(checkpoint: Path) -> None:
+    compiled: list[bool] = []
+    compiler = GrammarCompiler(
+        checkpoint, VOCAB_SIZE, GrammarConfig(), lambda seconds, succeeded: compiled.append(succeeded)
+    )
+
+    def prompt_of_a_request(constraint: Constraint) -> "weakref.ref[Prompt]":
+        prompt = Prompt()
+        with pytest.raises(InvalidRequest, match="the grammar was refused: ") as caught:
+            compiler.prepare(constraint).result(WAIT_S)
+        assert caught.value.param == "constraint.grammars"
+        return weakref.ref(prompt)
+
+    grammar = "start: unknown_rule"
+    constraints = [Constraint.of(text_automaton(checkpoint, grammar, lead=lead)) for lead in ("a", "b")]
+    prompts = [prompt_of_a_request(constraint) for constraint in constraints for _ in range(3)]
+    # The compiler's thread may not have returned yet.
+    until(lambda: gc.collect() >= 0 and all(prompt() is None for prompt in prompts), WAIT_S)
+    assert compiled == [False], "refused without compiling it again"
+    compiler.close()
