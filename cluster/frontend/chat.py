@@ -89,6 +89,7 @@ def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
     kwargs = body.chat_template_kwargs or ChatTemplateKwargs()
     effort = chat_effort(body, kwargs)
+    max_reasoning_tokens, budget_name = reasoning_budget(body)
     tools = () if body.tool_choice == "none" else tool_definitions(body.tools or ())
     return ChatRequest(
         messages=chat_messages(body.messages),
@@ -100,14 +101,16 @@ def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
         parallel_tool_calls=body.parallel_tool_calls is not False,
         structure=body_structure(body),
         skips_reasoning=effort == "none",
-        max_reasoning_tokens=reasoning_budget(body),
+        max_reasoning_tokens=max_reasoning_tokens,
         reasoning_effort=shown_effort(effort),
         model_identity=kwargs.model_identity,
         current_date=kwargs.current_date,
         harmony_constraint=body.harmony_constraint,
         model=body.model,
         names=FieldNames(
-            "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"
+            "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
+            "top_logprobs",
+            budget_name,
         ),
         options=options(body),
     )

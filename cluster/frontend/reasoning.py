@@ -75,9 +75,9 @@ def chat_effort(body: ChatCompletionRequest, kwargs: ChatTemplateKwargs) -> Effo
     return named or ("none" if turned_off else None)
 
 
-def reasoning_budget(body: ChatCompletionRequest) -> int | None:
-    """Return the maximum number of reasoning tokens that a chat requests, the first that is named;
-    None: no limit.
+def reasoning_budget(body: ChatCompletionRequest) -> tuple[int | None, str]:
+    """Return the maximum number of reasoning tokens that a chat requests, the first that is named,
+    and the field that names it; None: no limit.
 
     Raises:
         InvalidRequest: out of range.
@@ -91,10 +91,10 @@ def reasoning_budget(body: ChatCompletionRequest) -> int | None:
     for param, tokens in budgets.items():
         if tokens is not None:
             if param == "thinking_token_budget" and tokens == -1:
-                return None
+                return None, param
             check_reasoning_budget(tokens, param)
-            return tokens
-    return None
+            return tokens, param
+    return None, "max_reasoning_tokens"
 
 
 def shows_reasoning(body: ChatCompletionRequest) -> bool:

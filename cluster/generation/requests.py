@@ -18,6 +18,7 @@ class FieldNames:
 
     max_tokens: str = "max_tokens"
     logprobs: str = "logprobs"
+    max_reasoning_tokens: str = "max_reasoning_tokens"
 
 
 @dataclass(frozen=True, slots=True)

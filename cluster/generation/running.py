@@ -12,7 +12,7 @@ from cluster.generation.choices import ChoiceEvent
 from cluster.generation.turn import Job, Turn
 from cluster.harmony.message import shows
 from cluster.metrics import GatewayMetrics
-from workers.errors import CantataError
+from workers.errors import CantataError, InvalidRequest
 from workers.request import EngineOutput
 
 _QUEUE_SIZE = 64
@@ -134,6 +134,8 @@ class Generation:
                         return
             raise CantataError("The engine's answer ended without a finish reason.")
         except Exception as error:  # handed to the reader, which is the request's edge
+            if isinstance(error, InvalidRequest) and (error.param or "").startswith("constraint"):
+                error.param = self._turn.constrained_by  # engines have another name for it
             await self._events.put(error)
 
     def _push(self, job: Job, output: EngineOutput) -> list[ChoiceEvent]:

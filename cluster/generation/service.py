@@ -14,7 +14,7 @@ from cluster.generation.requests import ChatRequest, CompletionRequest, Structur
 from cluster.generation.running import Generation
 from cluster.generation.settings import Capacity, ChatDefaults, ServedModel
 from cluster.generation.turn import Job, Turn, chat_jobs, completion_jobs
-from cluster.generation.turn_rules import check_promises, check_text_promise
+from cluster.generation.turn_rules import check_promises, check_text_promise, promise
 from cluster.grammars.check import GrammarChecker
 from cluster.metrics import GatewayMetrics
 from workers.errors import InvalidRequest
@@ -68,7 +68,8 @@ class GenerationService:
             jobs = await self._routed(
                 chat_jobs(id, request, prompt, self.served.info, self.prompts.encoding, bad_words, constraint)
             )
-            return await self._begin(id, (prompt,), jobs, arrived, ticket)
+            asked = promise(request) or (request.harmony_constraint and "harmony_constraint")
+            return await self._begin(id, (prompt,), jobs, arrived, ticket, asked)
 
     async def complete(self, request: CompletionRequest, request_id: str | None = None) -> Generation:
         """Begin completions of one or more prompts; see `chat`."""
@@ -102,7 +103,9 @@ class GenerationService:
                         constraint,
                     )
                 )
-            return await self._begin(id, prompts, jobs, arrived, ticket)
+            return await self._begin(
+                id, prompts, jobs, arrived, ticket, None if asked is None else asked.param
+            )
 
     def reconfigure(self, defaults: ChatDefaults, capacity: Capacity) -> None:
         """Use these settings for later requests."""
@@ -141,10 +144,11 @@ class GenerationService:
         jobs: Sequence[Job],
         arrived: float,
         ticket: Ticket,
+        constrained_by: str | None,
     ) -> Generation:
         timeout_s = self._capacity.request_timeout_s
         deadline = None if timeout_s is None else arrived + timeout_s
-        turn = Turn(id, self.served.info.id, prompts, tuple(jobs), arrived, deadline)
+        turn = Turn(id, self.served.info.id, prompts, tuple(jobs), arrived, deadline, constrained_by)
         generation = Generation(turn, self._dispatcher, self.metrics, ticket)
         try:
             await generation.begin()

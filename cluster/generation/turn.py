@@ -45,6 +45,8 @@ class Turn:
         id: the request's, as clients see it.
         model: the name of the model that answers.
         prompts: token ids of each prompt.
+        constrained_by: the field that asks for a constraint, as the client's API names it; None: no
+            field does.
         arrived, deadline: monotonic seconds; deadline None: no deadline.
     """
 
@@ -54,6 +56,7 @@ class Turn:
     jobs: tuple[Job, ...]
     arrived: float
     deadline: float | None
+    constrained_by: str | None = None
 
 
 def chat_jobs(

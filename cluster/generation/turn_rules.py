@@ -81,7 +81,7 @@ def _promises(request: ChatRequest) -> Iterator[str]:
     if choice.max_calls > 1:
         yield "max_parallel_tool_calls"
     if request.max_reasoning_tokens is not None:
-        yield "max_reasoning_tokens"
+        yield request.names.max_reasoning_tokens
     for index, tool in enumerate(request.tools):
         if tool.strict:
             yield f"tools[{index}].function.strict"

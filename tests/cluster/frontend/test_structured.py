@@ -203,8 +203,8 @@ NOT_ENFORCED: list[dict[str, Any]] = [
     {"properties": {"a": {"type": "object", "propertyNames": {"pattern": "a"}}}},
     {"properties": {"a": {"type": "string", "pattern": "(?=a)"}}},
     {"properties": {"a": {"type": "array", "uniqueItems": True}}},
-    {"properties": []},
-    {"properties": {"a": {"type": "string"}}, "required": None, "minProperties": "a"},
+    {"properties": {"a": {"type": "string"}}, "minProperties": "a"},
+    {"properties": {"a": {"type": "string"}}, "if": {"required": ["a"]}},
     {"properties": {"a": {"not": {"type": "string"}}}},
     {"properties": {"a": {"$ref": "https://example.com/schema"}}},
     {"properties": {"a": {"type": "string"}}, "$comment": 2**20 * "a"},  # too long
@@ -419,8 +419,29 @@ async def test_an_engine_that_cannot_prepare_a_default_runs_without_it(
     assert served["choices"][0]["message"]["content"] == "Yes."
     assert [request.constraint is None for request in engine.requests] == [False, True]
     assert gateway.service.metrics.constraints_left_out.labels("engine")._value.get() == 1
-    assert (await refused(gateway, guided_regex="a"))["param"] == "constraint.grammars"
-    assert len(engine.requests) == 3
+    for fields, param in (
+        ({"guided_regex": "a"}, "guided_regex"),
+        ({"tools": [LOOK], "tool_choice": "required"}, "tool_choice"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking.budget_tokens"),
+        ({"harmony_constraint": "headers"}, "harmony_constraint"),
+    ):
+        error = await refused(gateway, **fields)
+        assert (error["param"], error["message"]) == (param, "it takes too long"), fields
+    error = await refused(gateway, "/v1/completions", prompt="a", guided_regex="a")
+    assert error["param"] == "guided_regex"
+    assert len(engine.requests) == 7
+
+
+async def test_a_limit_on_reasoning_is_named_as_it_was_sent(gateway: Gateway) -> None:
+    for field, value in (
+        ("max_reasoning_tokens", 9),
+        ("thinking_token_budget", 9),
+        ("reasoning", {"max_tokens": 9}),
+        ("thinking", {"type": "enabled", "budget_tokens": 9}),
+    ):
+        error = await refused(gateway, harmony_constraint="off", **{field: value})
+        name = field if isinstance(value, int) else f"{field}.{list(value)[-1]}"
+        assert f"contradicts {name}:" in error["message"]
 
 
 async def test_requests_for_a_form_are_counted_by_kind(gateway: Gateway, engine: FakeEngine) -> None:
