@@ -99,7 +99,7 @@ def refused(kind: type[Exception], reason: str, text: str = "Say hello.", **opti
 refused(litellm.ContextWindowExceededError, "maximum context length", "word " * 5_000)
 refused(litellm.NotFoundError, "does not exist", model="openai/gpt-4o")
 refused(litellm.AuthenticationError, "Incorrect API key", api_key="wrong")
-NOT = {"type": "json_schema", "json_schema": {"name": "out", "schema": {"items": {"not": {}}}}}
+NOT = {"type": "json_schema", "json_schema": {"name": "out", "schema": {"items": {"not": {"type": "null"}}}}}
 refused(litellm.BadRequestError, "schema.items.not cannot be enforced", response_format=NOT)
 refused(litellm.exceptions.MidStreamFallbackError, "try again", "Break off.", stream=True)
 assert say("Are you busy?", num_retries=1).choices[0].message.content == "Hello! How can I help?"

@@ -114,7 +114,7 @@ refused(
     "context_length_exceeded",
     messages=[{"role": "user", "content": "word " * 5_000}],
 )
-NOT = {"type": "json_schema", "json_schema": {"name": "out", "schema": {"items": {"not": {}}}}}
+NOT = {"type": "json_schema", "json_schema": {"name": "out", "schema": {"items": {"not": {"type": "null"}}}}}
 place = "response_format.json_schema.schema.items.not"
 refused(openai.BadRequestError, place, None, response_format=NOT)
 refused(openai.BadRequestError, "tool_choice", None, tool_choice="required")

@@ -47,7 +47,7 @@ def patterns(number: int) -> Grammar:
 
 CYCLE = {
     "a": {"items": {"$ref": "#/$defs/b"}},
-    "b": {"title": "b", "not": {}, "additionalProperties": {"$ref": "#/$defs/a"}},
+    "b": {"title": "b", "not": {"const": 1}, "additionalProperties": {"$ref": "#/$defs/a"}},
 }
 
 
@@ -67,7 +67,7 @@ CYCLE = {
         ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "", "nsatisfiable"),
         (False, "", "nsatisfiable"),
         (nested(100), "", "recursion limit"),
-        ({"properties": []}, ".properties", "must be an object"),
+        ({"properties": [1]}, ".properties", "must be an object"),
         ({"enum": ["\x00"], "minimum": "\x00"}, "", ""),
     ],
 )  # fmt: skip
@@ -162,7 +162,7 @@ async def test_verdicts_are_cached_and_one_trial_serves_all(
         return tried(self, job)  # type: ignore[arg-type]
 
     monkeypatch.setattr(process.WorkerProcess, "tried", counted)
-    good, bad = of({"title": "good"}), of({"title": "bad", "not": {}})
+    good, bad = of({"title": "good"}), of({"title": "bad", "not": {"const": 1}})
     first, *others = [asyncio.create_task(checker.check(good, PARAM)) for _ in range(8)]
     await asyncio.sleep(0)
     first.cancel()  # a client that leaves takes nothing from the others
