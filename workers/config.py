@@ -189,7 +189,8 @@ class GrammarConfig:
             Python's lock: at the first use every stream of the engine waits for it.
         num_threads: number of threads that compute masks; None: a quarter of the CPUs that the
             engine's process may use, from 1 to 8.
-        cache_bytes: approximate size of the compiled grammars that are kept.
+        cache_bytes: approximate size of the compiled grammars that are kept, and also of the
+            constraints that are kept ready with theirs.
     """
 
     load: Literal["start", "first_use"] = "start"

@@ -92,7 +92,15 @@ class _Kept(Generic[T]):
         return found[0]
 
     def add(self, key: _Key, future: "Future[T]", num_bytes: int) -> None:
-        self._kept[key] = future, num_bytes
+        self._kept[key] = future, 0
+        self.charge(key, num_bytes)
+
+    def charge(self, key: _Key, num_bytes: int) -> None:
+        """Count further bytes of an entry, and drop others for them."""
+        if key not in self._kept:
+            return
+        future, charged = self._kept[key]
+        self._kept[key] = future, charged + num_bytes
         self.num_bytes += num_bytes
         while self.num_bytes > self._max_bytes and len(self._kept) > 1:
             self.drop(next(iter(self._kept)))
@@ -248,6 +256,9 @@ class GrammarCompiler:
             matchers = tuple(self._matcher(grammar) for grammar in tables.grammars)
             if matchers:
                 tables.set_texts(self.load().texts)
+                # They stay with the constraint after they are dropped from the compiled ones.
+                with self._lock:
+                    self._prepared.charge(constraint.id, _BYTES_PER_GRAMMAR * len(matchers))
             # Of copies: a matcher that computes has its state changed.
             forced = tuple(forced_tokens(matcher.deep_copy()) for matcher in matchers)
             future.set_result(PreparedConstraint(tables, matchers, forced))

@@ -106,3 +106,13 @@ def test_a_refusal_is_kept_without_those_to_whom_it_was_raised(checkpoint: Path)
     until(lambda: gc.collect() >= 0 and all(prompt() is None for prompt in prompts), WAIT_S)
     assert compiled == [False], "refused without compiling it again"
     compiler.close()
+
+
+def test_constraints_that_are_ready_hold_no_more_grammars_than_the_bound(checkpoint: Path) -> None:
+    compiler = GrammarCompiler(checkpoint, VOCAB_SIZE, GrammarConfig(cache_bytes=3 << 20))
+    constraints = constraints_of(checkpoint, [schema_grammar({"enum": [index]}) for index in range(6)])
+    for constraint in constraints:
+        compiler.prepare(constraint).result(WAIT_S)
+    assert list(compiler._prepared._kept) == [constraint.id for constraint in constraints[4:]]
+    assert 2 << 20 < compiler._prepared.num_bytes <= 3 << 20
+    compiler.close()
