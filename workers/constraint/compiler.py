@@ -33,6 +33,8 @@ TOO_SLOW = f"the grammar was not ready within {COMPILE_TIMEOUT_S:g} s; retry, or
 NUM_THREADS = 2
 MAX_QUEUED = 256
 """Maximum number of constraints that wait for a thread; a request beyond it is refused."""
+MAX_RENEWAL_S = 0.25
+"""Processor time to compile a grammar up to which the masks of all sequences may wait for it."""
 _BYTES_PER_GRAMMAR = 1 << 20
 _BYTES_PER_CHAR = 64
 """A compiled grammar's memory: at least a megabyte, with the lexer that its texts warm up."""
@@ -42,19 +44,35 @@ T = TypeVar("T")
 _Key = bytes
 
 
+@dataclass(slots=True, eq=False)
+class CompiledGrammar:
+    """A grammar that is ready to run.
+
+    Attributes:
+        matcher: at the beginning of a text; never advanced, only copied, so that the copies share a
+            warm lexer. Replaced once that is full.
+        cpu_s: processor time that it took to compile.
+        is_renewed: whether a thread of the compiler is to replace it.
+    """
+
+    text: str
+    matcher: "LLMatcher"
+    cpu_s: float
+    is_renewed: bool = False
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedConstraint:
     """A constraint that is ready to run.
 
     Attributes:
         tables: its automaton.
-        matchers: by grammar, at the beginning of a text; never advanced, only copied, so that the
-            copies share a warm lexer.
+        grammars: in the automaton's order.
         forced: by grammar, the tokens with which its texts begin.
     """
 
     tables: HostTables
-    matchers: "tuple[LLMatcher, ...]" = ()
+    grammars: tuple[CompiledGrammar, ...] = ()
     forced: tuple[tuple[int, ...], ...] = ()
 
 
@@ -142,10 +160,10 @@ class GrammarCompiler:
         self._observe = observe
         self._lock = threading.Lock()
         self._prepared: _Kept[PreparedConstraint] = _Kept(config.cache_bytes)
-        self._compiled: _Kept[LLMatcher] = _Kept(config.cache_bytes)
+        self._compiled: _Kept[CompiledGrammar] = _Kept(config.cache_bytes)
         self._loading = threading.Lock()
         self.tokenizer: GrammarTokenizer | None = None
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_QUEUED)
+        self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue(MAX_QUEUED)
         self._threads: list[threading.Thread] = []
         self._closed = False
 
@@ -221,6 +239,34 @@ class GrammarCompiler:
                 thread.start()
         return future
 
+    def renew(self, grammar: CompiledGrammar) -> bool:
+        """Replace the matcher of a grammar whose lexer is full: at once if that is quick, else by
+        one of the compiler's threads, for later texts. Return whether it is replaced."""
+
+        def compile_again() -> bool:
+            if self._closed:
+                return False
+            try:
+                grammar.matcher = self.load().compile(grammar.text)
+            except Exception:
+                # The edge of the thread: only the texts that need it fail.
+                logger.exception("a grammar whose lexer is full could not be compiled again")
+                return False
+            finally:
+                grammar.is_renewed = False
+            logger.info("compiled a grammar again, as its lexer was full")
+            return True
+
+        if grammar.cpu_s <= MAX_RENEWAL_S:
+            return compile_again()
+        if not grammar.is_renewed:
+            grammar.is_renewed = True
+            try:
+                self._jobs.put_nowait(compile_again)
+            except queue.Full:  # a later text will ask again
+                grammar.is_renewed = False
+        return False
+
     def close(self) -> None:
         """Compile nothing further, and wait for what is being compiled, at most COMPILE_TIMEOUT_S:
         a process that ends while a thread is in llguidance crashes. Idempotent."""
@@ -253,15 +299,15 @@ class GrammarCompiler:
             return
         try:
             tables = HostTables(constraint.body)
-            matchers = tuple(self._matcher(grammar) for grammar in tables.grammars)
-            if matchers:
+            grammars = tuple(self._grammar(grammar) for grammar in tables.grammars)
+            if grammars:
                 tables.set_texts(self.load().texts)
                 # They stay with the constraint after they are dropped from the compiled ones.
                 with self._lock:
-                    self._prepared.charge(constraint.id, _BYTES_PER_GRAMMAR * len(matchers))
+                    self._prepared.charge(constraint.id, _BYTES_PER_GRAMMAR * len(grammars))
             # Of copies: a matcher that computes has its state changed.
-            forced = tuple(forced_tokens(matcher.deep_copy()) for matcher in matchers)
-            future.set_result(PreparedConstraint(tables, matchers, forced))
+            forced = tuple(forced_tokens(grammar.matcher.deep_copy()) for grammar in grammars)
+            future.set_result(PreparedConstraint(tables, grammars, forced))
         except InvalidRequest as error:
             with self._lock:
                 self._prepared.refuse(constraint.id, error)
@@ -274,19 +320,19 @@ class GrammarCompiler:
                 self._prepared.drop(constraint.id)
             future.set_exception(error)
 
-    def _matcher(self, grammar: str) -> "LLMatcher":
+    def _grammar(self, grammar: str) -> CompiledGrammar:
         tokenizer = self.load()
         key = hashlib.blake2b(grammar.encode(), digest_size=16).digest()
         with self._lock:
             found = self._compiled.get(key)
             if found is None:
-                mine: Future[LLMatcher] = Future()
+                mine: Future[CompiledGrammar] = Future()
                 self._compiled.add(key, mine, _BYTES_PER_GRAMMAR + _BYTES_PER_CHAR * len(grammar))
         if isinstance(found, Future):
             return found.result()
         if found is not None:
             raise found.error()
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.thread_time()
         try:
             matcher = tokenizer.compile(grammar)
         except BaseException as error:
@@ -298,6 +344,7 @@ class GrammarCompiler:
             mine.set_exception(error)
             self._observe(time.perf_counter() - started, False)
             raise
-        mine.set_result(matcher)
+        compiled = CompiledGrammar(grammar, matcher, time.thread_time() - started_cpu)
+        mine.set_result(compiled)
         self._observe(time.perf_counter() - started, True)
-        return matcher
+        return compiled

@@ -5,7 +5,7 @@ from llguidance import LLParserLimits
 
 MAX_LEXER_STATES = 50_000
 """Maximum number of states of a grammar's lexer, each about 2 kB: they are made as texts come, and
-kept as long as the grammar."""
+kept by the matcher of which all texts' matchers are copies; an engine replaces a full one."""
 
 
 def parser_limits() -> LLParserLimits:

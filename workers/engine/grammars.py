@@ -87,7 +87,7 @@ class _Followed:
         grammar = self.tables.grammar_of[place.state]
         if grammar is None:
             return None
-        return Body(self._prepared.matchers[grammar], self._prepared.forced[grammar])
+        return Body(self._prepared.grammars[grammar], self._prepared.forced[grammar])
 
     def forced(self) -> tuple[int, ...]:
         """Return the tokens that come next, as far as they are forced, or would be if the model

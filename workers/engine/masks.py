@@ -5,7 +5,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from workers.constraint.compiler import GrammarCompiler, forced_tokens
+from workers.constraint.compiler import CompiledGrammar, GrammarCompiler, forced_tokens
 from workers.constraint.tables import Bits, mask_words
 from workers.scheduler.plan import StepMasks
 
@@ -29,6 +29,8 @@ _MAX_FORCED_BYTES = 256
 """Length in bytes of forced text above which it is not fed ahead."""
 _MAX_KEPT_FORCED = 4096
 _CLOSE_TIMEOUT_S = 10.0
+_FULL = "too many states"
+"""What llguidance's error says where a lexer has as many states as it may have."""
 
 
 def mask_threads(num_cpus: int) -> int:
@@ -41,22 +43,30 @@ class Body:
     tokens; all else is written by the thread that computes masks.
 
     Args:
-        grammar: a matcher at the beginning of a text, which is copied.
         forced: the tokens with which the text begins.
     Attributes:
+        matcher: where the text is; a copy of `source`, which is or was the grammar's.
         tokens: the tokens of the text that are known.
         forced: (number of tokens, tokens that follow those if the text goes on as the tokenizer
             would write it).
     """
 
-    __slots__ = ("forced", "grammar", "matcher", "num_consumed", "tokens")
+    __slots__ = ("forced", "grammar", "matcher", "num_consumed", "source", "tokens")
 
-    def __init__(self, grammar: "LLMatcher", forced: tuple[int, ...]) -> None:
+    def __init__(self, grammar: CompiledGrammar, forced: tuple[int, ...]) -> None:
         self.grammar = grammar
         self.tokens: list[int] = []
         self.matcher: LLMatcher | None = None
+        self.source: LLMatcher | None = None
         self.num_consumed = 0
         self.forced = (0, forced)
+
+    def begin(self) -> "LLMatcher":
+        """Return the matcher, anew at the beginning of the text."""
+        self.source = self.grammar.matcher
+        self.matcher = self.source.deep_copy()
+        self.num_consumed = 0
+        return self.matcher
 
     def forced_after(self, num_tokens: int) -> tuple[int, ...]:
         """Return the forced tokens after the first so many tokens, as far as they are known."""
@@ -166,18 +176,16 @@ class MaskThread:
         matchers = [_matcher_of(row) for row in rows]
         words: npt.NDArray[np.uint32] = np.empty((len(rows), self._num_words), dtype=np.uint32)
         if rows:  # none is left if their sequences have gone on to free text, or ended
-            self._executor.unsafe_compute_mask_ptr(
-                [(matcher, index) for index, matcher in enumerate(matchers)],
-                words.ctypes.data,
-                self._num_words * words.itemsize,
-                len(rows),
-            )
+            self._fill(words, enumerate(matchers))
         bits = words.view(np.uint8)
+        stuck = self._renew_full(rows, matchers, words)
         may_end = self._take_ends(bits)
-        # If two tokens that differ in their first byte may come, nothing is forced.
-        single = self._tokenizer.bytes
-        num_beginnings = (bits[:, single >> 3] >> (single & 7) & 1).sum(1)
+        num_beginnings = self._num_beginnings(bits)
         for index, (row, matcher) in enumerate(zip(rows, matchers, strict=True)):
+            if index in stuck:
+                job.failed[row.seq_id] = _failure(stuck[index])
+                bits[index] = 255
+                continue
             if row.text is not None:
                 bits[index] &= row.text
             if may_end[index] or (row.text is not None and not bits[index].any()):
@@ -186,6 +194,91 @@ class MaskThread:
                 forced = self._forced_tokens(matcher) if num_beginnings[index] < 2 else ()
                 row.body.forced = row.num_tokens, forced
         return StepMasks(job.step, np.array([row.row for row in rows], dtype=np.int64), bits)
+
+    def _fill(self, words: npt.NDArray[np.uint32], matchers: Iterable[tuple[int, "LLMatcher"]]) -> None:
+        assert self._executor is not None
+        self._executor.unsafe_compute_mask_ptr(
+            [(matcher, index) for index, matcher in matchers],
+            words.ctypes.data,
+            self._num_words * words.itemsize,
+            len(words),
+        )
+
+    def _num_beginnings(self, bits: Bits) -> npt.NDArray[np.int64]:
+        """Return the number of bytes with which each row's next token may begin: if two tokens that
+        differ in their first byte may come, nothing is forced."""
+        single = self._tokenizer.bytes
+        count: npt.NDArray[np.int64] = (bits[:, single >> 3] >> (single & 7) & 1).sum(1, dtype=np.int64)
+        return count
+
+    def _renew_full(
+        self, rows: Sequence[MaskRow], matchers: "list[LLMatcher]", words: npt.NDArray[np.uint32]
+    ) -> dict[int, str]:
+        """Where a text met the limit of its lexer's states, which all texts of the grammar fill
+        together, read it again with a fresh lexer, and compute the masks of its rows.
+
+        Returns:
+            Why the rows, by index, have no mask for whose texts there is none.
+        """
+        anew: set[Body] = set()
+        stuck: dict[int, str] = {}
+        for index, error in self._full(rows, words).items():
+            row, found = rows[index], {index: error}
+            if row.body in anew:
+                found = self._fill_again(index, rows, matchers, words)
+            # First with the grammar's matcher as it is by now, which other texts may have filled
+            # again.
+            for _ in range(2):
+                if not found or not self._begin_anew(row):
+                    break
+                anew.add(row.body)
+                found = self._fill_again(index, rows, matchers, words)
+            stuck |= found
+        return stuck
+
+    def _full(self, rows: Sequence[MaskRow], words: npt.NDArray[np.uint32]) -> dict[int, str]:
+        """Return the errors of the rows, by index, whose masks may be wrong since their lexer is
+        full. That need not be their matchers' error: a mask of a forced token is then wrong without
+        one, and a text that was read meanwhile seems not to be of the grammar. So it is tried."""
+        bits, eos = words.view(np.uint8), self._tokenizer.eos
+        failed = bits[:, eos >> 3] & (1 << (eos & 7)) != 0
+        forced = self._num_beginnings(bits) < 2
+        errors: dict[int, str] = {}
+        full: dict[int, str] = {}
+        for index in np.flatnonzero(failed | forced).tolist():
+            source = rows[index].body.source
+            assert source is not None
+            if id(source) not in errors:
+                row, trial = rows[index], source.deep_copy()
+                # A token that may come first: llguidance takes 3 us for one, 0.3 ms for another.
+                may_come = np.unpackbits(bits[index], bitorder="little").argmax()
+                trial.consume_token(row.body.tokens[0] if row.num_tokens else int(may_come))
+                errors[id(source)] = trial.get_error() if trial.is_error() else ""
+            if _FULL in errors[id(source)]:
+                full[index] = errors[id(source)]
+        return full
+
+    def _begin_anew(self, row: MaskRow) -> bool:
+        """Read a text again with another lexer than it had; return whether there is one."""
+        body = row.body
+        if body.source is body.grammar.matcher and not self._compiler.renew(body.grammar):
+            return False
+        body.begin().consume_tokens(body.tokens[: row.num_tokens])
+        body.num_consumed = row.num_tokens
+        return True
+
+    def _fill_again(
+        self,
+        index: int,
+        rows: Sequence[MaskRow],
+        matchers: "list[LLMatcher]",
+        words: npt.NDArray[np.uint32],
+    ) -> dict[int, str]:
+        """Compute the mask of a row whose text was begun anew; return as `_full` does."""
+        matchers[index] = _matcher_of(rows[index])
+        self._fill(words, [(index, matchers[index])])
+        again = self._full([rows[index]], words[index : index + 1])
+        return {index: again[0]} if again else {}
 
     def _forced_tokens(self, matcher: "LLMatcher") -> tuple[int, ...]:
         """Return the tokens of the bytes that come next whatever the text is; the same bytes have
@@ -225,14 +318,13 @@ class MaskThread:
         singles: list[tuple[LLMatcher, int]] = []
         for row in rows:
             body = row.body
-            if body.matcher is None:
-                body.matcher = body.grammar.deep_copy()
+            matcher = body.matcher or body.begin()
             new = body.tokens[body.num_consumed : row.num_tokens]
             body.num_consumed += len(new)
             if len(new) == 1:
-                singles.append((body.matcher, new[0]))
+                singles.append((matcher, new[0]))
             elif new:
-                body.matcher.consume_tokens(new)
+                matcher.consume_tokens(new)
         if singles:
             self._executor.consume_token_par(singles)
 

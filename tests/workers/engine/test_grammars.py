@@ -330,7 +330,7 @@ def test_a_failure_that_is_not_the_grammars_is_not_kept(
         patch.setattr(GrammarTokenizer, "compile", no_memory)
         with pytest.raises(MemoryError):
             compiler.prepare(constraint).result(WAIT_S)
-    assert compiler.prepare(constraint).result(WAIT_S).matchers
+    assert compiler.prepare(constraint).result(WAIT_S).grammars
     compiler.close()
 
 
