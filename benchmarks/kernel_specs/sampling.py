@@ -158,6 +158,7 @@ SPECS = (
                 "num_words": "i32",
             },
             constexprs={"CHUNK": modify.CHUNK},
+            options={"num_warps": modify.NUM_WARPS},
             unaligned=("num_words",),
         )
         for name, kernel in (("look", modify.look_kernel), ("restrict", modify.restrict_kernel))

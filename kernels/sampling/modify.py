@@ -21,6 +21,8 @@ ENTRIES = 256
 """Number of entries per program."""
 CHUNK = 4096
 """Number of tokens per program in the passes over rows; a multiple of 32."""
+NUM_WARPS = 8
+"""Warps of the passes that apply sets: with 4 the compiler runs out of registers on Hopper."""
 
 
 @triton.jit
@@ -258,4 +260,13 @@ def _restrict(logits: Tensor, allowed: TokenIds | None, forbidden: TokenIds | No
     allowed_mask = masks[0] if allowed is not None else None
     forbidden_mask = masks[-1] if forbidden is not None else None
     for kernel in (look_kernel, restrict_kernel):
-        kernel[grid](logits, allowed_mask, forbidden_mask, left, vocab_size, num_words, CHUNK=CHUNK)
+        kernel[grid](
+            logits,
+            allowed_mask,
+            forbidden_mask,
+            left,
+            vocab_size,
+            num_words,
+            CHUNK=CHUNK,
+            num_warps=NUM_WARPS,
+        )
