@@ -166,6 +166,18 @@ def pack(states: StateLists) -> Words:
     return np.concatenate((head.reshape(-1), set_words, next_words)).astype(np.int32)
 
 
+def rows_that_allow_all(num_rows: int, device: torch.device) -> AutomatonRows:
+    """Return rows of as many sequences, all in an automaton of one state, in which any token may
+    come: for steps that only compile kernels or measure memory."""
+    words = pack(StateLists([True], [[]], [[]], [[]], [False], [NO_STATE]))
+    rows = torch.zeros(NUM_ROW_VECTORS, num_rows, dtype=torch.int32)
+    rows[Row.ROW] = rows[Row.SLOT] = torch.arange(num_rows, dtype=torch.int32)
+    rows[Row.MAX_COUNTED] = rows[Row.MAX_LENGTH] = UNLIMITED
+    rows[Row.DRAFT] = -1
+    places = torch.zeros(num_rows, 2, dtype=torch.int32, device=device)
+    return AutomatonRows(torch.from_numpy(words).to(device), places, rows.to(device))
+
+
 def _sets(tokens: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
     """Return the number of words of each set, and all sets one after the other."""
     owners, ids = _flat(tokens)

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.automaton import layout
 from kernels.automaton.device import advance
+from kernels.automaton.layout import rows_that_allow_all
 from kernels.sampling import reference
 from kernels.sampling.batch import AllowedBits, LogitBias, Penalties, SampleOutput, SamplingBatch, TokenIds
 from kernels.sampling.choose import choose
@@ -42,13 +42,9 @@ def warm_up(vocab_size: int, device: torch.device) -> None:
     count = zero.to(torch.int32)
     plain = SamplingBatch(one, zero, zero)
     tokens = TokenIds(zero, zero)
-    words = torch.from_numpy(
-        layout.pack(layout.StateLists([False], [[0]], [[]], [[]], [False], [layout.NO_STATE]))
-    )
-    rows = torch.zeros(layout.NUM_ROW_VECTORS, 1, dtype=torch.int32, device=device)
     everything_else = replace(
         plain,
-        automaton=layout.AutomatonRows(words.to(device), rows.new_zeros(1, 2), rows),
+        automaton=rows_that_allow_all(1, device),
         logit_bias=LogitBias(zero, zero, one),
         penalties=Penalties(zero, zero, count, one, one, one),
         allowed_bits=AllowedBits(zero, torch.ones(1, 1, dtype=torch.uint8, device=device)),

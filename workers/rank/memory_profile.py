@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.automaton.layout import rows_that_allow_all
 from kernels.sampling import AllowedBits, LogitBias, Penalties, SamplingBatch, TokenIds
 from kernels.sampling import warm_up as warm_up_sampling
 from workers.config import BLOCK_SIZE, KVDtype, SchedulerConfig
@@ -91,6 +92,7 @@ def everything_wanted(num_rows: int, vocab_size: int, device: torch.device) -> S
         min_p=ones * 0.01,
         logit_bias=LogitBias(rows, tokens, ones),
         penalties=Penalties(rows, tokens, counts, ones, ones, ones * 1.1),
+        automaton=rows_that_allow_all(num_rows, device),
         allowed_ids=some,
         allowed_bits=AllowedBits(
             rows, torch.full((num_rows, -(-vocab_size // 8)), 255, dtype=torch.uint8, device=device)
