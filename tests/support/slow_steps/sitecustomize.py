@@ -38,9 +38,9 @@ class _Slowing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         executor: Any = module
         execute = executor.InlineExecutor.execute
 
-        def slowly(self: object, plan: object) -> object:
+        def slowly(self: object, *step: object) -> object:
             time.sleep(_STEP_S)
-            return execute(self, plan)
+            return execute(self, *step)
 
         executor.InlineExecutor.execute = slowly
 

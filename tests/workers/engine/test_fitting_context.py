@@ -135,7 +135,7 @@ async def test_what_it_says_over_grpc_is_what_it_holds_requests_to(checkpoint: P
             grammars=server.engine.grammars,
         )
         row = next(line for line in table.splitlines() if line.startswith("  grammars "))
-        assert "tokenizer loaded when first used, about " in row
+        assert "tokenizer loaded, about " in row
         said = (
             f"{CONTEXT} tokens of the model's 8192, limited by a KV cache of {CACHE_BYTES / 1024:.1f} KiB; "
         )
