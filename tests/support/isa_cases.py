@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention import reference as attention_reference
+from kernels.automaton import layout
+from kernels.automaton import reference as automaton_reference
 from kernels.cpu import native, sampling
 from kernels.embedding import reference as embedding_reference
 from kernels.moe import ExpertWeights
@@ -417,6 +419,66 @@ def samples() -> Iterator[Case]:
     )
 
 
+def automata() -> Iterator[Case]:
+    """The mask of four sequences' rows, and their places after the tokens that were sampled."""
+    vocab, (thinks, answers, cut), none = 150, range(3), layout.NO_STATE
+    first = layout.pack(
+        layout.StateLists(
+            forbids=[True, False, False],
+            tokens=[[3, 40, 149], [8, 9, 70, 131], [20]],
+            next_tokens=[[12, 9], [8, 9], [20]],
+            next_states=[[cut, answers], [thinks, answers], [answers]],
+            counted=[True, False, False],
+            overflow=[cut, none, none],
+        )
+    )
+    second = layout.pack(
+        layout.StateLists([False, True], [[149], []], [[149], []], [[1], []], [False, False], [none, none])
+    )
+    far, limit, device = len(first), layout.UNLIMITED, layout.ON_DEVICE
+    rows = torch.tensor(
+        [  # As `layout.Row`. Row 3 of the logits follows no automaton.
+            (0, 2, 0, thinks, 1, 4, limit, limit, 0, 9),
+            (1, 2, 0, thinks, 1, 5, limit, limit, 1, 8),
+            (2, 2, 0, thinks, 1, 6, limit, limit, 2, -1),
+            (4, 0, 0, device, 0, 0, 6, limit, 0, -1),
+            (5, 1, far, device, 0, 2, limit, limit, 0, 149),
+            (6, 1, far, device, 0, 3, limit, limit, 1, -1),
+            (7, 3, 0, thinks, 0, 3, limit, 4, 0, -1),
+        ],
+        dtype=torch.int32,
+    ).T.contiguous()
+    places = torch.tensor([(thinks, 5), (0, 0), (cut, 9), (cut, 9)], dtype=torch.int32)
+    words = torch.cat((torch.from_numpy(first), torch.from_numpy(second)))
+    automaton = layout.AutomatonRows(words, places, rows)
+    logits = Inputs("automaton").floats(8, vocab)
+    masked = logits.clone()
+    automaton_reference.mask(masked, automaton)
+    followed = {"words": words, "rows": rows, "num_rows": rows.shape[1]}
+    yield Case("automaton_mask").call(
+        "automaton_mask",
+        **followed,
+        logits=Output(masked, before=logits),
+        places=places,
+        token_ids=None,
+        vocab=vocab,
+        row_stride=vocab,
+    )
+    for kind, draft in (("all drafts are right", 8), ("a draft is wrong", 70)):
+        token_ids = torch.tensor([9, draft, 5, 0, 50, 149, 7, 1])
+        moved = layout.AutomatonRows(words, places.clone(), rows)
+        automaton_reference.advance(moved, token_ids)
+        yield Case(f"automaton_advance, {kind}").call(
+            "automaton_advance",
+            **followed,
+            logits=None,
+            places=Output(moved.places, before=places),
+            token_ids=token_ids,
+            vocab=0,
+            row_stride=0,
+        )
+
+
 def pointwise_cases() -> Iterator[Case]:
     for dtype in TYPES:
         weight, ids = (
@@ -577,6 +639,7 @@ def cases() -> list[dict[str, Any]]:
         ropes,
         gates,
         samples,
+        automata,
         pointwise_cases,
         programs,
     )
