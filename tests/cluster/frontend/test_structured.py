@@ -100,7 +100,7 @@ async def test_the_final_message_has_the_form(
         assert ends == {encoding.return_, encoding.endoftext}
 
 
-async def test_nothing_is_constrained_that_nobody_asked_for(gateway: Gateway, engine: FakeEngine) -> None:
+async def test_nothing_is_constrained_unasked(gateway: Gateway, engine: FakeEngine) -> None:
     gateway.service.reconfigure(ChatDefaults(harmony_constraint="off"), Capacity())
     for body in (
         {},
@@ -214,7 +214,7 @@ NOT_ENFORCED: list[dict[str, Any]] = [
 async def test_a_forced_tool_that_is_not_strict_has_what_can_be_enforced(
     gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding
 ) -> None:
-    """As agent libraries send all their tools with `required`."""
+    """Agent libraries send all their tools with `required`."""
     fallbacks = gateway.service.metrics.schema_fallbacks._value
     for schema in NOT_ENFORCED:
         before = fallbacks.get()

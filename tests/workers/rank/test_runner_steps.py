@@ -477,7 +477,7 @@ def test_a_step_that_samples_nothing_returns_nothing(runner: Runner) -> None:
 def test_a_step_waits_for_the_one_before_only_if_the_host_needs_its_tokens(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], waits: bool
 ) -> None:
-    """As on a GPU, where launched steps are not waited for."""
+    """An executor like that on a GPU: launched steps are not waited for."""
 
     class InFlight:
         num_waits = 0
