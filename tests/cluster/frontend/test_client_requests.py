@@ -82,7 +82,7 @@ WRONG = (
     # llguidance forgets how many tokens such a rule has had when a draft's tokens are taken back.
     Refusal(
         400,
-        "has 'max_tokens=': this option is not supported",
+        "has 'max_tokens': this option is not supported",
         "structured_outputs.grammar",
         ("guidance: guidance VLLMModel (regex / llguidance)",),
     ),
