@@ -1,5 +1,5 @@
-"""llguidance: the tokenizer and the matchers of grammars. Imported only where a request has a
-grammar, as llguidance and its tokenizer take hundreds of megabytes."""
+"""llguidance: the tokenizer and the matchers of grammars. Imported only when the tokenizer is
+loaded (`GrammarConfig.load`), as it takes hundreds of megabytes."""
 
 from pathlib import Path
 
