@@ -92,7 +92,7 @@ def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str], "Future[Ma
     items = [
         item
         for item in request.session.items
-        if isinstance(item, pytest.Function) and "compiled" in item.fixturenames
+        if item.path == request.path and "compiled" in item.fixturenames
     ]
     wanted = {(item.callspec.params["name"], item.callspec.params["target"]) for item in items}
     return {
