@@ -34,6 +34,7 @@ from pydantic import (
 )
 
 from cluster import setting_values as values
+from cluster.chat_options import HarmonyConstraint, ReasoningEffort, ToolArguments
 from cluster.numbers_as_text import texts_to_numbers
 from cluster.settings_tree import leaves, merge, read_file, set_value
 from workers.config import EngineConfig
@@ -46,9 +47,6 @@ _KUBERNETES_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 """Pattern of the value that Kubernetes gives `CANTATA_HTTP_PORT` for a Service named
 cantata-http."""
 
-ReasoningEffort = Literal["low", "medium", "high"]
-HarmonyConstraint = Literal["off", "headers"]
-ToolArguments = Literal["schema_types", "json", "free"]
 WRAP_UP = "\n\nThat is enough thinking. I will now act on what I have."
 
 

@@ -78,3 +78,14 @@ def test_nothing_is_larger_than_the_design_allows() -> None:
     found = {name: size for file in sources() if "_pb2" not in file.name for name, size in too_large(file)}
     assert {name: size for name, size in found.items() if name not in LARGER} == {}
     assert sorted(LARGER.keys() - found.keys()) == [], "these are small enough now: take them off the list"
+
+
+def test_a_set_of_words_is_named_once() -> None:
+    """Two aliases for one `Literal` differ after the next change."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for file in sources():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Literal["):
+                alias = ast.unparse(node.targets[0]), ast.unparse(node.value)
+                places.setdefault(alias, []).append(file.name)
+    assert {alias: files for alias, files in places.items() if len(files) > 1} == {}

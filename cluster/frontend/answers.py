@@ -8,7 +8,7 @@ from typing import (
 
 from typing_extensions import TypedDict
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+from cluster.events import FinishReason
 
 
 class PromptTokensDetails(TypedDict):

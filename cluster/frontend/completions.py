@@ -2,9 +2,9 @@
 
 from collections.abc import AsyncGenerator, Sequence
 
-from cluster.events import TokenLogprob, Usage
+from cluster.events import FinishReason, TokenLogprob, Usage
 from cluster.frontend import schema, sse
-from cluster.frontend.answers import CompletionLogprobs, FinishReason, TextChoiceBody, TextCompletion
+from cluster.frontend.answers import CompletionLogprobs, TextChoiceBody, TextCompletion
 from cluster.frontend.chat import token_name, usage_body
 from cluster.frontend.fold import Finish, Fold, TextDelta, whole_answer
 from cluster.frontend.sampling import check_stream_options, options, sampling_params, stop_strings

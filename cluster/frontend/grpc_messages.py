@@ -1,14 +1,13 @@
 """Conversion of the public gRPC API's messages to the service's requests, and of answers to its
 messages."""
 
+from cluster.chat_options import HarmonyConstraint, ReasoningEffort
 from cluster.events import FinishReason, GenerationEvent, TokenLogprob, Usage
 from cluster.frontend.chat_messages import ChatMessage, ChatRole, ToolCall, harmony_messages
 from cluster.frontend.fold import Finish, Fold, ReasoningDelta, TextDelta, ToolCallDelta, whole_answer
 from cluster.frontend.grpc_tools import answer_structure, tools_and_choice
 from cluster.generation import ChatRequest, FieldNames, Generation, Options, Truncation
 from cluster.generation.limits import check_reasoning_budget
-from cluster.harmony.render import ReasoningEffort
-from cluster.harmony.turn_grammar import HarmonyConstraint
 from cluster.rpc import inference_pb2 as pb
 from workers.errors import InvalidRequest
 from workers.request import SamplingParams

@@ -4,9 +4,9 @@ earlier turns, under the names that clients and proxies use."""
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from cluster.chat_options import ReasoningEffort
 from cluster.frontend.schema import ChatCompletionRequest, ChatTemplateKwargs, Message, ReasoningPart
 from cluster.generation.limits import check_reasoning_budget
-from cluster.harmony.render import ReasoningEffort
 from workers.errors import InvalidRequest
 
 Effort = ReasoningEffort | Literal["none"]

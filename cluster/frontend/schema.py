@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, StrictStr, Tag, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
+from cluster.chat_options import HarmonyConstraint
 from cluster.frontend.schema_base import Bias, Body, Whole
 from cluster.frontend.schema_formats import ResponseFormat, StructuredOutputs
 from cluster.frontend.schema_tools import AssistantToolCall, Tool, ToolChoice
@@ -232,7 +233,7 @@ class ChatCompletionRequest(SamplingFields):
     thinking_token_budget: Whole | None = Field(
         default=None, description="As max_reasoning_tokens (vLLM's name); -1: no limit."
     )
-    harmony_constraint: Literal["off", "headers"] | None = Field(
+    harmony_constraint: HarmonyConstraint | None = Field(
         default=None,
         description="'headers' lets the model write only well-formed turns; the deployment's by default.",
     )

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from cluster.generation.prompts import Prompts
 from cluster.generation.requests import ChatRequest, Structure
-from cluster.generation.turn_rules import WantedBody, WantedTurn, bounded, promise, wanted_turn
+from cluster.generation.turn_rules import WantedBody, WantedTurn, bounded, promises, wanted_turn
 from cluster.grammars.check import GrammarChecker
 from cluster.grammars.grammar import json_object
 from cluster.harmony.automaton import TurnAutomata
@@ -96,7 +96,7 @@ class Constraints:
                 tools are too long together.
         """
         mode = request.harmony_constraint or self._prompts.defaults.harmony_constraint
-        promised = promise(request) is not None
+        promised = any(promises(request))
         sampling = request.sampling
         bare = bool(sampling.allowed_token_ids) and request.harmony_constraint is None
         if not promised and (mode == "off" or sampling.ignore_eos or bare):

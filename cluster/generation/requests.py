@@ -4,11 +4,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.chat_options import HarmonyConstraint, ReasoningEffort
 from cluster.grammars.grammar import Grammar
 from cluster.harmony.message import Message
-from cluster.harmony.render import ReasoningEffort, ResponseFormat
+from cluster.harmony.render import ResponseFormat
 from cluster.harmony.tools import ToolDefinition
-from cluster.harmony.turn_grammar import HarmonyConstraint
 from workers.request import SamplingParams
 
 

@@ -14,7 +14,7 @@ from cluster.generation.requests import ChatRequest, CompletionRequest, Structur
 from cluster.generation.running import Generation
 from cluster.generation.settings import Capacity, ChatDefaults, ServedModel
 from cluster.generation.turn import Job, Turn, chat_jobs, completion_jobs
-from cluster.generation.turn_rules import check_promises, check_text_promise, promise
+from cluster.generation.turn_rules import check_promises, check_text_promise, promises
 from cluster.grammars.check import GrammarChecker
 from cluster.metrics import GatewayMetrics
 from workers.errors import InvalidRequest
@@ -68,7 +68,7 @@ class GenerationService:
             jobs = await self._routed(
                 chat_jobs(id, request, prompt, self.served.info, self.prompts.encoding, bad_words, constraint)
             )
-            asked = promise(request) or (request.harmony_constraint and "harmony_constraint")
+            asked = next(promises(request), None) or (request.harmony_constraint and "harmony_constraint")
             return await self._begin(id, (prompt,), jobs, arrived, ticket, asked)
 
     async def complete(self, request: CompletionRequest, request_id: str | None = None) -> Generation:

@@ -1,10 +1,8 @@
 """The settings of a GenerationService: the model, the deployment's defaults and its capacity."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-from cluster.harmony.render import ReasoningEffort
-from cluster.harmony.turn_grammar import HarmonyConstraint
+from cluster.chat_options import HarmonyConstraint, ReasoningEffort, ToolArguments
 from workers.errors import ModelNotFound
 from workers.rpc.convert import EngineInfo
 
@@ -59,11 +57,6 @@ class ServedModel:
         """
         if name is not None and name != self.info.id:
             raise ModelNotFound(f"The model {name[:100]!r} does not exist; this server has {self.info.id!r}.")
-
-
-ToolArguments = Literal["schema_types", "json", "free"]
-"""What arguments of functions may be that are neither strict nor forced: JSON with the types of the
-schema, any JSON object, any text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 """What a chat asks of the form of its turns: the grammar of a turn, before it is known whether its
 bodies compile."""
 
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from cluster.chat_options import ToolArguments
 from cluster.generation.requests import ChatRequest, CompletionRequest, Structure
-from cluster.generation.settings import ChatDefaults, ToolArguments
+from cluster.generation.settings import ChatDefaults
 from cluster.grammars import grammar as grammars
 from cluster.grammars.grammar import Grammar
 from cluster.harmony.tools import ToolDefinition
@@ -15,6 +16,8 @@ from workers.rpc.validate import MAX_GRAMMAR_CHARS, MAX_GRAMMARS
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 """The schema of a function without parameters."""
+_MAX_LISTED = 8
+"""Maximum number of fields that the sentence of an error names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +69,9 @@ class WantedTurn:
         return sum(len(grammar.text) for grammar in grammars_ if grammar is not None)
 
 
-def promise(request: ChatRequest) -> str | None:
-    """Return the first field that asks for what only a constraint can give, as the client's API
-    names it; None if there is none."""
-    return next(_promises(request), None)
-
-
-def _promises(request: ChatRequest) -> Iterator[str]:
+def promises(request: ChatRequest) -> Iterator[str]:
+    """Yield the fields that ask for what only a constraint can give, as the client's API names
+    them."""
     if request.structure is not None:
         yield request.structure.param
     choice = request.tool_choice
@@ -95,13 +94,11 @@ def check_promises(request: ChatRequest) -> None:
     Raises:
         InvalidRequest: with `param`.
     """
-    asked = promise(request)
-    if asked is None:
-        return
-    if request.harmony_constraint == "off":
+    asked = [*promises(request)]
+    if asked and request.harmony_constraint == "off":
         raise InvalidRequest(
-            f"harmony_constraint 'off' lets the model write anything, which contradicts {asked}: leave one "
-            f"of them out.",
+            f"harmony_constraint 'off' lets the model write anything, which contradicts {_listed(asked)}: "
+            f"leave one or the other out.",
             "harmony_constraint",
         )
     _refuse_ignore_eos(request, asked)
@@ -113,17 +110,24 @@ def check_text_promise(request: CompletionRequest) -> None:
     Raises:
         InvalidRequest: with `param`.
     """
-    if request.structure is not None:
-        _refuse_ignore_eos(request, request.structure.param)
+    _refuse_ignore_eos(request, [] if request.structure is None else [request.structure.param])
 
 
-def _refuse_ignore_eos(request: ChatRequest | CompletionRequest, asked: str) -> None:
-    if request.sampling.ignore_eos:
+def _refuse_ignore_eos(request: ChatRequest | CompletionRequest, asked: Sequence[str]) -> None:
+    if asked and request.sampling.ignore_eos:
         raise InvalidRequest(
-            f"ignore_eos goes on after the end of the answer, which contradicts {asked}: leave one of them "
-            f"out.",
+            f"ignore_eos goes on after the end of the answer, which contradicts {_listed(asked)}: leave one "
+            f"or the other out.",
             "ignore_eos",
         )
+
+
+def _listed(fields: Sequence[str]) -> str:
+    """Return the first fields as part of a sentence."""
+    shown, others = fields[:_MAX_LISTED], len(fields) - _MAX_LISTED
+    if others > 0:
+        return f"{', '.join(shown)} and {others} more"
+    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
 
 
 def wanted_turn(request: ChatRequest, defaults: ChatDefaults) -> WantedTurn:

@@ -7,16 +7,14 @@ out. Text of clients and tools is always encoded with special tokens disabled.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import orjson
 
+from cluster.chat_options import ReasoningEffort
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.message import CHANNELS, Message
 from cluster.harmony.tools import TextInput, ToolDefinition, typescript_type
 from workers.errors import ContextLengthExceeded, InvalidRequest
-
-ReasoningEffort = Literal["low", "medium", "high"]
 
 DEFAULT_MODEL_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 DEFAULT_KNOWLEDGE_CUTOFF = "2024-06"

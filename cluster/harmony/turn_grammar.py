@@ -8,8 +8,6 @@ from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.message import FUNCTIONS
 from workers.constraint.automaton import NO_LIMITS, ConstraintLimits
 
-HarmonyConstraint = Literal["off", "headers"]
-"""How far a turn is constrained: not at all, or to well-formed headers and ends of messages."""
 Calls = Literal["allowed", "required", "forbidden"]
 
 MIN_ANSWER_TOKENS = 32

@@ -3,8 +3,8 @@
 import random
 from collections.abc import Sequence
 
+from cluster.chat_options import ReasoningEffort
 from cluster.harmony.message import Message
-from cluster.harmony.render import ReasoningEffort
 from scripts.demo.examples import answer
 from scripts.demo.split import (
     EASY_FACTORS,

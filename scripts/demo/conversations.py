@@ -4,8 +4,9 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from cluster.chat_options import ReasoningEffort
 from cluster.harmony.message import Message
-from cluster.harmony.render import Conversation, ReasoningEffort
+from cluster.harmony.render import Conversation
 from cluster.harmony.tools import ToolDefinition
 from scripts.demo import arithmetic, memory, schemas, small_talk, tool_calls, words
 from scripts.demo.examples import EFFORTS, Example, answer

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from cluster.chat_options import ReasoningEffort
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.message import FUNCTIONS, Message
-from cluster.harmony.render import Conversation, ReasoningEffort, render
+from cluster.harmony.render import Conversation, render
 
 Skill = str
 EFFORTS: tuple[ReasoningEffort, ...] = ("low", "medium", "high")

@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cluster.chat_options import ReasoningEffort
 from cluster.harmony.message import Message
-from cluster.harmony.render import ReasoningEffort
 from scripts.demo import words
 from scripts.demo.examples import answer
 from scripts.demo.split import Split

@@ -3,8 +3,9 @@
 import random
 from dataclasses import dataclass
 
+from cluster.chat_options import ReasoningEffort
 from cluster.harmony.message import Message
-from cluster.harmony.render import ReasoningEffort, ResponseFormat
+from cluster.harmony.render import ResponseFormat
 from scripts.demo import word_lists, words
 from scripts.demo.examples import answer
 from scripts.demo.split import Split

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from cluster.chat_options import ReasoningEffort
 from cluster.harmony.message import Message
-from cluster.harmony.render import ReasoningEffort
 from scripts.demo import words
 from scripts.demo.examples import answer
 from scripts.demo.split import Split

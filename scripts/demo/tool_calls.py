@@ -5,8 +5,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.chat_options import ReasoningEffort
 from cluster.harmony.message import FUNCTIONS, Message
-from cluster.harmony.render import ReasoningEffort
 from cluster.harmony.tools import ToolDefinition
 from scripts.demo import word_lists, words
 from scripts.demo.examples import answer, call

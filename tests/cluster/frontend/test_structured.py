@@ -47,6 +47,10 @@ async def asked(gateway: Gateway, engine: FakeEngine, **body: Any) -> EngineRequ
     return request
 
 
+def _named(tool: dict[str, Any], index: int) -> dict[str, Any]:
+    return {**tool, "function": {**tool["function"], "name": f"f{index}"}}
+
+
 async def refused(gateway: Gateway, path: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
     answer = await gateway.http.post(path, json={"messages": HELLO, **body})
     assert answer.status_code == 400, answer.text
@@ -442,6 +446,19 @@ async def test_a_limit_on_reasoning_is_named_as_it_was_sent(gateway: Gateway) ->
         error = await refused(gateway, harmony_constraint="off", **{field: value})
         name = field if isinstance(value, int) else f"{field}.{list(value)[-1]}"
         assert f"contradicts {name}:" in error["message"]
+
+
+@pytest.mark.parametrize("field", ["harmony_constraint", "ignore_eos"])
+async def test_all_that_needs_a_constraint_is_named(gateway: Gateway, field: str) -> None:
+    strict = {"type": "function", "function": {"name": "f", "strict": True, "parameters": POINT}}
+    asked = {"response_format": {"type": "json_object"}, "tools": [LOOK, strict], "tool_choice": "required"}
+    value = {"harmony_constraint": "off", "ignore_eos": True}[field]
+    error = await refused(gateway, max_reasoning_tokens=9, **asked, **{field: value})
+    named = "response_format, tool_choice, max_reasoning_tokens and tools[1].function.strict"
+    assert error["param"] == field
+    assert f"contradicts {named}: leave" in error["message"]
+    error = await refused(gateway, tools=[_named(strict, i) for i in range(10)], **{field: value})
+    assert "tools[7].function.strict and 2 more: leave" in error["message"]
 
 
 async def test_requests_for_a_form_are_counted_by_kind(gateway: Gateway, engine: FakeEngine) -> None:

@@ -61,6 +61,8 @@ SCHEMAS_OF_REFUSED = {
     "unevaluatedProperties": False,
     "minContains": 2,
     "$dynamicRef": "#",
+    "$recursiveRef": "#",
+    "$dynamicAnchor": "a",
 }
 """Values of keywords that are refused; `{}` for the others."""
 
@@ -130,6 +132,34 @@ def test_what_the_table_calls_refused_is_refused_with_its_name(keyword: str) -> 
     schema = {"properties": {"a": {keyword: SCHEMAS_OF_REFUSED.get(keyword, {})}}}
     verdict = Compiler().verdict(json_schema(schema, "schema").text)
     assert verdict.place == f".properties.a.{keyword}"
+
+
+def examples() -> list[dict[str, object]]:
+    """Return the schemas that the table has as examples."""
+    lines = (ROOT / "docs/structured-output.md").read_text().splitlines()
+    return [
+        json.loads(text) for line in lines if "| refused |" in line for text in re.findall(r"`({.*?})`", line)
+    ]
+
+
+def test_the_table_has_an_example_of_each_exception() -> None:
+    assert {name for schema in examples() for name in schema} == {
+        *("uniqueItems", "propertyNames", "unevaluatedItems", "unevaluatedProperties", "not")
+    }
+
+
+@pytest.mark.parametrize("schema", examples(), ids=json.dumps)
+def test_what_the_table_calls_an_exception_is_taken(schema: dict[str, object]) -> None:
+    allowed = texts(json_schema({"properties": {"a": schema}}, "schema"))
+    assert allowed is not None
+    assert ('{"a": 1}' in allowed) == ("not" not in schema)
+
+
+def test_items_of_older_drafts_are_enforced() -> None:
+    allowed = Texts(json_schema({"items": [{"type": "string"}], "additionalItems": False}, "schema"))
+    assert '["a"]' in allowed
+    assert '["a", 1]' not in allowed
+    assert "[1]" not in allowed
 
 
 def test_the_table_names_the_formats_that_are_enforced() -> None:
