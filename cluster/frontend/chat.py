@@ -283,7 +283,7 @@ async def chunks(
     continuous = include_usage and bool(options and options.continuous_usage_stats)
     include_reasoning = shows_reasoning(body)
     frame = _ChunkFrame(generation, fingerprint, include_usage, continuous)
-    fold = Fold(_custom_tools(body))
+    fold = Fold(_custom_tools(body), generation.id)
     for index in range(body.n or 1):
         chunk = frame.chunk([_chunk_choice(index, {"role": "assistant", "content": ""})])
         if body.return_token_ids and index == 0:

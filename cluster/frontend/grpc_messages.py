@@ -200,7 +200,7 @@ class ChatEvents:
 
     def __init__(self, generation: Generation, request: pb.ChatRequest, fingerprint: str) -> None:
         self._id = generation.id
-        self._fold = Fold(_custom_tools(request))
+        self._fold = Fold(_custom_tools(request), generation.id)
         self._shows_reasoning = _shows_reasoning(request)
         self._shows_ids = request.return_token_ids
         self._head: pb.StreamHead | None = pb.StreamHead(

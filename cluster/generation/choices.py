@@ -77,10 +77,15 @@ class Choice(Protocol):
 
 class _EventLog:
     """The events of one push, each with the tokens since the previous one; pieces of one message
-    are joined."""
+    are joined.
 
-    def __init__(self, index: int) -> None:
+    Args:
+        per_token: join only the pieces that one token gives.
+    """
+
+    def __init__(self, index: int, *, per_token: bool = False) -> None:
         self._index = index
+        self._per_token = per_token
         self._token_ids: list[int] = []
         self._events: list[ChoiceEvent] = []
         # The first of the pieces, the texts of all of them.
@@ -90,7 +95,13 @@ class _EventLog:
         self._joined_ids: list[int] = []
 
     def token(self, token_id: int) -> None:
+        self.boundary()
         self._token_ids.append(token_id)
+
+    def boundary(self) -> None:
+        """Begin what the next token, or the end, gives."""
+        if self._per_token:
+            self._close()
 
     def add(self, event: MessageEvent, logprobs: Sequence[TokenLogprob] = ()) -> None:
         if isinstance(event, MessageEnd):
@@ -145,6 +156,8 @@ class ChatChoice:
             repeats none of them; a call that does is left out.
         ends_with_turn: stop when the model's turn is over, also without a stop token of the engine;
             False with ignore_eos.
+        per_token: events are those of each token by itself, whatever number of tokens comes at
+            once.
 
     Attributes:
         reasoning_limit: of the sequence's constraint; None: none. Set before the first output.
@@ -160,6 +173,7 @@ class ChatChoice:
         parallel_tool_calls: bool = True,
         max_calls: int = 1,
         ends_with_turn: bool = True,
+        per_token: bool = False,
     ) -> None:
         self.num_tokens = 0
         self.num_cached_tokens = 0
@@ -173,7 +187,7 @@ class ChatChoice:
         self._max_calls = max_calls
         self._repeated = RepeatedCalls() if max_calls > 1 else None
         self._ends_with_turn = ends_with_turn
-        self._log = _EventLog(index)
+        self._log = _EventLog(index, per_token=per_token)
         self._kind: Kind = "text"
         self._num_calls = 0
         # Only with logprobs: those of text tokens whose text is not out yet, and how many
@@ -290,6 +304,7 @@ class ChatChoice:
                 self._show(event)
 
     def _end(self, output: EngineOutput) -> None:
+        self._log.boundary()
         for event in self._parser.finish():
             self._take(event)
             if self.finished:

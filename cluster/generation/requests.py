@@ -105,6 +105,8 @@ class ChatRequest:
         reasoning_effort, model_identity, current_date, harmony_constraint: None: the deployment's
             value.
         model: None: the served model.
+        per_token: the events of the answer are a function of its tokens alone, not of how many of
+            them come at once.
     """
 
     messages: tuple[Message, ...]
@@ -122,6 +124,7 @@ class ChatRequest:
     current_date: str | None = None
     harmony_constraint: HarmonyConstraint | None = None
     model: str | None = None
+    per_token: bool = False
     names: FieldNames = field(default_factory=FieldNames)
     options: Options = field(default_factory=Options)
 

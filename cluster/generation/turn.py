@@ -92,6 +92,7 @@ def chat_jobs(
             parallel_tool_calls=request.parallel_tool_calls,
             max_calls=1 if constraint is None else constraint.grammar.max_calls,
             ends_with_turn=not sampling.ignore_eos,
+            per_token=request.per_token,
         )
         if constraint is not None:
             asked = _constrained(asked, constraint, encoding)

@@ -1,11 +1,22 @@
 """One fold under every API: messages as an answer, whole and in deltas."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from cluster.events import ChoiceDelta, ChoiceFinish
-from cluster.frontend.fold import AnswerDelta, Finish, Fold, ReasoningDelta, TextDelta, ToolCallDelta
+from cluster.frontend.fold import (
+    AnswerDelta,
+    Finish,
+    Fold,
+    PartDelta,
+    PartDone,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallDelta,
+    call_id,
+)
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.message import Message, MessageDelta, MessageEnd, MessageEvent, MessageStart
 from cluster.rpc import inference_pb2 as pb
@@ -132,3 +143,57 @@ def test_choices_do_not_share_a_fold() -> None:
         shown = fold.add(ChoiceDelta(choice, MessageStart(0, final, "x")))
         assert shown == AnswerDelta(choice, TextDelta("x"), (), ())
     assert fold.add(ChoiceDelta(1, MessageStart(1, final, "y"))) == AnswerDelta(1, TextDelta("\n\ny"), (), ())
+
+
+def parts(*events: MessageEvent, id: str = "resp_1") -> list[PartDelta]:
+    fold = Fold(["c"], id)
+    numbered: Sequence[ChoiceDelta | ChoiceFinish] = [
+        *(ChoiceDelta(0, event, token_ids=(number,)) for number, event in enumerate(events)),
+        ChoiceFinish(0, "stop", token_ids=(len(events),)),
+    ]
+    return [shown for event in numbered if (shown := fold.add_part(event)) is not None]
+
+
+def test_a_part_for_each_message() -> None:
+    analysis, preamble, final = message("analysis"), message("commentary"), message("final")
+    empty, call = message("analysis"), message("commentary", "functions.c")
+    ended = message("final")
+    assert parts(
+        MessageStart(0, analysis),
+        MessageDelta("Hm."),
+        MessageEnd(replace(analysis, end="end")),
+        MessageStart(1, empty),
+        MessageEnd(empty),
+        MessageStart(2, preamble, "I "),
+        MessageDelta("look."),
+        MessageEnd(replace(preamble, end="end")),
+        MessageStart(3, call),
+        MessageEnd(call),
+        MessageStart(4, final),
+        MessageEnd(ended),
+    ) == [
+        PartDelta(0, ReasoningDelta("Hm."), (), (0, 1)),
+        PartDelta(0, PartDone("end"), (), (2,)),
+        PartDelta(2, TextDelta("I ", "commentary"), (), (3, 4, 5)),
+        PartDelta(2, TextDelta("look.", "commentary"), (), (6,)),
+        PartDelta(2, PartDone("end"), (), (7,)),
+        PartDelta(3, ToolCallDelta(0, "c", "", call_id("resp_1", 0, 0), custom=True), (), (8,)),
+        PartDelta(3, PartDone(None), (), (9,)),
+        PartDelta(4, TextDelta(""), (), (10,)),
+        PartDelta(4, PartDone(None), (), (11,)),
+        PartDelta(4, Finish("stop"), (), (12,)),
+    ], "an empty final message shows, empty reasoning does not; no blank lines"
+
+
+def test_ids_of_calls_follow_from_the_generation() -> None:
+    call = message("commentary", "functions.f")
+    events = (MessageStart(0, call), MessageEnd(call), MessageStart(1, call), MessageEnd(call))
+
+    def ids(id: str) -> list[str | None]:
+        shown = [part.delta for part in parts(*events, id=id)]
+        return [delta.id for delta in shown if isinstance(delta, ToolCallDelta)]
+
+    assert ids("resp_1") == ids("resp_1")
+    assert len({*ids("resp_1"), *ids("resp_2")}) == 4
+    assert {len(id or "") for id in ids("resp_1")} == {29}
+    assert len({call_id("g", choice, index) for choice in range(3) for index in range(3)}) == 9

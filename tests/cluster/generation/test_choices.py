@@ -453,3 +453,43 @@ async def test_whole_answers_join_arguments_in_one_pass() -> None:
     over_grpc = await grpc_messages.chat_response(cast(Generation, Answer()), pb.ChatRequest(), "fp")
     (message,) = over_grpc.choices[0].message.tool_calls
     assert (message.id[:5], message.name, len(message.arguments)) == ("call_", "f", 200 * 200_000)
+
+
+TURNS = (
+    "<|channel|>analysis<|message|>Hm, a wörld 🎉.<|end|><|start|>assistant<|channel|>commentary<|message|>I look."
+    '<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>',
+    "<|channel|>final<|message|>Stop here, please.<|return|>",
+    "text without a header",
+)
+
+
+@pytest.mark.parametrize("text", TURNS)
+@pytest.mark.parametrize("stop", [(), ("here,",)])
+@pytest.mark.parametrize("cut", [0, 3])
+def test_per_token_the_events_do_not_depend_on_how_many_tokens_come_at_once(
+    encoding: HarmonyEncoding, text: str, stop: tuple[str, ...], cut: int
+) -> None:
+    """Parts too are a function of the tokens, also where the end comes by itself."""
+    ids = encoding.encode_with_special(text)
+    ids = ids[: len(ids) - cut]
+
+    def read(size: int, *, end_alone: bool = False) -> list[object]:
+        choice = ChatChoice(0, encoding, stop, tools=["f"], per_token=True)
+        events: list[ChoiceDelta | ChoiceFinish] = []
+        finish: FinishReason = "length" if cut else "stop"
+        for start in range(0, len(ids), size):
+            last = start + size >= len(ids) and not end_alone
+            if not choice.finished:
+                entries = tuple(TokenLogprobs(-1.0, ()) for _ in ids[start : start + size])
+                events += choice.push(
+                    EngineOutput(tuple(ids[start : start + size]), entries, finish if last else None)
+                )
+        if not choice.finished:
+            events += choice.push(EngineOutput((), (), finish))
+        fold = Fold(id="resp_1")
+        return [events, [fold.add_part(event) for event in events]]
+
+    expected = read(1)
+    for size in (2, 3, 7, 1000):
+        assert read(size) == expected
+    assert read(1000, end_alone=True) == expected
