@@ -47,6 +47,7 @@ _KUBERNETES_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 """Pattern of the value that Kubernetes gives `CANTATA_HTTP_PORT` for a Service named
 cantata-http."""
 
+MIN_SECRET_CHARS = 16
 WRAP_UP = "\n\nThat is enough thinking. I will now act on what I have."
 
 
@@ -74,6 +75,10 @@ class GatewayConfig(_Settings):
     Attributes:
         served_model_name: model name for clients; None for the name of the checkpoint's folder.
         api_keys: if not empty, a request needs one of them (`Authorization: Bearer …`).
+        secret: text of 16 characters or more that all gateways of a deployment share, and that is
+            unchanged when they restart: what clients keep for the server, such as encrypted
+            reasoning, opens with it alone. None: a random one, which gateways on Ray share while
+            its head lives, and which is new with each start standalone.
         cors_origins: web origins whose pages may call the API from a browser; `*` for all.
         max_in_flight_requests: maximum number of running requests; more are refused with 429.
         request_timeout_s: a request's deadline, from its arrival to its last token; None for no
@@ -125,6 +130,7 @@ class GatewayConfig(_Settings):
     api_keys: Annotated[tuple[str, ...], BeforeValidator(values.split), AfterValidator(values.check_keys)] = (
         Field(default=(), repr=False)
     )
+    secret: str | None = Field(default=None, min_length=MIN_SECRET_CHARS, max_length=1024, repr=False)
     cors_origins: Annotated[
         tuple[str, ...], BeforeValidator(values.split), AfterValidator(values.check_origins)
     ] = ()
@@ -266,30 +272,37 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], origins: Mapping
         raise ConfigError(_sentence(kind, error, origins)) from None
 
 
-API_KEYS_VARIABLE = f"{ENVIRONMENT_PREFIX}GATEWAY__API_KEYS"
+PRIVATE_VARIABLES = {
+    f"{ENVIRONMENT_PREFIX}GATEWAY__API_KEYS": "api_keys",
+    f"{ENVIRONMENT_PREFIX}GATEWAY__SECRET": "secret",
+}
+"""Variables of the settings of `gateway` that a widely readable file does not hold, with their
+names."""
 
 
-def with_api_keys(config: AppConfig, environment: Mapping[str, str] | None = None) -> AppConfig:
-    """Add the API keys of the environment to a Serve application's settings, whose file may be
-    widely readable.
+def with_private_settings(config: AppConfig, environment: Mapping[str, str] | None = None) -> AppConfig:
+    """Add API keys and secret of the environment to a Serve application's settings, whose file may
+    be widely readable.
 
     Args:
         environment: None for this process's environment.
     Returns:
-        `config`, with the environment's keys if it has none of its own.
+        `config`, with the environment's values where it has none of its own.
     Raises:
-        ConfigError: the environment's value is not a list of keys.
+        ConfigError: a value is invalid.
     """
-    text = (os.environ if environment is None else environment).get(API_KEYS_VARIABLE)
-    if not text or config.gateway.api_keys:
-        return config
-    values = config.gateway.model_dump(exclude={"api_keys"}) | {"api_keys": text}
-    try:
-        return config.model_copy(update={"gateway": GatewayConfig.model_validate(values)})
-    except ValidationError as error:
-        raise ConfigError(
-            f"{API_KEYS_VARIABLE}: {error.errors(include_url=False, include_input=False)[0]['ctx']['error']}"
-        ) from None
+    for variable, name in PRIVATE_VARIABLES.items():
+        text = (os.environ if environment is None else environment).get(variable)
+        if not text or getattr(config.gateway, name):
+            continue
+        values = config.gateway.model_dump(exclude={name}) | {name: text}
+        try:
+            gateway = GatewayConfig.model_validate(values)
+        except ValidationError as error:
+            sentence = _sentence(AppConfig, error, {})
+            raise ConfigError(variable + sentence.removeprefix(name)) from None
+        config = config.model_copy(update={"gateway": gateway})
+    return config
 
 
 def check_no_settings(environment: Mapping[str, str]) -> None:
@@ -297,10 +310,10 @@ def check_no_settings(environment: Mapping[str, str]) -> None:
     since the application has its settings in the YAML.
 
     Raises:
-        ConfigError: a setting other than API keys is present.
+        ConfigError: a setting other than API keys and secret is present.
     """
     for _, (name, _text) in _read_environment(environment).items():
-        if name != API_KEYS_VARIABLE:
+        if name not in PRIVATE_VARIABLES:
             raise ConfigError(
                 f"{name} is set in the environment that Ray was started with, where it has no effect: "
                 f"write it under args in the Serve YAML, and start Ray without it"
@@ -418,9 +431,12 @@ def _sentence(kind: type[AppConfig], error: ValidationError, origins: Mapping[st
         reason = str(first["ctx"]["error"])
         return f"{where}{path}: {reason}" if path else f"{where}{reason}"
     if first["type"] == "string_too_short":
-        return f"{where}{path} must not be empty"
+        least = first["ctx"]["min_length"]
+        return f"{where}{path} must {'not be empty' if least == 1 else f'have {least} characters or more'}"
     message = first["msg"].removeprefix("Input should be ")
-    shown = "" if path.endswith("api_keys") or "api_keys." in path else f", found {first['input']!r}"
+    shown = (
+        "" if path.endswith(("api_keys", "secret")) or "api_keys." in path else f", found {first['input']!r}"
+    )
     return f"{where}{path} must be {message.split(', unable')[0]}{shown}"
 
 

@@ -2,13 +2,22 @@
 
 import base64
 import binascii
+import contextlib
+import os
 import secrets
+import stat
+import tempfile
+from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from workers.errors import ConfigError
+
+SECRET_CHARS = 43
+"""Length of a drawn secret, which has 256 bits."""
 _VERSION = b"\x01"
 _NONCE_BYTES = 12
 _SALT_BYTES = 16
@@ -63,3 +72,46 @@ class Sealer:
 
     def _derived(self, salt: bytes) -> bytes:
         return HKDF(SHA256(), length=32, salt=salt, info=b"cantata seal").derive(self._key)
+
+
+def new_secret() -> str:
+    """Return a random secret."""
+    return secrets.token_urlsafe(32)
+
+
+def kept_secret(file: Path) -> str:
+    """Return the secret that a file holds. If there is none yet, a random one is drawn and kept
+    there, readable by this user alone; of several processes that do so at once, all get the same.
+
+    Raises:
+        ConfigError: the file cannot be read or written, or others may read it.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            return _read_secret(file)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        drawn = new_secret()
+        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=".secret-")  # mode 0600
+        try:
+            with os.fdopen(descriptor, "w") as stream:
+                stream.write(drawn)
+                stream.flush()
+                os.fsync(stream.fileno())
+            with contextlib.suppress(FileExistsError):
+                os.link(name, file)  # whole or not at all, and never over another's
+        finally:
+            os.unlink(name)
+        return _read_secret(file)
+    except OSError as error:
+        raise ConfigError(
+            f"the secret of this deployment cannot be kept in {file}: {error.strerror}; set gateway.secret"
+        ) from None
+
+
+def _read_secret(file: Path) -> str:
+    text = file.read_text(errors="replace").strip()
+    if stat.S_IMODE(file.stat().st_mode) & 0o077:
+        raise ConfigError(f"{file} holds a secret and can be read by others: run chmod 600 {file}")
+    if len(text) < SECRET_CHARS or not text.isascii():
+        raise ConfigError(f"{file} holds no secret: remove it, or set gateway.secret")
+    return text

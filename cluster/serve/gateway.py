@@ -15,7 +15,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from cluster.assembly import build_gateway, capacity, chat_defaults, load_encoding
-from cluster.config import AppConfig, reconfigured, with_api_keys
+from cluster.config import AppConfig, reconfigured, with_private_settings
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import SERVICE_NAME, InferenceServicer
 from cluster.frontend.grpc_handlers import ReceivedHere, decoded
@@ -33,6 +33,7 @@ from cluster.serve.cluster_view import (
 )
 from cluster.serve.ray_environment import HAPROXY_HARD_STOP_S
 from cluster.serve.room import replica_bundles, shortage
+from cluster.serve.shared_secret import with_shared_secret
 from cluster.summary import address
 from cluster.ways_of_serving import DRAIN_S
 from workers.errors import ConfigError, InvalidRequest
@@ -63,7 +64,7 @@ class GatewayReplica:
     async def __init__(self, engine: DeploymentHandle[Any], config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         quiet_refusals()
         _warn_of_environment(config)
-        config = with_api_keys(config)
+        config = await with_shared_secret(with_private_settings(config))
         self._config = config
         self._configured = False
         self._replicas = ServeReplicas(engine)

@@ -29,6 +29,7 @@ from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
 from cluster.frontend.http_server import HttpServer
 from cluster.generation import GenerationService
 from cluster.harmony.encoding import HarmonyEncoding
+from cluster.sealing import new_secret
 from cluster.sockets import bound_socket, check_port_is_free
 from cluster.standalone.supervisor import EngineFailed, EngineProcess, watch_children_without_threads
 from cluster.summary import Reach, start_up_summary
@@ -95,6 +96,9 @@ class StopSignals:
 
 async def _serve(config: CantataConfig) -> int:
     stop = StopSignals()
+    if config.gateway.secret is None:
+        gateway = config.gateway.model_copy(update={"secret": new_secret()})
+        config = config.model_copy(update={"gateway": gateway})
     encoding = load_encoding(config)
     check_model(config)
     with (

@@ -14,7 +14,7 @@ from cluster.config import (
     load_config,
     parse_config,
     setting_paths,
-    with_api_keys,
+    with_private_settings,
 )
 from cluster.numbers_as_text import parse_count, parse_size
 from workers.errors import ConfigError
@@ -76,6 +76,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "engine.max_model_len": "32k",
         "engine.scheduler.max_num_batched_tokens": "4K",
         "gateway.api_keys": "one, two",
+        "gateway.secret": "0123456789abcdef",
         "gateway.cors_origins": "https://a.example, http://localhost:3000",
         "gateway.served_model_name": "name",
         "gateway.unknown_fields": "refuse",
@@ -316,21 +317,34 @@ def test_serve_arguments_take_sizes_and_know_no_listen() -> None:
 
 def test_keys_of_a_serve_application_may_come_from_the_environment() -> None:
     config = parse_config(AppConfig, {"engine": {"model_path": "x"}}, {})
-    assert with_api_keys(config, {}) is config
-    assert with_api_keys(config, {"CANTATA_GATEWAY__API_KEYS": ""}) is config
-    keyed = with_api_keys(config, {"CANTATA_GATEWAY__API_KEYS": "one, two"})
+    assert with_private_settings(config, {}) is config
+    assert with_private_settings(config, {"CANTATA_GATEWAY__API_KEYS": ""}) is config
+    keyed = with_private_settings(config, {"CANTATA_GATEWAY__API_KEYS": "one, two"})
     assert keyed.gateway.api_keys == ("one", "two")
     assert keyed.engine == config.engine
-    assert with_api_keys(keyed, {"CANTATA_GATEWAY__API_KEYS": "three"}) is keyed
+    assert with_private_settings(keyed, {"CANTATA_GATEWAY__API_KEYS": "three"}) is keyed
     with pytest.raises(ConfigError, match=r"^CANTATA_GATEWAY__API_KEYS: a key is empty") as refusal:
-        with_api_keys(config, {"CANTATA_GATEWAY__API_KEYS": "secret,,"})
+        with_private_settings(config, {"CANTATA_GATEWAY__API_KEYS": "secret,,"})
     assert "secret" not in str(refusal.value)
+    secret = "0123456789abcdef"
+    both = with_private_settings(
+        config, {"CANTATA_GATEWAY__API_KEYS": "one", "CANTATA_GATEWAY__SECRET": secret}
+    )
+    assert (both.gateway.api_keys, both.gateway.secret) == (("one",), secret)
+    assert secret not in repr(both), "it never reaches a log"
+    with pytest.raises(ConfigError, match=r"^CANTATA_GATEWAY__SECRET must have 16 characters or more$"):
+        with_private_settings(config, {"CANTATA_GATEWAY__SECRET": "too short"})
+    for wrong in ("too short", 12):
+        with pytest.raises(ConfigError, match=r"gateway\.secret must") as refusal:
+            load_config(None, {}, MODEL | {"gateway.secret": wrong})
+        assert str(wrong) not in str(refusal.value).replace("16", "")
 
 
 def test_settings_in_the_environment_of_a_serve_application_are_refused() -> None:
     check_no_settings(
         {
             "CANTATA_GATEWAY__API_KEYS": "key",
+            "CANTATA_GATEWAY__SECRET": "0123456789abcdef",
             "CANTATA_PORT": "tcp://10.0.0.1",
             "CANTATA_CPU_ISA": "avx2",
             "HOME": "/",

@@ -1,10 +1,13 @@
 """What is sealed opens with the same key and context alone, and unchanged."""
 
 import base64
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from cluster.sealing import BrokenSeal, Sealer
+from cluster.sealing import BrokenSeal, Sealer, kept_secret, new_secret
+from workers.errors import ConfigError
 
 KEY = bytes(range(32))
 
@@ -49,3 +52,29 @@ def test_what_was_never_sealed_is_refused(sealed: str) -> None:
 def test_a_short_key_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 16 bytes"):
         Sealer(b"short")
+
+
+def test_a_kept_secret_is_drawn_once_and_private(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "secret"
+    with ThreadPoolExecutor(8) as pool:
+        drawn = set(pool.map(kept_secret, [file] * 32))
+    assert drawn == {file.read_text()}
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    assert [*file.parent.iterdir()] == [file], "no temporary files are left"
+    assert len({new_secret() for _ in range(10)}) == 10
+
+
+def test_a_file_that_is_no_private_secret_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    kept_secret(file)
+    file.chmod(0o640)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        kept_secret(file)
+    file.write_text("short")
+    file.chmod(0o600)
+    with pytest.raises(ConfigError, match="holds no secret"):
+        kept_secret(file)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"set gateway\.secret"):
+        kept_secret(tmp_path / "file" / "secret")

@@ -259,7 +259,7 @@ def test_the_schema_knows_exactly_the_settings(helm: Helm) -> None:
 
     # The model's path is model.path, keys would stand in the clear, and engines must be reachable
     # from other nodes.
-    elsewhere = {"engine.model_path", "gateway.api_keys", "engine_host"}
+    elsewhere = {"engine.model_path", "gateway.api_keys", "gateway.secret", "engine_host"}
     elsewhere |= {"gateway.max_header_bytes", "gateway.header_timeout_s"}  # of --standalone
     deployments = {"replicas", "gateways"}
     assert (
@@ -297,7 +297,11 @@ def test_ray_is_started_as_it_should_be(helm: Helm) -> None:
             "name": "CANTATA_GATEWAY__API_KEYS",
             "valueFrom": {"secretKeyRef": {"name": "cantata-keys", "key": "api_keys"}},
         }
-        assert [entry for entry in container["env"] if "value" not in entry] == [keys]
+        secret = {
+            "name": "CANTATA_GATEWAY__SECRET",
+            "valueFrom": {"secretKeyRef": {"name": "cantata-keys", "key": "secret", "optional": True}},
+        }
+        assert [entry for entry in container["env"] if "value" not in entry] == [keys, secret]
         # What `cantata serve` sets, but for what holds for one machine without a load balancer; and
         # what the values add.
         assert environment == CLUSTER_ENVIRONMENT | {"RAY_BACKEND_LOG_LEVEL": "warning"}

@@ -166,6 +166,12 @@ env:
       secretKeyRef:
         name: {{ . }}
         key: api_keys
+  - name: CANTATA_GATEWAY__SECRET
+    valueFrom:
+      secretKeyRef:
+        name: {{ . }}
+        key: secret
+        optional: true
   {{- end }}
   {{- range $name, $value := .root.Values.env }}
   - name: {{ $name }}

@@ -456,8 +456,9 @@ async def test_whole_answers_join_arguments_in_one_pass() -> None:
 
 
 TURNS = (
-    "<|channel|>analysis<|message|>Hm, a wörld 🎉.<|end|><|start|>assistant<|channel|>commentary<|message|>I look."
-    '<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>',
+    "<|channel|>analysis<|message|>Hm, a wörld 🎉.<|end|>"
+    "<|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+    '<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>',
     "<|channel|>final<|message|>Stop here, please.<|return|>",
     "text without a header",
 )
