@@ -97,8 +97,8 @@ class StopSignals:
 async def _serve(config: CantataConfig) -> int:
     stop = StopSignals()
     if config.gateway.secret is None:
-        gateway = config.gateway.model_copy(update={"secret": new_secret()})
-        config = config.model_copy(update={"gateway": gateway})
+        settings = config.gateway.model_copy(update={"secret": new_secret()})
+        config = config.model_copy(update={"gateway": settings})
     encoding = load_encoding(config)
     check_model(config)
     with (
