@@ -12,7 +12,7 @@ from starlette.routing import Match
 
 from cluster.config import GatewayConfig
 from cluster.fleet.status import FleetStatus
-from cluster.frontend import answers, body, chat, completions, errors, reasoning, schema, sse
+from cluster.frontend import answers, body, chat, completions, errors, reasoning, schema, sse, structure
 from cluster.frontend.docs_page import add_docs
 from cluster.frontend.edge import Edge
 from cluster.frontend.openapi import Schemas
@@ -196,18 +196,18 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limi
 
 
 def _to_tokenize(asked: schema.TokenizeRequest, num_bytes: int) -> str | ChatRequest:
-    kwargs = asked.chat_template_kwargs or schema.ChatTemplateKwargs()
-    effort = reasoning.reasoning_effort(asked.reasoning_effort, "reasoning_effort")
-    effort = effort or reasoning.template_effort(kwargs)
     if asked.prompt is not None and asked.messages is None:
         return asked.prompt
     if asked.messages is None or asked.prompt is not None:
         raise InvalidRequest("prompt or messages must be given, one of them.", "prompt")
+    kwargs = asked.chat_template_kwargs or schema.ChatTemplateKwargs()
+    tools, _ = chat.tools_and_choice(asked)
     return ChatRequest(
         messages=chat.chat_messages(asked.messages),
         num_bytes=num_bytes,
-        tools=chat.tool_definitions(asked.tools or ()),
-        reasoning_effort=reasoning.shown_effort(effort),
+        tools=tools,
+        structure=structure.response_format(asked.response_format),
+        reasoning_effort=reasoning.shown_effort(reasoning.chat_effort(asked, kwargs)),
         model_identity=kwargs.model_identity,
         current_date=kwargs.current_date,
     )

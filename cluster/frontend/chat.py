@@ -41,6 +41,7 @@ from cluster.frontend.reasoning import (
 from cluster.frontend.sampling import check_stream_options, options, sampling_params, stop_strings
 from cluster.frontend.schema import (
     ChatCompletionRequest,
+    ChatFields,
     ChatTemplateKwargs,
     ContentPart,
     ReasoningPart,
@@ -90,13 +91,13 @@ def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
     kwargs = body.chat_template_kwargs or ChatTemplateKwargs()
     effort = chat_effort(body, kwargs)
     max_reasoning_tokens, budget_name = reasoning_budget(body)
-    tools = () if body.tool_choice == "none" else tool_definitions(body.tools or ())
+    tools, choice = tools_and_choice(body, body.max_parallel_tool_calls, body.parallel_tool_calls)
     return ChatRequest(
         messages=chat_messages(body.messages),
         num_bytes=num_bytes,
         sampling=sampling_params(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None),
         tools=tools,
-        tool_choice=_tool_choice(body, tools),
+        tool_choice=choice,
         stop=stop_strings(body),
         parallel_tool_calls=body.parallel_tool_calls is not False,
         structure=body_structure(body),
@@ -166,13 +167,32 @@ def _earlier_call(call: AssistantToolCall) -> ToolCall:
     return ToolCall(call.id, call.function.name, call.function.arguments)
 
 
-def tool_definitions(tools: Sequence[Tool]) -> tuple[ToolDefinition, ...]:
-    """Return tools in the form that the prompt needs.
+def tools_and_choice(
+    body: ChatFields, max_calls: int | None = None, parallel: bool | None = None
+) -> tuple[tuple[ToolDefinition, ...], ToolChoice]:
+    """Return the tools that the model sees, and which of them may be called.
 
+    Args:
+        max_calls: `max_parallel_tool_calls`.
+        parallel: `parallel_tool_calls`.
     Raises:
-        InvalidRequest: the grammar of a custom tool is wrong.
+        InvalidRequest: the grammar of a custom tool is wrong; see `tool_choice`.
     """
-    return tuple(_tool_definition(tool, index) for index, tool in enumerate(tools))
+    shown = () if body.tool_choice == "none" else body.tools or ()
+    tools = tuple(_tool_definition(tool, index) for index, tool in enumerate(shown))
+    choice, named, required, param = body.tool_choice, None, False, "tool_choice"
+    match choice:
+        case NamedFunction() | NamedCustomTool():
+            named, required = [_named(choice, param)], True
+        case AllowedToolChoice(allowed_tools=allowed):
+            param = "tool_choice.allowed_tools.tools"
+            named = [_named(tool, f"{param}[{index}]") for index, tool in enumerate(allowed.tools)]
+            required = allowed.mode == "required"
+        case _:
+            required = choice == "required"
+    return tools, tool_choice(
+        tools, named, required=required, max_calls=max_calls, parallel=parallel, param=param
+    )
 
 
 def _tool_definition(tool: Tool, index: int) -> ToolDefinition:
@@ -189,27 +209,6 @@ def _tool_definition(tool: Tool, index: int) -> ToolDefinition:
     function = tool.function
     return ToolDefinition(
         function.name, function.description or "", function.parameters, strict=bool(function.strict)
-    )
-
-
-def _tool_choice(body: ChatCompletionRequest, tools: Sequence[ToolDefinition]) -> ToolChoice:
-    choice, named, required, param = body.tool_choice, None, False, "tool_choice"
-    match choice:
-        case NamedFunction() | NamedCustomTool():
-            named, required = [_named(choice, param)], True
-        case AllowedToolChoice(allowed_tools=allowed):
-            param = "tool_choice.allowed_tools.tools"
-            named = [_named(tool, f"{param}[{index}]") for index, tool in enumerate(allowed.tools)]
-            required = allowed.mode == "required"
-        case _:
-            required = choice == "required"
-    return tool_choice(
-        tools,
-        named,
-        required=required,
-        max_calls=body.max_parallel_tool_calls,
-        parallel=body.parallel_tool_calls,
-        param=param,
     )
 
 

@@ -5,7 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from cluster.chat_options import ReasoningEffort
-from cluster.frontend.schema import ChatCompletionRequest, ChatTemplateKwargs, Message, ReasoningPart
+from cluster.frontend.schema import (
+    ChatCompletionRequest,
+    ChatFields,
+    ChatTemplateKwargs,
+    Message,
+    ReasoningPart,
+)
 from cluster.generation.limits import check_reasoning_budget
 from workers.errors import InvalidRequest
 
@@ -45,7 +51,7 @@ def shown_effort(effort: Effort | None) -> ReasoningEffort | None:
     return "low" if effort == "none" else effort
 
 
-def template_effort(kwargs: ChatTemplateKwargs) -> Effort | None:
+def _template_effort(kwargs: ChatTemplateKwargs) -> Effort | None:
     """Return the effort that a chat template's arguments request.
 
     Raises:
@@ -55,7 +61,7 @@ def template_effort(kwargs: ChatTemplateKwargs) -> Effort | None:
     return effort or ("none" if kwargs.enable_thinking is False else None)
 
 
-def chat_effort(body: ChatCompletionRequest, kwargs: ChatTemplateKwargs) -> Effort | None:
+def chat_effort(body: ChatFields, kwargs: ChatTemplateKwargs) -> Effort | None:
     """Return the effort that a chat requests: the first that is named; else `none` if one of the
     switches turns reasoning off; else None.
 
@@ -65,7 +71,7 @@ def chat_effort(body: ChatCompletionRequest, kwargs: ChatTemplateKwargs) -> Effo
     named = (
         reasoning_effort(body.reasoning_effort, "reasoning_effort")
         or reasoning_effort(body.reasoning.effort if body.reasoning else None, "reasoning.effort")
-        or template_effort(kwargs)
+        or _template_effort(kwargs)
     )
     turned_off = (
         body.enable_thinking is False

@@ -207,26 +207,36 @@ class SamplingFields(Body):
     user: str | None = Field(default=None, description="Ignored.")
 
 
-class ChatCompletionRequest(SamplingFields):
-    """`POST /v1/chat/completions`."""
+class ChatFields(Body):
+    """The fields of a chat, besides its messages and the form of its answer, that change what the
+    model sees."""
 
-    messages: list[Message]
-    max_completion_tokens: Whole | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = Field(
         default=None, description="'auto' by default; every other choice but 'none' forces a call."
     )
+    reasoning_effort: str | None = Field(
+        default=None,
+        description="low, medium or high; minimal counts as low, xhigh and max as high. none: no reasoning "
+        "if there are no tools, else low.",
+    )
+    reasoning: Reasoning | None = None
+    thinking: Thinking | None = Field(default=None, description="Of type 'disabled': the lowest effort.")
+    enable_thinking: bool | None = Field(default=None, description="False is the lowest effort.")
+    chat_template_kwargs: ChatTemplateKwargs | None = None
+
+
+class ChatCompletionRequest(SamplingFields, ChatFields):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message]
+    max_completion_tokens: Whole | None = None
     parallel_tool_calls: bool | None = Field(
         default=None, description="A turn has one call at most, unless max_parallel_tool_calls allows more."
     )
     max_parallel_tool_calls: Whole | None = Field(default=None, description="1 to 16; 1 by default.")
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(default=None, description="0 to 20.")
-    reasoning_effort: str | None = Field(
-        default=None,
-        description="low, medium or high; minimal counts as low, xhigh and max as high. none: no reasoning "
-        "if there are no tools, else low.",
-    )
     max_reasoning_tokens: Whole | None = Field(
         default=None, description="Number of tokens after which reasoning ends and the answer begins."
     )
@@ -237,13 +247,9 @@ class ChatCompletionRequest(SamplingFields):
         default=None,
         description="'headers' lets the model write only well-formed turns; the deployment's by default.",
     )
-    reasoning: Reasoning | None = None
-    thinking: Thinking | None = Field(default=None, description="Of type 'disabled': the lowest effort.")
-    enable_thinking: bool | None = Field(default=None, description="False is the lowest effort.")
     include_reasoning: bool | None = Field(
         default=None, description="False leaves the reasoning out of the answer."
     )
-    chat_template_kwargs: ChatTemplateKwargs | None = None
     modalities: list[Literal["text"]] | None = None
     functions: object = Field(default=None, description="Removed by OpenAI; use tools.")
     function_call: object = Field(default=None, description="Removed by OpenAI; use tool_choice.")
@@ -306,15 +312,13 @@ class CompletionRequest(SamplingFields):
     suffix: str | None = Field(default=None, description="Not offered.")
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(ChatFields):
     """`POST /tokenize`: of a prompt, or of a chat's messages as the model would see them."""
 
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
-    tools: list[Tool] | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: ChatTemplateKwargs | None = None
+    response_format: ResponseFormat | None = None
     add_special_tokens: bool | None = Field(
         default=None, description="No effect: the gpt-oss tokenizer adds none."
     )

@@ -32,7 +32,7 @@ def body_structure(body: SamplingFields) -> Structure | None:
 
 
 def _asked_for(body: SamplingFields) -> Iterator[Structure | None]:
-    yield _response_format(body.response_format)
+    yield response_format(body.response_format)
     yield _structured_outputs(body.structured_outputs)
     aliases = {
         "json": body.guided_json,
@@ -99,7 +99,12 @@ def json_schema_format(name: str, description: str, schema: Mapping[str, object]
     return Structure("json_schema", grammar, param, ShownFormat(name, schema, description))
 
 
-def _response_format(asked: ResponseFormat | None) -> Structure | None:
+def response_format(asked: ResponseFormat | None) -> Structure | None:
+    """Return the form that OpenAI's field asks for; None: any text.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
     match asked:
         case JsonSchemaFormat(json_schema=it):
             return json_schema_format(

@@ -4,10 +4,14 @@ import asyncio
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import GatewayConfig
+from cluster.frontend.schema import ChatCompletionRequest, TokenizeRequest
+from cluster.frontend.unknown_fields import HEADER as IGNORED_FIELDS
 from cluster.harmony.encoding import HarmonyEncoding
 from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway, serving, turn
@@ -43,17 +47,118 @@ async def test_tokenize_and_back(gateway: Gateway, encoding: HarmonyEncoding, en
     assert (without["tokens"], without["token_strs"]) == ([], None)
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}}
+CHATS: list[dict[str, Any]] = [
+    {"tools": [TOOL], "chat_template_kwargs": {"reasoning_effort": "low", "current_date": "2026-02-03"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": POINT}}},
+    {"response_format": {"type": "json_object"}},
+    {"tools": [TOOL], "tool_choice": "none"},
+    {"tools": [TOOL], "tool_choice": "required"},
+    {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+    {"reasoning_effort": "high"},
+    {"reasoning": {"effort": "minimal"}},
+    {"thinking": {"type": "disabled"}},
+    {"enable_thinking": False},
+]
+
+
+@pytest.mark.parametrize("fields", CHATS, ids=json.dumps)
 async def test_tokenize_of_a_chat_is_the_prompt_that_the_engine_gets(
-    gateway: Gateway, engine: FakeEngine
+    gateway: Gateway, engine: FakeEngine, fields: dict[str, Any]
 ) -> None:
-    chat = {
-        "messages": [{"role": "developer", "content": "Be brief."}, USER],
-        "tools": [{"type": "function", "function": {"name": "f"}}],
-        "chat_template_kwargs": {"reasoning_effort": "low", "current_date": "2026-02-03"},
-    }
-    tokens = (await gateway.http.post("/tokenize", json=chat)).json()["tokens"]
+    chat = {"messages": [{"role": "developer", "content": "Be brief."}, USER], **fields}
+    answer = await gateway.http.post("/tokenize", json=chat)
+    assert IGNORED_FIELDS not in answer.headers
     assert (await gateway.http.post("/v1/chat/completions", json=chat)).status_code == 200
-    assert tuple(tokens) == engine.requests[0].prompt_token_ids
+    assert tuple(answer.json()["tokens"]) == engine.requests[0].prompt_token_ids
+
+
+OTHER_FIELDS: dict[str, Any] = {
+    "model": "gpt-oss-test",
+    "max_tokens": 9,
+    "max_completion_tokens": 9,
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "top_k": 3,
+    "min_p": 0.1,
+    "presence_penalty": 1,
+    "frequency_penalty": 1,
+    "repetition_penalty": 1.5,
+    "logit_bias": {"5": 1},
+    "seed": 1,
+    "stop": "x",
+    "stop_token_ids": [5],
+    "min_tokens": 1,
+    "n": 2,
+    "ignore_eos": False,
+    "stream": False,
+    "stream_options": None,
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "allowed_token_ids": None,
+    "bad_words": ["x"],
+    "priority": 1,
+    "cache_salt": "a",
+    "structured_outputs": {"json": POINT},
+    "guided_json": POINT,
+    "user": "u",
+    "guided_regex": None,
+    "guided_choice": None,
+    "guided_grammar": None,
+    "parallel_tool_calls": False,
+    "max_parallel_tool_calls": 1,
+    "logprobs": True,
+    "top_logprobs": 1,
+    "max_reasoning_tokens": 5,
+    "thinking_token_budget": 5,
+    "harmony_constraint": "headers",
+    "include_reasoning": False,
+    "modalities": ["text"],
+    "functions": None,
+    "function_call": None,
+    "skip_special_tokens": True,
+    "audio": None,
+    "metadata": {"a": 1},
+    "store": False,
+    "service_tier": "auto",
+    "prediction": {},
+    "prompt_cache_key": "a",
+    "prompt_cache_options": {},
+    "prompt_cache_retention": "24h",
+    "safety_identifier": "a",
+    "moderation": {},
+    "verbosity": "low",
+    "web_search_options": {},
+}
+"""Fields of a chat that /tokenize does not have, with values that differ from the defaults where
+they may; `truncate_prompt_tokens` is left out, which cuts the prompt afterwards."""
+
+
+async def test_no_other_field_of_a_chat_changes_its_prompt(gateway: Gateway, engine: FakeEngine) -> None:
+    without = ChatCompletionRequest.model_fields.keys() - TokenizeRequest.model_fields.keys()
+    assert OTHER_FIELDS.keys() - {"model"} == without - {"truncate_prompt_tokens", "truncation_side"}
+    plain = (await gateway.http.post("/tokenize", json={"messages": [USER]})).json()["tokens"]
+    chat = await gateway.http.post("/v1/chat/completions", json={"messages": [USER], **OTHER_FIELDS})
+    assert chat.status_code == 200, chat.text
+    assert tuple(plain) == engine.requests[0].prompt_token_ids
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}},
+         "response_format.json_schema.name"),
+        ({"reasoning": {"effort": "much"}}, "reasoning.effort"),
+    ],
+)  # fmt: skip
+async def test_tokenize_refuses_what_a_chat_refuses(
+    gateway: Gateway, fields: dict[str, Any], param: str
+) -> None:
+    for path in ("/tokenize", "/v1/chat/completions"):
+        refused = await gateway.http.post(path, json={"messages": [USER], **fields})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), path
 
 
 async def test_tokenize_needs_one_of_prompt_and_messages(gateway: Gateway) -> None:
