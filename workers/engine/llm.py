@@ -1,6 +1,8 @@
 """Offline inference: `LLM(path).generate(prompts, SamplingParams())`, modelled on vLLM's class of
 that name. The only module of `workers` that handles text."""
 
+import atexit
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -189,6 +191,9 @@ class LLM:
         self.info = self.engine.start()
         progress.close()
         self._num_requests = 0
+        # Threads that are in native code when the interpreter goes away crash the process.
+        self._at_exit = partial(_shut_down, self.engine, os.getpid())
+        atexit.register(self._at_exit)
 
     def generate(
         self,
@@ -261,8 +266,9 @@ class LLM:
         return self._executor.logits(request.prompt_token_ids)
 
     def shutdown(self) -> None:
-        """Free the model. Idempotent."""
+        """Free the model. Idempotent; done when the interpreter ends if it was not before."""
         self.engine.shutdown()
+        atexit.unregister(self._at_exit)
 
     def __enter__(self) -> Self:
         return self
@@ -388,6 +394,11 @@ class LLM:
             finish_reason=reason,
             stop_reason=stop_token_id if stop_token_id in choice.wanted_stops else None,
         )
+
+
+def _shut_down(engine: Engine, pid: int) -> None:
+    if os.getpid() == pid:  # a fork has none of the engine's threads
+        engine.shutdown()
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
