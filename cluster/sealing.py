@@ -3,6 +3,7 @@
 import base64
 import binascii
 import contextlib
+import hmac
 import os
 import secrets
 import stat
@@ -29,8 +30,9 @@ class BrokenSeal(Exception):
 
 
 class Sealer:
-    """The seal of one deployment. Each seal has a key of its own, derived with a random salt, so
-    that their number has no bound.
+    """The seal of one deployment. A seal is a function of what is sealed, so that an event that is
+    sent again is the same. Salt and nonce are a keyed hash of it: two texts share them only if they
+    are equal.
 
     Args:
         key: the deployment's secret; at least 16 bytes.
@@ -40,6 +42,7 @@ class Sealer:
         if len(key) < 16:
             raise ValueError("a sealing key must have at least 16 bytes")
         self._key = key
+        self._hash_key = HKDF(SHA256(), length=32, salt=None, info=b"cantata seal heads").derive(key)
 
     def seal(self, plain: bytes, context: str) -> str:
         """Return `plain` encrypted, as URL-safe text.
@@ -47,9 +50,12 @@ class Sealer:
         Args:
             context: what it is for; only the same context opens it.
         """
-        salt, nonce = secrets.token_bytes(_SALT_BYTES), secrets.token_bytes(_NONCE_BYTES)
-        box = AESGCM(self._derived(salt)).encrypt(nonce, plain, context.encode())
-        return base64.urlsafe_b64encode(_VERSION + salt + nonce + box).decode()
+        aad = context.encode()
+        message = len(aad).to_bytes(8, "big") + aad + plain
+        head = hmac.digest(self._hash_key, message, "sha256")[: _SALT_BYTES + _NONCE_BYTES]
+        salt, nonce = head[:_SALT_BYTES], head[_SALT_BYTES:]
+        box = AESGCM(self._derived(salt)).encrypt(nonce, plain, aad)
+        return base64.urlsafe_b64encode(_VERSION + head + box).decode()
 
     def open(self, sealed: str, context: str) -> bytes:
         """Return what was sealed.

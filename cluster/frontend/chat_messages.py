@@ -32,12 +32,15 @@ class ToolCall:
         arguments: JSON text as the model wrote it, or a custom tool's input; rendered unchanged,
             may be empty.
         custom: it is a call of a custom tool.
+        id_field, name_field: the client API's names for them, for errors; None: those of chat.
     """
 
     id: str
     name: str
     arguments: str
     custom: bool = False
+    id_field: str | None = None
+    name_field: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,9 @@ class ChatMessage:
         tool_calls: assistant only: the calls it made after `content`.
         tool_call_id: tool only, and required there: id of the call that this answers.
         name: user only: the speaker; ignored on other roles.
+        is_preamble: assistant only: the content precedes calls or a final answer, also where this
+            message has no calls itself.
+        call_id_field: the client API's name for `tool_call_id`, for errors; None: that of chat.
     """
 
     role: ChatRole
@@ -61,6 +67,8 @@ class ChatMessage:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     name: str | None = None
+    is_preamble: bool = False
+    call_id_field: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,8 @@ def _harmony_messages(message: ChatMessage, index: int, called: dict[int, _Call]
                 yield Message("assistant", message.reasoning, channel="analysis")
             # Final is what ends a turn: not the text of a message that calls tools, nor of one that
             # was cut off while it reasoned.
-            if not message.tool_calls and (message.content or not message.reasoning):
+            is_final = not message.tool_calls and not message.is_preamble
+            if is_final and (message.content or not message.reasoning):
                 yield Message("assistant", message.content, channel="final")
             elif message.content:
                 yield Message("assistant", message.content, channel="commentary")
@@ -148,20 +157,24 @@ def _match_results(messages: Sequence[ChatMessage]) -> dict[int, _Call]:
             number += 1
         if message.role == "tool":
             called[index] = _take_call(
-                message.tool_call_id, open_calls, answered, f"messages[{index}].tool_call_id"
+                message.tool_call_id,
+                open_calls,
+                answered,
+                message.call_id_field or f"messages[{index}].tool_call_id",
             )
     return called
 
 
 def _check_call(call: ToolCall, open_calls: dict[str, _Call], param: str) -> None:
+    id_field = call.id_field or f"{param}.id"
     if not call.id:
-        raise InvalidRequest(f"{param}.id is missing: a result could not name the call.", f"{param}.id")
+        raise InvalidRequest(f"{id_field} is missing: a result could not name the call.", id_field)
     if call.id in open_calls:
         raise InvalidRequest(
-            f"{param}.id: an earlier call without a result has the same id {call.id!r}.", f"{param}.id"
+            f"{id_field}: an earlier call without a result has the same id {call.id!r}.", id_field
         )
     if not re.fullmatch(CALLED_NAME, call.name):
-        param = f"{param}.{'custom' if call.custom else 'function'}.name"
+        param = call.name_field or f"{param}.{'custom' if call.custom else 'function'}.name"
         raise InvalidRequest(
             f"{param} must have 1 to 128 characters, without blanks and without < > and |.", param
         )
@@ -169,13 +182,13 @@ def _check_call(call: ToolCall, open_calls: dict[str, _Call], param: str) -> Non
 
 def _take_call(call_id: str | None, open_calls: dict[str, _Call], answered: set[str], param: str) -> _Call:
     if not call_id:
-        raise InvalidRequest(f"{param} is missing: a tool message names the call that it answers.", param)
+        raise InvalidRequest(f"{param} is missing: a result names the call that it answers.", param)
     call = open_calls.pop(call_id, None)
     if call is None:
         reason = (
             "this call already has a result"
             if call_id in answered
-            else "no earlier assistant message has a call with this id"
+            else "no earlier message has a call with this id"
         )
         raise InvalidRequest(f"{param} is {call_id!r}, but {reason}.", param)
     answered.add(call_id)

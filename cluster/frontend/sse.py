@@ -12,13 +12,32 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.frontend import errors
 from cluster.generation import Generation
-from workers.errors import Cancelled
+from workers.errors import Cancelled, CantataError
 
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment, which clients skip."""
+
+
+def error_event(error: CantataError) -> bytes:
+    """Return the event of an error in OpenAI's form."""
+    return b"data: " + errors.body(error) + b"\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamForm:
+    """How an API's streams end, and what they send in silence.
+
+    Attributes:
+        failed: returns the events of an error that ends a stream.
+        end: what follows the last event in any case.
+    """
+
+    failed: Callable[[CantataError], bytes] = error_event
+    end: bytes = DONE
+    keep_alive: bytes = KEEP_ALIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +81,7 @@ async def stream(
     chunks: Callable[[Generation], AsyncGenerator[bytes, None]],
     times: StreamTimes,
     request_id: str,
+    form: StreamForm | None = None,
 ) -> "EventStream":
     """Return the stream of a generation when its first event is there, or when it has been awaited
     for `times.headers_s`.
@@ -69,6 +89,7 @@ async def stream(
     Args:
         start: returns the generation with its first event ready.
         chunks: yields the generation's complete server-sent events.
+        form: None: that of chat.
     Raises:
         CantataError: the generation failed before that, or the client left.
     """
@@ -80,7 +101,7 @@ async def stream(
     except BaseException:
         await _close(opening)
         raise
-    return EventStream(opening, chunks, times, request_id)
+    return EventStream(opening, chunks, times, request_id, form)
 
 
 async def _result(task: "asyncio.Task[T]") -> T:
@@ -136,6 +157,7 @@ class EventStream(Response):
     Args:
         opening: returns the generation with its first event ready.
         chunks: yields the generation's complete server-sent events.
+        form: None: that of chat.
     """
 
     media_type = "text/event-stream"
@@ -146,6 +168,7 @@ class EventStream(Response):
         chunks: Callable[[Generation], AsyncGenerator[bytes, None]],
         times: StreamTimes,
         request_id: str,
+        form: StreamForm | None = None,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
@@ -153,6 +176,7 @@ class EventStream(Response):
         self._chunks = chunks
         self._times = times
         self._request_id = request_id
+        self._form = form or StreamForm()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream. Raises Cancelled if the client leaves, the generation's error after it
@@ -161,7 +185,7 @@ class EventStream(Response):
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
-            output = _Output(send, self._times.keep_alive_s)
+            output = _Output(send, self._times.keep_alive_s, self._form.keep_alive)
             failure = await _race(self._send_all(output), output.keep_alive(), _gone(receive))
         finally:
             await _close(self._opening)
@@ -178,8 +202,8 @@ class EventStream(Response):
             raise
         except Exception as error:  # the request's edge: sent in the stream; logged if not ours
             failure = errors.as_cantata_error(error, self._request_id)
-            await output.send(b"data: " + errors.body(failure) + b"\n\n")
-        await output.send(DONE)
+            await output.send(self._form.failed(failure))
+        await output.send(self._form.end)
         await output.send(b"", more=False)
         return failure
 
@@ -189,10 +213,12 @@ class _Output:
 
     Args:
         keep_alive_s: the longest silence, in seconds.
+        comment: what is sent then.
     """
 
-    def __init__(self, send: Send, keep_alive_s: float) -> None:
+    def __init__(self, send: Send, keep_alive_s: float, comment: bytes = KEEP_ALIVE) -> None:
         self._send = send
+        self._comment = comment
         self._keep_alive_s = keep_alive_s
         self._now_s = asyncio.get_running_loop().time
         self._last_s = self._now_s()
@@ -216,4 +242,4 @@ class _Output:
             rest_s = 0.0 if self._is_sending else self._now_s() - last_s
             await asyncio.sleep(self._keep_alive_s - rest_s)
             if self._last_s == last_s and not self._is_sending:
-                await self.send(KEEP_ALIVE)
+                await self.send(self._comment)

@@ -64,21 +64,22 @@ FORMAT_NAME = r"[a-zA-Z0-9_-]{1,64}"
 TOOL_NAME = rf"[a-zA-Z0-9_.-]{{1,{MAX_NAME_BYTES}}}"
 
 
-def check_num_messages(count: int, limit: int) -> None:
+def check_num_messages(count: int, limit: int, param: str = "messages") -> None:
     """Refuse a chat before its messages are looked at one by one. The error's code is that of a
     prompt that is too long, on which clients shorten the chat.
 
     Args:
         count: messages, with the parts and calls in them.
+        param: the client API's name for the messages.
     Raises:
         ContextLengthExceeded: more than `limit`.
     """
     if count > limit:
         raise ContextLengthExceeded(
-            f"messages has {count} entries, with the parts and calls in them; this server takes {limit} "
+            f"{param} has {count} entries, with the parts and calls in them; this server takes {limit} "
             f"(gateway.max_messages). "
             "Please reduce the number of messages.",
-            "messages",
+            param,
         )
 
 
@@ -92,21 +93,21 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
         raise InvalidRequest(f"tools has {len(tools)} entries, at most {MAX_TOOLS} are allowed.", "tools")
     names: set[str] = set()
     for index, tool in enumerate(tools):
-        param = f"tools[{index}].{'function' if tool.text is None else 'custom'}"
+        fields = tool.names(index)
         if not re.fullmatch(TOOL_NAME, tool.name):
             raise InvalidRequest(
-                f"{param}.name must have 1 to {MAX_NAME_BYTES} characters out of a-z, A-Z, 0-9, _, - and "
+                f"{fields.name} must have 1 to {MAX_NAME_BYTES} characters out of a-z, A-Z, 0-9, _, - and "
                 f"dots.",
-                f"{param}.name",
+                fields.name,
             )
         if tool.name in names:
             raise InvalidRequest(
-                f"{param}.name: there is already a tool with the name {tool.name!r}.", f"{param}.name"
+                f"{fields.name}: there is already a tool with the name {tool.name!r}.", fields.name
             )
         names.add(tool.name)
         problem = None if tool.parameters is None else schema_problem(tool.parameters)
         if problem:
-            raise InvalidRequest(f"{param}.parameters {problem}.", f"{param}.parameters")
+            raise InvalidRequest(f"{fields.parameters} {problem}.", fields.parameters)
 
 
 def check_max_calls(max_calls: int | None, parallel: bool | None) -> None:

@@ -66,10 +66,16 @@ class Prompts:
             ContextLengthExceeded: the prompt fills the context.
         """
         work = request.num_bytes + _BYTES_PER_ENTRY * (len(request.messages) + len(request.tools))
-        ids = await self.threads.run(work, lambda: self._render(request, begins_answer))
+        param = request.names.messages
+        try:
+            ids = await self.threads.run(work, lambda: self._render(request, begins_answer))
+        except InvalidRequest as error:
+            if error.param == "messages":
+                error.param = param  # the renderer does not know the client's API
+            raise
         model = self._served.info
         prompt = list(truncated(ids, request.options.truncation, request.sampling.max_tokens, model))
-        check_prompt_tokens(len(prompt), model, "messages")
+        check_prompt_tokens(len(prompt), model, param)
         return prompt
 
     async def completion(self, request: CompletionRequest, index: int) -> tuple[int, ...]:

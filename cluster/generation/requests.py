@@ -19,6 +19,7 @@ class FieldNames:
     max_tokens: str = "max_tokens"
     logprobs: str = "logprobs"
     max_reasoning_tokens: str = "max_reasoning_tokens"
+    messages: str = "messages"
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,12 @@ def chat_jobs(
         ContextLengthExceeded, InvalidRequest: see `num_output_tokens`.
     """
     max_tokens = num_output_tokens(
-        request.sampling, len(prompt), model, names=request.names, prompt_param="messages", default=None
+        request.sampling,
+        len(prompt),
+        model,
+        names=request.names,
+        prompt_param=request.names.messages,
+        default=None,
     )
     sampling = _complete(request.sampling, max_tokens, bad_words, encoding)
     tools = [tool.name for tool in request.tools]

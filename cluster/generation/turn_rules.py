@@ -9,7 +9,7 @@ from cluster.generation.requests import ChatRequest, CompletionRequest, Structur
 from cluster.generation.settings import ChatDefaults
 from cluster.grammars import grammar as grammars
 from cluster.grammars.grammar import Grammar
-from cluster.harmony.tools import ToolDefinition
+from cluster.harmony.tools import ToolDefinition, ToolFields
 from cluster.harmony.turn_grammar import Calls, ToolBody, TurnGrammar
 from workers.errors import InvalidRequest
 from workers.rpc.validate import MAX_GRAMMAR_CHARS, MAX_GRAMMARS
@@ -83,9 +83,9 @@ def promises(request: ChatRequest) -> Iterator[str]:
         yield request.names.max_reasoning_tokens
     for index, tool in enumerate(request.tools):
         if tool.strict:
-            yield f"tools[{index}].function.strict"
+            yield tool.names(index).strict
         if tool.text is not None and tool.text.grammar is not None:
-            yield f"tools[{index}].custom.format"
+            yield tool.names(index).grammar
 
 
 def check_promises(request: ChatRequest) -> None:
@@ -138,7 +138,7 @@ def wanted_turn(request: ChatRequest, defaults: ChatDefaults) -> WantedTurn:
     """
     choice = request.tool_choice
     bodies = tuple(
-        _body(tool, f"tools[{index}]", defaults.tool_arguments, forced=choice.required)
+        _body(tool, tool.names(index), defaults.tool_arguments, forced=choice.required)
         for index, tool in sorted(enumerate(request.tools), key=lambda entry: entry[1].name)
         if choice.names is None or tool.name in choice.names
     )
@@ -188,11 +188,10 @@ def _fits(grammar: TurnGrammar) -> bool:
     return len(texts) <= MAX_GRAMMARS and sum(map(len, texts)) <= MAX_GRAMMAR_CHARS
 
 
-def _body(tool: ToolDefinition, place: str, arguments: ToolArguments, *, forced: bool) -> WantedBody:
+def _body(tool: ToolDefinition, fields: ToolFields, arguments: ToolArguments, *, forced: bool) -> WantedBody:
     if tool.text is not None:
-        param = f"{place}.custom.format.grammar.definition"
-        return WantedBody(ToolBody(tool.name, tool.text.grammar, "text"), param, promised=True)
-    param = f"{place}.function.parameters"
+        return WantedBody(ToolBody(tool.name, tool.text.grammar, "text"), fields.grammar, promised=True)
+    param = fields.parameters
     if tool.strict:
         return WantedBody(ToolBody(tool.name, _arguments(tool, param)), param, promised=True)
     if not forced and arguments == "free":

@@ -9,7 +9,7 @@ have no `//`; the first variant of a `oneOf` loses its own description where the
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.grammars.grammar import Grammar
 
@@ -34,10 +34,33 @@ class TextInput:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolFields:
+    """The client API's names for the fields of a tool, for errors.
+
+    Attributes:
+        grammar: of the grammar of a custom tool's input.
+    """
+
+    name: str
+    parameters: str
+    strict: str
+    grammar: str
+
+    @classmethod
+    def of_chat(cls, index: int, *, custom: bool = False) -> "ToolFields":
+        """Return the names in OpenAI's chat API."""
+        place = f"tools[{index}].{'custom' if custom else 'function'}"
+        return cls(
+            f"{place}.name", f"{place}.parameters", f"{place}.strict", f"{place}.format.grammar.definition"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ToolDefinition:
     """A tool that the model may call: a function, or a custom tool, which takes a text.
 
     Attributes:
+        fields: None: those of chat.
         parameters: JSON schema of a function's arguments; None: the function takes none.
         strict: the arguments must match the schema.
         text: the input of a custom tool; None: it is a function.
@@ -48,6 +71,11 @@ class ToolDefinition:
     parameters: Mapping[str, object] | None = None
     strict: bool = False
     text: TextInput | None = None
+    fields: ToolFields | None = field(default=None, compare=False, repr=False)
+
+    def names(self, index: int) -> ToolFields:
+        """Return the names of its fields, as the tool at this place of the request."""
+        return self.fields or ToolFields.of_chat(index, custom=self.text is not None)
 
 
 def schema_problem(schema: Mapping[str, object]) -> str | None:

@@ -19,8 +19,14 @@ def test_what_is_sealed_opens(plain: bytes) -> None:
     assert sealed.isascii()
 
 
-def test_two_seals_of_one_text_differ() -> None:
-    assert len({Sealer(KEY).seal(b"x", "c") for _ in range(20)}) == 20
+def test_a_seal_is_a_function_of_what_is_sealed() -> None:
+    assert Sealer(KEY).seal(b"x", "c") == Sealer(KEY).seal(b"x", "c")
+    seals = {
+        Sealer(key).seal(plain, context)
+        for key in (KEY, KEY[::-1])
+        for plain, context in ((b"x", "c"), (b"y", "c"), (b"x", "d"), (b"", "cx"), (b"cx", ""), (b"", "c"))
+    }
+    assert len({seal[:38] for seal in seals}) == 12, "no two share salt and nonce"
 
 
 def test_another_key_or_context_does_not_open_it() -> None:
