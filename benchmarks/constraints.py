@@ -18,18 +18,16 @@ sleeps for each step, then waits for its masks, and returns the tokens of a JSON
 import argparse
 import json
 import platform
-import queue
 import statistics
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher
-from torch import Tensor
 
+from benchmarks.pretended_executor import PretendedExecutor
 from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.turn_grammar import TurnGrammar
@@ -42,13 +40,12 @@ from workers.engine.engine import Engine
 from workers.engine.grammars import GrammarSteps
 from workers.engine.masks import MaskThread, mask_threads
 from workers.engine.stream import ThreadReader
-from workers.errors import RankCrashed
-from workers.executor.base import ExecutorInfo
 from workers.model_config import load_model_config
 from workers.request import EngineRequest, SamplingParams
-from workers.scheduler.plan import StepMasks, StepPlan, StepResult
+from workers.scheduler.plan import StepPlan
 
 PROMPT = tuple(range(100, 132))
+MAX_MODEL_LEN = 8192
 SCHEMA: dict[str, object] = {
     "type": "array",
     "minItems": 100_000,
@@ -83,85 +80,19 @@ SCHEMAS: dict[str, dict[str, object]] = {
 }
 
 
-class PretendedGpu:
-    """An executor whose steps take a fixed time and then wait for their masks.
+class PretendedGpu(PretendedExecutor):
+    """A GPU on which every sequence writes the same text.
 
-    Attributes:
-        waits_s: for each step with masks, the seconds that it waited for them after its forward
-            pass.
-        num_steps: number of steps that have ended.
-        most_in_flight: largest number of plans without a result.
+    Args:
+        trace: its tokens.
     """
 
-    def __init__(self, step_s: float, max_model_len: int, next_token: Callable[[int, int], int]) -> None:
-        self.crash: RankCrashed | None = None
-        self.waits_s: list[float] = []
-        self.num_steps = self.most_in_flight = 0
-        self._step_s = step_s
-        self._max_model_len = max_model_len
-        self._next_token = next_token
-        self._num_prompt_tokens: dict[int, int] = {}
-        self._in_flight = 0
-        self._plans: queue.SimpleQueue[
-            tuple[StepPlan, Future[StepMasks] | None, Future[StepResult]] | None
-        ] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    def __init__(self, step_s: float, trace: Sequence[int]) -> None:
+        super().__init__(max_model_len=MAX_MODEL_LEN, num_blocks=200_000, step_s=step_s)
+        self._trace = trace
 
-    def start(self) -> ExecutorInfo:
-        self._thread.start()
-        return ExecutorInfo("none", "none", 1, self._max_model_len, 200_000, 200_000, 0, 0, {}, {})
-
-    def on_failure(self, callback: Callable[[str], None]) -> None:
-        pass
-
-    def logits(self, token_ids: Sequence[int]) -> Tensor:
-        raise NotImplementedError("there is no model")
-
-    def execute(self, plan: StepPlan, masks: "Future[StepMasks] | None" = None) -> "Future[StepResult]":
-        future: Future[StepResult] = Future()
-        self._in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self._in_flight)
-        self._plans.put((plan, masks, future))
-        return future
-
-    def shutdown(self) -> None:
-        self._plans.put(None)
-
-    def _run(self) -> None:
-        ends_s = 0.0
-        while (entry := self._plans.get()) is not None:
-            plan, masks, future = entry
-            ends_s = max(ends_s, time.perf_counter()) + self._step_s
-            time.sleep(max(ends_s - time.perf_counter(), 0.0))
-            if masks is not None:
-                waited = time.perf_counter()
-                masks.result(60)
-                self.waits_s.append(time.perf_counter() - waited)
-                ends_s = max(ends_s, time.perf_counter())
-            for start in plan.starts:
-                self._num_prompt_tokens[start.seq_id] = start.num_prompt_tokens
-            self.num_steps += 1
-            self._in_flight -= 1
-            future.set_result(self._result(plan))
-
-    def _result(self, plan: StepPlan) -> StepResult:
-        drafts = dict(plan.drafts)
-        tokens: dict[int, list[int]] = {}
-        for index, (seq_id, computed, scheduled, samples) in enumerate(
-            zip(plan.seq_ids, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True)
-        ):
-            if samples:
-                guessed = drafts.get(index, ())
-                first = computed + scheduled - len(guessed) - self._num_prompt_tokens[seq_id]
-                found = [self._next_token(seq_id, first)]
-                for guess in guessed:
-                    if found[-1] != guess:
-                        break
-                    found.append(self._next_token(seq_id, first + len(found)))
-                tokens[seq_id] = found
-        flat = tuple(token for found in tokens.values() for token in found)
-        counts = tuple(map(len, tokens.values())) if drafts else ()
-        return StepResult(plan.step, tuple(tokens), flat, num_tokens=counts)
+    def draw(self, seq_id: int, position: int, bits: npt.NDArray[np.uint8] | None) -> int:
+        return self._trace[position]
 
 
 def json_trace(encoding: HarmonyEncoding, num_tokens: int) -> list[int]:
@@ -191,14 +122,14 @@ def measure_steps(
     model_path: Path,
     model: ModelConfig,
     constraints: Sequence[Constraint | None],
-    next_token: Callable[[int, int], int],
+    trace: Sequence[int],
     options: argparse.Namespace,
 ) -> tuple[float, PretendedGpu, float]:
     """Return (processor seconds of the engine's thread a step, the executor, seconds a step)."""
-    executor = PretendedGpu(options.step_ms / 1e3, 8192, next_token)
+    executor = PretendedGpu(options.step_ms / 1e3, trace)
     config = EngineConfig(
         model_path,
-        max_model_len=8192,
+        max_model_len=MAX_MODEL_LEN,
         scheduler=SchedulerConfig(max_num_seqs=2 * len(constraints), max_num_batched_tokens=16384),
     )
     engine = Engine(config, model, executor)
@@ -282,14 +213,14 @@ def print_steps(
     model_path: Path,
     model: ModelConfig,
     constraints: dict[str, Sequence[Constraint | None]],
-    next_token: Callable[[int, int], int],
+    trace: Sequence[int],
     options: argparse.Namespace,
 ) -> None:
     """Print what a step costs the engine's thread with each of these mixes of constraints."""
     print("| constraints | engine thread a step | step | plans in flight | waited for masks, p50 / max |")
     print("| --- | --- | --- | --- | --- |")
     for name, mix in constraints.items():
-        spent_s, executor, step_s = measure_steps(model_path, model, mix, next_token, options)
+        spent_s, executor, step_s = measure_steps(model_path, model, mix, trace, options)
         waits = [wait_s * 1e3 for wait_s in executor.waits_s] or [0.0]
         print(
             f"| {name} | {spent_s * 1e3:.2f} ms | {step_s * 1e3:.1f} ms | {executor.most_in_flight} | "
@@ -357,7 +288,7 @@ def main() -> None:
         "headers": [headers] * options.sequences,
         "half in a schema": [body] * half + [None] * (options.sequences - half),
     }
-    print_steps(options.model, model, mixes, lambda seq_id, position: trace[position], options)
+    print_steps(options.model, model, mixes, trace, options)
     compiler = GrammarCompiler(options.model, model.vocab_size, GrammarConfig())
     prepared = compiler.prepare(body).result(600)
     ours_s, alone_s = measure_masks(prepared, grammar, compiler, trace, options, model.vocab_size)
