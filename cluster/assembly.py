@@ -119,6 +119,7 @@ def build_gateway(
             model.vocab_size,
             created_unix_s=created_unix_s,
             root=config.engine.model_path.resolve().name,
+            aliases=settings.model_aliases,
         ),
         encoding,
         replicas,
@@ -135,7 +136,7 @@ def build_gateway(
                 "the context limit is now %d tokens, the shortest of all replicas",
                 info.max_model_len,
             )
-        served.info = ModelInfo.from_engine(info, config.model_name, created_unix_s)
+        served.info = ModelInfo.from_engine(info, config.model_name, created_unix_s, settings.model_aliases)
 
     infos = ReplicaInfos(replicas, client, serve_as)
     replicas.on_change(infos.look)

@@ -18,6 +18,13 @@ SERVE_FLAGS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
         "NAME",
         "model name for clients (default: the folder's name)",
     ),
+    (
+        ("--model-aliases",),
+        "gateway.model_aliases",
+        "LIST",
+        "further model names for clients, separated by commas; NAME* stands for all names that begin so "
+        "(default: none)",
+    ),
     (("--host",), "listen.host", "ADDRESS", "address that HTTP and gRPC bind (default: 127.0.0.1)"),
     (("--http-port", "--port"), "listen.http_port", "PORT", "HTTP port (default: 8000)"),
     (("--grpc-port",), "listen.grpc_port", "PORT", "gRPC port (default: 9000)"),

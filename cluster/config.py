@@ -74,6 +74,8 @@ class GatewayConfig(_Settings):
 
     Attributes:
         served_model_name: model name for clients; None for the name of the checkpoint's folder.
+        model_aliases: further names that clients may use for the model. One that ends in `*` stands
+            for all names that begin so; the others also for themselves with `:` and a suffix.
         api_keys: if not empty, a request needs one of them (`Authorization: Bearer …`).
         secret: text of 16 characters or more that all gateways of a deployment share, and that is
             unchanged when they restart: what clients keep for the server, such as encrypted
@@ -127,6 +129,9 @@ class GatewayConfig(_Settings):
     """
 
     served_model_name: str | None = Field(default=None, min_length=1)
+    model_aliases: Annotated[
+        tuple[str, ...], BeforeValidator(values.split), AfterValidator(values.check_aliases)
+    ] = ()
     api_keys: Annotated[tuple[str, ...], BeforeValidator(values.split), AfterValidator(values.check_keys)] = (
         Field(default=(), repr=False)
     )

@@ -3,6 +3,8 @@
 import datetime
 import re
 
+_MAX_ALIASES = 64
+_ALIAS = re.compile(r"[!-)+-~]{1,256}\*?|\*")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s,?#@]+")
 """Pattern of a web origin as browsers send it: without a path, not even a slash at its end."""
 
@@ -25,6 +27,19 @@ def check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise ValueError(
                 f"{origin!r} is not a web origin; write *, or SCHEME://HOST or SCHEME://HOST:PORT"
+            )
+    return value
+
+
+def check_aliases(value: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names of a model; raise ValueError for one that no client could send."""
+    if len(value) > _MAX_ALIASES:
+        raise ValueError(f"there are {len(value)} names; at most {_MAX_ALIASES} are allowed")
+    for name in value:
+        if not _ALIAS.fullmatch(name):
+            raise ValueError(
+                f"{name[:100]!r} is not a model name; write 1 to 256 printable ASCII characters without "
+                f"spaces, with * at the end only"
             )
     return value
 

@@ -164,9 +164,56 @@ class ModelBody(TypedDict):
     max_model_len: int
 
 
+class CodexEffort(TypedDict):
+    effort: str
+    description: str
+
+
+class CodexTruncation(TypedDict):
+    mode: Literal["tokens"]
+    limit: int
+
+
+class CodexModel(TypedDict):
+    """An entry of the catalogue that Codex reads, which is its `ModelInfo`."""
+
+    slug: str
+    display_name: str
+    description: str | None
+    default_reasoning_level: str
+    supported_reasoning_levels: list[CodexEffort]
+    shell_type: Literal["default"]
+    visibility: Literal["list", "hide"]
+    supported_in_api: bool
+    priority: int
+    additional_speed_tiers: list[str]
+    service_tiers: list[str]
+    availability_nux: None
+    upgrade: None
+    base_instructions: str
+    include_skills_usage_instructions: bool
+    supports_reasoning_summaries: bool
+    default_reasoning_summary: Literal["auto"]
+    support_verbosity: bool
+    default_verbosity: None
+    apply_patch_tool_type: Literal["freeform"]
+    web_search_tool_type: Literal["text"]
+    truncation_policy: CodexTruncation
+    supports_parallel_tool_calls: bool
+    supports_image_detail_original: bool
+    context_window: int
+    max_context_window: int
+    auto_compact_token_limit: None
+    effective_context_window_percent: int
+    experimental_supported_tools: list[str]
+    input_modalities: list[Literal["text"]]
+    supports_search_tool: bool
+
+
 class ModelList(TypedDict):
     object: Literal["list"]
     data: list[ModelBody]
+    models: list[CodexModel]
 
 
 class TokenizeAnswer(TypedDict):

@@ -15,9 +15,10 @@ from cluster.fleet.status import FleetStatus
 from cluster.frontend import answers, body, chat, completions, errors, reasoning, schema, sse, structure
 from cluster.frontend.docs_page import add_docs
 from cluster.frontend.edge import Edge
+from cluster.frontend.models import add_models
 from cluster.frontend.openapi import Schemas
 from cluster.frontend.unknown_fields import HEADER as IGNORED_FIELDS
-from cluster.generation import ChatRequest, Generation, GenerationService, ModelInfo
+from cluster.generation import ChatRequest, Generation, GenerationService
 from cluster.metrics import CONTENT_TYPE
 from workers.errors import InvalidRequest, NoReplica
 
@@ -70,7 +71,8 @@ def build_app(
         app, service, schemas, limits, sse.StreamTimes(config.stream_headers_s, config.stream_keep_alive_s)
     )
     _add_tokens(app, service, schemas, limits)
-    _add_status(app, service, status, schemas)
+    add_models(app, service, schemas)
+    _add_status(app, status, schemas)
     _add_probes(app, service, status, schemas)
     add_docs(app)
 
@@ -213,23 +215,8 @@ def _to_tokenize(asked: schema.TokenizeRequest, num_bytes: int) -> str | ChatReq
     )
 
 
-def _add_status(app: FastAPI, service: GenerationService, status: FleetStatus, schemas: Schemas) -> None:
+def _add_status(app: FastAPI, status: FleetStatus, schemas: Schemas) -> None:
     version: answers.VersionAnswer = {"version": app.version}
-
-    @app.get("/v1/models", openapi_extra=schemas.describe(None, answers.ModelList))
-    async def list_models() -> Response:
-        """List the served model."""
-        models: answers.ModelList = {
-            "object": "list",
-            "data": [_model_body(service.served.info)],
-        }
-        return _json(models)
-
-    @app.get("/v1/models/{model_id:path}", openapi_extra=schemas.describe(None, answers.ModelBody))
-    async def get_model(model_id: str) -> Response:
-        """One model."""
-        service.served.check(model_id)
-        return _json(_model_body(service.served.info))
 
     @app.get(
         "/metrics",
@@ -275,18 +262,6 @@ def _add_probes(app: FastAPI, service: GenerationService, status: FleetStatus, s
         if not await status.ready():
             raise NoReplica("No replica answers yet.")
         return Response()
-
-
-def _model_body(model: ModelInfo) -> answers.ModelBody:
-    return {
-        "id": model.id,
-        "object": "model",
-        "created": model.created_unix_s,
-        "owned_by": "cantata",
-        "root": model.root,
-        "parent": None,
-        "max_model_len": model.max_model_len,
-    }
 
 
 def _json(value: object) -> Response:

@@ -80,9 +80,11 @@ class InferenceApi:
         return await asyncio.to_thread(chat_request, request)
 
     def list_models(self) -> pb.ListModelsResponse:
-        """List the served model."""
+        """List the served model under each of its names."""
         model = self._service.served.info
-        return pb.ListModelsResponse(models=[pb.Model(id=model.id, max_model_len=model.max_model_len)])
+        return pb.ListModelsResponse(
+            models=[pb.Model(id=name, max_model_len=model.max_model_len) for name in model.names]
+        )
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):

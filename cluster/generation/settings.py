@@ -17,6 +17,8 @@ class ModelInfo:
         fingerprint: the checkpoint's; `system_fingerprint` in answers.
         created_unix_s: `created` in the list of models.
         root: name of the checkpoint's folder.
+        aliases: further names that clients may use. One that ends in `*` stands for all names that
+            begin so; the others may be followed by `:` and a suffix, as in hub ids.
     """
 
     id: str
@@ -25,9 +27,27 @@ class ModelInfo:
     fingerprint: str = ""
     created_unix_s: int = 0
     root: str = ""
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that are listed: the model's own, then the aliases that are whole names."""
+        return tuple(dict.fromkeys((self.id, *(name for name in self.aliases if not name.endswith("*")))))
+
+    def is_called(self, name: str) -> bool:
+        """Return whether clients may use this name for the model."""
+        if name in self.names or name.rpartition(":")[0] in self.aliases:
+            return True
+        return any(name.startswith(alias[:-1]) for alias in self.aliases if alias.endswith("*"))
 
     @classmethod
-    def from_engine(cls, info: EngineInfo, id: str | None = None, created_unix_s: int = 0) -> "ModelInfo":
+    def from_engine(
+        cls,
+        info: EngineInfo,
+        id: str | None = None,
+        created_unix_s: int = 0,
+        aliases: tuple[str, ...] = (),
+    ) -> "ModelInfo":
         """Return the model that an engine reports, under the name `id` or the checkpoint's own."""
         return cls(
             id or info.model_name,
@@ -36,6 +56,7 @@ class ModelInfo:
             info.model_fingerprint,
             created_unix_s,
             info.model_name,
+            aliases,
         )
 
 
@@ -55,7 +76,7 @@ class ServedModel:
         Raises:
             ModelNotFound: names the served model.
         """
-        if name is not None and name != self.info.id:
+        if name is not None and not self.info.is_called(name):
             raise ModelNotFound(f"The model {name[:100]!r} does not exist; this server has {self.info.id!r}.")
 
 

@@ -79,6 +79,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "gateway.secret": "0123456789abcdef",
         "gateway.cors_origins": "https://a.example, http://localhost:3000",
         "gateway.served_model_name": "name",
+        "gateway.model_aliases": "openai/gpt-oss-20b, claude-*",
         "gateway.unknown_fields": "refuse",
         "gateway.request_timeout_s": "1.5",
         "gateway.max_header_bytes": "32KiB",
@@ -100,6 +101,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
     assert config.engine.cpu_isa == "portable"
     assert config.gateway.api_keys == ("one", "two")
     assert config.gateway.cors_origins == ("https://a.example", "http://localhost:3000")
+    assert config.gateway.model_aliases == ("openai/gpt-oss-20b", "claude-*")
     assert config.gateway.unknown_fields == "refuse"
     assert config.gateway.request_timeout_s == 1.5
     assert config.gateway.max_body_bytes == 65536
@@ -228,6 +230,9 @@ def test_wrong_values_are_named_with_where_they_were_set(tmp_path: Path) -> None
     )
     refused("engine.model_path is empty", engine__model_path="")
     refused("gateway.served_model_name must not be empty", gateway__served_model_name="")
+    for alias in ("a b", "a*b", "**", "x" * 257, "ä"):
+        refused(f"gateway.model_aliases: {alias[:100]!r} is not a model name", gateway__model_aliases=[alias])
+    refused("gateway.model_aliases: there are 65 names", gateway__model_aliases=["a"] * 65)
 
 
 def test_broken_files(tmp_path: Path) -> None:

@@ -83,11 +83,14 @@ async def serving(
     capacity: Capacity | None = None,
     defaults: ChatDefaults | None = None,
     model_name: str = "gpt-oss-test",
+    aliases: tuple[str, ...] = (),
 ) -> AsyncIterator[Gateway]:
     """Yield a gateway over engines that have been started."""
     replicas = ReplicaSet()
     replicas.replace([Replica(f"r{index}", engine.address) for index, engine in enumerate(engines)])
-    model = ModelInfo.from_engine(engines[0].info(), model_name, created_unix_s=1_750_000_000)
+    model = ModelInfo.from_engine(
+        engines[0].info(), model_name, created_unix_s=1_750_000_000, aliases=aliases
+    )
     connected = connect(
         model,
         encoding,

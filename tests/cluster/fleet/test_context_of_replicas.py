@@ -106,7 +106,8 @@ async def test_a_service_without_replicas_refuses_and_serves_once_there_is_one(
     config: CantataConfig, encoding: HarmonyEncoding, engines: list[FakeEngine]
 ) -> None:
     replicas = ReplicaSet()
-    gateway, infos = build_gateway(config, encoding, replicas)
+    named = config.gateway.model_copy(update={"model_aliases": ("hub/tiny",)})
+    gateway, infos = build_gateway(config.model_copy(update={"gateway": named}), encoding, replicas)
     service = gateway.service
     first = asyncio.create_task(infos.first())
     try:
@@ -119,7 +120,8 @@ async def test_a_service_without_replicas_refuses_and_serves_once_there_is_one(
         replicas.replace([Replica("a", engines[0].address)])
         async with asyncio.timeout(WAIT_S):
             info = await first
-        assert service.served.info == ModelInfo.from_engine(info, "tiny-0", model.created_unix_s)
+        expected = ModelInfo.from_engine(info, "tiny-0", model.created_unix_s, ("hub/tiny",))
+        assert service.served.info == expected
         assert await gateway.status.ready()
     finally:
         await service.close()
