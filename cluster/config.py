@@ -82,6 +82,7 @@ class GatewayConfig(_Settings):
             reasoning, opens with it alone. None: a random one, which gateways on Ray share while
             its head lives, and which is new with each start standalone.
         cors_origins: web origins whose pages may call the API from a browser; `*` for all.
+        page: serve the chat page at `/`.
         max_in_flight_requests: maximum number of running requests; more are refused with 429.
         request_timeout_s: a request's deadline, from its arrival to its last token; None for no
             deadline.
@@ -139,6 +140,7 @@ class GatewayConfig(_Settings):
     cors_origins: Annotated[
         tuple[str, ...], BeforeValidator(values.split), AfterValidator(values.check_origins)
     ] = ()
+    page: bool = True
     max_in_flight_requests: int = Field(default=1024, ge=1)
     request_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     probe_timeout_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)

@@ -13,12 +13,14 @@ class Reach:
 
     Attributes:
         http, grpc: host and port.
+        has_page: whether the page is at `/`.
         exposure: sentences on what other machines can reach.
     """
 
     http: tuple[str, int]
     grpc: tuple[str, int]
     needs_key: bool
+    has_page: bool = True
     exposure: Sequence[str] = ()
 
 
@@ -55,6 +57,7 @@ def start_up_summary(
             f"http://{http_address}/metrics)",
         ),
         ("gRPC", f"{address(*reach.grpc)}  (cantata.inference.v1.Inference, health, reflection)"),
+        *([("page", f"http://{http_address}/  (chat, and the cluster live)")] if reach.has_page else []),
         *(("note", sentence) for sentence in reach.exposure),
     ]
     lines = [f"  {name:<9} {text}" for name, text in rows]

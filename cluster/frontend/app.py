@@ -13,6 +13,8 @@ from starlette.routing import Match
 from cluster.config import GatewayConfig
 from cluster.fleet.status import FleetStatus
 from cluster.frontend import answers, body, chat, completions, errors, reasoning, schema, sse, structure
+from cluster.frontend.chat_page import PATHS as PAGE_PATHS
+from cluster.frontend.chat_page import add_page
 from cluster.frontend.docs_page import add_docs
 from cluster.frontend.edge import Edge
 from cluster.frontend.models import add_models
@@ -36,8 +38,9 @@ def build_app(
     """Build the ASGI app. It does not own the service: the service's creator closes it.
 
     Args:
-        config: its API keys, which health, readiness, metrics, version and docs do not require, its
-            limits, and the web origins whose pages may call the API; None: the defaults.
+        config: its API keys, which health, readiness, metrics, version, docs and the page do not
+            require, its limits, whether it has the page, and the web origins whose pages may call
+            the API; None: the defaults.
         server_has_ids: the server gives each request its id in the header `x-request-id`, and puts
             it into the answer, as Ray Serve does.
     """
@@ -56,6 +59,7 @@ def build_app(
         api_keys=config.api_keys,
         send_timeout_s=config.send_timeout_s,
         server_has_ids=server_has_ids,
+        open_paths=PAGE_PATHS if config.page else frozenset(),
     )
     if config.cors_origins:  # outside the edge, so that a page can read errors too
         app.add_middleware(
@@ -75,6 +79,8 @@ def build_app(
     _add_status(app, status, schemas)
     _add_probes(app, service, status, schemas)
     add_docs(app)
+    if config.page:
+        add_page(app)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

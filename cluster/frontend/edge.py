@@ -36,6 +36,7 @@ class Edge:
     Args:
         api_keys: if there are any, a request needs one of them as `Authorization: Bearer …`.
         send_timeout_s: seconds without progress in sending after which the client counts as gone.
+        open_paths: paths that are served without an API key, beside OPEN_PATHS.
         server_has_ids: take the id from the request's header, and leave the answer's to the server.
     """
 
@@ -46,12 +47,14 @@ class Edge:
         api_keys: Sequence[str],
         send_timeout_s: float,
         server_has_ids: bool,
+        open_paths: frozenset[str] = frozenset(),
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._api_keys = tuple(api_keys)
         self._send_timeout_s = send_timeout_s
         self._server_has_ids = server_has_ids
+        self._open_paths = OPEN_PATHS | open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; an error of the app is not passed up."""
@@ -90,7 +93,8 @@ class Edge:
         return answer.status or 499
 
     def _check_key(self, scope: Scope) -> None:
-        if not self._api_keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if not self._api_keys or path in self._open_paths or scope["method"] == "OPTIONS":
             return
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():

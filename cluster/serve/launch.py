@@ -95,6 +95,7 @@ def _summary(config: CantataConfig, info: EngineInfo) -> str:
             http=(config.listen.host, config.listen.http_port),
             grpc=(config.listen.host, config.listen.grpc_port),
             needs_key=bool(config.gateway.api_keys),
+            has_page=config.gateway.page,
             exposure=[
                 "Ray Serve also opens ports on all interfaces: HAProxy's statistics and metrics (8404, 9101) "
                 "and the gateways' own gRPC "

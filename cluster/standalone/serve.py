@@ -169,6 +169,7 @@ async def _serve_gateway(
             http=(http_host, http_port),
             grpc=(config.listen.host, grpc_port),
             needs_key=bool(keys),
+            has_page=config.gateway.page,
             exposure=_exposure(config.listen, bool(keys)),
         ),
     )
