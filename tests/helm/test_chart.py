@@ -367,6 +367,41 @@ def test_who_needs_twice_the_gpus_is_told(helm: Helm) -> None:
         assert (told in done.stdout.split("NOTES:")[1]) == wanted
 
 
+def test_a_second_cluster_lets_requests_on_the_first_finish(helm: Helm) -> None:
+    for flags, seconds in (
+        ((), AppConfig.model_fields["gateway_drain_timeout_s"].default),
+        (("--set-json", "config.gateway_drain_timeout_s=90.5"), 91),
+        (("--set", "config.gateway_drain_timeout_s=0"), 0),
+    ):
+        spec = ray_service(helm, "--values", CPU, *flags)["spec"]
+        assert spec["rayClusterDeletionDelaySeconds"] == seconds
+    assert isinstance(spec["rayClusterDeletionDelaySeconds"], int)
+
+
+def test_no_pod_depends_on_what_kuberay_adds_by_default(helm: Helm) -> None:
+    """Before 1.6 its probes need wget, and it counts GPUs only under names that it knows."""
+    service = ray_service(helm, "--values", PLACED, "--set", "worker.gpuResource=nvidia.com/gpu.shared")
+    for template in pod_templates(service):
+        container = template["spec"]["containers"][0]
+        assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys()
+        assert "wget" not in json.dumps(container)
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["workerGroupSpecs"][0]["rayStartParams"] == {"num-gpus": "1"}
+    head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["readinessProbe"]
+    assert head["httpGet"] == {"path": "/api/healthz", "port": 52365}
+
+
+def test_shared_memory_of_each_pod_is_its_own(helm: Helm) -> None:
+    service = ray_service(helm, "--values", TP8)
+    head, worker = (
+        next(
+            volume["emptyDir"] for volume in template["spec"]["volumes"] if volume["name"] == "shared-memory"
+        )
+        for template in pod_templates(service)
+    )
+    assert (head["sizeLimit"], worker["sizeLimit"]) == ("1Gi", "16Gi")
+
+
 def test_no_variable_is_set_twice(helm: Helm) -> None:
     own = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "90", "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "7200"}
     flags = ("--set-string", ",".join(f"env.{name}={value}" for name, value in own.items()))

@@ -34,6 +34,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- toYaml (pick (default dict .Values.config.gateway) "max_in_flight_requests" "request_timeout_s" "conversation_date" "reasoning_effort" "harmony_constraint" "tool_arguments" "reasoning_wrap_up" "reserve_answer") -}}
 {{- end -}}
 
+{{/* Whole seconds for which requests may still run in gateways that stop. */}}
+{{- define "cantata.gatewayDrainSeconds" -}}
+{{- $seconds := 1800.0 -}}
+{{- if hasKey .Values.config "gateway_drain_timeout_s" -}}
+{{- $seconds = .Values.config.gateway_drain_timeout_s -}}
+{{- end -}}
+{{- ceil $seconds | int64 -}}
+{{- end -}}
+
 {{- define "cantata.serveConfig" -}}
 http_options:
   host: 0.0.0.0
@@ -107,7 +116,7 @@ volumes:
   - name: shared-memory
     emptyDir:
       medium: Memory
-      sizeLimit: {{ default .root.Values.worker.sharedMemory .node.sharedMemory }}
+      sizeLimit: {{ .node.sharedMemory }}
   {{- with .root.Values.extraVolumes }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
