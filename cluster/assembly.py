@@ -6,9 +6,9 @@ import datetime
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cluster.config import AppConfig, GatewayConfig
+from cluster.config import AppConfig, Config, GatewayConfig
 from cluster.fleet.client import EngineClient
 from cluster.fleet.directory import ReplicaSet
 from cluster.fleet.dispatch import Dispatcher
@@ -20,6 +20,9 @@ from cluster.generation import Capacity, ChatDefaults, GenerationService, ModelI
 from cluster.generation.prompts import utc_today
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.metrics import FleetView, GatewayMetrics
+from cluster.sealing import kept_secret, new_secret
+from cluster.state.settings import Location
+from cluster.state.state import State
 from workers.config import check_max_model_len, longest_context
 from workers.model_config import load_model_config
 from workers.parallel.shard import plan_shards
@@ -59,12 +62,27 @@ def context_with_enough_memory(config: AppConfig) -> int:
     return longest_context(load_model_config(config.engine.model_path), config.engine.max_model_len)
 
 
+def with_secret(config: Config, place: Location) -> Config:
+    """Return the settings of a deployment on this host with a secret. Without one in them it is
+    drawn; beside an SQLite database it is kept, so that what clients have been given survives a
+    restart.
+
+    Raises:
+        ConfigError: it cannot be kept there.
+    """
+    if config.gateway.secret is not None:
+        return config
+    secret = new_secret() if place.file is None else kept_secret(place.file.with_suffix(".secret"))
+    return config.model_copy(update={"gateway": config.gateway.model_copy(update={"secret": secret})})
+
+
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """The parts of a gateway; the service is closed by its owner."""
+    """The parts of a gateway; service and state are closed by their owner."""
 
     service: GenerationService
     status: FleetStatus
+    state: State | None = None
 
 
 def connect(
@@ -93,10 +111,14 @@ def connect(
 
 
 def build_gateway(
-    config: AppConfig, encoding: HarmonyEncoding, replicas: ReplicaSet, view: FleetView | None = None
+    config: AppConfig,
+    encoding: HarmonyEncoding,
+    replicas: ReplicaSet,
+    view: FleetView | None = None,
+    state: State | None = None,
 ) -> tuple[Gateway, ReplicaInfos]:
     """Build the configured gateway over these replicas, which may be none yet; until there is one,
-    requests get NoReplica. Call it in an event loop; the caller closes the service."""
+    requests get NoReplica. Call it in an event loop; the caller closes service and state."""
     settings, model = config.gateway, load_model_config(config.engine.model_path)
     client = EngineClient(
         replicas.silent, Patience(settings.probe_timeout_s, config.engine.heartbeat_timeout_s)
@@ -141,7 +163,7 @@ def build_gateway(
     infos = ReplicaInfos(replicas, client, serve_as)
     replicas.on_change(infos.look)
     infos.look()
-    return gateway, infos
+    return replace(gateway, state=state), infos
 
 
 def chat_defaults(gateway: GatewayConfig) -> ChatDefaults:

@@ -37,6 +37,7 @@ from cluster import setting_values as values
 from cluster.chat_options import HarmonyConstraint, ReasoningEffort, ToolArguments
 from cluster.numbers_as_text import texts_to_numbers
 from cluster.settings_tree import leaves, merge, read_file, set_value
+from cluster.state.settings import StateConfig
 from workers.config import EngineConfig
 from workers.errors import ConfigError
 
@@ -186,6 +187,7 @@ class AppConfig(_Settings):
 
     engine: EngineConfig
     gateway: GatewayConfig = GatewayConfig()
+    state: StateConfig = StateConfig()
     engine_host: str = "auto"
     engine_cpus: Annotated[float | None, AfterValidator(values.check_cpus)] = Field(default=None, gt=0)
     engine_drain_timeout_s: float = Field(default=300.0, ge=0, allow_inf_nan=False)
@@ -280,15 +282,16 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], origins: Mapping
 
 
 PRIVATE_VARIABLES = {
-    f"{ENVIRONMENT_PREFIX}GATEWAY__API_KEYS": "api_keys",
-    f"{ENVIRONMENT_PREFIX}GATEWAY__SECRET": "secret",
+    f"{ENVIRONMENT_PREFIX}GATEWAY__API_KEYS": ("gateway", "api_keys"),
+    f"{ENVIRONMENT_PREFIX}GATEWAY__SECRET": ("gateway", "secret"),
+    f"{ENVIRONMENT_PREFIX}STATE__URL": ("state", "url"),
 }
-"""Variables of the settings of `gateway` that a widely readable file does not hold, with their
+"""Variables of the settings that a widely readable file does not hold, with their sections and
 names."""
 
 
 def with_private_settings(config: AppConfig, environment: Mapping[str, str] | None = None) -> AppConfig:
-    """Add API keys and secret of the environment to a Serve application's settings, whose file may
+    """Add the private settings of the environment to a Serve application's settings, whose file may
     be widely readable.
 
     Args:
@@ -298,17 +301,17 @@ def with_private_settings(config: AppConfig, environment: Mapping[str, str] | No
     Raises:
         ConfigError: a value is invalid.
     """
-    for variable, name in PRIVATE_VARIABLES.items():
+    for variable, (section, name) in PRIVATE_VARIABLES.items():
         text = (os.environ if environment is None else environment).get(variable)
-        if not text or getattr(config.gateway, name):
+        settings = getattr(config, section)
+        if not text or getattr(settings, name):
             continue
-        values = config.gateway.model_dump(exclude={name}) | {name: text}
         try:
-            gateway = GatewayConfig.model_validate(values)
+            changed = type(settings).model_validate(settings.model_dump(exclude={name}) | {name: text})
         except ValidationError as error:
             sentence = _sentence(AppConfig, error, {})
             raise ConfigError(variable + sentence.removeprefix(name)) from None
-        config = config.model_copy(update={"gateway": gateway})
+        config = config.model_copy(update={section: changed})
     return config
 
 
@@ -317,7 +320,7 @@ def check_no_settings(environment: Mapping[str, str]) -> None:
     since the application has its settings in the YAML.
 
     Raises:
-        ConfigError: a setting other than API keys and secret is present.
+        ConfigError: a setting other than PRIVATE_VARIABLES is present.
     """
     for _, (name, _text) in _read_environment(environment).items():
         if name not in PRIVATE_VARIABLES:
@@ -441,9 +444,8 @@ def _sentence(kind: type[AppConfig], error: ValidationError, origins: Mapping[st
         least = first["ctx"]["min_length"]
         return f"{where}{path} must {'not be empty' if least == 1 else f'have {least} characters or more'}"
     message = first["msg"].removeprefix("Input should be ")
-    shown = (
-        "" if path.endswith(("api_keys", "secret")) or "api_keys." in path else f", found {first['input']!r}"
-    )
+    is_private = path.endswith(("api_keys", "secret", "state.url")) or "api_keys." in path
+    shown = "" if is_private else f", found {first['input']!r}"
     return f"{where}{path} must be {message.split(', unable')[0]}{shown}"
 
 

@@ -32,6 +32,7 @@ def start_up_summary(
     fp8_cache: bool,
     num_replicas: int,
     reach: Reach,
+    state: str,
 ) -> str:
     """Return the summary, several lines of text.
 
@@ -39,6 +40,7 @@ def start_up_summary(
         info: of the replica with the shortest context.
         longest_context: the context that it would have with enough memory.
         fp8_cache: whether the KV cache is in fp8.
+        state: where responses and conversations are kept.
     """
     http_address = address(*reach.http)
     key = " -H 'Authorization: Bearer KEY'" if reach.needs_key else ""
@@ -58,6 +60,7 @@ def start_up_summary(
         ),
         ("gRPC", f"{address(*reach.grpc)}  (cantata.inference.v1.Inference, health, reflection)"),
         *([("page", f"http://{http_address}/  (chat, and the cluster live)")] if reach.has_page else []),
+        ("state", state),
         *(("note", sentence) for sentence in reach.exposure),
     ]
     lines = [f"  {name:<9} {text}" for name, text in rows]

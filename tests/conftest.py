@@ -2,6 +2,7 @@
 path, however pytest is started."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 # torch reads it on import. Where more processes run than there are cores, threads that wait for
 # each other in a loop take five times as long as what they compute.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Servers of tests keep their state there, not among the user's data.
+_DATA = tempfile.TemporaryDirectory(prefix="cantata-test-data-")
+os.environ["XDG_DATA_HOME"] = _DATA.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,6 +22,7 @@ OF_FILES = {"st_mtime", "st_mtime_ns", "st_ctime", "st_ctime_ns", "getmtime"}
 SHOWN = {
     "assembly.py": 1,  # `created` of a model
     "running.py": 1,  # `created` of an answer
+    "clock.py": 1,  # when stored objects expire, for processes and hosts that come later
     "prompts.py": 1,  # the date that the model is told
     "serve.py": 1,  # when a benchmark began
     "offline.py": 1,

@@ -24,6 +24,8 @@ ALLOWED_IN = {
         "cluster/serve/gateway.py",
     ),
     "fastapi": ("cluster/frontend/", "cluster/serve/"),
+    "sqlalchemy": ("cluster/state/",),
+    "alembic": ("cluster/state/",),
     "torch": ("kernels/", "workers/"),
     "zmq": ("workers/executor/",),
 }
@@ -59,16 +61,20 @@ FOLDERS = {
         *("cluster", "cluster.fleet", "cluster.grammars", "cluster.harmony", "workers"),
         *("workers.constraint", "workers.rpc"),
     },
+    "cluster.state": {"cluster", "workers"},
+    "cluster.state.migrations": {"cluster.state"},
+    "cluster.state.migrations.versions": set(),
     "cluster.frontend": {
         *("cluster", "cluster.generation", "cluster.grammars", "cluster.harmony", "cluster.rpc"),
-        *("workers", "workers.rpc"),
+        *("cluster.state", "workers", "workers.rpc"),
     },
     "cluster.standalone": {
         *("cluster", "cluster.fleet", "cluster.frontend", "cluster.generation", "cluster.harmony"),
-        *("workers", "workers.rpc"),
+        *("cluster.state", "workers", "workers.rpc"),
     },
     "cluster.serve": {
         *("cluster", "cluster.fleet", "cluster.frontend", "cluster.rpc", "workers", "workers.engine"),
+        "cluster.state",
         *("workers.executor", "workers.kv_cache", "workers.model", "workers.parallel", "workers.rpc"),
     },
     "cluster.commands": {

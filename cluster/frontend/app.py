@@ -22,6 +22,7 @@ from cluster.frontend.openapi import Schemas
 from cluster.frontend.unknown_fields import HEADER as IGNORED_FIELDS
 from cluster.generation import ChatRequest, Generation, GenerationService
 from cluster.metrics import CONTENT_TYPE
+from cluster.state.state import State
 from workers.errors import InvalidRequest, NoReplica
 
 _SHOWN_PATH = 100
@@ -33,14 +34,16 @@ def build_app(
     status: FleetStatus,
     config: GatewayConfig | None = None,
     *,
+    state: State | None = None,
     server_has_ids: bool = False,
 ) -> FastAPI:
-    """Build the ASGI app. It does not own the service: the service's creator closes it.
+    """Build the ASGI app. It owns neither the service nor the state: their creator closes them.
 
     Args:
         config: its API keys, which health, readiness, metrics, version, docs and the page do not
             require, its limits, whether it has the page, and the web origins whose pages may call
             the API; None: the defaults.
+        state: what is remembered between requests; None: nothing.
         server_has_ids: the server gives each request its id in the header `x-request-id`, and puts
             it into the answer, as Ray Serve does.
     """
@@ -70,6 +73,7 @@ def build_app(
             expose_headers=("x-request-id", "retry-after", IGNORED_FIELDS),
         )
     app.add_exception_handler(HTTPException, _refuse_route)
+    app.state.state = state
     schemas = Schemas()
     _add_generation(
         app, service, schemas, limits, sse.StreamTimes(config.stream_headers_s, config.stream_keep_alive_s)

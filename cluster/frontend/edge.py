@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.frontend import errors, unknown_fields
 from cluster.frontend.docs_page import DOCS_PATHS
 from cluster.metrics import GatewayMetrics
+from cluster.state.owners import owner_of
 from workers.errors import Cancelled, CantataError
 
 _log = logging.getLogger(__name__)
@@ -30,8 +31,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 class Edge:
     """The layer that gives each request an id (`scope["state"]["request_id"]`, header
-    `x-request-id`), admits it, turns its errors into answers, and names the fields of its body that
-    were ignored (`scope["state"]["ignored_fields"]`).
+    `x-request-id`) and, by its API key, an owner (`scope["state"]["owner"]`), admits it, turns its
+    errors into answers, and names the fields of its body that were ignored
+    (`scope["state"]["ignored_fields"]`).
 
     Args:
         api_keys: if there are any, a request needs one of them as `Authorization: Bearer …`.
@@ -83,7 +85,7 @@ class Edge:
 
     async def _serve(self, scope: Scope, receive: Receive, answer: "_Answer") -> int:
         try:
-            self._check_key(scope)
+            scope["state"]["owner"] = owner_of(self._checked_key(scope))
             await self._app(scope, receive, answer.send)
         except Exception as error:  # the request's edge
             failure = errors.as_cantata_error(error, answer.request_id)
@@ -92,10 +94,11 @@ class Edge:
             return errors.row_of(failure).http_status
         return answer.status or 499
 
-    def _check_key(self, scope: Scope) -> None:
+    def _checked_key(self, scope: Scope) -> str | None:
+        """Return the request's API key; None where it needs none."""
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if not self._api_keys or path in self._open_paths or scope["method"] == "OPTIONS":
-            return
+            return None
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise errors.Unauthenticated(
@@ -103,6 +106,7 @@ class Edge:
             )
         if not is_known_key(key.strip(), self._api_keys):
             raise errors.Unauthenticated("Incorrect API key provided.")
+        return key.strip()
 
 
 def is_known_key(key: str, api_keys: Sequence[str]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import orjson
 
+from cluster.state import errors as state_errors
 from workers import errors
 from workers.out_of_memory import is_out_of_memory
 
@@ -77,6 +78,10 @@ TABLE: dict[type[errors.CantataError], Row] = {
     errors.EngineDead: Row(503, "server_error", "engine_unavailable"),
     errors.NoReplica: Row(503, "server_error", "no_replica"),
     errors.CantataError: Row(500, "server_error", "internal_error"),
+    state_errors.NotStored: Row(404, "invalid_request_error", "not_found"),
+    state_errors.ItemTooLarge: Row(400, "invalid_request_error", "item_too_large"),
+    state_errors.StateUnavailable: Row(503, "server_error", "state_unavailable"),
+    state_errors.StateFull: Row(503, "server_error", "state_full"),
     Unauthenticated: Row(401, "invalid_request_error", "invalid_api_key"),
     BodyTooLarge: Row(413, "invalid_request_error", "body_too_large"),
     HeadersTooLarge: Row(431, "invalid_request_error", "headers_too_large"),

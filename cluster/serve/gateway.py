@@ -32,8 +32,10 @@ from cluster.serve.cluster_view import (
     quiet_refusals,
 )
 from cluster.serve.ray_environment import HAPROXY_HARD_STOP_S
-from cluster.serve.room import replica_bundles, shortage
+from cluster.serve.room import num_hosts, replica_bundles, shortage
 from cluster.serve.shared_secret import with_shared_secret
+from cluster.state.settings import location
+from cluster.state.state import open_state
 from cluster.summary import address
 from cluster.ways_of_serving import DRAIN_S
 from workers.errors import ConfigError, InvalidRequest
@@ -69,7 +71,11 @@ class GatewayReplica:
         self._configured = False
         self._replicas = ServeReplicas(engine)
         self._fleet = ServeFleet(engine)
-        gateway, self._infos = build_gateway(config, load_encoding(config), self._replicas, self._fleet)
+        place = location(config.state, several_hosts=num_hosts() > 1)
+        self._state = await open_state(place, config.state)
+        gateway, self._infos = build_gateway(
+            config, load_encoding(config), self._replicas, self._fleet, self._state
+        )
         self._service, self._status = gateway.service, gateway.status
         self._servicer = InferenceServicer(self._service, config.gateway)
         self._ending: asyncio.Task[None] | None = None
@@ -104,7 +110,9 @@ class GatewayReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the app that serves HTTP requests (a hook of Serve)."""
-        return build_app(self._service, self._status, self._config.gateway, server_has_ids=True)
+        return build_app(
+            self._service, self._status, self._config.gateway, state=self._state, server_has_ids=True
+        )
 
     async def engine_info(self) -> EngineInfo:
         """Return what the engines serve, for the start-up summary. Waits until an engine
@@ -199,6 +207,8 @@ class GatewayReplica:
             if self._ending is not None:
                 self._ending.cancel()
             await self._service.close()
+            if self._state is not None:
+                await self._state.close()
 
     async def _announce(self) -> None:
         """Log what is served and where, once an engine serves."""

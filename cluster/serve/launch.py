@@ -11,10 +11,11 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from cluster.assembly import check_model, context_with_enough_memory, load_encoding
+from cluster.assembly import check_model, context_with_enough_memory, load_encoding, with_secret
 from cluster.config import AppConfig, CantataConfig
 from cluster.serve.ray_environment import RAY_ENVIRONMENT
 from cluster.sockets import check_port_is_free
+from cluster.state.settings import location
 from cluster.summary import Reach, start_up_summary
 from cluster.ways_of_serving import DRAIN_S, check_on_ray
 from workers.cores import engine_threads, usable_cores
@@ -39,6 +40,7 @@ def serve_on_ray(config: CantataConfig) -> int:
     check_on_ray(config)
     load_encoding(config)
     check_model(config)
+    config = with_secret(config, location(config.state, several_hosts=False))
     _application(config)  # refuses more threads than cores before Ray starts
     check_port_is_free(config.listen.host, config.listen.http_port, "listen.http_port")
     check_port_is_free(config.listen.host, config.listen.grpc_port, "listen.grpc_port")
@@ -76,6 +78,7 @@ def _application(config: CantataConfig) -> AppConfig:
     return AppConfig(
         engine=engine,
         gateway=config.gateway.model_copy(update={"served_model_name": config.model_name}),
+        state=config.state,
         # All processes are on this machine.
         engine_host="127.0.0.1" if config.engine_host == "auto" else config.engine_host,
         engine_cpus=cpus,
@@ -102,6 +105,7 @@ def _summary(config: CantataConfig, info: EngineInfo) -> str:
                 "(40000 upwards, 9500); close them to others with a firewall, or serve with --standalone",
             ],
         ),
+        state=location(config.state, several_hosts=False).sentence,
     )
 
 

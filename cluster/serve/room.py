@@ -64,6 +64,11 @@ def shortage(bundles: Sequence[Bundle], num_replicas: int = 1) -> str | None:
     )
 
 
+def num_hosts() -> int:
+    """Return the number of hosts of the running cluster, by the addresses of its nodes."""
+    return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})  # type: ignore[no-untyped-call]
+
+
 def _nodes() -> list[dict[str, float]]:
     """Return each node's total resources, in use or not; empty without a running Ray, as in `serve
     build`."""

@@ -20,6 +20,7 @@ from cluster.assembly import (
     check_model,
     context_with_enough_memory,
     load_encoding,
+    with_secret,
 )
 from cluster.config import CantataConfig, ListenConfig
 from cluster.fleet.directory import ReplicaSet
@@ -29,9 +30,10 @@ from cluster.frontend.grpc_api import GrpcServer, start_grpc_server
 from cluster.frontend.http_server import HttpServer
 from cluster.generation import GenerationService
 from cluster.harmony.encoding import HarmonyEncoding
-from cluster.sealing import new_secret
 from cluster.sockets import bound_socket, check_port_is_free
 from cluster.standalone.supervisor import EngineFailed, EngineProcess, watch_children_without_threads
+from cluster.state.settings import location
+from cluster.state.state import State, open_state
 from cluster.summary import Reach, start_up_summary
 from cluster.ways_of_serving import DRAIN_S, check_standalone
 from workers.config_json import engine_config_to_json
@@ -96,9 +98,8 @@ class StopSignals:
 
 async def _serve(config: CantataConfig) -> int:
     stop = StopSignals()
-    if config.gateway.secret is None:
-        settings = config.gateway.model_copy(update={"secret": new_secret()})
-        config = config.model_copy(update={"gateway": settings})
+    place = location(config.state, several_hosts=False)
+    config = with_secret(config, place)
     encoding = load_encoding(config)
     check_model(config)
     with (
@@ -108,8 +109,9 @@ async def _serve(config: CantataConfig) -> int:
         check_port_is_free(config.listen.host, config.listen.grpc_port, "listen.grpc_port")
         replicas = ReplicaSet()
         engines = _engines(config, replicas, sockets.path)
+        state = await open_state(place, config.state)
         try:
-            started = await stop.unless_asked(_start(config, encoding, engines, replicas))
+            started = await stop.unless_asked(_start(config, encoding, engines, replicas, state))
             if started is not None:
                 gateway, info = started
                 try:
@@ -123,6 +125,8 @@ async def _serve(config: CantataConfig) -> int:
         finally:
             grace_s = 0.0 if stop.hurried.is_set() else DRAIN_S
             await asyncio.gather(*(engine.stop(grace_s) for engine in engines))
+            if state is not None:
+                await state.close()
     return 0
 
 
@@ -151,7 +155,7 @@ async def _serve_gateway(
             f"another"
         ) from None
     http_server = HttpServer(
-        build_app(service, gateway.status, config.gateway),
+        build_app(service, gateway.status, config.gateway, state=gateway.state),
         config.gateway,
         service.metrics,
         graceful_s=drain_s + CUT_S,
@@ -172,6 +176,7 @@ async def _serve_gateway(
             has_page=config.gateway.page,
             exposure=_exposure(config.listen, bool(keys)),
         ),
+        state=location(config.state, several_hosts=False).sentence,
     )
     print(summary, flush=True)
     asked = asyncio.create_task(stop.asked.wait())
@@ -243,7 +248,11 @@ def _engines(config: CantataConfig, replicas: ReplicaSet, sockets: Path) -> list
 
 
 async def _start(
-    config: CantataConfig, encoding: HarmonyEncoding, engines: list[EngineProcess], replicas: ReplicaSet
+    config: CantataConfig,
+    encoding: HarmonyEncoding,
+    engines: list[EngineProcess],
+    replicas: ReplicaSet,
+    state: State | None,
 ) -> tuple[Gateway, EngineInfo]:
     starts = [asyncio.create_task(engine.start(START_TIMEOUT_S)) for engine in engines]
     try:
@@ -252,7 +261,7 @@ async def _start(
         for start in starts:
             start.cancel()
         await asyncio.wait(starts)
-    gateway, infos = build_gateway(config, encoding, replicas)
+    gateway, infos = build_gateway(config, encoding, replicas, state=state)
     try:
         return gateway, await _first_info(infos, engines)
     except BaseException:

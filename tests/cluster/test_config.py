@@ -89,6 +89,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "gateway.tool_arguments": "json",
         "listen.host": "::1",
         "engine_host": "127.0.0.1",
+        "state.url": "sqlite:///state",
     }
     environment = {
         f"CANTATA_{path.upper().replace('.', '__')}": texts.get(path, "1") for path in setting_paths()

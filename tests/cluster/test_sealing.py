@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.assembly import with_secret
+from cluster.config import AppConfig, parse_config
 from cluster.sealing import BrokenSeal, Sealer, kept_secret, new_secret
+from cluster.state.settings import Location
 from workers.errors import ConfigError
 
 KEY = bytes(range(32))
@@ -84,3 +87,14 @@ def test_a_file_that_is_no_private_secret_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"set gateway\.secret"):
         kept_secret(tmp_path / "file" / "secret")
+
+
+def test_beside_a_database_file_the_secret_survives_a_restart(tmp_path: Path) -> None:
+    config = parse_config(AppConfig, {"engine": {"model_path": "x"}}, {})
+    place = Location(f"sqlite+aiosqlite:///{tmp_path}/state.sqlite3", "SQLite")
+    secret = with_secret(config, place).gateway.secret
+    assert secret is not None
+    assert with_secret(config, place).gateway.secret == secret
+    assert with_secret(config, Location(None, "off")).gateway.secret != secret
+    given = parse_config(AppConfig, {"engine": {"model_path": "x"}, "gateway": {"secret": "given" * 4}}, {})
+    assert with_secret(given, place) is given

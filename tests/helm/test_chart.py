@@ -301,7 +301,11 @@ def test_ray_is_started_as_it_should_be(helm: Helm) -> None:
             "name": "CANTATA_GATEWAY__SECRET",
             "valueFrom": {"secretKeyRef": {"name": "cantata-keys", "key": "secret", "optional": True}},
         }
-        assert [entry for entry in container["env"] if "value" not in entry] == [keys, secret]
+        url = {
+            "name": "CANTATA_STATE__URL",
+            "valueFrom": {"secretKeyRef": {"name": "cantata-state", "key": "url"}},
+        }
+        assert [entry for entry in container["env"] if "value" not in entry] == [keys, secret, url]
         # What `cantata serve` sets, but for what holds for one machine without a load balancer; and
         # what the values add.
         assert environment == CLUSTER_ENVIRONMENT | {"RAY_BACKEND_LOG_LEVEL": "warning"}

@@ -26,7 +26,7 @@ ALLOWED_SKIPS = {
 """The kind of missing thing, by a pattern for the beginning of the reason. No package stands here:
 packages that tests need are in scripts/ci_packages.txt."""
 
-MARKERS = ("clients", "npm", "browser", "isa", "netns", "prometheus", "ray", "slow", "gpu")
+MARKERS = ("clients", "npm", "browser", "isa", "netns", "postgresql", "prometheus", "ray", "slow", "gpu")
 """Markers that the last lines count, as declared in pyproject.toml."""
 
 _MARKER = "marker"

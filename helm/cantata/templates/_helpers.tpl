@@ -182,6 +182,13 @@ env:
         key: secret
         optional: true
   {{- end }}
+  {{- with .root.Values.auth.stateSecretName }}
+  - name: CANTATA_STATE__URL
+    valueFrom:
+      secretKeyRef:
+        name: {{ . }}
+        key: url
+  {{- end }}
   {{- range $name, $value := .root.Values.env }}
   - name: {{ $name }}
     value: {{ $value | quote }}

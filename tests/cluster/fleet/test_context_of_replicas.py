@@ -152,7 +152,9 @@ def test_the_summary_says_when_memory_is_the_limit(longest: int, fp8_cache: bool
         fp8_cache=fp8_cache,
         num_replicas=1,
         reach=Reach(http=("127.0.0.1", 8000), grpc=("127.0.0.1", 9000), needs_key=False),
+        state="off",
     )
+    assert "\n  state     off\n" in text
     assert f"\n  context   {said}" in text
 
 

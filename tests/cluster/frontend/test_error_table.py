@@ -9,12 +9,13 @@ import pytest
 
 from cluster.frontend import errors as frontend_errors
 from cluster.frontend.errors import TABLE, as_cantata_error, body, headers, row_of
+from cluster.state import errors as state_errors
 from workers import errors
 from workers.rpc.convert import error_to_metadata
 
 CLASSES = [
     kind
-    for module in (errors, frontend_errors)
+    for module in (errors, frontend_errors, state_errors)
     for _, kind in inspect.getmembers(module, inspect.isclass)
     if issubclass(kind, errors.CantataError) and kind.__module__ == module.__name__
 ]
@@ -35,6 +36,10 @@ STATUSES = {
     "HeadersTooLarge": 431,
     "RequestTimeout": 408,
     "UnsupportedMediaType": 415,
+    "NotStored": 404,
+    "ItemTooLarge": 400,
+    "StateUnavailable": 503,
+    "StateFull": 503,
     "UnknownRoute": 404,
     "WrongMethod": 405,
 }

@@ -1,0 +1,1 @@
+"""alembic's folder: env.py, and a revision a file in versions/."""
