@@ -278,7 +278,7 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], origins: Mapping
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(_sentence(kind, error, origins)) from None
+        raise ConfigError(sentence_of(kind, error, origins)) from None
 
 
 PRIVATE_VARIABLES = {
@@ -309,7 +309,7 @@ def with_private_settings(config: AppConfig, environment: Mapping[str, str] | No
         try:
             changed = type(settings).model_validate(settings.model_dump(exclude={name}) | {name: text})
         except ValidationError as error:
-            sentence = _sentence(AppConfig, error, {})
+            sentence = sentence_of(AppConfig, error, {})
             raise ConfigError(variable + sentence.removeprefix(name)) from None
         config = config.model_copy(update={section: changed})
     return config
@@ -328,44 +328,6 @@ def check_no_settings(environment: Mapping[str, str]) -> None:
                 f"{name} is set in the environment that Ray was started with, where it has no effect: "
                 f"write it under args in the Serve YAML, and start Ray without it"
             )
-
-
-RUN_TIME_SETTINGS = (
-    "max_in_flight_requests",
-    "request_timeout_s",
-    "conversation_date",
-    "reasoning_effort",
-    "harmony_constraint",
-    "tool_arguments",
-    "reasoning_wrap_up",
-    "reserve_answer",
-)
-"""Settings of `gateway` that a running gateway applies from the `user_config` of its deployment."""
-
-
-def reconfigured(gateway: GatewayConfig, values: object) -> GatewayConfig:
-    """Return a gateway's settings, overridden by those of its deployment's `user_config`.
-
-    Args:
-        values: some of RUN_TIME_SETTINGS by name; None or empty for no change.
-    Raises:
-        ConfigError: another name, or an invalid value.
-    """
-    if not isinstance(values or {}, Mapping):
-        raise ConfigError("user_config of the deployment gateway must be a mapping of settings")
-    changes = dict(values or {})  # type: ignore[call-overload]  # a mapping, as checked
-    for name in changes:
-        if name not in RUN_TIME_SETTINGS:
-            raise ConfigError(
-                f"user_config of the deployment gateway: {name} is not a run-time setting; those are "
-                f"{', '.join(RUN_TIME_SETTINGS)}; other settings belong under args"
-            )
-    try:
-        return GatewayConfig.model_validate(gateway.model_dump() | changes)
-    except ValidationError as error:
-        raise ConfigError(
-            f"user_config of the deployment gateway: {_sentence(AppConfig, error, {})}"
-        ) from None
 
 
 def setting_paths(kind: type[AppConfig] = CantataConfig) -> list[str]:
@@ -421,7 +383,8 @@ def _ends(parts: Sequence[str]) -> set[str]:
     return {"_".join(parts[start:]) for start in range(len(parts))}
 
 
-def _sentence(kind: type[AppConfig], error: ValidationError, origins: Mapping[str, str]) -> str:
+def sentence_of(kind: type[AppConfig], error: ValidationError, origins: Mapping[str, str]) -> str:
+    """Return the sentence for the user of an error in settings of `kind`."""
     found = error.errors(include_url=False)
     # Report invalid entries before missing ones: a misspelt name explains a missing one.
     first = next((entry for entry in found if entry["type"] != "missing"), found[0])

@@ -56,22 +56,7 @@ def build_app(
         openapi_url=None,
         redirect_slashes=False,
     )
-    app.add_middleware(
-        Edge,
-        metrics=service.metrics,
-        api_keys=config.api_keys,
-        send_timeout_s=config.send_timeout_s,
-        server_has_ids=server_has_ids,
-        open_paths=PAGE_PATHS if config.page else frozenset(),
-    )
-    if config.cors_origins:  # outside the edge, so that a page can read errors too
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.cors_origins,
-            allow_methods=("GET", "HEAD", "POST"),
-            allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after", IGNORED_FIELDS),
-        )
+    _add_layers(app, service, config, server_has_ids)
     app.add_exception_handler(HTTPException, _refuse_route)
     app.state.state = state
     schemas = Schemas()
@@ -93,6 +78,27 @@ def build_app(
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app
+
+
+def _add_layers(
+    app: FastAPI, service: GenerationService, config: GatewayConfig, server_has_ids: bool
+) -> None:
+    app.add_middleware(
+        Edge,
+        metrics=service.metrics,
+        api_keys=config.api_keys,
+        send_timeout_s=config.send_timeout_s,
+        server_has_ids=server_has_ids,
+        open_paths=PAGE_PATHS if config.page else frozenset(),
+    )
+    if config.cors_origins:  # outside the edge, so that a page can read errors too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after", IGNORED_FIELDS),
+        )
 
 
 def _add_generation(

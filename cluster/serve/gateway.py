@@ -15,12 +15,13 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from cluster.assembly import build_gateway, capacity, chat_defaults, load_encoding
-from cluster.config import AppConfig, reconfigured, with_private_settings
+from cluster.config import AppConfig, with_private_settings
 from cluster.frontend.app import build_app
 from cluster.frontend.grpc_api import SERVICE_NAME, InferenceServicer
 from cluster.frontend.grpc_handlers import ReceivedHere, decoded
 from cluster.metrics import Scrape
 from cluster.rpc import inference_pb2 as pb
+from cluster.run_time_settings import reconfigured
 from cluster.serve.cluster_view import (
     SERVE_LOGGER,
     RefusedCall,

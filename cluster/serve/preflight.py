@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from cluster.assembly import load_encoding
 from cluster.commands.gpus import GIB, GPUS, Gpu
-from cluster.config import AppConfig, check_no_settings, reconfigured
+from cluster.config import AppConfig, check_no_settings
+from cluster.run_time_settings import reconfigured
 from cluster.serve.cluster_view import SERVE_LOGGER, ServeOptions
 from cluster.serve.room import accelerators
 from cluster.ways_of_serving import check_serve_application

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.config import RUN_TIME_SETTINGS, AppConfig, GatewayConfig, reconfigured, setting_paths
+from cluster.config import AppConfig, GatewayConfig, setting_paths
+from cluster.run_time_settings import RUN_TIME_SETTINGS, reconfigured
 from cluster.serve.cluster_view import ServeOptions
 from cluster.serve.preflight import check_options
 from cluster.serve.ray_environment import CLUSTER_ENVIRONMENT

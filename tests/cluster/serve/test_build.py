@@ -13,9 +13,10 @@ import pytest
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeApplicationSchema
 
-from cluster.config import RUN_TIME_SETTINGS, WRAP_UP, AppConfig, GatewayConfig
+from cluster.config import WRAP_UP, AppConfig, GatewayConfig
 from cluster.generation import Capacity, ChatDefaults
 from cluster.harmony.make_tokenizer import write_bpe_tokenizer
+from cluster.run_time_settings import RUN_TIME_SETTINGS
 from cluster.serve import cluster_view
 from cluster.serve.app import application, build
 from cluster.serve.cluster_view import ServeOptions
