@@ -228,6 +228,7 @@ def _to_tokenize(asked: schema.TokenizeRequest, num_bytes: int) -> str | ChatReq
         reasoning_effort=reasoning.shown_effort(reasoning.chat_effort(asked, kwargs)),
         model_identity=kwargs.model_identity,
         current_date=kwargs.current_date,
+        continues_last=chat.continues_last(asked),
     )
 
 

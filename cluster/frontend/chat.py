@@ -108,6 +108,7 @@ def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
         current_date=kwargs.current_date,
         harmony_constraint=body.harmony_constraint,
         model=body.model,
+        continues_last=continues_last(body),
         names=FieldNames(
             "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
             "top_logprobs",
@@ -115,6 +116,20 @@ def chat_request(body: ChatCompletionRequest, num_bytes: int) -> ChatRequest:
         ),
         options=options(body),
     )
+
+
+def continues_last(body: ChatFields) -> bool:
+    """Return whether the answer continues the last message.
+
+    Raises:
+        InvalidRequest: it would both continue and begin one.
+    """
+    if body.continue_final_message and body.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt cannot both be true: leave one of them out.",
+            "continue_final_message",
+        )
+    return bool(body.continue_final_message)
 
 
 def chat_messages(messages: Sequence[MessageBody]) -> tuple[Message, ...]:
@@ -219,6 +234,12 @@ def _named(tool: NamedTool, place: str) -> Named:
 
 
 def _refuse_what_is_not_offered(body: ChatCompletionRequest) -> None:
+    if body.add_generation_prompt is False and not body.continue_final_message:
+        raise InvalidRequest(
+            "add_generation_prompt false needs continue_final_message to be true: otherwise there is no "
+            "message that an answer could be written in.",
+            "add_generation_prompt",
+        )
     if body.audio is not None:
         raise InvalidRequest("audio is not offered: the model writes text only.", "audio")
     if body.functions is not None:

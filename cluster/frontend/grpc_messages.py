@@ -79,6 +79,7 @@ def chat_request(request: pb.ChatRequest) -> ChatRequest:
         model=request.model or None,
         names=FieldNames(logprobs="top_logprobs"),
         options=_options(request),
+        continues_last=request.continue_final_message,
     )
 
 

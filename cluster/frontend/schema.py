@@ -224,6 +224,14 @@ class ChatFields(Body):
     thinking: Thinking | None = Field(default=None, description="Of type 'disabled': the lowest effort.")
     enable_thinking: bool | None = Field(default=None, description="False is the lowest effort.")
     chat_template_kwargs: ChatTemplateKwargs | None = None
+    add_generation_prompt: bool | None = Field(
+        default=None,
+        description="The prompt ends with the words that begin an answer; true by default, false with "
+        "continue_final_message.",
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="The answer continues the last message, which is an assistant's."
+    )
 
 
 class ChatCompletionRequest(SamplingFields, ChatFields):
@@ -321,9 +329,6 @@ class TokenizeRequest(ChatFields):
     response_format: ResponseFormat | None = None
     add_special_tokens: bool | None = Field(
         default=None, description="No effect: the gpt-oss tokenizer adds none."
-    )
-    add_generation_prompt: bool | None = Field(
-        default=None, description="False leaves out the words that begin the answer; true by default."
     )
     return_token_strs: bool | None = None
 

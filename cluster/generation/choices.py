@@ -209,6 +209,22 @@ class ChatChoice:
         """See Choice."""
         return self._parser.repairs
 
+    def begin_with(self, token_ids: Sequence[int]) -> int:
+        """Begin within a message, whose beginning has been read: a prompt ends with these tokens of
+        the turn. They are no part of the answer.
+
+        Returns:
+            The number of them that are reasoning.
+        """
+        start: MessageStart | None = None
+        for token_id in token_ids:
+            for event in self._parser.push(token_id):
+                start = event if isinstance(event, MessageStart) else start
+        num_reasoning_tokens, self._parser.num_reasoning_tokens = self._parser.num_reasoning_tokens, 0
+        if start is not None:
+            self._take(replace(start, text=""))
+        return num_reasoning_tokens
+
     def push(self, output: EngineOutput) -> list[ChoiceEvent]:
         """See Choice."""
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)

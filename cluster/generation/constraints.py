@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
+from cluster.generation.continuation import continued_message
 from cluster.generation.prompts import Prompts
 from cluster.generation.requests import ChatRequest, Structure
 from cluster.generation.turn_rules import WantedBody, WantedTurn, bounded, promises, wanted_turn
@@ -111,6 +112,12 @@ class Constraints:
                 raise
             self._metrics.constraints_left_out.labels("tools").inc()
             return None
+        continued = continued_message(request)
+        if continued is not None and continued.kind == "text" and request.structure is not None:
+            asked = request.structure
+            await self._checker.check_beginning(
+                asked.grammar, continued.content, asked.param, request.names.continues
+            )
         return replace(
             found,
             constraint=replace(found.constraint, optional=optional),

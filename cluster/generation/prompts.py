@@ -4,6 +4,7 @@ import datetime
 from collections.abc import Callable, Sequence
 
 from cluster.generation.bad_words import Tokens, bad_word_tokens
+from cluster.generation.continuation import continued_message
 from cluster.generation.limits import (
     check_date,
     check_prompt_chars,
@@ -57,14 +58,15 @@ class Prompts:
 
     async def chat(self, request: ChatRequest, *, begins_answer: bool = True) -> list[int]:
         """Return the prompt of a chat, up to and including the words after which the model
-        continues.
+        continues, or the message that it continues.
 
         Args:
-            begins_answer: False leaves these words out.
+            begins_answer: False leaves these words out; no matter if there is such a message.
         Raises:
             InvalidRequest: the messages or tools are wrong.
             ContextLengthExceeded: the prompt fills the context.
         """
+        continued_message(request)
         work = request.num_bytes + _BYTES_PER_ENTRY * (len(request.messages) + len(request.tools))
         param = request.names.messages
         try:
@@ -153,6 +155,7 @@ class Prompts:
             self.encoding,
             longest_prompt(request.options.truncation, self._served.info),
             begins_answer=begins_answer,
+            continues_last=request.continues_last,
         )
 
     def _date(self) -> str | None:

@@ -19,6 +19,7 @@ class FieldNames:
     max_tokens: str = "max_tokens"
     logprobs: str = "logprobs"
     max_reasoning_tokens: str = "max_reasoning_tokens"
+    continues: str = "continue_final_message"
     messages: str = "messages"
 
 
@@ -106,6 +107,7 @@ class ChatRequest:
         reasoning_effort, model_identity, current_date, harmony_constraint: None: the deployment's
             value.
         model: None: the served model.
+        continues_last: the answer continues the last message, an assistant's text or reasoning.
         per_token: the events of the answer are a function of its tokens alone, not of how many of
             them come at once.
     """
@@ -125,6 +127,7 @@ class ChatRequest:
     current_date: str | None = None
     harmony_constraint: HarmonyConstraint | None = None
     model: str | None = None
+    continues_last: bool = False
     per_token: bool = False
     names: FieldNames = field(default_factory=FieldNames)
     options: Options = field(default_factory=Options)

@@ -9,10 +9,12 @@ from cluster.fleet.table import RoutingHint
 from cluster.generation.bad_words import Tokens
 from cluster.generation.choices import ChatChoice, Choice, CompletionChoice, ReasoningLimit
 from cluster.generation.constraints import TurnConstraint
+from cluster.generation.continuation import begun_at
 from cluster.generation.limits import num_output_tokens
 from cluster.generation.requests import ChatRequest, CompletionRequest, Options
 from cluster.generation.settings import ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
+from workers.constraint.automaton import ConstraintLimits
 from workers.constraint.codec import Constraint
 from workers.request import EngineRequest, SamplingParams
 
@@ -86,6 +88,9 @@ def chat_jobs(
     )
     sampling = _complete(request.sampling, max_tokens, bad_words, encoding)
     tools = [tool.name for tool in request.tools]
+    begun: tuple[int, ...] = ()
+    if request.continues_last:
+        begun = prompt[begun_at(prompt, encoding, request.names.continues) :]
     jobs = []
     for index in range(sampling.n):
         asked = _engine_request(f"{id}-{index}", prompt, sampling, index, request.options)
@@ -99,10 +104,12 @@ def chat_jobs(
             ends_with_turn=not sampling.ignore_eos,
             per_token=request.per_token,
         )
+        num_reasoning_tokens = choice.begin_with(begun)
         if constraint is not None:
             asked = _constrained(asked, constraint, encoding)
             num_wrap_up = len(encoding.encode(constraint.grammar.wrap_up))
             choice.reasoning_limit = ReasoningLimit(asked.constraint_limits, num_wrap_up)
+            asked = _resumed(asked, len(begun), num_reasoning_tokens)
         jobs.append(Job(asked, choice))
     return jobs
 
@@ -169,6 +176,34 @@ def _constrained(request: EngineRequest, turn: TurnConstraint, encoding: Harmony
         request,
         sampling=replace(request.sampling, stop_token_ids=stops),
         ignored_stop_token_ids=(encoding.call,),
+    )
+
+
+def _resumed(request: EngineRequest, num_begun: int, num_reasoning_tokens: int) -> EngineRequest:
+    """Return the request for a turn with its last prompt tokens as its first output, so that the
+    automaton is where they lead.
+
+    Args:
+        num_begun: number of these tokens.
+        num_reasoning_tokens: number of them that are reasoning.
+    """
+    if not num_begun:
+        return request
+    sampling, limits, prompt = request.sampling, request.constraint_limits, request.prompt_token_ids
+    counted, length = limits.max_counted_tokens, limits.max_length
+    return replace(
+        request,
+        prompt_token_ids=prompt[:-num_begun],
+        output_token_ids=prompt[-num_begun:],
+        sampling=replace(
+            sampling,
+            max_tokens=(sampling.max_tokens or 0) + num_begun,
+            min_tokens=sampling.min_tokens and sampling.min_tokens + num_begun,
+        ),
+        constraint_limits=ConstraintLimits(
+            None if counted is None else counted + num_reasoning_tokens,
+            None if length is None else length + num_begun,
+        ),
     )
 
 

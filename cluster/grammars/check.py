@@ -11,6 +11,8 @@ import hashlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
+import orjson
+
 from cluster.grammars.grammar import Grammar
 from cluster.grammars.process import WorkerProcess, overloaded
 from cluster.grammars.wire import MAX_BYTES, MAX_CPU_S, QUICK_CPU_S, Job, Verdict
@@ -67,6 +69,29 @@ class GrammarChecker:
             path = f"{param}{verdict.place}"
             raise InvalidRequest(f"{path} cannot be enforced: {verdict.reason}.", path)
 
+    async def check_beginning(self, grammar: Grammar, text: str, param: str, name: str) -> None:
+        """Return if texts of a grammar that compiles can begin with this one.
+
+        Args:
+            param, name: paths in the request of what the grammar was made from, and of what asks
+                for the beginning.
+        Raises:
+            InvalidRequest: none can, or that was not found out within the limits.
+            Overloaded: too many checks are waiting.
+        """
+        if not text:
+            return
+        verdict = await self._tried(
+            hashlib.sha256(orjson.dumps((grammar.text, text))).digest(), grammar, text
+        )
+        if verdict.ended is not None:
+            raise InvalidRequest(f"{name}: the last message is too long for {param} to be enforced.", name)
+        if verdict.reason:
+            raise InvalidRequest(
+                f"{name}: the last message is no beginning of what {param} asks for; change one of them.",
+                name,
+            )
+
     def close(self) -> None:
         """End the worker processes. Checks under way raise `Overloaded`."""
         for lane in (self._quick, self._thorough):
@@ -77,17 +102,17 @@ class GrammarChecker:
         """Process ids of the running workers."""
         return [pid for lane in (self._quick, self._thorough) if (pid := lane.worker.pid) is not None]
 
-    async def _tried(self, key: bytes, grammar: Grammar) -> Verdict:
+    async def _tried(self, key: bytes, grammar: Grammar, beginning: str = "") -> Verdict:
         """Return the verdict of the workers. Requests with the same grammar share one trial, which
         goes on when one of them leaves."""
         task = self._running.get(key)
         if task is None:
-            size = len(grammar.text)
+            size = len(grammar.text) + len(beginning)
             full = len(self._running) >= MAX_WAITING or self._waiting_bytes + size > MAX_WAITING_BYTES
             if full and self._running:
                 raise overloaded()
             self._waiting_bytes += size
-            task = self._running[key] = asyncio.create_task(self._try(grammar))
+            task = self._running[key] = asyncio.create_task(self._try(grammar, beginning))
             task.add_done_callback(lambda done: self._finish(key, size, done))
         try:
             async with asyncio.timeout(MAX_WAIT_S):
@@ -95,10 +120,10 @@ class GrammarChecker:
         except TimeoutError:
             raise overloaded() from None
 
-    async def _try(self, grammar: Grammar) -> Verdict:
-        verdict = await self._quick.tried(Job(grammar.text, QUICK_CPU_S, MAX_BYTES))
+    async def _try(self, grammar: Grammar, beginning: str) -> Verdict:
+        verdict = await self._quick.tried(Job(grammar.text, QUICK_CPU_S, MAX_BYTES, beginning))
         if verdict.ended == "cpu":
-            verdict = await self._thorough.tried(Job(grammar.text, MAX_CPU_S, MAX_BYTES))
+            verdict = await self._thorough.tried(Job(grammar.text, MAX_CPU_S, MAX_BYTES, beginning))
         return verdict
 
     def _finish(self, key: bytes, size: int, task: "asyncio.Task[Verdict]") -> None:

@@ -46,6 +46,11 @@ class Compiler:
             place = self._place(schema, message, until)
         return Verdict(_shown_reason(message), _shown_place(place))
 
+    def beginning_verdict(self, text: str, beginning: str) -> Verdict:
+        """Return whether texts of a grammar can begin with this one."""
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
+        return Verdict() if matcher.consume_tokens(list(beginning.encode())) else Verdict("no beginning")
+
     def _error(self, text: str) -> str | None:
         """Return why llguidance does not take a grammar, or None."""
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)

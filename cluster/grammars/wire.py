@@ -14,7 +14,7 @@ QUICK_CPU_S = 0.25
 MAX_BYTES = 512 * 2**20
 """Maximum address space, in bytes, that a grammar may take to compile."""
 
-_HEAD = struct.Struct("!dQI")
+_HEAD = struct.Struct("!dQII")
 _LENGTH = struct.Struct("!I")
 
 End = Literal["cpu", "memory", "crash"]
@@ -50,11 +50,13 @@ class Job:
     Attributes:
         cpu_s: processor time in seconds.
         max_bytes: address space in bytes.
+        beginning: a text with which texts of the grammar must be able to begin.
     """
 
     text: str
     cpu_s: float = MAX_CPU_S
     max_bytes: int = MAX_BYTES
+    beginning: str = ""
 
 
 class Channel:
@@ -69,14 +71,16 @@ class Channel:
 
     def send_job(self, job: Job, deadline: float) -> None:
         """Raises OSError, TimeoutError after the deadline (of `time.monotonic`)."""
-        text = job.text.encode()
+        text, beginning = job.text.encode(), job.beginning.encode()
         self._set_timeout(deadline)
-        self._connection.sendall(_HEAD.pack(job.cpu_s, job.max_bytes, len(text)) + text)
+        head = _HEAD.pack(job.cpu_s, job.max_bytes, len(text), len(beginning))
+        self._connection.sendall(head + text + beginning)
 
     def receive_job(self) -> Job:
         """Wait for a job. Raises EOFError after the last."""
-        cpu_s, max_bytes, length = _HEAD.unpack(self._receive(_HEAD.size, None))
-        return Job(self._receive(length, None).decode(), cpu_s, max_bytes)
+        cpu_s, max_bytes, *lengths = _HEAD.unpack(self._receive(_HEAD.size, None))
+        text, beginning = (self._receive(length, None).decode() for length in lengths)
+        return Job(text, cpu_s, max_bytes, beginning)
 
     def send_verdict(self, verdict: bytes) -> None:
         self._connection.sendall(_LENGTH.pack(len(verdict)) + verdict)

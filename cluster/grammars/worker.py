@@ -74,7 +74,10 @@ def _try(compiler: Compiler, job: Job, writing: int) -> None:
     _limit_time(job.cpu_s)
     # The last trial of the search may take as long as the first.
     search_s = MAX_SEARCH_CPU_S + job.cpu_s
-    verdict = compiler.verdict(job.text, lambda: _limit_time(search_s))
+    if job.beginning:
+        verdict = compiler.beginning_verdict(job.text, job.beginning)
+    else:
+        verdict = compiler.verdict(job.text, lambda: _limit_time(search_s))
     _limit_time(0)
     with os.fdopen(writing, "wb") as pipe:
         pipe.write(verdict.encode())

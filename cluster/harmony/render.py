@@ -58,8 +58,10 @@ def render(
     max_tokens: int | None = None,
     *,
     begins_answer: bool = True,
+    continues_last: bool = False,
 ) -> list[int]:
-    """Return the token ids of the prompt, up to and including `<|start|>assistant`.
+    """Return the token ids of the prompt, up to and including `<|start|>assistant`, or the message
+    that the answer continues.
 
     Time is linear in the conversation's length, or in `max_tokens` where that is less. A message
     that carries its ids is written with them.
@@ -68,16 +70,21 @@ def render(
         max_tokens: refuse a longer prompt as early as possible: by its characters before anything
             is encoded, or without encoding the rest; None: any length.
         begins_answer: end with `<|start|>assistant`; else with the last message.
+        continues_last: the last message, an assistant's with a channel, has no end, and stands in
+            place of `<|start|>assistant`.
     Raises:
         ContextLengthExceeded: longer than max_tokens.
         InvalidRequest: no messages. Tools were checked by `cluster.generation.limits`.
     """
     if not conversation.messages:
         raise InvalidRequest("messages must have at least one message.", "messages")
-    messages = [message for message in history(conversation.messages) if message.role != "developer"]
+    begun = conversation.messages[-1] if continues_last else None
+    ended = conversation.messages[:-1] if continues_last else conversation.messages
+    messages = [message for message in history(ended) if message.role != "developer"]
     developer = _developer_text(conversation)
     if max_tokens is not None:
-        num_chars = len(developer) + sum(len(m.content) + len(m.recipient or "") for m in messages)
+        counted = messages if begun is None else [*messages, begun]
+        num_chars = len(developer) + sum(len(m.content) + len(m.recipient or "") for m in counted)
         if num_chars > max_tokens * encoding.max_token_bytes:
             raise _too_long(max_tokens)
     writer = _Writer(encoding, max_tokens)
@@ -86,7 +93,10 @@ def render(
         writer.text("developer", developer)
     for message in messages:
         writer.message(message)
-    if begins_answer:
+    if begun is not None:
+        writer.begin_answer()
+        writer.begun(begun)
+    elif begins_answer:
         writer.begin_answer()
     return writer.ids
 
@@ -146,6 +156,12 @@ class _Writer:
 
     def begin_answer(self) -> None:
         self.ids += self.assistant
+        self._check_length()
+
+    def begun(self, message: Message) -> None:
+        """Append an assistant's message after `begin_answer`, without an end."""
+        self.ids += (self._encoding.channel, *self._encoding.encode_literal(message.channel or "final"))
+        self._body(message.content)
         self._check_length()
 
     def _header(self, message: Message) -> None:

@@ -53,6 +53,7 @@ PAIRS = [
             "return_tokens_as_token_ids": "log-probabilities have both",
             "chat_template_kwargs": "its fields are the request's own",
             "skip_special_tokens": "no effect",
+            "add_generation_prompt": "follows from continue_final_message",
         }
         | dict.fromkeys(
             [
@@ -407,6 +408,16 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"guided_choice": ["yes", "no"]}, {"structured_outputs": {"choice": ["yes", "no"]}}),
     ({"guided_grammar": 'start: "a"'}, {"structured_outputs": {"grammar": 'start: "a"'}}),
     ({"structured_outputs": {"json_object": True}}, {"structured_outputs": {"json_object": True}}),
+    (
+        {"messages": [USER, {"role": "assistant", "content": "Hi"}], "continue_final_message": True},
+        {
+            "messages": [
+                {"role": "ROLE_USER", "content": "Hello"},
+                {"role": "ROLE_ASSISTANT", "content": "Hi"},
+            ],
+            "continue_final_message": True,
+        },
+    ),
     ({"chat_template_kwargs": {"model_identity": "You are X."}}, {"model_identity": "You are X."}),
     ({"chat_template_kwargs": {"current_date": "2025-12-31"}}, {"current_date": "2025-12-31"}),
     (
