@@ -18,6 +18,7 @@ from cluster.state.rows import (
     PageQuery,
     StoredItem,
     check_id,
+    is_id,
     item_row,
     not_stored,
     row_bytes,
@@ -151,6 +152,24 @@ class Responses:
                 table.c.response_id == id, table.c.is_output.is_(False)
             )
             return await read_page(connection, rows, table.c, query)
+
+    async def items_by_id(self, owner: str, ids: Sequence[str]) -> dict[str, StoredItem]:
+        """Return the owner's items with these ids, of all responses; the newest where several have
+        one id. Those that are not there are left out."""
+        items, table = response_items, responses
+        found: dict[str, StoredItem] = {}
+        async with self._database.read() as connection:
+            for some in _batches([id for id in ids if is_id(id)]):
+                rows = await connection.execute(
+                    select(items.c.id, items.c.body, items.c.tokens)
+                    .join(table, table.c.id == items.c.response_id)
+                    .where(
+                        items.c.id.in_(some), table.c.owner == owner, table.c.expires_at > int(self._now())
+                    )
+                    .order_by(table.c.created_at)
+                )
+                found |= {id: stored_item(body, tokens) for id, body, tokens in rows}
+        return found
 
     async def delete(self, id: str, owner: str) -> None:
         """Delete a response. Those that continue it cannot be continued any more.

@@ -54,6 +54,7 @@ response_items = Table(
     Column("body", LargeBinary, nullable=False),
     # Token ids as which the item was generated or rendered, as uint32, little-endian.
     Column("tokens", LargeBinary),
+    Index("response_items_by_id", "id"),
 )
 
 response_tokens = Table(

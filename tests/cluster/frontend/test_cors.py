@@ -70,7 +70,7 @@ async def test_other_pages_cannot(encoding: HarmonyEncoding, engine: FakeEngine,
             assert (await preflight(restricted, origin)).status_code == 400
             answer = await restricted.http.post(CHAT, json=BODY, headers={"origin": origin})
             assert "access-control-allow-origin" not in answer.headers
-        assert (await preflight(restricted, PAGE, method="DELETE")).status_code == 400
+        assert (await preflight(restricted, PAGE, method="PUT")).status_code == 400
     asked = await preflight(gateway, PAGE)  # without the setting
     assert asked.status_code == 405
     answer = await gateway.http.post(CHAT, json=BODY, headers={"origin": PAGE})

@@ -63,6 +63,7 @@ def _responses() -> None:
         sa.Column("tokens", sa.LargeBinary(), nullable=True),
         sa.PrimaryKeyConstraint("response_id", "is_output", "position"),
     )
+    op.create_index("response_items_by_id", "response_items", ["id"], unique=False)
     op.create_table(
         "response_tokens",
         sa.Column("response_id", sa.String(length=128), nullable=False),
