@@ -269,8 +269,8 @@ def _model_rows(path: Path, model: ModelConfig, quantize: str | None) -> list[tu
         ("context", f"{model.max_context_len} tokens"),
         (
             "grammars",
-            f"{_readable(grammar_tokenizer_bytes(model.vocab_size))} in each engine's process once a request "
-            f"needs one",
+            f"{_readable(grammar_tokenizer_bytes(model.vocab_size))} in each engine's process "
+            f"(engine.grammars.load)",
         ),
     ]
 

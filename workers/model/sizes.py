@@ -163,6 +163,6 @@ _GRAMMAR_BYTES_PER_TOKEN = 2500
 
 
 def grammar_tokenizer_bytes(vocab_size: int) -> int:
-    """Return the approximate size of the tokenizer of grammars, which an engine's process loads
-    once a request needs it."""
+    """Return the approximate size of the tokenizer of grammars, which an engine's process loads as
+    `GrammarConfig.load` says."""
     return vocab_size * _GRAMMAR_BYTES_PER_TOKEN
