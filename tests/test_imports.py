@@ -65,8 +65,12 @@ FOLDERS = {
     "cluster.state.migrations": {"cluster.state"},
     "cluster.state.migrations.versions": set(),
     "cluster.frontend": {
-        *("cluster", "cluster.generation", "cluster.grammars", "cluster.harmony", "cluster.rpc"),
-        *("cluster.state", "workers", "workers.rpc"),
+        *("cluster", "cluster.frontend.responses", "cluster.generation", "cluster.grammars"),
+        *("cluster.harmony", "cluster.rpc", "cluster.state", "workers", "workers.rpc"),
+    },
+    "cluster.frontend.responses": {
+        *("cluster", "cluster.frontend", "cluster.generation", "cluster.grammars", "cluster.harmony"),
+        "workers",
     },
     "cluster.standalone": {
         *("cluster", "cluster.fleet", "cluster.frontend", "cluster.generation", "cluster.harmony"),

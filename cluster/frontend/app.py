@@ -19,9 +19,11 @@ from cluster.frontend.docs_page import add_docs
 from cluster.frontend.edge import Edge
 from cluster.frontend.models import add_models
 from cluster.frontend.openapi import Schemas
+from cluster.frontend.responses.routes import ResponsesApi, add_responses
 from cluster.frontend.unknown_fields import HEADER as IGNORED_FIELDS
 from cluster.generation import ChatRequest, Generation, GenerationService
 from cluster.metrics import CONTENT_TYPE
+from cluster.sealing import Sealer, new_secret
 from cluster.state.state import State
 from workers.errors import InvalidRequest, NoReplica
 
@@ -60,9 +62,10 @@ def build_app(
     app.add_exception_handler(HTTPException, _refuse_route)
     app.state.state = state
     schemas = Schemas()
-    _add_generation(
-        app, service, schemas, limits, sse.StreamTimes(config.stream_headers_s, config.stream_keep_alive_s)
-    )
+    times = sse.StreamTimes(config.stream_headers_s, config.stream_keep_alive_s)
+    _add_generation(app, service, schemas, limits, times)
+    sealer = Sealer((config.secret or new_secret()).encode())
+    add_responses(app, ResponsesApi(service, sealer, limits, times), schemas)
     _add_tokens(app, service, schemas, limits)
     add_models(app, service, schemas)
     _add_status(app, status, schemas)
@@ -299,8 +302,6 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
 def _hint(request: Request, path: str) -> str:
     """Return a hint at the path that was probably meant by an unknown one, as the end of a
     sentence."""
-    if path.removeprefix("/v1").startswith("/responses"):
-        return ": the Responses API is not offered yet; use POST /v1/chat/completions."
     bare = path.rstrip("/")
     for meant in (bare, f"/v1{bare}", bare.removeprefix("/v1")):
         if meant != path and _is_known(request, meant):

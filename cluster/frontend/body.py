@@ -135,8 +135,9 @@ def _object(data: bytes, kind: type[BaseModel], max_items: int, max_messages: in
                 f"{name} has {len(field)} entries, more than the {max_items} tokens that this model takes."
             )
             raise ContextLengthExceeded(reason, name)
-    if "messages" in kind.model_fields and isinstance(value.get("messages"), list):
-        check_num_messages(_num_entries(value["messages"]), max_messages)
+    for name in ("messages", "input"):
+        if name in kind.model_fields and isinstance(value.get(name), list):
+            check_num_messages(_num_entries(value[name]), max_messages, name)
     return value
 
 
@@ -167,7 +168,7 @@ def _num_entries(messages: list[object]) -> int:
         message.get(name)
         for message in messages
         if isinstance(message, dict)
-        for name in ("content", "tool_calls")
+        for name in ("content", "tool_calls", "output", "summary")
     ]
     return len(messages) + sum(len(entry) for entry in lists if isinstance(entry, list))
 

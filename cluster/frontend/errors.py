@@ -37,6 +37,10 @@ class UnsupportedMediaType(errors.InvalidRequest):
     """The body is not declared as JSON, or it is compressed."""
 
 
+class BrokenContent(errors.InvalidRequest):
+    """Encrypted content that this deployment did not make for this API key, or that was changed."""
+
+
 class UnknownRoute(errors.CantataError):
     """The path does not exist."""
 
@@ -87,6 +91,7 @@ TABLE: dict[type[errors.CantataError], Row] = {
     HeadersTooLarge: Row(431, "invalid_request_error", "headers_too_large"),
     RequestTimeout: Row(408, "invalid_request_error", "request_timeout"),
     UnsupportedMediaType: Row(415, "invalid_request_error", "unsupported_media_type"),
+    BrokenContent: Row(400, "invalid_request_error", "invalid_encrypted_content"),
     UnknownRoute: Row(404, "invalid_request_error", "unknown_route"),
     WrongMethod: Row(405, "invalid_request_error", "method_not_allowed"),
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.frontend.chat_messages import CALLED_NAME, USER_NAME
 from cluster.frontend.reasoning import EFFORTS
+from cluster.frontend.responses.schema import MAX_KEY_CHARS, MAX_METADATA, MAX_VALUE_CHARS
 from cluster.generation import limits
 from workers.rpc.validate import MAX_COUNT, MAX_SALT_CHARS
 
@@ -26,6 +27,10 @@ def state_ranges(schemas: dict[str, Any], vocab_size: int) -> None:
     for kind in ("ChatCompletionRequest", "CompletionRequest"):
         for name, keywords in _sampling(vocab_size).items():
             _state(schemas[kind]["properties"][name], keywords)
+    responses = schemas["ResponsesRequest"]["properties"]
+    for name, keywords in _sampling(vocab_size).items():
+        if name in responses:
+            _state(responses[name], keywords)
     schemas["TokenizeRequest"]["oneOf"] = [
         {"required": [one], "properties": {one: {"type": kind}, other: _NULL}}
         for one, kind, other in (("prompt", "string", "messages"), ("messages", "array", "prompt"))
@@ -86,6 +91,40 @@ def _ranges(vocab_size: int) -> Mapping[tuple[str, str], Keywords]:
         ("TokenizeRequest", "tools"): tools,
         ("TokenizeRequest", "reasoning_effort"): _EFFORT,
         ("DetokenizeRequest", "tokens"): {"items": token_id},
+        **_responses(),
+    }
+
+
+def _responses() -> Mapping[tuple[str, str], Keywords]:
+    """Return the keywords of fields of the Responses API by schema and name."""
+    tools: Keywords = {"maxItems": limits.MAX_TOOLS}
+    return {
+        ("ResponsesRequest", "input"): {"minItems": 1},
+        ("ResponsesRequest", "tools"): tools,
+        ("ResponsesRequest", "max_output_tokens"): _OUTPUT_TOKENS,
+        ("ResponsesRequest", "max_tool_calls"): {"minimum": 1},
+        ("ResponsesRequest", "max_parallel_tool_calls"): _span(
+            limits.CHAT_INTEGERS["max_parallel_tool_calls"]
+        ),
+        ("ResponsesRequest", "top_logprobs"): _span(limits.INTEGERS["logprobs"]),
+        ("ResponsesRequest", "prompt"): _NULL,
+        ("ResponsesRequest", "context_management"): _NULL,
+        ("ResponsesRequest", "metadata"): {
+            "maxProperties": MAX_METADATA,
+            "propertyNames": {"maxLength": MAX_KEY_CHARS},
+            "additionalProperties": {"maxLength": MAX_VALUE_CHARS},
+        },
+        ("InputTokensRequest", "input"): {"minItems": 1},
+        ("InputTokensRequest", "tools"): tools,
+        ("ReasoningOptions", "effort"): _EFFORT,
+        ("ReasoningOptions", "max_tokens"): _span(limits.CHAT_INTEGERS["max_reasoning_tokens"]),
+        ("ResponseJsonSchemaFormat", "name"): {"pattern": f"^{limits.FORMAT_NAME}$"},
+        ("ResponseFunctionTool", "name"): {"pattern": f"^{limits.TOOL_NAME}$"},
+        ("ResponseCustomTool", "name"): {"pattern": f"^{limits.TOOL_NAME}$"},
+        ("NamespaceTool", "name"): {"minLength": 1},
+        ("ResponseAllowedTools", "tools"): {"minItems": 1},
+        ("FunctionCallItem", "name"): {"pattern": f"^{CALLED_NAME}$"},
+        ("CustomCallItem", "name"): {"pattern": f"^{CALLED_NAME}$"},
     }
 
 
@@ -132,6 +171,7 @@ _APPLY_TO = {
     "minItems": ("array",),
     "maxItems": ("array",),
     "items": ("array",),
+    "maxProperties": ("object",),
     "propertyNames": ("object",),
     "additionalProperties": ("object",),
 }

@@ -33,7 +33,7 @@ def body_structure(body: SamplingFields) -> Structure | None:
 
 def _asked_for(body: SamplingFields) -> Iterator[Structure | None]:
     yield response_format(body.response_format)
-    yield _structured_outputs(body.structured_outputs)
+    yield structured_outputs(body.structured_outputs)
     aliases = {
         "json": body.guided_json,
         "regex": body.guided_regex,
@@ -118,7 +118,12 @@ def response_format(asked: ResponseFormat | None) -> Structure | None:
             return None
 
 
-def _structured_outputs(asked: StructuredOutputs | None) -> Structure | None:
+def structured_outputs(asked: StructuredOutputs | None) -> Structure | None:
+    """Return the form that vLLM's `structured_outputs` asks for.
+
+    Raises:
+        InvalidRequest: with `param`.
+    """
     if asked is None:
         return None
     if asked.structural_tag is not None:

@@ -187,6 +187,7 @@ class ChatChoice:
         self._max_calls = max_calls
         self._repeated = RepeatedCalls() if max_calls > 1 else None
         self._ends_with_turn = ends_with_turn
+        self._per_token = per_token
         self._log = _EventLog(index, per_token=per_token)
         self._kind: Kind = "text"
         self._num_calls = 0
@@ -249,6 +250,10 @@ class ChatChoice:
                 self._take(event)
                 if self.finished:
                     return self._log.take()
+            is_last = position == len(output.token_ids) - 1
+            if self._per_token and self._ends_with_turn and self._parser.turn_over and not is_last:
+                self._end(EngineOutput(()))  # as if the token had come by itself
+                return self._log.take()
         if output.finish_reason is not None or (self._ends_with_turn and self._parser.turn_over):
             self._end(output)
         return self._log.take()

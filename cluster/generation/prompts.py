@@ -18,7 +18,9 @@ from cluster.generation.logprobs import token_text
 from cluster.generation.requests import ChatRequest, CompletionRequest
 from cluster.generation.settings import ChatDefaults, ServedModel
 from cluster.generation.threads import TextThreads
+from cluster.generation.turns_left_out import fitting
 from cluster.harmony.encoding import HarmonyEncoding
+from cluster.harmony.message import Message
 from cluster.harmony.render import DEFAULT_MODEL_IDENTITY, Conversation, render
 from workers.errors import InvalidRequest
 
@@ -70,7 +72,7 @@ class Prompts:
         work = request.num_bytes + _BYTES_PER_ENTRY * (len(request.messages) + len(request.tools))
         param = request.names.messages
         try:
-            ids = await self.threads.run(work, lambda: self._render(request, begins_answer))
+            ids = await self.threads.run(work, lambda: self._fitting(request, begins_answer))
         except InvalidRequest as error:
             if error.param == "messages":
                 error.param = param  # the renderer does not know the client's API
@@ -140,12 +142,25 @@ class Prompts:
         """Start no more work."""
         self.threads.close()
 
-    def _render(self, request: ChatRequest, begins_answer: bool) -> list[int]:
+    def _fitting(self, request: ChatRequest, begins_answer: bool) -> list[int]:
+        """Return the prompt; where the request allows it, without as many of its oldest turns as
+        make it fit."""
         check_tools(request.tools)
         check_date(request.current_date)
+        if not request.leaves_out_turns:
+            limit = longest_prompt(request.options.truncation, self._served.info)
+            return self._render(request, request.messages, begins_answer, limit)
+        limit = self._served.info.max_model_len - (request.sampling.max_tokens or 1)
+        return fitting(
+            request.messages, lambda messages: self._render(request, messages, begins_answer, limit)
+        )
+
+    def _render(
+        self, request: ChatRequest, messages: Sequence[Message], begins_answer: bool, limit: int
+    ) -> list[int]:
         return render(
             Conversation(
-                messages=request.messages,
+                messages=tuple(messages),
                 tools=request.tools,
                 response_format=None if request.structure is None else request.structure.shown,
                 reasoning_effort=request.reasoning_effort or self.defaults.reasoning_effort,
@@ -153,7 +168,7 @@ class Prompts:
                 model_identity=request.model_identity or DEFAULT_MODEL_IDENTITY,
             ),
             self.encoding,
-            longest_prompt(request.options.truncation, self._served.info),
+            limit,
             begins_answer=begins_answer,
             continues_last=request.continues_last,
         )

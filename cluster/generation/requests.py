@@ -108,6 +108,7 @@ class ChatRequest:
             value.
         model: None: the served model.
         continues_last: the answer continues the last message, an assistant's text or reasoning.
+        leaves_out_turns: if the prompt is too long, its oldest turns are left out.
         per_token: the events of the answer are a function of its tokens alone, not of how many of
             them come at once.
     """
@@ -128,6 +129,7 @@ class ChatRequest:
     harmony_constraint: HarmonyConstraint | None = None
     model: str | None = None
     continues_last: bool = False
+    leaves_out_turns: bool = False
     per_token: bool = False
     names: FieldNames = field(default_factory=FieldNames)
     options: Options = field(default_factory=Options)

@@ -33,6 +33,7 @@ STATUSES = {
     "CantataError": 500,
     "Unauthenticated": 401,
     "BodyTooLarge": 413,
+    "BrokenContent": 400,
     "HeadersTooLarge": 431,
     "RequestTimeout": 408,
     "UnsupportedMediaType": 415,

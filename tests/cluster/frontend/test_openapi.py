@@ -31,11 +31,17 @@ from workers.request import EngineOutput, EngineRequest
 
 MODEL = ModelInfo("m", 4096, VOCAB_SIZE)
 USER = {"role": "user", "content": "Hello"}
-PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
-CHUNKS = {"/v1/chat/completions": "ChatCompletionChunk", "/v1/completions": "TextCompletion"}
+PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/responses")
+PATHS += ("/v1/responses/input_tokens",)
+CHUNKS = {
+    "/v1/chat/completions": "ChatCompletionChunk",
+    "/v1/completions": "TextCompletion",
+    "/v1/responses": "ResponseEventBody",
+}
 CONTRADICTING = ("model", "stream_options", "top_logprobs", "min_tokens", "max_tokens")
 CONTRADICTING += ("response_format", "structured_outputs", "tool_choice", "harmony_constraint", "ignore_eos")
 CONTRADICTING += ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "parallel_tool_calls")
+CONTRADICTING += ("previous_response_id", "conversation", "background", "max_output_tokens")
 CONTRADICTING += ("max_completion_tokens", "tools", "best_of", "echo", "logit_bias", "n", "bad_words")
 RULES_BETWEEN_FIELDS = (
     "min_tokens .* is more than",
@@ -51,6 +57,9 @@ RULES_BETWEEN_FIELDS = (
     r"bad_words\[.*\] is part of the headers of messages",
     "requires a call, but tools has no|tools has no .* of that name|contradicts",
     "ask for different forms of the answer|must have exactly one of json",
+    r"no earlier message has a call|already has a result|same id|call_id is missing",
+    "(previous_response_id|conversation|background) needs stored|refers to a stored item",
+    "input is missing|cannot be opened",
     # What a text is: a schema, a regular expression, a grammar.
     "cannot be enforced|is a text that is not JSON|must be a JSON schema|a text that is not empty",
     "special tokens cannot be part|this option is not supported",
@@ -121,7 +130,7 @@ def check_events(response: httpx.Response, document: dict[str, Any], chunk: str)
     assert (done, rest) == ("data: [DONE]", "")
     assert events
     for event in events:
-        validator.validate(json.loads(event.removeprefix("data: ")))
+        validator.validate(json.loads(event[event.index("data: ") :].removeprefix("data: ")))
 
 
 def cases(
@@ -144,6 +153,8 @@ def cases(
         if mode is GenerationMode.POSITIVE:
             # Without the fields that contradict each other nearly always.
             body = {name: value for name, value in case.body.items() if name not in CONTRADICTING}
+            if path.startswith("/v1/responses"):
+                body["input"] = [USER]  # which is not required, since it may be stored
             check(case, {**body, "messages": [USER]} if body.get("messages") else body)
 
     run()
@@ -236,6 +247,15 @@ EDGES: list[tuple[str, str, Any, Any]] = [
     ("/v1/chat/completions", "response_format", {"type": "json_object"}, {"type": "structural_tag"}),
     ("/v1/chat/completions", "functions", None, []),
     ("/v1/chat/completions", "chat_template_kwargs", {"current_date": "2026-01-02"}, {"current_date": "x"}),
+    ("/v1/responses", "input", [USER], []),
+    ("/v1/responses", "max_output_tokens", 1, 0),
+    ("/v1/responses", "max_tool_calls", 1, 0),
+    ("/v1/responses", "metadata", {"k" * 64: "v" * 512}, {"k" * 65: ""}),
+    ("/v1/responses", "metadata", {str(n): "" for n in range(16)}, {str(n): "" for n in range(17)}),
+    ("/v1/responses", "prompt", None, {"id": "x"}),
+    ("/v1/responses", "reasoning", {"effort": "max", "max_tokens": 0}, {"effort": "most"}),
+    ("/v1/responses", "temperature", 2, 2.1),
+    ("/v1/responses", "top_logprobs", 20, 21),
     ("/tokenize", "prompt", "x", None),
     ("/detokenize", "tokens", [0, VOCAB_SIZE - 1], [-1]),
     ("/detokenize", "tokens", [], [VOCAB_SIZE]),
@@ -250,7 +270,12 @@ def test_it_states_each_range(
     reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     schema = {**reference, "components": document["components"]}
     validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
-    rest = {"/v1/chat/completions": CHAT, "/v1/completions": {"prompt": "x"}}.get(path, {})
+    rests = {
+        "/v1/chat/completions": CHAT,
+        "/v1/completions": {"prompt": "x"},
+        "/v1/responses": {"input": "x"},
+    }
+    rest = rests.get(path, {})
     for value, is_taken in ((edge, True), (wrong, False)):
         body = {**rest, name: value}
         assert validator.is_valid(body) is is_taken, value
