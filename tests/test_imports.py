@@ -33,6 +33,7 @@ ALLOWED_IN = {
 FOLDERS = {
     "workers": {"workers.constraint"},
     "workers.constraint": {"workers"},
+    "workers.grammars": {"workers"},
     "workers.parallel": {"workers", "kernels"},
     "workers.kv_cache": {"workers", "kernels", "kernels.attention", "workers.parallel"},
     "workers.scheduler": {"workers", "workers.constraint", "workers.kv_cache"},
@@ -51,26 +52,26 @@ FOLDERS = {
     },
     "workers.rpc": {"workers", "workers.constraint"},
     "workers.engine": {
-        *("workers", "workers.constraint", "workers.executor", "workers.kv_cache", "workers.rpc"),
-        "workers.scheduler",
+        *("workers", "workers.constraint", "workers.executor", "workers.grammars", "workers.kv_cache"),
+        *("workers.rpc", "workers.scheduler"),
     },
-    "cluster.harmony": {"cluster", "cluster.grammars", "workers", "workers.constraint"},
-    "cluster.grammars": {"cluster", "workers", "workers.constraint"},
+    "cluster.harmony": {"cluster", "workers", "workers.constraint", "workers.grammars"},
+    "cluster.grammars": {"cluster", "workers", "workers.constraint", "workers.grammars"},
     "cluster.fleet": {"cluster", "workers", "workers.rpc"},
     "cluster.generation": {
         *("cluster", "cluster.fleet", "cluster.grammars", "cluster.harmony", "workers"),
-        *("workers.constraint", "workers.rpc"),
+        *("workers.constraint", "workers.grammars", "workers.rpc"),
     },
     "cluster.state": {"cluster", "workers"},
     "cluster.state.migrations": {"cluster.state"},
     "cluster.state.migrations.versions": set(),
     "cluster.frontend": {
-        *("cluster", "cluster.frontend.responses", "cluster.generation", "cluster.grammars"),
-        *("cluster.harmony", "cluster.rpc", "cluster.state", "workers", "workers.rpc"),
+        *("cluster", "cluster.frontend.responses", "cluster.generation", "cluster.harmony"),
+        *("cluster.rpc", "cluster.state", "workers", "workers.grammars", "workers.rpc"),
     },
     "cluster.frontend.responses": {
-        *("cluster", "cluster.frontend", "cluster.generation", "cluster.grammars", "cluster.harmony"),
-        "workers",
+        *("cluster", "cluster.frontend", "cluster.generation", "cluster.harmony", "workers"),
+        "workers.grammars",
     },
     "cluster.standalone": {
         *("cluster", "cluster.fleet", "cluster.frontend", "cluster.generation", "cluster.harmony"),

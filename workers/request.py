@@ -1,6 +1,7 @@
 """A request to an engine (token ids, sampling, stop conditions) and its outputs. Independent of
 text, HTTP and harmony."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,25 @@ from workers.constraint.automaton import NO_LIMITS, ConstraintLimits
 from workers.constraint.codec import Constraint
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutputsParams:
+    """The form of a text that `LLM` generates, under vLLM's names: exactly one of these.
+
+    Attributes:
+        json: a JSON schema, or its text; the model does not see it.
+        regex: the text matches it as a whole; in the syntax of Rust's `regex`.
+        choice: the text is one of these.
+        grammar: in llguidance's variant of Lark, whose first rule is `start`.
+        json_object: the text is any JSON object.
+    """
+
+    json: Mapping[str, object] | str | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +59,8 @@ class SamplingParams:
             complete one is not sampled, unless no other is left.
         n: number of sequences for one prompt. The engine runs one sequence per request: gateway and
             `LLM` fan out, and choice i gets seed + i.
+        structured_outputs: form of the text, for `LLM` alone: an engine's request has a constraint
+            instead.
     """
 
     max_tokens: int | None = 16
@@ -59,6 +81,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     allowed_token_ids: tuple[int, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    structured_outputs: StructuredOutputsParams | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import orjson
-
 from cluster.frontend.schema import SamplingFields
 from cluster.frontend.schema_formats import (
     JsonObjectFormat,
@@ -14,12 +12,19 @@ from cluster.frontend.schema_formats import (
 )
 from cluster.generation import Structure
 from cluster.generation.limits import check_format_name
-from cluster.grammars import grammar as grammars
+from cluster.generation.requests import StructureKind
 from cluster.harmony.render import ResponseFormat as ShownFormat
 from workers.errors import InvalidRequest
+from workers.grammars import grammar as grammars
+from workers.grammars.structured import grammar_of, only_kind, parsed
 
-KINDS = ("json", "regex", "choice", "grammar", "json_object")
-"""The fields of `structured_outputs` of which a request has one."""
+_METRIC_KINDS: Mapping[str, StructureKind] = {
+    "json": "json_schema",
+    "regex": "regex",
+    "choice": "choice",
+    "grammar": "grammar",
+    "json_object": "json_object",
+}
 
 
 def body_structure(body: SamplingFields) -> Structure | None:
@@ -71,18 +76,7 @@ def structured(kind: str, value: object, param: str) -> Structure:
     Raises:
         InvalidRequest: with `param`.
     """
-    match kind:
-        case "json":
-            schema = _parsed(value, param) if isinstance(value, str) else value
-            return Structure("json_schema", grammars.json_schema(schema, param), param)
-        case "regex":
-            return Structure("regex", grammars.regex(value, param), param)
-        case "choice":
-            return Structure("choice", grammars.choice(value, param), param)
-        case "grammar":
-            return Structure("grammar", grammars.lark(value, param), param)
-        case _:
-            return Structure("json_object", grammars.json_object(), param)
+    return Structure(_METRIC_KINDS[kind], grammar_of(kind, value, param), param)
 
 
 def json_schema_format(name: str, description: str, schema: Mapping[str, object], place: str) -> Structure:
@@ -155,18 +149,8 @@ def only(values: Mapping[str, object], param: str) -> Structure | None:
     Raises:
         InvalidRequest: there is not exactly one.
     """
-    given = [kind for kind, value in values.items() if value is not None]
-    if len(given) != 1:
-        found = f"has {' and '.join(given)}" if given else "has none"
-        raise InvalidRequest(f"{param} must have exactly one of {', '.join(KINDS)}, but {found}.", param)
-    return structured(given[0], values[given[0]], f"{param}.{given[0]}")
-
-
-def _parsed(text: str, param: str) -> object:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"{param} is a text that is not JSON: {error}.", param) from None
+    kind = only_kind(values, param)
+    return structured(kind, values[kind], f"{param}.{kind}")
 
 
 def parsed_schema(text: str, param: str) -> dict[str, object]:
@@ -175,7 +159,7 @@ def parsed_schema(text: str, param: str) -> dict[str, object]:
     Raises:
         InvalidRequest: it is no JSON object.
     """
-    schema = _parsed(text, param)
+    schema = parsed(text, param)
     if not isinstance(schema, dict):
         raise InvalidRequest(f"{param} must be the text of a JSON object.", param)
     return schema

@@ -6,9 +6,9 @@ from typing import Literal
 
 from cluster.generation import ToolChoice
 from cluster.generation.limits import check_max_calls
-from cluster.grammars import grammar as grammars
 from cluster.harmony.tools import TextInput, ToolDefinition
 from workers.errors import InvalidRequest
+from workers.grammars import grammar as grammars
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,14 @@ from cluster.generation.prompts import Prompts
 from cluster.generation.requests import ChatRequest, Structure
 from cluster.generation.turn_rules import WantedBody, WantedTurn, bounded, promises, wanted_turn
 from cluster.grammars.check import GrammarChecker
-from cluster.grammars.grammar import json_object
 from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
-from cluster.harmony.text_automaton import text_automaton
 from cluster.harmony.turn_grammar import ToolBody, TurnGrammar, turn_limits
 from cluster.metrics import GatewayMetrics
-from workers.constraint.automaton import ConstraintLimits, TokenAutomaton
+from workers.constraint.automaton import ConstraintLimits, TokenAutomaton, text_automaton
 from workers.constraint.codec import Constraint
 from workers.errors import InvalidRequest, Overloaded
+from workers.grammars.grammar import json_object
 
 T = TypeVar("T")
 
@@ -132,11 +131,18 @@ class Constraints:
             InvalidRequest: its grammar does not compile.
         """
         grammar, encoding = structure.grammar, self._prompts.encoding
+        ends = (encoding.return_, encoding.endoftext)
+
+        def make() -> TokenAutomaton:
+            # The model's vocabulary can be larger than the tokenizer's.
+            no_text = (i for i in range(self._vocab_size) if not encoding.token_bytes(i))
+            return text_automaton(grammar.text, ends, no_text)
+
         if (kept := self._texts.get(grammar)) is None:
             await self._checker.check(grammar, structure.param)
             async with self._making:
                 if (kept := self._texts.get(grammar)) is None:
-                    kept = await self._encoded(lambda: text_automaton(grammar, encoding, self._vocab_size))
+                    kept = await self._encoded(make)
                     self._texts.keep(grammar, kept, len(kept.body))
         return kept
 

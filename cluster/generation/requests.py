@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.chat_options import HarmonyConstraint, ReasoningEffort
-from cluster.grammars.grammar import Grammar
 from cluster.harmony.message import Message
 from cluster.harmony.render import ResponseFormat
 from cluster.harmony.tools import ToolDefinition
+from workers.grammars.grammar import Grammar
 from workers.request import SamplingParams
 
 

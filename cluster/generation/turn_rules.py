@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from cluster.chat_options import ToolArguments
 from cluster.generation.requests import ChatRequest, CompletionRequest, Structure
 from cluster.generation.settings import ChatDefaults
-from cluster.grammars import grammar as grammars
-from cluster.grammars.grammar import Grammar
 from cluster.harmony.tools import ToolDefinition, ToolFields
 from cluster.harmony.turn_grammar import Calls, ToolBody, TurnGrammar
 from workers.errors import InvalidRequest
+from workers.grammars import grammar as grammars
+from workers.grammars.grammar import Grammar
 from workers.rpc.validate import MAX_GRAMMAR_CHARS, MAX_GRAMMARS
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}

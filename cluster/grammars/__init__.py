@@ -1,1 +1,1 @@
-"""Grammars of what clients ask for, and the check that they compile within bounds."""
+"""The check that grammars of what clients ask for compile within bounds."""

@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import orjson
 
-from cluster.grammars.grammar import Grammar
 from cluster.grammars.process import WorkerProcess, overloaded
 from cluster.grammars.wire import MAX_BYTES, MAX_CPU_S, QUICK_CPU_S, Job, Verdict
 from workers.errors import InvalidRequest
+from workers.grammars.grammar import Grammar
 
 MAX_CACHED_BYTES = 4 * 2**20
 """Maximum size of the cached verdicts."""

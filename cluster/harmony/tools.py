@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.grammars.grammar import Grammar
+from workers.grammars.grammar import Grammar
 
 MAX_SCHEMA_DEPTH = 64
 """Maximum nesting depth of a schema's objects and arrays."""

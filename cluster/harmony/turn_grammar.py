@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.grammars.grammar import Grammar
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.message import FUNCTIONS
 from workers.constraint.automaton import NO_LIMITS, ConstraintLimits
+from workers.grammars.grammar import Grammar
 
 Calls = Literal["allowed", "required", "forbidden"]
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cluster.grammars.grammar import Grammar
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.message import FUNCTIONS
 from cluster.harmony.turn_grammar import ROLE, TurnGrammar
+from workers.grammars.grammar import Grammar
 
 Spelling = Literal["any", "names", "usual"]
 """Which tokenizations the header of a call has. `any`: all. `names`: all of the tools' names, but

@@ -8,6 +8,7 @@ The model is real and gives the answers of `scripts.py`. Every test runs against
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import httpx
@@ -144,6 +145,28 @@ def test_completion_of_a_raw_harmony_prompt(client: openai.OpenAI, http: httpx.C
     assert answer.choices[0].text.endswith(scripts.GREETING_ANSWER)
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == chat["count"]
+
+
+def test_the_form_of_an_answer(http: httpx.Client) -> None:
+    """The gateway, wherever it runs, checks grammars in a process of its own; the engine enforces
+    them."""
+    chat = {"messages": GREETING, "max_tokens": 60}
+    choices = ["neither of these", "nor this"]
+    body: dict[str, Any] = {**chat, "structured_outputs": {"choice": choices}}
+    answer = http.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert answer["message"]["reasoning"] == scripts.GREETING_REASONING, "it stays free"
+    assert answer["message"]["content"] in choices
+    assert answer["finish_reason"] == "stop"
+    schema = {"properties": {"a": {"pattern": "(?=a)"}}}
+    body = {
+        **chat,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    }
+    refused = http.post("/v1/chat/completions", json=body)
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert error["param"] == "response_format.json_schema.schema.properties.a.pattern"
+    assert "look-around" in error["message"], "the verdict of llguidance, not of a worker that did not start"
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -3,7 +3,7 @@
 from llguidance import LLMatcher, LLParserLimits
 
 from cluster.grammars.byte_tokenizer import byte_tokenizer
-from cluster.grammars.grammar import Grammar
+from workers.grammars.grammar import Grammar
 
 _TOKENIZER = byte_tokenizer()
 

@@ -2,6 +2,7 @@
 engine knows no harmony; the gateway builds these. `state` runs them, `codec` carries them between
 processes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_AUTOMATON_STATES = 8192
@@ -92,3 +93,15 @@ class TokenAutomaton:
     def _check_index(self, state: int, what: str) -> None:
         if not 0 <= state < len(self.states):
             raise ValueError(f"{what} {state}, which is not one of the {len(self.states)} states")
+
+
+def text_automaton(grammar: str, ends: tuple[int, ...], no_text: Iterable[int]) -> TokenAutomaton:
+    """Return the automaton of one text of a grammar, followed by an end token.
+
+    Args:
+        ends: the tokens that may end the text.
+        no_text: all tokens that are in no text; those of `ends` do not count.
+    """
+    others = tuple(token_id for token_id in no_text if token_id not in ends)
+    text = AutomatonState(forbidden=others, transitions=tuple((end, 1) for end in ends), grammar=0)
+    return TokenAutomaton((text, AutomatonState(allowed=ends)), grammars=(grammar,))

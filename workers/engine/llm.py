@@ -29,20 +29,26 @@ from workers.config import (
     SchedulerConfig,
 )
 from workers.constraint.automaton import TokenAutomaton
-from workers.constraint.codec import Constraint
-from workers.constraint.compiler import COMPILE_TIMEOUT_S, TOO_SLOW, PreparedConstraint
+from workers.constraint.compiler import PreparedConstraint
 from workers.cores import engine_threads
 from workers.engine.engine import Engine
+from workers.engine.llm_constraints import LlmConstraints, ReadyConstraint
 from workers.engine.progress import StartUpProgress
 from workers.engine.stream import OutputStream, ThreadReader
-from workers.errors import CheckpointError, ConstraintNotReady, EngineDead, InvalidRequest
+from workers.errors import CheckpointError, EngineDead, InvalidRequest
 from workers.executor.base import Executor
 from workers.executor.local import local_executor
 from workers.model_config import load_model_config
-from workers.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
-from workers.rpc.validate import MAX_SEED, check_automaton, check_request
+from workers.request import (
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    StructuredOutputsParams,
+    TokenLogprobs,
+)
+from workers.rpc.validate import MAX_SEED, check_request
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
 
 Prompt = str | Sequence[int]
 END_TOKENS = ("<|return|>", "<|call|>", "<|endoftext|>")
@@ -189,6 +195,7 @@ class LLM:
         self._executor = make(config, model)
         self.engine = Engine(config, model, self._executor)
         self.info = self.engine.start()
+        self._constraints = LlmConstraints(self.engine, self._tokenizer, self._end_token_ids)
         progress.close()
         self._num_requests = 0
         # Threads that are in native code when the interpreter goes away crash the process.
@@ -208,7 +215,8 @@ class LLM:
         Args:
             prompts: texts (special tokens in them are parsed) or token ids; one or many.
             sampling: one for all prompts, or one for each. A missing seed is drawn; choice i gets
-                seed + i.
+                seed + i. The text begins in the form of `structured_outputs` at once: what comes
+                before it, such as a chat's reasoning, is part of the prompt.
             constraints: the tokens that may come next; one automaton for all prompts, or one (or
                 None) for each.
             use_tqdm: show a progress bar on stderr.
@@ -226,7 +234,7 @@ class LLM:
         )
         if len(params) != len(ids):
             raise InvalidRequest(f"{len(ids)} prompts but {len(params)} sampling parameters", "sampling")
-        prepared = self._prepare(constraints, len(ids))
+        prepared = self._constraints.prepare(constraints, params)
         first = self._num_requests
         self._num_requests += len(ids)
         choices = [
@@ -289,39 +297,16 @@ class LLM:
             )
         return tuple(self._tokenizer.encode(prompt).ids)
 
-    def _prepare(
-        self, constraints: TokenAutomaton | Sequence[TokenAutomaton | None] | None, num_prompts: int
-    ) -> list[tuple[Constraint, PreparedConstraint] | None]:
-        """Return the constraint of each prompt, ready to run.
-
-        Raises:
-            InvalidRequest: an automaton or a grammar is refused.
-            ConstraintNotReady: a grammar takes too long to compile.
-        """
-        if not isinstance(constraints, Sequence):
-            constraints = [constraints] * num_prompts
-        if len(constraints) != num_prompts:
-            raise InvalidRequest(f"{num_prompts} prompts but {len(constraints)} constraints", "constraints")
-        distinct = {id(automaton): automaton for automaton in constraints if automaton is not None}
-        ready: dict[int | None, tuple[Constraint, PreparedConstraint] | None] = {None: None}
-        for key, automaton in distinct.items():
-            check_automaton(automaton, self.engine.vocab_size)
-            constraint = Constraint.of(automaton)
-            try:
-                ready[key] = constraint, self.engine.prepare(constraint).result(COMPILE_TIMEOUT_S)
-            except TimeoutError:
-                raise ConstraintNotReady(TOO_SLOW) from None
-        return [ready[None if automaton is None else id(automaton)] for automaton in constraints]
-
     def _choices(
         self,
         prompt_index: int,
         request_id: str,
         prompt: tuple[int, ...],
         sampling: SamplingParams,
-        constraint: tuple[Constraint, PreparedConstraint] | None,
+        constraint: ReadyConstraint | None,
     ) -> list[_Choice]:
-        check_request(EngineRequest(request_id, prompt, replace(sampling, n=1)), self.engine.vocab_size)
+        sampling_of_one = replace(sampling, n=1, structured_outputs=None)
+        check_request(EngineRequest(request_id, prompt, sampling_of_one), self.engine.vocab_size)
         if not isinstance(sampling.n, int) or sampling.n < 1:
             raise InvalidRequest(f"n must be at least 1, got {sampling.n}", "n")
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
@@ -334,17 +319,16 @@ class LLM:
                     f"{request_id}-{index}",
                     prompt,
                     replace(
-                        sampling,
-                        n=1,
+                        sampling_of_one,
                         seed=(seed + index) & MAX_SEED,
                         stop_token_ids=stops,
                         # Once for all answers.
                         prompt_logprobs=sampling.prompt_logprobs if index == 0 else None,
                     ),
-                    constraint=None if constraint is None else constraint[0],
+                    constraint=None if constraint is None else constraint.constraint,
                 ),
                 sampling.stop_token_ids,
-                None if constraint is None else constraint[1],
+                None if constraint is None else constraint.prepared,
             )
             for index in range(sampling.n)
         ]

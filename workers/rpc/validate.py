@@ -45,6 +45,10 @@ def check_request(request: EngineRequest, vocab_size: int) -> None:
             f"n must be 1 for one engine request, got {request.sampling.n}; send a request for each choice",
             "n",
         )
+    if request.sampling.structured_outputs is not None:
+        raise InvalidRequest(
+            "structured_outputs is for LLM; an engine's request has a constraint", "structured_outputs"
+        )
     if request.deadline_s is not None and not request.deadline_s > 0:
         raise InvalidRequest(f"deadline_s must be above 0, got {request.deadline_s}", "deadline_s")
     if request.adapter is not None:

@@ -9,13 +9,13 @@ import openai
 import pytest
 
 from cluster.generation import ChatDefaults
-from cluster.grammars.grammar import json_object
 from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.turn_grammar import ToolBody, TurnGrammar
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import Gateway, serving
 from workers.constraint.codec import Constraint
+from workers.grammars.grammar import json_object
 
 HELLO = [{"role": "user", "content": "hello"}]
 NAMES = ("look_up", "mcp.server-1")

@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from cluster.generation import Capacity, ChatDefaults
 from cluster.generation.turn_rules import WantedTurn, wanted_turn
-from cluster.grammars import grammar as grammars
 from cluster.grammars.byte_tokenizer import byte_tokenizer
 from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
@@ -25,6 +24,7 @@ from tests.support.gateway import Gateway, turn
 from workers.constraint.automaton import NO_LIMITS
 from workers.constraint.codec import Constraint, decode
 from workers.errors import InvalidRequest, Overloaded
+from workers.grammars import grammar as grammars
 from workers.request import EngineRequest
 from workers.rpc import convert
 

@@ -14,9 +14,9 @@ import pytest
 
 from cluster.grammars import check, process
 from cluster.grammars.check import GrammarChecker
-from cluster.grammars.grammar import Grammar, json_object, json_schema, lark, regex
 from tests.support.waiting import until
 from workers.errors import InvalidRequest, Overloaded
+from workers.grammars.grammar import Grammar, json_object, json_schema, lark, regex
 
 PARAM = "response_format.json_schema.schema"
 
@@ -222,7 +222,7 @@ def test_workers_end_with_the_gateway_and_import_little() -> None:
     program = """
         import asyncio, sys
         from cluster.grammars.check import GrammarChecker
-        from cluster.grammars.grammar import json_object, json_schema
+        from workers.grammars.grammar import json_object, json_schema
 
         async def main():
             checker = GrammarChecker()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.grammars.annotations import FORMATS
 from cluster.grammars.compiling import Compiler
-from cluster.grammars.grammar import Grammar, json_schema
 from tests.support.grammar_texts import Texts
 from workers.errors import InvalidRequest
+from workers.grammars.annotations import FORMATS
+from workers.grammars.grammar import Grammar, json_schema
 
 ROOT = Path(__file__).parents[3]
 SUITE = ROOT / "tests/golden/json_schema_suite"

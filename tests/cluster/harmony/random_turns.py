@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
-from cluster.grammars.grammar import json_schema, regex
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.turn_grammar import ToolBody, TurnGrammar
 from workers.constraint.automaton import NO_LIMITS, ConstraintLimits, TokenAutomaton
 from workers.constraint.codec import encode
 from workers.constraint.state import AutomatonTables
+from workers.grammars.grammar import json_schema, regex
 
 SCHEMA = {
     "type": "object",

@@ -9,7 +9,6 @@ from functools import cache
 import openai_harmony as oh
 import pytest
 
-from cluster.grammars.grammar import Grammar
 from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.make_tokenizer import HARMONY_VOCAB_SIZE
@@ -21,6 +20,7 @@ from workers.constraint.automaton import NO_LIMITS, TokenAutomaton
 from workers.constraint.codec import encode
 from workers.constraint.state import AutomatonTables
 from workers.errors import InvalidRequest
+from workers.grammars.grammar import Grammar
 from workers.rpc.validate import check_automaton
 
 # One name is the beginning of another, one looks like a channel, one has all characters.

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from cluster.grammars.grammar import Grammar
 from cluster.harmony.automaton import TurnAutomata
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.turn_grammar import ToolBody, TurnGrammar, answer_share, turn_limits
@@ -12,6 +11,7 @@ from tests.support.gateway import VOCAB_SIZE, make_encoding
 from workers.constraint.automaton import NO_LIMITS, ConstraintLimits, TokenAutomaton
 from workers.constraint.codec import encode
 from workers.constraint.state import AutomatonTables
+from workers.grammars.grammar import Grammar
 
 TOOLS = (
     ToolBody("f"),

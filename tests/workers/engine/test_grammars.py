@@ -4,8 +4,9 @@ grammar, through LLM and the step loop, in every way in which a sequence can be 
 import json
 import logging
 import random
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -31,17 +32,17 @@ from workers.constraint.codec import Constraint
 from workers.constraint.compiler import GrammarCompiler, PreparedConstraint
 from workers.constraint.grammar import GrammarTokenizer
 from workers.constraint.tables import HostTables
-from workers.engine import llm as llm_module
-from workers.engine import server
+from workers.engine import llm_constraints, server
 from workers.engine.engine import Engine
 from workers.engine.grammars import GrammarSteps
-from workers.engine.llm import LLM, SamplingParams
+from workers.engine.llm import LLM, SamplingParams, StructuredOutputsParams
 from workers.engine.masks import MaskThread
 from workers.engine.stream import ThreadReader
 from workers.errors import ConstraintNotReady, InvalidRequest
 from workers.executor.inline import InlineExecutor
 from workers.model_config import load_model_config
 from workers.request import EngineOutput, EngineRequest
+from workers.rpc.validate import check_request
 
 WAIT_S = 60.0
 SAMPLING = SamplingParams(max_tokens=300, temperature=1.0, seed=5)
@@ -272,7 +273,7 @@ def test_a_refused_grammar_names_the_reason_and_is_not_logged(
     automaton = text_automaton(checkpoint, schema_grammar({"type": "object", "secret_word": 1, "allOf": 5}))
     with pytest.raises(InvalidRequest, match="the grammar was refused: ") as caught:
         llm.generate([[1]], SAMPLING, constraints=automaton, use_tqdm=False)
-    assert caught.value.param == "constraint.grammars"
+    assert caught.value.param == "constraints"
     assert "secret_word" not in caplog.text
 
 
@@ -403,7 +404,7 @@ async def test_a_request_waits_for_its_grammar_for_a_bounded_time(
     never: Future[PreparedConstraint] = Future()
     monkeypatch.setattr(llm.engine._compiler, "prepare", lambda constraint: never)
     monkeypatch.setattr(server, "COMPILE_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(llm_module, "COMPILE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(llm_constraints, "COMPILE_TIMEOUT_S", 0.01)
     servicer = server.EngineServicer.__new__(server.EngineServicer)
     servicer._engine = llm.engine
     (request,) = requests_of(checkpoint, 1)
@@ -414,3 +415,62 @@ async def test_a_request_waits_for_its_grammar_for_a_bounded_time(
     with pytest.raises(ConstraintNotReady, match="not ready within"):
         llm.generate([[1]], SAMPLING, constraints=automaton, use_tqdm=False)
     assert await servicer._prepared(replace(request, constraint=None)) is None
+
+
+FORMS: list[tuple[StructuredOutputsParams, Callable[[str], object]]] = [
+    (StructuredOutputsParams(json=SCHEMA), lambda text: jsonschema.validate(json.loads(text), SCHEMA)),
+    (StructuredOutputsParams(json='{"enum": [7, null]}'), lambda text: ("7", "null").index(text)),
+    (StructuredOutputsParams(regex="[a-c]{2}"), lambda text: re.fullmatch("[a-c]{2}", text) or 1 / 0),
+    (StructuredOutputsParams(choice=["yes", "no"]), lambda text: ("yes", "no").index(text)),
+    (StructuredOutputsParams(grammar='start: "x" | "y"'), lambda text: ("x", "y").index(text)),
+    (StructuredOutputsParams(json_object=True), lambda text: text.startswith("{") or 1 / 0),
+]
+
+
+def test_the_forms_of_sampling_parameters(llm: LLM) -> None:
+    """One batch has them all, each twice, beside a prompt without one; as vLLM has them."""
+    params = [replace(SAMPLING, structured_outputs=form, seed=3) for form, _ in FORMS]
+    free, *answers = llm.generate([[1, 2, 3]] * 13, [SAMPLING, *params, *params], use_tqdm=False)
+    assert free.outputs[0].token_ids
+    for (form, check), *pair in zip(FORMS, answers[:6], answers[6:], strict=True):
+        first, again = (output.outputs[0] for output in pair)
+        check(first.text)
+        assert first.finish_reason == "stop" or form.json_object, form
+        assert again.token_ids == first.token_ids
+
+
+def test_one_form_for_several_answers(llm: LLM) -> None:
+    params = replace(SAMPLING, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]), n=8)
+    (result,) = llm.generate([[1, 2, 3]], params, use_tqdm=False)
+    assert {answer.text for answer in result.outputs} == {"yes", "no"}
+
+
+@pytest.mark.parametrize(
+    ("form", "param"),
+    [
+        (StructuredOutputsParams(), "structured_outputs"),
+        (StructuredOutputsParams(regex="a", choice=["b"]), "structured_outputs"),
+        (StructuredOutputsParams(json="{"), "structured_outputs.json"),
+        (StructuredOutputsParams(json={"uniqueItems": True}), "structured_outputs.json"),
+        (StructuredOutputsParams(regex="(?=a)"), "structured_outputs.regex"),
+        (StructuredOutputsParams(choice=[]), "structured_outputs.choice"),
+        (StructuredOutputsParams(grammar="start: unknown"), "structured_outputs.grammar"),
+        ({"regex": "a"}, "structured_outputs"),
+    ],
+)  # fmt: skip
+def test_forms_that_are_refused(llm: LLM, form: StructuredOutputsParams, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        llm.generate([[1]], replace(SAMPLING, structured_outputs=form), use_tqdm=False)
+    assert caught.value.param == param
+
+
+def test_what_contradicts_a_form(llm: LLM, checkpoint: Path) -> None:
+    form = replace(SAMPLING, structured_outputs=StructuredOutputsParams(regex="a"))
+    with pytest.raises(InvalidRequest) as caught:
+        llm.generate([[1]], replace(form, ignore_eos=True), use_tqdm=False)
+    assert caught.value.param == "ignore_eos"
+    automaton = text_automaton(checkpoint, schema_grammar(SCHEMA))
+    with pytest.raises(InvalidRequest, match="a prompt has a constraint and"):
+        llm.generate([[1]], form, constraints=automaton, use_tqdm=False)
+    with pytest.raises(InvalidRequest, match="is for LLM"):
+        check_request(EngineRequest("a", (1,), form), VOCAB_SIZE)

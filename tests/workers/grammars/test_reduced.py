@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from cluster.grammars.grammar import json_object, schema_types
-from cluster.grammars.reduced import reduced
 from tests.support.grammar_texts import Texts
 from workers.constraint.parser_limits import parser_limits
+from workers.grammars.grammar import json_object, schema_types
+from workers.grammars.reduced import reduced
 
 TREE = {
     "type": "object",

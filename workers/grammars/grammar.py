@@ -13,9 +13,9 @@ from typing import Literal
 
 import orjson
 
-from cluster.grammars.annotations import may_have_annotations, without_annotations
-from cluster.grammars.reduced import reduced
 from workers.errors import InvalidRequest
+from workers.grammars.annotations import may_have_annotations, without_annotations
+from workers.grammars.reduced import reduced
 
 MAX_GRAMMAR_BYTES = 2**20
 """Maximum length of a grammar's text in bytes."""

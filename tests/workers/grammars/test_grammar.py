@@ -6,7 +6,9 @@ import time
 
 import pytest
 
-from cluster.grammars.grammar import (
+from tests.support.grammar_texts import Texts
+from workers.errors import InvalidRequest
+from workers.grammars.grammar import (
     MAX_CHOICES,
     MAX_GRAMMAR_BYTES,
     Grammar,
@@ -16,8 +18,6 @@ from cluster.grammars.grammar import (
     lark,
     regex,
 )
-from tests.support.grammar_texts import Texts
-from workers.errors import InvalidRequest
 
 SCHEMA = {
     "type": "object",
