@@ -88,6 +88,16 @@ class ChatChoiceBody(TypedDict):
     token_ids: list[int] | None
 
 
+class PromptLogprob(TypedDict):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""By token id, for each token of a prompt; null for the first."""
+
+
 class ChatCompletion(TypedDict):
     id: str
     object: Literal["chat.completion"]
@@ -97,6 +107,7 @@ class ChatCompletion(TypedDict):
     choices: list[ChatChoiceBody]
     usage: UsageBody
     prompt_token_ids: list[int] | None
+    prompt_logprobs: PromptLogprobs | None
 
 
 class DeltaBody(TypedDict, total=False):
@@ -129,8 +140,8 @@ class ChatCompletionChunk(TypedDict):
 
 class CompletionLogprobs(TypedDict):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -142,6 +153,7 @@ class TextChoiceBody(TypedDict):
     stop_reason: str | int | None
     token_ids: NotRequired[list[int] | None]
     prompt_token_ids: NotRequired[list[int] | None]
+    prompt_logprobs: NotRequired[PromptLogprobs | None]
 
 
 class TextCompletion(TypedDict):

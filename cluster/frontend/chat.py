@@ -31,6 +31,7 @@ from cluster.frontend.fold import (
     ToolCallDelta,
     whole_answer,
 )
+from cluster.frontend.prompt_logprobs import prompt_logprobs
 from cluster.frontend.reasoning import (
     chat_effort,
     earlier_reasoning,
@@ -260,6 +261,7 @@ async def answer(generation: Generation, body: ChatCompletionRequest, fingerprin
         "choices": [_choice_body(index, choice, body) for index, choice in enumerate(whole.choices)],
         "usage": usage_body(whole.usage),
         "prompt_token_ids": list(generation.prompts[0]) if body.return_token_ids else None,
+        "prompt_logprobs": await prompt_logprobs(generation, body.prompt_logprobs),
     }
 
 

@@ -1,15 +1,17 @@
 """`POST /v1/completions`: raw prompts, texts or token ids, and their continuations."""
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 from cluster.events import FinishReason, TokenLogprob, Usage
 from cluster.frontend import schema, sse
 from cluster.frontend.answers import CompletionLogprobs, TextChoiceBody, TextCompletion
 from cluster.frontend.chat import token_name, usage_body
 from cluster.frontend.fold import Finish, Fold, TextDelta, whole_answer
+from cluster.frontend.prompt_logprobs import echoed_logprobs, prompt_logprobs
 from cluster.frontend.sampling import check_stream_options, options, sampling_params, stop_strings
 from cluster.frontend.structure import body_structure
-from cluster.generation import CompletionRequest, Generation
+from cluster.generation import CompletionRequest, FieldNames, Generation
 from workers.errors import InvalidRequest
 
 
@@ -24,18 +26,23 @@ def completion_request(body: schema.CompletionRequest) -> CompletionRequest:
         raise InvalidRequest("suffix is not offered: gpt-oss only continues a text.", "suffix")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of is not offered: leave it out or set it to n.", "best_of")
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequest(
-            "echo cannot be combined with logprobs: log-probabilities of prompts are not computed.", "echo"
-        )
+    prompt_only = body.max_tokens == 0
+    sampling = sampling_params(body, 1 if prompt_only else body.max_tokens, body.logprobs)
+    scores_echo = body.echo and body.logprobs is not None
+    if scores_echo:
+        if body.stream and sampling.n > 1:
+            raise InvalidRequest("echo with logprobs needs n to be 1 in a stream.", "n")
+        sampling = replace(sampling, prompt_logprobs=max(body.logprobs or 0, body.prompt_logprobs or 0))
     return CompletionRequest(
         prompts=_prompts(body.prompt),
-        sampling=sampling_params(body, body.max_tokens, body.logprobs),
+        sampling=sampling,
         stop=stop_strings(body),
         structure=body_structure(body),
         echo=bool(body.echo),
+        prompt_only=prompt_only,
         skip_special_tokens=body.skip_special_tokens is not False,
         model=body.model,
+        names=FieldNames(prompt_logprobs="logprobs" if scores_echo else "prompt_logprobs"),
         options=options(body),
     )
 
@@ -67,6 +74,10 @@ async def answer(generation: Generation, body: schema.CompletionRequest, fingerp
         )
         for index, choice in enumerate(whole.choices)
     ]
+    for index, choice_body in enumerate(choices):
+        prompt = index // n
+        await _add_echoed(choice_body, generation, body, prompt)
+        choice_body["prompt_logprobs"] = await prompt_logprobs(generation, body.prompt_logprobs, prompt)
     for choice_body in () if body.return_token_ids else choices:  # null, as in vLLM; absent from streams
         choice_body["token_ids"] = choice_body["prompt_token_ids"] = None
     return {**_frame(generation, fingerprint, choices), "usage": usage_body(whole.usage)}
@@ -99,6 +110,25 @@ def _choice_body(
     return body
 
 
+async def _add_echoed(
+    choice: TextChoiceBody, generation: Generation, body: schema.CompletionRequest, prompt: int
+) -> None:
+    """Put the log-probabilities of an echoed prompt in front of the text's own."""
+    found, num_top = choice["logprobs"], body.logprobs
+    if not body.echo or found is None or num_top is None:
+        return
+    as_ids = bool(body.return_tokens_as_token_ids)
+    echoed = await echoed_logprobs(
+        generation, num_top, prompt, lambda entries: _logprobs_body(entries, as_ids)
+    )
+    choice["logprobs"] = {
+        "tokens": echoed["tokens"] + found["tokens"],
+        "token_logprobs": echoed["token_logprobs"] + found["token_logprobs"],
+        "top_logprobs": echoed["top_logprobs"] + found["top_logprobs"],
+        "text_offset": echoed["text_offset"] + found["text_offset"],
+    }
+
+
 async def chunks(
     generation: Generation, body: schema.CompletionRequest, fingerprint: str
 ) -> AsyncGenerator[bytes, None]:
@@ -127,6 +157,8 @@ async def chunks(
             token_ids=shown.token_ids,
             prompt=None if shown.choice in begun else generation.prompts[shown.choice // n],
         )
+        if shown.choice not in begun:
+            await _add_echoed(choice, generation, body, shown.choice // n)
         begun.add(shown.choice)
         chunk = _frame(generation, fingerprint, [choice])
         if include_usage:

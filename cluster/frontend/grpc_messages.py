@@ -1,6 +1,8 @@
 """Conversion of the public gRPC API's messages to the service's requests, and of answers to its
 messages."""
 
+from collections.abc import Iterator
+
 from cluster.chat_options import HarmonyConstraint, ReasoningEffort
 from cluster.events import FinishReason, GenerationEvent, TokenLogprob, Usage
 from cluster.frontend.chat_messages import ChatMessage, ChatRole, ToolCall, harmony_messages
@@ -137,6 +139,7 @@ def _sampling(request: pb.ChatRequest) -> SamplingParams:
         logit_bias=tuple(sorted(request.logit_bias.items())),
         seed=request.seed if request.HasField("seed") else None,
         logprobs=request.top_logprobs if request.HasField("top_logprobs") else None,
+        prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
         stop_token_ids=tuple(request.stop_token_ids),
         allowed_token_ids=tuple(sorted(set(request.allowed_token_ids))),
         min_tokens=request.min_tokens if request.HasField("min_tokens") else default.min_tokens,
@@ -159,6 +162,7 @@ async def chat_response(generation: Generation, request: pb.ChatRequest, fingerp
         system_fingerprint=fingerprint,
         usage=_usage(whole.usage),
         prompt_token_ids=generation.prompts[0] if request.return_token_ids else (),
+        prompt_logprobs=_prompt_logprobs(generation, request),
     )
     for index, choice in enumerate(whole.choices):
         response.choices.add(
@@ -201,6 +205,8 @@ class ChatEvents:
 
     def __init__(self, generation: Generation, request: pb.ChatRequest, fingerprint: str) -> None:
         self._id = generation.id
+        self._generation = generation
+        self._request = request
         self._fold = Fold(_custom_tools(request), generation.id)
         self._shows_reasoning = _shows_reasoning(request)
         self._shows_ids = request.return_token_ids
@@ -216,6 +222,7 @@ class ChatEvents:
         message = self._message(event)
         if message is not None and self._head is not None:
             message.head.CopyFrom(self._head)
+            message.head.prompt_logprobs.extend(_prompt_logprobs(self._generation, self._request))
             self._head = None
         return message
 
@@ -258,6 +265,11 @@ def _usage(usage: Usage) -> pb.Usage:
         completion_tokens=usage.completion_tokens,
         reasoning_tokens=usage.reasoning_tokens,
     )
+
+
+def _prompt_logprobs(generation: Generation, request: pb.ChatRequest) -> Iterator[pb.TokenLogprob]:
+    if request.HasField("prompt_logprobs"):
+        yield from map(_logprob, generation.prompt_logprobs())
 
 
 def _logprob(entry: TokenLogprob) -> pb.TokenLogprob:

@@ -31,6 +31,7 @@ def state_ranges(schemas: dict[str, Any], vocab_size: int) -> None:
     for name, keywords in _sampling(vocab_size).items():
         if name in responses:
             _state(responses[name], keywords)
+    _state(schemas["CompletionRequest"]["properties"]["max_tokens"], {"minimum": 0})
     schemas["TokenizeRequest"]["oneOf"] = [
         {"required": [one], "properties": {one: {"type": kind}, other: _NULL}}
         for one, kind, other in (("prompt", "string", "messages"), ("messages", "array", "prompt"))

@@ -38,6 +38,7 @@ def sampling_params(body: SamplingFields, max_tokens: int | None, logprobs: int 
         min_tokens=_or(body.min_tokens, default.min_tokens),
         ignore_eos=_or(body.ignore_eos, default.ignore_eos),
         n=_or(body.n, default.n),
+        prompt_logprobs=body.prompt_logprobs,
         allowed_token_ids=_allowed(body.allowed_token_ids),
     )
 
@@ -59,13 +60,15 @@ def stop_strings(body: SamplingFields) -> tuple[str, ...]:
 
 
 def check_stream_options(body: SamplingFields) -> None:
-    """Refuse stream options in a request that does not stream.
+    """Refuse stream options in a request that does not stream, and what a stream does not have.
 
     Raises:
         InvalidRequest: with `param`.
     """
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream to be true.", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest("prompt_logprobs needs stream to be false.", "prompt_logprobs")
 
 
 def _or(value: T | None, default: T) -> T:

@@ -179,6 +179,9 @@ class SamplingFields(Body):
     n: Whole | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prompt_logprobs: Whole | None = Field(
+        default=None, description="Alternatives reported for each prompt token, 0 to 20; not in streams."
+    )
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = Field(
         default=None, description="Log-probabilities name tokens as `token_id:5`."

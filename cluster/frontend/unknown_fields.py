@@ -21,7 +21,6 @@ NOT_OFFERED: Mapping[str, tuple[object, ...]] = {
     "json_schema": (),
     "no_stop_trim": (False,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "regex": (),
     "stop_regex": (),
     "use_beam_search": (False,),

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from cluster.events import ChoiceDelta, ChoiceFinish, FinishReason, TokenLogprob
+from cluster.events import FinishReason, TokenLogprob
+from cluster.generation.event_log import ChoiceEvent, EventLog
 from cluster.generation.logprobs import token_logprob
 from cluster.generation.repeated_calls import RepeatedCalls
 from cluster.generation.stop_gate import StopGate
@@ -25,9 +26,7 @@ from cluster.harmony.message import (
 from cluster.harmony.parse import HarmonyParser
 from cluster.harmony.stop import StopStrings
 from workers.constraint.automaton import ConstraintLimits
-from workers.request import EngineOutput
-
-ChoiceEvent = ChoiceDelta | ChoiceFinish
+from workers.request import EngineOutput, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +60,8 @@ class Choice(Protocol):
     num_cached_tokens: int
     finished: bool
     reasoning_was_cut: bool
+    prompt_logprobs: list[TokenLogprobs]
+    skips_special_tokens: bool
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -73,76 +74,6 @@ class Choice(Protocol):
     def push(self, output: EngineOutput) -> list[ChoiceEvent]:
         """Return the events that these tokens add; the last event of a choice is its ChoiceFinish,
         with which `finished` is set."""
-
-
-class _EventLog:
-    """The events of one push, each with the tokens since the previous one; pieces of one message
-    are joined.
-
-    Args:
-        per_token: join only the pieces that one token gives.
-    """
-
-    def __init__(self, index: int, *, per_token: bool = False) -> None:
-        self._index = index
-        self._per_token = per_token
-        self._token_ids: list[int] = []
-        self._events: list[ChoiceEvent] = []
-        # The first of the pieces, the texts of all of them.
-        self._joined: MessageStart | MessageDelta | None = None
-        self._texts: list[str] = []
-        self._joined_logprobs: list[TokenLogprob] = []
-        self._joined_ids: list[int] = []
-
-    def token(self, token_id: int) -> None:
-        self.boundary()
-        self._token_ids.append(token_id)
-
-    def boundary(self) -> None:
-        """Begin what the next token, or the end, gives."""
-        if self._per_token:
-            self._close()
-
-    def add(self, event: MessageEvent, logprobs: Sequence[TokenLogprob] = ()) -> None:
-        if isinstance(event, MessageEnd):
-            self._close()
-            self._events.append(ChoiceDelta(self._index, event, token_ids=tuple(self._token_ids)))
-            self._token_ids.clear()
-            return
-        if self._joined is None or isinstance(event, MessageStart):
-            self._close()
-            self._joined = event
-        self._texts.append(event.text)
-        self._joined_logprobs += logprobs
-        self._joined_ids += self._token_ids
-        self._token_ids.clear()
-
-    def finish(
-        self, reason: FinishReason, stop_reason: str | int | None, logprobs: Sequence[TokenLogprob]
-    ) -> None:
-        self._close()
-        self._events.append(
-            ChoiceFinish(self._index, reason, stop_reason, tuple(logprobs), tuple(self._token_ids))
-        )
-        self._token_ids.clear()
-
-    def take(self) -> list[ChoiceEvent]:
-        self._close()
-        events, self._events = self._events, []
-        return events
-
-    def _close(self) -> None:
-        if self._joined is not None:
-            event = self._joined
-            if len(self._texts) > 1:
-                event = replace(event, text="".join(self._texts))
-            self._events.append(
-                ChoiceDelta(self._index, event, tuple(self._joined_logprobs), tuple(self._joined_ids))
-            )
-            self._joined = None
-            self._texts.clear()
-            self._joined_logprobs.clear()
-            self._joined_ids.clear()
 
 
 class ChatChoice:
@@ -163,6 +94,8 @@ class ChatChoice:
         reasoning_limit: of the sequence's constraint; None: none. Set before the first output.
     """
 
+    skips_special_tokens = False
+
     def __init__(
         self,
         index: int,
@@ -179,6 +112,7 @@ class ChatChoice:
         self.num_cached_tokens = 0
         self.finished = False
         self.reasoning_was_cut = False
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.reasoning_limit: ReasoningLimit | None = None
         self._encoding = encoding
         self._parser = HarmonyParser(encoding, tools, several_calls=max_calls > 1)
@@ -188,7 +122,7 @@ class ChatChoice:
         self._repeated = RepeatedCalls() if max_calls > 1 else None
         self._ends_with_turn = ends_with_turn
         self._per_token = per_token
-        self._log = _EventLog(index, per_token=per_token)
+        self._log = EventLog(index, per_token=per_token)
         self._kind: Kind = "text"
         self._num_calls = 0
         # Only with logprobs: those of text tokens whose text is not out yet, and how many
@@ -229,6 +163,7 @@ class ChatChoice:
     def push(self, output: EngineOutput) -> list[ChoiceEvent]:
         """See Choice."""
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self.prompt_logprobs += output.prompt_logprobs
         has_logprobs = bool(output.logprobs)
         self._has_logprobs |= has_logprobs
         for position, token_id in enumerate(output.token_ids):
@@ -348,6 +283,8 @@ class CompletionChoice:
     Args:
         stop: strings that end the text.
         echo: text that precedes the output, returned with the first tokens.
+        echoed_names: the echo has the names of special tokens.
+        prompt_only: leave the output out.
         skip_special_tokens: leave the names of special tokens out of the text.
     """
 
@@ -362,6 +299,8 @@ class CompletionChoice:
         stop: Sequence[str] = (),
         *,
         echo: str = "",
+        echoed_names: bool = False,
+        prompt_only: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
         self.num_tokens = 0
@@ -371,17 +310,26 @@ class CompletionChoice:
         self._decoder = IncrementalDecoder(encoding)
         self._stop = StopStrings(stop) if stop else None
         self._skip_special_tokens = skip_special_tokens
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.skips_special_tokens = not echoed_names
         self._echo = echo
-        self._log = _EventLog(index)
+        self._prompt_only = prompt_only
+        self._log = EventLog(index)
         self._pending: list[TokenLogprob] = []
         self._num_decoded = len(echo)
 
     def push(self, output: EngineOutput) -> list[ChoiceEvent]:
         """See Choice."""
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self.prompt_logprobs += output.prompt_logprobs
+        if not output.token_ids and output.finish_reason is None:
+            return []
         if self._echo:
             self._log.add(MessageDelta(self._echo))
             self._echo = ""
+        if self._prompt_only:
+            self._finish("length", None)
+            return self._log.take()
         for position, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
             self._log.token(token_id)

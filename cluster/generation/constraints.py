@@ -98,7 +98,14 @@ class Constraints:
         mode = request.harmony_constraint or self._prompts.defaults.harmony_constraint
         promised = any(promises(request))
         sampling = request.sampling
-        bare = bool(sampling.allowed_token_ids) and request.harmony_constraint is None
+        scores_begun = request.continues_last and sampling.prompt_logprobs is not None
+        if scores_begun and (promised or request.harmony_constraint == "headers"):
+            raise InvalidRequest(
+                "prompt_logprobs with continue_final_message needs a chat without a constraint: set "
+                "harmony_constraint to off.",
+                "prompt_logprobs",
+            )
+        bare = scores_begun or (bool(sampling.allowed_token_ids) and request.harmony_constraint is None)
         if not promised and (mode == "off" or sampling.ignore_eos or bare):
             return None
         defaults, size = self._prompts.defaults, request.num_bytes if request.tools else 0

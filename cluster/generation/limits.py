@@ -36,6 +36,9 @@ MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 256
 MAX_PARALLEL_CALLS = 16
 """Maximum number of calls in a turn that a request can ask for."""
+MAX_PROMPT_SCORES = 2**18
+"""Maximum number of log-probabilities of prompt tokens in an answer, alternatives included; 32 MiB
+in memory."""
 MAX_CUT_CONTEXTS = 8
 """Maximum length of a prompt that is truncated, in contexts of the model."""
 NUMBERS: Mapping[str, tuple[float, float]] = {
@@ -50,6 +53,7 @@ NUMBERS: Mapping[str, tuple[float, float]] = {
 INTEGERS: Mapping[str, tuple[int, int]] = {
     "top_k": (-1, MAX_COUNT),
     "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
     "seed": (-(2**63), 2**64 - 1),
     "min_tokens": (0, MAX_COUNT),
     "n": (1, MAX_CHOICES),
@@ -177,6 +181,8 @@ def check_sampling(
         )
     if sampling.logprobs is not None:
         _check_span(names.logprobs, sampling.logprobs, *INTEGERS["logprobs"])
+    if sampling.prompt_logprobs is not None:
+        _check_span("prompt_logprobs", sampling.prompt_logprobs, *INTEGERS["prompt_logprobs"])
     _check_num_choices(sampling.n, num_prompts)
     if sampling.temperature > NUMBERS["temperature"][1]:
         _check_span("temperature", sampling.temperature, *NUMBERS["temperature"])
@@ -317,6 +323,26 @@ def check_prompt_tokens(num_tokens: int, model: ModelInfo, param: str) -> None:
             f"{num_tokens} tokens. Please reduce the length of the {param}.",
             param,
         )
+
+
+def num_prompt_scores(sampling: SamplingParams, prompts: Sequence[Sequence[int]], names: FieldNames) -> int:
+    """Return the number of log-probabilities of prompt tokens that a request asks for, alternatives
+    included.
+
+    Raises:
+        InvalidRequest: too many.
+    """
+    if sampling.prompt_logprobs is None:
+        return 0
+    number = sum(map(len, prompts)) * (1 + sampling.prompt_logprobs)
+    if number > MAX_PROMPT_SCORES:
+        raise InvalidRequest(
+            f"{names.prompt_logprobs} asks for {number} log-probabilities of prompt tokens and their "
+            f"alternatives, at most {MAX_PROMPT_SCORES} are returned: send a shorter prompt, fewer prompts, "
+            f"or ask for fewer alternatives.",
+            names.prompt_logprobs,
+        )
+    return number
 
 
 def num_output_tokens(

@@ -20,6 +20,7 @@ class FieldNames:
     logprobs: str = "logprobs"
     max_reasoning_tokens: str = "max_reasoning_tokens"
     continues: str = "continue_final_message"
+    prompt_logprobs: str = "prompt_logprobs"
     messages: str = "messages"
 
 
@@ -147,6 +148,7 @@ class CompletionRequest:
         stop: strings that end the text.
         structure: the form of the text; None: any.
         echo: whether the text begins with the prompt.
+        prompt_only: leave out the tokens that are generated after it.
         skip_special_tokens: leave the names of special tokens out of the text.
     """
 
@@ -155,6 +157,7 @@ class CompletionRequest:
     stop: tuple[str, ...] = ()
     structure: Structure | None = None
     echo: bool = False
+    prompt_only: bool = False
     skip_special_tokens: bool = True
     model: str | None = None
     names: FieldNames = field(default_factory=FieldNames)

@@ -3,13 +3,16 @@
 import asyncio
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import aclosing
 
-from cluster.events import ChoiceDelta, ChoiceFinish, GenerationEvent, Usage
+from cluster.events import ChoiceDelta, ChoiceFinish, GenerationEvent, TokenLogprob, Usage
 from cluster.fleet.dispatch import Dispatcher
 from cluster.generation.admission import Ticket
-from cluster.generation.choices import ChoiceEvent
+from cluster.generation.event_log import ChoiceEvent
+from cluster.generation.logprobs import prompt_token_logprobs
 from cluster.generation.turn import Job, Turn
+from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.message import shows
 from cluster.metrics import GatewayMetrics
 from workers.errors import CantataError, InvalidRequest
@@ -33,11 +36,19 @@ class Generation:
         prompts: token ids of each prompt.
     """
 
-    def __init__(self, turn: Turn, dispatcher: Dispatcher, metrics: GatewayMetrics, ticket: Ticket) -> None:
+    def __init__(
+        self,
+        turn: Turn,
+        dispatcher: Dispatcher,
+        metrics: GatewayMetrics,
+        ticket: Ticket,
+        encoding: HarmonyEncoding,
+    ) -> None:
         """
         Args:
             ticket: given back when the generation is over.
         """
+        self._encoding = encoding
         self.id = turn.id
         self.model = turn.model
         self.created_unix_s = int(time.time())
@@ -118,6 +129,24 @@ class Generation:
             cached_tokens=sum(cached.values()),
             completion_tokens=sum(job.choice.num_tokens for job in self._jobs),
             reasoning_tokens=sum(job.choice.num_reasoning_tokens for job in self._jobs),
+        )
+
+    def prompt_logprobs(self, prompt: int = 0, *, with_first: bool = False) -> Iterator[TokenLogprob]:
+        """Yield the log-probabilities of a prompt's tokens, once its first choice has begun, with
+        offsets in the prompt's text.
+
+        Args:
+            prompt: index of the prompt.
+            with_first: begin with the first token, whose log-probability is then no matter; else
+                with the second.
+        """
+        job = next(job for job in self._jobs if job.prompt_index == prompt)
+        return prompt_token_logprobs(
+            self._encoding,
+            self.prompts[prompt],
+            job.choice.prompt_logprobs,
+            skip_special_tokens=job.choice.skips_special_tokens,
+            with_first=with_first,
         )
 
     async def _run(self, job: Job) -> None:

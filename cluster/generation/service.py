@@ -8,7 +8,7 @@ from dataclasses import replace
 from cluster.fleet.dispatch import Dispatcher
 from cluster.generation.admission import Admission, Ticket
 from cluster.generation.constraints import Constraints
-from cluster.generation.limits import check_options, check_sampling, check_stop
+from cluster.generation.limits import check_options, check_sampling, check_stop, num_prompt_scores
 from cluster.generation.prompts import Prompts
 from cluster.generation.requests import ChatRequest, CompletionRequest, Structure
 from cluster.generation.running import Generation
@@ -62,6 +62,7 @@ class GenerationService:
         with self._admission.admit(request.sampling.n) as ticket:
             bad_words = await self.prompts.bad_words(request.options.bad_words, writes_headers=True)
             prompt = tuple(await self.prompts.chat(request))
+            ticket.add_scores(num_prompt_scores(request.sampling, (prompt,), request.names))
             id = f"chatcmpl-{request_id or uuid.uuid4().hex}"
             constraint = await self._constraints.of_chat(request)
             self._count(request.structure, forces_call=request.tool_choice.required)
@@ -85,6 +86,7 @@ class GenerationService:
         with self._admission.admit(request.sampling.n * num_prompts) as ticket:
             bad_words = await self.prompts.bad_words(request.options.bad_words, writes_headers=False)
             prompts = tuple([await self.prompts.completion(request, index) for index in range(num_prompts)])
+            ticket.add_scores(num_prompt_scores(request.sampling, prompts, request.names))
             id = f"cmpl-{request_id or uuid.uuid4().hex}"
             asked = request.structure
             constraint = None if asked is None else await self._constraints.of_text(asked)
@@ -149,7 +151,7 @@ class GenerationService:
         timeout_s = self._capacity.request_timeout_s
         deadline = None if timeout_s is None else arrived + timeout_s
         turn = Turn(id, self.served.info.id, prompts, tuple(jobs), arrived, deadline, constrained_by)
-        generation = Generation(turn, self._dispatcher, self.metrics, ticket)
+        generation = Generation(turn, self._dispatcher, self.metrics, ticket, self.prompts.encoding)
         try:
             await generation.begin()
         except BaseException:

@@ -154,6 +154,8 @@ def completion_jobs(
                 encoding,
                 request.stop,
                 echo=echo,
+                echoed_names=_echoes_text(request, prompt_index) or not request.skip_special_tokens,
+                prompt_only=request.prompt_only,
                 skip_special_tokens=request.skip_special_tokens,
             ),
             prompt_index=prompt_index,
@@ -213,11 +215,14 @@ def _echo(
     if not request.echo:
         return ""
     prompt = request.prompts[prompt_index]
-    return (
-        prompt
-        if isinstance(prompt, str) and request.options.truncation is None
-        else encoding.decode(ids, skip_special_tokens=request.skip_special_tokens)
-    )
+    if isinstance(prompt, str) and _echoes_text(request, prompt_index):
+        return prompt
+    return encoding.decode(ids, skip_special_tokens=request.skip_special_tokens)
+
+
+def _echoes_text(request: CompletionRequest, prompt_index: int) -> bool:
+    """Return whether the echo is the text that the client sent, and not that of its tokens."""
+    return isinstance(request.prompts[prompt_index], str) and request.options.truncation is None
 
 
 def _complete(
@@ -244,5 +249,10 @@ def _engine_request(
     """Return the engine's request for one of the n sequences of a prompt; its seed is the request's
     plus its index among them."""
     assert sampling.seed is not None
-    sampling = replace(sampling, n=1, seed=(sampling.seed + offset) % 2**64)
+    sampling = replace(
+        sampling,
+        n=1,
+        seed=(sampling.seed + offset) % 2**64,
+        prompt_logprobs=None if offset else sampling.prompt_logprobs,  # the same for all
+    )
     return EngineRequest(id, prompt, sampling, cache_salt=options.cache_salt, priority=options.priority)

@@ -198,6 +198,7 @@ async def _play(script: Script, request: EngineRequest) -> AsyncIterator[EngineO
             step,
             _logprobs(step, request),
             num_cached_tokens=script.num_cached_tokens if position == len(step) else 0,
+            prompt_logprobs=_prompt_logprobs(request) if position == len(step) else (),
         )
         if position < len(ids):
             yield output
@@ -209,6 +210,12 @@ async def _play(script: Script, request: EngineRequest) -> AsyncIterator[EngineO
         )
         error = "scripted" if finish in ("abort", "error") else None
         yield replace(output, finish_reason=finish, stop_token_id=step[-1] if stopped else None, error=error)
+
+
+def _prompt_logprobs(request: EngineRequest) -> tuple[TokenLogprobs, ...]:
+    """Return -1 for each prompt token from the second on, if they are asked for."""
+    asked = request.sampling.prompt_logprobs is not None
+    return (TokenLogprobs(-1.0),) * (len(request.prompt_token_ids) - 1 if asked else 0)
 
 
 def _logprobs(ids: Sequence[int], request: EngineRequest) -> tuple[TokenLogprobs, ...]:

@@ -231,10 +231,9 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["x", "word " * 400000]}, "prompt[1]"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
-    ({"echo": True, "logprobs": 1}, "echo"),
     ({"suffix": "end"}, "suffix"),
     ({"best_of": 3}, "best_of"),
-    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
 ]
 
 

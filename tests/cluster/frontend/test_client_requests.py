@@ -39,19 +39,6 @@ class Refusal:
     cases: tuple[str, ...]
 
 
-NOT_YET = (
-    Refusal(
-        400,
-        "echo cannot be combined with logprobs",
-        "echo",
-        (
-            "lm-eval: local-completions loglikelihood payload (echo+logprobs, MMLU etc.)",
-            "openai3: completions echo+logprobs",
-        ),
-    ),
-)
-"""What this server lacks and will have."""
-
 WRONG = (
     # llguidance forgets how many tokens such a rule has had when a draft's tokens are taken back.
     Refusal(
@@ -108,7 +95,7 @@ async def test_every_request_is_served_or_refused_for_a_reason_that_stands_here(
 ) -> None:
     everything = requests()
     assert len(everything) == 184
-    expected = {case: refusal for refusal in (*NOT_YET, *WRONG) for case in refusal.cases}
+    expected = {case: refusal for refusal in WRONG for case in refusal.cases}
     refused = {}
     for name, request in everything.items():
         headers = {"user-agent": request["user_agent"]} if request["user_agent"] else {}

@@ -329,6 +329,8 @@ SAME = [
     {"cache_salt": "tenant"},
     {"priority": -3},
     {"truncate_prompt_tokens": 4},
+    {"prompt_logprobs": 2},
+    {"prompt_logprobs": 0},
     {"model": "gpt-oss-test"},
 ]
 """Fields that JSON writes alike in both APIs."""
@@ -443,7 +445,7 @@ def test_every_field_has_a_case() -> None:
     tried = {name for _, fields_ in CASES for name in fields_} | OF_ANSWERS | {"messages"}
     assert tried == set(pb.ChatRequest.DESCRIPTOR.fields_by_name)
     sampling = {name for case, _ in CASES for name in case} & {entry.name for entry in fields(SamplingParams)}
-    not_of_clients = {"prompt_logprobs", "bad_words_token_ids"}
+    not_of_clients = {"bad_words_token_ids"}
     assert {entry.name for entry in fields(SamplingParams)} - sampling == not_of_clients
 
 

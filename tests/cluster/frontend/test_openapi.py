@@ -27,7 +27,7 @@ from cluster.fleet.table import Replica
 from cluster.frontend.app import build_app
 from cluster.generation import ModelInfo, limits
 from tests.support.gateway import VOCAB_SIZE, make_encoding
-from workers.request import EngineOutput, EngineRequest
+from workers.request import EngineOutput, EngineRequest, TokenLogprobs
 
 MODEL = ModelInfo("m", 4096, VOCAB_SIZE)
 USER = {"role": "user", "content": "Hello"}
@@ -43,12 +43,14 @@ CONTRADICTING += ("response_format", "structured_outputs", "tool_choice", "harmo
 CONTRADICTING += ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "parallel_tool_calls")
 CONTRADICTING += ("previous_response_id", "conversation", "background", "max_output_tokens")
 CONTRADICTING += ("max_completion_tokens", "tools", "best_of", "echo", "logit_bias", "n", "bad_words")
+CONTRADICTING += ("stream", "continue_final_message", "add_generation_prompt", "prompt_logprobs")
 RULES_BETWEEN_FIELDS = (
     "min_tokens .* is more than",
     "max_completion_tokens and max_tokens are the same limit and differ",
     "top_logprobs needs logprobs",
     "stream_options needs stream",
-    "echo cannot be combined with logprobs",
+    "echo with logprobs needs n to be 1 in a stream|prompt_logprobs needs stream to be false",
+    "prompt_logprobs asks for .* log-probabilities|add_generation_prompt|continue_final_message",
     "best_of is not offered: leave it out or set it to n",
     "n times the .* prompts must be",
     r"content is missing|content\[.*\] is reasoning, which only an assistant message has",
@@ -72,7 +74,9 @@ class Engines:
     """An EngineClient whose engines answer one token."""
 
     async def generate(self, replica: Replica, request: EngineRequest) -> AsyncIterator[EngineOutput]:
-        yield EngineOutput((5,), finish_reason="length")
+        scored = request.sampling.prompt_logprobs is not None
+        entries = (TokenLogprobs(-1.0),) * (len(request.prompt_token_ids) - 1 if scored else 0)
+        yield EngineOutput((5,), finish_reason="length", prompt_logprobs=entries)
 
     async def close(self) -> None:
         pass
@@ -211,7 +215,8 @@ EDGES: list[tuple[str, str, Any, Any]] = [
     ("/v1/completions", "priority", -(2**63), -(2**63) - 1),
     ("/v1/completions", "seed", -(2**63), -(2**63) - 1),
     ("/v1/completions", "seed", 2**64 - 1, 2**64),
-    ("/v1/completions", "max_tokens", 1, 0),
+    ("/v1/completions", "max_tokens", 0, -1),
+    ("/v1/chat/completions", "max_tokens", 1, 0),
     ("/v1/completions", "logit_bias", {"0": -100}, {"0": -100.5}),
     ("/v1/completions", "logit_bias", {"5": 100}, {"5": 101}),
     ("/v1/completions", "logit_bias", {"5": 1}, {"-5": 1}),

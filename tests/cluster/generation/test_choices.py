@@ -14,7 +14,8 @@ from cluster.frontend import chat, grpc_messages
 from cluster.frontend.fold import AnswerDelta, Finish, Fold, ReasoningDelta, TextDelta, ToolCallDelta
 from cluster.frontend.schema import ChatCompletionRequest
 from cluster.generation import Generation
-from cluster.generation.choices import ChatChoice, Choice, CompletionChoice, _EventLog
+from cluster.generation.choices import ChatChoice, Choice, CompletionChoice
+from cluster.generation.event_log import EventLog
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.message import Message, MessageDelta, MessageEnd, MessageEvent, MessageStart
 from cluster.harmony.stop import StopStrings
@@ -402,7 +403,7 @@ HEADERS = {
 @pytest.mark.parametrize("kind", HEADERS)
 def test_what_comes_at_once_is_joined_in_one_pass(kind: str) -> None:
     """A push of 200,000 tokens: joined pair by pair, this would copy four terabytes."""
-    log = _EventLog(0)
+    log = EventLog(0)
     piece = MessageDelta("x" * 200)
     events: list[MessageEvent] = [MessageStart(0, HEADERS[kind], "x" * 200), *[piece] * 200_000]
     for event in events:
