@@ -70,8 +70,8 @@ FOLDERS = {
         *("cluster.rpc", "cluster.state", "workers", "workers.grammars", "workers.rpc"),
     },
     "cluster.frontend.responses": {
-        *("cluster", "cluster.frontend", "cluster.generation", "cluster.harmony", "workers"),
-        "workers.grammars",
+        *("cluster", "cluster.frontend", "cluster.generation", "cluster.harmony", "cluster.state"),
+        *("workers", "workers.grammars"),
     },
     "cluster.standalone": {
         *("cluster", "cluster.fleet", "cluster.frontend", "cluster.generation", "cluster.harmony"),

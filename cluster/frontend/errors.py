@@ -41,6 +41,10 @@ class BrokenContent(errors.InvalidRequest):
     """Encrypted content that this deployment did not make for this API key, or that was changed."""
 
 
+class PreviousResponseNotFound(errors.InvalidRequest):
+    """The response that a request continues, or one that this one continues, is not there."""
+
+
 class UnknownRoute(errors.CantataError):
     """The path does not exist."""
 
@@ -92,6 +96,7 @@ TABLE: dict[type[errors.CantataError], Row] = {
     RequestTimeout: Row(408, "invalid_request_error", "request_timeout"),
     UnsupportedMediaType: Row(415, "invalid_request_error", "unsupported_media_type"),
     BrokenContent: Row(400, "invalid_request_error", "invalid_encrypted_content"),
+    PreviousResponseNotFound: Row(400, "invalid_request_error", "previous_response_not_found"),
     UnknownRoute: Row(404, "invalid_request_error", "unknown_route"),
     WrongMethod: Row(405, "invalid_request_error", "method_not_allowed"),
 }

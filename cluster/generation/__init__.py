@@ -13,6 +13,7 @@ from cluster.generation.requests import (
 from cluster.generation.running import Generation
 from cluster.generation.service import GenerationService
 from cluster.generation.settings import Capacity, ChatDefaults, ModelInfo, ServedModel
+from cluster.generation.turn import Journal
 
 __all__ = [
     "Capacity",
@@ -22,6 +23,7 @@ __all__ = [
     "FieldNames",
     "Generation",
     "GenerationService",
+    "Journal",
     "ModelInfo",
     "Options",
     "Prompts",

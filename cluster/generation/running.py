@@ -150,13 +150,21 @@ class Generation:
         )
 
     async def _run(self, job: Job) -> None:
+        journal = job.journal
         try:
+            if journal is not None:
+                for event in job.choice.push(journal.begun):
+                    await self._events.put(event)
+                if job.choice.finished:
+                    return
             async with aclosing(
                 self._dispatcher.stream(job.request, self._turn.deadline, job.hint)
             ) as outputs:
                 previous: float | None = None
                 async for output in outputs:
                     previous = self._observe(len(output.token_ids), previous)
+                    if journal is not None:
+                        await journal.keep(output)
                     for event in self._push(job, output):
                         await self._events.put(event)
                     if job.choice.finished:

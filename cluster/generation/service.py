@@ -13,7 +13,7 @@ from cluster.generation.prompts import Prompts
 from cluster.generation.requests import ChatRequest, CompletionRequest, Structure
 from cluster.generation.running import Generation
 from cluster.generation.settings import Capacity, ChatDefaults, ServedModel
-from cluster.generation.turn import Job, Turn, chat_jobs, completion_jobs
+from cluster.generation.turn import Job, Journal, Turn, chat_jobs, completion_jobs
 from cluster.generation.turn_rules import check_promises, check_text_promise, promises
 from cluster.grammars.check import GrammarChecker
 from cluster.metrics import GatewayMetrics
@@ -44,12 +44,15 @@ class GenerationService:
         self._capacity = capacity or Capacity()
         self._admission = Admission(self._capacity.max_in_flight_requests, metrics.in_flight)
 
-    async def chat(self, request: ChatRequest, request_id: str | None = None) -> Generation:
+    async def chat(
+        self, request: ChatRequest, request_id: str | None = None, journal: Journal | None = None
+    ) -> Generation:
         """Begin a chat; returns with its first event ready. The caller closes the generation.
 
         Args:
             request_id: unique, also part of the generation's id and the engines' requests; None: a
                 new id.
+            journal: keeps the outputs of the one choice, which goes on where the journal ends.
         Raises:
             CantataError: the request is wrong, or cannot be served now.
         """
@@ -69,6 +72,8 @@ class GenerationService:
             jobs = await self._routed(
                 chat_jobs(id, request, prompt, self.served.info, self.prompts.encoding, bad_words, constraint)
             )
+            if journal is not None:
+                jobs = [journal.resumed(job) for job in jobs]
             asked = next(promises(request), None) or (request.harmony_constraint and "harmony_constraint")
             return await self._begin(id, (prompt,), jobs, arrived, ticket, asked)
 

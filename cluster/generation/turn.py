@@ -2,7 +2,7 @@
 its answer."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cluster.fleet.table import RoutingHint
@@ -16,7 +16,7 @@ from cluster.generation.settings import ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from workers.constraint.automaton import ConstraintLimits
 from workers.constraint.codec import Constraint
-from workers.request import EngineRequest, SamplingParams
+from workers.request import EngineOutput, EngineRequest, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 GREEDY_BELOW = 1e-5
@@ -31,12 +31,32 @@ class Job:
     Attributes:
         hint: the router's input; one object for all jobs of a prompt.
         prompt_index: index of its prompt among the turn's prompts.
+        journal: keeps what is generated; None: nothing does.
     """
 
     request: EngineRequest
     choice: Choice
     hint: RoutingHint = field(default_factory=RoutingHint)
     prompt_index: int = 0
+    journal: "Journal | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """Where the outputs of one choice are kept, so that another process can go on.
+
+    Attributes:
+        keep: called with each output before its events are made; the choice waits for it.
+        begun: what was kept before, by a process that has ended; the choice goes on after it.
+    """
+
+    keep: Callable[[EngineOutput], Awaitable[None]]
+    begun: EngineOutput = field(default_factory=EngineOutput)
+
+    def resumed(self, job: Job) -> Job:
+        """Return the job that goes on after what was kept."""
+        tokens = (*job.request.output_token_ids, *self.begun.token_ids)
+        return replace(job, request=replace(job.request, output_token_ids=tokens), journal=self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,11 +51,13 @@ class StoredTurns:
     """What precedes a response: all items, oldest first.
 
     Attributes:
+        num_bytes: their size, about.
         conversation_position: the conversation's place after these items; None: they are of no
             conversation.
     """
 
     items: tuple[StoredItem, ...]
+    num_bytes: int = 0
     conversation_position: int | None = None
 
 
@@ -269,7 +271,7 @@ class Conversations:
             .where(table.c.conversation_id == id, table.c.position < end)
             .order_by(table.c.position)
         )
-        return StoredTurns(tuple(stored_item(body, tokens) for body, tokens in found), end)
+        return StoredTurns(tuple(stored_item(body, tokens) for body, tokens in found), row.num_bytes, end)
 
     def _rows(self, items: Sequence[StoredItem]) -> list[JsonObject]:
         limit = self._settings.max_item_bytes

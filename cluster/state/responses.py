@@ -99,7 +99,7 @@ class Responses:
             ItemTooLarge: an item is too large.
             StateUnavailable: the database does not answer.
         """
-        self._rows(inputs, is_output=False)
+        self.rows(inputs, is_output=False)
         await self._database.check()
 
     async def put(
@@ -112,10 +112,10 @@ class Responses:
             InvalidRequest: an item's id is in the conversation already.
             ItemTooLarge: an item is too large.
         """
-        rows = self._rows(record.inputs, is_output=False) + self._rows(outputs, is_output=True)
+        rows = self.rows(record.inputs, is_output=False) + self.rows(outputs, is_output=True)
         async with self._database.write() as connection:
             await insert_response(
-                connection, record, rows, status, self._expiry(record.created_at), body=orjson.dumps(body)
+                connection, record, rows, status, self.expiry(record.created_at), body=orjson.dumps(body)
             )
             await self.append_to_conversation(connection, record.conversation_id, record.owner, rows)
 
@@ -134,9 +134,7 @@ class Responses:
             NotStored: there is none.
         """
         async with self._database.read() as connection:
-            row = await self._row(connection, id, owner)
-        body = None if row.body is None else orjson.loads(row.body)
-        return StoredResponse(row.id, row.owner, row.created_at, row.status, orjson.loads(row.request), body)
+            return self.stored(await self.row(connection, id, owner))
 
     async def input_items(self, id: str, owner: str, query: PageQuery) -> Page:
         """Return a page of the items of a response's own request.
@@ -147,7 +145,7 @@ class Responses:
         """
         table = response_items
         async with self._database.read() as connection:
-            await self._row(connection, id, owner)
+            await self.row(connection, id, owner)
             rows = select(table.c.body, table.c.tokens).where(
                 table.c.response_id == id, table.c.is_output.is_(False)
             )
@@ -178,7 +176,7 @@ class Responses:
             NotStored: there is none.
         """
         async with self._database.write() as connection:
-            await self._row(connection, id, owner)
+            await self.row(connection, id, owner)
             await delete_responses(connection, [id])
 
     async def history(self, id: str, owner: str) -> StoredTurns:
@@ -193,18 +191,18 @@ class Responses:
         async with self._database.read() as connection:
             chain = await self._chain(connection, id, owner)
             first = chain[-1]
-            before: tuple[StoredItem, ...] = ()
+            before = StoredTurns(())
             if first.conversation_id is not None:
-                turns = await self._conversations.read_history(
+                before = await self._conversations.read_history(
                     connection, first.conversation_id, owner, first.conversation_position
                 )
-                before = turns.items
             own = await _items_of(connection, [row.id for row in reversed(chain)])
-        return StoredTurns(before + own)
+        num_bytes = before.num_bytes + sum(row.num_bytes for row in chain)
+        return StoredTurns(before.items + own, num_bytes)
 
     async def _chain(self, connection: AsyncConnection, id: str, owner: str) -> list[Row[Any]]:
         """Return the rows of a response and of those that it continues, newest first."""
-        newest = await self._row(connection, id, owner)
+        newest = await self.row(connection, id, owner)
         if newest.status in UNFINISHED:
             raise InvalidRequest(
                 f"Response '{id}' is {newest.status}; wait until it is complete before you continue it.",
@@ -246,14 +244,27 @@ class Responses:
             )
         return chain
 
-    def _rows(self, items: Sequence[StoredItem], *, is_output: bool) -> list[JsonObject]:
+    def rows(self, items: Sequence[StoredItem], *, is_output: bool) -> list[JsonObject]:
+        """Return the rows of a response's items.
+
+        Raises:
+            ItemTooLarge: one is too large.
+        """
         limit, kind = self._settings.max_item_bytes, "output" if is_output else "input"
         return [
             {"is_output": is_output, "position": index, **item_row(item, limit, f"{kind}[{index}]")}
             for index, item in enumerate(items)
         ]
 
-    async def _row(self, connection: AsyncConnection, id: str, owner: str) -> Row[Any]:
+    @staticmethod
+    def stored(row: Row[Any]) -> StoredResponse:
+        """Return the response of a row."""
+        body = None if row.body is None else orjson.loads(row.body)
+        request = orjson.loads(row.request)
+        return StoredResponse(row.id, row.owner, row.created_at, row.status, request, body)
+
+    async def row(self, connection: AsyncConnection, id: str, owner: str) -> Row[Any]:
+        """Return the row of a response in a transaction of the caller's; see `get`."""
         check_id(id, _KIND)
         table = responses
         found = await connection.execute(
@@ -266,7 +277,8 @@ class Responses:
             raise not_stored(_KIND, id)
         return row
 
-    def _expiry(self, created_at: int) -> int:
+    def expiry(self, created_at: int) -> int:
+        """Return when a response that begins at this time expires, in Unix seconds."""
         return created_at + int(self._settings.ttl_days * 86400)
 
 
@@ -299,8 +311,7 @@ async def insert_response(
             request=request,
             num_bytes=num_bytes + sum(map(row_bytes, rows)),
             num_attempts=0,
-            cancel_asked=False,
-            **columns,
+            **{"lease_count": 0, "cancel_asked": False} | columns,
         )
     )
     if rows:

@@ -23,6 +23,7 @@ from cluster.frontend.http_server import HttpServer
 from cluster.generation import Capacity, ChatDefaults, GenerationService, ModelInfo
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.harmony.make_tokenizer import write_bpe_tokenizer
+from cluster.state.state import State
 from tests.support.fake_engine import FakeEngine
 
 VOCAB_SIZE = 2048
@@ -82,6 +83,7 @@ async def serving(
     config: GatewayConfig | None = None,
     capacity: Capacity | None = None,
     defaults: ChatDefaults | None = None,
+    state: State | None = None,
     model_name: str = "gpt-oss-test",
     aliases: tuple[str, ...] = (),
 ) -> AsyncIterator[Gateway]:
@@ -106,7 +108,7 @@ async def serving(
     # It listens from here on, so a client that is early waits instead of being refused.
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = HttpServer(build_app(service, status, config), config, service.metrics)
+    server = HttpServer(build_app(service, status, config, state=state), config, service.metrics)
     running = asyncio.create_task(server.serve(sockets=[listener]))
     grpc_server = await start_grpc_server(service, status.ready, "127.0.0.1:0", config)
     key = config.api_keys[0] if config.api_keys else None

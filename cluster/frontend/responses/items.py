@@ -60,10 +60,12 @@ class Seals:
 
 
 def input_messages(
-    given: str | Sequence[Item] | None, instructions: str | None, seals: Seals
+    given: str | Sequence[Item] | None, instructions: str | None, seals: Seals, num_before: int = 0
 ) -> tuple[Message, ...]:
     """Return the messages that the model sees.
 
+    Args:
+        num_before: number of the first items that are stored ones and not of the request.
     Raises:
         InvalidRequest: with `param`.
     """
@@ -72,15 +74,17 @@ def input_messages(
         messages.append(ChatMessage("user", given))
     else:
         items = given or ()
-        for index, item in enumerate(items):
-            messages += _messages(items, index, item, seals)
+        for index in range(len(items)):
+            own = index - num_before
+            place = f"input[{own}]" if own >= 0 else f"stored item {index}"
+            messages += _messages(items, index, place, seals)
         if not items:
             raise InvalidRequest("input is missing: send a text, or at least one item.", "input")
     return harmony_messages(messages)
 
 
-def _messages(items: Sequence[Item], index: int, item: Item, seals: Seals) -> Iterator[ChatMessage]:
-    place = f"input[{index}]"
+def _messages(items: Sequence[Item], index: int, place: str, seals: Seals) -> Iterator[ChatMessage]:
+    item = items[index]
     match item:
         case MessageItem():
             is_preamble = item.role == "assistant" and _is_preamble(items, index, item)

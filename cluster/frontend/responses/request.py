@@ -66,20 +66,28 @@ class Asked:
 
 
 def asked_response(
-    body: ResponsesRequest, num_bytes: int, seals: Seals, *, id: str, created_at: int, model: str
+    body: ResponsesRequest,
+    num_bytes: int,
+    seals: Seals,
+    *,
+    id: str,
+    created_at: int,
+    model: str,
+    num_before: int = 0,
 ) -> Asked:
     """Convert a body of `num_bytes`.
 
     Args:
         id, created_at: of the response.
         model: name of the served model, for the answer.
+        num_before: number of stored items at the beginning of the input.
     Raises:
         InvalidRequest: a field requests something that is not supported, or contradicts another.
     """
     _refuse_what_is_not_offered(body)
     sampling = SamplingFields(**{name: getattr(body, name) for name in _SAMPLING})
     shows_logprobs = bool(body.top_logprobs) or "message.output_text.logprobs" in (body.include or ())
-    chat, tools = _context(body, num_bytes, seals)
+    chat, tools = _context(body, num_bytes, seals, num_before)
     drawn = sampling_params(
         sampling, body.max_output_tokens, (body.top_logprobs or 0) if shows_logprobs else None
     )
@@ -112,7 +120,7 @@ def asked_response(
     return Asked(chat, record)
 
 
-def _context(body: ContextFields, num_bytes: int, seals: Seals) -> tuple[ChatRequest, Tools]:
+def _context(body: ContextFields, num_bytes: int, seals: Seals, num_before: int) -> tuple[ChatRequest, Tools]:
     """Return the part of a request that decides its prompt, and its tools."""
     reasoning = body.reasoning or ReasoningOptions()
     effort = reasoning_effort(reasoning.effort, "reasoning.effort")
@@ -120,7 +128,7 @@ def _context(body: ContextFields, num_bytes: int, seals: Seals) -> tuple[ChatReq
         check_reasoning_budget(reasoning.max_tokens, "reasoning.max_tokens")
     tools = declared_tools(() if body.tool_choice == "none" else body.tools or ())
     chat = ChatRequest(
-        messages=input_messages(body.input, body.instructions, seals),
+        messages=input_messages(body.input, body.instructions, seals, num_before),
         num_bytes=num_bytes,
         tools=tools.definitions,
         parallel_tool_calls=body.parallel_tool_calls is not False,
@@ -136,14 +144,15 @@ def _context(body: ContextFields, num_bytes: int, seals: Seals) -> tuple[ChatReq
     return chat, tools
 
 
-def asked_prompt(body: ContextFields, num_bytes: int, seals: Seals) -> ChatRequest:
+def asked_prompt(body: ContextFields, num_bytes: int, seals: Seals, num_before: int = 0) -> ChatRequest:
     """Convert a body of which only the prompt is needed.
 
+    Args:
+        num_before: number of stored items at the beginning of the input.
     Raises:
         InvalidRequest: as `asked_response`.
     """
-    refuse_state(body)
-    chat, tools = _context(body, num_bytes, seals)
+    chat, tools = _context(body, num_bytes, seals, num_before)
     tool_choice(body.tool_choice, tools, max_calls=None, parallel=body.parallel_tool_calls)
     return chat
 
@@ -164,7 +173,6 @@ def refuse_state(body: Any) -> None:
 
 
 def _refuse_what_is_not_offered(body: ResponsesRequest) -> None:
-    refuse_state(body)
     if body.prompt is not None:
         raise InvalidRequest("prompt is not offered: this server has no stored prompts.", "prompt")
     if body.context_management is not None:

@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -13,11 +13,14 @@ from cluster.frontend.openapi import Schemas
 from cluster.frontend.responses import answers
 from cluster.frontend.responses.events import ResponseEvents, sse_frame
 from cluster.frontend.responses.items import REASONING, Seals
+from cluster.frontend.responses.prior import NOTHING_BEFORE, Fields, Prior, repeated, with_prior
 from cluster.frontend.responses.request import Asked, asked_prompt, asked_response
+from cluster.frontend.responses.saver import Saver
 from cluster.frontend.responses.schema import InputTokensRequest, ResponsesRequest
 from cluster.frontend.responses.views import Json, ResponseRecord
 from cluster.generation import Generation, GenerationService
 from cluster.sealing import Sealer
+from cluster.state.state import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +31,48 @@ class ResponsesApi:
     sealer: Sealer
     limits: body.BodyLimits
     times: sse.StreamTimes
+    state: State | None = None
 
     def seals(self, owner: str) -> Seals:
         """Return what is sealed for the owner of a request's API key."""
         return Seals(self.sealer, owner)
 
-    def asked(self, asked: ResponsesRequest, num_bytes: int, seals: Seals) -> Asked:
-        """Return what a body asks for, under a new id."""
-        return asked_response(
-            asked, num_bytes, seals, id=new_id(), created_at=unix_s(), model=self.service.served.info.id
+    async def read(self, request: Request, kind: type[Fields]) -> tuple[Fields, int, Prior]:
+        """Return a request's body, with the stored items that it continues before its own; the
+        size of all of it in bytes; and what precedes.
+
+        Raises:
+            CantataError: see `body.read` and `with_prior`.
+        """
+        given, num_bytes = await body.read(
+            request, kind, self.limits, self.service.served.info.max_model_len, lambda _, num_bytes: num_bytes
         )
+        parsed, prior = await with_prior(given, owner_of(request), self.state)
+        return parsed, num_bytes + prior.num_bytes, prior
+
+    def asked(
+        self, asked: ResponsesRequest, num_bytes: int, seals: Seals, prior: Prior = NOTHING_BEFORE
+    ) -> Asked:
+        """Return what a body asks for, under a new id."""
+        made = asked_response(
+            asked,
+            num_bytes,
+            seals,
+            id=new_id(),
+            created_at=unix_s(),
+            model=self.service.served.info.id,
+            num_before=prior.num_before,
+        )
+        fields = {**made.record.fields, **repeated(prior, store=self.stores(asked))}
+        return replace(made, record=replace(made.record, fields=fields))
+
+    def stores(self, asked: ResponsesRequest) -> bool:
+        """Return whether a response is stored."""
+        return self.state is not None and asked.store is not False
+
+    def saver(self, asked: ResponsesRequest, made: Asked, prior: Prior, owner: str) -> Saver | None:
+        """Return what stores a response at its end; None if it is not stored."""
+        return Saver(self.state, made.record, prior, owner) if self.state and self.stores(asked) else None
 
 
 def new_id() -> str:
@@ -66,14 +101,15 @@ def add_responses(app: FastAPI, api: ResponsesApi, schemas: Schemas) -> None:
     )
     async def respond(request: Request) -> Response:
         """Answer with a response: its items, or with `stream` the events by which they are made."""
-        seals = api.seals(owner_of(request))
-        parsed, asked = await body.read(
-            request,
-            ResponsesRequest,
-            api.limits,
-            api.service.served.info.max_model_len,
-            lambda parsed, num_bytes: api.asked(parsed, num_bytes, seals),
+        owner = owner_of(request)
+        seals = api.seals(owner)
+        parsed, num_bytes, prior = await api.read(request, ResponsesRequest)
+        asked = await api.service.prompts.threads.run(
+            num_bytes, lambda: api.asked(parsed, num_bytes, seals, prior)
         )
+        saver = api.saver(parsed, asked, prior, owner)
+        if saver is not None:
+            await saver.check()
         start = api.service.chat(asked.chat, asked.record.id)
         events = make_events(asked.record, seals)
         if parsed.stream:
@@ -81,17 +117,21 @@ def add_responses(app: FastAPI, api: ResponsesApi, schemas: Schemas) -> None:
             return await sse.stream(
                 request,
                 start,
-                lambda generation: _frames(generation, events),
+                lambda generation: _frames(generation, events, saver),
                 api.times,
                 request.state.request_id,
                 form,
             )
         generation = await sse.begin(request, start)
         try:
-            return _json(await sse.until_gone(request, _whole(generation, events)))
+            return _json(await sse.until_gone(request, _whole(generation, events, saver)))
         finally:
             await generation.aclose()
 
+    _add_input_tokens(app, api, schemas)
+
+
+def _add_input_tokens(app: FastAPI, api: ResponsesApi, schemas: Schemas) -> None:
     @app.post(
         "/v1/responses/input_tokens",
         openapi_extra=schemas.describe(InputTokensRequest, answers.InputTokensBody),
@@ -99,12 +139,9 @@ def add_responses(app: FastAPI, api: ResponsesApi, schemas: Schemas) -> None:
     async def count_input_tokens(request: Request) -> Response:
         """The number of tokens of the prompt that a request makes."""
         seals = api.seals(owner_of(request))
-        _, chat = await body.read(
-            request,
-            InputTokensRequest,
-            api.limits,
-            api.service.served.info.max_model_len,
-            lambda parsed, num_bytes: asked_prompt(parsed, num_bytes, seals),
+        parsed, num_bytes, prior = await api.read(request, InputTokensRequest)
+        chat = await api.service.prompts.threads.run(
+            num_bytes, lambda: asked_prompt(parsed, num_bytes, seals, prior.num_before)
         )
         api.service.served.check(chat.model)
         ids = await api.service.prompts.chat(chat)
@@ -117,18 +154,24 @@ def owner_of(request: Request) -> str:
     return owner
 
 
-async def _frames(generation: Generation, events: ResponseEvents) -> AsyncGenerator[bytes, None]:
+async def _frames(
+    generation: Generation, events: ResponseEvents, saver: Saver | None
+) -> AsyncGenerator[bytes, None]:
     yield sse_frame(events.begin())
     async for event in generation:
         if made := events.add(event):
+            if saver is not None and events.response is not None:
+                made = await saver.saved(events.response, made)
             yield sse_frame(made)
 
 
-async def _whole(generation: Generation, events: ResponseEvents) -> Json:
+async def _whole(generation: Generation, events: ResponseEvents, saver: Saver | None) -> Json:
     events.begin()
     async for event in generation:
         events.add(event)
     assert events.response is not None
+    if saver is not None:
+        await saver.save(events.response)
     return events.response
 
 

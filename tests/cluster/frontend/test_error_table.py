@@ -41,6 +41,7 @@ STATUSES = {
     "ItemTooLarge": 400,
     "StateUnavailable": 503,
     "StateFull": 503,
+    "PreviousResponseNotFound": 400,
     "UnknownRoute": 404,
     "WrongMethod": 405,
 }

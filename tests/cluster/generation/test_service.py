@@ -20,12 +20,13 @@ from cluster.generation import (
     CompletionRequest,
     Generation,
     GenerationService,
+    Journal,
     ModelInfo,
 )
 from cluster.generation import running as running_module
 from cluster.generation import service as service_module
 from cluster.harmony.message import Message
-from tests.support.gateway import VOCAB_SIZE, make_encoding
+from tests.support.gateway import VOCAB_SIZE, make_encoding, turn
 from workers.errors import CantataError, InvalidRequest, ModelNotFound, Overloaded
 from workers.request import EngineOutput, EngineRequest, SamplingParams
 
@@ -169,3 +170,39 @@ async def test_latencies_are_those_of_tokens(
     first, whole = "cantata_gateway_time_to_first_token_seconds", "cantata_gateway_request_duration_seconds"
     assert [value(f"{first}_{part}") for part in ("count", "sum")] == [1, pytest.approx(2.0)]
     assert [value(f"{whole}_{part}") for part in ("count", "sum")] == [1, pytest.approx(6.135)]
+
+
+async def test_a_journal_has_each_output_and_another_service_goes_on_after_it(
+    service: GenerationService, client: Client
+) -> None:
+    encoding = service.prompts.encoding
+    ids = turn(encoding, reasoning="Hm.", text="Hello there.")
+    request = ChatRequest((Message("user", "Hi"),), num_bytes=2, per_token=True)
+    kept: list[EngineOutput] = []
+
+    async def keep(output: EngineOutput) -> None:
+        kept.append(output)
+
+    def plays(after: int) -> list[EngineOutput]:
+        outputs = [EngineOutput((id,)) for id in ids[after:]]
+        return [*outputs[:-1], EngineOutput((ids[-1],), finish_reason="stop", stop_token_id=ids[-1])]
+
+    async def events(begun: EngineOutput) -> list[object]:
+        kept.clear()
+        client.requests.clear()
+        generation = await service.chat(request, journal=Journal(keep, begun))
+        async with aclosing(generation):
+            return [event async for event in generation]
+
+    client.play = lambda: plays(0)
+    whole = await events(EngineOutput())
+    assert [output.token_ids for output in kept] == [(id,) for id in ids]
+    for taken in (1, 4, len(ids) - 1):
+        client.play = lambda taken=taken: plays(taken)
+        assert await events(EngineOutput(tuple(ids[:taken]))) == whole
+        assert client.requests[0].output_token_ids == tuple(ids[:taken])
+        assert [output.token_ids for output in kept] == [(id,) for id in ids[taken:]]
+    # It had ended, and only its end was not said: nothing runs again.
+    ended = EngineOutput(tuple(ids), finish_reason="stop", stop_token_id=ids[-1])
+    assert await events(ended) == whole
+    assert not client.requests
