@@ -22,6 +22,7 @@ from cluster.frontend.openapi import Schemas
 from cluster.frontend.responses.conversations import ConversationsApi, add_conversations
 from cluster.frontend.responses.routes import ResponsesApi, add_responses
 from cluster.frontend.responses.stored_routes import add_stored
+from cluster.frontend.responses.websocket import add_websocket
 from cluster.frontend.unknown_fields import HEADER as IGNORED_FIELDS
 from cluster.generation import ChatRequest, Generation, GenerationService
 from cluster.metrics import CONTENT_TYPE
@@ -67,7 +68,9 @@ def build_app(
     times = sse.StreamTimes(config.stream_headers_s, config.stream_keep_alive_s)
     _add_generation(app, service, schemas, limits, times)
     sealer = Sealer((config.secret or new_secret()).encode())
-    add_responses(app, ResponsesApi(service, sealer, limits, times, state), schemas)
+    responses = ResponsesApi(service, sealer, limits, times, state)
+    add_responses(app, responses, schemas)
+    add_websocket(app, responses, config)
     add_stored(app, state, schemas)
     add_conversations(app, ConversationsApi(state, limits, service.served.info.max_model_len), schemas)
     _add_tokens(app, service, schemas, limits)

@@ -4,7 +4,7 @@ the field."""
 import asyncio
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -112,14 +112,36 @@ async def read(
     def parse() -> tuple[Model, Asked]:
         check_num_values(data, limits.max_values)
         value = _object(data, kind, max_items, limits.max_messages)
-        ignored = ignored_fields(value, kind.model_fields, refuse=limits.refuse_unknown)
-        request.state.ignored_fields = ignored
-        if limits.refuse_unknown:
-            value = {name: field for name, field in value.items() if name in kind.model_fields}
-        body = check(value, kind, refuse_unknown=limits.refuse_unknown)
+        body, request.state.ignored_fields = _checked(value, kind, limits)
         return body, convert(body, len(data))
 
     return parse() if len(data) <= _INLINE_BYTES else await asyncio.to_thread(parse)
+
+
+def parsed_frame(
+    data: bytes, kind: type[Model], limits: BodyLimits, max_items: int, envelope: Sequence[str]
+) -> tuple[Model, dict[str, object]]:
+    """Return a body that is sent as a frame of a WebSocket, and the fields of its envelope, which
+    stand beside its own.
+
+    Args:
+        envelope: names of these fields.
+    Raises:
+        InvalidRequest, ContextLengthExceeded: as `read`.
+    """
+    check_num_values(data, limits.max_values)
+    value = _object(data, kind, max_items, limits.max_messages)
+    around = {name: value.pop(name) for name in envelope if name in value}
+    body, _ = _checked(value, kind, limits)
+    return body, around
+
+
+def _checked(value: dict[str, object], kind: type[Model], limits: BodyLimits) -> tuple[Model, list[str]]:
+    """Return a decoded body and the names of ignored fields."""
+    ignored = ignored_fields(value, kind.model_fields, refuse=limits.refuse_unknown)
+    if limits.refuse_unknown:
+        value = {name: field for name, field in value.items() if name in kind.model_fields}
+    return check(value, kind, refuse_unknown=limits.refuse_unknown), ignored
 
 
 def _object(data: bytes, kind: type[BaseModel], max_items: int, max_messages: int) -> dict[str, object]:

@@ -60,6 +60,9 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; an error of the app is not passed up."""
+        if scope["type"] == "websocket":
+            await self._connect(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -83,6 +86,24 @@ class Edge:
             if ignored := state.get("ignored_fields"):
                 self._metrics.ignored_fields.labels(endpoint).inc(len(ignored))
 
+    async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a WebSocket; without a key it is refused with the answer of a request."""
+        state = scope.setdefault("state", {})
+        state["request_id"] = uuid.uuid4().hex
+        status = 101
+        try:
+            state["owner"] = owner_of(self._checked_key(scope))
+        except errors.Unauthenticated as error:
+            status = errors.row_of(error).http_status
+            refusal = _Answer(_as_denial(send), state, True, self._send_timeout_s, None)
+            await receive()  # the handshake
+            await refusal.fail(error)
+        else:
+            await self._app(scope, receive, send)
+        finally:
+            endpoint = getattr(scope.get("route"), "path", "unknown")
+            self._metrics.requests.labels(endpoint, str(status)).inc()
+
     async def _serve(self, scope: Scope, receive: Receive, answer: "_Answer") -> int:
         try:
             scope["state"]["owner"] = owner_of(self._checked_key(scope))
@@ -97,7 +118,7 @@ class Edge:
     def _checked_key(self, scope: Scope) -> str | None:
         """Return the request's API key; None where it needs none."""
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if not self._api_keys or path in self._open_paths or scope["method"] == "OPTIONS":
+        if not self._api_keys or path in self._open_paths or scope.get("method") == "OPTIONS":
             return None
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
@@ -113,6 +134,15 @@ def is_known_key(key: str, api_keys: Sequence[str]) -> bool:
     """Return whether the key is one of the known keys, in the same time for all."""
     matches = [hmac.compare_digest(key.encode("utf-8", "replace"), known.encode()) for known in api_keys]
     return any(matches)
+
+
+def _as_denial(send: Send) -> Send:
+    """Return what sends a request's answer as the refusal of a WebSocket."""
+
+    async def denied(message: Message) -> None:
+        await send({**message, "type": message["type"].replace("http.", "websocket.http.", 1)})
+
+    return denied
 
 
 class _Answer:

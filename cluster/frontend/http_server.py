@@ -31,6 +31,8 @@ _LINGER_S = 5.0
 """Seconds to read an answer that was sent before the request was complete; then the connection
 closes."""
 _LONGEST_SWEEP_S = 1.0
+_WEBSOCKET_REQUEST = b"GET /v1/responses"
+"""Beginning of the only requests that may become a WebSocket."""
 _UPGRADE = re.compile(rb"(?<=\r\n)upgrade(?=:)", re.IGNORECASE)
 
 
@@ -52,7 +54,9 @@ class HttpServer(uvicorn.Server):
         config = _Config(
             app,
             http=_Protocol,
-            ws="none",
+            ws="websockets-sansio",
+            ws_max_size=limits.max_body_bytes,
+            ws_per_message_deflate=False,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -110,6 +114,7 @@ class _Protocol(HttpToolsProtocol):
         self._bytes_without_body = 0
         self._in_message = False
         self._in_body = False
+        self._may_upgrade = False
         self._refused = False
         # Since when, on the loop's clock, the connection waits: for headers; for the rest of a
         # message that was answered early; for its output to be read before it closes.
@@ -130,7 +135,10 @@ class _Protocol(HttpToolsProtocol):
         if idle and not self._in_message and self._headers_since is None:
             self._headers_since = self.loop.time()
         self._bytes_without_body += len(data)
-        super().data_received(data if self._in_body else _without_upgrade(data))
+        if not self._in_message:
+            self._may_upgrade = data.startswith(_WEBSOCKET_REQUEST)
+        passes = self._in_body or self._may_upgrade
+        super().data_received(data if passes else _without_upgrade(data))
         if self._bytes_without_body > self._limits.max_header_bytes and not self._refused:
             self._refuse(self._headers_too_large())
 
