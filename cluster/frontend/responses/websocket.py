@@ -82,16 +82,56 @@ def add_websocket(app: FastAPI, api: ResponsesApi, config: GatewayConfig) -> Non
             kept.num_connections -= 1
 
 
+class _Output:
+    """The way to the client. Sending raises _Gone if the client has left, or takes nothing for
+    `send_timeout_s` seconds."""
+
+    def __init__(self, websocket: WebSocket, send_timeout_s: float, request_id: str) -> None:
+        self._websocket = websocket
+        self._send_timeout_s = send_timeout_s
+        self._request_id = request_id
+
+    async def made(self, made: Sequence[Event], maker: ResponseEvents, saver: Saver | None) -> None:
+        """Send events; the last ones when the response is stored."""
+        if saver is not None and maker.response is not None:
+            made = await saver.saved(maker.response, made)
+        await self.events(made)
+
+    async def events(self, events: Sequence[Event]) -> None:
+        """Send events."""
+        for _, data in events:
+            await self._send(data)
+
+    async def error(self, status: int, error: dict[str, Any]) -> None:
+        """Send an error that is no event of a response."""
+        await self._send(orjson.dumps({"type": "error", "status": status, "error": error}))
+
+    async def _send(self, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await self._websocket.send_text(data.decode())
+        except (TimeoutError, OSError, RuntimeError) as error:  # RuntimeError: it is closed
+            raise _Gone from error
+
+    async def close(self, code: int) -> None:
+        """Close the connection."""
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await self._websocket.close(code)
+        except (TimeoutError, OSError, RuntimeError):
+            _log.info("request %s: the client does not read", self._request_id)
+
+
 class Connection:
     """One connection."""
 
     def __init__(self, websocket: WebSocket, api: ResponsesApi, config: GatewayConfig, kept: Kept) -> None:
         self._websocket = websocket
         self._api = api
-        self._send_timeout_s = config.send_timeout_s
         self._kept = kept
         self._owner: str = websocket.scope.get("state", {}).get("owner", "")
         self._request_id: str = websocket.scope.get("state", {}).get("request_id", "")
+        self._output = _Output(websocket, config.send_timeout_s, self._request_id)
         self._seals = api.seals(self._owner)
         self._last: _Last | None = None
         self._frames: asyncio.Queue[bytes] = asyncio.Queue(MAX_QUEUED)
@@ -108,7 +148,7 @@ class Connection:
                 task.cancel()
             await asyncio.gather(reading, answering, return_exceptions=True)
             if self._websocket.client_state is WebSocketState.CONNECTED:
-                await self._close()
+                await self._output.close(_TOO_LARGE if self._frames.full() else 1000)
 
     def forget(self) -> None:
         """Drop the last response."""
@@ -137,7 +177,7 @@ class Connection:
                 await self._answer(data)
         except TimeoutError:
             limit = "This connection is 60 minutes old: open another one."
-            await self._send_error(400, {"code": "websocket_connection_limit_reached", "message": limit})
+            await self._output.error(400, {"code": "websocket_connection_limit_reached", "message": limit})
         except (_Gone, WebSocketDisconnect):
             return
 
@@ -153,7 +193,7 @@ class Connection:
             row = errors.row_of(failure)
             self._keep(None)  # a response that could not be continued is forgotten
             sent = {"type": row.type, "code": row.code or ERROR_CODE, "message": failure.message}
-            await self._send_error(row.http_status, {**sent, "param": failure.param})
+            await self._output.error(row.http_status, {**sent, "param": failure.param})
 
     async def _parsed(self, data: bytes) -> tuple[ResponsesRequest, int, bool]:
         limits, max_items = self._api.limits, self._api.service.served.info.max_model_len
@@ -204,8 +244,8 @@ class Connection:
             return await with_prior(given, self._owner, self._api.state)
         if last is None or last.id != id:
             raise errors.PreviousResponseNotFound(
-                f"Previous response with id '{id[:100]}' not found: nothing is stored, and this connection keeps "
-                f"its last response only.",
+                f"Previous response with id '{id[:100]}' not found: nothing is stored, and this connection "
+                f"keeps its last response only.",
                 "previous_response_id",
             )
         own = given.input
@@ -218,15 +258,15 @@ class Connection:
         generation = await self._api.service.chat(asked.chat, asked.record.id)
         async with aclosing(generation):
             try:
-                await self._send_events(events.begin())
+                await self._output.events(events.begin())
                 async for event in generation:
                     if made := events.add(event):
-                        await self._send_last(made, events, saver)
+                        await self._output.made(made, events, saver)
             except (_Gone, WebSocketDisconnect):
                 raise
             except Exception as error:  # the request's edge: a failed response, logged if not ours
                 failure = errors.as_cantata_error(error, self._request_id)
-                await self._send_events(events.fail(failure))
+                await self._output.events(events.fail(failure))
 
     async def _warm(self, asked: Asked, events: ResponseEvents, saver: Saver | None) -> None:
         """Have the engine read the prompt, so that it is in its prefix cache, and answer without
@@ -238,8 +278,8 @@ class Connection:
             async for event in generation:
                 if isinstance(event, Usage):
                     num_tokens = event.prompt_tokens
-        await self._send_events(events.begin())
-        await self._send_last(events.add(Usage(num_tokens, 0, 0, 0)), events, saver)
+        await self._output.events(events.begin())
+        await self._output.made(events.add(Usage(num_tokens, 0, 0, 0)), events, saver)
 
     def _keep(self, last: _Last | None) -> None:
         """Keep a response as the last one, or, where all connections keep too much, none."""
@@ -250,30 +290,3 @@ class Connection:
         self._last = last
         if last is not None:
             self._kept.num_bytes += last.num_bytes
-
-    async def _send_last(self, made: Sequence[Event], events: ResponseEvents, saver: Saver | None) -> None:
-        """Send events; the last ones when the response is stored."""
-        if saver is not None and events.response is not None:
-            made = await saver.saved(events.response, made)
-        await self._send_events(made)
-
-    async def _send_events(self, events: Sequence[Event]) -> None:
-        for _, data in events:
-            await self._send(data)
-
-    async def _send_error(self, status: int, error: dict[str, Any]) -> None:
-        await self._send(orjson.dumps({"type": "error", "status": status, "error": error}))
-
-    async def _send(self, data: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._send_timeout_s):
-                await self._websocket.send_text(data.decode())
-        except (TimeoutError, OSError, RuntimeError) as error:  # RuntimeError: it is closed
-            raise _Gone from error
-
-    async def _close(self) -> None:
-        try:
-            async with asyncio.timeout(self._send_timeout_s):
-                await self._websocket.close(_TOO_LARGE if self._frames.full() else 1000)
-        except (TimeoutError, OSError, RuntimeError):
-            _log.info("request %s: the client does not read", self._request_id)

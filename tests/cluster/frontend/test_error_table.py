@@ -34,7 +34,6 @@ STATUSES = {
     "Unauthenticated": 401,
     "BodyTooLarge": 413,
     "BrokenContent": 400,
-    "PreviousResponseNotFound": 400,
     "HeadersTooLarge": 431,
     "RequestTimeout": 408,
     "UnsupportedMediaType": 415,

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from cluster.config import GatewayConfig
 from cluster.frontend.responses import websocket as module
 from cluster.harmony.encoding import HarmonyEncoding
+from cluster.state.settings import StateConfig, location
+from cluster.state.state import open_state
 from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import Gateway, serving, turn
 from tests.support.response_events import TERMINAL, check_events
@@ -111,6 +114,29 @@ async def test_without_generation_the_prompt_is_read_and_kept(
     assert "user<|message|>Context.<|end|><|start|>user<|message|>Question.<|end|>" in prompt(
         engine, encoding
     )
+
+
+async def test_stored_and_unstored_responses_on_one_connection(
+    encoding: HarmonyEncoding, engine: FakeEngine, tmp_path: Path
+) -> None:
+    settings = StateConfig(url=f"sqlite:///{tmp_path / 'state.sqlite3'}")
+    state = await open_state(location(settings, several_hosts=False), settings)
+    assert state is not None
+    async with serving(encoding, [engine], state=state) as gateway, connected(gateway) as connection:
+        stored = (await create(connection))[-1]["response"]
+        assert stored["store"] is True
+        await create(connection, store=False)
+        again = (await create(connection, previous_response_id=stored["id"], input="Again."))[-1]["response"]
+        assert again["store"] is True, "older stored responses are there, too"
+        assert prompt(engine, encoding).count("<|start|>user") == 2
+        unstored = (await create(connection, store=False, input="Apart."))[-1]["response"]
+        follow = await create(connection, previous_response_id=unstored["id"], input="More.")
+        assert follow[-1]["response"]["store"] is False, "what continues it cannot be stored"
+        assert "<|message|>Apart.<|end|>" in prompt(engine, encoding)
+        read = await gateway.http.get(f"/v1/responses/{again['id']}")
+        assert read.json()["output"] == again["output"]
+        assert (await gateway.http.get(f"/v1/responses/{unstored['id']}")).status_code == 404
+    await state.close()
 
 
 @pytest.mark.parametrize(
@@ -211,9 +237,12 @@ async def test_a_client_that_leaves_cancels_its_response(
 
 
 async def test_a_client_that_never_reads_is_cut_off(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
-    ids = encoding.encode_with_special("<|channel|>final<|message|>" + "word " * 20_000)
-    engine.max_model_len = 100_000
-    engine.answer = lambda request: Script(ids, per_message=64, finish="length")
+    """Its first events repeat a tool of more bytes than sockets hold."""
+    gate = asyncio.Event()
+    engine.answer = lambda request: Script(turn(encoding, text="Hello"), gate=gate, gate_after=4)
+    tool = {"type": "function", "name": "f", "description": "x" * 8_000_000}
+    body = {"type": "response.create", "input": "x", "tools": [tool], "tool_choice": "none"}
+    data = json.dumps(body).encode()
     config = GatewayConfig(send_timeout_s=0.2, stream_headers_s=60.0)
     async with serving(encoding, [engine], config=config) as gateway:
         host, port = gateway.url.removeprefix("http://").split(":")
@@ -223,11 +252,12 @@ async def test_a_client_that_never_reads_is_cut_off(encoding: HarmonyEncoding, e
             f"sec-websocket-key: {'A' * 22}==\r\nsec-websocket-version: 13\r\n\r\n".encode()
         )
         assert b"101" in await reader.readline()
-        data = b'{"type": "response.create", "input": "x"}'
-        writer.write(bytes([0x81, 0x80 | len(data)]) + bytes(4) + data)
+        writer.write(bytes([0x81, 0xFF]) + len(data).to_bytes(8, "big") + bytes(4) + data)
         writer.transport.pause_reading()  # type: ignore[attr-defined]
-        await asyncio.wait_for(engine.was_cancelled(1), 120)
+        await asyncio.wait_for(engine.was_cancelled(1), 60)
+        assert gateway.service.num_in_flight == 0
         writer.transport.abort()
+    gate.set()
 
 
 async def test_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
