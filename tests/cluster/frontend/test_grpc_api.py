@@ -336,8 +336,7 @@ async def test_a_schema_with_a_number_that_json_does_not_have(gateway: Gateway, 
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await inference_pb2_grpc.InferenceStub(channel).Chat(request)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    sentence = "tools[1].function.parameters has a number that is not finite or too large."
-    assert caught.value.details() == sentence
+    assert "tools[1].function.parameters has a number" in (caught.value.details() or "")
 
 
 def message_of_bad_utf8() -> bytes:

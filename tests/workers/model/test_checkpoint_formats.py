@@ -224,6 +224,6 @@ def test_sizes_that_cannot_be_quantised_are_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "odd", config, seed=0)
     with pytest.raises(
         ConfigError,
-        match="quantize mxfp4 needs a hidden_size that is a multiple of 32, and the checkpoint's is 100",
+        match=r"quantize mxfp4 needs a hidden_size that is .* 32, .* 100",
     ):
         load(tmp_path / "odd", options=LoadOptions(quantize="mxfp4"))
