@@ -98,6 +98,20 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 """By token id, for each token of a prompt; null for the first."""
 
 
+class Timings(TypedDict):
+    """llama.cpp's: tokens and milliseconds."""
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_token_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_token_ms: float
+    predicted_per_second: float
+
+
 class ChatCompletion(TypedDict):
     id: str
     object: Literal["chat.completion"]
@@ -108,6 +122,7 @@ class ChatCompletion(TypedDict):
     usage: UsageBody
     prompt_token_ids: list[int] | None
     prompt_logprobs: PromptLogprobs | None
+    timings: NotRequired[Timings]
 
 
 class DeltaBody(TypedDict, total=False):
@@ -136,6 +151,7 @@ class ChatCompletionChunk(TypedDict):
     choices: list[ChunkChoice]
     usage: NotRequired[UsageBody | None]
     prompt_token_ids: NotRequired[list[int]]
+    timings: NotRequired[Timings]
 
 
 class CompletionLogprobs(TypedDict):
@@ -164,6 +180,7 @@ class TextCompletion(TypedDict):
     system_fingerprint: str | None
     choices: list[TextChoiceBody]
     usage: NotRequired[UsageBody | None]
+    timings: NotRequired[Timings]
 
 
 class ModelBody(TypedDict):
@@ -237,6 +254,37 @@ class TokenizeAnswer(TypedDict):
 
 class DetokenizeAnswer(TypedDict):
     prompt: str
+
+
+class AppliedTemplate(TypedDict):
+    prompt: str
+
+
+class PropsParams(TypedDict):
+    temperature: float
+    top_p: float
+
+
+class PropsSettings(TypedDict):
+    n_ctx: int
+    params: PropsParams
+
+
+class PropsModalities(TypedDict):
+    vision: bool
+    audio: bool
+
+
+class Props(TypedDict):
+    default_generation_settings: PropsSettings
+    total_slots: int
+    model_alias: str
+    model_path: str
+    modalities: PropsModalities
+    chat_template: str
+    bos_token: str
+    eos_token: str
+    build_info: str
 
 
 class StatusAnswer(TypedDict):

@@ -12,23 +12,25 @@ from starlette.routing import Match
 
 from cluster.config import GatewayConfig
 from cluster.fleet.status import FleetStatus
-from cluster.frontend import answers, body, chat, completions, errors, reasoning, schema, sse, structure
+from cluster.frontend import answers, body, chat, completions, errors, schema, sse
 from cluster.frontend.chat_page import PATHS as PAGE_PATHS
 from cluster.frontend.chat_page import add_page
 from cluster.frontend.docs_page import add_docs
 from cluster.frontend.edge import Edge
+from cluster.frontend.llama_cpp import add_llama_cpp
 from cluster.frontend.models import add_models
 from cluster.frontend.openapi import Schemas
 from cluster.frontend.responses.conversations import ConversationsApi, add_conversations
 from cluster.frontend.responses.routes import ResponsesApi, add_responses
 from cluster.frontend.responses.stored_routes import add_stored
 from cluster.frontend.responses.websocket import add_websocket
+from cluster.frontend.tokenize import to_tokenize
 from cluster.frontend.unknown_fields import HEADER as IGNORED_FIELDS
-from cluster.generation import ChatRequest, Generation, GenerationService
+from cluster.generation import Generation, GenerationService
 from cluster.metrics import CONTENT_TYPE
 from cluster.sealing import Sealer, new_secret
 from cluster.state.state import State
-from workers.errors import InvalidRequest, NoReplica
+from workers.errors import NoReplica
 
 _SHOWN_PATH = 100
 """Maximum number of characters of a client's path that an answer repeats."""
@@ -74,6 +76,7 @@ def build_app(
     add_stored(app, state, schemas)
     add_conversations(app, ConversationsApi(state, limits, service.served.info.max_model_len), schemas)
     _add_tokens(app, service, schemas, limits)
+    add_llama_cpp(app, service, schemas, limits)
     add_models(app, service, schemas)
     _add_status(app, status, schemas)
     _add_probes(app, service, status, schemas)
@@ -190,7 +193,7 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limi
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt, or of a chat as the model sees it."""
         asked, wanted = await body.read(
-            request, schema.TokenizeRequest, limits, service.served.info.max_model_len, _to_tokenize
+            request, schema.TokenizeRequest, limits, service.served.info.max_model_len, to_tokenize
         )
         service.served.check(asked.model)
         ids = await (
@@ -221,25 +224,6 @@ def _add_tokens(app: FastAPI, service: GenerationService, schemas: Schemas, limi
         service.served.check(asked.model)
         answer: answers.DetokenizeAnswer = {"prompt": await service.prompts.detokenize(tokens)}
         return _json(answer)
-
-
-def _to_tokenize(asked: schema.TokenizeRequest, num_bytes: int) -> str | ChatRequest:
-    if asked.prompt is not None and asked.messages is None:
-        return asked.prompt
-    if asked.messages is None or asked.prompt is not None:
-        raise InvalidRequest("prompt or messages must be given, one of them.", "prompt")
-    kwargs = asked.chat_template_kwargs or schema.ChatTemplateKwargs()
-    tools, _ = chat.tools_and_choice(asked)
-    return ChatRequest(
-        messages=chat.chat_messages(asked.messages),
-        num_bytes=num_bytes,
-        tools=tools,
-        structure=structure.response_format(asked.response_format),
-        reasoning_effort=reasoning.shown_effort(reasoning.chat_effort(asked, kwargs)),
-        model_identity=kwargs.model_identity,
-        current_date=kwargs.current_date,
-        continues_last=chat.continues_last(asked),
-    )
 
 
 def _add_status(app: FastAPI, status: FleetStatus, schemas: Schemas) -> None:

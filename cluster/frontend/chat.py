@@ -62,6 +62,7 @@ from cluster.frontend.schema_tools import (
     Tool,
 )
 from cluster.frontend.structure import body_structure
+from cluster.frontend.timings import timings
 from cluster.frontend.tool_choices import Named, text_input, tool_choice
 from cluster.generation import ChatRequest, FieldNames, Generation, ToolChoice
 from cluster.harmony.message import Message
@@ -252,7 +253,7 @@ def _refuse_what_is_not_offered(body: ChatCompletionRequest) -> None:
 async def answer(generation: Generation, body: ChatCompletionRequest, fingerprint: str) -> ChatCompletion:
     """Return the whole answer, when the generation is over."""
     whole = await whole_answer(generation, body.n or 1, _custom_tools(body))
-    return {
+    answer: ChatCompletion = {
         "id": generation.id,
         "object": "chat.completion",
         "created": generation.created_unix_s,
@@ -263,6 +264,9 @@ async def answer(generation: Generation, body: ChatCompletionRequest, fingerprin
         "prompt_token_ids": list(generation.prompts[0]) if body.return_token_ids else None,
         "prompt_logprobs": await prompt_logprobs(generation, body.prompt_logprobs),
     }
+    if body.timings_per_token:
+        answer["timings"] = timings(generation)
+    return answer
 
 
 def _choice_body(index: int, choice: AnswerChoice, asked: ChatCompletionRequest) -> ChatChoiceBody:
@@ -304,7 +308,7 @@ async def chunks(
     include_usage = bool(options and options.include_usage)
     continuous = include_usage and bool(options and options.continuous_usage_stats)
     include_reasoning = shows_reasoning(body)
-    frame = _ChunkFrame(generation, fingerprint, include_usage, continuous)
+    frame = _ChunkFrame(generation, fingerprint, include_usage, continuous, bool(body.timings_per_token))
     fold = Fold(_custom_tools(body), generation.id)
     for index in range(body.n or 1):
         chunk = frame.chunk([_chunk_choice(index, {"role": "assistant", "content": ""})])
@@ -336,12 +340,18 @@ class _ChunkFrame:
     """The fields that all chunks of a generation share."""
 
     def __init__(
-        self, generation: Generation, fingerprint: str, include_usage: bool, continuous: bool
+        self,
+        generation: Generation,
+        fingerprint: str,
+        include_usage: bool,
+        continuous: bool,
+        has_timings: bool,
     ) -> None:
         self._generation = generation
         self._fingerprint = fingerprint or None
         self._include_usage = include_usage
         self._continuous = continuous
+        self._has_timings = has_timings
 
     def chunk(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
         chunk: ChatCompletionChunk = {
@@ -354,6 +364,8 @@ class _ChunkFrame:
         }
         if self._include_usage:
             chunk["usage"] = usage_body(self._generation.usage()) if self._continuous else None
+        if self._has_timings:
+            chunk["timings"] = timings(self._generation)
         return chunk
 
 

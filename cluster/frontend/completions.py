@@ -11,6 +11,7 @@ from cluster.frontend.fold import Finish, Fold, TextDelta, whole_answer
 from cluster.frontend.prompt_logprobs import echoed_logprobs, prompt_logprobs
 from cluster.frontend.sampling import check_stream_options, options, sampling_params, stop_strings
 from cluster.frontend.structure import body_structure
+from cluster.frontend.timings import timings
 from cluster.generation import CompletionRequest, FieldNames, Generation
 from workers.errors import InvalidRequest
 
@@ -80,7 +81,7 @@ async def answer(generation: Generation, body: schema.CompletionRequest, fingerp
         choice_body["prompt_logprobs"] = await prompt_logprobs(generation, body.prompt_logprobs, prompt)
     for choice_body in () if body.return_token_ids else choices:  # null, as in vLLM; absent from streams
         choice_body["token_ids"] = choice_body["prompt_token_ids"] = None
-    return {**_frame(generation, fingerprint, choices), "usage": usage_body(whole.usage)}
+    return {**_frame(generation, body, fingerprint, choices), "usage": usage_body(whole.usage)}
 
 
 def _choice_body(
@@ -143,7 +144,7 @@ async def chunks(
     async for event in generation:
         if isinstance(event, Usage):
             if include_usage:
-                yield sse.event({**_frame(generation, fingerprint, []), "usage": usage_body(event)})
+                yield sse.event({**_frame(generation, body, fingerprint, []), "usage": usage_body(event)})
             continue
         shown = fold.add(event)
         if shown is None:
@@ -160,14 +161,19 @@ async def chunks(
         if shown.choice not in begun:
             await _add_echoed(choice, generation, body, shown.choice // n)
         begun.add(shown.choice)
-        chunk = _frame(generation, fingerprint, [choice])
+        chunk = _frame(generation, body, fingerprint, [choice])
         if include_usage:
             chunk["usage"] = usage_body(generation.usage()) if continuous else None
         yield sse.event(chunk)
 
 
-def _frame(generation: Generation, fingerprint: str, choices: list[TextChoiceBody]) -> TextCompletion:
-    return {
+def _frame(
+    generation: Generation,
+    body: schema.CompletionRequest,
+    fingerprint: str,
+    choices: list[TextChoiceBody],
+) -> TextCompletion:
+    frame: TextCompletion = {
         "id": generation.id,
         "object": "text_completion",
         "created": generation.created_unix_s,
@@ -175,6 +181,9 @@ def _frame(generation: Generation, fingerprint: str, choices: list[TextChoiceBod
         "system_fingerprint": fingerprint or None,
         "choices": choices,
     }
+    if body.timings_per_token:
+        frame["timings"] = timings(generation)
+    return frame
 
 
 def _logprobs_body(entries: Sequence[TokenLogprob], as_ids: bool) -> CompletionLogprobs:

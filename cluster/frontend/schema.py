@@ -207,6 +207,13 @@ class SamplingFields(Body):
     guided_regex: str | None = Field(default=None, description="As structured_outputs.regex.")
     guided_choice: list[StrictStr] | None = Field(default=None, description="As structured_outputs.choice.")
     guided_grammar: str | None = Field(default=None, description="As structured_outputs.grammar.")
+    json_schema: dict[str, object] | None = Field(
+        default=None, description="As structured_outputs.json (llama.cpp's name)."
+    )
+    grammar: str | None = Field(default=None, description="As structured_outputs.grammar (llama.cpp's name).")
+    timings_per_token: bool | None = Field(
+        default=None, description="Show how long the answer has taken, as llama.cpp does."
+    )
     user: str | None = Field(default=None, description="Ignored.")
 
 
@@ -323,13 +330,24 @@ class CompletionRequest(SamplingFields):
     suffix: str | None = Field(default=None, description="Not offered.")
 
 
-class TokenizeRequest(ChatFields):
-    """`POST /tokenize`: of a prompt, or of a chat's messages as the model would see them."""
+class RenderedChat(ChatFields):
+    """What a chat that is only rendered has beside its messages."""
 
     model: str | None = None
+    response_format: ResponseFormat | None = None
+
+
+class TemplateRequest(RenderedChat):
+    """`POST /apply-template`."""
+
+    messages: list[Message]
+
+
+class TokenizeRequest(RenderedChat):
+    """`POST /tokenize`: of a prompt, or of a chat's messages as the model would see them."""
+
     prompt: str | None = None
     messages: list[Message] | None = None
-    response_format: ResponseFormat | None = None
     add_special_tokens: bool | None = Field(
         default=None, description="No effect: the gpt-oss tokenizer adds none."
     )

@@ -68,7 +68,7 @@ class StructuredOutputs(Body):
     json_: object = Field(default=None, alias="json", description="A JSON schema, or its text.")
     regex: str | None = None
     choice: list[StrictStr] | None = None
-    grammar: str | None = Field(default=None, description="In llguidance's variant of Lark.")
+    grammar: str | None = Field(default=None, description="In llguidance's variant of Lark, or in GBNF.")
     json_object: bool | None = None
     disable_any_whitespace: bool | None = Field(default=None, description=_NO_EFFECT)
     whitespace_pattern: str | None = Field(default=None, description=_NO_EFFECT)

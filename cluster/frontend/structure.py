@@ -1,5 +1,6 @@
 """What a request says of the form of its answer's text, as the service's Structure: OpenAI's
-`response_format`, vLLM's `structured_outputs` and its older `guided_…`."""
+`response_format`, vLLM's `structured_outputs` and its older `guided_…`, llama.cpp's `json_schema`
+and `grammar`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -48,6 +49,10 @@ def _asked_for(body: SamplingFields) -> Iterator[Structure | None]:
     for kind, value in aliases.items():
         if value is not None:
             yield structured(kind, value, f"guided_{kind}")
+    if body.json_schema is not None:
+        yield structured("json", body.json_schema, "json_schema")
+    if body.grammar:  # llama.cpp's default is an empty text
+        yield structured("grammar", body.grammar, "grammar")
 
 
 def one_of(found: Sequence[Structure | None]) -> Structure | None:

@@ -64,6 +64,8 @@ class Generation:
         self._usage_sent = False
         self._refused = False
         self._counted_prompts: set[int] = set()
+        self._first_token_s: float | None = None
+        self._last_token_s = 0.0
         self._closing: asyncio.Task[None] | None = None
         self._tasks = [asyncio.create_task(self._run(job)) for job in self._jobs]
 
@@ -149,6 +151,12 @@ class Generation:
             with_first=with_first,
         )
 
+    def times_s(self) -> tuple[float, float]:
+        """Return the seconds from the request's arrival to its first token, and from there to its
+        newest."""
+        first = self._first_token_s
+        return (0.0, 0.0) if first is None else (first - self._turn.arrived, self._last_token_s - first)
+
     async def _run(self, job: Job) -> None:
         journal = job.journal
         try:
@@ -192,7 +200,9 @@ class Generation:
     def _observe(self, num_tokens: int, previous: float | None) -> float | None:
         if not num_tokens:
             return previous
-        now = time.monotonic()
+        now = self._last_token_s = time.monotonic()
+        if self._first_token_s is None:
+            self._first_token_s = now
         if previous is None:
             self._metrics.time_to_first_token.observe(now - self._turn.arrived)
         else:

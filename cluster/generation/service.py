@@ -125,6 +125,11 @@ class GenerationService:
         """Number of choices that are running or waiting."""
         return self._admission.num_in_flight
 
+    @property
+    def max_in_flight(self) -> int:
+        """Maximum number of choices that run or wait."""
+        return self._admission.max_in_flight
+
     async def close(self) -> None:
         """Close the connections to engines; running generations end with an error."""
         self.prompts.close()

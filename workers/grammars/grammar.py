@@ -15,6 +15,7 @@ import orjson
 
 from workers.errors import InvalidRequest
 from workers.grammars.annotations import may_have_annotations, without_annotations
+from workers.grammars.gbnf import gbnf_to_lark, is_gbnf
 from workers.grammars.reduced import reduced
 
 MAX_GRAMMAR_BYTES = 2**20
@@ -141,6 +142,21 @@ def lark(text: object, param: str) -> Grammar:
         part, reason = found[str(found.lastgroup)], _UNSUPPORTED[str(found.lastgroup)]
         raise InvalidRequest(f"{param} has {part!r}: {reason}", param)
     return _of_lark(text, param)
+
+
+def lark_or_gbnf(text: object, param: str) -> Grammar:
+    """Return `lark` of a grammar, or of one in llama.cpp's form whose first rule is called `root`.
+
+    Raises:
+        InvalidRequest: as `lark`, or it is no GBNF.
+    """
+    text = _checked_text(text, param)
+    if not is_gbnf(text):
+        return lark(text, param)
+    try:
+        return _of_lark(gbnf_to_lark(text), param)
+    except ValueError as error:
+        raise InvalidRequest(f"{param} {error}.", param) from None
 
 
 _OPTION = r"\b(?:max_tokens|temperature|stop|stop_capture)(?=\s*+=)"

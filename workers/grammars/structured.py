@@ -1,5 +1,5 @@
 """The form of a text under vLLM's names: exactly one of a schema, a regular expression, a list of
-texts, a Lark grammar, or any JSON object."""
+texts, a Lark or GBNF grammar, or any JSON object."""
 
 from collections.abc import Mapping
 
@@ -47,7 +47,7 @@ def grammar_of(kind: str, value: object, param: str) -> Grammar:
         case "choice":
             return grammars.choice(value, param)
         case "grammar":
-            return grammars.lark(value, param)
+            return grammars.lark_or_gbnf(value, param)
         case _:
             return grammars.json_object()
 

@@ -42,6 +42,7 @@ class Pair:
 
 IGNORED, OTHER_NAME = "accepted and ignored over HTTP", "another name of a field that is there"
 NOT_OFFERED = "refused over HTTP, or accepted only where it asks for nothing"
+NO_TIMINGS = "the times at which messages arrive tell the same"
 PAIRS = [
     Pair(
         schema.ChatCompletionRequest,
@@ -54,11 +55,13 @@ PAIRS = [
             "chat_template_kwargs": "its fields are the request's own",
             "skip_special_tokens": "no effect",
             "add_generation_prompt": "follows from continue_final_message",
+            "timings_per_token": NO_TIMINGS,
         }
         | dict.fromkeys(
             [
                 *("max_completion_tokens", "reasoning", "thinking", "enable_thinking"),
                 *("thinking_token_budget", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+                *("json_schema", "grammar"),
             ],
             OTHER_NAME,
         )
@@ -152,7 +155,7 @@ PAIRS = [
         answers.ChatCompletion,
         pb.ChatResponse.DESCRIPTOR,
         elsewhere={"created": "created_unix_s"},
-        without={"object": "the message's type"},
+        without={"object": "the message's type", "timings": NO_TIMINGS},
     ),
     Pair(answers.ChatChoiceBody, pb.Choice.DESCRIPTOR),
     Pair(
@@ -193,7 +196,7 @@ PAIRS = [
             "prompt_token_ids": "head.prompt_token_ids",
             "choices": "choice",
         },
-        without={"object": "the message's type"},
+        without={"object": "the message's type", "timings": NO_TIMINGS},
     ),
     Pair(
         answers.ChunkChoice,

@@ -44,6 +44,7 @@ CONTRADICTING += ("guided_json", "guided_regex", "guided_choice", "guided_gramma
 CONTRADICTING += ("previous_response_id", "conversation", "background", "max_output_tokens")
 CONTRADICTING += ("max_completion_tokens", "tools", "best_of", "echo", "logit_bias", "n", "bad_words")
 CONTRADICTING += ("stream", "continue_final_message", "add_generation_prompt", "prompt_logprobs")
+CONTRADICTING += ("json_schema", "grammar")
 RULES_BETWEEN_FIELDS = (
     "min_tokens .* is more than",
     "max_completion_tokens and max_tokens are the same limit and differ",
