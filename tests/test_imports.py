@@ -66,8 +66,12 @@ FOLDERS = {
     "cluster.state.migrations": {"cluster.state"},
     "cluster.state.migrations.versions": set(),
     "cluster.frontend": {
-        *("cluster", "cluster.frontend.responses", "cluster.generation", "cluster.harmony"),
-        *("cluster.rpc", "cluster.state", "workers", "workers.grammars", "workers.rpc"),
+        *("cluster", "cluster.frontend.anthropic", "cluster.frontend.responses", "cluster.generation"),
+        *("cluster.harmony", "cluster.rpc", "cluster.state", "workers", "workers.grammars"),
+        "workers.rpc",
+    },
+    "cluster.frontend.anthropic": {
+        *("cluster", "cluster.frontend", "cluster.generation", "cluster.harmony", "workers"),
     },
     "cluster.frontend.responses": {
         *("cluster", "cluster.frontend", "cluster.generation", "cluster.harmony", "cluster.state"),

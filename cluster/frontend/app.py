@@ -1,4 +1,4 @@
-"""The HTTP app: OpenAI's API over a GenerationService."""
+"""The HTTP app: the APIs of OpenAI and Anthropic over a GenerationService."""
 
 import importlib.metadata
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -13,6 +13,7 @@ from starlette.routing import Match
 from cluster.config import GatewayConfig
 from cluster.fleet.status import FleetStatus
 from cluster.frontend import answers, body, chat, completions, errors, schema, sse
+from cluster.frontend.anthropic.routes import add_messages
 from cluster.frontend.chat_page import PATHS as PAGE_PATHS
 from cluster.frontend.chat_page import add_page
 from cluster.frontend.docs_page import add_docs
@@ -58,7 +59,7 @@ def build_app(
     limits = body.BodyLimits.of(config)
     app = FastAPI(
         title="Cantata",
-        description="OpenAI's API for gpt-oss.",
+        description="The APIs of OpenAI and Anthropic for gpt-oss.",
         version=importlib.metadata.version("cantata"),
         openapi_url=None,
         redirect_slashes=False,
@@ -75,6 +76,7 @@ def build_app(
     add_websocket(app, responses, config)
     add_stored(app, state, schemas)
     add_conversations(app, ConversationsApi(state, limits, service.served.info.max_model_len), schemas)
+    add_messages(app, service, schemas, limits, times, sealer)
     _add_tokens(app, service, schemas, limits)
     add_llama_cpp(app, service, schemas, limits)
     add_models(app, service, schemas)
@@ -110,7 +112,7 @@ def _add_layers(
             allow_origins=config.cors_origins,
             allow_methods=("GET", "HEAD", "POST", "DELETE"),
             allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after", IGNORED_FIELDS),
+            expose_headers=("x-request-id", "request-id", "retry-after", IGNORED_FIELDS),
         )
 
 

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.frontend import errors, unknown_fields
+from cluster.frontend.anthropic import errors as messages_errors
 from cluster.frontend.docs_page import DOCS_PATHS
 from cluster.metrics import GatewayMetrics
 from cluster.state.owners import owner_of
@@ -36,7 +37,8 @@ class Edge:
     (`scope["state"]["ignored_fields"]`).
 
     Args:
-        api_keys: if there are any, a request needs one of them as `Authorization: Bearer …`.
+        api_keys: if there are any, a request needs one of them as `Authorization: Bearer …` or as
+            `x-api-key`.
         send_timeout_s: seconds without progress in sending after which the client counts as gone.
         open_paths: paths that are served without an API key, beside OPEN_PATHS.
         server_has_ids: take the id from the request's header, and leave the answer's to the server.
@@ -71,10 +73,11 @@ class Edge:
         request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        answer = _Answer(send, state, given is None, self._send_timeout_s, abort)
+        form = _error_form(scope)
+        answer = _Answer(send, state, _id_headers(form, given is None), self._send_timeout_s, abort)
         status = 499
         try:
-            status = await self._serve(scope, receive, answer)
+            status = await self._serve(scope, receive, answer, form)
         except asyncio.CancelledError:
             raise
         except OSError:
@@ -95,39 +98,58 @@ class Edge:
             state["owner"] = owner_of(self._checked_key(scope))
         except errors.Unauthenticated as error:
             status = errors.row_of(error).http_status
-            refusal = _Answer(_as_denial(send), state, True, self._send_timeout_s, None)
+            refusal = _Answer(_as_denial(send), state, ("x-request-id",), self._send_timeout_s, None)
             await receive()  # the handshake
-            await refusal.fail(error)
+            await refusal.fail(error, errors.OPENAI)
         else:
             await self._app(scope, receive, send)
         finally:
             endpoint = getattr(scope.get("route"), "path", "unknown")
             self._metrics.requests.labels(endpoint, str(status)).inc()
 
-    async def _serve(self, scope: Scope, receive: Receive, answer: "_Answer") -> int:
+    async def _serve(self, scope: Scope, receive: Receive, answer: "_Answer", form: errors.ErrorForm) -> int:
         try:
             scope["state"]["owner"] = owner_of(self._checked_key(scope))
             await self._app(scope, receive, answer.send)
         except Exception as error:  # the request's edge
             failure = errors.as_cantata_error(error, answer.request_id)
             if not isinstance(failure, Cancelled) and answer.status is None:
-                await answer.fail(failure)
-            return errors.row_of(failure).http_status
+                await answer.fail(failure, form)
+            return form.status(failure)
         return answer.status or 499
 
     def _checked_key(self, scope: Scope) -> str | None:
         """Return the request's API key; None where it needs none."""
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if not self._api_keys or path in self._open_paths or scope.get("method") == "OPTIONS":
+        method = scope.get("method")
+        is_probe = method == "OPTIONS" or (method == "HEAD" and path == "/")
+        if not self._api_keys or path in self._open_paths or is_probe:
             return None
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
+        keys = sent_keys(Headers(scope=scope))
+        if not keys:
             raise errors.Unauthenticated(
-                "Send an API key of this server in the header Authorization: Bearer KEY."
+                "Send an API key of this server in the header Authorization: Bearer KEY, or in x-api-key."
             )
-        if not is_known_key(key.strip(), self._api_keys):
+        known = [key for key in keys if is_known_key(key, self._api_keys)]
+        if not known:
             raise errors.Unauthenticated("Incorrect API key provided.")
-        return key.strip()
+        return known[0]
+
+
+def sent_keys(headers: Headers) -> list[str]:
+    """Return the API keys that a request has: clients of Anthropic's API may send both headers."""
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    keys = (bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", ""))
+    return [key.strip() for key in keys if key.strip()]
+
+
+def _error_form(scope: Scope) -> errors.ErrorForm:
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return messages_errors.FORM if messages_errors.is_path(path) else errors.OPENAI
+
+
+def _id_headers(form: errors.ErrorForm, shows_id: bool) -> tuple[str, ...]:
+    return (*(("x-request-id",) if shows_id else ()), *((form.id_header,) if form.id_header else ()))
 
 
 def is_known_key(key: str, api_keys: Sequence[str]) -> bool:
@@ -146,21 +168,21 @@ def _as_denial(send: Send) -> Send:
 
 
 class _Answer:
-    """The path to the client: adds the request id and the names of ignored fields, remembers the
-    status."""
+    """The path to the client: adds the request id, in `id_headers`, and the names of ignored
+    fields, remembers the status."""
 
     def __init__(
         self,
         send: Send,
         state: dict[str, Any],
-        shows_id: bool,
+        id_headers: Sequence[str],
         timeout_s: float,
         abort: Callable[[], None] | None,
     ) -> None:
         self._send = send
         self.request_id: str = state["request_id"]
         self._state = state
-        self._shows_id = shows_id
+        self._id_headers = id_headers
         self.status: int | None = None
         self._timeout_s = timeout_s
         self._abort = abort
@@ -170,8 +192,8 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(raw=message.setdefault("headers", []))
-            if self._shows_id:
-                headers["x-request-id"] = self.request_id
+            for name in self._id_headers:
+                headers[name] = self.request_id
             if ignored := self._state.get("ignored_fields"):
                 headers[unknown_fields.HEADER] = unknown_fields.header_value(ignored)
         try:
@@ -188,15 +210,13 @@ class _Answer:
                 await asyncio.sleep(0)  # for the server to notice
             raise Cancelled("The client does not read its answer.") from None
 
-    async def fail(self, error: CantataError) -> None:
-        body = errors.body(error)
+    async def fail(self, error: CantataError, form: errors.ErrorForm) -> None:
+        body = form.body(error, self.request_id)
         headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),
             **errors.headers(error),
         }
         raw = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
-        await self.send(
-            {"type": "http.response.start", "status": errors.row_of(error).http_status, "headers": raw}
-        )
+        await self.send({"type": "http.response.start", "status": form.status(error), "headers": raw})
         await self.send({"type": "http.response.body", "body": body, "more_body": False})

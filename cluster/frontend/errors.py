@@ -1,9 +1,10 @@
 """Errors as HTTP answers: one table from class to status, `type` and `code`, in OpenAI's body
-form."""
+form. Other APIs have forms of their own (`anthropic/errors.py`)."""
 
 import logging
 import math
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import orjson
@@ -114,6 +115,24 @@ def body(error: errors.CantataError) -> bytes:
     return orjson.dumps(
         {"error": {"message": error.message, "type": row.type, "param": error.param, "code": row.code}}
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorForm:
+    """How an API writes its errors.
+
+    Attributes:
+        status: returns the HTTP status.
+        body: returns the body, given the request id.
+        id_header: a second header of all answers that has the request id, for the API's clients.
+    """
+
+    status: Callable[[errors.CantataError], int]
+    body: Callable[[errors.CantataError, str], bytes]
+    id_header: str | None = None
+
+
+OPENAI = ErrorForm(lambda error: row_of(error).http_status, lambda error, _: body(error))
 
 
 def headers(error: errors.CantataError) -> dict[str, str]:

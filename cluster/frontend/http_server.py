@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 
 from cluster.config import GatewayConfig
 from cluster.frontend import errors
+from cluster.frontend.anthropic import errors as messages_errors
 from cluster.frontend.edge import ABORT
 from cluster.metrics import GatewayMetrics
 from workers.errors import CantataError, InvalidRequest
@@ -221,12 +222,17 @@ class _Protocol(HttpToolsProtocol):
         answer."""
         self._refused = True
         self._headers_since = None
-        status, body = errors.row_of(error).http_status, errors.body(error)
+        request_id = uuid.uuid4().hex
+        path = (self.url or b"").partition(b"?")[0].decode("latin-1")  # None before the first request
+        form = messages_errors.FORM if messages_errors.is_path(path) else errors.OPENAI
+        status, body = form.status(error), form.body(error, request_id)
+        names = filter(None, ("x-request-id", form.id_header))
+        id_headers = "".join(f"{name}: {request_id}\r\n" for name in names)
         if self._is_answered():
             pass  # a second answer would be taken for that of the next request
         elif self.cycle is None or self.cycle.response_complete:
             self.config.metrics.requests.labels("unknown", str(status)).inc()
-            self._write_answer(status, body)
+            self._write_answer(status, id_headers, body)
         elif self.pipeline or self.cycle.response_started:
             self.transport.close()  # in the middle of an answer, or before an earlier one
             return
@@ -234,15 +240,14 @@ class _Protocol(HttpToolsProtocol):
             # For the app, which counts it, the client has left.
             self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
             self.cycle.message_event.set()
-            self._write_answer(status, body)
+            self._write_answer(status, id_headers, body)
         # Not closed at once: the reset that follows further input could overtake the answer.
         self._rest_since = self.loop.time()
         self.transport.write_eof()
 
-    def _write_answer(self, status: int, body: bytes) -> None:
+    def _write_answer(self, status: int, id_headers: str, body: bytes) -> None:
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
-        head += f"x-request-id: {uuid.uuid4().hex}\r\n\r\n"
-        self.transport.write(STATUS_LINE[status] + head.encode() + body)
+        self.transport.write(STATUS_LINE[status] + f"{head}{id_headers}\r\n".encode() + body)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if cycle.scope["http_version"] == "1.0":

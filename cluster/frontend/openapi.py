@@ -18,11 +18,14 @@ class Schemas:
     def __init__(self) -> None:
         self._kinds: dict[str, type] = {}
 
-    def describe(self, request: type | None, answer: type, *, stream: type | None = None) -> dict[str, Any]:
-        """Return a route's `openapi_extra`; errors are the same everywhere.
+    def describe(
+        self, request: type | None, answer: type, *, stream: type | None = None, error: type = ErrorAnswer
+    ) -> dict[str, Any]:
+        """Return a route's `openapi_extra`.
 
         Args:
             stream: type of the events, if the answer can be streamed.
+            error: type of all its errors.
         """
         content = {"application/json": {"schema": self._ref(answer)}}
         if stream is not None:
@@ -35,7 +38,7 @@ class Schemas:
                 },
                 "default": {
                     "description": "An error.",
-                    "content": {"application/json": {"schema": self._ref(ErrorAnswer)}},
+                    "content": {"application/json": {"schema": self._ref(error)}},
                 },
             }
         }

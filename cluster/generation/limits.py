@@ -261,18 +261,21 @@ def truncated(
     return ids[-num_kept:] if cut.keeps_end else ids[:num_kept]
 
 
-def check_stop(stop: Sequence[str]) -> None:
+def check_stop(stop: Sequence[str], param: str = "stop") -> None:
     """Refuse stop strings that are too many, too long or empty.
 
     Raises:
         InvalidRequest: with `param`.
     """
     if len(stop) > MAX_STOP_STRINGS:
-        raise InvalidRequest(f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed.", "stop")
+        raise InvalidRequest(
+            f"{param} has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed.", param
+        )
     for index, text in enumerate(stop):
         if not 1 <= len(text) <= MAX_STOP_CHARS:
             raise InvalidRequest(
-                f"stop[{index}] must be 1 to {MAX_STOP_CHARS} characters, got {len(text)}.", f"stop[{index}]"
+                f"{param}[{index}] must be 1 to {MAX_STOP_CHARS} characters, got {len(text)}.",
+                f"{param}[{index}]",
             )
 
 
@@ -353,12 +356,14 @@ def num_output_tokens(
     names: FieldNames,
     prompt_param: str,
     default: int | None,
+    cuts: bool = False,
 ) -> int:
     """Return the number of tokens that may be generated: the number requested, which must fit into
     the context after the prompt.
 
     Args:
         default: used if the client gives none; None: what the context leaves.
+        cuts: what does not fit is cut off instead.
     Raises:
         ContextLengthExceeded: prompt and `max_tokens` together exceed the context.
         InvalidRequest: `min_tokens` is more than that.
@@ -372,6 +377,8 @@ def num_output_tokens(
                 "min_tokens",
             )
         return max_tokens
+    if cuts:
+        return min(sampling.max_tokens, left)
     if sampling.max_tokens > left:
         num_tokens = num_prompt_tokens + sampling.max_tokens
         raise ContextLengthExceeded(

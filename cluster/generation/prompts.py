@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cluster.generation.bad_words import Tokens, bad_word_tokens
 from cluster.generation.continuation import continued_message
@@ -15,7 +16,7 @@ from cluster.generation.limits import (
     truncated,
 )
 from cluster.generation.logprobs import token_text
-from cluster.generation.requests import ChatRequest, CompletionRequest
+from cluster.generation.requests import ChatRequest, CompletionRequest, Truncation
 from cluster.generation.settings import ChatDefaults, ServedModel
 from cluster.generation.threads import TextThreads
 from cluster.generation.turns_left_out import fitting
@@ -68,19 +69,21 @@ class Prompts:
             InvalidRequest: the messages or tools are wrong.
             ContextLengthExceeded: the prompt fills the context.
         """
-        continued_message(request)
-        work = request.num_bytes + _BYTES_PER_ENTRY * (len(request.messages) + len(request.tools))
-        param = request.names.messages
-        try:
-            ids = await self.threads.run(work, lambda: self._fitting(request, begins_answer))
-        except InvalidRequest as error:
-            if error.param == "messages":
-                error.param = param  # the renderer does not know the client's API
-            raise
-        model = self._served.info
+        ids = await self._rendered(request, begins_answer)
+        model, param = self._served.info, request.names.messages
         prompt = list(truncated(ids, request.options.truncation, request.sampling.max_tokens, model))
         check_prompt_tokens(len(prompt), model, param)
         return prompt
+
+    async def count(self, request: ChatRequest) -> int:
+        """Return the number of tokens of a chat's prompt, which may be longer than the context.
+
+        Raises:
+            InvalidRequest: the messages or tools are wrong.
+            ContextLengthExceeded: the prompt is longer than MAX_CUT_CONTEXTS contexts.
+        """
+        options = replace(request.options, truncation=Truncation(-1))
+        return len(await self._rendered(replace(request, options=options), begins_answer=True))
 
     async def completion(self, request: CompletionRequest, index: int) -> tuple[int, ...]:
         """Return the token ids of one of a request's prompts, which is continued as it is.
@@ -142,6 +145,16 @@ class Prompts:
         """Start no more work."""
         self.threads.close()
 
+    async def _rendered(self, request: ChatRequest, begins_answer: bool) -> list[int]:
+        continued_message(request)
+        work = request.num_bytes + _BYTES_PER_ENTRY * (len(request.messages) + len(request.tools))
+        try:
+            return await self.threads.run(work, lambda: self._fitting(request, begins_answer))
+        except InvalidRequest as error:
+            if error.param == "messages":
+                error.param = request.names.messages  # the renderer does not know the client's API
+            raise
+
     def _fitting(self, request: ChatRequest, begins_answer: bool) -> list[int]:
         """Return the prompt; where the request allows it, without as many of its oldest turns as
         make it fit."""
@@ -166,6 +179,7 @@ class Prompts:
                 reasoning_effort=request.reasoning_effort or self.defaults.reasoning_effort,
                 current_date=request.current_date or self._date(),
                 model_identity=request.model_identity or DEFAULT_MODEL_IDENTITY,
+                merges_instructions=request.merges_instructions,
             ),
             self.encoding,
             limit,

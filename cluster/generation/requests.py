@@ -22,6 +22,7 @@ class FieldNames:
     continues: str = "continue_final_message"
     prompt_logprobs: str = "prompt_logprobs"
     messages: str = "messages"
+    stop: str = "stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,9 @@ class ChatRequest:
         model: None: the served model.
         continues_last: the answer continues the last message, an assistant's text or reasoning.
         leaves_out_turns: if the prompt is too long, its oldest turns are left out.
+        cuts_max_tokens: a `max_tokens` that the context cannot hold is cut down instead of refused.
+        merges_instructions: developer messages that follow others become part of the first one;
+            else they stay in their places, so that prefixes stay cached.
         per_token: the events of the answer are a function of its tokens alone, not of how many of
             them come at once.
     """
@@ -131,6 +135,8 @@ class ChatRequest:
     model: str | None = None
     continues_last: bool = False
     leaves_out_turns: bool = False
+    cuts_max_tokens: bool = False
+    merges_instructions: bool = True
     per_token: bool = False
     names: FieldNames = field(default_factory=FieldNames)
     options: Options = field(default_factory=Options)

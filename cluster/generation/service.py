@@ -59,7 +59,7 @@ class GenerationService:
         arrived = time.monotonic()
         self.served.check(request.model)
         check_sampling(request.sampling, self.served.info, request.names)
-        check_stop(request.stop)
+        check_stop(request.stop, request.names.stop)
         check_options(request.options)
         check_promises(request)
         with self._admission.admit(request.sampling.n) as ticket:

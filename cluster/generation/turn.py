@@ -105,6 +105,7 @@ def chat_jobs(
         names=request.names,
         prompt_param=request.names.messages,
         default=None,
+        cuts=request.cuts_max_tokens,
     )
     sampling = _complete(request.sampling, max_tokens, bad_words, encoding)
     tools = [tool.name for tool in request.tools]

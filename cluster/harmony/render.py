@@ -6,7 +6,7 @@ out. Text of clients and tools is always encoded with special tokens disabled.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import orjson
 
@@ -18,6 +18,7 @@ from workers.errors import ContextLengthExceeded, InvalidRequest
 
 DEFAULT_MODEL_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 DEFAULT_KNOWLEDGE_CUTOFF = "2024-06"
+_INSTRUCTIONS = "# Instructions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,9 @@ class Conversation:
     """The contents of a prompt.
 
     Attributes:
-        messages: those with the role `developer` are instructions, wherever they stand.
+        messages: those with the role `developer` are instructions.
+        merges_instructions: they are one message at the beginning, wherever they stand; else those
+            that follow other messages stay where they are.
         current_date: `YYYY-MM-DD`, shown to the model; None: no date line. Never read from a clock
             here: a new day changes every prefix.
     """
@@ -50,6 +53,7 @@ class Conversation:
     knowledge_cutoff: str = DEFAULT_KNOWLEDGE_CUTOFF
     model_identity: str = DEFAULT_MODEL_IDENTITY
     response_format: ResponseFormat | None = None
+    merges_instructions: bool = True
 
 
 def render(
@@ -80,8 +84,8 @@ def render(
         raise InvalidRequest("messages must have at least one message.", "messages")
     begun = conversation.messages[-1] if continues_last else None
     ended = conversation.messages[:-1] if continues_last else conversation.messages
-    messages = [message for message in history(ended) if message.role != "developer"]
-    developer = _developer_text(conversation)
+    instructions, messages = _split(ended, merges=conversation.merges_instructions)
+    developer = _developer_text(conversation, instructions)
     if max_tokens is not None:
         counted = messages if begun is None else [*messages, begun]
         num_chars = len(developer) + sum(len(m.content) + len(m.recipient or "") for m in counted)
@@ -99,6 +103,20 @@ def render(
     elif begins_answer:
         writer.begin_answer()
     return writer.ids
+
+
+def _split(ended: Sequence[Message], *, merges: bool) -> tuple[list[str], list[Message]]:
+    """Return the instructions of the message at the beginning, and the messages after it."""
+    instructions: list[str] = []
+    messages: list[Message] = []
+    for message in history(ended):
+        if message.role != "developer":
+            messages.append(message)
+        elif merges or not messages:
+            instructions.append(message.content)
+        elif message.content:
+            messages.append(replace(message, content=f"{_INSTRUCTIONS}\n\n{message.content}"))
+    return instructions, messages
 
 
 def history(messages: Sequence[Message]) -> Iterator[Message]:
@@ -202,9 +220,9 @@ def _system_text(conversation: Conversation) -> str:
     return "\n\n".join(("\n".join(identity), f"Reasoning: {conversation.reasoning_effort}", channels))
 
 
-def _developer_text(conversation: Conversation) -> str:
-    instructions = [m.content for m in conversation.messages if m.role == "developer" and m.content]
-    sections = ["# Instructions", *instructions] if instructions else []
+def _developer_text(conversation: Conversation, instructions: Sequence[str]) -> str:
+    instructions = [text for text in instructions if text]
+    sections = [_INSTRUCTIONS, *instructions] if instructions else []
     if conversation.tools:
         sections += ["# Tools", "\n".join(_namespace_lines(conversation.tools))]
     if (shown := conversation.response_format) is not None:
