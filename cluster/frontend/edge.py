@@ -73,7 +73,7 @@ class Edge:
         request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        form = _error_form(scope)
+        form = error_form(scope["path"].removeprefix(scope.get("root_path", "")))
         answer = _Answer(send, state, _id_headers(form, given is None), self._send_timeout_s, abort)
         status = 499
         try:
@@ -143,9 +143,10 @@ def sent_keys(headers: Headers) -> list[str]:
     return [key.strip() for key in keys if key.strip()]
 
 
-def _error_form(scope: Scope) -> errors.ErrorForm:
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
-    return messages_errors.FORM if messages_errors.is_path(path) else errors.OPENAI
+def error_form(path: str) -> errors.ErrorForm:
+    """Return how the API of a path writes its errors."""
+    messages = messages_errors.PATH
+    return messages_errors.FORM if path == messages or path.startswith(f"{messages}/") else errors.OPENAI
 
 
 def _id_headers(form: errors.ErrorForm, shows_id: bool) -> tuple[str, ...]:

@@ -20,8 +20,7 @@ from uvicorn.server import ServerState
 
 from cluster.config import GatewayConfig
 from cluster.frontend import errors
-from cluster.frontend.anthropic import errors as messages_errors
-from cluster.frontend.edge import ABORT
+from cluster.frontend.edge import ABORT, error_form
 from cluster.metrics import GatewayMetrics
 from workers.errors import CantataError, InvalidRequest
 
@@ -224,7 +223,7 @@ class _Protocol(HttpToolsProtocol):
         self._headers_since = None
         request_id = uuid.uuid4().hex
         path = (self.url or b"").partition(b"?")[0].decode("latin-1")  # None before the first request
-        form = messages_errors.FORM if messages_errors.is_path(path) else errors.OPENAI
+        form = error_form(path)
         status, body = form.status(error), form.body(error, request_id)
         names = filter(None, ("x-request-id", form.id_header))
         id_headers = "".join(f"{name}: {request_id}\r\n" for name in names)

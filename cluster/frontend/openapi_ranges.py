@@ -24,6 +24,8 @@ def state_ranges(schemas: dict[str, Any], vocab_size: int) -> None:
     """Add the ranges to the schemas of requests."""
     for (kind, name), keywords in _ranges(vocab_size).items():
         _state(schemas[kind]["properties"][name], keywords)
+    for (kind, name), keywords in _messages().items():
+        _state(schemas[kind]["properties"][name], keywords)
     for kind in ("ChatCompletionRequest", "CompletionRequest"):
         for name, keywords in _sampling(vocab_size).items():
             _state(schemas[kind]["properties"][name], keywords)
@@ -126,6 +128,36 @@ def _responses() -> Mapping[tuple[str, str], Keywords]:
         ("ResponseAllowedTools", "tools"): {"minItems": 1},
         ("FunctionCallItem", "name"): {"pattern": f"^{CALLED_NAME}$"},
         ("CustomCallItem", "name"): {"pattern": f"^{CALLED_NAME}$"},
+    }
+
+
+def _messages() -> Mapping[tuple[str, str], Keywords]:
+    """Return the keywords of the Messages API's fields by schema and name."""
+    stop: Keywords = {"minLength": 1, "maxLength": limits.MAX_STOP_CHARS}
+    sampling = {name: _span(limits.NUMBERS[name]) for name in ("temperature", "top_p")}
+    prompt: Mapping[str, Keywords] = {
+        "messages": {"minItems": 1},
+        "tools": {"maxItems": limits.MAX_TOOLS},
+        "mcp_servers": {"maxItems": 0},
+        "thread": _NULL,
+    }
+    message = {
+        **prompt,
+        **sampling,
+        "max_tokens": {"minimum": 1},  # what the context cannot hold is cut
+        "top_k": _span(limits.INTEGERS["top_k"]),
+        "stop_sequences": {"maxItems": limits.MAX_STOP_STRINGS, "items": stop},
+        "container": _NULL,
+        "compaction": _NULL,
+    }
+    return {
+        **{("MessagesRequest", name): keywords for name, keywords in message.items()},
+        **{("CountTokensRequest", name): keywords for name, keywords in prompt.items()},
+        ("ThinkingOption", "budget_tokens"): _span(limits.CHAT_INTEGERS["max_reasoning_tokens"]),
+        ("OutputConfig", "effort"): _EFFORT,
+        ("ClientTool", "name"): {"pattern": f"^{limits.TOOL_NAME}$"},
+        ("ToolUseBlock", "id"): {"minLength": 1},
+        ("ToolUseBlock", "name"): {"pattern": f"^{CALLED_NAME}$"},
     }
 
 

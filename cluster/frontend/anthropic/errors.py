@@ -36,11 +36,6 @@ _DETAILS = {"thread": {"error_code": "thread_unsupported_request", "unsupported"
 """Details of an error by its field: on these a client sends the whole conversation."""
 
 
-def is_path(path: str) -> bool:
-    """Return whether a path belongs to the Messages API."""
-    return path == PATH or path.startswith(f"{PATH}/")
-
-
 def status(error: CantataError) -> int:
     """Return the HTTP status of an error."""
     return _OVERLOADED if isinstance(error, Overloaded) else errors.row_of(error).http_status

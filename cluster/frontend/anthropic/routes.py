@@ -39,7 +39,24 @@ def add_messages(
     Args:
         sealer: of the signatures of thinking, the same for all gateways.
     """
+    _add_create(app, service, schemas, limits, times, sealer)
+    _add_count(app, service, schemas, limits, sealer)
 
+    @app.head("/", include_in_schema=False)
+    @app.head(errors.PATH, include_in_schema=False)
+    async def probe() -> Response:
+        """Whether there is a server, which Claude Code asks at its start."""
+        return Response()
+
+
+def _add_create(
+    app: FastAPI,
+    service: GenerationService,
+    schemas: Schemas,
+    limits: body.BodyLimits,
+    times: sse.StreamTimes,
+    sealer: Sealer,
+) -> None:
     @app.post(
         errors.PATH,
         openapi_extra=schemas.describe(
@@ -70,6 +87,10 @@ def add_messages(
         finally:
             await generation.aclose()
 
+
+def _add_count(
+    app: FastAPI, service: GenerationService, schemas: Schemas, limits: body.BodyLimits, sealer: Sealer
+) -> None:
     @app.post(
         f"{errors.PATH}/count_tokens",
         openapi_extra=schemas.describe(CountTokensRequest, TokensCounted, error=MessagesError),
@@ -86,12 +107,6 @@ def add_messages(
         service.served.check(asked.model)
         counted: TokensCounted = {"input_tokens": await service.prompts.count(wanted)}
         return _json(counted)
-
-    @app.head("/", include_in_schema=False)
-    @app.head(errors.PATH, include_in_schema=False)
-    async def probe() -> Response:
-        """Whether there is a server, which Claude Code asks at its start."""
-        return Response()
 
 
 async def _begin(service: GenerationService, wanted: ChatRequest, request_id: str) -> Generation:

@@ -267,7 +267,10 @@ CALL = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no max_tokens": ({"max_tokens": None}, "max_tokens must be an integer."),
     "no messages": ({"messages": []}, "at least one message is required"),
-    "a call at the end": ({"messages": assistant(CALL)[:2]}, "messages.1: the final `assistant` message must"),
+    "a call at the end": (
+        {"messages": assistant(CALL)[:2]},
+        "messages.1: the final `assistant` message must",
+    ),
     "image": (
         {"messages": user({"type": "image", "source": {}})},
         "messages.0.content.0 is of type 'image': this model reads text only.",
