@@ -21,6 +21,7 @@ from cluster.frontend.edge import Edge
 from cluster.frontend.llama_cpp import add_llama_cpp
 from cluster.frontend.models import add_models
 from cluster.frontend.openapi import Schemas
+from cluster.frontend.rate_limits import LIMIT, REMAINING, RESET, RateLimits
 from cluster.frontend.responses.conversations import ConversationsApi, add_conversations
 from cluster.frontend.responses.routes import ResponsesApi, add_responses
 from cluster.frontend.responses.stored_routes import add_stored
@@ -106,13 +107,17 @@ def _add_layers(
         server_has_ids=server_has_ids,
         open_paths=PAGE_PATHS if config.page else frozenset(),
     )
+    app.add_middleware(RateLimits, service=service)
     if config.cors_origins:  # outside the edge, so that a page can read errors too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origins,
             allow_methods=("GET", "HEAD", "POST", "DELETE"),
             allow_headers=("*",),
-            expose_headers=("x-request-id", "request-id", "retry-after", IGNORED_FIELDS),
+            expose_headers=(
+                *("x-request-id", "request-id", "retry-after", IGNORED_FIELDS),
+                *(LIMIT, REMAINING, RESET),
+            ),
         )
 
 

@@ -50,6 +50,7 @@ async def test_a_page_of_an_allowed_origin_can_call(encoding: HarmonyEncoding, e
             assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, PAGE)
             shown = {name.strip() for name in answer.headers["access-control-expose-headers"].split(",")}
             assert shown >= {"x-request-id", "x-cantata-ignored-fields", "retry-after"}
+            assert shown >= {f"x-ratelimit-{name}-requests" for name in ("limit", "remaining", "reset")}
             assert {"x-request-id", "x-cantata-ignored-fields"} <= answer.headers.keys()
         without_key = await gateway.http.post(
             CHAT, json=BODY, headers={**from_page, "authorization": "Bearer wrong"}
