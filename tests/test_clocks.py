@@ -23,6 +23,7 @@ SHOWN = {
     "assembly.py": 1,  # `created` of a model
     "running.py": 1,  # `created` of an answer
     "clock.py": 1,  # when stored objects expire, for processes and hosts that come later
+    "views.py": 1,  # `created_at` and `completed_at` of a response
     "prompts.py": 1,  # the date that the model is told
     "serve.py": 1,  # when a benchmark began
     "offline.py": 1,

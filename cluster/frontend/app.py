@@ -22,6 +22,7 @@ from cluster.frontend.llama_cpp import add_llama_cpp
 from cluster.frontend.models import add_models
 from cluster.frontend.openapi import Schemas
 from cluster.frontend.rate_limits import LIMIT, REMAINING, RESET, RateLimits
+from cluster.frontend.responses.background import BackgroundRuns
 from cluster.frontend.responses.conversations import ConversationsApi, add_conversations
 from cluster.frontend.responses.routes import ResponsesApi, add_responses
 from cluster.frontend.responses.stored_routes import add_stored
@@ -72,11 +73,7 @@ def build_app(
     times = sse.StreamTimes(config.stream_headers_s, config.stream_keep_alive_s)
     _add_generation(app, service, schemas, limits, times)
     sealer = Sealer((config.secret or new_secret()).encode())
-    responses = ResponsesApi(service, sealer, limits, times, state)
-    add_responses(app, responses, schemas)
-    add_websocket(app, responses, config)
-    add_stored(app, state, schemas)
-    add_conversations(app, ConversationsApi(state, limits, service.served.info.max_model_len), schemas)
+    _add_stateful(app, ResponsesApi(service, sealer, limits, times, state), config, schemas)
     add_messages(app, service, schemas, limits, times, sealer)
     _add_tokens(app, service, schemas, limits)
     add_llama_cpp(app, service, schemas, limits)
@@ -94,6 +91,18 @@ def build_app(
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app
+
+
+def _add_stateful(app: FastAPI, api: ResponsesApi, config: GatewayConfig, schemas: Schemas) -> None:
+    """Add what can remember: responses and conversations."""
+    runs = None if api.state is None else BackgroundRuns(api, api.state)
+    if api.state is not None and runs is not None:
+        api.state.employ(runs)
+    add_responses(app, api, schemas, runs)
+    add_websocket(app, api, config)
+    add_stored(app, api, schemas, runs)
+    conversations = ConversationsApi(api.state, api.limits, api.service.served.info.max_model_len)
+    add_conversations(app, conversations, schemas)
 
 
 def _add_layers(

@@ -4,17 +4,26 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import orjson
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.frontend import errors
-from cluster.generation import Generation
 from workers.errors import Cancelled, CantataError
 
 T = TypeVar("T")
+
+
+class Source(Protocol):
+    """What the chunks of a stream are made from, such as a Generation."""
+
+    async def aclose(self) -> None:
+        """Stop all running work."""
+
+
+S = TypeVar("S", bound=Source)
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -64,7 +73,7 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     return await _race(work, _gone(request.receive))
 
 
-async def begin(request: Request, start: Coroutine[Any, Any, Generation]) -> Generation:
+async def begin(request: Request, start: Coroutine[Any, Any, S]) -> S:
     """Run `until_gone` for a generation. A generation that began after its client had disconnected
     is closed."""
     opening = asyncio.create_task(start)
@@ -77,12 +86,12 @@ async def begin(request: Request, start: Coroutine[Any, Any, Generation]) -> Gen
 
 async def stream(
     request: Request,
-    start: Coroutine[Any, Any, Generation],
-    chunks: Callable[[Generation], AsyncGenerator[bytes, None]],
+    start: Coroutine[Any, Any, S],
+    chunks: Callable[[S], AsyncGenerator[bytes, None]],
     times: StreamTimes,
     request_id: str,
     form: StreamForm | None = None,
-) -> "EventStream":
+) -> "EventStream[S]":
     """Return the stream of a generation when its first event is there, or when it has been awaited
     for `times.headers_s`.
 
@@ -108,7 +117,7 @@ async def _result(task: "asyncio.Task[T]") -> T:
     return await task
 
 
-async def _close(opening: "asyncio.Task[Generation]") -> None:
+async def _close(opening: "asyncio.Task[S]") -> None:
     """End the task and the generation that it may have begun."""
 
     async def close() -> None:
@@ -149,7 +158,7 @@ def event(body: object) -> bytes:
     return b"data: " + orjson.dumps(body) + b"\n\n"
 
 
-class EventStream(Response):
+class EventStream(Response, Generic[S]):
     """An answer that sends the chunks of a generation, which may not have begun yet, and comments
     while there are none. An error after the status becomes an error event; then the stream ends.
     The generation is closed in every case; if the client leaves, at once.
@@ -164,8 +173,8 @@ class EventStream(Response):
 
     def __init__(
         self,
-        opening: "asyncio.Task[Generation]",
-        chunks: Callable[[Generation], AsyncGenerator[bytes, None]],
+        opening: "asyncio.Task[S]",
+        chunks: Callable[[S], AsyncGenerator[bytes, None]],
         times: StreamTimes,
         request_id: str,
         form: StreamForm | None = None,

@@ -177,7 +177,7 @@ class Prompts:
                 tools=request.tools,
                 response_format=None if request.structure is None else request.structure.shown,
                 reasoning_effort=request.reasoning_effort or self.defaults.reasoning_effort,
-                current_date=request.current_date or self._date(),
+                current_date=request.current_date or self.date(),
                 model_identity=request.model_identity or DEFAULT_MODEL_IDENTITY,
                 merges_instructions=request.merges_instructions,
             ),
@@ -187,6 +187,7 @@ class Prompts:
             continues_last=request.continues_last,
         )
 
-    def _date(self) -> str | None:
+    def date(self) -> str | None:
+        """Return the date that the model is told where a request names none."""
         date = self.defaults.conversation_date
         return self._today().isoformat() if date == "auto" else None if date == "none" else date

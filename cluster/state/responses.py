@@ -61,6 +61,7 @@ class StoredResponse:
     """A response as it is stored.
 
     Attributes:
+        previous_response_id, conversation_id, conversation_position: see ResponseRecord.
         body: the Response object; None: it is not complete.
         request: see ResponseRecord.
     """
@@ -71,6 +72,9 @@ class StoredResponse:
     status: Status
     request: JsonObject
     body: JsonObject | None
+    previous_response_id: str | None = None
+    conversation_id: str | None = None
+    conversation_position: int | None = None
 
 
 class Responses:
@@ -169,6 +173,22 @@ class Responses:
                 found |= {id: stored_item(body, tokens) for id, body, tokens in rows}
         return found
 
+    async def inputs(self, id: str, owner: str) -> tuple[StoredItem, ...]:
+        """Return all items of a response's own request.
+
+        Raises:
+            NotStored: there is no such response.
+        """
+        table = response_items
+        async with self._database.read() as connection:
+            await self.row(connection, id, owner)
+            rows = await connection.execute(
+                select(table.c.body, table.c.tokens)
+                .where(table.c.response_id == id, table.c.is_output.is_(False))
+                .order_by(table.c.position)
+            )
+            return tuple(stored_item(body, tokens) for body, tokens in rows)
+
     async def delete(self, id: str, owner: str) -> None:
         """Delete a response. Those that continue it cannot be continued any more.
 
@@ -261,7 +281,17 @@ class Responses:
         """Return the response of a row."""
         body = None if row.body is None else orjson.loads(row.body)
         request = orjson.loads(row.request)
-        return StoredResponse(row.id, row.owner, row.created_at, row.status, request, body)
+        return StoredResponse(
+            row.id,
+            row.owner,
+            row.created_at,
+            row.status,
+            request,
+            body,
+            row.previous_response_id,
+            row.conversation_id,
+            row.conversation_position,
+        )
 
     async def row(self, connection: AsyncConnection, id: str, owner: str) -> Row[Any]:
         """Return the row of a response in a transaction of the caller's; see `get`."""

@@ -3,15 +3,29 @@
 import asyncio
 import contextlib
 import logging
+import uuid
+from typing import Protocol
 
+from cluster.state.background import Background
 from cluster.state.continuity import Continuity
 from cluster.state.conversations import Conversations
 from cluster.state.database import Database
+from cluster.state.errors import StateFull, StateUnavailable
 from cluster.state.responses import Responses
 from cluster.state.settings import Location, StateConfig
 from cluster.state.sweeper import Sweeper
 
 logger = logging.getLogger(__name__)
+
+
+class Worker(Protocol):
+    """What makes background responses."""
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+
+    async def close(self) -> None:
+        """Stop the responses that are being made; they can be taken over."""
 
 
 class State:
@@ -27,14 +41,29 @@ class State:
         self.conversations = Conversations(database, settings)
         self.responses = Responses(database, settings, self.conversations)
         self.continuity = Continuity(database, settings)
-        sweeper = Sweeper(database, settings, self.continuity)
-        self._sweeping = asyncio.create_task(sweeper.run())
+        self.background = Background(database, self.responses, uuid.uuid4().hex)
+        self._loop = asyncio.get_running_loop()
+        self._worker: Worker | None = None
+        self._tasks = [asyncio.create_task(Sweeper(database, settings, self.continuity).run())]
+
+    def employ(self, worker: "Worker") -> None:
+        """Have a worker make background responses, from now until `close`. Thread-safe."""
+
+        def begin() -> None:
+            self._worker = worker
+            self._tasks.append(asyncio.create_task(worker.run()))
+
+        self._loop.call_soon_threadsafe(begin)
 
     async def close(self) -> None:
         """Stop the work and close the connections."""
-        self._sweeping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._sweeping
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._worker is not None:
+            await self._worker.close()
+            with contextlib.suppress(StateUnavailable, StateFull):
+                await self.background.release()
         await self.database.close()
 
 

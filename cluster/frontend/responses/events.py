@@ -121,6 +121,10 @@ class _Item:
         return reasoning_item(self.id, text, status, as_summary=self.kind is _SUMMARY, sealed=sealed)
 
 
+_TERMINAL = {"cancelled": "incomplete"}
+"""Kind of the terminal event by the status of the response, where they differ."""
+
+
 class ResponseEvents:
     """The maker of one response's events, in order: `begin` once, `add` for each event of the
     generation, then the terminal event, which the Usage or `fail` gives.
@@ -173,6 +177,20 @@ class ResponseEvents:
             output = [*output, self._item.body("incomplete", self._seal)]
         self.response = self._record.response("failed", output, error=failure(error))
         return [*events, self._event("response.failed", {"response": self.response})]
+
+    def cancel(self) -> Json:
+        """Return the Response object of a response that is cancelled now."""
+        output = self._output
+        if self._item is not None:
+            output = [*output, self._item.body("incomplete", self._seal)]
+        self.response = self._record.response("cancelled", output)
+        return self.response
+
+    def end_with(self, response: Json) -> list[Event]:
+        """Return the terminal event of a response that ended elsewhere as `response`."""
+        self.response = response
+        status = response["status"]
+        return [self._event(f"response.{_TERMINAL.get(status, status)}", {"response": response})]
 
     def _part(self, part: PartDelta) -> Sequence[Event]:
         delta, item = part.delta, self._item

@@ -62,6 +62,8 @@ async def with_prior(body: Fields, owner: str, state: State | None) -> tuple[Fie
             "previous_response_id and conversation exclude each other: both name what precedes the input.",
             "previous_response_id",
         )
+    if getattr(body, "background", None) and getattr(body, "store", None) is False:
+        raise InvalidRequest("background needs store: the response is read from there.", "store")
     turns = await _turns(state, owner, body.previous_response_id, conversation_id)
     own = body.input
     if own is not None and not isinstance(own, str):
@@ -82,13 +84,14 @@ async def with_prior(body: Fields, owner: str, state: State | None) -> tuple[Fie
     )
 
 
-def repeated(prior: Prior, *, store: bool) -> dict[str, Any]:
-    """Return the fields of the Response object that say what it continues."""
+def repeated(prior: Prior, *, store: bool, background: bool) -> dict[str, Any]:
+    """Return the fields of the Response object that say what it continues and where it is kept."""
     conversation = prior.conversation_id
     return {
         "previous_response_id": prior.previous_response_id,
         "conversation": None if conversation is None else {"id": conversation},
         "store": store,
+        "background": background,
     }
 
 

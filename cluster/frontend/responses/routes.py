@@ -1,6 +1,5 @@
 """`/v1/responses`: responses, whole and in events, the tokens of an input, and compaction."""
 
-import time
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
@@ -11,13 +10,15 @@ from fastapi import FastAPI, Request, Response
 from cluster.frontend import body, sse
 from cluster.frontend.openapi import Schemas
 from cluster.frontend.responses import answers
+from cluster.frontend.responses.background import BackgroundRuns
 from cluster.frontend.responses.events import ResponseEvents, sse_frame
 from cluster.frontend.responses.items import REASONING, Seals
 from cluster.frontend.responses.prior import NOTHING_BEFORE, Fields, Prior, repeated, with_prior
 from cluster.frontend.responses.request import Asked, asked_prompt, asked_response
 from cluster.frontend.responses.saver import Saver
 from cluster.frontend.responses.schema import InputTokensRequest, ResponsesRequest
-from cluster.frontend.responses.views import Json, ResponseRecord
+from cluster.frontend.responses.stored_stream import StoredStream
+from cluster.frontend.responses.views import Json, ResponseRecord, unix_s
 from cluster.generation import Generation, GenerationService
 from cluster.sealing import Sealer
 from cluster.state.state import State
@@ -63,7 +64,8 @@ class ResponsesApi:
             model=self.service.served.info.id,
             num_before=prior.num_before,
         )
-        fields = {**made.record.fields, **repeated(prior, store=self.stores(asked))}
+        again = repeated(prior, store=self.stores(asked), background=bool(asked.background))
+        fields = {**made.record.fields, **again}
         return replace(made, record=replace(made.record, fields=fields))
 
     def stores(self, asked: ResponsesRequest) -> bool:
@@ -80,18 +82,19 @@ def new_id() -> str:
     return f"resp_{uuid.uuid4().hex}"
 
 
-def unix_s() -> int:
-    """Return the current time in Unix seconds."""
-    return int(time.time())
-
-
 def make_events(record: ResponseRecord, seals: Seals) -> ResponseEvents:
     """Return the maker of a new response's events."""
     return ResponseEvents(record, unix_s, lambda text: seals.seal(text, REASONING))
 
 
-def add_responses(app: FastAPI, api: ResponsesApi, schemas: Schemas) -> None:
-    """Add the routes."""
+def add_responses(
+    app: FastAPI, api: ResponsesApi, schemas: Schemas, runs: BackgroundRuns | None = None
+) -> None:
+    """Add the routes.
+
+    Args:
+        runs: makes background responses; None: there are none.
+    """
 
     @app.post(
         "/v1/responses",
@@ -107,6 +110,11 @@ def add_responses(app: FastAPI, api: ResponsesApi, schemas: Schemas) -> None:
         asked = await api.service.prompts.threads.run(
             num_bytes, lambda: api.asked(parsed, num_bytes, seals, prior)
         )
+        if parsed.background and runs is not None:
+            begun = await runs.begin(asked, prior, parsed, owner)
+            if not parsed.stream:
+                return _json(begun)
+            return await stored_stream(request, api, runs, asked.record.id, None)
         saver = api.saver(parsed, asked, prior, owner)
         if saver is not None:
             await saver.check()
@@ -146,6 +154,22 @@ def _add_input_tokens(app: FastAPI, api: ResponsesApi, schemas: Schemas) -> None
         api.service.served.check(chat.model)
         ids = await api.service.prompts.chat(chat)
         return _json({"object": "response.input_tokens", "input_tokens": len(ids)})
+
+
+async def stored_stream(
+    request: Request, api: ResponsesApi, runs: BackgroundRuns, id: str, starting_after: int | None
+) -> Response:
+    """Return the stream of a background response; see StoredStream."""
+    owner = owner_of(request)
+    encoding, seals = api.service.prompts.encoding, api.seals(owner)
+    stream = StoredStream(runs.background, runs, encoding, seals, starting_after)
+    return await sse.stream(
+        request,
+        stream.open(id, owner),
+        lambda opened: opened.frames(),
+        api.times,
+        request.state.request_id,
+    )
 
 
 def owner_of(request: Request) -> str:

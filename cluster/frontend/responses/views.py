@@ -1,5 +1,6 @@
 """The Response object and the items of its output: plain dicts, built without validation."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -66,6 +67,11 @@ class ResponseRecord:
             "usage": None if usage is None else usage_body(usage),
             **self.fields,
         }
+
+
+def unix_s() -> int:
+    """Return the current time in Unix seconds."""
+    return int(time.time())
 
 
 def usage_body(usage: Usage) -> Json:
