@@ -26,7 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
     register(config, config.getoption("--summary-to"))
 
 
-ONE_PROCESS = {"tests/e2e/": "servers", "tests/cluster/harmony/": "the tokenizer of oss-harmony"}
+ONE_PROCESS = {
+    "tests/e2e/": "servers",
+    "tests/cluster/harmony/": "the tokenizer of oss-harmony",
+    "tests/browser/": "the browser",
+}
 """Beginnings of the paths of tests that one process runs, and a name for each: tests that share
 fixtures of the session which take longer than they do, and those that use all cores of a small
 machine for minutes, which start first."""

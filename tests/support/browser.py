@@ -1,7 +1,6 @@
 """A gateway for a browser, and headless Chromium that drives its page."""
 
 import asyncio
-import json
 import shutil
 import sys
 import threading
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -20,6 +20,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from cluster.config import GatewayConfig
+from cluster.frontend.http_server import HttpServer
 from cluster.harmony.encoding import HarmonyEncoding
 from tests.support.fake_engine import FakeEngine, Script
 from tests.support.gateway import make_encoding, serving
@@ -37,15 +38,53 @@ class PageServer:
     """A gateway over a fake engine, in a thread with an event loop of its own.
 
     Attributes:
-        scripts: script of an answer by a text that its prompt contains, the last that fits.
-        engine: shared with the loop's thread; `requests` and `cancelled` may be read from here.
+        engine: in the loop's thread; its `requests` and `cancelled` may be read from others.
+        scripts: script of an answer by a text that its prompt contains.
     """
 
     url: str
     encoding: HarmonyEncoding
     engine: FakeEngine
     loop: asyncio.AbstractEventLoop
+    http_server: HttpServer
     scripts: dict[str, Script] = field(default_factory=dict)
+
+    def says(self, text: str, script: Script, *, gated: bool = False) -> Script:
+        """Answer prompts that contain the text; of several the one whose text stands last.
+
+        Args:
+            gated: the script stops at its gate until `open_gate`, or until its client leaves.
+        """
+        script.gate = asyncio.Event() if gated else None
+        self.scripts[text] = script
+        return script
+
+    def open_gate(self, script: Script) -> None:
+        """Let a gated script go on."""
+        assert script.gate is not None
+        self.loop.call_soon_threadsafe(script.gate.set)
+
+    def cut_connections(self) -> None:
+        """Reset all connections of clients, as a server does that dies."""
+
+        def cut() -> None:
+            for connection in list(self.http_server.server_state.connections):
+                connection.transport.abort()
+
+        self.loop.call_soon_threadsafe(cut)
+
+    def prompts(self) -> list[str]:
+        """Return the prompts of all requests since `forget`, as texts."""
+        return [
+            self.encoding.decode(request.prompt_token_ids, skip_special_tokens=False)
+            for request in self.engine.requests
+        ]
+
+    def forget(self) -> None:
+        """Forget scripts, requests and cancellations."""
+        self.scripts.clear()
+        self.engine.requests.clear()
+        self.engine.cancelled.clear()
 
     def answer(self, request: EngineRequest) -> Script:
         """Return the script of a request."""
@@ -53,14 +92,6 @@ class PageServer:
         found = [(prompt.rfind(text), script) for text, script in self.scripts.items() if text in prompt]
         assert found, f"no script for the prompt: {prompt[-300:]}"
         return max(found, key=lambda entry: entry[0])[1]
-
-    def call(self, work: Callable[[], T]) -> T:
-        """Run a function in the loop's thread, where events and scripts belong."""
-
-        async def run() -> T:
-            return work()
-
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(WAIT_S)
 
 
 @contextmanager
@@ -78,7 +109,7 @@ def page_server(folder: Path, config: GatewayConfig | None = None) -> Iterator[P
         engine = await FakeEngine(max_model_len=4096).start()
         try:
             async with serving(encoding, [engine], config=config, model_name="demo") as gateway:
-                server = PageServer(gateway.url, encoding, engine, loop)
+                server = PageServer(gateway.url, encoding, engine, loop, gateway.http_server)
                 engine.answer = server.answer
                 await started.put(server)
                 await stop.wait()
@@ -98,7 +129,7 @@ def page_server(folder: Path, config: GatewayConfig | None = None) -> Iterator[P
 
 @contextmanager
 def chromium(folder: Path) -> Iterator[webdriver.Chrome]:
-    """Start headless Chromium, which reaches loopback only and reports its requests."""
+    """Start headless Chromium, which reaches loopback only."""
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.skip("chromium and chromium-driver are not installed")
@@ -113,13 +144,14 @@ def chromium(folder: Path) -> Iterator[webdriver.Chrome]:
         "--disable-component-update",
         "--disable-extensions",
         "--no-first-run",
+        "--force-prefers-reduced-motion",  # nothing is drawn while nothing happens
         "--force-color-profile=srgb",
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         f"--user-data-dir={folder / 'profile'}",
         "--window-size=1280,860",
     ):
         options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     running = webdriver.Chrome(options=options, service=Service(driver))
     try:
         running.set_script_timeout(WAIT_S)
@@ -146,7 +178,6 @@ class Page:
             self.driver.get(f"{self.server.url}/health")
             self.driver.execute_script("localStorage.clear(); sessionStorage.clear()")
             self.driver.get_log("browser")
-            self.driver.get_log("performance")
         self.driver.get(f"{self.server.url}{path}")
         self.until(lambda: self.text("#model") == "demo")
 
@@ -160,12 +191,15 @@ class Page:
 
     def text(self, selector: str) -> str:
         """Return the text of the first element, also of a hidden one; empty without one."""
-        found = self.all(selector)
-        return (found[0].get_property("textContent") or "") if found else ""
+        script = "return document.querySelector(arguments[0])?.textContent ?? ''"
+        text: str = self.driver.execute_script(script, selector)
+        return text
 
     def until(self, condition: Callable[[], T | None]) -> T:
         """Wait until a condition is true, and return its value."""
-        waited: T = WebDriverWait(self.driver, WAIT_S, poll_frequency=0.02).until(lambda _: condition())
+        ignored = (StaleElementReferenceException,)  # made again between two looks at it
+        wait = WebDriverWait(self.driver, WAIT_S, poll_frequency=0.02, ignored_exceptions=ignored)
+        waited: T = wait.until(lambda _: condition())
         return waited
 
     def click(self, selector: str) -> None:
@@ -195,16 +229,16 @@ class Page:
 
     def answered(self, count: int = 1) -> None:
         """Wait until this many answers are shown and none arrives."""
-        self.until(lambda: len(self.all(".turn.answer")) == count and not self.all(".turn.arriving"))
+        script = (
+            "return ['.turn.answer', '.turn.arriving'].map((one) => document.querySelectorAll(one).length)"
+        )
+        self.until(lambda: self.driver.execute_script(script) == [count, 0])
 
     def requests(self) -> list[str]:
-        """Return the addresses of all requests since the last call."""
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [
-            message["params"]["request"]["url"]
-            for message in messages
-            if message["method"] == "Network.requestWillBeSent"
-        ]
+        """Return the addresses of what the page has loaded."""
+        script = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+        loaded: list[str] = self.driver.execute_script(script)
+        return loaded
 
     def complaints(self) -> list[str]:
         """Return what the browser's console says since the last call, without refused requests."""

@@ -44,7 +44,7 @@ export class Arriving {
     if (usage) this.count(usage);
   }
 
-  /** End it; what is open now was not part of the stream's end. */
+  /** Note that the stream is over, perhaps in the middle of its reasoning. */
   end() {
     this.endThought();
   }

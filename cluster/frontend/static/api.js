@@ -10,15 +10,14 @@ const MAX_SILENCE_MS = 300_000;
 export class ApiError extends Error {
   /**
    * @param {string} message
-   * @param {{ status?: number, code?: string | null, param?: string | null, requestId?: string | null, retryAfterS?: number | null }} [details]
+   * @param {{ status?: number, code?: string | null, param?: string | null, requestId?: string | null }} [details]
    */
-  constructor(message, { status = 0, code = null, param = null, requestId = null, retryAfterS = null } = {}) {
+  constructor(message, { status = 0, code = null, param = null, requestId = null } = {}) {
     super(message);
     this.status = status;
     this.code = code;
     this.param = param;
     this.requestId = requestId;
-    this.retryAfterS = retryAfterS;
   }
 }
 
@@ -121,11 +120,7 @@ export class Api {
       throw new ApiError("The server cannot be reached.");
     }
     if (response.ok) return response;
-    const details = {
-      status: response.status,
-      requestId: response.headers.get("x-request-id"),
-      retryAfterS: Number(response.headers.get("retry-after")) || null,
-    };
+    const details = { status: response.status, requestId: response.headers.get("x-request-id") };
     let body = null;
     try {
       body = await response.json();
@@ -138,7 +133,7 @@ export class Api {
 
 /**
  * @param {any} error OpenAI's error object, if there is one
- * @param {{ status?: number, requestId?: string | null, retryAfterS?: number | null }} details
+ * @param {{ status?: number, requestId?: string | null }} details
  */
 function refusal(error, details) {
   /** @param {unknown} value */

@@ -5,6 +5,7 @@ import { el, svg } from "./dom.js";
 const WIDTH = 320;
 const HEIGHT = 96;
 const TOP = 6;
+const MIN_SPAN_MS = 30_000;
 
 /**
  * @typedef {{ atMs: number, values: (number | null)[] }} Point
@@ -18,11 +19,10 @@ const TOP = 6;
 export class Chart {
   /**
    * @param {Options} options
-   * @param {number} spanMs time that the chart shows
    */
-  constructor(options, spanMs) {
+  constructor(options) {
     /** @private */ this.options = options;
-    /** @private */ this.spanMs = spanMs;
+    /** @private Time that the chart shows. */ this.spanMs = MIN_SPAN_MS;
     /** @private @type {Point[]} */ this.points = [];
     this.now = options.names.map(() => el("span", { class: "now" }));
     this.none = el("p", { class: "none" }, "Nothing yet");
@@ -56,6 +56,8 @@ export class Chart {
     this.points = points;
     const latest = points.at(-1);
     if (!latest) return;
+    this.spanMs = Math.max(MIN_SPAN_MS, latest.atMs - points[0].atMs);
+    if (this.cursor.getAttribute("visibility") === "hidden") this.when.textContent = this.spanText();
     const { names, title, format } = this.options;
     const greatest = Math.max(0, ...points.flatMap((point) => point.values.map((value) => value ?? 0)));
     const top = this.options.top ?? (greatest || 1);
@@ -70,6 +72,12 @@ export class Chart {
     this.lines.forEach((line, index) => line.setAttribute("d", this.path(index, top, latest.atMs)));
     const first = this.path(0, top, latest.atMs);
     this.area.setAttribute("d", first && names.length === 1 && !first.includes("M", 1) ? `${first}V${HEIGHT}H${this.x(points[0], latest.atMs)}Z` : "");
+  }
+
+  /** @private */
+  spanText() {
+    const seconds = Math.round(this.spanMs / 1000);
+    return seconds < 120 ? `last ${seconds} s` : `last ${Math.round(seconds / 60)} min`;
   }
 
   /** @private @param {Point} point @param {number} endMs */
@@ -104,7 +112,7 @@ export class Chart {
   point(event) {
     const latest = this.points.at(-1);
     this.cursor.setAttribute("visibility", event && latest ? "visible" : "hidden");
-    this.when.textContent = "";
+    this.when.textContent = this.spanText();
     if (!event || !latest) return;
     const box = this.plot.getBoundingClientRect();
     const at = ((event.clientX - box.left) / box.width) * WIDTH;

@@ -55,7 +55,7 @@ export class ChatTab {
         this.stop();
         showVersion(this.chat.conversation, turn);
         this.show();
-        this.save();
+        this.transcript.focusPager(turn);
       },
       reopen: (turn) => {
         this.stop();
@@ -69,6 +69,8 @@ export class ChatTab {
     /** @private Whether the end of the conversation stays in view. */ this.follows = true;
     /** @private @type {ReturnType<typeof setTimeout> | undefined} */ this.saveTimer = undefined;
     /** @private */ this.drawing = false;
+    /** @private Whether the page is being closed: the answer that arrives then only seems to fail. */ this.isLeft = false;
+    /** @private Whether the user's finger was the last pointer. */ this.isTouched = false;
     /** @private Time that the last rendering took. */ this.costMs = 0;
     this.listen();
     this.tellAside();
@@ -94,7 +96,12 @@ export class ChatTab {
       button.addEventListener("click", () => this.tryExample(/** @type {HTMLElement} */ (button)));
     }
     byId("download").addEventListener("click", () => this.download());
-    addEventListener("pagehide", () => this.save());
+    addEventListener("pointerdown", ({ pointerType }) => (this.isTouched = pointerType === "touch"));
+    addEventListener("pagehide", () => {
+      this.save();
+      this.isLeft = true;
+    });
+    addEventListener("pageshow", () => (this.isLeft = false));
     addEventListener("storage", (event) => this.store.concerns(event.key) && this.changedElsewhere());
   }
 
@@ -184,6 +191,8 @@ export class ChatTab {
     if (isRunning) announce("The answer is arriving.");
     this.save();
     if (this.follows) this.scrollToEnd();
+    // What had the focus may be gone. On a touch screen the focus would open the keyboard.
+    if (document.activeElement === document.body && !this.isTouched) this.composer.focus();
   }
 
   /** @private Return the stored conversations, and the open one if it could not be stored. */
@@ -234,7 +243,7 @@ export class ChatTab {
   save(conversation = this.chat.conversation) {
     clearTimeout(this.saveTimer);
     this.saveTimer = undefined;
-    if (!conversation.turns.length) return;
+    if (!conversation.turns.length || this.isLeft) return;
     try {
       this.store.save(conversation);
       dismiss("full");

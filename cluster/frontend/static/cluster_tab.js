@@ -10,6 +10,7 @@ import { parseMetrics, quantileOf } from "./prometheus.js";
 const PERIOD_MS = 2000;
 const MAX_PERIOD_MS = 30_000;
 const SPAN_MS = 300_000;
+/** Time that the charts go back. */
 
 const whole = (/** @type {number} */ value) => (value >= 100 ? Math.round(value).toLocaleString("en") : String(Math.round(value * 10) / 10));
 const percent = (/** @type {number} */ value) => `${Math.round(value * 1000) / 10} %`;
@@ -75,7 +76,7 @@ export class ClusterTab {
   constructor(api, page) {
     /** @private */ this.api = api;
     /** @private */ this.page = page;
-    /** @private */ this.charts = CHARTS.map((options) => new Chart(options, SPAN_MS));
+    /** @private */ this.charts = CHARTS.map((options) => new Chart(options));
     /** @private @type {import("./chart.js").Point[][]} */ this.points = CHARTS.map(() => []);
     /** @private @type {Report | null} */ this.latest = null;
     /** @private */ this.isShown = false;

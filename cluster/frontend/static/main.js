@@ -8,6 +8,7 @@ import { browserStorage, Store } from "./store.js";
 
 const THEMES = /** @type {const} */ (["auto", "light", "dark"]);
 const RETRY_MS = 3000;
+const CLUSTER_HASH = "#tab=cluster";
 
 const key = new Key();
 const api = new Api(key);
@@ -76,7 +77,7 @@ function openTab(tab, focus = false) {
   document.body.dataset.tab = tab.id;
   if (focus) tab.focus();
   cluster.show(tab.id === "tab-cluster");
-  history.replaceState(null, "", tab.id === "tab-cluster" ? "#cluster" : location.pathname + location.search);
+  history.replaceState(null, "", tab.id === "tab-cluster" ? CLUSTER_HASH : location.pathname + location.search);
 }
 
 for (const tab of tabs) {
@@ -191,7 +192,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 if (narrow.matches) setPanel("sidebar", false);
-openTab(location.hash === "#cluster" ? tabs[1] : tabs[0]);
+openTab(location.hash === CLUSTER_HASH ? tabs[1] : tabs[0]);
 showTheme();
 void loadModel();
 if (!narrow.matches) chat.focus();

@@ -125,7 +125,7 @@ function linkAt(text, at, depth) {
   const start = isImage ? at + 2 : at + 1;
   const close = closingBracket(text, start);
   if (close < 0 || text[close + 1] !== "(") return null;
-  const target = /^\(\s*<?([^\s<>]*?)>?(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/.exec(targetAt(text, close + 1));
+  const target = /^\(\s*<?([^\s<>]*?)>?(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)$/.exec(targetAt(text, close + 1));
   if (!target) return null;
   const label = el("span");
   render(label, text.slice(start, close), depth + 1);

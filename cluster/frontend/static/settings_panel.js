@@ -1,4 +1,4 @@
-/** The panel with a conversation's settings. */
+/** The fields of a conversation's settings: those of the panel, and the effort beside the message. */
 
 import { byId } from "./dom.js";
 import { DEFAULTS, EXAMPLE_SCHEMA, EXAMPLE_TOOLS, requestFields } from "./settings.js";
@@ -6,7 +6,6 @@ import { DEFAULTS, EXAMPLE_SCHEMA, EXAMPLE_TOOLS, requestFields } from "./settin
 /** @typedef {import("./settings.js").Settings} Settings */
 
 const NAMES = /** @type {(keyof Settings)[]} */ (Object.keys(DEFAULTS));
-/** Effort is beside the message; changes there and here are the same setting. */
 
 export class SettingsPanel {
   /** @param {(settings: Settings) => void} changed */

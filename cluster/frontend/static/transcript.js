@@ -76,6 +76,12 @@ export class Transcript {
     if (view instanceof AnswerView) view.focusResult();
   }
 
+  /** Give the focus to the buttons that show other versions of a turn. @param {Turn} turn */
+  focusPager(turn) {
+    const pager = this.views.get(turn.id)?.pager;
+    /** @type {HTMLElement | null | undefined} */ (pager?.querySelector("button:not(:disabled)"))?.focus();
+  }
+
   /** Let the user change the last message that the user wrote. */
   editLast() {
     const views = [...this.views.values()].filter((view) => view instanceof UserView);
