@@ -23,6 +23,7 @@ from cluster.frontend.models import add_models
 from cluster.frontend.openapi import Schemas
 from cluster.frontend.rate_limits import LIMIT, REMAINING, RESET, RateLimits
 from cluster.frontend.responses.background import BackgroundRuns
+from cluster.frontend.responses.compact import add_compact
 from cluster.frontend.responses.conversations import ConversationsApi, add_conversations
 from cluster.frontend.responses.routes import ResponsesApi, add_responses
 from cluster.frontend.responses.stored_routes import add_stored
@@ -100,6 +101,7 @@ def _add_stateful(app: FastAPI, api: ResponsesApi, config: GatewayConfig, schema
         api.state.employ(runs)
     add_responses(app, api, schemas, runs)
     add_websocket(app, api, config)
+    add_compact(app, api, schemas)
     add_stored(app, api, schemas, runs)
     conversations = ConversationsApi(api.state, api.limits, api.service.served.info.max_model_len)
     add_conversations(app, conversations, schemas)

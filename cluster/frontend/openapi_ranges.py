@@ -118,6 +118,7 @@ def _responses() -> Mapping[tuple[str, str], Keywords]:
             "additionalProperties": {"maxLength": MAX_VALUE_CHARS},
         },
         ("InputTokensRequest", "input"): {"minItems": 1},
+        ("CompactRequest", "input"): {"minItems": 1},
         ("InputTokensRequest", "tools"): tools,
         ("ReasoningOptions", "effort"): _EFFORT,
         ("ReasoningOptions", "max_tokens"): _span(limits.CHAT_INTEGERS["max_reasoning_tokens"]),

@@ -149,14 +149,20 @@ def _call(item: FunctionCallItem | CustomCallItem, place: str) -> ToolCall:
     )
 
 
-def sealed_summary(summary: str, seals: Seals) -> str:
-    """Return the content of a compaction item."""
-    return seals.seal(orjson.dumps({"summary": summary}).decode(), COMPACTION)
+def sealed_summary(summary: str, instructions: Sequence[str], seals: Seals) -> str:
+    """Return the content of a compaction item.
+
+    Args:
+        instructions: those among the items that it stands for.
+    """
+    kept = {"summary": summary, "instructions": list(instructions)}
+    return seals.seal(orjson.dumps(kept).decode(), COMPACTION)
 
 
 def _compacted(item: CompactionItem, place: str, seals: Seals) -> Iterator[ChatMessage]:
-    sealed = orjson.loads(seals.open(item.encrypted_content, COMPACTION, f"{place}.encrypted_content"))
-    yield ChatMessage("user", f"{SUMMARY_PREFIX}{sealed['summary']}")
+    kept = orjson.loads(seals.open(item.encrypted_content, COMPACTION, f"{place}.encrypted_content"))
+    yield from (ChatMessage("developer", text) for text in kept["instructions"])
+    yield ChatMessage("user", f"{SUMMARY_PREFIX}{kept['summary']}")
 
 
 SUMMARY_PREFIX = "Summary of the earlier conversation, which is no longer shown:\n\n"

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cluster.frontend.errors import PreviousResponseNotFound
 from cluster.frontend.responses.request import refuse_state
-from cluster.frontend.responses.schema import ContextFields, ConversationParam
+from cluster.frontend.responses.schema import ConversationParam, PriorFields
 from cluster.frontend.responses.schema_items import Item, ItemReference
 from cluster.frontend.responses.stored import stored_input
 from cluster.state.conversations import StoredTurns
@@ -17,7 +17,7 @@ from cluster.state.rows import StoredItem
 from cluster.state.state import State
 from workers.errors import CantataError, InvalidRequest
 
-Fields = TypeVar("Fields", bound=ContextFields)
+Fields = TypeVar("Fields", bound=PriorFields)
 _ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
 
 
@@ -95,7 +95,7 @@ def repeated(prior: Prior, *, store: bool, background: bool) -> dict[str, Any]:
     }
 
 
-def _conversation_id(body: ContextFields) -> str | None:
+def _conversation_id(body: PriorFields) -> str | None:
     given = body.conversation
     return given.id if isinstance(given, ConversationParam) else given
 

@@ -45,7 +45,7 @@ _SAMPLING = (
     "cache_salt",
 )
 """The fields that mean the same in chat."""
-_NAMES = FieldNames(
+NAMES = FieldNames(
     max_tokens="max_output_tokens",
     logprobs="top_logprobs",
     max_reasoning_tokens="reasoning.max_tokens",
@@ -139,7 +139,7 @@ def _context(body: ContextFields, num_bytes: int, seals: Seals, num_before: int)
         model=body.model,
         per_token=True,
         leaves_out_turns=body.truncation == "auto",
-        names=_NAMES,
+        names=NAMES,
     )
     return chat, tools
 

@@ -126,14 +126,19 @@ Conversation = Annotated[
 ]
 
 
-class ContextFields(Body):
-    """What decides the prompt of a response."""
+class PriorFields(Body):
+    """The messages of a request, and what it continues."""
 
     model: str | None = Field(default=None, description="The served model by default.")
     input: Input | None = Field(default=None, description="A text, or items.")
     instructions: str | None = Field(default=None, description="A developer message before the input.")
     previous_response_id: str | None = None
     conversation: Conversation | None = None
+
+
+class ContextFields(PriorFields):
+    """What decides the prompt of a response."""
+
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = Field(
         default=None, description="'auto' by default; every other choice but 'none' forces a call."
@@ -152,20 +157,14 @@ class InputTokensRequest(ContextFields):
     """`POST /v1/responses/input_tokens`."""
 
 
-class CompactRequest(Body):
+class CompactRequest(PriorFields):
     """`POST /v1/responses/compact`."""
 
-    model: str | None = Field(default=None, description="The served model by default.")
-    input: Input | None = Field(default=None, description="A text, or items.")
-    instructions: str | None = Field(
-        default=None, description="What the summary is to pay attention to beside the usual."
-    )
-    previous_response_id: str | None = None
+    reasoning: ReasoningOptions | None = None
     tools: object = Field(default=None, description="Ignored.")
     parallel_tool_calls: object = Field(default=None, description="Ignored.")
-    reasoning: ReasoningOptions | None = None
     text: object = Field(default=None, description="Ignored.")
-    prompt_cache_key: str | None = Field(default=None, description="Ignored.")
+    prompt_cache_key: object = Field(default=None, description="Ignored.")
     prompt_cache_options: object = Field(default=None, description="Ignored.")
     prompt_cache_retention: object = Field(default=None, description="Ignored.")
     service_tier: object = Field(default=None, description="Ignored.")
