@@ -10,6 +10,7 @@
 | Who wrote the first program? | JSON; if no schema is enforced, fenced, with a word for the year |
 | a report of a validation error | the same with a number for the year |
 | Are you busy? | the first time an error, the engine is overloaded; then a greeting |
+| Hand over. | a call of transfer_to_specialist, if it is declared |
 | Break off. | some words, then the engine dies |
 """
 
@@ -63,6 +64,8 @@ class ScriptedModel:
             return self._say('{"name": "Ada Lovelace", "year": 1843}')
         if text.startswith("Who wrote the first program?"):
             return self._say(_fenced('{"name": "Ada Lovelace", "year": "long ago"}'))
+        if text == "Hand over." and "type transfer_to_specialist = " in prompt:
+            return Script(turn(self.encoding, call=("transfer_to_specialist", "{}")))
         if text == "Break off.":
             ids = turn(self.encoding, text="This sentence has no")
             return Script(ids, break_after=len(ids) - 1, failure=EngineDead("scripted"))

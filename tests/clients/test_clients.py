@@ -63,6 +63,8 @@ PYTHON_PROGRAMS = (
     Program("pydantic_ai_chat.py"),
     Program("instructor_chat.py", has_tools=False),
     Program("agents_chat.py"),
+    Program("openai_responses_chat.py"),
+    Program("agents_responses_chat.py"),
 )
 NODE_PROGRAMS = (Program("openai_chat.mjs"), Program("ai_chat.mjs"))
 

@@ -15,9 +15,9 @@ from cluster.frontend.reasoning import reasoning_effort, shown_effort
 from cluster.frontend.responses import answers
 from cluster.frontend.responses.items import input_messages, sealed_summary
 from cluster.frontend.responses.request import NAMES
-from cluster.frontend.responses.routes import ResponsesApi, owner_of, unix_s
+from cluster.frontend.responses.routes import ResponsesApi, owner_of
 from cluster.frontend.responses.schema import CompactRequest
-from cluster.frontend.responses.views import Json, usage_body
+from cluster.frontend.responses.views import Json, unix_s, usage_body
 from cluster.generation import ChatRequest
 from cluster.harmony.message import Message
 from workers.request import SamplingParams
