@@ -41,7 +41,7 @@ MISSPELT = {
 }
 OTHER_FIELDS = (
     "mode top_a top_n top_h min_k tfs_z mirostat mirostat_tau typical_p repeat_penalty xtc_threshold "
-    "dry_base cache_prompt id_slot n_predict n_probs samplers timings_per_token reasoning_format "
+    "dry_base cache_prompt id_slot n_predict n_probs samplers reasoning_format "
     "think keep_alive options format template raw images num_ctx route provider transforms plugins "
     "usage preset debug trace id t k m no include input instructions truncation background "
     "conversation previous_response_id max_output_tokens text max_new_tokens do_sample details "
