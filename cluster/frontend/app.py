@@ -15,7 +15,7 @@ from cluster.fleet.status import FleetStatus
 from cluster.frontend import answers, body, chat, completions, errors, schema, sse
 from cluster.frontend.anthropic.routes import add_messages
 from cluster.frontend.chat_page import PATHS as PAGE_PATHS
-from cluster.frontend.chat_page import add_page
+from cluster.frontend.chat_page import add_page, refuse_page
 from cluster.frontend.docs_page import add_docs
 from cluster.frontend.edge import Edge
 from cluster.frontend.llama_cpp import add_llama_cpp
@@ -84,6 +84,8 @@ def build_app(
     add_docs(app)
     if config.page:
         add_page(app)
+    else:
+        refuse_page(app)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

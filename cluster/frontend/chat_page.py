@@ -75,7 +75,7 @@ def add_page(app: FastAPI) -> None:
     read = {name: _File.read(name) for name in _NAMES}
     index = read.pop(_INDEX)
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
         return index.answer(request)
 
@@ -86,6 +86,14 @@ def add_page(app: FastAPI) -> None:
         return read[name].answer(request)
 
     app.router.routes.append(_BarePrefix())
+
+
+def refuse_page(app: FastAPI) -> None:
+    """Add a route that says that there is no page: `/` is known, for `HEAD`, in any case."""
+
+    @app.get("/", include_in_schema=False)
+    async def no_page() -> Response:
+        raise errors.UnknownRoute("This server has no page: gateway.page is false.")
 
 
 class _BarePrefix(BaseRoute):
