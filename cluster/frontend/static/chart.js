@@ -71,7 +71,7 @@ export class Chart {
     );
     this.lines.forEach((line, index) => line.setAttribute("d", this.path(index, top, latest.atMs)));
     const first = this.path(0, top, latest.atMs);
-    this.area.setAttribute("d", first && names.length === 1 && !first.includes("M", 1) ? `${first}V${HEIGHT}H${this.x(points[0], latest.atMs)}Z` : "");
+    this.area.setAttribute("d", first && names.length === 1 && !first.includes("M", 1) ? `${first}V${HEIGHT}H${Number.parseFloat(first.slice(1))}Z` : "");
   }
 
   /** @private */
@@ -103,6 +103,7 @@ export class Chart {
       }
       const y = HEIGHT - (HEIGHT - TOP) * Math.min(1, value / top) - 1;
       path += `${command}${this.x(point, endMs).toFixed(1)} ${y.toFixed(1)}`;
+      if (command === "M") path += "h0"; // a dot, where no other value is beside it
       command = "L";
     }
     return path;
