@@ -1,10 +1,10 @@
 # `make serve` and `make test` do all the set-up on a fresh machine with Python 3.11 or newer.
 VENV := .venv/bin
-MODEL ?= checkpoints/tiny
+MODEL ?= deploy/demo
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 9000
 # Flags of `cantata serve`. The demo model needs no more than this; for another one the engine looks how much memory is free.
-SERVE_FLAGS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--kv-cache-memory 256MiB)
+SERVE_FLAGS ?= $(if $(filter deploy/demo checkpoints/tiny,$(MODEL)),--kv-cache-memory 256MiB)
 # Flags of `make gpu-check`, such as --model checkpoints/gpt-oss-20b or --only tests,step.
 GPU_CHECK_FLAGS ?=
 # The last lines of each run of pytest in `make test`, shown again at its end.
@@ -18,12 +18,13 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: serve test test-clients test-isa test-slow gpu-check lint proto clean
 
-serve: ## Serve $(MODEL) (a random tiny demo model is made if it is not there) on loopback.
+serve: ## Serve $(MODEL), the demo model if none is given, on loopback.
 	@scripts/install.sh
 	@[ "$(MODEL)" != checkpoints/tiny ] || $(MAKE) --silent --no-print-directory checkpoints/tiny
+	@[ "$(MODEL)" != deploy/demo ] || echo "The demo model is a toy on the real engine: see deploy/demo/README.md."
 	@exec $(VENV)/cantata serve --standalone --model $(MODEL) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) $(SERVE_FLAGS)
 
-checkpoints/tiny: ## The demo model: a tiny one of the right shape, with random weights.
+checkpoints/tiny: ## A tiny model of the right shape, with random weights, for benchmarks.
 	@scripts/install.sh
 	@$(VENV)/cantata make-checkpoint --preset tiny --seed 0 $@
 

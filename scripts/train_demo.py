@@ -22,7 +22,7 @@ import torch
 from scripts.demo import evaluation, training
 from scripts.demo.checkpoint import save_checkpoint
 
-STEPS = 4000
+STEPS = 2000
 BATCH_TOKENS = 6144
 SEED = 18
 _SAVE_EVERY_S = 180.0

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,7 @@ from workers.engine.llm import LLM, SamplingParams
 _MAX_TOKENS = 250
 _KV_CACHE_BYTES = 128 << 20
 _TIMEOUT_S = 120.0
+_CLIENTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,8 @@ class OverHttp:
         self._constraint = constraint
 
     def ask(self, examples: Sequence[Example]) -> list[Answer | None]:
-        return [self._ask(example) for example in examples]
+        with ThreadPoolExecutor(_CLIENTS) as clients:
+            return list(clients.map(self._ask, examples))
 
     def _ask(self, example: Example) -> Answer | None:
         body: dict[str, object] = {
