@@ -499,7 +499,7 @@ async def test_unknown_models_routes_and_methods(gateway: Gateway) -> None:
     assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
     for method, path, status, code in (
         ("GET", "/v1/nothing", 404, "unknown_route"),
-        ("POST", "/", 404, "unknown_route"),
+        ("POST", "/nothing", 404, "unknown_route"),
         ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("POST", "/v1/models/", 405, "method_not_allowed"),
