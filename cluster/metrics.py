@@ -93,10 +93,20 @@ class GatewayMetrics:
             ("kind",),
         )
         self._add_constraints(counter)
+        self._add_continuity(counter)
         for reason in get_args(FinishReason):
             self.finished_choices.labels(reason)
         for kind in get_args(Repair):
             self.repairs.labels(kind)
+
+    def _add_continuity(self, counter: "partial[Counter]") -> None:
+        self.restored_reasoning = counter(
+            "cantata_gateway_restored_reasoning",
+            "Calls whose client sent a result without the reasoning: it was kept here (hit) or not (miss).",
+            ("result",),
+        )
+        for result in ("hit", "miss"):
+            self.restored_reasoning.labels(result)
 
     def _add_constraints(self, counter: "partial[Counter]") -> None:
         self.structured_requests = counter(

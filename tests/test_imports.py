@@ -72,6 +72,7 @@ FOLDERS = {
     },
     "cluster.frontend.anthropic": {
         *("cluster", "cluster.frontend", "cluster.generation", "cluster.harmony", "workers"),
+        "workers.rpc",
     },
     "cluster.frontend.responses": {
         *("cluster", "cluster.frontend", "cluster.generation", "cluster.harmony", "cluster.state"),

@@ -13,9 +13,10 @@ from starlette.routing import Match
 from cluster.config import GatewayConfig
 from cluster.fleet.status import FleetStatus
 from cluster.frontend import answers, body, chat, completions, errors, schema, sse
-from cluster.frontend.anthropic.routes import add_messages
+from cluster.frontend.anthropic.routes import MessagesApi, add_messages
 from cluster.frontend.chat_page import PATHS as PAGE_PATHS
 from cluster.frontend.chat_page import add_page, refuse_page
+from cluster.frontend.continuity import KeptReasoning
 from cluster.frontend.docs_page import add_docs
 from cluster.frontend.edge import Edge
 from cluster.frontend.llama_cpp import add_llama_cpp
@@ -72,10 +73,11 @@ def build_app(
     app.state.state = state
     schemas = Schemas()
     times = sse.StreamTimes(config.stream_headers_s, config.stream_keep_alive_s)
-    _add_generation(app, service, schemas, limits, times)
+    kept = KeptReasoning(None if state is None else state.continuity, service.metrics)
+    _add_generation(app, service, schemas, limits, times, kept)
     sealer = Sealer((config.secret or new_secret()).encode())
     _add_stateful(app, ResponsesApi(service, sealer, limits, times, state), config, schemas)
-    add_messages(app, service, schemas, limits, times, sealer)
+    add_messages(app, MessagesApi(service, limits, times, sealer, kept), schemas)
     _add_tokens(app, service, schemas, limits)
     add_llama_cpp(app, service, schemas, limits)
     add_models(app, service, schemas)
@@ -140,6 +142,7 @@ def _add_generation(
     schemas: Schemas,
     limits: body.BodyLimits,
     times: sse.StreamTimes,
+    kept: KeptReasoning,
 ) -> None:
     @app.post(
         "/v1/chat/completions",
@@ -157,9 +160,10 @@ def _add_generation(
             chat.chat_request,
         )
         fingerprint = service.served.info.fingerprint
+        wanted = await kept.restored(wanted, request.state.owner)
         return await _answer(
             request,
-            service.chat(wanted, request.state.request_id),
+            kept.watched(lambda: service.chat(wanted, request.state.request_id), wanted, request.state.owner),
             lambda generation: chat.answer(generation, asked, fingerprint),
             lambda generation: chat.chunks(generation, asked, fingerprint),
             times if asked.stream else None,

@@ -121,6 +121,7 @@ def _harmony_messages(message: ChatMessage, index: int, called: dict[int, _Call]
                     channel="commentary",
                     content_type=None if call.custom else "json",
                     end="call",
+                    call_id=call.id,
                 )
 
 

@@ -145,7 +145,7 @@ def _messages() -> Mapping[tuple[str, str], Keywords]:
     message = {
         **prompt,
         **sampling,
-        "max_tokens": {"minimum": 1},  # what the context cannot hold is cut
+        "max_tokens": _OUTPUT_TOKENS,
         "top_k": _span(limits.INTEGERS["top_k"]),
         "stop_sequences": {"maxItems": limits.MAX_STOP_STRINGS, "items": stop},
         "container": _NULL,

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 
 from cluster.events import ChoiceDelta, ChoiceFinish, GenerationEvent, TokenLogprob, Usage
@@ -34,6 +34,7 @@ class Generation:
         id: the request's, as clients see it.
         model: the name of the model that answers.
         prompts: token ids of each prompt.
+        observer: awaited with each event before the reader gets it; None: there is none.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Generation:
         self.model = turn.model
         self.created_unix_s = int(time.time())
         self.prompts = turn.prompts
+        self.observer: Callable[[GenerationEvent], Awaitable[None]] | None = None
         self._turn = turn
         self._jobs = turn.jobs
         self._dispatcher = dispatcher
@@ -86,9 +88,10 @@ class Generation:
         return self
 
     async def __anext__(self) -> GenerationEvent:
-        if self._first:
-            return self._first.popleft()
-        return await self._next()
+        event = self._first.popleft() if self._first else await self._next()
+        if self.observer is not None:
+            await self.observer(event)
+        return event
 
     async def aclose(self) -> None:
         """Stop all running work; returns when the engines' calls are cancelled. Harmless when

@@ -31,6 +31,8 @@ class Message:
         token_ids: the ids as which it was generated, from `<|start|>` to its end, while its turn
             lives; None: it came as text, or departed from the format and is rendered as it was
             read. Equality of messages ignores them.
+        call_id: the id by which a client's results name this call; None: it is no call, or has
+            none.
     """
 
     role: Role
@@ -41,6 +43,7 @@ class Message:
     content_type: str | None = None
     end: End | None = None
     token_ids: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+    call_id: str | None = field(default=None, compare=False, repr=False)
 
     @property
     def kind(self) -> Kind:

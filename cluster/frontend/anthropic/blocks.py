@@ -16,6 +16,7 @@ from cluster.frontend.anthropic.answers import (
     StopReason,
 )
 from cluster.frontend.anthropic.request import ThinkingShown
+from cluster.frontend.anthropic.schema import TOOL_USE
 from cluster.frontend.anthropic.signatures import signature
 from cluster.frontend.fold import (
     Finish,
@@ -99,7 +100,7 @@ class BlockStream:
 
 def tool_use_id(call_id: str) -> str:
     """Return the id of a call as Anthropic's API spells it."""
-    return f"toolu_{call_id.removeprefix('call_')}"
+    return f"{TOOL_USE}{call_id.removeprefix('call_')}"
 
 
 async def events(

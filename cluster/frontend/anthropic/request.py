@@ -21,6 +21,7 @@ from cluster.harmony.tools import ToolDefinition, ToolFields
 from cluster.sealing import Sealer
 from workers.errors import InvalidRequest
 from workers.request import SamplingParams
+from workers.rpc.validate import MAX_COUNT, check_integer
 
 _NAMES = FieldNames(max_reasoning_tokens="thinking.budget_tokens", stop="stop_sequences")
 _FORMAT_NAME = "output"
@@ -61,6 +62,7 @@ def chat_request(body: MessagesRequest, num_bytes: int, sealer: Sealer) -> ChatR
     for name, value in (("container", body.container), ("compaction", body.compaction)):
         if value is not None:
             raise InvalidRequest(f"{name} is not offered by this server: leave it out.", name)
+    check_integer("max_tokens", body.max_tokens, 1, MAX_COUNT)
     default = SamplingParams()
     return _chat_request(
         body,

@@ -1,6 +1,7 @@
 """Anthropic's Messages API over a GenerationService: `/v1/messages` and the count of its tokens."""
 
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -11,6 +12,7 @@ from cluster.frontend.anthropic.answers import MessageAnswer, MessageEvent, Mess
 from cluster.frontend.anthropic.blocks import events, whole_message
 from cluster.frontend.anthropic.request import ThinkingShown, chat_request, counted_request
 from cluster.frontend.anthropic.schema import CountTokensRequest, MessagesRequest
+from cluster.frontend.continuity import KeptReasoning
 from cluster.frontend.openapi import Schemas
 from cluster.generation import ChatRequest, Generation, GenerationService
 from cluster.sealing import Sealer
@@ -26,21 +28,26 @@ def stream_form(request_id: str) -> sse.StreamForm:
     )
 
 
-def add_messages(
-    app: FastAPI,
-    service: GenerationService,
-    schemas: Schemas,
-    limits: body.BodyLimits,
-    times: sse.StreamTimes,
-    sealer: Sealer,
-) -> None:
-    """Add the routes of the Messages API.
+@dataclass(frozen=True, slots=True)
+class MessagesApi:
+    """What the routes of the Messages API need.
 
-    Args:
+    Attributes:
         sealer: of the signatures of thinking, the same for all gateways.
+        kept: reasoning for clients that drop it.
     """
-    _add_create(app, service, schemas, limits, times, sealer)
-    _add_count(app, service, schemas, limits, sealer)
+
+    service: GenerationService
+    limits: body.BodyLimits
+    times: sse.StreamTimes
+    sealer: Sealer
+    kept: KeptReasoning
+
+
+def add_messages(app: FastAPI, api: MessagesApi, schemas: Schemas) -> None:
+    """Add the routes of the Messages API."""
+    _add_create(app, api, schemas)
+    _add_count(app, api, schemas)
 
     @app.head("/", include_in_schema=False)
     @app.head(errors.PATH, include_in_schema=False)
@@ -49,14 +56,9 @@ def add_messages(
         return Response()
 
 
-def _add_create(
-    app: FastAPI,
-    service: GenerationService,
-    schemas: Schemas,
-    limits: body.BodyLimits,
-    times: sse.StreamTimes,
-    sealer: Sealer,
-) -> None:
+def _add_create(app: FastAPI, api: MessagesApi, schemas: Schemas) -> None:
+    service, sealer = api.service, api.sealer
+
     @app.post(
         errors.PATH,
         openapi_extra=schemas.describe(
@@ -68,18 +70,19 @@ def _add_create(
         asked, wanted = await body.read(
             request,
             MessagesRequest,
-            limits,
+            api.limits,
             service.served.info.max_model_len,
             lambda body, num_bytes: chat_request(body, num_bytes, sealer),
         )
-        shown, request_id = ThinkingShown.of(asked), request.state.request_id
-        start = _begin(service, wanted, request_id)
+        shown, request_id, owner = ThinkingShown.of(asked), request.state.request_id, request.state.owner
+        wanted = await api.kept.restored(wanted, owner)
+        start = api.kept.watched(lambda: _begin(service, wanted, request_id), wanted, owner)
         if asked.stream:
 
             def chunks(generation: Generation) -> AsyncGenerator[bytes, None]:
                 return events(generation, shown, sealer, asked.max_tokens)
 
-            return await sse.stream(request, start, chunks, times, request_id, stream_form(request_id))
+            return await sse.stream(request, start, chunks, api.times, request_id, stream_form(request_id))
         generation = await sse.begin(request, start)
         try:
             whole = whole_message(generation, shown, sealer, asked.max_tokens)
@@ -88,9 +91,9 @@ def _add_create(
             await generation.aclose()
 
 
-def _add_count(
-    app: FastAPI, service: GenerationService, schemas: Schemas, limits: body.BodyLimits, sealer: Sealer
-) -> None:
+def _add_count(app: FastAPI, api: MessagesApi, schemas: Schemas) -> None:
+    service = api.service
+
     @app.post(
         f"{errors.PATH}/count_tokens",
         openapi_extra=schemas.describe(CountTokensRequest, TokensCounted, error=MessagesError),
@@ -100,11 +103,12 @@ def _add_count(
         asked, wanted = await body.read(
             request,
             CountTokensRequest,
-            limits,
+            api.limits,
             service.served.info.max_model_len,
-            lambda body, num_bytes: counted_request(body, num_bytes, sealer),
+            lambda body, num_bytes: counted_request(body, num_bytes, api.sealer),
         )
         service.served.check(asked.model)
+        wanted = await api.kept.restored(wanted, request.state.owner, counts=False)
         counted: TokensCounted = {"input_tokens": await service.prompts.count(wanted)}
         return _json(counted)
 

@@ -8,6 +8,8 @@ from pydantic.json_schema import SkipJsonSchema
 
 from cluster.frontend.schema_base import Body, Whole
 
+TOOL_USE = "toolu_"
+"""Beginning of the ids of calls, where those of OpenAI's APIs have `call_`."""
 _SHOWN_KIND = 64
 """Maximum number of characters of a client's `type` that an error repeats."""
 

@@ -12,6 +12,7 @@ from itertools import groupby
 import orjson
 
 from cluster.frontend.anthropic.schema import (
+    TOOL_USE,
     Block,
     MessageTurn,
     RedactedThinkingBlock,
@@ -156,6 +157,7 @@ def _assistant_message(placed: _Placed, calls: "_Calls", sealer: Sealer) -> Mess
                 channel="commentary",
                 content_type="json",
                 end="call",
+                call_id=f"call_{block.id.removeprefix(TOOL_USE)}",
             )
         case RedactedThinkingBlock():
             raise InvalidRequest(f"{placed.place}: Invalid `data` in `redacted_thinking` block")
