@@ -71,6 +71,7 @@ RULES_BETWEEN_FIELDS = (
     # What a block is: of which role, signed, the result of a call.
     r"blocks cannot be in|Invalid `|thinking\.signature|unexpected `tool_use_id`|`tool_use` ids must be",
     "the final `assistant` message must|tool_choice.name: Field|budget_tokens: Field",
+    r"content\.\d+\.name must have",  # a pattern's blanks are not those of Python everywhere
     "logit_bias has token id",  # the names of a JSON object's fields have no range
 )
 """Refusals that a schema of single fields cannot foresee."""
