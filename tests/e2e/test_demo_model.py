@@ -92,6 +92,8 @@ async def test_answers_over_http(gateway: Gateway) -> None:
     )
     assert json.loads(filled["content"]) == {"name": "Anna", "age": 31, "city": "Paris"}
     await check_the_stream(gateway)
+    await check_responses(gateway)
+    await check_messages(gateway)
     await check_grpc(gateway)
 
 
@@ -121,6 +123,18 @@ async def check_the_stream(gateway: Gateway) -> None:
     texts = [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]
     assert "".join(texts) == SUM_ANSWER
     assert sum(bool(text) for text in texts) > 1
+
+
+async def check_responses(gateway: Gateway) -> None:
+    answer = await gateway.client.responses.create(model="demo", input=SUM, temperature=0)
+    assert answer.output_text == SUM_ANSWER
+
+
+async def check_messages(gateway: Gateway) -> None:
+    body = {"model": "demo", "max_tokens": 200, "messages": [{"role": "user", "content": SUM}]}
+    answer = await gateway.http.post("/v1/messages", json={**body, "temperature": 0})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["content"][-1] == {"type": "text", "text": SUM_ANSWER, "citations": None}
 
 
 async def check_grpc(gateway: Gateway) -> None:
