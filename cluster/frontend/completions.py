@@ -75,10 +75,13 @@ async def answer(generation: Generation, body: schema.CompletionRequest, fingerp
         )
         for index, choice in enumerate(whole.choices)
     ]
-    for index, choice_body in enumerate(choices):
-        prompt = index // n
-        await _add_echoed(choice_body, generation, body, prompt)
-        choice_body["prompt_logprobs"] = await prompt_logprobs(generation, body.prompt_logprobs, prompt)
+    for prompt in range(len(generation.prompts)):
+        echoed = await _echoed(generation, body, prompt)
+        # One object for all choices of a prompt: it is large.
+        scores = await prompt_logprobs(generation, body.prompt_logprobs, prompt)
+        for choice_body in choices[prompt * n : (prompt + 1) * n]:
+            _add_echoed(choice_body, echoed)
+            choice_body["prompt_logprobs"] = scores
     for choice_body in () if body.return_token_ids else choices:  # null, as in vLLM; absent from streams
         choice_body["token_ids"] = choice_body["prompt_token_ids"] = None
     return {**_frame(generation, body, fingerprint, choices), "usage": usage_body(whole.usage)}
@@ -111,17 +114,23 @@ def _choice_body(
     return body
 
 
-async def _add_echoed(
-    choice: TextChoiceBody, generation: Generation, body: schema.CompletionRequest, prompt: int
-) -> None:
-    """Put the log-probabilities of an echoed prompt in front of the text's own."""
-    found, num_top = choice["logprobs"], body.logprobs
-    if not body.echo or found is None or num_top is None:
-        return
+async def _echoed(
+    generation: Generation, body: schema.CompletionRequest, prompt: int
+) -> CompletionLogprobs | None:
+    """Return the log-probabilities of an echoed prompt; None: the client did not ask for them."""
+    if not body.echo or body.logprobs is None:
+        return None
     as_ids = bool(body.return_tokens_as_token_ids)
-    echoed = await echoed_logprobs(
-        generation, num_top, prompt, lambda entries: _logprobs_body(entries, as_ids)
+    return await echoed_logprobs(
+        generation, body.logprobs, prompt, lambda entries: _logprobs_body(entries, as_ids)
     )
+
+
+def _add_echoed(choice: TextChoiceBody, echoed: CompletionLogprobs | None) -> None:
+    """Put the log-probabilities of an echoed prompt in front of the text's own."""
+    found = choice["logprobs"]
+    if echoed is None or found is None:
+        return
     choice["logprobs"] = {
         "tokens": echoed["tokens"] + found["tokens"],
         "token_logprobs": echoed["token_logprobs"] + found["token_logprobs"],
@@ -159,7 +168,7 @@ async def chunks(
             prompt=None if shown.choice in begun else generation.prompts[shown.choice // n],
         )
         if shown.choice not in begun:
-            await _add_echoed(choice, generation, body, shown.choice // n)
+            _add_echoed(choice, await _echoed(generation, body, shown.choice // n))
         begun.add(shown.choice)
         chunk = _frame(generation, body, fingerprint, [choice])
         if include_usage:

@@ -328,21 +328,25 @@ def check_prompt_tokens(num_tokens: int, model: ModelInfo, param: str) -> None:
         )
 
 
-def num_prompt_scores(sampling: SamplingParams, prompts: Sequence[Sequence[int]], names: FieldNames) -> int:
-    """Return the number of log-probabilities of prompt tokens that a request asks for, alternatives
-    included.
+def num_prompt_scores(
+    sampling: SamplingParams, prompts: Sequence[Sequence[int]], names: FieldNames, *, num_copies: int = 1
+) -> int:
+    """Return the number of log-probabilities of prompt tokens in the answer to a request,
+    alternatives included.
 
+    Args:
+        num_copies: how often the answer has those of each prompt.
     Raises:
         InvalidRequest: too many.
     """
     if sampling.prompt_logprobs is None:
         return 0
-    number = sum(map(len, prompts)) * (1 + sampling.prompt_logprobs)
+    number = sum(map(len, prompts)) * (1 + sampling.prompt_logprobs) * num_copies
     if number > MAX_PROMPT_SCORES:
         raise InvalidRequest(
             f"{names.prompt_logprobs} asks for {number} log-probabilities of prompt tokens and their "
             f"alternatives, at most {MAX_PROMPT_SCORES} are returned: send a shorter prompt, fewer prompts, "
-            f"or ask for fewer alternatives.",
+            f"or ask for fewer alternatives{' or choices' if num_copies > 1 else ''}.",
             names.prompt_logprobs,
         )
     return number

@@ -91,7 +91,10 @@ class GenerationService:
         with self._admission.admit(request.sampling.n * num_prompts) as ticket:
             bad_words = await self.prompts.bad_words(request.options.bad_words, writes_headers=False)
             prompts = tuple([await self.prompts.completion(request, index) for index in range(num_prompts)])
-            ticket.add_scores(num_prompt_scores(request.sampling, prompts, request.names))
+            # Each choice of a prompt has its scores.
+            ticket.add_scores(
+                num_prompt_scores(request.sampling, prompts, request.names, num_copies=request.sampling.n)
+            )
             id = f"cmpl-{request_id or uuid.uuid4().hex}"
             asked = request.structure
             constraint = None if asked is None else await self._constraints.of_text(asked)

@@ -9,7 +9,8 @@ import grpc.aio
 import pytest
 import torch
 
-from cluster.generation import admission, limits
+from cluster.events import TokenLogprob
+from cluster.generation import Generation, admission, limits
 from cluster.harmony.encoding import HarmonyEncoding
 from cluster.rpc import inference_pb2 as pb
 from cluster.rpc import inference_pb2_grpc
@@ -218,3 +219,40 @@ async def test_their_number_is_bounded(
     del body["prompt_logprobs"]
     assert (await gateway.http.post("/v1/completions", json=body)).status_code == 200
     assert gateway.service._admission.num_scores == 0
+
+
+async def test_those_of_each_choice_count(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_PROMPT_SCORES", 12)
+    body: dict[str, Any] = {"prompt": [5, 6, 7, 8], "echo": True, "logprobs": 2, "max_tokens": 1}
+    assert (await gateway.http.post("/v1/completions", json=body)).status_code == 200
+    refused = await gateway.http.post("/v1/completions", json=body | {"n": 2})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
+    assert "fewer alternatives or choices" in refused.json()["error"]["message"]
+    # A chat's answer has them once.
+    monkeypatch.setattr(limits, "MAX_PROMPT_SCORES", 1000)
+    chat = {"messages": [USER], "prompt_logprobs": 2, "max_tokens": 1, "return_token_ids": True}
+    num_tokens = len((await posted(gateway, "/v1/chat/completions", **chat))["prompt_token_ids"])
+    monkeypatch.setattr(limits, "MAX_PROMPT_SCORES", 3 * num_tokens)
+    await posted(gateway, "/v1/chat/completions", **chat, n=2)
+
+
+async def test_they_are_converted_once_for_all_choices(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted: list[int] = []
+    original = Generation.prompt_logprobs
+
+    def counting(self: Generation, prompt: int = 0, **options: Any) -> Iterator[TokenLogprob]:
+        converted.append(prompt)
+        return original(self, prompt, **options)
+
+    monkeypatch.setattr(Generation, "prompt_logprobs", counting)
+    body = {"prompt": [[5, 6], [7, 8, 9]], "n": 4, "prompt_logprobs": 1, "max_tokens": 1}
+    choices = (await posted(gateway, "/v1/completions", **body))["choices"]
+    assert converted == [0, 1]
+    assert [len(choice["prompt_logprobs"]) for choice in choices] == [2] * 4 + [3] * 4
+    converted.clear()
+    del body["prompt_logprobs"]
+    choices = (await posted(gateway, "/v1/completions", **body, echo=True, logprobs=1))["choices"]
+    assert converted == [0, 1]
+    assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [3] * 4 + [4] * 4
