@@ -214,7 +214,7 @@ class Connection:
         whole, prior = await self._with_prior(given)
         num_all = num_bytes + prior.num_bytes
         asked = await self._api.service.prompts.threads.run(
-            num_all, lambda: self._api.asked(whole, num_bytes, self._seals, prior)
+            num_all, lambda: self._api.asked(whole, num_all, self._seals, prior)
         )
         events = make_events(asked.record, self._seals)
         saver = self._api.saver(whole, asked, prior, self._owner)
