@@ -121,6 +121,7 @@ def _add_layers(
         send_timeout_s=config.send_timeout_s,
         server_has_ids=server_has_ids,
         open_paths=PAGE_PATHS if config.page else frozenset(),
+        cors_origins=config.cors_origins,
     )
     app.add_middleware(RateLimits, service=service)
     if config.cors_origins:  # outside the edge, so that a page can read errors too

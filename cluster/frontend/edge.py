@@ -41,6 +41,7 @@ class Edge:
             `x-api-key`.
         send_timeout_s: seconds without progress in sending after which the client counts as gone.
         open_paths: paths that are served without an API key, beside OPEN_PATHS.
+        cors_origins: web origins whose pages may open a WebSocket beside our own; `*` for all.
         server_has_ids: take the id from the request's header, and leave the answer's to the server.
     """
 
@@ -52,6 +53,7 @@ class Edge:
         send_timeout_s: float,
         server_has_ids: bool,
         open_paths: frozenset[str] = frozenset(),
+        cors_origins: Sequence[str] = (),
     ) -> None:
         self._app = app
         self._metrics = metrics
@@ -59,6 +61,7 @@ class Edge:
         self._send_timeout_s = send_timeout_s
         self._server_has_ids = server_has_ids
         self._open_paths = OPEN_PATHS | open_paths
+        self._cors_origins = frozenset(cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; an error of the app is not passed up."""
@@ -90,13 +93,15 @@ class Edge:
                 self._metrics.ignored_fields.labels(endpoint).inc(len(ignored))
 
     async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a WebSocket; without a key it is refused with the answer of a request."""
+        """Handle a WebSocket; without a key, or from a foreign page, it is refused with the answer
+        of a request."""
         state = scope.setdefault("state", {})
         state["request_id"] = uuid.uuid4().hex
         status = 101
         try:
+            self._check_origin(Headers(scope=scope))
             state["owner"] = owner_of(self._checked_key(scope))
-        except errors.Unauthenticated as error:
+        except (errors.ForeignOrigin, errors.Unauthenticated) as error:
             status = errors.row_of(error).http_status
             refusal = _Answer(_as_denial(send), state, ("x-request-id",), self._send_timeout_s, None)
             await receive()  # the handshake
@@ -117,6 +122,16 @@ class Edge:
                 await answer.fail(failure, form)
             return form.status(failure)
         return answer.status or 499
+
+    def _check_origin(self, headers: Headers) -> None:
+        """Refuse a WebSocket of a foreign web page: browsers open it without asking as they do
+        before other requests. Clients that are no browsers send no origin."""
+        origin = headers.get("origin")
+        if origin is None or self._cors_origins & {"*", origin} or is_own_origin(origin, headers):
+            return
+        raise errors.ForeignOrigin(
+            "Pages of this origin may not call the server: add the origin to gateway.cors_origins."
+        )
 
     def _checked_key(self, scope: Scope) -> str | None:
         """Return the request's API key; None where it needs none."""
@@ -141,6 +156,13 @@ def sent_keys(headers: Headers) -> list[str]:
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     keys = (bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", ""))
     return [key.strip() for key in keys if key.strip()]
+
+
+def is_own_origin(origin: str, headers: Headers) -> bool:
+    """Return whether a page of this origin came from the host that the request is for. The scheme
+    does not count: a proxy may end TLS."""
+    _, _, host = origin.partition("://")
+    return bool(host) and host.lower() == headers.get("host", "").lower()
 
 
 def error_form(path: str) -> errors.ErrorForm:

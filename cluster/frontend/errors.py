@@ -22,6 +22,12 @@ class Unauthenticated(errors.CantataError):
     status = "UNAUTHENTICATED"
 
 
+class ForeignOrigin(errors.CantataError):
+    """A web page of an origin that may not use the server."""
+
+    status = "PERMISSION_DENIED"
+
+
 class BodyTooLarge(errors.InvalidRequest):
     """The body is over the limit."""
 
@@ -92,6 +98,7 @@ TABLE: dict[type[errors.CantataError], Row] = {
     state_errors.StateUnavailable: Row(503, "server_error", "state_unavailable"),
     state_errors.StateFull: Row(503, "server_error", "state_full"),
     Unauthenticated: Row(401, "invalid_request_error", "invalid_api_key"),
+    ForeignOrigin: Row(403, "invalid_request_error", "foreign_origin"),
     BodyTooLarge: Row(413, "invalid_request_error", "body_too_large"),
     HeadersTooLarge: Row(431, "invalid_request_error", "headers_too_large"),
     RequestTimeout: Row(408, "invalid_request_error", "request_timeout"),

@@ -32,6 +32,7 @@ STATUSES = {
     "NoReplica": 503,
     "CantataError": 500,
     "Unauthenticated": 401,
+    "ForeignOrigin": 403,
     "BodyTooLarge": 413,
     "BrokenContent": 400,
     "HeadersTooLarge": 431,

@@ -4,7 +4,7 @@ too large or too many, clients that leave or do not read."""
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,27 @@ async def test_responses_follow_each_other_on_one_connection(
         assert lost[-1]["error"]["code"] == "previous_response_not_found", "forgotten after the failure"
     async with connected(gateway) as other:
         assert (await create(other, previous_response_id=first["id"]))[-1]["type"] == "error"
+
+
+async def test_a_short_turn_after_a_long_one_is_work_for_a_thread(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    run = gateway.service.prompts.threads.run
+
+    async def spy(num_chars: int, work: Callable[[], Any]) -> Any:
+        sizes.append(num_chars)
+        return await run(num_chars, work)
+
+    monkeypatch.setattr(gateway.service.prompts.threads, "run", spy)
+    async with connected(gateway) as connection:
+        first = (await create(connection, input="long " * 200, store=False))[-1]["response"]
+        assert first["status"] == "completed"
+        sizes.clear()
+        await create(connection, previous_response_id=first["id"], input="And now?", store=False)
+    parsed, converted, rendered, *_ = sizes
+    assert parsed < 200
+    assert min(converted, rendered) > 1000, "they have the history"
 
 
 async def test_a_tool_loop_on_one_connection(
@@ -271,6 +292,24 @@ async def test_keys(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
                     pass
             assert refused.value.response.status_code == 401
             assert json.loads(refused.value.response.body or b"")["error"]["code"] == "invalid_api_key"
+
+
+async def test_pages_of_foreign_origins_are_refused(encoding: HarmonyEncoding, engine: FakeEngine) -> None:
+    listed = "https://chat.example.com"
+    config = GatewayConfig(cors_origins=(listed,), stream_headers_s=60.0)
+    async with serving(encoding, [engine], config=config) as gateway:
+        url = gateway.url.replace("http:", "ws:") + "/v1/responses"
+        for origin in (None, gateway.url, gateway.url.replace("http:", "https:"), listed):
+            async with connect(url, origin=origin, proxy=None) as connection:  # type: ignore[arg-type]
+                assert connection.response is not None
+                assert connection.response.status_code == 101
+        for origin in ("https://evil.example", "http://127.0.0.1:1", "null", ""):
+            with pytest.raises(websockets.InvalidStatus) as refused:
+                async with connect(url, additional_headers={"origin": origin}, proxy=None):
+                    pass
+            assert refused.value.response.status_code == 403, origin
+            error = json.loads(refused.value.response.body or b"")["error"]
+            assert (error["code"], "gateway.cors_origins" in error["message"]) == ("foreign_origin", True)
 
 
 async def test_no_more_connections_than_allowed(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
