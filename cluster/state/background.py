@@ -8,13 +8,15 @@ stored. Only turns are counted, so that no clocks need to agree.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgpack
 import orjson
-from sqlalchemy import insert, select, update
+from sqlalchemy import Row, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from cluster.state.database import Database
+from cluster.state.errors import NotStored
 from cluster.state.responses import (
     UNFINISHED,
     ResponseRecord,
@@ -40,7 +42,7 @@ class Progress:
 
     Attributes:
         outputs: in order; each begins where the one before ends.
-        num_attempts: number of times that it was taken over.
+        num_attempts: number of times that it was taken over from a copy that had not given it up.
     """
 
     stored: StoredResponse
@@ -74,7 +76,7 @@ class Background:
         self._database = database
         self._responses = responses
         self._holder = holder
-        # A batch whose commit was not confirmed is written again, perhaps with more at its end.
+        # A batch whose commit was not confirmed is written again.
         tokens = (sqlite if database.is_sqlite else postgresql).insert(response_tokens)
         self._insert_tokens = tokens.on_conflict_do_update(
             index_elements=[response_tokens.c.response_id, response_tokens.c.start],
@@ -136,6 +138,7 @@ class Background:
                 await connection.scalars(
                     select(responses.c.id)
                     .where(responses.c.id.in_(list(batches)), responses.c.lease_holder == self._holder)
+                    .order_by(responses.c.id)
                     .with_for_update()
                 )
             )
@@ -162,7 +165,12 @@ class Background:
         """
         rows = self._responses.rows(outputs, is_output=True)
         data = orjson.dumps(body)
-        table = responses
+        table, tokens = responses, response_tokens
+        num_token_bytes = (
+            select(func.coalesce(func.sum(func.length(tokens.c.batch)), 0))
+            .where(tokens.c.response_id == id)
+            .scalar_subquery()
+        )
         async with self._database.write() as connection:
             found = await connection.execute(
                 update(table)
@@ -175,7 +183,7 @@ class Background:
                     status=status,
                     body=data,
                     lease_holder=None,
-                    num_bytes=table.c.num_bytes + len(data) + sum(map(row_bytes, rows)),
+                    num_bytes=table.c.num_bytes + len(data) + sum(map(row_bytes, rows)) + num_token_bytes,
                 )
                 .returning(table.c.owner, table.c.conversation_id)
             )
@@ -215,7 +223,9 @@ class Background:
                     table.c.lease_holder,
                     table.c.lease_count,
                     table.c.cancel_asked,
-                ).where(table.c.status.in_(UNFINISHED))
+                )
+                .where(table.c.status.in_(UNFINISHED))
+                .order_by(table.c.id)
             )
             held, cancelled, free = set(), set(), []
             seen: dict[str, tuple[int, int]] = {}
@@ -231,21 +241,41 @@ class Background:
                 if row.lease_holder is None or times > _TURNS_UNTIL_TAKEN:
                     free.append(row)
             self._seen = seen
-            taken = []
+        taken = await self._take(free) if free else ()
+        return Turn(frozenset(own) - held, frozenset(cancelled), tuple(taken))
+
+    async def _take(self, free: Sequence[Row[Any]]) -> list[Progress]:
+        """Take responses over unless another copy has been quicker; return those that are this
+        copy's now."""
+        table = responses
+        taken = []
+        # A transaction of its own, in the order of the ids: copies that take each other's responses
+        # do not wait for one another in a circle.
+        async with self._database.write() as connection:
             for row in free:
+                was_held = row.lease_holder is not None
                 found = await connection.execute(
                     update(table)
-                    .where(table.c.id == row.id, table.c.lease_count == row.lease_count)
+                    .where(
+                        table.c.id == row.id,
+                        table.c.lease_count == row.lease_count,
+                        table.c.status.in_(UNFINISHED),
+                    )
                     .values(
                         lease_holder=self._holder,
                         lease_count=row.lease_count + 1,
-                        num_attempts=table.c.num_attempts + 1,
+                        num_attempts=table.c.num_attempts + int(was_held),
                     )
                 )
                 if found.rowcount:
-                    taken.append((row.id, row.owner))
-        progress = [await self.progress(id, owner) for id, owner in taken]
-        return Turn(frozenset(own) - held, frozenset(cancelled), tuple(progress))
+                    taken.append(row)
+        progress = []
+        for row in taken:
+            try:
+                progress.append(await self.progress(row.id, row.owner))
+            except NotStored:  # expired, or deleted meanwhile
+                continue
+        return progress
 
     async def release(self) -> None:
         """Give up all responses of this copy, so that another one takes them over at once."""

@@ -1,8 +1,13 @@
 """Which copy of the gateway makes a background response, and its tokens, on both databases."""
 
-from cluster.state.background import _TURNS_UNTIL_TAKEN, Background
+from typing import Any
+
+import pytest
+
+from cluster.state.background import _TURNS_UNTIL_TAKEN, Background, pack_outputs
 from cluster.state.responses import ResponseRecord
 from cluster.state.rows import StoredItem
+from cluster.state.sweeper import stored_bytes
 from tests.cluster.state.conftest import Stores
 from workers.request import EngineOutput, TokenLogprobs
 
@@ -29,8 +34,9 @@ async def test_tokens_are_read_as_they_were_written(stores: Stores) -> None:
     assert (await one.progress("a", "")).stored.status == "queued"
     assert await one.add({"a": (0, OUTPUTS[:1])}) == frozenset()
     assert await one.add({"a": (2, OUTPUTS[1:2])}) == frozenset()
-    # Its commit was not confirmed, and more has come meanwhile.
-    assert await one.add({"a": (2, OUTPUTS[1:])}) == frozenset()
+    # Its commit was not confirmed.
+    assert await one.add({"a": (2, OUTPUTS[1:2])}) == frozenset()
+    assert await one.add({"a": (3, OUTPUTS[2:])}) == frozenset()
     progress = await one.progress("a", "")
     assert progress.outputs == tuple(OUTPUTS)
     assert progress.stored.status == "in_progress"
@@ -84,3 +90,54 @@ async def test_the_end_extends_the_conversation(stores: Stores) -> None:
     assert await one.finish("a", "completed", {}, [StoredItem({"id": "out"})])
     items = (await stores.conversations.history("conv_1", "")).items
     assert [item.id for item in items] == ["in_a", "out"]
+
+
+async def test_a_response_that_cannot_be_read_does_not_keep_others_from_being_taken(stores: Stores) -> None:
+    one, two = copy_of(stores, "one"), copy_of(stores, "two")
+    await begin(stores, one, "a")
+    stores.clock.now += 2 * 86400  # it has expired, and no sweep has been there
+    await begin(stores, one, "b")
+    await one.release()
+    assert [progress.stored.id for progress in (await two.turn([])).taken] == ["b"]
+
+
+async def test_a_response_that_ends_while_it_is_taken_stays_ended(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = copy_of(stores, "one"), copy_of(stores, "two")
+    await begin(stores, one)
+    take = two._take
+
+    async def take_late(free: Any) -> Any:
+        assert await one.finish("a", "completed", {}, [])
+        return await take(free)
+
+    monkeypatch.setattr(two, "_take", take_late)
+    turns = [await two.turn([]) for _ in range(_TURNS_UNTIL_TAKEN)]
+    assert [turn.taken for turn in turns] == [()] * len(turns)
+    assert (await two.turn([])).taken == ()
+    assert (await stores.responses.get("a", "")).status == "completed"
+
+
+async def test_only_a_copy_that_ends_without_a_word_counts_as_an_attempt(stores: Stores) -> None:
+    one = copy_of(stores, "one")
+    await begin(stores, one)
+    for name in ("two", "three", "four", "five", "six"):
+        await one.release()
+        one = copy_of(stores, name)
+        assert [progress.num_attempts for progress in (await one.turn([])).taken] == [0]
+
+
+async def test_the_tokens_of_a_response_count_for_the_bound_of_the_state(stores: Stores) -> None:
+    one = copy_of(stores, "one")
+    sizes = []
+    for id, num_tokens in (("a", 0), ("b", 3000)):
+        await begin(stores, one, id)
+        outputs = [EngineOutput((200_000,) * num_tokens)]
+        await one.add({id: (0, outputs)})
+        async with stores.database.read() as connection:
+            before = await stored_bytes(connection)
+        assert await one.finish(id, "completed", {}, [])
+        async with stores.database.read() as connection:
+            sizes.append(await stored_bytes(connection) - before)
+    assert sizes[1] - sizes[0] == len(pack_outputs(outputs)) - len(pack_outputs([EngineOutput(())]))
