@@ -3,6 +3,9 @@ described in the OpenAPI document."""
 
 from typing import Literal, NotRequired
 
+import orjson
+from pydantic import InstanceOf
+from pydantic.json_schema import SkipJsonSchema
 from typing_extensions import TypedDict
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
@@ -37,7 +40,7 @@ class ToolUseBlockBody(TypedDict):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: dict[str, object]
+    input: dict[str, object] | SkipJsonSchema[InstanceOf[orjson.Fragment]]
 
 
 BlockBody = TextBlockBody | ThinkingBlockBody | ToolUseBlockBody

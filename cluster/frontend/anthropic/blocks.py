@@ -1,6 +1,7 @@
 """Conversion of a generation to the content blocks of the Messages API, as events and as a whole
 message. Each message of the model's turn is a block."""
 
+import json
 from collections.abc import AsyncGenerator, Iterator, Mapping
 
 import orjson
@@ -181,16 +182,33 @@ class _Content:
             block["input"] = call_input(text)
 
 
-def call_input(arguments: str) -> dict[str, object]:
-    """Return the input of a call: an object. Arguments that were cut off give what is there; those
-    that are no object are its `arguments`, as text."""
+def call_input(arguments: str) -> orjson.Fragment:
+    """Return the input of a call, a JSON object: the model's own text, so that each number keeps
+    its digits. Arguments that were cut off give what is there; those that are no object are its
+    `arguments`, as text."""
     if not arguments.strip():
-        return {}
+        return orjson.Fragment(b"{}")
+    for text in (arguments, _completed(arguments)):
+        if text is not None and _is_object(text):
+            return orjson.Fragment(text)
+    return orjson.Fragment(orjson.dumps({"arguments": arguments}))
+
+
+def _is_object(text: str) -> bool:
     try:
-        value = from_json(arguments, allow_partial="trailing-strings")
+        return isinstance(from_json(text, allow_inf_nan=False), dict)
     except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {"arguments": arguments}
+        return False
+
+
+def _completed(text: str) -> str | None:
+    """Return JSON that was cut off with its end; None if it is no JSON, or has a number that has no
+    other text than its own."""
+    try:
+        value = from_json(text, allow_partial="trailing-strings", allow_inf_nan=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except ValueError:
+        return None
 
 
 def stop_reason(finish: Finish, usage: Usage, max_tokens: int) -> tuple[StopReason, str | None]:

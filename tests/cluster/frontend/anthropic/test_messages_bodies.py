@@ -97,11 +97,32 @@ async def test_every_event_and_answer_is_one_of_anthropic_s_own(
     assert [block["type"] for block in body["content"]].count("thinking") == has_thinking
 
 
-def test_arguments_that_are_no_object_are_not_lost() -> None:
-    assert call_input("") == {}
-    assert call_input('{"a": [1, {"b": "cut o') == {"a": [1, {"b": "cut o"}]}
-    assert call_input("[1]") == {"arguments": "[1]"}
-    assert call_input("no JSON") == {"arguments": "no JSON"}
+@pytest.mark.parametrize(
+    ("arguments", "input"),
+    [
+        ("", {}),
+        ('{"a": [1, {"b": "cut o', {"a": [1, {"b": "cut o"}]}),
+        ("[1]", {"arguments": "[1]"}),
+        ("no JSON", {"arguments": "no JSON"}),
+        ('{"a": NaN}', {"arguments": '{"a": NaN}'}),
+        ('{"a": 1e999, "b', {"arguments": '{"a": 1e999, "b'}),
+    ],
+)
+def test_arguments_that_are_no_object_are_not_lost(arguments: str, input: dict[str, Any]) -> None:
+    assert orjson.loads(orjson.dumps(call_input(arguments))) == input
+
+
+@pytest.mark.parametrize("cut", [False, True])
+async def test_numbers_keep_their_digits(
+    gateway: Gateway, engine: FakeEngine, encoding: HarmonyEncoding, cut: bool
+) -> None:
+    number, rest = "123456789012345678901234567890", ',"b":"cut o' if cut else ',"b":1e999}'
+    ids = turn(encoding, call=("f", f'{{"a":{number}{rest}'))
+    engine.answer = lambda request: Script(ids[:-1], finish="length") if cut else Script(ids)
+    response = await post(gateway, tools=[F])
+    assert response.status_code == 200, response.text
+    written = f'{{"a":{number}{rest}"}}' if cut else f'{{"a":{number}{rest}'
+    assert f'"input":{written}' in response.text
 
 
 def test_a_signature_is_of_one_text_and_one_server() -> None:
